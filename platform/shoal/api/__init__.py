@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP surface over any engine client; no Ray."""

@@ -1,0 +1,1 @@
+"""Documents to packed rows, rows to batches: plain functions and iterators, no Ray."""

@@ -1,0 +1,124 @@
+"""What goes into the engine and what comes out: `Request` with its `Sampling`; `Token` and `Finished` events.
+
+Every admitted request ends in exactly one `Finished`, whatever happens to it.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shoal.errors import RequestError
+from shoal.inputs.chat import Encoded
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen (the names are vLLM's). Raises RequestError naming the field when a value cannot be used."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # smallest set of tokens with this much probability
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0  # least probability, as a share of the likeliest token's
+    seed: int | None = None  # None: drawn anew for each request
+    max_tokens: int = 16
+    min_tokens: int = 0  # no stop before this many tokens
+    stop: Sequence[str] = ()  # not part of the returned text
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None  # how many alternatives to report a token; 0: the chosen one only
+
+    def __post_init__(self) -> None:
+        limits: dict[str, tuple[float, float]] = {
+            "temperature": (0, 100),
+            "top_p": (1e-9, 1),
+            "top_k": (0, 2**31),
+            "min_p": (0, 1),
+            "max_tokens": (1, 2**31),
+            "min_tokens": (0, self.max_tokens),
+            "presence_penalty": (-2, 2),
+            "frequency_penalty": (-2, 2),
+            "repetition_penalty": (1e-3, 100),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
+                raise RequestError(name, param=name, got=value, allowed=f"{low:g} to {high:g}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
+            raise RequestError("logprobs", param="logprobs", got=self.logprobs, allowed=f"0 to {MAX_TOP_LOGPROBS}")
+        if any(not text for text in self.stop):
+            raise RequestError("stop", param="stop", got="", allowed="non-empty strings")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to continue. `prompt`: text, token ids, or an `Encoded` chat with images."""
+
+    prompt: str | Sequence[int] | Encoded
+    sampling: Sampling = field(default_factory=Sampling)
+    depth: str | int = "auto"  # "auto" (the router decides), an exit name, or the layer count of an exit
+    quality_tolerance: float | None = None  # nats/token: the smallest exit whose calibrated bound is within it
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    deadline: float | None = None  # seconds from submission; then the request ends with reason "deadline"
+    priority: int = 0  # smaller runs earlier
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probability of a token, with the likeliest alternatives (token id, logprob), best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Token:
+    """One sampled token. `text` is what became complete with it: it may be empty, and never holds half a character."""
+
+    request: str
+    token: int
+    text: str
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of a request, sent exactly once. `text` is the last piece that was held back for a possible stop string."""
+
+    request: str
+    reason: FinishReason
+    text: str = ""
+    depth: int = 0  # layers it ran with; 0 when it never ran
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens served from the prefix cache
+    completion_tokens: int = 0
+    queue_seconds: float = 0.0
+    first_token_seconds: float = 0.0  # from submission
+    total_seconds: float = 0.0
+    error: RequestError | None = None  # set when reason is "error" or "deadline"
+
+
+Event = Token | Finished
+
+
+@dataclass
+class Completion:
+    """What `Engine.generate` returns for one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason = "error"
+    depth: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finished: Finished | None = None

@@ -1,0 +1,118 @@
+"""Every error a user can meet, as one tree.
+
+ShoalError                     says what, got, allowed, and what to do; the CLI prints it as one line
+├── UsageError                 the command line or a config is wrong (exit code 2)
+│   └── ConfigError            an unknown key, a wrong type, values that contradict each other
+├── DataError                  a source, shard or fine-tuning row cannot be used
+├── CheckpointError            a model directory or training checkpoint cannot be used
+├── ResourceError              port, disk, memory, CPUs or cluster: the machine cannot do what is asked
+└── RequestError               one request is wrong (HTTP 400); `param` names its field
+        ├── ContextLengthError     prompt and answer do not fit the context
+        ├── QueueFullError         try again later (HTTP 429)
+        ├── DeadlineError          the request ran out of its time (HTTP 408)
+        └── EngineDeadError        the engine cannot serve any more (HTTP 503)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ShoalError(Exception):
+    """One line a person can act on: ``what: got G; allowed A; do D``.
+
+    `what` names the thing at fault, `got` the value found, `allowed` the values that would do, `do` the next step.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, got: object = None, allowed: object = None, do: str | None = None) -> None:
+        parts = [
+            f"got {got!r}" if got is not None else "",
+            f"allowed: {_listed(allowed)}" if allowed is not None else "",
+            do or "",
+        ]
+        details = "; ".join(part for part in parts if part)
+        self.message = f"{what}: {details}" if details else what
+        super().__init__(self.message)
+
+    def __reduce__(self) -> tuple[object, ...]:  # Ray sends errors between processes
+        return (_rebuild, (type(self), self.message, self.__dict__.copy()))
+
+
+class UsageError(ShoalError):
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    pass
+
+
+class DataError(ShoalError):
+    pass
+
+
+class CheckpointError(ShoalError):
+    pass
+
+
+class ResourceError(ShoalError):
+    pass
+
+
+class RequestError(ShoalError):
+    """A request that cannot be served; `param` is the field at fault, `code` the OpenAI error code."""
+
+    status = 400
+    code: str | None = None
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        param: str | None = None,
+        got: object = None,
+        allowed: object = None,
+        do: str | None = None,
+    ) -> None:
+        super().__init__(what, got=got, allowed=allowed, do=do)
+        self.param = param
+
+
+class ContextLengthError(RequestError):
+    code = "context_length_exceeded"
+
+
+class QueueFullError(RequestError):
+    status = 429
+    code = "queue_full"
+
+
+class DeadlineError(RequestError):
+    status = 408
+    code = "deadline_exceeded"
+
+
+class EngineDeadError(RequestError):
+    status = 503
+    code = "engine_dead"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str | None:
+    """``did you mean 'x'?`` for the nearest known word, or None when nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else None
+
+
+def _listed(allowed: object) -> str:
+    if isinstance(allowed, (list, tuple, set, frozenset)):
+        return ", ".join(str(item) for item in allowed)
+    return str(allowed)
+
+
+def _rebuild(kind: type[ShoalError], message: str, state: dict[str, object]) -> ShoalError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, message)
+    error.__dict__.update(state)
+    return error

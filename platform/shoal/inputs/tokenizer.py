@@ -1,0 +1,147 @@
+"""Byte-level BPE: any string to token ids and back, byte for byte.
+
+Notable: special tokens are never read out of text. A user who types ``<|assistant|>`` gets those characters, not the
+control token; only `special` and the chat template place control tokens.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from shoal.errors import CheckpointError, ConfigError
+
+PAD, END = "<|pad|>", "<|end|>"  # END closes a document, and every message of a chat
+SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
+IMG, IMG_END, ROW, PATCH = "<img>", "</img>", "<row>", "<patch>"  # PATCH stands where a patch vector is put in
+SPECIAL = (PAD, END, SYSTEM, USER, ASSISTANT, IMG, IMG_END, ROW, PATCH)  # ids 0..8, in this order
+PAD_ID, END_ID, SYSTEM_ID, USER_ID, ASSISTANT_ID, IMG_ID, IMG_END_ID, ROW_ID, PATCH_ID = range(len(SPECIAL))
+
+
+class Tokenizer:
+    """Token ids for text; the control tokens of `SPECIAL` are ids 0 to 8 in every Shoal tokenizer."""
+
+    def __init__(self, core: tokenizers.Tokenizer) -> None:
+        for index, name in enumerate(SPECIAL):
+            if core.token_to_id(name) != index:
+                raise CheckpointError(f"tokenizer: special token {name}", got=core.token_to_id(name), allowed=index)
+        core.encode_special_tokens = True  # text never turns into control tokens
+        self._core = core
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab: int) -> Tokenizer:
+        """A tokenizer of at most `vocab` tokens (specials and the 256 bytes included) fitted to `texts`."""
+        least = 256 + len(SPECIAL)
+        if vocab < least:
+            raise ConfigError(
+                "vocab", got=vocab, allowed=f"{least} or more (256 bytes and {len(SPECIAL)} special tokens)"
+            )
+        core = _empty_core()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        core.train_from_iterator(texts, trainer)
+        return cls(core)
+
+    @classmethod
+    def bytes_only(cls) -> Tokenizer:
+        """One token a byte (265 in all): needs no training, so tests and random models use it."""
+        return cls.train([], 256 + len(SPECIAL))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer in a ``tokenizer.json``. Raises CheckpointError when it is missing or not one of ours."""
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except CheckpointError:
+            raise
+        except Exception as error:  # the library raises bare Exception for every malformed file
+            raise CheckpointError(f"cannot read tokenizer {path}", got=str(error)) from error
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.json, encoding="utf-8")
+
+    @property
+    def json(self) -> str:
+        return self._core.to_str()
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        return cls(tokenizers.Tokenizer.from_str(text))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Fingerprint of the whole tokenizer: shards and models that disagree refuse each other by it."""
+        return hashlib.sha256(self.json.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self._core.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; control tokens spelt in it are plain characters."""
+        return self._core.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def special(self, name: str) -> int:
+        """Id of a control token. Raises KeyError for any other string."""
+        return {token: index for index, token in enumerate(SPECIAL)}[name]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for; empty for control tokens and for ids that the tokenizer does not use."""
+        if token < len(SPECIAL):
+            return b""
+        piece = self._core.id_to_token(token)
+        return bytes(_BYTE_OF[c] for c in piece) if piece is not None else b""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, control tokens left out; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def stream(self) -> StreamDecoder:
+        return StreamDecoder(self)
+
+
+class StreamDecoder:
+    """Text as tokens arrive: `push` returns what is complete, and never half a character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        return self._utf8.decode(self._tokenizer.token_bytes(token))
+
+    def finish(self) -> str:
+        """What is left; an incomplete character becomes U+FFFD."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _empty_core() -> tokenizers.Tokenizer:
+    core = tokenizers.Tokenizer(models.BPE())
+    # digits one by one: small vocabularies learn numbers better so, and the pieces stay short
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE's printable stand-in for each byte (the mapping of GPT-2's tokenizer) -> the byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()

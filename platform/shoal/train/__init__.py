@@ -1,0 +1,1 @@
+"""The training loop, its loss, its optimizer and its checkpoints; runs with or without Ray."""
