@@ -1,0 +1,307 @@
+"""Hybrid attention: a gated sum of a sliding window and of a sparse global branch over the best blocks.
+
+    o_h = gamma_h * softmax_{L_t}(q.k/sqrt d) V + (1 - gamma_h) * softmax_{T_t U R_t}(q.k/sqrt d) V
+
+L_t: the last w tokens. T_t: the tail, the incomplete last block, always read and never scored. R_t: the sink blocks and
+the best of the complete blocks, K in all, chosen by `select` from the mean of each block's keys. With S = 1, no sinks and
+one KV head a query head this is the source article's formula with a causal mask. Equations and measurements: design
+section 4; the choice shared within a group of heads follows NSA (arXiv 2502.11089, eq. 10).
+
+Letters: B rows, T new tokens (queries), X stored tokens (keys), H query heads, Hk KV heads, G = H/Hk, d head dim,
+w window, S block, K blocks read, s sinks, N blocks that exist, U units, P page slots, R requests.
+
+One `select` and one `attend` serve training, prefill and decoding: they differ only in the `Layout` they are given.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shoal.model.cache import PagedStep
+
+
+@dataclass
+class Layout:
+    """Who may see whom; the same for every layer of one forward.
+
+    local, tail [B, T, X] bool; eligible [B, T, N] bool: complete blocks before the query; sink [B, 1 or T, N] bool;
+    block_of [B, X]: the block of each key; positions [B, T]: of the queries, in their document (for rope).
+    """
+
+    local: Tensor
+    tail: Tensor
+    eligible: Tensor
+    sink: Tensor
+    block_of: Tensor
+    positions: Tensor
+    block: int
+
+    @classmethod
+    def packed(cls, docs: Tensor, *, window: int, block: int, sinks: int) -> Layout:
+        """For rows that hold several documents: `docs` [B, T] are document ids, equal ids contiguous. Documents never
+        see each other; positions and blocks restart in each."""
+        new = torch.ones_like(docs, dtype=torch.bool)
+        new[:, 1:] = docs[:, 1:] != docs[:, :-1]
+        at = torch.arange(docs.shape[1], device=docs.device).expand_as(docs)
+        position = at - torch.where(new, at, 0).cummax(1).values
+        block_of = (position % block == 0).cumsum(1) - 1
+        count = int(block_of.max()) + 1
+        ends = position % block == block - 1
+        # per block: its index in its document and the row position of its last token (T where it is incomplete)
+        shape = (docs.shape[0], count)
+        index = torch.zeros(shape, dtype=torch.long, device=docs.device).scatter_(1, block_of, position // block)
+        last = torch.full(shape, docs.shape[1], dtype=torch.long, device=docs.device)
+        last.scatter_reduce_(1, block_of, torch.where(ends, at, docs.shape[1]), "amin")
+        start = at - position  # row position of the query's document
+        block_start = last - (index * block + block - 1)
+        eligible = (last[:, None] <= at[..., None]) & (block_start[:, None] == start[..., None])
+        same = start[:, :, None] == start[:, None, :]
+        back = position[:, :, None] - position[:, None, :]
+        complete = (position + 1) // block * block
+        return cls(
+            local=same & (back >= 0) & (back < window),
+            tail=same & (back >= 0) & (position[:, None, :] >= complete[..., None]),
+            eligible=eligible,
+            sink=(index < sinks)[:, None],
+            block_of=block_of,
+            positions=position,
+            block=block,
+        )
+
+    @classmethod
+    def causal(cls, positions: Tensor, keys: int, *, window: int, block: int, sinks: int) -> Layout:
+        """For one document a row: queries at `positions` [B, T] over keys 0 .. `keys`-1 (a multiple of `block`)."""
+        at = torch.arange(keys, device=positions.device)
+        blocks = torch.arange(keys // block, device=positions.device)
+        back = positions[..., None] - at
+        complete = (positions + 1) // block
+        return cls(
+            local=(back >= 0) & (back < window),
+            tail=(back >= 0) & (at >= (complete * block)[..., None]),
+            eligible=blocks < complete[..., None],
+            sink=(blocks < sinks)[None, None],
+            block_of=(at // block).expand(positions.shape[0], -1),
+            positions=positions,
+            block=block,
+        )
+
+
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    block: int,
+    top_k: int,
+    sinks: int,
+    local_weight: Tensor | float,
+    docs: Tensor | None = None,
+) -> Tensor:
+    """The attention output [B, T, H, d] for q [B, T, H, d] and k, v [B, T, Hk, d] (after norm and rope).
+
+    `local_weight` is gamma, a number or [H]. `docs` [B, T]: document ids when a row holds several. Differentiable in q,
+    k, v and local_weight; the choice of blocks takes no gradient. Raises ValueError when H is not a multiple of Hk.
+    """
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"query heads ({q.shape[2]}) must be a multiple of KV heads ({k.shape[2]})")
+    ids = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device) if docs is None else docs
+    layout = Layout.packed(ids, window=window, block=block, sinks=sinks)
+    gamma = torch.as_tensor(local_weight, dtype=q.dtype, device=q.device).expand(q.shape[2])
+    return attend(q, k, v, block_means(k, layout), layout, top_k, gamma)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, means: Tensor, layout: Layout, top_k: int, gamma: Tensor | None) -> Tensor:
+    """[B, T, H, d]: both branches by masked attention, mixed by gamma [H]; gamma None reads the window only.
+
+    q [B, T, H, d]; k, v [B, X, Hk, d]; means [B, N, Hk, d].
+    """
+    qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
+    local = _masked(qh, kh, vh, layout.local[:, None])
+    if gamma is None:
+        return local.transpose(1, 2)
+    chosen = select(block_scores(q, means, layout.eligible), layout.eligible, layout.sink, top_k)
+    seen = chosen.gather(-1, layout.block_of[:, None, None, :].expand(*chosen.shape[:3], -1))
+    global_ = _masked(qh, kh, vh, seen | layout.tail[:, None])
+    share = gamma[:, None, None]
+    return (share * local + (1 - share) * global_).transpose(1, 2)
+
+
+@torch.no_grad()
+def block_means(k: Tensor, layout: Layout) -> Tensor:
+    """Mean of the keys of each block, [B, N, Hk, d] in fp32 or better; an incomplete block's value is never read."""
+    exact = k.to(torch.promote_types(k.dtype, torch.float32))
+    index = layout.block_of[:, :, None, None].expand_as(exact)
+    shape = (k.shape[0], layout.eligible.shape[-1], *k.shape[2:])
+    return torch.zeros(shape, dtype=exact.dtype, device=k.device).scatter_add_(1, index, exact) / layout.block
+
+
+@torch.no_grad()
+def block_scores(q: Tensor, means: Tensor, eligible: Tensor) -> Tensor:
+    """How much each query wants each block, [B, Hk, T, N]: q.kbar/sqrt d for one query head a KV head, else the log of
+    the summed softmax over the group, so that the heads of a group choose together. q [B, T, H, d]."""
+    kv_heads = means.shape[2]
+    grouped = q.to(means.dtype).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, Hk, G, T, d]
+    z = grouped @ means.permute(0, 2, 3, 1)[:, :, None] / math.sqrt(q.shape[-1])  # [B, Hk, G, T, N]
+    if grouped.shape[2] == 1:
+        return z[:, :, 0]
+    z = z.masked_fill(~eligible[:, None, None], -math.inf)
+    return torch.logsumexp(torch.log_softmax(z, dim=-1), dim=2)
+
+
+@torch.no_grad()
+def select(score: Tensor, eligible: Tensor, sink: Tensor, top_k: int) -> Tensor:
+    """Which blocks are read: bool [B, Hk, T, N] with at most `top_k` true a query, sinks first, then by score, ties to
+    the lower block. score [B, Hk, T, N]; eligible [B, T, N]; sink broadcasts to it."""
+    eligible = eligible[:, None]
+    if score.shape[-1] <= top_k:
+        return eligible.expand_as(score)
+    score = score.masked_fill((sink[:, None] & eligible).expand_as(score), math.inf).masked_fill(~eligible, -math.inf)
+    kth = score.topk(top_k, dim=-1).values[..., -1:]
+    above = score > kth
+    tied = (score == kth) & eligible
+    room = top_k - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1) <= room))
+
+
+def write_kv(k: Tensor, v: Tensor, kv: Tensor, means: Tensor, step: PagedStep) -> None:
+    """Store the new keys and values, k and v [rows, Hk, d], and the mean of every block that they complete.
+
+    Every path that writes K/V goes through here, so a mean is valid exactly when its block lies within the length.
+    kv [U, Hk, P, 2d] and means [U, Hk, P/S, d] are changed in place.
+    """
+    kv[step.units, :, step.offsets] = torch.cat([k, v], dim=-1)
+    ends = step.block_ends
+    if len(ends):
+        units, offsets = step.units[ends], step.offsets[ends]
+        inside = offsets[:, None] - torch.arange(step.block - 1, -1, -1, device=offsets.device)
+        keys = kv[units[:, None], :, inside, : k.shape[-1]]  # [E, S, Hk, d]
+        means[units, :, offsets // step.block] = keys.to(means.dtype).mean(1)
+
+
+def paged_attention(
+    q: Tensor,
+    kv: Tensor,
+    means: Tensor,
+    step: PagedStep,
+    *,
+    window: int,
+    top_k: int,
+    sinks: int,
+    gamma: Tensor | None,
+) -> Tensor:
+    """[rows, H, d] for q [rows, H, d] over pages: kv [U, Hk, P, 2d], means [U, Hk, P/S, d] as `write_kv` left them.
+
+    Requests with one new token decode together; a chunk of several is attended for itself.
+    """
+    if not step.chunks:
+        return _paged_rows(
+            q[:, None], kv, means, step.tables, step.positions[:, None], step, window, top_k, sinks, gamma
+        )[:, 0]
+    out = torch.empty_like(q)
+    if step.singles:
+        rows = step.single_rows
+        positions = step.positions[rows][:, None]
+        out[rows] = _paged_rows(
+            q[rows][:, None], kv, means, step.single_tables, positions, step, window, top_k, sinks, gamma
+        )[:, 0]
+    for r in step.chunks:
+        rows_r = slice(step.starts[r], step.starts[r + 1])
+        positions = step.positions[rows_r]
+        pages = int(positions[-1]) // step.page + 1
+        out[rows_r] = _paged_rows(
+            q[rows_r][None],
+            kv,
+            means,
+            step.tables[r : r + 1, :pages],
+            positions[None],
+            step,
+            window,
+            top_k,
+            sinks,
+            gamma,
+        )[0]
+    return out
+
+
+def _paged_rows(
+    q: Tensor,
+    kv: Tensor,
+    means: Tensor,
+    tables: Tensor,
+    positions: Tensor,
+    step: PagedStep,
+    window: int,
+    top_k: int,
+    sinks: int,
+    gamma: Tensor | None,
+) -> Tensor:
+    """[R, T, H, d] for q [R, T, H, d] at `positions` [R, T] over the pages of `tables` [R, M]."""
+    keys = tables.shape[1] * step.page
+    # Reading only the chosen tokens pays once the context is well beyond what they sum up to.
+    if q.shape[1] == 1 and gamma is not None and keys > 2 * (window + (top_k + 1) * step.block):
+        return _paged_sparse(q[:, 0], kv, means, tables, positions[:, 0], step, window, top_k, sinks, gamma)[:, None]
+    layout = Layout.causal(positions, keys, window=window, block=step.block, sinks=sinks)
+    stored = kv[tables].transpose(2, 3).flatten(1, 2)  # [R, M*P, Hk, 2d]
+    # a stale page may hold NaN, and 0 * NaN is NaN: what lies past the length is read as zero
+    past = torch.arange(keys, device=kv.device) > positions[:, -1:]
+    k, v = stored.masked_fill(past[..., None, None], 0).chunk(2, dim=-1)
+    summaries = means[tables].transpose(2, 3).flatten(1, 2)  # [R, M*P/S, Hk, d]
+    return attend(q, k, v, summaries, layout, top_k, gamma)
+
+
+def _paged_sparse(
+    q: Tensor,
+    kv: Tensor,
+    means: Tensor,
+    tables: Tensor,
+    positions: Tensor,
+    step: PagedStep,
+    window: int,
+    top_k: int,
+    sinks: int,
+    gamma: Tensor,
+) -> Tensor:
+    """[R, H, d] for one query a request, reading w + (K+1) S stored tokens and the means, whatever the length."""
+    kv_heads, device = kv.shape[1], kv.device
+    summaries = means[tables].transpose(2, 3).flatten(1, 2)
+    blocks = torch.arange(summaries.shape[1], device=device)
+    complete = (positions + 1) // step.block
+    eligible = (blocks < complete[:, None])[:, None]  # [R, 1, N]
+    scores = block_scores(q[:, None], summaries, eligible)
+    chosen = select(scores, eligible, (blocks < sinks)[None, None], top_k)[:, :, 0]  # [R, Hk, N]
+    # chosen blocks first, in order; N marks an empty place
+    order = torch.where(chosen, blocks, len(blocks)).topk(top_k, dim=-1, largest=False).values
+    picked = torch.cat([order, complete[:, None, None].expand(-1, kv_heads, 1)], dim=-1)  # the tail closes the list
+    inside = torch.arange(step.block, device=device)
+    far = (picked[..., None] * step.block + inside).flatten(2)  # [R, Hk, (K+1) S]
+    near = positions[:, None] - torch.arange(window - 1, -1, -1, device=device)
+    near = near[:, None].expand(-1, kv_heads, -1)
+    heads = torch.arange(kv_heads, device=device)[:, None]
+    grouped = q.unflatten(1, (kv_heads, -1))  # [R, Hk, G, d]
+
+    def branch(at: Tensor) -> Tensor:
+        valid = (at >= 0) & (at <= positions[:, None, None])
+        at = at.clamp(min=0).minimum(positions[:, None, None])
+        units = tables.gather(1, (at // step.page).flatten(1)).view_as(at)
+        stored = kv[units, heads, at % step.page].masked_fill(~valid[..., None], 0)  # [R, Hk, Y, 2d]
+        k, v = stored.chunk(2, dim=-1)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=valid[:, :, None])
+
+    share = gamma.view(kv_heads, -1, 1)
+    return (share * branch(near) + (1 - share) * branch(far)).flatten(1, 2)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Softmax attention under `mask` [B, 1 or Hk, T, X]; q [B, H, T, d], k and v [B, Hk, X, d]."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        if mask.shape[1] > 1:
+            mask = mask.repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

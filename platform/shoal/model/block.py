@@ -1,0 +1,151 @@
+"""One layer (`Block`) and a quarter of the model (`Group`), each in its parallel and in its paged form.
+
+Letters: B rows, T tokens, N new tokens of many requests (one row each), D width, H query heads, Hk KV heads, d head dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shoal.config import ModelConfig
+from shoal.model.attention import Layout, attend, block_means, paged_attention, write_kv
+from shoal.model.cache import GroupCache, PagedStep
+from shoal.model.quant import Int8Linear, Linear
+
+Rope = tuple[Tensor, Tensor]  # cos and sin, [..., T, d/4]
+
+
+def linear(config: ModelConfig, inputs: int, outputs: int) -> Linear | Int8Linear:
+    return (Int8Linear if config.quantization == "w8a8" else Linear)(inputs, outputs)
+
+
+def rope_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
+    """cos and sin [..., d/4] of each position's angles, computed in float64."""
+    quarter = config.head_dim // 4
+    rates = config.rope_theta ** -(torch.arange(quarter, dtype=torch.float64, device=positions.device) / quarter)
+    angles = positions[..., None].double() * rates
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """x [..., heads, d] with its first d/2 dims turned; the rest stays position-free, for far recall."""
+    cos, sin = (table.unsqueeze(-2) for table in rope)
+    quarter = cos.shape[-1]
+    a, b, rest = x.split([quarter, quarter, x.shape[-1] - 2 * quarter], dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
+
+
+class Norm(nn.Module):
+    """RMS norm over the last axis (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """q, k, v from one product, QK-norm, rope, both branches, and the learned gate between them."""
+
+    def __init__(self, config: ModelConfig, kind: str) -> None:
+        super().__init__()
+        self.config, self.kind = config, kind
+        heads = config.heads + 2 * config.kv_heads
+        self.qkv = linear(config, config.width, heads * config.head_dim)
+        self.out = linear(config, config.heads * config.head_dim, config.width)
+        self.q_norm = Norm(config.head_dim, config.norm_eps)
+        self.k_norm = Norm(config.head_dim, config.norm_eps)
+        self.mix_local: float | None = None  # overrides the gate at run time
+        share = min(max(config.local_weight, 1e-6), 1 - 1e-6)
+        start = math.log(share / (1 - share))
+        self.gate = nn.Parameter(torch.full((config.heads,), start), requires_grad=config.mix_mode == "per_head")
+
+    def gamma(self) -> Tensor | None:
+        """The local branch's share a head, [H]; None for a layer that reads the window only."""
+        if self.kind == "L":
+            return None
+        if self.mix_local is not None:
+            return torch.full_like(self.gate, self.mix_local)
+        if self.config.mix_mode == "fixed":
+            return torch.full_like(self.gate, self.config.local_weight)
+        return torch.sigmoid(self.gate)
+
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """q [..., H, d] and k, v [..., Hk, d], normed and turned."""
+        c = self.config
+        heads = self.qkv(x).unflatten(-1, (-1, c.head_dim))
+        q, k, v = heads.split([c.heads, c.kv_heads, c.kv_heads], dim=-2)
+        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v
+
+    def forward(self, x: Tensor, layout: Layout, rope: Rope) -> Tensor:
+        q, k, v = self.project(x, rope)
+        gamma = self.gamma()
+        means = block_means(k, layout) if gamma is not None else k
+        return self.out(attend(q, k, v, means, layout, self.config.top_k, gamma).flatten(-2))
+
+    def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, means: Tensor) -> Tensor:
+        c = self.config
+        q, k, v = self.project(x, rope)
+        write_kv(k, v, kv, means, step)
+        y = paged_attention(q, kv, means, step, window=c.window, top_k=c.top_k, sinks=c.sinks, gamma=self.gamma())
+        return self.out(y.flatten(-2))
+
+
+class Mlp(nn.Module):
+    """SwiGLU (arXiv 2002.05202), gate and up in one product."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = linear(config, config.width, 2 * config.ffn)
+        self.down = linear(config, config.ffn, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = Norm(config.width, config.norm_eps)
+        self.attention = Attention(config, config.attention_kind(layer))
+        self.mlp_norm = Norm(config.width, config.norm_eps)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Tensor, layout: Layout, rope: Rope) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), layout, rope)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, means: Tensor) -> Tensor:
+        x = x + self.attention.paged(self.attention_norm(x), step, rope, kv, means)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Group(nn.Module):
+    """A quarter of the layers: what a depth adds, what FSDP shards as one, and what a unit of K/V memory serves."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.config = config
+        first = index * config.group_layers
+        self.blocks = nn.ModuleList(Block(config, first + j) for j in range(config.group_layers))
+
+    def forward(self, x: Tensor, layout: Layout, rope: Rope) -> Tensor:
+        """x [B, T, D] after these layers."""
+        for block in self.blocks:
+            x = block(x, layout, rope)
+        return x
+
+    def paged(self, x: Tensor, step: PagedStep, cache: GroupCache) -> Tensor:
+        """x [N, D] after these layers; the new K/V are written to `cache` at ``step.slots``."""
+        rope = rope_tables(step.positions, self.config, x.dtype)
+        for j, block in enumerate(self.blocks):
+            x = block.paged(x, step, rope, cache.kv[j], cache.means[j])  # type: ignore[operator]
+        return x

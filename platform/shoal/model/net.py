@@ -1,0 +1,114 @@
+"""The network: embedding of tokens and patches, four groups of blocks, and a tied head at every exit.
+
+    tokens, patches -> embed_inputs -> group 1 -> (exit L/4) -> group 2 -> (exit L/2) -> groups 3, 4 -> (exit L)
+    logits at an exit = rms_e(h_e) E^T                 a request of depth e *is* the truncated model
+
+Letters: B rows, T tokens, D width, V vocabulary, n patches, p patch side in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from shoal.config import GROUPS, ModelConfig
+from shoal.inputs.tokenizer import PATCH_ID
+from shoal.model.attention import Layout
+from shoal.model.block import Group, Norm, rope_tables
+from shoal.model.quant import Embedding, Int8Embedding, Linear
+
+
+class Net(nn.Module):
+    """Weights and forward pass of one `ModelConfig`. Built uninitialised: call `init_` or load a state."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        side = config.image_size // config.patch
+        int8 = config.quantization == "w8a8"
+        self.embed = (Int8Embedding if int8 else Embedding)(config.vocab, config.width)
+        self.patch_in = Linear(config.patch_values, config.width)
+        self.row_embed = nn.Parameter(torch.empty(side, config.width))
+        self.col_embed = nn.Parameter(torch.empty(side, config.width))
+        self.groups = nn.ModuleList(Group(config, index) for index in range(GROUPS))
+        self.exit_norms = nn.ModuleDict({str(e): Norm(config.width, config.norm_eps) for e in config.exits})
+        self.patch_head = Linear(config.width, config.patch_values)
+
+    @torch.no_grad()
+    def init_(self, seed: int = 0) -> Net:
+        """Draw all weights from `seed`, on the CPU and before any sharding: drawn on shards, every shard would get the
+        same values (pytorch #138329). Output projections start smaller by 1/sqrt(2L), so that the residual stream
+        keeps its scale."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                continue  # norms and gates are set where they are made
+            if name == "embed.weight" or "_embed" in name:
+                std = 0.02
+            elif name == "patch_in.weight":
+                std = 1 / math.sqrt(p.shape[1])
+            else:
+                std = 0.8 / math.sqrt(p.shape[1])
+                if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                    std /= math.sqrt(2 * self.config.layers)
+            p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_in.weight.dtype
+
+    def embed_inputs(self, tokens: Tensor, patches: Tensor | None = None, grid: Tensor | None = None) -> Tensor:
+        """[..., T, D] for tokens [..., T]; the patch tokens, in order, take their patch: `patches` [n, 3p^2] (0..255) at
+        `grid` [n, 2] (row, column)."""
+        x: Tensor = self.embed(tokens).to(self.dtype) * math.sqrt(self.config.width)
+        if patches is not None and len(patches):
+            assert grid is not None
+            x = x.masked_scatter((tokens == PATCH_ID)[..., None], self.embed_patches(patches, grid).to(x.dtype))
+        return x
+
+    def embed_patches(self, patches: Tensor, grid: Tensor) -> Tensor:
+        """[n, D] for pixel values 0..255, [n, 3p^2], at (row, column) `grid` [n, 2]."""
+        y: Tensor = self.patch_in(unit_pixels(patches, self.dtype))
+        return y + self.row_embed[grid[:, 0]] + self.col_embed[grid[:, 1]]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        patches: Tensor | None = None,
+        grid: Tensor | None = None,
+        docs: Tensor | None = None,
+        exits: Iterable[int] | None = None,
+    ) -> dict[int, Tensor]:
+        """Hidden states [B, T, D] (before the exit's norm) at each of `exits` (default: full depth), tokens [B, T].
+
+        `docs` [B, T]: document ids; documents of one row never see each other. Runs no deeper than the deepest exit.
+        """
+        wanted = set(exits) if exits is not None else {self.config.layers}
+        c = self.config
+        if docs is None:
+            docs = torch.zeros_like(tokens)
+        layout = Layout.packed(docs, window=c.window, block=c.block, sinks=c.sinks)
+        x = self.embed_inputs(tokens, patches, grid)
+        rope = rope_tables(layout.positions, c, x.dtype)
+        hidden: dict[int, Tensor] = {}
+        for index, group in enumerate(self.groups):
+            x = group(x, layout, rope)
+            layers = (index + 1) * c.group_layers
+            if layers in wanted:
+                hidden[layers] = x
+            if layers >= max(wanted):
+                break
+        return hidden
+
+    def head(self, hidden: Tensor, layers: int) -> Tensor:
+        """Logits [..., V] of hidden states [..., D] at the exit after `layers` layers."""
+        return self.embed.logits(self.exit_norms[str(layers)](hidden))
+
+
+def unit_pixels(patches: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pixel values 0..255 as -1..1."""
+    return patches.to(dtype) / 127.5 - 1
