@@ -18,7 +18,7 @@ from shoal.config import GROUPS, ModelConfig
 from shoal.inputs.tokenizer import PATCH_ID
 from shoal.model.attention import Layout
 from shoal.model.block import Group, Norm, rope_tables
-from shoal.model.quant import Embedding, Int8Embedding, Linear
+from shoal.model.quant import Embedding, Int8Embedding
 
 
 class Net(nn.Module):
@@ -30,12 +30,12 @@ class Net(nn.Module):
         side = config.image_size // config.patch
         int8 = config.quantization == "w8a8"
         self.embed = (Int8Embedding if int8 else Embedding)(config.vocab, config.width)
-        self.patch_in = Linear(config.patch_values, config.width)
+        self.patch_in = nn.Linear(config.patch_values, config.width, bias=False)  # fp32 in every precision
         self.row_embed = nn.Parameter(torch.empty(side, config.width))
         self.col_embed = nn.Parameter(torch.empty(side, config.width))
         self.groups = nn.ModuleList(Group(config, index) for index in range(GROUPS))
         self.exit_norms = nn.ModuleDict({str(e): Norm(config.width, config.norm_eps) for e in config.exits})
-        self.patch_head = Linear(config.width, config.patch_values)
+        self.patch_head = nn.Linear(config.width, config.patch_values, bias=False)
 
     @torch.no_grad()
     def init_(self, seed: int = 0) -> Net:

@@ -1,0 +1,156 @@
+"""The model directory: config.json, model.safetensors, tokenizer.json, chat_template.jinja, router.json, README.md.
+
+Written aside and renamed, so a directory that exists is whole; safetensors and JSON only, so loading runs no code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shoal.config import ModelConfig, dump, load, read_file
+from shoal.errors import CheckpointError
+from shoal.inputs.chat import DEFAULT_TEMPLATE
+from shoal.inputs.tokenizer import Tokenizer
+from shoal.model.depth import Calibration, Router
+from shoal.model.net import Net
+
+FORMAT, VERSION = "shoal-model", 1
+ROUTER = "router."  # prefix of the router's tensors in model.safetensors
+
+# What other tools need to read the INT8 weights (compressed-tensors, W8A8 with dynamic activations)
+_W8A8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        }
+    },
+}
+
+
+def save(
+    directory: str | Path,
+    *,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    name: str,
+    chat_template: str = DEFAULT_TEMPLATE,
+    router: Router | None = None,
+    card: str = "",
+) -> None:
+    """Write a model directory. `state` is the state of `Net(config)` on the CPU. Replaces an existing model directory."""
+    directory = Path(directory)
+    aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    meta: dict[str, Any] = {"format": FORMAT, "version": VERSION, "name": name, "model": dump(config)}
+    if config.quantization == "w8a8":
+        meta["quantization_config"] = _W8A8
+    tensors = {key: value.detach().contiguous() for key, value in state.items()}
+    if router is not None:
+        tensors |= {ROUTER + key: value.contiguous() for key, value in router.state_dict().items()}
+        _write_json(aside / "router.json", dataclasses.asdict(router.calibration))
+    _write_json(aside / "config.json", meta)
+    save_file(tensors, str(aside / "model.safetensors"), metadata={"format": "pt"})
+    tokenizer.save(aside / "tokenizer.json")
+    (aside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    (aside / "README.md").write_text(card or f"# {name}\n\nA Shoal model.\n", encoding="utf-8")
+    if directory.exists():
+        if any(directory.iterdir()) and not (directory / "config.json").exists():
+            shutil.rmtree(aside)
+            raise CheckpointError(f"{directory} exists and is not a model directory", do="choose another --out")
+        shutil.rmtree(directory)
+    aside.rename(directory)
+
+
+@dataclasses.dataclass
+class Loaded:
+    """The parts of a model directory; `net` holds the weights on the CPU."""
+
+    name: str
+    config: ModelConfig
+    net: Net
+    tokenizer: Tokenizer
+    chat_template: str
+    router: Router | None
+
+
+def read_config(directory: str | Path) -> tuple[str, ModelConfig]:
+    """Name and configuration of a model directory. Raises CheckpointError when it is not one of ours."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} is not a model directory", got="no config.json", do="give a directory made by shoal"
+        )
+    meta = read_file(path)
+    if meta.get("format") != FORMAT or meta.get("version") != VERSION:
+        got = f"{meta.get('format')} version {meta.get('version')}"
+        raise CheckpointError(f"{path}", got=got, allowed=f"{FORMAT} version {VERSION}")
+    return str(meta["name"]), load(ModelConfig, meta["model"], "model")
+
+
+def read(directory: str | Path) -> Loaded:
+    """A model directory as parts. Raises CheckpointError naming the file and tensor at fault."""
+    directory = Path(directory)
+    name, config = read_config(directory)
+    try:
+        tensors = load_file(str(directory / "model.safetensors"))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {directory / 'model.safetensors'}", got=str(error)) from error
+    router_state = {key.removeprefix(ROUTER): tensors.pop(key) for key in list(tensors) if key.startswith(ROUTER)}
+    with torch.device("meta"):
+        net = Net(config)
+    expected = net.state_dict()
+    for key in expected.keys() ^ tensors.keys():
+        what = "lacks" if key in expected else "has an unknown"
+        raise CheckpointError(f"{directory / 'model.safetensors'} {what} tensor {key}", do="export the model again")
+    for key, tensor in tensors.items():
+        if tensor.shape != expected[key].shape:
+            raise CheckpointError(
+                f"tensor {key} of {directory}", got=list(tensor.shape), allowed=str(list(expected[key].shape))
+            )
+    net.load_state_dict(tensors, assign=True)
+    tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    if len(tokenizer) > config.vocab:
+        raise CheckpointError(
+            f"{directory}: tokenizer", got=f"{len(tokenizer)} tokens", allowed=f"at most {config.vocab}"
+        )
+    template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    return Loaded(name, config, net, tokenizer, template, _router(directory, config, router_state))
+
+
+def _router(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> Router | None:
+    if not state:
+        return None
+    router = Router(config)
+    try:
+        router.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"router of {directory}", got=str(error).splitlines()[0]) from error
+    router.calibration = load(Calibration, read_file(directory / "router.json"), "router")
+    return router.requires_grad_(False)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,168 @@
+"""`Model`: a network with its tokenizer, chat template and router; what `shoal.Model` names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal import presets
+from shoal.config import ModelConfig
+from shoal.errors import ContextLengthError, RequestError
+from shoal.inputs import media
+from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded
+from shoal.inputs.tokenizer import END_ID, PATCH_ID, SPECIAL, Tokenizer
+from shoal.model import checkpoint
+from shoal.model.depth import Router
+from shoal.model.net import Net
+
+
+class Model:
+    """Everything that one model directory holds, ready to run on one device."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        net: Net,
+        tokenizer: Tokenizer,
+        *,
+        name: str = "shoal",
+        chat_template: str = DEFAULT_TEMPLATE,
+        router: Router | None = None,
+    ) -> None:
+        self.config, self.net, self.tokenizer = config, net.eval().requires_grad_(False), tokenizer
+        self.name, self.chat_template, self.router = name, chat_template, router
+
+    @classmethod
+    def from_preset(cls, name: str, seed: int = 0, dtype: str | torch.dtype = "float32") -> Model:
+        """A model of preset `name` with random weights drawn from `seed`, and a byte tokenizer."""
+        config = presets.get(name).model
+        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return cls(config, Net(config).init_(seed).to(kind), Tokenizer.bytes_only(), name=name)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Model:
+        """The model in a directory. Raises CheckpointError naming what is wrong with it."""
+        parts = checkpoint.read(directory)
+        return cls(
+            parts.config,
+            parts.net,
+            parts.tokenizer,
+            name=parts.name,
+            chat_template=parts.chat_template,
+            router=parts.router,
+        )
+
+    def save(self, directory: str | Path, *, card: str = "") -> None:
+        """Write a model directory (written aside, then renamed)."""
+        checkpoint.save(
+            directory,
+            config=self.config,
+            state=self.net.state_dict(),
+            tokenizer=self.tokenizer,
+            name=self.name,
+            chat_template=self.chat_template,
+            router=self.router,
+            card=card,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.row_embed.device
+
+    def forbidden(self) -> Tensor:
+        """bool [V]: tokens that are never sampled: every control token but ``<|end|>``, and ids without a token."""
+        mask = torch.zeros(self.config.vocab, dtype=torch.bool, device=self.device)
+        mask[: len(SPECIAL)] = True
+        mask[END_ID] = False
+        mask[len(self.tokenizer) :] = True
+        return mask
+
+    def encode(self, prompt: str | Sequence[int] | Encoded) -> Encoded:
+        """`prompt` as ids and images. Raises RequestError (param ``prompt``) when it is empty, holds ids outside the
+        vocabulary, or images and patch tokens that do not match."""
+        if isinstance(prompt, str):
+            prompt = Encoded(self.tokenizer.encode(prompt))
+        elif not isinstance(prompt, Encoded):
+            prompt = Encoded([int(token) for token in prompt])
+        if not prompt.ids:
+            raise RequestError("prompt is empty", param="prompt", do="give at least one token")
+        bad = [token for token in prompt.ids if not 0 <= token < self.config.vocab]
+        if bad:
+            raise RequestError("prompt token id", param="prompt", got=bad[0], allowed=f"0 to {self.config.vocab - 1}")
+        places, patches = prompt.ids.count(PATCH_ID), sum(len(image.values) for image in prompt.images)
+        if places != patches:
+            raise RequestError(
+                "prompt images", param="prompt", got=f"{patches} patches", allowed=f"{places} as in the ids"
+            )
+        side = self.config.image_size // self.config.patch
+        for image in prompt.images:
+            if image.values.shape[1:] != (self.config.patch_values,) or max(image.rows, image.cols) > side:
+                got = f"{image.rows}x{image.cols} patches of {image.values.shape[1]} values"
+                allowed = f"at most {side}x{side} patches of {self.config.patch_values} values (RGB)"
+                raise RequestError("image", param="images", got=got, allowed=allowed)
+        return prompt
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        tokens: Tensor | Sequence[int],
+        depth: str | int | None = None,
+        images: Sequence[media.Patches] | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] (or [T, V] for one sequence) at `depth`: None is full depth, or an exit name or layer count.
+
+        `images` fill the patch tokens in order. Raises RequestError for ids out of range, ContextLengthError beyond the
+        context, ConfigError for a depth that is no exit.
+        """
+        ids = torch.as_tensor(tokens, device=self.device)
+        rows = ids if ids.dim() == 2 else ids[None]
+        layers = self.config.depth(depth)
+        if rows.shape[1] > self.config.context:
+            raise ContextLengthError(
+                "tokens", param="tokens", got=rows.shape[1], allowed=f"at most {self.config.context}"
+            )
+        self.encode(Encoded(rows.flatten().tolist(), list(images or ())))
+        patches = grid = None
+        if images:
+            patches = torch.from_numpy(np.concatenate([image.values for image in images])).to(self.device)
+            grid = torch.from_numpy(np.concatenate([media.grid(row) for row in rows.cpu().numpy()])).to(self.device)
+        hidden = self.net(rows, patches, grid, exits=(layers,))[layers]
+        out = self.net.head(hidden, layers)
+        return out if ids.dim() == 2 else out[0]
+
+    def generate_naive(
+        self,
+        prompt: str | Sequence[int] | Encoded,
+        max_tokens: int = 16,
+        depth: str | int | None = None,
+        ignore_eos: bool = False,
+    ) -> list[int]:
+        """Greedy continuation without cache or batching: the oracle that the engine is held against, for ever."""
+        encoded = self.encode(prompt)
+        forbidden = self.forbidden()
+        ids, answer = list(encoded.ids), list[int]()
+        for _ in range(max_tokens):
+            scores = self.logits(ids, depth, encoded.images)[-1].masked_fill(forbidden, -torch.inf)
+            token = int(scores.argmax())
+            if token == END_ID and not ignore_eos:
+                break
+            ids.append(token)
+            answer.append(token)
+        return answer
+
+    def quantized(self) -> Model:
+        """The INT8 twin of this model (weights rounded as they are)."""
+        from shoal.model.quant import export_int8
+
+        config = dataclasses.replace(self.config, quantization="w8a8")
+        with torch.device("meta"):
+            net = Net(config)
+        net.load_state_dict(export_int8(self.net), assign=True)
+        return Model(
+            config, net, self.tokenizer, name=f"{self.name}-int8", chat_template=self.chat_template, router=self.router
+        )
