@@ -149,8 +149,8 @@ def fit_router(config: ModelConfig, x: Tensor, gaps: Tensor, *, seed: int = 0, s
 
 
 def realised(router: Router, x: Tensor, gaps: Tensor, tolerance: float | None = None) -> dict[str, float]:
-    """What the router's decisions cost on prompts with known gaps: mean depth share, regret (nats/token), oracle's depth
-    share at the same tolerance, and the share of prompts whose gap was above it."""
+    """What the router's decisions cost on prompts with known gaps: mean depth share, mean regret (nats/token), the share of
+    prompts whose own gap was above the tolerance, and the depth share if each took the smallest exit within it."""
     limit = router.calibration.default_tolerance if tolerance is None else tolerance
     full = torch.cat([gaps, gaps.new_zeros(len(gaps), 1)], dim=1)
     chosen = [router.exits.index(router.choose(row, limit)) for row in x]

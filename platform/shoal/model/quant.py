@@ -205,7 +205,7 @@ def _fbgemm(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _onednn(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
-    packed = torch.ops.onednn.qlinear_prepack(weight.T.contiguous(), None)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
     scales, zeros = scale.view(-1), torch.zeros(len(weight), dtype=torch.long)
 
     def run(x: Tensor) -> Tensor:

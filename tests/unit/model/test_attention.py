@@ -1,0 +1,209 @@
+"""Hybrid attention against its definition. Everything in float64, so equality means equality."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal import presets
+from shoal.model.attention import Layout, block_means, block_scores, hybrid_attention, select
+from shoal.model.cache import GroupCache, PagedStep
+from shoal.model.net import Net
+
+F64 = torch.float64
+
+
+def qkv(seed, t, heads, kv_heads, d, rows=1):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, t, h, d, generator=g, dtype=F64) for h in (heads, kv_heads, kv_heads)]
+
+
+def article_formula(q, k, v, window, top_k, local):
+    """out = 0.7 * local(sliding window) + 0.3 * global(sparse top-k), causal, written out for one token and head at a
+    time."""
+    out = torch.zeros_like(q)
+    for t in range(q.shape[1]):
+        for h in range(q.shape[2]):
+            scores = k[0, : t + 1, h] @ q[0, t, h] / math.sqrt(q.shape[-1])
+            near = scores[-window:].softmax(0) @ v[0, : t + 1, h][-window:]
+            best = scores.sort(descending=True, stable=True).indices[:top_k]
+            far = scores[best].softmax(0) @ v[0, best, h]
+            out[0, t, h] = local * near + (1 - local) * far
+    return out
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_article_preset_is_the_articles_formula(seed):
+    c = presets.get("article").model
+    q, k, v = qkv(seed, 90, c.heads, c.kv_heads, c.head_dim)
+    got = hybrid_attention(
+        q, k, v, window=c.window, block=c.block, top_k=c.top_k, sinks=c.sinks, local_weight=c.local_weight
+    )
+    assert (got - article_formula(q, k, v, c.window, c.top_k, 0.7)).abs().max() < 1e-9
+    single = hybrid_attention(
+        *(x.float() for x in (q, k, v)),
+        window=c.window, block=c.block, top_k=c.top_k, sinks=c.sinks, local_weight=c.local_weight,
+    )  # fmt: skip
+    assert (single - got).abs().max() < 1e-5
+
+
+def masks(layout):
+    """local and tail as rows of 0 and 1, for reading."""
+    return (["".join(str(int(x)) for x in row) for row in m[0]] for m in (layout.local, layout.tail))
+
+
+def test_layout_of_one_document_by_eye():
+    local, tail = masks(Layout.packed(torch.zeros(1, 6, dtype=torch.long), window=3, block=2, sinks=0))
+    assert list(local) == ["100000", "110000", "111000", "011100", "001110", "000111"]
+    # the tail is the incomplete last block: one token after an even position, none after an odd one
+    assert list(tail) == ["100000", "000000", "001000", "000000", "000010", "000000"]
+
+
+def test_layout_of_two_documents_by_eye():
+    layout = Layout.packed(torch.tensor([[7, 7, 7, 3, 3, 3]]), window=2, block=2, sinks=1)
+    local, tail = masks(layout)
+    assert list(local) == ["100000", "110000", "011000", "000100", "000110", "000011"]
+    assert list(tail) == ["100000", "000000", "001000", "000100", "000000", "000001"]
+    assert layout.positions.tolist() == [[0, 1, 2, 0, 1, 2]]
+    assert layout.block_of.tolist() == [[0, 0, 1, 2, 2, 3]]  # blocks restart with the document
+    eligible = ["".join(str(int(x)) for x in row) for row in layout.eligible[0]]
+    assert eligible == ["0000", "1000", "1000", "0000", "0010", "0010"]
+    assert layout.sink[0, 0].tolist() == [True, False, True, False]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_packed_and_causal_layouts_agree(data):
+    block = data.draw(st.sampled_from([1, 2, 4]))
+    t = data.draw(st.integers(1, 6)) * block
+    window, sinks = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 2))
+    a = Layout.packed(torch.zeros(1, t, dtype=torch.long), window=window, block=block, sinks=sinks)
+    b = Layout.causal(torch.arange(t)[None], t, window=window, block=block, sinks=sinks)
+    for name in ("local", "tail", "eligible", "block_of", "positions"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert torch.equal(a.sink[0, 0], b.sink[0, 0])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_select_is_a_stable_sort(data):
+    """Sinks first, then by score, ties to the lower block: what a stable descending sort of the eligible ones gives."""
+    n, k = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 6))
+    sinks = data.draw(st.integers(0, k))
+    scores = data.draw(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=n, max_size=n))
+    visible = data.draw(st.integers(0, n))
+    eligible = (torch.arange(n) < visible)[None, None]
+    got = select(torch.tensor(scores)[None, None, None], eligible, (torch.arange(n) < sinks)[None, None], k)
+    order = sorted(range(visible), key=lambda b: (b >= sinks, -scores[b] if b >= sinks else 0, b))
+    assert sorted(order[:k]) == got[0, 0, 0].nonzero().flatten().tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]), st.sampled_from([(4, 4), (4, 2), (4, 1)]), st.integers(2, 40))
+def test_future_tokens_and_prefixes_do_not_matter(seed, block, heads, t):
+    q, k, v = qkv(seed, t, *heads, 8)
+    args = {"window": 5, "block": block, "top_k": 3, "sinks": 1, "local_weight": 0.7}
+    whole = hybrid_attention(q, k, v, **args)
+    cut = t // 2 + 1
+    assert (hybrid_attention(q[:, :cut], k[:, :cut], v[:, :cut], **args) - whole[:, :cut]).abs().max() < 1e-12
+    k[:, cut:], v[:, cut:] = 99.0, -99.0
+    assert (hybrid_attention(q, k, v, **args)[:, :cut] - whole[:, :cut]).abs().max() < 1e-12
+
+
+def test_short_context_makes_the_global_branch_full_attention():
+    q, k, v = qkv(0, 16, 4, 2, 8)
+    got = hybrid_attention(q, k, v, window=3, block=4, top_k=4, sinks=1, local_weight=0.0)
+    kk, vv = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), kk, vv, is_causal=True).transpose(1, 2)
+    assert (got - want).abs().max() < 1e-12
+    # within the window too, the gate cannot matter
+    a, b = (hybrid_attention(q, k, v, window=16, block=4, top_k=4, sinks=1, local_weight=w) for w in (0.1, 0.9))
+    assert (a - b).abs().max() < 1e-12
+
+
+def test_a_group_of_heads_chooses_together_and_within_bounds():
+    q, k, _ = qkv(3, 40, 4, 2, 8)
+    layout = Layout.packed(torch.zeros(1, 40, dtype=torch.long), window=4, block=4, sinks=1)
+    scores = block_scores(q, block_means(k, layout), layout.eligible)
+    chosen = select(scores, layout.eligible, layout.sink, 3)
+    assert chosen.shape == (1, 2, 40, 10)  # one choice a KV head, not a query head
+    complete = (torch.arange(40) + 1) // 4
+    assert torch.equal(chosen.sum(-1)[0, 0], complete.clamp(max=3))
+    assert not (chosen & ~layout.eligible[:, None]).any()
+    assert chosen[..., 0][:, :, 3:].all()  # the sink is always among them
+
+
+def test_a_token_outside_both_sets_has_no_effect():
+    q, k, v = qkv(5, 33, 2, 2, 8)
+    layout = Layout.packed(torch.zeros(1, 33, dtype=torch.long), window=4, block=4, sinks=1)
+    args = {"window": 4, "block": 4, "top_k": 2, "sinks": 1, "local_weight": 0.6}
+    before = hybrid_attention(q, k, v, **args)
+    chosen = select(block_scores(q, block_means(k, layout), layout.eligible), layout.eligible, layout.sink, 2)
+    unread = (~chosen[0, :, 32].any(0) & layout.eligible[0, 32]).nonzero().flatten().tolist()
+    victim = next(b for b in unread if b * 4 + 3 < 29)
+    v[:, victim * 4 : victim * 4 + 4] += 100.0  # values do not enter the choice
+    assert torch.equal(hybrid_attention(q, k, v, **args)[:, 32], before[:, 32])
+
+
+def test_gradients_with_the_choice_held():
+    q, k, v = (x.requires_grad_() for x in qkv(1, 10, 2, 1, 4))
+    gamma = torch.tensor([0.7, 0.4], dtype=F64, requires_grad=True)
+
+    def run(q, k, v, gamma):
+        return hybrid_attention(q, k, v, window=3, block=2, top_k=2, sinks=1, local_weight=gamma)
+
+    assert torch.autograd.gradcheck(run, (q, k, v, gamma), eps=1e-7, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_paged_equals_parallel(data):
+    """Token by token or in any chunks, on any pages in any order, with poison (NaN) wherever nothing was written."""
+    block, page = data.draw(st.sampled_from([(1, 8), (2, 8), (4, 8), (8, 8), (1, 1)]))
+    base = presets.get("test").model
+    c = dataclasses.replace(base, block=block, page=page, kv_heads=data.draw(st.sampled_from([1, 3])))
+    net = Net(c).init_(data.draw(st.integers(0, 9))).double()
+    t = data.draw(st.integers(1, 110))
+    tokens = torch.randint(9, 300, (1, t), generator=torch.Generator().manual_seed(t))
+    want = net(tokens, exits=(4,))[4][0]
+    pages = -(-t // page)
+    units = torch.randperm(pages + 5, generator=torch.Generator().manual_seed(t))[:pages] + 1
+    caches = [GroupCache.zeros(c, pages + 6, F64) for _ in net.groups]
+    for cache in caches:
+        cache.kv.fill_(math.nan)
+        cache.means.fill_(math.nan)
+    outputs, start = [], 0
+    while start < t:
+        stop = min(t, start + data.draw(st.sampled_from([1, block, page + 1, t])))
+        at = torch.arange(start, stop)
+        table = torch.zeros(1, pages + 2, dtype=torch.long)
+        table[0, : -(-stop // page)] = units[: -(-stop // page)]
+        step = PagedStep(at, units[at // page] * page + at % page, table, [0, stop - start], page, block)
+        x = net.embed_inputs(tokens[0, start:stop])
+        for group, cache in zip(net.groups, caches, strict=True):
+            x = group.paged(x, step, cache)
+        outputs.append(x)
+        start = stop
+    assert (torch.cat(outputs) - want).abs().max() < 1e-12
+
+
+def test_rollback_is_moving_a_length():
+    """Rejected tokens are overwritten; the means of their blocks come out as if they had never been."""
+    c = presets.get("test").model
+    net = Net(c).init_(0).double()
+    tokens = torch.randint(9, 300, (40,), generator=torch.Generator().manual_seed(0))
+    cache = GroupCache.zeros(c, 8, F64)
+    table = torch.arange(1, 6)[None]
+
+    def run(ids, start):
+        at = torch.arange(start, start + len(ids))
+        step = PagedStep(at, table[0, at // 8] * 8 + at % 8, table, [0, len(ids)], 8, c.block)
+        return net.groups[0].paged(net.embed_inputs(ids), step, cache)
+
+    run(tokens[:20], 0)
+    want = run(tokens[20:], 20)
+    run(tokens.flip(0)[:13], 20)
+    assert (run(tokens[20:], 20) - want).abs().max() == 0
