@@ -1,0 +1,38 @@
+# The commands of this repository; `make help` lists them. Every target sets up .venv by itself.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL = help
+.PHONY: quickstart test check lint bench setup help
+
+quickstart: $(READY)  ## set up, then corpus to chat on this machine, about 15 minutes (EXIT=1 stops after the samples)
+	$(BIN)/shoal quickstart $(if $(EXIT),--exit)
+
+test: $(READY)  ## set up, then the whole test-suite (two cores: under 15 minutes)
+	$(BIN)/python -m pytest
+
+check: $(READY) lint  ## what CI runs before the tests: layout, style, types, import arrows
+	sh tests/contracts/no_init.sh
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lint: $(READY)  ## style only (ruff format and ruff check)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+bench: $(READY)  ## decode speed by precision, batch and depth (last line JSON)
+	$(BIN)/shoal bench decode
+
+setup: $(READY)  ## only make .venv and install
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Shoal needs Python 3.11 or newer; got %d.%d" % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	touch $@
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
