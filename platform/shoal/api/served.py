@@ -1,0 +1,56 @@
+"""What the HTTP side knows of the model behind it: its name, shape, tokenizer and chat template. No weights, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal import config
+from shoal.config import ModelConfig
+from shoal.errors import CheckpointError, ConfigError
+from shoal.inputs.chat import DEFAULT_TEMPLATE
+from shoal.inputs.tokenizer import Tokenizer
+
+FORMAT, VERSION = "shoal-model", 1
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    name: str  # what requests call it
+    config: ModelConfig
+    tokenizer: Tokenizer
+    chat_template: str = DEFAULT_TEMPLATE
+    created: int = 0  # Unix seconds
+
+    @classmethod
+    def load(cls, directory: str | Path, name: str | None = None) -> ServedModel:
+        """The model in a model directory, without its weights, under `name` (default: its own).
+
+        Raises CheckpointError when a file is missing, of another format, or contradicts another.
+        """
+        directory = Path(directory)
+        card = directory / "config.json"
+        if not card.is_file():
+            raise CheckpointError("model directory has no config.json", got=str(directory), do="give a model directory")
+        values = config.read_file(card)
+        if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+            got = f"{values.get('format')} version {values.get('version')}"
+            raise CheckpointError(f"{card}: format", got=got, allowed=f"{FORMAT} version {VERSION}")
+        try:
+            model = config.load(ModelConfig, values["model"], "model")
+        except (ConfigError, KeyError) as error:
+            raise CheckpointError(f"{card} cannot be used", got=str(error)) from error
+        tokenizer = Tokenizer.load(directory / "tokenizer.json")
+        if len(tokenizer) > model.vocab:
+            raise CheckpointError(
+                f"{directory}: tokens in tokenizer.json", got=len(tokenizer), allowed=f"at most vocab ({model.vocab})"
+            )
+        try:
+            template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{directory}: chat_template.jinja", got=str(error)) from error
+        return cls(name or str(values["name"]), model, tokenizer, template, int(card.stat().st_mtime))
+
+    def depth_name(self, layers: int) -> str:
+        """Exit name of a depth in layers; ``none`` for 0, a request that never ran."""
+        return {depth: name for name, depth in self.config.exit_names.items()}.get(layers, "none")

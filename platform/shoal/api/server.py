@@ -1,0 +1,90 @@
+"""The whole service in one process, without Ray: the app of `app.py` over an engine of its own, under uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from shoal.api.app import UiMount, build_app
+from shoal.api.auth import ApiKeys
+from shoal.api.requests import Limits
+from shoal.api.served import ServedModel
+from shoal.errors import ResourceError
+
+
+def run_local(
+    model_dir: str | Path,
+    *,
+    name: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_keys: str | Path | None = None,
+    ui_mount: UiMount | None = None,
+    limits: Limits | None = None,
+    threads: int | None = None,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serves a model directory until Ctrl-C. `on_ready` is called once with the base URL (port 0: a free one is taken).
+
+    `api_keys`: a file of keys; `threads`: compute threads (default: all cores but one, which is left to HTTP).
+    Raises CheckpointError for a directory that cannot be served, ResourceError for a port in use.
+    """
+    import torch
+
+    from shoal.engine.engine import AsyncEngine, Engine
+    from shoal.model.model import Model
+
+    keys = ApiKeys.load(api_keys)
+    served = ServedModel.load(model_dir, name)
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) - 1))
+    engine = AsyncEngine(Engine(Model.load(model_dir)))
+    app = build_app(engine, served, api_keys=keys, limits=limits, ui_mount=ui_mount)
+    with suppress(KeyboardInterrupt):
+        asyncio.run(_until_stopped(app, host, port, on_ready))
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server inside the running event loop."""
+
+    url: str  # http://HOST:PORT, without /v1
+    stopped: asyncio.Task[None]  # done when the server has ended, by itself or by a signal
+
+
+@asynccontextmanager
+async def serving(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[Running]:
+    """Serves `app` inside the running event loop for as long as the context lasts. Port 0: a free one.
+
+    Raises ResourceError when the port is in use.
+    """
+    config = uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    try:
+        socket = config.bind_socket()
+    except SystemExit:  # uvicorn's way to say it
+        raise ResourceError(f"port {port} on {host} is in use", do="stop what uses it or choose another port") from None
+    task = asyncio.create_task(server.serve(sockets=[socket]))
+    try:
+        while not server.started:
+            if task.done():
+                raise ResourceError("the HTTP server stopped while starting", got=task.exception())
+            await asyncio.sleep(0.01)
+        yield Running(f"http://{host}:{socket.getsockname()[1]}", task)
+    finally:
+        server.should_exit = True
+        await asyncio.wait([task])
+        socket.close()
+
+
+async def _until_stopped(app: FastAPI, host: str, port: int, on_ready: Callable[[str], None] | None) -> None:
+    async with serving(app, host, port) as running:
+        if on_ready:
+            on_ready(running.url)
+        await asyncio.wait([running.stopped])

@@ -1,0 +1,102 @@
+"""A scripted engine client: real events, no model; and the app over it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+
+from shoal import presets
+from shoal.api.app import build_app
+from shoal.api.served import ServedModel
+from shoal.engine.events import Event, Finished, Request, Token, TokenLogprob
+from shoal.inputs.chat import Encoded
+from shoal.inputs.tokenizer import Tokenizer
+
+
+@dataclass
+class Scripted:
+    """Answers every request with `reply`, one token a byte."""
+
+    tokenizer: Tokenizer
+    reply: str = "Hello, fish! ¿ok?"
+    raises: Exception | None = None  # before the first event
+    ends: Finished | None = None  # instead of a good end
+    hangs_after: int | None = None  # tokens; then it waits for ever
+    dead: Exception | None = None
+    requests: list[Request] = field(default_factory=list)
+    open: int = 0  # requests that are running now
+
+    async def generate(self, request: Request) -> AsyncIterator[Event]:
+        self.requests.append(request)
+        self.open += 1
+        began = time.perf_counter()
+        decode = self.tokenizer.stream()
+        ids = self.tokenizer.encode(self.reply)[: request.sampling.max_tokens]
+        try:
+            if self.raises:
+                raise self.raises
+            for count, token in enumerate(ids):
+                if count == self.hangs_after:
+                    await asyncio.Event().wait()
+                await asyncio.sleep(0)
+                yield Token(request.id, token, decode.push(token), self._logprob(request, token))
+            yield self.ends or self._finished(request, len(ids), time.perf_counter() - began)
+        finally:
+            self.open -= 1
+
+    def _logprob(self, request: Request, token: int) -> TokenLogprob | None:
+        count = request.sampling.logprobs
+        if count is None:
+            return None
+        return TokenLogprob(token, -0.5, tuple((token + i, -0.5 - i) for i in range(count)))
+
+    def _finished(self, request: Request, count: int, seconds: float) -> Finished:
+        assert isinstance(request.prompt, Encoded)
+        reason = "length" if count == request.sampling.max_tokens else "stop"
+        depth = 1 if request.depth == "shallow" else 4
+        return Finished(request.id, reason, "", depth, len(request.prompt.ids), 3, count, 0.0, seconds / 2, seconds)
+
+    async def stats(self) -> dict[str, float]:
+        return {"num_requests_running": self.open, "num_preemptions_total": 7.0}
+
+    async def check_health(self) -> None:
+        if self.dead:
+            raise self.dead
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def served() -> ServedModel:
+    return ServedModel("fish", presets.get("test").model, Tokenizer.bytes_only())
+
+
+@pytest.fixture
+def engine(served: ServedModel) -> Scripted:
+    return Scripted(served.tokenizer)
+
+
+@pytest.fixture
+def connect(engine: Scripted, served: ServedModel) -> Callable[..., httpx.AsyncClient]:
+    """``connect(**options of build_app)`` -> an HTTP client of the app."""
+
+    def make(headers: dict[str, str] | None = None, **options: object) -> httpx.AsyncClient:
+        app = build_app(engine, served, **options)  # type: ignore[arg-type]
+        return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", headers=headers)
+
+    return make
+
+
+@pytest.fixture
+def http(connect: Callable[..., httpx.AsyncClient]) -> httpx.AsyncClient:
+    return connect()
+
+
