@@ -98,5 +98,3 @@ def connect(engine: Scripted, served: ServedModel) -> Callable[..., httpx.AsyncC
 @pytest.fixture
 def http(connect: Callable[..., httpx.AsyncClient]) -> httpx.AsyncClient:
     return connect()
-
-

@@ -1,0 +1,142 @@
+"""POST /v1/completions and the tokenizer routes, as lm-eval and the openai client use them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from shoal.api.served import ServedModel
+from shoal.inputs.tokenizer import PATCH_ID
+
+pytestmark = pytest.mark.anyio
+
+URL = "/v1/completions"
+
+
+async def complete(http: httpx.AsyncClient, **fields: Any) -> Any:
+    reply = await http.post(URL, json={"model": "fish", "prompt": "ab", **fields})
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+async def test_every_form_of_prompt_reaches_the_engine_as_ids(
+    http: httpx.AsyncClient, engine: Any, served: ServedModel
+) -> None:
+    a, b = served.tokenizer.encode("a"), served.tokenizer.encode("bc")
+    for prompt, expected in (("a", [a]), (["a", "bc"], [a, b]), (a, [a]), ([a, b], [a, b])):
+        engine.requests.clear()
+        answer = await complete(http, prompt=prompt)
+        assert sorted(request.prompt.ids for request in engine.requests) == sorted(expected)
+        assert [choice["index"] for choice in answer["choices"]] == list(range(len(expected)))
+        assert answer["usage"]["prompt_tokens"] == sum(map(len, expected))
+
+
+async def test_choices_of_several_prompts_are_prompt_major(http: httpx.AsyncClient, engine: Any) -> None:
+    engine.reply = "ok"
+    answer = await complete(http, prompt=["a", "bc"], n=2, echo=True)
+    assert [choice["text"] for choice in answer["choices"]] == [p + "ok" for p in ("a", "a", "bc", "bc")]
+    assert answer["usage"]["prompt_tokens"] == 3
+
+
+async def test_max_tokens_is_16_as_openai_s(http: httpx.AsyncClient) -> None:
+    answer = await complete(http)
+    assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (16, "length")
+
+
+async def test_logprobs_have_the_legacy_shape(http: httpx.AsyncClient) -> None:
+    assert (await complete(http, logprobs=2, max_tokens=2))["choices"][0]["logprobs"] == {
+        "tokens": ["H", "e"],
+        "token_logprobs": [-0.5, -0.5],
+        "top_logprobs": [{"H": -0.5, "I": -1.5}, {"e": -0.5, "f": -1.5}],
+        "text_offset": [0, 1],
+    }
+
+
+async def test_a_stream_says_the_same_as_the_whole(http: httpx.AsyncClient) -> None:
+    fields = {"prompt": "ab", "echo": True, "model": "fish"}
+    whole = (await complete(http, **fields))["choices"][0]
+    text = (await http.post(URL, json={**fields, "stream": True})).text
+    *chunks, done = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
+    assert "".join(choice["text"] for choice in choices) == whole["text"]
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + [whole["finish_reason"]]
+    assert done == "[DONE]"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [300]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [PATCH_ID]}, "prompt"),
+        ({"prompt": ["a"] * 65}, "prompt"),
+        ({"prompt": ["a"] * 33, "n": 2}, "prompt"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
+        ({"echo": True, "logprobs": 1}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"messages": []}, "messages"),
+    ],
+)
+async def test_what_cannot_be_served_is_a_400_that_names_the_field(
+    http: httpx.AsyncClient, engine: Any, fields: dict[str, Any], param: str
+) -> None:
+    reply = await http.post(URL, json={"model": "fish", "prompt": "ab", **fields})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+    assert engine.requests == []
+
+
+async def test_one_failing_prompt_fails_all_and_leaves_nothing_running(http: httpx.AsyncClient, engine: Any) -> None:
+    calls = 0
+    generate = engine.generate
+
+    def second_fails(request: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        engine.raises = ZeroDivisionError() if calls == 2 else None
+        return generate(request)
+
+    engine.hangs_after, engine.generate = 2, second_fails
+    reply = await http.post(URL, json={"model": "fish", "prompt": ["a", "b", "c"]})
+    assert (reply.status_code, engine.open) == (500, 0)
+
+
+async def test_tokenize_and_back(http: httpx.AsyncClient, served: ServedModel) -> None:
+    text = "Grüße <|user|>"
+    tokens = (await http.post("/tokenize", json={"prompt": text, "add_special_tokens": False})).json()
+    assert tokens == {"count": len(tokens["tokens"]), "max_model_len": 384, "tokens": served.tokenizer.encode(text)}
+    back = await http.post("/detokenize", json={"tokens": tokens["tokens"]})
+    assert back.json() == {"prompt": text}
+
+
+async def test_tokenize_a_chat_as_the_model_reads_it(http: httpx.AsyncClient, engine: Any) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    tokens = (await http.post("/tokenize", json={"messages": messages})).json()["tokens"]
+    await http.post("/v1/chat/completions", json={"model": "fish", "messages": messages})
+    assert tokens == engine.requests[0].prompt.ids
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {}),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "b"}]}),
+        ("/detokenize", {"tokens": [300]}),
+        ("/detokenize", {"tokens": ["a"]}),
+        ("/detokenize", {}),
+    ],
+)
+async def test_bad_tokenizer_bodies(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
+    assert (await http.post(path, json=body)).status_code == 400
+
+
+async def test_tokenizer_info(http: httpx.AsyncClient, served: ServedModel) -> None:
+    info = (await http.get("/tokenizer_info")).json()
+    assert info == {
+        "eos_token": "<|end|>", "bos_token": None, "pad_token": "<|pad|>", "chat_template": served.chat_template,
+    }  # fmt: skip

@@ -1,0 +1,131 @@
+"""Request bodies: what is read, what is refused and how the refusal names the field."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.api.wire import ChatRequest, CompletionRequest, parse, sse
+from shoal.errors import RequestError
+
+CHAT = {"model": "fish", "messages": [{"role": "user", "content": "hi"}]}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+
+
+def chat(**fields: object) -> ChatRequest:
+    return parse(ChatRequest, json.dumps({**CHAT, **fields}).encode())
+
+
+def refusal(**fields: object) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        chat(**fields)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
+        ({"zzz": None}, "zzz", "unknown field"),
+        ({"messages": [{"role": "user", "contnt": "x"}]}, "messages[0].contnt", "did you mean 'content'?"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "text, or a list of parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0]", "image_url"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "assistant"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"store": True}, "store", "nothing is stored"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type", "text"),
+        ({"n": True}, "n", "integer"),
+        ({"n": "2"}, "n", "integer"),
+        ({"seed": 2**64}, "seed", "less than"),
+        ({"reasoning_effort": "extreme"}, "reasoning_effort", "low"),
+        ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", "not supported"),
+    ],
+)
+def test_a_field_that_cannot_be_used_is_named_with_its_reason(fields: dict[str, object], param: str, says: str) -> None:
+    error = refusal(**fields)
+    assert error.param == param
+    assert says in error.message
+
+
+def test_null_and_off_values_mean_not_given() -> None:
+    body = chat(temperature=None, tools=[], stop=None, store=False, service_tier="auto", audio=None, seed=None)
+    assert body.model_dump() == chat().model_dump()
+
+
+def test_an_assistant_message_as_the_openai_client_dumps_it_can_be_sent_back() -> None:
+    dumped = {
+        "role": "assistant",
+        "content": "x",
+        "refusal": None,
+        "audio": None,
+        "tool_calls": None,
+        "annotations": [],
+    }
+    assert chat(messages=[dumped]).messages[0].content == "x"
+
+
+def test_image_detail_is_refused_since_there_is_one_size() -> None:
+    part = {"type": "image_url", "image_url": {**IMAGE["image_url"], "detail": "high"}}  # type: ignore[dict-item]
+    error = refusal(messages=[{"role": "user", "content": [part]}])
+    assert error.param == "messages[0].content[0].image_url.detail"
+
+
+@pytest.mark.parametrize("prompt", ["text", ["a", "b"], [1, 2], [[1], [2, 3]]])
+def test_every_form_of_prompt(prompt: object) -> None:
+    body = parse(CompletionRequest, json.dumps({"model": "fish", "prompt": prompt}).encode())
+    assert body.prompt == prompt
+
+
+@pytest.mark.parametrize("prompt", [[], {}, 5, None, [True], [1, "a"], [[1], "a"]])
+def test_a_malformed_prompt_is_refused(prompt: object) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(CompletionRequest, json.dumps({"model": "fish", "prompt": prompt}).encode())
+    assert caught.value.param and caught.value.param.startswith("prompt")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b'{"a": NaN}',
+        b'{"model": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"a":' * 5_000,
+        b"null",
+        b"[]",
+        b"7",
+    ],
+    ids=["empty", "cut", "not-utf8", "nan", "surrogate", "deep-list", "deep-object", "null", "list", "number"],
+)
+def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(ChatRequest, body)
+    assert caught.value.status == 400
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+_fields = st.sampled_from([*ChatRequest.model_fields, *ChatRequest.refused, "x"])
+
+
+@given(st.dictionaries(_fields, _json, max_size=4))
+def test_any_json_is_read_or_refused_never_a_crash(fields: dict[str, object]) -> None:
+    for kind in (ChatRequest, CompletionRequest):
+        try:
+            parse(kind, json.dumps({**CHAT, **fields}).encode())
+        except RequestError as error:
+            assert error.status == 400
+            error.message.encode()  # can be sent
+
+
+def test_sse_is_one_compact_event() -> None:
+    assert sse({"a": "é\n"}) == 'data: {"a":"é\\n"}\n\n'.encode()
