@@ -7,10 +7,11 @@ ShoalError                     says what, got, allowed, and what to do; the CLI 
 ├── CheckpointError            a model directory or training checkpoint cannot be used
 ├── ResourceError              port, disk, memory, CPUs or cluster: the machine cannot do what is asked
 └── RequestError               one request is wrong (HTTP 400); `param` names its field
-        ├── ContextLengthError     prompt and answer do not fit the context
-        ├── QueueFullError         try again later (HTTP 429)
-        ├── DeadlineError          the request ran out of its time (HTTP 408)
-        └── EngineDeadError        the engine cannot serve any more (HTTP 503)
+    ├── ContextLengthError     prompt and answer do not fit the context
+    ├── QueueFullError         try again later (HTTP 429)
+    ├── DeadlineError          the request ran out of its time (HTTP 408)
+    ├── GenerationError        the model failed on this request; others go on (HTTP 500)
+    └── EngineDeadError        the engine cannot serve any more (HTTP 503)
 """
 
 from __future__ import annotations
@@ -92,6 +93,11 @@ class QueueFullError(RequestError):
 class DeadlineError(RequestError):
     status = 408
     code = "deadline_exceeded"
+
+
+class GenerationError(RequestError):
+    status = 500
+    code = "generation_failed"
 
 
 class EngineDeadError(RequestError):

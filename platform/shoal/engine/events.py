@@ -39,6 +39,11 @@ class Sampling:
     logprobs: int | None = None  # how many alternatives to report a token; 0: the chosen one only
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):  # one stop string, not its letters
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("top_k", "max_tokens", "min_tokens"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
+                raise RequestError(name, param=name, got=getattr(self, name), allowed="a whole number")
         limits: dict[str, tuple[float, float]] = {
             "temperature": (0, 100),
             "top_p": (1e-9, 1),
@@ -58,6 +63,9 @@ class Sampling:
             raise RequestError("logprobs", param="logprobs", got=self.logprobs, allowed=f"0 to {MAX_TOP_LOGPROBS}")
         if any(not text for text in self.stop):
             raise RequestError("stop", param="stop", got="", allowed="non-empty strings")
+        wrong = next((bias for bias in self.logit_bias.values() if not math.isfinite(bias)), None)
+        if wrong is not None:
+            raise RequestError("logit_bias", param="logit_bias", got=wrong, allowed="finite numbers")
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,8 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Token:
-    """One sampled token. `text` is what became complete with it: it may be empty, and never holds half a character."""
+    """One token of the answer; what ends it (``<|end|>`` or a stop token) is not part of it. `text` is what became
+    complete with it: it may be empty, and never holds half a character."""
 
     request: str
     token: int

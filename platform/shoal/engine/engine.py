@@ -1,0 +1,300 @@
+"""The engine: requests in, typed events out, one `step` at a time, in the caller's thread.
+
+    engine = Engine(model)
+    answers = engine.generate([Request("def f(", Sampling(max_tokens=32))])
+
+`AsyncEngine` runs one in a thread of its own behind asyncio. Whatever happens (a forward that raises, logits that are not
+finite, a cancelled or too slow request), every admitted request ends in exactly one `Finished`, and its units return to
+the pool.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import psutil
+import torch
+
+from shoal.config import GROUPS, ModelConfig
+from shoal.engine.events import Completion, Event, Finished, Request, Token
+from shoal.engine.front import AsyncEngine as AsyncEngine
+from shoal.engine.pages import Pages
+from shoal.engine.runner import Runner
+from shoal.engine.scheduler import Scheduler
+from shoal.engine.sequence import PromptImages, Sequence
+from shoal.engine.text import TextStream
+from shoal.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineDeadError,
+    GenerationError,
+    QueueFullError,
+    RequestError,
+)
+from shoal.inputs.chat import Encoded
+from shoal.inputs.tokenizer import IMG_ID
+from shoal.model.cost import kv_bytes_stored
+from shoal.model.model import Model
+
+MAX_FAILURES = 3  # failed steps in a row after which the engine is dead
+MEMORY_SHARE = 0.25  # of the free memory, for K/V, unless `units` says otherwise
+
+
+class Engine:
+    """Continuous batching over a pool of KV units. Not thread-safe: one thread calls it."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        units: int | None = None,
+        max_batch_tokens: int = 512,
+        max_batch: int = 32,
+        max_queue: int = 1024,
+        compute_budget: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`units`: KV units, the null unit included (default: what a quarter of the free memory holds, at most what
+        `max_batch` requests of full context need). A step runs at most `max_batch_tokens` rows of at most `max_batch`
+        requests; `max_queue` more may wait. `compute_budget` in (0, 1]: mean share of the layers that requests of depth
+        "auto" are to use. Raises ConfigError for values that cannot work together.
+        """
+        config = model.config
+        _check_limits(model, max_batch_tokens, max_batch, max_queue, compute_budget)
+        units = default_units(config, max_batch, model.net.dtype, model.device) if units is None else units
+        if units < 2:
+            raise ConfigError("units", got=units, allowed="2 or more (the null unit and one that holds tokens)")
+        self.model, self.config, self._clock = model, config, clock
+        self.scheduler = Scheduler(
+            config,
+            Pages(units, weights=f"{model.name}:{config.quantization}"),
+            max_batch_tokens=max_batch_tokens,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            clock=clock,
+        )
+        self.runner = Runner(model, units, compute_budget)
+        self.dead: EngineDeadError | None = None
+        self.ran = False  # did the last step run any row?
+        self._failures = 0
+        self._submitted = 0
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def prepare(self, request: Request) -> Sequence:
+        """`request` checked and encoded; may run in any thread. Raises RequestError naming the field at fault, and
+        ContextLengthError when prompt and max_tokens together exceed the context."""
+        prompt = self.model.encode(request.prompt)
+        _check_images(prompt)
+        sampling, config = request.sampling, self.config
+        if len(prompt.ids) + sampling.max_tokens > config.context:
+            raise ContextLengthError(
+                f"prompt of {len(prompt.ids)} tokens and max_tokens of {sampling.max_tokens}",
+                param="max_tokens" if len(prompt.ids) < config.context else "prompt",
+                got=len(prompt.ids) + sampling.max_tokens,
+                allowed=f"at most {config.context} together",
+            )
+        for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias)):
+            wrong = next((token for token in ids if not 0 <= token < config.vocab), None)
+            if wrong is not None:
+                raise RequestError(name, param=name, got=wrong, allowed=f"token ids 0 to {config.vocab - 1}")
+        if request.deadline is not None and not request.deadline >= 0:
+            raise RequestError("deadline", param="deadline", got=request.deadline, allowed="seconds, 0 or more")
+        layers = self._layers(request)
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        return Sequence(
+            request=request,
+            tokens=list(prompt.ids),
+            prompt_len=len(prompt.ids),
+            page=config.page,
+            text=TextStream(self.model.tokenizer, sampling.stop),
+            seed=seed,
+            order=(request.priority, 0),
+            arrival=self._clock(),
+            images=PromptImages.of(prompt),
+            groups=layers // config.group_layers if layers else None,
+            layers=layers,
+        )
+
+    def submit(self, request: Request | Sequence) -> str:
+        """Queue a request (or what `prepare` made of it) and return its id. Raises as `prepare`, QueueFullError, and
+        EngineDeadError."""
+        if self.dead is not None:
+            raise self.dead
+        seq = self.prepare(request) if isinstance(request, Request) else request
+        self._submitted += 1
+        seq.order = (seq.order[0], self._submitted)
+        self.scheduler.submit(seq)
+        return seq.id
+
+    def cancel(self, request: str) -> bool:
+        """End a request; its `Finished` comes with the next step. False when it is not live."""
+        return self.scheduler.cancel(request)
+
+    def pause(self, request: str, paused: bool = True) -> None:
+        """Stop (or go on) running a request whose reader is behind."""
+        self.scheduler.pause(request, paused)
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Event]:
+        """Run one step and return what happened. A forward that raises ends the requests of this step with reason
+        "error"; after `MAX_FAILURES` in a row, or an error in the books, all requests end so and the engine is dead."""
+        if self.dead is not None:
+            return self.scheduler.take_events()
+        try:
+            plan = self.scheduler.plan()
+            self.ran = bool(plan.works)
+            if not plan.works:
+                if self.scheduler.idle:
+                    self.scheduler.check_integrity()
+                return self.scheduler.take_events()
+            try:
+                outcome = self.runner.run(plan)
+            except Exception as error:
+                self._failed(error)
+                self.scheduler.fail(plan.works, _as_error(error))
+                return self.scheduler.take_events()
+            self._failures = 0
+            return self.scheduler.commit(plan, outcome)
+        except Exception as error:  # the scheduler's own state cannot be trusted any more
+            self.die(f"{type(error).__name__}: {error}")
+            return self.scheduler.take_events()
+
+    def die(self, reason: str) -> None:
+        """Refuse all further work, and end every live request with EngineDeadError."""
+        self.dead = self.dead or EngineDeadError("the engine is dead", got=reason, do="restart it")
+        self.scheduler.fail_all(self.dead)
+
+    def generate(self, requests: Iterable[Request]) -> list[Completion]:
+        """Run `requests` to their ends, in their order. Raises as `submit` for a request that cannot be admitted, after
+        cancelling the others."""
+        waiting, done = list(requests)[::-1], dict[str, Completion]()
+        try:
+            while waiting or any(answer.finished is None for answer in done.values()):
+                while waiting:
+                    try:
+                        self.submit(waiting[-1])
+                    except QueueFullError:
+                        break
+                    done[waiting.pop().id] = Completion()
+                for event in self.step():
+                    if event.request in done:
+                        _add(done[event.request], event)
+        except BaseException:
+            for request, answer in done.items():
+                if answer.finished is None:
+                    self.cancel(request)
+            raise
+        return list(done.values())
+
+    @property
+    def idle(self) -> bool:
+        """Is no request live?"""
+        return self.scheduler.idle
+
+    def stats(self) -> dict[str, float]:
+        """Gauges, and counters (names ending in ``_total``), under the names that vLLM's dashboards read where it has
+        them. `requests_depth_E_total` counts requests that ran E layers deep."""
+        s, c, pages = self.scheduler, self.scheduler.counters, self.scheduler.pages
+        stats: dict[str, float] = {
+            "num_requests_running": len(s.running),
+            "num_requests_waiting": len(s.waiting),
+            "kv_cache_usage_perc": 1 - pages.available / pages.total,
+            "kv_units": pages.total,
+            "kv_units_cached": pages.cached,
+            "num_preemptions_total": c.preemptions,
+            "prefix_cache_queries_total": c.prefix_queries,
+            "prefix_cache_hits_total": c.prefix_hits,
+            "prompt_tokens_total": c.prompt_tokens,
+            "generation_tokens_total": c.generation_tokens,
+            "steps_total": c.steps,
+            "step_rows_total": c.rows,
+        }
+        stats |= {f"requests_depth_{e}_total": c.depths.get(e, 0) for e in self.config.exits}
+        reasons = ("stop", "length", "cancelled", "deadline", "error")
+        return stats | {f"requests_{reason}_total": c.finished.get(reason, 0) for reason in reasons}
+
+    def _layers(self, request: Request) -> int:
+        """The depth in layers that a request asks for; 0 where the router decides."""
+        if request.quality_tolerance is not None:
+            if request.depth != "auto":
+                raise RequestError("quality_tolerance with a fixed depth", param="quality_tolerance", do="give one")
+            if not request.quality_tolerance >= 0:
+                raise RequestError(
+                    "quality_tolerance", param="quality_tolerance", got=request.quality_tolerance, allowed="0 or more"
+                )
+        if request.depth == "auto":
+            return 0 if self.model.router is not None else self.config.layers
+        try:
+            return self.config.depth(request.depth)
+        except ConfigError as error:
+            allowed = ["auto", *self.config.exit_names, *self.config.exits]
+            raise RequestError("depth", param="depth", got=request.depth, allowed=allowed) from error
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        if self._failures >= MAX_FAILURES:
+            self.die(f"{self._failures} steps failed in a row, the last with {type(error).__name__}: {error}")
+
+
+def default_units(config: ModelConfig, max_batch: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Units for `max_batch` requests of full context at full depth, or what `MEMORY_SHARE` of the free memory holds, but
+    never less than one such request needs."""
+    one = GROUPS * -(-config.context // config.page)
+    each = kv_bytes_stored(config, 1, config.group_layers, dtype.itemsize)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return 1 + max(one, min(one * max_batch, int(free * MEMORY_SHARE) // each))
+
+
+def _check_limits(model: Model, batch_tokens: int, batch: int, queue: int, budget: float | None) -> None:
+    if batch < 1:
+        raise ConfigError("max_batch", got=batch, allowed="1 or more")
+    if queue < 1:
+        raise ConfigError("max_queue", got=queue, allowed="1 or more")
+    least = batch + model.config.page
+    if batch_tokens < least:
+        raise ConfigError("max_batch_tokens", got=batch_tokens, allowed=f"{least} or more (max_batch and one page)")
+    if budget is not None:
+        if not 0 < budget <= 1:
+            raise ConfigError("compute_budget", got=budget, allowed="above 0, at most 1")
+        if model.router is None:
+            raise ConfigError("compute_budget", got=budget, do="fit a router first: this model has none")
+
+
+def _check_images(prompt: Encoded) -> None:
+    """Raises RequestError when the ids do not spell the images they come with: a patch out of place would take another
+    patch's row and column."""
+    ids, at = prompt.ids, 0
+    for image in prompt.images:
+        span = image.tokens()
+        try:
+            at = ids.index(IMG_ID, at)
+        except ValueError:
+            at = len(ids)
+        if ids[at : at + len(span)] != span:
+            got = f"other ids than the {image.rows}x{image.cols} patches of an image need"
+            raise RequestError("prompt images", param="prompt", got=got, allowed="the ids of Patches.tokens()")
+        at += len(span)
+    wrong = next((n for n in prompt.images if n.values.dtype != np.uint8 or len(n.values) != n.rows * n.cols), None)
+    if wrong is not None:
+        raise RequestError("image", param="images", got=f"{wrong.values.dtype} {wrong.values.shape}", allowed="uint8")
+
+
+def _as_error(error: Exception) -> RequestError:
+    if isinstance(error, RequestError):
+        return error
+    return GenerationError("the step failed", got=f"{type(error).__name__}: {error}"[:300], do="try again")
+
+
+def _add(answer: Completion, event: Event) -> None:
+    answer.text += event.text
+    if isinstance(event, Token):
+        answer.tokens.append(event.token)
+        if event.logprob is not None:
+            answer.logprobs.append(event.logprob)
+    elif isinstance(event, Finished):
+        answer.finished, answer.finish_reason, answer.depth = event, event.reason, event.depth

@@ -1,0 +1,84 @@
+"""What passes between the scheduler and the runner: a `Plan` of `Work` goes down, an `Outcome` comes up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal.engine.events import TokenLogprob
+from shoal.engine.sequence import Sequence as Running
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Rows `start` .. `start + count` - 1 of one request, run through layer groups `first` .. `last` - 1. With `first` = 1
+    the rows' states after group 1 are taken from `seq.held`; `first` = `last` = 1 only reads the head."""
+
+    seq: Running
+    start: int
+    count: int
+    first: int
+    last: int
+    hold: bool = False  # keep the states after group 1: the depth is not decided yet
+    decide: bool = False  # these rows are the prompt's last, so the router decides now
+    sample: bool = False  # the last row gives the next token
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step. Works are sorted by depth, deepest first, so that each group runs on a prefix of the rows."""
+
+    works: list[Work]
+
+    @property
+    def samples(self) -> list[Work]:
+        return [work for work in self.works if work.sample]
+
+    @property
+    def decisions(self) -> list[Work]:
+        return [work for work in self.works if work.decide]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The next token of one request, or why there is none."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The router's depth in layers, and the sums of each prompt page that had none (kept beside the page)."""
+
+    layers: int
+    notes: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gave, in the order of `plan.samples` and `plan.decisions`."""
+
+    samples: Sequence[Sampled]
+    decisions: Sequence[Decision] = ()
+
+
+@dataclass
+class Counters:
+    """Totals since the start; `depths` counts requests by the depth they ran with."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0  # tokens looked up in the prefix cache
+    prefix_hits: int = 0  # tokens found there
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    steps: int = 0
+    rows: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+    depths: dict[int, int] = field(default_factory=dict)

@@ -1,0 +1,164 @@
+"""A plan's rows through the network: the only file that makes device tensors of a plan.
+
+    rows of all requests, deepest first
+    group 1  ├──────── all new rows ────────┤   rows whose state after group 1 is held join here
+    group 2  ├──── those that go on ────┤
+    group 3  ├── .. ──┤        each group runs on a prefix of the rows, so a step costs what its depths cost
+    head     the sampled rows of every exit, each through its exit's norm, in one product
+
+Letters: N rows, R works (one request each), G layer groups, M pages of the longest request, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.config import GROUPS
+from shoal.engine.plan import Decision, Outcome, Plan, Work
+from shoal.engine.sampler import Sampler
+from shoal.model.cache import GroupCache, PagedStep
+from shoal.model.depth import features, page_sums
+from shoal.model.model import Model
+
+
+class Runner:
+    def __init__(self, model: Model, units: int, compute_budget: float | None = None) -> None:
+        """K/V memory for `units` units (the null unit included) in the model's precision, on its device."""
+        self.model, self.config, self.net = model, model.config, model.net
+        self.device, self.compute_budget = model.device, compute_budget
+        self.cache = GroupCache.zeros(self.config, units, self.net.dtype, self.device)
+        self.sampler = Sampler(model.forbidden())
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> Outcome:
+        """Run one step: write its K/V, decide depths, sample tokens. Nothing here outlives a failure but K/V slots that
+        no request counts as computed."""
+        works = plan.works
+        layout = _Layout(works, self.config.page, self.config.block, self.device)
+        fresh = [work for work in works if work.first == 0]
+        x = self._embed(fresh)
+        if fresh:
+            x = self._group(0, x, layout if len(fresh) == len(works) else layout.of(fresh))
+        if len(fresh) < len(works):
+            x = self._join(works, x)
+        self._hold(works, x, layout.starts)
+        logits = self._deeper(works, x, layout)
+        samples = self.sampler.sample(logits, [work.seq for work in plan.samples]) if logits is not None else []
+        return Outcome(samples, [self._decide(work) for work in plan.decisions])
+
+    def _embed(self, works: Sequence[Work]) -> Tensor:
+        """[N, D] of the new rows of `works`."""
+        tokens = [token for work in works for token in work.seq.tokens[work.start : work.end]]
+        patches, grids = [], []
+        for work in works:
+            images = work.seq.images
+            if images is not None and work.start < work.seq.prompt_len:
+                span = images.between(work.start, work.end)
+                patches.append(images.values[span])
+                grids.append(images.grid[span])
+        ids = torch.tensor(tokens, dtype=torch.long, device=self.device)
+        if not patches:
+            return self.net.embed_inputs(ids)
+        return self.net.embed_inputs(ids, self._tensor(np.concatenate(patches)), self._tensor(np.concatenate(grids)))
+
+    def _group(self, index: int, x: Tensor, layout: _Layout) -> Tensor:
+        out: Tensor = self.net.groups[index].paged(x, layout.step(index, len(x)), self.cache)  # type: ignore[operator]
+        return out
+
+    def _join(self, works: Sequence[Work], x: Tensor) -> Tensor:
+        """All rows of the plan after group 1: the new ones and the held ones, in the plan's order."""
+        pieces, at = [], 0
+        for work in works:
+            if work.first == 0:
+                pieces.append(x[at : at + work.count])
+                at += work.count
+            else:
+                seq = work.seq
+                assert seq.held_from is not None
+                if len(seq.held) > 1:
+                    seq.held = [torch.cat(seq.held)]
+                pieces.append(seq.held[0][work.start - seq.held_from : work.end - seq.held_from])
+        return torch.cat(pieces)
+
+    def _hold(self, works: Sequence[Work], x: Tensor, starts: list[int]) -> None:
+        for r, work in enumerate(works):
+            if work.hold:
+                work.seq.held.append(x[starts[r] : starts[r + 1]].clone())
+
+    def _deeper(self, works: Sequence[Work], x: Tensor, layout: _Layout) -> Tensor | None:
+        """The remaining groups, and the logits [samples, V] in the plan's order; None when nothing is sampled."""
+        exits: list[Tensor] = []
+        for j in range(1, GROUPS + 1):
+            going = sum(work.last > j for work in works)  # a prefix, as works are sorted
+            rows = [layout.starts[r + 1] - 1 for r, work in enumerate(works) if work.last == j and work.sample]
+            if rows:
+                at = x[rows[0] : rows[-1] + 1] if rows[-1] - rows[0] == len(rows) - 1 else x[rows]
+                exits.append(self.net.exit_norms[str(j * self.config.group_layers)](at))
+            if not going:
+                break
+            x = self._group(j, x[: layout.starts[going]], layout)
+        if not exits:
+            return None
+        return self.net.embed.logits(exits[0] if len(exits) == 1 else torch.cat(exits[::-1]))
+
+    def _decide(self, work: Work) -> Decision:
+        """The depth of a prompt whose last rows went through group 1 in this step."""
+        seq, router = work.seq, self.model.router
+        assert router is not None and seq.held_from is not None
+        states = seq.held[0] if len(seq.held) == 1 else torch.cat(seq.held)
+        seq.held = [states]
+        known = len(seq.notes) * seq.page
+        sums = list(seq.notes)
+        fresh: list[Tensor] = []
+        if known < len(seq.tokens):
+            ids = torch.tensor(seq.tokens[known:], dtype=torch.long, device=self.device)
+            fresh = list(page_sums(self.net, states[known - seq.held_from :], ids))
+        x = features(torch.stack(sums + fresh), states[-1], len(seq.tokens))
+        return Decision(router.choose(x, seq.request.quality_tolerance, self.compute_budget), fresh)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+class _Layout:
+    """Where the rows of `works` stand, for every layer group: built once a step, in numpy, and sliced for each group."""
+
+    def __init__(self, works: Sequence[Work], page: int, block: int, device: torch.device) -> None:
+        self._page, self._block, self._device = page, block, device
+        self._works = works
+        counts = [work.count for work in works]
+        self.starts = [0, *np.cumsum(counts).tolist()]
+        row_of = np.repeat(np.arange(len(works)), counts)
+        begin = np.array([work.start for work in works])
+        positions = np.arange(self.starts[-1]) + (begin - self.starts[:-1])[row_of]
+        longest = max(work.seq.pages_for(work.end) for work in works)
+        tables = np.zeros((GROUPS, len(works), longest), dtype=np.int64)
+        for r, work in enumerate(works):
+            own = work.seq.tables[:, :longest]
+            tables[:, r, : own.shape[1]] = own
+        computed = np.array([work.seq.computed for work in works]).T  # [G, R]
+        slots = tables[:, row_of, positions // page] * page + positions % page
+        slots[positions < computed[:, row_of]] = -1  # stored already: run for its state, not written again
+        self._tables, self._slots, self._positions = (
+            torch.from_numpy(array).to(device) for array in (tables, slots, positions)
+        )
+
+    def of(self, works: Sequence[Work]) -> _Layout:
+        """The layout of some of the works only."""
+        return _Layout(works, self._page, self._block, self._device)
+
+    def step(self, group: int, rows: int) -> PagedStep:
+        """The first `rows` rows as `group` sees them; they end where a request ends."""
+        count = self.starts.index(rows)
+        return PagedStep(
+            positions=self._positions[:rows],
+            slots=self._slots[group, :rows],
+            tables=self._tables[group, :count],
+            starts=self.starts[: count + 1],
+            page=self._page,
+            block=self._block,
+        )

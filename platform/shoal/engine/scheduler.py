@@ -1,0 +1,350 @@
+"""Who runs next: continuous batching over a bounded number of rows and of KV units. Pure Python, no tensors.
+
+    plan = scheduler.plan();  outcome = runner.run(plan);  events = scheduler.commit(plan, outcome)
+
+A request's life:
+
+    submit ─> waiting ─admit─> running: [group 1 over the prompt ─> depth decided ─>] its groups over the prompt ─> decode
+                 ^                │
+                 └── preempted ───┘ units released; its tokens are computed again later (prefix cache permitting)
+    ... and from anywhere to exactly one `Finished`.
+
+Rules that hold in every step: requests go in the order (priority, arrival). Every decoding request gets its row; what is
+left of the row budget goes to prefills in chunks, and at least one page's worth always is left, so neither starves the
+other. Units are taken from requests later in the order, and from requests whose reader is behind, never from earlier
+ones: the first request always advances, so all end. A request that could never fit is refused at submission.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import time
+from collections.abc import Callable, Iterable
+
+from shoal.config import GROUPS, ModelConfig
+from shoal.engine.events import Event, Finished, FinishReason, Token
+from shoal.engine.pages import Pages
+from shoal.engine.plan import Counters, Decision, Outcome, Plan, Sampled, Work
+from shoal.engine.sequence import Sequence
+from shoal.errors import DeadlineError, GenerationError, QueueFullError, RequestError
+from shoal.inputs.tokenizer import END_ID
+
+NEVER = 1 << 62
+
+
+class Scheduler:
+    def __init__(
+        self,
+        config: ModelConfig,
+        pages: Pages,
+        *,
+        max_batch_tokens: int,
+        max_batch: int,
+        max_queue: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`max_batch_tokens` rows and `max_batch` requests a step, `max_queue` waiting requests."""
+        self.config, self.pages, self.clock = config, pages, clock
+        self.max_batch_tokens, self.max_batch, self.max_queue = max_batch_tokens, max_batch, max_queue
+        self.running: list[Sequence] = []  # both in order
+        self.waiting: list[Sequence] = []
+        self.counters = Counters()
+        self._live: dict[str, Sequence] = {}
+        self._deadlines: list[tuple[float, int, str]] = []
+        self._events: list[Event] = []
+
+    # --- requests come and go -----------------------------------------------------------------------------------------
+
+    def submit(self, seq: Sequence) -> None:
+        """Admit `seq` to the queue. Raises QueueFullError; RequestError for an id in use, or a size that can never fit."""
+        if seq.id in self._live:
+            raise RequestError("request id is in use", param="id", got=seq.id)
+        stored = seq.prompt_len + seq.sampling.max_tokens - 1  # the last token's K/V is never needed
+        need = seq.pages_for(stored) * (seq.groups or GROUPS)
+        if need > self.pages.total:
+            raise RequestError(
+                "the request can never fit the KV memory", param="max_tokens",
+                got=f"{need} units", allowed=f"at most {self.pages.total}", do="ask for fewer tokens or less depth",
+            )  # fmt: skip
+        if len(self.waiting) >= self.max_queue:
+            raise QueueFullError("the queue is full", got=f"{len(self.waiting)} waiting", do="try again later")
+        self._live[seq.id] = seq
+        bisect.insort(self.waiting, seq, key=_order)
+        if seq.request.deadline is not None:
+            heapq.heappush(self._deadlines, (seq.arrival + seq.request.deadline, seq.order[1], seq.id))
+
+    def cancel(self, request: str) -> bool:
+        """End a request with reason "cancelled". False when it is not live."""
+        seq = self._live.get(request)
+        if seq is not None:
+            self._finish(seq, "cancelled")
+        return seq is not None
+
+    def pause(self, request: str, paused: bool = True) -> None:
+        """Stop (or go on) running a request. It keeps its units until somebody needs them."""
+        if request in self._live:
+            self._live[request].paused = paused
+
+    def fail(self, works: Iterable[Work], error: RequestError) -> None:
+        """End the requests of a step that failed."""
+        for work in works:
+            if work.seq.id in self._live:
+                self._finish(work.seq, "error", error)
+
+    def fail_all(self, error: RequestError) -> None:
+        for seq in list(self._live.values()):
+            self._finish(seq, "error", error)
+
+    @property
+    def idle(self) -> bool:
+        return not self._live
+
+    def take_events(self) -> list[Event]:
+        """Events since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless every unit is accounted for and every request owns what its tokens need."""
+        self.pages.check_integrity(units for seq in self._live.values() for units in seq.units())
+        for seq in self._live.values():
+            need = [seq.pages_for(computed) for computed in seq.computed]
+            if seq.owned != need:
+                raise RuntimeError(f"request {seq.id} owns {seq.owned} units for pages {need}")
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """The next step; no works when nothing can run."""
+        self._expire()
+        works: list[Work] = []
+        decoding = sum(seq.decoding and not seq.paused for seq in self.running)
+        room = self.max_batch_tokens - decoding  # rows for prefill
+        for seq in list(self.running):
+            if seq.paused or seq not in self.running:
+                continue  # not in running: it was preempted for an earlier one of this loop
+            work = self._work(seq, 1 if seq.decoding else room)
+            if work.count and self._reserve(seq, work):
+                works.append(work)
+                room -= 0 if seq.decoding else work.count
+        while room > 0 and (admitted := self._admit()) is not None:
+            work = self._work(admitted, room)
+            if self._reserve(admitted, work):
+                works.append(work)
+                room -= work.count
+        return Plan(sorted(works, key=lambda work: -work.last))
+
+    def commit(self, plan: Plan, outcome: Outcome) -> list[Event]:
+        """Take in what a step gave, and return the events since the last call."""
+        now = self.clock()
+        self.counters.steps += 1
+        for work in plan.works:
+            seq = work.seq
+            self.counters.rows += work.count
+            for j in range(work.first, work.last):
+                seq.computed[j] = max(seq.computed[j], work.end)
+                self._register(seq, j)
+            seq.at = work.end
+        for work, decision in zip(plan.decisions, outcome.decisions, strict=True):
+            self._decide(work.seq, decision)
+        for work, sampled in zip(plan.samples, outcome.samples, strict=True):
+            self._append(work.seq, sampled, now)
+        return self.take_events()
+
+    # --- planning -----------------------------------------------------------------------------------------------------
+
+    def _work(self, seq: Sequence, room: int) -> Work:
+        """The next rows of `seq`, at most `room`."""
+        total = len(seq.tokens)
+        if seq.groups is None:
+            count = min(seq.todo, room)
+            return Work(seq, seq.at, count, 0, 1, hold=True, decide=seq.at + count == total)
+        first, end = 0, total
+        if seq.held_from is not None:
+            if seq.at >= seq.held_from:
+                first = 1
+            else:  # deeper groups found less in the prefix cache than group 1 did: its states are made again
+                end = seq.held_from
+        count = min(end - seq.at, room)
+        return Work(seq, seq.at, count, first, seq.groups, sample=seq.at + count == total)
+
+    def _reserve(self, seq: Sequence, work: Work) -> bool:
+        """Give `seq` the units that `work` writes. When the pool is short, requests later in the order lose theirs; when
+        there are none, `seq` itself does, and False is returned."""
+        lack = seq.lacking(work.end, work.last)
+        while lack > self.pages.available:
+            victim = self._paused_victim(seq) or self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        if lack:
+            need = seq.pages_for(work.end)
+            for j in range(work.last):
+                if need > seq.owned[j]:
+                    seq.give(j, self.pages.allocate(need - seq.owned[j]))
+        return True
+
+    def _admit(self) -> Sequence | None:
+        """The next waiting request, moved to running with what the prefix cache has of it; None when it must wait.
+
+        It enters only when its whole known length fits beside what the running ones need next, so that it is not
+        preempted at once. Requests behind the first never overtake it, so a long one is not starved by short ones.
+        """
+        seq = next((seq for seq in self.waiting if not seq.paused), None)
+        if seq is None:
+            return None
+        while len(self.running) >= self.max_batch:
+            victim = self._paused_victim(seq)
+            if victim is None:
+                return None
+            self._preempt(victim)
+        while self._needed(seq) > self.pages.available:
+            victim = self._paused_victim(seq)
+            if victim is None:
+                return None
+            self._preempt(victim)
+        self.waiting.remove(seq)
+        bisect.insort(self.running, seq, key=_order)
+        self._enter(seq)
+        return seq
+
+    def _needed(self, seq: Sequence) -> int:
+        """Units that must be available before `seq` may enter: its own, and one page each for those that run."""
+        seq.extend_keys(self.pages)
+        groups = seq.groups or 1
+        need = seq.pages_for(len(seq.tokens)) * groups + sum(other.groups or 1 for other in self.running)
+        for j in range(groups):
+            found, cached = self.pages.peek(j, seq.keys)
+            need += cached - found  # a cached unit is found, but no longer available once it is taken
+        return need
+
+    def _enter(self, seq: Sequence) -> None:
+        """Give `seq` what the prefix cache has of it, and set where it starts."""
+        for j in range(seq.groups or 1):
+            self._match(seq, j)
+        if seq.groups is None:
+            # the router needs the sums of every page: rows of pages without them are run again, unwritten
+            for unit in seq.tables[0, : seq.owned[0]].tolist():
+                note = self.pages.noted(unit)
+                if note is None:
+                    break
+                seq.notes.append(note)
+            seq.at = seq.held_from = min(len(seq.notes) * seq.page, len(seq.tokens) - 1)
+        else:
+            seq.at = min(len(seq.tokens) - 1, *seq.computed[: seq.groups])
+        if seq.admitted_at is None:
+            seq.admitted_at = self.clock()
+            self.counters.prompt_tokens += seq.prompt_len
+            if seq.groups is not None:
+                self._entered(seq)
+
+    def _match(self, seq: Sequence, group: int) -> None:
+        units = self.pages.match(group, seq.keys)
+        seq.give(group, units)
+        seq.computed[group] = seq.found[group] = len(units) * seq.page
+        seq.registered[group] = len(units)
+
+    def _entered(self, seq: Sequence) -> None:
+        """Count a request whose depth is known and whose cache hits are final."""
+        seq.cached_tokens = min(seq.prompt_len - 1, *seq.found[: seq.groups])
+        self.counters.prefix_queries += seq.prompt_len
+        self.counters.prefix_hits += seq.cached_tokens
+        self.counters.depths[seq.layers] = self.counters.depths.get(seq.layers, 0) + 1
+
+    def _paused_victim(self, seq: Sequence) -> Sequence | None:
+        return next((other for other in reversed(self.running) if other.paused and other is not seq), None)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.counters.preemptions += 1
+        self.running.remove(seq)
+        self._release(seq)
+        bisect.insort(self.waiting, seq, key=_order)
+
+    def _release(self, seq: Sequence) -> None:
+        for units in seq.units():
+            self.pages.release(units)
+        seq.reset()
+
+    def _expire(self) -> None:
+        now = self.clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, number, request = heapq.heappop(self._deadlines)
+            seq = self._live.get(request)
+            if seq is not None and seq.order[1] == number:
+                error = DeadlineError("the request ran out of its time", param="deadline", got=seq.request.deadline)
+                self._finish(seq, "deadline", error)
+
+    # --- taking in a step ---------------------------------------------------------------------------------------------
+
+    def _register(self, seq: Sequence, group: int) -> None:
+        """Offer the pages of `group` that became full to the prefix cache."""
+        full = seq.computed[group] // seq.page
+        if seq.registered[group] >= full:
+            return
+        seq.extend_keys(self.pages)
+        for index in range(seq.registered[group], full):
+            unit = self.pages.register(group, seq.keys[index], int(seq.tables[group, index]))
+            if unit is None:
+                seq.registered[group] = NEVER
+                return
+            seq.tables[group, index] = unit
+        seq.registered[group] = full
+
+    def _decide(self, seq: Sequence, decision: Decision) -> None:
+        """Fix the depth, and look for the prompt in the deeper groups' prefix cache."""
+        for index, note in enumerate(decision.notes, start=len(seq.notes)):
+            if index < seq.registered[0]:
+                self.pages.note(int(seq.tables[0, index]), note)
+        seq.layers = decision.layers
+        seq.groups = decision.layers // self.config.group_layers
+        for j in range(1, seq.groups):
+            self._match(seq, j)
+        seq.at = min([len(seq.tokens) - 1, *seq.computed[1 : seq.groups]])
+        self._entered(seq)
+
+    def _append(self, seq: Sequence, sampled: Sampled, now: float) -> None:
+        seq.held, seq.held_from = [], None
+        if sampled.error is not None:
+            self._finish(seq, "error", GenerationError(sampled.error, do="try again"))
+            return
+        sampling = seq.sampling
+        if (sampled.token == END_ID and not sampling.ignore_eos) or sampled.token in sampling.stop_token_ids:
+            self._finish(seq, "stop")
+            return
+        if seq.first_token_at is None:
+            seq.first_token_at = now
+        seq.tokens.append(sampled.token)
+        self.counters.generation_tokens += 1
+        text, stopped = seq.text.push(sampled.token, may_stop=seq.answered >= sampling.min_tokens)
+        self._events.append(Token(seq.id, sampled.token, text, sampled.logprob))
+        if stopped:
+            self._finish(seq, "stop")
+        elif seq.answered >= sampling.max_tokens:
+            self._finish(seq, "length")
+
+    def _finish(self, seq: Sequence, reason: FinishReason, error: RequestError | None = None) -> None:
+        now = self.clock()
+        del self._live[seq.id]
+        (self.running if seq in self.running else self.waiting).remove(seq)
+        self._release(seq)
+        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+        self._events.append(
+            Finished(
+                request=seq.id,
+                reason=reason,
+                text=seq.text.finish(),
+                depth=seq.layers if seq.admitted_at is not None else 0,
+                prompt_tokens=seq.prompt_len,
+                cached_tokens=seq.cached_tokens,
+                completion_tokens=seq.answered,
+                queue_seconds=(seq.admitted_at if seq.admitted_at is not None else now) - seq.arrival,
+                first_token_seconds=seq.first_token_at - seq.arrival if seq.first_token_at is not None else 0.0,
+                total_seconds=now - seq.arrival,
+                error=error,
+            )
+        )
+
+
+def _order(seq: Sequence) -> tuple[int, int]:
+    return seq.order

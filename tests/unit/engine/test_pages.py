@@ -1,0 +1,192 @@
+"""The pool of units: who owns what, what is shared, what is evicted, and that the books always balance."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+
+from shoal.engine.pages import PageKey, Pages
+
+
+def chain(pages: Pages, *contents: tuple[int, ...], images: tuple[str, ...] = ()) -> list[PageKey]:
+    keys: list[PageKey] = []
+    for tokens in contents:
+        keys.append(pages.key(keys[-1] if keys else None, tokens, images))
+    return keys
+
+
+def store(pages: Pages, group: int, keys: list[PageKey]) -> list[int]:
+    units = pages.allocate(len(keys))
+    for key, unit in zip(keys, units, strict=True):
+        assert pages.register(group, key, unit) == unit
+    return units
+
+
+def test_the_null_unit_is_never_given_out() -> None:
+    pages = Pages(5)
+    assert sorted(pages.allocate(4)) == [1, 2, 3, 4]
+    assert pages.available == 0
+    with pytest.raises(ValueError, match="1 units asked of a pool with 0 available"):
+        pages.allocate(1)
+
+
+def test_a_released_page_is_found_again_until_it_is_evicted() -> None:
+    pages = Pages(4)
+    keys = chain(pages, (1, 2), (3, 4))
+    units = store(pages, 0, keys)
+    pages.release(units)
+    assert pages.available == 3 and pages.cached == 2
+    assert pages.match(0, keys) == units
+    pages.release(units)
+    taken = pages.allocate(2)  # one free unit, then the least recently used page: the later one
+    assert pages.peek(0, keys) == (1, 1)
+    pages.check_integrity([taken])
+
+
+def test_eviction_takes_the_least_recently_used_chain_from_its_end() -> None:
+    pages = Pages(5)
+    old, new = chain(pages, (1,), (2,)), chain(pages, (3,), (4,))
+    pages.release(store(pages, 0, old))
+    pages.release(store(pages, 0, new))
+    pages.release(pages.match(0, old))  # now `new` is the older one
+    pages.allocate(1)
+    assert pages.peek(0, new)[0] == 1 and pages.peek(0, old)[0] == 2
+
+
+def test_two_requests_share_and_the_unit_lives_as_long_as_either() -> None:
+    pages = Pages(4)
+    keys = chain(pages, (1, 2))
+    first = store(pages, 0, keys)
+    second = pages.match(0, keys)
+    assert first == second
+    pages.release(first)
+    pages.check_integrity([second])
+    assert pages.cached == 0
+    pages.release(second)
+    assert pages.cached == 1
+    with pytest.raises(ValueError, match="released more often"):
+        pages.release(second)
+
+
+def test_equal_pages_computed_twice_are_kept_once() -> None:
+    pages = Pages(4)
+    (key,) = chain(pages, (7, 8))
+    (mine,) = store(pages, 0, [key])
+    (other,) = pages.allocate(1)
+    assert pages.register(0, key, other) == mine
+    pages.check_integrity([[mine], [mine]])
+    assert pages.available == 2
+
+
+def test_groups_tokens_images_and_weights_keep_pages_apart() -> None:
+    pages = Pages(9, weights="a")
+    plain = chain(pages, (1, 2), (3, 4))
+    store(pages, 0, plain)
+    assert pages.peek(1, plain)[0] == 0
+    assert pages.peek(0, chain(pages, (1, 2), (3, 5)))[0] == 1
+    assert pages.peek(0, chain(pages, (9, 2), (3, 4)))[0] == 0
+    assert pages.peek(0, chain(pages, (1, 2), images=("cat",)))[0] == 0
+    other = Pages(9, weights="b")
+    assert other.key(None, (1, 2)).digest != plain[0].digest
+
+
+def test_a_digest_collision_is_a_miss_and_never_shares() -> None:
+    pages = Pages(9, digest=lambda data: b"same for all")
+    (a,) = chain(pages, (1, 2))
+    (b,) = chain(pages, (3, 4))
+    assert a.digest == b.digest
+    store(pages, 0, [a])
+    assert pages.match(0, [b]) == []
+    (unit,) = pages.allocate(1)
+    assert pages.register(0, b, unit) is None
+
+
+def test_notes_live_as_long_as_the_page_can_be_found() -> None:
+    pages = Pages(3)
+    keys = chain(pages, (1,), (2,))
+    units = store(pages, 0, keys)
+    pages.note(units[0], "sums")
+    pages.release(units)
+    assert pages.noted(units[0]) == "sums"
+    pages.allocate(2)
+    assert pages.noted(units[0]) is None
+    (private,) = Pages(3).allocate(1)
+    pages.note(private, "x")
+    assert pages.noted(private) is None or private in units
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p._free.append(p._free[0]), "free twice"),
+        (lambda p: p._free.pop(), r"free \+ cached \+ owned"),
+        (lambda p: p._free.append(p.units[0]), "two states"),
+        (lambda p: p._unit.clear(), "two indexes|outlived"),
+    ],
+)
+def test_check_integrity_sees_damage(damage, message: str) -> None:  # type: ignore[no-untyped-def]
+    pages = Pages(6)
+    pages.units = store(pages, 0, chain(pages, (1,), (2,)))  # type: ignore[attr-defined]
+    pages.check_integrity([pages.units])  # type: ignore[attr-defined]
+    damage(pages)
+    with pytest.raises(RuntimeError, match=message):
+        pages.check_integrity([pages.units])  # type: ignore[attr-defined]
+
+
+def test_check_integrity_sees_a_leak() -> None:
+    pages = Pages(6)
+    pages.allocate(1)
+    with pytest.raises(RuntimeError, match="not the live requests'"):
+        pages.check_integrity([])
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Requests come, grow page by page, register, and leave, over a tiny pool and a tiny alphabet (so that prefixes meet).
+    A model of what each unit holds proves that a match never gives a unit of other content."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pages = Pages(9)
+        self.holds: dict[int, tuple[int, tuple[int, ...]]] = {}  # unit -> (group, all tokens up to its end)
+        self.live: list[dict] = []  # type: ignore[type-arg]
+
+    requests = Bundle("requests")
+
+    @rule(target=requests, group=st.integers(0, 1), want=st.lists(st.integers(0, 1), max_size=4))
+    def arrive(self, group: int, want: list[int]) -> dict:  # type: ignore[type-arg]
+        keys = chain(self.pages, *[(t,) for t in want])
+        units = self.pages.match(group, keys)
+        for index, unit in enumerate(units):
+            assert self.holds[unit] == (group, tuple(want[: index + 1]))
+        request = {"group": group, "tokens": want[: len(units)], "keys": keys[: len(units)], "units": units, "ok": True}
+        self.live.append(request)
+        return request
+
+    @precondition(lambda self: self.pages.available > 0)
+    @rule(request=requests, token=st.integers(0, 1), full=st.booleans())
+    def grow(self, request: dict, token: int, full: bool) -> None:  # type: ignore[type-arg]
+        (unit,) = self.pages.allocate(1)
+        request["tokens"].append(token)
+        request["keys"].append(self.pages.key(request["keys"][-1] if request["keys"] else None, (token,)))
+        self.holds[unit] = (request["group"], tuple(request["tokens"]))
+        request["ok"] = request["ok"] and full
+        if request["ok"]:
+            kept = self.pages.register(request["group"], request["keys"][-1], unit)
+            assert kept is not None and self.holds[kept] == self.holds[unit]
+            unit = kept
+        request["units"].append(unit)
+
+    @rule(request=consumes(requests))
+    def leave(self, request: dict) -> None:  # type: ignore[type-arg]
+        self.live = [r for r in self.live if r is not request]
+        self.pages.release(request["units"])
+
+    @invariant()
+    def balanced(self) -> None:
+        self.pages.check_integrity(r["units"] for r in self.live)
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
