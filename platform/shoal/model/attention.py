@@ -31,6 +31,8 @@ class Layout:
 
     local, tail [B, T, X] bool; eligible [B, T, N] bool: complete blocks before the query; sink [B, 1 or T, N] bool;
     block_of [B, X]: the block of each key; positions [B, T]: of the queries, in their document (for rope).
+    band [B, T/w, w, 2w] bool: `local` again, as each w queries see their own and the previous w keys; None where a row
+    does not divide so. It is what makes the local branch cost T w and not T T.
     """
 
     local: Tensor
@@ -40,6 +42,7 @@ class Layout:
     block_of: Tensor
     positions: Tensor
     block: int
+    band: Tensor | None = None
 
     @classmethod
     def packed(cls, docs: Tensor, *, window: int, block: int, sinks: int) -> Layout:
@@ -63,14 +66,16 @@ class Layout:
         same = start[:, :, None] == start[:, None, :]
         back = position[:, :, None] - position[:, None, :]
         complete = (position + 1) // block * block
+        local = same & (back >= 0) & (back < window)
         return cls(
-            local=same & (back >= 0) & (back < window),
+            local=local,
             tail=same & (back >= 0) & (position[:, None, :] >= complete[..., None]),
             eligible=eligible,
             sink=(index < sinks)[:, None],
             block_of=block_of,
             positions=position,
             block=block,
+            band=_band(local, window),
         )
 
     @classmethod
@@ -121,15 +126,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, means: Tensor, layout: Layout, top_k
 
     q [B, T, H, d]; k, v [B, X, Hk, d]; means [B, N, Hk, d].
     """
-    qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
-    local = _masked(qh, kh, vh, layout.local[:, None])
+    local = _banded(q, k, v, layout.band) if layout.band is not None else _masked(q, k, v, layout.local[:, None])
     if gamma is None:
-        return local.transpose(1, 2)
+        return local
     chosen = select(block_scores(q, means, layout.eligible), layout.eligible, layout.sink, top_k)
     seen = chosen.gather(-1, layout.block_of[:, None, None, :].expand(*chosen.shape[:3], -1))
-    global_ = _masked(qh, kh, vh, seen | layout.tail[:, None])
-    share = gamma[:, None, None]
-    return (share * local + (1 - share) * global_).transpose(1, 2)
+    far = _masked(q, k, v, seen | layout.tail[:, None])
+    share = gamma[:, None]
+    return share * local + (1 - share) * far
 
 
 @torch.no_grad()
@@ -298,10 +302,37 @@ def _paged_sparse(
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention under `mask` [B, 1 or Hk, T, X]; q [B, H, T, d], k and v [B, Hk, X, d]."""
-    groups = q.shape[1] // k.shape[1]
+    """Softmax attention [B, T, H, d] under `mask` [B, 1 or Hk, T, X]; q [B, T, H, d], k and v [B, X, Hk, d].
+
+    The query heads of a KV head are laid one after the other along T, so that k and v are not copied for them.
+    """
+    queries, heads = q.shape[1], q.shape[2]
+    groups = heads // k.shape[2]
+    bias = torch.zeros(1, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
     if groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        if mask.shape[1] > 1:
-            mask = mask.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        bias = bias[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
+    folded = q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    out = F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
+    return out.unflatten(2, (groups, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _banded(q: Tensor, k: Tensor, v: Tensor, band: Tensor) -> Tensor:
+    """The local branch, [B, T, H, d], by bands of w queries over 2w keys; `band` [B, T/w, w, 2w]."""
+    rows, bands, window = band.shape[:3]
+
+    def windows(x: Tensor) -> Tensor:  # [B, T, Hk, d] -> [B * T/w, 2w, Hk, d]
+        pieces = F.pad(x, (0, 0, 0, 0, window, 0)).unflatten(1, (bands + 1, window))
+        return torch.cat([pieces[:, :-1], pieces[:, 1:]], dim=2).flatten(0, 1)
+
+    queries = q.unflatten(1, (bands, window)).flatten(0, 1)
+    out = _masked(queries, windows(k), windows(v), band.flatten(0, 1)[:, None])
+    return out.unflatten(0, (rows, bands)).flatten(1, 2)
+
+
+def _band(local: Tensor, window: int) -> Tensor | None:
+    """`local` [B, T, T] cut to bands [B, T/w, w, 2w]; None when w does not divide T, or when bands would not be less."""
+    length = local.shape[-1]
+    if length % window or length <= 2 * window:
+        return None
+    tall = F.pad(local, (window, 0)).unflatten(1, (length // window, window))  # [B, T/w, w, w + T]
+    return torch.stack([tall[:, i, :, i * window : (i + 2) * window] for i in range(tall.shape[1])], dim=1)
