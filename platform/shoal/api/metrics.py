@@ -1,4 +1,5 @@
-"""Prometheus metrics: what routes saw of each request, and what the engine says of itself at the moment of the scrape.
+"""Prometheus metrics: how requests ended and how long they took, as the routes saw it; and what the engine says of itself
+at the moment of the scrape (queue, KV memory, tokens, depths).
 
 The names end as vLLM's do, under our own prefix, so a vLLM dashboard needs one replacement.
 """
@@ -31,11 +32,8 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(PREFIX + name, text, ("model_name",), registry=self.registry, buckets=buckets)
 
-        self._prompt = counter("prompt_tokens", "Prompt tokens of finished requests.")
-        self._generated = counter("generation_tokens", "Generated tokens of finished requests.")
         self._success = counter("request_success", "Finished requests.", ("finished_reason",))
         self._failed = counter("request_errors", "Requests answered with an error.", ("code",))
-        self._depth = counter("request_depth", "Finished requests by the depth they ran with.", ("layers",))
         self._first = histogram("time_to_first_token_seconds", "From submission to the first token.", _SECONDS)
         self._total = histogram("e2e_request_latency_seconds", "From submission to the end.", _SECONDS)
         self._queue = histogram("request_queue_time_seconds", "From submission to the first step.", _SECONDS)
@@ -43,10 +41,7 @@ class Metrics:
 
     def finished(self, end: Finished) -> None:
         """Counts one engine request that ended well."""
-        self._prompt.labels(self._model).inc(end.prompt_tokens)
-        self._generated.labels(self._model).inc(end.completion_tokens)
         self._success.labels(self._model, end.reason).inc()
-        self._depth.labels(self._model, str(end.depth)).inc()
         self._first.labels(self._model).observe(end.first_token_seconds)
         self._total.labels(self._model).observe(end.total_seconds)
         self._queue.labels(self._model).observe(end.queue_seconds)

@@ -45,9 +45,19 @@ def run_local(
     served = ServedModel.load(model_dir, name)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) - 1))
     engine = AsyncEngine(Engine(Model.load(model_dir)))
-    app = build_app(engine, served, api_keys=keys, limits=limits, ui_mount=ui_mount)
+
+    async def serve() -> None:
+        app = build_app(engine, served, api_keys=keys, limits=limits, ui_mount=ui_mount)
+        try:
+            async with serving(app, host, port) as running:
+                if on_ready:
+                    on_ready(running.url)
+                await asyncio.wait([running.stopped])
+        finally:
+            await engine.close()
+
     with suppress(KeyboardInterrupt):
-        asyncio.run(_until_stopped(app, host, port, on_ready))
+        asyncio.run(serve())
 
 
 @dataclass(frozen=True)
@@ -81,10 +91,3 @@ async def serving(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> Async
         server.should_exit = True
         await asyncio.wait([task])
         socket.close()
-
-
-async def _until_stopped(app: FastAPI, host: str, port: int, on_ready: Callable[[str], None] | None) -> None:
-    async with serving(app, host, port) as running:
-        if on_ready:
-            on_ready(running.url)
-        await asyncio.wait([running.stopped])

@@ -1,0 +1,228 @@
+"""A chat request, all the way down and up: openai client -> HTTP -> routes -> engine -> events -> SSE -> openai client.
+
+The real engine on random weights of the `test` preset, a real socket, no Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from shoal import Engine, Model
+from shoal.api.app import build_app
+from shoal.api.auth import ApiKeys
+from shoal.api.requests import Limits
+from shoal.api.served import ServedModel
+from shoal.api.server import serving
+from shoal.engine.engine import AsyncEngine
+from shoal.errors import ResourceError
+from shoal.inputs.chat import encode_chat
+
+MESSAGES: list[Any] = [{"role": "user", "content": "How deep is the sea?"}]
+KEY = "a-key-for-this-test"
+
+
+@dataclass
+class Service:
+    url: str
+    model: Model
+    engine: AsyncEngine
+    loop: asyncio.AbstractEventLoop
+
+    def run(self, work: Any) -> Any:
+        """The result of a coroutine of the engine, in the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
+
+    def until_idle(self, seconds: float = 5.0) -> None:
+        """Waits until no request holds anything; the units are then back, or `check_integrity` kills the engine."""
+        end = time.monotonic() + seconds
+        while (stats := self.run(self.engine.stats()))["num_requests_running"] + stats["num_requests_waiting"]:
+            assert time.monotonic() < end, stats
+            time.sleep(0.01)
+        assert self.run(self.engine.stats())["kv_cache_usage_perc"] == 0
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    model = Model.from_preset("test", seed=3)
+    served = ServedModel("fish", model.config, model.tokenizer, model.chat_template)
+    started: list[Service] = []
+    ready, stop = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        engine = AsyncEngine(Engine(model, max_queue=4, max_batch=4, max_batch_tokens=64))
+        app = build_app(engine, served, api_keys=ApiKeys([KEY]), limits=Limits(seconds=60))
+        async with serving(app) as running:
+            started.append(Service(running.url, model, engine, asyncio.get_running_loop()))
+            ready.set()
+            await asyncio.to_thread(stop.wait)
+        await engine.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    assert ready.wait(30)
+    yield started[0]
+    stop.set()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{service.url}/v1", api_key=KEY, max_retries=0, timeout=30)
+
+
+def test_greedy_answers_are_the_model_s_own(service: Service, client: openai.OpenAI) -> None:
+    model = service.model
+    prompt = encode_chat(MESSAGES, model.tokenizer, model.config, template=model.chat_template)
+    for depth in ("shallow", "full"):
+        expected = model.tokenizer.decode(model.generate_naive(prompt, 24, depth=depth))
+        answer = client.chat.completions.create(
+            model="fish", messages=MESSAGES, temperature=0, max_tokens=24, extra_body={"depth": depth}
+        )
+        assert answer.choices[0].message.content == expected
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == len(prompt.ids)
+        assert answer.usage.model_extra == {"depth": depth}
+
+
+def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": "fish", "messages": MESSAGES, "seed": 7, "max_tokens": 32}
+    whole = client.chat.completions.create(**fields)
+    chunks = list(client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None and whole.usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_an_image_changes_the_answer(client: openai.OpenAI) -> None:
+    def ask(colour: str) -> tuple[str | None, float]:
+        buffer = io.BytesIO()
+        Image.new("RGB", (12, 12), colour).save(buffer, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "which colour?"}]
+        messages: list[Any] = [{"role": "user", "content": parts}]
+        answer = client.chat.completions.create(
+            model="fish", messages=messages, temperature=0, max_tokens=4, logprobs=True
+        )
+        logprobs = answer.choices[0].logprobs
+        assert logprobs is not None and logprobs.content is not None
+        return answer.choices[0].message.content, logprobs.content[0].logprob
+
+    assert ask("red") == ask("red")
+    assert ask("red") != ask("blue")
+
+
+def test_completions_by_ids_n_and_logprobs(service: Service, client: openai.OpenAI) -> None:
+    tokenizer = service.model.tokenizer
+    prompts = [tokenizer.encode("def f("), tokenizer.encode("the sea")]
+    answer = client.completions.create(model="fish", prompt=prompts, n=2, seed=1, max_tokens=5, logprobs=3)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    for choice in answer.choices:
+        logprobs = choice.logprobs
+        assert logprobs is not None and logprobs.top_logprobs is not None
+        assert all(len(top) == 3 for top in logprobs.top_logprobs)
+    again = client.completions.create(model="fish", prompt=prompts[1], seed=1, max_tokens=5)
+    assert again.choices[0].text == answer.choices[2].text  # an answer does not depend on its batch mates
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_in_it(service: Service, client: openai.OpenAI) -> None:
+    free = client.completions.create(model="fish", prompt="abc", temperature=0, max_tokens=24).choices[0].text
+    stop = free[3:6]
+    answer = client.completions.create(model="fish", prompt="abc", temperature=0, max_tokens=24, stop=stop).choices[0]
+    assert (answer.text, answer.finish_reason) == (free[: free.index(stop)], "stop")
+
+
+def test_errors_are_the_openai_client_s_own(service: Service, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="shark", messages=MESSAGES)
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.chat.completions.create(model="fish", messages=MESSAGES, max_tokens=9999)
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key="no", max_retries=0).models.list()
+    assert [model.id for model in client.models.list()] == ["fish"]
+
+
+def test_a_client_that_leaves_frees_the_engine(service: Service, client: openai.OpenAI) -> None:
+    body = {"model": "fish", "messages": MESSAGES, "max_tokens": 300, "ignore_eos": True}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with (
+        httpx.Client(base_url=service.url, headers=headers) as http,
+        http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as reply,
+    ):
+        next(reply.iter_lines())
+    with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=service.url, headers=headers, timeout=0.05) as http:
+        http.post("/v1/chat/completions", json=body)
+    service.until_idle()
+    assert service.run(service.engine.stats())["requests_cancelled_total"] >= 2
+
+
+def test_overload_gives_only_200_and_429_and_then_serves_on(service: Service, client: openai.OpenAI) -> None:
+    async def burst() -> list[int]:
+        limits = httpx.Limits(max_connections=40)
+        async with httpx.AsyncClient(headers={"Authorization": f"Bearer {KEY}"}, timeout=60, limits=limits) as http:
+            body = {"model": "fish", "prompt": "x", "max_tokens": 40, "ignore_eos": True}
+            replies = await asyncio.gather(*[http.post(f"{service.url}/v1/completions", json=body) for _ in range(40)])
+        return [reply.status_code for reply in replies]
+
+    statuses = asyncio.run(burst())
+    assert set(statuses) == {200, 429}
+    service.until_idle()
+    assert client.completions.create(model="fish", prompt="x", max_tokens=1).choices[0].text is not None
+
+
+def test_serving_a_port_in_use_is_one_line(service: Service) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        served = ServedModel("fish", service.model.config, service.model.tokenizer)
+        app = build_app(service.engine, served)
+
+        async def start() -> None:
+            async with serving(app, port=taken.getsockname()[1]):
+                pass
+
+        with pytest.raises(ResourceError, match="in use"):
+            asyncio.run(start())
+
+
+def test_run_local_serves_a_directory_until_interrupted(tmp_path: Path) -> None:
+    Model.from_preset("test", seed=1).save(tmp_path / "model")
+    code = (
+        "from shoal.api.server import run_local\n"
+        f"run_local({str(tmp_path / 'model')!r}, port=0, name='fish', on_ready=lambda url: print(url, flush=True))"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+            assert client.completions.create(model="fish", prompt="x", max_tokens=2).usage is not None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
