@@ -66,8 +66,10 @@ def build_app(
     limits: Limits | None = None,
     metrics: bool = True,
     ui_mount: UiMount | None = None,
+    answer_request_id: bool = True,
 ) -> FastAPI:
-    """The HTTP surface of `served`, answered by `client`. `ui_mount` may add a page to the finished app."""
+    """The HTTP surface of `served`, answered by `client`. `ui_mount` may add a page to the finished app;
+    `answer_request_id` is false behind a proxy that sends ``X-Request-Id`` itself."""
     limits = limits or Limits()
     app = _App(title="Shoal", version=__version__, docs_url=None, redoc_url=None)  # their pages load from elsewhere
     service = Service(client, served, limits)
@@ -75,7 +77,9 @@ def build_app(
     app.include_router(_tokenizer_routes(service))
     app.include_router(_status_routes(service, metrics=metrics))
     app.add_exception_handler(HTTPException, _http_failed)
-    app.add_middleware(Gate, keys=api_keys, body_bytes=limits.body_bytes, failed=service.failed)
+    app.add_middleware(
+        Gate, keys=api_keys, body_bytes=limits.body_bytes, failed=service.failed, answer_id=answer_request_id
+    )
     return ui_mount(app) if ui_mount else app
 
 

@@ -33,8 +33,11 @@ class Gate:
     """ASGI middleware around the whole app. Refuses with 401, 413 and 415; echoes or makes ``X-Request-Id``; answers
     with what `failed` makes of an error that no handler took."""
 
-    def __init__(self, app: ASGIApp, *, keys: ApiKeys | None, body_bytes: int, failed: Failed) -> None:
-        self._app, self._keys, self._body_bytes, self._failed = app, keys, body_bytes, failed
+    def __init__(
+        self, app: ASGIApp, *, keys: ApiKeys | None, body_bytes: int, failed: Failed, answer_id: bool = True
+    ) -> None:
+        self._app, self._keys, self._body_bytes = app, keys, body_bytes
+        self._failed, self._answer_id = failed, answer_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # the start and end of the server; there are no websockets
@@ -51,7 +54,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                if self._answer_id:
+                    message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
             await send(message)
 
         body = _Body(receive, self._body_bytes)

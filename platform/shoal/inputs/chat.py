@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shoal.config import ModelConfig
@@ -59,7 +60,7 @@ def encode_chat(
     contents = [_content(message, index, tokenizer, config) for index, message in enumerate(messages)]
     shown = [{"role": m["role"], "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
     try:
-        text = _environment.from_string(template).render(messages=shown, add_generation_prompt=add_generation_prompt)
+        text = _compiled(template).render(messages=shown, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise RequestError("chat template failed", param="messages", got=str(error)) from error
     ids: list[int] = []
@@ -121,6 +122,11 @@ def _template_ids(text: str, tokenizer: Tokenizer) -> list[int]:
         ids += [*tokenizer.encode(text[at : match.start()]), tokenizer.special(match.group())]
         at = match.end()
     return ids + tokenizer.encode(text[at:])
+
+
+@lru_cache(maxsize=8)  # compiling takes longer than encoding a short chat
+def _compiled(template: str) -> Template:
+    return _environment.from_string(template)
 
 
 _environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, autoescape=False)

@@ -1,0 +1,385 @@
+"""The `shoal` command. Each subcommand is a few lines: read the options, call one function, print the result.
+
+Exit codes: 0 done, 1 failed (one line says why; --debug shows the traceback), 2 usage.
+Heavy imports wait until a command needs them, so `shoal --help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from shoal import presets
+from shoal.errors import ConfigError, ShoalError, UsageError
+
+app = typer.Typer(
+    help="Train and serve language models that choose their own depth.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+
+Out = Annotated[Path, typer.Option("--out", help="Directory to write; made when the work is complete.")]
+ModelDir = Annotated[Path, typer.Option("--model", help="Model directory.")]
+Preset = Annotated[str, typer.Option(help=f"One of: {', '.join(presets.NAMES)}.")]
+Minutes = Annotated[float | None, typer.Option(help="Stop after this many minutes.")]
+Steps = Annotated[int | None, typer.Option(help="Stop after this many updates.")]
+Tokens = Annotated[int | None, typer.Option(help="Stop after this many tokens.")]
+Workers = Annotated[int, typer.Option(help="Training workers, one process each.")]
+Accumulate = Annotated[int | None, typer.Option(help="Micro-batches a worker merges into an update [preset's].")]
+Resume = Annotated[str, typer.Option(help="auto: go on from the run's newest checkpoint; never: start anew.")]
+Heldout = Annotated[Path | None, typer.Option(help="Held-out chats (JSONL) to fit the depth router on. [no router]")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
+
+
+@app.command()
+def quickstart(
+    root: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/quickstart"),
+    stop: Annotated[bool, typer.Option("--exit", help="Stop after the sample answers instead of serving.")] = False,
+    port: Annotated[int, typer.Option(help="HTTP port on 127.0.0.1.")] = 8000,
+    scale: Annotated[float, typer.Option(help="Share of the usual training minutes (1 is about 9).")] = 1.0,
+) -> None:
+    """From a raw corpus to a chat that answers, on this machine. Finished stages are not run again."""
+    from shoal.quickstart import run
+
+    run(root, stay=not stop, port=port, scale=scale, console=out)
+
+
+@app.command()
+def prepare(
+    out_dir: Out,
+    source: Annotated[
+        list[str] | None, typer.Option(help="NAME=URI of a folder or file; repeat. [the demo corpus]")
+    ] = None,
+    mix: Annotated[str, typer.Option(help="Shares by token.")] = "text=60,image=20,code=20",
+    preset: Preset = "tiny",
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON with any of: source, mix, preset, seed.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of split, order and packing.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Raw text, code and images to packed shards, with a tokenizer and a report."""
+    from shoal.on_ray.prepare import prepare as run
+    from shoal.on_ray.resources import local_ray
+    from shoal.progress import progress
+
+    options: dict[str, Any] = {"source": source or [], "mix": mix, "preset": preset, "seed": seed}
+    if config is not None:
+        options |= _known(config, options)
+    with local_ray(), progress("prepare") as tell:
+        report = run(
+            out_dir,
+            sources=[_source(text) for text in options["source"]] or None,
+            mix=_mix(options["mix"]),
+            preset=presets.get(options["preset"]),
+            seed=options["seed"],
+            on_progress=tell,
+        )
+    _print(report, as_json, f"shards in {out_dir}")
+
+
+@app.command()
+def pretrain(
+    data: Annotated[Path, typer.Option(help="Directory of shards, made by `shoal prepare`.")],
+    run: Annotated[Path, typer.Option("--out", help="Directory of the run; the model is written to OUT/model.")],
+    preset: Preset = "tiny",
+    minutes: Minutes = None,
+    tokens: Tokens = None,
+    steps: Steps = None,
+    workers: Workers = 1,
+    accumulate: Accumulate = None,
+    resume: Resume = "auto",
+    as_json: Json = False,
+) -> None:
+    """Stage 1: unsupervised training on text, code and images, by the shards' mix."""
+    from shoal.train.plan import pretrain_plan
+
+    limits = {"minutes": minutes, "tokens": tokens, "steps": steps, "accumulate": accumulate, "resume": resume}
+    _fit(pretrain_plan(preset, str(data), str(run), **limits), workers, as_json)
+
+
+@app.command()
+def finetune(
+    model: ModelDir,
+    data: Annotated[Path, typer.Option(help='JSONL of {"messages": [{"role", "content"}, ...]}.')],
+    run: Annotated[Path, typer.Option("--out", help="Directory of the run; the model is written to OUT/model.")],
+    heldout: Heldout = None,
+    minutes: Minutes = None,
+    tokens: Tokens = None,
+    steps: Steps = None,
+    workers: Workers = 1,
+    accumulate: Accumulate = None,
+    resume: Resume = "auto",
+    as_json: Json = False,
+) -> None:
+    """Stage 2: supervised training on chats, with loss on the answers only [2 epochs]."""
+    from shoal.train.plan import finetune_plan
+
+    limits = {"minutes": minutes, "tokens": tokens, "steps": steps, "accumulate": accumulate, "resume": resume}
+    plan = finetune_plan(str(model), str(data), str(run), **limits)
+    _fit(plan, workers, as_json, heldout)
+
+
+@app.command()
+def quantize(
+    model: ModelDir,
+    data: Annotated[Path, typer.Option(help="JSONL of chats, or a directory of shards, to train on.")],
+    out_dir: Out,
+    heldout: Heldout = None,
+    train: Annotated[bool, typer.Option(help="Train with INT8 rounding; --no-train only rounds.")] = True,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    workers: Workers = 1,
+    as_json: Json = False,
+) -> None:
+    """INT8: a short quantisation-aware training [100 updates], then export."""
+    from shoal.model.model import Model
+    from shoal.train.plan import quantize_plan
+
+    if train:
+        _fit(
+            quantize_plan(str(model), str(data), str(out_dir), minutes=minutes, steps=steps), workers, as_json, heldout
+        )
+        return
+    Model.load(model).quantized().save(out_dir)
+    _print({"out": str(out_dir)}, as_json, f"model in {out_dir}")
+
+
+@app.command()
+def evaluate(
+    model: ModelDir,
+    data: Annotated[Path, typer.Option(help="Directory of shards with held-out rows, made by `shoal prepare`.")],
+    against: Annotated[Path | None, typer.Option(help="A second model directory, shown beside the first.")] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Write the report to this file, and a page beside it.")
+    ] = None,
+) -> None:
+    """Quality, speed and size of one model or two, on what neither was trained on."""
+    from shoal.evaluation import compare
+    from shoal.progress import progress
+    from shoal.quickstart import print_tables, write_report
+
+    models = {model.name: model}
+    if against is not None:
+        models[against.name if against.name != model.name else str(against)] = against
+    with progress("evaluate") as tell:
+        report = compare(models, data, on_progress=tell)
+    print_tables(report, out)
+    if as_json is not None:
+        write_report(as_json, {"title": " and ".join(models), "corpus": {}, "stages": [], **report})
+        out.print(f"report in {as_json} and {as_json.with_suffix('.html')}", highlight=False)
+
+
+@app.command()
+def serve(
+    model: Annotated[Path | None, typer.Option(help="Model directory [the config's].")] = None,
+    config: Annotated[Path | None, typer.Option(help="Serve config, such as serve_configs/local.yaml.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name that requests use [the model's own].")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
+    api_keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line. [open to all]")] = None,
+    ray: Annotated[bool, typer.Option(help="On Ray Serve; --no-ray serves from this process.")] = True,
+    replicas: Annotated[str, typer.Option(help="Engine replicas, N or MIN:MAX.")] = "1",
+    ui: Annotated[bool, typer.Option(help="Show the chat page at /ui.")] = True,
+) -> None:
+    """The OpenAI-compatible API at http://HOST:PORT/v1, and the chat page at /ui, until Ctrl-C."""
+    if model is None and config is None:
+        raise UsageError("what to serve", do="give --model DIR or --config FILE")
+    keys = str(api_keys) if api_keys else None
+
+    def ready(url: str) -> None:
+        page = f"   chat page {url}/ui" if ui else ""
+        out.print(f"API {url}/v1{page}   (Ctrl-C ends it)", highlight=False)
+
+    if not ray:
+        from shoal.api.server import run_local
+
+        if model is None:
+            raise UsageError("--no-ray", do="give --model DIR")
+        mount = _ui_mount(f"http://{host}:{port}/v1", name or model.name) if ui else None
+        run_local(model, name=name, host=host, port=port, api_keys=keys, ui_mount=mount, on_ready=ready)
+        return
+    from shoal.on_ray.resources import local_ray
+    from shoal.on_ray.serve import run
+    from shoal.on_ray.serve_config import ServeArgs, load_serve_config, parse_replicas, serve_config
+
+    given = {"model": str(model) if model else None, "name": name, "api_keys": keys}
+    args = {key: value for key, value in given.items() if value is not None}
+    if config is not None:
+        deploy = load_serve_config(config, port=port, **args)
+    else:
+        deploy = serve_config(ServeArgs(**args, **parse_replicas(replicas), ui=ui), host=host, port=port)
+    with local_ray():
+        run(deploy, on_ready=ready)
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="Server's address, ending in /v1.")] = "http://127.0.0.1:8000/v1",
+    model: Annotated[str | None, typer.Option(help="Name of the model [the server's first].")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="SHOAL_API_KEY", help="API key, if the server wants one.")
+    ] = None,
+) -> None:
+    """Talk to a server from the terminal."""
+    from shoal.api.chat_client import chat as run
+
+    run(url, model, api_key)
+
+
+bench = typer.Typer(help="Benchmarks; the last line is JSON.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+Rounds = Annotated[int, typer.Option(help="Counted runs of each variant, in turns; medians are printed.")]
+
+
+@bench.command("decode")
+def bench_decode(
+    shape: Annotated[str, typer.Option(help="82m or 5m: the peers' shapes.")] = "5m",
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32",
+    tokens: Annotated[int, typer.Option(help="Tokens decoded a request.")] = 64,
+    rounds: Rounds = 3,
+) -> None:
+    """Decoded tokens per second by precision, batch and depth."""
+    from shoal import bench as run
+
+    try:
+        sizes = tuple(int(size) for size in batches.split(","))
+    except ValueError as error:
+        raise UsageError("--batches", got=batches, allowed="numbers, such as 1,8,32") from error
+    run.decode(out, shape=shape, batches=sizes, tokens=tokens, rounds=rounds)
+
+
+@bench.command("model")
+def bench_model(rounds: Rounds = 5) -> None:
+    """Hybrid attention in training against full causal attention."""
+    from shoal import bench as run
+
+    run.attention(out, rounds=rounds)
+
+
+@app.command("show-config")
+def show_config(preset: Annotated[str, typer.Argument(help="Preset, or a model directory.")] = "tiny") -> None:
+    """A preset's complete configuration, or a model's, as YAML."""
+    import yaml
+
+    from shoal.config import dump
+
+    if (Path(preset) / "config.json").exists():
+        from shoal.model.checkpoint import read_config
+
+        name, model = read_config(preset)
+        values: dict[str, Any] = {"name": name, "model": dump(model)}
+    else:
+        values = dump(presets.get(preset))
+    out.print(yaml.safe_dump(values, sort_keys=False).rstrip(), highlight=False)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = sys.argv[1:] if args is None else args
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    if not debug:
+        warnings.simplefilter("ignore")
+        logging.getLogger().setLevel(logging.ERROR)
+    try:
+        app(arguments, standalone_mode=False)
+        return 0
+    except ShoalError as error:
+        if debug:
+            raise
+        print(f"shoal: {error}", file=sys.stderr)
+        return error.exit_code
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("shoal: interrupted; finished work is kept, the same command goes on from it", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        if hasattr(error, "format_message"):  # the command-line parser's own errors
+            print(f"shoal: {error.format_message()}", file=sys.stderr)
+            return 2
+        line = str(error).strip().splitlines()
+        print(f"shoal: {type(error).__name__}: {line[0] if line else ''} (--debug shows where)", file=sys.stderr)
+        return 1
+
+
+def _fit(plan: Any, workers: int, as_json: bool, heldout: Path | None = None) -> None:
+    """Train on Ray, show its lines, and fit the router when there are rows to fit it on."""
+    from shoal.on_ray.resources import local_ray
+    from shoal.on_ray.train import train
+    from shoal.train import log, routing
+
+    with local_ray(), log.Console(plan.name, stream=sys.stderr) as console:
+        result = train(plan, workers=workers, cpus_per_worker=0.5, on_progress=console)
+    report = {"out": result.out, "steps": result.steps, "tokens": result.tokens, "bpb": result.bpb}
+    if heldout is not None:
+        report["router"] = routing.refit(result.out, heldout)
+    _print(report, as_json, f"model in {result.out}")
+
+
+def _ui_mount(url: str, model: str) -> Any:
+    """What puts the chat page on an API app; the page lies beside the package, in ui/."""
+    try:
+        from ui.mount import mount
+    except ImportError as error:
+        raise UsageError(
+            "the chat page needs gradio and the ui/ folder", got=str(error), do="pip install 'shoal[ui]', or --no-ui"
+        ) from error
+    return lambda api: mount(api, base_url=url, model=model)
+
+
+def _known(path: Path, options: dict[str, Any]) -> dict[str, Any]:
+    from shoal.config import read_file
+    from shoal.errors import did_you_mean
+
+    values = read_file(path)
+    for key in values:
+        if key not in options:
+            raise ConfigError(f"unknown key {key} in {path}", allowed=sorted(options), do=did_you_mean(key, options))
+    return values
+
+
+def _mix(text: str | dict[str, float]) -> dict[str, float]:
+    if isinstance(text, dict):
+        pairs = {str(k): v for k, v in text.items()}
+    else:
+        pairs = dict(part.partition("=")[::2] for part in text.split(","))
+    try:
+        mix = {name.strip(): float(share) for name, share in pairs.items()}
+    except ValueError as error:
+        raise UsageError("--mix", got=text, allowed="text=60,image=20,code=20") from error
+    unknown = set(mix) - {"text", "image", "code"}
+    if unknown or min(mix.values()) < 0 or sum(mix.values()) <= 0:
+        raise UsageError("--mix", got=text, allowed="shares of text, image and code, such as text=60,image=20,code=20")
+    return {name: share / sum(mix.values()) for name, share in mix.items()}
+
+
+def _source(text: str) -> Any:
+    from shoal.on_ray.prepare import SourceSpec
+
+    name, equals, uri = text.partition("=")
+    if not equals or not name or not uri:
+        raise UsageError("--source", got=text, allowed="NAME=URI, such as notes=docs/")
+    return SourceSpec(name, uri)
+
+
+def _print(result: Any, as_json: bool, line: str) -> None:
+    if as_json:
+        print(json.dumps(result, default=str))
+    else:
+        out.print(line, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

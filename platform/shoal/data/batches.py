@@ -1,0 +1,286 @@
+"""Rows to batches of tensors: packed rows for pretraining, chats for fine-tuning, held-out rows for evaluation.
+
+Notable: a batch is a pure function of (seed, step, rank, world). The global batch of a step is the same at any world size,
+rank r takes its positions r, r + W, ..., and a run resumes from one integer, its step.
+Letters: B rows, T tokens, N patches of the batch, V numbers in a patch, W world size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.config import ModelConfig
+from shoal.data import order
+from shoal.data.chats import read_chats
+from shoal.data.documents import MODALITIES
+from shoal.data.pack import PADDING
+from shoal.data.shards import TOKENIZER, Rows, open_index, token_bytes
+from shoal.errors import ConfigError, DataError
+from shoal.inputs import media
+from shoal.inputs.chat import DEFAULT_TEMPLATE
+from shoal.inputs.tokenizer import PAD_ID, PATCH_ID, Tokenizer
+
+NO_TARGET = -1  # target where no loss is taken
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. Patches stand in the order of their tokens, row after row."""
+
+    tokens: Tensor  # int64 [B, T]
+    targets: Tensor  # int64 [B, T]: the next token of the same document, or -1 (also where that is a patch)
+    docs: Tensor  # int64 [B, T]: a number for each document of a row, -1 padding
+    patches: Tensor  # uint8 [N, V]
+    grid: Tensor  # int64 [N, 2]: row and column of each patch in its image
+    row_bytes: Tensor  # int64 [B]: UTF-8 bytes that each row's targets stand for
+    modalities: tuple[str, ...]  # of each row; "chat" in fine-tuning
+
+    @property
+    def n_bytes(self) -> int:
+        """UTF-8 bytes that the targets stand for: what bits per byte divides by."""
+        return int(self.row_bytes.sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its tensors on `device`."""
+        moved: dict[str, Any] = {
+            f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "modalities"
+        }
+        return replace(self, **moved)
+
+
+class PretrainBatches:
+    """Packed rows of a prepared corpus, mixed by modality.
+
+    Within the mix, each modality's rows are shuffled anew whenever they have all been seen; a short source repeats.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        split: str = "train",
+        mix: Mapping[str, float] | None = None,
+        seed: int = 0,
+        *,
+        batch_rows: int,
+        rank: int = 0,
+        world: int = 1,
+        micro_rows: int | None = None,
+        length: int | None = None,
+    ) -> None:
+        """`mix`: share of each modality (default: what the corpus was prepared for); `batch_rows`: rows of a global batch;
+        `micro_rows`: rows of one micro-batch of one rank (default: all of the rank's); `length`: row length required.
+
+        Raises DataError when the corpus cannot be opened or lacks a modality of the mix, ConfigError when the batch cannot
+        be divided.
+        """
+        self.index = open_index(directory, length=length)
+        self.mix = order.Mix(mix if mix is not None else self.index.mix)
+        self.seed, self.batch_rows, self.rank, self.world = seed, batch_rows, rank, world
+        self.micro_rows = micro_rows or max(1, batch_rows // world)
+        if batch_rows % (world * self.micro_rows):
+            raise ConfigError(
+                f"{batch_rows} rows a batch do not divide over {world} worker(s) x {self.micro_rows} row(s)",
+                do=f"use a multiple of {world * self.micro_rows}",
+            )
+        self._rows = {name: Rows(directory, self.index, split, name) for name in self.mix.parts}
+        for name, rows in self._rows.items():
+            if not len(rows):
+                raise DataError(
+                    f"{directory} holds no {split} rows of {name}",
+                    got=f"mix {self.mix.shares}",
+                    do="leave it out of the mix, or add a source that has some",
+                )
+        self._bytes = token_bytes(Tokenizer.load(Path(directory) / TOKENIZER))
+
+    @property
+    def steps_in_epoch(self) -> int:
+        """Steps that read as many rows as there are."""
+        return max(1, round(sum(map(len, self._rows.values())) / self.batch_rows))
+
+    def rows(self, step: int) -> list[tuple[str, int]]:
+        """(modality, row number) of every row of a global batch, in order; the same on every rank."""
+        start = step * self.batch_rows
+        return [self._at(position) for position in range(start, start + self.batch_rows)]
+
+    def at(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step."""
+        mine = self.rows(step)[self.rank :: self.world]
+        parts = (mine[i : i + self.micro_rows] for i in range(0, len(mine), self.micro_rows))
+        return [self._batch(part) for part in parts]
+
+    def _at(self, position: int) -> tuple[str, int]:
+        name, occurrence = self.mix.at(position)
+        key = MODALITIES.index(name) if name in MODALITIES else len(MODALITIES)
+        return name, order.shuffled(len(self._rows[name]), occurrence, self.seed, key)
+
+    def _batch(self, rows: Sequence[tuple[str, int]]) -> Batch:
+        read = [self._rows[name][row] for name, row in rows]
+        return _packed_batch(read, tuple(name for name, _ in rows), self._bytes)
+
+
+class ChatBatches:
+    """Fine-tuning rows in groups of similar length, padded only to the longest of the group; targets in answers only.
+
+    A global batch is `parts` groups (micro-batches), of which each rank takes every W-th. World sizes that divide the same
+    `parts` see the same global batches.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        *,
+        batch_tokens: int,
+        parts: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        template: str = DEFAULT_TEMPLATE,
+        max_length: int | None = None,
+    ) -> None:
+        """`batch_tokens`: tokens of a global batch, padding included; `max_length`: longest row kept (default: the training
+        length). Raises DataError when no row can be used, ConfigError when `parts` does not divide by `world`."""
+        if parts % world:
+            raise ConfigError(f"{parts} micro-batches do not divide over {world} worker(s)", do=f"use {world} x n")
+        self.chats = read_chats(path, tokenizer, config, template=template, limit=max_length or 0)
+        self.seed, self.parts, self.rank, self.world = seed, parts, rank, world
+        self._budget = max(1, batch_tokens // parts)
+        self._lengths = self.chats.lengths
+        self._bytes = token_bytes(tokenizer)
+        self._starts = [0]  # groups before each epoch that is known
+        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])  # the newest one made, and its groups
+
+    @property
+    def steps_in_epoch(self) -> int:
+        return max(1, round(len(self._groups(0)) / self.parts))
+
+    @property
+    def report(self) -> dict[str, object]:
+        """Rows, tokens, refusals by reason; padding share of the first epoch beside that of batches not grouped by length."""
+        shuffled = order.permutation(len(self.chats), self.seed, 0, 0)
+        naive = order.cut(shuffled, self._lengths, self._budget)
+        return {
+            "rows": len(self.chats),
+            "tokens": int(self._lengths.sum()),
+            "refused": self.chats.refused,
+            "padding": order.padding(self._groups(0), self._lengths),
+            "naive_padding": order.padding(naive, self._lengths),
+        }
+
+    def rows(self, step: int) -> list[list[int]]:
+        """Row numbers of every group of a global batch; the same on every rank."""
+        start = step * self.parts
+        return [self._group(index).tolist() for index in range(start, start + self.parts)]
+
+    def at(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step, as many on every rank."""
+        return [self._batch(group) for group in self.rows(step)[self.rank :: self.world]]
+
+    def _group(self, index: int) -> np.ndarray:
+        """A group by its number in the endless sequence of epochs."""
+        while self._starts[-1] <= index:
+            self._starts.append(self._starts[-1] + len(self._groups(len(self._starts) - 1)))
+        epoch = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._groups(epoch)[index - self._starts[epoch]]
+
+    def _groups(self, epoch: int) -> list[np.ndarray]:
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, order.length_groups(self._lengths, self._budget, self.seed, epoch))
+        return self._epoch[1]
+
+    def _batch(self, group: Sequence[int]) -> Batch:
+        width = int(self._lengths[group].max())
+        tokens = np.full((len(group), width), PAD_ID, dtype=np.int64)
+        docs = np.full((len(group), width), PADDING, dtype=np.int64)
+        wanted = np.zeros((len(group), width), dtype=bool)
+        patches = []
+        for place, row in enumerate(group):
+            ids, answer, images = self.chats.row(row)
+            tokens[place, : len(ids)], docs[place, : len(ids)] = ids, 0
+            wanted[place, : len(ids)] = answer
+            patches.append(images)
+        return _batch(tokens, docs, np.concatenate(patches), ("chat",) * len(group), self._bytes, wanted)
+
+
+def heldout_batches(
+    directory: str | Path, modality: str, batch_rows: int, *, split: str = "heldout", limit: int | None = None
+) -> Iterator[Batch]:
+    """Held-out rows of one modality in the order of the shards; of more than `limit` rows, as many, evenly spaced."""
+    index = open_index(directory)
+    rows, lengths = Rows(directory, index, split, modality), token_bytes(Tokenizer.load(Path(directory) / TOKENIZER))
+    chosen = _spaced(len(rows), limit)
+    for start in range(0, len(chosen), batch_rows):
+        part = [rows[row] for row in chosen[start : start + batch_rows]]
+        yield _packed_batch(part, (modality,) * len(part), lengths)
+
+
+def text_of(
+    directory: str | Path,
+    modality: str,
+    split: str,
+    tokenizer: Tokenizer,
+    *,
+    limit_rows: int | None = None,
+    limit_bytes: int | None = None,
+) -> bytes:
+    """The text of one split and modality as bytes; with `limit_rows`, of the same rows as `heldout_batches` reads.
+
+    With `limit_bytes`, about that much from evenly spaced rows. For baselines that know no tokens, such as gzip.
+    """
+    index = open_index(directory)
+    rows = Rows(directory, index, split, modality)
+    if limit_bytes is not None:
+        whole = max(1, index.total("text_bytes", split, modality))
+        limit_rows = max(1, len(rows) * limit_bytes // whole)
+    table = [tokenizer.token_bytes(token) for token in range(len(tokenizer))]
+    text = b"".join(table[token] for row in _spaced(len(rows), limit_rows) for token in rows[row][0].tolist())
+    return text[:limit_bytes]
+
+
+def _spaced(count: int, limit: int | None) -> list[int]:
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [place * count // limit for place in range(limit)]
+
+
+Packed = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, docs, patches of a row, as `Rows` gives them
+
+
+def _packed_batch(rows: Sequence[Packed], modalities: tuple[str, ...], lengths: np.ndarray) -> Batch:
+    tokens, docs = (np.stack([row[part] for row in rows]).astype(np.int64) for part in (0, 1))
+    return _batch(tokens, docs, np.concatenate([row[2] for row in rows]), modalities, lengths)
+
+
+def _batch(
+    tokens: np.ndarray,
+    docs: np.ndarray,
+    patches: np.ndarray,
+    modalities: tuple[str, ...],
+    lengths: np.ndarray,
+    wanted: np.ndarray | None = None,
+) -> Batch:
+    """tokens, docs int64 [B, T]; `lengths` int64 [vocab]: bytes of each token; `wanted` bool [B, T]: tokens that are
+    learned (default: all)."""
+    following = tokens[:, 1:]
+    learned = (docs[:, 1:] == docs[:, :-1]) & (docs[:, 1:] != PADDING) & (following != PATCH_ID)
+    if wanted is not None:
+        learned &= wanted[:, 1:]
+    targets = np.full_like(tokens, NO_TARGET)
+    targets[:, :-1] = np.where(learned, following, NO_TARGET)
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        targets=torch.from_numpy(targets),
+        docs=torch.from_numpy(docs),
+        patches=torch.from_numpy(patches),
+        grid=torch.from_numpy(media.grid(tokens.ravel())),
+        row_bytes=torch.from_numpy(np.where(learned, lengths[following], 0).sum(axis=1)),
+        modalities=modalities,
+    )

@@ -1,0 +1,105 @@
+"""The order in which rows are trained on: pure functions of seed, epoch and position, so that a cursor is one integer.
+
+Notable: only the raw stream of numpy's PCG64 is used, which numpy promises never to change; its shuffles are not promised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from math import gcd
+
+import numpy as np
+
+from shoal.errors import ConfigError
+
+PARTS = 1000  # a mix is kept to a tenth of a percent
+WINDOW = 1024  # rows that are sorted by length together
+
+
+@lru_cache(maxsize=16)
+def permutation(count: int, *key: int) -> np.ndarray:
+    """The numbers 0 to count - 1 in an order that depends on `key` alone."""
+    raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw(count)
+    order = np.argsort(raw, kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+class Mix:
+    """Which modality stands at each position of the global order, so that every stretch of it has the shares asked for.
+
+    Each position goes to the modality that is furthest behind its share (a deficit counter). The pattern repeats, so any
+    position is found at once.
+    """
+
+    def __init__(self, shares: Mapping[str, float]) -> None:
+        total = sum(shares.values())
+        if not shares or min(shares.values()) < 0 or total <= 0:
+            raise ConfigError("mix", got=dict(shares), allowed="shares of 0 or more that do not sum to 0")
+        exact = {name: share / total * PARTS for name, share in shares.items()}
+        parts = {name: int(value) for name, value in exact.items()}
+        rounded_up = sorted(exact, key=lambda name: parts[name] - exact[name])[: PARTS - sum(parts.values())]
+        for name in rounded_up:
+            parts[name] += 1
+        divisor = gcd(*parts.values())
+        self.parts = {name: n // divisor for name, n in parts.items() if n}  # of one period
+        self.period = sum(self.parts.values())
+        self._pattern = self._one_period()
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {name: n / self.period for name, n in self.parts.items()}
+
+    def at(self, position: int) -> tuple[str, int]:
+        """The modality at a position, and how many of that modality come before."""
+        periods, inside = divmod(position, self.period)
+        name, before = self._pattern[inside]
+        return name, periods * self.parts[name] + before
+
+    def _one_period(self) -> list[tuple[str, int]]:
+        seen = dict.fromkeys(self.parts, 0)
+        pattern = []
+        for position in range(1, self.period + 1):
+            name = max(seen, key=lambda n: self.parts[n] * position - seen[n] * self.period)
+            pattern.append((name, seen[name]))
+            seen[name] += 1
+        return pattern
+
+
+def shuffled(count: int, occurrence: int, *key: int) -> int:
+    """Which of `count` rows is taken at the n-th `occurrence`: each once an epoch, shuffled anew for every epoch."""
+    epoch, place = divmod(occurrence, count)
+    return int(permutation(count, *key, epoch)[place])
+
+
+def length_groups(lengths: np.ndarray, budget: int, *key: int) -> list[np.ndarray]:
+    """One epoch of groups of row numbers, similar lengths together, in shuffled order.
+
+    A group's rows times its longest is at most `budget` tokens (one row may exceed it alone). Rows are shuffled, sorted by
+    length within windows, and cut: so the grouping differs from epoch to epoch.
+    """
+    order = permutation(len(lengths), *key, 0)
+    groups: list[np.ndarray] = []
+    for start in range(0, len(order), WINDOW):
+        window = order[start : start + WINDOW]
+        window = window[np.argsort(-lengths[window], kind="stable")]
+        groups += cut(window, lengths, budget)
+    return [groups[index] for index in permutation(len(groups), *key, 1)]
+
+
+def cut(rows: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Consecutive `rows` in groups whose number of rows times longest row is within `budget`."""
+    groups, start, longest = [], 0, 0
+    for at, length in enumerate(lengths[rows].tolist()):
+        if at > start and max(longest, length) * (at - start + 1) > budget:
+            groups.append(rows[start:at])
+            start, longest = at, 0
+        longest = max(longest, length)
+    return [*groups, rows[start:]] if len(rows) else []
+
+
+def padding(groups: Sequence[np.ndarray], lengths: np.ndarray) -> float:
+    """Share of padding when each group is padded to its longest row."""
+    padded = sum(len(group) * int(lengths[group].max()) for group in groups)
+    return 1 - sum(int(lengths[group].sum()) for group in groups) / max(1, padded)

@@ -1,0 +1,244 @@
+"""Packed rows on disk: all that preparing and training share.
+
+    DIR/index.json                     written last: a directory without it is not finished
+    DIR/tokenizer.json                 the tokenizer that made the token ids
+    DIR/<split>-<modality>-00000.arrow Arrow IPC files, memory-mapped; one row each for one training row
+
+Columns: ``tokens`` fixed_size_list<int32>[T], ``docs`` fixed_size_list<int16>[T] (-1 padding), ``patches`` large_binary
+(uint8 patches of the row's images, in order). Letters: T row length, V numbers in a patch, n patches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shoal.config import load
+from shoal.data.documents import Modality
+from shoal.data.pack import Row
+from shoal.errors import ConfigError, DataError
+from shoal.inputs.tokenizer import Tokenizer
+
+SCHEMA = 1  # of the shards and the index; raised when either changes so that old readers must refuse
+SPLITS = ("train", "heldout")
+SHARD_BYTES = 32 * 2**20  # of one file, about
+INDEX, TOKENIZER = "index.json", "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of rows."""
+
+    file: str
+    split: str
+    modality: Modality
+    rows: int
+    tokens: int  # padding not counted
+    text_bytes: int  # UTF-8 bytes that the tokens stand for
+    size: int  # bytes of the file
+    sha256: str
+    sources: dict[str, int]  # source -> tokens
+    licenses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """What ``index.json`` says about a prepared corpus."""
+
+    length: int  # T
+    vocab: int
+    patch: int  # pixels on a side of a patch
+    image_size: int  # pixels on the longest side of an image
+    tokenizer_sha256: str
+    seed: int
+    mix: dict[str, float]  # target shares by token
+    request: dict[str, Any]  # what was asked of prepare: the same request need not be run again
+    documents: dict[str, dict[str, int]]  # split -> modality -> documents
+    drops: dict[str, dict[str, int]]  # operator -> reason -> documents
+    shards: tuple[Shard, ...]
+    schema: int = SCHEMA
+
+    @property
+    def patch_values(self) -> int:
+        """V."""
+        return 3 * self.patch**2
+
+    def of(self, split: str, modality: str) -> list[Shard]:
+        """The shards of one split and modality, in order."""
+        return [s for s in self.shards if s.split == split and s.modality == modality]
+
+    def total(self, what: str, split: str, modality: str) -> int:
+        """Sum of ``rows``, ``tokens`` or ``text_bytes`` over those shards."""
+        return sum(getattr(s, what) for s in self.of(split, modality))
+
+
+def write_index(directory: Path, index: Index) -> None:
+    """Complete the corpus: from now on it can be opened."""
+    write_aside(directory / INDEX, json.dumps(asdict(index), indent=1, sort_keys=True) + "\n")
+
+
+def open_index(directory: str | Path, *, length: int | None = None) -> Index:
+    """The index of a finished corpus whose files are all there in full size.
+
+    Raises DataError when there is none, when it is of another schema, row length than `length`, or when a shard is missing
+    or truncated.
+    """
+    path = Path(directory) / INDEX
+    if not path.is_file():
+        raise DataError(f"{directory} holds no prepared corpus", do="run `shoal prepare --out` on it")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        schema = values.get("schema")
+        if schema != SCHEMA:
+            raise DataError(f"{path}: schema", got=schema, allowed=SCHEMA, do="prepare the corpus again")
+        index = load(Index, values)
+    except (ValueError, AttributeError, ConfigError) as error:
+        raise DataError(f"{path} is not an index of ours", got=str(error)[:160], do="prepare again") from error
+    if length is not None and index.length != length:
+        raise DataError(
+            f"{path}: row length", got=index.length, allowed=length, do="prepare it with the preset that you train"
+        )
+    for shard in index.shards:
+        file = path.parent / shard.file
+        size = file.stat().st_size if file.is_file() else None
+        if size != shard.size:
+            raise DataError(f"shard {file}", got=f"{size} bytes", allowed=shard.size, do="prepare the corpus again")
+    return index
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a text file so that it is there in full or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def clear(directory: Path) -> None:
+    """Remove what an interrupted prepare left: our own files only, and only while there is no index."""
+    if (directory / INDEX).exists():
+        raise DataError(f"{directory} holds a finished corpus", do="give another --out, or remove it yourself")
+    for split in SPLITS:
+        for pattern in (f"{split}-*.arrow", f".{split}-*.tmp", ".*.json.*.tmp", ".*.jsonl.*.tmp"):
+            for leftover in directory.glob(pattern):
+                leftover.unlink()
+
+
+@dataclass
+class ShardWriter:
+    """Rows of one split and modality into files of about `shard_bytes`; each is there in full or not at all."""
+
+    directory: Path
+    split: str
+    modality: Modality
+    token_bytes: np.ndarray  # int64 [vocab]: bytes a token stands for
+    licenses: Mapping[str, str]  # source -> licences, as text
+    shard_bytes: int = SHARD_BYTES
+    shards: list[Shard] = field(default_factory=list)
+    _rows: list[Row] = field(default_factory=list)
+    _held: int = 0
+
+    def add(self, row: Row) -> None:
+        self._rows.append(row)
+        self._held += row.tokens.nbytes + row.docs.nbytes + (row.patches.nbytes if row.patches is not None else 0)
+        if self._held >= self.shard_bytes:
+            self.close()
+
+    def close(self) -> None:
+        """Write out what is held."""
+        if not self._rows:
+            return
+        name = f"{self.split}-{self.modality}-{len(self.shards):05}.arrow"
+        aside, path = self.directory / f".{name}.tmp", self.directory / name
+        batch = _record_batch(self._rows)
+        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        with aside.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        aside.replace(path)
+        sources: Counter[str] = Counter()
+        for row in self._rows:
+            sources.update(row.sources)
+        self.shards.append(
+            Shard(
+                file=name,
+                split=self.split,
+                modality=self.modality,
+                rows=len(self._rows),
+                tokens=sum(row.used for row in self._rows),
+                text_bytes=sum(int(self.token_bytes[row.tokens].sum()) for row in self._rows),
+                size=path.stat().st_size,
+                sha256=digest,
+                sources=dict(sorted(sources.items())),
+                licenses=tuple(sorted({self.licenses[source] for source in sources})),
+            )
+        )
+        self._rows, self._held = [], 0
+
+
+def _record_batch(rows: Sequence[Row]) -> pa.RecordBatch:
+    length = len(rows[0].tokens)
+    tokens = pa.array(np.concatenate([row.tokens for row in rows]))
+    docs = pa.array(np.concatenate([row.docs for row in rows]))
+    patches = [row.patches.tobytes() if row.patches is not None else b"" for row in rows]
+    return pa.record_batch(
+        {
+            "tokens": pa.FixedSizeListArray.from_arrays(tokens, length),
+            "docs": pa.FixedSizeListArray.from_arrays(docs, length),
+            "patches": pa.array(patches, pa.large_binary()),
+        }
+    )
+
+
+class Rows:
+    """The rows of some shards as one sequence, memory-mapped: opening is instant and reading touches only what is asked."""
+
+    def __init__(self, directory: str | Path, index: Index, split: str, modality: str) -> None:
+        self._directory, self._index = Path(directory), index
+        self._shards = index.of(split, modality)
+        self._ends = np.cumsum([shard.rows for shard in self._shards])
+        self._open: dict[int, tuple[np.ndarray, np.ndarray, pa.Array]] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._shards else 0
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """tokens int32 [T], docs int16 [T], patches uint8 [n, V]; views of the file."""
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        at = int(np.searchsorted(self._ends, row, side="right"))
+        tokens, docs, patches = self._shard(at)
+        inside = row - (int(self._ends[at - 1]) if at else 0)
+        raw = np.frombuffer(patches[inside].as_buffer(), dtype=np.uint8)
+        return tokens[inside], docs[inside], raw.reshape(-1, self._index.patch_values)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        return (self[row] for row in range(len(self)))
+
+    def _shard(self, at: int) -> tuple[np.ndarray, np.ndarray, pa.Array]:
+        if at not in self._open:
+            path = self._directory / self._shards[at].file
+            try:
+                batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(f"shard {path} cannot be read", got=str(error)[:160], do="prepare again") from error
+            tokens, docs = (batch.column(name).flatten().to_numpy() for name in ("tokens", "docs"))
+            length = self._index.length
+            self._open[at] = (tokens.reshape(-1, length), docs.reshape(-1, length), batch.column("patches"))
+        return self._open[at]
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """int64 [vocab]: how many UTF-8 bytes each token stands for; 0 for control tokens."""
+    return np.array([len(tokenizer.token_bytes(token)) for token in range(len(tokenizer))], dtype=np.int64)

@@ -1,0 +1,260 @@
+"""`shoal evaluate`: one model, or two side by side, on what neither was trained on; the dict that the report page shows.
+
+Answers are made by the engine, as they are served. Two tables: quality by model (with the simple baselines beside each
+number) and quality by depth on the first model given. Where a number is weak, `weak` says so in a sentence.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal.data import batches as shards
+from shoal.engine.engine import Engine
+from shoal.engine.events import Request, Sampling
+from shoal.inputs.chat import Encoded
+from shoal.inputs.tokenizer import Tokenizer
+from shoal.model import cost
+from shoal.model.model import Model
+from shoal.train import baselines
+from shoal.train import evaluate as measure
+from shoal.train.evaluate import Answer, Question
+
+TASKS = {"image question": 4, "summarisation": 40, "code": 110, "customer service": 48}  # task -> most answer tokens
+BASELINE_BYTES = 4_000_000  # of the training text that the n-gram baselines are fitted to
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured; more is slower and steadier."""
+
+    vqa: int = 400
+    bleu: int = 120
+    code: int = 40
+    service: int = 60
+    heldout_rows: int = 96  # packed rows a modality for bits per byte
+    decode_tokens: int = 64
+
+
+def compare(
+    models: dict[str, Path], data: Path, *, sizes: Sizes | None = None, on_progress: Progress | None = None
+) -> dict[str, Any]:
+    """The report's ``quality``, ``depth``, ``gates`` and ``weak`` for the models (label -> directory), measured on the
+    held-out shards and chat rows of `data`. The depth table is the last model's, the one that is served."""
+    sizes, tell = sizes or Sizes(), on_progress or (lambda what, done, total: None)
+    loaded = {label: Model.load(directory) for label, directory in models.items()}
+    served = list(loaded)[-1]
+    steps, total = 0, 2 * len(loaded) + len(loaded[served].config.exits) + 2
+    results: dict[str, dict[str, Any]] = {}
+    for label, model in loaded.items():
+        tell(f"quality of {label}", steps, total)
+        results[label] = quality(model, data, "full", sizes)
+        results[label]["weights"] = (models[label] / "model.safetensors").stat().st_size
+        steps += 2
+    by_depth = []
+    for depth in [*loaded[served].config.exit_names, "auto"]:
+        tell(f"depth {depth} of {served}", steps, total)
+        known = results[served] if depth == "full" else None
+        by_depth.append(_depth_row(loaded[served], data, depth, sizes, known))
+        steps += 1
+    tell("tokens per second", steps, total)
+    speeds = interleaved_speed(loaded, tokens=sizes.decode_tokens)
+    beside = text_baselines(data, loaded[served].tokenizer, sizes)
+    tell("done", total, total)
+    rows = _quality_rows(results, speeds, beside)
+    router = loaded[served].router
+    return {
+        "machine": machine(),
+        "quality": {"columns": list(loaded), "rows": rows},
+        "depth": {"rows": by_depth, "router": router.calibration.report if router else {}},
+        "gates": gates(loaded[served]),
+        "weak": weaknesses(rows, by_depth),
+    }
+
+
+def quality(model: Model, data: Path, depth: str, sizes: Sizes) -> dict[str, Any]:
+    """Every quality number of one model at one depth ("auto" has no bits per byte: a document has no router)."""
+    out: dict[str, Any] = {}
+    exits = model.config.exits
+    if depth != "auto":
+        for modality in ("text", "code", "image"):
+            rows = shards.heldout_batches(data, modality, batch_rows=8, limit=sizes.heldout_rows)
+            out[f"bpb {modality}"] = measure.bits_per_byte(model.net, rows, exits)[model.config.depth(depth)]
+    if depth == "full":
+        rows = shards.heldout_batches(data, "image", batch_rows=8, limit=sizes.heldout_rows)
+        out["patch"] = measure.patch_error(model.net, rows)
+    asked = heldout_questions(model, data, sizes)
+    engine = Engine(model)
+    for task, questions in asked.items():
+        answers = generate(engine, [q.prompt for q in questions], TASKS.get(task, 64), depth)
+        out[task] = _score(task, answers, questions)
+        out.setdefault("depth share", []).append(measure.mean_depth(answers, model.config))
+    return out
+
+
+def heldout_questions(model: Model, data: Path, sizes: Sizes) -> dict[str, list[Question]]:
+    """Held-out chat rows by task; the router was fitted on others (`train.routing` takes the second half)."""
+    limits = {
+        "image question": sizes.vqa,
+        "summarisation": sizes.bleu,
+        "code": sizes.code,
+        "customer service": sizes.service,
+    }
+    found = measure.questions(data / "sft-heldout.jsonl", model.tokenizer, model.config, model.chat_template)
+    return {task: rows[: min(limits.get(task, 50), len(rows))] for task, rows in found.items()}
+
+
+def generate(engine: Engine, prompts: Sequence[Encoded], max_tokens: int, depth: str) -> list[Answer]:
+    """Greedy answers by the engine, in the prompts' order."""
+    sampling = Sampling(temperature=0.0, max_tokens=max_tokens)
+    done = engine.generate([Request(prompt, sampling, depth=depth) for prompt in prompts])
+    return [Answer(c.text, len(c.tokens), c.depth) for c in done]
+
+
+def interleaved_speed(models: dict[str, Model], *, tokens: int, rounds: int = 3) -> dict[str, dict[int, float]]:
+    """Decoded tokens per second at batch 1 and 8 (median of `rounds`, the models in turns so that drift hits all)."""
+    engines = {label: Engine(model) for label, model in models.items()}
+    found: dict[str, dict[int, list[float]]] = {label: {1: [], 8: []} for label in models}
+    for _ in range(rounds):
+        for label, engine in engines.items():
+            for batch in (1, 8):
+                found[label][batch].append(decode_speed(engine, batch, tokens))
+    return {label: {b: sorted(v)[len(v) // 2] for b, v in by.items()} for label, by in found.items()}
+
+
+def decode_speed(engine: Engine, batch: int, tokens: int, depth: str | int = "full") -> float:
+    """Tokens per second over a run of `tokens` tokens for each of `batch` requests, prefill of 16 tokens included."""
+    sampling = Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    prompts = [[20 + (7 * i + j) % 200 for j in range(16)] for i in range(batch)]
+    start = time.perf_counter()
+    done = engine.generate([Request(prompt, sampling, depth=depth) for prompt in prompts])
+    return sum(len(c.tokens) for c in done) / (time.perf_counter() - start)
+
+
+def text_baselines(data: Path, tokenizer: Tokenizer, sizes: Sizes) -> dict[str, dict[str, float]]:
+    """Unigram, 5-gram and gzip bits per byte of the same held-out text and code."""
+    found = {}
+    for modality in ("text", "code"):
+        train = shards.text_of(data, modality, "train", tokenizer, limit_bytes=BASELINE_BYTES)
+        heldout = shards.text_of(data, modality, "heldout", tokenizer, limit_rows=sizes.heldout_rows)
+        found[modality] = baselines.bits_per_byte(train, heldout)
+    return found
+
+
+def gates(model: Model) -> list[dict[str, Any]]:
+    """The local branch's share gamma a head, by layer."""
+    rows = []
+    for layer in range(model.config.layers):
+        group, inside = divmod(layer, model.config.group_layers)
+        gamma = model.net.groups[group].blocks[inside].attention.gamma()  # type: ignore[index, union-attr]
+        rows.append({"layer": layer, "gamma": [1.0] if gamma is None else [round(g, 4) for g in gamma.tolist()]})
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def weaknesses(rows: list[dict[str, Any]], by_depth: list[dict[str, Any]]) -> list[str]:
+    """Plain sentences about numbers that are weak, so that nobody has to find out for themselves."""
+    said = []
+    for row in rows:
+        values = row["values"]
+        label, value = next(iter(values.items()))
+        if row["metric"].startswith("bpb "):
+            worse = [name for name, other in row["beside"].items() if other < value]
+            if worse:
+                said.append(f"{row['metric']}: {label} reads {value:.2f}, worse than {' and '.join(worse)}.")
+        if row["metric"] == "BLEU summarisation" and value < 10:
+            said.append(f"BLEU of summarisation is {value:.1f}: minutes of training do not make a summariser.")
+        if row["metric"] == "code that parses" and value < 0.9:
+            said.append(f"{value:.0%} of the generated functions parse; none is claimed to be right.")
+        if row["metric"] == "easy-vqa exact match" and value < row["beside"]["majority answer"] + 0.1:
+            said.append(f"easy-vqa exact match {value:.1%} is not well above the majority answer.")
+    shallow, full = by_depth[0], by_depth[-2]
+    if shallow["bpb text"] - full["bpb text"] < 0.02:
+        said.append("Depth hardly matters yet: the shallow exit is within 0.02 bits per byte of full depth on text.")
+    return said
+
+
+def _score(task: str, answers: list[Answer], asked: list[Question]) -> dict[str, Any]:
+    if task == "summarisation":
+        score, signature = measure.bleu(answers, asked)
+        return {"bleu": score, "signature": signature, "rows": len(asked)}
+    if task == "code":
+        return {"parses": measure.parse_rate(answers), "rows": len(asked)}
+    answer, share = measure.majority(q.reference for q in asked)
+    return {"exact": measure.exact_match(answers, asked), "majority": share, "answer": answer, "rows": len(asked)}
+
+
+def _depth_row(model: Model, data: Path, depth: str, sizes: Sizes, known: dict[str, Any] | None) -> dict[str, Any]:
+    """One row of the depth table: quality, FLOPs share and speed at one exit, or under the router."""
+    config = model.config
+    found = known or quality(model, data, depth, sizes)
+    shares = found.pop("depth share")
+    layers = config.depth(depth) if depth != "auto" else None
+    share = layers / config.layers if layers else sum(shares) / len(shares)
+    whole = cost.flops_per_token(config, config.train_length)
+    flops = cost.flops_per_token(config, config.train_length, layers) / whole if layers else share
+    return {
+        "exit": depth,
+        "layers": layers or round(share * config.layers, 2),
+        "flops_share": flops,
+        "bpb text": found.get("bpb text"),
+        "bpb code": found.get("bpb code"),
+        "vqa": found.get("image question", {}).get("exact"),
+        "bleu": found.get("summarisation", {}).get("bleu"),
+        "tokens_per_s": decode_speed(Engine(model), 8, sizes.decode_tokens, layers) if layers else None,
+    }
+
+
+def _quality_rows(
+    results: dict[str, dict[str, Any]], speeds: dict[str, dict[int, float]], beside: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
+    def row(metric: str, unit: str, pick: Callable[[dict[str, Any]], float], **more: Any) -> dict[str, Any]:
+        return measure.row_of(metric, unit, {label: pick(r) for label, r in results.items()}, **more)
+
+    first = next(iter(results.values()))
+    rows = [row(f"bpb {m}", "bits/byte", lambda r, m=m: r[f"bpb {m}"], beside=beside[m]) for m in ("text", "code")]
+    rows.append(row("bpb image text", "bits/byte", lambda r: r["bpb image"]))
+    rows.append(
+        row("next-patch error", "MSE", lambda r: r["patch"]["model"], beside={"always zero": first["patch"]["zero"]})
+    )
+    if "image question" in first:
+        vqa = first["image question"]
+        rows.append(
+            row(
+                "easy-vqa exact match", "share", lambda r: r["image question"]["exact"],
+                beside={"majority answer": vqa["majority"]},
+                note=f"{vqa['rows']} held-out questions; majority answer: {vqa['answer']}",
+            )
+        )  # fmt: skip
+    if "summarisation" in first:
+        note = f"{first['summarisation']['rows']} held-out functions; {first['summarisation']['signature']}"
+        rows.append(row("BLEU summarisation", "0-100", lambda r: r["summarisation"]["bleu"], note=note))
+    if "code" in first:
+        rows.append(row("code that parses", "share", lambda r: r["code"]["parses"]))
+    if "customer service" in first:
+        rows.append(
+            row("customer service exact", "share", lambda r: r["customer service"]["exact"], note="synthetic set")
+        )
+    for batch in (1, 8):
+        values = {label: by[batch] for label, by in speeds.items()}
+        rows.append(measure.row_of(f"decode, batch {batch}", "tokens/s", values))
+    rows.append(row("weight file", "bytes", lambda r: float(r["weights"])))
+    return rows

@@ -1,0 +1,219 @@
+"""The service on Ray Serve: a gateway that speaks HTTP, and engine replicas that hold the model.
+
+    HTTP proxy -> Gateway (the app of `api.app`, no torch) -> handle stream -> EngineReplica (an `AsyncEngine`)
+
+`app` is what a Serve config names; `run` starts one on the Ray that runs here and watches over it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import httpx
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import BackpressureConfig, HTTPOptions
+from ray.serve.context import _get_global_client
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeDeploySchema
+
+from shoal import config
+from shoal.api.app import UiMount, build_app
+from shoal.api.auth import ApiKeys
+from shoal.api.requests import Limits
+from shoal.api.served import ServedModel
+from shoal.errors import ConfigError, ResourceError
+from shoal.on_ray.engines import LOGGING, SHUTDOWN, EngineReplica, ReplicaClient, engine_options
+
+
+def need_free_port(host, port):
+    pass
+
+
+from shoal.on_ray.serve_config import IMPORT_PATH, ServeArgs
+
+MODEL_VARIABLE = "SHOAL_MODEL"
+GATEWAY_OPTIONS: dict[str, Any] = {
+    "max_ongoing_requests": 4096,  # connections that the gateway holds; what the engines take is bounded by `ServeArgs`
+    "max_queued_requests": 4096,
+    "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
+    **SHUTDOWN,
+    "logging_config": LOGGING,
+    "ray_actor_options": {"num_cpus": 0},
+}
+POLL_SECONDS = 0.25
+
+
+def app(args: dict[str, Any]) -> serve.Application:
+    """The application of a Serve config whose ``import_path`` is this function; `args` are the fields of ServeArgs.
+
+    Raises ConfigError for an unknown or wrong argument, CheckpointError for a model that cannot be served.
+    """
+    given = _with_model(config.load(ServeArgs, args, "args"))
+    ServedModel.load(given.model or "")  # refused now, in one line, and not by every replica again
+    engine = serve.deployment(**engine_options(given))(EngineReplica).bind(given)
+    gateway = serve.deployment(**GATEWAY_OPTIONS)(serve.ingress()(Gateway))  # builds its app where it runs
+    return gateway.bind(engine, given)
+
+
+def run(
+    deploy: ServeDeploySchema,
+    *,
+    blocking: bool = True,
+    seconds: float = 180.0,
+    on_ready: Callable[[str], None] | None = None,
+) -> str:
+    """Starts Serve on the Ray that is running, with the applications of a checked config, and returns the base URL.
+
+    Returns once requests would be served, or raises when `seconds` are over; `on_ready` is called with the URL then.
+    With `blocking` it stays until Ctrl-C (or SIGTERM) and stops Serve; without, `stop` does. Raises ResourceError for a
+    port in use, a Serve that runs already, or an application that does not start; CheckpointError for a broken model.
+    """
+    options = deploy.http_options
+    need_free_port(options.host, options.port)
+    if _get_global_client(raise_if_no_controller_running=False) is not None:
+        raise ResourceError(
+            "Serve is already running on this Ray", do="change it with `serve deploy`, or stop it first"
+        )
+    url = f"http://{'127.0.0.1' if options.host == '0.0.0.0' else options.host}:{options.port}"
+    deploy = deploy.model_copy(deep=True)
+    for application in deploy.applications:
+        if application.import_path == IMPORT_PATH:
+            application.args = _at_home(application.args, url)
+    deadline = time.monotonic() + seconds
+    try:
+        serve.start(deploy.proxy_location, HTTPOptions(**options.model_dump()), logging_config=deploy.logging_config)
+        # what `serve deploy` sends through the dashboard: the file means the same here and there, overrides included
+        client = _get_global_client()
+        assert client is not None  # it raises instead
+        client.deploy_apps(deploy)
+        for application in deploy.applications:
+            _wait_until_running(application.name, deadline)
+            if application.import_path == IMPORT_PATH:
+                _wait_until_ready(url + (application.route_prefix or "").rstrip("/"), deadline)
+        if on_ready:
+            on_ready(url)
+        if blocking:
+            _wait_for_the_end()
+    except BaseException:
+        stop()
+        raise
+    if blocking:
+        stop()
+    return url
+
+
+def stop() -> None:
+    """Stops Serve on the Ray that is running, its requests drained; does nothing when none runs."""
+    serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _with_model(args: ServeArgs) -> ServeArgs:
+    model = args.model or os.environ.get(MODEL_VARIABLE)
+    if not model:
+        raise ConfigError("args.model", got="nothing", do=f"give a model directory, there or in ${MODEL_VARIABLE}")
+    return replace(args, model=model)
+
+
+def _at_home(args: dict[str, Any], url: str) -> dict[str, Any]:
+    """`args` with what only the machine that starts the service knows: where its paths are, and its URL."""
+    given = _with_model(config.load(ServeArgs, args, "args"))
+    ServedModel.load(given.model or "")
+    ApiKeys.load(given.api_keys)
+    paths = {"model": given.model, "api_keys": given.api_keys}
+    absolute = {name: str(Path(path).resolve()) for name, path in paths.items() if path}
+    return {**args, **absolute, "ui_api": given.ui_api or f"{url}/v1"}
+
+
+def _wait_until_running(name: str, deadline: float) -> None:
+    while True:
+        status = serve.status().applications.get(name)
+        if status is not None and status.status == ApplicationStatus.RUNNING:
+            return
+        if status is not None and status.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            _did_not_start(name, status)
+        if time.monotonic() > deadline:
+            _did_not_start(name, status)
+        time.sleep(POLL_SECONDS)
+
+
+def _did_not_start(name: str, status: ApplicationStatusOverview | None) -> NoReturn:
+    """Raises ResourceError with the last line of Serve's own message, where a traceback says what happened."""
+    messages = [] if status is None else [status.message, *(d.message for d in status.deployments.values())]
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    state = "unknown" if status is None else status.status.value
+    raise ResourceError(
+        f"application {name} did not start",
+        got=f"{state}: {lines[-1][:300]}" if lines else state,
+        do="see the logs of Serve under /tmp/ray/session_latest/logs/serve",
+    )
+
+
+def _wait_until_ready(url: str, deadline: float) -> None:
+    while True:
+        try:
+            answer = httpx.get(f"{url}/ready", timeout=POLL_SECONDS * 20)
+            if answer.status_code == 200:
+                return
+            got = answer.text[:200]
+        except httpx.HTTPError as error:
+            got = str(error) or type(error).__name__
+        if time.monotonic() > deadline:
+            raise ResourceError(f"{url} is not ready", got=got, do="give it more time, or see the logs of Serve")
+        time.sleep(POLL_SECONDS)
+
+
+def _wait_for_the_end() -> None:
+    """Until Ctrl-C or SIGTERM, which is how a job is stopped."""
+
+    def end(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Gateway:
+    """The HTTP surface. One replica: a chat page keeps its session in the process that made it."""
+
+    def __init__(self, engine: DeploymentHandle[Any], args: ServeArgs) -> None:
+        self._engine, self._args = engine, args
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        args = self._args
+        served = ServedModel.load(args.model or "", args.name)
+        return build_app(
+            ReplicaClient(self._engine),
+            served,
+            api_keys=ApiKeys.load(args.api_keys),
+            limits=Limits(seconds=args.seconds),
+            metrics=args.metrics,
+            ui_mount=_ui_mount(args, served) if args.ui else None,
+            answer_request_id=False,  # Serve's proxy does
+        )
+
+
+def _ui_mount(args: ServeArgs, served: ServedModel) -> UiMount:
+    """What puts the chat page on the app. Found by name: the page is no part of this package."""
+    module, _, name = args.ui_mount.partition(":")
+    try:
+        mount = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            "args.ui_mount", got=args.ui_mount, do=f"install shoal[ui] and run from its folder: {error}"
+        ) from error
+    url = args.ui_api or "http://127.0.0.1:8000/v1"
+    return lambda api: mount(api, base_url=url, model=served.name)

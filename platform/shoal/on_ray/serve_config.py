@@ -1,0 +1,163 @@
+"""Serve configs, strictly: what `shoal serve` and ``serve deploy`` read, and what `app` takes as its ``args``.
+
+Notable: Ray's own schema accepts misspelt keys silently (at every level but a few). `load_serve_config` walks the file
+along that schema and refuses them by name.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ray.runtime_env import RuntimeEnv
+from ray.serve.config import AutoscalingPolicy
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+
+from shoal import config
+from shoal.errors import ConfigError, did_you_mean
+
+IMPORT_PATH = "shoal.on_ray.serve:app"
+DEPLOYMENTS = ("Gateway", "EngineReplica")
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class ServeArgs:
+    """The ``args`` of a Shoal application."""
+
+    model: str | None = None  # model directory, the same path on every node; None: $SHOAL_MODEL
+    name: str | None = None  # what requests call the model; None: its own name
+    min_replicas: int = 1  # engine replicas; 0: none while nobody asks
+    max_replicas: int = 1
+    cpus: float = 1.0  # cores that Ray reserves for one engine replica
+    gpus: float = 0.0  # GPUs of one engine replica; above 0 the model runs on it
+    threads: int | None = None  # compute threads of a replica; None: the machine's cores less one, for HTTP
+    max_batch: int = 32  # requests that run at once in one replica
+    max_queue: int = 128  # requests that wait for a replica; more are answered 429
+    seconds: float = 600.0  # longest time of one request
+    api_keys: str | None = None  # file of keys, one a line; None: $SHOAL_API_KEYS, or open to all
+    metrics: bool = True  # answer /metrics
+    ui: bool = False  # show the chat page at /ui
+    ui_mount: str = "ui.mount:mount"  # what mounts it
+    ui_api: str | None = None  # where the page finds the API; None: this server
+
+    def __post_init__(self) -> None:
+        for name, least in {"min_replicas": 0, "max_replicas": 1, "max_batch": 1, "max_queue": 1}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"args.{name}", got=getattr(self, name), allowed=f"{least} or more")
+        if self.max_replicas < self.min_replicas:
+            raise ConfigError(
+                "args.max_replicas", got=self.max_replicas, allowed=f"min_replicas ({self.min_replicas}) up"
+            )
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError("args.threads", got=self.threads, allowed="1 or more")
+        for name in ("cpus", "gpus"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"args.{name}", got=getattr(self, name), allowed="0 or more")
+        if self.seconds <= 0:
+            raise ConfigError("args.seconds", got=self.seconds, allowed="above 0")
+
+
+def parse_replicas(text: str) -> dict[str, int]:
+    """``2`` or ``1:4`` as the arguments min_replicas and max_replicas. Raises ConfigError."""
+    low, colon, high = text.partition(":")
+    if not low.isdecimal() or (colon and not high.isdecimal()):
+        raise ConfigError("replicas", got=text, allowed="A number, or MIN:MAX")
+    return {"min_replicas": int(low), "max_replicas": int(high or low)}
+
+
+def serve_config(args: ServeArgs, *, host: str = LOOPBACK, port: int = 8000) -> ServeDeploySchema:
+    """The config that serves one model on the Ray that runs here."""
+    application = {"name": "shoal", "import_path": IMPORT_PATH, "args": _given(args)}
+    values = {"proxy_location": "HeadOnly", "http_options": {"host": host, "port": port}, "applications": [application]}
+    return check_serve_config(values, "serve config")
+
+
+def load_serve_config(path: str | Path, *, port: int | None = None, **args: Any) -> ServeDeploySchema:
+    """The config in a file; `port` and `args` (fields of ServeArgs) override it, for the command line.
+
+    Raises ConfigError naming the file and the path of the key that is unknown, missing or of a wrong value.
+    """
+    values = config.read_file(path)
+    checked = check_serve_config(values, str(path))
+    if port is None and not args:
+        return checked
+    values["http_options"] = {**(values.get("http_options") or {}), **({} if port is None else {"port": port})}
+    for application in values["applications"]:
+        if application["import_path"] == IMPORT_PATH:
+            application["args"] = {**(application.get("args") or {}), **args}
+    return check_serve_config(values, str(path))
+
+
+def check_serve_config(values: Mapping[str, Any], where: str) -> ServeDeploySchema:
+    """`values` as Ray's schema, every key known. The host is loopback unless said otherwise (Ray's default is all)."""
+    for path, unknown, known in _unknown_keys(ServeDeploySchema, values, ""):
+        raise ConfigError(
+            f"{where}: unknown key {path}{unknown}", allowed=sorted(known), do=did_you_mean(unknown, known)
+        )
+    try:
+        checked = ServeDeploySchema.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{where}: {key}", got=_short(first["input"]), do=first["msg"]) from None
+    if "host" not in checked.http_options.model_fields_set:
+        checked.http_options.host = LOOPBACK
+    for application in checked.applications:
+        if application.import_path == IMPORT_PATH:
+            _check_application(application, where)
+    return checked
+
+
+def _check_application(application: ServeApplicationSchema, where: str) -> None:
+    try:
+        config.load(ServeArgs, application.args, "args")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: application {application.name}: {error.message}") from None
+    for name in application.deployment_names:
+        if name not in DEPLOYMENTS:
+            hint = did_you_mean(name, DEPLOYMENTS)
+            raise ConfigError(f"{where}: deployment of {application.name}", got=name, allowed=DEPLOYMENTS, do=hint)
+
+
+def _unknown_keys(model: type[BaseModel], values: Any, path: str) -> Iterator[tuple[str, str, set[str]]]:
+    """(path of the mapping, key, the keys known there) of every key of `values` that `model` does not have."""
+    if not isinstance(values, Mapping):
+        return
+    known = {*model.model_fields, *(field.alias for field in model.model_fields.values() if field.alias)}
+    for key, value in values.items():
+        if key not in known:
+            yield path, str(key), known
+        elif key == "runtime_env":
+            yield from (
+                (f"{path}{key}.", str(k), RuntimeEnv.known_fields)
+                for k in value or ()
+                if k not in RuntimeEnv.known_fields
+            )
+        elif key == "autoscaling_policy":
+            yield from _unknown_keys(AutoscalingPolicy, value, f"{path}{key}.")
+        else:
+            for inner in _models(model.model_fields[key].annotation):
+                several = isinstance(value, list)
+                for index, item in enumerate(value if several else [value]):
+                    yield from _unknown_keys(inner, item, f"{path}{key}{f'[{index}]' if several else ''}.")
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The pydantic models inside an annotation: of ``Optional[Union[Dict, M]]`` and ``List[M]`` it is M."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in typing.get_args(annotation):
+        yield from _models(part)
+
+
+def _given(args: ServeArgs) -> dict[str, Any]:
+    return {name: value for name, value in asdict(args).items() if value is not None}
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]

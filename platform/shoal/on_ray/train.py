@@ -1,0 +1,197 @@
+"""Training on Ray Train: `shoal.train.fit` on many workers, with progress in the driver and restarts after a failure.
+
+Ray starts and restarts the workers and makes their process group; everything else (data order, checkpoints, resume) is the
+loop's own. Checkpoints are written by the loop into the run's folder and reported to Ray where they lie, so nothing is copied;
+on several nodes the run's folder must therefore be on a file system that all of them share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+import shoal
+from shoal.config import dump, load
+from shoal.errors import ResourceError, ShoalError
+from shoal.train.log import Record, Report, ignore, metrics_file
+from shoal.train.loop import FitResult, fit
+from shoal.train.plan import FitPlan, check, memory_needed
+
+STARTS = 3  # times that Ray may try to start the workers: its default retries an infeasible plan for ever
+COLLECTIVE_TIMEOUT = 300  # seconds that one exchange between workers may take
+POLL = 0.5  # seconds between Ray's looks at the workers; its default of 2 is felt on short runs
+
+
+def train(
+    plan: FitPlan,
+    *,
+    workers: int = 1,
+    cpus_per_worker: float = 1.0,
+    gpus: bool | None = None,
+    max_failures: int = 2,
+    on_progress: Report = ignore,
+) -> FitResult:
+    """Run `plan` on `workers` Ray Train workers and wait for it. A local Ray is started when none is running.
+
+    `cpus_per_worker`: logical CPUs that each worker reserves; `gpus`: one GPU a worker (default: when the cluster has
+    enough); `max_failures`: restarts of all workers from the newest checkpoint. `on_progress` gets rank 0's records as they
+    come. Raises ResourceError within seconds when the plan does not fit the cluster, and what `fit` raises.
+    """
+    plan = _absolute(plan)
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, configure_logging=False)
+    resources = ray.cluster_resources()
+    use_gpu = resources.get("GPU", 0) >= workers if gpus is None else gpus
+    preflight(plan, workers, cpus_per_worker, use_gpu, resources)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL))
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"plan": dump(plan)},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker=_resources(cpus_per_worker, use_gpu)
+        ),
+        run_config=RunConfig(
+            storage_path=plan.run,
+            name="checkpoints",  # where CheckpointStore writes: Ray refuses to be told of checkpoints elsewhere
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=STARTS),
+            worker_runtime_env={"env_vars": _worker_env()},
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    # Ray's own memory of the run's checkpoints must not outlive it: CheckpointStore, which removes old ones, decides what
+    # to resume from, and Ray refuses to start when a checkpoint it remembers is gone.
+    (Path(plan.run) / "checkpoints" / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    with _following(plan, on_progress), _sigint_restored():
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _cause(error) from error
+    return load(FitResult, result.return_value, "result")
+
+
+def preflight(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources: dict[str, float]) -> None:
+    """Raise ResourceError, with the arithmetic, when the cluster can never run `plan`; DataError or ConfigError when the
+    data or the batch cannot be divided. `resources`: what the cluster has, as Ray counts it (memory in bytes)."""
+    for name, each in _resources(cpus, use_gpu).items():
+        have = resources.get(name, 0.0)
+        if workers * each > have:
+            raise ResourceError(
+                f"{workers} worker(s) x {each:g} {name} = {workers * each:g} {name}s",
+                got=f"{have:g} in the cluster",
+                do=f"use at most {int(have / each)} worker(s), or add nodes",
+            )
+    need, have = workers * memory_needed(plan, workers), resources.get("memory", float("inf"))
+    if not use_gpu and need > have:
+        raise ResourceError(
+            f"{workers} worker(s) x {memory_needed(plan, workers) / 2**30:.1f} GiB = {need / 2**30:.1f} GiB of memory",
+            got=f"{have / 2**30:.1f} GiB in the cluster",
+            do="use a smaller preset, shorter micro-batches (more --accumulate), or more memory",
+        )
+    check(plan, workers)
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Runs in each worker; rank 0's return value becomes the run's."""
+
+    def report(record: Record) -> None:
+        if record["kind"] == "checkpoint":
+            metrics = {key: record[key] for key in ("step", "progress", "tokens")}
+            checkpoint = Checkpoint.from_directory(record["path"])
+            ray.train.report(metrics, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+
+    return dataclasses.asdict(fit(load(FitPlan, config["plan"], "plan"), report))
+
+
+def _resources(cpus: float, use_gpu: bool) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": 1.0} if use_gpu else {"CPU": cpus}
+
+
+def _worker_env() -> dict[str, str]:
+    """One thread a worker, and this same package wherever the worker's folder is."""
+    source = str(Path(shoal.__file__).parent.parent)
+    paths = [source, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+def _absolute(plan: FitPlan) -> FitPlan:
+    """Workers have a folder of their own, so the plan's paths must not depend on this one."""
+    paths = {
+        key: str(Path(value).absolute()) for key in ("data", "run", "out", "init") if (value := getattr(plan, key))
+    }
+    return dataclasses.replace(plan, **paths)
+
+
+@contextlib.contextmanager
+def _following(plan: FitPlan, on_progress: Report) -> Iterator[None]:
+    """Hand every record that rank 0 appends to the run's metrics file to `on_progress`, in a thread of this process."""
+    path, over = metrics_file(plan.run), threading.Event()
+    start = path.stat().st_size if path.exists() else 0
+
+    def follow() -> None:
+        at, rest = start, b""
+        while True:
+            last = over.is_set()  # read once more after the end, so that nothing is missed
+            if path.exists():
+                with path.open("rb") as file:
+                    file.seek(at)
+                    new = file.read()
+                at += len(new)
+                *lines, rest = (rest + new).split(b"\n")
+                for text in lines:
+                    on_progress(json.loads(text))
+            if last:
+                return
+            over.wait(POLL)
+
+    thread = threading.Thread(target=follow, name="follow-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=10)
+
+
+@contextlib.contextmanager
+def _sigint_restored() -> Iterator[None]:
+    """Ray Train takes over Ctrl-C and never gives it back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _cause(error: BaseException) -> ShoalError:
+    """The one line behind a failed run: a worker's own error where there is one."""
+    failures = getattr(error, "worker_failures", None) or {None: getattr(error, "controller_failure", error)}
+    for failure in failures.values():
+        inner: BaseException | None = failure
+        while inner is not None:
+            if isinstance(inner, ShoalError):
+                return inner
+            inner = getattr(inner, "_base_exc", None) or getattr(inner, "cause", None) or inner.__cause__
+    first = next(iter(failures.values()))
+    text = [line for line in str(first).strip().splitlines() if line.strip()] or [type(first).__name__]
+    return ShoalError(
+        "training failed",
+        got=text[-1].strip()[:300],
+        do="what was saved can be resumed; see Ray's logs for the traceback",
+    )

@@ -1,0 +1,212 @@
+"""The whole main job on one machine: corpus -> shards -> pretraining -> fine-tuning -> INT8 -> report -> a chat that answers.
+
+Each stage leaves a result whose presence means complete, so a second call goes on where the first stopped. The stages
+are the functions that the subcommands and the jobs call; nothing here is a special path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from shoal import presets, samples
+from shoal.evaluation import compare
+from shoal.on_ray import serve
+from shoal.on_ray.prepare import prepare
+from shoal.on_ray.resources import local_ray, need_disk, need_free_port
+from shoal.on_ray.serve_config import load_serve_config
+from shoal.on_ray.train import train
+from shoal.progress import Tell, duration, progress
+from shoal.train import log, routing
+from shoal.train import report as page
+from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan, quantize_plan
+
+PRESET = "tiny"
+MIX = {"text": 0.6, "image": 0.2, "code": 0.2}
+MINUTES = {"pretrain": 4.5, "finetune": 3.5, "quantize": 1.0}
+WORKERS = 2
+SERVE_CONFIG = Path("serve_configs/local.yaml")
+DISK = 2 * 2**30  # bytes: shards, checkpoints and two models of this size, with room to spare
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where everything of one run lies, and how long its training stages may take (`scale` of `MINUTES`)."""
+
+    root: Path
+    scale: float = 1.0
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def int8(self) -> Path:
+        return self.root / "model-int8"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.json"
+
+    def metrics(self, stage: str) -> Path:
+        return self.root / stage
+
+
+def run(root: Path, *, stay: bool, port: int, scale: float, console: Console) -> None:
+    """Do what is missing under `root`, print the tables, ask three sample questions; with `stay`, serve until Ctrl-C."""
+    place, began = Run(root, scale), time.monotonic()
+    root.mkdir(parents=True, exist_ok=True)
+    need_disk(root, DISK)
+    need_free_port("127.0.0.1", port)
+    stages: list[tuple[str, Path, Callable[[Run, Tell], None]]] = [
+        ("prepare", place.data / "index.json", _prepare),
+        ("pretrain", root / "pretrain" / "model" / "config.json", _pretrain),
+        ("finetune", place.model / "router.json", _finetune),
+        ("quantize", place.int8 / "router.json", _quantize),
+        ("evaluate", place.report, _evaluate),
+    ]
+    with local_ray():
+        for number, (name, result, stage) in enumerate(stages, 1):
+            head, start = f"[{number}/{len(stages) + 1}] {name:9s}", time.monotonic()
+            if result.exists():
+                _say(console, f"{head} done before -> {result.parent}")
+                continue
+            _say(console, f"{head} ...")
+            with progress(name, console) as tell:
+                stage(place, tell)
+            _say(console, f"{head} {duration(time.monotonic() - start)} -> {result.parent}")
+        print_tables(json.loads(place.report.read_text(encoding="utf-8")), console)
+        _serve(place, port, stay=stay, console=console, began=began)
+
+
+def _prepare(place: Run, tell: Tell) -> None:
+    preset = presets.get(PRESET)
+    prepare(place.data, sources=None, mix=MIX, preset=preset, seed=preset.train.seed, on_progress=tell)
+
+
+def _pretrain(place: Run, tell: Tell) -> None:
+    _fit(pretrain_plan(PRESET, str(place.data), str(place.metrics("pretrain")), **_budget(place, "pretrain")), tell)
+
+
+def _finetune(place: Run, tell: Tell) -> None:
+    if not (place.model / "config.json").exists():
+        base, rows = place.metrics("pretrain") / "model", place.data / "sft-train.jsonl"
+        budget = _budget(place, "finetune")
+        plan = finetune_plan(str(base), str(rows), str(place.metrics("finetune")), out=str(place.model), **budget)
+        _fit(plan, tell)
+    tell("router", 0, 0)
+    routing.refit(place.model, place.data / "sft-heldout.jsonl")
+
+
+def _quantize(place: Run, tell: Tell) -> None:
+    if not (place.int8 / "config.json").exists():
+        rows, run_dir = place.data / "sft-train.jsonl", str(place.metrics("quantize"))
+        budget = _budget(place, "quantize")
+        _fit(quantize_plan(str(place.model), str(rows), str(place.int8), run=run_dir, **budget), tell)
+    tell("router", 0, 0)
+    routing.refit(place.int8, place.data / "sft-heldout.jsonl")
+
+
+def _evaluate(place: Run, tell: Tell) -> None:
+    report = compare({"fp32": place.model, "int8": place.int8}, place.data, on_progress=tell)
+    stages = [stage_history(place.metrics(name), name) for name in MINUTES]
+    corpus = json.loads((place.data / "report.json").read_text(encoding="utf-8"))
+    write_report(place.report, {"title": f"Quickstart, preset {PRESET}", "corpus": corpus, "stages": stages, **report})
+
+
+def _budget(place: Run, stage: str) -> dict[str, float]:
+    return {"minutes": MINUTES[stage] * place.scale}
+
+
+def _fit(plan: FitPlan, tell: Tell) -> None:
+    """Train on Ray, half a logical CPU a worker so that whatever else runs on this machine is never starved."""
+
+    def show(record: log.Record) -> None:
+        if record["kind"] == "step":
+            bpb = f"bpb {record['bpb']:.3f}  " if record["bpb"] is not None else ""
+            what = f"train: loss {record['loss']:.3f}  {bpb}{record['tokens_per_second']:,.0f} tok/s"
+            tell(what, record["progress"], 1.0)
+
+    train(plan, workers=WORKERS, cpus_per_worker=0.5, on_progress=show)
+
+
+def stage_history(run_dir: Path, name: str) -> dict[str, Any]:
+    """A training run for the report: its curve, at most 200 points, and what it came to."""
+    records = log.read(run_dir)
+    steps = [r for r in records if r["kind"] == "step"]
+    last = next((r for r in reversed(records) if r["kind"] == "end"), {})
+    curve = [
+        {"step": r["step"], "loss": r["loss"], "bpb": r["bpb"], "lr": r["rate"], "tokens_per_s": r["tokens_per_second"]}
+        for r in steps[:: max(1, len(steps) // 200)]
+    ]
+    return {"name": name, "seconds": last.get("seconds", 0.0), "tokens": last.get("tokens", 0), "metrics": curve}
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """``report.json`` and beside it ``report.html``; the JSON last, since its presence means complete."""
+    report = {"created": time.strftime("%Y-%m-%d %H:%M"), **report}
+    page.render(report, path.with_suffix(".html"))
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
+    aside.rename(path)
+
+
+def print_tables(report: dict[str, Any], console: Console) -> None:
+    """The quality table, the depth table, and what is weak, in plain words."""
+    labels = report["quality"]["columns"]
+    table = Table("", *labels, "beside", title="quality", title_justify="left")
+    for row in report["quality"]["rows"]:
+        beside = ", ".join(f"{name} {_number(value, row['unit'])}" for name, value in row["beside"].items())
+        values = [_number(row["values"][label], row["unit"]) for label in labels]
+        table.add_row(f"{row['metric']} ({row['unit']})", *values, beside)
+    console.print(table)
+    columns = ("flops_share", "bpb text", "bpb code", "vqa", "bleu", "tokens_per_s")
+    table = Table("exit", "layers", *columns, title=f"by depth ({labels[-1]})", title_justify="left")
+    for row in report["depth"]["rows"]:
+        units = {"flops_share": "share", "vqa": "share", "tokens_per_s": "tokens/s"}
+        cells = ["" if row[c] is None else _number(row[c], units.get(c, "")) for c in columns]
+        table.add_row(row["exit"], f"{row['layers']:g}", *cells)
+    console.print(table)
+    for sentence in report["weak"]:
+        _say(console, f"weak: {sentence}")
+
+
+def _number(value: float, unit: str) -> str:
+    return {"share": f"{value:.1%}", "bytes": f"{value:,.0f}", "tokens/s": f"{value:,.0f}"}.get(unit, f"{value:.3f}")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _serve(place: Run, port: int, *, stay: bool, console: Console, began: float) -> None:
+    """Deploy the INT8 model as `serve_configs/local.yaml` says, ask the samples, and with `stay` serve until Ctrl-C."""
+
+    def ready(url: str) -> None:
+        answers = samples.ask(f"{url}/v1", place.data)
+        for answer in answers:
+            samples.show(answer, console)
+        report = json.loads(place.report.read_text(encoding="utf-8"))
+        write_report(place.report, {**report, "samples": [answer.as_row() for answer in answers]})
+        took = duration(time.monotonic() - began)
+        _say(console, f"[6/6] serve     ready {took} after the start; report: {place.report.with_suffix('.html')}")
+        if stay:
+            _say(console, f"[6/6] serve     API {url}/v1   chat page {url}/ui   (Ctrl-C ends it)")
+
+    deploy = load_serve_config(SERVE_CONFIG, port=port, model=str(place.int8))
+    try:
+        serve.run(deploy, blocking=stay, on_ready=ready)
+    finally:
+        serve.stop()

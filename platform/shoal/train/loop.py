@@ -1,0 +1,215 @@
+"""Training, from a plan to a model directory: the same loop alone, under torchrun and under Ray Train.
+
+    join the ranks -> open the data -> build the whole model -> shard it -> resume
+      -> (one update -> say so -> now and then: evaluate on held-out rows, save a checkpoint) until the run's share is done
+      -> evaluate, save, gather the model and write its directory
+
+All ranks decide together: whatever depends on a clock or a disk is read on rank 0 and agreed on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from shoal.errors import CheckpointError, ConfigError
+from shoal.inputs.chat import DEFAULT_TEMPLATE
+from shoal.inputs.tokenizer import Tokenizer
+from shoal.model import checkpoint as model_directory
+from shoal.model.cost import parameters
+from shoal.model.net import Net
+from shoal.model.quant import export_int8, fake_quantize_
+from shoal.train.checkpoint import CheckpointStore, TrainState, code_version, full_state, read_state, require_same
+from shoal.train.feed import open_feed, shard_tokenizer
+from shoal.train.heldout import Bpb, measure
+from shoal.train.log import Report, Speaker, ignore
+from shoal.train.loss import LossModel
+from shoal.train.meter import Meter, matmul_rate
+from shoal.train.optim import exit_weights, learning_rate, make_optimizer, trained_exits
+from shoal.train.parallel import Ranks, shard_
+from shoal.train.plan import FitPlan, progress
+from shoal.train.step import update
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run came to; the same on every rank."""
+
+    out: str  # the model directory
+    steps: int
+    tokens: int  # padding left out
+    seconds: float  # of training, over all sittings
+    bpb: Bpb  # held-out bits a byte: modality -> exit name -> value
+
+
+def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
+    """Train as `plan` says, going on from its newest checkpoint if it has one, and write the model directory.
+
+    `report` gets every record on rank 0, and the checkpoint records on every rank. Raises CheckpointError, ConfigError or
+    DataError when the plan cannot be followed, ShoalError when the loss is not finite; what was saved stays resumable.
+    """
+    ranks = Ranks.join()
+    say = Speaker(plan.run, ranks.first, report)
+    start = _Start.of(plan)
+    feed = open_feed(plan, start.tokenizer, start.template, ranks)
+    model = LossModel(start.net, trained_exits(plan.model.exits, plan.train))
+    shard_(model, ranks)
+    optimizer = make_optimizer(model, plan.train)
+    run = _Run(plan, ranks, model, optimizer, say)
+    state = run.resume()
+    meter = Meter(plan.model, matmul_rate(ranks.device), ranks.world)
+    say("start", step=state.step, **_summary(plan, ranks, meter))
+
+    clock = Clock(ranks, state.seconds)
+    done = progress(plan, step=state.step, seconds=state.seconds, steps_in_epoch=feed.steps_in_epoch)
+    while done < 1.0:
+        batches = [batch.to(ranks.device) for batch in feed.at(state.step)]
+        # The schedules are read at the end of this update, so that the first has a rate and the last has the lowest.
+        end = state.seconds + clock.last_step
+        done = progress(plan, step=state.step + 1, seconds=end, steps_in_epoch=feed.steps_in_epoch)
+        rate, weights = learning_rate(done, plan.train), exit_weights(done, plan.train)
+        result = update(model, optimizer, batches, config=plan.train, weights=weights, rate=rate, ranks=ranks)
+        state.step, state.tokens, state.cursor = state.step + 1, state.tokens + result.tokens, feed.cursor(state.step + 1)
+        state.seconds = clock.step()
+        meter.add(result.tokens, clock.last_step)
+        say("step", step=state.step, progress=done, rate=rate, eta=clock.eta(done), **meter.read(), **asdict(result))
+        if plan.eval_every and state.step % plan.eval_every == 0 and done < 1.0:
+            say("eval", step=state.step, progress=done, **asdict(measure(model, feed.heldout, ranks)))
+        if state.seconds - run.saved_at >= 60 * plan.checkpoint_minutes and done < 1.0:
+            run.save(state, done)
+
+    final = measure(model, feed.heldout, ranks)
+    say("eval", step=state.step, progress=done, **asdict(final))
+    run.save(state, done)
+    start.export(plan, model, ranks)
+    result_ = FitResult(str(plan.model_dir), state.step, state.tokens, state.seconds, final.bpb)
+    say("end", **asdict(result_))
+    return result_
+
+
+@dataclass
+class _Start:
+    """Where the weights come from, and with them the tokenizer and the chat template that the model will be written with."""
+
+    net: Net
+    tokenizer: Tokenizer
+    template: str
+
+    @classmethod
+    def of(cls, plan: FitPlan) -> _Start:
+        """From the plan's model directory, or fresh with the tokenizer of its shards. Equal on every rank."""
+        if plan.init:
+            parts = model_directory.read(plan.init)
+            if parts.config != plan.model:
+                raise CheckpointError(f"{plan.init} is of another configuration", do="plan with the model's own")
+            net, tokenizer, template = parts.net, parts.tokenizer, parts.chat_template
+        else:
+            net, tokenizer, template = Net(plan.model).init_(plan.train.seed), shard_tokenizer(plan.data), DEFAULT_TEMPLATE
+        if len(tokenizer) > plan.model.vocab:
+            raise ConfigError("model.vocab", got=plan.model.vocab, allowed=f"at least {len(tokenizer)}, the tokenizer's")
+        fake_quantize_(net, plan.quantize)
+        return cls(net, tokenizer, template)
+
+    def export(self, plan: FitPlan, model: LossModel, ranks: Ranks) -> None:
+        """Gather the model and write its directory, INT8 when the plan quantises."""
+        state = {name.removeprefix("net."): tensor for name, tensor in full_state(model).items()}
+        if ranks.first:
+            config = plan.model
+            if plan.quantize:
+                whole = Net(config)
+                whole.load_state_dict(state)
+                config, state = dataclasses.replace(config, quantization="w8a8"), export_int8(whole)
+            model_directory.save(
+                plan.model_dir,
+                config=config,
+                state=state,
+                tokenizer=self.tokenizer,
+                name=plan.name,
+                chat_template=self.template,
+            )
+        ranks.wait()
+
+
+@dataclass
+class _Run:
+    """The checkpoints of this run: what to go on from, and what to leave behind."""
+
+    plan: FitPlan
+    ranks: Ranks
+    model: LossModel
+    optimizer: Optimizer
+    say: Speaker
+    saved_at: float = 0.0  # seconds of training at the last checkpoint
+    _saved_step: int = -1
+
+    def __post_init__(self) -> None:
+        self.store = CheckpointStore(self.plan.run, self.plan.keep)
+
+    def resume(self) -> TrainState:
+        """The state to go on from, with model and optimizer loaded; a fresh one when there is no whole checkpoint."""
+        now = TrainState(world=self.ranks.world, code=code_version(), trained=self.plan.identity())
+        if self.plan.resume == "never":
+            self.store.clear(self.ranks)
+        path = self.store.newest(self.ranks, lambda text: self.say("warning", step=0, text=text))
+        if path is None:
+            return now
+        saved = read_state(path)
+        require_same(saved.trained, now.trained, path)
+        if saved.code != now.code:
+            self.say("warning", step=saved.step, text=f"{path} was written by other code: the run may differ in rounding")
+        self.store.load(path, self.model, self.optimizer, self.ranks)
+        self.saved_at, self._saved_step = saved.seconds, saved.step
+        return dataclasses.replace(saved, world=now.world, code=now.code, trained=now.trained)
+
+    def save(self, state: TrainState, done: float) -> None:
+        """Write a checkpoint of `state`, unless it has one."""
+        if state.step == self._saved_step:
+            return
+        began = time.perf_counter()
+        path = self.store.save(self.model, self.optimizer, state, self.ranks)
+        self.saved_at, self._saved_step = state.seconds, state.step
+        took = time.perf_counter() - began
+        self.say(
+            "checkpoint", everywhere=True, step=state.step, progress=done, tokens=state.tokens, path=str(path), took=took
+        )
+
+
+class Clock:
+    """Seconds of training over all sittings, as rank 0 sees them, so that every rank decides alike."""
+
+    def __init__(self, ranks: Ranks, before: float) -> None:
+        self._ranks, self._before, self._start = ranks, before, time.perf_counter()
+        self._at = before
+        self.last_step = 0.0  # seconds from the end of one update to the end of the next
+
+    def now(self) -> float:
+        seconds: float = self._ranks.agree(self._before + time.perf_counter() - self._start)
+        return seconds
+
+    def step(self) -> float:
+        """Call at the end of an update; returns `now`."""
+        now = self.now()
+        self.last_step, self._at = now - self._at, now
+        return now
+
+    def eta(self, done: float) -> float:
+        """Seconds to go, when a share `done` took as long as it did."""
+        return self._at * (1.0 - done) / done if done else float("inf")
+
+
+def _summary(plan: FitPlan, ranks: Ranks, meter: Meter) -> dict[str, Any]:
+    """What the first record says of the run."""
+    return {
+        "name": plan.name,
+        "parameters": parameters(plan.model).total,
+        "world": ranks.world,
+        "device": str(ranks.device),
+        "batch_tokens": plan.train.batch_tokens,
+        "micro_batches": plan.train.accumulate,
+        "matmul_rate": meter.rate / ranks.world,
+        "progress": 0.0,
+    }

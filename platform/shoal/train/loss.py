@@ -1,0 +1,94 @@
+"""The losses of one micro-batch, as sums: cross-entropy at every exit, and the next patch of an image.
+
+Sums, never means: `step` divides by the counts of the whole global batch, so that the split into workers and micro-batches
+does not change the gradient. `LossModel` is the root that FSDP shards, so that the tied head, which the loss calls, is
+gathered once with the root and not at every exit.
+
+Letters: B rows, T tokens, E exits, D width, V vocabulary, n patches, M places that take a cross-entropy, p patch side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from shoal.inputs.tokenizer import PATCH_ID
+from shoal.model.net import Net, unit_pixels
+
+LOGITS_AT_ONCE = 2**25  # logits held at a time (128 MiB in fp32); beyond it they are computed again in backward
+PATCH_EPS = 1e-2  # added to a patch's variance: blank patches must not turn into noise
+
+
+class Sums(NamedTuple):
+    """What `LossModel` returns. A NamedTuple because FSDP finds the outputs it must hook through pytree."""
+
+    ce: Tensor  # [E, B] cross-entropy of each row, nats, summed over its targets
+    patch: Tensor  # [] squared error of the predicted patches, each the mean over its values
+
+
+class LossModel(nn.Module):
+    """`net` and its training losses at `exits` (layers; default: every exit of the config)."""
+
+    def __init__(self, net: Net, exits: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.net = net
+        self.exits = tuple(net.config.exits if exits is None else exits)
+
+    def forward(self, tokens: Tensor, targets: Tensor, docs: Tensor, patches: Tensor, grid: Tensor) -> Sums:
+        """tokens, targets (-1: no loss) and docs (-1: padding) [B, T]; patches [n, 3p^2] uint8 in the order of their
+        tokens, grid [n, 2]."""
+        net = self.net
+        hidden = net(tokens, patches, grid, docs, exits={*self.exits, net.config.layers})
+        rows, columns = (targets >= 0).nonzero(as_tuple=True)  # the head is a large part of the work: only where needed
+        wanted = targets[rows, columns]
+        ce = torch.stack([self._row_sums(hidden[e][rows, columns], wanted, rows, len(tokens), e) for e in self.exits])
+        patch = self._patch_error(hidden[net.config.layers], tokens, docs, patches)
+        # A micro-batch without images must still give the patch parameters a gradient (of zero): under FSDP a rank
+        # that leaves some out would make the others wait for ever.
+        nothing = net.embed_patches(patches[:0], grid[:0]).sum()
+        return Sums(ce, patch + nothing)
+
+    def _row_sums(self, hidden: Tensor, wanted: Tensor, rows: Tensor, count: int, layers: int) -> Tensor:
+        """[B]: cross-entropy of `hidden` [M, D] against `wanted` [M], added up by row."""
+        at_once = max(1, LOGITS_AT_ONCE // self.net.config.vocab)
+        if len(wanted) <= at_once:
+            nll = self._nll(hidden, wanted, layers)
+        else:
+            parts = zip(hidden.split(at_once), wanted.split(at_once), strict=True)
+            nll = torch.cat([checkpoint(self._nll, h, w, layers, use_reentrant=False) for h, w in parts])
+        return nll.new_zeros(count).index_add(0, rows, nll)
+
+    def _nll(self, hidden: Tensor, wanted: Tensor, layers: int) -> Tensor:
+        """[M] in fp32 or better."""
+        logits = self.net.head(hidden, layers)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted, reduction="none")
+
+    def _patch_error(self, hidden: Tensor, tokens: Tensor, docs: Tensor, patches: Tensor) -> Tensor:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        where, target = patch_targets(tokens, docs, unit_pixels(patches, exact))
+        last = self.net.config.layers
+        guess = self.net.patch_head(self.net.exit_norms[str(last)](hidden[where]))
+        return (guess.to(exact) - target).square().mean(-1).sum()
+
+
+def predicted_patches(tokens: Tensor, docs: Tensor) -> Tensor:
+    """bool [B, T]: patch tokens that the token before them, in the same document, predicts."""
+    predicted = (tokens == PATCH_ID) & (docs >= 0)
+    predicted[:, 1:] &= docs[:, 1:] == docs[:, :-1]
+    predicted[:, 0] = False
+    return predicted
+
+
+def patch_targets(tokens: Tensor, docs: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the next patch is predicted, bool [B, T], and the targets there, [m, 3p^2]: `pixels` [n, 3p^2] in -1..1 (in
+    the order of their tokens), each patch with its own mean and variance removed."""
+    predicted = predicted_patches(tokens, docs)
+    chosen = pixels[predicted[tokens == PATCH_ID]]
+    centred = chosen - chosen.mean(-1, keepdim=True)
+    target = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + PATCH_EPS)
+    return F.pad(predicted[:, 1:], (0, 1)), target  # the place that predicts stands one to the left

@@ -1,0 +1,51 @@
+"""AdamW with its parameter groups, and the schedules: pure functions of the share of the run that is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from shoal.config import TrainConfig
+
+_TABLES = ("embed.weight", "row_embed", "col_embed")  # looked up, not multiplied: decay would only shrink rare rows
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """AdamW over the trainable parameters of `model`; norms, gates and embeddings take no weight decay.
+
+    Call it after sharding: the moments are then sharded like the parameters.
+    """
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.dim() < 2 or name.endswith(_TABLES)
+            (free if plain else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=1e-8, fused=True)
+
+
+def learning_rate(progress: float, config: TrainConfig) -> float:
+    """The rate when a share `progress` (0 to 1) of the run is done: it warms up, stays, and decays (WSD), all linearly."""
+    progress = min(max(progress, 0.0), 1.0)
+    if progress < config.warmup:
+        return config.learning_rate * progress / config.warmup
+    left = 1.0 - progress
+    if left >= config.decay:
+        return config.learning_rate
+    low = config.min_lr_ratio
+    return config.learning_rate * (low + (1.0 - low) * left / config.decay)
+
+
+def trained_exits(exits: Sequence[int], config: TrainConfig) -> tuple[int, ...]:
+    """The `exits` that have a weight in the loss; the others cost nothing."""
+    return tuple(e for e, weight in zip(exits, config.exit_weights, strict=True) if weight > 0)
+
+
+def exit_weights(progress: float, config: TrainConfig) -> tuple[float, ...]:
+    """Share of each trained exit in the loss, shallowest first, summing to 1; the early exits' rise from 0 over the first
+    `exit_warmup` of the run."""
+    rise = min(1.0, progress / config.exit_warmup) if config.exit_warmup > 0 else 1.0
+    raw = [weight * rise for weight in config.exit_weights[:-1] if weight > 0] + [config.exit_weights[-1]]
+    return tuple(weight / sum(raw) for weight in raw)

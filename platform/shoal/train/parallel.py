@@ -1,0 +1,103 @@
+"""Many processes as one: who this process is, and FSDP2 over the layer groups.
+
+Training code asks `Ranks` and never torch.distributed, so the same loop runs alone, under torchrun and under Ray Train
+(which makes the process group; nothing here imports ray).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from shoal.train.loss import LossModel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all that train together."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def join(cls) -> Ranks:
+        """From the process group, if there is one; else a world of one. A GPU is used where there is one."""
+        grouped = dist.is_initialized()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+        if torch.cuda.is_available():
+            torch.set_float32_matmul_precision("high")
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+            return cls(rank, world, device)
+        if world > 1:
+            torch.set_num_threads(1)  # workers share the cores, and two threads on one core stall each other
+        return cls(rank, world, torch.device("cpu"))
+
+    @property
+    def first(self) -> bool:
+        """Is this the process that writes files and speaks?"""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` added up over all ranks, on every rank."""
+        if self.world > 1:
+            values = values.to(self.device, copy=True)
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's `value` (numbers, text, plain containers) on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def shard_(model: LossModel, ranks: Ranks) -> None:
+    """Shard parameters, gradients and optimizer state over the ranks, one layer group at a time (ZeRO-3), in place.
+
+    Every rank must hold the same full weights: drawing them on shards would give each shard the same values. Gradients
+    are summed, not averaged: the loss is already divided by the counts of the whole batch.
+    """
+    model.to(ranks.device)
+    if ranks.world == 1:
+        return
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    if ranks.device.type == "cuda":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    else:
+        policy = MixedPrecisionPolicy()  # bf16 on a CPU without AVX512 is 3 to 11 times slower than fp32
+    for part in (*model.net.groups, model):
+        sharded = fully_shard(part, mesh=mesh, mp_policy=policy)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no pre-scaled sum
+
+
+def sync_gradients(model: LossModel, on: bool) -> None:
+    """Shall the next backward exchange gradients? Off for all but the last micro-batch of an update."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+
+
+@contextlib.contextmanager
+def precision(model: LossModel, ranks: Ranks) -> Iterator[None]:
+    """bf16 arithmetic on a GPU that trains alone; FSDP's own policy does it for many."""
+    alone = ranks.device.type == "cuda" and not isinstance(model, FSDPModule)
+    with torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=alone):
+        yield

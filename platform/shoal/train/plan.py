@@ -1,0 +1,172 @@
+"""What one run is to do: `FitPlan`, the plans of the three stages, and the arithmetic that refuses a run in time."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from shoal import presets
+from shoal.config import ModelConfig, TrainConfig, dump
+from shoal.errors import ConfigError, DataError, UsageError
+from shoal.model import checkpoint
+from shoal.model.cost import parameters
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """One training run, complete: plain values only, so that it travels to workers and into files as it is."""
+
+    model: ModelConfig
+    train: TrainConfig
+    data: str  # folder of shards, or a .jsonl of chats
+    run: str  # folder of the run: checkpoints/, metrics.jsonl, model/
+    name: str = "shoal"  # of the model
+    out: str = ""  # model directory to write; default: RUN/model
+    init: str = ""  # model directory to start from; default: fresh weights from train.seed
+    steps: int | None = None  # the run ends at the first of these limits; at least one is set
+    tokens: int | None = None  # padding included
+    epochs: float | None = None  # passes over the data
+    minutes: float | None = None  # of wall clock, evaluations included, start-up left out
+    mix: Mapping[str, float] | None = None  # share of each modality by token; default: what the shards were made for
+    quantize: bool = False  # train with INT8 rounding in the forward pass, and write the INT8 model
+    eval_every: int = 100  # steps between held-out evaluations; 0: only at the end
+    eval_rows: int = 64  # held-out rows of each modality that are read
+    checkpoint_minutes: float = 1.0  # between checkpoints
+    keep: int = 2  # checkpoints kept
+    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest whole checkpoint of the run
+
+    def __post_init__(self) -> None:
+        limits = (self.steps, self.tokens, self.epochs, self.minutes)
+        if not any(limits):
+            raise UsageError("how long to train", do="give --steps, --tokens, --epochs or --minutes")
+        if any(limit is not None and limit <= 0 for limit in limits):
+            raise UsageError("length of the run", got=limits, allowed="positive numbers")
+        if len(self.train.exit_weights) != len(self.model.exits):
+            raise ConfigError(
+                "train.exit_weights", got=self.train.exit_weights, allowed=f"{len(self.model.exits)} of them"
+            )
+        if self.train.exit_weights[-1] <= 0:
+            raise ConfigError(
+                "train.exit_weights", got=self.train.exit_weights, allowed="full depth, the last, above 0"
+            )
+        if self.model.quantization != "none":
+            raise ConfigError("model.quantization", got=self.model.quantization, allowed="none: train the fp32 model")
+
+    @property
+    def model_dir(self) -> Path:
+        """Where the finished model goes."""
+        return Path(self.out or Path(self.run) / "model")
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of one global batch."""
+        return max(1, self.train.batch_tokens // self.model.train_length)
+
+    def micro_rows(self, world: int) -> int:
+        """Rows of one micro-batch of one worker. Raises ConfigError when the batch does not divide evenly."""
+        parts = world * self.train.accumulate
+        if self.batch_rows % parts:
+            raise ConfigError(
+                f"train.batch_tokens / train_length = {self.train.batch_tokens} / {self.model.train_length} = "
+                f"{self.batch_rows} rows do not divide over {world} worker(s) x {self.train.accumulate} micro-batch(es)",
+                do=f"make train.batch_tokens a multiple of {parts * self.model.train_length}",
+            )
+        return self.batch_rows // parts
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the checkpoint. How the batch is split, how long the run is and where files
+        lie may change."""
+        train = dump(self.train)
+        del train["accumulate"]
+        return {
+            "model": dump(self.model),
+            "train": train,
+            "data_sha256": fingerprint(self.data),
+            "mix": dict(self.mix) if self.mix is not None else None,
+            "quantize": self.quantize,
+        }
+
+
+def pretrain_plan(preset: str, data: str, run: str, **more: Any) -> FitPlan:
+    """Stage 1 from a preset. `more`: fields of FitPlan, and of TrainConfig to change."""
+    base = presets.get(preset)
+    return _plan(base.model, base.train, {"name": preset, "data": data, "run": run, **more})
+
+
+def finetune_plan(model: str, data: str, run: str, **more: Any) -> FitPlan:
+    """Stage 2 from a model directory: a lower rate, all exits from the start, two passes unless told otherwise."""
+    name, config = checkpoint.read_config(model)
+    train = TrainConfig(learning_rate=1e-3, weight_decay=0.01, exit_warmup=0.0, exit_weights=_exit_weights(config))
+    values = {"name": name, "data": data, "run": run, "init": model, **more}
+    if not any(values.get(limit) for limit in ("steps", "tokens", "epochs", "minutes")):
+        values["epochs"] = 2.0
+    return _plan(config, train, values)
+
+
+def quantize_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
+    """INT8 from a model directory: a short, gentle run with INT8 rounding in the forward pass, then export."""
+    name, config = checkpoint.read_config(model)
+    train = TrainConfig(
+        learning_rate=2e-4, warmup=0.1, decay=0.9, weight_decay=0.0, exit_warmup=0.0, exit_weights=_exit_weights(config)
+    )
+    values = {"name": f"{name}-int8", "data": data, "run": f"{out}.run", "out": out, "init": model, **more}
+    if not any(values.get(limit) for limit in ("steps", "tokens", "epochs", "minutes")):
+        values["steps"] = 100
+    return _plan(config, train, values | {"quantize": True})
+
+
+def fingerprint(data: str) -> str:
+    """sha256 of what decides the data: a shard folder's index, or the chat file. Raises DataError when it is not there."""
+    path = Path(data)
+    path = path / "index.json" if path.is_dir() else path
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}", got=error.strerror, do="give a folder made by `shoal prepare`, or a .jsonl of chats"
+        ) from error
+
+
+def memory_needed(plan: FitPlan, world: int) -> int:
+    """Bytes that one worker needs, estimated: sharded weights, gradients and moments, one gathered layer group, what
+    backward keeps of a micro-batch, and the logits of all exits."""
+    c, count = plan.model, parameters(plan.model)
+    sharded = 16 * count.total // world
+    gathered = 8 * (count.blocks // 4 + count.embedding)
+    tokens = max(1, plan.batch_rows // (world * plan.train.accumulate)) * c.train_length
+    scores = 2 * c.heads * c.train_length  # attention weights of both branches, a token
+    layer = 12 * c.width + 4 * c.heads * c.head_dim + 4 * c.ffn + scores
+    logits = 3 * c.vocab * len(c.exits)
+    return sharded + gathered + 4 * tokens * (c.layers * layer + logits)
+
+
+def _plan(model: ModelConfig, train: TrainConfig, values: dict[str, Any]) -> FitPlan:
+    own = {f.name for f in dataclasses.fields(FitPlan)}
+    changed = {key: value for key, value in values.items() if key not in own and value is not None}
+    return FitPlan(
+        model=model,
+        train=dataclasses.replace(train, **changed),
+        **{key: value for key, value in values.items() if key in own and value is not None},
+    )
+
+
+def _exit_weights(config: ModelConfig) -> tuple[float, ...]:
+    return TrainConfig().exit_weights if len(config.exits) == 3 else (0.15, 0.25, 0.4, 1.0)
+
+
+def progress(plan: FitPlan, *, step: int, seconds: float, steps_in_epoch: int | None) -> float:
+    """Share of the run that is done once `step` updates and `seconds` of training are: the largest of its limits'."""
+    shares = [step / plan.steps] if plan.steps else []
+    if plan.tokens:
+        shares.append(step / math.ceil(plan.tokens / plan.train.batch_tokens))
+    if plan.epochs and steps_in_epoch:
+        shares.append(step / math.ceil(plan.epochs * steps_in_epoch))
+    if plan.minutes:
+        shares.append(seconds / (60 * plan.minutes))
+    return min(1.0, max(shares))

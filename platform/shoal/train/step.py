@@ -1,0 +1,130 @@
+"""One update: micro-batches forward and backward, one exchange of gradients, one guarded write of the optimizer.
+
+The loss is a sum over valid targets divided by their number in the *whole* global batch (all micro-batches, all ranks), so
+8 micro-batches on one worker, 4 on two and 1 on eight give the same update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from shoal.config import TrainConfig
+from shoal.data.batches import Batch
+from shoal.errors import DataError, ShoalError
+from shoal.train.loss import LossModel, predicted_patches
+from shoal.train.parallel import Ranks, precision, sync_gradients
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one update did, over all ranks. Losses are means, in nats a target."""
+
+    loss: float  # what was minimised
+    ce: tuple[float, ...]  # cross-entropy at each exit, shallowest first
+    patch: float  # next-patch error; 0 when no patch was predicted
+    bpb: float  # bits a byte at full depth, over the rows that predict text; nan when there are none
+    grad_norm: float  # before clipping
+    targets: int  # tokens that took a cross-entropy
+    patches: int  # patches that were predicted
+    tokens: int  # tokens that were not padding
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one global batch; what losses are divided by."""
+
+    targets: int
+    patches: int
+    tokens: int
+    text_bytes: int  # UTF-8 bytes that the rows without images predict
+
+
+def count(batches: Sequence[Batch], ranks: Ranks) -> Counts:
+    """Counts over all ranks. Raises DataError when ranks hold different numbers of micro-batches: they would hang."""
+    local = torch.zeros(5, dtype=torch.float64)
+    for b in batches:
+        targets, patches = (b.targets >= 0).sum(), predicted_patches(b.tokens, b.docs).sum()
+        local += torch.tensor([1, targets, patches, (b.docs >= 0).sum(), text_bytes(b)], dtype=torch.float64)
+    micro, *rest = (int(value) for value in ranks.sum(local).tolist())
+    if micro != len(batches) * ranks.world:
+        raise DataError(
+            "micro-batches differ by worker", got=f"{len(batches)} here, {micro} in all", allowed="the same everywhere"
+        )
+    return Counts(*rest)
+
+
+def update(
+    model: LossModel,
+    optimizer: Optimizer,
+    batches: Sequence[Batch],
+    *,
+    config: TrainConfig,
+    weights: Sequence[float],
+    rate: float,
+    ranks: Ranks,
+) -> StepReport:
+    """Train on one global batch, of which `batches` are this rank's micro-batches (on its device).
+
+    `weights`: share of each of the model's exits in the loss; `rate`: learning rate. Raises ShoalError, on every rank and
+    before anything is written, when the loss or a gradient is not finite.
+    """
+    counts = count(batches, ranks)
+    shares = torch.tensor(weights, device=ranks.device)
+    optimizer.zero_grad(set_to_none=True)
+    totals = torch.zeros(len(model.exits) + 2, dtype=torch.float64, device=ranks.device)
+    for index, batch in enumerate(batches):
+        sync_gradients(model, index == len(batches) - 1)
+        with precision(model, ranks):
+            sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid)
+        ce = (shares.to(sums.ce.dtype) @ sums.ce.sum(1)) / max(counts.targets, 1)
+        (ce + config.patch_weight * sums.patch / max(counts.patches, 1)).backward()
+        text = sums.ce[-1][text_rows(batch)].sum()
+        totals += torch.cat([sums.ce.sum(1), sums.patch[None], text[None]]).detach()
+    *ce_means, patch, text_nats = ranks.sum(totals).tolist()
+    ce_means = [value / max(counts.targets, 1) for value in ce_means]
+    patch /= max(counts.patches, 1)
+    loss = sum(share * value for share, value in zip(weights, ce_means, strict=True)) + config.patch_weight * patch
+    norm = gradient_norm(model)
+    write(optimizer, model, loss=loss, norm=norm, rate=rate, clip=config.clip)
+    return StepReport(
+        loss=loss,
+        ce=tuple(ce_means),
+        patch=patch,
+        bpb=text_nats / math.log(2) / counts.text_bytes if counts.text_bytes else math.nan,
+        grad_norm=norm,
+        targets=counts.targets,
+        patches=counts.patches,
+        tokens=counts.tokens,
+    )
+
+
+def gradient_norm(model: LossModel) -> float:
+    """2-norm of all gradients, over all ranks and therefore equal on all of them."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def write(optimizer: Optimizer, model: LossModel, *, loss: float, norm: float, rate: float, clip: float) -> None:
+    """Clip the gradients and let the optimizer write, unless something is not finite: then raise ShoalError.
+
+    Loss and norm are equal on all ranks, so all of them stop together, with the last good weights in memory.
+    """
+    for name, value in (("loss", loss), ("gradient norm", norm)):
+        if not math.isfinite(value):
+            raise ShoalError(
+                f"the {name} is not finite, so the weights were left as they were",
+                got=value,
+                do="lower train.learning_rate and resume from the last checkpoint",
+            )
+    if norm > clip:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, torch.tensor(norm))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()

@@ -1,0 +1,464 @@
+"""The scheduler over a fake model whose memory remembers what every slot holds.
+
+The fake runner writes, for each row and group, the whole prefix that the K/V stand for, and checks before each row that
+every earlier slot reads back its own prefix. So a wrong table, a page shared wrongly, a write into a shared page, or a
+stale page fails here, whatever the order of submissions, cancellations, pauses, failures and preemptions.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from shoal import presets
+from shoal.config import GROUPS
+from shoal.engine.events import Event, Finished, Request, Sampling, Token
+from shoal.engine.pages import Pages
+from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
+from shoal.engine.scheduler import Scheduler
+from shoal.engine.sequence import Sequence
+from shoal.engine.text import TextStream
+from shoal.errors import DeadlineError, GenerationError, QueueFullError, RequestError
+from shoal.inputs.tokenizer import END_ID, Tokenizer
+
+CONFIG = presets.get("test").model  # 4 layers in 4 groups, exits 1, 2, 4
+PAGE = 4  # small pages, so that few tokens cross many borders
+TOKENIZER = Tokenizer.bytes_only()
+
+
+def next_token(tokens: list[int]) -> int:
+    """What the fake model says after `tokens`: often a low id, so that answers of different requests meet."""
+    value = zlib.crc32(bytes(token % 256 for token in tokens))
+    return END_ID if value % 29 == 0 else 100 + value % 3
+
+
+def depth_of(tokens: list[int]) -> int:
+    return CONFIG.exits[zlib.crc32(b"depth" + bytes(tokens)) % 3]
+
+
+class FakeRunner:
+    def __init__(self, pages: Pages) -> None:
+        self.pages = pages
+        self.memory: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
+        self.works: list[Work] = []
+
+    def run(self, plan: Plan) -> Outcome:
+        self.works = plan.works
+        assert [w.last for w in plan.works] == sorted((w.last for w in plan.works), reverse=True)
+        assert len({w.seq.id for w in plan.works}) == len(plan.works)
+        for work in plan.works:
+            self._work(work)
+        samples = [Sampled(next_token(w.seq.tokens)) for w in plan.samples]
+        return Outcome(samples, [self._decision(w) for w in plan.decisions])
+
+    def _work(self, work: Work) -> None:
+        seq = work.seq
+        assert work.count > 0 and work.end <= len(seq.tokens)
+        if work.first == 1:
+            assert seq.held_from is not None
+            assert list(range(work.start, work.end)) == [p for p in seq.held if work.start <= p < work.end]
+        for j in range(work.first, work.last):
+            for p in range(work.start, work.end):
+                unit = int(seq.tables[j, p // PAGE])
+                assert unit != 0
+                if p >= seq.computed[j]:
+                    assert self.pages._refs[unit] == 1 and unit not in self.pages._key, "a shared page is written"
+                    self.memory[unit, p % PAGE] = (j, tuple(seq.tokens[: p + 1]))
+            for p in range(work.end):
+                unit = int(seq.tables[j, p // PAGE])
+                assert self.memory.get((unit, p % PAGE)) == (j, tuple(seq.tokens[: p + 1])), "a slot of another prefix"
+        if work.hold:
+            seq.held += range(work.start, work.end)
+
+    def _decision(self, work: Work) -> Decision:
+        """Every page has its sums, from the cache or from the states that were held."""
+        seq = work.seq
+        known = len(seq.notes)
+        for index, note in enumerate(seq.notes):
+            assert note == tuple(seq.tokens[: (index + 1) * PAGE])
+        rest = range(known * PAGE, len(seq.tokens))
+        assert [p for p in seq.held if p in rest] == list(rest)
+        assert seq.held[-1] == len(seq.tokens) - 1
+        ends = range((known + 1) * PAGE, len(seq.tokens) + PAGE, PAGE)
+        return Decision(depth_of(seq.tokens), [tuple(seq.tokens[:end]) for end in ends])
+
+
+class Harness:
+    def __init__(self, units: int = 40, **limits: Any) -> None:
+        self.now = 0.0
+        self.pages = Pages(units)
+        limits = {"max_batch_tokens": 12, "max_batch": 4, "max_queue": 8} | limits
+        self.scheduler = Scheduler(CONFIG, self.pages, clock=lambda: self.now, **limits)
+        self.runner = FakeRunner(self.pages)
+        self.number = 0
+
+    def submit(self, prompt: list[int], depth: int | None = 4, *, sampling: Sampling | None = None, **more: Any) -> str:
+        self.number += 1
+        request = Request(prompt, sampling or Sampling(max_tokens=6), id=str(self.number), **more)
+        self.scheduler.submit(
+            Sequence(
+                request=request,
+                tokens=list(prompt),
+                prompt_len=len(prompt),
+                page=PAGE,
+                text=TextStream(TOKENIZER, request.sampling.stop),
+                seed=0,
+                order=(request.priority, self.number),
+                arrival=self.now,
+                groups=depth,  # one layer a group in this preset
+                layers=depth or 0,
+            )
+        )
+        return request.id
+
+    def step(self) -> list[Event]:
+        plan = self.scheduler.plan()
+        if not plan.works:
+            return self.scheduler.take_events()
+        return self.scheduler.commit(plan, self.runner.run(plan))
+
+    def run(self, steps: int = 1000) -> list[Event]:
+        events: list[Event] = []
+        for _ in range(steps):
+            events += self.step()
+            self.scheduler.check_integrity()
+            if self.scheduler.idle:
+                return events
+        raise AssertionError("requests did not end")
+
+
+def answer(prompt: list[int], limit: int) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < limit and (token := next_token(tokens)) != END_ID:
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+def said(events: list[Event], request: str) -> list[int]:
+    return [e.token for e in events if isinstance(e, Token) and e.request == request]
+
+
+def end(events: list[Event], request: str) -> Finished:
+    (found,) = [e for e in events if isinstance(e, Finished) and e.request == request]
+    return found
+
+
+@pytest.mark.parametrize("depth", [None, 1, 2, 4])
+def test_a_request_owns_a_unit_for_each_page_and_group_of_its_depth(depth: int | None) -> None:
+    h = Harness(max_batch_tokens=64)
+    request = h.submit(list(range(50, 60)), depth, sampling=Sampling(max_tokens=20))
+    seq = h.scheduler._live[request]
+    for _ in range(8):
+        h.step()
+        if seq.groups and seq.answered:
+            stored = len(seq.tokens) - 1  # the newest token is not run yet
+            assert seq.owned == [-(-stored // PAGE)] * seq.groups + [0] * (GROUPS - seq.groups)
+            assert h.pages.total - h.pages.available == sum(seq.owned)
+    assert seq.answered > 2
+    assert seq.layers == (depth or depth_of(list(range(50, 60))))
+
+
+def test_long_prefill_and_decodes_advance_in_every_step() -> None:
+    h = Harness(units=200)
+    short = [h.submit([60 + i], sampling=Sampling(max_tokens=30, ignore_eos=True)) for i in range(2)]
+    h.step()
+    long = h.submit(list(range(10, 70)))
+    before = {r: len(h.scheduler._live[r].tokens) for r in short}
+    for step in range(1, 6):
+        h.step()
+        assert [len(h.scheduler._live[r].tokens) - before[r] for r in short] == [step, step]
+        assert h.scheduler._live[long].at == 10 * step  # all that two decodes leave of 12 rows
+        assert sum(w.count for w in h.runner.works) <= 12
+
+
+def test_priorities_then_arrival() -> None:
+    h = Harness(max_batch=1)
+    first, late, urgent = h.submit([50]), h.submit([51]), h.submit([52], priority=-1)
+    events = h.run()
+    assert [e.request for e in events if isinstance(e, Finished)] == [urgent, first, late]
+
+
+def test_the_queue_is_bounded() -> None:
+    h = Harness(max_queue=2)
+    h.submit([50])
+    h.submit([51])
+    with pytest.raises(QueueFullError) as caught:
+        h.submit([52])
+    assert caught.value.status == 429
+    assert len([e for e in h.run() if isinstance(e, Finished)]) == 2
+
+
+def test_what_can_never_fit_is_refused_and_what_just_fits_runs() -> None:
+    h = Harness(units=1 + 4 * 4)
+    with pytest.raises(RequestError, match="never fit") as caught:
+        h.submit(list(range(50, 62)), sampling=Sampling(max_tokens=6))  # 17 tokens stored: 5 pages
+    assert caught.value.param == "max_tokens"
+    request = h.submit(list(range(50, 62)), sampling=Sampling(max_tokens=5, ignore_eos=True))
+    assert len(said(h.run(), request)) == 5
+
+
+def test_an_id_in_use_is_refused() -> None:
+    h = Harness()
+    h.submit([50])
+    h.number = 0
+    with pytest.raises(RequestError, match="in use"):
+        h.submit([51])
+
+
+def test_a_short_pool_preempts_the_last_and_its_answer_is_the_same() -> None:
+    h = Harness(units=1 + 4 * 7)
+    prompts = [list(range(50 + i, 58 + i)) for i in range(3)]
+    ids = [h.submit(p, sampling=Sampling(max_tokens=16, ignore_eos=True)) for p in prompts]
+    events = h.run()
+    assert h.scheduler.counters.preemptions > 0
+    for prompt, request in zip(prompts, ids, strict=True):
+        tokens = list(prompt)
+        for _ in range(16):
+            tokens.append(next_token(tokens))
+        assert said(events, request) == tokens[8:]
+    firsts = [e.request for e in events if isinstance(e, Finished)]
+    assert firsts[0] == ids[0]  # the first is never the victim
+
+
+def test_a_shared_prefix_is_computed_once_and_counted() -> None:
+    h = Harness(units=100)
+    prompt = list(range(50, 62))
+    h.submit(prompt, 4)
+    h.run()
+    rows = h.scheduler.counters.rows
+    again = h.submit([*prompt, 99], 4, sampling=Sampling(max_tokens=1))
+    finished = end(h.run(), again)
+    assert finished.cached_tokens == 12
+    assert h.scheduler.counters.rows - rows == 1
+    whole = h.submit(prompt, 4, sampling=Sampling(max_tokens=1))
+    assert end(h.run(), whole).cached_tokens == 11  # the last row always runs: it gives the next token
+    assert (h.scheduler.counters.prefix_queries, h.scheduler.counters.prefix_hits) == (37, 23)
+
+
+def test_a_deep_request_after_a_shallow_one_fills_only_the_deeper_groups() -> None:
+    h = Harness(units=100)
+    prompt = list(range(50, 62))
+    h.submit(prompt, 1)
+    h.run()
+    request = h.submit(prompt, 4)
+    seq = h.scheduler._live[request]
+    events = h.step()
+    assert seq.found == [12, 0, 0, 0]
+    assert end(events + h.run(), request).cached_tokens == 0
+
+
+def test_the_router_sees_the_same_sums_with_and_without_cached_pages() -> None:
+    """The fake runner asserts it; here: pages stored by a fixed-depth request carry no sums, so their rows run again."""
+    h = Harness(units=100)
+    prompt = list(range(50, 63))
+    h.submit(prompt, 1)
+    h.run()
+    for _ in range(2):
+        request = h.submit(prompt, None, sampling=Sampling(max_tokens=2))
+        assert end(h.run(), request).depth == depth_of(prompt)
+
+
+def test_cancel_waiting_running_and_finished() -> None:
+    h = Harness(max_batch=1)
+    running, waiting = h.submit(list(range(50, 70))), h.submit([51])
+    h.step()
+    assert h.scheduler.cancel(waiting) and h.scheduler.cancel(running) and not h.scheduler.cancel(running)
+    events = h.step()
+    assert {e.request: (e.reason, e.depth) for e in events if isinstance(e, Finished)} == {
+        waiting: ("cancelled", 0),
+        running: ("cancelled", 4),
+    }
+    h.scheduler.check_integrity()
+    assert h.pages.available == h.pages.total
+
+
+def test_deadlines_end_waiting_and_running_requests() -> None:
+    h = Harness(max_batch=1)
+    slow = h.submit([50], sampling=Sampling(max_tokens=30, ignore_eos=True), deadline=5)
+    queued = h.submit([51], deadline=3)
+    h.step()
+    h.now = 3.0
+    events = h.step()
+    assert end(events, queued).reason == "deadline" and isinstance(end(events, queued).error, DeadlineError)
+    h.now = 5.0
+    events = h.step()
+    assert end(events, slow).reason == "deadline" and end(events, slow).completion_tokens == 2
+    assert h.scheduler.idle and h.pages.available == h.pages.total
+
+
+def test_a_deadline_of_an_earlier_request_does_not_end_a_later_one_of_the_same_id() -> None:
+    h = Harness()
+    h.submit([50], deadline=5, sampling=Sampling(max_tokens=1))
+    h.run()
+    h.number = 0
+    again = h.submit([50], sampling=Sampling(max_tokens=3, ignore_eos=True))
+    h.scheduler._live[again].order = (0, 7)
+    h.step()
+    h.now = 6.0
+    assert end(h.run(), again).reason == "length"
+
+
+def test_a_failed_step_ends_its_requests_only() -> None:
+    h = Harness(max_batch=1)
+    first, second = h.submit([50]), h.submit([51])
+    plan = h.scheduler.plan()
+    h.scheduler.fail(plan.works, GenerationError("boom"))
+    assert end(h.scheduler.take_events(), first).reason == "error"
+    h.scheduler.check_integrity()
+    assert end(h.run(), second).reason in ("stop", "length")
+
+
+def test_an_error_of_one_row_ends_that_request() -> None:
+    h = Harness()
+    bad, good = h.submit([50]), h.submit([51])
+    plan = h.scheduler.plan()
+    outcome = h.runner.run(plan)
+    h.scheduler.commit(plan, Outcome([Sampled(0, error="not finite"), outcome.samples[1]]))
+    assert bad not in h.scheduler._live and good in h.scheduler._live
+
+
+def test_a_paused_request_waits_and_gives_way() -> None:
+    h = Harness(units=1 + 4 * 6)
+    slow = h.submit(list(range(50, 58)), sampling=Sampling(max_tokens=10, ignore_eos=True))
+    h.step()
+    h.scheduler.pause(slow)
+    h.step()
+    assert h.scheduler._live[slow].answered == 1
+    others = [h.submit(list(range(60 + i, 76 + i)), sampling=Sampling(max_tokens=6)) for i in range(2)]
+    events: list[Event] = []
+    while len(h.scheduler._live) > 1:
+        events += h.step()
+        h.scheduler.check_integrity()
+    assert all(end(events, r).reason in ("stop", "length") for r in others)
+    assert h.scheduler.counters.preemptions >= 1  # the paused one lost its units
+    assert not h.scheduler.plan().works
+    h.scheduler.pause(slow, False)
+    assert len(said(events + h.run(), slow)) == 9  # the tenth came in the first step
+    assert h.pages.available == h.pages.total
+
+
+def test_a_batch_full_of_paused_requests_lets_others_in() -> None:
+    h = Harness(units=200, max_batch=2)
+    held = [h.submit([50 + i], sampling=Sampling(max_tokens=20, ignore_eos=True)) for i in range(2)]
+    h.step()
+    for request in held:
+        h.scheduler.pause(request)
+    other = h.submit([60])
+    events: list[Event] = []
+    for _ in range(10):
+        events += h.step()
+    assert end(events, other).reason in ("stop", "length")
+
+
+def test_a_stop_string_ends_within_its_token_and_is_not_said() -> None:
+    h = Harness()
+    token = TOKENIZER.encode("x")[0]
+    h.runner._work = lambda work: None  # type: ignore[method-assign]
+    request = h.submit([50], sampling=Sampling(max_tokens=9, stop=["xx"]))
+    events: list[Event] = []
+    while not h.scheduler.idle:
+        plan = h.scheduler.plan()
+        events += h.scheduler.commit(plan, Outcome([Sampled(token)]))
+    assert end(events, request).reason == "stop"
+    assert "".join(e.text for e in events if isinstance(e, Token)) + end(events, request).text == ""
+    assert end(events, request).completion_tokens == 2
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Anything in any order over a small pool. Integrity after every step; every request ends once, with the answer that
+    it would have had alone."""
+
+    @initialize(units=st.integers(17, 60), rows=st.integers(8, 20), batch=st.integers(1, 4))
+    def build(self, units: int, rows: int, batch: int) -> None:
+        self.h = Harness(units, max_batch_tokens=max(rows, batch + PAGE), max_batch=batch)
+        self.wanted: dict[str, tuple[list[int], int]] = {}
+        self.ended: dict[str, str] = {}
+        self.got: dict[str, list[int]] = {}
+
+    @rule(
+        start=st.sampled_from([[], [1] * 4, [1] * 8]),
+        rest=st.lists(st.integers(1, 2), min_size=1, max_size=9),
+        depth=st.sampled_from([None, 1, 2, 4]),
+        limit=st.integers(1, 7),
+        priority=st.integers(0, 1),
+        deadline=st.sampled_from([None, None, 1.0, 5.0]),
+    )
+    def submit(
+        self, start: list[int], rest: list[int], depth: int | None, limit: int, priority: int, deadline: float | None
+    ) -> None:
+        prompt = start + rest
+        try:
+            request = self.h.submit(
+                prompt, depth, sampling=Sampling(max_tokens=limit), priority=priority, deadline=deadline
+            )
+        except RequestError:
+            return
+        self.wanted[request], self.got[request] = (prompt, limit), []
+
+    @rule(count=st.integers(1, 4))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.h.now += 0.1
+            self.take(self.h.step())
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.on_one(data, self.h.scheduler.cancel)
+
+    @rule(data=st.data(), paused=st.booleans())
+    def pause(self, data: st.DataObject, paused: bool) -> None:
+        self.on_one(data, lambda request: self.h.scheduler.pause(request, paused))
+
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        if self.h.scheduler.running:
+            self.h.scheduler._preempt(data.draw(st.sampled_from(self.h.scheduler.running)))
+
+    @rule(written=st.booleans())
+    def fail(self, written: bool) -> None:
+        plan = self.h.scheduler.plan()
+        if written and plan.works:
+            self.h.runner.run(plan)
+        self.h.scheduler.fail(plan.works, GenerationError("boom"))
+        self.take(self.h.scheduler.take_events())
+
+    def on_one(self, data: st.DataObject, act: Callable[[str], object]) -> None:
+        if self.h.scheduler._live:
+            act(data.draw(st.sampled_from(sorted(self.h.scheduler._live))))
+
+    def take(self, events: list[Event]) -> None:
+        for event in events:
+            assert event.request not in self.ended, "an event after the end"
+            if isinstance(event, Finished):
+                self.ended[event.request] = event.reason
+            else:
+                self.got[event.request].append(event.token)
+
+    @invariant()
+    def balanced(self) -> None:
+        if hasattr(self, "h"):
+            self.h.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "h"):
+            return
+        for request in self.h.scheduler._live:
+            self.h.scheduler.pause(request, False)
+        self.take(self.h.run())
+        assert self.ended.keys() == self.wanted.keys()
+        for request, (prompt, limit) in self.wanted.items():
+            whole = answer(prompt, limit)
+            assert self.got[request] == whole[: len(self.got[request])]
+            if self.ended[request] in ("stop", "length"):
+                assert self.got[request] == whole
+        assert self.h.pages.available == self.h.pages.total
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
