@@ -29,7 +29,7 @@ from shoal.model.net import Net
 
 K = TypeVar("K")
 
-SHAPES = {  # our block in the peers' shapes (see docs/benchmarks)
+SHAPES: dict[str, dict[str, Any]] = {  # our block in the peers' shapes (see docs/benchmarks)
     "82m": {"layers": 12, "width": 768, "heads": 12, "kv_heads": 4, "head_dim": 64, "ffn": 2048, "vocab": 8192},
     "5m": {"layers": 4, "width": 256, "heads": 8, "kv_heads": 4, "head_dim": 32, "ffn": 768, "vocab": 8192},
 }
@@ -76,8 +76,8 @@ def attention(console: Console, *, rounds: int) -> None:
             )
 
         def dense(q=q, k=k, v=v) -> float:  # type: ignore[no-untyped-def]
-            heads = [x.transpose(1, 2) for x in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2))]
-            return _milliseconds(lambda: F.scaled_dot_product_attention(*heads, is_causal=True))
+            a, b, c = (x.transpose(1, 2) for x in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)))
+            return _milliseconds(lambda: F.scaled_dot_product_attention(a, b, c, is_causal=True))
 
         medians = _in_turns({"hybrid": hybrid, "dense": dense}, rounds)
         ratio = medians["hybrid"] / medians["dense"]

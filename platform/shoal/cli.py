@@ -212,11 +212,11 @@ def serve(
     from shoal.on_ray.serve_config import ServeArgs, load_serve_config, parse_replicas, serve_config
 
     given = {"model": str(model) if model else None, "name": name, "api_keys": keys}
-    args = {key: value for key, value in given.items() if value is not None}
+    args: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if config is not None:
         deploy = load_serve_config(config, port=port, **args)
     else:
-        deploy = serve_config(ServeArgs(**args, **parse_replicas(replicas), ui=ui), host=host, port=port)
+        deploy = serve_config(ServeArgs(**(args | parse_replicas(replicas)), ui=ui), host=host, port=port)
     with local_ray():
         run(deploy, on_ready=ready)
 
@@ -352,11 +352,11 @@ def _known(path: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 def _mix(text: str | dict[str, float]) -> dict[str, float]:
     if isinstance(text, dict):
-        pairs = {str(k): v for k, v in text.items()}
+        pairs: list[tuple[str, Any]] = list(text.items())
     else:
-        pairs = dict(part.partition("=")[::2] for part in text.split(","))
+        pairs = [(name, share) for name, _, share in (part.partition("=") for part in text.split(","))]
     try:
-        mix = {name.strip(): float(share) for name, share in pairs.items()}
+        mix = {name.strip(): float(share) for name, share in pairs}
     except ValueError as error:
         raise UsageError("--mix", got=text, allowed="text=60,image=20,code=20") from error
     unknown = set(mix) - {"text", "image", "code"}

@@ -6,6 +6,8 @@ number) and quality by depth on the first model given. Where a number is weak, `
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import platform
 import time
@@ -224,37 +226,32 @@ def _depth_row(model: Model, data: Path, depth: str, sizes: Sizes, known: dict[s
 
 
 def _quality_rows(
-    results: dict[str, dict[str, Any]], speeds: dict[str, dict[int, float]], beside: dict[str, dict[str, float]]
+    results: dict[str, Any], speeds: dict[str, dict[int, float]], beside: dict[str, dict[str, float]]
 ) -> list[dict[str, Any]]:
-    def row(metric: str, unit: str, pick: Callable[[dict[str, Any]], float], **more: Any) -> dict[str, Any]:
-        return measure.row_of(metric, unit, {label: pick(r) for label, r in results.items()}, **more)
-
     first = next(iter(results.values()))
-    rows = [row(f"bpb {m}", "bits/byte", lambda r, m=m: r[f"bpb {m}"], beside=beside[m]) for m in ("text", "code")]
-    rows.append(row("bpb image text", "bits/byte", lambda r: r["bpb image"]))
-    rows.append(
-        row("next-patch error", "MSE", lambda r: r["patch"]["model"], beside={"always zero": first["patch"]["zero"]})
-    )
-    if "image question" in first:
-        vqa = first["image question"]
-        rows.append(
-            row(
-                "easy-vqa exact match", "share", lambda r: r["image question"]["exact"],
-                beside={"majority answer": vqa["majority"]},
-                note=f"{vqa['rows']} held-out questions; majority answer: {vqa['answer']}",
-            )
-        )  # fmt: skip
-    if "summarisation" in first:
-        note = f"{first['summarisation']['rows']} held-out functions; {first['summarisation']['signature']}"
-        rows.append(row("BLEU summarisation", "0-100", lambda r: r["summarisation"]["bleu"], note=note))
-    if "code" in first:
-        rows.append(row("code that parses", "share", lambda r: r["code"]["parses"]))
-    if "customer service" in first:
-        rows.append(
-            row("customer service exact", "share", lambda r: r["customer service"]["exact"], note="synthetic set")
-        )
+    rows = []
+
+    def add(metric: str, unit: str, *keys: str, **more: Any) -> None:
+        """A row of what lies under `keys` in each model's results; none when it was not measured."""
+        if keys[0] in first:
+            values: dict[str, float] = {n: functools.reduce(operator.getitem, keys, r) for n, r in results.items()}
+            rows.append(measure.row_of(metric, unit, values, **more))
+
+    for modality in ("text", "code"):
+        add(f"bpb {modality}", "bits/byte", f"bpb {modality}", beside=beside[modality])
+    add("bpb image text", "bits/byte", "bpb image")
+    add("next-patch error", "MSE", "patch", "model", beside={"always zero": first["patch"]["zero"]})
+    if vqa := first.get("image question"):
+        note = f"{vqa['rows']} held-out questions; majority answer: {vqa['answer']}"
+        beside_vqa = {"majority answer": vqa["majority"]}
+        add("easy-vqa exact match", "share", "image question", "exact", beside=beside_vqa, note=note)
+    if summary := first.get("summarisation"):
+        note = f"{summary['rows']} held-out functions; {summary['signature']}"
+        add("BLEU summarisation", "0-100", "summarisation", "bleu", note=note)
+    add("code that parses", "share", "code", "parses")
+    add("customer service exact", "share", "customer service", "exact", note="synthetic set")
     for batch in (1, 8):
         values = {label: by[batch] for label, by in speeds.items()}
         rows.append(measure.row_of(f"decode, batch {batch}", "tokens/s", values))
-    rows.append(row("weight file", "bytes", lambda r: float(r["weights"])))
+    add("weight file", "bytes", "weights")
     return rows

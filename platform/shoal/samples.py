@@ -69,7 +69,7 @@ def _ask(client: Any, model: str, kind: str, messages: list[dict[str, Any]]) -> 
     )
     took = time.perf_counter() - start
     content = prompt[-1]["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
     return Sample(
         kind=kind,
         question=" ".join(part["text"] for part in parts if part["type"] == "text"),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sacrebleu
+from sacrebleu.metrics.bleu import BLEU
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -156,7 +156,7 @@ def majority(references: Iterable[str]) -> tuple[str, float]:
 
 def bleu(answers: Sequence[Answer], asked: Sequence[Question]) -> tuple[float, str]:
     """Corpus BLEU 0..100 and the sacrebleu signature that makes it comparable."""
-    metric = sacrebleu.metrics.BLEU()
+    metric = BLEU()
     score = metric.corpus_score([a.text for a in answers], [[q.reference for q in asked]])
     return float(score.score), str(metric.get_signature())
 
