@@ -31,12 +31,7 @@ from shoal.api.requests import Limits
 from shoal.api.served import ServedModel
 from shoal.errors import ConfigError, ResourceError
 from shoal.on_ray.engines import LOGGING, SHUTDOWN, EngineReplica, ReplicaClient, engine_options
-
-
-def need_free_port(host, port):
-    pass
-
-
+from shoal.on_ray.resources import need_free_port
 from shoal.on_ray.serve_config import IMPORT_PATH, ServeArgs
 
 MODEL_VARIABLE = "SHOAL_MODEL"
