@@ -123,7 +123,7 @@ def best_fit(available: dict[int, int], space: int) -> list[int]:
     Subset sum on a bit mask, bit i standing for "a sum of i can be reached". Lengths of which there are many are used
     first, so that the stock keeps its variety. Exact within CANDIDATES lengths, small to large, and REPEATS of each.
     """
-    stride = 1 + (len(available) - 1) // CANDIDATES
+    stride = max(1, -(-len(available) // CANDIDATES))
     lengths = sorted(sorted(available, reverse=True)[::stride], key=lambda n: (-available[n], -n))
     within = (1 << space + 1) - 1
     reach = [1]  # reach[i]: sums reachable with the first i uses

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sacrebleu.metrics.bleu import BLEU
 import torch
 import torch.nn.functional as F
+from sacrebleu.metrics.bleu import BLEU
 from torch import Tensor
 
 from shoal.config import ModelConfig

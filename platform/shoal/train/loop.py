@@ -73,17 +73,22 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
         done = progress(plan, step=state.step + 1, seconds=end, steps_in_epoch=feed.steps_in_epoch)
         rate, weights = learning_rate(done, plan.train), exit_weights(done, plan.train)
         result = update(model, optimizer, batches, config=plan.train, weights=weights, rate=rate, ranks=ranks)
-        state.step, state.tokens, state.cursor = state.step + 1, state.tokens + result.tokens, feed.cursor(state.step + 1)
+        state.step, state.tokens, state.cursor = (
+            state.step + 1,
+            state.tokens + result.tokens,
+            feed.cursor(state.step + 1),
+        )
         state.seconds = clock.step()
         meter.add(result.tokens, clock.last_step)
         say("step", step=state.step, progress=done, rate=rate, eta=clock.eta(done), **meter.read(), **asdict(result))
-        if plan.eval_every and state.step % plan.eval_every == 0 and done < 1.0:
+        if feed.heldout and plan.eval_every and state.step % plan.eval_every == 0 and done < 1.0:
             say("eval", step=state.step, progress=done, **asdict(measure(model, feed.heldout, ranks)))
         if state.seconds - run.saved_at >= 60 * plan.checkpoint_minutes and done < 1.0:
             run.save(state, done)
 
     final = measure(model, feed.heldout, ranks)
-    say("eval", step=state.step, progress=done, **asdict(final))
+    if feed.heldout:
+        say("eval", step=state.step, progress=done, **asdict(final))
     run.save(state, done)
     start.export(plan, model, ranks)
     result_ = FitResult(str(plan.model_dir), state.step, state.tokens, state.seconds, final.bpb)
@@ -108,9 +113,15 @@ class _Start:
                 raise CheckpointError(f"{plan.init} is of another configuration", do="plan with the model's own")
             net, tokenizer, template = parts.net, parts.tokenizer, parts.chat_template
         else:
-            net, tokenizer, template = Net(plan.model).init_(plan.train.seed), shard_tokenizer(plan.data), DEFAULT_TEMPLATE
+            net, tokenizer, template = (
+                Net(plan.model).init_(plan.train.seed),
+                shard_tokenizer(plan.data),
+                DEFAULT_TEMPLATE,
+            )
         if len(tokenizer) > plan.model.vocab:
-            raise ConfigError("model.vocab", got=plan.model.vocab, allowed=f"at least {len(tokenizer)}, the tokenizer's")
+            raise ConfigError(
+                "model.vocab", got=plan.model.vocab, allowed=f"at least {len(tokenizer)}, the tokenizer's"
+            )
         fake_quantize_(net, plan.quantize)
         return cls(net, tokenizer, template)
 
@@ -160,7 +171,9 @@ class _Run:
         saved = read_state(path)
         require_same(saved.trained, now.trained, path)
         if saved.code != now.code:
-            self.say("warning", step=saved.step, text=f"{path} was written by other code: the run may differ in rounding")
+            self.say(
+                "warning", step=saved.step, text=f"{path} was written by other code: the run may differ in rounding"
+            )
         self.store.load(path, self.model, self.optimizer, self.ranks)
         self.saved_at, self._saved_step = saved.seconds, saved.step
         return dataclasses.replace(saved, world=now.world, code=now.code, trained=now.trained)
@@ -174,7 +187,13 @@ class _Run:
         self.saved_at, self._saved_step = state.seconds, state.step
         took = time.perf_counter() - began
         self.say(
-            "checkpoint", everywhere=True, step=state.step, progress=done, tokens=state.tokens, path=str(path), took=took
+            "checkpoint",
+            everywhere=True,
+            step=state.step,
+            progress=done,
+            tokens=state.tokens,
+            path=str(path),
+            took=took,
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from shoal import presets
 from shoal.config import ModelConfig, TrainConfig, dump
+from shoal.data.shards import open_index
 from shoal.errors import ConfigError, DataError, UsageError
 from shoal.model import checkpoint
 from shoal.model.cost import parameters
@@ -32,6 +33,7 @@ class FitPlan:
     tokens: int | None = None  # padding included
     epochs: float | None = None  # passes over the data
     minutes: float | None = None  # of wall clock, evaluations included, start-up left out
+    heldout: str = ""  # .jsonl of chats to measure a fine-tuning run on; shards bring their own held-out rows
     mix: Mapping[str, float] | None = None  # share of each modality by token; default: what the shards were made for
     quantize: bool = False  # train with INT8 rounding in the forward pass, and write the INT8 model
     eval_every: int = 100  # steps between held-out evaluations; 0: only at the end
@@ -131,6 +133,54 @@ def fingerprint(data: str) -> str:
         raise DataError(
             f"cannot read {path}", got=error.strerror, do="give a folder made by `shoal prepare`, or a .jsonl of chats"
         ) from error
+
+
+def check(plan: FitPlan, workers: int) -> None:
+    """Refuse, before any worker starts, a plan that could not be followed: DataError when the data is missing, too short or
+    made for another model, ConfigError when the batch does not divide."""
+    if Path(plan.data).is_dir():
+        _check_shards(plan, workers)
+    else:
+        _check_chats(plan, workers)
+
+
+def _check_shards(plan: FitPlan, workers: int) -> None:
+    plan.micro_rows(workers)
+    index = open_index(plan.data, length=plan.model.train_length)
+    if index.vocab > plan.model.vocab:
+        raise DataError(f"{plan.data}: vocabulary", got=index.vocab, allowed=f"at most {plan.model.vocab}, the model's")
+    shares = plan.mix if plan.mix is not None else index.mix
+    rows = {name: index.total("rows", "train", name) for name, share in shares.items() if share > 0}
+    empty = [name for name, count in rows.items() if not count]
+    if empty:
+        raise DataError(f"{plan.data} has no rows of {empty[0]}", got=dict(shares), do="leave it out of the mix")
+    if sum(rows.values()) < plan.batch_rows:
+        raise DataError(
+            f"{plan.data} is too short for one update",
+            got=f"{sum(rows.values())} rows of {index.length} tokens",
+            allowed=f"{plan.batch_rows} or more",
+            do=f"add data, or lower train.batch_tokens (now {plan.train.batch_tokens})",
+        )
+
+
+def _check_chats(plan: FitPlan, workers: int) -> None:
+    parts = workers * plan.train.accumulate
+    fingerprint(plan.data)
+    with Path(plan.data).open("rb") as lines:
+        rows = sum(1 for line in lines if line.strip())
+    if rows < parts:
+        raise DataError(
+            f"{plan.data} is too short for one update",
+            got=f"{rows} rows",
+            allowed=f"{parts} or more, one for each of {workers} worker(s) x {plan.train.accumulate} micro-batch(es)",
+            do="add rows, or use fewer workers or micro-batches",
+        )
+
+
+def disk_needed(plan: FitPlan) -> int:
+    """Bytes that a run writes at most: the checkpoints it keeps and the one being written, of weights and two moments each,
+    and the model, likewise beside the one it replaces."""
+    return 4 * parameters(plan.model).total * (3 * (plan.keep + 1) + 2)
 
 
 def memory_needed(plan: FitPlan, world: int) -> int:

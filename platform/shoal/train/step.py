@@ -29,7 +29,7 @@ class StepReport:
     loss: float  # what was minimised
     ce: tuple[float, ...]  # cross-entropy at each exit, shallowest first
     patch: float  # next-patch error; 0 when no patch was predicted
-    bpb: float  # bits a byte at full depth, over the rows that predict text; nan when there are none
+    bpb: float  # bits a byte at full depth, over text, code and chats; nan when there are none
     grad_norm: float  # before clipping
     targets: int  # tokens that took a cross-entropy
     patches: int  # patches that were predicted
@@ -43,7 +43,7 @@ class Counts:
     targets: int
     patches: int
     tokens: int
-    text_bytes: int  # UTF-8 bytes that the rows without images predict
+    text_bytes: int  # UTF-8 bytes that the rows of text, code and chats predict
 
 
 def count(batches: Sequence[Batch], ranks: Ranks) -> Counts:
@@ -51,13 +51,18 @@ def count(batches: Sequence[Batch], ranks: Ranks) -> Counts:
     local = torch.zeros(5, dtype=torch.float64)
     for b in batches:
         targets, patches = (b.targets >= 0).sum(), predicted_patches(b.tokens, b.docs).sum()
-        local += torch.tensor([1, targets, patches, (b.docs >= 0).sum(), text_bytes(b)], dtype=torch.float64)
+        local += torch.tensor([1, targets, patches, (b.docs >= 0).sum(), b.row_bytes[text_rows(b)].sum()])
     micro, *rest = (int(value) for value in ranks.sum(local).tolist())
     if micro != len(batches) * ranks.world:
         raise DataError(
             "micro-batches differ by worker", got=f"{len(batches)} here, {micro} in all", allowed="the same everywhere"
         )
     return Counts(*rest)
+
+
+def text_rows(batch: Batch) -> Tensor:
+    """bool [B]: rows that bits per byte is taken over. A row of images predicts a few words after many patches."""
+    return torch.tensor([modality != "image" for modality in batch.modalities], device=batch.tokens.device)
 
 
 def update(

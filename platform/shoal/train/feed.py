@@ -1,0 +1,128 @@
+"""What a run reads: this rank's micro-batches of any step, and the held-out rows it is measured on.
+
+Two kinds of data, told apart by the path: a folder of shards (packed rows, mixed by modality) and a ``.jsonl`` of chats (groups
+of similar length, loss on the answers only). Either way a batch is a pure function of seed and step, so a run resumes from
+one integer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shoal.data.batches import NO_TARGET, Batch, ChatBatches, PretrainBatches, heldout_batches
+from shoal.data.documents import MODALITIES
+from shoal.data.pack import PADDING
+from shoal.data.shards import TOKENIZER
+from shoal.errors import DataError
+from shoal.inputs.tokenizer import Tokenizer
+from shoal.train.parallel import Ranks
+from shoal.train.plan import FitPlan
+
+EVAL_ROWS = 8  # rows of one held-out micro-batch
+EVAL_TOKENS = 4096  # a held-out micro-batch of chats, padding included
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The data of one run, as one rank sees it."""
+
+    batches: PretrainBatches | ChatBatches
+    batch_samples: int  # samples of a global batch: rows of shards, groups of chats
+    heldout: Mapping[str, list[Batch]]  # modality -> this rank's micro-batches, as many on every rank
+
+    @property
+    def steps_in_epoch(self) -> int:
+        """Updates that read as much as there is."""
+        return self.batches.steps_in_epoch
+
+    def at(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of update number `step`, as many on every rank."""
+        return self.batches.at(step)
+
+    def cursor(self, step: int) -> int:
+        """The first sample, in the global order, that the updates before `step` leave unread."""
+        return step * self.batch_samples
+
+
+def open_feed(plan: FitPlan, tokenizer: Tokenizer, template: str, ranks: Ranks) -> Feed:
+    """The plan's data for this rank. Raises DataError when it cannot be used with this model and `tokenizer`, ConfigError
+    when the global batch does not divide over the ranks."""
+    return _shards(plan, tokenizer, ranks) if Path(plan.data).is_dir() else _chats(plan, tokenizer, template, ranks)
+
+
+def shard_tokenizer(data: str | Path) -> Tokenizer:
+    """The tokenizer that made the shards in `data`."""
+    path = Path(data) / TOKENIZER
+    if not path.is_file():
+        raise DataError(f"no tokenizer in {data}", do="train a fresh model on a folder made by `shoal prepare`")
+    return Tokenizer.load(path)
+
+
+def _shards(plan: FitPlan, tokenizer: Tokenizer, ranks: Ranks) -> Feed:
+    batches = PretrainBatches(
+        plan.data,
+        mix=plan.mix,
+        seed=plan.train.seed,
+        batch_rows=plan.batch_rows,
+        rank=ranks.rank,
+        world=ranks.world,
+        micro_rows=plan.micro_rows(ranks.world),
+        length=plan.model.train_length,
+    )
+    index = batches.index
+    if index.tokenizer_sha256 != tokenizer.sha256:
+        raise DataError(
+            f"{plan.data} was made with another tokenizer than the model's", do="prepare it with the model's"
+        )
+    for what in ("patch", "image_size"):
+        if getattr(index, what) != getattr(plan.model, what):
+            raise DataError(f"{plan.data}: {what}", got=getattr(index, what), allowed=getattr(plan.model, what))
+    heldout = {
+        modality: _dealt(heldout_batches(plan.data, modality, EVAL_ROWS, limit=plan.eval_rows), ranks)
+        for modality in MODALITIES
+        if index.total("rows", "heldout", modality)
+    }
+    return Feed(batches, plan.batch_rows, heldout)
+
+
+def _chats(plan: FitPlan, tokenizer: Tokenizer, template: str, ranks: Ranks) -> Feed:
+    parts = ranks.world * plan.train.accumulate
+    batches = ChatBatches(
+        plan.data,
+        tokenizer,
+        plan.model,
+        batch_tokens=plan.train.batch_tokens,
+        parts=parts,
+        seed=plan.train.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+        template=template,
+    )
+    heldout: dict[str, list[Batch]] = {}
+    if plan.heldout:
+        chats = ChatBatches(plan.heldout, tokenizer, plan.model, batch_tokens=EVAL_TOKENS, parts=1, template=template)
+        groups = range(min(chats.steps_in_epoch, -(-plan.eval_rows // EVAL_ROWS)))
+        heldout["chat"] = _dealt((batch for group in groups for batch in chats.at(group)), ranks)
+    return Feed(batches, parts, heldout)
+
+
+def _dealt(batches: Iterable[Batch], ranks: Ranks) -> list[Batch]:
+    """Every W-th of `batches`; blanks fill up the last round, since a rank that runs one batch less would hang the others."""
+    every = list(batches)
+    missing = -len(every) % ranks.world
+    return (every + [_blank(every[-1])] * missing if every else every)[ranks.rank :: ranks.world]
+
+
+def _blank(batch: Batch) -> Batch:
+    """`batch` with nothing left to predict."""
+    return dataclasses.replace(
+        batch,
+        targets=torch.full_like(batch.targets, NO_TARGET),
+        docs=torch.full_like(batch.docs, PADDING),
+        row_bytes=torch.zeros_like(batch.row_bytes),
+    )
