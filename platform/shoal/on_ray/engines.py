@@ -23,9 +23,10 @@ from shoal.errors import EngineDeadError, QueueFullError, RequestError, ShoalErr
 from shoal.on_ray.scaling import KV_USE
 from shoal.on_ray.serve_config import ServeArgs
 
-SHUTDOWN: dict[str, Any] = {
+LIFE: dict[str, Any] = {  # of a replica of either kind
     "graceful_shutdown_wait_loop_s": 0.25,  # how often a replica that is to go looks whether its streams have ended
     "graceful_shutdown_timeout_s": 60.0,
+    "max_constructor_retry_count": 2,  # what fails in a constructor here (a file, a setting) fails again
 }
 LOGGING = LoggingConfig(enable_access_log=False)  # the gateway writes one line a request itself
 
@@ -41,7 +42,7 @@ def engine_options(args: ServeArgs) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": args.cpus, "num_gpus": args.gpus},
         "health_check_period_s": 5.0,
         "health_check_timeout_s": 30.0,
-        **SHUTDOWN,
+        **LIFE,
     }
     if args.min_replicas == args.max_replicas:
         return {**options, "num_replicas": args.max_replicas}
@@ -49,7 +50,7 @@ def engine_options(args: ServeArgs) -> dict[str, Any]:
         min_replicas=args.min_replicas,
         max_replicas=args.max_replicas,
         target_ongoing_requests=max(1.0, 0.75 * args.max_batch),
-        look_back_period_s=10.0,
+        look_back_period_s=15.0,  # Ray wants more than the 10 s between two reports of a replica
         upscale_delay_s=5.0,
         downscale_delay_s=120.0,
         policy=AutoscalingPolicy(policy_function="shoal.on_ray.scaling:by_load"),  # type: ignore[no-untyped-call]

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import time
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import httpx
+import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import BackpressureConfig, HTTPOptions
-from ray.serve.context import _get_global_client
+from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeDeploySchema
 
@@ -30,7 +33,7 @@ from shoal.api.auth import ApiKeys
 from shoal.api.requests import Limits
 from shoal.api.served import ServedModel
 from shoal.errors import ConfigError, ResourceError
-from shoal.on_ray.engines import LOGGING, SHUTDOWN, EngineReplica, ReplicaClient, engine_options
+from shoal.on_ray.engines import LIFE, LOGGING, EngineReplica, ReplicaClient, engine_options
 from shoal.on_ray.resources import need_free_port
 from shoal.on_ray.serve_config import IMPORT_PATH, ServeArgs
 
@@ -39,11 +42,12 @@ GATEWAY_OPTIONS: dict[str, Any] = {
     "max_ongoing_requests": 4096,  # connections that the gateway holds; what the engines take is bounded by `ServeArgs`
     "max_queued_requests": 4096,
     "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
-    **SHUTDOWN,
+    **LIFE,
     "logging_config": LOGGING,
     "ray_actor_options": {"num_cpus": 0},
 }
 POLL_SECONDS = 0.25
+STOP_SECONDS = 90.0  # above the time that replicas have for the streams they still serve
 
 
 def app(args: dict[str, Any]) -> serve.Application:
@@ -71,6 +75,7 @@ def run(
     With `blocking` it stays until Ctrl-C (or SIGTERM) and stops Serve; without, `stop` does. Raises ResourceError for a
     port in use, a Serve that runs already, or an application that does not start; CheckpointError for a broken model.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it tells, this function tells
     options = deploy.http_options
     need_free_port(options.host, options.port)
     if _get_global_client(raise_if_no_controller_running=False) is not None:
@@ -106,8 +111,29 @@ def run(
 
 
 def stop() -> None:
-    """Stops Serve on the Ray that is running, its requests drained; does nothing when none runs."""
-    serve.shutdown()  # type: ignore[no-untyped-call]
+    """Stops Serve on the Ray that is running, its requests drained; does nothing when none runs.
+
+    Raises ResourceError when it does not end within `STOP_SECONDS`.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    # `serve.shutdown` waits inside a call that the controller's own end breaks off, which Ray prints as a failure
+    ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=STOP_SECONDS)
+    deadline = time.monotonic() + STOP_SECONDS
+    while _controller_lives():
+        if time.monotonic() > deadline:
+            raise ResourceError("Serve does not end", got=f"alive after {STOP_SECONDS:g} s", do="stop its Ray")
+        time.sleep(POLL_SECONDS)
+    _disconnect()  # type: ignore[no-untyped-call]  # forgets the Serve that was
+
+
+def _controller_lives() -> bool:
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True
 
 
 def _with_model(args: ServeArgs) -> ServeArgs:
@@ -147,7 +173,6 @@ def _did_not_start(name: str, status: ApplicationStatusOverview | None) -> NoRet
     raise ResourceError(
         f"application {name} did not start",
         got=f"{state}: {lines[-1][:300]}" if lines else state,
-        do="see the logs of Serve under /tmp/ray/session_latest/logs/serve",
     )
 
 
@@ -161,7 +186,7 @@ def _wait_until_ready(url: str, deadline: float) -> None:
         except httpx.HTTPError as error:
             got = str(error) or type(error).__name__
         if time.monotonic() > deadline:
-            raise ResourceError(f"{url} is not ready", got=got, do="give it more time, or see the logs of Serve")
+            raise ResourceError(f"{url} is not ready", got=got, do="give it more time")
         time.sleep(POLL_SECONDS)
 
 
