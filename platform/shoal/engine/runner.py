@@ -23,6 +23,7 @@ from shoal.engine.sampler import Sampler
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.depth import features, page_sums
 from shoal.model.model import Model
+from shoal.model.quant import prepack_
 
 
 class Runner:
@@ -30,6 +31,7 @@ class Runner:
         """K/V memory for `units` units (the null unit included) in the model's precision, on its device."""
         self.model, self.config, self.net = model, model.config, model.net
         self.device, self.compute_budget = model.device, compute_budget
+        prepack_(self.net)
         self.cache = GroupCache.zeros(self.config, units, self.net.dtype, self.device)
         self.sampler = Sampler(model.forbidden())
 

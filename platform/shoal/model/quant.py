@@ -27,6 +27,7 @@ from shoal.errors import CheckpointError, ResourceError
 ZERO = 64  # zero point of the unsigned 7-bit activations
 TOP = 63  # largest activation level
 WEIGHT_TOP = 127
+LEAST_PACKED = 2**17  # weights
 
 
 def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,19 +70,39 @@ def fake_activation(x: Tensor) -> Tensor:
     return x + (token_levels(d, scale) * scale - d)
 
 
-class Linear(nn.Module):
-    """x [..., I] -> [..., O], no bias. With `fake` on, weights and activations are rounded as INT8 will round them."""
+class Weight(nn.Module):
+    """An [O, I] weight and the product with it. With `fake` on, both sides are rounded as INT8 will round them; once
+    packed by `prepack_`, inference reads a copy laid out for the CPU's kernel."""
 
     fake = False
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self._packed: Tensor | None = None
+        self._version = -1  # of the weight that was packed: one that has changed since is not served stale
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]."""
         if self.fake:
             return F.linear(fake_activation(x), fake_weight(self.weight))
+        if self._packed is not None and not torch.is_grad_enabled() and self.weight._version == self._version:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+            return out
         return F.linear(x, self.weight)
+
+    @torch.no_grad()
+    def prepack(self) -> None:
+        """Lay the weight out for oneDNN. The memory of the weight is needed twice then."""
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
+        self._version = self.weight._version
+
+
+class Linear(Weight):
+    """x [..., I] -> [..., O], no bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
 
 
 class Int8Linear(nn.Module):
@@ -102,22 +123,17 @@ class Int8Linear(nn.Module):
         return self._kernel(flat).view(*x.shape[:-1], -1).to(x.dtype)
 
 
-class Embedding(nn.Module):
-    """The token table [V, D], tied: rows in (`forward`), logits out (`logits`). `fake` as in `Linear`."""
-
-    fake = False
+class Embedding(Weight):
+    """The token table [V, D], tied: rows in (`forward`), logits out (`logits`)."""
 
     def __init__(self, vocab: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab, width))
+        super().__init__(width, vocab)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, fake_weight(self.weight) if self.fake else self.weight)
 
     def logits(self, h: Tensor) -> Tensor:
-        if self.fake:
-            return F.linear(fake_activation(h), fake_weight(self.weight))
-        return F.linear(h, self.weight)
+        return self.product(h)
 
 
 class Int8Embedding(Int8Linear):
@@ -136,16 +152,28 @@ class Int8Embedding(Int8Linear):
 def fake_quantize_(net: nn.Module, on: bool = True) -> None:
     """Switch every `Linear` and `Embedding` of `net` to (or from) fake-quantised arithmetic, in place."""
     for module in net.modules():
-        if isinstance(module, (Linear, Embedding)):
+        if isinstance(module, Weight):
             module.fake = on
 
 
+def prepack_(net: nn.Module) -> None:
+    """Pack the fp32 weights of `net` where that pays on a CPU: one thread, d 768 -> 4096, is 2.2 times faster at M = 1
+    and 3.4 at M = 4; below `LEAST_PACKED` weights the operator's own 8 us cost more than it saves."""
+    if not torch.backends.mkldnn.is_available():
+        return
+    for module in net.modules():
+        if isinstance(module, Weight):
+            w = module.weight
+            if w.device.type == "cpu" and w.dtype == torch.float32 and w.numel() >= LEAST_PACKED:
+                module.prepack()
+
+
 def export_int8(net: nn.Module) -> dict[str, Tensor]:
-    """The state of the INT8 twin of `net`: int8 weights with fp32 scales where `net` has `Linear` or `Embedding`, every
+    """The state of the INT8 twin of `net`: int8 weights with fp32 scales where `net` has a `Weight`, every
     other tensor as it is."""
     state = {name: tensor.detach() for name, tensor in net.state_dict().items()}
     for name, module in net.named_modules():
-        if isinstance(module, (Linear, Embedding)):
+        if isinstance(module, Weight):
             weight, scale = quantize_rows(state[f"{name}.weight"])
             state[f"{name}.weight"], state[f"{name}.weight_scale"] = weight, scale
     return state

@@ -100,3 +100,19 @@ def test_a_wrong_kernel_is_refused():
 
     assert quant.self_test(saturating) is not None
     assert quant.self_test(quant._KERNELS[quant.kernel_name()]) is None
+
+
+def test_a_packed_weight_gives_the_same_product_and_is_never_served_stale():
+    layer = quant.Linear(512, 512)
+    torch.nn.init.normal_(layer.weight, std=0.05)
+    x = torch.randn(3, 2, 512)
+    want = torch.nn.functional.linear(x, layer.weight)
+    quant.prepack_(torch.nn.ModuleList([layer]))
+    assert layer._packed is not None
+    with torch.inference_mode():
+        assert torch.allclose(layer(x), want, atol=1e-4)
+    with torch.no_grad():
+        layer.weight.mul_(2.0)
+        assert torch.allclose(layer(x), 2 * want, atol=1e-4)
+    layer(x).sum().backward()  # with gradients, the weight itself is used
+    assert layer.weight.grad is not None
