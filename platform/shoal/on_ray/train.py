@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -23,15 +22,16 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-import shoal
 from shoal.config import dump, load
 from shoal.errors import ResourceError, ShoalError
+from shoal.on_ray.resources import local_ray, need_disk, worker_env
 from shoal.train.log import Record, Report, ignore, metrics_file
 from shoal.train.loop import FitResult, fit
-from shoal.train.plan import FitPlan, check, memory_needed
+from shoal.train.plan import FitPlan, check, disk_needed, memory_needed
 
 STARTS = 3  # times that Ray may try to start the workers: its default retries an infeasible plan for ever
 COLLECTIVE_TIMEOUT = 300  # seconds that one exchange between workers may take
+CHECKPOINTS = "checkpoints"  # folder of the run that CheckpointStore writes to
 POLL = 0.5  # seconds between Ray's looks at the workers; its default of 2 is felt on short runs
 
 
@@ -48,44 +48,28 @@ def train(
 
     `cpus_per_worker`: logical CPUs that each worker reserves; `gpus`: one GPU a worker (default: when the cluster has
     enough); `max_failures`: restarts of all workers from the newest checkpoint. `on_progress` gets rank 0's records as they
-    come. Raises ResourceError within seconds when the plan does not fit the cluster, and what `fit` raises.
+    come. Raises DataError, ConfigError or ResourceError within seconds when the plan cannot be followed, and what `fit`
+    raises.
     """
     plan = _absolute(plan)
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, configure_logging=False)
-    resources = ray.cluster_resources()
-    use_gpu = resources.get("GPU", 0) >= workers if gpus is None else gpus
-    preflight(plan, workers, cpus_per_worker, use_gpu, resources)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL))
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"plan": dump(plan)},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT),
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker=_resources(cpus_per_worker, use_gpu)
-        ),
-        run_config=RunConfig(
-            storage_path=plan.run,
-            name="checkpoints",  # where CheckpointStore writes: Ray refuses to be told of checkpoints elsewhere
-            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=STARTS),
-            worker_runtime_env={"env_vars": _worker_env()},
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    # Ray's own memory of the run's checkpoints must not outlive it: CheckpointStore, which removes old ones, decides what
-    # to resume from, and Ray refuses to start when a checkpoint it remembers is gone.
-    (Path(plan.run) / "checkpoints" / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    with _following(plan, on_progress), _sigint_restored():
-        try:
-            result = trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise _cause(error) from error
+    check(plan, workers)
+    need_disk(plan.run, disk_needed(plan))
+    with local_ray():
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        use_gpu = resources.get("GPU", 0) >= workers if gpus is None else gpus
+        preflight(plan, workers, cpus_per_worker, use_gpu, resources)
+        trainer = _trainer(plan, workers, cpus_per_worker, use_gpu, max_failures)
+        with _following(plan, on_progress), _sigint_restored():
+            try:
+                result: Any = trainer.fit()
+            except ray.train.TrainingFailedError as error:
+                raise _cause(error) from error
     return load(FitResult, result.return_value, "result")
 
 
 def preflight(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources: dict[str, float]) -> None:
-    """Raise ResourceError, with the arithmetic, when the cluster can never run `plan`; DataError or ConfigError when the
-    data or the batch cannot be divided. `resources`: what the cluster has, as Ray counts it (memory in bytes)."""
+    """Raise ResourceError, with the arithmetic, when the cluster can never run `plan`. `resources`: what it has, as Ray
+    counts it (memory in bytes)."""
     for name, each in _resources(cpus, use_gpu).items():
         have = resources.get(name, 0.0)
         if workers * each > have:
@@ -101,7 +85,28 @@ def preflight(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources
             got=f"{have / 2**30:.1f} GiB in the cluster",
             do="use a smaller preset, shorter micro-batches (more --accumulate), or more memory",
         )
-    check(plan, workers)
+
+
+def _trainer(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, max_failures: int) -> TorchTrainer:
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL))
+    # Ray's own memory of the run's checkpoints must not outlive it: CheckpointStore, which removes old ones, decides what
+    # to resume from, and Ray refuses to start when a checkpoint it remembers is gone.
+    (Path(plan.run) / CHECKPOINTS / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    return TorchTrainer(
+        _worker,  # type: ignore[arg-type]  # Ray's older annotation: the result of rank 0 is kept
+        train_loop_config={"plan": dump(plan)},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker=_resources(cpus, use_gpu)
+        ),
+        run_config=RunConfig(
+            storage_path=plan.run,
+            name=CHECKPOINTS,  # where CheckpointStore writes: Ray refuses to be told of checkpoints elsewhere
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=STARTS),  # type: ignore[call-arg]
+            worker_runtime_env={"env_vars": worker_env()},
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -120,18 +125,10 @@ def _resources(cpus: float, use_gpu: bool) -> dict[str, float]:
     return {"CPU": cpus, "GPU": 1.0} if use_gpu else {"CPU": cpus}
 
 
-def _worker_env() -> dict[str, str]:
-    """One thread a worker, and this same package wherever the worker's folder is."""
-    source = str(Path(shoal.__file__).parent.parent)
-    paths = [source, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-
-
 def _absolute(plan: FitPlan) -> FitPlan:
     """Workers have a folder of their own, so the plan's paths must not depend on this one."""
-    paths = {
-        key: str(Path(value).absolute()) for key in ("data", "run", "out", "init") if (value := getattr(plan, key))
-    }
+    given = {key: getattr(plan, key) for key in ("data", "heldout", "run", "out", "init")}
+    paths: dict[str, Any] = {key: str(Path(path).absolute()) for key, path in given.items() if path}
     return dataclasses.replace(plan, **paths)
 
 

@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
 from shoal.config import load as load_config
@@ -75,7 +76,7 @@ class CheckpointStore:
         ranks.wait()
         writer = HuggingFaceStorageWriter(path=str(aside), save_distributed=True)
         with _alone(ranks):
-            dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=ranks.world == 1)
+            dcp_save(_tensors(model, optimizer), storage_writer=writer, no_dist=ranks.world == 1)
         save_file(_rng(ranks), str(aside / f"rng-{ranks.rank:05d}.safetensors"))
         ranks.wait()
         if ranks.first:
@@ -113,7 +114,7 @@ class CheckpointStore:
             saved = HuggingFaceStorageReader(path=str(path)).read_metadata().state_dict_metadata
             tensors = _tensors(model, optimizer, list(saved))
             with _alone(ranks):
-                dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path=str(path)), no_dist=ranks.world == 1)
+                dcp_load(tensors, storage_reader=HuggingFaceStorageReader(path=str(path)), no_dist=ranks.world == 1)
         except Exception as error:  # DCP wraps whatever went wrong on any rank in its own kinds
             raise CheckpointError(f"cannot load checkpoint {path}", got=str(error).strip().splitlines()[-1]) from error
         rng = path / f"rng-{ranks.rank:05d}.safetensors"
@@ -163,7 +164,9 @@ def damage(path: Path) -> str | None:
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """The whole state of `model` on the CPU, gathered from all ranks; empty on all but rank 0."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return state
 
 
 def code_version(package: Path = Path(__file__).parent.parent) -> str:

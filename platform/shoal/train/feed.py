@@ -82,7 +82,7 @@ def _shards(plan: FitPlan, tokenizer: Tokenizer, ranks: Ranks) -> Feed:
     for what in ("patch", "image_size"):
         if getattr(index, what) != getattr(plan.model, what):
             raise DataError(f"{plan.data}: {what}", got=getattr(index, what), allowed=getattr(plan.model, what))
-    heldout = {
+    heldout: dict[str, list[Batch]] = {
         modality: _dealt(heldout_batches(plan.data, modality, EVAL_ROWS, limit=plan.eval_rows), ranks)
         for modality in MODALITIES
         if index.total("rows", "heldout", modality)

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,9 +36,11 @@ class Speaker:
         self.path, self._first, self._report = metrics_file(run), first, report
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, kind: str, *, everywhere: bool = False, **values: Any) -> None:
+    def __call__(
+        self, kind: str, values: Mapping[str, Any] | None = None, *, everywhere: bool = False, **more: Any
+    ) -> None:
         """`everywhere`: hand it to `report` on every rank."""
-        record = {"kind": kind, "time": time.time(), **values}
+        record = {"kind": kind, "time": time.time(), **(values or {}), **more}
         if self._first:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_finite(record)) + "\n")
@@ -120,8 +122,9 @@ class Console:
 
     def __call__(self, record: Record) -> None:
         if self._bar is not None and self._task is not None and "progress" in record:
-            eta = clock(record["eta"]) if "eta" in record else "--:--"
-            self._bar.update(self._task, completed=record["progress"], **({"eta": eta} if "eta" in record else {}))
+            self._bar.update(self._task, completed=record["progress"])
+            if "eta" in record:
+                self._bar.update(self._task, eta=clock(record["eta"]))
         if record["kind"] != "step" or record["step"] <= 3 or record["step"] % self.every == 0:
             if self._bar is not None:
                 self._bar.console.print(line(record), markup=False, highlight=False, soft_wrap=True)

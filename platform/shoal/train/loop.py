@@ -62,7 +62,7 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
     run = _Run(plan, ranks, model, optimizer, say)
     state = run.resume()
     meter = Meter(plan.model, matmul_rate(ranks.device), ranks.world)
-    say("start", step=state.step, **_summary(plan, ranks, meter))
+    say("start", _summary(plan, ranks, meter), step=state.step)
 
     clock = Clock(ranks, state.seconds)
     done = progress(plan, step=state.step, seconds=state.seconds, steps_in_epoch=feed.steps_in_epoch)
@@ -80,19 +80,19 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
         )
         state.seconds = clock.step()
         meter.add(result.tokens, clock.last_step)
-        say("step", step=state.step, progress=done, rate=rate, eta=clock.eta(done), **meter.read(), **asdict(result))
+        say("step", meter.read() | asdict(result), step=state.step, progress=done, rate=rate, eta=clock.eta(done))
         if feed.heldout and plan.eval_every and state.step % plan.eval_every == 0 and done < 1.0:
-            say("eval", step=state.step, progress=done, **asdict(measure(model, feed.heldout, ranks)))
+            say("eval", asdict(measure(model, feed.heldout, ranks)), step=state.step, progress=done)
         if state.seconds - run.saved_at >= 60 * plan.checkpoint_minutes and done < 1.0:
             run.save(state, done)
 
     final = measure(model, feed.heldout, ranks)
     if feed.heldout:
-        say("eval", step=state.step, progress=done, **asdict(final))
+        say("eval", asdict(final), step=state.step, progress=done)
     run.save(state, done)
     start.export(plan, model, ranks)
     result_ = FitResult(str(plan.model_dir), state.step, state.tokens, state.seconds, final.bpb)
-    say("end", **asdict(result_))
+    say("end", asdict(result_))
     return result_
 
 

@@ -17,7 +17,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
     Call it after sharding: the moments are then sharded like the parameters.
     """
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.dim() < 2 or name.endswith(_TABLES)

@@ -1,0 +1,112 @@
+"""Training on Ray Train: one local cluster for the file, the `test` preset, two workers."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shoal import Model, presets
+from shoal.errors import ConfigError, DataError, ResourceError
+from shoal.on_ray.resources import local_ray
+from shoal.on_ray.train import train
+from shoal.train import log
+from shoal.train.loop import fit
+from shoal.train.plan import FitPlan, pretrain_plan
+from tests.corpus import write_chats, write_corpus
+
+pytestmark = pytest.mark.ray
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with local_ray():
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "data", presets.get("test"))
+
+
+def plan(data: Path, run: Path, **more: object) -> FitPlan:
+    return pretrain_plan("test", str(data), str(run), **{"steps": STEPS, "eval_every": 0, "accumulate": 2, **more})
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in log.read(run) if record["kind"] == "step"]
+
+
+def kill_a_worker() -> None:
+    """SIGKILL to one of the processes that train; Ray names them after the actor's class."""
+    for process in psutil.Process().children(recursive=True):
+        if "RayTrainWorker" in process.name() or any("RayTrainWorker" in part for part in process.cmdline()):
+            os.kill(process.pid, signal.SIGKILL)
+            return
+    raise AssertionError("no training worker is running")
+
+
+def test_two_workers_train_as_one_process_does(cluster: None, data: Path, tmp_path: Path) -> None:
+    """FSDP2 on gloo, 2 workers x 2 micro-batches against 1 x 4, with progress as it happens."""
+    seen: list[log.Record] = []
+    result = train(plan(data, tmp_path / "two"), workers=2, cpus_per_worker=0.5, on_progress=seen.append)
+    alone = fit(plan(data, tmp_path / "one", accumulate=4))
+
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-6)
+    assert result.tokens == alone.tokens
+    assert result.bpb["text"] == pytest.approx(alone.bpb["text"], abs=1e-5)
+    two, one = Model.load(result.out).net.state_dict(), Model.load(alone.out).net.state_dict()
+    assert max(float((two[name] - one[name]).abs().max()) for name in one) < 1e-4
+    kinds = [record["kind"] for record in seen]
+    assert kinds[0] == "start" and kinds[-1] == "end" and kinds.count("step") == STEPS and "checkpoint" in kinds
+
+
+def test_a_killed_worker_costs_no_step(cluster: None, data: Path, tmp_path: Path) -> None:
+    """The group restarts from its newest checkpoint, and the history is that of a run which nothing happened to."""
+    killed_at: list[int] = []
+
+    def watch(record: log.Record) -> None:
+        if record["kind"] == "step" and record["step"] >= 4 and not killed_at:
+            killed_at.append(record["step"])
+            kill_a_worker()
+
+    slow = plan(data, tmp_path / "hit", steps=60, checkpoint_minutes=0.0, keep=3)
+    result = train(slow, workers=2, cpus_per_worker=0.5, max_failures=1, on_progress=watch)
+    fit(plan(data, tmp_path / "calm", steps=60, accumulate=4))
+    assert killed_at and result.steps == 60
+    starts = [r for r in log.read(tmp_path / "hit") if r["kind"] == "start"]
+    assert starts[-1]["step"] > 0, "it went on from a checkpoint, not from the beginning"
+    history = [record["step"] for record in log.read(tmp_path / "hit") if record["kind"] == "step"]
+    assert history == list(range(1, 61))
+    assert losses(tmp_path / "hit") == pytest.approx(losses(tmp_path / "calm"), abs=1e-3)
+
+
+def test_a_run_goes_on_with_another_number_of_workers(cluster: None, data: Path, tmp_path: Path) -> None:
+    fit(plan(data, tmp_path / "run", steps=3, accumulate=4))
+    train(plan(data, tmp_path / "run", steps=6, accumulate=2), workers=2, cpus_per_worker=0.5)
+    history = [record["step"] for record in log.read(tmp_path / "run") if record["kind"] == "step"]
+    assert history == [1, 2, 3, 4, 5, 6]
+
+
+def test_plans_that_cannot_run_are_refused(cluster: None, data: Path, tmp_path: Path) -> None:
+    """Before any worker is started, with the numbers."""
+    with pytest.raises(ResourceError, match=r"2 worker\(s\) x 64 CPU = 128 CPUs"):
+        train(plan(data, tmp_path / "cpus"), workers=2, cpus_per_worker=64)
+    with pytest.raises(ConfigError, match=r"do not divide over 3 worker\(s\)"):
+        train(plan(data, tmp_path / "batch"), workers=3, cpus_per_worker=0.1)
+    with pytest.raises(DataError, match="too short"):
+        train(plan(data, tmp_path / "short", batch_tokens=96 * 4000), workers=2, cpus_per_worker=0.5)
+    few = write_chats(tmp_path / "few.jsonl", rows=3)
+    with pytest.raises(DataError, match="too short"):
+        train(plan(few, tmp_path / "few"), workers=2, cpus_per_worker=0.5)
+
+
+def test_a_workers_own_error_arrives_as_it_was(cluster: None, data: Path, tmp_path: Path) -> None:
+    """A vocabulary that the shards' tokenizer does not fit is seen when the model is built, in the worker."""
+    fit(plan(data, tmp_path / "run", steps=1))
+    with pytest.raises(Exception, match="of another configuration") as caught:
+        train(plan(data, tmp_path / "run", steps=2, seed=5), workers=2, cpus_per_worker=0.5)
+    assert type(caught.value).__name__ == "CheckpointError" and "\n" not in str(caught.value)
