@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import signal
@@ -28,8 +27,9 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeDeploySchema
 
 from shoal import config
-from shoal.api.app import UiMount, build_app
+from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
+from shoal.api.page import chat_page
 from shoal.api.requests import Limits
 from shoal.api.served import ServedModel
 from shoal.errors import ConfigError, ResourceError
@@ -215,25 +215,13 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         args = self._args
         served = ServedModel.load(args.model or "", args.name)
+        page = chat_page(args.ui_api or "http://127.0.0.1:8000/v1", served.name, args.ui_mount) if args.ui else None
         return build_app(
             ReplicaClient(self._engine),
             served,
             api_keys=ApiKeys.load(args.api_keys),
             limits=Limits(seconds=args.seconds),
             metrics=args.metrics,
-            ui_mount=_ui_mount(args, served) if args.ui else None,
+            ui_mount=page,
             answer_request_id=False,  # Serve's proxy does
         )
-
-
-def _ui_mount(args: ServeArgs, served: ServedModel) -> UiMount:
-    """What puts the chat page on the app. Found by name: the page is no part of this package."""
-    module, _, name = args.ui_mount.partition(":")
-    try:
-        mount = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            "args.ui_mount", got=args.ui_mount, do=f"install shoal[ui] and run from its folder: {error}"
-        ) from error
-    url = args.ui_api or "http://127.0.0.1:8000/v1"
-    return lambda api: mount(api, base_url=url, model=served.name)

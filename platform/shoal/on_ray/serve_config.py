@@ -18,6 +18,7 @@ from ray.serve.config import AutoscalingPolicy
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from shoal import config
+from shoal.api.page import MOUNT
 from shoal.errors import ConfigError, did_you_mean
 
 IMPORT_PATH = "shoal.on_ray.serve:app"
@@ -42,7 +43,7 @@ class ServeArgs:
     api_keys: str | None = None  # file of keys, one a line; None: $SHOAL_API_KEYS, or open to all
     metrics: bool = True  # answer /metrics
     ui: bool = False  # show the chat page at /ui
-    ui_mount: str = "ui.mount:mount"  # what mounts it
+    ui_mount: str = MOUNT  # what puts it there, ``module:function``
     ui_api: str | None = None  # where the page finds the API; None: this server
 
     def __post_init__(self) -> None:

@@ -1,0 +1,143 @@
+"""The chat page as a Gradio app: the conversation on the left, the settings of the next answer on the right."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import openai
+
+from ui import talk
+from ui.talk import Card, Settings
+
+HERE = Path(__file__).parent
+CSS = HERE / "style.css"
+ICON = (  # two fish; without it the browser asks for /favicon.ico
+    "<link rel=\"icon\" href=\"data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32' "
+    "fill='%230e7490'><path d='M2 10q9-8 18 0l6-4v8l-6-4q-9 8-18 0z'/><path d='M6 23q9-8 18 0l6-4v8l-6-4q-9 8-18 0z'/>"
+    '</svg>">'
+)
+IMAGES = ("image/png", "image/jpeg", "image/webp")
+MAX_FILE_SIZE = "8mb"  # the API's own limit for an image
+AT_ONCE = 64  # answers that stream at once; the engine's queue bounds them further
+MOST_TOKENS = 128  # of an answer, unless the slider says more
+AUTO = ("auto: the model decides", "auto")
+EXAMPLES: dict[str, dict[str, Any]] = {  # what the page is for -> a first message
+    "Customer service": {"text": "Where is my order 4411?"},
+    "Code": {"text": "Write a Python function that returns the larger of two numbers."},
+    "Image question": {"text": "What colour is the shape?", "files": [str(HERE / "shape.png")]},
+    "Summary": {
+        "text": "Summarise: A shoal is a large number of fish that swim together. Many eyes see a danger sooner than two, "
+        "and a hunter that sees many fish at once finds it hard to follow one of them."
+    },
+}
+FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
+MONO = ("ui-monospace", "monospace")
+
+THEME = gr.themes.Base(
+    primary_hue="cyan", secondary_hue="cyan", neutral_hue="slate", radius_size="md", font=FONTS, font_mono=MONO
+).set(
+    body_background_fill="#f7fafb",
+    button_primary_background_fill="*primary_700",
+    block_border_width="0px",
+    block_shadow="none",
+    block_label_background_fill="none",
+)
+
+
+def build(base_url: str, model: str | None = None) -> gr.Blocks:
+    """The page over the API at `base_url` (which ends in /v1) and its model `model` (None: the server's first)."""
+    api = talk.client(base_url)
+
+    async def describe(key: str) -> tuple[Any, ...]:
+        """What the page shows of the model, read when the page opens and when a key is given."""
+        try:
+            card = await talk.read_card(with_key(key), model)
+        except openai.OpenAIError as error:
+            needs_key = isinstance(error, openai.AuthenticationError)
+            return header(talk.reason(error)), gr.skip(), gr.skip(), gr.update(visible=needs_key or bool(key))
+        depths = [AUTO, *((f"{name}: {layers} of {card.layers}", name) for name, layers in card.depths.items())]
+        most = gr.update(maximum=card.context - 1, value=min(MOST_TOKENS, card.context // 2))
+        return header(about(card)), gr.update(choices=depths), most, gr.update(visible=bool(key))
+
+    async def reply(
+        message: dict[str, Any], history: list[dict[str, Any]], depth: str, tokens: float, temperature: float, key: str
+    ) -> AsyncIterator[dict[str, Any]]:
+        try:
+            card = await talk.read_card(with_key(key), model)
+        except openai.OpenAIError as error:
+            yield talk.fault(error)
+            return
+        asked = talk.messages(history, message)
+        async for state in talk.answer(with_key(key), card, asked, Settings(depth, int(tokens), temperature)):
+            yield state
+
+    def with_key(key: str) -> openai.AsyncOpenAI:
+        return api.with_options(api_key=key) if key else api
+
+    with gr.Blocks(title="Shoal", analytics_enabled=False, fill_height=True) as page:
+        with gr.Sidebar(position="right", width=300):
+            depth = gr.Radio([AUTO], value=AUTO[1], label="Depth", info="Layers that an answer runs through.")
+            tokens = gr.Slider(1, MOST_TOKENS, value=MOST_TOKENS, step=1, label="Most tokens", buttons=[])
+            temperature = gr.Slider(
+                0, 2, value=0, step=0.1, label="Temperature", info="0 gives the likeliest answer.", buttons=[]
+            )
+            key = gr.Textbox(label="API key", type="password", visible=False, info="Then press Enter.")
+        head = gr.HTML(header(), elem_id="head")
+        gr.ChatInterface(
+            reply,
+            multimodal=True,
+            chatbot=_chatbot(),
+            textbox=_textbox(),
+            additional_inputs=[depth, tokens, temperature, key],
+            examples=[[example, None, None, None, None] for example in EXAMPLES.values()],
+            example_labels=list(EXAMPLES),
+            concurrency_limit=AT_ONCE,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+        shown = [head, depth, tokens, key]
+        page.load(describe, key, shown, show_progress="hidden", api_visibility="private")
+        key.submit(describe, key, shown, show_progress="hidden", api_visibility="private")
+    page.queue(default_concurrency_limit=AT_ONCE)
+    return page
+
+
+def header(said: str = "") -> str:
+    """The line on top of the page: who this is, and `said` of the model."""
+    return f'<span class="name">Shoal</span><span class="about">{html.escape(said)}</span>'
+
+
+def about(card: Card) -> str:
+    """``tiny · INT8 · 8 layers · 1024 tokens of context``."""
+    precision = {"none": ""}.get(card.quantization, "INT8")
+    return " · ".join(
+        filter(None, (card.name, precision, f"{card.layers} layers", f"{card.context} tokens of context"))
+    )
+
+
+def _chatbot() -> gr.Chatbot:
+    return gr.Chatbot(
+        show_label=False,
+        label="Conversation",
+        scale=1,
+        layout="bubble",
+        buttons=["copy"],
+        latex_delimiters=[],
+        placeholder="Pick an example, or write a message below.",
+    )
+
+
+def _textbox() -> gr.MultimodalTextbox:
+    return gr.MultimodalTextbox(
+        show_label=False,
+        label="Message",
+        placeholder="Write a message, or add a picture",
+        file_types=list(IMAGES),
+        sources=["upload"],
+        stop_btn=True,
+        max_lines=8,
+    )
