@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from html.parser import HTMLParser
 from pathlib import Path
@@ -46,8 +47,9 @@ class SourceSpec:
     uri: str  # a folder (read recursively) or a file
     license: str = "unstated"
     reader: Literal["files", "docstrings"] = "files"  # docstrings: of Python files, as pages of text
-    exclude: tuple[str, ...] = ()  # names of folders and files that are left out
+    exclude: tuple[str, ...] = ()  # names of folders and files that are left out; patterns as in a shell
     family: str = ""  # sources of one family keep a file's documents on one side of the held-out split
+    heldout: bool | None = None  # the side that all of it is on; None: each group's is drawn
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Document:
     text: str = ""  # of an image: its caption, or a question with its answer
     image: bytes | None = None  # as encoded in its file
     caption: bool = False  # the text names the image, so it may as well stand before it
+    questions: tuple[tuple[str, str], ...] = ()  # with their answers, where the text is made of them
 
     @property
     def n_bytes(self) -> int:
@@ -124,11 +127,10 @@ def list_files(spec: SourceSpec) -> list[File]:
         return [File(start, _printable(start.name), spec)]
     if not start.is_dir():
         raise DataError(f"source {spec.name}: {spec.uri} does not exist", do="give an existing folder or file")
-    left_out = set(spec.exclude)
     paths: list[Path] = []
     for folder, names, files in os.walk(start):
-        names[:] = sorted(n for n in names if n not in left_out and not n.startswith("."))
-        paths += [Path(folder) / n for n in files if n not in left_out and not n.startswith(".")]
+        names[:] = sorted(n for n in names if not _left_out(n, spec))
+        paths += [Path(folder) / n for n in files if not _left_out(n, spec)]
     if spec.reader == "docstrings":
         paths = [p for p in paths if p.suffix == ".py"]
     pictured = {p.with_suffix(".txt"): p for p in paths if p.suffix.lower() in IMAGES}
@@ -137,6 +139,10 @@ def list_files(spec: SourceSpec) -> list[File]:
     if not own:
         raise DataError(f"source {spec.name}: {spec.uri} holds no file", do="point it at a folder with documents")
     return [File(p, _printable(p.relative_to(start).as_posix()), spec, captions.get(p)) for p in own]
+
+
+def _left_out(name: str, spec: SourceSpec) -> bool:
+    return name.startswith(".") or any(fnmatchcase(name, pattern) for pattern in spec.exclude)
 
 
 def read(file: File) -> Iterator[Document | Skipped]:
@@ -261,10 +267,11 @@ def _rows(file: File, rows: Iterable[tuple[str, Mapping[str, Any] | _Unusable]])
 
 
 def _row_document(file: File, number: str, row: Mapping[str, Any]) -> Document:
-    """The fields that count: text (or content), image, question with answer, modality, license, id, group."""
+    """The fields that count: text (or content), image, question with answer (or lists of them), modality, license, id,
+    group."""
     image = _row_image(file, row["image"]) if row.get("image") else None
-    asked, answer = row.get("question"), row.get("answer")
-    text = f"Question: {asked} Answer: {answer}" if asked and answer else row.get("text", row.get("content"))
+    asked = _questions(row.get("question"), row.get("answer"))
+    text = "\n".join(f"Question: {q} Answer: {a}" for q, a in asked) or row.get("text", row.get("content"))
     if not isinstance(text, str):
         text = ""
     if image is None and not text.strip():
@@ -279,9 +286,19 @@ def _row_document(file: File, number: str, row: Mapping[str, Any]) -> Document:
         text=text,
         image=image,
         caption=image is not None and bool(text) and not asked,
+        questions=asked,
     )
     group = row.get("group")
     return replace(document, group=f"{file.spec.family or file.spec.name}/{group}") if group else document
+
+
+def _questions(asked: object, answers: object) -> tuple[tuple[str, str], ...]:
+    if not asked or not answers:
+        return ()
+    pair = [value if isinstance(value, list) else [value] for value in (asked, answers)]
+    if len(pair[0]) != len(pair[1]):
+        raise _Unusable("not as many answers as questions")
+    return tuple((str(q), str(a)) for q, a in zip(*pair, strict=True))
 
 
 def _row_image(file: File, value: object) -> bytes:

@@ -1,8 +1,8 @@
 """Packed rows on disk: all that preparing and training share.
 
-    DIR/index.json                     written last: a directory without it is not finished
-    DIR/tokenizer.json                 the tokenizer that made the token ids
-    DIR/<split>-<modality>-00000.arrow Arrow IPC files, memory-mapped; one row each for one training row
+    DIR/index.json      written last: a directory without it is not finished
+    DIR/tokenizer.json  the tokenizer that made the token ids
+    DIR/<split>-<modality>-<part>-<number>.arrow   Arrow IPC, memory-mapped; one row each for one training row
 
 Columns: ``tokens`` fixed_size_list<int32>[T], ``docs`` fixed_size_list<int16>[T] (-1 padding), ``patches`` large_binary
 (uint8 patches of the row's images, in order). Letters: T row length, V numbers in a patch, n patches.
@@ -99,7 +99,7 @@ def open_index(directory: str | Path, *, length: int | None = None) -> Index:
         values = json.loads(path.read_text(encoding="utf-8"))
         schema = values.get("schema")
         if schema != SCHEMA:
-            raise DataError(f"{path}: schema", got=schema, allowed=SCHEMA, do="prepare the corpus again")
+            raise DataError(f"{path}: schema", got=schema, allowed=SCHEMA, do="remove the folder and prepare again")
         index = load(Index, values)
     except (ValueError, AttributeError, ConfigError) as error:
         raise DataError(f"{path} is not an index of ours", got=str(error)[:160], do="prepare again") from error
@@ -111,7 +111,9 @@ def open_index(directory: str | Path, *, length: int | None = None) -> Index:
         file = path.parent / shard.file
         size = file.stat().st_size if file.is_file() else None
         if size != shard.size:
-            raise DataError(f"shard {file}", got=f"{size} bytes", allowed=shard.size, do="prepare the corpus again")
+            raise DataError(
+                f"shard {file}", got=f"{size} bytes", allowed=shard.size, do="remove the folder and prepare again"
+            )
     return index
 
 
@@ -144,6 +146,7 @@ class ShardWriter:
     modality: Modality
     token_bytes: np.ndarray  # int64 [vocab]: bytes a token stands for
     licenses: Mapping[str, str]  # source -> licences, as text
+    part: int = 0  # of the corpus: parts are written by different processes
     shard_bytes: int = SHARD_BYTES
     shards: list[Shard] = field(default_factory=list)
     _rows: list[Row] = field(default_factory=list)
@@ -159,7 +162,7 @@ class ShardWriter:
         """Write out what is held."""
         if not self._rows:
             return
-        name = f"{self.split}-{self.modality}-{len(self.shards):05}.arrow"
+        name = f"{self.split}-{self.modality}-{self.part:05}-{len(self.shards):03}.arrow"
         aside, path = self.directory / f".{name}.tmp", self.directory / name
         batch = _record_batch(self._rows)
         with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:

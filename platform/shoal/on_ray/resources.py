@@ -1,4 +1,4 @@
-"""What a command needs of the machine: a Ray to run on, and room. Asked first, so that nothing fails half-way for lack of it."""
+"""What a command needs of the machine: a Ray to run on, and room. Asked first, so that nothing fails half-way."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -61,7 +62,7 @@ def worker_env() -> dict[str, str]:
     source = Path(shoal.__file__).parent.parent
     before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = dict.fromkeys([str(source), str(source.parent), *filter(None, before)])
-    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def need_disk(path: str | Path, size: int) -> None:
@@ -100,7 +101,7 @@ def need_free_port(host: str, port: int) -> None:
             ) from error
 
 
-def _init(fault: str, **options: object) -> None:
+def _init(fault: str, **options: Any) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; without it Ray warns
     try:

@@ -1,0 +1,237 @@
+"""A corpus prepared in parts, so that many processes can work on it: each part is read and cleaned alone, then one look at
+the identities of all documents decides what is kept and on which side of the held-out split, then each part is packed alone.
+
+Notable: what comes out depends on the sources, the seed and the tokenizer alone, not on how many processes there were.
+Between the two passes the cleaned documents of a part lie in one Arrow file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+
+from shoal.config import ModelConfig
+from shoal.data.clean import clean, fingerprint
+from shoal.data.documents import Document, File, Modality, Skipped, read
+from shoal.data.encode import encode
+from shoal.data.pack import Packer
+from shoal.data.recipes import Chat, chats_of, fits
+from shoal.data.shards import SPLITS, TOKENIZER, Shard, ShardWriter, token_bytes
+from shoal.inputs.tokenizer import Tokenizer
+
+PART_BYTES = 32 * 2**20  # of source files in a part, at most ...
+LEAST_PARTS = 12  # ... and of a corpus, so that several processes have work to the end
+PART_FILES = 2048
+HELDOUT = 0.05  # share of the groups
+BATCH = 256  # documents encoded at once
+SAMPLE_BYTES = 4 * 2**20  # of each modality, that the tokenizer is fitted to
+
+Drops = dict[str, Counter[str]]  # operator -> reason -> documents
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What deciding about a document takes."""
+
+    fingerprint: bytes
+    group: str
+    modality: Modality
+    heldout: bool | None  # where its source says so
+
+
+@dataclass
+class Packed:
+    """What packing a part gave."""
+
+    shards: list[Shard] = field(default_factory=list)
+    drops: Drops = field(default_factory=dict)
+    documents: Counter[tuple[str, str, str, str]] = field(
+        default_factory=Counter
+    )  # by split, modality, source, licence
+    packing: Counter[str] = field(default_factory=Counter)  # tokens, cut, padded, as in `Packer`
+    chats: list[tuple[str, Chat]] = field(default_factory=list)  # with their split
+
+    def dropped(self, drops: Mapping[str, Counter[str]]) -> None:
+        for operator, reasons in drops.items():
+            self.drops.setdefault(operator, Counter()).update(reasons)
+
+    def add(self, part: Packed) -> None:
+        """Count `part` in; its chats are left to the caller, since all of them may be too many to hold."""
+        self.shards += part.shards
+        self.dropped(part.drops)
+        self.documents.update(part.documents)
+        self.packing.update(part.packing)
+
+
+def split_files(files: Sequence[File]) -> list[list[File]]:
+    """The files in parts of about equal size, in order."""
+    sizes = [size_of(file) for file in files]
+    most = min(PART_BYTES, sum(sizes) // LEAST_PARTS + 1)
+    parts: list[list[File]] = []
+    room = 0
+    for file, size in zip(files, sizes, strict=True):
+        if not parts or room < size or len(parts[-1]) == PART_FILES:
+            parts.append([])
+            room = most
+        parts[-1].append(file)
+        room -= size
+    return parts
+
+
+def read_part(files: Sequence[File], path: Path) -> tuple[list[Identity], Drops]:
+    """Read and clean the files of a part into `path`: the identities of its documents, in order, and what was dropped."""
+    drops: Drops = {}
+    identities: list[Identity] = []
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+        waiting: list[Document] = []
+        for file in files:
+            for found in read(file):
+                document = clean(found) if isinstance(found, Document) else found
+                if isinstance(document, Skipped):
+                    drops.setdefault(document.operator, Counter())[document.reason] += 1
+                    continue
+                waiting.append(document)
+                identities.append(Identity(fingerprint(document), document.group, document.modality, file.spec.heldout))
+                if len(waiting) == BATCH:
+                    writer.write_batch(_batch(waiting))
+                    waiting = []
+        writer.write_batch(_batch(waiting))
+    return identities, drops
+
+
+def choose(parts: Iterable[Sequence[Identity]], seed: int) -> tuple[list[list[str | None]], int]:
+    """For each document its split, or None where an equal one came before; and how many such duplicates there are.
+
+    All documents of a group are on one side. A modality that no group was held out of gives the one drawn first, as long as
+    it has two.
+    """
+    seen: set[bytes] = set()
+    kept: list[list[Identity | None]] = []
+    for part in parts:
+        kept.append([])
+        for identity in part:
+            kept[-1].append(None if identity.fingerprint in seen else identity)
+            seen.add(identity.fingerprint)
+    groups: dict[str, dict[str, bool | None]] = defaultdict(dict)  # modality -> group -> what its source says
+    for identity in (i for part in kept for i in part if i):
+        groups[identity.modality][identity.group] = identity.heldout
+    draws = {group: _draw(group, seed) for of in groups.values() for group in of}
+    heldout = {group for of in groups.values() for group, said in of.items() if _is_heldout(said, draws[group])}
+    for of in groups.values():
+        free = [group for group, said in of.items() if said is None]
+        if len(of) > 1 and free and not heldout & of.keys():
+            heldout.add(min(free, key=lambda group: (draws[group], group)))
+    splits = [[SPLITS[i.group in heldout] if i else None for i in part] for part in kept]
+    return splits, sum(split is None for part in splits for split in part)
+
+
+def sample(paths: Iterable[Path], splits: Iterable[Sequence[str | None]]) -> list[str]:
+    """Texts to fit a tokenizer to: of the training documents only, the first SAMPLE_BYTES of each modality, spread over all
+    parts."""
+    ways = [(path, of) for path, of in zip(paths, splits, strict=True) if "train" in of]
+    texts: list[str] = []
+    left: Counter[str] = Counter()
+    for number, (path, of) in enumerate(ways, 1):
+        share = SAMPLE_BYTES * number // len(ways)  # of each modality, up to this part
+        for document, split in zip(documents(path), of, strict=True):
+            room = share - left[document.modality]
+            if split == "train" and document.text and room > 0:
+                texts.append(document.text[:room])
+                left[document.modality] += len(texts[-1].encode())
+    return texts
+
+
+def pack_part(path: Path, splits: Sequence[str | None], directory: Path, config: ModelConfig, number: int) -> Packed:
+    """Encode and pack the kept documents of a part into shards in `directory`, where the tokenizer lies; and make chats of
+    the documents that a recipe fits. `number` sets the part's files apart."""
+    out, tokenizer = Packed(), Tokenizer.load(directory / TOKENIZER)
+    lengths, licenses = token_bytes(tokenizer), _licenses(path)
+    packers: dict[tuple[str, Modality], tuple[Packer, ShardWriter]] = {}
+    for split, document, encoded in _encoded(path, splits, tokenizer, config):
+        if isinstance(encoded, Skipped):
+            out.dropped({encoded.operator: Counter([encoded.reason])})
+            continue
+        key = (split, document.modality)
+        if key not in packers:
+            writer = ShardWriter(directory, *key, lengths, licenses, part=number)
+            packers[key] = (Packer(config.train_length), writer)
+        packer, writer = packers[key]
+        for row in packer.add(encoded, document.source):
+            writer.add(row)
+        out.documents[(*key, document.source, document.license)] += 1
+        for chat in chats_of(document, split):
+            if fits(chat, tokenizer, config):
+                out.chats.append((split, chat))
+            else:
+                out.dropped({"recipe": Counter(["longer than a row"])})
+    for packer, writer in packers.values():
+        for row in packer.finish():
+            writer.add(row)
+        writer.close()
+        out.shards += writer.shards
+        out.packing.update(tokens=packer.tokens, cut=packer.cut, padded=packer.padded)
+    return out
+
+
+def documents(path: Path) -> Iterator[Document]:
+    """The documents of a part, in order."""
+    with pa.memory_map(str(path)) as source:
+        for batch in pa.ipc.open_stream(source):
+            for row in batch.to_pylist():
+                questions = tuple((q, a) for q, a in row.pop("questions"))
+                yield Document(**row, questions=questions)
+
+
+def _encoded(
+    path: Path, splits: Sequence[str | None], tokenizer: Tokenizer, config: ModelConfig
+) -> Iterator[tuple[str, Document, Any]]:
+    kept = ((split, d) for split, d in zip(splits, documents(path), strict=True) if split)
+    while batch := list(islice(kept, BATCH)):
+        results = encode([document for _, document in batch], tokenizer, config)
+        yield from ((*pair, result) for pair, result in zip(batch, results, strict=True))
+
+
+def _licenses(path: Path) -> dict[str, str]:
+    """Source -> the licences of its documents in this part, as text."""
+    found: dict[str, set[str]] = defaultdict(set)
+    with pa.memory_map(str(path)) as stream:
+        for batch in pa.ipc.open_stream(stream):
+            for source, license in zip(batch["source"].to_pylist(), batch["license"].to_pylist(), strict=True):
+                found[source].add(license)
+    return {source: ", ".join(sorted(names)) for source, names in found.items()}
+
+
+_SCHEMA = pa.schema({
+    **{name: pa.large_string() for name in ("id", "group", "source", "license", "modality", "origin", "text")},
+    "image": pa.large_binary(),
+    "caption": pa.bool_(),
+    "questions": pa.list_(pa.list_(pa.large_string())),
+})  # fmt: skip
+
+
+def _batch(some: Sequence[Document]) -> pa.RecordBatch:
+    columns = {name: [getattr(document, name) for document in some] for name in _SCHEMA.names}
+    return pa.record_batch({n: pa.array(values, _SCHEMA.field(n).type) for n, values in columns.items()}, _SCHEMA)
+
+
+def _draw(group: str, seed: int) -> float:
+    return xxhash.xxh3_64_intdigest(group.encode(), seed=seed) / 2**64
+
+
+def _is_heldout(said: bool | None, draw: float) -> bool:
+    return draw < HELDOUT if said is None else said
+
+
+def size_of(file: File) -> int:
+    """Bytes of the file; 0 when it cannot be seen."""
+    try:
+        return file.path.stat().st_size
+    except OSError:
+        return 0

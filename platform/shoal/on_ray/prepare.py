@@ -1,0 +1,236 @@
+"""Raw documents to shards on Ray Data: two passes of the plain functions of `shoal.data.parts`, one task a part.
+
+    files -> read, clean -> identities -> what is kept, and where -> encode, pack, write -> index.json
+                         -> a sample   -> the tokenizer           ->
+
+Only identities and counts pass through this process. Documents go through files, so on several nodes the corpus folder must
+be on a file system that all of them share. Nothing is there under its final name before it is complete, and ``index.json``
+comes last: what an interrupted run left is removed and made again, but for what was fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray.data
+from ray.exceptions import RayTaskError
+
+from shoal.config import ModelConfig, Preset, dump
+from shoal.data import demo, parts, service
+from shoal.data.documents import MODALITIES, SourceSpec, list_files
+from shoal.data.order import Mix
+from shoal.data.parts import Packed
+from shoal.data.recipes import ChatFiles, fits
+from shoal.data.shards import INDEX, SPLITS, TOKENIZER, Index, clear, open_index, write_aside, write_index
+from shoal.errors import ConfigError, DataError, ShoalError
+from shoal.inputs.tokenizer import Tokenizer
+from shoal.on_ray.resources import need_disk
+
+__all__ = ["SourceSpec", "prepare"]
+
+REPORT = "report.json"
+SOURCES = "sources"  # folder in the corpus folder: what the demo corpus fetched
+WORK = ".prepare"  # folder there, while it runs: the cleaned documents
+DISK = 5  # bytes wanted for each byte of source: cleaned documents, shards, and room
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+def prepare(
+    out: Path,
+    *,
+    sources: Sequence[SourceSpec] | None,
+    mix: Mapping[str, float],
+    preset: Preset,
+    seed: int,
+    on_progress: Progress = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Make the corpus in `out` for models of `preset` and return its report; a Ray must be running.
+
+    `sources` None: the demo corpus. `mix`: share of each modality by token; those without a document are left out. A corpus
+    that was finished for the same request is not made again. Raises DataError for a source that is missing, empty or of no
+    use, and when `out` holds the corpus of another request; ResourceError when the disk is too small.
+    """
+    out, start = Path(out).absolute(), time.monotonic()
+    if sources is None:
+        out.mkdir(parents=True, exist_ok=True)
+    specs = list(sources) if sources is not None else demo.sources(out / SOURCES, on_progress)
+    plan = parts.split_files([file for spec in _named_apart(specs) for file in list_files(spec)])
+    sizes = [sum(map(parts.size_of, files)) for files in plan]
+    request = {
+        "sources": [dump(spec) for spec in specs] if sources is not None else demo.request(),
+        "files": sum(map(len, plan)),
+        "bytes": sum(sizes),
+        "mix": dict(mix),
+        "model": dump(preset.model),
+        "seed": seed,
+    }
+    if (out / INDEX).exists():
+        return _finished(out, request)
+    out.mkdir(parents=True, exist_ok=True)
+    clear(out)
+    need_disk(out, DISK * sum(sizes))
+    with _work_folder(out) as work, _quiet_data():
+        packed, identities = Packed(), []
+        paths = [work / f"{number:05}.arrow" for number in range(len(plan))]
+        for found, drops in _each(parts.read_part, zip(plan, paths, strict=True), sizes, "read and clean", on_progress):
+            identities.append(found)
+            packed.dropped(drops)
+        splits, duplicates = parts.choose(identities, seed)
+        packed.dropped({"dedup": Counter({"equal to an earlier one": duplicates})} if duplicates else {})
+        on_progress("fit the tokenizer", 0, 0)
+        tokenizer = Tokenizer.train(parts.sample(paths, splits), preset.model.vocab)
+        write_aside(out / TOKENIZER, tokenizer.json)
+        chats = ChatFiles(seed)
+        jobs = [
+            (path, of, out, preset.model, number) for number, (path, of) in enumerate(zip(paths, splits, strict=True))
+        ]
+        for part in _each(parts.pack_part, jobs, sizes, "encode and pack", on_progress):
+            packed.add(part)
+            for split, chat in part.chats:
+                chats.add(split, [chat])
+    if sources is None:
+        for split in SPLITS:
+            chats.add(split, (chat for chat in service.chats(split) if fits(chat, tokenizer, preset.model)))
+    index = _index(packed, request, preset.model, tokenizer)
+    report = _report(index, packed, chats.write(out), time.monotonic() - start)
+    write_aside(out / REPORT, json.dumps(report, indent=1) + "\n")
+    write_index(out, index)
+    return report
+
+
+def _each(
+    task: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], sizes: list[int], what: str, on_progress: Progress
+) -> Iterator[Any]:
+    """What `task` gives for the arguments of each job, in order, from as many processes as there are CPUs for."""
+
+    def run(row: dict[str, Any]) -> dict[str, Any]:
+        return {"result": task(*row["job"])}
+
+    rows = [{"job": job} for job in jobs]
+    done, total = 0, sum(sizes)
+    on_progress(what, done, total)
+    try:
+        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run).iter_rows()
+        for row, size in zip(results, sizes, strict=True):
+            done += size
+            on_progress(what, done, total)
+            yield row["result"]
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, ShoalError):
+            raise cause from error
+        raise DataError(f"cannot {what}", got=str(error.cause or error).strip().splitlines()[-1][:200]) from error
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """An empty folder for one run, gone afterwards."""
+    work = out / WORK
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _quiet_data() -> Iterator[None]:
+    """Ray Data in the order of its input, so that equal requests give equal corpora, and without its own reports."""
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    before = context.execution_options.preserve_order, context.enable_progress_bars, logger.level
+    context.execution_options.preserve_order, context.enable_progress_bars = True, False
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.execution_options.preserve_order, context.enable_progress_bars, level = before
+        logger.setLevel(level)
+
+
+def _named_apart(specs: Sequence[SourceSpec]) -> Sequence[SourceSpec]:
+    for name, count in Counter(spec.name for spec in specs).items():
+        if count > 1:
+            raise ConfigError(f"source {name} is given {count} times", do="give each source a name of its own")
+    return specs
+
+
+def _finished(out: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """The report of the corpus in `out`, which must be of the same request."""
+    had = open_index(out).request
+    asked = json.loads(json.dumps(request))
+    other = sorted(key for key in asked.keys() | had.keys() if asked.get(key) != had.get(key))
+    if other:
+        raise DataError(
+            f"{out} holds a corpus of another request",
+            got=f"other {', '.join(other)}",
+            do="give another --out, or remove it",
+        )
+    return json.loads((out / REPORT).read_text(encoding="utf-8"))
+
+
+def _index(packed: Packed, request: dict[str, Any], model: ModelConfig, tokenizer: Tokenizer) -> Index:
+    documents: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
+    for (split, modality, _, _), count in sorted(packed.documents.items()):
+        documents[split][modality] = documents[split].get(modality, 0) + count
+    mix = {name: share for name, share in request["mix"].items() if name in documents["train"]}
+    if not any(mix.values()):
+        raise DataError(
+            "no document could be used for the mix", got={name: dict(d) for name, d in packed.drops.items()},
+            allowed=f"training documents of {', '.join(request['mix'])}",
+        )  # fmt: skip
+    return Index(
+        length=model.train_length,
+        vocab=len(tokenizer),
+        patch=model.patch,
+        image_size=model.image_size,
+        tokenizer_sha256=tokenizer.sha256,
+        seed=request["seed"],
+        mix=Mix(mix).shares,
+        request=request,
+        documents=documents,
+        drops={operator: dict(sorted(reasons.items())) for operator, reasons in sorted(packed.drops.items())},
+        shards=tuple(sorted(packed.shards, key=lambda shard: shard.file)),
+    )
+
+
+def _report(index: Index, packed: Packed, chats: dict[str, dict[str, int]], seconds: float) -> dict[str, Any]:
+    """What a person wants to know of a corpus; all of it plain values."""
+
+    def by_modality(what: str) -> dict[str, dict[str, int]]:
+        return {split: {m: n for m in MODALITIES if (n := index.total(what, split, m))} for split in SPLITS}
+
+    sources: dict[str, dict[str, Any]] = {}
+    for (_, _, source, license), count in sorted(packed.documents.items()):
+        of = sources.setdefault(source, {"licenses": [], "documents": 0, "tokens": 0})
+        of["documents"] += count
+        of["licenses"] = sorted({*of["licenses"], license})
+    for shard in index.shards:
+        for source, tokens in shard.sources.items():
+            sources[source]["tokens"] += tokens
+    rows = by_modality("rows")
+    epoch = sum(rows["train"].values())
+    places = index.length * (epoch + sum(rows["heldout"].values()))
+    return {
+        "documents": index.documents,
+        "tokens": by_modality("tokens"),
+        "text_bytes": by_modality("text_bytes"),
+        "rows": rows,
+        "sources": sources,
+        "drops": index.drops,
+        "packing": {"padding": packed.packing["padded"] / places, "cut_tokens": packed.packing["cut"]},
+        "mix": index.mix,
+        "left_out": sorted(name for name, share in index.request["mix"].items() if share and name not in index.mix),
+        "passes": {m: round(share * epoch / rows["train"][m], 2) for m, share in index.mix.items()},  # in one epoch
+        "chats": chats,
+        "seconds": round(seconds, 1),
+    }
