@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import heapq
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,27 +107,36 @@ def _functions(document: Document) -> Iterator[Chat]:
 
 @dataclass
 class ChatFiles:
-    """The fine-tuning files of a corpus: at most `MOST` rows of a task, drawn by hash, in an order drawn likewise."""
+    """The fine-tuning files of a corpus: at most `MOST` rows of a task, drawn by hash, in an order drawn likewise.
+
+    Equal chats are kept once, and never on both sides: functions are copied between files, and would be asked as seen.
+    """
 
     seed: int
-    found: Counter[tuple[str, str]] = field(default_factory=Counter)  # (split, task) -> rows offered
-    _kept: dict[tuple[str, str], list[tuple[int, str]]] = field(default_factory=dict)  # heaps of (-draw, row)
+    _drawn: dict[str, set[int]] = field(default_factory=lambda: {split: set() for split in FILES})
+    _kept: dict[tuple[str, str], list[tuple[int, str]]] = field(
+        default_factory=dict
+    )  # (split, task) -> heap, last drawn first
 
     def add(self, split: str, chats: Iterable[Chat]) -> None:
         for chat in chats:
-            row, key = chat.json, (split, chat.task)
-            self.found[key] += 1
-            heap = self._kept.setdefault(key, [])
-            item = (-xxhash.xxh3_64_intdigest(row.encode(), seed=self.seed), row)
-            (heapq.heappush if len(heap) < MOST[split] else heapq.heappushpop)(heap, item)
+            draw = xxhash.xxh3_64_intdigest(json.dumps(chat.messages).encode(), seed=self.seed)
+            if draw in self._drawn[split]:
+                continue
+            self._drawn[split].add(draw)
+            heap = self._kept.setdefault((split, chat.task), [])
+            (heapq.heappush if len(heap) < MOST[split] else heapq.heappushpop)(heap, (-draw, chat.json))
 
     def write(self, directory: Path) -> dict[str, dict[str, int]]:
         """Write the files of the splits that have rows; split -> task -> rows."""
         counts: dict[str, dict[str, int]] = {}
         for split, name in FILES.items():
-            kept = {task: heap for (of, task), heap in sorted(self._kept.items()) if of == split}
-            rows = sorted((item for heap in kept.values() for item in heap), reverse=True)
+            seen = self._drawn["train"] if split == "heldout" else set()
+            kept = {
+                task: [r for r in heap if -r[0] not in seen] for (of, task), heap in self._kept.items() if of == split
+            }
+            rows = sorted((row for some in kept.values() for row in some), reverse=True)
             if rows:
                 write_aside(directory / name, "\n".join(row for _, row in rows) + "\n")
-                counts[split] = {task: len(heap) for task, heap in kept.items()}
+                counts[split] = {task: len(some) for task, some in sorted(kept.items()) if some}
         return counts
