@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 import ray.train
+import torch.distributed
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -64,6 +65,8 @@ def train(
                 result: Any = trainer.fit()
             except ray.train.TrainingFailedError as error:
                 raise _cause(error) from error
+    if isinstance(result.return_value, ShoalError):
+        raise result.return_value
     return load(FitResult, result.return_value, "result")
 
 
@@ -109,8 +112,9 @@ def _trainer(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, max_failur
     )
 
 
-def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Runs in each worker; rank 0's return value becomes the run's."""
+def _worker(config: dict[str, Any]) -> dict[str, Any] | ShoalError:
+    """Runs in each worker; rank 0's return value becomes the run's. An error of ours is returned, not raised: it would be
+    the same after a restart."""
 
     def report(record: Record) -> None:
         if record["kind"] == "checkpoint":
@@ -118,7 +122,11 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
             checkpoint = Checkpoint.from_directory(record["path"])
             ray.train.report(metrics, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
-    return dataclasses.asdict(fit(load(FitPlan, config["plan"], "plan"), report))
+    try:
+        return dataclasses.asdict(fit(load(FitPlan, config["plan"], "plan"), report))
+    except ShoalError as error:
+        torch.distributed.destroy_process_group()  # should it be this worker's alone, the others must not wait for it
+        return error
 
 
 def _resources(cpus: float, use_gpu: bool) -> dict[str, float]:
