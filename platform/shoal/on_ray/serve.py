@@ -77,16 +77,16 @@ def run(
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it tells, this function tells
     options = deploy.http_options
-    need_free_port(options.host, options.port)
-    if _get_global_client(raise_if_no_controller_running=False) is not None:
-        raise ResourceError(
-            "Serve is already running on this Ray", do="change it with `serve deploy`, or stop it first"
-        )
     url = f"http://{'127.0.0.1' if options.host == '0.0.0.0' else options.host}:{options.port}"
     deploy = deploy.model_copy(deep=True)
     for application in deploy.applications:
         if application.import_path == IMPORT_PATH:
             application.args = _at_home(application.args, url)
+    need_free_port(options.host, options.port)
+    if _get_global_client(raise_if_no_controller_running=False) is not None:
+        raise ResourceError(
+            "Serve is already running on this Ray", do="change it with `serve deploy`, or stop it first"
+        )
     deadline = time.monotonic() + seconds
     try:
         serve.start(deploy.proxy_location, HTTPOptions(**options.model_dump()), logging_config=deploy.logging_config)

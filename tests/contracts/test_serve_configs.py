@@ -1,0 +1,75 @@
+"""Every Serve config that is shipped loads strictly and says when to use it and what it costs; a slip is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray")
+
+from shoal.errors import ConfigError
+from shoal.on_ray.serve_config import IMPORT_PATH, ServeArgs, load_serve_config, parse_replicas, serve_config
+
+FOLDER = Path(__file__).parents[2] / "serve_configs"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+
+def test_there_is_one_for_each_size_of_machine() -> None:
+    assert {"local", "one_gpu", "cluster"} <= {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_shipped_config_loads_and_explains_itself(path: Path) -> None:
+    deploy = load_serve_config(path)
+    assert [application.import_path for application in deploy.applications] == [IMPORT_PATH]
+    comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    heads = [line.removeprefix("# ").partition(":")[0] for line in comments]
+    assert [head for head in heads if not head.startswith(" ")] == ["When", "Cost", "Use"]
+
+
+def test_the_local_config_stays_on_this_machine() -> None:
+    deploy = load_serve_config(FOLDER / "local.yaml", port=9000, model="some/model")
+    assert (deploy.http_options.host, deploy.http_options.port) == ("127.0.0.1", 9000)
+    args = deploy.applications[0].args
+    assert (args["model"], args["min_replicas"], args["max_replicas"]) == ("some/model", 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "says"),
+    [
+        ("http_options:", "http_option:", r"unknown key http_option.*did you mean 'http_options'\?"),
+        ("  port:", "  prot:", r"unknown key http_options\.prot.*did you mean 'port'\?"),
+        ("route_prefix:", "route_prefx:", r"applications\[0\]\.route_prefx.*did you mean 'route_prefix'\?"),
+        ("min_replicas:", "min_replica:", r"args\.min_replica.*did you mean 'min_replicas'\?"),
+        ("max_replicas: 2", "max_replicas: 0", "args.max_replicas"),
+        ("min_replicas: 1", "min_replicas: one", "args.min_replicas"),
+        ("port: 8000", "port: x", "http_options.port"),
+    ],
+)
+def test_a_slip_is_refused_by_name(tmp_path: Path, right: str, wrong: str, says: str) -> None:
+    text = (FOLDER / "local.yaml").read_text(encoding="utf-8")
+    assert right in text
+    path = tmp_path / "slip.yaml"
+    path.write_text(text.replace(right, wrong), encoding="utf-8")
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_serve_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_deployment_that_the_application_does_not_have_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "slip.yaml"
+    text = (FOLDER / "cluster.yaml").read_text(encoding="utf-8").replace("name: Gateway", "name: Gatewy")
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="did you mean 'Gateway'"):
+        load_serve_config(path)
+
+
+def test_replicas_on_the_command_line() -> None:
+    assert parse_replicas("2") == {"min_replicas": 2, "max_replicas": 2}
+    assert parse_replicas("0:4") == {"min_replicas": 0, "max_replicas": 4}
+    for text in ("", "a", "1:", "2:x"):
+        with pytest.raises(ConfigError, match="replicas"):
+            parse_replicas(text)
+    args = ServeArgs(model="m", **parse_replicas("1:3"))
+    assert serve_config(args).applications[0].args["max_replicas"] == 3

@@ -1,0 +1,254 @@
+"""The service on Ray Serve, over its HTTP proxy: an fp32 and an INT8 model side by side on one cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from shoal import Engine, Model, Request, Sampling
+from shoal.api.answers import token_name
+from shoal.errors import CheckpointError, ResourceError
+from shoal.inputs.chat import encode_chat
+from shoal.on_ray import serve
+from shoal.on_ray.resources import local_ray
+from shoal.on_ray.serve_config import IMPORT_PATH, ServeArgs, check_serve_config, serve_config
+
+pytestmark = pytest.mark.ray
+
+NAMES = ("fp32", "int8")
+MESSAGES: list[Any] = [{"role": "user", "content": "How deep is the sea?"}]
+
+
+@dataclass(frozen=True)
+class Service:
+    url: str
+    directories: dict[str, Path]
+
+    def base(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def client(self, name: str) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.base(name)}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def metric(self, name: str, metric: str) -> float:
+        """The value of one of the model's metrics now."""
+        lines = httpx.get(f"{self.base(name)}/metrics", timeout=30).text.splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.startswith(f"shoal:{metric}{{"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    model = Model.from_preset("test", seed=3)
+    model.save(root / "fp32")
+    model.quantized().save(root / "int8")
+    return {name: root / name for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def service(models: dict[str, Path]) -> Iterator[Service]:
+    applications = [
+        {"name": n, "route_prefix": f"/{n}", "import_path": IMPORT_PATH, "args": {"model": str(models[n]), "name": n}}
+        for n in NAMES
+    ]
+    deploy = check_serve_config({"http_options": {"port": free_port()}, "applications": applications}, "two models")
+    with local_ray():
+        url = serve.run(deploy, blocking=False)
+        yield Service(url, models)
+        serve.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("how", [["--replicas", "1:2", "--no-ui"], ["--no-ray", "--no-ui"]], ids=["ray", "no-ray"])
+def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(models: dict[str, Path], how: list[str]) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "shoal.cli", "serve", "--model", str(models["int8"])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*command, "--name", "fish", "--port", str(port), *how], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert f"http://127.0.0.1:{port}/v1" in process.stdout.readline()
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            stream = client.chat.completions.create(model="fish", messages=MESSAGES, max_tokens=8, stream=True)
+            assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("length", "stop")
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+            _, left = psutil.wait_procs(children, timeout=10)
+            assert left == []
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("depth", ["shallow", "middle", "full"])
+def test_greedy_tokens_over_http_are_the_model_s_own(service: Service, name: str, depth: str) -> None:
+    model = Model.load(service.directories[name])
+    prompt = model.tokenizer.encode("def f(x):")
+    naive = model.generate_naive(prompt, 24, depth=depth)
+    (offline,) = Engine(model).generate([Request(prompt, Sampling(temperature=0, max_tokens=24), depth=depth)])
+    answer = service.client(name).completions.create(
+        model=name, prompt=prompt, temperature=0, max_tokens=24, logprobs=0, extra_body={"depth": depth}
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert offline.tokens == naive
+    assert logprobs.tokens == [token_name(model.tokenizer, token) for token in naive]
+    assert answer.choices[0].text == model.tokenizer.decode(naive)
+
+
+def test_the_depth_field_is_respected_and_reported(service: Service) -> None:
+    exits = Model.load(service.directories["int8"]).config.exit_names
+    texts = set()
+    for depth, layers in exits.items():
+        ran = service.metric("int8", f"requests_depth_{layers}_total")
+        for given in (depth, layers):
+            body = {"model": "int8", "messages": MESSAGES, "temperature": 0, "max_tokens": 12, "depth": given}
+            reply = httpx.post(f"{service.base('int8')}/v1/chat/completions", json=body, timeout=60)
+            assert (reply.headers["x-shoal-depth"], reply.json()["usage"]["depth"]) == (depth, depth)
+            texts.add(reply.json()["choices"][0]["message"]["content"])
+        assert service.metric("int8", f"requests_depth_{layers}_total") == ran + 2
+    assert len(texts) > 1
+
+
+def test_a_stream_has_the_shape_that_openai_gives_it(service: Service) -> None:
+    body = {"model": "fp32", "messages": MESSAGES, "temperature": 0, "max_tokens": 12, "stream": True}
+    body |= {"stream_options": {"include_usage": True}, "depth": "middle"}
+    with httpx.stream("POST", f"{service.base('fp32')}/v1/chat/completions", json=body, timeout=60) as reply:
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        events = [line for line in reply.iter_lines() if line]
+    assert all(event.startswith("data: ") for event in events)
+    assert events[-1] == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    first, *pieces, last, usage = chunks
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "length")
+    assert (usage["choices"], usage["usage"]["completion_tokens"], usage["usage"]["depth"]) == ([], 12, "middle")
+    model = Model.load(service.directories["fp32"])
+    prompt = encode_chat(MESSAGES, model.tokenizer, model.config, template=model.chat_template)
+    text = "".join(piece["choices"][0]["delta"]["content"] for piece in pieces)
+    assert text == model.tokenizer.decode(model.generate_naive(prompt, 12, depth="middle"))
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "param", "says"),
+    [
+        ({"depht": "full"}, 400, "depht", "did you mean 'depth'?"),
+        ({"depth": "abyss"}, 400, "depth", "shallow"),
+        ({"temperature": -1}, 400, "temperature", "0 to 100"),
+        ({"max_tokens": 100_000}, 400, "max_tokens", "context"),
+        ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
+        ({"model": "whale"}, 404, "model", "does not exist"),
+    ],
+)
+def test_a_wrong_request_gets_the_openai_envelope(
+    service: Service, more: dict[str, Any], status: int, param: str, says: str
+) -> None:
+    body = {"model": "fp32", "messages": MESSAGES, **more}
+    reply = httpx.post(f"{service.base('fp32')}/v1/chat/completions", json=body, timeout=60)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (status, param)
+    assert says in error["message"]
+    assert error.keys() == {"message", "type", "param", "code"}
+
+
+def test_a_client_that_leaves_frees_the_engine(service: Service) -> None:
+    cancelled = service.metric("fp32", "requests_cancelled_total")
+    body = {"model": "fp32", "messages": MESSAGES, "max_tokens": 350, "ignore_eos": True, "stream": True}
+    for _ in range(3):
+        with httpx.stream("POST", f"{service.base('fp32')}/v1/chat/completions", json=body, timeout=60) as reply:
+            next(reply.iter_lines())
+    until(lambda: service.metric("fp32", "requests_cancelled_total") == cancelled + 3)
+    assert service.metric("fp32", "num_requests_running") == 0
+    assert service.metric("fp32", "kv_cache_usage_perc") == 0
+
+
+def test_status_routes(service: Service) -> None:
+    base = service.base("int8")
+    assert httpx.get(f"{base}/ready").json() == {"status": "ready"}
+    assert httpx.get(f"{base}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{base}/version").json()["model"] == "int8"
+    card = httpx.get(f"{base}/v1/models/int8").json()
+    assert card["depths"] == {"shallow": 1, "middle": 2, "full": 4}
+    tokens = httpx.post(f"{base}/tokenize", json={"prompt": "sea"}).json()["tokens"]
+    assert httpx.post(f"{base}/detokenize", json={"tokens": tokens}).json() == {"prompt": "sea"}
+
+
+def test_a_port_in_use_is_one_line(service: Service) -> None:
+    deploy = serve_config(ServeArgs(model=str(service.directories["fp32"])), port=int(service.url.rpartition(":")[2]))
+    with pytest.raises(ResourceError, match="port") as caught:
+        serve.run(deploy, blocking=False)
+    assert "\n" not in str(caught.value)
+    assert httpx.get(f"{service.base('fp32')}/ready").status_code == 200  # and what runs there goes on
+
+
+def test_a_second_service_on_one_ray_is_refused(service: Service) -> None:
+    with pytest.raises(ResourceError, match="already running"):
+        serve.run(serve_config(ServeArgs(model=str(service.directories["fp32"])), port=free_port()), blocking=False)
+
+
+def test_after_the_death_of_a_replica_requests_are_answered_again(service: Service) -> None:
+    """Meanwhile each answer is 200, 429 or 503 with the envelope: nothing hangs, nothing is a bare 500."""
+    client, before = service.client("fp32"), replicas("fp32")
+    assert len(before) == 1
+    stream = client.completions.create(
+        model="fp32", prompt="x", max_tokens=350, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    before[0].send_signal(signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="engine replica"):
+        list(stream)
+
+    def answered() -> bool:
+        try:
+            return client.completions.create(model="fp32", prompt="x", max_tokens=1).usage is not None
+        except openai.APIStatusError as error:
+            assert error.status_code in (429, 503), error
+            assert isinstance(error.body, dict) and error.body["message"]
+            return False
+
+    until(answered, seconds=60)
+    assert [process.pid for process in replicas("fp32")] != [before[0].pid]
+    assert httpx.get(f"{service.base('fp32')}/ready").status_code == 200
+
+
+def replicas(application: str) -> list[psutil.Process]:
+    """The processes of the application's engine replicas; Ray names them."""
+    name = f"ray::ServeReplica:{application}:EngineReplica"
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and name in " ".join(child.cmdline())]
+
+
+def test_a_directory_that_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"^model directory has no config\.json.*$"):
+        serve.run(serve_config(ServeArgs(model=str(tmp_path)), port=free_port()), blocking=False)
