@@ -66,7 +66,7 @@ INTENTS = (
         "I am sorry that your {item} is broken. We send you a new one free of charge.",
         (
             "My {item} is broken.", "The {item} does not work.", "My {item} came damaged.", "The {item} stopped working.",
-            "There is a fault in my {item}.", "The {item} you sent me is defect.",
+            "There is a fault in my {item}.", "The {item} you sent me is faulty.",
             "My new {item} is damaged.", "The {item} that I bought no longer works.",
         ),
     ),

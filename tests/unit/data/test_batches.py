@@ -1,0 +1,141 @@
+"""Batches from a corpus of three modalities on disk: the same at any world size, and targets that mean what they say."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal.config import ModelConfig
+from shoal.data import parts
+from shoal.data.batches import ChatBatches, PretrainBatches, heldout_batches, text_of
+from shoal.data.documents import SourceSpec, list_files
+from shoal.data.shards import TOKENIZER, Index, write_index
+from shoal.errors import ConfigError, DataError
+from shoal.inputs.tokenizer import END_ID, PATCH_ID, Tokenizer
+
+MIX = {"text": 0.6, "image": 0.2, "code": 0.2}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, png, config: ModelConfig) -> Path:
+    """A corpus of all three modalities, made by the plain functions alone."""
+    raw, out = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("corpus")
+    for number in range(60):
+        (raw / f"{number}.txt").write_text(
+            f"Story {number}: the sea was calm and the boats lay still, {number * 7}.\n" * 3
+        )
+        body = f"def f{number}(a):\n    return a * {number} + {number * 3}\n\n\nprint(f{number}({number}))\n"
+        (raw / f"{number}.py").write_text(body)
+        (raw / f"p{number}.png").write_bytes(png((number, 4 * number, 9)))
+    files = list_files(SourceSpec("raw", str(raw)))
+    identities, _ = parts.read_part(files, out / "part")
+    (splits,), _ = parts.choose([identities], 0)
+    Tokenizer.bytes_only().save(out / TOKENIZER)
+    packed = parts.pack_part(out / "part", splits, out, config, 0)
+    write_index(out, Index(
+        length=config.train_length, vocab=265, patch=config.patch, image_size=config.image_size, tokenizer_sha256="",
+        seed=0, mix=MIX, request={}, documents={}, drops={}, shards=tuple(packed.shards),
+    ))  # fmt: skip
+    return out
+
+
+def make(corpus: Path, **options: int) -> PretrainBatches:
+    return PretrainBatches(corpus, seed=1, batch_rows=12, **options)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_a_global_batch_is_the_same_at_any_world_size(corpus: Path, world: int) -> None:
+    for step in (0, 5, 31):
+        whole = make(corpus).at(step)[0].tokens
+        ranks = [
+            torch.cat([b.tokens for b in make(corpus, rank=r, world=world, micro_rows=1).at(step)])
+            for r in range(world)
+        ]
+        merged = torch.stack(ranks, dim=1).flatten(0, 1)  # rank r holds positions r, r + W, ...
+        assert torch.equal(merged, whole)
+
+
+def test_the_mix_is_kept_and_every_row_is_seen_before_one_repeats(corpus: Path) -> None:
+    batches = make(corpus)
+    seen = Counter(row for step in range(100) for row in batches.rows(step))
+    by = {name: [n for (of, _), n in seen.items() if of == name] for name in MIX}
+    assert {name: sum(counts) / 1200 for name, counts in by.items()} == pytest.approx(MIX, abs=0.01)
+    assert all(max(counts) - min(counts) <= 1 for counts in by.values())
+
+
+def test_a_target_is_the_next_token_of_the_same_document_and_never_a_patch(corpus: Path) -> None:
+    for batch in make(corpus, micro_rows=4).at(3):
+        tokens, targets, docs = batch.tokens, batch.targets, batch.docs
+        inside = (docs[:, 1:] == docs[:, :-1]) & (docs[:, 1:] >= 0) & (tokens[:, 1:] != PATCH_ID)
+        assert torch.equal(targets[:, :-1] >= 0, inside) and (targets[:, -1] == -1).all()
+        assert torch.equal(targets[:, :-1][inside], tokens[:, 1:][inside])
+        assert len(batch.patches) == (tokens == PATCH_ID).sum() == len(batch.grid)
+        assert batch.n_bytes == (targets >= 9).sum()  # one byte a token here; nine control tokens
+
+
+def test_a_batch_that_does_not_divide_is_refused(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match="do not divide"):
+        make(corpus, world=5)
+
+
+def test_a_modality_without_rows_is_refused_by_name(corpus: Path) -> None:
+    with pytest.raises(DataError, match="no train rows of smell"):
+        PretrainBatches(corpus, mix={"smell": 1.0}, batch_rows=4)
+
+
+def test_heldout_rows_are_others_and_are_read_in_full(corpus: Path) -> None:
+    tokenizer = Tokenizer.load(corpus / TOKENIZER)
+    held = text_of(corpus, "text", "heldout", tokenizer).decode()
+    train = text_of(corpus, "text", "train", tokenizer).decode()
+    numbers = [{line.split()[1] for line in text.split("\n") if line.startswith("Story")} for text in (held, train)]
+    assert numbers[0] and not numbers[0] & numbers[1]
+    batches = list(heldout_batches(corpus, "text", batch_rows=2))
+    ends = sum(int((batch.tokens == END_ID).sum()) for batch in batches)
+    assert ends == len(numbers[0]) and all(batch.modalities[0] == "text" for batch in batches)
+
+
+def test_text_of_some_rows_is_what_those_rows_predict(corpus: Path) -> None:
+    tokenizer = Tokenizer.load(corpus / TOKENIZER)
+    rows = [b.tokens for b in heldout_batches(corpus, "code", batch_rows=1, limit=2)]
+    text = b"".join(tokenizer.token_bytes(t) for row in rows for t in row.flatten().tolist())
+    assert text_of(corpus, "code", "heldout", tokenizer, limit_rows=2) == text
+    assert 80 < len(text_of(corpus, "text", "train", tokenizer, limit_bytes=100)) <= 100  # whole rows, cut to the limit
+
+
+def chats(path: Path, count: int = 40) -> Path:
+    rows = []
+    for n in range(count):
+        messages = [{"role": "user", "content": "q" * (1 + n % 23)}, {"role": "assistant", "content": f"a{n}"}]
+        rows.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_chat_batches_are_the_same_at_world_sizes_that_divide_their_parts(
+    tmp_path: Path, config: ModelConfig, world: int
+) -> None:
+    def build(**options: int) -> ChatBatches:
+        return ChatBatches(path, Tokenizer.bytes_only(), config, batch_tokens=240, parts=4, **options)
+
+    path = chats(tmp_path / "c.jsonl")
+    for step in (0, 3, 9):
+        whole = build().at(step)
+        ranks = [build(rank=rank, world=world).at(step) for rank in range(world)]
+        merged = [batch for group in zip(*ranks, strict=True) for batch in group]
+        assert len(merged) == len(whole) == 4
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(merged, whole, strict=True))
+
+
+def test_only_answers_are_learned(tmp_path: Path, config: ModelConfig) -> None:
+    batches = ChatBatches(chats(tmp_path / "c.jsonl"), Tokenizer.bytes_only(), config, batch_tokens=400, parts=1)
+    for batch in batches.at(0):
+        for tokens, targets in zip(batch.tokens, batch.targets, strict=True):
+            learned = targets[targets >= 0].tolist()
+            assert learned[-1] == END_ID and tokens[1] != learned[0]
+            assert chr(Tokenizer.bytes_only().token_bytes(learned[0])[0]) == "a"
+    assert batches.report["padding"] <= batches.report["naive_padding"]
