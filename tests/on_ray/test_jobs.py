@@ -1,0 +1,126 @@
+"""A job submitted as README says: to a head node that was started as clusters/local.yaml says, from a copy of this folder."""
+
+import os
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shoal import Model, presets
+from tests.corpus import write_corpus
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+SECONDS = 120  # for one command
+
+
+class Head:
+    """A head node of our own, and the commands of a person who sits at its machine."""
+
+    def __init__(self, folder: str) -> None:
+        self.dashboard, client, agent, metrics = free_ports(4)
+        self.env = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "PATH": os.pathsep.join([str(Path(RAY).parent), os.environ["PATH"]]),  # as after `. .venv/bin/activate`
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "OMP_NUM_THREADS": "1",
+        }
+        ports = {
+            "port": 0,
+            "dashboard-port": self.dashboard,
+            "ray-client-server-port": client,
+            "dashboard-agent-listen-port": agent,
+            "metrics-export-port": metrics,
+        }
+        options = shlex.split("--head --block --num-cpus 4 --dashboard-host 127.0.0.1 --disable-usage-stats")
+        options += ["--object-store-memory", str(100 * 2**20), "--temp-dir", folder]
+        options += [f"--{name}={value}" for name, value in ports.items()]
+        self.log = Path(folder) / "start.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [RAY, "start", *options], env=self.env | LOOPBACK, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def submit(self, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """`ray job submit` of `command` from the repository's root; waits for its end."""
+        line = [RAY, "job", "submit", "--address", f"http://127.0.0.1:{self.dashboard}", "--working-dir", "."]
+        line += ["--runtime-env", "clusters/local.yaml", "--", *command]
+        return subprocess.run(
+            line, cwd=ROOT, env=self.env | env, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+
+    def wait(self) -> None:
+        """Until the job API answers."""
+        command = [RAY, "job", "list", "--address", f"http://127.0.0.1:{self.dashboard}"]
+        for _ in range(20):
+            asked = subprocess.run(command, env=self.env, capture_output=True, timeout=SECONDS, check=False)
+            if asked.returncode == 0:
+                return
+            assert self.process.poll() is None, self.log.read_text()
+        raise AssertionError(f"the job API does not answer: {asked.stderr.decode()}\n{self.log.read_text()}")
+
+    def stop(self) -> None:
+        """End the node and what it started."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        node = Head(folder)
+        try:
+            node.wait()
+            yield node
+        finally:
+            node.stop()
+
+
+def test_a_submitted_job_trains_a_model(head: Head, tmp_path: Path) -> None:
+    """The job runs the uploaded copy, not what is installed, and joins the cluster rather than starting its own."""
+    data = write_corpus(tmp_path / "data", presets.get("test"))
+    options = ["--preset", "test", "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "2"]
+    job = head.submit("python", "jobs/pretrain.py", *options, "--cpus-per-worker", "0.5")
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "succeeded" in job.stdout
+    assert Model.load(tmp_path / "run" / "model").name == "test"
+
+
+def test_a_job_sees_the_copy_of_the_folder(head: Head) -> None:
+    show = "import os, shoal; print('at', os.path.realpath(shoal.__file__), os.path.exists('tests'), os.environ['RAY_ADDRESS'])"
+    job = head.submit("python", "-c", show)
+    assert job.returncode == 0, job.stdout + job.stderr
+    (line,) = (line for line in job.stdout.splitlines() if line.startswith("at "))
+    _, place, tests, address = line.split()
+    assert "working_dir_files" in place and place.endswith("platform/shoal/__init__.py")
+    assert tests == "False", ".rayignore keeps the tests at home"
+    assert address.startswith("127.0.0.1:")
+
+
+def test_nobody_submits_without_the_token(head: Head) -> None:
+    job = head.submit("true", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    assert job.returncode != 0 and "token" in (job.stdout + job.stderr).lower()
