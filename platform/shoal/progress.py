@@ -45,21 +45,24 @@ def progress(title: str, console: Console | None = None) -> Iterator[Tell]:
 
 
 class _Lines:
+    """A line when what is done changes, and every `PLAIN_EVERY` seconds."""
+
     def __init__(self, title: str) -> None:
-        self.title, self.what = title, ""
-        self.started = self.said = time.monotonic()
+        self.title, self.what, self.total = title, "", 0.0
+        self.said = self.started = time.monotonic()
+        self.first = 0.0  # done when `total` was first told: the rate counts from there
 
     def __call__(self, what: str, done: float, total: float) -> None:
         now = time.monotonic()
+        if total != self.total:
+            self.total, self.started, self.first = total, now, done
         stage = what.split(":")[0]
         if stage == self.what and now - self.said < PLAIN_EVERY:
             return
-        if stage != self.what:
-            self.started = now
         self.what, self.said = stage, now
         share = f"{done / total:4.0%}" if total else "    "
-        left = (now - self.started) * (total - done) / done if total and done else None
-        eta = f"  ETA {duration(left)}" if left is not None and done < total else ""
+        left = (now - self.started) * (total - done) / (done - self.first) if self.first < done < total else None
+        eta = f"  ETA {duration(left)}" if left is not None else ""
         print(f"{self.title:10s} {share}  {what}{eta}", file=sys.stderr, flush=True)
 
 

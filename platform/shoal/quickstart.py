@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -122,6 +123,7 @@ def _quantize(place: Run, tell: Tell) -> None:
 def _evaluate(place: Run, tell: Tell) -> None:
     report = compare({"fp32": place.model, "int8": place.int8}, place.data, on_progress=tell)
     stages = [stage_history(place.metrics(name), name) for name in MINUTES]
+    report["weak"] += still_learning(stages[0])
     corpus = json.loads((place.data / "report.json").read_text(encoding="utf-8"))
     write_report(place.report, {"title": f"Quickstart, preset {PRESET}", "corpus": corpus, "stages": stages, **report})
 
@@ -143,7 +145,8 @@ def _fit(plan: FitPlan, tell: Tell) -> None:
 
 
 def stage_history(run_dir: Path, name: str) -> dict[str, Any]:
-    """A training run for the report: its curve, at most 200 points, and what it came to."""
+    """A training run for the report: its curve, at most 200 points, its held-out bits per byte at full depth by modality,
+    and what it came to."""
     records = log.read(run_dir)
     steps = [r for r in records if r["kind"] == "step"]
     last = next((r for r in reversed(records) if r["kind"] == "end"), {})
@@ -151,7 +154,25 @@ def stage_history(run_dir: Path, name: str) -> dict[str, Any]:
         {"step": r["step"], "loss": r["loss"], "bpb": r["bpb"], "lr": r["rate"], "tokens_per_s": r["tokens_per_second"]}
         for r in steps[:: max(1, len(steps) // 200)]
     ]
-    return {"name": name, "seconds": last.get("seconds", 0.0), "tokens": last.get("tokens", 0), "metrics": curve}
+    heldout = [
+        {"step": r["step"], **{modality: by_exit["full"] for modality, by_exit in r["bpb"].items()}}
+        for r in records
+        if r["kind"] == "eval"
+    ]
+    seconds, tokens = last.get("seconds", 0.0), last.get("tokens", 0)
+    return {"name": name, "seconds": seconds, "tokens": tokens, "metrics": curve, "heldout": heldout}
+
+
+def still_learning(stage: dict[str, Any]) -> list[str]:
+    """A sentence for each of text and code whose held-out bits per byte no longer fell at the end of `stage`."""
+    said = []
+    for modality in ("text", "code"):
+        values = [measured[modality] for measured in stage["heldout"] if modality in measured]
+        if len(values) > 1 and values[-1] >= values[-2]:
+            said.append(
+                f"Held-out {modality} stopped falling in {stage['name']}: {values[-2]:.3f}, then {values[-1]:.3f}."
+            )
+    return said
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
@@ -164,21 +185,26 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
 
 
 def print_tables(report: dict[str, Any], console: Console) -> None:
-    """The quality table, the depth table, and what is weak, in plain words."""
+    """The quality table, the depth table, how held-out quality came about, and what is weak, in plain words."""
     labels = report["quality"]["columns"]
-    table = Table("", *labels, "beside", title="quality", title_justify="left")
+    table = Table("quality on held-out data", "unit", *labels, "beside", box=SIMPLE_HEAD, pad_edge=False)
     for row in report["quality"]["rows"]:
         beside = ", ".join(f"{name} {_number(value, row['unit'])}" for name, value in row["beside"].items())
         values = [_number(row["values"][label], row["unit"]) for label in labels]
-        table.add_row(f"{row['metric']} ({row['unit']})", *values, beside)
+        table.add_row(row["metric"], row["unit"], *values, beside)
     console.print(table)
-    columns = ("flops_share", "bpb text", "bpb code", "vqa", "bleu", "tokens_per_s")
-    table = Table("exit", "layers", *columns, title=f"by depth ({labels[-1]})", title_justify="left")
+    columns = {"FLOPs": "flops_share", "bpb text": "bpb text", "bpb code": "bpb code", "vqa": "vqa", "BLEU": "bleu",
+               "tok/s": "tokens_per_s"}  # fmt: skip
+    table = Table(f"depth ({labels[-1]})", "layers", *columns, box=SIMPLE_HEAD, pad_edge=False)
+    units = {"flops_share": "share", "vqa": "share", "tokens_per_s": "tokens/s"}
     for row in report["depth"]["rows"]:
-        units = {"flops_share": "share", "vqa": "share", "tokens_per_s": "tokens/s"}
-        cells = ["" if row[c] is None else _number(row[c], units.get(c, "")) for c in columns]
+        cells = ["" if row[key] is None else _number(row[key], units.get(key, "")) for key in columns.values()]
         table.add_row(row["exit"], f"{row['layers']:g}", *cells)
     console.print(table)
+    for stage in report.get("stages", ())[:1]:
+        for modality in ("text", "code"):
+            values = [f"{measured[modality]:.2f}" for measured in stage["heldout"] if modality in measured]
+            _say(console, f"held-out bpb of {modality} in {stage['name']}: {' > '.join(values[-8:])}")
     for sentence in report["weak"]:
         _say(console, f"weak: {sentence}")
 
