@@ -142,9 +142,9 @@ class Console:
         self.close()
 
 
-def clock(seconds: float) -> str:
-    """``mm:ss``, or ``h:mm:ss`` from an hour on."""
-    if not math.isfinite(seconds):
+def clock(seconds: float | None) -> str:
+    """``mm:ss``, or ``h:mm:ss`` from an hour on; dashes while it is not known."""
+    if seconds is None or not math.isfinite(seconds):
         return "--:--"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes:02d}:{rest:02d}"
