@@ -14,25 +14,18 @@ from ui import talk
 from ui.talk import Card, Settings
 
 HERE = Path(__file__).parent
-CSS = HERE / "style.css"
-ICON = (  # two fish; without it the browser asks for /favicon.ico
-    "<link rel=\"icon\" href=\"data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32' "
-    "fill='%230e7490'><path d='M2 10q9-8 18 0l6-4v8l-6-4q-9 8-18 0z'/><path d='M6 23q9-8 18 0l6-4v8l-6-4q-9 8-18 0z'/>"
-    '</svg>">'
-)
-IMAGES = ("image/png", "image/jpeg", "image/webp")
+CSS, ICON = HERE / "style.css", HERE / "icon.svg"
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")  # what the API decodes
 MAX_FILE_SIZE = "8mb"  # the API's own limit for an image
 AT_ONCE = 64  # answers that stream at once; the engine's queue bounds them further
 MOST_TOKENS = 128  # of an answer, unless the slider says more
-AUTO = ("auto: the model decides", "auto")
-EXAMPLES: dict[str, dict[str, Any]] = {  # what the page is for -> a first message
-    "Customer service": {"text": "Where is my order 4411?"},
-    "Code": {"text": "Write a Python function that returns the larger of two numbers."},
-    "Image question": {"text": "What colour is the shape?", "files": [str(HERE / "shape.png")]},
-    "Summary": {
-        "text": "Summarise: A shoal is a large number of fish that swim together. Many eyes see a danger sooner than two, "
-        "and a hunter that sees many fish at once finds it hard to follow one of them."
-    },
+AUTO = ("auto, by the question", "auto")
+LARGER = "def larger(a, b):"
+EXAMPLES: dict[str, dict[str, Any]] = {  # what the page is for -> a first message, as the demo corpus puts it
+    "Customer service": {"text": "Where is my kettle?"},
+    "Code": {"text": f"Write this function: Return the larger of two numbers.\n{LARGER}"},
+    "Image question": {"text": "what color is the shape?", "files": [str(HERE / "shape.png")]},
+    "Summary": {"text": f"Summarise this function:\n{LARGER}\n    return a if a > b else b"},
 }
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
 MONO = ("ui-monospace", "monospace")
@@ -40,11 +33,15 @@ MONO = ("ui-monospace", "monospace")
 THEME = gr.themes.Base(
     primary_hue="cyan", secondary_hue="cyan", neutral_hue="slate", radius_size="md", font=FONTS, font_mono=MONO
 ).set(
-    body_background_fill="#f7fafb",
-    button_primary_background_fill="*primary_700",
+    body_background_fill="#f6f9fa",
     block_border_width="0px",
     block_shadow="none",
-    block_label_background_fill="none",
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_text_color="white",
+    checkbox_label_background_fill="transparent",
+    checkbox_label_background_fill_hover="*primary_50",
+    checkbox_label_background_fill_selected="*primary_50",
 )
 
 
@@ -59,7 +56,7 @@ def build(base_url: str, model: str | None = None) -> gr.Blocks:
         except openai.OpenAIError as error:
             needs_key = isinstance(error, openai.AuthenticationError)
             return header(talk.reason(error)), gr.skip(), gr.skip(), gr.update(visible=needs_key or bool(key))
-        depths = [AUTO, *((f"{name}: {layers} of {card.layers}", name) for name, layers in card.depths.items())]
+        depths = [AUTO, *((f"{name}, {layers} of {card.layers} layers", name) for name, layers in card.depths.items())]
         most = gr.update(maximum=card.context - 1, value=min(MOST_TOKENS, card.context // 2))
         return header(about(card)), gr.update(choices=depths), most, gr.update(visible=bool(key))
 
@@ -80,7 +77,7 @@ def build(base_url: str, model: str | None = None) -> gr.Blocks:
 
     with gr.Blocks(title="Shoal", analytics_enabled=False, fill_height=True) as page:
         with gr.Sidebar(position="right", width=300):
-            depth = gr.Radio([AUTO], value=AUTO[1], label="Depth", info="Layers that an answer runs through.")
+            depth = gr.Radio([AUTO], value=AUTO[1], label="Depth", elem_id="depth")
             tokens = gr.Slider(1, MOST_TOKENS, value=MOST_TOKENS, step=1, label="Most tokens", buttons=[])
             temperature = gr.Slider(
                 0, 2, value=0, step=0.1, label="Temperature", info="0 gives the likeliest answer.", buttons=[]
@@ -123,6 +120,7 @@ def _chatbot() -> gr.Chatbot:
     return gr.Chatbot(
         show_label=False,
         label="Conversation",
+        elem_id="chat",
         scale=1,
         layout="bubble",
         buttons=["copy"],

@@ -24,7 +24,7 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import BackpressureConfig, HTTPOptions
 from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeDeploySchema
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeApplicationSchema, ServeDeploySchema
 
 from shoal import config
 from shoal.api.app import build_app
@@ -81,7 +81,7 @@ def run(
     deploy = deploy.model_copy(deep=True)
     for application in deploy.applications:
         if application.import_path == IMPORT_PATH:
-            application.args = _at_home(application.args, url)
+            application.args = _at_home(application.args, url + _prefix(application))
     need_free_port(options.host, options.port)
     if _get_global_client(raise_if_no_controller_running=False) is not None:
         raise ResourceError(
@@ -97,7 +97,7 @@ def run(
         for application in deploy.applications:
             _wait_until_running(application.name, deadline)
             if application.import_path == IMPORT_PATH:
-                _wait_until_ready(url + (application.route_prefix or "").rstrip("/"), deadline)
+                _wait_until_ready(url + _prefix(application), deadline)
         if on_ready:
             on_ready(url)
         if blocking:
@@ -141,6 +141,11 @@ def _with_model(args: ServeArgs) -> ServeArgs:
     if not model:
         raise ConfigError("args.model", got="nothing", do=f"give a model directory, there or in ${MODEL_VARIABLE}")
     return replace(args, model=model)
+
+
+def _prefix(application: ServeApplicationSchema) -> str:
+    """What the application's paths begin with; empty at the root."""
+    return (application.route_prefix or "").rstrip("/")
 
 
 def _at_home(args: dict[str, Any], url: str) -> dict[str, Any]:
