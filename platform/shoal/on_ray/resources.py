@@ -21,6 +21,7 @@ from shoal.errors import ResourceError
 
 LEAST_CPUS = 4  # logical: training holds its CPUs for its whole run, and Ray Data and Serve must still find some
 OBJECT_STORE = 512 * 2**20  # bytes: shards pass between processes in files, so little is shared through it
+ANSWER_SECONDS = 10.0  # that a cluster has to accept a connection
 SOCKET_PATH = 107  # characters that a Unix socket's path may have
 SESSION_PATH = 70  # of them that Ray adds to its folder's
 
@@ -35,7 +36,8 @@ def local_ray(num_cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
     elif address := os.environ.get("RAY_ADDRESS"):
-        _init(f"cannot reach the Ray cluster at {address}", address=address)
+        _need_answer(address)
+        _init(f"cannot join the Ray cluster at {address}", address=address)
         try:
             yield
         finally:
@@ -99,6 +101,21 @@ def need_free_port(host: str, port: int) -> None:
             raise ResourceError(
                 f"port {port} of {host}", got=error.strerror, do="give another --port, or stop what listens there"
             ) from error
+
+
+def _need_answer(address: str) -> None:
+    """Raises ResourceError when nothing listens at HOST:PORT (Ray itself would go on trying for minutes)."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdecimal():
+        return  # "auto": Ray finds it, or says at once that there is none
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ResourceError(
+            f"no Ray cluster at RAY_ADDRESS={address}",
+            got=error.strerror or str(error),
+            do="start it, or unset RAY_ADDRESS",
+        ) from error
 
 
 def _init(fault: str, **options: Any) -> None:
