@@ -24,6 +24,8 @@ from torch import Tensor
 
 from shoal.model.cache import PagedStep
 
+STRIP = 64  # queries of the global branch that are attended together in training
+
 
 @dataclass
 class Layout:
@@ -130,8 +132,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, means: Tensor, layout: Layout, top_k
     if gamma is None:
         return local
     chosen = select(block_scores(q, means, layout.eligible), layout.eligible, layout.sink, top_k)
-    seen = chosen.gather(-1, layout.block_of[:, None, None, :].expand(*chosen.shape[:3], -1))
-    far = _masked(q, k, v, seen | layout.tail[:, None])
+    far = _far(q, k, v, chosen, layout)
     share = gamma[:, None]
     return share * local + (1 - share) * far
 
@@ -300,6 +301,20 @@ def _paged_sparse(
 
     share = gamma.view(kv_heads, -1, 1)
     return (share * branch(near) + (1 - share) * branch(far)).flatten(1, 2)
+
+
+def _far(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, layout: Layout) -> Tensor:
+    """The global branch, [B, T, H, d]; chosen [B, Hk, T, N]. Where the queries are the keys (training), each STRIP of
+    queries is spared the keys after it."""
+    queries, keys = q.shape[1], k.shape[1]
+    out, end = [], 0
+    for strip in q.split(STRIP, dim=1) if queries == keys else (q,):
+        start, end = end, end + strip.shape[1]
+        read = end if queries == keys else keys
+        block_of = layout.block_of[:, None, None, :read].expand(*chosen.shape[:2], end - start, -1)
+        mask = chosen[:, :, start:end].gather(-1, block_of) | layout.tail[:, None, start:end, :read]
+        out.append(_masked(strip, k[:, :read], v[:, :read], mask))
+    return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
