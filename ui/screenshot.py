@@ -37,7 +37,7 @@ def main() -> int:
             talk(page, given.url, given.ask or [], given.depth or [])
             picture = page.screenshot()
         except Error as error:
-            print(f"the page at {given.url}/ui did not answer: {error.message.splitlines()[0]}", file=sys.stderr)
+            print(f"the page at {given.url}/ui: {error.message.splitlines()[0]}", file=sys.stderr)
             return 1
         finally:
             browser.close()
@@ -53,7 +53,7 @@ def talk(page: Page, url: str, messages: list[str], depths: list[str]) -> None:
     page.get_by_text("tokens of context").wait_for()
     if not messages:
         page.get_by_text("Image question").click()
-        page.locator(".facts").wait_for()
+        answered(page, 0)
         messages = ["Where is my kettle?"]
         depths = depths or ["shallow"]
     before = page.locator(".facts").count()
@@ -62,8 +62,15 @@ def talk(page: Page, url: str, messages: list[str], depths: list[str]) -> None:
             page.get_by_label(f"{depths[number]},").check()
         page.locator("textarea").fill(message)
         page.keyboard.press("Enter")
-        page.locator(".facts").nth(before + number).wait_for()
+        answered(page, before + number)
     page.wait_for_timeout(500)  # the page scrolls to the answer
+
+
+def answered(page: Page, number: int) -> None:
+    """Waits for the `number`-th answer. Raises Error with what the page says instead."""
+    page.locator(".facts, .fault").nth(number).wait_for()
+    if page.locator(".fault").count():
+        raise Error(page.locator(".fault").first.inner_text())
 
 
 if __name__ == "__main__":
