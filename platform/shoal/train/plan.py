@@ -43,6 +43,8 @@ class FitPlan:
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest whole checkpoint of the run
 
     def __post_init__(self) -> None:
+        if self.resume not in ("auto", "never"):
+            raise UsageError("resume", got=self.resume, allowed="auto, never")
         limits = (self.steps, self.tokens, self.epochs, self.minutes)
         if not any(limits):
             raise UsageError("how long to train", do="give --steps, --tokens, --epochs or --minutes")
