@@ -174,14 +174,17 @@ class AsyncEngine:
         try:
             while not self._stopped.is_set():
                 self._commands(wait=None if self._engine.idle else 0)
-                if self._stopped.is_set() or self._engine.idle:
+                if self._stopped.is_set():
                     continue
                 self._step_began = time.monotonic()
-                events = self._engine.step()
+                events = self._engine.step()  # of an idle engine: the ends of requests that a command cancelled
                 self._step_began = None
+                if (dead := self._engine.dead) is not None:
+                    with self._lock:
+                        self._dead = self._dead or dead  # before anybody hears of it by an event
                 self._deliver(events)
-                if self._engine.dead is not None:
-                    self._die(self._engine.dead)
+                if dead is not None:
+                    self._die(dead)
                     return
                 if not self._engine.ran and not events:
                     self._commands(wait=IDLE_SECONDS)  # all are paused: wait for a reader or a deadline

@@ -1,0 +1,180 @@
+"""The engine against its oracle: whatever is batched, chunked, cached, preempted or quantised, the tokens are the same.
+
+Real engine, random weights of the `test` preset; `Model.generate_naive` has no cache and no batching.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shoal import Engine, Model, Request, Sampling
+from shoal.engine.plan import Outcome, Plan
+from shoal.errors import ConfigError, ContextLengthError, EngineDeadError, QueueFullError, RequestError
+from shoal.inputs.chat import Encoded, encode_chat
+from shoal.inputs.media import to_patches
+from shoal.inputs.tokenizer import Tokenizer
+from shoal.model.depth import fit_router
+
+DEPTHS = ("shallow", "middle", "full")
+
+
+@pytest.fixture(scope="module")
+def fp32() -> Model:
+    return Model.from_preset("test", seed=3)
+
+
+@pytest.fixture(scope="module")
+def models(fp32: Model) -> dict[str, Model]:
+    return {"fp32": fp32, "int8": fp32.quantized()}
+
+
+def prompts(count: int, longest: int = 90, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(20, 260) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def greedy(prompt: Any, depth: str, tokens: int = 16, **more: Any) -> Request:
+    return Request(prompt, Sampling(temperature=0, max_tokens=tokens, ignore_eos=True), depth=depth, **more)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        pytest.param({}, id="roomy"),
+        pytest.param({"max_batch": 3, "max_batch_tokens": 11}, id="chunked"),
+        pytest.param({"units": 62, "max_batch": 6}, id="preempted"),
+    ],
+)
+def test_a_mixed_batch_gives_each_request_its_own_tokens(
+    models: dict[str, Model], precision: str, limits: dict[str, int]
+) -> None:
+    model = models[precision]
+    engine = Engine(model, **limits)
+    asked = [(prompt, DEPTHS[i % 3]) for i, prompt in enumerate(prompts(9))]
+    answers = engine.generate([greedy(prompt, depth) for prompt, depth in asked])
+    for (prompt, depth), answer in zip(asked, answers, strict=True):
+        assert answer.tokens == model.generate_naive(prompt, 16, depth=depth, ignore_eos=True)
+        assert (answer.finish_reason, answer.depth) == ("length", model.config.depth(depth))
+    assert engine.stats()["kv_cache_usage_perc"] == 0
+    if "units" in limits:
+        assert engine.stats()["num_preemptions_total"] > 0
+
+
+def test_a_prefix_that_is_cached_changes_no_token(fp32: Model) -> None:
+    engine, shared = Engine(fp32), prompts(1, 64, seed=5)[0] * 3
+    for tail in ([], [40], [50, 51]):
+        for depth in DEPTHS:
+            (answer,) = engine.generate([greedy(shared[:70] + tail, depth, 8)])
+            assert answer.tokens == fp32.generate_naive(shared[:70] + tail, 8, depth=depth, ignore_eos=True)
+    assert engine.stats()["prefix_cache_hits_total"] > 0
+
+
+def test_two_images_never_share_what_is_cached(fp32: Model) -> None:
+    engine = Engine(fp32)
+
+    def ask(value: int) -> Encoded:
+        image = to_patches(Image.fromarray(np.full((12, 12, 3), value, dtype=np.uint8)), fp32.config)
+        return Encoded([*image.tokens(), *fp32.tokenizer.encode("which?")], [image])
+
+    for value in (0, 255, 0, 255):
+        (answer,) = engine.generate([greedy(ask(value), "full", 6)])
+        assert answer.tokens == fp32.generate_naive(ask(value), 6, ignore_eos=True)
+
+
+def test_a_chat_is_continued_as_its_template_says(fp32: Model) -> None:
+    prompt = encode_chat([{"role": "user", "content": "hi"}], fp32.tokenizer, fp32.config)
+    (answer,) = Engine(fp32).generate([Request(prompt, Sampling(temperature=0, max_tokens=8))])
+    assert answer.text == fp32.tokenizer.decode(fp32.generate_naive(prompt, 8))
+
+
+def test_a_seeded_sample_does_not_depend_on_its_batch_mates(fp32: Model) -> None:
+    sampling = Sampling(temperature=0.9, top_p=0.95, top_k=40, seed=11, max_tokens=12, ignore_eos=True)
+    request = Request(prompts(1)[0], sampling)
+    (alone,) = Engine(fp32).generate([request])
+    crowd = [Request(prompt, Sampling(seed=i, max_tokens=20)) for i, prompt in enumerate(prompts(7, seed=2))]
+    together = Engine(fp32, max_batch_tokens=40).generate([*crowd, Request(request.prompt, sampling)])
+    assert together[-1].tokens == alone.tokens
+
+
+def test_logprobs_are_those_of_the_whole_model(fp32: Model) -> None:
+    prompt = prompts(1)[0]
+    sampling = Sampling(temperature=0, max_tokens=5, ignore_eos=True, logprobs=3)
+    (answer,) = Engine(fp32).generate([Request(prompt, sampling, depth="middle")])
+    logits = fp32.logits([*prompt, *answer.tokens], depth="middle").masked_fill(fp32.forbidden(), -torch.inf)
+    whole = torch.log_softmax(logits.double(), -1)
+    for i, entry in enumerate(answer.logprobs):
+        row = whole[len(prompt) - 1 + i]
+        assert entry.logprob == pytest.approx(row[entry.token].item(), abs=1e-4)
+        assert [token for token, _ in entry.top] == row.topk(3).indices.tolist()
+
+
+def test_the_router_decides_the_same_from_fresh_and_from_cached_pages(fp32: Model) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = 2 * fp32.config.width + 3
+    x = torch.randn(64, inputs, generator=generator)
+    gaps = torch.rand(64, len(fp32.config.exits) - 1, generator=generator)
+    model = Model(fp32.config, fp32.net, Tokenizer.bytes_only(), router=fit_router(fp32.config, x, gaps, steps=20))
+    engine, shared = Engine(model), prompts(1, 64, seed=9)[0] * 2
+    for tolerance in (0.0, 0.3, 5.0):
+        request = Request(shared[:60], Sampling(temperature=0, max_tokens=4), quality_tolerance=tolerance)
+        (fresh,) = Engine(model).generate([request])
+        (first,), (cached,) = engine.generate([request]), engine.generate([request])
+        assert fresh.depth == first.depth == cached.depth
+        assert fresh.tokens == cached.tokens
+    assert engine.stats()["prefix_cache_hits_total"] > 0
+
+
+def test_a_step_that_raises_ends_its_requests_and_no_others(fp32: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(fp32)
+    run, failures = engine.runner.run, iter([True])
+
+    def once(plan: Plan) -> Outcome:
+        if next(failures, False):
+            raise FloatingPointError("a kernel failed")
+        return run(plan)
+
+    monkeypatch.setattr(engine.runner, "run", once)
+    prompt = prompts(1)[0]
+    (failed,) = engine.generate([greedy(prompt, "full")])
+    assert failed.finish_reason == "error" and failed.finished is not None
+    assert "a kernel failed" in str(failed.finished.error)
+    (answer,) = engine.generate([greedy(prompt, "full")])
+    assert answer.tokens == fp32.generate_naive(prompt, 16, ignore_eos=True)
+
+
+def test_an_engine_that_always_fails_is_dead_and_says_so(fp32: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(fp32)
+
+    def fail(plan: Plan) -> Outcome:
+        raise FloatingPointError("a kernel failed")
+
+    monkeypatch.setattr(engine.runner, "run", fail)
+    for _ in range(3):
+        (failed,) = engine.generate([greedy([50], "full")])
+        assert failed.finish_reason == "error"
+    with pytest.raises(EngineDeadError, match="a kernel failed"):
+        engine.submit(greedy([50], "full"))
+
+
+def test_what_cannot_be_served_is_refused_by_field(fp32: Model) -> None:
+    engine = Engine(fp32, max_queue=1)
+    for request, error, says in (
+        (Request([50] * 380, Sampling(max_tokens=9)), ContextLengthError, "384"),
+        (Request([50], depth="abyss"), RequestError, "shallow"),
+        (Request([9999]), RequestError, "prompt token id"),
+        (Request("hi", Sampling(stop_token_ids=[9999])), RequestError, "stop_token_ids"),
+    ):
+        with pytest.raises(error, match=says):
+            engine.submit(request)
+    engine.submit(greedy([50], "full"))
+    with pytest.raises(QueueFullError):
+        engine.submit(greedy([51], "full"))
+    with pytest.raises(ConfigError, match="compute_budget"):
+        Engine(fp32, compute_budget=0.5)

@@ -1,0 +1,172 @@
+"""`AsyncEngine`: readers, cancellation and death. Whatever happens, everybody who waits is woken."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from shoal import Engine, Model, Request, Sampling
+from shoal.engine.engine import AsyncEngine
+from shoal.engine.events import Event, Finished, Token
+from shoal.engine.plan import Outcome, Plan
+from shoal.errors import EngineDeadError, RequestError
+
+SECONDS = 30.0  # for anything here; far above what it takes
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model.from_preset("test", seed=3)
+
+
+@asynccontextmanager
+async def front(model: Model, **options: Any) -> AsyncIterator[AsyncEngine]:
+    engine = AsyncEngine(Engine(model, max_batch=4), **options)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def run(work: Awaitable[Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(work, SECONDS))  # type: ignore[arg-type]
+
+
+def ask(tokens: int, name: str = "r", **more: Any) -> Request:
+    return Request([50, 51], Sampling(temperature=0, max_tokens=tokens, ignore_eos=True), id=name, **more)
+
+
+async def read(engine: AsyncEngine, request: Request) -> list[Event]:
+    return [event async for event in engine.generate(request)]
+
+
+async def until(true: Callable[[dict[str, float]], bool], engine: AsyncEngine) -> dict[str, float]:
+    while not true(stats := await engine.stats()):
+        await asyncio.sleep(0.01)
+    return stats
+
+
+def test_many_requests_at_once_each_get_their_own_events(model: Model) -> None:
+    async def work() -> list[list[Event]]:
+        async with front(model) as engine:
+            return await asyncio.gather(*[read(engine, ask(3 + i, str(i))) for i in range(9)])
+
+    whole = model.generate_naive([50, 51], 12, ignore_eos=True)
+    for i, events in enumerate(run(work())):
+        assert {event.request for event in events} == {str(i)}
+        assert [event.token for event in events if isinstance(event, Token)] == whole[: 3 + i]
+        assert [type(event) for event in events].count(Finished) == 1 and isinstance(events[-1], Finished)
+
+
+def test_a_refusal_is_raised_at_the_first_event_and_nothing_stays(model: Model) -> None:
+    async def work() -> None:
+        async with front(model) as engine:
+            with pytest.raises(RequestError, match="depth"):
+                await read(engine, ask(3, depth="abyss"))
+            assert len(await read(engine, ask(3))) == 4
+            assert (await engine.stats())["num_requests_running"] == 0
+
+    run(work())
+
+
+def test_leaving_early_cancels(model: Model) -> None:
+    async def work() -> None:
+        async with front(model) as engine:
+            async with aclosing(engine.generate(ask(300))) as events:
+                await anext(events)
+            stats = await until(lambda s: s["requests_cancelled_total"] == 1, engine)
+            assert stats["kv_cache_usage_perc"] == 0
+
+    run(work())
+
+
+def test_cancel_from_outside_ends_the_reader_with_finished(model: Model) -> None:
+    async def work() -> None:
+        async with front(model) as engine:
+            reader = asyncio.create_task(read(engine, ask(300)))
+            await until(lambda s: s["num_requests_running"] == 1, engine)
+            assert await engine.cancel("r")
+            events = await reader
+            assert isinstance(events[-1], Finished) and events[-1].reason == "cancelled"
+            assert not await engine.cancel("r")
+
+    run(work())
+
+
+def test_a_slow_reader_waits_alone(model: Model) -> None:
+    async def work() -> None:
+        async with front(model, backlog=8) as engine, aclosing(engine.generate(ask(200, "slow"))) as slow:
+            got: list[Event] = [await anext(slow)]
+            for i in range(3):  # others go on while nobody reads the first
+                assert len(await read(engine, ask(40, str(i)))) == 41
+            assert (await engine.stats())["generation_tokens_total"] < 200 + 3 * 40
+            got += [event async for event in slow]
+            tokens = [event.token for event in got if isinstance(event, Token)]
+            assert tokens == model.generate_naive([50, 51], 200, ignore_eos=True)
+
+    run(work())
+
+
+def test_the_death_of_the_engine_reaches_everybody(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        async with front(model) as engine:
+            readers = [asyncio.create_task(read(engine, ask(300, str(i)))) for i in range(3)]
+            await until(lambda s: s["num_requests_running"] == 3, engine)
+            monkeypatch.setattr(engine._engine.scheduler, "plan", lambda: 1 / 0)
+            for events in await asyncio.gather(*readers):
+                assert isinstance(events[-1], Finished)
+                assert isinstance(events[-1].error, EngineDeadError)
+            for call in (engine.check_health(), engine.stats(), read(engine, ask(1))):
+                with pytest.raises(EngineDeadError):
+                    await call
+
+    run(work())
+
+
+def test_a_stuck_step_is_death_too(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        async with front(model, stall_seconds=0.3) as engine:
+
+            def stuck(plan: Plan) -> Outcome:
+                time.sleep(2)
+                raise FloatingPointError
+
+            monkeypatch.setattr(engine._engine.runner, "run", stuck)
+            events = await read(engine, ask(1))
+            assert isinstance(events[-1], Finished) and "stuck" in str(events[-1].error)
+            with pytest.raises(EngineDeadError, match="stuck"):
+                await engine.check_health()
+
+    run(work())
+
+
+def test_draining_refuses_the_new_and_lets_the_old_end(model: Model) -> None:
+    async def work() -> None:
+        async with front(model) as engine:
+            reader = asyncio.create_task(read(engine, ask(100)))
+            await until(lambda s: s["num_requests_running"] == 1, engine)
+            drained = asyncio.create_task(engine.drain(SECONDS))
+            await asyncio.sleep(0)
+            with pytest.raises(EngineDeadError, match="shutting down"):
+                await read(engine, ask(1, "late"))
+            assert await drained
+            assert len(await reader) == 101
+
+    run(work())
+
+
+def test_closing_ends_what_is_live(model: Model) -> None:
+    async def work() -> None:
+        async with front(model) as engine:
+            reader = asyncio.create_task(read(engine, ask(300)))
+            await until(lambda s: s["num_requests_running"] == 1, engine)
+            await engine.close()
+            events = await reader
+            assert isinstance(events[-1], Finished) and events[-1].reason in ("cancelled", "error")
+
+    run(work())

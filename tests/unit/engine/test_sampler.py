@@ -1,0 +1,150 @@
+"""The sampler against plain definitions: filters, penalties, seeds, logprobs; and each row on its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from shoal.engine.events import Sampling
+from shoal.engine.sampler import NOT_FINITE, Sampler, uniform
+from shoal.inputs.tokenizer import END_ID
+
+VOCAB = 300
+CLOSED = 5  # a token that may never be chosen
+
+
+@dataclass
+class Draw:
+    sampling: Sampling
+    tokens: list[int] = field(default_factory=lambda: [50, 51])
+    prompt_len: int = 2
+    seed: int = 0
+
+
+def sampler() -> Sampler:
+    forbidden = torch.zeros(VOCAB, dtype=torch.bool)
+    forbidden[CLOSED] = True
+    return Sampler(forbidden)
+
+
+def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def drawn(row: torch.Tensor, sampling: Sampling, times: int = 4000) -> np.ndarray:
+    """How often each token comes, over as many seeds."""
+    draws = [Draw(sampling, seed=seed) for seed in range(times)]
+    tokens = [s.token for s in sampler().sample(row.repeat(times, 1), draws)]
+    return np.bincount(tokens, minlength=VOCAB) / times
+
+
+def test_greedy_is_the_likeliest_that_is_allowed() -> None:
+    row = logits()
+    row[0, CLOSED] = 100
+    allowed = row[0].clone()
+    allowed[CLOSED] = -math.inf
+    (sampled,) = sampler().sample(row, [Draw(Sampling(temperature=0))])
+    assert sampled.token == int(allowed.argmax())
+
+
+def test_samples_follow_the_distribution() -> None:
+    row = logits()
+    wanted = row[0].clone()
+    wanted[CLOSED] = -math.inf
+    share = torch.softmax(wanted / 0.8, -1).numpy()
+    assert np.abs(drawn(row, Sampling(temperature=0.8)) - share).max() < 0.025
+    assert drawn(row, Sampling())[CLOSED] == 0
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(top_k=5), Sampling(top_p=0.5), Sampling(min_p=0.2), Sampling(top_k=30, top_p=0.6, min_p=0.05)]
+)
+def test_filters_keep_what_their_definitions_keep(sampling: Sampling) -> None:
+    row = logits(seed=1)
+    wanted = row[0].double().clone()
+    wanted[CLOSED] = -math.inf
+    p = torch.softmax(wanted, -1)
+    order = p.argsort(descending=True)
+    keep = torch.zeros(VOCAB, dtype=torch.bool)
+    keep[order[: sampling.top_k or VOCAB]] = True
+    q = torch.where(keep, p, 0) / p[keep].sum()
+    before = q[order].cumsum(0) - q[order]
+    keep[order[before >= sampling.top_p]] = False
+    keep &= p >= sampling.min_p * p.max()
+    share = (torch.where(keep, p, 0) / p[keep].sum()).numpy()
+    found = drawn(row, sampling)
+    assert set(np.flatnonzero(found)) <= set(np.flatnonzero(keep.numpy()))
+    assert np.abs(found - share).max() < 0.04
+
+
+def test_a_flat_distribution_is_sorted_as_a_whole_for_top_p() -> None:
+    found = drawn(torch.arange(VOCAB).float()[None] * 1e-3, Sampling(top_p=0.9))
+    assert 0.85 * VOCAB < np.flatnonzero(found).size < 0.93 * VOCAB
+
+
+def test_penalties_bias_and_least_length() -> None:
+    row = torch.zeros(1, VOCAB)
+    row[0, 60], row[0, 61], row[0, END_ID] = 3.0, 2.5, 9.0
+
+    def best(sampling: Sampling, answer: list[int]) -> int:
+        draw = Draw(sampling, tokens=[50, *answer], prompt_len=1)
+        return sampler().sample(row.clone(), [draw])[0].token
+
+    assert best(Sampling(temperature=0), []) == END_ID
+    assert best(Sampling(temperature=0, min_tokens=1), []) == 60
+    assert best(Sampling(temperature=0, min_tokens=1), [60]) == END_ID
+    quiet = {END_ID: -100.0}
+    assert best(Sampling(temperature=0, logit_bias={**quiet, 61: 1}), []) == 61
+    assert best(Sampling(temperature=0, logit_bias=quiet, presence_penalty=0.6), [60]) == 61
+    assert best(Sampling(temperature=0, logit_bias=quiet, frequency_penalty=0.3), [60]) == 60
+    assert best(Sampling(temperature=0, logit_bias=quiet, frequency_penalty=0.3), [60, 60]) == 61
+    assert best(Sampling(temperature=0, logit_bias=quiet, repetition_penalty=1.5), [60]) == 61
+
+
+def test_a_row_gets_the_same_token_alone_and_in_any_batch() -> None:
+    rows = logits(6, seed=2)
+    draws = [
+        Draw(Sampling(temperature=0.7, top_k=9), seed=1),
+        Draw(Sampling(temperature=0)),
+        Draw(Sampling(temperature=1.3, top_p=0.8), seed=2),
+        Draw(Sampling(presence_penalty=1.0, logprobs=2), tokens=[50, 60, 61], prompt_len=1, seed=3),
+        Draw(Sampling(min_p=0.1), seed=4),
+        Draw(Sampling(logit_bias={70: 5.0}), seed=5),
+    ]
+    together = sampler().sample(rows.clone(), draws)
+    alone = [sampler().sample(rows[r : r + 1].clone(), [draw])[0] for r, draw in enumerate(draws)]
+    assert [s.token for s in together] == [s.token for s in alone]
+
+
+def test_a_row_that_is_not_finite_is_an_error_of_its_own() -> None:
+    rows = logits(3)
+    rows[1, 40] = math.nan
+    rows[2] = -math.inf
+    good, nan, nothing = sampler().sample(rows, [Draw(Sampling(), seed=i) for i in range(3)])
+    assert good.error is None
+    assert (nan.error, nothing.error) == (NOT_FINITE, NOT_FINITE)
+
+
+def test_logprobs_are_of_the_model_before_bias_and_temperature() -> None:
+    row = logits()
+    allowed = row[0].double().clone()
+    allowed[CLOSED] = -math.inf
+    whole = torch.log_softmax(allowed, -1)
+    draw = Draw(Sampling(temperature=0, logit_bias={77: 100.0}, logprobs=2))
+    (sampled,) = sampler().sample(row, [draw])
+    assert sampled.token == 77 and sampled.logprob is not None
+    assert sampled.logprob.logprob == pytest.approx(whole[77].item(), abs=1e-6)
+    assert [token for token, _ in sampled.logprob.top] == whole.topk(2).indices.tolist()
+
+
+def test_random_numbers_are_even_and_need_no_state() -> None:
+    numbers = uniform([7] * 10_000, range(10_000))
+    assert numbers.min() >= 0 and numbers.max() < 1
+    counts, _ = np.histogram(numbers, 10, (0, 1))
+    assert np.abs(counts - 1000).max() < 130
+    assert uniform([7], [42])[0] == numbers[42]
+    assert abs(np.corrcoef(uniform([1] * 1000, range(1000)), uniform([2] * 1000, range(1000)))[0, 1]) < 0.1
