@@ -128,7 +128,7 @@ class ChatFiles:
             (heapq.heappush if len(heap) < MOST[split] else heapq.heappushpop)(heap, (-draw, chat.json))
 
     def write(self, directory: Path) -> dict[str, dict[str, int]]:
-        """Write the files of the splits that have rows; split -> task -> rows."""
+        """Write the files of the splits that have rows, and remove older ones of the others; split -> task -> rows."""
         counts: dict[str, dict[str, int]] = {}
         for split, name in FILES.items():
             seen = self._drawn["train"] if split == "heldout" else set()
@@ -136,7 +136,9 @@ class ChatFiles:
                 task: [r for r in heap if -r[0] not in seen] for (of, task), heap in self._kept.items() if of == split
             }
             rows = sorted((row for some in kept.values() for row in some), reverse=True)
-            if rows:
+            if not rows:
+                (directory / name).unlink(missing_ok=True)
+            else:
                 write_aside(directory / name, "\n".join(row for _, row in rows) + "\n")
                 counts[split] = {task: len(some) for task, some in sorted(kept.items()) if some}
         return counts

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def prepare(
     if sources is None:
         out.mkdir(parents=True, exist_ok=True)
     specs = list(sources) if sources is not None else demo.sources(out / SOURCES, on_progress)
-    plan = parts.split_files([file for spec in _named_apart(specs) for file in list_files(spec)])
+    specs = _named_apart(specs)
+    plan = parts.split_files([file for spec in specs for file in list_files(spec)])
     sizes = [sum(map(parts.size_of, files)) for files in plan]
     request = {
         "sources": [dump(spec) for spec in specs] if sources is not None else demo.request(),
@@ -157,11 +159,13 @@ def _quiet_data() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _named_apart(specs: Sequence[SourceSpec]) -> Sequence[SourceSpec]:
+def _named_apart(specs: Sequence[SourceSpec]) -> list[SourceSpec]:
+    """The sources with absolute paths, since workers have folders of their own. Raises ConfigError when two share a name."""
     for name, count in Counter(spec.name for spec in specs).items():
         if count > 1:
             raise ConfigError(f"source {name} is given {count} times", do="give each source a name of its own")
-    return specs
+    here = {spec.uri: str(Path(spec.uri).expanduser().absolute()) for spec in specs if "://" not in spec.uri}
+    return [replace(spec, uri=here.get(spec.uri, spec.uri)) for spec in specs]
 
 
 def _finished(out: Path, request: dict[str, Any]) -> dict[str, Any]:

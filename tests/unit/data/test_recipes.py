@@ -123,5 +123,6 @@ def test_of_too_many_rows_some_are_drawn_whatever_order_they_came_in(tmp_path: P
     assert written[0] == written[1]
 
 
-def test_no_rows_no_file(tmp_path: Path) -> None:
+def test_no_rows_no_file_not_even_an_older_one(tmp_path: Path) -> None:
+    (tmp_path / "sft-train.jsonl").write_text("of an interrupted run\n")
     assert ChatFiles(seed=0).write(tmp_path) == {} and not list(tmp_path.iterdir())
