@@ -20,6 +20,7 @@ WIDTH, HEIGHT = 440, 200  # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 30  # margins for the labels
 SMOOTHED = 25  # independent stretches of a curve that are left when it is smoothed
 TICKS = 4  # wanted on an axis; there are up to half as many again
+NOTHING = "\N{EN DASH}"  # stands for a value that there is none of
 LOWER_IS_BETTER = ("bits/byte", "MSE", "bytes")  # units
 
 Point = tuple[float, float]
@@ -73,9 +74,9 @@ def render(report: Mapping[str, Any], out_html: Path) -> None:
 def number(value: object, unit: str = "") -> str:
     """A value as people read it; a dash where there is none."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return "–" if value is None else str(value)
+        return NOTHING if value is None else str(value)
     if not math.isfinite(value):
-        return "–"
+        return NOTHING
     match unit:
         case "share":
             return f"{value:.1%}"
@@ -101,7 +102,7 @@ def headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             if metric in rows:
                 a, b = (rows[metric]["values"][label] for label in (first, last))
                 if a and b:
-                    facts.append((f"{a / b if inverse else b / a:.2f}×", f"{what}: {last} beside {first}"))
+                    facts.append((f"{a / b if inverse else b / a:.2f}\N{MULTIPLICATION SIGN}", f"{what}: {last} beside {first}"))
     if "bpb text" in rows:
         facts.append((number(rows["bpb text"]["values"][columns[-1]]), f"bits a byte of held-out text, {columns[-1]}"))
     return facts

@@ -1,0 +1,106 @@
+"""What a run says, to files and to people."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal import presets
+from shoal.model.cost import flops_per_token
+from shoal.train import log
+from shoal.train.meter import Meter, matmul_rate, training_flops
+
+STEP = {
+    "progress": 0.25, "loss": 3.2, "ce": [3.5, 3.3, 3.1], "patch": 0.4, "bpb": 2.5, "rate": 1e-3, "grad_norm": 0.7,
+    "tokens_per_second": 12345.6, "utilisation": 0.31, "eta": 75.0,
+}  # fmt: skip
+
+
+def test_records_go_to_the_file_and_to_the_listener_of_rank_0(tmp_path: Path) -> None:
+    heard: list[log.Record] = []
+    first, second = log.Speaker(tmp_path, True, heard.append), log.Speaker(tmp_path, False, heard.append)
+    first("step", STEP, step=1)
+    second("step", STEP, step=1)
+    second("checkpoint", step=1, everywhere=True)
+    assert [(r["kind"], r["step"]) for r in heard] == [("step", 1), ("checkpoint", 1)]
+    assert len(log.metrics_file(tmp_path).read_text().splitlines()) == 1
+
+
+def test_the_file_is_strict_json(tmp_path: Path) -> None:
+    """JSON has no word for nan; other programs read this file."""
+    log.Speaker(tmp_path, True, log.ignore)("step", {"bpb": math.nan, "ce": [1.0, math.inf]}, step=1)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    (text,) = log.metrics_file(tmp_path).read_text().splitlines()
+    record = json.loads(text, parse_constant=refuse)
+    assert record["bpb"] is None and record["ce"] == [1.0, None]
+
+
+def test_a_resumed_history_has_each_step_once(tmp_path: Path) -> None:
+    say = log.Speaker(tmp_path, True, log.ignore)
+    say("start", step=0)
+    for step in (1, 2, 3):
+        say("step", {"loss": step}, step=step)
+    say("start", step=2)  # step 3 came after the last checkpoint, so it is done again
+    for step in (3, 4):
+        say("step", {"loss": 10 * step}, step=step)
+    with log.metrics_file(tmp_path).open("a") as file:
+        file.write('{"kind": "step", "st')  # and then the power went
+    steps = [(r["step"], r["loss"]) for r in log.read(tmp_path) if r["kind"] == "step"]
+    assert steps == [(1, 1), (2, 2), (3, 30), (4, 40)]
+
+
+def test_a_run_that_begins_again_replaces_the_old_one(tmp_path: Path) -> None:
+    say = log.Speaker(tmp_path, True, log.ignore)
+    for start in (0, 0):
+        say("start", step=start)
+        say("step", {}, step=1)
+    assert [r["kind"] for r in log.read(tmp_path)] == ["start", "step"]
+
+
+def test_lines_for_people() -> None:
+    step = log.line({"kind": "step", "step": 12, **STEP})
+    assert "step     12  25.0%" in step and "bpb  2.500" in step and "12,346 tok/s" in step and "ETA 01:15" in step
+    assert "bpb      -" in log.line({"kind": "step", "step": 1, **STEP, "bpb": None})
+    bpb = {"text": {"shallow": 2.5, "full": 2.25}}
+    said = log.line({"kind": "eval", "step": 5, "progress": 1.0, "bpb": bpb, "patch": None})
+    assert said.endswith("text 2.500 2.250")
+    assert log.line({"kind": "warning", "text": "mind the tide"}) == "warning: mind the tide"
+
+
+def test_the_console_prints_the_first_steps_and_then_every_tenth() -> None:
+    stream = io.StringIO()
+    with log.Console("test", every=10, stream=stream) as console:
+        for step in range(1, 21):
+            console({"kind": "step", "step": step, **STEP})
+    shown = [int(line.split()[1]) for line in stream.getvalue().splitlines()]
+    assert shown == [1, 2, 3, 10, 20]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "00:05"), (75.4, "01:15"), (3661, "1:01:01"), (math.inf, "--:--")])
+def test_clock(seconds: float, text: str) -> None:
+    assert log.clock(seconds) == text
+
+
+def test_utilisation_is_work_done_over_work_possible() -> None:
+    config = presets.get("test").model
+    early = 2 * 2 * config.vocab * config.width
+    assert training_flops(config) == 3 * (flops_per_token(config, config.train_length) + early)
+    meter = Meter(config, rate=1e9, world=2, memory=0.5)
+    assert meter.read() == {"tokens_per_second": 0.0, "utilisation": 0.0}
+    meter.add(tokens=100, seconds=2.0)
+    meter.add(tokens=300, seconds=1.0)
+    rate = (0.5 * 100 + 300) / (0.5 * 2 + 1)
+    assert meter.read() == pytest.approx(
+        {"tokens_per_second": rate, "utilisation": rate * training_flops(config) / 2e9}
+    )
+
+
+def test_the_matmul_rate_is_that_of_a_computer() -> None:
+    """Between a slow phone and a rack of accelerators, in operations a second."""
+    assert 1e8 < matmul_rate(torch.device("cpu"), seconds=0.02, size=128) < 1e15

@@ -1,0 +1,98 @@
+"""The losses against sums written out by hand, place by place."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal import presets
+from shoal.data.batches import Batch
+from shoal.inputs.tokenizer import PATCH_ID, Tokenizer
+from shoal.model.net import Net
+from shoal.train import loss as losses
+from shoal.train.feed import open_feed, shard_tokenizer
+from shoal.train.loss import PATCH_EPS, LossModel, predicted_patches
+from shoal.train.parallel import Ranks
+from shoal.train.plan import pretrain_plan
+
+CONFIG = presets.get("test").model
+
+
+@pytest.fixture(scope="module")
+def model() -> LossModel:
+    return LossModel(Net(CONFIG).init_(0).double())
+
+
+@pytest.fixture
+def batch(shards: Path, alone: Ranks) -> Batch:
+    """A micro-batch with text, code and images, as pretraining reads it."""
+    plan = pretrain_plan("test", str(shards), "unused", steps=1, accumulate=1)
+    (micro,) = open_feed(plan, shard_tokenizer(shards), "", alone).at(0)
+    return micro
+
+
+def run(model: LossModel, batch: Batch) -> losses.Sums:
+    return model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid)
+
+
+def test_cross_entropy_counts_targets_and_nothing_else(model: LossModel, batch: Batch) -> None:
+    sums = run(model, batch)
+    hidden = model.net(batch.tokens, batch.patches, batch.grid, batch.docs, exits=CONFIG.exits)
+    assert 0 < int((batch.targets >= 0).sum()) < batch.targets.numel()
+    for place, layers in enumerate(CONFIG.exits):
+        by_hand = torch.zeros(len(batch.tokens), dtype=torch.float64)
+        logits = model.net.head(hidden[layers], layers)
+        for row, column in (batch.targets >= 0).nonzero().tolist():
+            scores = logits[row, column]
+            by_hand[row] += scores.exp().sum().log() - scores[batch.targets[row, column]]
+        torch.testing.assert_close(sums.ce[place], by_hand, rtol=1e-12, atol=1e-9)
+
+
+def test_patch_error_is_on_normalised_next_patches(model: LossModel, batch: Batch) -> None:
+    """Of each image, every patch but the first of a row of the picture is predicted by the patch before it, and the
+    first by the control token that opens the row."""
+    hidden = model.net(batch.tokens, batch.patches, batch.grid, batch.docs)[CONFIG.layers]
+    guesses = model.net.patch_head(model.net.exit_norms[str(CONFIG.layers)](hidden))
+    by_hand, seen = torch.zeros((), dtype=torch.float64), 0
+    for row, column in (batch.tokens == PATCH_ID).nonzero().tolist():
+        pixels = batch.patches[seen].double() / 127.5 - 1
+        target = (pixels - pixels.mean()) / (pixels.var(correction=0) + PATCH_EPS).sqrt()
+        by_hand += (guesses[row, column - 1] - target).square().mean()
+        seen += 1
+    assert seen == len(batch.patches) > 0
+    torch.testing.assert_close(run(model, batch).patch, by_hand, rtol=1e-12, atol=1e-12)
+
+
+def test_a_patch_is_never_predicted_from_another_document() -> None:
+    tokens = torch.tensor([[PATCH_ID, PATCH_ID, 20, PATCH_ID]])
+    assert predicted_patches(tokens, torch.tensor([[0, 1, 1, 1]])).tolist() == [[False, False, False, True]]
+    assert not predicted_patches(tokens, torch.full((1, 4), -1)).any(), "padding"
+
+
+def test_logits_in_parts_give_the_same_gradient(
+    model: LossModel, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond LOGITS_AT_ONCE the logits are made again in backward instead of being kept."""
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        run(model, batch).ce.sum().backward()
+        return model.net.embed.weight.grad.clone()
+
+    whole = gradient()
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 50 * CONFIG.vocab)
+    torch.testing.assert_close(gradient(), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_a_batch_without_images_still_gives_every_parameter_a_gradient(model: LossModel) -> None:
+    """Under FSDP a parameter without one would make the other ranks wait for ever."""
+    ids = torch.tensor([Tokenizer.bytes_only().encode("no image here")])
+    none = torch.zeros((0, CONFIG.patch_values), dtype=torch.uint8)
+    text = Batch(ids, ids.roll(-1, 1), torch.zeros_like(ids), none, torch.zeros((0, 2), dtype=torch.long),
+                 torch.tensor([12]), ("text",))  # fmt: skip
+    model.zero_grad()
+    sums = run(model, text)
+    assert sums.patch.item() == 0.0
+    (sums.ce.sum() + sums.patch).backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    assert missing == []

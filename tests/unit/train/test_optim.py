@@ -1,0 +1,81 @@
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal import presets
+from shoal.config import TrainConfig
+from shoal.model.net import Net
+from shoal.train.loss import LossModel
+from shoal.train.optim import exit_weights, learning_rate, make_optimizer, trained_exits
+
+CONFIG = TrainConfig(learning_rate=2e-3, warmup=0.1, decay=0.4, min_lr_ratio=0.05)
+
+
+@pytest.mark.parametrize(
+    ("progress", "rate"),
+    [(0.0, 0.0), (0.05, 1e-3), (0.1, 2e-3), (0.6, 2e-3), (0.8, 2e-3 * (0.05 + 0.95 / 2)), (1.0, 1e-4), (1.7, 1e-4)],
+)
+def test_warm_up_plateau_decay(progress: float, rate: float) -> None:
+    assert learning_rate(progress, CONFIG) == pytest.approx(rate)
+
+
+@given(
+    warmup=st.floats(0, 1),
+    share=st.floats(0, 1),
+    low=st.floats(0, 1),
+    points=st.lists(st.floats(0, 1), min_size=2, max_size=2),
+)
+def test_the_rate_rises_then_falls_within_its_bounds(warmup: float, share: float, low: float, points: list) -> None:
+    config = TrainConfig(learning_rate=1.0, warmup=warmup, decay=(1 - warmup) * share, min_lr_ratio=low)
+    early, late = sorted(points)
+    a, b = learning_rate(early, config), learning_rate(late, config)
+    assert 0 <= a <= 1 and 0 <= b <= 1
+    if late <= warmup:
+        assert a <= b
+    if early >= warmup:
+        assert b <= a + 1e-12 and b >= low - 1e-12
+
+
+def test_early_exits_warm_up_and_the_shares_sum_to_one() -> None:
+    config = TrainConfig(exit_weights=(0.15, 0.25, 1.0), exit_warmup=0.2)
+    assert exit_weights(0.0, config) == (0.0, 0.0, 1.0)
+    assert exit_weights(0.1, config) == pytest.approx((0.075 / 1.2, 0.125 / 1.2, 1 / 1.2))
+    assert exit_weights(0.2, config) == exit_weights(0.9, config) == pytest.approx((0.15 / 1.4, 0.25 / 1.4, 1 / 1.4))
+
+
+def test_an_exit_without_weight_is_not_trained() -> None:
+    config = TrainConfig(exit_weights=(0.15, 0.0, 1.0), exit_warmup=0.0)
+    assert trained_exits((2, 4, 8), config) == (2, 8)
+    assert exit_weights(0.5, config) == pytest.approx((0.15 / 1.15, 1 / 1.15))
+
+
+def test_norms_gates_and_tables_take_no_decay() -> None:
+    model = LossModel(Net(presets.get("test").model).init_(0))
+    decayed, free = make_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
+    names = {id(p): name for name, p in model.named_parameters()}
+    plain = {names[id(p)] for p in free["params"]}
+    assert {"net.embed.weight", "net.row_embed", "net.col_embed"} <= plain
+    assert all(
+        name.endswith(("norm.weight", ".gate", "_embed", "embed.weight")) or "exit_norms" in name for name in plain
+    )
+    assert {names[id(p)].rsplit(".", 2)[-2] for p in decayed["params"]} == {
+        "qkv",
+        "out",
+        "up",
+        "down",
+        "patch_in",
+        "patch_head",
+    }
+    assert len(plain) + len(decayed["params"]) == len(names), "no parameter is left out"
+
+
+def test_fixed_gates_are_not_trained() -> None:
+    config = replace(presets.get("test").model, mix_mode="fixed")
+    groups = make_optimizer(LossModel(Net(config).init_(0)), TrainConfig()).param_groups
+    trained = {id(p) for group in groups for p in group["params"]}
+    net = Net(config)
+    gates = [name for name, p in net.named_parameters() if name.endswith("gate") and p.requires_grad]
+    assert gates == [] and len(trained) == sum(p.requires_grad for p in net.parameters())

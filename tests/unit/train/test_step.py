@@ -1,0 +1,127 @@
+"""One update: what it computes does not depend on how the batch is cut, and nothing is written when something is off."""
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal import presets
+from shoal.data.batches import Batch
+from shoal.errors import DataError, ShoalError
+from shoal.inputs.chat import DEFAULT_TEMPLATE
+from shoal.model.net import Net
+from shoal.train.feed import open_feed, shard_tokenizer
+from shoal.train.loss import LossModel
+from shoal.train.optim import make_optimizer
+from shoal.train.parallel import Ranks
+from shoal.train.plan import pretrain_plan
+from shoal.train.step import StepReport, count, update
+
+PRESET = presets.get("test")
+WEIGHTS = (0.2, 0.3, 0.5)
+
+
+def fresh() -> LossModel:
+    return LossModel(Net(PRESET.model).init_(0).double())
+
+
+def one_update(model: LossModel, batches: list[Batch], ranks: Ranks, config=PRESET.train) -> StepReport:
+    optimizer = make_optimizer(model, config)
+    return update(model, optimizer, batches, config=config, weights=WEIGHTS, rate=1e-3, ranks=ranks)
+
+
+def rows_of(batch: Batch) -> list[Batch]:
+    """A batch as micro-batches of one row."""
+    ends = (batch.tokens == 8).sum(1).cumsum(0).tolist()
+    return [
+        Batch(
+            batch.tokens[row : row + 1], batch.targets[row : row + 1], batch.docs[row : row + 1],
+            batch.patches[start:end], batch.grid[start:end], batch.row_bytes[row : row + 1], (batch.modalities[row],),
+        )
+        for row, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+def test_micro_batches_of_shards_give_one_update(shards: Path, alone: Ranks, accumulate: int) -> None:
+    """(8 x 1) = (4 x 2) = (1 x 8), images included: every parameter is the same to float64 rounding."""
+
+    def trained(parts: int) -> tuple[StepReport, dict[str, torch.Tensor]]:
+        plan = pretrain_plan("test", str(shards), "unused", steps=1, accumulate=parts)
+        batches = open_feed(plan, shard_tokenizer(shards), "", alone).at(0)
+        assert len(batches) == parts
+        model = fresh()
+        return one_update(model, batches, alone), model.state_dict()
+
+    whole, want = trained(1)
+    report, got = trained(accumulate)
+    assert report.loss == pytest.approx(whole.loss, rel=1e-12)
+    assert (report.targets, report.patches, report.tokens) == (whole.targets, whole.patches, whole.tokens)
+    assert report.bpb == pytest.approx(whole.bpb, rel=1e-12)
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-10)
+
+
+def test_masked_rows_of_different_lengths_give_one_update(shards: Path, chats: Path, alone: Ranks) -> None:
+    """Chats, where rows have few targets and not equally many: a mean of means would be wrong here."""
+    config = replace(PRESET.train, batch_tokens=400, accumulate=1)
+    plan = replace(pretrain_plan("test", str(chats), "unused", steps=1), train=config)
+    (batch,) = open_feed(plan, shard_tokenizer(shards), DEFAULT_TEMPLATE, alone).at(0)
+    counts = (batch.targets >= 0).sum(1)
+    assert len(counts) > 3 and len(counts.unique()) > 1
+    whole, cut = fresh(), fresh()
+    report, by_row = one_update(whole, [batch], alone), one_update(cut, rows_of(batch), alone)
+    assert by_row.loss == pytest.approx(report.loss, rel=1e-12)
+    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_report_is_the_loss_that_was_minimised(shards: Path, alone: Ranks) -> None:
+    plan = pretrain_plan("test", str(shards), "unused", steps=1, accumulate=2)
+    batches = open_feed(plan, shard_tokenizer(shards), "", alone).at(0)
+    report = one_update(fresh(), batches, alone)
+    assert len(report.ce) == 3 and report.patches > 0
+    weighted = sum(w * ce for w, ce in zip(WEIGHTS, report.ce, strict=True))
+    assert report.loss == pytest.approx(weighted + PRESET.train.patch_weight * report.patch)
+    assert report.ce[-1] == pytest.approx(math.log(PRESET.model.vocab), abs=0.4), "untrained, so near a uniform guess"
+    assert report.tokens == sum(int((b.docs >= 0).sum()) for b in batches)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_non_finite_step_writes_nothing(shards: Path, alone: Ranks, bad: float) -> None:
+    plan = pretrain_plan("test", str(shards), "unused", steps=1, accumulate=2)
+    batches = open_feed(plan, shard_tokenizer(shards), "", alone).at(0)
+    model = fresh()
+    with torch.no_grad():
+        model.net.patch_head.weight[0, 0] = bad
+    before = copy.deepcopy(model.state_dict())
+    optimizer = make_optimizer(model, PRESET.train)
+    with pytest.raises(ShoalError, match=r"not finite.*left as they were"):
+        update(model, optimizer, batches, config=PRESET.train, weights=WEIGHTS, rate=1e-3, ranks=alone)
+    assert not optimizer.state, "no moments either"
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_large_gradient_is_clipped(shards: Path, alone: Ranks) -> None:
+    plan = pretrain_plan("test", str(shards), "unused", steps=1, accumulate=1)
+    batches = open_feed(plan, shard_tokenizer(shards), "", alone).at(0)
+    model = fresh()
+    report = one_update(model, batches, alone, replace(PRESET.train, clip=0.01))
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
+    assert report.grad_norm > 0.01
+    assert float(norm) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_ranks_with_different_numbers_of_micro_batches_are_refused(shards: Path) -> None:
+    class Two(Ranks):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            return values + torch.tensor([1.0, 5, 0, 5, 5])  # the other rank has one micro-batch
+
+    plan = pretrain_plan("test", str(shards), "unused", steps=1, accumulate=2)
+    batches = open_feed(plan, shard_tokenizer(shards), "", Ranks(0, 1, torch.device("cpu"))).at(0)
+    with pytest.raises(DataError, match="micro-batches differ by worker"):
+        count(batches, Two(0, 2, torch.device("cpu")))
