@@ -1,0 +1,145 @@
+"""Evaluation against numbers worked out another way."""
+
+import ast
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shoal import Model, presets
+from shoal.data.batches import heldout_batches
+from shoal.errors import DataError
+from shoal.inputs.chat import DEFAULT_TEMPLATE
+from shoal.inputs.tokenizer import Tokenizer
+from shoal.model.net import Net
+from shoal.train import evaluate, routing
+from shoal.train.evaluate import Answer, Question
+from shoal.train.feed import open_feed, shard_tokenizer
+from shoal.train.heldout import measure
+from shoal.train.loss import LossModel
+from shoal.train.parallel import Ranks
+from shoal.train.plan import pretrain_plan
+
+CONFIG = presets.get("test").model
+TOKENIZER = Tokenizer.bytes_only()
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    return Net(CONFIG).init_(0)
+
+
+def asked(*references: str) -> list[Question]:
+    return [Question(prompt=None, row=None, reference=text, task="t") for text in references]  # type: ignore[arg-type]
+
+
+def answers(*texts: str) -> list[Answer]:
+    return [Answer(text, len(text), depth) for text, depth in zip(texts, (1, 2, 4, 4), strict=False)]
+
+
+def test_bits_per_byte_is_what_training_measures(net: Net, shards: Path, alone: Ranks) -> None:
+    """Two ways to the same number: gathered at once here, in sums over ranks there."""
+    plan = pretrain_plan("test", str(shards), "unused", steps=1)
+    feed = open_feed(plan, shard_tokenizer(shards), "", alone)
+    there = measure(LossModel(net), feed.heldout, alone)
+    for modality in ("text", "code"):
+        here = evaluate.bits_per_byte(net, heldout_batches(shards, modality, 3), CONFIG.exits)
+        assert [here[e] for e in CONFIG.exits] == pytest.approx(list(there.bpb[modality].values()), rel=1e-5)
+    patches = evaluate.patch_error(net, heldout_batches(shards, "image", 3))
+    assert patches["model"] == pytest.approx(there.patch, rel=1e-5)
+
+
+def test_an_untrained_model_knows_nothing(net: Net, shards: Path) -> None:
+    """Close to log2(V) bits a token."""
+    batches = list(heldout_batches(shards, "text", 4))
+    tokens, n_bytes = sum(int((b.targets >= 0).sum()) for b in batches), sum(b.n_bytes for b in batches)
+    found = evaluate.bits_per_byte(net, batches, [CONFIG.layers])[CONFIG.layers]
+    assert found == pytest.approx(math.log2(CONFIG.vocab) * tokens / n_bytes, rel=0.1)
+
+
+def test_gaps_are_losses_on_the_answer_alone(net: Net, chats: Path) -> None:
+    found = evaluate.questions(chats, TOKENIZER, CONFIG, DEFAULT_TEMPLATE, limit=4)
+    rows = [q.row for q in found["customer service"]]
+    features, gaps = evaluate.gaps(net, rows)
+    assert features.shape == (4, 2 * CONFIG.width + 3) and gaps.shape == (4, 2)
+    for row, measured in zip(rows, gaps, strict=True):
+        loss = []
+        for depth in CONFIG.exits:
+            logits = Model(CONFIG, net, TOKENIZER).logits(row.ids, depth=depth)
+            places = [at for at in range(len(row.ids) - 1) if row.answer[at + 1]]
+            assert len(places) < len(row.ids) / 2
+            loss.append(
+                sum(float(F.cross_entropy(logits[at], torch.tensor(row.ids[at + 1]))) for at in places) / len(places)
+            )
+        assert measured.tolist() == pytest.approx([loss[0] - loss[2], loss[1] - loss[2]], abs=1e-5)
+
+
+def test_questions_end_where_the_answer_begins(chats: Path) -> None:
+    (task,) = evaluate.questions(chats, TOKENIZER, CONFIG, DEFAULT_TEMPLATE, limit=7).items()
+    assert task[0] == "customer service" and len(task[1]) == 7
+    for question in task[1]:
+        start = question.row.answer.index(True)
+        assert question.prompt.ids == question.row.ids[:start]
+        assert TOKENIZER.decode(question.row.ids[start:]) == question.reference
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{broken", "{}", '{"messages": []}', '{"messages": [{"role": "user", "content": "only a question"}]}'],
+)
+def test_a_row_that_cannot_be_asked_is_named_by_its_line(tmp_path: Path, line: str) -> None:
+    good = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{good}\n{line}\n")
+    with pytest.raises(DataError, match="line 2"):
+        evaluate.questions(path, TOKENIZER, CONFIG, DEFAULT_TEMPLATE)
+
+
+def test_exact_match_and_its_baseline() -> None:
+    references = asked("red", "blue", "red", "green")
+    assert evaluate.exact_match(answers("Red ", "red", "red", "greenish"), references) == 0.5
+    assert evaluate.majority(q.reference for q in references) == ("red", 0.5)
+
+
+def test_bleu_is_sacrebleus() -> None:
+    sentence = "returns the sum of both numbers given"
+    same, signature = evaluate.bleu(answers(sentence, sentence), asked(sentence, sentence))
+    other, _ = evaluate.bleu(answers("the sum of two numbers", sentence), asked(sentence, sentence))
+    assert same == pytest.approx(100.0) and 0 < other < 100 and "version:" in signature
+
+
+def test_code_that_parses() -> None:
+    some = answers("def f():\n    return 1\n", "def f(:", "", "x = 1")
+    assert evaluate.parse_rate(some) == 0.5
+    assert evaluate.parse_rate([]) == 0.0
+    with pytest.raises(SyntaxError):
+        ast.parse(some[1].text)
+
+
+def test_mean_depth_is_a_share_of_the_layers() -> None:
+    assert evaluate.mean_depth(answers("a", "b", "c"), CONFIG) == pytest.approx((1 + 2 + 4) / 3 / 4)
+
+
+def test_refit_writes_a_router_and_leaves_the_weights(tmp_path: Path, chats: Path) -> None:
+    model = Model.from_preset("test", seed=3)
+    model.save(tmp_path / "model", card="# the card\n")
+    report = routing.refit(tmp_path / "model", chats)
+    after = Model.load(tmp_path / "model")
+    assert after.router is not None and after.router.calibration.report == pytest.approx(report)
+    assert report["prompts"] == 15, "a quarter of the half that is taken"
+    assert 0.25 <= report["depth_share"] <= 1.0
+    for name, tensor in model.net.state_dict().items():
+        assert torch.equal(after.net.state_dict()[name], tensor)
+    assert (tmp_path / "model" / "README.md").read_text() == "# the card\n"
+
+
+def test_refit_needs_enough_rows(tmp_path: Path, chats: Path) -> None:
+    Model.from_preset("test").save(tmp_path / "model")
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(chats.read_text().splitlines(keepends=True)[:60]))
+    with pytest.raises(DataError, match=r"rows to fit the router: got 30"):
+        routing.refit(tmp_path / "model", few)
+    assert Model.load(tmp_path / "model").router is None
