@@ -34,6 +34,9 @@ THEME = gr.themes.Base(
     primary_hue="cyan", secondary_hue="cyan", neutral_hue="slate", radius_size="md", font=FONTS, font_mono=MONO
 ).set(
     body_background_fill="#f6f9fa",
+    body_text_color_subdued="*neutral_500",  # a step darker than Gradio's: WCAG AA on white
+    block_info_text_color="*neutral_500",
+    input_placeholder_color="*neutral_500",
     block_border_width="0px",
     block_shadow="none",
     button_primary_background_fill="*primary_700",
@@ -76,26 +79,28 @@ def build(base_url: str, model: str | None = None) -> gr.Blocks:
         return api.with_options(api_key=key) if key else api
 
     with gr.Blocks(title="Shoal", analytics_enabled=False, fill_height=True) as page:
-        with gr.Sidebar(position="right", width=300):
-            depth = gr.Radio([AUTO], value=AUTO[1], label="Depth", elem_id="depth")
-            tokens = gr.Slider(1, MOST_TOKENS, value=MOST_TOKENS, step=1, label="Most tokens", buttons=[])
-            temperature = gr.Slider(
-                0, 2, value=0, step=0.1, label="Temperature", info="0 gives the likeliest answer.", buttons=[]
-            )
-            key = gr.Textbox(label="API key", type="password", visible=False, info="Then press Enter.")
         head = gr.HTML(header(), elem_id="head")
-        gr.ChatInterface(
-            reply,
-            multimodal=True,
-            chatbot=_chatbot(),
-            textbox=_textbox(),
-            additional_inputs=[depth, tokens, temperature, key],
-            examples=[[example, None, None, None, None] for example in EXAMPLES.values()],
-            example_labels=list(EXAMPLES),
-            concurrency_limit=AT_ONCE,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        with gr.Row(equal_height=False, elem_id="main"):
+            with gr.Column(scale=1, min_width=240, elem_id="settings"):  # first here, on the right on the page
+                depth = gr.Radio([AUTO], value=AUTO[1], label="Depth", elem_id="depth")
+                tokens = gr.Slider(1, MOST_TOKENS, value=MOST_TOKENS, step=1, label="Most tokens", buttons=[])
+                temperature = gr.Slider(
+                    0, 2, value=0, step=0.1, label="Temperature", info="0 gives the likeliest answer.", buttons=[]
+                )
+                key = gr.Textbox(label="API key", type="password", visible=False, info="Then press Enter.")
+            with gr.Column(scale=4, min_width=320):
+                gr.ChatInterface(
+                    reply,
+                    multimodal=True,
+                    chatbot=_chatbot(),
+                    textbox=_textbox(),
+                    additional_inputs=[depth, tokens, temperature, key],
+                    examples=[[example, None, None, None, None] for example in EXAMPLES.values()],
+                    example_labels=list(EXAMPLES),
+                    concurrency_limit=AT_ONCE,
+                    show_progress="hidden",
+                    api_visibility="private",
+                )
         shown = [head, depth, tokens, key]
         page.load(describe, key, shown, show_progress="hidden", api_visibility="private")
         key.submit(describe, key, shown, show_progress="hidden", api_visibility="private")
@@ -121,7 +126,8 @@ def _chatbot() -> gr.Chatbot:
         show_label=False,
         label="Conversation",
         elem_id="chat",
-        scale=1,
+        height="calc(100dvh - 210px)",
+        min_height=320,
         layout="bubble",
         buttons=["copy"],
         latex_delimiters=[],

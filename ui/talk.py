@@ -1,7 +1,7 @@
 """A conversation with the API: what the page shows as the API's messages, and its streamed answer as what the page shows.
 
-Notable: a message on the page is Markdown, so an answer is shown escaped, code in a fence; the answer itself rides along
-in the message's metadata and is what the model is told that it said.
+Notable: what the page shows of an answer is Markdown made of it, with a line of facts below; the answer itself rides along
+in the message's metadata, and is what the model is told that it said.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def facts(usage: Any, card: Card, first: float, total: float) -> str:
 
 
 def markdown(text: str) -> str:
-    """`text` so that the page shows it as it is: Python in a fence, everything else without HTML of its own."""
+    """`text` as the page's Markdown: Python gets a fence, and HTML is shown instead of obeyed."""
     if "```" in text:
         return text
     if text.lstrip().startswith(CODE):
