@@ -170,7 +170,7 @@ def pack_part(path: Path, splits: Sequence[str | None], directory: Path, config:
             if fits(chat, tokenizer, config):
                 out.chats.append((split, chat))
             else:
-                out.dropped({"recipe": Counter(["longer than a row"])})
+                out.dropped({"recipe": Counter(["too long"])})
     for packer, writer in packers.values():
         for row in packer.finish():
             writer.add(row)

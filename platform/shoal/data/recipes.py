@@ -59,12 +59,12 @@ def chats_of(document: Document, split: str) -> Iterator[Chat]:
 
 
 def fits(chat: Chat, tokenizer: Tokenizer, config: ModelConfig) -> bool:
-    """Whether a chat can be read and is no longer than a training row."""
+    """Whether a chat can be read, is no longer than a training row, and answers in at most half of one."""
     try:
         row = encode_chat(chat.messages, tokenizer, config, add_generation_prompt=False)
     except RequestError:
         return False
-    return len(row.ids) <= config.train_length
+    return len(row.ids) <= config.train_length and sum(row.answer) <= config.train_length // 2
 
 
 def turns(*texts: Any) -> Messages:

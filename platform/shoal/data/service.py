@@ -15,8 +15,8 @@ import xxhash
 from shoal.data.recipes import Chat, turns
 
 SOURCE, LICENSE, TASK = "service-templates", "Apache-2.0", "customer service"
-OPENINGS = ("", "Hello. ", "Hi, ", "Good morning. ")
-ITEMS = ("lamp", "kettle", "chair", "jacket", "phone", "radio", "bike", "printer")
+OPENINGS = ("", "Hello. ", "Hi! ", "Good morning. ", "Please help me. ", "I have a question. ", "Dear team, ", "Hey, ")
+ITEMS = ("lamp", "kettle", "chair", "jacket", "phone", "radio", "bike", "printer", "table", "mirror")
 
 
 @dataclass(frozen=True)

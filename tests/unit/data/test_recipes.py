@@ -84,6 +84,9 @@ def test_what_is_longer_than_a_row_or_unreadable_does_not_fit(config: ModelConfi
     exact = config.train_length - 5  # a role and an end for each of two messages, and one letter of an answer
     assert fits(Chat(turns("x" * exact, "y"), "t", "s", "l"), tokenizer, config)
     assert not fits(Chat(turns("x" * (exact + 1), "y"), "t", "s", "l"), tokenizer, config)
+    half = config.train_length // 2 - 1  # and an end
+    assert fits(Chat(turns("x", "y" * half), "t", "s", "l"), tokenizer, config)
+    assert not fits(Chat(turns("x", "y" * (half + 1)), "t", "s", "l"), tokenizer, config)
     image = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
     assert not fits(Chat(turns(image, "y"), "t", "s", "l"), tokenizer, config)
 
