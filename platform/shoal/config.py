@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 import warnings
@@ -72,6 +73,8 @@ class ModelConfig:
         )  # fmt: skip
         need(self.image_size % self.patch == 0, "image_size", self.image_size, f"a multiple of patch ({self.patch})")
         need(self.max_length >= 0, "max_length", self.max_length, "0 or more")
+        need(0 < self.rope_theta < math.inf, "rope_theta", self.rope_theta, "a positive number")
+        need(0 < self.norm_eps < 1, "norm_eps", self.norm_eps, "above 0, below 1")
         if self.top_k * self.block >= self.train_length:
             warnings.warn(
                 f"model.top_k * model.block = {self.top_k * self.block} >= train_length = {self.train_length}: "
@@ -115,7 +118,7 @@ class ModelConfig:
         if depth is None:
             return self.layers
         layers = self.exit_names.get(depth) if isinstance(depth, str) else depth
-        if layers not in self.exits:
+        if layers not in self.exits or isinstance(depth, bool):
             raise ConfigError("depth", got=depth, allowed=[*self.exit_names, *self.exits])
         return layers
 
@@ -144,10 +147,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "clip", "batch_tokens", "accumulate"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"train.{name}", got=getattr(self, name), allowed="a positive number")
-        if not 0 <= self.warmup + self.decay <= 1:
+        for name in ("min_lr_ratio", "warmup", "decay", "exit_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"train.{name}", got=getattr(self, name), allowed="0 to 1")
+        for name in ("weight_decay", "patch_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"train.{name}", got=getattr(self, name), allowed="0 or more")
+        if self.warmup + self.decay > 1:
             raise ConfigError("train.warmup + train.decay", got=self.warmup + self.decay, allowed="0 to 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError("train.betas", got=self.betas, allowed="0 to 1, 1 left out")
+        if not all(0 <= weight < math.inf for weight in self.exit_weights):
+            raise ConfigError("train.exit_weights", got=self.exit_weights, allowed="numbers of 0 or more")
 
 
 @dataclass(frozen=True)
@@ -166,7 +179,7 @@ def load(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in fields:
-            hint = did_you_mean(key, fields)
+            hint = did_you_mean(str(key), fields)
             raise ConfigError(f"unknown key {prefix}{key}", allowed=sorted(fields), do=hint)
     missing = [
         name
@@ -184,24 +197,45 @@ def dump(config: Any) -> dict[str, Any]:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """The mapping in a .json, .yaml or .yml file. Raises ConfigError when it is missing, malformed or not a mapping."""
+    """The mapping in a .json, .yaml or .yml file. Raises ConfigError when it is missing, malformed, not a
+    mapping of names, or when it gives a key twice."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read config {path}", got=str(error), do="give a readable UTF-8 file") from error
     try:
-        if path.suffix == ".json":
-            values = json.loads(text)
-        else:
-            import yaml
-
-            values = yaml.safe_load(text)
+        values = json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else _yaml(text)
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"config {path} is not valid {path.suffix.lstrip('.') or 'YAML'}", got=first) from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}", got=type(values).__name__, allowed="a mapping of keys to values")
+    return values
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            _unique([(self.construct_object(key, deep=True), None) for key in keys])
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{error.problem}{line}") from error
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The mapping of `pairs`. Raises ValueError for a key that is given twice: one of its values would be ignored."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
     return values
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Template, TemplateError
+from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shoal.config import ModelConfig
@@ -61,8 +61,9 @@ def encode_chat(
     shown = [{"role": m["role"], "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
     try:
         text = _compiled(template).render(messages=shown, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise RequestError("chat template failed", param="messages", got=str(error)) from error
+    except Exception as error:  # of the template's own making, 1/0 included
+        got = f"{type(error).__name__}: {error}"[:160]
+        raise RequestError("chat template failed", param="messages", got=got) from error
     ids: list[int] = []
     answer: list[bool] = []
     images: list[media.Patches] = []

@@ -9,7 +9,6 @@ import base64
 import binascii
 import hashlib
 import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +38,7 @@ class Patches:
 
     def sha256(self) -> str:
         """Identity of the image for the prefix cache: equal placeholder tokens do not make equal images."""
-        return hashlib.sha256(bytes([self.rows, self.cols]) + self.values.tobytes()).hexdigest()
+        return hashlib.sha256(f"{self.rows}x{self.cols} ".encode() + self.values.tobytes()).hexdigest()
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -50,26 +49,27 @@ def decode_image(data: bytes) -> Image.Image:
             "image is too large", param="image", got=f"{len(data)} bytes", allowed=f"at most {MAX_BYTES}"
         )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise RequestError(
-                    "image has too many pixels", param="image", got=f"{width}x{height}", allowed=f"at most {MAX_PIXELS}"
-                )
-            image.load()
-            upright = ImageOps.exif_transpose(image)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise RequestError(
+                "image has too many pixels", param="image", got=f"{width}x{height}", allowed=f"at most {MAX_PIXELS}"
+            )
+        image.load()
+        return _on_white(ImageOps.exif_transpose(image))
     except RequestError:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files
         raise RequestError(
             "image cannot be decoded", param="image", got=f"{type(error).__name__}: {error}"[:160], allowed=FORMATS
         ) from error
-    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-        rgba = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
-    return upright.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
+    return image.convert("RGB")
 
 
 def to_patches(image: Image.Image, config: ModelConfig) -> Patches:

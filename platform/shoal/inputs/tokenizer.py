@@ -15,7 +15,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from shoal.errors import CheckpointError, ConfigError
+from shoal.errors import CheckpointError, ConfigError, RequestError
 
 PAD, END = "<|pad|>", "<|end|>"  # END closes a document, and every message of a chat
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
@@ -87,8 +87,12 @@ class Tokenizer:
         return self._core.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; control tokens spelt in it are plain characters."""
-        return self._core.encode(text, add_special_tokens=False).ids
+        """Ids of `text`; control tokens spelt in it are plain characters. Raises RequestError for half a surrogate pair,
+        which JSON can spell and UTF-8 cannot."""
+        try:
+            return self._core.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise RequestError("text is not valid Unicode", got=text[:40]) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]

@@ -9,9 +9,10 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shoal.config import ModelConfig, dump, load, read_file
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, ConfigError
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.depth import Calibration, Router
 from shoal.model.net import Net
+
+T = TypeVar("T")
 
 FORMAT, VERSION = "shoal-model", 1
 ROUTER = "router."  # prefix of the router's tensors in model.safetensors
@@ -59,29 +62,47 @@ def save(
     router: Router | None = None,
     card: str = "",
 ) -> None:
-    """Write a model directory. `state` is the state of `Net(config)` on the CPU. Replaces an existing model directory."""
+    """Write a model directory. `state` is the state of `Net(config)` on the CPU. Replaces an existing model directory.
+
+    Raises CheckpointError when something else is there.
+    """
     directory = Path(directory)
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    if directory.exists() and not _replaceable(directory):
+        raise CheckpointError(f"{directory} exists and is not a model directory", do="choose another --out")
     meta: dict[str, Any] = {"format": FORMAT, "version": VERSION, "name": name, "model": dump(config)}
     if config.quantization == "w8a8":
         meta["quantization_config"] = _W8A8
     tensors = {key: value.detach().contiguous() for key, value in state.items()}
     if router is not None:
         tensors |= {ROUTER + key: value.contiguous() for key, value in router.state_dict().items()}
-        _write_json(aside / "router.json", dataclasses.asdict(router.calibration))
-    _write_json(aside / "config.json", meta)
-    save_file(tensors, str(aside / "model.safetensors"), metadata={"format": "pt"})
-    tokenizer.save(aside / "tokenizer.json")
-    (aside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    (aside / "README.md").write_text(card or f"# {name}\n\nA Shoal model.\n", encoding="utf-8")
-    if directory.exists():
-        if any(directory.iterdir()) and not (directory / "config.json").exists():
-            shutil.rmtree(aside)
-            raise CheckpointError(f"{directory} exists and is not a model directory", do="choose another --out")
-        shutil.rmtree(directory)
-    aside.rename(directory)
+    with _aside(directory) as aside:
+        _write_json(aside / "config.json", meta)
+        save_file(tensors, str(aside / "model.safetensors"), metadata={"format": "pt"})
+        tokenizer.save(aside / "tokenizer.json")
+        (aside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        (aside / "README.md").write_text(card or f"# {name}\n\nA Shoal model.\n", encoding="utf-8")
+        if router is not None:
+            _write_json(aside / "router.json", dataclasses.asdict(router.calibration))
+
+
+def _replaceable(path: Path) -> bool:
+    return path.is_dir() and ((path / "config.json").exists() or not any(path.iterdir()))
+
+
+@contextmanager
+def _aside(directory: Path) -> Iterator[Path]:
+    """A directory to write in, which takes the place of `directory` once it is whole and is gone when that fails."""
+    aside, before = (directory.with_name(f".{directory.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        if directory.exists():
+            directory.rename(before)
+        aside.rename(directory)
+        shutil.rmtree(before, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @dataclasses.dataclass
@@ -103,15 +124,17 @@ def read_config(directory: str | Path) -> tuple[str, ModelConfig]:
         raise CheckpointError(
             f"{directory} is not a model directory", got="no config.json", do="give a directory made by shoal"
         )
-    meta = read_file(path)
+    meta = _read_json(path)
     if meta.get("format") != FORMAT or meta.get("version") != VERSION:
         got = f"{meta.get('format')} version {meta.get('version')}"
         raise CheckpointError(f"{path}", got=got, allowed=f"{FORMAT} version {VERSION}")
-    return str(meta["name"]), load(ModelConfig, meta["model"], "model")
+    if not isinstance(meta.get("name"), str) or not isinstance(meta.get("model"), dict):
+        raise CheckpointError(f"{path} lacks a name or a model", do="export the model again")
+    return meta["name"], _loaded(ModelConfig, meta["model"], path)
 
 
 def read(directory: str | Path) -> Loaded:
-    """A model directory as parts. Raises CheckpointError naming the file and tensor at fault."""
+    """A model directory as parts. Raises CheckpointError naming the file, and the key or tensor, at fault."""
     directory = Path(directory)
     name, config = read_config(directory)
     try:
@@ -122,7 +145,7 @@ def read(directory: str | Path) -> Loaded:
     with torch.device("meta"):
         net = Net(config)
     expected = net.state_dict()
-    for key in expected.keys() ^ tensors.keys():
+    for key in sorted(expected.keys() ^ tensors.keys()):
         what = "lacks" if key in expected else "has an unknown"
         raise CheckpointError(f"{directory / 'model.safetensors'} {what} tensor {key}", do="export the model again")
     for key, tensor in tensors.items():
@@ -136,7 +159,10 @@ def read(directory: str | Path) -> Loaded:
         raise CheckpointError(
             f"{directory}: tokenizer", got=f"{len(tokenizer)} tokens", allowed=f"at most {config.vocab}"
         )
-    template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    try:
+        template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {directory / 'chat_template.jinja'}", got=str(error)) from error
     return Loaded(name, config, net, tokenizer, template, _router(directory, config, router_state))
 
 
@@ -148,8 +174,23 @@ def _router(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> R
         router.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"router of {directory}", got=str(error).splitlines()[0]) from error
-    router.calibration = load(Calibration, read_file(directory / "router.json"), "router")
+    path = directory / "router.json"
+    router.calibration = _loaded(Calibration, _read_json(path), path)
     return router.requires_grad_(False)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return read_file(path)
+    except ConfigError as error:
+        raise CheckpointError(error.message) from error
+
+
+def _loaded(kind: type[T], values: Mapping[str, Any], path: Path) -> T:
+    try:
+        return load(kind, values)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error.message}") from error
 
 
 def _write_json(path: Path, value: object) -> None:

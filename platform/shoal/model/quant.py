@@ -80,13 +80,13 @@ class Weight(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self._packed: Tensor | None = None
-        self._version = -1  # of the weight that was packed: one that has changed since is not served stale
+        self._packed_from = (-1, -1)  # which weight, in which version: one that has changed since is not served stale
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
         if self.fake:
             return F.linear(fake_activation(x), fake_weight(self.weight))
-        if self._packed is not None and not torch.is_grad_enabled() and self.weight._version == self._version:
+        if self._packed is not None and not torch.is_grad_enabled() and self._packed_from == self._state():
             out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
             return out
         return F.linear(x, self.weight)
@@ -95,7 +95,10 @@ class Weight(nn.Module):
     def prepack(self) -> None:
         """Lay the weight out for oneDNN. The memory of the weight is needed twice then."""
         self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
-        self._version = self.weight._version
+        self._packed_from = self._state()
+
+    def _state(self) -> tuple[int, int]:
+        return self.weight.data_ptr(), self.weight._version
 
 
 class Linear(Weight):

@@ -1,3 +1,4 @@
+import math
 import pickle
 
 import pytest
@@ -48,6 +49,63 @@ def test_unknown_preset_and_bad_training_values():
         TrainConfig(learning_rate=0)
     with pytest.raises(ConfigError, match=r"warmup"):
         TrainConfig(warmup=0.7, decay=0.7)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": math.nan},
+        {"clip": math.inf},
+        {"warmup": 1.5, "decay": -1.0},
+        {"min_lr_ratio": -0.1},
+        {"weight_decay": -1.0},
+        {"betas": (0.9, 1.0)},
+        {"exit_weights": (0.1, -0.2, 1.0)},
+        {"patch_weight": math.nan},
+    ],
+    ids=str,
+)
+def test_training_values_that_cannot_work_are_named(change):
+    with pytest.raises(ConfigError, match=f"train.{next(iter(change))}"):
+        TrainConfig(**change)
+
+
+@pytest.mark.parametrize("change", [{"rope_theta": -1.0}, {"norm_eps": 0.0}, {"norm_eps": math.nan}], ids=str)
+def test_model_values_that_cannot_work_are_named(change):
+    with pytest.raises(ConfigError, match=f"model.{next(iter(change))}"):
+        load(ModelConfig, dump(presets.get("test").model) | change)
+
+
+def test_a_truth_value_is_no_depth():
+    with pytest.raises(ConfigError, match="depth: got True"):
+        presets.get("test").model.depth(True)
+
+
+def test_a_key_that_is_no_name_is_refused():
+    with pytest.raises(ConfigError, match=r"unknown key train\.1"):
+        load(TrainConfig, {1: 2}, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("c.yaml", "seed: 1\nmix: a\nseed: 2\n"),
+        ("c.yaml", "a: {seed: 1, seed: 2}\n"),
+        ("c.json", '{"seed": 1, "seed": 2}'),
+    ],
+)
+def test_a_key_given_twice_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match="key 'seed' is given twice"):
+        read_file(tmp_path / name)
+
+
+def test_a_broken_file_says_where(tmp_path):
+    (tmp_path / "c.yaml").write_text("seed: 1\nmix: [text\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml is not valid yaml: got .* in line 3"):
+        read_file(tmp_path / "c.yaml")
+    (tmp_path / "base.yaml").write_text("base: &b {seed: 1}\nrun: {<<: *b, mix: a}\n")
+    assert read_file(tmp_path / "base.yaml")["run"] == {"seed": 1, "mix": "a"}
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "\x00"])

@@ -122,11 +122,31 @@ def test_bad_content_is_named(content, message):
         encode_chat([{"role": "user", "content": content}], TOKENIZER, CONFIG)
 
 
+def test_half_a_surrogate_pair_is_refused():
+    """JSON can spell it, so a fine-tuning row can hold it; it must cost that row and not the job."""
+    with pytest.raises(RequestError, match="not valid Unicode"):
+        encode_chat([{"role": "user", "content": "\ud800"}], TOKENIZER, CONFIG)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "I", "I;16", "RGB", "RGBA"])
+def test_every_kind_of_png_becomes_rgb(mode):
+    assert np.asarray(media.decode_image(png(mode=mode, color=0))).shape == (12, 24, 3)
+
+
+def test_a_transparent_colour_becomes_white():
+    buffer = io.BytesIO()
+    Image.new("L", (4, 4), 7).save(buffer, "PNG", transparency=7)
+    assert np.asarray(media.decode_image(buffer.getvalue())).min() == 255
+
+
 def test_bad_roles_templates_and_tokenizers_are_named(tmp_path):
     with pytest.raises(RequestError, match=r"messages\[0\].role: got 'robot'; allowed: system, user, assistant"):
         encode_chat([{"role": "robot", "content": "x"}], TOKENIZER, CONFIG)
     with pytest.raises(RequestError, match="chat template failed"):
         encode_chat([{"role": "user", "content": "x"}], TOKENIZER, CONFIG, template="{{ messages.__class__.__mro__ }}")
+    for broken in ("{{ 1/0 }}", "{{ 'a' + 1 }}", "{% for i in range(10**9) %}{% endfor %}", "{% if %}"):
+        with pytest.raises(RequestError, match="chat template failed"):
+            encode_chat([{"role": "user", "content": "x"}], TOKENIZER, CONFIG, template=broken)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="cannot read tokenizer"):
         Tokenizer.load(tmp_path / "tokenizer.json")

@@ -11,6 +11,7 @@ from shoal.errors import CheckpointError, ConfigError, ContextLengthError, Reque
 from shoal.inputs import media
 from shoal.inputs.tokenizer import PATCH_ID
 from shoal.model import cost
+from shoal.model.depth import Router
 from shoal.model.net import Net
 
 
@@ -160,6 +161,53 @@ def test_damaged_model_directories_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="not a model directory"):
         Model.from_preset("test").save(tmp_path / "taken")
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("config.json", "{", "config.json is not valid json"),
+        ("config.json", '{"format": "other"}', "allowed: shoal-model version 1"),
+        ("config.json", '{"format": "shoal-model", "version": 1}', "lacks a name or a model"),
+        (
+            "config.json",
+            '{"format": "shoal-model", "version": 1, "name": "x", "model": {"vocb": 1}}',
+            "unknown key vocb",
+        ),
+        ("tokenizer.json", None, "tokenizer"),
+        ("chat_template.jinja", None, "cannot read .*chat_template.jinja"),
+        ("router.json", None, "router.json"),
+        ("router.json", '{"thresholds": 1}', "router.json: thresholds"),
+    ],
+)
+def test_a_damaged_file_of_a_model_directory_is_named(tmp_path, file, text, says):
+    """As a CheckpointError: the directory is at fault and not the command line."""
+    model = Model.from_preset("test")
+    model.router = Router(model.config)
+    model.save(tmp_path / "m")
+    assert Model.load(tmp_path / "m").router is not None
+    (tmp_path / "m" / file).unlink() if text is None else (tmp_path / "m" / file).write_text(text)
+    with pytest.raises(CheckpointError, match=says):
+        Model.load(tmp_path / "m")
+
+
+def test_a_model_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    model = Model.from_preset("test", seed=1)
+    model.save(tmp_path / "m")
+
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("shoal.model.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        Model.from_preset("test", seed=2).save(tmp_path / "m")
+    with pytest.raises(OSError, match="no space"):
+        Model.from_preset("test", seed=2).save(tmp_path / "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert torch.equal(Model.load(tmp_path / "m").net.embed.weight, model.net.embed.weight)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="is not a model directory"):
+        model.save(tmp_path / "file")
 
 
 def test_kv_memory_is_proportional_to_depth():

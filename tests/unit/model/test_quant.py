@@ -116,3 +116,15 @@ def test_a_packed_weight_gives_the_same_product_and_is_never_served_stale():
         assert torch.allclose(layer(x), 2 * want, atol=1e-4)
     layer(x).sum().backward()  # with gradients, the weight itself is used
     assert layer.weight.grad is not None
+
+
+def test_a_weight_put_in_the_place_of_a_packed_one_is_read():
+    """A new parameter starts at version 0, as the packed one may have been."""
+    layer = quant.Linear(512, 256)
+    layer.weight = torch.nn.Parameter(torch.randn(256, 512))
+    layer.prepack()
+    other = torch.randn(256, 512)
+    layer.load_state_dict({"weight": other}, assign=True)
+    x = torch.randn(3, 512)
+    with torch.no_grad():
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, other))
