@@ -16,6 +16,7 @@ import sys
 
 from shoal.errors import ShoalError
 from shoal.on_ray.train import train
+from shoal.train import routing
 from shoal.train.log import Console
 from shoal.train.plan import finetune_plan
 
@@ -37,11 +38,14 @@ def main() -> int:
     add("--resume", choices=("auto", "never"), default="auto", help="never: begin again (default auto)")
     add("--workers", type=int, default=1, help="processes that train together (default 1)")
     add("--cpus-per-worker", type=float, default=1.0, help="logical CPUs that each reserves (default 1)")
+    add("--heldout", help="held-out .jsonl of chats: measured on, and the depth router is fitted to it")
     options = vars(parser.parse_args())
     workers, cpus = options.pop("workers"), options.pop("cpus_per_worker")
     try:
         with Console("finetune") as console:
-            train(finetune_plan(**options), workers=workers, cpus_per_worker=cpus, on_progress=console)
+            result = train(finetune_plan(**options), workers=workers, cpus_per_worker=cpus, on_progress=console)
+        if options["heldout"]:
+            routing.refit(result.out, options["heldout"])
     except ShoalError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

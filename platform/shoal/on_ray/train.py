@@ -33,7 +33,11 @@ from shoal.train.plan import FitPlan, check, disk_needed, memory_needed
 STARTS = 3  # times that Ray may try to start the workers: its default retries an infeasible plan for ever
 COLLECTIVE_TIMEOUT = 300  # seconds that one exchange between workers may take
 CHECKPOINTS = "checkpoints"  # folder of the run that CheckpointStore writes to
-POLL = 0.5  # seconds between Ray's looks at the workers; its default of 2 is felt on short runs
+POLL = 0.5  # seconds between our looks at a run's metrics
+RAY_SETTINGS = {  # defaults of ours, which the environment may change
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray's own 2 are felt on short runs
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",  # Ray's own 60 are too few for two busy cores
+}
 
 
 def train(
@@ -91,7 +95,8 @@ def preflight(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources
 
 
 def _trainer(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, max_failures: int) -> TorchTrainer:
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL))
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     # Ray's own memory of the run's checkpoints must not outlive it: CheckpointStore, which removes old ones, decides what
     # to resume from, and Ray refuses to start when a checkpoint it remembers is gone.
     (Path(plan.run) / CHECKPOINTS / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
@@ -125,7 +130,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | ShoalError:
     try:
         return dataclasses.asdict(fit(load(FitPlan, config["plan"], "plan"), report))
     except ShoalError as error:
-        torch.distributed.destroy_process_group()  # should it be this worker's alone, the others must not wait for it
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # should the error be this worker's alone, the others must not wait
         return error
 
 

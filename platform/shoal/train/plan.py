@@ -37,7 +37,7 @@ class FitPlan:
     mix: Mapping[str, float] | None = None  # share of each modality by token; default: what the shards were made for
     quantize: bool = False  # train with INT8 rounding in the forward pass, and write the INT8 model
     eval_every: int = 100  # steps between held-out evaluations; 0: only at the end
-    eval_rows: int = 64  # held-out rows of each modality that are read
+    eval_rows: int = 32  # held-out rows of each modality that are read
     checkpoint_minutes: float = 1.0  # between checkpoints
     keep: int = 2  # checkpoints kept
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest whole checkpoint of the run
