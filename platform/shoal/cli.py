@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out = Console()
+LOOPBACK, PORT = "127.0.0.1", 8000
 
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; made when the work is complete.")]
 ModelDir = Annotated[Path, typer.Option("--model", help="Model directory.")]
@@ -163,10 +165,11 @@ def evaluate(
     ] = None,
 ) -> None:
     """Quality, speed and size of one model or two, on what neither was trained on."""
-    from shoal.evaluation import compare
+    from shoal.evaluation import compare, leave_a_core
     from shoal.progress import progress
     from shoal.quickstart import print_tables, write_report
 
+    leave_a_core()
     models = {model.name: model}
     if against is not None:
         models[against.name if against.name != model.name else str(against)] = against
@@ -183,42 +186,36 @@ def serve(
     model: Annotated[Path | None, typer.Option(help="Model directory [the config's].")] = None,
     config: Annotated[Path | None, typer.Option(help="Serve config, such as serve_configs/local.yaml.")] = None,
     name: Annotated[str | None, typer.Option(help="Name that requests use [the model's own].")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1, or the config's].")] = None,
+    port: Annotated[int | None, typer.Option(help="HTTP port [8000, or the config's].")] = None,
     api_keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line. [open to all]")] = None,
     ray: Annotated[bool, typer.Option(help="On Ray Serve; --no-ray serves from this process.")] = True,
-    replicas: Annotated[str, typer.Option(help="Engine replicas, N or MIN:MAX.")] = "1",
-    ui: Annotated[bool, typer.Option(help="Show the chat page at /ui.")] = True,
+    replicas: Annotated[str | None, typer.Option(help="Engine replicas, N or MIN:MAX [1, or the config's].")] = None,
+    ui: Annotated[bool | None, typer.Option(help="Show the chat page at /ui [yes, or the config's].")] = None,
 ) -> None:
     """The OpenAI-compatible API at http://HOST:PORT/v1, and the chat page at /ui, until Ctrl-C."""
     if model is None and config is None:
         raise UsageError("what to serve", do="give --model DIR or --config FILE")
-    keys = str(api_keys) if api_keys else None
-
-    def ready(url: str) -> None:
-        page = f"   chat page {url}/ui" if ui else ""
-        out.print(f"API {url}/v1{page}   (Ctrl-C ends it)", highlight=False)
-
     if not ray:
-        from shoal.api.server import run_local
-
-        if model is None:
-            raise UsageError("--no-ray", do="give --model DIR")
-        mount = _ui_mount(f"http://{host}:{port}/v1", name or model.name) if ui else None
-        run_local(model, name=name, host=host, port=port, api_keys=keys, ui_mount=mount, on_ready=ready)
+        if model is None or config is not None or replicas is not None:
+            raise UsageError("--no-ray serves one model from this process", do="give --model DIR, and no --config")
+        _serve_here(model, name, host or LOOPBACK, port or PORT, api_keys, ui is not False)
         return
-    from shoal.on_ray.resources import local_ray
+    from shoal.on_ray.resources import local_ray, need_free_port
     from shoal.on_ray.serve import run
-    from shoal.on_ray.serve_config import ServeArgs, load_serve_config, parse_replicas, serve_config
+    from shoal.on_ray.serve_config import ServeArgs, load_serve_config, parse_replicas, serve_config, shows_page
 
-    given = {"model": str(model) if model else None, "name": name, "api_keys": keys}
+    given = {"model": str(model) if model else None, "name": name, "ui": ui}
     args: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    args |= {"api_keys": str(api_keys)} if api_keys else {}
+    args |= parse_replicas(replicas) if replicas else {}
     if config is not None:
-        deploy = load_serve_config(config, port=port, **args)
+        deploy = load_serve_config(config, host=host, port=port, **args)
     else:
-        deploy = serve_config(ServeArgs(**(args | parse_replicas(replicas)), ui=ui), host=host, port=port)
+        deploy = serve_config(ServeArgs(**{"ui": True, **args}), host=host or LOOPBACK, port=port or PORT)
+    need_free_port(deploy.http_options.host, deploy.http_options.port)
     with local_ray():
-        run(deploy, on_ready=ready)
+        run(deploy, on_ready=lambda url: _ready(url, page=shows_page(deploy)))
 
 
 @app.command()
@@ -328,15 +325,19 @@ def _fit(plan: Any, workers: int, as_json: bool, heldout: Path | None = None) ->
     _print(report, as_json, f"model in {result.out}")
 
 
-def _ui_mount(url: str, model: str) -> Any:
-    """What puts the chat page on an API app; the page lies beside the package, in ui/."""
-    try:
-        from ui.mount import mount
-    except ImportError as error:
-        raise UsageError(
-            "the chat page needs gradio and the ui/ folder", got=str(error), do="pip install 'shoal[ui]', or --no-ui"
-        ) from error
-    return lambda api: mount(api, base_url=url, model=model)
+def _serve_here(model: Path, name: str | None, host: str, port: int, api_keys: Path | None, page: bool) -> None:
+    from shoal.api.page import chat_page
+    from shoal.api.server import run_local
+
+    mount = chat_page(f"http://{host}:{port}/v1", name) if page else None
+    keys = str(api_keys) if api_keys else None
+    ready = partial(_ready, page=page)
+    run_local(model, name=name, host=host, port=port, api_keys=keys, ui_mount=mount, on_ready=ready)
+
+
+def _ready(url: str, page: bool) -> None:
+    at = f"   chat page {url}/ui" if page else ""
+    out.print(f"API {url}/v1{at}   (Ctrl-C ends it)", highlight=False, soft_wrap=True)
 
 
 def _known(path: Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,12 @@ def compare(
     }
 
 
+def leave_a_core() -> None:
+    """Compute with all cores but one in this process: two threads on two cores wait for each other, up to 8 ms an
+    operation, as soon as anything else runs."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
+
+
 def quality(model: Model, data: Path, depth: str, sizes: Sizes) -> dict[str, Any]:
     """Every quality number of one model at one depth ("auto" has no bits per byte: a document has no router)."""
     out: dict[str, Any] = {}

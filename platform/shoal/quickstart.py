@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal import presets, samples
-from shoal.evaluation import compare
+from shoal.evaluation import compare, leave_a_core
 from shoal.on_ray import serve
 from shoal.on_ray.prepare import prepare
 from shoal.on_ray.resources import local_ray, need_disk, need_free_port
@@ -71,6 +71,7 @@ def run(root: Path, *, stay: bool, port: int, scale: float, console: Console) ->
     root.mkdir(parents=True, exist_ok=True)
     need_disk(root, DISK)
     need_free_port("127.0.0.1", port)
+    leave_a_core()
     stages: list[tuple[str, Path, Callable[[Run, Tell], None]]] = [
         ("prepare", place.data / "index.json", _prepare),
         ("pretrain", root / "pretrain" / "model" / "config.json", _pretrain),

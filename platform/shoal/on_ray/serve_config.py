@@ -78,20 +78,26 @@ def serve_config(args: ServeArgs, *, host: str = LOOPBACK, port: int = 8000) -> 
     return check_serve_config(values, "serve config")
 
 
-def load_serve_config(path: str | Path, *, port: int | None = None, **args: Any) -> ServeDeploySchema:
-    """The config in a file; `port` and `args` (fields of ServeArgs) override it, for the command line.
+def load_serve_config(
+    path: str | Path, *, host: str | None = None, port: int | None = None, **args: Any
+) -> ServeDeploySchema:
+    """The config in a file; `host`, `port` and `args` (fields of ServeArgs) override it, for the command line.
 
     Raises ConfigError naming the file and the path of the key that is unknown, missing or of a wrong value.
     """
     values = config.read_file(path)
-    checked = check_serve_config(values, str(path))
-    if port is None and not args:
-        return checked
-    values["http_options"] = {**(values.get("http_options") or {}), **({} if port is None else {"port": port})}
+    check_serve_config(values, str(path))
+    given = {key: value for key, value in {"host": host, "port": port}.items() if value is not None}
+    values["http_options"] = {**(values.get("http_options") or {}), **given}
     for application in values["applications"]:
         if application["import_path"] == IMPORT_PATH:
             application["args"] = {**(application.get("args") or {}), **args}
     return check_serve_config(values, str(path))
+
+
+def shows_page(deploy: ServeDeploySchema) -> bool:
+    """Whether a checked config puts the chat page on an application."""
+    return any(application.args.get("ui", False) for application in deploy.applications)
 
 
 def check_serve_config(values: Mapping[str, Any], where: str) -> ServeDeploySchema:

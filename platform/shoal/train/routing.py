@@ -15,7 +15,7 @@ from shoal.train.evaluate import gaps, questions
 LEAST_ROWS = 40  # half fit the weights, a quarter calibrates, a quarter tests
 
 
-def refit(directory: str | Path, heldout: str | Path, *, limit: int = 240, seed: int = 0) -> dict[str, float]:
+def refit(directory: str | Path, heldout: str | Path, *, limit: int = 160, seed: int = 0) -> dict[str, float]:
     """Fit and store the router of the model in `directory`; returns its calibration report.
 
     Of each task at most `limit` rows are taken, from the end of the file: evaluation asks from its start. Raises
