@@ -25,10 +25,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # markup would swallow what stands in brackets, the defaults
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out = Console()
 LOOPBACK, PORT = "127.0.0.1", 8000
+INTERRUPTED = 130  # exit code
 
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; made when the work is complete.")]
 ModelDir = Annotated[Path, typer.Option("--model", help="Model directory.")]
@@ -288,8 +290,10 @@ def main(args: list[str] | None = None) -> int:
         warnings.simplefilter("ignore")
         logging.getLogger().setLevel(logging.ERROR)
     try:
-        app(arguments, standalone_mode=False)
-        return 0
+        code = app(arguments, standalone_mode=False)  # typer makes Ctrl-C a 130 of its own
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        return code or 0
     except ShoalError as error:
         if debug:
             raise
@@ -299,7 +303,7 @@ def main(args: list[str] | None = None) -> int:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
         print("shoal: interrupted; finished work is kept, the same command goes on from it", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except Exception as error:
         if debug:
             raise

@@ -62,7 +62,6 @@ def test_help_says_what_each_option_is_and_what_happens_without_it(words: str) -
             assert re.search(r"\[.+\]", option.help), f"{name}: what is the default?"
 
 
-@pytest.mark.xfail(strict=True, reason="cli.py: typer.Typer(..., rich_markup_mode=None)")
 def test_what_stands_in_brackets_is_shown() -> None:
     """Help that is read as markup loses it."""
     assert cli.app.rich_markup_mode is None
@@ -165,9 +164,6 @@ def test_an_error_nobody_foresaw_is_one_line_too(
     assert code == 1 and type(error).__name__ in line and "--debug" in line
 
 
-@pytest.mark.xfail(
-    strict=True, reason="cli.py: with standalone_mode=False typer turns Ctrl-C into a returned 130, which main drops"
-)
 def test_an_interrupted_command_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,8 @@ from shoal.errors import ConfigError, DataError, UsageError
 from shoal.model import checkpoint
 from shoal.model.cost import parameters
 
+CHAT_ROWS = 16  # training lengths in an update of stages 2 and 3: chats are short, and more updates beat larger ones
+
 
 @dataclass(frozen=True)
 class FitPlan:
@@ -105,7 +107,13 @@ def pretrain_plan(preset: str, data: str, run: str, **more: Any) -> FitPlan:
 def finetune_plan(model: str, data: str, run: str, **more: Any) -> FitPlan:
     """Stage 2 from a model directory: a lower rate, all exits from the start, two passes unless told otherwise."""
     name, config = checkpoint.read_config(model)
-    train = TrainConfig(learning_rate=1e-3, weight_decay=0.01, exit_warmup=0.0, exit_weights=_exit_weights(config))
+    train = TrainConfig(
+        learning_rate=1.5e-3,
+        weight_decay=0.01,
+        batch_tokens=CHAT_ROWS * config.train_length,
+        exit_warmup=0.0,
+        exit_weights=_exit_weights(config),
+    )
     values = {"name": name, "data": data, "run": run, "init": model, **more}
     if not any(values.get(limit) for limit in ("steps", "tokens", "epochs", "minutes")):
         values["epochs"] = 2.0
@@ -116,7 +124,13 @@ def quantize_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
     """INT8 from a model directory: a short, gentle run with INT8 rounding in the forward pass, then export."""
     name, config = checkpoint.read_config(model)
     train = TrainConfig(
-        learning_rate=2e-4, warmup=0.1, decay=0.9, weight_decay=0.0, exit_warmup=0.0, exit_weights=_exit_weights(config)
+        learning_rate=2e-4,
+        warmup=0.1,
+        decay=0.9,
+        weight_decay=0.0,
+        batch_tokens=CHAT_ROWS * config.train_length,
+        exit_warmup=0.0,
+        exit_weights=_exit_weights(config),
     )
     values = {"name": f"{name}-int8", "data": data, "run": f"{out}.run", "out": out, "init": model, **more}
     if not any(values.get(limit) for limit in ("steps", "tokens", "epochs", "minutes")):
