@@ -29,4 +29,4 @@ def test_the_upload_has_what_jobs_need_and_nothing_else(package: Path) -> None:
     sent = {name for name in names if name.startswith("platform/")}
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "platform" / "shoal").rglob("*") if path.is_file()}
     assert {name for name in files if "__pycache__" not in name} <= sent
-    assert {f"jobs/{stage}.py" for stage in ("prepare", "pretrain", "finetune", "quantize")} <= set(names)
+    assert {f"jobs/{stage}.py" for stage in ("prepare", "pretrain", "finetune", "quantize", "evaluate")} <= set(names)
