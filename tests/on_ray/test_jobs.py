@@ -71,7 +71,7 @@ class Head:
 
     def stop(self) -> None:
         """End the node and what it started."""
-        self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGINT)  # as Ctrl-C; SIGTERM would wait half a minute for what still runs
         try:
             self.process.wait(timeout=20)
         except subprocess.TimeoutExpired:
