@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from shoal.data.batches import Batch
 from shoal.train.loss import LossModel, predicted_patches
-from shoal.train.parallel import Ranks, precision
+from shoal.train.parallel import Ranks, precision, release
 
 Bpb = dict[str, dict[str, float]]  # modality -> exit name -> bits a byte; nan where nothing was predicted
 
@@ -40,6 +39,5 @@ def measure(model: LossModel, batches: Mapping[str, Sequence[Batch]], ranks: Ran
         values = [value / math.log(2) / n_bytes if n_bytes else math.nan for value in nats]
         bpb[modality] = {names[e]: value for e, value in zip(model.exits, values, strict=True)}
         patch_sum, patch_count = patch_sum + patch, patch_count + patches
-    if isinstance(model, FSDPModule):
-        model.reshard()  # a forward without backward leaves the root gathered
+    release(model)
     return HeldoutReport(bpb, patch_sum / patch_count if patch_count else None)

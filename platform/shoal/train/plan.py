@@ -16,6 +16,7 @@ from shoal.data.shards import open_index
 from shoal.errors import ConfigError, DataError, UsageError
 from shoal.model import checkpoint
 from shoal.model.cost import parameters
+from shoal.train.parallel import STAYS_GATHERED
 
 CHAT_ROWS = 16  # training lengths in an update of stages 2 and 3: chats are short, and more updates beat larger ones
 
@@ -200,11 +201,12 @@ def disk_needed(plan: FitPlan) -> int:
 
 
 def memory_needed(plan: FitPlan, world: int) -> int:
-    """Bytes that one worker needs, estimated: sharded weights, gradients and moments, one gathered layer group, what
+    """Bytes that one worker needs, estimated: sharded weights, gradients and moments, what is gathered of them, what
     backward keeps of a micro-batch, and the logits of all exits."""
     c, count = plan.model, parameters(plan.model)
     sharded = 16 * count.total // world
-    gathered = 8 * (count.blocks // 4 + count.embedding)
+    whole = count.total <= STAYS_GATHERED
+    gathered = 8 * (count.total if whole else count.blocks // 4 + count.embedding)
     tokens = max(1, plan.batch_rows // (world * plan.train.accumulate)) * c.train_length
     scores = 2 * c.heads * c.train_length  # attention weights of both branches, a token
     layer = 12 * c.width + 4 * c.heads * c.head_dim + 4 * c.ffn + scores

@@ -102,7 +102,9 @@ def headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             if metric in rows:
                 a, b = (rows[metric]["values"][label] for label in (first, last))
                 if a and b:
-                    facts.append((f"{a / b if inverse else b / a:.2f}\N{MULTIPLICATION SIGN}", f"{what}: {last} beside {first}"))
+                    facts.append(
+                        (f"{a / b if inverse else b / a:.2f}\N{MULTIPLICATION SIGN}", f"{what}: {last} beside {first}")
+                    )
     if "bpb text" in rows:
         facts.append((number(rows["bpb text"]["values"][columns[-1]]), f"bits a byte of held-out text, {columns[-1]}"))
     return facts
