@@ -68,6 +68,7 @@ def render(report: Mapping[str, Any], out_html: Path) -> None:
         depth_charts=depth_charts(depth.get("rows", ())),
         sources=source_rows(report.get("corpus") or {}),
     )
+    out_html.parent.mkdir(parents=True, exist_ok=True)
     out_html.write_text(page, encoding="utf-8")
 
 
@@ -125,13 +126,13 @@ def source_rows(corpus: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The corpus table: one row a source, largest first."""
     rows = []
     for name, source in (corpus.get("sources") or {}).items():
-        license = source.get("license") or "unstated"
+        documents = source["documents"]
         rows.append({
             "name": name,
-            "license": license if isinstance(license, str) else ", ".join(sorted(license)),
-            "documents": sum(source.get("documents", {}).values()),
-            "heldout": source.get("documents", {}).get("heldout", 0),
-            "tokens": source.get("tokens", 0),
+            "license": ", ".join(source["licenses"]),
+            "documents": sum(documents.values()),
+            "heldout": documents["heldout"],
+            "tokens": source["tokens"],
         })  # fmt: skip
     return sorted(rows, key=lambda row: -row["tokens"])
 

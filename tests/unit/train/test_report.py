@@ -40,7 +40,7 @@ def full() -> dict[str, Any]:
         "stages": [stage(f"pretrain {EVIL}", [5.0, 4.0, 3.0])],
         "samples": [sample, {**sample, "image": "https://example.org/x.png"}],
         "corpus": {
-            "sources": {f"docs {EVIL}": {"license": EVIL, "documents": {"train": 5, "heldout": 1}, "tokens": 70}},
+            "sources": {f"docs {EVIL}": {"licenses": [EVIL], "documents": {"train": 5, "heldout": 1}, "tokens": 70}},
             "drops": {"clean": {EVIL: 3}},
             "mix": {"text": 1.0},
         },
@@ -48,8 +48,8 @@ def full() -> dict[str, Any]:
 
 
 def rendered(values: dict[str, Any], folder: Path) -> str:
-    report.render(values, folder / "report.html")
-    return (folder / "report.html").read_text(encoding="utf-8")
+    report.render(values, folder / "new" / "report.html")
+    return (folder / "new" / "report.html").read_text(encoding="utf-8")
 
 
 class Page(HTMLParser):
