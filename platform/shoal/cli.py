@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # markup would swallow what stands in brackets, the defaults
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
+out = Console(width=None if sys.stdout.isatty() else 110)
 LOOPBACK, PORT = "127.0.0.1", 8000
 INTERRUPTED = 130  # exit code
 
@@ -64,10 +64,12 @@ def prepare(
     source: Annotated[
         list[str] | None, typer.Option(help="NAME=URI of a folder or file; repeat. [the demo corpus]")
     ] = None,
-    mix: Annotated[str, typer.Option(help="Shares by token.")] = "text=60,image=20,code=20",
-    preset: Preset = "tiny",
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON with any of: source, mix, preset, seed.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of split, order and packing.")] = 0,
+    mix: Annotated[str | None, typer.Option(help="Shares by token [text=60,image=20,code=20].")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"One of: {', '.join(presets.NAMES)} [tiny].")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON with any of: source, mix, preset, seed; options override it.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of split, order and packing [0].")] = None,
     as_json: Json = False,
 ) -> None:
     """Raw text, code and images to packed shards, with a tokenizer and a report."""
@@ -75,13 +77,15 @@ def prepare(
     from shoal.on_ray.resources import local_ray
     from shoal.progress import progress
 
-    options: dict[str, Any] = {"source": source or [], "mix": mix, "preset": preset, "seed": seed}
-    if config is not None:
-        options |= _known(config, options)
+    options: dict[str, Any] = {"source": [], "mix": "text=60,image=20,code=20", "preset": "tiny", "seed": 0}
+    options |= _known(config, options) if config is not None else {}
+    given = {"source": source, "mix": mix, "preset": preset, "seed": seed}
+    options |= {key: value for key, value in given.items() if value is not None}
+    named = [options["source"]] if isinstance(options["source"], str) else options["source"]
     with local_ray(), progress("prepare") as tell:
         report = run(
             out_dir,
-            sources=[_source(text) for text in options["source"]] or None,
+            sources=[_source(text) for text in named] or None,
             mix=_mix(options["mix"]),
             preset=presets.get(options["preset"]),
             seed=options["seed"],
@@ -135,8 +139,11 @@ def finetune(
 @app.command()
 def quantize(
     model: ModelDir,
-    data: Annotated[Path, typer.Option(help="JSONL of chats, or a directory of shards, to train on.")],
     out_dir: Out,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of chats, or a directory of shards, to train on [needed unless --no-train]."),
+    ] = None,
     heldout: Heldout = None,
     train: Annotated[bool, typer.Option(help="Train with INT8 rounding; --no-train only rounds.")] = True,
     minutes: Minutes = None,
@@ -146,15 +153,20 @@ def quantize(
 ) -> None:
     """INT8: a short quantisation-aware training [100 updates], then export."""
     from shoal.model.model import Model
+    from shoal.train import routing
     from shoal.train.plan import quantize_plan
 
     if train:
-        _fit(
-            quantize_plan(str(model), str(data), str(out_dir), minutes=minutes, steps=steps), workers, as_json, heldout
-        )
+        if data is None:
+            raise UsageError("what to train on", do="give --data, or --no-train")
+        plan = quantize_plan(str(model), str(data), str(out_dir), minutes=minutes, steps=steps)
+        _fit(plan, workers, as_json, heldout)
         return
     Model.load(model).quantized().save(out_dir)
-    _print({"out": str(out_dir)}, as_json, f"model in {out_dir}")
+    report: dict[str, Any] = {"out": str(out_dir)}
+    if heldout is not None:
+        report["router"] = routing.refit(out_dir, heldout)
+    _print(report, as_json, f"model in {out_dir}")
 
 
 @app.command()

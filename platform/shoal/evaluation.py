@@ -194,6 +194,16 @@ def weaknesses(rows: list[dict[str, Any]], by_depth: list[dict[str, Any]]) -> li
             said.append(f"{value:.0%} of the generated functions parse; none is claimed to be right.")
         if row["metric"] == "easy-vqa exact match" and value < row["beside"]["majority answer"] + 0.1:
             said.append(f"easy-vqa exact match {value:.1%} is not well above the majority answer.")
+        if (
+            row["unit"] == "tokens/s"
+            and len(values) > 1
+            and (last := list(values)[-1]) != label
+            and values[last] < value
+        ):
+            said.append(
+                f"{row['metric']}: {last} is slower than {label} ({values[last]:.0f} and {value:.0f} tokens/s): "
+                "on matrices this small, rounding the activations costs more than INT8 saves."
+            )
     shallow, full = by_depth[0], by_depth[-2]
     if shallow["bpb text"] - full["bpb text"] < 0.02:
         said.append("Depth hardly matters yet: the shallow exit is within 0.02 bits per byte of full depth on text.")

@@ -54,11 +54,14 @@ def ask(url: str, data: Path) -> list[Sample]:
 
 
 def show(sample: Sample, console: Console) -> None:
-    """The sample as a few lines."""
+    """The sample as three lines."""
     seen = f"  ({_size(sample.image)} image)" if sample.image else ""
-    console.print(f"  {sample.kind:5s} > {_short(sample.question)}{seen}", markup=False, highlight=False)
-    console.print(f"        < {_short(sample.answer)}", markup=False, highlight=False)
-    console.print(f"          depth {sample.depth}, {sample.tokens_per_s:.0f} tokens/s", markup=False, highlight=False)
+    for line in (
+        f"  {sample.kind:5s} > {_short(sample.question)}{seen}",
+        f"        < {_short(sample.answer)}",
+        f"          depth {sample.depth}, {sample.tokens_per_s:.0f} tokens/s",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _ask(client: Any, model: str, kind: str, messages: list[dict[str, Any]]) -> Sample:

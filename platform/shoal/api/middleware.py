@@ -21,7 +21,15 @@ from shoal.errors import RequestError
 
 log = logging.getLogger("shoal.api")
 
-OPEN_PATHS = ("/health", "/ready", "/version", "/metrics", "/openapi.json", "/ui", "/favicon.ico")  # need no key; all else does
+OPEN_PATHS = (
+    "/health",
+    "/ready",
+    "/version",
+    "/metrics",
+    "/openapi.json",
+    "/ui",
+    "/favicon.ico",
+)  # need no key; all else does
 DISCARD_TIMES, DISCARD_SECONDS = 4, 10.0  # how much of a refused body is read, in limits, and for how long
 
 Failed = Callable[[Exception], ASGIApp]

@@ -156,13 +156,11 @@ class Model:
         return answer
 
     def quantized(self) -> Model:
-        """The INT8 twin of this model (weights rounded as they are)."""
+        """The INT8 twin of this model: weights rounded as they are, and no router, since this one's bounds would not hold."""
         from shoal.model.quant import export_int8
 
         config = dataclasses.replace(self.config, quantization="w8a8")
         with torch.device("meta"):
             net = Net(config)
         net.load_state_dict(export_int8(self.net), assign=True)
-        return Model(
-            config, net, self.tokenizer, name=f"{self.name}-int8", chat_template=self.chat_template, router=self.router
-        )
+        return Model(config, net, self.tokenizer, name=f"{self.name}-int8", chat_template=self.chat_template)

@@ -214,9 +214,9 @@ def _report(index: Index, packed: Packed, chats: dict[str, dict[str, int]], seco
         return {split: {m: n for m in MODALITIES if (n := index.total(what, split, m))} for split in SPLITS}
 
     sources: dict[str, dict[str, Any]] = {}
-    for (_, _, source, license), count in sorted(packed.documents.items()):
-        of = sources.setdefault(source, {"licenses": [], "documents": 0, "tokens": 0})
-        of["documents"] += count
+    for (split, _, source, license), count in sorted(packed.documents.items()):
+        of = sources.setdefault(source, {"licenses": [], "documents": dict.fromkeys(SPLITS, 0), "tokens": 0})
+        of["documents"][split] += count
         of["licenses"] = sorted({*of["licenses"], license})
     for shard in index.shards:
         for source, tokens in shard.sources.items():

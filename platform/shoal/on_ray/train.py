@@ -38,6 +38,8 @@ RAY_SETTINGS = {  # defaults of ours, which the environment may change
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray's own 2 are felt on short runs
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",  # Ray's own 60 are too few for two busy cores
 }
+# glibc gives large blocks back to the system and faults them in again at every step: kept, `tiny` trains 6 to 13 % faster
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
 def train(
@@ -111,7 +113,7 @@ def _trainer(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, max_failur
             storage_path=plan.run,
             name=CHECKPOINTS,  # where CheckpointStore writes: Ray refuses to be told of checkpoints elsewhere
             failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=STARTS),  # type: ignore[call-arg]
-            worker_runtime_env={"env_vars": worker_env()},
+            worker_runtime_env={"env_vars": worker_env() | KEEP_MEMORY},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
