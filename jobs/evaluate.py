@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from shoal.errors import ShoalError
-from shoal.evaluation import compare
+from shoal.evaluation import compare, leave_a_core
 from shoal.progress import progress
 from shoal.quickstart import print_tables, write_report
 
@@ -35,6 +35,7 @@ def main() -> int:
     if options.against is not None:
         same = options.against.name == options.model.name
         models[str(options.against) if same else options.against.name] = options.against
+    leave_a_core()
     try:
         with progress("evaluate") as tell:
             report = compare(models, options.data, on_progress=tell)

@@ -41,7 +41,10 @@ Tokens = Annotated[int | None, typer.Option(help="Stop after this many tokens.")
 Workers = Annotated[int, typer.Option(help="Training workers, one process each.")]
 Accumulate = Annotated[int | None, typer.Option(help="Micro-batches a worker merges into an update [preset's].")]
 Resume = Annotated[str, typer.Option(help="auto: go on from the run's newest checkpoint; never: start anew.")]
-Heldout = Annotated[Path | None, typer.Option(help="Held-out chats (JSONL) to fit the depth router on. [no router]")]
+Heldout = Annotated[
+    Path | None,
+    typer.Option(help="Held-out chats (JSONL): measured on, and the depth router is fitted on them. [no router]"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
 
@@ -132,7 +135,8 @@ def finetune(
     from shoal.train.plan import finetune_plan
 
     limits = {"minutes": minutes, "tokens": tokens, "steps": steps, "accumulate": accumulate, "resume": resume}
-    plan = finetune_plan(str(model), str(data), str(run), **limits)
+    measured = {"heldout": str(heldout)} if heldout else {}
+    plan = finetune_plan(str(model), str(data), str(run), **measured, **limits)
     _fit(plan, workers, as_json, heldout)
 
 
@@ -159,7 +163,8 @@ def quantize(
     if train:
         if data is None:
             raise UsageError("what to train on", do="give --data, or --no-train")
-        plan = quantize_plan(str(model), str(data), str(out_dir), minutes=minutes, steps=steps)
+        measured = {"heldout": str(heldout)} if heldout else {}
+        plan = quantize_plan(str(model), str(data), str(out_dir), minutes=minutes, steps=steps, **measured)
         _fit(plan, workers, as_json, heldout)
         return
     Model.load(model).quantized().save(out_dir)

@@ -22,7 +22,7 @@ from shoal import presets, samples
 from shoal.evaluation import compare, leave_a_core
 from shoal.on_ray import serve
 from shoal.on_ray.prepare import prepare
-from shoal.on_ray.resources import local_ray, need_disk, need_free_port
+from shoal.on_ray.resources import local_ray, need_disk, need_free_port, need_memory
 from shoal.on_ray.serve_config import load_serve_config
 from shoal.on_ray.train import train
 from shoal.progress import Tell, duration, progress
@@ -36,6 +36,7 @@ MINUTES = {"pretrain": 4.5, "finetune": 3.5, "quantize": 1.0}
 WORKERS = 2
 SERVE_CONFIG = Path("serve_configs/local.yaml")
 DISK = 2 * 2**30  # bytes: shards, checkpoints and two models of this size, with room to spare
+MEMORY = 4 * 2**30  # bytes: what Ray, its helpers and two training workers took together
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,16 @@ class Run:
         return self.root / "model-int8"
 
     @property
+    def chats(self) -> Path:
+        """What is fine-tuned on."""
+        return self.data / "sft-train.jsonl"
+
+    @property
+    def asked(self) -> Path:
+        """Held-out chats: what the router is fitted on and the models are asked."""
+        return self.data / "sft-heldout.jsonl"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.json"
 
@@ -70,6 +81,7 @@ def run(root: Path, *, stay: bool, port: int, scale: float, console: Console) ->
     place, began = Run(root, scale), time.monotonic()
     root.mkdir(parents=True, exist_ok=True)
     need_disk(root, DISK)
+    need_memory(MEMORY)
     need_free_port("127.0.0.1", port)
     leave_a_core()
     stages: list[tuple[str, Path, Callable[[Run, Tell], None]]] = [
@@ -104,21 +116,20 @@ def _pretrain(place: Run, tell: Tell) -> None:
 
 def _finetune(place: Run, tell: Tell) -> None:
     if not (place.model / "config.json").exists():
-        base, rows = place.metrics("pretrain") / "model", place.data / "sft-train.jsonl"
+        base, run_dir, out = str(place.metrics("pretrain") / "model"), str(place.metrics("finetune")), str(place.model)
         budget = _budget(place, "finetune")
-        plan = finetune_plan(str(base), str(rows), str(place.metrics("finetune")), out=str(place.model), **budget)
-        _fit(plan, tell)
+        _fit(finetune_plan(base, str(place.chats), run_dir, out=out, heldout=str(place.asked), **budget), tell)
     tell("router", 0, 0)
-    routing.refit(place.model, place.data / "sft-heldout.jsonl")
+    routing.refit(place.model, place.asked)
 
 
 def _quantize(place: Run, tell: Tell) -> None:
     if not (place.int8 / "config.json").exists():
-        rows, run_dir = place.data / "sft-train.jsonl", str(place.metrics("quantize"))
+        base, run_dir, out = str(place.model), str(place.metrics("quantize")), str(place.int8)
         budget = _budget(place, "quantize")
-        _fit(quantize_plan(str(place.model), str(rows), str(place.int8), run=run_dir, **budget), tell)
+        _fit(quantize_plan(base, str(place.chats), out, run=run_dir, heldout=str(place.asked), **budget), tell)
     tell("router", 0, 0)
-    routing.refit(place.int8, place.data / "sft-heldout.jsonl")
+    routing.refit(place.int8, place.asked)
 
 
 def _evaluate(place: Run, tell: Tell) -> None:
