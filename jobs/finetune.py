@@ -38,6 +38,7 @@ def main() -> int:
     add("--resume", choices=("auto", "never"), default="auto", help="never: begin again (default auto)")
     add("--workers", type=int, default=1, help="processes that train together (default 1)")
     add("--cpus-per-worker", type=float, default=1.0, help="logical CPUs that each reserves (default 1)")
+    add("--replay", help="folder of shards to go back to now and then, against forgetting")
     add("--heldout", help="held-out .jsonl of chats: measured on, and the depth router is fitted to it")
     options = vars(parser.parse_args())
     workers, cpus = options.pop("workers"), options.pop("cpus_per_worker")

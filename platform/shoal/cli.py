@@ -45,6 +45,9 @@ Heldout = Annotated[
     Path | None,
     typer.Option(help="Held-out chats (JSONL): measured on, and the depth router is fitted on them. [no router]"),
 ]
+Replay = Annotated[
+    Path | None, typer.Option(help="Directory of shards to go back to now and then, against forgetting. [none]")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
 
@@ -123,6 +126,7 @@ def finetune(
     data: Annotated[Path, typer.Option(help='JSONL of {"messages": [{"role", "content"}, ...]}.')],
     run: Annotated[Path, typer.Option("--out", help="Directory of the run; the model is written to OUT/model.")],
     heldout: Heldout = None,
+    replay: Replay = None,
     minutes: Minutes = None,
     tokens: Tokens = None,
     steps: Steps = None,
@@ -135,8 +139,7 @@ def finetune(
     from shoal.train.plan import finetune_plan
 
     limits = {"minutes": minutes, "tokens": tokens, "steps": steps, "accumulate": accumulate, "resume": resume}
-    measured = {"heldout": str(heldout)} if heldout else {}
-    plan = finetune_plan(str(model), str(data), str(run), **measured, **limits)
+    plan = finetune_plan(str(model), str(data), str(run), **_chats(heldout, replay), **limits)
     _fit(plan, workers, as_json, heldout)
 
 
@@ -149,6 +152,7 @@ def quantize(
         typer.Option(help="JSONL of chats, or a directory of shards, to train on [needed unless --no-train]."),
     ] = None,
     heldout: Heldout = None,
+    replay: Replay = None,
     train: Annotated[bool, typer.Option(help="Train with INT8 rounding; --no-train only rounds.")] = True,
     minutes: Minutes = None,
     steps: Steps = None,
@@ -163,8 +167,8 @@ def quantize(
     if train:
         if data is None:
             raise UsageError("what to train on", do="give --data, or --no-train")
-        measured = {"heldout": str(heldout)} if heldout else {}
-        plan = quantize_plan(str(model), str(data), str(out_dir), minutes=minutes, steps=steps, **measured)
+        limits = {"minutes": minutes, "steps": steps}
+        plan = quantize_plan(str(model), str(data), str(out_dir), **_chats(heldout, replay), **limits)
         _fit(plan, workers, as_json, heldout)
         return
     Model.load(model).quantized().save(out_dir)
@@ -344,6 +348,11 @@ def _fit(plan: Any, workers: int, as_json: bool, heldout: Path | None = None) ->
     if heldout is not None:
         report["router"] = routing.refit(result.out, heldout)
     _print(report, as_json, f"model in {result.out}")
+
+
+def _chats(heldout: Path | None, replay: Path | None) -> dict[str, str]:
+    """What a run on chats measures itself on and goes back to, where given."""
+    return {key: str(path) for key, path in {"heldout": heldout, "replay": replay}.items() if path is not None}
 
 
 def _serve_here(model: Path, name: str | None, host: str, port: int, api_keys: Path | None, page: bool) -> None:

@@ -32,7 +32,7 @@ from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan, quantize_pla
 
 PRESET = "tiny"
 MIX = {"text": 0.6, "image": 0.2, "code": 0.2}
-MINUTES = {"pretrain": 4.5, "finetune": 3.5, "quantize": 1.0}
+MINUTES = {"pretrain": 4.5, "finetune": 4.5, "quantize": 1.0}
 WORKERS = 2
 SERVE_CONFIG = Path("serve_configs/local.yaml")
 DISK = 2 * 2**30  # bytes: shards, checkpoints and two models of this size, with room to spare
@@ -118,7 +118,7 @@ def _finetune(place: Run, tell: Tell) -> None:
     if not (place.model / "config.json").exists():
         base, run_dir, out = str(place.metrics("pretrain") / "model"), str(place.metrics("finetune")), str(place.model)
         budget = _budget(place, "finetune")
-        _fit(finetune_plan(base, str(place.chats), run_dir, out=out, heldout=str(place.asked), **budget), tell)
+        _fit(finetune_plan(base, str(place.chats), run_dir, out=out, **_chats(place), **budget), tell)
     tell("router", 0, 0)
     routing.refit(place.model, place.asked)
 
@@ -127,7 +127,7 @@ def _quantize(place: Run, tell: Tell) -> None:
     if not (place.int8 / "config.json").exists():
         base, run_dir, out = str(place.model), str(place.metrics("quantize")), str(place.int8)
         budget = _budget(place, "quantize")
-        _fit(quantize_plan(base, str(place.chats), out, run=run_dir, heldout=str(place.asked), **budget), tell)
+        _fit(quantize_plan(base, str(place.chats), out, run=run_dir, **_chats(place), **budget), tell)
     tell("router", 0, 0)
     routing.refit(place.int8, place.asked)
 
@@ -138,6 +138,11 @@ def _evaluate(place: Run, tell: Tell) -> None:
     report["weak"] += still_learning(stages[0])
     corpus = json.loads((place.data / "report.json").read_text(encoding="utf-8"))
     write_report(place.report, {"title": f"Quickstart, preset {PRESET}", "corpus": corpus, "stages": stages, **report})
+
+
+def _chats(place: Run) -> dict[str, str]:
+    """What both runs on chats measure themselves on and go back to."""
+    return {"heldout": str(place.asked), "replay": str(place.data)}
 
 
 def _budget(place: Run, stage: str) -> dict[str, float]:

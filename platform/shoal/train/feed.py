@@ -1,8 +1,8 @@
 """What a run reads: this rank's micro-batches of any step, and the held-out rows it is measured on.
 
 Two kinds of data, told apart by the path: a folder of shards (packed rows, mixed by modality) and a ``.jsonl`` of chats (groups
-of similar length, loss on the answers only). Either way a batch is a pure function of seed and step, so a run resumes from
-one integer.
+of similar length, loss on the answers only), with updates from shards in between when the plan has a replay. Either way a
+batch is a pure function of seed and step, so a run resumes from one integer.
 """
 
 from __future__ import annotations
@@ -25,13 +25,31 @@ from shoal.train.plan import FitPlan
 
 EVAL_ROWS = 8  # rows of one held-out micro-batch
 EVAL_TOKENS = 4096  # a held-out micro-batch of chats, padding included
+REPLAY_EVERY = 4  # updates of a run with replay, the last of which reads packed rows
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Chats, and every `REPLAY_EVERY`-th update packed rows: without them, what pretraining taught is forgotten."""
+
+    chats: ChatBatches
+    rows: PretrainBatches
+
+    @property
+    def steps_in_epoch(self) -> int:
+        """Updates that read all chats once."""
+        return -(-self.chats.steps_in_epoch * REPLAY_EVERY // (REPLAY_EVERY - 1))
+
+    def at(self, step: int) -> list[Batch]:
+        rounds, place = divmod(step, REPLAY_EVERY)
+        return self.rows.at(rounds) if place == REPLAY_EVERY - 1 else self.chats.at(step - rounds)
 
 
 @dataclass(frozen=True)
 class Feed:
     """The data of one run, as one rank sees it."""
 
-    batches: PretrainBatches | ChatBatches
+    batches: PretrainBatches | ChatBatches | Replay
     batch_samples: int  # samples of a global batch: rows of shards, groups of chats
     heldout: Mapping[str, list[Batch]]  # modality -> this rank's micro-batches, as many on every rank
 
@@ -52,7 +70,14 @@ class Feed:
 def open_feed(plan: FitPlan, tokenizer: Tokenizer, template: str, ranks: Ranks) -> Feed:
     """The plan's data for this rank. Raises DataError when it cannot be used with this model and `tokenizer`, ConfigError
     when the global batch does not divide over the ranks."""
-    return _shards(plan, tokenizer, ranks) if Path(plan.data).is_dir() else _chats(plan, tokenizer, template, ranks)
+    if Path(plan.data).is_dir():
+        return _shards(plan, plan.data, tokenizer, ranks)
+    chats = _chats(plan, tokenizer, template, ranks)
+    if not plan.replay:
+        return chats
+    rows = _shards(plan, plan.replay, tokenizer, ranks)
+    assert isinstance(chats.batches, ChatBatches) and isinstance(rows.batches, PretrainBatches)
+    return Feed(Replay(chats.batches, rows.batches), chats.batch_samples, {**chats.heldout, **rows.heldout})
 
 
 def shard_tokenizer(data: str | Path) -> Tokenizer:
@@ -63,9 +88,9 @@ def shard_tokenizer(data: str | Path) -> Tokenizer:
     return Tokenizer.load(path)
 
 
-def _shards(plan: FitPlan, tokenizer: Tokenizer, ranks: Ranks) -> Feed:
+def _shards(plan: FitPlan, data: str, tokenizer: Tokenizer, ranks: Ranks) -> Feed:
     batches = PretrainBatches(
-        plan.data,
+        data,
         mix=plan.mix,
         seed=plan.train.seed,
         batch_rows=plan.batch_rows,
@@ -76,14 +101,12 @@ def _shards(plan: FitPlan, tokenizer: Tokenizer, ranks: Ranks) -> Feed:
     )
     index = batches.index
     if index.tokenizer_sha256 != tokenizer.sha256:
-        raise DataError(
-            f"{plan.data} was made with another tokenizer than the model's", do="prepare it with the model's"
-        )
+        raise DataError(f"{data} was made with another tokenizer than the model's", do="prepare it with the model's")
     for what in ("patch", "image_size"):
         if getattr(index, what) != getattr(plan.model, what):
-            raise DataError(f"{plan.data}: {what}", got=getattr(index, what), allowed=getattr(plan.model, what))
+            raise DataError(f"{data}: {what}", got=getattr(index, what), allowed=getattr(plan.model, what))
     heldout: dict[str, list[Batch]] = {
-        modality: _dealt(heldout_batches(plan.data, modality, EVAL_ROWS, limit=plan.eval_rows), ranks)
+        modality: _dealt(heldout_batches(data, modality, EVAL_ROWS, limit=plan.eval_rows), ranks)
         for modality in MODALITIES
         if index.total("rows", "heldout", modality)
     }

@@ -36,6 +36,7 @@ class FitPlan:
     tokens: int | None = None  # padding included
     epochs: float | None = None  # passes over the data
     minutes: float | None = None  # of wall clock, evaluations included, start-up left out
+    replay: str = ""  # folder of shards that a run on chats goes back to now and then, against forgetting
     heldout: str = ""  # .jsonl of chats to measure a fine-tuning run on; shards bring their own held-out rows
     mix: Mapping[str, float] | None = None  # share of each modality by token; default: what the shards were made for
     quantize: bool = False  # train with INT8 rounding in the forward pass, and write the INT8 model
@@ -94,6 +95,7 @@ class FitPlan:
             "model": dump(self.model),
             "train": train,
             "data_sha256": fingerprint(self.data),
+            "replay_sha256": fingerprint(self.replay) if self.replay else None,
             "mix": dict(self.mix) if self.mix is not None else None,
             "quantize": self.quantize,
         }
@@ -156,24 +158,30 @@ def check(plan: FitPlan, workers: int) -> None:
     """Refuse, before any worker starts, a plan that could not be followed: DataError when the data is missing, too short or
     made for another model, ConfigError when the batch does not divide."""
     if Path(plan.data).is_dir():
-        _check_shards(plan, workers)
+        if plan.replay:
+            raise ConfigError(
+                "replay", got=plan.replay, allowed="a run on chats", do="leave it out: the data are shards"
+            )
+        _check_shards(plan, plan.data, workers)
     else:
         _check_chats(plan, workers)
+        if plan.replay:
+            _check_shards(plan, plan.replay, workers)
 
 
-def _check_shards(plan: FitPlan, workers: int) -> None:
+def _check_shards(plan: FitPlan, data: str, workers: int) -> None:
     plan.micro_rows(workers)
-    index = open_index(plan.data, length=plan.model.train_length)
+    index = open_index(data, length=plan.model.train_length)
     if index.vocab > plan.model.vocab:
-        raise DataError(f"{plan.data}: vocabulary", got=index.vocab, allowed=f"at most {plan.model.vocab}, the model's")
+        raise DataError(f"{data}: vocabulary", got=index.vocab, allowed=f"at most {plan.model.vocab}, the model's")
     shares = plan.mix if plan.mix is not None else index.mix
     rows = {name: index.total("rows", "train", name) for name, share in shares.items() if share > 0}
     empty = [name for name, count in rows.items() if not count]
     if empty:
-        raise DataError(f"{plan.data} has no rows of {empty[0]}", got=dict(shares), do="leave it out of the mix")
+        raise DataError(f"{data} has no rows of {empty[0]}", got=dict(shares), do="leave it out of the mix")
     if sum(rows.values()) < plan.batch_rows:
         raise DataError(
-            f"{plan.data} is too short for one update",
+            f"{data} is too short for one update",
             got=f"{sum(rows.values())} rows of {index.length} tokens",
             allowed=f"{plan.batch_rows} or more",
             do=f"add data, or lower train.batch_tokens (now {plan.train.batch_tokens})",

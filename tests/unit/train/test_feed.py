@@ -11,7 +11,7 @@ from shoal.data.batches import Batch
 from shoal.errors import ConfigError, DataError, UsageError
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.train.feed import open_feed, shard_tokenizer
+from shoal.train.feed import REPLAY_EVERY, open_feed, shard_tokenizer
 from shoal.train.parallel import Ranks
 from shoal.train.plan import FitPlan, check, disk_needed, memory_needed, pretrain_plan, progress
 from tests.corpus import write_chats, write_corpus
@@ -147,3 +147,20 @@ def test_memory_falls_with_workers_and_disk_grows_with_checkpoints() -> None:
     assert memory_needed(mini, 4) < memory_needed(mini, 1)
     longer = replace(mini, keep=mini.keep + 1)
     assert disk_needed(longer) > disk_needed(mini) > 3 * 3 * 4 * 4.5e6
+
+
+def test_replay_puts_packed_rows_between_the_chats(shards: Path, chats: Path) -> None:
+    tokenizer, ranks = shard_tokenizer(shards), Ranks(0, 1, CPU)
+    mixed = plan(chats, replay=str(shards))
+    feed = open_feed(mixed, tokenizer, DEFAULT_TEMPLATE, ranks)
+    only_chats = open_feed(plan(chats), tokenizer, DEFAULT_TEMPLATE, ranks)
+    only_rows = open_feed(plan(shards), tokenizer, DEFAULT_TEMPLATE, ranks)
+    read = [rows(feed.at(step)) for step in range(2 * REPLAY_EVERY)]
+    chat, packed = (iter([rows(other.at(step)) for step in range(8)]) for other in (only_chats, only_rows))
+    assert read == [next(packed if step % REPLAY_EVERY == REPLAY_EVERY - 1 else chat) for step in range(len(read))]
+    assert {"text", "code", "image"} <= set(feed.heldout)
+    assert feed.steps_in_epoch > only_chats.steps_in_epoch
+    check(mixed, 1)
+    assert mixed.identity() != plan(chats).identity()
+    with pytest.raises(ConfigError, match="replay"):
+        check(plan(shards, replay=str(shards)), 1)
