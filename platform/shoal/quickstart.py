@@ -32,7 +32,7 @@ from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan, quantize_pla
 
 PRESET = "tiny"
 MIX = {"text": 0.6, "image": 0.2, "code": 0.2}
-MINUTES = {"pretrain": 4.5, "finetune": 4.5, "quantize": 1.0}
+MINUTES = {"pretrain": 4.5, "finetune": 4.0, "quantize": 1.0}
 WORKERS = 2
 SERVE_CONFIG = Path("serve_configs/local.yaml")
 DISK = 2 * 2**30  # bytes: shards, checkpoints and two models of this size, with room to spare
