@@ -54,8 +54,8 @@ def talk(page: Page, url: str, messages: list[str], depths: list[str]) -> None:
     if not messages:
         page.get_by_text("Image question").click()
         answered(page, 0)
-        messages = ["Where is my kettle?"]
-        depths = depths or ["shallow"]
+        messages = ["what shape is present?"]
+        depths = depths or ["auto"]
     before = page.locator(".facts").count()
     for number, message in enumerate(messages):
         if number < len(depths):

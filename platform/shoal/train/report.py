@@ -138,12 +138,18 @@ def source_rows(corpus: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def stage_charts(stage: Mapping[str, Any]) -> list[Chart]:
-    """Loss and bits a byte of one training run over its updates."""
+    """Loss and bits a byte of one training run over its updates, as trained on and as held out."""
     charts = []
     for key, title in (("loss", "training loss, nats a target"), ("bpb", "training bits a byte, full depth")):
         points = [(float(m["step"]), m[key]) for m in stage.get("metrics", ()) if _finite(m.get(key))]
         if len(points) >= 2:
             charts.append(chart(title, "update", {"raw": ("faint", points), "smoothed": ("line", _smooth(points))}))
+    measured = stage.get("heldout", ())
+    for modality in ("text", "code"):
+        points = [(float(m["step"]), m[modality]) for m in measured if _finite(m.get(modality))]
+        if len(points) >= 2:
+            title = f"held-out {modality}, bits a byte, full depth"
+            charts.append(chart(title, "update", {"line": ("line", points), "measured": ("marks", points)}))
     return charts
 
 
