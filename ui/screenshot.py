@@ -16,14 +16,16 @@ from playwright.sync_api import Error, Page, sync_playwright
 
 COLOURS = 128  # of the picture's palette: enough for a page, and a third of the size
 MILLISECONDS = 60_000  # for each step
+ASKED = ["For how long is my kettle guaranteed?", "The chair you sent me is broken."]
+DEPTHS = ["full", "auto"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Takes a picture of the chat page.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the service runs, without /ui")
     parser.add_argument("--out", type=Path, default=Path("docs/images/chat.png"))
-    parser.add_argument("--ask", action="append", help="a message; repeat [the examples of the page]")
-    parser.add_argument("--depth", action="append", help="exit name for each message in turn [auto]")
+    parser.add_argument("--ask", action="append", help="a message; repeat [two of a customer]")
+    parser.add_argument("--depth", action="append", help="depth for each message in turn [full, then auto]")
     given = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
@@ -34,7 +36,7 @@ def main() -> int:
         page = browser.new_page(viewport={"width": 1180, "height": 720}, device_scale_factor=1)
         page.set_default_timeout(MILLISECONDS)
         try:
-            talk(page, given.url, given.ask or [], given.depth or [])
+            talk(page, given.url, given.ask or ASKED, given.depth or DEPTHS)
             picture = page.screenshot()
         except Error as error:
             print(f"the page at {given.url}/ui: {error.message.splitlines()[0]}", file=sys.stderr)
@@ -48,21 +50,15 @@ def main() -> int:
 
 
 def talk(page: Page, url: str, messages: list[str], depths: list[str]) -> None:
-    """Sends `messages` one after the other, each at its depth, and waits for each answer; without any, two examples."""
+    """Sends `messages` one after the other, each at its depth, and waits for each answer."""
     page.goto(f"{url}/ui")
     page.get_by_text("tokens of context").wait_for()
-    if not messages:
-        page.get_by_text("Image question").click()
-        answered(page, 0)
-        messages = ["what shape is present?"]
-        depths = depths or ["auto"]
-    before = page.locator(".facts").count()
     for number, message in enumerate(messages):
         if number < len(depths):
             page.get_by_label(f"{depths[number]},").check()
         page.locator("textarea").fill(message)
         page.keyboard.press("Enter")
-        answered(page, before + number)
+        answered(page, number)
     page.wait_for_timeout(500)  # the page scrolls to the answer
 
 
