@@ -79,10 +79,10 @@ class Run:
 def run(root: Path, *, stay: bool, port: int, scale: float, console: Console) -> None:
     """Do what is missing under `root`, print the tables, ask three sample questions; with `stay`, serve until Ctrl-C."""
     place, began = Run(root, scale), time.monotonic()
-    root.mkdir(parents=True, exist_ok=True)
     need_disk(root, DISK)
     need_memory(MEMORY)
     need_free_port("127.0.0.1", port)
+    root.mkdir(parents=True, exist_ok=True)
     leave_a_core()
     stages: list[tuple[str, Path, Callable[[Run, Tell], None]]] = [
         ("prepare", place.data / "index.json", _prepare),
