@@ -22,8 +22,8 @@ from shoal.api.auth import ApiKeys
 from shoal.api.page import chat_page
 from shoal.api.served import ServedModel
 from shoal.api.server import serving
-from shoal.engine.engine import AsyncEngine
 from shoal.engine.events import Event
+from shoal.engine.front import AsyncEngine
 from shoal.inputs.chat import Encoded
 
 pytestmark = pytest.mark.browser

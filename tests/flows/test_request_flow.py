@@ -31,7 +31,7 @@ from shoal.api.auth import ApiKeys
 from shoal.api.requests import Limits
 from shoal.api.served import ServedModel
 from shoal.api.server import serving
-from shoal.engine.engine import AsyncEngine
+from shoal.engine.front import AsyncEngine
 from shoal.errors import ResourceError
 from shoal.inputs.chat import encode_chat
 

@@ -38,7 +38,8 @@ def run_local(
     """
     import torch
 
-    from shoal.engine.engine import AsyncEngine, Engine
+    from shoal.engine.engine import Engine
+    from shoal.engine.front import AsyncEngine
     from shoal.model.model import Model
 
     keys = ApiKeys.load(api_keys)

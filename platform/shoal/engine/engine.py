@@ -3,7 +3,7 @@
     engine = Engine(model)
     answers = engine.generate([Request("def f(", Sampling(max_tokens=32))])
 
-`AsyncEngine` runs one in a thread of its own behind asyncio. Whatever happens (a forward that raises, logits that are not
+`front.AsyncEngine` runs one in a thread of its own behind asyncio. Whatever happens (a forward that raises, logits that are not
 finite, a cancelled or too slow request), every admitted request ends in exactly one `Finished`, and its units return to
 the pool.
 """
@@ -20,7 +20,6 @@ import torch
 
 from shoal.config import GROUPS, ModelConfig
 from shoal.engine.events import Completion, Event, Finished, Request, Token
-from shoal.engine.front import AsyncEngine as AsyncEngine
 from shoal.engine.pages import Pages
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import Scheduler

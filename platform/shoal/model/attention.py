@@ -190,75 +190,53 @@ def write_kv(k: Tensor, v: Tensor, kv: Tensor, means: Tensor, step: PagedStep) -
         means[units, :, offsets // step.block] = keys.to(means.dtype).mean(1)
 
 
-def paged_attention(
-    q: Tensor,
-    kv: Tensor,
-    means: Tensor,
-    step: PagedStep,
-    *,
-    window: int,
-    top_k: int,
-    sinks: int,
-    gamma: Tensor | None,
-) -> Tensor:
+@dataclass(frozen=True)
+class Reach:
+    """How far a layer looks: w tokens of window, K blocks of which s are sinks, and gamma [H] between the branches (None:
+    the window only)."""
+
+    window: int
+    top_k: int
+    sinks: int
+    gamma: Tensor | None
+
+
+def paged_attention(q: Tensor, kv: Tensor, means: Tensor, step: PagedStep, reach: Reach) -> Tensor:
     """[rows, H, d] for q [rows, H, d] over pages: kv [U, Hk, P, 2d], means [U, Hk, P/S, d] as `write_kv` left them.
 
     Requests with one new token decode together; a chunk of several is attended for itself.
     """
     if not step.chunks:
-        return _paged_rows(
-            q[:, None], kv, means, step.tables, step.positions[:, None], step, window, top_k, sinks, gamma
-        )[:, 0]
+        return _paged_rows(q[:, None], kv, means, step.tables, step.positions[:, None], step, reach)[:, 0]
     out = torch.empty_like(q)
     if step.singles:
         rows = step.single_rows
         positions = step.positions[rows][:, None]
-        out[rows] = _paged_rows(
-            q[rows][:, None], kv, means, step.single_tables, positions, step, window, top_k, sinks, gamma
-        )[:, 0]
+        out[rows] = _paged_rows(q[rows][:, None], kv, means, step.single_tables, positions, step, reach)[:, 0]
     for r in step.chunks:
-        rows_r = slice(step.starts[r], step.starts[r + 1])
-        positions = step.positions[rows_r]
-        pages = int(positions[-1]) // step.page + 1
-        out[rows_r] = _paged_rows(
-            q[rows_r][None],
-            kv,
-            means,
-            step.tables[r : r + 1, :pages],
-            positions[None],
-            step,
-            window,
-            top_k,
-            sinks,
-            gamma,
-        )[0]
+        chunk = slice(step.starts[r], step.starts[r + 1])
+        positions = step.positions[chunk]
+        tables = step.tables[r : r + 1, : int(positions[-1]) // step.page + 1]
+        out[chunk] = _paged_rows(q[chunk][None], kv, means, tables, positions[None], step, reach)[0]
     return out
 
 
 def _paged_rows(
-    q: Tensor,
-    kv: Tensor,
-    means: Tensor,
-    tables: Tensor,
-    positions: Tensor,
-    step: PagedStep,
-    window: int,
-    top_k: int,
-    sinks: int,
-    gamma: Tensor | None,
+    q: Tensor, kv: Tensor, means: Tensor, tables: Tensor, positions: Tensor, step: PagedStep, reach: Reach
 ) -> Tensor:
     """[R, T, H, d] for q [R, T, H, d] at `positions` [R, T] over the pages of `tables` [R, M]."""
     keys = tables.shape[1] * step.page
     # Reading only the chosen tokens pays once the context is well beyond what they sum up to.
-    if q.shape[1] == 1 and gamma is not None and keys > 2 * (window + (top_k + 1) * step.block):
-        return _paged_sparse(q[:, 0], kv, means, tables, positions[:, 0], step, window, top_k, sinks, gamma)[:, None]
-    layout = Layout.causal(positions, keys, window=window, block=step.block, sinks=sinks)
+    far = keys > 2 * (reach.window + (reach.top_k + 1) * step.block)
+    if q.shape[1] == 1 and reach.gamma is not None and far:
+        return _paged_sparse(q[:, 0], kv, means, tables, positions[:, 0], step, reach, reach.gamma)[:, None]
+    layout = Layout.causal(positions, keys, window=reach.window, block=step.block, sinks=reach.sinks)
     stored = kv[tables].transpose(2, 3).flatten(1, 2)  # [R, M*P, Hk, 2d]
     # a stale page may hold NaN, and 0 * NaN is NaN: what lies past the length is read as zero
     past = torch.arange(keys, device=kv.device) > positions[:, -1:]
     k, v = stored.masked_fill(past[..., None, None], 0).chunk(2, dim=-1)
     summaries = means[tables].transpose(2, 3).flatten(1, 2)  # [R, M*P/S, Hk, d]
-    return attend(q, k, v, summaries, layout, top_k, gamma)
+    return attend(q, k, v, summaries, layout, reach.top_k, reach.gamma)
 
 
 def _paged_sparse(
@@ -268,9 +246,7 @@ def _paged_sparse(
     tables: Tensor,
     positions: Tensor,
     step: PagedStep,
-    window: int,
-    top_k: int,
-    sinks: int,
+    reach: Reach,
     gamma: Tensor,
 ) -> Tensor:
     """[R, H, d] for one query a request, reading w + (K+1) S stored tokens and the means, whatever the length."""
@@ -280,13 +256,13 @@ def _paged_sparse(
     complete = (positions + 1) // step.block
     eligible = (blocks < complete[:, None])[:, None]  # [R, 1, N]
     scores = block_scores(q[:, None], summaries, eligible)
-    chosen = select(scores, eligible, (blocks < sinks)[None, None], top_k)[:, :, 0]  # [R, Hk, N]
+    chosen = select(scores, eligible, (blocks < reach.sinks)[None, None], reach.top_k)[:, :, 0]  # [R, Hk, N]
     # chosen blocks first, in order; N marks an empty place
-    order = torch.where(chosen, blocks, len(blocks)).topk(top_k, dim=-1, largest=False).values
+    order = torch.where(chosen, blocks, len(blocks)).topk(reach.top_k, dim=-1, largest=False).values
     picked = torch.cat([order, complete[:, None, None].expand(-1, kv_heads, 1)], dim=-1)  # the tail closes the list
     inside = torch.arange(step.block, device=device)
     far = (picked[..., None] * step.block + inside).flatten(2)  # [R, Hk, (K+1) S]
-    near = positions[:, None] - torch.arange(window - 1, -1, -1, device=device)
+    near = positions[:, None] - torch.arange(reach.window - 1, -1, -1, device=device)
     near = near[:, None].expand(-1, kv_heads, -1)
     heads = torch.arange(kv_heads, device=device)[:, None]
     grouped = q.unflatten(1, (kv_heads, -1))  # [R, Hk, G, d]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config import ModelConfig
-from shoal.model.attention import Layout, attend, block_means, paged_attention, write_kv
+from shoal.model.attention import Layout, Reach, attend, block_means, paged_attention, write_kv
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.quant import Int8Linear, Linear
 
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         c = self.config
         q, k, v = self.project(x, rope)
         write_kv(k, v, kv, means, step)
-        y = paged_attention(q, kv, means, step, window=c.window, top_k=c.top_k, sinks=c.sinks, gamma=self.gamma())
+        y = paged_attention(q, kv, means, step, Reach(c.window, c.top_k, c.sinks, self.gamma()))
         return self.out(y.flatten(-2))
 
 

@@ -64,7 +64,8 @@ class EngineReplica:
     def __init__(self, args: ServeArgs) -> None:
         import torch
 
-        from shoal.engine.engine import AsyncEngine, Engine
+        from shoal.engine.engine import Engine
+        from shoal.engine.front import AsyncEngine
         from shoal.model.model import Model
 
         torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 2) - 1))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from shoal import Engine, Model, Request, Sampling
-from shoal.engine.engine import AsyncEngine
 from shoal.engine.events import Event, Finished, Token
+from shoal.engine.front import AsyncEngine
 from shoal.engine.plan import Outcome, Plan
 from shoal.errors import EngineDeadError, RequestError
 
