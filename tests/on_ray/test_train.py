@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,3 +117,21 @@ def test_a_workers_own_error_arrives_as_it_was(cluster: None, data: Path, tmp_pa
     with pytest.raises(CheckpointError, match=r"of another configuration.*train.seed: 0 -> 5") as caught:
         train(plan(data, tmp_path / "run", steps=2, seed=5), cpus_per_worker=0.5)
     assert "\n" not in str(caught.value)
+
+
+def test_ctrl_c_ends_a_run_as_interrupted_and_leaves_nothing(data: Path, tmp_path: Path) -> None:
+    """Ray Train would end it with exit code 0, as if the model were there."""
+    command = [sys.executable, "-m", "shoal.cli", "pretrain", "--preset", "test", "--data", str(data)]
+    command += ["--out", str(tmp_path / "run"), "--minutes", "5"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            next(line for line in process.stderr if line.startswith("step"))
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.read().splitlines()[-1].startswith("shoal: interrupted")
+            assert process.wait(60) == 130
+            assert psutil.wait_procs(children, timeout=10)[1] == []
+        finally:
+            process.kill()
+    assert not (tmp_path / "run" / "model").exists()

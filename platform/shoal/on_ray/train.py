@@ -71,6 +71,8 @@ def train(
                 result: Any = trainer.fit()
             except ray.train.TrainingFailedError as error:
                 raise _cause(error) from error
+            except SystemExit:  # Ray Train's own handler aborts the run on Ctrl-C and exits with 0, as if it were done
+                raise KeyboardInterrupt from None
     if isinstance(result.return_value, ShoalError):
         raise result.return_value
     return load(FitResult, result.return_value, "result")
