@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shoal.errors import ShoalError
+from shoal.errors import exit_code
 from shoal.evaluation import compare, leave_a_core
 from shoal.progress import progress
 from shoal.quickstart import print_tables, write_report
@@ -36,16 +36,15 @@ def main() -> int:
         same = options.against.name == options.model.name
         models[str(options.against) if same else options.against.name] = options.against
     leave_a_core()
-    try:
+
+    def work() -> None:
         with progress("evaluate") as tell:
             report = compare(models, options.data, on_progress=tell)
         print_tables(report, Console())
         if options.json is not None:
             write_report(options.json, {"title": " and ".join(models), "corpus": {}, "stages": [], **report})
-    except ShoalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

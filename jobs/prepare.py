@@ -16,8 +16,10 @@ import json
 import sys
 
 from shoal import presets
-from shoal.errors import ShoalError, UsageError
-from shoal.on_ray.prepare import SourceSpec, prepare
+from shoal.data.documents import SourceSpec
+from shoal.data.order import parse_mix
+from shoal.errors import exit_code
+from shoal.on_ray.prepare import prepare
 from shoal.on_ray.resources import local_ray
 from shoal.progress import progress
 
@@ -32,26 +34,18 @@ def main() -> int:
     add("--preset", default="tiny", help="the model that will be trained on it (default %(default)s)")
     add("--seed", type=int, default=0, help="of split, order and packing (default 0)")
     given = parser.parse_args()
-    try:
-        sources = [SourceSpec(*_pair(text)) for text in given.source or []]
-        mix = {name: float(share) for name, share in map(_pair, given.mix.split(","))}
+
+    def work() -> None:
+        sources = [SourceSpec.parse(text) for text in given.source or []]
+        mix = parse_mix(given.mix)
         preset = presets.get(given.preset)
         with local_ray(), progress("prepare") as tell:
             report = prepare(
                 given.out, sources=sources or None, mix=mix, preset=preset, seed=given.seed, on_progress=tell
             )
-    except (ShoalError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, ShoalError) else 2
-    print(json.dumps(report))
-    return 0
+        print(json.dumps(report))
 
-
-def _pair(text: str) -> tuple[str, str]:
-    name, _, value = text.partition("=")
-    if not name or not value:
-        raise UsageError("a pair", got=text, allowed="NAME=VALUE")
-    return name, value
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from shoal.errors import ShoalError
+from shoal.errors import exit_code
 from shoal.on_ray.train import train
 from shoal.train.log import Console
 from shoal.train.plan import pretrain_plan
@@ -37,13 +37,12 @@ def main() -> int:
     add("--cpus-per-worker", type=float, default=1.0, help="logical CPUs that each reserves (default 1)")
     options = vars(parser.parse_args())
     workers, cpus = options.pop("workers"), options.pop("cpus_per_worker")
-    try:
+
+    def work() -> None:
         with Console("pretrain") as console:
             train(pretrain_plan(**options), workers=workers, cpus_per_worker=cpus, on_progress=console)
-    except ShoalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

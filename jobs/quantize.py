@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from shoal.errors import ShoalError
+from shoal.errors import exit_code
 from shoal.on_ray.train import train
 from shoal.train import routing
 from shoal.train.log import Console
@@ -40,15 +40,14 @@ def main() -> int:
     add("--heldout", help="held-out .jsonl of chats: measured on, and the depth router is fitted to it")
     options = vars(parser.parse_args())
     workers, cpus = options.pop("workers"), options.pop("cpus_per_worker")
-    try:
+
+    def work() -> None:
         with Console("quantize") as console:
             result = train(quantize_plan(**options), workers=workers, cpus_per_worker=cpus, on_progress=console)
         if options["heldout"]:
             routing.refit(result.out, options["heldout"])
-    except ShoalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

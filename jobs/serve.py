@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from shoal.errors import ShoalError
+from shoal.errors import exit_code
 from shoal.on_ray.resources import local_ray, need_free_port
 from shoal.on_ray.serve import run
 from shoal.on_ray.serve_config import load_serve_config
@@ -28,15 +28,14 @@ def main() -> int:
     add("--host", help="address to listen on (default: the config's)")
     add("--port", type=int, help="HTTP port (default: the config's)")
     options = parser.parse_args()
-    try:
+
+    def work() -> None:
         deploy = load_serve_config(options.config, host=options.host, port=options.port, model=options.model)
         need_free_port(deploy.http_options.host, deploy.http_options.port)
         with local_ray():
             run(deploy, on_ready=lambda url: print(f"API {url}/v1", flush=True))
-    except ShoalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Raw text, code and images to packed shards, with a tokenizer and a report."""
+    from shoal.data.documents import SourceSpec
+    from shoal.data.order import parse_mix
     from shoal.on_ray.prepare import prepare as run
     from shoal.on_ray.resources import local_ray
     from shoal.progress import progress
@@ -91,8 +93,8 @@ def prepare(
     with local_ray(), progress("prepare") as tell:
         report = run(
             out_dir,
-            sources=[_source(text) for text in named] or None,
-            mix=_mix(options["mix"]),
+            sources=[SourceSpec.parse(text) for text in named] or None,
+            mix=parse_mix(options["mix"]),
             preset=presets.get(options["preset"]),
             seed=options["seed"],
             on_progress=tell,
@@ -379,30 +381,6 @@ def _known(path: Path, options: dict[str, Any]) -> dict[str, Any]:
         if key not in options:
             raise ConfigError(f"unknown key {key} in {path}", allowed=sorted(options), do=did_you_mean(key, options))
     return values
-
-
-def _mix(text: str | dict[str, float]) -> dict[str, float]:
-    if isinstance(text, dict):
-        pairs: list[tuple[str, Any]] = list(text.items())
-    else:
-        pairs = [(name, share) for name, _, share in (part.partition("=") for part in text.split(","))]
-    try:
-        mix = {name.strip(): float(share) for name, share in pairs}
-    except ValueError as error:
-        raise UsageError("--mix", got=text, allowed="text=60,image=20,code=20") from error
-    unknown = set(mix) - {"text", "image", "code"}
-    if unknown or min(mix.values()) < 0 or sum(mix.values()) <= 0:
-        raise UsageError("--mix", got=text, allowed="shares of text, image and code, such as text=60,image=20,code=20")
-    return {name: share / sum(mix.values()) for name, share in mix.items()}
-
-
-def _source(text: str) -> Any:
-    from shoal.on_ray.prepare import SourceSpec
-
-    name, equals, uri = text.partition("=")
-    if not equals or not name or not uri:
-        raise UsageError("--source", got=text, allowed="NAME=URI, such as notes=docs/")
-    return SourceSpec(name, uri)
 
 
 def _print(result: Any, as_json: bool, line: str) -> None:

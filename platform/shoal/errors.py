@@ -17,7 +17,8 @@ ShoalError                     says what, got, allowed, and what to do; the CLI 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 
 class ShoalError(Exception):
@@ -122,3 +123,17 @@ def _rebuild(kind: type[ShoalError], message: str, state: dict[str, object]) -> 
     Exception.__init__(error, message)
     error.__dict__.update(state)
     return error
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Do a script's `work` and return its exit code: 0 done, a ShoalError's own, 130 interrupted; of the last two, one line on
+    stderr says why."""
+    try:
+        work()
+    except ShoalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: finished work is kept, the same command goes on from it", file=sys.stderr)
+        return 130
+    return 0

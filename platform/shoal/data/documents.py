@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shoal.data import pysource
-from shoal.errors import DataError, RequestError
+from shoal.errors import DataError, RequestError, UsageError
 from shoal.inputs import media
 
 Modality = Literal["text", "code", "image"]
@@ -50,6 +50,14 @@ class SourceSpec:
     exclude: tuple[str, ...] = ()  # names of folders and files that are left out; patterns as in a shell
     family: str = ""  # sources of one family keep a file's documents on one side of the held-out split
     heldout: bool | None = None  # the side that all of it is on; None: each group's is drawn
+
+    @classmethod
+    def parse(cls, text: str) -> SourceSpec:
+        """``NAME=URI`` as a source. Raises UsageError."""
+        name, _, uri = text.partition("=")
+        if not name or not uri:
+            raise UsageError("--source", got=text, allowed="NAME=URI, such as notes=docs/")
+        return cls(name, uri)
 
 
 @dataclass(frozen=True)

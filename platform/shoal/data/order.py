@@ -5,13 +5,15 @@ Notable: only the raw stream of numpy's PCG64 is used, which numpy promises neve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import gcd
 
 import numpy as np
 
-from shoal.errors import ConfigError
+from shoal.data.documents import MODALITIES
+from shoal.errors import ConfigError, UsageError
 
 PARTS = 1000  # a mix is kept to a tenth of a percent
 WINDOW = 1024  # rows that are sorted by length together
@@ -24,6 +26,23 @@ def permutation(count: int, *key: int) -> np.ndarray:
     order = np.argsort(raw, kind="stable")
     order.setflags(write=False)
     return order
+
+
+def parse_mix(mix: str | Mapping[str, float]) -> dict[str, float]:
+    """``text=60,image=20,code=20``, or the mapping, as shares that sum to 1. Raises UsageError."""
+    pairs = mix.items() if isinstance(mix, Mapping) else [part.partition("=")[::2] for part in mix.split(",")]
+    try:
+        shares = {str(name).strip(): float(share) for name, share in pairs}
+    except (TypeError, ValueError):
+        shares = {}
+    if (
+        not shares
+        or set(shares) - set(MODALITIES)
+        or min(shares.values()) < 0
+        or not 0 < sum(shares.values()) < math.inf
+    ):
+        raise UsageError("--mix", got=mix, allowed="shares of text, image and code, such as text=60,image=20,code=20")
+    return {name: share / sum(shares.values()) for name, share in shares.items()}
 
 
 class Mix:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.data.order import Mix, cut, length_groups, padding, permutation, shuffled
-from shoal.errors import ConfigError
+from shoal.data.order import Mix, cut, length_groups, padding, parse_mix, permutation, shuffled
+from shoal.errors import ConfigError, UsageError
 
 SHARES = st.dictionaries(st.sampled_from("abcd"), st.floats(0.01, 1), min_size=1)
 
@@ -72,3 +72,15 @@ def test_grouping_by_length_saves_padding() -> None:
     sizes = np.random.default_rng(0).integers(5, 200, 2000)
     grouped = padding(length_groups(sizes, 2000, 0, 0), sizes)
     assert grouped < 0.1 < 0.3 < padding(cut(permutation(2000, 0), sizes, 2000), sizes)
+
+
+def test_a_mix_is_shares_that_sum_to_one() -> None:
+    assert parse_mix("text=60, image=20,code=20") == parse_mix({"text": 3, "image": 1, "code": 1})
+
+
+@pytest.mark.parametrize(
+    "mix", ["", "text", "text=abc", "text=nan", "text=inf", "film=1", "text=0", "text=-1,code=2", {}]
+)
+def test_what_is_no_mix_is_refused(mix: str | dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="--mix"):
+        parse_mix(mix)
