@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from shoal import presets
+from shoal.bench.commands import bench
 from shoal.errors import ConfigError, ShoalError, UsageError
 
 app = typer.Typer(
@@ -257,34 +258,7 @@ def chat(
     run(url, model, api_key)
 
 
-bench = typer.Typer(help="Benchmarks; the last line is JSON.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-Rounds = Annotated[int, typer.Option(help="Counted runs of each variant, in turns; medians are printed.")]
-
-
-@bench.command("decode")
-def bench_decode(
-    shape: Annotated[str, typer.Option(help="82m or 5m: the peers' shapes.")] = "5m",
-    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32",
-    tokens: Annotated[int, typer.Option(help="Tokens decoded a request.")] = 64,
-    rounds: Rounds = 3,
-) -> None:
-    """Decoded tokens per second by precision, batch and depth."""
-    from shoal import bench as run
-
-    try:
-        sizes = tuple(int(size) for size in batches.split(","))
-    except ValueError as error:
-        raise UsageError("--batches", got=batches, allowed="numbers, such as 1,8,32") from error
-    run.decode(out, shape=shape, batches=sizes, tokens=tokens, rounds=rounds)
-
-
-@bench.command("model")
-def bench_model(rounds: Rounds = 5) -> None:
-    """Hybrid attention in training against full causal attention."""
-    from shoal import bench as run
-
-    run.attention(out, rounds=rounds)
 
 
 @app.command("show-config")

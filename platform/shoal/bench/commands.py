@@ -1,0 +1,39 @@
+"""The command line of the benchmarks; each imports its benchmark only when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from shoal.errors import UsageError
+
+bench = typer.Typer(help="Benchmarks; the last line is JSON.", no_args_is_help=True)
+out = Console()
+Rounds = Annotated[int, typer.Option(help="Counted runs of each variant, in turns; medians are printed.")]
+
+
+@bench.command("decode")
+def decode(
+    shape: Annotated[str, typer.Option(help="82m or 5m: the peers' shapes.")] = "5m",
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32",
+    tokens: Annotated[int, typer.Option(help="Tokens decoded a request.")] = 64,
+    rounds: Rounds = 3,
+) -> None:
+    """Decoded tokens per second by precision, batch and depth."""
+    from shoal.bench.decode import decode as run
+
+    try:
+        sizes = tuple(int(size) for size in batches.split(","))
+    except ValueError as error:
+        raise UsageError("--batches", got=batches, allowed="numbers, such as 1,8,32") from error
+    run(out, shape=shape, batches=sizes, tokens=tokens, rounds=rounds)
+
+
+@bench.command("model")
+def model(rounds: Rounds = 5) -> None:
+    """Hybrid attention in training against full causal attention."""
+    from shoal.bench.model import attention as run
+
+    run(out, rounds=rounds)

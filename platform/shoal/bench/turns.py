@@ -1,0 +1,37 @@
+"""What all benchmarks share: variants in turns, and the table with its line of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from shoal.evaluation import machine
+
+K = TypeVar("K")
+
+
+def in_turns(runs: dict[K, Callable[[], float]], rounds: int) -> dict[K, float]:
+    """Median of each run over `rounds`, all runs in turns, after one turn that is not counted."""
+    found: dict[K, list[float]] = {key: [] for key in runs}
+    for number in range(rounds + 1):
+        for key, run in runs.items():
+            value = run()
+            if number:
+                found[key].append(value)
+    return {key: statistics.median(values) for key, values in found.items()}
+
+
+def show(console: Console, tables: list[Table], result: dict[str, Any]) -> None:
+    """Print `tables`, load and threads, and `result` with the machine as the last line."""
+    for table in tables:
+        console.print(table)
+    result["machine"] = machine()
+    console.print(f"load {os.getloadavg()[0]:.2f}, {torch.get_num_threads()} threads", highlight=False)
+    print(json.dumps(result))
