@@ -44,7 +44,6 @@ from shoal.api.wire import (
     parse,
     sse,
 )
-from shoal.engine.events import Event, Finished
 from shoal.errors import DeadlineError, EngineDeadError, RequestError, ShoalError
 from shoal.inputs.tokenizer import END, PAD
 
@@ -92,7 +91,7 @@ class Service:
 
     async def answer(self, request: Request, work: Work, answer: Answer, *, stream: bool) -> Response:
         """Runs `work` and sends `answer` whole or as a stream; a client that leaves cancels it at any point."""
-        events = self._counted(gather(self.client, work.requests))
+        events = gather(self.client, work.requests)
         if not stream:
             whole = await while_connected(request.receive, answer.whole(events))
             return Response(dumps(whole), media_type="application/json", headers={"X-Shoal-Depth": answer.depth()})
@@ -109,15 +108,6 @@ class Service:
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return Response(dumps(body), status, headers, "application/json")
-
-    async def _counted(
-        self, events: AsyncGenerator[tuple[int, Event], None]
-    ) -> AsyncGenerator[tuple[int, Event], None]:
-        async with aclosing(events):
-            async for index, event in events:
-                if isinstance(event, Finished):
-                    self.metrics.finished(event)
-                yield index, event
 
     async def _guarded(self, first: bytes, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
         async with aclosing(chunks):

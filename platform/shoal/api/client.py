@@ -28,7 +28,7 @@ class EngineClient(Protocol):
         """Events of one request, its `Finished` last. Closing the iterator cancels the request."""
 
     async def stats(self) -> dict[str, float]:
-        """The engine's gauges and counters by name; a name ending in ``_total`` is a counter."""
+        """What `Engine.stats` gives: values by sample name, as Prometheus writes it."""
 
     async def check_health(self) -> None:
         """Raises EngineDeadError when the engine cannot serve any more."""

@@ -100,8 +100,6 @@ class Engine:
             wrong = next((token for token in ids if not 0 <= token < config.vocab), None)
             if wrong is not None:
                 raise RequestError(name, param=name, got=wrong, allowed=f"token ids 0 to {config.vocab - 1}")
-        if request.deadline is not None and not request.deadline >= 0:
-            raise RequestError("deadline", param="deadline", got=request.deadline, allowed="seconds, 0 or more")
         layers = self._layers(request)
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         return Sequence(
@@ -196,36 +194,22 @@ class Engine:
         return self.scheduler.idle
 
     def stats(self) -> dict[str, float]:
-        """Gauges, and counters (names ending in ``_total``), under the names that vLLM's dashboards read where it has
-        them. `requests_depth_E_total` counts requests that ran E layers deep."""
-        s, c, pages = self.scheduler, self.scheduler.counters, self.scheduler.pages
-        stats: dict[str, float] = {
+        """The gauges, and what `Metrics.samples` gives, under the names that vLLM's dashboards read where it has them.
+        `requests_depth_E_total` counts requests that ran E layers deep."""
+        s, pages = self.scheduler, self.scheduler.pages
+        gauges: dict[str, float] = {
             "num_requests_running": len(s.running),
             "num_requests_waiting": len(s.waiting),
             "kv_cache_usage_perc": 1 - pages.available / pages.total,
             "kv_units": pages.total,
             "kv_units_cached": pages.cached,
-            "num_preemptions_total": c.preemptions,
-            "prefix_cache_queries_total": c.prefix_queries,
-            "prefix_cache_hits_total": c.prefix_hits,
-            "prompt_tokens_total": c.prompt_tokens,
-            "generation_tokens_total": c.generation_tokens,
-            "steps_total": c.steps,
-            "step_rows_total": c.rows,
         }
-        stats |= {f"requests_depth_{e}_total": c.depths.get(e, 0) for e in self.config.exits}
-        reasons = ("stop", "length", "cancelled", "deadline", "error")
-        return stats | {f"requests_{reason}_total": c.finished.get(reason, 0) for reason in reasons}
+        return gauges | s.metrics.samples(self.config.exits)
 
     def _layers(self, request: Request) -> int:
         """The depth in layers that a request asks for; 0 where the router decides."""
-        if request.quality_tolerance is not None:
-            if request.depth != "auto":
-                raise RequestError("quality_tolerance with a fixed depth", param="quality_tolerance", do="give one")
-            if not request.quality_tolerance >= 0:
-                raise RequestError(
-                    "quality_tolerance", param="quality_tolerance", got=request.quality_tolerance, allowed="0 or more"
-                )
+        if request.quality_tolerance is not None and request.depth != "auto":
+            raise RequestError("quality_tolerance with a fixed depth", param="quality_tolerance", do="give one")
         if request.depth == "auto":
             return 0 if self.model.router is not None else self.config.layers
         try:

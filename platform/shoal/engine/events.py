@@ -37,13 +37,19 @@ class Sampling:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None  # how many alternatives to report a token; 0: the chosen one only
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt; all its rows are run, cached or not
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):  # one stop string, not its letters
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("top_k", "max_tokens", "min_tokens"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
-                raise RequestError(name, param=name, got=getattr(self, name), allowed="a whole number")
+            _check_whole(name, getattr(self, name))
+        for name in ("seed", "logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name))
+        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+            for token in ids:
+                _check_whole(name, token)
         limits: dict[str, tuple[float, float]] = {
             "temperature": (0, 100),
             "top_p": (1e-9, 1),
@@ -57,13 +63,16 @@ class Sampling:
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
+            if not _is_number(value) or not low <= value <= high:
                 raise RequestError(name, param=name, got=value, allowed=f"{low:g} to {high:g}")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
-            raise RequestError("logprobs", param="logprobs", got=self.logprobs, allowed=f"0 to {MAX_TOP_LOGPROBS}")
-        if any(not text for text in self.stop):
-            raise RequestError("stop", param="stop", got="", allowed="non-empty strings")
-        wrong = next((bias for bias in self.logit_bias.values() if not math.isfinite(bias)), None)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MAX_TOP_LOGPROBS:
+                raise RequestError(name, param=name, got=value, allowed=f"0 to {MAX_TOP_LOGPROBS}")
+        odd = next((text for text in self.stop if not isinstance(text, str) or not text), None)
+        if odd is not None:
+            raise RequestError("stop", param="stop", got=odd, allowed="non-empty strings")
+        wrong = next((bias for bias in self.logit_bias.values() if not _is_number(bias)), None)
         if wrong is not None:
             raise RequestError("logit_bias", param="logit_bias", got=wrong, allowed="finite numbers")
 
@@ -79,6 +88,13 @@ class Request:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     deadline: float | None = None  # seconds from submission; then the request ends with reason "deadline"
     priority: int = 0  # smaller runs earlier
+
+    def __post_init__(self) -> None:
+        _check_whole("priority", self.priority)
+        for name in ("deadline", "quality_tolerance"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value >= 0):
+                raise RequestError(name, param=name, got=value, allowed="a finite number, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -116,6 +132,7 @@ class Finished:
     first_token_seconds: float = 0.0  # from submission
     total_seconds: float = 0.0
     error: RequestError | None = None  # set when reason is "error" or "deadline"
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # if asked for, one a token of the prompt; the first is None
 
 
 Event = Token | Finished
@@ -131,3 +148,12 @@ class Completion:
     depth: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finished: Finished | None = None
+
+
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(name, param=name, got=value, allowed="a whole number")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

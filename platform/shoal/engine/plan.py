@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from shoal.engine.events import TokenLogprob
@@ -23,10 +23,16 @@ class Work:
     hold: bool = False  # keep the states after group 1: the depth is not decided yet
     decide: bool = False  # these rows are the prompt's last, so the router decides now
     sample: bool = False  # the last row gives the next token
+    score: bool = False  # each row of the prompt but its last gives the logprob of the token after it
 
     @property
     def end(self) -> int:
         return self.start + self.count
+
+    @property
+    def scored(self) -> int:
+        """How many of its first rows are followed by a token of the prompt."""
+        return min(self.end, self.seq.prompt_len - 1) - self.start
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,10 @@ class Plan:
     @property
     def decisions(self) -> list[Work]:
         return [work for work in self.works if work.decide]
+
+    @property
+    def scores(self) -> list[Work]:
+        return [work for work in self.works if work.score]
 
 
 @dataclass(frozen=True)
@@ -63,22 +73,8 @@ class Decision:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step gave, in the order of `plan.samples` and `plan.decisions`."""
+    """What a step gave, in the order of `plan.samples`, `plan.decisions` and `plan.scores`."""
 
     samples: Sequence[Sampled]
     decisions: Sequence[Decision] = ()
-
-
-@dataclass
-class Counters:
-    """Totals since the start; `depths` counts requests by the depth they ran with."""
-
-    preemptions: int = 0
-    prefix_queries: int = 0  # tokens looked up in the prefix cache
-    prefix_hits: int = 0  # tokens found there
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    steps: int = 0
-    rows: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
-    depths: dict[int, int] = field(default_factory=dict)
+    scores: Sequence[Sequence[TokenLogprob]] = ()  # of the prompt's tokens after its `scored` rows

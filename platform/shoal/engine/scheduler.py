@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterable
 
 from shoal.config import GROUPS, ModelConfig
 from shoal.engine.events import Event, Finished, FinishReason, Token
+from shoal.engine.metrics import Metrics
 from shoal.engine.pages import Pages
-from shoal.engine.plan import Counters, Decision, Outcome, Plan, Sampled, Work
+from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.sequence import Sequence
 from shoal.errors import DeadlineError, GenerationError, QueueFullError, RequestError
 from shoal.inputs.tokenizer import END_ID
@@ -49,7 +50,7 @@ class Scheduler:
         self.max_batch_tokens, self.max_batch, self.max_queue = max_batch_tokens, max_batch, max_queue
         self.running: list[Sequence] = []  # both in order
         self.waiting: list[Sequence] = []
-        self.counters = Counters()
+        self.metrics = Metrics()
         self._live: dict[str, Sequence] = {}
         self._deadlines: list[tuple[float, int, str]] = []
         self._events: list[Event] = []
@@ -138,16 +139,20 @@ class Scheduler:
     def commit(self, plan: Plan, outcome: Outcome) -> list[Event]:
         """Take in what a step gave, and return the events since the last call."""
         now = self.clock()
-        self.counters.steps += 1
+        rows = sum(work.count for work in plan.works)
+        self.metrics.steps += 1
+        self.metrics.rows += rows
+        self.metrics.iteration_tokens_total.observe(rows)
         for work in plan.works:
             seq = work.seq
-            self.counters.rows += work.count
             for j in range(work.first, work.last):
                 seq.computed[j] = max(seq.computed[j], work.end)
                 self._register(seq, j)
             seq.at = work.end
         for work, decision in zip(plan.decisions, outcome.decisions, strict=True):
             self._decide(work.seq, decision)
+        for work, scores in zip(plan.scores, outcome.scores, strict=True):
+            work.seq.prompt_logprobs += scores
         for work, sampled in zip(plan.samples, outcome.samples, strict=True):
             self._append(work.seq, sampled, now)
         return self.take_events()
@@ -167,7 +172,8 @@ class Scheduler:
             else:  # deeper groups found less in the prefix cache than group 1 did: its states are made again
                 end = seq.held_from
         count = min(end - seq.at, room)
-        return Work(seq, seq.at, count, first, seq.groups, sample=seq.at + count == total)
+        score = seq.scoring and seq.at < seq.prompt_len - 1
+        return Work(seq, seq.at, count, first, seq.groups, sample=seq.at + count == total, score=score)
 
     def _reserve(self, seq: Sequence, work: Work) -> bool:
         """Give `seq` the units that `work` writes. When the pool is short, requests later in the order lose theirs; when
@@ -221,6 +227,8 @@ class Scheduler:
 
     def _enter(self, seq: Sequence) -> None:
         """Give `seq` what the prefix cache has of it, and set where it starts."""
+        if seq.scoring:
+            seq.prompt_logprobs = [None]
         for j in range(seq.groups or 1):
             self._match(seq, j)
         if seq.groups is None:
@@ -230,12 +238,13 @@ class Scheduler:
                 if note is None:
                     break
                 seq.notes.append(note)
-            seq.at = seq.held_from = min(len(seq.notes) * seq.page, len(seq.tokens) - 1)
-        else:
+            known = 0 if seq.scoring else len(seq.notes) * seq.page
+            seq.at = seq.held_from = min(known, len(seq.tokens) - 1)
+        elif not seq.scoring:
             seq.at = min(len(seq.tokens) - 1, *seq.computed[: seq.groups])
         if seq.admitted_at is None:
             seq.admitted_at = self.clock()
-            self.counters.prompt_tokens += seq.prompt_len
+            self.metrics.prompt_tokens += seq.prompt_len
             if seq.groups is not None:
                 self._entered(seq)
 
@@ -247,16 +256,16 @@ class Scheduler:
 
     def _entered(self, seq: Sequence) -> None:
         """Count a request whose depth is known and whose cache hits are final."""
-        seq.cached_tokens = min(seq.prompt_len - 1, *seq.found[: seq.groups])
-        self.counters.prefix_queries += seq.prompt_len
-        self.counters.prefix_hits += seq.cached_tokens
-        self.counters.depths[seq.layers] = self.counters.depths.get(seq.layers, 0) + 1
+        seq.cached_tokens = 0 if seq.scoring else min(seq.prompt_len - 1, *seq.found[: seq.groups])
+        self.metrics.prefix_queries += seq.prompt_len
+        self.metrics.prefix_hits += seq.cached_tokens
+        self.metrics.depths[seq.layers] = self.metrics.depths.get(seq.layers, 0) + 1
 
     def _paused_victim(self, seq: Sequence) -> Sequence | None:
         return next((other for other in reversed(self.running) if other.paused and other is not seq), None)
 
     def _preempt(self, seq: Sequence) -> None:
-        self.counters.preemptions += 1
+        self.metrics.preemptions += 1
         self.running.remove(seq)
         self._release(seq)
         bisect.insort(self.waiting, seq, key=_order)
@@ -300,7 +309,7 @@ class Scheduler:
         seq.groups = decision.layers // self.config.group_layers
         for j in range(1, seq.groups):
             self._match(seq, j)
-        seq.at = min([len(seq.tokens) - 1, *seq.computed[1 : seq.groups]])
+        seq.at = 0 if seq.scoring else min([len(seq.tokens) - 1, *seq.computed[1 : seq.groups]])
         self._entered(seq)
 
     def _append(self, seq: Sequence, sampled: Sampled, now: float) -> None:
@@ -314,8 +323,11 @@ class Scheduler:
             return
         if seq.first_token_at is None:
             seq.first_token_at = now
+        else:
+            self.metrics.inter_token_latency_seconds.observe(now - seq.last_token_at)
+        seq.last_token_at = now
         seq.tokens.append(sampled.token)
-        self.counters.generation_tokens += 1
+        self.metrics.generation_tokens += 1
         text, stopped = seq.text.push(sampled.token, may_stop=seq.answered >= sampling.min_tokens)
         self._events.append(Token(seq.id, sampled.token, text, sampled.logprob))
         if stopped:
@@ -324,11 +336,13 @@ class Scheduler:
             self._finish(seq, "length")
 
     def _finish(self, seq: Sequence, reason: FinishReason, error: RequestError | None = None) -> None:
-        now = self.clock()
+        total = self.clock() - seq.arrival
+        queue = total if seq.admitted_at is None else seq.admitted_at - seq.arrival
+        first = None if seq.first_token_at is None else seq.first_token_at - seq.arrival
+        self.metrics.ended(reason, sum(seq.owned), queue, first, total, seq.answered)
         del self._live[seq.id]
         (self.running if seq in self.running else self.waiting).remove(seq)
         self._release(seq)
-        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
         self._events.append(
             Finished(
                 request=seq.id,
@@ -338,10 +352,11 @@ class Scheduler:
                 prompt_tokens=seq.prompt_len,
                 cached_tokens=seq.cached_tokens,
                 completion_tokens=seq.answered,
-                queue_seconds=(seq.admitted_at if seq.admitted_at is not None else now) - seq.arrival,
-                first_token_seconds=seq.first_token_at - seq.arrival if seq.first_token_at is not None else 0.0,
-                total_seconds=now - seq.arrival,
+                queue_seconds=queue,
+                first_token_seconds=first or 0.0,
+                total_seconds=total,
                 error=error,
+                prompt_logprobs=() if seq.scoring else tuple(seq.prompt_logprobs),
             )
         )
 

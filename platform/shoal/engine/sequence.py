@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from shoal.config import GROUPS
-from shoal.engine.events import Request, Sampling
+from shoal.engine.events import Request, Sampling, TokenLogprob
 from shoal.engine.pages import PageKey, Pages
 from shoal.engine.text import TextStream
 from shoal.inputs import media
@@ -73,6 +73,8 @@ class Sequence:
     cached_tokens: int = 0
     admitted_at: float | None = None
     first_token_at: float | None = None
+    last_token_at: float = 0.0
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # of its first tokens, if asked for
 
     def __post_init__(self) -> None:
         longest = self.prompt_len + self.request.sampling.max_tokens
@@ -100,6 +102,11 @@ class Sequence:
     def decoding(self) -> bool:
         """Does its next row give a token? Such rows go into every step."""
         return self.groups is not None and self.todo == 1
+
+    @property
+    def scoring(self) -> bool:
+        """Are logprobs of its prompt still to be made? Then all of its rows must run, whatever is cached."""
+        return self.sampling.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_len
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page)
@@ -135,3 +142,5 @@ class Sequence:
         self.owned, self.computed, self.registered = [0] * GROUPS, [0] * GROUPS, [0] * GROUPS
         self.at, self.held_from = 0, None
         self.held, self.notes = [], []
+        if self.scoring:
+            self.prompt_logprobs = []

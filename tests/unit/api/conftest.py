@@ -14,6 +14,7 @@ from shoal import presets
 from shoal.api.app import build_app
 from shoal.api.served import ServedModel
 from shoal.engine.events import Event, Finished, Request, Token, TokenLogprob
+from shoal.engine.metrics import Metrics
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import Tokenizer
 
@@ -30,6 +31,7 @@ class Scripted:
     dead: Exception | None = None
     requests: list[Request] = field(default_factory=list)
     open: int = 0  # requests that are running now
+    metrics: Metrics = field(default_factory=lambda: Metrics(preemptions=7))
 
     async def generate(self, request: Request) -> AsyncIterator[Event]:
         self.requests.append(request)
@@ -59,10 +61,11 @@ class Scripted:
         assert isinstance(request.prompt, Encoded)
         reason = "length" if count == request.sampling.max_tokens else "stop"
         depth = 1 if request.depth == "shallow" else 4
+        self.metrics.ended(reason, depth, 0.0, seconds / 2, seconds, count)
         return Finished(request.id, reason, "", depth, len(request.prompt.ids), 3, count, 0.0, seconds / 2, seconds)
 
     async def stats(self) -> dict[str, float]:
-        return {"num_requests_running": self.open, "num_preemptions_total": 7.0}
+        return {"num_requests_running": self.open, **self.metrics.samples((1, 2, 4))}
 
     async def check_health(self) -> None:
         if self.dead:

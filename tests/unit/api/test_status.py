@@ -57,6 +57,9 @@ async def test_metrics_count_requests_and_pass_on_the_engine_s(http: httpx.Async
         'shoal:request_success_total{finished_reason="length",model_name="fish"} 4.0',
         'shoal:request_errors_total{code="model_not_found",model_name="fish"} 1.0',
         'shoal:time_to_first_token_seconds_count{model_name="fish"} 4.0',
+        'shoal:request_kv_units_bucket{le="2.0",model_name="fish"} 0.0',
+        'shoal:request_kv_units_bucket{le="4.0",model_name="fish"} 4.0',
+        'shoal:request_kv_units_sum{model_name="fish"} 16.0',
         'shoal:num_requests_running{model_name="fish"} 0.0',
         'shoal:num_preemptions_total{model_name="fish"} 7.0',
     ):

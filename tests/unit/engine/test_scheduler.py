@@ -216,7 +216,7 @@ def test_a_short_pool_preempts_the_last_and_its_answer_is_the_same() -> None:
     prompts = [list(range(50 + i, 58 + i)) for i in range(3)]
     ids = [h.submit(p, sampling=Sampling(max_tokens=16, ignore_eos=True)) for p in prompts]
     events = h.run()
-    assert h.scheduler.counters.preemptions > 0
+    assert h.scheduler.metrics.preemptions > 0
     for prompt, request in zip(prompts, ids, strict=True):
         tokens = list(prompt)
         for _ in range(16):
@@ -231,14 +231,14 @@ def test_a_shared_prefix_is_computed_once_and_counted() -> None:
     prompt = list(range(50, 62))
     h.submit(prompt, 4)
     h.run()
-    rows = h.scheduler.counters.rows
+    rows = h.scheduler.metrics.rows
     again = h.submit([*prompt, 99], 4, sampling=Sampling(max_tokens=1))
     finished = end(h.run(), again)
     assert finished.cached_tokens == 12
-    assert h.scheduler.counters.rows - rows == 1
+    assert h.scheduler.metrics.rows - rows == 1
     whole = h.submit(prompt, 4, sampling=Sampling(max_tokens=1))
     assert end(h.run(), whole).cached_tokens == 11  # the last row always runs: it gives the next token
-    assert (h.scheduler.counters.prefix_queries, h.scheduler.counters.prefix_hits) == (37, 23)
+    assert (h.scheduler.metrics.prefix_queries, h.scheduler.metrics.prefix_hits) == (37, 23)
 
 
 def test_a_deep_request_after_a_shallow_one_fills_only_the_deeper_groups() -> None:
@@ -336,7 +336,7 @@ def test_a_paused_request_waits_and_gives_way() -> None:
         events += h.step()
         h.scheduler.check_integrity()
     assert all(end(events, r).reason in ("stop", "length") for r in others)
-    assert h.scheduler.counters.preemptions >= 1  # the paused one lost its units
+    assert h.scheduler.metrics.preemptions >= 1  # the paused one lost its units
     assert not h.scheduler.plan().works
     h.scheduler.pause(slow, False)
     assert len(said(events + h.run(), slow)) == 9  # the tenth came in the first step
