@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,14 +127,15 @@ def write_aside(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
-def clear(directory: Path) -> None:
-    """Remove what an interrupted prepare left: our own files only, and only while there is no index."""
+def clear(directory: Path, keep: Collection[str] = ()) -> None:
+    """Remove what earlier runs left, but the shards in `keep`: our own files only, and only while there is no index."""
     if (directory / INDEX).exists():
         raise DataError(f"{directory} holds a finished corpus", do="give another --out, or remove it yourself")
     for split in SPLITS:
         for pattern in (f"{split}-*.arrow", f".{split}-*.tmp", ".*.json.*.tmp", ".*.jsonl.*.tmp"):
             for leftover in directory.glob(pattern):
-                leftover.unlink()
+                if leftover.name not in keep:
+                    leftover.unlink()
 
 
 @dataclass
@@ -163,7 +164,7 @@ class ShardWriter:
         if not self._rows:
             return
         name = f"{self.split}-{self.modality}-{self.part:05}-{len(self.shards):03}.arrow"
-        aside, path = self.directory / f".{name}.tmp", self.directory / name
+        aside, path = self.directory / f".{name}.{os.getpid()}.tmp", self.directory / name
         batch = _record_batch(self._rows)
         with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)

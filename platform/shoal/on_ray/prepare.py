@@ -5,13 +5,16 @@
 
 Only identities and counts pass through this process. Documents go through files, so on several nodes the corpus folder must
 be on a file system that all of them share. Nothing is there under its final name before it is complete, and ``index.json``
-comes last: what an interrupted run left is removed and made again, but for what was fetched.
+comes last. A run that was killed goes on where it was: each task's result lies in the work folder, and is taken again while
+the sources, the request and the code are the same (`data.kept`).
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 import shutil
 import time
 from collections import Counter
@@ -26,9 +29,10 @@ from ray.exceptions import RayTaskError
 
 from shoal.config import ModelConfig, Preset, dump
 from shoal.data import demo, parts, service
-from shoal.data.documents import MODALITIES, SourceSpec, list_files
+from shoal.data.documents import MODALITIES, File, SourceSpec, list_files
+from shoal.data.kept import code_digest, digest, kept
 from shoal.data.order import Mix
-from shoal.data.parts import Packed
+from shoal.data.parts import Drops, Identity, Packed
 from shoal.data.recipes import ChatFiles, fits
 from shoal.data.shards import INDEX, SPLITS, TOKENIZER, Index, clear, open_index, write_aside, write_index
 from shoal.errors import ConfigError, DataError, ShoalError
@@ -39,7 +43,9 @@ __all__ = ["SourceSpec", "prepare"]
 
 REPORT = "report.json"
 SOURCES = "sources"  # folder in the corpus folder: what the demo corpus fetched
-WORK = ".prepare"  # folder there, while it runs: the cleaned documents
+WORK = (
+    ".prepare"  # folder there, until the corpus is finished: the cleaned documents, and the results of finished tasks
+)
 DISK = 5  # bytes wanted for each byte of source: cleaned documents, shards, and room
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -77,36 +83,88 @@ def prepare(
     }
     if (out / INDEX).exists():
         return _finished(out, request)
-    out.mkdir(parents=True, exist_ok=True)
-    clear(out)
+    work = out / WORK
     need_disk(out, DISK * sum(sizes))
-    with _work_folder(out) as work, _quiet_data():
-        packed, identities = Packed(), []
+    with _alone(work), _quiet_data():
+        packed, identities, code = Packed(), [], code_digest()
         paths = [work / f"{number:05}.arrow" for number in range(len(plan))]
-        for found, drops in _each(parts.read_part, zip(plan, paths, strict=True), sizes, "read and clean", on_progress):
+        keys = [digest(code, [_stamp(file) for file in files]) for files in plan]
+        reads = zip(plan, paths, keys, strict=True)
+        for found, drops in _each(_read, reads, sizes, "read and clean", on_progress):
             identities.append(found)
             packed.dropped(drops)
         splits, duplicates = parts.choose(identities, seed)
         packed.dropped({"dedup": Counter({"equal to an earlier one": duplicates})} if duplicates else {})
         on_progress("fit the tokenizer", 0, 0)
-        tokenizer = Tokenizer.train(parts.sample(paths, splits), preset.model.vocab)
+        tokenizer = _tokenizer(paths, splits, preset.model.vocab, work, digest(keys, splits, preset.model.vocab))
         write_aside(out / TOKENIZER, tokenizer.json)
         chats = ChatFiles(seed)
-        jobs = [
-            (path, of, out, preset.model, number) for number, (path, of) in enumerate(zip(paths, splits, strict=True))
+        packs = [
+            (path, of, out, preset.model, number, digest(key, of, tokenizer.sha256, dump(preset.model)))
+            for number, (path, of, key) in enumerate(zip(paths, splits, keys, strict=True))
         ]
-        for part in _each(parts.pack_part, jobs, sizes, "encode and pack", on_progress):
+        for part in _each(_pack, packs, sizes, "encode and pack", on_progress):
             packed.add(part)
             for split, chat in part.chats:
                 chats.add(split, [chat])
-    if sources is None:
-        for split in SPLITS:
-            chats.add(split, (chat for chat in service.chats(split) if fits(chat, tokenizer, preset.model)))
-    index = _index(packed, request, preset.model, tokenizer)
-    report = _report(index, packed, chats.write(out), time.monotonic() - start)
-    write_aside(out / REPORT, json.dumps(report, indent=1) + "\n")
-    write_index(out, index)
+        if sources is None:
+            for split in SPLITS:
+                chats.add(split, (chat for chat in service.chats(split) if fits(chat, tokenizer, preset.model)))
+        index = _index(packed, request, preset.model, tokenizer)
+        report = _report(index, packed, chats.write(out), time.monotonic() - start)
+        write_aside(out / REPORT, json.dumps(report, indent=1) + "\n")
+        clear(out, keep={shard.file for shard in index.shards})  # of other requests, and what was half written
+        write_index(out, index)
+        shutil.rmtree(work, ignore_errors=True)
     return report
+
+
+def _read(files: Sequence[File], path: Path, key: str) -> tuple[list[Identity], Drops]:
+    """`parts.read_part`, unless it is done."""
+
+    def read() -> tuple[list[Identity], Drops]:
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        result = parts.read_part(files, aside)
+        aside.replace(path)
+        return result
+
+    return kept(path.with_suffix(".read.json"), key, tuple[list[Identity], Drops], read, lambda _: [path])
+
+
+def _tokenizer(paths: list[Path], splits: list[list[str | None]], vocab: int, work: Path, key: str) -> Tokenizer:
+    """Fitted to a sample of the training documents, unless it is done."""
+
+    def fit() -> str:
+        return Tokenizer.train(parts.sample(paths, splits), vocab).json
+
+    return Tokenizer.from_json(kept(work / "tokenizer.json", key, str, fit, lambda _: []))
+
+
+def _pack(path: Path, splits: Sequence[str | None], out: Path, model: ModelConfig, number: int, key: str) -> Packed:
+    """`parts.pack_part`, unless it is done."""
+
+    def pack() -> Packed:
+        return parts.pack_part(path, splits, out, model, number)
+
+    return kept(path.with_suffix(".pack.json"), key, Packed, pack, lambda part: [out / s.file for s in part.shards])
+
+
+def _stamp(file: File) -> list[Any]:
+    """What tells whether a file, and the caption beside it, are still what was read."""
+    stats = [path.stat() if path and path.exists() else None for path in (file.path, file.caption)]
+    return [dump(file.spec), file.name, [stat and [stat.st_size, stat.st_mtime_ns] for stat in stats]]
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Raises DataError while another prepare works there: the shards of two requests would be mixed."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"another prepare is writing to {work.parent}", do="wait for it, or stop it") from error
+        yield
 
 
 def _each(
@@ -131,18 +189,6 @@ def _each(
         if isinstance(cause, ShoalError):
             raise cause from error
         raise DataError(f"cannot {what}", got=str(error.cause or error).strip().splitlines()[-1][:200]) from error
-
-
-@contextmanager
-def _work_folder(out: Path) -> Iterator[Path]:
-    """An empty folder for one run, gone afterwards."""
-    work = out / WORK
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 @contextmanager

@@ -1,0 +1,96 @@
+"""Kept results: taken again under the same key with the same files, and otherwise made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.data.kept import _plain, _typed, code_digest, digest, kept
+from shoal.data.parts import Identity, Packed
+from shoal.data.recipes import Chat, turns
+from shoal.data.shards import Shard
+
+SHARD = Shard("a.arrow", "train", "text", 3, 90, 400, 1234, "ab", {"s": 90}, ("MIT", "CC0"))
+CHAT = Chat(turns([{"type": "text", "text": "q"}], "a"), "code", "s", "MIT", synthetic=True)
+PACKED = Packed(
+    [SHARD],
+    {"read": Counter({"empty": 2})},
+    Counter({("train", "text", "s", "MIT"): 3}),
+    Counter(cut=1),
+    [("train", CHAT)],
+)
+
+
+def make(folder: Path, key: str = "k", text: str = "data") -> tuple[list[str], bool]:
+    """A result, and whether it had to be made."""
+    made = False
+
+    def task() -> list[str]:
+        nonlocal made
+        made = True
+        (folder / "file").write_text(text)
+        return [text]
+
+    return kept(folder / "r.json", key, list[str], task, lambda _: [folder / "file"]), made
+
+
+def test_a_result_is_made_once(tmp_path: Path) -> None:
+    assert make(tmp_path) == (["data"], True)
+    assert make(tmp_path) == (["data"], False)
+
+
+def damage_file(folder: Path) -> None:
+    (folder / "file").write_text("date")  # of equal size
+
+
+def lose_file(folder: Path) -> None:
+    (folder / "file").unlink()
+
+
+def tear_result(folder: Path) -> None:
+    (folder / "r.json").write_bytes((folder / "r.json").read_bytes()[:-5])
+
+
+@pytest.mark.parametrize("damage", [damage_file, lose_file, tear_result])
+def test_what_is_not_whole_is_made_again(tmp_path: Path, damage) -> None:
+    make(tmp_path)
+    damage(tmp_path)
+    assert make(tmp_path) == (["data"], True) and (tmp_path / "file").read_text() == "data"
+
+
+def test_another_key_is_another_result(tmp_path: Path) -> None:
+    make(tmp_path)
+    assert make(tmp_path, key="other", text="new") == (["new"], True)
+
+
+def test_results_survive_a_moved_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    make(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert make(tmp_path / "b") == (["data"], False)
+
+
+@given(
+    st.lists(
+        st.builds(Identity, st.binary(max_size=16), st.text(max_size=9), st.just("code"), st.none() | st.booleans())
+    )
+)
+def test_identities_come_back_as_they_were(found: list[Identity]) -> None:
+    value = (found, {"quality": Counter({"too short": 1})})
+    kind = tuple[list[Identity], dict[str, Counter[str]]]
+    assert _typed(kind, _plain(value)) == value
+
+
+def test_a_packed_part_comes_back_as_it_was() -> None:
+    back = _typed(Packed, _plain(PACKED))
+    assert back == PACKED and isinstance(back.packing, Counter) and isinstance(back.drops["read"], Counter)
+    assert _typed(Packed, _plain(Packed())) == Packed()
+
+
+def test_a_digest_tells_requests_apart() -> None:
+    assert digest(1, "a") == digest(1, "a") != digest("a", 1)
+    assert code_digest() == code_digest()
