@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.config import GROUPS
+from shoal.config import GROUPS, ModelConfig
 from shoal.engine.plan import Decision, Outcome, Plan, Work
 from shoal.engine.sampler import Sampler
-from shoal.model.cache import GroupCache, PagedStep
+from shoal.model.cache import GroupCache, PagedStep, Rows, read_rows, write_rows
 from shoal.model.depth import features, page_sums
 from shoal.model.model import Model
 from shoal.model.quant import prepack_
@@ -40,7 +40,7 @@ class Runner:
         """Run one step: write its K/V, decide depths, sample tokens. Nothing here outlives a failure but K/V slots that
         no request counts as computed."""
         works = plan.works
-        layout = _Layout(works, self.config.page, self.config.block, self.device)
+        layout = _Layout(works, self.config, self.device)
         fresh = [work for work in works if work.first == 0]
         x = self._embed(fresh)
         if fresh:
@@ -129,9 +129,8 @@ class Runner:
 class _Layout:
     """Where the rows of `works` stand, for every layer group: built once a step, in numpy, and sliced for each group."""
 
-    def __init__(self, works: Sequence[Work], page: int, block: int, device: torch.device) -> None:
-        self._page, self._block, self._device = page, block, device
-        self._works = works
+    def __init__(self, works: Sequence[Work], config: ModelConfig, device: torch.device) -> None:
+        self._config, self._device, page = config, device, config.page
         counts = [work.count for work in works]
         self.starts = [0, *np.cumsum(counts).tolist()]
         row_of = np.repeat(np.arange(len(works)), counts)
@@ -148,19 +147,28 @@ class _Layout:
         self._tables, self._slots, self._positions = (
             torch.from_numpy(array).to(device) for array in (tables, slots, positions)
         )
+        self._writes = write_rows(self._slots, config.kv_heads, page)
+        self._reads = read_rows(self._tables, config.kv_heads)
+        self._rows: dict[int, Rows] = {}
 
     def of(self, works: Sequence[Work]) -> _Layout:
         """The layout of some of the works only."""
-        return _Layout(works, self._page, self._block, self._device)
+        return _Layout(works, self._config, self._device)
 
     def step(self, group: int, rows: int) -> PagedStep:
         """The first `rows` rows as `group` sees them; they end where a request ends."""
         count = self.starts.index(rows)
+        starts = self.starts[: count + 1]
+        if rows not in self._rows:
+            self._rows[rows] = Rows(self._positions[:rows], starts, self._config.page, self._config.block)
         return PagedStep(
             positions=self._positions[:rows],
             slots=self._slots[group, :rows],
             tables=self._tables[group, :count],
-            starts=self.starts[: count + 1],
-            page=self._page,
-            block=self._block,
+            starts=starts,
+            page=self._config.page,
+            block=self._config.block,
+            shared=self._rows[rows],
+            writes=self._writes[group, : rows * self._config.kv_heads],
+            reads=self._reads[group, :count],
         )

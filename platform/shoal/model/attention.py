@@ -8,9 +8,10 @@ one KV head a query head this is the source article's formula with a causal mask
 section 4; the choice shared within a group of heads follows NSA (arXiv 2502.11089, eq. 10).
 
 Letters: B rows, T new tokens (queries), X stored tokens (keys), H query heads, Hk KV heads, G = H/Hk, d head dim,
-w window, S block, K blocks read, s sinks, N blocks that exist, U units, P page slots, R requests.
+w window, S block, K blocks read, s sinks, N blocks that exist.
 
-One `select` and one `attend` serve training, prefill and decoding: they differ only in the `Layout` they are given.
+One `select` serves training, prefill and decoding, and one `attend` all but short and long decoding (`paged.py`): they
+differ only in the `Layout` they are given.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from shoal.model.cache import PagedStep
 
 STRIP = 64  # queries of the global branch that are attended together in training
 
@@ -173,110 +172,6 @@ def select(score: Tensor, eligible: Tensor, sink: Tensor, top_k: int) -> Tensor:
     tied = (score == kth) & eligible
     room = top_k - above.sum(-1, keepdim=True)
     return above | (tied & (tied.cumsum(-1) <= room))
-
-
-def write_kv(k: Tensor, v: Tensor, kv: Tensor, means: Tensor, step: PagedStep) -> None:
-    """Store the new keys and values, k and v [rows, Hk, d], and the mean of every block that they complete.
-
-    Every path that writes K/V goes through here, so a mean is valid exactly when its block lies within the length.
-    kv [U, Hk, P, 2d] and means [U, Hk, P/S, d] are changed in place.
-    """
-    kv[step.units, :, step.offsets] = torch.cat([k, v], dim=-1)
-    ends = step.block_ends
-    if len(ends):
-        units, offsets = step.units[ends], step.offsets[ends]
-        inside = offsets[:, None] - torch.arange(step.block - 1, -1, -1, device=offsets.device)
-        keys = kv[units[:, None], :, inside, : k.shape[-1]]  # [E, S, Hk, d]
-        means[units, :, offsets // step.block] = keys.to(means.dtype).mean(1)
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How far a layer looks: w tokens of window, K blocks of which s are sinks, and gamma [H] between the branches (None:
-    the window only)."""
-
-    window: int
-    top_k: int
-    sinks: int
-    gamma: Tensor | None
-
-
-def paged_attention(q: Tensor, kv: Tensor, means: Tensor, step: PagedStep, reach: Reach) -> Tensor:
-    """[rows, H, d] for q [rows, H, d] over pages: kv [U, Hk, P, 2d], means [U, Hk, P/S, d] as `write_kv` left them.
-
-    Requests with one new token decode together; a chunk of several is attended for itself.
-    """
-    if not step.chunks:
-        return _paged_rows(q[:, None], kv, means, step.tables, step.positions[:, None], step, reach)[:, 0]
-    out = torch.empty_like(q)
-    if step.singles:
-        rows = step.single_rows
-        positions = step.positions[rows][:, None]
-        out[rows] = _paged_rows(q[rows][:, None], kv, means, step.single_tables, positions, step, reach)[:, 0]
-    for r in step.chunks:
-        chunk = slice(step.starts[r], step.starts[r + 1])
-        positions = step.positions[chunk]
-        tables = step.tables[r : r + 1, : int(positions[-1]) // step.page + 1]
-        out[chunk] = _paged_rows(q[chunk][None], kv, means, tables, positions[None], step, reach)[0]
-    return out
-
-
-def _paged_rows(
-    q: Tensor, kv: Tensor, means: Tensor, tables: Tensor, positions: Tensor, step: PagedStep, reach: Reach
-) -> Tensor:
-    """[R, T, H, d] for q [R, T, H, d] at `positions` [R, T] over the pages of `tables` [R, M]."""
-    keys = tables.shape[1] * step.page
-    # Reading only the chosen tokens pays once the context is well beyond what they sum up to.
-    far = keys > 2 * (reach.window + (reach.top_k + 1) * step.block)
-    if q.shape[1] == 1 and reach.gamma is not None and far:
-        return _paged_sparse(q[:, 0], kv, means, tables, positions[:, 0], step, reach, reach.gamma)[:, None]
-    layout = Layout.causal(positions, keys, window=reach.window, block=step.block, sinks=reach.sinks)
-    stored = kv[tables].transpose(2, 3).flatten(1, 2)  # [R, M*P, Hk, 2d]
-    # a stale page may hold NaN, and 0 * NaN is NaN: what lies past the length is read as zero
-    past = torch.arange(keys, device=kv.device) > positions[:, -1:]
-    k, v = stored.masked_fill(past[..., None, None], 0).chunk(2, dim=-1)
-    summaries = means[tables].transpose(2, 3).flatten(1, 2)  # [R, M*P/S, Hk, d]
-    return attend(q, k, v, summaries, layout, reach.top_k, reach.gamma)
-
-
-def _paged_sparse(
-    q: Tensor,
-    kv: Tensor,
-    means: Tensor,
-    tables: Tensor,
-    positions: Tensor,
-    step: PagedStep,
-    reach: Reach,
-    gamma: Tensor,
-) -> Tensor:
-    """[R, H, d] for one query a request, reading w + (K+1) S stored tokens and the means, whatever the length."""
-    kv_heads, device = kv.shape[1], kv.device
-    summaries = means[tables].transpose(2, 3).flatten(1, 2)
-    blocks = torch.arange(summaries.shape[1], device=device)
-    complete = (positions + 1) // step.block
-    eligible = (blocks < complete[:, None])[:, None]  # [R, 1, N]
-    scores = block_scores(q[:, None], summaries, eligible)
-    chosen = select(scores, eligible, (blocks < reach.sinks)[None, None], reach.top_k)[:, :, 0]  # [R, Hk, N]
-    # chosen blocks first, in order; N marks an empty place
-    order = torch.where(chosen, blocks, len(blocks)).topk(reach.top_k, dim=-1, largest=False).values
-    picked = torch.cat([order, complete[:, None, None].expand(-1, kv_heads, 1)], dim=-1)  # the tail closes the list
-    inside = torch.arange(step.block, device=device)
-    far = (picked[..., None] * step.block + inside).flatten(2)  # [R, Hk, (K+1) S]
-    near = positions[:, None] - torch.arange(reach.window - 1, -1, -1, device=device)
-    near = near[:, None].expand(-1, kv_heads, -1)
-    heads = torch.arange(kv_heads, device=device)[:, None]
-    grouped = q.unflatten(1, (kv_heads, -1))  # [R, Hk, G, d]
-
-    def branch(at: Tensor) -> Tensor:
-        valid = (at >= 0) & (at <= positions[:, None, None])
-        at = at.clamp(min=0).minimum(positions[:, None, None])
-        units = tables.gather(1, (at // step.page).flatten(1)).view_as(at)
-        stored = kv[units, heads, at % step.page].masked_fill(~valid[..., None], 0)  # [R, Hk, Y, 2d]
-        k, v = stored.chunk(2, dim=-1)
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=valid[:, :, None])
-
-    share = gamma.view(kv_heads, -1, 1)
-    return (share * branch(near) + (1 - share) * branch(far)).flatten(1, 2)
 
 
 def _far(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, layout: Layout) -> Tensor:

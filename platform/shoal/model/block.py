@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config import ModelConfig
-from shoal.model.attention import Layout, Reach, attend, block_means, paged_attention, write_kv
+from shoal.model.attention import Layout, attend, block_means
 from shoal.model.cache import GroupCache, PagedStep
+from shoal.model.paged import Reach, paged_attention, write_kv
 from shoal.model.quant import Int8Linear, Linear
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, [..., T, d/4]
+Rope = tuple[Tensor, Tensor]  # what x and x with its first two quarters swapped are multiplied by, [..., T, 1, d]
 
 
 def linear(config: ModelConfig, inputs: int, outputs: int) -> Linear | Int8Linear:
@@ -24,19 +25,20 @@ def linear(config: ModelConfig, inputs: int, outputs: int) -> Linear | Int8Linea
 
 
 def rope_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
-    """cos and sin [..., d/4] of each position's angles, computed in float64."""
+    """The factors of `rotate` [..., 1, d] for each position, from angles computed in float64."""
     quarter = config.head_dim // 4
     rates = config.rope_theta ** -(torch.arange(quarter, dtype=torch.float64, device=positions.device) / quarter)
-    angles = positions[..., None].double() * rates
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = positions[..., None, None].double() * rates
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    rest = cos.new_ones(*cos.shape[:-1], config.head_dim - 2 * quarter)
+    return torch.cat([cos, cos, rest], dim=-1), torch.cat([-sin, sin, rest * 0], dim=-1)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """x [..., heads, d] with its first d/2 dims turned; the rest stays position-free, for far recall."""
-    cos, sin = (table.unsqueeze(-2) for table in rope)
-    quarter = cos.shape[-1]
-    a, b, rest = x.split([quarter, quarter, x.shape[-1] - 2 * quarter], dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
+    quarter = x.shape[-1] // 4
+    swapped = torch.cat([x[..., quarter : 2 * quarter], x[..., :quarter], x[..., 2 * quarter :]], dim=-1)
+    return x * rope[0] + swapped * rope[1]
 
 
 class Norm(nn.Module):
@@ -80,9 +82,14 @@ class Attention(nn.Module):
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """q [..., H, d] and k, v [..., Hk, d], normed and turned."""
         c = self.config
-        heads = self.qkv(x).unflatten(-1, (-1, c.head_dim))
-        q, k, v = heads.split([c.heads, c.kv_heads, c.kv_heads], dim=-2)
-        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v
+        heads = self.qkv(x)
+        heads = heads.view(*heads.shape[:-1], -1, c.head_dim)
+        turned = c.heads + c.kv_heads
+        # q and k in one norm and one rotation: few large operators are what decoding is made of
+        weight = torch.cat([self.q_norm.weight.expand(c.heads, -1), self.k_norm.weight.expand(c.kv_heads, -1)])
+        qk = F.rms_norm(heads[..., :turned, :], (c.head_dim,), None, c.norm_eps) * weight
+        qk = rotate(qk, rope)
+        return qk[..., : c.heads, :], qk[..., c.heads :, :], heads[..., turned:, :]
 
     def forward(self, x: Tensor, layout: Layout, rope: Rope) -> Tensor:
         q, k, v = self.project(x, rope)
@@ -145,7 +152,7 @@ class Group(nn.Module):
 
     def paged(self, x: Tensor, step: PagedStep, cache: GroupCache) -> Tensor:
         """x [N, D] after these layers; the new K/V are written to `cache` at ``step.slots``."""
-        rope = rope_tables(step.positions, self.config, x.dtype)
+        rope = step.rows.once("rope", lambda: rope_tables(step.positions, self.config, x.dtype))
         for j, block in enumerate(self.blocks):
             x = block.paged(x, step, rope, cache.kv[j], cache.means[j])  # type: ignore[operator]
         return x

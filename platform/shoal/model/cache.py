@@ -9,13 +9,18 @@ one operation can serve both engines. Unit 0 is the null unit: it pads tables an
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from shoal.config import ModelConfig
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -40,14 +45,72 @@ class GroupCache:
         )
 
 
+class Rows:
+    """What the layer groups of one forward share: who has which rows, and what follows from that alone. Every derived
+    piece is computed once a forward, at its first use, and not once a layer.
+
+    positions [N]  absolute position of each new token, from 0
+    starts [R+1]   request r owns rows starts[r] .. starts[r+1]-1, in order
+    """
+
+    def __init__(self, positions: Tensor, starts: list[int], page: int, block: int) -> None:
+        self.positions, self.starts, self.page, self.block = positions, starts, page, block
+        counts = [end - start for start, end in pairwise(starts)]
+        self.singles = [r for r, count in enumerate(counts) if count == 1]  # they decode together
+        self.chunks = [r for r, count in enumerate(counts) if count > 1]  # prefill, verification: each for itself
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave when `key` was first asked for."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """Slot of each row within its page, [N]."""
+        return self.positions % self.page
+
+    @cached_property
+    def block_ends(self) -> Tensor:
+        """Rows whose token completes a block, so that the block's summary is written, [E]."""
+        return ((self.positions + 1) % self.block == 0).nonzero().flatten()
+
+    @cached_property
+    def last(self) -> Tensor:
+        """Position of each request's last row, [R]."""
+        if not self.chunks:
+            return self.positions
+        return self.positions[torch.tensor(self.starts[1:], device=self.positions.device) - 1]
+
+    @cached_property
+    def single_rows(self) -> Tensor:
+        """Row of each of `singles`."""
+        return torch.tensor([self.starts[r] for r in self.singles], device=self.positions.device)
+
+    @cached_property
+    def single(self) -> Rows:
+        """`singles` alone."""
+        rows = self.single_rows
+        return Rows(self.positions[rows], list(range(len(rows) + 1)), self.page, self.block)
+
+    def of(self, request: int) -> Rows:
+        """One of `chunks` alone."""
+        start, end = self.starts[request], self.starts[request + 1]
+        positions = self.positions[start:end]
+        return self.once(request, lambda: Rows(positions, [0, end - start], self.page, self.block))
+
+
 @dataclass
 class PagedStep:
-    """Where the N new tokens of one forward stand. The rows of a request are contiguous and in order.
+    """Where the N new tokens of one forward stand, for one layer group. The rows of a request are contiguous and in order.
 
     positions [N]  absolute position of each new token, from 0
     slots [N]      unit * P + offset that its K/V are written to (-1: padding, written to the null unit)
     tables [R, M]  units of each request's pages in order, padded with 0
     starts [R+1]   request r owns rows starts[r] .. starts[r+1]-1
+    shared         what all groups share; made at its first use when it is not given
+    writes, reads  `write_rows` of `slots` and `read_rows` of `tables`; made at the first use when they are not given
     """
 
     positions: Tensor
@@ -56,41 +119,40 @@ class PagedStep:
     starts: list[int]
     page: int
     block: int
+    shared: Rows | None = None
+    writes: Tensor | None = None
+    reads: Tensor | None = None
+
+    @cached_property
+    def rows(self) -> Rows:
+        """What all groups share."""
+        return self.shared or Rows(self.positions, self.starts, self.page, self.block)
 
     @cached_property
     def units(self) -> Tensor:
         """Unit that each new token is written to, [N]."""
         return self.slots.clamp(min=0) // self.page
 
-    @cached_property
-    def offsets(self) -> Tensor:
-        """Slot within that unit, [N]."""
-        return self.slots.clamp(min=0) % self.page
+    def written(self, kv_heads: int) -> Tensor:
+        """`write_rows` of this step."""
+        if self.writes is None:
+            self.writes = write_rows(self.slots, kv_heads, self.page)
+        return self.writes
 
-    @cached_property
-    def block_ends(self) -> Tensor:
-        """Rows whose token completes a block, so that the block's mean is written, [E]."""
-        complete = ((self.positions + 1) % self.block == 0) & (self.slots >= 0)
-        return complete.nonzero().flatten()
+    def read(self, kv_heads: int) -> Tensor:
+        """`read_rows` of this step."""
+        if self.reads is None:
+            self.reads = read_rows(self.tables, kv_heads)
+        return self.reads
 
-    @cached_property
-    def singles(self) -> list[int]:
-        """Requests with one new token: they decode together."""
-        return [r for r in range(len(self.starts) - 1) if self.starts[r + 1] - self.starts[r] == 1]
 
-    @cached_property
-    def chunks(self) -> list[int]:
-        """Requests with several new tokens (prefill, verification): each is attended for itself."""
-        return [r for r in range(len(self.starts) - 1) if self.starts[r + 1] - self.starts[r] > 1]
+def write_rows(slots: Tensor, kv_heads: int, page: int) -> Tensor:
+    """Where each new token's keys and values go, in a unit memory seen as [U * Hk * P, 2d]: [.., N * Hk] for [.., N]."""
+    at = slots.clamp(min=0)
+    heads = torch.arange(0, kv_heads * page, page, device=slots.device)
+    return ((at // page * (kv_heads * page) + at % page)[..., None] + heads).flatten(-2)
 
-    @cached_property
-    def single_rows(self) -> Tensor:
-        """Row of each of `singles`, [len(singles)]."""
-        return torch.tensor([self.starts[r] for r in self.singles], device=self.positions.device)
 
-    @cached_property
-    def single_tables(self) -> Tensor:
-        """Block tables of `singles`."""
-        if len(self.singles) == self.tables.shape[0]:
-            return self.tables
-        return self.tables[torch.tensor(self.singles, device=self.tables.device)]
+def read_rows(tables: Tensor, kv_heads: int) -> Tensor:
+    """The pages of each request and KV head, in a unit memory seen as [U * Hk, ...]: [.., R, Hk, M] for [.., R, M]."""
+    return tables[..., None, :] * kv_heads + torch.arange(kv_heads, device=tables.device)[:, None]

@@ -1,0 +1,171 @@
+"""Hybrid attention over pages: the one function that writes K/V, and reading them for prefill, decoding, verification.
+
+The sum is `attention.attend`'s; what differs is where the keys lie. Requests with one new token decode together, a chunk
+of several is attended for itself. Three ways, the cheapest that the length allows:
+
+    length <= min(w, K S)        both branches see every token, so they are one, and the gate has no effect
+    length <= 2 (w + (K+1) S)    all stored tokens are read, under masks
+    longer                       a decoding row reads its window, its chosen blocks and its tail only
+
+Letters: N new tokens, R requests, T new tokens a request, X stored tokens (M pages of P slots), B blocks that exist,
+H query heads, Hk KV heads, G = H/Hk, d head dim, m values of a summary, U units, S block, K blocks read, w window,
+E rows that complete a block, Y tokens that a branch reads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shoal.model.attention import Layout, attend, block_scores, select
+from shoal.model.cache import PagedStep, Rows
+
+
+def write_kv(k: Tensor, v: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep) -> None:
+    """Store the new keys and values, k and v [N, Hk, d], and the summary of every block that they complete.
+
+    Every path that writes K/V goes through here, so a summary is valid exactly when its block lies within the length.
+    kv [U, Hk, P, 2d] and summaries [U, Hk, P/S, m] are changed in place; m = 2d when the variance follows the mean.
+    """
+    wide, size = kv.shape[-1], k.shape[-1]
+    kv.view(-1, wide).index_copy_(0, step.written(kv.shape[1]), torch.cat([k, v], dim=-1).view(-1, wide))
+    ends = step.rows.block_ends
+    if len(ends):
+        units, offsets = step.units[ends], step.rows.offsets[ends]
+        inside = offsets[:, None] - torch.arange(step.block - 1, -1, -1, device=offsets.device)
+        keys = kv[units[:, None], :, inside, :size].to(summaries.dtype)  # [E, S, Hk, d]
+        mean = keys.mean(1)
+        if summaries.shape[-1] > size:
+            mean = torch.cat([mean, (keys - mean[:, None]).square().mean(1)], dim=-1)
+        summaries[units, :, offsets // step.block] = mean
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a layer looks: w tokens of window, K blocks of which s are sinks, and gamma [H] between the branches (None:
+    the window only)."""
+
+    window: int
+    top_k: int
+    sinks: int
+    gamma: Tensor | None
+
+    def whole(self, keys: int, block: int) -> bool:
+        """Do both branches see all of `keys` tokens?"""
+        return keys <= self.window and (self.gamma is None or keys <= self.top_k * block)
+
+
+def paged_attention(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach) -> Tensor:
+    """[N, H, d] for q [N, H, d] over pages: kv [U, Hk, P, 2d], summaries [U, Hk, P/S, m] as `write_kv` left them."""
+    rows, reads = step.rows, step.read(kv.shape[1])
+    if not rows.chunks:
+        return _attend(q[:, None], kv, summaries, reads, rows, reach)[:, 0]
+    out = torch.empty_like(q)
+    if rows.singles:
+        at = rows.single_rows
+        out[at] = _attend(q[at][:, None], kv, summaries, reads[rows.singles], rows.single, reach)[:, 0]
+    for r in rows.chunks:
+        chunk = rows.of(r)
+        span = slice(step.starts[r], step.starts[r + 1])
+        pages = chunk.once("pages", lambda c=chunk: int(c.last[0]) // step.page + 1)  # type: ignore[misc]
+        out[span] = _attend(q[span][None], kv, summaries, reads[r : r + 1, :, :pages], chunk, reach)[0]
+    return out
+
+
+def _attend(q: Tensor, kv: Tensor, summaries: Tensor, reads: Tensor, rows: Rows, reach: Reach) -> Tensor:
+    """[R, T, H, d] for q [R, T, H, d] at the positions of `rows`, over the pages `reads` [R, Hk, M]."""
+    keys = reads.shape[-1] * rows.page
+    positions = rows.positions.view(q.shape[:2])
+    if reach.whole(keys, rows.block):
+        k, v = _all(kv, reads, rows)
+        bias = rows.once(("causal", keys), lambda: _causal(positions, keys, q.shape[2] // kv.shape[1], q.dtype))
+        return _softmax(q, k, v, bias)
+    # Reading only the chosen tokens pays once the context is well beyond what they sum up to.
+    far = keys > 2 * (reach.window + (reach.top_k + 1) * rows.block)
+    if q.shape[1] == 1 and reach.gamma is not None and far:
+        return _sparse(q[:, 0], kv, summaries, reads, rows, reach, reach.gamma)[:, None]
+    k, v = _all(kv, reads, rows)
+    layout = rows.once(
+        ("layout", keys, reach.window, reach.sinks),
+        lambda: Layout.causal(positions, keys, window=reach.window, block=rows.block, sinks=reach.sinks),
+    )
+    return attend(
+        q, k.transpose(1, 2), v.transpose(1, 2), _summaries(summaries, reads), layout, reach.top_k, reach.gamma
+    )
+
+
+def _all(kv: Tensor, reads: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """k and v [R, Hk, X, d] of all pages of `reads` [R, Hk, M]."""
+    requests, kv_heads, pages = reads.shape
+    wide, keys = kv.shape[-1], pages * rows.page
+    stored = kv.view(-1, rows.page, wide).index_select(0, reads.flatten())
+    # a stale slot may hold NaN, and 0 * NaN is NaN: what lies past the length is read as zero
+    stale = rows.once(("stale", kv_heads, keys), lambda: _stale(rows.last, kv_heads, keys))
+    k, v = stored.view(-1, wide).index_fill_(0, stale, 0).view(requests, kv_heads, keys, wide).chunk(2, dim=-1)
+    return k, v
+
+
+def _stale(last: Tensor, kv_heads: int, keys: int) -> Tensor:
+    """Rows of [R * Hk * X] that stand after a request's last token, `last` [R]."""
+    request, at = (torch.arange(keys, device=last.device) > last[:, None]).nonzero(as_tuple=True)
+    heads = torch.arange(kv_heads, device=last.device)[:, None]
+    return ((request * kv_heads + heads) * keys + at).flatten()
+
+
+def _summaries(summaries: Tensor, reads: Tensor) -> Tensor:
+    """[R, B, Hk, m] of the pages `reads` [R, Hk, M]."""
+    found = summaries.flatten(0, 1).index_select(0, reads.flatten())
+    return found.view(*reads.shape[:2], -1, summaries.shape[-1]).transpose(1, 2)
+
+
+def _causal(positions: Tensor, keys: int, group: int, dtype: torch.dtype) -> Tensor:
+    """What is added to scores, [R, 1, G T, X]: -inf for keys after the query at `positions` [R, T]."""
+    past = torch.arange(keys, device=positions.device) > positions[:, None, :, None]
+    bias = torch.zeros(past.shape, dtype=dtype, device=past.device).masked_fill_(past, -math.inf)
+    return bias if past.shape[2] == 1 else bias.repeat(1, 1, group, 1)
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Softmax attention [R, T, H, d] under `bias` [R, 1, G T or 1, X]; q [R, T, H, d], k and v [R, Hk, X, d]. The query
+    heads of a KV head are laid one after the other along T, so that k and v are not copied for them."""
+    requests, queries, _, size = q.shape
+    if queries == 1:
+        grouped = q.view(requests, k.shape[1], -1, size)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=bias).view(q.shape)
+    folded = q.unflatten(2, (k.shape[1], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    out = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias)
+    return out.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _sparse(q: Tensor, kv: Tensor, summaries: Tensor, reads: Tensor, rows: Rows, reach: Reach, gamma: Tensor) -> Tensor:
+    """[R, H, d] for one query a request, reading w + (K+1) S stored tokens and the summaries, whatever the length."""
+    kv_heads, page, wide = kv.shape[1:]
+    positions, device = rows.positions, kv.device
+    found = _summaries(summaries, reads)
+    blocks = torch.arange(found.shape[1], device=device)
+    complete = (positions + 1) // rows.block
+    eligible = (blocks < complete[:, None])[:, None]  # [R, 1, B]
+    scores = block_scores(q[:, None], found, eligible)
+    chosen = select(scores, eligible, (blocks < reach.sinks)[None, None], reach.top_k)[:, :, 0]  # [R, Hk, B]
+    # chosen blocks first, in order; B marks an empty place
+    order = torch.where(chosen, blocks, len(blocks)).topk(reach.top_k, dim=-1, largest=False).values
+    picked = torch.cat([order, complete[:, None, None].expand(-1, kv_heads, 1)], dim=-1)  # the tail closes the list
+    far = (picked[..., None] * rows.block + torch.arange(rows.block, device=device)).flatten(2)  # [R, Hk, (K+1) S]
+    near = positions[:, None] - torch.arange(reach.window - 1, -1, -1, device=device)
+    near = near[:, None].expand(-1, kv_heads, -1)
+    grouped = q.view(len(q), kv_heads, -1, q.shape[-1])  # [R, Hk, G, d]
+    memory = kv.view(-1, wide)
+
+    def branch(at: Tensor) -> Tensor:
+        valid = (at >= 0) & (at <= positions[:, None, None])
+        at = at.clamp(min=0).minimum(positions[:, None, None])
+        stored = memory[reads.gather(2, at // page) * page + at % page]  # [R, Hk, Y, 2d]
+        k, v = stored.masked_fill_(~valid[..., None], 0).chunk(2, dim=-1)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=valid[:, :, None])
+
+    share = gamma.view(kv_heads, -1, 1)
+    return torch.lerp(branch(far), branch(near), share).flatten(1, 2)
