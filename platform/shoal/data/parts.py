@@ -19,9 +19,11 @@ import xxhash
 
 from shoal.config import ModelConfig
 from shoal.data.clean import clean, fingerprint
-from shoal.data.documents import Document, File, Modality, Skipped, read
+from shoal.data.documents import Document, Modality, Skipped
 from shoal.data.encode import encode
+from shoal.data.files import File
 from shoal.data.pack import Packer
+from shoal.data.read import read
 from shoal.data.recipes import Chat, chats_of, fits
 from shoal.data.shards import SPLITS, TOKENIZER, Shard, ShardWriter, token_bytes
 from shoal.inputs.tokenizer import Tokenizer
@@ -72,7 +74,7 @@ class Packed:
 
 def split_files(files: Sequence[File]) -> list[list[File]]:
     """The files in parts of about equal size, in order."""
-    sizes = [size_of(file) for file in files]
+    sizes = [file.size for file in files]
     most = min(PART_BYTES, sum(sizes) // LEAST_PARTS + 1)
     parts: list[list[File]] = []
     room = 0
@@ -227,11 +229,3 @@ def _draw(group: str, seed: int) -> float:
 
 def _is_heldout(said: bool | None, draw: float) -> bool:
     return draw < HELDOUT if said is None else said
-
-
-def size_of(file: File) -> int:
-    """Bytes of the file; 0 when it cannot be seen."""
-    try:
-        return file.path.stat().st_size
-    except OSError:
-        return 0

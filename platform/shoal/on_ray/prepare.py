@@ -29,7 +29,8 @@ from ray.exceptions import RayTaskError
 
 from shoal.config import ModelConfig, Preset, dump
 from shoal.data import demo, parts, service
-from shoal.data.documents import MODALITIES, File, SourceSpec, list_files
+from shoal.data.documents import MODALITIES, SourceSpec
+from shoal.data.files import File, list_files
 from shoal.data.kept import code_digest, digest, kept
 from shoal.data.order import Mix
 from shoal.data.parts import Drops, Identity, Packed
@@ -72,7 +73,7 @@ def prepare(
     specs = list(sources) if sources is not None else demo.sources(out / SOURCES, on_progress)
     specs = _named_apart(specs)
     plan = parts.split_files([file for spec in specs for file in list_files(spec)])
-    sizes = [sum(map(parts.size_of, files)) for files in plan]
+    sizes = [sum(file.size for file in files) for files in plan]
     request = {
         "sources": [dump(spec) for spec in specs] if sources is not None else demo.request(),
         "files": sum(map(len, plan)),
@@ -151,8 +152,7 @@ def _pack(path: Path, splits: Sequence[str | None], out: Path, model: ModelConfi
 
 def _stamp(file: File) -> list[Any]:
     """What tells whether a file, and the caption beside it, are still what was read."""
-    stats = [path.stat() if path and path.exists() else None for path in (file.path, file.caption)]
-    return [dump(file.spec), file.name, [stat and [stat.st_size, stat.st_mtime_ns] for stat in stats]]
+    return [dump(file.spec), file.name, file.stamp]
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import torch
 from shoal.config import ModelConfig
 from shoal.data import parts
 from shoal.data.batches import ChatBatches, PretrainBatches, heldout_batches, text_of
-from shoal.data.documents import SourceSpec, list_files
+from shoal.data.documents import SourceSpec
+from shoal.data.files import list_files
 from shoal.data.shards import TOKENIZER, Index, write_index
 from shoal.errors import ConfigError, DataError
 from shoal.inputs.tokenizer import END_ID, PATCH_ID, Tokenizer

@@ -10,7 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shoal.data.documents import MAX_ROW, Document, Skipped, SourceSpec, html_text, list_files
+from shoal.data.documents import Document, Skipped, SourceSpec
+from shoal.data.files import list_files
+from shoal.data.rows import MAX_ROW
+from shoal.data.webpage import html_text
 from shoal.errors import DataError
 
 
@@ -49,7 +52,10 @@ def test_a_text_beside_an_image_is_its_caption_and_no_document(tmp_path: Path, p
         ("rows.jsonl", b"{broken\n", "broken JSON"),
         ("rows.jsonl", b"[1, 2]\n", "row is not an object"),
         ("rows.jsonl", b'{"text": "\xff"}\n', "not UTF-8"),
-        ("rows.jsonl", b'{"text": 5}\n', "no text and no image"),
+        ("rows.jsonl", b'{"text": 5}\n', "text is not a string"),
+        ("rows.jsonl", b'{"id": 5}\n', "no text and no image"),
+        ("rows.jsonl", b'{"text": "\\ud800"}\n', "not UTF-8"),
+        ("none.jsonl", b"", "empty"),
         ("rows.jsonl", b'{"text": "hi", "modality": "smell"}\n', "unknown modality"),
         ("rows.jsonl", b'{"image": "gone.png"}\n', "image file is missing"),
         ("rows.jsonl", b'{"image": "../../etc/passwd"}\n', "image path leads out of the source"),
@@ -122,7 +128,7 @@ def test_what_the_source_leaves_out_is_not_listed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uri", "said"), [("missing", "does not exist"), ("empty", "holds no file"), ("s3://bucket/x", "a local folder")]
+    ("uri", "said"), [("missing", "does not exist"), ("empty", "holds no file"), ("ftp://host/x", "a local folder")]
 )
 def test_a_source_that_gives_nothing_is_one_line(tmp_path: Path, uri: str, said: str) -> None:
     (tmp_path / "empty").mkdir()

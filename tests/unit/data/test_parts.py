@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from shoal.config import ModelConfig
 from shoal.data import parts
-from shoal.data.documents import SourceSpec, list_files
+from shoal.data.documents import SourceSpec
+from shoal.data.files import list_files
 from shoal.data.parts import HELDOUT, Identity, choose, split_files
 from shoal.data.shards import TOKENIZER
 from shoal.inputs.tokenizer import Tokenizer
