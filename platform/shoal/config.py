@@ -72,6 +72,10 @@ class ModelConfig:
             "attn_pattern", self.attn_pattern, "letters H (hybrid) and L (local only)",
         )  # fmt: skip
         need(self.image_size % self.patch == 0, "image_size", self.image_size, f"a multiple of patch ({self.patch})")
+        need(
+            self.image_tokens <= self.train_length, "image_size", self.image_size,
+            f"an image of at most train_length ({self.train_length}) tokens; this one takes {self.image_tokens}",
+        )  # fmt: skip
         need(self.max_length >= 0, "max_length", self.max_length, "0 or more")
         need(0 < self.rope_theta < math.inf, "rope_theta", self.rope_theta, "a positive number")
         need(0 < self.norm_eps < 1, "norm_eps", self.norm_eps, "above 0, below 1")
@@ -107,6 +111,12 @@ class ModelConfig:
     def context(self) -> int:
         """Longest prompt plus answer, in tokens."""
         return self.max_length or 4 * self.train_length
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of the largest image: its patches, one after each row of them, and one at either end."""
+        side = self.image_size // self.patch
+        return side * (side + 1) + 2
 
     @property
     def patch_values(self) -> int:
@@ -170,6 +180,19 @@ class Preset:
     name: str
     model: ModelConfig
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_exits(self.model, self.train)
+
+
+def check_exits(model: ModelConfig, train: TrainConfig) -> None:
+    """Raise ConfigError unless `train` weighs exactly the exits that `model` has, the last (full depth) above 0."""
+    weights, exits = train.exit_weights, model.exits
+    if len(weights) != len(exits):
+        allowed = f"{len(exits)} numbers, one for each exit: {', '.join(model.exit_names)}"
+        raise ConfigError("train.exit_weights", got=weights, allowed=allowed)
+    if weights[-1] <= 0:
+        raise ConfigError("train.exit_weights", got=weights, allowed="full depth, the last, above 0")
 
 
 def load(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:

@@ -23,7 +23,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.model import cost
+from shoal.model import cost, files
 from shoal.model.model import Model
 from shoal.train import baselines
 from shoal.train import evaluate as measure
@@ -59,7 +59,7 @@ def compare(
     for label, model in loaded.items():
         tell(f"quality of {label}", steps, total)
         results[label] = quality(model, data, "full", sizes)
-        results[label]["weights"] = (models[label] / "model.safetensors").stat().st_size
+        results[label]["weights"] = files.weight_bytes(models[label])
         steps += 2
     by_depth = []
     for depth in [*loaded[served].config.exit_names, "auto"]:

@@ -1,12 +1,13 @@
-"""The model directory: config.json, model.safetensors, tokenizer.json, chat_template.jinja, router.json, README.md.
+"""The model directory: config.json, model.safetensors, tokenizer.json, chat_template.jinja, router.json, README.md and
+manifest.json, which lists the others.
 
-Written aside and renamed, so a directory that exists is whole; safetensors and JSON only, so loading runs no code.
+Written aside and renamed, so a directory that exists is whole; safetensors and JSON only, so loading runs no code. How weights
+are cut into files, and what is verified when they are read, is decided in `files.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,21 +16,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shoal.config import ModelConfig, dump, load, read_file
+from shoal.config import ModelConfig, dump, load
 from shoal.errors import CheckpointError, ConfigError
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
+from shoal.model import files
 from shoal.model.depth import Calibration, Router
 from shoal.model.net import Net
 
 T = TypeVar("T")
 
 FORMAT, VERSION = "shoal-model", 1
-ROUTER = "router."  # prefix of the router's tensors in model.safetensors
+ROUTER = "router."  # prefix of the router's tensors among the weights
 
 # What other tools need to read the INT8 weights (compressed-tensors, W8A8 with dynamic activations)
 _W8A8 = {
@@ -61,10 +61,11 @@ def save(
     chat_template: str = DEFAULT_TEMPLATE,
     router: Router | None = None,
     card: str = "",
+    shard_bytes: int = files.SHARD,
 ) -> None:
     """Write a model directory. `state` is the state of `Net(config)` on the CPU. Replaces an existing model directory.
 
-    Raises CheckpointError when something else is there.
+    Weights of more than `shard_bytes` are cut into several files. Raises CheckpointError when something else is there.
     """
     directory = Path(directory)
     if directory.exists() and not _replaceable(directory):
@@ -76,13 +77,14 @@ def save(
     if router is not None:
         tensors |= {ROUTER + key: value.contiguous() for key, value in router.state_dict().items()}
     with _aside(directory) as aside:
-        _write_json(aside / "config.json", meta)
-        save_file(tensors, str(aside / "model.safetensors"), metadata={"format": "pt"})
+        files.write_json(aside / "config.json", meta)
+        files.save_weights(aside, tensors, shard_bytes)
         tokenizer.save(aside / "tokenizer.json")
         (aside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         (aside / "README.md").write_text(card or f"# {name}\n\nA Shoal model.\n", encoding="utf-8")
         if router is not None:
-            _write_json(aside / "router.json", dataclasses.asdict(router.calibration))
+            files.write_json(aside / "router.json", dataclasses.asdict(router.calibration))
+        files.write_manifest(aside)
 
 
 def _replaceable(path: Path) -> bool:
@@ -124,7 +126,7 @@ def read_config(directory: str | Path) -> tuple[str, ModelConfig]:
         raise CheckpointError(
             f"{directory} is not a model directory", got="no config.json", do="give a directory made by shoal"
         )
-    meta = _read_json(path)
+    meta = files.read_json(path)
     if meta.get("format") != FORMAT or meta.get("version") != VERSION:
         got = f"{meta.get('format')} version {meta.get('version')}"
         raise CheckpointError(f"{path}", got=got, allowed=f"{FORMAT} version {VERSION}")
@@ -133,26 +135,27 @@ def read_config(directory: str | Path) -> tuple[str, ModelConfig]:
     return meta["name"], _loaded(ModelConfig, meta["model"], path)
 
 
-def read(directory: str | Path) -> Loaded:
-    """A model directory as parts. Raises CheckpointError naming the file, and the key or tensor, at fault."""
+def read(directory: str | Path, *, verify: bool = False) -> Loaded:
+    """A model directory as parts; `verify` as `files.check`. Raises CheckpointError naming the file, and the key or tensor, at
+    fault."""
     directory = Path(directory)
     name, config = read_config(directory)
-    try:
-        tensors = load_file(str(directory / "model.safetensors"))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {directory / 'model.safetensors'}", got=str(error)) from error
+    files.check(directory, verify)
+    tensors = files.load_weights(directory)
     router_state = {key.removeprefix(ROUTER): tensors.pop(key) for key in list(tensors) if key.startswith(ROUTER)}
     with torch.device("meta"):
         net = Net(config)
     expected = net.state_dict()
     for key in sorted(expected.keys() ^ tensors.keys()):
         what = "lacks" if key in expected else "has an unknown"
-        raise CheckpointError(f"{directory / 'model.safetensors'} {what} tensor {key}", do="export the model again")
+        raise CheckpointError(f"{directory}: the model {what} tensor {key}", do="export the model again")
     for key, tensor in tensors.items():
         if tensor.shape != expected[key].shape:
             raise CheckpointError(
                 f"tensor {key} of {directory}", got=list(tensor.shape), allowed=str(list(expected[key].shape))
             )
+        if tensor.is_floating_point() != expected[key].is_floating_point():
+            raise CheckpointError(f"tensor {key} of {directory}", got=tensor.dtype, allowed=str(expected[key].dtype))
     net.load_state_dict(tensors, assign=True)
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     if len(tokenizer) > config.vocab:
@@ -175,15 +178,8 @@ def _router(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> R
     except RuntimeError as error:
         raise CheckpointError(f"router of {directory}", got=str(error).splitlines()[0]) from error
     path = directory / "router.json"
-    router.calibration = _loaded(Calibration, _read_json(path), path)
+    router.calibration = _loaded(Calibration, files.read_json(path), path)
     return router.requires_grad_(False)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_file(path)
-    except ConfigError as error:
-        raise CheckpointError(error.message) from error
 
 
 def _loaded(kind: type[T], values: Mapping[str, Any], path: Path) -> T:
@@ -191,7 +187,3 @@ def _loaded(kind: type[T], values: Mapping[str, Any], path: Path) -> T:
         return load(kind, values)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error.message}") from error
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

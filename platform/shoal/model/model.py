@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from shoal.config import ModelConfig
 from shoal.errors import ContextLengthError, RequestError
 from shoal.inputs import media
 from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded
-from shoal.inputs.tokenizer import END_ID, PATCH_ID, SPECIAL, Tokenizer
+from shoal.inputs.tokenizer import END_ID, IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID, SPECIAL, Tokenizer
 from shoal.model import checkpoint
 from shoal.model.depth import Router
 from shoal.model.net import Net
+
+IMAGE_IDS = frozenset((IMG_ID, PATCH_ID, ROW_ID, IMG_END_ID))
 
 
 class Model:
@@ -45,9 +48,10 @@ class Model:
         return cls(config, Net(config).init_(seed).to(kind), Tokenizer.bytes_only(), name=name)
 
     @classmethod
-    def load(cls, directory: str | Path) -> Model:
-        """The model in a directory. Raises CheckpointError naming what is wrong with it."""
-        parts = checkpoint.read(directory)
+    def load(cls, directory: str | Path, *, verify: bool = False) -> Model:
+        """The model in a directory; `verify`: hash weights of any size first (up to 2 GB they are hashed anyway). Raises
+        CheckpointError naming what is wrong with it."""
+        parts = checkpoint.read(directory, verify=verify)
         return cls(
             parts.config,
             parts.net,
@@ -83,29 +87,56 @@ class Model:
         return mask
 
     def encode(self, prompt: str | Sequence[int] | Encoded) -> Encoded:
-        """`prompt` as ids and images. Raises RequestError (param ``prompt``) when it is empty, holds ids outside the
-        vocabulary, or images and patch tokens that do not match."""
+        """`prompt` as ids and images. Raises RequestError (param ``prompt`` or ``images``) when it is empty, holds something
+        else than ids of the vocabulary, or images that are none of this model's or do not fill the patch tokens exactly."""
         if isinstance(prompt, str):
             prompt = Encoded(self.tokenizer.encode(prompt))
         elif not isinstance(prompt, Encoded):
-            prompt = Encoded([int(token) for token in prompt])
+            prompt = Encoded([self._id(token) for token in prompt])
         if not prompt.ids:
             raise RequestError("prompt is empty", param="prompt", do="give at least one token")
         bad = [token for token in prompt.ids if not 0 <= token < self.config.vocab]
         if bad:
             raise RequestError("prompt token id", param="prompt", got=bad[0], allowed=f"0 to {self.config.vocab - 1}")
+        for image in prompt.images:
+            self._check_image(image)
         places, patches = prompt.ids.count(PATCH_ID), sum(len(image.values) for image in prompt.images)
         if places != patches:
             raise RequestError(
                 "prompt images", param="prompt", got=f"{patches} patches", allowed=f"{places} as in the ids"
             )
-        side = self.config.image_size // self.config.patch
-        for image in prompt.images:
-            if image.values.shape[1:] != (self.config.patch_values,) or max(image.rows, image.cols) > side:
-                got = f"{image.rows}x{image.cols} patches of {image.values.shape[1]} values"
-                allowed = f"at most {side}x{side} patches of {self.config.patch_values} values (RGB)"
-                raise RequestError("image", param="images", got=got, allowed=allowed)
+        spans = [token for image in prompt.images for token in image.tokens()]
+        if prompt.images and [token for token in prompt.ids if token in IMAGE_IDS] != spans:
+            raise RequestError("prompt images", param="prompt", got="patch tokens of another shape than the images'",
+                               do="put Patches.tokens() of each image into the ids, in order")  # fmt: skip
         return prompt
+
+    def _id(self, token: object) -> int:
+        try:
+            return operator.index(token)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise RequestError("prompt token id", param="prompt", got=token, allowed="whole numbers") from error
+
+    def _tokens(self, tokens: Tensor | Sequence[int]) -> Tensor:
+        """`tokens` as whole numbers on this model's device, [T] or [B, T]."""
+        allowed = "whole numbers [T] or [B, T], at least one"
+        try:
+            ids = torch.as_tensor(tokens, device=self.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RequestError("tokens", param="tokens", got=str(error), allowed=allowed) from error
+        if ids.dim() not in (1, 2) or not ids.numel() or ids.dtype not in (torch.int64, torch.int32):
+            got = f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
+            raise RequestError("tokens", param="tokens", got=got, allowed=allowed)
+        return ids
+
+    def _check_image(self, image: media.Patches) -> None:
+        c = self.config
+        side, values = c.image_size // c.patch, image.values
+        fits = 1 <= image.rows <= side and 1 <= image.cols <= side
+        if not fits or values.dtype != np.uint8 or values.shape != (image.rows * image.cols, c.patch_values):
+            got = f"{image.rows}x{image.cols} patches, values {values.dtype} {list(values.shape)}"
+            allowed = f"1x1 to {side}x{side} patches of {c.patch_values} uint8 values each (RGB, {c.patch}x{c.patch})"
+            raise RequestError("image", param="images", got=got, allowed=allowed)
 
     @torch.inference_mode()
     def logits(
@@ -116,10 +147,10 @@ class Model:
     ) -> Tensor:
         """Logits [B, T, V] (or [T, V] for one sequence) at `depth`: None is full depth, or an exit name or layer count.
 
-        `images` fill the patch tokens in order. Raises RequestError for ids out of range, ContextLengthError beyond the
-        context, ConfigError for a depth that is no exit.
+        `images` fill the patch tokens in order, row after row. Raises RequestError for tokens or images that are not this
+        model's (see `encode`), ContextLengthError beyond the context, ConfigError for a depth that is no exit.
         """
-        ids = torch.as_tensor(tokens, device=self.device)
+        ids = self._tokens(tokens)
         rows = ids if ids.dim() == 2 else ids[None]
         layers = self.config.depth(depth)
         if rows.shape[1] > self.config.context:

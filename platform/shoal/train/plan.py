@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shoal import presets
-from shoal.config import ModelConfig, TrainConfig, dump
+from shoal.config import ModelConfig, TrainConfig, check_exits, dump
 from shoal.data.shards import open_index
 from shoal.errors import ConfigError, DataError, UsageError
 from shoal.model import checkpoint
@@ -54,14 +54,7 @@ class FitPlan:
             raise UsageError("how long to train", do="give --steps, --tokens, --epochs or --minutes")
         if any(limit is not None and limit <= 0 for limit in limits):
             raise UsageError("length of the run", got=limits, allowed="positive numbers")
-        if len(self.train.exit_weights) != len(self.model.exits):
-            raise ConfigError(
-                "train.exit_weights", got=self.train.exit_weights, allowed=f"{len(self.model.exits)} of them"
-            )
-        if self.train.exit_weights[-1] <= 0:
-            raise ConfigError(
-                "train.exit_weights", got=self.train.exit_weights, allowed="full depth, the last, above 0"
-            )
+        check_exits(self.model, self.train)
         if self.model.quantization != "none":
             raise ConfigError("model.quantization", got=self.model.quantization, allowed="none: train the fp32 model")
 

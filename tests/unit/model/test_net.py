@@ -7,11 +7,10 @@ from PIL import Image
 
 from shoal import Model, presets
 from shoal.config import ModelConfig
-from shoal.errors import CheckpointError, ConfigError, ContextLengthError, RequestError
+from shoal.errors import ConfigError, ContextLengthError, RequestError
 from shoal.inputs import media
 from shoal.inputs.tokenizer import PATCH_ID
 from shoal.model import cost
-from shoal.model.depth import Router
 from shoal.model.net import Net
 
 
@@ -90,20 +89,52 @@ def test_images_count_and_where_they_stand_counts(model):
     assert not torch.allclose(a[-1], b[-1])
 
 
-def test_bad_input_is_named(model):
-    with pytest.raises(RequestError, match="prompt token id: got 300"):
-        model.logits([300])
-    with pytest.raises(RequestError, match="prompt images: got '0 patches'"):
-        model.logits([PATCH_ID])
+@pytest.mark.parametrize("int8", [False, True], ids=["fp", "int8"])
+def test_bad_input_is_named(model, int8):
+    """One typed error that names the field and what is allowed, whatever the precision."""
+    model = model.quantized() if int8 else model
+    for tokens, message in (
+        ([300], "prompt token id: got 300; allowed: 0 to 299"),
+        ([-1], "prompt token id: got -1"),
+        ([], r"tokens: got 'float32 \[0\]'; allowed: whole numbers"),
+        ([1.5], "tokens: got 'float32"),
+        ([True], "tokens: got 'bool"),
+        (torch.zeros(1, 1, 1, dtype=torch.long), r"tokens: got 'int64 \[1, 1, 1\]'"),
+        ([[1, 2], [3]], "tokens: got"),
+        ([PATCH_ID], "prompt images: got '0 patches'; allowed: '?1 as in the ids"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            model.logits(tokens)
     with pytest.raises(ContextLengthError, match="at most 384"):
         model.logits([10] * 385)
-    with pytest.raises(ConfigError, match="depth: got 'deepest'; allowed: shallow, middle, full, 1, 2, 4"):
-        model.logits([10], depth="deepest")
-    wide = media.Patches(np.zeros((16, model.config.patch_values), np.uint8), 4, 4)
-    with pytest.raises(RequestError, match="image: got '4x4 patches"):
-        model.logits(wide.tokens(), images=[wide])
+    for depth in ("deepest", 3, True, 0):
+        with pytest.raises(ConfigError, match=f"depth: got {depth!r}; allowed: shallow, middle, full, 1, 2, 4"):
+            model.logits([10], depth=depth)
     with pytest.raises(RequestError, match="prompt is empty"):
         model.encode("")
+    with pytest.raises(RequestError, match=r"prompt token id: got 1\.5; allowed: whole numbers"):
+        model.encode([1.5])
+
+
+def test_bad_images_are_named(model):
+    values = model.config.patch_values
+    good = picture(model)
+    for image, message in (
+        (media.Patches(np.zeros((16, values), np.uint8), 4, 4), r"image: got '4x4 patches.*allowed: 1x1 to 3x3"),
+        (media.Patches(np.zeros((4, 16), np.uint8), 2, 2), r"\[4, 16\].*of 48 uint8 values each \(RGB, 4x4\)"),
+        (media.Patches(np.zeros((4, values)), 2, 2), "values float64"),
+        (media.Patches(np.zeros((3, values), np.uint8), 2, 2), r"2x2 patches, values uint8 \[3, 48\]"),
+        (media.Patches(np.zeros((0, values), np.uint8), 0, 2), "image: got '0x2"),
+    ):
+        with pytest.raises(RequestError, match=message) as caught:
+            model.logits(image.tokens(), images=[image])
+        assert caught.value.param == "images"
+    turned = media.Patches(good.values, good.cols, good.rows)  # as many patches, laid out otherwise
+    assert good.rows != good.cols
+    with pytest.raises(RequestError, match="another shape than the images'"):
+        model.logits(turned.tokens(), images=[good])
+    with pytest.raises(RequestError, match="prompt images: got '6 patches'"):
+        model.logits([10], images=[good])
 
 
 @pytest.mark.parametrize(
@@ -114,7 +145,13 @@ def test_bad_input_is_named(model):
         ({"kv_heads": 2}, "model.heads"),
         ({"layers": 6}, "model.layers: got 6; allowed: a multiple of 4"),
         ({"vocab": 0}, "model.vocab"),
-        ({"attn_pattern": "HX"}, "model.attn_pattern"),
+        ({"attn_pattern": "HX"}, "model.attn_pattern: got 'HX'; allowed: letters H"),
+        ({"attn_pattern": ""}, "model.attn_pattern"),
+        ({"top_k": 0}, "model.top_k: got 0; allowed: a positive integer"),
+        ({"head_dim": 18}, "model.head_dim: got 18; allowed: a multiple of 4"),
+        ({"local_weight": 1.2}, "model.local_weight"),
+        ({"image_size": 10}, "model.image_size: got 10; allowed: a multiple of patch"),
+        ({"image_size": 40}, "model.image_size: got 40; allowed: an image of at most train_length .96. tokens"),
     ],
 )
 def test_bad_configs_are_named(change, message):
@@ -122,92 +159,19 @@ def test_bad_configs_are_named(change, message):
         dataclasses.replace(presets.get("test").model, **change)
 
 
+@pytest.mark.parametrize("weights", [(0.2, 1.0), (0.1, 0.2, 0.3, 1.0), (0.2, 0.3, 0.0)], ids=str)
+def test_exit_weights_are_those_of_the_exits(weights):
+    preset = presets.get("test")
+    with pytest.raises(ConfigError, match=r"train.exit_weights: got \("):
+        dataclasses.replace(preset, train=dataclasses.replace(preset.train, exit_weights=weights))
+
+
 def test_a_config_that_is_never_sparse_warns():
     with pytest.warns(UserWarning, match="never sparse"):
         ModelConfig(
             vocab=300, layers=4, width=48, heads=3, kv_heads=3, head_dim=16, ffn=88, train_length=16,
-            window=8, block=4, page=8, top_k=4,
+            window=8, block=4, page=8, top_k=4, image_size=8,
         )  # fmt: skip
-
-
-def test_model_directory_round_trip(model, tmp_path):
-    single = Model.from_preset("test", seed=1)
-    single.save(tmp_path / "m")
-    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
-        "README.md", "chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json",
-    ]  # fmt: skip
-    again = Model.load(tmp_path / "m")
-    tokens = torch.randint(9, 265, (1, 20))
-    assert torch.equal(again.logits(tokens), single.logits(tokens))
-    assert again.tokenizer.sha256 == single.tokenizer.sha256 and again.config == single.config
-    single.save(tmp_path / "m")  # replaces
-    assert [p.name for p in tmp_path.iterdir()] == ["m"]  # nothing half-written stays
-
-
-def test_damaged_model_directories_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match="not a model directory"):
-        Model.load(tmp_path)
-    Model.from_preset("test").save(tmp_path / "m")
-    weights = tmp_path / "m" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"):
-        Model.load(tmp_path / "m")
-    Model.from_preset("tiny").save(tmp_path / "n")
-    (tmp_path / "n" / "config.json").write_text((tmp_path / "m" / "config.json").read_text())
-    with pytest.raises(CheckpointError, match="tensor"):
-        Model.load(tmp_path / "n")
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "thesis.txt").write_text("precious")
-    with pytest.raises(CheckpointError, match="not a model directory"):
-        Model.from_preset("test").save(tmp_path / "taken")
-    assert (tmp_path / "taken" / "thesis.txt").read_text() == "precious"
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "says"),
-    [
-        ("config.json", "{", "config.json is not valid json"),
-        ("config.json", '{"format": "other"}', "allowed: shoal-model version 1"),
-        ("config.json", '{"format": "shoal-model", "version": 1}', "lacks a name or a model"),
-        (
-            "config.json",
-            '{"format": "shoal-model", "version": 1, "name": "x", "model": {"vocb": 1}}',
-            "unknown key vocb",
-        ),
-        ("tokenizer.json", None, "tokenizer"),
-        ("chat_template.jinja", None, "cannot read .*chat_template.jinja"),
-        ("router.json", None, "router.json"),
-        ("router.json", '{"thresholds": 1}', "router.json: thresholds"),
-    ],
-)
-def test_a_damaged_file_of_a_model_directory_is_named(tmp_path, file, text, says):
-    """As a CheckpointError: the directory is at fault and not the command line."""
-    model = Model.from_preset("test")
-    model.router = Router(model.config)
-    model.save(tmp_path / "m")
-    assert Model.load(tmp_path / "m").router is not None
-    (tmp_path / "m" / file).unlink() if text is None else (tmp_path / "m" / file).write_text(text)
-    with pytest.raises(CheckpointError, match=says):
-        Model.load(tmp_path / "m")
-
-
-def test_a_model_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
-    model = Model.from_preset("test", seed=1)
-    model.save(tmp_path / "m")
-
-    def full(*_, **__):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("shoal.model.checkpoint.save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        Model.from_preset("test", seed=2).save(tmp_path / "m")
-    with pytest.raises(OSError, match="no space"):
-        Model.from_preset("test", seed=2).save(tmp_path / "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["m"]
-    assert torch.equal(Model.load(tmp_path / "m").net.embed.weight, model.net.embed.weight)
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="is not a model directory"):
-        model.save(tmp_path / "file")
 
 
 def test_kv_memory_is_proportional_to_depth():

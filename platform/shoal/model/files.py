@@ -1,0 +1,155 @@
+"""The files of a model directory: weights in one file or in several, and the manifest that they are held against.
+
+Weights beyond `SHARD` bytes are cut into model-00001-of-0000N.safetensors with model.safetensors.index.json, as Hugging Face
+does. manifest.json lists every other file with its size and sha256, in the form of ``{"files": {name: {"bytes", "sha256"}}}``.
+
+What is checked when a directory is read: that all listed files are there, their sizes, and the sha256 of each; but README.md is
+left out, since people edit cards, and weights beyond `HASHED` bytes in all are hashed by ``verify=True`` only: that would take
+longer than loading them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shoal.config import read_file
+from shoal.errors import CheckpointError, ConfigError
+
+WEIGHTS, INDEX, MANIFEST, CARD = "model.safetensors", "model.safetensors.index.json", "manifest.json", "README.md"
+SHARD = 2 * 10**9  # bytes of tensors in one file of weights
+HASHED = SHARD  # bytes of weights, over all files, that are hashed at every load
+READ = (".safetensors", ".json", ".jinja")  # kinds of files that loading reads: each must be listed
+
+
+def save_weights(directory: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
+    for key, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][key] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        save_file(tensors, str(directory / WEIGHTS), metadata={"format": "pt"})
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, str(directory / name), metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def weight_files(directory: str | Path) -> dict[Path, set[str] | None]:
+    """The files of a directory's weights, each with the tensors that the index says it holds (None: one file, no index).
+    Raises CheckpointError for an index that names anything but files of this directory."""
+    directory = Path(directory)
+    index = directory / INDEX
+    if not index.exists():
+        return {directory / WEIGHTS: None}
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} has no weight_map", do="export the model again")
+    found: dict[Path, set[str] | None] = {}
+    for key, name in places.items():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: file of {key}", got=name, allowed="a .safetensors file in this directory")
+        held = found.setdefault(directory / name, set())
+        assert held is not None
+        held.add(key)
+    return found
+
+
+def weight_bytes(directory: str | Path) -> int:
+    """Bytes of all files of a model directory's weights."""
+    return sum(path.stat().st_size for path in weight_files(directory))
+
+
+def load_weights(directory: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path, held in weight_files(directory).items():
+        try:
+            found = load_file(str(path))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {path}", got=str(error)) from error
+        for key in sorted(found.keys() ^ held) if held is not None else ():
+            what = "lacks" if key not in found else "has, against the index,"
+            raise CheckpointError(f"{path} {what} tensor {key}", do="export the model again")
+        tensors |= found
+    return tensors
+
+
+def write_manifest(directory: Path) -> None:
+    """List what lies in `directory`; call it last."""
+    found = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(directory.iterdir())}
+    write_json(directory / MANIFEST, {"files": found})
+
+
+def check(directory: Path, verify: bool = False) -> None:
+    """Hold the files of a model directory against its manifest; `verify`: weights of any size by their sha256 too.
+
+    Raises CheckpointError naming the file that is missing, was cut short or was changed. A directory without a manifest (made
+    before there was one) gets a warning, and with `verify` is refused.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        if verify:
+            raise CheckpointError(f"{directory} has no {MANIFEST} to verify by", do="export the model again")
+        warnings.warn(f"{directory} has no {MANIFEST}: its files are not verified", stacklevel=3)
+        return
+    listed = _listed(path)
+    found = {file.name for file in directory.iterdir() if file.suffix in READ and file.name != MANIFEST}
+    for name in sorted(found - listed.keys()):
+        raise CheckpointError(f"{path} does not list {name}", do="remove it, or export the model again")
+    weights = sum(size for name, (size, _) in listed.items() if name.endswith(".safetensors"))
+    for name, (size, sha256) in listed.items():
+        file = directory / name
+        if name == CARD:
+            continue
+        if not file.is_file():
+            raise CheckpointError(f"{directory} lacks {name}", do="copy or export the model again")
+        if file.stat().st_size != size:
+            got, allowed = f"{file.stat().st_size} bytes", f"{size} bytes"
+            raise CheckpointError(f"{file} was cut short or changed", got=got, allowed=allowed)
+        hashed = verify or weights <= HASHED or not name.endswith(".safetensors")
+        if hashed and _sha256(file) != sha256:
+            raise CheckpointError(f"{file} was changed: another sha256", do="copy or export the model again")
+
+
+def _listed(path: Path) -> dict[str, tuple[int, str]]:
+    """Name -> bytes and sha256 of each file in a manifest."""
+    try:
+        entries = read_json(path)["files"].items()
+        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries}
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} lists no files with bytes and sha256", do="export the model again") from error
+    for name in listed:
+        if Path(name).name != name:
+            raise CheckpointError(f"{path}: file", got=name, allowed="names of files in this directory")
+    return listed
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return read_file(path)
+    except ConfigError as error:
+        raise CheckpointError(error.message) from error
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,218 @@
+"""The model directory: whole or absent, sharded or not, and what is damaged is named."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shoal import Model
+from shoal.errors import CheckpointError
+from shoal.model import checkpoint, files
+from shoal.model.depth import Router
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model.from_preset("test", seed=1)
+
+
+def test_model_directory_round_trip(model, tmp_path):
+    single = model
+    single.save(tmp_path / "m")
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        "README.md", "chat_template.jinja", "config.json", "manifest.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+    again = Model.load(tmp_path / "m")
+    tokens = torch.randint(9, 265, (1, 20))
+    assert torch.equal(again.logits(tokens), single.logits(tokens))
+    assert again.tokenizer.sha256 == single.tokenizer.sha256 and again.config == single.config
+    single.save(tmp_path / "m")  # replaces
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]  # nothing half-written stays
+
+
+def test_damaged_model_directories_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="not a model directory"):
+        Model.load(tmp_path)
+    Model.from_preset("test").save(tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was cut short or changed: got '\d+ bytes'; allowed"):
+        Model.load(tmp_path / "m")
+    (tmp_path / "m" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"), pytest.warns(UserWarning):
+        Model.load(tmp_path / "m")
+    Model.from_preset("tiny").save(tmp_path / "n")
+    (tmp_path / "n" / "config.json").write_text((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "n" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="tensor"), pytest.warns(UserWarning):
+        Model.load(tmp_path / "n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("precious")
+    with pytest.raises(CheckpointError, match="not a model directory"):
+        Model.from_preset("test").save(tmp_path / "taken")
+    assert (tmp_path / "taken" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("config.json", "{", "config.json is not valid json"),
+        ("config.json", '{"format": "other"}', "allowed: shoal-model version 1"),
+        ("config.json", '{"format": "shoal-model", "version": 1}', "lacks a name or a model"),
+        (
+            "config.json",
+            '{"format": "shoal-model", "version": 1, "name": "x", "model": {"vocb": 1}}',
+            "unknown key vocb",
+        ),
+        ("tokenizer.json", None, "tokenizer"),
+        ("chat_template.jinja", None, "cannot read .*chat_template.jinja"),
+        ("router.json", None, "router.json"),
+        ("router.json", '{"thresholds": 1}', "router.json: thresholds"),
+    ],
+)
+def test_a_damaged_file_of_a_model_directory_is_named(tmp_path, file, text, says):
+    """As a CheckpointError: the directory is at fault and not the command line. With a manifest or, as when somebody edits
+    files by hand and removes it, without."""
+    model = Model.from_preset("test")
+    model.router = Router(model.config)
+    model.save(tmp_path / "m")
+    assert Model.load(tmp_path / "m").router is not None
+    (tmp_path / "m" / file).unlink() if text is None else (tmp_path / "m" / file).write_text(text)
+    with pytest.raises(CheckpointError, match=file if file != "config.json" else says):
+        Model.load(tmp_path / "m")
+    (tmp_path / "m" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=says), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Model.load(tmp_path / "m")
+
+
+def test_a_model_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    model = Model.from_preset("test", seed=1)
+    model.save(tmp_path / "m")
+
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("shoal.model.files.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        Model.from_preset("test", seed=2).save(tmp_path / "m")
+    with pytest.raises(OSError, match="no space"):
+        Model.from_preset("test", seed=2).save(tmp_path / "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert torch.equal(Model.load(tmp_path / "m").net.embed.weight, model.net.embed.weight)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="is not a model directory"):
+        model.save(tmp_path / "file")
+
+
+# Files -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cut(model, tmp_path):
+    """The model's directory with its weights in many small files."""
+    checkpoint.save(
+        tmp_path / "m", config=model.config, state=model.net.state_dict(), tokenizer=model.tokenizer, name="cut",
+        shard_bytes=100_000,
+    )  # fmt: skip
+    return tmp_path / "m"
+
+
+def test_weights_in_many_files_are_the_same_weights(model, cut):
+    index = json.loads((cut / "model.safetensors.index.json").read_text())
+    names = sorted(set(index["weight_map"].values()))
+    assert names == [f"model-{i + 1:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))] and len(names) > 3
+    assert not (cut / "model.safetensors").exists()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in model.net.state_dict().values())
+    largest = max(t.nbytes for t in model.net.state_dict().values())
+    for name in names:
+        assert sum(t.nbytes for t in load_file(cut / name).values()) <= max(100_000, largest)
+    again = Model.load(cut, verify=True).net.state_dict()
+    assert again.keys() == model.net.state_dict().keys()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in model.net.state_dict().items())
+    assert files.weight_bytes(cut) == sum((cut / name).stat().st_size for name in names)
+
+
+def test_one_large_tensor_has_a_file_of_its_own(model, tmp_path):
+    """A limit below the largest tensor: no tensor is cut, and none is lost."""
+    files.save_weights(tmp_path, {"a": torch.ones(4), "b": torch.ones(100), "c": torch.ones(4)}, 32)
+    assert [sorted(held) for held in files.weight_files(tmp_path).values()] == [["a"], ["b"], ["c"]]
+    assert files.load_weights(tmp_path).keys() == {"a", "b", "c"}
+
+
+def test_an_index_names_files_of_its_directory_only(cut):
+    index = cut / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    (cut / "manifest.json").unlink()
+    first = next(iter(good["weight_map"]))
+    for name in ("../m/model-00001-of-00002.safetensors", "/etc/passwd", "..", "sub/x.safetensors", 3, "config.json"):
+        index.write_text(json.dumps({**good, "weight_map": {**good["weight_map"], first: name}}))
+        with pytest.raises(CheckpointError, match=f"file of {first}: got"), pytest.warns(UserWarning):
+            Model.load(cut)
+    for broken in ({}, {"weight_map": []}, {"weight_map": {}}):
+        index.write_text(json.dumps(broken))
+        with pytest.raises(CheckpointError, match="has no weight_map"), pytest.warns(UserWarning):
+            Model.load(cut)
+
+
+def test_a_tensor_in_another_file_than_the_index_says_is_named(cut):
+    index = json.loads((cut / "model.safetensors.index.json").read_text())
+    (cut / "manifest.json").unlink()
+    names = sorted(set(index["weight_map"].values()))
+    tensors = load_file(cut / names[0])
+    lost = sorted(tensors)[0]
+    save_file({key: t for key, t in tensors.items() if key != lost} | {"more": torch.ones(1)}, cut / names[0])
+    either = rf"{names[0]} (lacks tensor {lost}|has, .* tensor more)"
+    with pytest.raises(CheckpointError, match=either), pytest.warns(UserWarning):
+        Model.load(cut)
+    (cut / names[1]).unlink()
+    (cut / names[0]).unlink()
+    with pytest.raises(CheckpointError, match=f"cannot read .*{names[0]}"), pytest.warns(UserWarning):
+        Model.load(cut)
+
+
+def test_every_file_is_held_against_the_manifest(cut):
+    listed = json.loads((cut / "manifest.json").read_text())["files"]
+    assert listed.keys() == {path.name for path in cut.iterdir()} - {"manifest.json"}
+    for name in listed.keys() - {"README.md", "config.json"}:
+        path, whole = cut / name, (cut / name).read_bytes()
+        path.write_bytes(whole[:-1])
+        with pytest.raises(CheckpointError, match=rf"{name} was cut short or changed: got '{len(whole) - 1} bytes'"):
+            Model.load(cut)
+        path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])  # one bit, as long as before
+        with pytest.raises(CheckpointError, match=f"{name} was changed: another sha256"):
+            Model.load(cut)
+        path.unlink()
+        with pytest.raises(CheckpointError, match=f"lacks {name}"):
+            Model.load(cut)
+        path.write_bytes(whole)
+    (cut / "README.md").write_text("my own card")  # people edit cards
+    (cut / "notes.txt").write_text("mine")
+    Model.load(cut, verify=True)
+    (cut / "router.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"does not list router\.json"):
+        Model.load(cut)
+
+
+def test_large_weights_are_hashed_when_asked(cut, monkeypatch):
+    monkeypatch.setattr(files, "HASHED", 1000)
+    (path, *_) = files.weight_files(cut)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    Model.load(cut)
+    with pytest.raises(CheckpointError, match="another sha256"):
+        Model.load(cut, verify=True)
+    (cut / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="to verify by"):
+        Model.load(cut, verify=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"../a": {"bytes": 1, "sha256": ""}}}', "["]
+)
+def test_a_manifest_that_is_none(cut, text):
+    (cut / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        Model.load(cut)
