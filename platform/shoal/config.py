@@ -42,6 +42,7 @@ class ModelConfig:
     page: int  # P, token slots of one page of K/V; P % S == 0
     top_k: int  # K, blocks that the global branch reads
     sinks: int = 1  # s, first blocks that are always among the K
+    summary: Literal["mean", "mean_var"] = "mean"  # what a block is scored by; mean_var for long contexts at S >= 16
     mix_mode: Literal["fixed", "per_head"] = "per_head"  # is the gate between the branches learned?
     local_weight: float = 0.7  # gamma, the local branch's share (its start value when learned)
     attn_pattern: str = "H"  # repeated over the layers: H hybrid, L local only
@@ -111,6 +112,11 @@ class ModelConfig:
     def context(self) -> int:
         """Longest prompt plus answer, in tokens."""
         return self.max_length or 4 * self.train_length
+
+    @property
+    def summary_values(self) -> int:
+        """Numbers in a block's summary for one KV head: its mean key, and with mean_var the variance as well."""
+        return self.head_dim * (2 if self.summary == "mean_var" else 1)
 
     @property
     def image_tokens(self) -> int:

@@ -3,12 +3,13 @@
     o_h = gamma_h * softmax_{L_t}(q.k/sqrt d) V + (1 - gamma_h) * softmax_{T_t U R_t}(q.k/sqrt d) V
 
 L_t: the last w tokens. T_t: the tail, the incomplete last block, always read and never scored. R_t: the sink blocks and
-the best of the complete blocks, K in all, chosen by `select` from the mean of each block's keys. With S = 1, no sinks and
-one KV head a query head this is the source article's formula with a causal mask. Equations and measurements: design
-section 4; the choice shared within a group of heads follows NSA (arXiv 2502.11089, eq. 10).
+the best of the complete blocks, K in all, chosen by `select` from a summary of each block's keys: their mean, or mean and
+variance (`mean_var`). With S = 1, no sinks and
+one KV head a query head this is the source article's formula with a causal mask. The choice shared within a group of heads
+follows NSA (arXiv 2502.11089, eq. 10). `reference.py` writes the same out without any of what makes it fast.
 
 Letters: B rows, T new tokens (queries), X stored tokens (keys), H query heads, Hk KV heads, G = H/Hk, d head dim,
-w window, S block, K blocks read, s sinks, N blocks that exist.
+w window, S block, K blocks read, s sinks, N blocks that exist, m values of a summary (d, or 2d with the variance).
 
 One `select` serves training, prefill and decoding, and one `attend` all but short and long decoding (`paged.py`): they
 differ only in the `Layout` they are given.
@@ -18,10 +19,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Summary = Literal["mean", "mean_var"]
 
 STRIP = 64  # queries of the global branch that are attended together in training
 
@@ -108,54 +112,69 @@ def hybrid_attention(
     sinks: int,
     local_weight: Tensor | float,
     docs: Tensor | None = None,
+    summary: Summary = "mean",
 ) -> Tensor:
     """The attention output [B, T, H, d] for q [B, T, H, d] and k, v [B, T, Hk, d] (after norm and rope).
 
-    `local_weight` is gamma, a number or [H]. `docs` [B, T]: document ids when a row holds several. Differentiable in q,
-    k, v and local_weight; the choice of blocks takes no gradient. Raises ValueError when H is not a multiple of Hk.
+    `window` and `block` in tokens, `top_k` and `sinks` in blocks; `local_weight` is gamma, a number or [H]. `docs` [B, T]:
+    document ids when a row holds several. `summary`: what a block is scored by. Differentiable in q, k, v and local_weight;
+    the choice of blocks takes no gradient. Raises ValueError when H is not a multiple of Hk.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"query heads ({q.shape[2]}) must be a multiple of KV heads ({k.shape[2]})")
     ids = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device) if docs is None else docs
     layout = Layout.packed(ids, window=window, block=block, sinks=sinks)
     gamma = torch.as_tensor(local_weight, dtype=q.dtype, device=q.device).expand(q.shape[2])
-    return attend(q, k, v, block_means(k, layout), layout, top_k, gamma)
+    return attend(q, k, v, block_summaries(k, layout, summary), layout, top_k, gamma)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, means: Tensor, layout: Layout, top_k: int, gamma: Tensor | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, summaries: Tensor | None, layout: Layout, top_k: int, gamma: Tensor | None
+) -> Tensor:
     """[B, T, H, d]: both branches by masked attention, mixed by gamma [H]; gamma None reads the window only.
 
-    q [B, T, H, d]; k, v [B, X, Hk, d]; means [B, N, Hk, d].
+    q [B, T, H, d]; k, v [B, X, Hk, d]; summaries [B, N, Hk, m], which the window alone does without.
     """
     local = _banded(q, k, v, layout.band) if layout.band is not None else _masked(q, k, v, layout.local[:, None])
-    if gamma is None:
+    if gamma is None or summaries is None:
         return local
-    chosen = select(block_scores(q, means, layout.eligible), layout.eligible, layout.sink, top_k)
+    with torch.autocast(q.device.type, enabled=False):  # scored in bf16, training would choose otherwise than decoding
+        chosen = select(block_scores(q, summaries, layout.eligible), layout.eligible, layout.sink, top_k)
     far = _far(q, k, v, chosen, layout)
     share = gamma[:, None]
     return share * local + (1 - share) * far
 
 
 @torch.no_grad()
-def block_means(k: Tensor, layout: Layout) -> Tensor:
-    """Mean of the keys of each block, [B, N, Hk, d] in fp32 or better; an incomplete block's value is never read."""
+def block_summaries(k: Tensor, layout: Layout, summary: Summary) -> Tensor:
+    """What each block is scored by, [B, N, Hk, m] in fp32 or better: the mean of its keys, followed for `mean_var` by their
+    variance. An incomplete block's value is never read."""
     exact = k.to(torch.promote_types(k.dtype, torch.float32))
     index = layout.block_of[:, :, None, None].expand_as(exact)
-    shape = (k.shape[0], layout.eligible.shape[-1], *k.shape[2:])
-    return torch.zeros(shape, dtype=exact.dtype, device=k.device).scatter_add_(1, index, exact) / layout.block
+    none = exact.new_zeros(k.shape[0], layout.eligible.shape[-1], *k.shape[2:])
+    mean = none.scatter_add(1, index, exact) / layout.block
+    if summary == "mean":
+        return mean
+    spread = (exact - mean.gather(1, index)).square()
+    return torch.cat([mean, none.scatter_add(1, index, spread) / layout.block], dim=-1)
 
 
 @torch.no_grad()
-def block_scores(q: Tensor, means: Tensor, eligible: Tensor) -> Tensor:
-    """How much each query wants each block, [B, Hk, T, N]: q.kbar/sqrt d for one query head a KV head, else the softmax
-    summed over the group, so that the heads of a group choose together (its log orders alike and costs a third more of
-    the scoring). q [B, T, H, d]."""
-    kv_heads = means.shape[2]
-    grouped = q.to(means.dtype).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, Hk, G, T, d]
-    z = grouped @ means.permute(0, 2, 3, 1)[:, :, None] / math.sqrt(q.shape[-1])  # [B, Hk, G, T, N]
+def block_scores(q: Tensor, summaries: Tensor, eligible: Tensor) -> Tensor:
+    """How much each query wants each block, [B, Hk, T, N]; q [B, T, H, d], summaries [B, N, Hk, m].
+
+    z = q.mean/sqrt d, and with the variance + q^2.var/2d: the second-order estimate of log mean exp(q.k/sqrt d) over the
+    block. With one query head a KV head that is the score; else it is the softmax of z over blocks, summed over the group,
+    so that the heads of a group choose together (its log orders alike and costs a third more of the scoring)."""
+    kv_heads, scale = summaries.shape[2], 1 / math.sqrt(q.shape[-1])
+    exact = q.to(summaries.dtype)
+    if summaries.shape[-1] > q.shape[-1]:
+        exact = torch.cat([exact, exact.square() * (scale / 2)], dim=-1)
+    grouped = exact.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, Hk, G, T, m]
+    z = grouped @ summaries.permute(0, 2, 3, 1)[:, :, None] * scale  # [B, Hk, G, T, N]
     if grouped.shape[2] == 1:
         return z[:, :, 0]
-    z.masked_fill_(~eligible[:, None, None], -math.inf)  # not added: a stale mean may be NaN
+    z.masked_fill_(~eligible[:, None, None], -math.inf)  # not added: a stale summary may be NaN
     return torch.softmax(z, dim=-1).sum(2)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config import ModelConfig
-from shoal.model.attention import Layout, attend, block_means
+from shoal.model.attention import Layout, attend, block_summaries
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.paged import Reach, paged_attention, write_kv
 from shoal.model.quant import Int8Linear, Linear
@@ -94,14 +94,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layout: Layout, rope: Rope) -> Tensor:
         q, k, v = self.project(x, rope)
         gamma = self.gamma()
-        means = block_means(k, layout) if gamma is not None else k
-        return self.out(attend(q, k, v, means, layout, self.config.top_k, gamma).flatten(-2))
+        summaries = block_summaries(k, layout, self.config.summary) if gamma is not None else None
+        return self.out(attend(q, k, v, summaries, layout, self.config.top_k, gamma).flatten(-2))
 
-    def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, means: Tensor) -> Tensor:
+    def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
         c = self.config
         q, k, v = self.project(x, rope)
-        write_kv(k, v, kv, means, step)
-        y = paged_attention(q, kv, means, step, Reach(c.window, c.top_k, c.sinks, self.gamma()))
+        write_kv(k, v, kv, summaries, step)
+        y = paged_attention(q, kv, summaries, step, Reach(c.window, c.top_k, c.sinks, self.gamma()))
         return self.out(y.flatten(-2))
 
 
@@ -130,8 +130,8 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), layout, rope)
         return x + self.mlp(self.mlp_norm(x))
 
-    def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, means: Tensor) -> Tensor:
-        x = x + self.attention.paged(self.attention_norm(x), step, rope, kv, means)
+    def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
+        x = x + self.attention.paged(self.attention_norm(x), step, rope, kv, summaries)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -154,5 +154,5 @@ class Group(nn.Module):
         """x [N, D] after these layers; the new K/V are written to `cache` at ``step.slots``."""
         rope = step.rows.once("rope", lambda: rope_tables(step.positions, self.config, x.dtype))
         for j, block in enumerate(self.blocks):
-            x = block.paged(x, step, rope, cache.kv[j], cache.means[j])  # type: ignore[operator]
+            x = block.paged(x, step, rope, cache.kv[j], cache.summaries[j])  # type: ignore[operator]
         return x

@@ -25,13 +25,14 @@ T = TypeVar("T")
 
 @dataclass
 class GroupCache:
-    """`kv` [Lg, U, Hk, P, 2d] and the block means of the stored keys, `means` [Lg, U, Hk, P/S, d] (fp32 or better).
+    """`kv` [Lg, U, Hk, P, 2d], and what its blocks are scored by, `summaries` [Lg, U, Hk, P/S, m] (fp32 or better): the mean of
+    the stored keys (m = d), or their mean and variance (m = 2d).
 
     A unit belongs to one layer group at a time; which one is the allocator's knowledge, not the memory's.
     """
 
     kv: Tensor
-    means: Tensor
+    summaries: Tensor
 
     @classmethod
     def zeros(
@@ -41,7 +42,7 @@ class GroupCache:
         exact = torch.promote_types(dtype, torch.float32)
         return cls(
             torch.zeros(*lead, config.page, 2 * config.head_dim, dtype=dtype, device=device),
-            torch.zeros(*lead, config.page // config.block, config.head_dim, dtype=exact, device=device),
+            torch.zeros(*lead, config.page // config.block, config.summary_values, dtype=exact, device=device),
         )
 
 

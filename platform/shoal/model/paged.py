@@ -1,11 +1,12 @@
 """Hybrid attention over pages: the one function that writes K/V, and reading them for prefill, decoding, verification.
 
 The sum is `attention.attend`'s; what differs is where the keys lie. Requests with one new token decode together, a chunk
-of several is attended for itself. Three ways, the cheapest that the length allows:
+of several is attended for itself. Three ways, the cheapest that the length allows (`way`; a layer of local attention alone
+counts as K = 0):
 
-    length <= min(w, K S)        both branches see every token, so they are one, and the gate has no effect
-    length <= 2 (w + (K+1) S)    all stored tokens are read, under masks
-    longer                       a decoding row reads its window, its chosen blocks and its tail only
+    whole    length <= min(w, K S)        both branches see every token, so they are one, and the gate has no effect
+    masked   length <= 2 (w + (K+1) S)    all stored tokens are read, under masks
+    chosen   longer                       a decoding row reads its window, its chosen blocks and its tail only
 
 Letters: N new tokens, R requests, T new tokens a request, X stored tokens (M pages of P slots), B blocks that exist,
 H query heads, Hk KV heads, G = H/Hk, d head dim, m values of a summary, U units, S block, K blocks read, w window,
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,9 @@ def write_kv(k: Tensor, v: Tensor, kv: Tensor, summaries: Tensor, step: PagedSte
         summaries[units, :, offsets // step.block] = mean
 
 
+Way = Literal["whole", "masked", "chosen"]
+
+
 @dataclass(frozen=True)
 class Reach:
     """How far a layer looks: w tokens of window, K blocks of which s are sinks, and gamma [H] between the branches (None:
@@ -54,9 +59,17 @@ class Reach:
     sinks: int
     gamma: Tensor | None
 
-    def whole(self, keys: int, block: int) -> bool:
-        """Do both branches see all of `keys` tokens?"""
-        return keys <= self.window and (self.gamma is None or keys <= self.top_k * block)
+    def way(self, keys: int, block: int) -> Way:
+        """How a decoding row reads `keys` token slots."""
+        return way(keys, window=self.window, block=block, top_k=self.top_k, hybrid=self.gamma is not None)
+
+
+def way(keys: int, *, window: int, block: int, top_k: int, hybrid: bool) -> Way:
+    """How a decoding row reads the `keys` token slots of its pages, in a `hybrid` layer or in a local one. Reading only what
+    was chosen pays once the slots are well beyond what that sums up to."""
+    if keys <= window and (not hybrid or keys <= top_k * block):
+        return "whole"
+    return "chosen" if keys > 2 * (window + (top_k + 1) * block * hybrid) else "masked"
 
 
 def paged_attention(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach) -> Tensor:
@@ -80,22 +93,20 @@ def _attend(q: Tensor, kv: Tensor, summaries: Tensor, reads: Tensor, rows: Rows,
     """[R, T, H, d] for q [R, T, H, d] at the positions of `rows`, over the pages `reads` [R, Hk, M]."""
     keys = reads.shape[-1] * rows.page
     positions = rows.positions.view(q.shape[:2])
-    if reach.whole(keys, rows.block):
+    how = reach.way(keys, rows.block)
+    if how == "whole":
         k, v = _all(kv, reads, rows)
         bias = rows.once(("causal", keys), lambda: _causal(positions, keys, q.shape[2] // kv.shape[1], q.dtype))
         return _softmax(q, k, v, bias)
-    # Reading only the chosen tokens pays once the context is well beyond what they sum up to.
-    far = keys > 2 * (reach.window + (reach.top_k + 1) * rows.block)
-    if q.shape[1] == 1 and reach.gamma is not None and far:
-        return _sparse(q[:, 0], kv, summaries, reads, rows, reach, reach.gamma)[:, None]
+    if how == "chosen" and q.shape[1] == 1:
+        return _sparse(q[:, 0], kv, summaries, reads, rows, reach)[:, None]
     k, v = _all(kv, reads, rows)
     layout = rows.once(
         ("layout", keys, reach.window, reach.sinks),
         lambda: Layout.causal(positions, keys, window=reach.window, block=rows.block, sinks=reach.sinks),
     )
-    return attend(
-        q, k.transpose(1, 2), v.transpose(1, 2), _summaries(summaries, reads), layout, reach.top_k, reach.gamma
-    )
+    found = _summaries(summaries, reads) if reach.gamma is not None else None
+    return attend(q, k.transpose(1, 2), v.transpose(1, 2), found, layout, reach.top_k, reach.gamma)
 
 
 def _all(kv: Tensor, reads: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -141,31 +152,38 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return out.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _sparse(q: Tensor, kv: Tensor, summaries: Tensor, reads: Tensor, rows: Rows, reach: Reach, gamma: Tensor) -> Tensor:
-    """[R, H, d] for one query a request, reading w + (K+1) S stored tokens and the summaries, whatever the length."""
+def _sparse(q: Tensor, kv: Tensor, summaries: Tensor, reads: Tensor, rows: Rows, reach: Reach) -> Tensor:
+    """[R, H, d] for one query a request, q [R, H, d], reading w + (K+1) S stored tokens and the summaries, whatever the length;
+    with the window alone w tokens."""
     kv_heads, page, wide = kv.shape[1:]
-    positions, device = rows.positions, kv.device
-    found = _summaries(summaries, reads)
-    blocks = torch.arange(found.shape[1], device=device)
-    complete = (positions + 1) // rows.block
-    eligible = (blocks < complete[:, None])[:, None]  # [R, 1, B]
-    scores = block_scores(q[:, None], found, eligible)
-    chosen = select(scores, eligible, (blocks < reach.sinks)[None, None], reach.top_k)[:, :, 0]  # [R, Hk, B]
-    # chosen blocks first, in order; B marks an empty place
-    order = torch.where(chosen, blocks, len(blocks)).topk(reach.top_k, dim=-1, largest=False).values
-    picked = torch.cat([order, complete[:, None, None].expand(-1, kv_heads, 1)], dim=-1)  # the tail closes the list
-    far = (picked[..., None] * rows.block + torch.arange(rows.block, device=device)).flatten(2)  # [R, Hk, (K+1) S]
-    near = positions[:, None] - torch.arange(reach.window - 1, -1, -1, device=device)
-    near = near[:, None].expand(-1, kv_heads, -1)
+    positions = rows.positions
     grouped = q.view(len(q), kv_heads, -1, q.shape[-1])  # [R, Hk, G, d]
     memory = kv.view(-1, wide)
 
     def branch(at: Tensor) -> Tensor:
+        """Attention to the tokens at positions `at` [R, Hk, Y]; those before the first or after the query are left out."""
         valid = (at >= 0) & (at <= positions[:, None, None])
         at = at.clamp(min=0).minimum(positions[:, None, None])
         stored = memory[reads.gather(2, at // page) * page + at % page]  # [R, Hk, Y, 2d]
         k, v = stored.masked_fill_(~valid[..., None], 0).chunk(2, dim=-1)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=valid[:, :, None])
 
-    share = gamma.view(kv_heads, -1, 1)
-    return torch.lerp(branch(far), branch(near), share).flatten(1, 2)
+    near = positions[:, None] - torch.arange(reach.window - 1, -1, -1, device=kv.device)
+    local = branch(near[:, None].expand(-1, kv_heads, -1))
+    if reach.gamma is None:
+        return local.flatten(1, 2)
+    far = branch(_chosen_tokens(q, _summaries(summaries, reads), rows, reach))
+    return torch.lerp(far, local, reach.gamma.view(kv_heads, -1, 1)).flatten(1, 2)
+
+
+def _chosen_tokens(q: Tensor, summaries: Tensor, rows: Rows, reach: Reach) -> Tensor:
+    """Positions of the tokens that the global branch reads, [R, Hk, (K+1) S]: the chosen blocks in order, then the tail; an
+    empty place holds positions after the query's. q [R, H, d], summaries [R, B, Hk, m]."""
+    blocks = torch.arange(summaries.shape[1], device=q.device)
+    complete = (rows.positions + 1) // rows.block
+    eligible = (blocks < complete[:, None])[:, None]  # [R, 1, B]
+    scores = block_scores(q[:, None], summaries, eligible)
+    chosen = select(scores, eligible, (blocks < reach.sinks)[None, None], reach.top_k)[:, :, 0]  # [R, Hk, B]
+    order = torch.where(chosen, blocks, len(blocks)).topk(reach.top_k, dim=-1, largest=False).values
+    picked = torch.cat([order, complete[:, None, None].expand(-1, order.shape[1], 1)], dim=-1)
+    return (picked[..., None] * rows.block + torch.arange(rows.block, device=q.device)).flatten(2)

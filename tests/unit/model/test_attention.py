@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import presets
-from shoal.model.attention import Layout, block_means, block_scores, hybrid_attention, select
+from shoal.model.attention import Layout, block_scores, block_summaries, hybrid_attention, select
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.net import Net
 
@@ -127,7 +127,7 @@ def test_short_context_makes_the_global_branch_full_attention():
 def test_a_group_of_heads_chooses_together_and_within_bounds():
     q, k, _ = qkv(3, 40, 4, 2, 8)
     layout = Layout.packed(torch.zeros(1, 40, dtype=torch.long), window=4, block=4, sinks=1)
-    scores = block_scores(q, block_means(k, layout), layout.eligible)
+    scores = block_scores(q, block_summaries(k, layout, "mean"), layout.eligible)
     chosen = select(scores, layout.eligible, layout.sink, 3)
     assert chosen.shape == (1, 2, 40, 10)  # one choice a KV head, not a query head
     complete = (torch.arange(40) + 1) // 4
@@ -141,7 +141,9 @@ def test_a_token_outside_both_sets_has_no_effect():
     layout = Layout.packed(torch.zeros(1, 33, dtype=torch.long), window=4, block=4, sinks=1)
     args = {"window": 4, "block": 4, "top_k": 2, "sinks": 1, "local_weight": 0.6}
     before = hybrid_attention(q, k, v, **args)
-    chosen = select(block_scores(q, block_means(k, layout), layout.eligible), layout.eligible, layout.sink, 2)
+    chosen = select(
+        block_scores(q, block_summaries(k, layout, "mean"), layout.eligible), layout.eligible, layout.sink, 2
+    )
     unread = (~chosen[0, :, 32].any(0) & layout.eligible[0, 32]).nonzero().flatten().tolist()
     victim = next(b for b in unread if b * 4 + 3 < 29)
     v[:, victim * 4 : victim * 4 + 4] += 100.0  # values do not enter the choice
@@ -174,7 +176,7 @@ def test_paged_equals_parallel(data):
     caches = [GroupCache.zeros(c, pages + 6, F64) for _ in net.groups]
     for cache in caches:
         cache.kv.fill_(math.nan)
-        cache.means.fill_(math.nan)
+        cache.summaries.fill_(math.nan)
     outputs, start = [], 0
     while start < t:
         stop = min(t, start + data.draw(st.sampled_from([1, block, page + 1, t])))
