@@ -89,6 +89,7 @@ class ContextLengthError(RequestError):
 class QueueFullError(RequestError):
     status = 429
     code = "queue_full"
+    retry_after: float | None = None  # seconds until there should be room, where they can be told
 
 
 class DeadlineError(RequestError):

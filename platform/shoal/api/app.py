@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -44,7 +45,7 @@ from shoal.api.wire import (
     parse,
     sse,
 )
-from shoal.errors import DeadlineError, EngineDeadError, RequestError, ShoalError
+from shoal.errors import DeadlineError, EngineDeadError, QueueFullError, RequestError, ShoalError
 from shoal.inputs.tokenizer import END, PAD
 
 log = logging.getLogger("shoal.api")
@@ -104,7 +105,7 @@ class Service:
         if isinstance(error, ClientGone):
             return Response(status_code=499)  # for the log; nobody is there to read it
         status, body = self._describe(error)
-        headers = {"Retry-After": "1"} if status in (429, 503) else {}
+        headers = {"Retry-After": _retry_after(error)} if status in (429, 503) else {}
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return Response(dumps(body), status, headers, "application/json")
@@ -129,6 +130,12 @@ class Service:
             status, body = 500, envelope("internal error; the server's log has the details", 500, code="internal_error")
         self.metrics.failed(body["error"]["code"], status)
         return status, body
+
+
+def _retry_after(error: Exception) -> str:
+    """Whole seconds, from 1 to a minute, for the header of that name."""
+    seconds = error.retry_after if isinstance(error, QueueFullError) else None
+    return str(min(60, max(1, math.ceil(seconds or 0))))
 
 
 def _openai_routes(service: Service) -> APIRouter:

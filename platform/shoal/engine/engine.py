@@ -30,7 +30,6 @@ from shoal.errors import (
     ContextLengthError,
     EngineDeadError,
     GenerationError,
-    QueueFullError,
     RequestError,
 )
 from shoal.inputs.chat import Encoded
@@ -172,11 +171,8 @@ class Engine:
         waiting, done = list(requests)[::-1], dict[str, Completion]()
         try:
             while waiting or any(answer.finished is None for answer in done.values()):
-                while waiting:
-                    try:
-                        self.submit(waiting[-1])
-                    except QueueFullError:
-                        break
+                while waiting and not self.scheduler.full:
+                    self.submit(waiting[-1])
                     done[waiting.pop().id] = Completion()
                 for event in self.step():
                     if event.request in done:

@@ -37,9 +37,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step. Works are sorted by depth, deepest first, so that each group runs on a prefix of the rows."""
+    """One step. Works are sorted by depth, deepest first, so that each group runs on a prefix of the rows. `shallow`: the
+    deeper requests that decode were left out."""
 
     works: list[Work]
+    shallow: bool = False
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """Layer groups that run, and rows summed over them."""
+        groups = max(work.last for work in self.works) - min(work.first for work in self.works)
+        return max(1, groups), sum(work.count * (work.last - work.first) for work in self.works)
 
     @property
     def samples(self) -> list[Work]:

@@ -12,7 +12,12 @@ A request's life:
 Rules that hold in every step: requests go in the order (priority, arrival). Every decoding request gets its row; what is
 left of the row budget goes to prefills in chunks, and at least one page's worth always is left, so neither starves the
 other. Units are taken from requests later in the order, and from requests whose reader is behind, never from earlier
-ones: the first request always advances, so all end. A request that could never fit is refused at submission.
+ones: the first request always advances, so all end. A request that could never fit is refused at submission, and so is
+one whose deadline the measured pace of the queue puts out of reach.
+
+One exception: while all requests decode, a step may run the shallow ones alone, as otherwise they would wait in every step
+for the groups that others run through (docs/decisions/0005). Such steps take at most `pace.SHALLOW_SHARE` of the time that
+full steps take, so no deep request is slowed down by more than that.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from collections.abc import Callable, Iterable
 from shoal.config import GROUPS, ModelConfig
 from shoal.engine.events import Event, Finished, FinishReason, Token
 from shoal.engine.metrics import Metrics
+from shoal.engine.pace import Pace
 from shoal.engine.pages import Pages
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.sequence import Sequence
@@ -51,6 +57,9 @@ class Scheduler:
         self.running: list[Sequence] = []  # both in order
         self.waiting: list[Sequence] = []
         self.metrics = Metrics()
+        self.pace = Pace()
+        self._began = 0.0  # when the step was planned
+        self._turned_away = 0  # requests refused for a full queue, less those admitted since
         self._live: dict[str, Sequence] = {}
         self._deadlines: list[tuple[float, int, str]] = []
         self._events: list[Event] = []
@@ -58,7 +67,8 @@ class Scheduler:
     # --- requests come and go -----------------------------------------------------------------------------------------
 
     def submit(self, seq: Sequence) -> None:
-        """Admit `seq` to the queue. Raises QueueFullError; RequestError for an id in use, or a size that can never fit."""
+        """Admit `seq` to the queue. Raises QueueFullError; DeadlineError for one that it cannot be meant to meet; RequestError
+        for an id in use, or a size that can never fit."""
         if seq.id in self._live:
             raise RequestError("request id is in use", param="id", got=seq.id)
         stored = seq.prompt_len + seq.sampling.max_tokens - 1  # the last token's K/V is never needed
@@ -68,10 +78,20 @@ class Scheduler:
                 "the request can never fit the KV memory", param="max_tokens",
                 got=f"{need} units", allowed=f"at most {self.pages.total}", do="ask for fewer tokens or less depth",
             )  # fmt: skip
-        if len(self.waiting) >= self.max_queue:
-            raise QueueFullError("the queue is full", got=f"{len(self.waiting)} waiting", do="try again later")
+        if self.full:
+            self._turned_away += 1
+            self.metrics.refused += 1
+            error = QueueFullError("the queue is full", got=f"{len(self.waiting)} waiting", do="try again later")
+            error.retry_after = self.pace.wait(self._turned_away)  # the n-th for the n-th place that becomes free
+            raise error
+        if seq.request.deadline is not None and (soonest := self._soonest(seq)) > seq.request.deadline:
+            self.metrics.refused += 1
+            raise DeadlineError(
+                "the deadline is out of reach", param="deadline", got=seq.request.deadline,
+                allowed=f"{soonest:.2f} s or more at present", do="give it more time, or try again later",
+            )  # fmt: skip
         self._live[seq.id] = seq
-        bisect.insort(self.waiting, seq, key=_order)
+        self._queue(seq)
         if seq.request.deadline is not None:
             heapq.heappush(self._deadlines, (seq.arrival + seq.request.deadline, seq.order[1], seq.id))
 
@@ -101,6 +121,11 @@ class Scheduler:
     def idle(self) -> bool:
         return not self._live
 
+    @property
+    def full(self) -> bool:
+        """Would a request be refused for want of a place in the queue?"""
+        return len(self.waiting) >= self.max_queue
+
     def take_events(self) -> list[Event]:
         """Events since the last call, in order."""
         events, self._events = self._events, []
@@ -119,16 +144,14 @@ class Scheduler:
     def plan(self) -> Plan:
         """The next step; no works when nothing can run."""
         self._expire()
-        works: list[Work] = []
+        self._began = self.clock()
+        works = self._rows(self._shallow_only(), 0)
+        if works:
+            return Plan(works, shallow=True)
         decoding = sum(seq.decoding and not seq.paused for seq in self.running)
         room = self.max_batch_tokens - decoding  # rows for prefill
-        for seq in list(self.running):
-            if seq.paused or seq not in self.running:
-                continue  # not in running: it was preempted for an earlier one of this loop
-            work = self._work(seq, 1 if seq.decoding else room)
-            if work.count and self._reserve(seq, work):
-                works.append(work)
-                room -= 0 if seq.decoding else work.count
+        works = self._rows(list(self.running), room)
+        room -= sum(work.count for work in works if not work.seq.decoding)
         while room > 0 and (admitted := self._admit()) is not None:
             work = self._work(admitted, room)
             if self._reserve(admitted, work):
@@ -139,6 +162,7 @@ class Scheduler:
     def commit(self, plan: Plan, outcome: Outcome) -> list[Event]:
         """Take in what a step gave, and return the events since the last call."""
         now = self.clock()
+        self.pace.step(*plan.cost, now - self._began, shallow=plan.shallow)
         rows = sum(work.count for work in plan.works)
         self.metrics.steps += 1
         self.metrics.rows += rows
@@ -158,6 +182,36 @@ class Scheduler:
         return self.take_events()
 
     # --- planning -----------------------------------------------------------------------------------------------------
+
+    def _soonest(self, seq: Sequence) -> float:
+        """Seconds that `seq` must expect to wait for its first token: those before it in the queue, then its prompt through
+        the groups that it is known to need. 0 while nothing has been measured."""
+        ahead = bisect.bisect(self.waiting, seq.order, key=_order)
+        seq.extend_keys(self.pages)
+        rows = max(1, seq.prompt_len - self.pages.peek(0, seq.keys)[0] * seq.page)
+        groups, steps = seq.groups or 1, -(-rows // self.max_batch_tokens)
+        return (self.pace.wait(ahead) or 0.0) + (self.pace.seconds(groups * steps, groups * rows) or 0.0)
+
+    def _rows(self, seqs: list[Sequence], room: int) -> list[Work]:
+        """The next rows of those of `seqs` that can run: one of each that decodes, and `room` of the others in all."""
+        works: list[Work] = []
+        for seq in seqs:
+            if seq.paused or seq not in self.running:
+                continue  # not in running: it was preempted for an earlier one of this loop
+            work = self._work(seq, 1 if seq.decoding else room)
+            if work.count and self._reserve(seq, work):
+                works.append(work)
+                room -= 0 if seq.decoding else work.count
+        return works
+
+    def _shallow_only(self) -> list[Sequence]:
+        """The requests of least depth, if a step of them alone pays now; else none, for a full step."""
+        ready = [seq for seq in self.running if not seq.paused]
+        depths = [seq.groups for seq in ready if seq.groups is not None and seq.decoding]
+        if len(depths) < len(ready) or len(set(depths)) < 2:
+            return []
+        shallow = [seq for seq in ready if seq.groups == min(depths)]
+        return shallow if self.pace.alone([min(depths)] * len(shallow), depths) else []
 
     def _work(self, seq: Sequence, room: int) -> Work:
         """The next rows of `seq`, at most `room`."""
@@ -212,6 +266,8 @@ class Scheduler:
             self._preempt(victim)
         self.waiting.remove(seq)
         bisect.insort(self.running, seq, key=_order)
+        self.pace.enters(self.clock(), len(self.waiting))
+        self._turned_away = max(0, self._turned_away - 1)
         self._enter(seq)
         return seq
 
@@ -268,6 +324,11 @@ class Scheduler:
         self.metrics.preemptions += 1
         self.running.remove(seq)
         self._release(seq)
+        self._queue(seq)
+
+    def _queue(self, seq: Sequence) -> None:
+        if not self.waiting:
+            self.pace.waits(self.clock())
         bisect.insort(self.waiting, seq, key=_order)
 
     def _release(self, seq: Sequence) -> None:

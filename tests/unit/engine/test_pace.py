@@ -1,0 +1,197 @@
+"""The measured pace: what steps cost, when shallow-only steps pay and what they may take, and what the queue is told."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from shoal.engine.events import Event, Sampling
+from shoal.engine.pace import SHALLOW_SHARE, WARM_UP, Pace
+from shoal.engine.plan import Outcome, Plan
+from shoal.errors import DeadlineError, QueueFullError
+from tests.unit.engine.test_scheduler import FakeRunner, Harness, answer, end, said
+
+
+def learned(fixed: float, each: float) -> Pace:
+    pace, rng = Pace(), random.Random(0)
+    for _ in range(100):
+        groups, rows = rng.randint(1, 4), rng.randint(1, 60)
+        pace.step(groups, rows, fixed * groups + each * rows)
+    return pace
+
+
+class CostlyRunner(FakeRunner):
+    """A step takes `fixed` a group and `each` a row of a group, on the harness' clock. Remembers what steps it saw."""
+
+    def __init__(self, h: Harness, fixed: float, each: float) -> None:
+        super().__init__(h.pages)
+        self.h, self.fixed, self.each = h, fixed, each
+        self.spent: list[tuple[bool, float]] = []  # shallow-only?, seconds
+
+    def run(self, plan: Plan) -> Outcome:
+        groups, rows = plan.cost
+        seconds = self.fixed * groups + self.each * rows
+        self.h.now += seconds
+        self.spent.append((plan.shallow, seconds))
+        return super().run(plan)
+
+
+def costly(fixed: float = 1.0, each: float = 0.01, **limits: int) -> tuple[Harness, CostlyRunner]:
+    h = Harness(units=400, **({"max_batch": 8, "max_batch_tokens": 40} | limits))
+    runner = h.runner = CostlyRunner(h, fixed, each)
+    return h, runner
+
+
+def long(tokens: int = 60) -> Sampling:
+    return Sampling(max_tokens=tokens, ignore_eos=True)
+
+
+def test_nothing_is_said_before_enough_was_measured() -> None:
+    pace = Pace()
+    for _ in range(WARM_UP - 1):
+        pace.step(4, 8, 1.0)
+    assert pace.seconds(4, 8) is None and pace.wait(3) is None
+    pace.step(4, 8, 1.0)
+    assert pace.seconds(4, 8) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("fixed", "each"), [(0.4, 0.03), (0.4, 0.0), (0.0, 0.03)])
+def test_the_cost_of_a_group_and_of_a_row_are_told_apart(fixed: float, each: float) -> None:
+    pace = learned(fixed, each)
+    for groups, rows in ((1, 1), (4, 4), (2, 90)):
+        assert pace.seconds(groups, rows) == pytest.approx(fixed * groups + each * rows, abs=1e-9)
+
+
+def test_a_pause_of_the_machine_does_not_stay_and_a_slower_one_is_learned() -> None:
+    pace = learned(0.1, 0.0)
+    pace.step(4, 4, 1000.0)
+    assert (pace.seconds(4, 4) or 0) < 0.5
+    for _ in range(300):
+        pace.step(4, 4, 2.0)
+    assert pace.seconds(4, 4) == pytest.approx(2.0, rel=0.05)
+
+
+def test_shallow_only_steps_are_worth_it_for_enough_requests_that_are_shallow_enough() -> None:
+    pace = learned(1.0, 0.0)
+    assert pace.alone([1, 1], [1, 1, 4, 4])
+    assert not pace.alone([1], [1, 4, 4, 4, 4])
+    assert not pace.alone([2, 2], [2, 2, 4, 4])
+    assert pace.alone([2] * 5, [2] * 5 + [4])
+
+
+def pace_of_each(allowed: bool) -> tuple[float, float, CostlyRunner]:
+    """Seconds a token of deep and of shallow requests, three of each, until the deep ones end."""
+    h, runner = costly()
+    if not allowed:
+        h.scheduler.pace.alone = lambda *_: False  # type: ignore[method-assign]
+    deep = [h.submit([70 + i], 4, sampling=long()) for i in range(3)]
+    quick = [h.submit([50 + i], 1, sampling=long(400)) for i in range(3)]
+    events: list[Event] = []
+    while any(request in h.scheduler._live for request in deep):
+        events += h.step()
+    slow, fast = (h.now * 3 / sum(len(said(events, request)) for request in some) for some in (deep, quick))
+    return slow, fast, runner
+
+
+def test_shallow_only_steps_hasten_the_shallow_within_the_bound_of_the_deep() -> None:
+    deep, shallow, runner = pace_of_each(False)
+    assert deep == pytest.approx(shallow, rel=0.05) and not any(only for only, _ in runner.spent)
+    deeper, shallower, runner = pace_of_each(True)
+    assert deeper < (1 + SHALLOW_SHARE) * deep * 1.01
+    assert shallower < shallow / 1.4  # the first `WARM_UP` steps are all full
+    assert deeper + shallower < deep + shallow
+    alone = full = 0.0
+    for only, seconds in runner.spent:
+        alone, full = (alone + seconds, full) if only else (alone, full + seconds)
+        assert alone <= SHALLOW_SHARE * full, "at every moment, not only in the end"
+
+
+def test_a_long_prefill_lets_no_deep_request_wait_for_more_than_one_step() -> None:
+    h, runner = costly(max_batch_tokens=300)
+    h.submit([70], 4, sampling=long(80))
+    for i in range(4):
+        h.submit([50 + i], 1, sampling=long(400))
+    for _ in range(30):
+        h.step()
+    h.submit(list(range(300)), 4, sampling=long(1), priority=-1)  # a step of 16 seconds
+    for _ in range(12):
+        h.step()
+    spent = runner.spent[next(i for i, (_, seconds) in enumerate(runner.spent) if seconds > 12) + 1 :]
+    run = 0.0
+    for only, seconds in spent:
+        run = run + seconds if only else 0.0
+        assert run <= max(seconds for only, seconds in spent if not only)
+    assert any(only for only, _ in spent)
+
+
+def test_a_shallow_only_step_without_units_is_a_full_step() -> None:
+    """The one shallow request is last in the order, so a lack of units preempts it; the deep ones go on in the same step."""
+    h, _ = costly(max_batch_tokens=12)
+    h.pages.allocate(h.pages.available - 4 * 4)
+    deep = h.submit(list(range(50, 54)), 4, sampling=long(4))
+    h.step()
+    h.submit([60], 1, sampling=long(40), priority=1)
+    h.scheduler.pace.alone = lambda *_: True  # type: ignore[method-assign]
+    events = []
+    while not h.scheduler.idle:
+        plan = h.scheduler.plan()
+        assert plan.works, "a step was given away"
+        events += h.scheduler.commit(plan, h.runner.run(plan))
+    assert len(said(events, deep)) == 3  # and the first before
+
+
+def test_answers_are_the_same_with_shallow_only_steps() -> None:
+    h, runner = costly(max_queue=20)
+    asked = {h.submit([50 + i], (1, 2, 4, 4)[i % 4], sampling=Sampling(max_tokens=30)): [50 + i] for i in range(16)}
+    events = h.run()
+    for request, prompt in asked.items():
+        assert said(events, request) == answer(prompt, 30)
+    assert any(only for only, _ in runner.spent)
+
+
+def test_a_refused_request_is_told_when_there_should_be_room() -> None:
+    h, _ = costly(max_batch=1, max_queue=2)
+    for i in range(2 * WARM_UP):
+        while h.scheduler.full:
+            h.step()
+        h.submit([50 + i], sampling=long(5))
+    while not h.scheduler.full:
+        h.submit([99], sampling=long(5))
+    told = []
+    for _ in range(3):
+        with pytest.raises(QueueFullError) as caught:
+            h.submit([98])
+        told.append(caught.value.retry_after)
+    one = 5 * (4 + 4 * 0.01)  # a request's five steps
+    assert told == pytest.approx([one, 2 * one, 3 * one], rel=0.3)  # the n-th for the n-th place
+    assert h.scheduler.metrics.refused == 3
+
+
+def test_a_deadline_that_the_queue_puts_out_of_reach_is_refused_at_once() -> None:
+    h, _ = costly(max_batch=1, max_queue=8)
+    for i in range(2 * WARM_UP):
+        while h.scheduler.full:
+            h.step()
+        h.submit([50 + i], sampling=long(5))
+    while h.scheduler.full:
+        h.step()
+    ahead = len(h.scheduler.waiting)
+    assert ahead > 3
+    with pytest.raises(DeadlineError, match="out of reach"):
+        h.submit([99], deadline=ahead * 5.0)
+    urgent = h.submit([99], deadline=ahead * 5.0, priority=-1)  # ahead of them all, so within reach
+    events = h.run()
+    assert end(events, urgent).reason in ("stop", "length")
+
+
+def test_an_idle_engine_refuses_no_deadline_that_a_prompt_can_meet() -> None:
+    h, _ = costly()
+    for i in range(WARM_UP + 1):
+        h.submit([50 + i], sampling=Sampling(max_tokens=3))
+        h.run()
+    prompt = list(range(50, 130))  # two steps of 40 rows, 4 groups each: over 8 seconds
+    with pytest.raises(DeadlineError, match="out of reach"):
+        h.submit(prompt, deadline=4.0)
+    request = h.submit(prompt, deadline=20.0, sampling=long(1))
+    assert end(h.run(), request).reason == "length"
