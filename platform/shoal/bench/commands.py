@@ -37,3 +37,19 @@ def model(rounds: Rounds = 5) -> None:
     from shoal.bench.model import attention as run
 
     run(out, rounds=rounds)
+
+
+@bench.command("data")
+def data(
+    preset: Annotated[str, typer.Option(help="Whose vocabulary, row length and patches are used.")] = "tiny",
+    sizes: Annotated[str, typer.Option(help="MB of input by which cost and memory are measured.")] = "10,100",
+    rounds: Rounds = 3,
+) -> None:
+    """Tokenise-and-pack beside `tokenizers` alone; cost and memory by size; text beside images. 1 GB takes a quarter hour."""
+    from shoal.bench.data import data as run
+
+    try:
+        megabytes = tuple(int(size) for size in sizes.split(","))
+    except ValueError as error:
+        raise UsageError("--sizes", got=sizes, allowed="numbers, such as 10,100,1000") from error
+    run(out, preset=preset, sizes=megabytes, rounds=rounds)

@@ -90,7 +90,7 @@ class Packer:
         largest = max(self._stock)
         pieces = [self._take(largest)]
         left = self.length - largest
-        while chosen := best_fit({n: len(waiting) for n, waiting in self._stock.items() if n <= left}, left):
+        while left and (chosen := best_fit({n: len(w) for n, w in self._stock.items() if n <= left}, left)):
             pieces += [self._take(n) for n in chosen]
             left -= sum(chosen)
         return self._row(pieces)

@@ -1,0 +1,222 @@
+"""`shoal bench data`: tokenising and packing beside `tokenizers` alone, cost and memory by size of input, text beside images.
+
+Everything runs in processes of its own with one thread each, as a task of `shoal prepare` does. The text is the Python
+standard library's sources; of more than it holds, the same again under other headings, so that no document equals another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import count, cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from shoal import presets
+from shoal.bench.turns import in_turns, show
+from shoal.data import parts
+from shoal.data.documents import SourceSpec
+from shoal.data.files import list_files
+from shoal.data.shards import TOKENIZER
+from shoal.inputs.tokenizer import Tokenizer
+
+MB = 10**6
+SPEED_TEXT = 4 * MB  # text of a speed run
+IMAGES = 400  # beside it
+IMAGE_SIZE = 256  # pixels on a side
+SAMPLE = MB  # text that the tokenizer is fitted to
+SHORT = (120, 700, 250, 400, 180)  # characters of short documents, in turn
+ONE_THREAD = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def data(console: Console, *, preset: str, sizes: tuple[int, ...], rounds: int) -> None:
+    """Speed against `tokenizers`, cost by input size (`sizes` in MB), and text beside images."""
+    model = presets.get(preset).model
+    speeds = {kind: _child("speed", preset, kind, str(rounds)) for kind in ("files", "short")}
+    table = Table("documents", "tokenise and pack, MB/s", "encode_batch", "encode_batch_fast", "share of encode_batch",
+                  title=f"one thread, vocabulary {model.vocab}, rows of {model.train_length}")  # fmt: skip
+    for kind, speed in speeds.items():
+        speed["ratio"] = speed["pack"] / speed["encode_batch"]
+        values = (speed["pack"], speed["encode_batch"], speed["encode_batch_fast"], speed["ratio"])
+        table.add_row(kind, *(f"{value:.2f}" for value in values))
+    cost = Table(
+        "input MB", "seconds", "s/MB", "peak RSS MB", "before", title="read, clean, tokenise, pack, in one process"
+    )
+    by_size = [_child("size", preset, str(size)) for size in sizes]
+    for row in by_size:
+        row["s_per_mb"] = row["seconds"] / row["mb"]
+        memory = (f"{row[key]:.0f}" for key in ("peak_rss_mb", "rss_before_mb"))
+        cost.add_row(f"{row['mb']:.0f}", f"{row['seconds']:.1f}", f"{row['s_per_mb']:.3f}", *memory)
+    beside = _beside_images(preset, rounds)
+    images = Table("text MB/s alone", "beside images", "images/s", title="one process packs text, another images")
+    images.add_row(*(f"{beside[key]:.2f}" for key in ("alone", "beside", "images_per_s")))
+    result = {"bench": "data", "preset": preset, "rounds": rounds, "speed": speeds, "size": by_size, "images": beside}
+    show(console, [table, cost, images], result)
+
+
+def _child(what: str, *arguments: str) -> dict[str, Any]:
+    """What `_RUNS[what]` returns in a process of its own."""
+    done = subprocess.run(_command(what, *arguments), env=os.environ | ONE_THREAD, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _command(what: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from shoal.bench.data import main; main()", what, *arguments]
+
+
+def main() -> None:
+    """One measurement, as `_child` asks for it."""
+    what, *arguments = sys.argv[1:]
+    print(json.dumps(_RUNS[what](*arguments)))
+
+
+# ---- in a process of its own
+
+
+def _speed(preset: str, kind: str, rounds: str) -> dict[str, float]:
+    """MB of text a second: `parts.pack_part`, and `tokenizers` alone on the same documents in the same batches."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = (json.dumps({"text": text}) for text in _some(_texts() if kind == "files" else _short(), SPEED_TEXT))
+        Path(folder, "rows.jsonl").write_text("\n".join(rows))
+        pack, texts = _packing(Path(folder), preset)
+        size = sum(len(text.encode()) for text in texts) / MB
+        core = Tokenizer.load(Path(folder) / TOKENIZER)._core
+        runs = {
+            "pack": lambda: size / _seconds(pack),
+            "encode_batch": lambda: size / _seconds(lambda: _encode(core.encode_batch, texts)),
+            "encode_batch_fast": lambda: size / _seconds(lambda: _encode(core.encode_batch_fast, texts)),
+        }
+        return in_turns(runs, int(rounds))
+
+
+def _size(preset: str, size: str) -> dict[str, float]:
+    """Seconds and peak memory of all that preparing `size` MB of text files does, part after part."""
+    model = presets.get(preset).model
+    with tempfile.TemporaryDirectory() as folder:
+        raw, out = Path(folder, "raw"), Path(folder, "out")
+        raw.mkdir()
+        out.mkdir()
+        before, written = _peak_rss(), 0
+        for number, text in enumerate(_some(_texts(), int(size) * MB)):
+            written += (raw / f"{number:06}.txt").write_bytes(text.encode())
+        start = time.perf_counter()
+        plan = parts.split_files(list_files(SourceSpec("bench", str(raw))))
+        paths = [out / f"{number:05}.part" for number in range(len(plan))]
+        found = [parts.read_part(files, path)[0] for files, path in zip(plan, paths, strict=True)]
+        splits, _ = parts.choose(found, 0)
+        Tokenizer.train(parts.sample(paths, splits), model.vocab).save(out / TOKENIZER)
+        for number, (path, of) in enumerate(zip(paths, splits, strict=True)):
+            parts.pack_part(path, of, out, model, number)
+        seconds = time.perf_counter() - start
+    return {"mb": written / MB, "seconds": seconds, "rss_before_mb": before, "peak_rss_mb": _peak_rss()}
+
+
+def _images(preset: str) -> dict[str, float]:
+    """Packs images again and again until its input closes; images a second. Says when it is at work."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(IMAGES):
+            _picture(number).save(Path(folder, f"{number}.png"))
+        Path(folder, "page.txt").write_text(next(_texts()))  # the tokenizer is fitted to it
+        pack, _ = _packing(Path(folder), preset)
+        print("at work", flush=True)
+        done, start = 0, time.perf_counter()
+        while not select.select([sys.stdin], [], [], 0)[0]:  # until it is closed
+            pack()
+            done += IMAGES
+        return {"images_per_s": done / (time.perf_counter() - start)}
+
+
+_RUNS: dict[str, Callable[..., dict[str, float]]] = {"speed": _speed, "size": _size, "images": _images}
+
+
+def _beside_images(preset: str, rounds: int) -> dict[str, float]:
+    """Text in MB/s by a process alone, and while another one packs images; and that one's images a second."""
+    alone = _child("speed", preset, "files", str(rounds))["pack"]
+    images = subprocess.Popen(
+        _command("images", preset), env=os.environ | ONE_THREAD, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert images.stdout is not None
+    try:
+        images.stdout.readline()  # it is at work
+        beside = _child("speed", preset, "files", str(rounds))["pack"]
+        told, _ = images.communicate()
+    finally:
+        images.kill()
+    return {"alone": alone, "beside": beside, **json.loads(told)}
+
+
+# ---- what is packed
+
+
+def _packing(folder: Path, preset: str) -> tuple[Callable[[], object], list[str]]:
+    """Packs the files in `folder` as one part of a corpus, with a tokenizer fitted to them; and the texts in it."""
+    model, part = presets.get(preset).model, folder / "part"
+    identities, _ = parts.read_part(list_files(SourceSpec("bench", str(folder))), part)
+    texts = [document.text for document in parts.documents(part)]
+    Tokenizer.train(_some(iter(texts), SAMPLE), model.vocab).save(folder / TOKENIZER)
+    return lambda: parts.pack_part(part, ["train"] * len(identities), folder, model, 0), texts
+
+
+def _texts() -> Iterator[str]:
+    """The standard library's files, again and again, each with a heading of its own."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    files += sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*/*.py"))
+    for turn in count():
+        for path in files:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if len(text) > max(SHORT):
+                yield f"Copy {turn} of {path.name}\n{text}"
+
+
+def _short() -> Iterator[str]:
+    lengths = cycle(SHORT)
+    for text in _texts():
+        at = 0
+        while at < len(text):
+            yield text[at : (at := at + next(lengths))]
+
+
+def _some(texts: Iterator[str], size: int) -> Iterator[str]:
+    """The first of `texts`, about `size` characters."""
+    left = size
+    for text in texts:
+        if left <= 0:
+            return
+        yield text
+        left -= len(text)
+
+
+def _picture(number: int) -> Image.Image:
+    """Coloured squares, all different."""
+    pixels = np.random.default_rng(number).integers(0, 256, (IMAGE_SIZE // 8, IMAGE_SIZE // 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((IMAGE_SIZE, IMAGE_SIZE))
+
+
+def _encode(encode: Callable[..., object], texts: list[str]) -> None:
+    batches = iter(texts)
+    while batch := list(islice(batches, parts.BATCH)):
+        encode(batch, add_special_tokens=False)
+
+
+def _peak_rss() -> float:
+    """MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
