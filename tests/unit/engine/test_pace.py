@@ -8,7 +8,6 @@ import pytest
 
 from shoal.engine.events import Event, Sampling
 from shoal.engine.pace import SHALLOW_SHARE, WARM_UP, Pace
-from shoal.engine.plan import Outcome, Plan
 from shoal.errors import DeadlineError, QueueFullError
 from tests.unit.engine.test_scheduler import FakeRunner, Harness, answer, end, said
 
@@ -21,26 +20,8 @@ def learned(fixed: float, each: float) -> Pace:
     return pace
 
 
-class CostlyRunner(FakeRunner):
-    """A step takes `fixed` a group and `each` a row of a group, on the harness' clock. Remembers what steps it saw."""
-
-    def __init__(self, h: Harness, fixed: float, each: float) -> None:
-        super().__init__(h.pages)
-        self.h, self.fixed, self.each = h, fixed, each
-        self.spent: list[tuple[bool, float]] = []  # shallow-only?, seconds
-
-    def run(self, plan: Plan) -> Outcome:
-        groups, rows = plan.cost
-        seconds = self.fixed * groups + self.each * rows
-        self.h.now += seconds
-        self.spent.append((plan.shallow, seconds))
-        return super().run(plan)
-
-
-def costly(fixed: float = 1.0, each: float = 0.01, **limits: int) -> tuple[Harness, CostlyRunner]:
-    h = Harness(units=400, **({"max_batch": 8, "max_batch_tokens": 40} | limits))
-    runner = h.runner = CostlyRunner(h, fixed, each)
-    return h, runner
+def costly(**limits: int) -> Harness:
+    return Harness(units=400, cost=(1.0, 0.01), **({"max_batch": 8, "max_batch_tokens": 40} | limits))
 
 
 def long(tokens: int = 60) -> Sampling:
@@ -80,9 +61,9 @@ def test_shallow_only_steps_are_worth_it_for_enough_requests_that_are_shallow_en
     assert pace.alone([2] * 5, [2] * 5 + [4])
 
 
-def pace_of_each(allowed: bool) -> tuple[float, float, CostlyRunner]:
+def pace_of_each(allowed: bool) -> tuple[float, float, FakeRunner]:
     """Seconds a token of deep and of shallow requests, three of each, until the deep ones end."""
-    h, runner = costly()
+    h = costly()
     if not allowed:
         h.scheduler.pace.alone = lambda *_: False  # type: ignore[method-assign]
     deep = [h.submit([70 + i], 4, sampling=long()) for i in range(3)]
@@ -91,7 +72,7 @@ def pace_of_each(allowed: bool) -> tuple[float, float, CostlyRunner]:
     while any(request in h.scheduler._live for request in deep):
         events += h.step()
     slow, fast = (h.now * 3 / sum(len(said(events, request)) for request in some) for some in (deep, quick))
-    return slow, fast, runner
+    return slow, fast, h.runner
 
 
 def test_shallow_only_steps_hasten_the_shallow_within_the_bound_of_the_deep() -> None:
@@ -108,7 +89,7 @@ def test_shallow_only_steps_hasten_the_shallow_within_the_bound_of_the_deep() ->
 
 
 def test_a_long_prefill_lets_no_deep_request_wait_for_more_than_one_step() -> None:
-    h, runner = costly(max_batch_tokens=300)
+    h = costly(max_batch_tokens=300)
     h.submit([70], 4, sampling=long(80))
     for i in range(4):
         h.submit([50 + i], 1, sampling=long(400))
@@ -117,7 +98,7 @@ def test_a_long_prefill_lets_no_deep_request_wait_for_more_than_one_step() -> No
     h.submit(list(range(300)), 4, sampling=long(1), priority=-1)  # a step of 16 seconds
     for _ in range(12):
         h.step()
-    spent = runner.spent[next(i for i, (_, seconds) in enumerate(runner.spent) if seconds > 12) + 1 :]
+    spent = h.runner.spent[next(i for i, (_, seconds) in enumerate(h.runner.spent) if seconds > 12) + 1 :]
     run = 0.0
     for only, seconds in spent:
         run = run + seconds if only else 0.0
@@ -127,7 +108,7 @@ def test_a_long_prefill_lets_no_deep_request_wait_for_more_than_one_step() -> No
 
 def test_a_shallow_only_step_without_units_is_a_full_step() -> None:
     """The one shallow request is last in the order, so a lack of units preempts it; the deep ones go on in the same step."""
-    h, _ = costly(max_batch_tokens=12)
+    h = costly(max_batch_tokens=12)
     h.pages.allocate(h.pages.available - 4 * 4)
     deep = h.submit(list(range(50, 54)), 4, sampling=long(4))
     h.step()
@@ -142,16 +123,16 @@ def test_a_shallow_only_step_without_units_is_a_full_step() -> None:
 
 
 def test_answers_are_the_same_with_shallow_only_steps() -> None:
-    h, runner = costly(max_queue=20)
+    h = costly(max_queue=20)
     asked = {h.submit([50 + i], (1, 2, 4, 4)[i % 4], sampling=Sampling(max_tokens=30)): [50 + i] for i in range(16)}
     events = h.run()
     for request, prompt in asked.items():
         assert said(events, request) == answer(prompt, 30)
-    assert any(only for only, _ in runner.spent)
+    assert any(only for only, _ in h.runner.spent)
 
 
 def test_a_refused_request_is_told_when_there_should_be_room() -> None:
-    h, _ = costly(max_batch=1, max_queue=2)
+    h = costly(max_batch=1, max_queue=2)
     for i in range(2 * WARM_UP):
         while h.scheduler.full:
             h.step()
@@ -169,7 +150,7 @@ def test_a_refused_request_is_told_when_there_should_be_room() -> None:
 
 
 def test_a_deadline_that_the_queue_puts_out_of_reach_is_refused_at_once() -> None:
-    h, _ = costly(max_batch=1, max_queue=8)
+    h = costly(max_batch=1, max_queue=8)
     for i in range(2 * WARM_UP):
         while h.scheduler.full:
             h.step()
@@ -186,7 +167,7 @@ def test_a_deadline_that_the_queue_puts_out_of_reach_is_refused_at_once() -> Non
 
 
 def test_an_idle_engine_refuses_no_deadline_that_a_prompt_can_meet() -> None:
-    h, _ = costly()
+    h = costly()
     for i in range(WARM_UP + 1):
         h.submit([50 + i], sampling=Sampling(max_tokens=3))
         h.run()

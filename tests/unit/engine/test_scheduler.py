@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from shoal import presets
 from shoal.config import GROUPS
-from shoal.engine.events import Event, Finished, Request, Sampling, Token
+from shoal.engine.events import Event, Finished, Request, Sampling, Token, TokenLogprob
 from shoal.engine.pages import Pages
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.scheduler import Scheduler
@@ -43,19 +43,24 @@ def depth_of(tokens: list[int]) -> int:
 
 
 class FakeRunner:
-    def __init__(self, pages: Pages) -> None:
-        self.pages = pages
+    """`cost`: seconds that a step takes for each layer group, and for each row of a group."""
+
+    def __init__(self, pages: Pages, elapse: Callable[[float], None], cost: tuple[float, float]) -> None:
+        self.pages, self.elapse, self.cost = pages, elapse, cost
         self.memory: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
         self.works: list[Work] = []
+        self.spent: list[tuple[bool, float]] = []  # of each step: shallow-only?, seconds
 
     def run(self, plan: Plan) -> Outcome:
         self.works = plan.works
+        self.spent.append((plan.shallow, sum(x * y for x, y in zip(self.cost, plan.cost, strict=True))))
+        self.elapse(self.spent[-1][1])
         assert [w.last for w in plan.works] == sorted((w.last for w in plan.works), reverse=True)
         assert len({w.seq.id for w in plan.works}) == len(plan.works)
         for work in plan.works:
             self._work(work)
         samples = [Sampled(next_token(w.seq.tokens)) for w in plan.samples]
-        return Outcome(samples, [self._decision(w) for w in plan.decisions])
+        return Outcome(samples, [self._decision(w) for w in plan.decisions], [self._scores(w) for w in plan.scores])
 
     def _work(self, work: Work) -> None:
         seq = work.seq
@@ -76,6 +81,10 @@ class FakeRunner:
         if work.hold:
             seq.held += range(work.start, work.end)
 
+    def _scores(self, work: Work) -> list[TokenLogprob]:
+        assert work.scored > 0
+        return [TokenLogprob(work.seq.tokens[p + 1], -p) for p in range(work.start, work.start + work.scored)]
+
     def _decision(self, work: Work) -> Decision:
         """Every page has its sums, from the cache or from the states that were held."""
         seq = work.seq
@@ -90,13 +99,16 @@ class FakeRunner:
 
 
 class Harness:
-    def __init__(self, units: int = 40, **limits: Any) -> None:
+    def __init__(self, units: int = 40, cost: tuple[float, float] = (0, 0), **limits: Any) -> None:
         self.now = 0.0
         self.pages = Pages(units)
         limits = {"max_batch_tokens": 12, "max_batch": 4, "max_queue": 8} | limits
         self.scheduler = Scheduler(CONFIG, self.pages, clock=lambda: self.now, **limits)
-        self.runner = FakeRunner(self.pages)
+        self.runner = FakeRunner(self.pages, self.elapse, cost)
         self.number = 0
+
+    def elapse(self, seconds: float) -> None:
+        self.now += seconds
 
     def submit(self, prompt: list[int], depth: int | None = 4, *, sampling: Sampling | None = None, **more: Any) -> str:
         self.number += 1
@@ -370,14 +382,36 @@ def test_a_stop_string_ends_within_its_token_and_is_not_said() -> None:
     assert end(events, request).completion_tokens == 2
 
 
+@pytest.mark.parametrize("depth", [None, 1, 2, 4])
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 21])
+def test_logprobs_of_a_prompt_are_of_all_its_tokens_whatever_is_cached(depth: int | None, length: int) -> None:
+    h = Harness(units=200)
+    prompt = list(range(50, 50 + length))
+    for d in (None, 4):
+        h.submit(prompt, d)
+    h.run()
+    rows = h.scheduler.metrics.rows
+    request = h.submit(prompt, depth, sampling=Sampling(max_tokens=2, prompt_logprobs=0))
+    finished = end(h.run(), request)
+    assert h.scheduler.metrics.rows - rows >= length
+    assert finished.cached_tokens == 0 or length == 1
+    assert finished.prompt_logprobs == (None, *[TokenLogprob(prompt[p + 1], -p) for p in range(length - 1)])
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Anything in any order over a small pool. Integrity after every step; every request ends once, with the answer that
     it would have had alone."""
 
-    @initialize(units=st.integers(17, 60), rows=st.integers(8, 20), batch=st.integers(1, 4))
-    def build(self, units: int, rows: int, batch: int) -> None:
-        self.h = Harness(units, max_batch_tokens=max(rows, batch + PAGE), max_batch=batch)
+    @initialize(
+        units=st.integers(17, 60),
+        rows=st.integers(8, 20),
+        batch=st.integers(1, 4),
+        cost=st.sampled_from([(0, 0), (0.1, 0.001), (0, 0.01)]),
+    )
+    def build(self, units: int, rows: int, batch: int, cost: tuple[float, float]) -> None:
+        self.h = Harness(units, cost, max_batch_tokens=max(rows, batch + PAGE), max_batch=batch)
         self.wanted: dict[str, tuple[list[int], int]] = {}
+        self.scored: set[str] = set()
         self.ended: dict[str, str] = {}
         self.got: dict[str, list[int]] = {}
 
@@ -388,18 +422,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         limit=st.integers(1, 7),
         priority=st.integers(0, 1),
         deadline=st.sampled_from([None, None, 1.0, 5.0]),
+        scored=st.booleans(),
     )
     def submit(
-        self, start: list[int], rest: list[int], depth: int | None, limit: int, priority: int, deadline: float | None
+        self,
+        start: list[int],
+        rest: list[int],
+        depth: int | None,
+        limit: int,
+        priority: int,
+        deadline: float | None,
+        scored: bool,
     ) -> None:
-        prompt = start + rest
+        prompt, sampling = start + rest, Sampling(max_tokens=limit, prompt_logprobs=0 if scored else None)
         try:
-            request = self.h.submit(
-                prompt, depth, sampling=Sampling(max_tokens=limit), priority=priority, deadline=deadline
-            )
+            request = self.h.submit(prompt, depth, sampling=sampling, priority=priority, deadline=deadline)
         except RequestError:
             return
         self.wanted[request], self.got[request] = (prompt, limit), []
+        self.scored |= {request} if scored else set()
 
     @rule(count=st.integers(1, 4))
     def steps(self, count: int) -> None:
@@ -437,6 +478,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert event.request not in self.ended, "an event after the end"
             if isinstance(event, Finished):
                 self.ended[event.request] = event.reason
+                if event.request in self.scored and event.reason in ("stop", "length"):
+                    tokens = [entry and entry.token for entry in event.prompt_logprobs]
+                    assert tokens == [None, *self.wanted[event.request][0][1:]]
             else:
                 self.got[event.request].append(event.token)
 
@@ -461,4 +505,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestScheduler.settings = settings(max_examples=1000, stateful_step_count=40, deadline=None)
