@@ -12,6 +12,7 @@ Letters: n prompt tokens, D width, P page, A early exits (all but full depth), M
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config import ModelConfig
+from shoal.errors import DataError
 from shoal.inputs.tokenizer import PATCH_ID
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 
 QUANTILE = 0.8
 HIDDEN = 64
+TOLERANCES = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # nats/token, of the calibration's table
+NEVER = -1e9  # a bound that no predicted gap is within; JSON has no word for minus infinity
+HIGHEST_PRICE = 100.0  # nats for all layers: every prompt takes the first exit
+LEAST_PROMPTS = 8  # to fit, calibrate and test on
 EXTRA = 3  # columns of a page's sums beside the hidden state: NLL sum, NLL count, patch count
 
 
@@ -72,7 +78,12 @@ class Calibration:
     default_tolerance: float = 0.05  # nats/token for depth "auto" when neither the request nor the server says
     thresholds: list[tuple[float, float]] = field(default_factory=list)  # tolerance -> bound on the 0.8-quantile
     prices: list[tuple[float, float]] = field(default_factory=list)  # compute budget -> price of a unit of cost
-    report: dict[str, float] = field(default_factory=dict)  # realised regret and depth on the test split
+    # What came of it on the test split, which neither the weights nor the tables have seen:
+    report: dict[str, float] = field(default_factory=dict)  # at the default tolerance, see `realised`
+    by_tolerance: list[tuple[float, float, float, float]] = field(
+        default_factory=list
+    )  # tolerance, mean depth share, mean regret (nats/token), share of prompts whose own gap is above the tolerance
+    by_budget: list[tuple[float, float, float]] = field(default_factory=list)  # budget, mean depth share, mean regret
 
 
 class Router(nn.Module):
@@ -102,8 +113,10 @@ class Router(nn.Module):
 
         With `tolerance` (nats/token), the smallest exit whose calibrated bound is within it; else with `budget` in (0, 1],
         the exit of least predicted gap plus priced cost; else by the calibration's default tolerance. A tolerance of 0
-        and a budget of 1 are full depth by definition.
+        and a budget of 1 are full depth by definition, and features that are not finite are given it to be safe.
         """
+        if not torch.isfinite(x).all():
+            return self.exits[-1]
         mean, quantile = (y.tolist() for y in self(x))
         if tolerance is None and budget is not None:
             if budget >= 1:
@@ -123,8 +136,13 @@ class Router(nn.Module):
 def fit_router(config: ModelConfig, x: Tensor, gaps: Tensor, *, seed: int = 0, steps: int = 400) -> Router:
     """A calibrated router from features `x` [M, 2D + 3] and measured gaps [M, A] of held-out prompts.
 
-    Half of the prompts fit the weights, a quarter calibrates, a quarter tests (the calibration's report).
+    Half of the prompts fit the weights, a quarter calibrates, a quarter tests (the calibration's report). Raises DataError
+    for fewer than `LEAST_PROMPTS`, and for features or gaps that are not finite.
     """
+    if len(x) < LEAST_PROMPTS:
+        raise DataError("prompts to fit the router", got=len(x), allowed=f"at least {LEAST_PROMPTS}")
+    if not (torch.isfinite(x).all() and torch.isfinite(gaps).all()):
+        raise DataError("features or gaps of the router's prompts are not finite", do="retrain the model")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     x, gaps = x[order].float(), gaps[order].float()
     half, three = len(x) // 2, 3 * len(x) // 4
@@ -144,7 +162,14 @@ def fit_router(config: ModelConfig, x: Tensor, gaps: Tensor, *, seed: int = 0, s
         optimizer.step()
     router.requires_grad_(False)
     _calibrate(router, x[half:three], gaps[half:three])
-    router.calibration.report = realised(router, x[three:], gaps[three:])
+    table, held = router.calibration, (x[three:], gaps[three:])
+    table.report = realised(router, *held)
+    for tolerance in TOLERANCES:
+        found = realised(router, *held, tolerance=tolerance)
+        table.by_tolerance.append((tolerance, found["depth_share"], found["regret"], found["violations"]))
+    for budget, _ in table.prices[::10]:
+        spent, regret = _spent(router, *held, budget=budget)
+        table.by_budget.append((budget, float(spent.mean()), float(regret.mean())))
     return router
 
 
@@ -152,25 +177,33 @@ def realised(router: Router, x: Tensor, gaps: Tensor, tolerance: float | None = 
     """What the router's decisions cost on prompts with known gaps: mean depth share, mean regret (nats/token), the share of
     prompts whose own gap was above the tolerance, and the depth share if each took the smallest exit within it."""
     limit = router.calibration.default_tolerance if tolerance is None else tolerance
-    full = torch.cat([gaps, gaps.new_zeros(len(gaps), 1)], dim=1)
-    chosen = [router.exits.index(router.choose(row, limit)) for row in x]
-    regret = full[torch.arange(len(x)), chosen]
-    oracle = [next(i for i, gap in enumerate(row) if gap <= limit) for row in full.tolist()]
-    share = [e / router.exits[-1] for e in router.exits]
+    spent, regret = _spent(router, x, gaps, tolerance=limit)
+    shares = torch.tensor([e / router.exits[-1] for e in router.exits])
+    within = torch.cat([gaps <= limit, torch.ones(len(gaps), 1, dtype=torch.bool)], dim=1)
     return {
         "tolerance": limit,
         "prompts": float(len(x)),
-        "depth_share": sum(share[i] for i in chosen) / max(1, len(x)),
-        "regret": float(regret.mean()) if len(x) else 0.0,
-        "violations": float((regret > limit).float().mean()) if len(x) else 0.0,
-        "oracle_depth_share": sum(share[i] for i in oracle) / max(1, len(x)),
+        "depth_share": float(spent.mean()),
+        "regret": float(regret.mean()),
+        "violations": float((regret > limit).float().mean()),
+        "oracle_depth_share": float(shares[within.float().argmax(1)].mean()),
     }
+
+
+def _spent(
+    router: Router, x: Tensor, gaps: Tensor, tolerance: float | None = None, budget: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Share of the layers and gap [M] of what `choose` gives each of the prompts x [M, 2D + 3], with gaps [M, A]."""
+    full = torch.cat([gaps, gaps.new_zeros(len(gaps), 1)], dim=1)
+    depths = [router.choose(row, tolerance, budget) for row in x]
+    at = torch.tensor([router.exits.index(depth) for depth in depths])
+    return torch.tensor(depths) / router.exits[-1], full[torch.arange(len(x)), at]
 
 
 @torch.no_grad()
 def _calibrate(router: Router, x: Tensor, gaps: Tensor) -> None:
-    """Fill the tables: for each tolerance the largest bound whose mean realised gap stays within it (conformal risk
-    control, arXiv 2208.02814, with its 1/(n+1) correction), and for each budget the price by bisection."""
+    """Fill the tables: for each tolerance the largest bound up to which the mean realised gap stays within it (conformal risk
+    control, arXiv 2208.02814, with its 1/(n+1) correction), and for each budget, in steps of 0.01, the price by bisection."""
     mean, quantile = router(x)
     full = torch.cat([gaps, gaps.new_zeros(len(gaps), 1)], dim=1)
     cost = torch.tensor([e / router.exits[-1] for e in router.exits])
@@ -181,27 +214,22 @@ def _calibrate(router: Router, x: Tensor, gaps: Tensor) -> None:
         picked = full[rows, within.float().argmax(1)]
         return (float(picked.clamp(min=0).sum()) + worst) / (len(x) + 1)
 
-    candidates = sorted({-1e9, *quantile.flatten().tolist()})
-    table: list[tuple[float, float]] = []
-    for tolerance in (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0):
-        bound = table[-1][1] if table else -1e9
-        for candidate in candidates:
-            if candidate > bound and regret(candidate) <= tolerance:
-                bound = candidate
-        table.append((tolerance, bound))
+    bounds = sorted(quantile.flatten().tolist())
+    regrets = [regret(bound) for bound in bounds]
+    for tolerance in TOLERANCES:
+        # up to the first that is too much: a larger one that happens to fit again promises nothing
+        safe = itertools.takewhile(lambda pair, t=tolerance: pair[1] <= t, zip(bounds, regrets, strict=True))  # type: ignore[misc]
+        bound = max((bound for bound, _ in safe), default=NEVER)
+        router.calibration.thresholds.append((tolerance, bound))
 
-    def spent(price: float) -> float:
-        total = torch.cat([mean, mean.new_zeros(len(mean), 1)], dim=1) + price * cost
-        return float(cost[total.argmin(1)].mean())
-
-    prices = []
-    for budget in (0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
-        low, high = 0.0, 100.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (low, middle) if spent(middle) <= budget else (middle, high)
-        prices.append((budget, high))
-    router.calibration.thresholds, router.calibration.prices = table, prices
+    gap = torch.cat([mean, mean.new_zeros(len(mean), 1)], dim=1).double()
+    budgets = torch.arange(round(100 * float(cost[0])), 100) / 100
+    low, high = torch.zeros(len(budgets), dtype=torch.float64), torch.full((len(budgets),), HIGHEST_PRICE).double()
+    for _ in range(40):
+        middle = (low + high) / 2
+        fits = cost[(gap + middle[:, None, None] * cost).argmin(2)].mean(1) <= budgets
+        low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
+    router.calibration.prices = [(round(b, 2), p) for b, p in zip(budgets.tolist(), high.tolist(), strict=True)]
 
 
 def _step_down(table: list[tuple[float, float]], at: float) -> float:
