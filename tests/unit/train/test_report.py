@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from shoal import page
 from shoal.train import report
 
 EVIL = '"><script>alert(1)</script>'
@@ -103,7 +104,7 @@ def test_a_report_of_an_evaluation_alone(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_numbers(value: object, unit: str, text: str) -> None:
-    assert report.number(value, unit) == text
+    assert page.number(value, unit) == text
 
 
 def test_headline_compares_the_last_model_with_the_first() -> None:
@@ -116,23 +117,23 @@ def test_headline_compares_the_last_model_with_the_first() -> None:
 
 
 def test_a_chart_keeps_its_points_in_order_and_in_its_frame() -> None:
-    chart = report.chart("t", "x", {"a": ("line", [(0.0, 5.0), (10.0, 1.0)])})
+    chart = page.chart("t", "x", {"a": ("line", [(0.0, 5.0), (10.0, 1.0)])})
     (x0, y0), (x1, y1) = (tuple(map(float, pair.split(","))) for pair in chart.lines[0].points.split())
     assert (x0, x1) == (chart.left, chart.right)
-    assert report.TOP <= y0 < y1 <= chart.bottom, "larger values are higher up"
+    assert page.TOP <= y0 < y1 <= chart.bottom, "larger values are higher up"
     labels = [float(label) for _, label in chart.y_ticks]
     assert labels == sorted(labels) and all(0.5 <= label <= 5.5 for label in labels)
 
 
 @pytest.mark.parametrize("points", [[(0.0, 2.0), (1.0, 2.0)], [(3.0, 0.0), (3.0, 1.0)]])
 def test_flat_curves_are_drawn(points: list[tuple[float, float]]) -> None:
-    chart = report.chart("t", "x", {"a": ("line", points)})
+    chart = page.chart("t", "x", {"a": ("line", points)})
     assert "nan" not in chart.lines[0].points and chart.y_ticks
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (2.13, 2.19), (0, 12345), (-3, 0.4)])
 def test_ticks_are_few_and_round(low: float, high: float) -> None:
-    ticks = report.ticks(low, high)
+    ticks = page.ticks(low, high)
     assert 2 <= len(ticks) <= 7 and all(low <= tick <= high for tick in ticks)
     steps = {round(b - a, 9) for a, b in pairwise(ticks)}
     (step,) = steps
