@@ -33,8 +33,8 @@ def decode(
 
 @bench.command("model")
 def model(rounds: Rounds = 5) -> None:
-    """Hybrid attention in training against full causal attention."""
-    from shoal.bench.model import attention as run
+    """Hybrid attention in training against full causal attention, and the vectors that decoding reads."""
+    from shoal.bench.model import model as run
 
     run(out, rounds=rounds)
 

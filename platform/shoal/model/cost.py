@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from shoal.config import GROUPS, ModelConfig
+from shoal.model.depth import EXTRA, HIDDEN, sample_stride
+from shoal.model.paged import way
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ def parameters(config: ModelConfig) -> Parameters:
 
 
 def check(net: nn.Module, config: ModelConfig) -> None:
-    """Assert that no parameter of `net` was left out of the count."""
-    built = sum(p.numel() for p in net.parameters())
+    """Assert that no parameter of `net`, in fp32 or in INT8 (without its scales), was left out of the count."""
+    built = sum(t.numel() for name, t in net.state_dict().items() if not name.endswith("weight_scale"))
     counted = parameters(config).total
     assert built == counted, f"cost.py counts {counted} parameters, the network has {built}"
 
@@ -55,23 +57,60 @@ def flops_per_token(config: ModelConfig, length: int, depth: int | None = None) 
     c = config
     layers = c.layers if depth is None else depth
     projections = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.width * c.ffn
-    return 2 * (layers * (projections + c.heads * c.head_dim * _keys_read(c, length) * 2) + c.vocab * c.width)
+    attention = sum(_attention_flops(c, length, c.attention_kind(layer)) for layer in range(layers))
+    return 2 * (layers * projections + c.vocab * c.width) + attention
+
+
+def _attention_flops(c: ModelConfig, length: int, kind: str) -> int:
+    """Scores and sums over what one query reads; a block's summary is scored and not summed."""
+    keys, summaries = min(length, c.window), 0
+    if kind == "H":
+        keys += min(length, (c.top_k + 1) * c.block)
+        summaries = length // c.block * c.summary_values
+    return 2 * c.heads * (2 * keys * c.head_dim + summaries)
+
+
+def routing_flops(config: ModelConfig, length: int) -> int:
+    """Multiply-adds times two to route one prompt of `length` tokens: the head at the places that the router's loss is sampled
+    at, and its two layers. Group 1 runs anyway."""
+    early = len(config.exits) - 1
+    router = (2 * config.width + EXTRA) * HIDDEN + 2 * HIDDEN * early
+    return 2 * (length // sample_stride(config.page) * config.vocab * config.width + router)
 
 
 def kv_bytes_stored(config: ModelConfig, length: int, depth: int | None = None, bytes_each: int = 4) -> int:
-    """Bytes of whole units that a request of `length` tokens at `depth` owns, block means included."""
+    """Bytes of whole units that a request of `length` tokens at `depth` owns, block summaries included."""
     c = config
     groups = GROUPS if depth is None else depth // c.group_layers
-    page = c.group_layers * c.kv_heads * c.head_dim * (2 * c.page * bytes_each + c.page // c.block * max(4, bytes_each))
-    return groups * -(-length // c.page) * page
+    tokens = 2 * c.page * c.head_dim * bytes_each
+    summaries = c.page // c.block * c.summary_values * _exact(bytes_each)
+    return groups * -(-length // c.page) * c.group_layers * c.kv_heads * (tokens + summaries)
 
 
-def vectors_read(config: ModelConfig, length: int) -> int:
-    """Key, value and mean vectors that one decoded token reads a KV head a layer, at context `length`."""
-    c = config
-    blocks = length // c.block
-    return blocks + 2 * min(length, c.window) + 2 * min(length, c.top_k * c.block + length % c.block)
+def kv_bytes_read(config: ModelConfig, length: int, depth: int | None = None, bytes_each: int = 4) -> int:
+    """Bytes of K/V and summaries that decoding one token reads, when its pages hold `length` tokens with it, run to `depth`."""
+    c, total = config, 0
+    for layer in range(c.layers if depth is None else depth):
+        tokens, summaries = _reads(c, length, c.attention_kind(layer))
+        total += c.kv_heads * (2 * tokens * c.head_dim * bytes_each + summaries * c.summary_values * _exact(bytes_each))
+    return total
 
 
-def _keys_read(c: ModelConfig, length: int) -> int:
-    return min(length, c.window) + min(length, (c.top_k + 1) * c.block) + length // (2 * c.block)
+def vectors_read(config: ModelConfig, length: int, kind: str = "H") -> int:
+    """Vectors of d numbers (keys, values, summaries) that decoding one token reads a KV head in a layer of `kind`, when its
+    pages hold `length` tokens with it. Dense attention reads 2 `length`; `shoal bench model` counts what the operator reads."""
+    tokens, summaries = _reads(config, length, kind)
+    return 2 * tokens + summaries * config.summary_values // config.head_dim
+
+
+def _reads(c: ModelConfig, length: int, kind: str) -> tuple[int, int]:
+    """Tokens and summaries that decoding reads of pages with `length` tokens; whole pages where it reads all."""
+    hybrid, slots = kind == "H", -(-length // c.page) * c.page
+    how = way(slots, window=c.window, block=c.block, top_k=c.top_k, hybrid=hybrid)
+    tokens = c.window + (c.top_k + 1) * c.block * hybrid if how == "chosen" else slots
+    return tokens, slots // c.block if hybrid and how != "whole" else 0
+
+
+def _exact(bytes_each: int) -> int:
+    """Bytes of a number of a summary: fp32 or better."""
+    return max(4, bytes_each)

@@ -45,7 +45,7 @@ def page_sums(net: Net, hidden: Tensor, tokens: Tensor) -> Tensor:
     """
     page = net.config.page
     at = torch.arange(len(tokens), device=tokens.device)
-    stride = max(2, page // 4)
+    stride = sample_stride(page)
     sampled = at[(at % stride == stride - 2) & (at + 1 < len(tokens))]
     sampled = sampled[tokens[sampled + 1] != PATCH_ID]
     sums = hidden.new_zeros(-(-len(tokens) // page), hidden.shape[1] + EXTRA)
@@ -57,6 +57,11 @@ def page_sums(net: Net, hidden: Tensor, tokens: Tensor) -> Tensor:
         sums[:, -2].index_add_(0, sampled // page, torch.ones_like(nll))
     sums[:, -1].index_add_(0, at // page, (tokens == PATCH_ID).to(sums.dtype))
     return sums
+
+
+def sample_stride(page: int) -> int:
+    """Tokens from one place where the exit-1 NLL is taken to the next: four places a page."""
+    return max(2, page // 4)
 
 
 def features(sums: Tensor, last: Tensor, length: int) -> Tensor:

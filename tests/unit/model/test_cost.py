@@ -1,0 +1,97 @@
+"""The arithmetic of cost against what is built, stored, read and multiplied."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from shoal import presets
+from shoal.bench.model import count_reads
+from shoal.config import GROUPS
+from shoal.model import cost
+from shoal.model.cache import GroupCache
+from shoal.model.depth import Router
+from shoal.model.net import Net
+
+TEST = presets.get("test").model
+
+
+@pytest.mark.parametrize("name", presets.NAMES)
+@pytest.mark.parametrize("quantization", ["none", "w8a8"])
+def test_no_parameter_is_left_out(name, quantization):
+    config = dataclasses.replace(presets.get(name).model, quantization=quantization)
+    with torch.device("meta"):
+        net = Net(config)
+    cost.check(net, config)
+    assert cost.parameters(config).total == pytest.approx(presets.parameters_said(name), rel=0.1)
+    net.groups[0].more = torch.nn.Linear(3, 5, device="meta")
+    with pytest.raises(AssertionError, match=r"cost\.py counts"):
+        cost.check(net, config)
+
+
+@pytest.mark.parametrize("kind", ["H", "L"])
+@pytest.mark.parametrize("summary", ["mean", "mean_var"])
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 100, 1000])
+def test_what_decoding_reads_is_what_the_operator_gathers(kind, summary, length):
+    """Through all three ways: below the window, under masks, and by what was chosen."""
+    config = dataclasses.replace(TEST, window=12, block=4, top_k=2, kv_heads=1, summary=summary)
+    counted = count_reads(config, length, kind)
+    assert counted == cost.vectors_read(config, length, kind)
+    if length == 1000:
+        blocks = 250 * (2 if summary == "mean_var" else 1)
+        assert counted == (2 * 12 if kind == "L" else blocks + 2 * (12 + 3 * 4)), "n/S + 2 (w + (K+1) S)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("summary", ["mean", "mean_var"])
+def test_kv_memory_is_what_the_pool_allocates_and_proportional_to_depth(dtype, summary):
+    c = dataclasses.replace(presets.get("base").model, summary=summary)
+    unit = GroupCache.zeros(c, 1, dtype)
+    each = unit.kv.nbytes + unit.summaries.nbytes
+    for depth in c.exits:
+        pages, groups = -(-1000 // c.page), depth * GROUPS // c.layers
+        assert cost.kv_bytes_stored(c, 1000, depth, dtype.itemsize) == pages * groups * each
+    assert cost.kv_bytes_stored(c, 1000) == 4 * cost.kv_bytes_stored(c, 1000, c.exits[0])
+
+
+def test_kv_bytes_read_follow_from_the_vectors():
+    c = presets.get("base").model
+    layer = c.kv_heads * c.head_dim * 4 * cost.vectors_read(c, 32_768)
+    assert [cost.kv_bytes_read(c, 32_768, e) for e in c.exits] == [layer * e for e in c.exits]
+    assert cost.kv_bytes_read(c, 32_768) * 8 < 2 * 32_768 * c.kv_heads * c.head_dim * 4 * c.layers, "against dense"
+    mixed = dataclasses.replace(c, attn_pattern="LLLH")
+    local = c.kv_heads * c.head_dim * 4 * 2 * c.window
+    assert cost.kv_bytes_read(mixed, 32_768) == 9 * local + 3 * layer, "three of four layers read their window alone"
+    half = cost.kv_bytes_read(c, 32_768, bytes_each=2)
+    assert cost.kv_bytes_read(c, 32_768) / 2 < half, "summaries stay fp32"
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_flops_of_the_products_are_those_that_torch_counts(depth):
+    net = Net(TEST).init_(0).requires_grad_(False)
+    tokens = torch.randint(9, 300, (1, 40))
+    with FlopCounterMode(display=False) as counter:
+        net.head(net(tokens, exits=(depth,))[depth], depth)
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    short = dataclasses.replace(TEST, window=1, top_k=1, block=1, page=1, sinks=0)
+    attention = depth * 2 * TEST.heads * 2 * TEST.head_dim * 3  # a window of one token, a block of one, and the tail's
+    scoring = depth * 2 * TEST.heads * TEST.head_dim * 40
+    assert cost.flops_per_token(short, 40, depth) - attention - scoring == products // 40
+
+
+def test_flops_rise_with_depth_and_local_layers_cost_less():
+    c = presets.get("base").model
+    flops = [cost.flops_per_token(c, 2048, e) for e in c.exits]
+    assert flops == sorted(flops) and flops[0] < flops[-1] / 2
+    assert cost.flops_per_token(dataclasses.replace(c, attn_pattern="L"), 2048) < flops[-1]
+    assert cost.flops_per_token(dataclasses.replace(c, summary="mean_var"), 2048) > flops[-1]
+
+
+def test_routing_a_prompt_costs_the_head_at_a_few_places_and_the_router():
+    c, router = TEST, Router(TEST)
+    weights = sum(p.numel() for name, p in router.named_parameters() if name.endswith("weight"))
+    stride = 2  # of pages of 8: four places a page
+    assert cost.routing_flops(c, 80) == 2 * (80 // stride * c.vocab * c.width + weights)
+    base = presets.get("base").model
+    assert cost.routing_flops(base, 2048) < 0.1 * 2048 * cost.flops_per_token(base, 2048), "routing stays cheap"
