@@ -19,11 +19,13 @@ import psutil
 import torch
 
 from shoal.config import GROUPS, ModelConfig
-from shoal.engine.events import Completion, Event, Finished, Request, Token
+from shoal.engine.events import MAX_DRAFTS, Completion, Event, Finished, Request, Token
+from shoal.engine.guided import Grammars
 from shoal.engine.pages import Pages
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import PromptImages, Sequence
+from shoal.engine.speculative import Switch
 from shoal.engine.text import TextStream
 from shoal.errors import (
     ConfigError,
@@ -53,15 +55,21 @@ class Engine:
         max_batch: int = 32,
         max_queue: int = 1024,
         compute_budget: float | None = None,
+        speculative: int = 0,
+        speculative_max_batch: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`units`: KV units, the null unit included (default: what a quarter of the free memory holds, at most what
         `max_batch` requests of full context need). A step runs at most `max_batch_tokens` rows of at most `max_batch`
         requests; `max_queue` more may wait. `compute_budget` in (0, 1]: mean share of the layers that requests of depth
-        "auto" are to use. Raises ConfigError for values that cannot work together.
+        "auto" are to use. `speculative`: tokens that requests deeper than group 1 draft ahead unless they say otherwise, in
+        steps of at most `speculative_max_batch` requests (default: as far as it is measured to pay). Raises ConfigError for
+        values that cannot work together.
         """
         config = model.config
         _check_limits(model, max_batch_tokens, max_batch, max_queue, compute_budget)
+        if not 0 <= speculative <= MAX_DRAFTS:
+            raise ConfigError("speculative", got=speculative, allowed=f"0 to {MAX_DRAFTS}")
         units = default_units(config, max_batch, model.net.dtype, model.device) if units is None else units
         if units < 2:
             raise ConfigError("units", got=units, allowed="2 or more (the null unit and one that holds tokens)")
@@ -72,8 +80,11 @@ class Engine:
             max_batch_tokens=max_batch_tokens,
             max_batch=max_batch,
             max_queue=max_queue,
+            speculative=speculative,
+            switch=Switch(speculative_max_batch),
             clock=clock,
         )
+        self._grammars = Grammars(model.tokenizer, config.vocab)
         self.runner = Runner(model, units, compute_budget)
         self.dead: EngineDeadError | None = None
         self.ran = False  # did the last step run any row?
@@ -108,6 +119,7 @@ class Engine:
             page=config.page,
             text=TextStream(self.model.tokenizer, sampling.stop),
             seed=seed,
+            grammar=None if sampling.guided is None else self._grammars.compile(sampling.guided),
             order=(request.priority, 0),
             arrival=self._clock(),
             images=PromptImages.of(prompt),

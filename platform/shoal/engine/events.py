@@ -9,13 +9,39 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from shoal.errors import RequestError
 from shoal.inputs.chat import Encoded
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+GuideKind = Literal["json_schema", "json_object", "regex", "choice"]
 MAX_TOP_LOGPROBS = 20
+MAX_DRAFTS = 16
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What the whole answer must be: JSON of a schema (`spec` is its text), any JSON object (no `spec`), a match of the
+    regular expression `spec`, or one of the strings `spec`. Raises RequestError when `kind` and `spec` do not fit; the
+    engine checks the rest when the request is submitted."""
+
+    kind: GuideKind
+    spec: str | Sequence[str] = ""
+
+    def __post_init__(self) -> None:
+        kinds = get_args(GuideKind)
+        if self.kind not in kinds:
+            raise RequestError("guided.kind", param="guided", got=self.kind, allowed=kinds)
+        if self.kind == "choice":
+            fits = (
+                not isinstance(self.spec, str) and bool(self.spec) and all(isinstance(s, str) and s for s in self.spec)
+            )
+        else:
+            fits = isinstance(self.spec, str) and bool(self.spec) != (self.kind == "json_object")
+        if not fits:
+            needs = {"choice": "one or more non-empty strings", "json_object": "nothing"}.get(self.kind, "a text")
+            raise RequestError(f"guided.spec of {self.kind}", param="guided", got=self.spec, allowed=needs)
 
 
 @dataclass(frozen=True)
@@ -38,13 +64,15 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None  # how many alternatives to report a token; 0: the chosen one only
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt; all its rows are run, cached or not
+    guided: Guide | None = None  # the answer follows this grammar, and may end only where the grammar may
+    speculative: int | None = None  # tokens drafted ahead by group 1 a step; 0: none; None: the engine's default
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):  # one stop string, not its letters
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("top_k", "max_tokens", "min_tokens"):
             _check_whole(name, getattr(self, name))
-        for name in ("seed", "logprobs", "prompt_logprobs"):
+        for name in ("seed", "logprobs", "prompt_logprobs", "speculative"):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name))
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
@@ -69,6 +97,13 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MAX_TOP_LOGPROBS:
                 raise RequestError(name, param=name, got=value, allowed=f"0 to {MAX_TOP_LOGPROBS}")
+        if self.speculative is not None and not 0 <= self.speculative <= MAX_DRAFTS:
+            raise RequestError("speculative", param="speculative", got=self.speculative, allowed=f"0 to {MAX_DRAFTS}")
+        if self.guided is not None and (self.ignore_eos or self.min_tokens):
+            name = "ignore_eos" if self.ignore_eos else "min_tokens"
+            raise RequestError(
+                f"{name} with guided", param=name, do="leave it out: the grammar says where the answer ends"
+            )
         odd = next((text for text in self.stop if not isinstance(text, str) or not text), None)
         if odd is not None:
             raise RequestError("stop", param="stop", got=odd, allowed="non-empty strings")

@@ -65,6 +65,8 @@ class Metrics:
     generation_tokens: int = 0
     steps: int = 0
     rows: int = 0
+    drafts: int = 0  # tokens drafted by self-speculation
+    drafts_accepted: int = 0
     refused: int = 0  # the queue was full, or the deadline out of reach
     finished: dict[str, int] = field(default_factory=dict)
     depths: dict[int, int] = field(default_factory=dict)
@@ -103,6 +105,8 @@ class Metrics:
             "steps_total": self.steps,
             "step_rows_total": self.rows,
             "requests_refused_total": self.refused,
+            "spec_decode_num_draft_tokens_total": self.drafts,
+            "spec_decode_num_accepted_tokens_total": self.drafts_accepted,
         }
         found |= {
             f'request_success_total{{finished_reason="{reason}"}}': self.finished.get(reason, 0)

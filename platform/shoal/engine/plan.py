@@ -24,10 +24,17 @@ class Work:
     decide: bool = False  # these rows are the prompt's last, so the router decides now
     sample: bool = False  # the last row gives the next token
     score: bool = False  # each row of the prompt but its last gives the logprob of the token after it
+    drafts: int = 0  # tokens to draft ahead of this one row at most (`speculative.py`)
+    verify: bool = False  # the rows are a token and the drafts after it, and each gives a token
 
     @property
     def end(self) -> int:
         return self.start + self.count
+
+    @property
+    def reach(self) -> int:
+        """The end of what it writes: drafts included."""
+        return self.end + self.drafts
 
     @property
     def scored(self) -> int:
@@ -47,7 +54,9 @@ class Plan:
     def cost(self) -> tuple[int, int]:
         """Layer groups that run, and rows summed over them."""
         groups = max(work.last for work in self.works) - min(work.first for work in self.works)
-        return max(1, groups), sum(work.count * (work.last - work.first) for work in self.works)
+        drafts = max(work.drafts for work in self.works)  # group 1 runs once more for each
+        rows = sum((work.count + work.drafts) * (work.last - work.first) for work in self.works)
+        return max(1, groups + drafts), rows
 
     @property
     def samples(self) -> list[Work]:
@@ -69,6 +78,8 @@ class Sampled:
     token: int
     logprob: TokenLogprob | None = None
     error: str | None = None
+    after: tuple[Sampled, ...] = ()  # the tokens that follow it, where drafts were right
+    drafted: int = 0  # how many drafts there were
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,17 @@ import torch
 from torch import Tensor
 
 from shoal.config import GROUPS, ModelConfig
-from shoal.engine.plan import Decision, Outcome, Plan, Work
+from shoal.engine import speculative
+from shoal.engine.events import TokenLogprob
+from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.sampler import Sampler
+from shoal.engine.sequence import Sequence as Running
 from shoal.model.cache import GroupCache, PagedStep, Rows, read_rows, write_rows
 from shoal.model.depth import features, page_sums
 from shoal.model.model import Model
 from shoal.model.quant import prepack_
+
+SCORED_ROWS = 64  # rows of a prompt whose logits exist at once
 
 
 class Runner:
@@ -39,7 +44,7 @@ class Runner:
     def run(self, plan: Plan) -> Outcome:
         """Run one step: write its K/V, decide depths, sample tokens. Nothing here outlives a failure but K/V slots that
         no request counts as computed."""
-        works = plan.works
+        works = self._draft(plan.works)
         layout = _Layout(works, self.config, self.device)
         fresh = [work for work in works if work.first == 0]
         x = self._embed(fresh)
@@ -48,9 +53,53 @@ class Runner:
         if len(fresh) < len(works):
             x = self._join(works, x)
         self._hold(works, x, layout.starts)
-        logits = self._deeper(works, x, layout)
-        samples = self.sampler.sample(logits, [work.seq for work in plan.samples]) if logits is not None else []
-        return Outcome(samples, [self._decide(work) for work in plan.decisions])
+        scores: dict[Work, list[TokenLogprob]] = {}
+        logits = self._deeper(works, x, layout, scores)
+        samples = self._sample(works, logits) if logits is not None else []
+        return Outcome(samples, [self._decide(work) for work in plan.decisions], [scores[work] for work in plan.scores])
+
+    def _draft(self, works: Sequence[Work]) -> list[Work]:
+        """`works`, with those that may draft replaced by the verification of what they drafted. The requests themselves
+        do not change: their drafts stand in copies (`speculative.py`)."""
+        ahead = {
+            i: speculative.ahead_of(work.seq, list(work.seq.tokens)) for i, work in enumerate(works) if work.drafts
+        }
+        going = list(ahead)
+        while going:
+            rows = [Work(ahead[i], len(ahead[i].tokens) - 1, 1, 0, 1) for i in going]
+            x = self._group(0, self._embed(rows), _Layout(rows, self.config, self.device))
+            for at, i in enumerate(going):
+                ahead[i].held.append(x[at : at + 1])
+            more = [at for at, i in enumerate(going) if len(ahead[i].held) <= works[i].drafts]
+            if not more:
+                break
+            asking = [going[at] for at in more]
+            logits = self.net.head(x[more], self.config.group_layers)
+            going = []
+            for i, sampled in zip(asking, self.sampler.sample(logits, [ahead[i] for i in asking]), strict=True):
+                if sampled.error is None and not ahead[i].ends(sampled.token):
+                    ahead[i].tokens.append(sampled.token)
+                    going.append(i)
+        return [speculative.verification(work, ahead[i]) if i in ahead else work for i, work in enumerate(works)]
+
+    def _sample(self, works: Sequence[Work], logits: Tensor) -> list[Sampled]:
+        """What each sampled work of `works` gives, for logits [S, V] of their sampled rows."""
+        draws: list[Running] = []
+        for work in works:
+            if work.verify:
+                draws += [
+                    speculative.ahead_of(work.seq, work.seq.tokens[: work.start + 1 + i]) for i in range(work.count)
+                ]
+            elif work.sample:
+                draws.append(work.seq)
+        found, samples = iter(self.sampler.sample(logits, draws)), list[Sampled]()
+        for work in works:
+            if work.verify:
+                drafts = work.seq.tokens[work.start + 1 :]
+                samples.append(speculative.accept(drafts, [next(found) for _ in range(work.count)]))
+            elif work.sample:
+                samples.append(next(found))
+        return samples
 
     def _embed(self, works: Sequence[Work]) -> Tensor:
         """[N, D] of the new rows of `works`."""
@@ -91,12 +140,22 @@ class Runner:
             if work.hold:
                 work.seq.held.append(x[starts[r] : starts[r + 1]].clone())
 
-    def _deeper(self, works: Sequence[Work], x: Tensor, layout: _Layout) -> Tensor | None:
-        """The remaining groups, and the logits [samples, V] in the plan's order; None when nothing is sampled."""
+    def _deeper(
+        self, works: Sequence[Work], x: Tensor, layout: _Layout, scores: dict[Work, list[TokenLogprob]]
+    ) -> Tensor | None:
+        """The remaining groups; the logits [S, V] of the sampled rows in the plan's order, None when nothing is sampled; and
+        `scores` filled in."""
         exits: list[Tensor] = []
         for j in range(1, GROUPS + 1):
             going = sum(work.last > j for work in works)  # a prefix, as works are sorted
-            rows = [layout.starts[r + 1] - 1 for r, work in enumerate(works) if work.last == j and work.sample]
+            rows: list[int] = []
+            for r, work in enumerate(works):
+                if work.last == j:
+                    start, end = layout.starts[r], layout.starts[r + 1]
+                    if work.score:
+                        scores[work] = self._score(work, x[start : start + work.scored], j)
+                    if work.sample:
+                        rows += range(start if work.verify else end - 1, end)
             if rows:
                 at = x[rows[0] : rows[-1] + 1] if rows[-1] - rows[0] == len(rows) - 1 else x[rows]
                 exits.append(self.net.exit_norms[str(j * self.config.group_layers)](at))
@@ -106,6 +165,17 @@ class Runner:
         if not exits:
             return None
         return self.net.embed.logits(exits[0] if len(exits) == 1 else torch.cat(exits[::-1]))
+
+    def _score(self, work: Work, hidden: Tensor, groups: int) -> list[TokenLogprob]:
+        """Logprobs of the prompt's tokens after the rows `hidden` [rows, D], a few rows at a time so that the logits of a
+        long prompt never exist at once."""
+        targets = work.seq.tokens[work.start + 1 : work.start + 1 + len(hidden)]
+        found: list[TokenLogprob] = []
+        for start in range(0, len(hidden), SCORED_ROWS):
+            rows = slice(start, start + SCORED_ROWS)
+            logits = self.net.head(hidden[rows], groups * self.config.group_layers)
+            found += self.sampler.score(logits, targets[rows], work.seq.sampling.prompt_logprobs or 0)
+        return found
 
     def _decide(self, work: Work) -> Decision:
         """The depth of a prompt whose last rows went through group 1 in this step."""

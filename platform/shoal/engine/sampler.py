@@ -1,9 +1,13 @@
-"""Logits to tokens, for a whole batch at once: penalties, bias, temperature, top-k, top-p, min-p, seeds, logprobs.
+"""Logits to tokens, for a whole batch at once: grammar, penalties, bias, temperature, top-k, top-p, min-p, seeds, logprobs.
 
 Two promises. Control tokens other than ``<|end|>``, and ids that the tokenizer does not have, are never chosen: their
 logits are set to -inf here, before anything else, and nothing raises them again. And a token depends on its request
-alone: the random number comes from (seed, position), every operation works on rows, and filters are thresholds on the
+alone: the noise comes from (seed, position, token), every operation works on rows, and filters are thresholds on the
 logit (equal logits are kept or dropped together), so neither batch mates nor a preemption can change it.
+
+Random tokens are drawn by a race: token v, of weight w_v, arrives at the time E_v / w_v with E_v exponential noise, and the
+first is taken, which is v with probability w_v / sum w. The noise is the same whatever the weights are, so two similar
+distributions mostly draw the same token: that is what self-speculation verifies by (`speculative.py`).
 
 Letters: R rows (requests), V vocabulary, C candidates looked at by top-k and top-p.
 """
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 
 from shoal.engine.events import Sampling, TokenLogprob
+from shoal.engine.guided import Grammar, GrammarError
 from shoal.engine.plan import Sampled
 from shoal.inputs.tokenizer import END_ID
 
@@ -36,38 +41,68 @@ class Draw(Protocol):
     @property
     def sampling(self) -> Sampling: ...
 
+    @property
+    def grammar(self) -> Grammar | None: ...
+
 
 class Sampler:
     def __init__(self, forbidden: Tensor) -> None:
         """`forbidden` bool [V]: tokens that are never chosen (`Model.forbidden`)."""
         self._closed = forbidden.nonzero().flatten()
+        # int32 [V]: equal ids start their noise alike in every row
+        self._ids = _scramble(torch.arange(len(forbidden), dtype=torch.int32, device=forbidden.device))
 
     def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
         """One token for each row of `logits` [R, V] (changed in place)."""
         logits.index_fill_(-1, self._closed, -math.inf)
         reported = {r: logits[r].clone() for r, draw in enumerate(draws) if draw.sampling.logprobs is not None}
+        stuck = _follow_grammars(logits, draws)
         _adjust(logits, draws)
         best, choice = logits.max(-1)  # NaN wins a max, so one look at `best` finds every bad row
-        fine = best.isfinite().tolist()
-        random = [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0 and fine[r]]
-        if random:
+        random = [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0]
+        if len(random) == len(draws):
+            choice = self._race(logits, draws)
+        elif random:
             at = torch.tensor(random, device=logits.device)
-            choice[at] = _draw(logits[at], [draws[r] for r in random])
-        tokens = choice.tolist()
-        logprobs = _logprobs(reported, draws, tokens)
+            choice[at] = self._race(logits[at], [draws[r] for r in random])
+        tokens: list[int] = torch.where(best.isfinite(), choice, -1).tolist()
+        logprobs = _logprobs(reported, draws, tokens) if reported else {}
         return [
-            Sampled(token, logprobs.get(r)) if fine[r] else Sampled(token, error=NOT_FINITE)
+            Sampled(0, error=stuck.get(r, NOT_FINITE)) if token < 0 or r in stuck else Sampled(token, logprobs.get(r))
             for r, token in enumerate(tokens)
         ]
 
+    def score(self, logits: Tensor, targets: Sequence[int], count: int) -> list[TokenLogprob]:
+        """Logprob of each of `targets` [R] under its row of `logits` [R, V] (changed in place), with the `count` best. A
+        control token that the prompt holds has the logprob -inf: the model is never asked for it."""
+        logits.index_fill_(-1, self._closed, -math.inf)
+        return _entries(logits, targets, [count] * len(targets))
 
-def uniform(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """A number in [0, 1) for each (seed, position): splitmix64 of the two, so that it needs no state."""
-    mixed = _mix(np.array([seed % 2**64 for seed in seeds], dtype=np.uint64))
-    return (_mix(mixed + np.array(positions, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
+    def _race(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+        """Sampled tokens [R]: of those that each row's filters keep, the first to arrive."""
+        exact, device = torch.promote_types(logits.dtype, torch.float32), logits.device
+        heat = torch.tensor([draw.sampling.temperature for draw in draws], dtype=exact, device=device)
+        z = (logits - logits.amax(-1, keepdim=True)) / heat[:, None]  # the likeliest token is at 0
+        filtered = [r for r, draw in enumerate(draws) if _filters(draw.sampling)]
+        if filtered:
+            at = torch.tensor(filtered, device=device)
+            kept = z[at].double()
+            lowest = _thresholds(kept, [draws[r].sampling for r in filtered])
+            z[at] = z[at].masked_fill(kept < lowest[:, None], -math.inf)
+        return z.exp_().div_(self.noise([draw.seed for draw in draws], [len(draw.tokens) for draw in draws])).argmax(-1)
+
+    def noise(self, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Exponential noise of each token at each (seed, position), fp32 [R, V]: a hash of the three, so that it needs no
+        state. The key is splitmix64 of seed and position; the token is mixed in with 32 bits, which a CPU does fastest."""
+        mixed = _mix64(np.array([seed % 2**64 for seed in seeds], dtype=np.uint64))
+        keys = _mix64(mixed + np.array(positions, dtype=np.uint64)).view(np.int32).reshape(len(seeds), 2)
+        low, high = torch.from_numpy(keys).to(self._ids.device).unbind(-1)
+        bits = _scramble(self._ids ^ low[:, None], high[:, None])
+        return bits.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).float().add_(0.5).mul_(2.0**-24).log_().neg_()
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def _mix64(x: np.ndarray) -> np.ndarray:
+    """splitmix64."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -75,12 +110,45 @@ def _mix(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
+def _scramble(x: Tensor, key: Tensor | int = 0) -> Tensor:
+    """int32 bits, each of which depends on all bits of `x` and `key`: a multiply-xorshift hash (lowbias32's constants)."""
+    x = x ^ (x.bitwise_right_shift(16).bitwise_and_(0xFFFF))
+    x = x.mul_(0x7FEB352D).add_(key)
+    x ^= x.bitwise_right_shift(15).bitwise_and_(0x1FFFF)
+    x = x.mul_(0x846CA68B - 2**32)
+    return x.bitwise_xor_(x.bitwise_right_shift(16).bitwise_and_(0xFFFF))
+
+
+def _follow_grammars(logits: Tensor, draws: Sequence[Draw]) -> dict[int, str]:
+    """Close, in place, what the grammars of guided requests do not allow next; what went wrong, by row."""
+    masks: dict[int, np.ndarray] = {}
+    stuck: dict[int, str] = {}
+    for r, draw in enumerate(draws):
+        if draw.grammar is not None:
+            try:
+                masks[r] = draw.grammar.allowed(draw.tokens[draw.prompt_len :])
+            except GrammarError as error:
+                stuck[r] = str(error)
+    if masks:
+        at = torch.tensor(list(masks), device=logits.device)
+        closed = torch.from_numpy(~np.stack(list(masks.values()))).to(logits.device)
+        logits[at] = logits[at].masked_fill(closed, -math.inf)
+    return stuck
+
+
 def _adjust(logits: Tensor, draws: Sequence[Draw]) -> None:
     """Bias, least length and penalties, in place, each as one sparse update of the whole batch."""
+    if all(_plain(draw.sampling) for draw in draws):
+        return
     _update(logits, draws, _bias, lambda old, value: old + value)
     _update(logits, draws, _too_early, lambda old, value: value)
     _update(logits, draws, _repeated, lambda old, value: torch.where(old > 0, old / value, old * value))
     _update(logits, draws, _used, lambda old, value: old - value)
+
+
+def _plain(s: Sampling) -> bool:
+    penalties = s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
+    return not (penalties or s.logit_bias or s.min_tokens)
 
 
 def _update(
@@ -135,24 +203,6 @@ def _used(draw: Draw) -> tuple[list[int], list[float]]:
     return tokens.tolist(), (s.presence_penalty + s.frequency_penalty * counts).tolist()
 
 
-def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Sampled tokens [R]: each row's filters, then the inverse of its cumulative distribution at its own number."""
-    device = logits.device
-    heat = torch.tensor([draw.sampling.temperature for draw in draws], dtype=torch.float64, device=device)
-    z = (logits.double() - logits.double().amax(-1, keepdim=True)) / heat[:, None]  # the likeliest token is at 0
-    filtered = [r for r, draw in enumerate(draws) if _filters(draw.sampling)]
-    if filtered:
-        at = torch.tensor(filtered, device=device)
-        lowest = _thresholds(z[at], [draws[r].sampling for r in filtered])
-        z[at] = z[at].masked_fill(z[at] < lowest[:, None], -math.inf)
-    total = z.exp().cumsum(-1)
-    number = uniform([draw.seed for draw in draws], [len(draw.tokens) for draw in draws])
-    goal = torch.from_numpy(number).to(device)[:, None] * total[:, -1:]
-    # right: the first place above the goal, which is one where the total rises; min: in case the product rounded up
-    last = (total < total[:, -1:]).sum(-1, keepdim=True)
-    return torch.searchsorted(total, goal, right=True).minimum(last).squeeze(-1)
-
-
 def _filters(s: Sampling) -> bool:
     return s.top_k > 0 or s.top_p < 1 or s.min_p > 0
 
@@ -188,16 +238,22 @@ def _thresholds(z: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 def _logprobs(reported: dict[int, Tensor], draws: Sequence[Draw], tokens: Sequence[int]) -> dict[int, TokenLogprob]:
     """Row -> the chosen token's logprob and its best alternatives, of the model's own distribution over the tokens it may
-    choose: before bias, penalties, temperature and filters."""
-    if not reported:
+    choose: before grammar, bias, penalties, temperature and filters."""
+    rows = [r for r in reported if tokens[r] >= 0]
+    if not rows:
         return {}
-    rows = list(reported)
-    logprobs = torch.log_softmax(torch.stack([reported[r] for r in rows]).double(), -1)
     wanted = [draws[r].sampling.logprobs or 0 for r in rows]
+    entries = _entries(torch.stack([reported[r] for r in rows]), [tokens[r] for r in rows], wanted)
+    return dict(zip(rows, entries, strict=True))
+
+
+def _entries(logits: Tensor, targets: Sequence[int], wanted: Sequence[int]) -> list[TokenLogprob]:
+    """Logprob of each of `targets` [R] under its row of `logits` [R, V], with the `wanted` [R] best."""
+    logprobs = torch.log_softmax(logits.double(), -1)
     best = logprobs.topk(max(1, *wanted), dim=-1)
-    chosen = logprobs.gather(-1, torch.tensor([[tokens[r]] for r in rows], device=logprobs.device)).tolist()
+    chosen = logprobs.gather(-1, torch.tensor(targets, device=logits.device)[:, None]).flatten().tolist()
     values, ids = best.values.tolist(), best.indices.tolist()
-    return {
-        r: TokenLogprob(tokens[r], chosen[i][0], tuple(zip(ids[i][: wanted[i]], values[i][: wanted[i]], strict=True)))
-        for i, r in enumerate(rows)
-    }
+    return [
+        TokenLogprob(target, chosen[i], tuple(zip(ids[i][:count], values[i][:count], strict=True)))
+        for i, (target, count) in enumerate(zip(targets, wanted, strict=True))
+    ]

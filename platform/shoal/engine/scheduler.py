@@ -26,6 +26,7 @@ import bisect
 import heapq
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from shoal.config import GROUPS, ModelConfig
 from shoal.engine.events import Event, Finished, FinishReason, Token
@@ -34,8 +35,8 @@ from shoal.engine.pace import Pace
 from shoal.engine.pages import Pages
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.sequence import Sequence
+from shoal.engine.speculative import Switch
 from shoal.errors import DeadlineError, GenerationError, QueueFullError, RequestError
-from shoal.inputs.tokenizer import END_ID
 
 NEVER = 1 << 62
 
@@ -49,15 +50,20 @@ class Scheduler:
         max_batch_tokens: int,
         max_batch: int,
         max_queue: int,
+        speculative: int = 0,
+        switch: Switch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`max_batch_tokens` rows and `max_batch` requests a step, `max_queue` waiting requests."""
+        """`max_batch_tokens` rows and `max_batch` requests a step, `max_queue` waiting requests; `speculative` tokens are
+        drafted ahead by requests that do not say otherwise, where `switch` says that it pays."""
         self.config, self.pages, self.clock = config, pages, clock
         self.max_batch_tokens, self.max_batch, self.max_queue = max_batch_tokens, max_batch, max_queue
         self.running: list[Sequence] = []  # both in order
         self.waiting: list[Sequence] = []
         self.metrics = Metrics()
         self.pace = Pace()
+        self._speculative, self._switch = speculative, switch or Switch()
+        self._drafting = False  # do requests draft in the step that is being planned?
         self._began = 0.0  # when the step was planned
         self._turned_away = 0  # requests refused for a full queue, less those admitted since
         self._live: dict[str, Sequence] = {}
@@ -145,11 +151,13 @@ class Scheduler:
         """The next step; no works when nothing can run."""
         self._expire()
         self._began = self.clock()
+        self._drafting = False
         works = self._rows(self._shallow_only(), 0)
         if works:
             return Plan(works, shallow=True)
-        decoding = sum(seq.decoding and not seq.paused for seq in self.running)
-        room = self.max_batch_tokens - decoding  # rows for prefill
+        decoding = [seq for seq in self.running if seq.decoding and not seq.paused]
+        self._drafting = self._draft(decoding)
+        room = self.max_batch_tokens - len(decoding) - sum(map(self._drafts, decoding))  # rows for prefill
         works = self._rows(list(self.running), room)
         room -= sum(work.count for work in works if not work.seq.decoding)
         while room > 0 and (admitted := self._admit()) is not None:
@@ -163,6 +171,9 @@ class Scheduler:
         """Take in what a step gave, and return the events since the last call."""
         now = self.clock()
         self.pace.step(*plan.cost, now - self._began, shallow=plan.shallow)
+        if all(work.count == 1 and work.sample for work in plan.works):
+            tokens = sum(1 + len(sampled.after) for sampled in outcome.samples)
+            self._switch.learn(len(plan.works), any(work.drafts for work in plan.works), now - self._began, tokens)
         rows = sum(work.count for work in plan.works)
         self.metrics.steps += 1
         self.metrics.rows += rows
@@ -179,6 +190,8 @@ class Scheduler:
             work.seq.prompt_logprobs += scores
         for work, sampled in zip(plan.samples, outcome.samples, strict=True):
             self._append(work.seq, sampled, now)
+            if work.drafts:
+                self._take_drafts(work.seq, sampled, now)
         return self.take_events()
 
     # --- planning -----------------------------------------------------------------------------------------------------
@@ -199,6 +212,8 @@ class Scheduler:
             if seq.paused or seq not in self.running:
                 continue  # not in running: it was preempted for an earlier one of this loop
             work = self._work(seq, 1 if seq.decoding else room)
+            if work.drafts and seq.lacking(work.reach, work.last) > self.pages.available:
+                work = replace(work, drafts=0)  # nobody loses units for drafts
             if work.count and self._reserve(seq, work):
                 works.append(work)
                 room -= 0 if seq.decoding else work.count
@@ -227,19 +242,34 @@ class Scheduler:
                 end = seq.held_from
         count = min(end - seq.at, room)
         score = seq.scoring and seq.at < seq.prompt_len - 1
-        return Work(seq, seq.at, count, first, seq.groups, sample=seq.at + count == total, score=score)
+        drafts = self._drafts(seq) if seq.decoding else 0
+        return Work(seq, seq.at, count, first, seq.groups, sample=seq.at + count == total, score=score, drafts=drafts)
+
+    def _draft(self, decoding: list[Sequence]) -> bool:
+        """Do those that ask for drafts get them, in a step with all of `decoding`? Not if prefill would lose its page."""
+        self._drafting = True
+        rows = len(decoding) + sum(map(self._drafts, decoding))
+        fits = len(decoding) < rows <= self.max_batch_tokens - self.config.page
+        return fits and self._switch.wants(len(decoding))
+
+    def _drafts(self, seq: Sequence) -> int:
+        """How many tokens `seq` drafts ahead of its next row: those that the answer has room for."""
+        if not self._drafting or seq.groups is None or seq.groups < 2 or seq.held_from is not None:
+            return 0
+        asked = seq.sampling.speculative
+        return min(self._speculative if asked is None else asked, seq.sampling.max_tokens - seq.answered - 1)
 
     def _reserve(self, seq: Sequence, work: Work) -> bool:
         """Give `seq` the units that `work` writes. When the pool is short, requests later in the order lose theirs; when
         there are none, `seq` itself does, and False is returned."""
-        lack = seq.lacking(work.end, work.last)
+        lack = seq.lacking(work.reach, work.last)
         while lack > self.pages.available:
             victim = self._paused_victim(seq) or self.running[-1]
             self._preempt(victim)
             if victim is seq:
                 return False
         if lack:
-            need = seq.pages_for(work.end)
+            need = seq.pages_for(work.reach)
             for j in range(work.last):
                 if need > seq.owned[j]:
                     seq.give(j, self.pages.allocate(need - seq.owned[j]))
@@ -379,7 +409,7 @@ class Scheduler:
             self._finish(seq, "error", GenerationError(sampled.error, do="try again"))
             return
         sampling = seq.sampling
-        if (sampled.token == END_ID and not sampling.ignore_eos) or sampled.token in sampling.stop_token_ids:
+        if seq.ends(sampled.token):
             self._finish(seq, "stop")
             return
         if seq.first_token_at is None:
@@ -395,6 +425,23 @@ class Scheduler:
             self._finish(seq, "stop")
         elif seq.answered >= sampling.max_tokens:
             self._finish(seq, "length")
+
+    def _take_drafts(self, seq: Sequence, sampled: Sampled, now: float) -> None:
+        """Append what follows from right drafts, whose rows stand in every group, and give back the units that wrong ones
+        were written to."""
+        self.metrics.drafts += sampled.drafted
+        self.metrics.drafts_accepted += len(sampled.after)
+        for following in sampled.after:
+            if self._live.get(seq.id) is not seq:
+                return
+            seq.at = len(seq.tokens)
+            for j in range(seq.groups or 0):
+                seq.computed[j] = seq.at
+                self._register(seq, j)
+            self._append(seq, following, now)
+        if self._live.get(seq.id) is seq:
+            for j in range(seq.groups or 0):
+                self.pages.release(seq.cut(j, seq.pages_for(seq.computed[j])))
 
     def _finish(self, seq: Sequence, reason: FinishReason, error: RequestError | None = None) -> None:
         total = self.clock() - seq.arrival

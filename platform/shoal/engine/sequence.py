@@ -13,11 +13,12 @@ import numpy as np
 
 from shoal.config import GROUPS
 from shoal.engine.events import Request, Sampling, TokenLogprob
+from shoal.engine.guided import Grammar
 from shoal.engine.pages import PageKey, Pages
 from shoal.engine.text import TextStream
 from shoal.inputs import media
 from shoal.inputs.chat import Encoded
-from shoal.inputs.tokenizer import PATCH_ID
+from shoal.inputs.tokenizer import END_ID, PATCH_ID
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Sequence:
     held_from: int | None = None  # first position whose state after group 1 is held for the deeper groups
     held: list[Any] = field(default_factory=list)  # those states: the runner's
     notes: list[Any] = field(default_factory=list)  # router sums of the first cached pages: the runner's
+    grammar: Grammar | None = None  # of a guided answer
     paused: bool = False  # its reader is behind
     cached_tokens: int = 0
     admitted_at: float | None = None
@@ -108,6 +110,10 @@ class Sequence:
         """Are logprobs of its prompt still to be made? Then all of its rows must run, whatever is cached."""
         return self.sampling.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_len
 
+    def ends(self, token: int) -> bool:
+        """Does `token` end the answer, without being part of it?"""
+        return (token == END_ID and not self.sampling.ignore_eos) or token in self.sampling.stop_token_ids
+
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page)
 
@@ -121,6 +127,13 @@ class Sequence:
         have = self.owned[group]
         self.tables[group, have : have + len(units)] = units
         self.owned[group] = have + len(units)
+
+    def cut(self, group: int, pages: int) -> list[int]:
+        """Take the units of all but its first `pages` pages out of its table of `group`, and return them."""
+        units: list[int] = self.tables[group, pages : self.owned[group]].tolist()
+        self.tables[group, pages : self.owned[group]] = 0
+        self.owned[group] -= len(units)
+        return units
 
     def units(self) -> list[list[int]]:
         """Its units in page order, a list for each group."""

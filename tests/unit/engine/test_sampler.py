@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from shoal.engine.events import Sampling
-from shoal.engine.sampler import NOT_FINITE, Sampler, uniform
+from shoal.engine.guided import Grammar
+from shoal.engine.sampler import NOT_FINITE, Sampler
 from shoal.inputs.tokenizer import END_ID
 
 VOCAB = 300
@@ -23,6 +24,7 @@ class Draw:
     tokens: list[int] = field(default_factory=lambda: [50, 51])
     prompt_len: int = 2
     seed: int = 0
+    grammar: Grammar | None = None
 
 
 def sampler() -> Sampler:
@@ -141,10 +143,14 @@ def test_logprobs_are_of_the_model_before_bias_and_temperature() -> None:
     assert [token for token, _ in sampled.logprob.top] == whole.topk(2).indices.tolist()
 
 
-def test_random_numbers_are_even_and_need_no_state() -> None:
-    numbers = uniform([7] * 10_000, range(10_000))
-    assert numbers.min() >= 0 and numbers.max() < 1
-    counts, _ = np.histogram(numbers, 10, (0, 1))
-    assert np.abs(counts - 1000).max() < 130
-    assert uniform([7], [42])[0] == numbers[42]
-    assert abs(np.corrcoef(uniform([1] * 1000, range(1000)), uniform([2] * 1000, range(1000)))[0, 1]) < 0.1
+def test_noise_is_exponential_needs_no_state_and_is_its_own_everywhere() -> None:
+    noise = sampler().noise([7] * 400, range(400)).double().numpy()
+    for values in (noise.ravel(), noise[:, 3], noise[5]):  # all, one token over positions, all tokens at one
+        n = values.size
+        even, _ = np.histogram(np.exp(-values), 10, (0, 1))
+        assert ((even - n / 10) ** 2 / (n / 10)).sum() < 28  # chi-square, 9 degrees of freedom, p = 0.001
+    assert (sampler().noise([7], [42]).numpy()[0] == noise[42]).all()
+    other = sampler().noise([8] * 400, range(400)).double().numpy()
+    for a, b in ((noise, other), (noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):
+        assert abs(np.corrcoef(np.exp(-a).ravel(), np.exp(-b).ravel())[0, 1]) < 0.015
+    assert (sampler().noise([7 + 2**64], [0]).numpy() == noise[0]).all()  # seeds count modulo 2^64

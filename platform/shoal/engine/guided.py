@@ -1,0 +1,104 @@
+"""Guided output: which tokens a grammar allows next. The grammars themselves are llguidance's.
+
+The state of a grammar is a function of the answer's tokens: `Grammar.allowed` is given them and goes forward or back to where
+they end. So a preemption, a rejected draft or a cancelled request leaves nothing to mend.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+
+import llguidance
+import numpy as np
+
+from shoal.engine.events import Guide
+from shoal.errors import RequestError
+from shoal.inputs.tokenizer import END_ID, SPECIAL, Tokenizer
+
+
+class GrammarError(Exception):
+    """A grammar cannot go on: its limits, or tokens that it does not allow."""
+
+
+class Grammars:
+    """Compiles guides for one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
+        """`vocab`: ids that the model has, the tokenizer's or more."""
+        self._source, self._vocab = tokenizer, vocab
+
+    @cached_property
+    def _tokenizer(self) -> llguidance.LLTokenizer:
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Pieces(self._source)))
+
+    def compile(self, guide: Guide) -> Grammar:
+        """The state at an answer's beginning. Raises RequestError (param ``guided``) with what is wrong with the guide."""
+        try:
+            grammar = _source(guide)
+            problem = llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer)
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            reason = " ".join(problem.split())[:300]
+            raise RequestError(f"guided: not a {guide.kind} that can be followed", param="guided", got=reason)
+        return Grammar(llguidance.LLMatcher(self._tokenizer, grammar, log_level=0), self._vocab)
+
+
+class Grammar:
+    """Where one answer stands in its grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab: int) -> None:
+        self._matcher, self._vocab = matcher, vocab
+        self._at: list[int] = []  # the tokens that the matcher has consumed
+
+    def allowed(self, answer: Sequence[int]) -> np.ndarray:
+        """bool [V]: what may come after the tokens `answer`; ``<|end|>`` only where the grammar may end. Raises
+        GrammarError."""
+        self._go_to(list(answer))
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        mask = np.zeros(self._vocab, dtype=bool)
+        known = np.unpackbits(bits, bitorder="little")[: self._vocab]
+        mask[: len(known)] = known
+        return mask
+
+    def _go_to(self, answer: list[int]) -> None:
+        same = len(self._at)
+        if answer[:same] != self._at:
+            same = next(i for i, (a, b) in enumerate(zip([*answer, -1], [*self._at, -2], strict=False)) if a != b)
+            self._matcher.rollback(len(self._at) - same)
+        self._matcher.consume_tokens(answer[same:])
+        self._check()
+        self._at = answer
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError("guided: " + self._matcher.get_error().splitlines()[0][:300])
+
+
+class _Pieces:
+    """Our tokenizer as llguidance wants to see it: the bytes of each token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._encode = tokenizer.encode
+        self.eos_token_id, self.bos_token_id = END_ID, None
+        self.special_token_ids = list(range(len(SPECIAL)))
+        text = [tokenizer.token_bytes(token) for token in range(len(SPECIAL), len(tokenizer))]
+        self.tokens = [*(name.encode() for name in SPECIAL), *text]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._encode(text if isinstance(text, str) else text.decode("utf-8", errors="replace"))
+
+
+def _source(guide: Guide) -> str:
+    """`guide` as llguidance's grammar. Raises ValueError."""
+    matcher = llguidance.LLMatcher
+    if guide.kind == "choice":
+        return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in guide.spec))
+    if guide.kind == "json_object":
+        return matcher.grammar_from_json_schema('{"type": "object"}')
+    assert isinstance(guide.spec, str)
+    make = matcher.grammar_from_regex if guide.kind == "regex" else matcher.grammar_from_json_schema
+    return make(guide.spec)

@@ -1,0 +1,85 @@
+"""Lossless self-speculation: a deep request drafts with its own first layer group, and its other groups verify.
+
+    draft     group 1 runs the newest token, its exit proposes the next, group 1 runs that, ... : k drafts, and the states
+              and K/V of k+1 rows after group 1, which are the real ones
+    verify    groups 2.. take the k+1 states as one causal chunk; the sampler draws a token from each row
+    accept    drafts are right as far as they equal those tokens; the first token after them is good as well: 1 to k+1 tokens
+
+Drawing is a race with noise that depends on (seed, position, token) alone (`sampler.py`), for a draft and for the token that
+verifies it alike. So what comes out is the token that plain decoding would have drawn at that place, in greedy decoding and
+in sampling: not only the distribution is kept but the tokens are, whatever was drafted, and whether it was (decision 0006).
+
+Nothing else ever sees a draft: the step's commit appends what was accepted, moves the lengths, and gives back the units
+beyond them. Penalties, grammars, stop strings and logprobs are functions of the tokens, so there is nothing to roll back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from shoal.engine.plan import Sampled, Work
+from shoal.engine.sequence import Sequence as Running
+
+TRIALS = 4  # steps at a batch size, drafting and not, before the faster is known
+AGAIN = 64  # every so many steps the slower is tried once more
+FADE = 0.9  # weight of a step after the next one of its kind
+
+
+def ahead_of(seq: Running, tokens: list[int]) -> Running:
+    """`seq` as it would be if its tokens were `tokens`, for the runner and the sampler; `seq` itself stays as it is."""
+    ahead = copy.copy(seq)
+    ahead.tokens, ahead.held, ahead.held_from = tokens, [], len(seq.tokens) - 1
+    return ahead
+
+
+def verification(work: Work, ahead: Running) -> Work:
+    """What is left of `work` when the drafts stand in `ahead`: all its rows through groups 2.., each with a sample."""
+    return replace(work, seq=ahead, count=len(ahead.tokens) - work.start, first=1, drafts=0, verify=True)
+
+
+def accept(drafts: Sequence[int], verified: Sequence[Sampled]) -> Sampled:
+    """The tokens that stand, the first with the others `after` it; `verified` [k+1] are those of the rows of the newest
+    token and of `drafts` [k]."""
+    good = 0
+    while good < len(drafts) and verified[good].error is None and verified[good].token == drafts[good]:
+        good += 1
+    return replace(verified[0], after=tuple(verified[1 : good + 1]), drafted=len(drafts))
+
+
+@dataclass
+class _Cost:
+    seconds: float = 0.0
+    tokens: float = 0.0
+    steps: int = 0
+
+
+class Switch:
+    """Does drafting pay at a batch size? Seconds a token with and without, measured as the engine runs: drafts use what a
+    small batch leaves idle, and a large one has nothing idle."""
+
+    def __init__(self, max_batch: int | None = None) -> None:
+        """`max_batch`: the answer, fixed: yes up to this batch size."""
+        self.max_batch = max_batch
+        self._costs: dict[tuple[int, bool], _Cost] = {}
+
+    def wants(self, batch: int) -> bool:
+        """Should a step with `batch` decoding requests draft?"""
+        if self.max_batch is not None:
+            return batch <= self.max_batch
+        with_, without = self._cost(batch, True), self._cost(batch, False)
+        if min(with_.steps, without.steps) < TRIALS:
+            return with_.steps <= without.steps
+        pays = with_.seconds * without.tokens < without.seconds * with_.tokens
+        return pays != ((with_.steps + without.steps) % AGAIN == 0)
+
+    def learn(self, batch: int, drafted: bool, seconds: float, tokens: int) -> None:
+        """Take in a step that only decoded."""
+        cost = self._cost(batch, drafted)
+        cost.seconds = FADE * cost.seconds + seconds
+        cost.tokens = FADE * cost.tokens + tokens
+        cost.steps += 1
+
+    def _cost(self, batch: int, drafted: bool) -> _Cost:
+        return self._costs.setdefault((batch, drafted), _Cost())
