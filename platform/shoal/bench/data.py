@@ -115,7 +115,7 @@ def _size(preset: str, size: str) -> dict[str, float]:
         start = time.perf_counter()
         plan = parts.split_files(list_files(SourceSpec("bench", str(raw))))
         paths = [out / f"{number:05}.part" for number in range(len(plan))]
-        found = [parts.read_part(files, path)[0] for files, path in zip(plan, paths, strict=True)]
+        found = [parts.read_part(files, path).identities for files, path in zip(plan, paths, strict=True)]
         splits, _ = parts.choose(found, 0)
         Tokenizer.train(parts.sample(paths, splits), model.vocab).save(out / TOKENIZER)
         for number, (path, of) in enumerate(zip(paths, splits, strict=True)):
@@ -164,10 +164,10 @@ def _beside_images(preset: str, rounds: int) -> dict[str, float]:
 def _packing(folder: Path, preset: str) -> tuple[Callable[[], object], list[str]]:
     """Packs the files in `folder` as one part of a corpus, with a tokenizer fitted to them; and the texts in it."""
     model, part = presets.get(preset).model, folder / "part"
-    identities, _ = parts.read_part(list_files(SourceSpec("bench", str(folder))), part)
+    found = parts.read_part(list_files(SourceSpec("bench", str(folder))), part)
     texts = [document.text for document in parts.documents(part)]
     Tokenizer.train(_some(iter(texts), SAMPLE), model.vocab).save(folder / TOKENIZER)
-    return lambda: parts.pack_part(part, ["train"] * len(identities), folder, model, 0), texts
+    return lambda: parts.pack_part(part, ["train"] * len(found.identities), folder, model, 0), texts
 
 
 def _texts() -> Iterator[str]:

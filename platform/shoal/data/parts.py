@@ -18,10 +18,12 @@ import pyarrow as pa
 import xxhash
 
 from shoal.config import ModelConfig
-from shoal.data.clean import clean, fingerprint
+from shoal.data.clean import fingerprint
 from shoal.data.documents import Document, Modality, Skipped
 from shoal.data.encode import encode
 from shoal.data.files import File
+from shoal.data.near import Signatures
+from shoal.data.operators import Operators, Pipeline
 from shoal.data.pack import Packer
 from shoal.data.read import read
 from shoal.data.recipes import Chat, chats_of, fits
@@ -49,6 +51,15 @@ class Identity:
 
 
 @dataclass
+class Found:
+    """What reading a part gave, beside the documents in its file."""
+
+    identities: list[Identity] = field(default_factory=list)  # of the documents, in order
+    drops: Drops = field(default_factory=dict)
+    changes: Drops = field(default_factory=dict)  # operator -> what it changed -> times
+
+
+@dataclass
 class Packed:
     """What packing a part gave."""
 
@@ -58,11 +69,17 @@ class Packed:
         default_factory=Counter
     )  # by split, modality, source, licence
     packing: Counter[str] = field(default_factory=Counter)  # tokens, cut, padded, as in `Packer`
+    lengths: Counter[tuple[str, int]] = field(default_factory=Counter)  # by modality and bits of the length in tokens
     chats: list[tuple[str, Chat]] = field(default_factory=list)  # with their split
+    changes: Drops = field(default_factory=dict)
 
     def dropped(self, drops: Mapping[str, Counter[str]]) -> None:
         for operator, reasons in drops.items():
             self.drops.setdefault(operator, Counter()).update(reasons)
+
+    def changed(self, changes: Mapping[str, Counter[str]]) -> None:
+        for operator, what in changes.items():
+            self.changes.setdefault(operator, Counter()).update(what)
 
     def add(self, part: Packed) -> None:
         """Count `part` in; its chats are left to the caller, since all of them may be too many to hold."""
@@ -70,6 +87,7 @@ class Packed:
         self.dropped(part.drops)
         self.documents.update(part.documents)
         self.packing.update(part.packing)
+        self.lengths.update(part.lengths)
 
 
 def split_files(files: Sequence[File]) -> list[list[File]]:
@@ -87,40 +105,68 @@ def split_files(files: Sequence[File]) -> list[list[File]]:
     return parts
 
 
-def read_part(files: Sequence[File], path: Path) -> tuple[list[Identity], Drops]:
-    """Read and clean the files of a part into `path`: the identities of its documents, in order, and what was dropped."""
-    drops: Drops = {}
-    identities: list[Identity] = []
+def read_part(
+    files: Sequence[File], path: Path, pipeline: Pipeline | None = None, signatures: Path | None = None
+) -> Found:
+    """Read the files of a part and run the operators [the default ones]; the documents go to `path`, what near copies are
+    found by to `signatures`."""
+    pipeline = pipeline or Pipeline(Operators())
+    found, near = Found(), Signatures()
+    pipeline.take_changes()  # of a part that failed
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
         waiting: list[Document] = []
-        for file in files:
-            for found in read(file):
-                document = clean(found) if isinstance(found, Document) else found
-                if isinstance(document, Skipped):
-                    drops.setdefault(document.operator, Counter())[document.reason] += 1
-                    continue
-                waiting.append(document)
-                identities.append(Identity(fingerprint(document), document.group, document.modality, file.spec.heldout))
-                if len(waiting) == BATCH:
-                    writer.write_batch(_batch(waiting))
-                    waiting = []
+        for heldout, item in ((file.spec.heldout, item) for file in files for item in read(file)):
+            document = pipeline(item) if isinstance(item, Document) else item
+            if isinstance(document, Skipped):
+                found.drops.setdefault(document.operator, Counter())[document.reason] += 1
+                continue
+            if signatures is not None:
+                near.add(len(found.identities), document)
+            waiting.append(document)
+            identity = Identity(fingerprint(document), document.group, document.modality, heldout)
+            found.identities.append(identity)
+            if len(waiting) == BATCH:
+                writer.write_batch(_batch(waiting))
+                waiting = []
         writer.write_batch(_batch(waiting))
-    return identities, drops
+    if signatures is not None:
+        near.write(signatures)
+    found.changes = pipeline.take_changes()
+    return found
 
 
-def choose(parts: Iterable[Sequence[Identity]], seed: int) -> tuple[list[list[str | None]], int]:
-    """For each document its split, or None where an equal one came before; and how many such duplicates there are.
+def choose(
+    parts: Iterable[Sequence[Identity]],
+    seed: int,
+    copies: Iterable[tuple[int, int]] = (),
+    operators: Operators = Operators(),
+) -> tuple[list[list[str | None]], Drops]:
+    """For each document its split, or None where an equal one came before or it is one of the near `copies` (part and row); and
+    how many were left out so.
 
     All documents of a group are on one side. A modality that no group was held out of gives the one drawn first, as long as
     it has two.
     """
     seen: set[bytes] = set()
+    near = set(copies)
+    drops: Drops = {}
     kept: list[list[Identity | None]] = []
-    for part in parts:
+    for number, part in enumerate(parts):
         kept.append([])
-        for identity in part:
-            kept[-1].append(None if identity.fingerprint in seen else identity)
+        for row, identity in enumerate(part):
+            fault = None
+            if operators.dedup and identity.fingerprint in seen:
+                fault = ("dedup", "equal to an earlier one")
+            elif (number, row) in near:
+                fault = ("near dedup", "nearly equal to an earlier one")
+            if fault:
+                drops.setdefault(fault[0], Counter())[fault[1]] += 1
+            kept[-1].append(None if fault else identity)
             seen.add(identity.fingerprint)
+    return _split(kept, seed), drops
+
+
+def _split(kept: Sequence[Sequence[Identity | None]], seed: int) -> list[list[str | None]]:
     groups: dict[str, dict[str, bool | None]] = defaultdict(dict)  # modality -> group -> what its source says
     for identity in (i for part in kept for i in part if i):
         groups[identity.modality][identity.group] = identity.heldout
@@ -130,8 +176,7 @@ def choose(parts: Iterable[Sequence[Identity]], seed: int) -> tuple[list[list[st
         free = [group for group, said in of.items() if said is None]
         if len(of) > 1 and free and not heldout & of.keys():
             heldout.add(min(free, key=lambda group: (draws[group], group)))
-    splits = [[SPLITS[i.group in heldout] if i else None for i in part] for part in kept]
-    return splits, sum(split is None for part in splits for split in part)
+    return [[SPLITS[i.group in heldout] if i else None for i in part] for part in kept]
 
 
 def sample(paths: Iterable[Path], splits: Iterable[Sequence[str | None]]) -> list[str]:
@@ -173,12 +218,13 @@ def pack_part(path: Path, splits: Sequence[str | None], directory: Path, config:
                 out.chats.append((split, chat))
             else:
                 out.dropped({"recipe": Counter(["too long"])})
-    for packer, writer in packers.values():
+    for (_, modality), (packer, writer) in packers.items():
         for row in packer.finish():
             writer.add(row)
         writer.close()
         out.shards += writer.shards
         out.packing.update(tokens=packer.tokens, cut=packer.cut, padded=packer.padded)
+        out.lengths.update({(modality, bits): count for bits, count in packer.lengths.items()})
     return out
 
 

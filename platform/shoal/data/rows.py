@@ -10,7 +10,7 @@ import io
 import json
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import IO, Any, cast
 
@@ -133,24 +133,27 @@ def _object(line: bytes) -> Fields | Unusable:
     return row if isinstance(row, dict) else Unusable("row is not an object")
 
 
-def parquet(stream: IO[bytes]) -> Numbered:
-    """The rows of a Parquet file, by number. It is read from its end, so a compressed one is unpacked on disk first."""
+def parquet(stream: IO[bytes], wanted: Collection[str] | None = KNOWN) -> Numbered:
+    """The rows of a Parquet file, by number, with the `wanted` columns (None: all).
+
+    It is read from its end, so a compressed one is unpacked on disk first.
+    """
     if stream.seekable():
-        yield from _table(stream)
+        yield from _table(stream, wanted)
         return
     with tempfile.TemporaryFile() as whole:
         while whole.tell() <= MAX_TABLE and (block := stream.read(2**20)):
             whole.write(block)
         if whole.tell() > MAX_TABLE:
             raise Unusable(f"larger than {MAX_TABLE >> 30} GiB")
-        yield from _table(whole)
+        yield from _table(whole, wanted)
 
 
-def _table(stream: IO[bytes]) -> Numbered:
+def _table(stream: IO[bytes], wanted: Collection[str] | None) -> Numbered:
     try:
         table = pq.ParquetFile(stream)
-        columns = [name for name in table.schema_arrow.names if name in KNOWN]
-        if not {*TEXTS, "image", "question"} & set(columns):
+        columns = [name for name in table.schema_arrow.names if wanted is None or name in wanted]
+        if wanted is not None and not {*TEXTS, "image", "question"} & set(columns):
             yield "", Unusable("no text or image column")
             return
         number = 0

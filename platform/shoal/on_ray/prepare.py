@@ -1,7 +1,7 @@
 """Raw documents to shards on Ray Data: two passes of the plain functions of `shoal.data.parts`, one task a part.
 
-    files -> read, clean -> identities -> what is kept, and where -> encode, pack, write -> index.json
-                         -> a sample   -> the tokenizer           ->
+    files -> read, operators -> identities, signatures -> what is kept, and where -> encode, pack, write -> index.json
+                             -> a sample               -> the tokenizer           ->
 
 Only identities and counts pass through this process. Documents go through files, so on several nodes the corpus folder must
 be on a file system that all of them share. Nothing is there under its final name before it is complete, and ``index.json``
@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ import ray.data
 from ray.exceptions import RayTaskError
 
 from shoal.config import ModelConfig, Preset, dump
-from shoal.data import demo, parts, service
-from shoal.data.documents import MODALITIES, SourceSpec
+from shoal.data import card, decontaminate, demo, near, parts, service
+from shoal.data.documents import SourceSpec
 from shoal.data.files import File, list_files
 from shoal.data.kept import code_digest, digest, kept
+from shoal.data.operators import Operators, Pipeline
 from shoal.data.order import Mix
-from shoal.data.parts import Drops, Identity, Packed
+from shoal.data.parts import Found, Packed
 from shoal.data.recipes import ChatFiles, fits
+from shoal.data.s3 import S3
 from shoal.data.shards import INDEX, SPLITS, TOKENIZER, Index, clear, open_index, write_aside, write_index
 from shoal.errors import ConfigError, DataError, ShoalError
 from shoal.inputs.tokenizer import Tokenizer
@@ -42,11 +45,12 @@ from shoal.on_ray.resources import need_disk
 
 __all__ = ["SourceSpec", "prepare"]
 
-REPORT = "report.json"
 SOURCES = "sources"  # folder in the corpus folder: what the demo corpus fetched
 WORK = (
     ".prepare"  # folder there, until the corpus is finished: the cleaned documents, and the results of finished tasks
 )
+SIGNATURES = ".near.npy"  # suffix of a part's file beside its documents
+TASKS_OF_BANDS = 8
 DISK = 5  # bytes wanted for each byte of source: cleaned documents, shards, and room
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -59,6 +63,8 @@ def prepare(
     mix: Mapping[str, float],
     preset: Preset,
     seed: int,
+    operators: Operators = Operators(),
+    s3: S3 = S3(),
     on_progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Make the corpus in `out` for models of `preset` and return its report; a Ray must be running.
@@ -72,7 +78,8 @@ def prepare(
         out.mkdir(parents=True, exist_ok=True)
     specs = list(sources) if sources is not None else demo.sources(out / SOURCES, on_progress)
     specs = _named_apart(specs)
-    plan = parts.split_files([file for spec in specs for file in list_files(spec)])
+    plan = parts.split_files([file for spec in specs for file in list_files(spec, s3)])
+    evaluation = [file for uri in operators.evaluation for file in list_files(SourceSpec("evaluation", uri), s3)]
     sizes = [sum(file.size for file in files) for files in plan]
     request = {
         "sources": [dump(spec) for spec in specs] if sources is not None else demo.request(),
@@ -81,21 +88,26 @@ def prepare(
         "mix": dict(mix),
         "model": dump(preset.model),
         "seed": seed,
+        "operators": dump(operators),
     }
     if (out / INDEX).exists():
         return _finished(out, request)
     work = out / WORK
     need_disk(out, DISK * sum(sizes))
     with _alone(work), _quiet_data():
-        packed, identities, code = Packed(), [], code_digest()
+        packed, code = Packed(), digest(code_digest(), dump(operators), [_stamp(file) for file in evaluation])
         paths = [work / f"{number:05}.arrow" for number in range(len(plan))]
         keys = [digest(code, [_stamp(file) for file in files]) for files in plan]
+        grams = _evaluation(evaluation, work)
         reads = zip(plan, paths, keys, strict=True)
-        for found, drops in _each(_read, reads, sizes, "read and clean", on_progress):
-            identities.append(found)
-            packed.dropped(drops)
-        splits, duplicates = parts.choose(identities, seed)
-        packed.dropped({"dedup": Counter({"equal to an earlier one": duplicates})} if duplicates else {})
+        identities = []
+        for found in _each(_Reader(operators, grams), reads, sizes, "read and clean", on_progress):
+            identities.append(found.identities)
+            packed.dropped(found.drops)
+            packed.changed(found.changes)
+        copies = _copies(paths, on_progress) if operators.near_dedup else []
+        splits, drops = parts.choose(identities, seed, copies, operators)
+        packed.dropped(drops)
         on_progress("fit the tokenizer", 0, 0)
         tokenizer = _tokenizer(paths, splits, preset.model.vocab, work, digest(keys, splits, preset.model.vocab))
         write_aside(out / TOKENIZER, tokenizer.json)
@@ -112,24 +124,54 @@ def prepare(
             for split in SPLITS:
                 chats.add(split, (chat for chat in service.chats(split) if fits(chat, tokenizer, preset.model)))
         index = _index(packed, request, preset.model, tokenizer)
-        report = _report(index, packed, chats.write(out), time.monotonic() - start)
-        write_aside(out / REPORT, json.dumps(report, indent=1) + "\n")
+        report = card.report(out, index, packed, tokenizer, chats.write(out), time.monotonic() - start)
+        card.write(out, report)
         clear(out, keep={shard.file for shard in index.shards})  # of other requests, and what was half written
         write_index(out, index)
         shutil.rmtree(work, ignore_errors=True)
     return report
 
 
-def _read(files: Sequence[File], path: Path, key: str) -> tuple[list[Identity], Drops]:
-    """`parts.read_part`, unless it is done."""
+class _Reader:
+    """`parts.read_part`, unless it is done. What its operators hold, a model or a set, each process loads once."""
 
-    def read() -> tuple[list[Identity], Drops]:
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        result = parts.read_part(files, aside)
-        aside.replace(path)
-        return result
+    def __init__(self, operators: Operators, evaluation: Path | None) -> None:
+        self._operators, self._evaluation = operators, evaluation
+        self.holds_state = bool(operators.languages or evaluation)
 
-    return kept(path.with_suffix(".read.json"), key, tuple[list[Identity], Drops], read, lambda _: [path])
+    @cached_property
+    def _pipeline(self) -> Pipeline:
+        return Pipeline(self._operators, self._evaluation)
+
+    def __call__(self, files: Sequence[File], path: Path, key: str) -> Found:
+        signatures = path.with_suffix(SIGNATURES) if self._operators.near_dedup else None
+        made = [path, signatures] if signatures else [path]
+
+        def read() -> Found:
+            asides = [file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in made]
+            result = parts.read_part(files, asides[0], self._pipeline, asides[1] if signatures else None)
+            for aside, file in zip(asides, made, strict=True):
+                aside.replace(file)
+            return result
+
+        return kept(path.with_suffix(".read.json"), key, Found, read, lambda _: made)
+
+
+def _evaluation(files: Sequence[File], work: Path) -> Path | None:
+    """A file with what the evaluation sets hold; None where none is named."""
+    if not files:
+        return None
+    path = work / "evaluation.npz"
+    decontaminate.collect(files, path)
+    return path
+
+
+def _copies(paths: Sequence[Path], on_progress: Progress) -> list[tuple[int, int]]:
+    """Part and row of the documents that are near copies of earlier ones, some bands a task."""
+    pairs = [(path, path.with_suffix(SIGNATURES)) for path in paths]
+    jobs = [(pairs, bands) for bands in near.shares(TASKS_OF_BANDS)]
+    found = _each(near.copies, jobs, [1] * len(jobs), "find near copies", on_progress)
+    return sorted({(int(part), int(row)) for some in found for part, row in some})
 
 
 def _tokenizer(paths: list[Path], splits: list[list[str | None]], vocab: int, work: Path, key: str) -> Tokenizer:
@@ -168,19 +210,33 @@ def _alone(work: Path) -> Iterator[None]:
 
 
 def _each(
-    task: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], sizes: list[int], what: str, on_progress: Progress
+    task: Callable[..., Any],
+    jobs: Iterable[tuple[Any, ...]],
+    sizes: list[int],
+    what: str,
+    on_progress: Progress,
 ) -> Iterator[Any]:
-    """What `task` gives for the arguments of each job, in order, from as many processes as there are CPUs for."""
+    """What `task` gives for the arguments of each job, in order, from as many processes as there are CPUs for.
+
+    A task that holds state goes to a pool of actors, so that each process builds it once.
+    """
 
     def run(row: dict[str, Any]) -> dict[str, Any]:
         return {"result": task(*row["job"])}
+
+    class Worker:
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            return run(row)
 
     rows = [{"job": job} for job in jobs]
     done, total = 0, sum(sizes)
     on_progress(what, done, total)
     try:
-        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run).iter_rows()
-        for row, size in zip(results, sizes, strict=True):
+        data = ray.data.from_items(rows, override_num_blocks=len(rows))
+        pool = ray.data.ActorPoolStrategy(size=max(1, min(len(rows), _cpus())))
+        actors = getattr(task, "holds_state", False)
+        results = data.map(Worker, compute=pool) if actors else data.map(run)  # type: ignore[arg-type]
+        for row, size in zip(results.iter_rows(), sizes, strict=True):
             done += size
             on_progress(what, done, total)
             yield row["result"]
@@ -189,6 +245,11 @@ def _each(
         if isinstance(cause, ShoalError):
             raise cause from error
         raise DataError(f"cannot {what}", got=str(error.cause or error).strip().splitlines()[-1][:200]) from error
+
+
+def _cpus() -> int:
+    """Of the whole cluster."""
+    return int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -225,7 +286,7 @@ def _finished(out: Path, request: dict[str, Any]) -> dict[str, Any]:
             got=f"other {', '.join(other)}",
             do="give another --out, or remove it",
         )
-    return json.loads((out / REPORT).read_text(encoding="utf-8"))
+    return json.loads((out / card.REPORT).read_text(encoding="utf-8"))
 
 
 def _index(packed: Packed, request: dict[str, Any], model: ModelConfig, tokenizer: Tokenizer) -> Index:
@@ -251,36 +312,3 @@ def _index(packed: Packed, request: dict[str, Any], model: ModelConfig, tokenize
         drops={operator: dict(sorted(reasons.items())) for operator, reasons in sorted(packed.drops.items())},
         shards=tuple(sorted(packed.shards, key=lambda shard: shard.file)),
     )
-
-
-def _report(index: Index, packed: Packed, chats: dict[str, dict[str, int]], seconds: float) -> dict[str, Any]:
-    """What a person wants to know of a corpus; all of it plain values."""
-
-    def by_modality(what: str) -> dict[str, dict[str, int]]:
-        return {split: {m: n for m in MODALITIES if (n := index.total(what, split, m))} for split in SPLITS}
-
-    sources: dict[str, dict[str, Any]] = {}
-    for (split, _, source, license), count in sorted(packed.documents.items()):
-        of = sources.setdefault(source, {"licenses": [], "documents": dict.fromkeys(SPLITS, 0), "tokens": 0})
-        of["documents"][split] += count
-        of["licenses"] = sorted({*of["licenses"], license})
-    for shard in index.shards:
-        for source, tokens in shard.sources.items():
-            sources[source]["tokens"] += tokens
-    rows = by_modality("rows")
-    epoch = sum(rows["train"].values())
-    places = index.length * (epoch + sum(rows["heldout"].values()))
-    return {
-        "documents": index.documents,
-        "tokens": by_modality("tokens"),
-        "text_bytes": by_modality("text_bytes"),
-        "rows": rows,
-        "sources": sources,
-        "drops": index.drops,
-        "packing": {"padding": packed.packing["padded"] / places, "cut_tokens": packed.packing["cut"]},
-        "mix": index.mix,
-        "left_out": sorted(name for name, share in index.request["mix"].items() if share and name not in index.mix),
-        "passes": {m: round(share * epoch / rows["train"][m], 2) for m, share in index.mix.items()},  # in one epoch
-        "chats": chats,
-        "seconds": round(seconds, 1),
-    }

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.data.clean import clean, fingerprint, repair
+from shoal.data.clean import check, fingerprint, repair
 from shoal.data.documents import Skipped
 
 
@@ -37,17 +37,17 @@ def test_text_is_repaired(broken: str, mended: str) -> None:
     ],
 )
 def test_what_is_not_worth_learning_is_dropped(document, modality: str, text: str, reason: str) -> None:
-    dropped = clean(document(text, modality, origin="a.py"))
+    dropped = check(document(text, modality, origin="a.py"))
     assert isinstance(dropped, Skipped) and (dropped.operator, dropped.reason) == ("quality", reason)
 
 
 def test_code_of_other_languages_need_not_parse_as_python(document) -> None:
-    kept = clean(document('fn main() { println!("a line of rust, long enough"); }\n', "code", origin="a.rs"))
+    kept = check(document('fn main() { println!("a line of rust, long enough"); }\n', "code", origin="a.rs"))
     assert not isinstance(kept, Skipped)
 
 
 def test_an_image_needs_no_text(document, png) -> None:
-    assert not isinstance(clean(document("", "image", image=png())), Skipped)
+    assert not isinstance(check(document("", "image", image=png())), Skipped)
 
 
 def test_equal_means_equal_up_to_white_space_and_with_the_same_image(document, png) -> None:
