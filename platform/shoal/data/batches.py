@@ -19,7 +19,6 @@ from torch import Tensor
 from shoal.config import ModelConfig
 from shoal.data import order
 from shoal.data.chats import read_chats
-from shoal.data.documents import MODALITIES
 from shoal.data.pack import PADDING
 from shoal.data.shards import TOKENIZER, Rows, open_index, token_bytes
 from shoal.errors import ConfigError, DataError
@@ -56,10 +55,7 @@ class Batch:
 
 
 class PretrainBatches:
-    """Packed rows of a prepared corpus, mixed by modality.
-
-    Within the mix, each modality's rows are shuffled anew whenever they have all been seen; a short source repeats.
-    """
+    """Packed rows of a prepared corpus in the order of `order.RowOrder`, mixed by modality."""
 
     def __init__(
         self,
@@ -81,22 +77,26 @@ class PretrainBatches:
         be divided.
         """
         self.index = open_index(directory, length=length)
-        self.mix = order.Mix(mix if mix is not None else self.index.mix)
-        self.seed, self.batch_rows, self.rank, self.world = seed, batch_rows, rank, world
+        self.batch_rows, self.rank, self.world = batch_rows, rank, world
         self.micro_rows = micro_rows or max(1, batch_rows // world)
         if batch_rows % (world * self.micro_rows):
             raise ConfigError(
                 f"{batch_rows} rows a batch do not divide over {world} worker(s) x {self.micro_rows} row(s)",
                 do=f"use a multiple of {world * self.micro_rows}",
             )
-        self._rows = {name: Rows(directory, self.index, split, name) for name in self.mix.parts}
+        wanted = order.Mix(mix if mix is not None else self.index.mix).shares
+        self._rows = {name: Rows(directory, self.index, split, name) for name in wanted}
         for name, rows in self._rows.items():
             if not len(rows):
                 raise DataError(
                     f"{directory} holds no {split} rows of {name}",
-                    got=f"mix {self.mix.shares}",
+                    got=f"mix {wanted}",
                     do="leave it out of the mix, or add a source that has some",
                 )
+        counts = {name: len(rows) for name, rows in self._rows.items()}
+        self._order = order.RowOrder(
+            self.index.row_mix(split, wanted), counts, seed
+        )  # by token the shares are `wanted`
         self._bytes = token_bytes(Tokenizer.load(Path(directory) / TOKENIZER))
 
     @property
@@ -107,18 +107,17 @@ class PretrainBatches:
     def rows(self, step: int) -> list[tuple[str, int]]:
         """(modality, row number) of every row of a global batch, in order; the same on every rank."""
         start = step * self.batch_rows
-        return [self._at(position) for position in range(start, start + self.batch_rows)]
+        return [self._order.at(position) for position in range(start, start + self.batch_rows)]
+
+    def mine(self, step: int) -> list[tuple[str, int]]:
+        """Those of `rows` that this rank reads, in order."""
+        return self.rows(step)[self.rank :: self.world]
 
     def at(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step."""
-        mine = self.rows(step)[self.rank :: self.world]
+        mine = self.mine(step)
         parts = (mine[i : i + self.micro_rows] for i in range(0, len(mine), self.micro_rows))
         return [self._batch(part) for part in parts]
-
-    def _at(self, position: int) -> tuple[str, int]:
-        name, occurrence = self.mix.at(position)
-        key = MODALITIES.index(name) if name in MODALITIES else len(MODALITIES)
-        return name, order.shuffled(len(self._rows[name]), occurrence, self.seed, key)
 
     def _batch(self, rows: Sequence[tuple[str, int]]) -> Batch:
         read = [self._rows[name][row] for name, row in rows]

@@ -86,6 +86,23 @@ class Mix:
         return pattern
 
 
+class RowOrder:
+    """The endless sequence of rows that training reads: which modality's, and which of its rows, at every position.
+
+    Within the mix, each modality's rows are shuffled anew whenever they have all been seen; a short source repeats.
+    """
+
+    def __init__(self, weights: Mapping[str, float], counts: Mapping[str, int], seed: int) -> None:
+        """`weights`: of each modality, by row; `counts`: rows that it has."""
+        self.mix, self.counts, self.seed = Mix(weights), counts, seed
+
+    def at(self, position: int) -> tuple[str, int]:
+        """Modality and row number."""
+        name, occurrence = self.mix.at(position)
+        key = MODALITIES.index(name) if name in MODALITIES else len(MODALITIES)
+        return name, shuffled(self.counts[name], occurrence, self.seed, key)
+
+
 def shuffled(count: int, occurrence: int, *key: int) -> int:
     """Which of `count` rows is taken at the n-th `occurrence`: each once an epoch, shuffled anew for every epoch."""
     epoch, place = divmod(occurrence, count)

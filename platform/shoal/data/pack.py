@@ -56,6 +56,7 @@ class Packer:
         self.tokens = 0  # given to `add`
         self.cut = 0  # of them, lost: the text beyond what fits beside an image
         self.padded = 0  # places of rows that hold nothing
+        self.lengths: Counter[int] = Counter()  # bits of a document's length in tokens -> documents
         self._stock: defaultdict[int, deque[_Piece]] = defaultdict(deque)  # by length
         self._stocked = 0  # tokens in it
 
@@ -63,6 +64,7 @@ class Packer:
         """Take one document; yields the rows that became full."""
         ids, patches = np.asarray(document.ids, dtype=np.int32), document.patches
         self.tokens += len(ids)
+        self.lengths[len(ids).bit_length()] += 1
         if patches is not None and len(ids) > self.length:
             self.cut += len(ids) - self.length
             ids = self._beside_image(ids)

@@ -80,6 +80,14 @@ class Index:
         """Sum of ``rows``, ``tokens`` or ``text_bytes`` over those shards."""
         return sum(getattr(s, what) for s in self.of(split, modality))
 
+    def fill(self, split: str, modality: str) -> float:
+        """Mean tokens of a row, padding not counted."""
+        return self.total("tokens", split, modality) / max(1, self.total("rows", split, modality))
+
+    def row_mix(self, split: str, mix: Mapping[str, float]) -> dict[str, float]:
+        """Weights by row that give the shares by token of `mix`: rows that hold less are read more often."""
+        return {modality: share / self.fill(split, modality) for modality, share in mix.items() if share}
+
 
 def write_index(directory: Path, index: Index) -> None:
     """Complete the corpus: from now on it can be opened."""

@@ -33,8 +33,8 @@ def corpus(tmp_path_factory, png, config: ModelConfig) -> Path:
         (raw / f"{number}.py").write_text(body)
         (raw / f"p{number}.png").write_bytes(png((number, 4 * number, 9)))
     files = list_files(SourceSpec("raw", str(raw)))
-    identities, _ = parts.read_part(files, out / "part")
-    (splits,), _ = parts.choose([identities], 0)
+    found = parts.read_part(files, out / "part")
+    (splits,), _ = parts.choose([found.identities], 0)
     Tokenizer.bytes_only().save(out / TOKENIZER)
     packed = parts.pack_part(out / "part", splits, out, config, 0)
     write_index(out, Index(
@@ -60,12 +60,31 @@ def test_a_global_batch_is_the_same_at_any_world_size(corpus: Path, world: int) 
         assert torch.equal(merged, whole)
 
 
-def test_the_mix_is_kept_and_every_row_is_seen_before_one_repeats(corpus: Path) -> None:
+def test_the_mix_is_kept_by_token_however_full_the_rows_are(corpus: Path) -> None:
+    tokens: Counter[str] = Counter()
+    for step in range(84):  # some 1,000 rows
+        batch = make(corpus).at(step)[0]
+        for name, docs in zip(batch.modalities, batch.docs, strict=True):
+            tokens[name] += int((docs >= 0).sum())
+    assert {name: tokens[name] / tokens.total() for name in MIX} == pytest.approx(MIX, abs=0.01)
+
+
+def test_every_row_is_seen_before_one_repeats(corpus: Path) -> None:
     batches = make(corpus)
     seen = Counter(row for step in range(100) for row in batches.rows(step))
     by = {name: [n for (of, _), n in seen.items() if of == name] for name in MIX}
-    assert {name: sum(counts) / 1200 for name, counts in by.items()} == pytest.approx(MIX, abs=0.01)
     assert all(max(counts) - min(counts) <= 1 for counts in by.values())
+
+
+def test_200_steps_read_the_same_rows_at_world_sizes_1_2_and_4(corpus: Path) -> None:
+    def ids(world: int) -> list[list[tuple[str, int]]]:
+        ranks = [make(corpus, rank=rank, world=world, micro_rows=1) for rank in range(world)]
+        return [
+            [row for some in zip(*(r.mine(step) for r in ranks), strict=True) for row in some] for step in range(200)
+        ]
+
+    whole = ids(1)
+    assert whole == ids(2) == ids(4) and len({row for step in whole for row in step}) > 50
 
 
 def test_a_target_is_the_next_token_of_the_same_document_and_never_a_patch(corpus: Path) -> None:

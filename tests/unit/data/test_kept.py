@@ -17,11 +17,12 @@ from shoal.data.shards import Shard
 SHARD = Shard("a.arrow", "train", "text", 3, 90, 400, 1234, "ab", {"s": 90}, ("MIT", "CC0"))
 CHAT = Chat(turns([{"type": "text", "text": "q"}], "a"), "code", "s", "MIT", synthetic=True)
 PACKED = Packed(
-    [SHARD],
-    {"read": Counter({"empty": 2})},
-    Counter({("train", "text", "s", "MIT"): 3}),
-    Counter(cut=1),
-    [("train", CHAT)],
+    shards=[SHARD],
+    drops={"read": Counter({"empty": 2})},
+    documents=Counter({("train", "text", "s", "MIT"): 3}),
+    packing=Counter(cut=1),
+    lengths=Counter({("text", 5): 3}),
+    chats=[("train", CHAT)],
 )
 
 
