@@ -101,8 +101,11 @@ def test_the_report_adds_up_and_is_what_lies_in_the_folder(corpus: tuple[Path, d
     assert report["sources"]["lib"]["licenses"] == ["MIT"] and index.mix == MIX
     places = PRESET.model.train_length * sum(n for split in report["rows"].values() for n in split.values())
     assert report["packing"]["padding"] == pytest.approx(1 - sum(by_source.values()) / places)
-    epoch = sum(report["rows"]["train"].values())
-    assert report["passes"]["image"] == pytest.approx(0.2 * epoch / report["rows"]["train"]["image"], abs=0.01)
+    read = {name: passes * report["tokens"]["train"][name] for name, passes in report["passes"].items()}  # in an epoch
+    assert {name: tokens / sum(read.values()) for name, tokens in read.items()} == pytest.approx(MIX, abs=0.01)
+    assert report["realised_mix"] == pytest.approx(MIX, abs=0.01)
+    lengths = {name: sum(of.values()) for name, of in report["lengths"].items()}
+    assert lengths == {name: sum(report["documents"][split][name] for split in ("train", "heldout")) for name in MIX}
     assert not [p.name for p in out.iterdir() if p.name.startswith(".")]
 
 
@@ -120,8 +123,10 @@ def test_the_heldout_side_was_never_seen_by_training(corpus: tuple[Path, dict]) 
 
 def test_training_reads_what_was_prepared(corpus: tuple[Path, dict]) -> None:
     out, report = corpus
-    batch = PretrainBatches(out, batch_rows=20).at(0)[0]
-    assert {name: batch.modalities.count(name) / 20 for name in MIX} == MIX
+    batch = PretrainBatches(out, batch_rows=200).at(0)[0]
+    tokens = {name: sum(int((docs >= 0).sum()) for of, docs in zip(batch.modalities, batch.docs, strict=True) if of == name)
+              for name in MIX}  # fmt: skip
+    assert {name: n / sum(tokens.values()) for name, n in tokens.items()} == pytest.approx(MIX, abs=0.02)
     tokenizer = Tokenizer.load(out / TOKENIZER)
     chats = ChatBatches(out / "sft-train.jsonl", tokenizer, PRESET.model, batch_tokens=400, parts=2)
     assert chats.report["refused"] == {}
