@@ -19,7 +19,7 @@ from rich.console import Console
 
 from shoal import presets
 from shoal.bench.commands import bench
-from shoal.errors import ConfigError, ShoalError, UsageError
+from shoal.errors import ShoalError, UsageError
 
 app = typer.Typer(
     help="Train and serve language models that choose their own depth.",
@@ -67,37 +67,36 @@ def quickstart(
 
 @app.command()
 def prepare(
-    out_dir: Out,
+    out_dir: Annotated[str, typer.Option("--out", help="Directory to write, or s3://BUCKET/PREFIX.")],
     source: Annotated[
-        list[str] | None, typer.Option(help="NAME=URI of a folder or file; repeat. [the demo corpus]")
+        list[str] | None, typer.Option(help="NAME=URI of a folder, a file or s3://...; repeat. [the demo corpus]")
     ] = None,
     mix: Annotated[str | None, typer.Option(help="Shares by token [text=60,image=20,code=20].")] = None,
     preset: Annotated[str | None, typer.Option(help=f"One of: {', '.join(presets.NAMES)} [tiny].")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML or JSON with any of: source, mix, preset, seed; options override it.")
+        Path | None,
+        typer.Option(help="YAML or JSON with any of: source, mix, preset, seed, operators, s3; options override it."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of split, order and packing [0].")] = None,
     as_json: Json = False,
 ) -> None:
     """Raw text, code and images to packed shards, with a tokenizer and a report."""
-    from shoal.data.documents import SourceSpec
     from shoal.data.order import parse_mix
+    from shoal.data.settings import prepare_config
     from shoal.on_ray.prepare import prepare as run
     from shoal.on_ray.resources import local_ray
     from shoal.progress import progress
 
-    options: dict[str, Any] = {"source": [], "mix": "text=60,image=20,code=20", "preset": "tiny", "seed": 0}
-    options |= _known(config, options) if config is not None else {}
-    given = {"source": source, "mix": mix, "preset": preset, "seed": seed}
-    options |= {key: value for key, value in given.items() if value is not None}
-    named = [options["source"]] if isinstance(options["source"], str) else options["source"]
+    asked = prepare_config(config, source=source, mix=mix, preset=preset, seed=seed)
     with local_ray(), progress("prepare") as tell:
         report = run(
             out_dir,
-            sources=[SourceSpec.parse(text) for text in named] or None,
-            mix=parse_mix(options["mix"]),
-            preset=presets.get(options["preset"]),
-            seed=options["seed"],
+            sources=asked.source or None,
+            mix=parse_mix(asked.mix),
+            preset=presets.get(asked.preset),
+            seed=asked.seed,
+            operators=asked.operators,
+            s3=asked.s3,
             on_progress=tell,
         )
     _print(report, as_json, f"shards in {out_dir}")
@@ -344,17 +343,6 @@ def _serve_here(model: Path, name: str | None, host: str, port: int, api_keys: P
 def _ready(url: str, page: bool) -> None:
     at = f"   chat page {url}/ui" if page else ""
     out.print(f"API {url}/v1{at}   (Ctrl-C ends it)", highlight=False, soft_wrap=True)
-
-
-def _known(path: Path, options: dict[str, Any]) -> dict[str, Any]:
-    from shoal.config import read_file
-    from shoal.errors import did_you_mean
-
-    values = read_file(path)
-    for key in values:
-        if key not in options:
-            raise ConfigError(f"unknown key {key} in {path}", allowed=sorted(options), do=did_you_mean(key, options))
-    return values
 
 
 def _print(result: Any, as_json: bool, line: str) -> None:

@@ -37,6 +37,7 @@ SAME_WORDS = 0.8  # share of the words, counted, that near copies have in common
 SAME_GRAMS = 0.2  # ... and of the 5-grams: every changed word breaks five
 CHUNK = 4096  # 5-grams hashed at once
 
+_APART = {"text": 0, "code": 0x5BD1E995}  # a module and the page of its docstrings are no copies of each other
 _START = MinHash(num_perm=BANDS * WIDTH, seed=1, hashfunc=int, scheme="affine32")
 
 
@@ -48,7 +49,8 @@ def signature(document: Document) -> np.ndarray | None:
     found = words(document.text)
     if len(found) < LEAST_WORDS:
         return None
-    some, minhash = np.unique(grams(found, GRAM)) & np.uint64(0xFFFFFFFF), _START.copy()
+    some = np.unique(grams(found, GRAM) ^ np.uint64(_APART[document.modality])) & np.uint64(0xFFFFFFFF)
+    minhash = _START.copy()
     for start in range(0, len(some), CHUNK):
         minhash.update_batch(some[start : start + CHUNK].tolist())
     return np.concatenate([[len(found)], minhash.hashvalues]).astype(np.uint32)

@@ -54,7 +54,7 @@ class S3:
             import boto3
             from botocore.config import Config
         except ImportError as error:
-            raise ResourceError("s3:// needs boto3 to copy corpora", do="pip install 'shoal[s3]'") from error
+            raise no_boto() from error
         here = self.resolved()
         retries = {"mode": "standard", "max_attempts": ATTEMPTS}
         config = Config(retries=retries, connect_timeout=SECONDS, read_timeout=SECONDS)
@@ -70,19 +70,35 @@ def split(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-def fault(uri: str, error: OSError) -> DataError:
-    """What went wrong at `uri`, as one line that a person can act on."""
+def no_boto() -> ResourceError:
+    """What to say where boto3 is not installed."""
+    return ResourceError("s3:// needs boto3 to copy corpora", do="pip install 'shoal[s3]'")
+
+
+def fault(uri: str, error: Exception) -> DataError:
+    """What went wrong at `uri`, as one line that a person can act on; `error` is pyarrow's or boto3's."""
     text = str(error)
-    known = {
-        "NO_SUCH_BUCKET": ("the bucket does not exist", "check the name and the region"),
-        "ACCESS_DENIED": ("access is denied", "check the credentials (environment, ~/.aws or the machine's role)"),
-        "SLOW_DOWN": (f"S3 still asked to slow down after {ATTEMPTS} attempts", "wait, and run it again"),
-        "NETWORK_CONNECTION": ("S3 does not answer", "check the endpoint and the network"),
-    }
-    for code, (what, do) in known.items():
-        if code in text:
+    for codes, (what, do) in _FAULTS.items():
+        if any(code in text for code in codes):
             return DataError(f"{uri}: {what}", do=do)
     return DataError(f"{uri}: S3 failed", got=text.splitlines()[0][:200], do="check endpoint, region and credentials")
+
+
+_FAULTS = {
+    ("NO_SUCH_BUCKET", "NoSuchBucket", "(404)"): ("the bucket does not exist", "check the name and the region"),
+    ("ACCESS_DENIED", "AccessDenied", "(403)", "credentials"): (
+        "access is denied",
+        "check the credentials (environment, ~/.aws or the machine's role)",
+    ),
+    ("SLOW_DOWN", "SlowDown", "(503)"): (
+        f"S3 still asked to slow down after {ATTEMPTS} attempts",
+        "wait, and run it again",
+    ),
+    ("NETWORK_CONNECTION", "Could not connect", "timed out"): (
+        "S3 does not answer",
+        "check the endpoint and the network",
+    ),
+}
 
 
 @lru_cache

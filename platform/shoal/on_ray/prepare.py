@@ -29,7 +29,7 @@ import ray.data
 from ray.exceptions import RayTaskError
 
 from shoal.config import ModelConfig, Preset, dump
-from shoal.data import card, decontaminate, demo, near, parts, service
+from shoal.data import card, decontaminate, demo, near, parts, remote, service
 from shoal.data.documents import SourceSpec
 from shoal.data.files import File, list_files
 from shoal.data.kept import code_digest, digest, kept
@@ -57,7 +57,7 @@ Progress = Callable[[str, int, int], None]  # what, done, total
 
 
 def prepare(
-    out: Path,
+    out: str | Path,
     *,
     sources: Sequence[SourceSpec] | None,
     mix: Mapping[str, float],
@@ -73,6 +73,9 @@ def prepare(
     that was finished for the same request is not made again. Raises DataError for a source that is missing, empty or of no
     use, and when `out` holds the corpus of another request; ResourceError when the disk is too small.
     """
+    if remote.is_remote(out):
+        ask = {"sources": sources, "mix": mix, "preset": preset, "seed": seed, "operators": operators}
+        return _prepare_remote(str(out), s3, ask, on_progress)
     out, start = Path(out).absolute(), time.monotonic()
     if sources is None:
         out.mkdir(parents=True, exist_ok=True)
@@ -129,6 +132,17 @@ def prepare(
         clear(out, keep={shard.file for shard in index.shards})  # of other requests, and what was half written
         write_index(out, index)
         shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def _prepare_remote(out: str, s3: S3, ask: Mapping[str, Any], on_progress: Progress) -> dict[str, Any]:
+    """Made in a local folder, then copied; one that is there is looked at as a local one would be."""
+    there = remote.exists(out, s3)  # asked first, so that hours of work do not end at a bucket that is not there
+    folder = remote.local(out, s3) if there else remote.staging(out)
+    report = prepare(folder, **ask, s3=s3, on_progress=on_progress)
+    if not there:
+        remote.upload(folder, out, s3, on_progress)
+        shutil.rmtree(folder, ignore_errors=True)
     return report
 
 

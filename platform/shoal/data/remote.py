@@ -1,0 +1,145 @@
+"""Finished corpora in S3: made on disk and copied out whole; copied in whole before they are read, as shards are mapped.
+
+    prepare --out s3://...   staging(uri) ─> a corpus like any other ─> upload: index.json last
+    pretrain --data s3://... local(uri):  index.json first, then what it lists, checked by sha256; index.json is written last
+
+Notable: the local copy is named by the index's hash. So a corpus is fetched once by a machine, however many workers ask for
+it, and one that was made anew under the same URI is another. Copies lie in SHOAL_CACHE, or ~/.cache/shoal; removing them costs
+a download.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from shoal.data import s3
+from shoal.data.s3 import S3
+from shoal.data.shards import INDEX, open_index
+from shoal.errors import DataError
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+def is_remote(place: str | Path) -> bool:
+    return str(place).startswith(s3.SCHEME)
+
+
+def cache() -> Path:
+    """The folder of copies."""
+    return Path(os.environ.get("SHOAL_CACHE") or Path.home() / ".cache" / "shoal")
+
+
+def staging(uri: str) -> Path:
+    """The local folder in which the corpus of `uri` is made: always the same one, so that an interrupted run goes on."""
+    return cache() / "staging" / hashlib.sha256(uri.encode()).hexdigest()[:32]
+
+
+def exists(uri: str, service: S3) -> bool:
+    """Whether a finished corpus lies at `uri`. Raises DataError where that cannot be found out."""
+    bucket, key = _split(uri)
+    with _told(uri):
+        client = service.client()
+        client.head_bucket(Bucket=bucket)
+        found = client.list_objects_v2(Bucket=bucket, Prefix=f"{key}{INDEX}", MaxKeys=1)
+    return any(item["Key"] == f"{key}{INDEX}" for item in found.get("Contents", ()))
+
+
+def upload(folder: Path, uri: str, service: S3, on_progress: Progress = lambda what, done, total: None) -> None:
+    """Copy the finished corpus in `folder` to `uri`, its index last. Raises DataError."""
+    bucket, key = _split(uri)
+    open_index(folder)
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    names.sort(key=lambda name: name == INDEX)
+    sizes = [(folder / name).stat().st_size for name in names]
+    with _told(uri):
+        client, done = service.client(), 0
+        for name, size in zip(names, sizes, strict=True):
+            on_progress("upload", done, sum(sizes))
+            client.upload_file(str(folder / name), bucket, key + name)
+            done += size
+    on_progress("upload", done, sum(sizes))
+
+
+def local(place: str | Path, service: S3 | None = None) -> Path:
+    """A local folder or file as it is; of ``s3://...``, the folder of its copy, fetched when it is not there.
+
+    Raises DataError when there is no finished corpus, or what came is not what its index says.
+    """
+    if not is_remote(place):
+        return Path(place)
+    uri, service = str(place), service or S3()
+    bucket, key = _split(uri)
+    if not exists(uri, service):
+        raise DataError(f"{uri} holds no prepared corpus", do="run `shoal prepare --out` on it")
+    with _told(uri):
+        client = service.client()
+        index = client.get_object(Bucket=bucket, Key=f"{key}{INDEX}")["Body"].read()
+        folder = cache() / "corpora" / hashlib.sha256(index).hexdigest()[:32]
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            if not (folder / INDEX).is_file():
+                _fetch(client, bucket, key, folder)
+                (folder / f".{INDEX}.tmp").write_bytes(index)
+                (folder / f".{INDEX}.tmp").replace(folder / INDEX)
+                _check(folder, uri)
+    return folder
+
+
+def _fetch(client: Any, bucket: str, key: str, folder: Path) -> None:
+    """All files of a corpus but its index; it has no folders."""
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
+        for item in page.get("Contents", ()):
+            name = item["Key"][len(key) :]
+            target = folder / name
+            if name == INDEX or name != PurePosixPath(name).name or name.startswith("."):
+                continue
+            if not target.is_file() or target.stat().st_size != item["Size"]:
+                client.download_file(bucket, item["Key"], str(target))  # renamed when it is complete
+
+
+def _check(folder: Path, uri: str) -> None:
+    """Raises DataError, and takes the index back, when a shard is not the one that was made."""
+    try:
+        for shard in open_index(folder).shards:
+            with (folder / shard.file).open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != shard.sha256:
+                (folder / shard.file).unlink()
+                raise DataError(f"{uri}: sha256 of {shard.file}", got=found, allowed=shard.sha256, do="upload it again")
+    except DataError:
+        (folder / INDEX).unlink(missing_ok=True)
+        raise
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """Bucket, and the prefix with a slash at its end or empty."""
+    bucket, key = s3.split(uri)
+    return bucket, f"{key.strip('/')}/" if key.strip("/") else ""
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time fetches; the others wait for it, and find it done."""
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _told(uri: str) -> Iterator[None]:
+    """Faults of boto3 become a DataError of one line."""
+    try:
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError as error:
+        raise s3.no_boto() from error
+    try:
+        yield
+    except (BotoCoreError, Boto3Error, ClientError) as error:
+        raise s3.fault(uri, error) from error
