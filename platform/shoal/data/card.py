@@ -72,7 +72,7 @@ def write(directory: Path, report: Mapping[str, Any]) -> None:
     page.write(
         Path(__file__).with_name("card.html"),
         directory / CARD,
-        r={"title": f"Corpus {directory.name}", **report},
+        r={"title": f"Data card of {directory.name}", **report},
         facts=_facts(report),
         modalities=[m for m in MODALITIES if m in report["mix"] or m in report["tokens"]["heldout"]],
         lengths=_length_rows(report["lengths"]),
@@ -151,7 +151,9 @@ def _histogram(lengths: Mapping[tuple[str, int], int]) -> Counts:
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     documents, tokens = (sum(sum(report[what][s].values()) for s in SPLITS) for what in ("documents", "tokens"))
-    dropped = sum(sum(reasons.values()) for reasons in report["drops"].values())
+    dropped = sum(
+        sum(of.values()) for operator, of in report["drops"].items() if operator != "recipe"
+    )  # that drops chats
     return [
         (page.number(documents, "count"), "documents kept"),
         (page.number(dropped, "count"), "left out, with a reason"),
