@@ -26,6 +26,7 @@ from shoal.engine.pages import Pages
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Sequence
+from shoal.engine.speculative import Switch, accept
 from shoal.engine.text import TextStream
 from shoal.errors import DeadlineError, GenerationError, QueueFullError, RequestError
 from shoal.inputs.tokenizer import END_ID, Tokenizer
@@ -39,6 +40,11 @@ def next_token(tokens: list[int]) -> int:
     """What the fake model says after `tokens`: often a low id, so that answers of different requests meet."""
     value = zlib.crc32(bytes(token % 256 for token in tokens))
     return END_ID if value % 29 == 0 else 100 + value % 3
+
+
+def guess(tokens: list[int]) -> int:
+    """What its group 1 drafts after `tokens`: right two times out of three."""
+    return next_token(tokens) if zlib.crc32(b"draft" + bytes(token % 256 for token in tokens)) % 3 else 99
 
 
 def depth_of(tokens: list[int]) -> int:
@@ -60,27 +66,40 @@ class FakeRunner:
         self.elapse(self.spent[-1][1])
         assert [w.last for w in plan.works] == sorted((w.last for w in plan.works), reverse=True)
         assert len({w.seq.id for w in plan.works}) == len(plan.works)
+        drafts = {work: self._drafts(work) for work in plan.works}
         for work in plan.works:
-            self._work(work)
-        samples = [Sampled(next_token(w.seq.tokens)) for w in plan.samples]
+            self._work(work, [*work.seq.tokens, *drafts[work]])
+        samples = [self._sample(work, drafts[work]) for work in plan.samples]
         return Outcome(samples, [self._decision(w) for w in plan.decisions], [self._scores(w) for w in plan.scores])
 
-    def _work(self, work: Work) -> None:
-        seq = work.seq
+    def _drafts(self, work: Work) -> list[int]:
+        tokens = list(work.seq.tokens)
+        assert not work.drafts or (work.count == 1 and work.sample and work.first == 0 and work.last > 1)
+        while len(tokens) < work.reach and not work.seq.ends(draft := guess(tokens)):
+            tokens.append(draft)
+        return tokens[len(work.seq.tokens) :] if work.drafts else []
+
+    def _sample(self, work: Work, drafts: list[int]) -> Sampled:
+        tokens = work.seq.tokens
+        return accept(drafts, [Sampled(next_token([*tokens, *drafts[:i]])) for i in range(len(drafts) + 1)])
+
+    def _work(self, work: Work, tokens: list[int]) -> None:
+        """Write the rows of `work`, where `tokens` are its request's and the drafts after them."""
+        seq, end = work.seq, work.end + len(tokens) - len(work.seq.tokens)
         assert work.count > 0 and work.end <= len(seq.tokens)
         if work.first == 1:
             assert seq.held_from is not None
             assert list(range(work.start, work.end)) == [p for p in seq.held if work.start <= p < work.end]
         for j in range(work.first, work.last):
-            for p in range(work.start, work.end):
+            for p in range(work.start, end):
                 unit = int(seq.tables[j, p // PAGE])
                 assert unit != 0
                 if p >= seq.computed[j]:
                     assert self.pages._refs[unit] == 1 and unit not in self.pages._key, "a shared page is written"
-                    self.memory[unit, p % PAGE] = (j, tuple(seq.tokens[: p + 1]))
-            for p in range(work.end):
+                    self.memory[unit, p % PAGE] = (j, tuple(tokens[: p + 1]))
+            for p in range(end):
                 unit = int(seq.tables[j, p // PAGE])
-                assert self.memory.get((unit, p % PAGE)) == (j, tuple(seq.tokens[: p + 1])), "a slot of another prefix"
+                assert self.memory.get((unit, p % PAGE)) == (j, tuple(tokens[: p + 1])), "a slot of another prefix"
         if work.hold:
             seq.held += range(work.start, work.end)
 
@@ -105,7 +124,7 @@ class Harness:
     def __init__(self, units: int = 40, cost: tuple[float, float] = (0, 0), **limits: Any) -> None:
         self.now = 0.0
         self.pages = Pages(units)
-        limits = {"max_batch_tokens": 12, "max_batch": 4, "max_queue": 8} | limits
+        limits = {"max_batch_tokens": 12, "max_batch": 4, "max_queue": 8, "switch": Switch(8)} | limits
         self.scheduler = Scheduler(CONFIG, self.pages, clock=lambda: self.now, **limits)
         self.runner = FakeRunner(self.pages, self.elapse, cost)
         self.number = 0
@@ -374,7 +393,7 @@ def test_a_batch_full_of_paused_requests_lets_others_in() -> None:
 def test_a_stop_string_ends_within_its_token_and_is_not_said() -> None:
     h = Harness()
     token = TOKENIZER.encode("x")[0]
-    h.runner._work = lambda work: None  # type: ignore[method-assign]
+    h.runner._work = lambda work, tokens: None  # type: ignore[method-assign]
     request = h.submit([50], sampling=Sampling(max_tokens=9, stop=["xx"]))
     events: list[Event] = []
     while not h.scheduler.idle:
@@ -410,9 +429,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         rows=st.integers(8, 20),
         batch=st.integers(1, 4),
         cost=st.sampled_from([(0, 0), (0.1, 0.001), (0, 0.01)]),
+        drafts=st.sampled_from([0, 1, 3]),
     )
-    def build(self, units: int, rows: int, batch: int, cost: tuple[float, float]) -> None:
-        self.h = Harness(units, cost, max_batch_tokens=max(rows, batch + PAGE), max_batch=batch)
+    def build(self, units: int, rows: int, batch: int, cost: tuple[float, float], drafts: int) -> None:
+        rows = max(rows, batch + PAGE)
+        self.h = Harness(units, cost, max_batch_tokens=rows, max_batch=batch, max_queue=4, speculative=drafts)
         for _ in range(WARM_UP if cost[0] else 0):
             self.h.scheduler.pace.step(4, 8, 4 * cost[0] + 8 * cost[1])  # so that shallow-only steps come soon
         self.wanted: dict[str, tuple[list[int], int]] = {}
@@ -516,12 +537,11 @@ TestScheduler.settings = settings(max_examples=150, stateful_step_count=40, dead
 
 
 def sequence(rng: random.Random) -> SchedulerMachine:
-    """Sixty of the machine's rules in a row, and its books checked after each."""
+    """Forty of the machine's rules in a row, and its books checked after each."""
     machine = SchedulerMachine()
-    machine.build(
-        rng.randint(17, 60), rng.randint(8, 20), rng.randint(1, 4), rng.choice([(0, 0), (0.1, 0.001), (0, 0.01)])
-    )
-    for _ in range(60):
+    cost, drafts = rng.choice([(0, 0), (0.1, 0.001), (0, 0.01)]), rng.choice([0, 1, 3])
+    machine.build(rng.randint(17, 60), rng.randint(8, 20), rng.randint(1, 4), cost, drafts)
+    for _ in range(40):
         match rng.choices(["submit", "steps", "cancel", "pause", "preempt", "fail"], [8, 12, 2, 3, 2, 1])[0]:
             case "submit":
                 machine.submit(
@@ -554,6 +574,8 @@ def test_a_thousand_sequences_of_anything() -> None:
         metrics = machine.h.scheduler.metrics
         seen.update(machine.ended.values())
         seen.update(preempted=metrics.preemptions, found=metrics.prefix_hits, refused=metrics.refused)
+        seen.update(accepted=metrics.drafts_accepted, rejected=metrics.drafts - metrics.drafts_accepted)
         seen.update(shallow=sum(only for only, _ in machine.h.runner.spent), scored=len(machine.scored))
-    wanted = ["stop", "length", "cancelled", "deadline", "error", "preempted", "found", "refused", "shallow", "scored"]
-    assert all(seen[what] > 100 for what in wanted), seen
+    ends = ["stop", "length", "cancelled", "deadline", "error"]
+    for what in (*ends, "preempted", "found", "refused", "shallow", "scored", "accepted", "rejected"):
+        assert seen[what] > 100, (what, seen)
