@@ -111,10 +111,10 @@ def test_sampled_drafting_changes_no_token_whatever_the_options(depth: str) -> N
 
 def test_an_answer_ends_where_it_would_without_drafts() -> None:
     """By the end token, a stop token, max_tokens and a stop string, each somewhere inside what was drafted."""
-    for seed in range(4):
+    for seed in range(2):
         base = dataclasses.replace(RICH, seed=seed, max_tokens=24, logprobs=None)
         whole = undrafted(Request(prompt(seed), base, depth="full"))
-        for at in (3, 6, 7, 12):
+        for at in (5 + seed, 12):
             cut = [
                 dataclasses.replace(base, max_tokens=at),
                 dataclasses.replace(base, stop_token_ids=[whole.tokens[at]]),
@@ -129,7 +129,7 @@ def test_an_answer_ends_where_it_would_without_drafts() -> None:
 
 def test_grammar_and_drafts_together() -> None:
     for kind, spec in (("regex", "(ab?c)+[0-9]{2,9}"), ("choice", ("yes", "no", "yesterday"))):
-        for seed in range(4):
+        for seed in range(2):
             sampling = Sampling(guided=Guide(kind, spec), seed=seed, max_tokens=20)  # type: ignore[arg-type]
             request = Request(prompt(seed), sampling, depth="full")
             e = engine()
@@ -148,10 +148,9 @@ def test_a_batch_with_preemption_chunks_and_depths_changes_no_token(limits: dict
         for seed in range(7)
     ]
     e = engine(**limits)
-    for request, got in zip(requests, run(e, requests), strict=True):
-        same(
-            got, undrafted(dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, speculative=0)))
-        )
+    none = [dataclasses.replace(r, sampling=dataclasses.replace(r.sampling, speculative=0)) for r in requests]
+    for got, wanted in zip(run(e, requests), run(Engine(EAGER), none), strict=True):
+        same(got, wanted)
     if "units" in limits:
         assert e.stats()["num_preemptions_total"] > 0
     assert e.stats()["spec_decode_num_accepted_tokens_total"] > 0
@@ -160,7 +159,7 @@ def test_a_batch_with_preemption_chunks_and_depths_changes_no_token(limits: dict
 def test_what_is_cancelled_or_paused_while_drafting_leaves_nothing_behind() -> None:
     rng = random.Random(1)
     wanted = [undrafted(Request(prompt(seed), dataclasses.replace(RICH, seed=seed))).tokens for seed in range(4)]
-    for round_ in range(4):
+    for round_ in range(2):
         e = engine(units=1 + 4 * 24)
         requests = [Request(prompt(seed), dataclasses.replace(RICH, seed=seed, logprobs=None)) for seed in range(4)]
         ids = [e.submit(request) for request in requests]
