@@ -159,16 +159,23 @@ class TrainConfig:
     exit_weights: tuple[float, ...] = (0.15, 0.25, 1.0)  # loss weight of each exit, shallowest first
     exit_warmup: float = 0.2  # share of the run in which the early exits' weights rise from 0
     patch_weight: float = 0.5  # weight of the next-patch loss beside the cross-entropy
+    # One early exit an update, in turn, its weight times their number: one early head instead of all (arXiv 2404.16710).
+    rotate_exits: Literal["auto", "on", "off"] = "auto"  # auto: where the vocabulary is above 8192
+    # Weight of KL(full depth || exit) beside each early exit's cross-entropy; full depth is not pulled towards the exit.
+    distill: float = 0.0  # 0.5 late in a run makes exits agree more with full depth; 0: off
+    layer_dropout: float = 0.0  # chance that an update leaves out the last layer; layer l: (2^(l/(L-1)) - 1) of it; 0: off
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "clip", "batch_tokens", "accumulate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"train.{name}", got=getattr(self, name), allowed="a positive number")
-        for name in ("min_lr_ratio", "warmup", "decay", "exit_warmup"):
+        for name in ("min_lr_ratio", "warmup", "decay", "exit_warmup", "layer_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train.{name}", got=getattr(self, name), allowed="0 to 1")
-        for name in ("weight_decay", "patch_weight"):
+        if self.rotate_exits not in ("auto", "on", "off"):
+            raise ConfigError("train.rotate_exits", got=self.rotate_exits, allowed="auto, on, off")
+        for name in ("weight_decay", "patch_weight", "distill"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"train.{name}", got=getattr(self, name), allowed="0 or more")
         if self.warmup + self.decay > 1:

@@ -6,6 +6,7 @@ Letters: B rows, T tokens, N new tokens of many requests (one row each), D width
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -141,13 +142,14 @@ class Group(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.config = config
-        first = index * config.group_layers
-        self.blocks = nn.ModuleList(Block(config, first + j) for j in range(config.group_layers))
+        self.first = index * config.group_layers
+        self.blocks = nn.ModuleList(Block(config, self.first + j) for j in range(config.group_layers))
 
-    def forward(self, x: Tensor, layout: Layout, rope: Rope) -> Tensor:
-        """x [B, T, D] after these layers."""
-        for block in self.blocks:
-            x = block(x, layout, rope)
+    def forward(self, x: Tensor, layout: Layout, rope: Rope, skip: Collection[int] = ()) -> Tensor:
+        """x [B, T, D] after these layers, but for those in `skip`."""
+        for layer, block in enumerate(self.blocks, self.first):
+            if layer not in skip:
+                x = block(x, layout, rope)
         return x
 
     def paged(self, x: Tensor, step: PagedStep, cache: GroupCache) -> Tensor:

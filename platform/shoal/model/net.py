@@ -9,7 +9,7 @@ Letters: B rows, T tokens, D width, V vocabulary, n patches, p patch side in pix
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -82,10 +82,12 @@ class Net(nn.Module):
         grid: Tensor | None = None,
         docs: Tensor | None = None,
         exits: Iterable[int] | None = None,
+        skip: Collection[int] = (),
     ) -> dict[int, Tensor]:
         """Hidden states [B, T, D] (before the exit's norm) at each of `exits` (default: full depth), tokens [B, T].
 
         `docs` [B, T]: document ids; documents of one row never see each other. Runs no deeper than the deepest exit.
+        `skip`: layers to leave out, in training.
         """
         wanted = set(exits) if exits is not None else {self.config.layers}
         c = self.config
@@ -96,7 +98,7 @@ class Net(nn.Module):
         rope = rope_tables(layout.positions, c, x.dtype)
         hidden: dict[int, Tensor] = {}
         for index, group in enumerate(self.groups):
-            x = group(x, layout, rope)
+            x = group(x, layout, rope, skip)
             layers = (index + 1) * c.group_layers
             if layers in wanted:
                 hidden[layers] = x

@@ -73,7 +73,7 @@ def line(record: Record) -> str:
     r = record
     match r["kind"]:
         case "step":
-            exits = " ".join(f"{value:6.3f}" for value in r["ce"])
+            exits = " ".join(_number(value, 6, 3) for value in r["ce"])
             return (
                 f"step {r['step']:>6} {r['progress']:6.1%}  loss {r['loss']:7.4f}  exits {exits}  patch {r['patch']:6.4f}  "
                 f"bpb {_number(r['bpb'], 6, 3)}  lr {r['rate']:.2e}  norm {r['grad_norm']:6.2f}  "

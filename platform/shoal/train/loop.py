@@ -29,7 +29,15 @@ from shoal.train.heldout import Bpb, measure
 from shoal.train.log import Report, Speaker, ignore
 from shoal.train.loss import LossModel
 from shoal.train.meter import Meter, matmul_rate
-from shoal.train.optim import exit_weights, learning_rate, make_optimizer, trained_exits
+from shoal.train.optim import (
+    exit_weights,
+    learning_rate,
+    left_out,
+    make_optimizer,
+    one_early_exit,
+    rotates,
+    trained_exits,
+)
 from shoal.train.parallel import Ranks, shard_
 from shoal.train.plan import FitPlan, progress
 from shoal.train.step import update
@@ -61,7 +69,8 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
     optimizer = make_optimizer(model, plan.train)
     run = _Run(plan, ranks, model, optimizer, say)
     state = run.resume()
-    meter = Meter(plan.model, matmul_rate(ranks.device), ranks.world)
+    heads = min(2, len(model.exits)) if rotates(plan.model, plan.train) else len(model.exits)
+    meter = Meter(plan.model, matmul_rate(ranks.device), ranks.world, heads=heads)
     say("start", _summary(plan, ranks, meter), step=state.step)
 
     clock = Clock(ranks, state.seconds)
@@ -72,7 +81,12 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
         end = state.seconds + clock.last_step
         done = progress(plan, step=state.step + 1, seconds=end, steps_in_epoch=feed.steps_in_epoch)
         rate, weights = learning_rate(done, plan.train), exit_weights(done, plan.train)
-        result = update(model, optimizer, batches, config=plan.train, weights=weights, rate=rate, ranks=ranks)
+        if rotates(plan.model, plan.train):
+            weights = one_early_exit(weights, state.step)
+        skip = left_out(plan.model, plan.train, state.step)
+        result = update(
+            model, optimizer, batches, config=plan.train, weights=weights, rate=rate, ranks=ranks, skip=skip
+        )
         state.step, state.tokens, state.cursor = (
             state.step + 1,
             state.tokens + result.tokens,

@@ -4,12 +4,16 @@ Sums, never means: `step` divides by the counts of the whole global batch, so th
 does not change the gradient. `LossModel` is the root that FSDP shards, so that the tied head, which the loss calls, is
 gathered once with the root and not at every exit.
 
+What an update may leave out or add (an exit that is not its turn, layers, self-distillation) is decided by `optim`, from seed
+and step alone, so that all ranks and a resumed run do the same.
+
 Letters: B rows, T tokens, E exits, D width, V vocabulary, n patches, M places that take a cross-entropy, p patch side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -27,7 +31,8 @@ PATCH_EPS = 1e-2  # added to a patch's variance: blank patches must not turn int
 class Sums(NamedTuple):
     """What `LossModel` returns. A NamedTuple because FSDP finds the outputs it must hook through pytree."""
 
-    ce: Tensor  # [E, B] cross-entropy of each row, nats, summed over its targets
+    ce: Tensor  # [E, B] cross-entropy of each row, nats, summed over its targets; 0 at an exit that was left out
+    kl: Tensor  # [E] KL(full depth || exit), nats, summed over all targets; 0 where it was not asked for
     patch: Tensor  # [] squared error of the predicted patches, each the mean over its values
 
 
@@ -39,34 +44,60 @@ class LossModel(nn.Module):
         self.net = net
         self.exits = tuple(net.config.exits if exits is None else exits)
 
-    def forward(self, tokens: Tensor, targets: Tensor, docs: Tensor, patches: Tensor, grid: Tensor) -> Sums:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        docs: Tensor,
+        patches: Tensor,
+        grid: Tensor,
+        *,
+        exits: Sequence[int] | None = None,
+        skip: Collection[int] = (),
+        distill: bool = False,
+    ) -> Sums:
         """tokens, targets (-1: no loss) and docs (-1: padding) [B, T]; patches [n, 3p^2] uint8 in the order of their
-        tokens, grid [n, 2]."""
-        net = self.net
-        hidden = net(tokens, patches, grid, docs, exits={*self.exits, net.config.layers})
+        tokens, grid [n, 2]. `exits`: those of the model's whose loss is taken (default: all); `skip`: layers to leave out;
+        `distill`: also compare the early exits with full depth. All ranks must be given the same."""
+        net, last = self.net, self.net.config.layers
+        hidden = net(tokens, patches, grid, docs, exits={*self.exits, last}, skip=skip)
         rows, columns = (targets >= 0).nonzero(as_tuple=True)  # the head is a large part of the work: only where needed
-        wanted = targets[rows, columns]
-        ce = torch.stack([self._row_sums(hidden[e][rows, columns], wanted, rows, len(tokens), e) for e in self.exits])
-        patch = self._patch_error(hidden[net.config.layers], tokens, docs, patches)
+        wanted, at = targets[rows, columns], {e: h[rows, columns] for e, h in hidden.items()}
+        teacher = at[last].detach() if distill else None
+        parts = [_exact(at[last].new_zeros(2, len(tokens)))] * len(self.exits)
+        for place, e in enumerate(self.exits):
+            if exits is None or e in exits:
+                found = self._losses(at[e], wanted, e, teacher if e != last else None)
+                parts[place] = parts[place].index_add(1, rows, found)
+        ce, kl = torch.stack(parts).unbind(1)
+        patch = self._patch_error(hidden[last], tokens, docs, patches)
         # A micro-batch without images must still give the patch parameters a gradient (of zero): under FSDP a rank
         # that leaves some out would make the others wait for ever.
         nothing = net.embed_patches(patches[:0], grid[:0]).sum()
-        return Sums(ce, patch + nothing)
+        return Sums(ce, kl.sum(1), patch + nothing)
 
-    def _row_sums(self, hidden: Tensor, wanted: Tensor, rows: Tensor, count: int, layers: int) -> Tensor:
-        """[B]: cross-entropy of `hidden` [M, D] against `wanted` [M], added up by row."""
+    def _losses(self, hidden: Tensor, wanted: Tensor, layers: int, teacher: Tensor | None) -> Tensor:
+        """[2, M]: cross-entropy of `hidden` [M, D] against `wanted` [M], and KL(full depth || this exit) where `teacher`
+        [M, D], full depth's states, is given."""
         at_once = max(1, LOGITS_AT_ONCE // self.net.config.vocab)
         if len(wanted) <= at_once:
-            nll = self._nll(hidden, wanted, layers)
-        else:
-            parts = zip(hidden.split(at_once), wanted.split(at_once), strict=True)
-            nll = torch.cat([checkpoint(self._nll, h, w, layers, use_reentrant=False) for h, w in parts])
-        return nll.new_zeros(count).index_add(0, rows, nll)
+            return self._losses_at_once(hidden, wanted, layers, teacher)
+        taught = teacher.split(at_once) if teacher is not None else repeat(None)
+        parts = zip(hidden.split(at_once), wanted.split(at_once), taught, strict=False)
+        return torch.cat(
+            [checkpoint(self._losses_at_once, h, w, layers, t, use_reentrant=False) for h, w, t in parts], dim=1
+        )
 
-    def _nll(self, hidden: Tensor, wanted: Tensor, layers: int) -> Tensor:
-        """[M] in fp32 or better."""
-        logits = self.net.head(hidden, layers)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted, reduction="none")
+    def _losses_at_once(self, hidden: Tensor, wanted: Tensor, layers: int, teacher: Tensor | None) -> Tensor:
+        """[2, M] in fp32 or better."""
+        logits = _exact(self.net.head(hidden, layers))
+        nll = F.cross_entropy(logits, wanted, reduction="none")
+        if teacher is None:
+            return torch.stack([nll, torch.zeros_like(nll)])
+        with torch.no_grad():
+            full = _exact(self.net.head(teacher, self.net.config.layers)).log_softmax(-1)
+        kl = F.kl_div(logits.log_softmax(-1), full, reduction="none", log_target=True).sum(-1)
+        return torch.stack([nll, kl])
 
     def _patch_error(self, hidden: Tensor, tokens: Tensor, docs: Tensor, patches: Tensor) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
@@ -74,6 +105,10 @@ class LossModel(nn.Module):
         last = self.net.config.layers
         guess = self.net.patch_head(self.net.exit_norms[str(last)](hidden[where]))
         return (guess.to(exact) - target).square().mean(-1).sum()
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def predicted_patches(tokens: Tensor, docs: Tensor) -> Tensor:

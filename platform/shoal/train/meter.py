@@ -12,9 +12,9 @@ from shoal.model.cost import flops_per_token
 BACKWARD = 2  # a backward pass costs twice its forward
 
 
-def training_flops(config: ModelConfig) -> int:
-    """Floating-point operations to train on one token, at the training length."""
-    early = 2 * config.vocab * config.width * (len(config.exits) - 1)  # the heads of the early exits
+def training_flops(config: ModelConfig, heads: int | None = None) -> int:
+    """Floating-point operations to train on one token, at the training length, with `heads` exits' losses (default: all)."""
+    early = 2 * config.vocab * config.width * ((len(config.exits) if heads is None else heads) - 1)
     return (1 + BACKWARD) * (flops_per_token(config, config.train_length) + early)
 
 
@@ -36,8 +36,10 @@ def matmul_rate(device: torch.device, seconds: float = 0.1, size: int = 512) -> 
 class Meter:
     """Tokens a second, smoothed over the last steps, and the share of the matmul rate that they amount to."""
 
-    def __init__(self, config: ModelConfig, rate: float, world: int, memory: float = 0.9) -> None:
-        self.flops_per_token, self.rate, self.memory = training_flops(config), rate * world, memory
+    def __init__(
+        self, config: ModelConfig, rate: float, world: int, memory: float = 0.9, heads: int | None = None
+    ) -> None:
+        self.flops_per_token, self.rate, self.memory = training_flops(config, heads), rate * world, memory
         self._tokens = self._seconds = 0.0
 
     def add(self, tokens: int, seconds: float) -> None:

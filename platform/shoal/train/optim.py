@@ -1,14 +1,17 @@
-"""AdamW with its parameter groups, and the schedules: pure functions of the share of the run that is done."""
+"""AdamW with its parameter groups, the schedules (pure functions of the share of the run that is done), and what an update
+leaves out (pure functions of seed and step): nothing here remembers, so ranks agree and a resumed run repeats."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from shoal.config import TrainConfig
+from shoal.config import ModelConfig, TrainConfig
 
+LARGE_VOCAB = 8192  # tokens; above it the head is most of an update, and early exits take turns
 _TABLES = ("embed.weight", "row_embed", "col_embed")  # looked up, not multiplied: decay would only shrink rare rows
 
 
@@ -50,3 +53,24 @@ def exit_weights(progress: float, config: TrainConfig) -> tuple[float, ...]:
     rise = min(1.0, progress / config.exit_warmup) if config.exit_warmup > 0 else 1.0
     raw = [weight * rise for weight in config.exit_weights[:-1] if weight > 0] + [config.exit_weights[-1]]
     return tuple(weight / sum(raw) for weight in raw)
+
+
+def rotates(model: ModelConfig, config: TrainConfig) -> bool:
+    """Does an update take the loss of one early exit only?"""
+    return config.rotate_exits == "on" or (config.rotate_exits == "auto" and model.vocab > LARGE_VOCAB)
+
+
+def one_early_exit(shares: Sequence[float], step: int) -> tuple[float, ...]:
+    """`shares` with all early exits but one left out at update number `step`, in turn; its share is multiplied by their number,
+    so that over a round each exit weighs what it did."""
+    *early, last = shares
+    return (*(share * len(early) * (place == step % len(early)) for place, share in enumerate(early)), last)
+
+
+def left_out(model: ModelConfig, config: TrainConfig, step: int) -> frozenset[int]:
+    """Layers that update number `step` leaves out: layer l with chance p (2^(l/(L-1)) - 1), p = `layer_dropout`."""
+    if not config.layer_dropout:
+        return frozenset()
+    draws = random.Random(f"layer dropout, seed {config.seed}, step {step}")
+    chances = (config.layer_dropout * (2 ** (layer / (model.layers - 1)) - 1) for layer in range(model.layers))
+    return frozenset(layer for layer, chance in enumerate(chances) if draws.random() < chance)

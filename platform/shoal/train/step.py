@@ -7,7 +7,7 @@ The loss is a sum over valid targets divided by their number in the *whole* glob
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ class StepReport:
     """What one update did, over all ranks. Losses are means, in nats a target."""
 
     loss: float  # what was minimised
-    ce: tuple[float, ...]  # cross-entropy at each exit, shallowest first
+    ce: tuple[float, ...]  # cross-entropy at each exit, shallowest first; nan at one that was left out
     patch: float  # next-patch error; 0 when no patch was predicted
     bpb: float  # bits a byte at full depth, over text, code and chats; nan when there are none
     grad_norm: float  # before clipping
@@ -74,33 +74,40 @@ def update(
     weights: Sequence[float],
     rate: float,
     ranks: Ranks,
+    skip: Collection[int] = (),
 ) -> StepReport:
     """Train on one global batch, of which `batches` are this rank's micro-batches (on its device).
 
-    `weights`: share of each of the model's exits in the loss; `rate`: learning rate. Raises ShoalError, on every rank and
-    before anything is written, when the loss or a gradient is not finite.
+    `weights`: share of each of the model's exits in the loss, 0 for one that this update leaves out; `rate`: learning rate;
+    `skip`: layers that it leaves out. Raises ShoalError, on every rank and before anything is written, when the loss or a
+    gradient is not finite.
     """
     counts = count(batches, ranks)
     shares = torch.tensor(weights, device=ranks.device)
+    run = [e for e, weight in zip(model.exits, weights, strict=True) if weight > 0]
+    how = {"exits": run, "skip": skip, "distill": config.distill > 0}
     optimizer.zero_grad(set_to_none=True)
-    totals = torch.zeros(len(model.exits) + 2, dtype=torch.float64, device=ranks.device)
+    totals = torch.zeros(2 * len(model.exits) + 2, dtype=torch.float64, device=ranks.device)
     for index, batch in enumerate(batches):
         sync_gradients(model, index == len(batches) - 1)
         with precision(model, ranks):
-            sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid)
-        ce = (shares.to(sums.ce.dtype) @ sums.ce.sum(1)) / max(counts.targets, 1)
+            sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, **how)
+        by_exit = sums.ce.sum(1) + config.distill * sums.kl
+        ce = (shares.to(sums.ce.dtype) @ by_exit) / max(counts.targets, 1)
         (ce + config.patch_weight * sums.patch / max(counts.patches, 1)).backward()
         text = sums.ce[-1][text_rows(batch)].sum()
-        totals += torch.cat([sums.ce.sum(1), sums.patch[None], text[None]]).detach()
-    *ce_means, patch, text_nats = ranks.sum(totals).tolist()
-    ce_means = [value / max(counts.targets, 1) for value in ce_means]
+        totals += torch.cat([sums.ce.sum(1), by_exit, sums.patch[None], text[None]]).detach()
+    *means, patch, text_nats = ranks.sum(totals).tolist()
+    means = [value / max(counts.targets, 1) for value in means]
+    ce_means, minimised = means[: len(weights)], means[len(weights) :]
     patch /= max(counts.patches, 1)
-    loss = sum(share * value for share, value in zip(weights, ce_means, strict=True)) + config.patch_weight * patch
+    loss = sum(share * value for share, value in zip(weights, minimised, strict=True)) + config.patch_weight * patch
+    _fill_gradients(model)
     norm = gradient_norm(model)
     write(optimizer, model, loss=loss, norm=norm, rate=rate, clip=config.clip)
     return StepReport(
         loss=loss,
-        ce=tuple(ce_means),
+        ce=tuple(value if weight > 0 else math.nan for value, weight in zip(ce_means, weights, strict=True)),
         patch=patch,
         bpb=text_nats / math.log(2) / counts.text_bytes if counts.text_bytes else math.nan,
         grad_norm=norm,
@@ -108,6 +115,14 @@ def update(
         patches=counts.patches,
         tokens=counts.tokens,
     )
+
+
+def _fill_gradients(model: LossModel) -> None:
+    """A parameter that this update left out (a layer, an exit's norm) has a gradient of zero: its moments go on, alike on every
+    rank and in every checkpoint."""
+    for p in model.parameters():
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
 
 
 def gradient_norm(model: LossModel) -> float:

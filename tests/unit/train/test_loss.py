@@ -96,3 +96,62 @@ def test_a_batch_without_images_still_gives_every_parameter_a_gradient(model: Lo
     (sums.ce.sum() + sums.patch).backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert missing == []
+
+
+def test_an_exit_that_is_left_out_costs_nothing_and_takes_no_gradient(model: LossModel, batch: Batch) -> None:
+    whole = run(model, batch)
+    model.zero_grad()
+    sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, exits=(2, 4))
+    assert torch.equal(sums.ce[1:], whole.ce[1:]) and not sums.ce[0].any()
+    sums.ce.sum().backward()
+    assert model.net.exit_norms["1"].weight.grad is None and model.net.exit_norms["2"].weight.grad.any()
+
+
+@pytest.mark.parametrize("at_once", [2**25, 50 * CONFIG.vocab], ids=["whole", "in parts"])
+def test_self_distillation_is_the_divergence_from_full_depth(
+    model: LossModel, batch: Batch, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """KL(full || exit) over every target, written out; full depth takes no gradient from it."""
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    model.zero_grad()
+    sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, distill=True)
+    assert torch.allclose(sums.ce, run(model, batch).ce) and not run(model, batch).kl.any()
+    hidden = model.net(batch.tokens, batch.patches, batch.grid, batch.docs, exits=CONFIG.exits)
+    where = batch.targets >= 0
+    p = model.net.head(hidden[4], 4)[where].softmax(-1)
+    for place, e in enumerate(CONFIG.exits):
+        q = model.net.head(hidden[e], e)[where].softmax(-1)
+        torch.testing.assert_close(sums.kl[place], (p * (p / q).log()).sum(), rtol=1e-9, atol=1e-9)
+    assert sums.kl[-1] == 0 < sums.kl[0]
+    sums.kl.sum().backward()
+    assert not model.net.exit_norms["4"].weight.grad.any(), "the teacher"
+    assert not any(p.grad.any() for p in model.net.groups[3].parameters()), "and what only the teacher needs"
+    assert model.net.exit_norms["1"].weight.grad.any()
+
+
+def test_a_layer_that_is_left_out_is_not_there(model: LossModel, batch: Batch) -> None:
+    """As if its outputs were zero: the residual stream passes it by."""
+    args = (batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid)
+    skipped = model(*args, skip={1, 3})
+    silent = LossModel(Net(CONFIG).double())
+    silent.load_state_dict(model.state_dict())
+    for layer in (1, 3):
+        block = silent.net.groups[layer].blocks[0]
+        with torch.no_grad():
+            block.attention.out.weight.zero_()
+            block.mlp.down.weight.zero_()
+    torch.testing.assert_close(skipped.ce, silent(*args).ce, rtol=1e-12, atol=1e-9)
+    assert not torch.allclose(skipped.ce, run(model, batch).ce)
+
+
+def test_24_each_loss_keeps_to_its_tokens(model: LossModel, batch: Batch) -> None:
+    """The cross-entropy takes nothing from the patch head, and where there is no target (a prompt in fine-tuning) no gradient;
+    that the patch error reads patches alone stands above, written out."""
+    model.zero_grad()
+    run(model, batch).ce.sum().backward()
+    assert model.net.patch_head.weight.grad is None
+    states = torch.randn(1, 6, CONFIG.width, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([-1, -1, 40, 41, -1])
+    rows = (targets >= 0).nonzero().flatten()
+    model._losses(states[0, rows], targets[rows], 4, None)[0].sum().backward()
+    assert states.grad[0].any(-1).tolist() == [False, False, True, True, False, False]

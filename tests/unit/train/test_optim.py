@@ -8,7 +8,15 @@ from shoal import presets
 from shoal.config import TrainConfig
 from shoal.model.net import Net
 from shoal.train.loss import LossModel
-from shoal.train.optim import exit_weights, learning_rate, make_optimizer, trained_exits
+from shoal.train.optim import (
+    exit_weights,
+    learning_rate,
+    left_out,
+    make_optimizer,
+    one_early_exit,
+    rotates,
+    trained_exits,
+)
 
 CONFIG = TrainConfig(learning_rate=2e-3, warmup=0.1, decay=0.4, min_lr_ratio=0.05)
 
@@ -79,3 +87,26 @@ def test_fixed_gates_are_not_trained() -> None:
     net = Net(config)
     gates = [name for name, p in net.named_parameters() if name.endswith("gate") and p.requires_grad]
     assert gates == [] and len(trained) == sum(p.requires_grad for p in net.parameters())
+
+
+def test_early_exits_take_turns_and_weigh_what_they_did() -> None:
+    shares = (0.1, 0.2, 0.7)
+    turns = [one_early_exit(shares, step) for step in range(6)]
+    assert turns[:2] == [(0.2, 0.0, 0.7), (0.0, 0.4, 0.7)] and turns[2:4] == turns[:2]
+    assert [sum(turn[place] for turn in turns) / 6 for place in range(3)] == pytest.approx(shares)
+    assert one_early_exit((0.3, 0.7), 5) == (0.3, 0.7), "one early exit has every turn"
+    base, tiny = presets.get("base").model, presets.get("tiny").model
+    assert rotates(base, TrainConfig()) and not rotates(tiny, TrainConfig())
+    assert not rotates(base, TrainConfig(rotate_exits="off")) and rotates(tiny, TrainConfig(rotate_exits="on"))
+
+
+def test_layers_are_left_out_by_seed_and_step_alone_and_more_often_the_deeper() -> None:
+    model, config = presets.get("tiny").model, TrainConfig(layer_dropout=0.5, seed=3)
+    draws = [left_out(model, config, step) for step in range(2000)]
+    assert draws == [left_out(model, config, step) for step in range(2000)]
+    assert draws != [left_out(model, replace(config, seed=4), step) for step in range(2000)]
+    shares = [sum(layer in draw for draw in draws) / 2000 for layer in range(8)]
+    for layer, share in enumerate(shares):
+        assert share == pytest.approx(0.5 * (2 ** (layer / 7) - 1), abs=0.04)
+    assert shares[0] == 0
+    assert not any(left_out(model, TrainConfig(), step) for step in range(50))

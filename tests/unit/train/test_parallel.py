@@ -1,6 +1,7 @@
 """FSDP2 over two gloo processes, without Ray: the same run as alone, gathered once an update or at every use."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,19 +10,23 @@ import torch.multiprocessing as mp
 
 from shoal.train import log, parallel
 from shoal.train.loop import fit
+from shoal.train.optim import left_out, rotates
 from shoal.train.plan import FitPlan, pretrain_plan
 
+# What an update may leave out or add: all ranks must leave out and add the same, or they wait for each other for ever
+ODD = {"layer_dropout": 0.9, "rotate_exits": "on", "distill": 0.5, "exit_warmup": 0.0, "seed": 2}
 
-def plan(shards: Path, run: Path, accumulate: int) -> FitPlan:
+
+def plan(shards: Path, run: Path, accumulate: int, **more: Any) -> FitPlan:
     """With an evaluation and a checkpoint between updates, which must leave nothing gathered behind."""
-    more = {"steps": 4, "eval_every": 1, "eval_rows": 4, "checkpoint_minutes": 0.0, "accumulate": accumulate}
-    return pretrain_plan("test", str(shards), str(run), **more)
+    values = {"steps": 4, "eval_every": 1, "eval_rows": 4, "checkpoint_minutes": 0.0, "accumulate": accumulate}
+    return pretrain_plan("test", str(shards), str(run), **values, **more)
 
 
-def train_rank(rank: int, shards: Path, run: Path, stays_gathered: int) -> None:
+def train_rank(rank: int, shards: Path, run: Path, stays_gathered: int, more: dict[str, Any]) -> None:
     parallel.STAYS_GATHERED = stays_gathered
     dist.init_process_group("gloo", init_method=f"file://{run}.store", rank=rank, world_size=2)
-    fit(plan(shards, run, accumulate=2))
+    fit(plan(shards, run, accumulate=2, **more))
     dist.destroy_process_group()
 
 
@@ -29,22 +34,25 @@ def history(run: Path, kind: str, key: str) -> list:
     return [record[key] for record in log.read(run) if record["kind"] == kind]
 
 
-@pytest.fixture(scope="module")
-def alone_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("alone") / "run"
-    fit(plan(shards, run, accumulate=4))
-    return run
-
-
-@pytest.mark.parametrize("stays_gathered", [0, 2**28], ids=["gathered at each use", "gathered once an update"])
-def test_two_ranks_train_as_one(shards: Path, tmp_path: Path, alone_run: Path, stays_gathered: int) -> None:
-    run = tmp_path / "run"
-    mp.spawn(train_rank, (shards, run, stays_gathered), nprocs=2)
+@pytest.mark.parametrize(
+    ("stays_gathered", "more"),
+    [(0, {}), (2**28, {}), (0, ODD)],
+    ids=["gathered at each use", "gathered once an update", "layers and exits left out"],
+)
+def test_two_ranks_train_as_one(shards: Path, tmp_path: Path, stays_gathered: int, more: dict[str, Any]) -> None:
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    fit(plan(shards, alone, accumulate=4, **more))
+    mp.spawn(train_rank, (shards, run, stays_gathered, more), nprocs=2)
     for key in ("loss", "grad_norm"):
-        assert history(run, "step", key) == pytest.approx(history(alone_run, "step", key), rel=1e-5)
-    for mine, theirs in zip(history(run, "eval", "bpb"), history(alone_run, "eval", "bpb"), strict=True):
+        assert history(run, "step", key) == pytest.approx(history(alone, "step", key), rel=1e-5)
+    for mine, theirs in zip(history(run, "eval", "bpb"), history(alone, "eval", "bpb"), strict=True):
         for modality in theirs:
             assert mine[modality] == pytest.approx(theirs[modality], rel=1e-4)
+
+
+def test_what_is_left_out_in_the_test_above_is_not_nothing() -> None:
+    model, config = plan(Path(), Path("run"), 4, **ODD).model, plan(Path(), Path("run"), 4, **ODD).train
+    assert any(left_out(model, config, step) for step in range(4)) and rotates(model, config)
 
 
 def test_a_world_of_one_needs_no_process_group() -> None:
