@@ -1,0 +1,181 @@
+"""Guided answers: they follow their grammar to the letter, end only where it may end, and a bad one harms nobody else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from shoal import Engine, Model, Request, Sampling
+from shoal.engine import naive
+from shoal.engine.events import Completion, Guide
+from shoal.engine.guided import GrammarError, Grammars
+from shoal.errors import RequestError
+from shoal.inputs.tokenizer import END_ID, Tokenizer
+from shoal.model.net import Net
+
+MODEL = Model.from_preset("test", seed=1)
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "ages": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
+        "kind": {"enum": ["fish", "é ü"]},
+    },
+    "required": ["name", "ages", "kind"],
+    "additionalProperties": False,
+}
+
+
+def bpe() -> Model:
+    """A model whose tokens are several bytes long."""
+    tokenizer = Tokenizer.train(['{"name": "fish", "ages": [10, 20], "kind": "é ü"} yes no yesterday'] * 50, 290)
+    net = Net(MODEL.config).init_(2)
+    return Model(MODEL.config, net, tokenizer)
+
+
+def ask(guide: Guide, seed: int = 0, **more: Any) -> Request:
+    return Request([60, 61, 62], Sampling(guided=guide, seed=seed, **({"max_tokens": 80} | more)), depth="full")
+
+
+def answers(requests: list[Request], model: Model = MODEL, **limits: Any) -> list[Completion]:
+    engine = Engine(model, **limits)
+    done = engine.generate(requests)
+    engine.step()  # idle: checks the books
+    assert engine.dead is None
+    return done
+
+
+@pytest.mark.parametrize("model", [MODEL, bpe()], ids=["bytes", "bpe"])
+def test_answers_are_what_the_guide_says(model: Model) -> None:
+    text = json.dumps(SCHEMA)
+    requests = [ask(Guide("json_schema", text), seed, max_tokens=90) for seed in range(8)]
+    requests += [ask(Guide("regex", r"(ab?c)+[0-9]{2,4}é"), seed, max_tokens=90) for seed in range(4)]
+    requests += [ask(Guide("choice", ("yes", "yesterday", 'a "q" \\ ü')), seed) for seed in range(4)]
+    requests += [ask(Guide("json_object"), seed, logit_bias={END_ID: 9.0, 134: 6.0}) for seed in range(4)]
+    done = answers(requests, model)
+    ended = 0
+    for request, answer in zip(requests, done, strict=True):
+        guide = request.sampling.guided
+        assert guide is not None and answer.finish_reason in ("stop", "length")
+        if answer.finish_reason == "length":
+            continue
+        ended += 1
+        if guide.kind == "json_schema":
+            jsonschema.validate(json.loads(answer.text), SCHEMA)
+        elif guide.kind == "regex":
+            assert re.fullmatch(guide.spec, answer.text)  # type: ignore[call-overload]
+        elif guide.kind == "choice":
+            assert answer.text in guide.spec
+        else:
+            assert isinstance(json.loads(answer.text), dict)
+    assert ended >= len(requests) // 2
+    assert len({answer.text for answer in done}) > 6
+
+
+def test_the_end_comes_only_where_the_grammar_may_end_and_then_it_must() -> None:
+    """Whatever the model wants: it is made to want the end above all, and then never."""
+    eager = {END_ID: 100.0}
+    (first,) = answers([ask(Guide("regex", "a{3,5}"), logit_bias=eager)])
+    assert (first.text, first.finish_reason) == ("aaa", "stop")
+    (last,) = answers([ask(Guide("regex", "a{3,5}"), logit_bias={END_ID: -100.0})])
+    assert (last.text, last.finish_reason) == ("aaaaa", "stop")
+    (cut,) = answers([ask(Guide("regex", "a{3,5}"), max_tokens=2)])
+    assert (cut.text, cut.finish_reason) == ("aa", "length")
+
+
+def test_guided_and_free_requests_share_a_batch_and_a_short_pool() -> None:
+    free = Request([70, 71], Sampling(seed=3, max_tokens=40, ignore_eos=True), depth="middle")
+    guided = [ask(Guide("regex", "[a-f]{40}"), seed, max_tokens=60) for seed in range(3)]
+    (alone,) = answers([free])
+    together = answers([free, *guided], units=1 + 4 * 12)
+    assert together[0].tokens == alone.tokens
+    for request, answer in zip(guided, together[1:], strict=True):
+        assert re.fullmatch("[a-f]{40}", answer.text)
+        assert answer.tokens == naive.generate(MODEL, request).tokens
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        Guide("regex", "("),
+        Guide("regex", "[z-a]"),
+        Guide("json_schema", '{"type": 5}'),
+        Guide("json_schema", "{bad"),
+        Guide("json_schema", "[]"),
+        Guide("json_schema", '{"not": {"type": "string"}}'),
+        Guide("choice", ("\ud800",)),
+    ],
+)
+def test_a_guide_that_cannot_be_followed_is_refused_at_submission(guide: Guide) -> None:
+    engine = Engine(MODEL)
+    with pytest.raises(RequestError) as caught:
+        engine.submit(ask(guide))
+    assert caught.value.param == "guided" and engine.idle
+    (answer,) = engine.generate([ask(Guide("choice", ("yes",)))])
+    assert answer.text == "yes"
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [("grammar", "x"), ("choice", ()), ("choice", "yes"), ("choice", ("",)), ("regex", ""), ("json_object", "{}")],
+)
+def test_a_guide_of_the_wrong_form_is_refused_when_it_is_made(kind: str, spec: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        Guide(kind, spec)  # type: ignore[arg-type]
+    assert caught.value.param == "guided"
+
+
+@pytest.mark.parametrize("more", [{"ignore_eos": True}, {"min_tokens": 3}])
+def test_what_would_end_elsewhere_than_the_grammar_is_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="with guided"):
+        Sampling(guided=Guide("json_object"), **more)
+
+
+def test_a_grammar_that_fails_on_the_way_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(MODEL)
+    good, bad = (engine.prepare(ask(Guide("regex", "[a-c]{20}"), seed)) for seed in range(2))
+    allowed = bad.grammar.allowed  # type: ignore[union-attr]
+
+    def fail(answer: list[int]) -> Any:
+        if len(answer) == 5:
+            raise GrammarError("guided: too complex")
+        return allowed(answer)
+
+    monkeypatch.setattr(bad.grammar, "allowed", fail)
+    engine.submit(good)
+    engine.submit(bad)
+    events = [event for _ in range(40) for event in engine.step()]
+    ends = {event.request: event for event in events if hasattr(event, "reason")}
+    assert ends[good.id].reason == "stop"
+    assert ends[bad.id].reason == "error" and "too complex" in str(ends[bad.id].error)
+    assert engine.idle and engine.stats()["kv_cache_usage_perc"] == 0
+
+
+def test_the_state_goes_forward_and_back_with_the_tokens_it_is_given() -> None:
+    tokenizer = Tokenizer.bytes_only()
+    grammars = Grammars(tokenizer, MODEL.config.vocab)
+    guide = Guide("regex", "(ab|ac|xyz)+")
+    texts = ["", "a", "ab", "aba", "abx", "abxy", "a", "ac", "acxyz", "x", ""]
+    moved = grammars.compile(guide)
+    for text in texts:
+        answer = tokenizer.encode(text)
+        assert (moved.allowed(answer) == grammars.compile(guide).allowed(answer)).all()
+    assert moved.allowed(tokenizer.encode("ab"))[END_ID] and not moved.allowed(tokenizer.encode("a"))[END_ID]
+    with pytest.raises(GrammarError):
+        moved.allowed(tokenizer.encode("q"))
+
+
+def test_closed_tokens_stay_closed_under_a_grammar() -> None:
+    guide = Guide("regex", "(.|\n)*")
+    mask = Grammars(MODEL.tokenizer, MODEL.config.vocab).compile(guide).allowed([])
+    allowed = torch.from_numpy(mask) & ~MODEL.forbidden()
+    assert allowed.sum() > 100 and not mask[len(MODEL.tokenizer) :].any()
+    quiet = dataclasses.replace(ask(guide).sampling, max_tokens=30)
+    (answer,) = answers([Request([60], quiet)])
+    assert all(token >= 9 for token in answer.tokens)
