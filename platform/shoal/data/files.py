@@ -27,7 +27,9 @@ from shoal.data.s3 import S3
 from shoal.errors import DataError
 
 CODECS = {".gz": "gzip", ".zst": "zstd"}
-BUFFER = 2**15  # bytes decompressed at once: what is lost, at most, before the place where a file is cut off
+BUFFER = (
+    2**17
+)  # bytes read, or decompressed, at once: of a compressed file that is cut off, as much before the cut is lost
 
 
 class Unusable(Exception):
@@ -150,7 +152,7 @@ class Local:
         with reading():
             if not stat.S_ISREG(os.stat(path).st_mode):  # a socket, a device; a pipe would wait for ever
                 raise Unusable("not a regular file")
-            return open(path, "rb")
+            return open(path, "rb", buffering=BUFFER)
 
     def beside(self, root: str, path: str, name: str) -> str:
         start = Path(root).expanduser()
@@ -225,7 +227,12 @@ def left_out(name: str, spec: SourceSpec) -> bool:
 
 def printable(name: str) -> str:
     """The name on one line, with what cannot be shown escaped; different names stay different."""
-    plain = name.encode("utf-8", "backslashreplace").decode() if not name.isprintable() else name
+    if name.isprintable():
+        return name
+    try:
+        plain = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half of a pair, which no file system gives
+        plain = name.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in plain)
 
 

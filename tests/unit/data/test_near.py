@@ -1,0 +1,129 @@
+"""Near copies: those planted in Python's own library are found, real documents stay, however the work is shared."""
+
+from __future__ import annotations
+
+import random
+import re
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from shoal.data import near, parts, pysource
+from shoal.data.documents import Document
+from shoal.data.grams import grams, words
+
+EDITS = 0.1  # of the words
+LICENSE = (
+    "Permission is hereby granted to any person obtaining a copy of this software to deal in it without restriction. "
+    * 3
+)
+
+
+def edited(text: str, rng: random.Random, vocabulary: list[str]) -> str:
+    """The text with a tenth of its words left out, replaced, or followed by another."""
+
+    def edit(match: re.Match[str]) -> str:
+        if rng.random() >= EDITS:
+            return match[0]
+        return ("", rng.choice(vocabulary), f"{match[0]} {rng.choice(vocabulary)}")[rng.randrange(3)]
+
+    return re.sub(r"\S+", edit, text)
+
+
+def written(some: list[Document], folder: Path, count: int) -> list[tuple[Path, Path]]:
+    """The documents as `count` parts, with their signatures."""
+    places = []
+    for number in range(count):
+        share = some[len(some) * number // count : len(some) * (number + 1) // count]
+        signatures, path = near.Signatures(), folder / f"{number}.arrow"
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, parts._SCHEMA) as writer:
+            for row, document in enumerate(share):
+                signatures.add(row, document)
+            for start in range(0, len(share), 100):
+                writer.write_batch(parts._batch(share[start : start + 100]))
+        signatures.write(path.with_suffix(".near.npy"))
+        places.append((path, path.with_suffix(".near.npy")))
+    return places
+
+
+def numbers(found: np.ndarray, total: int, count: int) -> set[int]:
+    """Part and row as numbers of documents."""
+    return {total * part // count + row for part, row in found.tolist()}
+
+
+@pytest.fixture(scope="module")
+def library() -> list[tuple[str, str]]:
+    """Pages of docstrings and sources of the standard library: modality and text. Codecs are left out: most are one table."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for path in [*sorted(root.glob("*.py")), *sorted(root.glob("[jlmu]*/*.py"))]:
+        source = path.read_text(encoding="utf-8", errors="replace")
+        if path.name.startswith("_sysconfigdata") or path.parts[-2] in ("lib2to3", "site-packages"):
+            continue
+        page = pysource.docstring_page(source, path.name)
+        found += [("code", source[:40_000])] + ([("text", page[:40_000])] if page else [])
+    return [item for item in found if len(words(item[1])) >= 60]
+
+
+def test_planted_copies_are_found_and_real_documents_stay(library, document, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    vocabulary = sorted({word for _, text in library[:100] for word in text.split()})
+    real = [document(text, modality, id=f"s/{n}") for n, (modality, text) in enumerate(library)]
+    copied = rng.sample(range(len(real)), 120)
+    planted = [
+        document(edited(real[n].text, rng, vocabulary), real[n].modality, id=f"s/copy{n}", group=f"copy{n}")
+        for n in copied
+    ]
+    some = real + planted
+    found = numbers(near.copies(written(some, tmp_path, 5), range(near.BANDS)), len(some), 5)
+    hits = sum(n >= len(real) for n in found)
+    assert len(real) > 300
+    assert hits >= 0.95 * len(planted)
+    assert len(found) - hits < 0.01 * len(real)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 4])
+def test_what_is_found_does_not_depend_on_how_many_tasks_or_parts(tasks: int, document, tmp_path: Path) -> None:
+    rng = random.Random(1)
+    vocabulary = [f"word{n}" for n in range(3000)]
+    texts = [" ".join(rng.choices(vocabulary, k=80)) for _ in range(60)]
+    texts += [edited(text, rng, vocabulary) for text in texts[:30]]
+    some = [document(text, id=f"s/{n}") for n, text in enumerate(texts)]
+    places = written(some, tmp_path, tasks + 1)
+    found = [numbers(near.copies(places, bands), len(some), tasks + 1) for bands in near.shares(tasks)]
+    assert set().union(*found) == set(range(60, 90))
+
+
+def test_a_shared_header_or_a_template_makes_no_copy(document, tmp_path: Path) -> None:
+    rng = random.Random(2)
+    vocabulary = [f"word{n}" for n in range(3000)]
+    headed = [LICENSE + " ".join(rng.choices(vocabulary, k=60)) for _ in range(40)]
+    notes = [
+        f"Note {n}: the crew of boat {n} mended net {n + 7} before tide {n}, and slept {n} hours." for n in range(60)
+    ]
+    some = [document(text, id=f"s/{n}") for n, text in enumerate(headed + notes)]
+    assert near.copies(written(some, tmp_path, 3), range(near.BANDS)).tolist() == []
+
+
+def test_what_is_short_or_asked_is_not_compared_and_code_is_no_copy_of_text(document, png, tmp_path: Path) -> None:
+    text = " ".join(f"word{n}" for n in range(50))
+    assert near.signature(document("only a few words")) is None
+    assert near.signature(document(text, "image", image=png())) is None
+    assert near.signature(document(text, questions=(("a", "b"),))) is None
+    some = [document(text), document(text, "code", id="s/b"), document(text, id="s/c")]
+    assert near.copies(written(some, tmp_path, 1), range(near.BANDS)).tolist() == [[0, 2]]
+
+
+def test_a_corpus_without_words_has_no_copies(document, tmp_path: Path) -> None:
+    assert near.copies(written([document("short")] * 3, tmp_path, 2), range(near.BANDS)).tolist() == []
+
+
+def test_words_and_grams() -> None:
+    assert words("The sea, the SEA!").tolist() == words("the sea the sea").tolist()
+    assert len(words("\u6f6e\u6c34 tide")) == 3 and len(words("\u0e17\u0e30")) == 2
+    assert len(grams(words("a b c"), 5)) == 0
+    one, two = grams(words("a b c d e f"), 5).tolist()
+    assert one != two and grams(words("f e d c b a"), 5)[0] not in (one, two)
