@@ -19,7 +19,9 @@ Kind = Literal["email", "ip", "phone"]
 _EMAIL = re.compile(
     r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w-])"
 )
-_IP = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}(?!\.?\d)|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7})(?![\w:])")
+_IP = re.compile(
+    r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)|[0-9A-Fa-f]{1,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:]))"
+)
 _PHONE = re.compile(
     r"(?<![\w.+-])"
     r"(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}"  # +49 (30) 1234 567
@@ -52,7 +54,7 @@ def _replace(match: re.Match[str], kind: str, holds: Callable[[str], bool], coun
 def _is_public(address: str) -> bool:
     """Whether it is an address that leads to somebody: 127.0.0.1, 10.0.0.1 and ::1 do not."""
     try:
-        return ipaddress.ip_address(address).is_global
+        return ipaddress.ip_address(address).is_global and len(re.findall(r"\w+", address)) > 2  # 1::2 is a slice
     except ValueError:
         return False
 
