@@ -23,6 +23,7 @@ from shoal.engine.events import TokenLogprob
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.sampler import Sampler
 from shoal.engine.sequence import Sequence as Running
+from shoal.model import fused
 from shoal.model.cache import GroupCache, PagedStep, Rows, read_rows, write_rows
 from shoal.model.depth import features, page_sums
 from shoal.model.model import Model
@@ -37,6 +38,7 @@ class Runner:
         self.model, self.config, self.net = model, model.config, model.net
         self.device, self.compute_budget = model.device, compute_budget
         prepack_(self.net)
+        fused.compile_for(self.net.dtype)
         self.cache = GroupCache.zeros(self.config, units, self.net.dtype, self.device)
         self.sampler = Sampler(model.forbidden())
 

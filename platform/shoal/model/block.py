@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config import ModelConfig
+from shoal.model import fused
 from shoal.model.attention import Layout, attend, block_summaries
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.paged import Reach, paged_attention, write_kv
@@ -51,6 +52,8 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.usable(x):
+            return fused.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -100,8 +103,12 @@ class Attention(nn.Module):
 
     def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
         c = self.config
-        q, k, v = self.project(x, rope)
-        write_kv(k, v, kv, summaries, step)
+        if fused.usable(x):
+            weights = self.q_norm.weight, self.k_norm.weight
+            q = fused.project_and_store(self.qkv(x), *weights, c.norm_eps, rope, kv, summaries, step)
+        else:
+            q, k, v = self.project(x, rope)
+            write_kv(k, v, kv, summaries, step)
         y = paged_attention(q, kv, summaries, step, Reach(c.window, c.top_k, c.sinks, self.gamma()))
         return self.out(y.flatten(-2))
 
@@ -115,7 +122,10 @@ class Mlp(nn.Module):
         self.down = linear(config, config.ffn, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, dim=-1)
+        both = self.up(x)
+        if fused.usable(both):
+            return self.down(fused.swiglu(both))
+        gate, up = both.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 

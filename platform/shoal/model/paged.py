@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoal.model import fused
 from shoal.model.attention import Layout, attend, block_scores, select
 from shoal.model.cache import PagedStep, Rows
 
@@ -74,18 +75,31 @@ def way(keys: int, *, window: int, block: int, top_k: int, hybrid: bool) -> Way:
 
 def paged_attention(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach) -> Tensor:
     """[N, H, d] for q [N, H, d] over pages: kv [U, Hk, P, 2d], summaries [U, Hk, P/S, m] as `write_kv` left them."""
-    rows, reads = step.rows, step.read(kv.shape[1])
+    rows = step.rows
+    if fused.usable(q):
+        out = torch.empty_like(q)
+        fused.attend(q, kv, summaries, step, reach, out)
+        return _chunks(q, kv, summaries, step, reach, out, least=fused.SHORT + 1)
+    reads = step.read(kv.shape[1])
     if not rows.chunks:
         return _attend(q[:, None], kv, summaries, reads, rows, reach)[:, 0]
     out = torch.empty_like(q)
     if rows.singles:
         at = rows.single_rows
         out[at] = _attend(q[at][:, None], kv, summaries, reads[rows.singles], rows.single, reach)[:, 0]
-    for r in rows.chunks:
-        chunk = rows.of(r)
+    return _chunks(q, kv, summaries, step, reach, out, least=2)
+
+
+def _chunks(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach, out: Tensor, least: int) -> Tensor:
+    """`out` [N, H, d] with the rows of requests of at least `least` new tokens filled in, a request at a time."""
+    for r in step.rows.chunks:
         span = slice(step.starts[r], step.starts[r + 1])
+        if span.stop - span.start < least:
+            continue
+        chunk = step.rows.of(r)
         pages = chunk.once("pages", lambda c=chunk: int(c.last[0]) // step.page + 1)  # type: ignore[misc]
-        out[span] = _attend(q[span][None], kv, summaries, reads[r : r + 1, :, :pages], chunk, reach)[0]
+        reads = step.read(kv.shape[1])[r : r + 1, :, :pages]
+        out[span] = _attend(q[span][None], kv, summaries, reads, chunk, reach)[0]
     return out
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.errors import CheckpointError, ResourceError
+from shoal.model import fused
 
 ZERO = 64  # zero point of the unsigned 7-bit activations
 TOP = 63  # largest activation level
@@ -230,8 +231,12 @@ def _fbgemm(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
         packed = torch.ops.quantized.linear_prepack(quantized, None)
 
     def run(x: Tensor) -> Tensor:
-        s = token_scale(x)
-        out: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x / s, 1.0, ZERO, packed)
+        if fused.usable(x):
+            unit, s = fused.scale_rows(x, TOP)
+        else:
+            s = token_scale(x)
+            unit = x / s
+        out: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(unit, 1.0, ZERO, packed)
         return out.mul_(s)
 
     return run

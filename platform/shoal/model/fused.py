@@ -1,0 +1,128 @@
+"""A decoding step's small operators in one call each, for the CPU: the torch side of `kernels`.
+
+`usable` says where they can stand in for the torch operators: on the CPU, without gradients, in fp32 or fp64, with numba
+installed (the extra ``cpu``). Everything works without them, and to the same results within rounding.
+
+Letters: as in `kernels`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from shoal.model.cache import PagedStep
+
+if TYPE_CHECKING:
+    from shoal.model.paged import Reach
+
+
+Rope = tuple[Tensor, Tensor]
+SHORT = 16  # new tokens of a request that are attended one by one; longer chunks share what they read (`paged.py`)
+_TYPES = (torch.float32, torch.float64)
+
+
+def usable(x: Tensor) -> bool:
+    """May the functions below be used on `x`? Not under a dispatch mode, which could not see what they do."""
+    plain = x.device.type == "cpu" and x.dtype in _TYPES and not torch.is_grad_enabled()
+    return plain and not is_in_torch_dispatch_mode() and _kernels() is not None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    width = x.shape[-1]
+    _call("rms_norm", x.reshape(-1, width), weight, eps, out.view(-1, width))
+    return out
+
+
+def swiglu(up: Tensor) -> Tensor:
+    """silu(gate) * up, [..., F] for [..., 2F], gate first."""
+    inner = up.shape[-1] // 2
+    out = torch.empty(*up.shape[:-1], inner, dtype=up.dtype)
+    _call("swiglu", up.reshape(-1, 2 * inner), out.view(-1, inner))
+    return out
+
+
+def scale_rows(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """x / s and s [N, 1] = max |x| / top of each row of x [N, D]; above 0 for a row of zeros as well."""
+    out, scale = torch.empty(x.shape, dtype=x.dtype), torch.empty(len(x), 1, dtype=x.dtype)
+    _call("scale_rows", x.contiguous(), top, torch.finfo(x.dtype).tiny, out, scale)
+    return out, scale
+
+
+def project_and_store(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    rope: Rope,
+    kv: Tensor,
+    summaries: Tensor,
+    step: PagedStep,
+) -> Tensor:
+    """q [N, H, d] of `qkv` [N, (H + 2 Hk) d], normed and turned; k and v are written as `paged.write_kv` writes them."""
+    dim = kv.shape[-1] // 2
+    q = torch.empty(len(qkv), qkv.shape[-1] // dim - 2 * kv.shape[1], dim, dtype=qkv.dtype)
+    keep, cross = (table.view(-1, dim) for table in rope)
+    _call(
+        "project_and_store", qkv.contiguous(), q_weight, k_weight, eps, keep, cross, step.positions, step.slots,
+        step.block, kv, summaries, q,
+    )  # fmt: skip
+    return q
+
+
+def attend(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach, out: Tensor) -> int:
+    """Fill the rows of `out` [N, H, d] that belong to requests of at most `SHORT` new tokens: each row reads its window, its
+    chosen blocks and its tail only, what is in two of them once. q [N, H, d]. Returns how many vectors of d numbers were
+    read."""
+    rows, requests = step.rows.once("short", lambda: _short(step.starts))
+    gamma = reach.gamma if reach.gamma is not None else q.new_empty(0)
+    read: int = _call(
+        "attend", q, kv, summaries, step.tables.contiguous(), rows, requests, step.positions, step.block,
+        reach.window, reach.top_k, reach.sinks, gamma, out,
+    )  # fmt: skip
+    return read
+
+
+@torch.inference_mode()
+def compile_for(dtype: torch.dtype) -> None:
+    """Compile the kernels, or load them from numba's cache, so that the first request need not wait for it (ten seconds
+    without a cache). Does nothing where they cannot be used."""
+    x = torch.zeros(1, 8, dtype=dtype)
+    if not usable(x):
+        return
+    weight, rope = torch.ones(4, dtype=dtype), (torch.ones(1, 4, dtype=dtype), torch.zeros(1, 4, dtype=dtype))
+    kv, summaries = torch.zeros(2, 1, 1, 8, dtype=dtype), torch.zeros(2, 1, 1, 4, dtype=dtype)
+    first = torch.zeros(1, dtype=torch.long)
+    step = PagedStep(first, first + 1, torch.ones(1, 1, dtype=torch.long), [0, 1], page=1, block=1)
+    scale_rows(rms_norm(swiglu(x), weight, 1e-6), 63)
+    q = project_and_store(torch.zeros(1, 12, dtype=dtype), weight, weight, 1e-6, rope, kv, summaries, step)
+    _call("attend", q, kv, summaries, step.tables, first, first, first, 1, 1, 1, 0, weight[:1], torch.empty_like(q))
+
+
+def _short(starts: list[int]) -> tuple[Tensor, Tensor]:
+    """Rows of the requests with at most `SHORT` rows, and the request of each."""
+    pairs = [(n, r) for r, (a, b) in enumerate(pairwise(starts)) if b - a <= SHORT for n in range(a, b)]
+    rows = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T.contiguous()
+    return rows[0], rows[1]
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    try:
+        from shoal.model import kernels
+    except ImportError:  # no numba
+        return None
+    return kernels
+
+
+def _call(name: str, *args: Any) -> Any:
+    kernel = getattr(_kernels(), name)
+    return kernel(*(arg.detach().numpy() if isinstance(arg, Tensor) else arg for arg in args))

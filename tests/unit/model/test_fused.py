@@ -1,0 +1,150 @@
+"""The fused operators of a decoding step against the torch operators that they stand in for."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal import presets
+from shoal.model import fused
+from shoal.model.cache import GroupCache, PagedStep
+from shoal.model.net import Net
+from shoal.model.quant import TOP, token_scale
+
+pytest.importorskip("numba")
+DTYPES = {torch.float32: 1e-6, torch.float64: 1e-13}  # relative differences allowed
+
+
+def normal(seed, *shape, dtype=torch.float64, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def same(got, want, dtype):
+    assert ((got - want).abs() <= DTYPES[dtype] * want.abs().clamp(min=1)).all()
+
+
+def test_only_where_it_can_be():
+    x = torch.ones(2, 4)
+    assert not fused.usable(x)  # gradients are on
+    with torch.no_grad():
+        assert fused.usable(x)
+        assert not fused.usable(x.bfloat16())
+        assert not fused.usable(x.to("meta"))
+
+
+@torch.no_grad()
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 5),
+    st.integers(1, 70),
+    st.sampled_from([*DTYPES]),
+    st.sampled_from([1.0, 1e-3, 30]),
+)
+def test_norm_and_swiglu(seed, rows, width, dtype, scale):
+    x, weight = normal(seed, rows, width, dtype=dtype, scale=scale), normal(seed + 1, width, dtype=dtype)
+    same(fused.rms_norm(x, weight, 1e-6), F.rms_norm(x, (width,), weight, 1e-6), dtype)
+    up = normal(seed, rows, 2 * width, dtype=dtype, scale=scale)
+    same(fused.swiglu(up), F.silu(up[:, :width]) * up[:, width:], dtype)
+
+
+@torch.no_grad()
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 70), st.sampled_from([0.0, 1e-20, 1e-3, 1, 1e4]))
+def test_scales_are_torchs_to_the_bit(seed, rows, width, scale):
+    x = normal(seed, rows, width, dtype=torch.float32, scale=scale)
+    unit, s = fused.scale_rows(x, TOP)
+    assert torch.equal(s, token_scale(x)) and torch.equal(unit, x / token_scale(x))
+
+
+@torch.no_grad()
+def test_what_is_not_a_number_stays_so():
+    x = torch.tensor([[1.0, math.nan], [1.0, 2.0], [math.inf, 1.0]])
+    for row in (fused.rms_norm(x, torch.ones(2), 1e-6), fused.scale_rows(x, TOP)[0]):
+        assert not row[0].isfinite().any() and row[1].isfinite().all() and not row[2].isfinite().all()
+    assert fused.swiglu(x).isfinite().tolist() == [[False], [True], [False]]
+
+
+def configs(data):
+    base = presets.get("test").model
+    block, page = data.draw(st.sampled_from([(1, 8), (2, 8), (4, 8), (8, 8), (1, 1)]))
+    return dataclasses.replace(
+        base, block=block, page=page, kv_heads=data.draw(st.sampled_from([1, 3])), top_k=data.draw(st.integers(1, 5)),
+        sinks=data.draw(st.integers(0, 1)), window=data.draw(st.sampled_from([1, 3, 16, 40])),
+        summary=data.draw(st.sampled_from(["mean", "mean_var"])), attn_pattern=data.draw(st.sampled_from(["H", "HL"])),
+    )  # fmt: skip
+
+
+def run(group, config, chunks, units, x, *, poison=math.nan):
+    """States of one request after `group`, and its memory: rows in `chunks`, on pages `units`, beside a second request that
+    decodes on the same memory."""
+    cache = GroupCache.zeros(config, 2 * len(units) + 2, x.dtype)
+    cache.kv.fill_(poison)
+    cache.summaries.fill_(poison)
+    other, outputs, start = units + len(units), [], 0
+    for number, size in enumerate(chunks):
+        at = torch.cat([torch.arange(start, start + size), torch.tensor([number])])
+        owner = torch.stack([units, other])[[0] * size + [1], at // config.page]
+        step = PagedStep(
+            at,
+            owner * config.page + at % config.page,
+            torch.stack([units, other]),
+            [0, size, size + 1],
+            config.page,
+            config.block,
+        )
+        rows = torch.cat([x[start : start + size], x[number][None]])
+        outputs.append(group.paged(rows, step, cache))
+        start += size
+    return torch.cat([o[:-1] for o in outputs]), torch.stack([o[-1] for o in outputs]), cache
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_layer_group_equals_its_torch_form(data):
+    """Any chunks, any pages, poison everywhere: outputs, stored keys and values, and summaries."""
+    config = configs(data)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        group = Net(config).init_(data.draw(st.integers(0, 9))).double().groups[1]
+        for block in group.blocks:
+            block.attention.gate.copy_(normal(3, config.heads))
+            block.attention.k_norm.weight.mul_(data.draw(st.sampled_from([1.0, 30.0])))  # scores far apart, too
+        length = data.draw(st.integers(1, 90))
+        chunks = []
+        while sum(chunks) < length:
+            chunks.append(min(length - sum(chunks), data.draw(st.sampled_from([1, 2, config.page + 1, 30]))))
+        pages = -(-length // config.page)
+        units = torch.randperm(pages, generator=torch.Generator().manual_seed(length)) + 1
+        x = normal(length, length, config.width)
+        got = run(group, config, chunks, units, x)
+        patch.setattr(fused, "usable", lambda x: False)
+        want = run(group, config, chunks, units, x)
+    for a, b in zip(got[:2], want[:2], strict=True):
+        assert (a - b).abs().max() < 1e-10
+    for name in ("kv", "summaries"):
+        a, b = getattr(got[2], name)[:, 1:], getattr(want[2], name)[:, 1:]  # unit 0 is for padding
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
+@torch.no_grad()
+def test_both_branches_keep_their_own_largest_score():
+    """Scores 200 apart: with one maximum for both branches, the window's weights would all be zero in fp32."""
+    config = dataclasses.replace(presets.get("test").model, window=2, block=1, page=8, top_k=1, sinks=0, kv_heads=3)
+    net = Net(config).init_(0)
+    attention = net.groups[0].blocks[0].attention
+    q = torch.full((1, 3, 16), 12.5)
+    kv = torch.zeros(2, 3, 8, 32)
+    kv[1, :, 0, :16] = 4.0  # the one block that is chosen
+    kv[1, :, :, 16:] = torch.arange(8.0)[:, None]
+    means = kv[:, :, :, :16].clone()
+    step = PagedStep(torch.tensor([7]), torch.tensor([15]), torch.tensor([[1]]), [0, 1], 8, 1)
+    out = torch.empty_like(q)
+    from shoal.model.paged import Reach
+
+    fused.attend(q, kv, means, step, Reach(2, 1, 0, torch.full((3,), 0.7)), out)
+    assert torch.allclose(out, torch.full_like(out, 0.7 * 6.5), atol=1e-5)
+    del attention
