@@ -103,6 +103,32 @@ def prepare(
 
 
 @app.command()
+def augment(
+    data: Annotated[Path, typer.Option(help='JSONL of {"messages": [{"role", "content"}, ...]}.')],
+    out_file: Annotated[Path, typer.Option("--out", help="JSONL to write: all rows, and the changed copies.")],
+    share: Annotated[float, typer.Option(help="Of the rows, how many get a changed copy, 0 to 1.")] = 0.3,
+    synonyms: Annotated[
+        Path | None, typer.Option(help="Words of your domain, a line each: WORD = OTHER, OTHER. [general words only]")
+    ] = None,
+    heldout: Annotated[
+        Path | None, typer.Option(help="Held-out chats (JSONL): no copy asks what one of them asks. [none]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of what is changed, and how.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """More chats to fine-tune on: some again in other words, with typing slips, or with other names in their code."""
+    from shoal.data.augment import Augmenter, questions
+    from shoal.data.augment import augment as run
+    from shoal.data.wording import read_synonyms
+
+    words = read_synonyms(synonyms) if synonyms is not None else {}
+    kept_out = questions(heldout) if heldout is not None else frozenset[str]()
+    result = run(data, out_file, Augmenter(share, seed, words, kept_out))
+    ways = ", ".join(f"{count} {way}" for way, count in result["by_way"].items()) or "nothing could be changed"
+    _print(result, as_json, f"{result['rows']} rows and {result['copies']} copies ({ways}) in {out_file}")
+
+
+@app.command()
 def pretrain(
     data: Annotated[Path, typer.Option(help="Directory of shards, made by `shoal prepare`.")],
     run: Annotated[Path, typer.Option("--out", help="Directory of the run; the model is written to OUT/model.")],

@@ -144,12 +144,14 @@ class ChatBatches:
         world: int = 1,
         template: str = DEFAULT_TEMPLATE,
         max_length: int | None = None,
+        heldout: bool = False,
     ) -> None:
         """`batch_tokens`: tokens of a global batch, padding included; `max_length`: longest row kept (default: the training
-        length). Raises DataError when no row can be used, ConfigError when `parts` does not divide by `world`."""
+        length); `heldout`: to measure on, so augmented rows are refused. Raises DataError when no row can be used,
+        ConfigError when `parts` does not divide by `world`."""
         if parts % world:
             raise ConfigError(f"{parts} micro-batches do not divide over {world} worker(s)", do=f"use {world} x n")
-        self.chats = read_chats(path, tokenizer, config, template=template, limit=max_length or 0)
+        self.chats = read_chats(path, tokenizer, config, template=template, limit=max_length or 0, heldout=heldout)
         self.seed, self.parts, self.rank, self.world = seed, parts, rank, world
         self._budget = max(1, batch_tokens // parts)
         self._lengths = self.chats.lengths

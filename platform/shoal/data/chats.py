@@ -19,6 +19,9 @@ from shoal.errors import DataError, RequestError
 from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
 
+AUGMENTED = "augmented"  # field of a row that `data.augment` made: how it was changed
+MADE = "augmented row among held-out ones"
+
 
 @dataclass(frozen=True)
 class ChatRows:
@@ -46,18 +49,25 @@ class ChatRows:
 
 
 def read_chats(
-    path: str | Path, tokenizer: Tokenizer, config: ModelConfig, *, template: str = DEFAULT_TEMPLATE, limit: int = 0
+    path: str | Path,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    *,
+    template: str = DEFAULT_TEMPLATE,
+    limit: int = 0,
+    heldout: bool = False,
 ) -> ChatRows:
-    """The rows of a JSONL file, at most `limit` tokens long (0: the training length).
+    """The rows of a JSONL file, at most `limit` tokens long (0: the training length). `heldout`: to measure on.
 
-    Raises DataError when the file cannot be read or none of its rows can be used.
+    Raises DataError when the file cannot be read, when none of its rows can be used, and for held-out rows that `data.augment`
+    made: a measurement on them would mean nothing.
     """
     longest = limit or config.train_length
     refused: Counter[str] = Counter()
     kept: list[Encoded] = []
-    for line in _lines(Path(path)):
+    for line in lines(Path(path)):
         try:
-            messages = _messages(line)
+            messages = _messages(line, heldout=heldout)
             row = encode_chat(messages, tokenizer, config, template=template, add_generation_prompt=False)
             if not any(row.answer):
                 raise DataError("no answer")
@@ -66,6 +76,8 @@ def read_chats(
             kept.append(row)
         except (DataError, RequestError) as error:
             refused[error.message.split(":")[0]] += 1
+    if made := refused[MADE]:
+        raise DataError(f"{path} holds {made} augmented row(s)", do="measure on the rows that were there before")
     if not kept:
         raise DataError(f"{path} holds no row to train on", got=dict(refused), allowed='{"messages": [...]} a line')
     images = [row.patches for row in kept if row.patches is not None]
@@ -79,15 +91,16 @@ def read_chats(
     )
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def lines(path: Path) -> Iterator[bytes]:
+    """The lines of a JSONL file that hold something. Raises DataError when it cannot be read."""
     try:
-        with path.open("rb") as lines:
-            yield from (line for line in lines if line.strip())
+        with path.open("rb") as stream:
+            yield from (line for line in stream if line.strip())
     except OSError as error:
         raise DataError(f"cannot read {path}", got=error.strerror, do="give a .jsonl of chats") from error
 
 
-def _messages(line: bytes) -> list[dict[str, Any]]:
+def _messages(line: bytes, *, heldout: bool) -> list[dict[str, Any]]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -95,4 +108,6 @@ def _messages(line: bytes) -> list[dict[str, Any]]:
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise DataError("no messages")
+    if heldout and AUGMENTED in row:
+        raise DataError(MADE)
     return messages

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from shoal.config import ModelConfig
 from shoal.data.batches import Batch
+from shoal.data.chats import AUGMENTED
 from shoal.errors import DataError
 from shoal.inputs.chat import Encoded, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
@@ -68,6 +69,8 @@ def questions(
                 raise DataError(
                     f"{path} line {number}", got=str(error)[:80], do="end each row with an assistant message"
                 ) from error
+            if AUGMENTED in row:
+                raise DataError(f"{path} line {number} is augmented", do="measure on the rows that were there before")
             if limit is not None and len(found.get(task, ())) >= limit:
                 continue
             prompt = encode_chat(messages[:-1], tokenizer, config, template=template)

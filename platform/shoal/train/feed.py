@@ -128,7 +128,9 @@ def _chats(plan: FitPlan, tokenizer: Tokenizer, template: str, ranks: Ranks) -> 
     )
     heldout: dict[str, list[Batch]] = {}
     if plan.heldout:
-        chats = ChatBatches(plan.heldout, tokenizer, plan.model, batch_tokens=EVAL_TOKENS, parts=1, template=template)
+        chats = ChatBatches(
+            plan.heldout, tokenizer, plan.model, batch_tokens=EVAL_TOKENS, parts=1, template=template, heldout=True
+        )
         groups = range(min(chats.steps_in_epoch, -(-plan.eval_rows // EVAL_ROWS)))
         heldout["chat"] = _dealt((batch for group in groups for batch in chats.at(group)), ranks)
     return Feed(batches, parts, heldout)

@@ -1,0 +1,201 @@
+"""Augmentation: what is changed means the same, what cannot be changed stays, and nothing measured is ever touched."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.config import ModelConfig
+from shoal.data import pysource, service
+from shoal.data.augment import Augmenter, asked, augment, questions
+from shoal.data.batches import ChatBatches
+from shoal.data.chats import read_chats
+from shoal.data.recipes import turns
+from shoal.data.rename import renamed
+from shoal.data.wording import paraphrased, read_synonyms, with_typos
+from shoal.errors import DataError, UsageError
+from shoal.inputs.tokenizer import Tokenizer
+
+DRAWS = st.integers(0, 2**64 - 1)
+CODE = '''def total_weight(boxes, limit=3):
+    # boxes that are too heavy are left out
+    """Weight of all boxes."""
+    heavy = 0
+    for box in boxes:
+        heavy += box.weight if box.heavy else 0
+    return [round(x, limit) for x in (heavy, f"{heavy}")]
+'''
+
+
+def names(source: str) -> set[str]:
+    tree = ast.parse(source)
+    found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return found | {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+
+
+@given(DRAWS)
+def test_renamed_code_does_the_same_under_other_names(draw: int) -> None:
+    source = "def f(n):\n    kept = []\n    for i in range(n):  # go on\n        kept.append(i * n)\n    return kept\n"
+    (new,) = renamed([source], draw)
+    assert names(new) & {"n", "kept", "i"} == set() and "# go on" in new and "range" in names(new)
+    spaces: list[dict] = [{}, {}]
+    for code, space in zip((source, new), spaces, strict=True):
+        exec(code, space)
+    assert spaces[0]["f"](5) == spaces[1]["f"](5) == [0, 5, 10, 15, 20]
+
+
+def test_a_name_that_is_spelt_elsewhere_is_kept() -> None:
+    new = renamed([f"Explain this function:\n{CODE}"], 7)
+    assert new is not None
+    code = new[0].split("\n", 1)[1]
+    # boxes: in a comment; heavy: an attribute too; box, limit and x are free to go
+    assert names(code) & {"boxes", "heavy", "box", "limit", "x"} == {"boxes", "heavy"}
+    assert '"""Weight of all boxes."""' in code and "# boxes that are too heavy" in code
+
+
+def test_a_name_is_exchanged_alike_in_question_and_answer() -> None:
+    code = "def area(w, h):\n    square = w * h\n    return square\n"
+    new = renamed([f"What does this do?\n{code}", f"It is the same as this:\n{code}", "No code here."], 3)
+    assert new is not None and new[2] == "No code here."
+    assert new[0].split("\n", 1)[1] == new[1].split("\n", 1)[1] != code
+    assert renamed([f"Set square first.\n{code}"], 3)[0].count("square") == 3, "spelt in the text as well"
+    assert renamed(["No code.", "def broken(:\n  pass"], 3) is None
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x = 1\n\ndef f():\n    return x\n",  # global
+        "def f():\n    global count\n    count = 1\n",
+        "class A:\n    size = 3\n\n    def f(self):\n        return self.size\n",
+        "def f(n):\n    return g(n=n)\n",  # by keyword
+        "def f():\n    import os\n    return os.name\n",
+        "def f():\n    return [len, print]\n",
+    ],
+)
+def test_names_that_others_rely_on_are_kept(source: str) -> None:
+    assert renamed([source], 1) is None
+
+
+def test_real_code_still_parses_and_most_of_it_can_be_renamed() -> None:
+    changed = 0
+    functions = [f for module in (json, re, ast) for f in pysource.functions(Path(module.__file__).read_text("utf-8"))]
+    for number, function in enumerate(functions):
+        new = renamed([function.code], number * 7919)
+        if new:
+            changed += 1
+            assert [type(n) for n in ast.walk(ast.parse(new[0]))] == [
+                type(n) for n in ast.walk(ast.parse(function.code))
+            ]
+    assert changed > len(functions) / 3 > 10
+
+
+@given(DRAWS)
+def test_a_paraphrase_asks_the_same_in_other_words(draw: int) -> None:
+    new = paraphrased("How do I send the lamp back?", draw)
+    assert new and new != "How do I send the lamp back?" and "the lamp back" in new and new[0].isupper()
+    assert paraphrased("zzz qqq", draw) is None
+    assert paraphrased('Say "send" with `send` to x_send.', draw) is None, "quotes, code and names stay"
+
+
+@given(st.text(max_size=80), DRAWS)
+def test_slips_change_few_letters_and_no_code(text: str, draw: int) -> None:
+    new = with_typos(text, draw)
+    assert (
+        new is None or 0 <= abs(len(new) - len(text)) <= 1 + len(text) // 32
+    )  # one word of eight, of four letters or more
+    kept = " `function(argument)` 12345 http://example.org/path"
+    assert with_typos(f"call{kept}", draw) in {f"{word}{kept}" for word in ("clal", "cll", "cal", "caall", "calll")}
+
+
+def chat(question: str, answer: str = "An answer.", **fields: object) -> dict:
+    return {"messages": turns(question, answer), **fields}
+
+
+def test_a_copy_says_what_it_is_and_answers_are_left_alone() -> None:
+    for number in range(60):
+        row = chat(f"How do I return the lamp of order {number}?", "Send the wrong lamp back.", task="t", license="MIT")
+        copy = Augmenter(1.0).copy(row)
+        assert copy is not None and copy["augmented"] in ("paraphrase", "typos")
+        assert copy["messages"][1] == row["messages"][1] and copy["messages"][0] != row["messages"][0]
+        assert {k: v for k, v in copy.items() if k not in ("messages", "augmented")} == {"task": "t", "license": "MIT"}
+        assert Augmenter(1.0).copy(copy) is None, "a copy of a copy drifts"
+
+
+def test_pictures_stay_where_they_are(data_url: str) -> None:
+    picture = {"type": "image_url", "image_url": {"url": data_url}}
+    row = {"messages": turns([picture, {"type": "text", "text": "What is the colour of the shape?"}], "Red")}
+    copy = Augmenter(1.0).copy(row)
+    assert copy is not None and copy["messages"][0]["content"][0] == picture
+    assert copy["messages"][0]["content"][1]["text"] != "What is the colour of the shape?"
+
+
+def test_rows_to_measure_on_are_never_changed() -> None:
+    asks = "How do I return the lamp?"
+    assert Augmenter(1.0).copy(chat(asks)) is not None
+    for split in ("heldout", "test", "validation"):
+        assert Augmenter(1.0).copy(chat(asks, split=split)) is None
+    assert Augmenter(1.0, heldout=frozenset({asked(turns("how do I return  the lamp", "x"))})).copy(chat(asks)) is None
+
+
+def test_no_copy_asks_what_a_heldout_row_asks() -> None:
+    rows = [row.__dict__ for row in service.chats("train")][:1500]
+    copies = [copy for row in rows if (copy := Augmenter(1.0).copy(row))]
+    taken = frozenset(asked(copy["messages"]) for copy in copies[::2])  # as if they were held out
+    again = [copy for row in rows if (copy := Augmenter(1.0, heldout=taken).copy(row))]
+    assert len(copies) > 1000 and len(again) > 500
+    assert not taken & {asked(copy["messages"]) for copy in again}
+
+
+def test_a_file_keeps_its_rows_and_gains_copies_by_the_seed(tmp_path: Path) -> None:
+    rows = [chat(f"Where is my parcel number {n}?") for n in range(200)] + [chat("?")]
+    lines = [json.dumps(row) for row in rows] + ["{broken"]
+    data = tmp_path / "a.jsonl"
+    data.write_text("\n".join(lines) + "\n")
+    result = augment(data, tmp_path / "b.jsonl", Augmenter(0.3, seed=1))
+    written = (tmp_path / "b.jsonl").read_text().splitlines()
+    assert [line for line in written if '"augmented"' not in line] == lines
+    assert 40 < result["copies"] < 80 and len(written) == len(lines) + result["copies"]
+    assert result["rows"] == len(lines) and sum(result["by_way"].values()) == result["copies"]
+    augment(data, tmp_path / "c.jsonl", Augmenter(0.3, seed=1))
+    augment(data, tmp_path / "d.jsonl", Augmenter(0.3, seed=2))
+    assert (
+        (tmp_path / "c.jsonl").read_bytes()
+        == (tmp_path / "b.jsonl").read_bytes()
+        != (tmp_path / "d.jsonl").read_bytes()
+    )
+    data.write_text("\n".join(lines[100:]) + "\n")  # a row's copy does not depend on the others
+    augment(data, tmp_path / "e.jsonl", Augmenter(0.3, seed=1))
+    assert set((tmp_path / "e.jsonl").read_text().splitlines()) <= set(written)
+    with pytest.raises(DataError, match="is the file that is read"):
+        augment(data, data, Augmenter(0.3))
+    with pytest.raises(UsageError, match="--share"):
+        Augmenter(1.5)
+
+
+def test_augmented_rows_are_trained_on_and_refused_for_measuring(tmp_path: Path, config: ModelConfig) -> None:
+    data, tokenizer = tmp_path / "a.jsonl", Tokenizer.bytes_only()
+    data.write_text("\n".join(json.dumps(chat(f"Where is {n}?", "Here.")) for n in range(8)))
+    result = augment(data, tmp_path / "b.jsonl", Augmenter(1.0))
+    assert len(read_chats(tmp_path / "b.jsonl", tokenizer, config)) == 8 + result["copies"] > 8
+    with pytest.raises(DataError, match=r"holds \d augmented row"):
+        ChatBatches(tmp_path / "b.jsonl", tokenizer, config, batch_tokens=400, parts=1, heldout=True)
+    assert len(questions(data)) == 8
+
+
+def test_a_domain_brings_its_own_words(tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("# medicine\nheart attack = myocardial infarction, MI\n\n")
+    words = read_synonyms(path)
+    assert paraphrased("Is it a heart attack?", 1, words) in ("Is it a myocardial infarction?", "Is it a MI?")
+    path.write_text("heart attack\n")
+    with pytest.raises(DataError, match="line 1: got 'heart attack'"):
+        read_synonyms(path)
+    with pytest.raises(DataError, match="cannot read synonyms"):
+        read_synonyms(tmp_path / "none")
