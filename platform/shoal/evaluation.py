@@ -24,6 +24,7 @@ from shoal.engine.events import Request, Sampling
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import cost, files
+from shoal.model.depth import Router
 from shoal.model.model import Model
 from shoal.train import baselines
 from shoal.train import evaluate as measure
@@ -76,10 +77,22 @@ def compare(
     return {
         "machine": machine(),
         "quality": {"columns": list(loaded), "rows": rows},
-        "depth": {"rows": by_depth, "router": router.calibration.report if router else {}},
+        "depth": {"rows": by_depth, **_routing(router)},
         "gates": gates(loaded[served]),
         "weak": weaknesses(rows, by_depth),
     }
+
+
+def _routing(router: Router | None) -> dict[str, Any]:
+    """What the router's decisions came to on prompts that it was not fitted to: at its default, and by knob."""
+    if router is None:
+        return {"router": {}}
+    table = router.calibration
+    by_tolerance = [
+        dict(zip(("tolerance", "depth_share", "regret", "violations"), row, strict=True)) for row in table.by_tolerance
+    ]
+    by_budget = [dict(zip(("budget", "depth_share", "regret"), row, strict=True)) for row in table.by_budget]
+    return {"router": table.report, "by_tolerance": by_tolerance, "by_budget": by_budget}
 
 
 def leave_a_core() -> None:
@@ -104,7 +117,7 @@ def quality(model: Model, data: Path, depth: str, sizes: Sizes) -> dict[str, Any
     for task, questions in asked.items():
         answers = generate(engine, [q.prompt for q in questions], TASKS.get(task, 64), depth)
         out[task] = _score(task, answers, questions)
-        out.setdefault("depth share", []).append(measure.mean_depth(answers, model.config))
+        out.setdefault("answers", []).extend(answers)
     return out
 
 
@@ -138,9 +151,12 @@ def interleaved_speed(models: dict[str, Model], *, tokens: int, rounds: int = 3)
     return {label: {b: sorted(v)[len(v) // 2] for b, v in by.items()} for label, by in found.items()}
 
 
-def decode_speed(engine: Engine, batch: int, tokens: int, depth: str | int = "full") -> float:
-    """Tokens per second over a run of `tokens` tokens for each of `batch` requests, prefill of 16 tokens included."""
-    sampling = Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+def decode_speed(
+    engine: Engine, batch: int, tokens: int, depth: str | int = "full", sampling: Sampling | None = None
+) -> float:
+    """Tokens per second over a run of `tokens` tokens for each of `batch` requests, prefill of 16 tokens included; greedy
+    unless `sampling` is given."""
+    sampling = sampling or Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     prompts = [[20 + (7 * i + j) % 200 for j in range(16)] for i in range(batch)]
     start = time.perf_counter()
     done = engine.generate([Request(prompt, sampling, depth=depth) for prompt in prompts])
@@ -224,15 +240,15 @@ def _depth_row(model: Model, data: Path, depth: str, sizes: Sizes, known: dict[s
     """One row of the depth table: quality, FLOPs share and speed at one exit, or under the router."""
     config = model.config
     found = known or quality(model, data, depth, sizes)
-    shares = found.pop("depth share")
-    layers = config.depth(depth) if depth != "auto" else None
-    share = layers / config.layers if layers else sum(shares) / len(shares)
-    whole = cost.flops_per_token(config, config.train_length)
-    flops = cost.flops_per_token(config, config.train_length, layers) / whole if layers else share
+    answers = found.pop("answers")
+    layers, length = config.depth(depth) if depth != "auto" else None, config.train_length
+    run = [layers] if layers else [answer.depth for answer in answers]
+    flops = sum(cost.flops_per_token(config, length, e) for e in run) / len(run)
+    routing = 0.0 if layers else cost.routing_flops(config, length) / length  # a prompt is routed once
     return {
         "exit": depth,
-        "layers": layers or round(share * config.layers, 2),
-        "flops_share": flops,
+        "layers": layers or round(measure.mean_depth(answers, config) * config.layers, 2),
+        "flops_share": (flops + routing) / cost.flops_per_token(config, length),
         "bpb text": found.get("bpb text"),
         "bpb code": found.get("bpb code"),
         "vqa": found.get("image question", {}).get("exact"),

@@ -20,15 +20,16 @@ def decode(
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32",
     tokens: Annotated[int, typer.Option(help="Tokens decoded a request.")] = 64,
     rounds: Rounds = 3,
+    parts: Annotated[str, typer.Option(help="Which tables.")] = "speed,split,context,pool,drafts",
 ) -> None:
-    """Decoded tokens per second by precision, batch and depth."""
+    """Decoding: tokens per second, a step's stages, short and long contexts, requests in a pool, self-speculation."""
     from shoal.bench.decode import decode as run
 
     try:
         sizes = tuple(int(size) for size in batches.split(","))
     except ValueError as error:
         raise UsageError("--batches", got=batches, allowed="numbers, such as 1,8,32") from error
-    run(out, shape=shape, batches=sizes, tokens=tokens, rounds=rounds)
+    run(out, shape=shape, batches=sizes, tokens=tokens, rounds=rounds, parts=tuple(parts.split(",")))
 
 
 @bench.command("model")

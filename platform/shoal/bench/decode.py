@@ -1,16 +1,28 @@
-"""`shoal bench decode`: decoded tokens per second of the engine, by precision, batch and depth."""
+"""`shoal bench decode`: what decoding takes, by precision, batch, depth, length and drafts, on random weights.
+
+Parts: `speed` (tokens a second), `split` (where a step's time goes), `context` (a step at two lengths, dense attention
+beside it), `pool` (how many requests fit), `drafts` (self-speculation where all drafts are right, and where few are).
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from shoal.bench.turns import in_turns, show
-from shoal.config import ModelConfig
+from shoal.config import GROUPS, ModelConfig
 from shoal.engine.engine import Engine
+from shoal.engine.events import Request, Sampling
+from shoal.engine.plan import Plan, Work
+from shoal.engine.runner import Runner
+from shoal.engine.sequence import Sequence
+from shoal.engine.text import TextStream
 from shoal.errors import UsageError
 from shoal.evaluation import decode_speed
 from shoal.inputs.tokenizer import Tokenizer
@@ -21,33 +33,200 @@ SHAPES: dict[str, dict[str, Any]] = {  # our block in the peers' shapes (see doc
     "82m": {"layers": 12, "width": 768, "heads": 12, "kv_heads": 4, "head_dim": 64, "ffn": 2048, "vocab": 8192},
     "5m": {"layers": 4, "width": 256, "heads": 8, "kv_heads": 4, "head_dim": 32, "ffn": 768, "vocab": 8192},
 }
+DRAFTS = 4
+Rows = list[dict[str, Any]]
 
 
-def decode(console: Console, *, shape: str, batches: tuple[int, ...], tokens: int, rounds: int) -> None:
-    """Decoded tokens per second by precision, batch size and depth."""
-    full = Model(_config(shape), Net(_config(shape)).init_(0), Tokenizer.bytes_only(), name=shape)
-    models = {"fp32": full, "int8": full.quantized()}
+def decode(
+    console: Console, *, shape: str, batches: tuple[int, ...], tokens: int, rounds: int, parts: tuple[str, ...]
+) -> None:
+    """The tables of `parts`, and all rows as JSON."""
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        raise UsageError("--parts", got=",".join(unknown), allowed=list(PARTS))
+    config = _config(shape)
+    result: dict[str, Any] = {"bench": "decode", "shape": shape, "tokens": tokens, "rounds": rounds}
+    tables = []
+    for part in parts:
+        table, result[part] = PARTS[part](config, batches, tokens, rounds)
+        table.title = f"{table.title}, {shape}"
+        tables.append(table)
+    show(console, tables, result)
+
+
+def _speed(config: ModelConfig, batches: tuple[int, ...], tokens: int, rounds: int) -> tuple[Table, Rows]:
+    full = _model(config)
     runs: dict[tuple[str, int, str], Callable[[], float]] = {}
-    for label, model in models.items():
+    for label, model in {"fp32": full, "int8": full.quantized()}.items():
         engine = Engine(model)
         decode_speed(engine, 1, 8)  # packs the kernels
         for depth in ("full", "shallow"):
             for batch in batches:
                 runs[label, batch, depth] = lambda e=engine, b=batch, d=depth: decode_speed(e, b, tokens, d)  # type: ignore[misc]
     medians = in_turns(runs, rounds)
-    table = Table(
-        "precision", "batch", "depth", "tokens/s", "x fp32 full", title=f"decode, {shape}, {tokens} tokens a request"
-    )
+    table = Table("precision", "batch", "depth", "tokens/s", "x fp32 full", title=f"decode, {tokens} tokens a request")
     rows = []
     for (label, batch, depth), speed in medians.items():
         ratio = speed / medians["fp32", batch, "full"]
         table.add_row(label, str(batch), depth, f"{speed:.1f}", f"{ratio:.2f}")
         row = {"precision": label, "batch": batch, "depth": depth, "tokens_per_s": speed, "ratio": ratio}
         rows.append(row)
-    show(console, [table], {"bench": "decode", "shape": shape, "tokens": tokens, "rounds": rounds, "rows": rows})
+    return table, rows
+
+
+def _split(config: ModelConfig, batches: tuple[int, ...], tokens: int, rounds: int) -> tuple[Table, Rows]:
+    """Milliseconds of a step's stages; model is `runner.run` without the sampler, overhead all the others' share."""
+    engine = Engine(_model(config))
+    decode_speed(engine, 1, 8)
+    stages = ("plan", "model", "sample", "commit")
+    table = Table("batch", *(f"{stage} ms" for stage in stages), "overhead", title="a step's time, fp32, full depth")
+    rows = []
+    for batch in batches:
+        spent = dict.fromkeys(stages, 0.0)
+        engine.scheduler.plan = _timed(engine.scheduler.plan, spent, "plan")  # type: ignore[method-assign]
+        engine.scheduler.commit = _timed(engine.scheduler.commit, spent, "commit")  # type: ignore[method-assign]
+        engine.runner.run = _timed(engine.runner.run, spent, "model")  # type: ignore[method-assign]
+        engine.runner.sampler.sample = _timed(engine.runner.sampler.sample, spent, "sample")  # type: ignore[method-assign]
+        before = engine.scheduler.metrics.steps
+        for _ in range(rounds):
+            decode_speed(engine, batch, tokens)
+        for owner in (engine.scheduler, engine.runner, engine.runner.sampler):
+            for name in ("plan", "commit", "run", "sample"):
+                vars(owner).pop(name, None)
+        spent["model"] -= spent["sample"]
+        steps, whole = engine.scheduler.metrics.steps - before, sum(spent.values())
+        each = {stage: 1000 * seconds / steps for stage, seconds in spent.items()}
+        overhead = 1 - spent["model"] / whole
+        table.add_row(str(batch), *(f"{each[stage]:.3f}" for stage in stages), f"{overhead:.1%}")
+        rows.append({"batch": batch, **{f"{stage}_ms": ms for stage, ms in each.items()}, "overhead": overhead})
+    return table, rows
+
+
+def _timed(function: Callable[..., Any], spent: dict[str, float], stage: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return function(*args)
+        finally:
+            spent[stage] += time.perf_counter() - start
+
+    return call
+
+
+def _context(config: ModelConfig, batches: tuple[int, ...], tokens: int, rounds: int) -> tuple[Table, Rows]:
+    """One request's step at two lengths, over a memory of random keys (a prefill of 32k tokens would take minutes). Dense: a
+    window over everything, in one pass."""
+    lengths = (1024, 32768)
+    runs: dict[tuple[str, int], Callable[[], float]] = {}
+    for length in lengths:
+        longer = length + config.page
+        dense = replace(config, window=longer, top_k=-(-longer // config.block), train_length=2 * longer)
+        for kind, shaped in {"hybrid": config, "dense": dense}.items():
+            runs[kind, length] = _step(_model(replace(shaped, max_length=longer)), length, tokens)
+    medians = in_turns(runs, rounds)
+    table = Table("attention", *(f"{n} tokens" for n in lengths), "ratio", title="ms a decoded token, fp32, batch 1")
+    rows = []
+    for kind in ("hybrid", "dense"):
+        short, long = (medians[kind, length] for length in lengths)
+        table.add_row(kind, f"{short:.2f}", f"{long:.2f}", f"{long / short:.2f}")
+        rows.append({"attention": kind, "lengths": lengths, "ms": [short, long], "ratio": long / short})
+    return table, rows
+
+
+def _step(model: Model, length: int, tokens: int) -> Callable[[], float]:
+    """A function that takes one decoding step at `length` tokens several times, and gives the milliseconds of one."""
+    config = model.config
+    pages = -(-(length + 1) // config.page)
+    runner = Runner(model, 1 + GROUPS * pages)
+    generator = torch.Generator().manual_seed(0)
+    for memory in (runner.cache.kv, runner.cache.summaries):
+        memory.normal_(generator=generator)
+    request = Request([20 + i % 200 for i in range(length)], Sampling(temperature=0, max_tokens=1), depth="full")
+    seq = Sequence(
+        request=request, tokens=list(request.prompt), prompt_len=length, page=config.page, order=(0, 0), arrival=0.0,  # type: ignore[arg-type]
+        text=TextStream(model.tokenizer), seed=0, groups=GROUPS, layers=config.layers,
+    )  # fmt: skip
+    for group in range(GROUPS):
+        seq.give(group, list(range(1 + group * pages, 1 + group * pages + pages)))
+        seq.computed[group] = length - 1
+    plan = Plan([Work(seq, length - 1, 1, 0, GROUPS, sample=True)])
+    runner.run(plan)
+
+    def milliseconds() -> float:
+        start = time.perf_counter()
+        for _ in range(tokens):
+            runner.run(plan)
+        return 1000 * (time.perf_counter() - start) / tokens
+
+    return milliseconds
+
+
+def _pool(config: ModelConfig, batches: tuple[int, ...], tokens: int, rounds: int) -> tuple[Table, Rows]:
+    """Requests that run at once in a pool of eight full-depth requests' units."""
+    model = _model(config)
+    length, fit = 4 * config.page, 8
+    table = Table("depth", "requests at once", "units each", title=f"requests of {length} tokens in one pool")
+    rows = []
+    for depth in config.exit_names:
+        engine = Engine(model, units=1 + fit * GROUPS * 4, max_batch=fit * GROUPS + 1, max_queue=fit * GROUPS + 1)
+        sampling = Sampling(temperature=0, max_tokens=8, ignore_eos=True)
+        for number in range(fit * GROUPS + 1):
+            prompt = [20 + (number + i) % 200 for i in range(length - 8)]
+            engine.submit(Request(prompt, sampling, depth=depth))
+        most, owned = 0, 0
+        while not engine.idle:
+            engine.step()
+            running = engine.scheduler.running
+            most = max(most, len(running))
+            owned = max([owned, *(sum(seq.owned) for seq in running)])
+        table.add_row(depth, str(most), str(owned))
+        rows.append({"depth": depth, "at_once": most, "units_each": owned})
+    return table, rows
+
+
+def _drafts(config: ModelConfig, batches: tuple[int, ...], tokens: int, rounds: int) -> tuple[Table, Rows]:
+    """Drafting on and off at batch 1, sampled, on weights that bound what a trained model can gain: groups 2.. that add
+    nothing, so that every draft is right, and groups that add far too much, so that few are."""
+    runs: dict[tuple[str, bool], Callable[[], float]] = {}
+    engines: dict[str, Engine] = {}
+    sampling = Sampling(seed=0, max_tokens=tokens, ignore_eos=True)
+    for label, share in (("all right", 0.0), ("few right", 8.0)):
+        model = _model(config)
+        for group in list(model.net.groups)[1:]:
+            for block in group.blocks:  # type: ignore[union-attr]
+                block.attention.out.weight.mul_(share)  # type: ignore[union-attr]
+                block.mlp.down.weight.mul_(share)  # type: ignore[union-attr]
+        for on in (False, True):
+            engine = Engine(model, speculative=DRAFTS if on else 0, speculative_max_batch=1)
+            if on:
+                engines[label] = engine
+            runs[label, on] = lambda e=engine: decode_speed(e, 1, tokens, sampling=sampling)  # type: ignore[misc]
+    medians = in_turns(runs, rounds)
+    table = Table("drafts", "off tokens/s", "on tokens/s", "ratio", "accepted", title=f"{DRAFTS} drafts, fp32, batch 1")
+    rows = []
+    for label, engine in engines.items():
+        off, on_ = medians[label, False], medians[label, True]
+        drafted, accepted = engine.scheduler.metrics.drafts, engine.scheduler.metrics.drafts_accepted
+        table.add_row(label, f"{off:.1f}", f"{on_:.1f}", f"{on_ / off:.2f}", f"{accepted / drafted:.0%}")
+        row = {"drafts": label, "off": off, "on": on_, "ratio": on_ / off, "accepted": accepted / drafted}
+        rows.append(row)
+    return table, rows
+
+
+PARTS: dict[str, Callable[[ModelConfig, tuple[int, ...], int, int], tuple[Table, Rows]]] = {
+    "speed": _speed,
+    "split": _split,
+    "context": _context,
+    "pool": _pool,
+    "drafts": _drafts,
+}
 
 
 def _config(shape: str) -> ModelConfig:
     if shape not in SHAPES:
         raise UsageError("--shape", got=shape, allowed=sorted(SHAPES))
     return ModelConfig(**SHAPES[shape], train_length=2048, window=256, block=16, page=16, top_k=16)
+
+
+def _model(config: ModelConfig) -> Model:
+    return Model(config, Net(config).init_(0), Tokenizer.bytes_only(), name="bench")

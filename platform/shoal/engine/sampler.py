@@ -48,13 +48,16 @@ class Draw(Protocol):
 class Sampler:
     def __init__(self, forbidden: Tensor) -> None:
         """`forbidden` bool [V]: tokens that are never chosen (`Model.forbidden`)."""
-        self._closed = forbidden.nonzero().flatten()
+        # ids without a token close the vocabulary: they are filled as one piece, the control tokens each for itself
+        allowed = (~forbidden).nonzero().flatten()
+        self._known = int(allowed[-1]) + 1 if len(allowed) else 0
+        self._closed = forbidden[: self._known].nonzero().flatten()
         # int32 [V]: equal ids start their noise alike in every row
         self._ids = _scramble(torch.arange(len(forbidden), dtype=torch.int32, device=forbidden.device))
 
     def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
         """One token for each row of `logits` [R, V] (changed in place)."""
-        logits.index_fill_(-1, self._closed, -math.inf)
+        self._close(logits)
         reported = {r: logits[r].clone() for r, draw in enumerate(draws) if draw.sampling.logprobs is not None}
         stuck = _follow_grammars(logits, draws)
         _adjust(logits, draws)
@@ -75,8 +78,12 @@ class Sampler:
     def score(self, logits: Tensor, targets: Sequence[int], count: int) -> list[TokenLogprob]:
         """Logprob of each of `targets` [R] under its row of `logits` [R, V] (changed in place), with the `count` best. A
         control token that the prompt holds has the logprob -inf: the model is never asked for it."""
-        logits.index_fill_(-1, self._closed, -math.inf)
+        self._close(logits)
         return _entries(logits, targets, [count] * len(targets))
+
+    def _close(self, logits: Tensor) -> None:
+        logits[..., self._known :] = -math.inf
+        logits.index_fill_(-1, self._closed, -math.inf)
 
     def _race(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         """Sampled tokens [R]: of those that each row's filters keep, the first to arrive."""
