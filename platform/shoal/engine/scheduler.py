@@ -54,7 +54,7 @@ class Scheduler:
         switch: Switch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`max_batch_tokens` rows and `max_batch` requests a step, `max_queue` waiting requests; `speculative` tokens are
+        """`max_batch_tokens` rows and `max_batch` requests a step, `max_queue` more may wait; `speculative` tokens are
         drafted ahead by requests that do not say otherwise, where `switch` says that it pays."""
         self.config, self.pages, self.clock = config, pages, clock
         self.max_batch_tokens, self.max_batch, self.max_queue = max_batch_tokens, max_batch, max_queue
@@ -87,7 +87,7 @@ class Scheduler:
         if self.full:
             self._turned_away += 1
             self.metrics.refused += 1
-            error = QueueFullError("the queue is full", got=f"{len(self.waiting)} waiting", do="try again later")
+            error = QueueFullError("the queue is full", got=f"{len(self._live)} requests", do="try again later")
             error.retry_after = self.pace.wait(self._turned_away)  # the n-th for the n-th place that becomes free
             raise error
         if seq.request.deadline is not None and (soonest := self._soonest(seq)) > seq.request.deadline:
@@ -129,8 +129,8 @@ class Scheduler:
 
     @property
     def full(self) -> bool:
-        """Would a request be refused for want of a place in the queue?"""
-        return len(self.waiting) >= self.max_queue
+        """Would a request be refused for want of a place? As many may be live as run at once and wait."""
+        return len(self._live) >= self.max_batch + self.max_queue
 
     def take_events(self) -> list[Event]:
         """Events since the last call, in order."""
@@ -199,7 +199,7 @@ class Scheduler:
     def _soonest(self, seq: Sequence) -> float:
         """Seconds that `seq` must expect to wait for its first token: those before it in the queue, then its prompt through
         the groups that it is known to need. 0 while nothing has been measured."""
-        ahead = bisect.bisect(self.waiting, seq.order, key=_order)
+        ahead = max(0, bisect.bisect(self.waiting, seq.order, key=_order) + len(self.running) - self.max_batch)
         seq.extend_keys(self.pages)
         rows = max(1, seq.prompt_len - self.pages.peek(0, seq.keys)[0] * seq.page)
         groups, steps = seq.groups or 1, -(-rows // self.max_batch_tokens)

@@ -219,13 +219,13 @@ def test_priorities_then_arrival() -> None:
 
 
 def test_the_queue_is_bounded() -> None:
-    h = Harness(max_queue=2)
-    h.submit([50])
-    h.submit([51])
+    h = Harness(max_batch=1, max_queue=2)
+    for i in range(3):
+        h.submit([50 + i])
     with pytest.raises(QueueFullError) as caught:
-        h.submit([52])
+        h.submit([53])
     assert caught.value.status == 429
-    assert len([e for e in h.run() if isinstance(e, Finished)]) == 2
+    assert len([e for e in h.run() if isinstance(e, Finished)]) == 3
 
 
 def test_what_can_never_fit_is_refused_and_what_just_fits_runs() -> None:
@@ -433,7 +433,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def build(self, units: int, rows: int, batch: int, cost: tuple[float, float], drafts: int) -> None:
         rows = max(rows, batch + PAGE)
-        self.h = Harness(units, cost, max_batch_tokens=rows, max_batch=batch, max_queue=4, speculative=drafts)
+        self.h = Harness(units, cost, max_batch_tokens=rows, max_batch=batch, max_queue=2, speculative=drafts)
         for _ in range(WARM_UP if cost[0] else 0):
             self.h.scheduler.pace.step(4, 8, 4 * cost[0] + 8 * cost[1])  # so that shallow-only steps come soon
         self.wanted: dict[str, tuple[list[int], int]] = {}
