@@ -1,6 +1,7 @@
 """A question put in other words, or with the slips of a hurried hand: plain functions of a text and a number.
 
-Each gives None where it finds nothing to change. Code, links, numbers and what stands in quotes keep their spelling.
+Each gives None where it finds nothing to change. From the first line of code on, nothing is changed; links, numbers and what
+stands in quotes keep their spelling.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ SYNONYMS: Synonyms = {
     "right": ("correct",), "send": ("ship",), "shape": ("figure",), "show": ("display",), "sick": ("ill",),
     "start": ("begin",), "stop": ("end",), "task": ("job",), "wrong": ("incorrect",),
 }  # fmt: skip
+CODE_LINE = re.compile(
+    r"^(?: {4}|\t|```|@\w|(?:async )?def |class |import |from \w+ import |.*[{};]\s*$)", re.MULTILINE
+)
 LETTERS_OF_A_SLIP = 4  # shortest word that one is made in
 WORDS_A_SLIP = 8  # one slip for so many words, at least one
 KEPT = re.compile(r"```.*?```|`[^`]*`|\"[^\"]*\"|https?://\S+|\S*[\d_@/\\{}()=<>]\S*", re.DOTALL)
@@ -63,29 +67,32 @@ def read_synonyms(path: str | Path) -> Synonyms:
 
 def paraphrased(text: str, draw: int, synonyms: Synonyms = SYNONYMS) -> str | None:
     """Other words for the same: another form of the question, if it has one of `FORMS`, and synonyms for some words."""
-    formed = _other_form(text.strip(), draw)
+    prose, rest = _prose(text)
+    formed = _other_form(prose, draw)
     kept = _kept(formed)
     words = [m for m in _synonym_pattern(synonyms).finditer(formed) if not _touches(m, kept)]
     chosen = [m for number, m in enumerate(words) if _part(draw, number) % 2]
-    if not chosen and formed == text.strip():
+    if not chosen and formed == prose:
         chosen = words[:1]
     for match in reversed(chosen):
         others = synonyms[match[0].lower()]
         other = others[_part(draw, match.start()) % len(others)]
         formed = formed[: match.start()] + (_capital(other) if match[0][0].isupper() else other) + formed[match.end() :]
-    return formed if formed != text.strip() else None
+    return formed + rest if formed != prose else None
 
 
 def _other_form(text: str, draw: int) -> str:
     """Another form of the same question, or `text` when it has none of `FORMS`."""
     for form, others in FORMS:
-        if match := re.fullmatch(form, text, re.IGNORECASE):  # a dot matches no line end: sentences of one line alone
-            return _capital(match.expand(others[draw % len(others)]))
+        if re.fullmatch(form, text, re.IGNORECASE):  # a dot matches no line end: sentences of one line alone
+            inside = text[0].lower() + text[1:]  # its first word may come to stand inside the new sentence
+            return _capital(re.sub(form, others[draw % len(others)], inside, count=1, flags=re.IGNORECASE))
     return text
 
 
 def with_typos(text: str, draw: int) -> str | None:
     """A slip in one word of eight: two letters exchanged, one left out, or one doubled; never in a word's first letter."""
+    text, rest = _prose(text)
     kept = _kept(text)
     found = re.finditer(r"[^\W\d_]+", text)
     words = [m for m in found if len(m[0]) >= LETTERS_OF_A_SLIP and not _touches(m, kept)]
@@ -94,7 +101,14 @@ def with_typos(text: str, draw: int) -> str | None:
     order = sorted(range(len(words)), key=lambda n: _part(draw, n))
     for match in sorted((words[n] for n in order[: -(-len(words) // WORDS_A_SLIP)]), key=lambda m: -m.start()):
         text = text[: match.start()] + _slip(match[0], _part(draw, match.start())) + text[match.end() :]
-    return text
+    return text + rest
+
+
+def _prose(text: str) -> tuple[str, str]:
+    """What comes before the first line of code, and the rest with the space before it."""
+    code = CODE_LINE.search(text)
+    prose = text[: code.start() if code else len(text)].rstrip()
+    return prose, text[len(prose) :]
 
 
 def _slip(word: str, draw: int) -> str:

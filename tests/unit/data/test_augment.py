@@ -100,6 +100,7 @@ def test_real_code_still_parses_and_most_of_it_can_be_renamed() -> None:
 def test_a_paraphrase_asks_the_same_in_other_words(draw: int) -> None:
     new = paraphrased("How do I send the lamp back?", draw)
     assert new and new != "How do I send the lamp back?" and "the lamp back" in new and new[0].isupper()
+    assert paraphrased("Explain tides.", draw) in ("Can you explain tides.", "Please explain tides.")
     assert paraphrased("zzz qqq", draw) is None
     assert paraphrased('Say "send" with `send` to x_send.', draw) is None, "quotes, code and names stay"
 
@@ -112,6 +113,19 @@ def test_slips_change_few_letters_and_no_code(text: str, draw: int) -> None:
     )  # one word of eight, of four letters or more
     kept = " `function(argument)` 12345 http://example.org/path"
     assert with_typos(f"call{kept}", draw) in {f"{word}{kept}" for word in ("clal", "cll", "cal", "caall", "calll")}
+
+
+@given(DRAWS)
+def test_code_in_a_question_is_left_alone(draw: int) -> None:
+    for code in (CODE, "def send(parcel, start):", "int start = begin;", "```\nsend the parcel to start\n```"):
+        for change in (paraphrased, with_typos):
+            new = change(f"Explain how to start this function:\n{code}", draw)
+            assert (
+                new is not None
+                and new.endswith(f"\n{code}")
+                and not new.startswith("Explain how to start this function:")
+            )
+            assert change(code, draw) is None
 
 
 def chat(question: str, answer: str = "An answer.", **fields: object) -> dict:
