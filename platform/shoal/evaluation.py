@@ -7,6 +7,7 @@ number) and quality by depth on the first model given. Where a number is weak, `
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import os
 import platform
@@ -220,9 +221,16 @@ def weaknesses(rows: list[dict[str, Any]], by_depth: list[dict[str, Any]]) -> li
                 f"{row['metric']}: {last} is slower than {label} ({values[last]:.0f} and {value:.0f} tokens/s): "
                 "on matrices this small, rounding the activations costs more than INT8 saves."
             )
-    shallow, full = by_depth[0], by_depth[-2]
-    if shallow["bpb text"] - full["bpb text"] < 0.02:
+    exits = [row for row in by_depth if row["exit"] != "auto"]
+    if exits[0]["bpb text"] - exits[-1]["bpb text"] < 0.02:
         said.append("Depth hardly matters yet: the shallow exit is within 0.02 bits per byte of full depth on text.")
+    for modality in ("bpb text", "bpb code"):
+        for near, deep in itertools.pairwise(exits):
+            if deep[modality] > near[modality]:
+                said.append(
+                    f"{modality} rises with depth: {near['exit']} reads {near[modality]:.3f}, "
+                    f"{deep['exit']} {deep[modality]:.3f}."
+                )
     return said
 
 

@@ -1,4 +1,5 @@
 """The whole main job on one machine: corpus -> shards -> pretraining -> fine-tuning -> INT8 -> report -> a chat that answers.
+A short control run after pretraining tells what the early exits cost.
 
 Each stage leaves a result whose presence means complete, so a second call goes on where the first stopped. The stages
 are the functions that the subcommands and the jobs call; nothing here is a special path.
@@ -28,11 +29,14 @@ from shoal.on_ray.train import train
 from shoal.progress import Tell, duration, progress
 from shoal.train import log, routing
 from shoal.train import report as page
+from shoal.train.control import control_plan, exit_tax, too_high
 from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan, quantize_plan
 
 PRESET = "tiny"
 MIX = {"text": 0.6, "image": 0.2, "code": 0.2}
-MINUTES = {"pretrain": 4.5, "finetune": 4.0, "quantize": 1.0}
+MINUTES = {"pretrain": 4.5, "finetune": 3.5, "quantize": 0.75}
+CONTROL = 1 / 3  # of pretraining's updates: how long the control trains, with which the exit tax is measured
+EVAL_EVERY = 50  # updates of pretraining between held-out evaluations, so that one is near the control's end
 WORKERS = 2
 SERVE_CONFIG = Path("serve_configs/local.yaml")
 DISK = 2 * 2**30  # bytes: shards, checkpoints and two models of this size, with room to spare
@@ -87,6 +91,7 @@ def run(root: Path, *, stay: bool, port: int, scale: float, console: Console) ->
     stages: list[tuple[str, Path, Callable[[Run, Tell], None]]] = [
         ("prepare", place.data / "index.json", _prepare),
         ("pretrain", root / "pretrain" / "model" / "config.json", _pretrain),
+        ("control", root / "control" / "model" / "config.json", _control),
         ("finetune", place.model / "router.json", _finetune),
         ("quantize", place.int8 / "router.json", _quantize),
         ("evaluate", place.report, _evaluate),
@@ -102,7 +107,8 @@ def run(root: Path, *, stay: bool, port: int, scale: float, console: Console) ->
                 stage(place, tell)
             _say(console, f"{head} {duration(time.monotonic() - start)} -> {result.parent}")
         print_tables(json.loads(place.report.read_text(encoding="utf-8")), console)
-        _serve(place, port, stay=stay, console=console, began=began)
+        head = f"[{len(stages) + 1}/{len(stages) + 1}] serve    "
+        _serve(place, port, stay=stay, console=console, began=began, head=head)
 
 
 def _prepare(place: Run, tell: Tell) -> None:
@@ -111,7 +117,16 @@ def _prepare(place: Run, tell: Tell) -> None:
 
 
 def _pretrain(place: Run, tell: Tell) -> None:
-    _fit(pretrain_plan(PRESET, str(place.data), str(place.metrics("pretrain")), **_budget(place, "pretrain")), tell)
+    _fit(_main_plan(place), tell)
+
+
+def _main_plan(place: Run) -> FitPlan:
+    budget = _budget(place, "pretrain")
+    return pretrain_plan(PRESET, str(place.data), str(place.metrics("pretrain")), eval_every=EVAL_EVERY, **budget)
+
+
+def _control(place: Run, tell: Tell) -> None:
+    _fit(control_plan(_main_plan(place), place.metrics("control"), CONTROL), tell)
 
 
 def _finetune(place: Run, tell: Tell) -> None:
@@ -135,7 +150,8 @@ def _quantize(place: Run, tell: Tell) -> None:
 def _evaluate(place: Run, tell: Tell) -> None:
     report = compare({"fp32": place.model, "int8": place.int8}, place.data, on_progress=tell)
     stages = [stage_history(place.metrics(name), name) for name in MINUTES]
-    report["weak"] += still_learning(stages[0])
+    report["exit_tax"] = exit_tax(place.metrics("pretrain"), place.metrics("control"))
+    report["weak"] += still_learning(stages[0]) + too_high(report["exit_tax"])
     corpus = json.loads((place.data / "report.json").read_text(encoding="utf-8"))
     write_report(place.report, {"title": f"Quickstart, preset {PRESET}", "corpus": corpus, "stages": stages, **report})
 
@@ -222,6 +238,9 @@ def print_tables(report: dict[str, Any], console: Console) -> None:
         for modality in ("text", "code"):
             values = [f"{measured[modality]:.2f}" for measured in stage["heldout"] if modality in measured]
             _say(console, f"held-out bpb of {modality} in {stage['name']}: {' > '.join(values[-8:])}")
+    if tax := report.get("exit_tax"):
+        said = [f"{r['modality']} {r['with']:.3f} / {r['without']:.3f} ({r['tax']:+.1%})" for r in tax["rows"]]
+        _say(console, f"exit tax, held-out bpb with / without early exits at step {tax['step']}: {'  '.join(said)}")
     for sentence in report["weak"]:
         _say(console, f"weak: {sentence}")
 
@@ -234,7 +253,7 @@ def _say(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _serve(place: Run, port: int, *, stay: bool, console: Console, began: float) -> None:
+def _serve(place: Run, port: int, *, stay: bool, console: Console, began: float, head: str) -> None:
     """Deploy the INT8 model as `serve_configs/local.yaml` says, ask the samples, and with `stay` serve until Ctrl-C."""
 
     def ready(url: str) -> None:
@@ -244,9 +263,9 @@ def _serve(place: Run, port: int, *, stay: bool, console: Console, began: float)
         report = json.loads(place.report.read_text(encoding="utf-8"))
         write_report(place.report, {**report, "samples": [answer.as_row() for answer in answers]})
         took = duration(time.monotonic() - began)
-        _say(console, f"[6/6] serve     ready {took} after the start; report: {place.report.with_suffix('.html')}")
+        _say(console, f"{head} ready {took} after the start; report: {place.report.with_suffix('.html')}")
         if stay:
-            _say(console, f"[6/6] serve     API {url}/v1   chat page {url}/ui   (Ctrl-C ends it)")
+            _say(console, f"{head} API {url}/v1   chat page {url}/ui   (Ctrl-C ends it)")
 
     deploy = load_serve_config(SERVE_CONFIG, port=port, model=str(place.int8))
     try:

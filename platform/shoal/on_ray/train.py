@@ -145,7 +145,7 @@ def _resources(cpus: float, use_gpu: bool) -> dict[str, float]:
 
 def _absolute(plan: FitPlan) -> FitPlan:
     """Workers have a folder of their own, so the plan's paths must not depend on this one."""
-    given = {key: getattr(plan, key) for key in ("data", "replay", "heldout", "run", "out", "init")}
+    given = {key: getattr(plan, key) for key in ("data", "replay", "heldout", "run", "out", "init", "rates_of")}
     paths: dict[str, Any] = {key: str(Path(path).absolute()) for key, path in given.items() if path}
     return dataclasses.replace(plan, **paths)
 

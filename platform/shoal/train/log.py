@@ -68,6 +68,11 @@ def read(run: str | Path) -> list[Record]:
     return history
 
 
+def rates(run: str | Path) -> dict[int, float]:
+    """The learning rate of each update of a run, by the number of its step."""
+    return {record["step"]: record["rate"] for record in read(run) if record["kind"] == "step"}
+
+
 def line(record: Record) -> str:
     """One fixed-width line for a record."""
     r = record

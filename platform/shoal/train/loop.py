@@ -23,6 +23,7 @@ from shoal.model import checkpoint as model_directory
 from shoal.model.cost import parameters
 from shoal.model.net import Net
 from shoal.model.quant import export_int8, fake_quantize_
+from shoal.train import log
 from shoal.train.checkpoint import CheckpointStore, TrainState, code_version, full_state, read_state, require_same
 from shoal.train.feed import open_feed, shard_tokenizer
 from shoal.train.heldout import Bpb, measure
@@ -73,6 +74,7 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
     meter = Meter(plan.model, matmul_rate(ranks.device), ranks.world, heads=heads)
     say("start", _summary(plan, ranks, meter), step=state.step)
 
+    rates = log.rates(plan.rates_of) if plan.rates_of else {}
     clock = Clock(ranks, state.seconds)
     done = progress(plan, step=state.step, seconds=state.seconds, steps_in_epoch=feed.steps_in_epoch)
     while done < 1.0:
@@ -80,7 +82,8 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
         # The schedules are read at the end of this update, so that the first has a rate and the last has the lowest.
         end = state.seconds + clock.last_step
         done = progress(plan, step=state.step + 1, seconds=end, steps_in_epoch=feed.steps_in_epoch)
-        rate, weights = learning_rate(done, plan.train), exit_weights(done, plan.train)
+        rate = rates[state.step + 1] if plan.rates_of else learning_rate(done, plan.train)
+        weights = exit_weights(done, plan.train)
         if rotates(plan.model, plan.train):
             weights = one_early_exit(weights, state.step)
         skip = left_out(plan.model, plan.train, state.step)

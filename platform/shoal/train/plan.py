@@ -16,6 +16,7 @@ from shoal.data.shards import open_index
 from shoal.errors import ConfigError, DataError, UsageError
 from shoal.model import checkpoint
 from shoal.model.cost import parameters
+from shoal.train import log
 from shoal.train.parallel import STAYS_GATHERED
 
 CHAT_ROWS = 16  # training lengths in an update of stages 2 and 3: chats are short, and more updates beat larger ones
@@ -45,6 +46,7 @@ class FitPlan:
     checkpoint_minutes: float = 1.0  # between checkpoints
     keep: int = 2  # checkpoints kept
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest whole checkpoint of the run
+    rates_of: str = ""  # folder of a run whose learning rate at each step is used again: this run is its control
 
     def __post_init__(self) -> None:
         if self.resume not in ("auto", "never"):
@@ -90,6 +92,7 @@ class FitPlan:
             "data_sha256": fingerprint(self.data),
             "replay_sha256": fingerprint(self.replay) if self.replay else None,
             "mix": dict(self.mix) if self.mix is not None else None,
+            "control": bool(self.rates_of),
             "quantize": self.quantize,
         }
 
@@ -150,6 +153,8 @@ def fingerprint(data: str) -> str:
 def check(plan: FitPlan, workers: int) -> None:
     """Refuse, before any worker starts, a plan that could not be followed: DataError when the data is missing, too short or
     made for another model, ConfigError when the batch does not divide."""
+    if plan.rates_of:
+        _check_rates(plan)
     if Path(plan.data).is_dir():
         if plan.replay:
             raise ConfigError(
@@ -160,6 +165,14 @@ def check(plan: FitPlan, workers: int) -> None:
         _check_chats(plan, workers)
         if plan.replay:
             _check_shards(plan, plan.replay, workers)
+
+
+def _check_rates(plan: FitPlan) -> None:
+    known = len(log.rates(plan.rates_of)) if log.metrics_file(plan.rates_of).is_file() else 0
+    if plan.steps is None or plan.steps > known:
+        raise DataError(
+            f"{plan.rates_of}: learning rates", got=f"{known} steps", allowed=f"{plan.steps or 'as many'} or more"
+        )
 
 
 def _check_shards(plan: FitPlan, data: str, workers: int) -> None:

@@ -36,7 +36,12 @@ def full() -> dict[str, Any]:
         "machine": {"cpu": EVIL, "cores": 2},
         "weak": [f"BLEU is low {EVIL}"],
         "quality": {"columns": ["fp32", "int8"], "rows": [{**row, "note": EVIL}]},
-        "depth": {"rows": exits, "router": {"regret": 0.01}},
+        "depth": {
+            "rows": exits,
+            "router": {"regret": 0.01},
+            "by_tolerance": [{"tolerance": 0.05, "depth_share": 0.625, "regret": 0.0123, "violations": 0.1}],
+            "by_budget": [{"budget": 0.35, "depth_share": 0.349, "regret": 0.0456}],
+        },
         "gates": [{"layer": 0, "gamma": [0.7, 0.25]}],
         "stages": [stage(f"pretrain {EVIL}", [5.0, 4.0, 3.0])],
         "samples": [sample, {**sample, "image": "https://example.org/x.png"}],
@@ -85,7 +90,7 @@ def test_what_is_weak_comes_before_the_numbers(tmp_path: Path) -> None:
 
 def test_numbers_and_baselines_are_shown(tmp_path: Path) -> None:
     text = re.sub(r"\s+", " ", rendered(full(), tmp_path))
-    for shown in ("2.000", "2.100", "gzip 3.000", "62.5%", "0.70", "1 min 01 s", "pretrain"):
+    for shown in ("2.000", "2.100", "gzip 3.000", "62.5%", "0.70", "1 min 01 s", "pretrain", "0.012", "34.9%", "0.046"):
         assert shown in text
     assert text.count("<polyline") == 5, "a raw and a smoothed loss, and three measures by depth"
 
