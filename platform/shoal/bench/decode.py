@@ -194,8 +194,8 @@ def _drafts(config: ModelConfig, batches: tuple[int, ...], tokens: int, rounds: 
         model = _model(config)
         for group in list(model.net.groups)[1:]:
             for block in group.blocks:  # type: ignore[union-attr]
-                block.attention.out.weight.mul_(share)  # type: ignore[union-attr]
-                block.mlp.down.weight.mul_(share)  # type: ignore[union-attr]
+                block.attention.out.weight.mul_(share)
+                block.mlp.down.weight.mul_(share)
         for on in (False, True):
             engine = Engine(model, speculative=DRAFTS if on else 0, speculative_max_batch=1)
             if on:

@@ -266,7 +266,7 @@ def _logprobs(reported: dict[int, Tensor], draws: Sequence[Draw], tokens: Sequen
 def _entries(logits: Tensor, targets: Sequence[int], wanted: Sequence[int]) -> list[TokenLogprob]:
     """Logprob of each of `targets` [R] under its row of `logits` [R, V], with the `wanted` [R] best."""
     logprobs = torch.log_softmax(logits.double(), -1)
-    best = logprobs.topk(max(1, *wanted), dim=-1)
+    best = logprobs.topk(max([1, *wanted]), dim=-1)
     chosen = logprobs.gather(-1, torch.tensor(targets, device=logits.device)[:, None]).flatten().tolist()
     values, ids = best.values.tolist(), best.indices.tolist()
     return [

@@ -1,0 +1,101 @@
+"""The engine and the naive generate agree on every option that a request has, alone and in one batch. In float64.
+
+`deadline` and `priority` are about time; depth "auto" with a router is in test_properties.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from shoal import Engine, Model, Request, Sampling
+from shoal.engine import naive
+from shoal.engine.events import Completion, Guide, TokenLogprob
+from shoal.inputs.chat import Encoded
+from shoal.inputs.media import to_patches
+from shoal.inputs.tokenizer import END_ID
+
+MODEL = Model.from_preset("test", seed=3, dtype="float64")
+TOKENS = st.integers(20, 200)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> Request:
+    def maybe(values: st.SearchStrategy[Any], none: Any) -> Any:
+        return draw(values) if draw(st.booleans()) else none
+
+    guided = maybe(st.sampled_from([Guide("regex", "[a-z]{2,9}"), Guide("choice", ("ja", "nein", "jamais"))]), None)
+    tokens = draw(st.integers(1, 12))
+    sampling = Sampling(
+        temperature=draw(st.sampled_from([0.0, 0.5, 1.0, 1.7])),
+        top_p=maybe(st.floats(0.1, 1), 1.0),
+        top_k=maybe(st.integers(1, 60), 0),
+        min_p=maybe(st.floats(0, 0.3), 0.0),
+        seed=draw(st.integers(0, 2**64)),
+        max_tokens=tokens,
+        min_tokens=0 if guided else maybe(st.integers(0, tokens), 0),
+        stop=maybe(st.lists(st.text(st.characters(codec="ascii"), min_size=1, max_size=2), max_size=3), ()),
+        stop_token_ids=maybe(st.lists(TOKENS, max_size=20), ()),
+        ignore_eos=not guided and draw(st.booleans()),
+        presence_penalty=maybe(st.floats(-2, 2), 0.0),
+        frequency_penalty=maybe(st.floats(-2, 2), 0.0),
+        repetition_penalty=maybe(st.floats(0.5, 2), 1.0),
+        logit_bias=maybe(st.dictionaries(TOKENS | st.just(END_ID), st.floats(-5, 5), max_size=5), {}),
+        logprobs=maybe(st.integers(0, 5), None),
+        prompt_logprobs=maybe(st.integers(0, 3), None),
+        guided=guided,
+        speculative=maybe(st.integers(0, 5), None),
+    )
+    prompt: Any = draw(st.lists(TOKENS, min_size=1, max_size=30))
+    if draw(st.integers(0, 4)) == 0:
+        pixels = np.full((8, 12, 3), draw(st.integers(0, 255)), dtype=np.uint8)
+        image = to_patches(Image.fromarray(pixels), MODEL.config)
+        prompt = Encoded([*prompt[:3], *image.tokens(), *prompt[3:]], [image])
+    return Request(prompt, sampling, depth=draw(st.sampled_from(["shallow", "middle", "full"])))
+
+
+def close(got: TokenLogprob | None, wanted: TokenLogprob | None) -> bool:
+    if got is None or wanted is None:
+        return got is wanted
+    values = [(got.logprob, wanted.logprob), *((a[1], b[1]) for a, b in zip(got.top, wanted.top, strict=True))]
+    return got.token == wanted.token and all(a == b or abs(a - b) < 1e-9 for a, b in values)
+
+
+def agree(got: Completion, wanted: Completion) -> None:
+    assert (got.tokens, got.text, got.finish_reason) == (wanted.tokens, wanted.text, wanted.finish_reason)
+    assert got.depth == wanted.depth and got.finished is not None and wanted.finished is not None
+    assert got.finished.completion_tokens == wanted.finished.completion_tokens
+    for ours, theirs in (
+        (got.logprobs, wanted.logprobs),
+        (got.finished.prompt_logprobs, wanted.finished.prompt_logprobs),
+    ):
+        assert len(ours) == len(theirs) and all(map(close, ours, theirs))
+
+
+@settings(max_examples=25)
+@given(st.lists(requests(), min_size=1, max_size=4))
+def test_every_option_means_the_same_in_the_engine_and_in_the_oracle(asked: list[Request]) -> None:
+    engine = Engine(MODEL, units=200, max_batch_tokens=40, max_batch=4, speculative=2, speculative_max_batch=4)
+    for request, got in zip(asked, engine.generate(asked), strict=True):
+        agree(got, naive.generate(MODEL, request))
+    engine.step()  # idle: checks the books
+    assert engine.dead is None
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_every_token_of_a_prompt_is_scored_in_chunks_and_out_of_the_cache(cached: bool) -> None:
+    prompt = [20 + 7 * i % 190 for i in range(75)]
+    engine = Engine(MODEL, units=200, max_batch_tokens=32, max_batch=4)
+    if cached:
+        engine.generate([Request(prompt, Sampling(temperature=0, max_tokens=1))])
+    request = Request(prompt, Sampling(temperature=0, max_tokens=3, prompt_logprobs=2), depth="full")
+    (got,) = engine.generate([request])
+    agree(got, naive.generate(MODEL, request))
+    assert got.finished is not None
+    first, *others = got.finished.prompt_logprobs
+    assert first is None and [entry.token for entry in others if entry is not None] == prompt[1:]
