@@ -30,21 +30,23 @@ def main() -> int:
     add = parser.add_argument
     add("--out", required=True, help="folder of shards to write, or s3://BUCKET/PREFIX")
     add(
-        "--source",
-        action="append",
-        metavar="NAME=URI",
-        help="folder, file or s3://...; repeat (default: the demo corpus)",
+        "--source", action="append", metavar="NAME=URI", help="a folder, a file or s3://...; repeat (default: the demo)"
     )
     add("--mix", help="shares by token (default text=60,image=20,code=20)")
     add("--preset", help="the model that will be trained on it (default tiny)")
     add("--seed", type=int, help="of split, order and packing (default 0)")
-    add("--config", help="YAML or JSON with any of: source, mix, preset, seed, operators, s3; options override it")
+    add("--tokenizer", help="a tokenizer.json to use: ours, or any byte-level BPE (default: fitted to a sample)")
+    add(
+        "--config",
+        help="YAML or JSON with any of: source, mix, preset, seed, tokenizer, operators, s3; options override it",
+    )
     given = parser.parse_args()
 
     def work() -> None:
-        asked = prepare_config(given.config, source=given.source, mix=given.mix, preset=given.preset, seed=given.seed)
+        named = ("source", "mix", "preset", "seed", "tokenizer")
+        asked = prepare_config(given.config, **{name: getattr(given, name) for name in named})
         mix, preset = parse_mix(asked.mix), presets.get(asked.preset)
-        also = {"seed": asked.seed, "operators": asked.operators, "s3": asked.s3}
+        also = {name: getattr(asked, name) for name in ("seed", "tokenizer", "operators", "s3")}
         with local_ray(), progress("prepare") as tell:
             report = prepare(given.out, sources=asked.source or None, mix=mix, preset=preset, **also, on_progress=tell)
         print(json.dumps(report))

@@ -75,9 +75,14 @@ def prepare(
     preset: Annotated[str | None, typer.Option(help=f"One of: {', '.join(presets.NAMES)} [tiny].")] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML or JSON with any of: source, mix, preset, seed, operators, s3; options override it."),
+        typer.Option(
+            help="YAML or JSON with any of: source, mix, preset, seed, tokenizer, operators, s3; options override it."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of split, order and packing [0].")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer.json to use: ours, or any byte-level BPE. [fitted to a sample]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Raw text, code and images to packed shards, with a tokenizer and a report."""
@@ -87,7 +92,7 @@ def prepare(
     from shoal.on_ray.resources import local_ray
     from shoal.progress import progress
 
-    asked = prepare_config(config, source=source, mix=mix, preset=preset, seed=seed)
+    asked = prepare_config(config, source=source, mix=mix, preset=preset, seed=seed, tokenizer=tokenizer)
     with local_ray(), progress("prepare") as tell:
         report = run(
             out_dir,
@@ -95,6 +100,7 @@ def prepare(
             mix=parse_mix(asked.mix),
             preset=presets.get(asked.preset),
             seed=asked.seed,
+            tokenizer=asked.tokenizer,
             operators=asked.operators,
             s3=asked.s3,
             on_progress=tell,
@@ -242,15 +248,16 @@ def serve(
     api_keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line. [open to all]")] = None,
     ray: Annotated[bool, typer.Option(help="On Ray Serve; --no-ray serves from this process.")] = True,
     replicas: Annotated[str | None, typer.Option(help="Engine replicas, N or MIN:MAX [1, or the config's].")] = None,
-    ui: Annotated[bool | None, typer.Option(help="Show the chat page at /ui [yes, or the config's].")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Folder of training runs to show on the pages, read only.")] = None,
+    ui: Annotated[bool | None, typer.Option(help="Show the pages at /ui [yes, or the config's].")] = None,
 ) -> None:
-    """The OpenAI-compatible API at http://HOST:PORT/v1, and the chat page at /ui, until Ctrl-C."""
+    """The OpenAI-compatible API at http://HOST:PORT/v1, and the pages at /ui, until Ctrl-C."""
     if model is None and config is None:
         raise UsageError("what to serve", do="give --model DIR or --config FILE")
     if not ray:
         if model is None or config is not None or replicas is not None:
             raise UsageError("--no-ray serves one model from this process", do="give --model DIR, and no --config")
-        _serve_here(model, name, host or LOOPBACK, port or PORT, api_keys, ui is not False)
+        _serve_here(model, name, host or LOOPBACK, port or PORT, api_keys, runs, ui is not False)
         return
     from shoal.on_ray.resources import local_ray, need_free_port
     from shoal.on_ray.serve import run
@@ -259,6 +266,7 @@ def serve(
     given = {"model": str(model) if model else None, "name": name, "ui": ui}
     args: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     args |= {"api_keys": str(api_keys)} if api_keys else {}
+    args |= {"runs": str(runs.absolute())} if runs else {}
     args |= parse_replicas(replicas) if replicas else {}
     if config is not None:
         deploy = load_serve_config(config, host=host, port=port, **args)
@@ -356,14 +364,16 @@ def _chats(heldout: Path | None, replay: Path | None) -> dict[str, str]:
     return {key: str(path) for key, path in {"heldout": heldout, "replay": replay}.items() if path is not None}
 
 
-def _serve_here(model: Path, name: str | None, host: str, port: int, api_keys: Path | None, page: bool) -> None:
+def _serve_here(
+    model: Path, name: str | None, host: str, port: int, api_keys: Path | None, runs: Path | None, page: bool
+) -> None:
     from shoal.api.page import chat_page
     from shoal.api.server import run_local
 
     mount = chat_page(f"http://{host}:{port}/v1", name) if page else None
     keys = str(api_keys) if api_keys else None
     ready = partial(_ready, page=page)
-    run_local(model, name=name, host=host, port=port, api_keys=keys, ui_mount=mount, on_ready=ready)
+    run_local(model, name=name, host=host, port=port, api_keys=keys, runs=runs, ui_mount=mount, on_ready=ready)
 
 
 def _ready(url: str, page: bool) -> None:

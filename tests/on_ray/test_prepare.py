@@ -193,3 +193,14 @@ def test_sources_of_no_use_are_one_line_and_leave_no_corpus(raw: Path, tmp_path:
             prepare(tmp_path / "out", sources=specs, mix=MIX, preset=PRESET, seed=0)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / INDEX).exists()
+
+
+def test_a_tokenizer_that_is_given_is_used_and_belongs_to_the_request(raw: Path, tmp_path: Path) -> None:
+    given = Tokenizer.train(["the crew mended the net before the tide"] * 9, 290)
+    given.save(tmp_path / "given.json")
+    ask = {"sources": sources(raw)[:1], "mix": MIX, "preset": PRESET, "seed": 0}
+    prepare(tmp_path / "out", **ask, tokenizer=tmp_path / "given.json")
+    assert Tokenizer.load(tmp_path / "out" / TOKENIZER).sha256 == given.sha256
+    assert open_index(tmp_path / "out").tokenizer_sha256 == given.sha256
+    with pytest.raises(DataError, match="other tokenizer"):
+        prepare(tmp_path / "out", **ask)

@@ -22,6 +22,7 @@ class PrepareConfig:
     mix: str = "text=60,image=20,code=20"  # shares by token
     preset: str = "tiny"
     seed: int = 0  # of split, order and packing
+    tokenizer: str | None = None  # a tokenizer.json to use; none: one is fitted to a sample
     operators: Operators = field(default_factory=Operators)
     s3: S3 = field(default_factory=S3)
 

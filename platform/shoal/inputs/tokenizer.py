@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,16 @@ SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 IMG, IMG_END, ROW, PATCH = "<img>", "</img>", "<row>", "<patch>"  # PATCH stands where a patch vector is put in
 SPECIAL = (PAD, END, SYSTEM, USER, ASSISTANT, IMG, IMG_END, ROW, PATCH)  # ids 0..8, in this order
 PAD_ID, END_ID, SYSTEM_ID, USER_ID, ASSISTANT_ID, IMG_ID, IMG_END_ID, ROW_ID, PATCH_ID = range(len(SPECIAL))
+
+# Texts that a tokenizer with a normaliser, a space put in front or an unknown token would not give back.
+PROBES = (
+    "a",
+    " a  b\n\n\tc ",
+    "Cafe\u0301 \ufb01ne \u00bd \u2026",
+    "\U0001f41f\u200d \u6f6e 12345",
+    "\x00\x7f\xff",
+    "<|user|></s>",
+)
 
 
 class Tokenizer:
@@ -66,6 +77,48 @@ class Tokenizer:
             raise
         except Exception as error:  # the library raises bare Exception for every malformed file
             raise CheckpointError(f"cannot read tokenizer {path}", got=str(error)) from error
+
+    @classmethod
+    def adopt(cls, path: str | Path, vocab: int) -> Tokenizer:
+        """The tokenizer in a ``tokenizer.json``, of at most `vocab` tokens: one of ours as it is, any other byte-level BPE with
+        our control tokens in front, so that its own ids move up, and without control tokens of its own.
+
+        Raises CheckpointError when it is of another kind or does not give back every text byte for byte, ConfigError when it
+        has too many tokens.
+        """
+        try:
+            core = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every malformed file
+            raise CheckpointError(f"cannot read tokenizer {path}", got=str(error)[:160]) from error
+        ours = [core.token_to_id(name) for name in SPECIAL] == list(range(len(SPECIAL)))
+        tokenizer = cls(core if ours else _with_control_tokens(core, path))
+        if len(tokenizer) > vocab:
+            raise ConfigError(
+                f"tokenizer {path}", got=f"{len(tokenizer)} tokens, control tokens included", allowed=f"at most {vocab}",
+                do="choose a preset with a larger vocabulary",
+            )  # fmt: skip
+        tokenizer._need_byte_level(path)
+        return tokenizer
+
+    def _need_byte_level(self, path: str | Path) -> None:
+        """Raises CheckpointError unless every token stands for bytes, and every text comes back as it was."""
+        pieces = [self._core.id_to_token(token) for token in range(len(SPECIAL), len(self))]
+        strange = [piece for piece in pieces if piece is None or not all(c in _BYTE_OF for c in piece)]
+        missing = set(_BYTE_OF) - set(pieces)
+        lost = (
+            []
+            if strange or missing
+            else [t for t in PROBES if b"".join(map(self.token_bytes, self.encode(t))) != t.encode()]
+        )
+        if strange or missing or lost:
+            got = (
+                f"token {strange[0]!r}"
+                if strange
+                else f"{len(missing)} bytes missing"
+                if missing
+                else f"{lost[0]!r} changed"
+            )
+            raise CheckpointError(f"tokenizer {path}", got=got, allowed="a byte-level BPE that leaves text as it is")
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.json, encoding="utf-8")
@@ -139,6 +192,21 @@ def _empty_core() -> tokenizers.Tokenizer:
     )
     core.decoder = decoders.ByteLevel()
     return core
+
+
+def _with_control_tokens(core: tokenizers.Tokenizer, path: str | Path) -> tokenizers.Tokenizer:
+    """`core` with the control tokens of `SPECIAL` as ids 0 to 8 and its own tokens behind them, in their order."""
+    values = json.loads(core.to_str())
+    model = values["model"]
+    if model["type"] != "BPE":
+        raise CheckpointError(f"tokenizer {path}", got=model["type"], allowed="a byte-level BPE")
+    added = {token["content"] for token in values["added_tokens"]} | set(SPECIAL)
+    pieces = [piece for piece in sorted(model["vocab"], key=model["vocab"].__getitem__) if piece not in added]
+    values["model"] = {**model, "vocab": {piece: number for number, piece in enumerate((*SPECIAL, *pieces))}}
+    values |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    made = tokenizers.Tokenizer.from_str(json.dumps(values))
+    made.add_special_tokens(list(SPECIAL))
+    return made
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -63,20 +63,24 @@ def prepare(
     mix: Mapping[str, float],
     preset: Preset,
     seed: int,
+    tokenizer: str | Path | None = None,
     operators: Operators = Operators(),
     s3: S3 = S3(),
     on_progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Make the corpus in `out` for models of `preset` and return its report; a Ray must be running.
 
-    `sources` None: the demo corpus. `mix`: share of each modality by token; those without a document are left out. A corpus
-    that was finished for the same request is not made again. Raises DataError for a source that is missing, empty or of no
+    `sources` None: the demo corpus. `mix`: share of each modality by token; those without a document are left out.
+    `tokenizer`: a ``tokenizer.json`` to use (default: one is fitted to a sample). A corpus that was finished for the same
+    request is not made again. Raises DataError for a source that is missing, empty or of no
     use, and when `out` holds the corpus of another request; ResourceError when the disk is too small.
     """
     if remote.is_remote(out):
-        ask = {"sources": sources, "mix": mix, "preset": preset, "seed": seed, "operators": operators}
+        ask = {"sources": sources, "mix": mix, "preset": preset, "seed": seed, "operators": operators,
+               "tokenizer": tokenizer}  # fmt: skip
         return _prepare_remote(str(out), s3, ask, on_progress)
     out, start = Path(out).absolute(), time.monotonic()
+    given = Tokenizer.adopt(tokenizer, preset.model.vocab) if tokenizer is not None else None
     if sources is None:
         out.mkdir(parents=True, exist_ok=True)
     specs = list(sources) if sources is not None else demo.sources(out / SOURCES, on_progress)
@@ -91,6 +95,7 @@ def prepare(
         "mix": dict(mix),
         "model": dump(preset.model),
         "seed": seed,
+        "tokenizer": given.sha256 if given else None,
         "operators": dump(operators),
     }
     if (out / INDEX).exists():
@@ -112,11 +117,11 @@ def prepare(
         splits, drops = parts.choose(identities, seed, copies, operators)
         packed.dropped(drops)
         on_progress("fit the tokenizer", 0, 0)
-        tokenizer = _tokenizer(paths, splits, preset.model.vocab, work, digest(keys, splits, preset.model.vocab))
-        write_aside(out / TOKENIZER, tokenizer.json)
+        used = given or _tokenizer(paths, splits, preset.model.vocab, work, digest(keys, splits, preset.model.vocab))
+        write_aside(out / TOKENIZER, used.json)
         chats = ChatFiles(seed)
         packs = [
-            (path, of, out, preset.model, number, digest(key, of, tokenizer.sha256, dump(preset.model)))
+            (path, of, out, preset.model, number, digest(key, of, used.sha256, dump(preset.model)))
             for number, (path, of, key) in enumerate(zip(paths, splits, keys, strict=True))
         ]
         for part in _each(_pack, packs, sizes, "encode and pack", on_progress):
@@ -125,9 +130,9 @@ def prepare(
                 chats.add(split, [chat])
         if sources is None:
             for split in SPLITS:
-                chats.add(split, (chat for chat in service.chats(split) if fits(chat, tokenizer, preset.model)))
-        index = _index(packed, request, preset.model, tokenizer)
-        report = card.report(out, index, packed, tokenizer, chats.write(out), time.monotonic() - start)
+                chats.add(split, (chat for chat in service.chats(split) if fits(chat, used, preset.model)))
+        index = _index(packed, request, preset.model, used)
+        report = card.report(out, index, packed, used, chats.write(out), time.monotonic() - start)
         card.write(out, report)
         clear(out, keep={shard.file for shard in index.shards})  # of other requests, and what was half written
         write_index(out, index)
