@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -30,6 +31,7 @@ from shoal.api.client import ClientGone, EngineClient, gather, while_connected
 from shoal.api.metrics import Metrics
 from shoal.api.middleware import Gate
 from shoal.api.requests import Limits, Work
+from shoal.api.runs import runs_routes
 from shoal.api.served import ServedModel
 from shoal.api.wire import (
     ChatRequest,
@@ -65,10 +67,12 @@ def build_app(
     api_keys: ApiKeys | None = None,
     limits: Limits | None = None,
     metrics: bool = True,
+    runs: Path | None = None,
     ui_mount: UiMount | None = None,
     answer_request_id: bool = True,
 ) -> FastAPI:
-    """The HTTP surface of `served`, answered by `client`. `ui_mount` may add a page to the finished app;
+    """The HTTP surface of `served`, answered by `client`. `runs`: a folder of training runs to show, read only;
+    `ui_mount` may add a page to the finished app;
     `answer_request_id` is false behind a proxy that sends ``X-Request-Id`` itself."""
     limits = limits or Limits()
     app = _App(title="Shoal", version=__version__, docs_url=None, redoc_url=None)  # their pages load from elsewhere
@@ -76,6 +80,8 @@ def build_app(
     app.include_router(_openai_routes(service))
     app.include_router(_tokenizer_routes(service))
     app.include_router(_status_routes(service, metrics=metrics))
+    if runs is not None:
+        app.include_router(runs_routes(runs))
     app.add_exception_handler(HTTPException, _http_failed)
     app.add_middleware(
         Gate, keys=api_keys, body_bytes=limits.body_bytes, failed=service.failed, answer_id=answer_request_id

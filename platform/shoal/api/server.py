@@ -26,6 +26,7 @@ def run_local(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_keys: str | Path | None = None,
+    runs: Path | None = None,
     ui_mount: UiMount | None = None,
     limits: Limits | None = None,
     threads: int | None = None,
@@ -48,7 +49,7 @@ def run_local(
     engine = AsyncEngine(Engine(Model.load(model_dir)))
 
     async def serve() -> None:
-        app = build_app(engine, served, api_keys=keys, limits=limits, ui_mount=ui_mount)
+        app = build_app(engine, served, api_keys=keys, limits=limits, runs=runs, ui_mount=ui_mount)
         try:
             async with serving(app, host, port) as running:
                 if on_ready:

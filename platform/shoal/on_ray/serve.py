@@ -227,6 +227,7 @@ class Gateway:
             api_keys=ApiKeys.load(args.api_keys),
             limits=Limits(seconds=args.seconds),
             metrics=args.metrics,
+            runs=Path(args.runs) if args.runs else None,
             ui_mount=page,
             answer_request_id=False,  # Serve's proxy does
         )

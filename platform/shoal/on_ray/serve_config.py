@@ -42,7 +42,8 @@ class ServeArgs:
     seconds: float = 600.0  # longest time of one request
     api_keys: str | None = None  # file of keys, one a line; None: $SHOAL_API_KEYS, or open to all
     metrics: bool = True  # answer /metrics
-    ui: bool = False  # show the chat page at /ui
+    runs: str | None = None  # folder of training runs to show, on the gateway's node; None: none
+    ui: bool = False  # show the pages at /ui
     ui_mount: str = MOUNT  # what puts it there, ``module:function``
     ui_api: str | None = None  # where the page finds the API; None: this server
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -52,6 +52,9 @@ class Feed:
     batches: PretrainBatches | ChatBatches | Replay
     batch_samples: int  # samples of a global batch: rows of shards, groups of chats
     heldout: Mapping[str, list[Batch]]  # modality -> this rank's micro-batches, as many on every rank
+    mix: Mapping[str, float] = field(
+        default_factory=dict
+    )  # wanted share of each modality by token; empty for chats alone
 
     @property
     def steps_in_epoch(self) -> int:
@@ -110,7 +113,7 @@ def _shards(plan: FitPlan, data: str, tokenizer: Tokenizer, ranks: Ranks) -> Fee
         for modality in MODALITIES
         if index.total("rows", "heldout", modality)
     }
-    return Feed(batches, plan.batch_rows, heldout)
+    return Feed(batches, plan.batch_rows, heldout, dict(plan.mix if plan.mix is not None else index.mix))
 
 
 def _chats(plan: FitPlan, tokenizer: Tokenizer, template: str, ranks: Ranks) -> Feed:

@@ -72,7 +72,7 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
     state = run.resume()
     heads = min(2, len(model.exits)) if rotates(plan.model, plan.train) else len(model.exits)
     meter = Meter(plan.model, matmul_rate(ranks.device), ranks.world, heads=heads)
-    say("start", _summary(plan, ranks, meter), step=state.step)
+    say("start", _summary(plan, ranks, meter), mix=dict(feed.mix), step=state.step)
 
     rates = log.rates(plan.rates_of) if plan.rates_of else {}
     clock = Clock(ranks, state.seconds)
