@@ -1,6 +1,6 @@
 """A decoding step's small operators in one call each, for the CPU: the torch side of `kernels`.
 
-`usable` says where they can stand in for the torch operators: on the CPU, without gradients, in fp32 or fp64, with numba
+`usable` says where they can stand in for the torch operators: on the CPU, in inference mode, in fp32 or fp64, with numba
 installed (the extra ``cpu``). Everything works without them, and to the same results within rounding.
 
 Letters: as in `kernels`.
@@ -29,8 +29,9 @@ _TYPES = (torch.float32, torch.float64)
 
 
 def usable(x: Tensor) -> bool:
-    """May the functions below be used on `x`? Not under a dispatch mode, which could not see what they do."""
-    plain = x.device.type == "cpu" and x.dtype in _TYPES and not torch.is_grad_enabled()
+    """May the functions below be used on `x`? Not under a dispatch mode, which could not see what they do; and in inference mode
+    alone, since FSDP, which measures without it, frees the memory that numpy would hold."""
+    plain = x.device.type == "cpu" and x.dtype in _TYPES and torch.is_inference_mode_enabled()
     return plain and not is_in_torch_dispatch_mode() and _kernels() is not None
 
 

@@ -31,6 +31,8 @@ def test_only_where_it_can_be():
     x = torch.ones(2, 4)
     assert not fused.usable(x)  # gradients are on
     with torch.no_grad():
+        assert not fused.usable(x)  # training measures itself so, on memory that FSDP frees
+    with torch.inference_mode():
         assert fused.usable(x)
         assert not fused.usable(x.bfloat16())
         assert not fused.usable(x.to("meta"))
@@ -108,7 +110,7 @@ def run(group, config, chunks, units, x, *, poison=math.nan):
 def test_a_layer_group_equals_its_torch_form(data):
     """Any chunks, any pages, poison everywhere: outputs, stored keys and values, and summaries."""
     config = configs(data)
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         group = Net(config).init_(data.draw(st.integers(0, 9))).double().groups[1]
         for block in group.blocks:
             block.attention.gate.copy_(normal(3, config.heads))
