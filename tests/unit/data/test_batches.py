@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -14,7 +21,8 @@ from shoal.data import parts
 from shoal.data.batches import ChatBatches, PretrainBatches, heldout_batches, text_of
 from shoal.data.documents import SourceSpec
 from shoal.data.files import list_files
-from shoal.data.shards import TOKENIZER, Index, write_index
+from shoal.data.order import permutation
+from shoal.data.shards import TOKENIZER, Index, open_index, write_index
 from shoal.errors import ConfigError, DataError
 from shoal.inputs.tokenizer import END_ID, PATCH_ID, Tokenizer
 
@@ -85,6 +93,64 @@ def test_200_steps_read_the_same_rows_at_world_sizes_1_2_and_4(corpus: Path) -> 
 
     whole = ids(1)
     assert whole == ids(2) == ids(4) and len({row for step in whole for row in step}) > 50
+
+
+READER = """
+import hashlib, os, sys
+from shoal.data.batches import PretrainBatches
+
+corpus, log = sys.argv[1:]
+done = open(log).read().count("\\n")  # the cursor: what was read for good
+with open(log, "r+") as file:
+    file.truncate(sum(len(line) for line in file if line.endswith("\\n")))  # a torn line was not
+batches = PretrainBatches(corpus, seed=1, batch_rows=12)
+with open(log, "a") as file:
+    for step in range(done, 400):
+        (batch,) = batches.at(step)
+        print(step, hashlib.sha256(batch.tokens.numpy().tobytes()).hexdigest(), file=file, flush=True)
+"""
+
+
+def test_reading_that_is_killed_loses_and_repeats_nothing(corpus: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    command = [sys.executable, "-c", READER, str(corpus), str(log)]
+    reader = subprocess.Popen(command)
+    while log.read_text().count("\n") < 20:
+        assert reader.poll() is None
+        time.sleep(0.001)
+    reader.kill()  # -9
+    reader.wait()
+    before = log.read_text().count("\n")
+    assert 20 <= before < 400
+    subprocess.run(command, check=True)
+    whole = make(corpus)
+    lines = [f"{n} {hashlib.sha256(whole.at(n)[0].tokens.numpy().tobytes()).hexdigest()}" for n in range(400)]
+    assert log.read_text().splitlines() == lines
+
+
+def test_a_start_at_any_cursor_opens_only_the_shards_that_it_reads(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work is counted, not time: of 3,000 shards a batch of 12 rows maps 12 at most, and orders each modality once."""
+    small, shards = open_index(corpus), []
+    for name in MIX:
+        (first, *_) = small.of("train", name)
+        for number in range(1000):
+            file = f"train-{name}-{number:05}-000.arrow"
+            os.link(corpus / first.file, tmp_path / file)
+            shards.append(dataclasses.replace(first, file=file))
+    os.link(corpus / TOKENIZER, tmp_path / TOKENIZER)
+    write_index(tmp_path, dataclasses.replace(small, shards=tuple(shards)))
+    opened: list[str] = []
+    real = pa.memory_map
+    monkeypatch.setattr(pa, "memory_map", lambda path: opened.append(path) or real(path))
+    batches = make(tmp_path)
+    assert not opened
+    permutation.cache_clear()
+    (batch,) = batches.at(10**9)
+    assert len(batch.tokens) == 12 and 3 <= len(opened) <= 12
+    assert permutation.cache_info().misses == len(MIX)
 
 
 def test_a_target_is_the_next_token_of_the_same_document_and_never_a_patch(corpus: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.data.order import Mix, cut, length_groups, padding, parse_mix, permutation, shuffled
+from shoal.data.documents import MODALITIES
+from shoal.data.order import Mix, RowOrder, cut, length_groups, padding, parse_mix, permutation, shuffled
 from shoal.errors import ConfigError, UsageError
 
 SHARES = st.dictionaries(st.sampled_from("abcd"), st.floats(0.01, 1), min_size=1)
@@ -23,6 +24,37 @@ def test_every_stretch_has_the_shares_asked_for(shares: dict[str, float], start:
     for name, share in mix.shares.items():
         assert abs(counts[name] - share * length) <= len(shares) + 1
         assert share == pytest.approx(shares[name] / sum(shares.values()), abs=0.002)
+
+
+MODAL = st.fixed_dictionaries({name: st.floats(0.01, 1) for name in MODALITIES})
+
+
+@given(MODAL, MODAL, st.integers(0, 10**9))
+def test_shares_by_token_hold_within_1_point_of_1000_rows_and_5_of_any_50(
+    shares: dict[str, float], fills: dict[str, float], start: int
+) -> None:
+    """`fills`: how full the rows of a modality are; scaled so that none is less than half as full as another."""
+    tokens = {name: round(512 * (0.5 + fill / 2)) for name, fill in fills.items()}
+    order = RowOrder({name: shares[name] / tokens[name] for name in shares}, dict.fromkeys(shares, 77), seed=0)
+    total = sum(shares.values())
+    for length, within in ((1000, 0.01), (50, 0.05)):
+        read: Counter[str] = Counter()
+        for position in range(start, start + length):
+            name, _ = order.at(position)
+            read[name] += tokens[name]
+        for name, share in shares.items():
+            assert abs(read[name] / read.total() - share / total) <= within
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
+def test_a_short_source_repeats_in_another_order_each_time(short: int, long: int, seed: int) -> None:
+    order = RowOrder({"text": 0.5, "code": 0.5}, {"text": short, "code": long}, seed)
+    read = [order.at(position) for position in range(2 * 3 * short)]
+    seen = [row for name, row in read if name == "text"]
+    rounds = [seen[at : at + short] for at in range(0, len(seen), short)]
+    assert len(rounds) == 3 and all(sorted(one) == list(range(short)) for one in rounds)
+    if short > 9:
+        assert len({tuple(one) for one in rounds}) == 3
 
 
 @given(SHARES, st.integers(1, 300))

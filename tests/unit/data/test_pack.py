@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
+import datetime
+import inspect
+import pathlib
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal import presets
 from shoal.config import ModelConfig
+from shoal.data import pysource
 from shoal.data.documents import Skipped
 from shoal.data.encode import encode
 from shoal.data.pack import PADDING, Packer, Row, best_fit
 from shoal.inputs.chat import Encoded
+from shoal.inputs.media import Patches
 from shoal.inputs.tokenizer import END_ID, IMG_END_ID, IMG_ID, PAD_ID, PATCH_ID, Tokenizer
 
 T = 32
@@ -72,6 +81,57 @@ def test_an_image_is_never_split_nor_parted_from_its_text(document, png, config:
             ids = row.tokens[row.docs == doc].tolist()
             assert ids.count(IMG_ID) == ids.count(IMG_END_ID) == 1 and ids.count(PATCH_ID) == 9
         assert len(row.patches) == (row.tokens == PATCH_ID).sum()
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0, 30), st.booleans()), max_size=40))
+def test_images_are_whole_in_their_rows_whatever_their_shape(shapes: list[tuple[int, int, int, bool]]) -> None:
+    """Rows, columns, tokens of text, and whether the text comes first; spans that alone fill a row are refused by `encode`."""
+    packer, made, rows = Packer(64), [], []
+    for number, (height, width, text, text_first) in enumerate(shapes):
+        image = Patches(np.full((height * width, 3), number, np.uint8), height, width)
+        span, words = image.tokens(), list(range(100, 100 + text))
+        if len(span) < 64:
+            made.append(image)
+            ids = [*words, *span, END_ID] if text_first else [*span, *words, END_ID]
+            rows += packer.add(Encoded(ids, [image]), "s")
+        else:
+            rows += packer.add(Encoded([*words, END_ID]), "s")
+    rows += packer.finish()
+    found = []
+    for row in rows:
+        patches = iter(row.patches if row.patches is not None else ())
+        for doc in range(row.docs.max() + 1):
+            ids = row.tokens[row.docs == doc].tolist()
+            assert ids.count(IMG_ID) == ids.count(IMG_END_ID) <= 1
+            values = [next(patches)[0] for _ in range(ids.count(PATCH_ID))]
+            if values:
+                assert len(set(values)) == 1 and ids[ids.index(IMG_ID) : ids.index(IMG_END_ID) + 1] in (
+                    image.tokens() for image in made if image.values[0, 0] == values[0]
+                )
+                found.append(values[0])
+        assert next(patches, None) is None
+    assert sorted(found) == sorted(image.values[0, 0] for image in made)
+
+
+def test_under_two_percent_of_a_real_corpus_is_cut_or_padded(config: ModelConfig) -> None:
+    """Functions and docstrings of the standard library, images with captions; the rows of a small preset."""
+    config, draw = presets.get("tiny").model, random.Random(0)
+    tokenizer = Tokenizer.train([Path(module.__file__).read_text("utf-8") for module in (argparse, ast)], config.vocab)
+    sources = [
+        Path(module.__file__).read_text("utf-8") for module in (argparse, ast, random, pathlib, datetime, inspect)
+    ]
+    code = [tokenizer.encode(function.code) for source in sources for function in pysource.functions(source)]
+    pages = [tokenizer.encode(part) for source in sources for part in source.split("\n\n") if part]
+    images = [Patches(np.zeros((16, 192), np.uint8), 4, 4) for _ in range(1500)]
+    captioned = [[*image.tokens(), *draw.choice(pages)[: draw.randrange(5, 30)], END_ID] for image in images]
+    for documents in (code, pages, captioned):
+        packer = Packer(config.train_length)
+        rows = []
+        for number, ids in enumerate(documents):
+            rows += packer.add(Encoded(ids, [images[number]] if documents is captioned else []), "s")
+        rows += packer.finish()
+        places = len(rows) * config.train_length
+        assert packer.tokens > 20_000 and (packer.cut + packer.padded) / places < 0.02
 
 
 @pytest.mark.parametrize("text_first", [True, False])
