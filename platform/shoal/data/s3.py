@@ -86,11 +86,11 @@ def fault(uri: str, error: Exception) -> DataError:
 
 _FAULTS = {
     ("NO_SUCH_BUCKET", "NoSuchBucket", "(404)"): ("the bucket does not exist", "check the name and the region"),
-    ("ACCESS_DENIED", "AccessDenied", "(403)", "credentials"): (
+    ("ACCESS_DENIED", "AccessDenied", "(403)", "HTTP status 403", "credentials"): (
         "access is denied",
         "check the credentials (environment, ~/.aws or the machine's role)",
     ),
-    ("SLOW_DOWN", "SlowDown", "(503)"): (
+    ("SLOW_DOWN", "SlowDown", "(503)", "HTTP status 503"): (
         f"S3 still asked to slow down after {ATTEMPTS} attempts",
         "wait, and run it again",
     ),

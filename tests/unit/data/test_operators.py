@@ -39,7 +39,7 @@ def test_texts_of_another_language_are_dropped_and_code_has_none(document) -> No
     assert isinstance(dropped, Skipped) and (dropped.operator, dropped.reason) == ("language", "language de")
     assert isinstance(keep(document(GERMAN, "code")), Document) and isinstance(keep(document("Ja.")), Document)
     assert isinstance(Language(["en", "de"])(document(GERMAN)), Document)
-    with pytest.raises(ConfigError, match="operators.languages: got 'english'"):
+    with pytest.raises(ConfigError, match=r"operators\.languages: got 'english'"):
         Language(["english"])
 
 

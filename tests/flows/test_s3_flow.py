@@ -1,0 +1,122 @@
+"""A corpus from S3 to S3 without Ray: sources read in place, the finished corpus copied out and in; and S3 on a bad day."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from shoal import presets
+from shoal.data import remote
+from shoal.data.documents import Document, Skipped, SourceSpec
+from shoal.data.files import list_files
+from shoal.data.read import read
+from shoal.data.s3 import S3
+from shoal.data.shards import INDEX, open_index
+from shoal.errors import DataError
+from tests.corpus import write_corpus
+from tests.s3 import Service, service
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Service]:
+    with service() as made:
+        made.s3.client().create_bucket(Bucket="corpora")
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def cache(s3: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    s3.slow = 0
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "data", presets.get("test"), documents=20, heldout=6)
+
+
+def test_a_prefix_is_read_like_a_folder(s3: Service, tmp_path: Path) -> None:
+    for name, data in {
+        "b.py": b"x = 1\n", "a.md": b"# Title\n", "in/c.jsonl": b'{"image": "d.png", "text": "a box"}\n{broken\n',
+        "in/bad.txt": b"\xff", ".hidden/e.txt": b"no", "skip/f.txt": b"no", "empty.txt": b"",
+    }.items():  # fmt: skip
+        s3.s3.client().put_object(Bucket="corpora", Key=f"raw/{name}", Body=data)
+    Image.new("RGB", (24, 24)).save(tmp_path / "d.png")
+    s3.s3.client().upload_file(str(tmp_path / "d.png"), "corpora", "raw/in/d.png")
+    spec = SourceSpec("s", "s3://corpora/raw", exclude=("skip",))
+    found = [item for file in list_files(spec) for item in read(file)]
+    kept = {d.origin: d.modality for d in found if isinstance(d, Document)}
+    assert kept == {"a.md": "text", "b.py": "code", "in/c.jsonl#1": "image", "in/d.png": "image"}
+    skipped = {item.origin: item.reason for item in found if isinstance(item, Skipped)}
+    assert skipped == {"empty.txt": "empty", "in/bad.txt": "not UTF-8", "in/c.jsonl#2": "broken JSON"}
+    (only,) = list_files(SourceSpec("s", "s3://corpora/raw/a.md"))
+    assert only.name == "a.md"
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("s3://nobody-made-this/x", "the bucket does not exist"),
+        ("s3://nobody-made-this", "does not exist"),
+        ("s3://corpora/nothing/here", "does not exist"),
+    ],
+)
+def test_a_missing_bucket_or_prefix_is_one_line(s3: Service, uri: str, said: str) -> None:
+    with pytest.raises(DataError, match=said) as caught:
+        list_files(SourceSpec("notes", uri))
+    assert "notes" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_slow_down_for_a_while_costs_time_and_nothing_else(s3: Service) -> None:
+    s3.s3.client().put_object(Bucket="corpora", Key="slow/a.txt", Body=b"still here\n")
+    s3.slow, s3.refused = 2, 0
+    (file,) = list_files(SourceSpec("s", "s3://corpora/slow"))
+    s3.slow = 2
+    (document,) = read(file)
+    assert isinstance(document, Document) and document.text == "still here\n" and s3.refused == 4
+
+
+def test_slow_down_without_end_is_one_line(s3: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.data.s3.ATTEMPTS", 2)
+    s3.slow = 10**6
+    with pytest.raises(DataError, match="asked to slow down"):
+        list_files(SourceSpec("s", "s3://corpora/slow"), S3(s3.endpoint, "eu-west-1"))  # a client of its own
+
+
+def test_a_corpus_goes_out_and_comes_in_whole(s3: Service, corpus: Path, cache: Path) -> None:
+    uri = "s3://corpora/made/one"
+    assert not remote.exists(uri, S3())
+    told: list[tuple[str, int, int]] = []
+    remote.upload(corpus, uri, S3(), lambda *line: told.append(line))
+    assert remote.exists(uri, S3()) and told[-1][1] == told[-1][2]
+    folder = remote.local(uri)
+    assert folder.is_relative_to(cache) and open_index(folder) == open_index(corpus)
+    for path in corpus.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("[!.]*")}
+    assert remote.local(uri) == folder and times == {path: path.stat().st_mtime_ns for path in times}
+    assert remote.local(corpus) == corpus  # a local one is itself
+
+
+def test_a_corpus_without_its_index_or_with_another_shard_is_refused(s3: Service, corpus: Path, tmp_path: Path) -> None:
+    uri = "s3://corpora/made/two"
+    remote.upload(corpus, uri, S3())
+    shard = open_index(corpus).shards[0]
+    broken = bytearray((corpus / shard.file).read_bytes())
+    broken[len(broken) // 2] ^= 1
+    s3.s3.client().put_object(Bucket="corpora", Key=f"made/two/{shard.file}", Body=bytes(broken))
+    shutil.rmtree(remote.cache(), ignore_errors=True)
+    with pytest.raises(DataError, match=f"sha256 of {shard.file}"):
+        remote.local(uri)
+    remote.upload(corpus, uri, S3())
+    assert open_index(remote.local(uri)) == open_index(corpus)  # what was refused is not taken again
+    s3.s3.client().delete_object(Bucket="corpora", Key=f"made/two/{INDEX}")
+    with pytest.raises(DataError, match="holds no prepared corpus"):
+        remote.local(uri)
+    with pytest.raises(DataError, match="the bucket does not exist"):
+        remote.upload(corpus, "s3://nobody-made-this/x", S3())

@@ -1,0 +1,84 @@
+"""An S3 service on loopback (moto's), behind a door that can answer 503 SlowDown for a while."""
+
+import http.client
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from shoal.data.s3 import S3
+
+SLOW_DOWN = (
+    b'<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>'
+)
+HOP = ("transfer-encoding", "content-length", "connection", "server", "date")  # headers that are the door's own
+
+
+@dataclass
+class Service:
+    """Where the service is, and how it behaves."""
+
+    endpoint: str = ""
+    slow: int = 0  # requests that are still answered 503
+    refused: int = 0  # that were
+    s3: S3 = field(default_factory=S3)
+
+
+@contextmanager
+def service() -> Iterator[Service]:
+    """A service with no bucket; its address and keys are in the environment, as a user's are."""
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    made = Service()
+    door = ThreadingHTTPServer(("127.0.0.1", 0), _door(made, moto.get_host_and_port()))
+    threading.Thread(target=door.serve_forever, daemon=True).start()
+    made.endpoint = f"http://127.0.0.1:{door.server_address[1]}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", made.endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield made
+    door.shutdown()
+    door.server_close()
+    moto.stop()
+
+
+def _door(made: Service, behind: tuple[str, int]) -> type[BaseHTTPRequestHandler]:
+    class Door(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length") or 0))
+            if made.slow > 0:
+                made.slow, made.refused = made.slow - 1, made.refused + 1
+                self.send(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
+                return
+            connection = http.client.HTTPConnection(*behind)
+            connection.request(self.command, self.path, body, dict(self.headers))
+            response = connection.getresponse()
+            data = response.read()
+            headers = {key: value for key, value in response.getheaders() if key.lower() not in HOP}
+            self.send(response.status, headers, data, response.getheader("content-length"))
+            connection.close()
+
+        def send(self, status: int, headers: dict[str, str], data: bytes, length: str | None = None) -> None:
+            self.send_response(status)
+            for key, value in headers.items():
+                self.send_header(key, value)
+            head = self.command == "HEAD"
+            self.send_header("Content-Length", length or "0" if head else str(len(data)))
+            self.end_headers()
+            if not head:
+                self.wfile.write(data)
+
+        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Not to the test's output."""
+
+    return Door
