@@ -164,7 +164,7 @@ class ChatBatches:
         return max(1, round(len(self._groups(0)) / self.parts))
 
     @property
-    def report(self) -> dict[str, object]:
+    def report(self) -> dict[str, Any]:
         """Rows, tokens, refusals by reason; padding share of the first epoch beside that of batches not grouped by length."""
         shuffled = order.permutation(len(self.chats), self.seed, 0, 0)
         naive = order.cut(shuffled, self._lengths, self._budget)

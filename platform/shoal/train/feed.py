@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,6 +61,12 @@ class Feed:
     def steps_in_epoch(self) -> int:
         """Updates that read as much as there is."""
         return self.batches.steps_in_epoch
+
+    @property
+    def chats(self) -> dict[str, Any] | None:
+        """Rows, refusals and padding of the chats, see `ChatBatches.report`; None where there are none."""
+        batches = self.batches.chats if isinstance(self.batches, Replay) else self.batches
+        return batches.report if isinstance(batches, ChatBatches) else None
 
     def at(self, step: int) -> list[Batch]:
         """This rank's micro-batches of update number `step`, as many on every rank."""

@@ -1,7 +1,7 @@
 """What a run says: records (plain dicts) in ``RUN/metrics.jsonl``, and the same records as lines for people.
 
-A record has a ``kind`` (start, step, eval, checkpoint, end) and the ``step`` it follows. The file is what the report and the
-driver of a Ray job read; lines and the progress bar are made from records alone, so they look the same wherever the loop runs.
+A record has a ``kind`` (start, chats, step, eval, checkpoint, end) and the ``step`` it follows. The file is what the report
+and the driver of a Ray job read; lines and the progress bar are made from records alone, so they look the same wherever the loop runs.
 """
 
 from __future__ import annotations
@@ -96,6 +96,12 @@ def line(record: Record) -> str:
                 f"{at}{r['name']}, {r['parameters'] / 1e6:.2f} M parameters, {r['world']} worker(s) on {r['device']}, "
                 f"{r['batch_tokens']:,} tokens an update in {r['micro_batches']} micro-batch(es) a worker, "
                 f"{r['matmul_rate'] / 1e9:,.0f} GFLOP/s a worker in matrix products"
+            )
+        case "chats":
+            refused = "".join(f", {count:,} refused: {reason}" for reason, count in r["refused"].items())
+            return (
+                f"chats: {r['rows']:,} rows, {r['tokens']:,} tokens{refused}; {r['padding']:.1%} of a batch is padding "
+                f"({r['naive_padding']:.1%} without grouping by length)"
             )
         case "warning":
             return f"warning: {r['text']}"

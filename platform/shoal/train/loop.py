@@ -73,6 +73,8 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
     heads = min(2, len(model.exits)) if rotates(plan.model, plan.train) else len(model.exits)
     meter = Meter(plan.model, matmul_rate(ranks.device), ranks.world, heads=heads)
     say("start", _summary(plan, ranks, meter), mix=dict(feed.mix), step=state.step)
+    if chats := feed.chats:
+        say("chats", chats, step=state.step)
 
     rates = log.rates(plan.rates_of) if plan.rates_of else {}
     clock = Clock(ranks, state.seconds)

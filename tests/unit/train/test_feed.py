@@ -159,6 +159,8 @@ def test_replay_puts_packed_rows_between_the_chats(shards: Path, chats: Path) ->
     chat, packed = (iter([rows(other.at(step)) for step in range(8)]) for other in (only_chats, only_rows))
     assert read == [next(packed if step % REPLAY_EVERY == REPLAY_EVERY - 1 else chat) for step in range(len(read))]
     assert {"text", "code", "image"} <= set(feed.heldout)
+    assert only_rows.chats is None and feed.chats == only_chats.chats
+    assert feed.chats is not None and feed.chats["padding"] < feed.chats["naive_padding"]
     assert feed.steps_in_epoch > only_chats.steps_in_epoch
     check(mixed, 1)
     assert mixed.identity() != plan(chats).identity()
