@@ -1,7 +1,8 @@
 """What a run says: records (plain dicts) in ``RUN/metrics.jsonl``, and the same records as lines for people.
 
 A record has a ``kind`` (start, chats, step, eval, checkpoint, end) and the ``step`` it follows. The file is what the report
-and the driver of a Ray job read; lines and the progress bar are made from records alone, so they look the same wherever the loop runs.
+and the driver of a Ray job read; lines and the progress bar are made from records alone, so they look the same wherever the
+loop runs.
 """
 
 from __future__ import annotations

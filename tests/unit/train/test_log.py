@@ -72,7 +72,8 @@ def test_lines_for_people() -> None:
     assert said.endswith("text 2.500 2.250")
     chats = {"rows": 5960, "tokens": 1203400, "refused": {"no answer": 2}, "padding": 0.032, "naive_padding": 0.41}
     assert log.line({"kind": "chats", **chats}) == (
-        "chats: 5,960 rows, 1,203,400 tokens, 2 refused: no answer; 3.2% of a batch is padding (41.0% without grouping by length)"
+        "chats: 5,960 rows, 1,203,400 tokens, 2 refused: no answer; 3.2% of a batch is padding "
+        "(41.0% without grouping by length)"
     )
     assert log.line({"kind": "warning", "text": "mind the tide"}) == "warning: mind the tide"
 
