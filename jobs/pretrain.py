@@ -24,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", required=True, help="named configuration: test, tiny, mini, small, ...")
-    add("--data", required=True, help="folder of shards")
+    add("--data", required=True, help="folder of shards, or s3://BUCKET/PREFIX of one")
     add("--out", required=True, dest="run", help="folder of the run")
     add("--minutes", type=float, help="end after this much training")
     add("--tokens", type=int, help="end after this many tokens")

@@ -136,7 +136,9 @@ def augment(
 
 @app.command()
 def pretrain(
-    data: Annotated[Path, typer.Option(help="Directory of shards, made by `shoal prepare`.")],
+    data: Annotated[
+        str, typer.Option(help="Directory of shards, made by `shoal prepare`, or s3://BUCKET/PREFIX of one.")
+    ],
     run: Annotated[Path, typer.Option("--out", help="Directory of the run; the model is written to OUT/model.")],
     preset: Preset = "tiny",
     minutes: Minutes = None,
@@ -151,7 +153,7 @@ def pretrain(
     from shoal.train.plan import pretrain_plan
 
     limits = {"minutes": minutes, "tokens": tokens, "steps": steps, "accumulate": accumulate, "resume": resume}
-    _fit(pretrain_plan(preset, str(data), str(run), **limits), workers, as_json)
+    _fit(pretrain_plan(preset, data, str(run), **limits), workers, as_json)
 
 
 @app.command()

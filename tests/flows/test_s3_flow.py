@@ -17,6 +17,8 @@ from shoal.data.read import read
 from shoal.data.s3 import S3
 from shoal.data.shards import INDEX, open_index
 from shoal.errors import DataError
+from shoal.train.loop import fit
+from shoal.train.plan import located, pretrain_plan
 from tests.corpus import write_corpus
 from tests.s3 import Service, service
 
@@ -120,3 +122,11 @@ def test_a_corpus_without_its_index_or_with_another_shard_is_refused(s3: Service
         remote.local(uri)
     with pytest.raises(DataError, match="the bucket does not exist"):
         remote.upload(corpus, "s3://nobody-made-this/x", S3())
+
+
+def test_a_run_trains_on_its_own_copy_of_a_corpus_in_s3(s3: Service, corpus: Path, tmp_path: Path) -> None:
+    uri = "s3://corpora/made/three"
+    remote.upload(corpus, uri, S3())
+    plan = located(pretrain_plan("test", uri, str(tmp_path / "run"), steps=1))
+    assert plan.data == str(remote.local(uri)) and fit(plan).steps == 1
+    assert located(plan) == plan

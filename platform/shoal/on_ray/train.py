@@ -24,11 +24,12 @@ from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, LoggingCo
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from shoal.config import dump, load
+from shoal.data.remote import is_remote
 from shoal.errors import ResourceError, ShoalError
 from shoal.on_ray.resources import local_ray, need_disk, worker_env
 from shoal.train.log import Record, Report, ignore, metrics_file
 from shoal.train.loop import FitResult, fit
-from shoal.train.plan import FitPlan, check, disk_needed, memory_needed
+from shoal.train.plan import FitPlan, check, disk_needed, located, memory_needed
 
 STARTS = 3  # times that Ray may try to start the workers: its default retries an infeasible plan for ever
 COLLECTIVE_TIMEOUT = 300  # seconds that one exchange between workers may take
@@ -59,7 +60,7 @@ def train(
     raises.
     """
     plan = _absolute(plan)
-    check(plan, workers)
+    check(located(plan), workers)
     need_disk(plan.run, disk_needed(plan))
     with local_ray():
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -132,7 +133,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | ShoalError:
             ray.train.report(metrics, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
     try:
-        return dataclasses.asdict(fit(load(FitPlan, config["plan"], "plan"), report))
+        return dataclasses.asdict(fit(located(load(FitPlan, config["plan"], "plan")), report))
     except ShoalError as error:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # should the error be this worker's alone, the others must not wait
@@ -146,7 +147,9 @@ def _resources(cpus: float, use_gpu: bool) -> dict[str, float]:
 def _absolute(plan: FitPlan) -> FitPlan:
     """Workers have a folder of their own, so the plan's paths must not depend on this one."""
     given = {key: getattr(plan, key) for key in ("data", "replay", "heldout", "run", "out", "init", "rates_of")}
-    paths: dict[str, Any] = {key: str(Path(path).absolute()) for key, path in given.items() if path}
+    paths: dict[str, Any] = {
+        key: str(Path(path).absolute()) for key, path in given.items() if path and not is_remote(path)
+    }
     return dataclasses.replace(plan, **paths)
 
 

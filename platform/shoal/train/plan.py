@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from shoal import presets
 from shoal.config import ModelConfig, TrainConfig, check_exits, dump
+from shoal.data import remote
 from shoal.data.shards import open_index
 from shoal.errors import ConfigError, DataError, UsageError
 from shoal.model import checkpoint
@@ -148,6 +149,13 @@ def fingerprint(data: str) -> str:
         raise DataError(
             f"cannot read {path}", got=error.strerror, do="give a folder made by `shoal prepare`, or a .jsonl of chats"
         ) from error
+
+
+def located(plan: FitPlan) -> FitPlan:
+    """The plan with shards in S3 as this machine's copy of them, fetched when it is not there."""
+    places = {key: getattr(plan, key) for key in ("data", "replay")}
+    here: dict[str, Any] = {key: str(remote.local(at)) for key, at in places.items() if remote.is_remote(at)}
+    return dataclasses.replace(plan, **here)
 
 
 def check(plan: FitPlan, workers: int) -> None:
