@@ -189,8 +189,8 @@ def _drafts(config: ModelConfig, batches: tuple[int, ...], tokens: int, rounds: 
     nothing, so that every draft is right, and groups that add far too much, so that few are."""
     runs: dict[tuple[str, bool], Callable[[], float]] = {}
     engines: dict[str, Engine] = {}
-    sampling = Sampling(seed=0, max_tokens=tokens, ignore_eos=True)
-    for label, share in (("all right", 0.0), ("few right", 8.0)):
+    sampling = Sampling(temperature=0.1, seed=0, max_tokens=tokens, ignore_eos=True)  # random logits are flat
+    for label, share in (("all right", 0.0), ("few right", 64.0)):
         model = _model(config)
         for group in list(model.net.groups)[1:]:
             for block in group.blocks:  # type: ignore[union-attr]
