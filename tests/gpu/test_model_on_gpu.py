@@ -62,3 +62,13 @@ def test_logits_and_pages_are_those_of_the_cpu() -> None:
             x = group.paged(x, step, cache)
         out.append(model.net.head(x, c.layers))
     assert error(torch.cat(out), want) < 1e-9
+
+
+def test_int8_on_a_gpu_is_the_arithmetic_of_the_cpu() -> None:
+    model = Model.from_preset("test").quantized()
+    ids = torch.randint(9, 265, (60,), generator=torch.Generator().manual_seed(0))
+    want = model.logits(ids)
+    on_gpu = Model.from_preset("test").quantized()
+    on_gpu.net.cuda()
+    # norms round otherwise there, and a level at a tie may then differ: a few levels of thousands
+    assert error(on_gpu.logits(ids), want.double()) < 1e-2

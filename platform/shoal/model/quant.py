@@ -119,6 +119,10 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight_scale", torch.ones(outputs, 1))
         self._kernel: Callable[[Tensor], Tensor] | None = None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        self._kernel = None  # moved: what was packed for the old place is of no use in the new one
+        return super()._apply(fn, recurse)
+
     def forward(self, x: Tensor) -> Tensor:
         if self._kernel is None:  # packed once, at the first use
             self._kernel = pack(self.weight, self.weight_scale)
@@ -185,8 +189,10 @@ def export_int8(net: nn.Module) -> dict[str, Tensor]:
 
 
 def pack(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function x [M, I] fp32 -> [M, O] fp32 for int8 `weight` [O, I] and `scale` [O, 1], by this machine's kernel."""
-    return _KERNELS[kernel_name()](weight.contiguous(), scale.contiguous())
+    """A function x [M, I] fp32 -> [M, O] fp32 for int8 `weight` [O, I] and `scale` [O, 1], by this machine's kernel, or on a
+    GPU by `_float`."""
+    name = kernel_name() if weight.device.type == "cpu" else "float"
+    return _KERNELS[name](weight.contiguous(), scale.contiguous())
 
 
 @cache
@@ -257,6 +263,17 @@ def _onednn(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def _float(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
+    """Levels and weights multiplied as floats, on any device: whole numbers this small are exact in fp32 and in TF32, and so
+    are their sums up to 2^24. The weight is widened for each product: the memory of INT8, but not a speed above fp32's."""
+
+    def run(x: Tensor) -> Tensor:
+        s = token_scale(x)
+        return F.linear(token_levels(x, s), weight.to(x.dtype)) * scale.view(-1) * s
+
+    return run
+
+
 def _reference(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: int8_linear_reference(x, weight, scale)
 
@@ -264,5 +281,6 @@ def _reference(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
 _KERNELS: dict[str, Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]] = {
     "fbgemm": _fbgemm,
     "onednn": _onednn,
+    "float": _float,
     "reference": _reference,
 }
