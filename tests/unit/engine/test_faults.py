@@ -36,8 +36,9 @@ from shoal.engine.plan import Outcome, Plan
 from shoal.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import Patches
+from tests.unit.engine.lively import lively
 
-MODEL = Model.from_preset("test", seed=3)
+MODEL = lively()
 SECONDS = 60.0  # for anything here; far above what it takes
 
 
@@ -273,15 +274,15 @@ def test_a_hundred_readers_that_leave_at_once_leave_nothing() -> None:
 def test_a_reader_that_stops_reading_gives_its_units_to_who_needs_them() -> None:
     async def work() -> None:
         page = MODEL.config.page
-        engine = Engine(MODEL, units=1 + GROUPS * (96 // page), max_batch=2)  # for one request of 96 tokens
-        async with front(engine, backlog=4) as served, aclosing(served.generate(ask(tokens=90, id="slow"))) as slow:
+        engine = Engine(MODEL, units=1 + GROUPS * (40 // page), max_batch=2)  # for one request of 40 tokens
+        async with front(engine, backlog=4) as served, aclosing(served.generate(ask(tokens=36, id="slow"))) as slow:
             got = [await anext(slow)]
             for _ in range(2):
-                others = await read(served, ask([60, 61], 92))
-                assert [e.token for e in others if isinstance(e, Token)] == naive([60, 61], 92)
+                others = await read(served, ask([60, 61], 38))
+                assert [e.token for e in others if isinstance(e, Token)] == naive([60, 61], 38)
             assert (await served.stats())["num_preemptions_total"] > 0
             got += [event async for event in slow]
-            assert [e.token for e in got if isinstance(e, Token)] == naive([50, 51, 52], 90)
+            assert [e.token for e in got if isinstance(e, Token)] == naive([50, 51, 52], 36)
 
     run(work())
 

@@ -24,8 +24,9 @@ from shoal.inputs.chat import Encoded
 from shoal.inputs.media import to_patches
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.depth import fit_router
+from tests.unit.engine.lively import lively
 
-MODEL = Model.from_preset("test", seed=3, dtype="float64")
+MODEL = lively()
 PAGE, BLOCK = MODEL.config.page, MODEL.config.block
 DEPTHS = ("shallow", "middle", "full")
 

@@ -1,0 +1,52 @@
+"""What the engine counts, and the names it is shown under."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoal import Engine, Request, Sampling
+from shoal.engine.metrics import Histogram, Metrics
+from tests.unit.engine.lively import lively
+
+
+def test_a_histogram_counts_what_is_at_most_each_bound() -> None:
+    histogram = Histogram((0.1, 1.0))
+    for value in (0.05, 0.1, 0.5, 7.0):
+        histogram.observe(value)
+    assert histogram.samples("x") == {
+        'x_bucket{le="0.1"}': 2, 'x_bucket{le="1.0"}': 3, 'x_bucket{le="+Inf"}': 4, "x_sum": pytest.approx(7.65), "x_count": 4,
+    }  # fmt: skip
+
+
+def test_the_sum_of_two_replicas_is_both() -> None:
+    both, one, two = Metrics(), Metrics(), Metrics()
+    for metrics, ends in ((one, [("stop", 1.0)]), (two, [("length", 2.0), ("error", 3.0)])):
+        for reason, total in ends:
+            for counted in (metrics, both):
+                counted.ended(reason, 4, 0.1, 0.5, total, 3)
+    a, b = (metrics.samples((1, 2, 4)) for metrics in (one, two))
+    assert {name: a[name] + b[name] for name in a} == pytest.approx(both.samples((1, 2, 4)))
+
+
+def test_a_run_is_counted_under_the_names_that_dashboards_read() -> None:
+    clock = iter(range(10_000))
+    engine = Engine(lively(), units=200, max_batch=4, clock=lambda: float(next(clock)))
+    prompt = list(range(50, 70))
+    asked = [Request(prompt, Sampling(max_tokens=3, ignore_eos=True), depth=depth) for depth in ("shallow", "full")]
+    engine.generate(asked)
+    engine.generate(asked[1:])
+    stats = engine.stats()
+    tokens, page = 3 * 3, engine.config.page
+    wanted = {
+        "num_requests_running": 0, "num_requests_waiting": 0, "kv_cache_usage_perc": 0, "num_preemptions_total": 0,
+        "prompt_tokens_total": 60, "generation_tokens_total": tokens, "prefix_cache_queries_total": 60,
+        'request_success_total{finished_reason="length"}': 3, "requests_error_total": 0, "requests_refused_total": 0,
+        "requests_depth_1_total": 1, "requests_depth_2_total": 0, "requests_depth_4_total": 2,
+        "time_to_first_token_seconds_count": 3, "e2e_request_latency_seconds_count": 3,
+        "request_queue_time_seconds_count": 3, "inter_token_latency_seconds_count": tokens - 3,
+        "request_time_per_output_token_seconds_count": 3, "iteration_tokens_total_count": stats["steps_total"],
+        "iteration_tokens_total_sum": stats["step_rows_total"], "request_kv_units_count": 3,
+        "request_kv_units_sum": (1 + 4 + 4) * -(-22 // page), "spec_decode_num_draft_tokens_total": 0,
+    }  # fmt: skip
+    assert {name: stats[name] for name in wanted} == wanted
+    assert stats["prefix_cache_hits_total"] > 0 and stats["e2e_request_latency_seconds_sum"] > 0
