@@ -1,0 +1,76 @@
+"""What a step costs the runner: operators that do not grow with the batch, and logits that do not grow with the prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shoal import Engine, Model, Request, Sampling
+from shoal.engine.runner import SCORED_ROWS
+
+MODEL = Model.from_preset("test", seed=3)
+VIEWS = ("view", "_unsafe_view", "slice", "select", "unsqueeze", "expand", "transpose", "split", "detach", "alias", "t")
+
+
+class Count(TorchDispatchMode):
+    """Operators that compute or copy; views are free of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators += func._schema.name.removeprefix("aten::") not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def decoding(batch: int) -> Engine:
+    """An engine with `batch` requests that decode, with no block about to be completed."""
+    engine = Engine(MODEL, units=400)
+    for i in range(batch):
+        sampling = Sampling(temperature=0, max_tokens=8, ignore_eos=True)
+        engine.submit(Request([20 + i, 30, 40, 50], sampling, depth="full"))
+    engine.step()
+    return engine
+
+
+def operators(engine: Engine) -> int:
+    with Count() as count:
+        engine.step()
+    return count.operators
+
+
+def test_a_decoding_steps_operators_do_not_grow_with_the_batch() -> None:
+    """Of the torch path: the compiled one (`model.fused`) steps aside where operators are watched."""
+    alone, together = operators(decoding(1)), operators(decoding(16))
+    assert together <= alone + 4  # one row is a view where several are gathered
+    # 23 a layer, and what is computed once a step: places, rope, masks, embedding, head and sampler
+    assert together <= 30 * MODEL.config.layers + 80
+
+
+def test_the_logits_of_a_long_prompt_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, sizes = Engine(MODEL, units=400), list[int]()
+    score = engine.runner.sampler.score
+
+    def watch(logits: torch.Tensor, *more: Any) -> Any:
+        sizes.append(len(logits))
+        return score(logits, *more)
+
+    monkeypatch.setattr(engine.runner.sampler, "score", watch)
+    prompt = [20 + i % 200 for i in range(300)]
+    (answer,) = engine.generate([Request(prompt, Sampling(max_tokens=1, prompt_logprobs=0), depth="full")])
+    assert answer.finished is not None and len(answer.finished.prompt_logprobs) == 300
+    assert sum(sizes) == 299 and max(sizes) <= SCORED_ROWS
+
+
+def test_an_image_scores_its_words_and_its_own_tokens_as_impossible() -> None:
+    """Control tokens are never sampled, so their logprob is -inf; it must not become NaN on the way."""
+    sampling = Sampling(temperature=0, max_tokens=1, prompt_logprobs=1)
+    (answer,) = Engine(MODEL, units=400).generate([Request([2, 60, 3, 61], sampling, depth="full")])
+    assert answer.finished is not None
+    _, word, control, last = answer.finished.prompt_logprobs
+    assert control is not None and control.logprob == -float("inf")
+    assert all(entry is not None and -50 < entry.logprob < 0 for entry in (word, last))
