@@ -243,10 +243,11 @@ async def test_too_many_images(connect: Callable[..., httpx.AsyncClient]) -> Non
 
 async def test_a_full_queue_is_429_with_retry_after_also_for_a_stream(http: httpx.AsyncClient, engine: Any) -> None:
     engine.raises = QueueFullError("the queue is full", do="try again")
-    for stream in (False, True):
+    for stream, seconds, told in ((False, None, "1"), (True, 0.2, "1"), (False, 7.3, "8"), (True, 1e6, "60")):
+        engine.raises.retry_after = seconds
         reply = await http.post(URL, json={**BODY, "stream": stream})
         assert reply.status_code == 429
-        assert reply.headers["retry-after"] == "1"
+        assert reply.headers["retry-after"] == told
         assert reply.json()["error"]["code"] == "queue_full"
 
 
