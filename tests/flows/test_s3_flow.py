@@ -90,6 +90,19 @@ def test_slow_down_without_end_is_one_line(s3: Service, monkeypatch: pytest.Monk
         list_files(SourceSpec("s", "s3://corpora/slow"), S3(s3.endpoint, "eu-west-1"))  # a client of its own
 
 
+def test_a_good_file_that_s3_does_not_give_ends_the_run_and_is_not_left_out(
+    s3: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.data.s3.ATTEMPTS", 2)
+    for name in ("a.txt", "b.parquet"):
+        s3.s3.client().put_object(Bucket="corpora", Key=f"given/{name}", Body=b"good\n")
+    files = list_files(SourceSpec("s", "s3://corpora/given"), S3(s3.endpoint, "eu-north-1"))
+    s3.slow = 10**6
+    for file in files:
+        with pytest.raises(DataError, match=f"source s: {file.name}: S3 still asked to slow down|{file.name}: .*slow"):
+            list(read(file))
+
+
 def test_a_corpus_goes_out_and_comes_in_whole(s3: Service, corpus: Path, cache: Path) -> None:
     uri = "s3://corpora/made/one"
     assert not remote.exists(uri, S3())

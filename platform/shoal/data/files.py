@@ -72,12 +72,19 @@ class File:
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
         """The file's bytes, decompressed. Raises Unusable when they cannot be had, also while they are read."""
-        with reading(), self.store.open(self.path) as raw, decompressed(raw, self.kind.compression) as stream:
+        with (
+            reading(f"source {self.spec.name}: {self.name}"),
+            self.store.open(self.path) as raw,
+            decompressed(raw, self.kind.compression) as stream,
+        ):
             yield stream
 
     def beside(self, name: str) -> bytes:
         """All bytes of another file of the source, named from this one's folder. Raises Unusable."""
-        with reading("image file is missing"), self.store.open(self._inside(name)) as stream:
+        with (
+            reading(f"source {self.spec.name}: {name}", "image file is missing"),
+            self.store.open(self._inside(name)) as stream,
+        ):
             return stream.read()
 
     def _inside(self, name: str) -> str:
@@ -149,7 +156,7 @@ class Local:
         return found
 
     def open(self, path: str) -> IO[bytes]:
-        with reading():
+        with reading(path):
             if not stat.S_ISREG(os.stat(path).st_mode):  # a socket, a device; a pipe would wait for ever
                 raise Unusable("not a regular file")
             return open(path, "rb", buffering=BUFFER)
@@ -189,7 +196,7 @@ class S3Store:
         return [entry for entry in found if not any(left_out(part, spec) for part in PurePosixPath(entry.name).parts)]
 
     def open(self, path: str) -> IO[bytes]:
-        with reading():
+        with reading(s3.SCHEME + path):
             return io.BufferedReader(cast(Any, self.service.filesystem().open_input_file(path)), 2**20)
 
     def beside(self, root: str, path: str, name: str) -> str:
@@ -203,13 +210,17 @@ class S3Store:
 
 
 @contextmanager
-def reading(missing: str = "not a regular file") -> Iterator[None]:
-    """Faults of file systems and of compressed data become Unusable. `missing`: what a file that is not there is called."""
+def reading(where: str, missing: str = "not a regular file") -> Iterator[None]:
+    """Faults of file systems and of compressed data become Unusable, but for S3's: the file is good, and to leave it out would
+    lose it, so they are a DataError that ends the run (which goes on where it was). `missing`: what a file that is not there is
+    called."""
     try:
         yield
     except FileNotFoundError as error:  # a dangling link, or removed since it was listed
         raise Unusable(missing) from error
     except (OSError, pa.ArrowException) as error:
+        if s3.is_fault(error):
+            raise s3.fault(where, error) from error
         raise Unusable(_reason(error)) from error
 
 

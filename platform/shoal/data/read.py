@@ -14,6 +14,7 @@ from shoal.data.documents import Document, Skipped
 from shoal.data.files import File, Unusable, reading
 from shoal.data.kinds import ARCHIVE, HTML, IMAGES, PLAIN, TABLES, Kind, kind_of
 from shoal.data.webpage import html_text
+from shoal.errors import DataError
 from shoal.inputs import media
 
 MAX_FILE = 64 * 2**20  # bytes of a file that can only be one document: code, HTML
@@ -21,12 +22,15 @@ PIECE = 16 * 2**20  # bytes of plain text from which a file becomes several docu
 
 
 def read(file: File) -> Iterator[Document | Skipped]:
-    """The documents of one file, in its own order, and what had to be left out. Never raises for what the file holds."""
+    """The documents of one file, in its own order, and what had to be left out. Never raises for what the file holds; raises
+    DataError where S3 does not give it."""
     try:
-        with reading():
+        with reading(f"source {file.spec.name}: {file.name}"):
             yield from _documents(file)
     except Unusable as error:
         yield file.skipped(str(error))
+    except DataError:  # the store fails, not the file
+        raise
     except Exception as error:  # of a parser that met what its authors did not think of: one file, not the job
         yield file.skipped(f"reader failed: {type(error).__name__}")
 
@@ -37,7 +41,7 @@ def _documents(file: File) -> Iterator[Document | Skipped]:
         with file.open() as stream:
             yield _docstrings(file, _text(_all(stream, MAX_FILE)))
     elif kind.suffix in IMAGES:
-        yield _picture(file)
+        yield from _picture(file)
     elif kind.suffix in TABLES:
         with file.open() as stream:
             yield from _rows(file, rows.jsonl(stream) if kind.suffix != ".parquet" else rows.parquet(stream))
@@ -104,13 +108,17 @@ def _docstrings(file: File, source: str) -> Document:
     return file.document("text", text=page)
 
 
-def _picture(file: File) -> Document:
+def _picture(file: File) -> Iterator[Document | Skipped]:
     with file.open() as stream:
         image = _all(stream, media.MAX_BYTES, "image is larger than")
     if not image:
         raise Unusable("empty")
-    caption = _text(file.beside(file.caption)).strip() if file.caption else ""
-    return file.document("image", text=caption, image=image, caption=bool(caption))
+    caption = ""
+    try:
+        caption = _text(file.beside(file.caption)).strip() if file.caption else ""
+    except Unusable as error:  # the image is none the worse for it
+        yield file.skipped(f"caption: {error}")
+    yield file.document("image", text=caption, image=image, caption=bool(caption))
 
 
 def _all(stream: IO[bytes], most: int, fault: str = "larger than") -> bytes:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from shoal.data.documents import MODALITIES, Document, Modality
 from shoal.data.files import File, Unusable, printable
 from shoal.data.kinds import IMAGES
+from shoal.data.s3 import is_fault
 from shoal.errors import RequestError
 from shoal.inputs import media
 
@@ -161,7 +162,9 @@ def _table(stream: IO[bytes], wanted: Collection[str] | None) -> Numbered:
             for row in batch.to_pylist():
                 number += 1
                 yield str(number), row
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError) as error:
+        if is_fault(error):
+            raise
         yield "", Unusable("broken Parquet")
 
 

@@ -75,6 +75,11 @@ def no_boto() -> ResourceError:
     return ResourceError("s3:// needs boto3 to copy corpora", do="pip install 'shoal[s3]'")
 
 
+def is_fault(error: Exception) -> bool:
+    """Whether pyarrow's error is the service's, after all attempts, and not the file's."""
+    return "AWS Error" in str(error) and not isinstance(error, FileNotFoundError)
+
+
 def fault(uri: str, error: Exception) -> DataError:
     """What went wrong at `uri`, as one line that a person can act on; `error` is pyarrow's or boto3's."""
     text = str(error)

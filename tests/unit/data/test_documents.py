@@ -38,6 +38,15 @@ def test_a_text_beside_an_image_is_its_caption_and_no_document(tmp_path: Path, p
     assert (only.modality, only.text, only.caption) == ("image", "a red fish", True)
 
 
+def test_an_image_is_none_the_worse_for_a_bad_caption(tmp_path: Path, png, read_all) -> None:
+    for name, caption in (("a", b"\xff"), ("b", b"")):
+        (tmp_path / f"{name}.png").write_bytes(png())
+        (tmp_path / f"{name}.txt").write_bytes(caption)
+    found = read_all()
+    assert reasons(found) == ["caption: not UTF-8", "caption: empty"]
+    assert [d.origin for d in found if isinstance(d, Document)] == ["a.png", "b.png"]
+
+
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
