@@ -1,4 +1,8 @@
-"""What passes between the scheduler and the runner: a `Plan` of `Work` goes down, an `Outcome` comes up."""
+"""What passes between the scheduler and the runner: a `Plan` of `Work` goes down, an `Outcome` comes up.
+
+Nobody changes a `Work` or a `Sampled` once made. They are not declared frozen because of what that costs: 2.7 us to make one in
+place of 0.5, and every row of every step makes both.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from shoal.engine.events import TokenLogprob
 from shoal.engine.sequence import Sequence as Running
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Work:
     """Rows `start` .. `start + count` - 1 of one request, run through layer groups `first` .. `last` - 1. With `first` = 1
     the rows' states after group 1 are taken from `seq.held`; `first` = `last` = 1 only reads the head."""
@@ -71,7 +75,7 @@ class Plan:
         return [work for work in self.works if work.score]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sampled:
     """The next token of one request, or why there is none."""
 

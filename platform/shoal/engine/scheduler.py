@@ -156,8 +156,8 @@ class Scheduler:
         if works:
             return Plan(works, shallow=True)
         decoding = [seq for seq in self.running if seq.decoding and not seq.paused]
-        self._drafting = self._draft(decoding)
-        room = self.max_batch_tokens - len(decoding) - sum(map(self._drafts, decoding))  # rows for prefill
+        drafts = self._draft(decoding)
+        room = self.max_batch_tokens - len(decoding) - drafts  # rows for prefill
         works = self._rows(list(self.running), room)
         room -= sum(work.count for work in works if not work.seq.decoding)
         while room > 0 and (admitted := self._admit()) is not None:
@@ -242,22 +242,25 @@ class Scheduler:
                 end = seq.held_from
         count = min(end - seq.at, room)
         score = seq.scoring and seq.at < seq.prompt_len - 1
-        drafts = self._drafts(seq) if seq.decoding else 0
+        drafts = self._drafts(seq) if self._drafting and seq.decoding else 0
         return Work(seq, seq.at, count, first, seq.groups, sample=seq.at + count == total, score=score, drafts=drafts)
 
-    def _draft(self, decoding: list[Sequence]) -> bool:
-        """Do those that ask for drafts get them, in a step with all of `decoding`? Not if prefill would lose its page."""
+    def _draft(self, decoding: list[Sequence]) -> int:
+        """Decide whether those that ask for drafts get them, in a step with all of `decoding`, and count the rows that it
+        takes. Not if prefill would lose its page, or where it does not pay."""
         self._drafting = True
-        rows = len(decoding) + sum(map(self._drafts, decoding))
-        fits = len(decoding) < rows <= self.max_batch_tokens - self.config.page
-        return fits and self._switch.wants(len(decoding))
+        drafts = sum(map(self._drafts, decoding))
+        fits = len(decoding) + drafts <= self.max_batch_tokens - self.config.page
+        self._drafting = drafts > 0 and fits and self._switch.wants(len(decoding))
+        return drafts if self._drafting else 0
 
     def _drafts(self, seq: Sequence) -> int:
         """How many tokens `seq` drafts ahead of its next row: those that the answer has room for."""
-        if not self._drafting or seq.groups is None or seq.groups < 2 or seq.held_from is not None:
-            return 0
         asked = seq.sampling.speculative
-        return min(self._speculative if asked is None else asked, seq.sampling.max_tokens - seq.answered - 1)
+        most = self._speculative if asked is None else asked
+        if not most or not self._drafting or seq.groups is None or seq.groups < 2 or seq.held_from is not None:
+            return 0
+        return min(most, seq.sampling.max_tokens - seq.answered - 1)
 
     def _reserve(self, seq: Sequence, work: Work) -> bool:
         """Give `seq` the units that `work` writes. When the pool is short, requests later in the order lose theirs; when
