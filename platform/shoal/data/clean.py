@@ -35,6 +35,8 @@ GENERATED = re.compile(
 )  # fmt: skip
 HEADER = 1000  # characters in which a generated file says so
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0d-\x1f\x7f]")  # all that ftfy looks for in ASCII
+
 # Text keeps its own quotes, entities and ligatures: only what is certainly broken is mended.
 _REPAIR = ftfy.TextFixerConfig(
     unescape_html=False, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False, normalization="NFC"
@@ -58,9 +60,11 @@ def check(document: Document) -> Document | Skipped:
 
 def repair(text: str) -> str:
     """NFC text with mojibake, control characters, terminal escapes and line ends put right, trailing space removed."""
-    if text.isascii() and text.isprintable():  # most captions: nothing could be wrong
-        return text.strip()
-    mended = unicodedata.normalize("NFC", ftfy.fix_text(text, _REPAIR))
+    mended = text
+    if not text.isascii() or _CONTROL.search(
+        text
+    ):  # most of code and English: nothing could be wrong, and ftfy takes its time
+        mended = unicodedata.normalize("NFC", ftfy.fix_text(text, _REPAIR))
     return "\n".join(line.rstrip() for line in mended.split("\n")).strip("\n")
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import ftfy
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from shoal.data.clean import check, fingerprint, repair
+from shoal.data.clean import _REPAIR, check, fingerprint, repair
 from shoal.data.documents import Skipped
 
 
@@ -22,6 +25,12 @@ from shoal.data.documents import Skipped
 )
 def test_text_is_repaired(broken: str, mended: str) -> None:
     assert repair(broken) == mended
+
+
+@given(st.text(st.characters(max_codepoint=127)) | st.text("ab \n\t\r\x0c\x1b[31m\x00&amp;"))
+def test_what_is_spared_ftfy_is_what_ftfy_would_leave(text: str) -> None:
+    whole = "\n".join(line.rstrip() for line in ftfy.fix_text(text, _REPAIR).split("\n")).strip("\n")
+    assert repair(text) == whole
 
 
 @pytest.mark.parametrize(
