@@ -1,26 +1,31 @@
 """Engine events as OpenAI answers: one JSON object, or a stream of SSE chunks.
 
 Notable: the stream's order is the protocol: the role first, `finish_reason` on the last chunk of a choice, the usage in a
-chunk without choices, then ``[DONE]``. Answers are plain dicts whose shapes the TypedDicts below state.
+chunk without choices, then ``[DONE]``. A whole answer is put together from what a stream would have sent.
 """
 
 from __future__ import annotations
 
+import base64
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired
+from functools import partial
+from typing import Any, cast
 
-from typing_extensions import TypedDict  # pydantic reads typing's own only from Python 3.12 on
+import numpy as np
 
 from shoal import __version__
 from shoal.api.requests import Work
 from shoal.api.served import ServedModel
+from shoal.api.shapes import ChatLogprob, ChatLogprobs, TextLogprobs, TopLogprob, Usage
+from shoal.api.tools import Delta, Reader
 from shoal.api.wire import DONE, sse
-from shoal.engine.events import Event, Finished, Token, TokenLogprob
+from shoal.engine.events import Event, Finished, TokenLogprob
+from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import SPECIAL, Tokenizer
 
 LEAST_LOGPROB = -9999.0  # JSON has no -Infinity
@@ -28,126 +33,49 @@ LEAST_LOGPROB = -9999.0  # JSON has no -Infinity
 Events = AsyncGenerator[tuple[int, Event], None]  # (choice, event), of `client.gather`
 
 
-class PromptTokens(TypedDict):
-    cached_tokens: int
-
-
-class Usage(TypedDict):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokens
-    depth: str  # exit name the answer ran with; several, comma-separated, when the choices differ
-
-
-class TopLogprob(TypedDict):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(TypedDict):
-    content: list[ChatLogprob]
-    refusal: None
-
-
-class TextLogprobs(TypedDict):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]  # characters from the start of the choice's text
-
-
-class ChatMessage(TypedDict):
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-
-
-class Delta(TypedDict):
-    role: NotRequired[Literal["assistant"]]
-    content: NotRequired[str]
-
-
-class ChatChoice(TypedDict):
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: str
-
-
-class ChunkChoice(TypedDict):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
-
-
-class TextChoice(TypedDict):
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: str | None
-
-
-class _Head(TypedDict):
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-
-
-class ChatCompletion(_Head):
-    object: Literal["chat.completion"]
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class ChatChunk(_Head):
-    object: Literal["chat.completion.chunk"]
-    choices: list[ChunkChoice]
-    usage: NotRequired[Usage | None]  # there when include_usage is set: null until the last
-
-
-class TextCompletion(_Head):
-    object: Literal["text_completion"]
-    choices: list[TextChoice]
-    usage: NotRequired[Usage | None]
-
-
-class ModelCard(TypedDict):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    max_model_len: int  # tokens of prompt and answer together
-    depths: dict[str, int]  # exit name -> layers, shallowest first
-    quantization: str
-
-
-class ModelList(TypedDict):
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
 @dataclass
 class _Choice:
     """What has been received of one choice."""
 
+    reader: Reader
+    silent: bool  # tokens are not shown: they were made only to run the prompt
     text: str = ""
+    content: str = ""  # the text without the calls in it
+    calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[tuple[TokenLogprob, int]] = field(default_factory=list)  # with the text's length before the token
     finished: Finished | None = None
 
-    def take(self, event: Event) -> None:
+    def take(self, event: Event) -> list[Delta]:
+        """What a stream sends of `event`."""
         if isinstance(event, Finished):
             self.finished = event
-        elif event.logprob is not None:
+        elif event.logprob is not None and not self.silent:
             self.logprobs.append((event.logprob, len(self.text)))
-        self.text += event.text
+        text = "" if self.silent else event.text
+        self.text += text
+        deltas = self.reader.push(text)
+        if isinstance(event, Finished):
+            deltas += self.reader.finish(whole=event.reason == "stop")
+        for delta in deltas:
+            self._add(delta)
+        return deltas
+
+    @property
+    def reason(self) -> str | None:
+        """OpenAI's finish_reason."""
+        if self.finished is None:
+            return None
+        if self.silent:
+            return "length"
+        return "tool_calls" if self.reader.calls and self.finished.reason == "stop" else self.finished.reason
+
+    def _add(self, delta: Delta) -> None:
+        self.content += delta.get("content", "")
+        for call in delta.get("tool_calls", ()):
+            if "id" in call:
+                self.calls.append({"id": call["id"], "type": call["type"], "function": dict(call["function"])})
+            else:
+                self.calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
 
 
 class Answer(ABC):
@@ -156,7 +84,7 @@ class Answer(ABC):
     prefix: str
 
     def __init__(self, work: Work, served: ServedModel, *, logprobs: bool, include_usage: bool = False) -> None:
-        self.choices = [_Choice() for _ in work.requests]
+        self.choices = [_Choice(work.reader(), work.silent) for _ in work.requests]
         self._work, self._served = work, served
         self._with_logprobs, self._include_usage = logprobs, include_usage
         self._head: dict[str, Any] = {
@@ -183,15 +111,17 @@ class Answer(ABC):
                     for opening in self._opening(index):
                         yield self._sse(opening)
                 choice = self.choices[index]
-                at = len(choice.text)
-                choice.take(event)
+                known = len(choice.logprobs)
+                deltas = choice.take(event)
                 logprobs = None
-                if self._with_logprobs and isinstance(event, Token) and event.logprob is not None:
-                    logprobs = self._logprobs([(event.logprob, at)], index)
-                if event.text or logprobs:
-                    yield self._sse(self._piece(index, event.text, logprobs))
+                if self._with_logprobs and choice.logprobs[known:]:
+                    logprobs = self._logprobs(choice.logprobs[known:], index)
+                    deltas = deltas or [{"content": ""}]
+                for delta in deltas:
+                    yield self._sse(self._piece(index, delta, logprobs))
+                    logprobs = None
                 if isinstance(event, Finished):
-                    yield self._sse(self._end(index, event.reason))
+                    yield self._sse(self._end(index))
         if self._include_usage:
             yield sse({**self._head, "object": self._chunk_object, "choices": [], "usage": self.usage()})
         yield DONE
@@ -206,6 +136,7 @@ class Answer(ABC):
         ends = [choice.finished for choice in self.choices if choice.finished is not None]
         prompts = ends[:: self._work.n]
         prompt, completion = sum(e.prompt_tokens for e in prompts), sum(e.completion_tokens for e in ends)
+        completion = 0 if self._work.silent else completion
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -228,10 +159,10 @@ class Answer(ABC):
         """Choices to send before the first piece of choice `index`."""
 
     @abstractmethod
-    def _piece(self, index: int, text: str, logprobs: Any) -> dict[str, Any]: ...
+    def _piece(self, index: int, delta: Delta, logprobs: Any) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _end(self, index: int, reason: str) -> dict[str, Any]: ...
+    def _end(self, index: int) -> dict[str, Any]: ...
 
     @abstractmethod
     def _logprobs(self, tokens: list[tuple[TokenLogprob, int]], index: int) -> Any: ...
@@ -245,9 +176,9 @@ class ChatAnswer(Answer):
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": self._message(choice),
                 "logprobs": self._logprobs(choice.logprobs, index) if self._with_logprobs else None,
-                "finish_reason": choice.finished.reason if choice.finished else None,
+                "finish_reason": choice.reason,
             }
             for index, choice in enumerate(self.choices)
         ]
@@ -256,11 +187,17 @@ class ChatAnswer(Answer):
     def _opening(self, index: int) -> list[dict[str, Any]]:
         return [self._chunk(index, {"role": "assistant", "content": ""})]
 
-    def _piece(self, index: int, text: str, logprobs: Any) -> dict[str, Any]:
-        return self._chunk(index, {"content": text}, logprobs)
+    def _piece(self, index: int, delta: Delta, logprobs: Any) -> dict[str, Any]:
+        return self._chunk(index, delta, logprobs)
 
-    def _end(self, index: int, reason: str) -> dict[str, Any]:
-        return self._chunk(index, {}, None, reason)
+    def _end(self, index: int) -> dict[str, Any]:
+        return self._chunk(index, {}, None, self.choices[index].reason)
+
+    def _message(self, choice: _Choice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.content, "refusal": None}
+        if not choice.calls:
+            return message
+        return {**message, "content": choice.content or None, "tool_calls": choice.calls}
 
     def _chunk(self, index: int, delta: Delta, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
@@ -287,32 +224,58 @@ class TextAnswer(Answer):
             {
                 "index": index,
                 "text": self._work.echo[index] + choice.text,
-                "logprobs": self._logprobs(choice.logprobs, index) if self._with_logprobs else None,
-                "finish_reason": choice.finished.reason if choice.finished else None,
+                "logprobs": self._all_logprobs(index) if self._with_logprobs else None,
+                "finish_reason": choice.reason,
             }
             for index, choice in enumerate(self.choices)
         ]
         return {**self._head, "object": "text_completion", "choices": choices, "usage": self.usage()}
 
     def _opening(self, index: int) -> list[dict[str, Any]]:
-        return [self._piece(index, self._work.echo[index], None)] if self._work.echo[index] else []
+        echo = self._work.echo[index]
+        return [self._piece(index, {"content": echo}, None)] if echo else []
 
-    def _piece(self, index: int, text: str, logprobs: Any) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+    def _piece(self, index: int, delta: Delta, logprobs: Any) -> dict[str, Any]:
+        return {"index": index, "text": delta["content"], "logprobs": logprobs, "finish_reason": None}
 
-    def _end(self, index: int, reason: str) -> dict[str, Any]:
-        return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
+    def _end(self, index: int) -> dict[str, Any]:
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": self.choices[index].reason}
 
     def _logprobs(self, tokens: list[tuple[TokenLogprob, int]], index: int) -> TextLogprobs:
-        name = self._served.tokenizer
+        at = len(self._work.echo[index])
+        return self._columns([(entry.token, entry, at + offset) for entry, offset in tokens])
+
+    def _all_logprobs(self, index: int) -> TextLogprobs:
+        """Of the echoed prompt, where there is one, and of the answer."""
+        answer, finished = self._logprobs(self.choices[index].logprobs, index), self.choices[index].finished
+        entries = finished.prompt_logprobs if finished else ()
+        if not entries:
+            return answer
+        ids = cast(Encoded, self._work.requests[index].prompt).ids
+        decoder, at, rows = self._served.tokenizer.stream(), 0, list[tuple[int, TokenLogprob | None, int]]()
+        for token, entry in zip(ids, entries, strict=True):
+            rows.append((token, entry, at))
+            at += len(decoder.push(token))
+        prompt = self._columns(rows)
         return {
-            "tokens": [token_name(name, entry.token) for entry, _ in tokens],
-            "token_logprobs": [max(entry.logprob, LEAST_LOGPROB) for entry, _ in tokens],
+            "tokens": prompt["tokens"] + answer["tokens"],
+            "token_logprobs": prompt["token_logprobs"] + answer["token_logprobs"],
+            "top_logprobs": prompt["top_logprobs"] + answer["top_logprobs"],
+            "text_offset": prompt["text_offset"] + answer["text_offset"],
+        }
+
+    def _columns(self, rows: list[tuple[int, TokenLogprob | None, int]]) -> TextLogprobs:
+        """Rows of (token, what is known of it, characters before it)."""
+        name = partial(token_name, self._served.tokenizer)
+        entries = [entry for _, entry, _ in rows]
+        return {
+            "tokens": [name(token) for token, _, _ in rows],
+            "token_logprobs": [None if e is None else max(e.logprob, LEAST_LOGPROB) for e in entries],
             "top_logprobs": [
-                {token_name(name, token): max(logprob, LEAST_LOGPROB) for token, logprob in entry.top}
-                for entry, _ in tokens
+                None if e is None else {name(token): max(logprob, LEAST_LOGPROB) for token, logprob in e.top}
+                for e in entries
             ],
-            "text_offset": [len(self._work.echo[index]) + at for _, at in tokens],
+            "text_offset": [at for _, _, at in rows],
         }
 
 
@@ -325,3 +288,10 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
         return data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def encoded_vector(vector: Sequence[float], encoding: str) -> list[float] | str:
+    """A vector as OpenAI's `encoding_format` asks: numbers, or base64 of little-endian float32."""
+    if encoding == "float":
+        return list(vector)
+    return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()

@@ -27,6 +27,9 @@ class EngineClient(Protocol):
     def generate(self, request: Request) -> AsyncIterator[Event]:
         """Events of one request, its `Finished` last. Closing the iterator cancels the request."""
 
+    async def embed(self, prompt: list[int], depth: str | int | None = None) -> list[float]:
+        """The vector of one prompt, as `Model.embed` makes it."""
+
     async def stats(self) -> dict[str, float]:
         """What `Engine.stats` gives: values by sample name, as Prometheus writes it."""
 

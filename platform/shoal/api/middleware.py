@@ -1,4 +1,5 @@
-"""What happens to every HTTP request before a route sees it: an id, the key, the size of the body, one line in the log.
+"""What happens to every HTTP request before a route sees it: an id, the key and its limits, the size of the body; and after it,
+one line in the log.
 
 Pure ASGI: Starlette's BaseHTTPMiddleware would hide the client's disconnect from the routes, and with it cancellation.
 """
@@ -6,20 +7,17 @@ Pure ASGI: Starlette's BaseHTTPMiddleware would hide the client's disconnect fro
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
-import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from shoal.api.access import Access, told
 from shoal.api.auth import ApiKeys
-from shoal.api.wire import BodyTooLargeError, MediaTypeError, UnauthorizedError
+from shoal.api.wire import BodyTooLargeError, MediaTypeError
 from shoal.errors import RequestError
-
-log = logging.getLogger("shoal.api")
 
 OPEN_PATHS = (
     "/health",
@@ -32,13 +30,13 @@ OPEN_PATHS = (
 )  # need no key; all else does
 DISCARD_TIMES, DISCARD_SECONDS = 4, 10.0  # how much of a refused body is read, in limits, and for how long
 
-Failed = Callable[[Exception], ASGIApp]
+Failed = Callable[[Exception, Access], ASGIApp]
 
 _ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class Gate:
-    """ASGI middleware around the whole app. Refuses with 401, 413 and 415; echoes or makes ``X-Request-Id``; answers
+    """ASGI middleware around the whole app. Refuses with 401, 413, 415 and 429; echoes or makes ``X-Request-Id``; answers
     with what `failed` makes of an error that no handler took."""
 
     def __init__(
@@ -51,60 +49,51 @@ class Gate:
         if scope["type"] != "http":  # the start and end of the server; there are no websockets
             await self._app(scope, receive, send)
             return
-        began = time.perf_counter()
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", "")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-        status = 499  # nothing was sent: the client left first
+        access = scope.setdefault("state", {})["access"] = Access(request_id, scope["method"], scope["path"])
+        with told(access, headers):
+            await self._answer(access, headers, scope, receive, send)
+            access.route = getattr(scope.get("route"), "path", None)
+
+    async def _answer(
+        self, access: Access, headers: dict[bytes, str], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        started = False
 
         async def named(message: Message) -> None:
-            nonlocal status
+            nonlocal started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                started, access.status = True, message["status"]
                 if self._answer_id:
-                    message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                    message = {**message, "headers": [*message["headers"], (b"x-request-id", access.id.encode())]}
             await send(message)
 
         body = _Body(receive, self._body_bytes)
         try:
             try:
-                self._check(scope, headers)
+                self._check(scope, headers, access)
                 body.expect(headers.get(b"content-length"))
             except RequestError as refused:
                 await body.discard()
-                await self._failed(refused)(scope, receive, named)
+                await self._failed(refused, access)(scope, receive, named)
             else:
                 await self._app(scope, body.receive, named)
         except Exception as error:
-            answer = self._failed(error)  # logs it
-            if status == 499:
+            answer = self._failed(error, access)  # logs it
+            if not started:
                 await answer(scope, receive, named)
-        finally:
-            seconds = time.perf_counter() - began
-            who = scope["state"].get("user")
-            log.info(
-                "%s %s %d %.3fs id=%s%s",
-                scope["method"],
-                scope["path"][:200].encode("unicode_escape").decode(),
-                status,
-                seconds,
-                request_id,
-                f" user={who!r}" if who else "",
-            )
 
     def _open(self, path: str) -> bool:
         return any(path == open_ or path.startswith(open_ + "/") for open_ in OPEN_PATHS)
 
-    def _check(self, scope: Scope, headers: dict[bytes, str]) -> None:
+    def _check(self, scope: Scope, headers: dict[bytes, str], access: Access) -> None:
         if self._keys is not None and not self._open(scope["path"]):
             raw = headers.get(b"authorization")
-            if raw is None:
-                raise UnauthorizedError("no API key", do="send it as 'Authorization: Bearer KEY'")
-            if not self._keys.allow(raw.encode("latin-1").decode("utf-8", "surrogateescape")):
-                raise UnauthorizedError(
-                    "wrong API key", do="send one of this server's keys as 'Authorization: Bearer KEY'"
-                )
+            given = None if raw is None else raw.encode("latin-1").decode("utf-8", "surrogateescape")
+            access.key = self._keys.find(given)
+            access.key.admit()
         coding = headers.get(b"content-encoding", "identity")
         if coding != "identity":
             raise MediaTypeError("Content-Encoding", got=coding[:40], allowed="identity: send the body uncompressed")

@@ -6,20 +6,25 @@ Everything here is a pure function that may take milliseconds (tokenising, decod
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
-from shoal.api.served import ServedModel
-from shoal.api.wire import (
+from shoal.api.bodies import (
     ChatRequest,
     CompletionRequest,
+    EmbeddingRequest,
     GenerationRequest,
     Message,
-    ModelNotFoundError,
+    ResponseFormat,
+    StructuredOutputs,
     TokenizeRequest,
 )
-from shoal.engine.events import Request, Sampling
+from shoal.api.served import ServedModel
+from shoal.api.tools import CLOSE, Offer, Plain, Reader, as_plain
+from shoal.api.wire import ModelNotFoundError
+from shoal.engine.events import Guide, Request, Sampling
 from shoal.errors import ContextLengthError, RequestError
 from shoal.inputs.chat import Encoded, encode_chat
 from shoal.inputs.tokenizer import IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID
@@ -29,12 +34,14 @@ EFFORT_DEPTH = {"low": "shallow", "medium": "auto", "high": "full"}
 
 @dataclass(frozen=True)
 class Limits:
-    """What one HTTP request may ask for."""
+    """What one HTTP request may ask for. Tokens are bounded by the model's context, an image's pixels by `inputs.media`."""
 
     body_bytes: int = 16 * 2**20  # counted as they arrive, before anything is parsed
     messages: int = 1024
     images: int = 16
+    tools: int = 128
     choices: int = 64  # prompts times n
+    inputs: int = 2048  # of /v1/embeddings
     stops: int = 16
     seconds: float = 600.0  # then the request ends with 408
 
@@ -46,6 +53,14 @@ class Work:
     requests: list[Request]
     n: int
     echo: list[str]  # put before the text of each choice; empty strings without echo
+    silent: bool = False  # max_tokens 0: the one token that the engine needs to make is not shown
+    guided_by: str = "guided"  # field that the grammar comes from
+    reader: Callable[[], Reader] = Plain
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts; one that n choices share counts once."""
+        return sum(len(cast(Encoded, request.prompt).ids) for request in self.requests[:: self.n])
 
 
 def chat_work(body: ChatRequest, served: ServedModel, limits: Limits) -> Work:
@@ -57,28 +72,57 @@ def chat_work(body: ChatRequest, served: ServedModel, limits: Limits) -> Work:
         raise RequestError("max_tokens and max_completion_tokens", param="max_tokens", do="give one of them")
     if body.reasoning_effort and body.depth is not None:
         raise RequestError("reasoning_effort and depth", param="depth", do="give one of them")
-    encoded = encode_messages(body.messages, served, limits)
+    _at_most("tools", len(body.tools), limits.tools)
+    offer = Offer(body)
+    guide, guided_by = _chat_guide(body, offer)
+    told = "\n\n".join(text for text in (offer.system(), _format_told(body.response_format)) if text)
+    encoded = encode_messages(body.messages, served, limits, system=told, bounded=True)
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    sampling = _sampling(body, served, limits, max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    sampling = replace(_sampling(body, served, limits, max_tokens, top), guided=guide)
+    if offer.single and not offer.forced:
+        sampling = replace(sampling, stop=(*sampling.stop, CLOSE))
     depth = EFFORT_DEPTH[body.reasoning_effort] if body.reasoning_effort else body.depth
-    return _work(body, [encoded], sampling, max_tokens, depth, served, limits)
+    work = _work(body, [encoded], sampling, max_tokens, depth, served, limits)
+    return replace(work, guided_by=guided_by, reader=offer.reader)
 
 
 def completion_work(body: CompletionRequest, served: ServedModel, limits: Limits) -> Work:
     """As `chat_work`, for one prompt or several, each text or token ids."""
     check_model(body.model, served)
-    if body.echo and body.logprobs is not None:
-        raise RequestError("echo with logprobs", param="logprobs", do="logprobs of the prompt are not supported yet")
-    one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
-    prompts = cast("list[str | list[int]]", [body.prompt] if one else body.prompt)
+    silent = body.echo and body.max_tokens == 0
+    if body.echo and body.logprobs is not None and body.stream:
+        raise RequestError("stream with echo and logprobs", param="stream", do="ask for the whole answer")
+    if body.best_of not in (None, body.n):
+        raise RequestError("best_of", param="best_of", got=body.best_of, do="use n, and choose by logprobs")
+    prompts = _prompts(body.prompt)
     _at_most("prompt", len(prompts) * max(body.n, 1), limits.choices, "prompts times n")
-    ids = [_prompt_ids(prompt, served) for prompt in prompts]
-    sampling = _sampling(body, served, limits, body.max_tokens, body.logprobs)
-    work = _work(body, [Encoded(p) for p in ids], sampling, body.max_tokens, body.depth, served, limits)
+    ids = [_prompt_ids(prompt, served, "prompt") for prompt in prompts]
+    max_tokens = 1 if silent else body.max_tokens
+    guide = _guide(body.structured_outputs)
+    sampling = replace(_sampling(body, served, limits, max_tokens, body.logprobs), guided=guide)
+    if body.echo:
+        sampling = replace(sampling, prompt_logprobs=body.logprobs)
+    work = _work(body, [Encoded(p) for p in ids], sampling, max_tokens, body.depth, served, limits)
+    work = replace(work, silent=silent, guided_by="structured_outputs")
     if not body.echo:
         return work
     texts = [p if isinstance(p, str) else served.tokenizer.decode(p) for p in prompts]
     return replace(work, echo=[text for text in texts for _ in range(body.n)])
+
+
+def embedding_work(body: EmbeddingRequest, served: ServedModel, limits: Limits) -> list[list[int]]:
+    """The token ids of each input. Raises as `chat_work`."""
+    check_model(body.model, served)
+    _check_depth(body.depth, served)
+    inputs = _prompts(body.input)
+    _at_most("input", len(inputs), limits.inputs)
+    ids = [_prompt_ids(given, served, "input") for given in inputs]
+    longest = max(map(len, ids))
+    if longest > served.config.context:
+        allowed = f"at most {served.config.context} tokens each"
+        raise ContextLengthError("input", param="input", got=longest, allowed=allowed)
+    return ids
 
 
 def tokenize(body: TokenizeRequest, served: ServedModel, limits: Limits) -> list[int]:
@@ -92,15 +136,23 @@ def tokenize(body: TokenizeRequest, served: ServedModel, limits: Limits) -> list
 
 
 def encode_messages(
-    messages: Sequence[Message], served: ServedModel, limits: Limits, *, add_generation_prompt: bool = True
+    messages: Sequence[Message],
+    served: ServedModel,
+    limits: Limits,
+    *,
+    add_generation_prompt: bool = True,
+    system: str = "",
+    bounded: bool = False,
 ) -> Encoded:
-    """The chat as the model reads it. Raises RequestError with param ``messages`` for too many parts or a bad image."""
+    """The chat as the model reads it, with `system` added to its system text. Raises RequestError with param ``messages`` for
+    too many parts or a bad image; with `bounded` ContextLengthError, before it is encoded, for text that cannot fit."""
     _at_most("messages", len(messages), limits.messages)
-    plain = [message.model_dump() for message in messages]
-    for message in plain:
-        message["role"] = "system" if message["role"] == "developer" else message["role"]
-    images = sum(part["type"] == "image_url" for m in plain if isinstance(m["content"], list) for part in m["content"])
-    _at_most("messages", images, limits.images, "images")
+    plain = as_plain(messages, system)
+    parts = [part for m in plain if isinstance(m["content"], list) for part in m["content"]]
+    _at_most("messages", sum(part["type"] == "image_url" for part in parts), limits.images, "images")
+    if bounded:
+        texts = [m["content"] for m in plain if isinstance(m["content"], str)] + [p.get("text", "") for p in parts]
+        _may_fit(sum(map(len, texts)), served, "messages")
     return encode_chat(
         plain,
         served.tokenizer,
@@ -111,9 +163,9 @@ def encode_messages(
 
 
 def check_model(name: str | None, served: ServedModel) -> None:
-    """Raises ModelNotFoundError unless `name` is the served model's; None passes."""
-    if name not in (None, served.name):
-        raise ModelNotFoundError(f"model {name[:100]!r} does not exist", param="model", allowed=[served.name])
+    """Raises ModelNotFoundError unless `name` is one of the served model's; None passes."""
+    if name is not None and name not in served.names:
+        raise ModelNotFoundError(f"model {name[:100]!r} does not exist", param="model", allowed=served.names)
 
 
 def check_ids(ids: Sequence[int], served: ServedModel, param: str) -> None:
@@ -144,10 +196,8 @@ def _work(
     if body.n < 1:
         raise RequestError("n", param="n", got=body.n, allowed="1 or more")
     _at_most("n", len(prompts) * body.n, limits.choices, "prompts times n")
-    exits = served.config.exit_names
     depth = "auto" if depth is None else depth
-    if depth not in ("auto", *exits, *exits.values()):
-        raise RequestError("depth", param="depth", got=depth, allowed=["auto", *exits, *exits.values()])
+    _check_depth(None if depth == "auto" else depth, served, "auto")
     if depth != "auto" and body.quality_tolerance is not None:
         raise RequestError("quality_tolerance and depth", param="quality_tolerance", do="give one of them")
     requests = []
@@ -188,6 +238,7 @@ def _sampling(
         repetition_penalty=body.repetition_penalty,
         logit_bias=_logit_bias(body.logit_bias, served),
         logprobs=logprobs,
+        speculative=body.speculative,
     )
 
 
@@ -203,15 +254,85 @@ def _logit_bias(given: dict[str, float], served: ServedModel) -> dict[int, float
     return bias
 
 
-def _prompt_ids(prompt: str | list[int], served: ServedModel) -> list[int]:
+def _chat_guide(body: ChatRequest, offer: Offer) -> tuple[Guide | None, str]:
+    """What the answer must be, and the field that says so. Raises RequestError when several do."""
+    asked = {
+        "tool_choice": offer.guide,
+        "response_format": _format(body.response_format),
+        "structured_outputs": _guide(body.structured_outputs),
+    }
+    given = [name for name, guide in asked.items() if guide is not None]
+    if len(given) > 1:
+        raise RequestError(" and ".join(given), param=given[1], do="give one of them")
+    if given and offer.told and not offer.forced:
+        raise RequestError(f"{given[0]} with tools", param=given[0], do='set tool_choice to "none", or leave it out')
+    name = given[0] if given else "guided"
+    return asked.get(name), "tools" if name == "tool_choice" else name
+
+
+def _format(given: ResponseFormat | None) -> Guide | None:
+    if given is None:
+        return None
+    if (given.json_schema is not None) != (given.type == "json_schema"):
+        do = "give it with type json_schema, and only there"
+        raise RequestError("response_format.json_schema", param="response_format", do=do)
+    if given.json_schema is not None:
+        return Guide("json_schema", json.dumps(given.json_schema.schema_))
+    return Guide("json_object") if given.type == "json_object" else None
+
+
+def _format_told(given: ResponseFormat | None) -> str:
+    """What the model is told of the format that it must follow."""
+    schema = given.json_schema if given is not None else None
+    return f"The answer is JSON, {schema.name}: {schema.description}" if schema and schema.description else ""
+
+
+def _guide(given: StructuredOutputs | None) -> Guide | None:
+    if given is None:
+        return None
+    kinds = {
+        "json": None if given.json_ is None else Guide("json_schema", json.dumps(given.json_)),
+        "regex": None if given.regex is None else Guide("regex", given.regex),
+        "choice": None if given.choice is None else Guide("choice", given.choice),
+        "json_object": None if given.json_object is None else Guide("json_object"),
+    }
+    guides = [guide for guide in kinds.values() if guide is not None]
+    if len(guides) != 1:
+        raise RequestError("structured_outputs", param="structured_outputs", allowed=f"one of {', '.join(kinds)}")
+    return guides[0]
+
+
+def _check_depth(depth: str | int | None, served: ServedModel, *more: str) -> None:
+    exits = served.config.exit_names
+    if depth is not None and depth not in (*exits, *exits.values()):
+        raise RequestError("depth", param="depth", got=depth, allowed=[*more, *exits, *exits.values()])
+
+
+def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """One prompt or several, as a list."""
+    one = isinstance(given, str) or isinstance(given[0], int)
+    return cast("list[str | list[int]]", [given] if one else given)
+
+
+def _prompt_ids(prompt: str | list[int], served: ServedModel, param: str) -> list[int]:
+    if isinstance(prompt, str):
+        _may_fit(len(prompt), served, param)
     ids = served.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     if not ids:
-        raise RequestError("prompt", param="prompt", got="", allowed="at least one token")
-    check_ids(ids, served, "prompt")
+        raise RequestError(param, param=param, got="", allowed="at least one token")
+    check_ids(ids, served, param)
     image = next((i for i in ids if i in (IMG_ID, IMG_END_ID, ROW_ID, PATCH_ID)), None)
     if image is not None:
-        raise RequestError("prompt: token id of an image", param="prompt", got=image, do="send images through chat")
+        raise RequestError(f"{param}: token id of an image", param=param, got=image, do="send images through chat")
     return ids
+
+
+def _may_fit(characters: int, served: ServedModel, param: str) -> None:
+    """Raises ContextLengthError for a text that no tokenisation could fit, before time is spent on encoding it."""
+    most = served.config.context * served.longest_token
+    if characters > most:
+        allowed = f"{served.config.context} tokens, which hold at most {most} characters"
+        raise ContextLengthError(param, param=param, got=f"{characters} characters", allowed=allowed)
 
 
 def _fit(prompt_tokens: int, max_tokens: int | None, context: int) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from shoal import config
@@ -21,10 +23,20 @@ class ServedModel:
     tokenizer: Tokenizer
     chat_template: str = DEFAULT_TEMPLATE
     created: int = 0  # Unix seconds
+    aliases: tuple[str, ...] = ()  # other names for it
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes that one token stands for at most."""
+        return max(len(self.tokenizer.token_bytes(token)) for token in range(len(self.tokenizer)))
 
     @classmethod
-    def load(cls, directory: str | Path, name: str | None = None) -> ServedModel:
-        """The model in a model directory, without its weights, under `name` (default: its own).
+    def load(cls, directory: str | Path, name: str | None = None, aliases: Sequence[str] = ()) -> ServedModel:
+        """The model in a model directory, without its weights, under `name` (default: its own) and `aliases`.
 
         Raises CheckpointError when a file is missing, of another format, or contradicts another.
         """
@@ -49,7 +61,11 @@ class ServedModel:
             template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{directory}: chat_template.jinja", got=str(error)) from error
-        return cls(name or str(values["name"]), model, tokenizer, template, int(card.stat().st_mtime))
+        return cls(name or str(values["name"]), model, tokenizer, template, int(card.stat().st_mtime), tuple(aliases))
+
+    def fixed_depth(self, depth: str | int) -> str | None:
+        """Exit name of a depth that was asked for; None where the router decides."""
+        return None if depth == "auto" else self.depth_name(self.config.depth(depth))
 
     def depth_name(self, layers: int) -> str:
         """Exit name of a depth in layers; ``none`` for 0, a request that never ran."""

@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from shoal.engine.events import Event, Finished, Request, Token
-from shoal.errors import EngineDeadError, RequestError
+from shoal.errors import EngineDeadError, QueueFullError, RequestError
 
 if TYPE_CHECKING:
     from shoal.engine.engine import Engine
@@ -68,6 +68,7 @@ class AsyncEngine:
         means that the engine is stuck, and dead."""
         self._engine, self._backlog, self._stall = engine, backlog, stall_seconds
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._pooling: deque[Callable[[], object]] = deque()  # of `embed`; one is run between two steps
         self._readers: dict[str, _Reader] = {}
         self._lock = threading.Lock()  # of `_readers` and `_dead`
         self._dead: EngineDeadError | None = None
@@ -120,6 +121,18 @@ class AsyncEngine:
         stats: dict[str, float] = await self._call(self._engine.stats)
         return stats
 
+    async def embed(self, prompt: list[int], depth: str | int | None = None) -> list[float]:
+        """`Model.embed` in the engine thread, one prompt between two steps, so that answers go on meanwhile. Raises
+        RequestError, QueueFullError when as many wait as the engine's queue may hold, EngineDeadError."""
+        self._check_open()
+        if len(self._pooling) >= self._engine.scheduler.max_queue:
+            raise QueueFullError("too many embeddings wait", got=len(self._pooling), do="try again")
+        vector: list[float] = await self._call(
+            lambda: self._engine.model.embed(prompt, depth).tolist(),
+            lambda run: self._inbox.put(lambda: self._pooling.append(run)),
+        )
+        return vector
+
     async def check_health(self) -> None:
         """Raises EngineDeadError when the engine cannot serve any more, a stuck step included."""
         self._check_open()
@@ -147,8 +160,9 @@ class AsyncEngine:
         if self._closing:
             raise EngineDeadError("the engine is shutting down", do="send the request to another replica")
 
-    async def _call(self, ask: Callable[[], Any]) -> Any:
-        """The result of `ask` in the engine thread. A stuck or dead engine raises instead of keeping its caller."""
+    async def _call(self, ask: Callable[[], Any], put: Callable[[Callable[[], object]], None] | None = None) -> Any:
+        """The result of `ask` in the engine thread, which gets it by `put` (None: with the next commands). A stuck or dead
+        engine raises instead of keeping its caller; a caller that leaves takes `ask` back."""
         answer: Future[Any] = Future()
 
         def run() -> None:
@@ -159,24 +173,28 @@ class AsyncEngine:
             except Exception as error:
                 answer.set_exception(error)
 
-        self._inbox.put(run)
+        (put or self._inbox.put)(run)
         waiting = asyncio.wrap_future(answer)
-        while not waiting.done():
-            if self._dead is not None or not self._thread.is_alive():
-                waiting.cancel()
-                raise self._dead or EngineDeadError("the engine was closed")
-            await asyncio.wait({waiting}, timeout=0.1)
-        return waiting.result()
+        try:
+            while not waiting.done():
+                if self._dead is not None or not self._thread.is_alive():
+                    raise self._dead or EngineDeadError("the engine was closed")
+                await asyncio.wait({waiting}, timeout=0.1)
+            return waiting.result()
+        finally:
+            waiting.cancel()
 
     # --- in the engine thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             while not self._stopped.is_set():
-                self._commands(wait=None if self._engine.idle else 0)
+                self._commands(wait=None if self._engine.idle and not self._pooling else 0)
                 if self._stopped.is_set():
                     continue
                 self._step_began = time.monotonic()
+                if self._pooling:
+                    self._pooling.popleft()()
                 events = self._engine.step()  # of an idle engine: the ends of requests that a command cancelled
                 self._step_began = None
                 if (dead := self._engine.dead) is not None:
@@ -186,7 +204,7 @@ class AsyncEngine:
                 if dead is not None:
                     self._die(dead)
                     return
-                if not self._engine.ran and not events:
+                if not self._engine.ran and not events and not self._pooling:
                     self._commands(wait=IDLE_SECONDS)  # all are paused: wait for a reader or a deadline
             for request in list(self._readers):
                 self._engine.cancel(request)

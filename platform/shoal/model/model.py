@@ -166,6 +166,20 @@ class Model:
         out = self.net.head(hidden, layers)
         return out if ids.dim() == 2 else out[0]
 
+    @torch.inference_mode()
+    def embed(self, prompt: str | Sequence[int], depth: str | int | None = None) -> Tensor:
+        """`prompt` as one vector [D] of length 1: the mean over its tokens of the normed hidden states at `depth`. Raises as
+        `logits`."""
+        ids = self.encode(prompt).ids
+        if len(ids) > self.config.context:
+            raise ContextLengthError(
+                "input", param="input", got=len(ids), allowed=f"at most {self.config.context} tokens"
+            )
+        layers = self.config.depth(depth)
+        hidden = self.net(self._tokens(ids)[None], exits=(layers,))[layers][0]
+        pooled: Tensor = self.net.exit_norms[str(layers)](hidden).float().mean(0)
+        return torch.nn.functional.normalize(pooled, dim=0)
+
     def generate_naive(
         self,
         prompt: str | Sequence[int] | Encoded,

@@ -83,6 +83,9 @@ class EngineReplica:
         except RequestError as error:
             yield [Finished(request.id, "error", error=error)]
 
+    async def embed(self, prompt: list[int], depth: str | int | None) -> list[float]:
+        return await self._engine.embed(prompt, depth)
+
     async def stats(self) -> dict[str, float]:
         return await self._engine.stats()
 
@@ -117,6 +120,13 @@ class ReplicaClient:
         except BaseException:  # the caller left
             stream.cancel()  # type: ignore[no-untyped-call]
             raise
+
+    async def embed(self, prompt: list[int], depth: str | int | None = None) -> list[float]:
+        """Raises as `generate`."""
+        try:
+            return cast("list[float]", await self._engine.embed.remote(prompt, depth))
+        except Exception as error:
+            raise as_shoal_error(error) from error
 
     async def stats(self) -> dict[str, float]:
         """Sums over the replicas; of a share (``_perc``) the mean."""

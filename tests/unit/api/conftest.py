@@ -62,7 +62,18 @@ class Scripted:
         reason = "length" if count == request.sampling.max_tokens else "stop"
         depth = 1 if request.depth == "shallow" else 4
         self.metrics.ended(reason, depth, 0.0, seconds / 2, seconds, count)
-        return Finished(request.id, reason, "", depth, len(request.prompt.ids), 3, count, 0.0, seconds / 2, seconds)
+        ids, top = request.prompt.ids, request.sampling.prompt_logprobs
+        known = [TokenLogprob(token, -0.25, ((token, -0.25),) * bool(top)) for token in ids[1:]]
+        prompt = (None, *known) if top is not None else ()
+        return Finished(
+            request.id, reason, "", depth, len(ids), 3, count, 0.0, seconds / 2, seconds, prompt_logprobs=prompt
+        )
+
+    async def embed(self, prompt: list[int], depth: str | int | None = None) -> list[float]:
+        if self.raises:
+            raise self.raises
+        await asyncio.sleep(0)
+        return [float(len(prompt)), float(sum(prompt)), 0.5 if depth == "shallow" else 0.25]
 
     async def stats(self) -> dict[str, float]:
         return {"num_requests_running": self.open, **self.metrics.samples((1, 2, 4))}

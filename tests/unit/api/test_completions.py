@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from shoal.api.served import ServedModel
+from shoal.engine.events import Guide
 from shoal.inputs.tokenizer import PATCH_ID
 
 pytestmark = pytest.mark.anyio
@@ -55,6 +56,45 @@ async def test_logprobs_have_the_legacy_shape(http: httpx.AsyncClient) -> None:
     }
 
 
+async def test_echo_with_logprobs_is_what_lm_eval_reads(http: httpx.AsyncClient, engine: Any) -> None:
+    """The prompt's tokens first, the first of them without a logprob; lm-eval drops the last, which is the answer's."""
+    engine.reply = "zz"
+    for max_tokens in (1, 0):
+        answer = await complete(http, prompt=[75, 76, 77], echo=True, logprobs=1, max_tokens=max_tokens, temperature=0)
+        (choice,), more = answer["choices"], ["z"] * max_tokens
+        logprobs = choice["logprobs"]
+        assert choice["text"] == "".join(logprobs["tokens"]) == "cde" + "z" * max_tokens
+        assert logprobs["token_logprobs"] == [None, -0.25, -0.25] + [-0.5 for _ in more]
+        assert logprobs["top_logprobs"][:3] == [None, {"d": -0.25}, {"e": -0.25}]
+        assert logprobs["text_offset"] == list(range(3 + max_tokens))
+        assert (choice["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", max_tokens)
+    assert [request.sampling.prompt_logprobs for request in engine.requests] == [1, 1]
+
+
+async def test_offsets_count_characters_where_a_prompt_s_token_is_half_of_one(http: httpx.AsyncClient) -> None:
+    answer = await complete(http, prompt="aéb", echo=True, logprobs=0, max_tokens=1)
+    assert answer["choices"][0]["logprobs"]["text_offset"] == [0, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "guide"),
+    [
+        ({"regex": "a+"}, Guide("regex", "a+")),
+        ({"choice": ["a", "b"]}, Guide("choice", ["a", "b"])),
+        ({"json": {"type": "object"}}, Guide("json_schema", '{"type": "object"}')),
+        ({"json_object": True}, Guide("json_object")),
+    ],
+)
+async def test_structured_outputs_guide_the_engine(
+    http: httpx.AsyncClient, engine: Any, given: dict[str, Any], guide: Guide
+) -> None:
+    await complete(http, structured_outputs=given, speculative=4)
+    assert engine.requests[0].sampling.guided == guide
+    assert engine.requests[0].sampling.speculative == 4
+    reply = await http.post(URL, json={"model": "fish", "prompt": "a", "structured_outputs": {**given, "regex": "b"}})
+    assert reply.status_code == (200 if "regex" in given else 400)
+
+
 async def test_a_stream_says_the_same_as_the_whole(http: httpx.AsyncClient) -> None:
     fields = {"prompt": "ab", "echo": True, "model": "fish"}
     whole = (await complete(http, **fields))["choices"][0]
@@ -78,7 +118,9 @@ async def test_a_stream_says_the_same_as_the_whole(http: httpx.AsyncClient) -> N
         ({"prompt": ["a"] * 33, "n": 2}, "prompt"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "logprobs"),
+        ({"echo": True, "logprobs": 1, "stream": True}, "stream"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"prompt": "x" * 385}, "prompt"),
         ({"logprobs": 21}, "logprobs"),
         ({"messages": []}, "messages"),
     ],

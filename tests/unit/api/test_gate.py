@@ -13,6 +13,8 @@ import pytest
 
 from shoal.api.auth import ApiKeys
 from shoal.api.requests import Limits
+from shoal.api.wire import UnauthorizedError
+from shoal.engine.events import Finished
 from shoal.errors import ConfigError
 
 pytestmark = pytest.mark.anyio
@@ -87,16 +89,64 @@ async def test_the_request_id_is_echoed_or_made(http: httpx.AsyncClient) -> None
     assert len((await http.get("/nothing")).headers["x-request-id"]) == 32
 
 
-async def test_one_log_line_a_request_without_its_text(
-    http: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, logger="shoal.api")
+async def test_one_log_line_a_request_without_its_text(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    http = connect(api_keys=ApiKeys(["topsecretkey name=search"]), headers={"Authorization": "Bearer topsecretkey"})
     body = {**BODY, "messages": [{"role": "user", "content": "my secret"}], "user": "u\n7"}
-    await http.post(URL, json=body, headers={"X-Request-Id": "abc-1"})
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "shoal.api"]
-    assert line.startswith(f"POST {URL} 200 ")
-    assert line.endswith("id=abc-1 user='u\\n7'")
+    for stream in (False, True):
+        caplog.clear()
+        await http.post(URL, json={**body, "stream": stream, "max_tokens": 4}, headers={"X-Request-Id": "abc-1"})
+        (line,) = [record.getMessage() for record in caplog.records if record.name == "shoal.access"]
+        said = json.loads(line)
+        assert 0 < said.pop("first_token_seconds") <= said.pop("seconds")
+        assert said.pop("time").endswith("Z")
+        assert said == {
+            "id": "abc-1", "method": "POST", "path": URL, "status": 200, "key": "search", "user": "u\n7", "model": "fish",
+            "prompt_tokens": 12, "completion_tokens": 4, "depth": "full",
+        }  # fmt: skip
     assert "secret" not in caplog.text
+
+
+async def test_the_line_of_a_refused_request_has_its_reason(
+    connect: Connect, engine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="shoal.access")
+    await connect().post(URL, content=chat(model="shark"), headers=JSON)
+    await connect(api_keys=ApiKeys(["k"])).get("/v1/models")
+    engine.raises = ZeroDivisionError()
+    await connect().post(URL, json=BODY)
+    engine.raises, engine.ends = None, Finished("x", "deadline")
+    await connect().post(URL, json={**BODY, "stream": True})
+    said = [json.loads(r.getMessage()) for r in caplog.records if r.name == "shoal.access"]
+    assert [(line["status"], line["error"]) for line in said] == [
+        (404, "model_not_found"), (401, "invalid_api_key"), (500, "internal_error"), (200, "deadline_exceeded"),
+    ]  # fmt: skip
+
+
+async def test_a_request_is_a_span_of_the_caller_s_trace(http: httpx.AsyncClient) -> None:
+    sdk = pytest.importorskip("opentelemetry.sdk.trace", reason="spans need OpenTelemetry")
+    export = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+    spans, provider = export.InMemorySpanExporter(), sdk.TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "get_tracer", provider.get_tracer)
+        await http.post(URL, json={**BODY, "max_tokens": 4}, headers={"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"})
+    (span,) = spans.get_finished_spans()
+    assert (span.name, f"{span.context.trace_id:x}", f"{span.parent.span_id:x}") == (f"POST {URL}", "ab" * 16, "cd" * 8)
+    assert span.attributes["http.response.status_code"] == 200
+    assert (span.attributes["gen_ai.usage.output_tokens"], span.attributes["shoal.depth"]) == (4, "full")
+
+
+async def test_other_origins_are_answered_only_where_they_are_let_in(connect: Connect) -> None:
+    ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in (await connect().options(URL, headers=ask)).headers
+    http = connect(cors=["https://a.example"], api_keys=ApiKeys(["k"]))
+    assert (await http.options(URL, headers=ask)).headers["access-control-allow-origin"] == "https://a.example"
+    other = await http.options(URL, headers={**ask, "Origin": "https://b.example"})
+    assert "access-control-allow-origin" not in other.headers
 
 
 class TestKeys:
@@ -127,15 +177,19 @@ class TestKeys:
         file = tmp_path / "keys"
         file.write_text("# ours\nalpha\n\n beta \n")
         keys = ApiKeys.load(file)
-        assert keys is not None and keys.allow("Bearer alpha") and keys.allow("Bearer beta")
-        assert not keys.allow("Bearer # ours") and not keys.allow("Bearer ")
+        assert keys is not None and keys.find("Bearer alpha") is not keys.find("Bearer beta")
+        for wrong in ("Bearer # ours", "Bearer ", None):
+            with pytest.raises(UnauthorizedError):
+                keys.find(wrong)
 
     def test_keys_from_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("SHOAL_API_KEYS", raising=False)
         assert ApiKeys.load() is None
-        monkeypatch.setenv("SHOAL_API_KEYS", "a, b")
+        monkeypatch.setenv("SHOAL_API_KEYS", "a, b name=bee requests=2")
         keys = ApiKeys.load()
-        assert keys is not None and keys.allow("Bearer b")
+        assert keys is not None and keys.find("Bearer a").requests is None
+        bee = keys.find("Bearer b")
+        assert bee.name == "bee" and bee.requests is not None and bee.requests.per_minute == 2
 
     @pytest.mark.parametrize("content", [None, b"", b"# nothing\n", b"\xff\xfe\xfd"])
     def test_a_file_without_keys_never_means_open(self, tmp_path: Path, content: bytes | None) -> None:
@@ -148,3 +202,58 @@ class TestKeys:
     def test_keys_cannot_be_printed(self) -> None:
         keys = ApiKeys(["topsecret"])
         assert "topsecret" not in repr(keys) + str(vars(keys))
+        for line in (
+            "topsecret topsecret",
+            "topsecret requests=0",
+            "topsecret tokens=topsecret",
+            "topsecret\ntopsecret",
+        ):
+            with pytest.raises(ConfigError) as error:
+                ApiKeys(line.split("\n"))
+            assert "topsecret" not in error.value.message
+
+
+class TestRates:
+    """Limits a minute, key by key, on a clock that stands still unless it is told."""
+
+    @pytest.fixture
+    def now(self) -> list[float]:
+        return [100.0]
+
+    def http(self, connect: Connect, now: list[float], *lines: str) -> httpx.AsyncClient:
+        return connect(api_keys=ApiKeys(lines, clock=lambda: now[0]))
+
+    async def test_requests(self, connect: Connect, now: list[float]) -> None:
+        http = self.http(connect, now, "a requests=2", "b")
+        ask = [await http.get("/v1/models", headers={"Authorization": "Bearer a"}) for _ in range(3)]
+        assert [reply.status_code for reply in ask] == [200, 200, 429]
+        assert (ask[-1].headers["retry-after"], ask[-1].json()["error"]["code"]) == ("30", "rate_limit_exceeded")
+        assert ask[-1].json()["error"]["type"] == "rate_limit_error"
+        assert (await http.get("/v1/models", headers={"Authorization": "Bearer b"})).status_code == 200
+        now[0] += 30
+        again = [await http.get("/v1/models", headers={"Authorization": "Bearer a"}) for _ in range(2)]
+        assert [reply.status_code for reply in again] == [200, 429]
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_tokens_of_prompt_and_answer(self, connect: Connect, now: list[float], stream: bool) -> None:
+        http = self.http(connect, now, "a tokens=60")
+        body = {
+            "model": "fish",
+            "prompt": "x" * 50,
+            "max_tokens": 11,
+            "stream": stream,
+        }  # 61: one more than a minute has
+        statuses = []
+        for seconds in (0, 1.9, 0.2):
+            now[0] += seconds
+            statuses.append(
+                (await http.post("/v1/completions", json=body, headers={"Authorization": "Bearer a"})).status_code
+            )
+        assert statuses == [200, 429, 200]
+
+    async def test_a_refused_request_costs_no_tokens(self, connect: Connect, now: list[float]) -> None:
+        http = self.http(connect, now, "a tokens=1")
+        for _ in range(3):
+            body = {"model": "shark", "prompt": "x" * 50}
+            reply = await http.post("/v1/completions", json=body, headers={"Authorization": "Bearer a"})
+            assert reply.status_code == 404

@@ -39,7 +39,7 @@ async def test_health_is_about_death_and_readiness_about_now(
     async def silent() -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("shoal.api.app.PROBE_SECONDS", 0.01)
+    monkeypatch.setattr("shoal.api.routes.PROBE_SECONDS", 0.01)
     engine.check_health = silent
     assert [(await http.get(path)).status_code for path in ("/health", "/ready")] == [200, 503]
 

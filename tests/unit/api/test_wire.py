@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.api.wire import ChatRequest, CompletionRequest, parse, sse
+from shoal.api.bodies import ChatRequest, CompletionRequest
+from shoal.api.wire import parse, sse
 from shoal.errors import RequestError
 
 CHAT = {"model": "fish", "messages": [{"role": "user", "content": "hi"}]}
@@ -33,11 +34,20 @@ def refusal(**fields: object) -> RequestError:
         ({"messages": [{"role": "user", "contnt": "x"}]}, "messages[0].contnt", "did you mean 'content'?"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "text, or a list of parts"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0]", "image_url"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "assistant"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "assistant"),
         ({"messages": []}, "messages", "at least 1"),
-        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "required"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "pattern"),
+        ({"tool_choice": "maybe"}, "tool_choice", "'required'"),
+        ({"tool_choice": 5}, "tool_choice", "none, auto, required"),
+        ({"functions": [{"name": "f"}]}, "functions", "use tools"),
         ({"store": True}, "store", "nothing is stored"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "text"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schem": {}}}},
+            "response_format.json_schema.schem",
+            "did you mean 'schema'?",
+        ),
         ({"n": True}, "n", "integer"),
         ({"n": "2"}, "n", "integer"),
         ({"seed": 2**64}, "seed", "less than"),

@@ -1,0 +1,124 @@
+"""What is told of a request: a JSON line in the log, and a span where OpenTelemetry is installed. Never its text, nor its key.
+
+    {"time": "2026-11-25T10:00:00.123Z", "id": "...", "method": "POST", "path": "/v1/chat/completions", "status": 200,
+     "seconds": 0.412, "first_token_seconds": 0.031, "key": "search", "user": "u7", "model": "shoal", "depth": "shallow",
+     "prompt_tokens": 12, "completion_tokens": 40}
+
+What is not known of a request is left out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from shoal.api.auth import Key
+
+
+def _installed(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+propagate, trace = _installed("opentelemetry.propagate"), _installed("opentelemetry.trace")  # None: no spans
+log = logging.getLogger("shoal.access")
+
+
+@dataclass
+class Access:
+    """One HTTP request, filled while it is answered."""
+
+    id: str
+    method: str
+    path: str
+    route: str | None = None  # the path with its parameters named, as the app has it
+    key: Key | None = None
+    status: int = 499  # until an answer starts: its client left first
+    error: str | None = None  # OpenAI's code of it, or its type
+    facts: dict[str, Any] = field(default_factory=dict)  # user, model, depth, prompt_tokens, completion_tokens
+    began: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+
+    def read(self, tokens: int) -> None:
+        """The prompt is accepted: its tokens count, to the key's limit too."""
+        self.facts |= {"prompt_tokens": tokens, "completion_tokens": 0}
+        if self.key is not None:
+            self.key.spend(tokens)
+
+    def wrote(self) -> None:
+        """One more token of an answer."""
+        self.first_token = self.first_token or time.perf_counter()
+        self.facts["completion_tokens"] += 1
+        if self.key is not None:
+            self.key.spend(1)
+
+    def attributes(self) -> dict[str, Any]:
+        """What is known, in the order of the log line."""
+        now = time.perf_counter()
+        known = {
+            "id": self.id,
+            "method": self.method,
+            "path": self.path[:200],
+            "status": self.status,
+            "error": self.error,
+            "seconds": round(now - self.began, 4),
+            "first_token_seconds": None if self.first_token is None else round(self.first_token - self.began, 4),
+            "key": None if self.key is None else self.key.name,
+            **self.facts,
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
+
+@contextmanager
+def told(access: Access, headers: Mapping[bytes, str]) -> Iterator[None]:
+    """Logs `access` when the block ends, however it ends, and spans it; a ``traceparent`` header makes it a child."""
+    if trace is None:
+        span = None
+    else:
+        context = propagate.extract({name.decode("latin-1"): value for name, value in headers.items()})
+        tracer = trace.get_tracer("shoal.api")
+        span = tracer.start_span(access.method, context=context, kind=trace.SpanKind.SERVER)
+    try:
+        yield
+    finally:
+        known = access.attributes()
+        time_ = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        log.info("%s", json.dumps({"time": time_, **known}))
+        if span is not None:
+            for name, value in known.items():
+                span.set_attribute(_SEMANTIC.get(name, f"shoal.{name}"), value)
+            if access.status >= 500:
+                span.set_status(trace.StatusCode.ERROR)
+            span.update_name(f"{access.method} {access.route or ''}".strip())
+            span.end()
+
+
+def log_to_stderr() -> None:
+    """Writes the lines of this process to stderr, bare: for the process that serves, which nobody else has configured."""
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+
+_SEMANTIC = {  # OpenTelemetry's names, where it has one
+    "method": "http.request.method",
+    "path": "url.path",
+    "status": "http.response.status_code",
+    "error": "error.type",
+    "model": "gen_ai.request.model",
+    "prompt_tokens": "gen_ai.usage.input_tokens",
+    "completion_tokens": "gen_ai.usage.output_tokens",
+}

@@ -1,0 +1,290 @@
+"""What may be in a request body: one model a route, one line a field. `wire` says how they are read and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Discriminator, Field, Tag
+
+from shoal.api.wire import Wire
+from shoal.engine.events import MAX_DRAFTS
+
+Refused = Mapping[str, tuple[tuple[Any, ...], str]]  # as `Wire.refused`
+NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a function, and of a schema
+
+
+def _tagged(text: str, tag_of: Any) -> Discriminator:
+    return Discriminator(tag_of, custom_error_type="allowed", custom_error_message=f"allowed: {text}")
+
+
+def _text_or_list(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+def _text_or_object(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<object>" if isinstance(value, dict) else None
+
+
+def _part_tag(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return f"<{kind}>" if kind in ("text", "image_url") else None
+
+
+def _prompt_tag(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<text>"
+    first = value[0] if isinstance(value, list) and value else None
+    names = {str: "<texts>", int: "<ids>", list: "<lists>"}
+    return names.get(type(first))
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+
+class ImageUrl(Wire):
+    url: str = Field(description="data:image/png;base64,... ; URLs are not fetched")
+    detail: Literal["auto"] = "auto"  # the model sees every image at one size
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(Wire):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
+    _tagged("parts of type text or image_url", _part_tag),
+]
+Content = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[Part], Tag("<list>")],
+    _tagged("text, or a list of parts", _text_or_list),
+]
+Texts = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[str], Tag("<list>")],
+    _tagged("text, or a list of texts", _text_or_list),
+]
+Prompt = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[str], Tag("<texts>")]
+    | Annotated[list[int], Tag("<ids>")]
+    | Annotated[list[list[int]], Tag("<lists>")],
+    _tagged("text, a list of texts, token ids, or a list of lists of token ids; not empty", _prompt_tag),
+]
+
+
+class CalledFunction(Wire):
+    name: str
+    arguments: str = Field(description="JSON, as text")
+
+
+class ToolCall(Wire):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class Message(Wire):
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="developer is read as system; tool answers a call of an assistant message before it"
+    )
+    content: Content | None = Field(None, description="needed, unless an assistant message has tool_calls")
+    tool_calls: list[ToolCall] = Field(default_factory=list, description="of an assistant message")
+    tool_call_id: str | None = Field(None, description="of a tool message: the call that it answers")
+    refused: ClassVar[Refused] = {
+        "name": ((), "the chat template has no names"),
+        "refusal": ((), "only text is read back"),
+        "annotations": (([],), "only text is read back"),
+        "audio": ((), "the model reads text and images"),
+        "function_call": ((), "use tool_calls"),
+    }
+
+
+# ---- tools and formats -----------------------------------------------------------------------------------------------
+
+
+class Function(Wire):
+    name: str = Field(pattern=NAME)
+    description: str | None = None
+    parameters: dict[str, Any] = Field(
+        default_factory=lambda: {"type": "object", "properties": {}}, description="JSON schema of the arguments"
+    )
+    strict: bool = Field(False, description="true needs tool_choice required or a name: only then arguments are guided")
+
+
+class Tool(Wire):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Wire):
+    name: str
+
+
+class NamedTool(Wire):
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[NamedTool, Tag("<object>")],
+    _tagged('none, auto, required, or {"type": "function", "function": {"name": ...}}', _text_or_object),
+]
+
+
+class JsonSchema(Wire):
+    name: str = Field(pattern=NAME)
+    description: str | None = Field(None, description="told to the model in a system message")
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool = Field(True, description="the answer follows the schema either way")
+
+
+class ResponseFormat(Wire):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = Field(None, description="for type json_schema")
+
+
+class StructuredOutputs(Wire):
+    """vLLM's name; give one of them."""
+
+    json_: dict[str, Any] | None = Field(None, alias="json", description="JSON schema that the answer follows")
+    regex: str | None = Field(None, description="regular expression that the whole answer matches")
+    choice: list[str] | None = Field(None, description="texts of which the answer is one")
+    json_object: Literal[True] | None = None
+
+
+class StreamOptions(Wire):
+    include_usage: bool = Field(False, description="one more chunk at the end, with usage and depth, and no choices")
+    refused: ClassVar[Refused] = {"include_obfuscation": ((False,), "chunks are sent as they are")}
+
+
+# ---- bodies ----------------------------------------------------------------------------------------------------------
+
+
+class GenerationRequest(Wire):
+    """What chat and completions have in common. Names and defaults are OpenAI's, then vLLM's, then Shoal's own."""
+
+    model: str = Field(description="a name that /v1/models lists")
+    temperature: float = Field(1.0, description="0 is greedy")
+    top_p: float = 1.0
+    n: int = Field(1, description="answers to each prompt; with a seed they differ by a seed derived from it")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Texts = Field(default_factory=list, description="texts that end the answer and are not part of it")
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[str, float] = Field(
+        default_factory=dict, description="token id -> added to its logit, -100 to 100"
+    )
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, max_length=256, description="written to the access log beside the request id")
+
+    top_k: int = Field(0, description="0: all")
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    stop_token_ids: list[int] = Field(default_factory=list)
+    ignore_eos: bool = False
+    structured_outputs: StructuredOutputs | None = None
+
+    depth: str | int | None = Field(None, description="auto (the router decides), an exit name, or an exit's layers")
+    quality_tolerance: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="nats/token: the smallest exit whose calibrated bound is within it"
+    )
+    speculative: int | None = Field(
+        None, description=f"tokens drafted ahead a step, 0 to {MAX_DRAFTS}; never changes the answer, only its speed"
+    )
+
+
+_STORED = "nothing is stored here"
+
+
+class ChatRequest(GenerationRequest):
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, description="older name of max_completion_tokens")
+    max_completion_tokens: int | None = Field(None, description="default: what the prompt leaves of the context")
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, description="0 to 20; needs logprobs")
+    reasoning_effort: Literal["low", "medium", "high"] | None = Field(
+        None, description="low: depth shallow; medium: auto; high: full. Not together with depth"
+    )
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] = Field(default_factory=list)
+    tool_choice: ToolChoice | None = Field(
+        None, description="default auto. required, or a name: exactly one call, its arguments guided by their schema"
+    )
+    parallel_tool_calls: bool = Field(True, description="false: the answer ends with its first call")
+    refused: ClassVar[Refused] = {
+        "functions": (([],), "use tools"),
+        "function_call": (("none",), "use tool_choice"),
+        "modalities": ((["text"],), "answers are text"),
+        "audio": ((), "answers are text"),
+        "prediction": ((), "predicted outputs are not supported"),
+        "web_search_options": ((), "the server fetches nothing"),
+        "store": ((False,), _STORED),
+        "metadata": (({},), _STORED),
+        "service_tier": (("auto", "default"), "there is one tier"),
+        "verbosity": (("medium",), "the model has no such setting"),
+        "prompt_cache_key": ((), "the prefix cache needs no key"),
+        "safety_identifier": ((), "use `user`"),
+    }
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "shoal",
+                    "messages": [{"role": "user", "content": "How deep is the sea?"}],
+                    "max_tokens": 64,
+                    "depth": "auto",
+                    "stream": True,
+                    "stream_options": {"include_usage": True},
+                }
+            ]
+        }
+    )
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Prompt
+    max_tokens: int = Field(16, description="0 with echo: nothing but the prompt")
+    logprobs: int | None = Field(None, description="alternatives for each token, 0 to 20")
+    echo: bool = Field(
+        False, description="put the prompt before the answer, with its logprobs where those are asked for"
+    )
+    best_of: int | None = Field(None, description="only as n: to choose, use n and logprobs")
+    refused: ClassVar[Refused] = {"suffix": (("",), "the model was not trained to fill in the middle")}
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "shoal", "prompt": "def f(x):", "max_tokens": 32, "temperature": 0}]}
+    )
+
+
+class EmbeddingRequest(Wire):
+    model: str = Field(description="a name that /v1/models lists")
+    input: Prompt = Field(description="each at least one token")
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64: of float32, little-endian")
+    user: str | None = Field(None, max_length=256, description="written to the access log beside the request id")
+    depth: str | int | None = Field(
+        None, description="exit whose hidden states are pooled: its name, or its layers [full]"
+    )
+    refused: ClassVar[Refused] = {"dimensions": ((), "the width is the model's: a shortened vector would mean nothing")}
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "shoal", "input": ["the sea", "def f(x):"]}]})
+
+
+class TokenizeRequest(Wire):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1, description="instead of prompt")
+    add_generation_prompt: bool = Field(True, description="for messages: open the assistant's turn at the end")
+    add_special_tokens: bool = Field(True, description="text has none to add, so both values give the same ids")
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "How deep is the sea?"}]})
+
+
+class DetokenizeRequest(Wire):
+    model: str | None = None
+    tokens: list[int]
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [81, 120]}]})

@@ -1,0 +1,168 @@
+"""What the routes share: a body read, the work of a request run through the engine, errors in OpenAI's envelope.
+
+An error anywhere before the first token becomes its HTTP status; after it, one ``data: {"error": ...}`` event ends the stream,
+since the status is already sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from shoal.api.access import Access
+from shoal.api.answers import Answer, Events
+from shoal.api.client import ClientGone, EngineClient, gather, while_connected
+from shoal.api.metrics import Metrics
+from shoal.api.requests import Limits, Work
+from shoal.api.served import ServedModel
+from shoal.api.wire import MediaTypeError, W, dumps, envelope, parse, sse
+from shoal.engine.events import Token
+from shoal.errors import DeadlineError, RequestError, ShoalError
+
+log = logging.getLogger("shoal.api")
+
+BODY_SECONDS = 60.0  # for a body to arrive
+
+
+class Service:
+    """What the routes share."""
+
+    def __init__(self, client: EngineClient, served: ServedModel, limits: Limits) -> None:
+        self.client, self.served, self.limits = client, served, limits
+        self.metrics = Metrics(served.name)
+
+    async def answer(self, request: Request, work: Work, answer: Answer, *, stream: bool) -> Response:
+        """Runs `work` and sends `answer` whole or as a stream; a client that leaves cancels it at any point."""
+        access: Access = request.state.access
+        access.read(work.prompt_tokens)
+        events = _counted(gather(self.client, work.requests), work, access)
+        if not stream:
+            whole = await while_connected(request.receive, answer.whole(events))
+            access.facts["depth"] = answer.depth()
+            return Response(dumps(whole), media_type="application/json", headers={"X-Shoal-Depth": answer.depth()})
+        chunks = answer.chunks(events)
+        first = await while_connected(request.receive, anext(chunks))  # until here an error has its own status
+        depth = self.served.fixed_depth(work.requests[0].depth)
+        return _EventStream(self._guarded(first, chunks, answer, access), depth)
+
+    async def embed(self, request: Request, ids: Sequence[list[int]], depth: str | int | None) -> list[list[float]]:
+        """A vector for each of `ids`, one after the other; a client that leaves ends it. Raises DeadlineError."""
+        access: Access = request.state.access
+        access.read(sum(map(len, ids)))
+
+        async def vectors() -> list[list[float]]:
+            async with asyncio.timeout(self.limits.seconds):
+                return [await self.client.embed(prompt, depth) for prompt in ids]
+
+        try:
+            return await while_connected(request.receive, vectors())
+        except TimeoutError:
+            raise DeadlineError("the request ran out of its time", do="send fewer inputs") from None
+
+    def failed(self, error: Exception, access: Access) -> Response:
+        """Any error as OpenAI's envelope with its status."""
+        if isinstance(error, ClientGone):
+            return Response(status_code=499)  # for the log; nobody is there to read it
+        status, body = self._describe(error)
+        access.error = body["error"]["code"] or body["error"]["type"]
+        headers = {"Retry-After": _retry_after(error)} if status in (429, 503) else {}
+        if status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return Response(dumps(body), status, headers, "application/json")
+
+    async def _guarded(
+        self, first: bytes, chunks: AsyncGenerator[bytes, None], answer: Answer, access: Access
+    ) -> AsyncGenerator[bytes, None]:
+        async with aclosing(chunks):
+            try:
+                yield first
+                async for chunk in chunks:
+                    yield chunk
+                access.facts["depth"] = answer.depth()
+            except Exception as error:
+                body = self._describe(error)[1]
+                access.error = body["error"]["code"] or body["error"]["type"]
+                yield sse(body)
+
+    def _describe(self, error: Exception) -> tuple[int, dict[str, Any]]:
+        if isinstance(error, RequestError):
+            status, body = error.status, envelope(error.message, error.status, param=error.param, code=error.code)
+        elif isinstance(error, ShoalError):
+            log.error("request failed: %s", error)
+            status, body = 500, envelope(error.message, 500, code="internal_error")
+        else:  # a bug: its text may hold anything, so it goes to the log and not to the client
+            log.error("request failed", exc_info=error)
+            status, body = 500, envelope("internal error; the server's log has the details", 500, code="internal_error")
+        self.metrics.failed(body["error"]["code"], status)
+        return status, body
+
+
+async def _counted(events: Events, work: Work, access: Access) -> Events:
+    """`events`, their tokens counted; an error of the grammar names the field that the grammar came from."""
+    async with aclosing(events):
+        try:
+            async for index, event in events:
+                if isinstance(event, Token):
+                    access.wrote()
+                yield index, event
+        except RequestError as error:
+            error.param = work.guided_by if error.param == "guided" else error.param
+            raise
+
+
+def _retry_after(error: Exception) -> str:
+    """Whole seconds, from 1 to a minute, for the header of that name."""
+    seconds = getattr(error, "retry_after", None)
+    return str(min(60, max(1, math.ceil(seconds or 0))))
+
+
+class _EventStream(Response):
+    """Server-sent events. Ends the stream's source when the client leaves, also between two events. A depth that was asked for
+    is in the header; what the router decides is known only at the end, and stands in the usage."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], depth: str | None) -> None:
+        self.status_code, self.background = 200, None
+        known = {} if depth is None else {"X-Shoal-Depth": depth}
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **known})
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async with aclosing(self._chunks) as chunks:
+                async for chunk in chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        try:
+            await while_connected(receive, stream())
+        except ClientGone:
+            log.info("client left its stream")
+
+
+async def read_body(request: Request, kind: type[W]) -> W:
+    """The request's body as `kind`. Raises MediaTypeError, or RequestError from `wire.parse`."""
+    kind_given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind_given != "application/json":
+        raise MediaTypeError("Content-Type", got=kind_given[:80], allowed="application/json")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            data = await request.body()
+    except TimeoutError:
+        raise DeadlineError("the body did not arrive", do=f"send it within {BODY_SECONDS:g} s") from None
+    except ClientDisconnect:
+        raise ClientGone from None
+    body = parse(kind, data)
+    access: Access = request.state.access
+    access.facts |= {"user": getattr(body, "user", None), "model": (getattr(body, "model", None) or "")[:100] or None}
+    return body
