@@ -22,7 +22,7 @@ from shoal.errors import DataError
 from shoal.on_ray.prepare import WORK, prepare
 from shoal.on_ray.resources import local_ray
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # it starts two processes that import Ray
 
 PRESET = presets.get("test")
 MIX = {"text": 0.6, "image": 0.2, "code": 0.2}
