@@ -44,6 +44,9 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.new("RGB", (24, 24), (5 * n, 99, 9)).save(root / "pictures" / "images" / f"{n}.png")
     (root / "notes" / "same.md").write_text((root / "notes" / "0.md").read_text())
     (root / "lib" / "broken.py").write_text("def broken(:\n    pass  # and a comment to be long enough\n")
+    words = [f"word{n * n % 83}" for n in range(80)]
+    (root / "notes" / "long.md").write_text(" ".join(words))
+    (root / "notes" / "near.md").write_text(" ".join([*words[:30], "another", *words[32:]]))
     odd = os.fsdecode(b"caf\xe9\n.md")  # not UTF-8, and of two lines
     (root / "notes" / odd).write_text("Note 40: whatever its name is, this is as good a document as any.\n")
     for name, data in BAD.items():
@@ -83,6 +86,7 @@ def test_bad_files_are_counted_by_reason_and_nothing_else_is_lost(corpus: tuple[
     _, report = corpus
     assert report["drops"] == {
         "dedup": {"equal to an earlier one": 1},
+        "near dedup": {"nearly equal to an earlier one": 1},
         "image": {"image cannot be decoded": 1},
         "quality": {"does not parse": 1},
         "read": {
@@ -90,7 +94,7 @@ def test_bad_files_are_counted_by_reason_and_nothing_else_is_lost(corpus: tuple[
         },
     }  # fmt: skip
     counts = [report["documents"][split] for split in ("train", "heldout")]
-    assert {m: counts[0][m] + counts[1][m] for m in MIX} == {"text": 41, "code": 40, "image": 40}
+    assert {m: counts[0][m] + counts[1][m] for m in MIX} == {"text": 42, "code": 40, "image": 40}
 
 
 def test_the_report_adds_up_and_is_what_lies_in_the_folder(corpus: tuple[Path, dict]) -> None:
