@@ -86,7 +86,7 @@ def same(got: Completion, wanted: Completion) -> None:
 
 
 @pytest.mark.parametrize("drafts", range(1, 9))
-def test_greedy_drafting_changes_no_token(drafts: int) -> None:
+def test_20_greedy_drafting_changes_no_token(drafts: int) -> None:
     for model in (PLAIN, EAGER):
         e = engine(model, drafts)
         for seed in (drafts, drafts + 50):  # prompts of many lengths: every offset in a block and a page
@@ -101,7 +101,7 @@ def test_greedy_drafting_changes_no_token(drafts: int) -> None:
 
 
 @pytest.mark.parametrize("depth", ["middle", "full"])
-def test_sampled_drafting_changes_no_token_whatever_the_options(depth: str) -> None:
+def test_21_sampled_drafting_changes_no_token_whatever_the_options(depth: str) -> None:
     for seed in range(2):
         request = Request(prompt(seed), dataclasses.replace(RICH, seed=seed), depth=depth)
         e = engine()
@@ -109,7 +109,7 @@ def test_sampled_drafting_changes_no_token_whatever_the_options(depth: str) -> N
         assert e.stats()["spec_decode_num_accepted_tokens_total"] > 0
 
 
-def test_an_answer_ends_where_it_would_without_drafts() -> None:
+def test_20_an_answer_ends_where_it_would_without_drafts() -> None:
     """By the end token, a stop token, max_tokens and a stop string, each somewhere inside what was drafted."""
     for seed in range(2):
         base = dataclasses.replace(RICH, seed=seed, max_tokens=24, logprobs=None)
@@ -185,7 +185,7 @@ def test_what_is_cancelled_or_paused_while_drafting_leaves_nothing_behind() -> N
             assert said[ident] == (tokens if ends[ident] == "length" else tokens[: len(said[ident])])
 
 
-def test_the_prefix_cache_holds_no_draft() -> None:
+def test_21_the_prefix_cache_holds_no_draft() -> None:
     """Every page that can be found afterwards spells a piece of a finished request; and what is found gives the same tokens."""
     e = engine(PLAIN, 7)
     request = Request(prompt(2), dataclasses.replace(GREEDY, max_tokens=40), depth="full")
@@ -243,7 +243,7 @@ class Draw:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_p=0.9), Sampling(top_k=5)])
-def test_verified_tokens_follow_the_full_models_distribution(sampling: Sampling) -> None:
+def test_21_verified_tokens_follow_the_full_models_distribution(sampling: Sampling) -> None:
     """10^5 draws of a draft from q and of the token that verifies it from p: the verified ones follow p exactly (chi-square),
     and drafts are right at least (1 - TV) / (1 + TV) of the time, the bound of this coupling."""
     vocab, times = 8, 100_000
