@@ -55,7 +55,7 @@ def data(console: Console, *, preset: str, sizes: tuple[int, ...], rounds: int) 
         values = (speed["pack"], speed["encode_batch"], speed["encode_batch_fast"], speed["ratio"])
         table.add_row(kind, *(f"{value:.2f}" for value in values))
     cost = Table(
-        "input MB", "seconds", "s/MB", "peak RSS MB", "before", title="read, clean, tokenise, pack, in one process"
+        "input MB", "seconds", "CPU s/MB", "peak RSS MB", "before", title="read, clean, tokenise, pack, in one process"
     )
     by_size = [_child("size", preset, str(size)) for size in sizes]
     for row in by_size:
