@@ -39,7 +39,7 @@ from shoal.inputs.media import Patches
 from tests.unit.engine.lively import lively
 
 MODEL = lively()
-SECONDS = 60.0  # for anything here; far above what it takes
+SECONDS = 120.0  # for anything here; far above what it takes
 
 
 def ask(prompt: list[int] | None = None, tokens: int = 6, **more: Any) -> Request:

@@ -14,7 +14,7 @@ from shoal.engine.events import Event, Finished, Token
 from shoal.engine.front import AsyncEngine
 from shoal.errors import EngineDeadError, RequestError
 
-SECONDS = 30.0  # for anything here; far above what it takes
+SECONDS = 120.0  # for anything here; far above what it takes, the kernels' first compilation included
 
 
 @pytest.fixture(scope="module")
