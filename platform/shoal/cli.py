@@ -112,7 +112,7 @@ def prepare(
 def augment(
     data: Annotated[Path, typer.Option(help='JSONL of {"messages": [{"role", "content"}, ...]}.')],
     out_file: Annotated[Path, typer.Option("--out", help="JSONL to write: all rows, and the changed copies.")],
-    share: Annotated[float, typer.Option(help="Of the rows, how many get a changed copy, 0 to 1.")] = 0.3,
+    share: Annotated[float, typer.Option(help="Share of the rows that get a changed copy, 0 to 1.")] = 0.3,
     synonyms: Annotated[
         Path | None, typer.Option(help="Words of your domain, a line each: WORD = OTHER, OTHER. [general words only]")
     ] = None,
@@ -250,7 +250,9 @@ def serve(
     api_keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line. [open to all]")] = None,
     ray: Annotated[bool, typer.Option(help="On Ray Serve; --no-ray serves from this process.")] = True,
     replicas: Annotated[str | None, typer.Option(help="Engine replicas, N or MIN:MAX [1, or the config's].")] = None,
-    runs: Annotated[Path | None, typer.Option(help="Folder of training runs to show on the pages, read only.")] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder of training runs to show on the pages, read only. [none shown]")
+    ] = None,
     ui: Annotated[bool | None, typer.Option(help="Show the pages at /ui [yes, or the config's].")] = None,
 ) -> None:
     """The OpenAI-compatible API at http://HOST:PORT/v1, and the pages at /ui, until Ctrl-C."""
