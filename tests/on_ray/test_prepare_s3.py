@@ -32,7 +32,7 @@ ASK = {"mix": {"text": 1.0}, "preset": presets.get("test"), "seed": 0}
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with service() as made, pytest.MonkeyPatch.context() as patch:  # Ray's processes take the environment from here
         patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        client = made.s3.client()
+        client = made.inside.client()
         client.create_bucket(Bucket="ocean")
 
         def put(number: int) -> None:
@@ -53,7 +53,9 @@ def test_boto3_pyarrow_and_ray_data_see_the_same_objects(s3: Service) -> None:
     files = s3.s3.filesystem().get_file_info(pafs.FileSelector("ocean/raw", recursive=True))
     keys = sorted(info.path for info in files if info.type == pafs.FileType.File)
     assert len(keys) == KEYS + 2
-    read = ray.data.read_binary_files(keys, filesystem=s3.s3.filesystem(), include_paths=True)
+    read = ray.data.read_binary_files(
+        "ocean/raw", filesystem=s3.inside.filesystem(), include_paths=True, override_num_blocks=4
+    )
     rows = {row["path"].removeprefix("s3://"): row["bytes"] for row in read.iter_rows()}
     assert sorted(rows) == keys and rows["ocean/raw/7/0017.txt"].startswith(b"Log 17:")
 
