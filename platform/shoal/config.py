@@ -163,7 +163,8 @@ class TrainConfig:
     rotate_exits: Literal["auto", "on", "off"] = "auto"  # auto: where the vocabulary is above 8192
     # Weight of KL(full depth || exit) beside each early exit's cross-entropy; full depth is not pulled towards the exit.
     distill: float = 0.0  # 0.5 late in a run makes exits agree more with full depth; 0: off
-    layer_dropout: float = 0.0  # chance that an update leaves out the last layer; layer l: (2^(l/(L-1)) - 1) of it; 0: off
+    # chance that an update leaves out the last layer; layer l: (2^(l/(L-1)) - 1) of it; 0: off
+    layer_dropout: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -130,7 +130,8 @@ def test_an_image_changes_the_answer(client: openai.OpenAI) -> None:
         assert logprobs is not None and logprobs.content is not None
         return answer.choices[0].message.content, logprobs.content[0].logprob
 
-    (text, logprob), again = ask("red"), ask("red")  # the second time out of the prefix cache: equal up to fp32 rounding
+    # the second time out of the prefix cache: equal up to fp32 rounding
+    (text, logprob), again = ask("red"), ask("red")
     assert again == (text, pytest.approx(logprob, abs=1e-5))
     assert ask("blue")[1] != pytest.approx(logprob, abs=1e-3)
 

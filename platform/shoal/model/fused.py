@@ -29,8 +29,8 @@ _TYPES = (torch.float32, torch.float64)
 
 
 def usable(x: Tensor) -> bool:
-    """May the functions below be used on `x`? Not under a dispatch mode, which could not see what they do; and in inference mode
-    alone, since FSDP, which measures without it, frees the memory that numpy would hold."""
+    """May the functions below be used on `x`? Not under a dispatch mode, which could not see what they do; and only in
+    inference mode, since FSDP, which measures without it, frees the memory that numpy would hold."""
     plain = x.device.type == "cpu" and x.dtype in _TYPES and torch.is_inference_mode_enabled()
     return plain and not is_in_torch_dispatch_mode() and _kernels() is not None
 
