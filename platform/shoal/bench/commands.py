@@ -21,15 +21,23 @@ def decode(
     tokens: Annotated[int, typer.Option(help="Tokens decoded a request.")] = 64,
     rounds: Rounds = 3,
     parts: Annotated[str, typer.Option(help="Which tables.")] = "speed,split,context,pool,drafts",
+    peer: Annotated[
+        list[str],
+        typer.Option(
+            help="Another server in the same turns, as KIND=PYTHON: vllm, vllm-eager, llama.cpp-q8_0, llama.cpp-f32."
+        ),
+    ] = [],  # noqa: B006
 ) -> None:
-    """Decoding: tokens per second, a step's stages, short and long contexts, requests in a pool, self-speculation."""
+    """Tokens per second (beside other servers), a step's stages, short and long contexts, requests in a pool, drafts."""
+    from shoal.bench import peers
     from shoal.bench.decode import decode as run
 
     try:
         sizes = tuple(int(size) for size in batches.split(","))
     except ValueError as error:
         raise UsageError("--batches", got=batches, allowed="numbers, such as 1,8,32") from error
-    run(out, shape=shape, batches=sizes, tokens=tokens, rounds=rounds, parts=tuple(parts.split(",")))
+    chosen, tables = peers.parse(peer), tuple(parts.split(","))
+    run(out, shape=shape, batches=sizes, tokens=tokens, rounds=rounds, parts=tables, peer=chosen)
 
 
 @bench.command("model")

@@ -1,20 +1,22 @@
 """`shoal bench decode`: what decoding takes, by precision, batch, depth, length and drafts, on random weights.
 
-Parts: `speed` (tokens a second), `split` (where a step's time goes), `context` (a step at two lengths, dense attention
-beside it), `pool` (how many requests fit), `drafts` (self-speculation where all drafts are right, and where few are).
+Parts: `speed` (tokens a second, beside the peers that were named), `split` (where a step's time goes), `context` (a step at
+two lengths, dense attention beside it), `pool` (how many requests fit), `drafts` (self-speculation where all drafts are
+right, and where few are).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from shoal.bench import peers
 from shoal.bench.turns import in_turns, show
 from shoal.config import GROUPS, ModelConfig
 from shoal.engine.engine import Engine
@@ -37,59 +39,73 @@ DRAFTS = 4
 Rows = list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Bench:
+    config: ModelConfig
+    batches: tuple[int, ...]
+    tokens: int  # decoded a request
+    rounds: int
+    peers: dict[str, str]  # kind: the Python that runs it
+
+
 def decode(
-    console: Console, *, shape: str, batches: tuple[int, ...], tokens: int, rounds: int, parts: tuple[str, ...]
-) -> None:
+    console: Console, *, shape: str, batches: tuple[int, ...], tokens: int, rounds: int, parts: tuple[str, ...],
+    peer: dict[str, str],
+) -> None:  # fmt: skip
     """The tables of `parts`, and all rows as JSON."""
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
         raise UsageError("--parts", got=",".join(unknown), allowed=list(PARTS))
-    config = _config(shape)
+    bench = Bench(_config(shape), batches, tokens, rounds, peer)
     result: dict[str, Any] = {"bench": "decode", "shape": shape, "tokens": tokens, "rounds": rounds}
     tables = []
     for part in parts:
-        table, result[part] = PARTS[part](config, batches, tokens, rounds)
+        table, result[part] = PARTS[part](bench)
         table.title = f"{table.title}, {shape}"
         tables.append(table)
     show(console, tables, result)
 
 
-def _speed(config: ModelConfig, batches: tuple[int, ...], tokens: int, rounds: int) -> tuple[Table, Rows]:
-    full = _model(config)
+def _speed(bench: Bench) -> tuple[Table, Rows]:
+    full = _model(bench.config)
     runs: dict[tuple[str, int, str], Callable[[], float]] = {}
     for label, model in {"fp32": full, "int8": full.quantized()}.items():
         engine = Engine(model)
         decode_speed(engine, 1, 8)  # packs the kernels
         for depth in ("full", "shallow"):
-            for batch in batches:
-                runs[label, batch, depth] = lambda e=engine, b=batch, d=depth: decode_speed(e, b, tokens, d)  # type: ignore[misc]
-    medians = in_turns(runs, rounds)
-    table = Table("precision", "batch", "depth", "tokens/s", "x fp32 full", title=f"decode, {tokens} tokens a request")
+            for batch in bench.batches:
+                runs[label, batch, depth] = lambda e=engine, b=batch, d=depth: decode_speed(e, b, bench.tokens, d)  # type: ignore[misc]
+    with peers.running(bench.peers, bench.config) as others:
+        for peer in others:
+            for batch in bench.batches:
+                runs[peer.name, batch, "full"] = lambda p=peer, b=batch: p.speed(b, bench.tokens)  # type: ignore[misc]
+        medians = in_turns(runs, bench.rounds)
+    beside = {"fp32": "x fp32 full", **{name: f"x {name}" for name in bench.peers}}
+    table = Table("", "batch", "depth", "tokens/s", *beside.values(), title=f"decode, {bench.tokens} tokens a request")
     rows = []
     for (label, batch, depth), speed in medians.items():
-        ratio = speed / medians["fp32", batch, "full"]
-        table.add_row(label, str(batch), depth, f"{speed:.1f}", f"{ratio:.2f}")
-        row = {"precision": label, "batch": batch, "depth": depth, "tokens_per_s": speed, "ratio": ratio}
-        rows.append(row)
+        ratios = {name: speed / medians[name, batch, "full"] for name in beside}
+        table.add_row(label, str(batch), depth, f"{speed:.1f}", *(f"{ratio:.2f}" for ratio in ratios.values()))
+        rows.append({"what": label, "batch": batch, "depth": depth, "tokens_per_s": speed, "ratios": ratios})
     return table, rows
 
 
-def _split(config: ModelConfig, batches: tuple[int, ...], tokens: int, rounds: int) -> tuple[Table, Rows]:
+def _split(bench: Bench) -> tuple[Table, Rows]:
     """Milliseconds of a step's stages; model is `runner.run` without the sampler, overhead all the others' share."""
-    engine = Engine(_model(config))
+    engine = Engine(_model(bench.config))
     decode_speed(engine, 1, 8)
     stages = ("plan", "model", "sample", "commit")
     table = Table("batch", *(f"{stage} ms" for stage in stages), "overhead", title="a step's time, fp32, full depth")
     rows = []
-    for batch in batches:
+    for batch in bench.batches:
         spent = dict.fromkeys(stages, 0.0)
         engine.scheduler.plan = _timed(engine.scheduler.plan, spent, "plan")  # type: ignore[method-assign]
         engine.scheduler.commit = _timed(engine.scheduler.commit, spent, "commit")  # type: ignore[method-assign]
         engine.runner.run = _timed(engine.runner.run, spent, "model")  # type: ignore[method-assign]
         engine.runner.sampler.sample = _timed(engine.runner.sampler.sample, spent, "sample")  # type: ignore[method-assign]
         before = engine.scheduler.metrics.steps
-        for _ in range(rounds):
-            decode_speed(engine, batch, tokens)
+        for _ in range(bench.rounds):
+            decode_speed(engine, batch, bench.tokens)
         for owner in (engine.scheduler, engine.runner, engine.runner.sampler):
             for name in ("plan", "commit", "run", "sample"):
                 vars(owner).pop(name, None)
@@ -113,17 +129,17 @@ def _timed(function: Callable[..., Any], spent: dict[str, float], stage: str) ->
     return call
 
 
-def _context(config: ModelConfig, batches: tuple[int, ...], tokens: int, rounds: int) -> tuple[Table, Rows]:
+def _context(bench: Bench) -> tuple[Table, Rows]:
     """One request's step at two lengths, over a memory of random keys (a prefill of 32k tokens would take minutes). Dense: a
     window over everything, in one pass."""
-    lengths = (1024, 32768)
+    config, lengths = bench.config, (1024, 32768)
     runs: dict[tuple[str, int], Callable[[], float]] = {}
     for length in lengths:
         longer = length + config.page
         dense = replace(config, window=longer, top_k=-(-longer // config.block), train_length=2 * longer)
         for kind, shaped in {"hybrid": config, "dense": dense}.items():
-            runs[kind, length] = _step(_model(replace(shaped, max_length=longer)), length, tokens)
-    medians = in_turns(runs, rounds)
+            runs[kind, length] = _step(_model(replace(shaped, max_length=longer)), length, bench.tokens)
+    medians = in_turns(runs, bench.rounds)
     table = Table("attention", *(f"{n} tokens" for n in lengths), "ratio", title="ms a decoded token, fp32, batch 1")
     rows = []
     for kind in ("hybrid", "dense"):
@@ -161,8 +177,9 @@ def _step(model: Model, length: int, tokens: int) -> Callable[[], float]:
     return milliseconds
 
 
-def _pool(config: ModelConfig, batches: tuple[int, ...], tokens: int, rounds: int) -> tuple[Table, Rows]:
+def _pool(bench: Bench) -> tuple[Table, Rows]:
     """Requests that run at once in a pool of eight full-depth requests' units."""
+    config = bench.config
     model = _model(config)
     length, fit = 4 * config.page, 8
     table = Table("depth", "requests at once", "units each", title=f"requests of {length} tokens in one pool")
@@ -184,14 +201,14 @@ def _pool(config: ModelConfig, batches: tuple[int, ...], tokens: int, rounds: in
     return table, rows
 
 
-def _drafts(config: ModelConfig, batches: tuple[int, ...], tokens: int, rounds: int) -> tuple[Table, Rows]:
+def _drafts(bench: Bench) -> tuple[Table, Rows]:
     """Drafting on and off at batch 1, sampled, on weights that bound what a trained model can gain: groups 2.. that add
     nothing, so that every draft is right, and groups that add far too much, so that few are."""
     runs: dict[tuple[str, bool], Callable[[], float]] = {}
     engines: dict[str, Engine] = {}
-    sampling = Sampling(temperature=0.1, seed=0, max_tokens=tokens, ignore_eos=True)  # random logits are flat
+    sampling = Sampling(temperature=0.1, seed=0, max_tokens=bench.tokens, ignore_eos=True)  # random logits are flat
     for label, share in (("all right", 0.0), ("few right", 64.0)):
-        model = _model(config)
+        model = _model(bench.config)
         for group in list(model.net.groups)[1:]:
             for block in group.blocks:  # type: ignore[union-attr]
                 block.attention.out.weight.mul_(share)
@@ -200,8 +217,8 @@ def _drafts(config: ModelConfig, batches: tuple[int, ...], tokens: int, rounds: 
             engine = Engine(model, speculative=DRAFTS if on else 0, speculative_max_batch=1)
             if on:
                 engines[label] = engine
-            runs[label, on] = lambda e=engine: decode_speed(e, 1, tokens, sampling=sampling)  # type: ignore[misc]
-    medians = in_turns(runs, rounds)
+            runs[label, on] = lambda e=engine: decode_speed(e, 1, bench.tokens, sampling=sampling)  # type: ignore[misc]
+    medians = in_turns(runs, bench.rounds)
     table = Table("drafts", "off tokens/s", "on tokens/s", "ratio", "accepted", title=f"{DRAFTS} drafts, fp32, batch 1")
     rows = []
     for label, engine in engines.items():
@@ -213,7 +230,7 @@ def _drafts(config: ModelConfig, batches: tuple[int, ...], tokens: int, rounds: 
     return table, rows
 
 
-PARTS: dict[str, Callable[[ModelConfig, tuple[int, ...], int, int], tuple[Table, Rows]]] = {
+PARTS: dict[str, Callable[[Bench], tuple[Table, Rows]]] = {
     "speed": _speed,
     "split": _split,
     "context": _context,

@@ -1,0 +1,102 @@
+"""llama.cpp as a peer of `shoal bench decode`; run by a Python that has llama-cpp-python and gguf (see `peers.py`)."""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+
+
+def main() -> None:
+    told = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    path = os.path.join(told["folder"], "model.gguf")
+    write(path, told)
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+    print("ready", file=answers)
+    for line in sys.stdin:
+        batch, tokens = map(int, line.split())
+        print(speed(model, told, batch, tokens), file=answers)
+
+
+def write(path: str, told: dict[str, Any]) -> None:
+    """A Llama-shaped model of random weights with a tied head and no vocabulary."""
+    kind = gguf.GGMLQuantizationType[told["weights"]]
+    random = np.random.default_rng(0)
+    width, ffn, layers = told["width"], told["ffn"], told["layers"]
+    kv_width = width * told["kv_heads"] // told["heads"]
+    file = gguf.GGUFWriter(path, "llama")
+    file.add_context_length(2048)
+    file.add_embedding_length(width)
+    file.add_block_count(layers)
+    file.add_feed_forward_length(ffn)
+    file.add_head_count(told["heads"])
+    file.add_head_count_kv(told["kv_heads"])
+    file.add_layer_norm_rms_eps(1e-6)
+    file.add_rope_dimension_count(width // told["heads"])
+    file.add_vocab_size(told["vocab"])
+    file.add_tokenizer_model("no_vocab")
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        values = random.standard_normal((rows, columns), dtype=np.float32) * 0.02
+        if kind == gguf.GGMLQuantizationType.F32:
+            file.add_tensor(f"{name}.weight", values)
+        else:
+            file.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+
+    matrix("token_embd", told["vocab"], width)
+    file.add_tensor("output_norm.weight", np.ones(width, np.float32))
+    for layer in range(layers):
+        for norm in ("attn_norm", "ffn_norm"):
+            file.add_tensor(f"blk.{layer}.{norm}.weight", np.ones(width, np.float32))
+        for name, rows, columns in (
+            ("attn_q", width, width), ("attn_k", kv_width, width), ("attn_v", kv_width, width),
+            ("attn_output", width, width), ("ffn_gate", ffn, width), ("ffn_up", ffn, width), ("ffn_down", width, ffn),
+        ):  # fmt: skip
+            matrix(f"blk.{layer}.{name}", rows, columns)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+
+
+def speed(model: Any, told: dict[str, Any], batch: int, tokens: int) -> float:
+    """Tokens a second of `batch` sequences decoded together, greedily; their memory is made before the clock starts."""
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_seq_max = (16 + tokens) * batch, batch
+    params.n_batch = params.n_ubatch = 512
+    params.n_threads = params.n_threads_batch = told["threads"]
+    context = llama_cpp.llama_init_from_model(model, params)
+    rows = llama_cpp.llama_batch_init(16 * batch, 0, 1)
+
+    def decode(entries: list[tuple[int, int, int, bool]]) -> None:
+        rows.n_tokens = len(entries)
+        for i, (token, place, sequence, wanted) in enumerate(entries):
+            rows.token[i], rows.pos[i], rows.n_seq_id[i], rows.logits[i] = token, place, 1, wanted
+            rows.seq_id[i][0] = sequence
+        if code := llama_cpp.llama_decode(context, rows):
+            raise RuntimeError(f"llama_decode gave {code}")
+
+    def likeliest(row: int) -> int:
+        return int(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, row), (told["vocab"],)).argmax())
+
+    start = time.perf_counter()
+    decode([(20 + (7 * s + i) % 200, i, s, i == 15) for s in range(batch) for i in range(16)])
+    last = [likeliest(16 * s + 15) for s in range(batch)]
+    for place in range(16, 16 + tokens - 1):
+        decode([(token, place, s, True) for s, token in enumerate(last)])
+        last = [likeliest(row) for row in range(batch)]
+    found = batch * tokens / (time.perf_counter() - start)
+    llama_cpp.llama_batch_free(rows)
+    llama_cpp.llama_free(context)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""vLLM on this CPU as a peer of `shoal bench decode`; run by a Python that has vLLM 0.32 (see `peers.py`)."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    told = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # vLLM prints to stdout
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, which can be put to sleep
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{told['threads'] - 1}"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "2"  # GiB
+    os.environ["HF_HUB_OFFLINE"] = os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": told["width"],
+        "num_hidden_layers": told["layers"],
+        "num_attention_heads": told["heads"],
+        "num_key_value_heads": told["kv_heads"],
+        "intermediate_size": told["ffn"],
+        "vocab_size": told["vocab"],
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "torch_dtype": "float32",
+    }
+    model = Path(told["folder"])
+    (model / "config.json").write_text(json.dumps(config))
+
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=str(model), load_format="dummy", skip_tokenizer_init=True, dtype="float32", max_model_len=2048,
+        enforce_eager=told["eager"],
+    )  # fmt: skip
+    print("ready", file=answers)
+    for line in sys.stdin:
+        batch, tokens = map(int, line.split())
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        prompts = [{"prompt_token_ids": [20 + (7 * i + j) % 200 for j in range(16)]} for i in range(batch)]
+        start = time.perf_counter()
+        done = llm.generate(prompts, sampling, use_tqdm=False)
+        print(sum(len(o.outputs[0].token_ids) for o in done) / (time.perf_counter() - start), file=answers)
+
+
+if __name__ == "__main__":
+    main()

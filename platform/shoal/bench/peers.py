@@ -1,0 +1,112 @@
+"""Other servers in the turns of `shoal bench decode`: each in a process and an environment of its own, asleep when it is
+not its turn, with random weights of our block's shape.
+
+A peer is a script that another Python runs (`peer_vllm.py`, `peer_llama_cpp.py`). It gets the shape as JSON in its first
+argument, writes one line when it is ready, and then answers each line `BATCH TOKENS` by the tokens a second of that many
+requests with prompts of 16 tokens, prefill included, which is what `evaluation.decode_speed` times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal.config import ModelConfig
+from shoal.errors import ShoalError, UsageError
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # name: script and what it is told
+    "vllm": ("peer_vllm.py", {"eager": False}),  # its default: compiled, where a C++ compiler is
+    "vllm-eager": ("peer_vllm.py", {"eager": True}),
+    "llama.cpp-q8_0": ("peer_llama_cpp.py", {"weights": "Q8_0"}),
+    "llama.cpp-f32": ("peer_llama_cpp.py", {"weights": "F32"}),
+}
+START, ANSWER = 600.0, 300.0  # seconds: vLLM may compile at its start
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    name: str
+    process: subprocess.Popen[str]
+    log: Path
+
+    def speed(self, batch: int, tokens: int) -> float:
+        """Tokens a second; the peer sleeps before and after, so that threads which wait by spinning take nothing from
+        others' turns."""
+        assert self.process.stdin
+        self.process.send_signal(signal.SIGCONT)
+        print(batch, tokens, file=self.process.stdin, flush=True)
+        try:
+            return float(self.answer(ANSWER))
+        finally:
+            self.process.send_signal(signal.SIGSTOP)
+
+    def answer(self, seconds: float) -> str:
+        """Its next line; `ShoalError` where it died or took longer than `seconds`."""
+        assert self.process.stdout
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        line = self.process.stdout.readline().strip() if ready else ""
+        if not line:
+            what = "ended" if ready else f"said nothing for {seconds:.0f} s"
+            last = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise ShoalError(f"peer {self.name} {what}; its last words: {''.join(last) or 'none'}")
+        return line
+
+
+@contextlib.contextmanager
+def running(chosen: dict[str, str], config: ModelConfig) -> Iterator[list[Peer]]:
+    """The peers of `chosen` (kind: the Python that has it), ready and asleep; ended on leaving."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        peers = []
+        for name, python in chosen.items():
+            peers.append(_start(name, python, config, Path(folder)))
+            stack.callback(peers[-1].process.wait)
+            stack.callback(peers[-1].process.kill)
+        yield peers
+
+
+def parse(options: list[str]) -> dict[str, str]:
+    """`KIND=PYTHON` options as a table; `UsageError` for another kind or a Python that is not there."""
+    chosen = {}
+    for option in options:
+        name, _, python = option.partition("=")
+        if name not in KINDS:
+            raise UsageError("--peer", got=option, allowed=[f"{kind}=PYTHON" for kind in KINDS])
+        if not os.access(python, os.X_OK):
+            raise UsageError("--peer", got=option, allowed="the path of a Python that has it installed")
+        chosen[name] = python
+    return chosen
+
+
+def _start(name: str, python: str, config: ModelConfig, folder: Path) -> Peer:
+    script, told = KINDS[name]
+    shape = {key: getattr(config, key) for key in ("layers", "width", "heads", "kv_heads", "ffn", "vocab")}
+    threads = torch.get_num_threads()
+    work, log = folder / name, folder / f"{name}.log"
+    work.mkdir()
+    told = {**shape, **told, "threads": threads, "folder": str(work)}
+    with log.open("w") as said:
+        process = subprocess.Popen(
+            [python, str(Path(__file__).parent / script), json.dumps(told)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)}, cwd=work,
+        )  # fmt: skip
+    peer = Peer(name, process, log)
+    try:
+        peer.answer(START)
+    except ShoalError:
+        process.kill()
+        process.wait()
+        raise
+    process.send_signal(signal.SIGSTOP)
+    return peer

@@ -1,0 +1,71 @@
+"""Peers of `shoal bench decode` as processes of their own: asked in turns, asleep between, their end told."""
+
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shoal import presets
+from shoal.bench import peers
+from shoal.errors import ShoalError, UsageError
+
+GOOD = """
+import json, sys
+told = json.loads(sys.argv[1])
+print("ready", flush=True)
+for line in sys.stdin:
+    batch, tokens = map(int, line.split())
+    print(told["width"] * 1000 + batch * tokens, flush=True)
+"""
+ENDS = "import sys; print('ready', flush=True); sys.stdin.readline(); sys.exit('no memory left')"
+
+
+def _kind(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> dict[str, str]:
+    script = folder / "peer.py"
+    script.write_text(text)
+    monkeypatch.setitem(peers.KINDS, "mine", (str(script), {}))
+    return peers.parse([f"mine={sys.executable}"])
+
+
+def test_a_peer_answers_in_its_turn_and_sleeps_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = presets.get("test").model
+    with peers.running(_kind(monkeypatch, tmp_path, GOOD), config) as found:
+        process = psutil.Process(found[0].process.pid)
+        assert [found[0].speed(8, n) for n in (3, 4)] == [config.width * 1000 + 24, config.width * 1000 + 32]
+        until = time.monotonic() + 10  # a signal takes a moment
+        while process.status() != psutil.STATUS_STOPPED and time.monotonic() < until:
+            time.sleep(0.01)
+        assert process.status() == psutil.STATUS_STOPPED
+    assert not process.is_running()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [(ENDS, "mine ended.*no memory left"), ("raise SystemExit('no vllm')", "mine ended.*no vllm")]
+)
+def test_a_peer_that_ends_is_told_by_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    with (
+        pytest.raises(ShoalError, match=words),
+        peers.running(_kind(monkeypatch, tmp_path, text), presets.get("test").model) as found,
+    ):
+        found[0].speed(1, 1)
+
+
+def test_a_silent_peer_is_not_waited_for_longer_than_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "START", 0.3)
+    with (
+        pytest.raises(ShoalError, match="mine said nothing for 0 s"),
+        peers.running(_kind(monkeypatch, tmp_path, "import time; time.sleep(60)"), presets.get("test").model),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("option", ["vllm=/no/such/python", "sglang=python", "vllm"])
+def test_a_wrong_peer_option_names_what_is_allowed(option: str) -> None:
+    with pytest.raises(UsageError, match="--peer"):
+        peers.parse([option])
