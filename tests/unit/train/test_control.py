@@ -11,6 +11,8 @@ from shoal.train.control import control_plan, exit_tax, too_high
 from shoal.train.loop import fit
 from shoal.train.plan import FitPlan, check, pretrain_plan
 
+DEPTHS = ("shallow", "middle", "full")
+
 
 def main_plan(shards: Path, run: Path) -> FitPlan:
     more = {"steps": 24, "eval_every": 4, "eval_rows": 8, "exit_warmup": 0.0}
@@ -26,6 +28,13 @@ def main(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> FitPlan:
 
 def records(run: str | Path, kind: str) -> list[log.Record]:
     return [record for record in log.read(run) if record["kind"] == kind]
+
+
+def test_19_deeper_exits_predict_held_out_rows_better(shards: Path, tmp_path: Path) -> None:
+    fit(pretrain_plan("test", str(shards), str(tmp_path), steps=100, eval_every=100, eval_rows=64))
+    (measured,) = records(tmp_path, "eval")
+    overall = [sum(measured["bpb"][kind][depth] for kind in ("text", "code", "image")) for depth in DEPTHS]
+    assert overall[0] > overall[1] > overall[2], measured["bpb"]
 
 
 def test_19_the_tax_is_measured_at_the_same_step_on_the_same_rows(main: FitPlan, tmp_path: Path) -> None:
