@@ -167,7 +167,7 @@ def test_a_stream_has_the_shape_that_openai_gives_it(service: Service) -> None:
         ({"depth": "abyss"}, 400, "depth", "shallow"),
         ({"temperature": -1}, 400, "temperature", "0 to 100"),
         ({"max_tokens": 100_000}, 400, "max_tokens", "context"),
-        ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
+        ({"functions": [{"name": "f"}]}, 400, "functions", "use tools"),
         ({"model": "whale"}, 404, "model", "does not exist"),
     ],
 )
