@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 Rope = tuple[Tensor, Tensor]
+FEW = 4  # rows up to which `product` reads weights faster than oneDNN, on one or two threads (docs/log.md)
 SHORT = 16  # new tokens of a request that are attended one by one; longer chunks share what they read (`paged.py`)
 _TYPES = (torch.float32, torch.float64)
 
@@ -40,6 +41,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype)
     width = x.shape[-1]
     _call("rms_norm", x.reshape(-1, width), weight, eps, out.view(-1, width))
+    return out
+
+
+def few(x: Tensor) -> bool:
+    """May, and should, `product` be used on x [..., D]? With more threads a core's share of the memory is no longer the limit."""
+    return x.dtype == torch.float32 and x.numel() <= FEW * x.shape[-1] and torch.get_num_threads() <= 2 and usable(x)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., D] times the transpose of weight [O, D], for `few` rows."""
+    out = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)
+    _call("product", x.reshape(-1, x.shape[-1]), weight, out.view(-1, len(weight)))
     return out
 
 
@@ -104,6 +117,8 @@ def compile_for(dtype: torch.dtype) -> None:
     first = torch.zeros(1, dtype=torch.long)
     step = PagedStep(first, first + 1, torch.ones(1, 1, dtype=torch.long), [0, 1], page=1, block=1)
     scale_rows(rms_norm(swiglu(x), weight, 1e-6), 63)
+    if dtype == torch.float32:
+        product(x, x)
     q = project_and_store(torch.zeros(1, 12, dtype=dtype), weight, weight, 1e-6, rope, kv, summaries, step)
     _call("attend", q, kv, summaries, step.tables, first, first, first, 1, 1, 1, 0, weight[:1], torch.empty_like(q))
 

@@ -33,6 +33,28 @@ def rms_norm(x, weight, eps, out):
 
 
 @_jit
+def product(x, weight, out):
+    """out [N, O] = x [N, D] @ weight [O, D] transposed, for few rows: each weight is read once, in the order of memory, for two
+    rows at a time."""
+    rows, width = x.shape
+    zero = x.dtype.type(0)
+    for o in range(len(weight)):
+        row = weight[o]
+        for n in range(0, rows - 1, 2):
+            first = second = zero
+            for i in range(width):
+                w = row[i]
+                first += x[n, i] * w
+                second += x[n + 1, i] * w
+            out[n, o], out[n + 1, o] = first, second
+        if rows % 2:
+            last = zero
+            for i in range(width):
+                last += x[rows - 1, i] * row[i]
+            out[rows - 1, o] = last
+
+
+@_jit
 def swiglu(up, out):
     """out [N, F] = silu(gate) * up for `up` [N, 2F], gate first."""
     rows, inner = out.shape

@@ -86,6 +86,8 @@ class Weight(nn.Module):
         """x [..., I] -> [..., O]."""
         if self.fake:
             return F.linear(fake_activation(x), fake_weight(self.weight))
+        if fused.few(x):
+            return fused.product(x, self.weight)
         if self._packed is not None and not torch.is_grad_enabled() and self._packed_from == self._state():
             out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
             return out

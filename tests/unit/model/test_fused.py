@@ -54,6 +54,16 @@ def test_norm_and_swiglu(seed, rows, width, dtype, scale):
     same(fused.swiglu(up), F.silu(up[:, :width]) * up[:, width:], dtype)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, fused.FEW), st.integers(1, 70), st.integers(1, 70))
+def test_few_rows_times_a_weight(seed, rows, width, outputs):
+    x, weight = normal(seed, rows, width, dtype=torch.float32), normal(seed + 1, outputs, width, dtype=torch.float32)
+    with torch.inference_mode():
+        assert fused.few(x) and not fused.few(x.double()) and not fused.few(x.repeat(fused.FEW + 1, 1))
+        got, want = fused.product(x, weight), F.linear(x.double(), weight.double())
+    assert ((got - want).abs() <= 1e-6 * (x.abs() @ weight.abs().T)).all()  # of the sum of all sizes
+
+
 @torch.no_grad()
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 70), st.sampled_from([0.0, 1e-20, 1e-3, 1, 1e4]))
