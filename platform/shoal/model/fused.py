@@ -45,7 +45,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def few(x: Tensor) -> bool:
-    """May, and should, `product` be used on x [..., D]? With more threads a core's share of the memory is no longer the limit."""
+    """May, and should, `product` be used on x [..., D]? It has one thread, so with many oneDNN reads more at once."""
     return x.dtype == torch.float32 and x.numel() <= FEW * x.shape[-1] and torch.get_num_threads() <= 2 and usable(x)
 
 
