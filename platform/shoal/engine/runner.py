@@ -38,9 +38,19 @@ class Runner:
         self.model, self.config, self.net = model, model.config, model.net
         self.device, self.compute_budget = model.device, compute_budget
         prepack_(self.net)
-        fused.compile_for(self.net.dtype)
         self.cache = GroupCache.zeros(self.config, units, self.net.dtype, self.device)
+        self._compile()
         self.sampler = Sampler(model.forbidden())
+
+    @torch.inference_mode()
+    def _compile(self) -> None:
+        """Steps of few and of more rows over the null unit: what they compile, no request waits for (numba takes half a
+        minute without its cache)."""
+        for rows in (1, fused.FEW + 1):
+            at = torch.zeros(rows, dtype=torch.long, device=self.device)
+            step = PagedStep(at, at - 1, at[:, None], list(range(rows + 1)), self.config.page, self.config.block)
+            x = torch.zeros(rows, self.config.width, dtype=self.net.dtype, device=self.device)
+            self.net.head(self.net.groups[0].paged(x, step, self.cache), self.config.group_layers)  # type: ignore[operator]
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Outcome:

@@ -83,6 +83,10 @@ class Attention(nn.Module):
             return torch.full_like(self.gate, self.config.local_weight)
         return torch.sigmoid(self.gate)
 
+    def reach(self) -> Reach:
+        """How far this layer looks in pages."""
+        return Reach(self.config.window, self.config.top_k, self.config.sinks, self.gamma())
+
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """q [..., H, d] and k, v [..., Hk, d], normed and turned."""
         c = self.config
@@ -109,7 +113,7 @@ class Attention(nn.Module):
         else:
             q, k, v = self.project(x, rope)
             write_kv(k, v, kv, summaries, step)
-        y = paged_attention(q, kv, summaries, step, Reach(c.window, c.top_k, c.sinks, self.gamma()))
+        y = paged_attention(q, kv, summaries, step, self.reach())
         return self.out(y.flatten(-2))
 
 
@@ -142,6 +146,11 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
+        a, m = self.attention, self.mlp
+        matrices = a.qkv.matrix(), a.out.matrix(), m.up.matrix(), m.down.matrix()
+        if fused.few(x) and None not in matrices:
+            norms = self.attention_norm.weight, a.q_norm.weight, a.k_norm.weight, self.mlp_norm.weight
+            return fused.layer(x, norms, a.config.norm_eps, matrices, rope, kv, summaries, step, a.reach())
         x = x + self.attention.paged(self.attention_norm(x), step, rope, kv, summaries)
         return x + self.mlp(self.mlp_norm(x))
 

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 
 Rope = tuple[Tensor, Tensor]
-FEW = 4  # rows up to which `product` reads weights faster than oneDNN, on one or two threads (docs/log.md)
+Matrix = tuple[Tensor, Tensor | None]  # a weight [O, D] in fp and None, or in int8 and its scale [O, 1]
+FEW = 2  # rows up to which `product` reads weights faster than oneDNN and fbgemm, on one or two threads (docs/log.md)
 SHORT = 16  # new tokens of a request that are attended one by one; longer chunks share what they read (`paged.py`)
+_NO_SCALE = torch.empty(0, 1)
 _TYPES = (torch.float32, torch.float64)
 
 
@@ -46,13 +48,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def few(x: Tensor) -> bool:
     """May, and should, `product` be used on x [..., D]? It has one thread, so with many oneDNN reads more at once."""
-    return x.dtype == torch.float32 and x.numel() <= FEW * x.shape[-1] and torch.get_num_threads() <= 2 and usable(x)
+    return x.numel() <= FEW * x.shape[-1] and torch.get_num_threads() <= 2 and usable(x)
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., D] times the transpose of weight [O, D], for `few` rows."""
+def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x [..., D] times the transpose of weight [O, D], for `few` rows; in INT8 where the weight has a `scale` [O, 1]."""
     out = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)
-    _call("product", x.reshape(-1, x.shape[-1]), weight, out.view(-1, len(weight)))
+    rows = x.reshape(-1, x.shape[-1]), weight, *(() if scale is None else (scale,)), out.view(-1, len(weight))
+    _call("product" if scale is None else "int8_product", *rows)
     return out
 
 
@@ -105,22 +108,32 @@ def attend(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Rea
     return read
 
 
-@torch.inference_mode()
-def compile_for(dtype: torch.dtype) -> None:
-    """Compile the kernels, or load them from numba's cache, so that the first request need not wait for it (ten seconds
-    without a cache). Does nothing where they cannot be used."""
-    x = torch.zeros(1, 8, dtype=dtype)
-    if not usable(x):
-        return
-    weight, rope = torch.ones(4, dtype=dtype), (torch.ones(1, 4, dtype=dtype), torch.zeros(1, 4, dtype=dtype))
-    kv, summaries = torch.zeros(2, 1, 1, 8, dtype=dtype), torch.zeros(2, 1, 1, 4, dtype=dtype)
-    first = torch.zeros(1, dtype=torch.long)
-    step = PagedStep(first, first + 1, torch.ones(1, 1, dtype=torch.long), [0, 1], page=1, block=1)
-    scale_rows(rms_norm(swiglu(x), weight, 1e-6), 63)
-    if dtype == torch.float32:
-        product(x, x)
-    q = project_and_store(torch.zeros(1, 12, dtype=dtype), weight, weight, 1e-6, rope, kv, summaries, step)
-    _call("attend", q, kv, summaries, step.tables, first, first, first, 1, 1, 1, 0, weight[:1], torch.empty_like(q))
+def layer(
+    x: Tensor,
+    norms: tuple[Tensor, Tensor, Tensor, Tensor],
+    eps: float,
+    matrices: tuple[Matrix, Matrix, Matrix, Matrix],
+    rope: Rope,
+    kv: Tensor,
+    summaries: Tensor,
+    step: PagedStep,
+    reach: Reach,
+) -> Tensor:
+    """x [N, D] after a layer, for `few` rows: `norms` before attention, of q, of k and before the MLP; `matrices` qkv, out, up
+    and down. K/V and summaries are written."""
+    out = torch.empty_like(x)
+    dim = kv.shape[-1] // 2
+    keep, cross = (table.view(-1, dim) for table in rope)
+    rows, requests = step.rows.once("short", lambda: _short(step.starts))
+    gamma = reach.gamma if reach.gamma is not None else x.new_empty(0)
+    before, q_norm, k_norm, between = norms
+    qkv, back, up, down = ((weight, _NO_SCALE if scale is None else scale) for weight, scale in matrices)
+    _call(
+        "layer", x, before, *qkv, q_norm, k_norm, eps, keep, cross, step.positions, step.slots, step.block, kv, summaries,
+        step.tables.contiguous(), rows, requests, reach.window, reach.top_k, reach.sinks, gamma, *back, between, *up, *down,
+        out,
+    )  # fmt: skip
+    return out
 
 
 def _short(starts: list[int]) -> tuple[Tensor, Tensor]:

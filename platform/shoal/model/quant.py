@@ -93,6 +93,10 @@ class Weight(nn.Module):
             return out
         return F.linear(x, self.weight)
 
+    def matrix(self) -> fused.Matrix | None:
+        """What `fused.layer` reads; None where the product is another one."""
+        return None if self.fake else (self.weight, None)
+
     @torch.no_grad()
     def prepack(self) -> None:
         """Lay the weight out for oneDNN. The memory of the weight is needed twice then."""
@@ -127,7 +131,13 @@ class Int8Linear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def matrix(self) -> fused.Matrix | None:
+        """What `fused.layer` reads."""
+        return self.weight, self.weight_scale
+
     def forward(self, x: Tensor) -> Tensor:
+        if fused.few(x) and x.dtype == torch.float32:
+            return fused.product(x, self.weight, self.weight_scale)
         if self._kernel is None:  # packed once, at the first use
             self._kernel = pack(self.weight, self.weight_scale)
         if x.dim() == 2 and x.dtype == torch.float32:  # decoding: four operators less, a quarter of the call at M = 1

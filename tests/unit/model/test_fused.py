@@ -59,7 +59,7 @@ def test_norm_and_swiglu(seed, rows, width, dtype, scale):
 def test_few_rows_times_a_weight(seed, rows, width, outputs):
     x, weight = normal(seed, rows, width, dtype=torch.float32), normal(seed + 1, outputs, width, dtype=torch.float32)
     with torch.inference_mode():
-        assert fused.few(x) and not fused.few(x.double()) and not fused.few(x.repeat(fused.FEW + 1, 1))
+        assert fused.few(x) and not fused.few(x.repeat(fused.FEW + 1, 1))
         got, want = fused.product(x, weight), F.linear(x.double(), weight.double())
     assert ((got - want).abs() <= 1e-6 * (x.abs() @ weight.abs().T)).all()  # of the sum of all sizes
 
