@@ -244,12 +244,18 @@ def evaluate(
 def serve(
     model: Annotated[Path | None, typer.Option(help="Model directory [the config's].")] = None,
     config: Annotated[Path | None, typer.Option(help="Serve config, such as serve_configs/local.yaml.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name that requests use [the model's own].")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name that requests use; commas between several [the model's own].")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1, or the config's].")] = None,
     port: Annotated[int | None, typer.Option(help="HTTP port [8000, or the config's].")] = None,
     api_keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line. [open to all]")] = None,
     ray: Annotated[bool, typer.Option(help="On Ray Serve; --no-ray serves from this process.")] = True,
     replicas: Annotated[str | None, typer.Option(help="Engine replicas, N or MIN:MAX [1, or the config's].")] = None,
+    metrics: Annotated[bool | None, typer.Option(help="Answer /metrics, to all [yes, or the config's].")] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(help="Origin whose pages may call the API; repeat, or * for any. [none]")
+    ] = None,
     runs: Annotated[
         Path | None, typer.Option(help="Folder of training runs to show on the pages, read only. [none shown]")
     ] = None,
@@ -261,13 +267,14 @@ def serve(
     if not ray:
         if model is None or config is not None or replicas is not None:
             raise UsageError("--no-ray serves one model from this process", do="give --model DIR, and no --config")
-        _serve_here(model, name, host or LOOPBACK, port or PORT, api_keys, runs, ui is not False)
+        options = {"metrics": metrics is not False, "cors": cors or (), "api_keys": api_keys, "runs": runs}
+        _serve_here(model, host or LOOPBACK, port or PORT, page=ui is not False, name=name, **options)
         return
     from shoal.on_ray.resources import local_ray, need_free_port
     from shoal.on_ray.serve import run
     from shoal.on_ray.serve_config import ServeArgs, load_serve_config, parse_replicas, serve_config, shows_page
 
-    given = {"model": str(model) if model else None, "name": name, "ui": ui}
+    given = {"model": str(model) if model else None, "name": name, "ui": ui, "metrics": metrics, "cors": cors or None}
     args: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     args |= {"api_keys": str(api_keys)} if api_keys else {}
     args |= {"runs": str(runs.absolute())} if runs else {}
@@ -368,16 +375,12 @@ def _chats(heldout: Path | None, replay: Path | None) -> dict[str, str]:
     return {key: str(path) for key, path in {"heldout": heldout, "replay": replay}.items() if path is not None}
 
 
-def _serve_here(
-    model: Path, name: str | None, host: str, port: int, api_keys: Path | None, runs: Path | None, page: bool
-) -> None:
+def _serve_here(model: Path, host: str, port: int, *, page: bool, **options: Any) -> None:
     from shoal.api.page import chat_page
     from shoal.api.server import run_local
 
-    mount = chat_page(f"http://{host}:{port}/v1", name) if page else None
-    keys = str(api_keys) if api_keys else None
-    ready = partial(_ready, page=page)
-    run_local(model, name=name, host=host, port=port, api_keys=keys, runs=runs, ui_mount=mount, on_ready=ready)
+    mount = chat_page(f"http://{host}:{port}/v1") if page else None
+    run_local(model, host=host, port=port, ui_mount=mount, on_ready=partial(_ready, page=page), **options)
 
 
 def _ready(url: str, page: bool) -> None:

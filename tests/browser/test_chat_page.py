@@ -22,6 +22,7 @@ from shoal.api.auth import ApiKeys
 from shoal.api.page import chat_page
 from shoal.api.served import ServedModel
 from shoal.api.server import serving
+from shoal.api.service import Hosted
 from shoal.engine.events import Event
 from shoal.engine.front import AsyncEngine
 from shoal.inputs.chat import Encoded
@@ -81,7 +82,7 @@ def site(keys: ApiKeys | None = None) -> Iterator[Site]:
     async def serve() -> None:
         client = Readable(AsyncEngine(Engine(model)), model)
         page = chat_page(f"http://127.0.0.1:{port}/v1", "fish")
-        async with serving(build_app(client, served, api_keys=keys, ui_mount=page), port=port) as running:
+        async with serving(build_app([Hosted(served, client)], api_keys=keys, ui_mount=page), port=port) as running:
             started.append(Site(running.url, client, asyncio.get_running_loop()))
             ready.set()
             await asyncio.to_thread(stop.wait)

@@ -31,6 +31,7 @@ from shoal.api.auth import ApiKeys
 from shoal.api.requests import Limits
 from shoal.api.served import ServedModel
 from shoal.api.server import serving
+from shoal.api.service import Hosted
 from shoal.engine.front import AsyncEngine
 from shoal.errors import ResourceError
 from shoal.inputs.chat import encode_chat
@@ -68,7 +69,7 @@ def service() -> Iterator[Service]:
 
     async def serve() -> None:
         engine = AsyncEngine(Engine(model, max_queue=4, max_batch=4, max_batch_tokens=64))
-        app = build_app(engine, served, api_keys=ApiKeys([KEY]), limits=Limits(seconds=60))
+        app = build_app([Hosted(served, engine)], api_keys=ApiKeys([KEY]), limits=Limits(seconds=60))
         async with serving(app) as running:
             started.append(Service(running.url, model, engine, asyncio.get_running_loop()))
             ready.set()
@@ -201,7 +202,7 @@ def test_serving_a_port_in_use_is_one_line(service: Service) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         served = ServedModel("fish", service.model.config, service.model.tokenizer)
-        app = build_app(service.engine, served)
+        app = build_app([Hosted(served, service.engine)])
 
         async def start() -> None:
             async with serving(app, port=taken.getsockname()[1]):

@@ -45,6 +45,7 @@ class Access:
     key: Key | None = None
     status: int = 499  # until an answer starts: its client left first
     error: str | None = None  # OpenAI's code of it, or its type
+    served: str = ""  # the model it was for, once that is known to exist
     facts: dict[str, Any] = field(default_factory=dict)  # user, model, depth, prompt_tokens, completion_tokens
     began: float = field(default_factory=time.perf_counter)
     first_token: float | None = None

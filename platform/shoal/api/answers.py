@@ -131,6 +131,10 @@ class Answer(ABC):
         depths = {choice.finished.depth for choice in self.choices if choice.finished is not None}
         return ",".join(self._served.depth_name(layers) for layers in sorted(depths))
 
+    def fixed_depth(self) -> str | None:
+        """Exit name that was asked for; None where the router decides."""
+        return self._served.fixed_depth(self._work.requests[0].depth)
+
     def usage(self) -> Usage:
         """Tokens of all choices; a prompt shared by n choices counts once."""
         ends = [choice.finished for choice in self.choices if choice.finished is not None]

@@ -6,33 +6,33 @@ A request: `Gate` (id, key, size, log) -> `wire.parse` -> `requests` (to engine 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from shoal import __version__
 from shoal.api.auth import ApiKeys
-from shoal.api.client import EngineClient
-from shoal.api.middleware import Gate
+from shoal.api.document import Documented
+from shoal.api.middleware import OPEN_PATHS, Gate
 from shoal.api.requests import Limits
-from shoal.api.routes import BODIES, REFERENCE, openai_routes, status_routes, tokenizer_routes
+from shoal.api.routes import openai_routes, status_routes, tokenizer_routes
 from shoal.api.runs import runs_routes
-from shoal.api.served import ServedModel
-from shoal.api.service import Service
+from shoal.api.service import Hosted, Service
 from shoal.api.wire import envelope
+from shoal.errors import ConfigError
 
 UiMount = Callable[[FastAPI], FastAPI]
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.-]+(:[0-9]+)?|[a-z]+://\[[0-9a-f:]+\](:[0-9]+)?")
+
 
 def build_app(
-    client: EngineClient,
-    served: ServedModel,
+    models: Sequence[Hosted],
     *,
     api_keys: ApiKeys | None = None,
     limits: Limits | None = None,
@@ -42,12 +42,24 @@ def build_app(
     ui_mount: UiMount | None = None,
     answer_request_id: bool = True,
 ) -> FastAPI:
-    """The HTTP surface of `served`, answered by `client`. `runs`: a folder of training runs to show, read only;
-    `ui_mount` may add a page to the finished app;
-    `answer_request_id` is false behind a proxy that sends ``X-Request-Id`` itself."""
+    """The HTTP surface of `models`, found by their names; the first is meant where a request may leave its name out.
+
+    `metrics`: answer /metrics; `cors`: origins (``https://a.example``, or ``*`` for any) whose pages may call the API;
+    `runs`: a folder of training runs to show, read only; `ui_mount` may add a page to the finished app; `answer_request_id`
+    is false behind a proxy that sends ``X-Request-Id`` itself. Raises ConfigError for a name given twice, or an origin that
+    is none.
+    """
     limits = limits or Limits()
-    app = _App(title="Shoal", version=__version__, docs_url=None, redoc_url=None)  # their pages load from elsewhere
-    service = Service(client, served, limits)
+    service = Service(models, limits)
+    app = Documented(
+        title="Shoal",
+        version=__version__,
+        docs_url=None,  # its page, and redoc's, load scripts from elsewhere
+        redoc_url=None,
+        model=models[0].served.name,
+        keyed=api_keys is not None,
+        open_paths=OPEN_PATHS,
+    )
     app.include_router(openai_routes(service))
     app.include_router(tokenizer_routes(service))
     app.include_router(status_routes(service, metrics=metrics))
@@ -59,18 +71,17 @@ def build_app(
     )
     if cors:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
+            CORSMiddleware, allow_origins=_origins(cors), allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
         )
     return ui_mount(app) if ui_mount else app
 
 
-class _App(FastAPI):
-    def openapi(self) -> dict[str, Any]:
-        """The OpenAPI document, with the schemas of the bodies that the routes read themselves."""
-        document = super().openapi()
-        _, schemas = models_json_schema([(body, "validation") for body in BODIES], ref_template=REFERENCE)
-        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
-        return document
+def _origins(given: Sequence[str]) -> list[str]:
+    """`given`, which browsers send letter by letter: a slash at the end would match none of them."""
+    wrong = next((origin for origin in given if origin != "*" and not _ORIGIN.fullmatch(origin)), None)
+    if wrong is not None:
+        raise ConfigError("cors", got=wrong, allowed="SCHEME://HOST or SCHEME://HOST:PORT, without a path, or *")
+    return list(given)
 
 
 async def _http_failed(request: Request, error: Exception) -> Response:

@@ -1,5 +1,5 @@
 """Prometheus metrics: the HTTP requests that ended in an error, as the routes saw them; and all that the engine says of itself
-at the moment of the scrape (queue, KV memory, tokens, depths, latencies).
+at the moment of the scrape (queue, KV memory, tokens, depths, latencies), each model under its ``model_name``.
 
 The names end as vLLM's do, under our own prefix, so a vLLM dashboard needs one replacement.
 """
@@ -21,32 +21,36 @@ _PARTS = ("_bucket", "_sum", "_count")  # of a histogram
 class Metrics:
     """One registry an app, so that two apps in one process do not mix."""
 
-    def __init__(self, model: str) -> None:
-        self._model = model
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         text = "Requests answered with an error."
         self._failed = Counter(PREFIX + "request_errors", text, ("model_name", "code"), registry=self.registry)
 
-    def failed(self, code: str | None, status: int) -> None:
-        """Counts one HTTP request that ended in an error."""
-        self._failed.labels(self._model, code or str(status)).inc()
+    def failed(self, model: str, code: str) -> None:
+        """Counts one HTTP request for `model` (empty: for none that exists) that ended in an error."""
+        self._failed.labels(model, code).inc()
 
-    def text(self, stats: Mapping[str, float]) -> bytes:
-        """The exposition, with `stats` of the engine: sample names as Prometheus writes them. Those with buckets are
-        histograms, others that end in ``_total`` counters, the rest gauges."""
+    def text(self, stats: Mapping[str, Mapping[str, float]]) -> bytes:
+        """The exposition, with what the engine of each model says: sample names as Prometheus writes them. Those with buckets
+        are histograms, others that end in ``_total`` counters, the rest gauges."""
         scrape = CollectorRegistry()
-        scrape.register(_Stats(stats, self._model))
+        scrape.register(_Stats(stats))
         return generate_latest(self.registry) + generate_latest(scrape)
 
 
 class _Stats:
-    def __init__(self, stats: Mapping[str, float], model: str) -> None:
-        self._stats, self._model = stats, model
+    def __init__(self, stats: Mapping[str, Mapping[str, float]]) -> None:
+        self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
-        histograms = {key.partition("_bucket{")[0] for key in self._stats if "_bucket{" in key}
         families: dict[str, Metric] = {}
-        for key, value in self._stats.items():
+        for model, stats in self._stats.items():
+            self._add(families, model, stats)
+        yield from families.values()
+
+    def _add(self, families: dict[str, Metric], model: str, stats: Mapping[str, float]) -> None:
+        histograms = {key.partition("_bucket{")[0] for key in stats if "_bucket{" in key}
+        for key, value in stats.items():
             match = _SAMPLE.fullmatch(key)
             assert match is not None, f"{key} is no sample name"
             name, label = match["name"], match["label"]
@@ -55,6 +59,5 @@ class _Stats:
             family = name.removesuffix(part or "") if part else name.removesuffix("_total")
             if family not in families:
                 families[family] = Metric(PREFIX + family, "Of the engine.", kind)
-            labels = {"model_name": self._model} | ({label: match["value"]} if label else {})
+            labels = {"model_name": model} | ({label: match["value"]} if label else {})
             families[family].add_sample(PREFIX + name, labels, value)
-        yield from families.values()

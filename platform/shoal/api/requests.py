@@ -23,7 +23,6 @@ from shoal.api.bodies import (
 )
 from shoal.api.served import ServedModel
 from shoal.api.tools import CLOSE, Offer, Plain, Reader, as_plain
-from shoal.api.wire import ModelNotFoundError
 from shoal.engine.events import Guide, Request, Sampling
 from shoal.errors import ContextLengthError, RequestError
 from shoal.inputs.chat import Encoded, encode_chat
@@ -64,8 +63,7 @@ class Work:
 
 
 def chat_work(body: ChatRequest, served: ServedModel, limits: Limits) -> Work:
-    """Raises RequestError naming the field that cannot be served; ModelNotFoundError; ContextLengthError."""
-    check_model(body.model, served)
+    """Raises RequestError naming the field that cannot be served; ContextLengthError."""
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs", param="top_logprobs", do="set logprobs to true as well")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
@@ -89,7 +87,6 @@ def chat_work(body: ChatRequest, served: ServedModel, limits: Limits) -> Work:
 
 def completion_work(body: CompletionRequest, served: ServedModel, limits: Limits) -> Work:
     """As `chat_work`, for one prompt or several, each text or token ids."""
-    check_model(body.model, served)
     silent = body.echo and body.max_tokens == 0
     if body.echo and body.logprobs is not None and body.stream:
         raise RequestError("stream with echo and logprobs", param="stream", do="ask for the whole answer")
@@ -113,7 +110,6 @@ def completion_work(body: CompletionRequest, served: ServedModel, limits: Limits
 
 def embedding_work(body: EmbeddingRequest, served: ServedModel, limits: Limits) -> list[list[int]]:
     """The token ids of each input. Raises as `chat_work`."""
-    check_model(body.model, served)
     _check_depth(body.depth, served)
     inputs = _prompts(body.input)
     _at_most("input", len(inputs), limits.inputs)
@@ -127,7 +123,6 @@ def embedding_work(body: EmbeddingRequest, served: ServedModel, limits: Limits) 
 
 def tokenize(body: TokenizeRequest, served: ServedModel, limits: Limits) -> list[int]:
     """Token ids of a text or of a chat. Raises RequestError unless exactly one of them is given."""
-    check_model(body.model, served)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt and messages", param="prompt", do="give one of them")
     if body.messages is None:
@@ -160,12 +155,6 @@ def encode_messages(
         template=served.chat_template,
         add_generation_prompt=add_generation_prompt,
     )
-
-
-def check_model(name: str | None, served: ServedModel) -> None:
-    """Raises ModelNotFoundError unless `name` is one of the served model's; None passes."""
-    if name is not None and name not in served.names:
-        raise ModelNotFoundError(f"model {name[:100]!r} does not exist", param="model", allowed=served.names)
 
 
 def check_ids(ids: Sequence[int], served: ServedModel, param: str) -> None:

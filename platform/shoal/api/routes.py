@@ -4,102 +4,129 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 
 from shoal import __version__
 from shoal.api import requests as plan
 from shoal.api.answers import ChatAnswer, TextAnswer, encoded_vector
 from shoal.api.bodies import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from shoal.api.client import EngineClient
+from shoal.api.document import answered, body_of, refused
 from shoal.api.served import ServedModel
 from shoal.api.service import Service, read_body
-from shoal.api.shapes import ChatCompletion, EmbeddingList, ModelCard, ModelList, TextCompletion
-from shoal.api.wire import NotFoundError, Wire, dumps
+from shoal.api.shapes import (
+    ChatChunk,
+    ChatCompletion,
+    Detokenized,
+    EmbeddingList,
+    ModelCard,
+    ModelList,
+    Status,
+    TextCompletion,
+    Tokenized,
+    TokenizerInfo,
+    Version,
+)
+from shoal.api.wire import NotFoundError, dumps
 from shoal.errors import EngineDeadError
 from shoal.inputs.tokenizer import END, PAD
 
+T = TypeVar("T")
+
 log = logging.getLogger("shoal.api")
 
-PROBE_SECONDS = 5.0  # for the engine to answer /ready, /health and /metrics
-REFERENCE = "#/components/schemas/{model}"
-BODIES = (ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
-
-
-def body_of(kind: type[Wire]) -> dict[str, Any]:
-    """The OpenAPI entry of a body that the route reads itself."""
-    content = {"application/json": {"schema": {"$ref": REFERENCE.format(model=kind.__name__)}}}
-    return {"requestBody": {"required": True, "content": content}}
+PROBE_SECONDS = 5.0  # for an engine to answer /ready, /health and /metrics
+POSTED = (400, 401, 404, 408, 413, 415, 429, 500, 503)  # what a request with a body may be refused with
+ASKED = (401, 404, 429)  # and one without
 
 
 def openai_routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
-    served = service.served
 
-    @router.post("/chat/completions", openapi_extra=body_of(ChatRequest), responses={200: {"model": ChatCompletion}})
+    @router.post(
+        "/chat/completions",
+        openapi_extra=body_of(ChatRequest),
+        responses=answered(ChatCompletion, *POSTED, chunk=ChatChunk),
+    )
     async def chat_completions(request: Request) -> Response:
+        """The assistant's next message; with `stream`, server-sent events that end with ``[DONE]``."""
         body = await read_body(request, ChatRequest)
-        work = await run_in_threadpool(plan.chat_work, body, served, service.limits)
+        hosted = service.hosted(request, body.model)
+        work = await run_in_threadpool(plan.chat_work, body, hosted.served, service.limits)
         usage = body.stream_options is not None and body.stream_options.include_usage
-        answer = ChatAnswer(work, served, logprobs=body.logprobs, include_usage=usage)
-        return await service.answer(request, work, answer, stream=body.stream)
+        answer = ChatAnswer(work, hosted.served, logprobs=body.logprobs, include_usage=usage)
+        return await service.answer(request, hosted.client, work, answer, stream=body.stream)
 
-    @router.post("/completions", openapi_extra=body_of(CompletionRequest), responses={200: {"model": TextCompletion}})
+    @router.post(
+        "/completions",
+        openapi_extra=body_of(CompletionRequest),
+        responses=answered(TextCompletion, *POSTED, chunk=TextCompletion),
+    )
     async def completions(request: Request) -> Response:
+        """What follows each prompt; with `stream`, server-sent events that end with ``[DONE]``."""
         body = await read_body(request, CompletionRequest)
-        work = await run_in_threadpool(plan.completion_work, body, served, service.limits)
+        hosted = service.hosted(request, body.model)
+        work = await run_in_threadpool(plan.completion_work, body, hosted.served, service.limits)
         usage = body.stream_options is not None and body.stream_options.include_usage
-        answer = TextAnswer(work, served, logprobs=body.logprobs is not None, include_usage=usage)
-        return await service.answer(request, work, answer, stream=body.stream)
+        answer = TextAnswer(work, hosted.served, logprobs=body.logprobs is not None, include_usage=usage)
+        return await service.answer(request, hosted.client, work, answer, stream=body.stream)
 
-    @router.post("/embeddings", openapi_extra=body_of(EmbeddingRequest), responses={200: {"model": EmbeddingList}})
+    @router.post("/embeddings", openapi_extra=body_of(EmbeddingRequest), responses=answered(EmbeddingList, *POSTED))
     async def embeddings(request: Request) -> Response:
         """One vector of length 1 for each input: the mean over its tokens of the hidden states at `depth`."""
         body = await read_body(request, EmbeddingRequest)
-        ids = await run_in_threadpool(plan.embedding_work, body, served, service.limits)
-        vectors = await service.embed(request, ids, body.depth)
+        hosted = service.hosted(request, body.model)
+        ids = await run_in_threadpool(plan.embedding_work, body, hosted.served, service.limits)
+        vectors = await service.embed(request, hosted.client, ids, body.depth)
         tokens = sum(map(len, ids))
         data = [
             {"object": "embedding", "index": index, "embedding": encoded_vector(vector, body.encoding_format)}
             for index, vector in enumerate(vectors)
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        whole = {"object": "list", "data": data, "model": served.name, "usage": usage}
+        whole = {"object": "list", "data": data, "model": hosted.served.name, "usage": usage}
         return Response(dumps(whole), media_type="application/json")
 
-    @router.get("/models")
+    @router.get("/models", responses=refused(*ASKED))
     async def list_models() -> ModelList:
-        return {"object": "list", "data": [_card(served, name) for name in served.names]}
+        """Every name that a request may give as `model`; aliases name their model as `root`."""
+        return {"object": "list", "data": [_card(hosted.served, name) for name, hosted in service.names.items()]}
 
-    @router.get("/models/{name:path}")
-    async def get_model(name: str) -> ModelCard:
-        plan.check_model(name, served)
-        return _card(served, name)
+    @router.get("/models/{name:path}", responses=refused(*ASKED))
+    async def get_model(request: Request, name: str) -> ModelCard:
+        return _card(service.hosted(request, name).served, name)
 
     return router
 
 
 def tokenizer_routes(service: Service) -> APIRouter:
-    """Token ids from and to text; lm-eval's ``local-completions`` needs all three."""
+    """Token ids from and to text; lm-eval's ``local-completions`` needs all three. Without `model` the first is meant."""
     router = APIRouter(tags=["tokenizer"])
-    served = service.served
 
-    @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
-    async def tokenize(request: Request) -> dict[str, Any]:
+    @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest), responses=answered(Tokenized, *POSTED))
+    async def tokenize(request: Request) -> Tokenized:
+        """Token ids of a text, or of a chat as the model reads it."""
         body = await read_body(request, TokenizeRequest)
+        served = service.hosted(request, body.model).served
         ids = await run_in_threadpool(plan.tokenize, body, served, service.limits)
         return {"count": len(ids), "max_model_len": served.config.context, "tokens": ids}
 
-    @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
-    async def detokenize(request: Request) -> dict[str, Any]:
+    @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answered(Detokenized, *POSTED))
+    async def detokenize(request: Request) -> Detokenized:
+        """Text of token ids, without control tokens."""
         body = await read_body(request, DetokenizeRequest)
-        plan.check_model(body.model, served)
+        served = service.hosted(request, body.model).served
         plan.check_ids(body.tokens, served, "tokens")
         return {"prompt": served.tokenizer.decode(body.tokens)}
 
-    @router.get("/tokenizer_info")
-    async def tokenizer_info() -> dict[str, Any]:
+    @router.get("/tokenizer_info", responses=refused(*ASKED))
+    async def tokenizer_info(request: Request, model: str | None = None) -> TokenizerInfo:
+        served = service.hosted(request, model).served
         return {"eos_token": END, "bos_token": None, "pad_token": PAD, "chat_template": served.chat_template}
 
     return router
@@ -108,43 +135,49 @@ def tokenizer_routes(service: Service) -> APIRouter:
 def status_routes(service: Service, *, metrics: bool) -> APIRouter:
     router = APIRouter(tags=["status"])
 
-    @router.get("/health")
-    async def health() -> dict[str, str]:
-        """200 while this process lives and its engine is not known to be dead; 503 then: restart it."""
-        try:
-            await asyncio.wait_for(service.client.check_health(), PROBE_SECONDS)
-        except EngineDeadError:
-            raise
-        except Exception as error:  # unreachable is not dead: /ready says so
-            log.warning("health check: %s", error or type(error).__name__)
+    @router.get("/health", responses=refused(503))
+    async def health() -> Status:
+        """200 while this process lives and no engine is known to be dead; 503 then: restart it."""
+        for error in await _each(service, lambda client: client.check_health()):
+            if isinstance(error, EngineDeadError):
+                raise error
+            if error is not None:  # unreachable is not dead: /ready says so
+                log.warning("health check: %s", error or type(error).__name__)
         return {"status": "ok"}
 
-    @router.get("/ready")
-    async def ready() -> dict[str, str]:
+    @router.get("/ready", responses=refused(503))
+    async def ready() -> Status:
         """200 when a request would be served now; 503 otherwise: send it elsewhere."""
-        try:
-            await asyncio.wait_for(service.client.check_health(), PROBE_SECONDS)
-        except Exception as error:
-            got = str(error)[:200] or type(error).__name__
-            raise EngineDeadError("the engine is not ready", got=got, do="try again") from error
+        for error in await _each(service, lambda client: client.check_health()):
+            if isinstance(error, Exception):
+                got = str(error)[:200] or type(error).__name__
+                raise EngineDeadError("the engine is not ready", got=got, do="try again") from error
         return {"status": "ready"}
 
     @router.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": __version__, "model": service.served.name}
+    async def version() -> Version:
+        return {"version": __version__, "model": service.models[0].served.name}
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse, responses=refused(404))
     async def scrape() -> Response:
+        """Prometheus' text format."""
         if not metrics:
             raise NotFoundError("metrics are switched off")
-        try:
-            stats = await asyncio.wait_for(service.client.stats(), PROBE_SECONDS)
-        except Exception as error:  # a scrape must still show what this side saw
-            log.warning("no engine stats: %s", error or type(error).__name__)
-            stats = {}
+        stats = {}
+        for hosted, found in zip(service.models, await _each(service, lambda client: client.stats()), strict=True):
+            if isinstance(found, dict):
+                stats[hosted.served.name] = {"num_replicas": 1.0, **found}  # an engine of this process is one
+            else:  # a scrape must still show what this side saw
+                log.warning("no engine stats: %s", found or type(found).__name__)
         return Response(service.metrics.text(stats), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
+
+
+async def _each(service: Service, ask: Callable[[EngineClient], Awaitable[T]]) -> list[T | BaseException]:
+    """What `ask` gives for the engine of each model, or the error it raises; TimeoutError after `PROBE_SECONDS`."""
+    asked = [asyncio.wait_for(ask(hosted.client), PROBE_SECONDS) for hosted in service.models]
+    return await asyncio.gather(*asked, return_exceptions=True)
 
 
 def _card(served: ServedModel, name: str) -> ModelCard:

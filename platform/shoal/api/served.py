@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,11 +34,15 @@ class ServedModel:
         return max(len(self.tokenizer.token_bytes(token)) for token in range(len(self.tokenizer)))
 
     @classmethod
-    def load(cls, directory: str | Path, name: str | None = None, aliases: Sequence[str] = ()) -> ServedModel:
-        """The model in a model directory, without its weights, under `name` (default: its own) and `aliases`.
+    def load(cls, directory: str | Path, name: str | None = None) -> ServedModel:
+        """The model in a model directory, without its weights, under `name` (default: its own). A name may be several, with
+        commas between: its own, then its aliases.
 
-        Raises CheckpointError when a file is missing, of another format, or contradicts another.
+        Raises CheckpointError when a file is missing, of another format, or contradicts another; ConfigError for empty names.
         """
+        names = None if name is None else [part.strip() for part in name.split(",")]
+        if names is not None and not all(names):
+            raise ConfigError("name", got=name, allowed="a name, or several with commas between")
         directory = Path(directory)
         card = directory / "config.json"
         if not card.is_file():
@@ -61,7 +64,8 @@ class ServedModel:
             template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{directory}: chat_template.jinja", got=str(error)) from error
-        return cls(name or str(values["name"]), model, tokenizer, template, int(card.stat().st_mtime), tuple(aliases))
+        own, *aliases = names or [str(values["name"])]
+        return cls(own, model, tokenizer, template, int(card.stat().st_mtime), tuple(aliases))
 
     def fixed_depth(self, depth: str | int) -> str | None:
         """Exit name of a depth that was asked for; None where the router decides."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from shoal.api.app import UiMount, build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.requests import Limits
 from shoal.api.served import ServedModel
+from shoal.api.service import Hosted
 from shoal.errors import ResourceError
 
 
@@ -26,6 +27,8 @@ def run_local(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_keys: str | Path | None = None,
+    metrics: bool = True,
+    cors: Sequence[str] = (),
     runs: Path | None = None,
     ui_mount: UiMount | None = None,
     limits: Limits | None = None,
@@ -34,7 +37,8 @@ def run_local(
 ) -> None:
     """Serves a model directory until Ctrl-C. `on_ready` is called once with the base URL (port 0: a free one is taken).
 
-    `api_keys`: a file of keys; `threads`: compute threads (default: all cores but one, which is left to HTTP).
+    `name`: as of `ServedModel.load`; `api_keys`: a file of keys; `metrics`, `cors`, `runs`, `ui_mount`: as of `build_app`;
+    `threads`: compute threads (default: all cores but one, which is left to HTTP).
     Raises CheckpointError for a directory that cannot be served, ResourceError for a port in use.
     """
     import torch
@@ -49,7 +53,15 @@ def run_local(
     engine = AsyncEngine(Engine(Model.load(model_dir)))
 
     async def serve() -> None:
-        app = build_app(engine, served, api_keys=keys, limits=limits, runs=runs, ui_mount=ui_mount)
+        app = build_app(
+            [Hosted(served, engine)],
+            api_keys=keys,
+            limits=limits,
+            metrics=metrics,
+            cors=cors,
+            runs=runs,
+            ui_mount=ui_mount,
+        )
         try:
             async with serving(app, host, port) as running:
                 if on_ready:

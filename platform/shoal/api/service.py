@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
@@ -23,44 +24,70 @@ from shoal.api.client import ClientGone, EngineClient, gather, while_connected
 from shoal.api.metrics import Metrics
 from shoal.api.requests import Limits, Work
 from shoal.api.served import ServedModel
-from shoal.api.wire import MediaTypeError, W, dumps, envelope, parse, sse
+from shoal.api.wire import MediaTypeError, ModelNotFoundError, W, dumps, envelope, parse, sse
 from shoal.engine.events import Token
-from shoal.errors import DeadlineError, RequestError, ShoalError
+from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError
 
 log = logging.getLogger("shoal.api")
 
 BODY_SECONDS = 60.0  # for a body to arrive
 
 
+@dataclass(frozen=True)
+class Hosted:
+    """A model, and the engine that runs it."""
+
+    served: ServedModel
+    client: EngineClient
+
+
 class Service:
     """What the routes share."""
 
-    def __init__(self, client: EngineClient, served: ServedModel, limits: Limits) -> None:
-        self.client, self.served, self.limits = client, served, limits
-        self.metrics = Metrics(served.name)
+    def __init__(self, models: Sequence[Hosted], limits: Limits) -> None:
+        """The first of `models` is meant where a request may leave its name out. Raises ConfigError for a name given twice."""
+        self.models, self.limits = tuple(models), limits
+        self.names = {name: hosted for hosted in models for name in hosted.served.names}
+        if not models or len(self.names) < sum(len(hosted.served.names) for hosted in models):
+            got = [name for hosted in models for name in hosted.served.names]
+            raise ConfigError("names of the served models", got=got, do="give at least one model, and each name once")
+        self.metrics = Metrics()
 
-    async def answer(self, request: Request, work: Work, answer: Answer, *, stream: bool) -> Response:
+    def hosted(self, request: Request, name: str | None) -> Hosted:
+        """The model that `request` asks for by `name`. Raises ModelNotFoundError."""
+        hosted = self.models[0] if name is None else self.names.get(name)
+        if hosted is None:
+            raise ModelNotFoundError(
+                f"model {(name or '')[:100]!r} does not exist", param="model", allowed=[*self.names]
+            )
+        request.state.access.served = hosted.served.name
+        return hosted
+
+    async def answer(
+        self, request: Request, client: EngineClient, work: Work, answer: Answer, *, stream: bool
+    ) -> Response:
         """Runs `work` and sends `answer` whole or as a stream; a client that leaves cancels it at any point."""
         access: Access = request.state.access
         access.read(work.prompt_tokens)
-        events = _counted(gather(self.client, work.requests), work, access)
+        events = _counted(gather(client, work.requests), work, access)
         if not stream:
             whole = await while_connected(request.receive, answer.whole(events))
             access.facts["depth"] = answer.depth()
             return Response(dumps(whole), media_type="application/json", headers={"X-Shoal-Depth": answer.depth()})
         chunks = answer.chunks(events)
         first = await while_connected(request.receive, anext(chunks))  # until here an error has its own status
-        depth = self.served.fixed_depth(work.requests[0].depth)
-        return _EventStream(self._guarded(first, chunks, answer, access), depth)
+        return _EventStream(self._guarded(first, chunks, answer, access), answer.fixed_depth())
 
-    async def embed(self, request: Request, ids: Sequence[list[int]], depth: str | int | None) -> list[list[float]]:
+    async def embed(
+        self, request: Request, client: EngineClient, ids: Sequence[list[int]], depth: str | int | None
+    ) -> list[list[float]]:
         """A vector for each of `ids`, one after the other; a client that leaves ends it. Raises DeadlineError."""
         access: Access = request.state.access
         access.read(sum(map(len, ids)))
 
         async def vectors() -> list[list[float]]:
             async with asyncio.timeout(self.limits.seconds):
-                return [await self.client.embed(prompt, depth) for prompt in ids]
+                return [await client.embed(prompt, depth) for prompt in ids]
 
         try:
             return await while_connected(request.receive, vectors())
@@ -71,7 +98,7 @@ class Service:
         """Any error as OpenAI's envelope with its status."""
         if isinstance(error, ClientGone):
             return Response(status_code=499)  # for the log; nobody is there to read it
-        status, body = self._describe(error)
+        status, body = self._describe(error, access)
         access.error = body["error"]["code"] or body["error"]["type"]
         headers = {"Retry-After": _retry_after(error)} if status in (429, 503) else {}
         if status == 401:
@@ -88,11 +115,11 @@ class Service:
                     yield chunk
                 access.facts["depth"] = answer.depth()
             except Exception as error:
-                body = self._describe(error)[1]
+                body = self._describe(error, access)[1]
                 access.error = body["error"]["code"] or body["error"]["type"]
                 yield sse(body)
 
-    def _describe(self, error: Exception) -> tuple[int, dict[str, Any]]:
+    def _describe(self, error: Exception, access: Access) -> tuple[int, dict[str, Any]]:
         if isinstance(error, RequestError):
             status, body = error.status, envelope(error.message, error.status, param=error.param, code=error.code)
         elif isinstance(error, ShoalError):
@@ -101,7 +128,7 @@ class Service:
         else:  # a bug: its text may hold anything, so it goes to the log and not to the client
             log.error("request failed", exc_info=error)
             status, body = 500, envelope("internal error; the server's log has the details", 500, code="internal_error")
-        self.metrics.failed(body["error"]["code"], status)
+        self.metrics.failed(access.served, body["error"]["code"] or str(status))
         return status, body
 
 

@@ -155,3 +155,40 @@ class ModelCard(TypedDict):
 class ModelList(TypedDict):
     object: Literal["list"]
     data: list[ModelCard]
+
+
+class Tokenized(TypedDict):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class Detokenized(TypedDict):
+    prompt: str
+
+
+class TokenizerInfo(TypedDict):
+    eos_token: str
+    bos_token: None
+    pad_token: str
+    chat_template: str
+
+
+class Status(TypedDict):
+    status: str
+
+
+class Version(TypedDict):
+    version: str
+    model: str
+
+
+class Error(TypedDict):
+    message: str  # what, got, allowed, and what to do
+    type: str
+    param: str | None  # path of the field at fault
+    code: str | None
+
+
+class ErrorEnvelope(TypedDict):
+    error: Error

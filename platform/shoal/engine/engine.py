@@ -35,7 +35,7 @@ from shoal.errors import (
     RequestError,
 )
 from shoal.inputs.chat import Encoded
-from shoal.inputs.tokenizer import IMG_ID
+from shoal.inputs.tokenizer import END_ID, IMG_ID
 from shoal.model.cost import kv_bytes_stored
 from shoal.model.model import Model
 
@@ -111,8 +111,9 @@ class Engine:
             if wrong is not None:
                 raise RequestError(name, param=name, got=wrong, allowed=f"token ids 0 to {config.vocab - 1}")
         layers = self._layers(request)
+        _check_answer(request, config.vocab)
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-        return Sequence(
+        seq = Sequence(
             request=request,
             tokens=list(prompt.ids),
             prompt_len=len(prompt.ids),
@@ -126,6 +127,9 @@ class Engine:
             groups=layers // config.group_layers if layers else None,
             layers=layers,
         )
+        if request.answer:
+            seq.resume(request.answer)
+        return seq
 
     def submit(self, request: Request | Sequence) -> str:
         """Queue a request (or what `prepare` made of it) and return its id. Raises as `prepare`, QueueFullError, and
@@ -218,6 +222,8 @@ class Engine:
         """The depth in layers that a request asks for; 0 where the router decides."""
         if request.quality_tolerance is not None and request.depth != "auto":
             raise RequestError("quality_tolerance with a fixed depth", param="quality_tolerance", do="give one")
+        if request.depth == "auto" and request.answer and self.model.router is not None:
+            raise RequestError("depth", param="depth", got="auto", do="give the depth that the answer began with")
         if request.depth == "auto":
             return 0 if self.model.router is not None else self.config.layers
         try:
@@ -273,6 +279,19 @@ def _check_images(prompt: Encoded) -> None:
     wrong = next((n for n in prompt.images if n.values.dtype != np.uint8 or len(n.values) != n.rows * n.cols), None)
     if wrong is not None:
         raise RequestError("image", param="images", got=f"{wrong.values.dtype} {wrong.values.shape}", allowed="uint8")
+
+
+def _check_answer(request: Request, vocab: int) -> None:
+    """Raises RequestError when `request.answer` cannot be the beginning of an answer to it."""
+    answer, sampling = request.answer, request.sampling
+    ends = {*sampling.stop_token_ids, *([] if sampling.ignore_eos else [END_ID])}
+    wrong = next((token for token in answer if not 0 <= token < vocab or token in ends), None)
+    if wrong is not None:
+        allowed = f"token ids 0 to {vocab - 1} that do not end an answer"
+        raise RequestError("answer", param="answer", got=wrong, allowed=allowed)
+    if len(answer) > sampling.max_tokens:
+        allowed = f"at most max_tokens ({sampling.max_tokens})"
+        raise RequestError("answer", param="answer", got=f"{len(answer)} tokens", allowed=allowed)
 
 
 def _as_error(error: Exception) -> RequestError:

@@ -123,6 +123,7 @@ class Request:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     deadline: float | None = None  # seconds from submission; then the request ends with reason "deadline"
     priority: int = 0  # smaller runs earlier
+    answer: Sequence[int] = ()  # the first tokens of its answer, given by another engine: this one goes on after them
 
     def __post_init__(self) -> None:
         _check_whole("priority", self.priority)
@@ -144,12 +145,13 @@ class TokenLogprob:
 @dataclass(frozen=True)
 class Token:
     """One token of the answer; what ends it (``<|end|>`` or a stop token) is not part of it. `text` is what became
-    complete with it: it may be empty, and never holds half a character."""
+    complete with it: it may be empty, and never holds half a character. `depth`: layers that the request runs with."""
 
     request: str
     token: int
     text: str
     logprob: TokenLogprob | None = None
+    depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class Finished:
     depth: int = 0  # layers it ran with; 0 when it never ran
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens served from the prefix cache
-    completion_tokens: int = 0
+    completion_tokens: int = 0  # of the whole answer, also where another engine gave its first tokens
     queue_seconds: float = 0.0
     first_token_seconds: float = 0.0  # from submission
     total_seconds: float = 0.0

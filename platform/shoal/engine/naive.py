@@ -2,8 +2,8 @@
 for every token. It takes every option that a request has; what it shares with the engine is the sampler, the grammars and
 the text stream, which have tests of their own against plain definitions.
 
-Left out: what is about time and not about tokens (`deadline`, `priority`), and the router, whose choice the engine makes on
-sums of pages: a request of depth "auto" runs at full depth here.
+Left out: what is about time and not about tokens (`deadline`, `priority`), an `answer` that has begun elsewhere, and the
+router, whose choice the engine makes on sums of pages: a request of depth "auto" runs at full depth here.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ class Scheduler:
         the groups that it is known to need. 0 while nothing has been measured."""
         ahead = max(0, bisect.bisect(self.waiting, seq.order, key=_order) + len(self.running) - self.max_batch)
         seq.extend_keys(self.pages)
-        rows = max(1, seq.prompt_len - self.pages.peek(0, seq.keys)[0] * seq.page)
+        rows = max(1, len(seq.tokens) - self.pages.peek(0, seq.keys)[0] * seq.page)
         groups, steps = seq.groups or 1, -(-rows // self.max_batch_tokens)
         return (self.pace.wait(ahead) or 0.0) + (self.pace.seconds(groups * steps, groups * rows) or 0.0)
 
@@ -260,6 +260,8 @@ class Scheduler:
         most = self._speculative if asked is None else asked
         if not most or not self._drafting or seq.groups is None or seq.groups < 2 or seq.held_from is not None:
             return 0
+        if seq.told is not None:
+            return 0  # drafts would follow what is drawn now, and the next token is another one
         return min(most, seq.sampling.max_tokens - seq.answered - 1)
 
     def _reserve(self, seq: Sequence, work: Work) -> bool:
@@ -412,7 +414,9 @@ class Scheduler:
             self._finish(seq, "error", GenerationError(sampled.error, do="try again"))
             return
         sampling = seq.sampling
-        if seq.ends(sampled.token):
+        told, seq.told = seq.told, None
+        token = sampled.token if told is None else told
+        if seq.ends(token):
             self._finish(seq, "stop")
             return
         if seq.first_token_at is None:
@@ -420,10 +424,11 @@ class Scheduler:
         else:
             self.metrics.inter_token_latency_seconds.observe(now - seq.last_token_at)
         seq.last_token_at = now
-        seq.tokens.append(sampled.token)
-        self.metrics.generation_tokens += 1
-        text, stopped = seq.text.push(sampled.token, may_stop=seq.answered >= sampling.min_tokens)
-        self._events.append(Token(seq.id, sampled.token, text, sampled.logprob))
+        seq.tokens.append(token)
+        text, stopped = seq.text.push(token, may_stop=seq.answered >= sampling.min_tokens)
+        if told is None:
+            self.metrics.generation_tokens += 1
+            self._events.append(Token(seq.id, token, text, sampled.logprob, seq.layers))
         if stopped:
             self._finish(seq, "stop")
         elif seq.answered >= sampling.max_tokens:

@@ -6,6 +6,7 @@ Letters: G layer groups, M pages a request can grow to, P token slots in a page,
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from shoal.engine.events import Request, Sampling, TokenLogprob
 from shoal.engine.guided import Grammar
 from shoal.engine.pages import PageKey, Pages
 from shoal.engine.text import TextStream
+from shoal.errors import RequestError
 from shoal.inputs import media
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import END_ID, PATCH_ID
@@ -71,6 +73,7 @@ class Sequence:
     held: list[Any] = field(default_factory=list)  # those states: the runner's
     notes: list[Any] = field(default_factory=list)  # router sums of the first cached pages: the runner's
     grammar: Grammar | None = None  # of a guided answer
+    told: int | None = None  # the answer's next token, where another engine gave it already: not told again
     paused: bool = False  # its reader is behind
     cached_tokens: int = 0
     admitted_at: float | None = None
@@ -81,6 +84,16 @@ class Sequence:
     def __post_init__(self) -> None:
         longest = self.prompt_len + self.request.sampling.max_tokens
         self.tables = np.zeros((GROUPS, self.pages_for(longest)), dtype=np.int64)
+
+    def resume(self, answer: Tokens[int]) -> None:
+        """Go on after the tokens `answer`, which another engine gave. The last of them is taken in as if it were drawn now,
+        since it may be what ends the answer. Raises RequestError if one before it did."""
+        for token in answer[:-1]:
+            self.tokens.append(token)
+            _, stopped = self.text.push(token, may_stop=self.answered >= self.sampling.min_tokens)
+            if stopped:
+                raise RequestError("answer", param="answer", do="nothing can follow a stop string")
+        self.told = answer[-1]
 
     @property
     def id(self) -> str:

@@ -2,7 +2,8 @@
 
 Notable: events cross as lists of what was ready, so the first token waits for nothing and a fast engine does not pay for
 a message a token. An engine's refusal crosses as a `Finished` event and keeps its class. A client that leaves closes the
-gateway's iterator, which cancels the replica's, which cancels the request in the engine.
+gateway's iterator, which cancels the replica's, which cancels the request in the engine. A replica that is lost takes no
+request with it (`failover`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ray.serve.schema import LoggingConfig
 
 from shoal.engine.events import Event, Finished, Request
 from shoal.errors import EngineDeadError, QueueFullError, RequestError, ShoalError
+from shoal.on_ray.failover import LOSSES, PAUSES, unbroken
 from shoal.on_ray.scaling import KV_USE
 from shoal.on_ray.serve_config import ServeArgs
 
@@ -107,14 +109,22 @@ class ReplicaClient:
     def __init__(self, engine: DeploymentHandle[Any]) -> None:
         self._engine = engine
         self._stream = engine.options(method_name="generate", stream=True)
+        self._lost = 0  # streams that their replica left unfinished
 
-    async def generate(self, request: Request) -> Events:
-        """Raises QueueFullError when all replicas and the queue are full, EngineDeadError when the replica is lost."""
+    def generate(self, request: Request) -> Events:
+        """Raises QueueFullError when all replicas and the queue are full. A request whose replica is lost goes on at another
+        (`failover`); EngineDeadError says that several were lost."""
+
+        def count() -> None:
+            self._lost += 1
+
+        return unbroken(self._open, request, on_loss=count)
+
+    async def _open(self, request: Request) -> AsyncGenerator[list[Event], None]:
         stream = cast("DeploymentResponseGenerator[list[Event]]", self._stream.remote(request))
         try:
             async for ready in stream:
-                for event in ready:
-                    yield event
+                yield ready
         except Exception as error:  # the stream is over: `cancel` would raise this again
             raise as_shoal_error(error) from error
         except BaseException:  # the caller left
@@ -123,10 +133,15 @@ class ReplicaClient:
 
     async def embed(self, prompt: list[int], depth: str | int | None = None) -> list[float]:
         """Raises as `generate`."""
-        try:
-            return cast("list[float]", await self._engine.embed.remote(prompt, depth))
-        except Exception as error:
-            raise as_shoal_error(error) from error
+        tries = 0
+        while True:
+            try:
+                return cast("list[float]", await self._engine.embed.remote(prompt, depth))
+            except Exception as error:
+                tries, reason = tries + 1, as_shoal_error(error)
+                if tries == LOSSES or not isinstance(reason, EngineDeadError):
+                    raise reason from error
+            await asyncio.sleep(PAUSES[tries])
 
     async def stats(self) -> dict[str, float]:
         """Sums over the replicas; of a share (``_perc``) the mean."""
@@ -134,7 +149,12 @@ class ReplicaClient:
         names = {name for reply in replies for name in reply}
         total = {name: sum(reply.get(name, 0.0) for reply in replies) for name in names}
         shares = {name: value / len(replies) for name, value in total.items() if name.endswith("_perc")}
-        return {**total, **shares, "num_replicas": float(len(replies))}
+        return {
+            **total,
+            **shares,
+            "num_replicas": float(len(replies)),
+            "requests_resumed_total": float(self._lost),
+        }
 
     async def check_health(self) -> None:
         """Raises EngineDeadError when no replica is alive and well."""

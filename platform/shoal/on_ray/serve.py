@@ -32,6 +32,7 @@ from shoal.api.auth import ApiKeys
 from shoal.api.page import chat_page
 from shoal.api.requests import Limits
 from shoal.api.served import ServedModel
+from shoal.api.service import Hosted
 from shoal.errors import ConfigError, ResourceError
 from shoal.on_ray.engines import LIFE, LOGGING, EngineReplica, ReplicaClient, engine_options
 from shoal.on_ray.resources import need_free_port
@@ -222,11 +223,11 @@ class Gateway:
         served = ServedModel.load(args.model or "", args.name)
         page = chat_page(args.ui_api or "http://127.0.0.1:8000/v1", served.name, args.ui_mount) if args.ui else None
         return build_app(
-            ReplicaClient(self._engine),
-            served,
+            [Hosted(served, ReplicaClient(self._engine))],
             api_keys=ApiKeys.load(args.api_keys),
             limits=Limits(seconds=args.seconds),
             metrics=args.metrics,
+            cors=args.cors,
             runs=Path(args.runs) if args.runs else None,
             ui_mount=page,
             answer_request_id=False,  # Serve's proxy does

@@ -31,7 +31,7 @@ class ServeArgs:
     """The ``args`` of a Shoal application."""
 
     model: str | None = None  # model directory, the same path on every node; None: $SHOAL_MODEL
-    name: str | None = None  # what requests call the model; None: its own name
+    name: str | None = None  # what requests call the model, commas between several; None: its own name
     min_replicas: int = 1  # engine replicas; 0: none while nobody asks
     max_replicas: int = 1
     cpus: float = 1.0  # cores that Ray reserves for one engine replica
@@ -42,6 +42,7 @@ class ServeArgs:
     seconds: float = 600.0  # longest time of one request
     api_keys: str | None = None  # file of keys, one a line; None: $SHOAL_API_KEYS, or open to all
     metrics: bool = True  # answer /metrics
+    cors: tuple[str, ...] = ()  # origins of other sites whose pages may call the API; ("*",): any
     runs: str | None = None  # folder of training runs to show, on the gateway's node; None: none
     ui: bool = False  # show the pages at /ui
     ui_mount: str = MOUNT  # what puts it there, ``module:function``

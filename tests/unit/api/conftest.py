@@ -13,6 +13,7 @@ import pytest
 from shoal import presets
 from shoal.api.app import build_app
 from shoal.api.served import ServedModel
+from shoal.api.service import Hosted
 from shoal.engine.events import Event, Finished, Request, Token, TokenLogprob
 from shoal.engine.metrics import Metrics
 from shoal.inputs.chat import Encoded
@@ -103,7 +104,7 @@ def connect(engine: Scripted, served: ServedModel) -> Callable[..., httpx.AsyncC
     """``connect(**options of build_app)`` -> an HTTP client of the app."""
 
     def make(headers: dict[str, str] | None = None, **options: object) -> httpx.AsyncClient:
-        app = build_app(engine, served, **options)  # type: ignore[arg-type]
+        app = build_app([Hosted(served, engine)], **options)  # type: ignore[arg-type]
         return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", headers=headers)
 
     return make

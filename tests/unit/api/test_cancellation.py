@@ -11,6 +11,7 @@ import pytest
 from shoal.api.app import build_app
 from shoal.api.client import gather
 from shoal.api.served import ServedModel
+from shoal.api.service import Hosted
 from shoal.engine.events import Request
 from shoal.inputs.chat import Encoded
 
@@ -55,7 +56,7 @@ async def until(condition: Any) -> None:
 async def test_leaving_cancels(served: ServedModel, engine: Any, stream: bool, tokens_before: int, n: int) -> None:
     engine.hangs_after = tokens_before
     body = {"model": "fish", "messages": [{"role": "user", "content": "x"}], "stream": stream, "n": n}
-    caller = Caller(build_app(engine, served), body)
+    caller = Caller(build_app([Hosted(served, engine)]), body)
     await until(lambda: engine.open == n and (len(caller.sent) > 1 or not stream or not tokens_before))
     caller.gone.set()
     await asyncio.wait_for(caller.task, 2)
@@ -67,7 +68,7 @@ async def test_leaving_cancels(served: ServedModel, engine: Any, stream: bool, t
 async def test_a_server_that_stops_cancels_too(served: ServedModel, engine: Any) -> None:
     engine.hangs_after = 2
     body = {"model": "fish", "messages": [{"role": "user", "content": "x"}], "stream": True}
-    caller = Caller(build_app(engine, served), body)
+    caller = Caller(build_app([Hosted(served, engine)]), body)
     await until(lambda: len(caller.sent) >= 4)
     caller.task.cancel()
     with pytest.raises(asyncio.CancelledError):

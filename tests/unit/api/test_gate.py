@@ -147,6 +147,11 @@ async def test_other_origins_are_answered_only_where_they_are_let_in(connect: Co
     assert (await http.options(URL, headers=ask)).headers["access-control-allow-origin"] == "https://a.example"
     other = await http.options(URL, headers={**ask, "Origin": "https://b.example"})
     assert "access-control-allow-origin" not in other.headers
+    anybody = await connect(cors=["*"]).options(URL, headers=ask)
+    assert anybody.headers["access-control-allow-origin"] == "*"
+    for wrong in ("a.example", "https://a.example/", "https://a.example/x", "HTTPS://a", ""):
+        with pytest.raises(ConfigError, match="cors"):
+            connect(cors=[wrong])
 
 
 class TestKeys:

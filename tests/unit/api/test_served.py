@@ -11,7 +11,7 @@ import pytest
 
 from shoal import config, presets
 from shoal.api.served import ServedModel
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, ConfigError
 from shoal.inputs.tokenizer import Tokenizer
 
 
@@ -30,6 +30,14 @@ def test_a_directory_without_weights_is_enough(directory: Path) -> None:
     assert len(served.tokenizer) == 265
     assert ServedModel.load(directory, "shark").name == "shark"
     assert [served.depth_name(layers) for layers in (1, 2, 4, 0)] == ["shallow", "middle", "full", "none"]
+
+
+def test_a_name_may_be_several(directory: Path) -> None:
+    served = ServedModel.load(directory, "shark, big,sea/shark")
+    assert (served.name, served.aliases) == ("shark", ("big", "sea/shark"))
+    for empty in ("", "shark,", " , "):
+        with pytest.raises(ConfigError, match="name"):
+            ServedModel.load(directory, empty)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "chat_template.jinja"])
@@ -60,7 +68,8 @@ def test_the_gateway_needs_no_torch(directory: Path) -> None:
 import sys
 from shoal.api.app import build_app
 from shoal.api.served import ServedModel
-build_app(None, ServedModel.load({str(directory)!r}))
+from shoal.api.service import Hosted
+build_app([Hosted(ServedModel.load({str(directory)!r}), None)])
 assert not {{"torch", "ray", "gradio"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

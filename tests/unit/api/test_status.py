@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -11,7 +12,12 @@ import pytest
 from fastapi import FastAPI
 
 from shoal import __version__
-from shoal.errors import EngineDeadError
+from shoal.api.app import build_app
+from shoal.api.auth import ApiKeys
+from shoal.api.served import ServedModel
+from shoal.api.service import Hosted
+from shoal.errors import ConfigError, EngineDeadError
+from tests.unit.api.conftest import Scripted
 
 pytestmark = pytest.mark.anyio
 
@@ -55,7 +61,7 @@ async def test_metrics_count_requests_and_pass_on_the_engine_s(http: httpx.Async
     text = (await http.get("/metrics")).text
     for line in (
         'shoal:request_success_total{finished_reason="length",model_name="fish"} 4.0',
-        'shoal:request_errors_total{code="model_not_found",model_name="fish"} 1.0',
+        'shoal:request_errors_total{code="model_not_found",model_name=""} 1.0',
         'shoal:time_to_first_token_seconds_count{model_name="fish"} 4.0',
         'shoal:request_kv_units_bucket{le="2.0",model_name="fish"} 0.0',
         'shoal:request_kv_units_bucket{le="4.0",model_name="fish"} 4.0',
@@ -91,6 +97,75 @@ async def test_the_openapi_document_is_whole(http: httpx.AsyncClient) -> None:
 
     found = {reference.removeprefix("#/components/schemas/") for reference in references(document)}
     assert {"ChatRequest", "ImagePart", "ChatCompletion"} <= found <= set(known)
+
+
+async def test_the_document_s_examples_name_the_served_model_and_are_answered(http: httpx.AsyncClient) -> None:
+    document = (await http.get("/openapi.json")).json()
+    asked = 0
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            assert "422" not in operation["responses"]
+            if method == "post":
+                (content,) = operation["requestBody"]["content"].values()
+                name = content["schema"]["$ref"].rpartition("/")[2]
+                for example in document["components"]["schemas"][name]["examples"]:
+                    assert example.get("model", "fish") == "fish"
+                    reply = await http.post(path, json=example)
+                    assert (reply.status_code, asked := asked + 1)[0] == 200, reply.text
+    assert asked >= 5
+
+
+async def test_the_document_says_which_paths_need_a_key(connect: Callable[..., httpx.AsyncClient]) -> None:
+    http = connect(api_keys=ApiKeys(["k"]))
+    document = (await http.get("/openapi.json")).json()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            reply = await http.request(method, path.replace("{name}", "fish"))
+            assert (reply.status_code == 401) == ("security" in operation), path
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+
+
+class TestSeveralModels:
+    @pytest.fixture
+    def shark(self, served: ServedModel) -> Hosted:
+        other = replace(served, name="shark", aliases=("big", "sea/shark"))
+        return Hosted(other, Scripted(served.tokenizer, reply="I bite"))
+
+    @pytest.fixture
+    def http(self, served: ServedModel, engine: Any, shark: Hosted) -> httpx.AsyncClient:
+        app = build_app([Hosted(served, engine), shark])
+        return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+    async def test_each_name_reaches_its_engine(self, http: httpx.AsyncClient, engine: Any, shark: Hosted) -> None:
+        for name, own, text in (("fish", "fish", engine.reply), ("sea/shark", "shark", "I bite")):
+            answer = (await http.post("/v1/completions", json={"model": name, "prompt": "a", "max_tokens": 50})).json()
+            assert (answer["model"], answer["choices"][0]["text"]) == (own, text)
+        assert (await http.post("/v1/completions", json={"model": "sea", "prompt": "a"})).status_code == 404
+
+    async def test_all_names_are_listed_aliases_with_their_root(self, http: httpx.AsyncClient) -> None:
+        cards = (await http.get("/v1/models")).json()["data"]
+        roots = [("fish", "fish"), ("shark", "shark"), ("big", "shark"), ("sea/shark", "shark")]
+        assert [(card["id"], card["root"]) for card in cards] == roots
+        assert (await http.get("/v1/models/sea/shark")).json() == cards[3]
+
+    async def test_metrics_and_errors_are_each_model_s_own(self, http: httpx.AsyncClient) -> None:
+        for name in ("big", "shark", "fish"):
+            await http.post("/v1/completions", json={"model": name, "prompt": "a"})
+        await http.post("/v1/completions", json={"model": "big", "prompt": "a", "depth": "abyss"})
+        lines = (await http.get("/metrics")).text.splitlines()
+        for model, count in (("fish", 1), ("shark", 2)):
+            assert f'shoal:e2e_request_latency_seconds_count{{model_name="{model}"}} {count}.0' in lines
+            assert f'shoal:num_replicas{{model_name="{model}"}} 1.0' in lines
+        assert 'shoal:request_errors_total{code="400",model_name="shark"} 1.0' in lines
+
+    async def test_one_dead_engine_is_told_and_the_other_answers(self, http: httpx.AsyncClient, shark: Hosted) -> None:
+        shark.client.dead = EngineDeadError("gone")  # type: ignore[attr-defined]
+        assert [(await http.get(path)).status_code for path in ("/health", "/ready")] == [503, 503]
+        assert (await http.post("/v1/completions", json={"model": "fish", "prompt": "a"})).status_code == 200
+
+    def test_a_name_given_twice_is_refused(self, served: ServedModel, engine: Any, shark: Hosted) -> None:
+        with pytest.raises(ConfigError, match="each name once"):
+            build_app([Hosted(served, engine), Hosted(replace(shark.served, aliases=("fish",)), shark.client)])
 
 
 async def test_a_page_can_be_mounted_and_needs_no_key(connect: Callable[..., httpx.AsyncClient]) -> None:

@@ -1,0 +1,144 @@
+"""A stream of events that outlives the replica that gives it.
+
+When a replica is lost in the middle of an answer, another goes on from the tokens that were already sent. Nothing is told
+twice or left out: a token is a function of the weights, the tokens before it, the seed and the position, so the other
+replica gives the very tokens that the lost one would have given. For that a request has its seed before it is first sent,
+and keeps the depth that its first replica chose. Prompt and answer are computed again there, as after a preemption.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from shoal.engine.events import Event, Finished, Request, Token
+from shoal.errors import DeadlineError, EngineDeadError, QueueFullError
+
+log = logging.getLogger(__name__)
+
+LOSSES = 3  # replicas that one request may lose: it may be what kills them
+PATIENCE_SECONDS = 60.0  # for a replica that takes it, where the request has no deadline
+PAUSES = (0.0, 0.25, 0.5, 1.0, 2.0)  # seconds before each try in a row that brought nothing; the last repeats
+
+Batches = AsyncGenerator[list[Event], None]
+
+
+@dataclass
+class _Refused(Exception):
+    """A replica that cannot serve any more gave the request back before it did anything for it."""
+
+    error: EngineDeadError
+
+
+@dataclass
+class Progress:
+    """How far one request has come, over all replicas that have worked for it."""
+
+    request: Request
+    began: float  # seconds, of a monotonic clock; so are the others
+    resumed: float = 0.0  # when its present replica got it
+    last: float = 0.0  # when its last event came, or it began
+    first: float | None = None  # when its first token came
+    tokens: list[int] = field(default_factory=list)
+    depth: int = 0  # layers that its first token was made with
+    losses: int = 0
+    tries: int = 0  # since the last event
+
+    def to_send(self, now: float) -> Request:
+        """What a replica is to do from here on. Raises DeadlineError when its time is over."""
+        self.resumed = now
+        if not self.tries and not self.losses:
+            return self.request
+        left = None if self.request.deadline is None else self.request.deadline - (now - self.began)
+        if left is not None and left <= 0:
+            raise DeadlineError("the request ran out of its time", param="deadline", got=self.request.deadline)
+        rest = replace(
+            self.request,
+            id=f"{self.request.id}.{self.losses}.{self.tries}",  # the lost replica may still be working for the old one
+            deadline=left,
+            priority=self.request.priority - 1,  # it has waited already
+        )
+        if not self.tokens:
+            return rest
+        return replace(rest, answer=tuple(self.tokens), depth=self.depth, quality_tolerance=None)
+
+    def take(self, event: Event, now: float) -> Event:
+        """`event` as the first replica would have sent it."""
+        self.tries, self.last = 0, now
+        if isinstance(event, Token):
+            self.tokens.append(event.token)
+            self.depth = event.depth
+            self.first = self.first or now
+        if event.request == self.request.id:
+            return event
+        if isinstance(event, Token):
+            return replace(event, request=self.request.id)
+        lost = self.resumed - self.began
+        first = event.first_token_seconds + lost if self.first is None else self.first - self.began
+        return replace(
+            event, request=self.request.id, first_token_seconds=first, total_seconds=event.total_seconds + lost
+        )
+
+
+async def unbroken(
+    open_: Callable[[Request], Batches],
+    request: Request,
+    *,
+    on_loss: Callable[[], None] = lambda: None,
+) -> AsyncGenerator[Event, None]:
+    """The events of `request`, from as many replicas as it takes; closing the iterator closes the present one's.
+
+    `open_` sends a request to some replica and gives its events in lists. An EngineDeadError, raised or in the last event,
+    says that the replica was lost; `on_loss` is called then. Raises it after `LOSSES` of them, and when nobody takes the
+    request in its time (DeadlineError if it has one); QueueFullError only for a request that no replica has lost; other
+    errors as they come.
+    """
+    if request.sampling.seed is None:
+        request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
+    progress = Progress(request, began := time.monotonic(), last=began)
+    while True:
+        try:
+            async with aclosing(open_(progress.to_send(time.monotonic()))) as stream:
+                async for event in _checked(stream):
+                    yield progress.take(event, time.monotonic())
+                    if isinstance(event, Finished):
+                        return
+            raise EngineDeadError("the engine replica ended the stream without finishing the request")
+        except QueueFullError as error:
+            if not progress.losses:
+                raise
+            reason: Exception = error
+            pause = error.retry_after or PAUSES[-1]
+        except _Refused as refused:
+            reason, pause = refused.error, PAUSES[min(progress.tries + 1, len(PAUSES) - 1)]
+        except EngineDeadError as error:
+            progress.losses += 1
+            on_loss()
+            if progress.losses >= LOSSES:
+                raise
+            reason, pause = error, PAUSES[min(progress.tries, len(PAUSES) - 1)]
+            log.warning("request %s goes on after %d tokens: %s", request.id, len(progress.tokens), error)
+        if request.deadline is None and time.monotonic() - progress.last > PATIENCE_SECONDS:
+            raise reason
+        progress.tries += 1
+        await asyncio.sleep(pause)
+
+
+async def _checked(stream: Batches) -> AsyncGenerator[Event, None]:
+    """The events of `stream`. Raises EngineDeadError for an end that only a lost replica gives, `_Refused` if it is the first
+    event."""
+    fresh = True
+    async for ready in stream:
+        for event in ready:
+            if isinstance(event, Finished):
+                if isinstance(event.error, EngineDeadError):
+                    raise _Refused(event.error) if fresh else event.error
+                if event.reason == "cancelled":  # not by us: who cancels leaves, and sees no event
+                    raise EngineDeadError("the engine replica was stopped")
+            fresh = False
+            yield event
