@@ -8,6 +8,7 @@ Letters: as in `kernels`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
@@ -112,7 +113,7 @@ def layer(
     x: Tensor,
     norms: tuple[Tensor, Tensor, Tensor, Tensor],
     eps: float,
-    matrices: tuple[Matrix, Matrix, Matrix, Matrix],
+    matrices: Sequence[Matrix],
     rope: Rope,
     kv: Tensor,
     summaries: Tensor,

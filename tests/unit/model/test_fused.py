@@ -13,7 +13,7 @@ from shoal import presets
 from shoal.model import fused
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.net import Net
-from shoal.model.quant import TOP, token_scale
+from shoal.model.quant import TOP, int8_linear_reference, quantize_rows, token_scale
 
 pytest.importorskip("numba")
 DTYPES = {torch.float32: 1e-6, torch.float64: 1e-13}  # relative differences allowed
@@ -62,6 +62,22 @@ def test_few_rows_times_a_weight(seed, rows, width, outputs):
         assert fused.few(x) and not fused.few(x.repeat(fused.FEW + 1, 1))
         got, want = fused.product(x, weight), F.linear(x.double(), weight.double())
     assert ((got - want).abs() <= 1e-6 * (x.abs() @ weight.abs().T)).all()  # of the sum of all sizes
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, fused.FEW),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.sampled_from([0.0, 1e-20, 1e-3, 1, 1e4]),
+)
+def test_few_rows_in_int8_are_the_references_to_the_bit(seed, rows, width, outputs, size):
+    x, w = normal(seed, rows, width, dtype=torch.float32, scale=size), normal(seed + 1, outputs, width)
+    x[0, 0] = w[0, 0] = 3.0 * size  # a saturating pair
+    weight, scale = quantize_rows(w)
+    with torch.inference_mode():
+        assert torch.equal(fused.product(x, weight, scale), int8_linear_reference(x, weight, scale))
 
 
 @torch.no_grad()
