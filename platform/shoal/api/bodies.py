@@ -200,6 +200,11 @@ class GenerationRequest(Wire):
         None, description=f"tokens drafted ahead a step, 0 to {MAX_DRAFTS}; never changes the answer, only its speed"
     )
 
+    @property
+    def with_usage(self) -> bool:
+        """A stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
 
 _STORED = "nothing is stored here"
 

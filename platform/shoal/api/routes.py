@@ -13,10 +13,18 @@ from starlette.concurrency import run_in_threadpool
 
 from shoal import __version__
 from shoal.api import requests as plan
-from shoal.api.answers import ChatAnswer, TextAnswer, encoded_vector
-from shoal.api.bodies import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from shoal.api.answers import Answer, ChatAnswer, TextAnswer, encoded_vector
+from shoal.api.bodies import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    GenerationRequest,
+    TokenizeRequest,
+)
 from shoal.api.client import EngineClient
 from shoal.api.document import answered, body_of, refused
+from shoal.api.requests import Limits, Work
 from shoal.api.served import ServedModel
 from shoal.api.service import Service, read_body
 from shoal.api.shapes import (
@@ -37,6 +45,7 @@ from shoal.errors import EngineDeadError
 from shoal.inputs.tokenizer import END, PAD
 
 T = TypeVar("T")
+B = TypeVar("B", bound=GenerationRequest)
 
 log = logging.getLogger("shoal.api")
 
@@ -48,6 +57,19 @@ ASKED = (401, 404, 429)  # and one without
 def openai_routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
+    async def generated(
+        request: Request,
+        body: B,
+        to_work: Callable[[B, ServedModel, Limits], Work],
+        kind: type[Answer],
+        *,
+        logprobs: bool,
+    ) -> Response:
+        hosted = service.hosted(request, body.model)
+        work = await run_in_threadpool(to_work, body, hosted.served, service.limits)
+        answer = kind(work, hosted.served, logprobs=logprobs, include_usage=body.with_usage)
+        return await service.answer(request, hosted.client, work, answer, stream=body.stream)
+
     @router.post(
         "/chat/completions",
         openapi_extra=body_of(ChatRequest),
@@ -56,11 +78,7 @@ def openai_routes(service: Service) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """The assistant's next message; with `stream`, server-sent events that end with ``[DONE]``."""
         body = await read_body(request, ChatRequest)
-        hosted = service.hosted(request, body.model)
-        work = await run_in_threadpool(plan.chat_work, body, hosted.served, service.limits)
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        answer = ChatAnswer(work, hosted.served, logprobs=body.logprobs, include_usage=usage)
-        return await service.answer(request, hosted.client, work, answer, stream=body.stream)
+        return await generated(request, body, plan.chat_work, ChatAnswer, logprobs=body.logprobs)
 
     @router.post(
         "/completions",
@@ -70,11 +88,7 @@ def openai_routes(service: Service) -> APIRouter:
     async def completions(request: Request) -> Response:
         """What follows each prompt; with `stream`, server-sent events that end with ``[DONE]``."""
         body = await read_body(request, CompletionRequest)
-        hosted = service.hosted(request, body.model)
-        work = await run_in_threadpool(plan.completion_work, body, hosted.served, service.limits)
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        answer = TextAnswer(work, hosted.served, logprobs=body.logprobs is not None, include_usage=usage)
-        return await service.answer(request, hosted.client, work, answer, stream=body.stream)
+        return await generated(request, body, plan.completion_work, TextAnswer, logprobs=body.logprobs is not None)
 
     @router.post("/embeddings", openapi_extra=body_of(EmbeddingRequest), responses=answered(EmbeddingList, *POSTED))
     async def embeddings(request: Request) -> Response:

@@ -36,13 +36,15 @@ START, ANSWER = 600.0, 300.0  # seconds: vLLM may compile at its start
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
+    """A server that runs, started by `running`."""
+
     name: str
     process: subprocess.Popen[str]
     log: Path
 
     def speed(self, batch: int, tokens: int) -> float:
-        """Tokens a second; the peer sleeps before and after, so that threads which wait by spinning take nothing from
-        others' turns."""
+        """Tokens a second of `batch` requests of `tokens` tokens each. The peer sleeps before and after, so that threads which
+        wait by spinning take nothing from others' turns. Raises ShoalError as `answer`."""
         assert self.process.stdin
         self.process.send_signal(signal.SIGCONT)
         print(batch, tokens, file=self.process.stdin, flush=True)
@@ -52,20 +54,21 @@ class Peer:
             self.process.send_signal(signal.SIGSTOP)
 
     def answer(self, seconds: float) -> str:
-        """Its next line; `ShoalError` where it died or took longer than `seconds`."""
+        """Its next line. Raises ShoalError where it ended, or said nothing for `seconds`."""
         assert self.process.stdout
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
         line = self.process.stdout.readline().strip() if ready else ""
         if not line:
             what = "ended" if ready else f"said nothing for {seconds:.0f} s"
             last = self.log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise ShoalError(f"peer {self.name} {what}; its last words: {''.join(last) or 'none'}")
+            raise ShoalError(f"peer {self.name} {what}", got="".join(last), do="see docs/benchmarks on installing it")
         return line
 
 
 @contextlib.contextmanager
 def running(chosen: dict[str, str], config: ModelConfig) -> Iterator[list[Peer]]:
-    """The peers of `chosen` (kind: the Python that has it), ready and asleep; ended on leaving."""
+    """The peers of `chosen` (kind: the Python that has it), ready and asleep; ended on leaving. Raises ShoalError for one that
+    does not start."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         peers = []
         for name, python in chosen.items():
@@ -76,7 +79,7 @@ def running(chosen: dict[str, str], config: ModelConfig) -> Iterator[list[Peer]]
 
 
 def parse(options: list[str]) -> dict[str, str]:
-    """`KIND=PYTHON` options as a table; `UsageError` for another kind or a Python that is not there."""
+    """`KIND=PYTHON` options as a table. Raises UsageError for another kind, or a Python that is not there."""
     chosen = {}
     for option in options:
         name, _, python = option.partition("=")

@@ -146,11 +146,12 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
-        a, m = self.attention, self.mlp
-        matrices = [found for weight in (a.qkv, a.out, m.up, m.down) if (found := weight.matrix()) is not None]
-        if fused.few(x) and len(matrices) == 4:
-            norms = self.attention_norm.weight, a.q_norm.weight, a.k_norm.weight, self.mlp_norm.weight
-            return fused.layer(x, norms, a.config.norm_eps, matrices, rope, kv, summaries, step, a.reach())
+        if fused.few(x):
+            a, m = self.attention, self.mlp
+            matrices = [found for weight in (a.qkv, a.out, m.up, m.down) if (found := weight.matrix()) is not None]
+            if len(matrices) == 4:
+                norms = self.attention_norm.weight, a.q_norm.weight, a.k_norm.weight, self.mlp_norm.weight
+                return fused.layer(x, norms, a.config.norm_eps, matrices, rope, kv, summaries, step, a.reach())
         x = x + self.attention.paged(self.attention_norm(x), step, rope, kv, summaries)
         return x + self.mlp(self.mlp_norm(x))
 

@@ -96,17 +96,15 @@ def project_and_store(
     return q
 
 
-def attend(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach, out: Tensor) -> int:
+def attend(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach, out: Tensor) -> None:
     """Fill the rows of `out` [N, H, d] that belong to requests of at most `SHORT` new tokens: each row reads its window, its
-    chosen blocks and its tail only, what is in two of them once. q [N, H, d]. Returns how many vectors of d numbers were
-    read."""
+    chosen blocks and its tail only, what is in two of them once. q [N, H, d]."""
     rows, requests = step.rows.once("short", lambda: _short(step.starts))
     gamma = reach.gamma if reach.gamma is not None else q.new_empty(0)
-    read: int = _call(
+    _call(
         "attend", q, kv, summaries, step.tables.contiguous(), rows, requests, step.positions, step.block,
         reach.window, reach.top_k, reach.sinks, gamma, out,
     )  # fmt: skip
-    return read
 
 
 def layer(

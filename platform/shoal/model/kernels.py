@@ -16,6 +16,7 @@ import numba as nb
 import numpy as np
 from numba.extending import overload
 
+ZERO, TOP = 64, 63  # the levels of `quant`, which stands above this module; its tests hold the two together
 # Sums may be taken in any order, so that they use vector registers. Not "nnan" or "ninf", which would hide a broken model.
 _SUMS = {"reassoc", "contract", "nsz"}
 _jit = nb.njit(fastmath=_SUMS, error_model="numpy", nogil=True, cache=True)
@@ -109,8 +110,7 @@ def project_and_store(qkv, q_weight, k_weight, eps, keep, cross, positions, slot
 def attend(q, kv, summaries, tables, rows, requests, positions, block, window, top_k, sinks, gamma, out):
     """The `rows` of out [N, H, d]: both branches for the query at `positions` [N], over the pages of its request's row of
     `tables` [R, M]; `requests` goes with `rows`. `gamma` [H], or of length 0 for a layer that reads the window only. The
-    equations stand in `attention`. Returns how many vectors of d numbers were read."""
-    read = 0
+    equations stand in `attention`."""
     heads, dim = q.shape[1:]
     kv_heads, page = kv.shape[1:3]
     group = heads // kv_heads
@@ -142,9 +142,6 @@ def attend(q, kv, summaries, tables, rows, requests, positions, block, window, t
                 far[here + max(b * block, first) : here + max((b + 1) * block, first)] = one
             if hybrid:
                 far[here + max(complete * block, first) : count] = one
-            read += 2 * count
-            if hybrid and complete > top_k:
-                read += complete * (summaries.shape[3] // dim)
             for i in range(count):
                 key = kv[units[i], g, offsets[i]]
                 for h in range(group):
@@ -162,7 +159,6 @@ def attend(q, kv, summaries, tables, rows, requests, positions, block, window, t
                 for h in range(group):
                     for e in range(dim):
                         result[h, e] += weight[h, i] * value[dim + e]
-    return read
 
 
 @_jit
@@ -171,7 +167,7 @@ def layer(
     tables, rows, requests, window, top_k, sinks, gamma, back, back_scale, mlp_norm, up, up_scale, down, down_scale, out,
 ):  # fmt: skip
     """out [N, D]: x [N, D] after a whole layer, for few rows; K/V and summaries as `project_and_store` leaves them. The
-    matrices are fp, their scales unused, or int8 with theirs (`times`). Returns how many vectors of d numbers were read."""
+    matrices are fp, their scales unused, or int8 with theirs (`times`)."""
     count, width = x.shape
     dim = kv.shape[3] // 2
     normed, heads = np.empty_like(x), np.empty((count, len(qkv)), x.dtype)
@@ -180,7 +176,7 @@ def layer(
     q = np.empty((count, len(qkv) // dim - 2 * kv.shape[1], dim), x.dtype)
     project_and_store(heads, q_weight, k_weight, eps, keep, cross, positions, slots, block, kv, summaries, q)
     mixed = np.empty_like(q)
-    read = attend(q, kv, summaries, tables, rows, requests, positions, block, window, top_k, sinks, gamma, mixed)
+    attend(q, kv, summaries, tables, rows, requests, positions, block, window, top_k, sinks, gamma, mixed)
     times(mixed.reshape(count, -1), back, back_scale, normed)
     for n in range(count):
         for i in range(width):
@@ -193,7 +189,6 @@ def layer(
     for n in range(count):
         for i in range(width):
             out[n, i] += normed[n, i]
-    return read
 
 
 def times(x, weight, scale, out):
@@ -214,8 +209,8 @@ def int8_product(x, weight, scale, out):
     levels = np.empty((rows, width), np.int8)
     scales = np.empty((rows, 1), x.dtype)
     unit = np.empty_like(x)
-    scale_rows(x, 63, np.finfo(np.float32).tiny, unit, scales)
-    zero = x.dtype.type(64)
+    scale_rows(x, TOP, np.finfo(np.float32).tiny, unit, scales)
+    zero = x.dtype.type(ZERO)
     for n in range(rows):
         for i in range(width):
             levels[n, i] = np.int8(np.rint(unit[n, i] + zero) - zero)
