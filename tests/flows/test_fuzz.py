@@ -30,30 +30,35 @@ def document(service: Service) -> Any:
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_whatever_comes_is_answered_as_documented(mode: GenerationMode, document: Any, service: Service) -> None:
     """Bodies that the document allows, and bodies that it does not."""
-    statuses = set()
-    for operation in [found.ok() for found in document.get_all_operations()]:
-        # the same each time: what CI finds, the next run finds too
-        @hypothesis.settings(
-            max_examples=EXAMPLES,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        )
-        @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
-        def ask(case: Any, label: str = operation.label) -> None:
-            can_be_served(case.body)
-            reply = case.call(headers=service.headers, timeout=30)
-            case.validate_response(reply, checks=CHECKS)
-            if reply.status_code >= 400:
-                assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
-            statuses.add((label, reply.status_code))
-
-        ask()
-    posted = {label for label, _ in statuses if label.startswith("POST")}
     wanted = 200 if mode is GenerationMode.POSITIVE else 400
-    assert len(posted) >= 5 and {(label, wanted) for label in posted} <= statuses
+    for operation in [found.ok() for found in document.get_all_operations()]:
+        statuses = fuzz(operation, mode, service)
+        assert wanted in statuses or operation.method.upper() != "POST", (operation.label, statuses)
     service.until_idle()
+
+
+def fuzz(operation: Any, mode: GenerationMode, service: Service) -> set[int]:
+    """The statuses that were answered, each answer checked."""
+    statuses = set[int]()
+
+    # the same each time: what CI finds, the next run finds too
+    @hypothesis.settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+    def ask(case: Any) -> None:
+        can_be_served(case.body)
+        reply = case.call(headers=service.headers, timeout=30)
+        case.validate_response(reply, checks=CHECKS)
+        if reply.status_code >= 400:
+            assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+        statuses.add(reply.status_code)
+
+    try:
+        ask()
+    except hypothesis.errors.Unsatisfiable:  # a route that takes nothing: no request to it is outside the document
+        assert operation.body.items == [] or mode is GenerationMode.POSITIVE
+    return statuses
 
 
 def can_be_served(body: Any) -> None:
