@@ -14,7 +14,7 @@ import numpy as np
 import openai
 import pytest
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from shoal import Model
 from shoal.inputs.tokenizer import END_ID
@@ -26,8 +26,9 @@ TEXT: dict[str, Any] = {"model": "fish", "prompt": "the sea", "seed": 7, "max_to
 
 
 class Catch(BaseModel):
-    """Something that a random model can write to the end."""
+    """Something that a random model can write to the end: no text, and nothing beside these."""
 
+    model_config = ConfigDict(extra="forbid")
     fish: Literal["cod", "eel"]
     deep: bool
 
