@@ -31,7 +31,7 @@ def build_chat(at: Site, assistant: Assistant) -> None:
     """The page of one assistant, inside the Blocks that are open."""
     head = at.head(assistant.place)
     if assistant.notice:
-        gr.HTML(f'<div class="notice" role="note">{html.escape(assistant.notice)}</div>', padding=False)
+        gr.HTML(f'<div class="notice" role="note">{html.escape(assistant.notice)}</div>')
     with gr.Row(equal_height=False, elem_id="main"):
         settings = gr.Column(scale=1, min_width=280, elem_id="settings", render=False)  # the conversation comes first
         with settings:

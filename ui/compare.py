@@ -97,12 +97,12 @@ def _pane(number: int) -> tuple[Component, Component, Component, Component]:
     """(the box of one answer, its model, its depth, the answer)."""
     name = "ABCD"[number]
     with gr.Column(min_width=240, visible=number < AT_FIRST, elem_classes="pane") as box:
-        gr.HTML(f'<h2 class="letter">{name}</h2>', padding=False)
+        gr.HTML(f'<h2 class="letter">{name}</h2>')
         model = gr.Dropdown([], label=f"Model of {name}", visible=False, filterable=False)
         depth = gr.Dropdown(
             [("auto, by the question", "auto")], value="auto", label=f"Depth of {name}", filterable=False
         )
-        answer = gr.HTML(_waiting(), elem_id=f"answer-{name}", padding=False)
+        answer = gr.HTML(_waiting(), elem_id=f"answer-{name}")
     return box, model, depth, answer
 
 

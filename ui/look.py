@@ -138,13 +138,18 @@ def curves(title: str, x_label: str, lines: Mapping[str, Sequence[tuple[float, f
     drawn = {name: points for name, points in lines.items() if points}
     if not drawn:
         return ""
-    kinds = {name: ("faint" if name == faint else "line", points) for name, points in drawn.items()}
+    kinds = {name: _drawn_as(points, name == faint) for name, points in drawn.items()}
     svg = _TEMPLATES.get_template("chart.html").module.plot(drawing.chart(title, x_label, kinds))  # type: ignore[attr-defined]
     legend = "".join(
         f'<li class="{kinds[name][0]}">{html.escape(name)} <b>{short(points[-1][1])}</b></li>'
         for name, points in drawn.items()
     )
     return f'<div class="figure">{svg}<ul class="legend" aria-label="Last values">{legend}</ul></div>'
+
+
+def _drawn_as(points: Sequence[tuple[float, float]], faint: bool) -> tuple[str, Sequence[tuple[float, float]]]:
+    """(CSS class, points): a line, or a dot, which is a line from the only point to itself."""
+    return ("line one", [*points, *points]) if len(points) == 1 else ("faint" if faint else "line", points)
 
 
 def short(value: float) -> str:

@@ -6,6 +6,10 @@
       const label = box.closest('.multimodal-textbox').querySelector('[data-testid="block-info"]');
       if (label) box.setAttribute('aria-label', label.textContent.trim());
     });
+    // a button whose words on the screen are not its name
+    document.querySelectorAll('.submit-button[aria-label]').forEach((button) => {
+      if (button.textContent.trim()) button.removeAttribute('aria-label');
+    });
     // a list whose children are buttons and no items
     document.querySelectorAll('.examples[role="list"]').forEach((list) => list.setAttribute('role', 'group'));
   };

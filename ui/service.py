@@ -42,7 +42,7 @@ def build(at: Site) -> None:
     """The page, inside the Blocks that are open."""
     head = at.head(PLACE)
     key = Key.ask()
-    body = gr.HTML(look.empty("Reading the service…", "One moment."), elem_id="service", padding=False)
+    body = gr.HTML(look.empty("Reading the service…", "One moment."), elem_id="service")
     seen = gr.State(None)
 
     async def refresh(given: str, before: Any) -> tuple[Any, ...]:

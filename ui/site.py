@@ -39,7 +39,7 @@ class Site:
     def head(self, here: Place) -> Component:
         """The line on top, instead of Gradio's own, and the name of the browser's tab."""
         self.page.load(None, None, None, js=look.titled(here.name))
-        return gr.HTML(self.header(here), elem_id="head", padding=False)
+        return gr.HTML(self.header(here), elem_id="head")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from shoal.api.auth import ApiKeys
 from shoal.api.page import chat_page
 from shoal.api.served import ServedModel
 from shoal.api.server import serving
+from shoal.api.service import Hosted
 from shoal.engine.events import Event
 from shoal.engine.front import AsyncEngine
 
@@ -69,7 +70,7 @@ def site(keys: ApiKeys | None = None, runs: Path | None = None, *, lost: bool = 
     async def serve() -> None:
         client = Readable(AsyncEngine(Engine(model)), model)
         page = chat_page(f"http://127.0.0.1:{1 if lost else port}/v1", "fish")
-        app = build_app(client, served, api_keys=keys, runs=runs, ui_mount=page)
+        app = build_app([Hosted(served, client)], api_keys=keys, runs=runs, ui_mount=page)
         async with serving(app, port=port) as running:
             started.append(Site(running.url, client, asyncio.get_running_loop()))
             ready.set()

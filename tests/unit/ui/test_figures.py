@@ -16,7 +16,7 @@ CARD = Card("fish", 384, {"shallow": 1, "middle": 2, "full": 4}, "w8a8")
 def scrape(**gauges: float) -> service.Metrics:
     engine = Engine(generation_tokens=50, depths={1: 3, 4: 1})
     engine.ended("stop", 4, 0.01, 0.1, 0.5, 9)
-    return service.parse(Exposition("fish").text({**gauges, **engine.samples((1, 2, 4))}).decode())
+    return service.parse(Exposition().text({"fish": {**gauges, **engine.samples((1, 2, 4))}}).decode())
 
 
 def test_what_the_engine_counts_arrives_under_its_own_name() -> None:
@@ -29,10 +29,8 @@ def test_what_the_engine_counts_arrives_under_its_own_name() -> None:
 
 
 def test_models_are_summed_and_their_shares_averaged() -> None:
-    texts = [
-        Exposition(name).text({"kv_cache_usage_perc": use, "kv_units": 4.0}) for name, use in (("a", 0.2), ("b", 0.4))
-    ]
-    metrics = service.parse("".join(text.decode() for text in texts).replace("# EOF", ""))
+    stats = {name: {"kv_cache_usage_perc": use, "kv_units": 4.0} for name, use in (("a", 0.2), ("b", 0.4))}
+    metrics = service.parse(Exposition().text(stats).decode())
     assert metrics["kv_units"] == 8 and abs(metrics["kv_cache_usage_perc"] - 0.3) < 1e-12
 
 
@@ -43,7 +41,9 @@ def test_what_is_not_known_is_not_shown_as_zero() -> None:
 
 
 def test_what_has_not_happened_yet_is_told_from_what_is_not_known() -> None:
-    fresh = service.parse(Exposition("fish").text({"num_requests_running": 0, **Engine().samples((1, 2, 4))}).decode())
+    fresh = service.parse(
+        Exposition().text({"fish": {"num_requests_running": 0, **Engine().samples((1, 2, 4))}}).decode()
+    )
     page = service.show([CARD], fresh, "", "ready", Seen(), service.observe(Seen(), fresh, 1.0, ""))
     assert page.count(f"<td>{look.NONE_YET}</td>") == 4  # latencies
     assert "<dd>1 process</dd>" in page and "runs in one process" in page
