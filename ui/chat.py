@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 from collections.abc import AsyncIterator
 from typing import Any
@@ -17,6 +18,7 @@ from ui.talk import Settings
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")  # what the API decodes
 AT_ONCE = 64  # answers that stream at once; the engine's queue bounds them further
 MOST_TOKENS = 128  # of an answer, unless the slider says more
+SAVED_EVERY = 0.25  # seconds between two savings of a conversation while an answer streams
 WRITE = "Write a message, or add a picture"
 DOWNLOAD = """(text) => {{
   const link = document.createElement('a');
@@ -39,7 +41,9 @@ def build_chat(at: Site, assistant: Assistant) -> None:
             key = Key.ask()
             kept = _kept()
             with gr.Accordion("The last request as curl", open=False, elem_id="curl"):
-                command = gr.Code("# ask something first", language="shell", show_label=False, buttons=["copy"])
+                command = gr.Code(
+                    "# ask something first", show_label=False, wrap_lines=True, interactive=False, buttons=["copy"]
+                )
         with gr.Column(scale=4, min_width=320):
             inputs = [*controls.values(), key.box]
             chat = gr.ChatInterface(
@@ -73,8 +77,8 @@ def _replies(at: Site) -> Any:
         temperature: float,
         system: str,
         top_p: float,
-        seed: float | None,
-        tolerance: float | None,
+        seed: str,
+        tolerance: str,
         key: str,
     ) -> AsyncIterator[tuple[dict[str, Any], Any]]:
         try:
@@ -84,7 +88,12 @@ def _replies(at: Site) -> Any:
             return
         card = next((card for card in cards if card.name == model), cards[0])
         asked = talk.messages(shown, message, system.strip())
-        settings = Settings(depth, int(most), temperature, top_p, None if seed is None else int(seed), tolerance)
+        try:
+            given = talk.number("Seed", seed, whole=True), talk.number("Tolerance", tolerance)
+        except ValueError as error:
+            yield talk.faulty(str(error)), gr.skip()
+            return
+        settings = Settings(depth, int(most), temperature, top_p, *given)
         command: Any = talk.curl(at.url, settings.body(card.name, asked), key=bool(key))
         async for state in talk.answer(at.client(key), card, asked, settings):
             yield state, command
@@ -105,9 +114,10 @@ def _controls(assistant: Assistant) -> dict[str, Component]:
         share = "Only the likeliest tokens that make up this share."
         top_p = gr.Slider(0.01, 1, value=1, step=0.01, label="Top-p", info=share, buttons=[])
         same = "The same seed gives the same answer. Empty: another each time."
-        seed = gr.Number(None, label="Seed", precision=0, minimum=0, info=same)
+        # of text, since Gradio's Number shows, and sends, 0 where there is none
+        seed = gr.Textbox("", label="Seed", info=same, max_lines=1)
         lost = "Nats a token that depth auto may lose. Empty: as the server says."
-        tolerance = gr.Number(None, label="Tolerance", minimum=0, step=0.01, info=lost)
+        tolerance = gr.Textbox("", label="Tolerance", info=lost, max_lines=1)
     return {
         "model": model,
         "depth": depth,
@@ -166,30 +176,36 @@ def _remember(at: Site, assistant: Assistant, chat: gr.ChatInterface, kept: dict
     current = gr.State(None)  # key of the conversation that is shown
     earlier = kept["earlier"]
 
-    def listed(stored: Any, key: str | None) -> Any:
-        return gr.update(choices=history.titles(stored), value=key)
+    def listed(stored: Any, key: str) -> Any:
+        choices = history.titles(stored)
+        return gr.update(choices=choices, value=key if key in dict(choices).values() else None)
+
+    def shown(stored: Any, key: str) -> tuple[Any, ...]:
+        messages = history.load(stored, key)
+        return messages, messages, key, listed(stored, key)
 
     def opened(stored: Any) -> tuple[Any, ...]:
         titles = history.titles(stored)
-        key = titles[0][1] if titles else None
-        return history.load(stored, key), key, listed(stored, key)
+        if titles:
+            return shown(stored, titles[0][1])
+        return gr.skip(), gr.skip(), history.new_key(), gr.skip()  # a message sent meanwhile must not be wiped out
 
-    def save(stored: Any, key: str | None, shown: list[dict[str, Any]]) -> tuple[Any, ...]:
-        stored, key = history.save(stored, key, shown)
-        return (
-            stored,
-            key,
-            listed(stored, key),
-            gr.update(placeholder=WRITE),
-        )  # Gradio empties it with the first message
+    async def save(stored: Any, key: str | None, messages: list[dict[str, Any]]) -> tuple[Any, ...]:
+        await asyncio.sleep(SAVED_EVERY)
+        stored = history.save(stored, key, messages) if key else stored
+        return stored, gr.update(placeholder=WRITE)  # which Gradio empties
 
-    at.page.load(opened, chats, [chat.chatbot_value, current, earlier], **QUIET)
-    changed = [chats, current, earlier, chat.textbox]
-    chat.chatbot_state.change(save, [chats, current, chat.chatbot_state], changed, **QUIET)
-    earlier.input(
-        lambda stored, key: (history.load(stored, key), key), [chats, earlier], [chat.chatbot_value, current], **QUIET
-    )
-    kept["new"].click(lambda: ([], None, None), None, [chat.chatbot_value, current, earlier], **QUIET)
+    def placed(stored: Any, key: str | None) -> Any:
+        return listed(stored, key) if key else gr.skip()
+
+    conversation = [chat.chatbot, chat.chatbot_state, current, earlier]
+    inputs = [chats, current, chat.chatbot]
+    saved = chat.chatbot.change(save, inputs, [chats, chat.textbox], trigger_mode="always_last", **QUIET)
+    # which of them is shown may have changed while it was saved
+    saved.then(placed, [chats, current], earlier, **QUIET)
+    at.page.load(opened, chats, conversation, **QUIET)
+    earlier.input(shown, [chats, earlier], conversation, **QUIET)
+    kept["new"].click(lambda stored: shown(stored, history.new_key()), chats, conversation, **QUIET)
 
 
 def _offer(chat: gr.ChatInterface, system: Component, kept: dict[str, Component]) -> None:

@@ -26,20 +26,23 @@ Chat = dict[str, Any]  # {"id", "messages": [{"role", "text", "below"}]}
 _TAG = re.compile(r"<[^>]*>")
 
 
-def save(chats: Any, key: str | None, shown: Iterable[Message]) -> tuple[list[Chat], str | None]:
-    """`chats` with what the page shows as the first, instead of the one with `key`; and its key (a new one for None).
+def new_key() -> str:
+    return f"{time.time_ns():x}"
+
+
+def save(chats: Any, key: str, shown: Iterable[Message]) -> list[Chat]:
+    """`chats` with what the page shows as the first, instead of the one with `key`.
 
     Without messages the one with `key` is left out.
     """
     others = [chat for chat in checked(chats) if chat["id"] != key]
     messages = [_plain(message) for message in shown]
     if not messages:
-        return others, None
-    key = key or f"{time.time_ns():x}"
+        return others
     kept = [{"id": key, "messages": messages}, *others][:MOST_CHATS]
     while len(kept) > 1 and sum(len(m["text"]) for chat in kept for m in chat["messages"]) > MOST_CHARACTERS:
         kept.pop()
-    return kept, key
+    return kept
 
 
 def checked(chats: Any) -> list[Chat]:

@@ -10,6 +10,11 @@
     document.querySelectorAll('.submit-button[aria-label]').forEach((button) => {
       if (button.textContent.trim()) button.removeAttribute('aria-label');
     });
+    // radios of one question that the browser takes for several questions: arrow keys would not move between them
+    document.querySelectorAll('fieldset').forEach((question) => {
+      const [first, ...others] = question.querySelectorAll('input[type="radio"]');
+      others.forEach((radio) => { if (radio.name !== first.name) radio.name = first.name; });
+    });
     // a list whose children are buttons and no items
     document.querySelectorAll('.examples[role="list"]').forEach((list) => list.setAttribute('role', 'group'));
   };

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 import mimetypes
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
@@ -157,6 +158,20 @@ def faulty(why: str) -> Message:
     """Why there is no answer, in one line, as a message of the page."""
     line = f'<div class="fault" role="alert">{html.escape(why)}</div>'
     return {"role": "assistant", "content": [{"type": "text", "text": line}], "metadata": {"id": FAULT}}
+
+
+def number(name: str, text: str, *, whole: bool = False) -> Any:
+    """What was typed for a setting; None for nothing. Raises ValueError with a line for the page."""
+    if not text.strip():
+        return None
+    try:
+        value = int(text) if whole else float(text)
+        if 0 <= value < math.inf:
+            return value
+    except ValueError:
+        pass
+    kind = "a whole number" if whole else "a number"
+    raise ValueError(f"{name} is {text[:40]!r}, but must be {kind} from 0, or empty.")
 
 
 def reason(error: openai.OpenAIError) -> str:

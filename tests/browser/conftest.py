@@ -16,9 +16,13 @@ from tests.browser.runs import write_runs
 from tests.browser.site import Site, site
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, ConsoleMessage, Page
 
 WAIT = 20_000  # milliseconds
+LEAVING = (
+    "AbortError: signal is aborted",
+    "Connection errored out",
+)  # what Gradio logs of a reading that a new page cuts off
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +79,12 @@ def page(chromium: Browser, strangers: list[str]) -> Iterator[Page]:
     page = chromium.new_page(viewport={"width": 1200, "height": 800})
     page.set_default_timeout(WAIT)
     wrong: list[str] = []
-    page.on(
-        "console",
-        lambda message: message.type == "error" and wrong.append(f"console: {message.text} {message.location['url']}"),
-    )
+
+    def logged(message: ConsoleMessage) -> None:
+        if message.type == "error" and not any(words in message.text for words in LEAVING):
+            wrong.append(f"console: {message.text} {message.location['url']}")
+
+    page.on("console", logged)
     page.on("pageerror", lambda error: wrong.append(f"script: {error}"))
     page.on("request", lambda request: _is_local(request.url) or wrong.append(f"request: {request.url}"))
     yield page

@@ -34,7 +34,9 @@ def violations(page: Page) -> list[str]:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     only = {"runOnly": {"type": "tag", "values": list(TAGS)}, "resultTypes": ["violations"]}
     found: list[dict[str, Any]] = axe.run(page, options=only).response["violations"]
-    return [f"{wrong['id']}: {node['html'][:200]}" for wrong in found for node in wrong["nodes"]]
+    return [
+        f"{wrong['id']}: {node['html'][:200]} {node['failureSummary']}" for wrong in found for node in wrong["nodes"]
+    ]
 
 
 def in_both_schemes(page: Page) -> list[str]:
@@ -42,6 +44,7 @@ def in_both_schemes(page: Page) -> list[str]:
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
         page.wait_for_function(f"() => document.body.classList.contains('dark') === {str(scheme == 'dark').lower()}")
+        page.evaluate("() => Promise.all(document.getAnimations().map((change) => change.finished))")  # colours fade
         found += [f"{scheme} {line}" for line in violations(page)]
     return found
 

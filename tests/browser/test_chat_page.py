@@ -119,6 +119,7 @@ def test_what_is_set_reaches_the_engine_and_the_curl_command(page: Page, open_si
     temperature.press("Tab")
     page.get_by_role("button", name="More settings").click()
     page.get_by_label("System prompt").fill("Speak like a fish.")
+    assert page.get_by_label("Seed").input_value() == page.get_by_label("Tolerance").input_value() == ""
     page.get_by_label("Seed").fill("7")
     page.get_by_label("Tolerance").fill("0.25")
     top_p = page.get_by_label("number input for Top-p")
@@ -142,6 +143,8 @@ def test_conversations_are_kept_in_the_browser_and_exported(page: Page, open_sit
     ask(page, "The first one.")
     page.locator(".facts").wait_for()
     facts, said = page.locator(".facts").inner_text(), page.locator(".message.bot").inner_text()
+    page.wait_for_function("() => document.querySelector('#earlier input').value === 'The first one.'")
+    page.wait_for_timeout(1000)  # an answer is kept while it comes, and once more when it is whole
     visit(page, open_site)  # again: it is there
     page.locator(".facts").wait_for()
     assert (page.locator(".facts").inner_text(), page.locator(".message.bot").inner_text()) == (facts, said)
@@ -151,6 +154,8 @@ def test_conversations_are_kept_in_the_browser_and_exported(page: Page, open_sit
     ask(page, "The second one.")
     page.locator(".facts").wait_for()
     assert "The first one." not in told(open_site)
+    page.wait_for_function("() => document.querySelector('#earlier input').value === 'The second one.'")
+    page.wait_for_timeout(1000)  # the list may be drawn anew
     page.get_by_label("Conversations").click()
     page.get_by_role("option", name="The first one.").click()
     page.locator(".message.user").get_by_text("The first one.").wait_for()
@@ -176,6 +181,16 @@ def test_an_assistant_tells_the_model_who_it_is_and_medicine_tells_the_reader_wh
     page.locator(".facts").wait_for()
     assert "You do not diagnose" in told(open_site) and "hypertension" in told(open_site)
     assert page.get_by_role("note").is_visible()
+
+
+def test_a_seed_that_is_no_number_is_refused_in_one_line(page: Page, open_site: Site) -> None:
+    visit(page, open_site)
+    page.get_by_role("button", name="More settings").click()
+    page.get_by_label("Seed").fill("seven")
+    asked = len(open_site.client.requests)
+    ask(page, "hello")
+    page.locator(".fault").get_by_text("Seed is 'seven', but must be a whole number from 0, or empty.").wait_for()
+    assert len(open_site.client.requests) == asked
 
 
 def test_an_error_of_the_api_is_one_line_and_the_chat_goes_on(page: Page, open_site: Site) -> None:

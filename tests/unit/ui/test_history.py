@@ -15,30 +15,31 @@ SHOWN = [
 
 
 def test_a_conversation_comes_back_as_it_was_shown() -> None:
-    chats, key = history.save([], None, SHOWN)
-    assert history.load(json.loads(json.dumps(chats)), key) == SHOWN
-    assert talk.messages(history.load(chats, key), {"text": "and?"})[:2] == [
+    chats = history.save([], "a", SHOWN)
+    assert history.load(json.loads(json.dumps(chats)), "a") == SHOWN
+    assert talk.messages(history.load(chats, "a"), {"text": "and?"})[:2] == [
         {"role": "user", "content": "a < b?"},
         {"role": "assistant", "content": "yes & no"},
     ]
 
 
 def test_an_answer_replaces_the_conversation_it_belongs_to_and_a_new_one_comes_first() -> None:
-    chats, key = history.save([], None, SHOWN)
-    chats, same = history.save(chats, key, SHOWN + SHOWN)
-    assert same == key and len(chats) == 1 and len(history.load(chats, key)) == 4
-    chats, other = history.save(chats, None, SHOWN)
-    assert other != key and [k for _, k in history.titles(chats)] == [other, key]
-    assert history.save(chats, other, [])[0] == chats[1:]  # cleared
+    chats = history.save([], "a", SHOWN)
+    chats = history.save(chats, "a", SHOWN + SHOWN)
+    assert len(chats) == 1 and len(history.load(chats, "a")) == 4
+    chats = history.save(chats, "b", SHOWN)
+    assert [key for _, key in history.titles(chats)] == ["b", "a"]
+    assert history.save(chats, "b", []) == chats[1:]  # cleared
+    assert history.new_key() != history.new_key()
 
 
 def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     chats: list[history.Chat] = []
-    for _ in range(history.MOST_CHATS + 3):
-        chats, _ = history.save(chats, None, SHOWN)
+    for number in range(history.MOST_CHATS + 3):
+        chats = history.save(chats, str(number), SHOWN)
     assert len(chats) == history.MOST_CHATS
     monkeypatch.setattr(history, "MOST_CHARACTERS", 30)
-    assert len(history.save(chats, None, SHOWN)[0]) == 2  # of 14 characters each
+    assert len(history.save(chats, "new", SHOWN)) == 2  # of 14 characters each
 
 
 def test_pictures_are_not_kept_and_no_file_can_be_named() -> None:
@@ -48,9 +49,9 @@ def test_pictures_are_not_kept_and_no_file_can_be_named() -> None:
             "content": [{"type": "file", "file": {"path": "/etc/passwd"}}, {"type": "text", "text": "see"}],
         }
     ]
-    chats, key = history.save([], None, shown)
+    chats = history.save([], "a", shown)
     assert "passwd" not in json.dumps(chats)
-    assert history.load(chats, key) == [{"role": "user", "content": [{"type": "text", "text": "[picture]\nsee"}]}]
+    assert history.load(chats, "a") == [{"role": "user", "content": [{"type": "text", "text": "[picture]\nsee"}]}]
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,14 @@ def test_a_request_holds_what_was_set_and_leaves_the_rest_to_the_server() -> Non
     assert "quality_tolerance" not in talk.Settings("full", 9, tolerance=0.1).body("fish", asked)  # the API takes one
 
 
+def test_what_is_typed_for_a_number_is_one_or_nothing_or_refused() -> None:
+    assert talk.number("Seed", " ", whole=True) is None
+    assert talk.number("Seed", "7", whole=True) == 7 and talk.number("Tolerance", "0.25") == 0.25
+    for text, whole in (("1.5", True), ("-1", True), ("x", False), ("nan", False), ("inf", False)):
+        with pytest.raises(ValueError, match=r"^Seed is '.*', but must be a"):
+            talk.number("Seed", text, whole=whole)
+
+
 @pytest.mark.parametrize("picture", [False, True])
 def test_the_curl_command_sends_the_very_request(tmp_path: Path, picture: bool) -> None:
     (tmp_path / "picture-1.png").write_bytes(b"a picture")
