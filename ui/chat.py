@@ -35,7 +35,9 @@ def build_chat(at: Site, assistant: Assistant) -> None:
     if assistant.notice:
         gr.HTML(f'<div class="notice" role="note">{html.escape(assistant.notice)}</div>')
     with gr.Row(equal_height=False, elem_id="main"):
-        settings = gr.Column(scale=1, min_width=280, elem_id="settings", render=False)  # the conversation comes first
+        settings: Component = gr.Column(
+            scale=1, min_width=280, elem_id="settings", render=False
+        )  # the conversation comes first
         with settings:
             controls = _controls(assistant)
             key = Key.ask()

@@ -87,6 +87,7 @@ async def beside(streams: Sequence[AsyncGenerator[Said, None]], *, together: boo
             changed.clear()
             yield list(states)
         await whole  # raises what a stream raised
+        yield list(states)  # what came while the last states were taken
     finally:
         for task in tasks:
             task.cancel()

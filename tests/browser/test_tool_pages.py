@@ -82,6 +82,7 @@ def test_an_empty_prompt_and_one_that_does_not_fit_say_so(page: Page, open_site:
     visit(page, open_site, "compare")
     page.get_by_role("button", name="Compare").click()
     page.get_by_role("alert").get_by_text("Write a prompt first.").wait_for()
+    page.get_by_role("button", name="Stop").wait_for(state="hidden")
     most_tokens(page, 383)
     page.get_by_label("Prompt").fill("Too much.")
     page.get_by_role("button", name="Compare").click()

@@ -43,6 +43,15 @@ async def test_together_they_alternate_and_all_end_complete() -> None:
     assert "".join(log).index("b") < 2, "the second does not wait for the first"
 
 
+@pytest.mark.parametrize("together", [True, False])
+async def test_a_page_that_takes_its_time_sees_the_last_words(together: bool) -> None:
+    seen = None
+    async for now in beside([Source(word, []).stream() for word in ("aaa", "bb")], together=together):
+        seen = now
+        await asyncio.sleep(0.01)  # meanwhile both streams come to their ends
+    assert seen == [Said("aaa"), Said("bb")]
+
+
 async def test_in_turn_the_second_begins_when_the_first_has_ended() -> None:
     log: list[str] = []
     sources = [Source("aaa", log), Source("bb", log)]
