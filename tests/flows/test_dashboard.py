@@ -12,6 +12,7 @@ import pytest
 from tests.flows.conftest import Service
 
 BOARD = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
+NAME = re.compile(r"shoal:\w+(?:\[0-9\]\+\w*)?")  # a pattern of digits may stand in it; a range such as [5m] may follow
 ASKED = [target["expr"] for panel in BOARD["panels"] for target in panel["targets"]]
 
 
@@ -27,7 +28,7 @@ def said(service: Service) -> set[str]:
 
 @pytest.mark.parametrize("expression", ASKED)
 def test_every_metric_of_the_dashboard_exists(expression: str, said: set[str]) -> None:
-    names = re.findall(r"shoal:[\w\[\]+-]+", expression)
+    names = NAME.findall(expression)
     assert names
     for name in names:
         assert any(re.fullmatch(name, sample) for sample in said), name
@@ -42,6 +43,5 @@ def test_every_counter_and_latency_of_the_engine_is_on_it(said: set[str]) -> Non
 
 def shown(family: str, expression: str) -> bool:
     return any(
-        re.fullmatch(f"({name})(_bucket)?", family) or name == f"{family}_bucket"
-        for name in re.findall(r"shoal:[\w\[\]+-]+", expression)
+        re.fullmatch(f"({name})(_bucket)?", family) or name == f"{family}_bucket" for name in NAME.findall(expression)
     )
