@@ -31,10 +31,10 @@ ASSISTANTS = (
         system="",
         hint="Pick an example, or write a message below.",
         examples={
-            "Customer service": {"text": "Where is my kettle?"},
-            "Code": {"text": f"Write this function: Return the larger of two numbers.\n{LARGER}"},
-            "Image question": {"text": "what color is the shape?", "files": [str(HERE / "shape.png")]},
-            "Summary": {"text": f"Summarise this function:\n{LARGER}\n    return a if a > b else b"},
+            "Where is my kettle?": {"text": "Where is my kettle?"},
+            "Write a function": {"text": f"Write this function: Return the larger of two numbers.\n{LARGER}"},
+            "What colour is this shape?": {"text": "what color is the shape?", "files": [str(HERE / "shape.png")]},
+            "Summarise a function": {"text": f"Summarise this function:\n{LARGER}\n    return a if a > b else b"},
         },
     ),
     Assistant(
@@ -43,10 +43,10 @@ ASSISTANTS = (
         "When you do not know something about an order, say so.",
         hint="Ask about an order, a return or a repair. Easy questions are answered on the shallow path.",
         examples={
-            "Delivery": {"text": "Where is my kettle?"},
-            "Return": {"text": "How can I send the lamp back?"},
-            "Refund": {"text": "When do I get my money back for the chair?"},
-            "Warranty": {"text": "For how long is my kettle guaranteed?"},
+            "Where is my kettle?": {"text": "Where is my kettle?"},
+            "How can I send the lamp back?": {"text": "How can I send the lamp back?"},
+            "When do I get my money back for the chair?": {"text": "When do I get my money back for the chair?"},
+            "For how long is my kettle guaranteed?": {"text": "For how long is my kettle guaranteed?"},
         },
     ),
     Assistant(
@@ -54,10 +54,10 @@ ASSISTANTS = (
         system="You write and explain Python. Give complete code that runs, then one sentence on how it works.",
         hint="Ask for a function, an explanation or a test.",
         examples={
-            "Write": {"text": f"Write this function: Return the larger of two numbers.\n{LARGER}"},
-            "Summarise": {"text": f"Summarise this function:\n{LARGER}\n    return a if a > b else b"},
-            "Complete": {"text": "Complete this function:\ndef is_even(number):"},
-            "Test": {"text": f"Write a test of this function:\n{LARGER}\n    return a if a > b else b"},
+            "Write a function": {"text": f"Write this function: Return the larger of two numbers.\n{LARGER}"},
+            "Summarise a function": {"text": f"Summarise this function:\n{LARGER}\n    return a if a > b else b"},
+            "Complete a function": {"text": "Complete this function:\ndef is_even(number):"},
+            "Write a test": {"text": f"Write a test of this function:\n{LARGER}\n    return a if a > b else b"},
         },
     ),
     Assistant(
@@ -69,10 +69,10 @@ ASSISTANTS = (
         notice="This is no medical advice. Answers come from a language model and can be wrong; do not act on them. "
         "Ask a physician, and in an emergency call the emergency number of your country.",
         examples={
-            "A word": {"text": "What does hypertension mean?"},
-            "A value": {"text": "What does a resting heart rate of 55 mean?"},
-            "Prepare a visit": {"text": "What should I ask my physician about a new medicine?"},
-            "Plain words": {"text": "Explain in plain words: bilateral pulmonary infiltrates."},
+            "What does a word mean?": {"text": "What does hypertension mean?"},
+            "What does a value mean?": {"text": "What does a resting heart rate of 55 mean?"},
+            "Prepare for a visit": {"text": "What should I ask my physician about a new medicine?"},
+            "Say it in plain words": {"text": "Explain in plain words: bilateral pulmonary infiltrates."},
         },
     ),
 )

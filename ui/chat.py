@@ -1,4 +1,4 @@
-"""A chat page: the conversation on the left, the settings of the next answer on the right, earlier conversations below them."""
+"""A chat page: the conversation, the settings of the next answer beside it, earlier conversations below them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ui.talk import Settings
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")  # what the API decodes
 AT_ONCE = 64  # answers that stream at once; the engine's queue bounds them further
 MOST_TOKENS = 128  # of an answer, unless the slider says more
+WRITE = "Write a message, or add a picture"
 DOWNLOAD = """(text) => {{
   const link = document.createElement('a');
   link.href = URL.createObjectURL(new Blob([text], {{type: '{kind}'}}));
@@ -30,9 +31,10 @@ def build_chat(at: Site, assistant: Assistant) -> None:
     """The page of one assistant, inside the Blocks that are open."""
     head = at.head(assistant.place)
     if assistant.notice:
-        gr.HTML(f'<div class="notice" role="note">{html.escape(assistant.notice)}</div>')
+        gr.HTML(f'<div class="notice" role="note">{html.escape(assistant.notice)}</div>', padding=False)
     with gr.Row(equal_height=False, elem_id="main"):
-        with gr.Column(scale=1, min_width=260, elem_id="settings"):  # first here, on the right on the page
+        settings = gr.Column(scale=1, min_width=280, elem_id="settings", render=False)  # the conversation comes first
+        with settings:
             controls = _controls(assistant)
             key = Key.ask()
             kept = _kept()
@@ -53,6 +55,7 @@ def build_chat(at: Site, assistant: Assistant) -> None:
                 show_progress="hidden",
                 api_visibility="private",
             )
+        settings.render()
     _describe(at, assistant, head, controls, key)
     _remember(at, assistant, chat, kept)
     _offer(chat, controls["system"], kept)
@@ -122,9 +125,9 @@ def _kept() -> dict[str, Component]:
     where = "Kept in this browser only, without pictures."
     earlier = gr.Dropdown([], value=None, label="Conversations", info=where, filterable=False, elem_id="earlier")
     with gr.Row(elem_id="kept"):
-        new = gr.Button("New chat", size="sm")
-        markdown = gr.Button("Save as Markdown", size="sm")
-        as_json = gr.Button("Save as JSON", size="sm")
+        new = gr.Button("New chat", size="sm", min_width=80)
+        markdown = gr.Button("Save as Markdown", size="sm", min_width=80)
+        as_json = gr.Button("Save as JSON", size="sm", min_width=80)
     return {"earlier": earlier, "new": new, "markdown": markdown, "json": as_json}
 
 
@@ -136,7 +139,7 @@ def _describe(at: Site, assistant: Assistant, head: Component, controls: dict[st
             cards = await at.cards(given)
         except openai.OpenAIError as error:
             return (
-                at.header(assistant.place, talk.reason(error)),
+                at.header(assistant.place, talk.reason(error), fault=True),
                 gr.skip(),
                 gr.skip(),
                 gr.skip(),
@@ -173,10 +176,16 @@ def _remember(at: Site, assistant: Assistant, chat: gr.ChatInterface, kept: dict
 
     def save(stored: Any, key: str | None, shown: list[dict[str, Any]]) -> tuple[Any, ...]:
         stored, key = history.save(stored, key, shown)
-        return stored, key, listed(stored, key)
+        return (
+            stored,
+            key,
+            listed(stored, key),
+            gr.update(placeholder=WRITE),
+        )  # Gradio empties it with the first message
 
     at.page.load(opened, chats, [chat.chatbot_value, current, earlier], **QUIET)
-    chat.chatbot_state.change(save, [chats, current, chat.chatbot_state], [chats, current, earlier], **QUIET)
+    changed = [chats, current, earlier, chat.textbox]
+    chat.chatbot_state.change(save, [chats, current, chat.chatbot_state], changed, **QUIET)
     earlier.input(
         lambda stored, key: (history.load(stored, key), key), [chats, earlier], [chat.chatbot_value, current], **QUIET
     )
@@ -200,7 +209,7 @@ def _chatbot(hint: str) -> gr.Chatbot:
         show_label=False,
         label="Conversation",
         elem_id="chat",
-        height="calc(100dvh - 230px)",
+        height="calc(100dvh - 200px)",
         min_height=320,
         layout="bubble",
         buttons=["copy"],
@@ -213,7 +222,7 @@ def _textbox() -> gr.MultimodalTextbox:
     return gr.MultimodalTextbox(
         show_label=False,
         label="Message",
-        placeholder="Write a message, or add a picture",
+        placeholder=WRITE,
         file_types=list(IMAGES),
         sources=["upload"],
         stop_btn=True,

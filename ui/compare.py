@@ -97,12 +97,12 @@ def _pane(number: int) -> tuple[Component, Component, Component, Component]:
     """(the box of one answer, its model, its depth, the answer)."""
     name = "ABCD"[number]
     with gr.Column(min_width=240, visible=number < AT_FIRST, elem_classes="pane") as box:
-        gr.HTML(f'<h2 class="letter">{name}</h2>')
+        gr.HTML(f'<h2 class="letter">{name}</h2>', padding=False)
         model = gr.Dropdown([], label=f"Model of {name}", visible=False, filterable=False)
         depth = gr.Dropdown(
             [("auto, by the question", "auto")], value="auto", label=f"Depth of {name}", filterable=False
         )
-        answer = gr.HTML(_waiting(), elem_id=f"answer-{name}")
+        answer = gr.HTML(_waiting(), elem_id=f"answer-{name}", padding=False)
     return box, model, depth, answer
 
 
@@ -117,7 +117,7 @@ def _describe(at: Site, head: Component, picks: Sequence[Component], most: Compo
         try:
             cards = await at.cards(given)
         except openai.OpenAIError as error:
-            said = at.header(PLACE, talk.reason(error))
+            said = at.header(PLACE, talk.reason(error), fault=True)
             return [said, *[gr.skip()] * (len(picks) + 1), Key.shown(given, error)]
         card = cards[0]
         names = [(site.label(card), card.name) for card in cards]

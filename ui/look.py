@@ -17,12 +17,16 @@ CSS, ICON, MEND = HERE / "style.css", HERE / "icon.svg", HERE / "mend.js"
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
 MONO = ("ui-monospace", "monospace")
 UNKNOWN = "not known"  # where this side cannot tell; a zero would be a claim
+NONE_YET = "none yet"  # where nothing has been counted
 
 THEME = gr.themes.Base(
     primary_hue="cyan", secondary_hue="cyan", neutral_hue="slate", radius_size="md", font=FONTS, font_mono=MONO
 ).set(
     body_background_fill="#f6f9fa",
     body_text_color_subdued="*neutral_600",  # darker than Gradio's: WCAG AA on the page and on white
+    body_text_color_subdued_dark="*neutral_300",
+    block_info_text_color_dark="*neutral_300",
+    input_placeholder_color_dark="*neutral_300",
     block_info_text_color="*neutral_600",
     input_placeholder_color="*neutral_600",
     block_border_width="0px",
@@ -47,14 +51,16 @@ class Place:
     group: str
 
 
-def header(places: Sequence[Place], here: Place, root: str, said: str = "") -> str:
-    """The line on top of a page: who this is, the other pages below `root`, and `said` of the model."""
+def header(places: Sequence[Place], here: Place, root: str, said: str = "", *, fault: bool = False) -> str:
+    """The line on top of a page: who this is, the other pages below `root`, and what is `said` of the model, or why it cannot
+    be (`fault`)."""
     groups = dict.fromkeys(place.group for place in places)
     links = "".join(
         f'<span class="group">{"".join(_link(p, here, root) for p in places if p.group == group)}</span>'
         for group in groups
     )
-    about = f'<p class="about">{html.escape(said)}</p>' if said else ""
+    kind = 'class="about fault" role="alert"' if fault else 'class="about"'
+    about = f"<p {kind}>{html.escape(said)}</p>" if said else ""
     nav = f'<nav aria-label="Pages">{links}</nav>'
     return f'<div class="top"><span class="name">Shoal</span>{nav}</div><h1 class="unseen">{here.name}</h1>{about}'
 
@@ -81,7 +87,7 @@ def fault(line: str) -> str:
 def tiles(facts: Iterable[tuple[str, str]]) -> str:
     """(name, value) pairs as a row of tiles."""
     cells = "".join(
-        f'<div class="{"tile unknown" if value == UNKNOWN else "tile"}"><dt>{html.escape(name)}</dt>'
+        f'<div class="{"tile unknown" if value in (UNKNOWN, NONE_YET) else "tile"}"><dt>{html.escape(name)}</dt>'
         f"<dd>{html.escape(value)}</dd></div>"
         for name, value in facts
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from urllib.parse import urlsplit
 
 import gradio as gr
@@ -19,18 +20,20 @@ def mount(app: FastAPI, *, base_url: str, model: str | None, path: str = "/ui") 
     async def favicon() -> Response:
         return Response(ICON.read_bytes(), media_type="image/svg+xml")
 
-    return gr.mount_gradio_app(
-        app,
-        build(base_url, model, root),
-        path=path,
-        root_path=root,  # Gradio guesses it wrongly for files
-        theme=THEME,
-        css=CSS.read_text(encoding="utf-8"),
-        head=f"<script>{MEND.read_text(encoding='utf-8')}</script>",
-        max_file_size=MAX_FILE_SIZE,
-        show_error=False,
-        ssr_mode=False,
-        mcp_server=False,
-        run_history=False,
-        footer_links=[],
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "SSR mode is not supported")  # said although it is off
+        return gr.mount_gradio_app(
+            app,
+            build(base_url, model, root),
+            path=path,
+            root_path=root,  # Gradio guesses it wrongly for files
+            theme=THEME,
+            css=CSS.read_text(encoding="utf-8"),
+            head=f"<script>{MEND.read_text(encoding='utf-8')}</script>",
+            max_file_size=MAX_FILE_SIZE,
+            show_error=False,
+            ssr_mode=False,
+            mcp_server=False,
+            run_history=False,
+            footer_links=[],
+        )

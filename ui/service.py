@@ -16,7 +16,7 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 
 from ui import look, site, talk
-from ui.look import UNKNOWN, Place
+from ui.look import NONE_YET, UNKNOWN, Place
 from ui.site import QUIET, Key, Site
 from ui.talk import Card
 
@@ -42,7 +42,7 @@ def build(at: Site) -> None:
     """The page, inside the Blocks that are open."""
     head = at.head(PLACE)
     key = Key.ask()
-    body = gr.HTML(look.empty("Reading the service…", "One moment."), elem_id="service")
+    body = gr.HTML(look.empty("Reading the service…", "One moment."), elem_id="service", padding=False)
     seen = gr.State(None)
 
     async def refresh(given: str, before: Any) -> tuple[Any, ...]:
@@ -105,10 +105,10 @@ def show(cards: list[Card], metrics: Metrics, why: str, ready: str, last: Seen, 
         sections.append(look.fault(f"No metrics: {why}"))
     sections.append('<div class="figures">')
     sections.append(depth_bars(metrics, cards[0]))
-    sections.append(look.table("Requests since the start", ("", "count"), _requests(metrics)))
-    sections.append(look.table("Latency since the start", ("", "mean"), _latencies(metrics)))
+    sections.append(look.table("Requests since the start", ("requests", "count"), _requests(metrics)))
+    sections.append(look.table("Latency since the start", ("time", "mean"), _latencies(metrics)))
     sections.append("</div>")
-    sections.append(_scaling(now))
+    sections.append(_scaling(metrics, now))
     rows = [
         (card.name, "INT8" if card.quantization != "none" else "fp", f"{card.layers}", f"{card.context}")
         for card in cards
@@ -132,15 +132,14 @@ def depth_bars(metrics: Metrics, card: Card) -> str:
 
 
 def _load(metrics: Metrics, last: Seen, now: Seen) -> list[tuple[str, str]]:
-    hits = _ratio(metrics, "prefix_cache_hits_total", "prefix_cache_queries_total")
     speed = (now.tokens - last.tokens) / (now.at - last.at) if None not in (now.tokens, last.tokens) else None  # type: ignore[operator]
     return [
-        ("Replicas", _count(metrics, "num_replicas")),
+        ("Replicas", "1 process" if _is_one_process(metrics) else _count(metrics, "num_replicas")),
         ("Running", _count(metrics, "num_requests_running")),
         ("Waiting", _count(metrics, "num_requests_waiting")),
         ("K/V memory used", f"{metrics['kv_cache_usage_perc']:.0%}" if "kv_cache_usage_perc" in metrics else UNKNOWN),
         ("Tokens/s now", UNKNOWN if speed is None or speed < 0 else f"{speed:,.0f}"),
-        ("Prompt found in cache", UNKNOWN if hits is None else f"{hits:.0%}"),
+        ("Prompt found in cache", _mean(metrics, "prefix_cache_hits_total", "prefix_cache_queries_total", "{:.0%}")),
     ]
 
 
@@ -164,13 +163,19 @@ def _latencies(metrics: Metrics) -> list[tuple[str, str]]:
         "from token to token": "inter_token_latency_seconds",
         "whole request": "e2e_request_latency_seconds",
     }
-    means = {word: _ratio(metrics, f"{name}_sum", f"{name}_count") for word, name in names.items()}
-    return [(word, UNKNOWN if mean is None else f"{1000 * mean:,.1f} ms") for word, mean in means.items()]
+    return [(word, _mean(metrics, f"{name}_sum", f"{name}_count", "{:,.1f} ms", 1000)) for word, name in names.items()]
 
 
-def _scaling(now: Seen) -> str:
-    if now.replicas is None:
-        text = "Not known: this service reports no replicas, as it does when it runs in one process."
+def _is_one_process(metrics: Metrics) -> bool:
+    """Without Ray there is one engine, and nobody counts replicas."""
+    return "num_requests_running" in metrics and "num_replicas" not in metrics
+
+
+def _scaling(metrics: Metrics, now: Seen) -> str:
+    if _is_one_process(metrics):
+        text = "None: this service runs in one process, without Ray."
+    elif now.replicas is None:
+        text = f"{UNKNOWN.capitalize()}."
     elif not now.decisions:
         text = f"None since this page was opened; {now.replicas:.0f} at work."
     else:
@@ -182,9 +187,11 @@ def _count(metrics: Metrics, name: str) -> str:
     return f"{metrics[name]:,.0f}" if name in metrics else UNKNOWN
 
 
-def _ratio(metrics: Metrics, part: str, whole: str) -> float | None:
-    """None where either is not known, or nothing has been counted."""
-    return metrics[part] / metrics[whole] if part in metrics and metrics.get(whole) else None
+def _mean(metrics: Metrics, part: str, whole: str, form: str, times: float = 1.0) -> str:
+    """`part` over `whole`, or which of the two reasons there is for having no such number."""
+    if part not in metrics or whole not in metrics:
+        return UNKNOWN
+    return form.format(times * metrics[part] / metrics[whole]) if metrics[whole] else NONE_YET
 
 
 async def _ready(at: Site) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 import gradio as gr
 import openai
-from gradio.components import Navbar
 
 from ui import history, look, talk
 from ui.look import Place
@@ -34,14 +33,13 @@ class Site:
         """Raises openai.OpenAIError."""
         return await talk.read_cards(self.client(key), self.model)
 
-    def header(self, here: Place, said: str = "") -> str:
-        return look.header(self.places, here, self.root, said)
+    def header(self, here: Place, said: str = "", *, fault: bool = False) -> str:
+        return look.header(self.places, here, self.root, said, fault=fault)
 
     def head(self, here: Place) -> Component:
         """The line on top, instead of Gradio's own, and the name of the browser's tab."""
-        Navbar(visible=False, main_page_name=False)
         self.page.load(None, None, None, js=look.titled(here.name))
-        return gr.HTML(self.header(here), elem_id="head")
+        return gr.HTML(self.header(here), elem_id="head", padding=False)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def build(at: Site) -> None:
         with gr.Column(scale=1, min_width=260, elem_id="runs", visible=False) as side:
             picked = gr.Radio([], label="Runs", elem_id="run")
         with gr.Column(scale=4, min_width=320):
-            body = gr.HTML(look.empty("Reading the runs…", "One moment."), elem_id="curves")
+            body = gr.HTML(look.empty("Reading the runs…", "One moment."), elem_id="curves", padding=False)
 
     async def refresh(given: str, name: str | None) -> tuple[Any, ...]:
         try:

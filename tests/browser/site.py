@@ -56,7 +56,8 @@ class Site:
 
 
 @contextmanager
-def site(keys: ApiKeys | None = None, runs: Path | None = None) -> Iterator[Site]:
+def site(keys: ApiKeys | None = None, runs: Path | None = None, *, lost: bool = False) -> Iterator[Site]:
+    """`lost`: the pages look for the API where there is none."""
     model = Model.from_preset("test", seed=3)
     served = ServedModel("fish", model.config, model.tokenizer, model.chat_template)
     with socket.socket() as probe:
@@ -67,7 +68,7 @@ def site(keys: ApiKeys | None = None, runs: Path | None = None) -> Iterator[Site
 
     async def serve() -> None:
         client = Readable(AsyncEngine(Engine(model)), model)
-        page = chat_page(f"http://127.0.0.1:{port}/v1", "fish")
+        page = chat_page(f"http://127.0.0.1:{1 if lost else port}/v1", "fish")
         app = build_app(client, served, api_keys=keys, runs=runs, ui_mount=page)
         async with serving(app, port=port) as running:
             started.append(Site(running.url, client, asyncio.get_running_loop()))

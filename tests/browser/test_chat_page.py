@@ -80,14 +80,16 @@ def test_a_picture_is_uploaded_and_seen_by_the_model(page: Page, open_site: Site
     assert isinstance(prompt, Encoded) and len(prompt.images) == 1
 
 
-@pytest.mark.parametrize("example", ["Customer service", "Code", "Image question", "Summary"])
+@pytest.mark.parametrize(
+    "example", ["Where is my kettle?", "Write a function", "What colour is this shape?", "Summarise a function"]
+)
 def test_each_example_is_answered(page: Page, open_site: Site, example: str) -> None:
     visit(page, open_site)
     most_tokens(page, 4)
     page.locator("#chat").get_by_text(example).click()
     page.locator(".facts").wait_for()
     prompt = open_site.client.requests[-1].prompt
-    assert isinstance(prompt, Encoded) and len(prompt.images) == (example == "Image question")
+    assert isinstance(prompt, Encoded) and len(prompt.images) == (example == "What colour is this shape?")
 
 
 def test_stop_ends_the_answer_and_frees_the_engine(page: Page, open_site: Site) -> None:
@@ -170,7 +172,7 @@ def test_an_assistant_tells_the_model_who_it_is_and_medicine_tells_the_reader_wh
     visit(page, open_site, "medicine")
     assert page.get_by_role("note").inner_text().startswith("This is no medical advice.")
     most_tokens(page, 4)
-    page.locator("#chat").get_by_text("A word").click()
+    page.locator("#chat").get_by_text("What does a word mean?").click()
     page.locator(".facts").wait_for()
     assert "You do not diagnose" in told(open_site) and "hypertension" in told(open_site)
     assert page.get_by_role("note").is_visible()

@@ -39,7 +39,17 @@ def test_models_are_summed_and_their_shares_averaged() -> None:
 def test_what_is_not_known_is_not_shown_as_zero() -> None:
     page = service.show([CARD], {}, "metrics are switched off", "ready", Seen(), Seen())
     assert "No metrics: metrics are switched off" in page and ">0<" not in page
-    assert page.count(look.UNKNOWN) > 10 and "reports no replicas" in page
+    assert page.count(look.UNKNOWN) > 10 and '<p class="note">Not known.</p>' in page and "process" not in page
+
+
+def test_what_has_not_happened_yet_is_told_from_what_is_not_known() -> None:
+    fresh = service.parse(Exposition("fish").text({"num_requests_running": 0, **Engine().samples((1, 2, 4))}).decode())
+    page = service.show([CARD], fresh, "", "ready", Seen(), service.observe(Seen(), fresh, 1.0, ""))
+    assert page.count(f"<td>{look.NONE_YET}</td>") == 4  # latencies
+    assert "<dd>1 process</dd>" in page and "runs in one process" in page
+    on_ray = fresh | {"num_replicas": 2}
+    page = service.show([CARD], on_ray, "", "ready", Seen(), service.observe(Seen(), on_ray, 1.0, ""))
+    assert "<dd>2</dd>" in page and "None since this page was opened; 2 at work." in page
 
 
 def test_a_change_of_replicas_is_a_decision_and_its_load_is_told() -> None:
