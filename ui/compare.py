@@ -56,7 +56,7 @@ def build(at: Site) -> None:
     inputs = [prompt, columns, turns, most, temperature, seed, key.box, *picks]
     running = asked.then(_run(at), inputs, answers, concurrency_limit=None, **QUIET)
     running.then(lambda: gr.update(visible=False), None, stop, **QUIET)
-    ended = stop.click(lambda: gr.update(visible=False), None, stop, cancels=[running], **QUIET)
+    ended = stop.click(_stopped, answers, [stop, *answers], cancels=[running], **QUIET)
     ended.then(None, None, None, js="() => document.querySelector('#prompt textarea').focus()")
 
 
@@ -172,7 +172,14 @@ def _waiting() -> str:
 
 
 def _asking() -> str:
-    return '<p class="note" role="status">Waiting for the first token…</p>'
+    return '<p class="note" role="status">Waiting…</p>'
+
+
+def _stopped(*shown: str) -> list[Any]:
+    """The stop button gone, and the answers as far as they had come."""
+    ended = '<div class="facts">stopped</div>'
+    begun = ["" if answer == _asking() else answer for answer in shown]
+    return [gr.update(visible=False), *[a if a == _waiting() or 'class="facts"' in a else a + ended for a in begun]]
 
 
 def _shown(state: Said | None) -> str:

@@ -74,6 +74,8 @@ def test_three_answers_one_after_another_and_stop_ends_them_all(page: Page, open
     page.wait_for_timeout(200)
     assert open_site.stat("requests_cancelled_total") == cancelled + 1
     assert open_site.stat("num_requests_running") == 0 and len(open_site.client.requests) == before + 1
+    assert [answer.locator(".facts").inner_text() for answer in answers(page)[:3]] == ["stopped"] * 3
+    assert len(answers(page)[0].locator(".answer").inner_text()) > 1, "what had come stays"
 
 
 def test_an_empty_prompt_and_one_that_does_not_fit_say_so(page: Page, open_site: Site) -> None:
