@@ -1,0 +1,156 @@
+"""Kernels of INT8: all of them give the reference to the bit, so that which one runs is a matter of speed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from shoal.errors import ResourceError
+from shoal.model import int8, linears, quant
+from shoal.model.block import Norm
+from tests.unit.model.rounding import SHAPES, case
+
+pytest.importorskip("numba")
+CPU = torch.device("cpu")
+HERE = [*int8.trusted(CPU), "int_mm"]  # the last is for CUDA, but its arithmetic can be had anywhere
+
+
+@pytest.mark.parametrize("kernel", HERE)
+@settings(max_examples=40, deadline=None)
+@given(**SHAPES)
+def test_a_kernel_equals_the_reference_to_the_bit(kernel, seed, rows, inputs, outputs, spread):
+    x, weight, scale, _ = case(seed, rows, inputs, outputs, spread)
+    assert torch.equal(int8.KERNELS[kernel](weight, scale)(x), quant.int8_linear_reference(x, weight, scale))
+
+
+@pytest.mark.parametrize("kernel", HERE)
+def test_a_wide_layer_of_largest_values_does_not_overflow(kernel):
+    """8-bit activations saturate the AVX2 kernels here, and sums beyond 2^24 do not fit fp32 as whole numbers."""
+    x = torch.ones(2, 4160)
+    x[1] = -1
+    weight, scale = torch.full((5, 4160), 127, dtype=torch.int8), torch.full((5, 1), 0.01)
+    assert torch.equal(int8.KERNELS[kernel](weight, scale)(x), quant.int8_linear_reference(x, weight, scale))
+
+
+@pytest.mark.parametrize("kernel", HERE)
+def test_what_is_not_finite_stays_in_its_row(kernel):
+    x, weight, scale, _ = case(1, 5, 96, 65, 0.0)
+    want = int8.KERNELS[kernel](weight, scale)(x)
+    x[1, 7], x[2, 0], x[3] = torch.nan, torch.inf, 0.0
+    got = int8.KERNELS[kernel](weight, scale)(x)
+    assert not got[1].isfinite().any() and not got[2].isfinite().any()
+    assert torch.equal(got[3], torch.zeros(65)) and torch.equal(got[[0, 4]], want[[0, 4]])
+
+
+def test_a_row_does_not_depend_on_its_batch_mates():
+    """Over the numbers of rows at which another kernel may take over."""
+    x, weight, scale, _ = case(1, 80, 96, 65, 2)
+    run = int8.pack(weight, scale)
+    for name in HERE[:3]:
+        run.names = (name, *int8.trusted(CPU)[:2])
+        alone = torch.cat([run(row[None]) for row in x])
+        for rows in (2, 3, 8, 9, 64, 65, 80):
+            assert torch.equal(run(x[:rows]), alone[:rows])
+    assert run(x[:0]).shape == (0, 65)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_joined_calls_equal_their_parts(rows):
+    x, weight, scale, _ = case(5, rows, 96, 128, 1.0)
+    x2, weight2, scale2, _ = case(6, rows, 64, 96, 1.0)
+    up, down, norm = int8.Numba(weight, scale), int8.Numba(weight2, scale2), Norm(96, 1e-6)
+    norm.weight.copy_(torch.randn(96))
+    assert torch.equal(up.normed(x, norm.weight, 1e-6), up(norm(x)))
+    assert torch.equal(down.added(x2, x), x + down(x2))
+    gate, both = up(norm(x)).chunk(2, -1)
+    want = x + down(torch.nn.functional.silu(gate) * both)
+    assert (up.mlp(x, norm.weight, 1e-6, down) - want).abs().max() < 0.03 * want.abs().max()  # a level may differ
+
+
+@torch.inference_mode()
+def test_joined_calls_are_for_int8_rows_in_fp32_only():
+    plain, small = linears.Linear(96, 96), linears.Int8Linear(96, 96)
+    assert linears.compiled(torch.ones(1, 96), plain) == []
+    assert linears.compiled(torch.ones(1, 96, dtype=torch.float64), small) == []
+    assert linears.compiled(torch.ones(1, 1, 96), small) == []
+    small.kernels.names = ("numba", "fbgemm", "fbgemm")
+    assert len(linears.compiled(torch.ones(1, 96), small, small)) == 2
+    assert linears.compiled(torch.ones(2, 96), small, small) == []
+
+
+def test_a_wrong_kernel_is_refused(monkeypatch):
+    def saturating(weight, scale):
+        def run(x):
+            s = quant.token_scale(x)
+            total = quant.token_levels(x, s).long() @ weight.long().T
+            return total.clamp(-(2**15), 2**15 - 1).float() * scale.view(-1) * s
+
+        return run
+
+    def slightly_off(weight, scale):
+        return lambda x: quant.int8_linear_reference(x, weight, scale * (1 + 2e-7))
+
+    assert "relative error" in int8.self_test(saturating) and "relative error" in int8.self_test(slightly_off)
+    monkeypatch.setattr(int8, "KERNELS", {"fbgemm": saturating, "onednn": slightly_off})
+    with pytest.raises(ResourceError, match=r"no INT8 kernel passes.*fbgemm: relative error.*--precision auto"):
+        int8.trusted.__wrapped__(CPU)
+
+
+def test_choice_measures_and_prefers_what_needs_no_second_copy():
+    assert set(int8.choice(96, 64, CPU, 1)) <= set(int8.trusted(CPU)) - {"float"}
+    assert int8.choice(int8.MOST_INPUTS + 1, 4, CPU, 1) == ("float",) * 3
+    x = torch.zeros(1, 4)
+
+    def slow(x):
+        return [x + 1 for _ in range(2000)]
+
+    assert int8._fastest({"first": slow, "second": lambda x: x}, x) == "second"
+    assert int8._fastest({"first": lambda x: x, "second": slow}, x) == "first"
+
+
+WITHOUT = """
+import sys
+sys.modules["numba"] = None
+import torch
+from shoal import Model
+from shoal.model import int8
+assert "numba" not in int8.trusted(torch.device("cpu")), "it was to be without"
+print(Model.from_preset("test", seed=1).quantized().logits(list(range(20, 60)))[-1, :4].tolist())
+"""
+OTHER = """
+import sys, torch
+from shoal.model import int8, int8_kernels
+assert int8_kernels.instructions() == sys.argv[1], int8_kernels.instructions()
+assert int8.self_test(int8.Numba) is None, int8.self_test(int8.Numba)
+print("same")
+"""
+
+
+def child(code, *args, **env):
+    told = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **env}
+    done = subprocess.run([sys.executable, "-c", code, *args], env=told, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_without_numba_torch_computes_the_same():
+    from shoal import Model
+
+    with torch.inference_mode(False):
+        want = Model.from_preset("test", seed=1).quantized().logits(list(range(20, 60)))[-1, :4]
+    got = torch.tensor(eval(child(WITHOUT)))
+    assert (got - want).abs().max() < 0.01 * want.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize(("way", "name", "features"), [("avx2", "haswell", "+avx,+avx2,+fma"), ("plain", "x86-64", "")])
+def test_cpus_without_the_newest_instructions_compute_the_same(way, name, features, tmp_path):
+    import platform
+
+    if platform.machine() != "x86_64":
+        pytest.skip("describes an x86-64")
+    env = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+    assert child(OTHER, way, **env) == "same"
