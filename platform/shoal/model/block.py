@@ -16,8 +16,8 @@ from shoal.config import ModelConfig
 from shoal.model import fused
 from shoal.model.attention import Layout, attend, block_summaries
 from shoal.model.cache import GroupCache, PagedStep
-from shoal.model.paged import Reach, paged_attention, write_kv
 from shoal.model.linears import Int8Linear, Linear
+from shoal.model.paged import Reach, paged_attention, write_kv
 
 Rope = tuple[Tensor, Tensor]  # what x and x with its first two quarters swapped are multiplied by, [..., T, 1, d]
 

@@ -119,8 +119,8 @@ def layer(
     step: PagedStep,
     reach: Reach,
 ) -> Tensor:
-    """x [N, D] after a layer, for rows of requests of at most `SHORT`: `norms` before attention, of q, of k and before the MLP; `matrices` qkv, out, up
-    and down. K/V and summaries are written."""
+    """x [N, D] after a layer, for requests of at most `SHORT` rows each: `norms` before attention, of q, of k and before the
+    MLP; `matrices` qkv, out, up and down. K/V and summaries are written."""
     out = torch.empty_like(x)
     dim = kv.shape[-1] // 2
     keep, cross = (table.view(-1, dim) for table in rope)
@@ -153,5 +153,8 @@ def _kernels() -> ModuleType | None:
 
 
 def _call(name: str, *args: Any) -> Any:
-    kernel = getattr(_kernels(), name)
-    return kernel(*(arg.detach().numpy() if isinstance(arg, Tensor) else arg for arg in args))
+    return getattr(_kernels(), name)(*[_array(arg) if isinstance(arg, Tensor) else arg for arg in args])
+
+
+def _array(x: Tensor) -> Any:
+    return x.detach().numpy() if x.requires_grad else x.numpy()

@@ -89,8 +89,8 @@ class Kernels:
 
 
 def pack(weight: Tensor, scale: Tensor) -> Kernels:
-    """A function x [M, I] fp32 -> [M, O] fp32 for int8 `weight` [O, I] and `scale` [O, 1], by the fastest kernels for this shape
-    that can be trusted here. Raises ResourceError where there is none."""
+    """A function x [M, I] fp32 -> [M, O] fp32 for int8 `weight` [O, I] and `scale` [O, 1], by the fastest kernels for this
+    shape that can be trusted here. Raises ResourceError where there is none."""
     return Kernels(weight.contiguous(), scale.contiguous())
 
 
@@ -139,7 +139,11 @@ def trusted(device: torch.device) -> list[str]:
         if name in (_ON_CUDA if device.type == "cuda" else _ON_CPU):
             try:
                 problem = self_test(build, device)
-            except (RuntimeError, AttributeError, ImportError) as error:  # what this machine or this build of torch lacks
+            except (
+                RuntimeError,
+                AttributeError,
+                ImportError,
+            ) as error:  # what this machine or this build of torch lacks
                 problem = str(error).splitlines()[0]
             if problem is None:
                 passed.append(name)

@@ -21,7 +21,6 @@ from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-
 STEP = 64  # bytes: rows of levels and weights are multiples of it
 TILE = 4  # rows, and outputs, of the largest tile
 _AHEAD = 2  # tiles of weights that are fetched ahead; into the second cache: at M = 8 half the time of none
@@ -68,7 +67,9 @@ def _tile(rows: int, outputs: int) -> Any:
     the bytes from one row of results to the next: it fills `rows` x `outputs` results."""
 
     @intrinsic
-    def tile(_typing: Any, x: Any, w: Any, shift: Any, w_scale: Any, x_scale: Any, out: Any, k: Any, stride: Any) -> Any:
+    def tile(
+        _typing: Any, x: Any, w: Any, shift: Any, w_scale: Any, x_scale: Any, out: Any, k: Any, stride: Any
+    ) -> Any:
         def code(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
             x, w, shift, w_scale, x_scale, out, k, stride = args
 
@@ -152,7 +153,9 @@ def _round(x, levels, scale):
         scale[m] = x.dtype.type(np.nan) if broken else s
         for i in range(width):
             level = np.rint(x[m, i] / s + zero)
-            levels[m, i] = np.uint8(np.int32(min(high, max(low, level))))  # in this order NaN becomes 0, its row's scale is NaN
+            levels[m, i] = np.uint8(
+                np.int32(min(high, max(low, level)))
+            )  # in this order NaN becomes 0, its row's scale is NaN
         levels[m, width:] = 0
 
 

@@ -53,9 +53,9 @@ class Model:
     ) -> Model:
         """The model in a directory; `verify`: hash weights of any size first (up to 2 GB they are hashed anyway).
 
-        An INT8 model is refused on a machine that cannot be trusted with INT8, unless `on_fallback` is given: it is told why, and
-        the model comes with its weights as fp32, in four times the memory. Raises CheckpointError naming what is wrong with the
-        directory, ResourceError for the machine.
+        An INT8 model is refused on a machine that cannot be trusted with INT8, unless `on_fallback` is given: it is told why,
+        and the model comes with its weights as fp32, in four times the memory. Raises CheckpointError naming what is wrong
+        with the directory, ResourceError for the machine.
         """
         parts = checkpoint.read(directory, verify=verify)
         if parts.config.quantization == "w8a8":

@@ -21,8 +21,8 @@ from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import checkpoint as model_directory
 from shoal.model.cost import parameters
-from shoal.model.net import Net
 from shoal.model.linears import export_int8, fake_quantize_
+from shoal.model.net import Net
 from shoal.train import log
 from shoal.train.checkpoint import CheckpointStore, TrainState, code_version, full_state, read_state, require_same
 from shoal.train.feed import Feed, open_feed, shard_tokenizer
@@ -53,7 +53,9 @@ class FitResult:
     tokens: int  # padding left out
     seconds: float  # of training, over all sittings
     bpb: Bpb  # held-out bits a byte: modality -> exit name -> value
-    rounded: dict[str, Bpb] = field(default_factory=dict)  # of a quantising run: the model it starts from, as it is ("fp32") and
+    rounded: dict[str, Bpb] = field(
+        default_factory=dict
+    )  # of a quantising run: the model it starts from, as it is ("fp32") and
     # rounded without training ("post-training"), measured likewise
 
 

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from shoal.errors import ResourceError
-from shoal.model import int8, linears, quant
-from shoal.model.block import Norm
+from shoal.model import fused, int8, linears, quant
 from tests.unit.model.rounding import SHAPES, case
 
 pytest.importorskip("numba")
@@ -58,28 +57,23 @@ def test_a_row_does_not_depend_on_its_batch_mates():
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("rows", [1, 3, 9])
-def test_joined_calls_equal_their_parts(rows):
-    x, weight, scale, _ = case(5, rows, 96, 128, 1.0)
-    x2, weight2, scale2, _ = case(6, rows, 64, 96, 1.0)
-    up, down, norm = int8.Numba(weight, scale), int8.Numba(weight2, scale2), Norm(96, 1e-6)
-    norm.weight.copy_(torch.randn(96))
-    assert torch.equal(up.normed(x, norm.weight, 1e-6), up(norm(x)))
-    assert torch.equal(down.added(x2, x), x + down(x2))
-    gate, both = up(norm(x)).chunk(2, -1)
-    want = x + down(torch.nn.functional.silu(gate) * both)
-    assert (up.mlp(x, norm.weight, 1e-6, down) - want).abs().max() < 0.03 * want.abs().max()  # a level may differ
-
-
-@torch.inference_mode()
-def test_joined_calls_are_for_int8_rows_in_fp32_only():
+def test_a_layer_reads_int8_rows_in_fp32_only():
     plain, small = linears.Linear(96, 96), linears.Int8Linear(96, 96)
-    assert linears.compiled(torch.ones(1, 96), plain) == []
-    assert linears.compiled(torch.ones(1, 96, dtype=torch.float64), small) == []
-    assert linears.compiled(torch.ones(1, 1, 96), small) == []
-    small.kernels.names = ("numba", "fbgemm", "fbgemm")
-    assert len(linears.compiled(torch.ones(1, 96), small, small)) == 2
-    assert linears.compiled(torch.ones(2, 96), small, small) == []
+    assert plain.matrix(torch.ones(1, 96)) is not None and plain.matrix(torch.ones(fused.FEW + 1, 96)) is None
+    plain.fake = True
+    assert plain.matrix(torch.ones(1, 96)) is None
+    small.kernels.names = ("numba", "numba", "fbgemm")
+    assert small.matrix(torch.ones(1, 96, dtype=torch.float64)) is None
+    assert small.matrix(torch.ones(8, 96)) is not None and small.matrix(torch.ones(9, 96)) is None
+
+
+def test_a_weight_that_moved_is_read_where_it_lies():
+    x, weight, scale, _ = case(1, 3, 96, 64, 0.0)
+    layer = linears.Int8Linear(96, 64)
+    layer.load_state_dict({"weight": weight, "weight_scale": scale}, assign=True)
+    assert torch.equal(layer(x), quant.int8_linear_reference(x, weight, scale))
+    layer.weight.data = -weight
+    assert torch.equal(layer(x), quant.int8_linear_reference(x, -weight, scale))
 
 
 def test_a_wrong_kernel_is_refused(monkeypatch):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from shoal import Model
 from shoal.errors import CheckpointError
@@ -61,7 +60,9 @@ def test_the_int8_twin_answers_like_the_fake_quantised_model():
 def test_a_weight_that_is_not_finite_is_refused_by_name():
     model = Model.from_preset("test")
     model.net.groups[1].blocks[0].mlp.down.weight[3, 3] = float("nan")
-    with pytest.raises(CheckpointError, match=r"groups\.1\.blocks\.0\.mlp\.down\.weight is not finite: got '1 rows, the first 3'"):
+    with pytest.raises(
+        CheckpointError, match=r"groups\.1\.blocks\.0\.mlp\.down\.weight is not finite: got '1 rows, the first 3'"
+    ):
         model.quantized()
 
 
