@@ -284,7 +284,12 @@ def serve(
     if not ray:
         if model is None or config is not None or replicas is not None:
             raise UsageError("--no-ray serves one model from this process", do="give --model DIR, and no --config")
-        options = {"metrics": metrics is not False, "cors": cors or (), "api_keys": api_keys, "runs": runs}
+        options: dict[str, Any] = {
+            "metrics": metrics is not False,
+            "cors": cors or (),
+            "api_keys": api_keys,
+            "runs": runs,
+        }
         if precision == "auto":
             options["on_fallback"] = partial(print, "shoal: in fp32, since", file=sys.stderr)
         _serve_here(model, host or LOOPBACK, port or PORT, page=ui is not False, name=name, **options)

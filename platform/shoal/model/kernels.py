@@ -170,8 +170,8 @@ def attend(q, kv, summaries, tables, rows, requests, positions, block, window, t
 @_jit
 def layer(
     x, attention_norm, qkv, qkv_shift, qkv_scale, q_weight, k_weight, eps, keep, cross, positions, slots, block, kv,
-    summaries, tables, rows, requests, window, top_k, sinks, gamma, back, back_shift, back_scale, mlp_norm, up, up_shift, up_scale,
-    down, down_shift, down_scale, out,
+    summaries, tables, rows, requests, window, top_k, sinks, gamma, back, back_shift, back_scale, mlp_norm, up, up_shift,
+    up_scale, down, down_shift, down_scale, out,
 ):  # fmt: skip
     """out [N, D]: x [N, D] after a whole layer; K/V and summaries as `project_and_store` leaves them. The matrices are fp,
     shifts and scales unused, or int8 with theirs (`times`). Returns how many vectors of d numbers were read."""

@@ -66,14 +66,14 @@ def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def fake_weight(w: Tensor) -> Tensor:
     """`w` [O, I] as the INT8 model will hold it, with a straight-through gradient: nothing lies beyond the largest level, so
     nothing is clamped."""
-    return _Straight.apply(w, _dequantized(w))
+    return _Straight.apply(w, _dequantized(w))  # type: ignore[no-untyped-call]
 
 
 def fake_linear(x: Tensor, w: Tensor) -> Tensor:
     """x [..., I] -> [..., O] in the arithmetic of the kernels: `int8_linear_reference` to the bit while sums stay below 2^24,
     whatever the order in which they are taken, since whole numbers are added. Gradients are those of the product of the rounded
     values, passed straight through the rounding."""
-    return _Int8Product.apply(x, w)
+    return _Int8Product.apply(x, w)  # type: ignore[no-untyped-call]
 
 
 class _Straight(torch.autograd.Function):
