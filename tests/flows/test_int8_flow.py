@@ -77,7 +77,7 @@ def test_a_resumed_quantising_run_ends_as_if_nothing_had_happened(data: Path, tr
             raise Interrupted
 
     def plan(name: str) -> FitPlan:
-        more = {"steps": 12, "batch_tokens": 768, "checkpoint_minutes": 0.0, "warmup": 0.3}
+        more = {"steps": 12, "batch_tokens": 768, "checkpoint_minutes": 0.0, "warmup": 0.3, "decay": 0.5}
         return quantize_plan(str(trained), str(data), str(tmp_path / name), **more)
 
     calm = fit(plan("calm"))
@@ -117,7 +117,7 @@ def test_a_machine_that_fails_the_self_test_refuses_int8_or_falls_back(
 
 def test_a_wide_model_takes_a_quarter_of_the_file_and_never_its_fp32_weights_in_memory(tmp_path: Path) -> None:
     """Four of `base`'s twelve layers and a quarter of its vocabulary: the fp32 share is larger here than in the whole."""
-    config = dataclasses.replace(presets.get("base").model, layers=4, vocab=8192)
+    config = dataclasses.replace(presets.get("base").model, layers=4, ffn=1536, vocab=8192)
     model = Model(config, Net(config).init_(0), Model.from_preset("test").tokenizer)
     model.save(tmp_path / "fp32")
     model.quantized().save(tmp_path / "int8")

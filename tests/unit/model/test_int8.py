@@ -72,8 +72,8 @@ def test_a_weight_that_moved_is_read_where_it_lies():
     layer = linears.Int8Linear(96, 64)
     layer.load_state_dict({"weight": weight, "weight_scale": scale}, assign=True)
     assert torch.equal(layer(x), quant.int8_linear_reference(x, weight, scale))
-    layer.weight.data = -weight
-    assert torch.equal(layer(x), quant.int8_linear_reference(x, -weight, scale))
+    layer.weight.data = other = -weight
+    assert torch.equal(layer(x), quant.int8_linear_reference(x, other, scale))
 
 
 def test_a_wrong_kernel_is_refused(monkeypatch):

@@ -11,7 +11,7 @@ from shoal import Model, presets
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import memory
 from shoal.model.net import Net
-from shoal.model.quant import prepack_
+from shoal.model.linears import prepack_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for in Linux's way")

@@ -153,7 +153,7 @@ def reference_group(group, x):
     c = group.config
     for block in group.blocks:
         attention, gamma = block.attention, block.attention.gamma()
-        q, k, v = attention.turned(attention.qkv(block.attention_norm(x)), rope)
+        q, k, v = attention.project(block.attention_norm(x), rope)
         y = reference_attention(
             q[None], k[None], v[None], window=c.window, block=c.block, top_k=c.top_k, sinks=c.sinks, summary=c.summary,
             local_weight=1.0 if gamma is None else gamma,
