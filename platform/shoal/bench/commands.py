@@ -53,7 +53,8 @@ def quant(
         ),
     ] = [],  # noqa: B006
     data: Annotated[
-        Path | None, typer.Option(help="Directory of shards and held-out chats for the pairs, made by `shoal prepare`.")
+        Path | None,
+        typer.Option(help="Directory of shards and held-out chats for the pairs, made by `shoal prepare`. [none]"),
     ] = None,
     rows: Annotated[
         int, typer.Option(help="Held-out rows of text and of code that bits per byte are taken over.")

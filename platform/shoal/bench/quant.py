@@ -6,6 +6,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +109,8 @@ def _quality(pairs: list[Pair], data: Path, rows: int) -> Rows:
 def _speed(exact: Model, tokens: int, rounds: int) -> Rows:
     """Tokens a second at full depth, both models in turns."""
     engines = [Engine(model, units=UNITS) for model in (exact, exact.quantized())]
-    runs = {
-        (i, batch): lambda e=engine, b=batch: decode_speed(e, b, tokens)  # type: ignore[misc]
+    runs: dict[tuple[int, int], Callable[[], float]] = {
+        (i, batch): partial(decode_speed, engine, batch, tokens)
         for i, engine in enumerate(engines)
         for batch in BATCHES
     }
