@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -127,7 +128,7 @@ def _fastest(runs: dict[str, Run], x: Tensor) -> str:
 
 
 def _bucket(rows: int) -> int:
-    return next((i for i, most in enumerate(MEASURED) if rows <= most), len(MEASURED) - 1)
+    return min(bisect_left(MEASURED, rows), len(MEASURED) - 1)
 
 
 @cache
