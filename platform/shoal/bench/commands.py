@@ -65,7 +65,7 @@ def quant(
     from shoal.bench.quant import quant as run
 
     pairs = [parse_pair(text) for text in pair]
-    run(out, preset=preset, tokens=tokens, rounds=rounds, pairs=pairs, data=data, rows=rows)
+    run(out, preset=preset, tokens=tokens, rounds=rounds, pairs=pairs, data=data)
 
 
 @bench.command("model")

@@ -45,9 +45,7 @@ print(1024 * int(status["VmHWM"].split()[0]))
 """
 
 
-def quant(
-    console: Console, *, preset: str, tokens: int, rounds: int, pairs: list[Pair], data: Path | None, rows: int
-) -> None:
+def quant(console: Console, *, preset: str, tokens: int, rounds: int, pairs: list[Pair], data: Path | None) -> None:
     """The table, and all of it as JSON. `pairs`: model directories in FP32 and INT8, one a seed, measured on the held-out rows
     and chats of `data`."""
     if pairs and data is None:
@@ -55,7 +53,7 @@ def quant(
     leave_a_core()
     config = presets.get(preset).model
     exact = Model(config, Net(config).init_(0), Tokenizer.bytes_only(), name="bench")
-    found = _quality(pairs, data, rows) if data is not None else []
+    found = _quality(pairs, data) if data is not None else []
     size = _sizes({"fp32": exact, "int8": exact.quantized()})
     speed = _speed(exact, tokens, rounds)
     table = Table(
@@ -89,7 +87,7 @@ def parse_pair(text: str) -> Pair:
     return Path(first), Path(second)
 
 
-def _quality(pairs: list[Pair], data: Path, rows: int) -> Rows:
+def _quality(pairs: list[Pair], data: Path) -> Rows:
     found = []
     for paths in pairs:
         models = [Model.load(path) for path in paths]
@@ -101,7 +99,7 @@ def _quality(pairs: list[Pair], data: Path, rows: int) -> Rows:
             asked = heldout_questions(model, data, Sizes()).get("summarisation", [])
             answers = generate(Engine(model), [q.prompt for q in asked], TASKS["summarisation"], "full")
             scores.append(bleu(answers, asked)[0])
-        cost = int8_cost(models[0], models[1], data, rows=rows)
+        cost = int8_cost(models[0], models[1], data, rows=Sizes().heldout_rows)
         found.append({"models": [str(path) for path in paths], "bleu": scores, "bpb": cost})
     return found
 

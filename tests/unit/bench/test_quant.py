@@ -14,7 +14,7 @@ from shoal.errors import UsageError
 
 def test_speed_and_size_of_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
     said = io.StringIO()
-    quant.quant(Console(file=said, width=160), preset="tiny", tokens=2, rounds=1, pairs=[], data=None, rows=4)
+    quant.quant(Console(file=said, width=160), preset="tiny", tokens=2, rounds=1, pairs=[], data=None)
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["batch"] for row in told["speed"]] == [1, 8]
     assert all(row["ratio"] == row["tokens_per_s"][1] / row["tokens_per_s"][0] for row in told["speed"])
@@ -33,6 +33,6 @@ def test_pairs_are_two_models_in_their_order(tmp_path: Path) -> None:
             quant.parse_pair(wrong)
     turned = quant.parse_pair(f"{tmp_path}/int8={tmp_path}/fp32")
     with pytest.raises(UsageError, match="in fp32, then one in INT8"):
-        quant._quality([turned], tmp_path, 4)
+        quant._quality([turned], tmp_path)
     with pytest.raises(UsageError, match="--data"):
-        quant.quant(Console(), preset="tiny", tokens=2, rounds=1, pairs=[turned], data=None, rows=4)
+        quant.quant(Console(), preset="tiny", tokens=2, rounds=1, pairs=[turned], data=None)
