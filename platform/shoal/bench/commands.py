@@ -56,9 +56,6 @@ def quant(
         Path | None,
         typer.Option(help="Directory of shards and held-out chats for the pairs, made by `shoal prepare`. [none]"),
     ] = None,
-    rows: Annotated[
-        int, typer.Option(help="Held-out rows of text and of code that bits per byte are taken over.")
-    ] = 96,
 ) -> None:
     """The article's table, FP32 beside INT8: BLEU, bits per byte, tokens per second, weight file, memory."""
     from shoal.bench.quant import parse_pair
