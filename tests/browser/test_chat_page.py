@@ -222,7 +222,7 @@ def test_an_error_of_the_api_is_one_line_and_the_chat_goes_on(page: playwright.P
     most_tokens(page, 383)
     ask(page, "This does not fit.")
     line = page.get_by_role("alert").inner_text()
-    assert "do not fit the context of 384 tokens" in line and "\n" not in line
+    assert "this model's maximum context length is 384 tokens" in line and "\n" not in line
     most_tokens(page, 4)
     ask(page, "This does.")
     page.locator(".facts").wait_for()

@@ -13,10 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,69 +21,16 @@ import openai
 import pytest
 from PIL import Image
 
-from shoal import Engine, Model
+from shoal import Model
 from shoal.api.app import build_app
-from shoal.api.auth import ApiKeys
-from shoal.api.requests import Limits
 from shoal.api.served import ServedModel
 from shoal.api.server import serving
 from shoal.api.service import Hosted
-from shoal.engine.front import AsyncEngine
 from shoal.errors import ResourceError
 from shoal.inputs.chat import encode_chat
+from tests.flows.conftest import KEY, Service
 
 MESSAGES: list[Any] = [{"role": "user", "content": "How deep is the sea?"}]
-KEY = "a-key-for-this-test"
-
-
-@dataclass
-class Service:
-    url: str
-    model: Model
-    engine: AsyncEngine
-    loop: asyncio.AbstractEventLoop
-
-    def run(self, work: Any) -> Any:
-        """The result of a coroutine of the engine, in the server's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
-
-    def until_idle(self, seconds: float = 5.0) -> None:
-        """Waits until no request holds anything; the units are then back, or `check_integrity` kills the engine."""
-        end = time.monotonic() + seconds
-        while (stats := self.run(self.engine.stats()))["num_requests_running"] + stats["num_requests_waiting"]:
-            assert time.monotonic() < end, stats
-            time.sleep(0.01)
-        assert self.run(self.engine.stats())["kv_cache_usage_perc"] == 0
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    model = Model.from_preset("test", seed=3)
-    served = ServedModel("fish", model.config, model.tokenizer, model.chat_template)
-    started: list[Service] = []
-    ready, stop = threading.Event(), threading.Event()
-
-    async def serve() -> None:
-        engine = AsyncEngine(Engine(model, max_queue=4, max_batch=4, max_batch_tokens=64))
-        app = build_app([Hosted(served, engine)], api_keys=ApiKeys([KEY]), limits=Limits(seconds=60))
-        async with serving(app) as running:
-            started.append(Service(running.url, model, engine, asyncio.get_running_loop()))
-            ready.set()
-            await asyncio.to_thread(stop.wait)
-        await engine.close()
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    assert ready.wait(30)
-    yield started[0]
-    stop.set()
-    thread.join(20)
-    assert not thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{service.url}/v1", api_key=KEY, max_retries=0, timeout=30)
 
 
 def test_greedy_answers_are_the_model_s_own(service: Service, client: openai.OpenAI) -> None:

@@ -114,7 +114,9 @@ class Function(Wire):
     parameters: dict[str, Any] = Field(
         default_factory=lambda: {"type": "object", "properties": {}}, description="JSON schema of the arguments"
     )
-    strict: bool = Field(False, description="true needs tool_choice required or a name: only then arguments are guided")
+    strict: bool = Field(
+        False, description="true: also calls that the model makes by itself (tool_choice auto) follow the parameters"
+    )
 
 
 class Tool(Wire):
@@ -215,8 +217,8 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, description="default: what the prompt leaves of the context")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, description="0 to 20; needs logprobs")
-    reasoning_effort: Literal["low", "medium", "high"] | None = Field(
-        None, description="low: depth shallow; medium: auto; high: full. Not together with depth"
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="none to low: depth shallow; medium: auto; high and above: full. Not together with depth"
     )
     response_format: ResponseFormat | None = None
     tools: list[Tool] = Field(default_factory=list)

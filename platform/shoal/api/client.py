@@ -18,6 +18,7 @@ from shoal.errors import DeadlineError, EngineDeadError
 
 T = TypeVar("T")
 
+UNREAD = 32  # events of several requests that wait for their one reader; then the requests wait, as a single one does
 GRACE_SECONDS = 5.0  # how much later than the engine's own deadline this side gives up waiting
 
 
@@ -52,7 +53,7 @@ async def gather(client: EngineClient, requests: Sequence[Request]) -> AsyncGene
             async for event in events:
                 yield 0, event
         return
-    queue: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue(UNREAD)
     tasks = [asyncio.create_task(_pump(index, events, queue)) for index, events in enumerate(streams)]
     try:
         running = len(tasks)
@@ -125,11 +126,11 @@ async def _pump(
     try:
         async with aclosing(events):
             async for event in events:
-                queue.put_nowait((index, event))
+                await queue.put((index, event))
     except Exception as error:
-        queue.put_nowait((index, error))
+        await queue.put((index, error))
     else:
-        queue.put_nowait((index, None))
+        await queue.put((index, None))
 
 
 async def _disconnect(receive: Receive) -> None:

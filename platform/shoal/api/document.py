@@ -11,10 +11,11 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from shoal.api.bodies import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
-from shoal.api.shapes import ErrorEnvelope
+from shoal.api.shapes import ChatChunk, ErrorEnvelope
 from shoal.api.wire import Wire
 
 BODIES = (ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
@@ -38,9 +39,16 @@ def answered(kind: Any, *statuses: int, chunk: Any = None) -> dict[int | str, di
     """The entries of an answer of `kind`, streamed as events that hold a `chunk` each, and of the errors `statuses`."""
     answer: dict[str, Any] = {"model": kind}
     if chunk is not None:
-        said = f"data: {chunk.__name__} as JSON, each followed by an empty line; at last data: [DONE]"
-        answer["content"] = {"text/event-stream": {"schema": {"type": "string", "description": said}}}
+        answer["content"] = {"text/event-stream": {"schema": _events(chunk.__name__)}}
     return {200: answer, **refused(*statuses)}
+
+
+def _events(chunk: str) -> dict[str, Any]:
+    """One of the events: a chunk, at last the end mark, or in its place an error that came after the first chunk."""
+    shapes = [{"$ref": _REFERENCE.format(model=name)} for name in (chunk, ErrorEnvelope.__name__)]
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": shapes}}
+    end = {"const": "[DONE]"}
+    return {"type": "object", "properties": {"data": {"anyOf": [end, data]}}, "required": ["data"]}
 
 
 class Documented(FastAPI):
@@ -56,6 +64,8 @@ class Documented(FastAPI):
         for body in BODIES:
             for example in schemas["$defs"][body.__name__]["examples"]:
                 example.update({"model": self._model} if "model" in example else {})
+        chunk = TypeAdapter(ChatChunk).json_schema(ref_template=_REFERENCE)
+        schemas["$defs"] |= {**chunk.pop("$defs"), ChatChunk.__name__: chunk}
         parts = document.setdefault("components", {})
         parts.setdefault("schemas", {}).update(schemas["$defs"])
         for name in ("HTTPValidationError", "ValidationError"):

@@ -26,9 +26,18 @@ from shoal.api.tools import CLOSE, Offer, Plain, Reader, as_plain
 from shoal.engine.events import Guide, Request, Sampling
 from shoal.errors import ContextLengthError, RequestError
 from shoal.inputs.chat import Encoded, encode_chat
-from shoal.inputs.tokenizer import IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID
+from shoal.inputs.tokenizer import IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID, SPECIAL
 
-EFFORT_DEPTH = {"low": "shallow", "medium": "auto", "high": "full"}
+EFFORT_DEPTH = {
+    "none": "shallow",
+    "minimal": "shallow",
+    "low": "shallow",
+    "medium": "auto",
+    "high": "full",
+    "xhigh": "full",
+    "max": "full",
+}
+_MOST = "this model's maximum context length is"  # OpenAI's words, by which litellm and others know this error
 
 
 @dataclass(frozen=True)
@@ -122,9 +131,12 @@ def embedding_work(body: EmbeddingRequest, served: ServedModel, limits: Limits) 
 
 
 def tokenize(body: TokenizeRequest, served: ServedModel, limits: Limits) -> list[int]:
-    """Token ids of a text or of a chat. Raises RequestError unless exactly one of them is given."""
+    """Token ids of a text or of a chat; a text that is a control token's name, and no more, is that token. Raises RequestError
+    unless exactly one of them is given."""
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt and messages", param="prompt", do="give one of them")
+    if body.prompt in SPECIAL:  # so does lm-eval look up the id of the eos_token that /tokenizer_info names
+        return [served.tokenizer.special(body.prompt)]
     if body.messages is None:
         return served.tokenizer.encode(body.prompt or "")
     return encode_messages(body.messages, served, limits, add_generation_prompt=body.add_generation_prompt).ids
@@ -246,17 +258,18 @@ def _logit_bias(given: dict[str, float], served: ServedModel) -> dict[int, float
 def _chat_guide(body: ChatRequest, offer: Offer) -> tuple[Guide | None, str]:
     """What the answer must be, and the field that says so. Raises RequestError when several do."""
     asked = {
-        "tool_choice": offer.guide,
+        "tools": offer.guide,
         "response_format": _format(body.response_format),
         "structured_outputs": _guide(body.structured_outputs),
     }
     given = [name for name, guide in asked.items() if guide is not None]
+    other = next((name for name in given if name != "tools"), None)
+    if other is not None and offer.told:
+        raise RequestError(f"{other} with tools", param=other, do='set tool_choice to "none", or leave it out')
     if len(given) > 1:
         raise RequestError(" and ".join(given), param=given[1], do="give one of them")
-    if given and offer.told and not offer.forced:
-        raise RequestError(f"{given[0]} with tools", param=given[0], do='set tool_choice to "none", or leave it out')
     name = given[0] if given else "guided"
-    return asked.get(name), "tools" if name == "tool_choice" else name
+    return asked.get(name), name
 
 
 def _format(given: ResponseFormat | None) -> Guide | None:
@@ -320,8 +333,11 @@ def _may_fit(characters: int, served: ServedModel, param: str) -> None:
     """Raises ContextLengthError for a text that no tokenisation could fit, before time is spent on encoding it."""
     most = served.config.context * served.longest_token
     if characters > most:
-        allowed = f"{served.config.context} tokens, which hold at most {most} characters"
-        raise ContextLengthError(param, param=param, got=f"{characters} characters", allowed=allowed)
+        raise ContextLengthError(
+            f"{characters} characters do not fit the context, and {_MOST} {served.config.context} tokens",
+            param=param,
+            do=f"send at most {most} characters",
+        )
 
 
 def _fit(prompt_tokens: int, max_tokens: int | None, context: int) -> int:
@@ -330,7 +346,7 @@ def _fit(prompt_tokens: int, max_tokens: int | None, context: int) -> int:
     if left < 1 or (max_tokens is not None and max_tokens > left):
         asked = "an answer" if max_tokens is None else f"max_tokens = {max_tokens}"
         raise ContextLengthError(
-            f"{prompt_tokens} prompt tokens and {asked} do not fit the context of {context} tokens",
+            f"{prompt_tokens} prompt tokens and {asked} do not fit the context, and {_MOST} {context} tokens",
             param="messages" if max_tokens is None else "max_tokens",
             do="shorten the prompt or ask for less",
         )

@@ -31,6 +31,9 @@ from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError
 log = logging.getLogger("shoal.api")
 
 BODY_SECONDS = 60.0  # for a body to arrive
+SEND_SECONDS = (
+    60.0  # for a client to read what fills the buffers up to it; its units are bound by the request's own deadline
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Service:
             return Response(dumps(whole), media_type="application/json", headers={"X-Shoal-Depth": answer.depth()})
         chunks = answer.chunks(events)
         first = await while_connected(request.receive, anext(chunks))  # until here an error has its own status
-        return _EventStream(self._guarded(first, chunks, answer, access), answer.fixed_depth())
+        return _EventStream(self._guarded(first, chunks, answer, access), answer.fixed_depth(), access)
 
     async def embed(
         self, request: Request, client: EngineClient, ids: Sequence[list[int]], depth: str | int | None
@@ -152,29 +155,32 @@ def _retry_after(error: Exception) -> str:
 
 
 class _EventStream(Response):
-    """Server-sent events. Ends the stream's source when the client leaves, also between two events. A depth that was asked for
-    is in the header; what the router decides is known only at the end, and stands in the usage."""
+    """Server-sent events. Ends the stream's source when the client leaves, also between two events, or does not read. A depth
+    that was asked for is in the header; what the router decides is known only at the end, and stands in the usage."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], depth: str | None) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes, None], depth: str | None, access: Access) -> None:
         self.status_code, self.background = 200, None
         known = {} if depth is None else {"X-Shoal-Depth": depth}
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **known})
-        self._chunks = chunks
+        self._chunks, self._access = chunks, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def stream() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async with aclosing(self._chunks) as chunks:
                 async for chunk in chunks:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    async with asyncio.timeout(SEND_SECONDS):
+                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         try:
             await while_connected(receive, stream())
         except ClientGone:
-            log.info("client left its stream")
+            self._access.error = "client_left"
+        except TimeoutError:  # of `send`: errors of the chunks are events; the server closes what is left unfinished
+            self._access.error = "client_stalled"
 
 
 async def read_body(request: Request, kind: type[W]) -> W:

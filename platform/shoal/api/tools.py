@@ -6,8 +6,9 @@ The chat template knows nothing of tools. They, their calls and their results ar
     assistant  <tool_call>{"name": ..., "arguments": {...}}</tool_call>, after what it says
     user       <tool_response>{"name": ..., "content": ...}</tool_response>     (a message of role "tool")
 
-With tool_choice "auto" calls are looked for in free text, and what is not a whole call of a known tool stays text. With
-"required", or a name, the whole answer is one call that a grammar guides.
+With tool_choice "auto" calls are looked for in free text, and what is not a whole call of a known tool stays text; where a
+tool is strict, a grammar guides what follows ``<tool_call>``. With "required", or a name, the whole answer is one call that
+a grammar guides.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from llguidance import StructTag
 
 from shoal.api.bodies import ChatRequest, Function, Message, NamedTool
 from shoal.engine.events import Guide
@@ -52,17 +55,14 @@ class Offer:
         self.forced = choice == "required" or self.named is not None
         self.told = bool(self.tools) and choice != "none"
         self.single = self.told and not body.parallel_tool_calls
-        strict = next((name for name, tool in self.tools.items() if tool.strict), None)
-        if strict is not None and self.told and not self.forced:
-            raise RequestError(
-                f"tools: strict ({strict})", param="tools", do="set tool_choice to required or to its name"
-            )
+        self.strict = self.told and any(tool.strict for tool in self.tools.values())
 
     @property
     def guide(self) -> Guide | None:
-        """What a forced answer must be: the arguments of the named tool, or a whole call of one of them."""
+        """What a forced answer must be: the arguments of the named tool, or a whole call of one of them. Of a free one with
+        strict tools: text, with calls in it."""
         if not self.forced:
-            return None
+            return self._calls_in_text() if self.strict else None
         if self.named is not None:
             return Guide("json_schema", json.dumps(self.tools[self.named].parameters))
         calls = [
@@ -75,6 +75,19 @@ class Offer:
             for name, tool in self.tools.items()
         ]
         return Guide("json_schema", json.dumps(_hoisted(calls)))
+
+    def _calls_in_text(self) -> Guide:
+        anything = {"type": "object"}  # of a tool that is not strict: its schema may be one that no grammar knows
+        tags = [
+            StructTag(
+                trigger=OPEN,
+                begin=f'{OPEN}{{"name": "{name}", "arguments": ',
+                grammar=tool.parameters if tool.strict else anything,
+                end="}" + CLOSE,
+            )
+            for name, tool in self.tools.items()
+        ]
+        return Guide("lark", StructTag.to_grammar(tags, assume_special=False))
 
     def reader(self) -> Reader:
         """What reads one answer."""
@@ -192,7 +205,7 @@ class _Whole(Reader):
 
 
 class _Tagged(Reader):
-    """Text with calls between ``<tool_call>`` and ``</tool_call>``, each sent whole."""
+    """Text with calls between ``<tool_call>`` and ``</tool_call>``, each sent whole. White space before a call is left out."""
 
     def __init__(self, tools: Mapping[str, Function]) -> None:
         self._tools, self._held = tools, ""
@@ -200,13 +213,16 @@ class _Tagged(Reader):
     def push(self, text: str) -> list[Delta]:
         self._held += text
         deltas: list[Delta] = []
-        while CLOSE in self._held and OPEN in self._held[: self._held.index(CLOSE)]:
+        while True:
             before, _, rest = self._held.partition(OPEN)
-            inner, _, self._held = rest.partition(CLOSE)
+            inner, closed, behind = rest.partition(CLOSE)
+            if not closed:
+                break
+            self._held = behind
             deltas += self._read(before, inner, OPEN + inner + CLOSE)
         if OPEN not in self._held:
             kept = next((k for k in range(len(OPEN) - 1, 0, -1) if self._held.endswith(OPEN[:k])), 0)
-            sure = self._held[: len(self._held) - kept]
+            sure = self._held[: len(self._held) - kept].rstrip()  # what follows may be a call
             self._held = self._held[len(sure) :]
             deltas += [{"content": sure}] if sure else []
         return deltas
@@ -219,8 +235,8 @@ class _Tagged(Reader):
         call = None if inner is None else _parsed(inner, self._tools)
         if call is None:
             return [{"content": before + spelt}] if before + spelt else []
-        said = [{"content": before}] if before.strip() else []
-        return [*said, self._call(*call)]
+        said = before.rstrip()
+        return [*([{"content": said}] if said else []), self._call(*call)]
 
 
 def _parsed(text: str, tools: Mapping[str, Function]) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ from shoal.errors import RequestError
 from shoal.inputs.chat import Encoded
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
-GuideKind = Literal["json_schema", "json_object", "regex", "choice"]
+GuideKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 MAX_TOP_LOGPROBS = 20
 MAX_DRAFTS = 16
 
@@ -23,8 +23,8 @@ MAX_DRAFTS = 16
 @dataclass(frozen=True)
 class Guide:
     """What the whole answer must be: JSON of a schema (`spec` is its text), any JSON object (no `spec`), a match of the
-    regular expression `spec`, or one of the strings `spec`. Raises RequestError when `kind` and `spec` do not fit; the
-    engine checks the rest when the request is submitted."""
+    regular expression `spec`, one of the strings `spec`, or what llguidance's lark grammar `spec` derives. Raises
+    RequestError when `kind` and `spec` do not fit; the engine checks the rest when the request is submitted."""
 
     kind: GuideKind
     spec: str | Sequence[str] = ""

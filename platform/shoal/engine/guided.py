@@ -100,5 +100,7 @@ def _source(guide: Guide) -> str:
     if guide.kind == "json_object":
         return matcher.grammar_from_json_schema('{"type": "object"}')
     assert isinstance(guide.spec, str)
+    if guide.kind == "lark":
+        return matcher.grammar_from_lark(guide.spec)
     make = matcher.grammar_from_regex if guide.kind == "regex" else matcher.grammar_from_json_schema
     return make(guide.spec)

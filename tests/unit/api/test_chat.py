@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -149,6 +151,7 @@ async def test_fields_reach_the_engine(http: httpx.AsyncClient, engine: Any) -> 
         ({}, "auto"),
         ({"depth": "shallow"}, "shallow"),
         ({"depth": 2}, 2),
+        ({"reasoning_effort": "minimal"}, "shallow"),
         ({"reasoning_effort": "low"}, "shallow"),
         ({"reasoning_effort": "medium"}, "auto"),
         ({"reasoning_effort": "high"}, "full"),
@@ -225,13 +228,38 @@ async def test_errors_have_openai_s_envelope(
     assert engine.requests == []
 
 
-@pytest.mark.parametrize(
-    "url", ["http://evil/x.png", "data:image/png;base64,!!", "data:image/png;base64,AAAA", "file:///x"]
-)
-async def test_a_bad_image_is_a_400(http: httpx.AsyncClient, url: str) -> None:
+def bomb(width: int, height: int, data: bytes = b"") -> str:
+    """A PNG of a few bytes that says it has so many pixels; `data`: compressed rows, or none."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return "data:image/png;base64," + base64.b64encode(file).decode()
+
+
+IMAGES = {
+    "url": "http://evil/x.png",
+    "file": "file:///x",
+    "not-base64": "data:image/png;base64,!!",
+    "no-image": "data:image/png;base64,AAAA",
+    "svg": "data:image/svg+xml;base64," + base64.b64encode(b"<svg xmlns='http://www.w3.org/2000/svg'/>").decode(),
+    "pixels": bomb(2**31 - 1, 2**31 - 1),
+    "many-pixels": bomb(4001, 4000),
+    "no-rows": bomb(4000, 4000),
+    "cut-rows": bomb(99, 99, zlib.compress(bytes(99 * 298))[:-20]),
+    "cut": png()[:-60],
+    "too-long": "data:image/png;base64," + "A" * (12 * 2**20),
+}
+
+
+@pytest.mark.parametrize("url", IMAGES.values(), ids=IMAGES)
+async def test_a_bad_image_or_a_bomb_is_a_400(http: httpx.AsyncClient, engine: Any, url: str) -> None:
     parts = [{"type": "image_url", "image_url": {"url": url}}]
     reply = await http.post(URL, json={**BODY, "messages": [{"role": "user", "content": parts}]})
-    assert reply.status_code == 400
+    assert (reply.status_code, engine.requests) == (400, [])
+    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
 async def test_too_many_images(connect: Callable[..., httpx.AsyncClient]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from shoal.api.served import ServedModel
 from shoal.engine.events import Guide
-from shoal.inputs.tokenizer import PATCH_ID
+from shoal.inputs.tokenizer import END_ID, PAD_ID, PATCH_ID
 
 pytestmark = pytest.mark.anyio
 
@@ -154,6 +154,15 @@ async def test_tokenize_and_back(http: httpx.AsyncClient, served: ServedModel) -
     assert tokens == {"count": len(tokens["tokens"]), "max_model_len": 384, "tokens": served.tokenizer.encode(text)}
     back = await http.post("/detokenize", json={"tokens": tokens["tokens"]})
     assert back.json() == {"prompt": text}
+
+
+async def test_the_ids_of_the_tokens_in_tokenizer_info_can_be_looked_up(http: httpx.AsyncClient) -> None:
+    """So lm-eval finds the token that it puts before a text without a context."""
+    info = (await http.get("/tokenizer_info")).json()
+    for name, token in ((info["eos_token"], END_ID), (info["pad_token"], PAD_ID)):
+        assert (await http.post("/tokenize", json={"prompt": name})).json()["tokens"] == [token]
+    inside = (await http.post("/tokenize", json={"prompt": f"x{info['eos_token']}"})).json()
+    assert inside["count"] == 1 + len(info["eos_token"])  # in a text it is characters, as everywhere
 
 
 async def test_tokenize_a_chat_as_the_model_reads_it(http: httpx.AsyncClient, engine: Any) -> None:

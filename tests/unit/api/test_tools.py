@@ -1,0 +1,295 @@
+"""Tools and formats: what the model is told, what guides it, and how its calls are read, whole and streamed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal import presets
+from shoal.api.bodies import ChatRequest
+from shoal.api.served import ServedModel
+from shoal.api.tools import Offer, Reader
+from shoal.api.wire import parse
+from shoal.engine.events import Guide
+from shoal.engine.guided import Grammars
+from shoal.inputs.tokenizer import END_ID, Tokenizer
+from tests.unit.api.test_chat import events
+
+pytestmark = pytest.mark.anyio
+
+URL = "/v1/chat/completions"
+BODY: dict[str, Any] = {"model": "fish", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def tool(name: str = "log", strict: bool = False, **properties: Any) -> dict[str, Any]:
+    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    function = {"name": name, "description": f"does {name}", "parameters": schema, "strict": strict}
+    return {"type": "function", "function": function}
+
+
+LOG, LOOK = tool("log", n={"type": "integer"}), tool("look", at={"enum": ["sea", "sky"]})
+NAMED = {"type": "function", "function": {"name": "log"}}
+CALL = '<tool_call>{"name": "log", "arguments": {"n": 7}}</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def served() -> ServedModel:
+    """One whose context holds tools, a letter a token."""
+    return ServedModel("fish", presets.get("small").model, Tokenizer.bytes_only())
+
+
+def offer(**fields: Any) -> Offer:
+    return Offer(parse(ChatRequest, json.dumps({**BODY, **fields}).encode()))
+
+
+async def ask(http: httpx.AsyncClient, **fields: Any) -> tuple[dict[str, Any], list[Any]]:
+    """The choice of a whole answer, and the chunks of the streamed one; both must say the same."""
+    reply = await http.post(URL, json={**BODY, **fields})
+    assert reply.status_code == 200, reply.text
+    choice = reply.json()["choices"][0]
+    *chunks, done = events((await http.post(URL, json={**BODY, **fields, "stream": True})).text)
+    text, calls = "", list[dict[str, Any]]()
+    for chunk in chunks:
+        delta = chunk["choices"][0]["delta"]
+        text += delta.get("content", "")
+        for piece in delta.get("tool_calls", ()):
+            if "id" in piece:
+                assert piece["index"] == len(calls)
+                calls.append(dict(piece["function"]))
+            else:
+                calls[piece["index"]]["arguments"] += piece["function"]["arguments"]
+    assert done == "[DONE]" and chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert text == (choice["message"]["content"] or "")
+    assert calls == [call["function"] for call in choice["message"].get("tool_calls", [])]
+    assert chunks[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+    return choice, chunks
+
+
+class TestReading:
+    """The scripted engine writes one token a byte, so every cut of a call is met."""
+
+    async def test_text_and_calls_of_a_free_answer(self, http: httpx.AsyncClient, engine: Any) -> None:
+        second = '<tool_call>\n{"name": "look", "arguments": {"at": "sea"}}\n</tool_call>'
+        engine.reply = f"First é. {CALL}\n{second}"
+        choice, _ = await ask(http, tools=[LOG, LOOK])
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("First é.", "tool_calls")
+        calls = choice["message"]["tool_calls"]
+        functions = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls]
+        assert functions == [("log", {"n": 7}), ("look", {"at": "sea"})]
+        assert len({call["id"] for call in calls}) == 2 and {call["type"] for call in calls} == {"function"}
+
+    async def test_an_answer_of_calls_alone_has_null_as_content(self, http: httpx.AsyncClient, engine: Any) -> None:
+        engine.reply = CALL
+        assert (await ask(http, tools=[LOG]))[0]["message"]["content"] is None
+
+    @pytest.mark.parametrize(
+        "reply",
+        [
+            "<tool_call>7</tool_call>",
+            '<tool_call>{"name": "other", "arguments": {}}</tool_call>',
+            '<tool_call>{"name": "log"}</tool_call>',
+            '<tool_call>{"name": "log", "arguments": {"n": 7}}',
+            "a < b <tool",
+            "</tool_call> <tool_call>",
+        ],
+    )
+    async def test_what_is_no_call_of_a_known_tool_stays_text(
+        self, http: httpx.AsyncClient, engine: Any, reply: str
+    ) -> None:
+        engine.reply = reply
+        choice, _ = await ask(http, tools=[LOG])
+        if reply.endswith("}}"):  # whole but for its end mark, which a stop string may have taken
+            assert choice["message"]["tool_calls"][0]["function"]["name"] == "log"
+        else:
+            assert (choice["message"]["content"], choice["finish_reason"]) == (reply, "stop")
+
+    async def test_with_none_tools_are_not_told_and_nothing_is_a_call(
+        self, http: httpx.AsyncClient, engine: Any
+    ) -> None:
+        engine.reply = CALL
+        choice, _ = await ask(http, tools=[LOG], tool_choice="none")
+        assert choice["message"]["content"] == CALL
+        plain = engine.requests[-1].prompt.ids
+        await http.post(URL, json=BODY)
+        assert engine.requests[-1].prompt.ids == plain
+
+    @pytest.mark.parametrize("spaces", ["", " ", "\n\t "])
+    async def test_required_is_one_call_whose_arguments_are_streamed(
+        self, http: httpx.AsyncClient, engine: Any, spaces: str
+    ) -> None:
+        arguments = '{"n": 7, "x": {"y": "}}"}}'
+        engine.reply = (
+            f'{spaces}{{{spaces}"name"{spaces}:{spaces}"log",{spaces}"arguments": {arguments}{spaces}}}{spaces}'
+        )
+        choice, chunks = await ask(http, tools=[LOG, LOOK], tool_choice="required")
+        (call,) = choice["message"]["tool_calls"]
+        assert (call["function"]["name"], call["function"]["arguments"].rstrip()) == ("log", arguments)
+        assert choice["finish_reason"] == "tool_calls"
+        assert sum("tool_calls" in chunk["choices"][0]["delta"] for chunk in chunks) > 10
+
+    async def test_a_named_tool_s_answer_is_its_arguments(self, http: httpx.AsyncClient, engine: Any) -> None:
+        engine.reply = '{"n": 7}'
+        choice, _ = await ask(http, tools=[LOG, LOOK], tool_choice=NAMED)
+        assert choice["message"]["tool_calls"][0]["function"] == {"name": "log", "arguments": '{"n": 7}'}
+
+    @pytest.mark.parametrize("choice", ["required", NAMED])
+    async def test_a_call_cut_off_by_its_length_keeps_all_that_was_written(
+        self, http: httpx.AsyncClient, engine: Any, choice: Any
+    ) -> None:
+        written = '{"n": {"m": 1}}'
+        engine.reply = written if choice == NAMED else f'{{"name": "log", "arguments": {written}'
+        cut = len(engine.reply) - 1
+        answer, _ = await ask(http, tools=[LOG], tool_choice=choice, max_tokens=cut)
+        assert answer["finish_reason"] == "length"
+        assert answer["message"]["tool_calls"][0]["function"]["arguments"] == written[:-1]
+
+    async def test_one_call_at_a_time_where_that_is_asked_for(self, http: httpx.AsyncClient, engine: Any) -> None:
+        engine.reply = CALL.removesuffix(
+            "</tool_call>"
+        )  # what the engine leaves of it: a stop string is not in the text
+        choice, _ = await ask(http, tools=[LOG], parallel_tool_calls=False)
+        assert engine.requests[0].sampling.stop == ("</tool_call>",)
+        assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"n": 7}'
+
+    @given(
+        st.lists(
+            st.sampled_from(["<tool_call>", "</tool_call>", CALL, "<tool", "a", " ", "\n", '{"name": "log"', "}"])
+        ),
+        st.data(),
+    )
+    def test_wherever_the_text_is_cut_the_deltas_say_the_same(self, pieces: list[str], data: st.DataObject) -> None:
+        text = "".join(pieces)
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
+        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        assert said(offer(tools=[LOG]).reader(), parts) == said(offer(tools=[LOG]).reader(), [text])
+
+    @given(st.text(max_size=20))
+    def test_nothing_that_is_written_is_lost_outside_calls(self, text: str) -> None:
+        content, calls = said(offer(tools=[LOG]).reader(), [text, CALL])
+        assert calls == [("log", '{"n": 7}')] or "<tool_call>" in text
+        assert content == text.rstrip() or "<tool_call>" in text
+
+
+def said(reader: Reader, parts: list[str]) -> tuple[str, list[tuple[str, str]]]:
+    content, calls = "", list[tuple[str, str]]()
+    for delta in [delta for part in parts for delta in reader.push(part)] + reader.finish(whole=True):
+        content += delta.get("content", "")
+        calls += [(c["function"]["name"], c["function"]["arguments"]) for c in delta.get("tool_calls", ())]
+    return content, calls
+
+
+class TestTelling:
+    async def test_the_model_reads_the_tools_after_the_system_text(
+        self, http: httpx.AsyncClient, engine: Any, served: ServedModel
+    ) -> None:
+        messages = [{"role": "system", "content": "Be brief."}, *BODY["messages"]]
+        await http.post(URL, json={**BODY, "messages": messages, "tools": [LOG]})
+        await http.post(URL, json={**BODY, "tools": [LOG]})
+        with_system, without = [served.tokenizer.decode(request.prompt.ids) for request in engine.requests]
+        shown = json.dumps({key: LOG["function"][key] for key in ("name", "description", "parameters")})
+        assert with_system.startswith("Be brief.\n\nYou can call functions.") and shown in with_system
+        assert without.startswith("You can call functions.") and shown in without
+
+    async def test_calls_and_their_results_go_back_as_the_model_writes_and_reads_them(
+        self, http: httpx.AsyncClient, engine: Any, served: ServedModel
+    ) -> None:
+        call = {"id": "c1", "type": "function", "function": {"name": "log", "arguments": '{"n": 7}'}}
+        history = [
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "noted"},
+        ]
+        reply = await http.post(URL, json={**BODY, "messages": [*BODY["messages"], *history]})
+        assert reply.status_code == 200
+        text = served.tokenizer.decode(engine.requests[0].prompt.ids)
+        assert text == f'hi{CALL}<tool_response>{{"name": "log", "content": "noted"}}</tool_response>'
+
+    async def test_a_format_s_description_is_told(
+        self, http: httpx.AsyncClient, engine: Any, served: ServedModel
+    ) -> None:
+        schema = {"name": "catch", "description": "what was caught", "schema": {"type": "object"}}
+        await http.post(URL, json={**BODY, "response_format": {"type": "json_schema", "json_schema": schema}})
+        text = served.tokenizer.decode(engine.requests[0].prompt.ids)
+        assert text.startswith("The answer is JSON, catch: what was caught")
+
+
+class TestGuiding:
+    async def test_formats_guide_the_engine(self, http: httpx.AsyncClient, engine: Any) -> None:
+        schema = {"type": "object", "properties": {"a": {"type": "boolean"}}}
+        formats: list[tuple[dict[str, Any], Guide | None]] = [
+            ({"type": "text"}, None),
+            ({"type": "json_object"}, Guide("json_object")),
+            (
+                {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+                Guide("json_schema", json.dumps(schema)),
+            ),
+        ]
+        for given_, guide in formats:
+            assert (await http.post(URL, json={**BODY, "response_format": given_})).status_code == 200
+            assert engine.requests[-1].sampling.guided == guide
+
+    def test_required_allows_exactly_the_calls_of_the_tools(self) -> None:
+        defs = tool("dig", at={"$ref": "#/$defs/place"})
+        defs["function"]["parameters"]["$defs"] = {"place": {"enum": ["here"]}}
+        guide = offer(tools=[LOG, LOOK, defs], tool_choice="required").guide
+        assert guide is not None and isinstance(guide.spec, str)
+        schema = json.loads(guide.spec)
+        for good in ({"name": "log", "arguments": {"n": 1}}, {"name": "dig", "arguments": {"at": "here"}}):
+            jsonschema.validate(good, schema)
+        for bad in ({"name": "log", "arguments": {"at": "sea"}}, {"name": "log"}, {"name": "x", "arguments": {}}):
+            with pytest.raises(jsonschema.ValidationError):
+                jsonschema.validate(bad, schema)
+        Grammars(Tokenizer.bytes_only(), 300).compile(guide)
+        named = offer(tools=[LOG, LOOK], tool_choice=NAMED).guide
+        assert named == Guide("json_schema", json.dumps(LOG["function"]["parameters"]))
+
+    def test_free_answers_are_guided_where_a_tool_is_strict_and_only_inside_calls(self) -> None:
+        assert offer(tools=[LOG]).guide is None
+        guide = offer(tools=[tool("log", strict=True, n={"enum": [12, 34]}), LOOK]).guide
+        assert guide is not None
+        tokenizer = Tokenizer.bytes_only()
+        grammar = Grammars(tokenizer, 300).compile(guide)
+
+        def next_of(text: str) -> tuple[set[str], bool]:
+            mask = grammar.allowed(tokenizer.encode(text))
+            allowed = [tokenizer.token_bytes(token).decode("latin-1") for token in mask.nonzero()[0] if token > 8]
+            return set(allowed), bool(mask[END_ID])
+
+        for free in ("", "so <tool_cal", "x < y", '<tool_call>{"name": "log", "arguments": {"n": 12}}</tool_call>'):
+            letters, may_end = next_of(free)
+            assert may_end and set("aZ <{\n") <= letters
+        assert next_of("ok <tool_call>") == ({"{"}, False)
+        assert next_of('<tool_call>{"name": "lo')[0] == {"g", "o"}
+        assert next_of('<tool_call>{"name": "log", "arguments": {"n":')[0] <= {"1", "3", " ", "\n", "\t", "\r"}
+        assert "q" in next_of('<tool_call>{"name": "look", "arguments": {"')[0]  # not strict: any object
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [LOG, LOG]}, "tools"),
+        ({"tools": [LOG] * 129}, "tools"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tools": [LOOK], "tool_choice": NAMED}, "tool_choice"),
+        ({"tools": [LOG], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [LOG], "tool_choice": "required", "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"tools": [tool(strict=True)], "ignore_eos": True}, "ignore_eos"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"messages": [{"role": "tool", "tool_call_id": "c", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "c"}]}, "messages"),
+    ],
+)
+async def test_what_contradicts_itself_is_a_400_that_names_the_field(
+    http: httpx.AsyncClient, engine: Any, fields: dict[str, Any], param: str
+) -> None:
+    reply = await http.post(URL, json={**BODY, **fields})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
+    assert engine.requests == []
