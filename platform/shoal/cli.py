@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from shoal import presets
 from shoal.bench.commands import bench
@@ -195,7 +197,8 @@ def quantize(
     workers: Workers = 1,
     as_json: Json = False,
 ) -> None:
-    """INT8: a short quantisation-aware training [100 updates], then export."""
+    """INT8: a short quantisation-aware training [100 updates], then export; what rounding alone would have cost is shown."""
+    from shoal.model import checkpoint
     from shoal.model.model import Model
     from shoal.train import routing
     from shoal.train.plan import quantize_plan
@@ -207,6 +210,11 @@ def quantize(
         plan = quantize_plan(str(model), str(data), str(out_dir), **_chats(heldout, replay), **limits)
         _fit(plan, workers, as_json, heldout)
         return
+    _, config = checkpoint.read_config(model)
+    if config.quantization != "none":
+        raise UsageError(
+            f"{model} is quantised", got=config.quantization, do="give the fp32 model that it was made from"
+        )
     Model.load(model).quantized().save(out_dir)
     report: dict[str, Any] = {"out": str(out_dir)}
     if heldout is not None:
@@ -256,6 +264,13 @@ def serve(
     cors: Annotated[
         list[str] | None, typer.Option(help="Origin whose pages may call the API; repeat, or * for any. [none]")
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="stored: as the model was written, refused where INT8 fails its self-test; auto: fp32 there, "
+            "and the reason is said [stored, or the config's]."
+        ),
+    ] = None,
     runs: Annotated[
         Path | None, typer.Option(help="Folder of training runs to show on the pages, read only. [none shown]")
     ] = None,
@@ -264,10 +279,19 @@ def serve(
     """The OpenAI-compatible API at http://HOST:PORT/v1, and the pages at /ui, until Ctrl-C."""
     if model is None and config is None:
         raise UsageError("what to serve", do="give --model DIR or --config FILE")
+    if precision not in (None, "stored", "auto"):
+        raise UsageError("--precision", got=precision, allowed=["stored", "auto"])
     if not ray:
         if model is None or config is not None or replicas is not None:
             raise UsageError("--no-ray serves one model from this process", do="give --model DIR, and no --config")
-        options = {"metrics": metrics is not False, "cors": cors or (), "api_keys": api_keys, "runs": runs}
+        options: dict[str, Any] = {
+            "metrics": metrics is not False,
+            "cors": cors or (),
+            "api_keys": api_keys,
+            "runs": runs,
+        }
+        if precision == "auto":
+            options["on_fallback"] = partial(print, "shoal: in fp32, since", file=sys.stderr)
         _serve_here(model, host or LOOPBACK, port or PORT, page=ui is not False, name=name, **options)
         return
     from shoal.on_ray.resources import local_ray, need_free_port
@@ -275,6 +299,7 @@ def serve(
     from shoal.on_ray.serve_config import ServeArgs, load_serve_config, parse_replicas, serve_config, shows_page
 
     given = {"model": str(model) if model else None, "name": name, "ui": ui, "metrics": metrics, "cors": cors or None}
+    given["precision"] = precision
     args: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     args |= {"api_keys": str(api_keys)} if api_keys else {}
     args |= {"runs": str(runs.absolute())} if runs else {}
@@ -365,9 +390,25 @@ def _fit(plan: Any, workers: int, as_json: bool, heldout: Path | None = None) ->
     with local_ray(), log.Console(plan.name, stream=sys.stderr) as console:
         result = train(plan, workers=workers, cpus_per_worker=0.5, on_progress=console)
     report = {"out": result.out, "steps": result.steps, "tokens": result.tokens, "bpb": result.bpb}
+    if result.rounded:
+        report["rounded"] = result.rounded
+        if not as_json:
+            out.print(_rounding_table(result.rounded, result.bpb))
     if heldout is not None:
         report["router"] = routing.refit(result.out, heldout)
     _print(report, as_json, f"model in {result.out}")
+
+
+def _rounding_table(rounded: dict[str, Any], trained: dict[str, Any]) -> Table:
+    """Held-out bits a byte at full depth before INT8, with rounding alone, and after training with it."""
+    table = Table(
+        "held-out bits/byte", "fp32", "INT8 by rounding alone", "INT8 trained", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for modality, by_exit in trained.items():
+        fp32, alone = (rounded[name][modality]["full"] for name in ("fp32", "post-training"))
+        cells = (f"{value:.4f} ({value / fp32 - 1:+.2%})" for value in (alone, by_exit["full"]))
+        table.add_row(modality, f"{fp32:.4f}", *cells)
+    return table
 
 
 def _chats(heldout: Path | None, replay: Path | None) -> dict[str, str]:

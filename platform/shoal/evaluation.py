@@ -24,6 +24,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import Tokenizer
+from shoal.int8_cost import int8_cost
 from shoal.model import cost, files
 from shoal.model.depth import Router
 from shoal.model.model import Model
@@ -51,8 +52,9 @@ class Sizes:
 def compare(
     models: dict[str, Path], data: Path, *, sizes: Sizes | None = None, on_progress: Progress | None = None
 ) -> dict[str, Any]:
-    """The report's ``quality``, ``depth``, ``gates`` and ``weak`` for the models (label -> directory), measured on the
-    held-out shards and chat rows of `data`. The depth table is the last model's, the one that is served."""
+    """The report's ``quality``, ``depth``, ``gates``, ``int8`` (empty unless an fp32 model comes first and an INT8 one last)
+    and ``weak`` for the models (label -> directory), measured on the held-out shards and chat rows of `data`. The depth table
+    is the last model's, the one that is served."""
     sizes, tell = sizes or Sizes(), on_progress or (lambda what, done, total: None)
     loaded = {label: Model.load(directory) for label, directory in models.items()}
     served = list(loaded)[-1]
@@ -74,12 +76,15 @@ def compare(
     beside = text_baselines(data, loaded[served].tokenizer, sizes)
     tell("done", total, total)
     rows = _quality_rows(results, speeds, beside)
+    first = next(iter(loaded.values()))
+    pair = (first.config.quantization, loaded[served].config.quantization) == ("none", "w8a8")
     router = loaded[served].router
     return {
         "machine": machine(),
         "quality": {"columns": list(loaded), "rows": rows},
         "depth": {"rows": by_depth, **_routing(router)},
         "gates": gates(loaded[served]),
+        "int8": int8_cost(first, loaded[served], data, rows=sizes.heldout_rows) if pair else [],
         "weak": weaknesses(rows, by_depth),
     }
 
@@ -219,7 +224,7 @@ def weaknesses(rows: list[dict[str, Any]], by_depth: list[dict[str, Any]]) -> li
         ):
             said.append(
                 f"{row['metric']}: {last} is slower than {label} ({values[last]:.0f} and {value:.0f} tokens/s): "
-                "on matrices this small, rounding the activations costs more than INT8 saves."
+                "on matrices this small there is little for INT8 to save."
             )
     exits = [row for row in by_depth if row["exit"] != "auto"]
     if exits[0]["bpb text"] - exits[-1]["bpb text"] < 0.02:

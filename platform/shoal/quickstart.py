@@ -19,7 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from shoal import presets, samples
+from shoal import int8_cost, presets, samples
 from shoal.evaluation import compare, leave_a_core
 from shoal.on_ray import serve
 from shoal.on_ray.prepare import prepare
@@ -241,6 +241,8 @@ def print_tables(report: dict[str, Any], console: Console) -> None:
     if tax := report.get("exit_tax"):
         said = [f"{r['modality']} {r['with']:.3f} / {r['without']:.3f} ({r['tax']:+.1%})" for r in tax["rows"]]
         _say(console, f"exit tax, held-out bpb with / without early exits at step {tax['step']}: {'  '.join(said)}")
+    for row in report.get("int8", ()):
+        _say(console, f"INT8, held-out bpb: {int8_cost.said(row)}")
     for sentence in report["weak"]:
         _say(console, f"weak: {sentence}")
 

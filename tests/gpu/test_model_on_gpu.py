@@ -72,3 +72,10 @@ def test_int8_on_a_gpu_is_the_arithmetic_of_the_cpu() -> None:
     on_gpu.net.cuda()
     # norms round otherwise there, and a level at a tie may then differ: a few levels of thousands
     assert error(on_gpu.logits(ids), want.double()) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["int_mm", "float"])
+def test_int8_kernels_of_a_gpu_give_the_reference_to_the_bit(name: str) -> None:
+    from shoal.model import int8
+
+    assert int8.self_test(int8.KERNELS[name], "cuda") is None

@@ -33,12 +33,13 @@ def run_local(
     ui_mount: UiMount | None = None,
     limits: Limits | None = None,
     threads: int | None = None,
+    on_fallback: Callable[[str], None] | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serves a model directory until Ctrl-C. `on_ready` is called once with the base URL (port 0: a free one is taken).
 
     `name`: as of `ServedModel.load`; `api_keys`: a file of keys; `metrics`, `cors`, `runs`, `ui_mount`: as of `build_app`;
-    `threads`: compute threads (default: all cores but one, which is left to HTTP).
+    `threads`: compute threads (default: all cores but one, which is left to HTTP); `on_fallback`: as of `Model.load`.
     Raises CheckpointError for a directory that cannot be served, ResourceError for a port in use.
     """
     import torch
@@ -50,7 +51,7 @@ def run_local(
     keys = ApiKeys.load(api_keys)
     served = ServedModel.load(model_dir, name)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) - 1))
-    engine = AsyncEngine(Engine(Model.load(model_dir)))
+    engine = AsyncEngine(Engine(Model.load(model_dir, on_fallback=on_fallback)))
 
     async def serve() -> None:
         app = build_app(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,6 +39,30 @@ def decode(
         raise UsageError("--batches", got=batches, allowed="numbers, such as 1,8,32") from error
     chosen, tables = peers.parse(peer), tuple(parts.split(","))
     run(out, shape=shape, batches=sizes, tokens=tokens, rounds=rounds, parts=tables, peer=chosen)
+
+
+@bench.command("quant")
+def quant(
+    preset: Annotated[str, typer.Option(help="Whose shape speed and size are measured on.")] = "base",
+    tokens: Annotated[int, typer.Option(help="Tokens decoded a request.")] = 32,
+    rounds: Rounds = 3,
+    pair: Annotated[
+        list[str],
+        typer.Option(
+            help="Trained models whose quality is measured, as FP32=INT8; repeat, one a seed. [quality left out]"
+        ),
+    ] = [],  # noqa: B006
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Directory of shards and held-out chats for the pairs, made by `shoal prepare`. [none]"),
+    ] = None,
+) -> None:
+    """The article's table, FP32 beside INT8: BLEU, bits per byte, tokens per second, weight file, memory."""
+    from shoal.bench.quant import parse_pair
+    from shoal.bench.quant import quant as run
+
+    pairs = [parse_pair(text) for text in pair]
+    run(out, preset=preset, tokens=tokens, rounds=rounds, pairs=pairs, data=data)
 
 
 @bench.command("model")

@@ -26,8 +26,8 @@ from shoal.engine.sequence import Sequence as Running
 from shoal.model import fused
 from shoal.model.cache import GroupCache, PagedStep, Rows, read_rows, write_rows
 from shoal.model.depth import features, page_sums
+from shoal.model.linears import prepack_
 from shoal.model.model import Model
-from shoal.model.quant import prepack_
 
 SCORED_ROWS = 64  # rows of a prompt whose logits exist at once
 

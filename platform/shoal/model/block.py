@@ -16,8 +16,8 @@ from shoal.config import ModelConfig
 from shoal.model import fused
 from shoal.model.attention import Layout, attend, block_summaries
 from shoal.model.cache import GroupCache, PagedStep
+from shoal.model.linears import Int8Linear, Linear
 from shoal.model.paged import Reach, paged_attention, write_kv
-from shoal.model.quant import Int8Linear, Linear
 
 Rope = tuple[Tensor, Tensor]  # what x and x with its first two quarters swapped are multiplied by, [..., T, 1, d]
 
@@ -41,6 +41,17 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     quarter = x.shape[-1] // 4
     swapped = torch.cat([x[..., quarter : 2 * quarter], x[..., :quarter], x[..., 2 * quarter :]], dim=-1)
     return x * rope[0] + swapped * rope[1]
+
+
+def _matrices(x: Tensor, *layers: Linear | Int8Linear) -> list[fused.Matrix]:
+    """What `fused.layer` reads of `layers`; empty where rows like those of `x` [N, D] take another way through one of them."""
+    found = []
+    for layer in layers if fused.usable(x) else ():
+        matrix = layer.matrix(x)
+        if matrix is None:
+            return []
+        found.append(matrix)
+    return found
 
 
 class Norm(nn.Module):
@@ -146,12 +157,10 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
-        if fused.few(x):
-            a, m = self.attention, self.mlp
-            matrices = [found for weight in (a.qkv, a.out, m.up, m.down) if (found := weight.matrix()) is not None]
-            if len(matrices) == 4:
-                norms = self.attention_norm.weight, a.q_norm.weight, a.k_norm.weight, self.mlp_norm.weight
-                return fused.layer(x, norms, a.config.norm_eps, matrices, rope, kv, summaries, step, a.reach())
+        a, m = self.attention, self.mlp
+        if step.rows.longest <= fused.SHORT and (matrices := _matrices(x, a.qkv, a.out, m.up, m.down)):
+            norms = self.attention_norm.weight, a.q_norm.weight, a.k_norm.weight, self.mlp_norm.weight
+            return fused.layer(x, norms, a.config.norm_eps, matrices, rope, kv, summaries, step, a.reach())
         x = x + self.attention.paged(self.attention_norm(x), step, rope, kv, summaries)
         return x + self.mlp(self.mlp_norm(x))
 

@@ -59,6 +59,7 @@ class Rows:
         counts = [end - start for start, end in pairwise(starts)]
         self.singles = [r for r, count in enumerate(counts) if count == 1]  # they decode together
         self.chunks = [r for r, count in enumerate(counts) if count > 1]  # prefill, verification: each for itself
+        self.longest = max(counts, default=0)  # rows of one request
         self._made: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:

@@ -25,19 +25,23 @@ from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import files
 from shoal.model.depth import Calibration, Router
 from shoal.model.net import Net
+from shoal.model.quant import SCHEME
 
 T = TypeVar("T")
 
 FORMAT, VERSION = "shoal-model", 1
 ROUTER = "router."  # prefix of the router's tensors among the weights
 
-# What other tools need to read the INT8 weights (compressed-tensors, W8A8 with dynamic activations)
+# What other tools need to read the INT8 weights (compressed-tensors, W8A8 with dynamic activations). Ours are rounded to 7 of
+# these 8 bits, by the scheme whose version stands beside this in config.json.
 _W8A8 = {
     "quant_method": "compressed-tensors",
     "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["patch_in", "patch_head"],
     "config_groups": {
         "group_0": {
-            "targets": ["Linear"],
+            "targets": ["Linear", "Embedding"],
             "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
             "input_activations": {
                 "num_bits": 8,
@@ -72,7 +76,7 @@ def save(
         raise CheckpointError(f"{directory} exists and is not a model directory", do="choose another --out")
     meta: dict[str, Any] = {"format": FORMAT, "version": VERSION, "name": name, "model": dump(config)}
     if config.quantization == "w8a8":
-        meta["quantization_config"] = _W8A8
+        meta |= {"quantization_config": _W8A8, "int8_scheme": SCHEME}
     tensors = {key: value.detach().contiguous() for key, value in state.items()}
     if router is not None:
         tensors |= {ROUTER + key: value.contiguous() for key, value in router.state_dict().items()}
@@ -132,7 +136,13 @@ def read_config(directory: str | Path) -> tuple[str, ModelConfig]:
         raise CheckpointError(f"{path}", got=got, allowed=f"{FORMAT} version {VERSION}")
     if not isinstance(meta.get("name"), str) or not isinstance(meta.get("model"), dict):
         raise CheckpointError(f"{path} lacks a name or a model", do="export the model again")
-    return meta["name"], _loaded(ModelConfig, meta["model"], path)
+    config = _loaded(ModelConfig, meta["model"], path)
+    scheme = meta.get("int8_scheme", 1)  # the first did not say so
+    if config.quantization == "w8a8" and scheme != SCHEME:
+        raise CheckpointError(
+            f"{path}: int8_scheme", got=scheme, allowed=SCHEME, do="quantise the fp32 model with this version of shoal"
+        )
+    return meta["name"], config
 
 
 def read(directory: str | Path, *, verify: bool = False) -> Loaded:

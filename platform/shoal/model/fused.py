@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 Rope = tuple[Tensor, Tensor]
-Matrix = tuple[Tensor, Tensor | None]  # a weight [O, D] in fp and None, or in int8 and its scale [O, 1]
-FEW = 2  # rows up to which `product` reads weights faster than oneDNN and fbgemm, on one or two threads (docs/log.md)
+Matrix = tuple[Tensor, Tensor, Tensor]  # what `int8_kernels.linear` reads; or a weight [O, D] in fp and `PLAIN`
+PLAIN = torch.empty(0, dtype=torch.int32), torch.empty(0)
+FEW = 2  # rows up to which `product` reads fp weights faster than oneDNN, on one or two threads (docs/log.md)
 SHORT = 16  # new tokens of a request that are attended one by one; longer chunks share what they read (`paged.py`)
-_NO_SCALE = torch.empty(0, 1)
 _TYPES = (torch.float32, torch.float64)
 
 
@@ -52,11 +52,10 @@ def few(x: Tensor) -> bool:
     return x.numel() <= FEW * x.shape[-1] and torch.get_num_threads() <= 2 and usable(x)
 
 
-def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """x [..., D] times the transpose of weight [O, D], for `few` rows; in INT8 where the weight has a `scale` [O, 1]."""
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., D] times the transpose of weight [O, D], for `few` rows."""
     out = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)
-    rows = x.reshape(-1, x.shape[-1]), weight, *(() if scale is None else (scale,)), out.view(-1, len(weight))
-    _call("product" if scale is None else "int8_product", *rows)
+    _call("product", x.reshape(-1, x.shape[-1]), weight, out.view(-1, len(weight)))
     return out
 
 
@@ -118,15 +117,15 @@ def layer(
     step: PagedStep,
     reach: Reach,
 ) -> Tensor:
-    """x [N, D] after a layer, for `few` rows: `norms` before attention, of q, of k and before the MLP; `matrices` qkv, out, up
-    and down. K/V and summaries are written."""
+    """x [N, D] after a layer, for requests of at most `SHORT` rows each: `norms` before attention, of q, of k and before the
+    MLP; `matrices` qkv, out, up and down. K/V and summaries are written."""
     out = torch.empty_like(x)
     dim = kv.shape[-1] // 2
     keep, cross = (table.view(-1, dim) for table in rope)
     rows, requests = step.rows.once("short", lambda: _short(step.starts))
     gamma = reach.gamma if reach.gamma is not None else x.new_empty(0)
     before, q_norm, k_norm, between = norms
-    qkv, back, up, down = ((weight, _NO_SCALE if scale is None else scale) for weight, scale in matrices)
+    qkv, back, up, down = matrices
     _call(
         "layer", x, before, *qkv, q_norm, k_norm, eps, keep, cross, step.positions, step.slots, step.block, kv, summaries,
         step.tables.contiguous(), rows, requests, reach.window, reach.top_k, reach.sinks, gamma, *back, between, *up, *down,
@@ -152,5 +151,8 @@ def _kernels() -> ModuleType | None:
 
 
 def _call(name: str, *args: Any) -> Any:
-    kernel = getattr(_kernels(), name)
-    return kernel(*(arg.detach().numpy() if isinstance(arg, Tensor) else arg for arg in args))
+    return getattr(_kernels(), name)(*[_array(arg) if isinstance(arg, Tensor) else arg for arg in args])
+
+
+def _array(x: Tensor) -> Any:
+    return x.detach().numpy() if x.requires_grad else x.numpy()

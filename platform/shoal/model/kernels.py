@@ -16,11 +16,12 @@ import numba as nb
 import numpy as np
 from numba.extending import overload
 
-ZERO, TOP = 64, 63  # the levels of `quant`, which stands above this module; its tests hold the two together
+from shoal.model import int8_kernels
+from shoal.model.int8_kernels import exact, peak
+
 # Sums may be taken in any order, so that they use vector registers. Not "nnan" or "ninf", which would hide a broken model.
 _SUMS = {"reassoc", "contract", "nsz"}
 _jit = nb.njit(fastmath=_SUMS, error_model="numpy", nogil=True, cache=True)
-_exact = nb.njit(error_model="numpy", nogil=True, cache=True)
 
 
 @_jit
@@ -66,17 +67,17 @@ def swiglu(up, out):
             out[n, i] = gate / (one + _exp(-gate)) * up[n, inner + i]
 
 
-@_exact
+@exact
 def scale_rows(x, top, tiny, out, scale):
     """scale [N, 1] = max |x| / top, at least `tiny` (NaN where x holds one), and out [N, D] = x / scale. Rounded as torch
     rounds it: the levels of INT8 depend on it."""
     rows, width = x.shape
     for n in range(rows):
-        peak = _peak(x[n])
+        most = peak(x[n])
         broken = False
         for i in range(width):
             broken |= x[n, i] != x[n, i]
-        s = max(peak / x.dtype.type(top), x.dtype.type(tiny))
+        s = max(most / x.dtype.type(top), x.dtype.type(tiny))
         if broken:
             s = x.dtype.type(np.nan)
         scale[n, 0] = s
@@ -163,64 +164,44 @@ def attend(q, kv, summaries, tables, rows, requests, positions, block, window, t
 
 @_jit
 def layer(
-    x, attention_norm, qkv, qkv_scale, q_weight, k_weight, eps, keep, cross, positions, slots, block, kv, summaries,
-    tables, rows, requests, window, top_k, sinks, gamma, back, back_scale, mlp_norm, up, up_scale, down, down_scale, out,
+    x, attention_norm, qkv, qkv_shift, qkv_scale, q_weight, k_weight, eps, keep, cross, positions, slots, block, kv,
+    summaries, tables, rows, requests, window, top_k, sinks, gamma, back, back_shift, back_scale, mlp_norm, up, up_shift,
+    up_scale, down, down_shift, down_scale, out,
 ):  # fmt: skip
-    """out [N, D]: x [N, D] after a whole layer, for few rows; K/V and summaries as `project_and_store` leaves them. The
-    matrices are fp, their scales unused, or int8 with theirs (`times`)."""
+    """out [N, D]: x [N, D] after a whole layer; K/V and summaries as `project_and_store` leaves them. The matrices are fp,
+    shifts and scales unused, or int8 with theirs (`times`)."""
     count, width = x.shape
     dim = kv.shape[3] // 2
     normed, heads = np.empty_like(x), np.empty((count, len(qkv)), x.dtype)
     rms_norm(x, attention_norm, eps, normed)
-    times(normed, qkv, qkv_scale, heads)
+    times(normed, qkv, qkv_shift, qkv_scale, heads)
     q = np.empty((count, len(qkv) // dim - 2 * kv.shape[1], dim), x.dtype)
     project_and_store(heads, q_weight, k_weight, eps, keep, cross, positions, slots, block, kv, summaries, q)
     mixed = np.empty_like(q)
     attend(q, kv, summaries, tables, rows, requests, positions, block, window, top_k, sinks, gamma, mixed)
-    times(mixed.reshape(count, -1), back, back_scale, normed)
+    times(mixed.reshape(count, -1), back, back_shift, back_scale, normed)
     for n in range(count):
         for i in range(width):
             out[n, i] = x[n, i] + normed[n, i]
     rms_norm(out, mlp_norm, eps, normed)
     both, inner = np.empty((count, len(up)), x.dtype), np.empty((count, len(up) // 2), x.dtype)
-    times(normed, up, up_scale, both)
+    times(normed, up, up_shift, up_scale, both)
     swiglu(both, inner)
-    times(inner, down, down_scale, normed)
+    times(inner, down, down_shift, down_scale, normed)
     for n in range(count):
         for i in range(width):
             out[n, i] += normed[n, i]
 
 
-def times(x, weight, scale, out):
-    """out [N, O] = x [N, D] @ weight [O, D] transposed, for few rows; `weight` of x's type, or int8 with its `scale` [O, 1]."""
+def times(x, weight, shift, scale, out):
+    """out [N, O] = x [N, D] @ weight [O, D] transposed, for few rows of fp; or as `int8_kernels.linear`."""
 
 
 @overload(times)
-def _times(x, weight, scale, out):
+def _times(x, weight, shift, scale, out):
     if weight.dtype == nb.int8:
-        return lambda x, weight, scale, out: int8_product(x, weight, scale, out)
-    return lambda x, weight, scale, out: product(x, weight, out)
-
-
-@_exact
-def int8_product(x, weight, scale, out):
-    """out [N, O] for few rows of x [N, D], int8 weight [O, D], scale [O, 1]: `quant.int8_linear_reference`, rounded alike."""
-    rows, width = x.shape
-    levels = np.empty((rows, width), np.int8)
-    scales = np.empty((rows, 1), x.dtype)
-    unit = np.empty_like(x)
-    scale_rows(x, TOP, np.finfo(np.float32).tiny, unit, scales)
-    zero = x.dtype.type(ZERO)
-    for n in range(rows):
-        for i in range(width):
-            levels[n, i] = np.int8(np.rint(unit[n, i] + zero) - zero)
-    for o in range(len(weight)):
-        row = weight[o]
-        for n in range(rows):
-            total = np.int32(0)
-            for i in range(width):
-                total += np.int32(levels[n, i]) * np.int32(row[i])
-            out[n, o] = x.dtype.type(total) * scale[o, 0] * scales[n, 0]
+        return lambda x, weight, shift, scale, out: int8_kernels.linear(x, weight, shift, scale, out)
+    return lambda x, weight, shift, scale, out: product(x, weight, out)
 
 
 @_jit
@@ -379,15 +360,6 @@ def _inverse_rms(x, eps):
     for i in range(len(x)):
         total += x[i] * x[i]
     return x.dtype.type(1) / np.sqrt(total / x.dtype.type(len(x)) + x.dtype.type(eps))
-
-
-@nb.njit(fastmath=True, cache=True)
-def _peak(x):
-    """Largest absolute value; NaN is for the caller to see."""
-    peak = x.dtype.type(0)
-    for i in range(len(x)):
-        peak = max(peak, abs(x[i]))
-    return peak
 
 
 @_jit

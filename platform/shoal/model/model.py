@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from shoal import presets
 from shoal.config import ModelConfig
-from shoal.errors import ContextLengthError, RequestError
+from shoal.errors import ContextLengthError, RequestError, ResourceError
 from shoal.inputs import media
 from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded
 from shoal.inputs.tokenizer import END_ID, IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID, SPECIAL, Tokenizer
-from shoal.model import checkpoint
+from shoal.model import checkpoint, int8
 from shoal.model.depth import Router
-from shoal.model.net import Net
+from shoal.model.net import Net, dequantized
 
 IMAGE_IDS = frozenset((IMG_ID, PATCH_ID, ROW_ID, IMG_END_ID))
 
@@ -48,10 +48,25 @@ class Model:
         return cls(config, Net(config).init_(seed).to(kind), Tokenizer.bytes_only(), name=name)
 
     @classmethod
-    def load(cls, directory: str | Path, *, verify: bool = False) -> Model:
-        """The model in a directory; `verify`: hash weights of any size first (up to 2 GB they are hashed anyway). Raises
-        CheckpointError naming what is wrong with it."""
+    def load(
+        cls, directory: str | Path, *, verify: bool = False, on_fallback: Callable[[str], None] | None = None
+    ) -> Model:
+        """The model in a directory; `verify`: hash weights of any size first (up to 2 GB they are hashed anyway).
+
+        An INT8 model is refused on a machine that cannot be trusted with INT8, unless `on_fallback` is given: it is told why,
+        and the model comes with its weights as fp32, in four times the memory. Raises CheckpointError naming what is wrong
+        with the directory, ResourceError for the machine.
+        """
         parts = checkpoint.read(directory, verify=verify)
+        if parts.config.quantization == "w8a8":
+            try:
+                int8.trusted(torch.device("cpu"))
+            except ResourceError as error:
+                if on_fallback is None:
+                    raise
+                on_fallback(error.message)
+                parts.config = dataclasses.replace(parts.config, quantization="none")
+                parts.net = dequantized(parts.net, parts.config)
         return cls(
             parts.config,
             parts.net,
@@ -202,7 +217,7 @@ class Model:
 
     def quantized(self) -> Model:
         """The INT8 twin of this model: weights rounded as they are, and no router, since this one's bounds would not hold."""
-        from shoal.model.quant import export_int8
+        from shoal.model.linears import export_int8
 
         config = dataclasses.replace(self.config, quantization="w8a8")
         with torch.device("meta"):

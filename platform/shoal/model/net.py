@@ -18,7 +18,7 @@ from shoal.config import GROUPS, ModelConfig
 from shoal.inputs.tokenizer import PATCH_ID
 from shoal.model.attention import Layout
 from shoal.model.block import Group, Norm, rope_tables
-from shoal.model.quant import Embedding, Int8Embedding
+from shoal.model.linears import Embedding, Int8Embedding
 
 
 class Net(nn.Module):
@@ -114,3 +114,15 @@ class Net(nn.Module):
 def unit_pixels(patches: Tensor, dtype: torch.dtype) -> Tensor:
     """Pixel values 0..255 as -1..1."""
     return patches.to(dtype) / 127.5 - 1
+
+
+def dequantized(net: Net, config: ModelConfig) -> Net:
+    """The INT8 `net` with its weights as fp32, under `config`, which says so. Activations are no longer rounded."""
+    state = net.state_dict()
+    for name in [name for name in state if name.endswith(".weight_scale")]:
+        weight = name.removesuffix("_scale")
+        state[weight] = state[weight].float() * state.pop(name)
+    with torch.device("meta"):
+        whole = Net(config)
+    whole.load_state_dict(state, assign=True)
+    return whole

@@ -9,6 +9,7 @@ request with it (`failover`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncGenerator
 from typing import Any, cast
@@ -71,7 +72,8 @@ class EngineReplica:
         from shoal.model.model import Model
 
         torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 2) - 1))
-        model = Model.load(args.model or "")
+        say = logging.getLogger("ray.serve").warning
+        model = Model.load(args.model or "", on_fallback=say if args.precision == "auto" else None)
         if args.gpus > 0:
             model.net.to("cuda")
         # Serve bounds what reaches a replica, so the engine's own bound is only the last line

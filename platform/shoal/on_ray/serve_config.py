@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 from ray.runtime_env import RuntimeEnv
@@ -36,6 +36,7 @@ class ServeArgs:
     max_replicas: int = 1
     cpus: float = 1.0  # cores that Ray reserves for one engine replica
     gpus: float = 0.0  # GPUs of one engine replica; above 0 the model runs on it
+    precision: Literal["stored", "auto"] = "stored"  # auto: fp32 where INT8 cannot be trusted, which else is refused
     threads: int | None = None  # compute threads of a replica; None: the machine's cores less one, for HTTP
     max_batch: int = 32  # requests that run at once in one replica
     max_queue: int = 128  # requests that wait for a replica; more are answered 429

@@ -94,6 +94,25 @@ def bits_per_byte(net: Net, batches: Iterable[Batch], exits: Sequence[int]) -> d
 
 
 @torch.inference_mode()
+def beside(nets: Sequence[Net], batches: Iterable[Batch]) -> list[tuple[float, float]]:
+    """Of each of `nets` at full depth: bits per byte, and the share of places where its likeliest token is the first net's."""
+    nats, agreed, places, n_bytes = [0.0] * len(nets), [0] * len(nets), 0, 0
+    for batch in batches:
+        valid = batch.targets >= 0
+        n_bytes, places = n_bytes + batch.n_bytes, places + int(valid.sum())
+        likeliest = None
+        for i, net in enumerate(nets):
+            last = net.config.layers
+            hidden = net(batch.tokens, batch.patches, batch.grid, docs=batch.docs)[last]
+            logits = net.head(hidden[valid], last).float()
+            nats[i] += float(F.cross_entropy(logits, batch.targets[valid], reduction="sum"))
+            likeliest = logits.argmax(-1) if likeliest is None else likeliest
+            agreed[i] += int((logits.argmax(-1) == likeliest).sum())
+    bits = [total / math.log(2) / max(1, n_bytes) for total in nats]
+    return [(b, count / max(1, places)) for b, count in zip(bits, agreed, strict=True)]
+
+
+@torch.inference_mode()
 def patch_error(net: Net, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean squared error of the next patch on normalised targets: the model's, and that of always saying zero."""
     from shoal.train.loss import patch_targets

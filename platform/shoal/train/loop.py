@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch.optim import Optimizer
@@ -21,11 +21,11 @@ from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import checkpoint as model_directory
 from shoal.model.cost import parameters
+from shoal.model.linears import export_int8, fake_quantize_
 from shoal.model.net import Net
-from shoal.model.quant import export_int8, fake_quantize_
 from shoal.train import log
 from shoal.train.checkpoint import CheckpointStore, TrainState, code_version, full_state, read_state, require_same
-from shoal.train.feed import open_feed, shard_tokenizer
+from shoal.train.feed import Feed, open_feed, shard_tokenizer
 from shoal.train.heldout import Bpb, measure
 from shoal.train.log import Report, Speaker, ignore
 from shoal.train.loss import LossModel
@@ -53,6 +53,10 @@ class FitResult:
     tokens: int  # padding left out
     seconds: float  # of training, over all sittings
     bpb: Bpb  # held-out bits a byte: modality -> exit name -> value
+    rounded: dict[str, Bpb] = field(
+        default_factory=dict
+    )  # of a quantising run: the model it starts from, as it is ("fp32") and
+    # rounded without training ("post-training"), measured likewise
 
 
 def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
@@ -69,6 +73,7 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
     shard_(model, ranks)
     optimizer = make_optimizer(model, plan.train)
     run = _Run(plan, ranks, model, optimizer, say)
+    rounded = _rounded(plan, model, feed, ranks)  # before a checkpoint takes the place of the weights
     state = run.resume()
     heads = min(2, len(model.exits)) if rotates(plan.model, plan.train) else len(model.exits)
     meter = Meter(plan.model, matmul_rate(ranks.device), ranks.world, heads=heads)
@@ -89,6 +94,8 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
         if rotates(plan.model, plan.train):
             weights = one_early_exit(weights, state.step)
         skip = left_out(plan.model, plan.train, state.step)
+        # Rounding begins when the rate has warmed up: AdamW's moments are empty until then, and rounding is noise to them.
+        fake_quantize_(model.net, plan.quantize and done > plan.train.warmup)
         result = update(
             model, optimizer, batches, config=plan.train, weights=weights, rate=rate, ranks=ranks, skip=skip
         )
@@ -100,6 +107,7 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
         state.seconds = clock.step()
         meter.add(result.tokens, clock.last_step)
         say("step", meter.read() | asdict(result), step=state.step, progress=done, rate=rate, eta=clock.eta(done))
+        fake_quantize_(model.net, plan.quantize)  # what is measured is what will be served
         if feed.heldout and plan.eval_every and state.step % plan.eval_every == 0 and done < 1.0:
             say("eval", asdict(measure(model, feed.heldout, ranks)), step=state.step, progress=done)
         if state.seconds - run.saved_at >= 60 * plan.checkpoint_minutes and done < 1.0:
@@ -110,9 +118,20 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
         say("eval", asdict(final), step=state.step, progress=done)
     run.save(state, done)
     start.export(plan, model, ranks)
-    result_ = FitResult(str(plan.model_dir), state.step, state.tokens, state.seconds, final.bpb)
+    result_ = FitResult(str(plan.model_dir), state.step, state.tokens, state.seconds, final.bpb, rounded)
     say("end", asdict(result_))
     return result_
+
+
+def _rounded(plan: FitPlan, model: LossModel, feed: Feed, ranks: Ranks) -> dict[str, Bpb]:
+    """Held-out bits a byte that a quantising run starts from, see `FitResult`; leaves the model rounding."""
+    if not plan.quantize:
+        return {}
+    found = {}
+    for name, on in (("fp32", False), ("post-training", True)):
+        fake_quantize_(model.net, on)
+        found[name] = measure(model, feed.heldout, ranks).bpb
+    return found
 
 
 @dataclass
@@ -141,7 +160,6 @@ class _Start:
             raise ConfigError(
                 "model.vocab", got=plan.model.vocab, allowed=f"at least {len(tokenizer)}, the tokenizer's"
             )
-        fake_quantize_(net, plan.quantize)
         return cls(net, tokenizer, template)
 
     def export(self, plan: FitPlan, model: LossModel, ranks: Ranks) -> None:

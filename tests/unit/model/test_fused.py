@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import presets
-from shoal.model import fused
+from shoal.model import fused, int8
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.net import Net
 from shoal.model.quant import TOP, int8_linear_reference, quantize_rows, token_scale
@@ -77,7 +77,7 @@ def test_few_rows_in_int8_are_the_references_to_the_bit(seed, rows, width, outpu
     x[0, 0] = w[0, 0] = 3.0 * size  # a saturating pair
     weight, scale = quantize_rows(w)
     with torch.inference_mode():
-        assert torch.equal(fused.product(x, weight, scale), int8_linear_reference(x, weight, scale))
+        assert torch.equal(int8.Numba(weight, scale)(x), int8_linear_reference(x, weight, scale))
 
 
 @torch.no_grad()

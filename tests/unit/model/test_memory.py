@@ -10,8 +10,8 @@ from torch import nn
 from shoal import Model, presets
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import memory
+from shoal.model.linears import prepack_
 from shoal.model.net import Net
-from shoal.model.quant import prepack_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for in Linux's way")

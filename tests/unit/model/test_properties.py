@@ -18,6 +18,7 @@ property                              where it is held
 19 exit order, exit tax               tests/unit/train/test_control.py; the figure itself: the quickstart's report
 23 images and the cache               here (logits); units: tests/unit/engine
 24 losses keep to their tokens        tests/unit/train/test_loss.py; shares: tests/unit/data/test_order.py
+26 INT8                               tests/flows/test_int8_flow.py; kernels: test_int8.py; the figure: the quickstart's report
 27 gradients                          test_attention.py; on a GPU: tests/gpu
 28 configs                            test_net.py
 """

@@ -1,0 +1,156 @@
+"""The weights of the network, each with the product that it is for: in fp32, with the rounding of INT8 while training, and in
+INT8. Names of tensors are those of compressed-tensors (`weight`, `weight_scale`).
+
+Letters: M rows (tokens), I input width, O output width, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shoal.model import fused, int8, memory
+from shoal.model.quant import fake_linear, fake_weight, quantize_rows
+
+LEAST_PACKED = 2**17  # weights
+
+
+class Weight(nn.Module):
+    """An [O, I] weight and the product with it. With `fake` on, both sides are rounded as INT8 will round them; once
+    packed by `prepack_`, inference reads a copy laid out for the CPU's kernel."""
+
+    fake = False
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self._packed: Tensor | None = None
+        self._packed_from = (-1, -1)  # which weight, in which version: one that has changed since is not served stale
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]."""
+        if self.fake:
+            return fake_linear(x, self.weight)
+        if fused.few(x):
+            return fused.product(x, self.weight)
+        if self._packed is not None and not torch.is_grad_enabled() and self._packed_from == self._state():
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+            return out
+        return F.linear(x, self.weight)
+
+    def matrix(self, x: Tensor) -> fused.Matrix | None:
+        """What `fused.layer` reads for rows like those of `x` [M, I]; None where their product is better had alone."""
+        return (self.weight, *fused.PLAIN) if not self.fake and fused.few(x) else None
+
+    @torch.no_grad()
+    def prepack(self) -> None:
+        """Lay the weight out for oneDNN. The memory of the weight is needed twice then."""
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
+        memory.prefer_large(torch.ops.mkldnn.data_ptr(self._packed), torch.ops.mkldnn._nbytes(self._packed))
+        self._packed_from = self._state()
+
+    def _state(self) -> tuple[int, int]:
+        return self.weight.data_ptr(), self.weight._version
+
+
+class Linear(Weight):
+    """x [..., I] -> [..., O], no bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+
+class Int8Linear(nn.Module):
+    """The serving form of `Linear`: int8 weight [O, I] and fp32 weight_scale [O, 1]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.weight_scale: Tensor
+        self.register_buffer("weight", torch.zeros(outputs, inputs, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.ones(outputs, 1))
+        self._kernels: int8.Kernels | None = None
+        self._made_for = -1  # where the weight lay: what was made for an old place is of no use in a new one
+
+    @property
+    def kernels(self) -> int8.Kernels:
+        """What computes the product, chosen at the first use."""
+        lies = self._buffers["weight"].data_ptr()  # type: ignore[union-attr]  # `self.weight` takes a search: 1 us of 4
+        if self._kernels is None or self._made_for != lies:
+            self._kernels, self._made_for = int8.pack(self.weight, self.weight_scale), lies
+        return self._kernels
+
+    def matrix(self, x: Tensor) -> fused.Matrix | None:
+        """As `Weight.matrix`."""
+        return self.kernels.matrix(len(x)) if x.dtype == torch.float32 else None
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]."""
+        if x.dim() == 2 and x.dtype == torch.float32:  # decoding: four operators less
+            return self.kernels(x)
+        flat = x.reshape(-1, x.shape[-1]).float()
+        return self.kernels(flat).view(*x.shape[:-1], -1).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+
+class Embedding(Weight):
+    """The token table [V, D], tied: rows in (`forward`), logits out (`logits`)."""
+
+    def __init__(self, vocab: int, width: int) -> None:
+        super().__init__(width, vocab)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, fake_weight(self.weight) if self.fake else self.weight)
+
+    def logits(self, h: Tensor) -> Tensor:
+        return self.product(h)
+
+
+class Int8Embedding(Int8Linear):
+    """The serving form of `Embedding`: int8 per row, used both ways."""
+
+    def __init__(self, vocab: int, width: int) -> None:
+        super().__init__(width, vocab)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.weight[tokens].float() * self.weight_scale[tokens]
+
+    def logits(self, h: Tensor) -> Tensor:
+        return self.product(h)
+
+
+def fake_quantize_(net: nn.Module, on: bool = True) -> None:
+    """Switch every `Linear` and `Embedding` of `net` to (or from) fake-quantised arithmetic, in place."""
+    for module in net.modules():
+        if isinstance(module, Weight):
+            module.fake = on
+
+
+def prepack_(net: nn.Module) -> None:
+    """Make the weights of `net` ready for decoding, so that no request waits for it: on large pages; in INT8 with their kernels
+    tested and chosen; in fp32 packed where that pays on a CPU: one thread, d 768 -> 4096, is 2.2 times faster at M = 1 and 3.4
+    at M = 4; below `LEAST_PACKED` weights the operator's own 8 us cost more than it saves. Raises ResourceError where no
+    INT8 kernel can be trusted."""
+    memory.gather_(module.weight for module in net.modules() if isinstance(module, (Weight, Int8Linear)))
+    packs = torch.backends.mkldnn.is_available()
+    for module in net.modules():
+        if isinstance(module, Int8Linear):
+            _ = module.kernels
+        elif isinstance(module, Weight):
+            w = module.weight
+            if packs and w.device.type == "cpu" and w.dtype == torch.float32 and w.numel() >= LEAST_PACKED:
+                module.prepack()
+
+
+def export_int8(net: nn.Module) -> dict[str, Tensor]:
+    """The state of the INT8 twin of `net`: int8 weights with fp32 scales where `net` has a `Weight`, every other tensor as it
+    is. Raises CheckpointError naming a weight that is not finite."""
+    state = {name: tensor.detach() for name, tensor in net.state_dict().items()}
+    for name, module in net.named_modules():
+        if isinstance(module, Weight):
+            weight, scale = quantize_rows(state[f"{name}.weight"], f"{name}.weight")
+            state[f"{name}.weight"], state[f"{name}.weight_scale"] = weight, scale
+    return state

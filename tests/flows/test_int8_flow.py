@@ -1,0 +1,127 @@
+"""Property 26 on a model trained here: training's rounding is the kernel's, and INT8 costs little."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal import Model, presets
+from shoal.bench.quant import peak_memory
+from shoal.data.batches import heldout_batches
+from shoal.errors import CheckpointError, ResourceError
+from shoal.int8_cost import int8_cost, said
+from shoal.model import files, int8
+from shoal.model.checkpoint import read
+from shoal.model.linears import fake_quantize_
+from shoal.model.net import Net
+from shoal.train import log
+from shoal.train.loop import FitResult, fit
+from shoal.train.plan import FitPlan, pretrain_plan, quantize_plan
+from tests.corpus import write_corpus
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "data", presets.get("test"))
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path) -> Path:
+    return Path(fit(pretrain_plan("test", str(data), str(data.parent / "pretrain"), steps=60, eval_every=0)).out)
+
+
+@pytest.fixture(scope="module")
+def quantized(data: Path, trained: Path) -> FitResult:
+    return fit(quantize_plan(str(trained), str(data), str(data.parent / "int8"), steps=20, batch_tokens=768))
+
+
+def test_int8_costs_little_and_training_with_it_no_more_than_rounding_alone(
+    data: Path, trained: Path, quantized: FitResult
+) -> None:
+    rows = int8_cost(Model.load(trained), Model.load(quantized.out), data, rows=16)
+    assert [row["modality"] for row in rows] == ["text", "code"]
+    for row in rows:
+        assert row["int8_rise"] < 0.005 and row["rounded_rise"] < 0.02
+        assert row["int8"] <= row["rounded"] * 1.002
+        assert row["rounded_agreement"] > 0.95
+        assert f"{row['int8_rise']:+.2%}" in said(row)
+    for name, by_modality in quantized.rounded.items():
+        assert name in ("fp32", "post-training") and by_modality.keys() == quantized.bpb.keys()
+    assert quantized.rounded["fp32"]["text"]["full"] != quantized.rounded["post-training"]["text"]["full"]
+
+
+def test_what_was_trained_is_what_is_served_to_the_bit(trained: Path, data: Path) -> None:
+    """The whole network, not one product: norms and attention are the same operators in both."""
+    exact = Model.load(trained)
+    served = exact.quantized()
+    fake_quantize_(exact.net)
+    (batch,) = heldout_batches(data, "text", batch_rows=4, limit=4)
+    with torch.no_grad():  # not in inference mode, whose compiled norms round otherwise
+        last = exact.config.layers
+        for net in (exact.net, served.net):
+            assert not net.training
+        want, got = (net.head(net(batch.tokens, docs=batch.docs)[last], last) for net in (exact.net, served.net))
+    assert torch.equal(want, got)
+
+
+def test_a_resumed_quantising_run_ends_as_if_nothing_had_happened(data: Path, trained: Path, tmp_path: Path) -> None:
+    """Across the update at which rounding begins; what it started from is told again."""
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(record: log.Record) -> None:
+        if record["kind"] == "step" and record["step"] == 2:
+            raise Interrupted
+
+    def plan(name: str) -> FitPlan:
+        more = {"steps": 12, "batch_tokens": 768, "checkpoint_minutes": 0.0, "warmup": 0.3, "decay": 0.5}
+        return quantize_plan(str(trained), str(data), str(tmp_path / name), **more)
+
+    calm = fit(plan("calm"))
+    with pytest.raises(Interrupted):
+        fit(plan("hit"), interrupt)
+    resumed = fit(plan("hit"))
+    assert (resumed.bpb, resumed.rounded) == (calm.bpb, calm.rounded)
+    a, b = (Path(result.out, "model.safetensors").read_bytes() for result in (calm, resumed))
+    assert a == b
+
+
+def test_another_scheme_is_refused_by_name(quantized: FitResult, tmp_path: Path) -> None:
+    model = Model.load(quantized.out)
+    model.save(tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    values = json.loads(path.read_text())
+    assert values["int8_scheme"] == 1 and values["quantization_config"]["quant_method"] == "compressed-tensors"
+    path.write_text(json.dumps(values | {"int8_scheme": 2}))
+    with pytest.raises(CheckpointError, match=r"int8_scheme: got 2; allowed: 1; quantise the fp32 model"):
+        read(tmp_path / "other")
+
+
+def test_a_machine_that_fails_the_self_test_refuses_int8_or_falls_back(
+    quantized: FitResult, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "KERNELS", {"float": lambda weight, scale: lambda x: x.new_zeros(len(x), len(weight))})
+    monkeypatch.setattr(int8, "trusted", int8.trusted.__wrapped__)
+    with pytest.raises(ResourceError, match=r"no INT8 kernel passes.*float: relative error.*--precision auto"):
+        Model.load(quantized.out)
+    told: list[str] = []
+    model = Model.load(quantized.out, on_fallback=told.append)
+    assert len(told) == 1 and "relative error" in told[0] and model.config.quantization == "none"
+    ids = model.tokenizer.encode("The shoal turns. The")
+    exact = Model.load(trained).logits(ids)
+    assert (model.logits(ids) - exact).abs().mean() < 0.1 * exact.std()
+
+
+def test_a_wide_model_takes_a_quarter_of_the_file_and_never_its_fp32_weights_in_memory(tmp_path: Path) -> None:
+    """A third of `base`, with smaller patches, so that what stays fp32 is as small a share as in the whole."""
+    config = dataclasses.replace(presets.get("base").model, layers=4, ffn=1536, vocab=8192, patch=8)
+    model = Model(config, Net(config).init_(0), Model.from_preset("test").tokenizer)
+    model.save(tmp_path / "fp32")
+    model.quantized().save(tmp_path / "int8")
+    fp32, small = (files.weight_bytes(tmp_path / name) for name in ("fp32", "int8"))
+    assert fp32 > 3.6 * small
+    exact, peak = (peak_memory(tmp_path / name) for name in ("fp32", "int8"))
+    assert exact - peak > 0.8 * (fp32 - small), "as much as the fp32 weights take"
