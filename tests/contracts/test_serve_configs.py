@@ -65,6 +65,44 @@ def test_a_deployment_that_the_application_does_not_have_is_refused(tmp_path: Pa
         load_serve_config(path)
 
 
+def several(tmp_path: Path, more: str = "") -> Path:
+    """The local config for two models, with `more` at its end."""
+    path = tmp_path / "several.yaml"
+    text = (FOLDER / "local.yaml").read_text(encoding="utf-8")
+    path.write_text(text + "      models: {base: a/base, int8: a/int8}\n" + more, encoding="utf-8")
+    return path
+
+
+def test_several_models_have_a_deployment_each(tmp_path: Path) -> None:
+    weights = "    deployments: [{name: EngineReplica-int8, user_config: {model: a/newer}}]\n"
+    deploy = load_serve_config(several(tmp_path, weights))
+    assert deploy.applications[0].args["models"] == {"base": "a/base", "int8": "a/int8"}
+    args = ServeArgs(models={"base": "a/base", "int8": "a/int8"})
+    assert args.deployments() == {"EngineReplica-base": "a/base", "EngineReplica-int8": "a/int8"}
+    assert ServeArgs(model="a").deployments() == {"EngineReplica": "a"}
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("    deployments: [{name: EngineReplica}]\n", "did you mean 'EngineReplica-"),
+        ("    deployments: [{name: EngineReplica-int8, user_config: {modle: a}}]\n", "did you mean 'model'"),
+        ("    deployments: [{name: Gateway, user_config: {model: a}}]\n", "only engines"),
+        ("      model: a/third\n", "args.model and args.models"),
+        ("      name: fish\n", "args.model and args.models"),
+    ],
+)
+def test_a_slip_among_several_models_is_refused_by_name(tmp_path: Path, more: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_serve_config(several(tmp_path, more))
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../up", "x" * 65])
+def test_a_model_s_name_is_one_word(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"args\.models: name"):
+        ServeArgs(models={name: "a"})
+
+
 def test_replicas_on_the_command_line() -> None:
     assert parse_replicas("2") == {"min_replicas": 2, "max_replicas": 2}
     assert parse_replicas("0:4") == {"min_replicas": 0, "max_replicas": 4}

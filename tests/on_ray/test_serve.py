@@ -1,4 +1,4 @@
-"""The service on Ray Serve, over its HTTP proxy: an fp32 and an INT8 model side by side on one cluster."""
+"""The service on Ray Serve, over its HTTP proxy: an fp32 and an INT8 model side by side in one application."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shoal.errors import CheckpointError, ResourceError
 from shoal.inputs.chat import encode_chat
 from shoal.on_ray import serve
 from shoal.on_ray.resources import local_ray
-from shoal.on_ray.serve_config import IMPORT_PATH, ServeArgs, check_serve_config, serve_config
+from shoal.on_ray.serve_config import ServeArgs, serve_config
 
 pytestmark = pytest.mark.ray
 
@@ -38,16 +38,15 @@ class Service:
     url: str
     directories: dict[str, Path]
 
-    def base(self, name: str) -> str:
-        return f"{self.url}/{name}"
-
-    def client(self, name: str) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.base(name)}/v1", api_key="none", max_retries=0, timeout=60)
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def metric(self, name: str, metric: str) -> float:
         """The value of one of the model's metrics now."""
-        lines = httpx.get(f"{self.base(name)}/metrics", timeout=30).text.splitlines()
-        return next(float(line.split()[-1]) for line in lines if line.startswith(f"shoal:{metric}{{"))
+        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        sample = f'shoal:{metric}{{model_name="{name}"}}'
+        return next(float(line.split()[-1]) for line in lines if line.startswith(sample))
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +60,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def service(models: dict[str, Path]) -> Iterator[Service]:
-    applications = [
-        {"name": n, "route_prefix": f"/{n}", "import_path": IMPORT_PATH, "args": {"model": str(models[n]), "name": n}}
-        for n in NAMES
-    ]
-    deploy = check_serve_config({"http_options": {"port": free_port()}, "applications": applications}, "two models")
+    args = ServeArgs(models={name: str(directory) for name, directory in models.items()})
+    deploy = serve_config(args, port=free_port())
     with local_ray():
         url = serve.run(deploy, blocking=False)
         yield Service(url, models)
@@ -115,7 +111,7 @@ def test_greedy_tokens_over_http_are_the_model_s_own(service: Service, name: str
     prompt = model.tokenizer.encode("def f(x):")
     naive = model.generate_naive(prompt, 24, depth=depth)
     (offline,) = Engine(model).generate([Request(prompt, Sampling(temperature=0, max_tokens=24), depth=depth)])
-    answer = service.client(name).completions.create(
+    answer = service.client.completions.create(
         model=name, prompt=prompt, temperature=0, max_tokens=24, logprobs=0, extra_body={"depth": depth}
     )
     logprobs = answer.choices[0].logprobs
@@ -132,7 +128,7 @@ def test_the_depth_field_is_respected_and_reported(service: Service) -> None:
         ran = service.metric("int8", f"requests_depth_{layers}_total")
         for given in (depth, layers):
             body = {"model": "int8", "messages": MESSAGES, "temperature": 0, "max_tokens": 12, "depth": given}
-            reply = httpx.post(f"{service.base('int8')}/v1/chat/completions", json=body, timeout=60)
+            reply = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=60)
             assert (reply.headers["x-shoal-depth"], reply.json()["usage"]["depth"]) == (depth, depth)
             texts.add(reply.json()["choices"][0]["message"]["content"])
         assert service.metric("int8", f"requests_depth_{layers}_total") == ran + 2
@@ -142,7 +138,7 @@ def test_the_depth_field_is_respected_and_reported(service: Service) -> None:
 def test_a_stream_has_the_shape_that_openai_gives_it(service: Service) -> None:
     body = {"model": "fp32", "messages": MESSAGES, "temperature": 0, "max_tokens": 12, "stream": True}
     body |= {"stream_options": {"include_usage": True}, "depth": "middle"}
-    with httpx.stream("POST", f"{service.base('fp32')}/v1/chat/completions", json=body, timeout=60) as reply:
+    with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=body, timeout=60) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream")
         events = [line for line in reply.iter_lines() if line]
     assert all(event.startswith("data: ") for event in events)
@@ -175,7 +171,7 @@ def test_a_wrong_request_gets_the_openai_envelope(
     service: Service, more: dict[str, Any], status: int, param: str, says: str
 ) -> None:
     body = {"model": "fp32", "messages": MESSAGES, **more}
-    reply = httpx.post(f"{service.base('fp32')}/v1/chat/completions", json=body, timeout=60)
+    reply = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=60)
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (status, param)
     assert says in error["message"]
@@ -186,7 +182,7 @@ def test_a_client_that_leaves_frees_the_engine(service: Service) -> None:
     cancelled = service.metric("fp32", "requests_cancelled_total")
     body = {"model": "fp32", "messages": MESSAGES, "max_tokens": 350, "ignore_eos": True, "stream": True}
     for _ in range(3):
-        with httpx.stream("POST", f"{service.base('fp32')}/v1/chat/completions", json=body, timeout=60) as reply:
+        with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=body, timeout=60) as reply:
             next(reply.iter_lines())
     until(lambda: service.metric("fp32", "requests_cancelled_total") == cancelled + 3)
     assert service.metric("fp32", "num_requests_running") == 0
@@ -194,10 +190,12 @@ def test_a_client_that_leaves_frees_the_engine(service: Service) -> None:
 
 
 def test_status_routes(service: Service) -> None:
-    base = service.base("int8")
+    base = service.url
+    names = [card["id"] for card in httpx.get(f"{base}/v1/models").json()["data"]]
+    assert names == list(NAMES)
     assert httpx.get(f"{base}/ready").json() == {"status": "ready"}
     assert httpx.get(f"{base}/health").json() == {"status": "ok"}
-    assert httpx.get(f"{base}/version").json()["model"] == "int8"
+    assert httpx.get(f"{base}/version").json()["model"] == "fp32"  # the first is meant where no name is given
     card = httpx.get(f"{base}/v1/models/int8").json()
     assert card["depths"] == {"shallow": 1, "middle": 2, "full": 4}
     tokens = httpx.post(f"{base}/tokenize", json={"prompt": "sea"}).json()["tokens"]
@@ -209,7 +207,7 @@ def test_a_port_in_use_is_one_line(service: Service) -> None:
     with pytest.raises(ResourceError, match="port") as caught:
         serve.run(deploy, blocking=False)
     assert "\n" not in str(caught.value)
-    assert httpx.get(f"{service.base('fp32')}/ready").status_code == 200  # and what runs there goes on
+    assert httpx.get(f"{service.url}/ready").status_code == 200  # and what runs there goes on
 
 
 def test_a_second_service_on_one_ray_is_refused(service: Service) -> None:
@@ -219,22 +217,23 @@ def test_a_second_service_on_one_ray_is_refused(service: Service) -> None:
 
 def test_a_stream_outlives_the_only_replica(service: Service) -> None:
     """It goes on at the replica that Serve starts in its place, from where it was: no error, no text twice or left out."""
-    client, (before,) = service.client("fp32"), replicas("fp32")
+    (before,) = replicas("EngineReplica-fp32")
     body: dict[str, Any] = {"model": "fp32", "prompt": "x", "max_tokens": 300, "seed": 7}
-    whole = client.completions.create(**body, extra_body={"ignore_eos": True})
-    stream = client.completions.create(**body, stream=True, extra_body={"ignore_eos": True})
+    whole = service.client.completions.create(**body, extra_body={"ignore_eos": True})
+    stream = service.client.completions.create(**body, stream=True, extra_body={"ignore_eos": True})
     pieces = [next(stream)]
     before.send_signal(signal.SIGKILL)
     pieces += list(stream)
     assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
     assert pieces[-1].choices[0].finish_reason == "length"
-    assert [process.pid for process in replicas("fp32")] != [before.pid]
-    assert httpx.get(f"{service.base('fp32')}/ready").status_code == 200
+    assert [process.pid for process in replicas("EngineReplica-fp32")] != [before.pid]
+    assert service.metric("fp32", "requests_resumed_total") == 1
+    assert httpx.get(f"{service.url}/ready").status_code == 200
 
 
-def replicas(application: str) -> list[psutil.Process]:
-    """The processes of the application's engine replicas; Ray names them."""
-    name = f"ray::ServeReplica:{application}:EngineReplica"
+def replicas(deployment: str) -> list[psutil.Process]:
+    """The processes of the deployment's replicas; Ray names them."""
+    name = f"ray::ServeReplica:shoal:{deployment}"
     children = psutil.Process().children(recursive=True)
     return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and name in " ".join(child.cmdline())]
 

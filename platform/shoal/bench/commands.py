@@ -65,6 +65,23 @@ def quant(
     run(out, preset=preset, tokens=tokens, rounds=rounds, pairs=pairs, data=data)
 
 
+@bench.command("serve")
+def serve(
+    model: Annotated[Path | None, typer.Option(help="Model directory [random weights of the preset].")] = None,
+    preset: Annotated[str, typer.Option(help="Whose shape the random weights have.")] = "mini",
+    port: Annotated[int, typer.Option(help="HTTP port of the services that are measured.")] = 8123,
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
+    rounds: Rounds = 3,
+    parts: Annotated[str, typer.Option(help="Which measurements.")] = "start,latency,throughput,overload,scale",
+    page: Annotated[Path, typer.Option(help="Where the page with the plot goes.")] = Path("bench-serve.html"),
+) -> None:
+    """What HTTP and Ray Serve add to an engine: first token, throughput, overload, scaling. Takes some five minutes."""
+    from shoal.bench.serve import serve_bench
+
+    chosen = tuple(parts.split(","))
+    serve_bench(out, model=model, preset=preset, port=port, tokens=tokens, rounds=rounds, parts=chosen, out=page)
+
+
 @bench.command("model")
 def model(rounds: Rounds = 5) -> None:
     """Hybrid attention in training against full causal attention, and the vectors that decoding reads."""

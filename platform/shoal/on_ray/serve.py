@@ -1,6 +1,7 @@
 """The service on Ray Serve: a gateway that speaks HTTP, and engine replicas that hold the model.
 
     HTTP proxy -> Gateway (the app of `api.app`, no torch) -> handle stream -> EngineReplica (an `AsyncEngine`)
+                     one for all models                        a deployment of its own for each model
 
 `app` is what a Serve config names; `run` starts one on the Ray that runs here and watches over it.
 """
@@ -12,6 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +22,7 @@ import httpx
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.serve._private.common import ReplicaID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import BackpressureConfig, HTTPOptions
 from ray.serve.context import _disconnect, _get_global_client
@@ -34,21 +37,24 @@ from shoal.api.requests import Limits
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.errors import ConfigError, ResourceError
-from shoal.on_ray.engines import LIFE, LOGGING, EngineReplica, ReplicaClient, engine_options
+from shoal.on_ray.clients import ReplicaClient
+from shoal.on_ray.engines import LIFE, LOGGING, EngineReplica, engine_options
 from shoal.on_ray.resources import need_free_port
-from shoal.on_ray.serve_config import IMPORT_PATH, ServeArgs
+from shoal.on_ray.serve_config import GATEWAY, IMPORT_PATH, ServeArgs
 
 MODEL_VARIABLE = "SHOAL_MODEL"
 GATEWAY_OPTIONS: dict[str, Any] = {
     "max_ongoing_requests": 4096,  # connections that the gateway holds; what the engines take is bounded by `ServeArgs`
     "max_queued_requests": 4096,
+    "max_surge_percent": 100,  # in an update the new one serves before the old one goes
     "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
     **LIFE,
     "logging_config": LOGGING,
     "ray_actor_options": {"num_cpus": 0},
 }
 POLL_SECONDS = 0.25
-STOP_SECONDS = 90.0  # above the time that replicas have for the streams they still serve
+STREAM_SECONDS = 60.0  # that a service which is stopped gives to the streams that run
+STOP_SECONDS = 90.0
 
 
 def app(args: dict[str, Any]) -> serve.Application:
@@ -57,10 +63,15 @@ def app(args: dict[str, Any]) -> serve.Application:
     Raises ConfigError for an unknown or wrong argument, CheckpointError for a model that cannot be served.
     """
     given = _with_model(config.load(ServeArgs, args, "args"))
-    ServedModel.load(given.model or "")  # refused now, in one line, and not by every replica again
-    engine = serve.deployment(**engine_options(given))(EngineReplica).bind(given)
-    gateway = serve.deployment(**GATEWAY_OPTIONS)(serve.ingress()(Gateway))  # builds its app where it runs
-    return gateway.bind(engine, given)
+    engines = {}
+    for name, directory in given.deployments().items():
+        served = ServedModel.load(directory)  # refused now, in one line, and not by every replica again
+        options = engine_options(given, directory, served.config.page)
+        engines[name] = serve.deployment(name=name, **options)(EngineReplica).bind(given, directory)
+    # a gateway that goes has the time of the longest request: its streams cannot go on at another
+    options = {**GATEWAY_OPTIONS, "graceful_shutdown_timeout_s": max(given.seconds, STREAM_SECONDS)}
+    gateway = serve.deployment(name=GATEWAY, **options)(serve.ingress()(Gateway))  # builds its app where it runs
+    return gateway.bind(engines, given)
 
 
 def run(
@@ -112,7 +123,7 @@ def run(
 
 
 def stop() -> None:
-    """Stops Serve on the Ray that is running, its requests drained; does nothing when none runs.
+    """Stops Serve on the Ray that is running; does nothing when none runs. Requests that run have `STREAM_SECONDS` to end.
 
     Raises ResourceError when it does not end within `STOP_SECONDS`.
     """
@@ -121,9 +132,11 @@ def stop() -> None:
         return
     # `serve.shutdown` waits inside a call that the controller's own end breaks off, which Ray prints as a failure
     ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=STOP_SECONDS)
-    deadline = time.monotonic() + STOP_SECONDS
+    began = time.monotonic()
     while _controller_lives():
-        if time.monotonic() > deadline:
+        if time.monotonic() > began + STREAM_SECONDS:
+            _kill_replicas()
+        if time.monotonic() > began + STOP_SECONDS:
             raise ResourceError("Serve does not end", got=f"alive after {STOP_SECONDS:g} s", do="stop its Ray")
         time.sleep(POLL_SECONDS)
     _disconnect()  # type: ignore[no-untyped-call]  # forgets the Serve that was
@@ -137,7 +150,16 @@ def _controller_lives() -> bool:
     return True
 
 
+def _kill_replicas() -> None:
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == SERVE_NAMESPACE and ReplicaID.is_full_id_str(actor["name"]):
+            with suppress(ValueError):  # it has just gone
+                ray.kill(ray.get_actor(actor["name"], namespace=SERVE_NAMESPACE))
+
+
 def _with_model(args: ServeArgs) -> ServeArgs:
+    if args.models:
+        return args
     model = args.model or os.environ.get(MODEL_VARIABLE)
     if not model:
         raise ConfigError("args.model", got="nothing", do=f"give a model directory, there or in ${MODEL_VARIABLE}")
@@ -152,10 +174,13 @@ def _prefix(application: ServeApplicationSchema) -> str:
 def _at_home(args: dict[str, Any], url: str) -> dict[str, Any]:
     """`args` with what only the machine that starts the service knows: where its paths are, and its URL."""
     given = _with_model(config.load(ServeArgs, args, "args"))
-    ServedModel.load(given.model or "")
+    for directory in given.deployments().values():
+        ServedModel.load(directory)
     ApiKeys.load(given.api_keys)
     paths = {"model": given.model, "api_keys": given.api_keys}
-    absolute = {name: str(Path(path).resolve()) for name, path in paths.items() if path}
+    absolute: dict[str, Any] = {name: str(Path(path).resolve()) for name, path in paths.items() if path}
+    if given.models:
+        absolute["models"] = {name: str(Path(path).resolve()) for name, path in given.models.items()}
     return {**args, **absolute, "ui_api": given.ui_api or f"{url}/v1"}
 
 
@@ -215,15 +240,21 @@ def _wait_for_the_end() -> None:
 class Gateway:
     """The HTTP surface. One replica: a chat page keeps its session in the process that made it."""
 
-    def __init__(self, engine: DeploymentHandle[Any], args: ServeArgs) -> None:
-        self._engine, self._args = engine, args
+    def __init__(self, engines: dict[str, DeploymentHandle[Any]], args: ServeArgs) -> None:
+        """`engines`: a handle for each of `args.deployments()`."""
+        self._engines, self._args = engines, args
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         args = self._args
-        served = ServedModel.load(args.model or "", args.name)
-        page = chat_page(args.ui_api or "http://127.0.0.1:8000/v1", served.name, args.ui_mount) if args.ui else None
+        names: list[str | None] = [*args.models] or [args.name]
+        models = [
+            Hosted(ServedModel.load(directory, name), ReplicaClient(self._engines[deployment]))
+            for name, (deployment, directory) in zip(names, args.deployments().items(), strict=True)
+        ]
+        default = models[0].served.name
+        page = chat_page(args.ui_api or "http://127.0.0.1:8000/v1", default, args.ui_mount) if args.ui else None
         return build_app(
-            [Hosted(served, ReplicaClient(self._engine))],
+            models,
             api_keys=ApiKeys.load(args.api_keys),
             limits=Limits(seconds=args.seconds),
             metrics=args.metrics,

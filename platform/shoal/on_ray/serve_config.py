@@ -6,9 +6,10 @@ along that schema and refuses them by name.
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,8 @@ from shoal.api.page import MOUNT
 from shoal.errors import ConfigError, did_you_mean
 
 IMPORT_PATH = "shoal.on_ray.serve:app"
-DEPLOYMENTS = ("Gateway", "EngineReplica")
+GATEWAY, ENGINE = "Gateway", "EngineReplica"  # the deployments; of several models each has an engine of its own
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LOOPBACK = "127.0.0.1"
 
 
@@ -31,6 +33,9 @@ class ServeArgs:
     """The ``args`` of a Shoal application."""
 
     model: str | None = None  # model directory, the same path on every node; None: $SHOAL_MODEL
+    models: dict[str, str] = field(
+        default_factory=dict
+    )  # instead: several, name -> directory, each with its own replicas
     name: str | None = None  # what requests call the model, commas between several; None: its own name
     min_replicas: int = 1  # engine replicas; 0: none while nobody asks
     max_replicas: int = 1
@@ -50,6 +55,13 @@ class ServeArgs:
     ui_api: str | None = None  # where the page finds the API; None: this server
 
     def __post_init__(self) -> None:
+        if self.models and (self.model or self.name):
+            raise ConfigError("args.model and args.models", do="name the model under args.models, or serve it alone")
+        odd = next((name for name in self.models if not MODEL_NAME.fullmatch(name)), None)
+        if odd is not None:
+            raise ConfigError(
+                "args.models: name", got=odd, allowed="letters, digits and . _ - (aliases: serve the directory twice)"
+            )
         for name, least in {"min_replicas": 0, "max_replicas": 1, "max_batch": 1, "max_queue": 1}.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"args.{name}", got=getattr(self, name), allowed=f"{least} or more")
@@ -64,6 +76,19 @@ class ServeArgs:
                 raise ConfigError(f"args.{name}", got=getattr(self, name), allowed="0 or more")
         if self.seconds <= 0:
             raise ConfigError("args.seconds", got=self.seconds, allowed="above 0")
+
+    def deployments(self) -> dict[str, str]:
+        """Deployment of each model -> its directory, the default model's first; empty while no model is given."""
+        if self.models:
+            return {f"{ENGINE}-{name}": directory for name, directory in self.models.items()}
+        return {ENGINE: self.model} if self.model else {}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The ``user_config`` of an engine's deployment: what can change while its replicas serve."""
+
+    model: str  # model directory, with the config and the tokenizer of the one that the service started with
 
 
 def parse_replicas(text: str) -> dict[str, int]:
@@ -125,13 +150,19 @@ def check_serve_config(values: Mapping[str, Any], where: str) -> ServeDeploySche
 
 def _check_application(application: ServeApplicationSchema, where: str) -> None:
     try:
-        config.load(ServeArgs, application.args, "args")
+        args = config.load(ServeArgs, application.args, "args")
+        known = [GATEWAY, *(args.deployments() or [ENGINE])]
+        for deployment in application.deployments:
+            if deployment.name not in known:
+                raise ConfigError(
+                    "deployment", got=deployment.name, allowed=known, do=did_you_mean(deployment.name, known)
+                )
+            if isinstance(deployment.user_config, Mapping):
+                if deployment.name == GATEWAY:
+                    raise ConfigError("user_config of Gateway", do="leave it out: only engines have one")
+                config.load(Weights, deployment.user_config, f"{deployment.name}.user_config")
     except ConfigError as error:
         raise ConfigError(f"{where}: application {application.name}: {error.message}") from None
-    for name in application.deployment_names:
-        if name not in DEPLOYMENTS:
-            hint = did_you_mean(name, DEPLOYMENTS)
-            raise ConfigError(f"{where}: deployment of {application.name}", got=name, allowed=DEPLOYMENTS, do=hint)
 
 
 def _unknown_keys(model: type[BaseModel], values: Any, path: str) -> Iterator[tuple[str, str, set[str]]]:
@@ -166,7 +197,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _given(args: ServeArgs) -> dict[str, Any]:
-    return {name: value for name, value in asdict(args).items() if value is not None}
+    return {name: value for name, value in asdict(args).items() if value not in (None, {}, ())}
 
 
 def _short(value: Any) -> str:

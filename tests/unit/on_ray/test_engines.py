@@ -1,10 +1,9 @@
-"""What lies between Serve and an engine, without a cluster: batching of events, errors, and the autoscaling policy."""
+"""What lies between Serve and an engine, without a cluster: batching of events, and errors."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,9 +14,8 @@ from ray.serve.exceptions import BackPressureError
 
 from shoal.engine.events import Event, Finished, Token
 from shoal.errors import EngineDeadError, QueueFullError, RequestError
-from shoal.on_ray.engines import as_shoal_error, batches, engine_options
-from shoal.on_ray.scaling import KV_USE, by_load
-from shoal.on_ray.serve_config import ServeArgs
+from shoal.on_ray.clients import as_shoal_error
+from shoal.on_ray.engines import batches
 
 
 class Source:
@@ -83,26 +81,3 @@ def test_errors_of_ray_have_their_http_status() -> None:
     assert isinstance(as_shoal_error(RayTaskError("generate", "trace", KeyError("bug"))), EngineDeadError)
     other = ValueError("ours")
     assert as_shoal_error(other) is other
-
-
-def context(requests: float, replicas: int = 1, uses: tuple[float, ...] = ()) -> SimpleNamespace:
-    return SimpleNamespace(
-        total_num_requests=requests,
-        current_num_replicas=replicas,
-        config=SimpleNamespace(target_ongoing_requests=8.0),
-        aggregated_metrics={KV_USE: dict(enumerate(uses))} if uses else {},
-    )
-
-
-def test_replicas_follow_requests_and_memory() -> None:
-    assert by_load(context(0))[0] == 0
-    assert by_load(context(24))[0] == 3
-    assert by_load(context(8, replicas=2, uses=(0.8, 0.8)))[0] == pytest.approx(2)
-    assert by_load(context(8, replicas=2, uses=(1.0, 1.0)))[0] == pytest.approx(2.5)
-    assert by_load(context(0, replicas=2, uses=(0.9, 0.9)))[0] == 0  # what is only cached asks for nothing
-
-
-def test_a_fixed_number_of_replicas_does_not_scale() -> None:
-    assert engine_options(ServeArgs(model="m", min_replicas=2, max_replicas=2))["num_replicas"] == 2
-    scaling = engine_options(ServeArgs(model="m", max_replicas=3, max_batch=16))["autoscaling_config"]
-    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 3, 12)

@@ -1,0 +1,98 @@
+"""The engine replicas of one model as an `EngineClient`: what the gateway asks, and what it is told of the replicas.
+
+Notable: an engine's refusal crosses as a `Finished` event and keeps its class; what Ray and Serve raise becomes the error of
+ours that has its HTTP status. A client that leaves closes the gateway's iterator, which cancels the replica's, which cancels
+the request in the engine. A replica that is lost takes no request with it (`failover`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any, cast
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from shoal.engine.events import Event, Request
+from shoal.errors import EngineDeadError, QueueFullError, ShoalError
+from shoal.on_ray.failover import LOSSES, PAUSES, unbroken
+
+
+class ReplicaClient:
+    """The engine replicas behind a handle, as an `EngineClient`."""
+
+    def __init__(self, engine: DeploymentHandle[Any]) -> None:
+        self._engine = engine
+        self._stream = engine.options(method_name="generate", stream=True)
+        self._lost = 0  # streams that their replica left unfinished
+
+    def generate(self, request: Request) -> AsyncGenerator[Event, None]:
+        """Raises QueueFullError when all replicas and the queue are full. A request whose replica is lost goes on at another
+        (`failover`); EngineDeadError says that several were lost."""
+
+        def count() -> None:
+            self._lost += 1
+
+        return unbroken(self._open, request, on_loss=count)
+
+    async def _open(self, request: Request) -> AsyncGenerator[list[Event], None]:
+        stream = cast("DeploymentResponseGenerator[list[Event]]", self._stream.remote(request))
+        try:
+            async for ready in stream:
+                yield ready
+        except Exception as error:  # the stream is over: `cancel` would raise this again
+            raise as_shoal_error(error) from error
+        except BaseException:  # the caller left
+            stream.cancel()  # type: ignore[no-untyped-call]
+            raise
+
+    async def embed(self, prompt: list[int], depth: str | int | None = None) -> list[float]:
+        """Raises as `generate`."""
+        tries = 0
+        while True:
+            try:
+                return cast("list[float]", await self._engine.embed.remote(prompt, depth))
+            except Exception as error:
+                tries, reason = tries + 1, as_shoal_error(error)
+                if tries == LOSSES or not isinstance(reason, EngineDeadError):
+                    raise reason from error
+            await asyncio.sleep(PAUSES[tries])
+
+    async def stats(self) -> dict[str, float]:
+        """Sums over the replicas; of a share (``_perc``) the mean."""
+        replies = await self._engine.broadcast("stats").results_async()
+        names = {name for reply in replies for name in reply}
+        total = {name: sum(reply.get(name, 0.0) for reply in replies) for name in names}
+        shares = {name: value / len(replies) for name, value in total.items() if name.endswith("_perc")}
+        return {
+            **total,
+            **shares,
+            "num_replicas": float(len(replies)),
+            "requests_resumed_total": float(self._lost),
+        }
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError when no replica is alive and well."""
+        try:
+            replies = await self._engine.broadcast("check_health").results_async(return_exceptions=True)
+        except Exception as error:
+            raise as_shoal_error(error) from error
+        errors = [reply for reply in replies if isinstance(reply, Exception)]
+        if errors and len(errors) == len(replies):
+            raise as_shoal_error(errors[0])
+
+
+def as_shoal_error(error: BaseException) -> BaseException:
+    """An error of Ray or Serve as the one of ours that has its HTTP status; any other as it is."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, ShoalError):
+        return cause
+    if isinstance(error, BackPressureError):
+        return QueueFullError("all engines are busy and the queue is full", do="try again in a second")
+    if isinstance(error, RayTaskError):
+        return EngineDeadError("the engine replica failed", got=type(cause).__name__, do="try again")
+    if isinstance(error, (RayError, RayServeException)):
+        return EngineDeadError("the engine replica was lost", got=type(error).__name__, do="try again")
+    return error

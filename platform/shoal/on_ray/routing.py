@@ -1,0 +1,116 @@
+"""Which replica gets a request: the one that has its beginning in the prefix cache, unless that one has too much to do.
+
+    beginnings   a chained hash for each full page of the prompt, an image's hash in the page where it starts
+    known        the replica that last got the longest of these beginnings: a conversation stays where it was, and a system
+                 prompt where it is cached
+    otherwise    rendezvous hashing of the first page: every gateway sends a new beginning to the same replica, and a replica
+                 that comes or goes moves only its own share
+    bound        a replica with more than `SHARE` of its fair part of the requests is passed over, from `SPARE` requests on
+
+`Affinity` is the decision, plain Python; `AffinityRouter` is what Ray Serve runs beside the gateway's handle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from shoal.engine.events import Request
+from shoal.inputs.chat import Encoded
+from shoal.inputs.tokenizer import IMG_ID
+
+SHARE = 1.25  # of the mean number of requests a replica
+SPARE = 4  # requests that a replica takes in any case: a batch of a few costs hardly more than one
+PAGES = 64  # of a prompt that are looked at
+KNOWN = 65_536  # beginnings that are remembered
+
+
+def beginnings(request: Request, page: int) -> list[bytes]:
+    """A hash for each of the first full pages of `page` tokens: equal if all tokens and images up to its end are. A prompt
+    shorter than a page has one, of all its tokens; a prompt of text, which nobody has encoded, has none."""
+    if isinstance(request.prompt, str):
+        return []
+    ids = request.prompt.ids if isinstance(request.prompt, Encoded) else request.prompt
+    images = request.prompt.images if isinstance(request.prompt, Encoded) else []
+    names = iter([image.sha256().encode() for image in images])
+    found, chain = list[bytes](), b""
+    for start in range(0, max(1, min(len(ids) - page + 1, PAGES * page)), page):
+        tokens = ids[start : start + page]
+        data = array("q", tokens).tobytes() + b"".join(next(names, b"") for token in tokens if token == IMG_ID)
+        chain = hashlib.blake2b(chain + data, digest_size=16).digest()
+        found.append(chain)
+    return found
+
+
+class Affinity:
+    """Remembers who got which beginning."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[bytes, str] = OrderedDict()
+
+    def ranked(self, keys: Sequence[bytes], loads: Mapping[str, int]) -> list[str]:
+        """All replicas of `loads` (name -> requests there now), the one to try first in front: those below the bound by
+        affinity, then the others by load."""
+        most = max(SPARE, math.ceil(SHARE * (sum(loads.values()) + 1) / max(1, len(loads))))
+        fair = [name for name, load in loads.items() if load < most]
+        over = sorted((name for name in loads if loads[name] >= most), key=lambda name: loads[name])
+        if not keys:
+            return sorted(fair, key=lambda name: loads[name]) + over
+        last = next((name for key in reversed(keys) if (name := self._known.get(key)) in loads), None)
+        return sorted(fair, key=lambda name: (name != last, _weight(keys[0], name))) + over
+
+    def remember(self, keys: Sequence[bytes], name: str) -> None:
+        """`name` got a request that begins so."""
+        for key in keys:
+            self._known[key] = name
+            self._known.move_to_end(key)
+        while len(self._known) > KNOWN:
+            self._known.popitem(last=False)
+
+
+def _weight(key: bytes, name: str) -> bytes:
+    return hashlib.blake2b(key + name.encode(), digest_size=8).digest()
+
+
+class AffinityRouter(FIFOMixin, RequestRouter):
+    """`Affinity` as Ray Serve's request router of the engine replicas."""
+
+    def _get_pending_request_matching_metadata(self, request_metadata: Any = None) -> PendingRequest | None:
+        """The request that a replica was just chosen for. Serve would look for it by the id of the HTTP request, which the n
+        choices of one share, and all but one of them would never be sent."""
+        waiting: Iterable[PendingRequest] = self._pending_requests_to_fulfill
+        return next((p for p in waiting if p.metadata is request_metadata and not p.future.done()), None)
+
+    def initialize_state(self, page: int) -> None:  # type: ignore[override]
+        """`page`: tokens of a page of the model."""
+        self._page, self._affinity = page, Affinity()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """One replica a rank: Serve takes the first that accepts, and comes back when none does."""
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True  # all replicas are in the ranks
+        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        loads = {name: self.replica_queue_len_cache.get(r.replica_id) or 0 for name, r in replicas.items()}
+        return [[replicas[name]] for name in self._affinity.ranked(self._keys(pending_request), loads)]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        self._affinity.remember(self._keys(pending_request), replica_id.unique_id)
+
+    def _keys(self, pending: PendingRequest | None) -> list[bytes]:
+        request = pending.args[0] if pending is not None and pending.args else None
+        return beginnings(request, self._page) if isinstance(request, Request) else []
+
+
+def router_config(page: int) -> RequestRouterConfig:
+    """Serve's option that routes by `Affinity`, for a model of pages of `page` tokens."""
+    values: dict[str, Any] = {"request_router_class": "shoal.on_ray.routing:AffinityRouter"}
+    return RequestRouterConfig(**values, request_router_kwargs={"page": page})

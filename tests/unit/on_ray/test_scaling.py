@@ -1,0 +1,116 @@
+"""The autoscaling policy as a function of the load, and as Serve applies it with its delays."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.serve.autoscaling_policy import _apply_autoscaling_config
+
+from shoal.on_ray.engines import engine_options
+from shoal.on_ray.scaling import KV_TARGET, KV_USE, LOW, by_load, wanted
+from shoal.on_ray.serve_config import ServeArgs
+
+REQUESTS = st.one_of(st.just(0.0), st.floats(0.01, 500))
+TARGETS = st.sampled_from([1.0, 8.0, 24.0])
+REPLICAS = st.integers(1, 20)
+USES = st.lists(st.floats(0, 1), max_size=20)
+
+
+@given(REQUESTS, TARGETS, USES, REPLICAS)
+def test_no_replica_is_left_with_more_than_its_target(
+    requests: float, target: float, uses: list[float], n: int
+) -> None:
+    number, _ = wanted(requests, target, uses, n)
+    assert requests <= number * target * (1 + 1e-9)
+    if uses and requests:
+        assert n * sum(uses) / len(uses) <= number * KV_TARGET * (1 + 1e-9)
+
+
+@given(REQUESTS, TARGETS, USES, REPLICAS)
+def test_the_same_load_asks_for_no_second_change(requests: float, target: float, uses: list[float], n: int) -> None:
+    number, _ = wanted(requests, target, uses, n)
+    if number:
+        spread = [n * sum(uses) / len(uses) / number] if uses else []  # the same memory, in use on the new number
+        assert wanted(requests, target, spread, number)[0] == number
+
+
+@given(st.floats(1, 500), TARGETS, REPLICAS, st.lists(st.floats(LOW + 0.01, 1), min_size=1, max_size=30))
+def test_a_load_that_wavers_moves_nothing(peak: float, target: float, n: int, shares: list[float]) -> None:
+    """Once there are enough for its peak, a load keeps its replicas while it stays above three quarters of it."""
+    number, _ = wanted(peak, target, [], min(n, math.ceil(peak / target)))
+    assert number == math.ceil(peak / target - 1e-9)
+    for share in shares:
+        assert wanted(peak * share, target, [], number)[0] == number
+
+
+@given(REQUESTS, st.floats(0, 100), TARGETS, REPLICAS)
+def test_more_load_never_asks_for_less(requests: float, more: float, target: float, n: int) -> None:
+    assert wanted(requests + more, target, [], n)[0] >= wanted(requests, target, [], n)[0]
+
+
+def options(args: ServeArgs) -> dict[str, Any]:
+    return engine_options(args, "some/model", 8)
+
+
+def context(
+    requests: float, replicas: int = 1, uses: tuple[float, ...] = (), state: dict[str, object] | None = None
+) -> SimpleNamespace:
+    config = options(ServeArgs(min_replicas=0, max_replicas=8, max_batch=16))["autoscaling_config"]
+    return SimpleNamespace(
+        total_num_requests=requests, current_num_replicas=replicas, target_num_replicas=replicas, config=config,
+        aggregated_metrics={KV_USE: dict(enumerate(uses))} if uses else {}, policy_state=state or {},
+        deployment_name="EngineReplica",
+    )  # fmt: skip
+
+
+def test_replicas_follow_requests_and_memory() -> None:
+    assert by_load(context(36))[0] == 3  # 12 of 16 a replica
+    assert by_load(context(8, replicas=2, uses=(0.8, 0.8)))[0] == 2
+    assert by_load(context(8, replicas=2, uses=(1.0, 1.0)))[0] == 3
+    assert by_load(context(0, replicas=2, uses=(0.9, 0.9)))[0] == 0  # what is only cached asks for nothing
+
+
+def test_changes_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "ray.serve"):
+        _, state = by_load(context(36))
+        by_load(context(36, state=state))
+    assert [record.getMessage() for record in caplog.records] == [
+        "EngineReplica: 1 replicas to be 3, more for requests: 36.0 requests, 12 a replica; K/V of 0.00 replicas in use"
+    ]
+
+
+def test_serve_scales_up_in_seconds_and_down_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve's own wrapper around the policy, on a clock of ours, one decision a second."""
+    policy = _apply_autoscaling_config(by_load)
+    now, replicas, state, when = 1000.0, 1, {}, {}
+    monkeypatch.setattr("ray.serve.autoscaling_policy.time.time", lambda: now)
+    for second in range(1200):
+        requests = 36.0 if second < 60 else 6.0 if second < 400 else 0.0
+        now += 1
+        found = context(requests, replicas, state=state)
+        before, (replicas, state) = replicas, policy(found)
+        if replicas != before:
+            when[second] = replicas
+    assert list(when.values()) == [3, 1, 0]
+    up, down, zero = when
+    assert up <= 5
+    assert 120 <= down - 60 <= 130
+    assert 300 <= zero - 400 <= 310
+
+
+def test_from_zero_the_first_request_brings_a_replica_at_once() -> None:
+    assert _apply_autoscaling_config(by_load)(context(1, replicas=0))[0] == 1
+
+
+def test_a_fixed_number_of_replicas_does_not_scale() -> None:
+    assert options(ServeArgs(min_replicas=2, max_replicas=2))["num_replicas"] == 2
+    scaling = options(ServeArgs(max_replicas=3, max_batch=16))["autoscaling_config"]
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 3, 12)
