@@ -1,33 +1,39 @@
-"""Puts the chat page on an API app: ``shoal serve`` without Ray, and the gateway on Ray Serve."""
+"""Puts the pages on an API app: ``shoal serve`` without Ray, and the gateway on Ray Serve."""
 
 from __future__ import annotations
 
+import warnings
 from urllib.parse import urlsplit
 
 import gradio as gr
 from fastapi import FastAPI, Response
 
-from ui.app import CSS, ICON, MAX_FILE_SIZE, THEME, build
+from ui.app import MAX_FILE_SIZE, build
+from ui.look import CSS, ICON, MEND, THEME
 
 
 def mount(app: FastAPI, *, base_url: str, model: str | None, path: str = "/ui") -> FastAPI:
-    """`app` with the page at `path`. The page asks the API at `base_url` (which ends in /v1), as any client would."""
+    """`app` with the pages at `path`. They ask the API at `base_url` (which ends in /v1), as any client would."""
+    root = urlsplit(base_url).path.rstrip("/").removesuffix("/v1") + path
 
     @app.get("/favicon.ico", include_in_schema=False)  # browsers ask for it, whatever the page says
     async def favicon() -> Response:
         return Response(ICON.read_bytes(), media_type="image/svg+xml")
 
-    return gr.mount_gradio_app(
-        app,
-        build(base_url, model),
-        path=path,
-        root_path=urlsplit(base_url).path.rstrip("/").removesuffix("/v1") + path,  # Gradio guesses it wrongly for files
-        theme=THEME,
-        css=CSS.read_text(encoding="utf-8"),
-        max_file_size=MAX_FILE_SIZE,
-        show_error=False,
-        ssr_mode=False,
-        mcp_server=False,
-        run_history=False,
-        footer_links=[],
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "SSR mode is not supported")  # said although it is off
+        return gr.mount_gradio_app(
+            app,
+            build(base_url, model, root),
+            path=path,
+            root_path=root,  # Gradio guesses it wrongly for files
+            theme=THEME,
+            css=CSS.read_text(encoding="utf-8"),
+            head=f"<script>{MEND.read_text(encoding='utf-8')}</script>",
+            max_file_size=MAX_FILE_SIZE,
+            show_error=False,
+            ssr_mode=False,
+            mcp_server=False,
+            run_history=False,
+            footer_links=[],
+        )

@@ -1,4 +1,4 @@
-"""A conversation with the API: what the page shows as the API's messages, and its streamed answer as what the page shows.
+"""A conversation with the API: what the page shows as the API's messages, and its streamed answer as what a page shows.
 
 Notable: what the page shows of an answer is Markdown made of it, with a line of facts below; the answer itself rides along
 in the message's metadata, and is what the model is told that it said.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import base64
 import html
+import json
+import math
 import mimetypes
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +51,38 @@ class Card:
 
 @dataclass(frozen=True)
 class Settings:
+    """Of one answer. None: the server decides."""
+
     depth: str
     max_tokens: int
-    temperature: float
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    tolerance: float | None = None  # nats a token, with depth "auto" only
+
+    def body(self, model: str, asked: list[Message]) -> dict[str, Any]:
+        """The body of the request to /v1/chat/completions."""
+        tolerance = self.tolerance if self.depth == "auto" else None
+        given = {"seed": self.seed, "quality_tolerance": tolerance, "depth": self.depth}
+        return {
+            "model": model,
+            "messages": asked,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            **{name: value for name, value in given.items() if value is not None},
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer so far. `below`: its facts, once it is complete; `fault`: why there is no more of it."""
+
+    text: str
+    below: str = ""
+    fault: str = ""
 
 
 def client(base_url: str) -> openai.AsyncOpenAI:
@@ -59,58 +91,59 @@ def client(base_url: str) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=base_url, api_key="none", timeout=timeout, max_retries=0)
 
 
-async def read_card(api: openai.AsyncOpenAI, name: str | None) -> Card:
-    """The card of the model `name`, or of the server's first. Raises openai.OpenAIError."""
-    cards = {card.id: card for card in (await api.models.list()).data}
-    card = cards.get(name or "") or next(iter(cards.values()))
-    said = card.model_extra or {}
-    return Card(card.id, said["max_model_len"], said["depths"], said["quantization"])
+async def read_cards(api: openai.AsyncOpenAI, first: str | None) -> list[Card]:
+    """The cards of the server's models, that of `first` before the others. Raises openai.OpenAIError."""
+    cards = [_card(card.id, card.model_extra or {}) for card in (await api.models.list()).data]
+    return sorted(cards, key=lambda card: card.name != first)
 
 
 async def answer(api: openai.AsyncOpenAI, card: Card, asked: list[Any], settings: Settings) -> AsyncIterator[Message]:
-    """States of the answer as a message of the page, each instead of the one before; an error is a message as well.
+    """States of the answer as a message of the page, each instead of the one before; an error is a message as well."""
+    async with aclosing(stream(api, card, asked, settings)) as states:
+        async for state in states:
+            yield faulty(state.fault) if state.fault else said(state.text, state.below)
+
+
+async def stream(
+    api: openai.AsyncOpenAI, card: Card, asked: list[Any], settings: Settings
+) -> AsyncGenerator[Said, None]:
+    """States of the answer, each instead of the one before.
 
     Closing the iterator closes the stream, which cancels the request in the engine.
     """
     text, usage, began, first, shown = "", None, time.perf_counter(), 0.0, 0.0
     try:
-        stream = await api.chat.completions.create(
-            model=card.name,
-            messages=asked,
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"depth": settings.depth},
-        )
-        async with stream:
-            async for chunk in stream:
+        body = settings.body(card.name, asked)
+        sent = await api.chat.completions.create(model=card.name, messages=asked, stream=True, extra_body=body)
+        async with sent:
+            async for chunk in sent:
                 usage = chunk.usage or usage
                 text += "".join(choice.delta.content or "" for choice in chunk.choices)
                 now = time.perf_counter()
                 first = first or now - began
                 if text and now - shown > SHOWN_EVERY:
                     shown = now
-                    yield said(text)
+                    yield Said(text)
     except openai.OpenAIError as error:
-        yield fault(error)
+        yield Said(text, fault=reason(error))
         return
-    yield said(text, facts(usage, card, first, time.perf_counter() - began))
+    yield Said(text, facts(usage, card, first, time.perf_counter() - began))
 
 
-def messages(history: Iterable[Message], new: Message) -> list[Message]:
+def messages(history: Iterable[Message], new: Message, system: str = "") -> list[Message]:
     """The API's messages for what the page shows and the textbox's `new` ({"text", "files"}); a question that got no answer
-    is left out."""
+    is left out. `system` comes first, if there is one."""
+    told: list[Message] = [{"role": "system", "content": system}] if system else []
     asked: list[Message] = []
     for message in history:
         metadata = message.get("metadata") or {}
         if metadata.get("id") == FAULT:
-            asked.pop()
+            del asked[-1:]
         elif message["role"] == "user":
             asked.append({"role": "user", "content": _content(message["content"])})
         else:
             asked.append({"role": "assistant", "content": metadata.get("log", "")})
-    return [*asked, {"role": "user", "content": _content(_parts(new))}]
+    return [*told, *asked, {"role": "user", "content": _content(_parts(new))}]
 
 
 def said(text: str, below: str = "") -> Message:
@@ -121,10 +154,24 @@ def said(text: str, below: str = "") -> Message:
     return {"role": "assistant", "content": parts, "metadata": {"log": text}}
 
 
-def fault(error: openai.OpenAIError) -> Message:
+def faulty(why: str) -> Message:
     """Why there is no answer, in one line, as a message of the page."""
-    line = f'<div class="fault" role="alert">{html.escape(reason(error))}</div>'
+    line = f'<div class="fault" role="alert">{html.escape(why)}</div>'
     return {"role": "assistant", "content": [{"type": "text", "text": line}], "metadata": {"id": FAULT}}
+
+
+def number(name: str, text: str, *, whole: bool = False) -> Any:
+    """What was typed for a setting; None for nothing. Raises ValueError with a line for the page."""
+    if not text.strip():
+        return None
+    try:
+        value = int(text) if whole else float(text)
+        if 0 <= value < math.inf:
+            return value
+    except ValueError:
+        pass
+    kind = "a whole number" if whole else "a number"
+    raise ValueError(f"{name} is {text[:40]!r}, but must be {kind} from 0, or empty.")
 
 
 def reason(error: openai.OpenAIError) -> str:
@@ -143,14 +190,37 @@ def reason(error: openai.OpenAIError) -> str:
 
 
 def facts(usage: Any, card: Card, first: float, total: float) -> str:
-    """``depth shallow (2 of 8 layers) · 24 tokens · 310 tokens/s · first after 0.02 s``; times in seconds."""
+    """``depth shallow (2 of 8 layers) · 24 tokens · 310 tokens/s · first after 0.02 s, last after 0.10 s``."""
     if usage is None:
         return ""
     depth = (usage.model_extra or {}).get("depth", "")
     layers = f" ({card.depths[depth]} of {card.layers} layers)" if depth in card.depths else ""
     tokens = usage.completion_tokens
     speed = f" · {(tokens - 1) / (total - first):.0f} tokens/s" if tokens > 1 and total > first else ""
-    return f"depth {depth}{layers} · {tokens} token{'s' * (tokens != 1)}{speed} · first after {first:.2f} s"
+    times = f"first after {first:.2f} s, last after {total:.2f} s"
+    return f"depth {depth}{layers} · {tokens} token{'s' * (tokens != 1)}{speed} · {times}"
+
+
+def curl(url: str, body: dict[str, Any], *, key: bool) -> str:
+    """The shell command that sends `body` to `url`, which ends in /v1; with `key`, an API key from the environment.
+
+    Pictures would fill the page, so the command reads them from files of this name: picture-1.png, picture-2.jpeg...
+    """
+    text, pictures = json.dumps(body, ensure_ascii=False, indent=2), []
+    for message in body["messages"]:
+        for part in message["content"] if isinstance(message["content"], list) else []:
+            if part["type"] == "image_url":
+                pictures.append(part["image_url"]["url"])
+    if pictures:
+        text = text.replace("\\", "\\\\").replace("$", "\\$").replace("`", "\\`")  # the shell reads what follows
+    for number, picture in enumerate(pictures, 1):
+        kind, _, _ = picture.partition(",")
+        name = f"picture-{number}.{kind.removeprefix('data:image/').removesuffix(';base64')}"
+        text = text.replace(picture, f"{kind},$(base64 -w0 {name})", 1)
+    lines = [f"curl --no-buffer {url}/chat/completions", "-H 'Content-Type: application/json'"]
+    lines += ['-H "Authorization: Bearer $SHOAL_API_KEY"'] if key else []
+    end = "JSON" if pictures else "'JSON'"
+    return " \\\n  ".join([*lines, f"--data-binary @- <<{end}"]) + f"\n{text}\nJSON"
 
 
 def markdown(text: str) -> str:
@@ -160,6 +230,10 @@ def markdown(text: str) -> str:
     if text.lstrip().startswith(CODE):
         return f"```python\n{text.strip()}\n```"
     return html.escape(text, quote=False)
+
+
+def _card(name: str, said: dict[str, Any]) -> Card:
+    return Card(name, said["max_model_len"], said["depths"], said["quantization"])
 
 
 def _parts(new: Message) -> list[Any]:

@@ -122,7 +122,7 @@ class EngineReplica:
 
         args = self._args
         torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 2) - 1))
-        say = logging.getLogger("ray.serve").warning
+        say = log.warning
         model = Model.load(directory, on_fallback=say if args.precision == "auto" else None)
         if args.gpus > 0:
             model.net.to("cuda")

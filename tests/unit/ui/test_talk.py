@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
+import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +32,7 @@ def test_the_model_hears_its_own_words_and_not_what_the_page_shows() -> None:
 
 
 def test_a_question_without_an_answer_is_left_out() -> None:
-    history = [user("too long"), talk.fault(openai.APIConnectionError(request=httpx.Request("POST", "http://x")))]
+    history = [user("too long"), talk.faulty("the server is gone")]
     assert talk.messages(history, {"text": "short"}) == [{"role": "user", "content": "short"}]
 
 
@@ -69,10 +72,11 @@ def test_an_answer_is_shown_as_it_is(text: str, shown: str) -> None:
 def test_the_facts_below_an_answer() -> None:
     usage = SimpleNamespace(completion_tokens=24, model_extra={"depth": "middle"})
     assert talk.facts(usage, CARD, first=0.5, total=2.8) == (
-        "depth middle (2 of 4 layers) · 24 tokens · 10 tokens/s · first after 0.50 s"
+        "depth middle (2 of 4 layers) · 24 tokens · 10 tokens/s · first after 0.50 s, last after 2.80 s"
     )
     usage = SimpleNamespace(completion_tokens=1, model_extra={"depth": "full"})
-    assert talk.facts(usage, CARD, 0.1, 0.1) == "depth full (4 of 4 layers) · 1 token · first after 0.10 s"
+    one = "depth full (4 of 4 layers) · 1 token · first after 0.10 s, last after 0.10 s"
+    assert talk.facts(usage, CARD, 0.1, 0.1) == one
 
 
 def test_an_error_is_the_api_s_own_sentence_with_what_to_do_here() -> None:
@@ -80,3 +84,40 @@ def test_an_error_is_the_api_s_own_sentence_with_what_to_do_here() -> None:
     response = httpx.Response(400, request=httpx.Request("POST", "http://x"))
     line = talk.reason(openai.BadRequestError("Error code: 400", response=response, body=body))
     assert line == "15 tokens do not fit. Clear the chat to start anew, or ask for fewer tokens."
+
+
+def test_a_request_holds_what_was_set_and_leaves_the_rest_to_the_server() -> None:
+    asked = talk.messages([], {"text": "hi"}, "Be kind.")
+    assert asked == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]
+    settings = talk.Settings("auto", 9, 0.5, 0.9, seed=7, tolerance=0.1)
+    body = settings.body("fish", asked)
+    assert (body["model"], body["max_tokens"], body["temperature"], body["top_p"]) == ("fish", 9, 0.5, 0.9)
+    assert (body["seed"], body["quality_tolerance"], body["depth"]) == (7, 0.1, "auto")
+    plain = talk.Settings("auto", 9).body("fish", asked)
+    assert "seed" not in plain and "quality_tolerance" not in plain
+    assert "quality_tolerance" not in talk.Settings("full", 9, tolerance=0.1).body("fish", asked)  # the API takes one
+
+
+def test_what_is_typed_for_a_number_is_one_or_nothing_or_refused() -> None:
+    assert talk.number("Seed", " ", whole=True) is None
+    assert talk.number("Seed", "7", whole=True) == 7 and talk.number("Tolerance", "0.25") == 0.25
+    for text, whole in (("1.5", True), ("-1", True), ("x", False), ("nan", False), ("inf", False)):
+        with pytest.raises(ValueError, match=r"^Seed is '.*', but must be a"):
+            talk.number("Seed", text, whole=whole)
+
+
+@pytest.mark.parametrize("picture", [False, True])
+def test_the_curl_command_sends_the_very_request(tmp_path: Path, picture: bool) -> None:
+    (tmp_path / "picture-1.png").write_bytes(b"a picture")
+    (tmp_path / "curl").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" > sent.args\ncat > sent.json\n")
+    (tmp_path / "curl").chmod(0o755)
+    text = 'it\'s $HOME `id` \\n "q"\nJSON\n$(id) ¿'
+    asked = talk.messages([], {"text": text, "files": [str(tmp_path / "picture-1.png")] * picture})
+    body = talk.Settings("shallow", 5).body("fish", asked)
+    command = talk.curl("http://127.0.0.1:1/v1", body, key=True)
+    assert "base64,YSBw" not in command  # the picture itself would fill the page
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SHOAL_API_KEY": "k"}
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True, timeout=20)
+    assert json.loads((tmp_path / "sent.json").read_text()) == body
+    arguments = (tmp_path / "sent.args").read_text().splitlines()
+    assert "http://127.0.0.1:1/v1/chat/completions" in arguments and "Authorization: Bearer k" in arguments

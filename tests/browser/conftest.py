@@ -1,0 +1,102 @@
+"""Debian's chromium, and pages of it that must not log an error, throw, or ask any other host for anything."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.browser.runs import write_runs
+from tests.browser.site import Site, site
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, ConsoleMessage, Page
+
+WAIT = 20_000  # milliseconds
+LEAVING = (
+    "AbortError: signal is aborted",
+    "Connection errored out",
+)  # what Gradio logs of a reading that a new page cuts off
+
+
+@pytest.fixture(scope="module")
+def strangers() -> Iterator[list[str]]:
+    """Hosts other than this machine that anything in this process, the page's own server included, tried to reach."""
+    found: list[str] = []
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+
+    def checked_connect(self: socket.socket, address: Any) -> None:
+        if isinstance(address, tuple) and not _is_this_machine(address[0]):
+            found.append(str(address[0]))
+        connect(self, address)
+
+    def checked_look_up(host: Any, *more: Any, **named: Any) -> Any:
+        if host and not _is_this_machine(host):
+            found.append(str(host))
+        return look_up(host, *more, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", checked_connect)
+        patch.setattr(socket, "getaddrinfo", checked_look_up)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("runs")
+    write_runs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def open_site(strangers: list[str], runs_folder: Path) -> Iterator[Site]:
+    pytest.importorskip("gradio")
+    with site(runs=runs_folder) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    api = pytest.importorskip("playwright.sync_api")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        assert os.environ.get("CI_BROWSER_REQUIRED") != "1", "CI must drive the pages: no chromium was found"
+        pytest.skip("no chromium: run tests/browser/install.sh")
+    with api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Browser, strangers: list[str]) -> Iterator[Page]:
+    page = chromium.new_page(viewport={"width": 1200, "height": 800})
+    page.set_default_timeout(WAIT)
+    wrong: list[str] = []
+
+    def logged(message: ConsoleMessage) -> None:
+        if message.type == "error" and not any(words in message.text for words in LEAVING):
+            wrong.append(f"console: {message.text} {message.location['url']}")
+
+    page.on("console", logged)
+    page.on("pageerror", lambda error: wrong.append(f"script: {error}"))
+    page.on("request", lambda request: _is_local(request.url) or wrong.append(f"request: {request.url}"))
+    yield page
+    page.close()
+    assert wrong == []
+    assert strangers == [], "the server that makes the pages asked another host"
+
+
+def _is_local(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.hostname == "127.0.0.1" or parts.scheme in ("data", "blob")
+
+
+def _is_this_machine(host: str | bytes) -> bool:
+    return (host.decode() if isinstance(host, bytes) else host) in ("127.0.0.1", "localhost", "::1")

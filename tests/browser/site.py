@@ -1,0 +1,87 @@
+"""The API with the pages on it, over the real engine, in a thread of its own: what the browser tests drive."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from shoal import Engine, Model, Request
+from shoal.api.app import build_app
+from shoal.api.auth import ApiKeys
+from shoal.api.page import chat_page
+from shoal.api.served import ServedModel
+from shoal.api.server import serving
+from shoal.api.service import Hosted
+from shoal.engine.events import Event
+from shoal.engine.front import AsyncEngine
+
+SECONDS_A_TOKEN = 0.02
+
+
+@dataclass
+class Readable:
+    """An engine whose random model says only letters, at the pace of a larger one: something to see on a page."""
+
+    engine: AsyncEngine
+    model: Model
+    requests: list[Request] = field(default_factory=list)
+
+    async def generate(self, request: Request) -> AsyncIterator[Event]:
+        self.requests.append(request)
+        letters = {i for i in range(self.model.config.vocab) if self.model.tokenizer.token_bytes(i).isalpha()}
+        bias = {i: -100.0 for i in range(self.model.config.vocab) if i not in letters}
+        async for event in self.engine.generate(replace(request, sampling=replace(request.sampling, logit_bias=bias))):
+            await asyncio.sleep(SECONDS_A_TOKEN)
+            yield event
+
+    async def stats(self) -> dict[str, float]:
+        return await self.engine.stats()
+
+    async def check_health(self) -> None:
+        await self.engine.check_health()
+
+
+@dataclass
+class Site:
+    url: str
+    client: Readable
+    loop: asyncio.AbstractEventLoop
+
+    def stat(self, name: str) -> float:
+        return asyncio.run_coroutine_threadsafe(self.client.stats(), self.loop).result(10)[name]
+
+
+@contextmanager
+def site(keys: ApiKeys | None = None, runs: Path | None = None, *, lost: bool = False) -> Iterator[Site]:
+    """`lost`: the pages look for the API where there is none."""
+    model = Model.from_preset("test", seed=3)
+    served = ServedModel("fish", model.config, model.tokenizer, model.chat_template)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    started: list[Site] = []
+    ready, stop = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        client = Readable(AsyncEngine(Engine(model)), model)
+        page = chat_page(f"http://127.0.0.1:{1 if lost else port}/v1", "fish")
+        app = build_app([Hosted(served, client)], api_keys=keys, runs=runs, ui_mount=page)
+        async with serving(app, port=port) as running:
+            started.append(Site(running.url, client, asyncio.get_running_loop()))
+            ready.set()
+            await asyncio.to_thread(stop.wait)
+        await client.engine.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    try:
+        assert ready.wait(60)
+        yield started[0]
+    finally:
+        stop.set()
+        thread.join(30)

@@ -1,0 +1,119 @@
+"""Every page for everybody: no violation of WCAG A and AA, light or dark; by keyboard, on a phone, and without an API."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.browser.site import Site, site
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytestmark = pytest.mark.browser
+
+CHATS, TOOLS = ("", "customer-service", "code", "medicine"), ("compare", "training", "service")
+TAGS = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa")
+NAME = """() => {
+  const at = document.activeElement;
+  const name = at.ariaLabel || at.labels?.[0]?.innerText || at.innerText || at.title;
+  return at === document.body ? null : [at.tagName, (name || '').trim()];
+}"""
+
+
+def open_page(page: Page, site: Site, path: str) -> None:
+    """Waits until the page shows what it has to show."""
+    page.goto(f"{site.url}/ui/{path}")
+    page.locator(".about").wait_for()
+    if path in TOOLS[1:]:
+        page.locator(".tile").first.wait_for()
+
+
+def violations(page: Page) -> list[str]:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    only = {"runOnly": {"type": "tag", "values": list(TAGS)}, "resultTypes": ["violations"]}
+    found: list[dict[str, Any]] = axe.run(page, options=only).response["violations"]
+    return [
+        f"{wrong['id']}: {node['html'][:200]} {node['failureSummary']}" for wrong in found for node in wrong["nodes"]
+    ]
+
+
+def in_both_schemes(page: Page) -> list[str]:
+    found = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        page.wait_for_function(f"() => document.body.classList.contains('dark') === {str(scheme == 'dark').lower()}")
+        page.evaluate("() => Promise.all(document.getAnimations().map((change) => change.finished))")  # colours fade
+        found += [f"{scheme} {line}" for line in violations(page)]
+    return found
+
+
+@pytest.mark.parametrize("path", [*CHATS, *TOOLS])
+def test_axe_finds_no_violation_of_wcag(page: Page, open_site: Site, path: str) -> None:
+    open_page(page, open_site, path)
+    assert in_both_schemes(page) == []
+
+
+def test_axe_finds_none_beside_an_answer_and_in_what_is_folded_away(page: Page, open_site: Site) -> None:
+    open_page(page, open_site, "code")
+    page.locator("#chat").get_by_text("Complete a function").click()
+    page.locator(".facts").wait_for()
+    for name in ("More settings", "The last request as curl"):
+        page.get_by_role("button", name=name).click()
+    assert in_both_schemes(page) == []
+    open_page(page, open_site, "compare")
+    page.get_by_label("Prompt").fill("hello")
+    page.get_by_role("button", name="Compare").click()
+    page.locator("#answer-B .facts").wait_for()
+    assert in_both_schemes(page) == []
+
+
+def test_a_chat_needs_no_mouse_and_every_stop_on_the_way_has_a_name(page: Page, open_site: Site) -> None:
+    open_page(page, open_site, "")
+    page.get_by_label("shallow, 1 of 4 layers").wait_for()
+    page.locator("body").press("Tab")
+    stops: list[list[str]] = []
+    for _ in range(60):
+        stop = page.evaluate(NAME)
+        if stop is None:
+            break
+        stops.append(stop)
+        page.keyboard.press("Tab")
+    assert all(name for _, name in stops), stops
+    names = [name for _, name in stops]
+    wanted = [
+        "Chat",
+        "Service",
+        "Message",
+        "auto, by the question",
+        "New chat",
+        "Save as JSON",
+    ]  # as they stand on the page
+    assert [name for name in names if name in wanted] == wanted, names
+    page.get_by_label("Message", exact=True).focus()
+    page.keyboard.type("Hello?")
+    page.keyboard.press("Enter")
+    page.locator(".facts").wait_for()
+    page.get_by_label("auto, by the question").focus()
+    page.keyboard.press("ArrowDown")
+    assert page.get_by_label("shallow, 1 of 4 layers").is_checked()
+
+
+def test_no_page_is_wider_than_a_phone(page: Page, open_site: Site) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    for path in (*CHATS, *TOOLS):
+        open_page(page, open_site, path)
+        assert page.evaluate("() => document.scrollingElement.scrollWidth") <= 360, path or "chat"
+
+
+def test_without_an_api_every_page_says_so(page: Page, strangers: list[str]) -> None:
+    with site(lost=True) as alone:
+        for path in (*CHATS[:1], *TOOLS):
+            page.goto(f"{alone.url}/ui/{path}")
+            page.get_by_role("alert").get_by_text("The server does not answer").wait_for()
+        page.goto(f"{alone.url}/ui/")
+        page.get_by_label("Message", exact=True).fill("Is anybody there?")
+        page.keyboard.press("Enter")
+        page.locator("#chat .fault").get_by_text("The server does not answer").wait_for()
+        page.goto("about:blank")

@@ -1,0 +1,87 @@
+"""Conversations kept by the browser: what goes in comes out, and what a browser made up comes to nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ui import history, talk
+
+SHOWN = [
+    {"role": "user", "content": [{"type": "text", "text": "a < b?"}]},
+    talk.said("yes & no", "depth full · 3 tokens"),
+]
+
+
+def test_a_conversation_comes_back_as_it_was_shown() -> None:
+    chats = history.save([], "a", SHOWN)
+    assert history.load(json.loads(json.dumps(chats)), "a") == SHOWN
+    assert talk.messages(history.load(chats, "a"), {"text": "and?"})[:2] == [
+        {"role": "user", "content": "a < b?"},
+        {"role": "assistant", "content": "yes & no"},
+    ]
+
+
+def test_an_answer_replaces_the_conversation_it_belongs_to_and_a_new_one_comes_first() -> None:
+    chats = history.save([], "a", SHOWN)
+    chats = history.save(chats, "a", SHOWN + SHOWN)
+    assert len(chats) == 1 and len(history.load(chats, "a")) == 4
+    chats = history.save(chats, "b", SHOWN)
+    assert [key for _, key in history.titles(chats)] == ["b", "a"]
+    assert history.save(chats, "b", []) == chats[1:]  # cleared
+    assert history.new_key() != history.new_key()
+
+
+def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    chats: list[history.Chat] = []
+    for number in range(history.MOST_CHATS + 3):
+        chats = history.save(chats, str(number), SHOWN)
+    assert len(chats) == history.MOST_CHATS
+    monkeypatch.setattr(history, "MOST_CHARACTERS", 30)
+    assert len(history.save(chats, "new", SHOWN)) == 2  # of 14 characters each
+
+
+def test_pictures_are_not_kept_and_no_file_can_be_named() -> None:
+    shown = [
+        {
+            "role": "user",
+            "content": [{"type": "file", "file": {"path": "/etc/passwd"}}, {"type": "text", "text": "see"}],
+        }
+    ]
+    chats = history.save([], "a", shown)
+    assert "passwd" not in json.dumps(chats)
+    assert history.load(chats, "a") == [{"role": "user", "content": [{"type": "text", "text": "[picture]\nsee"}]}]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        None,
+        "x",
+        [1],
+        [{"id": "a"}],
+        [{"id": "a", "messages": []}],
+        [{"id": "a", "messages": [{"role": "user", "text": {"path": "/etc/passwd"}, "below": ""}]}],
+        [{"id": "a", "messages": [{"role": "system", "text": "x", "below": ""}]}],
+        [{"id": 1, "messages": [{"role": "user", "text": "x", "below": ""}]}],
+    ],
+)
+def test_what_is_no_conversation_is_left_out(stored: object) -> None:
+    assert history.checked(stored) == [] and history.load(stored, "a") == [] and history.titles(stored) == []
+
+
+def test_markup_in_what_comes_back_is_shown_and_not_obeyed() -> None:
+    stored = [{"id": "a", "messages": [{"role": "assistant", "text": "<img src=x>", "below": "<script>"}]}]
+    text = json.dumps(history.load(stored, "a")[0]["content"])
+    assert "<img" not in text and "<script" not in text
+
+
+def test_the_export_reads_well_and_trains_well() -> None:
+    shown = [*SHOWN, {"role": "user", "content": "lost"}, talk.faulty("the server is gone")]
+    assert history.as_markdown(SHOWN) == "**You**\n\na < b?\n\n**Shoal**\n\nyes & no\n\n*depth full · 3 tokens*\n"
+    assert json.loads(history.as_json(shown, "Be kind."))["messages"] == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "a < b?"},
+        {"role": "assistant", "content": "yes & no"},
+    ]

@@ -1,0 +1,192 @@
+"""The comparison: one prompt at two or more depths, or of two or more models, with the time and the speed of each."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import gradio as gr
+import openai
+
+from ui import look, site, talk
+from ui.chat import IMAGES
+from ui.look import Place
+from ui.site import QUIET, Component, Key, Site
+from ui.talk import Said, Settings
+
+PLACE = Place("Compare", "compare", "tools")
+MOST, AT_FIRST = 4, 2  # answers beside each other
+MOST_TOKENS = 64
+TOGETHER, IN_TURN = "at the same time", "one after another"
+
+
+def build(at: Site) -> None:
+    """The page, inside the Blocks that are open."""
+    head = at.head(PLACE)
+    with gr.Row(equal_height=True, elem_id="ask"):
+        prompt = gr.MultimodalTextbox(
+            label="Prompt",
+            placeholder="One prompt for all, with a picture if you like",
+            file_types=list(IMAGES),
+            sources=["upload"],
+            submit_btn="Compare",
+            stop_btn=False,
+            lines=2,
+            elem_id="prompt",
+        )
+    stop = gr.Button("Stop", size="sm", visible=False, elem_id="stop")
+    with gr.Row(equal_height=True):
+        columns = gr.Radio([2, 3, 4], value=AT_FIRST, label="Answers", elem_id="columns", min_width=180)
+        turns = gr.Radio([TOGETHER, IN_TURN], value=TOGETHER, label="Run them", info="Together they share the machine.")
+        most = gr.Slider(1, MOST_TOKENS, value=MOST_TOKENS, step=1, label="Most tokens", buttons=[])
+    with gr.Accordion("More settings", open=False), gr.Row():
+        temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature", buttons=[])
+        seed = gr.Number(1, label="Seed", precision=0, minimum=0, info="The same for all.")
+    key = Key.ask()
+    with gr.Row(equal_height=True, elem_id="panes"):
+        panes = [_pane(number) for number in range(MOST)]
+    columns.change(_visible, columns, [box for box, *_ in panes], **QUIET)
+    picks = [pick for _, model, depth, _ in panes for pick in (model, depth)]
+    answers = [answer for *_, answer in panes]
+    _describe(at, head, picks, most, key)
+    asked = prompt.submit(lambda: gr.update(visible=True), None, stop, **QUIET)
+    inputs = [prompt, columns, turns, most, temperature, seed, key.box, *picks]
+    running = asked.then(_run(at), inputs, answers, concurrency_limit=None, **QUIET)
+    running.then(lambda: gr.update(visible=False), None, stop, **QUIET)
+    ended = stop.click(_stopped, answers, [stop, *answers], cancels=[running], **QUIET)
+    ended.then(None, None, None, js="() => document.querySelector('#prompt textarea').focus()")
+
+
+async def beside(streams: Sequence[AsyncGenerator[Said, None]], *, together: bool) -> AsyncIterator[list[Said | None]]:
+    """The states of all `streams` as they come, None before the first of each. Closing it closes them all."""
+    states: list[Said | None] = [None] * len(streams)
+    if not together:
+        for number, stream in enumerate(streams):
+            async with aclosing(stream):
+                async for state in stream:
+                    states[number] = state
+                    yield list(states)
+        return
+    changed = asyncio.Event()
+
+    async def pump(number: int) -> None:
+        async with aclosing(streams[number]) as stream:
+            async for state in stream:
+                states[number] = state
+                changed.set()
+
+    tasks = [asyncio.create_task(pump(number)) for number in range(len(streams))]
+    whole = asyncio.gather(*tasks)
+    whole.add_done_callback(lambda _: changed.set())
+    try:
+        while not whole.done():
+            await changed.wait()
+            changed.clear()
+            yield list(states)
+        await whole  # raises what a stream raised
+        yield list(states)  # what came while the last states were taken
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+def _pane(number: int) -> tuple[Component, Component, Component, Component]:
+    """(the box of one answer, its model, its depth, the answer)."""
+    name = "ABCD"[number]
+    with gr.Column(min_width=240, visible=number < AT_FIRST, elem_classes="pane") as box:
+        gr.HTML(f'<h2 class="letter">{name}</h2>')
+        model = gr.Dropdown([], label=f"Model of {name}", visible=False, filterable=False)
+        depth = gr.Dropdown(
+            [("auto, by the question", "auto")], value="auto", label=f"Depth of {name}", filterable=False
+        )
+        answer = gr.HTML(_waiting(), elem_id=f"answer-{name}")
+    return box, model, depth, answer
+
+
+def _visible(columns: int) -> list[Any]:
+    return [gr.update(visible=number < columns) for number in range(MOST)]
+
+
+def _describe(at: Site, head: Component, picks: Sequence[Component], most: Component, key: Key) -> None:
+    """What the page shows of the models: by default the shallowest answer stands beside the deepest."""
+
+    async def describe(given: str) -> list[Any]:
+        try:
+            cards = await at.cards(given)
+        except openai.OpenAIError as error:
+            said = at.header(PLACE, talk.reason(error), fault=True)
+            return [said, *[gr.skip()] * (len(picks) + 1), Key.shown(given, error)]
+        card = cards[0]
+        names = [(site.label(card), card.name) for card in cards]
+        order = [name for name in card.depths if name != "full"]
+        first = [order[0] if order else "full", "full", *order[1:], "auto", "auto", "auto"]
+        updates = []
+        for number in range(MOST):
+            other = cards[min(number, len(cards) - 1)] if len(cards) > 1 else card  # models differ, if there are some
+            updates.append(gr.update(choices=names, value=other.name, visible=len(cards) > 1))
+            updates.append(gr.update(choices=site.depths(card), value="full" if len(cards) > 1 else first[number]))
+        limit = gr.update(maximum=card.context - 1, value=min(MOST_TOKENS, card.context // 2))
+        return [at.header(PLACE, site.about(card)), *updates, limit, Key.shown(given)]
+
+    key.then(at, describe, [], [head, *picks, most, key.box])
+
+
+def _run(at: Site) -> Any:
+    async def run(
+        prompt: dict[str, Any],
+        columns: int,
+        turns: str,
+        most: float,
+        temperature: float,
+        seed: float | None,
+        key: str,
+        *picks: str,
+    ) -> AsyncIterator[list[str]]:
+        if not (prompt["text"].strip() or prompt["files"]):
+            yield [look.fault("Write a prompt first."), *[_waiting()] * (MOST - 1)]
+            return
+        try:
+            cards = {card.name: card for card in await at.cards(key)}
+        except openai.OpenAIError as error:
+            yield [look.fault(talk.reason(error)), *[_waiting()] * (MOST - 1)]
+            return
+        asked = talk.messages([], prompt)
+        chosen = list(zip(picks[::2], picks[1::2], strict=True))[:columns]
+        streams = []
+        for model, depth in chosen:
+            settings = Settings(depth, int(most), temperature, seed=None if seed is None else int(seed))
+            streams.append(talk.stream(at.client(key), cards.get(model) or next(iter(cards.values())), asked, settings))
+        yield [_asking()] * columns + [_waiting()] * (MOST - columns)
+        async with aclosing(beside(streams, together=turns == TOGETHER)) as states:  # type: ignore[type-var]
+            async for now in states:
+                yield [_shown(state) for state in now] + [_waiting()] * (MOST - columns)
+
+    return run
+
+
+def _waiting() -> str:
+    return '<p class="note">The answer comes here.</p>'
+
+
+def _asking() -> str:
+    return '<p class="note" role="status">Waiting…</p>'
+
+
+def _stopped(*shown: str) -> list[Any]:
+    """The stop button gone, and the answers as far as they had come."""
+    ended = '<div class="facts">stopped</div>'
+    begun = ["" if answer == _asking() else answer for answer in shown]
+    return [gr.update(visible=False), *[a if a == _waiting() or 'class="facts"' in a else a + ended for a in begun]]
+
+
+def _shown(state: Said | None) -> str:
+    if state is None:
+        return _asking()
+    text = f'<div class="answer">{html.escape(state.text)}</div>' if state.text or not state.fault else ""
+    if state.fault:
+        return text + look.fault(state.fault)
+    return text + (f'<div class="facts">{html.escape(state.below)}</div>' if state.below else "")

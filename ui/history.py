@@ -1,0 +1,124 @@
+"""Conversations as the browser keeps them: text only, the newest first, a few. Also how one is exported.
+
+What comes back from a browser may be anything, and a page's message can name a file of this machine: so `load` makes messages
+anew, of text alone. Pictures are not kept.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from ui import talk
+from ui.talk import Message
+
+STORED_AS = "shoal"  # the browser encrypts with it, so that a restart of the server can still read; it hides nothing
+MOST_CHATS, MOST_CHARACTERS = 20, 500_000  # a browser keeps about 5 MB a site
+TITLE = 40  # characters
+PICTURE = "[picture]"
+
+Chat = dict[str, Any]  # {"id", "messages": [{"role", "text", "below"}]}
+
+_TAG = re.compile(r"<[^>]*>")
+
+
+def new_key() -> str:
+    return f"{time.time_ns():x}"
+
+
+def save(chats: Any, key: str, shown: Iterable[Message]) -> list[Chat]:
+    """`chats` with what the page shows as the first, instead of the one with `key`.
+
+    Without messages the one with `key` is left out.
+    """
+    others = [chat for chat in checked(chats) if chat["id"] != key]
+    messages = [_plain(message) for message in shown]
+    if not messages:
+        return others
+    kept = [{"id": key, "messages": messages}, *others][:MOST_CHATS]
+    while len(kept) > 1 and sum(len(m["text"]) for chat in kept for m in chat["messages"]) > MOST_CHARACTERS:
+        kept.pop()
+    return kept
+
+
+def checked(chats: Any) -> list[Chat]:
+    """Those of `chats` that look as `save` made them."""
+    return [chat for chat in chats if _is_chat(chat)] if isinstance(chats, list) else []
+
+
+def load(chats: Any, key: str | None) -> list[Message]:
+    """The messages of the chat with `key`, for the page; none if there is no such chat."""
+    chat = next((chat for chat in checked(chats) if chat["id"] == key), None)
+    return [_shown(message) for message in chat["messages"]] if chat else []
+
+
+def titles(chats: Any) -> list[tuple[str, str]]:
+    """(title, key) of each chat, the newest first."""
+    return [(_title(chat), chat["id"]) for chat in checked(chats)]
+
+
+def as_markdown(shown: Iterable[Message]) -> str:
+    lines = []
+    for message in map(_plain, shown):
+        who = "You" if message["role"] == "user" else "Shoal"
+        below = f"\n\n*{message['below']}*" if message["below"] else ""
+        lines.append(f"**{who}**\n\n{message['text']}{below}\n")
+    return "\n".join(lines)
+
+
+def as_json(shown: Iterable[Message], system: str) -> str:
+    """In the form of a fine-tuning row: ``{"messages": [{"role", "content"}...]}``; questions without an answer left out."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for message in map(_plain, shown):
+        if message["fault"]:
+            del messages[-1:]
+        else:
+            messages.append({"role": message["role"], "content": message["text"]})
+    return json.dumps({"messages": messages}, ensure_ascii=False)
+
+
+def _plain(message: Message) -> Message:
+    metadata = message.get("metadata") or {}
+    parts = message["content"] if isinstance(message["content"], list) else [message["content"]]
+    texts = [part if isinstance(part, str) else part.get("text", PICTURE) for part in parts]
+    if message["role"] == "user":
+        return {"role": "user", "text": "\n".join(texts), "below": "", "fault": False}
+    if metadata.get("id") == talk.FAULT:
+        return {"role": "assistant", "text": _bare(texts[0]), "below": "", "fault": True}
+    below = _bare(texts[1]) if len(texts) > 1 else ""
+    return {"role": "assistant", "text": metadata.get("log", ""), "below": below, "fault": False}
+
+
+def _shown(message: Message) -> Message:
+    if message["role"] == "user":
+        return {"role": "user", "content": [{"type": "text", "text": message["text"]}]}
+    return talk.faulty(message["text"]) if message.get("fault") else talk.said(message["text"], message["below"])
+
+
+def _bare(markup: str) -> str:
+    return html.unescape(_TAG.sub("", markup))
+
+
+def _title(chat: Chat) -> str:
+    text = " ".join(chat["messages"][0]["text"].split())
+    return text[:TITLE] + "\N{HORIZONTAL ELLIPSIS}" if len(text) > TITLE else text or PICTURE
+
+
+def _is_chat(chat: Any) -> bool:
+    return (
+        isinstance(chat, dict)
+        and isinstance(chat.get("id"), str)
+        and isinstance(chat.get("messages"), list)
+        and bool(chat["messages"])
+        and all(
+            isinstance(message, dict)
+            and message.get("role") in ("user", "assistant")
+            and isinstance(message.get("text"), str)
+            and isinstance(message.get("below"), str)
+            for message in chat["messages"]
+        )
+    )

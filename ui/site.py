@@ -1,0 +1,86 @@
+"""What every page is given: where the API is, the user's key, and the other pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+import openai
+
+from ui import history, look, talk
+from ui.look import Place
+from ui.talk import Card
+
+Component = Any  # of Gradio, which has no types
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}  # of every event
+
+
+@dataclass(frozen=True)
+class Site:
+    page: gr.Blocks
+    places: Sequence[Place]
+    root: str  # path of the first page
+    url: str  # of the API, ends in /v1
+    model: str | None  # named first; None: the server's first
+    api: openai.AsyncOpenAI
+
+    def client(self, key: str | None) -> openai.AsyncOpenAI:
+        return self.api.with_options(api_key=key) if key else self.api
+
+    async def cards(self, key: str | None) -> list[Card]:
+        """Raises openai.OpenAIError."""
+        return await talk.read_cards(self.client(key), self.model)
+
+    def header(self, here: Place, said: str = "", *, fault: bool = False) -> str:
+        return look.header(self.places, here, self.root, said, fault=fault)
+
+    def head(self, here: Place) -> Component:
+        """The line on top, instead of Gradio's own, and the name of the browser's tab."""
+        self.page.load(None, None, None, js=look.titled(here.name))
+        return gr.HTML(self.header(here), elem_id="head")
+
+
+@dataclass(frozen=True)
+class Key:
+    """The API key as the user gives it, and as the browser keeps it for all pages."""
+
+    box: Component
+    stored: Component
+
+    @classmethod
+    def ask(cls) -> Key:
+        """Shown only once the server has asked for one."""
+        info = "Press Enter. Kept in this browser until you empty it."
+        box = gr.Textbox(label="API key", type="password", visible=False, info=info, elem_id="key")
+        return cls(box, gr.BrowserState("", storage_key="shoal-key", secret=history.STORED_AS))
+
+    def then(
+        self, site: Site, fn: Callable[..., Any], inputs: Sequence[Component], outputs: Sequence[Component]
+    ) -> None:
+        """Runs `fn` with the key and `inputs` when the page opens, and when a key is given."""
+        site.page.load(fn, [self.stored, *inputs], outputs, **QUIET)
+        given = self.box.submit(lambda key: key, self.box, self.stored, **QUIET)
+        given.then(fn, [self.box, *inputs], outputs, **QUIET)
+
+    @staticmethod
+    def shown(key: str, error: openai.OpenAIError | None = None) -> Any:
+        """The box as it should be: there is one if there is a key, or one is asked for."""
+        return gr.update(visible=bool(key) or isinstance(error, openai.AuthenticationError), value=key)
+
+
+def depths(card: Card) -> list[tuple[str, str]]:
+    """Choices of depth: (label, value), the shallowest first."""
+    named = [(f"{name}, {layers} of {card.layers} layers", name) for name, layers in card.depths.items()]
+    return [("auto, by the question", "auto"), *named]
+
+
+def about(card: Card) -> str:
+    """``tiny · INT8 · 8 layers · 1024 tokens of context``."""
+    return " · ".join((label(card), f"{card.layers} layers", f"{card.context} tokens of context"))
+
+
+def label(card: Card) -> str:
+    """``tiny · INT8``: what tells the models of a server apart."""
+    return card.name if card.quantization == "none" else f"{card.name} · INT8"

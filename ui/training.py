@@ -1,0 +1,154 @@
+"""Training runs, live: read from the API's /v1/shoal/runs, which is there when the service was started with ``--runs DIR``."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import gradio as gr
+import httpx
+import openai
+
+from shoal.progress import duration
+from ui import look, service, talk
+from ui.look import Place
+from ui.site import QUIET, Component, Key, Site
+from ui.talk import Card
+
+PLACE = Place("Training", "training", "tools")
+EVERY = 3.0  # seconds between two readings
+SMOOTH = 0.9  # of the loss before, in the smoothed curve
+NO_ROUTE = look.empty(
+    "No runs to show",
+    "This service was started without a folder of runs. Start it with <code>shoal serve --model DIR --runs runs</code>.",
+)
+NO_RUNS = look.empty(
+    "No runs yet",
+    "Start one with <code>shoal pretrain --preset tiny --data DIR --out runs/first</code>; it appears here by itself.",
+)
+
+Run = dict[str, Any]
+
+
+def build(at: Site) -> None:
+    """The page, inside the Blocks that are open."""
+    head = at.head(PLACE)
+    key = Key.ask()
+    with gr.Row(equal_height=False, elem_id="training"):
+        with gr.Column(scale=1, min_width=260, elem_id="runs", visible=False) as side:
+            picked = gr.Radio([], label="Runs", elem_id="run")
+        with gr.Column(scale=4, min_width=320):
+            body = gr.HTML(look.empty("Reading the runs…", "One moment."), elem_id="curves")
+
+    async def refresh(given: str, name: str | None) -> tuple[Any, ...]:
+        try:
+            runs = (await _get(at, given, "/shoal/runs"))["data"]
+            run = await _get(at, given, f"/shoal/runs/{_chosen(runs, name)}") if runs else None
+        except openai.NotFoundError:
+            return gr.skip(), gr.update(visible=False), gr.skip(), NO_ROUTE, Key.shown(given)
+        except openai.OpenAIError as error:
+            return gr.skip(), gr.skip(), gr.skip(), look.fault(talk.reason(error)), Key.shown(given, error)
+        if run is None:
+            return gr.skip(), gr.update(visible=False), gr.skip(), NO_RUNS, gr.skip()
+        choices = gr.update(choices=[(_label(r), r["name"]) for r in runs], value=run["name"])
+        cards = await at.cards(given)
+        metrics, _ = await service.read_metrics(at)
+        told = at.header(PLACE, f"{len(runs)} run{'s' * (len(runs) != 1)}, read every {EVERY:g} s")
+        return told, gr.update(visible=True), choices, show(run, cards[0], metrics), gr.skip()
+
+    outputs: list[Component] = [head, side, picked, body, key.box]
+    key.then(at, refresh, [picked], outputs)
+    gr.Timer(EVERY).tick(refresh, [key.box, picked], outputs, **QUIET)
+    picked.input(refresh, [key.box, picked], outputs, **QUIET)
+
+
+async def _get(at: Site, key: str, path: str) -> Any:
+    answer: httpx.Response = await at.client(key).get(path, cast_to=httpx.Response)
+    return answer.json()
+
+
+def _chosen(runs: list[Run], name: str | None) -> str:
+    """`name` while there is such a run, or the run that spoke last."""
+    names: list[str] = [run["name"] for run in runs]
+    return name if name in names else names[0]
+
+
+def _label(run: Run) -> str:
+    """``quickstart/pretrain · running, 43 %, 02:10 left``."""
+    share = "" if run["progress"] is None or run["state"] == "done" else f", {run['progress']:.0%}"
+    left = f", {duration(run['eta'])} left" if run["eta"] else ""
+    return f"{run['name']} · {run['state']}{share}{left}"
+
+
+def show(run: Run, card: Card, metrics: service.Metrics) -> str:
+    """A run as HTML: where it is, its curves, its held-out quality by depth, its mix."""
+    parts = [f"<h2>{html.escape(run['name'])}</h2>", look.tiles(_facts(run)), '<div class="figures">']
+    curves = run["curves"]
+    loss = _points(curves, "loss")
+    parts.append(
+        look.curves("Loss, nats a token", "step", {"each update": loss, "smoothed": _smoothed(loss)}, "each update")
+    )
+    for kind in ("text", "code", "image"):
+        title = f"Held-out {'captions' if kind == 'image' else kind}, bits a byte"
+        parts.append(look.curves(title, "step", _by_exit(run["evals"], kind)))
+    parts.append(look.curves("Speed, tokens/s", "step", {"tokens/s": _points(curves, "tokens_per_second")}))
+    parts.append(look.curves("Learning rate", "step", {"rate": _points(curves, "rate")}))
+    parts += [_mix(run), service.depth_bars(metrics, card), "</div>"]
+    if not loss:
+        parts.append(look.empty("No update yet", "The first one takes a moment."))
+    return "".join(parts)
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    start, evals, curves = run["start"] or {}, run["evals"], run["curves"]
+    last = next((value for value in reversed(curves["loss"]) if value is not None), None)
+    facts = [("State", run["state"]), ("Updates", "none" if run["step"] is None else f"{run['step']:,}")]
+    if run["state"] == "running":
+        facts.append(("Time left", duration(run["eta"]) if run["eta"] is not None else look.UNKNOWN))
+    else:
+        facts.append(("Spoke last", time.strftime("%d %b, %H:%M", time.localtime(run["spoke"]))))
+    facts.append(("Loss", look.UNKNOWN if last is None else f"{last:.3f}"))
+    if evals:
+        full = {kind: list(exits.values())[-1] for kind, exits in evals[-1]["bpb"].items()}
+        facts += [(f"Bits a byte, {kind}", f"{value:.3f}") for kind, value in full.items() if value is not None]
+    if "parameters" in start:
+        facts.append(("Parameters", f"{start['parameters'] / 1e6:.2f} M"))
+    return facts
+
+
+def _points(curves: Mapping[str, list[float | None]], name: str) -> list[tuple[float, float]]:
+    pairs = zip(curves["step"], curves[name], strict=True)
+    return [(step, value) for step, value in pairs if step is not None and value is not None]
+
+
+def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """An exponential mean, corrected for its start."""
+    found, mean, weight = [], 0.0, 0.0
+    for step, value in points:
+        mean, weight = SMOOTH * mean + (1 - SMOOTH) * value, SMOOTH * weight + 1 - SMOOTH
+        found.append((step, mean / weight))
+    return found
+
+
+def _by_exit(evals: list[Run], kind: str) -> dict[str, list[tuple[float, float]]]:
+    """Exit -> (step, bits a byte on held-out data of `kind`)."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for record in evals:
+        for name, value in (record["bpb"].get(kind) or {}).items():
+            if value is not None:
+                lines.setdefault(name, []).append((record["step"], value))
+    return lines
+
+
+def _mix(run: Run) -> str:
+    """Wanted shares by token, with the share of image patches that was really read."""
+    wanted = (run["start"] or {}).get("mix") or {}
+    curves = run["curves"]
+    tokens, patches = (sum(value or 0 for value in curves[name]) for name in ("tokens", "patches"))
+    read = f"Read so far: {patches / tokens:.1%} image patches." if tokens else ""
+    if not wanted:
+        return look.bars("Mix by token", {}, {}, f"{look.UNKNOWN.capitalize()}: this run does not say. {read}")
+    shares = look.shares(wanted)
+    return look.bars("Mix by token, as wanted", shares, {name: f"{share:.0%}" for name, share in shares.items()}, read)
