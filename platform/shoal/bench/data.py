@@ -18,7 +18,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import count, cycle, islice
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +222,7 @@ def _picture(number: int) -> Image.Image:
 
 
 def _encode(encode: Callable[..., object], texts: list[str]) -> None:
-    batches = iter(texts)
-    while batch := list(islice(batches, parts.BATCH)):
+    for batch in parts.batched(texts, len):
         encode(batch, add_special_tokens=False)
 
 

@@ -8,11 +8,10 @@ Between the two passes the cleaned documents of a part lie in one Arrow file.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import xxhash
@@ -34,9 +33,11 @@ PART_BYTES = 32 * 2**20  # of source files in a part, at most ...
 LEAST_PARTS = 12  # ... and of a corpus, so that several processes have work to the end
 PART_FILES = 2048
 HELDOUT = 0.05  # share of the groups
-BATCH = 256  # documents encoded at once
+BATCH = 256  # documents encoded at once ...
+BATCH_SIZE = 2**20  # ... and characters and image bytes of them: encoding holds some 250 bytes a token (docs/log.md)
 SAMPLE_BYTES = 4 * 2**20  # of each modality, that the tokenizer is fitted to
 
+Item = TypeVar("Item")
 Drops = dict[str, Counter[str]]  # operator -> reason -> documents
 
 
@@ -114,21 +115,21 @@ def read_part(
     found, near = Found(), Signatures()
     pipeline.take_changes()  # of a part that failed
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
-        waiting: list[Document] = []
-        for heldout, item in ((file.spec.heldout, item) for file in files for item in read(file)):
-            document = pipeline(item) if isinstance(item, Document) else item
-            if isinstance(document, Skipped):
-                found.drops.setdefault(document.operator, Counter())[document.reason] += 1
-                continue
-            if signatures is not None:
-                near.add(len(found.identities), document)
-            waiting.append(document)
-            identity = Identity(fingerprint(document), document.group, document.modality, heldout)
-            found.identities.append(identity)
-            if len(waiting) == BATCH:
-                writer.write_batch(_batch(waiting))
-                waiting = []
-        writer.write_batch(_batch(waiting))
+
+        def kept() -> Iterator[Document]:
+            for heldout, item in ((file.spec.heldout, item) for file in files for item in read(file)):
+                document = pipeline(item) if isinstance(item, Document) else item
+                if isinstance(document, Skipped):
+                    found.drops.setdefault(document.operator, Counter())[document.reason] += 1
+                    continue
+                if signatures is not None:
+                    near.add(len(found.identities), document)
+                identity = Identity(fingerprint(document), document.group, document.modality, heldout)
+                found.identities.append(identity)
+                yield document
+
+        for some in batched(kept(), _size):
+            writer.write_batch(_batch(some))
     if signatures is not None:
         near.write(signatures)
     found.changes = pipeline.take_changes()
@@ -237,11 +238,25 @@ def documents(path: Path) -> Iterator[Document]:
                 yield Document(**row, questions=questions)
 
 
+def batched(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """The items in lists of at most `BATCH`, none of which goes on once it holds `BATCH_SIZE`."""
+    batch: list[Item] = []
+    held = 0
+    for item in items:
+        batch.append(item)
+        held += size(item)
+        if len(batch) == BATCH or held >= BATCH_SIZE:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
 def _encoded(
     path: Path, splits: Sequence[str | None], tokenizer: Tokenizer, config: ModelConfig
 ) -> Iterator[tuple[str, Document, Any]]:
     kept = ((split, d) for split, d in zip(splits, documents(path), strict=True) if split)
-    while batch := list(islice(kept, BATCH)):
+    for batch in batched(kept, lambda pair: _size(pair[1])):
         results = encode([document for _, document in batch], tokenizer, config)
         yield from ((*pair, result) for pair, result in zip(batch, results, strict=True))
 
@@ -267,6 +282,10 @@ _SCHEMA = pa.schema({
 def _batch(some: Sequence[Document]) -> pa.RecordBatch:
     columns = {name: [getattr(document, name) for document in some] for name in _SCHEMA.names}
     return pa.record_batch({n: pa.array(values, _SCHEMA.field(n).type) for n, values in columns.items()}, _SCHEMA)
+
+
+def _size(document: Document) -> int:
+    return len(document.text) + len(document.image or b"")
 
 
 def _draw(group: str, seed: int) -> float:

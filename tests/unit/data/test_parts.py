@@ -13,7 +13,7 @@ from shoal.config import ModelConfig
 from shoal.data import parts
 from shoal.data.documents import SourceSpec
 from shoal.data.files import list_files
-from shoal.data.parts import HELDOUT, Identity, choose, split_files
+from shoal.data.parts import BATCH, BATCH_SIZE, HELDOUT, Identity, batched, choose, split_files
 from shoal.data.shards import TOKENIZER
 from shoal.inputs.tokenizer import Tokenizer
 
@@ -22,6 +22,17 @@ GROUPS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 15)), max_size=60
 
 def identities(pairs: list[tuple[int, int]], modality: str = "text", heldout: bool | None = None) -> list[Identity]:
     return [Identity(content.to_bytes(2), f"g{group}", modality, heldout) for content, group in pairs]
+
+
+@given(st.lists(st.integers(0, 2 * BATCH_SIZE), max_size=40), st.integers(0, 3 * BATCH))
+@settings(deadline=None)
+def test_batches_hold_few_documents_and_little_of_them(sizes: list[int], empty: int) -> None:
+    sizes = sizes + [0] * empty
+    batches = list(batched(sizes, lambda size: size))
+    assert [size for batch in batches for size in batch] == sizes
+    for batch in batches:
+        assert 0 < len(batch) <= BATCH
+        assert sum(batch[:-1]) < BATCH_SIZE
 
 
 @given(st.lists(GROUPS, min_size=1, max_size=4), st.integers(0, 5))
