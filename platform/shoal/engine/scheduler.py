@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from shoal.config import GROUPS, ModelConfig
+from shoal.engine import holdings
 from shoal.engine.events import Event, Finished, FinishReason, Token
 from shoal.engine.metrics import Metrics
 from shoal.engine.pace import Pace
@@ -37,8 +38,6 @@ from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.sequence import Sequence
 from shoal.engine.speculative import Switch
 from shoal.errors import DeadlineError, GenerationError, QueueFullError, RequestError
-
-NEVER = 1 << 62
 
 
 class Scheduler:
@@ -182,7 +181,7 @@ class Scheduler:
             seq = work.seq
             for j in range(work.first, work.last):
                 seq.computed[j] = max(seq.computed[j], work.end)
-                self._register(seq, j)
+                holdings.offer(self.pages, seq, j)
             seq.at = work.end
         for work, decision in zip(plan.decisions, outcome.decisions, strict=True):
             self._decide(work.seq, decision)
@@ -274,10 +273,7 @@ class Scheduler:
             if victim is seq:
                 return False
         if lack:
-            need = seq.pages_for(work.reach)
-            for j in range(work.last):
-                if need > seq.owned[j]:
-                    seq.give(j, self.pages.allocate(need - seq.owned[j]))
+            holdings.take(self.pages, seq, work)
         return True
 
     def _admit(self) -> Sequence | None:
@@ -308,42 +304,18 @@ class Scheduler:
 
     def _needed(self, seq: Sequence) -> int:
         """Units that must be available before `seq` may enter: its own, and one page each for those that run."""
-        seq.extend_keys(self.pages)
-        groups = seq.groups or 1
-        need = seq.pages_for(len(seq.tokens)) * groups + sum(other.groups or 1 for other in self.running)
-        for j in range(groups):
-            found, cached = self.pages.peek(j, seq.keys)
-            need += cached - found  # a cached unit is found, but no longer available once it is taken
-        return need
+        return holdings.needed(self.pages, seq) + sum(other.groups or 1 for other in self.running)
 
     def _enter(self, seq: Sequence) -> None:
-        """Give `seq` what the prefix cache has of it, and set where it starts."""
+        """Start `seq` with what the prefix cache has of it."""
         if seq.scoring:
             seq.prompt_logprobs = [None]
-        for j in range(seq.groups or 1):
-            self._match(seq, j)
-        if seq.groups is None:
-            # the router needs the sums of every page: rows of pages without them are run again, unwritten
-            for unit in seq.tables[0, : seq.owned[0]].tolist():
-                note = self.pages.noted(unit)
-                if note is None:
-                    break
-                seq.notes.append(note)
-            known = 0 if seq.scoring else len(seq.notes) * seq.page
-            seq.at = seq.held_from = min(known, len(seq.tokens) - 1)
-        elif not seq.scoring:
-            seq.at = min(len(seq.tokens) - 1, *seq.computed[: seq.groups])
+        holdings.enter(self.pages, seq)
         if seq.admitted_at is None:
             seq.admitted_at = self.clock()
             self.metrics.prompt_tokens += seq.prompt_len
             if seq.groups is not None:
                 self._entered(seq)
-
-    def _match(self, seq: Sequence, group: int) -> None:
-        units = self.pages.match(group, seq.keys)
-        seq.give(group, units)
-        seq.computed[group] = seq.found[group] = len(units) * seq.page
-        seq.registered[group] = len(units)
 
     def _entered(self, seq: Sequence) -> None:
         """Count a request whose depth is known and whose cache hits are final."""
@@ -358,18 +330,13 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         self.metrics.preemptions += 1
         self.running.remove(seq)
-        self._release(seq)
+        holdings.release(self.pages, seq)
         self._queue(seq)
 
     def _queue(self, seq: Sequence) -> None:
         if not self.waiting:
             self.pace.waits(self.clock())
         bisect.insort(self.waiting, seq, key=_order)
-
-    def _release(self, seq: Sequence) -> None:
-        for units in seq.units():
-            self.pages.release(units)
-        seq.reset()
 
     def _expire(self) -> None:
         now = self.clock()
@@ -382,30 +349,11 @@ class Scheduler:
 
     # --- taking in a step ---------------------------------------------------------------------------------------------
 
-    def _register(self, seq: Sequence, group: int) -> None:
-        """Offer the pages of `group` that became full to the prefix cache."""
-        full = seq.computed[group] // seq.page
-        if seq.registered[group] >= full:
-            return
-        seq.extend_keys(self.pages)
-        for index in range(seq.registered[group], full):
-            unit = self.pages.register(group, seq.keys[index], int(seq.tables[group, index]))
-            if unit is None:
-                seq.registered[group] = NEVER
-                return
-            seq.tables[group, index] = unit
-        seq.registered[group] = full
-
     def _decide(self, seq: Sequence, decision: Decision) -> None:
         """Fix the depth, and look for the prompt in the deeper groups' prefix cache."""
-        for index, note in enumerate(decision.notes, start=len(seq.notes)):
-            if index < seq.registered[0]:
-                self.pages.note(int(seq.tables[0, index]), note)
         seq.layers = decision.layers
         seq.groups = decision.layers // self.config.group_layers
-        for j in range(1, seq.groups):
-            self._match(seq, j)
-        seq.at = 0 if seq.scoring else min([len(seq.tokens) - 1, *seq.computed[1 : seq.groups]])
+        holdings.deepen(self.pages, seq, decision.notes)
         self._entered(seq)
 
     def _append(self, seq: Sequence, sampled: Sampled, now: float) -> None:
@@ -445,11 +393,10 @@ class Scheduler:
             seq.at = len(seq.tokens)
             for j in range(seq.groups or 0):
                 seq.computed[j] = seq.at
-                self._register(seq, j)
+                holdings.offer(self.pages, seq, j)
             self._append(seq, following, now)
         if self._live.get(seq.id) is seq:
-            for j in range(seq.groups or 0):
-                self.pages.release(seq.cut(j, seq.pages_for(seq.computed[j])))
+            holdings.give_back(self.pages, seq)
 
     def _finish(self, seq: Sequence, reason: FinishReason, error: RequestError | None = None) -> None:
         total = self.clock() - seq.arrival
@@ -458,7 +405,7 @@ class Scheduler:
         self.metrics.ended(reason, sum(seq.owned), queue, first, total, seq.answered)
         del self._live[seq.id]
         (self.running if seq in self.running else self.waiting).remove(seq)
-        self._release(seq)
+        holdings.release(self.pages, seq)
         self._events.append(
             Finished(
                 request=seq.id,
