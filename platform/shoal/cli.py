@@ -264,6 +264,9 @@ def serve(
     cors: Annotated[
         list[str] | None, typer.Option(help="Origin whose pages may call the API; repeat, or * for any. [none]")
     ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Longest time of a request, in seconds; then 408 [600, or the config's].")
+    ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
@@ -281,6 +284,8 @@ def serve(
         raise UsageError("what to serve", do="give --model DIR or --config FILE")
     if precision not in (None, "stored", "auto"):
         raise UsageError("--precision", got=precision, allowed=["stored", "auto"])
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise UsageError("--seconds", got=seconds, allowed="a number above 0")
     if not ray:
         if model is None or config is not None or replicas is not None:
             raise UsageError("--no-ray serves one model from this process", do="give --model DIR, and no --config")
@@ -289,6 +294,7 @@ def serve(
             "cors": cors or (),
             "api_keys": api_keys,
             "runs": runs,
+            "seconds": seconds,
         }
         if precision == "auto":
             options["on_fallback"] = partial(print, "shoal: in fp32, since", file=sys.stderr)
@@ -299,7 +305,7 @@ def serve(
     from shoal.on_ray.serve_config import ServeArgs, load_serve_config, parse_replicas, serve_config, shows_page
 
     given = {"model": str(model) if model else None, "name": name, "ui": ui, "metrics": metrics, "cors": cors or None}
-    given["precision"] = precision
+    given |= {"precision": precision, "seconds": seconds}
     args: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     args |= {"api_keys": str(api_keys)} if api_keys else {}
     args |= {"runs": str(runs.absolute())} if runs else {}
@@ -416,10 +422,13 @@ def _chats(heldout: Path | None, replay: Path | None) -> dict[str, str]:
     return {key: str(path) for key, path in {"heldout": heldout, "replay": replay}.items() if path is not None}
 
 
-def _serve_here(model: Path, host: str, port: int, *, page: bool, **options: Any) -> None:
+def _serve_here(model: Path, host: str, port: int, *, page: bool, seconds: float | None, **options: Any) -> None:
+    from shoal.api.limits import Limits
     from shoal.api.page import chat_page
     from shoal.api.server import run_local
 
+    if seconds is not None:
+        options["limits"] = Limits(seconds=seconds)
     mount = chat_page(f"http://{host}:{port}/v1") if page else None
     run_local(model, host=host, port=port, ui_mount=mount, on_ready=partial(_ready, page=page), **options)
 

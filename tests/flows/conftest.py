@@ -16,7 +16,7 @@ import pytest
 from shoal import Engine, Model
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
-from shoal.api.requests import Limits
+from shoal.api.limits import Limits
 from shoal.api.served import ServedModel
 from shoal.api.server import serving
 from shoal.api.service import Hosted

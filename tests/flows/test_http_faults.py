@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from shoal import Engine, Model
-from shoal.api.requests import Limits
+from shoal.api.limits import Limits
 from shoal.engine.runner import Runner
 from tests.flows.conftest import Service, running
 
@@ -209,6 +209,17 @@ def test_fifty_megabytes_are_413_and_the_connection_ends_well(slow: Service, ann
     headers = {**slow.headers, "Content-Type": "application/json", **length}
     reply = httpx.post(slow.url + CHAT, content=(piece for _ in range(50)), headers=headers, timeout=20)
     assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
+    answers(slow)
+
+
+def test_a_body_that_does_not_come_is_408(slow: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.api.service.BODY_SECONDS", 0.3)
+    with connection(slow) as raw:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
+        raw.sendall((head + f"Authorization: {slow.headers['Authorization']}\r\n\r\n{{").encode())
+        raw.settimeout(5)
+        reply = raw.recv(4096)
+    assert b" 408 " in reply and b'"deadline_exceeded"' in reply
     answers(slow)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import os
 import signal
 import socket
@@ -162,13 +163,17 @@ def test_run_local_serves_a_directory_until_interrupted(tmp_path: Path) -> None:
         f"run_local({str(tmp_path / 'model')!r}, port=0, name='fish', on_ready=lambda url: print(url, flush=True))"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    ) as process:
         try:
-            assert process.stdout is not None
+            assert process.stdout is not None and process.stderr is not None
             url = process.stdout.readline().strip()
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
             assert client.completions.create(model="fish", prompt="x", max_tokens=2).usage is not None
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 0
+            said = json.loads(process.stderr.read().splitlines()[-1])
+            assert (said["path"], said["status"], said["completion_tokens"]) == ("/v1/completions", 200, 2)
         finally:
             process.kill()

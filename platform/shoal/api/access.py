@@ -63,16 +63,20 @@ class Access:
         if self.key is not None:
             self.key.spend(1)
 
+    @property
+    def seconds(self) -> float:
+        """Since the request came."""
+        return time.perf_counter() - self.began
+
     def attributes(self) -> dict[str, Any]:
         """What is known, in the order of the log line."""
-        now = time.perf_counter()
         known = {
             "id": self.id,
             "method": self.method,
             "path": self.path[:200],
             "status": self.status,
             "error": self.error,
-            "seconds": round(now - self.began, 4),
+            "seconds": round(self.seconds, 4),
             "first_token_seconds": None if self.first_token is None else round(self.first_token - self.began, 4),
             "key": None if self.key is None else self.key.name,
             **self.facts,

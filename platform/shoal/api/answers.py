@@ -6,23 +6,20 @@ chunk without choices, then ``[DONE]``. A whole answer is put together from what
 
 from __future__ import annotations
 
-import base64
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
-import numpy as np
-
 from shoal import __version__
+from shoal.api.calls import Delta, Reader
 from shoal.api.requests import Work
 from shoal.api.served import ServedModel
 from shoal.api.shapes import ChatLogprob, ChatLogprobs, TextLogprobs, TopLogprob, Usage
-from shoal.api.tools import Delta, Reader
 from shoal.api.wire import DONE, sse
 from shoal.engine.events import Event, Finished, TokenLogprob
 from shoal.inputs.chat import Encoded
@@ -43,10 +40,12 @@ class _Choice:
     content: str = ""  # the text without the calls in it
     calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[tuple[TokenLogprob, int]] = field(default_factory=list)  # with the text's length before the token
+    depth: int | None = None  # layers, once an event has told them
     finished: Finished | None = None
 
     def take(self, event: Event) -> list[Delta]:
         """What a stream sends of `event`."""
+        self.depth = event.depth
         if isinstance(event, Finished):
             self.finished = event
         elif event.logprob is not None and not self.silent:
@@ -106,13 +105,13 @@ class Answer(ABC):
         started: set[int] = set()
         async with aclosing(events):
             async for index, event in events:
+                choice = self.choices[index]
+                known = len(choice.logprobs)
+                deltas = choice.take(event)
                 if index not in started:
                     started.add(index)
                     for opening in self._opening(index):
                         yield self._sse(opening)
-                choice = self.choices[index]
-                known = len(choice.logprobs)
-                deltas = choice.take(event)
                 logprobs = None
                 if self._with_logprobs and choice.logprobs[known:]:
                     logprobs = self._logprobs(choice.logprobs[known:], index)
@@ -127,13 +126,17 @@ class Answer(ABC):
         yield DONE
 
     def depth(self) -> str:
-        """Exit name the choices ran with; the names, comma-separated, when they differ."""
-        depths = {choice.finished.depth for choice in self.choices if choice.finished is not None}
+        """Exit name the choices run with; the names, comma-separated, when they differ."""
+        depths = {choice.depth for choice in self.choices if choice.depth is not None}
         return ",".join(self._served.depth_name(layers) for layers in sorted(depths))
 
-    def fixed_depth(self) -> str | None:
-        """Exit name that was asked for; None where the router decides."""
-        return self._served.fixed_depth(self._work.requests[0].depth)
+    def early_depth(self) -> str | None:
+        """What `depth` will say at the end, where that is known already: of a depth that was asked for at once, of one that the
+        router decides after the first token of each choice."""
+        fixed = self._served.fixed_depth(self._work.requests[0].depth)
+        if fixed is None and all(choice.depth is not None for choice in self.choices):
+            return self.depth()
+        return fixed
 
     def usage(self) -> Usage:
         """Tokens of all choices; a prompt shared by n choices counts once."""
@@ -292,10 +295,3 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
         return data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def encoded_vector(vector: Sequence[float], encoding: str) -> list[float] | str:
-    """A vector as OpenAI's `encoding_format` asks: numbers, or base64 of little-endian float32."""
-    if encoding == "float":
-        return list(vector)
-    return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()

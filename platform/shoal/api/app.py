@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from shoal import __version__
 from shoal.api.auth import ApiKeys
 from shoal.api.document import Documented
+from shoal.api.limits import Limits
 from shoal.api.middleware import OPEN_PATHS, Gate
-from shoal.api.requests import Limits
 from shoal.api.routes import openai_routes, status_routes, tokenizer_routes
 from shoal.api.runs import runs_routes
 from shoal.api.service import Hosted, Service
-from shoal.api.wire import envelope
-from shoal.errors import ConfigError
+from shoal.api.wire import MethodError, NotFoundError
+from shoal.errors import ConfigError, RequestError
 
 UiMount = Callable[[FastAPI], FastAPI]
 
@@ -65,7 +65,7 @@ def build_app(
     app.include_router(status_routes(service, metrics=metrics))
     if runs is not None:
         app.include_router(runs_routes(runs))
-    app.add_exception_handler(HTTPException, _http_failed)
+    app.add_exception_handler(HTTPException, partial(_http_failed, service))
     app.add_middleware(
         Gate, keys=api_keys, body_bytes=limits.body_bytes, failed=service.failed, answer_id=answer_request_id
     )
@@ -84,9 +84,18 @@ def _origins(given: Sequence[str]) -> list[str]:
     return list(given)
 
 
-async def _http_failed(request: Request, error: Exception) -> Response:
+async def _http_failed(service: Service, request: Request, error: Exception) -> Response:
     """Starlette's own errors: no such route, wrong method."""
     assert isinstance(error, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    message = f"{request.method} {request.url.path}: {error.detail}"[:300]
-    return JSONResponse(envelope(message, error.status_code, code=code), error.status_code, error.headers)
+    asked = f"{request.method} {request.url.path}"[:200]
+    allow = (error.headers or {}).get("Allow")
+    if error.status_code == 405:
+        known: RequestError = MethodError("the method", got=asked, allowed=allow)
+    elif error.status_code == 404:
+        known = NotFoundError("no such path", got=asked, do="GET /openapi.json lists them")
+    else:
+        known = RequestError(error.detail[:200], got=asked)
+        known.status = error.status_code
+    answer = service.failed(known, request.state.access)
+    answer.headers.update(error.headers or {})
+    return answer

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -41,6 +42,11 @@ class Bucket:
         self._refill()
         return max(0.0, (1 - self._level) * 60 / self.per_minute)
 
+    def state(self) -> tuple[int, float]:
+        """How much may be spent now, and the seconds until it is full again."""
+        self._refill()
+        return max(0, math.floor(self._level)), (self.per_minute - self._level) * 60 / self.per_minute
+
     def _refill(self) -> None:
         now = self._clock()
         self._level = min(self.per_minute, self._level + (now - self._at) * self.per_minute / 60)
@@ -58,9 +64,9 @@ class Key:
 
     def admit(self) -> None:
         """Counts a request. Raises RateLimitError for one too many, or when its tokens are spent."""
-        for what, bucket in (("requests", self.requests), ("tokens", self.tokens)):
-            seconds = bucket.wait() if bucket is not None else 0.0
-            if bucket is not None and seconds > 0:
+        for what, bucket in self._buckets():
+            seconds = bucket.wait()
+            if seconds > 0:
                 raise RateLimitError(
                     f"too many {what} with this key", retry_after=seconds, allowed=f"{bucket.per_minute} a minute"
                 )
@@ -71,6 +77,18 @@ class Key:
         """Counts tokens as they are read or written. A request that runs goes on; the next one waits for what it overdrew."""
         if self.tokens is not None:
             self.tokens.spend(tokens)
+
+    def headers(self) -> dict[str, str]:
+        """What the key may still do now, in OpenAI's headers; nothing of what is not limited."""
+        found: dict[str, str] = {}
+        for what, bucket in self._buckets():
+            left, seconds = bucket.state()
+            told = {"limit": str(bucket.per_minute), "remaining": str(left), "reset": f"{seconds:.3f}s"}
+            found |= {f"x-ratelimit-{which}-{what}": value for which, value in told.items()}
+        return found
+
+    def _buckets(self) -> list[tuple[str, Bucket]]:
+        return [(what, b) for what, b in (("requests", self.requests), ("tokens", self.tokens)) if b is not None]
 
 
 class ApiKeys:

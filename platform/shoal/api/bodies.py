@@ -15,7 +15,7 @@ NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a function, and of a schema
 
 
 def _tagged(text: str, tag_of: Any) -> Discriminator:
-    return Discriminator(tag_of, custom_error_type="allowed", custom_error_message=f"allowed: {text}")
+    return Discriminator(tag_of, custom_error_type="allowed", custom_error_message=text)
 
 
 def _text_or_list(value: Any) -> str | None:

@@ -38,6 +38,12 @@ class Metrics:
         return generate_latest(self.registry) + generate_latest(scrape)
 
 
+def labels(stats: Mapping[str, float], name: str) -> list[str]:
+    """The values that the label of `name` has in samples that count something."""
+    found = [_SAMPLE.fullmatch(key) for key, value in stats.items() if value]
+    return sorted(match["value"] for match in found if match and match["name"] == name and match["label"])
+
+
 class _Stats:
     def __init__(self, stats: Mapping[str, Mapping[str, float]]) -> None:
         self._stats = stats

@@ -28,11 +28,12 @@ OPEN_PATHS = (
     "/ui",
     "/favicon.ico",
 )  # need no key; all else does
+LONGEST_ID = 128
 DISCARD_TIMES, DISCARD_SECONDS = 4, 10.0  # how much of a refused body is read, in limits, and for how long
 
 Failed = Callable[[Exception, Access], ASGIApp]
 
-_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_ID = re.compile(rf"[A-Za-z0-9._:/+=-]{{1,{LONGEST_ID}}}")
 
 
 class Gate:
@@ -51,7 +52,10 @@ class Gate:
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", "")
-        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        if self._answer_id:
+            request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        else:  # the proxy answers with whatever it was given, so that is what the log says, too
+            request_id = given[:LONGEST_ID]
         access = scope.setdefault("state", {})["access"] = Access(request_id, scope["method"], scope["path"])
         with told(access, headers):
             await self._answer(access, headers, scope, receive, send)
@@ -66,8 +70,7 @@ class Gate:
             nonlocal started
             if message["type"] == "http.response.start":
                 started, access.status = True, message["status"]
-                if self._answer_id:
-                    message = {**message, "headers": [*message["headers"], (b"x-request-id", access.id.encode())]}
+                message = {**message, "headers": [*message["headers"], *self._told(access)]}
             await send(message)
 
         body = _Body(receive, self._body_bytes)
@@ -84,6 +87,13 @@ class Gate:
             answer = self._failed(error, access)  # logs it
             if not started:
                 await answer(scope, receive, named)
+
+    def _told(self, access: Access) -> list[tuple[bytes, bytes]]:
+        """The headers that every answer has, under the names that OpenAI's clients read."""
+        told = {"openai-processing-ms": str(round(access.seconds * 1000))}
+        told |= {"x-request-id": access.id} if self._answer_id else {}
+        told |= access.key.headers() if access.key is not None else {}
+        return [(name.encode(), value.encode()) for name, value in told.items()]
 
     def _open(self, path: str) -> bool:
         return any(path == open_ or path.startswith(open_ + "/") for open_ in OPEN_PATHS)

@@ -1,4 +1,4 @@
-"""A request body as engine requests: names checked, text and images encoded, lengths fitted to the context.
+"""A request body as engine requests: names checked, prompts encoded (`prompts`), lengths fitted to the context.
 
 Everything here is a pure function that may take milliseconds (tokenising, decoding images): routes run it in a thread.
 """
@@ -16,17 +16,17 @@ from shoal.api.bodies import (
     CompletionRequest,
     EmbeddingRequest,
     GenerationRequest,
-    Message,
     ResponseFormat,
     StructuredOutputs,
-    TokenizeRequest,
 )
+from shoal.api.calls import CLOSE, Plain, Reader
+from shoal.api.limits import Limits, at_most
+from shoal.api.prompts import check_ids, encode_messages, fit, prompt_ids, prompts_of
 from shoal.api.served import ServedModel
-from shoal.api.tools import CLOSE, Offer, Plain, Reader, as_plain
+from shoal.api.tools import Offer
 from shoal.engine.events import Guide, Request, Sampling
 from shoal.errors import ContextLengthError, RequestError
-from shoal.inputs.chat import Encoded, encode_chat
-from shoal.inputs.tokenizer import IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID, SPECIAL
+from shoal.inputs.chat import Encoded
 
 EFFORT_DEPTH = {
     "none": "shallow",
@@ -37,21 +37,6 @@ EFFORT_DEPTH = {
     "xhigh": "full",
     "max": "full",
 }
-_MOST = "this model's maximum context length is"  # OpenAI's words, by which litellm and others know this error
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one HTTP request may ask for. Tokens are bounded by the model's context, an image's pixels by `inputs.media`."""
-
-    body_bytes: int = 16 * 2**20  # counted as they arrive, before anything is parsed
-    messages: int = 1024
-    images: int = 16
-    tools: int = 128
-    choices: int = 64  # prompts times n
-    inputs: int = 2048  # of /v1/embeddings
-    stops: int = 16
-    seconds: float = 600.0  # then the request ends with 408
 
 
 @dataclass(frozen=True)
@@ -79,7 +64,7 @@ def chat_work(body: ChatRequest, served: ServedModel, limits: Limits) -> Work:
         raise RequestError("max_tokens and max_completion_tokens", param="max_tokens", do="give one of them")
     if body.reasoning_effort and body.depth is not None:
         raise RequestError("reasoning_effort and depth", param="depth", do="give one of them")
-    _at_most("tools", len(body.tools), limits.tools)
+    at_most("tools", len(body.tools), limits.tools)
     offer = Offer(body)
     guide, guided_by = _chat_guide(body, offer)
     told = "\n\n".join(text for text in (offer.system(), _format_told(body.response_format)) if text)
@@ -101,9 +86,9 @@ def completion_work(body: CompletionRequest, served: ServedModel, limits: Limits
         raise RequestError("stream with echo and logprobs", param="stream", do="ask for the whole answer")
     if body.best_of not in (None, body.n):
         raise RequestError("best_of", param="best_of", got=body.best_of, do="use n, and choose by logprobs")
-    prompts = _prompts(body.prompt)
-    _at_most("prompt", len(prompts) * max(body.n, 1), limits.choices, "prompts times n")
-    ids = [_prompt_ids(prompt, served, "prompt") for prompt in prompts]
+    prompts = prompts_of(body.prompt)
+    at_most("prompt", len(prompts) * max(body.n, 1), limits.choices, "prompts times n")
+    ids = [prompt_ids(prompt, served, "prompt") for prompt in prompts]
     max_tokens = 1 if silent else body.max_tokens
     guide = _guide(body.structured_outputs)
     sampling = replace(_sampling(body, served, limits, max_tokens, body.logprobs), guided=guide)
@@ -120,60 +105,14 @@ def completion_work(body: CompletionRequest, served: ServedModel, limits: Limits
 def embedding_work(body: EmbeddingRequest, served: ServedModel, limits: Limits) -> list[list[int]]:
     """The token ids of each input. Raises as `chat_work`."""
     _check_depth(body.depth, served)
-    inputs = _prompts(body.input)
-    _at_most("input", len(inputs), limits.inputs)
-    ids = [_prompt_ids(given, served, "input") for given in inputs]
+    inputs = prompts_of(body.input)
+    at_most("input", len(inputs), limits.inputs)
+    ids = [prompt_ids(given, served, "input") for given in inputs]
     longest = max(map(len, ids))
     if longest > served.config.context:
         allowed = f"at most {served.config.context} tokens each"
         raise ContextLengthError("input", param="input", got=longest, allowed=allowed)
     return ids
-
-
-def tokenize(body: TokenizeRequest, served: ServedModel, limits: Limits) -> list[int]:
-    """Token ids of a text or of a chat; a text that is a control token's name, and no more, is that token. Raises RequestError
-    unless exactly one of them is given."""
-    if (body.prompt is None) == (body.messages is None):
-        raise RequestError("prompt and messages", param="prompt", do="give one of them")
-    if body.prompt in SPECIAL:  # so does lm-eval look up the id of the eos_token that /tokenizer_info names
-        return [served.tokenizer.special(body.prompt)]
-    if body.messages is None:
-        return served.tokenizer.encode(body.prompt or "")
-    return encode_messages(body.messages, served, limits, add_generation_prompt=body.add_generation_prompt).ids
-
-
-def encode_messages(
-    messages: Sequence[Message],
-    served: ServedModel,
-    limits: Limits,
-    *,
-    add_generation_prompt: bool = True,
-    system: str = "",
-    bounded: bool = False,
-) -> Encoded:
-    """The chat as the model reads it, with `system` added to its system text. Raises RequestError with param ``messages`` for
-    too many parts or a bad image; with `bounded` ContextLengthError, before it is encoded, for text that cannot fit."""
-    _at_most("messages", len(messages), limits.messages)
-    plain = as_plain(messages, system)
-    parts = [part for m in plain if isinstance(m["content"], list) for part in m["content"]]
-    _at_most("messages", sum(part["type"] == "image_url" for part in parts), limits.images, "images")
-    if bounded:
-        texts = [m["content"] for m in plain if isinstance(m["content"], str)] + [p.get("text", "") for p in parts]
-        _may_fit(sum(map(len, texts)), served, "messages")
-    return encode_chat(
-        plain,
-        served.tokenizer,
-        served.config,
-        template=served.chat_template,
-        add_generation_prompt=add_generation_prompt,
-    )
-
-
-def check_ids(ids: Sequence[int], served: ServedModel, param: str) -> None:
-    """Raises RequestError for an id outside the vocabulary."""
-    wrong = next((i for i in ids if not 0 <= i < served.config.vocab), None)
-    if wrong is not None:
-        raise RequestError(f"{param}: token id", param=param, got=wrong, allowed=f"0 to {served.config.vocab - 1}")
 
 
 def derived_seed(seed: int | None, choice: int) -> int | None:
@@ -194,16 +133,18 @@ def _work(
     served: ServedModel,
     limits: Limits,
 ) -> Work:
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options", param="stream_options", do="set stream to true as well")
     if body.n < 1:
         raise RequestError("n", param="n", got=body.n, allowed="1 or more")
-    _at_most("n", len(prompts) * body.n, limits.choices, "prompts times n")
+    at_most("n", len(prompts) * body.n, limits.choices, "prompts times n")
     depth = "auto" if depth is None else depth
     _check_depth(None if depth == "auto" else depth, served, "auto")
     if depth != "auto" and body.quality_tolerance is not None:
         raise RequestError("quality_tolerance and depth", param="quality_tolerance", do="give one of them")
     requests = []
     for prompt in prompts:
-        fitted = replace(sampling, max_tokens=_fit(len(prompt.ids), max_tokens, served.config.context))
+        fitted = replace(sampling, max_tokens=fit(len(prompt.ids), max_tokens, served.config.context))
         requests += [
             Request(
                 prompt,
@@ -222,7 +163,7 @@ def _sampling(
 ) -> Sampling:
     """Raises RequestError; `Sampling` itself checks the ranges that do not depend on the model."""
     stop = [body.stop] if isinstance(body.stop, str) else body.stop
-    _at_most("stop", len(stop), limits.stops)
+    at_most("stop", len(stop), limits.stops)
     check_ids(body.stop_token_ids, served, "stop_token_ids")
     return Sampling(
         temperature=body.temperature,
@@ -308,51 +249,3 @@ def _check_depth(depth: str | int | None, served: ServedModel, *more: str) -> No
     exits = served.config.exit_names
     if depth is not None and depth not in (*exits, *exits.values()):
         raise RequestError("depth", param="depth", got=depth, allowed=[*more, *exits, *exits.values()])
-
-
-def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """One prompt or several, as a list."""
-    one = isinstance(given, str) or isinstance(given[0], int)
-    return cast("list[str | list[int]]", [given] if one else given)
-
-
-def _prompt_ids(prompt: str | list[int], served: ServedModel, param: str) -> list[int]:
-    if isinstance(prompt, str):
-        _may_fit(len(prompt), served, param)
-    ids = served.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    if not ids:
-        raise RequestError(param, param=param, got="", allowed="at least one token")
-    check_ids(ids, served, param)
-    image = next((i for i in ids if i in (IMG_ID, IMG_END_ID, ROW_ID, PATCH_ID)), None)
-    if image is not None:
-        raise RequestError(f"{param}: token id of an image", param=param, got=image, do="send images through chat")
-    return ids
-
-
-def _may_fit(characters: int, served: ServedModel, param: str) -> None:
-    """Raises ContextLengthError for a text that no tokenisation could fit, before time is spent on encoding it."""
-    most = served.config.context * served.longest_token
-    if characters > most:
-        raise ContextLengthError(
-            f"{characters} characters do not fit the context, and {_MOST} {served.config.context} tokens",
-            param=param,
-            do=f"send at most {most} characters",
-        )
-
-
-def _fit(prompt_tokens: int, max_tokens: int | None, context: int) -> int:
-    """How many tokens may be generated: `max_tokens`, or all that the context has left."""
-    left = context - prompt_tokens
-    if left < 1 or (max_tokens is not None and max_tokens > left):
-        asked = "an answer" if max_tokens is None else f"max_tokens = {max_tokens}"
-        raise ContextLengthError(
-            f"{prompt_tokens} prompt tokens and {asked} do not fit the context, and {_MOST} {context} tokens",
-            param="messages" if max_tokens is None else "max_tokens",
-            do="shorten the prompt or ask for less",
-        )
-    return left if max_tokens is None else max_tokens
-
-
-def _at_most(param: str, got: int, allowed: int, what: str | None = None) -> None:
-    if got > allowed:
-        raise RequestError(f"too many {what or param}", param=param, got=got, allowed=f"at most {allowed}")

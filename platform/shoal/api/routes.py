@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 
 from shoal import __version__
+from shoal.api import prompts
 from shoal.api import requests as plan
-from shoal.api.answers import Answer, ChatAnswer, TextAnswer, encoded_vector
+from shoal.api.answers import Answer, ChatAnswer, TextAnswer
 from shoal.api.bodies import (
     ChatRequest,
     CompletionRequest,
@@ -24,9 +27,11 @@ from shoal.api.bodies import (
 )
 from shoal.api.client import EngineClient
 from shoal.api.document import answered, body_of, refused
-from shoal.api.requests import Limits, Work
+from shoal.api.limits import Limits
+from shoal.api.metrics import labels
+from shoal.api.requests import Work
 from shoal.api.served import ServedModel
-from shoal.api.service import Service, read_body
+from shoal.api.service import Hosted, Service, read_body
 from shoal.api.shapes import (
     ChatChunk,
     ChatCompletion,
@@ -99,7 +104,7 @@ def openai_routes(service: Service) -> APIRouter:
         vectors = await service.embed(request, hosted.client, ids, body.depth)
         tokens = sum(map(len, ids))
         data = [
-            {"object": "embedding", "index": index, "embedding": encoded_vector(vector, body.encoding_format)}
+            {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
             for index, vector in enumerate(vectors)
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
@@ -109,11 +114,16 @@ def openai_routes(service: Service) -> APIRouter:
     @router.get("/models", responses=refused(*ASKED))
     async def list_models() -> ModelList:
         """Every name that a request may give as `model`; aliases name their model as `root`."""
-        return {"object": "list", "data": [_card(hosted.served, name) for name, hosted in service.names.items()]}
+        told = await _quantizations(service.models)
+        computed = {hosted.served.name: what for hosted, what in zip(service.models, told, strict=True)}
+        cards = [_card(h.served, name, computed[h.served.name]) for name, h in service.names.items()]
+        return {"object": "list", "data": cards}
 
     @router.get("/models/{name:path}", responses=refused(*ASKED))
     async def get_model(request: Request, name: str) -> ModelCard:
-        return _card(service.hosted(request, name).served, name)
+        hosted = service.hosted(request, name)
+        (quantization,) = await _quantizations([hosted])
+        return _card(hosted.served, name, quantization)
 
     return router
 
@@ -127,7 +137,7 @@ def tokenizer_routes(service: Service) -> APIRouter:
         """Token ids of a text, or of a chat as the model reads it."""
         body = await read_body(request, TokenizeRequest)
         served = service.hosted(request, body.model).served
-        ids = await run_in_threadpool(plan.tokenize, body, served, service.limits)
+        ids = await run_in_threadpool(prompts.tokenize, body, served, service.limits)
         return {"count": len(ids), "max_model_len": served.config.context, "tokens": ids}
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answered(Detokenized, *POSTED))
@@ -135,7 +145,7 @@ def tokenizer_routes(service: Service) -> APIRouter:
         """Text of token ids, without control tokens."""
         body = await read_body(request, DetokenizeRequest)
         served = service.hosted(request, body.model).served
-        plan.check_ids(body.tokens, served, "tokens")
+        prompts.check_ids(body.tokens, served, "tokens")
         return {"prompt": served.tokenizer.decode(body.tokens)}
 
     @router.get("/tokenizer_info", responses=refused(*ASKED))
@@ -152,7 +162,7 @@ def status_routes(service: Service, *, metrics: bool) -> APIRouter:
     @router.get("/health", responses=refused(503))
     async def health() -> Status:
         """200 while this process lives and no engine is known to be dead; 503 then: restart it."""
-        for error in await _each(service, lambda client: client.check_health()):
+        for error in await _each(service.models, lambda client: client.check_health()):
             if isinstance(error, EngineDeadError):
                 raise error
             if error is not None:  # unreachable is not dead: /ready says so
@@ -162,7 +172,7 @@ def status_routes(service: Service, *, metrics: bool) -> APIRouter:
     @router.get("/ready", responses=refused(503))
     async def ready() -> Status:
         """200 when a request would be served now; 503 otherwise: send it elsewhere."""
-        for error in await _each(service, lambda client: client.check_health()):
+        for error in await _each(service.models, lambda client: client.check_health()):
             if isinstance(error, Exception):
                 got = str(error)[:200] or type(error).__name__
                 raise EngineDeadError("the engine is not ready", got=got, do="try again") from error
@@ -178,7 +188,9 @@ def status_routes(service: Service, *, metrics: bool) -> APIRouter:
         if not metrics:
             raise NotFoundError("metrics are switched off")
         stats = {}
-        for hosted, found in zip(service.models, await _each(service, lambda client: client.stats()), strict=True):
+        for hosted, found in zip(
+            service.models, await _each(service.models, lambda client: client.stats()), strict=True
+        ):
             if isinstance(found, dict):
                 stats[hosted.served.name] = {"num_replicas": 1.0, **found}  # an engine of this process is one
             else:  # a scrape must still show what this side saw
@@ -188,13 +200,20 @@ def status_routes(service: Service, *, metrics: bool) -> APIRouter:
     return router
 
 
-async def _each(service: Service, ask: Callable[[EngineClient], Awaitable[T]]) -> list[T | BaseException]:
+async def _each(models: Sequence[Hosted], ask: Callable[[EngineClient], Awaitable[T]]) -> list[T | BaseException]:
     """What `ask` gives for the engine of each model, or the error it raises; TimeoutError after `PROBE_SECONDS`."""
-    asked = [asyncio.wait_for(ask(hosted.client), PROBE_SECONDS) for hosted in service.models]
+    asked = [asyncio.wait_for(ask(hosted.client), PROBE_SECONDS) for hosted in models]
     return await asyncio.gather(*asked, return_exceptions=True)
 
 
-def _card(served: ServedModel, name: str) -> ModelCard:
+async def _quantizations(models: Sequence[Hosted]) -> list[str]:
+    """What each model's engines compute with, commas between them where they differ; what is stored, of one that is silent."""
+    found = await _each(models, lambda client: client.stats())
+    told = [labels(stats, "model_info") if isinstance(stats, dict) else [] for stats in found]
+    return [",".join(names) or hosted.served.config.quantization for hosted, names in zip(models, told, strict=True)]
+
+
+def _card(served: ServedModel, name: str, quantization: str) -> ModelCard:
     return {
         "id": name,
         "object": "model",
@@ -203,5 +222,12 @@ def _card(served: ServedModel, name: str) -> ModelCard:
         "root": served.name,
         "max_model_len": served.config.context,
         "depths": served.config.exit_names,
-        "quantization": served.config.quantization,
+        "quantization": quantization,
     }
+
+
+def _encoded(vector: Sequence[float], encoding: str) -> list[float] | str:
+    """A vector as OpenAI's `encoding_format` asks: numbers, or base64 of little-endian float32."""
+    if encoding == "float":
+        return list(vector)
+    return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()

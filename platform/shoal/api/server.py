@@ -12,9 +12,10 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
+from shoal.api.access import log_to_stderr
 from shoal.api.app import UiMount, build_app
 from shoal.api.auth import ApiKeys
-from shoal.api.requests import Limits
+from shoal.api.limits import Limits
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.errors import ResourceError
@@ -36,7 +37,8 @@ def run_local(
     on_fallback: Callable[[str], None] | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serves a model directory until Ctrl-C. `on_ready` is called once with the base URL (port 0: a free one is taken).
+    """Serves a model directory until Ctrl-C, and writes a line a request to stderr. `on_ready` is called once with the base URL
+    (port 0: a free one is taken).
 
     `name`: as of `ServedModel.load`; `api_keys`: a file of keys; `metrics`, `cors`, `runs`, `ui_mount`: as of `build_app`;
     `threads`: compute threads (default: all cores but one, which is left to HTTP); `on_fallback`: as of `Model.load`.
@@ -52,6 +54,8 @@ def run_local(
     served = ServedModel.load(model_dir, name)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) - 1))
     engine = AsyncEngine(Engine(Model.load(model_dir, on_fallback=on_fallback)))
+
+    log_to_stderr()
 
     async def serve() -> None:
         app = build_app(

@@ -21,8 +21,9 @@ from starlette.types import Receive, Scope, Send
 from shoal.api.access import Access
 from shoal.api.answers import Answer, Events
 from shoal.api.client import ClientGone, EngineClient, gather, while_connected
+from shoal.api.limits import Limits
 from shoal.api.metrics import Metrics
-from shoal.api.requests import Limits, Work
+from shoal.api.requests import Work
 from shoal.api.served import ServedModel
 from shoal.api.wire import MediaTypeError, ModelNotFoundError, W, dumps, envelope, parse, sse
 from shoal.engine.events import Token
@@ -32,7 +33,7 @@ log = logging.getLogger("shoal.api")
 
 BODY_SECONDS = 60.0  # for a body to arrive
 SEND_SECONDS = (
-    60.0  # for a client to read what fills the buffers up to it; its units are bound by the request's own deadline
+    60.0  # for a client to read what fills the buffers up to it; its units are bound by the request's deadline
 )
 
 
@@ -79,7 +80,7 @@ class Service:
             return Response(dumps(whole), media_type="application/json", headers={"X-Shoal-Depth": answer.depth()})
         chunks = answer.chunks(events)
         first = await while_connected(request.receive, anext(chunks))  # until here an error has its own status
-        return _EventStream(self._guarded(first, chunks, answer, access), answer.fixed_depth(), access)
+        return _EventStream(self._guarded(first, chunks, answer, access), answer.early_depth(), access)
 
     async def embed(
         self, request: Request, client: EngineClient, ids: Sequence[list[int]], depth: str | int | None
@@ -102,7 +103,6 @@ class Service:
         if isinstance(error, ClientGone):
             return Response(status_code=499)  # for the log; nobody is there to read it
         status, body = self._describe(error, access)
-        access.error = body["error"]["code"] or body["error"]["type"]
         headers = {"Retry-After": _retry_after(error)} if status in (429, 503) else {}
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
@@ -118,11 +118,10 @@ class Service:
                     yield chunk
                 access.facts["depth"] = answer.depth()
             except Exception as error:
-                body = self._describe(error, access)[1]
-                access.error = body["error"]["code"] or body["error"]["type"]
-                yield sse(body)
+                yield sse(self._describe(error, access)[1])
 
     def _describe(self, error: Exception, access: Access) -> tuple[int, dict[str, Any]]:
+        """Its status and its envelope; it is counted, and told in the request's line."""
         if isinstance(error, RequestError):
             status, body = error.status, envelope(error.message, error.status, param=error.param, code=error.code)
         elif isinstance(error, ShoalError):
@@ -131,6 +130,7 @@ class Service:
         else:  # a bug: its text may hold anything, so it goes to the log and not to the client
             log.error("request failed", exc_info=error)
             status, body = 500, envelope("internal error; the server's log has the details", 500, code="internal_error")
+        access.error = body["error"]["code"] or body["error"]["type"]
         self.metrics.failed(access.served, body["error"]["code"] or str(status))
         return status, body
 
@@ -155,8 +155,7 @@ def _retry_after(error: Exception) -> str:
 
 
 class _EventStream(Response):
-    """Server-sent events. Ends the stream's source when the client leaves, also between two events, or does not read. A depth
-    that was asked for is in the header; what the router decides is known only at the end, and stands in the usage."""
+    """Server-sent events. Ends the stream's source when the client leaves, also between two events, or does not read."""
 
     media_type = "text/event-stream"
 

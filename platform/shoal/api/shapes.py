@@ -149,7 +149,7 @@ class ModelCard(TypedDict):
     root: str  # the model's own name, where this one is an alias
     max_model_len: int  # tokens of prompt and answer together
     depths: dict[str, int]  # exit name -> layers, shallowest first
-    quantization: str
+    quantization: str  # what is computed with: none or w8a8; both, comma-separated, where engines differ
 
 
 class ModelList(TypedDict):

@@ -1,4 +1,4 @@
-"""Tools: how they are told to the model, and how its calls are read out of its answer.
+"""Tools: how they are told to the model, and what guides its calls; `calls` reads them out of its answer.
 
 The chat template knows nothing of tools. They, their calls and their results are text inside its three roles:
 
@@ -14,28 +14,22 @@ a grammar guides.
 from __future__ import annotations
 
 import json
-import re
-import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llguidance import StructTag
 
 from shoal.api.bodies import ChatRequest, Function, Message, NamedTool
+from shoal.api.calls import CLOSE, OPEN, Named, Plain, Reader, Tagged, Whole
 from shoal.engine.events import Guide
+from shoal.engine.guided import JSON_OPTIONS
 from shoal.errors import RequestError
-
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 _INTRO = f"""You can call functions. To call one, write
 {OPEN}{{"name": NAME, "arguments": {{...}}}}{CLOSE}
 with arguments that follow its parameters, which are a JSON schema.
 <tools>
 """
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*:\s*')  # names hold no quotes (`bodies.NAME`)
-
-Delta = dict[str, Any]
 
 
 class Offer:
@@ -82,7 +76,7 @@ class Offer:
             StructTag(
                 trigger=OPEN,
                 begin=f'{OPEN}{{"name": "{name}", "arguments": ',
-                grammar=tool.parameters if tool.strict else anything,
+                grammar={**(tool.parameters if tool.strict else anything), "x-guidance": JSON_OPTIONS},
                 end="}" + CLOSE,
             )
             for name, tool in self.tools.items()
@@ -92,10 +86,10 @@ class Offer:
     def reader(self) -> Reader:
         """What reads one answer."""
         if self.named is not None:
-            return _Named(self.named)
+            return Named(self.named)
         if self.forced:
-            return _Whole()
-        return _Tagged(self.tools) if self.told else Plain()
+            return Whole()
+        return Tagged(self.tools) if self.told else Plain()
 
     def system(self) -> str:
         """What the model is told; empty when there is nothing to tell."""
@@ -133,121 +127,6 @@ def as_plain(messages: Sequence[Message], system: str = "") -> list[dict[str, An
             *plain[1:],
         ]
     return [{"role": "system", "content": system}, *plain]
-
-
-# ---- reading calls ---------------------------------------------------------------------------------------------------
-
-
-class Reader(ABC):
-    """Turns the text of one answer, as it comes, into OpenAI's deltas: ``content`` or ``tool_calls``."""
-
-    calls = 0  # so far
-
-    @abstractmethod
-    def push(self, text: str) -> list[Delta]: ...
-
-    def finish(self, *, whole: bool) -> list[Delta]:
-        """The rest, once the text has ended; `whole`: not cut off by its length."""
-        return []
-
-    def _call(self, name: str, arguments: str) -> Delta:
-        function = {"name": name, "arguments": arguments}
-        call = {"index": self.calls, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
-        self.calls += 1
-        return {"tool_calls": [call]}
-
-    def _more(self, arguments: str) -> list[Delta]:
-        return [{"tool_calls": [{"index": self.calls - 1, "function": {"arguments": arguments}}]}] if arguments else []
-
-
-class Plain(Reader):
-    """An answer without tools."""
-
-    def push(self, text: str) -> list[Delta]:
-        return [{"content": text}] if text else []
-
-
-class _Named(Reader):
-    """The whole answer is the arguments of one tool."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def push(self, text: str) -> list[Delta]:
-        if not text:
-            return []
-        return self._more(text) if self.calls else [self._call(self._name, text)]
-
-
-class _Whole(Reader):
-    """The whole answer is ``{"name": ..., "arguments": ...}``: the arguments pass, but for the brace after them."""
-
-    def __init__(self) -> None:
-        self._held = ""
-
-    def push(self, text: str) -> list[Delta]:
-        self._held += text
-        opened: list[Delta] = []
-        if not self.calls:
-            head = _HEAD.match(self._held)
-            if head is None or head.end() == len(self._held):  # more white space may belong to it
-                return []
-            self._held = self._held[head.end() :]
-            opened = [self._call(json.loads(head[1]), "")]
-        sure = self._held.rstrip("} \t\r\n")
-        self._held = self._held[len(sure) :]
-        return opened + self._more(sure)
-
-    def finish(self, *, whole: bool) -> list[Delta]:
-        if not self.calls:  # cut off before its name was whole: nothing that was written is lost
-            return [{"content": self._held}] if self._held else []
-        return self._more(self._held.rstrip().removesuffix("}").rstrip() if whole else self._held)
-
-
-class _Tagged(Reader):
-    """Text with calls between ``<tool_call>`` and ``</tool_call>``, each sent whole. White space before a call is left out."""
-
-    def __init__(self, tools: Mapping[str, Function]) -> None:
-        self._tools, self._held = tools, ""
-
-    def push(self, text: str) -> list[Delta]:
-        self._held += text
-        deltas: list[Delta] = []
-        while True:
-            before, _, rest = self._held.partition(OPEN)
-            inner, closed, behind = rest.partition(CLOSE)
-            if not closed:
-                break
-            self._held = behind
-            deltas += self._read(before, inner, OPEN + inner + CLOSE)
-        if OPEN not in self._held:
-            kept = next((k for k in range(len(OPEN) - 1, 0, -1) if self._held.endswith(OPEN[:k])), 0)
-            sure = self._held[: len(self._held) - kept].rstrip()  # what follows may be a call
-            self._held = self._held[len(sure) :]
-            deltas += [{"content": sure}] if sure else []
-        return deltas
-
-    def finish(self, *, whole: bool) -> list[Delta]:
-        before, tag, inner = self._held.partition(OPEN)
-        return self._read(before, inner if tag else None, tag + inner)
-
-    def _read(self, before: str, inner: str | None, spelt: str) -> list[Delta]:
-        call = None if inner is None else _parsed(inner, self._tools)
-        if call is None:
-            return [{"content": before + spelt}] if before + spelt else []
-        said = before.rstrip()
-        return [*([{"content": said}] if said else []), self._call(*call)]
-
-
-def _parsed(text: str, tools: Mapping[str, Function]) -> tuple[str, str] | None:
-    """(name, arguments) of a call, or None when it is no call of one of `tools`."""
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(call, dict) or call.get("name") not in tools or not isinstance(call.get("arguments"), dict):
-        return None
-    return call["name"], json.dumps(call["arguments"], ensure_ascii=False)
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from shoal.errors import RequestError, did_you_mean
 
@@ -39,6 +39,11 @@ class NotFoundError(RequestError):
 
 class ModelNotFoundError(NotFoundError):
     code = "model_not_found"
+
+
+class MethodError(RequestError):
+    status = 405
+    code = "method_not_allowed"
 
 
 class BodyTooLargeError(RequestError):
@@ -122,13 +127,47 @@ def parse(kind: type[W], body: bytes) -> W:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = _path([*first["loc"], *((first["ctx"]["name"],) if first["type"] == "shoal" else ())])
-        shown = first["input"] if isinstance(first["input"], (str, int, float, bool)) else type(first["input"]).__name__
-        got = None if first["type"] in ("shoal", "missing") else str(shown)[:80]
-        raise RequestError(f"{path}: {first['msg']}", param=path, got=got) from None
+        if first["type"] == "missing":
+            raise RequestError(f"{path} is missing", param=path) from None
+        if first["type"] == "shoal":
+            raise RequestError(f"{path}: {first['msg']}", param=path) from None
+        raise RequestError(path, param=path, got=_shown(first["input"]), allowed=_allowed(first)) from None
 
 
 def _problem(kind: str, name: str, why: str) -> PydanticCustomError:
     return PydanticCustomError("shoal", "{kind}; {why}", {"name": name, "kind": kind, "why": why})
+
+
+def _shown(value: Any) -> Any:
+    """What was given, short: a body may be large."""
+    if isinstance(value, str):
+        return value[:80]
+    if isinstance(value, (list, dict)) and value:
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    return value
+
+
+def _allowed(error: ErrorDetails) -> str:
+    """What would do, in our words where pydantic's are those of Python or of its own classes."""
+    words = _WORDS.get(error["type"])
+    return error["msg"] if words is None else words.format(**error.get("ctx", {}))
+
+
+_WORDS = {
+    **dict.fromkeys(("int_type", "int_from_float"), "a whole number"),
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "an object"),
+    "literal_error": "{expected}",
+    "too_short": "at least {min_length} of them",
+    "string_too_long": "at most {max_length} characters",
+    "string_pattern_mismatch": "text of the pattern {pattern}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+}
 
 
 def _path(loc: list[int | str]) -> str:

@@ -207,7 +207,8 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """The gauges, and what `Metrics.samples` gives, under the names that vLLM's dashboards read where it has them.
-        `requests_depth_E_total` counts requests that ran E layers deep."""
+        `requests_depth_E_total` counts requests that ran E layers deep; `model_info` is 1 and names what is computed with,
+        which is not what is stored where a machine cannot be trusted with INT8."""
         s, pages = self.scheduler, self.scheduler.pages
         gauges: dict[str, float] = {
             "num_requests_running": len(s.running),
@@ -215,6 +216,7 @@ class Engine:
             "kv_cache_usage_perc": 1 - pages.available / pages.total,
             "kv_units": pages.total,
             "kv_units_cached": pages.cached,
+            f'model_info{{quantization="{self.config.quantization}"}}': 1,
         }
         return gauges | s.metrics.samples(self.config.exits)
 

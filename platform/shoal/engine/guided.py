@@ -17,6 +17,11 @@ from shoal.engine.events import Guide
 from shoal.errors import RequestError
 from shoal.inputs.tokenizer import END_ID, SPECIAL, Tokenizer
 
+# White space between the parts of guided JSON: none, a space, or a new line with an indent, which is all that `json.dumps`
+# writes up to 16 columns deep. Without a bound an answer may go on with white space until its length cuts it. And a schema may
+# not ask for keywords to be ignored that no grammar knows.
+JSON_OPTIONS = {"whitespace_pattern": r"( |\n {0,16}|\n\t{0,8})?", "lenient": False}
+
 
 class GrammarError(Exception):
     """A grammar cannot go on: its limits, or tokens that it does not allow."""
@@ -98,9 +103,10 @@ def _source(guide: Guide) -> str:
     if guide.kind == "choice":
         return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in guide.spec))
     if guide.kind == "json_object":
-        return matcher.grammar_from_json_schema('{"type": "object"}')
+        return matcher.grammar_from_json_schema('{"type": "object"}', overrides=JSON_OPTIONS)
     assert isinstance(guide.spec, str)
     if guide.kind == "lark":
         return matcher.grammar_from_lark(guide.spec)
-    make = matcher.grammar_from_regex if guide.kind == "regex" else matcher.grammar_from_json_schema
-    return make(guide.spec)
+    if guide.kind == "regex":
+        return matcher.grammar_from_regex(guide.spec)
+    return matcher.grammar_from_json_schema(guide.spec, overrides=JSON_OPTIONS)

@@ -30,10 +30,11 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeApplicationSchema, ServeDeploySchema
 
 from shoal import config
+from shoal.api.access import log_to_stderr
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
+from shoal.api.limits import Limits
 from shoal.api.page import chat_page
-from shoal.api.requests import Limits
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.errors import ConfigError, ResourceError
@@ -245,6 +246,7 @@ class Gateway:
         self._engines, self._args = engines, args
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        log_to_stderr()
         args = self._args
         names: list[str | None] = [*args.models] or [args.name]
         models = [

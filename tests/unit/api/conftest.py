@@ -30,6 +30,7 @@ class Scripted:
     ends: Finished | None = None  # instead of a good end
     hangs_after: int | None = None  # tokens; then it waits for ever
     dead: Exception | None = None
+    quantization: str = "none"  # what it computes with
     requests: list[Request] = field(default_factory=list)
     open: int = 0  # requests that are running now
     metrics: Metrics = field(default_factory=lambda: Metrics(preemptions=7))
@@ -40,6 +41,7 @@ class Scripted:
         began = time.perf_counter()
         decode = self.tokenizer.stream()
         ids = self.tokenizer.encode(self.reply)[: request.sampling.max_tokens]
+        depth = 1 if request.depth == "shallow" else 4
         try:
             if self.raises:
                 raise self.raises
@@ -47,8 +49,8 @@ class Scripted:
                 if count == self.hangs_after:
                     await asyncio.Event().wait()
                 await asyncio.sleep(0)
-                yield Token(request.id, token, decode.push(token), self._logprob(request, token))
-            yield self.ends or self._finished(request, len(ids), time.perf_counter() - began)
+                yield Token(request.id, token, decode.push(token), self._logprob(request, token), depth)
+            yield self.ends or self._finished(request, depth, len(ids), time.perf_counter() - began)
         finally:
             self.open -= 1
 
@@ -58,10 +60,9 @@ class Scripted:
             return None
         return TokenLogprob(token, -0.5, tuple((token + i, -0.5 - i) for i in range(count)))
 
-    def _finished(self, request: Request, count: int, seconds: float) -> Finished:
+    def _finished(self, request: Request, depth: int, count: int, seconds: float) -> Finished:
         assert isinstance(request.prompt, Encoded)
         reason = "length" if count == request.sampling.max_tokens else "stop"
-        depth = 1 if request.depth == "shallow" else 4
         self.metrics.ended(reason, depth, 0.0, seconds / 2, seconds, count)
         ids, top = request.prompt.ids, request.sampling.prompt_logprobs
         known = [TokenLogprob(token, -0.25, ((token, -0.25),) * bool(top)) for token in ids[1:]]
@@ -77,7 +78,8 @@ class Scripted:
         return [float(len(prompt)), float(sum(prompt)), 0.5 if depth == "shallow" else 0.25]
 
     async def stats(self) -> dict[str, float]:
-        return {"num_requests_running": self.open, **self.metrics.samples((1, 2, 4))}
+        info = f'model_info{{quantization="{self.quantization}"}}'
+        return {"num_requests_running": self.open, info: 1, **self.metrics.samples((1, 2, 4))}
 
     async def check_health(self) -> None:
         if self.dead:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from shoal.api.requests import Limits
+from shoal.api.limits import Limits
 from shoal.api.served import ServedModel
 from shoal.engine.events import Finished
 from shoal.errors import DeadlineError, QueueFullError
@@ -158,13 +158,23 @@ async def test_fields_reach_the_engine(http: httpx.AsyncClient, engine: Any) -> 
     ],
 )
 async def test_depth(http: httpx.AsyncClient, engine: Any, fields: dict[str, Any], depth: object) -> None:
+    ran = "shallow" if depth == "shallow" else "full"
     reply = await http.post(URL, json={**BODY, **fields})
     assert engine.requests[0].depth == depth
-    assert (
-        reply.headers["x-shoal-depth"]
-        == reply.json()["usage"]["depth"]
-        == ("shallow" if depth == "shallow" else "full")
-    )
+    assert (reply.headers["x-shoal-depth"], reply.json()["usage"]["depth"]) == (ran, ran)
+
+
+async def test_the_header_of_a_stream_has_the_depth_once_every_choice_has_told_it(http: httpx.AsyncClient) -> None:
+    """The router's decision comes with a request's first token, and the header goes out with the first token of all."""
+    for fields, told in (
+        ({}, "full"),
+        ({"max_tokens": 1}, "full"),
+        ({"depth": "shallow", "n": 2}, "shallow"),
+        ({"depth": 2}, "middle"),
+        ({"n": 2}, None),
+    ):
+        reply = await http.post(URL, json={**BODY, "stream": True, **fields})
+        assert reply.headers.get("x-shoal-depth") == told
 
 
 async def test_an_answer_may_use_all_that_the_prompt_leaves(
@@ -201,6 +211,7 @@ async def test_developer_is_read_as_system(http: httpx.AsyncClient, engine: Any)
         ({"temperature": -1}, 400, "temperature", None),
         ({"top_p": 0}, 400, "top_p", None),
         ({"top_logprobs": 2}, 400, "top_logprobs", None),
+        ({"quality_tolerance": -1}, 400, "quality_tolerance", None),
         ({"logprobs": True, "top_logprobs": 21}, 400, "logprobs", None),
         ({"depth": "abyss"}, 400, "depth", None),
         ({"depth": 3}, 400, "depth", None),
@@ -226,6 +237,11 @@ async def test_errors_have_openai_s_envelope(
         assert (reply.status_code, error["param"], error["code"]) == (status, param, code)
         assert set(error) == {"message", "type", "param", "code"}
     assert engine.requests == []
+
+
+async def test_options_of_a_stream_are_refused_where_nothing_is_streamed(http: httpx.AsyncClient, engine: Any) -> None:
+    reply = await http.post(URL, json={**BODY, "stream_options": {"include_usage": True}})
+    assert (reply.status_code, reply.json()["error"]["param"], engine.requests) == (400, "stream_options", [])
 
 
 def bomb(width: int, height: int, data: bytes = b"") -> str:

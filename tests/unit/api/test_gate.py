@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
+from hmac import compare_digest
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import httpx
 import pytest
 
 from shoal.api.auth import ApiKeys
-from shoal.api.requests import Limits
+from shoal.api.limits import Limits
 from shoal.api.wire import UnauthorizedError
 from shoal.engine.events import Finished
 from shoal.errors import ConfigError
@@ -79,6 +81,9 @@ async def test_wrong_paths_and_methods(http: httpx.AsyncClient, method: str, pat
     reply = await http.request(method, path)
     assert reply.status_code == status
     assert is_envelope(reply)
+    if status == 405:
+        assert reply.headers["allow"] == "POST"
+        assert "allowed: POST" in reply.json()["error"]["message"]
 
 
 async def test_the_request_id_is_echoed_or_made(http: httpx.AsyncClient) -> None:
@@ -87,6 +92,43 @@ async def test_the_request_id_is_echoed_or_made(http: httpx.AsyncClient) -> None
     forged = await http.get("/v1/models", headers={"X-Request-Id": "a b"})
     assert len(forged.headers["x-request-id"]) == 32
     assert len((await http.get("/nothing")).headers["x-request-id"]) == 32
+
+
+async def test_behind_a_proxy_that_names_requests_the_log_has_its_name(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="shoal.access")
+    reply = await connect(answer_request_id=False).get("/v1/models", headers={"X-Request-Id": "a b" + "c" * 200})
+    assert "x-request-id" not in reply.headers
+    assert json.loads(caplog.records[-1].getMessage())["id"] == "a b" + "c" * 125
+
+
+async def test_every_answer_tells_its_time_and_what_its_key_may_still_do(connect: Connect) -> None:
+    """Under the names that OpenAI's clients read."""
+    http = connect(api_keys=ApiKeys(["a requests=3 tokens=120", "b requests=9", "c"], clock=lambda: 100.0))
+    body = {"model": "fish", "prompt": "x" * 50, "max_tokens": 10}
+
+    def limits(reply: httpx.Response) -> dict[str, str]:
+        assert reply.headers["openai-processing-ms"].isdecimal()
+        return {name[12:]: value for name, value in reply.headers.items() if name.startswith("x-ratelimit-")}
+
+    bearer = {name: {"Authorization": f"Bearer {name}"} for name in "abcd"}
+    whole = await http.post("/v1/completions", json=body, headers=bearer["a"])
+    assert limits(whole) == {
+        "limit-requests": "3", "remaining-requests": "2", "reset-requests": "20.000s",
+        "limit-tokens": "120", "remaining-tokens": "60", "reset-tokens": "30.000s",
+    }  # fmt: skip
+    stream = await http.post("/v1/completions", json={**body, "stream": True}, headers=bearer["a"])
+    assert limits(stream)["remaining-tokens"] == "9"  # when its first token was sent
+    refused = await http.post("/v1/completions", json=body, headers=bearer["a"])
+    assert (refused.status_code, limits(refused)["remaining-tokens"], limits(refused)["remaining-requests"]) == (
+        429, "0", "1",
+    )  # fmt: skip
+    assert limits(await http.get("/v1/models", headers=bearer["b"])).keys() == {
+        "limit-requests", "remaining-requests", "reset-requests",
+    }  # fmt: skip
+    for key in ("c", "d"):  # without limits; wrong
+        assert limits(await http.get("/v1/models", headers=bearer[key])) == {}
 
 
 async def test_one_log_line_a_request_without_its_text(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
@@ -166,6 +208,22 @@ class TestKeys:
             assert is_envelope(reply)
         assert (await http.post(URL, json=BODY)).status_code == 401
         assert len(engine.requests) == 3
+
+    def test_every_key_is_compared_and_in_constant_time_whichever_is_given(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keys, compared = ApiKeys(["a", "b", "c"]), list[bytes]()
+
+        def compare(given: bytes, known: bytes) -> bool:
+            compared.append(known)
+            return compare_digest(given, known)
+
+        monkeypatch.setattr("hmac.compare_digest", compare)
+        for given, found in (("a", True), ("c", True), ("x", False)):
+            compared.clear()
+            with nullcontext() if found else pytest.raises(UnauthorizedError):
+                keys.find(f"Bearer {given}")
+            assert len(compared) == len(set(compared)) == 3
 
     async def test_only_the_status_routes_are_open(self, connect: Connect) -> None:
         http = connect(api_keys=ApiKeys(["k"]))

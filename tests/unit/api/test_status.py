@@ -33,6 +33,32 @@ async def test_models(http: httpx.AsyncClient) -> None:
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
 
+async def test_a_model_s_card_tells_what_is_computed_with_and_not_what_is_stored(
+    served: ServedModel, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = replace(served, config=replace(served.config, quantization="w8a8"))
+    app = build_app([Hosted(stored, engine)])
+    http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+    async def told() -> set[str]:
+        cards = [(await http.get("/v1/models")).json()["data"][0], (await http.get("/v1/models/fish")).json()]
+        return {card["quantization"] for card in cards}
+
+    assert await told() == {"none"}  # the engine fell back to fp32
+    engine.quantization = "w8a8"
+    assert await told() == {"w8a8"}
+
+    async def of_three_replicas() -> dict[str, float]:
+        return {'model_info{quantization="w8a8"}': 2, 'model_info{quantization="none"}': 1}
+
+    async def silent() -> dict[str, float]:
+        raise ConnectionError
+
+    for stats, says in ((of_three_replicas, "none,w8a8"), (silent, "w8a8")):
+        monkeypatch.setattr(engine, "stats", stats)
+        assert await told() == {says}
+
+
 async def test_health_is_about_death_and_readiness_about_now(
     http: httpx.AsyncClient, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,8 +35,16 @@ def refusal(**fields: object) -> RequestError:
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "text, or a list of parts"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0]", "image_url"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "assistant"),
-        ({"messages": []}, "messages", "at least 1"),
-        ({"tools": [{"type": "function"}]}, "tools[0].function", "required"),
+        ({"messages": []}, "messages", "got []; allowed: at least 1"),
+        ({"messages": "hi"}, "messages", "got 'hi'; allowed: a list"),
+        ({"messages": [5]}, "messages[0]", "got 5; allowed: an object"),
+        ({"stop": ["a", 5]}, "stop[1]", "got 5; allowed: text"),
+        ({"stop": {"a": 5}}, "stop", "got 'an object of 1'; allowed: text, or a list of texts"),
+        ({"temperature": "hot"}, "temperature", "got 'hot'; allowed: a number"),
+        ({"max_tokens": 5.5}, "max_tokens", "got 5.5; allowed: a whole number"),
+        ({"stream": "yes"}, "stream", "got 'yes'; allowed: true or false"),
+        ({"user": "u" * 257}, "user", "allowed: at most 256 characters"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "is missing"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "pattern"),
         ({"tool_choice": "maybe"}, "tool_choice", "'required'"),
         ({"tool_choice": 5}, "tool_choice", "none, auto, required"),
@@ -48,9 +56,9 @@ def refusal(**fields: object) -> RequestError:
             "response_format.json_schema.schem",
             "did you mean 'schema'?",
         ),
-        ({"n": True}, "n", "integer"),
-        ({"n": "2"}, "n", "integer"),
-        ({"seed": 2**64}, "seed", "less than"),
+        ({"n": True}, "n", "got True; allowed: a whole number"),
+        ({"n": "2"}, "n", "got '2'; allowed: a whole number"),
+        ({"seed": 2**64}, "seed", "allowed: below 9223372036854775808"),
         ({"reasoning_effort": "extreme"}, "reasoning_effort", "low"),
         ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", "not supported"),
     ],
@@ -59,6 +67,12 @@ def test_a_field_that_cannot_be_used_is_named_with_its_reason(fields: dict[str, 
     error = refusal(**fields)
     assert error.param == param
     assert says in error.message
+
+
+def test_a_field_that_lacks_is_named() -> None:
+    with pytest.raises(RequestError, match=r"^model is missing$") as caught:
+        parse(ChatRequest, b'{"messages": []}')
+    assert caught.value.param == "model"
 
 
 def test_null_and_off_values_mean_not_given() -> None:

@@ -78,6 +78,27 @@ def test_answers_are_what_the_guide_says(model: Model) -> None:
     assert len({answer.text for answer in done}) > 6
 
 
+@pytest.mark.parametrize("indent", [None, 1, 4, 8, "\t"])
+def test_white_space_in_json_has_an_end_and_what_json_dumps_writes_is_allowed(indent: int | str | None) -> None:
+    values = {"name": "ü", "ages": [1, 2], "kind": "fish"}
+    for guide in (Guide("json_schema", json.dumps(SCHEMA)), Guide("json_object")):
+        grammar = Grammars(MODEL.tokenizer, MODEL.config.vocab).compile(guide)
+        for separators in (None, (",", ":"), (" ,", " : ")):
+            text = json.dumps(values, indent=indent, separators=separators, ensure_ascii=False)
+            assert grammar.allowed(MODEL.tokenizer.encode(text))[END_ID]
+        for endless in ("{  ", "{\n\n", "{\n" + " " * 17, "{\r"):
+            with pytest.raises(GrammarError):
+                grammar.allowed(MODEL.tokenizer.encode(endless))
+
+
+def test_a_model_that_wants_nothing_but_white_space_still_comes_to_an_end() -> None:
+    schema = {"type": "object", "properties": {"deep": {"type": "boolean"}}, "required": ["deep"]}
+    asked = json.dumps(schema | {"additionalProperties": False, "x-guidance": {"whitespace_flexible": True}})
+    blanks = {token: 100.0 for text in " \n\t" for token in MODEL.tokenizer.encode(text)}
+    (answer,) = answers([ask(Guide("json_schema", asked), logit_bias=blanks, max_tokens=200)])
+    assert answer.finish_reason == "stop" and isinstance(json.loads(answer.text)["deep"], bool)
+
+
 def test_the_end_comes_only_where_the_grammar_may_end_and_then_it_must() -> None:
     """Whatever the model wants: it is made to want the end above all, and then never."""
     eager = {END_ID: 100.0}
@@ -109,6 +130,7 @@ def test_guided_and_free_requests_share_a_batch_and_a_short_pool() -> None:
         Guide("json_schema", "{bad"),
         Guide("json_schema", "[]"),
         Guide("json_schema", '{"not": {"type": "string"}}'),
+        Guide("json_schema", '{"not": {"type": "string"}, "x-guidance": {"lenient": true}}'),
         Guide("choice", ("\ud800",)),
     ],
 )
