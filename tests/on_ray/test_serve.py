@@ -81,8 +81,9 @@ def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("how", [["--replicas", "1:2", "--no-ui"], ["--no-ray", "--no-ui"]], ids=["ray", "no-ray"])
+@pytest.mark.parametrize("how", [["--replicas", "0:2", "--no-ui"], ["--no-ray", "--no-ui"]], ids=["ray", "no-ray"])
 def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(models: dict[str, Path], how: list[str]) -> None:
+    """On Ray from no replica at all: the first request brings one, and waits for it."""
     port = free_port()
     command = [sys.executable, "-m", "shoal.cli", "serve", "--model", str(models["int8"])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

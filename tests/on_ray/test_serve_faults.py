@@ -9,9 +9,11 @@ import json
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ import httpx
 import psutil
 import pytest
 import ray
+from ray import serve as ray_serve
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from shoal import Model
+from shoal.engine.engine import MAX_FAILURES
 from shoal.on_ray import serve
 from shoal.on_ray.resources import local_ray
 from shoal.on_ray.serve_config import ENGINE, ServeArgs, check_serve_config, serve_config
@@ -71,14 +75,14 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     models = {"first": lively(), "second": Model.from_preset("test", seed=11)}
     for name, model in models.items():
         model.save(root / name)
-    port = free_port()
-    page = (
-        f"http://127.0.0.1:{port}/v1"  # all that `run` would add: so a second deployment differs in what it names alone
-    )
-    args = ServeArgs(model=str(root / "first"), name="fish", min_replicas=2, max_replicas=2, cpus=0.5, ui_api=page)
-    deploy = serve_config(args, port=port)
+    args = ServeArgs(model=str(root / "first"), name="fish", min_replicas=2, max_replicas=2, cpus=0.5)
+    values = serve_config(args, port=free_port()).model_dump(mode="json", exclude_unset=True)
+    values["applications"][0]["import_path"] = "tests.on_ray.breakable:app"
+    deploy = check_serve_config(values, "faults")
     with local_ray():
-        yield Service(serve.run(deploy, blocking=False), deploy, {name: root / name for name in models})
+        service = Service(serve.run(deploy, blocking=False), deploy, {name: root / name for name in models})
+        until(lambda: httpx.get(f"{service.url}/ready").status_code == 200)
+        yield service
         serve.stop()
 
 
@@ -131,6 +135,43 @@ def under_load(service: Service, fault: Callable[[], object]) -> list[dict[str, 
         return [answer.result(timeout=120) for answer in answers]
 
 
+def test_a_conversation_finds_its_beginning_cached(service: Service) -> None:
+    """Each goes on where it was: with a router that knows no prompts, half of the turns would miss."""
+    for talk in range(4):
+        prompt, cached = f"{talk}: how deep is the sea? ", list[int]()
+        for _ in range(4):
+            body = {"model": "fish", "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+            answer = httpx.post(f"{service.url}/v1/completions", json=body, timeout=60).json()
+            cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+            prompt += "and the next one? "
+        assert cached[0] == 0
+        assert all(later > before for before, later in pairwise(cached))
+
+
+def test_ten_times_too_many_clients_are_answered_or_told_to_come_again(service: Service) -> None:
+    """Bounds change in place; the processes stay."""
+    before = {process.pid for process in replicas(ENGINE)}
+    service.again(deployments=[{"name": ENGINE, "max_ongoing_requests": 1, "max_queued_requests": 2}])
+
+    def one(number: int) -> httpx.Response:
+        body = {"model": "fish", "prompt": f"{number}: abc", "max_tokens": 64, "ignore_eos": True}
+        return httpx.post(f"{service.url}/v1/completions", json=body, timeout=60)
+
+    def overload() -> list[httpx.Response]:
+        with ThreadPoolExecutor(40) as pool:
+            return list(pool.map(one, range(40)))
+
+    until(lambda: {reply.status_code for reply in overload()} == {200, 429})
+    for reply in overload():
+        assert reply.status_code in (200, 429)
+        if reply.status_code == 429:
+            assert int(reply.headers["retry-after"]) >= 1
+            assert reply.json()["error"]["type"] == "rate_limit_error"
+    service.again()
+    until(lambda: {reply.status_code for reply in overload()} == {200})
+    assert {process.pid for process in replicas(ENGINE)} == before
+
+
 def test_a_killed_replica_takes_no_stream_with_it(service: Service, undisturbed: list[dict[str, Any]]) -> None:
     before = service.stats()["requests_resumed_total"]
     (victim, other) = replicas(ENGINE)
@@ -139,6 +180,23 @@ def test_a_killed_replica_takes_no_stream_with_it(service: Service, undisturbed:
     assert service.stats()["requests_resumed_total"] > before
     until(lambda: len(replicas(ENGINE)) == 2 and service.stats().get("num_replicas") == 2, 60)
     assert other.pid in [process.pid for process in replicas(ENGINE)]
+
+
+def test_an_engine_that_raises_is_replaced(service: Service, undisturbed: list[dict[str, Any]]) -> None:
+    """Requests of a step that fails end with it, since they may be what makes it fail. After the last of `MAX_FAILURES` the engine
+    is dead for everybody: its requests go on at the other replica, until Serve has put a new one in its place."""
+    before = {process.pid for process in replicas(ENGINE)}
+    ray_serve.get_deployment_handle(ENGINE, "shoal").break_.remote().result()
+    statuses = Counter[int]()
+    deadline = time.monotonic() + 90
+    while len({process.pid for process in replicas(ENGINE)} - before) < 1 or service.stats().get("num_replicas") != 2:
+        assert time.monotonic() < deadline
+        body = {"model": "fish", "prompt": f"{sum(statuses.values())}: abc", "max_tokens": 4}
+        statuses[httpx.post(f"{service.url}/v1/completions", json=body, timeout=60).status_code] += 1
+    assert statuses[500] == MAX_FAILURES - 1
+    assert statuses.keys() == {200, 500}
+    for number in range(3):
+        same(ask(service, number), undisturbed[number])
 
 
 def test_a_killed_controller_stops_nothing(service: Service, undisturbed: list[dict[str, Any]]) -> None:
@@ -166,6 +224,19 @@ def test_weights_change_while_streams_run(service: Service, undisturbed: list[di
     assert ask(service, 0)["text"][0] == wanted.tokenizer.decode(tokens)
     service.again(deployments=[{**new, "user_config": {"model": str(service.models["first"])}}])
     until(lambda: ask(service, 0) == undisturbed[0], 60)
+
+
+def test_replicas_that_are_too_many_leave_when_their_streams_have_ended(
+    service: Service, undisturbed: list[dict[str, Any]]
+) -> None:
+    resumed = service.stats()["requests_resumed_total"]
+    fewer = [{"name": ENGINE, "num_replicas": 1}]
+    for answer, wanted in zip(under_load(service, lambda: service.again(deployments=fewer)), undisturbed, strict=True):
+        same(answer, wanted)
+    until(lambda: len(replicas(ENGINE)) == 1, 60)
+    assert service.stats()["requests_resumed_total"] == resumed  # each ended where it was
+    service.again()
+    until(lambda: service.stats().get("num_replicas") == 2, 60)
 
 
 def test_a_rolling_update_answers_every_request(service: Service, undisturbed: list[dict[str, Any]]) -> None:
@@ -200,10 +271,11 @@ def test_a_killed_proxy_is_back_in_seconds(service: Service, undisturbed: list[d
         "POST", f"{service.url}/v1/completions", timeout=60,
         json={"model": "fish", "prompt": "x", "max_tokens": LONG, "ignore_eos": True, "stream": True},
     ) as reply:  # fmt: skip
-        next(reply.iter_lines())
+        lines = reply.iter_lines()
+        next(lines)
         proxy.send_signal(signal.SIGKILL)
         with pytest.raises(httpx.HTTPError):
-            reply.read()
+            list(lines)
     until(answers, 60)
     same(ask(service, 1), undisturbed[1])
     until(lambda: service.stats()["num_requests_running"] == 0, 10)

@@ -19,6 +19,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 from shoal.engine.events import Event, Finished, Request, Token
@@ -40,24 +41,33 @@ class _Reader:
         self.loop = loop
         self.sent = self.taken = 0
         self.paused = False
-        self._events: deque[Event | RequestError] = deque()
-        self._some = asyncio.Event()
+        self._events: list[Event] = []
+        self._refused: RequestError | None = None
+        self._some, self._last = asyncio.Event(), asyncio.Event()
 
     def put(self, item: Event | RequestError) -> None:
         """In the event loop."""
-        self._events.append(item)
-        self._some.set()
-
-    async def get(self) -> Event:
-        """The next event; raises the error that refused the request."""
-        while not self._events:
-            self._some.clear()
-            await self._some.wait()
-        self.taken += 1
-        item = self._events.popleft()
         if isinstance(item, RequestError):
-            raise item
-        return item
+            self._refused = item
+        else:
+            self._events.append(item)
+        self._some.set()
+        if not isinstance(item, Token):
+            self._last.set()
+
+    async def get(self, gap: float) -> list[Event]:
+        """All events that have come, once there is one: the last one, or any when `gap` seconds are over. Raises the error
+        that refused the request."""
+        if gap > 0 and not self._last.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(gap):
+                    await self._last.wait()
+        await self._some.wait()
+        self._some.clear()
+        if self._refused is not None:
+            raise self._refused
+        events, self._events = self._events, []
+        return events
 
 
 class AsyncEngine:
@@ -85,6 +95,16 @@ class AsyncEngine:
 
         Raises at the first event: RequestError for a request that cannot be served, QueueFullError, EngineDeadError.
         """
+        async with aclosing(self.batches(request)) as lists:
+            async for events in lists:
+                for event in events:
+                    yield event
+
+    async def batches(
+        self, request: Request, gap: Callable[[], float] = lambda: 0.0
+    ) -> AsyncGenerator[list[Event], None]:
+        """The events of `generate` in lists of what was ready when the last list had been read. The first waits for nothing,
+        nor does that of the last event; `gap` says how many seconds another is to come after the one before it."""
         self._check_open()
         seq = await asyncio.to_thread(self._engine.prepare, request)
         reader = _Reader(asyncio.get_running_loop())
@@ -96,13 +116,17 @@ class AsyncEngine:
         self._inbox.put(lambda: self._submit(seq, reader))
         ended = False
         try:
-            while not ended:
-                event = await reader.get()
-                ended = isinstance(event, Finished)
+            events = await reader.get(0.0)
+            while True:
+                ended = isinstance(events[-1], Finished)
+                yield events
+                if ended:
+                    return
+                reader.taken += len(events)
                 if reader.paused and reader.sent - reader.taken <= self._backlog // 2:
                     reader.paused = False
                     self._inbox.put(lambda: self._engine.pause(request.id, False))
-                yield event
+                events = await reader.get(gap())
         except RequestError:
             ended = True
             raise

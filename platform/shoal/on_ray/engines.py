@@ -1,8 +1,8 @@
 """Engine replicas on Ray Serve.
 
-Notable: events cross as lists of what was ready, so the first token waits for nothing and a fast engine does not pay for
-a message a token. The weights are not an argument of a replica but what Serve calls the user config, which can change while
-the replica serves.
+Notable: events cross as lists of what was ready. A first token waits for nothing; after it a replica sends some `LISTS` of them
+a second, so that a fast engine with many streams does not pay for a message a token. The weights are not an argument of a
+replica but what Serve calls the user config, which can change while the replica serves.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import warnings
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +34,15 @@ log = logging.getLogger("ray.serve")
 
 ANOTHER = "serve it under another name (args.models), or start the service anew"
 
+LISTS = 400  # a second, of all streams of a replica together
+GAP_SECONDS = 0.1  # between two lists of one stream at most, however many there are: the eye reads no faster
+
 LIFE: dict[str, Any] = {  # of a replica of either kind
     "graceful_shutdown_wait_loop_s": 0.25,  # how often a replica that is to go looks whether its streams have ended
     "graceful_shutdown_timeout_s": 60.0,
     "max_constructor_retry_count": 2,  # what fails in a constructor here (a file, a setting) fails again
 }
 LOGGING = LoggingConfig(enable_access_log=False)  # the gateway writes one line a request itself
-
-Events = AsyncGenerator[Event, None]
 
 
 def engine_options(args: ServeArgs, model: str, page: int) -> dict[str, Any]:
@@ -86,6 +88,7 @@ class EngineReplica:
         self._engine: AsyncEngine | None = None
         self._leaving: set[asyncio.Task[None]] = set()  # engines whose last streams go on
         self._refused = False
+        self._streams = 0  # that have begun and not ended
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serves the weights of the model directory in `user_config` from now on, loaded beside those that serve, so nothing
@@ -137,11 +140,20 @@ class EngineReplica:
 
     async def generate(self, request: Request) -> AsyncGenerator[list[Event], None]:
         """Events of one request, in lists of what was ready. An error is in the last event, never raised."""
+        begun = False
         try:
-            async for ready in batches(self._serving.generate(request)):
-                yield ready
+            async with aclosing(self._serving.batches(request, self._gap)) as lists:
+                async for events in lists:
+                    if not begun:
+                        begun, self._streams = True, self._streams + 1
+                    yield events
         except RequestError as error:
             yield [Finished(request.id, "error", error=error)]
+        finally:
+            self._streams -= begun
+
+    def _gap(self) -> float:
+        return min(GAP_SECONDS, self._streams / LISTS)
 
     async def embed(self, prompt: list[int], depth: str | int | None) -> list[float]:
         return await self._serving.embed(prompt, depth)
@@ -177,31 +189,3 @@ def _identity(directory: str, gateways: str) -> str:
 async def _leave(engine: AsyncEngine, seconds: float) -> None:
     await engine.drain(seconds)
     await engine.close()
-
-
-async def batches(events: Events) -> AsyncGenerator[list[Event], None]:
-    """`events` in lists: whatever has come since the last list was taken. Never waits for more."""
-    ready: list[Event] = []
-    some = asyncio.Event()
-
-    async def pump() -> None:
-        try:
-            async for event in events:
-                ready.append(event)
-                some.set()
-        finally:
-            some.set()
-
-    task = asyncio.create_task(pump())
-    try:
-        while not (task.done() and not ready):
-            await some.wait()
-            some.clear()
-            if ready:
-                taken, ready[:] = ready[:], []
-                yield taken
-        await task
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
-        await events.aclose()

@@ -24,7 +24,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve._private.common import ReplicaID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-from ray.serve.config import BackpressureConfig, HTTPOptions
+from ray.serve.config import BackpressureConfig, ControllerOptions, HTTPOptions, gRPCOptions
 from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeApplicationSchema, ServeDeploySchema
@@ -52,6 +52,10 @@ GATEWAY_OPTIONS: dict[str, Any] = {
     **LIFE,
     "logging_config": LOGGING,
     "ray_actor_options": {"num_cpus": 0},
+}
+PROXIES = {  # environment of Serve's own processes, where a config gives no other
+    "RAY_SERVE_PROXY_USE_GRPC": "1",  # to the gateway, as the gateway does to engines (`clients.DIRECT`)
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # one that was killed is missed after three; Serve's 10 are half a minute
 }
 POLL_SECONDS = 0.25
 STREAM_SECONDS = 60.0  # that a service which is stopped gives to the streams that run
@@ -102,7 +106,14 @@ def run(
         )
     deadline = time.monotonic() + seconds
     try:
-        serve.start(deploy.proxy_location, HTTPOptions(**options.model_dump()), logging_config=deploy.logging_config)
+        serve.start(
+            deploy.proxy_location,
+            HTTPOptions(**options.model_dump()),
+            gRPCOptions(**deploy.grpc_options.model_dump()),
+            deploy.logging_config,
+            deploy.tracing_config,
+            ControllerOptions(runtime_env={"env_vars": {**PROXIES, **_environment(deploy)}}),
+        )
         # what `serve deploy` sends through the dashboard: the file means the same here and there, overrides included
         client = _get_global_client()
         assert client is not None  # it raises instead
@@ -141,6 +152,12 @@ def stop() -> None:
             raise ResourceError("Serve does not end", got=f"alive after {STOP_SECONDS:g} s", do="stop its Ray")
         time.sleep(POLL_SECONDS)
     _disconnect()  # type: ignore[no-untyped-call]  # forgets the Serve that was
+
+
+def _environment(deploy: ServeDeploySchema) -> dict[str, str]:
+    """What the config gives to Serve's own processes; Ray lets it be nothing but variables."""
+    given = deploy.controller_options and deploy.controller_options.runtime_env
+    return (given or {}).get("env_vars") or {}
 
 
 def _controller_lives() -> bool:

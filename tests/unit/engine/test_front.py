@@ -151,3 +151,30 @@ def test_closing_ends_what_is_live(model: Model) -> None:
             assert isinstance(events[-1], Finished) and events[-1].reason in ("cancelled", "error")
 
     run(work())
+
+
+def test_lists_hold_every_event_in_order_and_wait_only_between_tokens(model: Model) -> None:
+    """A gap longer than the test: but for the second list, which the last event cuts short, nothing would ever come."""
+
+    async def work() -> None:
+        async with front(model) as engine, aclosing(engine.batches(ask(30), lambda: 10 * SECONDS)) as lists:
+            first, second = [events async for events in lists]
+        tokens = [event.token for event in [*first, *second] if isinstance(event, Token)]
+        assert tokens == model.generate_naive([50, 51], 30, ignore_eos=True)
+        assert isinstance(second[-1], Finished)
+
+    run(work())
+
+
+def test_a_gap_hides_no_refusal_and_no_death(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        async with front(model) as engine:
+            with pytest.raises(RequestError, match="depth"):
+                await anext(engine.batches(ask(3, depth="abyss"), lambda: 10 * SECONDS))
+            lists = engine.batches(ask(300), lambda: 10 * SECONDS)
+            await anext(lists)
+            monkeypatch.setattr(engine._engine.scheduler, "plan", lambda: 1 / 0)
+            (*_, end) = await anext(lists)
+            assert isinstance(end, Finished) and isinstance(end.error, EngineDeadError)
+
+    run(work())

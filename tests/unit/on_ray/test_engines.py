@@ -1,83 +1,121 @@
-"""What lies between Serve and an engine, without a cluster: batching of events, and errors."""
+"""What lies between Serve and an engine, without a cluster: an end of a stream that is an error, and whose fault it is."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Any
 
+import grpc
 import pytest
 
 pytest.importorskip("ray")
 
+from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from shoal.engine.events import Event, Finished, Token
-from shoal.errors import EngineDeadError, QueueFullError, RequestError
-from shoal.on_ray.clients import as_shoal_error
-from shoal.on_ray.engines import batches
+from shoal import Request
+from shoal.engine.events import Event, Token
+from shoal.errors import EngineDeadError, QueueFullError, RequestError, ShoalError
+from shoal.on_ray.clients import ReplicaClient, as_shoal_error
 
 
-class Source:
-    """Events on demand; remembers that it was closed."""
+class Handle:
+    """A deployment handle whose streams say "a" and then end with `error`, or never end."""
 
-    def __init__(self, count: int, error: Exception | None = None) -> None:
-        self.count, self.error, self.closed = count, error, False
+    def __init__(self, error: BaseException | None) -> None:
+        self.error, self.cancelled = error, 0
 
-    async def events(self) -> AsyncGenerator[Event, None]:
-        try:
-            for index in range(self.count):
-                yield Token("r", index, "x")
-            if self.error:
-                raise self.error
-            yield Finished("r", "stop")
-            await asyncio.sleep(0)
-        finally:
-            self.closed = True
+    def options(self, **_: Any) -> Handle:
+        return self
+
+    def remote(self, request: Request) -> Handle:
+        self.request = request
+        return self
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+    async def __aiter__(self) -> AsyncGenerator[list[Event], None]:
+        yield [Token(self.request.id, 65, "a")]
+        if self.error is None:
+            await asyncio.Event().wait()
+        else:
+            raise self.error
 
 
-def test_events_that_wait_go_together_in_order() -> None:
-    async def read() -> list[list[Event]]:
-        lists = []
-        async for ready in batches(Source(9).events()):
-            lists.append(ready)
-            await asyncio.sleep(0)
-        return lists
-
-    lists = asyncio.run(read())
-    events = [event for ready in lists for event in ready]
-    assert [event.token for event in events if isinstance(event, Token)] == list(range(9))
-    assert isinstance(events[-1], Finished)
-    assert len(lists) < len(events)
+def stream(handle: Handle) -> AsyncGenerator[list[Event], None]:
+    return ReplicaClient(handle)._open(Request("x"))  # type: ignore[arg-type]
 
 
 def test_an_error_comes_after_what_was_said_before_it() -> None:
-    async def read() -> int:
-        said = 0
+    async def read() -> list[Event]:
+        said = list[Event]()
         with pytest.raises(RequestError, match="no"):
-            async for ready in batches(Source(3, RequestError("no")).events()):
-                said += len(ready)
+            async for events in stream(Handle(RequestError("no"))):
+                said += events
         return said
 
-    assert asyncio.run(read()) == 3
+    assert len(asyncio.run(read())) == 1
 
 
-def test_closing_early_closes_the_source() -> None:
-    async def read() -> bool:
-        source = Source(1000)
-        lists = batches(source.events())
-        await anext(lists)
-        await lists.aclose()
-        return source.closed
+def test_a_replica_that_cancels_its_own_work_is_lost() -> None:
+    """Serve sends that as the CancelledError which it was there, and here nobody is cancelled."""
 
-    assert asyncio.run(read())
+    async def read() -> None:
+        with pytest.raises(EngineDeadError, match="lost"):
+            async for _ in stream(Handle(asyncio.CancelledError())):
+                pass
+
+    asyncio.run(read())
 
 
-def test_errors_of_ray_have_their_http_status() -> None:
+def test_who_leaves_or_is_cancelled_cancels_the_replica_s_work() -> None:
+    async def leave() -> int:
+        handle = Handle(None)
+        events = stream(handle)
+        await anext(events)
+        await events.aclose()
+        return handle.cancelled
+
+    async def be_cancelled() -> int:
+        handle = Handle(None)
+        begun = asyncio.Event()
+
+        async def read() -> None:
+            async for _ in stream(handle):
+                begun.set()
+
+        task = asyncio.create_task(read())
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return handle.cancelled
+
+    assert asyncio.run(leave()) == 1
+    assert asyncio.run(be_cancelled()) == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "wanted"),
+    [
+        (BackPressureError(num_queued_requests=9, max_queued_requests=9), QueueFullError("")),
+        (ActorDiedError(), EngineDeadError("the engine replica was lost")),
+        (AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata()), EngineDeadError("the engine replica was lost")),
+        (RayTaskError("generate", "trace", KeyError("bug")), EngineDeadError("the engine replica failed", got="KeyError")),
+        (KeyError("bug"), EngineDeadError("the engine replica failed", got="KeyError")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_call_raises_has_its_http_status(raised: Exception, wanted: ShoalError) -> None:
+    found = as_shoal_error(raised)
+    assert type(found) is type(wanted)
+    assert found.message.startswith(wanted.message)
+
+
+def test_an_error_of_ours_stays_as_it_is() -> None:
     wrong = RequestError("depth", param="depth")
     assert as_shoal_error(RayTaskError("generate", "trace", wrong)) is wrong
-    assert isinstance(as_shoal_error(BackPressureError(num_queued_requests=9, max_queued_requests=9)), QueueFullError)
-    assert isinstance(as_shoal_error(ActorDiedError()), EngineDeadError)
-    assert isinstance(as_shoal_error(RayTaskError("generate", "trace", KeyError("bug"))), EngineDeadError)
-    other = ValueError("ours")
-    assert as_shoal_error(other) is other
+    assert as_shoal_error(wrong) is wrong
