@@ -176,7 +176,7 @@ def _remember(at: Site, assistant: Assistant, chat: gr.ChatInterface, kept: dict
     """Keeps the conversations of this page in the browser, and brings the last one back when the page opens."""
     chats = gr.BrowserState([], storage_key=f"shoal-chats-{assistant.place.path}", secret=history.STORED_AS)
     current = gr.State(None)  # key of the conversation that is shown
-    earlier = kept["earlier"]
+    earlier, known = kept["earlier"], gr.State([])  # known: what the list was last made of
 
     def listed(stored: Any, key: str) -> Any:
         choices = history.titles(stored)
@@ -197,14 +197,17 @@ def _remember(at: Site, assistant: Assistant, chat: gr.ChatInterface, kept: dict
         stored = history.save(stored, key, messages) if key else stored
         return stored, gr.update(placeholder=WRITE)  # which Gradio empties
 
-    def placed(stored: Any, key: str | None) -> Any:
-        return listed(stored, key) if key else gr.skip()
+    def placed(stored: Any, key: str | None, before: list[Any]) -> tuple[Any, Any]:
+        now = [key, *history.titles(stored)]
+        if key is None or now == before:  # a list that is open is not drawn anew while an answer comes
+            return gr.skip(), gr.skip()
+        return listed(stored, key), now
 
     conversation = [chat.chatbot, chat.chatbot_state, current, earlier]
     inputs = [chats, current, chat.chatbot]
     saved = chat.chatbot.change(save, inputs, [chats, chat.textbox], trigger_mode="always_last", **QUIET)
     # which of them is shown may have changed while it was saved
-    saved.then(placed, [chats, current], earlier, **QUIET)
+    saved.then(placed, [chats, current, known], [earlier, known], **QUIET)
     at.page.load(opened, chats, conversation, **QUIET)
     earlier.input(shown, [chats, earlier], conversation, **QUIET)
     kept["new"].click(lambda stored: shown(stored, history.new_key()), chats, conversation, **QUIET)
