@@ -19,7 +19,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")  # what the API decodes
 AT_ONCE = 64  # answers that stream at once; the engine's queue bounds them further
 MOST_TOKENS = 128  # of an answer, unless the slider says more
 SAVED_EVERY = 0.25  # seconds between two savings of a conversation while an answer streams
-WRITE = "Write a message, or add a picture"
+WRITE = "Write a message"
 DOWNLOAD = """(text) => {{
   const link = document.createElement('a');
   link.href = URL.createObjectURL(new Blob([text], {{type: '{kind}'}}));
@@ -134,7 +134,7 @@ def _controls(assistant: Assistant) -> dict[str, Component]:
 
 def _kept() -> dict[str, Component]:
     """The controls of earlier conversations: which to show, a new one, and the downloads."""
-    where = "Kept in this browser only, without pictures."
+    where = "In this browser only, no pictures."
     earlier = gr.Dropdown([], value=None, label="Conversations", info=where, filterable=False, elem_id="earlier")
     with gr.Row(elem_id="kept"):
         new = gr.Button("New chat", size="sm", min_width=80)

@@ -138,7 +138,7 @@ def _describe(at: Site, head: Component, picks: Sequence[Component], most: Compo
             updates.append(gr.update(choices=names, value=other.name, visible=len(cards) > 1))
             updates.append(gr.update(choices=site.depths(card), value="full" if len(cards) > 1 else first[number]))
         limit = gr.update(maximum=card.context - 1, value=min(MOST_TOKENS, card.context // 2))
-        return [at.header(PLACE, site.about(card)), *updates, limit, Key.shown(given)]
+        return [at.header(PLACE, site.all_of(cards)), *updates, limit, Key.shown(given)]
 
     key.then(at, describe, [], [head, *picks, most, key.box])
 

@@ -57,10 +57,11 @@ def show(cards: list[Card], metrics: Readings, why: str, ready: str, last: Seen,
     if len(cards) > 1:
         sections.append(_models(cards, named, last, now))
     sections.append('<div class="figures">')
-    sections += [depth_bars(named[card.name], card, len(cards) > 1) for card in cards]
     sections.append(_by_model("Requests since the start", named, _requests))
     sections.append(_by_model("Mean latency since the start", named, _latencies))
-    sections += [_scaling(now), "</div>"]
+    sections.append(_scaling(now))
+    sections += [depth_bars(named[card.name], card, len(cards) > 1) for card in cards]
+    sections.append("</div>")
     return "".join(sections)
 
 
@@ -88,7 +89,7 @@ def _load(metrics: Readings, last: Seen, now: Seen) -> list[tuple[str, str]]:
         ("Waiting", _count(readings.total(metrics, "num_requests_waiting"))),
         ("K/V memory used", _share(readings.total(metrics, "kv_cache_usage_perc"))),
         ("Tokens/s now", _count(sum(speeds)) if speeds else SOON if told else UNKNOWN),
-        ("Prompt found in cache", _mean(found, asked, "{:.0%}")),
+        ("Prompt from cache", _mean(found, asked, "{:.0%}")),
     ]
 
 

@@ -176,6 +176,7 @@ def _mix(run: Run) -> str:
     tokens, patches = (sum(value or 0 for value in curves[name]) for name in ("tokens", "patches"))
     read = f"Read so far: {patches / tokens:.1%} image patches." if tokens else ""
     if not wanted:
-        return look.bars("Mix by token", {}, {}, f"{look.UNKNOWN.capitalize()}: this run does not say. {read}")
+        said = "This run was given none." if "mix" in (run["start"] or {}) else f"{look.UNKNOWN.capitalize()}."
+        return look.remark("Mix by token", f"{said} {read}")
     shares = look.shares(wanted)
     return look.bars("Mix by token, as wanted", shares, {name: f"{share:.0%}" for name, share in shares.items()}, read)

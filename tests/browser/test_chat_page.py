@@ -164,7 +164,7 @@ def test_an_assistant_tells_the_model_who_it_is_and_medicine_tells_the_reader_wh
     visit(page, open_site, "medicine")
     assert page.get_by_role("note").inner_text().startswith("This is no medical advice.")
     most_tokens(page, 4)
-    page.locator("#chat").get_by_text("What does a word mean?").click()
+    page.locator("#chat").get_by_text("What does hypertension mean?").click()
     page.locator(".facts").wait_for()
     assert "You do not diagnose" in told(open_site) and "hypertension" in told(open_site)
     assert page.get_by_role("note").is_visible()

@@ -114,7 +114,8 @@ def test_the_service_page_follows_what_the_engine_counts(page: Page, open_site: 
 
 def test_int8_stands_beside_fp32_and_the_service_page_tells_the_models_apart(page: Page, strangers: list[str]) -> None:
     with site(int8=True) as both:
-        visit(page, both, "compare")
+        page.goto(f"{both.url}/ui/compare")
+        page.get_by_text("2 models: fish, minnow · INT8").wait_for()
         most_tokens(page, 3)
         page.get_by_label("Prompt").fill("hello")
         page.get_by_role("button", name="Compare").click()

@@ -138,7 +138,9 @@ def test_held_out_quality_is_a_table_until_it_can_be_a_curve() -> None:
 def test_a_run_that_has_just_begun_says_so() -> None:
     empty: dict[str, list[float]] = {name: [] for name in run()["curves"]}
     page = training.show(run(start=None, curves=empty, evals=[], step=None, eta=None), [CARD], {})
-    assert "No update yet" in page and "does not say" in page
+    assert "No update yet" in page and "Not known." in page
+    tuned = training.show(run(start={"mix": {}}), [CARD], {})
+    assert "This run was given none. Read so far: 16.7% image patches." in tuned
 
 
 def test_names_cannot_write_markup() -> None:
