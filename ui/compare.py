@@ -200,4 +200,4 @@ def _shown(state: Said | None) -> str:
     text = f'<div class="answer">{html.escape(state.text)}</div>' if state.text or not state.fault else ""
     if state.fault:
         return text + look.fault(state.fault)
-    return text + (f'<div class="facts">{html.escape(state.below)}</div>' if state.below else "")
+    return text + (f'<div class="facts" role="status">{html.escape(state.below)}</div>' if state.below else "")

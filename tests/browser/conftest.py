@@ -77,7 +77,8 @@ def chromium() -> Iterator[Browser]:
 @pytest.fixture
 def page(chromium: Browser, strangers: list[str]) -> Iterator[Page]:
     # without motion: a colour that fades in has too little contrast half-way
-    page = chromium.new_page(viewport={"width": 1200, "height": 800}, reduced_motion="reduce")
+    context = chromium.new_context(viewport={"width": 1200, "height": 800}, reduced_motion="reduce")
+    page = context.new_page()
     page.set_default_timeout(1000 * SECONDS)
     wrong: list[str] = []
 
@@ -89,7 +90,7 @@ def page(chromium: Browser, strangers: list[str]) -> Iterator[Page]:
     page.on("pageerror", lambda error: wrong.append(f"script: {error}"))
     page.on("request", lambda request: _is_local(request.url) or wrong.append(f"request: {request.url}"))
     yield page
-    page.close()
+    context.close()
     assert wrong == []
     assert strangers == [], "the server that makes the pages asked another host"
 
