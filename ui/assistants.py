@@ -69,10 +69,10 @@ ASSISTANTS = (
         notice="This is no medical advice. Answers come from a language model and can be wrong; do not act on them. "
         "Ask a physician, and in an emergency call the emergency number of your country.",
         examples={
-            "What does a word mean?": {"text": "What does hypertension mean?"},
-            "What does a value mean?": {"text": "What does a resting heart rate of 55 mean?"},
-            "Prepare for a visit": {"text": "What should I ask my physician about a new medicine?"},
-            "Say it in plain words": {"text": "Explain in plain words: bilateral pulmonary infiltrates."},
+            "What does hypertension mean?": {"text": "What does hypertension mean?"},
+            "A resting heart rate of 55": {"text": "What does a resting heart rate of 55 mean?"},
+            "Questions about a new medicine": {"text": "What should I ask my physician about a new medicine?"},
+            "Bilateral pulmonary infiltrates": {"text": "Explain in plain words: bilateral pulmonary infiltrates."},
         },
     ),
 )

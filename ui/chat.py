@@ -19,7 +19,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")  # what the API decodes
 AT_ONCE = 64  # answers that stream at once; the engine's queue bounds them further
 MOST_TOKENS = 128  # of an answer, unless the slider says more
 SAVED_EVERY = 0.25  # seconds between two savings of a conversation while an answer streams
-WRITE = "Write a message, or add a picture"
+WRITE = "Write a message"
 DOWNLOAD = """(text) => {{
   const link = document.createElement('a');
   link.href = URL.createObjectURL(new Blob([text], {{type: '{kind}'}}));
@@ -134,7 +134,7 @@ def _controls(assistant: Assistant) -> dict[str, Component]:
 
 def _kept() -> dict[str, Component]:
     """The controls of earlier conversations: which to show, a new one, and the downloads."""
-    where = "Kept in this browser only, without pictures."
+    where = "In this browser only, no pictures."
     earlier = gr.Dropdown([], value=None, label="Conversations", info=where, filterable=False, elem_id="earlier")
     with gr.Row(elem_id="kept"):
         new = gr.Button("New chat", size="sm", min_width=80)
@@ -176,7 +176,7 @@ def _remember(at: Site, assistant: Assistant, chat: gr.ChatInterface, kept: dict
     """Keeps the conversations of this page in the browser, and brings the last one back when the page opens."""
     chats = gr.BrowserState([], storage_key=f"shoal-chats-{assistant.place.path}", secret=history.STORED_AS)
     current = gr.State(None)  # key of the conversation that is shown
-    earlier = kept["earlier"]
+    earlier, known = kept["earlier"], gr.State([])  # known: what the list was last made of
 
     def listed(stored: Any, key: str) -> Any:
         choices = history.titles(stored)
@@ -197,14 +197,17 @@ def _remember(at: Site, assistant: Assistant, chat: gr.ChatInterface, kept: dict
         stored = history.save(stored, key, messages) if key else stored
         return stored, gr.update(placeholder=WRITE)  # which Gradio empties
 
-    def placed(stored: Any, key: str | None) -> Any:
-        return listed(stored, key) if key else gr.skip()
+    def placed(stored: Any, key: str | None, before: list[Any]) -> tuple[Any, Any]:
+        now = [key, *history.titles(stored)]
+        if key is None or now == before:  # a list that is open is not drawn anew while an answer comes
+            return gr.skip(), gr.skip()
+        return listed(stored, key), now
 
     conversation = [chat.chatbot, chat.chatbot_state, current, earlier]
     inputs = [chats, current, chat.chatbot]
     saved = chat.chatbot.change(save, inputs, [chats, chat.textbox], trigger_mode="always_last", **QUIET)
     # which of them is shown may have changed while it was saved
-    saved.then(placed, [chats, current], earlier, **QUIET)
+    saved.then(placed, [chats, current, known], [earlier, known], **QUIET)
     at.page.load(opened, chats, conversation, **QUIET)
     earlier.input(shown, [chats, earlier], conversation, **QUIET)
     kept["new"].click(lambda stored: shown(stored, history.new_key()), chats, conversation, **QUIET)

@@ -21,6 +21,12 @@ PLACE = Place("Compare", "compare", "tools")
 MOST, AT_FIRST = 4, 2  # answers beside each other
 MOST_TOKENS = 64
 TOGETHER, IN_TURN = "at the same time", "one after another"
+SHARED = "Together they share the machine."
+IDLE: dict[str, Any] = {"submit_btn": "Compare", "stop_btn": False}  # one button, which does what can be done now
+BUSY: dict[str, Any] = {"submit_btn": False, "stop_btn": "Stop"}
+STOPPED = '<div class="facts">stopped</div>'
+# it went with the button that was pressed
+FOCUS = "() => document.activeElement === document.body && document.querySelector('#prompt {}')?.focus()"
 
 
 def build(at: Site) -> None:
@@ -32,16 +38,16 @@ def build(at: Site) -> None:
             placeholder="One prompt for all, with a picture if you like",
             file_types=list(IMAGES),
             sources=["upload"],
-            submit_btn="Compare",
-            stop_btn=False,
+            **IDLE,
             lines=2,
             elem_id="prompt",
         )
-    stop = gr.Button("Stop", size="sm", visible=False, elem_id="stop")
     with gr.Row(equal_height=True):
-        columns = gr.Radio([2, 3, 4], value=AT_FIRST, label="Answers", elem_id="columns", min_width=180)
-        turns = gr.Radio([TOGETHER, IN_TURN], value=TOGETHER, label="Run them", info="Together they share the machine.")
-        most = gr.Slider(1, MOST_TOKENS, value=MOST_TOKENS, step=1, label="Most tokens", buttons=[])
+        columns = gr.Radio([2, 3, 4], value=AT_FIRST, label="Answers", elem_id="columns", scale=2, min_width=160)
+        turns = gr.Radio(
+            [TOGETHER, IN_TURN], value=TOGETHER, label="Run them", info=SHARED, elem_id="turns", scale=4, min_width=300
+        )
+        most = gr.Slider(1, MOST_TOKENS, value=MOST_TOKENS, step=1, label="Most tokens", buttons=[], scale=3)
     with gr.Accordion("More settings", open=False), gr.Row():
         temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature", buttons=[])
         seed = gr.Number(1, label="Seed", precision=0, minimum=0, info="The same for all.")
@@ -52,12 +58,14 @@ def build(at: Site) -> None:
     picks = [pick for _, model, depth, _ in panes for pick in (model, depth)]
     answers = [answer for *_, answer in panes]
     _describe(at, head, picks, most, key)
-    asked = prompt.submit(lambda: gr.update(visible=True), None, stop, **QUIET)
+    asked = prompt.submit(lambda: gr.update(**BUSY), None, prompt, **QUIET)
+    asked.then(None, None, None, js=FOCUS.format(".stop-button"))
     inputs = [prompt, columns, turns, most, temperature, seed, key.box, *picks]
     running = asked.then(_run(at), inputs, answers, concurrency_limit=None, **QUIET)
-    running.then(lambda: gr.update(visible=False), None, stop, **QUIET)
-    ended = stop.click(_stopped, answers, [stop, *answers], cancels=[running], **QUIET)
-    ended.then(None, None, None, js="() => document.querySelector('#prompt textarea').focus()")
+    # whether they came to their end or were stopped; when the stop is pressed, the last words are still on their way
+    ended = running.then(_ended, answers, [prompt, *answers], **QUIET)
+    ended.then(None, None, None, js=FOCUS.format("textarea"))
+    prompt.stop(None, None, None, cancels=[running])
 
 
 async def beside(streams: Sequence[AsyncGenerator[Said, None]], *, together: bool) -> AsyncIterator[list[Said | None]]:
@@ -130,7 +138,7 @@ def _describe(at: Site, head: Component, picks: Sequence[Component], most: Compo
             updates.append(gr.update(choices=names, value=other.name, visible=len(cards) > 1))
             updates.append(gr.update(choices=site.depths(card), value="full" if len(cards) > 1 else first[number]))
         limit = gr.update(maximum=card.context - 1, value=min(MOST_TOKENS, card.context // 2))
-        return [at.header(PLACE, site.about(card)), *updates, limit, Key.shown(given)]
+        return [at.header(PLACE, site.all_of(cards)), *updates, limit, Key.shown(given)]
 
     key.then(at, describe, [], [head, *picks, most, key.box])
 
@@ -176,11 +184,14 @@ def _asking() -> str:
     return '<p class="note" role="status">Waiting…</p>'
 
 
-def _stopped(*shown: str) -> list[Any]:
-    """The stop button gone, and the answers as far as they had come."""
-    ended = '<div class="facts">stopped</div>'
+def _ended(*shown: str) -> list[Any]:
+    """The button that begins, and the answers; those that did not come to their end are marked."""
     begun = ["" if answer == _asking() else answer for answer in shown]
-    return [gr.update(visible=False), *[a if a == _waiting() or 'class="facts"' in a else a + ended for a in begun]]
+    return [gr.update(**IDLE), *[answer if _is_whole(answer) else answer + STOPPED for answer in begun]]
+
+
+def _is_whole(answer: str) -> bool:
+    return answer == _waiting() or any(f'class="{end}"' in answer for end in ("facts", "fault"))
 
 
 def _shown(state: Said | None) -> str:
@@ -189,4 +200,4 @@ def _shown(state: Said | None) -> str:
     text = f'<div class="answer">{html.escape(state.text)}</div>' if state.text or not state.fault else ""
     if state.fault:
         return text + look.fault(state.fault)
-    return text + (f'<div class="facts">{html.escape(state.below)}</div>' if state.below else "")
+    return text + (f'<div class="facts" role="status">{html.escape(state.below)}</div>' if state.below else "")

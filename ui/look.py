@@ -14,15 +14,24 @@ from shoal import page as drawing
 
 HERE = Path(__file__).parent
 CSS, ICON, MEND = HERE / "style.css", HERE / "icon.svg", HERE / "mend.js"
+# for those who asked their system for less motion; not in `CSS`, where Gradio would bind it to the middle of the page
+STILL = """<style>@media (prefers-reduced-motion: reduce) {
+  *, ::before, ::after {
+    transition: none !important; animation-duration: 0.01ms !important; animation-iteration-count: 1 !important;
+  }
+}</style>"""
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
 MONO = ("ui-monospace", "monospace")
 UNKNOWN = "not known"  # where this side cannot tell; a zero would be a claim
 NONE_YET = "none yet"  # where nothing has been counted
+SOON = "measuring"  # what takes two readings
+WIDE = 3  # columns of a table that a phone has room for
 
 THEME = gr.themes.Base(
     primary_hue="cyan", secondary_hue="cyan", neutral_hue="slate", radius_size="md", font=FONTS, font_mono=MONO
 ).set(
     body_background_fill="#f6f9fa",
+    body_background_fill_dark="#0b1418",
     body_text_color_subdued="*neutral_600",  # darker than Gradio's: WCAG AA on the page and on white
     body_text_color_subdued_dark="*neutral_300",
     block_info_text_color_dark="*neutral_300",
@@ -84,26 +93,34 @@ def fault(line: str) -> str:
     return f'<div class="fault" role="alert">{html.escape(line)}</div>'
 
 
-def tiles(facts: Iterable[tuple[str, str]]) -> str:
-    """(name, value) pairs as a row of tiles."""
+def tiles(facts: Iterable[tuple[str, str]], kinds: Mapping[str, str] | None = None) -> str:
+    """(name, value) pairs as a row of tiles; `kinds`: value -> ``good`` or ``bad``, where it is one of these."""
+    kinds = {UNKNOWN: "unknown", NONE_YET: "unknown", SOON: "unknown", **(kinds or {})}
     cells = "".join(
-        f'<div class="{"tile unknown" if value in (UNKNOWN, NONE_YET) else "tile"}"><dt>{html.escape(name)}</dt>'
-        f"<dd>{html.escape(value)}</dd></div>"
+        f'<div class="tile {kinds.get(value, "")}"><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>'
         for name, value in facts
     )
     return f'<dl class="tiles">{cells}</dl>'
 
 
-def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column names its rows."""
-    top = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
+def table(
+    caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], below: Mapping[str, str] | None = None
+) -> str:
+    """A table whose first column names its rows, and the others are numbers. `head` may be empty; `below`: name of a row ->
+    what stands small below it."""
+    top = "".join(f'<th scope="col">{html.escape(name)}</th>' if name else "<td></td>" for name in head)
+    small = {name: f"<small>{html.escape(text)}</small>" for name, text in (below or {}).items()}
     body = "".join(
-        f'<tr><th scope="row">{html.escape(first)}</th>{"".join(f"<td>{html.escape(cell)}</td>" for cell in rest)}</tr>'
+        f'<tr><th scope="row">{html.escape(first)}{small.get(first, "")}</th>'
+        f"{''.join(f'<td>{html.escape(cell)}</td>' for cell in rest)}</tr>"
         for first, *rest in rows
     )
+    name = html.escape(caption)
+    # a wide table scrolls on a phone, which a keyboard can do only where the focus can be
+    scrolls = f' tabindex="0" role="region" aria-label="{name}"' if len(head) > WIDE else ""
     return (
-        f'<div class="figure"><table><caption>{html.escape(caption)}</caption>'
-        f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class="figure numbers"><div class="aside"{scrolls}><table><caption>{name}</caption>'
+        f"{f'<thead><tr>{top}</tr></thead>' if head else ''}<tbody>{body}</tbody></table></div></div>"
     )
 
 

@@ -7,7 +7,7 @@
       if (label) box.setAttribute('aria-label', label.textContent.trim());
     });
     // a button whose words on the screen are not its name
-    document.querySelectorAll('.submit-button[aria-label]').forEach((button) => {
+    document.querySelectorAll('.submit-button[aria-label], .stop-button[aria-label]').forEach((button) => {
       if (button.textContent.trim()) button.removeAttribute('aria-label');
     });
     // radios of one question that the browser takes for several questions: arrow keys would not move between them

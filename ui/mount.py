@@ -9,7 +9,7 @@ import gradio as gr
 from fastapi import FastAPI, Response
 
 from ui.app import MAX_FILE_SIZE, build
-from ui.look import CSS, ICON, MEND, THEME
+from ui.look import CSS, ICON, MEND, STILL, THEME
 
 
 def mount(app: FastAPI, *, base_url: str, model: str | None, path: str = "/ui") -> FastAPI:
@@ -29,7 +29,7 @@ def mount(app: FastAPI, *, base_url: str, model: str | None, path: str = "/ui") 
             root_path=root,  # Gradio guesses it wrongly for files
             theme=THEME,
             css=CSS.read_text(encoding="utf-8"),
-            head=f"<script>{MEND.read_text(encoding='utf-8')}</script>",
+            head=f"{STILL}<script>{MEND.read_text(encoding='utf-8')}</script>",
             max_file_size=MAX_FILE_SIZE,
             show_error=False,
             ssr_mode=False,

@@ -7,35 +7,22 @@ differences between two readings, so they begin when the page opens.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
 import httpx
 import openai
-from prometheus_client.parser import text_string_to_metric_families
 
-from ui import look, site, talk
-from ui.look import NONE_YET, UNKNOWN, Place
+from ui import look, readings, site, talk
+from ui.look import NONE_YET, SOON, UNKNOWN, Place
+from ui.readings import Metrics, Readings, Seen
 from ui.site import QUIET, Key, Site
 from ui.talk import Card
 
 PLACE = Place("Service", "service", "tools")
 EVERY = 2.0  # seconds between two readings
-PREFIX = "shoal:"
-MOST_DECISIONS = 20
-
-Metrics = dict[str, float]  # sample name, with its label if it has one, without the prefix -> value
-
-
-@dataclass
-class Seen:
-    """What one reading leaves for the next."""
-
-    at: float = 0.0  # monotonic seconds
-    tokens: float | None = None
-    replicas: float | None = None
-    decisions: list[str] = field(default_factory=list)  # newest first
 
 
 def build(at: Site) -> None:
@@ -52,98 +39,88 @@ def build(at: Site) -> None:
         except openai.OpenAIError as error:
             why = look.empty("The models are not known", "") + look.fault(talk.reason(error))
             return at.header(PLACE), why, asdict(last), Key.shown(given, error)
-        metrics, why = await read_metrics(at)
-        now = observe(last, metrics, time.monotonic(), time.strftime("%H:%M:%S"))
+        metrics, why = await readings.read_metrics(at)
+        now = readings.observe(last, metrics, time.monotonic(), time.strftime("%H:%M:%S"))
         page = show(cards, metrics, why, await _ready(at), last, now)
-        return at.header(PLACE, site.about(cards[0])), page, asdict(now), gr.skip()
+        return at.header(PLACE, site.all_of(cards)), page, asdict(now), gr.skip()
 
     key.then(at, refresh, [seen], [head, body, seen, key.box])
     gr.Timer(EVERY).tick(refresh, [key.box, seen], [head, body, seen, key.box], **QUIET)
 
 
-async def read_metrics(at: Site) -> tuple[Metrics, str]:
-    """What /metrics says, and why it says nothing (empty if it does). Values of several models are summed, shares averaged."""
-    try:
-        answer: httpx.Response = await at.api.get(at.url.removesuffix("/v1") + "/metrics", cast_to=httpx.Response)
-    except openai.OpenAIError as error:
-        return {}, talk.reason(error)
-    return parse(answer.text), ""
-
-
-def parse(text: str) -> Metrics:
-    """Prometheus' text as values by sample name; ``name{label="value"}`` where there is a label besides the model's."""
-    found: dict[str, list[float]] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            labels = {name: value for name, value in sample.labels.items() if name != "model_name"}
-            inside = ",".join(f'{name}="{value}"' for name, value in labels.items())
-            name = sample.name.removeprefix(PREFIX) + (f"{{{inside}}}" if inside else "")
-            found.setdefault(name, []).append(sample.value)
-    return {
-        name: sum(values) / len(values) if name.endswith("_perc") else sum(values) for name, values in found.items()
-    }
-
-
-def observe(last: Seen, metrics: Metrics, now: float, clock: str) -> Seen:
-    """What is known after a reading at `now`; a change in the number of replicas is a decision of the autoscaler."""
-    replicas = metrics.get("num_replicas")
-    decisions = list(last.decisions)
-    if None not in (last.replicas, replicas) and replicas != last.replicas:
-        load = ", ".join(
-            f"{metrics[name]:.0f} {word}"
-            for name, word in (("num_requests_running", "running"), ("num_requests_waiting", "waiting"))
-            if name in metrics
-        )
-        decisions.insert(0, f"{clock}  {last.replicas:.0f} → {replicas:.0f} replicas, with {load or 'an unknown load'}")
-    return Seen(now, metrics.get("generation_tokens_total"), replicas, decisions[:MOST_DECISIONS])
-
-
-def show(cards: list[Card], metrics: Metrics, why: str, ready: str, last: Seen, now: Seen) -> str:
+def show(cards: list[Card], metrics: Readings, why: str, ready: str, last: Seen, now: Seen) -> str:
     """The whole page as HTML."""
-    sections = [look.tiles([("State", ready), *_load(metrics, last, now)])]
+    named = {card.name: metrics.get(card.name, {}) for card in cards}
+    sections = [look.tiles([("State", ready), *_load(named, last, now)], {"ready": "good", "not ready": "bad"})]
     if why:
         sections.append(look.fault(f"No metrics: {why}"))
+    if len(cards) > 1:
+        sections.append(_models(cards, named, last, now))
     sections.append('<div class="figures">')
-    sections.append(depth_bars(metrics, cards[0]))
-    sections.append(look.table("Requests since the start", ("requests", "count"), _requests(metrics)))
-    sections.append(look.table("Latency since the start", ("time", "mean"), _latencies(metrics)))
+    sections.append(_by_model("Requests since the start", named, _requests))
+    sections.append(_by_model("Mean latency since the start", named, _latencies))
+    sections.append(_scaling(now))
+    sections += [depth_bars(named[card.name], card, len(cards) > 1) for card in cards]
     sections.append("</div>")
-    sections.append(_scaling(metrics, now))
-    rows = [
-        (card.name, "INT8" if card.quantization != "none" else "fp", f"{card.layers}", f"{card.context}")
-        for card in cards
-    ]
-    sections.append(look.table("Models", ("name", "weights", "layers", "context, tokens"), rows))
     return "".join(sections)
 
 
-def depth_bars(metrics: Metrics, card: Card) -> str:
-    """How many requests ran to each depth."""
+def depth_bars(metrics: Metrics, card: Card, name_it: bool = False) -> str:
+    """How many requests of a model ran to each depth."""
     counts = {
         f"{name}, {layers} layer{'s' * (layers != 1)}": metrics[f"requests_depth_{layers}_total"]
         for name, layers in card.depths.items()
         if f"requests_depth_{layers}_total" in metrics
     }
-    caption = "Depth of the requests served"
+    caption = f"Depth of the requests to {card.name}" if name_it else "Depth of the requests served"
     if not counts:
         return look.bars(caption, {}, {}, f"{UNKNOWN.capitalize()}.")
     values = {name: f"{count:,.0f}" for name, count in counts.items()}
     return look.bars(caption, look.shares(counts), values, "" if any(counts.values()) else "No request has ended yet.")
 
 
-def _load(metrics: Metrics, last: Seen, now: Seen) -> list[tuple[str, str]]:
-    speed = (now.tokens - last.tokens) / (now.at - last.at) if None not in (now.tokens, last.tokens) else None  # type: ignore[operator]
+def _load(metrics: Readings, last: Seen, now: Seen) -> list[tuple[str, str]]:
+    speeds = [made for model in metrics if (made := readings.speed(last, now, model)) is not None]
+    told = readings.total(metrics, "generation_tokens_total") is not None
+    found, asked = (readings.total(metrics, f"prefix_cache_{name}_total") for name in ("hits", "queries"))
     return [
-        ("Replicas", "1 process" if _is_one_process(metrics) else _count(metrics, "num_replicas")),
-        ("Running", _count(metrics, "num_requests_running")),
-        ("Waiting", _count(metrics, "num_requests_waiting")),
-        ("K/V memory used", f"{metrics['kv_cache_usage_perc']:.0%}" if "kv_cache_usage_perc" in metrics else UNKNOWN),
-        ("Tokens/s now", UNKNOWN if speed is None or speed < 0 else f"{speed:,.0f}"),
-        ("Prompt found in cache", _mean(metrics, "prefix_cache_hits_total", "prefix_cache_queries_total", "{:.0%}")),
+        ("Replicas", _replicas(metrics)),
+        ("Running", _count(readings.total(metrics, "num_requests_running"))),
+        ("Waiting", _count(readings.total(metrics, "num_requests_waiting"))),
+        ("K/V memory used", _share(readings.total(metrics, "kv_cache_usage_perc"))),
+        ("Tokens/s now", _count(sum(speeds)) if speeds else SOON if told else UNKNOWN),
+        ("Prompt from cache", _mean(found, asked, "{:.0%}")),
     ]
 
 
-def _requests(metrics: Metrics) -> list[tuple[str, str]]:
+def _replicas(metrics: Readings) -> str:
+    """Those at work, and those on their way."""
+    starting = readings.total(metrics, "num_replicas_starting")
+    return _count(readings.total(metrics, "num_replicas")) + (f" + {starting:.0f}" if starting else "")
+
+
+def _models(cards: list[Card], metrics: Readings, last: Seen, now: Seen) -> str:
+    """What each of several models does at present."""
+    rows = []
+    for card in cards:
+        of, made = metrics[card.name], readings.speed(last, now, card.name)
+        counts = [_count(of.get(f"num_{name}")) for name in ("replicas", "requests_running", "requests_waiting")]
+        tokens = _count(made) if made is not None else SOON if "generation_tokens_total" in of else UNKNOWN
+        rows.append((card.name, *counts, _share(of.get("kv_cache_usage_perc")), tokens))
+    below = {card.name: site.kind(card) for card in cards}
+    head = ("model", "replicas", "running", "waiting", "K/V memory", "tokens/s")
+    return look.table("Models at present", head, rows, below)
+
+
+def _by_model(caption: str, metrics: Readings, rows: Callable[[Metrics], dict[str, str]]) -> str:
+    """A table of the `rows` that each model has, a column for each."""
+    columns = {model: rows(of) for model, of in metrics.items()}
+    names = next(iter(columns.values()))
+    head = ("", *columns) if len(columns) > 1 else ()
+    return look.table(caption, head, [(name, *(column[name] for column in columns.values())) for name in names])
+
+
+def _requests(metrics: Metrics) -> dict[str, str]:
     names = {
         "ended by the model": 'request_success_total{finished_reason="stop"}',
         "ended by length": 'request_success_total{finished_reason="length"}',
@@ -153,45 +130,43 @@ def _requests(metrics: Metrics) -> list[tuple[str, str]]:
         "refused, queue full": "requests_refused_total",
         "preempted": "num_preemptions_total",
     }
-    return [(word, _count(metrics, name)) for word, name in names.items()]
+    return {word: _count(metrics.get(name)) for word, name in names.items()}
 
 
-def _latencies(metrics: Metrics) -> list[tuple[str, str]]:
+def _latencies(metrics: Metrics) -> dict[str, str]:
     names = {
         "in the queue": "request_queue_time_seconds",
         "to the first token": "time_to_first_token_seconds",
         "from token to token": "inter_token_latency_seconds",
         "whole request": "e2e_request_latency_seconds",
     }
-    return [(word, _mean(metrics, f"{name}_sum", f"{name}_count", "{:,.1f} ms", 1000)) for word, name in names.items()]
+    return {
+        word: _mean(metrics.get(f"{name}_sum"), metrics.get(f"{name}_count"), "{:,.1f} ms", 1000)
+        for word, name in names.items()
+    }
 
 
-def _is_one_process(metrics: Metrics) -> bool:
-    """Without Ray there is one engine, and nobody counts replicas."""
-    return "num_requests_running" in metrics and "num_replicas" not in metrics
+def _scaling(now: Seen) -> str:
+    if now.changes:
+        return look.table("Autoscaling since this page was opened", (), [(line,) for line in now.changes])
+    if not now.replicas:
+        return look.remark("Autoscaling", f"{UNKNOWN.capitalize()}.")
+    return look.remark("Autoscaling", "No change in the number of replicas since this page was opened.")
 
 
-def _scaling(metrics: Metrics, now: Seen) -> str:
-    if _is_one_process(metrics):
-        text = "None: this service runs in one process, without Ray."
-    elif now.replicas is None:
-        text = f"{UNKNOWN.capitalize()}."
-    elif not now.decisions:
-        text = f"None since this page was opened; {now.replicas:.0f} at work."
-    else:
-        return look.table("Autoscaling since this page was opened", ("decision",), [(line,) for line in now.decisions])
-    return look.remark("Autoscaling", text)
+def _count(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:,.0f}"
 
 
-def _count(metrics: Metrics, name: str) -> str:
-    return f"{metrics[name]:,.0f}" if name in metrics else UNKNOWN
+def _share(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.0%}"
 
 
-def _mean(metrics: Metrics, part: str, whole: str, form: str, times: float = 1.0) -> str:
+def _mean(part: float | None, whole: float | None, form: str, times: float = 1.0) -> str:
     """`part` over `whole`, or which of the two reasons there is for having no such number."""
-    if part not in metrics or whole not in metrics:
+    if part is None or whole is None:
         return UNKNOWN
-    return form.format(times * metrics[part] / metrics[whole]) if metrics[whole] else NONE_YET
+    return form.format(times * part / whole) if whole else NONE_YET
 
 
 async def _ready(at: Site) -> str:

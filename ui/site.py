@@ -78,7 +78,18 @@ def depths(card: Card) -> list[tuple[str, str]]:
 
 def about(card: Card) -> str:
     """``tiny · INT8 · 8 layers · 1024 tokens of context``."""
-    return " · ".join((label(card), f"{card.layers} layers", f"{card.context} tokens of context"))
+    return f"{card.name} · {kind(card)}"
+
+
+def all_of(cards: Sequence[Card]) -> str:
+    """`about` a server's only model, or the names of its models."""
+    return about(cards[0]) if len(cards) == 1 else f"{len(cards)} models: {', '.join(map(label, cards))}"
+
+
+def kind(card: Card) -> str:
+    """``INT8 · 8 layers · 1024 tokens of context``."""
+    size = f"{card.layers} layers · {card.context} tokens of context"
+    return size if card.quantization == "none" else f"INT8 · {size}"
 
 
 def label(card: Card) -> str:

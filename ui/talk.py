@@ -92,8 +92,10 @@ def client(base_url: str) -> openai.AsyncOpenAI:
 
 
 async def read_cards(api: openai.AsyncOpenAI, first: str | None) -> list[Card]:
-    """The cards of the server's models, that of `first` before the others. Raises openai.OpenAIError."""
-    cards = [_card(card.id, card.model_extra or {}) for card in (await api.models.list()).data]
+    """The cards of the server's models, that of `first` before the others; a model is named once, whatever aliases it has.
+    Raises openai.OpenAIError."""
+    listed = [(card.id, card.model_extra or {}) for card in (await api.models.list()).data]
+    cards = [_card(name, said) for name, said in listed if said.get("root", name) == name]
     return sorted(cards, key=lambda card: card.name != first)
 
 
@@ -181,7 +183,7 @@ def reason(error: openai.OpenAIError) -> str:
     if not isinstance(error, openai.APIError):
         return str(error)
     hints = {
-        "context_length_exceeded": "Clear the chat to start anew, or ask for fewer tokens.",
+        "context_length_exceeded": "Start anew, or ask for fewer tokens.",
         "invalid_api_key": "Give this server's API key in the settings.",
     }
     hint = hints.get(str(error.code), "")

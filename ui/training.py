@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -12,13 +12,15 @@ import httpx
 import openai
 
 from shoal.progress import duration
-from ui import look, service, talk
+from ui import look, readings, service, talk
 from ui.look import Place
+from ui.readings import Readings
 from ui.site import QUIET, Component, Key, Site
 from ui.talk import Card
 
 PLACE = Place("Training", "training", "tools")
 EVERY = 3.0  # seconds between two readings
+NAMES = {"image": "captions", "chat": "answers"}  # of what is held out, where the kind is not its own name
 SMOOTH = 0.9  # of the loss before, in the smoothed curve
 NO_ROUTE = look.empty(
     "No runs to show",
@@ -46,6 +48,7 @@ def build(at: Site) -> None:
         try:
             runs = (await _get(at, given, "/shoal/runs"))["data"]
             run = await _get(at, given, f"/shoal/runs/{_chosen(runs, name)}") if runs else None
+            cards = await at.cards(given) if runs else []
         except openai.NotFoundError:
             return gr.skip(), gr.update(visible=False), gr.skip(), NO_ROUTE, Key.shown(given)
         except openai.OpenAIError as error:
@@ -53,10 +56,9 @@ def build(at: Site) -> None:
         if run is None:
             return gr.skip(), gr.update(visible=False), gr.skip(), NO_RUNS, gr.skip()
         choices = gr.update(choices=[(_label(r), r["name"]) for r in runs], value=run["name"])
-        cards = await at.cards(given)
-        metrics, _ = await service.read_metrics(at)
+        metrics, _ = await readings.read_metrics(at)
         told = at.header(PLACE, f"{len(runs)} run{'s' * (len(runs) != 1)}, read every {EVERY:g} s")
-        return told, gr.update(visible=True), choices, show(run, cards[0], metrics), gr.skip()
+        return told, gr.update(visible=True), choices, show(run, cards, metrics), gr.skip()
 
     outputs: list[Component] = [head, side, picked, body, key.box]
     key.then(at, refresh, [picked], outputs)
@@ -82,40 +84,65 @@ def _label(run: Run) -> str:
     return f"{run['name']} · {run['state']}{share}{left}"
 
 
-def show(run: Run, card: Card, metrics: service.Metrics) -> str:
-    """A run as HTML: where it is, its curves, its held-out quality by depth, its mix."""
-    parts = [f"<h2>{html.escape(run['name'])}</h2>", look.tiles(_facts(run)), '<div class="figures">']
+def show(run: Run, cards: Sequence[Card], metrics: Readings) -> str:
+    """A run as HTML: where it is, its curves, its held-out quality by depth, its mix; and the depths that the service's models
+    answer at."""
     curves = run["curves"]
     loss = _points(curves, "loss")
+    parts = [_where(run), look.tiles(_facts(run)), '<div class="figures">']
     parts.append(
         look.curves("Loss, nats a token", "step", {"each update": loss, "smoothed": _smoothed(loss)}, "each update")
     )
-    for kind in ("text", "code", "image"):
-        title = f"Held-out {'captions' if kind == 'image' else kind}, bits a byte"
-        parts.append(look.curves(title, "step", _by_exit(run["evals"], kind)))
+    parts += _quality(run["evals"])
     parts.append(look.curves("Speed, tokens/s", "step", {"tokens/s": _points(curves, "tokens_per_second")}))
     parts.append(look.curves("Learning rate", "step", {"rate": _points(curves, "rate")}))
-    parts += [_mix(run), service.depth_bars(metrics, card), "</div>"]
+    parts.append(_mix(run))
+    parts += [service.depth_bars(metrics.get(card.name, {}), card, len(cards) > 1) for card in cards]
+    parts.append("</div>")
     if not loss:
         parts.append(look.empty("No update yet", "The first one takes a moment."))
     return "".join(parts)
 
 
+def _where(run: Run) -> str:
+    """The run's name, and beside it what it is and when it spoke last."""
+    start = run["start"] or {}
+    known = [run["state"]]
+    if run["state"] != "running":
+        known.append(time.strftime("%d %b, %H:%M", time.localtime(run["spoke"])))
+    if "parameters" in start:
+        known.append(f"{start['parameters'] / 1e6:.2f} M parameters")
+    if "world" in start:
+        known.append(f"{start['world']} worker{'s' * (start['world'] != 1)}")
+    return f'<div class="run"><h2>{html.escape(run["name"])}</h2><p class="note">{html.escape(" · ".join(known))}</p></div>'
+
+
 def _facts(run: Run) -> list[tuple[str, str]]:
-    start, evals, curves = run["start"] or {}, run["evals"], run["curves"]
+    """Where it is in numbers: what is left of it, its last loss, and full depth on what is held out."""
+    evals, curves = run["evals"], run["curves"]
     last = next((value for value in reversed(curves["loss"]) if value is not None), None)
-    facts = [("State", run["state"]), ("Updates", "none" if run["step"] is None else f"{run['step']:,}")]
+    facts = [("Updates", "none" if run["step"] is None else f"{run['step']:,}")]
     if run["state"] == "running":
         facts.append(("Time left", duration(run["eta"]) if run["eta"] is not None else look.UNKNOWN))
-    else:
-        facts.append(("Spoke last", time.strftime("%d %b, %H:%M", time.localtime(run["spoke"]))))
     facts.append(("Loss", look.UNKNOWN if last is None else f"{last:.3f}"))
     if evals:
         full = {kind: list(exits.values())[-1] for kind, exits in evals[-1]["bpb"].items()}
-        facts += [(f"Bits a byte, {kind}", f"{value:.3f}") for kind, value in full.items() if value is not None]
-    if "parameters" in start:
-        facts.append(("Parameters", f"{start['parameters'] / 1e6:.2f} M"))
+        facts += [(f"Bits a byte, {NAMES.get(kind, kind)}", f"{v:.3f}") for kind, v in full.items() if v is not None]
     return facts
+
+
+def _quality(evals: Sequence[Run]) -> list[str]:
+    """Held-out bits a byte by exit: a curve for each kind of data, or a table where there is only one evaluation."""
+    kinds = list(dict.fromkeys(kind for record in evals for kind in record["bpb"]))
+    lines = {NAMES.get(kind, kind): exits for kind in kinds if (exits := _by_exit(evals, kind))}
+    if len(evals) > 1:
+        return [look.curves(f"Held-out {name}, bits a byte", "step", exits) for name, exits in lines.items()]
+    names = dict.fromkeys(name for exits in lines.values() for name in exits)
+    rows = [
+        (name, *(f"{exits[name][-1][1]:.3f}" if name in exits else look.UNKNOWN for exits in lines.values()))
+        for name in names
+    ]
+    return [look.table("Held-out bits a byte, by depth", ("", *lines), rows)] if rows else []
 
 
 def _points(curves: Mapping[str, list[float | None]], name: str) -> list[tuple[float, float]]:
@@ -132,7 +159,7 @@ def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
-def _by_exit(evals: list[Run], kind: str) -> dict[str, list[tuple[float, float]]]:
+def _by_exit(evals: Sequence[Run], kind: str) -> dict[str, list[tuple[float, float]]]:
     """Exit -> (step, bits a byte on held-out data of `kind`)."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for record in evals:
@@ -149,6 +176,7 @@ def _mix(run: Run) -> str:
     tokens, patches = (sum(value or 0 for value in curves[name]) for name in ("tokens", "patches"))
     read = f"Read so far: {patches / tokens:.1%} image patches." if tokens else ""
     if not wanted:
-        return look.bars("Mix by token", {}, {}, f"{look.UNKNOWN.capitalize()}: this run does not say. {read}")
+        said = "This run was given none." if "mix" in (run["start"] or {}) else f"{look.UNKNOWN.capitalize()}."
+        return look.remark("Mix by token", f"{said} {read}")
     shares = look.shares(wanted)
     return look.bars("Mix by token, as wanted", shares, {name: f"{share:.0%}" for name, share in shares.items()}, read)

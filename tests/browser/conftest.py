@@ -12,13 +12,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.browser.driving import SECONDS
 from tests.browser.runs import write_runs
 from tests.browser.site import Site, site
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page
 
-WAIT = 20_000  # milliseconds
 LEAVING = (
     "AbortError: signal is aborted",
     "Connection errored out",
@@ -76,8 +76,10 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(chromium: Browser, strangers: list[str]) -> Iterator[Page]:
-    page = chromium.new_page(viewport={"width": 1200, "height": 800})
-    page.set_default_timeout(WAIT)
+    # without motion: a colour that fades in has too little contrast half-way
+    context = chromium.new_context(viewport={"width": 1200, "height": 800}, reduced_motion="reduce")
+    page = context.new_page()
+    page.set_default_timeout(1000 * SECONDS)
     wrong: list[str] = []
 
     def logged(message: ConsoleMessage) -> None:
@@ -88,7 +90,7 @@ def page(chromium: Browser, strangers: list[str]) -> Iterator[Page]:
     page.on("pageerror", lambda error: wrong.append(f"script: {error}"))
     page.on("request", lambda request: _is_local(request.url) or wrong.append(f"request: {request.url}"))
     yield page
-    page.close()
+    context.close()
     assert wrong == []
     assert strangers == [], "the server that makes the pages asked another host"
 

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,14 +30,21 @@ class Readable:
     engine: AsyncEngine
     model: Model
     requests: list[Request] = field(default_factory=list)
+    most: int | None = None  # tokens that any answer gets to for now
 
     async def generate(self, request: Request) -> AsyncIterator[Event]:
         self.requests.append(request)
         letters = {i for i in range(self.model.config.vocab) if self.model.tokenizer.token_bytes(i).isalpha()}
         bias = {i: -100.0 for i in range(self.model.config.vocab) if i not in letters}
-        async for event in self.engine.generate(replace(request, sampling=replace(request.sampling, logit_bias=bias))):
-            await asyncio.sleep(SECONDS_A_TOKEN)
-            yield event
+        letters_only = replace(request, sampling=replace(request.sampling, logit_bias=bias))
+        said = 0
+        async with aclosing(self.engine.generate(letters_only)) as events:
+            async for event in events:
+                while self.most is not None and said >= self.most:
+                    await asyncio.sleep(SECONDS_A_TOKEN)
+                await asyncio.sleep(SECONDS_A_TOKEN)
+                yield event
+                said += 1
 
     async def stats(self) -> dict[str, float]:
         return await self.engine.stats()
@@ -49,18 +56,30 @@ class Readable:
 @dataclass
 class Site:
     url: str
-    client: Readable
+    client: Readable  # of the first model
+    last: Readable  # of the last, which may be the first
     loop: asyncio.AbstractEventLoop
 
     def stat(self, name: str) -> float:
-        return asyncio.run_coroutine_threadsafe(self.client.stats(), self.loop).result(10)[name]
+        return asyncio.run_coroutine_threadsafe(self.client.stats(), self.loop).result(60)[name]
+
+    @contextmanager
+    def held(self, most: int) -> Iterator[None]:
+        """No answer gets beyond `most` tokens meanwhile, however long the page takes to show them."""
+        self.client.most = most
+        try:
+            yield
+        finally:
+            self.client.most = None
 
 
 @contextmanager
-def site(keys: ApiKeys | None = None, runs: Path | None = None, *, lost: bool = False) -> Iterator[Site]:
-    """`lost`: the pages look for the API where there is none."""
+def site(
+    keys: ApiKeys | None = None, runs: Path | None = None, *, lost: bool = False, int8: bool = False
+) -> Iterator[Site]:
+    """`lost`: the pages look for the API where there is none. `int8`: a second model, the first one's INT8 form."""
     model = Model.from_preset("test", seed=3)
-    served = ServedModel("fish", model.config, model.tokenizer, model.chat_template)
+    models = {"fish": model, "minnow": model.quantized()} if int8 else {"fish": model}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -68,14 +87,19 @@ def site(keys: ApiKeys | None = None, runs: Path | None = None, *, lost: bool = 
     ready, stop = threading.Event(), threading.Event()
 
     async def serve() -> None:
-        client = Readable(AsyncEngine(Engine(model)), model)
+        clients = [Readable(AsyncEngine(Engine(model)), model) for model in models.values()]
+        hosted = [
+            Hosted(ServedModel(name, model.config, model.tokenizer, model.chat_template), client)
+            for (name, model), client in zip(models.items(), clients, strict=True)
+        ]
         page = chat_page(f"http://127.0.0.1:{1 if lost else port}/v1", "fish")
-        app = build_app([Hosted(served, client)], api_keys=keys, runs=runs, ui_mount=page)
+        app = build_app(hosted, api_keys=keys, runs=runs, ui_mount=page)
         async with serving(app, port=port) as running:
-            started.append(Site(running.url, client, asyncio.get_running_loop()))
+            started.append(Site(running.url, clients[0], clients[-1], asyncio.get_running_loop()))
             ready.set()
             await asyncio.to_thread(stop.wait)
-        await client.engine.close()
+        for client in clients:
+            await client.engine.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()

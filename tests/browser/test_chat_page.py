@@ -11,6 +11,7 @@ from PIL import Image
 
 from shoal.api.auth import ApiKeys
 from shoal.inputs.chat import Encoded
+from tests.browser.driving import ask, most_tokens, told, until, visit, words
 from tests.browser.site import Site, site
 
 if TYPE_CHECKING:
@@ -21,42 +22,16 @@ pytestmark = pytest.mark.browser
 KEY = "a-key-for-this-test"
 
 
-def visit(page: Page, site: Site, path: str = "") -> None:
-    page.goto(f"{site.url}/ui/{path}")
-    page.get_by_text("fish · 4 layers").wait_for()  # the settings are then those of the model
-
-
-def ask(page: Page, text: str) -> None:
-    page.get_by_label("Message", exact=True).fill(text)
-    page.keyboard.press("Enter")
-
-
-def most_tokens(page: Page, count: int) -> None:
-    box = page.get_by_label("number input for Most tokens")
-    box.fill(str(count))
-    box.press("Tab")
-
-
-def told(site: Site) -> str:
-    """The text of the last prompt that the engine was given."""
-    prompt = site.client.requests[-1].prompt
-    assert isinstance(prompt, Encoded)
-    return site.client.model.tokenizer.decode(prompt.ids)
-
-
 def test_an_answer_streams_in_with_its_depth_below_it(page: Page, open_site: Site) -> None:
     visit(page, open_site)
     page.get_by_label("shallow, 1 of 4 layers").check()
     most_tokens(page, 60)
-    ask(page, "How deep is the sea?")
-    answer = page.locator(".message.bot").first
-    page.wait_for_function(
-        "() => { const m = document.querySelector('.message.bot'); return m && m.innerText.trim().length > 1 }"
-    )
-    part = answer.inner_text().strip()
-    assert page.locator(".facts").count() == 0, "the first words are shown before the answer is complete"
+    with open_site.held(20):
+        ask(page, "How deep is the sea?")
+        part = words(page, ".message.bot")
+        assert page.locator(".facts").count() == 0, "the first words are shown before the answer is complete"
     facts = page.locator(".facts").inner_text()
-    whole = answer.inner_text().strip()
+    whole = page.locator(".message.bot").inner_text().strip()
     assert facts.startswith("depth shallow (1 of 4 layers) · 60 tokens · ") and "tokens/s · first after" in facts
     assert whole.startswith(part) and len(whole.split("depth")[0].strip()) > len(part)
     assert open_site.client.requests[-1].depth == "shallow"
@@ -96,15 +71,14 @@ def test_stop_ends_the_answer_and_frees_the_engine(page: Page, open_site: Site) 
     cancelled = open_site.stat("requests_cancelled_total")
     visit(page, open_site)
     most_tokens(page, 300)
-    ask(page, "Go on and on.")
-    page.locator(".message.bot").first.wait_for()
-    page.get_by_label("Stop").click()
-    for _ in range(100):
-        if open_site.stat("requests_cancelled_total") > cancelled:
-            break
-        page.wait_for_timeout(50)
+    with open_site.held(20):
+        ask(page, "Go on and on.")
+        words(page, ".message.bot")
+        page.get_by_label("Stop").click()
+        until(page, lambda: open_site.stat("requests_cancelled_total") > cancelled)
     assert open_site.stat("requests_cancelled_total") == cancelled + 1
     assert open_site.stat("num_requests_running") == 0
+    page.get_by_label("Submit").wait_for()
     most_tokens(page, 4)
     ask(page, "Thank you.")
     page.locator(".facts").wait_for()
@@ -144,7 +118,7 @@ def test_conversations_are_kept_in_the_browser_and_exported(page: Page, open_sit
     page.locator(".facts").wait_for()
     facts, said = page.locator(".facts").inner_text(), page.locator(".message.bot").inner_text()
     page.wait_for_function("() => document.querySelector('#earlier input').value === 'The first one.'")
-    page.wait_for_timeout(1000)  # an answer is kept while it comes, and once more when it is whole
+    _wait_until_kept(page, open_site, facts)
     visit(page, open_site)  # again: it is there
     page.locator(".facts").wait_for()
     assert (page.locator(".facts").inner_text(), page.locator(".message.bot").inner_text()) == (facts, said)
@@ -155,7 +129,7 @@ def test_conversations_are_kept_in_the_browser_and_exported(page: Page, open_sit
     page.locator(".facts").wait_for()
     assert "The first one." not in told(open_site)
     page.wait_for_function("() => document.querySelector('#earlier input').value === 'The second one.'")
-    page.wait_for_timeout(1000)  # the list may be drawn anew
+    _wait_until_kept(page, open_site, page.locator(".facts").inner_text())
     page.get_by_label("Conversations").click()
     page.get_by_role("option", name="The first one.").click()
     page.locator(".message.user").get_by_text("The first one.").wait_for()
@@ -171,13 +145,26 @@ def test_conversations_are_kept_in_the_browser_and_exported(page: Page, open_sit
     assert page.locator(".message").count() == 0, "each page keeps its own conversations"
 
 
+def _wait_until_kept(page: Page, site: Site, facts: str) -> None:
+    """An answer is kept while it comes, and once more when it is whole: another tab then shows its `facts`."""
+    tab = page.context.new_page()
+
+    def shows() -> bool:
+        visit(tab, site)
+        tab.locator(".message.bot").wait_for()
+        return tab.locator(".facts").count() == 1 and tab.locator(".facts").inner_text() == facts
+
+    until(tab, shows)
+    tab.close()
+
+
 def test_an_assistant_tells_the_model_who_it_is_and_medicine_tells_the_reader_what_it_is_not(
     page: Page, open_site: Site
 ) -> None:
     visit(page, open_site, "medicine")
     assert page.get_by_role("note").inner_text().startswith("This is no medical advice.")
     most_tokens(page, 4)
-    page.locator("#chat").get_by_text("What does a word mean?").click()
+    page.locator("#chat").get_by_text("What does hypertension mean?").click()
     page.locator(".facts").wait_for()
     assert "You do not diagnose" in told(open_site) and "hypertension" in told(open_site)
     assert page.get_by_role("note").is_visible()

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from shoal.inputs.chat import Encoded
+from tests.browser.driving import most_tokens, until, visit, words
 from tests.browser.runs import ENDED, LIVE, evaluation, say, step
 from tests.browser.site import Site, site
 
@@ -16,17 +17,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
 pytestmark = pytest.mark.browser
-
-
-def visit(page: Page, site: Site, path: str) -> None:
-    page.goto(f"{site.url}/ui/{path}")
-    page.get_by_text("fish · 4 layers").wait_for()
-
-
-def most_tokens(page: Page, count: int) -> None:
-    box = page.get_by_label("number input for Most tokens")
-    box.fill(str(count))
-    box.press("Tab")
 
 
 def answers(page: Page) -> list[Locator]:
@@ -41,11 +31,11 @@ def test_one_prompt_is_answered_at_two_depths_side_by_side(page: Page, open_site
     page.locator("input[type=file]").first.set_input_files(tmp_path / "teal.png")
     page.locator(".thumbnail-item, .thumbnail-image").first.wait_for()
     page.get_by_label("Prompt").fill("Which colour?")
-    page.get_by_role("button", name="Compare").click()
     first, second, *_ = answers(page)
-    page.wait_for_function("() => document.querySelector('#answer-A .answer')?.innerText.length > 1")
-    part = first.locator(".answer").inner_text()
-    assert first.locator(".facts").count() == 0, "words are shown before the answer is complete"
+    with open_site.held(10):
+        page.get_by_role("button", name="Compare").click()
+        part = words(page, "#answer-A .answer")
+        assert first.locator(".facts").count() == 0, "words are shown before the answer is complete"
     assert "depth shallow (1 of 4 layers) · 30 tokens" in first.locator(".facts").inner_text()
     assert "depth full (4 of 4 layers) · 30 tokens" in second.locator(".facts").inner_text()
     whole = first.locator(".answer").inner_text()
@@ -63,18 +53,16 @@ def test_three_answers_one_after_another_and_stop_ends_them_all(page: Page, open
     page.get_by_label("one after another").check()
     most_tokens(page, 300)
     page.get_by_label("Prompt").fill("Go on and on.")
-    page.get_by_role("button", name="Compare").click()
-    page.wait_for_function("() => document.querySelector('#answer-A .answer')?.innerText.length > 1")
-    assert len(open_site.client.requests) == before + 1, "the second waits for the first"
-    page.get_by_role("button", name="Stop").click()
-    for _ in range(100):
-        if open_site.stat("requests_cancelled_total") > cancelled:
-            break
-        page.wait_for_timeout(50)
-    page.wait_for_timeout(200)
+    with open_site.held(20):
+        page.get_by_role("button", name="Compare").click()
+        words(page, "#answer-A .answer")
+        assert len(open_site.client.requests) == before + 1, "the second waits for the first"
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_role("button", name="Compare").wait_for()
+        until(page, lambda: open_site.stat("requests_cancelled_total") > cancelled)
+    assert [answer.locator(".facts").inner_text() for answer in answers(page)[:3]] == ["stopped"] * 3
     assert open_site.stat("requests_cancelled_total") == cancelled + 1
     assert open_site.stat("num_requests_running") == 0 and len(open_site.client.requests) == before + 1
-    assert [answer.locator(".facts").inner_text() for answer in answers(page)[:3]] == ["stopped"] * 3
     assert len(answers(page)[0].locator(".answer").inner_text()) > 1, "what had come stays"
 
 
@@ -82,11 +70,10 @@ def test_an_empty_prompt_and_one_that_does_not_fit_say_so(page: Page, open_site:
     visit(page, open_site, "compare")
     page.get_by_role("button", name="Compare").click()
     page.get_by_role("alert").get_by_text("Write a prompt first.").wait_for()
-    page.get_by_role("button", name="Stop").wait_for(state="hidden")
     most_tokens(page, 383)
     page.get_by_label("Prompt").fill("Too much.")
     page.get_by_role("button", name="Compare").click()
-    page.locator("#answer-B").get_by_text("do not fit the context of 384 tokens").wait_for()
+    page.locator("#answer-B").get_by_text("this model's maximum context length is 384 tokens").wait_for()
 
 
 def test_a_running_training_is_followed_live(page: Page, open_site: Site, runs_folder: Path) -> None:
@@ -100,7 +87,7 @@ def test_a_running_training_is_followed_live(page: Page, open_site: Site, runs_f
     page.get_by_label(f"{LIVE} · running, 51%").wait_for()  # by itself
     page.get_by_label(f"{ENDED} · done").check()
     page.get_by_role("heading", name=ENDED).wait_for()
-    assert "done" in page.locator(".tile").first.inner_text()
+    assert "done" in page.locator(".run").inner_text()
 
 
 def test_a_service_without_runs_says_how_to_show_some(page: Page, strangers: list[str]) -> None:
@@ -123,3 +110,23 @@ def test_the_service_page_follows_what_the_engine_counts(page: Page, open_site: 
     ended = page.get_by_role("row", name="ended by length").get_by_role("cell")
     before = int(ended.inner_text())
     assert before == open_site.stat('request_success_total{finished_reason="length"}') >= 2
+
+
+def test_int8_stands_beside_fp32_and_the_service_page_tells_the_models_apart(page: Page, strangers: list[str]) -> None:
+    with site(int8=True) as both:
+        page.goto(f"{both.url}/ui/compare")
+        page.get_by_text("2 models: fish, minnow · INT8").wait_for()
+        most_tokens(page, 3)
+        page.get_by_label("Prompt").fill("hello")
+        page.get_by_role("button", name="Compare").click()
+        for answer in answers(page)[:2]:
+            assert "depth full (4 of 4 layers) · 3 tokens" in answer.locator(".facts").inner_text()
+        assert len(both.client.requests) == len(both.last.requests) == 1
+        page.goto(f"{both.url}/ui/service")
+        page.get_by_text("2 models: fish, minnow · INT8").wait_for()
+        for name in ("fish", "minnow"):
+            row = page.get_by_role("region", name="Models at present").get_by_role("row", name=name)
+            assert row.get_by_role("cell").all_inner_texts()[:3] == ["1", "0", "0"]  # replicas, running, waiting
+        ended = page.get_by_role("row", name="ended by length").get_by_role("cell")
+        assert ended.all_inner_texts() == ["1", "1"]
+        page.goto("about:blank")

@@ -175,10 +175,16 @@ def test_ten_times_too_many_clients_are_answered_or_told_to_come_again(service: 
 def test_a_killed_replica_takes_no_stream_with_it(service: Service, undisturbed: list[dict[str, Any]]) -> None:
     before = service.stats()["requests_resumed_total"]
     (victim, other) = replicas(ENGINE)
-    for answer, wanted in zip(under_load(service, victim.kill), undisturbed, strict=True):
+
+    def kill() -> None:
+        victim.kill()
+        until(lambda: service.stats().get("num_replicas_starting") == 1, 60)  # the one that takes its place
+
+    for answer, wanted in zip(under_load(service, kill), undisturbed, strict=True):
         same(answer, wanted)
     assert service.stats()["requests_resumed_total"] > before
     until(lambda: len(replicas(ENGINE)) == 2 and service.stats().get("num_replicas") == 2, 60)
+    until(lambda: service.stats().get("num_replicas_starting") == 0, 60)
     assert other.pid in [process.pid for process in replicas(ENGINE)]
 
 

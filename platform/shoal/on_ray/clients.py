@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any, cast
 
 from grpc.aio import AioRpcError
+from ray import serve
 from ray.exceptions import RayError, RayTaskError
+from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
@@ -22,6 +25,7 @@ from shoal.on_ray.failover import LOSSES, PAUSES, unbroken
 
 # Events go by gRPC from process to process. Serve's other way makes each list an object of Ray, at three times the CPU.
 DIRECT: dict[str, Any] = {"_by_reference": False, "request_serialization": "pickle", "response_serialization": "pickle"}
+STATUS_SECONDS = 1.0  # for the controller to say what it is doing; one that restarts takes longer
 
 
 class ReplicaClient:
@@ -67,8 +71,10 @@ class ReplicaClient:
             await asyncio.sleep(PAUSES[tries])
 
     async def stats(self) -> dict[str, float]:
-        """Sums over the replicas; of a share (``_perc``) the mean."""
-        replies = await self._engine.broadcast("stats").results_async()
+        """Sums over the replicas; of a share (``_perc``) the mean. With ``num_replicas``, those that answered, and
+        ``num_replicas_starting``, unless Serve's controller is busy with other things."""
+        told = self._engine.broadcast("stats").results_async()
+        replies, starting = await asyncio.gather(told, self._starting())
         names = {name for reply in replies for name in reply}
         total = {name: sum(reply.get(name, 0.0) for reply in replies) for name in names}
         shares = {name: value / len(replies) for name, value in total.items() if name.endswith("_perc")}
@@ -76,8 +82,19 @@ class ReplicaClient:
             **total,
             **shares,
             "num_replicas": float(len(replies)),
+            **starting,
             "requests_resumed_total": float(self._lost),
         }
+
+    async def _starting(self) -> dict[str, float]:
+        """Replicas that Serve has decided on and that do not work yet. It tells no more of its decisions: 2.60 names a list of
+        them in its schema (`DeploymentAutoscalingDetail`), and never fills it."""
+        with suppress(TimeoutError, RayError, RayServeException, KeyError):
+            async with asyncio.timeout(STATUS_SECONDS):
+                applications = (await asyncio.to_thread(serve.status)).applications
+            states = applications[self._engine.app_name].deployments[self._engine.deployment_name].replica_states
+            return {"num_replicas_starting": float(states.get(ReplicaState.STARTING, 0))}
+        return {}
 
     async def check_health(self) -> None:
         """Raises EngineDeadError when no replica is alive and well."""

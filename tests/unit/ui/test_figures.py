@@ -6,60 +6,97 @@ from typing import Any
 
 from shoal.api.metrics import Metrics as Exposition
 from shoal.engine.metrics import Metrics as Engine
-from ui import look, service, training
-from ui.service import Seen
+from ui import look, readings, service, training
+from ui.readings import Readings, Seen
 from ui.talk import Card
 
 CARD = Card("fish", 384, {"shallow": 1, "middle": 2, "full": 4}, "w8a8")
+OTHER = Card("whale", 384, {"shallow": 2, "full": 4}, "none")
 
 
-def scrape(**gauges: float) -> service.Metrics:
-    engine = Engine(generation_tokens=50, depths={1: 3, 4: 1})
-    engine.ended("stop", 4, 0.01, 0.1, 0.5, 9)
-    return service.parse(Exposition().text({"fish": {**gauges, **engine.samples((1, 2, 4))}}).decode())
+def engine(**gauges: float) -> dict[str, float]:
+    counted = Engine(generation_tokens=50, depths={1: 3, 4: 1})
+    counted.ended("stop", 4, 0.01, 0.1, 0.5, 9)
+    return {**gauges, **counted.samples((1, 2, 4))}
+
+
+def scrape(**models: dict[str, float]) -> Readings:
+    return readings.parse(Exposition().text(models).decode())
+
+
+def show(cards: list[Card], metrics: Readings, why: str = "") -> str:
+    return service.show(cards, metrics, why, "ready", Seen(), readings.observe(Seen(), metrics, 1.0, ""))
 
 
 def test_what_the_engine_counts_arrives_under_its_own_name() -> None:
-    metrics = scrape(num_requests_running=2, kv_cache_usage_perc=0.25)
-    assert metrics["num_requests_running"] == 2 and metrics["requests_depth_1_total"] == 3
-    assert metrics['request_success_total{finished_reason="stop"}'] == 1
-    page = service.show([CARD], metrics, "", "ready", Seen(10.0, 30), service.observe(Seen(), metrics, 12.0, ""))
+    metrics = scrape(fish=engine(num_requests_running=2, kv_cache_usage_perc=0.25))
+    fish = metrics["fish"]
+    assert fish["num_requests_running"] == 2 and fish["requests_depth_1_total"] == 3
+    assert fish['request_success_total{finished_reason="stop"}'] == 1
+    now = readings.observe(Seen(10.0, {"fish": 30}), metrics, 12.0, "")
+    page = service.show([CARD], metrics, "", "ready", Seen(10.0, {"fish": 30}), now)
     assert "<dd>25%</dd>" in page and "<dd>10</dd>" in page  # K/V memory; 20 tokens in 2 s
     assert "width:75.0%" in page and "500.0 ms" in page
+    assert "Models at present" not in page, "one model is what the tiles show"
 
 
-def test_models_are_summed_and_their_shares_averaged() -> None:
-    stats = {name: {"kv_cache_usage_perc": use, "kv_units": 4.0} for name, use in (("a", 0.2), ("b", 0.4))}
-    metrics = service.parse(Exposition().text(stats).decode())
-    assert metrics["kv_units"] == 8 and abs(metrics["kv_cache_usage_perc"] - 0.3) < 1e-12
+def test_each_of_several_models_has_its_own_numbers_and_the_tiles_all() -> None:
+    metrics = scrape(
+        fish=engine(num_replicas=1, num_requests_running=2, kv_cache_usage_perc=0.25),
+        whale=engine(num_replicas=3, num_requests_running=5, kv_cache_usage_perc=0.5),
+    )
+    page = show([CARD, OTHER], metrics)
+    assert "<dt>Running</dt><dd>7</dd>" in page and "<dt>Replicas</dt><dd>4</dd>" in page
+    assert "<dt>K/V memory used</dt><dd>50%</dd>" in page, "the fuller pool is the one that requests wait for"
+    assert "<td>1</td><td>2</td><td>not known</td><td>25%</td>" in page
+    assert "<td>3</td><td>5</td><td>not known</td><td>50%</td>" in page
+    assert "Depth of the requests to fish" in page and "Depth of the requests to whale" in page
+    assert '<th scope="col">fish</th><th scope="col">whale</th>' in page
+
+
+def test_a_model_that_says_nothing_is_not_known_beside_one_that_does() -> None:
+    page = show([CARD, OTHER], scrape(fish=engine(num_replicas=2)))
+    assert "<td>2</td>" in page and "<dt>Replicas</dt><dd>2</dd>" in page
+    assert f"<td>{look.UNKNOWN}</td>" in page
+
+
+def test_a_sample_of_no_model_is_of_no_model() -> None:
+    assert readings.parse("up 1\n") == {}
 
 
 def test_what_is_not_known_is_not_shown_as_zero() -> None:
-    page = service.show([CARD], {}, "metrics are switched off", "ready", Seen(), Seen())
+    page = show([CARD], {}, "metrics are switched off")
     assert "No metrics: metrics are switched off" in page and ">0<" not in page
-    assert page.count(look.UNKNOWN) > 10 and '<p class="note">Not known.</p>' in page and "process" not in page
+    assert page.count(look.UNKNOWN) > 10 and page.count('<p class="note">Not known.</p>') == 2
 
 
 def test_what_has_not_happened_yet_is_told_from_what_is_not_known() -> None:
-    fresh = service.parse(
-        Exposition().text({"fish": {"num_requests_running": 0, **Engine().samples((1, 2, 4))}}).decode()
-    )
-    page = service.show([CARD], fresh, "", "ready", Seen(), service.observe(Seen(), fresh, 1.0, ""))
+    page = show([CARD], scrape(fish={"num_replicas": 2, **Engine().samples((1, 2, 4))}))
     assert page.count(f"<td>{look.NONE_YET}</td>") == 4  # latencies
-    assert "<dd>1 process</dd>" in page and "runs in one process" in page
-    on_ray = fresh | {"num_replicas": 2}
-    page = service.show([CARD], on_ray, "", "ready", Seen(), service.observe(Seen(), on_ray, 1.0, ""))
-    assert "<dd>2</dd>" in page and "None since this page was opened; 2 at work." in page
+    assert f"<dt>Tokens/s now</dt><dd>{look.SOON}</dd>" in page
+    assert "<dd>2</dd>" in page and "No change in the number of replicas since this page was opened." in page
 
 
-def test_a_change_of_replicas_is_a_decision_and_its_load_is_told() -> None:
-    seen = service.observe(Seen(), scrape(num_replicas=1), 1.0, "10:00:00")
-    assert seen.decisions == []  # nothing to compare with
-    seen = service.observe(
-        seen, scrape(num_replicas=3, num_requests_running=8, num_requests_waiting=5), 2.0, "10:00:05"
-    )
-    assert seen.decisions == ["10:00:05  1 → 3 replicas, with 8 running, 5 waiting"]
-    assert service.observe(seen, {}, 3.0, "").decisions == seen.decisions  # unknown is no change
+def test_a_change_of_replicas_is_a_decision_of_its_model_and_its_load_is_told() -> None:
+    few = scrape(fish=engine(num_replicas=1), whale=engine(num_replicas=1))
+    seen = readings.observe(Seen(), few, 1.0, "10:00:00")
+    assert seen.changes == []  # nothing to compare with
+    load = {"num_requests_running": 8.0, "num_requests_waiting": 5.0}
+    many = scrape(fish=engine(num_replicas=1, num_replicas_starting=2, **load), whale=engine(num_replicas=1))
+    assert "<dt>Replicas</dt><dd>2 + 2</dd>" in show([CARD, OTHER], many)
+    seen = readings.observe(seen, many, 2.0, "10:00:05")
+    assert seen.changes == ["10:00:05  fish: 1 → 3 replicas, with 8 running, 5 waiting"]
+    started = scrape(fish=engine(num_replicas=3, num_replicas_starting=0), whale=engine(num_replicas=1))
+    assert readings.observe(seen, started, 3.0, "").changes == seen.changes, "it was decided before"
+    assert readings.observe(seen, {}, 3.0, "").changes == seen.changes, "unknown is no change"
+    back = readings.observe(readings.observe(seen, {}, 3.0, ""), few, 4.0, "10:00:20").changes
+    assert back[0] == "10:00:20  fish: 3 → 1 replicas, with an unknown load", "also after a reading that failed"
+
+
+def test_an_engine_that_began_anew_has_no_speed_yet() -> None:
+    last, now = Seen(1.0, {"fish": 900.0}), Seen(2.0, {"fish": 5.0})
+    assert readings.speed(last, now, "fish") is None and readings.speed(last, now, "whale") is None
+    assert readings.speed(now, Seen(4.0, {"fish": 25.0}), "fish") == 10.0
 
 
 def run(**more: Any) -> training.Run:
@@ -81,24 +118,36 @@ def run(**more: Any) -> training.Run:
 
 
 def test_a_run_shows_where_it_is_and_no_number_that_it_does_not_have() -> None:
-    page = training.show(run(), CARD, {})
-    assert "a/&lt;b&gt;" in page and "1 min 15 s" in page and "1.08 M" in page
+    page = training.show(run(), [CARD], {})
+    assert "a/&lt;b&gt;" in page and "1 min 15 s" in page and "running · 1.08 M parameters" in page
     assert "Bits a byte, code" in page and "Bits a byte, text" not in page
+    assert "<td>3.000</td><td>2.000</td></tr>" in page and f"<td>{look.UNKNOWN}</td><td>1.500</td></tr>" in page
     assert "width:60.0%" in page and "16.7% image patches" in page
     assert training._label(run()) == "a/<b> · running, 50%, 1 min 15 s left"
 
 
+def test_held_out_quality_is_a_table_until_it_can_be_a_curve() -> None:
+    once = training.show(run(), [CARD], {})
+    assert "Held-out bits a byte, by depth" in once and "Held-out code, bits a byte" not in once
+    evals = run()["evals"] + [{"step": 4, "bpb": {"chat": {"full": 0.5}, "code": {"full": 1.4}}}]
+    twice = training.show(run(evals=evals), [CARD], {})
+    assert "Held-out bits a byte, by depth" not in twice
+    assert "Held-out code, bits a byte" in twice and "Held-out answers, bits a byte" in twice
+
+
 def test_a_run_that_has_just_begun_says_so() -> None:
     empty: dict[str, list[float]] = {name: [] for name in run()["curves"]}
-    page = training.show(run(start=None, curves=empty, evals=[], step=None, eta=None), CARD, {})
-    assert "No update yet" in page and "does not say" in page
+    page = training.show(run(start=None, curves=empty, evals=[], step=None, eta=None), [CARD], {})
+    assert "No update yet" in page and "Not known." in page
+    tuned = training.show(run(start={"mix": {}}), [CARD], {})
+    assert "This run was given none. Read so far: 16.7% image patches." in tuned
 
 
 def test_names_cannot_write_markup() -> None:
     bad = "<script>"
     for made in (
         look.tiles([(bad, bad)]),
-        look.table(bad, (bad,), [(bad, bad)]),
+        look.table(bad, (bad,) * 9, [(bad, bad)], {bad: bad}),
         look.bars(bad, {bad: 1.0}, {bad: bad}, bad),
         look.curves(bad, bad, {bad: [(0, 1), (1, 2)]}),
         look.fault(bad),

@@ -83,7 +83,7 @@ def test_an_error_is_the_api_s_own_sentence_with_what_to_do_here() -> None:
     body = {"message": "15 tokens do not fit", "code": "context_length_exceeded"}
     response = httpx.Response(400, request=httpx.Request("POST", "http://x"))
     line = talk.reason(openai.BadRequestError("Error code: 400", response=response, body=body))
-    assert line == "15 tokens do not fit. Clear the chat to start anew, or ask for fewer tokens."
+    assert line == "15 tokens do not fit. Start anew, or ask for fewer tokens."
 
 
 def test_a_request_holds_what_was_set_and_leaves_the_rest_to_the_server() -> None:

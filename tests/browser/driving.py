@@ -1,0 +1,51 @@
+"""What a user does on the pages, and how a test waits: for a state of the page or the engine, never for a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from shoal.inputs.chat import Encoded
+from tests.browser.site import Site
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+SECONDS = 60.0  # that anything may take, on a machine that does five other things
+
+
+def visit(page: Page, site: Site, path: str = "") -> None:
+    page.goto(f"{site.url}/ui/{path}")
+    page.get_by_text("fish · 4 layers").wait_for()  # the settings are then those of the model
+
+
+def most_tokens(page: Page, count: int) -> None:
+    box = page.get_by_label("number input for Most tokens")
+    box.fill(str(count))
+    box.press("Tab")
+
+
+def ask(page: Page, text: str) -> None:
+    page.get_by_label("Message", exact=True).fill(text)
+    page.keyboard.press("Enter")
+
+
+def until(page: Page, true: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        page.wait_for_timeout(50)
+
+
+def words(page: Page, place: str) -> str:
+    """What `place` shows, once that is more than a letter."""
+    page.wait_for_function(f"() => document.querySelector('{place}')?.innerText.trim().length > 1")
+    return page.locator(place).first.inner_text().strip()
+
+
+def told(site: Site) -> str:
+    """The text of the last prompt that the engine was given."""
+    prompt = site.client.requests[-1].prompt
+    assert isinstance(prompt, Encoded)
+    return site.client.model.tokenizer.decode(prompt.ids)
