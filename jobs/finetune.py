@@ -1,6 +1,5 @@
 """Stage 2: fine-tune a model directory on chats, loss on the answers only, on Ray Train.
 
-    python jobs/finetune.py --model runs/pretrain/model --data chats.jsonl --out runs/finetune
     python jobs/finetune.py --model runs/pretrain/model --data chats.jsonl --out runs/finetune --minutes 2 --workers 2
     ray job submit --working-dir . --runtime-env-json '{"env_vars": {"PYTHONPATH": "platform"}}' -- \\
         python jobs/finetune.py --model /shared/pretrain/model --data /shared/chats.jsonl --out /shared/finetune
@@ -15,10 +14,11 @@ import argparse
 import sys
 
 from shoal.errors import exit_code
-from shoal.on_ray.train import train
+from shoal.on_ray.train import parse_workers, train
 from shoal.train import routing
 from shoal.train.log import Console
 from shoal.train.plan import finetune_plan
+from shoal.train.settings import settings
 
 
 def main() -> int:
@@ -36,16 +36,19 @@ def main() -> int:
     add("--learning-rate", type=float, help="highest learning rate (default: a third of the preset's)")
     add("--seed", type=int, help="of the data order (default 0)")
     add("--resume", choices=("auto", "never"), default="auto", help="never: begin again (default auto)")
-    add("--workers", type=int, default=1, help="processes that train together (default 1)")
+    add("--workers", default="1", help="processes that train together: N, or MIN:MAX (default 1)")
+    add("--mirror", help="folder or s3://BUCKET/PREFIX that checkpoints are copied to as well, and fetched from")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="of TrainConfig or of the run; repeat")
     add("--cpus-per-worker", type=float, default=1.0, help="logical CPUs that each reserves (default 1)")
     add("--replay", help="folder of shards to go back to now and then, against forgetting")
     add("--heldout", help="held-out .jsonl of chats: measured on, and the depth router is fitted to it")
     options = vars(parser.parse_args())
-    workers, cpus = options.pop("workers"), options.pop("cpus_per_worker")
+    workers, cpus, more = (options.pop(key) for key in ("workers", "cpus_per_worker", "set"))
 
     def work() -> None:
+        plan = finetune_plan(**(options | settings(more)))
         with Console("finetune") as console:
-            result = train(finetune_plan(**options), workers=workers, cpus_per_worker=cpus, on_progress=console)
+            result = train(plan, workers=parse_workers(workers), cpus_per_worker=cpus, on_progress=console)
         if options["heldout"]:
             routing.refit(result.out, options["heldout"])
 

@@ -14,9 +14,10 @@ import argparse
 import sys
 
 from shoal.errors import exit_code
-from shoal.on_ray.train import train
+from shoal.on_ray.train import parse_workers, train
 from shoal.train.log import Console
 from shoal.train.plan import pretrain_plan
+from shoal.train.settings import settings
 
 
 def main() -> int:
@@ -33,14 +34,17 @@ def main() -> int:
     add("--batch-tokens", type=int, help="tokens in an update (default: the preset's)")
     add("--seed", type=int, help="of weights and data order (default 0)")
     add("--resume", choices=("auto", "never"), default="auto", help="never: begin again (default auto)")
-    add("--workers", type=int, default=1, help="processes that train together (default 1)")
+    add("--workers", default="1", help="processes that train together: N, or MIN:MAX (default 1)")
+    add("--mirror", help="folder or s3://BUCKET/PREFIX that checkpoints are copied to as well, and fetched from")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="of TrainConfig or of the run; repeat")
     add("--cpus-per-worker", type=float, default=1.0, help="logical CPUs that each reserves (default 1)")
     options = vars(parser.parse_args())
-    workers, cpus = options.pop("workers"), options.pop("cpus_per_worker")
+    workers, cpus, more = (options.pop(key) for key in ("workers", "cpus_per_worker", "set"))
 
     def work() -> None:
+        plan = pretrain_plan(**(options | settings(more)))
         with Console("pretrain") as console:
-            train(pretrain_plan(**options), workers=workers, cpus_per_worker=cpus, on_progress=console)
+            train(plan, workers=parse_workers(workers), cpus_per_worker=cpus, on_progress=console)
 
     return exit_code(work)
 

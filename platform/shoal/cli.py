@@ -41,7 +41,10 @@ Preset = Annotated[str, typer.Option(help=f"One of: {', '.join(presets.NAMES)}."
 Minutes = Annotated[float | None, typer.Option(help="Stop after this many minutes.")]
 Steps = Annotated[int | None, typer.Option(help="Stop after this many updates.")]
 Tokens = Annotated[int | None, typer.Option(help="Stop after this many tokens.")]
-Workers = Annotated[int, typer.Option(help="Training workers, one process each.")]
+Workers = Annotated[
+    str,
+    typer.Option(help="Training workers, one process each: N, or MIN:MAX to take as many as the cluster has room for."),
+]
 Accumulate = Annotated[int | None, typer.Option(help="Micro-batches a worker merges into an update [preset's].")]
 Resume = Annotated[str, typer.Option(help="auto: go on from the run's newest checkpoint; never: start anew.")]
 Heldout = Annotated[
@@ -50,6 +53,17 @@ Heldout = Annotated[
 ]
 Replay = Annotated[
     Path | None, typer.Option(help="Directory of shards to go back to now and then, against forgetting. [none]")
+]
+Mirror = Annotated[
+    str | None,
+    typer.Option(help="Folder or s3://BUCKET/PREFIX that checkpoints are copied to as well, and fetched from. [none]"),
+]
+Track = Annotated[
+    list[str] | None, typer.Option(help="Show the run in tensorboard, mlflow or wandb as well; repeat. [none]")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE of TrainConfig or of the run, such as optimizer=muon; repeat. [preset's]"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
@@ -146,16 +160,20 @@ def pretrain(
     minutes: Minutes = None,
     tokens: Tokens = None,
     steps: Steps = None,
-    workers: Workers = 1,
+    workers: Workers = "1",
     accumulate: Accumulate = None,
     resume: Resume = "auto",
+    mirror: Mirror = None,
+    track: Track = None,
+    settings: Set = None,
     as_json: Json = False,
 ) -> None:
     """Stage 1: unsupervised training on text, code and images, by the shards' mix."""
     from shoal.train.plan import pretrain_plan
 
-    limits = {"minutes": minutes, "tokens": tokens, "steps": steps, "accumulate": accumulate, "resume": resume}
-    _fit(pretrain_plan(preset, data, str(run), **limits), workers, as_json)
+    more = _more(settings, mirror=mirror, accumulate=accumulate, resume=resume)
+    plan = pretrain_plan(preset, data, str(run), minutes=minutes, tokens=tokens, steps=steps, **more)
+    _fit(plan, workers, as_json, track=track)
 
 
 @app.command()
@@ -168,17 +186,20 @@ def finetune(
     minutes: Minutes = None,
     tokens: Tokens = None,
     steps: Steps = None,
-    workers: Workers = 1,
+    workers: Workers = "1",
     accumulate: Accumulate = None,
     resume: Resume = "auto",
+    mirror: Mirror = None,
+    track: Track = None,
+    settings: Set = None,
     as_json: Json = False,
 ) -> None:
     """Stage 2: supervised training on chats, with loss on the answers only [2 epochs]."""
     from shoal.train.plan import finetune_plan
 
-    limits = {"minutes": minutes, "tokens": tokens, "steps": steps, "accumulate": accumulate, "resume": resume}
-    plan = finetune_plan(str(model), str(data), str(run), **_chats(heldout, replay), **limits)
-    _fit(plan, workers, as_json, heldout)
+    more = _more(settings, mirror=mirror, accumulate=accumulate, resume=resume) | _chats(heldout, replay)
+    plan = finetune_plan(str(model), str(data), str(run), minutes=minutes, tokens=tokens, steps=steps, **more)
+    _fit(plan, workers, as_json, heldout, track)
 
 
 @app.command()
@@ -194,7 +215,7 @@ def quantize(
     train: Annotated[bool, typer.Option(help="Train with INT8 rounding; --no-train only rounds.")] = True,
     minutes: Minutes = None,
     steps: Steps = None,
-    workers: Workers = 1,
+    workers: Workers = "1",
     as_json: Json = False,
 ) -> None:
     """INT8: a short quantisation-aware training [100 updates], then export; what rounding alone would have cost is shown."""
@@ -387,14 +408,29 @@ def main(args: list[str] | None = None) -> int:
         return 1
 
 
-def _fit(plan: Any, workers: int, as_json: bool, heldout: Path | None = None) -> None:
+def _more(settings: list[str] | None, **named: Any) -> dict[str, Any]:
+    """Options of a plan, those by name before those of --set. Raises UsageError for one that is given both ways."""
+    from shoal.train.settings import settings as parse
+
+    given, found = {key: value for key, value in named.items() if value is not None}, parse(settings or ())
+    if twice := given.keys() & found.keys():
+        raise UsageError(f"--set {min(twice)} and --{min(twice)}", do="give one of them")
+    return given | found
+
+
+def _fit(plan: Any, workers: str, as_json: bool, heldout: Path | None = None, track: list[str] | None = None) -> None:
     """Train on Ray, show its lines, and fit the router when there are rows to fit it on."""
     from shoal.on_ray.resources import local_ray
-    from shoal.on_ray.train import train
+    from shoal.on_ray.train import parse_workers, train
     from shoal.train import log, routing
+    from shoal.train.trackers import together, trackers
 
+    least, most = parse_workers(workers)
+    cpus = 0.5 if least == most else 1.0  # Ray does not resize groups that take shares of a CPU
+    more = trackers(track or (), plan.run, plan.name)
     with local_ray(), log.Console(plan.name, stream=sys.stderr) as console:
-        result = train(plan, workers=workers, cpus_per_worker=0.5, on_progress=console)
+        tell = together(console, *more)
+        result = train(plan, workers=(least, most), cpus_per_worker=cpus, on_progress=tell)
     report = {"out": result.out, "steps": result.steps, "tokens": result.tokens, "bpb": result.bpb}
     if result.rounded:
         report["rounded"] = result.rounded

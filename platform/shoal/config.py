@@ -151,8 +151,10 @@ class TrainConfig:
     min_lr_ratio: float = 0.05  # the rate at the end, as a share of the peak
     warmup: float = 0.05  # share of the run in which the rate rises
     decay: float = 0.4  # share of the run, at its end, in which the rate falls (WSD); 1 - warmup: no plateau
+    decay_shape: Literal["linear", "cosine"] = "linear"  # how it falls
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers; AdamW for all else
     weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     clip: float = 1.0  # largest gradient norm
     batch_tokens: int = 8192  # tokens in one update, over all workers and micro-batches
     accumulate: int = 2  # micro-batches that one worker merges into an update
@@ -165,6 +167,7 @@ class TrainConfig:
     distill: float = 0.0  # 0.5 late in a run makes exits agree more with full depth; 0: off
     # chance that an update leaves out the last layer; layer l: (2^(l/(L-1)) - 1) of it; 0: off
     layer_dropout: float = 0.0
+    lora_rank: int = 0  # train thin matrices of this rank beside the layers' frozen ones; 0: train all weights
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -174,9 +177,14 @@ class TrainConfig:
         for name in ("min_lr_ratio", "warmup", "decay", "exit_warmup", "layer_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train.{name}", got=getattr(self, name), allowed="0 to 1")
-        if self.rotate_exits not in ("auto", "on", "off"):
-            raise ConfigError("train.rotate_exits", got=self.rotate_exits, allowed="auto, on, off")
-        for name in ("weight_decay", "patch_weight", "distill"):
+        for name, allowed in (
+            ("decay_shape", ("linear", "cosine")),
+            ("optimizer", ("adamw", "muon")),
+            ("rotate_exits", ("auto", "on", "off")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"train.{name}", got=getattr(self, name), allowed=allowed)
+        for name in ("weight_decay", "patch_weight", "distill", "lora_rank"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"train.{name}", got=getattr(self, name), allowed="0 or more")
         if self.warmup + self.decay > 1:
@@ -225,7 +233,7 @@ def load(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     ]
     if missing:
         raise ConfigError(f"missing key {prefix}{missing[0]}", do=f"set {prefix}{missing[0]}")
-    return kind(**{key: _typed(hints[key], value, prefix + key) for key, value in values.items()})
+    return kind(**{key: typed(hints[key], value, prefix + key) for key, value in values.items()})
 
 
 def dump(config: Any) -> dict[str, Any]:
@@ -276,8 +284,8 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return values
 
 
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    """`value` as `hint` asks, with lists turned into tuples and ints into floats; anything else is a ConfigError."""
+def typed(hint: Any, value: Any, where: str) -> Any:
+    """`value` as `hint` asks, with lists turned into tuples and ints into floats; anything else is a ConfigError of `where`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, hint):
@@ -291,17 +299,17 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     elif origin in (typing.Union, types.UnionType):
         for option in args:
             try:
-                return _typed(option, value, where)
+                return typed(option, value, where)
             except ConfigError:
                 continue
     elif origin is tuple and isinstance(value, (list, tuple)):
         inner = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else list(args)
         if len(inner) == len(value):
-            return tuple(_typed(h, v, where) for h, v in zip(inner, value, strict=True))
+            return tuple(typed(h, v, where) for h, v in zip(inner, value, strict=True))
     elif origin is dict and isinstance(value, Mapping):
-        return {_typed(args[0], k, where): _typed(args[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {typed(args[0], k, where): typed(args[1], v, f"{where}.{k}") for k, v in value.items()}
     elif origin is list and isinstance(value, (list, tuple)):
-        return [_typed(args[0], v, where) for v in value]
+        return [typed(args[0], v, where) for v in value]
     elif hint is Any or (hint is type(None) and value is None):
         return value
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -31,6 +31,8 @@ from shoal.model.model import Model
 from shoal.train import baselines
 from shoal.train import evaluate as measure
 from shoal.train.evaluate import Answer, Question
+from shoal.train.frontier import frontier, sentence
+from shoal.train.routing import heldout_prompts
 
 TASKS = {"image question": 4, "summarisation": 40, "code": 110, "customer service": 48}  # task -> most answer tokens
 BASELINE_BYTES = 4_000_000  # of the training text that the n-gram baselines are fitted to
@@ -52,9 +54,9 @@ class Sizes:
 def compare(
     models: dict[str, Path], data: Path, *, sizes: Sizes | None = None, on_progress: Progress | None = None
 ) -> dict[str, Any]:
-    """The report's ``quality``, ``depth``, ``gates``, ``int8`` (empty unless an fp32 model comes first and an INT8 one last)
-    and ``weak`` for the models (label -> directory), measured on the held-out shards and chat rows of `data`. The depth table
-    is the last model's, the one that is served."""
+    """The report's ``quality``, ``depth``, ``frontier`` (empty without a router), ``gates``, ``int8`` (empty unless an fp32
+    model comes first and an INT8 one last) and ``weak`` for the models (label -> directory), measured on the held-out shards
+    and chat rows of `data`. The depth table and the frontier are the last model's, the one that is served."""
     sizes, tell = sizes or Sizes(), on_progress or (lambda what, done, total: None)
     loaded = {label: Model.load(directory) for label, directory in models.items()}
     served = list(loaded)[-1]
@@ -79,13 +81,17 @@ def compare(
     first = next(iter(loaded.values()))
     pair = (first.config.quantization, loaded[served].config.quantization) == ("none", "w8a8")
     router = loaded[served].router
+    policies: dict[str, Any] = {}
+    if router is not None:
+        policies = frontier(loaded[served].config, router, *heldout_prompts(loaded[served], data / "sft-heldout.jsonl"))
     return {
         "machine": machine(),
         "quality": {"columns": list(loaded), "rows": rows},
         "depth": {"rows": by_depth, **_routing(router)},
+        "frontier": policies,
         "gates": gates(loaded[served]),
         "int8": int8_cost(first, loaded[served], data, rows=sizes.heldout_rows) if pair else [],
-        "weak": weaknesses(rows, by_depth),
+        "weak": weaknesses(rows, by_depth) + (sentence(policies) if policies else []),
     }
 
 

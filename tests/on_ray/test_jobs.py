@@ -8,12 +8,17 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from shoal import Model, presets
+from shoal.train import log
+from shoal.train.loop import fit
+from shoal.train.manifest import damage
+from shoal.train.plan import pretrain_plan
 from tests.corpus import write_corpus
 
 pytestmark = pytest.mark.ray
@@ -51,13 +56,19 @@ class Head:
                 [RAY, "start", *options], env=self.env | LOOPBACK, stdout=log, stderr=log, start_new_session=True
             )
 
-    def submit(self, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
-        """`ray job submit` of `command` from the repository's root; waits for its end."""
+    def submit(self, *command: str, name: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+        """`ray job submit` of `command` from the repository's root; waits for its end, unless it is given a name."""
         line = [RAY, "job", "submit", "--address", f"http://127.0.0.1:{self.dashboard}", "--working-dir", "."]
+        line += ["--no-wait", "--submission-id", name] if name else []
         line += ["--runtime-env", "clusters/local.yaml", "--", *command]
         return subprocess.run(
             line, cwd=ROOT, env=self.env | env, capture_output=True, text=True, timeout=SECONDS, check=False
         )
+
+    def job(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """`ray job` with `words`."""
+        line = [RAY, "job", *words[:1], "--address", f"http://127.0.0.1:{self.dashboard}", *words[1:]]
+        return subprocess.run(line, env=self.env, capture_output=True, text=True, timeout=SECONDS, check=True)
 
     def wait(self) -> None:
         """Until the job API answers."""
@@ -107,7 +118,26 @@ def test_a_submitted_job_trains_a_model(head: Head, tmp_path: Path) -> None:
     job = head.submit("python", "jobs/pretrain.py", *options, "--cpus-per-worker", "0.5")
     assert job.returncode == 0, job.stdout + job.stderr
     assert "succeeded" in job.stdout
+    assert "step      2 100.0%" in job.stdout, "its lines are seen by who submitted it"
     assert Model.load(tmp_path / "run" / "model").name == "test"
+
+
+def test_a_stopped_job_leaves_the_step_that_it_was_at(head: Head, tmp_path: Path) -> None:
+    """`ray job stop` is a SIGTERM, and then three seconds: enough for a checkpoint, from which another process goes on."""
+    data, run = write_corpus(tmp_path / "data", presets.get("test")), tmp_path / "run"
+    options = ["--preset", "test", "--data", str(data), "--out", str(run), "--steps", "3000", "--set", "eval_every=0"]
+    head.submit("python", "jobs/pretrain.py", *options, "--cpus-per-worker", "0.5", name="to-be-stopped")
+    end = time.monotonic() + SECONDS
+    while not (log.metrics_file(run).exists() and any(r["step"] >= 5 for r in log.read(run) if r["kind"] == "step")):
+        assert time.monotonic() < end, head.job("logs", "to-be-stopped").stdout
+        time.sleep(0.2)
+    head.job("stop", "to-be-stopped")
+    assert "STOPPED" in head.job("status", "to-be-stopped").stdout.upper()
+    (kept,) = (run / "checkpoints").glob("step-*")
+    last = [record for record in log.read(run) if record["kind"] == "step"][-1]["step"]
+    assert kept.name == f"step-{last:08d}" and damage(kept) is None
+    assert fit(pretrain_plan("test", str(data), str(run), steps=last + 2, eval_every=0)).steps == last + 2
+    assert [r["step"] for r in log.read(run) if r["kind"] == "step"] == list(range(1, last + 3))
 
 
 def test_a_job_sees_the_copy_of_the_folder(head: Head) -> None:

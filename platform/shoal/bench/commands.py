@@ -90,6 +90,37 @@ def model(rounds: Rounds = 5) -> None:
     run(out, rounds=rounds)
 
 
+@bench.command("train")
+def train(
+    preset: Annotated[str, typer.Option(help="Whose shape is trained.")] = "mini",
+    tokens: Annotated[int, typer.Option(help="Tokens of an update.")] = 8192,
+    steps: Annotated[int, typer.Option(help="Updates that are timed together where workers are measured.")] = 3,
+    rounds: Rounds = 3,
+    parts: Annotated[str, typer.Option(help="Which measurements.")] = "rate,workers,checkpoint",
+) -> None:
+    """Training: share of the matmul rate, beside a plain GPT, 2 workers against 2 threads, what a checkpoint costs."""
+    from shoal.bench.train import train as run
+
+    run(out, preset=preset, tokens=tokens, steps=steps, rounds=rounds, parts=tuple(parts.split(",")))
+
+
+@bench.command("learn")
+def learn(
+    text: Annotated[Path, typer.Option(help="UTF-8 text file whose characters are learned, such as tiny Shakespeare.")],
+    steps: Annotated[int, typer.Option(help="Updates of each run.")] = 2000,
+    seeds: Annotated[int, typer.Option(help="Seeds, one run of each model with each.")] = 3,
+    models: Annotated[str, typer.Option(help="Which models.")] = "plain,dense,hybrid",
+) -> None:
+    """Characters at nanoGPT's setting for a CPU: a plain GPT, ours with full attention, ours with exits. Some ten minutes."""
+    from shoal.bench.learn import MODELS
+    from shoal.bench.learn import learn as run
+
+    chosen = tuple(models.split(","))
+    if unknown := set(chosen) - {"plain", *MODELS}:
+        raise UsageError("--models", got=sorted(unknown), allowed=["plain", *MODELS])
+    run(out, text=text, steps=steps, seeds=seeds, models=chosen)
+
+
 @bench.command("data")
 def data(
     preset: Annotated[str, typer.Option(help="Whose vocabulary, row length and patches are used.")] = "tiny",

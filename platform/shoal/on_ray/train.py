@@ -25,11 +25,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from shoal.config import dump, load
 from shoal.data.remote import is_remote
-from shoal.errors import ResourceError, ShoalError
+from shoal.errors import ResourceError, ShoalError, UsageError
 from shoal.on_ray.resources import local_ray, need_disk, worker_env
 from shoal.train.log import Record, Report, ignore, metrics_file
 from shoal.train.loop import FitResult, fit
 from shoal.train.plan import FitPlan, check, disk_needed, located, memory_needed
+from shoal.train.run import stop_file
 
 STARTS = 3  # times that Ray may try to start the workers: its default retries an infeasible plan for ever
 COLLECTIVE_TIMEOUT = 300  # seconds that one exchange between workers may take
@@ -46,7 +47,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": s
 def train(
     plan: FitPlan,
     *,
-    workers: int = 1,
+    workers: int | tuple[int, int] = 1,
     cpus_per_worker: float = 1.0,
     gpus: bool | None = None,
     max_failures: int = 2,
@@ -54,20 +55,24 @@ def train(
 ) -> FitResult:
     """Run `plan` on `workers` Ray Train workers and wait for it. A local Ray is started when none is running.
 
+    Of (least, most) workers Ray takes as many as the cluster has room for, and starts all of them anew from the newest
+    checkpoint when that changes; the plan is then made for the most, and its updates are the same with fewer.
     `cpus_per_worker`: logical CPUs that each worker reserves; `gpus`: one GPU a worker (default: when the cluster has
     enough); `max_failures`: restarts of all workers from the newest checkpoint. `on_progress` gets rank 0's records as they
-    come. Raises DataError, ConfigError or ResourceError within seconds when the plan cannot be followed, and what `fit`
-    raises.
+    come. SIGTERM ends the run with a checkpoint. Raises DataError, ConfigError or ResourceError within seconds when the plan
+    cannot be followed, and what `fit` raises.
     """
     plan = _absolute(plan)
-    check(located(plan), workers)
+    least, most = (workers, workers) if isinstance(workers, int) else workers
+    for world in range(least, most + 1):
+        check(located(plan.at_world(most, world)), world)
     need_disk(plan.run, disk_needed(plan))
     with local_ray():
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        use_gpu = resources.get("GPU", 0) >= workers if gpus is None else gpus
-        preflight(plan, workers, cpus_per_worker, use_gpu, resources)
-        trainer = _trainer(plan, workers, cpus_per_worker, use_gpu, max_failures)
-        with _following(plan, on_progress), _sigint_restored():
+        use_gpu = resources.get("GPU", 0) >= least if gpus is None else gpus
+        preflight(plan.at_world(most, least), least, cpus_per_worker, use_gpu, resources)
+        trainer = _trainer(plan, (least, most), cpus_per_worker, use_gpu, max_failures)
+        with _following(plan, on_progress), _sigint_restored(), _sigterm_stops(plan):
             try:
                 result: Any = trainer.fit()
             except ray.train.TrainingFailedError as error:
@@ -77,6 +82,14 @@ def train(
     if isinstance(result.return_value, ShoalError):
         raise result.return_value
     return load(FitResult, result.return_value, "result")
+
+
+def parse_workers(text: str) -> tuple[int, int]:
+    """``N`` or ``MIN:MAX`` as (least, most). Raises UsageError."""
+    least, _, most = text.partition(":")
+    if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
+        raise UsageError("--workers", got=text, allowed="N or MIN:MAX, such as 2 or 1:4")
+    return int(least), int(most or least)
 
 
 def preflight(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources: dict[str, float]) -> None:
@@ -99,7 +112,7 @@ def preflight(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources
         )
 
 
-def _trainer(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, max_failures: int) -> TorchTrainer:
+def _trainer(plan: FitPlan, workers: tuple[int, int], cpus: float, use_gpu: bool, max_failures: int) -> TorchTrainer:
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     # Ray's own memory of the run's checkpoints must not outlive it: CheckpointStore, which removes old ones, decides what
@@ -107,10 +120,12 @@ def _trainer(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, max_failur
     (Path(plan.run) / CHECKPOINTS / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     return TorchTrainer(
         _worker,  # type: ignore[arg-type]  # Ray's older annotation: the result of rank 0 is kept
-        train_loop_config={"plan": dump(plan)},
+        train_loop_config={"plan": dump(plan), "most": workers[1]},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT),
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker=_resources(cpus, use_gpu)
+            num_workers=workers if workers[0] < workers[1] else workers[0],
+            use_gpu=use_gpu,
+            resources_per_worker=_resources(cpus, use_gpu),
         ),
         run_config=RunConfig(
             storage_path=plan.run,
@@ -123,8 +138,8 @@ def _trainer(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, max_failur
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any] | ShoalError:
-    """Runs in each worker; rank 0's return value becomes the run's. An error of ours is returned, not raised: it would be
-    the same after a restart."""
+    """Runs in each worker; rank 0's return value becomes the run's. An error of ours is returned, not raised, since it would be
+    the same after a restart; but for what a machine lacks, which may have been this worker's alone."""
 
     def report(record: Record) -> None:
         if record["kind"] == "checkpoint":
@@ -133,7 +148,11 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | ShoalError:
             ray.train.report(metrics, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
     try:
-        return dataclasses.asdict(fit(located(load(FitPlan, config["plan"], "plan")), report))
+        plan = load(FitPlan, config["plan"], "plan")
+        plan = plan.at_world(config["most"], ray.train.get_context().get_world_size())
+        return dataclasses.asdict(fit(located(plan), report))
+    except ResourceError:
+        raise
     except ShoalError as error:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # should the error be this worker's alone, the others must not wait
@@ -146,7 +165,8 @@ def _resources(cpus: float, use_gpu: bool) -> dict[str, float]:
 
 def _absolute(plan: FitPlan) -> FitPlan:
     """Workers have a folder of their own, so the plan's paths must not depend on this one."""
-    given = {key: getattr(plan, key) for key in ("data", "replay", "heldout", "run", "out", "init", "rates_of")}
+    names = ("data", "replay", "heldout", "run", "out", "init", "rates_of", "mirror")
+    given = {key: getattr(plan, key) for key in names}
     paths: dict[str, Any] = {
         key: str(Path(path).absolute()) for key, path in given.items() if path and not is_remote(path)
     }
@@ -195,6 +215,26 @@ def _sigint_restored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _sigterm_stops(plan: FitPlan) -> Iterator[None]:
+    """The first SIGTERM (`ray job stop`, a cluster that takes a machine back) asks the run for a checkpoint and its end, a
+    second one ends this process as it always does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, before)
+        stop_file(plan.run).touch()
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _cause(error: BaseException) -> ShoalError:

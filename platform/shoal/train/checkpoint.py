@@ -8,15 +8,13 @@
         manifest.json                     size and sha256 of every file; written last
 
 A directory named step-* was renamed after its manifest was written, so it is whole unless the disk lies; `newest` reads the
-hashes anyway and falls back to the one before.
+hashes anyway and falls back to the one before. Where the run has a `Mirror`, what is missing here is fetched from there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -25,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException as DcpError
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -35,7 +35,9 @@ from torch.optim import Optimizer
 
 from shoal.config import load as load_config
 from shoal.config import read_file
-from shoal.errors import CheckpointError, ShoalError
+from shoal.errors import CheckpointError
+from shoal.train.manifest import MANIFEST, damage, manifest, write_json
+from shoal.train.mirror import Mirror
 from shoal.train.parallel import Ranks
 
 FORMAT, VERSION = "shoal-training", 1
@@ -53,60 +55,134 @@ class TrainState:
     world: int = 1  # ranks that wrote it
     code: str = ""  # fingerprint of the code that wrote it
     trained: dict[str, Any] = field(default_factory=dict)  # what a resumed run must agree with, as plain values
+    best: float | None = (
+        None  # fewest held-out bits a byte so far, mean of what is measured; None before the first evaluation
+    )
+    best_step: int = 0  # when that was
 
 
 class CheckpointStore:
     """The checkpoints of one run, in ``RUN/checkpoints``. `save` and `load` are called by all ranks together."""
 
-    def __init__(self, run: str | Path, keep: int = 2) -> None:
+    def __init__(self, run: str | Path, keep: int = 2, mirror: Mirror | None = None) -> None:
+        """`mirror`: copies elsewhere; on rank 0 only, which alone asks for it."""
         self.directory = Path(run) / "checkpoints"
-        self.keep = keep
+        self.keep, self.mirror = keep, mirror
 
     def steps(self) -> list[Path]:
         """Published checkpoints, oldest first."""
         return sorted(self.directory.glob("step-*"))
 
-    def save(self, model: nn.Module, optimizer: Optimizer, state: TrainState, ranks: Ranks) -> Path:
-        """Write and publish a checkpoint; the oldest beyond `keep` are removed. Returns its directory."""
-        final = self.directory / f"step-{state.step:08d}"
+    def at(self, step: int) -> Path:
+        """Where the checkpoint of `step` is, or would be."""
+        return self.directory / f"step-{step:08d}"
+
+    def save(
+        self, model: nn.Module, optimizer: Optimizer, state: TrainState, ranks: Ranks, *, keep_best: bool = False
+    ) -> Path:
+        """Write and publish a checkpoint; the oldest beyond `keep` are removed, but for the best one with `keep_best`. Returns
+        its directory. Raises CheckpointError, on all ranks and with nothing left behind, when one of them cannot write."""
+        final = self.at(state.step)
         aside = self.directory / f".{final.name}.tmp"
+
+        def make_room() -> None:
+            if ranks.first:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+
+        def write_shards() -> None:
+            writer = HuggingFaceStorageWriter(path=str(aside), save_distributed=True)
+            with _alone(ranks):
+                dcp_save(_tensors(model, optimizer), storage_writer=writer, no_dist=ranks.world == 1)
+
+        def write_random_state() -> None:
+            save_file(_rng(ranks), str(aside / f"rng-{ranks.rank:05d}.safetensors"))
+
+        def publish() -> None:
+            if ranks.first:
+                write_json(aside / "state.json", {"format": FORMAT, "version": VERSION, **asdict(state)})
+                write_json(aside / MANIFEST, manifest(aside))
+                shutil.rmtree(final, ignore_errors=True)
+                aside.rename(final)
+
+        try:
+            for part in (make_room, write_shards, write_random_state, publish):
+                _together(ranks, part, f"cannot write checkpoint {final}")
+        except CheckpointError:
+            if ranks.first:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
         if ranks.first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        ranks.wait()
-        writer = HuggingFaceStorageWriter(path=str(aside), save_distributed=True)
-        with _alone(ranks):
-            dcp_save(_tensors(model, optimizer), storage_writer=writer, no_dist=ranks.world == 1)
-        save_file(_rng(ranks), str(aside / f"rng-{ranks.rank:05d}.safetensors"))
-        ranks.wait()
-        if ranks.first:
-            _write_json(aside / "state.json", {"format": FORMAT, "version": VERSION, **asdict(state)})
-            _write_json(aside / "manifest.json", _manifest(aside))
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            for old in self.steps()[: -self.keep]:
+            best = self.at(state.best_step) if keep_best and state.best is not None else None
+            if self.mirror is not None:
+                self.mirror.best = best.name if best else ""
+                self.mirror.offer(final)
+            stay = {best, *self.steps()[-self.keep :], *(self.mirror.needed if self.mirror else ())}
+            for old in set(self.steps()) - stay:
                 shutil.rmtree(old, ignore_errors=True)
         ranks.wait()
         return final
 
     def clear(self, ranks: Ranks) -> None:
-        """Forget all checkpoints of the run."""
+        """Forget all checkpoints of the run, copies too."""
         if ranks.first:
             shutil.rmtree(self.directory, ignore_errors=True)
+            if self.mirror is not None:
+                self.mirror.clear()
         ranks.wait()
 
     def newest(self, ranks: Ranks, warn: Callable[[str], None]) -> Path | None:
-        """The newest whole checkpoint, or None, the same on all ranks; damaged ones are passed over, with a warning."""
-        found = None
+        """The newest whole checkpoint, fetched when it is only in the mirror, or None, the same on all ranks. Damaged ones
+        are passed over, with a warning. Raises CheckpointError when there is none here and the mirror does not answer."""
+        found: Path | CheckpointError | None = None
         if ranks.first:
-            for path in reversed(self.steps()):
-                problem = damage(path)
-                if problem is None:
-                    found = path
-                    break
-                warn(f"checkpoint {path} is damaged ({problem}); trying the one before")
-        chosen: Path | None = ranks.agree(found)
+            try:
+                found = self._newest(warn)
+            except CheckpointError as error:
+                found = error
+        chosen: Path | CheckpointError | None = ranks.agree(found)
+        if isinstance(chosen, CheckpointError):
+            raise chosen
         return chosen
+
+    def _newest(self, warn: Callable[[str], None]) -> Path | None:
+        here = {path.name for path in self.steps()}
+        copies: set[str] = set()
+        if self.mirror is not None:
+            try:
+                copies = set(self.mirror.names())
+            except CheckpointError as error:
+                if not here:
+                    raise
+                warn(f"{error}; going on from what is in {self.directory}")
+        for name in sorted(here | copies, reverse=True):
+            path = self.directory / name
+            problem = damage(path) if name in here else "it is not here"
+            if problem is None:
+                return path
+            if name in here:
+                warn(
+                    f"checkpoint {path} is damaged ({problem}); trying {'its copy' if name in copies else 'the one before'}"
+                )
+            if self.mirror is not None and name in copies:
+                if (problem := self._fetch(self.mirror, name)) is None:
+                    return path
+                warn(f"{self.mirror.place}/{name} is damaged ({problem}); trying the one before")
+        return None
+
+    def _fetch(self, mirror: Mirror, name: str) -> str | None:
+        """Bring the copy `name` here; returns what is wrong with it, or None."""
+        aside = self.directory / f".{name}.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            mirror.fetch(name, aside)
+        except CheckpointError as error:
+            return str(error)
+        if problem := damage(aside):
+            return problem
+        shutil.rmtree(self.directory / name, ignore_errors=True)
+        aside.rename(self.directory / name)
+        return None
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
         """Model, optimizer and random state from `path`, in place, at any number of ranks."""
@@ -115,7 +191,7 @@ class CheckpointStore:
             tensors = _tensors(model, optimizer, list(saved))
             with _alone(ranks):
                 dcp_load(tensors, storage_reader=HuggingFaceStorageReader(path=str(path)), no_dist=ranks.world == 1)
-        except Exception as error:  # DCP wraps whatever went wrong on any rank in its own kinds
+        except (Exception, DcpError) as error:  # DCP wraps whatever went wrong on any rank in its own kinds
             raise CheckpointError(f"cannot load checkpoint {path}", got=str(error).strip().splitlines()[-1]) from error
         rng = path / f"rng-{ranks.rank:05d}.safetensors"
         if rng.exists():
@@ -145,23 +221,6 @@ def require_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path
         )
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None."""
-    try:
-        manifest = read_file(path / "manifest.json")
-        for name, entry in manifest.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != entry["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-            if _sha256(file) != entry["sha256"]:
-                return f"{name} does not match its sha256"
-    except (ShoalError, OSError, KeyError, TypeError) as error:
-        return str(error)
-    return None
-
-
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """The whole state of `model` on the CPU, gathered from all ranks; empty on all but rank 0."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -175,6 +234,20 @@ def code_version(package: Path = Path(__file__).parent.parent) -> str:
     for file in sorted(package.rglob("*.py")):
         digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _together(ranks: Ranks, work: Callable[[], None], what: str) -> None:
+    """Do `work` on every rank. Raises CheckpointError on all of them when it failed on one: those that go on would wait for
+    ever for the one that stopped."""
+    problem = ""
+    try:
+        work()
+    except (OSError, SafetensorError, DcpError) as error:
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        problem = (lines[-1] if lines else type(error).__name__).strip()[:200]
+    failed = int(ranks.sum(torch.tensor([float(bool(problem))])))
+    if failed:
+        raise CheckpointError(what, got=problem or f"an error on {failed} other worker(s)", do="free some disk space")
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer, saved: list[str] | None = None) -> dict[str, Tensor]:
@@ -212,23 +285,6 @@ def _set_rng(state: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(p for p in directory.iterdir() if p.is_file())
-    return {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, value: object) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """What a run says: records (plain dicts) in ``RUN/metrics.jsonl``, and the same records as lines for people.
 
-A record has a ``kind`` (start, chats, step, eval, checkpoint, end) and the ``step`` it follows. The file is what the report
-and the driver of a Ray job read; lines and the progress bar are made from records alone, so they look the same wherever the
-loop runs.
+A record has a ``kind`` (start, chats, step, eval, checkpoint, copied, best, warning, end) and the ``step`` it follows. The file
+is what the report and the driver of a Ray job read; lines and the progress bar are made from records alone, so they look the
+same wherever the loop runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -43,7 +44,7 @@ class Speaker:
         """`everywhere`: hand it to `report` on every rank."""
         record = {"kind": kind, "time": time.time(), **(values or {}), **more}
         if self._first:
-            with self.path.open("a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:  # a full disk ends no run
                 file.write(json.dumps(_finite(record)) + "\n")
         if self._first or everywhere:
             self._report(record)
@@ -108,6 +109,10 @@ def line(record: Record) -> str:
             return f"warning: {r['text']}"
         case "checkpoint":
             return f"saved {r['path']} in {r['took']:.1f} s"
+        case "copied":
+            return f"copied {r['path']} ({r['bytes'] / 2**20:.1f} MiB) in {r['took']:.1f} s"
+        case "best":
+            return f"best: step {r['best_step']}, {r['bpb']:.4f} held-out bits a byte; the model is written from it"
         case "end":
             return f"done: {r['steps']} steps, {r['tokens']:,} tokens in {clock(r['seconds'])}; model in {r['out']}"
     return json.dumps(r)

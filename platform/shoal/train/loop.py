@@ -4,17 +4,16 @@
       -> (one update -> say so -> now and then: evaluate on held-out rows, save a checkpoint) until the run's share is done
       -> evaluate, save, gather the model and write its directory
 
+A file RUN/stop asks for a checkpoint and an early end.
+
 All ranks decide together: whatever depends on a clock or a disk is read on rank 0 and agreed on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-from torch.optim import Optimizer
 
 from shoal.errors import CheckpointError, ConfigError
 from shoal.inputs.chat import DEFAULT_TEMPLATE
@@ -23,8 +22,8 @@ from shoal.model import checkpoint as model_directory
 from shoal.model.cost import parameters
 from shoal.model.linears import export_int8, fake_quantize_
 from shoal.model.net import Net
-from shoal.train import log
-from shoal.train.checkpoint import CheckpointStore, TrainState, code_version, full_state, read_state, require_same
+from shoal.train import log, lora
+from shoal.train.checkpoint import full_state
 from shoal.train.feed import Feed, open_feed, shard_tokenizer
 from shoal.train.heldout import Bpb, measure
 from shoal.train.log import Report, Speaker, ignore
@@ -41,6 +40,7 @@ from shoal.train.optim import (
 )
 from shoal.train.parallel import Ranks, shard_
 from shoal.train.plan import FitPlan, progress
+from shoal.train.run import Clock, Run, StoppedError, enough_memory, stop_file
 from shoal.train.step import update
 
 
@@ -70,9 +70,9 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
     start = _Start.of(plan)
     feed = open_feed(plan, start.tokenizer, start.template, ranks)
     model = LossModel(start.net, trained_exits(plan.model.exits, plan.train))
-    shard_(model, ranks)
+    shard_(model, ranks, replicas=plan.replicas, recompute=plan.recompute, compiled=plan.compile)
     optimizer = make_optimizer(model, plan.train)
-    run = _Run(plan, ranks, model, optimizer, say)
+    run = Run(plan, ranks, model, optimizer, say, feed)
     rounded = _rounded(plan, model, feed, ranks)  # before a checkpoint takes the place of the weights
     state = run.resume()
     heads = min(2, len(model.exits)) if rotates(plan.model, plan.train) else len(model.exits)
@@ -82,7 +82,7 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
         say("chats", chats, step=state.step)
 
     rates = log.rates(plan.rates_of) if plan.rates_of else {}
-    clock = Clock(ranks, state.seconds)
+    clock = Clock(ranks, state.seconds, stop_file(plan.run))
     done = progress(plan, step=state.step, seconds=state.seconds, steps_in_epoch=feed.steps_in_epoch)
     while done < 1.0:
         batches = [batch.to(ranks.device) for batch in feed.at(state.step)]
@@ -96,9 +96,10 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
         skip = left_out(plan.model, plan.train, state.step)
         # Rounding begins when the rate has warmed up: AdamW's moments are empty until then, and rounding is noise to them.
         fake_quantize_(model.net, plan.quantize and done > plan.train.warmup)
-        result = update(
-            model, optimizer, batches, config=plan.train, weights=weights, rate=rate, ranks=ranks, skip=skip
-        )
+        with enough_memory(plan, ranks):
+            result = update(
+                model, optimizer, batches, config=plan.train, weights=weights, rate=rate, ranks=ranks, skip=skip
+            )
         state.step, state.tokens, state.cursor = (
             state.step + 1,
             state.tokens + result.tokens,
@@ -108,15 +109,20 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
         meter.add(result.tokens, clock.last_step)
         say("step", meter.read() | asdict(result), step=state.step, progress=done, rate=rate, eta=clock.eta(done))
         fake_quantize_(model.net, plan.quantize)  # what is measured is what will be served
-        if feed.heldout and plan.eval_every and state.step % plan.eval_every == 0 and done < 1.0:
-            say("eval", asdict(measure(model, feed.heldout, ranks)), step=state.step, progress=done)
-        if state.seconds - run.saved_at >= 60 * plan.checkpoint_minutes and done < 1.0:
-            run.save(state, done)
+        if plan.eval_every and state.step % plan.eval_every == 0 and done < 1.0:
+            run.evaluate(state, done)
+        if (clock.stopped or state.seconds - run.saved_at >= 60 * plan.checkpoint_minutes) and done < 1.0:
+            run.save(state, done, must=clock.stopped)
+        run.tell_copies(state)
+        if clock.stopped and done < 1.0:
+            run.close(state)
+            raise StoppedError(f"stopped at step {state.step}", do="the same command goes on from there")
 
-    final = measure(model, feed.heldout, ranks)
-    if feed.heldout:
-        say("eval", asdict(final), step=state.step, progress=done)
-    run.save(state, done)
+    final = run.evaluate(state, done)
+    run.save(state, done, must=True)
+    if plan.keep_best:
+        final = run.take_best(state, final)
+    run.close(state)
     start.export(plan, model, ranks)
     result_ = FitResult(str(plan.model_dir), state.step, state.tokens, state.seconds, final.bpb, rounded)
     say("end", asdict(result_))
@@ -150,6 +156,8 @@ class _Start:
             if parts.config != plan.model:
                 raise CheckpointError(f"{plan.init} is of another configuration", do="plan with the model's own")
             net, tokenizer, template = parts.net, parts.tokenizer, parts.chat_template
+            if plan.train.lora_rank:
+                lora.adapt_(net, plan.train.lora_rank, plan.train.seed)
         else:
             net, tokenizer, template = (
                 Net(plan.model).init_(plan.train.seed),
@@ -167,6 +175,8 @@ class _Start:
         state = {name.removeprefix("net."): tensor for name, tensor in full_state(model).items()}
         if ranks.first:
             config = plan.model
+            if plan.train.lora_rank:
+                state = lora.merged(state)
             if plan.quantize:
                 whole = Net(config)
                 whole.load_state_dict(state)
@@ -180,81 +190,6 @@ class _Start:
                 chat_template=self.template,
             )
         ranks.wait()
-
-
-@dataclass
-class _Run:
-    """The checkpoints of this run: what to go on from, and what to leave behind."""
-
-    plan: FitPlan
-    ranks: Ranks
-    model: LossModel
-    optimizer: Optimizer
-    say: Speaker
-    saved_at: float = 0.0  # seconds of training at the last checkpoint
-    _saved_step: int = -1
-
-    def __post_init__(self) -> None:
-        self.store = CheckpointStore(self.plan.run, self.plan.keep)
-
-    def resume(self) -> TrainState:
-        """The state to go on from, with model and optimizer loaded; a fresh one when there is no whole checkpoint."""
-        now = TrainState(world=self.ranks.world, code=code_version(), trained=self.plan.identity())
-        if self.plan.resume == "never":
-            self.store.clear(self.ranks)
-        path = self.store.newest(self.ranks, lambda text: self.say("warning", step=0, text=text))
-        if path is None:
-            return now
-        saved = read_state(path)
-        require_same(saved.trained, now.trained, path)
-        if saved.code != now.code:
-            self.say(
-                "warning", step=saved.step, text=f"{path} was written by other code: the run may differ in rounding"
-            )
-        self.store.load(path, self.model, self.optimizer, self.ranks)
-        self.saved_at, self._saved_step = saved.seconds, saved.step
-        return dataclasses.replace(saved, world=now.world, code=now.code, trained=now.trained)
-
-    def save(self, state: TrainState, done: float) -> None:
-        """Write a checkpoint of `state`, unless it has one."""
-        if state.step == self._saved_step:
-            return
-        began = time.perf_counter()
-        path = self.store.save(self.model, self.optimizer, state, self.ranks)
-        self.saved_at, self._saved_step = state.seconds, state.step
-        took = time.perf_counter() - began
-        self.say(
-            "checkpoint",
-            everywhere=True,
-            step=state.step,
-            progress=done,
-            tokens=state.tokens,
-            path=str(path),
-            took=took,
-        )
-
-
-class Clock:
-    """Seconds of training over all sittings, as rank 0 sees them, so that every rank decides alike."""
-
-    def __init__(self, ranks: Ranks, before: float) -> None:
-        self._ranks, self._before, self._start = ranks, before, time.perf_counter()
-        self._at = before
-        self.last_step = 0.0  # seconds from the end of one update to the end of the next
-
-    def now(self) -> float:
-        seconds: float = self._ranks.agree(self._before + time.perf_counter() - self._start)
-        return seconds
-
-    def step(self) -> float:
-        """Call at the end of an update; returns `now`."""
-        now = self.now()
-        self.last_step, self._at = now - self._at, now
-        return now
-
-    def eta(self, done: float) -> float:
-        """Seconds to go, when a share `done` took as long as it did."""
-        return self._at * (1.0 - done) / done if done else float("inf")
 
 
 def _summary(plan: FitPlan, ranks: Ranks, meter: Meter) -> dict[str, Any]:

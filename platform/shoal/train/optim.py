@@ -1,13 +1,15 @@
-"""AdamW with its parameter groups, the schedules (pure functions of the share of the run that is done), and what an update
-leaves out (pure functions of seed and step): nothing here remembers, so ranks agree and a resumed run repeats."""
+"""AdamW and Muon with their parameter groups, the schedules (pure functions of the share of the run that is done), and what an
+update leaves out (pure functions of seed and step): nothing here remembers, so ranks agree and a resumed run repeats."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
+import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 
 from shoal.config import ModelConfig, TrainConfig
 
@@ -16,30 +18,63 @@ _TABLES = ("embed.weight", "row_embed", "col_embed")  # looked up, not multiplie
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """AdamW over the trainable parameters of `model`; norms, gates and embeddings take no weight decay.
+    """The optimizer of the trainable parameters of `model`; norms, gates and embeddings take no weight decay.
 
-    Call it after sharding: the moments are then sharded like the parameters.
+    AdamW for all of them, or Muon (kellerjordan.github.io/posts/muon) for the layers' matrices and AdamW for the rest. Muon's
+    updates are scaled to the size of AdamW's (arXiv 2502.16982), so one learning rate serves both. Call it after sharding: the
+    moments are then sharded like the parameters.
     """
+    matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.dim() < 2 or name.endswith(_TABLES)
-            (free if plain else decayed).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if parameter.dim() < 2 or name.endswith(_TABLES):
+            free.append(parameter)
+        elif config.optimizer == "muon" and ".blocks." in name:
+            matrices.append(parameter)
+        else:
+            decayed.append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=1e-8, fused=True)
+    adamw = AdamW(
+        [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=True
+    )
+    if not matrices:
+        return adamw
+    rate, decay = config.learning_rate, config.weight_decay
+    return Together(Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"), adamw)
+
+
+class Together(Optimizer):
+    """Several optimizers of different parameters as one: their groups, and one state that they share."""
+
+    def __init__(self, *parts: Optimizer) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Every part writes."""
+        for part in self.parts:
+            part.step()
 
 
 def learning_rate(progress: float, config: TrainConfig) -> float:
-    """The rate when a share `progress` (0 to 1) of the run is done: it warms up, stays, and decays (WSD), all linearly."""
+    """The rate when a share `progress` (0 to 1) of the run is done: it warms up, stays, and decays (WSD), linearly
+    or as half a cosine."""
     progress = min(max(progress, 0.0), 1.0)
     if progress < config.warmup:
         return config.learning_rate * progress / config.warmup
     left = 1.0 - progress
     if left >= config.decay:
         return config.learning_rate
-    low = config.min_lr_ratio
-    return config.learning_rate * (low + (1.0 - low) * left / config.decay)
+    low, height = config.min_lr_ratio, left / config.decay
+    if config.decay_shape == "cosine":
+        height = (1.0 - math.cos(math.pi * height)) / 2
+    return config.learning_rate * (low + (1.0 - low) * height)
 
 
 def trained_exits(exits: Sequence[int], config: TrainConfig) -> tuple[int, ...]:

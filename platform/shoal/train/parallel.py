@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from shoal.model.cost import parameters
 from shoal.train.loss import LossModel
@@ -59,7 +61,7 @@ class Ranks:
         return values
 
     def agree(self, value: Any) -> Any:
-        """Rank 0's `value` (numbers, text, plain containers) on every rank."""
+        """Rank 0's `value` (numbers, text, plain containers, errors of ours) on every rank."""
         if self.world == 1:
             return value
         box = [value]
@@ -72,18 +74,32 @@ class Ranks:
             dist.barrier()
 
 
-def shard_(model: LossModel, ranks: Ranks) -> None:
+def shard_(
+    model: LossModel, ranks: Ranks, *, replicas: int = 1, recompute: bool = False, compiled: bool = False
+) -> None:
     """Shard parameters, gradients and optimizer state over the ranks, one layer group at a time (ZeRO-3), in place.
 
     A model below STAYS_GATHERED is whole on every rank from the first use to the end of an update (ZeRO-2), which saves
     three quarters of the gathering; a larger one is gathered a group at a time, forward and backward. Every rank must hold
     the same full weights: drawing them on shards would give each shard the same values. Gradients are summed, not averaged:
     the loss is already divided by the counts of the whole batch.
+
+    `replicas`: that many groups of ranks each hold the whole model (HSDP), so that only gradients cross between them;
+    `recompute`: layers keep their inputs alone and run again in backward; `compiled`: each layer by torch.compile.
     """
     model.to(ranks.device)
+    for group in model.net.groups:
+        for block in group.blocks:  # type: ignore[union-attr]
+            if compiled:
+                block.compile()
+            if recompute:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if ranks.world == 1:
         return
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    shape, names = ((ranks.world,), ("shard",))
+    if replicas > 1:
+        shape, names = (replicas, ranks.world // replicas), ("replicate", "shard")  # type: ignore[assignment]
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     if ranks.device.type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     else:

@@ -46,6 +46,11 @@ class FitPlan:
     eval_rows: int = 32  # held-out rows of each modality that are read
     checkpoint_minutes: float = 1.0  # between checkpoints
     keep: int = 2  # checkpoints kept
+    keep_best: bool = False  # keep the one of the best evaluation too, and write the model from it
+    mirror: str = ""  # folder or s3://BUCKET/PREFIX that checkpoints are copied to as well, and fetched from
+    replicas: int = 1  # groups of workers that each hold a whole sharded model (HSDP)
+    recompute: bool = False  # activation checkpointing: less memory, a third more work
+    compile: bool = False  # torch.compile each layer; pays on a GPU only
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest whole checkpoint of the run
     rates_of: str = ""  # folder of a run whose learning rate at each step is used again: this run is its control
 
@@ -60,6 +65,10 @@ class FitPlan:
         check_exits(self.model, self.train)
         if self.model.quantization != "none":
             raise ConfigError("model.quantization", got=self.model.quantization, allowed="none: train the fp32 model")
+        if self.train.lora_rank and (not self.init or self.quantize):
+            raise ConfigError(
+                "train.lora_rank", got=self.train.lora_rank, allowed="0 but in fine-tuning", do="train all"
+            )
 
     @property
     def model_dir(self) -> Path:
@@ -81,6 +90,17 @@ class FitPlan:
                 do=f"make train.batch_tokens a multiple of {parts * self.model.train_length}",
             )
         return self.batch_rows // parts
+
+    def at_world(self, most: int, world: int) -> FitPlan:
+        """This plan, made for `most` workers, for `world` of them: as many micro-batches in all, so that an update is the same
+        one and needs no more memory. Raises ConfigError when they do not divide."""
+        parts = most * self.train.accumulate
+        if parts % world:
+            raise ConfigError(
+                f"{most} worker(s) x {self.train.accumulate} micro-batch(es) = {parts} do not divide over {world} worker(s)",
+                do="give another --accumulate, or other limits for --workers",
+            )
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, accumulate=parts // world))
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the checkpoint. How the batch is split, how long the run is and where files
@@ -163,6 +183,8 @@ def check(plan: FitPlan, workers: int) -> None:
     made for another model, ConfigError when the batch does not divide."""
     if plan.rates_of:
         _check_rates(plan)
+    if workers % plan.replicas:
+        raise ConfigError("replicas", got=plan.replicas, allowed=f"a divisor of the number of workers, {workers}")
     if Path(plan.data).is_dir():
         if plan.replay:
             raise ConfigError(
@@ -219,21 +241,22 @@ def _check_chats(plan: FitPlan, workers: int) -> None:
 def disk_needed(plan: FitPlan) -> int:
     """Bytes that a run writes at most: the checkpoints it keeps and the one being written, of weights and two moments each,
     and the model, likewise beside the one it replaces."""
-    return 4 * parameters(plan.model).total * (3 * (plan.keep + 1) + 2)
+    return 4 * parameters(plan.model).total * (3 * (plan.keep + plan.keep_best + 1) + 2)
 
 
 def memory_needed(plan: FitPlan, world: int) -> int:
     """Bytes that one worker needs, estimated: sharded weights, gradients and moments, what is gathered of them, what
     backward keeps of a micro-batch, and the logits of all exits."""
     c, count = plan.model, parameters(plan.model)
-    sharded = 16 * count.total // world
+    sharded = 16 * count.total * plan.replicas // world
     whole = count.total <= STAYS_GATHERED
     gathered = 8 * (count.total if whole else count.blocks // 4 + count.embedding)
     tokens = max(1, plan.batch_rows // (world * plan.train.accumulate)) * c.train_length
     scores = 2 * c.heads * c.train_length  # attention weights of both branches, a token
     layer = 12 * c.width + 4 * c.heads * c.head_dim + 4 * c.ffn + scores
+    layers = c.layers * c.width + layer if plan.recompute else c.layers * layer
     logits = 3 * c.vocab * len(c.exits)
-    return sharded + gathered + 4 * tokens * (c.layers * layer + logits)
+    return sharded + gathered + 4 * tokens * (layers + logits)
 
 
 def _plan(model: ModelConfig, train: TrainConfig, values: dict[str, Any]) -> FitPlan:

@@ -29,6 +29,7 @@ def render(report: Mapping[str, Any], out_html: Path) -> None:
         quality=quality_rows(report.get("quality") or {}),
         facts=headline(report),
         depth_charts=depth_charts(depth.get("rows", ())),
+        frontier_chart=frontier_chart(report.get("frontier") or {}),
         sources=source_rows(report.get("corpus") or {}),
     )
 
@@ -115,6 +116,26 @@ def depth_charts(rows: Iterable[Mapping[str, Any]]) -> list[Chart]:
             }
             charts.append(chart(title, "share of the FLOPs at full depth", curves, {p[:2]: p[2] for p in found}))
     return charts
+
+
+def frontier_chart(found: Mapping[str, Any]) -> Chart | None:
+    """Gap against compute by policy, with the router's intervals; None when it was not measured."""
+    if not found:
+        return None
+    fixed = [(row["flops_share"], row["gap"]) for row in found["fixed"]]
+    names: dict[Point, str] = {point: row["exit"] for point, row in zip(fixed, found["fixed"], strict=True)}
+    curves: dict[str, tuple[str, list[Point]]] = {"fixed depth": ("marks", fixed)}
+    for place, (name, points) in enumerate(found["curves"].items()):
+        drawn = [(point["flops_share"], point["gap"]) for point in points]
+        curves[name] = ({"router": "line", "oracle": "dash"}.get(name, "faint"), drawn)
+        inner = [point for point in drawn if point not in names]
+        if inner:  # the labels of curves that lie close together stand at different places
+            names[inner[(place + 1) * len(inner) // (len(found["curves"]) + 1)]] = name
+    for row in found["at"]["router"]:
+        curves[f"95 % at {row['flops_share']}"] = ("faint", [(row["flops_share"], row[end]) for end in ("low", "high")])
+    return chart(
+        "gap, nats a token above full depth \N{DOWNWARDS ARROW}", "share of the FLOPs at full depth", curves, names
+    )
 
 
 def _smooth(points: Sequence[Point]) -> list[Point]:

@@ -7,12 +7,39 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from shoal.errors import DataError
-from shoal.model.depth import fit_router
+from shoal.model.depth import LEAST_PROMPTS, fit_router
 from shoal.model.model import Model
-from shoal.train.evaluate import gaps, questions
+from shoal.train.evaluate import Question, gaps, questions
+from shoal.train.frontier import Prompts
 
 LEAST_ROWS = 40  # half fit the weights, a quarter calibrates, a quarter tests
+
+
+def heldout_prompts(model: Model, heldout: str | Path, *, limit: int = 60) -> tuple[Prompts, Prompts]:
+    """Prompts with measured gaps for `frontier`: at most `limit` a task of those that the router was fitted to, from the end of
+    the file, and as many that it has not seen, from its start. Raises DataError when there are too few."""
+    found = questions(heldout, model.tokenizer, model.config, model.chat_template)
+    parts: tuple[list[Question], list[Question]] = ([], [])
+    for asked in found.values():
+        usable = [q for q in asked if len(q.row.ids) <= model.config.context and any(q.row.answer)]
+        parts[0].extend(usable[len(usable) // 2 :][-limit:])
+        parts[1].extend(usable[: len(usable) // 2][:limit])
+    if min(map(len, parts)) < LEAST_PROMPTS:
+        raise DataError(
+            f"{heldout}: prompts to compare policies on", got=len(parts[1]), allowed=f"at least {LEAST_PROMPTS}"
+        )
+    fit, test = (
+        Prompts(
+            *gaps(model.net, [q.row for q in part]),
+            torch.tensor([len(q.prompt.ids) for q in part]),
+            tuple(q.task for q in part),
+        )
+        for part in parts
+    )
+    return fit, test
 
 
 def refit(directory: str | Path, heldout: str | Path, *, limit: int = 160, seed: int = 0) -> dict[str, float]:

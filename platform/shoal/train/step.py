@@ -7,6 +7,7 @@ The loss is a sum over valid targets divided by their number in the *whole* glob
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -46,16 +47,23 @@ class Counts:
     text_bytes: int  # UTF-8 bytes that the rows of text, code and chats predict
 
 
-def count(batches: Sequence[Batch], ranks: Ranks) -> Counts:
-    """Counts over all ranks. Raises DataError when ranks hold different numbers of micro-batches: they would hang."""
-    local = torch.zeros(5, dtype=torch.float64)
+def count(batches: Sequence[Batch], ranks: Ranks, way: object = ()) -> Counts:
+    """Counts over all ranks. `way`: what this rank will run of the model. Raises DataError when ranks hold different numbers of
+    micro-batches and ShoalError when their ways differ, on all of them: they would wait for each other for ever."""
+    mark = float(zlib.crc32(repr(way).encode()) % 2**20)  # its square still counts exactly
+    local = torch.zeros(7, dtype=torch.float64)
     for b in batches:
         targets, patches = (b.targets >= 0).sum(), predicted_patches(b.tokens, b.docs).sum()
-        local += torch.tensor([1, targets, patches, (b.docs >= 0).sum(), b.row_bytes[text_rows(b)].sum()])
-    micro, *rest = (int(value) for value in ranks.sum(local).tolist())
+        local[:5] += torch.tensor([1, targets, patches, (b.docs >= 0).sum(), b.row_bytes[text_rows(b)].sum()])
+    local[5:] = torch.tensor([mark, mark**2], dtype=torch.float64)
+    micro, *rest, marks, squares = (int(value) for value in ranks.sum(local).tolist())
     if micro != len(batches) * ranks.world:
         raise DataError(
             "micro-batches differ by worker", got=f"{len(batches)} here, {micro} in all", allowed="the same everywhere"
+        )
+    if squares * ranks.world != marks**2:  # equal only where all marks are
+        raise ShoalError(
+            "workers would leave out different layers or exits", got=way, do="report it: it must be one choice"
         )
     return Counts(*rest)
 
@@ -82,9 +90,9 @@ def update(
     `skip`: layers that it leaves out. Raises ShoalError, on every rank and before anything is written, when the loss or a
     gradient is not finite.
     """
-    counts = count(batches, ranks)
-    shares = torch.tensor(weights, device=ranks.device)
     run = [e for e, weight in zip(model.exits, weights, strict=True) if weight > 0]
+    counts = count(batches, ranks, (run, sorted(skip)))
+    shares = torch.tensor(weights, device=ranks.device)
     how = {"exits": run, "skip": skip, "distill": config.distill > 0}
     optimizer.zero_grad(set_to_none=True)
     totals = torch.zeros(2 * len(model.exits) + 2, dtype=torch.float64, device=ranks.device)
