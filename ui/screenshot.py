@@ -74,9 +74,12 @@ def compare(page: Page, pages: str, messages: list[str]) -> None:
 
 
 def training(page: Page, pages: str, _: list[str]) -> None:
-    """The run that spoke last."""
+    """The run that ended first: of the quickstart, the pretraining."""
     page.goto(f"{pages}/training")
     page.locator(".tile").first.wait_for()
+    page.locator("#run label").last.click()
+    name = page.locator("#run label").last.inner_text().split(" · ")[0]
+    page.get_by_role("heading", name=name, exact=True).wait_for()
 
 
 def service(page: Page, pages: str, _: list[str]) -> None:

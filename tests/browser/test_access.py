@@ -20,6 +20,8 @@ NAME = """() => {
   const name = at.ariaLabel || at.labels?.[0]?.innerText || at.innerText || at.title;
   return at === document.body ? null : [at.tagName, (name || '').trim()];
 }"""
+MOVING = """() => [...document.querySelectorAll('*')].filter((at) => getComputedStyle(at).transitionDuration !== '0s')
+  .map((at) => at.className)"""
 
 
 def open_page(page: Page, site: Site, path: str) -> None:
@@ -44,6 +46,7 @@ def in_both_schemes(page: Page) -> list[str]:
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
         page.wait_for_function(f"() => document.body.classList.contains('dark') === {str(scheme == 'dark').lower()}")
+        assert page.evaluate(MOVING) == [], "who asked for less motion sees none, and no colour half-way to another"
         found += [f"{scheme} {line}" for line in violations(page)]
     return found
 

@@ -71,8 +71,8 @@ def test_an_answer_is_shown_as_it_is(text: str, shown: str) -> None:
 
 def test_the_facts_below_an_answer() -> None:
     usage = SimpleNamespace(completion_tokens=24, model_extra={"depth": "middle"})
-    assert talk.facts(usage, CARD, first=0.5, total=2.8) == (
-        "depth middle (2 of 4 layers) · 24 tokens · 10 tokens/s · first after 0.50 s, last after 2.80 s"
+    assert talk.facts(usage, CARD, first=0.5, total=2.4) == (
+        "depth middle (2 of 4 layers) · 24 tokens · 10 tokens/s · first after 0.50 s, last after 2.40 s"
     )
     usage = SimpleNamespace(completion_tokens=1, model_extra={"depth": "full"})
     one = "depth full (4 of 4 layers) · 1 token · first after 0.10 s, last after 0.10 s"
