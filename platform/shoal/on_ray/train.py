@@ -63,6 +63,7 @@ def train(
     cannot be followed, and what `fit` raises.
     """
     plan = _absolute(plan)
+    stop_file(plan.run).unlink(missing_ok=True)
     least, most = (workers, workers) if isinstance(workers, int) else workers
     for world in range(least, most + 1):
         check(located(plan.at_world(most, world)), world)
