@@ -81,9 +81,9 @@ def compare(
     first = next(iter(loaded.values()))
     pair = (first.config.quantization, loaded[served].config.quantization) == ("none", "w8a8")
     router = loaded[served].router
-    policies: dict[str, Any] = {}
-    if router is not None:
-        policies = frontier(loaded[served].config, router, *heldout_prompts(loaded[served], data / "sft-heldout.jsonl"))
+    tell("what routing is worth", total, total)
+    prompts = heldout_prompts(loaded[served], data / "sft-heldout.jsonl") if router is not None else None
+    policies = frontier(loaded[served].config, router, *prompts) if router is not None and prompts else {}
     return {
         "machine": machine(),
         "quality": {"columns": list(loaded), "rows": rows},

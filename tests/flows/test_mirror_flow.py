@@ -129,7 +129,9 @@ def test_a_half_written_copy_and_a_damaged_one_are_passed_over(s3: Service, plac
     assert len(said) == 1 and "step-00000002 is damaged (rng-00000.safetensors has 20 bytes" in said[0]
 
 
-def test_what_is_here_is_used_when_the_mirror_does_not_answer_and_nothing_is_begun_anew(tmp_path: Path) -> None:
+def test_what_is_here_is_used_when_the_mirror_does_not_answer_and_nothing_is_begun_anew(
+    s3: Service, tmp_path: Path
+) -> None:
     model = LossModel(Net(PRESET.model).init_(0))
     optimizer, nowhere = make_optimizer(model, PRESET.train), Mirror("s3://nobody-made-this/run", keep=2)
     here = CheckpointStore(tmp_path / "run")

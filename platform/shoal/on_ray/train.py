@@ -63,6 +63,7 @@ def train(
     cannot be followed, and what `fit` raises.
     """
     plan = _absolute(plan)
+    stop_file(plan.run).unlink(missing_ok=True)
     least, most = (workers, workers) if isinstance(workers, int) else workers
     for world in range(least, most + 1):
         check(located(plan.at_world(most, world)), world)
@@ -86,10 +87,11 @@ def train(
 
 def parse_workers(text: str) -> tuple[int, int]:
     """``N`` or ``MIN:MAX`` as (least, most). Raises UsageError."""
-    least, _, most = text.partition(":")
-    if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
+    least, colon, most = text.partition(":")
+    most = most if colon else least
+    if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
         raise UsageError("--workers", got=text, allowed="N or MIN:MAX, such as 2 or 1:4")
-    return int(least), int(most or least)
+    return int(least), int(most)
 
 
 def preflight(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources: dict[str, float]) -> None:

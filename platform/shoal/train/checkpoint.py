@@ -184,6 +184,19 @@ class CheckpointStore:
         aside.rename(self.directory / name)
         return None
 
+    def fetched(self, step: int, ranks: Ranks) -> Path:
+        """Where the checkpoint of `step` is, brought here from the mirror where it must be. Raises CheckpointError."""
+        path = self.at(step)
+
+        def bring() -> None:
+            if ranks.first and not path.is_dir():
+                problem = self._fetch(self.mirror, path.name) if self.mirror is not None else "it is not here"
+                if problem:
+                    raise OSError(problem)
+
+        _together(ranks, bring, f"cannot read checkpoint {path}")
+        return path
+
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
         """Model, optimizer and random state from `path`, in place, at any number of ranks."""
         try:
@@ -247,7 +260,7 @@ def _together(ranks: Ranks, work: Callable[[], None], what: str) -> None:
         problem = (lines[-1] if lines else type(error).__name__).strip()[:200]
     failed = int(ranks.sum(torch.tensor([float(bool(problem))])))
     if failed:
-        raise CheckpointError(what, got=problem or f"an error on {failed} other worker(s)", do="free some disk space")
+        raise CheckpointError(what, got=problem or f"an error on {failed} other worker(s)")
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer, saved: list[str] | None = None) -> dict[str, Tensor]:

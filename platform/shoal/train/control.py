@@ -36,6 +36,8 @@ def control_plan(main: FitPlan, run: str | Path, share: float) -> FitPlan:
         epochs=None,
         minutes=None,
         eval_every=0,
+        mirror="",
+        keep_best=False,
     )
 
 

@@ -9,14 +9,14 @@ lost goes on from here.
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import pyarrow.fs as pafs
+from typing import Any, Protocol
 
 from shoal.data import s3
 from shoal.data.remote import is_remote
@@ -32,14 +32,63 @@ PATIENCE = 120.0  # seconds that the end of a run waits for the last copy
 News = tuple[str, dict[str, Any]]  # kind and values of a record
 
 
+class Place(Protocol):
+    """Where copies lie; names are relative, such as ``step-00000120/state.json``."""
+
+    def files(self) -> list[str]: ...
+    def put(self, file: Path, name: str) -> None: ...
+    def get(self, name: str, file: Path) -> None: ...
+    def remove(self, name: str) -> None: ...
+
+
+class Folder:
+    def __init__(self, root: str) -> None:
+        self.root = Path(root)
+
+    def files(self) -> list[str]:
+        return [path.relative_to(self.root).as_posix() for path in self.root.glob("*/*")]
+
+    def put(self, file: Path, name: str) -> None:
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        aside = (self.root / name).with_suffix(".tmp")
+        shutil.copyfile(file, aside)
+        aside.replace(self.root / name)
+
+    def get(self, name: str, file: Path) -> None:
+        shutil.copyfile(self.root / name, file)
+
+    def remove(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # until it is empty
+            (self.root / name).parent.rmdir()
+
+
+class Bucket:
+    def __init__(self, uri: str) -> None:
+        self.bucket, key = s3.split(uri)
+        self.prefix = f"{key.strip('/')}/" if key.strip("/") else ""
+        self.client = s3.S3().client()
+
+    def files(self) -> list[str]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
+        return [item["Key"][len(self.prefix) :] for page in pages for item in page.get("Contents", ())]
+
+    def put(self, file: Path, name: str) -> None:
+        self.client.upload_file(str(file), self.bucket, self.prefix + name)
+
+    def get(self, name: str, file: Path) -> None:
+        self.client.download_file(self.bucket, self.prefix + name, str(file))
+
+    def remove(self, name: str) -> None:
+        self.client.delete_object(Bucket=self.bucket, Key=self.prefix + name)
+
+
 class Mirror:
     """The copies in `place`, a folder or ``s3://BUCKET/PREFIX``; the newest `keep` of them and the one called `best` stay."""
 
     def __init__(self, place: str, keep: int) -> None:
         self.place, self.keep, self.best = place.rstrip("/"), keep, ""
-        self._remote = is_remote(place)
-        self._files = s3.S3().filesystem() if self._remote else pafs.LocalFileSystem()
-        self._root = "/".join(s3.split(self.place)).rstrip("/") if self._remote else str(Path(place).absolute())
+        self._at: Place = Bucket(self.place) if is_remote(place) else Folder(self.place)
         self._waiting: Path | None = None
         self._busy: Path | None = None
         self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
@@ -50,26 +99,21 @@ class Mirror:
 
     def names(self) -> list[str]:
         """Whole copies, oldest first. Raises CheckpointError when the place does not answer."""
-        found = self._told(lambda: self._files.get_file_info(self._everything()))
-        return sorted(Path(info.path).parent.name for info in found if Path(info.path).name == MANIFEST)
+        with self._told():
+            return self._whole(self._at.files())
 
     def fetch(self, name: str, into: Path) -> None:
         """Copy the files of `name` into the new folder `into`. Raises CheckpointError."""
         into.mkdir(parents=True)
-        found = self._told(lambda: self._files.get_file_info(pafs.FileSelector(f"{self._root}/{name}")))
-        here = pafs.LocalFileSystem()
-        for info in found:
-            if info.type == pafs.FileType.File:
-                target = str(into / Path(info.path).name)
-                self._told(lambda a=info.path, b=target: _copy(self._files, a, here, b))  # type: ignore[misc]
+        with self._told():
+            for file in self._at.files():
+                if file.startswith(f"{name}/"):
+                    self._at.get(file, into / file.removeprefix(f"{name}/"))
 
     def clear(self) -> None:
         """Remove all copies. Raises CheckpointError."""
-        for name in self._told(
-            lambda: {Path(i.path).parent.name for i in self._files.get_file_info(self._everything())}
-        ):
-            if name.startswith("step-"):
-                self._told(lambda n=name: self._remove(n))  # type: ignore[misc]
+        with self._told():
+            self._remove([file for file in self._at.files() if file.startswith("step-")])
 
     # ---- copying, in a thread
 
@@ -135,48 +179,39 @@ class Mirror:
 
     def _copy(self, path: Path) -> int:
         """Copy, remove what is no longer kept, and return the bytes that were copied."""
-        here, target = pafs.LocalFileSystem(), f"{self._root}/{path.name}"
-        if not self._remote:
-            self._files.create_dir(target)
-        names = sorted((file.name for file in path.iterdir() if file.is_file()), key=lambda name: name == MANIFEST)
-        size = sum(_copy(here, str(path / name), self._files, f"{target}/{name}") for name in names)
-        for old in self.names()[: -self.keep]:
-            if old != self.best:
-                self._remove(old)
-        return size
+        files = sorted((file for file in path.iterdir() if file.is_file()), key=lambda file: file.name == MANIFEST)
+        for file in files:
+            self._at.put(file, f"{path.name}/{file.name}")
+        there = self._at.files()
+        stay = {self.best, *self._whole(there)[-self.keep :]}
+        self._remove([name for name in there if name.startswith("step-") and name.split("/")[0] not in stay])
+        return sum(file.stat().st_size for file in files)
 
-    def _remove(self, name: str) -> None:
-        """The manifest first: what is left of a copy that was half removed is not taken for a whole one."""
-        if self._files.get_file_info(f"{self._root}/{name}/{MANIFEST}").type == pafs.FileType.File:
-            self._files.delete_file(f"{self._root}/{name}/{MANIFEST}")
-        self._files.delete_dir(f"{self._root}/{name}")
+    def _remove(self, names: list[str]) -> None:
+        """Manifests first: what is left of a copy that was half removed is not taken for a whole one."""
+        for name in sorted(names, key=lambda name: not name.endswith(MANIFEST)):
+            self._at.remove(name)
+
+    @staticmethod
+    def _whole(files: Iterable[str]) -> list[str]:
+        return sorted(
+            file.split("/")[0] for file in files if file.startswith("step-") and file.endswith(f"/{MANIFEST}")
+        )
 
     def _warn(self, text: str) -> None:
         self._news.put(("warning", {"text": text}))
 
-    def _everything(self) -> pafs.FileSelector:
-        return pafs.FileSelector(self._root, recursive=True, allow_not_found=True)
-
-    def _told(self, work: Callable[[], Any]) -> Any:
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            return work()
-        except OSError as error:
+            yield
+        except Exception as error:  # boto3's errors have no kind in common
             raise CheckpointError(f"checkpoints in {self.place}", got=_reason(self.place, error)) from error
-
-
-def _copy(source: pafs.FileSystem, path: str, target: pafs.FileSystem, to: str) -> int:
-    """Copy one file and return its bytes. In S3 an object is there when it is complete."""
-    size = 0
-    with source.open_input_stream(path) as reader, target.open_output_stream(to) as writer:
-        while chunk := reader.read(2**22):
-            writer.write(chunk)
-            size += len(chunk)
-    return size
 
 
 def _reason(place: str, error: Exception) -> str:
     if isinstance(error, ShoalError):
         return str(error)
-    if is_remote(place) and s3.is_fault(error):
+    if is_remote(place):
         return str(s3.fault(place, error))
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

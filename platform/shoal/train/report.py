@@ -128,7 +128,7 @@ def frontier_chart(found: Mapping[str, Any]) -> Chart | None:
     for place, (name, points) in enumerate(found["curves"].items()):
         drawn = [(point["flops_share"], point["gap"]) for point in points]
         curves[name] = ({"router": "line", "oracle": "dash"}.get(name, "faint"), drawn)
-        inner = [point for point in drawn if point not in names]
+        inner = drawn[1:-1] if name != "random" else []  # the line between the fixed exits needs no name
         if inner:  # the labels of curves that lie close together stand at different places
             names[inner[(place + 1) * len(inner) // (len(found["curves"]) + 1)]] = name
     for row in found["at"]["router"]:

@@ -18,9 +18,9 @@ from shoal.train.frontier import Prompts
 LEAST_ROWS = 40  # half fit the weights, a quarter calibrates, a quarter tests
 
 
-def heldout_prompts(model: Model, heldout: str | Path, *, limit: int = 60) -> tuple[Prompts, Prompts]:
+def heldout_prompts(model: Model, heldout: str | Path, *, limit: int = 60) -> tuple[Prompts, Prompts] | None:
     """Prompts with measured gaps for `frontier`: at most `limit` a task of those that the router was fitted to, from the end of
-    the file, and as many that it has not seen, from its start. Raises DataError when there are too few."""
+    the file, and as many that it has not seen, from its start. None when there are too few to compare anything on."""
     found = questions(heldout, model.tokenizer, model.config, model.chat_template)
     parts: tuple[list[Question], list[Question]] = ([], [])
     for asked in found.values():
@@ -28,9 +28,7 @@ def heldout_prompts(model: Model, heldout: str | Path, *, limit: int = 60) -> tu
         parts[0].extend(usable[len(usable) // 2 :][-limit:])
         parts[1].extend(usable[: len(usable) // 2][:limit])
     if min(map(len, parts)) < LEAST_PROMPTS:
-        raise DataError(
-            f"{heldout}: prompts to compare policies on", got=len(parts[1]), allowed=f"at least {LEAST_PROMPTS}"
-        )
+        return None
     fit, test = (
         Prompts(
             *gaps(model.net, [q.row for q in part]),

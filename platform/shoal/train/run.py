@@ -44,8 +44,6 @@ class Run:
     def resume(self) -> TrainState:
         """The state to go on from, with model and optimizer loaded; a fresh one when there is no whole checkpoint."""
         now = TrainState(world=self.ranks.world, code=code_version(), trained=self.plan.identity())
-        if self.ranks.first:
-            stop_file(self.plan.run).unlink(missing_ok=True)
         if self.plan.resume == "never":
             self.store.clear(self.ranks)
         path = self.store.newest(self.ranks, lambda text: self.say("warning", step=0, text=text))
@@ -106,7 +104,7 @@ class Run:
             raise CheckpointError("no evaluation to choose the best checkpoint by", do="give held-out rows")
         if state.best_step == state.step:
             return final
-        self.store.load(self.store.at(state.best_step), self.model, self.optimizer, self.ranks)
+        self.store.load(self.store.fetched(state.best_step, self.ranks), self.model, self.optimizer, self.ranks)
         self.say("best", step=state.step, best_step=state.best_step, bpb=state.best)
         return measure(self.model, self.feed.heldout, self.ranks)
 
@@ -116,10 +114,12 @@ class Run:
             self.say(kind, values, step=state.step)
 
     def close(self, state: TrainState) -> None:
-        """Wait for the last copy."""
+        """Wait for the last copy; whoever asked this run to stop has been heard."""
         if self.mirror is not None:
             self.mirror.close()
         self.tell_copies(state)
+        if self.ranks.first:
+            stop_file(self.plan.run).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -68,7 +68,8 @@ def _tensorboard(module: ModuleType, run: Path, title: str) -> Report:
         elif writers:
             for name, value in scalars(record).items():
                 writers[0].add_scalar(name, value, record["step"], walltime=record["time"])
-            writers[0].flush()
+            if record["kind"] == "end":
+                writers[0].close()
 
     return report
 

@@ -12,7 +12,7 @@ from shoal.model.depth import fit_router
 from shoal.train import report
 from shoal.train.frontier import BUDGETS, Prompts, frontier, sentence
 
-CONFIG = presets.get("test").model
+CONFIG = presets.get("tiny").model
 TASKS = ("easy", "hard")
 
 
@@ -24,7 +24,7 @@ def prompts(seed: int, count: int = 200, by: str = "task") -> Prompts:
     noise = torch.rand(count, generator=draws) < 0.5
     gaps = hard[:, None] * torch.tensor([1.0, 0.4]) + 0.01 * torch.rand(count, 2, generator=draws)
     features = 0.1 * torch.randn(count, 2 * CONFIG.width + 3, generator=draws)
-    features[:, 0] += (hard if by == "features" else noise).float()
+    features[:, ::8] += 0.5 * (hard if by == "features" else noise).float()[:, None]
     lengths = 10 + 50 * (hard if by == "length" else noise) + torch.randint(10, (count,), generator=draws)
     tasks = tuple(TASKS[int(flag)] for flag in (hard if by == "task" else noise))
     return Prompts(features, gaps, lengths, tasks)
@@ -38,11 +38,11 @@ def found(request: pytest.FixtureRequest) -> dict:
 
 
 def test_who_knows_the_gaps_is_as_good_as_the_oracle_and_the_others_are_not(found: dict) -> None:
-    """The router pays for its own look at the prompt, which on a model this small is much, and errs where it knows nothing."""
+    """The router pays for its own look at the prompt, and errs where it knows nothing."""
     knows = {"task": "domain", "length": "length", "features": "router"}[found["by"]]
     for place, budget in enumerate(BUDGETS):
         gaps = {name: rows[place]["gap"] for name, rows in found["at"].items()}
-        assert gaps["oracle"] <= min(gaps.values()) + 1e-6
+        assert gaps["oracle"] <= min(gaps.values()) + 1e-4
         if knows != "router" or budget >= 0.6:
             assert gaps[knows] == pytest.approx(gaps["oracle"], abs=0.08 if knows == "router" else 0.04), budget
         for blind in {"domain", "length", "router"} - {knows}:

@@ -1,6 +1,8 @@
+import math
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +29,41 @@ CONFIG = TrainConfig(learning_rate=2e-3, warmup=0.1, decay=0.4, min_lr_ratio=0.0
 )
 def test_warm_up_plateau_decay(progress: float, rate: float) -> None:
     assert learning_rate(progress, CONFIG) == pytest.approx(rate)
+
+
+def test_the_decay_may_be_half_a_cosine() -> None:
+    """With no plateau, the schedule of nanoGPT: 1 (1 + cos(pi t)) / 2 after the warm-up."""
+    config = replace(CONFIG, decay_shape="cosine", decay=0.9)
+    for t in (0.0, 0.25, 0.5, 0.9, 1.0):
+        want = 2e-3 * (0.05 + 0.95 * (1 + math.cos(math.pi * t)) / 2)
+        assert learning_rate(0.1 + 0.9 * t, config) == pytest.approx(want)
+
+
+def test_muon_takes_the_layers_matrices_and_adamw_the_rest() -> None:
+    model = LossModel(Net(presets.get("test").model).init_(0))
+    muon, adamw = make_optimizer(model, replace(CONFIG, optimizer="muon")).parts
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    rest = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert matrices == {name for name, p in model.named_parameters() if ".blocks." in name and p.dim() == 2}
+    assert matrices | rest == {name for name, p in model.named_parameters() if p.requires_grad} and not matrices & rest
+
+
+def test_muon_is_one_optimizer_whose_state_comes_back() -> None:
+    """One state and one list of groups, as checkpoints and the rate expect; its first update is orthogonal."""
+    model = LossModel(Net(presets.get("test").model).init_(0))
+    optimizer = make_optimizer(model, replace(CONFIG, optimizer="muon", weight_decay=0.0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    optimizer.step()
+    assert all(optimizer.state[p] for p in model.parameters() if p.requires_grad)
+    name = "net.groups.0.blocks.0.attention.out.weight"
+    moved = dict(model.named_parameters())[name].detach() - before[name]
+    singular = torch.linalg.svdvals(moved)
+    assert float(singular.max() / singular.median()) < 2.0, "a random matrix has 2 and more"
 
 
 @given(

@@ -1,0 +1,77 @@
+"""``--set KEY=VALUE``: what may be set, and how wrong ones are told; plans that cannot be."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal import Model
+from shoal.errors import ConfigError, ResourceError, UsageError
+from shoal.on_ray.train import parse_workers
+from shoal.train.parallel import Ranks
+from shoal.train.plan import check, finetune_plan, memory_needed, pretrain_plan
+from shoal.train.run import enough_memory
+from shoal.train.settings import settings
+
+
+def test_values_are_of_their_fields_types() -> None:
+    texts = ["learning_rate=1e-3", "optimizer=muon", "betas=[0.9, 0.99]", "keep_best=true", "eval_every=5"]
+    want = {"learning_rate": 1e-3, "optimizer": "muon", "betas": (0.9, 0.99), "keep_best": True, "eval_every": 5}
+    assert settings(texts) == want
+    plan = pretrain_plan("test", "data", "run", steps=1, **settings(texts))
+    assert plan.train.betas == (0.9, 0.99) and plan.keep_best and plan.eval_every == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("optimiser=muon", "did you mean 'optimizer'"),
+        ("optimizer=sgd", "allowed: adamw, muon"),
+        ("keep_best=perhaps", "--set keep_best"),
+        ("seed", "KEY=VALUE"),
+        ("run=elsewhere", "--set run"),
+        ("seed={", "KEY=VALUE"),
+    ],
+)
+def test_wrong_ones_are_told(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        settings([text])
+
+
+def test_workers_are_a_number_or_two() -> None:
+    assert parse_workers("2") == (2, 2) and parse_workers("1:4") == (1, 4)
+    for wrong in ("", "0", "4:2", "a", "1:", ":2", "1:2:3", "-1"):
+        with pytest.raises(UsageError, match="--workers"):
+            parse_workers(wrong)
+
+
+def test_micro_batches_stay_as_many_at_any_world() -> None:
+    plan = pretrain_plan("test", "data", "run", steps=1, accumulate=2)
+    assert [plan.at_world(4, world).train.accumulate for world in (1, 2, 4)] == [8, 4, 2]
+    with pytest.raises(ConfigError, match="do not divide over 3"):
+        plan.at_world(4, 3)
+
+
+def test_lora_needs_a_base_and_replicas_divide_the_workers(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lora_rank"):
+        pretrain_plan("test", str(shards), "run", steps=1, lora_rank=4)
+    Model.from_preset("test").save(tmp_path / "model")
+    assert finetune_plan(str(tmp_path / "model"), "chats", "run", lora_rank=4).train.lora_rank == 4
+    with pytest.raises(ConfigError, match="a divisor of the number of workers, 3"):
+        check(pretrain_plan("test", str(shards), "run", steps=1, replicas=2), 3)
+
+
+def test_recomputing_layers_needs_less_memory() -> None:
+    plain, less = (pretrain_plan("base", "data", "run", steps=1, recompute=flag) for flag in (False, True))
+    assert memory_needed(less, 1) < memory_needed(plain, 1) / 2
+
+
+def test_a_failed_allocation_says_what_helps(alone: Ranks) -> None:
+    plan = pretrain_plan("test", "data", "run", steps=1)
+    with (
+        pytest.raises(ResourceError, match=r"out of memory.*4 rows of 96 tokens.*--accumulate"),
+        enough_memory(plan, alone),
+    ):
+        torch.empty(2**50)
+    with pytest.raises(RuntimeError, match="must match"), enough_memory(plan, alone):
+        torch.zeros(2) + torch.zeros(3)
