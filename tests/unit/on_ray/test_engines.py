@@ -103,8 +103,14 @@ def test_who_leaves_or_is_cancelled_cancels_the_replica_s_work() -> None:
     [
         (BackPressureError(num_queued_requests=9, max_queued_requests=9), QueueFullError("")),
         (ActorDiedError(), EngineDeadError("the engine replica was lost")),
-        (AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata()), EngineDeadError("the engine replica was lost")),
-        (RayTaskError("generate", "trace", KeyError("bug")), EngineDeadError("the engine replica failed", got="KeyError")),
+        (
+            AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata()),
+            EngineDeadError("the engine replica was lost"),
+        ),
+        (
+            RayTaskError("generate", "trace", KeyError("bug")),
+            EngineDeadError("the engine replica failed", got="KeyError"),
+        ),
         (KeyError("bug"), EngineDeadError("the engine replica failed", got="KeyError")),
     ],
     ids=lambda value: type(value).__name__,
