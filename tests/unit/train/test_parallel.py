@@ -15,6 +15,7 @@ from shoal.train.plan import FitPlan, pretrain_plan
 
 # What an update may leave out or add: all ranks must leave out and add the same, or they wait for each other for ever
 ODD = {"layer_dropout": 0.9, "rotate_exits": "on", "distill": 0.5, "exit_warmup": 0.0, "seed": 2}
+INT8 = {"quantize": True, "warmup": 0.3}  # rounding begins after the first update
 
 
 def plan(shards: Path, run: Path, accumulate: int, **more: Any) -> FitPlan:
@@ -36,8 +37,8 @@ def history(run: Path, kind: str, key: str) -> list:
 
 @pytest.mark.parametrize(
     ("stays_gathered", "more"),
-    [(0, {}), (2**28, {}), (0, ODD)],
-    ids=["gathered at each use", "gathered once an update", "layers and exits left out"],
+    [(0, {}), (2**28, {}), (0, ODD), (0, INT8)],
+    ids=["gathered at each use", "gathered once an update", "layers and exits left out", "rounded as INT8"],
 )
 def test_two_ranks_train_as_one(shards: Path, tmp_path: Path, stays_gathered: int, more: dict[str, Any]) -> None:
     alone, run = tmp_path / "alone", tmp_path / "run"
