@@ -44,11 +44,13 @@ class Runner:
 
     @torch.inference_mode()
     def _compile(self) -> None:
-        """Steps of few and of more rows over the null unit: what they compile, no request waits for (numba takes half a
-        minute without its cache)."""
-        for rows in (1, fused.FEW + 1):
+        """Steps of few requests, of more, and of a prompt, over the null unit: what they compile, no request waits for (numba
+        takes half a minute without its cache)."""
+        for starts in (range(2), range(fused.FEW + 2), (0, fused.SHORT + 1)):
+            rows = starts[-1]
             at = torch.zeros(rows, dtype=torch.long, device=self.device)
-            step = PagedStep(at, at - 1, at[:, None], list(range(rows + 1)), self.config.page, self.config.block)
+            tables = torch.zeros(len(starts) - 1, 1, dtype=torch.long, device=self.device)
+            step = PagedStep(at, at - 1, tables, list(starts), self.config.page, self.config.block)
             x = torch.zeros(rows, self.config.width, dtype=self.net.dtype, device=self.device)
             self.net.head(self.net.groups[0].paged(x, step, self.cache), self.config.group_layers)  # type: ignore[operator]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,17 +42,6 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     quarter = x.shape[-1] // 4
     swapped = torch.cat([x[..., quarter : 2 * quarter], x[..., :quarter], x[..., 2 * quarter :]], dim=-1)
     return x * rope[0] + swapped * rope[1]
-
-
-def _matrices(x: Tensor, *layers: Linear | Int8Linear) -> list[fused.Matrix]:
-    """What `fused.layer` reads of `layers`; empty where rows like those of `x` [N, D] take another way through one of them."""
-    found = []
-    for layer in layers if fused.usable(x) else ():
-        matrix = layer.matrix(x)
-        if matrix is None:
-            return []
-        found.append(matrix)
-    return found
 
 
 class Norm(nn.Module):
@@ -151,18 +141,27 @@ class Block(nn.Module):
         self.attention = Attention(config, config.attention_kind(layer))
         self.mlp_norm = Norm(config.width, config.norm_eps)
         self.mlp = Mlp(config)
+        a, m = self.attention, self.mlp
+        self._products = a.qkv, a.out, m.up, m.down  # `self.mlp.down` takes two searches: 1 us, at every step
+        self._norms = self.attention_norm, a.q_norm, a.k_norm, self.mlp_norm
+        self._views = fused.Views()
 
     def forward(self, x: Tensor, layout: Layout, rope: Rope) -> Tensor:
         x = x + self.attention(self.attention_norm(x), layout, rope)
         return x + self.mlp(self.mlp_norm(x))
 
     def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
-        a, m = self.attention, self.mlp
-        if step.rows.longest <= fused.SHORT and (matrices := _matrices(x, a.qkv, a.out, m.up, m.down)):
-            norms = self.attention_norm.weight, a.q_norm.weight, a.k_norm.weight, self.mlp_norm.weight
-            return fused.layer(x, norms, a.config.norm_eps, matrices, rope, kv, summaries, step, a.reach())
         x = x + self.attention.paged(self.attention_norm(x), step, rope, kv, summaries)
         return x + self.mlp(self.mlp_norm(x))
+
+    def arrays(self, rows: int, dtype: torch.dtype) -> list[Any] | None:
+        """What `fused.layers` reads of this layer; None where `rows` rows take another way through one of its products."""
+        matrices = [product.matrix(rows, dtype) for product in self._products]
+        if None in matrices:
+            return None
+        qkv, out, up, down = matrices
+        before, q_norm, k_norm, between = [norm._parameters["weight"] for norm in self._norms]
+        return self._views.of((before, *qkv, q_norm, k_norm, *out, between, *up, *down))  # type: ignore[arg-type, misc]
 
 
 class Group(nn.Module):
@@ -184,6 +183,18 @@ class Group(nn.Module):
     def paged(self, x: Tensor, step: PagedStep, cache: GroupCache) -> Tensor:
         """x [N, D] after these layers; the new K/V are written to `cache` at ``step.slots``."""
         rope = step.rows.once("rope", lambda: rope_tables(step.positions, self.config, x.dtype))
+        if parts := self._in_one_call(x, step):
+            return fused.layers(x, parts, self.config.norm_eps, rope, cache, step)
         for j, block in enumerate(self.blocks):
             x = block.paged(x, step, rope, cache.kv[j], cache.summaries[j])  # type: ignore[operator]
         return x
+
+    def _in_one_call(self, x: Tensor, step: PagedStep) -> list[tuple[list[Any], Reach]]:
+        """What `fused.layers` reads; empty where rows like those of `x` [N, D] take another way."""
+        parts = []
+        for block in self.blocks if step.rows.longest <= fused.SHORT and fused.usable(x) else ():
+            arrays = block.arrays(len(x), x.dtype)  # type: ignore[operator]
+            if arrays is None:
+                return []
+            parts.append((arrays, block.attention.reach()))  # type: ignore[operator, union-attr]
+        return parts

@@ -164,7 +164,8 @@ def read(directory: str | Path, *, verify: bool = False) -> Loaded:
             raise CheckpointError(
                 f"tensor {key} of {directory}", got=list(tensor.shape), allowed=str(list(expected[key].shape))
             )
-        if tensor.is_floating_point() != expected[key].is_floating_point():
+        whole = not expected[key].is_floating_point()
+        if tensor.dtype != expected[key].dtype if whole else not tensor.is_floating_point():
             raise CheckpointError(f"tensor {key} of {directory}", got=tensor.dtype, allowed=str(expected[key].dtype))
     net.load_state_dict(tensors, assign=True)
     tokenizer = Tokenizer.load(directory / "tokenizer.json")

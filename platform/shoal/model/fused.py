@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from shoal.model.cache import PagedStep
+from shoal.model.cache import GroupCache, PagedStep
 
 if TYPE_CHECKING:
     from shoal.model.paged import Reach
@@ -47,9 +47,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def few(x: Tensor) -> bool:
-    """May, and should, `product` be used on x [..., D]? It has one thread, so with many oneDNN reads more at once."""
-    return x.numel() <= FEW * x.shape[-1] and torch.get_num_threads() <= 2 and usable(x)
+def few(rows: int) -> bool:
+    """Does `product` read a weight faster than oneDNN? It has one thread, so with many oneDNN reads more at once."""
+    return rows <= FEW and torch.get_num_threads() <= 2
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -106,32 +106,43 @@ def attend(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Rea
     )  # fmt: skip
 
 
-def layer(
-    x: Tensor,
-    norms: tuple[Tensor, Tensor, Tensor, Tensor],
-    eps: float,
-    matrices: Sequence[Matrix],
-    rope: Rope,
-    kv: Tensor,
-    summaries: Tensor,
-    step: PagedStep,
-    reach: Reach,
+class Views:
+    """Tensors as numpy arrays, kept: to make the 16 of a layer takes 15 us, and its products in INT8 some 300. They are made
+    anew when one of the tensors lies elsewhere; what is changed in place is seen through them."""
+
+    def __init__(self) -> None:
+        self._places: list[int] = []
+        self._arrays: list[Any] = []
+
+    def of(self, tensors: Sequence[Tensor]) -> list[Any]:
+        places = [tensor.data_ptr() for tensor in tensors]
+        if places != self._places:
+            self._places, self._arrays = places, [_array(tensor) for tensor in tensors]
+        return self._arrays
+
+
+def layers(
+    x: Tensor, parts: Sequence[tuple[list[Any], Reach]], eps: float, rope: Rope, cache: GroupCache, step: PagedStep
 ) -> Tensor:
-    """x [N, D] after a layer, for requests of at most `SHORT` rows each: `norms` before attention, of q, of k and before the
-    MLP; `matrices` qkv, out, up and down. K/V and summaries are written."""
-    out = torch.empty_like(x)
-    dim = kv.shape[-1] // 2
-    keep, cross = (table.view(-1, dim) for table in rope)
-    rows, requests = step.rows.once("short", lambda: _short(step.starts))
-    gamma = reach.gamma if reach.gamma is not None else x.new_empty(0)
-    before, q_norm, k_norm, between = norms
-    qkv, back, up, down = matrices
-    _call(
-        "layer", x, before, *qkv, q_norm, k_norm, eps, keep, cross, step.positions, step.slots, step.block, kv, summaries,
-        step.tables.contiguous(), rows, requests, reach.window, reach.top_k, reach.sinks, gamma, *back, between, *up, *down,
-        out,
-    )  # fmt: skip
-    return out
+    """x [N, D] after the layers of a group, for requests of at most `SHORT` rows each. `parts`: what each layer reads, as
+    arrays: its norm before attention, qkv, the norms of q and k, out, its norm before the MLP, up and down, a matrix in
+    three; and how far it looks. K/V and summaries are written to `cache`."""
+    run, dim = _kernels().layer, cache.kv.shape[-1] // 2  # type: ignore[union-attr]
+
+    def shared() -> list[Any]:
+        rows, requests = step.rows.once("short", lambda: _short(step.starts))
+        return [_array(part) for part in (*(table.view(-1, dim) for table in rope), step.positions, rows, requests)]
+
+    keep, cross, positions, rows, requests = step.rows.once("arrays", shared)
+    kv, summaries, slots, tables = map(_array, (cache.kv, cache.summaries, step.slots, step.tables.contiguous()))
+    state = _array(x.contiguous())
+    for j, (arrays, reach) in enumerate(parts):
+        gamma = _array(reach.gamma if reach.gamma is not None else x.new_empty(0))
+        state = run(
+            state, *arrays, eps, keep, cross, positions, slots, step.block, kv[j], summaries[j], tables, rows, requests,
+            reach.window, reach.top_k, reach.sinks, gamma,
+        )  # fmt: skip
+    return torch.from_numpy(state)
 
 
 def _short(starts: list[int]) -> tuple[Tensor, Tensor]:

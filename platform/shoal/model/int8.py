@@ -78,7 +78,7 @@ class Kernels:
         return self._run(self.names[_bucket(len(x))])(x)
 
     def matrix(self, rows: int) -> fused.Matrix | None:
-        """What `fused.layer` reads, where the numba kernel is the one for so many rows."""
+        """What `kernels.layer` reads, where the numba kernel is the one for so many rows."""
         name = self.names[_bucket(rows)]
         run = self._run(name) if name == "numba" else None
         return run.matrix if isinstance(run, Numba) else None
@@ -92,7 +92,7 @@ class Kernels:
 def pack(weight: Tensor, scale: Tensor) -> Kernels:
     """A function x [M, I] fp32 -> [M, O] fp32 for int8 `weight` [O, I] and `scale` [O, 1], by the fastest kernels for this
     shape that can be trusted here. Raises ResourceError where there is none."""
-    return Kernels(weight.contiguous(), scale.contiguous())
+    return Kernels(weight.contiguous(), scale.float().contiguous())
 
 
 @cache

@@ -14,18 +14,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 from llvmlite import binding, ir
 from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from shoal.model.compiled import exact, finite
+
 STEP = 64  # bytes: rows of levels and weights are multiples of it
 TILE = 4  # rows, and outputs, of the largest tile
-_AHEAD = 2  # tiles of weights that are fetched ahead; into the second cache: at M = 8 half the time of none
+_AHEAD = 4096  # bytes of weights that are fetched ahead, in the order of memory: two to three times as fast as none
 _TINY = np.finfo(np.float32).tiny
-exact = nb.njit(error_model="numpy", nogil=True, cache=True)
 _I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
@@ -62,6 +62,33 @@ def _multiply_add(builder: ir.IRBuilder, sums: ir.Value, x: ir.Value, w: ir.Valu
     return builder.add(sums, builder.mul(builder.zext(x, _SUMS), builder.sext(w, _SUMS)))
 
 
+def _totals(builder: ir.IRBuilder, sums: list[ir.Value]) -> ir.Value:
+    """The sum over each of 1 or 4 vectors, as one vector of as many. Four are added while they are transposed: 13 operations
+    instead of 40, where a tile of 768 inputs multiplies 192 times."""
+    if len(sums) == 1:
+        one = _call(builder, f"llvm.vector.reduce.add.v{_LANES}i32", _I32, sums[0])
+        return builder.insert_element(ir.Constant(ir.VectorType(_I32, 1), ir.Undefined), one, _I32(0))
+
+    def added(a: ir.Value, b: ir.Value, first: list[int], second: list[int]) -> ir.Value:
+        one, other = (ir.Constant(ir.VectorType(_I32, len(at)), at) for at in (first, second))
+        return builder.add(builder.shuffle_vector(a, b, one), builder.shuffle_vector(a, b, other))
+
+    def mixed(a: ir.Value, b: ir.Value, low: tuple[int, ...], high: tuple[int, ...]) -> ir.Value:
+        """Within each four: places `low` of both vectors side by side, plus places `high`; 4 and more are of `b`."""
+        spread = [
+            [at % 4 + four + _LANES * (at // 4) for four in range(0, _LANES, 4) for at in way] for way in (low, high)
+        ]
+        return added(a, b, *spread)
+
+    pairs = (mixed(a, b, (0, 4, 1, 5), (2, 6, 3, 7)) for a, b in (sums[:2], sums[2:]))
+    total = mixed(*pairs, (0, 1, 4, 5), (2, 3, 6, 7))
+    width = _LANES
+    while width > 4:
+        width //= 2
+        total = added(total, total, list(range(width)), list(range(width, 2 * width)))
+    return total
+
+
 def _tile(rows: int, outputs: int) -> Any:
     """A function of the addresses of levels, weights, 64 times their sums, weight scales, row scales and results, and of K and
     the bytes from one row of results to the next: it fills `rows` x `outputs` results."""
@@ -90,9 +117,9 @@ def _tile(rows: int, outputs: int) -> Any:
             bytes_ = ir.VectorType(_I8, _BYTES)
             weights = [load(bytes_, w, times(o, k), at) for o in range(outputs)]
             for o in range(outputs) if _WAY == "vnni" else ():
-                ahead = builder.add(builder.add(w, times(o + _AHEAD * outputs, k)), at)
+                ahead = builder.add(builder.add(w, times(outputs, at)), _I64(_AHEAD + o * _BYTES))
                 ahead = builder.inttoptr(ahead, _I8.as_pointer())
-                _call(builder, "llvm.prefetch.p0", ir.VoidType(), ahead, _I32(0), _I32(1), _I32(1))
+                _call(builder, "llvm.prefetch.p0", ir.VoidType(), ahead, _I32(0), _I32(3), _I32(1))
             new = []
             for m in range(rows):
                 levels = load(bytes_, x, times(m, k), at)
@@ -109,10 +136,7 @@ def _tile(rows: int, outputs: int) -> Any:
             whole, real = ir.VectorType(_I32, outputs), ir.VectorType(_F32, outputs)
             shifts, scales = load(whole, shift), load(real, w_scale)
             for m in range(rows):
-                total = ir.Constant(whole, ir.Undefined)
-                for o in range(outputs):
-                    one = _call(builder, f"llvm.vector.reduce.add.v{_LANES}i32", _I32, new[m * outputs + o])
-                    total = builder.insert_element(total, one, _I32(o))
+                total = _totals(builder, new[m * outputs : (m + 1) * outputs])
                 scale = load(_F32, x_scale, _I64(4 * m))
                 row_scale = ir.Constant(real, ir.Undefined)
                 for o in range(outputs):
@@ -130,7 +154,7 @@ def _tile(rows: int, outputs: int) -> Any:
 _tile_4, _tile_3, _tile_2, _tile_1, _single = (*(_tile(rows, TILE) for rows in (4, 3, 2, 1)), _tile(1, 1))
 
 
-@nb.njit(fastmath=True, cache=True)
+@finite
 def peak(x):
     """Largest absolute value; NaN is for the caller to see."""
     most = x.dtype.type(0)
@@ -175,7 +199,7 @@ def linear(x, weight, shift, scale, out):
         out.ctypes.data,
     )
     o, stride = 0, 4 * outputs
-    while o + TILE <= outputs:
+    while rows > 1 and o + TILE <= outputs:  # one row is bound by memory, which is read fastest in its own order
         m = 0
         while m + TILE <= rows:
             _tile_4(a + m * k, w, h, s, r + 4 * m, y + m * stride, k, stride)

@@ -107,6 +107,16 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_
         model.save(tmp_path / "file")
 
 
+def test_int8_weights_of_another_kind_are_named(tmp_path):
+    """As 32-bit numbers they would fill another kernel's registers: the sum, not the load, would be wrong."""
+    model = Model.from_preset("test").quantized()
+    state = model.net.state_dict()
+    state["embed.weight"] = state["embed.weight"].to(torch.int32)
+    checkpoint.save(tmp_path / "m", config=model.config, state=state, tokenizer=model.tokenizer, name="m")
+    with pytest.raises(CheckpointError, match=r"tensor embed\.weight .*got torch\.int32; allowed: torch\.int8"):
+        Model.load(tmp_path / "m")
+
+
 # Files -------------------------------------------------------------------------------------------------------------------
 
 

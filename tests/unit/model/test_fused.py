@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import presets
-from shoal.model import fused, int8
+from shoal.model import fused, int8, linears
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.net import Net
 from shoal.model.quant import TOP, int8_linear_reference, quantize_rows, token_scale
@@ -59,7 +60,7 @@ def test_norm_and_swiglu(seed, rows, width, dtype, scale):
 def test_few_rows_times_a_weight(seed, rows, width, outputs):
     x, weight = normal(seed, rows, width, dtype=torch.float32), normal(seed + 1, outputs, width, dtype=torch.float32)
     with torch.inference_mode():
-        assert fused.few(x) and not fused.few(x.repeat(fused.FEW + 1, 1))
+        assert fused.few(rows) and not fused.few(fused.FEW + 1)
         got, want = fused.product(x, weight), F.linear(x.double(), weight.double())
     assert ((got - want).abs() <= 1e-6 * (x.abs() @ weight.abs().T)).all()  # of the sum of all sizes
 
@@ -87,6 +88,16 @@ def test_scales_are_torchs_to_the_bit(seed, rows, width, scale):
     x = normal(seed, rows, width, dtype=torch.float32, scale=scale)
     unit, s = fused.scale_rows(x, TOP)
     assert torch.equal(s, token_scale(x)) and torch.equal(unit, x / token_scale(x))
+
+
+def test_compiled_code_is_kept_by_what_is_in_all_of_its_sources():
+    """numba itself looks only at the file of the function that was called, and not at those of what it calls."""
+    from shoal.model import compiled, kernels
+
+    here = Path(compiled.__file__).parent
+    loops = {path.name for path in here.glob("*.py") if "from shoal.model.compiled import" in path.read_text("utf-8")}
+    assert loops and {*loops, "compiled.py"} <= set(compiled._SOURCES)
+    assert kernels.layer.stats.cache_path.startswith(compiled._KEPT) and compiled._digest() in compiled._KEPT
 
 
 @torch.no_grad()
@@ -129,6 +140,41 @@ def run(group, config, chunks, units, x, *, poison=math.nan):
         outputs.append(group.paged(rows, step, cache))
         start += size
     return torch.cat([o[:-1] for o in outputs]), torch.stack([o[-1] for o in outputs]), cache
+
+
+@pytest.mark.parametrize("quantization", ["none", "w8a8"])
+def test_layers_in_one_call_read_their_tensors_where_they_lie_now(quantization, monkeypatch):
+    """They are kept as arrays: what is changed in place is seen, and so is what takes another's place."""
+    config = dataclasses.replace(presets.get("test").model, quantization=quantization)
+
+    def drawn(seed):
+        whole = Net(dataclasses.replace(config, quantization="none")).init_(seed)
+        for name, weight in whole.named_parameters():
+            if "norm" in name:
+                weight.data = 1 + 0.5 * normal(seed + len(name), *weight.shape, dtype=torch.float32)
+        return whole.state_dict() if quantization == "none" else linears.export_int8(whole)
+
+    net = Net(config).requires_grad_(False)
+    x = normal(1, 2, config.width, dtype=torch.float32)
+
+    @torch.inference_mode()
+    def states():
+        cache = GroupCache.zeros(config, 3)
+        at = torch.tensor([0, 2])
+        slots = torch.tensor([1, 2]) * config.page + at
+        step = PagedStep(at, slots, torch.tensor([[1], [2]]), [0, 1, 2], config.page, config.block)
+        assert bool(net.groups[1]._in_one_call(x, step)) == fused.usable(x)
+        return net.groups[1].paged(x, step, cache)
+
+    found = []
+    for seed, assign in ((1, True), (2, True), (3, quantization == "w8a8")):
+        net.load_state_dict(drawn(seed), assign=assign)
+        found.append(states())
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "usable", lambda x: False)
+            want = states()
+        assert torch.allclose(found[-1], want, rtol=1e-4, atol=1e-4)
+    assert (found[0] - found[1]).abs().max() > 0.1 < (found[1] - found[2]).abs().max()
 
 
 @settings(max_examples=60, deadline=None)

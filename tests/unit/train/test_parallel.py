@@ -30,6 +30,7 @@ from shoal.train.step import count, update
 PROCESSES = 4
 # What an update may leave out or add: all ranks must leave out and add the same, or they wait for each other for ever
 ODD = {"layer_dropout": 0.9, "rotate_exits": "on", "distill": 0.5, "exit_warmup": 0.0, "seed": 2}
+INT8 = {"quantize": True, "warmup": 0.3}  # rounding begins after the first update
 LONG = {"steps": 50, "eval_every": 0, "checkpoint_minutes": 1.0}
 MOVED = {"steps": 12, "eval_every": 0}  # 2 ranks to step 4, 1 to step 8, 4 to the end
 WORLD_OF_RUN = {
@@ -41,6 +42,7 @@ WORLD_OF_RUN = {
     "hsdp": (4, 0, {"replicas": 2}),
     "less-memory": (2, 0, {"recompute": True}),
     "muon": (2, 0, {"optimizer": "muon"}),
+    "int8": (2, 0, INT8),
 }  # name: world, STAYS_GATHERED, fields of the plan
 
 
@@ -168,7 +170,7 @@ def played(shards: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The folder with all runs, those of one process as the names with ``alone``."""
     root = tmp_path_factory.mktemp("ranks")
     model = Path(fit(plan(shards, root / "alone", steps=4)).out)
-    for name, more in {"odd": ODD, "long": LONG, "moved": MOVED, "muon": {"optimizer": "muon"}}.items():
+    for name, more in {"odd": ODD, "int8": INT8, "long": LONG, "moved": MOVED, "muon": {"optimizer": "muon"}}.items():
         fit(plan(shards, root / f"alone-{name}", **more))
     for name, more in {"chats": {}, "lora": {"lora_rank": 4}}.items():
         fit(tune(chats, model, root / f"alone-{name}", 1, **more))
@@ -182,7 +184,14 @@ def history(run: Path, kind: str, key: str) -> list:
 
 @pytest.mark.parametrize(
     ("run", "alone"),
-    [("each-use", "alone"), ("once", "alone"), ("hsdp", "alone"), ("less-memory", "alone"), ("odd", "alone-odd")],
+    [
+        ("each-use", "alone"),
+        ("once", "alone"),
+        ("hsdp", "alone"),
+        ("less-memory", "alone"),
+        ("odd", "alone-odd"),
+        ("int8", "alone-int8"),
+    ],
 )
 def test_ranks_train_as_one(played: Path, run: str, alone: str) -> None:
     for key in ("loss", "grad_norm"):

@@ -1,0 +1,243 @@
+"""Hybrid attention of few rows over pages, compiled for the CPU: plain loops over the formulas of `attention` and `paged`. They
+take fp32 and fp64 (the tests compare in fp64), and NaN stays NaN.
+
+Letters: as in `kernels`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shoal.model.compiled import exp, fast, inverse_rms
+
+
+@fast
+def project_and_store(qkv, q_weight, k_weight, eps, keep, cross, positions, slots, block, kv, summaries, q):
+    """q [N, H, d], normed and turned by `keep` and `cross` [N, d] (`block.rope_tables`), of `qkv` [N, (H + 2 Hk) d]; k and v
+    to their `slots` [N] (-1: stored already) of kv [U, Hk, P, 2d], and the summary of every block that they complete to
+    `summaries` [U, Hk, P/S, d or 2d]."""
+    rows, heads, dim = q.shape
+    kv_heads, page = kv.shape[1:3]
+    for n in range(rows):
+        for h in range(heads):
+            _norm_and_turn(qkv[n, h * dim : (h + 1) * dim], q_weight, eps, keep[n], cross[n], q[n, h])
+        if slots[n] < 0:
+            continue
+        unit, offset = slots[n] // page, slots[n] % page
+        for g in range(kv_heads):
+            at = (heads + g) * dim
+            _norm_and_turn(qkv[n, at : at + dim], k_weight, eps, keep[n], cross[n], kv[unit, g, offset, :dim])
+            at += kv_heads * dim
+            kv[unit, g, offset, dim:] = qkv[n, at : at + dim]
+            if (positions[n] + 1) % block == 0:
+                _summarise(kv[unit, g, offset + 1 - block : offset + 1], summaries[unit, g, offset // block], dim)
+
+
+@fast
+def attend(q, kv, summaries, tables, rows, requests, positions, block, window, top_k, sinks, gamma, out):
+    """The `rows` of out [N, H, d]: both branches for the query at `positions` [N], over the pages of its request's row of
+    `tables` [R, M]; `requests` goes with `rows`. `gamma` [H], or of length 0 for a layer that reads the window only. The
+    equations stand in `attention`."""
+    heads, dim = q.shape[1:]
+    kv_heads, page = kv.shape[1:3]
+    group = heads // kv_heads
+    hybrid = len(gamma) > 0
+    one, zero = q.dtype.type(1), q.dtype.type(0)
+    scale = one / np.sqrt(q.dtype.type(dim))
+    most = window + (top_k + 1) * block
+    units, offsets = np.empty(most, np.int64), np.empty(most, np.int64)
+    near, far = np.empty(most, q.dtype), np.empty(most, q.dtype)  # 1 where a token is in that branch, else 0
+    weight = np.empty((group, most), q.dtype)
+    for n, request in zip(rows, requests):  # noqa: B905, numba has no strict
+        position, table = positions[n], tables[request]
+        complete = (position + 1) // block
+        first = max(0, position - window + 1)
+        for g in range(kv_heads):
+            mine = q[n, g * group : (g + 1) * group]
+            blocks = _none()
+            if hybrid:
+                blocks = _choose(mine, summaries, table, g, complete, page // block, top_k, sinks, scale)
+            count = 0
+            for b in blocks:
+                end = min((b + 1) * block, first)
+                count = _place(b * block, end, zero, one, table, page, units, offsets, near, far, count)
+            if hybrid:
+                count = _place(complete * block, first, zero, one, table, page, units, offsets, near, far, count)
+            here = count - first
+            count = _place(first, position + 1, one, zero, table, page, units, offsets, near, far, count)
+            for b in blocks:
+                far[here + max(b * block, first) : here + max((b + 1) * block, first)] = one
+            if hybrid:
+                far[here + max(complete * block, first) : count] = one
+            for i in range(count):
+                key = kv[units[i], g, offsets[i]]
+                for h in range(group):
+                    total = zero
+                    for e in range(dim):
+                        total += mine[h, e] * key[e]
+                    weight[h, i] = total * scale
+            for h in range(group):
+                share = gamma[g * group + h] if hybrid else one
+                _mix(weight[h, :count], near, far, share, hybrid)
+            result = out[n, g * group : (g + 1) * group]
+            result[:] = zero
+            for i in range(count):
+                value = kv[units[i], g, offsets[i]]
+                for h in range(group):
+                    for e in range(dim):
+                        result[h, e] += weight[h, i] * value[dim + e]
+
+
+@fast
+def _choose(q, summaries, table, g, complete, per_page, top_k, sinks, scale):
+    """The blocks that the heads `q` [G, d] of KV head `g` read, in order: `attention.select`, for one query."""
+    if complete <= top_k:
+        return np.arange(complete)
+    group, dim = q.shape
+    zero = q.dtype.type(0)
+    z = np.empty((group, complete), q.dtype)
+    b = 0
+    while b < complete:
+        unit = table[b // per_page]
+        for j in range(min(per_page, complete - b)):
+            summary = summaries[unit, g, j]
+            for h in range(group):
+                total = zero
+                for e in range(dim):
+                    total += q[h, e] * summary[e]
+                total *= scale
+                if len(summary) > dim:
+                    spread = zero
+                    for e in range(dim):
+                        spread += q[h, e] * q[h, e] * summary[dim + e]
+                    total += spread / q.dtype.type(2 * dim)
+                z[h, b + j] = total
+        b += per_page
+    score = z[0]
+    if group > 1:
+        for h in range(group):
+            _softmax(z[h])
+        for h in range(1, group):
+            for b in range(complete):
+                score[b] += z[h, b]
+    chosen = np.empty(top_k, np.int64)
+    best = np.empty(top_k, q.dtype)
+    chosen[:sinks] = np.arange(sinks)
+    count = sinks
+    for b in range(sinks, complete):  # kept falling by score; an equal one that comes later goes behind
+        if count == top_k and (sinks == top_k or not score[b] > best[count - 1]):
+            continue
+        count = min(count + 1, top_k)
+        at = count - 1
+        while at > sinks and score[b] > best[at - 1]:
+            best[at], chosen[at] = best[at - 1], chosen[at - 1]
+            at -= 1
+        best[at], chosen[at] = score[b], b
+    return np.sort(chosen)
+
+
+@fast
+def _place(start, end, is_near, is_far, table, page, units, offsets, near, far, count):
+    """Append the tokens `start` .. `end` - 1: where they are stored, and their branch. Returns the new count."""
+    unit = offset = np.int64(0)
+    for at in range(start, end):
+        if at == start or offset == page:
+            unit, offset = table[at // page], at % page
+        units[count], offsets[count] = unit, offset
+        near[count], far[count] = is_near, is_far
+        offset += 1
+        count += 1
+    return count
+
+
+@fast
+def _mix(weight, near, far, share, hybrid):
+    """Scores to the weights of both softmaxes together, in place.
+
+    One exponential serves both branches. Where it would underflow in one of them (their largest scores lie far apart), each
+    takes its own.
+    """
+    zero, one = weight.dtype.type(0), weight.dtype.type(1)
+    top_near = top_far = -weight.dtype.type(np.inf)
+    for i in range(len(weight)):
+        if near[i] > zero and not weight[i] <= top_near:
+            top_near = weight[i]
+        if far[i] > zero and not weight[i] <= top_far:
+            top_far = weight[i]
+    if hybrid and abs(top_near - top_far) > 60:
+        _mix_apart(weight, near, far, share, top_near, top_far)
+        return
+    top = max(top_near, top_far)
+    sum_near = sum_far = zero
+    for i in range(len(weight)):
+        e = exp(weight[i] - top)
+        weight[i] = e
+        sum_near += e * near[i]
+        sum_far += e * far[i]
+    a = share / sum_near
+    b = (one - share) / sum_far if hybrid else zero
+    for i in range(len(weight)):
+        weight[i] *= a * near[i] + b * far[i]
+
+
+@fast
+def _mix_apart(weight, near, far, share, top_near, top_far):
+    zero, one = weight.dtype.type(0), weight.dtype.type(1)
+    sum_near = sum_far = zero
+    for i in range(len(weight)):
+        sum_near += exp(weight[i] - top_near) if near[i] > zero else zero
+        sum_far += exp(weight[i] - top_far) if far[i] > zero else zero
+    for i in range(len(weight)):
+        a = share * exp(weight[i] - top_near) / sum_near if near[i] > zero else zero
+        b = (one - share) * exp(weight[i] - top_far) / sum_far if far[i] > zero else zero
+        weight[i] = a + b
+
+
+@fast
+def _softmax(z):
+    top = z[0]
+    for i in range(len(z)):
+        if not z[i] <= top:
+            top = z[i]
+    total = z.dtype.type(0)
+    for i in range(len(z)):
+        z[i] = exp(z[i] - top)
+        total += z[i]
+    for i in range(len(z)):
+        z[i] /= total
+
+
+@fast
+def _summarise(keys, summary, dim):
+    """Mean of the stored `keys` [S, 2d], and their variance where `summary` has room for it."""
+    size = keys.dtype.type(len(keys))
+    for e in range(dim):
+        mean = summary.dtype.type(0)
+        for j in range(len(keys)):
+            mean += keys[j, e]
+        summary[e] = mean / size
+    if len(summary) > dim:
+        for e in range(dim):
+            spread = summary.dtype.type(0)
+            for j in range(len(keys)):
+                spread += (keys[j, e] - summary[e]) ** 2
+            summary[dim + e] = spread / size
+
+
+@fast
+def _norm_and_turn(x, weight, eps, keep, cross, out):
+    """One head [d], normed, its first half turned."""
+    scale = inverse_rms(x, eps)
+    quarter = len(x) // 4
+    for i in range(quarter):
+        a = x[i] * scale * weight[i]
+        b = x[quarter + i] * scale * weight[quarter + i]
+        out[i] = a * keep[i] + b * cross[i]
+        out[quarter + i] = b * keep[quarter + i] + a * cross[quarter + i]
+    for i in range(2 * quarter, len(x)):
+        out[i] = x[i] * scale * weight[i]
+
+
+@fast
+def _none():
+    return np.arange(0)
