@@ -136,7 +136,8 @@ class Service:
 
 
 async def _counted(events: Events, work: Work, access: Access) -> Events:
-    """`events`, their tokens counted; an error of the grammar names the field that the grammar came from."""
+    """`events`, their tokens counted. An error names a field of the body, where the engine's is of another name: the one that a
+    grammar came from, none for the time that the server gives."""
     async with aclosing(events):
         try:
             async for index, event in events:
@@ -144,7 +145,7 @@ async def _counted(events: Events, work: Work, access: Access) -> Events:
                     access.wrote()
                 yield index, event
         except RequestError as error:
-            error.param = work.guided_by if error.param == "guided" else error.param
+            error.param = {"guided": work.guided_by, "deadline": None}.get(error.param or "", error.param)
             raise
 
 
