@@ -25,7 +25,7 @@ from shoal.api.limits import Limits
 from shoal.api.metrics import Metrics
 from shoal.api.requests import Work
 from shoal.api.served import ServedModel
-from shoal.api.wire import MediaTypeError, ModelNotFoundError, W, dumps, envelope, parse, sse
+from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, dumps, envelope, parse, sse
 from shoal.engine.events import Token
 from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError
 
@@ -150,9 +150,9 @@ async def _counted(events: Events, work: Work, access: Access) -> Events:
 
 
 def _retry_after(error: Exception) -> str:
-    """Whole seconds, from 1 to a minute, for the header of that name."""
-    seconds = getattr(error, "retry_after", None)
-    return str(min(60, max(1, math.ceil(seconds or 0))))
+    """Whole seconds for the header of that name: when a key's minute has room again; else a guess, from 1 to a minute."""
+    seconds = max(1, math.ceil(getattr(error, "retry_after", None) or 0))
+    return str(seconds if isinstance(error, RateLimitError) else min(60, seconds))
 
 
 class _EventStream(Response):
