@@ -325,7 +325,13 @@ def serve(
     from shoal.on_ray.serve import run
     from shoal.on_ray.serve_config import ServeArgs, load_serve_config, parse_replicas, serve_config, shows_page
 
-    given = {"model": str(model) if model else None, "name": name, "ui": ui, "metrics": metrics, "cors": cors or None}
+    given: dict[str, Any] = {
+        "model": str(model) if model else None,
+        "name": name,
+        "ui": ui,
+        "metrics": metrics,
+        "cors": cors or None,
+    }
     given |= {"precision": precision, "seconds": seconds}
     args: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     args |= {"api_keys": str(api_keys)} if api_keys else {}

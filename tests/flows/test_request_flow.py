@@ -177,3 +177,40 @@ def test_run_local_serves_a_directory_until_interrupted(tmp_path: Path) -> None:
             assert (said["path"], said["status"], said["completion_tokens"]) == ("/v1/completions", 200, 2)
         finally:
             process.kill()
+
+
+def test_the_command_s_switches_reach_the_service(tmp_path: Path) -> None:
+    Model.from_preset("test", seed=1).save(tmp_path / "model")
+    (tmp_path / "keys").write_text("k name=kate requests=3\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "shoal.cli", "serve", "--no-ray", "--no-ui", "--no-metrics", "--seconds", "0.001"]
+    command += ["--model", str(tmp_path / "model"), "--name", "fish,pike", "--api-keys", str(tmp_path / "keys")]
+    command += ["--cors", "https://a.example", "--port", str(port)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout.readline().startswith(f"API http://127.0.0.1:{port}/v1")
+            headers = {"Authorization": "Bearer k", "Origin": "https://a.example"}
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+                assert http.get("/metrics").status_code == 404
+                assert http.get("/v1/models").status_code == 401
+                listed = http.get("/v1/models", headers=headers)
+                assert [card["id"] for card in listed.json()["data"]] == ["fish", "pike"]
+                assert listed.headers["access-control-allow-origin"] == "https://a.example"
+                body = {"model": "pike", "prompt": "secret", "max_tokens": 300, "ignore_eos": True}
+                statuses = [http.post("/v1/completions", json=body, headers=headers).status_code for _ in range(3)]
+                assert statuses == [408, 408, 429]
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+            lines = process.stderr.read()
+            assert "secret" not in lines
+            said = [json.loads(line) for line in lines.splitlines()]
+            assert [(line["status"], line.get("key")) for line in said] == [
+                (404, None), (401, None), (200, "kate"), (408, "kate"), (408, "kate"), (429, "kate"),
+            ]  # fmt: skip
+        finally:
+            process.kill()

@@ -71,7 +71,11 @@ def build_app(
     )
     if cors:
         app.add_middleware(
-            CORSMiddleware, allow_origins=_origins(cors), allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
+            CORSMiddleware,
+            allow_origins=_origins(cors),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
         )
     return ui_mount(app) if ui_mount else app
 

@@ -99,7 +99,7 @@ async def _watched(client: EngineClient, request: Request) -> AsyncGenerator[Eve
             if event is None:
                 break
             finished = isinstance(event, Finished)
-            yield _good(event)
+            yield _good(event, request)
     except TimeoutError:
         raise DeadlineError("the engine did not answer in time", do="try again") from None
     finally:
@@ -109,13 +109,14 @@ async def _watched(client: EngineClient, request: Request) -> AsyncGenerator[Eve
         raise EngineDeadError("the engine ended the request without finishing it", do="try again")
 
 
-def _good(event: Event) -> Event:
-    """`event`, or its error raised."""
+def _good(event: Event, request: Request) -> Event:
+    """`event` of `request`, or its error raised."""
     if isinstance(event, Finished) and event.reason not in ("stop", "length"):
+        if event.reason == "deadline":
+            got = None if request.deadline is None else f"{request.deadline:g} s"
+            raise DeadlineError("the request ran out of its time", got=got, do="ask for fewer tokens or try again")
         if event.error is not None:
             raise event.error
-        if event.reason == "deadline":
-            raise DeadlineError("the request ran out of its time", do="ask for fewer tokens or try again")
         raise EngineDeadError(f"the request was {event.reason} by the server", do="try again")
     return event
 

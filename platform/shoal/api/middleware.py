@@ -52,11 +52,7 @@ class Gate:
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", "")
-        if self._answer_id:
-            request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        else:  # the proxy answers with whatever it was given, so that is what the log says, too
-            request_id = given[:LONGEST_ID]
-        access = scope.setdefault("state", {})["access"] = Access(request_id, scope["method"], scope["path"])
+        access = scope.setdefault("state", {})["access"] = Access(self._id(given), scope["method"], scope["path"])
         with told(access, headers):
             await self._answer(access, headers, scope, receive, send)
             access.route = getattr(scope.get("route"), "path", None)
@@ -87,6 +83,11 @@ class Gate:
             answer = self._failed(error, access)  # logs it
             if not started:
                 await answer(scope, receive, named)
+
+    def _id(self, given: str) -> str:
+        if not self._answer_id:  # a proxy answers with whatever it was given, so that is what the log says, too
+            return given[:LONGEST_ID]
+        return given if _ID.fullmatch(given) else uuid.uuid4().hex
 
     def _told(self, access: Access) -> list[tuple[bytes, bytes]]:
         """The headers that every answer has, under the names that OpenAI's clients read."""

@@ -25,7 +25,7 @@ from shoal.api.limits import Limits
 from shoal.api.metrics import Metrics
 from shoal.api.requests import Work
 from shoal.api.served import ServedModel
-from shoal.api.wire import MediaTypeError, ModelNotFoundError, W, dumps, envelope, parse, sse
+from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, dumps, envelope, parse, sse
 from shoal.engine.events import Token
 from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError
 
@@ -136,7 +136,8 @@ class Service:
 
 
 async def _counted(events: Events, work: Work, access: Access) -> Events:
-    """`events`, their tokens counted; an error of the grammar names the field that the grammar came from."""
+    """`events`, their tokens counted. An error names a field of the body, where the engine's is of another name: the one that a
+    grammar came from, none for the time that the server gives."""
     async with aclosing(events):
         try:
             async for index, event in events:
@@ -144,14 +145,14 @@ async def _counted(events: Events, work: Work, access: Access) -> Events:
                     access.wrote()
                 yield index, event
         except RequestError as error:
-            error.param = work.guided_by if error.param == "guided" else error.param
+            error.param = {"guided": work.guided_by, "deadline": None}.get(error.param or "", error.param)
             raise
 
 
 def _retry_after(error: Exception) -> str:
-    """Whole seconds, from 1 to a minute, for the header of that name."""
-    seconds = getattr(error, "retry_after", None)
-    return str(min(60, max(1, math.ceil(seconds or 0))))
+    """Whole seconds for the header of that name: when a key's minute has room again; else a guess, from 1 to a minute."""
+    seconds = max(1, math.ceil(getattr(error, "retry_after", None) or 0))
+    return str(seconds if isinstance(error, RateLimitError) else min(60, seconds))
 
 
 class _EventStream(Response):

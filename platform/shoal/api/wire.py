@@ -142,6 +142,8 @@ def _shown(value: Any) -> Any:
     """What was given, short: a body may be large."""
     if isinstance(value, str):
         return value[:80]
+    if isinstance(value, dict) and isinstance(value.get("type"), str):
+        return value["type"][:80]
     if isinstance(value, (list, dict)) and value:
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     return value
@@ -162,7 +164,7 @@ _WORDS = {
     "list_type": "a list",
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "an object"),
     "literal_error": "{expected}",
-    "too_short": "at least {min_length} of them",
+    "too_short": "a list of at least {min_length}",
     "string_too_long": "at most {max_length} characters",
     "string_pattern_mismatch": "text of the pattern {pattern}",
     "greater_than_equal": "at least {ge}",

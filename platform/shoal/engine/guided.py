@@ -7,8 +7,10 @@ they end. So a preemption, a rejected draft or a cancelled request leaves nothin
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import llguidance
 import numpy as np
@@ -17,10 +19,23 @@ from shoal.engine.events import Guide
 from shoal.errors import RequestError
 from shoal.inputs.tokenizer import END_ID, SPECIAL, Tokenizer
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 # White space between the parts of guided JSON: none, a space, or a new line with an indent, which is all that `json.dumps`
 # writes up to 16 columns deep. Without a bound an answer may go on with white space until its length cuts it. And a schema may
 # not ask for keywords to be ignored that no grammar knows.
-JSON_OPTIONS = {"whitespace_pattern": r"( |\n {0,16}|\n\t{0,8})?", "lenient": False}
+JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": r"( |\n {0,16}|\n\t{0,8})?", "lenient": False}
+
+
+_NAMES = {
+    "json_schema": "JSON schema",
+    "json_object": "JSON object",
+    "regex": "regular expression",
+    "choice": "choice",
+    "lark": "grammar",
+}
+_EXCERPT = re.compile(r"^( *\d+ \|.*| *\^ *)$", re.MULTILINE)  # llguidance's own of what it compiles
 
 
 class GrammarError(Exception):
@@ -46,8 +61,8 @@ class Grammars:
         except ValueError as error:
             problem = str(error)
         if problem:
-            reason = " ".join(problem.split())[:300]
-            raise RequestError(f"guided: not a {guide.kind} that can be followed", param="guided", got=reason)
+            reason = " ".join(_EXCERPT.sub("", problem).split())[:300]
+            raise RequestError(f"a {_NAMES[guide.kind]} that cannot be followed", param="guided", got=reason)
         return Grammar(llguidance.LLMatcher(self._tokenizer, grammar, log_level=0), self._vocab)
 
 

@@ -106,7 +106,10 @@ def _content(message: Mapping[str, Any], index: int, tokenizer: Tokenizer, confi
                 raise RequestError(
                     f"{where}.image_url", param="messages", got=url, allowed='{"url": "data:image/png;base64,..."}'
                 )
-            image = media.patches_of(media.from_data_url(url), config)
+            try:
+                image = media.patches_of(media.from_data_url(url), config)
+            except RequestError as error:
+                raise RequestError(f"{where}: {error.message}", param="messages") from error
             ids += image.tokens()
             images.append(image)
         else:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shoal.config import ModelConfig
 from shoal.errors import RequestError
@@ -59,6 +59,8 @@ def decode_image(data: bytes) -> Image.Image:
         return _on_white(ImageOps.exif_transpose(image))
     except RequestError:
         raise
+    except UnidentifiedImageError as error:  # whose text is an address in memory
+        raise RequestError("image cannot be decoded", param="image", got="another kind", allowed=FORMATS) from error
     except Exception as error:  # Pillow raises many kinds for broken files
         raise RequestError(
             "image cannot be decoded", param="image", got=f"{type(error).__name__}: {error}"[:160], allowed=FORMATS

@@ -276,6 +276,7 @@ async def test_a_bad_image_or_a_bomb_is_a_400(http: httpx.AsyncClient, engine: A
     reply = await http.post(URL, json={**BODY, "messages": [{"role": "user", "content": parts}]})
     assert (reply.status_code, engine.requests) == (400, [])
     assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+    assert reply.json()["error"]["param"] == "messages"
 
 
 async def test_too_many_images(connect: Callable[..., httpx.AsyncClient]) -> None:
@@ -296,12 +297,16 @@ async def test_a_full_queue_is_429_with_retry_after_also_for_a_stream(http: http
 
 
 async def test_an_error_after_the_first_token_is_one_event_and_the_end(http: httpx.AsyncClient, engine: Any) -> None:
-    engine.ends = Finished("x", "deadline", error=DeadlineError("out of time"))
+    engine.ends = Finished("x", "deadline", error=DeadlineError("out of time", param="deadline", got=600.0))
     reply = await http.post(URL, json={**BODY, "stream": True})
     *_, last = events(reply.text)
     assert reply.status_code == 200
-    assert last["error"]["code"] == "deadline_exceeded"
+    assert (last["error"]["code"], last["error"]["param"]) == ("deadline_exceeded", None)
+    assert "got '600 s'" in last["error"]["message"]
     assert (await http.post(URL, json=BODY)).status_code == 408
+    engine.raises = DeadlineError("out of reach", param="deadline")  # as the engine refuses it at once
+    late = await http.post(URL, json=BODY)
+    assert (late.status_code, late.json()["error"]["param"]) == (408, None)
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -314,6 +314,14 @@ class TestRates:
             )
         assert statuses == [200, 429, 200]
 
+    async def test_a_debt_of_minutes_is_told_as_it_is(self, connect: Connect, now: list[float]) -> None:
+        http = self.http(connect, now, "a tokens=20")
+        body = {"model": "fish", "prompt": "x" * 89, "max_tokens": 10}  # 99 of 20: four minutes until there is one
+        replies = [await http.post("/v1/completions", json=body, headers={"Authorization": "Bearer a"}) for _ in "ab"]
+        assert [reply.status_code for reply in replies] == [200, 429]
+        assert replies[1].headers["retry-after"] == "240"
+        assert "try again in 240 s" in replies[1].json()["error"]["message"]
+
     async def test_a_refused_request_costs_no_tokens(self, connect: Connect, now: list[float]) -> None:
         http = self.http(connect, now, "a tokens=1")
         for _ in range(3):

@@ -110,7 +110,10 @@ def test_transparency_is_white_and_identity_is_content():
     [
         ([{"type": "image_url", "image_url": {"url": "https://example.org/x.png"}}], "URLs are not fetched"),
         ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,@@@"}}], "not valid base64"),
-        ([{"type": "image_url", "image_url": {"url": url(b"GIF89a not an image")}}], "image cannot be decoded"),
+        (
+            [{"type": "image_url", "image_url": {"url": url(b"GIF89a not an image")}}],
+            r"^messages\[0\]: image cannot be decoded: got 'another kind'; allowed: PNG, JPEG, WEBP$",
+        ),
         ([{"type": "image_url", "image_url": {"url": url(png((5000, 5000)))}}], "too many pixels"),
         ([{"type": "image_url", "image_url": {"url": url(png()[:60])}}], "image cannot be decoded"),
         ([{"type": "audio"}], "allowed: text; image_url in a user message"),
@@ -118,8 +121,9 @@ def test_transparency_is_white_and_identity_is_content():
     ],
 )
 def test_bad_content_is_named(content, message):
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError, match=message) as caught:
         encode_chat([{"role": "user", "content": content}], TOKENIZER, CONFIG)
+    assert caught.value.param == "messages"
 
 
 def test_half_a_surrogate_pair_is_refused():
