@@ -31,10 +31,11 @@ NODES = 3  # beside the head, of one CPU each
 def cluster() -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="ray-")
     with _loopback(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)  # where it also writes the address that other programs would take for theirs
         patch.setenv("RAY_health_check_failure_threshold", "2")
         patch.setenv("RAY_health_check_period_ms", "500")
         memory = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": folder, **memory})
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory})
         for _ in range(NODES):
             made.add_node(num_cpus=1, object_store_memory=80 * 2**20)
         ray.init(address=made.address, log_to_driver=False, runtime_env={"env_vars": worker_env()})
