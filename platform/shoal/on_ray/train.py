@@ -125,7 +125,7 @@ def _trainer(plan: FitPlan, workers: tuple[int, int], cpus: float, use_gpu: bool
         train_loop_config={"plan": dump(plan), "most": workers[1]},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT),
         scaling_config=ScalingConfig(
-            num_workers=workers if workers[0] < workers[1] else workers[0],
+            num_workers=workers if workers[0] < workers[1] else workers[0],  # type: ignore[arg-type]  # Ray's older annotation
             use_gpu=use_gpu,
             resources_per_worker=_resources(cpus, use_gpu),
         ),
