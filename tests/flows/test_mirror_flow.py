@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from shoal import presets
+from shoal.data import s3 as service_settings
 from shoal.errors import CheckpointError
 from shoal.model.net import Net
 from shoal.train import log, mirror
@@ -92,9 +93,15 @@ def test_s3_that_is_down_for_a_while_costs_no_step(
     s3: Service, data: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mirror, "PAUSE", 0.05)
-    s3.slow = 12  # more refusals than one attempt takes
-    result = fit(plan(data, tmp_path / "run", place, steps=3))
+    monkeypatch.setattr(service_settings, "ATTEMPTS", 2)
+
+    def go_down(record: log.Record) -> None:
+        if record["kind"] == "step" and record["step"] == 1:
+            s3.slow = 5  # more refusals than the client takes
+
+    result = fit(plan(data, tmp_path / "run", place, steps=3), go_down)
     assert result.steps == 3 and s3.slow == 0
+    assert any("slow down" in text and "trying again" in text for text in history(tmp_path / "run", "warning", "text"))
     assert Mirror(place, keep=2).names()[-1] == "step-00000003"
 
 

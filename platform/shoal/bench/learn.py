@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -131,7 +132,7 @@ def _plain(text: Text, seed: int, steps: int) -> dict[str, Any]:
 
     seconds = _run(steps, train)
     count = sum(p.numel() for p in net.parameters())
-    return {"parameters": count, "seconds": seconds, "loss": {"full": _loss(text, lambda tokens: net(tokens))}}
+    return {"parameters": count, "seconds": seconds, "loss": {"full": _loss(text, net)}}
 
 
 def _ours(text: Text, name: str, seed: int, steps: int) -> dict[str, Any]:
@@ -146,13 +147,12 @@ def _ours(text: Text, name: str, seed: int, steps: int) -> dict[str, Any]:
         update(model, optimizer, [_batch(config, *text.batch(seed, step))], config=train_config, ranks=ranks, **rates)  # type: ignore[arg-type]
 
     seconds, net = _run(steps, train), model.net
-    losses = {
-        exit_name: _loss(
-            text, lambda tokens, e=e: net.head(net(tokens + len(SPECIAL), exits=[e])[e], e)[..., len(SPECIAL) :]
-        )
-        for exit_name, e in config.exit_names.items()
-        if e in model.exits
-    }
+
+    def logits(tokens: Tensor, e: int) -> Tensor:
+        return net.head(net(tokens + len(SPECIAL), exits=[e])[e], e)[..., len(SPECIAL) :]
+
+    exits = {exit_name: e for exit_name, e in config.exit_names.items() if e in model.exits}
+    losses = {exit_name: _loss(text, partial(logits, e=e)) for exit_name, e in exits.items()}
     return {"parameters": sum(p.numel() for p in net.parameters()), "seconds": seconds, "loss": losses}
 
 

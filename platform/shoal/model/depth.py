@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 QUANTILE = 0.8
 HIDDEN = 64
+NOISE = 2.0  # standard deviations added to features in fitting: some hundred prompts are few for some hundred features
 TOLERANCES = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # nats/token, of the calibration's table
 NEVER = -1e9  # a bound that no predicted gap is within; JSON has no word for minus infinity
 HIGHEST_PRICE = 100.0  # nats for all layers: every prompt takes the first exit
@@ -156,9 +157,15 @@ def fit_router(config: ModelConfig, x: Tensor, gaps: Tensor, *, seed: int = 0, s
         router = Router(config)
     router.center.copy_(x[:half].mean(0))
     router.spread.copy_(x[:half].std(0).clamp(min=1e-3))
-    optimizer = torch.optim.AdamW(router.parameters(), lr=3e-3, weight_decay=0.1)
+    with torch.no_grad():  # what is not learned from a prompt is what the prompts have in common
+        router.mean.bias.copy_(gaps[:half].mean(0))
+        router.quantile.bias.copy_(gaps[:half].quantile(QUANTILE, dim=0))
+    optimizer, draws = (
+        torch.optim.AdamW(router.parameters(), lr=3e-3, weight_decay=0.1),
+        torch.Generator().manual_seed(seed),
+    )
     for _ in range(steps):
-        mean, quantile = router(x[:half])
+        mean, quantile = router(x[:half] + NOISE * router.spread * torch.randn(x[:half].shape, generator=draws))
         miss = gaps[:half] - quantile
         pinball = torch.maximum(QUANTILE * miss, (QUANTILE - 1) * miss).mean()
         loss = F.huber_loss(mean, gaps[:half], delta=0.5) + pinball

@@ -38,8 +38,10 @@ CHECKPOINTS = "checkpoints"  # folder of the run that CheckpointStore writes to
 POLL = 0.5  # seconds between our looks at a run's metrics
 RAY_SETTINGS = {  # defaults of ours, which the environment may change
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray's own 2 are felt on short runs
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",  # Ray's own 60 are too few for two busy cores
 }
+# Seconds that workers may take to start. Ray's own 60 are too few for two busy cores; but where their number may change, Ray
+# counts a node that has just died for 20 seconds more, and must find out soon that so many cannot be had.
+START_SECONDS, ELASTIC_START_SECONDS = "180", "45"
 # glibc gives large blocks back to the system and faults them in again at every step: kept, `tiny` trains 6 to 13 % faster
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
@@ -73,7 +75,9 @@ def train(
         use_gpu = resources.get("GPU", 0) >= least if gpus is None else gpus
         preflight(plan.at_world(most, least), least, cpus_per_worker, use_gpu, resources)
         trainer = _trainer(plan, (least, most), cpus_per_worker, use_gpu, max_failures)
-        with _following(plan, on_progress), _sigint_restored(), _sigterm_stops(plan):
+        start = ELASTIC_START_SECONDS if least < most else START_SECONDS
+        ours = {**RAY_SETTINGS, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start}
+        with _following(plan, on_progress), _sigint_restored(), _sigterm_stops(plan), _defaults(ours):
             try:
                 result: Any = trainer.fit()
             except ray.train.TrainingFailedError as error:
@@ -115,8 +119,6 @@ def preflight(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources
 
 
 def _trainer(plan: FitPlan, workers: tuple[int, int], cpus: float, use_gpu: bool, max_failures: int) -> TorchTrainer:
-    for name, value in RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)
     # Ray's own memory of the run's checkpoints must not outlive it: CheckpointStore, which removes old ones, decides what
     # to resume from, and Ray refuses to start when a checkpoint it remembers is gone.
     (Path(plan.run) / CHECKPOINTS / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
@@ -125,7 +127,7 @@ def _trainer(plan: FitPlan, workers: tuple[int, int], cpus: float, use_gpu: bool
         train_loop_config={"plan": dump(plan), "most": workers[1]},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT),
         scaling_config=ScalingConfig(
-            num_workers=workers if workers[0] < workers[1] else workers[0],
+            num_workers=workers if workers[0] < workers[1] else workers[0],  # type: ignore[arg-type]  # Ray's older annotation
             use_gpu=use_gpu,
             resources_per_worker=_resources(cpus, use_gpu),
         ),
@@ -204,6 +206,18 @@ def _following(plan: FitPlan, on_progress: Report) -> Iterator[None]:
     finally:
         over.set()
         thread.join(timeout=10)
+
+
+@contextlib.contextmanager
+def _defaults(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables that are set in this block, unless somebody has set them."""
+    new = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager

@@ -59,7 +59,8 @@ def frontier(config: ModelConfig, router: Router, fit: Prompts, test: Prompts, *
     drawn = torch.randint(len(truth), (RESAMPLES, len(truth)), generator=draws)
     weights = torch.zeros(RESAMPLES, len(truth)).scatter_add_(1, drawn, torch.ones(drawn.shape)) / len(truth)  # [R, M]
     weights = torch.cat([torch.full((1, len(truth)), 1 / len(truth)), weights])  # the prompts as they are come first
-    curves, at = {}, {}
+    curves: dict[str, list[dict[str, float]]] = {}
+    at: dict[str, list[dict[str, float]]] = {}
     for name in POLICIES:
         # what each prompt costs and loses at each point of the curve, [M, n]; a pick is shares of the exits, [E] or [M, E]
         picks = list(torch.eye(len(shares))) if name == "random" else _picks(beliefs[name], shares)

@@ -27,7 +27,8 @@ class LoraLinear(Linear):
         outputs, inputs = base.weight.shape
         with torch.device("meta"):
             super().__init__(inputs, outputs)
-        self.weight = base.weight.requires_grad_(False)
+        self.weight = base.weight
+        self.weight.requires_grad_(False)
         self.lora_a = nn.Parameter(torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs))
         self.lora_b = nn.Parameter(torch.zeros(outputs, rank))
 

@@ -89,7 +89,7 @@ class Mirror:
     def __init__(self, place: str, keep: int) -> None:
         self.place, self.keep, self.best = place.rstrip("/"), keep, ""
         self._at: Place = Bucket(self.place) if is_remote(place) else Folder(self.place)
-        self._waiting: Path | None = None
+        self._waiting: list[Path] = []
         self._busy: Path | None = None
         self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
         self._changed, self._closing = threading.Condition(), False
@@ -118,9 +118,10 @@ class Mirror:
     # ---- copying, in a thread
 
     def offer(self, path: Path) -> None:
-        """Copy the published checkpoint `path` when the one before is copied; one that still waits is given up for it."""
+        """Copy the published checkpoint `path` when the one before is copied; those that still wait are given up for it, the
+        best one apart."""
         with self._changed:
-            self._waiting = path
+            self._waiting = [*self._bests(self._waiting), path]
             self._changed.notify()
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="copy-checkpoints", daemon=True)
@@ -130,7 +131,7 @@ class Mirror:
     def needed(self) -> set[Path]:
         """Checkpoints that must not be removed now."""
         with self._changed:
-            return {path for path in (self._busy, self._waiting) if path is not None}
+            return {path for path in (self._busy, *self._waiting) if path is not None}
 
     def news(self) -> Iterable[News]:
         """What has happened since this was asked last: ``copied`` and ``warning`` records."""
@@ -144,7 +145,7 @@ class Mirror:
             time.sleep(0.05)
         left = self.needed
         with self._changed:
-            self._closing, self._waiting = True, None
+            self._closing, self._waiting = True, []
             self._changed.notify()
         for path in left:
             self._warn(
@@ -154,28 +155,34 @@ class Mirror:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._closing)
-                if self._waiting is None:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if not self._waiting:
                     return
-                self._busy, self._waiting = self._waiting, None
-            self._copy_until_newer(self._busy)
+                self._busy = self._waiting.pop(0)
+            copied = self._copy_until_newer(self._busy)
             with self._changed:
+                if not copied and not self._closing:
+                    self._waiting += self._bests([self._busy])
                 self._busy = None
 
-    def _copy_until_newer(self, path: Path) -> None:
+    def _copy_until_newer(self, path: Path) -> bool:
+        """Try until it is copied, or there is a newer one; which of the two?"""
         pause, began = PAUSE, time.perf_counter()
         while True:
             try:
                 size = self._copy(path)
                 took = time.perf_counter() - began
                 self._news.put(("copied", {"path": f"{self.place}/{path.name}", "bytes": size, "took": took}))
-                return
+                return True
             except Exception as error:  # whatever it is, training must not feel it
                 self._warn(f"cannot copy {path.name} to {self.place} ({_reason(self.place, error)}); trying again")
             with self._changed:
-                if self._changed.wait_for(lambda: self._waiting is not None or self._closing, timeout=pause):
-                    return
+                if self._changed.wait_for(lambda: bool(self._waiting or self._closing), timeout=pause):
+                    return False
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _bests(self, paths: list[Path]) -> list[Path]:
+        return [path for path in paths if path.name == self.best]
 
     def _copy(self, path: Path) -> int:
         """Copy, remove what is no longer kept, and return the bytes that were copied."""

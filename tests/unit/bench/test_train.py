@@ -37,11 +37,11 @@ def test_characters_are_learned_by_all_three_models(tmp_path: Path, capsys: pyte
     (tmp_path / "text").write_text("the shoal turns and the tide waits. " * 400)
     learn(Console(file=io.StringIO()), text=tmp_path / "text", steps=30, seeds=1, models=("plain", "dense", "hybrid"))
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["characters"] == 14 and told["trained_on"] == 9 * told["measured_on"]
+    assert told["characters"] == 15 and told["trained_on"] == 9 * told["measured_on"]
     plain, dense, hybrid = told["rows"]
-    assert all(row["mean"] < math.log(14) - 0.5 for row in told["rows"])
+    assert all(row["mean"] < math.log(15) - 0.5 for row in told["rows"])
     assert dense["shallow"] is None and hybrid["shallow"] > 0
-    assert plain["parameters"] == 14 * 128 + 64 * 128 + 4 * (12 * 128**2 + 2 * 128) + 128
+    assert plain["parameters"] == 15 * 128 + 64 * 128 + 4 * (12 * 128**2 + 2 * 128) + 128
 
 
 def test_the_rest_of_the_text_is_measured_whole_and_never_trained_on(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_the_page_has_the_plot_and_the_table(found: dict, tmp_path: Path) -> Non
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "What routing is worth" in text and "95 %" in text
     assert text.count('class="line"') == 1 and text.count('class="dash"') == 1
-    for name in ("router", "length", "domain", "oracle", "shallow"):
+    for name in ("router", "oracle", "shallow", "full"):
         assert f">{name}</text>" in text
     report.render({"title": "t"}, tmp_path / "none.html")
     assert "What routing is worth" not in (tmp_path / "none.html").read_text(encoding="utf-8")

@@ -151,12 +151,12 @@ def ranks_differ_in_depth(shards: Path, rank: int) -> None:
 
 
 def fill_the_disk() -> log.Report:
-    """While steps 2 and 3 are saved rank 0 can write no file above 4 KiB."""
+    """While steps 2 and 3 are saved rank 0 can write no file above 200 KiB, which its half of a checkpoint is."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def report(record: log.Record) -> None:
         if record["kind"] == "step":
-            limit = 4096 if record["step"] in (2, 3) else before[0]
+            limit = 200 * 2**10 if record["step"] in (2, 3) else before[0]
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
 
     return report
