@@ -46,7 +46,8 @@ class Handle:
 
 
 def stream(handle: Handle) -> AsyncGenerator[list[Event], None]:
-    return ReplicaClient(handle)._open(Request("x"))  # type: ignore[arg-type]
+    client = ReplicaClient(handle, may_be_none=False)  # type: ignore[arg-type]
+    return client._open(Request("x"))
 
 
 def test_an_error_comes_after_what_was_said_before_it() -> None:
@@ -103,8 +104,14 @@ def test_who_leaves_or_is_cancelled_cancels_the_replica_s_work() -> None:
     [
         (BackPressureError(num_queued_requests=9, max_queued_requests=9), QueueFullError("")),
         (ActorDiedError(), EngineDeadError("the engine replica was lost")),
-        (AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata()), EngineDeadError("the engine replica was lost")),
-        (RayTaskError("generate", "trace", KeyError("bug")), EngineDeadError("the engine replica failed", got="KeyError")),
+        (
+            AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata()),
+            EngineDeadError("the engine replica was lost"),
+        ),
+        (
+            RayTaskError("generate", "trace", KeyError("bug")),
+            EngineDeadError("the engine replica failed", got="KeyError"),
+        ),
         (KeyError("bug"), EngineDeadError("the engine replica failed", got="KeyError")),
     ],
     ids=lambda value: type(value).__name__,
