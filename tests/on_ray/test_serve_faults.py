@@ -189,8 +189,8 @@ def test_a_killed_replica_takes_no_stream_with_it(service: Service, undisturbed:
 
 
 def test_an_engine_that_raises_is_replaced(service: Service, undisturbed: list[dict[str, Any]]) -> None:
-    """Requests of a step that fails end with it, since they may be what makes it fail. After the last of `MAX_FAILURES` the engine
-    is dead for everybody: its requests go on at the other replica, until Serve has put a new one in its place."""
+    """Requests of a step that fails end with it, since they may be what makes it fail. After the last of `MAX_FAILURES` the
+    engine is dead for everybody: its requests go on at the other replica, until Serve has put a new one in its place."""
     before = {process.pid for process in replicas(ENGINE)}
     ray_serve.get_deployment_handle(ENGINE, "shoal").break_.remote().result()
     statuses = Counter[int]()

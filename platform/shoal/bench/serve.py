@@ -1,8 +1,8 @@
 """`shoal bench serve`: what HTTP, Ray Serve and the gateway add to an engine, on random weights.
 
-Parts: `start` (of `shoal serve` as its user types it, to the first answer), `latency` (time to the first token at one client, beside the engine's own
-for the same request), `throughput` (streams at 16 clients beside an engine in this process, in turns), `overload` (ten times as
-many clients as the service takes), `scale` (one replica to three and back; drawn in the page).
+Parts: `start` (of `shoal serve` as its user types it, to the first answer), `latency` (time to the first token at one client,
+beside the engine's own for the same request), `throughput` (streams at 16 clients beside an engine in this process, in turns),
+`overload` (ten times as many clients as the service takes), `scale` (one replica to three and back; drawn in the page).
 """
 
 from __future__ import annotations

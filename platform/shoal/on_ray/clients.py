@@ -16,7 +16,7 @@ from grpc.aio import AioRpcError
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve._private.common import ReplicaState
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from shoal.engine.events import Event, Request
@@ -31,19 +31,20 @@ STATUS_SECONDS = 1.0  # for the controller to say what it is doing; one that res
 class ReplicaClient:
     """The engine replicas behind a handle, as an `EngineClient`."""
 
-    def __init__(self, engine: DeploymentHandle[Any]) -> None:
-        self._engine = engine
+    def __init__(self, engine: DeploymentHandle[Any], *, may_be_none: bool) -> None:
+        """`may_be_none`: the deployment may have no replica, until a request asks for one."""
+        self._engine, self._may_be_none = engine, may_be_none
         self._stream = engine.options(method_name="generate", stream=True, **DIRECT)
-        self._lost = 0  # streams that their replica left unfinished
+        self._resumed = 0  # streams that went on at another replica
 
     def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """Raises QueueFullError when all replicas and the queue are full. A request whose replica is lost goes on at another
         (`failover`); EngineDeadError says that several were lost."""
 
         def count() -> None:
-            self._lost += 1
+            self._resumed += 1
 
-        return unbroken(self._open, request, on_loss=count)
+        return unbroken(self._open, request, on_resume=count)
 
     async def _open(self, request: Request) -> AsyncGenerator[list[Event], None]:
         stream = cast("DeploymentResponseGenerator[list[Event]]", self._stream.remote(request))
@@ -71,10 +72,9 @@ class ReplicaClient:
             await asyncio.sleep(PAUSES[tries])
 
     async def stats(self) -> dict[str, float]:
-        """Sums over the replicas; of a share (``_perc``) the mean. With ``num_replicas``, those that answered, and
+        """Sums over the replicas that answer; of a share (``_perc``) the mean. With ``num_replicas``, those that answered, and
         ``num_replicas_starting``, unless Serve's controller is busy with other things."""
-        told = self._engine.broadcast("stats").results_async()
-        replies, starting = await asyncio.gather(told, self._starting())
+        replies, starting = await asyncio.gather(self._ask_all("stats"), self._starting())
         names = {name for reply in replies for name in reply}
         total = {name: sum(reply.get(name, 0.0) for reply in replies) for name in names}
         shares = {name: value / len(replies) for name, value in total.items() if name.endswith("_perc")}
@@ -83,7 +83,7 @@ class ReplicaClient:
             **shares,
             "num_replicas": float(len(replies)),
             **starting,
-            "requests_resumed_total": float(self._lost),
+            "requests_resumed_total": float(self._resumed),
         }
 
     async def _starting(self) -> dict[str, float]:
@@ -97,14 +97,21 @@ class ReplicaClient:
         return {}
 
     async def check_health(self) -> None:
-        """Raises EngineDeadError when no replica is alive and well."""
+        """Raises EngineDeadError when no replica is alive and well, unless there may be none."""
+        await self._ask_all("check_health")
+
+    async def _ask_all(self, method: str) -> list[Any]:
+        """What the replicas answer, without those that raise. Raises when all do."""
         try:
-            replies = await self._engine.broadcast("check_health").results_async(return_exceptions=True)
+            replies = await self._engine.broadcast(method).results_async(return_exceptions=True)
         except Exception as error:
+            if self._may_be_none and isinstance(error, DeploymentUnavailableError):
+                return []
             raise as_shoal_error(error) from error
-        errors = [reply for reply in replies if isinstance(reply, Exception)]
+        errors = [reply for reply in replies if isinstance(reply, BaseException)]
         if errors and len(errors) == len(replies):
             raise as_shoal_error(errors[0])
+        return [reply for reply in replies if not isinstance(reply, BaseException)]
 
 
 def _cancelled() -> bool:

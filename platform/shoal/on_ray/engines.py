@@ -34,7 +34,7 @@ log = logging.getLogger("ray.serve")
 
 ANOTHER = "serve it under another name (args.models), or start the service anew"
 
-LISTS = 400  # a second, of all streams of a replica together
+LISTS = 200  # a second, of all streams of a replica together
 GAP_SECONDS = 0.1  # between two lists of one stream at most, however many there are: the eye reads no faster
 
 LIFE: dict[str, Any] = {  # of a replica of either kind

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 LOSSES = 3  # replicas that one request may lose: it may be what kills them
 PATIENCE_SECONDS = 60.0  # for a replica that takes it, where the request has no deadline
-PAUSES = (0.0, 0.25, 0.5, 1.0, 2.0)  # seconds before each try in a row that brought nothing; the last repeats
+PAUSES = (0.1, 0.25, 0.5, 1.0, 2.0)  # seconds before each try in a row that brought nothing; the last repeats
 
 Batches = AsyncGenerator[list[Event], None]
 
@@ -89,19 +89,20 @@ async def unbroken(
     open_: Callable[[Request], Batches],
     request: Request,
     *,
-    on_loss: Callable[[], None] = lambda: None,
+    on_resume: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[Event, None]:
     """The events of `request`, from as many replicas as it takes; closing the iterator closes the present one's.
 
     `open_` sends a request to some replica and gives its events in lists. An EngineDeadError, raised or in the last event,
-    says that the replica was lost; `on_loss` is called then. Raises it after `LOSSES` of them, and when nobody takes the
-    request in its time (DeadlineError if it has one); QueueFullError only for a request that no replica has lost; other
-    errors as they come.
+    says that the replica was lost; `on_resume` is called when another is asked. Raises it after `LOSSES` of them, and when
+    nobody takes the request in its time (DeadlineError if it has one); QueueFullError only for a request that no replica has
+    lost; other errors as they come.
     """
     if request.sampling.seed is None:
         request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
     progress = Progress(request, began := time.monotonic(), last=began)
     while True:
+        lost = False
         try:
             async with aclosing(open_(progress.to_send(time.monotonic()))) as stream:
                 async for event in _checked(stream):
@@ -118,15 +119,18 @@ async def unbroken(
             reason, pause = refused.error, PAUSES[min(progress.tries + 1, len(PAUSES) - 1)]
         except EngineDeadError as error:
             progress.losses += 1
-            on_loss()
             if progress.losses >= LOSSES:
                 raise
-            reason, pause = error, PAUSES[min(progress.tries, len(PAUSES) - 1)]
-            log.warning("request %s goes on after %d tokens: %s", request.id, len(progress.tokens), error)
+            lost, reason, pause = True, error, PAUSES[min(progress.tries, len(PAUSES) - 1)]
         if request.deadline is None and time.monotonic() - progress.last > PATIENCE_SECONDS:
             raise reason
         progress.tries += 1
-        await asyncio.sleep(pause)
+        await asyncio.sleep(
+            pause
+        )  # when a client leaves, Serve may end the replica's call before ours: then we end here
+        if lost:
+            on_resume()
+            log.warning("request %s goes on after %d tokens: %s", request.id, len(progress.tokens), reason)
 
 
 async def _checked(stream: Batches) -> AsyncGenerator[Event, None]:

@@ -267,7 +267,10 @@ class Gateway:
         args = self._args
         names: list[str | None] = [*args.models] or [args.name]
         models = [
-            Hosted(ServedModel.load(directory, name), ReplicaClient(self._engines[deployment]))
+            Hosted(
+                ServedModel.load(directory, name),
+                ReplicaClient(self._engines[deployment], may_be_none=args.min_replicas == 0),
+            )
             for name, (deployment, directory) in zip(names, args.deployments().items(), strict=True)
         ]
         default = models[0].served.name

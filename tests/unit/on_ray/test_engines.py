@@ -46,7 +46,8 @@ class Handle:
 
 
 def stream(handle: Handle) -> AsyncGenerator[list[Event], None]:
-    return ReplicaClient(handle)._open(Request("x"))  # type: ignore[arg-type]
+    client = ReplicaClient(handle, may_be_none=False)  # type: ignore[arg-type]
+    return client._open(Request("x"))
 
 
 def test_an_error_comes_after_what_was_said_before_it() -> None:

@@ -112,6 +112,27 @@ def test_a_request_without_a_seed_gets_one_that_it_keeps() -> None:
     assert replica.got[1].answer == tuple(token.token for token in tokens[:4])
 
 
+def test_who_is_cancelled_while_its_replica_is_lost_resumes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that leaves: Serve may end the replica's call before the gateway's own."""
+    monkeypatch.setattr(failover, "PAUSES", (60.0,))
+    lost, resumed = asyncio.Event(), list[None]()
+
+    async def dying(request: Request) -> AsyncGenerator[list[Event], None]:
+        yield [Token(request.id, 65, "a", depth=2)]
+        lost.set()
+        raise EngineDeadError("lost")
+
+    async def work() -> None:
+        task = asyncio.create_task(read(unbroken(dying, LONG, on_resume=lambda: resumed.append(None))))
+        await lost.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(work())
+    assert resumed == []
+
+
 def test_a_request_that_kills_what_it_touches_is_given_up() -> None:
     replica = Replica(iter([2, 3, 1, 5]))
     with pytest.raises(EngineDeadError, match="lost"):
