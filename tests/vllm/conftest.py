@@ -126,8 +126,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         from vllm import LLM
 
         given = {"dtype": "float32", "enforce_eager": True, "block_size": 16, "max_num_seqs": 16, **options}
-        # vLLM looks through every module that is loaded for kernels, and stumbles over llvmlite's `lib`, which has any attribute
-        # that it is asked for. Its own processes load numba later; here our engine has loaded it.
+        # vLLM looks through every module that is loaded for kernels, and stumbles over llvmlite's `lib`, which has every
+        # attribute that it is asked for. Its own processes load numba later; here our engine has loaded it.
         hidden = {name: sys.modules.pop(name) for name in [*sys.modules] if name.startswith("llvmlite")}
         try:
             made.append(LLM(model=str(directory), **given))

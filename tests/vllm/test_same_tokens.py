@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine.events import Completion
@@ -128,7 +129,7 @@ def test_each_request_runs_to_its_own_depth(model: Model, directory: Path, promp
     for shift in range(2):
         depths = [names[(index + shift) % len(names)] for index in range(len(prompts))]
         assert_same(ours(model, prompts, depths), theirs(model, engine, prompts, depths))
-    with pytest.raises(ValueError, match=r"depth: got 'deepest'; allowed: shallow"):
+    with pytest.raises(VLLMValidationError, match=r"depth: got 'deepest'; allowed: shallow"):
         theirs(model, engine, prompts[:1], ["deepest"])
 
 

@@ -51,7 +51,9 @@ def tokenize(body: TokenizeRequest, served: ServedModel, limits: Limits) -> list
     unless exactly one of them is given."""
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt and messages", param="prompt", do="give one of them")
-    if body.prompt is not None and body.prompt in served.tokenizer.specials:  # so does lm-eval look up the id of the eos_token that /tokenizer_info names
+    if (
+        body.prompt is not None and body.prompt in served.tokenizer.specials
+    ):  # so does lm-eval look up the id of the eos_token that /tokenizer_info names
         return [served.tokenizer.special(body.prompt)]
     if body.messages is None:
         return served.tokenizer.encode(body.prompt or "")
