@@ -13,6 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 from vllm import SamplingParams
@@ -57,11 +58,19 @@ class VllmEngine:
         except Exception as error:
             told = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(f"vLLM does not start with {args.model}", got=told[-1][:300]) from error
-        self._context = config.model_config.max_model_len
         self._per_request = getattr(config.model_config.hf_config, "depth", None) == "per-request"
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """As `AsyncEngine.generate`; tokens of a sampled answer that goes on after a lost replica are other draws."""
+        async with aclosing(self.batches(request)) as lists:
+            async for events in lists:
+                for event in events:
+                    yield event
+
+    async def batches(
+        self, request: Request, gap: Callable[[], float] = lambda: 0.0
+    ) -> AsyncGenerator[list[Event], None]:
+        """As `AsyncEngine.batches`."""
         began = time.monotonic()
         if len(self._live) >= self._most:
             self._counts.metrics.refused += 1
@@ -70,14 +79,17 @@ class VllmEngine:
             raise RequestError("request id is in use", param="id", got=request.id)
         self._live.add(request.id)
         try:
-            async for event in self._answer(request, began):
-                yield event
-                if isinstance(event, Finished):
-                    self._counts.ended(event)
+            async with aclosing(self._answer(request, began, gap)) as lists:
+                async for events in lists:
+                    yield events
+                    if isinstance(events[-1], Finished):
+                        self._counts.ended(events[-1])
         finally:
             self._live.discard(request.id)
 
-    async def _answer(self, request: Request, began: float) -> AsyncGenerator[Event, None]:
+    async def _answer(
+        self, request: Request, began: float, gap: Callable[[], float]
+    ) -> AsyncGenerator[list[Event], None]:
         prompt = self._encoded(request.prompt)
         layers = await self._layers(prompt, request)
         try:
@@ -103,12 +115,14 @@ class VllmEngine:
                     async with asyncio.timeout_at(limit):
                         output = await anext(outputs)
                 except TimeoutError:
-                    yield writing.end("deadline")
+                    yield [writing.end("deadline")]
                     return
-                for event in writing.take(output):
-                    yield event
+                if events := writing.take(output):
+                    yield events
+                if writing.finished is None and (pause := gap()) > 0:
+                    await asyncio.sleep(pause)  # meanwhile vLLM puts what comes into one output
         except StopAsyncIteration:
-            yield writing.end("cancelled")
+            yield [writing.end("cancelled")]
         except VllmDeadError as error:
             raise EngineDeadError("the vLLM process ended", do="try again") from error
         except (VLLMClientError, ValueError) as error:

@@ -36,8 +36,10 @@ class ShoalConfig(PretrainedConfig):  # type: ignore[misc]
         shape = self.shape if model else None
         for ours, theirs in _NAMES.items():
             setattr(self, theirs, getattr(shape, ours, 0))
+        if model:
+            rest = {"eos_token_id": END_ID, "pad_token_id": PAD_ID, **rest}
         rest = {"architectures": [ARCHITECTURE], "tie_word_embeddings": True, **rest}
-        super().__init__(eos_token_id=END_ID, pad_token_id=PAD_ID, **rest)
+        super().__init__(**rest)
 
     @property
     def shape(self) -> ModelConfig:
@@ -64,8 +66,11 @@ _NAMES = {
 class ShoalTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
     """``tokenizer.json`` with its control tokens named. Unlike in our own service, a user's text can spell them."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"eos_token": END, "pad_token": PAD, **kwargs})
+    @classmethod
+    def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
+        """What the base class is made of: the file as it is, which transformers would else rebuild, and lose spaces by it."""
+        made = PreTrainedTokenizerFast.convert_to_native_format(**kwargs)
+        return {"eos_token": END, "pad_token": PAD} | {name: value for name, value in made.items() if value is not None}
 
 
 def register() -> None:
