@@ -142,10 +142,12 @@ def test_what_it_cannot_do_is_answered_400_by_name(url: str, body: dict[str, Any
 
 def test_a_client_that_leaves_ends_its_request(url: str) -> None:
     body = {"model": "fish", "prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
+    before = metric(url, "fish", "generation_tokens_total")
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
         assert next(answer.iter_lines())
-        assert metric(url, "fish", "num_requests_running") == 1
-    until(lambda: metric(url, "fish", "num_requests_running") == 0, 20)
+        until(lambda: metric(url, "fish", "num_requests_running") == 1)
+    until(lambda: metric(url, "fish", "num_requests_running") == 0)
+    assert 0 < metric(url, "fish", "generation_tokens_total") - before < 900
 
 
 def test_more_than_fit_are_answered_429_and_the_others_whole(url: str) -> None:
