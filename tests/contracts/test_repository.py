@@ -187,7 +187,7 @@ def check_job(words: list[str]) -> None:
 
 
 def check(words: list[str]) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     if words[0] == "make":
         assert {w for w in words[1:] if "=" not in w} <= targets, words
     elif words[0] == "shoal":

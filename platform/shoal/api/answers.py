@@ -23,7 +23,7 @@ from shoal.api.shapes import ChatLogprob, ChatLogprobs, TextLogprobs, TopLogprob
 from shoal.api.wire import DONE, sse
 from shoal.engine.events import Event, Finished, TokenLogprob
 from shoal.inputs.chat import Encoded
-from shoal.inputs.tokenizer import SPECIAL, Tokenizer
+from shoal.inputs.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0  # JSON has no -Infinity
 
@@ -290,7 +290,7 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
     """A token as text: its characters, its name for a control token, or ``bytes:\\xe2\\x80`` for part of a character."""
     data = tokenizer.token_bytes(token)
     if not data:
-        return SPECIAL[token] if token < len(SPECIAL) else f"<unused:{token}>"
+        return tokenizer.control(token) or f"<unused:{token}>"
     try:
         return data.decode()
     except UnicodeDecodeError:

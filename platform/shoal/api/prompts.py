@@ -14,7 +14,7 @@ from shoal.api.served import ServedModel
 from shoal.api.tools import as_plain
 from shoal.errors import ContextLengthError, RequestError
 from shoal.inputs.chat import Encoded, encode_chat
-from shoal.inputs.tokenizer import IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID, SPECIAL
+from shoal.inputs.tokenizer import IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID
 
 _MOST = "this model's maximum context length is"  # OpenAI's words, by which litellm and others know this error
 
@@ -51,7 +51,9 @@ def tokenize(body: TokenizeRequest, served: ServedModel, limits: Limits) -> list
     unless exactly one of them is given."""
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt and messages", param="prompt", do="give one of them")
-    if body.prompt in SPECIAL:  # so does lm-eval look up the id of the eos_token that /tokenizer_info names
+    if (
+        body.prompt is not None and body.prompt in served.tokenizer.specials
+    ):  # so does lm-eval look up the id of the eos_token that /tokenizer_info names
         return [served.tokenizer.special(body.prompt)]
     if body.messages is None:
         return served.tokenizer.encode(body.prompt or "")
@@ -74,7 +76,7 @@ def prompt_ids(prompt: str | list[int], served: ServedModel, param: str) -> list
         raise RequestError(param, param=param, got="", allowed="at least one token")
     check_ids(ids, served, param)
     image = next((i for i in ids if i in (IMG_ID, IMG_END_ID, ROW_ID, PATCH_ID)), None)
-    if image is not None:
+    if image is not None and served.config.image_size:
         raise RequestError(f"{param}: token id of an image", param=param, got=image, do="send images through chat")
     return ids
 

@@ -47,7 +47,6 @@ from shoal.api.shapes import (
 )
 from shoal.api.wire import NotFoundError, dumps
 from shoal.errors import EngineDeadError
-from shoal.inputs.tokenizer import END, PAD
 
 T = TypeVar("T")
 B = TypeVar("B", bound=GenerationRequest)
@@ -151,7 +150,12 @@ def tokenizer_routes(service: Service) -> APIRouter:
     @router.get("/tokenizer_info", responses=refused(*ASKED))
     async def tokenizer_info(request: Request, model: str | None = None) -> TokenizerInfo:
         served = service.hosted(request, model).served
-        return {"eos_token": END, "bos_token": None, "pad_token": PAD, "chat_template": served.chat_template}
+        return {
+            "eos_token": served.tokenizer.end,
+            "bos_token": None,
+            "pad_token": served.tokenizer.pad,
+            "chat_template": served.chat_template,
+        }
 
     return router
 

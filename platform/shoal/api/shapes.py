@@ -168,9 +168,9 @@ class Detokenized(TypedDict):
 
 
 class TokenizerInfo(TypedDict):
-    eos_token: str
+    eos_token: str | None
     bos_token: None
-    pad_token: str
+    pad_token: str | None
     chat_template: str
 
 

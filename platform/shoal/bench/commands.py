@@ -25,7 +25,8 @@ def decode(
     peer: Annotated[
         list[str],
         typer.Option(
-            help="Another server in the same turns, as KIND=PYTHON: vllm, vllm-eager, llama.cpp-q8_0, llama.cpp-f32."
+            help="Another server in the same turns, as KIND=PYTHON: vllm, vllm-eager, vllm-shoal (this very checkpoint in"
+            " vLLM), llama.cpp-q8_0, llama.cpp-f32."
         ),
     ] = [],  # noqa: B006
 ) -> None:

@@ -75,7 +75,7 @@ def _speed(bench: Bench) -> tuple[Table, Rows]:
         for depth in ("full", "shallow"):
             for batch in bench.batches:
                 runs[label, batch, depth] = lambda e=engine, b=batch, d=depth: decode_speed(e, b, bench.tokens, d)  # type: ignore[misc]
-    with peers.running(bench.peers, bench.config) as others:
+    with peers.running(bench.peers, full) as others:
         for peer in others:
             for batch in bench.batches:
                 runs[peer.name, batch, "full"] = lambda p=peer, b=batch: p.speed(b, bench.tokens)  # type: ignore[misc]

@@ -32,13 +32,13 @@ def main() -> None:
     }
     model = Path(told["folder"])
     (model / "config.json").write_text(json.dumps(config))
+    options = {"model": str(model), "load_format": "dummy", "skip_tokenizer_init": True}
+    if told.get("shoal"):  # a model directory, which the plugin of its environment's own Shoal loads
+        options = {"model": str(model / "model")}
 
     from vllm import LLM, SamplingParams
 
-    llm = LLM(
-        model=str(model), load_format="dummy", skip_tokenizer_init=True, dtype="float32", max_model_len=2048,
-        enforce_eager=told["eager"],
-    )  # fmt: skip
+    llm = LLM(**options, dtype="float32", max_model_len=2048, enforce_eager=told["eager"])
     print("ready", file=answers)
     for line in sys.stdin:
         batch, tokens = map(int, line.split())

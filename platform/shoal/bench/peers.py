@@ -1,5 +1,5 @@
 """Other servers in the turns of `shoal bench decode`: each in a process and an environment of its own, asleep when it is
-not its turn, with random weights of our block's shape.
+not its turn, with random weights of our block's shape or with the very checkpoint.
 
 A peer is a script that another Python runs (`peer_vllm.py`, `peer_llama_cpp.py`). It gets the shape as JSON in its first
 argument, writes one line when it is ready, and then answers each line `BATCH TOKENS` by the tokens a second of that many
@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 
-from shoal.config import ModelConfig
 from shoal.errors import ShoalError, UsageError
+from shoal.model.model import Model
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # name: script and what it is told
     "vllm": ("peer_vllm.py", {"eager": False}),  # its default: compiled, where a C++ compiler is
     "vllm-eager": ("peer_vllm.py", {"eager": True}),
+    "vllm-shoal": ("peer_vllm.py", {"eager": True, "shoal": True}),  # the very checkpoint, through `vllm_plugin`
     "llama.cpp-q8_0": ("peer_llama_cpp.py", {"weights": "Q8_0"}),
     "llama.cpp-f32": ("peer_llama_cpp.py", {"weights": "F32"}),
 }
@@ -66,13 +67,13 @@ class Peer:
 
 
 @contextlib.contextmanager
-def running(chosen: dict[str, str], config: ModelConfig) -> Iterator[list[Peer]]:
-    """The peers of `chosen` (kind: the Python that has it), ready and asleep; ended on leaving. Raises ShoalError for one that
-    does not start."""
+def running(chosen: dict[str, str], model: Model) -> Iterator[list[Peer]]:
+    """The peers of `chosen` (kind: the Python that has it), ready and asleep; ended on leaving. They get the shape of `model`;
+    one that runs Shoal's own checkpoints gets `model` itself. Raises ShoalError for one that does not start."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         peers = []
         for name, python in chosen.items():
-            peers.append(_start(name, python, config, Path(folder)))
+            peers.append(_start(name, python, model, Path(folder)))
             stack.callback(peers[-1].process.wait)
             stack.callback(peers[-1].process.kill)
         yield peers
@@ -91,12 +92,15 @@ def parse(options: list[str]) -> dict[str, str]:
     return chosen
 
 
-def _start(name: str, python: str, config: ModelConfig, folder: Path) -> Peer:
+def _start(name: str, python: str, model: Model, folder: Path) -> Peer:
     script, told = KINDS[name]
+    config = model.config
     shape = {key: getattr(config, key) for key in ("layers", "width", "heads", "kv_heads", "ffn", "vocab")}
     threads = torch.get_num_threads()
     work, log = folder / name, folder / f"{name}.log"
     work.mkdir()
+    if told.get("shoal"):
+        model.save(work / "model")
     told = {**shape, **told, "threads": threads, "folder": str(work)}
     with log.open("w") as said:
         process = subprocess.Popen(

@@ -20,13 +20,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from shoal.config import ModelConfig
 from shoal.errors import RequestError
 from shoal.inputs import media
-from shoal.inputs.tokenizer import END_ID, SPECIAL, Tokenizer
+from shoal.inputs.tokenizer import END_ID, Tokenizer
 
 ROLES = ("system", "user", "assistant")
 DEFAULT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 
 _PLACE = re.compile("\ue000([0-9]+)\ue001")  # private-use marks around a content's number
-_CONTROL = re.compile("|".join(map(re.escape, SPECIAL)))
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def encode_chat(
             images += part.images
             answer += [answered] * len(part.ids)
         else:
-            for token in _template_ids(piece, tokenizer):
+            for token in tokenizer.template_ids(piece):
                 ids.append(token)
                 answer.append(answered and token == END_ID)
                 answered = False
@@ -106,6 +105,10 @@ def _content(message: Mapping[str, Any], index: int, tokenizer: Tokenizer, confi
                 raise RequestError(
                     f"{where}.image_url", param="messages", got=url, allowed='{"url": "data:image/png;base64,..."}'
                 )
+            if not config.image_size:
+                raise RequestError(
+                    f"{where}.image_url", param="messages", do="leave it out: this model reads text alone"
+                )
             try:
                 image = media.patches_of(media.from_data_url(url), config)
             except RequestError as error:
@@ -117,15 +120,6 @@ def _content(message: Mapping[str, Any], index: int, tokenizer: Tokenizer, confi
                 f"{where}.content part", param="messages", got=kind, allowed="text; image_url in a user message"
             )
     return Encoded(ids, images)
-
-
-def _template_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    ids: list[int] = []
-    at = 0
-    for match in _CONTROL.finditer(text):
-        ids += [*tokenizer.encode(text[at : match.start()]), tokenizer.special(match.group())]
-        at = match.end()
-    return ids + tokenizer.encode(text[at:])
 
 
 @lru_cache(maxsize=8)  # compiling takes longer than encoding a short chat

@@ -9,7 +9,8 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +25,8 @@ IMG, IMG_END, ROW, PATCH = "<img>", "</img>", "<row>", "<patch>"  # PATCH stands
 SPECIAL = (PAD, END, SYSTEM, USER, ASSISTANT, IMG, IMG_END, ROW, PATCH)  # ids 0..8, in this order
 PAD_ID, END_ID, SYSTEM_ID, USER_ID, ASSISTANT_ID, IMG_ID, IMG_END_ID, ROW_ID, PATCH_ID = range(len(SPECIAL))
 
+_CONTROL = re.compile("|".join(map(re.escape, SPECIAL)))
+
 # Texts that a tokenizer with a normaliser, a space put in front or an unknown token would not give back.
 PROBES = (
     "a",
@@ -37,6 +40,10 @@ PROBES = (
 
 class Tokenizer:
     """Token ids for text; the control tokens of `SPECIAL` are ids 0 to 8 in every Shoal tokenizer."""
+
+    specials: Sequence[str] = SPECIAL
+    end: str | None = END
+    pad: str | None = PAD
 
     def __init__(self, core: tokenizers.Tokenizer) -> None:
         for index, name in enumerate(SPECIAL):
@@ -103,8 +110,8 @@ class Tokenizer:
     def _need_byte_level(self, path: str | Path) -> None:
         """Raises CheckpointError unless every token stands for bytes, and every text comes back as it was."""
         pieces = [self._core.id_to_token(token) for token in range(len(SPECIAL), len(self))]
-        strange = [piece for piece in pieces if piece is None or not all(c in _BYTE_OF for c in piece)]
-        missing = set(_BYTE_OF) - set(pieces)
+        strange = [piece for piece in pieces if piece is None or not all(c in BYTE_OF for c in piece)]
+        missing = set(BYTE_OF) - set(pieces)
         lost = (
             []
             if strange or missing
@@ -154,30 +161,43 @@ class Tokenizer:
         """Id of a control token. Raises KeyError for any other string."""
         return {token: index for index, token in enumerate(SPECIAL)}[name]
 
+    def template_ids(self, text: str) -> list[int]:
+        """Ids of a chat template's own text, whose control tokens are meant."""
+        ids: list[int] = []
+        at = 0
+        for match in _CONTROL.finditer(text):
+            ids += [*self.encode(text[at : match.start()]), self.special(match.group())]
+            at = match.end()
+        return ids + self.encode(text[at:])
+
+    def control(self, token: int) -> str | None:
+        """The name of a control token; None for any other id."""
+        return SPECIAL[token] if token < len(SPECIAL) else None
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; empty for control tokens and for ids that the tokenizer does not use."""
         if token < len(SPECIAL):
             return b""
         piece = self._core.id_to_token(token)
-        return bytes(_BYTE_OF[c] for c in piece) if piece is not None else b""
+        return bytes(BYTE_OF[c] for c in piece) if piece is not None else b""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, control tokens left out; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def stream(self) -> StreamDecoder:
-        return StreamDecoder(self)
+        return StreamDecoder(self.token_bytes)
 
 
 class StreamDecoder:
     """Text as tokens arrive: `push` returns what is complete, and never half a character."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        return self._utf8.decode(self._tokenizer.token_bytes(token))
+        return self._utf8.decode(self._token_bytes(token))
 
     def finish(self) -> str:
         """What is left; an incomplete character becomes U+FFFD."""
@@ -216,4 +236,4 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()

@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 FORMAT, VERSION = "shoal-model", 1
 ROUTER = "router."  # prefix of the router's tensors among the weights
+_HUGGING_FACE = {"model_type": "shoal", "architectures": ["ShoalForCausalLM"]}  # by which vLLM finds `vllm_plugin`
 
 # What other tools need to read the INT8 weights (compressed-tensors, W8A8 with dynamic activations). Ours are rounded to 7 of
 # these 8 bits, by the scheme whose version stands beside this in config.json.
@@ -74,7 +75,7 @@ def save(
     directory = Path(directory)
     if directory.exists() and not _replaceable(directory):
         raise CheckpointError(f"{directory} exists and is not a model directory", do="choose another --out")
-    meta: dict[str, Any] = {"format": FORMAT, "version": VERSION, "name": name, "model": dump(config)}
+    meta: dict[str, Any] = {"format": FORMAT, "version": VERSION, "name": name, "model": dump(config), **_HUGGING_FACE}
     if config.quantization == "w8a8":
         meta |= {"quantization_config": _W8A8, "int8_scheme": SCHEME}
     tensors = {key: value.detach().contiguous() for key, value in state.items()}

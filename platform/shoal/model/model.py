@@ -95,11 +95,7 @@ class Model:
 
     def forbidden(self) -> Tensor:
         """bool [V]: tokens that are never sampled: every control token but ``<|end|>``, and ids without a token."""
-        mask = torch.zeros(self.config.vocab, dtype=torch.bool, device=self.device)
-        mask[: len(SPECIAL)] = True
-        mask[END_ID] = False
-        mask[len(self.tokenizer) :] = True
-        return mask
+        return forbidden(self.tokenizer, self.config.vocab).to(self.device)
 
     def encode(self, prompt: str | Sequence[int] | Encoded) -> Encoded:
         """`prompt` as ids and images. Raises RequestError (param ``prompt`` or ``images``) when it is empty, holds something
@@ -224,3 +220,12 @@ class Model:
             net = Net(config)
         net.load_state_dict(export_int8(self.net), assign=True)
         return Model(config, net, self.tokenizer, name=f"{self.name}-int8", chat_template=self.chat_template)
+
+
+def forbidden(tokenizer: Tokenizer, vocab: int) -> Tensor:
+    """As `Model.forbidden`, for ids below `vocab`."""
+    mask = torch.zeros(vocab, dtype=torch.bool)
+    mask[: len(SPECIAL)] = True
+    mask[END_ID] = False
+    mask[len(tokenizer) :] = True
+    return mask

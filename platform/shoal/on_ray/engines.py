@@ -20,7 +20,6 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import LoggingConfig
 
 from shoal import config
-from shoal.api.served import ServedModel
 from shoal.engine.events import Event, Finished, Request
 from shoal.errors import ConfigError, EngineDeadError, RequestError, ShoalError
 from shoal.on_ray.routing import router_config
@@ -29,6 +28,7 @@ from shoal.on_ray.serve_config import ServeArgs, Weights
 
 if TYPE_CHECKING:
     from shoal.engine.front import AsyncEngine
+    from shoal.vllm_plugin.serving import VllmEngine
 
 log = logging.getLogger("ray.serve")
 
@@ -85,7 +85,7 @@ class EngineReplica:
         """`model`: the directory that the gateway reads the tokenizer of."""
         self._args, self._gateways = args, model
         self._weights = ""  # identity of those that serve
-        self._engine: AsyncEngine | None = None
+        self._engine: AsyncEngine | VllmEngine | None = None
         self._leaving: set[asyncio.Task[None]] = set()  # engines whose last streams go on
         self._refused = False
         self._streams = 0  # that have begun and not ended
@@ -99,7 +99,7 @@ class EngineReplica:
         """
         try:
             directory = config.load(Weights, user_config, "user_config").model
-            weights = await asyncio.to_thread(_identity, directory, self._gateways)
+            weights = await asyncio.to_thread(_identity, directory, self._gateways, self._args)
             if weights == self._weights:  # Serve also calls this when nothing of it changed
                 return
             engine = await asyncio.to_thread(self._load, directory)
@@ -116,7 +116,15 @@ class EngineReplica:
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
 
-    def _load(self, directory: str) -> AsyncEngine:
+    def _load(self, directory: str) -> AsyncEngine | VllmEngine:
+        if self._args.engine == "vllm":
+            if self._engine is not None:
+                raise ConfigError(
+                    "user_config.model", got=directory, do="deploy anew: vLLM holds the memory of one model"
+                )
+            from shoal.vllm_plugin.start import start
+
+            return start(directory, self._args.served(directory), self._args)
         import torch
 
         from shoal.engine.engine import Engine
@@ -133,7 +141,7 @@ class EngineReplica:
         return AsyncEngine(Engine(model, max_batch=args.max_batch, max_queue=2 * args.max_batch))
 
     @property
-    def _serving(self) -> AsyncEngine:
+    def _serving(self) -> AsyncEngine | VllmEngine:
         if self._engine is None:
             raise EngineDeadError("the replica has no weights yet", do="try again")
         return self._engine
@@ -173,10 +181,10 @@ class EngineReplica:
             await self._serving.close()
 
 
-def _identity(directory: str, gateways: str) -> str:
+def _identity(directory: str, gateways: str, args: ServeArgs) -> str:
     """What tells a model directory's weights from others. Raises CheckpointError for none that can be served, ConfigError for
     one that reads other tokens than `gateways` does: the gateway encodes for both."""
-    new, known = ServedModel.load(directory), ServedModel.load(gateways)
+    new, known = args.served(directory), args.served(gateways)
     for what in ("config", "chat_template"):
         if getattr(new, what) != getattr(known, what):
             raise ConfigError(f"user_config.model: {what}", got=directory, allowed=f"that of {gateways}", do=ANOTHER)
@@ -186,6 +194,6 @@ def _identity(directory: str, gateways: str) -> str:
     return directory + (manifest.read_text(encoding="utf-8") if manifest.is_file() else "")
 
 
-async def _leave(engine: AsyncEngine, seconds: float) -> None:
+async def _leave(engine: AsyncEngine | VllmEngine, seconds: float) -> None:
     await engine.drain(seconds)
     await engine.close()

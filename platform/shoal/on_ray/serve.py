@@ -35,13 +35,13 @@ from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.limits import Limits
 from shoal.api.page import chat_page
-from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.errors import ConfigError, ResourceError
 from shoal.on_ray.clients import ReplicaClient
 from shoal.on_ray.engines import LIFE, LOGGING, EngineReplica, engine_options
 from shoal.on_ray.resources import need_free_port
 from shoal.on_ray.serve_config import GATEWAY, IMPORT_PATH, ServeArgs
+from shoal.vllm_plugin import options
 
 MODEL_VARIABLE = "SHOAL_MODEL"
 GATEWAY_OPTIONS: dict[str, Any] = {
@@ -68,14 +68,18 @@ def app(args: dict[str, Any]) -> serve.Application:
     Raises ConfigError for an unknown or wrong argument, CheckpointError for a model that cannot be served.
     """
     given = _with_model(config.load(ServeArgs, args, "args"))
+    if given.engine == "vllm":
+        options.check(given.vllm)  # a slip is refused now as well
     engines = {}
     for name, directory in given.deployments().items():
-        served = ServedModel.load(directory)  # refused now, in one line, and not by every replica again
-        options = engine_options(given, directory, served.config.page)
-        engines[name] = serve.deployment(name=name, **options)(EngineReplica).bind(given, directory)
+        served = given.served(directory)  # refused now, in one line, and not by every replica again
+        chosen = engine_options(given, directory, served.config.page)
+        engines[name] = serve.deployment(name=name, **chosen)(EngineReplica).bind(given, directory)
     # a gateway that goes has the time of the longest request: its streams cannot go on at another
-    options = {**GATEWAY_OPTIONS, "graceful_shutdown_timeout_s": max(given.seconds, STREAM_SECONDS)}
-    gateway = serve.deployment(name=GATEWAY, **options)(serve.ingress()(Gateway))  # builds its app where it runs
+    gateway_options = {**GATEWAY_OPTIONS, "graceful_shutdown_timeout_s": max(given.seconds, STREAM_SECONDS)}
+    gateway = serve.deployment(name=GATEWAY, **gateway_options)(
+        serve.ingress()(Gateway)
+    )  # builds its app where it runs
     return gateway.bind(engines, given)
 
 
@@ -193,7 +197,7 @@ def _at_home(args: dict[str, Any], url: str) -> dict[str, Any]:
     """`args` with what only the machine that starts the service knows: where its paths are, and its URL."""
     given = _with_model(config.load(ServeArgs, args, "args"))
     for directory in given.deployments().values():
-        ServedModel.load(directory)
+        given.served(directory)
     ApiKeys.load(given.api_keys)
     paths = {"model": given.model, "api_keys": given.api_keys}
     absolute: dict[str, Any] = {name: str(Path(path).resolve()) for name, path in paths.items() if path}
@@ -268,7 +272,7 @@ class Gateway:
         names: list[str | None] = [*args.models] or [args.name]
         models = [
             Hosted(
-                ServedModel.load(directory, name),
+                args.served(directory, name),
                 ReplicaClient(self._engines[deployment], may_be_none=args.min_replicas == 0),
             )
             for name, (deployment, directory) in zip(names, args.deployments().items(), strict=True)

@@ -19,7 +19,9 @@ from ray.serve.config import AutoscalingPolicy
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from shoal import config
+from shoal.api import stock
 from shoal.api.page import MOUNT
+from shoal.api.served import ServedModel
 from shoal.errors import ConfigError, did_you_mean
 
 IMPORT_PATH = "shoal.on_ray.serve:app"
@@ -42,6 +44,10 @@ class ServeArgs:
     cpus: float = 1.0  # cores that Ray reserves for one engine replica
     gpus: float = 0.0  # GPUs of one engine replica; above 0 the model runs on it
     precision: Literal["stored", "auto"] = "stored"  # auto: fp32 where INT8 cannot be trusted, which else is refused
+    engine: Literal["shoal", "vllm"] = (
+        "shoal"  # vllm: vLLM 0.32 behind the same gateway, for checkpoints of others as well
+    )
+    vllm: dict[str, Any] = field(default_factory=dict)  # with engine vllm: its own engine arguments, by vLLM's names
     threads: int | None = None  # compute threads of a replica; None: the machine's cores less one, for HTTP
     max_batch: int = 32  # requests that run at once in one replica
     max_queue: int = 128  # requests that wait for a replica; more are answered 429
@@ -62,6 +68,10 @@ class ServeArgs:
             raise ConfigError(
                 "args.models: name", got=odd, allowed="letters, digits and . _ - (aliases: serve the directory twice)"
             )
+        if self.engine != "vllm" and self.vllm:
+            raise ConfigError("args.vllm", do="set args.engine to vllm, or leave it out")
+        if self.engine == "vllm" and self.precision != "stored":
+            raise ConfigError("args.precision", got=self.precision, allowed="stored, where args.engine is vllm")
         for name, least in {"min_replicas": 0, "max_replicas": 1, "max_batch": 1, "max_queue": 1}.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"args.{name}", got=getattr(self, name), allowed=f"{least} or more")
@@ -82,6 +92,11 @@ class ServeArgs:
         if self.models:
             return {f"{ENGINE}-{name}": directory for name, directory in self.models.items()}
         return {ENGINE: self.model} if self.model else {}
+
+    def served(self, directory: str, name: str | None = None) -> ServedModel:
+        """The model in `directory` as the routes see it, under `name` (default: its own). Raises CheckpointError for one that
+        the engine cannot serve."""
+        return stock.load(directory, name) if self.engine == "vllm" else ServedModel.load(directory, name)
 
 
 @dataclass(frozen=True)

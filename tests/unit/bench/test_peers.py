@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shoal import presets
+from shoal import Model
 from shoal.bench import peers
 from shoal.errors import ShoalError, UsageError
 
@@ -19,6 +19,7 @@ for line in sys.stdin:
     batch, tokens = map(int, line.split())
     print(told["width"] * 1000 + batch * tokens, flush=True)
 """
+MODEL = Model.from_preset("test")
 ENDS = "import sys; print('ready', flush=True); sys.stdin.readline(); sys.exit('no memory left')"
 
 
@@ -30,8 +31,8 @@ def _kind(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> dict[str,
 
 
 def test_a_peer_answers_in_its_turn_and_sleeps_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = presets.get("test").model
-    with peers.running(_kind(monkeypatch, tmp_path, GOOD), config) as found:
+    config = MODEL.config
+    with peers.running(_kind(monkeypatch, tmp_path, GOOD), MODEL) as found:
         process = psutil.Process(found[0].process.pid)
         assert [found[0].speed(8, n) for n in (3, 4)] == [config.width * 1000 + 24, config.width * 1000 + 32]
         until = time.monotonic() + 10  # a signal takes a moment
@@ -49,7 +50,7 @@ def test_a_peer_that_ends_is_told_by_its_last_words(
 ) -> None:
     with (
         pytest.raises(ShoalError, match=words),
-        peers.running(_kind(monkeypatch, tmp_path, text), presets.get("test").model) as found,
+        peers.running(_kind(monkeypatch, tmp_path, text), MODEL) as found,
     ):
         found[0].speed(1, 1)
 
@@ -60,7 +61,7 @@ def test_a_silent_peer_is_not_waited_for_longer_than_its_deadline(
     monkeypatch.setattr(peers, "START", 0.3)
     with (
         pytest.raises(ShoalError, match="mine said nothing for 0 s"),
-        peers.running(_kind(monkeypatch, tmp_path, "import time; time.sleep(60)"), presets.get("test").model),
+        peers.running(_kind(monkeypatch, tmp_path, "import time; time.sleep(60)"), MODEL),
     ):
         pass
 

@@ -1,0 +1,318 @@
+"""vLLM's asynchronous engine as an engine of ours: what a replica runs in place of `engine.front.AsyncEngine`.
+
+    Request ─> routed (group 1, once) ─> SamplingParams, token ids, images ─> AsyncLLM ─> token ids ─> Token | Finished
+
+Text, stop strings and deadlines are handled here by what our own engine uses for them, so an answer reads the same whichever
+engine gave its tokens. vLLM runs in a process of its own; its death is told to whoever waits, and the replica is replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.exceptions import VLLMClientError
+from vllm.inputs import TokensPrompt
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from shoal.api.served import ServedModel
+from shoal.engine.events import Event, Finished, Guide, Request, Sampling, Token, TokenLogprob
+from shoal.engine.metrics import Metrics
+from shoal.engine.text import TextStream
+from shoal.errors import ConfigError, EngineDeadError, GenerationError, QueueFullError, RequestError
+from shoal.inputs.chat import Encoded
+from shoal.vllm_plugin.images import as_image, collapsed
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
+Route = Callable[[Encoded, Request], int]
+
+
+class VllmEngine:
+    """One vLLM engine behind the methods that a replica asks of an engine."""
+
+    def __init__(self, served: ServedModel, args: Any, *, max_queue: int, route: Route | None = None) -> None:
+        """`args`: from `options.engine_args`; `max_queue`: requests beyond those that run which may wait here; `route`: the
+        layers of a request of depth "auto" (None: all). Raises ConfigError for an engine that does not start."""
+        self._served, self._route = served, route
+        self._most = args.max_num_seqs + max_queue
+        self._live: set[str] = set()
+        self._counts = _Counts()
+        try:
+            config = args.create_engine_config()
+            self._llm = AsyncLLM.from_vllm_config(
+                config, stat_loggers=[lambda _config, _index: self._counts], disable_log_stats=False
+            )
+        except ConfigError:
+            raise
+        except Exception as error:
+            told = str(error).strip().splitlines() or [type(error).__name__]
+            raise ConfigError(f"vLLM does not start with {args.model}", got=told[-1][:300]) from error
+        self._per_request = getattr(config.model_config.hf_config, "depth", None) == "per-request"
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
+        """As `AsyncEngine.generate`; tokens of a sampled answer that goes on after a lost replica are other draws."""
+        async with aclosing(self.batches(request)) as lists:
+            async for events in lists:
+                for event in events:
+                    yield event
+
+    async def batches(
+        self, request: Request, gap: Callable[[], float] = lambda: 0.0
+    ) -> AsyncGenerator[list[Event], None]:
+        """As `AsyncEngine.batches`."""
+        began = time.monotonic()
+        if len(self._live) >= self._most:
+            self._counts.metrics.refused += 1
+            raise QueueFullError("the engine's queue is full", allowed=f"{self._most} requests", do="try again")
+        if request.id in self._live:
+            raise RequestError("request id is in use", param="id", got=request.id)
+        self._live.add(request.id)
+        try:
+            async with aclosing(self._answer(request, began, gap)) as lists:
+                async for events in lists:
+                    yield events
+                    if isinstance(events[-1], Finished):
+                        self._counts.ended(events[-1])
+        finally:
+            self._live.discard(request.id)
+
+    async def _answer(
+        self, request: Request, began: float, gap: Callable[[], float]
+    ) -> AsyncGenerator[list[Event], None]:
+        prompt = self._encoded(request.prompt)
+        layers = await self._layers(prompt, request)
+        try:
+            params = sampling_params(request.sampling, len(request.answer), layers if self._per_request else None)
+        except ValueError as error:
+            raise _refusal(error) from error
+        ids = collapsed(prompt.ids) if prompt.images else prompt.ids
+        inputs: TokensPrompt = {"prompt_token_ids": [*ids, *request.answer]}
+        if prompt.images:
+            inputs["multi_modal_data"] = {"image": [as_image(image, self._served.config) for image in prompt.images]}
+        if self._per_request:
+            inputs["cache_salt"] = str(layers)
+        writing = _Writing(request, TextStream(self._served.tokenizer, request.sampling.stop), layers, began)
+        writing.prompt_tokens = len(prompt.ids)
+        for token in request.answer:
+            writing.text.push(token, writing.may_stop())
+            writing.tokens += 1
+        limit = None if request.deadline is None else asyncio.get_running_loop().time() + request.deadline
+        outputs = self._llm.generate(inputs, params, request.id, priority=request.priority)
+        try:
+            while writing.finished is None:
+                try:
+                    async with asyncio.timeout_at(limit):
+                        output = await anext(outputs)
+                except TimeoutError:
+                    yield [writing.end("deadline")]
+                    return
+                if events := writing.take(output):
+                    yield events
+                if writing.finished is None and (pause := gap()) > 0:
+                    await asyncio.sleep(pause)  # meanwhile vLLM puts what comes into one output
+        except StopAsyncIteration:
+            yield [writing.end("cancelled")]
+        except VllmDeadError as error:
+            raise EngineDeadError("the vLLM process ended", do="try again") from error
+        except (VLLMClientError, ValueError) as error:
+            raise _refusal(error) from error
+        except Exception as error:
+            if self._llm.errored:
+                raise EngineDeadError("the vLLM process ended", do="try again") from error
+            log.exception("vLLM failed on a request")
+            raise GenerationError("vLLM failed on this request", got=type(error).__name__) from error
+        finally:
+            await outputs.aclose()
+
+    def _encoded(self, prompt: Any) -> Encoded:
+        if isinstance(prompt, str):
+            return Encoded(self._served.tokenizer.encode(prompt))
+        return prompt if isinstance(prompt, Encoded) else Encoded(list(prompt))
+
+    async def _layers(self, prompt: Encoded, request: Request) -> int:
+        shape = self._served.config
+        if request.depth == "auto":
+            if self._per_request and self._route is not None:
+                return await asyncio.to_thread(self._route, prompt, request)
+            return shape.layers
+        try:
+            layers = shape.depth(request.depth)
+        except ConfigError as error:
+            raise RequestError("depth", param="depth", got=request.depth, allowed=[*shape.exit_names]) from error
+        if layers != shape.layers and not self._per_request:
+            raise RequestError(
+                "depth", param="depth", got=request.depth, allowed="the depth that this deployment fixes"
+            )
+        return layers
+
+    async def embed(self, prompt: list[int], depth: str | int | None = None) -> list[float]:
+        raise RequestError(
+            "embeddings", param="model", got="engine vllm", do="ask a model that Shoal's own engine serves"
+        )
+
+    async def stats(self) -> dict[str, float]:
+        """As `Engine.stats`, as far as vLLM tells."""
+        return self._counts.samples(self._served.config.exits)
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError."""
+        try:
+            await self._llm.check_health()
+        except Exception as error:
+            raise EngineDeadError("the vLLM process ended", do="restart it") from error
+
+    async def drain(self, seconds: float) -> None:
+        """Returns when no request is left, at the latest after `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._live:
+                    await asyncio.sleep(POLL_SECONDS)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._llm.shutdown)
+
+
+def _refusal(error: Exception) -> RequestError:
+    """vLLM's refusal of a request as ours."""
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    return RequestError(first[:300], param=getattr(error, "parameter", None))
+
+
+def sampling_params(sampling: Sampling, answered: int = 0, layers: int | None = None) -> SamplingParams:
+    """`sampling` for vLLM, of an answer whose first `answered` tokens are there already. Stop strings are not vLLM's to find.
+    Raises RequestError for what vLLM cannot do."""
+    s = sampling
+    if s.speculative:
+        raise RequestError("speculative", param="speculative", got=s.speculative, allowed="0 with engine vllm")
+    return SamplingParams(
+        temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p, seed=s.seed,
+        max_tokens=s.max_tokens - answered, min_tokens=max(0, s.min_tokens - answered),
+        stop_token_ids=list(s.stop_token_ids), ignore_eos=s.ignore_eos,
+        presence_penalty=s.presence_penalty, frequency_penalty=s.frequency_penalty, repetition_penalty=s.repetition_penalty,
+        logit_bias=dict(s.logit_bias) or None, logprobs=s.logprobs, prompt_logprobs=s.prompt_logprobs,
+        structured_outputs=_structured(s.guided), extra_args=None if layers is None else {"depth": layers},
+        detokenize=False, output_kind=RequestOutputKind.DELTA,
+    )  # fmt: skip
+
+
+def _structured(guide: Guide | None) -> StructuredOutputsParams | None:
+    if guide is None:
+        return None
+    kinds: dict[str, tuple[str, Any]] = {
+        "json_schema": ("json", guide.spec),
+        "json_object": ("json_object", True),
+        "regex": ("regex", guide.spec),
+        "choice": ("choice", list(guide.spec)),
+        "lark": ("grammar", guide.spec),
+    }
+    name, value = kinds[guide.kind]
+    return StructuredOutputsParams(**{name: value})
+
+
+class _Writing:
+    """One answer as it comes."""
+
+    def __init__(self, request: Request, text: TextStream, layers: int, began: float) -> None:
+        self.request, self.text, self.layers, self.began = request, text, layers, began
+        self.tokens = self.prompt_tokens = self.cached = 0
+        self.first: float | None = None
+        self.prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+        self.finished: Finished | None = None
+
+    def may_stop(self) -> bool:
+        return self.tokens >= self.request.sampling.min_tokens
+
+    def take(self, output: Any) -> list[Event]:
+        """The events of what vLLM gave."""
+        self.cached = output.num_cached_tokens or self.cached
+        most = self.request.sampling.prompt_logprobs
+        if most is not None and output.prompt_logprobs is not None and not self.prompt_logprobs:
+            ids = output.prompt_token_ids
+            self.prompt_logprobs = tuple(
+                _logprob(t, at, most) for t, at in zip(ids, output.prompt_logprobs, strict=True)
+            )
+        part = output.outputs[0]
+        ids = list(part.token_ids)
+        if part.finish_reason == "stop" and ids:
+            ids.pop()  # what ends an answer is not part of it
+        events: list[Event] = []
+        for index, token in enumerate(ids):
+            self.first = self.first or time.monotonic()
+            self.tokens += 1
+            shown, stopped = self.text.push(token, self.may_stop())
+            logprob = _logprob(token, part.logprobs[index], self.request.sampling.logprobs) if part.logprobs else None
+            events.append(Token(self.request.id, token, shown, logprob, self.layers))
+            if stopped:
+                return [*events, self.end("stop")]
+        if part.finish_reason is not None:
+            reason = part.finish_reason if part.finish_reason in ("stop", "length") else "error"
+            events.append(self.end(reason))
+        return events
+
+    def end(self, reason: Any) -> Finished:
+        now = time.monotonic()
+        error = GenerationError("vLLM ended the request with an error", do="try again") if reason == "error" else None
+        self.finished = Finished(
+            self.request.id, reason, self.text.finish(), self.layers, self.prompt_tokens, self.cached, self.tokens,
+            first_token_seconds=(self.first or now) - self.began, total_seconds=now - self.began,
+            error=error, prompt_logprobs=self.prompt_logprobs,
+        )  # fmt: skip
+        return self.finished
+
+
+def _logprob(token: int, found: Any, most: int | None) -> TokenLogprob | None:
+    """vLLM's {token: logprob} at one place, with the `most` likeliest."""
+    if found is None:
+        return None
+    best = sorted(((t, float(at.logprob)) for t, at in found.items()), key=lambda pair: -pair[1])[: most or 0]
+    return TokenLogprob(token, float(found[token].logprob), tuple(best))
+
+
+class _Counts(StatLoggerBase):  # type: ignore[misc]
+    """vLLM's own counts under our names."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+        self.gauges = {"num_requests_running": 0.0, "num_requests_waiting": 0.0, "kv_cache_usage_perc": 0.0}
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        m = self.metrics
+        if scheduler_stats is not None:
+            self.gauges = {
+                "num_requests_running": float(scheduler_stats.num_running_reqs),
+                "num_requests_waiting": float(scheduler_stats.num_waiting_reqs),
+                "kv_cache_usage_perc": float(scheduler_stats.kv_cache_usage),
+            }
+            m.prefix_queries += scheduler_stats.prefix_cache_stats.queries
+            m.prefix_hits += scheduler_stats.prefix_cache_stats.hits
+        if iteration_stats is not None:
+            rows = iteration_stats.num_prompt_tokens + iteration_stats.num_generation_tokens
+            m.prompt_tokens += iteration_stats.num_prompt_tokens
+            m.generation_tokens += iteration_stats.num_generation_tokens
+            m.preemptions += iteration_stats.num_preempted_reqs
+            m.steps, m.rows = m.steps + 1, m.rows + rows
+            m.iteration_tokens_total.observe(rows)
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+    def ended(self, event: Finished) -> None:
+        first = event.first_token_seconds if event.completion_tokens else None
+        self.metrics.ended(event.reason, 0, event.queue_seconds, first, event.total_seconds, event.completion_tokens)
+        self.metrics.depths[event.depth] = self.metrics.depths.get(event.depth, 0) + 1
+
+    def samples(self, exits: Any) -> dict[str, float]:
+        return self.gauges | self.metrics.samples(exits)

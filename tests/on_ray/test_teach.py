@@ -1,0 +1,49 @@
+"""Rows answered by a served model over a Ray Dataset: a real server with a key, an interrupted run, and rows that train."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shoal import Engine, Model, Request, Sampling
+from shoal.api.teacher import TEACHER, Ask
+from shoal.data.chats import read_chats
+from shoal.errors import DataError
+from shoal.inputs.chat import encode_chat
+from shoal.on_ray.resources import local_ray
+from shoal.on_ray.teach import KEY_VARIABLE, teach
+from tests.flows.conftest import KEY, running
+
+pytestmark = pytest.mark.ray
+
+
+def test_a_teacher_answers_what_is_left_of_an_interrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    model = Model.from_preset("test", seed=3)
+    texts = [f"How deep is sea {number}?" for number in range(12)]
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "old"}]} for text in texts
+    ]
+    rows.append({"messages": [{"role": "user", "content": "long " * 200}]})  # the teacher's context is shorter
+    source, out = tmp_path / "questions.jsonl", tmp_path / "taught.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no row\n")
+    with running(model, max_batch=4, max_queue=4) as service, local_ray():
+        ask = Ask(f"{service.url}/v1", "fish", max_tokens=8, depth="middle")
+        counts = teach(source, out, ask, concurrency=2)
+        assert counts == {"answered": 12, "kept": 0, "refused": 2}
+        lines = out.read_text(encoding="utf-8").splitlines(keepends=True)
+        with pytest.raises(DataError, match="exists"):
+            teach(source, out, ask)
+        out.unlink()
+        Path(f"{out}.partial").write_text("".join(lines[:5]), encoding="utf-8")  # where it was interrupted
+        assert teach(source, out, ask, concurrency=2) == {"answered": 7, "kept": 5, "refused": 2}
+    taught = {row["messages"][0]["content"]: row for row in map(json.loads, out.read_text("utf-8").splitlines())}
+    assert taught.keys() == set(texts)
+    prompt = encode_chat([{"role": "user", "content": texts[0]}], model.tokenizer, model.config)
+    (own,) = Engine(model).generate([Request(prompt, Sampling(temperature=0, max_tokens=8), depth="middle")])
+    row = taught[texts[0]]
+    assert row["messages"][-1] == {"role": "assistant", "content": own.text}
+    assert (row[TEACHER]["depth_used"], row[TEACHER]["answered_by"]) == ("middle", "fish")
+    assert len(read_chats(out, model.tokenizer, model.config)) > 0

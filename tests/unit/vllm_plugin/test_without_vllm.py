@@ -1,0 +1,64 @@
+"""What of the plugin does not need vLLM: routing before admission, and saying that vLLM is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shoal import Engine, Model, Request, Sampling
+from shoal.errors import ConfigError
+from shoal.inputs.chat import Encoded
+from shoal.inputs.media import Patches
+from shoal.model.depth import Calibration, Router
+from shoal.on_ray.serve_config import ServeArgs
+from shoal.vllm_plugin import options
+from shoal.vllm_plugin.route import Forerunner
+
+
+def test_a_prompt_is_routed_before_admission_as_our_engine_routes_it(tmp_path: Path) -> None:
+    """Over prompts with and without an image, and over tolerances that reach every exit."""
+    model = Model.from_preset("test", seed=3)
+    torch.manual_seed(0)
+    model.router = Router(model.config).requires_grad_(False)
+    tolerances = [0.01 * step for step in range(1, 40)]
+    model.router.calibration = Calibration(thresholds=[(t, 8 * (t - 0.2)) for t in tolerances])
+    model.save(tmp_path / "m")
+    forerunner = Forerunner.load(tmp_path / "m")
+    assert forerunner is not None
+    rng = np.random.default_rng(0)
+    prompts = [Encoded(rng.integers(9, 265, size).tolist()) for size in (3, 8, 21, 60)]
+    image = Patches(rng.integers(0, 256, (6, model.config.patch_values), dtype=np.uint8), 2, 3)
+    prompts.append(Encoded([20, *image.tokens(), 21, 22], [image]))
+    asked = [
+        Request(prompt, Sampling(temperature=0, max_tokens=1), depth="auto", quality_tolerance=tolerance)
+        for prompt in prompts
+        for tolerance in tolerances[::4]
+    ]
+    ours = [done.depth for done in Engine(model).generate(asked)]
+    assert len(set(ours)) > 1, "the tolerances must reach several exits"
+    assert [forerunner(prompt, request) for request in asked for prompt in [request.prompt]] == ours  # type: ignore[arg-type]
+
+
+def test_a_model_without_a_router_has_no_forerunner(tmp_path: Path) -> None:
+    Model.from_preset("test").save(tmp_path / "m")
+    assert Forerunner.load(tmp_path / "m") is None
+
+
+def test_a_missing_vllm_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"args\.engine: got 'vllm'; allowed: shoal where .* pip install"):
+        options.check({})
+
+
+def test_options_of_one_engine_are_refused_with_the_other() -> None:
+    with pytest.raises(ConfigError, match=r"args\.vllm: set args\.engine to vllm"):
+        ServeArgs(model="m", vllm={"dtype": "float32"})
+    with pytest.raises(ConfigError, match=r"args\.precision: got 'auto'; allowed: stored"):
+        ServeArgs(model="m", engine="vllm", precision="auto")
+    with pytest.raises(ConfigError, match=r"args\.engine: got 'sglang'; allowed: shoal, vllm"):
+        from shoal import config
+
+        config.load(ServeArgs, {"engine": "sglang"}, "args")
