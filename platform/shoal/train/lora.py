@@ -35,7 +35,7 @@ class LoraLinear(Linear):
     def product(self, x: Tensor) -> Tensor:
         return super().product(x) + SCALE * (x @ self.lora_a.T) @ self.lora_b.T
 
-    def matrix(self, x: Tensor) -> fused.Matrix | None:
+    def matrix(self, rows: int, dtype: torch.dtype) -> fused.Matrix | None:
         return None  # one matrix is not the whole product
 
 
