@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import numba as nb
 import numpy as np
-from numba import config
+from numba import config as numbas
 from numba.extending import overload
 
+config: Any = numbas  # its names are made when it is imported
 _HERE = Path(__file__).parent
 _SOURCES = ("attention_kernels.py", "compiled.py", "int8_kernels.py", "kernels.py")
 
