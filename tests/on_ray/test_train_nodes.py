@@ -91,8 +91,13 @@ def test_a_lost_node_costs_no_step_and_no_bit(cluster: Cluster, data: Path, tmp_
     assert models[0] == models[1] and len(cluster.worker_nodes) == NODES - 1
 
 
-def test_an_elastic_run_goes_on_with_the_worker_that_is_left(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+def test_an_elastic_run_goes_on_with_the_worker_that_is_left(
+    cluster: Cluster, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """1 to 2 workers, and two nodes of which one dies: the same updates, of one worker's four micro-batches."""
+    monkeypatch.setenv(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "25"
+    )  # the environment's word counts, and it waits less
     while len(cluster.worker_nodes) < 2:
         cluster.add_node(num_cpus=1)
     while len(cluster.worker_nodes) > 2:
