@@ -163,6 +163,7 @@ def test_a_client_that_leaves_ends_its_request(url: str) -> None:
         until(lambda: metric(url, "fish", "num_requests_running") == 1)
     until(lambda: metric(url, "fish", "num_requests_running") == 0)
     assert 0 < metric(url, "fish", "generation_tokens_total") - before < 900
+    assert metric(url, "fish", "requests_cancelled_total") == 1
 
 
 def test_more_than_fit_are_answered_429_and_the_others_whole(url: str) -> None:
