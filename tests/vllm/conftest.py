@@ -19,6 +19,7 @@ import torch
 from shoal import Model
 from shoal.config import ModelConfig
 from shoal.inputs.tokenizer import Tokenizer
+from shoal.model.depth import Calibration, Router
 from shoal.model.net import Net
 
 ENVIRONMENT = {
@@ -44,7 +45,8 @@ SHAPE = ModelConfig(
 
 @pytest.fixture(scope="session")
 def model() -> Model:
-    """Weights so large that attention is sharp: another window or another choice of blocks moves every logprob."""
+    """Weights so large that attention is sharp: another window or another choice of blocks moves every logprob. The
+    router sends all to the second exit."""
     net = Net(SHAPE).init_(3)
     with torch.no_grad():
         for name, weight in net.named_parameters():
@@ -52,7 +54,11 @@ def model() -> Model:
                 weight.mul_(2.0)
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 weight.mul_(3.0)
-    return Model(SHAPE, net, Tokenizer.bytes_only(), name="fish")
+    router = Router(SHAPE).requires_grad_(False)
+    router.quantile.weight.zero_()
+    router.quantile.bias.copy_(torch.tensor([1.0, -1.0]))  # nats: the first exit is too bad, the second good enough
+    router.calibration = Calibration(thresholds=[(0.01, 0.0)])
+    return Model(SHAPE, net, Tokenizer.bytes_only(), name="fish", router=router)
 
 
 @pytest.fixture(scope="session")

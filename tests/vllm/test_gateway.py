@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import signal
 import socket
 import time
@@ -11,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.inputs.chat import encode_chat
@@ -62,14 +66,26 @@ def metric(url: str, model: str, name: str) -> float:
     return next(float(line.split()[-1]) for line in lines if line.startswith(f'shoal:{name}{{model_name="{model}"}}'))
 
 
+def with_an_image() -> list[Any]:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is in the sea?"}]
+    return [{"role": "user", "content": parts}]
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
 @pytest.mark.parametrize("depth", ["shallow", "full", "auto"])
-def test_a_shoal_model_answers_as_in_our_engine(client: openai.OpenAI, model: Model, depth: str) -> None:
-    prompt = encode_chat(MESSAGES, model.tokenizer, model.config)
+def test_a_shoal_model_answers_as_in_our_engine(client: openai.OpenAI, model: Model, depth: str, image: bool) -> None:
+    """Depth "auto" is decided before vLLM sees the request, by the model's own router."""
+    messages = with_an_image() if image else MESSAGES
+    prompt = encode_chat(messages, model.tokenizer, model.config)
     (expected,) = Engine(model).generate(
         [Request(prompt, Sampling(temperature=0, max_tokens=12, logprobs=2), depth=depth)]
     )
     answer = client.chat.completions.create(
-        model="fish", messages=MESSAGES, logprobs=True, top_logprobs=2, extra_body={"depth": depth}, **GREEDY
+        model="fish", messages=messages, logprobs=True, top_logprobs=2, extra_body={"depth": depth}, **GREEDY
     )
     found = answer.choices[0].logprobs
     assert found is not None and found.content is not None
@@ -79,9 +95,8 @@ def test_a_shoal_model_answers_as_in_our_engine(client: openai.OpenAI, model: Mo
         assert bytes(theirs.bytes or []) == model.tokenizer.token_bytes(ours.token)
         assert abs(theirs.logprob - ours.logprob) < 1e-4
     assert answer.usage is not None
-    assert answer.usage.model_extra and answer.usage.model_extra["depth"] == (
-        "shallow" if depth == "shallow" else "full"
-    )
+    assert answer.usage.prompt_tokens == len(prompt.ids)
+    assert answer.usage.model_extra and answer.usage.model_extra["depth"] == ("middle" if depth == "auto" else depth)
 
 
 def test_a_llama_answers_as_in_transformers(client: openai.OpenAI, llama: Path) -> None:
@@ -148,6 +163,7 @@ def test_a_client_that_leaves_ends_its_request(url: str) -> None:
         until(lambda: metric(url, "fish", "num_requests_running") == 1)
     until(lambda: metric(url, "fish", "num_requests_running") == 0)
     assert 0 < metric(url, "fish", "generation_tokens_total") - before < 900
+    assert metric(url, "fish", "requests_cancelled_total") == 1
 
 
 def test_more_than_fit_are_answered_429_and_the_others_whole(url: str) -> None:

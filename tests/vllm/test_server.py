@@ -59,7 +59,9 @@ def url(directory: Path) -> Iterator[str]:
 def test_it_completes_and_chats_as_our_engine_does(url: str, model: Model) -> None:
     sampling = Sampling(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2)
     prompt = encode_chat(MESSAGES, model.tokenizer, model.config)
-    text, chat = Engine(model).generate([Request("The sea is", sampling), Request(prompt, sampling)])
+    text, chat = Engine(model).generate(
+        [Request("The sea is", sampling, depth="full"), Request(prompt, sampling, depth="full")]
+    )
     body = {"model": "fish", "temperature": 0, "max_tokens": 12, "ignore_eos": True, "return_token_ids": True}
     answer = httpx.post(f"{url}/v1/completions", json={**body, "prompt": "The sea is"}, timeout=60).json()
     assert answer["choices"][0]["prompt_token_ids"] == model.tokenizer.encode("The sea is")

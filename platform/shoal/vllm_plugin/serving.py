@@ -78,14 +78,21 @@ class VllmEngine:
         if request.id in self._live:
             raise RequestError("request id is in use", param="id", got=request.id)
         self._live.add(request.id)
+        reason = "cancelled"  # by who reads, unless the end comes first
         try:
             async with aclosing(self._answer(request, began, gap)) as lists:
                 async for events in lists:
-                    yield events
                     if isinstance(events[-1], Finished):
+                        reason = ""
                         self._counts.ended(events[-1])
+                    yield events
+        except RequestError:
+            reason = "error"
+            raise
         finally:
             self._live.discard(request.id)
+            if reason:
+                self._counts.broken(reason)
 
     async def _answer(
         self, request: Request, began: float, gap: Callable[[], float]
@@ -313,6 +320,10 @@ class _Counts(StatLoggerBase):  # type: ignore[misc]
         first = event.first_token_seconds if event.completion_tokens else None
         self.metrics.ended(event.reason, 0, event.queue_seconds, first, event.total_seconds, event.completion_tokens)
         self.metrics.depths[event.depth] = self.metrics.depths.get(event.depth, 0) + 1
+
+    def broken(self, reason: str) -> None:
+        """A request without a `Finished` of its own."""
+        self.metrics.ended(reason, 0, 0.0, None, 0.0, 0)
 
     def samples(self, exits: Any) -> dict[str, float]:
         return self.gauges | self.metrics.samples(exits)
