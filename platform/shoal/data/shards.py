@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,59 +158,82 @@ class ShardWriter:
     part: int = 0  # of the corpus: parts are written by different processes
     shard_bytes: int = SHARD_BYTES
     shards: list[Shard] = field(default_factory=list)
-    _rows: list[Row] = field(default_factory=list)
-    _held: int = 0
+    _held: _Held | None = None
 
     def add(self, row: Row) -> None:
-        self._rows.append(row)
-        self._held += row.tokens.nbytes + row.docs.nbytes + (row.patches.nbytes if row.patches is not None else 0)
-        if self._held >= self.shard_bytes:
+        if self._held is None:
+            self._held = _Held.of(row, self.shard_bytes)
+        self._held.add(row, self.token_bytes)
+        if self._held.size >= self.shard_bytes:
             self.close()
 
     def close(self) -> None:
         """Write out what is held."""
-        if not self._rows:
+        held, self._held = self._held, None
+        if held is None:
             return
         name = f"{self.split}-{self.modality}-{self.part:05}-{len(self.shards):03}.arrow"
         aside, path = self.directory / f".{name}.{os.getpid()}.tmp", self.directory / name
-        batch = _record_batch(self._rows)
+        batch = held.record_batch()
         with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         with aside.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         aside.replace(path)
-        sources: Counter[str] = Counter()
-        for row in self._rows:
-            sources.update(row.sources)
         self.shards.append(
             Shard(
                 file=name,
                 split=self.split,
                 modality=self.modality,
-                rows=len(self._rows),
-                tokens=sum(row.used for row in self._rows),
-                text_bytes=sum(int(self.token_bytes[row.tokens].sum()) for row in self._rows),
+                rows=len(held.patches),
+                tokens=held.sources.total(),
+                text_bytes=held.text_bytes,
                 size=path.stat().st_size,
                 sha256=digest,
-                sources=dict(sorted(sources.items())),
-                licenses=tuple(sorted({self.licenses[source] for source in sources})),
+                sources=dict(sorted(held.sources.items())),
+                licenses=tuple(sorted({self.licenses[source] for source in held.sources})),
             )
         )
-        self._rows, self._held = [], 0
 
 
-def _record_batch(rows: Sequence[Row]) -> pa.RecordBatch:
-    length = len(rows[0].tokens)
-    tokens = pa.array(np.concatenate([row.tokens for row in rows]))
-    docs = pa.array(np.concatenate([row.docs for row in rows]))
-    patches = [row.patches.tobytes() if row.patches is not None else b"" for row in rows]
-    return pa.record_batch(
-        {
-            "tokens": pa.FixedSizeListArray.from_arrays(tokens, length),
-            "docs": pa.FixedSizeListArray.from_arrays(docs, length),
-            "patches": pa.array(patches, pa.large_binary()),
-        }
-    )
+@dataclass
+class _Held:
+    """The rows of a shard that is not written yet. They are copied into two blocks: kept one by one, their small arrays lay
+    between what encoding allocates for a moment, and the heap grew from part to part (docs/log.md)."""
+
+    tokens: np.ndarray  # int32 [rows that there is room for, T]
+    docs: np.ndarray  # int16, likewise
+    patches: list[bytes] = field(default_factory=list)  # of each row
+    sources: Counter[str] = field(default_factory=Counter)
+    text_bytes: int = 0
+    size: int = 0  # bytes
+
+    @classmethod
+    def of(cls, row: Row, shard_bytes: int) -> _Held:
+        """Room for as many rows like `row` as a shard of `shard_bytes` may get."""
+        room = shard_bytes // (row.tokens.nbytes + row.docs.nbytes) + 1
+        return cls(np.empty((room, len(row.tokens)), np.int32), np.empty((room, len(row.docs)), np.int16))
+
+    def add(self, row: Row, token_bytes: np.ndarray) -> None:
+        at = len(self.patches)
+        self.tokens[at], self.docs[at] = row.tokens, row.docs
+        self.patches.append(row.patches.tobytes() if row.patches is not None else b"")
+        self.sources.update(row.sources)
+        self.text_bytes += int(token_bytes[row.tokens].sum())
+        self.size += row.tokens.nbytes + row.docs.nbytes + len(self.patches[-1])
+
+    def record_batch(self) -> pa.RecordBatch:
+        rows, length = len(self.patches), self.tokens.shape[1]
+        columns = {"tokens": self.tokens, "docs": self.docs}
+        return pa.record_batch(
+            {
+                **{
+                    name: pa.FixedSizeListArray.from_arrays(pa.array(block[:rows].reshape(-1)), length)
+                    for name, block in columns.items()
+                },
+                "patches": pa.array(self.patches, pa.large_binary()),
+            }
+        )
 
 
 class Rows:
