@@ -26,6 +26,7 @@ from shoal.train.optim import left_out, make_optimizer, rotates
 from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan
 from shoal.train.step import count, update
 
+pytestmark = pytest.mark.timeout(400)  # four processes on what may be two busy cores
 PROCESSES = 4
 # What an update may leave out or add: all ranks must leave out and add the same, or they wait for each other for ever
 ODD = {"layer_dropout": 0.9, "rotate_exits": "on", "distill": 0.5, "exit_warmup": 0.0, "seed": 2}
