@@ -26,6 +26,7 @@ from shoal.train.optim import left_out, make_optimizer, rotates
 from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan
 from shoal.train.step import count, update
 
+pytestmark = pytest.mark.timeout(400)  # four processes on what may be two busy cores
 PROCESSES = 4
 # What an update may leave out or add: all ranks must leave out and add the same, or they wait for each other for ever
 ODD = {"layer_dropout": 0.9, "rotate_exits": "on", "distill": 0.5, "exit_warmup": 0.0, "seed": 2}
@@ -191,11 +192,12 @@ def history(run: Path, kind: str, key: str) -> list:
     ],
 )
 def test_ranks_train_as_one(played: Path, run: str, alone: str) -> None:
+    rounds = 1e-3 if run == "int8" else 1e-5  # an activation near the middle of two integers may go to either
     for key in ("loss", "grad_norm"):
-        assert history(played / run, "step", key) == pytest.approx(history(played / alone, "step", key), rel=1e-5)
+        assert history(played / run, "step", key) == pytest.approx(history(played / alone, "step", key), rel=rounds)
     for mine, theirs in zip(history(played / run, "eval", "bpb"), history(played / alone, "eval", "bpb"), strict=True):
         for modality in theirs:
-            assert mine[modality] == pytest.approx(theirs[modality], rel=1e-4)
+            assert mine[modality] == pytest.approx(theirs[modality], rel=max(rounds, 1e-4))
 
 
 @pytest.mark.parametrize("world", [2, 4])
