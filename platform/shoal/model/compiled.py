@@ -24,16 +24,16 @@ def _digest():
     return hashlib.sha256(b"".join((_HERE / name).read_bytes() for name in _SOURCES)).hexdigest()[:16]
 
 
-_KEPT = str(Path(config.CACHE_DIR or _HERE / "__pycache__") / f"numba-{_digest()}")
+_KEPT = str(Path(config.CACHE_DIR or _HERE / "__pycache__") / f"numba-{_digest()}")  # type: ignore[attr-defined]
 
 
 def _compiled(function, **options):
     """`function` compiled at its first call, or as it was kept; where the folder cannot be written, numba takes the user's."""
-    before, config.CACHE_DIR = config.CACHE_DIR, _KEPT
+    before, config.CACHE_DIR = config.CACHE_DIR, _KEPT  # type: ignore[attr-defined]
     try:
         return nb.njit(error_model="numpy", nogil=True, cache=True, **options)(function)
     finally:
-        config.CACHE_DIR = before
+        config.CACHE_DIR = before  # type: ignore[attr-defined]
 
 
 def fast(function):

@@ -80,8 +80,8 @@ def _totals(builder: ir.IRBuilder, sums: list[ir.Value]) -> ir.Value:
         ]
         return added(a, b, *spread)
 
-    pairs = (mixed(a, b, (0, 4, 1, 5), (2, 6, 3, 7)) for a, b in (sums[:2], sums[2:]))
-    total = mixed(*pairs, (0, 1, 4, 5), (2, 3, 6, 7))
+    first, second = (mixed(a, b, (0, 4, 1, 5), (2, 6, 3, 7)) for a, b in (sums[:2], sums[2:]))
+    total = mixed(first, second, (0, 1, 4, 5), (2, 3, 6, 7))
     width = _LANES
     while width > 4:
         width //= 2
