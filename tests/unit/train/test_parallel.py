@@ -44,11 +44,14 @@ def test_two_ranks_train_as_one(shards: Path, tmp_path: Path, stays_gathered: in
     alone, run = tmp_path / "alone", tmp_path / "run"
     fit(plan(shards, alone, accumulate=4, **more))
     mp.spawn(train_rank, (shards, run, stays_gathered, more), nprocs=2)
+    # Sums over ranks differ in the last bit. Where a weight is rounded, that moves it by a whole level now and then.
+    loose = 50 if "quantize" in more else 1
     for key in ("loss", "grad_norm"):
-        assert history(run, "step", key) == pytest.approx(history(alone, "step", key), rel=1e-5)
+        mine, theirs = history(run, "step", key), history(alone, "step", key)
+        assert mine[:2] == pytest.approx(theirs[:2], rel=1e-5) and mine == pytest.approx(theirs, rel=1e-5 * loose)
     for mine, theirs in zip(history(run, "eval", "bpb"), history(alone, "eval", "bpb"), strict=True):
         for modality in theirs:
-            assert mine[modality] == pytest.approx(theirs[modality], rel=1e-4)
+            assert mine[modality] == pytest.approx(theirs[modality], rel=1e-4 * max(1, loose / 5))
 
 
 def test_what_is_left_out_in_the_test_above_is_not_nothing() -> None:
