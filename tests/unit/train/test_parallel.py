@@ -194,7 +194,9 @@ def history(run: Path, kind: str, key: str) -> list:
 def test_ranks_train_as_one(played: Path, run: str, alone: str) -> None:
     rounds = 1e-3 if run == "int8" else 1e-5  # an activation near the middle of two integers may go to either
     for key in ("loss", "grad_norm"):
-        assert history(played / run, "step", key) == pytest.approx(history(played / alone, "step", key), rel=rounds)
+        mine, theirs = (history(played / name, "step", key) for name in (run, alone))
+        assert mine[:2] == pytest.approx(theirs[:2], rel=1e-5)  # before the first rounded update
+        assert mine == pytest.approx(theirs, rel=rounds)
     for mine, theirs in zip(history(played / run, "eval", "bpb"), history(played / alone, "eval", "bpb"), strict=True):
         for modality in theirs:
             assert mine[modality] == pytest.approx(theirs[modality], rel=max(rounds, 1e-4))
