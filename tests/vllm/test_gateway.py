@@ -157,13 +157,12 @@ def test_what_it_cannot_do_is_answered_400_by_name(url: str, body: dict[str, Any
 
 def test_a_client_that_leaves_ends_its_request(url: str) -> None:
     body = {"model": "fish", "prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
-    before = metric(url, "fish", "generation_tokens_total")
+    tokens, cancelled = (metric(url, "fish", name) for name in ("generation_tokens_total", "requests_cancelled_total"))
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
         assert next(answer.iter_lines())
-        until(lambda: metric(url, "fish", "num_requests_running") == 1)
-    until(lambda: metric(url, "fish", "num_requests_running") == 0)
-    assert 0 < metric(url, "fish", "generation_tokens_total") - before < 900
-    assert metric(url, "fish", "requests_cancelled_total") == 1
+    until(lambda: metric(url, "fish", "requests_cancelled_total") == cancelled + 1)
+    assert metric(url, "fish", "num_requests_running") == 0
+    assert 0 < metric(url, "fish", "generation_tokens_total") - tokens < 900
 
 
 def test_more_than_fit_are_answered_429_and_the_others_whole(url: str) -> None:
@@ -182,8 +181,9 @@ def test_more_than_fit_are_answered_429_and_the_others_whole(url: str) -> None:
         async with httpx.AsyncClient(timeout=120) as client:
             return await asyncio.gather(*(ask(client) for _ in range(16)))
 
-    statuses = asyncio.run(all_at_once())
-    assert set(statuses) == {200, 429}
+    found = set[int]()
+    until(lambda: found.update(asyncio.run(all_at_once())) or found >= {200, 429})
+    assert found == {200, 429}
 
 
 def test_a_killed_engine_process_is_replaced_and_the_stream_goes_on(url: str, client: openai.OpenAI) -> None:

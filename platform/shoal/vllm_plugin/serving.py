@@ -35,6 +35,7 @@ from shoal.vllm_plugin.images import as_image, collapsed
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
+GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 Route = Callable[[Encoded, Request], int]
 
 
@@ -169,8 +170,10 @@ class VllmEngine:
         )
 
     async def stats(self) -> dict[str, float]:
-        """As `Engine.stats`, as far as vLLM tells."""
-        return self._counts.samples(self._served.config.exits)
+        """As `Engine.stats`, as far as vLLM tells: it does after each step, so what it said of the last one is not true of an
+        engine that has nothing to do."""
+        idle = {} if self._live else dict.fromkeys(GAUGES, 0.0)
+        return self._counts.samples(self._served.config.exits) | idle
 
     async def check_health(self) -> None:
         """Raises EngineDeadError."""
@@ -291,18 +294,17 @@ class _Counts(StatLoggerBase):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.metrics = Metrics()
-        self.gauges = {"num_requests_running": 0.0, "num_requests_waiting": 0.0, "kv_cache_usage_perc": 0.0}
+        self.gauges = dict.fromkeys(GAUGES, 0.0)
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
     ) -> None:
         m = self.metrics
         if scheduler_stats is not None:
-            self.gauges = {
-                "num_requests_running": float(scheduler_stats.num_running_reqs),
-                "num_requests_waiting": float(scheduler_stats.num_waiting_reqs),
-                "kv_cache_usage_perc": float(scheduler_stats.kv_cache_usage),
-            }
+            s = scheduler_stats
+            self.gauges = dict(
+                zip(GAUGES, map(float, (s.num_running_reqs, s.num_waiting_reqs, s.kv_cache_usage)), strict=True)
+            )
             m.prefix_queries += scheduler_stats.prefix_cache_stats.queries
             m.prefix_hits += scheduler_stats.prefix_cache_stats.hits
         if iteration_stats is not None:
