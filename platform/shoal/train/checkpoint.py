@@ -68,6 +68,7 @@ class CheckpointStore:
         """`mirror`: copies elsewhere; on rank 0 only, which alone asks for it."""
         self.directory = Path(run) / "checkpoints"
         self.keep, self.mirror = keep, mirror
+        self._best: list[Path] | None = None  # the best one, if any is to stay; None while that is not known
 
     def steps(self) -> list[Path]:
         """Published checkpoints, oldest first."""
@@ -113,15 +114,22 @@ class CheckpointStore:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
         if ranks.first:
-            best = self.at(state.best_step) if keep_best and state.best is not None else None
+            self._best = [self.at(state.best_step)] if keep_best and state.best is not None else []
             if self.mirror is not None:
-                self.mirror.best = best.name if best else ""
+                self.mirror.best = self._best[0].name if self._best else ""
                 self.mirror.offer(final)
-            stay = {best, *self.steps()[-self.keep :], *(self.mirror.needed if self.mirror else ())}
-            for old in set(self.steps()) - stay:
-                shutil.rmtree(old, ignore_errors=True)
+            self.tidy()
         ranks.wait()
         return final
+
+    def tidy(self) -> None:
+        """Remove checkpoints that nobody needs: neither new, nor best, nor still to be copied; none before the first was saved
+        here. On rank 0 only."""
+        if self._best is None:
+            return
+        stay = {*self._best, *self.steps()[-self.keep :], *(self.mirror.needed if self.mirror else ())}
+        for old in set(self.steps()) - stay:
+            shutil.rmtree(old, ignore_errors=True)
 
     def clear(self, ranks: Ranks) -> None:
         """Forget all checkpoints of the run, copies too."""

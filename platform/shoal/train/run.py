@@ -117,6 +117,7 @@ class Run:
         """Wait for the last copy; whoever asked this run to stop has been heard."""
         if self.mirror is not None:
             self.mirror.close()
+            self.store.tidy()  # one that was being copied when the last was saved could not go then
         self.tell_copies(state)
         if self.ranks.first:
             stop_file(self.plan.run).unlink(missing_ok=True)
