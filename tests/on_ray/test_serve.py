@@ -98,7 +98,7 @@ def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(models: dict[str, P
             assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("length", "stop")
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 0
+            assert process.wait(120) == 0
             _, left = psutil.wait_procs(children, timeout=10)
             assert left == []
         finally:

@@ -108,10 +108,22 @@ def told(access: Access, headers: Mapping[bytes, str]) -> Iterator[None]:
             span.end()
 
 
+class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # generic for the type checker alone
+    """Writes to what `sys.stderr` is now: one that holds it writes to a closed file once another stands there."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        """It is the one above, whatever the class before sets."""
+
+
 def log_to_stderr() -> None:
     """Writes the lines of this process to stderr, bare: for the process that serves, which nobody else has configured."""
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Stderr()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
