@@ -40,6 +40,7 @@ from shoal.model.cost import kv_bytes_stored
 from shoal.model.model import Model
 
 MAX_FAILURES = 3  # failed steps in a row after which the engine is dead
+KV_DTYPES = {"auto": None, "int8": torch.int8}  # None: the model's
 MEMORY_SHARE = 0.25  # of the free memory, for K/V, unless `units` says otherwise
 
 
@@ -57,20 +58,26 @@ class Engine:
         compute_budget: float | None = None,
         speculative: int = 0,
         speculative_max_batch: int | None = None,
+        kv_cache_dtype: str = "auto",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`units`: KV units, the null unit included (default: what a quarter of the free memory holds, at most what
         `max_batch` requests of full context need). A step runs at most `max_batch_tokens` rows of at most `max_batch`
         requests; `max_queue` more may wait. `compute_budget` in (0, 1]: mean share of the layers that requests of depth
         "auto" are to use. `speculative`: tokens that requests deeper than group 1 draft ahead unless they say otherwise, in
-        steps of at most `speculative_max_batch` requests (default: as far as it is measured to pay). Raises ConfigError for
-        values that cannot work together.
+        steps of at most `speculative_max_batch` requests (default: as far as it is measured to pay). `kv_cache_dtype`: "auto",
+        the model's precision, or "int8", which rounds each key and value and takes some 3.8 times less memory than fp32. Raises
+        ConfigError for values that cannot work together.
         """
         config = model.config
         _check_limits(model, max_batch_tokens, max_batch, max_queue, compute_budget)
         if not 0 <= speculative <= MAX_DRAFTS:
             raise ConfigError("speculative", got=speculative, allowed=f"0 to {MAX_DRAFTS}")
-        units = default_units(config, max_batch, model.net.dtype, model.device) if units is None else units
+        if kv_cache_dtype not in KV_DTYPES:
+            raise ConfigError("kv_cache_dtype", got=kv_cache_dtype, allowed=list(KV_DTYPES))
+        kv_dtype = KV_DTYPES[kv_cache_dtype]
+        if units is None:
+            units = default_units(config, max_batch, kv_dtype or model.net.dtype, model.device)
         if units < 2:
             raise ConfigError("units", got=units, allowed="2 or more (the null unit and one that holds tokens)")
         self.model, self.config, self._clock = model, config, clock
@@ -85,7 +92,7 @@ class Engine:
             clock=clock,
         )
         self._grammars = Grammars(model.tokenizer, config.vocab)
-        self.runner = Runner(model, units, compute_budget)
+        self.runner = Runner(model, units, compute_budget, kv_dtype)
         self.dead: EngineDeadError | None = None
         self.ran = False  # did the last step run any row?
         self._failures = 0
@@ -242,7 +249,7 @@ def default_units(config: ModelConfig, max_batch: int, dtype: torch.dtype, devic
     """Units for `max_batch` requests of full context at full depth, or what `MEMORY_SHARE` of the free memory holds, but
     never less than one such request needs."""
     one = GROUPS * -(-config.context // config.page)
-    each = kv_bytes_stored(config, 1, config.group_layers, dtype.itemsize)
+    each = kv_bytes_stored(config, 1, config.group_layers, dtype)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return 1 + max(one, min(one * max_batch, int(free * MEMORY_SHARE) // each))
 

@@ -6,18 +6,22 @@ Letters: as in `kernels`.
 
 from __future__ import annotations
 
+import numba as nb
 import numpy as np
+from numba.extending import overload
 
-from shoal.model.compiled import exp, fast, inverse_rms
+from shoal.model.compiled import exp, fast, inverse_rms, peak
+from shoal.model.slots import TOP
 
 
 @fast
 def project_and_store(qkv, q_weight, k_weight, eps, keep, cross, positions, slots, block, kv, summaries, q):
     """q [N, H, d], normed and turned by `keep` and `cross` [N, d] (`block.rope_tables`), of `qkv` [N, (H + 2 Hk) d]; k and v
-    to their `slots` [N] (-1: stored already) of kv [U, Hk, P, 2d], and the summary of every block that they complete to
+    to their `slots` [N] (-1: stored already) of kv [U, Hk, P, W], and the summary of every block that they complete to
     `summaries` [U, Hk, P/S, d or 2d]."""
     rows, heads, dim = q.shape
     kv_heads, page = kv.shape[1:3]
+    key = np.empty(dim, q.dtype)
     for n in range(rows):
         for h in range(heads):
             _norm_and_turn(qkv[n, h * dim : (h + 1) * dim], q_weight, eps, keep[n], cross[n], q[n, h])
@@ -26,9 +30,10 @@ def project_and_store(qkv, q_weight, k_weight, eps, keep, cross, positions, slot
         unit, offset = slots[n] // page, slots[n] % page
         for g in range(kv_heads):
             at = (heads + g) * dim
-            _norm_and_turn(qkv[n, at : at + dim], k_weight, eps, keep[n], cross[n], kv[unit, g, offset, :dim])
+            _norm_and_turn(qkv[n, at : at + dim], k_weight, eps, keep[n], cross[n], key)
             at += kv_heads * dim
-            kv[unit, g, offset, dim:] = qkv[n, at : at + dim]
+            _store(key, kv[unit, g, offset], 0)
+            _store(qkv[n, at : at + dim], kv[unit, g, offset], 1)
             if (positions[n] + 1) % block == 0:
                 _summarise(kv[unit, g, offset + 1 - block : offset + 1], summaries[unit, g, offset // block], dim)
 
@@ -71,11 +76,12 @@ def attend(q, kv, summaries, tables, rows, requests, positions, block, window, t
                 far[here + max(complete * block, first) : count] = one
             for i in range(count):
                 key = kv[units[i], g, offsets[i]]
+                stored = scale * _scale(key, dim, 0)
                 for h in range(group):
                     total = zero
                     for e in range(dim):
                         total += mine[h, e] * key[e]
-                    weight[h, i] = total * scale
+                    weight[h, i] = total * stored
             for h in range(group):
                 share = gamma[g * group + h] if hybrid else one
                 _mix(weight[h, :count], near, far, share, hybrid)
@@ -83,9 +89,47 @@ def attend(q, kv, summaries, tables, rows, requests, positions, block, window, t
             result[:] = zero
             for i in range(count):
                 value = kv[units[i], g, offsets[i]]
+                stored = _scale(value, dim, 1)
                 for h in range(group):
+                    share = weight[h, i] * stored
                     for e in range(dim):
-                        result[h, e] += weight[h, i] * value[dim + e]
+                        result[h, e] += share * value[dim + e]
+
+
+def _store(x, slot, place):
+    """A key (place 0) or a value (1) [d] to its slot [W], as `slots.encode` does."""
+
+
+@overload(_store)
+def _store_as(x, slot, place):
+    return _store_levels if slot.dtype == nb.int8 else _store_numbers
+
+
+def _store_numbers(x, slot, place):
+    slot[place * len(x) : (place + 1) * len(x)] = x
+
+
+def _store_levels(x, slot, place):
+    dim, top = len(x), x.dtype.type(TOP)
+    scale = np.float32(max(peak(x) / top, x.dtype.type(np.finfo(np.float32).tiny)))
+    for e in range(dim):
+        if x[e] != x[e]:
+            scale = np.float32(np.nan)
+    for e in range(dim):
+        level = np.rint(x[e] / x.dtype.type(scale))
+        slot[place * dim + e] = np.int8(min(top, max(-top, level)))
+    slot[2 * dim : 2 * dim + 8].view(np.float32)[place] = scale
+
+
+def _scale(slot, dim, place):
+    """What the levels of a slot's key (place 0) or value (1) are to be multiplied by."""
+
+
+@overload(_scale)
+def _scale_as(slot, dim, place):
+    if slot.dtype == nb.int8:
+        return lambda slot, dim, place: slot[2 * dim : 2 * dim + 8].view(np.float32)[place]
+    return lambda slot, dim, place: slot.dtype.type(1)
 
 
 @fast
@@ -209,18 +253,18 @@ def _softmax(z):
 
 @fast
 def _summarise(keys, summary, dim):
-    """Mean of the stored `keys` [S, 2d], and their variance where `summary` has room for it."""
-    size = keys.dtype.type(len(keys))
+    """Mean of the stored `keys` [S, W], and their variance where `summary` has room for it."""
+    size = summary.dtype.type(len(keys))
     for e in range(dim):
         mean = summary.dtype.type(0)
         for j in range(len(keys)):
-            mean += keys[j, e]
+            mean += keys[j, e] * _scale(keys[j], dim, 0)
         summary[e] = mean / size
     if len(summary) > dim:
         for e in range(dim):
             spread = summary.dtype.type(0)
             for j in range(len(keys)):
-                spread += (keys[j, e] - summary[e]) ** 2
+                spread += (keys[j, e] * _scale(keys[j], dim, 0) - summary[e]) ** 2
             summary[dim + e] = spread / size
 
 

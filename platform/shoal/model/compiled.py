@@ -17,7 +17,7 @@ from numba import config
 from numba.extending import overload
 
 _HERE = Path(__file__).parent
-_SOURCES = ("attention_kernels.py", "compiled.py", "int8_kernels.py", "kernels.py")
+_SOURCES = ("attention_kernels.py", "compiled.py", "int8_kernels.py", "kernels.py", "slots.py")
 
 
 def _digest():
@@ -88,3 +88,12 @@ def inverse_rms(x, eps):
     for i in range(len(x)):
         total += x[i] * x[i]
     return x.dtype.type(1) / np.sqrt(total / x.dtype.type(len(x)) + x.dtype.type(eps))
+
+
+@finite
+def peak(x):
+    """Largest absolute value; NaN is for the caller to see."""
+    most = x.dtype.type(0)
+    for i in range(len(x)):
+        most = max(most, abs(x[i]))
+    return most

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from shoal.config import GROUPS, ModelConfig
+from shoal.model import slots
 from shoal.model.depth import EXTRA, HIDDEN, sample_stride
 from shoal.model.paged import way
 
@@ -78,12 +80,14 @@ def routing_flops(config: ModelConfig, length: int) -> int:
     return 2 * (length // sample_stride(config.page) * config.vocab * config.width + router)
 
 
-def kv_bytes_stored(config: ModelConfig, length: int, depth: int | None = None, bytes_each: int = 4) -> int:
+def kv_bytes_stored(
+    config: ModelConfig, length: int, depth: int | None = None, dtype: torch.dtype = torch.float32
+) -> int:
     """Bytes of whole units that a request of `length` tokens at `depth` owns, block summaries included."""
     c = config
     groups = GROUPS if depth is None else depth // c.group_layers
-    tokens = 2 * c.page * c.head_dim * bytes_each
-    summaries = c.page // c.block * c.summary_values * _exact(bytes_each)
+    tokens = c.page * slots.width(c.head_dim, dtype) * dtype.itemsize
+    summaries = c.page // c.block * c.summary_values * _exact(dtype.itemsize)
     return groups * -(-length // c.page) * c.group_layers * c.kv_heads * (tokens + summaries)
 
 

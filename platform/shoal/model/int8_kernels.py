@@ -20,7 +20,7 @@ from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from shoal.model.compiled import exact, finite
+from shoal.model.compiled import exact, peak
 
 STEP = 64  # bytes: rows of levels and weights are multiples of it
 TILE = 4  # rows, and outputs, of the largest tile
@@ -152,15 +152,6 @@ def _tile(rows: int, outputs: int) -> Any:
 
 
 _tile_4, _tile_3, _tile_2, _tile_1, _single = (*(_tile(rows, TILE) for rows in (4, 3, 2, 1)), _tile(1, 1))
-
-
-@finite
-def peak(x):
-    """Largest absolute value; NaN is for the caller to see."""
-    most = x.dtype.type(0)
-    for i in range(len(x)):
-        most = max(most, abs(x[i]))
-    return most
 
 
 @exact

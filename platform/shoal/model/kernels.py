@@ -5,7 +5,8 @@ products, 3 to 10 us each, and a few calls of these instead, or one, `layer`. Th
 fp64). NaN and infinities keep their meaning in all of them: a model that gives NaN must be seen to give NaN.
 
 Letters: N rows (one new token each) of R requests, D width, F inner width, H query heads, Hk KV heads, G = H/Hk, d head
-dim, U units, P page slots, S block, M pages in a table, X = w + (K+1) S tokens that one row may read.
+dim, U units, P page slots, S block, M pages in a table, W numbers a slot (`slots`), X = w + (K+1) S tokens that one row
+may read.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from numba.extending import overload
 
 from shoal.model import int8_kernels
 from shoal.model.attention_kernels import attend, project_and_store
-from shoal.model.compiled import exact, exp, fast, inverse_rms
-from shoal.model.int8_kernels import peak
+from shoal.model.compiled import exact, exp, fast, inverse_rms, peak
 
 
 @fast
@@ -90,7 +90,7 @@ def layer(
     """x [N, D] after a whole layer, a new array; K/V and summaries as `project_and_store` leaves them. The matrices are fp,
     shifts and scales unused, or int8 with theirs (`times`)."""
     count, width = x.shape
-    dim = kv.shape[3] // 2
+    dim = len(q_weight)
     out, normed, heads = np.empty_like(x), np.empty_like(x), np.empty((count, len(qkv)), x.dtype)
     rms_norm(x, attention_norm, eps, normed)
     times(normed, qkv, qkv_shift, qkv_scale, heads)

@@ -127,7 +127,8 @@ class EngineReplica:
         if args.gpus > 0:
             model.net.to("cuda")
         # Serve bounds what reaches a replica, so the engine's own bound is only the last line
-        return AsyncEngine(Engine(model, max_batch=args.max_batch, max_queue=2 * args.max_batch))
+        limits = {"max_batch": args.max_batch, "max_queue": 2 * args.max_batch}
+        return AsyncEngine(Engine(model, kv_cache_dtype=args.kv_cache_dtype, **limits))
 
     @property
     def _serving(self) -> AsyncEngine:

@@ -42,6 +42,7 @@ class ServeArgs:
     cpus: float = 1.0  # cores that Ray reserves for one engine replica
     gpus: float = 0.0  # GPUs of one engine replica; above 0 the model runs on it
     precision: Literal["stored", "auto"] = "stored"  # auto: fp32 where INT8 cannot be trusted, which else is refused
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"  # int8: keys and values rounded, in a fourth of the memory
     threads: int | None = None  # compute threads of a replica; None: the machine's cores less one, for HTTP
     max_batch: int = 32  # requests that run at once in one replica
     max_queue: int = 128  # requests that wait for a replica; more are answered 429
