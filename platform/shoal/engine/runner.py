@@ -46,7 +46,7 @@ class Runner:
     def _compile(self) -> None:
         """Steps of few requests, of more, and of a prompt, over the null unit: what they compile, no request waits for (numba
         takes half a minute without its cache)."""
-        for starts in (range(2), range(fused.FEW + 2), (0, fused.SHORT + 1)):
+        for starts in (range(2), range(max(fused.FEW.values()) + 2), (0, fused.SHORT + 1)):
             rows = starts[-1]
             at = torch.zeros(rows, dtype=torch.long, device=self.device)
             tables = torch.zeros(len(starts) - 1, 1, dtype=torch.long, device=self.device)

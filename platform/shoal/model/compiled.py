@@ -19,7 +19,7 @@ from numba.extending import overload
 
 config: Any = numbas  # its names are made when it is imported
 _HERE = Path(__file__).parent
-_SOURCES = ("attention_kernels.py", "compiled.py", "int8_kernels.py", "kernels.py")
+_SOURCES = ("attention_kernels.py", "compiled.py", "float_kernels.py", "int8_kernels.py", "kernels.py", "tiles.py")
 
 
 def _digest():

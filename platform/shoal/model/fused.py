@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Rope = tuple[Tensor, Tensor]
 Matrix = tuple[Tensor, Tensor, Tensor]  # what `int8_kernels.linear` reads; or a weight [O, D] in fp and `PLAIN`
 PLAIN = torch.empty(0, dtype=torch.int32), torch.empty(0)
-FEW = 2  # rows up to which `product` reads fp weights faster than oneDNN, on one or two threads (docs/log.md)
+FEW = {1: 128, 2: 2}  # threads: rows up to which `product` in fp is faster than oneDNN (docs/log.md)
 SHORT = 16  # new tokens of a request that are attended one by one; longer chunks share what they read (`paged.py`)
 _TYPES = (torch.float32, torch.float64)
 
@@ -48,8 +48,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def few(rows: int) -> bool:
-    """Does `product` read a weight faster than oneDNN? It has one thread, so with many oneDNN reads more at once."""
-    return rows <= FEW and torch.get_num_threads() <= 2
+    """Is `product` there, and faster than oneDNN? It has one thread, so with many oneDNN reads more at once."""
+    return rows <= FEW.get(torch.get_num_threads(), 0) and _kernels() is not None
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -15,78 +15,41 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
-from numba import config, types
-from numba.core import cgutils
+from llvmlite import ir
+from numba import types
 from numba.extending import intrinsic
 
+from shoal.model import tiles
 from shoal.model.compiled import exact, finite
+from shoal.model.tiles import F32, I8, I32, I64
 
 STEP = 64  # bytes: rows of levels and weights are multiples of it
 TILE = 4  # rows, and outputs, of the largest tile
-_AHEAD = 4096  # bytes of weights that are fetched ahead, in the order of memory: two to three times as fast as none
 _TINY = np.finfo(np.float32).tiny
-_I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
 def instructions() -> str:
-    """Which of the three ways this CPU gets (or the one that NUMBA_CPU_FEATURES describes)."""
-    described = config.CPU_FEATURES  # type: ignore[attr-defined]
-    if described is not None:
-        has = {name.removeprefix("+") for name in described.split(",") if name.startswith("+")}
-    else:
-        has = {name for name, there in binding.get_host_cpu_features().items() if there}
+    """Which of the three ways this CPU gets."""
+    has = tiles.features()
     return "vnni" if {"avx512vnni", "avx512bw"} <= has else "avx2" if "avx2" in has else "plain"
 
 
 _WAY = instructions()
 _BYTES, _LANES = {"vnni": (64, 16), "avx2": (32, 8), "plain": (16, 16)}[_WAY]  # a load, and the sums that it feeds
-_SUMS = ir.VectorType(_I32, _LANES)
-
-
-def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
-    kind = ir.FunctionType(result, [arg.type for arg in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+_SUMS = ir.VectorType(I32, _LANES)
 
 
 def _multiply_add(builder: ir.IRBuilder, sums: ir.Value, x: ir.Value, w: ir.Value) -> ir.Value:
     """`sums` + the products of unsigned bytes `x` and signed bytes `w`, four bytes (plain: one) to a sum."""
     if _WAY == "vnni":
         x, w = (builder.bitcast(v, _SUMS) for v in (x, w))
-        return _call(builder, "llvm.x86.avx512.vpdpbusd.512", _SUMS, sums, x, w)
+        return tiles.call(builder, "llvm.x86.avx512.vpdpbusd.512", _SUMS, sums, x, w)
     if _WAY == "avx2":
         pairs = ir.VectorType(ir.IntType(16), 16)
         ones = ir.Constant(pairs, [1] * 16)
-        two = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", pairs, x, w)
-        return builder.add(sums, _call(builder, "llvm.x86.avx2.pmadd.wd", _SUMS, two, ones))
+        two = tiles.call(builder, "llvm.x86.avx2.pmadd.ub.sw", pairs, x, w)
+        return builder.add(sums, tiles.call(builder, "llvm.x86.avx2.pmadd.wd", _SUMS, two, ones))
     return builder.add(sums, builder.mul(builder.zext(x, _SUMS), builder.sext(w, _SUMS)))
-
-
-def _totals(builder: ir.IRBuilder, sums: list[ir.Value]) -> ir.Value:
-    """The sum over each of 1 or 4 vectors, as one vector of as many. Four are added while they are transposed: 13 operations
-    instead of 40, where a tile of 768 inputs multiplies 192 times."""
-    if len(sums) == 1:
-        one = _call(builder, f"llvm.vector.reduce.add.v{_LANES}i32", _I32, sums[0])
-        return builder.insert_element(ir.Constant(ir.VectorType(_I32, 1), ir.Undefined), one, _I32(0))
-
-    def added(a: ir.Value, b: ir.Value, first: list[int], second: list[int]) -> ir.Value:
-        one, other = (ir.Constant(ir.VectorType(_I32, len(at)), at) for at in (first, second))
-        return builder.add(builder.shuffle_vector(a, b, one), builder.shuffle_vector(a, b, other))
-
-    def mixed(a: ir.Value, b: ir.Value, low: tuple[int, ...], high: tuple[int, ...]) -> ir.Value:
-        """Within each four: places `low` of both vectors side by side, plus places `high`; 4 and more are of `b`."""
-        spread = [
-            [at % 4 + four + _LANES * (at // 4) for four in range(0, _LANES, 4) for at in way] for way in (low, high)
-        ]
-        return added(a, b, *spread)
-
-    first, second = (mixed(a, b, (0, 4, 1, 5), (2, 6, 3, 7)) for a, b in (sums[:2], sums[2:]))
-    total = mixed(first, second, (0, 1, 4, 5), (2, 3, 6, 7))
-    width = _LANES
-    while width > 4:
-        width //= 2
-        total = added(total, total, list(range(width)), list(range(width, 2 * width)))
-    return total
 
 
 def _tile(rows: int, outputs: int) -> Any:
@@ -99,52 +62,22 @@ def _tile(rows: int, outputs: int) -> Any:
     ) -> Any:
         def code(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
             x, w, shift, w_scale, x_scale, out, k, stride = args
-
-            def load(kind: ir.Type, start: ir.Value, *offsets: ir.Value) -> ir.Value:
-                for offset in offsets:
-                    start = builder.add(start, offset)
-                return builder.load(builder.inttoptr(start, kind.as_pointer()), align=1)
-
-            def times(count: int, value: ir.Value) -> ir.Value:
-                return builder.mul(value, _I64(count))
-
-            before, loop = builder.block, builder.append_basic_block("k")
-            after = builder.append_basic_block("after")
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            at = builder.phi(_I64)
-            sums = [builder.phi(_SUMS) for _ in range(rows * outputs)]
-            bytes_ = ir.VectorType(_I8, _BYTES)
-            weights = [load(bytes_, w, times(o, k), at) for o in range(outputs)]
-            for o in range(outputs) if _WAY == "vnni" else ():
-                ahead = builder.add(builder.add(w, times(outputs, at)), _I64(_AHEAD + o * _BYTES))
-                ahead = builder.inttoptr(ahead, _I8.as_pointer())
-                _call(builder, "llvm.prefetch.p0", ir.VoidType(), ahead, _I32(0), _I32(3), _I32(1))
-            new = []
+            sums = tiles.sums(
+                builder, x, w, k, rows, outputs, loaded=ir.VectorType(I8, _BYTES), held=_SUMS, step=_multiply_add,
+                ahead=_WAY == "vnni",
+            )  # fmt: skip
+            whole, real = ir.VectorType(I32, outputs), ir.VectorType(F32, outputs)
+            shifts, scales = tiles.load(builder, whole, shift), tiles.load(builder, real, w_scale)
             for m in range(rows):
-                levels = load(bytes_, x, times(m, k), at)
-                new += [_multiply_add(builder, sums[m * outputs + o], levels, weights[o]) for o in range(outputs)]
-            next_ = builder.add(at, _I64(_BYTES))
-            at.add_incoming(_I64(0), before)
-            at.add_incoming(next_, loop)
-            for old, changed in zip(sums, new, strict=True):
-                old.add_incoming(ir.Constant(_SUMS, [0] * _LANES), before)
-                old.add_incoming(changed, loop)
-            builder.cbranch(builder.icmp_signed("<", next_, k), loop, after)
-            builder.position_at_end(after)
-
-            whole, real = ir.VectorType(_I32, outputs), ir.VectorType(_F32, outputs)
-            shifts, scales = load(whole, shift), load(real, w_scale)
-            for m in range(rows):
-                total = _totals(builder, new[m * outputs : (m + 1) * outputs])
-                scale = load(_F32, x_scale, _I64(4 * m))
+                total = tiles.totals(builder, sums[m * outputs : (m + 1) * outputs], builder.add)
+                scale = tiles.load(builder, F32, x_scale, I64(4 * m))
                 row_scale = ir.Constant(real, ir.Undefined)
                 for o in range(outputs):
-                    row_scale = builder.insert_element(row_scale, scale, _I32(o))
+                    row_scale = builder.insert_element(row_scale, scale, I32(o))
                 result = builder.fmul(builder.sitofp(builder.sub(total, shifts), real), scales)
-                place = builder.inttoptr(builder.add(out, times(m, stride)), real.as_pointer())
+                place = tiles.place(builder, real, out, builder.mul(I64(m), stride))
                 builder.store(builder.fmul(result, row_scale), place, align=1)
-            return cgutils.get_null_value(ir.LiteralStructType([]).as_pointer())
+            return tiles.nothing()
 
         return types.void(*[types.intp] * 8), code
 

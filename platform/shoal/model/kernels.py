@@ -17,6 +17,7 @@ from numba.extending import overload
 from shoal.model import int8_kernels
 from shoal.model.attention_kernels import attend, project_and_store
 from shoal.model.compiled import exact, exp, fast, inverse_rms
+from shoal.model.float_kernels import product
 from shoal.model.int8_kernels import peak
 
 
@@ -28,28 +29,6 @@ def rms_norm(x, weight, eps, out):
         scale = inverse_rms(x[n], eps)
         for i in range(width):
             out[n, i] = x[n, i] * scale * weight[i]
-
-
-@fast
-def product(x, weight, out):
-    """out [N, O] = x [N, D] @ weight [O, D] transposed, for few rows: each weight is read once, in the order of memory, for two
-    rows at a time."""
-    rows, width = x.shape
-    zero = x.dtype.type(0)
-    for o in range(len(weight)):
-        row = weight[o]
-        for n in range(0, rows - 1, 2):
-            first = second = zero
-            for i in range(width):
-                w = row[i]
-                first += x[n, i] * w
-                second += x[n + 1, i] * w
-            out[n, o], out[n + 1, o] = first, second
-        if rows % 2:
-            last = zero
-            for i in range(width):
-                last += x[rows - 1, i] * row[i]
-            out[rows - 1, o] = last
 
 
 @fast
@@ -114,7 +93,7 @@ def layer(
 
 
 def times(x, weight, shift, scale, out):
-    """out [N, O] = x [N, D] @ weight [O, D] transposed, for few rows of fp; or as `int8_kernels.linear`."""
+    """out [N, O] = x [N, D] @ weight [O, D] transposed: `product`, or `int8_kernels.linear`."""
 
 
 @overload(times)

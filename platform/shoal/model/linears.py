@@ -14,6 +14,7 @@ from shoal.model import fused, int8, memory
 from shoal.model.quant import fake_linear, fake_weight, quantize_rows
 
 LEAST_PACKED = 2**17  # weights
+BATCH = 8  # rows that a packed copy is for
 
 
 class Weight(nn.Module):
@@ -132,11 +133,11 @@ def fake_quantize_(net: nn.Module, on: bool = True) -> None:
 
 def prepack_(net: nn.Module) -> None:
     """Make the weights of `net` ready for decoding, so that no request waits for it: on large pages; in INT8 with their kernels
-    tested and chosen; in fp32 packed where that pays on a CPU: one thread, d 768 -> 4096, is 2.2 times faster at M = 1 and 3.4
-    at M = 4; below `LEAST_PACKED` weights the operator's own 8 us cost more than it saves. Raises ResourceError where no
-    INT8 kernel can be trusted."""
+    tested and chosen; in fp32 packed for oneDNN where several threads read them (one thread does without a copy, by
+    `fused.product`); below `LEAST_PACKED` weights the operator's own 8 us cost more than it saves. Raises ResourceError
+    where no INT8 kernel can be trusted."""
     memory.gather_(module.weight for module in net.modules() if isinstance(module, (Weight, Int8Linear)))
-    packs = torch.backends.mkldnn.is_available()
+    packs = torch.backends.mkldnn.is_available() and not fused.few(BATCH)
     for module in net.modules():
         if isinstance(module, Int8Linear):
             _ = module.kernels

@@ -69,7 +69,7 @@ class LossModel(nn.Module):
             if exits is None or e in exits:
                 found = self._losses(at[e], wanted, e, teacher if e != last else None)
                 parts[place] = parts[place].index_add(1, rows, found)
-        ce, kl = torch.stack(parts).unbind(1)
+        ce, kl = (torch.stack([part[kind] for part in parts]) for kind in (0, 1))  # views would lose FSDP's hooks
         patch = self._patch_error(hidden[last], tokens, docs, patches)
         # A micro-batch without images must still give the patch parameters a gradient (of zero): under FSDP a rank
         # that leaves some out would make the others wait for ever.

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from shoal.errors import ResourceError
-from shoal.model import fused, int8, linears, quant
+from shoal.model import int8, linears, quant
 from tests.unit.model.rounding import SHAPES, case
 
 pytest.importorskip("numba")
@@ -58,7 +58,7 @@ def test_a_row_does_not_depend_on_its_batch_mates():
 
 def test_a_layer_reads_int8_rows_in_fp32_only():
     plain, small, exact = linears.Linear(96, 96), linears.Int8Linear(96, 96), torch.float32
-    assert plain.matrix(1, exact) is not None and plain.matrix(fused.FEW + 1, exact) is None
+    assert plain.matrix(128, exact) is not None and plain.matrix(129, exact) is None
     assert plain.matrix(1, torch.float64) is None
     plain.fake = True
     assert plain.matrix(1, exact) is None
@@ -120,6 +120,11 @@ import sys, torch
 from shoal.model import int8, int8_kernels
 assert int8_kernels.instructions() == sys.argv[1], int8_kernels.instructions()
 assert int8.self_test(int8.Numba) is None, int8.self_test(int8.Numba)
+from shoal.model import fused
+with torch.inference_mode():
+    for kind, off in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        x, w = torch.randn(7, 64, dtype=kind), torch.randn(9, 64, dtype=kind)
+        torch.testing.assert_close(fused.product(x, w), x @ w.T, atol=off, rtol=off)
 print("same")
 """
 
