@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -199,7 +200,7 @@ def sample(paths: Iterable[Path], splits: Iterable[Sequence[str | None]]) -> lis
 def pack_part(path: Path, splits: Sequence[str | None], directory: Path, config: ModelConfig, number: int) -> Packed:
     """Encode and pack the kept documents of a part into shards in `directory`, where the tokenizer lies; and make chats of
     the documents that a recipe fits. `number` sets the part's files apart."""
-    out, tokenizer = Packed(), Tokenizer.load(directory / TOKENIZER)
+    out, tokenizer = Packed(), _tokenizer((directory / TOKENIZER).read_text(encoding="utf-8"))
     lengths, licenses = token_bytes(tokenizer), _licenses(path)
     packers: dict[tuple[str, Modality], tuple[Packer, ShardWriter]] = {}
     for split, document, encoded in _encoded(path, splits, tokenizer, config):
@@ -259,6 +260,12 @@ def _encoded(
     for batch in batched(kept, lambda pair: _size(pair[1])):
         results = encode([document for _, document in batch], tokenizer, config)
         yield from ((*pair, result) for pair, result in zip(batch, results, strict=True))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(text: str) -> Tokenizer:
+    """One for all parts that a process packs: of each one that has encoded, `tokenizers` 0.23 keeps 4 MB for ever (docs/log.md)."""
+    return Tokenizer.from_json(text)
 
 
 def _licenses(path: Path) -> dict[str, str]:
