@@ -264,7 +264,7 @@ def _encoded(
 
 @lru_cache(maxsize=1)
 def _tokenizer(text: str) -> Tokenizer:
-    """One for all parts that a process packs: of each one that has encoded, `tokenizers` 0.23 keeps 4 MB for ever (docs/log.md)."""
+    """One for all parts that a process packs: `tokenizers` 0.23 keeps 4 MB of each that has encoded (docs/log.md)."""
     return Tokenizer.from_json(text)
 
 

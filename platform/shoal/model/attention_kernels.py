@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from shoal.model.compiled import exp, fast, inverse_rms
+from shoal.model.float_kernels import dots, fetch, fits, weigh
 
 
 @fast
@@ -45,7 +46,7 @@ def attend(q, kv, summaries, tables, rows, requests, positions, block, window, t
     one, zero = q.dtype.type(1), q.dtype.type(0)
     scale = one / np.sqrt(q.dtype.type(dim))
     most = window + (top_k + 1) * block
-    units, offsets = np.empty(most, np.int64), np.empty(most, np.int64)
+    runs = np.empty((most, 3), np.int64)  # of tokens that lie side by side: unit, first slot, how many
     near, far = np.empty(most, q.dtype), np.empty(most, q.dtype)  # 1 where a token is in that branch, else 0
     weight = np.empty((group, most), q.dtype)
     for n, request in zip(rows, requests):  # noqa: B905, numba has no strict
@@ -53,39 +54,81 @@ def attend(q, kv, summaries, tables, rows, requests, positions, block, window, t
         complete = (position + 1) // block
         first = max(0, position - window + 1)
         for g in range(kv_heads):
-            mine = q[n, g * group : (g + 1) * group]
+            mine, result = q[n, g * group : (g + 1) * group], out[n, g * group : (g + 1) * group]
             blocks = _none()
             if hybrid:
                 blocks = _choose(mine, summaries, table, g, complete, page // block, top_k, sinks, scale)
-            count = 0
+            count = used = 0
             for b in blocks:
-                end = min((b + 1) * block, first)
-                count = _place(b * block, end, zero, one, table, page, units, offsets, near, far, count)
+                end = max(b * block, min((b + 1) * block, first))
+                used = _place(b * block, end, table, page, runs, used)
+                count += end - b * block
             if hybrid:
-                count = _place(complete * block, first, zero, one, table, page, units, offsets, near, far, count)
+                used = _place(complete * block, first, table, page, runs, used)
+                count += max(0, first - complete * block)
+            near[:count], far[:count] = zero, one
             here = count - first
-            count = _place(first, position + 1, one, zero, table, page, units, offsets, near, far, count)
+            used = _place(first, position + 1, table, page, runs, used)
+            count += position + 1 - first
+            near[here + first : count], far[here + first : count] = one, zero
             for b in blocks:
                 far[here + max(b * block, first) : here + max((b + 1) * block, first)] = one
             if hybrid:
                 far[here + max(complete * block, first) : count] = one
-            for i in range(count):
-                key = kv[units[i], g, offsets[i]]
-                for h in range(group):
-                    total = zero
-                    for e in range(dim):
-                        total += mine[h, e] * key[e]
-                    weight[h, i] = total * scale
+            _score(mine, kv, g, runs[:used], scale, weight)
             for h in range(group):
                 share = gamma[g * group + h] if hybrid else one
                 _mix(weight[h, :count], near, far, share, hybrid)
-            result = out[n, g * group : (g + 1) * group]
-            result[:] = zero
-            for i in range(count):
-                value = kv[units[i], g, offsets[i]]
+            _gather(weight, kv, g, runs[:used], result)
+
+
+@fast
+def _score(q, kv, g, runs, scale, weight):
+    """weight [G, tokens of `runs`] = q [G, d] times their keys in KV head `g`, times `scale`."""
+    group, dim = q.shape
+    item, zero, at = q.itemsize, q.dtype.type(0), 0
+    whole = fits(dim * item, item)
+    for r in range(len(runs)):
+        unit, slot, size = runs[r]
+        fetch(kv[unit, g, slot:].ctypes.data, size * 2 * dim * item)
+    for r in range(len(runs)):
+        unit, slot, size = runs[r]
+        keys = kv[unit, g, slot : slot + size]
+        if whole:
+            a, w, y = q.ctypes.data, keys.ctypes.data, weight.ctypes.data + at * item
+            dots(a, group, w, size, dim * item, 2 * dim * item, y, weight.shape[1] * item, 0, zero, item)
+        else:
+            for i in range(size):
                 for h in range(group):
+                    total = zero
                     for e in range(dim):
-                        result[h, e] += weight[h, i] * value[dim + e]
+                        total += q[h, e] * keys[i, e]
+                    weight[h, at + i] = total
+        at += size
+    for h in range(group):
+        for i in range(at):
+            weight[h, i] *= scale
+
+
+@fast
+def _gather(weight, kv, g, runs, result):
+    """result [G, d] = the values of the tokens of `runs` in KV head `g`, each times its weight [G, ...]."""
+    group, dim = result.shape
+    item, zero, at = result.itemsize, result.dtype.type(0), 0
+    whole = fits(dim * item // 2, item)
+    result[:] = zero
+    for r in range(len(runs)):
+        unit, slot, size = runs[r]
+        values = kv[unit, g, slot : slot + size]
+        for h in range(group):
+            if whole:
+                w, x = weight[h, at:].ctypes.data, values.ctypes.data + dim * item
+                weigh(w, x, size, dim * item, 2 * dim * item, result[h].ctypes.data, zero, item)
+            else:
+                for i in range(size):
+                    for e in range(dim):
+                        result[h, e] += weight[h, at + i] * values[i, dim + e]
+        at += size
 
 
 @fast
@@ -137,17 +180,14 @@ def _choose(q, summaries, table, g, complete, per_page, top_k, sinks, scale):
 
 
 @fast
-def _place(start, end, is_near, is_far, table, page, units, offsets, near, far, count):
-    """Append the tokens `start` .. `end` - 1: where they are stored, and their branch. Returns the new count."""
-    unit = offset = np.int64(0)
-    for at in range(start, end):
-        if at == start or offset == page:
-            unit, offset = table[at // page], at % page
-        units[count], offsets[count] = unit, offset
-        near[count], far[count] = is_near, is_far
-        offset += 1
-        count += 1
-    return count
+def _place(start, end, table, page, runs, used):
+    """Append the tokens `start` .. `end` - 1 to the `used` runs, one for each page. Returns how many are used then."""
+    while start < end:
+        slot = start % page
+        size = min(end - start, page - slot)
+        runs[used, 0], runs[used, 1], runs[used, 2] = table[start // page], slot, size
+        used, start = used + 1, start + size
+    return used
 
 
 @fast

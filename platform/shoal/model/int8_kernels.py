@@ -64,7 +64,7 @@ def _tile(rows: int, outputs: int) -> Any:
             x, w, shift, w_scale, x_scale, out, k, stride = args
             sums = tiles.sums(
                 builder, x, w, k, rows, outputs, loaded=ir.VectorType(I8, _BYTES), held=_SUMS, step=_multiply_add,
-                ahead=_WAY == "vnni",
+                ahead=I64(tiles.AHEAD) if _WAY == "vnni" else None,
             )  # fmt: skip
             whole, real = ir.VectorType(I32, outputs), ir.VectorType(F32, outputs)
             shifts, scales = tiles.load(builder, whole, shift), tiles.load(builder, real, w_scale)

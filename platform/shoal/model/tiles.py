@@ -16,7 +16,7 @@ from numba.core import cgutils
 
 I8, I32, I64, F32, F64 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
 _BYTES = {str(I8): 1, str(F32): 4, str(F64): 8}
-# Bytes of weights that are fetched ahead, in the order of memory, into the second cache: the first has room for too few that
+# Bytes of a weight that are fetched ahead, in the order of memory, into the second cache: the first has room for too few that
 # are on their way. 4 KiB into the first: half the speed of one thread at eight rows of fp32 (docs/log.md).
 AHEAD = 16384
 
@@ -51,12 +51,20 @@ def place(builder: ir.IRBuilder, kind: ir.Type, start: ir.Value, *offsets: ir.Va
     return builder.inttoptr(start, kind.as_pointer())
 
 
+def fetch(builder: ir.IRBuilder, start: ir.Value, *offsets: ir.Value) -> None:
+    """Ask for what lies there, into the second cache: it is read soon, and nothing waits for it."""
+    line = place(builder, I8, start, *offsets)
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), line, I32(0), I32(2), I32(1))
+
+
 def sums(
     builder: ir.IRBuilder, x: ir.Value, w: ir.Value, size: ir.Value, rows: int, outputs: int, *,
-    loaded: ir.VectorType, held: ir.VectorType, step: Step, ahead: bool,
+    loaded: ir.VectorType, held: ir.VectorType, step: Step, apart: ir.Value | None = None, ahead: ir.Value | None = None,
 ) -> Values:  # fmt: skip
     """The vectors of sums of each row with each output, row after row, once the loop over a row's `size` bytes is through.
-    `loaded`: what is read at once, whose bytes divide `size`; `held`: what it is added to, by `step`."""
+    `loaded`: what is read at once, whose bytes divide `size`; `held`: what it is added to, by `step`; `apart`: bytes from
+    one output's row of `w` to the next [`size`]; `ahead`: bytes to fetch ahead [nothing is]."""
+    apart = size if apart is None else apart
     stride, zero = loaded.count * _BYTES[str(loaded.element)], ir.Constant(held, [0] * held.count)
     before, loop = builder.block, builder.append_basic_block("loop")
     after = builder.append_basic_block("after")
@@ -64,10 +72,9 @@ def sums(
     builder.position_at_end(loop)
     at = builder.phi(I64)
     old = [builder.phi(held) for _ in range(rows * outputs)]
-    weights = [load(builder, loaded, w, builder.mul(I64(o), size), at) for o in range(outputs)]
-    for o in range(outputs) if ahead else ():
-        line = place(builder, I8, w, builder.mul(I64(outputs), at), I64(AHEAD + o * stride))
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), line, I32(0), I32(2), I32(1))
+    weights = [load(builder, loaded, w, builder.mul(I64(o), apart), at) for o in range(outputs)]
+    for o in range(outputs) if ahead is not None else ():
+        fetch(builder, w, builder.mul(I64(outputs), at), ahead, I64(o * stride))
     new = []
     for m in range(rows):
         value = load(builder, loaded, x, builder.mul(I64(m), size), at)
