@@ -141,7 +141,8 @@ def configs(data):
     base = presets.get("test").model
     block, page = data.draw(st.sampled_from([(1, 8), (2, 8), (4, 8), (8, 8), (1, 1)]))
     return dataclasses.replace(
-        base, head_dim=data.draw(st.sampled_from([4, 16])), block=block, page=page, kv_heads=data.draw(st.sampled_from([1, 3])), top_k=data.draw(st.integers(1, 5)),
+        base, head_dim=data.draw(st.sampled_from([4, 16])), block=block, page=page,
+        kv_heads=data.draw(st.sampled_from([1, 3])), top_k=data.draw(st.integers(1, 5)),
         sinks=data.draw(st.integers(0, 1)), window=data.draw(st.sampled_from([1, 3, 16, 40])),
         summary=data.draw(st.sampled_from(["mean", "mean_var"])), attn_pattern=data.draw(st.sampled_from(["H", "HL"])),
     )  # fmt: skip
