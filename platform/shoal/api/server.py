@@ -47,13 +47,14 @@ def run_local(
     import torch
 
     from shoal.engine.engine import Engine
-    from shoal.engine.front import AsyncEngine
+    from shoal.engine.front import AsyncEngine, settle
     from shoal.model.model import Model
 
     keys = ApiKeys.load(api_keys)
     served = ServedModel.load(model_dir, name)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) - 1))
     engine = AsyncEngine(Engine(Model.load(model_dir, on_fallback=on_fallback)))
+    settle()
 
     log_to_stderr()
 

@@ -21,6 +21,7 @@ from shoal.bench.turns import in_turns, show
 from shoal.config import GROUPS, ModelConfig
 from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
+from shoal.engine.front import settle
 from shoal.engine.plan import Plan, Work
 from shoal.engine.runner import Runner
 from shoal.engine.sequence import Sequence
@@ -75,6 +76,7 @@ def _speed(bench: Bench) -> tuple[Table, Rows]:
         for depth in ("full", "shallow"):
             for batch in bench.batches:
                 runs[label, batch, depth] = lambda e=engine, b=batch, d=depth: decode_speed(e, b, bench.tokens, d)  # type: ignore[misc]
+    settle()  # as a server does
     with peers.running(bench.peers, full) as others:
         for peer in others:
             for batch in bench.batches:
@@ -94,6 +96,7 @@ def _split(bench: Bench) -> tuple[Table, Rows]:
     """Milliseconds of a step's stages; model is `runner.run` without the sampler, overhead all the others' share."""
     engine = Engine(_model(bench.config))
     decode_speed(engine, 1, 8)
+    settle()  # as a server does
     stages = ("plan", "model", "sample", "commit")
     table = Table("batch", *(f"{stage} ms" for stage in stages), "overhead", title="a step's time, fp32, full depth")
     rows = []

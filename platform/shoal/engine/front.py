@@ -12,6 +12,7 @@ else's. Whoever waits is woken: by events, by the end of its request, or by the 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import queue
 import threading
@@ -68,6 +69,14 @@ class _Reader:
             raise self._refused
         events, self._events = self._events, []
         return events
+
+
+def settle() -> None:
+    """Take all that is in memory now out of the sight of Python's garbage collector, for a process that has loaded what it
+    serves: to look through it takes 0.1 s, in which no request gets a token."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 class AsyncEngine:

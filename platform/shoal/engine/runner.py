@@ -12,6 +12,7 @@ Letters: N rows, R works (one request each), G layer groups, M pages of the long
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -231,9 +232,15 @@ class _Layout:
         self._tables, self._slots, self._positions = (
             torch.from_numpy(array).to(device) for array in (tables, slots, positions)
         )
-        self._writes = write_rows(self._slots, config.kv_heads, page)
-        self._reads = read_rows(self._tables, config.kv_heads)
         self._rows: dict[int, Rows] = {}
+
+    @cached_property
+    def _writes(self) -> Tensor:
+        return write_rows(self._slots, self._config.kv_heads, self._config.page)
+
+    @cached_property
+    def _reads(self) -> Tensor:
+        return read_rows(self._tables, self._config.kv_heads)
 
     def of(self, works: Sequence[Work]) -> _Layout:
         """The layout of some of the works only."""
@@ -253,6 +260,6 @@ class _Layout:
             page=self._config.page,
             block=self._config.block,
             shared=self._rows[rows],
-            writes=self._writes[group, : rows * self._config.kv_heads],
-            reads=self._reads[group, :count],
+            writes=lambda: self._writes[group, : rows * self._config.kv_heads],
+            reads=lambda: self._reads[group, :count],
         )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -51,7 +52,7 @@ class Sampler:
         # ids without a token close the vocabulary: they are filled as one piece, the control tokens each for itself
         allowed = (~forbidden).nonzero().flatten()
         self._known = int(allowed[-1]) + 1 if len(allowed) else 0
-        self._closed = forbidden[: self._known].nonzero().flatten()
+        self._closed = _runs(forbidden[: self._known].tolist())
         # int32 [V]: equal ids start their noise alike in every row
         self._ids = _scramble(torch.arange(len(forbidden), dtype=torch.int32, device=forbidden.device))
 
@@ -61,7 +62,8 @@ class Sampler:
         reported = {r: logits[r].clone() for r, draw in enumerate(draws) if draw.sampling.logprobs is not None}
         stuck = _follow_grammars(logits, draws)
         _adjust(logits, draws)
-        best, choice = logits.amax(-1), _argmax(logits)  # NaN wins a max, so one look at `best` finds every bad row
+        choice = _argmax(logits)
+        best = logits.gather(-1, choice[:, None])[:, 0]  # NaN wins a max, so one look here finds every bad row
         random = [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0]
         if len(random) == len(draws):
             choice = self._race(logits, draws)
@@ -83,7 +85,8 @@ class Sampler:
 
     def _close(self, logits: Tensor) -> None:
         logits[..., self._known :] = -math.inf
-        logits.index_fill_(-1, self._closed, -math.inf)
+        for start, end in self._closed:
+            logits[..., start:end] = -math.inf
 
     def _race(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         """Sampled tokens [R]: of those that each row's filters keep, the first to arrive."""
@@ -107,6 +110,12 @@ class Sampler:
         low, high = torch.from_numpy(keys).to(self._ids.device).unbind(-1)
         bits = _scramble(self._ids ^ low[:, None], high[:, None])
         return bits.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).float().add_(0.5).mul_(2.0**-24).log_().neg_()
+
+
+def _runs(flags: list[bool]) -> list[tuple[int, int]]:
+    """Start and end of each run of true `flags`."""
+    edges = [i for i, (a, b) in enumerate(pairwise([False, *flags, False])) if a != b]
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _argmax(x: Tensor) -> Tensor:

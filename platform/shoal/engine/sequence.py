@@ -132,8 +132,11 @@ class Sequence:
 
     def lacking(self, tokens: int, groups: int) -> int:
         """Units it still needs for `tokens` tokens in its first `groups` groups."""
-        need = self.pages_for(tokens)
-        return sum(max(0, need - have) for have in self.owned[:groups])
+        need, lack = self.pages_for(tokens), 0
+        for have in self.owned[:groups]:
+            if have < need:
+                lack += need - have
+        return lack
 
     def give(self, group: int, units: list[int]) -> None:
         """Append `units` to its table of `group`."""

@@ -51,6 +51,7 @@ class Tokenizer:
                 raise CheckpointError(f"tokenizer: special token {name}", got=core.token_to_id(name), allowed=index)
         core.encode_special_tokens = True  # text never turns into control tokens
         self._core = core
+        self._bytes: dict[int, bytes] = {}  # of the tokens that were asked for: every token of an answer is
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab: int) -> Tokenizer:
@@ -176,10 +177,11 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; empty for control tokens and for ids that the tokenizer does not use."""
-        if token < len(SPECIAL):
-            return b""
-        piece = self._core.id_to_token(token)
-        return bytes(BYTE_OF[c] for c in piece) if piece is not None else b""
+        known = self._bytes.get(token)
+        if known is None:
+            piece = self._core.id_to_token(token) if token >= len(SPECIAL) else None
+            known = self._bytes[token] = bytes(BYTE_OF[c] for c in piece) if piece is not None else b""
+        return known
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, control tokens left out; bytes that are not UTF-8 become U+FFFD."""

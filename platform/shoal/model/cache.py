@@ -112,7 +112,7 @@ class PagedStep:
     tables [R, M]  units of each request's pages in order, padded with 0
     starts [R+1]   request r owns rows starts[r] .. starts[r+1]-1
     shared         what all groups share; made at its first use when it is not given
-    writes, reads  `write_rows` of `slots` and `read_rows` of `tables`; made at the first use when they are not given
+    writes, reads  give `write_rows` of `slots` and `read_rows` of `tables`; made of these when they are not given
     """
 
     positions: Tensor
@@ -122,8 +122,10 @@ class PagedStep:
     page: int
     block: int
     shared: Rows | None = None
-    writes: Tensor | None = None
-    reads: Tensor | None = None
+    writes: Callable[[], Tensor] | None = None
+    reads: Callable[[], Tensor] | None = None
+    _written: Tensor | None = None
+    _read: Tensor | None = None
 
     @cached_property
     def rows(self) -> Rows:
@@ -137,15 +139,15 @@ class PagedStep:
 
     def written(self, kv_heads: int) -> Tensor:
         """`write_rows` of this step."""
-        if self.writes is None:
-            self.writes = write_rows(self.slots, kv_heads, self.page)
-        return self.writes
+        if self._written is None:
+            self._written = self.writes() if self.writes else write_rows(self.slots, kv_heads, self.page)
+        return self._written
 
     def read(self, kv_heads: int) -> Tensor:
         """`read_rows` of this step."""
-        if self.reads is None:
-            self.reads = read_rows(self.tables, kv_heads)
-        return self.reads
+        if self._read is None:
+            self._read = self.reads() if self.reads else read_rows(self.tables, kv_heads)
+        return self._read
 
 
 def write_rows(slots: Tensor, kv_heads: int, page: int) -> Tensor:

@@ -128,7 +128,7 @@ class EngineReplica:
         import torch
 
         from shoal.engine.engine import Engine
-        from shoal.engine.front import AsyncEngine
+        from shoal.engine.front import AsyncEngine, settle
         from shoal.model.model import Model
 
         args = self._args
@@ -138,7 +138,9 @@ class EngineReplica:
         if args.gpus > 0:
             model.net.to("cuda")
         # Serve bounds what reaches a replica, so the engine's own bound is only the last line
-        return AsyncEngine(Engine(model, max_batch=args.max_batch, max_queue=2 * args.max_batch))
+        engine = AsyncEngine(Engine(model, max_batch=args.max_batch, max_queue=2 * args.max_batch))
+        settle()
+        return engine
 
     @property
     def _serving(self) -> AsyncEngine | VllmEngine:
@@ -195,5 +197,9 @@ def _identity(directory: str, gateways: str, args: ServeArgs) -> str:
 
 
 async def _leave(engine: AsyncEngine | VllmEngine, seconds: float) -> None:
+    from shoal.engine.front import settle
+
     await engine.drain(seconds)
     await engine.close()
+    del engine
+    settle()  # it was out of the collector's sight
