@@ -1,10 +1,10 @@
-"""Training on Ray Train: one local cluster for the file, the `test` preset, two workers, and what may happen to them."""
+"""Training on Ray Train: one local cluster, the `test` preset, two workers, and what may happen to them."""
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -12,7 +12,6 @@ import pytest
 
 from shoal import presets
 from shoal.errors import CheckpointError, ConfigError, DataError, ResourceError
-from shoal.on_ray.resources import local_ray
 from shoal.on_ray.train import train
 from shoal.train import log
 from shoal.train.loop import fit
@@ -21,12 +20,6 @@ from tests.corpus import write_chats, write_corpus
 
 pytestmark = pytest.mark.ray
 STEPS = 40  # enough for what happens to a run to happen before its end
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with local_ray():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +121,7 @@ def test_a_killed_driver_costs_no_step_and_no_bit(calm: Path, data: Path, tmp_pa
         finally:
             process.kill()
     assert len(training) == 2 and psutil.wait_procs(training, timeout=60)[1] == []
-    for child in psutil.wait_procs(children, timeout=5)[1]:
+    for child in psutil.wait_procs(children, timeout=1)[1]:
         child.kill()
     assert not (run / "model").exists()
     train(plan(data, run), workers=2, cpus_per_worker=0.5)
