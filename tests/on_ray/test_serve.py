@@ -61,8 +61,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def service(cluster: None, models: dict[str, Path]) -> Iterator[Service]:
     args = ServeArgs(models={name: str(directory) for name, directory in models.items()})
     deploy = serve_config(args, port=free_port())
-    yield Service(serve.run(deploy, blocking=False), models)
-    serve.stop()
+    try:
+        yield Service(serve.run(deploy, blocking=False), models)
+    finally:
+        serve.stop()
 
 
 def free_port() -> int:
@@ -76,6 +78,31 @@ def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
     while not true():
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+@pytest.mark.usefixtures("cluster")  # beside it, as long as nothing is served there
+@pytest.mark.parametrize("how", [["--replicas", "0:2", "--no-ui"], ["--no-ray", "--no-ui"]], ids=["ray", "no-ray"])
+def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(models: dict[str, Path], how: list[str]) -> None:
+    """On Ray from no replica at all: the first request brings one, and waits for it."""
+    port = free_port()
+    command = [sys.executable, "-m", "shoal.cli", "serve", "--model", str(models["int8"])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*command, "--name", "fish", "--port", str(port), *how], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert f"http://127.0.0.1:{port}/v1" in process.stdout.readline()
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            stream = client.chat.completions.create(model="fish", messages=MESSAGES, max_tokens=8, stream=True)
+            assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("length", "stop")
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(120) == 0
+            _, left = psutil.wait_procs(children, timeout=10)
+            assert left == []
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -216,27 +243,3 @@ def replicas(deployment: str) -> list[psutil.Process]:
 def test_a_directory_that_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"^model directory has no config\.json.*$"):
         serve.run(serve_config(ServeArgs(model=str(tmp_path)), port=free_port()), blocking=False)
-
-
-@pytest.mark.parametrize("how", [["--replicas", "0:2", "--no-ui"], ["--no-ray", "--no-ui"]], ids=["ray", "no-ray"])
-def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(models: dict[str, Path], how: list[str]) -> None:
-    """On Ray from no replica at all: the first request brings one, and waits for it."""
-    port = free_port()
-    command = [sys.executable, "-m", "shoal.cli", "serve", "--model", str(models["int8"])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [*command, "--name", "fish", "--port", str(port), *how], stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert f"http://127.0.0.1:{port}/v1" in process.stdout.readline()
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-            stream = client.chat.completions.create(model="fish", messages=MESSAGES, max_tokens=8, stream=True)
-            assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("length", "stop")
-            children = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(120) == 0
-            _, left = psutil.wait_procs(children, timeout=10)
-            assert left == []
-        finally:
-            process.kill()

@@ -78,10 +78,12 @@ def service(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     values = serve_config(args, port=free_port()).model_dump(mode="json", exclude_unset=True)
     values["applications"][0]["import_path"] = "tests.on_ray.breakable:app"
     deploy = check_serve_config(values, "faults")
-    service = Service(serve.run(deploy, blocking=False), deploy, {name: root / name for name in models})
-    until(lambda: httpx.get(f"{service.url}/ready").status_code == 200)
-    yield service
-    serve.stop()
+    try:
+        service = Service(serve.run(deploy, blocking=False), deploy, {name: root / name for name in models})
+        until(lambda: httpx.get(f"{service.url}/ready").status_code == 200)
+        yield service
+    finally:
+        serve.stop()
 
 
 def ask(service: Service, number: int, begun: Callable[[], object] = lambda: None) -> dict[str, Any]:
