@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.browser.driving import SECONDS
-from tests.browser.runs import write_runs
+from tests.browser.runs import LIVE, write_runs
 from tests.browser.site import Site, site
 from tests.neighbours import lend
 
@@ -65,10 +65,17 @@ def strangers(request: pytest.FixtureRequest) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("runs")
     write_runs(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def runs_folder(written_runs: Path) -> Path:
+    """It has just spoken: after two minutes of silence the run that goes on would have stopped."""
+    (written_runs / LIVE / "metrics.jsonl").touch()
+    return written_runs
 
 
 @pytest.fixture(scope="module")
