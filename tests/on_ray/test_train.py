@@ -19,7 +19,7 @@ from shoal.train.plan import FitPlan, pretrain_plan
 from tests.corpus import write_chats, write_corpus
 
 pytestmark = pytest.mark.ray
-STEPS = 40  # enough for what happens to a run to happen before its end
+STEPS = 24  # enough for what happens to a run to happen before its end
 
 
 @pytest.fixture(scope="module")
