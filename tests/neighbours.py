@@ -16,7 +16,8 @@ _LENT = pytest.StashKey[dict[str, tuple[AbstractContextManager[object], object]]
 
 
 def lend(request: pytest.FixtureRequest, made: AbstractContextManager[T]) -> T:
-    """What the fixture of this name was given in the files just before, else what `made` gives now."""
+    """What the fixture of this name was given in the files just before, else what `made` gives now. No other fixture may have
+    the name."""
     lent = request.config.stash.setdefault(_LENT, {})
     name = request.fixturename
     assert name is not None

@@ -9,7 +9,7 @@ from tests.neighbours import lend
 
 
 @pytest.fixture(scope="module")
-def cluster(request: pytest.FixtureRequest) -> None:
-    """A local Ray. A file that serves or stores on it leaves nothing there. One that needs another environment or no Ray does
-    not ask for it, and this one then ends before."""
+def shared_ray(request: pytest.FixtureRequest) -> None:
+    """A local Ray that this process is connected to. What a file serves there ends with the file. Files that need another
+    environment, or no Ray, do not ask for it: it ends before them."""
     lend(request, local_ray())

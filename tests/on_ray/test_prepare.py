@@ -17,7 +17,7 @@ from shoal.errors import ConfigError, DataError
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.on_ray.prepare import prepare
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("shared_ray")]
 
 PRESET = presets.get("test")
 MIX = {"text": 0.5, "image": 0.2, "code": 0.3}

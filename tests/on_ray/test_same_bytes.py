@@ -129,7 +129,7 @@ def ask(url: str, request: dict[str, Any]) -> Answer:
 
 
 @pytest.fixture(scope="module")
-def urls(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def urls(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """Of both services, each with the same INT8 model, the same keys, and no metrics."""
     root = tmp_path_factory.mktemp("same")
     Model.from_preset("test", seed=3).quantized().save(root / "model")

@@ -58,7 +58,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def service(cluster: None, models: dict[str, Path]) -> Iterator[Service]:
+def service(shared_ray: None, models: dict[str, Path]) -> Iterator[Service]:
     args = ServeArgs(models={name: str(directory) for name, directory in models.items()})
     deploy = serve_config(args, port=free_port())
     try:
@@ -80,7 +80,7 @@ def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.usefixtures("cluster")  # beside it, as long as nothing is served there
+@pytest.mark.usefixtures("shared_ray")  # beside it, as long as nothing is served there
 @pytest.mark.parametrize("how", [["--replicas", "0:2", "--no-ui"], ["--no-ray", "--no-ui"]], ids=["ray", "no-ray"])
 def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(models: dict[str, Path], how: list[str]) -> None:
     """On Ray from no replica at all: the first request brings one, and waits for it."""

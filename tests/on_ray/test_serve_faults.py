@@ -69,7 +69,7 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = tmp_path_factory.mktemp("models")
     models = {"first": lively(), "second": Model.from_preset("test", seed=11)}
     for name, model in models.items():

@@ -58,7 +58,7 @@ def kill_a_worker() -> None:
 
 
 @pytest.fixture(scope="module")
-def calm(cluster: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calm(shared_ray: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two workers to which nothing happens."""
     run = tmp_path_factory.mktemp("calm") / "run"
     seen: list[log.Record] = []
@@ -130,7 +130,7 @@ def test_a_killed_driver_costs_no_step_and_no_bit(calm: Path, data: Path, tmp_pa
     assert same(run, calm)
 
 
-def test_plans_that_cannot_run_are_refused(cluster: None, data: Path, tmp_path: Path) -> None:
+def test_plans_that_cannot_run_are_refused(shared_ray: None, data: Path, tmp_path: Path) -> None:
     """Before any worker is started, with the numbers."""
     with pytest.raises(ResourceError, match=r"2 worker\(s\) x 64 CPU = 128 CPUs"):
         train(plan(data, tmp_path / "cpus"), workers=2, cpus_per_worker=64)
@@ -143,7 +143,7 @@ def test_plans_that_cannot_run_are_refused(cluster: None, data: Path, tmp_path: 
         train(plan(few, tmp_path / "few"), workers=2, cpus_per_worker=0.5)
 
 
-def test_a_workers_own_error_arrives_as_it_was(cluster: None, data: Path, tmp_path: Path) -> None:
+def test_a_workers_own_error_arrives_as_it_was(shared_ray: None, data: Path, tmp_path: Path) -> None:
     """In one line and without another try: it would be the same."""
     fit(plan(data, tmp_path / "run", steps=1))
     with pytest.raises(CheckpointError, match=r"of another configuration.*train.seed: 0 -> 5") as caught:
