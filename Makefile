@@ -5,6 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
 VLLM_READY = $(VLLM_VENV)/.ready
+ALONE = ray or alone
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL = help
@@ -14,7 +15,10 @@ quickstart: $(READY)  ## set up, then corpus to chat on this machine, about 15 m
 	@$(BIN)/shoal quickstart $(if $(EXIT),--exit)
 
 test: $(READY)  ## set up, then the whole test-suite (two cores: under 15 minutes)
-	$(BIN)/python -m pytest
+	@status=0; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ($(ALONE))" || status=$$?; \
+	$(BIN)/python -m pytest -m "$(ALONE)" || status=$$?; \
+	exit $$status
 
 test-vllm: $(VLLM_READY)  ## an environment with vLLM 0.32 on the CPU (4 GB), then the tests of it
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm

@@ -1,7 +1,20 @@
+from collections.abc import Iterator
+
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.neighbours import end_what_is_not_asked_for
 
 torch.set_num_threads(1)  # two compute threads on two cores stall each other as soon as anything else runs
 # Nothing is timed: a busy machine must not fail a test.
 settings.register_profile("shoal", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shoal")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    try:
+        return (yield)
+    finally:
+        end_what_is_not_asked_for(item, nextitem)

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -13,8 +14,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.browser.driving import SECONDS
-from tests.browser.runs import write_runs
+from tests.browser.runs import LIVE, write_runs
 from tests.browser.site import Site, site
+from tests.neighbours import lend
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page
@@ -25,9 +27,8 @@ LEAVING = (
 )  # what Gradio logs of a reading that a new page cuts off
 
 
-@pytest.fixture(scope="module")
-def strangers() -> Iterator[list[str]]:
-    """Hosts other than this machine that anything in this process, the page's own server included, tried to reach."""
+@contextmanager
+def _watched() -> Iterator[list[str]]:
     found: list[str] = []
     connect, look_up = socket.socket.connect, socket.getaddrinfo
 
@@ -47,31 +48,50 @@ def strangers() -> Iterator[list[str]]:
         yield found
 
 
+@contextmanager
+def _driven(path: str) -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
 @pytest.fixture(scope="module")
-def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def strangers(request: pytest.FixtureRequest) -> list[str]:
+    """Hosts other than this machine that anything in this process, the page's own server included, tried to reach."""
+    return lend(request, _watched())
+
+
+@pytest.fixture(scope="session")
+def written_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("runs")
     write_runs(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def open_site(strangers: list[str], runs_folder: Path) -> Iterator[Site]:
-    pytest.importorskip("gradio")
-    with site(runs=runs_folder) as started:
-        yield started
+def runs_folder(written_runs: Path) -> Path:
+    """It has just spoken: after two minutes of silence the run that goes on would have stopped."""
+    (written_runs / LIVE / "metrics.jsonl").touch()
+    return written_runs
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    api = pytest.importorskip("playwright.sync_api")
+def open_site(request: pytest.FixtureRequest, strangers: list[str], runs_folder: Path) -> Site:
+    pytest.importorskip("gradio")
+    return lend(request, site(runs=runs_folder))
+
+
+@pytest.fixture(scope="module")
+def chromium(request: pytest.FixtureRequest) -> Browser:
+    pytest.importorskip("playwright.sync_api")
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         assert os.environ.get("CI_BROWSER_REQUIRED") != "1", "CI must drive the pages: no chromium was found"
         pytest.skip("no chromium: run tests/browser/install.sh")
-    with api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    return lend(request, _driven(path))
 
 
 @pytest.fixture

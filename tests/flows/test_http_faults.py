@@ -18,6 +18,7 @@ from shoal.api.limits import Limits
 from shoal.engine.runner import Runner
 from tests.flows.conftest import Service, running
 
+pytestmark = pytest.mark.alone
 STEP_SECONDS = 0.01  # least time of an engine step here, so that an answer of 300 tokens runs for seconds
 CHAT = "/v1/chat/completions"
 LONG: dict[str, Any] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,12 @@ from shoal.data.shards import INDEX, TOKENIZER, open_index
 from shoal.errors import ConfigError, DataError
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.on_ray.prepare import prepare
-from shoal.on_ray.resources import local_ray
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("shared_ray")]
 
 PRESET = presets.get("test")
 MIX = {"text": 0.5, "image": 0.2, "code": 0.3}
 BAD = {"latin.txt": b"caf\xe9", "empty.md": b"", "tool.exe": b"MZ", "rows.jsonl": b"{broken\n"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with local_ray():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,19 +19,13 @@ from shoal.data.documents import SourceSpec
 from shoal.data.shards import INDEX
 from shoal.errors import DataError
 from shoal.on_ray.prepare import WORK, prepare
-from shoal.on_ray.resources import local_ray
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # it starts two processes that import Ray
+# it starts two processes that import Ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("shared_ray"), pytest.mark.timeout(600)]
 
 PRESET = presets.get("test")
 MIX = {"text": 0.6, "image": 0.2, "code": 0.2}
 SEED = 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with local_ray(num_cpus=4):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ from PIL import Image
 
 from shoal import Model
 from shoal.on_ray import serve
-from shoal.on_ray.resources import local_ray
 from shoal.on_ray.serve_config import ServeArgs, serve_config
 
 pytestmark = pytest.mark.ray
@@ -130,13 +129,13 @@ def ask(url: str, request: dict[str, Any]) -> Answer:
 
 
 @pytest.fixture(scope="module")
-def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def urls(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """Of both services, each with the same INT8 model, the same keys, and no metrics."""
     root = tmp_path_factory.mktemp("same")
     Model.from_preset("test", seed=3).quantized().save(root / "model")
     (root / "keys").write_text("rich\npoor requests=1\n")
     args = ServeArgs(model=str(root / "model"), name="fish,pike", api_keys=str(root / "keys"), metrics=False)
-    with without_ray(root) as local, local_ray():
+    with without_ray(root) as local:
         try:
             yield local, serve.run(serve_config(args, port=free_port()), blocking=False)
         finally:

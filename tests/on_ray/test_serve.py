@@ -24,7 +24,6 @@ from shoal.api.answers import token_name
 from shoal.errors import CheckpointError, ResourceError
 from shoal.inputs.chat import encode_chat
 from shoal.on_ray import serve
-from shoal.on_ray.resources import local_ray
 from shoal.on_ray.serve_config import ServeArgs, serve_config
 
 pytestmark = pytest.mark.ray
@@ -59,12 +58,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def service(models: dict[str, Path]) -> Iterator[Service]:
+def service(shared_ray: None, models: dict[str, Path]) -> Iterator[Service]:
     args = ServeArgs(models={name: str(directory) for name, directory in models.items()})
     deploy = serve_config(args, port=free_port())
-    with local_ray():
-        url = serve.run(deploy, blocking=False)
-        yield Service(url, models)
+    try:
+        yield Service(serve.run(deploy, blocking=False), models)
+    finally:
         serve.stop()
 
 
@@ -81,6 +80,7 @@ def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.usefixtures("shared_ray")  # beside it, as long as nothing is served there
 @pytest.mark.parametrize("how", [["--replicas", "0:2", "--no-ui"], ["--no-ray", "--no-ui"]], ids=["ray", "no-ray"])
 def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(models: dict[str, Path], how: list[str]) -> None:
     """On Ray from no replica at all: the first request brings one, and waits for it."""

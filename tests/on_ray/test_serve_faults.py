@@ -29,7 +29,6 @@ from ray.serve.schema import ServeDeploySchema
 from shoal import Model
 from shoal.engine.engine import MAX_FAILURES
 from shoal.on_ray import serve
-from shoal.on_ray.resources import local_ray
 from shoal.on_ray.serve_config import ENGINE, ServeArgs, check_serve_config, serve_config
 from tests.on_ray.test_serve import free_port, replicas, until
 from tests.unit.engine.lively import lively
@@ -70,7 +69,7 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = tmp_path_factory.mktemp("models")
     models = {"first": lively(), "second": Model.from_preset("test", seed=11)}
     for name, model in models.items():
@@ -79,10 +78,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     values = serve_config(args, port=free_port()).model_dump(mode="json", exclude_unset=True)
     values["applications"][0]["import_path"] = "tests.on_ray.breakable:app"
     deploy = check_serve_config(values, "faults")
-    with local_ray():
+    try:
         service = Service(serve.run(deploy, blocking=False), deploy, {name: root / name for name in models})
         until(lambda: httpx.get(f"{service.url}/ready").status_code == 200)
         yield service
+    finally:
         serve.stop()
 
 

@@ -1,10 +1,10 @@
-"""Training on Ray Train: one local cluster for the file, the `test` preset, two workers, and what may happen to them."""
+"""Training on Ray Train: one local cluster, the `test` preset, two workers, and what may happen to them."""
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -12,7 +12,6 @@ import pytest
 
 from shoal import presets
 from shoal.errors import CheckpointError, ConfigError, DataError, ResourceError
-from shoal.on_ray.resources import local_ray
 from shoal.on_ray.train import train
 from shoal.train import log
 from shoal.train.loop import fit
@@ -20,13 +19,7 @@ from shoal.train.plan import FitPlan, pretrain_plan
 from tests.corpus import write_chats, write_corpus
 
 pytestmark = pytest.mark.ray
-STEPS = 40  # enough for what happens to a run to happen before its end
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with local_ray():
-        yield
+STEPS = 24  # enough for what happens to a run to happen before its end
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +58,7 @@ def kill_a_worker() -> None:
 
 
 @pytest.fixture(scope="module")
-def calm(cluster: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calm(shared_ray: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two workers to which nothing happens."""
     run = tmp_path_factory.mktemp("calm") / "run"
     seen: list[log.Record] = []
@@ -128,7 +121,7 @@ def test_a_killed_driver_costs_no_step_and_no_bit(calm: Path, data: Path, tmp_pa
         finally:
             process.kill()
     assert len(training) == 2 and psutil.wait_procs(training, timeout=60)[1] == []
-    for child in psutil.wait_procs(children, timeout=5)[1]:
+    for child in psutil.wait_procs(children, timeout=1)[1]:
         child.kill()
     assert not (run / "model").exists()
     train(plan(data, run), workers=2, cpus_per_worker=0.5)
@@ -137,7 +130,7 @@ def test_a_killed_driver_costs_no_step_and_no_bit(calm: Path, data: Path, tmp_pa
     assert same(run, calm)
 
 
-def test_plans_that_cannot_run_are_refused(cluster: None, data: Path, tmp_path: Path) -> None:
+def test_plans_that_cannot_run_are_refused(shared_ray: None, data: Path, tmp_path: Path) -> None:
     """Before any worker is started, with the numbers."""
     with pytest.raises(ResourceError, match=r"2 worker\(s\) x 64 CPU = 128 CPUs"):
         train(plan(data, tmp_path / "cpus"), workers=2, cpus_per_worker=64)
@@ -150,7 +143,7 @@ def test_plans_that_cannot_run_are_refused(cluster: None, data: Path, tmp_path: 
         train(plan(few, tmp_path / "few"), workers=2, cpus_per_worker=0.5)
 
 
-def test_a_workers_own_error_arrives_as_it_was(cluster: None, data: Path, tmp_path: Path) -> None:
+def test_a_workers_own_error_arrives_as_it_was(shared_ray: None, data: Path, tmp_path: Path) -> None:
     """In one line and without another try: it would be the same."""
     fit(plan(data, tmp_path / "run", steps=1))
     with pytest.raises(CheckpointError, match=r"of another configuration.*train.seed: 0 -> 5") as caught:

@@ -23,7 +23,7 @@ from shoal.train.plan import FitPlan, pretrain_plan
 from tests.corpus import write_corpus
 
 pytestmark = pytest.mark.ray
-STEPS = 40
+STEPS = 24
 NODES = 3  # beside the head, of one CPU each
 
 
@@ -95,9 +95,9 @@ def test_an_elastic_run_goes_on_with_the_worker_that_is_left(
     cluster: Cluster, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1 to 2 workers, and two nodes of which one dies: the same updates, of one worker's four micro-batches."""
-    monkeypatch.setenv(
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "25"
-    )  # the environment's word counts, and it waits less
+    # The environment's word counts. Ray looks every 20 s at what nodes there are, until then it tries with two, and three times
+    # in all: in less than 7 s each it would give up.
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     while len(cluster.worker_nodes) < 2:
         cluster.add_node(num_cpus=1)
     while len(cluster.worker_nodes) > 2:

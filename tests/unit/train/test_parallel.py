@@ -172,7 +172,8 @@ def played(shards: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) 
         fit(plan(shards, root / f"alone-{name}", **more))
     for name, more in {"chats": {}, "lora": {"lora_rank": 4}}.items():
         fit(tune(chats, model, root / f"alone-{name}", 1, **more))
-    mp.spawn(play, (root, shards, chats, model), nprocs=PROCESSES)
+    mp.set_forkserver_preload(["shoal.train.loop"])  # torch is imported once, not by each
+    mp.start_processes(play, (root, shards, chats, model), nprocs=PROCESSES, start_method="forkserver")
     return root
 
 

@@ -1,0 +1,37 @@
+"""What is slow to start, and one start of it for neighbouring files: it lives as long as the next test asks for it too.
+
+pytest itself ends a fixture with its file, or with the whole session; a Ray or a browser that idles behind a thousand tests of
+something else would take their memory, and be found by those that look for what was left behind.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+import pytest
+
+T = TypeVar("T")
+_LENT = pytest.StashKey[dict[str, tuple[AbstractContextManager[object], object]]]()
+
+
+def lend(request: pytest.FixtureRequest, made: AbstractContextManager[T]) -> T:
+    """What the fixture of this name was given in the files just before, else what `made` gives now. No other fixture may have
+    the name."""
+    lent = request.config.stash.setdefault(_LENT, {})
+    name = request.fixturename
+    assert name is not None
+    if name not in lent:
+        lent[name] = (made, made.__enter__())
+    return lent[name][1]  # type: ignore[return-value]
+
+
+def end_what_is_not_asked_for(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Called when the fixtures of `item` are torn down; ends the newest first."""
+    lent = item.config.stash.get(_LENT, {})
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    wanted = getattr(nextitem, "fixturenames", ())
+    for name in [name for name in reversed(lent) if name not in wanted]:
+        made, _ = lent.pop(name)
+        made.__exit__(None, None, None)
