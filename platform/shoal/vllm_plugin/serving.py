@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from pydantic import ValidationError
 from vllm import SamplingParams
 from vllm.exceptions import VLLMClientError
 from vllm.inputs import TokensPrompt
@@ -55,8 +56,7 @@ class VllmEngine:
         except ConfigError:
             raise
         except Exception as error:
-            told = str(error).strip().splitlines() or [type(error).__name__]
-            raise ConfigError(f"vLLM does not start with {args.model}", got=told[-1][:300]) from error
+            raise ConfigError(f"vLLM does not start with {args.model}", got=_why(error)) from error
         self._per_request = getattr(config.model_config.hf_config, "depth", None) == "per-request"
 
     async def batches(
@@ -182,6 +182,16 @@ class VllmEngine:
 
     async def close(self) -> None:
         await asyncio.to_thread(self._llm.shutdown)
+
+
+def _why(error: Exception) -> str:
+    """The line of `error` that says what is wrong. The last one, but pydantic ends with where to read on."""
+    lines = (
+        [found["msg"] for found in error.errors()]
+        if isinstance(error, ValidationError)
+        else str(error).strip().splitlines()
+    )
+    return lines[-1][:300] if lines else type(error).__name__
 
 
 def _refusal(error: Exception) -> RequestError:
