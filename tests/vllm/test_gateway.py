@@ -187,16 +187,24 @@ def test_more_than_fit_are_answered_429_and_the_others_whole(url: str) -> None:
 
 
 def test_a_killed_engine_process_is_replaced_and_the_stream_goes_on(url: str, client: openai.OpenAI) -> None:
-    """The running request continues at the replica that takes its place; greedy, so the answer is the whole one."""
+    """The running request continues at the replica that takes its place; greedy, so the answer is the whole one. Until then the
+    service says that it is not ready, and the other model answers."""
     asked: dict[str, Any] = {"model": "llama", "prompt": "The sea", "temperature": 0, "max_tokens": 200,
                              "extra_body": {"ignore_eos": True}}  # fmt: skip
     whole = client.completions.create(**asked).choices[0].text
     chunks = client.completions.create(stream=True, **asked)
     text = next(chunks).choices[0].text
-    engines = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM::EngineCor")]
-    assert len(engines) == 2, "one for each model"
-    for process in engines:
-        process.send_signal(signal.SIGKILL)
+    (engine,) = (
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.name().startswith("VLLM::EngineCor") and "EngineReplica-llama" in process.parent().cmdline()[0]
+    )
+    engine.send_signal(signal.SIGKILL)
+    while (refused := httpx.get(f"{url}/ready", timeout=30)).status_code != 503:
+        time.sleep(0.1)
+    assert refused.json()["error"]["code"] == "engine_dead"
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert client.completions.create(model="fish", prompt="The sea", **GREEDY).usage.completion_tokens > 0
     text += "".join(chunk.choices[0].text for chunk in chunks)
     assert text == whole
     until(lambda: httpx.get(f"{url}/ready", timeout=30).status_code == 200, 120)

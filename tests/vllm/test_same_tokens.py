@@ -88,7 +88,8 @@ def assert_same(expected: Sequence[Completion], got: Sequence[Any], *, within: f
 def test_chunked_batched_cached_and_with_images(
     model: Model, directory: Path, prompts: list[Prompt], vllm: Vllm
 ) -> None:
-    """Chunks of at most 64 tokens beside requests that decode; the second round reads its prompts out of the prefix cache."""
+    """Chunks of at most 64 tokens beside requests that decode; the second round reads its prompts out of the prefix cache. Then
+    the same tokens with other pixels, one after the other: the second is not answered from the first one's pages."""
     expected = ours(model, prompts, ["full"] * len(prompts))
     engine = vllm(directory, max_num_batched_tokens=64)
     for again in range(2):
@@ -97,27 +98,21 @@ def test_chunked_batched_cached_and_with_images(
         assert_same(expected, got)
         cached = sum(other.num_cached_tokens for other in got)
         assert cached > (0.8 if again else 0.1) * sum(len(prompt.ids) for prompt in prompts)
-
-
-def test_two_images_that_read_alike_do_not_share_pages(model: Model, directory: Path, vllm: Vllm) -> None:
-    """The same tokens with other pixels, one after the other: the second is not answered from the first one's pages."""
     rng = np.random.default_rng(1)
     images = [Patches(rng.integers(0, 256, (9, model.config.patch_values), dtype=np.uint8), 3, 3) for _ in range(2)]
-    pair = [Encoded([USER_ID, *image.tokens(), *range(20, 60), ASSISTANT_ID], [image]) for image in images]
-    engine = vllm(directory, max_num_batched_tokens=512)
-    for prompt in pair:
+    for image in images:
+        prompt = Encoded([USER_ID, *image.tokens(), *range(20, 60), ASSISTANT_ID], [image])
         assert_same(ours(model, [prompt], ["full"]), theirs(model, engine, [prompt]))
 
 
 def test_whole_prompts_in_one_chunk_and_preemption(
     model: Model, directory: Path, prompts: list[Prompt], vllm: Vllm
 ) -> None:
-    """So few pages that requests are preempted, and computed again."""
-    text = [prompt for prompt in prompts if not prompt.images]
+    """So few pages that requests are preempted, and computed again; texts and images."""
     engine = vllm(
         directory, max_num_batched_tokens=2048, num_gpu_blocks_override=40, max_model_len=512, disable_log_stats=False
     )
-    assert_same(ours(model, text, ["full"] * len(text)), theirs(model, engine, text))
+    assert_same(ours(model, prompts, ["full"] * len(prompts)), theirs(model, engine, prompts))
     preempted = [m.value for m in engine.get_metrics() if m.name == "vllm:num_preemptions"]
     assert sum(preempted) > 0
 
@@ -136,8 +131,12 @@ def test_each_request_runs_to_its_own_depth(model: Model, directory: Path, promp
 def test_a_deployment_of_fixed_depth_holds_no_deeper_layer(
     model: Model, directory: Path, prompts: list[Prompt], vllm: Vllm
 ) -> None:
-    engine = vllm(directory, max_num_batched_tokens=256, hf_overrides={"depth": "shallow"})
-    assert_same(ours(model, prompts, ["shallow"] * len(prompts)), theirs(model, engine, prompts))
+    """And without a prefix cache, which the other deployments here have."""
+    engine = vllm(directory, max_num_batched_tokens=256, hf_overrides={"depth": "shallow"}, enable_prefix_caching=False)
+    for _ in range(2):
+        got = theirs(model, engine, prompts)
+        assert not any(other.num_cached_tokens for other in got)
+        assert_same(ours(model, prompts, ["shallow"] * len(prompts)), got)
     cached = engine.llm_engine.vllm_config.compilation_config.static_forward_context
     assert len(cached) == model.config.exits[0]
 

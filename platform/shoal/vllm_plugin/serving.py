@@ -16,26 +16,25 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from pydantic import ValidationError
 from vllm import SamplingParams
 from vllm.exceptions import VLLMClientError
 from vllm.inputs import TokensPrompt
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
-from vllm.v1.metrics.loggers import StatLoggerBase
 
 from shoal.api.served import ServedModel
 from shoal.engine.events import Event, Finished, Guide, Request, Sampling, Token, TokenLogprob
-from shoal.engine.metrics import Metrics
 from shoal.engine.text import TextStream
 from shoal.errors import ConfigError, EngineDeadError, GenerationError, QueueFullError, RequestError
 from shoal.inputs.chat import Encoded
+from shoal.vllm_plugin.counts import GAUGES, Counts
 from shoal.vllm_plugin.images import as_image, collapsed
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
-GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 Route = Callable[[Encoded, Request], int]
 
 
@@ -48,7 +47,7 @@ class VllmEngine:
         self._served, self._route = served, route
         self._most = args.max_num_seqs + max_queue
         self._live: set[str] = set()
-        self._counts = _Counts()
+        self._counts = Counts()
         try:
             config = args.create_engine_config()
             self._llm = AsyncLLM.from_vllm_config(
@@ -57,21 +56,13 @@ class VllmEngine:
         except ConfigError:
             raise
         except Exception as error:
-            told = str(error).strip().splitlines() or [type(error).__name__]
-            raise ConfigError(f"vLLM does not start with {args.model}", got=told[-1][:300]) from error
+            raise ConfigError(f"vLLM does not start with {args.model}", got=_why(error)) from error
         self._per_request = getattr(config.model_config.hf_config, "depth", None) == "per-request"
-
-    async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """As `AsyncEngine.generate`; tokens of a sampled answer that goes on after a lost replica are other draws."""
-        async with aclosing(self.batches(request)) as lists:
-            async for events in lists:
-                for event in events:
-                    yield event
 
     async def batches(
         self, request: Request, gap: Callable[[], float] = lambda: 0.0
     ) -> AsyncGenerator[list[Event], None]:
-        """As `AsyncEngine.batches`."""
+        """As `AsyncEngine.batches`; tokens of a sampled answer that goes on after a lost replica are other draws."""
         began = time.monotonic()
         if len(self._live) >= self._most:
             self._counts.metrics.refused += 1
@@ -193,6 +184,16 @@ class VllmEngine:
         await asyncio.to_thread(self._llm.shutdown)
 
 
+def _why(error: Exception) -> str:
+    """The line of `error` that says what is wrong. The last one, but pydantic ends with where to read on."""
+    lines = (
+        [found["msg"] for found in error.errors()]
+        if isinstance(error, ValidationError)
+        else str(error).strip().splitlines()
+    )
+    return lines[-1][:300] if lines else type(error).__name__
+
+
 def _refusal(error: Exception) -> RequestError:
     """vLLM's refusal of a request as ours."""
     first = next(iter(str(error).splitlines()), type(error).__name__)
@@ -287,45 +288,3 @@ def _logprob(token: int, found: Any, most: int | None) -> TokenLogprob | None:
         return None
     best = sorted(((t, float(at.logprob)) for t, at in found.items()), key=lambda pair: -pair[1])[: most or 0]
     return TokenLogprob(token, float(found[token].logprob), tuple(best))
-
-
-class _Counts(StatLoggerBase):  # type: ignore[misc]
-    """vLLM's own counts under our names."""
-
-    def __init__(self) -> None:
-        self.metrics = Metrics()
-        self.gauges = dict.fromkeys(GAUGES, 0.0)
-
-    def record(
-        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
-    ) -> None:
-        m = self.metrics
-        if scheduler_stats is not None:
-            s = scheduler_stats
-            self.gauges = dict(
-                zip(GAUGES, map(float, (s.num_running_reqs, s.num_waiting_reqs, s.kv_cache_usage)), strict=True)
-            )
-            m.prefix_queries += scheduler_stats.prefix_cache_stats.queries
-            m.prefix_hits += scheduler_stats.prefix_cache_stats.hits
-        if iteration_stats is not None:
-            rows = iteration_stats.num_prompt_tokens + iteration_stats.num_generation_tokens
-            m.prompt_tokens += iteration_stats.num_prompt_tokens
-            m.generation_tokens += iteration_stats.num_generation_tokens
-            m.preemptions += iteration_stats.num_preempted_reqs
-            m.steps, m.rows = m.steps + 1, m.rows + rows
-            m.iteration_tokens_total.observe(rows)
-
-    def log_engine_initialized(self) -> None:
-        pass
-
-    def ended(self, event: Finished) -> None:
-        first = event.first_token_seconds if event.completion_tokens else None
-        self.metrics.ended(event.reason, 0, event.queue_seconds, first, event.total_seconds, event.completion_tokens)
-        self.metrics.depths[event.depth] = self.metrics.depths.get(event.depth, 0) + 1
-
-    def broken(self, reason: str) -> None:
-        """A request without a `Finished` of its own."""
-        self.metrics.ended(reason, 0, 0.0, None, 0.0, 0)
-
-    def samples(self, exits: Any) -> dict[str, float]:
-        return self.gauges | self.metrics.samples(exits)
