@@ -38,9 +38,10 @@ class Runner:
         """K/V memory for `units` units (the null unit included) in the model's precision, on its device."""
         self.model, self.config, self.net = model, model.config, model.net
         self.device, self.compute_budget = model.device, compute_budget
-        prepack_(self.net)
         self.cache = GroupCache.zeros(self.config, units, self.net.dtype, self.device)
-        self._compile()
+        with fused.compiling():
+            prepack_(self.net)
+            self._compile()
         self.sampler = Sampler(model.forbidden())
 
     @torch.inference_mode()

@@ -177,11 +177,13 @@ class Scheduler:
         self.metrics.steps += 1
         self.metrics.rows += rows
         self.metrics.iteration_tokens_total.observe(rows)
+        page = self.config.page
         for work in plan.works:
-            seq = work.seq
+            seq, fills = work.seq, work.end // page > work.start // page
             for j in range(work.first, work.last):
                 seq.computed[j] = max(seq.computed[j], work.end)
-                holdings.offer(self.pages, seq, j)
+                if fills:
+                    holdings.offer(self.pages, seq, j)
             seq.at = work.end
         for work, decision in zip(plan.decisions, outcome.decisions, strict=True):
             self._decide(work.seq, decision)

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numba as nb
 import numpy as np
+from filelock import FileLock, Timeout
 from numba import config as numbas
 from numba.extending import overload
 
 config: Any = numbas  # its names are made when it is imported
+PATIENCE = 120.0  # all of it takes half a minute
 _HERE = Path(__file__).parent
 _SOURCES = ("attention_kernels.py", "compiled.py", "float_kernels.py", "int8_kernels.py", "kernels.py", "tiles.py")
 
@@ -27,6 +31,19 @@ def _digest():
 
 
 _KEPT = str(Path(config.CACHE_DIR or _HERE / "__pycache__") / f"numba-{_digest()}")
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One process at a time compiles and keeps: the others find it done, and two at once may leave each other's code under one
+    name. Where it takes more than `PATIENCE` seconds, or the folder cannot be written, each goes on by itself."""
+    lock = FileLock(f"{_KEPT}.lock", timeout=PATIENCE)
+    with suppress(Timeout, OSError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _compiled(function, **options):

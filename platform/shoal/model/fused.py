@@ -8,7 +8,8 @@ Letters: as in `kernels`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
@@ -150,6 +151,18 @@ def _short(starts: list[int]) -> tuple[Tensor, Tensor]:
     pairs = [(n, r) for r, (a, b) in enumerate(pairwise(starts)) if b - a <= SHORT for n in range(a, b)]
     rows = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T.contiguous()
     return rows[0], rows[1]
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """For what compiles the loops at their first use: `compiled.alone`, where there is something to compile."""
+    if _kernels() is None:
+        yield
+        return
+    from shoal.model import compiled
+
+    with compiled.alone():
+        yield
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,34 @@ def test_compiled_code_is_kept_by_what_is_in_all_of_its_sources():
     loops = {path.name for path in here.glob("*.py") if "from shoal.model.compiled import" in path.read_text("utf-8")}
     assert loops and {*loops, "compiled.py"} <= set(compiled._SOURCES)
     assert kernels.layer.stats.cache_path.startswith(compiled._KEPT) and compiled._digest() in compiled._KEPT
+
+
+def test_one_at_a_time_compiles_and_nobody_waits_for_ever(monkeypatch, tmp_path):
+    from shoal.model import compiled
+
+    monkeypatch.setattr(compiled, "_KEPT", str(tmp_path / "code"))
+    order, entered = [], threading.Event()
+
+    def other():
+        with compiled.alone():
+            order.append("other")
+        entered.set()
+
+    with compiled.alone():
+        waiting = threading.Thread(target=other)
+        waiting.start()
+        assert not entered.wait(0.3)
+        order.append("first")
+    waiting.join(10)
+    assert order == ["first", "other"]
+    monkeypatch.setattr(compiled, "PATIENCE", 0.1)
+    with compiled.alone(), compiled.alone():
+        order.append("impatient")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(compiled, "_KEPT", str(tmp_path / "file" / "code"))
+    with compiled.alone():
+        order.append("nowhere")
+    assert order[2:] == ["impatient", "nowhere"]
 
 
 @torch.no_grad()
