@@ -228,7 +228,8 @@ class _Layout:
             own = work.seq.tables[:, :longest]
             tables[:, r, : own.shape[1]] = own
         computed = np.array([work.seq.computed for work in works]).T  # [G, R]
-        slots = tables[:, row_of, positions // page] * page + positions % page
+        # numpy would let the rows of its result lie across each other, and what is compiled, is so for rows in order
+        slots = np.ascontiguousarray(tables[:, row_of, positions // page]) * page + positions % page
         slots[positions < computed[:, row_of]] = -1  # stored already: run for its state, not written again
         self._tables, self._slots, self._positions = (
             torch.from_numpy(array).to(device) for array in (tables, slots, positions)

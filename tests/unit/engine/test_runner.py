@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,3 +75,18 @@ def test_an_image_scores_its_words_and_its_own_tokens_as_impossible() -> None:
     _, word, control, last = answer.finished.prompt_logprobs
     assert control is not None and control.logprob == -float("inf")
     assert all(entry is not None and -50 < entry.logprob < 0 for entry in (word, last))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_no_request_waits_for_a_compiler(quantized: bool) -> None:
+    """Prompts short and long, alone and together, drafts: all run what was compiled when the engine was made."""
+    kernels = pytest.importorskip("shoal.model.kernels")
+    model = Model.from_preset("test", seed=1)
+    engine = Engine(model.quantized() if quantized else model, max_batch=8)
+    compiled = [value for value in vars(kernels).values() if hasattr(value, "signatures")]
+    before = [set(function.signatures) for function in compiled]
+    sampling = Sampling(max_tokens=6, temperature=0, ignore_eos=True)
+    for lengths in ((5,), (40,), (5, 40, 7)):
+        engine.generate([Request(list(range(20, 20 + length)), sampling, depth="full") for length in lengths])
+    engine.generate([Request(list(range(30, 40)), replace(sampling, speculative=2), depth="full")])
+    assert any(before) and [set(function.signatures) for function in compiled] == before
