@@ -69,6 +69,37 @@ async def gather(client: EngineClient, requests: Sequence[Request]) -> AsyncGene
         await _end(tasks)
 
 
+async def together(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """`chunks`, in one piece what is ready at once: events come in lists, and each send costs every process on the way to the
+    client as much as a long one. What `chunks` raises comes after all that it gave."""
+    queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(UNREAD)
+
+    async def fill() -> None:
+        end: BaseException | None = None
+        try:
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    await queue.put(chunk)
+        except Exception as error:
+            end = error
+        await queue.put(end)
+
+    task = asyncio.create_task(fill())
+    try:
+        while True:
+            ready = [await queue.get()]
+            while not queue.empty():
+                ready.append(queue.get_nowait())
+            if data := b"".join(item for item in ready if isinstance(item, bytes)):
+                yield data
+            if isinstance(ready[-1], BaseException):
+                raise ready[-1]
+            if ready[-1] is None:
+                return
+    finally:
+        await _end([task])
+
+
 async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`; when the client leaves first, `work` is cancelled and ClientGone raised.
 

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from shoal.api.access import Access
 from shoal.api.answers import Answer, Events
-from shoal.api.client import ClientGone, EngineClient, gather, while_connected
+from shoal.api.client import ClientGone, EngineClient, gather, together, while_connected
 from shoal.api.limits import Limits
 from shoal.api.metrics import Metrics
 from shoal.api.requests import Work
@@ -169,7 +169,7 @@ class _EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def stream() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async with aclosing(self._chunks) as chunks:
+            async with aclosing(together(self._chunks)) as chunks:
                 async for chunk in chunks:
                     async with asyncio.timeout(SEND_SECONDS):
                         await send({"type": "http.response.body", "body": chunk, "more_body": True})

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 
 from shoal.api.app import build_app
-from shoal.api.client import gather
+from shoal.api.client import gather, together
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.engine.events import Request
@@ -69,7 +70,7 @@ async def test_a_server_that_stops_cancels_too(served: ServedModel, engine: Any)
     engine.hangs_after = 2
     body = {"model": "fish", "messages": [{"role": "user", "content": "x"}], "stream": True}
     caller = Caller(build_app([Hosted(served, engine)]), body)
-    await until(lambda: len(caller.sent) >= 4)
+    await until(lambda: engine.open == 1 and b"".join(m.get("body", b"") for m in caller.sent).count(b"data: ") >= 3)
     caller.task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller.task
@@ -82,3 +83,32 @@ async def test_closing_gather_closes_every_request(engine: Any) -> None:
     assert {(await anext(events))[0] for _ in range(2)} == {0, 1}
     await events.aclose()
     assert engine.open == 0
+
+
+async def test_what_is_ready_at_once_goes_together_and_the_rest_is_not_waited_for() -> None:
+    go, closed = asyncio.Event(), []
+
+    async def chunks(error: Exception | None = None) -> AsyncGenerator[bytes, None]:
+        try:
+            yield b"a"
+            yield b"b"
+            await go.wait()
+            yield b"c"
+            if error:
+                raise error
+        finally:
+            closed.append(True)
+
+    pieces = together(chunks())
+    assert await asyncio.wait_for(anext(pieces), 5) == b"ab"
+    go.set()
+    assert [piece async for piece in pieces] == [b"c"]
+    failing = together(chunks(ValueError("lost")))
+    assert await anext(failing) == b"abc"
+    with pytest.raises(ValueError, match="lost"):
+        await anext(failing)
+    go.clear()
+    left = together(chunks())
+    await anext(left)
+    await left.aclose()
+    assert len(closed) == 3
