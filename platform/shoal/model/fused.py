@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Rope = tuple[Tensor, Tensor]
 Matrix = tuple[Tensor, Tensor, Tensor]  # what `int8_kernels.linear` reads; or a weight [O, D] in fp and `PLAIN`
 PLAIN = torch.empty(0, dtype=torch.int32), torch.empty(0)
-FEW = {1: 128, 2: 2}  # threads: rows up to which `product` in fp is faster than oneDNN (docs/log.md)
+FEW = {1: 128, 2: 8}  # threads: rows up to which `product` in fp is faster than oneDNN (docs/log.md)
 SHORT = 16  # new tokens of a request that are attended one by one; longer chunks share what they read (`paged.py`)
 _TYPES = (torch.float32, torch.float64)
 

@@ -14,7 +14,7 @@ from shoal.model import fused, int8, memory
 from shoal.model.quant import fake_linear, fake_weight, quantize_rows
 
 LEAST_PACKED = 2**17  # weights
-BATCH = 8  # rows that a packed copy is for
+BATCH = 16  # rows that a packed copy is for
 
 
 class Weight(nn.Module):

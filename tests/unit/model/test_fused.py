@@ -90,9 +90,9 @@ def test_what_is_not_finite_stays_in_its_row():
 
 
 def test_one_thread_takes_many_rows_and_several_threads_leave_them_to_onednn(monkeypatch):
-    for threads, most in {1: 128, 2: 2, 3: 0}.items():
+    for threads, most in {1: 128, 2: 8, 3: 0}.items():
         monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
-        assert [rows for rows in (1, 2, 3, 128, 129) if fused.few(rows)] == [n for n in (1, 2, 3, 128) if n <= most]
+        assert max([0, *(rows for rows in range(200) if fused.few(rows))]) == most
 
 
 @settings(max_examples=40, deadline=None)
