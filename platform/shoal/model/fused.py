@@ -56,7 +56,8 @@ def few(rows: int) -> bool:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., D] times the transpose of weight [O, D], for `few` rows."""
     out = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)
-    _call("product", x.reshape(-1, x.shape[-1]), weight, out.view(-1, len(weight)))
+    rows = x.reshape(-1, x.shape[-1]).contiguous()  # tiles read rows that lie one after the other
+    _call("product", rows, weight.contiguous(), out.view(-1, len(weight)))
     return out
 
 

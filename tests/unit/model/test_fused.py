@@ -81,6 +81,12 @@ def test_a_row_does_not_depend_on_its_batch_mates_from_three_on():
             assert torch.equal(fused.product(x[:rows], weight), whole[:rows])
 
 
+def test_rows_that_do_not_lie_side_by_side_are_read_as_they_are_meant():
+    wide, tall = normal(0, 5, 96, dtype=torch.float32), normal(1, 64, 9, dtype=torch.float32)
+    with torch.inference_mode():
+        torch.testing.assert_close(fused.product(wide[:, 16:80], tall.T), wide[:, 16:80] @ tall)
+
+
 def test_what_is_not_finite_stays_in_its_row():
     x, weight = normal(0, 5, 64, dtype=torch.float32), normal(1, 8, 64, dtype=torch.float32)
     x[1, 3], x[2, 5] = float("nan"), float("inf")
