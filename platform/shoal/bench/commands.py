@@ -71,7 +71,7 @@ def serve(
     model: Annotated[Path | None, typer.Option(help="Model directory [random weights of the preset].")] = None,
     preset: Annotated[str, typer.Option(help="Whose shape the random weights have.")] = "mini",
     port: Annotated[int, typer.Option(help="HTTP port of the services that are measured.")] = 8123,
-    tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
     rounds: Rounds = 3,
     parts: Annotated[str, typer.Option(help="Which measurements.")] = "start,latency,throughput,overload,scale",
     page: Annotated[Path, typer.Option(help="Where the page with the plot goes.")] = Path("bench-serve.html"),
