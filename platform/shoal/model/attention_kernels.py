@@ -87,16 +87,16 @@ def _score(q, kv, g, runs, scale, weight):
     """weight [G, tokens of `runs`] = q [G, d] times their keys in KV head `g`, times `scale`."""
     group, dim = q.shape
     item, zero, at = q.itemsize, q.dtype.type(0), 0
-    whole = fits(dim * item, item)
+    whole, apart = fits(dim * item, item), kv.strides[2]
     for r in range(len(runs)):
         unit, slot, size = runs[r]
-        fetch(kv[unit, g, slot:].ctypes.data, size * 2 * dim * item)
+        fetch(kv[unit, g, slot:].ctypes.data, size * apart)
     for r in range(len(runs)):
         unit, slot, size = runs[r]
         keys = kv[unit, g, slot : slot + size]
         if whole:
             a, w, y = q.ctypes.data, keys.ctypes.data, weight.ctypes.data + at * item
-            dots(a, group, w, size, dim * item, 2 * dim * item, y, weight.shape[1] * item, 0, zero, item)
+            dots(a, group, w, size, dim * item, apart, y, weight.shape[1] * item, 0, zero, item)
         else:
             for i in range(size):
                 for h in range(group):
@@ -115,7 +115,7 @@ def _gather(weight, kv, g, runs, result):
     """result [G, d] = the values of the tokens of `runs` in KV head `g`, each times its weight [G, ...]."""
     group, dim = result.shape
     item, zero, at = result.itemsize, result.dtype.type(0), 0
-    whole = fits(dim * item // 2, item)
+    whole, apart = fits(dim * item // 2, item), kv.strides[2]
     result[:] = zero
     for r in range(len(runs)):
         unit, slot, size = runs[r]
@@ -123,7 +123,7 @@ def _gather(weight, kv, g, runs, result):
         for h in range(group):
             if whole:
                 w, x = weight[h, at:].ctypes.data, values.ctypes.data + dim * item
-                weigh(w, x, size, dim * item, 2 * dim * item, result[h].ctypes.data, zero, item)
+                weigh(w, x, size, dim * item, apart, result[h].ctypes.data, zero, item)
             else:
                 for i in range(size):
                     for e in range(dim):
