@@ -59,20 +59,7 @@ def write_corpus(directory: Path, preset: Preset, documents: int = 60, heldout: 
                 writer.add(row)
             writer.close()
             found += writer.shards
-    index = shards.Index(
-        length=config.train_length,
-        vocab=len(tokenizer),
-        patch=config.patch,
-        image_size=config.image_size,
-        tokenizer_sha256=tokenizer.sha256,
-        seed=0,
-        mix=MIX,
-        request={},
-        documents={},
-        drops={},
-        shards=tuple(found),
-    )
-    shards.write_index(directory, index)
+    shards.write_index(directory, shards.Index.made_for(config, tokenizer, MIX, found))
     return directory
 
 

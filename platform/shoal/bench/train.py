@@ -191,20 +191,7 @@ def _corpus(folder: Path, config: ModelConfig) -> None:
         if count >= ROWS:
             break
     writer.close()
-    index = shards.Index(
-        length=config.train_length,
-        vocab=len(tokenizer),
-        patch=config.patch,
-        image_size=config.image_size,
-        tokenizer_sha256=tokenizer.sha256,
-        seed=0,
-        mix={"code": 1.0},
-        request={},
-        documents={},
-        drops={},
-        shards=tuple(writer.shards),
-    )
-    shards.write_index(folder, index)
+    shards.write_index(folder, shards.Index.made_for(config, tokenizer, {"code": 1.0}, writer.shards))
 
 
 # ---- in processes of their own

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shoal.config import load
+from shoal.config import ModelConfig, load
 from shoal.data.documents import Modality
 from shoal.data.pack import Row
 from shoal.errors import ConfigError, DataError
@@ -66,6 +66,27 @@ class Index:
     drops: dict[str, dict[str, int]]  # operator -> reason -> documents
     shards: tuple[Shard, ...]
     schema: int = SCHEMA
+
+    @classmethod
+    def made_for(
+        cls, model: ModelConfig, tokenizer: Tokenizer, mix: Mapping[str, float], shards: Iterable[Shard], *,
+        seed: int = 0, request: Mapping[str, Any] = {}, documents: Mapping[str, dict[str, int]] = {},
+        drops: Mapping[str, dict[str, int]] = {},
+    ) -> Index:  # fmt: skip
+        """What is said about `shards` of rows for `model`, in the tokens of `tokenizer`."""
+        return cls(
+            length=model.train_length,
+            vocab=len(tokenizer),
+            patch=model.patch,
+            image_size=model.image_size,
+            tokenizer_sha256=tokenizer.sha256,
+            seed=seed,
+            mix=dict(mix),
+            request=dict(request),
+            documents=dict(documents),
+            drops=dict(drops),
+            shards=tuple(shards),
+        )
 
     @property
     def patch_values(self) -> int:

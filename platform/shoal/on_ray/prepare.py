@@ -318,16 +318,13 @@ def _index(packed: Packed, request: dict[str, Any], model: ModelConfig, tokenize
             "no document could be used for the mix", got={name: dict(d) for name, d in packed.drops.items()},
             allowed=f"training documents of {', '.join(request['mix'])}",
         )  # fmt: skip
-    return Index(
-        length=model.train_length,
-        vocab=len(tokenizer),
-        patch=model.patch,
-        image_size=model.image_size,
-        tokenizer_sha256=tokenizer.sha256,
+    return Index.made_for(
+        model,
+        tokenizer,
+        Mix(mix).shares,
+        sorted(packed.shards, key=lambda shard: shard.file),
         seed=request["seed"],
-        mix=Mix(mix).shares,
         request=request,
         documents=documents,
         drops={operator: dict(sorted(reasons.items())) for operator, reasons in sorted(packed.drops.items())},
-        shards=tuple(sorted(packed.shards, key=lambda shard: shard.file)),
     )
