@@ -142,10 +142,11 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Token:
     """One token of the answer; what ends it (``<|end|>`` or a stop token) is not part of it. `text` is what became
-    complete with it: it may be empty, and never holds half a character. `depth`: layers that the request runs with."""
+    complete with it: it may be empty, and never holds half a character. `depth`: layers that the request runs with. Nobody
+    changes one; it is not declared frozen because of what that costs (`plan.py`)."""
 
     request: str
     token: int

@@ -63,14 +63,14 @@ class Sampler:
         stuck = _follow_grammars(logits, draws)
         _adjust(logits, draws)
         choice = _argmax(logits)
-        best = logits.gather(-1, choice[:, None])[:, 0]  # NaN wins a max, so one look here finds every bad row
+        best = logits.gather(-1, choice[:, None])[:, 0].tolist()  # NaN wins a max: one look here finds every bad row
         random = [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0]
         if len(random) == len(draws):
             choice = self._race(logits, draws)
         elif random:
             at = torch.tensor(random, device=logits.device)
             choice[at] = self._race(logits[at], [draws[r] for r in random])
-        tokens: list[int] = torch.where(best.isfinite(), choice, -1).tolist()
+        tokens = [token if math.isfinite(highest) else -1 for token, highest in zip(choice.tolist(), best, strict=True)]
         logprobs = _logprobs(reported, draws, tokens) if reported else {}
         return [
             Sampled(0, error=stuck.get(r, NOT_FINITE)) if token < 0 or r in stuck else Sampled(token, logprobs.get(r))

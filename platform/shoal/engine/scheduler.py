@@ -179,12 +179,14 @@ class Scheduler:
         self.metrics.iteration_tokens_total.observe(rows)
         page = self.config.page
         for work in plan.works:
-            seq, fills = work.seq, work.end // page > work.start // page
+            seq, end = work.seq, work.end
+            fills = end // page > work.start // page
             for j in range(work.first, work.last):
-                seq.computed[j] = max(seq.computed[j], work.end)
+                if seq.computed[j] < end:
+                    seq.computed[j] = end
                 if fills:
                     holdings.offer(self.pages, seq, j)
-            seq.at = work.end
+            seq.at = end
         for work, decision in zip(plan.decisions, outcome.decisions, strict=True):
             self._decide(work.seq, decision)
         for work, scores in zip(plan.scores, outcome.scores, strict=True):
@@ -363,7 +365,6 @@ class Scheduler:
         if sampled.error is not None:
             self._finish(seq, "error", GenerationError(sampled.error, do="try again"))
             return
-        sampling = seq.sampling
         told, seq.told = seq.told, None
         token = sampled.token if told is None else told
         if seq.ends(token):
@@ -375,13 +376,14 @@ class Scheduler:
             self.metrics.inter_token_latency_seconds.observe(now - seq.last_token_at)
         seq.last_token_at = now
         seq.tokens.append(token)
-        text, stopped = seq.text.push(token, may_stop=seq.answered >= sampling.min_tokens)
+        sampling, answered = seq.sampling, seq.answered
+        text, stopped = seq.text.push(token, may_stop=answered >= sampling.min_tokens)
         if told is None:
             self.metrics.generation_tokens += 1
             self._events.append(Token(seq.id, token, text, sampled.logprob, seq.layers))
         if stopped:
             self._finish(seq, "stop")
-        elif seq.answered >= sampling.max_tokens:
+        elif answered >= sampling.max_tokens:
             self._finish(seq, "length")
 
     def _take_drafts(self, seq: Sequence, sampled: Sampled, now: float) -> None:
