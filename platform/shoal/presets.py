@@ -38,7 +38,7 @@ _DEEP = {"exit_weights": (0.15, 0.25, 0.4, 1.0)}  # four exits from 24 layers on
 _TRAIN: dict[str, dict[str, Any]] = {
     "test": {"batch_tokens": 768, "learning_rate": 1e-2},
     "tiny": {"batch_tokens": 4096},
-    "mini": {"batch_tokens": 16384, "learning_rate": 2e-3},
+    "mini": {"batch_tokens": 16384, "learning_rate": 2e-3, "accumulate": 4},
     "small": {"batch_tokens": 65536, "learning_rate": 1.2e-3},
     "base": {"batch_tokens": 524288, "learning_rate": 6e-4, "accumulate": 8},
     "350m": {"batch_tokens": 524288, "learning_rate": 4e-4, "accumulate": 8, **_DEEP},

@@ -52,7 +52,8 @@ SECONDS = 300  # that one exchange between workers may take
 
 
 def train(console: Console, *, preset: str, tokens: int, steps: int, rounds: int, parts: tuple[str, ...]) -> None:
-    """The tables of `parts`; an update has `tokens` tokens, and `steps` of them are timed together for workers."""
+    """The tables of `parts`; an update has `tokens` tokens in as many micro-batches as the preset's, which workers share, and
+    `steps` of them are timed together for workers."""
     if unknown := set(parts) - set(PARTS):
         raise UsageError("--parts", got=sorted(unknown), allowed=PARTS)
     result: dict[str, Any] = {"bench": "train", "preset": preset, "batch_tokens": tokens, "rounds": rounds}
@@ -103,7 +104,7 @@ def _rate(plan: FitPlan, rounds: int) -> tuple[Table, dict[str, Any]]:
     work = {"ours": training_flops(c), "plain": 6 * plain_count + 6 * c.layers * c.width * c.train_length}
     table = Table(
         "model", "parameters", "tokens/s", "share of matmul rate",
-        title=f"{plan.name}, one thread, {plan.train.batch_tokens} tokens an update; "
+        title=f"{plan.name}, one thread, {plan.train.batch_tokens} tokens an update in {plan.train.accumulate} micro-batches; "
         f"matmul {found['matmul'] / 1e9:.0f} GFLOP/s; ours / plain {found['ours'] / found['plain']:.2f}",
     )  # fmt: skip
     counts = {"ours": sum(p.numel() for p in model.parameters()), "plain": plain_count}
@@ -201,7 +202,7 @@ def _group(plan: FitPlan, steps: int, world: int, threads: int) -> dict[str, flo
     """What rank 0 of `world` processes with `threads` threads each measures."""
     with tempfile.TemporaryDirectory() as folder:
         values = {"preset": plan.name, "data": plan.data, "tokens": plan.train.batch_tokens, "steps": steps}
-        values |= {"world": world, "threads": threads, "meet": f"file://{folder}/meet"}
+        values |= {"parts": plan.train.accumulate, "world": world, "threads": threads, "meet": f"file://{folder}/meet"}
         code = "from shoal.bench.train import main; main()"
         started = [
             subprocess.Popen(
@@ -229,7 +230,12 @@ def main() -> None:
         dist.init_process_group("gloo", init_method=asked["meet"], rank=asked["rank"], world_size=world, timeout=limit)
     torch.set_num_threads(asked["threads"])
     plan = pretrain_plan(
-        asked["preset"], asked["data"], "", steps=steps, batch_tokens=asked["tokens"], accumulate=2 // world
+        asked["preset"],
+        asked["data"],
+        "",
+        steps=steps,
+        batch_tokens=asked["tokens"],
+        accumulate=asked["parts"] // world,
     )
     ranks = Ranks(asked["rank"], world, torch.device("cpu"))
     feed, model, optimizer = _prepared(plan, ranks)

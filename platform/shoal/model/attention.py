@@ -27,6 +27,7 @@ from torch import Tensor
 
 Summary = Literal["mean", "mean_var"]
 
+CLOSED = 1e30  # taken from the score of a block that may not be read: finite, so that where none may, nothing is NaN
 STRIP = 64  # queries of the global branch that are attended together in training
 
 
@@ -36,7 +37,7 @@ class Layout:
 
     local, tail [B, T, X] bool; eligible [B, T, N] bool: complete blocks before the query; sink [B, 1 or T, N] bool;
     block_of [B, X]: the block of each key; positions [B, T]: of the queries, in their document (for rope).
-    band [B, T/w, w, 2w] bool: `local` again, as each w queries see their own and the previous w keys; None where a row
+    band [B, T/b, b, w + b] bool: `local` again, as each b queries see their own and the previous w keys; None where a row
     does not divide so. It is what makes the local branch cost T w and not T T.
     """
 
@@ -141,8 +142,7 @@ def attend(
     with torch.autocast(q.device.type, enabled=False):  # scored in bf16, training would choose otherwise than decoding
         chosen = select(block_scores(q, summaries, layout.eligible), layout.eligible, layout.sink, top_k)
     far = _far(q, k, v, chosen, layout)
-    share = gamma[:, None]
-    return share * local + (1 - share) * far
+    return torch.addcmul(far, gamma[:, None], local - far)
 
 
 @torch.no_grad()
@@ -168,13 +168,14 @@ def block_scores(q: Tensor, summaries: Tensor, eligible: Tensor) -> Tensor:
     so that the heads of a group choose together (its log orders alike and costs a third more of the scoring)."""
     kv_heads, scale = summaries.shape[2], 1 / math.sqrt(q.shape[-1])
     exact = q.to(summaries.dtype)
+    summaries = summaries.nan_to_num(0, 0, 0)  # a stale one may be anything, and would stay so
     if summaries.shape[-1] > q.shape[-1]:
         exact = torch.cat([exact, exact.square() * (scale / 2)], dim=-1)
     grouped = exact.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, Hk, G, T, m]
     z = grouped @ summaries.permute(0, 2, 3, 1)[:, :, None] * scale  # [B, Hk, G, T, N]
     if grouped.shape[2] == 1:
         return z[:, :, 0]
-    z.masked_fill_(~eligible[:, None, None], -math.inf)  # not added: a stale summary may be NaN
+    z += (eligible.to(z.dtype) - 1)[:, None, None] * CLOSED
     return torch.softmax(z, dim=-1).sum(2)
 
 
@@ -185,7 +186,7 @@ def select(score: Tensor, eligible: Tensor, sink: Tensor, top_k: int) -> Tensor:
     eligible = eligible[:, None]
     if score.shape[-1] <= top_k:
         return eligible.expand_as(score)
-    score = score.masked_fill((sink[:, None] & eligible).expand_as(score), math.inf).masked_fill(~eligible, -math.inf)
+    score = score + _bias(eligible, score.dtype) - _bias(~(sink[:, None] & eligible), score.dtype)
     kth = score.topk(top_k, dim=-1).values[..., -1:]
     above = score > kth
     tied = (score == kth) & eligible
@@ -223,27 +224,30 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: 0 where `mask` is true, -inf elsewhere."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+    """What is added to scores: 0 where `mask` is true, -inf elsewhere. By arithmetic, as torch fills under a mask one number at
+    a time on a CPU: 0.35 ms in place of 1.7 for half a million."""
+    return mask.to(dtype).reciprocal_().neg_().add_(1)
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, band: Tensor) -> Tensor:
-    """The local branch, [B, T, H, d], by bands of w queries over 2w keys; `band` [B, T/w, w, 2w]."""
-    rows, bands, window = band.shape[:3]
+    """The local branch, [B, T, H, d], by bands of b queries over the w + b keys up to their last; `band` [B, T/b, b, w + b]."""
+    rows, bands, size, reach = band.shape
+    pieces = reach // size
 
-    def windows(x: Tensor) -> Tensor:  # [B, T, Hk, d] -> [B * T/w, 2w, Hk, d]
-        pieces = F.pad(x, (0, 0, 0, 0, window, 0)).unflatten(1, (bands + 1, window))
-        return torch.cat([pieces[:, :-1], pieces[:, 1:]], dim=2).flatten(0, 1)
+    def windows(x: Tensor) -> Tensor:  # [B, T, Hk, d] -> [B * T/b, w + b, Hk, d]
+        cut = F.pad(x, (0, 0, 0, 0, reach - size, 0)).unflatten(1, (bands + pieces - 1, size))
+        return torch.cat([cut[:, i : i + bands] for i in range(pieces)], dim=2).flatten(0, 1)
 
-    queries = q.unflatten(1, (bands, window)).flatten(0, 1)
+    queries = q.unflatten(1, (bands, size)).flatten(0, 1)
     out = _masked(queries, windows(k), windows(v), band.flatten(0, 1)[:, None])
     return out.unflatten(0, (rows, bands)).flatten(1, 2)
 
 
 def _band(local: Tensor, window: int) -> Tensor | None:
-    """`local` [B, T, T] cut to bands [B, T/w, w, 2w]; None when w does not divide T, or when bands would not be less."""
-    length = local.shape[-1]
-    if length % window or length <= 2 * window:
+    """`local` [B, T, T] cut to bands [B, T/b, b, w + b] of b = w/2 queries (w, where w is odd): of their keys two thirds are in
+    a query's window. None when b does not divide T, or when bands would not be less."""
+    length, size = local.shape[-1], window // 2 if window % 2 == 0 else window
+    if length % size or length <= 2 * window:
         return None
-    tall = F.pad(local, (window, 0)).unflatten(1, (length // window, window))  # [B, T/w, w, w + T]
-    return torch.stack([tall[:, i, :, i * window : (i + 2) * window] for i in range(tall.shape[1])], dim=1)
+    tall = F.pad(local, (window, 0)).unflatten(1, (length // size, size))  # [B, T/b, b, w + T]
+    return torch.stack([tall[:, i, :, i * size : i * size + window + size] for i in range(tall.shape[1])], dim=1)

@@ -41,7 +41,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     """x [..., heads, d] with its first d/2 dims turned; the rest stays position-free, for far recall."""
     quarter = x.shape[-1] // 4
     swapped = torch.cat([x[..., quarter : 2 * quarter], x[..., :quarter], x[..., 2 * quarter :]], dim=-1)
-    return x * rope[0] + swapped * rope[1]
+    return torch.addcmul(x * rope[0], swapped, rope[1])
 
 
 class Norm(nn.Module):
