@@ -36,24 +36,26 @@ IDLE_SECONDS = 0.05  # how often deadlines are looked at while no request can ru
 
 
 class _Reader:
-    """Events on their way to one `generate` call. The engine thread adds to `sent`, the event loop to `taken`."""
+    """Events on their way to one `generate` call: the engine thread puts, the event loop takes. Only a reader that waits has to
+    be woken: one that takes its time finds at its end what has come."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.sent = self.taken = 0
         self.paused = False
-        self._events: list[Event] = []
-        self._refused: RequestError | None = None
+        self._coming: deque[Event | RequestError] = deque()
+        self._waits = False
         self._some, self._last = asyncio.Event(), asyncio.Event()
 
-    def put(self, item: Event | RequestError) -> None:
-        """In the event loop."""
-        if isinstance(item, RequestError):
-            self._refused = item
-        else:
-            self._events.append(item)
+    def put(self, item: Event | RequestError) -> bool:
+        """Add `item`, in the engine thread. Must `wake` be called in the event loop?"""
+        self._coming.append(item)
+        return self._waits or not isinstance(item, Token)
+
+    def wake(self, ends: bool) -> None:
+        """Look at what has come: in the event loop. `ends`: the last of it is there."""
         self._some.set()
-        if not isinstance(item, Token):
+        if ends:
             self._last.set()
 
     async def get(self, gap: float) -> list[Event]:
@@ -63,11 +65,17 @@ class _Reader:
             with suppress(TimeoutError):
                 async with asyncio.timeout(gap):
                     await self._last.wait()
-        await self._some.wait()
-        self._some.clear()
-        if self._refused is not None:
-            raise self._refused
-        events, self._events = self._events, []
+        self._waits = True  # before the look: what comes after it wakes this reader
+        while not self._coming:
+            self._some.clear()
+            await self._some.wait()
+        self._waits = False
+        events: list[Event] = []
+        while self._coming:
+            item = self._coming.popleft()
+            if isinstance(item, RequestError):
+                raise item
+            events.append(item)
         return events
 
 
@@ -286,12 +294,16 @@ class AsyncEngine:
             self._hand(loop, items)
 
     def _hand(self, loop: asyncio.AbstractEventLoop, items: list[tuple[_Reader, Event | RequestError]]) -> None:
-        def put() -> None:
-            for reader, item in items:
-                reader.put(item)
+        """Give `items` to readers of `loop`, and wake at once those that wait: one call for all."""
+        waiting = [(reader, not isinstance(item, Token)) for reader, item in items if reader.put(item)]
+
+        def wake() -> None:
+            for reader, ends in waiting:
+                reader.wake(ends)
 
         try:
-            loop.call_soon_threadsafe(put)
+            if waiting or loop.is_closed():  # then the call raises
+                loop.call_soon_threadsafe(wake)
         except RuntimeError:  # the loop was closed, so nobody reads: these requests go too
             for _, item in items:
                 if isinstance(item, Token):
