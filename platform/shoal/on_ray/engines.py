@@ -34,8 +34,8 @@ log = logging.getLogger("ray.serve")
 
 ANOTHER = "serve it under another name (args.models), or start the service anew"
 
-LISTS = 200  # a second, of all streams of a replica together
-GAP_SECONDS = 0.1  # between two lists of one stream at most, however many there are: the eye reads no faster
+LISTS = 50 * (os.cpu_count() or 1)  # a second, of all streams of a replica together: each takes 1.9 ms from the cores
+GAP_SECONDS = 0.2  # between two lists of one stream at most, however many there are: nobody reads faster
 
 LIFE: dict[str, Any] = {  # of a replica of either kind
     "graceful_shutdown_wait_loop_s": 0.25,  # how often a replica that is to go looks whether its streams have ended
