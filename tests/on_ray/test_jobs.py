@@ -1,5 +1,6 @@
 """A job submitted as README says: to a head node that was started as clusters/local.yaml says, from a copy of this folder."""
 
+import json
 import os
 import secrets
 import shlex
@@ -15,11 +16,13 @@ from pathlib import Path
 import pytest
 
 from shoal import Model, presets
+from shoal.inputs.tokenizer import Tokenizer
+from shoal.model.net import Net
 from shoal.train import log
 from shoal.train.loop import fit
 from shoal.train.manifest import damage
 from shoal.train.plan import pretrain_plan
-from tests.corpus import write_corpus
+from tests.corpus import write_chats, write_corpus
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -119,6 +122,7 @@ def test_a_submitted_job_trains_a_model(head: Head, tmp_path: Path) -> None:
     assert job.returncode == 0, job.stdout + job.stderr
     assert "succeeded" in job.stdout
     assert "step      2 100.0%" in job.stdout, "its lines are seen by who submitted it"
+    assert "router: within 0.05 nats" in job.stdout and (tmp_path / "run" / "model" / "router.json").exists()
     assert Model.load(tmp_path / "run" / "model").name == "test"
 
 
@@ -138,6 +142,32 @@ def test_a_stopped_job_leaves_the_step_that_it_was_at(head: Head, tmp_path: Path
     assert kept.name == f"step-{last:08d}" and damage(kept) is None
     assert fit(pretrain_plan("test", str(data), str(run), steps=last + 2, eval_every=0)).steps == last + 2
     assert [r["step"] for r in log.read(run) if r["kind"] == "step"] == list(range(1, last + 3))
+
+
+def test_a_model_is_tuned_and_measured_by_jobs(head: Head, tmp_path: Path) -> None:
+    """One job for both, since each start of Ray's takes longer than what they do."""
+    data, tuned = write_corpus(tmp_path / "data", presets.get("test")), tmp_path / "tune"
+    config = presets.get("test").model
+    base = Model(config, Net(config).init_(0), Tokenizer.load(data / "tokenizer.json"))
+    base.save(tmp_path / "base")
+    chats = {name: str(write_chats(data / f"sft-{name}.jsonl", rows=100)) for name in ("train", "heldout")}
+    tune = ["jobs/finetune.py", "--model", str(tmp_path / "base"), "--data", chats["train"], "--out", str(tuned)]
+    tune += ["--heldout", chats["heldout"], "--steps", "2", "--cpus-per-worker", "0.5", "--track", "tensorboard"]
+    measure = [
+        "jobs/evaluate.py",
+        "--model",
+        str(tuned / "model"),
+        "--data",
+        str(data),
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
+    job = head.submit("bash", "-c", " && ".join(shlex.join(["python", *words]) for words in (tune, measure)))
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "chats: 100 rows" in job.stdout and "router: within 0.05 nats" in job.stdout
+    assert list((tuned / "tensorboard").glob("events*"))
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["frontier"]["prompts"] > 0 and (tmp_path / "r.html").exists()
 
 
 def test_a_job_sees_the_copy_of_the_folder(head: Head) -> None:
