@@ -42,6 +42,7 @@ class RunOptions:
 
     minutes: Annotated[float | None, typer.Option(help="Stop after this many minutes.")] = None
     tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None
+    epochs: Annotated[float | None, typer.Option(help="Stop after this many passes over the data.")] = None
     steps: Annotated[int | None, typer.Option(help="Stop after this many updates.")] = None
     workers: Annotated[
         str,
@@ -77,7 +78,8 @@ class RunOptions:
         name and by --set."""
         from shoal.train.settings import merged
 
-        named = {key: getattr(self, key) for key in ("minutes", "tokens", "steps", "accumulate", "resume", "mirror")}
+        names = ("minutes", "tokens", "epochs", "steps", "accumulate", "resume", "mirror")
+        named = {name: getattr(self, name) for name in names}
         named |= {key: str(path) for key, path in paths.items() if path is not None}
         return merged(named, self.settings or ())
 

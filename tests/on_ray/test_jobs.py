@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 
 from shoal import Model, presets
-from shoal.inputs.tokenizer import Tokenizer
-from shoal.model.net import Net
 from shoal.train import log
 from shoal.train.loop import fit
 from shoal.train.manifest import damage
@@ -114,16 +112,31 @@ def head() -> Iterator[Head]:
             node.stop()
 
 
-def test_a_submitted_job_trains_a_model(head: Head, tmp_path: Path) -> None:
-    """The job runs the uploaded copy, not what is installed, and joins the cluster rather than starting its own."""
-    data = write_corpus(tmp_path / "data", presets.get("test"))
-    options = ["--preset", "test", "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "2"]
-    job = head.submit("python", "jobs/pretrain.py", *options, "--cpus-per-worker", "0.5")
+def test_submitted_jobs_train_and_measure_a_model(head: Head, tmp_path: Path) -> None:
+    """They run the uploaded copy, not what is installed, and join the cluster rather than starting their own. One submission
+    for both, since each takes longer than what they do."""
+    data, run = write_corpus(tmp_path / "data", presets.get("test"), heldout=60), tmp_path / "run"
+    write_chats(data / "sft-heldout.jsonl", rows=24)
+    train = ["jobs/pretrain.py", "--preset", "test", "--data", str(data), "--out", str(run), "--steps", "2"]
+    train += ["--cpus-per-worker", "0.5", "--track", "tensorboard"]
+    measure = [
+        "jobs/evaluate.py",
+        "--model",
+        str(run / "model"),
+        "--data",
+        str(data),
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
+    job = head.submit("bash", "-c", " && ".join(shlex.join(["python", *words]) for words in (train, measure)))
     assert job.returncode == 0, job.stdout + job.stderr
     assert "succeeded" in job.stdout
     assert "step      2 100.0%" in job.stdout, "its lines are seen by who submitted it"
-    assert "router: within 0.05 nats" in job.stdout and (tmp_path / "run" / "model" / "router.json").exists()
-    assert Model.load(tmp_path / "run" / "model").name == "test"
+    assert "router: within 0.05 nats" in job.stdout and list((run / "tensorboard").glob("events*"))
+    model = Model.load(run / "model")
+    assert model.name == "test" and model.router is not None
+    assert json.loads((tmp_path / "r.json").read_text())["frontier"]["prompts"] == 12
+    assert (tmp_path / "r.html").exists()
 
 
 def test_a_stopped_job_leaves_the_step_that_it_was_at(head: Head, tmp_path: Path) -> None:
@@ -142,32 +155,6 @@ def test_a_stopped_job_leaves_the_step_that_it_was_at(head: Head, tmp_path: Path
     assert kept.name == f"step-{last:08d}" and damage(kept) is None
     assert fit(pretrain_plan("test", str(data), str(run), steps=last + 2, eval_every=0)).steps == last + 2
     assert [r["step"] for r in log.read(run) if r["kind"] == "step"] == list(range(1, last + 3))
-
-
-def test_a_model_is_tuned_and_measured_by_jobs(head: Head, tmp_path: Path) -> None:
-    """One job for both, since each start of Ray's takes longer than what they do."""
-    data, tuned = write_corpus(tmp_path / "data", presets.get("test")), tmp_path / "tune"
-    config = presets.get("test").model
-    base = Model(config, Net(config).init_(0), Tokenizer.load(data / "tokenizer.json"))
-    base.save(tmp_path / "base")
-    chats = {name: str(write_chats(data / f"sft-{name}.jsonl", rows=100)) for name in ("train", "heldout")}
-    tune = ["jobs/finetune.py", "--model", str(tmp_path / "base"), "--data", chats["train"], "--out", str(tuned)]
-    tune += ["--heldout", chats["heldout"], "--steps", "2", "--cpus-per-worker", "0.5", "--track", "tensorboard"]
-    measure = [
-        "jobs/evaluate.py",
-        "--model",
-        str(tuned / "model"),
-        "--data",
-        str(data),
-        "--json",
-        str(tmp_path / "r.json"),
-    ]
-    job = head.submit("bash", "-c", " && ".join(shlex.join(["python", *words]) for words in (tune, measure)))
-    assert job.returncode == 0, job.stdout + job.stderr
-    assert "chats: 100 rows" in job.stdout and "router: within 0.05 nats" in job.stdout
-    assert list((tuned / "tensorboard").glob("events*"))
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert report["frontier"]["prompts"] > 0 and (tmp_path / "r.html").exists()
 
 
 def test_a_job_sees_the_copy_of_the_folder(head: Head) -> None:
