@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from shoal.data import batches as shards
+from shoal.data.shards import open_index
 from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.inputs.chat import Encoded
@@ -122,7 +123,7 @@ def _chats(data: Path) -> Path:
 
 def _modalities(data: Path) -> list[str]:
     """What rows the corpus holds out."""
-    index = shards.open_index(data)
+    index = open_index(data)
     return [modality for modality in ("text", "code", "image") if index.total("rows", "heldout", modality)]
 
 

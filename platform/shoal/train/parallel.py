@@ -91,8 +91,8 @@ def shard_(
     for group in model.net.groups:
         for block in group.blocks:  # type: ignore[union-attr]
             if compiled:
-                block.compile()
-            if recompute:
+                block.forward = torch.compile(block.forward)
+            if recompute:  # around what is compiled: inside, nothing would be
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if ranks.world == 1:
         return

@@ -52,13 +52,15 @@ def test_depth_is_priced_by_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_corpus_of_text_alone_is_measured_on_what_it_has(tmp_path: Path) -> None:
     """No chats, no code, no images: nothing is shown of them, and routing is compared on the beginnings of documents."""
-    data = write_corpus(tmp_path / "data", presets.get("test"), documents=20, heldout=60, kinds=("text",))
+    data = write_corpus(tmp_path / "data", presets.get("test"), documents=20, heldout=90, kinds=("text",))
     config = presets.get("test").model
     Model(config, Net(config).init_(0), Tokenizer.load(data / "tokenizer.json")).save(tmp_path / "model")
     sizes = Sizes(heldout_rows=4, decode_tokens=2)
     report = evaluation.compare({"fish": tmp_path / "model"}, data, sizes=sizes)
     assert next(row["metric"] for row in report["quality"]["rows"]) == "bpb text"
-    assert not any(word in row["metric"] for row in report["quality"]["rows"] for word in ("code", "image", "patch"))
+    assert not any(
+        word in row["metric"] for row in report["quality"]["rows"] for word in ("bpb code", "bpb image", "patch")
+    )
     assert [row["exit"] for row in report["depth"]["rows"]] == ["shallow", "middle", "full"]
     assert report["frontier"] == {}
     routing.refit(tmp_path / "model", data)

@@ -17,17 +17,17 @@ from shoal.train.plan import check, pretrain_plan
 from shoal.train.step import update
 
 
-def losses(shards: Path, alone: Ranks, *, compiled: bool) -> list[float]:
+def losses(shards: Path, alone: Ranks, **how: bool) -> list[float]:
     """Of three updates on one batch: another shape would be compiled once more."""
     plan = pretrain_plan("test", str(shards), "unused", steps=3, accumulate=4)
     model = LossModel(Net(plan.model).init_(0))
-    shard_(model, alone, compiled=compiled)
+    shard_(model, alone, **how)
     optimizer, batches = (
         make_optimizer(model, plan.train),
         open_feed(plan, shard_tokenizer(shards), "", alone).at(0)[:1],
     )
-    how = {"config": plan.train, "weights": (0.2, 0.3, 0.5), "rate": 1e-2, "ranks": alone}
-    return [update(model, optimizer, batches, **how).loss for _ in range(3)]
+    given = {"config": plan.train, "weights": (0.2, 0.3, 0.5), "rate": 1e-2, "ranks": alone}
+    return [update(model, optimizer, batches, **given).loss for _ in range(3)]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
@@ -36,11 +36,14 @@ def test_compiled_layers_train_alike_and_in_one_graph_each(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
-    counters.clear()
-    found, want = (losses(shards, alone, compiled=flag) for flag in (True, False))
-    assert found == pytest.approx(want, rel=1e-5) and want[-1] < want[0]
-    assert counters["stats"]["unique_graphs"] == 1, "four layers of one shape are compiled once"
-    assert not counters["graph_break"], "where a graph breaks, little is left to compile"
+    want = losses(shards, alone)
+    for recompute in (False, True):
+        counters.clear()
+        found = losses(shards, alone, compiled=True, recompute=recompute)
+        assert found == pytest.approx(want, rel=1e-5) and want[-1] < want[0]
+        assert found != want, "to the bit only where nothing was compiled"
+        assert not counters["graph_break"], "where a graph breaks, little is left to compile"
+        assert counters["stats"]["unique_graphs"] == 1, "four layers of one shape are compiled once"
 
 
 def test_a_machine_without_a_compiler_is_told_before_training(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
