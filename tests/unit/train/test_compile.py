@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 from torch._dynamo.utils import counters
 
 from shoal.errors import ConfigError
@@ -35,15 +36,18 @@ def test_compiled_layers_train_alike_and_in_one_graph_each(
     shards: Path, alone: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # else it starts processes that import torch
+    monkeypatch.setattr(
+    )  # for three kernels they cost more
     torch._dynamo.reset()
+    counters.clear()
     want = losses(shards, alone)
     for recompute in (False, True):
-        counters.clear()
         found = losses(shards, alone, compiled=True, recompute=recompute)
         assert found == pytest.approx(want, rel=1e-5) and want[-1] < want[0]
         assert found != want, "to the bit only where nothing was compiled"
-        assert not counters["graph_break"], "where a graph breaks, little is left to compile"
-        assert counters["stats"]["unique_graphs"] == 1, "four layers of one shape are compiled once"
+    assert not counters["graph_break"], "where a graph breaks, little is left to compile"
+    assert counters["stats"]["unique_graphs"] == 1, "layers of one shape are compiled once"
 
 
 def test_a_machine_without_a_compiler_is_told_before_training(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
