@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._inductor.config
 from torch._dynamo.utils import counters
 
 from shoal.errors import ConfigError
@@ -36,9 +35,6 @@ def test_compiled_layers_train_alike_and_in_one_graph_each(
     shards: Path, alone: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # else it starts processes that import torch
-    monkeypatch.setattr(
-    )  # for three kernels they cost more
     torch._dynamo.reset()
     counters.clear()
     want = losses(shards, alone)
