@@ -10,49 +10,22 @@ OpenAI parts. Two passes unless told otherwise; the same command goes on where a
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from shoal.errors import exit_code
-from shoal.on_ray.train import parse_workers, train
-from shoal.train import routing
-from shoal.train.log import Console
+from shoal.on_ray.job import job_parser, run_training_job
 from shoal.train.plan import finetune_plan
-from shoal.train.settings import settings
 
 
 def main() -> int:
     """Exit code: 0 done, 1 failed, 2 wrong usage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = job_parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="model directory to start from")
     add("--data", required=True, help=".jsonl of chats")
     add("--out", required=True, dest="run", help="folder of the run")
-    add("--minutes", type=float, help="end after this much training")
-    add("--epochs", type=float, help="end after this many passes over the data")
-    add("--steps", type=int, help="end after this many updates")
-    add("--accumulate", type=int, help="micro-batches that a worker merges into an update")
-    add("--batch-tokens", type=int, help="tokens in an update")
-    add("--learning-rate", type=float, help="highest learning rate (default: a third of the preset's)")
-    add("--seed", type=int, help="of the data order (default 0)")
-    add("--resume", choices=("auto", "never"), default="auto", help="never: begin again (default auto)")
-    add("--workers", default="1", help="processes that train together: N, or MIN:MAX (default 1)")
-    add("--mirror", help="folder or s3://BUCKET/PREFIX that checkpoints are copied to as well, and fetched from")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="of TrainConfig or of the run; repeat")
-    add("--cpus-per-worker", type=float, default=1.0, help="logical CPUs that each reserves (default 1)")
     add("--replay", help="folder of shards to go back to now and then, against forgetting")
     add("--heldout", help="held-out .jsonl of chats: measured on, and the depth router is fitted to it")
-    options = vars(parser.parse_args())
-    workers, cpus, more = (options.pop(key) for key in ("workers", "cpus_per_worker", "set"))
-
-    def work() -> None:
-        plan = finetune_plan(**(options | settings(more)))
-        with Console("finetune") as console:
-            result = train(plan, workers=parse_workers(workers), cpus_per_worker=cpus, on_progress=console)
-        if options["heldout"]:
-            routing.refit(result.out, options["heldout"])
-
-    return exit_code(work)
+    return run_training_job(parser, finetune_plan)
 
 
 if __name__ == "__main__":

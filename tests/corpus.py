@@ -3,13 +3,14 @@
 import io
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from shoal.config import Preset
 from shoal.data import shards
-from shoal.data.documents import MODALITIES, Document
+from shoal.data.documents import MODALITIES, Document, Modality
 from shoal.data.encode import encode
 from shoal.data.pack import Packer
 from shoal.inputs.chat import Encoded
@@ -38,15 +39,17 @@ def document(kind: str, number: int) -> Document:
     return Document(name, name, f"made {kind}", "CC0-1.0", kind, name, text, image, caption=kind == "image")
 
 
-def write_corpus(directory: Path, preset: Preset, documents: int = 60, heldout: int = 12) -> Path:
-    """Shards of all three modalities for `preset`; of each, `documents` to train on and `heldout` held out."""
+def write_corpus(
+    directory: Path, preset: Preset, documents: int = 60, heldout: int = 12, kinds: Sequence[Modality] = MODALITIES
+) -> Path:
+    """Shards of all three modalities, or of `kinds`, for `preset`; of each, `documents` to train on and `heldout` held out."""
     directory.mkdir(parents=True)
-    config, seen = preset.model, dict.fromkeys(MODALITIES, documents + heldout)
+    config, seen = preset.model, dict.fromkeys(kinds, documents + heldout)
     made = {kind: [document(kind, number) for number in range(count)] for kind, count in seen.items()}
-    tokenizer = Tokenizer.train((d.text for d in made["text"] + made["code"]), config.vocab)
+    tokenizer = Tokenizer.train((d.text for kind in kinds if kind != "image" for d in made[kind]), config.vocab)
     tokenizer.save(directory / shards.TOKENIZER)
     lengths, found = shards.token_bytes(tokenizer), []
-    for kind in MODALITIES:
+    for kind in kinds:
         parts = {"train": made[kind][:documents], "heldout": made[kind][documents:]}
         for split, some in parts.items():
             licenses = {d.source: d.license for d in some}
@@ -59,7 +62,7 @@ def write_corpus(directory: Path, preset: Preset, documents: int = 60, heldout: 
                 writer.add(row)
             writer.close()
             found += writer.shards
-    shards.write_index(directory, shards.Index.made_for(config, tokenizer, MIX, found))
+    shards.write_index(directory, shards.Index.made_for(config, tokenizer, {kind: MIX[kind] for kind in kinds}, found))
     return directory
 
 

@@ -6,7 +6,6 @@ Heavy imports wait until a command needs them, so `shoal --help` is quick.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import warnings
@@ -15,13 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
-from shoal import presets
+from shoal import presets, stages
 from shoal.bench.commands import bench
 from shoal.errors import ShoalError, UsageError
+from shoal.stages import Json, out, print_result
 
 app = typer.Typer(
     help="Train and serve language models that choose their own depth.",
@@ -31,41 +28,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # markup would swallow what stands in brackets, the defaults
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(width=None if sys.stdout.isatty() else 110)
 LOOPBACK, PORT = "127.0.0.1", 8000
 INTERRUPTED = 130  # exit code
-
-Out = Annotated[Path, typer.Option("--out", help="Directory to write; made when the work is complete.")]
-ModelDir = Annotated[Path, typer.Option("--model", help="Model directory.")]
-Preset = Annotated[str, typer.Option(help=f"One of: {', '.join(presets.NAMES)}.")]
-Minutes = Annotated[float | None, typer.Option(help="Stop after this many minutes.")]
-Steps = Annotated[int | None, typer.Option(help="Stop after this many updates.")]
-Tokens = Annotated[int | None, typer.Option(help="Stop after this many tokens.")]
-Workers = Annotated[
-    str,
-    typer.Option(help="Training workers, one process each: N, or MIN:MAX to take as many as the cluster has room for."),
-]
-Accumulate = Annotated[int | None, typer.Option(help="Micro-batches a worker merges into an update [preset's].")]
-Resume = Annotated[str, typer.Option(help="auto: go on from the run's newest checkpoint; never: start anew.")]
-Heldout = Annotated[
-    Path | None,
-    typer.Option(help="Held-out chats (JSONL): measured on, and the depth router is fitted on them. [no router]"),
-]
-Replay = Annotated[
-    Path | None, typer.Option(help="Directory of shards to go back to now and then, against forgetting. [none]")
-]
-Mirror = Annotated[
-    str | None,
-    typer.Option(help="Folder or s3://BUCKET/PREFIX that checkpoints are copied to as well, and fetched from. [none]"),
-]
-Track = Annotated[
-    list[str] | None, typer.Option(help="Show the run in tensorboard, mlflow or wandb as well; repeat. [none]")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="KEY=VALUE of TrainConfig or of the run, such as optimizer=muon; repeat. [preset's]"),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
 
 @app.command()
@@ -121,7 +85,7 @@ def prepare(
             s3=asked.s3,
             on_progress=tell,
         )
-    _print(report, as_json, f"shards in {out_dir}")
+    print_result(report, as_json, f"shards in {out_dir}")
 
 
 @app.command()
@@ -147,126 +111,11 @@ def augment(
     kept_out = questions(heldout) if heldout is not None else frozenset[str]()
     result = run(data, out_file, Augmenter(share, seed, words, kept_out))
     ways = ", ".join(f"{count} {way}" for way, count in result["by_way"].items()) or "nothing could be changed"
-    _print(result, as_json, f"{result['rows']} rows and {result['copies']} copies ({ways}) in {out_file}")
+    print_result(result, as_json, f"{result['rows']} rows and {result['copies']} copies ({ways}) in {out_file}")
 
 
-@app.command()
-def pretrain(
-    data: Annotated[
-        str, typer.Option(help="Directory of shards, made by `shoal prepare`, or s3://BUCKET/PREFIX of one.")
-    ],
-    run: Annotated[Path, typer.Option("--out", help="Directory of the run; the model is written to OUT/model.")],
-    preset: Preset = "tiny",
-    minutes: Minutes = None,
-    tokens: Tokens = None,
-    steps: Steps = None,
-    workers: Workers = "1",
-    accumulate: Accumulate = None,
-    resume: Resume = "auto",
-    mirror: Mirror = None,
-    track: Track = None,
-    settings: Set = None,
-    as_json: Json = False,
-) -> None:
-    """Stage 1: unsupervised training on text, code and images, by the shards' mix."""
-    from shoal.train.plan import pretrain_plan
-
-    more = _more(settings, mirror=mirror, accumulate=accumulate, resume=resume)
-    plan = pretrain_plan(preset, data, str(run), minutes=minutes, tokens=tokens, steps=steps, **more)
-    _fit(plan, workers, as_json, track=track)
-
-
-@app.command()
-def finetune(
-    model: ModelDir,
-    data: Annotated[Path, typer.Option(help='JSONL of {"messages": [{"role", "content"}, ...]}.')],
-    run: Annotated[Path, typer.Option("--out", help="Directory of the run; the model is written to OUT/model.")],
-    heldout: Heldout = None,
-    replay: Replay = None,
-    minutes: Minutes = None,
-    tokens: Tokens = None,
-    steps: Steps = None,
-    workers: Workers = "1",
-    accumulate: Accumulate = None,
-    resume: Resume = "auto",
-    mirror: Mirror = None,
-    track: Track = None,
-    settings: Set = None,
-    as_json: Json = False,
-) -> None:
-    """Stage 2: supervised training on chats, with loss on the answers only [2 epochs]."""
-    from shoal.train.plan import finetune_plan
-
-    more = _more(settings, mirror=mirror, accumulate=accumulate, resume=resume) | _chats(heldout, replay)
-    plan = finetune_plan(str(model), str(data), str(run), minutes=minutes, tokens=tokens, steps=steps, **more)
-    _fit(plan, workers, as_json, heldout, track)
-
-
-@app.command()
-def quantize(
-    model: ModelDir,
-    out_dir: Out,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="JSONL of chats, or a directory of shards, to train on [needed unless --no-train]."),
-    ] = None,
-    heldout: Heldout = None,
-    replay: Replay = None,
-    train: Annotated[bool, typer.Option(help="Train with INT8 rounding; --no-train only rounds.")] = True,
-    minutes: Minutes = None,
-    steps: Steps = None,
-    workers: Workers = "1",
-    as_json: Json = False,
-) -> None:
-    """INT8: a short quantisation-aware training [100 updates], then export; what rounding alone would have cost is shown."""
-    from shoal.model import checkpoint
-    from shoal.model.model import Model
-    from shoal.train import routing
-    from shoal.train.plan import quantize_plan
-
-    if train:
-        if data is None:
-            raise UsageError("what to train on", do="give --data, or --no-train")
-        limits = {"minutes": minutes, "steps": steps}
-        plan = quantize_plan(str(model), str(data), str(out_dir), **_chats(heldout, replay), **limits)
-        _fit(plan, workers, as_json, heldout)
-        return
-    _, config = checkpoint.read_config(model)
-    if config.quantization != "none":
-        raise UsageError(
-            f"{model} is quantised", got=config.quantization, do="give the fp32 model that it was made from"
-        )
-    Model.load(model).quantized().save(out_dir)
-    report: dict[str, Any] = {"out": str(out_dir)}
-    if heldout is not None:
-        report["router"] = routing.refit(out_dir, heldout)
-    _print(report, as_json, f"model in {out_dir}")
-
-
-@app.command()
-def evaluate(
-    model: ModelDir,
-    data: Annotated[Path, typer.Option(help="Directory of shards with held-out rows, made by `shoal prepare`.")],
-    against: Annotated[Path | None, typer.Option(help="A second model directory, shown beside the first.")] = None,
-    as_json: Annotated[
-        Path | None, typer.Option("--json", help="Write the report to this file, and a page beside it.")
-    ] = None,
-) -> None:
-    """Quality, speed and size of one model or two, on what neither was trained on."""
-    from shoal.evaluation import compare, leave_a_core
-    from shoal.progress import progress
-    from shoal.quickstart import print_tables, write_report
-
-    leave_a_core()
-    models = {model.name: model}
-    if against is not None:
-        models[against.name if against.name != model.name else str(against)] = against
-    with progress("evaluate") as tell:
-        report = compare(models, data, on_progress=tell)
-    print_tables(report, out)
-    if as_json is not None:
-        write_report(as_json, {"title": " and ".join(models), "corpus": {}, "stages": [], **report})
-        out.print(f"report in {as_json} and {as_json.with_suffix('.html')}", highlight=False)
+for stage in (stages.pretrain, stages.finetune, stages.quantize, stages.evaluate):
+    app.command()(stage)
 
 
 @app.command()
@@ -414,56 +263,6 @@ def main(args: list[str] | None = None) -> int:
         return 1
 
 
-def _more(settings: list[str] | None, **named: Any) -> dict[str, Any]:
-    """Options of a plan, those by name before those of --set. Raises UsageError for one that is given both ways."""
-    from shoal.train.settings import settings as parse
-
-    given, found = {key: value for key, value in named.items() if value is not None}, parse(settings or ())
-    if twice := given.keys() & found.keys():
-        raise UsageError(f"--set {min(twice)} and --{min(twice)}", do="give one of them")
-    return given | found
-
-
-def _fit(plan: Any, workers: str, as_json: bool, heldout: Path | None = None, track: list[str] | None = None) -> None:
-    """Train on Ray, show its lines, and fit the router when there are rows to fit it on."""
-    from shoal.on_ray.resources import local_ray
-    from shoal.on_ray.train import parse_workers, train
-    from shoal.train import log, routing
-    from shoal.train.trackers import together, trackers
-
-    least, most = parse_workers(workers)
-    cpus = 0.5 if least == most else 1.0  # Ray does not resize groups that take shares of a CPU
-    more = trackers(track or (), plan.run, plan.name)
-    with local_ray(), log.Console(plan.name, stream=sys.stderr) as console:
-        tell = together(console, *more)
-        result = train(plan, workers=(least, most), cpus_per_worker=cpus, on_progress=tell)
-    report = {"out": result.out, "steps": result.steps, "tokens": result.tokens, "bpb": result.bpb}
-    if result.rounded:
-        report["rounded"] = result.rounded
-        if not as_json:
-            out.print(_rounding_table(result.rounded, result.bpb))
-    if heldout is not None:
-        report["router"] = routing.refit(result.out, heldout)
-    _print(report, as_json, f"model in {result.out}")
-
-
-def _rounding_table(rounded: dict[str, Any], trained: dict[str, Any]) -> Table:
-    """Held-out bits a byte at full depth before INT8, with rounding alone, and after training with it."""
-    table = Table(
-        "held-out bits/byte", "fp32", "INT8 by rounding alone", "INT8 trained", box=SIMPLE_HEAD, pad_edge=False
-    )
-    for modality, by_exit in trained.items():
-        fp32, alone = (rounded[name][modality]["full"] for name in ("fp32", "post-training"))
-        cells = (f"{value:.4f} ({value / fp32 - 1:+.2%})" for value in (alone, by_exit["full"]))
-        table.add_row(modality, f"{fp32:.4f}", *cells)
-    return table
-
-
-def _chats(heldout: Path | None, replay: Path | None) -> dict[str, str]:
-    """What a run on chats measures itself on and goes back to, where given."""
-    return {key: str(path) for key, path in {"heldout": heldout, "replay": replay}.items() if path is not None}
-
-
 def _serve_here(model: Path, host: str, port: int, *, page: bool, seconds: float | None, **options: Any) -> None:
     from shoal.api.limits import Limits
     from shoal.api.page import chat_page
@@ -478,13 +277,6 @@ def _serve_here(model: Path, host: str, port: int, *, page: bool, seconds: float
 def _ready(url: str, page: bool) -> None:
     at = f"   chat page {url}/ui" if page else ""
     out.print(f"API {url}/v1{at}   (Ctrl-C ends it)", highlight=False, soft_wrap=True)
-
-
-def _print(result: Any, as_json: bool, line: str) -> None:
-    if as_json:
-        print(json.dumps(result, default=str))
-    else:
-        out.print(line, highlight=False)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from shoal.data import batches as shards
+from shoal.data.shards import open_index
 from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.inputs.chat import Encoded
@@ -68,7 +69,8 @@ def compare(
         results[label]["weights"] = files.weight_bytes(models[label])
         steps += 2
     by_depth = []
-    for depth in [*loaded[served].config.exit_names, "auto"]:
+    auto = ["auto"] if results[served]["answers"] else []  # a document alone has no router to ask
+    for depth in [*loaded[served].config.exit_names, *auto]:
         tell(f"depth {depth} of {served}", steps, total)
         known = results[served] if depth == "full" else None
         by_depth.append(_depth_row(loaded[served], data, depth, sizes, known))
@@ -82,7 +84,8 @@ def compare(
     pair = (first.config.quantization, loaded[served].config.quantization) == ("none", "w8a8")
     router = loaded[served].router
     tell("what routing is worth", total, total)
-    prompts = heldout_prompts(loaded[served], data / "sft-heldout.jsonl") if router is not None else None
+    asked = _chats(data) if _chats(data).exists() else data
+    prompts = heldout_prompts(loaded[served], asked) if router is not None else None
     policies = frontier(loaded[served].config, router, *prompts) if router is not None and prompts else {}
     return {
         "machine": machine(),
@@ -113,15 +116,27 @@ def leave_a_core() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
 
 
+def _chats(data: Path) -> Path:
+    """The held-out chats of a prepared corpus, if it has some."""
+    return data / "sft-heldout.jsonl"
+
+
+def _modalities(data: Path) -> list[str]:
+    """What rows the corpus holds out."""
+    index = open_index(data)
+    return [modality for modality in ("text", "code", "image") if index.total("rows", "heldout", modality)]
+
+
 def quality(model: Model, data: Path, depth: str, sizes: Sizes) -> dict[str, Any]:
-    """Every quality number of one model at one depth ("auto" has no bits per byte: a document has no router)."""
-    out: dict[str, Any] = {}
-    exits = model.config.exits
+    """Every quality number of one model at one depth ("auto" has no bits per byte: a document has no router), of what `data`
+    holds out: a modality or task that it lacks is left out."""
+    out: dict[str, Any] = {"answers": []}
+    exits, modalities = model.config.exits, _modalities(data)
     if depth != "auto":
-        for modality in ("text", "code", "image"):
+        for modality in modalities:
             rows = shards.heldout_batches(data, modality, batch_rows=8, limit=sizes.heldout_rows)
             out[f"bpb {modality}"] = measure.bits_per_byte(model.net, rows, exits)[model.config.depth(depth)]
-    if depth == "full":
+    if depth == "full" and "image" in modalities:
         rows = shards.heldout_batches(data, "image", batch_rows=8, limit=sizes.heldout_rows)
         out["patch"] = measure.patch_error(model.net, rows)
     asked = heldout_questions(model, data, sizes)
@@ -129,19 +144,22 @@ def quality(model: Model, data: Path, depth: str, sizes: Sizes) -> dict[str, Any
     for task, questions in asked.items():
         answers = generate(engine, [q.prompt for q in questions], TASKS.get(task, 64), depth)
         out[task] = _score(task, answers, questions)
-        out.setdefault("answers", []).extend(answers)
+        out["answers"] += answers
     return out
 
 
 def heldout_questions(model: Model, data: Path, sizes: Sizes) -> dict[str, list[Question]]:
-    """Held-out chat rows by task; the router was fitted on others (`train.routing` takes the second half)."""
+    """Held-out chat rows by task; none where there are no chats. The router was fitted on others (`train.routing` takes the
+    second half)."""
     limits = {
         "image question": sizes.vqa,
         "summarisation": sizes.bleu,
         "code": sizes.code,
         "customer service": sizes.service,
     }
-    found = measure.questions(data / "sft-heldout.jsonl", model.tokenizer, model.config, model.chat_template)
+    if not _chats(data).exists():
+        return {}
+    found = measure.questions(_chats(data), model.tokenizer, model.config, model.chat_template)
     return {task: rows[: min(limits.get(task, 50), len(rows))] for task, rows in found.items()}
 
 
@@ -178,7 +196,7 @@ def decode_speed(
 def text_baselines(data: Path, tokenizer: Tokenizer, sizes: Sizes) -> dict[str, dict[str, float]]:
     """Unigram, 5-gram and gzip bits per byte of the same held-out text and code."""
     found = {}
-    for modality in ("text", "code"):
+    for modality in [modality for modality in _modalities(data) if modality != "image"]:
         train = shards.text_of(data, modality, "train", tokenizer, limit_bytes=BASELINE_BYTES)
         heldout = shards.text_of(data, modality, "heldout", tokenizer, limit_rows=sizes.heldout_rows)
         found[modality] = baselines.bits_per_byte(train, heldout)
@@ -233,11 +251,11 @@ def weaknesses(rows: list[dict[str, Any]], by_depth: list[dict[str, Any]]) -> li
                 "on matrices this small there is little for INT8 to save."
             )
     exits = [row for row in by_depth if row["exit"] != "auto"]
-    if exits[0]["bpb text"] - exits[-1]["bpb text"] < 0.02:
+    if exits[0]["bpb text"] is not None and exits[0]["bpb text"] - exits[-1]["bpb text"] < 0.02:
         said.append("Depth hardly matters yet: the shallow exit is within 0.02 bits per byte of full depth on text.")
     for modality in ("bpb text", "bpb code"):
         for near, deep in itertools.pairwise(exits):
-            if deep[modality] > near[modality]:
+            if deep[modality] is not None and deep[modality] > near[modality]:
                 said.append(
                     f"{modality} rises with depth: {near['exit']} reads {near[modality]:.3f}, "
                     f"{deep['exit']} {deep[modality]:.3f}."
@@ -288,10 +306,11 @@ def _quality_rows(
             values: dict[str, float] = {n: functools.reduce(operator.getitem, keys, r) for n, r in results.items()}
             rows.append(measure.row_of(metric, unit, values, **more))
 
-    for modality in ("text", "code"):
-        add(f"bpb {modality}", "bits/byte", f"bpb {modality}", beside=beside[modality])
+    for modality, bits in beside.items():
+        add(f"bpb {modality}", "bits/byte", f"bpb {modality}", beside=bits)
     add("bpb image text", "bits/byte", "bpb image")
-    add("next-patch error", "MSE", "patch", "model", beside={"always zero": first["patch"]["zero"]})
+    if patch := first.get("patch"):
+        add("next-patch error", "MSE", "patch", "model", beside={"always zero": patch["zero"]})
     if vqa := first.get("image question"):
         note = f"{vqa['rows']} held-out questions; majority answer: {vqa['answer']}"
         beside_vqa = {"majority answer": vqa["majority"]}

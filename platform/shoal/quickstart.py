@@ -90,7 +90,7 @@ def run(root: Path, *, stay: bool, port: int, scale: float, console: Console) ->
     leave_a_core()
     stages: list[tuple[str, Path, Callable[[Run, Tell], None]]] = [
         ("prepare", place.data / "index.json", _prepare),
-        ("pretrain", root / "pretrain" / "model" / "config.json", _pretrain),
+        ("pretrain", root / "pretrain" / "model" / "router.json", _pretrain),
         ("control", root / "control" / "model" / "config.json", _control),
         ("finetune", place.model / "router.json", _finetune),
         ("quantize", place.int8 / "router.json", _quantize),
@@ -117,7 +117,11 @@ def _prepare(place: Run, tell: Tell) -> None:
 
 
 def _pretrain(place: Run, tell: Tell) -> None:
-    _fit(_main_plan(place), tell)
+    plan = _main_plan(place)
+    if not (plan.model_dir / "config.json").exists():
+        _fit(plan, tell)
+    tell("router", 0, 0)
+    routing.refit(plan.model_dir, place.data)
 
 
 def _main_plan(place: Run) -> FitPlan:

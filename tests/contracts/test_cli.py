@@ -15,7 +15,7 @@ from shoal import Model, cli
 from shoal.errors import ConfigError
 from tests.contracts.commands import commands
 
-UNITS = "seconds|minutes|tokens|updates|workers|port|runs|seed|share|micro-batches"
+UNITS = "seconds|minutes|tokens|passes|updates|workers|port|runs|seed|share|micro-batches"
 
 
 # Options that say by themselves what happens without them.
@@ -136,6 +136,22 @@ def test_wrong_usage_exits_with_2(
     code, line = fails(capsys, *words.split())
     assert code == 2 and says in line
     assert sorted(os.listdir(tmp_path)) == ["broken.yaml", "slip.yaml"], "something half-written was left"
+
+
+def test_what_needs_training_is_refused_where_nothing_is_trained(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["quantize", "--model", model, "--out", tmp_path / "out", "--no-train"]
+    for name, value in (("--steps", "3"), ("--set", "seed=1"), ("--workers", "2"), ("--data", "d"), ("--replay", "d")):
+        code, line = fails(capsys, *words, name, value)
+        assert code == 2 and f"--no-train with {name}" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_option_by_name_and_by_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "pretrain --data d --out r --preset test --steps 1 --accumulate 2 --set accumulate=4"
+    code, line = fails(capsys, *words.split())
+    assert code == 2 and "--set accumulate and --accumulate" in line
 
 
 def test_a_port_in_use_is_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

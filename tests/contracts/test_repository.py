@@ -181,7 +181,10 @@ def check_shoal(words: list[str]) -> None:
 def check_job(words: list[str]) -> None:
     """That ``python jobs/X.py OPTIONS`` is a job with these options."""
     assert (ROOT / words[0]).is_file(), words[0]
-    known = set(re.findall(r"--[a-z][a-z-]*", (ROOT / words[0]).read_text()))
+    text = (ROOT / words[0]).read_text()
+    if "run_training_job" in text:
+        text += (ROOT / "platform/shoal/on_ray/job.py").read_text()
+    known = set(re.findall(r"--[a-z][a-z-]*", text))
     given = {word for word in words[1:] if word.startswith("--")}
     assert given <= known, f"{words[0]}: {sorted(given - known)}"
 

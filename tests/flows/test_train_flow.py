@@ -90,6 +90,16 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(data: Path, tmp_path
     assert models[0] == models[1]
 
 
+def test_other_code_goes_on_and_says_so(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bitwise resume is promised to the same code only."""
+    fit(short(data, tmp_path / "run", steps=2))
+    monkeypatch.setattr("shoal.train.run.code_version", lambda: "of-tomorrow")
+    fit(short(data, tmp_path / "run", steps=3))
+    (warning,) = (record["text"] for record in log.read(tmp_path / "run") if record["kind"] == "warning")
+    assert "step-00000002 was written by other code" in warning and "now of-tomorrow" in warning
+    assert len(losses(tmp_path / "run")) == 3
+
+
 def test_a_finished_run_is_not_trained_further(data: Path, tmp_path: Path) -> None:
     first, again = fit(short(data, tmp_path / "run")), fit(short(data, tmp_path / "run"))
     assert (first.steps, first.bpb) == (again.steps, again.bpb)

@@ -1,5 +1,6 @@
 """A job submitted as README says: to a head node that was started as clusters/local.yaml says, from a copy of this folder."""
 
+import json
 import os
 import secrets
 import shlex
@@ -19,7 +20,7 @@ from shoal.train import log
 from shoal.train.loop import fit
 from shoal.train.manifest import damage
 from shoal.train.plan import pretrain_plan
-from tests.corpus import write_corpus
+from tests.corpus import write_chats, write_corpus
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -111,15 +112,31 @@ def head() -> Iterator[Head]:
             node.stop()
 
 
-def test_a_submitted_job_trains_a_model(head: Head, tmp_path: Path) -> None:
-    """The job runs the uploaded copy, not what is installed, and joins the cluster rather than starting its own."""
-    data = write_corpus(tmp_path / "data", presets.get("test"))
-    options = ["--preset", "test", "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "2"]
-    job = head.submit("python", "jobs/pretrain.py", *options, "--cpus-per-worker", "0.5")
+def test_submitted_jobs_train_and_measure_a_model(head: Head, tmp_path: Path) -> None:
+    """They run the uploaded copy, not what is installed, and join the cluster rather than starting their own. One submission
+    for both, since each takes longer than what they do."""
+    data, run = write_corpus(tmp_path / "data", presets.get("test"), heldout=60), tmp_path / "run"
+    write_chats(data / "sft-heldout.jsonl", rows=24)
+    train = ["jobs/pretrain.py", "--preset", "test", "--data", str(data), "--out", str(run), "--steps", "2"]
+    train += ["--cpus-per-worker", "0.5", "--track", "tensorboard"]
+    measure = [
+        "jobs/evaluate.py",
+        "--model",
+        str(run / "model"),
+        "--data",
+        str(data),
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
+    job = head.submit("bash", "-c", " && ".join(shlex.join(["python", *words]) for words in (train, measure)))
     assert job.returncode == 0, job.stdout + job.stderr
     assert "succeeded" in job.stdout
     assert "step      2 100.0%" in job.stdout, "its lines are seen by who submitted it"
-    assert Model.load(tmp_path / "run" / "model").name == "test"
+    assert "router: within 0.05 nats" in job.stdout and list((run / "tensorboard").glob("events*"))
+    model = Model.load(run / "model")
+    assert model.name == "test" and model.router is not None
+    assert json.loads((tmp_path / "r.json").read_text())["frontier"]["prompts"] == 12
+    assert (tmp_path / "r.html").exists()
 
 
 def test_a_stopped_job_leaves_the_step_that_it_was_at(head: Head, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def heldout_batches(
     """Held-out rows of one modality in the order of the shards; of more than `limit` rows, as many, evenly spaced."""
     index = open_index(directory)
     rows, lengths = Rows(directory, index, split, modality), token_bytes(Tokenizer.load(Path(directory) / TOKENIZER))
-    chosen = _spaced(len(rows), limit)
+    chosen = spaced(len(rows), limit)
     for start in range(0, len(chosen), batch_rows):
         part = [rows[row] for row in chosen[start : start + batch_rows]]
         yield _packed_batch(part, (modality,) * len(part), lengths)
@@ -242,11 +242,12 @@ def text_of(
         whole = max(1, index.total("text_bytes", split, modality))
         limit_rows = max(1, len(rows) * limit_bytes // whole)
     table = [tokenizer.token_bytes(token) for token in range(len(tokenizer))]
-    text = b"".join(table[token] for row in _spaced(len(rows), limit_rows) for token in rows[row][0].tolist())
+    text = b"".join(table[token] for row in spaced(len(rows), limit_rows) for token in rows[row][0].tolist())
     return text[:limit_bytes]
 
 
-def _spaced(count: int, limit: int | None) -> list[int]:
+def spaced(count: int, limit: int | None) -> list[int]:
+    """At most `limit` of the places 0 .. `count`-1, evenly spaced."""
     if limit is None or limit >= count:
         return list(range(count))
     return [place * count // limit for place in range(limit)]

@@ -35,7 +35,10 @@ _TYPES = (torch.float32, torch.float64)
 
 def usable(x: Tensor) -> bool:
     """May the functions below be used on `x`? Not under a dispatch mode, which could not see what they do; and only in
-    inference mode, since FSDP, which measures without it, frees the memory that numpy would hold."""
+    inference mode, since FSDP, which measures without it, frees the memory that numpy would hold. Never under torch.compile,
+    whose graph would end at each question below."""
+    if torch.compiler.is_compiling():
+        return False
     plain = x.device.type == "cpu" and x.dtype in _TYPES and torch.is_inference_mode_enabled()
     return plain and not is_in_torch_dispatch_mode() and _kernels() is not None
 
@@ -50,6 +53,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def few(rows: int) -> bool:
     """Is `product` there, and faster than oneDNN? It has one thread, so with many oneDNN reads more at once."""
+    if torch.compiler.is_compiling():
+        return False
     return rows <= FEW.get(torch.get_num_threads(), 0) and _kernels() is not None
 
 

@@ -3,7 +3,7 @@
 Answers come through a `Generate` callable (the engine, an HTTP client), so that what is measured is what is served and
 this plane needs neither. Questions of training sources are never asked: rows come from the held-out files only.
 
-Letters: B rows, T tokens, D width, A early exits.
+Letters: B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
 from sacrebleu.metrics.bleu import BLEU
-from torch import Tensor
 
 from shoal.config import ModelConfig
 from shoal.data.batches import Batch
@@ -28,7 +27,6 @@ from shoal.data.chats import AUGMENTED
 from shoal.errors import DataError
 from shoal.inputs.chat import Encoded, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.model.depth import features, page_sums
 from shoal.model.net import Net, unit_pixels
 
 
@@ -58,7 +56,7 @@ def questions(
     """The rows of a held-out JSONL by task, at most `limit` a task, in file order. Raises DataError with the line number
     of a row that is not ``{"messages": [..., {"role": "assistant", ...}]}``."""
     found: dict[str, list[Question]] = {}
-    with open(path, encoding="utf-8") as lines:
+    with _opened(path) as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
@@ -77,6 +75,13 @@ def questions(
             whole = encode_chat(messages, tokenizer, config, template=template, add_generation_prompt=False)
             found.setdefault(task, []).append(Question(prompt, whole, last["content"], task))
     return found
+
+
+def _opened(path: str | Path) -> TextIO:
+    try:
+        return open(path, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {path}", got=error.strerror, do="give a .jsonl of chats") from error
 
 
 @torch.inference_mode()
@@ -129,38 +134,6 @@ def patch_error(net: Net, batches: Iterable[Batch]) -> dict[str, float]:
         zero += float(target.square().sum())
         count += target.numel()
     return {"model": total / max(1, count), "zero": zero / max(1, count)}
-
-
-@torch.inference_mode()
-def gaps(net: Net, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-    """Router features [rows, 2D + 3] and measured gaps [rows, A], nats a token on the answer only.
-
-    Each row's prompt ends where its first answer token begins; rows without an answer are an error of the caller.
-    """
-    config = net.config
-    early, first, seen = config.exits[:-1], config.exits[0], []
-    measured = []
-    for row in rows:
-        start = row.answer.index(True)
-        tokens = torch.tensor(row.ids)
-        patches, grid = patch_tensors(row)
-        hidden = net(tokens[None], patches, grid, exits=config.exits)
-        answer = torch.tensor(row.answer)[1:].nonzero().flatten()  # places that predict an answer token
-        losses = [F.cross_entropy(net.head(hidden[e][0, answer], e).float(), tokens[answer + 1]) for e in config.exits]
-        state = hidden[first][0, :start]
-        seen.append(features(page_sums(net, state, tokens[:start]), state[-1], start))
-        measured.append(torch.stack([loss - losses[-1] for loss in losses[: len(early)]]))
-    return torch.stack(seen).float(), torch.stack(measured).float()
-
-
-def patch_tensors(row: Encoded) -> tuple[Tensor | None, Tensor | None]:
-    """A row's patches [n, 3p^2] and their grid [n, 2] as tensors, or two Nones."""
-    from shoal.inputs import media
-
-    values = row.patches
-    if values is None:
-        return None, None
-    return torch.from_numpy(values), torch.from_numpy(media.grid(row.ids))
 
 
 def exact_match(answers: Sequence[Answer], asked: Sequence[Question]) -> float:

@@ -11,7 +11,6 @@ Letters: M prompts, A early exits, E = A + 1 exits, n points of a curve, R resam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from shoal.config import ModelConfig
 from shoal.model import cost
 from shoal.model.depth import Router
+from shoal.train.prompts import Prompts
 
 BINS = 6  # of prompt lengths, equally full
 BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the FLOPs of full depth at which policies are compared
@@ -27,16 +27,6 @@ RESAMPLES = 500
 INTERVAL = (0.025, 0.975)
 PRICES = (0.0, *(1e-3 * 1.35**power for power in range(36)))  # nats for all layers
 POLICIES = ("router", "length", "domain", "random", "oracle")
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts with what their exits really lost."""
-
-    features: Tensor  # [M, 2D + 3], what the router sees
-    gaps: Tensor  # [M, A] nats a token
-    lengths: Tensor  # [M] tokens
-    tasks: tuple[str, ...]  # of each
 
 
 def frontier(config: ModelConfig, router: Router, fit: Prompts, test: Prompts, *, seed: int = 0) -> dict[str, Any]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from shoal import presets
 from shoal.config import ModelConfig, TrainConfig, check_exits, dump
@@ -20,6 +24,7 @@ from shoal.model.cost import parameters
 from shoal.train import log
 from shoal.train.parallel import STAYS_GATHERED
 
+COMPILER = os.environ.get("CXX", "g++")  # what torch.compile runs on a CPU
 CHAT_ROWS = 16  # training lengths in an update of stages 2 and 3: chats are short, and more updates beat larger ones
 
 
@@ -74,6 +79,12 @@ class FitPlan:
     def model_dir(self) -> Path:
         """Where the finished model goes."""
         return Path(self.out or Path(self.run) / "model")
+
+    @property
+    def router_data(self) -> str:
+        """What the finished model's router is fitted on: held-out chats, or shards, which hold rows out; "" for chats alone."""
+        shards = remote.is_remote(self.data) or Path(self.data).is_dir()
+        return self.heldout or (self.data if shards else "")
 
     @property
     def batch_rows(self) -> int:
@@ -183,6 +194,10 @@ def check(plan: FitPlan, workers: int) -> None:
     made for another model, ConfigError when the batch does not divide."""
     if plan.rates_of:
         _check_rates(plan)
+    if plan.compile and not torch.cuda.is_available() and not shutil.which(COMPILER):
+        raise ConfigError(
+            "compile", got=f"no {COMPILER}, which torch.compile needs", do=f"install {COMPILER}, or leave it out"
+        )
     if workers % plan.replicas:
         raise ConfigError("replicas", got=plan.replicas, allowed=f"a divisor of the number of workers, {workers}")
     if Path(plan.data).is_dir():

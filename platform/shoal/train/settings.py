@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -15,6 +15,14 @@ from shoal.train.plan import FitPlan
 SETTABLE = (
     "eval_every", "eval_rows", "checkpoint_minutes", "keep", "keep_best", "replicas", "recompute", "compile",
 )  # fmt: skip  # fields of FitPlan that `settings` may set
+
+
+def merged(named: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    """Those of `named` that are not None, and the `settings` of `texts`. Raises ConfigError for a key that is in both."""
+    given, found = {key: value for key, value in named.items() if value is not None}, settings(texts)
+    if twice := given.keys() & found.keys():
+        raise ConfigError(f"--set {min(twice)} and --{min(twice).replace('_', '-')}", do="give one of them")
+    return given | found
 
 
 def settings(texts: Sequence[str]) -> dict[str, Any]:

@@ -6,16 +6,14 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
-import torch.nn.functional as F
 
-from shoal import Model, presets
+from shoal import presets
 from shoal.data.batches import heldout_batches
 from shoal.errors import DataError
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.net import Net
-from shoal.train import evaluate, routing
+from shoal.train import evaluate
 from shoal.train.evaluate import Answer, Question
 from shoal.train.feed import open_feed, shard_tokenizer
 from shoal.train.heldout import measure
@@ -58,23 +56,6 @@ def test_an_untrained_model_knows_nothing(net: Net, shards: Path) -> None:
     tokens, n_bytes = sum(int((b.targets >= 0).sum()) for b in batches), sum(b.n_bytes for b in batches)
     found = evaluate.bits_per_byte(net, batches, [CONFIG.layers])[CONFIG.layers]
     assert found == pytest.approx(math.log2(CONFIG.vocab) * tokens / n_bytes, rel=0.1)
-
-
-def test_gaps_are_losses_on_the_answer_alone(net: Net, chats: Path) -> None:
-    found = evaluate.questions(chats, TOKENIZER, CONFIG, DEFAULT_TEMPLATE, limit=4)
-    rows = [q.row for q in found["customer service"]]
-    features, gaps = evaluate.gaps(net, rows)
-    assert features.shape == (4, 2 * CONFIG.width + 3) and gaps.shape == (4, 2)
-    for row, measured in zip(rows, gaps, strict=True):
-        loss = []
-        for depth in CONFIG.exits:
-            logits = Model(CONFIG, net, TOKENIZER).logits(row.ids, depth=depth)
-            places = [at for at in range(len(row.ids) - 1) if row.answer[at + 1]]
-            assert len(places) < len(row.ids) / 2
-            loss.append(
-                sum(float(F.cross_entropy(logits[at], torch.tensor(row.ids[at + 1]))) for at in places) / len(places)
-            )
-        assert measured.tolist() == pytest.approx([loss[0] - loss[2], loss[1] - loss[2]], abs=1e-5)
 
 
 def test_questions_end_where_the_answer_begins(chats: Path) -> None:
@@ -121,25 +102,3 @@ def test_code_that_parses() -> None:
 
 def test_mean_depth_is_a_share_of_the_layers() -> None:
     assert evaluate.mean_depth(answers("a", "b", "c"), CONFIG) == pytest.approx((1 + 2 + 4) / 3 / 4)
-
-
-def test_refit_writes_a_router_and_leaves_the_weights(tmp_path: Path, chats: Path) -> None:
-    model = Model.from_preset("test", seed=3)
-    model.save(tmp_path / "model", card="# the card\n")
-    report = routing.refit(tmp_path / "model", chats)
-    after = Model.load(tmp_path / "model")
-    assert after.router is not None and after.router.calibration.report == pytest.approx(report)
-    assert report["prompts"] == 15, "a quarter of the half that is taken"
-    assert 0.25 <= report["depth_share"] <= 1.0
-    for name, tensor in model.net.state_dict().items():
-        assert torch.equal(after.net.state_dict()[name], tensor)
-    assert (tmp_path / "model" / "README.md").read_text() == "# the card\n"
-
-
-def test_refit_needs_enough_rows(tmp_path: Path, chats: Path) -> None:
-    Model.from_preset("test").save(tmp_path / "model")
-    few = tmp_path / "few.jsonl"
-    few.write_text("".join(chats.read_text().splitlines(keepends=True)[:60]))
-    with pytest.raises(DataError, match=r"rows to fit the router: got 30"):
-        routing.refit(tmp_path / "model", few)
-    assert Model.load(tmp_path / "model").router is None

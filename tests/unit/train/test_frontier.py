@@ -10,7 +10,8 @@ from shoal import presets
 from shoal.model import cost
 from shoal.model.depth import fit_router
 from shoal.train import report
-from shoal.train.frontier import BUDGETS, Prompts, frontier, sentence
+from shoal.train.frontier import BUDGETS, frontier, sentence
+from shoal.train.prompts import Prompts
 
 CONFIG = presets.get("tiny").model
 TASKS = ("easy", "hard")

@@ -87,6 +87,22 @@ def test_the_console_prints_the_first_steps_and_then_every_tenth() -> None:
     assert shown == [1, 2, 3, 10, 20]
 
 
+def test_a_terminal_shows_a_bar_under_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = Terminal()
+    with log.Console("fish", stream=stream) as console:
+        console({"kind": "step", "step": 1, **STEP})
+    shown = stream.getvalue()
+    assert "step      1  25.0%" in shown and "fish" in shown and "25%" in shown
+    assert "ETA 01:15" in shown.split("12,346 tok/s")[-1], "on the bar, which is drawn again under the line"
+    assert "\x1b[" not in log.line({"kind": "step", "step": 1, **STEP})
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(5, "00:05"), (75.4, "01:15"), (3661, "1:01:01"), (math.inf, "--:--")])
 def test_clock(seconds: float, text: str) -> None:
     assert log.clock(seconds) == text

@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.errors import DataError, ShoalError
 from shoal.model import checkpoint as model_directory
@@ -90,6 +92,9 @@ def play(rank: int, root: Path, shards: Path, chats: Path, model: Path) -> None:
         parallel.STAYS_GATHERED = gathered
         scene(name, world, lambda w=world, n=name, m=more: fit(plan(shards, root / n, w, **m)))  # type: ignore[misc]
     parallel.STAYS_GATHERED = 2**28
+    fp32, parallel.mixed_precision = parallel.mixed_precision, lambda _: as_on_a_gpu(fp32)
+    scene("bf16", 2, lambda: fit(plan(shards, root / "bf16", 2)))
+    parallel.mixed_precision = fp32
     for world, end in ((2, 4), (1, 8), (4, 12)):
         scene(f"moved-{world}", world, lambda w=world, e=end: move(shards, root / "moved", w, e))  # type: ignore[misc]
     for world in (2, 4):
@@ -97,6 +102,7 @@ def play(rank: int, root: Path, shards: Path, chats: Path, model: Path) -> None:
             run = root / f"{name}-{world}"
             scene(run.name, world, lambda w=world, r=run, m=more: fit(tune(chats, model, r, w, **m)))  # type: ignore[misc]
     scene("not-finite", 2, lambda: one_rank_is_not_finite(shards, rank))
+    scene("sync", 2, lambda: gradients_are_exchanged_once(shards, rank))
     scene("depth", 2, lambda: ranks_differ_in_depth(shards, rank))
     scene("full-disk", 2, lambda: fit(plan(shards, root / "full-disk", 2, eval_every=0), fill_the_disk()))
 
@@ -136,6 +142,28 @@ def one_rank_is_not_finite(shards: Path, rank: int) -> None:
     for p, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(p.to_local(), old)  # type: ignore[attr-defined]
     assert not optimizer.state
+
+
+def as_on_a_gpu(policy: Callable[[torch.device], MixedPrecisionPolicy]) -> MixedPrecisionPolicy:
+    return policy(torch.device("cuda"))
+
+
+class Scattered(TorchDispatchMode):
+    """Counts exchanges of gradients: each sums them up and leaves every rank its shard."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "reduce_scatter" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def gradients_are_exchanged_once(shards: Path, rank: int) -> None:
+    """Of two micro-batches the first keeps its gradients here: each layer group and the root exchange them once an update."""
+    todo, model, optimizer, batches, ranks = prepared(shards, rank)
+    with Scattered() as seen:
+        update(model, optimizer, batches, config=todo.train, weights=(0.2, 0.3, 0.5), rate=1e-3, ranks=ranks)
+    assert len(batches) == 2 and seen.count == len(model.net.groups) + 1
 
 
 def ranks_differ_in_depth(shards: Path, rank: int) -> None:
@@ -208,6 +236,14 @@ def test_worlds_of_1_2_and_4_are_alike_over_50_steps(played: Path, world: int) -
     found, want = (history(played / run, "step", "loss") for run in (f"long-{world}", "alone-long"))
     assert len(found) == 50 and want[-1] < want[0] / 2
     assert found == pytest.approx(want, abs=1e-5)
+
+
+def test_bf16_as_on_gpus_is_near_fp32_and_keeps_fp32_weights(played: Path) -> None:
+    """What FSDP is told to do where there are GPUs, done on the CPU: gathered and computed in bf16, added up in fp32."""
+    found, want = (history(played / run, "step", "loss") for run in ("bf16", "alone"))
+    assert found == pytest.approx(want, rel=2e-2) and found != pytest.approx(want, rel=1e-4)
+    net = model_directory.read(played / "bf16" / "model").net
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
 def test_muon_over_ranks_is_near_alone(played: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from shoal import Model
 from shoal.errors import ConfigError, ResourceError, UsageError
-from shoal.on_ray.train import parse_workers
+from shoal.on_ray.train import parse_workers, preflight, train
 from shoal.train.parallel import Ranks
 from shoal.train.plan import check, finetune_plan, memory_needed, pretrain_plan
 from shoal.train.run import enough_memory
@@ -64,6 +64,23 @@ def test_lora_needs_a_base_and_replicas_divide_the_workers(shards: Path, tmp_pat
 def test_recomputing_layers_needs_less_memory() -> None:
     plain, less = (pretrain_plan("base", "data", "run", steps=1, recompute=flag) for flag in (False, True))
     assert memory_needed(less, 1) < memory_needed(plain, 1) / 2
+
+
+def test_what_does_not_fit_is_refused_with_the_arithmetic(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = pretrain_plan("mini", str(shards), "run", steps=1)
+    each = memory_needed(plan, 2) / 2**30
+    with pytest.raises(
+        ResourceError, match=rf"2 worker\(s\) x {each:.1f} GiB = {2 * each:.1f} GiB.*0.5 GiB in the cluster"
+    ):
+        preflight(plan, 2, 0.5, False, {"CPU": 4.0, "memory": 2.0**29})
+    with pytest.raises(ResourceError, match=r"2 worker\(s\) x 1 CPU = 2 CPUs: got '1 in the cluster'; use at most 1"):
+        preflight(plan, 2, 1.0, False, {"CPU": 1.0})
+    monkeypatch.setattr("shoal.on_ray.train.disk_needed", lambda plan: 2**60)
+    with pytest.raises(ResourceError, match="GiB"):
+        train(pretrain_plan("test", str(shards), str(tmp_path / "run"), steps=1))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_failed_allocation_says_what_helps(alone: Ranks) -> None:
