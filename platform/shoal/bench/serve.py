@@ -45,6 +45,7 @@ from shoal.on_ray.serve_config import ENGINE, ServeArgs, check_serve_config, ser
 PARTS = ("start", "latency", "throughput", "overload", "scale")
 PROMPT = 32  # tokens
 CLIENTS = 16
+REQUESTS = 3  # of each client in `throughput`, one after the other
 TIMES_OVER = 10
 DOWN_SECONDS = 10.0  # before a replica is taken away, in `scale`
 SAMPLE_SECONDS = 0.5
@@ -203,20 +204,29 @@ def _latency(bench: Bench) -> dict[str, Any]:
 
 
 def _throughput(bench: Bench) -> dict[str, Any]:
-    """Tokens a second of the same requests over HTTP and in an engine of this process, in turns."""
+    """Tokens a second over HTTP and in an engine of this process, in turns: the same requests, `CLIENTS` of them at a time."""
     engine = Engine(Model.load(bench.directory), max_batch=CLIENTS)
     sampling = Sampling(temperature=0, max_tokens=bench.tokens, ignore_eos=True)
-    counter = iter(range(100_000, 1_000_000, CLIENTS))
+    count = REQUESTS * CLIENTS
+    counter = iter(range(100_000, 1_000_000, count))
+
+    async def ask_all(start: int) -> int:
+        """Each client sends its requests one after the other, on its connection; the tokens of all."""
+        async with httpx.AsyncClient(timeout=LIMIT_SECONDS, limits=httpx.Limits(max_connections=None)) as client:
+
+            async def one(first: int) -> int:
+                numbers = range(first, start + count, CLIENTS)
+                return sum([(await _ask(client, bench, bench.body(number))).tokens for number in numbers])
+
+            return sum(await asyncio.gather(*(one(start + i) for i in range(CLIENTS))))
 
     def http() -> float:
-        start = next(counter)
         began = time.perf_counter()
-        replies = asyncio.run(_load(bench, [bench.body(start + i) for i in range(CLIENTS)]))
-        return sum(reply.tokens for reply in replies) / (time.perf_counter() - began)
+        return asyncio.run(ask_all(next(counter))) / (time.perf_counter() - began)
 
     def alone() -> float:
         start = next(counter)
-        requests = [Request(_prompt(start + i), sampling, depth="full") for i in range(CLIENTS)]
+        requests = [Request(_prompt(start + i), sampling, depth="full") for i in range(count)]
         began = time.perf_counter()
         done = engine.generate(requests)
         return sum(len(answer.tokens) for answer in done) / (time.perf_counter() - began)
