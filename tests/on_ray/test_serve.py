@@ -18,6 +18,8 @@ import httpx
 import openai
 import psutil
 import pytest
+import ray
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.api.answers import token_name
@@ -215,6 +217,28 @@ def test_a_port_in_use_is_one_line(service: Service) -> None:
 def test_a_second_service_on_one_ray_is_refused(service: Service) -> None:
     with pytest.raises(ResourceError, match="already running"):
         serve.run(serve_config(ServeArgs(model=str(service.directories["fp32"])), port=free_port()), blocking=False)
+
+
+def test_a_killed_controller_loses_none_of_the_models(service: Service) -> None:
+    """Streams of both go on without it; the one that Ray starts in its place knows both, and mends what is lost of either."""
+    bodies = [
+        {"model": n, "prompt": "x", "max_tokens": 300, "seed": 7, "extra_body": {"ignore_eos": True}} for n in NAMES
+    ]
+    whole = [service.client.completions.create(**body).choices[0].text for body in bodies]  # type: ignore[call-overload]
+    streams = [service.client.completions.create(**body, stream=True) for body in bodies]  # type: ignore[call-overload]
+    texts = [next(stream).choices[0].text for stream in streams]
+    ray.kill(ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE), no_restart=False)
+    for number, stream in enumerate(streams):
+        texts[number] += "".join(piece.choices[0].text for piece in stream)
+    assert texts == whole
+    before = {name: replicas(f"EngineReplica-{name}") for name in NAMES}
+    for (process,) in before.values():
+        process.send_signal(signal.SIGKILL)
+    assert [service.client.completions.create(**body).choices[0].text for body in bodies] == whole  # type: ignore[call-overload]
+    for name, (old,) in before.items():
+        until(lambda name=name: service.metric(name, "num_replicas") == 1)  # type: ignore[misc]
+        assert [process.pid for process in replicas(f"EngineReplica-{name}")] != [old.pid]
+    assert httpx.get(f"{service.url}/ready").status_code == 200
 
 
 def test_a_stream_outlives_the_only_replica(service: Service) -> None:
