@@ -1,4 +1,4 @@
-"""The service on Ray Serve, over its HTTP proxy: an fp32 and an INT8 model side by side in one application."""
+"""The service on Ray Serve, over its HTTP proxy: an fp32 and an INT8 model side by side in one application, below a path."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from shoal.api.answers import token_name
 from shoal.errors import CheckpointError, ResourceError
 from shoal.inputs.chat import encode_chat
 from shoal.on_ray import serve
-from shoal.on_ray.serve_config import ServeArgs, serve_config
+from shoal.on_ray.serve_config import ServeArgs, check_serve_config, serve_config
 
 pytestmark = pytest.mark.ray
 
@@ -62,7 +62,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def service(shared_ray: None, models: dict[str, Path]) -> Iterator[Service]:
     args = ServeArgs(models={name: str(directory) for name, directory in models.items()})
-    deploy = serve_config(args, port=free_port())
+    values = serve_config(args, port=free_port()).model_dump(mode="json", exclude_unset=True)
+    values["applications"][0]["route_prefix"] = "/sea"
+    deploy = check_serve_config(values, "below a path")
     try:
         yield Service(serve.run(deploy, blocking=False), models)
     finally:
@@ -197,6 +199,7 @@ def test_status_routes(service: Service) -> None:
     base = service.url
     names = [card["id"] for card in httpx.get(f"{base}/v1/models").json()["data"]]
     assert names == list(NAMES)
+    assert base.endswith("/sea")
     assert httpx.get(f"{base}/ready").json() == {"status": "ready"}
     assert httpx.get(f"{base}/health").json() == {"status": "ok"}
     assert httpx.get(f"{base}/version").json()["model"] == "fp32"  # the first is meant where no name is given
@@ -207,7 +210,7 @@ def test_status_routes(service: Service) -> None:
 
 
 def test_a_port_in_use_is_one_line(service: Service) -> None:
-    deploy = serve_config(ServeArgs(model=str(service.directories["fp32"])), port=int(service.url.rpartition(":")[2]))
+    deploy = serve_config(ServeArgs(model=str(service.directories["fp32"])), port=httpx.URL(service.url).port or 0)
     with pytest.raises(ResourceError, match="port") as caught:
         serve.run(deploy, blocking=False)
     assert "\n" not in str(caught.value)
