@@ -16,7 +16,7 @@ from playwright.sync_api import Error, Page, sync_playwright
 
 COLOURS = 128  # of the picture's palette: enough for a page, and a third of the size
 MILLISECONDS = 60_000  # for each step
-CUSTOMER = ["For how long is my kettle guaranteed?", "The chair you sent me is broken."]
+CUSTOMER = ["For how long is my kettle guaranteed?", "Where is my chair?"]
 DEPTHS = ["full", "auto"]  # of the messages, in turn
 
 

@@ -126,6 +126,9 @@ def test_on_a_phone_the_last_words_stay_in_sight(page: Page, open_site: Site) ->
         page.locator(".facts").nth(number).wait_for()
     assert page.evaluate("() => document.querySelector('.bubble-wrap').scrollTop") > 0, "they fill more than the box"
     until(page, lambda: page.evaluate(LAST_IN_SIGHT))
+    page.evaluate("() => scrollTo(0, 0)")
+    box = page.get_by_label("Message", exact=True).bounding_box()
+    assert box is not None and box["y"] + box["height"] <= 740, "and so does the box to write in"
 
 
 def test_without_an_api_every_page_says_so(page: Page, strangers: list[str]) -> None:
