@@ -148,6 +148,7 @@ def test_conversations_are_kept_in_the_browser_and_exported(page: Page, open_sit
     assert "The first one." not in told(open_site)
     page.wait_for_function("() => document.querySelector('#earlier input').value === 'The second one.'")
     _wait_until_kept(page, open_site, page.locator(".facts").inner_text())
+    page.get_by_label("Submit").wait_for()  # what comes after an answer takes the focus, and would close a list
     page.get_by_label("Conversations").click()
     page.get_by_role("option", name="The first one.").click()
     page.locator(".message.user").get_by_text("The first one.").wait_for()
