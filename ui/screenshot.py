@@ -38,7 +38,7 @@ def main() -> int:
         try:
             PAGES[given.page](page, f"{given.url}/ui", given.ask or CUSTOMER)
             page.wait_for_timeout(500)  # the page scrolls to the answer
-            picture = page.screenshot()
+            picture = page.screenshot(full_page=True)
         except Error as error:
             print(f"the page at {given.url}/ui: {error.message.splitlines()[0]}", file=sys.stderr)
             return 1
