@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gradio as gr
+import openai
 
-from ui import compare, service, talk, training
+from ui import compare, service, training
 from ui.assistants import ASSISTANTS
 from ui.chat import AT_ONCE, build_chat
 from ui.site import Site
@@ -12,13 +13,13 @@ from ui.site import Site
 MAX_FILE_SIZE = "8mb"  # the API's own limit for an image
 
 
-def build(base_url: str, model: str | None = None, root: str = "/ui") -> gr.Blocks:
-    """The pages over the API at `base_url` (which ends in /v1). `model` is named first (None: the server's first); `root` is
-    the path that browsers find the first page at."""
+def build(base_url: str, model: str | None, root: str, api: openai.AsyncOpenAI) -> gr.Blocks:
+    """The pages over the API at `base_url` (which ends in /v1), which they ask through `api`. `model` is named first (None: the
+    server's first); `root` is the path that browsers find the first page at."""
     places = [*(assistant.place for assistant in ASSISTANTS), compare.PLACE, training.PLACE, service.PLACE]
     first, *others = ASSISTANTS
     page = gr.Blocks(title="Shoal", analytics_enabled=False, fill_height=True)
-    at = Site(page, places, root, base_url, model, talk.client(base_url))
+    at = Site(page, places, root, base_url, model, api)
     with page:
         build_chat(at, first)
     for assistant in others:

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 import openai
 
-from ui import look, site, talk
+from ui import site, talk
 from ui.chat import IMAGES
 from ui.look import Place
 from ui.site import QUIET, Component, Key, Site
@@ -24,7 +24,7 @@ TOGETHER, IN_TURN = "at the same time", "one after another"
 SHARED = "Together they share the machine."
 IDLE: dict[str, Any] = {"submit_btn": "Compare", "stop_btn": False}  # one button, which does what can be done now
 BUSY: dict[str, Any] = {"submit_btn": False, "stop_btn": "Stop"}
-STOPPED = '<div class="facts">stopped</div>'
+STOPPED = '<div class="facts">stopped</div>'  # before its first word
 # it went with the button that was pressed
 FOCUS = "() => document.activeElement === document.body && document.querySelector('#prompt {}')?.focus()"
 
@@ -155,12 +155,12 @@ def _run(at: Site) -> Any:
         *picks: str,
     ) -> AsyncIterator[list[str]]:
         if not (prompt["text"].strip() or prompt["files"]):
-            yield [look.fault("Write a prompt first."), *[_waiting()] * (MOST - 1)]
+            yield [talk.fault("Write a prompt first."), *[_waiting()] * (MOST - 1)]
             return
         try:
             cards = {card.name: card for card in await at.cards(key)}
         except openai.OpenAIError as error:
-            yield [look.fault(talk.reason(error)), *[_waiting()] * (MOST - 1)]
+            yield [talk.fault(talk.reason(error)), *[_waiting()] * (MOST - 1)]
             return
         asked = talk.messages([], prompt)
         chosen = list(zip(picks[::2], picks[1::2], strict=True))[:columns]
@@ -185,19 +185,12 @@ def _asking() -> str:
 
 
 def _ended(*shown: str) -> list[Any]:
-    """The button that begins, and the answers; those that did not come to their end are marked."""
-    begun = ["" if answer == _asking() else answer for answer in shown]
-    return [gr.update(**IDLE), *[answer if _is_whole(answer) else answer + STOPPED for answer in begun]]
-
-
-def _is_whole(answer: str) -> bool:
-    return answer == _waiting() or any(f'class="{end}"' in answer for end in ("facts", "fault"))
+    """The button that begins, and the answers; those that did not begin are marked."""
+    return [gr.update(**IDLE), *[STOPPED if answer == _asking() else answer for answer in shown]]
 
 
 def _shown(state: Said | None) -> str:
     if state is None:
         return _asking()
     text = f'<div class="answer">{html.escape(state.text)}</div>' if state.text or not state.fault else ""
-    if state.fault:
-        return text + look.fault(state.fault)
-    return text + (f'<div class="facts" role="status">{html.escape(state.below)}</div>' if state.below else "")
+    return text + (f'<div role="status">{talk.beneath(state)}</div>' if state.whole else talk.beneath(state))

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ui import talk
-from ui.talk import Message
+from ui.talk import Message, Said
 
 STORED_AS = "shoal"  # the browser encrypts with it, so that a restart of the server can still read; it hides nothing
 MOST_CHATS, MOST_CHARACTERS = 20, 500_000  # a browser keeps about 5 MB a site
@@ -96,7 +96,11 @@ def _plain(message: Message) -> Message:
 def _shown(message: Message) -> Message:
     if message["role"] == "user":
         return {"role": "user", "content": [{"type": "text", "text": message["text"]}]}
-    return talk.faulty(message["text"]) if message.get("fault") else talk.said(message["text"], message["below"])
+    return (
+        talk.faulty(message["text"])
+        if message.get("fault")
+        else talk.said(Said(message["text"], message["below"], whole=True))
+    )
 
 
 def _bare(markup: str) -> str:

@@ -15,6 +15,11 @@
       const [first, ...others] = question.querySelectorAll('input[type="radio"]');
       others.forEach((radio) => { if (radio.name !== first.name) radio.name = first.name; });
     });
+    // messages named by all of their own markup: who speaks is enough, the words follow
+    document.querySelectorAll('#chat [data-testid="bot"][aria-label], #chat [data-testid="user"][aria-label]').forEach((said) => {
+      said.setAttribute('role', 'group');
+      said.setAttribute('aria-label', said.getAttribute('aria-label').split(':')[0]);
+    });
     // a list whose children are buttons and no items
     document.querySelectorAll('.examples[role="list"]').forEach((list) => list.setAttribute('role', 'group'));
   };

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import gradio as gr
 from fastapi import FastAPI, Response
 
+from ui import talk
 from ui.app import MAX_FILE_SIZE, build
 from ui.look import CSS, ICON, MEND, STILL, THEME
 
@@ -15,6 +19,15 @@ from ui.look import CSS, ICON, MEND, STILL, THEME
 def mount(app: FastAPI, *, base_url: str, model: str | None, path: str = "/ui") -> FastAPI:
     """`app` with the pages at `path`. They ask the API at `base_url` (which ends in /v1), as any client would."""
     root = urlsplit(base_url).path.rstrip("/").removesuffix("/v1") + path
+    api, before = talk.client(base_url), app.router.lifespan_context
+
+    @asynccontextmanager
+    async def closing(served: FastAPI) -> AsyncIterator[Any]:
+        async with before(served) as state:
+            yield state
+            await api.close()
+
+    app.router.lifespan_context = closing
 
     @app.get("/favicon.ico", include_in_schema=False)  # browsers ask for it, whatever the page says
     async def favicon() -> Response:
@@ -24,7 +37,7 @@ def mount(app: FastAPI, *, base_url: str, model: str | None, path: str = "/ui") 
         warnings.filterwarnings("ignore", "SSR mode is not supported")  # said although it is off
         return gr.mount_gradio_app(
             app,
-            build(base_url, model, root),
+            build(base_url, model, root, api),
             path=path,
             root_path=root,  # Gradio guesses it wrongly for files
             theme=THEME,

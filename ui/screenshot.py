@@ -16,8 +16,8 @@ from playwright.sync_api import Error, Page, sync_playwright
 
 COLOURS = 128  # of the picture's palette: enough for a page, and a third of the size
 MILLISECONDS = 60_000  # for each step
-CUSTOMER = ["For how long is my kettle guaranteed?", "The chair you sent me is broken."]
-DEPTHS = ["full", "auto"]  # of the messages, in turn
+CUSTOMER = ["The chair you sent me is broken."]
+DEPTHS = ["auto", "full"]  # of the messages, in turn
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the service runs, without /ui")
     parser.add_argument("--page", choices=sorted(PAGES), default="chat", help="what to show [chat]")
     parser.add_argument("--out", type=Path, help="PNG to write [docs/images/PAGE.png]")
-    parser.add_argument("--ask", action="append", help="a message; repeat for a chat [two of a customer]")
+    parser.add_argument("--ask", action="append", help="a message; repeat for a chat [one of a customer]")
     given = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
@@ -38,7 +38,7 @@ def main() -> int:
         try:
             PAGES[given.page](page, f"{given.url}/ui", given.ask or CUSTOMER)
             page.wait_for_timeout(500)  # the page scrolls to the answer
-            picture = page.screenshot()
+            picture = page.screenshot(full_page=True)
         except Error as error:
             print(f"the page at {given.url}/ui: {error.message.splitlines()[0]}", file=sys.stderr)
             return 1

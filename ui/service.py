@@ -37,7 +37,7 @@ def build(at: Site) -> None:
         try:
             cards = await at.cards(given)
         except openai.OpenAIError as error:
-            why = look.empty("The models are not known", "") + look.fault(talk.reason(error))
+            why = look.empty("The models are not known", "") + talk.fault(talk.reason(error))
             return at.header(PLACE), why, asdict(last), Key.shown(given, error)
         metrics, why = await readings.read_metrics(at)
         now = readings.observe(last, metrics, time.monotonic(), time.strftime("%H:%M:%S"))
@@ -53,7 +53,7 @@ def show(cards: list[Card], metrics: Readings, why: str, ready: str, last: Seen,
     named = {card.name: metrics.get(card.name, {}) for card in cards}
     sections = [look.tiles([("State", ready), *_load(named, last, now)], {"ready": "good", "not ready": "bad"})]
     if why:
-        sections.append(look.fault(f"No metrics: {why}"))
+        sections.append(talk.fault(f"No metrics: {why}"))
     if len(cards) > 1:
         sections.append(_models(cards, named, last, now))
     sections.append('<div class="figures">')

@@ -78,10 +78,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Said:
-    """An answer so far. `below`: its facts, once it is complete; `fault`: why there is no more of it."""
+    """An answer so far. `below`: its facts, up to here until it is `whole`; `fault`: why there is no more of it."""
 
     text: str
     below: str = ""
+    whole: bool = False
     fault: str = ""
 
 
@@ -103,7 +104,7 @@ async def answer(api: openai.AsyncOpenAI, card: Card, asked: list[Any], settings
     """States of the answer as a message of the page, each instead of the one before; an error is a message as well."""
     async with aclosing(stream(api, card, asked, settings)) as states:
         async for state in states:
-            yield faulty(state.fault) if state.fault else said(state.text, state.below)
+            yield said(state) if state.text or not state.fault else faulty(state.fault)
 
 
 async def stream(
@@ -113,23 +114,28 @@ async def stream(
 
     Closing the iterator closes the stream, which cancels the request in the engine.
     """
-    text, usage, began, first, shown = "", None, time.perf_counter(), 0.0, 0.0
+    text, usage, depth, pieces, first, shown = "", None, "", 0, 0.0, 0.0
+    began = time.perf_counter()
     try:
         body = settings.body(card.name, asked)
         sent = await api.chat.completions.create(model=card.name, messages=asked, stream=True, extra_body=body)
         async with sent:
+            depth = sent.response.headers.get("X-Shoal-Depth", "")
             async for chunk in sent:
                 usage = chunk.usage or usage
-                text += "".join(choice.delta.content or "" for choice in chunk.choices)
+                piece = "".join(choice.delta.content or "" for choice in chunk.choices)
+                text, pieces = text + piece, pieces + (piece != "")
                 now = time.perf_counter()
                 first = first or now - began
                 if text and now - shown > SHOWN_EVERY:
                     shown = now
-                    yield Said(text)
+                    yield Said(text, facts(depth, pieces, card, f"first after {first:.2f} s, stopped", now - began))
     except openai.OpenAIError as error:
         yield Said(text, fault=reason(error))
         return
-    yield Said(text, facts(usage, card, first, time.perf_counter() - began))
+    tokens, depth = (usage.completion_tokens, (usage.model_extra or {}).get("depth", "")) if usage else (pieces, depth)
+    below = facts(depth, tokens, card, f"first after {first:.2f} s, last", time.perf_counter() - began)
+    yield Said(text, below, whole=True)
 
 
 def messages(history: Iterable[Message], new: Message, system: str = "") -> list[Message]:
@@ -148,18 +154,31 @@ def messages(history: Iterable[Message], new: Message, system: str = "") -> list
     return [*told, *asked, {"role": "user", "content": _content(_parts(new))}]
 
 
-def said(text: str, below: str = "") -> Message:
-    """An answer as a message of the page, with a line of facts below it."""
-    parts = [{"type": "text", "text": markdown(text)}]
-    if below:
-        parts.append({"type": "text", "text": f'<div class="facts">{html.escape(below)}</div>'})
-    return {"role": "assistant", "content": parts, "metadata": {"log": text}}
+def said(state: Said) -> Message:
+    """An answer as a message of the page, with a line of facts below it, or of why there is no more of it."""
+    parts = [{"type": "text", "text": markdown(state.text)}]
+    if below := beneath(state):
+        parts.append({"type": "text", "text": below})
+    return {"role": "assistant", "content": parts, "metadata": {"log": state.text}}
+
+
+def fault(line: str) -> str:
+    """Why something is not there, as markup."""
+    return f'<div class="fault" role="alert">{html.escape(line)}</div>'
+
+
+def beneath(state: Said) -> str:
+    """The line below an answer as markup; empty for none. While an answer comes its line is hidden, and when it is stopped, it
+    stays and is shown (`style.css`)."""
+    if state.fault:
+        return fault(state.fault)
+    kind = "facts" if state.whole else "sofar"
+    return f'<div class="{kind}">{html.escape(state.below)}</div>' if state.below else ""
 
 
 def faulty(why: str) -> Message:
     """Why there is no answer, in one line, as a message of the page."""
-    line = f'<div class="fault" role="alert">{html.escape(why)}</div>'
-    return {"role": "assistant", "content": [{"type": "text", "text": line}], "metadata": {"id": FAULT}}
+    return {"role": "assistant", "content": [{"type": "text", "text": fault(why)}], "metadata": {"id": FAULT}}
 
 
 def number(name: str, text: str, *, whole: bool = False) -> Any:
@@ -191,19 +210,16 @@ def reason(error: openai.OpenAIError) -> str:
     return f"{body.get('message', error.message)}. {hint}".strip()
 
 
-def facts(usage: Any, card: Card, first: float, total: float) -> str:
-    """``depth shallow (2 of 8 layers) · 24 tokens · 240 tokens/s · first after 0.02 s, last after 0.10 s``.
+def facts(depth: str, tokens: int, card: Card, times: str, total: float) -> str:
+    """``depth shallow (2 of 8 layers) · 24 tokens · 240 tokens/s · first after 0.02 s, last after 0.10 s``; `times`: what
+    stands before the last time, which is `total`, in seconds.
 
     The speed is over the whole time: tokens that this side read late, all at once, would make any other look too high.
     """
-    if usage is None:
-        return ""
-    depth = (usage.model_extra or {}).get("depth", "")
     layers = f" ({card.depths[depth]} of {card.layers} layers)" if depth in card.depths else ""
-    tokens = usage.completion_tokens
     speed = f" · {tokens / total:,.0f} tokens/s" if tokens > 1 else ""
-    times = f"first after {first:.2f} s, last after {total:.2f} s"
-    return f"depth {depth}{layers} · {tokens} token{'s' * (tokens != 1)}{speed} · {times}"
+    ran = f"depth {depth}{layers} · " if depth else ""
+    return f"{ran}{tokens} token{'s' * (tokens != 1)}{speed} · {times} after {total:.2f} s"
 
 
 def curl(url: str, body: dict[str, Any], *, key: bool) -> str:

@@ -52,7 +52,7 @@ def build(at: Site) -> None:
         except openai.NotFoundError:
             return gr.skip(), gr.update(visible=False), gr.skip(), NO_ROUTE, Key.shown(given)
         except openai.OpenAIError as error:
-            return gr.skip(), gr.skip(), gr.skip(), look.fault(talk.reason(error)), Key.shown(given, error)
+            return gr.skip(), gr.skip(), gr.skip(), talk.fault(talk.reason(error)), Key.shown(given, error)
         if run is None:
             return gr.skip(), gr.update(visible=False), gr.skip(), NO_RUNS, gr.skip()
         choices = gr.update(choices=[(_label(r), r["name"]) for r in runs], value=run["name"])

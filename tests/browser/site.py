@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,10 +14,10 @@ from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.page import chat_page
 from shoal.api.served import ServedModel
-from shoal.api.server import serving
 from shoal.api.service import Hosted
 from shoal.engine.events import Event
 from shoal.engine.front import AsyncEngine
+from tests.serving import Thread, in_a_thread
 
 SECONDS_A_TOKEN = 0.02
 
@@ -55,13 +54,16 @@ class Readable:
 
 @dataclass
 class Site:
-    url: str
+    thread: Thread
     client: Readable  # of the first model
     last: Readable  # of the last, which may be the first
-    loop: asyncio.AbstractEventLoop
+
+    @property
+    def url(self) -> str:
+        return self.thread.url
 
     def stat(self, name: str) -> float:
-        return asyncio.run_coroutine_threadsafe(self.client.stats(), self.loop).result(60)[name]
+        return self.thread.run(self.client.stats())[name]
 
     @contextmanager
     def held(self, most: int) -> Iterator[None]:
@@ -83,29 +85,12 @@ def site(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    started: list[Site] = []
-    ready, stop = threading.Event(), threading.Event()
-
-    async def serve() -> None:
-        clients = [Readable(AsyncEngine(Engine(model)), model) for model in models.values()]
-        hosted = [
-            Hosted(ServedModel(name, model.config, model.tokenizer, model.chat_template), client)
-            for (name, model), client in zip(models.items(), clients, strict=True)
-        ]
-        page = chat_page(f"http://127.0.0.1:{1 if lost else port}/v1", "fish")
-        app = build_app(hosted, api_keys=keys, runs=runs, ui_mount=page)
-        async with serving(app, port=port) as running:
-            started.append(Site(running.url, clients[0], clients[-1], asyncio.get_running_loop()))
-            ready.set()
-            await asyncio.to_thread(stop.wait)
-        for client in clients:
-            await client.engine.close()
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    try:
-        assert ready.wait(60)
-        yield started[0]
-    finally:
-        stop.set()
-        thread.join(30)
+    clients = [Readable(AsyncEngine(Engine(model)), model) for model in models.values()]
+    hosted = [
+        Hosted(ServedModel(name, model.config, model.tokenizer, model.chat_template), client)
+        for (name, model), client in zip(models.items(), clients, strict=True)
+    ]
+    page = chat_page(f"http://127.0.0.1:{1 if lost else port}/v1", "fish")
+    app = build_app(hosted, api_keys=keys, runs=runs, ui_mount=page)
+    with in_a_thread(app, [client.engine for client in clients], port) as thread:
+        yield Site(thread, clients[0], clients[-1])

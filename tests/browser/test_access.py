@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.browser.driving import ask, most_tokens, until, visit
 from tests.browser.site import Site, site
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ NAME = """() => {
 }"""
 MOVING = """() => [...document.querySelectorAll('*')].filter((at) => getComputedStyle(at).transitionDuration !== '0s')
   .map((at) => at.className)"""
+LAST_IN_SIGHT = """() => {
+  const box = document.querySelector('#chat').getBoundingClientRect();
+  const last = [...document.querySelectorAll('.facts')].at(-1).getBoundingClientRect();
+  return box.top <= last.top && last.bottom <= box.bottom;
+}"""
 
 
 def open_page(page: Page, site: Site, path: str) -> None:
@@ -63,6 +69,8 @@ def test_axe_finds_none_beside_an_answer_and_in_what_is_folded_away(page: Page, 
     page.locator(".facts").wait_for()
     for name in ("More settings", "The last request as curl"):
         page.get_by_role("button", name=name).click()
+    assert page.locator('[aria-label*="<"]').count() == 0, "nobody is read markup"
+    assert page.get_by_role("group", name="bot's message", exact=True).count() == 2  # the answer, and its facts
     assert in_both_schemes(page) == []
     open_page(page, open_site, "compare")
     page.get_by_label("Prompt").fill("hello")
@@ -107,6 +115,20 @@ def test_no_page_is_wider_than_a_phone(page: Page, open_site: Site) -> None:
     for path in (*CHATS, *TOOLS):
         open_page(page, open_site, path)
         assert page.evaluate("() => document.scrollingElement.scrollWidth") <= 360, path or "chat"
+
+
+def test_on_a_phone_the_last_words_stay_in_sight(page: Page, open_site: Site) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    visit(page, open_site)
+    most_tokens(page, 4)
+    for number in range(5):
+        ask(page, "Where is my kettle?")
+        page.locator(".facts").nth(number).wait_for()
+    assert page.evaluate("() => document.querySelector('.bubble-wrap').scrollTop") > 0, "they fill more than the box"
+    until(page, lambda: page.evaluate(LAST_IN_SIGHT))
+    page.evaluate("() => scrollTo(0, 0)")
+    box = page.get_by_label("Message", exact=True).bounding_box()
+    assert box is not None and box["y"] + box["height"] <= 740, "and so does the box to write in"
 
 
 def test_without_an_api_every_page_says_so(page: Page, strangers: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,10 +80,27 @@ def test_stop_ends_the_answer_and_frees_the_engine(page: Page, open_site: Site) 
     assert open_site.stat("requests_cancelled_total") == cancelled + 1
     assert open_site.stat("num_requests_running") == 0
     page.get_by_label("Submit").wait_for()
+    facts = words(page, ".sofar")
+    assert facts.startswith("depth full (4 of 4 layers) · ") and "tokens/s · first after" in facts
+    assert re.search(r" · ([1-9]|1\d|20) tokens? · .* stopped after ", facts), facts
     most_tokens(page, 4)
     ask(page, "Thank you.")
     page.locator(".facts").wait_for()
+    assert words(page, ".sofar") == facts, "what was known of it stays, too"
     assert "Go on and on." in told(open_site), "what was said before the stop stays part of the conversation"
+
+
+def test_a_tab_that_is_closed_frees_the_engine(page: Page, open_site: Site) -> None:
+    cancelled = open_site.stat("requests_cancelled_total")
+    tab = page.context.new_page()
+    visit(tab, open_site)
+    most_tokens(tab, 300)
+    with open_site.held(20):
+        ask(tab, "Go on and on.")
+        words(tab, ".message.bot")
+        tab.close()
+        until(page, lambda: open_site.stat("requests_cancelled_total") == cancelled + 1)
+    assert open_site.stat("num_requests_running") == 0
 
 
 def test_what_is_set_reaches_the_engine_and_the_curl_command(page: Page, open_site: Site) -> None:
@@ -130,6 +148,7 @@ def test_conversations_are_kept_in_the_browser_and_exported(page: Page, open_sit
     assert "The first one." not in told(open_site)
     page.wait_for_function("() => document.querySelector('#earlier input').value === 'The second one.'")
     _wait_until_kept(page, open_site, page.locator(".facts").inner_text())
+    page.get_by_label("Submit").wait_for()  # what comes after an answer takes the focus, and would close a list
     page.get_by_label("Conversations").click()
     page.get_by_role("option", name="The first one.").click()
     page.locator(".message.user").get_by_text("The first one.").wait_for()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,31 +16,29 @@ from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.limits import Limits
 from shoal.api.served import ServedModel
-from shoal.api.server import serving
 from shoal.api.service import Hosted
 from shoal.engine.front import AsyncEngine
+from tests.serving import Thread, in_a_thread
 
 KEY = "a-key-for-this-test"
 
 
 @dataclass
 class Service:
-    url: str
+    thread: Thread
     model: Model
     engine: AsyncEngine
-    loop: asyncio.AbstractEventLoop
+
+    @property
+    def url(self) -> str:
+        return self.thread.url
 
     @property
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {KEY}"}
 
-    def run(self, work: Any) -> Any:
-        """The result of a coroutine of the engine, in the server's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
-
     def stats(self) -> dict[str, float]:
-        stats: dict[str, float] = self.run(self.engine.stats())
-        return stats
+        return self.thread.run(self.engine.stats())
 
     def until_idle(self, seconds: float = 5.0) -> None:
         """Waits until no request holds anything; the units are then back, or `check_integrity` kills the engine."""
@@ -58,29 +54,12 @@ class Service:
 
 @contextmanager
 def running(model: Model, *, backlog: int = 256, limits: Limits | None = None, **options: Any) -> Iterator[Service]:
-    """A service in a thread of its own, over an engine with `options`."""
+    """A service over an engine with `options`."""
     served = ServedModel("fish", model.config, model.tokenizer, model.chat_template)
-    started: list[Service] = []
-    ready, stop = threading.Event(), threading.Event()
-
-    async def serve() -> None:
-        engine = AsyncEngine(Engine(model, **options), backlog=backlog)
-        app = build_app([Hosted(served, engine)], api_keys=ApiKeys([KEY]), limits=limits or Limits(seconds=60))
-        async with serving(app) as server:
-            started.append(Service(server.url, model, engine, asyncio.get_running_loop()))
-            ready.set()
-            await asyncio.to_thread(stop.wait)
-        await engine.close()
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    try:
-        assert ready.wait(30)
-        yield started[0]
-    finally:
-        stop.set()
-        thread.join(20)
-    assert not thread.is_alive()
+    engine = AsyncEngine(Engine(model, **options), backlog=backlog)
+    app = build_app([Hosted(served, engine)], api_keys=ApiKeys([KEY]), limits=limits or Limits(seconds=60))
+    with in_a_thread(app, [engine]) as thread:
+        yield Service(thread, model, engine)
 
 
 @pytest.fixture(scope="package")

@@ -241,7 +241,7 @@ def tasks(service: Service) -> int:
     async def count() -> int:
         return len(asyncio.all_tasks())
 
-    return int(service.run(count()))
+    return service.thread.run(count())
 
 
 def connection(service: Service, receive: int | None = None) -> socket.socket:

@@ -80,6 +80,10 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "choices": chat(n=3, seed=1, temperature=1),
     "image": chat(messages=image(picture())),
     "json": chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": CATCH}}, max_tokens=90),
+    "tool": chat(tools=[LOG], tool_choice="required", max_tokens=90),
+    "tool-stream": chat(
+        **STREAM, tools=[LOG], tool_choice={"type": "function", "function": {"name": "log"}}, max_tokens=90
+    ),
     "stream": chat(**STREAM),
     "stream-logprobs": chat(**STREAM, logprobs=True, top_logprobs=2, depth="middle"),
     "stream-image": chat(**STREAM, messages=image(picture()), seed=3, temperature=1),

@@ -1,4 +1,4 @@
-"""The service on Ray Serve, over its HTTP proxy: an fp32 and an INT8 model side by side in one application."""
+"""The service on Ray Serve, over its HTTP proxy: an fp32 and an INT8 model side by side in one application, below a path."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ import httpx
 import openai
 import psutil
 import pytest
+import ray
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.api.answers import token_name
 from shoal.errors import CheckpointError, ResourceError
 from shoal.inputs.chat import encode_chat
 from shoal.on_ray import serve
-from shoal.on_ray.serve_config import ServeArgs, serve_config
+from shoal.on_ray.serve_config import ServeArgs, check_serve_config, serve_config
 
 pytestmark = pytest.mark.ray
 
@@ -60,7 +62,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def service(shared_ray: None, models: dict[str, Path]) -> Iterator[Service]:
     args = ServeArgs(models={name: str(directory) for name, directory in models.items()})
-    deploy = serve_config(args, port=free_port())
+    values = serve_config(args, port=free_port()).model_dump(mode="json", exclude_unset=True)
+    values["applications"][0]["route_prefix"] = "/sea"
+    deploy = check_serve_config(values, "below a path")
     try:
         yield Service(serve.run(deploy, blocking=False), models)
     finally:
@@ -195,6 +199,7 @@ def test_status_routes(service: Service) -> None:
     base = service.url
     names = [card["id"] for card in httpx.get(f"{base}/v1/models").json()["data"]]
     assert names == list(NAMES)
+    assert base.endswith("/sea")
     assert httpx.get(f"{base}/ready").json() == {"status": "ready"}
     assert httpx.get(f"{base}/health").json() == {"status": "ok"}
     assert httpx.get(f"{base}/version").json()["model"] == "fp32"  # the first is meant where no name is given
@@ -205,7 +210,7 @@ def test_status_routes(service: Service) -> None:
 
 
 def test_a_port_in_use_is_one_line(service: Service) -> None:
-    deploy = serve_config(ServeArgs(model=str(service.directories["fp32"])), port=int(service.url.rpartition(":")[2]))
+    deploy = serve_config(ServeArgs(model=str(service.directories["fp32"])), port=httpx.URL(service.url).port or 0)
     with pytest.raises(ResourceError, match="port") as caught:
         serve.run(deploy, blocking=False)
     assert "\n" not in str(caught.value)
@@ -215,6 +220,28 @@ def test_a_port_in_use_is_one_line(service: Service) -> None:
 def test_a_second_service_on_one_ray_is_refused(service: Service) -> None:
     with pytest.raises(ResourceError, match="already running"):
         serve.run(serve_config(ServeArgs(model=str(service.directories["fp32"])), port=free_port()), blocking=False)
+
+
+def test_a_killed_controller_loses_none_of_the_models(service: Service) -> None:
+    """Streams of both go on without it; the one that Ray starts in its place knows both, and mends what is lost of either."""
+    bodies = [
+        {"model": n, "prompt": "x", "max_tokens": 300, "seed": 7, "extra_body": {"ignore_eos": True}} for n in NAMES
+    ]
+    whole = [service.client.completions.create(**body).choices[0].text for body in bodies]  # type: ignore[call-overload]
+    streams = [service.client.completions.create(**body, stream=True) for body in bodies]  # type: ignore[call-overload]
+    texts = [next(stream).choices[0].text for stream in streams]
+    ray.kill(ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE), no_restart=False)
+    for number, stream in enumerate(streams):
+        texts[number] += "".join(piece.choices[0].text for piece in stream)
+    assert texts == whole
+    before = {name: replicas(f"EngineReplica-{name}") for name in NAMES}
+    for (process,) in before.values():
+        process.send_signal(signal.SIGKILL)
+    assert [service.client.completions.create(**body).choices[0].text for body in bodies] == whole  # type: ignore[call-overload]
+    for name, (old,) in before.items():
+        until(lambda name=name: service.metric(name, "num_replicas") == 1)  # type: ignore[misc]
+        assert [process.pid for process in replicas(f"EngineReplica-{name}")] != [old.pid]
+    assert httpx.get(f"{service.url}/ready").status_code == 200
 
 
 def test_a_stream_outlives_the_only_replica(service: Service) -> None:

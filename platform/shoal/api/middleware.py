@@ -96,11 +96,12 @@ class Gate:
         told |= access.key.headers() if access.key is not None else {}
         return [(name.encode(), value.encode()) for name, value in told.items()]
 
-    def _open(self, path: str) -> bool:
+    def _open(self, scope: Scope) -> bool:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # where a Serve config or a proxy puts the app
         return any(path == open_ or path.startswith(open_ + "/") for open_ in OPEN_PATHS)
 
     def _check(self, scope: Scope, headers: dict[bytes, str], access: Access) -> None:
-        if self._keys is not None and not self._open(scope["path"]):
+        if self._keys is not None and not self._open(scope):
             raw = headers.get(b"authorization")
             given = None if raw is None else raw.encode("latin-1").decode("utf-8", "surrogateescape")
             access.key = self._keys.find(given)

@@ -6,6 +6,8 @@
     otherwise    rendezvous hashing of the first page: every gateway sends a new beginning to the same replica, and a replica
                  that comes or goes moves only its own share
     bound        a replica with more than `SHARE` of its fair part of the requests is passed over, from `SPARE` requests on
+    refused      a request that would wait behind `queue` others. Who waits only until he is handed to a replica that has room
+                 is none of these: Serve's own ``max_queued_requests`` counts him, and so refuses a burst that there is room for
 
 `Affinity` is the decision, plain Python; `AffinityRouter` is what Ray Serve runs beside the gateway's handle.
 """
@@ -20,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import BackPressureError
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from shoal.engine.events import Request
@@ -88,9 +91,26 @@ class AffinityRouter(FIFOMixin, RequestRouter):
         waiting: Iterable[PendingRequest] = self._pending_requests_to_fulfill
         return next((p for p in waiting if p.metadata is request_metadata and not p.future.done()), None)
 
-    def initialize_state(self, page: int) -> None:  # type: ignore[override]
-        """`page`: tokens of a page of the model."""
-        self._page, self._affinity = page, Affinity()
+    def initialize_state(self, page: int, queue: int) -> None:  # type: ignore[override]
+        """`page`: tokens of a page of the model; `queue`: requests that may wait while all replicas are full."""
+        self._page, self._queue, self._affinity = page, queue, Affinity()
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        """Raises BackPressureError for a new request that there is no room for."""
+        waiting = sum(not pending.future.done() for pending in self._pending_requests_to_fulfill)
+        if not is_retry and waiting >= self._room():
+            raise BackPressureError(num_queued_requests=waiting, max_queued_requests=self._queue)
+        return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+
+    def _room(self) -> int:
+        """How many requests may be on their way to a replica: those that one would take now, and the queue."""
+        free = [
+            replica.max_ongoing_requests - (self.replica_queue_len_cache.get(replica.replica_id) or 0)
+            for replica in self.curr_replicas.values()
+        ]
+        return self._queue + sum(max(0, places) for places in free)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -110,7 +130,7 @@ class AffinityRouter(FIFOMixin, RequestRouter):
         return beginnings(request, self._page) if isinstance(request, Request) else []
 
 
-def router_config(page: int) -> RequestRouterConfig:
-    """Serve's option that routes by `Affinity`, for a model of pages of `page` tokens."""
+def router_config(page: int, queue: int) -> RequestRouterConfig:
+    """Serve's option that routes by `Affinity`, for a model of pages of `page` tokens; `queue` requests may wait."""
     values: dict[str, Any] = {"request_router_class": "shoal.on_ray.routing:AffinityRouter"}
-    return RequestRouterConfig(**values, request_router_kwargs={"page": page})
+    return RequestRouterConfig(**values, request_router_kwargs={"page": page, "queue": queue})

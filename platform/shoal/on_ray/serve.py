@@ -90,7 +90,8 @@ def run(
     seconds: float = 180.0,
     on_ready: Callable[[str], None] | None = None,
 ) -> str:
-    """Starts Serve on the Ray that is running, with the applications of a checked config, and returns the base URL.
+    """Starts Serve on the Ray that is running, with the applications of a checked config, and returns the base URL of the first
+    one that is ours, which ends in its ``route_prefix``.
 
     Returns once requests would be served, or raises when `seconds` are over; `on_ready` is called with the URL then.
     With `blocking` it stays until Ctrl-C (or SIGTERM) and stops Serve; without, `stop` does. Raises ResourceError for a
@@ -100,9 +101,9 @@ def run(
     options = deploy.http_options
     url = f"http://{'127.0.0.1' if options.host == '0.0.0.0' else options.host}:{options.port}"
     deploy = deploy.model_copy(deep=True)
-    for application in deploy.applications:
-        if application.import_path == IMPORT_PATH:
-            application.args = _at_home(application.args, url + _prefix(application))
+    ours = [application for application in deploy.applications if application.import_path == IMPORT_PATH]
+    for application in ours:
+        application.args = _at_home(application.args, url + _prefix(application))
     need_free_port(options.host, options.port)
     if _get_global_client(raise_if_no_controller_running=False) is not None:
         raise ResourceError(
@@ -124,8 +125,9 @@ def run(
         client.deploy_apps(deploy)
         for application in deploy.applications:
             _wait_until_running(application.name, deadline)
-            if application.import_path == IMPORT_PATH:
-                _wait_until_ready(url + _prefix(application), deadline)
+        for application in ours:
+            _wait_until_ready(url + _prefix(application), deadline)
+        url += _prefix(ours[0]) if ours else ""
         if on_ready:
             on_ready(url)
         if blocking:

@@ -50,7 +50,7 @@ class ServeArgs:
     vllm: dict[str, Any] = field(default_factory=dict)  # with engine vllm: its own engine arguments, by vLLM's names
     threads: int | None = None  # compute threads of a replica; None: the machine's cores less one, for HTTP
     max_batch: int = 32  # requests that run at once in one replica
-    max_queue: int = 128  # requests that wait for a replica; more are answered 429
+    max_queue: int = 128  # requests that wait while each replica has twice its batch; more are answered 429
     seconds: float = 600.0  # longest time of one request
     api_keys: str | None = None  # file of keys, one a line; None: $SHOAL_API_KEYS, or open to all
     metrics: bool = True  # answer /metrics

@@ -13,8 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
+from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.limits import Limits
+from shoal.api.served import ServedModel
+from shoal.api.service import Hosted
 from shoal.api.wire import UnauthorizedError
 from shoal.engine.events import Finished
 from shoal.errors import ConfigError
@@ -231,6 +234,18 @@ class TestKeys:
             assert (await http.get(path)).status_code == 200
         for path in ("/v1/models", "/tokenizer_info", "/nothing", "/healthy"):
             assert (await http.get(path)).status_code == 401
+
+    async def test_they_are_open_too_where_the_app_stands_below_a_path(self, served: ServedModel, engine: Any) -> None:
+        """As with `route_prefix` of a Serve config: the path is then the whole one."""
+        app = build_app([Hosted(served, engine)], api_keys=ApiKeys(["k"]))
+        below = httpx.ASGITransport(app, root_path="/fish")
+        async with httpx.AsyncClient(transport=below, base_url="http://test/fish") as http:
+            assert [(await http.get(path)).status_code for path in ("/ready", "/v1/models", "/fish/ready")] == [
+                200,
+                401,
+                401,
+            ]
+            assert (await http.get("/v1/models", headers={"Authorization": "Bearer k"})).status_code == 200
 
     async def test_an_unauthorised_body_is_not_parsed(self, connect: Connect) -> None:
         reply = await connect(api_keys=ApiKeys(["k"])).post(URL, content=b"{", headers=JSON)

@@ -6,7 +6,7 @@ from typing import Any
 
 from shoal.api.metrics import Metrics as Exposition
 from shoal.engine.metrics import Metrics as Engine
-from ui import look, readings, service, training
+from ui import look, readings, service, talk, training
 from ui.readings import Readings, Seen
 from ui.talk import Card
 
@@ -150,7 +150,7 @@ def test_names_cannot_write_markup() -> None:
         look.table(bad, (bad,) * 9, [(bad, bad)], {bad: bad}),
         look.bars(bad, {bad: 1.0}, {bad: bad}, bad),
         look.curves(bad, bad, {bad: [(0, 1), (1, 2)]}),
-        look.fault(bad),
+        talk.fault(bad),
         look.remark(bad, bad),
     ):
         assert bad not in made and "&lt;script&gt;" in made

@@ -7,10 +7,11 @@ import json
 import pytest
 
 from ui import history, talk
+from ui.talk import Said
 
 SHOWN = [
     {"role": "user", "content": [{"type": "text", "text": "a < b?"}]},
-    talk.said("yes & no", "depth full · 3 tokens"),
+    talk.said(Said("yes & no", "depth full · 3 tokens", whole=True)),
 ]
 
 

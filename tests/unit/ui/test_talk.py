@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
 from ui import talk
+from ui.talk import Said
 
 CARD = talk.Card("fish", 384, {"shallow": 1, "middle": 2, "full": 4}, "w8a8")
 
@@ -23,7 +25,7 @@ def user(*content: object) -> talk.Message:
 
 
 def test_the_model_hears_its_own_words_and_not_what_the_page_shows() -> None:
-    history = [user("hi"), talk.said("a < b", "depth full · 3 tokens")]
+    history = [user("hi"), talk.said(Said("a < b", "depth full · 3 tokens", whole=True))]
     assert talk.messages(history, {"text": "and?", "files": []}) == [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "a < b"},
@@ -70,13 +72,63 @@ def test_an_answer_is_shown_as_it_is(text: str, shown: str) -> None:
 
 
 def test_the_facts_below_an_answer() -> None:
-    usage = SimpleNamespace(completion_tokens=24, model_extra={"depth": "middle"})
-    assert talk.facts(usage, CARD, first=0.5, total=2.4) == (
+    assert talk.facts("middle", 24, CARD, "first after 0.50 s, last", 2.4) == (
         "depth middle (2 of 4 layers) · 24 tokens · 10 tokens/s · first after 0.50 s, last after 2.40 s"
     )
-    usage = SimpleNamespace(completion_tokens=1, model_extra={"depth": "full"})
     one = "depth full (4 of 4 layers) · 1 token · first after 0.10 s, last after 0.10 s"
-    assert talk.facts(usage, CARD, 0.1, 0.1) == one
+    assert talk.facts("full", 1, CARD, "first after 0.10 s, last", 0.1) == one
+
+
+class Server:
+    """An API that streams `pieces` and then ends, or is cut off."""
+
+    def __init__(self, pieces: list[str], *, cut: bool = False) -> None:
+        self._pieces, self._cut = pieces, cut
+
+    def client(self) -> openai.AsyncOpenAI:
+        http = httpx.AsyncClient(transport=httpx.MockTransport(self._answer))
+        return openai.AsyncOpenAI(base_url="http://x/v1", api_key="none", http_client=http, max_retries=0)
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
+        events = [{"choices": [self._choice({"role": "assistant", "content": ""})]}]
+        events += [{"choices": [self._choice({"content": piece})]} for piece in self._pieces]
+        if self._cut:
+            events.append({"error": {"message": "the engine replica was lost", "code": "engine_dead"}})
+        else:
+            usage = {"prompt_tokens": 1, "completion_tokens": 9, "total_tokens": 10, "depth": "middle"}
+            events.append({"choices": [], "usage": usage})
+        lines = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+        lines += "" if self._cut else "data: [DONE]\n\n"
+        return httpx.Response(200, text=lines, headers={"content-type": "text/event-stream", "X-Shoal-Depth": "middle"})
+
+    def _choice(self, delta: dict[str, str]) -> dict[str, Any]:
+        return {"index": 0, "delta": delta, "finish_reason": None}
+
+
+def states(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[Said]:
+    monkeypatch.setattr(talk, "SHOWN_EVERY", -1.0)  # each piece is a state
+
+    async def all_of() -> list[Said]:
+        return [state async for state in talk.stream(server.client(), CARD, [], talk.Settings("auto", 9))]
+
+    return asyncio.run(all_of())
+
+
+def test_an_answer_that_is_stopped_keeps_what_was_known_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *_, last = states(Server(["one", " two"]), monkeypatch)
+    assert first.below.startswith("depth middle (2 of 4 layers) · 1 token · ")
+    assert second.below.startswith("depth middle (2 of 4 layers) · 2 tokens · ") and ", stopped after" in second.below
+    assert (last.text, last.whole) == ("one two", True) and "9 tokens" in last.below and "stopped" not in last.below
+    lines = [talk.said(state)["content"][1]["text"] for state in (second, last)]
+    assert lines == [f'<div class="sofar">{second.below}</div>', f'<div class="facts">{last.below}</div>']
+    assert talk.messages([user("hi"), talk.said(second)], {"text": "and?"})[1]["content"] == "one two"
+
+
+def test_an_answer_that_is_cut_off_keeps_its_words_beside_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, last = states(Server(["one", " two"], cut=True), monkeypatch)
+    assert (last.text, last.fault) == ("one two", "the engine replica was lost.")
+    words, why = [part["text"] for part in talk.said(last)["content"]]
+    assert words == "one two" and 'role="alert"' in why and "the engine replica was lost" in why
 
 
 def test_an_error_is_the_api_s_own_sentence_with_what_to_do_here() -> None:

@@ -1,0 +1,60 @@
+"""A service in a thread of its own: a real engine behind the API, on a real socket, while the test does something else."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+
+from shoal.api.server import serving
+from shoal.engine.front import AsyncEngine
+
+T = TypeVar("T")
+
+START_SECONDS = 60.0
+STOP_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Thread:
+    """The server as it runs."""
+
+    url: str
+    loop: asyncio.AbstractEventLoop
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work` in the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(START_SECONDS)
+
+
+@contextmanager
+def in_a_thread(app: FastAPI, engines: Sequence[AsyncEngine], port: int = 0) -> Iterator[Thread]:
+    """Serves `app` until the end of the block, and then closes its `engines`. Port 0: a free one."""
+    started: list[Thread] = []
+    ready, stop = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        try:
+            async with serving(app, port=port) as running:
+                started.append(Thread(running.url, asyncio.get_running_loop()))
+                ready.set()
+                await asyncio.to_thread(stop.wait)
+        finally:
+            ready.set()  # also when it could not start
+            for engine in engines:
+                await engine.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    try:
+        assert ready.wait(START_SECONDS) and started
+        yield started[0]
+    finally:
+        stop.set()
+        thread.join(STOP_SECONDS)
+    assert not thread.is_alive()
