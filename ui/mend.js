@@ -17,8 +17,10 @@
     });
     // messages named by all of their own markup: who speaks is enough, the words follow
     document.querySelectorAll('#chat [data-testid="bot"][aria-label], #chat [data-testid="user"][aria-label]').forEach((said) => {
+      const [who, ...words] = said.getAttribute('aria-label').split(':');
+      if (!words.length) return;
       said.setAttribute('role', 'group');
-      said.setAttribute('aria-label', said.getAttribute('aria-label').split(':')[0]);
+      said.setAttribute('aria-label', who);
     });
     // a list whose children are buttons and no items
     document.querySelectorAll('.examples[role="list"]').forEach((list) => list.setAttribute('role', 'group'));
