@@ -19,7 +19,7 @@ from shoal.config import ModelConfig, TrainConfig, check_exits, dump
 from shoal.data import remote
 from shoal.data.shards import open_index
 from shoal.errors import ConfigError, DataError, UsageError
-from shoal.model import checkpoint
+from shoal.model import checkpoint, files
 from shoal.model.cost import parameters
 from shoal.train import log
 from shoal.train.parallel import STAYS_GATHERED
@@ -46,7 +46,7 @@ class FitPlan:
     replay: str = ""  # folder of shards that a run on chats goes back to now and then, against forgetting
     heldout: str = ""  # .jsonl of chats to measure a fine-tuning run on; shards bring their own held-out rows
     mix: Mapping[str, float] | None = None  # share of each modality by token; default: what the shards were made for
-    quantize: bool = False  # train with INT8 rounding in the forward pass, and write the INT8 model
+    quantize: bool = False  # learn to say with INT8 rounding what the model says without, and write the INT8 model
     eval_every: int = 100  # steps between held-out evaluations; 0: only at the end
     eval_rows: int = 32  # held-out rows of each modality that are read
     checkpoint_minutes: float = 1.0  # between checkpoints
@@ -74,6 +74,9 @@ class FitPlan:
             raise ConfigError(
                 "train.lora_rank", got=self.train.lora_rank, allowed="0 but in fine-tuning", do="train all"
             )
+        if self.quantize and self.train.distill:
+            allowed = "0 where INT8 is trained: each exit already learns from the fp32 model's"
+            raise ConfigError("train.distill", got=self.train.distill, allowed=allowed)
 
     @property
     def model_dir(self) -> Path:
@@ -126,6 +129,7 @@ class FitPlan:
             "mix": dict(self.mix) if self.mix is not None else None,
             "control": bool(self.rates_of),
             "quantize": self.quantize,
+            "teacher_sha256": files.weights_sha256(self.init) if self.quantize and self.init else None,
         }
 
 
@@ -263,9 +267,10 @@ def memory_needed(plan: FitPlan, world: int) -> int:
     """Bytes that one worker needs, estimated: sharded weights, gradients and moments, what is gathered of them, what
     backward keeps of a micro-batch, and the logits of all exits."""
     c, count = plan.model, parameters(plan.model)
-    sharded = 16 * count.total * plan.replicas // world
+    teacher = 4 if plan.quantize else 0  # bytes a weight, beside the trained one
+    sharded = (16 + teacher) * count.total * plan.replicas // world
     whole = count.total <= STAYS_GATHERED
-    gathered = 8 * (count.total if whole else count.blocks // 4 + count.embedding)
+    gathered = (8 + teacher) * (count.total if whole else count.blocks // 4 + count.embedding)
     tokens = max(1, plan.batch_rows // (world * plan.train.accumulate)) * c.train_length
     scores = 2 * c.heads * c.train_length  # attention weights of both branches, a token
     layer = 12 * c.width + 4 * c.heads * c.head_dim + 4 * c.ffn + scores
