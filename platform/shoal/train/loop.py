@@ -70,7 +70,7 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
     say = Speaker(plan.run, ranks.first, report)
     start = _Start.of(plan)
     feed = open_feed(plan, start.tokenizer, start.template, ranks)
-    teacher = copy.deepcopy(start.net) if plan.quantize else None
+    teacher = copy.deepcopy(start.net) if plan.has_teacher else None
     model = LossModel(start.net, trained_exits(plan.model.exits, plan.train), teacher)
     shard_(model, ranks, replicas=plan.replicas, recompute=plan.recompute, compiled=plan.compile)
     optimizer = make_optimizer(model, plan.train)
@@ -96,6 +96,8 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
         if rotates(plan.model, plan.train):
             weights = one_early_exit(weights, state.step)
         skip = left_out(plan.model, plan.train, state.step)
+        # Rounding begins when the rate has warmed up: AdamW's moments are empty until then, and rounding is noise to them.
+        fake_quantize_(model.net, plan.quantize and done > plan.train.warmup)
         with enough_memory(plan, ranks):
             result = update(
                 model, optimizer, batches, config=plan.train, weights=weights, rate=rate, ranks=ranks, skip=skip
@@ -108,6 +110,7 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
         state.seconds = clock.step()
         meter.add(result.tokens, clock.last_step)
         say("step", meter.read() | asdict(result), step=state.step, progress=done, rate=rate, eta=clock.eta(done))
+        fake_quantize_(model.net, plan.quantize)  # what is measured is what will be served
         if plan.eval_every and state.step % plan.eval_every == 0 and done < 1.0:
             run.evaluate(state, done)
         if (clock.stopped or state.seconds - run.saved_at >= 60 * plan.checkpoint_minutes) and done < 1.0:

@@ -56,7 +56,7 @@ class LossModel(nn.Module):
         self.net = net
         self.exits = tuple(net.config.exits if exits is None else exits)
         self.teacher = None if teacher is None else teacher.requires_grad_(False)
-        self.register_state_dict_post_hook(_without_teacher)
+        self.register_state_dict_post_hook(_without_teacher)  # type: ignore[no-untyped-call]
 
     def forward(
         self,

@@ -46,7 +46,7 @@ class FitPlan:
     replay: str = ""  # folder of shards that a run on chats goes back to now and then, against forgetting
     heldout: str = ""  # .jsonl of chats to measure a fine-tuning run on; shards bring their own held-out rows
     mix: Mapping[str, float] | None = None  # share of each modality by token; default: what the shards were made for
-    quantize: bool = False  # learn to say with INT8 rounding what the model says without, and write the INT8 model
+    quantize: bool = False  # train with INT8 rounding in the forward pass, and write the INT8 model
     eval_every: int = 100  # steps between held-out evaluations; 0: only at the end
     eval_rows: int = 32  # held-out rows of each modality that are read
     checkpoint_minutes: float = 1.0  # between checkpoints
@@ -74,9 +74,6 @@ class FitPlan:
             raise ConfigError(
                 "train.lora_rank", got=self.train.lora_rank, allowed="0 but in fine-tuning", do="train all"
             )
-        if self.quantize and self.train.distill:
-            allowed = "0 where INT8 is trained: each exit already learns from the fp32 model's"
-            raise ConfigError("train.distill", got=self.train.distill, allowed=allowed)
 
     @property
     def model_dir(self) -> Path:
@@ -88,6 +85,11 @@ class FitPlan:
         """What the finished model's router is fitted on: held-out chats, or shards, which hold rows out; "" for chats alone."""
         shards = remote.is_remote(self.data) or Path(self.data).is_dir()
         return self.heldout or (self.data if shards else "")
+
+    @property
+    def has_teacher(self) -> bool:
+        """Does the run learn from the model that it starts from, too? INT8 does: it is to stand in for that one."""
+        return self.quantize and self.train.distill > 0
 
     @property
     def batch_rows(self) -> int:
@@ -129,7 +131,7 @@ class FitPlan:
             "mix": dict(self.mix) if self.mix is not None else None,
             "control": bool(self.rates_of),
             "quantize": self.quantize,
-            "teacher_sha256": files.weights_sha256(self.init) if self.quantize and self.init else None,
+            "teacher_sha256": files.weights_sha256(self.init) if self.has_teacher and self.init else None,
         }
 
 
@@ -156,10 +158,12 @@ def finetune_plan(model: str, data: str, run: str, **more: Any) -> FitPlan:
 
 
 def quantize_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
-    """INT8 from a model directory: a short, gentle run with INT8 rounding in the forward pass, then export."""
+    """INT8 from a model directory: a short, gentle run with INT8 rounding in the forward pass, held to what the model said
+    before (decision 0018), then export."""
     name, config = checkpoint.read_config(model)
     train = TrainConfig(
-        learning_rate=2e-4,
+        learning_rate=5e-5,
+        distill=30.0,
         warmup=0.1,
         decay=0.9,
         weight_decay=0.0,
@@ -267,7 +271,7 @@ def memory_needed(plan: FitPlan, world: int) -> int:
     """Bytes that one worker needs, estimated: sharded weights, gradients and moments, what is gathered of them, what
     backward keeps of a micro-batch, and the logits of all exits."""
     c, count = plan.model, parameters(plan.model)
-    teacher = 4 if plan.quantize else 0  # bytes a weight, beside the trained one
+    teacher = 4 if plan.has_teacher else 0  # bytes a weight, beside the trained one
     sharded = (16 + teacher) * count.total * plan.replicas // world
     whole = count.total <= STAYS_GATHERED
     gathered = (8 + teacher) * (count.total if whole else count.blocks // 4 + count.embedding)
