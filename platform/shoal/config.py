@@ -23,6 +23,9 @@ from shoal.errors import ConfigError, did_you_mean
 T = TypeVar("T")
 
 GROUPS = 4  # layer groups of a model; a unit of KV memory is one page of one group
+KvCacheDtype = Literal[
+    "auto", "int8"
+]  # what keys and values are stored as, in vLLM's words; auto: in the model's precision
 
 
 @dataclass(frozen=True)
