@@ -144,6 +144,13 @@ def serve(
             "and the reason is said [stored, or the config's]."
         ),
     ] = None,
+    kv_cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="auto: keys and values in the model's precision; int8: rounded, three to four times as many fit "
+            "[auto, or the config's]."
+        ),
+    ] = None,
     runs: Annotated[
         Path | None, typer.Option(help="Folder of training runs to show on the pages, read only. [none shown]")
     ] = None,
@@ -154,6 +161,8 @@ def serve(
         raise UsageError("what to serve", do="give --model DIR or --config FILE")
     if precision not in (None, "stored", "auto"):
         raise UsageError("--precision", got=precision, allowed=["stored", "auto"])
+    if kv_cache_dtype not in (None, "auto", "int8"):
+        raise UsageError("--kv-cache-dtype", got=kv_cache_dtype, allowed=["auto", "int8"])
     if seconds is not None and not 0 < seconds < float("inf"):
         raise UsageError("--seconds", got=seconds, allowed="a number above 0")
     if not ray:
@@ -165,6 +174,7 @@ def serve(
             "api_keys": api_keys,
             "runs": runs,
             "seconds": seconds,
+            "kv_cache_dtype": kv_cache_dtype or "auto",
         }
         if precision == "auto":
             options["on_fallback"] = partial(print, "shoal: in fp32, since", file=sys.stderr)
@@ -181,7 +191,7 @@ def serve(
         "metrics": metrics,
         "cors": cors or None,
     }
-    given |= {"precision": precision, "seconds": seconds}
+    given |= {"precision": precision, "kv_cache_dtype": kv_cache_dtype, "seconds": seconds}
     args: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     args |= {"api_keys": str(api_keys)} if api_keys else {}
     args |= {"runs": str(runs.absolute())} if runs else {}

@@ -23,6 +23,9 @@ from shoal.errors import ConfigError, did_you_mean
 T = TypeVar("T")
 
 GROUPS = 4  # layer groups of a model; a unit of KV memory is one page of one group
+KvCacheDtype = Literal[
+    "auto", "int8"
+]  # what keys and values are stored as, in vLLM's words; auto: in the model's precision
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,9 @@ class TrainConfig:
     patch_weight: float = 0.5  # weight of the next-patch loss beside the cross-entropy
     # One early exit an update, in turn, its weight times their number: one early head instead of all (arXiv 2404.16710).
     rotate_exits: Literal["auto", "on", "off"] = "auto"  # auto: where the vocabulary is above 8192
-    # Weight of KL(full depth || exit) beside each early exit's cross-entropy; full depth is not pulled towards the exit.
-    distill: float = 0.0  # 0.5 late in a run makes exits agree more with full depth; 0: off
+    # Weight of KL(teacher || exit) beside each exit's cross-entropy. The teacher of early exits is full depth, which is not
+    # pulled towards them (0.5 late in a run makes them agree more); of INT8, at each exit, the fp32 model. 0: off
+    distill: float = 0.0
     # chance that an update leaves out the last layer; layer l: (2^(l/(L-1)) - 1) of it; 0: off
     layer_dropout: float = 0.0
     lora_rank: int = 0  # train thin matrices of this rank beside the layers' frozen ones; 0: train all weights

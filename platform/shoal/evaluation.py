@@ -25,7 +25,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.int8_cost import int8_cost
+from shoal.int8_cost import int8_cost, too_far
 from shoal.model import cost, files
 from shoal.model.depth import Router
 from shoal.model.model import Model
@@ -87,14 +87,15 @@ def compare(
     asked = _chats(data) if _chats(data).exists() else data
     prompts = heldout_prompts(loaded[served], asked) if router is not None else None
     policies = frontier(loaded[served].config, router, *prompts) if router is not None and prompts else {}
+    lost = int8_cost(first, loaded[served], data, rows=sizes.heldout_rows) if pair else []
     return {
         "machine": machine(),
         "quality": {"columns": list(loaded), "rows": rows},
         "depth": {"rows": by_depth, **_routing(router)},
         "frontier": policies,
         "gates": gates(loaded[served]),
-        "int8": int8_cost(first, loaded[served], data, rows=sizes.heldout_rows) if pair else [],
-        "weak": weaknesses(rows, by_depth) + (sentence(policies) if policies else []),
+        "int8": lost,
+        "weak": weaknesses(rows, by_depth) + too_far(lost) + (sentence(policies) if policies else []),
     }
 
 

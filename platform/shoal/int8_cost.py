@@ -11,6 +11,7 @@ from shoal.model.model import Model
 from shoal.train.evaluate import beside
 
 TEXTS = ("text", "code")
+AGREEMENT = 0.95  # share of places in which INT8 should say the token that fp32 does: it stands in for it
 
 
 def int8_cost(fp32: Model, int8: Model, data: Path, *, rows: int) -> list[dict[str, Any]]:
@@ -41,5 +42,15 @@ def said(row: dict[str, Any]) -> str:
     """One row of `int8_cost` in a line."""
     return (
         f"{row['modality']} {row['fp32']:.3f} > {row['int8']:.3f} ({row['int8_rise']:+.2%}; "
-        f"rounding alone {row['rounded_rise']:+.2%}), same token {row['int8_agreement']:.1%}"
+        f"rounding alone {row['rounded_rise']:+.2%}), same token {row['int8_agreement']:.1%} "
+        f"(rounding alone {row['rounded_agreement']:.1%})"
     )
+
+
+def too_far(rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each row of `int8_cost` in which INT8 is no longer the model that it was made from."""
+    return [
+        f"INT8 says another token than fp32 in {1 - row['int8_agreement']:.1%} of the places in {row['modality']}."
+        for row in rows
+        if row["int8_agreement"] < AGREEMENT
+    ]

@@ -20,11 +20,13 @@ import psutil
 import pytest
 import ray
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+import torch
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.api.answers import token_name
 from shoal.errors import CheckpointError, ResourceError
 from shoal.inputs.chat import encode_chat
+from shoal.model.cost import kv_bytes_stored
 from shoal.on_ray import serve
 from shoal.on_ray.serve_config import ServeArgs, check_serve_config, serve_config
 
@@ -87,9 +89,9 @@ def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
 @pytest.mark.usefixtures("shared_ray")  # beside it, as long as nothing is served there
 @pytest.mark.parametrize("how", [["--replicas", "0:2", "--no-ui"], ["--no-ray", "--no-ui"]], ids=["ray", "no-ray"])
 def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(models: dict[str, Path], how: list[str]) -> None:
-    """On Ray from no replica at all: the first request brings one, and waits for it."""
+    """On Ray from no replica at all: the first request brings one, and waits for it. The engine is as the command says."""
     port = free_port()
-    command = [sys.executable, "-m", "shoal.cli", "serve", "--model", str(models["int8"])]
+    command = [sys.executable, "-m", "shoal.cli", "serve", "--model", str(models["int8"]), "--kv-cache-dtype", "int8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [*command, "--name", "fish", "--port", str(port), *how], stdout=subprocess.PIPE, text=True, env=environment
@@ -100,6 +102,10 @@ def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(models: dict[str, P
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
             stream = client.chat.completions.create(model="fish", messages=MESSAGES, max_tokens=8, stream=True)
             assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("length", "stop")
+            config = Model.load(models["int8"]).config
+            unit = kv_bytes_stored(config, 1, config.group_layers, torch.int8)
+            metrics = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+            assert f'shoal:kv_unit_bytes{{model_name="fish"}} {float(unit)}' in metrics
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGINT)
             assert process.wait(120) == 0

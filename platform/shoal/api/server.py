@@ -18,6 +18,7 @@ from shoal.api.auth import ApiKeys
 from shoal.api.limits import Limits
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
+from shoal.config import KvCacheDtype
 from shoal.errors import ResourceError
 
 
@@ -34,6 +35,7 @@ def run_local(
     ui_mount: UiMount | None = None,
     limits: Limits | None = None,
     threads: int | None = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
     on_fallback: Callable[[str], None] | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -41,7 +43,8 @@ def run_local(
     (port 0: a free one is taken).
 
     `name`: as of `ServedModel.load`; `api_keys`: a file of keys; `metrics`, `cors`, `runs`, `ui_mount`: as of `build_app`;
-    `threads`: compute threads (default: all cores but one, which is left to HTTP); `on_fallback`: as of `Model.load`.
+    `threads`: compute threads (default: all cores but one, which is left to HTTP); `kv_cache_dtype`: as of `Engine`;
+    `on_fallback`: as of `Model.load`.
     Raises CheckpointError for a directory that cannot be served, ResourceError for a port in use.
     """
     import torch
@@ -53,7 +56,7 @@ def run_local(
     keys = ApiKeys.load(api_keys)
     served = ServedModel.load(model_dir, name)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) - 1))
-    engine = AsyncEngine(Engine(Model.load(model_dir, on_fallback=on_fallback)))
+    engine = AsyncEngine(Engine(Model.load(model_dir, on_fallback=on_fallback), kv_cache_dtype=kv_cache_dtype))
     settle()
 
     log_to_stderr()

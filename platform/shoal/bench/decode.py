@@ -32,6 +32,7 @@ from shoal.engine.text import TextStream
 from shoal.errors import UsageError
 from shoal.evaluation import decode_speed
 from shoal.inputs.tokenizer import Tokenizer
+from shoal.model import slots
 from shoal.model.model import Model
 from shoal.model.net import Net
 
@@ -143,26 +144,28 @@ def _context(bench: Bench) -> tuple[Table, Rows]:
     for length in lengths:
         longer = length + config.page
         dense = replace(config, window=longer, top_k=-(-longer // config.block), train_length=2 * longer)
-        for kind, shaped in {"hybrid": config, "dense": dense}.items():
-            runs[kind, length] = _step(_model(replace(shaped, max_length=longer)), length, bench.tokens)
+        kinds = {"hybrid": (config, None), "hybrid, K/V in int8": (config, torch.int8), "dense": (dense, None)}
+        for kind, (shaped, kv_dtype) in kinds.items():
+            runs[kind, length] = _step(_model(replace(shaped, max_length=longer)), length, bench.tokens, kv_dtype)
     medians = in_turns(runs, bench.rounds)
     table = Table("attention", *(f"{n} tokens" for n in lengths), "ratio", title="ms a decoded token, fp32, batch 1")
     rows = []
-    for kind in ("hybrid", "dense"):
+    for kind in kinds:
         short, long = (medians[kind, length] for length in lengths)
         table.add_row(kind, f"{short:.2f}", f"{long:.2f}", f"{long / short:.2f}")
         rows.append({"attention": kind, "lengths": lengths, "ms": [short, long], "ratio": long / short})
     return table, rows
 
 
-def _step(model: Model, length: int, tokens: int) -> Callable[[], float]:
+def _step(model: Model, length: int, tokens: int, kv_dtype: torch.dtype | None) -> Callable[[], float]:
     """A function that takes one decoding step at `length` tokens several times, and gives the milliseconds of one."""
     config = model.config
     pages = -(-(length + 1) // config.page)
-    runner = Runner(model, 1 + GROUPS * pages)
-    generator = torch.Generator().manual_seed(0)
-    for memory in (runner.cache.kv, runner.cache.summaries):
-        memory.normal_(generator=generator)
+    runner = Runner(model, 1 + GROUPS * pages, kv_dtype=kv_dtype)
+    kv, generator = runner.cache.kv, torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, *kv.shape[:-1], config.head_dim, generator=generator)
+    kv.copy_(slots.encode(k, v, kv.dtype))
+    runner.cache.summaries.normal_(generator=generator)
     request = Request([20 + i % 200 for i in range(length)], Sampling(temperature=0, max_tokens=1), depth="full")
     seq = Sequence(
         request=request, tokens=list(request.prompt), prompt_len=length, page=config.page, order=(0, 0), arrival=0.0,  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from shoal.engine.engine import Engine
 from shoal.errors import ShoalError, UsageError
 from shoal.evaluation import TASKS, Sizes, decode_speed, generate, heldout_questions, leave_a_core
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.int8_cost import int8_cost
+from shoal.int8_cost import AGREEMENT, int8_cost
 from shoal.model import files
 from shoal.model.model import Model
 from shoal.model.net import Net
@@ -68,8 +68,8 @@ def quant(console: Console, *, preset: str, tokens: int, rounds: int, pairs: lis
             table.add_row(
                 f"bpb {cost['modality']}, {name}", "", f"{cost['fp32']:.4f}", low, rise, "+0.5 %, at most that"
             )
-            alone = f"rounding alone {cost['rounded_agreement']:.1%}"  # training on changes what is said, too
-            table.add_row("same token as FP32", "", "", f"{cost['int8_agreement']:.1%}", alone, "95 % alone")
+            alone = f"rounding alone {cost['rounded_agreement']:.1%}"
+            table.add_row("same token as FP32", "", "", f"{cost['int8_agreement']:.1%}", alone, f"{AGREEMENT:.0%}")
     for row, goal in zip(speed, ("3x", "4x"), strict=True):
         cells = (f"{value:.1f}" for value in row["tokens_per_s"])
         table.add_row(f"tokens/s, batch {row['batch']}", ARTICLE["speed"], *cells, f"{row['ratio']:.2f}x", goal)

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import torch
 
-from shoal.config import GROUPS, ModelConfig
+from shoal.config import GROUPS, KvCacheDtype, ModelConfig
 from shoal.engine.events import MAX_DRAFTS, Completion, Event, Finished, Request, Token
 from shoal.engine.guided import Grammars
 from shoal.engine.pages import Pages
@@ -38,6 +38,7 @@ from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import END_ID, IMG_ID
 from shoal.model.cost import kv_bytes_stored
 from shoal.model.model import Model
+from shoal.model.slots import stored_as
 
 MAX_FAILURES = 3  # failed steps in a row after which the engine is dead
 MEMORY_SHARE = 0.25  # of the free memory, for K/V, unless `units` says otherwise
@@ -57,20 +58,24 @@ class Engine:
         compute_budget: float | None = None,
         speculative: int = 0,
         speculative_max_batch: int | None = None,
+        kv_cache_dtype: KvCacheDtype = "auto",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`units`: KV units, the null unit included (default: what a quarter of the free memory holds, at most what
         `max_batch` requests of full context need). A step runs at most `max_batch_tokens` rows of at most `max_batch`
         requests; `max_queue` more may wait. `compute_budget` in (0, 1]: mean share of the layers that requests of depth
         "auto" are to use. `speculative`: tokens that requests deeper than group 1 draft ahead unless they say otherwise, in
-        steps of at most `speculative_max_batch` requests (default: as far as it is measured to pay). Raises ConfigError for
-        values that cannot work together.
+        steps of at most `speculative_max_batch` requests (default: as far as it is measured to pay). `kv_cache_dtype`: "auto",
+        keys and values in the model's precision, or "int8", rounded with a scale each, in a third to a fourth of
+        fp32's memory (`model.slots`). Raises ConfigError for values that cannot work together.
         """
         config = model.config
         _check_limits(model, max_batch_tokens, max_batch, max_queue, compute_budget)
         if not 0 <= speculative <= MAX_DRAFTS:
             raise ConfigError("speculative", got=speculative, allowed=f"0 to {MAX_DRAFTS}")
-        units = default_units(config, max_batch, model.net.dtype, model.device) if units is None else units
+        kv_dtype = stored_as(kv_cache_dtype, model.net.dtype)
+        self._unit_bytes = kv_bytes_stored(config, 1, config.group_layers, model.net.dtype, kv_dtype)
+        units = default_units(config, max_batch, self._unit_bytes, model.device) if units is None else units
         if units < 2:
             raise ConfigError("units", got=units, allowed="2 or more (the null unit and one that holds tokens)")
         self.model, self.config, self._clock = model, config, clock
@@ -85,7 +90,7 @@ class Engine:
             clock=clock,
         )
         self._grammars = Grammars(model.tokenizer, config.vocab)
-        self.runner = Runner(model, units, compute_budget)
+        self.runner = Runner(model, units, compute_budget, kv_dtype)
         self.dead: EngineDeadError | None = None
         self.ran = False  # did the last step run any row?
         self._failures = 0
@@ -216,6 +221,7 @@ class Engine:
             "kv_cache_usage_perc": 1 - pages.available / pages.total,
             "kv_units": pages.total,
             "kv_units_cached": pages.cached,
+            "kv_unit_bytes": self._unit_bytes,
             f'model_info{{quantization="{self.config.quantization}"}}': 1,
         }
         return gauges | s.metrics.samples(self.config.exits)
@@ -240,13 +246,12 @@ class Engine:
             self.die(f"{self._failures} steps failed in a row, the last with {type(error).__name__}: {error}")
 
 
-def default_units(config: ModelConfig, max_batch: int, dtype: torch.dtype, device: torch.device) -> int:
+def default_units(config: ModelConfig, max_batch: int, unit_bytes: int, device: torch.device) -> int:
     """Units for `max_batch` requests of full context at full depth, or what `MEMORY_SHARE` of the free memory holds, but
     never less than one such request needs."""
     one = GROUPS * -(-config.context // config.page)
-    each = kv_bytes_stored(config, 1, config.group_layers, dtype.itemsize)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return 1 + max(one, min(one * max_batch, int(free * MEMORY_SHARE) // each))
+    return 1 + max(one, min(one * max_batch, int(free * MEMORY_SHARE) // unit_bytes))
 
 
 def _check_limits(model: Model, batch_tokens: int, batch: int, queue: int, budget: float | None) -> None:

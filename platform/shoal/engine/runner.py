@@ -34,11 +34,13 @@ SCORED_ROWS = 64  # rows of a prompt whose logits exist at once
 
 
 class Runner:
-    def __init__(self, model: Model, units: int, compute_budget: float | None = None) -> None:
-        """K/V memory for `units` units (the null unit included) in the model's precision, on its device."""
+    def __init__(
+        self, model: Model, units: int, compute_budget: float | None = None, kv_dtype: torch.dtype | None = None
+    ) -> None:
+        """K/V memory for `units` units (the null unit included) in `kv_dtype` [the model's], on its device."""
         self.model, self.config, self.net = model, model.config, model.net
         self.device, self.compute_budget = model.device, compute_budget
-        self.cache = GroupCache.zeros(self.config, units, self.net.dtype, self.device)
+        self.cache = GroupCache.zeros(self.config, units, self.net.dtype, self.device, kv_dtype)
         with fused.compiling():
             prepack_(self.net)
             self._compile()

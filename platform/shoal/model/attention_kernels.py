@@ -1,24 +1,30 @@
 """Hybrid attention of few rows over pages, compiled for the CPU: plain loops over the formulas of `attention` and `paged`. They
-take fp32 and fp64 (the tests compare in fp64), and NaN stays NaN.
+take fp32 and fp64 (the tests compare in fp64), and NaN stays NaN. Keys and values may lie in int8: `slots` says how.
 
-Letters: as in `kernels`.
+Letters: as in `kernels`; W numbers in a slot.
 """
 
 from __future__ import annotations
 
+import numba as nb
 import numpy as np
+from numba.extending import overload
 
 from shoal.model.compiled import exp, fast, inverse_rms
 from shoal.model.float_kernels import dots, fetch, fits, weigh
+from shoal.model.slots import TOP
+
+KEY, VALUE = 0, 1  # which of the two in a slot
 
 
 @fast
 def project_and_store(qkv, q_weight, k_weight, eps, keep, cross, positions, slots, block, kv, summaries, q):
     """q [N, H, d], normed and turned by `keep` and `cross` [N, d] (`block.rope_tables`), of `qkv` [N, (H + 2 Hk) d]; k and v
-    to their `slots` [N] (-1: stored already) of kv [U, Hk, P, 2d], and the summary of every block that they complete to
+    to their `slots` [N] (-1: stored already) of kv [U, Hk, P, W], and the summary of every block that they complete to
     `summaries` [U, Hk, P/S, d or 2d]."""
     rows, heads, dim = q.shape
     kv_heads, page = kv.shape[1:3]
+    key, room = np.empty(dim, q.dtype), np.empty((block, 2 * dim), q.dtype)
     for n in range(rows):
         for h in range(heads):
             _norm_and_turn(qkv[n, h * dim : (h + 1) * dim], q_weight, eps, keep[n], cross[n], q[n, h])
@@ -27,11 +33,13 @@ def project_and_store(qkv, q_weight, k_weight, eps, keep, cross, positions, slot
         unit, offset = slots[n] // page, slots[n] % page
         for g in range(kv_heads):
             at = (heads + g) * dim
-            _norm_and_turn(qkv[n, at : at + dim], k_weight, eps, keep[n], cross[n], kv[unit, g, offset, :dim])
+            _norm_and_turn(qkv[n, at : at + dim], k_weight, eps, keep[n], cross[n], key)
             at += kv_heads * dim
-            kv[unit, g, offset, dim:] = qkv[n, at : at + dim]
+            _store(key, kv[unit, g, offset], KEY)
+            _store(qkv[n, at : at + dim], kv[unit, g, offset], VALUE)
             if (positions[n] + 1) % block == 0:
-                _summarise(kv[unit, g, offset + 1 - block : offset + 1], summaries[unit, g, offset // block], dim)
+                keys = _stored(kv, unit, g, offset + 1 - block, block, KEY, room)
+                _summarise(keys, summaries[unit, g, offset // block], dim)
 
 
 @fast
@@ -48,7 +56,7 @@ def attend(q, kv, summaries, tables, rows, requests, positions, block, window, t
     most = window + (top_k + 1) * block
     runs = np.empty((most, 3), np.int64)  # of tokens that lie side by side: unit, first slot, how many
     near, far = np.empty(most, q.dtype), np.empty(most, q.dtype)  # 1 where a token is in that branch, else 0
-    weight = np.empty((group, most), q.dtype)
+    weight, room = np.empty((group, most), q.dtype), np.empty((page, 2 * dim), q.dtype)
     for n, request in zip(rows, requests):  # noqa: B905, numba has no strict
         position, table = positions[n], tables[request]
         complete = (position + 1) // block
@@ -75,28 +83,28 @@ def attend(q, kv, summaries, tables, rows, requests, positions, block, window, t
                 far[here + max(b * block, first) : here + max((b + 1) * block, first)] = one
             if hybrid:
                 far[here + max(complete * block, first) : count] = one
-            _score(mine, kv, g, runs[:used], scale, weight)
+            _score(mine, kv, g, runs[:used], scale, weight, room)
             for h in range(group):
                 share = gamma[g * group + h] if hybrid else one
                 _mix(weight[h, :count], near, far, share, hybrid)
-            _gather(weight, kv, g, runs[:used], result)
+            _gather(weight, kv, g, runs[:used], result, room)
 
 
 @fast
-def _score(q, kv, g, runs, scale, weight):
+def _score(q, kv, g, runs, scale, weight, room):
     """weight [G, tokens of `runs`] = q [G, d] times their keys in KV head `g`, times `scale`."""
     group, dim = q.shape
     item, zero, at = q.itemsize, q.dtype.type(0), 0
-    whole, apart = fits(dim * item, item), kv.strides[2]
+    whole = fits(dim * item, item)
     for r in range(len(runs)):
         unit, slot, size = runs[r]
-        fetch(kv[unit, g, slot:].ctypes.data, size * apart)
+        fetch(kv[unit, g, slot:].ctypes.data, size * kv.strides[2])
     for r in range(len(runs)):
         unit, slot, size = runs[r]
-        keys = kv[unit, g, slot : slot + size]
+        keys = _stored(kv, unit, g, slot, size, KEY, room)
         if whole:
             a, w, y = q.ctypes.data, keys.ctypes.data, weight.ctypes.data + at * item
-            dots(a, group, w, size, dim * item, apart, y, weight.shape[1] * item, 0, zero, item)
+            dots(a, group, w, size, dim * item, keys.strides[0], y, weight.shape[1] * item, 0, zero, item)
         else:
             for i in range(size):
                 for h in range(group):
@@ -111,24 +119,74 @@ def _score(q, kv, g, runs, scale, weight):
 
 
 @fast
-def _gather(weight, kv, g, runs, result):
+def _gather(weight, kv, g, runs, result, room):
     """result [G, d] = the values of the tokens of `runs` in KV head `g`, each times its weight [G, ...]."""
     group, dim = result.shape
     item, zero, at = result.itemsize, result.dtype.type(0), 0
-    whole, apart = fits(dim * item // 2, item), kv.strides[2]
+    whole = fits(dim * item // 2, item)
     result[:] = zero
     for r in range(len(runs)):
         unit, slot, size = runs[r]
-        values = kv[unit, g, slot : slot + size]
+        values = _stored(kv, unit, g, slot, size, VALUE, room)
         for h in range(group):
             if whole:
                 w, x = weight[h, at:].ctypes.data, values.ctypes.data + dim * item
-                weigh(w, x, size, dim * item, apart, result[h].ctypes.data, zero, item)
+                weigh(w, x, size, dim * item, values.strides[0], result[h].ctypes.data, zero, item)
             else:
                 for i in range(size):
                     for e in range(dim):
                         result[h, e] += weight[h, at + i] * values[i, dim + e]
         at += size
+
+
+def _store(x, slot, which):
+    """A key or a value [d] to its place in a slot [W], as `slots.encode` does."""
+
+
+@overload(_store)
+def _store_as(x, slot, which):
+    return _store_levels if slot.dtype == nb.int8 else _store_numbers
+
+
+def _store_numbers(x, slot, which):
+    slot[which * len(x) : (which + 1) * len(x)] = x
+
+
+def _store_levels(x, slot, which):
+    dim, most, broken = len(x), x.dtype.type(0), False
+    for e in range(dim):
+        most = max(most, abs(x[e]))
+        broken |= x[e] != x[e]
+    exact = max(np.float32(most / x.dtype.type(TOP)), np.finfo(np.float32).tiny)
+    upper = (np.float32(np.nan if broken else exact).view(np.uint32) + 0xFFFF) >> 16
+    scale = x.dtype.type(np.uint32(upper << 16).view(np.float32))
+    for e in range(dim):
+        slot[which * dim + e] = np.int8(np.rint(x[e] / scale)) if scale < np.inf else 0
+    slot[2 * dim + 2 * which], slot[2 * dim + 2 * which + 1] = np.int8(upper & 0xFF), np.int8(upper >> 8)
+
+
+def _stored(kv, unit, g, slot, size, which, room):
+    """Rows [size, 2d] whose first half is the keys, or whose second half is the values, of `size` slots; made in `room`
+    [.., 2d] where they lie in int8. The other half is not to be read."""
+
+
+@overload(_stored)
+def _stored_as(kv, unit, g, slot, size, which, room):
+    if kv.dtype == nb.int8:
+        return _levels
+    return lambda kv, unit, g, slot, size, which, room: kv[unit, g, slot : slot + size]
+
+
+def _levels(kv, unit, g, slot, size, which, room):
+    dim = room.shape[1] // 2
+    for i in range(size):
+        row, out = kv[unit, g, slot + i], room[i, which * dim : (which + 1) * dim]
+        upper = np.uint32(np.uint8(row[2 * dim + 2 * which])) | np.uint32(np.uint8(row[2 * dim + 2 * which + 1])) << 8
+        scale = room.dtype.type(np.uint32(upper << 16).view(np.float32))
+        levels = row[which * dim : (which + 1) * dim]
+        for e in range(dim):
+            out[e] = room.dtype.type(levels[e]) * scale
+    return room[:size]
 
 
 @fast
@@ -250,7 +308,7 @@ def _softmax(z):
 @fast
 def _summarise(keys, summary, dim):
     """Mean of the stored `keys` [S, 2d], and their variance where `summary` has room for it."""
-    size = keys.dtype.type(len(keys))
+    size = summary.dtype.type(len(keys))
     for e in range(dim):
         mean = summary.dtype.type(0)
         for j in range(len(keys)):

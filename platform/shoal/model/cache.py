@@ -3,8 +3,9 @@
 Shapes: U units, P slots a page, S tokens a block, Lg layers in a group, Hk KV heads, d head dim; N new tokens of R
 requests in one step; M units in the longest block table.
 
-Layer j of a group sees ``kv[j]`` [U, Hk, P, 2d] (keys in the first half of the last axis), the layout that vLLM uses, so
-one operation can serve both engines. Unit 0 is the null unit: it pads tables and is never allocated.
+Layer j of a group sees ``kv[j]`` [U, Hk, P, W]: W = 2d numbers a slot, keys before values, which is the layout that vLLM uses,
+so that one operation can serve both engines; or levels in int8 with their scales (`slots`). Unit 0 is the null unit: it pads
+tables and is never allocated.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import torch
 from torch import Tensor
 
 from shoal.config import ModelConfig
+from shoal.model.slots import width as slot_width
 
 T = TypeVar("T")
 
 
 @dataclass
 class GroupCache:
-    """`kv` [Lg, U, Hk, P, 2d], and what its blocks are scored by, `summaries` [Lg, U, Hk, P/S, m] (fp32 or better): the mean of
+    """`kv` [Lg, U, Hk, P, W], and what its blocks are scored by, `summaries` [Lg, U, Hk, P/S, m] (fp32 or better): the mean of
     the stored keys (m = d), or their mean and variance (m = 2d).
 
     A unit belongs to one layer group at a time; which one is the allocator's knowledge, not the memory's.
@@ -36,12 +38,18 @@ class GroupCache:
 
     @classmethod
     def zeros(
-        cls, config: ModelConfig, units: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        config: ModelConfig,
+        units: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        kv_dtype: torch.dtype | None = None,
     ) -> GroupCache:
+        """Memory of `units` units for a model that computes in `dtype`; keys and values in `kv_dtype`, that or int8."""
         lead = (config.group_layers, units, config.kv_heads)
-        exact = torch.promote_types(dtype, torch.float32)
+        exact, stored = torch.promote_types(dtype, torch.float32), kv_dtype or dtype
         return cls(
-            torch.zeros(*lead, config.page, 2 * config.head_dim, dtype=dtype, device=device),
+            torch.zeros(*lead, config.page, slot_width(config.head_dim, stored), dtype=stored, device=device),
             torch.zeros(*lead, config.page // config.block, config.summary_values, dtype=exact, device=device),
         )
 
@@ -151,7 +159,7 @@ class PagedStep:
 
 
 def write_rows(slots: Tensor, kv_heads: int, page: int) -> Tensor:
-    """Where each new token's keys and values go, in a unit memory seen as [U * Hk * P, 2d]: [.., N * Hk] for [.., N]."""
+    """Where each new token's keys and values go, in a unit memory seen as [U * Hk * P, W]: [.., N * Hk] for [.., N]."""
     at = slots.clamp(min=0)
     heads = torch.arange(0, kv_heads * page, page, device=slots.device)
     return ((at // page * (kv_heads * page) + at % page)[..., None] + heads).flatten(-2)

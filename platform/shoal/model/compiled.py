@@ -23,7 +23,15 @@ from numba.extending import overload
 config: Any = numbas  # its names are made when it is imported
 PATIENCE = 120.0  # all of it takes half a minute
 _HERE = Path(__file__).parent
-_SOURCES = ("attention_kernels.py", "compiled.py", "float_kernels.py", "int8_kernels.py", "kernels.py", "tiles.py")
+_SOURCES = (
+    "attention_kernels.py",
+    "compiled.py",
+    "float_kernels.py",
+    "int8_kernels.py",
+    "kernels.py",
+    "slots.py",
+    "tiles.py",
+)
 
 
 def _digest():

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from shoal.config import GROUPS, ModelConfig
 from shoal.model.depth import EXTRA, HIDDEN, sample_stride
 from shoal.model.paged import way
+from shoal.model.slots import width as slot_width
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,20 @@ def routing_flops(config: ModelConfig, length: int) -> int:
     return 2 * (length // sample_stride(config.page) * config.vocab * config.width + router)
 
 
-def kv_bytes_stored(config: ModelConfig, length: int, depth: int | None = None, bytes_each: int = 4) -> int:
-    """Bytes of whole units that a request of `length` tokens at `depth` owns, block summaries included."""
+def kv_bytes_stored(
+    config: ModelConfig,
+    length: int,
+    depth: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
+) -> int:
+    """Bytes of whole units that a request of `length` tokens at `depth` owns, block summaries included, when the model computes
+    in `dtype` and stores keys and values in `kv_dtype` [`dtype`]."""
     c = config
     groups = GROUPS if depth is None else depth // c.group_layers
-    tokens = 2 * c.page * c.head_dim * bytes_each
-    summaries = c.page // c.block * c.summary_values * _exact(bytes_each)
+    stored = kv_dtype or dtype
+    tokens = c.page * slot_width(c.head_dim, stored) * stored.itemsize
+    summaries = c.page // c.block * c.summary_values * _exact(dtype.itemsize)
     return groups * -(-length // c.page) * c.group_layers * c.kv_heads * (tokens + summaries)
 
 

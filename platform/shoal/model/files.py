@@ -95,6 +95,17 @@ def write_manifest(directory: Path) -> None:
     write_json(directory / MANIFEST, {"files": found})
 
 
+def weights_sha256(directory: str | Path) -> str:
+    """One sha256 for all weights of a model directory: of those that its manifest lists, or of the files where it has none.
+    Raises CheckpointError for a manifest that cannot be read."""
+    directory = Path(directory)
+    listed = _listed(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
+    found = {
+        path.name: listed[path.name][1] if path.name in listed else _sha256(path) for path in weight_files(directory)
+    }
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
 def check(directory: Path, verify: bool = False) -> None:
     """Hold the files of a model directory against its manifest; `verify`: weights of any size by their sha256 too.
 

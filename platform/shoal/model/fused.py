@@ -92,7 +92,7 @@ def project_and_store(
     step: PagedStep,
 ) -> Tensor:
     """q [N, H, d] of `qkv` [N, (H + 2 Hk) d], normed and turned; k and v are written as `paged.write_kv` writes them."""
-    dim = kv.shape[-1] // 2
+    dim = len(q_weight)
     q = torch.empty(len(qkv), qkv.shape[-1] // dim - 2 * kv.shape[1], dim, dtype=qkv.dtype)
     keep, cross = (table.view(-1, dim) for table in rope)
     _call(
@@ -134,11 +134,11 @@ def layers(
     """x [N, D] after the layers of a group, for requests of at most `SHORT` rows each. `parts`: what each layer reads, as
     arrays: its norm before attention, qkv, the norms of q and k, out, its norm before the MLP, up and down, a matrix in
     three; and how far it looks. K/V and summaries are written to `cache`."""
-    run, dim = _kernels().layer, cache.kv.shape[-1] // 2  # type: ignore[union-attr]
+    run = _kernels().layer  # type: ignore[union-attr]
 
     def shared() -> list[Any]:
         rows, requests = step.rows.once("short", lambda: _short(step.starts))
-        return [_array(part) for part in (*(table.view(-1, dim) for table in rope), step.positions, rows, requests)]
+        return [_array(part) for part in (*(table.flatten(0, -2) for table in rope), step.positions, rows, requests)]
 
     keep, cross, positions, rows, requests = step.rows.once("arrays", shared)
     kv, summaries, slots, tables = map(_array, (cache.kv, cache.summaries, step.slots, step.tables.contiguous()))

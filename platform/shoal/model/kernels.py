@@ -69,7 +69,7 @@ def layer(
     """x [N, D] after a whole layer, a new array; K/V and summaries as `project_and_store` leaves them. The matrices are fp,
     shifts and scales unused, or int8 with theirs (`times`)."""
     count, width = x.shape
-    dim = kv.shape[3] // 2
+    dim = len(q_weight)
     out, normed, heads = np.empty_like(x), np.empty_like(x), np.empty((count, len(qkv)), x.dtype)
     rms_norm(x, attention_norm, eps, normed)
     times(normed, qkv, qkv_shift, qkv_scale, heads)

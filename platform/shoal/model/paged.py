@@ -10,7 +10,7 @@ counts as K = 0):
 
 Letters: N new tokens, R requests, T new tokens a request, X stored tokens (M pages of P slots), B blocks that exist,
 H query heads, Hk KV heads, G = H/Hk, d head dim, m values of a summary, U units, S block, K blocks read, w window,
-E rows that complete a block, Y tokens that a branch reads.
+E rows that complete a block, Y tokens that a branch reads, W numbers in a slot (`slots`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoal.model import fused
+from shoal.model import fused, slots
 from shoal.model.attention import Layout, attend, block_scores, select
 from shoal.model.cache import PagedStep, Rows
 
@@ -32,15 +32,15 @@ def write_kv(k: Tensor, v: Tensor, kv: Tensor, summaries: Tensor, step: PagedSte
     """Store the new keys and values, k and v [N, Hk, d], and the summary of every block that they complete.
 
     Every path that writes K/V goes through here, so a summary is valid exactly when its block lies within the length.
-    kv [U, Hk, P, 2d] and summaries [U, Hk, P/S, m] are changed in place; m = 2d when the variance follows the mean.
+    kv [U, Hk, P, W] and summaries [U, Hk, P/S, m] are changed in place; m = 2d when the variance follows the mean.
     """
     wide, size = kv.shape[-1], k.shape[-1]
-    kv.view(-1, wide).index_copy_(0, step.written(kv.shape[1]), torch.cat([k, v], dim=-1).view(-1, wide))
+    kv.view(-1, wide).index_copy_(0, step.written(kv.shape[1]), slots.encode(k, v, kv.dtype).view(-1, wide))
     ends = step.rows.block_ends
     if len(ends):
         units, offsets = step.units[ends], step.rows.offsets[ends]
         inside = offsets[:, None] - torch.arange(step.block - 1, -1, -1, device=offsets.device)
-        keys = kv[units[:, None], :, inside, :size].to(summaries.dtype)  # [E, S, Hk, d]
+        keys = slots.decode(kv[units[:, None], :, inside], summaries.dtype)[0]  # [E, S, Hk, d]
         mean = keys.mean(1)
         if summaries.shape[-1] > size:
             mean = torch.cat([mean, (keys - mean[:, None]).square().mean(1)], dim=-1)
@@ -74,7 +74,7 @@ def way(keys: int, *, window: int, block: int, top_k: int, hybrid: bool) -> Way:
 
 
 def paged_attention(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach) -> Tensor:
-    """[N, H, d] for q [N, H, d] over pages: kv [U, Hk, P, 2d], summaries [U, Hk, P/S, m] as `write_kv` left them."""
+    """[N, H, d] for q [N, H, d] over pages: kv [U, Hk, P, W], summaries [U, Hk, P/S, m] as `write_kv` left them."""
     rows = step.rows
     if fused.usable(q):
         out = torch.empty_like(q)
@@ -109,12 +109,12 @@ def _attend(q: Tensor, kv: Tensor, summaries: Tensor, reads: Tensor, rows: Rows,
     positions = rows.positions.view(q.shape[:2])
     how = reach.way(keys, rows.block)
     if how == "whole":
-        k, v = _all(kv, reads, rows)
+        k, v = _all(kv, reads, rows, q.dtype)
         bias = rows.once(("causal", keys), lambda: _causal(positions, keys, q.shape[2] // kv.shape[1], q.dtype))
         return _softmax(q, k, v, bias)
     if how == "chosen" and q.shape[1] == 1:
         return _sparse(q[:, 0], kv, summaries, reads, rows, reach)[:, None]
-    k, v = _all(kv, reads, rows)
+    k, v = _all(kv, reads, rows, q.dtype)
     layout = rows.once(
         ("layout", keys, reach.window, reach.sinks),
         lambda: Layout.causal(positions, keys, window=reach.window, block=rows.block, sinks=reach.sinks),
@@ -123,15 +123,14 @@ def _attend(q: Tensor, kv: Tensor, summaries: Tensor, reads: Tensor, rows: Rows,
     return attend(q, k.transpose(1, 2), v.transpose(1, 2), found, layout, reach.top_k, reach.gamma)
 
 
-def _all(kv: Tensor, reads: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """k and v [R, Hk, X, d] of all pages of `reads` [R, Hk, M]."""
+def _all(kv: Tensor, reads: Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """k and v [R, Hk, X, d] in `dtype` of all pages of `reads` [R, Hk, M]."""
     requests, kv_heads, pages = reads.shape
     wide, keys = kv.shape[-1], pages * rows.page
     stored = kv.view(-1, rows.page, wide).index_select(0, reads.flatten())
     # a stale slot may hold NaN, and 0 * NaN is NaN: what lies past the length is read as zero
     stale = rows.once(("stale", kv_heads, keys), lambda: _stale(rows.last, kv_heads, keys))
-    k, v = stored.view(-1, wide).index_fill_(0, stale, 0).view(requests, kv_heads, keys, wide).chunk(2, dim=-1)
-    return k, v
+    return slots.decode(stored.view(-1, wide).index_fill_(0, stale, 0).view(requests, kv_heads, keys, wide), dtype)
 
 
 def _stale(last: Tensor, kv_heads: int, keys: int) -> Tensor:
@@ -178,8 +177,8 @@ def _sparse(q: Tensor, kv: Tensor, summaries: Tensor, reads: Tensor, rows: Rows,
         """Attention to the tokens at positions `at` [R, Hk, Y]; those before the first or after the query are left out."""
         valid = (at >= 0) & (at <= positions[:, None, None])
         at = at.clamp(min=0).minimum(positions[:, None, None])
-        stored = memory[reads.gather(2, at // page) * page + at % page]  # [R, Hk, Y, 2d]
-        k, v = stored.masked_fill_(~valid[..., None], 0).chunk(2, dim=-1)
+        stored = memory[reads.gather(2, at // page) * page + at % page]  # [R, Hk, Y, W]
+        k, v = slots.decode(stored.masked_fill_(~valid[..., None], 0), q.dtype)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=valid[:, :, None])
 
     near = positions[:, None] - torch.arange(reach.window - 1, -1, -1, device=kv.device)

@@ -139,7 +139,8 @@ class EngineReplica:
         if args.gpus > 0:
             model.net.to("cuda")
         # Serve bounds what reaches a replica, so the engine's own bound is only the last line
-        engine = AsyncEngine(Engine(model, max_batch=args.max_batch, max_queue=2 * args.max_batch))
+        batch, kv = args.max_batch, args.kv_cache_dtype
+        engine = AsyncEngine(Engine(model, max_batch=batch, max_queue=2 * batch, kv_cache_dtype=kv))
         settle()
         return engine
 

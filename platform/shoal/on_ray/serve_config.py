@@ -22,6 +22,7 @@ from shoal import config
 from shoal.api import stock
 from shoal.api.page import MOUNT
 from shoal.api.served import ServedModel
+from shoal.config import KvCacheDtype
 from shoal.errors import ConfigError, did_you_mean
 
 IMPORT_PATH = "shoal.on_ray.serve:app"
@@ -44,6 +45,7 @@ class ServeArgs:
     cpus: float = 1.0  # cores that Ray reserves for one engine replica
     gpus: float = 0.0  # GPUs of one engine replica; above 0 the model runs on it
     precision: Literal["stored", "auto"] = "stored"  # auto: fp32 where INT8 cannot be trusted, which else is refused
+    kv_cache_dtype: KvCacheDtype = "auto"  # int8: keys and values rounded, three to four times as many fit
     engine: Literal["shoal", "vllm"] = (
         "shoal"  # vllm: vLLM 0.32 behind the same gateway, for checkpoints of others as well
     )
@@ -72,6 +74,9 @@ class ServeArgs:
             raise ConfigError("args.vllm", do="set args.engine to vllm, or leave it out")
         if self.engine == "vllm" and self.precision != "stored":
             raise ConfigError("args.precision", got=self.precision, allowed="stored, where args.engine is vllm")
+        if self.engine == "vllm" and self.kv_cache_dtype != "auto":
+            where = "auto, where args.engine is vllm: args.vllm has its own"
+            raise ConfigError("args.kv_cache_dtype", got=self.kv_cache_dtype, allowed=where)
         for name, least in {"min_replicas": 0, "max_replicas": 1, "max_batch": 1, "max_queue": 1}.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"args.{name}", got=getattr(self, name), allowed=f"{least} or more")

@@ -11,6 +11,7 @@ All ranks decide together: whatever depends on a clock or a disk is read on rank
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -69,7 +70,8 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
     say = Speaker(plan.run, ranks.first, report)
     start = _Start.of(plan)
     feed = open_feed(plan, start.tokenizer, start.template, ranks)
-    model = LossModel(start.net, trained_exits(plan.model.exits, plan.train))
+    teacher = copy.deepcopy(start.net) if plan.has_teacher else None
+    model = LossModel(start.net, trained_exits(plan.model.exits, plan.train), teacher)
     shard_(model, ranks, replicas=plan.replicas, recompute=plan.recompute, compiled=plan.compile)
     optimizer = make_optimizer(model, plan.train)
     run = Run(plan, ranks, model, optimizer, say, feed)

@@ -2,7 +2,8 @@
 
 Sums, never means: `step` divides by the counts of the whole global batch, so that the split into workers and micro-batches
 does not change the gradient. `LossModel` is the root that FSDP shards, so that the tied head, which the loss calls, is
-gathered once with the root and not at every exit.
+gathered once with the root and not at every exit. With a `teacher` it also says how far the net is from that one: what
+training in INT8 minimises (decision 0018).
 
 What an update may leave out or add (an exit that is not its turn, layers, self-distillation) is decided by `optim`, from seed
 and step alone, so that all ranks and a resumed run do the same.
@@ -33,17 +34,29 @@ class Sums(NamedTuple):
     """What `LossModel` returns. A NamedTuple because FSDP finds the outputs it must hook through pytree."""
 
     ce: Tensor  # [E, B] cross-entropy of each row, nats, summed over its targets; 0 at an exit that was left out
-    kl: Tensor  # [E] KL(full depth || exit), nats, summed over all targets; 0 where it was not asked for
+    kl: Tensor  # [E] KL(teacher || exit), nats, summed over all targets; 0 where it was not asked for
     patch: Tensor  # [] squared error of the predicted patches, each the mean over its values
+    patch_apart: Tensor  # [] the same, from what the teacher predicts; 0 without a teacher
+
+
+class Taught(NamedTuple):
+    """What an exit is compared with."""
+
+    net: Net
+    layers: int
+    hidden: Tensor  # [M, D]
 
 
 class LossModel(nn.Module):
-    """`net` and its training losses at `exits` (layers; default: every exit of the config)."""
+    """`net` and its training losses at `exits` (layers; default: every exit of the config). `teacher`: a net of the same
+    shape that is frozen; it is sharded with the rest, but no part of the state, since whoever resumes has it already."""
 
-    def __init__(self, net: Net, exits: Sequence[int] | None = None) -> None:
+    def __init__(self, net: Net, exits: Sequence[int] | None = None, teacher: Net | None = None) -> None:
         super().__init__()
         self.net = net
         self.exits = tuple(net.config.exits if exits is None else exits)
+        self.teacher = None if teacher is None else teacher.requires_grad_(False)
+        self.register_state_dict_post_hook(_without_teacher)  # type: ignore[no-untyped-call]
 
     def forward(
         self,
@@ -59,56 +72,82 @@ class LossModel(nn.Module):
     ) -> Sums:
         """tokens, targets (-1: no loss) and docs (-1: padding) [B, T]; patches [n, 3p^2] uint8 in the order of their
         tokens, grid [n, 2]. `exits`: those of the model's whose loss is taken (default: all); `skip`: layers to leave out;
-        `distill`: also compare the early exits with full depth. All ranks must be given the same."""
+        `distill`: also compare each exit with the teacher's, or without a teacher the early exits with full depth. All ranks
+        must be given the same."""
         net, last = self.net, self.net.config.layers
-        hidden = net(tokens, patches, grid, docs, exits={*self.exits, last}, skip=skip)
+        wanted_exits = {*self.exits, last}
+        hidden = net(tokens, patches, grid, docs, exits=wanted_exits, skip=skip)
         rows, columns = (targets >= 0).nonzero(as_tuple=True)  # the head is a large part of the work: only where needed
         wanted, at = targets[rows, columns], {e: h[rows, columns] for e, h in hidden.items()}
-        teacher = at[last].detach() if distill else None
+        taught: dict[int, Taught] = {}
+        teacher_hidden = None
+        if distill and self.teacher is not None:
+            with torch.no_grad():
+                taught_at = self.teacher(tokens, patches, grid, docs, exits=wanted_exits)
+            taught = {e: Taught(self.teacher, e, h[rows, columns]) for e, h in taught_at.items()}
+            teacher_hidden = taught_at[last]
+        elif distill:
+            taught = {e: Taught(net, last, at[last].detach()) for e in self.exits if e != last}
         parts = [_exact(at[last].new_zeros(2, len(tokens)))] * len(self.exits)
         for place, e in enumerate(self.exits):
             if exits is None or e in exits:
-                found = self._losses(at[e], wanted, e, teacher if e != last else None)
-                parts[place] = parts[place].index_add(1, rows, found)
+                parts[place] = parts[place].index_add(1, rows, self._losses(at[e], wanted, e, taught.get(e)))
         ce, kl = (torch.stack([part[kind] for part in parts]) for kind in (0, 1))  # views would lose FSDP's hooks
-        patch = self._patch_error(hidden[last], tokens, docs, patches)
+        patch, patch_apart = self._patch_errors(hidden[last], teacher_hidden, tokens, docs, patches)
         # A micro-batch without images must still give the patch parameters a gradient (of zero): under FSDP a rank
         # that leaves some out would make the others wait for ever.
         nothing = net.embed_patches(patches[:0], grid[:0]).sum()
-        return Sums(ce, kl.sum(1), patch + nothing)
+        return Sums(ce, kl.sum(1), patch + nothing, patch_apart + nothing)
 
-    def _losses(self, hidden: Tensor, wanted: Tensor, layers: int, teacher: Tensor | None) -> Tensor:
-        """[2, M]: cross-entropy of `hidden` [M, D] against `wanted` [M], and KL(full depth || this exit) where `teacher`
-        [M, D], full depth's states, is given."""
+    def _losses(self, hidden: Tensor, wanted: Tensor, layers: int, taught: Taught | None) -> Tensor:
+        """[2, M]: cross-entropy of `hidden` [M, D] against `wanted` [M], and KL(`taught` || this exit) where it is given."""
         at_once = max(1, LOGITS_AT_ONCE // self.net.config.vocab)
         again = len(wanted) > at_once
         if hidden.device.type == "cpu":
             at_once = min(at_once, ROWS_AT_ONCE)
-        taught = teacher.split(at_once) if teacher is not None else repeat(None)
-        parts = zip(hidden.split(at_once), wanted.split(at_once), taught, strict=False)
+        theirs = repeat(None) if taught is None else (taught._replace(hidden=h) for h in taught.hidden.split(at_once))
+        parts = zip(hidden.split(at_once), wanted.split(at_once), theirs, strict=False)
         if not again:
             return torch.cat([self._losses_at_once(h, w, layers, t) for h, w, t in parts], dim=1)
         return torch.cat(
             [checkpoint(self._losses_at_once, h, w, layers, t, use_reentrant=False) for h, w, t in parts], dim=1
         )
 
-    def _losses_at_once(self, hidden: Tensor, wanted: Tensor, layers: int, teacher: Tensor | None) -> Tensor:
+    def _losses_at_once(self, hidden: Tensor, wanted: Tensor, layers: int, taught: Taught | None) -> Tensor:
         """[2, M] in fp32 or better."""
         logits = _exact(self.net.head(hidden, layers))
         nll = F.cross_entropy(logits, wanted, reduction="none")
-        if teacher is None:
+        if taught is None:
             return torch.stack([nll, torch.zeros_like(nll)])
         with torch.no_grad():
-            full = _exact(self.net.head(teacher, self.net.config.layers)).log_softmax(-1)
-        kl = F.kl_div(logits.log_softmax(-1), full, reduction="none", log_target=True).sum(-1)
+            theirs = _exact(taught.net.head(taught.hidden, taught.layers)).log_softmax(-1)
+        kl = F.kl_div(logits.log_softmax(-1), theirs, reduction="none", log_target=True).sum(-1)
         return torch.stack([nll, kl])
 
-    def _patch_error(self, hidden: Tensor, tokens: Tensor, docs: Tensor, patches: Tensor) -> Tensor:
+    def _patch_errors(
+        self, hidden: Tensor, taught: Tensor | None, tokens: Tensor, docs: Tensor, patches: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Squared errors against the patches that come, and against what the teacher says of them, whose states at full depth
+        are `taught`."""
         exact = torch.promote_types(hidden.dtype, torch.float32)
         where, target = patch_targets(tokens, docs, unit_pixels(patches, exact))
-        last = self.net.config.layers
-        guess = self.net.patch_head(self.net.exit_norms[str(last)](hidden[where]))
-        return (guess.to(exact) - target).square().mean(-1).sum()
+        guess = _guessed(self.net, hidden[where]).to(exact)
+        error = (guess - target).square().mean(-1).sum()
+        if taught is None or self.teacher is None:
+            return error, torch.zeros_like(error)
+        with torch.no_grad():
+            theirs = _guessed(self.teacher, taught[where]).to(exact)
+        return error, (guess - theirs).square().mean(-1).sum()
+
+
+def _guessed(net: Net, hidden: Tensor) -> Tensor:
+    guess: Tensor = net.patch_head(net.exit_norms[str(net.config.layers)](hidden))
+    return guess
+
+
+def _without_teacher(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}teacher.")]:
+        del state[name]
 
 
 def _exact(x: Tensor) -> Tensor:

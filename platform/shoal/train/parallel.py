@@ -88,7 +88,8 @@ def shard_(
     `recompute`: layers keep their inputs alone and run again in backward; `compiled`: each layer by torch.compile.
     """
     model.to(ranks.device)
-    for group in model.net.groups:
+    groups = [group for net in (model.net, model.teacher) if net is not None for group in net.groups]
+    for group in groups:
         for block in group.blocks:  # type: ignore[union-attr]
             if compiled:
                 block.forward = torch.compile(block.forward)
@@ -101,7 +102,7 @@ def shard_(
         shape, names = (replicas, ranks.world // replicas), ("replicate", "shard")  # type: ignore[assignment]
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     policy, whole = mixed_precision(ranks.device), _stays_gathered(model)
-    for part in (*model.net.groups, model):
+    for part in (*groups, model):
         sharded = fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=not whole)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no pre-scaled sum

@@ -19,7 +19,7 @@ from shoal.config import ModelConfig, TrainConfig, check_exits, dump
 from shoal.data import remote
 from shoal.data.shards import open_index
 from shoal.errors import ConfigError, DataError, UsageError
-from shoal.model import checkpoint
+from shoal.model import checkpoint, files
 from shoal.model.cost import parameters
 from shoal.train import log
 from shoal.train.parallel import STAYS_GATHERED
@@ -87,6 +87,11 @@ class FitPlan:
         return self.heldout or (self.data if shards else "")
 
     @property
+    def has_teacher(self) -> bool:
+        """Does the run learn from the model that it starts from, too? INT8 does: it is to stand in for that one."""
+        return self.quantize and self.train.distill > 0
+
+    @property
     def batch_rows(self) -> int:
         """Rows of one global batch."""
         return max(1, self.train.batch_tokens // self.model.train_length)
@@ -126,6 +131,7 @@ class FitPlan:
             "mix": dict(self.mix) if self.mix is not None else None,
             "control": bool(self.rates_of),
             "quantize": self.quantize,
+            "teacher_sha256": files.weights_sha256(self.init) if self.has_teacher and self.init else None,
         }
 
 
@@ -152,10 +158,12 @@ def finetune_plan(model: str, data: str, run: str, **more: Any) -> FitPlan:
 
 
 def quantize_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
-    """INT8 from a model directory: a short, gentle run with INT8 rounding in the forward pass, then export."""
+    """INT8 from a model directory: a short, gentle run with INT8 rounding in the forward pass, held to what the model said
+    before (decision 0018), then export."""
     name, config = checkpoint.read_config(model)
     train = TrainConfig(
-        learning_rate=2e-4,
+        learning_rate=5e-5,
+        distill=30.0,
         warmup=0.1,
         decay=0.9,
         weight_decay=0.0,
@@ -263,9 +271,10 @@ def memory_needed(plan: FitPlan, world: int) -> int:
     """Bytes that one worker needs, estimated: sharded weights, gradients and moments, what is gathered of them, what
     backward keeps of a micro-batch, and the logits of all exits."""
     c, count = plan.model, parameters(plan.model)
-    sharded = 16 * count.total * plan.replicas // world
+    teacher = 4 if plan.has_teacher else 0  # bytes a weight, beside the trained one
+    sharded = (16 + teacher) * count.total * plan.replicas // world
     whole = count.total <= STAYS_GATHERED
-    gathered = 8 * (count.total if whole else count.blocks // 4 + count.embedding)
+    gathered = (8 + teacher) * (count.total if whole else count.blocks // 4 + count.embedding)
     tokens = max(1, plan.batch_rows // (world * plan.train.accumulate)) * c.train_length
     scores = 2 * c.heads * c.train_length  # attention weights of both branches, a token
     layer = 12 * c.width + 4 * c.heads * c.head_dim + 4 * c.ffn + scores

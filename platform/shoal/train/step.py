@@ -95,21 +95,24 @@ def update(
     shares = torch.tensor(weights, device=ranks.device)
     how = {"exits": run, "skip": skip, "distill": config.distill > 0}
     optimizer.zero_grad(set_to_none=True)
-    totals = torch.zeros(2 * len(model.exits) + 2, dtype=torch.float64, device=ranks.device)
+    totals = torch.zeros(2 * len(model.exits) + 3, dtype=torch.float64, device=ranks.device)
     for index, batch in enumerate(batches):
         sync_gradients(model, index == len(batches) - 1)
         with precision(model, ranks):
             sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, **how)
         by_exit = sums.ce.sum(1) + config.distill * sums.kl
-        ce = (shares.to(sums.ce.dtype) @ by_exit) / max(counts.targets, 1)
-        (ce + config.patch_weight * sums.patch / max(counts.patches, 1)).backward()
+        by_patch = sums.patch + config.distill * sums.patch_apart
+        on_tokens = (shares.to(sums.ce.dtype) @ by_exit) / max(counts.targets, 1)
+        (on_tokens + config.patch_weight * by_patch / max(counts.patches, 1)).backward()
         text = sums.ce[-1][text_rows(batch)].sum()
-        totals += torch.cat([sums.ce.sum(1), by_exit, sums.patch[None], text[None]]).detach()
-    *means, patch, text_nats = ranks.sum(totals).tolist()
+        totals += torch.cat([sums.ce.sum(1), by_exit, torch.stack([sums.patch, by_patch, text])]).detach()
+    *means, patch, on_patches, text_nats = ranks.sum(totals).tolist()
     means = [value / max(counts.targets, 1) for value in means]
     ce_means, minimised = means[: len(weights)], means[len(weights) :]
-    patch /= max(counts.patches, 1)
-    loss = sum(share * value for share, value in zip(weights, minimised, strict=True)) + config.patch_weight * patch
+    patch, on_patches = (value / max(counts.patches, 1) for value in (patch, on_patches))
+    loss = (
+        sum(share * value for share, value in zip(weights, minimised, strict=True)) + config.patch_weight * on_patches
+    )
     _fill_gradients(model)
     norm = gradient_norm(model)
     write(optimizer, model, loss=loss, norm=norm, rate=rate, clip=config.clip)

@@ -206,6 +206,17 @@ def test_every_file_is_held_against_the_manifest(cut):
         Model.load(cut)
 
 
+def test_weights_have_one_sha256_with_a_manifest_or_without(cut):
+    """Of several files; what else is in the directory does not matter, since a router may be fitted later."""
+    listed = files.weights_sha256(cut)
+    (cut / "README.md").write_text("another card")
+    (cut / "manifest.json").unlink()
+    assert files.weights_sha256(cut) == listed
+    path = sorted(cut.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert files.weights_sha256(cut) != listed
+
+
 def test_large_weights_are_hashed_when_asked(cut, monkeypatch):
     monkeypatch.setattr(files, "HASHED", 1000)
     (path, *_) = files.weight_files(cut)

@@ -43,15 +43,16 @@ def test_what_decoding_reads_is_what_the_operator_gathers(kind, summary, length)
         assert counted == (2 * 12 if kind == "L" else blocks + 2 * (12 + 3 * 4)), "n/S + 2 (w + (K+1) S)"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("summary", ["mean", "mean_var"])
 def test_kv_memory_is_what_the_pool_allocates_and_proportional_to_depth(dtype, summary):
     c = dataclasses.replace(presets.get("base").model, summary=summary)
-    unit = GroupCache.zeros(c, 1, dtype)
+    types = (torch.bfloat16, torch.int8) if dtype == torch.int8 else (dtype,)
+    unit = GroupCache.zeros(c, 1, types[0], kv_dtype=types[-1])
     each = unit.kv.nbytes + unit.summaries.nbytes
     for depth in c.exits:
         pages, groups = -(-1000 // c.page), depth * GROUPS // c.layers
-        assert cost.kv_bytes_stored(c, 1000, depth, dtype.itemsize) == pages * groups * each
+        assert cost.kv_bytes_stored(c, 1000, depth, *types) == pages * groups * each
     assert cost.kv_bytes_stored(c, 1000) == 4 * cost.kv_bytes_stored(c, 1000, c.exits[0])
 
 

@@ -183,12 +183,12 @@ def configs(data):
     )  # fmt: skip
 
 
-def run(group, config, chunks, units, x, *, poison=math.nan):
+def run(group, config, chunks, units, x, kv_dtype=None):
     """States of one request after `group`, and its memory: rows in `chunks`, on pages `units`, beside a second request that
     decodes on the same memory."""
-    cache = GroupCache.zeros(config, 2 * len(units) + 2, x.dtype)
-    cache.kv.fill_(poison)
-    cache.summaries.fill_(poison)
+    cache = GroupCache.zeros(config, 2 * len(units) + 2, x.dtype, kv_dtype=kv_dtype)
+    cache.kv.fill_(math.nan if kv_dtype is None else -1)  # two bytes of -1 are a scale that is not a number
+    cache.summaries.fill_(math.nan)
     other, outputs, start = units + len(units), [], 0
     for number, size in enumerate(chunks):
         at = torch.cat([torch.arange(start, start + size), torch.tensor([number])])
@@ -259,9 +259,10 @@ def test_a_layer_group_equals_its_torch_form(data):
         pages = -(-length // config.page)
         units = torch.randperm(pages, generator=torch.Generator().manual_seed(length)) + 1
         x = normal(length, length, config.width)
-        got = run(group, config, chunks, units, x)
+        kv_dtype = data.draw(st.sampled_from([None, torch.int8]))
+        got = run(group, config, chunks, units, x, kv_dtype)
         patch.setattr(fused, "usable", lambda x: False)
-        want = run(group, config, chunks, units, x)
+        want = run(group, config, chunks, units, x, kv_dtype)
     for a, b in zip(got[:2], want[:2], strict=True):
         assert (a - b).abs().max() < 1e-10
     for name in ("kv", "summaries"):

@@ -129,6 +129,47 @@ def test_self_distillation_is_the_divergence_from_full_depth(
     assert model.net.exit_norms["1"].weight.grad.any()
 
 
+@pytest.mark.parametrize("at_once", [2**25, 50 * CONFIG.vocab], ids=["whole", "in parts"])
+def test_a_teacher_is_compared_with_exit_by_exit_and_patch_by_patch(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """KL(teacher || exit) over every target and the distance of predicted patches, written out; the teacher stays as it is."""
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    nets = [Net(CONFIG).init_(seed).double() for seed in (0, 1)]
+    model = LossModel(nets[0], teacher=nets[1])
+    sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, distill=True)
+    where = batch.targets >= 0
+    args = (batch.tokens, batch.patches, batch.grid, batch.docs)
+    mine, theirs = (net(*args, exits=CONFIG.exits) for net in nets)
+    for place, e in enumerate(CONFIG.exits):
+        q, p = (net.head(hidden[e], e)[where].softmax(-1) for net, hidden in zip(nets, (mine, theirs), strict=True))
+        torch.testing.assert_close(sums.kl[place], (p * (p / q).log()).sum(), rtol=1e-9, atol=1e-9)
+    last, at = CONFIG.layers, losses.predicted_patches(batch.tokens, batch.docs)[:, 1:]
+    guesses = [
+        net.patch_head(net.exit_norms[str(last)](hidden[last][:, :-1][at]))
+        for net, hidden in zip(nets, (mine, theirs), strict=True)
+    ]
+    apart = (guesses[0] - guesses[1]).square().mean(-1).sum()
+    torch.testing.assert_close(sums.patch_apart, apart, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(sums.ce, run(LossModel(nets[0]), batch).ce), "what is shown is still what the corpus says"
+    (sums.kl.sum() + sums.patch_apart).backward()
+    assert all(p.grad is None and not p.requires_grad for p in nets[1].parameters())
+    assert all(p.grad is not None for p in nets[0].parameters() if p.requires_grad)
+
+
+def test_a_net_that_is_its_teachers_equal_has_nothing_to_learn(batch: Batch) -> None:
+    net, teacher = (Net(CONFIG).init_(0).double() for _ in range(2))
+    model = LossModel(net, teacher=teacher)
+    sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, distill=True)
+    assert not sums.kl.any() and sums.patch_apart == 0
+    assert not run(model, batch).kl.any(), "and nothing is asked of it without `distill`"
+
+
+def test_the_teacher_is_no_part_of_what_is_stored() -> None:
+    net, teacher = (Net(CONFIG).init_(seed) for seed in (0, 1))
+    assert LossModel(net, teacher=teacher).state_dict().keys() == LossModel(net).state_dict().keys()
+
+
 def test_a_layer_that_is_left_out_is_not_there(model: LossModel, batch: Batch) -> None:
     """As if its outputs were zero: the residual stream passes it by."""
     args = (batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid)

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(400)  # four processes on what may be two busy 
 PROCESSES = 4
 # What an update may leave out or add: all ranks must leave out and add the same, or they wait for each other for ever
 ODD = {"layer_dropout": 0.9, "rotate_exits": "on", "distill": 0.5, "exit_warmup": 0.0, "seed": 2}
-INT8 = {"quantize": True, "warmup": 0.3}  # rounding begins after the first update
+INT8 = {"quantize": True, "distill": 30.0, "warmup": 0.3}  # with a teacher; rounding begins after the first update
 LONG = {"steps": 50, "eval_every": 0, "checkpoint_minutes": 1.0}
 MOVED = {"steps": 12, "eval_every": 0}  # 2 ranks to step 4, 1 to step 8, 4 to the end
 WORLD_OF_RUN = {

@@ -58,6 +58,10 @@ def test_options_of_one_engine_are_refused_with_the_other() -> None:
         ServeArgs(model="m", vllm={"dtype": "float32"})
     with pytest.raises(ConfigError, match=r"args\.precision: got 'auto'; allowed: stored"):
         ServeArgs(model="m", engine="vllm", precision="auto")
+    with pytest.raises(
+        ConfigError, match=r"args\.kv_cache_dtype: got 'int8'; allowed: auto, where args\.engine is vllm"
+    ):
+        ServeArgs(model="m", engine="vllm", kv_cache_dtype="int8")
     with pytest.raises(ConfigError, match=r"args\.engine: got 'sglang'; allowed: shoal, vllm"):
         from shoal import config
 
