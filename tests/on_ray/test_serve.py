@@ -19,8 +19,8 @@ import openai
 import psutil
 import pytest
 import ray
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 import torch
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.api.answers import token_name
