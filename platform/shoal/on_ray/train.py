@@ -38,6 +38,7 @@ CHECKPOINTS = "checkpoints"  # folder of the run that CheckpointStore writes to
 POLL = 0.5  # seconds between our looks at a run's metrics
 RAY_SETTINGS = {  # defaults of ours, which the environment may change
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray's own 2 are felt on short runs
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process more a run; what it knows of nodes that go, nothing here asks
 }
 # Seconds that workers may take to start. Ray's own 60 are too few for two busy cores; but where their number may change, Ray
 # counts a node that has just died for 20 seconds more, and must find out soon that so many cannot be had.
