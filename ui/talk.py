@@ -6,6 +6,7 @@ in the message's metadata, and is what the model is told that it said.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import html
 import json
@@ -16,9 +17,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import openai
+
+T = TypeVar("T")
 
 CONNECT_SECONDS, READ_SECONDS = 5.0, 300.0
 SHOWN_EVERY = 0.05  # seconds between two states of an answer on their way to the browser
@@ -114,21 +117,22 @@ async def stream(
 
     Closing the iterator closes the stream, which cancels the request in the engine.
     """
-    text, usage, depth, pieces, first, shown = "", None, "", 0, 0.0, 0.0
+    text, told, usage, depth, pieces, first, shown = "", "", None, "", 0, 0.0, 0.0
     began = time.perf_counter()
     try:
         body = settings.body(card.name, asked)
         sent = await api.chat.completions.create(model=card.name, messages=asked, stream=True, extra_body=body)
-        async with sent:
+        async with sent, aclosing(_or_nothing(aiter(sent), SHOWN_EVERY)) as chunks:
             depth = sent.response.headers.get("X-Shoal-Depth", "")
-            async for chunk in sent:
-                usage = chunk.usage or usage
-                piece = "".join(choice.delta.content or "" for choice in chunk.choices)
-                text, pieces = text + piece, pieces + (piece != "")
+            async for chunk in chunks:
                 now = time.perf_counter()
-                first = first or now - began
-                if text and now - shown > SHOWN_EVERY:
-                    shown = now
+                if chunk is not None:
+                    usage = chunk.usage or usage
+                    piece = "".join(choice.delta.content or "" for choice in chunk.choices)
+                    text, pieces = text + piece, pieces + (piece != "")
+                    first = first or now - began
+                if text != told and now - shown > SHOWN_EVERY:
+                    told, shown = text, now
                     yield Said(text, facts(depth, pieces, card, f"first after {first:.2f} s, stopped", now - began))
     except openai.OpenAIError as error:
         yield Said(text, fault=reason(error))
@@ -136,6 +140,27 @@ async def stream(
     tokens, depth = (usage.completion_tokens, (usage.model_extra or {}).get("depth", "")) if usage else (pieces, depth)
     below = facts(depth, tokens, card, f"first after {first:.2f} s, last", time.perf_counter() - began)
     yield Said(text, below, whole=True)
+
+
+async def _or_nothing(chunks: AsyncIterator[T], seconds: float) -> AsyncGenerator[T | None, None]:
+    """`chunks`, and None where none has come for `seconds`: what came before is then shown, however long the next one takes."""
+    coming = asyncio.ensure_future(_next(chunks))
+    try:
+        while True:
+            if not (await asyncio.wait({coming}, timeout=seconds))[0]:
+                yield None
+                continue
+            if (chunk := coming.result()) is None:
+                return
+            yield chunk
+            coming = asyncio.ensure_future(_next(chunks))
+    finally:
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)
+
+
+async def _next(chunks: AsyncIterator[T]) -> T | None:
+    return await anext(chunks, None)
 
 
 def messages(history: Iterable[Message], new: Message, system: str = "") -> list[Message]:

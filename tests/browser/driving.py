@@ -12,12 +12,18 @@ from tests.browser.site import Site
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
+STREAM = "/queue/data"  # of what a page asked for
 SECONDS = 60.0  # that anything may take, on a machine that does five other things
 
 
 def visit(page: Page, site: Site, path: str = "") -> None:
+    streams: set[str] = set()
+    page.on("request", lambda request: streams.add(request.url) if STREAM in request.url else None)
+    for ended in ("requestfinished", "requestfailed"):
+        page.on(ended, lambda request: streams.discard(request.url))  # type: ignore[call-overload]
     page.goto(f"{site.url}/ui/{path}")
     page.get_by_text("fish · 4 layers").wait_for()  # the settings are then those of the model
+    until(page, lambda: not streams)  # what is asked while Gradio's stream ends may be lost with it (docs/log.md)
 
 
 def most_tokens(page: Page, count: int) -> None:

@@ -104,8 +104,10 @@ def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(models: dict[str, P
             assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("length", "stop")
             config = Model.load(models["int8"]).config
             unit = kv_bytes_stored(config, 1, config.group_layers, torch.int8)
-            metrics = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
-            assert f'shoal:kv_unit_bytes{{model_name="fish"}} {float(unit)}' in metrics
+            lines = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text.splitlines()
+            said = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+            size, units = (float(said[f'shoal:kv_{what}{{model_name="fish"}}']) for what in ("cache_bytes", "units"))
+            assert size / units == unit
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGINT)
             assert process.wait(120) == 0

@@ -221,7 +221,7 @@ class Engine:
             "kv_cache_usage_perc": 1 - pages.available / pages.total,
             "kv_units": pages.total,
             "kv_units_cached": pages.cached,
-            "kv_unit_bytes": self._unit_bytes,
+            "kv_cache_bytes": pages.total * self._unit_bytes,
             f'model_info{{quantization="{self.config.quantization}"}}': 1,
         }
         return gauges | s.metrics.samples(self.config.exits)

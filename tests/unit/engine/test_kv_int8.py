@@ -97,7 +97,7 @@ def test_the_engine_says_what_the_rounded_model_says(
 
 def test_a_unit_is_smaller_and_so_more_of_them_fit() -> None:
     engines = [Engine(MODEL, units=9, kv_cache_dtype=kind) for kind in ("auto", "int8")]
-    each = [engine.stats()["kv_unit_bytes"] for engine in engines]
+    each = [engine.stats()["kv_cache_bytes"] / engine.stats()["kv_units"] for engine in engines]
     for engine, size in zip(engines, each, strict=True):
         cache = engine.runner.cache
         assert 9 * size == cache.kv.nbytes + cache.summaries.nbytes

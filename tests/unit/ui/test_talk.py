@@ -7,6 +7,8 @@ import base64
 import json
 import os
 import subprocess
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,30 @@ def test_an_answer_that_is_cut_off_keeps_its_words_beside_the_reason(monkeypatch
     assert (last.text, last.fault) == ("one two", "the engine replica was lost.")
     words, why = [part["text"] for part in talk.said(last)["content"]]
     assert words == "one two" and 'role="alert"' in why and "the engine replica was lost" in why
+
+
+def test_what_has_come_is_shown_though_nothing_follows() -> None:
+    """Two pieces within `SHOWN_EVERY`, and then the server is silent for longer than the test waits."""
+
+    class Stalls(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            for piece in ("one", " two"):
+                choice = {"index": 0, "delta": {"content": piece}, "finish_reason": None}
+                yield f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
+            await asyncio.sleep(600)
+
+    async def last() -> str:
+        kind = {"content-type": "text/event-stream"}
+        http = httpx.AsyncClient(
+            transport=httpx.MockTransport(lambda _: httpx.Response(200, headers=kind, stream=Stalls()))
+        )
+        api = openai.AsyncOpenAI(base_url="http://x/v1", api_key="none", http_client=http, max_retries=0)
+        async with asyncio.timeout(60), aclosing(talk.stream(api, CARD, [], talk.Settings("auto", 9))) as found:
+            while (state := await anext(found)).text != "one two":
+                pass
+        return state.below
+
+    assert asyncio.run(last()).startswith("2 tokens · ")
 
 
 def test_an_error_is_the_api_s_own_sentence_with_what_to_do_here() -> None:
