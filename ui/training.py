@@ -174,7 +174,7 @@ def _mix(run: Run) -> str:
     wanted = (run["start"] or {}).get("mix") or {}
     curves = run["curves"]
     tokens, patches = (sum(value or 0 for value in curves[name]) for name in ("tokens", "patches"))
-    read = f"Read so far: {patches / tokens:.1%} image patches." if tokens else ""
+    read = f"Read so far: {patches / tokens:.1%} image patches. Rows of images have words, too." if tokens else ""
     if not wanted:
         said = "This run was given none." if "mix" in (run["start"] or {}) else f"{look.UNKNOWN.capitalize()}."
         return look.remark("Mix by token", f"{said} {read}")
