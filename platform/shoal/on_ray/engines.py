@@ -51,9 +51,8 @@ def engine_options(args: ServeArgs, model: str, page: int) -> dict[str, Any]:
     options: dict[str, Any] = {
         "max_ongoing_requests": 2 * args.max_batch,  # a batch that runs and one that waits close to it
         "user_config": {"model": model},  # the one thing that can change while a replica serves
-        "request_router_config": router_config(
-            page, args.max_queue
-        ),  # they wait in the gateway: any replica can take them
+        # who waits does so in the gateway, where any replica can take him
+        "request_router_config": router_config(page, args.max_queue),
         "logging_config": LOGGING,
         "ray_actor_options": {"num_cpus": args.cpus, "num_gpus": args.gpus},
         "health_check_period_s": 2.0,  # Serve replaces a replica that fails three times in a row
