@@ -211,16 +211,14 @@ def _far(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, layout: Layout) -> Ten
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Softmax attention [B, T, H, d] under `mask` [B, 1 or Hk, T, X]; q [B, T, H, d], k and v [B, X, Hk, d].
 
-    The query heads of a KV head are laid one after the other along T, so that k and v are not copied for them.
+    A row and a KV head are one element of the batch, so that its query heads share k, v and the mask without a copy for each.
     """
-    queries, heads = q.shape[1], q.shape[2]
-    groups = heads // k.shape[2]
-    bias = _bias(mask, q.dtype)
-    if groups > 1:
-        bias = bias[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
-    folded = q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    out = F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
-    return out.unflatten(2, (groups, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    rows, kv_heads = q.shape[0], k.shape[2]
+    grouped = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B * Hk, G, T, d]
+    k, v = (x.transpose(1, 2).flatten(0, 1)[:, None].expand(-1, grouped.shape[1], -1, -1) for x in (k, v))
+    bias = _bias(mask, q.dtype).expand(-1, kv_heads, -1, -1).flatten(0, 1)[:, None]
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=bias)
+    return out.unflatten(0, (rows, kv_heads)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -96,9 +96,10 @@ class Attention(nn.Module):
         turned = c.heads + c.kv_heads
         # q and k in one norm and one rotation: few large operators are what decoding is made of
         weight = torch.cat([self.q_norm.weight.expand(c.heads, -1), self.k_norm.weight.expand(c.kv_heads, -1)])
-        qk = F.rms_norm(heads[..., :turned, :], (c.head_dim,), None, c.norm_eps) * weight
-        qk = rotate(qk, rope)
-        return qk[..., : c.heads, :], qk[..., c.heads :, :], heads[..., turned:, :]
+        qk, v = heads.split([turned, c.kv_heads], dim=-2)
+        qk = rotate(F.rms_norm(qk, (c.head_dim,), None, c.norm_eps) * weight, rope)
+        q, k = qk.split([c.heads, c.kv_heads], dim=-2)
+        return q, k, v
 
     def forward(self, x: Tensor, layout: Layout, rope: Rope) -> Tensor:
         q, k, v = self.project(x, rope)
