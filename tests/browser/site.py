@@ -31,7 +31,7 @@ class Readable:
     requests: list[Request] = field(default_factory=list)
     most: int | None = None  # tokens that any answer gets to for now
 
-    async def generate(self, request: Request) -> AsyncIterator[Event]:
+    async def batches(self, request: Request) -> AsyncIterator[list[Event]]:
         self.requests.append(request)
         letters = {i for i in range(self.model.config.vocab) if self.model.tokenizer.token_bytes(i).isalpha()}
         bias = {i: -100.0 for i in range(self.model.config.vocab) if i not in letters}
@@ -42,7 +42,7 @@ class Readable:
                 while self.most is not None and said >= self.most:
                     await asyncio.sleep(SECONDS_A_TOKEN)
                 await asyncio.sleep(SECONDS_A_TOKEN)
-                yield event
+                yield [event]
                 said += 1
 
     async def stats(self) -> dict[str, float]:

@@ -56,12 +56,14 @@ class Access:
         if self.key is not None:
             self.key.spend(tokens)
 
-    def wrote(self) -> None:
-        """One more token of an answer."""
+    def wrote(self, tokens: int) -> None:
+        """So many more tokens of an answer."""
+        if not tokens:
+            return
         self.first_token = self.first_token or time.perf_counter()
-        self.facts["completion_tokens"] += 1
+        self.facts["completion_tokens"] += tokens
         if self.key is not None:
-            self.key.spend(1)
+            self.key.spend(tokens)
 
     @property
     def seconds(self) -> float:

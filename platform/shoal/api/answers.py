@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from shoal import __version__
 from shoal.api.calls import Delta, Reader
+from shoal.api.client import Events
 from shoal.api.requests import Work
 from shoal.api.served import ServedModel
 from shoal.api.shapes import ChatLogprob, ChatLogprobs, TextLogprobs, TopLogprob, Usage
@@ -26,8 +27,6 @@ from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0  # JSON has no -Infinity
-
-Events = AsyncGenerator[tuple[int, Event], None]  # (choice, event), of `client.gather`
 
 
 @dataclass
@@ -96,34 +95,39 @@ class Answer(ABC):
     async def whole(self, events: Events) -> dict[str, Any]:
         """The complete answer."""
         async with aclosing(events):
-            async for index, event in events:
-                self.choices[index].take(event)
+            async for index, ready in events:
+                for event in ready:
+                    self.choices[index].take(event)
         return self._whole()
 
     async def chunks(self, events: Events) -> AsyncGenerator[bytes, None]:
-        """SSE events, each ready to be sent; the first comes with the engine's first event."""
+        """SSE events, joined as they are to be sent: those of events that were ready together go together, since a send costs
+        every process on the way to the client as much as a long one. The first comes with the engine's first event."""
         started: set[int] = set()
         async with aclosing(events):
-            async for index, event in events:
-                choice = self.choices[index]
-                known = len(choice.logprobs)
-                deltas = choice.take(event)
-                if index not in started:
-                    started.add(index)
-                    for opening in self._opening(index):
-                        yield self._sse(opening)
-                logprobs = None
-                if self._with_logprobs and choice.logprobs[known:]:
-                    logprobs = self._logprobs(choice.logprobs[known:], index)
-                    deltas = deltas or [{"content": ""}]
-                for delta in deltas:
-                    yield self._sse(self._piece(index, delta, logprobs))
-                    logprobs = None
-                if isinstance(event, Finished):
-                    yield self._sse(self._end(index))
-        if self._include_usage:
-            yield sse({**self._head, "object": self._chunk_object, "choices": [], "usage": self.usage()})
-        yield DONE
+            async for index, ready in events:
+                opening = () if index in started else self._opening(index)
+                started.add(index)
+                chunks = [*opening, *(chunk for event in ready for chunk in self._chunks(index, event))]
+                if chunks:  # else part of a character, or of a call
+                    yield b"".join(map(self._sse, chunks))
+        usage = {**self._head, "object": self._chunk_object, "choices": [], "usage": self.usage()}
+        yield (sse(usage) if self._include_usage else b"") + DONE
+
+    def _chunks(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
+        """What a stream sends of `event`, as the choice of a chunk each."""
+        choice = self.choices[index]
+        known = len(choice.logprobs)
+        deltas = choice.take(event)
+        logprobs = None
+        if self._with_logprobs and choice.logprobs[known:]:
+            logprobs = self._logprobs(choice.logprobs[known:], index)
+            deltas = deltas or [{"content": ""}]
+        for delta in deltas:
+            yield self._piece(index, delta, logprobs)
+            logprobs = None
+        if isinstance(event, Finished):
+            yield self._end(index)
 
     def depth(self) -> str:
         """Exit name the choices run with; the names, comma-separated, when they differ."""

@@ -17,16 +17,17 @@ from shoal.engine.events import Event, Finished, Request
 from shoal.errors import DeadlineError, EngineDeadError
 
 T = TypeVar("T")
+Events = AsyncGenerator[tuple[int, list[Event]], None]  # (choice, what was ready of it), of `gather`
 
-UNREAD = 32  # events of several requests that wait for their one reader; then the requests wait, as a single one does
+UNREAD = 32  # lists of several requests that wait for their one reader; then the requests wait, as a single one does
 GRACE_SECONDS = 5.0  # how much later than the engine's own deadline this side gives up waiting
 
 
 class EngineClient(Protocol):
     """`AsyncEngine` itself, or a Ray Serve handle wrapped by `on_ray.serve`."""
 
-    def generate(self, request: Request) -> AsyncIterator[Event]:
-        """Events of one request, its `Finished` last. Closing the iterator cancels the request."""
+    def batches(self, request: Request) -> AsyncIterator[list[Event]]:
+        """Events of one request in lists of what was ready, its `Finished` last. Closing the iterator cancels the request."""
 
     async def embed(self, prompt: list[int], depth: str | int | None = None) -> list[float]:
         """The vector of one prompt, as `Model.embed` makes it."""
@@ -42,19 +43,20 @@ class ClientGone(Exception):
     """The HTTP client left before its answer was complete. Nobody is there to read an answer."""
 
 
-async def gather(client: EngineClient, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Event], None]:
-    """(index of the request, event) of all `requests`, as they come. A request that does not end well ends them all.
+async def gather(client: EngineClient, requests: Sequence[Request]) -> Events:
+    """(index of the request, its events that were ready) of all `requests`, as they come. A request that does not end well ends
+    them all.
 
     Raises the request's own error; DeadlineError also when the engine stays silent past a request's deadline.
     """
     streams = [_watched(client, request) for request in requests]
     if len(streams) == 1:
-        async with aclosing(streams[0]) as events:
-            async for event in events:
-                yield 0, event
+        async with aclosing(streams[0]) as lists:
+            async for events in lists:
+                yield 0, events
         return
-    queue: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue(UNREAD)
-    tasks = [asyncio.create_task(_pump(index, events, queue)) for index, events in enumerate(streams)]
+    queue: asyncio.Queue[tuple[int, list[Event] | BaseException | None]] = asyncio.Queue(UNREAD)
+    tasks = [asyncio.create_task(_pump(index, lists, queue)) for index, lists in enumerate(streams)]
     try:
         running = len(tasks)
         while running:
@@ -67,37 +69,6 @@ async def gather(client: EngineClient, requests: Sequence[Request]) -> AsyncGene
                 yield index, item
     finally:
         await _end(tasks)
-
-
-async def together(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """`chunks`, in one piece what is ready at once: events come in lists, and each send costs every process on the way to the
-    client as much as a long one. What `chunks` raises comes after all that it gave."""
-    queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(UNREAD)
-
-    async def fill() -> None:
-        end: BaseException | None = None
-        try:
-            async with aclosing(chunks):
-                async for chunk in chunks:
-                    await queue.put(chunk)
-        except Exception as error:
-            end = error
-        await queue.put(end)
-
-    task = asyncio.create_task(fill())
-    try:
-        while True:
-            ready = [await queue.get()]
-            while not queue.empty():
-                ready.append(queue.get_nowait())
-            if data := b"".join(item for item in ready if isinstance(item, bytes)):
-                yield data
-            if isinstance(ready[-1], BaseException):
-                raise ready[-1]
-            if ready[-1] is None:
-                return
-    finally:
-        await _end([task])
 
 
 async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
@@ -117,48 +88,53 @@ async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
         await _end([task, gone])
 
 
-async def _watched(client: EngineClient, request: Request) -> AsyncGenerator[Event, None]:
+async def _watched(client: EngineClient, request: Request) -> AsyncGenerator[list[Event], None]:
     loop = asyncio.get_running_loop()
     limit = None if request.deadline is None else loop.time() + request.deadline + GRACE_SECONDS
-    events = client.generate(request)
+    lists = client.batches(request)
     finished = False
     try:
         while True:
             # the timeout spans one step, never a yield: the steps of a generator may run in different tasks
             async with asyncio.timeout_at(limit):
-                event = await anext(events, None)
-            if event is None:
+                events = await anext(lists, None)
+            if events is None:
                 break
-            finished = isinstance(event, Finished)
-            yield _good(event, request)
+            end = events[-1]
+            finished = isinstance(end, Finished)
+            if isinstance(end, Finished) and (error := _fault(end, request)):
+                if events[:-1]:
+                    yield events[:-1]
+                raise error
+            yield events
     except TimeoutError:
         raise DeadlineError("the engine did not answer in time", do="try again") from None
     finally:
-        if isinstance(events, AsyncGenerator):
-            await events.aclose()
+        if isinstance(lists, AsyncGenerator):
+            await lists.aclose()
     if not finished:
         raise EngineDeadError("the engine ended the request without finishing it", do="try again")
 
 
-def _good(event: Event, request: Request) -> Event:
-    """`event` of `request`, or its error raised."""
-    if isinstance(event, Finished) and event.reason not in ("stop", "length"):
-        if event.reason == "deadline":
-            got = None if request.deadline is None else f"{request.deadline:g} s"
-            raise DeadlineError("the request ran out of its time", got=got, do="ask for fewer tokens or try again")
-        if event.error is not None:
-            raise event.error
-        raise EngineDeadError(f"the request was {event.reason} by the server", do="try again")
-    return event
+def _fault(end: Finished, request: Request) -> Exception | None:
+    """Why `request` did not end well, if it did not."""
+    if end.reason in ("stop", "length"):
+        return None
+    if end.reason == "deadline":
+        got = None if request.deadline is None else f"{request.deadline:g} s"
+        return DeadlineError("the request ran out of its time", got=got, do="ask for fewer tokens or try again")
+    return end.error or EngineDeadError(f"the request was {end.reason} by the server", do="try again")
 
 
 async def _pump(
-    index: int, events: AsyncGenerator[Event, None], queue: asyncio.Queue[tuple[int, Event | BaseException | None]]
+    index: int,
+    lists: AsyncGenerator[list[Event], None],
+    queue: asyncio.Queue[tuple[int, list[Event] | BaseException | None]],
 ) -> None:
     try:
-        async with aclosing(events):
-            async for event in events:
-                await queue.put((index, event))
+        async with aclosing(lists):
+            async for events in lists:
+                await queue.put((index, events))
     except Exception as error:
         await queue.put((index, error))
     else:

@@ -19,8 +19,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from shoal.api.access import Access
-from shoal.api.answers import Answer, Events
-from shoal.api.client import ClientGone, EngineClient, gather, together, while_connected
+from shoal.api.answers import Answer
+from shoal.api.client import ClientGone, EngineClient, Events, gather, while_connected
 from shoal.api.limits import Limits
 from shoal.api.metrics import Metrics
 from shoal.api.requests import Work
@@ -140,10 +140,9 @@ async def _counted(events: Events, work: Work, access: Access) -> Events:
     grammar came from, none for the time that the server gives."""
     async with aclosing(events):
         try:
-            async for index, event in events:
-                if isinstance(event, Token):
-                    access.wrote()
-                yield index, event
+            async for index, ready in events:
+                access.wrote(sum(isinstance(event, Token) for event in ready))
+                yield index, ready
         except RequestError as error:
             error.param = {"guided": work.guided_by, "deadline": None}.get(error.param or "", error.param)
             raise
@@ -169,7 +168,7 @@ class _EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def stream() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async with aclosing(together(self._chunks)) as chunks:
+            async with aclosing(self._chunks) as chunks:
                 async for chunk in chunks:
                     async with asyncio.timeout(SEND_SECONDS):
                         await send({"type": "http.response.body", "body": chunk, "more_body": True})

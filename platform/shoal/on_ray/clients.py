@@ -37,7 +37,7 @@ class ReplicaClient:
         self._stream = engine.options(method_name="generate", stream=True, **DIRECT)
         self._resumed = 0  # streams that went on at another replica
 
-    def generate(self, request: Request) -> AsyncGenerator[Event, None]:
+    def batches(self, request: Request) -> AsyncGenerator[list[Event], None]:
         """Raises QueueFullError when all replicas and the queue are full. A request whose replica is lost goes on at another
         (`failover`); EngineDeadError says that several were lost."""
 

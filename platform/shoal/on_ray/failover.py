@@ -90,8 +90,9 @@ async def unbroken(
     request: Request,
     *,
     on_resume: Callable[[], None] = lambda: None,
-) -> AsyncGenerator[Event, None]:
-    """The events of `request`, from as many replicas as it takes; closing the iterator closes the present one's.
+) -> Batches:
+    """The events of `request` in lists of what was ready, from as many replicas as it takes; closing the iterator closes the
+    present one's.
 
     `open_` sends a request to some replica and gives its events in lists. An EngineDeadError, raised or in the last event,
     says that the replica was lost; `on_resume` is called when another is asked. Raises it after `LOSSES` of them, and when
@@ -105,9 +106,10 @@ async def unbroken(
         lost = False
         try:
             async with aclosing(open_(progress.to_send(time.monotonic()))) as stream:
-                async for event in _checked(stream):
-                    yield progress.take(event, time.monotonic())
-                    if isinstance(event, Finished):
+                async for ready in _checked(stream):
+                    events = [progress.take(event, time.monotonic()) for event in ready]
+                    yield events
+                    if isinstance(events[-1], Finished):
                         return
             raise EngineDeadError("the engine replica ended the stream without finishing the request")
         except QueueFullError as error:
@@ -133,16 +135,26 @@ async def unbroken(
             log.warning("request %s goes on after %d tokens: %s", request.id, len(progress.tokens), reason)
 
 
-async def _checked(stream: Batches) -> AsyncGenerator[Event, None]:
-    """The events of `stream`. Raises EngineDeadError for an end that only a lost replica gives, `_Refused` if it is the first
-    event."""
+async def _checked(stream: Batches) -> Batches:
+    """`stream`. Raises EngineDeadError for an end that only a lost replica gives, `_Refused` if it is the first event."""
     fresh = True
-    async for ready in stream:
-        for event in ready:
-            if isinstance(event, Finished):
-                if isinstance(event.error, EngineDeadError):
-                    raise _Refused(event.error) if fresh else event.error
-                if event.reason == "cancelled":  # not by us: who cancels leaves, and sees no event
-                    raise EngineDeadError("the engine replica was stopped")
-            fresh = False
-            yield event
+    async for events in stream:
+        *before, last = events
+        loss = _loss(last, fresh and not before)
+        if loss is None:
+            yield events
+        elif before:
+            yield before
+        if loss is not None:
+            raise loss
+        fresh = False
+
+
+def _loss(event: Event, first: bool) -> Exception | None:
+    """That a replica was lost, if the `event` tells it; `first`: it did nothing before."""
+    if not isinstance(event, Finished):
+        return None
+    if isinstance(event.error, EngineDeadError):
+        return _Refused(event.error) if first else event.error
+    # cancelled, and not by us: who cancels leaves, and sees no event
+    return EngineDeadError("the engine replica was stopped") if event.reason == "cancelled" else None

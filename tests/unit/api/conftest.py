@@ -30,18 +30,20 @@ class Scripted:
     ends: Finished | None = None  # instead of a good end
     hangs_after: int | None = None  # tokens; then it waits for ever
     dead: Exception | None = None
+    at_once: int = 1  # events in a list
     quantization: str = "none"  # what it computes with
     requests: list[Request] = field(default_factory=list)
     open: int = 0  # requests that are running now
     metrics: Metrics = field(default_factory=lambda: Metrics(preemptions=7))
 
-    async def generate(self, request: Request) -> AsyncIterator[Event]:
+    async def batches(self, request: Request) -> AsyncIterator[list[Event]]:
         self.requests.append(request)
         self.open += 1
         began = time.perf_counter()
         decode = self.tokenizer.stream()
         ids = self.tokenizer.encode(self.reply)[: request.sampling.max_tokens]
         depth = 1 if request.depth == "shallow" else 4
+        ready: list[Event] = []
         try:
             if self.raises:
                 raise self.raises
@@ -49,8 +51,11 @@ class Scripted:
                 if count == self.hangs_after:
                     await asyncio.Event().wait()
                 await asyncio.sleep(0)
-                yield Token(request.id, token, decode.push(token), self._logprob(request, token), depth)
-            yield self.ends or self._finished(request, depth, len(ids), time.perf_counter() - began)
+                ready.append(Token(request.id, token, decode.push(token), self._logprob(request, token), depth))
+                if len(ready) == self.at_once:
+                    yield ready
+                    ready = []
+            yield [*ready, self.ends or self._finished(request, depth, len(ids), time.perf_counter() - began)]
         finally:
             self.open -= 1
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+import re
 from typing import Any
 
 import pytest
 
 from shoal.api.app import build_app
-from shoal.api.client import gather, together
+from shoal.api.client import gather
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
-from shoal.engine.events import Request
+from shoal.engine.events import Finished, Request
+from shoal.errors import GenerationError
 from shoal.inputs.chat import Encoded
 
 pytestmark = pytest.mark.anyio
+NEW = re.compile(rb'"id":"chatcmpl-[0-9a-f]+"|"created":\d+')  # of each answer anew
 
 
 class Caller:
@@ -85,30 +87,22 @@ async def test_closing_gather_closes_every_request(engine: Any) -> None:
     assert engine.open == 0
 
 
-async def test_what_is_ready_at_once_goes_together_and_the_rest_is_not_waited_for() -> None:
-    go, closed = asyncio.Event(), []
+@pytest.mark.parametrize(("error", "last"), [(None, [3, 1]), (GenerationError("the model made NaN"), [2, 1])])
+async def test_what_is_ready_at_once_is_sent_at_once_in_the_same_chunks(
+    served: ServedModel, engine: Any, error: Exception | None, last: list[int]
+) -> None:
+    """18 tokens, of which one is half a character, in lists of eight; the third has the end, or the error: then what came
+    before it is sent before it."""
+    body = {"model": "fish", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    if error is not None:
+        engine.ends = Finished("x", "error", error=error)
 
-    async def chunks(error: Exception | None = None) -> AsyncGenerator[bytes, None]:
-        try:
-            yield b"a"
-            yield b"b"
-            await go.wait()
-            yield b"c"
-            if error:
-                raise error
-        finally:
-            closed.append(True)
+    async def sent() -> list[bytes]:
+        caller = Caller(build_app([Hosted(served, engine)]), body)
+        await asyncio.wait_for(caller.task, 20)
+        return [data for message in caller.sent if (data := NEW.sub(b"", message.get("body", b"")))]
 
-    pieces = together(chunks())
-    assert await asyncio.wait_for(anext(pieces), 5) == b"ab"
-    go.set()
-    assert [piece async for piece in pieces] == [b"c"]
-    failing = together(chunks(ValueError("lost")))
-    assert await anext(failing) == b"abc"
-    with pytest.raises(ValueError, match="lost"):
-        await anext(failing)
-    go.clear()
-    left = together(chunks())
-    await anext(left)
-    await left.aclose()
-    assert len(closed) == 3
+    one_by_one, engine.at_once = await sent(), 8
+    joined = await sent()
+    assert b"".join(joined) == b"".join(one_by_one)
+    assert [data.count(b"data: ") for data in joined] == [9, 7, *last]

@@ -135,15 +135,15 @@ async def test_what_cannot_be_served_is_a_400_that_names_the_field(
 
 async def test_one_failing_prompt_fails_all_and_leaves_nothing_running(http: httpx.AsyncClient, engine: Any) -> None:
     calls = 0
-    generate = engine.generate
+    batches = engine.batches
 
     def second_fails(request: Any) -> Any:
         nonlocal calls
         calls += 1
         engine.raises = ZeroDivisionError() if calls == 2 else None
-        return generate(request)
+        return batches(request)
 
-    engine.hangs_after, engine.generate = 2, second_fails
+    engine.hangs_after, engine.batches = 2, second_fails
     reply = await http.post(URL, json={"model": "fish", "prompt": ["a", "b", "c"]})
     assert (reply.status_code, engine.open) == (500, 0)
 

@@ -55,8 +55,8 @@ class Replica:
             self.open -= 1
 
 
-async def read(events: AsyncGenerator[Event, None]) -> tuple[list[Token], Finished]:
-    *tokens, end = [event async for event in events]
+async def read(lists: AsyncGenerator[list[Event], None]) -> tuple[list[Token], Finished]:
+    *tokens, end = [event async for events in lists for event in events]
     assert isinstance(end, Finished)
     return [token for token in tokens if isinstance(token, Token)], end
 
