@@ -1,5 +1,6 @@
 """Training on Ray Train: one local cluster, the `test` preset, two workers, and what may happen to them."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import psutil
 import pytest
 
 from shoal import presets
-from shoal.errors import CheckpointError, ConfigError, DataError, ResourceError
+from shoal.errors import CheckpointError, ConfigError, DataError, ResourceError, ShoalError
 from shoal.on_ray.train import train
 from shoal.train import log
 from shoal.train.loop import fit
@@ -35,10 +36,10 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in log.read(run) if record["kind"] == "step"]
 
 
-def workers(of: int | None = None) -> list[psutil.Process]:
-    """The processes that train for process `of`, or for this one; Ray names them after the actor's class."""
+def workers(of: int | None = None, name: str = "RayTrainWorker") -> list[psutil.Process]:
+    """The processes that train for process `of`, or for this one; Ray names them after the actor's class, `name`."""
     every = psutil.Process(of).children(recursive=True)
-    return [p for p in every if "RayTrainWorker" in p.name() or any("RayTrainWorker" in part for part in p.cmdline())]
+    return [p for p in every if name in p.name() or any(name in part for part in p.cmdline())]
 
 
 class Once:
@@ -55,6 +56,12 @@ class Once:
 
 def kill_a_worker() -> None:
     os.kill(workers()[0].pid, signal.SIGKILL)  # as the kernel does when memory is short
+
+
+def kill_the_controller(record: log.Record) -> None:
+    if record["kind"] == "start":
+        (controller,) = workers(name="TrainController")
+        controller.kill()
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +101,50 @@ def test_a_killed_worker_costs_no_step_and_no_bit(calm: Path, data: Path, tmp_pa
     starts = [record["step"] for record in log.read(tmp_path / "hit") if record["kind"] == "start"]
     assert len(starts) == 2 and starts[0] == 0 and starts[1] >= kill.at - 1
     assert same(tmp_path / "hit", calm)
+
+
+def test_a_run_that_cannot_go_on_ends_in_a_line_and_the_same_command_goes_on(
+    calm: Path, data: Path, tmp_path: Path
+) -> None:
+    """A worker is killed more often than it may be, and then the process that starts workers."""
+    hit = plan(data, tmp_path / "hit", checkpoint_minutes=0.0)
+    with pytest.raises(ShoalError, match=r"^worker [01] died: .*can be resumed; .*out of memory.*--accumulate") as one:
+        train(hit, workers=2, cpus_per_worker=0.5, max_failures=0, on_progress=Once(kill_a_worker))
+    with pytest.raises(ShoalError, match=r"^a process of the run died: .*can be resumed") as two:
+        train(hit, workers=2, cpus_per_worker=0.5, on_progress=kill_the_controller)
+    assert not any("\n" in str(caught.value) for caught in (one, two))
+    train(hit, workers=2, cpus_per_worker=0.5)
+    assert len([record for record in log.read(tmp_path / "hit") if record["kind"] == "start"]) == 3
+    assert same(tmp_path / "hit", calm)
+
+
+def test_a_worker_out_of_memory_says_what_helps_and_that_helps(shared_ray: None, tmp_path: Path) -> None:
+    """Every process of the node may have half a GiB more than a worker has at its start, as `ulimit` does it. An update of
+    49,152 tokens in one micro-batch takes twice that: it is tried again, and again does not fit. In 16 it does."""
+    data, run, used = write_corpus(tmp_path / "data", presets.get("test"), documents=600), tmp_path / "run", []
+    fields = {"batch_tokens": 512 * 96, "warmup": 0.0, "decay": 0.0, "exit_warmup": 0.0}  # rates that no length changes
+
+    def todo(steps: int, accumulate: int) -> FitPlan:
+        return plan(data, run, steps=steps, accumulate=accumulate, **fields)
+
+    def measure(record: log.Record) -> None:
+        if record["kind"] == "start":
+            used.append(workers()[0].memory_info().data)
+
+    train(todo(1, 16), cpus_per_worker=0.5, on_progress=measure)
+    (raylet,) = (p for p in psutil.Process().children(recursive=True) if p.name() == "raylet")
+    before = raylet.rlimit(psutil.RLIMIT_DATA)
+    raylet.rlimit(psutil.RLIMIT_DATA, (used[0] + 2**29, before[1]))  # what it starts inherits it
+    try:
+        with pytest.raises(ResourceError, match=r"^worker 0 is out of memory: .*49,152 tokens.*--accumulate") as caught:
+            train(todo(2, 1), cpus_per_worker=0.5, max_failures=1)
+        starts = [record["step"] for record in log.read(run) if record["kind"] == "start"]
+        assert starts == [0, 1, 1] and "\n" not in str(caught.value)
+        assert train(todo(2, 16), cpus_per_worker=0.5, max_failures=0).steps == 2
+    finally:
+        raylet.rlimit(psutil.RLIMIT_DATA, before)
+    fit(dataclasses.replace(todo(2, 16), run=str(tmp_path / "calm")))
+    assert losses(run) == losses(tmp_path / "calm")
 
 
 def test_a_killed_driver_costs_no_step_and_no_bit(calm: Path, data: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 import torch.distributed
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -30,7 +31,7 @@ from shoal.on_ray.resources import local_ray, need_disk, worker_env
 from shoal.train.log import Record, Report, ignore, metrics_file
 from shoal.train.loop import FitResult, fit
 from shoal.train.plan import FitPlan, check, disk_needed, located, memory_needed
-from shoal.train.run import stop_file
+from shoal.train.run import LESS_MEMORY, stop_file
 
 STARTS = 3  # times that Ray may try to start the workers: its default retries an infeasible plan for ever
 COLLECTIVE_TIMEOUT = 300  # seconds that one exchange between workers may take
@@ -75,13 +76,13 @@ def train(
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         use_gpu = resources.get("GPU", 0) >= least if gpus is None else gpus
         preflight(plan.at_world(most, least), least, cpus_per_worker, use_gpu, resources)
-        trainer = _trainer(plan, (least, most), cpus_per_worker, use_gpu, max_failures)
         start = ELASTIC_START_SECONDS if least < most else START_SECONDS
+        trainer = _trainer(plan, (least, most), cpus_per_worker, use_gpu, max_failures)
         ours = {**RAY_SETTINGS, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start}
         with _following(plan, on_progress), _sigint_restored(), _sigterm_stops(plan), _defaults(ours):
             try:
                 result: Any = trainer.fit()
-            except ray.train.TrainingFailedError as error:
+            except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:  # the latter: its controller died
                 raise _cause(error) from error
             except SystemExit:  # Ray Train's own handler aborts the run on Ctrl-C and exits with 0, as if it were done
                 raise KeyboardInterrupt from None
@@ -255,14 +256,24 @@ def _sigterm_stops(plan: FitPlan) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> ShoalError:
-    """The one line behind a failed run: a worker's own error where there is one."""
+    """The one line behind a failed run: a worker's own error where there is one, else what ended a process. What the other
+    workers say, that they lost one, comes last."""
     failures = getattr(error, "worker_failures", None) or {None: getattr(error, "controller_failure", error)}
-    for failure in failures.values():
-        inner: BaseException | None = failure
-        while inner is not None:
-            if isinstance(inner, ShoalError):
-                return inner
-            inner = getattr(inner, "_base_exc", None) or getattr(inner, "cause", None) or inner.__cause__
+    found = [(rank, inner) for rank, failure in failures.items() for inner in _within(failure)]
+    for _, inner in found:
+        if isinstance(inner, ShoalError):
+            return inner
+    for rank, inner in found:
+        who = "a process of the run" if rank is None else f"worker {rank}"
+        if isinstance(inner, ray.exceptions.OutOfMemoryError):
+            return ResourceError(f"{who} was killed for memory", got=str(inner).splitlines()[0], do=LESS_MEMORY)
+        if isinstance(inner, ray.exceptions.RayActorError):
+            reason = str(inner).splitlines()[-1].partition(" Some common causes")[0]
+            return ShoalError(
+                f"{who} died",
+                got=reason[:300],
+                do=f"what was saved can be resumed; if the system was out of memory (see dmesg there), {LESS_MEMORY}",
+            )
     first = next(iter(failures.values()))
     text = [line for line in str(first).strip().splitlines() if line.strip()] or [type(first).__name__]
     return ShoalError(
@@ -270,3 +281,11 @@ def _cause(error: BaseException) -> ShoalError:
         got=text[-1].strip()[:300],
         do="what was saved can be resumed; see Ray's logs for the traceback",
     )
+
+
+def _within(failure: BaseException | None) -> Iterator[BaseException]:
+    """`failure` and what Ray wrapped in it."""
+    while failure is not None:
+        yield failure
+        wrapped = (getattr(failure, name, None) for name in ("_base_exc", "cause", "health_check_failure"))
+        failure = next((inner for inner in wrapped if isinstance(inner, BaseException)), failure.__cause__)

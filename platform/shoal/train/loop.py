@@ -64,10 +64,15 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
     """Train as `plan` says, going on from its newest checkpoint if it has one, and write the model directory.
 
     `report` gets every record on rank 0, and the checkpoint records on every rank. Raises CheckpointError, ConfigError or
-    DataError when the plan cannot be followed, ShoalError when the loss is not finite; what was saved stays resumable.
+    DataError when the plan cannot be followed, ResourceError when memory is short, ShoalError when the loss is not finite;
+    what was saved stays resumable.
     """
     ranks = Ranks.join()
-    say = Speaker(plan.run, ranks.first, report)
+    with enough_memory(plan, ranks):
+        return _fit(plan, ranks, Speaker(plan.run, ranks.first, report))
+
+
+def _fit(plan: FitPlan, ranks: Ranks, say: Speaker) -> FitResult:
     start = _Start.of(plan)
     feed = open_feed(plan, start.tokenizer, start.template, ranks)
     teacher = copy.deepcopy(start.net) if plan.has_teacher else None
@@ -98,10 +103,9 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
         skip = left_out(plan.model, plan.train, state.step)
         # Rounding begins when the rate has warmed up: AdamW's moments are empty until then, and rounding is noise to them.
         fake_quantize_(model.net, plan.quantize and done > plan.train.warmup)
-        with enough_memory(plan, ranks):
-            result = update(
-                model, optimizer, batches, config=plan.train, weights=weights, rate=rate, ranks=ranks, skip=skip
-            )
+        result = update(
+            model, optimizer, batches, config=plan.train, weights=weights, rate=rate, ranks=ranks, skip=skip
+        )
         state.step, state.tokens, state.cursor = (
             state.step + 1,
             state.tokens + result.tokens,

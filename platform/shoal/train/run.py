@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch.optim import Optimizer
 
@@ -22,6 +23,8 @@ from shoal.train.loss import LossModel
 from shoal.train.mirror import Mirror
 from shoal.train.parallel import Ranks
 from shoal.train.plan import FitPlan
+
+LESS_MEMORY = "use more --accumulate, --set recompute=true, fewer workers on a machine, or a smaller preset"
 
 
 @dataclass
@@ -131,10 +134,13 @@ def enough_memory(plan: FitPlan, ranks: Ranks) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
+        cuda = ranks.device.type == "cuda"
+        held = torch.cuda.memory_allocated(ranks.device) if cuda else psutil.Process().memory_info().rss
+        tokens = plan.train.batch_tokens // (ranks.world * plan.train.accumulate)
         raise ResourceError(
             f"worker {ranks.rank} is out of memory",
-            got=f"{plan.micro_rows(ranks.world)} rows of {plan.model.train_length} tokens in a micro-batch",
-            do="use more --accumulate, --set recompute=true, or a smaller preset",
+            got=f"{held / 2**30:.1f} GiB in use with {tokens:,} tokens in a micro-batch",
+            do=LESS_MEMORY,
         ) from error
 
 

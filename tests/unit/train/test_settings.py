@@ -83,12 +83,16 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_failed_allocation_says_what_helps(alone: Ranks) -> None:
-    plan = pretrain_plan("test", "data", "run", steps=1)
+def test_a_failed_allocation_says_what_helps(shards: Path, chats: Path, tmp_path: Path, alone: Ranks) -> None:
+    plan = pretrain_plan("test", str(shards), "run", steps=1)
     with (
-        pytest.raises(ResourceError, match=r"out of memory.*4 rows of 96 tokens.*--accumulate"),
+        pytest.raises(ResourceError, match=r"^worker 0 is out of memory: .*GiB.* 384 tokens in a micro.*--accumulate"),
         enough_memory(plan, alone),
     ):
         torch.empty(2**50)
     with pytest.raises(RuntimeError, match="must match"), enough_memory(plan, alone):
         torch.zeros(2) + torch.zeros(3)
+    Model.from_preset("test").save(tmp_path / "model")
+    odd = finetune_plan(str(tmp_path / "model"), str(chats), str(tmp_path / "run"), accumulate=7)
+    with pytest.raises(ResourceError, match="219 tokens in a micro-batch"), enough_memory(odd, alone):
+        raise MemoryError  # chats need no whole rows
