@@ -37,6 +37,7 @@ STARTS = 3  # times that Ray may try to start the workers: its default retries a
 COLLECTIVE_TIMEOUT = 300  # seconds that one exchange between workers may take
 CHECKPOINTS = "checkpoints"  # folder of the run that CheckpointStore writes to
 POLL = 0.5  # seconds between our looks at a run's metrics
+ROOM_SECONDS = 30.0  # between Ray's looks whether there is room for more workers; it knows of a new node within 20
 RAY_SETTINGS = {  # defaults of ours, which the environment may change
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray's own 2 are felt on short runs
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process more a run; what it knows of nodes that go, nothing here asks
@@ -132,6 +133,7 @@ def _trainer(plan: FitPlan, workers: tuple[int, int], cpus: float, use_gpu: bool
             num_workers=workers if workers[0] < workers[1] else workers[0],  # type: ignore[arg-type]  # Ray's older annotation
             use_gpu=use_gpu,
             resources_per_worker=_resources(cpus, use_gpu),
+            elastic_resize_monitor_interval_s=ROOM_SECONDS,  # type: ignore[call-arg]  # Ray's older annotation
         ),
         run_config=RunConfig(
             storage_path=plan.run,
