@@ -158,7 +158,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | ShoalError:
     try:
         plan = load(FitPlan, config["plan"], "plan")
         plan = plan.at_world(config["most"], ray.train.get_context().get_world_size())
-        return dataclasses.asdict(fit(located(plan), report))
+        return dataclasses.asdict(fit(plan, report))
     except ResourceError:
         raise
     except ShoalError as error:

@@ -40,7 +40,7 @@ from shoal.train.optim import (
     trained_exits,
 )
 from shoal.train.parallel import Ranks, shard_
-from shoal.train.plan import FitPlan, progress
+from shoal.train.plan import FitPlan, located, progress
 from shoal.train.run import Clock, Run, StoppedError, enough_memory, stop_file
 from shoal.train.step import update
 
@@ -73,8 +73,10 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
 
 
 def _fit(plan: FitPlan, ranks: Ranks, say: Speaker) -> FitResult:
-    start = _Start.of(plan)
-    feed = open_feed(plan, start.tokenizer, start.template, ranks)
+    with ranks.alike():
+        plan = located(plan)
+        start = _Start.of(plan)
+        feed = open_feed(plan, start.tokenizer, start.template, ranks)
     teacher = copy.deepcopy(start.net) if plan.has_teacher else None
     model = LossModel(start.net, trained_exits(plan.model.exits, plan.train), teacher)
     shard_(model, ranks, replicas=plan.replicas, recompute=plan.recompute, compiled=plan.compile)

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from shoal.errors import ShoalError
 from shoal.model.cost import parameters
 from shoal.train.loss import LossModel
 
@@ -67,6 +68,22 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    @contextlib.contextmanager
+    def alike(self) -> Iterator[None]:
+        """An error of ours that one rank meets in this block is raised on all of them: those that went on would wait for it."""
+        problem: ShoalError | None = None
+        try:
+            yield
+        except ShoalError as error:
+            problem = error
+        found = [problem]
+        if self.world > 1:
+            found *= self.world
+            dist.all_gather_object(found, problem)
+        problem = next((met for met in found if met is not None), None)
+        if problem is not None:
+            raise problem
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -1,6 +1,6 @@
 """Many ranks over gloo, without Ray: the same run as alone, whatever their number, and nobody waits for ever when one is odd.
 
-Four processes are started once and play all scenes, since starting them takes longer than what they do.
+Eight processes are started once and play all scenes, since starting them takes longer than what they do.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from shoal.train.optim import left_out, make_optimizer, rotates
 from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan
 from shoal.train.step import count, update
 
-pytestmark = pytest.mark.timeout(400)  # four processes on what may be two busy cores
-PROCESSES = 4
+pytestmark = pytest.mark.timeout(400)  # eight processes on what may be two busy cores
+PROCESSES = 8
 # What an update may leave out or add: all ranks must leave out and add the same, or they wait for each other for ever
 ODD = {"layer_dropout": 0.9, "rotate_exits": "on", "distill": 0.5, "exit_warmup": 0.0, "seed": 2}
 INT8 = {"quantize": True, "distill": 30.0, "warmup": 0.3}  # with a teacher; rounding begins after the first update
@@ -46,6 +46,15 @@ WORLD_OF_RUN = {
     "muon": (2, 0, {"optimizer": "muon"}),
     "int8": (2, 0, INT8),
 }  # name: world, STAYS_GATHERED, fields of the plan
+
+LORA = {"lora_rank": 4}
+TUNED = [
+    ("chats", 2, {}),
+    ("chats", 4, {}),
+    ("chats", 8, {}),
+    ("lora", 2, LORA),
+    ("lora", 4, LORA),
+]  # name, world, fields
 
 
 def plan(shards: Path, run: Path, world: int = 1, **more: Any) -> FitPlan:
@@ -97,13 +106,13 @@ def play(rank: int, root: Path, shards: Path, chats: Path, model: Path) -> None:
     parallel.mixed_precision = fp32
     for world, end in ((2, 4), (1, 8), (4, 12)):
         scene(f"moved-{world}", world, lambda w=world, e=end: move(shards, root / "moved", w, e))  # type: ignore[misc]
-    for world in (2, 4):
-        for name, more in {"chats": {}, "lora": {"lora_rank": 4}}.items():
-            run = root / f"{name}-{world}"
-            scene(run.name, world, lambda w=world, r=run, m=more: fit(tune(chats, model, r, w, **m)))  # type: ignore[misc]
+    for name, world, more in TUNED:
+        run = root / f"{name}-{world}"
+        scene(run.name, world, lambda w=world, r=run, m=more: fit(tune(chats, model, r, w, **m)))  # type: ignore[misc]
     scene("not-finite", 2, lambda: one_rank_is_not_finite(shards, rank))
     scene("sync", 2, lambda: gradients_are_exchanged_once(shards, rank))
     scene("depth", 2, lambda: ranks_differ_in_depth(shards, rank))
+    scene("alone-in-error", 2, lambda: an_error_of_one_rank_is_every_ranks(shards, root, rank))
     scene("full-disk", 2, lambda: fit(plan(shards, root / "full-disk", 2, eval_every=0), fill_the_disk()))
 
 
@@ -176,6 +185,12 @@ def ranks_differ_in_depth(shards: Path, rank: int) -> None:
         count(batches[rank:], ranks)
 
 
+def an_error_of_one_rank_is_every_ranks(shards: Path, root: Path, rank: int) -> None:
+    """Rank 1 finds no data; rank 0, which does, would wait for it at the first exchange."""
+    with pytest.raises(DataError, match="nowhere"):
+        fit(plan(shards if rank == 0 else root / "nowhere", root / "alone-in-error", 2))
+
+
 def fill_the_disk() -> log.Report:
     """While steps 2 and 3 are saved rank 0 can write no file above 200 KiB, which its half of a checkpoint is."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -198,7 +213,7 @@ def played(shards: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) 
     model = Path(fit(plan(shards, root / "alone", steps=4)).out)
     for name, more in {"odd": ODD, "int8": INT8, "long": LONG, "moved": MOVED, "muon": {"optimizer": "muon"}}.items():
         fit(plan(shards, root / f"alone-{name}", **more))
-    for name, more in {"chats": {}, "lora": {"lora_rank": 4}}.items():
+    for name, more in {"chats": {}, "lora": LORA}.items():
         fit(tune(chats, model, root / f"alone-{name}", 1, **more))
     mp.set_forkserver_preload(["shoal.train.loop"])  # torch is imported once, not by each
     mp.start_processes(play, (root, shards, chats, model), nprocs=PROCESSES, start_method="forkserver")
@@ -262,10 +277,9 @@ def test_a_run_goes_on_at_another_world_size(played: Path) -> None:
     assert history(played / "moved", "step", "tokens") == history(played / "alone-moved", "step", "tokens")
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("kind", ["chats", "lora"])
+@pytest.mark.parametrize(("kind", "world"), [(kind, world) for kind, world, _ in TUNED])
 def test_masked_rows_are_one_update_however_they_are_dealt(played: Path, kind: str, world: int) -> None:
-    """(8 x 1) = (4 x 2) = (2 x 4), with chats of 1 to 3 sentences; also where most weights are frozen."""
+    """(8 x 1) = (4 x 2) = (2 x 4) = (1 x 8), with chats of 1 to 3 sentences; also where most weights are frozen."""
     found, want = (history(played / run, "step", "loss") for run in (f"{kind}-{world}", f"alone-{kind}"))
     assert found == pytest.approx(want, abs=1e-6 * max(want))
 
