@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -37,10 +38,28 @@ def trackers(names: Sequence[str], run: str | Path, title: str) -> list[Report]:
             raise UsageError("--track", got=name, allowed=list(_TRACKERS))
         module, install, make = _TRACKERS[name]
         try:
-            found.append(make(importlib.import_module(module), Path(run), title))
+            found.append(_while_it_works(name, make(importlib.import_module(module), Path(run), title)))
         except ImportError as error:
             raise UsageError(f"--track {name}: it is not installed", do=f"pip install '{install}'") from error
     return found
+
+
+def _while_it_works(name: str, report: Report) -> Report:
+    """`report` until it fails: a line says so, and the run goes on without it."""
+    failed = False
+
+    def guarded(record: Record) -> None:
+        nonlocal failed
+        if failed:
+            return
+        try:
+            report(record)
+        except Exception as error:  # the tools' errors have no kind in common
+            failed = True
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            print(f"warning: --track {name}: {reason}; the run goes on without it", file=sys.stderr)
+
+    return guarded
 
 
 def scalars(record: Record) -> dict[str, float]:

@@ -72,6 +72,19 @@ def test_every_report_is_told() -> None:
     assert first == second == [{"kind": "end"}]
 
 
+def test_a_tracker_that_fails_is_told_once_and_takes_nothing_along(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tensorboard").write_text("no folder")
+    seen: list[log.Record] = []
+    report = together(*trackers(["tensorboard"], tmp_path, "fish"), seen.append)
+    for record in records(1, 2):
+        report(record)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: --track tensorboard: ") and line.endswith("the run goes on without it")
+    assert seen == records(1, 2)
+
+
 def test_an_unknown_tracker_and_one_that_is_not_installed_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="allowed: tensorboard, mlflow, wandb"):
         trackers(["comet"], tmp_path, "fish")
