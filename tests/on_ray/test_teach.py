@@ -39,6 +39,9 @@ def test_a_teacher_answers_what_is_left_of_an_interrupted_run(tmp_path: Path, mo
         out.unlink()
         Path(f"{out}.partial").write_text("".join(lines[:5]), encoding="utf-8")  # where it was interrupted
         assert teach(source, out, ask, concurrency=2) == {"answered": 7, "kept": 5, "refused": 2}
+        monkeypatch.setenv(KEY_VARIABLE, "another")  # of this process; those that ask were started with the first
+        with pytest.raises(DataError, match=r"refused all questions, .*401"):
+            teach(source, tmp_path / "none.jsonl", ask, concurrency=1)
     taught = {row["messages"][0]["content"]: row for row in map(json.loads, out.read_text("utf-8").splitlines())}
     assert taught.keys() == set(texts)
     prompt = encode_chat([{"role": "user", "content": texts[0]}], model.tokenizer, model.config)

@@ -50,7 +50,7 @@ def teach(
         asked[teacher.identity(messages, ask)] = messages
     if not asked:
         raise DataError(f"{source} holds no question", allowed='{"messages": [...]} a line')
-    total = len(asked)
+    total, reason = len(asked), ""
     for row in map(json.loads, lines(partial)) if partial.exists() else ():
         counts["kept"] += asked.pop(row[TEACHER]["question"], None) is not None
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -58,18 +58,28 @@ def teach(
         if asked:
             todo = ray.data.from_items([{"messages": json.dumps(messages)} for messages in asked.values()])
             done = todo.map_batches(
-                _Teacher, fn_constructor_args=(ask,), batch_size=BATCH, concurrency=concurrency, num_cpus=0.1
+                _Teacher,
+                fn_constructor_args=(
+                    ask,
+                    os.environ.get(KEY_VARIABLE),
+                ),  # of this process: workers elsewhere have another
+                batch_size=BATCH,
+                compute=ray.data.ActorPoolStrategy(size=concurrency),
+                num_cpus=0.1,
             )
             for row in done.iter_rows():
                 if row["refused"]:
                     counts["refused"] += 1
+                    reason = row["refused"]
                 else:
                     file.write(row["row"] + "\n")
                     file.flush()
                     counts["answered"] += 1
                 on_progress(counts["answered"] + counts["kept"], total)
     if not counts["answered"] + counts["kept"]:
-        raise DataError("the teacher refused all questions", got=counts["refused"], do="ask one with `shoal chat`")
+        raise DataError(
+            "the teacher refused all questions, the last one so", got=reason, do="ask one with `shoal chat`"
+        )
     os.replace(partial, out)
     return counts
 
@@ -77,8 +87,7 @@ def teach(
 class _Teacher:
     """One connection to the teacher."""
 
-    def __init__(self, ask: Ask) -> None:
-        key = os.environ.get(KEY_VARIABLE)
+    def __init__(self, ask: Ask, key: str | None) -> None:
         self._ask, self._http = ask, httpx.Client(headers={"Authorization": f"Bearer {key}"} if key else {})
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
