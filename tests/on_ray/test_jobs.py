@@ -16,11 +16,14 @@ from pathlib import Path
 import pytest
 
 from shoal import Model, presets
+from shoal.data.shards import open_index
+from shoal.on_ray.teach import KEY_VARIABLE
 from shoal.train import log
 from shoal.train.loop import fit
 from shoal.train.manifest import damage
 from shoal.train.plan import pretrain_plan
 from tests.corpus import write_chats, write_corpus
+from tests.flows.conftest import KEY, running
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -101,6 +104,11 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def chain(*jobs: list[str]) -> list[str]:
+    """One command that runs these scripts in turn, since each submission takes longer than what they do."""
+    return ["bash", "-c", " && ".join(shlex.join(["python", *words]) for words in jobs)]
+
+
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
@@ -113,8 +121,7 @@ def head() -> Iterator[Head]:
 
 
 def test_submitted_jobs_train_and_measure_a_model(head: Head, tmp_path: Path) -> None:
-    """They run the uploaded copy, not what is installed, and join the cluster rather than starting their own. One submission
-    for both, since each takes longer than what they do."""
+    """They run the uploaded copy, not what is installed, and join the cluster rather than starting their own."""
     data, run = write_corpus(tmp_path / "data", presets.get("test"), heldout=60), tmp_path / "run"
     write_chats(data / "sft-heldout.jsonl", rows=24)
     train = ["jobs/pretrain.py", "--preset", "test", "--data", str(data), "--out", str(run), "--steps", "2"]
@@ -128,7 +135,7 @@ def test_submitted_jobs_train_and_measure_a_model(head: Head, tmp_path: Path) ->
         "--json",
         str(tmp_path / "r.json"),
     ]
-    job = head.submit("bash", "-c", " && ".join(shlex.join(["python", *words]) for words in (train, measure)))
+    job = head.submit(*chain(train, measure))
     assert job.returncode == 0, job.stdout + job.stderr
     assert "succeeded" in job.stdout
     assert "step      2 100.0%" in job.stdout, "its lines are seen by who submitted it"
@@ -139,11 +146,62 @@ def test_submitted_jobs_train_and_measure_a_model(head: Head, tmp_path: Path) ->
     assert (tmp_path / "r.html").exists()
 
 
+def test_submitted_jobs_prepare_a_corpus_and_teach(head: Head, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    for n in range(40):
+        (tmp_path / "notes" / f"{n}.md").write_text(
+            f"Note {n}: the crew mended net {n} before the tide, and slept.\n" * 3
+        )
+    prepare = ["jobs/prepare.py", "--out", str(tmp_path / "data"), "--source", f"notes={tmp_path / 'notes'}"]
+    prepare += ["--mix", "text=100", "--preset", "test"]
+    questions, taught = write_chats(tmp_path / "questions.jsonl", rows=6), tmp_path / "taught.jsonl"
+    teach = ["jobs/teach.py", "--data", str(questions), "--out", str(taught), "--model", "fish"]
+    teach += ["--max-tokens", "4", "--concurrency", "1"]
+    with running(Model.from_preset("test", seed=3), max_batch=4) as service:
+        job = head.submit("env", f"{KEY_VARIABLE}={KEY}", *chain(prepare, [*teach, "--url", f"{service.url}/v1"]))
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert (
+        open_index(tmp_path / "data", length=presets.get("test").model.train_length).total("rows", "train", "text") > 0
+    )
+    rows = [json.loads(line) for line in taught.read_text("utf-8").splitlines()]
+    assert rows and all(row["teacher"]["answered_by"] == "fish" for row in rows)
+
+
+def test_submitted_jobs_tune_and_quantize_a_model(head: Head, tmp_path: Path) -> None:
+    """Each with a held-out file to fit its router on."""
+    Model.from_preset("test").save(tmp_path / "base")
+    chats, heldout = write_chats(tmp_path / "chats.jsonl"), write_chats(tmp_path / "heldout.jsonl", rows=100)
+    shared = ["--data", str(chats), "--heldout", str(heldout), "--steps", "2", "--cpus-per-worker", "0.5"]
+    tune = ["jobs/finetune.py", "--model", str(tmp_path / "base"), "--out", str(tmp_path / "run"), *shared]
+    int8 = ["jobs/quantize.py", "--model", str(tmp_path / "run" / "model"), "--out", str(tmp_path / "int8"), *shared]
+    job = head.submit(*chain(tune, int8))
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert job.stdout.count("chats: 60 rows") == job.stdout.count("step      2 100.0%") == 2
+    for directory, kind in ((tmp_path / "run" / "model", "none"), (tmp_path / "int8", "w8a8")):
+        model = Model.load(directory)
+        assert model.config.quantization == kind and model.router is not None
+
+
 def test_a_stopped_job_leaves_the_step_that_it_was_at(head: Head, tmp_path: Path) -> None:
-    """`ray job stop` is a SIGTERM, and then three seconds: enough for a checkpoint, from which another process goes on."""
+    """`ray job stop` is a SIGTERM, and then three seconds: enough for a checkpoint, from which another process goes on as if
+    nothing had happened."""
     data, run = write_corpus(tmp_path / "data", presets.get("test")), tmp_path / "run"
-    options = ["--preset", "test", "--data", str(data), "--out", str(run), "--steps", "3000", "--set", "eval_every=0"]
-    head.submit("python", "jobs/pretrain.py", *options, "--cpus-per-worker", "0.5", name="to-be-stopped")
+    # rates that do not depend on how long the run is
+    fields = {"eval_every": 0, "warmup": 0.0, "decay": 0.0, "exit_warmup": 0.0}
+    options = [
+        "--preset",
+        "test",
+        "--data",
+        str(data),
+        "--out",
+        str(run),
+        "--steps",
+        "3000",
+        "--cpus-per-worker",
+        "0.5",
+    ]
+    options += [word for key, value in fields.items() for word in ("--set", f"{key}={value}")]
+    head.submit("python", "jobs/pretrain.py", *options, name="to-be-stopped")
     end = time.monotonic() + SECONDS
     while not (log.metrics_file(run).exists() and any(r["step"] >= 5 for r in log.read(run) if r["kind"] == "step")):
         assert time.monotonic() < end, head.job("logs", "to-be-stopped").stdout
@@ -153,8 +211,12 @@ def test_a_stopped_job_leaves_the_step_that_it_was_at(head: Head, tmp_path: Path
     (kept,) = (run / "checkpoints").glob("step-*")
     last = [record for record in log.read(run) if record["kind"] == "step"][-1]["step"]
     assert kept.name == f"step-{last:08d}" and damage(kept) is None
-    assert fit(pretrain_plan("test", str(data), str(run), steps=last + 2, eval_every=0)).steps == last + 2
-    assert [r["step"] for r in log.read(run) if r["kind"] == "step"] == list(range(1, last + 3))
+    for folder in (run, tmp_path / "calm"):
+        fit(pretrain_plan("test", str(data), str(folder), steps=last + 2, **fields))
+    stopped, calm = (
+        [(r["step"], r["loss"]) for r in log.read(folder) if r["kind"] == "step"] for folder in (run, tmp_path / "calm")
+    )
+    assert len(stopped) == last + 2 and stopped == calm
 
 
 def test_a_job_sees_the_copy_of_the_folder(head: Head) -> None:
