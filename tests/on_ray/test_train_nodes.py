@@ -35,6 +35,7 @@ def cluster() -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="ray-")
     with _loopback(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)  # where it also writes the address that other programs would take for theirs
+        patch.setenv("RAY_NODE_TYPE_NAME", "pool")  # as an autoscaler starts its nodes
         patch.setenv("RAY_health_check_failure_threshold", "2")
         patch.setenv("RAY_health_check_period_ms", "500")
         memory = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
@@ -147,3 +148,23 @@ def test_an_elastic_run_goes_on_with_the_worker_that_is_left_and_takes_another_w
         assert history(run, "step", key) == history(calm, "step", key)
     hit, want = (history(path, "step", "loss") for path in (run, calm))
     assert hit == pytest.approx(want, abs=1e-5)
+
+
+def test_a_run_waits_for_a_cluster_that_has_yet_to_grow(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    """The autoscaler's part is played by the test: it starts a node when the run has asked for one."""
+    while cluster.worker_nodes:
+        cluster.remove_node(next(iter(cluster.worker_nodes)))
+    end = time.monotonic() + 30
+    while "CPU" in ray.cluster_resources():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    records = queue.SimpleQueue[log.Record]()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(train, plan(data, tmp_path / "run", steps=2), on_progress=records.put)
+        try:
+            warning = records.get(timeout=60)
+        finally:
+            cluster.add_node(num_cpus=1)
+        assert running.result(timeout=120).steps == 2
+    assert "1 worker(s) x 1 CPU = 1 CPUs: got '0 in the cluster'" in warning["text"]
+    assert warning["text"].endswith("waiting for the cluster's autoscaler")

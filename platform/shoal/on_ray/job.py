@@ -34,17 +34,19 @@ def run_training_job(parser: argparse.ArgumentParser, make_plan: Callable[..., F
     add("--resume", choices=("auto", "never"), default="auto", help="never: begin again (default auto)")
     add("--workers", default="1", help="processes that train together: N, or MIN:MAX (default 1)")
     add("--cpus-per-worker", type=float, default=1.0, help="logical CPUs that each reserves (default 1)")
+    add("--gpu", action="store_true", default=None, help="one GPU a worker (default: when the cluster has them now)")
     add("--mirror", help="folder or s3://BUCKET/PREFIX that checkpoints are copied to as well, and fetched from")
     add("--track", action="append", default=[], help="tensorboard, mlflow or wandb, to show the run in; repeat")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="of TrainConfig or of the run; repeat")
     options = vars(parser.parse_args())
-    workers, cpus, track, texts = (options.pop(key) for key in ("workers", "cpus_per_worker", "track", "set"))
+    texts, track, workers = (options.pop(key) for key in ("set", "track", "workers"))
+    how = {"cpus_per_worker": options.pop("cpus_per_worker"), "gpus": options.pop("gpu")}
 
     def work() -> None:
         plan = make_plan(**merged(options, texts))
         more = trackers(track, plan.run, plan.name)
         with Console(plan.name) as console:
-            train(plan, workers=parse_workers(workers), cpus_per_worker=cpus, on_progress=together(console, *more))
+            train(plan, workers=parse_workers(workers), **how, on_progress=together(console, *more))
         routing.finish(plan.model_dir, plan.router_data, lambda line: print(line, flush=True))
 
     return exit_code(work)

@@ -267,8 +267,8 @@ def _each(
 
 
 def _cpus() -> int:
-    """Of the whole cluster."""
-    return int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
+    """Of the whole cluster; 0 where an autoscaler has yet to start its nodes."""
+    return int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from shoal.train.run import LESS_MEMORY, stop_file
 
 STARTS = 3  # times that Ray may try to start the workers: its default retries an infeasible plan for ever
 COLLECTIVE_TIMEOUT = 300  # seconds that one exchange between workers may take
+NODE_GROUP = "ray.io/node-group"  # label of nodes
 CHECKPOINTS = "checkpoints"  # folder of the run that CheckpointStore writes to
 POLL = 0.5  # seconds between our looks at a run's metrics
 ROOM_SECONDS = 30.0  # between Ray's looks whether there is room for more workers; it knows of a new node within 20
@@ -45,6 +47,7 @@ RAY_SETTINGS = {  # defaults of ours, which the environment may change
 # Seconds that workers may take to start. Ray's own 60 are too few for two busy cores; but where their number may change, Ray
 # counts a node that has just died for 20 seconds more, and must find out soon that so many cannot be had.
 START_SECONDS, ELASTIC_START_SECONDS = "180", "45"
+NODE_START_SECONDS = "600"  # where a machine must be started first
 # glibc gives large blocks back to the system and faults them in again at every step: kept, `tiny` trains 6 to 13 % faster
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
@@ -65,7 +68,7 @@ def train(
     `cpus_per_worker`: logical CPUs that each worker reserves; `gpus`: one GPU a worker (default: when the cluster has
     enough); `max_failures`: restarts of all workers from the newest checkpoint. `on_progress` gets rank 0's records as they
     come. SIGTERM ends the run with a checkpoint. Raises DataError, ConfigError or ResourceError within seconds when the plan
-    cannot be followed, and what `fit` raises.
+    cannot be followed (a cluster with an autoscaler is waited for), and what `fit` raises.
     """
     plan = _absolute(plan)
     stop_file(plan.run).unlink(missing_ok=True)
@@ -76,8 +79,8 @@ def train(
     with local_ray():
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         use_gpu = resources.get("GPU", 0) >= least if gpus is None else gpus
-        preflight(plan.at_world(most, least), least, cpus_per_worker, use_gpu, resources)
-        start = ELASTIC_START_SECONDS if least < most else START_SECONDS
+        room = _room(plan.at_world(most, least), least, cpus_per_worker, use_gpu, resources, on_progress)
+        start = ELASTIC_START_SECONDS if least < most else START_SECONDS if room else NODE_START_SECONDS
         trainer = _trainer(plan, (least, most), cpus_per_worker, use_gpu, max_failures)
         ours = {**RAY_SETTINGS, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start}
         with _following(plan, on_progress), _sigint_restored(), _sigterm_stops(plan), _defaults(ours):
@@ -119,6 +122,22 @@ def preflight(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources
             got=f"{have / 2**30:.1f} GiB in the cluster",
             do="use a smaller preset, shorter micro-batches (more --accumulate), or more memory",
         )
+
+
+def _room(
+    plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources: dict[str, float], on_progress: Report
+) -> bool:
+    """Has the cluster room for `plan` now? Where an autoscaler may yet make some, `on_progress` is told; else raises what
+    `preflight` does. An autoscaler gives each node a group, the head too; how far its groups may grow, Ray does not say."""
+    try:
+        preflight(plan, workers, cpus, use_gpu, resources)
+    except ResourceError as error:
+        if not any(node["Labels"].get(NODE_GROUP) for node in ray.nodes()):  # type: ignore[no-untyped-call]
+            raise
+        text = f"{error}; waiting for the cluster's autoscaler"
+        on_progress({"kind": "warning", "time": time.time(), "step": 0, "text": text})
+        return False
+    return True
 
 
 def _trainer(plan: FitPlan, workers: tuple[int, int], cpus: float, use_gpu: bool, max_failures: int) -> TorchTrainer:

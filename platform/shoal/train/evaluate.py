@@ -28,6 +28,7 @@ from shoal.errors import DataError
 from shoal.inputs.chat import Encoded, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.net import Net, unit_pixels
+from shoal.train.loss import patch_targets
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,6 @@ def beside(nets: Sequence[Net], batches: Iterable[Batch]) -> list[tuple[float, f
 @torch.inference_mode()
 def patch_error(net: Net, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean squared error of the next patch on normalised targets: the model's, and that of always saying zero."""
-    from shoal.train.loss import patch_targets
-
     total, zero, count = 0.0, 0.0, 0
     for batch in batches:
         if batch.patches is None or not len(batch.patches):

@@ -54,7 +54,7 @@ def run(job: str, words: str, monkeypatch: pytest.MonkeyPatch) -> object:
         ("pretrain", "--preset test --data data --out run", "run/model", "data"),
         ("finetune", "--model base --data c.jsonl --out run --heldout h.jsonl --replay data", "run/model", "h.jsonl"),
         ("finetune", "--model base --data c.jsonl --out run", "run/model", ""),
-        ("quantize", "--model base --data data --out int8", "int8", "data"),
+        ("quantize", "--model base --data data --out int8 --gpu", "int8", "data"),
     ],
 )
 def test_options_reach_the_plan(
@@ -67,6 +67,7 @@ def test_options_reach_the_plan(
     train = plan.train
     assert (train.accumulate, train.seed, train.learning_rate, train.optimizer) == (3, 7, 0.25, "muon")
     assert (trained.how["workers"], trained.how["cpus_per_worker"]) == ((1, 2), 0.5)
+    assert trained.how["gpus"] is (True if job == "quantize" else None)
     assert plan.quantize == (job == "quantize") and plan.replay == ("data" if "--replay" in words else "")
 
 
