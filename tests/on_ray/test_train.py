@@ -119,10 +119,10 @@ def test_a_run_that_cannot_go_on_ends_in_a_line_and_the_same_command_goes_on(
 
 
 def test_a_worker_out_of_memory_says_what_helps_and_that_helps(shared_ray: None, tmp_path: Path) -> None:
-    """Every process of the node may have half a GiB more than a worker has at its start, as `ulimit` does it. An update of
-    49,152 tokens in one micro-batch takes twice that: it is tried again, and again does not fit. In 16 it does."""
-    data, run, used = write_corpus(tmp_path / "data", presets.get("test"), documents=600), tmp_path / "run", []
-    fields = {"batch_tokens": 512 * 96, "warmup": 0.0, "decay": 0.0, "exit_warmup": 0.0}  # rates that no length changes
+    """Every process of the node may have 256 MiB more than a worker has at its start, as `ulimit` does it. An update of 24,576
+    tokens in one micro-batch takes four times that: it is tried again, and again does not fit. In 16 it does."""
+    data, run, used = write_corpus(tmp_path / "data", presets.get("test"), documents=300), tmp_path / "run", []
+    fields = {"batch_tokens": 256 * 96, "warmup": 0.0, "decay": 0.0, "exit_warmup": 0.0}  # rates that no length changes
 
     def todo(steps: int, accumulate: int) -> FitPlan:
         return plan(data, run, steps=steps, accumulate=accumulate, **fields)
@@ -134,9 +134,9 @@ def test_a_worker_out_of_memory_says_what_helps_and_that_helps(shared_ray: None,
     train(todo(1, 16), cpus_per_worker=0.5, on_progress=measure)
     (raylet,) = (p for p in psutil.Process().children(recursive=True) if p.name() == "raylet")
     before = raylet.rlimit(psutil.RLIMIT_DATA)
-    raylet.rlimit(psutil.RLIMIT_DATA, (used[0] + 2**29, before[1]))  # what it starts inherits it
+    raylet.rlimit(psutil.RLIMIT_DATA, (used[0] + 2**28, before[1]))  # what it starts inherits it
     try:
-        with pytest.raises(ResourceError, match=r"^worker 0 is out of memory: .*49,152 tokens.*--accumulate") as caught:
+        with pytest.raises(ResourceError, match=r"^worker 0 is out of memory: .*24,576 tokens.*--accumulate") as caught:
             train(todo(2, 1), cpus_per_worker=0.5, max_failures=1)
         starts = [record["step"] for record in log.read(run) if record["kind"] == "start"]
         assert starts == [0, 1, 1] and "\n" not in str(caught.value)
