@@ -36,7 +36,7 @@ from shoal.engine.pace import Pace
 from shoal.engine.pages import Pages
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.sequence import Sequence
-from shoal.engine.speculative import Switch
+from shoal.engine.speculative import Drafting, Switch
 from shoal.errors import DeadlineError, GenerationError, QueueFullError, RequestError
 
 
@@ -61,8 +61,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.metrics = Metrics()
         self.pace = Pace()
-        self._speculative, self._switch = speculative, switch or Switch()
-        self._drafting = False  # do requests draft in the step that is being planned?
+        self._drafting = Drafting(speculative, switch or Switch())
         self._began = 0.0  # when the step was planned
         self._turned_away = 0  # requests refused for a full queue, less those admitted since
         self._live: dict[str, Sequence] = {}
@@ -150,12 +149,12 @@ class Scheduler:
         """The next step; no works when nothing can run."""
         self._expire()
         self._began = self.clock()
-        self._drafting = False
+        self._drafting.stop()
         works = self._rows(self._shallow_only(), 0)
         if works:
             return Plan(works, shallow=True)
         decoding = [seq for seq in self.running if seq.decoding and not seq.paused]
-        drafts = self._draft(decoding)
+        drafts = self._drafting.start(decoding, self.max_batch_tokens - self.config.page)  # prefill keeps its page
         room = self.max_batch_tokens - len(decoding) - drafts  # rows for prefill
         works = self._rows(list(self.running), room)
         room -= sum(work.count for work in works if not work.seq.decoding)
@@ -170,9 +169,7 @@ class Scheduler:
         """Take in what a step gave, and return the events since the last call."""
         now = self.clock()
         self.pace.step(*plan.cost, now - self._began, shallow=plan.shallow)
-        if all(work.count == 1 and work.sample for work in plan.works):
-            tokens = sum(1 + len(sampled.after) for sampled in outcome.samples)
-            self._switch.learn(len(plan.works), any(work.drafts for work in plan.works), now - self._began, tokens)
+        self._drafting.learn(plan, outcome, now - self._began)
         rows = sum(work.count for work in plan.works)
         self.metrics.steps += 1
         self.metrics.rows += rows
@@ -245,27 +242,8 @@ class Scheduler:
                 end = seq.held_from
         count = min(end - seq.at, room)
         score = seq.scoring and seq.at < seq.prompt_len - 1
-        drafts = self._drafts(seq) if self._drafting and seq.decoding else 0
+        drafts = self._drafting.drafts(seq) if seq.decoding else 0
         return Work(seq, seq.at, count, first, seq.groups, sample=seq.at + count == total, score=score, drafts=drafts)
-
-    def _draft(self, decoding: list[Sequence]) -> int:
-        """Decide whether those that ask for drafts get them, in a step with all of `decoding`, and count the rows that it
-        takes. Not if prefill would lose its page, or where it does not pay."""
-        self._drafting = True
-        drafts = sum(map(self._drafts, decoding))
-        fits = len(decoding) + drafts <= self.max_batch_tokens - self.config.page
-        self._drafting = drafts > 0 and fits and self._switch.wants(len(decoding))
-        return drafts if self._drafting else 0
-
-    def _drafts(self, seq: Sequence) -> int:
-        """How many tokens `seq` drafts ahead of its next row: those that the answer has room for."""
-        asked = seq.sampling.speculative
-        most = self._speculative if asked is None else asked
-        if not most or not self._drafting or seq.groups is None or seq.groups < 2 or seq.held_from is not None:
-            return 0
-        if seq.told is not None:
-            return 0  # drafts would follow what is drawn now, and the next token is another one
-        return min(most, seq.sampling.max_tokens - seq.answered - 1)
 
     def _reserve(self, seq: Sequence, work: Work) -> bool:
         """Give `seq` the units that `work` writes. When the pool is short, requests later in the order lose theirs; when

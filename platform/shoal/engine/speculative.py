@@ -19,7 +19,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shoal.engine.plan import Sampled, Work
+from shoal.engine.plan import Outcome, Plan, Sampled, Work
 from shoal.engine.sequence import Sequence as Running
 
 TRIALS = 4  # steps at a batch size, drafting and not, before the faster is known
@@ -83,3 +83,43 @@ class Switch:
 
     def _cost(self, batch: int, drafted: bool) -> _Cost:
         return self._costs.setdefault((batch, drafted), _Cost())
+
+
+class Drafting:
+    """Which requests draft how much, in the step that is being planned."""
+
+    def __init__(self, most: int, switch: Switch) -> None:
+        """`most` tokens are drafted ahead by requests that do not say otherwise, where `switch` says that it pays."""
+        self._most, self.switch = most, switch
+        self._on = False
+
+    def stop(self) -> None:
+        """Nobody drafts."""
+        self._on = False
+
+    def start(self, decoding: Sequence[Running], rows: int) -> int:
+        """Decide whether those of `decoding` that ask for drafts get them, and return the rows that it takes: none where it
+        does not pay, or where all of `decoding` and the drafts would be more than `rows`."""
+        drafts = sum(map(self._room, decoding))
+        self._on = drafts > 0 and len(decoding) + drafts <= rows and self.switch.wants(len(decoding))
+        return drafts if self._on else 0
+
+    def drafts(self, seq: Running) -> int:
+        """How many tokens `seq` drafts ahead of its next row."""
+        return self._room(seq) if self._on else 0
+
+    def learn(self, plan: Plan, outcome: Outcome, seconds: float) -> None:
+        """Take in what a step gave; one that prefilled says nothing."""
+        if all(work.count == 1 and work.sample for work in plan.works):
+            tokens = sum(1 + len(sampled.after) for sampled in outcome.samples)
+            self.switch.learn(len(plan.works), any(work.drafts for work in plan.works), seconds, tokens)
+
+    def _room(self, seq: Running) -> int:
+        """As many as it asks for and its answer has room for."""
+        asked = seq.sampling.speculative
+        most = self._most if asked is None else asked
+        if not most or seq.groups is None or seq.groups < 2 or seq.held_from is not None:
+            return 0
+        if seq.told is not None:
+            return 0  # drafts would follow what is drawn now, and the next token is another one
+        return min(most, seq.sampling.max_tokens - seq.answered - 1)

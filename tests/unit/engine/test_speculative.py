@@ -304,7 +304,7 @@ def test_the_engine_measures_for_itself() -> None:
     e = Engine(EAGER, speculative=4)
     request = Request(prompt(1), Sampling(temperature=0, max_tokens=60, ignore_eos=True), depth="full")
     same(run(e, [request])[0], undrafted(request))
-    costs = e.scheduler._switch._costs
+    costs = e.scheduler._drafting.switch._costs
     assert all(costs[1, drafted].steps >= TRIALS and costs[1, drafted].seconds > 0 for drafted in (True, False))
 
 
