@@ -40,9 +40,6 @@ class ServedModel:
 
         Raises CheckpointError when a file is missing, of another format, or contradicts another; ConfigError for empty names.
         """
-        names = None if name is None else [part.strip() for part in name.split(",")]
-        if names is not None and not all(names):
-            raise ConfigError("name", got=name, allowed="a name, or several with commas between")
         directory = Path(directory)
         card = directory / "config.json"
         if not card.is_file():
@@ -64,7 +61,7 @@ class ServedModel:
             template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{directory}: chat_template.jinja", got=str(error)) from error
-        own, *aliases = names or [str(values["name"])]
+        own, *aliases = names_of(name, str(values["name"]))
         return cls(own, model, tokenizer, template, int(card.stat().st_mtime), tuple(aliases))
 
     def fixed_depth(self, depth: str | int) -> str | None:
@@ -74,3 +71,12 @@ class ServedModel:
     def depth_name(self, layers: int) -> str:
         """Exit name of a depth in layers; ``none`` for 0, a request that never ran."""
         return {depth: name for name, depth in self.config.exit_names.items()}.get(layers, "none")
+
+
+def names_of(given: str | None, own: str) -> list[str]:
+    """What requests may call a model: the names in `given`, commas between them, or its `own`. Raises ConfigError for an empty
+    one."""
+    names = [own] if given is None else [part.strip() for part in given.split(",")]
+    if not all(names):
+        raise ConfigError("name", got=given, allowed="a name, or several with commas between")
+    return names

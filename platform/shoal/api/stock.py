@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from shoal import config
-from shoal.api.served import FORMAT, ServedModel
+from shoal.api.served import FORMAT, ServedModel, names_of
 from shoal.errors import CheckpointError, ConfigError, RequestError
 from shoal.inputs.tokenizer import BYTE_OF, StreamDecoder
 
@@ -113,16 +112,12 @@ class StockTokenizer:
 class StockModel(ServedModel):
     """`ServedModel` with a `StockConfig` and a `StockTokenizer`."""
 
-    @cached_property
-    def longest_token(self) -> int:
-        return max(len(self.tokenizer.token_bytes(token)) for token in range(len(self.tokenizer)))
-
     @classmethod
     def load(cls, directory: str | Path, name: str | None = None) -> StockModel:
         """The checkpoint in `directory`, under `name` (default: the folder's). Raises CheckpointError naming the file at fault,
         ConfigError for empty names."""
-        own, *aliases = _names(name, Path(directory).name)
         directory = Path(directory)
+        own, *aliases = names_of(name, directory.name)
         values = _json(directory / "config.json")
         text = values.get("text_config", values)
         try:
@@ -151,13 +146,6 @@ def load(directory: str | Path, name: str | None = None) -> ServedModel:
     return (ServedModel if not card.is_file() or _json(card).get("format") == FORMAT else StockModel).load(
         directory, name
     )
-
-
-def _names(name: str | None, default: str) -> Sequence[str]:
-    names = [part.strip() for part in (name or default).split(",")]
-    if not all(names):
-        raise ConfigError("name", got=name, allowed="a name, or several with commas between")
-    return names
 
 
 def _template(directory: Path, told: dict[str, Any]) -> str:
