@@ -56,14 +56,15 @@ class Grammars:
     def compile(self, guide: Guide) -> Grammar:
         """The state at an answer's beginning. Raises RequestError (param ``guided``) with what is wrong with the guide."""
         try:
-            grammar = _source(guide)
-            problem = llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer)
-        except ValueError as error:
-            problem = str(error)
-        if problem:
-            reason = " ".join(_EXCERPT.sub("", problem).split())[:300]
-            raise RequestError(f"a {_NAMES[guide.kind]} that cannot be followed", param="guided", got=reason)
-        return Grammar(llguidance.LLMatcher(self._tokenizer, grammar, log_level=0), self._vocab)
+            source = _source(guide)
+            if problem := llguidance.LLMatcher.validate_grammar(source, self._tokenizer):
+                raise ValueError(problem)
+            grammar = Grammar(llguidance.LLMatcher(self._tokenizer, source, log_level=0), self._vocab)
+            grammar.allowed([])  # one that is too large, or that no text follows, is found out only now
+        except (ValueError, GrammarError) as error:
+            reason = " ".join(_EXCERPT.sub("", str(error)).split())[:300]
+            raise RequestError(f"a {_NAMES[guide.kind]} that cannot be followed", param="guided", got=reason) from None
+        return grammar
 
 
 class Grammar:
@@ -116,7 +117,10 @@ def _source(guide: Guide) -> str:
     """`guide` as llguidance's grammar. Raises ValueError."""
     matcher = llguidance.LLMatcher
     if guide.kind == "choice":
-        return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in guide.spec))
+        texts = " | ".join(
+            json.dumps(text) for text in guide.spec
+        )  # one terminal: a rule has at most 2000 alternatives
+        return matcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
     if guide.kind == "json_object":
         return matcher.grammar_from_json_schema('{"type": "object"}', overrides=JSON_OPTIONS)
     assert isinstance(guide.spec, str)

@@ -57,6 +57,7 @@ def test_answers_are_what_the_guide_says(model: Model) -> None:
     requests = [ask(Guide("json_schema", text), seed, max_tokens=90) for seed in range(8)]
     requests += [ask(Guide("regex", r"(ab?c)+[0-9]{2,4}é"), seed, max_tokens=90) for seed in range(4)]
     requests += [ask(Guide("choice", ("yes", "yesterday", 'a "q" \\ ü')), seed) for seed in range(4)]
+    requests += [ask(Guide("choice", [f"c{number}" for number in range(5000)]))]
     requests += [ask(Guide("json_object"), seed, logit_bias={END_ID: 9.0, 134: 6.0}) for seed in range(4)]
     done = answers(requests, model)
     ended = 0
@@ -132,6 +133,8 @@ def test_guided_and_free_requests_share_a_batch_and_a_short_pool() -> None:
         Guide("json_schema", '{"not": {"type": "string"}}'),
         Guide("json_schema", '{"not": {"type": "string"}, "x-guidance": {"lenient": true}}'),
         Guide("choice", ("\ud800",)),
+        Guide("json_schema", '{"$ref": "#"}'),  # nothing follows it
+        Guide("regex", r"[^\s\S]"),
     ],
 )
 def test_a_guide_that_cannot_be_followed_is_refused_at_submission(guide: Guide) -> None:
