@@ -41,6 +41,11 @@ class Offer:
         choice = body.tool_choice
         if len(self.tools) < len(body.tools):
             raise RequestError("tools: a name is given twice", param="tools", do="give each function a name of its own")
+        odd = next(
+            (name for name, tool in self.tools.items() if tool.parameters.get("type", "object") != "object"), None
+        )
+        if odd is not None:
+            raise RequestError(f"tools: parameters of {odd}", param="tools", allowed="a JSON schema of type object")
         if not self.tools and choice not in (None, "none"):
             raise RequestError("tool_choice without tools", param="tool_choice", do="give tools, or leave it out")
         self.named = choice.function.name if isinstance(choice, NamedTool) else None
@@ -58,17 +63,17 @@ class Offer:
         if not self.forced:
             return self._calls_in_text() if self.strict else None
         if self.named is not None:
-            return Guide("json_schema", json.dumps(self.tools[self.named].parameters))
-        calls = [
+            return Guide("json_schema", json.dumps(_arguments(self.tools[self.named])))
+        calls = [  # with an id, "#" in the references of a tool's schema is that schema, and its definitions are its own
             {
                 "type": "object",
-                "properties": {"name": {"const": name}, "arguments": tool.parameters},
+                "properties": {"name": {"const": name}, "arguments": {"$id": f"/{name}", **_arguments(tool)}},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
             for name, tool in self.tools.items()
         ]
-        return Guide("json_schema", json.dumps(_hoisted(calls)))
+        return Guide("json_schema", json.dumps({"anyOf": calls}))
 
     def _calls_in_text(self) -> Guide:
         anything = {"type": "object"}  # of a tool that is not strict: its schema may be one that no grammar knows
@@ -76,7 +81,7 @@ class Offer:
             StructTag(
                 trigger=OPEN,
                 begin=f'{OPEN}{{"name": "{name}", "arguments": ',
-                grammar={**(tool.parameters if tool.strict else anything), "x-guidance": JSON_OPTIONS},
+                grammar={**(_arguments(tool) if tool.strict else anything), "x-guidance": JSON_OPTIONS},
                 end="}" + CLOSE,
             )
             for name, tool in self.tools.items()
@@ -175,12 +180,6 @@ def _shown(tool: Function) -> dict[str, Any]:
     return {key: value for key, value in tool.model_dump(exclude={"strict"}).items() if value is not None}
 
 
-def _hoisted(calls: list[dict[str, Any]]) -> dict[str, Any]:
-    """One of `calls`. ``$defs`` inside a tool's own schema are found by references from the root, so they move there."""
-    defs: dict[str, Any] = {}
-    for call in calls:
-        arguments = call["properties"]["arguments"]
-        for key in ("$defs", "definitions"):
-            if key in arguments:
-                defs.setdefault(key, {}).update(arguments[key])
-    return {"anyOf": calls, **defs} if len(calls) > 1 else {**calls[0], **defs}
+def _arguments(tool: Function) -> dict[str, Any]:
+    """What a call's arguments must be: an object, even where `parameters` say nothing."""
+    return {"type": "object", **tool.parameters}

@@ -18,7 +18,7 @@ from shoal.api.served import ServedModel
 from shoal.api.tools import Offer
 from shoal.api.wire import parse
 from shoal.engine.events import Guide
-from shoal.engine.guided import Grammars
+from shoal.engine.guided import GrammarError, Grammars
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 from tests.unit.api.test_chat import events
 
@@ -245,9 +245,35 @@ class TestGuiding:
         for bad in ({"name": "log", "arguments": {"at": "sea"}}, {"name": "log"}, {"name": "x", "arguments": {}}):
             with pytest.raises(jsonschema.ValidationError):
                 jsonschema.validate(bad, schema)
-        Grammars(Tokenizer.bytes_only(), 300).compile(guide)
         named = offer(tools=[LOG, LOOK], tool_choice=NAMED).guide
         assert named == Guide("json_schema", json.dumps(LOG["function"]["parameters"]))
+
+    def test_references_of_a_tool_are_into_its_own_schema(self) -> None:
+        """Two tools define the same name, and one is a tree of itself."""
+        trees = [tool(name, at={"$ref": "#/$defs/place"}) for name in ("log", "look")]
+        for each, place in zip(trees, ("sea", "sky"), strict=True):
+            each["function"]["parameters"] |= {"$defs": {"place": {"enum": [place]}}, "required": ["at"]}
+            each["function"]["parameters"]["properties"]["next"] = {"$ref": "#"}
+        guide = offer(tools=trees, tool_choice="required").guide
+        assert guide is not None
+
+        def call(name: str, **arguments: Any) -> str:
+            return json.dumps({"name": name, "arguments": arguments})
+
+        for good in (call("log", at="sea"), call("look", at="sky", next={"at": "sky"})):
+            assert follows(guide, good)
+        for bad in (call("log", at="sky"), call("look", at="sky", next={"at": "sea"})):
+            assert not follows(guide, bad)
+        assert not follows(guide, call("log", at="sea", next={"name": "log", "arguments": {"at": "sea"}}))
+
+    @pytest.mark.parametrize("choice", ["required", NAMED])
+    def test_arguments_are_an_object_whatever_the_parameters_leave_open(self, choice: Any) -> None:
+        guide = offer(
+            tools=[{"type": "function", "function": {"name": "log", "parameters": {}}}], tool_choice=choice
+        ).guide
+        assert guide is not None
+        whole = "{}" if choice is NAMED else '{"name": "log", "arguments": {}}'
+        assert follows(guide, whole) and not follows(guide, whole.replace("{}", "7"))
 
     def test_free_answers_are_guided_where_a_tool_is_strict_and_only_inside_calls(self) -> None:
         assert offer(tools=[LOG]).guide is None
@@ -271,10 +297,20 @@ class TestGuiding:
         assert "q" in next_of('<tool_call>{"name": "look", "arguments": {"')[0]  # not strict: any object
 
 
+def follows(guide: Guide, text: str) -> bool:
+    """Is `text` a whole answer that `guide` allows?"""
+    tokenizer = Tokenizer.bytes_only()
+    try:
+        return bool(Grammars(tokenizer, 300).compile(guide).allowed(tokenizer.encode(text))[END_ID])
+    except GrammarError:
+        return False
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"tools": [LOG, LOG]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]}, "tools"),
         ({"tools": [LOG] * 129}, "tools"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"tools": [LOOK], "tool_choice": NAMED}, "tool_choice"),
