@@ -20,6 +20,8 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 
+LONGEST_GOT = 320  # characters of what was given that an error repeats
+
 
 class ShoalError(Exception):
     """One line a person can act on: ``what: got G; allowed A; do D``.
@@ -31,7 +33,7 @@ class ShoalError(Exception):
 
     def __init__(self, what: str, *, got: object = None, allowed: object = None, do: str | None = None) -> None:
         parts = [
-            f"got {got!r}" if got is not None else "",
+            f"got {_shown(got)}" if got is not None else "",
             f"allowed: {_listed(allowed)}" if allowed is not None else "",
             do or "",
         ]
@@ -111,6 +113,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """``did you mean 'x'?`` for the nearest known word, or None when nothing is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else None
+
+
+def _shown(got: object) -> str:
+    text = repr(got)
+    return text if len(text) <= LONGEST_GOT else text[:LONGEST_GOT] + "..."
 
 
 def _listed(allowed: object) -> str:

@@ -17,6 +17,7 @@ class Limits:
     tools: int = 128
     choices: int = 64  # prompts times n
     inputs: int = 2048  # of /v1/embeddings
+    tokenized: int = 2**20  # characters, or token ids, that /tokenize and /detokenize take: a second or two of a core
     stops: int = 16
     seconds: float = 600.0  # then the request ends with 408
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from shoal.api.bodies import Message, TokenizeRequest
+from shoal.api.bodies import DetokenizeRequest, Message, TokenizeRequest
 from shoal.api.limits import Limits, at_most
 from shoal.api.served import ServedModel
 from shoal.api.tools import as_plain
@@ -29,14 +29,18 @@ def encode_messages(
     bounded: bool = False,
 ) -> Encoded:
     """The chat as the model reads it, with `system` added to its system text. Raises RequestError with param ``messages`` for
-    too many parts or a bad image; with `bounded` ContextLengthError, before it is encoded, for text that cannot fit."""
+    too many parts, a bad image, or more text than `limits` let be tokenized; with `bounded` ContextLengthError, before it is
+    encoded, for text that cannot fit."""
     at_most("messages", len(messages), limits.messages)
     plain = as_plain(messages, system)
     parts = [part for m in plain if isinstance(m["content"], list) for part in m["content"]]
     at_most("messages", sum(part["type"] == "image_url" for part in parts), limits.images, "images")
+    texts = [m["content"] for m in plain if isinstance(m["content"], str)] + [p.get("text", "") for p in parts]
+    characters = sum(map(len, texts))
     if bounded:
-        texts = [m["content"] for m in plain if isinstance(m["content"], str)] + [p.get("text", "") for p in parts]
-        _may_fit(sum(map(len, texts)), served, "messages")
+        _may_fit(characters, served, "messages")
+    else:
+        at_most("messages", characters, limits.tokenized, "characters")
     return encode_chat(
         plain,
         served.tokenizer,
@@ -51,13 +55,20 @@ def tokenize(body: TokenizeRequest, served: ServedModel, limits: Limits) -> list
     unless exactly one of them is given."""
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt and messages", param="prompt", do="give one of them")
-    if (
-        body.prompt is not None and body.prompt in served.tokenizer.specials
-    ):  # so does lm-eval look up the id of the eos_token that /tokenizer_info names
-        return [served.tokenizer.special(body.prompt)]
-    if body.messages is None:
-        return served.tokenizer.encode(body.prompt or "")
-    return encode_messages(body.messages, served, limits, add_generation_prompt=body.add_generation_prompt).ids
+    if body.messages is not None:
+        return encode_messages(body.messages, served, limits, add_generation_prompt=body.add_generation_prompt).ids
+    text = body.prompt or ""
+    if text in served.tokenizer.specials:  # so does lm-eval look up the id of the eos_token that /tokenizer_info names
+        return [served.tokenizer.special(text)]
+    at_most("prompt", len(text), limits.tokenized, "characters")
+    return served.tokenizer.encode(text)
+
+
+def detokenize(body: DetokenizeRequest, served: ServedModel, limits: Limits) -> str:
+    """The text of token ids. Raises RequestError for an id outside the vocabulary, and for too many."""
+    at_most("tokens", len(body.tokens), limits.tokenized)
+    check_ids(body.tokens, served, "tokens")
+    return served.tokenizer.decode(body.tokens)
 
 
 def prompts_of(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:

@@ -65,6 +65,7 @@ def chat_work(body: ChatRequest, served: ServedModel, limits: Limits) -> Work:
     if body.reasoning_effort and body.depth is not None:
         raise RequestError("reasoning_effort and depth", param="depth", do="give one of them")
     at_most("tools", len(body.tools), limits.tools)
+    _check_choices(1, body.n, limits)
     offer = Offer(body)
     guide, guided_by = _chat_guide(body, offer)
     told = "\n\n".join(text for text in (offer.system(), _format_told(body.response_format)) if text)
@@ -87,7 +88,7 @@ def completion_work(body: CompletionRequest, served: ServedModel, limits: Limits
     if body.best_of not in (None, body.n):
         raise RequestError("best_of", param="best_of", got=body.best_of, do="use n, and choose by logprobs")
     prompts = prompts_of(body.prompt)
-    at_most("prompt", len(prompts) * max(body.n, 1), limits.choices, "prompts times n")
+    _check_choices(len(prompts), body.n, limits)
     ids = [prompt_ids(prompt, served, "prompt") for prompt in prompts]
     max_tokens = 1 if silent else body.max_tokens
     guide = _guide(body.structured_outputs)
@@ -135,9 +136,6 @@ def _work(
 ) -> Work:
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options", param="stream_options", do="set stream to true as well")
-    if body.n < 1:
-        raise RequestError("n", param="n", got=body.n, allowed="1 or more")
-    at_most("n", len(prompts) * body.n, limits.choices, "prompts times n")
     depth = "auto" if depth is None else depth
     _check_depth(None if depth == "auto" else depth, served, "auto")
     if depth != "auto" and body.quality_tolerance is not None:
@@ -243,6 +241,12 @@ def _guide(given: StructuredOutputs | None) -> Guide | None:
     if len(guides) != 1:
         raise RequestError("structured_outputs", param="structured_outputs", allowed=f"one of {', '.join(kinds)}")
     return guides[0]
+
+
+def _check_choices(prompts: int, n: int, limits: Limits) -> None:
+    if not 1 <= n <= limits.choices:
+        raise RequestError("n", param="n", got=n, allowed=f"1 to {limits.choices}")
+    at_most("prompt" if prompts > 1 else "n", prompts * n, limits.choices, "prompts times n")
 
 
 def _check_depth(depth: str | int | None, served: ServedModel, *more: str) -> None:

@@ -144,8 +144,7 @@ def tokenizer_routes(service: Service) -> APIRouter:
         """Text of token ids, without control tokens."""
         body = await read_body(request, DetokenizeRequest)
         served = service.hosted(request, body.model).served
-        prompts.check_ids(body.tokens, served, "tokens")
-        return {"prompt": served.tokenizer.decode(body.tokens)}
+        return {"prompt": await run_in_threadpool(prompts.detokenize, body, served, service.limits)}
 
     @router.get("/tokenizer_info", responses=refused(*ASKED))
     async def tokenizer_info(request: Request, model: str | None = None) -> TokenizerInfo:

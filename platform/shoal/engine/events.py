@@ -194,4 +194,8 @@ def _check_whole(name: str, value: object) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(
+        value, bool
+    )  # of any size: `isfinite` raises for more than a float holds

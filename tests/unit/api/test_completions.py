@@ -15,6 +15,7 @@ from shoal.inputs.tokenizer import END_ID, PAD_ID, PATCH_ID
 pytestmark = pytest.mark.anyio
 
 URL = "/v1/completions"
+NUMBER = 10**4300 - 1  # the longest that JSON is read with
 
 
 async def complete(http: httpx.AsyncClient, **fields: Any) -> Any:
@@ -122,6 +123,10 @@ async def test_a_stream_says_the_same_as_the_whole(http: httpx.AsyncClient) -> N
         ({"max_tokens": 0}, "max_tokens"),
         ({"prompt": "x" * 385}, "prompt"),
         ({"logprobs": 21}, "logprobs"),
+        ({"n": 0}, "n"),
+        ({"n": 65}, "n"),
+        *(({name: NUMBER}, name) for name in ("n", "max_tokens", "top_k", "min_tokens", "depth", "temperature")),
+        ({"prompt": ["a", "b", "c"], "n": NUMBER}, "n"),
         ({"messages": []}, "messages"),
     ],
 )
@@ -130,7 +135,7 @@ async def test_what_cannot_be_served_is_a_400_that_names_the_field(
 ) -> None:
     reply = await http.post(URL, json={"model": "fish", "prompt": "ab", **fields})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
-    assert engine.requests == []
+    assert engine.requests == [] and len(reply.content) < 1000
 
 
 async def test_one_failing_prompt_fails_all_and_leaves_nothing_running(http: httpx.AsyncClient, engine: Any) -> None:
@@ -180,6 +185,9 @@ async def test_tokenize_a_chat_as_the_model_reads_it(http: httpx.AsyncClient, en
         ("/detokenize", {"tokens": [300]}),
         ("/detokenize", {"tokens": ["a"]}),
         ("/detokenize", {}),
+        ("/tokenize", {"prompt": "a" * (2**20 + 1)}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a" * 2**19}] * 3}),
+        ("/detokenize", {"tokens": [80] * (2**20 + 1)}),
     ],
 )
 async def test_bad_tokenizer_bodies(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
