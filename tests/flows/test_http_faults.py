@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import select
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -227,12 +229,78 @@ def test_a_body_that_does_not_come_is_408(slow: Service, monkeypatch: pytest.Mon
 
 
 def test_what_is_no_http_is_400_and_no_harm(slow: Service) -> None:
-    for nonsense in (b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/9.9\r\n\r\n", b"POST " + b"x" * 100_000 + b"\r\n"):
+    for nonsense in (b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/nine\r\n\r\n", b"POST " + b"x" * 100_000 + b"\r\n"):
         with connection(slow) as raw:
             raw.sendall(nonsense)
             raw.settimeout(5)
             assert b" 400 " in raw.recv(4096)
     answers(slow)
+
+
+@pytest.mark.parametrize("head", [b"GET /health HTTP/1.1\r\nHost: t\r\nX-Long: ", b"GET /"])
+def test_headers_without_an_end_are_400_before_they_fill_the_memory(slow: Service, head: bytes) -> None:
+    with connection(slow) as raw:
+        raw.sendall(head)
+        raw.settimeout(5)
+        reply, sent = b"", 0
+        while not reply and sent < 2**22:
+            with suppress(ConnectionError):  # it has been closed, and the answer is there
+                raw.sendall(b"x" * 2**14)
+            sent += 2**14
+            readable, _, _ = select.select([raw], [], [], 0.005)
+            reply = raw.recv(4096) if readable else b""
+    assert b" 400 " in reply and sent < 2**20
+    answers(slow)
+
+
+def test_a_body_too_large_is_refused_before_it_is_sent_where_the_client_asks_first(slow: Service) -> None:
+    """As curl does; it would wait for the whole time that a refused body is read."""
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: {50 * 2**20}\r\n"
+    with connection(slow) as raw:
+        raw.settimeout(5)
+        raw.sendall((head + f"Authorization: {slow.headers['Authorization']}\r\nExpect: 100-continue\r\n\r\n").encode())
+        assert raw.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_body_without_an_end_is_refused_and_its_connection_closed(
+    slow: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.api.middleware.DISCARD_SECONDS", 0.5)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with connection(slow) as raw:
+        raw.settimeout(5)
+        raw.sendall(head.encode())
+        assert b" 401 " in raw.recv(4096)  # no key: its body is read for a while
+        with pytest.raises(ConnectionError):
+            for _ in range(100):
+                raw.sendall(b"10\r\n" + b" " * 16 + b"\r\n")
+                time.sleep(0.01)
+
+
+def test_a_body_that_nobody_reads_does_not_end_its_connection(slow: Service) -> None:
+    with httpx.Client(base_url=slow.url, headers=slow.headers, timeout=5) as http:
+        for path, status in (("/nothing", 404), ("/health", 405), (CHAT, 415)):
+            reply = http.post(path, content=b"x" * 2**20)
+            assert (reply.status_code, reply.headers.get("connection")) == (status, None)
+
+
+def test_a_client_that_offers_http_2_is_answered_in_http_1(slow: Service) -> None:
+    """As Java's does, with every request in clear text."""
+    upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
+    reply = httpx.post(f"{slow.url}/v1/completions", json=SHORT, headers=slow.headers | upgrade, timeout=5)
+    assert reply.status_code == 200
+
+
+def test_no_answer_waits_for_an_acknowledgement(monkeypatch: pytest.MonkeyPatch) -> None:
+    listeners, bind = [], uvicorn.Config.bind_socket
+
+    def kept(config: uvicorn.Config) -> socket.socket:
+        listeners.append(bind(config))
+        return listeners[0]
+
+    monkeypatch.setattr(uvicorn.Config, "bind_socket", kept)
+    with running(Model.from_preset("test", seed=3)):
+        assert listeners[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # what it accepts inherits it
 
 
 def tasks(service: Service) -> int:

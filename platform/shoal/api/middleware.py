@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -66,16 +66,17 @@ class Gate:
             nonlocal started
             if message["type"] == "http.response.start":
                 started, access.status = True, message["status"]
-                message = {**message, "headers": [*message["headers"], *self._told(access)]}
+                seconds = 0.0 if access.status == 408 else DISCARD_SECONDS  # 408: it has been waited for
+                rest = [] if await body.read_out(seconds) else [(b"connection", b"close")]
+                message = {**message, "headers": [*message["headers"], *self._told(access), *rest]}
             await send(message)
 
-        body = _Body(receive, self._body_bytes)
+        body = _Body(receive, headers, self._body_bytes)
         try:
             try:
                 self._check(scope, headers, access)
-                body.expect(headers.get(b"content-length"))
+                body.expect()
             except RequestError as refused:
-                await body.discard()
                 await self._failed(refused, access)(scope, receive, named)
             else:
                 await self._app(scope, body.receive, named)
@@ -114,31 +115,35 @@ class Gate:
 class _Body:
     """The request's body, counted as it arrives: its length may be unsaid, or said wrongly."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
+    def __init__(self, receive: Receive, headers: Mapping[bytes, str], limit: int) -> None:
         self._receive, self._limit, self._read = receive, limit, 0
+        self._length = headers.get(b"content-length", "0")
+        self._ended = self._length == "0" and b"transfer-encoding" not in headers
+        self._waits = headers.get(b"expect", "").lower() == "100-continue"  # with the body, until we ask for it
 
-    def expect(self, content_length: str | None) -> None:
+    def expect(self) -> None:
         """Raises BodyTooLargeError when the announced length is over the limit."""
-        if content_length and content_length.isdecimal() and int(content_length) > self._limit:
-            raise self._too_large(content_length)
+        if self._length.isdecimal() and int(self._length) > self._limit:
+            raise self._too_large(self._length)
 
     async def receive(self) -> Message:
         message = await self._receive()
         self._read += len(message.get("body", b""))
+        self._ended, self._waits = not message.get("more_body"), False
         if self._read > self._limit:
-            await self.discard()
             raise self._too_large(f"more than {self._limit}")
         return message
 
-    async def discard(self) -> None:
-        """Reads on, so that a client that is still sending sees the answer instead of a broken connection."""
+    async def read_out(self, seconds: float) -> bool:
+        """Reads on, so that a client that is still sending sees the answer instead of a broken connection. False when the end
+        did not come: then the connection must not be kept, or the server reads what comes for as long as it comes."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(DISCARD_SECONDS):
-                while self._read <= DISCARD_TIMES * self._limit:
+            async with asyncio.timeout(seconds):
+                while not self._ended and not self._waits and self._read <= DISCARD_TIMES * self._limit:
                     message = await self._receive()
                     self._read += len(message.get("body", b""))
-                    if not message.get("more_body"):
-                        return
+                    self._ended = not message.get("more_body")
+        return self._ended
 
     def _too_large(self, got: str) -> BodyTooLargeError:
         return BodyTooLargeError("the body is too large", got=f"{got} bytes", allowed=f"at most {self._limit}")
