@@ -65,7 +65,9 @@ class ReplicaClient:
         while True:
             try:
                 return cast("list[float]", await self._engine.embed.remote(prompt, depth))
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and _cancelled():
+                    raise
                 tries, reason = tries + 1, as_shoal_error(error)
                 if tries == LOSSES or not isinstance(reason, EngineDeadError):
                     raise reason from error

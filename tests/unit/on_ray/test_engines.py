@@ -19,6 +19,7 @@ from shoal import Request
 from shoal.engine.events import Event, Token
 from shoal.errors import EngineDeadError, QueueFullError, RequestError, ShoalError
 from shoal.on_ray.clients import ReplicaClient, as_shoal_error
+from shoal.on_ray.failover import LOSSES
 
 
 class Handle:
@@ -97,6 +98,53 @@ def test_who_leaves_or_is_cancelled_cancels_the_replica_s_work() -> None:
 
     assert asyncio.run(leave()) == 1
     assert asyncio.run(be_cancelled()) == 1
+
+
+class Embedder:
+    """A deployment handle whose calls end as `ends` says: a vector, an error, or never."""
+
+    def __init__(self, *ends: list[float] | BaseException | None) -> None:
+        self.ends, self.calls, self.embed = ends, 0, self
+
+    def options(self, **_: Any) -> Embedder:
+        return self
+
+    async def remote(self, prompt: list[int], depth: str | int | None) -> list[float]:
+        end = self.ends[self.calls]
+        self.calls += 1
+        if end is None:
+            await asyncio.Event().wait()
+        if isinstance(end, BaseException):
+            raise end
+        assert end is not None
+        return end
+
+
+def embedded(handle: Embedder) -> list[float]:
+    client = ReplicaClient(handle, may_be_none=False)  # type: ignore[arg-type]
+    return asyncio.run(asyncio.wait_for(client.embed([1, 2]), 10))
+
+
+def test_an_embedding_whose_replica_is_lost_is_asked_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.on_ray.clients.PAUSES", (0.0,) * LOSSES)
+    for lost in (ActorDiedError(), asyncio.CancelledError()):
+        assert embedded(Embedder(lost, [0.5])) == [0.5]
+    for error, calls in ((ActorDiedError(), LOSSES), (RequestError("depth"), 1)):
+        handle = Embedder(*[error] * LOSSES)
+        with pytest.raises(RequestError):
+            embedded(handle)
+        assert handle.calls == calls
+
+
+def test_who_leaves_is_embedded_nowhere_else() -> None:
+    async def leave() -> int:
+        handle = Embedder(None)
+        client = ReplicaClient(handle, may_be_none=False)  # type: ignore[arg-type]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(client.embed([1]), 0.01)
+        return handle.calls
+
+    assert asyncio.run(leave()) == 1
 
 
 @pytest.mark.parametrize(
