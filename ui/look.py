@@ -13,7 +13,8 @@ import jinja2
 from shoal import page as drawing
 
 HERE = Path(__file__).parent
-CSS, ICON, MEND = HERE / "style.css", HERE / "icon.svg", HERE / "mend.js"
+CSS, ICON = HERE / "style.css", HERE / "icon.svg"
+SCRIPTS = HERE / "mend.js", HERE / "stream.js"
 # for those who asked their system for less motion; not in `CSS`, where Gradio would bind it to the middle of the page
 STILL = """<style>@media (prefers-reduced-motion: reduce) {
   *, ::before, ::after {

@@ -58,15 +58,6 @@ def _driven(path: str) -> Iterator[Browser]:
         browser.close()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Once more, where something did not come: Gradio 6.31 loses what is asked between the end of its stream and its client's
-    noticing it (docs/log.md). A person would ask again; a test that fails twice, or otherwise, fails."""
-    again = pytest.mark.flaky(reruns=1, only_rerun=["TimeoutError", "it did not happen"])
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(again)
-
-
 @pytest.fixture(scope="module")
 def strangers(request: pytest.FixtureRequest) -> list[str]:
     """Hosts other than this machine that anything in this process, the page's own server included, tried to reach."""

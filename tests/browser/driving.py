@@ -10,28 +10,14 @@ from shoal.inputs.chat import Encoded
 from tests.browser.site import Site
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page, Request
+    from playwright.sync_api import Page
 
-STREAM = "/queue/data"  # of what a page asked for
-SETTLED = 0.5  # seconds after it ended: what is asked before Gradio's client has noticed is lost (docs/log.md)
 SECONDS = 60.0  # that anything may take, on a machine that does five other things
 
 
 def visit(page: Page, site: Site, path: str = "") -> None:
-    streams: set[Request] = set()
-    since = [0.0]  # when the last one ended
-
-    def ended(request: Request) -> None:
-        if request in streams:
-            streams.discard(request)
-            since[0] = time.monotonic()
-
-    page.on("request", lambda request: streams.add(request) if STREAM in request.url else None)
-    page.on("requestfinished", ended)
-    page.on("requestfailed", ended)
     page.goto(f"{site.url}/ui/{path}")
     page.get_by_text("fish · 4 layers").wait_for()  # the settings are then those of the model
-    until(page, lambda: not streams and time.monotonic() > since[0] + SETTLED)
 
 
 def most_tokens(page: Page, count: int) -> None:
