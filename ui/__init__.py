@@ -1,4 +1,4 @@
-"""The chat page. It speaks only HTTP to the API, through the `openai` client; gradio is imported nowhere else."""
+"""The pages. They speak only HTTP to the API, through the `openai` client; gradio is imported nowhere else."""
 
 import os
 

@@ -88,7 +88,7 @@ def _replies(at: Site) -> Any:
         except openai.OpenAIError as error:
             yield talk.faulty(talk.reason(error)), gr.skip()
             return
-        card = next((card for card in cards if card.name == model), cards[0])
+        card = site.of(cards, model)
         asked = talk.messages(shown, message, system.strip())
         try:
             given = talk.number("Seed", seed, whole=True), talk.number("Tolerance", tolerance)
@@ -146,7 +146,7 @@ def _kept() -> dict[str, Component]:
 def _describe(at: Site, assistant: Assistant, head: Component, controls: dict[str, Component], key: Key) -> None:
     """What the page shows of the models, read when the page opens, when a key is given and when a model is picked."""
 
-    async def describe(given: str, picked: str | None) -> tuple[Any, ...]:
+    async def describe(given: str, picked: str | None, depth: str, most: float) -> tuple[Any, ...]:
         try:
             cards = await at.cards(given)
         except openai.OpenAIError as error:
@@ -157,19 +157,20 @@ def _describe(at: Site, assistant: Assistant, head: Component, controls: dict[st
                 gr.skip(),
                 Key.shown(given, error),
             )
-        card = next((card for card in cards if card.name == picked), cards[0])
+        card = site.of(cards, picked)
         names = [(site.label(card), card.name) for card in cards]
         return (
             at.header(assistant.place, site.about(card)),
             gr.update(choices=names, value=card.name, visible=len(cards) > 1),
-            gr.update(choices=site.depths(card)),
-            gr.update(maximum=card.context - 1, value=min(MOST_TOKENS, card.context // 2)),
+            site.depths_of(card, depth),
+            gr.update(maximum=card.context - 1, value=min(most, card.context // 2)),
             Key.shown(given),
         )
 
     shown = [head, controls["model"], controls["depth"], controls["most"], key.box]
-    key.then(at, describe, [controls["model"]], shown)
-    controls["model"].input(describe, [key.box, controls["model"]], shown, **QUIET)
+    set_now = [controls["model"], controls["depth"], controls["most"]]
+    key.then(at, describe, set_now, shown)
+    controls["model"].input(describe, [key.box, *set_now], shown, **QUIET)
 
 
 def _remember(at: Site, assistant: Assistant, chat: gr.ChatInterface, kept: dict[str, Component]) -> None:

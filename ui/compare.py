@@ -134,13 +134,21 @@ def _describe(at: Site, head: Component, picks: Sequence[Component], most: Compo
         first = [order[0] if order else "full", "full", *order[1:], "auto", "auto", "auto"]
         updates = []
         for number in range(MOST):
-            other = cards[min(number, len(cards) - 1)] if len(cards) > 1 else card  # models differ, if there are some
+            other = cards[min(number, len(cards) - 1)]  # models differ, if there are some
             updates.append(gr.update(choices=names, value=other.name, visible=len(cards) > 1))
-            updates.append(gr.update(choices=site.depths(card), value="full" if len(cards) > 1 else first[number]))
+            updates.append(gr.update(choices=site.depths(other), value="full" if len(cards) > 1 else first[number]))
         limit = gr.update(maximum=card.context - 1, value=min(MOST_TOKENS, card.context // 2))
         return [at.header(PLACE, site.all_of(cards)), *updates, limit, Key.shown(given)]
 
+    async def described(given: str, picked: str, depth: str) -> Any:
+        try:
+            return site.depths_of(site.of(await at.cards(given), picked), depth)
+        except openai.OpenAIError:
+            return gr.skip()  # the answer will say so
+
     key.then(at, describe, [], [head, *picks, most, key.box])
+    for model, depth in zip(picks[::2], picks[1::2], strict=True):
+        model.input(described, [key.box, model, depth], depth, **QUIET)
 
 
 def _run(at: Site) -> Any:
@@ -158,7 +166,7 @@ def _run(at: Site) -> Any:
             yield [talk.fault("Write a prompt first."), *[_waiting()] * (MOST - 1)]
             return
         try:
-            cards = {card.name: card for card in await at.cards(key)}
+            cards = await at.cards(key)
         except openai.OpenAIError as error:
             yield [talk.fault(talk.reason(error)), *[_waiting()] * (MOST - 1)]
             return
@@ -167,7 +175,7 @@ def _run(at: Site) -> Any:
         streams = []
         for model, depth in chosen:
             settings = Settings(depth, int(most), temperature, seed=None if seed is None else int(seed))
-            streams.append(talk.stream(at.client(key), cards.get(model) or next(iter(cards.values())), asked, settings))
+            streams.append(talk.stream(at.client(key), site.of(cards, model), asked, settings))
         yield [_asking()] * columns + [_waiting()] * (MOST - columns)
         async with aclosing(beside(streams, together=turns == TOGETHER)) as states:  # type: ignore[type-var]
             async for now in states:

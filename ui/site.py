@@ -70,10 +70,20 @@ class Key:
         return gr.update(visible=bool(key) or isinstance(error, openai.AuthenticationError), value=key)
 
 
+def of(cards: Sequence[Card], name: str | None) -> Card:
+    """The card with `name`, or the first."""
+    return next((card for card in cards if card.name == name), cards[0])
+
+
 def depths(card: Card) -> list[tuple[str, str]]:
     """Choices of depth: (label, value), the shallowest first."""
     named = [(f"{name}, {layers} of {card.layers} layers", name) for name, layers in card.depths.items()]
     return [("auto, by the question", "auto"), *named]
+
+
+def depths_of(card: Card, chosen: str) -> Any:
+    """A control of depth for another model: what was `chosen` stays where this one has it."""
+    return gr.update(choices=depths(card), value=chosen if chosen in card.depths else "auto")
 
 
 def about(card: Card) -> str:

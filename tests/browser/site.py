@@ -77,11 +77,10 @@ class Site:
 
 @contextmanager
 def site(
-    keys: ApiKeys | None = None, runs: Path | None = None, *, lost: bool = False, int8: bool = False
+    keys: ApiKeys | None = None, runs: Path | None = None, *, lost: bool = False, beside: Model | None = None
 ) -> Iterator[Site]:
-    """`lost`: the pages look for the API where there is none. `int8`: a second model, the first one's INT8 form."""
-    model = Model.from_preset("test", seed=3)
-    models = {"fish": model, "minnow": model.quantized()} if int8 else {"fish": model}
+    """`lost`: the pages look for the API where there is none. `beside`: a second model."""
+    models = {"fish": Model.from_preset("test", seed=3)} | ({"minnow": beside} if beside else {})
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
+from shoal import Model
 from shoal.inputs.chat import Encoded
 from tests.browser.driving import most_tokens, until, visit, words
 from tests.browser.runs import ENDED, LIVE, evaluation, say, step
@@ -115,7 +116,7 @@ def test_the_service_page_follows_what_the_engine_counts(page: Page, open_site: 
 
 
 def test_int8_stands_beside_fp32_and_the_service_page_tells_the_models_apart(page: Page, strangers: list[str]) -> None:
-    with site(int8=True) as both:
+    with site(beside=Model.from_preset("test", seed=3).quantized()) as both:
         page.goto(f"{both.url}/ui/compare")
         page.get_by_text("2 models: fish, minnow · INT8").wait_for()
         most_tokens(page, 3)
@@ -131,4 +132,24 @@ def test_int8_stands_beside_fp32_and_the_service_page_tells_the_models_apart(pag
             assert row.get_by_role("cell").all_inner_texts()[:3] == ["1", "0", "0"]  # replicas, running, waiting
         ended = page.get_by_role("row", name="ended by length").get_by_role("cell")
         assert ended.all_inner_texts() == ["1", "1"]
+        page.goto("about:blank")
+
+
+def test_a_model_of_another_size_brings_the_choices_of_its_own_depths(page: Page, strangers: list[str]) -> None:
+    with site(beside=Model.from_preset("tiny", seed=3)) as both:
+        page.goto(f"{both.url}/ui/compare")
+        page.get_by_text("2 models: fish, minnow").wait_for()
+        depths = [page.get_by_label(f"Depth of {name}") for name in "AB"]
+        assert [depth.input_value() for depth in depths] == ["full, 4 of 4 layers", "full, 8 of 8 layers"]
+        page.get_by_label("Model of A").click()
+        page.get_by_role("option", name="minnow").click()
+        until(page, lambda: depths[0].input_value() == "full, 8 of 8 layers")
+        visit(page, both)
+        most_tokens(page, 7)
+        page.get_by_label("middle, 2 of 4 layers").check()
+        page.get_by_label("Model").click()
+        page.get_by_role("option", name="minnow").click()
+        page.get_by_label("middle, 4 of 8 layers").wait_for()
+        assert page.get_by_label("middle, 4 of 8 layers").is_checked()
+        assert page.get_by_label("number input for Most tokens").input_value() == "7"
         page.goto("about:blank")
