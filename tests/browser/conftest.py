@@ -21,11 +21,6 @@ from tests.neighbours import lend
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page
 
-LEAVING = (
-    "AbortError: signal is aborted",
-    "Connection errored out",
-)  # what Gradio logs of a reading that a new page cuts off
-
 
 @contextmanager
 def _watched() -> Iterator[list[str]]:
@@ -103,7 +98,7 @@ def page(chromium: Browser, strangers: list[str]) -> Iterator[Page]:
     wrong: list[str] = []
 
     def logged(message: ConsoleMessage) -> None:
-        if message.type == "error" and not any(words in message.text for words in LEAVING):
+        if message.type == "error":
             wrong.append(f"console: {message.text} {message.location['url']}")
 
     page.on("console", logged)
