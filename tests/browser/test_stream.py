@@ -94,11 +94,12 @@ def test_a_reply_that_comes_after_its_answer_leaves_no_stream_open(page: Page, o
 
 def test_an_answer_goes_on_when_the_page_was_to_be_left_and_stays(page: Page, open_site: Site) -> None:
     page.route("**/nothing", lambda route: route.fulfill(status=204))
-    visit(page, open_site)
+    visit(page, open_site, "compare")
     most_tokens(page, 60)
+    page.get_by_label("Prompt").fill("How deep is the sea?")
     with open_site.held(20):
-        ask(page, "How deep is the sea?")
-        words(page, ".message.bot")
+        page.get_by_role("button", name="Compare").click()
+        words(page, "#answer-B .answer")
         with page.expect_response("**/nothing"):
             page.evaluate("location.href = '/nothing'")
-    assert " · 60 tokens · " in page.locator(".facts").inner_text()
+    assert " · 60 tokens · " in page.locator("#answer-B .facts").inner_text()
