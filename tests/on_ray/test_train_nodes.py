@@ -139,7 +139,7 @@ def test_an_elastic_run_goes_on_with_the_worker_that_is_left_and_takes_another_w
         with pytest.raises(StoppedError):
             running.result(timeout=60)
     assert history(run, "start", "world") == [2, 1, 2]
-    assert history(run, "start", "micro_batches") == [2, 4, 2], "as many in all, so that one worker needs no more memory"
+    assert history(run, "start", "micro_batches") == [2, 4, 2], "as many in all: one needs no more memory"
     steps = history(run, "step", "step")
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= grown["step"] + 6
     end = {"steps": len(steps), "accumulate": 4, "checkpoint_minutes": 1.0, **constant}

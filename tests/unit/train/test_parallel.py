@@ -91,7 +91,8 @@ def play(rank: int, root: Path, shards: Path, chats: Path, model: Path) -> None:
 
     def scene(name: str, world: int, act: Callable[[], object]) -> None:
         if rank < world:
-            wait = datetime.timedelta(seconds=60)
+            # who plays in few scenes waits for those that play in all
+            wait = datetime.timedelta(seconds=300)
             meet = f"file://{root}/{name}.store"
             dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=wait)
             act()
