@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -271,8 +272,12 @@ def test_a_stream_outlives_the_only_replica(service: Service) -> None:
 def replicas(deployment: str) -> list[psutil.Process]:
     """The processes of the deployment's replicas; Ray names them."""
     name = f"ray::ServeReplica:shoal:{deployment}"
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and name in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ended since it was listed
+            if child.status() != psutil.STATUS_ZOMBIE and name in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def test_a_directory_that_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
