@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,6 +138,7 @@ def enough_memory(plan: FitPlan, ranks: Ranks) -> Iterator[None]:
         cuda = ranks.device.type == "cuda"
         held = torch.cuda.memory_allocated(ranks.device) if cuda else psutil.Process().memory_info().rss
         tokens = plan.train.batch_tokens // (ranks.world * plan.train.accumulate)
+        traceback.clear_frames(error.__traceback__)  # what they hold is needed to say anything at all
         raise ResourceError(
             f"worker {ranks.rank} is out of memory",
             got=f"{held / 2**30:.1f} GiB in use with {tokens:,} tokens in a micro-batch",

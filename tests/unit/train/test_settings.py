@@ -1,5 +1,6 @@
 """``--set KEY=VALUE``: what may be set, and how wrong ones are told; plans that cannot be."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,16 @@ def test_a_failed_allocation_says_what_helps(shards: Path, chats: Path, tmp_path
         torch.empty(2**50)
     with pytest.raises(RuntimeError, match="must match"), enough_memory(plan, alone):
         torch.zeros(2) + torch.zeros(3)
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def fail() -> None:
+        held = torch.zeros(2)
+        seen.append(weakref.ref(held))
+        torch.empty(2**50)
+
+    with pytest.raises(ResourceError) as caught, enough_memory(plan, alone):
+        fail()
+    assert caught.value.__cause__ is not None and seen[0]() is None, "who has no memory left cannot even say so"
     Model.from_preset("test").save(tmp_path / "model")
     odd = finetune_plan(str(tmp_path / "model"), str(chats), str(tmp_path / "run"), accumulate=7)
     with pytest.raises(ResourceError, match="219 tokens in a micro-batch"), enough_memory(odd, alone):
