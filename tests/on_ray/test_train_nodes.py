@@ -118,7 +118,7 @@ def test_an_elastic_run_goes_on_with_the_worker_that_is_left_and_takes_another_w
 
     def next_record(kind: str, step: int = 0) -> log.Record:
         """The next of its kind that follows `step` or a later one."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while True:
             record = records.get(timeout=max(0.0, end - time.monotonic()))
             if record["kind"] == kind and record["step"] >= step:
