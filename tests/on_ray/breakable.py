@@ -1,7 +1,8 @@
-"""The service of `shoal.on_ray.serve`, with engine replicas that a test can break from outside."""
+"""The service of `shoal.on_ray.serve`, with engine replicas that take their time and that a test can break from outside."""
 
 from __future__ import annotations
 
+import time
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -11,7 +12,21 @@ from shoal.on_ray import serve
 from shoal.on_ray.engines import EngineReplica
 
 
+STEP_SECONDS = 0.01  # else the test model's streams may have ended at the engine before the last of them has begun
+
+
 class Breakable(EngineReplica):
+    def _load(self, directory: str) -> Any:
+        front: Any = super()._load(directory)
+        step = front._engine.step
+
+        def slowly() -> Any:
+            time.sleep(STEP_SECONDS)
+            return step()
+
+        front._engine.step = slowly
+        return front
+
     def break_(self) -> None:
         """From now on every step of this replica's engine raises, as on memory that fails."""
 

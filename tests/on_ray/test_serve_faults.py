@@ -1,6 +1,6 @@
 """What dies under load, and what the clients see of it: nothing. A service of two replicas, each fault while streams run.
 
-Undisturbed answers are taken from the model itself before the faults: texts, ends, counts and logprobs must be those.
+The answers of streams that nothing disturbs come first: texts, ends, counts and logprobs must be those.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def ask(service: Service, number: int, begun: Callable[[], object] = lambda: Non
 
 @pytest.fixture(scope="module")
 def undisturbed(service: Service) -> list[dict[str, Any]]:
-    return [ask(service, number) for number in range(MANY)]
+    return under_load(service, lambda: None)
 
 
 def same(got: dict[str, Any], wanted: dict[str, Any]) -> None:
