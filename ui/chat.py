@@ -195,8 +195,9 @@ def _remember(at: Site, assistant: Assistant, chat: gr.ChatInterface, kept: dict
 
     async def save(stored: Any, key: str | None, messages: list[dict[str, Any]]) -> tuple[Any, ...]:
         await asyncio.sleep(SAVED_EVERY)
-        stored = history.save(stored, key, messages) if key else stored
-        return stored, gr.update(placeholder=WRITE)  # which Gradio empties
+        now = history.save(stored, key, messages) if key else stored
+        # a page that only shows what is kept must not write it: meanwhile another tab may have written more
+        return gr.skip() if now == stored else now, gr.update(placeholder=WRITE)  # which Gradio empties
 
     def placed(stored: Any, key: str | None, before: list[Any]) -> tuple[Any, Any]:
         now = [key, *history.titles(stored)]

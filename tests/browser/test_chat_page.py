@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.browser
 
 KEY = "a-key-for-this-test"
+WRITTEN = """
+  window.written = [];
+  const write = Storage.prototype.setItem;
+  Storage.prototype.setItem = function (name, value) { written.push(name); write.call(this, name, value); };
+"""
 
 
 def test_an_answer_streams_in_with_its_depth_below_it(page: Page, open_site: Site) -> None:
@@ -162,6 +167,22 @@ def test_conversations_are_kept_in_the_browser_and_exported(page: Page, open_sit
     assert facts in download.value.path().read_text()
     visit(page, open_site, "code")
     assert page.locator(".message").count() == 0, "each page keeps its own conversations"
+
+
+def test_a_page_that_opens_writes_no_conversations(page: Page, open_site: Site) -> None:
+    visit(page, open_site)
+    most_tokens(page, 4)
+    ask(page, "Keep this.")
+    _wait_until_kept(page, open_site, page.locator(".facts").inner_text())
+    page.add_init_script(WRITTEN)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "/queue/join" in request.url else None)
+    for path, events in (("", 6), ("code", 4)):  # with a conversation, and without
+        asked.clear()
+        visit(page, open_site, path)
+        until(page, lambda events=events: len(asked) >= events)  # type: ignore[misc]
+        written = page.evaluate("written")
+        assert len(written) == len(set(written)), "only what Gradio writes itself when it has read it"
 
 
 def _wait_until_kept(page: Page, site: Site, facts: str) -> None:
