@@ -11,7 +11,6 @@ from ray import serve as ray_serve
 from shoal.on_ray import serve
 from shoal.on_ray.engines import EngineReplica
 
-
 STEP_SECONDS = 0.01  # else the test model's streams may have ended at the engine before the last of them has begun
 
 
