@@ -96,7 +96,7 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError("guided: " + self._matcher.get_error().splitlines()[0][:300])
+            raise GrammarError(self._matcher.get_error().splitlines()[0][:300])
 
 
 class _Pieces:

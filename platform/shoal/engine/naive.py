@@ -13,7 +13,7 @@ from shoal.engine.guided import Grammars
 from shoal.engine.sampler import Sampler
 from shoal.engine.sequence import Sequence
 from shoal.engine.text import TextStream
-from shoal.errors import GenerationError
+from shoal.errors import RequestError
 from shoal.model.model import Model
 
 
@@ -32,11 +32,11 @@ def generate(model: Model, request: Request) -> Completion:
         rows = model.logits(seq.tokens, depth, prompt.images)[:-1].clone()
         seq.prompt_logprobs = [None, *sampler.score(rows, seq.tokens[1:], sampling.prompt_logprobs)]
     reason: FinishReason | None = None
-    error = None
+    error: RequestError | None = None
     while reason is None:
         (sampled,) = sampler.sample(model.logits(seq.tokens, depth, prompt.images)[-1:].clone(), [seq])
         if sampled.error is not None:
-            reason, error = "error", GenerationError(sampled.error, do="try again")
+            reason, error = "error", sampled.error
         elif seq.ends(sampled.token):
             reason = "stop"
         else:

@@ -12,6 +12,7 @@ from typing import Any
 
 from shoal.engine.events import TokenLogprob
 from shoal.engine.sequence import Sequence as Running
+from shoal.errors import RequestError
 
 
 @dataclass(eq=False)
@@ -81,7 +82,7 @@ class Sampled:
 
     token: int
     logprob: TokenLogprob | None = None
-    error: str | None = None
+    error: RequestError | None = None
     after: tuple[Sampled, ...] = ()  # the tokens that follow it, where drafts were right
     drafted: int = 0  # how many drafts there were
 

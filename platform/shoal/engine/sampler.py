@@ -26,10 +26,11 @@ from torch import Tensor
 from shoal.engine.events import Sampling, TokenLogprob
 from shoal.engine.guided import Grammar, GrammarError
 from shoal.engine.plan import Sampled
+from shoal.errors import GenerationError, RequestError
 from shoal.inputs.tokenizer import END_ID
 
+STUCK = "a grammar that cannot be followed any further"
 CANDIDATES = 128  # how many of the likeliest tokens top-p looks at before it sorts all
-NOT_FINITE = "the model gave logits that are not finite"
 
 
 class Draw(Protocol):
@@ -73,7 +74,9 @@ class Sampler:
         tokens = [token if math.isfinite(highest) else -1 for token, highest in zip(choice.tolist(), best, strict=True)]
         logprobs = _logprobs(reported, draws, tokens) if reported else {}
         return [
-            Sampled(0, error=stuck.get(r, NOT_FINITE)) if token < 0 or r in stuck else Sampled(token, logprobs.get(r))
+            Sampled(0, error=stuck.get(r) or _not_finite())
+            if token < 0 or r in stuck
+            else Sampled(token, logprobs.get(r))
             for r, token in enumerate(tokens)
         ]
 
@@ -112,6 +115,10 @@ class Sampler:
         return bits.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).float().add_(0.5).mul_(2.0**-24).log_().neg_()
 
 
+def _not_finite() -> GenerationError:
+    return GenerationError("the model gave logits that are not finite", do="try again")
+
+
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:
     """Start and end of each run of true `flags`."""
     edges = [i for i, (a, b) in enumerate(pairwise([False, *flags, False])) if a != b]
@@ -144,16 +151,16 @@ def _scramble(x: Tensor, key: Tensor | int = 0) -> Tensor:
     return x.bitwise_xor_(x.bitwise_right_shift(16).bitwise_and_(0xFFFF))
 
 
-def _follow_grammars(logits: Tensor, draws: Sequence[Draw]) -> dict[int, str]:
+def _follow_grammars(logits: Tensor, draws: Sequence[Draw]) -> dict[int, RequestError]:
     """Close, in place, what the grammars of guided requests do not allow next; what went wrong, by row."""
     masks: dict[int, np.ndarray] = {}
-    stuck: dict[int, str] = {}
+    stuck: dict[int, RequestError] = {}
     for r, draw in enumerate(draws):
         if draw.grammar is not None:
             try:
                 masks[r] = draw.grammar.allowed(draw.tokens[draw.prompt_len :])
             except GrammarError as error:
-                stuck[r] = str(error)
+                stuck[r] = RequestError(STUCK, param="guided", got=str(error), do="ask for a simpler one")
     if masks:
         at = torch.tensor(list(masks), device=logits.device)
         closed = torch.from_numpy(~np.stack(list(masks.values()))).to(logits.device)

@@ -37,7 +37,7 @@ from shoal.engine.pages import Pages
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.sequence import Sequence
 from shoal.engine.speculative import Drafting, Switch
-from shoal.errors import DeadlineError, GenerationError, QueueFullError, RequestError
+from shoal.errors import DeadlineError, QueueFullError, RequestError
 
 
 class Scheduler:
@@ -341,7 +341,7 @@ class Scheduler:
     def _append(self, seq: Sequence, sampled: Sampled, now: float) -> None:
         seq.held, seq.held_from = [], None
         if sampled.error is not None:
-            self._finish(seq, "error", GenerationError(sampled.error, do="try again"))
+            self._finish(seq, "error", sampled.error)
             return
         told, seq.told = seq.told, None
         token = sampled.token if told is None else told

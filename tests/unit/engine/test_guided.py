@@ -169,7 +169,7 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_alone(monkeypatch: pyt
 
     def fail(answer: list[int]) -> Any:
         if len(answer) == 5:
-            raise GrammarError("guided: too complex")
+            raise GrammarError("too complex")
         return allowed(answer)
 
     monkeypatch.setattr(bad.grammar, "allowed", fail)
@@ -178,7 +178,9 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_alone(monkeypatch: pyt
     events = [event for _ in range(40) for event in engine.step()]
     ends = {event.request: event for event in events if hasattr(event, "reason")}
     assert ends[good.id].reason == "stop"
-    assert ends[bad.id].reason == "error" and "too complex" in str(ends[bad.id].error)
+    error = ends[bad.id].error
+    assert ends[bad.id].reason == "error" and "too complex" in str(error)
+    assert (error.status, error.param) == (400, "guided")  # trying again would not help
     assert engine.idle and engine.stats()["kv_cache_usage_perc"] == 0
 
 

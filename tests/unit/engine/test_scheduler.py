@@ -353,7 +353,7 @@ def test_an_error_of_one_row_ends_that_request() -> None:
     bad, good = h.submit([50]), h.submit([51])
     plan = h.scheduler.plan()
     outcome = h.runner.run(plan)
-    h.scheduler.commit(plan, Outcome([Sampled(0, error="not finite"), outcome.samples[1]]))
+    h.scheduler.commit(plan, Outcome([Sampled(0, error=GenerationError("boom")), outcome.samples[1]]))
     assert bad not in h.scheduler._live and good in h.scheduler._live
 
 

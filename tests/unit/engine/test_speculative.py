@@ -24,7 +24,7 @@ from shoal.engine.guided import Grammar
 from shoal.engine.plan import Sampled
 from shoal.engine.sampler import Sampler
 from shoal.engine.speculative import AGAIN, TRIALS, Switch, accept
-from shoal.errors import ConfigError, RequestError
+from shoal.errors import ConfigError, GenerationError, RequestError
 from shoal.inputs.tokenizer import END_ID
 
 
@@ -283,8 +283,9 @@ def test_accept_keeps_what_was_right_and_the_first_token_after_it() -> None:
     assert [s.token for s in accept([5, 6, 9], rows).after] == [6, 9, 8]
     assert accept([4, 6, 9], rows).after == ()
     assert accept([], rows[:1]) == Sampled(5)
-    broken = [Sampled(5), Sampled(0, error="not finite"), Sampled(9)]
-    assert [s.error for s in accept([5, 0], broken).after] == ["not finite"]
+    error = GenerationError("boom")
+    broken = [Sampled(5), Sampled(0, error=error), Sampled(9)]
+    assert [s.error for s in accept([5, 0], broken).after] == [error]
 
 
 def test_the_switch_measures_and_turns_drafting_off_where_it_does_not_pay() -> None:
