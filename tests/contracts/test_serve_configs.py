@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("ray")
 
 from shoal.errors import ConfigError
+from shoal.on_ray.serve import SERVE_SETTINGS
 from shoal.on_ray.serve_config import IMPORT_PATH, ServeArgs, load_serve_config, parse_replicas, serve_config
 
 FOLDER = Path(__file__).parents[2] / "serve_configs"
@@ -33,6 +34,11 @@ def test_the_local_config_stays_on_this_machine() -> None:
     assert (deploy.http_options.host, deploy.http_options.port) == ("127.0.0.1", 9000)
     args = deploy.applications[0].args
     assert (args["model"], args["min_replicas"], args["max_replicas"]) == ("some/model", 1, 2)
+
+
+def test_the_cluster_s_config_sets_what_shoal_serve_sets_by_itself() -> None:
+    options = load_serve_config(FOLDER / "cluster.yaml").controller_options
+    assert options is not None and options.runtime_env == {"env_vars": SERVE_SETTINGS}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from shoal import Model, presets
@@ -217,6 +218,36 @@ def test_a_stopped_job_leaves_the_step_that_it_was_at(head: Head, tmp_path: Path
         [(r["step"], r["loss"]) for r in log.read(folder) if r["kind"] == "step"] for folder in (run, tmp_path / "calm")
     )
     assert len(stopped) == last + 2 and stopped == calm
+
+
+def test_a_submitted_job_serves_until_it_is_stopped(head: Head, tmp_path: Path) -> None:
+    model = Model.from_preset("test")
+    model.save(tmp_path / "model")
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    head.submit("python", "jobs/serve.py", "--model", str(tmp_path / "model"), "--port", str(port), name="serving")
+
+    def status() -> int:
+        try:
+            return httpx.get(f"{url}/ready", timeout=10).status_code
+        except httpx.TransportError:
+            return 0
+
+    def until(code: int) -> None:
+        end = time.monotonic() + SECONDS
+        while status() != code:
+            assert time.monotonic() < end, head.job("logs", "serving").stdout
+            time.sleep(0.2)
+
+    until(200)
+    name = httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
+    body = {"model": name, "prompt": "abc", "max_tokens": 4, "temperature": 0, "ignore_eos": True, "depth": "full"}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+    tokens = model.generate_naive(model.tokenizer.encode("abc"), 4, depth="full")
+    assert answer["choices"][0]["text"] == model.tokenizer.decode(tokens)
+    head.job("stop", "serving")
+    until(0)
+    assert "STOPPED" in head.job("status", "serving").stdout.upper()
 
 
 def test_a_job_sees_the_copy_of_the_folder(head: Head) -> None:
