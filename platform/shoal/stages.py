@@ -50,6 +50,9 @@ class RunOptions:
             help="Training workers, one process each: N, or MIN:MAX to take as many as the cluster has room for."
         ),
     ] = "1"
+    gpu: Annotated[
+        bool | None, typer.Option("--gpu/--no-gpu", help="One GPU a worker [where the cluster has them now].")
+    ] = None
     accumulate: Annotated[int | None, typer.Option(help="Micro-batches a worker merges into an update [preset's].")] = (
         None
     )
@@ -220,7 +223,7 @@ def _fit(plan: Any, options: RunOptions) -> None:
     more = trackers(options.track or (), plan.run, plan.name)
     with local_ray(), log.Console(plan.name, stream=sys.stderr) as console:
         tell = together(console, *more)
-        result = train(plan, workers=(least, most), cpus_per_worker=cpus, on_progress=tell)
+        result = train(plan, workers=(least, most), cpus_per_worker=cpus, gpus=options.gpu, on_progress=tell)
     report = {"out": result.out, "steps": result.steps, "tokens": result.tokens, "bpb": result.bpb}
     if result.rounded:
         report["rounded"] = result.rounded

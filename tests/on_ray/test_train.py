@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shoal import Model, presets
+from shoal import Model, cli, presets
 from shoal.errors import CheckpointError, ConfigError, DataError, ResourceError, ShoalError
 from shoal.on_ray.train import train
 from shoal.train import log
@@ -162,7 +162,9 @@ def test_a_killed_driver_costs_no_step_and_no_bit(calm: Path, data: Path, tmp_pa
     assert same(run, calm)
 
 
-def test_plans_that_cannot_run_are_refused(shared_ray: None, data: Path, tmp_path: Path) -> None:
+def test_plans_that_cannot_run_are_refused(
+    shared_ray: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Before any worker is started, with the numbers."""
     with pytest.raises(ResourceError, match=r"2 worker\(s\) x 64 CPU = 128 CPUs"):
         train(plan(data, tmp_path / "cpus"), workers=2, cpus_per_worker=64)
@@ -173,6 +175,10 @@ def test_plans_that_cannot_run_are_refused(shared_ray: None, data: Path, tmp_pat
     few = write_chats(tmp_path / "few.jsonl", rows=3)
     with pytest.raises(DataError, match="too short"):
         train(plan(few, tmp_path / "few"), workers=2, cpus_per_worker=0.5)
+    words = ["pretrain", "--preset", "test", "--data", str(data), "--out", str(tmp_path / "gpu"), "--steps", "1"]
+    assert cli.main([*words, "--gpu"]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "1 worker(s) x 1 GPU = 1 GPUs: got '0 in the cluster'; add nodes that have some" in line
 
 
 def test_a_workers_own_error_arrives_as_it_was(shared_ray: None, data: Path, tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def run_training_job(parser: argparse.ArgumentParser, make_plan: Callable[..., F
     add("--resume", choices=("auto", "never"), default="auto", help="never: begin again (default auto)")
     add("--workers", default="1", help="processes that train together: N, or MIN:MAX (default 1)")
     add("--cpus-per-worker", type=float, default=1.0, help="logical CPUs that each reserves (default 1)")
-    add("--gpu", action="store_true", default=None, help="one GPU a worker (default: when the cluster has them now)")
+    gpu = "one GPU a worker (default: where the cluster has them now)"
+    add("--gpu", action=argparse.BooleanOptionalAction, help=gpu)
     add("--mirror", help="folder or s3://BUCKET/PREFIX that checkpoints are copied to as well, and fetched from")
     add("--track", action="append", default=[], help="tensorboard, mlflow or wandb, to show the run in; repeat")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="of TrainConfig or of the run; repeat")

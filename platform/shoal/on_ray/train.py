@@ -113,7 +113,9 @@ def preflight(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources
             raise ResourceError(
                 f"{workers} worker(s) x {each:g} {name} = {workers * each:g} {name}s",
                 got=f"{have:g} in the cluster",
-                do=f"use at most {int(have / each)} worker(s), or add nodes",
+                do=f"use at most {int(have / each)} worker(s), or add nodes"
+                if have >= each
+                else "add nodes that have some",
             )
     need, have = workers * memory_needed(plan, workers), resources.get("memory", float("inf"))
     if not use_gpu and need > have:
