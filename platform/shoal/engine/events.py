@@ -194,8 +194,6 @@ def _check_whole(name: str, value: object) -> None:
 
 
 def _is_number(value: object) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(
-        value, bool
-    )  # of any size: `isfinite` raises for more than a float holds
+    if isinstance(value, int):  # of any size: `isfinite` raises for more than a float holds
+        return not isinstance(value, bool)
+    return isinstance(value, float) and math.isfinite(value)

@@ -117,9 +117,8 @@ def _source(guide: Guide) -> str:
     """`guide` as llguidance's grammar. Raises ValueError."""
     matcher = llguidance.LLMatcher
     if guide.kind == "choice":
-        texts = " | ".join(
-            json.dumps(text) for text in guide.spec
-        )  # one terminal: a rule has at most 2000 alternatives
+        # one terminal, since a rule has at most 2000 alternatives
+        texts = " | ".join(json.dumps(text) for text in guide.spec)
         return matcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
     if guide.kind == "json_object":
         return matcher.grammar_from_json_schema('{"type": "object"}', overrides=JSON_OPTIONS)
