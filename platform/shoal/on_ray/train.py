@@ -109,14 +109,12 @@ def preflight(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources
     counts it (memory in bytes)."""
     for name, each in _resources(cpus, use_gpu).items():
         have = resources.get(name, 0.0)
-        fewer = (
-            f"use at most {int(have / each)} worker(s), or add nodes" if have >= each else "add nodes that have some"
-        )
+        room = int(have / each)
         if workers * each > have:
             raise ResourceError(
                 f"{workers} worker(s) x {each:g} {name} = {workers * each:g} {name}s",
                 got=f"{have:g} in the cluster",
-                do=fewer,
+                do=f"use at most {room} worker(s), or add nodes" if room else "add nodes that have some",
             )
     need, have = workers * memory_needed(plan, workers), resources.get("memory", float("inf"))
     if not use_gpu and need > have:
