@@ -20,7 +20,8 @@ from shoal.config import ModelConfig
 from shoal.model import cost
 from shoal.model.attention import hybrid_attention
 from shoal.model.cache import GroupCache, PagedStep
-from shoal.model.paged import Reach, paged_attention, write_kv
+from shoal.model.paged import paged_attention, write_kv
+from shoal.model.reach import Reach
 
 READ_AT = (4 * 2**10, 32 * 2**10, 128 * 2**10)  # tokens
 

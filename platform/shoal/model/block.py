@@ -18,7 +18,8 @@ from shoal.model import fused
 from shoal.model.attention import Layout, attend, block_summaries
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.linears import Int8Linear, Linear
-from shoal.model.paged import Reach, paged_attention, write_kv
+from shoal.model.paged import paged_attention, write_kv
+from shoal.model.reach import Reach
 
 Rope = tuple[Tensor, Tensor]  # what x and x with its first two quarters swapped are multiplied by, [..., T, 1, d]
 

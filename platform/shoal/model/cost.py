@@ -12,7 +12,7 @@ from torch import nn
 
 from shoal.config import GROUPS, ModelConfig
 from shoal.model.depth import EXTRA, HIDDEN, sample_stride
-from shoal.model.paged import way
+from shoal.model.reach import way
 from shoal.model.slots import width as slot_width
 
 

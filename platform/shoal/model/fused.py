@@ -13,17 +13,14 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from shoal.model.cache import GroupCache, PagedStep
-
-if TYPE_CHECKING:
-    from shoal.model.paged import Reach
-
+from shoal.model.reach import Reach
 
 Rope = tuple[Tensor, Tensor]
 Matrix = tuple[Tensor, Tensor, Tensor]  # what `int8_kernels.linear` reads; or a weight [O, D] in fp and `PLAIN`

@@ -1,12 +1,7 @@
 """Hybrid attention over pages: the one function that writes K/V, and reading them for prefill, decoding, verification.
 
 The sum is `attention.attend`'s; what differs is where the keys lie. Requests with one new token decode together, a chunk
-of several is attended for itself. Three ways, the cheapest that the length allows (`way`; a layer of local attention alone
-counts as K = 0):
-
-    whole    length <= min(w, K S)        both branches see every token, so they are one, and the gate has no effect
-    masked   length <= 2 (w + (K+1) S)    all stored tokens are read, under masks
-    chosen   longer                       a decoding row reads its window, its chosen blocks and its tail only
+of several is attended for itself, each in the cheapest way that its length allows (`reach`).
 
 Letters: N new tokens, R requests, T new tokens a request, X stored tokens (M pages of P slots), B blocks that exist,
 H query heads, Hk KV heads, G = H/Hk, d head dim, m values of a summary, U units, S block, K blocks read, w window,
@@ -16,8 +11,6 @@ E rows that complete a block, Y tokens that a branch reads, W numbers in a slot 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +19,7 @@ from torch import Tensor
 from shoal.model import fused, slots
 from shoal.model.attention import Layout, attend, block_scores, select
 from shoal.model.cache import PagedStep, Rows
+from shoal.model.reach import Reach
 
 
 def write_kv(k: Tensor, v: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep) -> None:
@@ -45,32 +39,6 @@ def write_kv(k: Tensor, v: Tensor, kv: Tensor, summaries: Tensor, step: PagedSte
         if summaries.shape[-1] > size:
             mean = torch.cat([mean, (keys - mean[:, None]).square().mean(1)], dim=-1)
         summaries[units, :, offsets // step.block] = mean
-
-
-Way = Literal["whole", "masked", "chosen"]
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How far a layer looks: w tokens of window, K blocks of which s are sinks, and gamma [H] between the branches (None:
-    the window only)."""
-
-    window: int
-    top_k: int
-    sinks: int
-    gamma: Tensor | None
-
-    def way(self, keys: int, block: int) -> Way:
-        """How a decoding row reads `keys` token slots."""
-        return way(keys, window=self.window, block=block, top_k=self.top_k, hybrid=self.gamma is not None)
-
-
-def way(keys: int, *, window: int, block: int, top_k: int, hybrid: bool) -> Way:
-    """How a decoding row reads the `keys` token slots of its pages, in a `hybrid` layer or in a local one. Reading only what
-    was chosen pays once the slots are well beyond what that sums up to."""
-    if keys <= window and (not hybrid or keys <= top_k * block):
-        return "whole"
-    return "chosen" if keys > 2 * (window + (top_k + 1) * block * hybrid) else "masked"
 
 
 def paged_attention(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach) -> Tensor:

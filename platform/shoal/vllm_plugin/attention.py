@@ -30,7 +30,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from shoal.model.cache import PagedStep
-from shoal.model.paged import Reach, paged_attention, write_kv
+from shoal.model.paged import paged_attention, write_kv
+from shoal.model.reach import Reach
 
 
 class HybridBackend(AttentionBackend):  # type: ignore[misc]

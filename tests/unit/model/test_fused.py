@@ -283,7 +283,7 @@ def test_both_branches_keep_their_own_largest_score():
     means = kv[:, :, :, :16].clone()
     step = PagedStep(torch.tensor([7]), torch.tensor([15]), torch.tensor([[1]]), [0, 1], 8, 1)
     out = torch.empty_like(q)
-    from shoal.model.paged import Reach
+    from shoal.model.reach import Reach
 
     fused.attend(q, kv, means, step, Reach(2, 1, 0, torch.full((3,), 0.7)), out)
     assert torch.allclose(out, torch.full_like(out, 0.7 * 6.5), atol=1e-5)
