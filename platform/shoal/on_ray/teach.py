@@ -51,6 +51,7 @@ def teach(
     if not asked:
         raise DataError(f"{source} holds no question", allowed='{"messages": [...]} a line')
     total, reason = len(asked), ""
+    key = os.environ.get(KEY_VARIABLE)  # of this process: workers elsewhere have another
     for row in map(json.loads, lines(partial)) if partial.exists() else ():
         counts["kept"] += asked.pop(row[TEACHER]["question"], None) is not None
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -59,10 +60,7 @@ def teach(
             todo = ray.data.from_items([{"messages": json.dumps(messages)} for messages in asked.values()])
             done = todo.map_batches(
                 _Teacher,
-                fn_constructor_args=(
-                    ask,
-                    os.environ.get(KEY_VARIABLE),
-                ),  # of this process: workers elsewhere have another
+                fn_constructor_args=(ask, key),
                 batch_size=BATCH,
                 compute=ray.data.ActorPoolStrategy(size=concurrency),
                 num_cpus=0.1,
