@@ -87,28 +87,40 @@ def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.1)
 
 
+def scraped(port: int) -> dict[str, float]:
+    """What /metrics says of the one model."""
+    lines = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text.splitlines()
+    pairs = [line.rpartition(" ") for line in lines if line.startswith("shoal:")]
+    return {name.removeprefix("shoal:").partition("{")[0]: float(value) for name, _, value in pairs}
+
+
 @pytest.mark.usefixtures("shared_ray")  # beside it, as long as nothing is served there
-@pytest.mark.parametrize("how", [["--replicas", "0:2", "--no-ui"], ["--no-ray", "--no-ui"]], ids=["ray", "no-ray"])
-def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(models: dict[str, Path], how: list[str]) -> None:
+@pytest.mark.parametrize(("how", "at_first"), [(["--replicas", "0:2"], 0), (["--no-ray"], 1)], ids=["ray", "no-ray"])
+def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(
+    models: dict[str, Path], how: list[str], at_first: int
+) -> None:
     """On Ray from no replica at all: the first request brings one, and waits for it. The engine is as the command says."""
     port = free_port()
     command = [sys.executable, "-m", "shoal.cli", "serve", "--model", str(models["int8"]), "--kv-cache-dtype", "int8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [*command, "--name", "fish", "--port", str(port), *how], stdout=subprocess.PIPE, text=True, env=environment
+        [*command, "--name", "fish", "--port", str(port), "--no-ui", *how],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as process:
         try:
             assert process.stdout is not None
             assert f"http://127.0.0.1:{port}/v1" in process.stdout.readline()
+            assert scraped(port)["num_replicas"] == at_first
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
             stream = client.chat.completions.create(model="fish", messages=MESSAGES, max_tokens=8, stream=True)
             assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("length", "stop")
             config = Model.load(models["int8"]).config
             unit = kv_bytes_stored(config, 1, config.group_layers, torch.int8)
-            lines = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text.splitlines()
-            said = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-            size, units = (float(said[f'shoal:kv_{what}{{model_name="fish"}}']) for what in ("cache_bytes", "units"))
-            assert size / units == unit
+            said = scraped(port)
+            assert said["kv_cache_bytes"] / said["kv_units"] == unit
+            assert said["num_replicas"] == 1
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGINT)
             assert process.wait(120) == 0

@@ -194,6 +194,26 @@ def test_a_killed_replica_takes_no_stream_with_it(service: Service, undisturbed:
     assert other.pid in [process.pid for process in replicas(ENGINE)]
 
 
+def test_a_stream_may_lose_the_replica_that_took_it_over_as_well(
+    service: Service, undisturbed: list[dict[str, Any]]
+) -> None:
+    before = service.stats()["requests_resumed_total"]
+    running = 0.0
+
+    def kill_both() -> None:
+        nonlocal running
+        running = service.stats()["num_requests_running"]
+        (first, second) = replicas(ENGINE)
+        first.kill()
+        until(lambda: service.stats()["requests_resumed_total"] > before)
+        second.kill()
+
+    for answer, wanted in zip(under_load(service, kill_both), undisturbed, strict=True):
+        same(answer, wanted)
+    assert service.stats()["requests_resumed_total"] > before + running  # so some went on twice
+    until(lambda: len(replicas(ENGINE)) == 2 and service.stats().get("num_replicas") == 2, 60)
+
+
 def test_an_engine_that_raises_is_replaced(service: Service, undisturbed: list[dict[str, Any]]) -> None:
     """Requests of a step that fails end with it, since they may be what makes it fail. After the last of `MAX_FAILURES` the
     engine is dead for everybody: its requests go on at the other replica, until Serve has put a new one in its place."""
