@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 
 LONGEST_GOT = 320  # characters of what was given that an error repeats
@@ -113,6 +114,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """``did you mean 'x'?`` for the nearest known word, or None when nothing is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else None
+
+
+def frames(error: BaseException) -> str:
+    """Where `error` was raised, and what caused it: classes and frames, for a log. The messages are left out, since they may
+    quote what a user wrote."""
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    before = f"{frames(cause)}\nwhich led to\n" if cause is not None else ""
+    return before + "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
 
 
 def _shown(got: object) -> str:

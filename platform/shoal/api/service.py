@@ -27,7 +27,7 @@ from shoal.api.requests import Work
 from shoal.api.served import ServedModel
 from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, dumps, envelope, parse, sse
 from shoal.engine.events import Token
-from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError
+from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError, frames
 
 log = logging.getLogger("shoal.api")
 
@@ -127,8 +127,8 @@ class Service:
         elif isinstance(error, ShoalError):
             log.error("request failed: %s", error)
             status, body = 500, envelope(error.message, 500, code="internal_error")
-        else:  # a bug: its text may hold anything, so it goes to the log and not to the client
-            log.error("request failed", exc_info=error)
+        else:  # a bug: its text may hold anything, the prompt too
+            log.error("request failed\n%s", frames(error))
             status, body = 500, envelope("internal error; the server's log has the details", 500, code="internal_error")
         access.error = body["error"]["code"] or body["error"]["type"]
         self.metrics.failed(access.served, body["error"]["code"] or str(status))

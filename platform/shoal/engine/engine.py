@@ -10,6 +10,7 @@ the pool.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -33,12 +34,15 @@ from shoal.errors import (
     EngineDeadError,
     GenerationError,
     RequestError,
+    frames,
 )
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import END_ID, IMG_ID
 from shoal.model.cost import kv_bytes_stored
 from shoal.model.model import Model
 from shoal.model.slots import stored_as
+
+log = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # failed steps in a row after which the engine is dead
 MEMORY_SHARE = 0.25  # of the free memory, for K/V, unless `units` says otherwise
@@ -178,7 +182,8 @@ class Engine:
             self._failures = 0
             return self.scheduler.commit(plan, outcome)
         except Exception as error:  # the scheduler's own state cannot be trusted any more
-            self.die(f"{type(error).__name__}: {error}")
+            log.error("the scheduler failed\n%s", frames(error))
+            self.die(type(error).__name__)
             return self.scheduler.take_events()
 
     def die(self, reason: str) -> None:
@@ -241,9 +246,10 @@ class Engine:
             raise RequestError("depth", param="depth", got=request.depth, allowed=allowed) from error
 
     def _failed(self, error: Exception) -> None:
+        log.error("a step failed\n%s", frames(error))
         self._failures += 1
         if self._failures >= MAX_FAILURES:
-            self.die(f"{self._failures} steps failed in a row, the last with {type(error).__name__}: {error}")
+            self.die(f"{self._failures} steps failed in a row, the last with {type(error).__name__}")
 
 
 def default_units(config: ModelConfig, max_batch: int, unit_bytes: int, device: torch.device) -> int:
@@ -304,7 +310,7 @@ def _check_answer(request: Request, vocab: int) -> None:
 def _as_error(error: Exception) -> RequestError:
     if isinstance(error, RequestError):
         return error
-    return GenerationError("the step failed", got=f"{type(error).__name__}: {error}"[:300], do="try again")
+    return GenerationError("the step failed", got=type(error).__name__, do="try again")
 
 
 def _add(answer: Completion, event: Event) -> None:

@@ -24,7 +24,7 @@ from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 from shoal.engine.events import Event, Finished, Request, Token
-from shoal.errors import EngineDeadError, QueueFullError, RequestError
+from shoal.errors import EngineDeadError, QueueFullError, RequestError, frames
 
 if TYPE_CHECKING:
     from shoal.engine.engine import Engine
@@ -252,8 +252,8 @@ class AsyncEngine:
             self._deliver(self._engine.step())
             self._die(EngineDeadError("the engine was closed"))
         except Exception as error:
-            log.exception("the engine thread ended")
-            self._die(EngineDeadError("the engine thread ended", got=f"{type(error).__name__}: {error}"))
+            log.error("the engine thread ended\n%s", frames(error))
+            self._die(EngineDeadError("the engine thread ended", got=type(error).__name__))
 
     def _commands(self, wait: float | None) -> None:
         """Do what came in; first wait for something, for at most `wait` seconds (None: without end)."""

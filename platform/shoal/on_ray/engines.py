@@ -21,7 +21,7 @@ from ray.serve.schema import LoggingConfig
 
 from shoal import config
 from shoal.engine.events import Event, Finished, Request
-from shoal.errors import ConfigError, EngineDeadError, RequestError, ShoalError
+from shoal.errors import ConfigError, EngineDeadError, RequestError, ShoalError, frames
 from shoal.on_ray.routing import router_config
 from shoal.on_ray.scaling import KV_USE
 from shoal.on_ray.serve_config import ServeArgs, Weights
@@ -163,6 +163,8 @@ class EngineReplica:
                     yield events
         except RequestError as error:
             yield [Finished(request.id, "error", error=error)]
+        except Exception as error:
+            raise _failed(error) from None
         finally:
             self._streams -= begun
 
@@ -170,7 +172,12 @@ class EngineReplica:
         return min(GAP_SECONDS, self._streams / LISTS)
 
     async def embed(self, prompt: list[int], depth: str | int | None) -> list[float]:
-        return await self._serving.embed(prompt, depth)
+        try:
+            return await self._serving.embed(prompt, depth)
+        except RequestError:
+            raise
+        except Exception as error:
+            raise _failed(error) from None
 
     async def stats(self) -> dict[str, float]:
         return {**await self._serving.stats(), "weights_update_refused": float(self._refused)}
@@ -185,6 +192,12 @@ class EngineReplica:
     async def __del__(self) -> None:
         if getattr(self, "_engine", None) is not None:
             await self._serving.close()
+
+
+def _failed(error: Exception) -> EngineDeadError:
+    """What to raise for a bug: Serve logs what a replica raises with its text, which may quote the prompt."""
+    log.error("a request failed\n%s", frames(error))
+    return EngineDeadError("the engine replica failed", got=type(error).__name__, do="try again")
 
 
 def _identity(directory: str, gateways: str, args: ServeArgs) -> str:

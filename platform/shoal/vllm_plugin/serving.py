@@ -27,7 +27,7 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from shoal.api.served import ServedModel
 from shoal.engine.events import Event, Finished, Guide, Request, Sampling, Token, TokenLogprob
 from shoal.engine.text import TextStream
-from shoal.errors import ConfigError, EngineDeadError, GenerationError, QueueFullError, RequestError
+from shoal.errors import ConfigError, EngineDeadError, GenerationError, QueueFullError, RequestError, frames
 from shoal.inputs.chat import Encoded
 from shoal.vllm_plugin.counts import GAUGES, Counts
 from shoal.vllm_plugin.images import as_image, collapsed
@@ -129,7 +129,7 @@ class VllmEngine:
         except Exception as error:
             if self._llm.errored:
                 raise EngineDeadError("the vLLM process ended", do="try again") from error
-            log.exception("vLLM failed on a request")
+            log.error("vLLM failed on a request\n%s", frames(error))
             raise GenerationError("vLLM failed on this request", got=type(error).__name__) from error
         finally:
             await outputs.aclose()

@@ -134,7 +134,9 @@ async def test_every_answer_tells_its_time_and_what_its_key_may_still_do(connect
         assert limits(await http.get("/v1/models", headers=bearer[key])) == {}
 
 
-async def test_one_log_line_a_request_without_its_text(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+async def test_one_log_line_a_request_without_its_text(
+    connect: Connect, engine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     http = connect(api_keys=ApiKeys(["topsecretkey name=search"]), headers={"Authorization": "Bearer topsecretkey"})
     body = {**BODY, "messages": [{"role": "user", "content": "my secret"}], "user": "u\n7"}
@@ -149,6 +151,10 @@ async def test_one_log_line_a_request_without_its_text(connect: Connect, caplog:
             "id": "abc-1", "method": "POST", "path": URL, "status": 200, "key": "search", "user": "u\n7", "model": "fish",
             "prompt_tokens": 12, "completion_tokens": 4, "depth": "full",
         }  # fmt: skip
+        assert "secret" not in caplog.text
+    engine.raises = ZeroDivisionError("a bug that quotes my secret")
+    assert (await http.post(URL, json=body)).status_code == 500
+    assert "conftest.py" in caplog.text and "ZeroDivisionError" in caplog.text  # where it was raised
     assert "secret" not in caplog.text
 
 

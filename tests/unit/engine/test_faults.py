@@ -177,12 +177,16 @@ def test_a_forward_that_raises_once_ends_its_step_s_requests_and_no_others(
 
 
 @pytest.mark.parametrize("broken", ["run", "commit"])
-def test_an_engine_that_cannot_go_on_tells_everybody(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    """A forward that always raises, and a scheduler whose books cannot be trusted."""
+def test_an_engine_that_cannot_go_on_tells_everybody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    """A forward that always raises, and a scheduler whose books cannot be trusted. What is told, and logged, is where: what the
+    error says may quote the prompt of another request."""
     engine = Engine(MODEL, units=200, max_batch=2)
 
     def fail(*_: object) -> None:
-        raise FloatingPointError("it failed")
+        words = ["my", "secret"]
+        raise FloatingPointError(" ".join(words))
 
     monkeypatch.setattr(engine.runner if broken == "run" else engine.scheduler, broken, fail)
     asked = [engine.submit(ask()) for _ in range(9)]
@@ -194,8 +198,10 @@ def test_an_engine_that_cannot_go_on_tells_everybody(monkeypatch: pytest.MonkeyP
     assert all(end.reason == "error" for end in ends) and isinstance(ends[-1].error, EngineDeadError)
     assert engine.dead is not None and engine.stats()["kv_cache_usage_perc"] == 0
     engine.scheduler.check_integrity()
-    with pytest.raises(EngineDeadError, match="it failed"):
+    with pytest.raises(EngineDeadError, match="FloatingPointError"):
         engine.submit(ask())
+    assert "in fail\n" in caplog.text and "FloatingPointError" in caplog.text
+    assert not any("my secret" in text for text in (caplog.text, *(str(end.error) for end in ends)))
 
 
 def test_a_pool_of_the_smallest_size_serves_one_after_the_other() -> None:

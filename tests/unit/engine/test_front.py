@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -139,6 +139,24 @@ def test_draining_refuses_the_new_and_lets_the_old_end(model: Model) -> None:
             assert len(await reader) == 101
 
     run(work())
+
+
+def test_the_engine_thread_s_end_is_told_without_what_the_error_says(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> NoReturn:
+        words = ["my", "secret"]
+        raise KeyError(" ".join(words))
+
+    async def work() -> None:
+        async with front(model) as engine:
+            monkeypatch.setattr(engine._engine, "step", fail)
+            (end,) = await read(engine, ask(3))
+            assert isinstance(end, Finished) and isinstance(end.error, EngineDeadError)
+            assert "KeyError" in end.error.message and "secret" not in end.error.message
+
+    run(work())
+    assert "in fail\n" in caplog.text and "my secret" not in caplog.text
 
 
 def test_closing_ends_what_is_live(model: Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -19,7 +20,9 @@ from shoal import Request
 from shoal.engine.events import Event, Token
 from shoal.errors import EngineDeadError, QueueFullError, RequestError, ShoalError
 from shoal.on_ray.clients import ReplicaClient, as_shoal_error
+from shoal.on_ray.engines import EngineReplica
 from shoal.on_ray.failover import LOSSES
+from shoal.on_ray.serve_config import ServeArgs
 
 
 class Handle:
@@ -168,6 +171,38 @@ def test_what_a_call_raises_has_its_http_status(raised: Exception, wanted: Shoal
     found = as_shoal_error(raised)
     assert type(found) is type(wanted)
     assert found.message.startswith(wanted.message)
+
+
+class Replica(EngineReplica):
+    def __del__(self) -> None:  # type: ignore[override]  # else a coroutine, which only Serve awaits
+        pass
+
+
+def test_a_bug_is_told_without_what_it_says(caplog: pytest.LogCaptureFixture) -> None:
+    """Serve logs what a replica raises, with all that led to it."""
+    words = ["my", "secret"]
+
+    class Buggy:
+        async def batches(self, *_: Any) -> AsyncGenerator[list[Event], None]:
+            yield [Token("r", 65, "a")]
+            raise KeyError(" ".join(words))
+
+        async def embed(self, *_: Any) -> list[float]:
+            raise KeyError(" ".join(words))
+
+    replica = Replica(ServeArgs(model="m"), "m")
+    replica._engine = Buggy()  # type: ignore[assignment]
+
+    async def read() -> None:
+        async for _ in replica.generate(Request("x")):
+            pass
+
+    for work in (read, lambda: replica.embed([1], None)):
+        caplog.clear()
+        with pytest.raises(EngineDeadError, match="KeyError") as caught:
+            asyncio.run(work())
+        assert "my secret" not in "".join(traceback.format_exception(caught.value))
+        assert "KeyError" in caplog.text and __file__ in caplog.text and "my secret" not in caplog.text
 
 
 def test_an_error_of_ours_stays_as_it_is() -> None:
