@@ -216,6 +216,19 @@ def test_requests_that_run_through_one_group_have_nothing_to_draft_with() -> Non
     assert e.stats()["spec_decode_num_draft_tokens_total"] == 0
 
 
+def test_nothing_is_drafted_beside_a_token_that_another_engine_gave() -> None:
+    """Drafts would follow the token that is drawn here, and the answer goes on after the one that was given."""
+    for seed in range(4):
+        rng = random.Random(seed)
+        ids = [
+            rng.randrange(20, 260) for _ in range(28)
+        ]  # a step; the row that gives the answer's second token is the next
+        request = Request(ids, dataclasses.replace(GREEDY, max_tokens=12), depth="full", answer=[70, 71])
+        e = engine(max_batch=3, max_batch_tokens=28)
+        assert run(e, [request])[0].tokens == run(Engine(EAGER), [request])[0].tokens
+        assert e.stats()["spec_decode_num_draft_tokens_total"] > 0
+
+
 def test_logits_that_are_not_finite_end_the_request_alone() -> None:
     model = build(0.3)
     e = engine(model)
