@@ -28,8 +28,8 @@ class TextStream:
         return self._search(text)
 
     def finish(self) -> str:
-        """The rest, once the answer has ended: what was held back, and U+FFFD for half a character; empty after a
-        stop string."""
+        """The rest, once the answer has ended: what was held back, and U+FFFD for half a character, which completes no stop
+        string any more; empty after one."""
         text, self._held = self._held + self._decoder.finish(), ""
         return "" if self._stopped else text
 

@@ -55,3 +55,15 @@ def test_half_a_character_at_the_end_is_replaced() -> None:
     token = TOKENIZER.encode("é")[0]
     assert out.push(token) == ("", False)
     assert out.finish() == "\ufffd"
+
+
+def test_half_a_character_at_the_end_completes_no_stop_string() -> None:
+    """The answer has ended for another reason, and says all of its text. In the middle U+FFFD is text like any other."""
+    first, second = TOKENIZER.encode("aé")[:2]
+    for stop, held in (("a\ufffd", ("", "")), ("\ufffd", ("a", ""))):
+        out = TextStream(TOKENIZER, (stop,))
+        assert (out.push(first), out.push(second)) == ((held[0], False), (held[1], False))
+        assert "".join(held) + out.finish() == "a\ufffd"
+        out = TextStream(TOKENIZER, (stop,))
+        said = [out.push(token) for token in (first, second, *TOKENIZER.encode("bc"))]
+        assert "".join(text for text, _ in said[:3]) == "a".removesuffix(stop[:-1]) and said[2][1]
