@@ -179,6 +179,7 @@ def serve(
         if precision == "auto":
             options["on_fallback"] = partial(print, "shoal: in fp32, since", file=sys.stderr)
         _serve_here(model, host or LOOPBACK, port or PORT, page=ui is not False, name=name, **options)
+        out.print("The service has stopped.")
         return
     from shoal.on_ray.resources import local_ray, need_free_port
     from shoal.on_ray.serve import run
@@ -203,6 +204,7 @@ def serve(
     need_free_port(deploy.http_options.host, deploy.http_options.port)
     with local_ray():
         run(deploy, on_ready=lambda url: _ready(url, page=shows_page(deploy)))
+    out.print("The service has stopped.")
 
 
 @app.command()
@@ -260,7 +262,9 @@ def main(args: list[str] | None = None) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("shoal: interrupted; finished work is kept, the same command goes on from it", file=sys.stderr)
+        serves = arguments[:1] == ["serve"]  # interrupted before it was ready, or again while it stopped
+        left = "the service has stopped" if serves else "finished work is kept, the same command goes on from it"
+        print(f"shoal: interrupted; {left}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if debug:

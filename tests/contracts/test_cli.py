@@ -180,12 +180,19 @@ def test_an_error_nobody_foresaw_is_one_line_too(
     assert code == 1 and type(error).__name__ in line and "--debug" in line
 
 
-def test_an_interrupted_command_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "does", "says"),
+    [
+        ("show-config tiny", "shoal.presets.get", "the same command goes on"),
+        ("serve --model m --no-ray --no-ui", "shoal.api.server.run_local", "the service has stopped"),
+    ],
+)
+def test_an_interrupted_command_says_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, does: str, says: str
 ) -> None:
-    monkeypatch.setattr("shoal.presets.get", lambda name: (_ for _ in ()).throw(KeyboardInterrupt))
-    code, line = fails(capsys, "show-config", "tiny")
-    assert code == 130 and "the same command goes on" in line
+    monkeypatch.setattr(does, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, line = fails(capsys, *words.split())
+    assert code == 130 and says in line
 
 
 def test_the_installed_command_exits_so() -> None:

@@ -192,6 +192,7 @@ def test_the_command_s_switches_reach_the_service(tmp_path: Path) -> None:
                 assert statuses == [408, 408, 429]
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 0
+            assert process.stdout.read() == "The service has stopped.\n"
             lines = process.stderr.read()
             assert "secret" not in lines
             said = [json.loads(line) for line in lines.splitlines()]
