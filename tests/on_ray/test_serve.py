@@ -126,6 +126,7 @@ def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(
             assert process.wait(120) == 0
             _, left = psutil.wait_procs(children, timeout=10)
             assert left == []
+            assert process.stdout.read().splitlines()[-1] == "The service has stopped."
         finally:
             process.kill()
 
@@ -223,6 +224,10 @@ def test_status_routes(service: Service) -> None:
     assert base.endswith("/sea")
     assert httpx.get(f"{base}/ready").json() == {"status": "ready"}
     assert httpx.get(f"{base}/health").json() == {"status": "ok"}
+    for path in ("/health", "/ready"):
+        head = httpx.head(f"{base}{path}")
+        assert (head.status_code, head.content) == (200, b"")
+    assert httpx.post(f"{base}/tokenize/", json={"prompt": "sea"}).status_code == 404  # Serve does not redirect either
     assert httpx.get(f"{base}/version").json()["model"] == "fp32"  # the first is meant where no name is given
     card = httpx.get(f"{base}/v1/models/int8").json()
     assert card["depths"] == {"shallow": 1, "middle": 2, "full": 4}

@@ -56,6 +56,7 @@ def build_app(
         version=__version__,
         docs_url=None,  # its page, and redoc's, load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # behind a proxy that ends TLS it goes to http://, and clients follow with their key
         model=models[0].served.name,
         keyed=api_keys is not None,
         open_paths=OPEN_PATHS,

@@ -6,6 +6,9 @@ import importlib
 import sys
 from pathlib import Path
 
+from fastapi import FastAPI, Request
+from fastapi.responses import RedirectResponse
+
 import shoal
 from shoal.api.app import UiMount
 from shoal.errors import ResourceError
@@ -28,4 +31,15 @@ def chat_page(base_url: str, model: str | None = None, mount: str = MOUNT) -> Ui
         ) from error
     finally:
         sys.path.remove(checkout)
-    return lambda app: put(app, base_url=base_url, model=model)
+
+    def mount_page(app: FastAPI) -> FastAPI:
+        app = put(app, base_url=base_url, model=model)
+        app.add_route("/ui", _into, include_in_schema=False)
+        return app
+
+    return mount_page
+
+
+def _into(request: Request) -> RedirectResponse:
+    """The page's addresses are relative to ``/ui/``. So is this one, since a proxy may have changed scheme, host and path."""
+    return RedirectResponse(f"ui/?{request.url.query}".rstrip("?"))

@@ -162,6 +162,7 @@ def tokenizer_routes(service: Service) -> APIRouter:
 def status_routes(service: Service, *, metrics: bool) -> APIRouter:
     router = APIRouter(tags=["status"])
 
+    @router.head("/health", include_in_schema=False)  # as monitors ask; the server leaves the body out
     @router.get("/health", responses=refused(503))
     async def health() -> Status:
         """200 while this process lives and no engine is known to be dead; 503 then: restart it."""
@@ -172,6 +173,7 @@ def status_routes(service: Service, *, metrics: bool) -> APIRouter:
                 log.warning("health check: %s", error or type(error).__name__)
         return {"status": "ok"}
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", responses=refused(503))
     async def ready() -> Status:
         """200 when a request would be served now; 503 otherwise: send it elsewhere."""

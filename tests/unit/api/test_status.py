@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from shoal import __version__
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
+from shoal.api.page import chat_page
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.errors import ConfigError, EngineDeadError
@@ -67,6 +68,7 @@ async def test_health_is_about_death_and_readiness_about_now(
     assert [(await http.get(path)).status_code for path in ("/health", "/ready")] == [200, 503]
     engine.dead = EngineDeadError("the forward pass failed")
     assert [(await http.get(path)).status_code for path in ("/health", "/ready")] == [503, 503]
+    assert [(await http.head(path)).status_code for path in ("/health", "/ready")] == [503, 503]  # as monitors ask
 
     async def silent() -> None:
         await asyncio.Event().wait()
@@ -74,6 +76,13 @@ async def test_health_is_about_death_and_readiness_about_now(
     monkeypatch.setattr("shoal.api.routes.PROBE_SECONDS", 0.01)
     engine.check_health = silent
     assert [(await http.get(path)).status_code for path in ("/health", "/ready")] == [200, 503]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions/", "/tokenizer_info/", "/health/", "/nothing"])
+async def test_no_path_is_redirected(connect: Callable[..., httpx.AsyncClient], path: str) -> None:
+    """Behind a proxy that ends TLS it would go to http://, and take the key along in clear text."""
+    reply = await connect().post(path)
+    assert (reply.status_code, reply.json()["error"]["type"]) == (404, "not_found_error")
 
 
 async def test_version(http: httpx.AsyncClient) -> None:
@@ -200,3 +209,19 @@ async def test_a_page_can_be_mounted_and_needs_no_key(connect: Callable[..., htt
         return app
 
     assert (await connect(ui_mount=mount).get("/ui")).json() == "page"
+
+
+def below(app: FastAPI, **_: object) -> FastAPI:
+    """A page as Gradio mounts one: it answers below /ui/, and not at /ui."""
+    page = FastAPI()
+    page.get("/")(lambda: "page")
+    app.mount("/ui", page)
+    return app
+
+
+async def test_the_page_is_found_without_its_slash_whatever_stands_before_it(served: ServedModel, engine: Any) -> None:
+    app = build_app([Hosted(served, engine)], ui_mount=chat_page("http://fish/v1", mount=f"{__name__}:below"))
+    transport = httpx.ASGITransport(app, root_path="/sea")
+    async with httpx.AsyncClient(transport=transport, base_url="https://proxy", follow_redirects=True) as http:
+        reply = await http.get("/sea/ui?dark=1")
+        assert (reply.json(), str(reply.url)) == ("page", "https://proxy/sea/ui/?dark=1")
