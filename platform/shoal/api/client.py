@@ -24,7 +24,7 @@ GRACE_SECONDS = 5.0  # how much later than the engine's own deadline this side g
 
 
 class EngineClient(Protocol):
-    """`AsyncEngine` itself, or a Ray Serve handle wrapped by `on_ray.serve`."""
+    """`AsyncEngine` itself, or `on_ray.clients.ReplicaClient` over the handle of a Ray Serve deployment."""
 
     def batches(self, request: Request) -> AsyncIterator[list[Event]]:
         """Events of one request in lists of what was ready, its `Finished` last. Closing the iterator cancels the request."""

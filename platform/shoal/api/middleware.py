@@ -19,15 +19,8 @@ from shoal.api.auth import ApiKeys
 from shoal.api.wire import BodyTooLargeError, MediaTypeError
 from shoal.errors import RequestError
 
-OPEN_PATHS = (
-    "/health",
-    "/ready",
-    "/version",
-    "/metrics",
-    "/openapi.json",
-    "/ui",
-    "/favicon.ico",
-)  # need no key; all else does
+# need no key; all else does
+OPEN_PATHS = ("/health", "/ready", "/version", "/metrics", "/openapi.json", "/ui", "/favicon.ico")
 LONGEST_ID = 128
 DISCARD_TIMES, DISCARD_SECONDS = 4, 10.0  # how much of a refused body is read, in limits, and for how long
 

@@ -32,9 +32,7 @@ from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError, f
 log = logging.getLogger("shoal.api")
 
 BODY_SECONDS = 60.0  # for a body to arrive
-SEND_SECONDS = (
-    60.0  # for a client to read what fills the buffers up to it; its units are bound by the request's deadline
-)
+SEND_SECONDS = 60.0  # for a client to read what fills the buffers up to it; the request's deadline bounds its units
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from shoal.engine.pages import Pages
 from shoal.engine.plan import Work
 from shoal.engine.sequence import Sequence
 
-NEVER = (
-    1 << 62
-)  # pages offered, of a request whose page met another of equal digest (`Pages.register`): no later one may be
+# pages offered, of a request whose page met another of equal digest (`Pages.register`): no later one may be
+NEVER = 1 << 62
 
 
 def needed(pages: Pages, seq: Sequence) -> int:

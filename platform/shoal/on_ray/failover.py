@@ -127,9 +127,8 @@ async def unbroken(
         if request.deadline is None and time.monotonic() - progress.last > PATIENCE_SECONDS:
             raise reason
         progress.tries += 1
-        await asyncio.sleep(
-            pause
-        )  # when a client leaves, Serve may end the replica's call before ours: then we end here
+        # when a client leaves, Serve may end the replica's call before ours: then we end here
+        await asyncio.sleep(pause)
         if lost:
             on_resume()
             log.warning("request %s goes on after %d tokens: %s", request.id, len(progress.tokens), reason)

@@ -80,10 +80,8 @@ def app(args: dict[str, Any]) -> serve.Application:
         engines[name] = serve.deployment(name=name, **chosen)(EngineReplica).bind(given, directory)
     # a gateway that goes has the time of the longest request: its streams cannot go on at another
     gateway_options = {**GATEWAY_OPTIONS, "graceful_shutdown_timeout_s": max(given.seconds, STREAM_SECONDS)}
-    gateway = serve.deployment(name=GATEWAY, **gateway_options)(
-        serve.ingress()(Gateway)
-    )  # builds its app where it runs
-    return gateway.bind(engines, given)
+    ingress = serve.ingress()(Gateway)  # builds its app where it runs
+    return serve.deployment(name=GATEWAY, **gateway_options)(ingress).bind(engines, given)
 
 
 def run(

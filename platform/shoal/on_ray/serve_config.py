@@ -36,9 +36,8 @@ class ServeArgs:
     """The ``args`` of a Shoal application."""
 
     model: str | None = None  # model directory, the same path on every node; None: $SHOAL_MODEL
-    models: dict[str, str] = field(
-        default_factory=dict
-    )  # instead: several, name -> directory, each with its own replicas
+    # instead: several, name -> directory, each with its own replicas
+    models: dict[str, str] = field(default_factory=dict)
     name: str | None = None  # what requests call the model, commas between several; None: its own name
     min_replicas: int = 1  # engine replicas; 0: none while nobody asks
     max_replicas: int = 1
