@@ -15,8 +15,10 @@ from shoal import page as drawing
 HERE = Path(__file__).parent
 CSS, ICON = HERE / "style.css", HERE / "icon.svg"
 SCRIPTS = HERE / "mend.js", HERE / "stream.js"
-# for those who asked their system for less motion; not in `CSS`, where Gradio would bind it to the middle of the page
-STILL = """<style>@media (prefers-reduced-motion: reduce) {
+# Not in `CSS`, which comes after Gradio has shown its own list of pages, and is bound to the middle of the page; less motion for
+# those who asked their system for it.
+FIRST = """<style>.nav-holder { display: none !important; }
+@media (prefers-reduced-motion: reduce) {
   *, ::before, ::after {
     transition: none !important; animation-duration: 0.01ms !important; animation-iteration-count: 1 !important;
   }
@@ -90,6 +92,11 @@ def titled(name: str) -> str:
 def empty(title: str, text: str) -> str:
     """What a page says instead of nothing; `text` may hold markup of ours."""
     return f'<div class="empty"><h2>{html.escape(title)}</h2><p>{text}</p></div>'
+
+
+def nothing(seconds: float) -> str:
+    """What a page shows of a service that has not told; the line on top says why. It is asked again after `seconds`."""
+    return empty("Nothing to show", f"The service is asked again every {seconds:g} s.")
 
 
 def tiles(facts: Iterable[tuple[str, str]], kinds: Mapping[str, str] | None = None) -> str:

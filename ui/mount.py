@@ -13,7 +13,7 @@ from fastapi import FastAPI, Response
 
 from ui import talk
 from ui.app import MAX_FILE_SIZE, build
-from ui.look import CSS, ICON, SCRIPTS, STILL, THEME
+from ui.look import CSS, FIRST, ICON, SCRIPTS, THEME
 
 
 def mount(app: FastAPI, *, base_url: str, model: str | None, path: str = "/ui") -> FastAPI:
@@ -42,7 +42,7 @@ def mount(app: FastAPI, *, base_url: str, model: str | None, path: str = "/ui") 
             root_path=root,  # Gradio guesses it wrongly for files
             theme=THEME,
             css=CSS.read_text(encoding="utf-8"),
-            head=STILL + "".join(f"<script>{script.read_text(encoding='utf-8')}</script>" for script in SCRIPTS),
+            head=FIRST + "".join(f"<script>{script.read_text(encoding='utf-8')}</script>" for script in SCRIPTS),
             max_file_size=MAX_FILE_SIZE,
             show_error=False,
             ssr_mode=False,

@@ -37,8 +37,8 @@ def build(at: Site) -> None:
         try:
             cards = await at.cards(given)
         except openai.OpenAIError as error:
-            why = look.empty("The models are not known", "") + talk.fault(talk.reason(error))
-            return at.header(PLACE), why, asdict(last), Key.shown(given, error)
+            said = at.header(PLACE, talk.reason(error), fault=True)
+            return said, look.nothing(EVERY), asdict(last), Key.shown(given, error)
         metrics, why = await readings.read_metrics(at)
         now = readings.observe(last, metrics, time.monotonic(), time.strftime("%H:%M:%S"))
         page = show(cards, metrics, why, await _ready(at), last, now)

@@ -60,14 +60,16 @@ class Key:
         self, site: Site, fn: Callable[..., Any], inputs: Sequence[Component], outputs: Sequence[Component]
     ) -> None:
         """Runs `fn` with the key and `inputs` when the page opens, and when a key is given."""
+        site.page.load(None, self.stored, self.box, js="(key) => key")
         site.page.load(fn, [self.stored, *inputs], outputs, **QUIET)
         given = self.box.submit(lambda key: key, self.box, self.stored, **QUIET)
         given.then(fn, [self.box, *inputs], outputs, **QUIET)
 
     @staticmethod
     def shown(key: str, error: openai.OpenAIError | None = None) -> Any:
-        """The box as it should be: there is one if there is a key, or one is asked for."""
-        return gr.update(visible=bool(key) or isinstance(error, openai.AuthenticationError), value=key)
+        """The box as it should be: there is one if there is a key, or one is asked for. What stands in it is the user's: an
+        answer that took its time must not undo what was typed meanwhile."""
+        return gr.update(visible=bool(key) or isinstance(error, openai.AuthenticationError))
 
 
 def of(cards: Sequence[Card], name: str | None) -> Card:

@@ -221,18 +221,13 @@ def number(name: str, text: str, *, whole: bool = False) -> Any:
 
 
 def reason(error: openai.OpenAIError) -> str:
-    """What the API said, with what to do about it here where that differs."""
+    """What the API said, or what to do here, where that differs from what a program would do."""
     if isinstance(error, openai.APIConnectionError):
         return "The server does not answer; is it still running?"
-    if not isinstance(error, openai.APIError):
-        return str(error)
-    hints = {
-        "context_length_exceeded": "Start anew, or ask for fewer tokens.",
-        "invalid_api_key": "Give this server's API key in the settings.",
-    }
-    hint = hints.get(str(error.code), "")
-    body = error.body if isinstance(error.body, dict) else {}
-    return f"{body.get('message', error.message)}. {hint}".strip()
+    if isinstance(error, openai.AuthenticationError):
+        return "This server answers only with one of its API keys: write it in the box for the API key."
+    body = error.body if isinstance(error, openai.APIError) and isinstance(error.body, dict) else {}
+    return f"{body.get('message', error)}."
 
 
 def facts(depth: str, tokens: int, card: Card, times: str, total: float) -> str:

@@ -50,11 +50,12 @@ def build(at: Site) -> None:
             run = await _get(at, given, f"/shoal/runs/{_chosen(runs, name)}") if runs else None
             cards = await at.cards(given) if runs else []
         except openai.NotFoundError:
-            return gr.skip(), gr.update(visible=False), gr.skip(), NO_ROUTE, Key.shown(given)
+            return at.header(PLACE), gr.update(visible=False), gr.skip(), NO_ROUTE, Key.shown(given)
         except openai.OpenAIError as error:
-            return gr.skip(), gr.skip(), gr.skip(), talk.fault(talk.reason(error)), Key.shown(given, error)
+            said = at.header(PLACE, talk.reason(error), fault=True)
+            return said, gr.update(visible=False), gr.skip(), look.nothing(EVERY), Key.shown(given, error)
         if run is None:
-            return gr.skip(), gr.update(visible=False), gr.skip(), NO_RUNS, gr.skip()
+            return at.header(PLACE), gr.update(visible=False), gr.skip(), NO_RUNS, gr.skip()
         choices = gr.update(choices=[(_label(r), r["name"]) for r in runs], value=run["name"])
         metrics, _ = await readings.read_metrics(at)
         told = at.header(PLACE, f"{len(runs)} run{'s' * (len(runs) != 1)}, read every {EVERY:g} s")

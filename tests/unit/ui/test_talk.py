@@ -157,11 +157,14 @@ def test_what_has_come_is_shown_though_nothing_follows() -> None:
     assert asyncio.run(last()).startswith("2 tokens · ")
 
 
-def test_an_error_is_the_api_s_own_sentence_with_what_to_do_here() -> None:
+def test_an_error_is_the_api_s_own_sentence_or_what_to_do_on_the_page() -> None:
+    asked = httpx.Request("POST", "http://x")
     body = {"message": "15 tokens do not fit", "code": "context_length_exceeded"}
-    response = httpx.Response(400, request=httpx.Request("POST", "http://x"))
-    line = talk.reason(openai.BadRequestError("Error code: 400", response=response, body=body))
-    assert line == "15 tokens do not fit. Start anew, or ask for fewer tokens."
+    refused = openai.BadRequestError("Error code: 400", response=httpx.Response(400, request=asked), body=body)
+    assert talk.reason(refused) == "15 tokens do not fit."
+    body = {"message": "send one as 'Authorization: Bearer KEY'", "code": "invalid_api_key"}
+    locked = openai.AuthenticationError("Error code: 401", response=httpx.Response(401, request=asked), body=body)
+    assert "Bearer" not in talk.reason(locked) and "the box for the API key" in talk.reason(locked)
 
 
 def test_a_request_holds_what_was_set_and_leaves_the_rest_to_the_server() -> None:
