@@ -15,8 +15,7 @@ from shoal import page as drawing
 HERE = Path(__file__).parent
 CSS, ICON = HERE / "style.css", HERE / "icon.svg"
 SCRIPTS = HERE / "mend.js", HERE / "stream.js"
-# Not in `CSS`, which comes after Gradio has shown its own list of pages, and is bound to the middle of the page; less motion for
-# those who asked their system for it.
+# not in `CSS`, which Gradio binds to the middle of the page, and reads when it has shown its own list of pages
 FIRST = """<style>.nav-holder { display: none !important; }
 @media (prefers-reduced-motion: reduce) {
   *, ::before, ::after {

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 CONNECT_SECONDS, READ_SECONDS = 5.0, 300.0
 SHOWN_EVERY = 0.05  # seconds between two states of an answer on their way to the browser
+AGAIN_AFTER = 1.0  # seconds: a state without news, since Gradio only then finds out that its tab was closed
 CODE = (
     "def ",
     "class ",
@@ -117,7 +118,7 @@ async def stream(
 
     Closing the iterator closes the stream, which cancels the request in the engine.
     """
-    text, told, usage, depth, pieces, first, shown = "", "", None, "", 0, 0.0, 0.0
+    text, told, usage, depth, pieces, first, shown, last = "", "", None, "", 0, 0.0, 0.0, Said("")
     began = time.perf_counter()
     try:
         body = settings.body(card.name, asked)
@@ -133,7 +134,11 @@ async def stream(
                     first = first or now - began
                 if text != told and now - shown > SHOWN_EVERY:
                     told, shown = text, now
-                    yield Said(text, facts(depth, pieces, card, f"first after {first:.2f} s, stopped", now - began))
+                    last = Said(text, facts(depth, pieces, card, f"first after {first:.2f} s, stopped", now - began))
+                    yield last
+                elif told and now - shown > AGAIN_AFTER:
+                    shown = now
+                    yield last
     except openai.OpenAIError as error:
         yield Said(text, fault=reason(error))
         return

@@ -115,6 +115,7 @@ def test_no_page_is_wider_than_a_phone(page: Page, open_site: Site) -> None:
     for path in (*CHATS, *TOOLS):
         open_page(page, open_site, path)
         assert page.evaluate("() => document.scrollingElement.scrollWidth") <= 360, path or "chat"
+        assert not page.locator(".nav-holder").is_visible(), "Gradio's own list of pages"
 
 
 def test_on_a_phone_the_last_words_stay_in_sight(page: Page, open_site: Site) -> None:

@@ -102,7 +102,7 @@ def test_a_tab_that_is_closed_frees_the_engine(page: Page, open_site: Site) -> N
     most_tokens(tab, 300)
     with open_site.held(20):
         ask(tab, "Go on and on.")
-        words(tab, ".message.bot")
+        tab.locator(".sofar").get_by_text(" 20 tokens ").wait_for(state="attached")  # no further words come
         tab.close()
         until(page, lambda: open_site.stat("requests_cancelled_total") == cancelled + 1)
     assert open_site.stat("num_requests_running") == 0

@@ -133,8 +133,9 @@ def test_an_answer_that_is_cut_off_keeps_its_words_beside_the_reason(monkeypatch
     assert words == "one two" and 'role="alert"' in why and "the engine replica was lost" in why
 
 
-def test_what_has_come_is_shown_though_nothing_follows() -> None:
-    """Two pieces within `SHOWN_EVERY`, and then the server is silent for longer than the test waits."""
+def test_what_has_come_is_shown_and_shown_again_though_nothing_follows() -> None:
+    """Two pieces within `SHOWN_EVERY`, and then the server is silent for longer than the test waits. Without a further state
+    Gradio would not find out that nobody reads any more."""
 
     class Stalls(httpx.AsyncByteStream):
         async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -152,6 +153,7 @@ def test_what_has_come_is_shown_though_nothing_follows() -> None:
         async with asyncio.timeout(60), aclosing(talk.stream(api, CARD, [], talk.Settings("auto", 9))) as found:
             while (state := await anext(found)).text != "one two":
                 pass
+            assert await anext(found) is state
         return state.below
 
     assert asyncio.run(last()).startswith("2 tokens · ")
