@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 quickstart: $(READY)  ## set up, then corpus to chat on this machine, about 15 minutes (EXIT=1 stops after the samples)
 	@$(BIN)/shoal quickstart $(if $(EXIT),--exit)
 
-test: $(READY)  ## set up, then the whole test-suite (two cores: 24 minutes)
+test: $(READY)  ## set up, then the whole test-suite (two cores: 20 minutes)
 	@status=0; \
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ($(ALONE))" || status=$$?; \
 	$(BIN)/python -m pytest -m "$(ALONE)" || status=$$?; \
