@@ -18,6 +18,7 @@ from shoal.progress import duration
 
 WIDTH, HEIGHT = 440, 200  # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 30  # margins for the labels
+LETTER, LINE = 6.0, 11.0  # what a letter of a name takes of the width, and a name of the height
 TICKS = 4  # wanted on an axis; there are up to half as many again
 NOTHING = "\N{EN DASH}"  # stands for a value that there is none of
 
@@ -25,13 +26,33 @@ Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A point of a chart with its name, whose baseline starts at (`left`, `base`)."""
+
+    x: float
+    y: float
+    name: str
+    left: float
+    base: float
+
+    def covers(self, other: Mark) -> bool:
+        """Do the two names lie over each other?"""
+        apart = self.left >= other.left + other.wide or other.left >= self.left + self.wide
+        return not apart and abs(self.base - other.base) < LINE
+
+    @property
+    def wide(self) -> float:
+        return LETTER * len(self.name)
+
+
+@dataclass(frozen=True)
 class Line:
-    """A curve in a chart: its `points` in the chart's units as an SVG attribute, and labelled marks on it."""
+    """A curve in a chart: its `points` in the chart's units as an SVG attribute, and named marks on it."""
 
     name: str
     points: str
     kind: str = "line"  # line, faint (the raw values under a smoothed line), marks (no line)
-    marks: Sequence[tuple[float, float, str]] = ()
+    marks: Sequence[Mark] = ()
 
 
 @dataclass(frozen=True)
@@ -94,10 +115,10 @@ def chart(
         y = HEIGHT - BOTTOM - (point[1] - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
         return round(x, 1), round(y, 1)
 
-    lines = []
+    lines, placed = [], list[Mark]()
     for name, (kind, points) in curves.items():
         places = [at(point) for point in points]
-        marks = [(*at(point), names[point]) for point in points if names and point in names]
+        marks = [_mark(at(point), names[point], placed) for point in points if names and point in names]
         lines.append(Line(name, " ".join(f"{x},{y}" for x, y in places), kind, marks))
     return Chart(
         title,
@@ -106,6 +127,17 @@ def chart(
         [(at((x, y_low))[0], f"{x:g}") for x in ticks(x_low, x_high)],
         [(at((x_low, y))[1], f"{y:g}") for y in ticks(y_low, y_high)],
     )
+
+
+def _mark(at: Point, name: str, placed: list[Mark]) -> Mark:
+    """`name` beside the point `at`, in the frame, above unless a name of those `placed` is there; it becomes one of them."""
+    x, y = at
+    wide = LETTER * len(name)
+    sides = [left for left in (x + 6, x - 6 - wide) if LEFT <= left <= WIDTH - RIGHT - wide] or [x + 6]
+    tried = [Mark(x, y, name, left, base) for base in (y - 7, y + 16) for left in sides]
+    found = next((mark for mark in tried if not any(map(mark.covers, placed))), tried[0])
+    placed.append(found)
+    return found
 
 
 def ticks(low: float, high: float) -> list[float]:

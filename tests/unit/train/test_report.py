@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal import page
 from shoal.train import report
@@ -128,6 +130,18 @@ def test_a_chart_keeps_its_points_in_order_and_in_its_frame() -> None:
     assert page.TOP <= y0 < y1 <= chart.bottom, "larger values are higher up"
     labels = [float(label) for _, label in chart.y_ticks]
     assert labels == sorted(labels) and all(0.5 <= label <= 5.5 for label in labels)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=2, unique=True))
+def test_two_names_in_a_chart_lie_in_its_frame_and_not_over_each_other(points: list[page.Point]) -> None:
+    names = dict(zip(points, ("middle", "router"), strict=True))
+    frame = [(-0.01, -0.01), (1.01, 1.01)]
+    curves = {"frame": ("line", frame), "a": ("marks", points[:1]), "b": ("marks", points[1:])}
+    (one, other) = [mark for line in page.chart("t", "x", curves, names).lines for mark in line.marks]
+    assert not one.covers(other) and not other.covers(one)
+    for mark in (one, other):
+        assert page.LEFT <= mark.left <= page.WIDTH - page.RIGHT - mark.wide
+        assert 0 < mark.base < page.HEIGHT
 
 
 @pytest.mark.parametrize("points", [[(0.0, 2.0), (1.0, 2.0)], [(3.0, 0.0), (3.0, 1.0)]])
