@@ -176,7 +176,9 @@ def _describe(at: Site, assistant: Assistant, head: Component, controls: dict[st
 def _remember(at: Site, assistant: Assistant, chat: gr.ChatInterface, kept: dict[str, Component]) -> None:
     """Keeps the conversations of this page in the browser, and brings the last one back when the page opens."""
     chats = gr.BrowserState([], storage_key=f"shoal-chats-{assistant.place.path}", secret=history.STORED_AS)
-    current = gr.State(None)  # key of the conversation that is shown
+    # key of the conversation that is shown, which the page sends with what it shows. From the server's memory came that of the
+    # next one, so that a page that opened on a busy machine took a conversation for an empty one
+    current = gr.Textbox(visible="hidden")
     earlier, known = kept["earlier"], gr.State([])  # known: what the list was last made of
 
     def listed(stored: Any, key: str) -> Any:
@@ -193,15 +195,15 @@ def _remember(at: Site, assistant: Assistant, chat: gr.ChatInterface, kept: dict
             return shown(stored, titles[0][1])
         return gr.skip(), gr.skip(), history.new_key(), gr.skip()  # a message sent meanwhile must not be wiped out
 
-    async def save(stored: Any, key: str | None, messages: list[dict[str, Any]]) -> tuple[Any, ...]:
+    async def save(stored: Any, key: str, messages: list[dict[str, Any]]) -> tuple[Any, ...]:
         await asyncio.sleep(SAVED_EVERY)
         now = history.save(stored, key, messages) if key else stored
         # a page that only shows what is kept must not write it: meanwhile another tab may have written more
         return gr.skip() if now == stored else now, gr.update(placeholder=WRITE)  # which Gradio empties
 
-    def placed(stored: Any, key: str | None, before: list[Any]) -> tuple[Any, Any]:
+    def placed(stored: Any, key: str, before: list[Any]) -> tuple[Any, Any]:
         now = [key, *history.titles(stored)]
-        if key is None or now == before:  # a list that is open is not drawn anew while an answer comes
+        if not key or now == before:  # a list that is open is not drawn anew while an answer comes
             return gr.skip(), gr.skip()
         return listed(stored, key), now
 
