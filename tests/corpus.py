@@ -56,7 +56,7 @@ def write_corpus(
             writer, packer = shards.ShardWriter(directory, split, kind, lengths, licenses), Packer(config.train_length)
             for d, encoded in zip(some, encode(some, tokenizer, config), strict=True):
                 assert isinstance(encoded, Encoded), encoded
-                for row in packer.add(encoded, d.source):
+                for row in packer.add(encoded, d.source, shards.group_number(d.group)):
                     writer.add(row)
             for row in packer.finish():
                 writer.add(row)
@@ -74,5 +74,6 @@ def write_chats(path: Path, rows: int = 60) -> Path:
             noun, verb = rng.choice(NOUNS), rng.choice(VERBS)
             question, answer = f"What does the {noun} do?", f"It {verb}." * rng.randrange(1, 4)
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"task": "customer service", "messages": messages}) + "\n")
+            row = {"task": "customer service", "messages": messages, "group": number}
+            file.write(json.dumps(row) + "\n")
     return path

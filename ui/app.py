@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import gradio as gr
 import openai
 
-from ui import compare, service, training
-from ui.assistants import ASSISTANTS
+from ui import compare, guard, service, talk, training
+from ui.assistants import ASSISTANTS, PICTURES
 from ui.chat import AT_ONCE, build_chat
 from ui.site import Site
 
@@ -18,7 +21,9 @@ def build(base_url: str, model: str | None, root: str, api: openai.AsyncOpenAI) 
     server's first); `root` is the path that browsers find the first page at."""
     places = [*(assistant.place for assistant in ASSISTANTS), compare.PLACE, training.PLACE, service.PLACE]
     first, *others = ASSISTANTS
-    page = gr.Blocks(title="Shoal", analytics_enabled=False, fill_height=True)
+    page = gr.Blocks(
+        title="Shoal", analytics_enabled=False, fill_height=True, delete_cache=(guard.LOOKED_EVERY, guard.KEPT_SECONDS)
+    )
     at = Site(page, places, root, base_url, model, api)
     with page:
         build_chat(at, first)
@@ -28,5 +33,17 @@ def build(base_url: str, model: str | None, root: str, api: openai.AsyncOpenAI) 
     for module in (compare, training, service):
         with page.route(module.PLACE.name, module.PLACE.path, show_in_navbar=False):
             module.build(at)
+    gr.set_static_paths([talk.LOST_PICTURE, *(Path(file) for file in PICTURES)])
+    _mend(page)
     page.queue(default_concurrency_limit=AT_ONCE)
     return page
+
+
+def _mend(page: gr.Blocks) -> None:
+    """What a page sends is taken though a picture in it is gone."""
+    preprocess = page.preprocess_data
+
+    async def mended(block_fn: Any, inputs: list[Any], *more: Any, **named: Any) -> Any:
+        return await preprocess(block_fn, guard.with_lost(inputs), *more, **named)
+
+    page.preprocess_data = mended  # type: ignore[method-assign]

@@ -20,9 +20,8 @@ class Assistant:
     system: str  # what the model is told before the conversation; may be empty
     hint: str  # on an empty page
     notice: str = ""  # stays on top of the page
-    examples: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # label -> a first message, as the demo corpus puts it
+    # label -> a first message, as the demo corpus puts it
+    examples: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 ASSISTANTS = (
@@ -76,3 +75,6 @@ ASSISTANTS = (
         },
     ),
 )
+PICTURES = [
+    file for assistant in ASSISTANTS for example in assistant.examples.values() for file in example.get("files", [])
+]

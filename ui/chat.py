@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import html
+import json
+import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import gradio as gr
 import openai
 
-from ui import history, site, talk
+from ui import history, site, talk, words
 from ui.assistants import Assistant
 from ui.site import QUIET, Component, Key, Site
-from ui.talk import Settings
+from ui.talk import Said, Settings
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")  # what the API decodes
 AT_ONCE = 64  # answers that stream at once; the engine's queue bounds them further
 MOST_TOKENS = 128  # of an answer, unless the slider says more
 SAVED_EVERY = 0.25  # seconds between two savings of a conversation while an answer streams
 WRITE = "Write a message"
+CALLED = "(...given) => chat.{}(...given)"  # a function of chat.js
 DOWNLOAD = """(text) => {{
   const link = document.createElement('a');
   link.href = URL.createObjectURL(new Blob([text], {{type: '{kind}'}}));
@@ -35,9 +40,8 @@ def build_chat(at: Site, assistant: Assistant) -> None:
     if assistant.notice:
         gr.HTML(f'<div class="notice" role="note">{html.escape(assistant.notice)}</div>')
     with gr.Row(equal_height=False, elem_id="main"):
-        settings: Component = gr.Column(
-            scale=1, min_width=280, elem_id="settings", render=False
-        )  # the conversation comes first
+        # the conversation comes first
+        settings: Component = gr.Column(scale=1, min_width=280, elem_id="settings", render=False)
         with settings:
             controls = _controls(assistant)
             key = Key.ask()
@@ -47,31 +51,50 @@ def build_chat(at: Site, assistant: Assistant) -> None:
                     "# ask something first", show_label=False, wrap_lines=True, interactive=False, buttons=["copy"]
                 )
         with gr.Column(scale=4, min_width=320):
-            inputs = [*controls.values(), key.box]
-            chat = gr.ChatInterface(
-                _replies(at),
-                multimodal=True,
-                chatbot=_chatbot(assistant.hint),
-                textbox=_textbox(),
-                additional_inputs=inputs,
-                additional_outputs=[command],
-                examples=[[example, *[None] * len(inputs)] for example in assistant.examples.values()],
-                example_labels=list(assistant.examples),
-                concurrency_limit=AT_ONCE,
-                show_progress="hidden",
-                api_visibility="private",
-            )
+            chat = _chatbot(assistant)
+            with gr.Group():
+                box = _textbox()
         settings.render()
     _describe(at, assistant, head, controls, key)
-    _remember(at, assistant, chat, kept)
+    answering = _talk(at, assistant, chat, box, [*controls.values(), key.box], [command, key.box])
+    _remember(at, assistant, chat, kept, answering)
     _offer(chat, controls["system"], kept)
 
 
+def _talk(
+    at: Site, assistant: Assistant, chat: Component, box: Component, inputs: list[Component], more: list[Component]
+) -> list[Any]:
+    """A question goes into the conversation, and the answer below it: the events that answer. All that an answer needs comes
+    with the question: a service that began anew meanwhile, or another one, remembers nothing."""
+
+    def pick(example: gr.SelectData) -> tuple[Any, Any]:
+        parts = list(assistant.examples.values())[example.index]
+        content = [*({"path": file} for file in parts.get("files", [])), parts["text"]]
+        return [{"role": "user", "content": content}], gr.update(interactive=False, submit_btn=False, stop_btn=True)
+
+    shown = [chat, box]
+    asked = [
+        box.submit(None, [box, chat], shown, js=CALLED.format("ask"), **QUIET),
+        chat.retry(None, chat, shown, js=CALLED.format("retry"), **QUIET),
+        chat.example_select(pick, None, shown, **QUIET),
+    ]
+    chat.undo(None, chat, shown, js=CALLED.format("undo"), **QUIET)
+    answering = [
+        event.success(_replies(at), [chat, *inputs], [chat, *more], concurrency_limit=AT_ONCE, **QUIET)
+        for event in asked
+    ]
+    for event in answering:
+        for then in (event.then, event.failure):  # whether it came to its end, was stopped, or failed
+            then(None, chat, shown, js=CALLED.format("ended"), **QUIET)
+    box.stop(None, None, None, js=CALLED.format("stop"), cancels=answering, **QUIET)
+    chat.clear(None, None, None, cancels=answering, **QUIET)
+    return answering
+
+
 def _replies(at: Site) -> Any:
-    """What answers a message of the page; its arguments follow the order of `_controls`."""
+    """What answers the last question of a conversation; its arguments follow the order of `_controls`."""
 
     async def reply(
-        message: dict[str, Any],
         shown: list[dict[str, Any]],
         model: str | None,
         depth: str,
@@ -82,32 +105,48 @@ def _replies(at: Site) -> Any:
         seed: str,
         tolerance: str,
         key: str,
-    ) -> AsyncIterator[tuple[dict[str, Any], Any]]:
-        try:
-            cards = await at.cards(key)
-        except openai.OpenAIError as error:
-            yield talk.faulty(talk.reason(error)), gr.skip()
+    ) -> AsyncIterator[tuple[Any, Any, Any]]:
+        if not shown or shown[-1]["role"] != "user":
+            yield gr.skip(), gr.skip(), gr.skip()
             return
-        card = site.of(cards, model)
-        asked = talk.messages(shown, message, system.strip())
         try:
             given = talk.number("Seed", seed, whole=True), talk.number("Tolerance", tolerance)
+            if talk.lacks_picture(shown[-1]):
+                raise ValueError("The server does not have this picture any more: add it once more, and ask again.")
+            began = time.perf_counter()
+            async with aclosing(talk.insist(lambda: at.cards(key))) as found:
+                async for cards in found:
+                    if not isinstance(cards, list):
+                        waits = time.perf_counter() - began
+                        yield [*shown, talk.said(Said("", waits=waits, refused=True))], gr.skip(), gr.skip()
         except ValueError as error:
-            yield talk.faulty(str(error)), gr.skip()
+            yield [*shown, talk.faulty(str(error))], gr.skip(), gr.skip()
             return
-        settings = Settings(depth, int(most), temperature, top_p, *given)
-        command: Any = talk.curl(at.url, settings.body(card.name, asked), key=bool(key))
-        async for state in talk.answer(at.client(key), card, asked, settings):
-            yield state, command
-            command = gr.skip()
+        except openai.OpenAIError as error:
+            # also a service that had no keys when the page opened
+            locked = isinstance(error, openai.AuthenticationError)
+            yield [*shown, talk.faulty(talk.reason(error))], gr.skip(), Key.shown(key, error) if locked else gr.skip()
+            return
+        assert isinstance(cards, list)
+        card = site.of(cards, model)
+        asked = talk.conversation(shown, system.strip())
+        settings, told = Settings(depth, int(most), temperature, top_p, *given), None
+        async with aclosing(talk.stream(at.client(key), card, asked, settings)) as states:
+            async for state in states:
+                sent = state.settings or settings
+                command = gr.skip() if sent == told else words.curl(at.url, sent.body(card.name, asked), key=bool(key))
+                told = sent
+                yield [*shown, talk.said(state)], command, gr.skip()
 
     return reply
 
 
 def _controls(assistant: Assistant) -> dict[str, Component]:
     """The settings of an answer, in the order in which `reply` takes them."""
-    model = gr.Dropdown([], label="Model", visible=False, filterable=False, elem_id="model")
-    depth = gr.Radio([("auto, by the question", "auto")], value="auto", label="Depth", elem_id="depth")
+    model = site.judged_by_the_api(gr.Dropdown([], label="Model", visible=False, filterable=False, elem_id="model"))
+    depth = site.judged_by_the_api(
+        gr.Radio([("auto, by the question", "auto")], value="auto", label="Depth", elem_id="depth")
+    )
     most = gr.Slider(1, MOST_TOKENS, value=MOST_TOKENS, step=1, label="Most tokens", buttons=[])
     likeliest = "0 gives the likeliest answer."
     temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature", info=likeliest, buttons=[])
@@ -118,7 +157,7 @@ def _controls(assistant: Assistant) -> dict[str, Component]:
         same = "The same seed gives the same answer. Empty: another each time."
         # of text, since Gradio's Number shows, and sends, 0 where there is none
         seed = gr.Textbox("", label="Seed", info=same, max_lines=1)
-        lost = "Nats a token that depth auto may lose. Empty: as the server says."
+        lost = "Nats a token that depth auto may lose in the mean of many answers. Empty: as the server says."
         tolerance = gr.Textbox("", label="Tolerance", info=lost, max_lines=1)
     return {
         "model": model,
@@ -135,7 +174,9 @@ def _controls(assistant: Assistant) -> dict[str, Component]:
 def _kept() -> dict[str, Component]:
     """The controls of earlier conversations: which to show, a new one, and the downloads."""
     where = "In this browser only, no pictures."
-    earlier = gr.Dropdown([], value=None, label="Conversations", info=where, filterable=False, elem_id="earlier")
+    earlier = site.judged_by_the_api(
+        gr.Dropdown([], value=None, label="Conversations", info=where, filterable=False, elem_id="earlier")
+    )
     with gr.Row(elem_id="kept"):
         new = gr.Button("New chat", size="sm", min_width=80)
         markdown = gr.Button("Save as Markdown", size="sm", min_width=80)
@@ -173,51 +214,54 @@ def _describe(at: Site, assistant: Assistant, head: Component, controls: dict[st
     controls["model"].input(describe, [key.box, *set_now], shown, **QUIET)
 
 
-def _remember(at: Site, assistant: Assistant, chat: gr.ChatInterface, kept: dict[str, Component]) -> None:
-    """Keeps the conversations of this page in the browser, and brings the last one back when the page opens."""
+def _remember(
+    at: Site, assistant: Assistant, chat: Component, kept: dict[str, Component], answering: list[Any]
+) -> None:
+    """Keeps the conversations of this page in the browser, and brings the last one back when the page opens. Another one ends
+    what is `answering`, whose words would come into it."""
     chats = gr.BrowserState([], storage_key=f"shoal-chats-{assistant.place.path}", secret=history.STORED_AS)
-    # key of the conversation that is shown, which the page sends with what it shows. From the server's memory came that of the
-    # next one, so that a page that opened on a busy machine took a conversation for an empty one
-    current = gr.Textbox(visible="hidden")
-    earlier, known = kept["earlier"], gr.State([])  # known: what the list was last made of
+    # key of the conversation that is shown, and what the list was last made of: the page sends both with what it shows. From
+    # the server's memory came that of the next one: a page that opened on a busy machine took a conversation for an empty one
+    current, known = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
+    earlier = kept["earlier"]
 
     def listed(stored: Any, key: str) -> Any:
         choices = history.titles(stored)
         return gr.update(choices=choices, value=key if key in dict(choices).values() else None)
 
     def shown(stored: Any, key: str) -> tuple[Any, ...]:
-        messages = history.load(stored, key)
-        return messages, messages, key, listed(stored, key)
+        return history.load(stored, key), key, listed(stored, key)
 
     def opened(stored: Any) -> tuple[Any, ...]:
         titles = history.titles(stored)
         if titles:
             return shown(stored, titles[0][1])
-        return gr.skip(), gr.skip(), history.new_key(), gr.skip()  # a message sent meanwhile must not be wiped out
+        return gr.skip(), history.new_key(), gr.skip()  # a message sent meanwhile must not be wiped out
 
-    async def save(stored: Any, key: str, messages: list[dict[str, Any]]) -> tuple[Any, ...]:
+    async def save(stored: Any, key: str, messages: list[dict[str, Any]]) -> Any:
         await asyncio.sleep(SAVED_EVERY)
         now = history.save(stored, key, messages) if key else stored
         # a page that only shows what is kept must not write it: meanwhile another tab may have written more
-        return gr.skip() if now == stored else now, gr.update(placeholder=WRITE)  # which Gradio empties
+        return gr.skip() if now == stored else now
 
-    def placed(stored: Any, key: str, before: list[Any]) -> tuple[Any, Any]:
-        now = [key, *history.titles(stored)]
+    def placed(stored: Any, key: str, before: str) -> tuple[Any, Any]:
+        now = json.dumps([key, *history.titles(stored)])
         if not key or now == before:  # a list that is open is not drawn anew while an answer comes
             return gr.skip(), gr.skip()
         return listed(stored, key), now
 
-    conversation = [chat.chatbot, chat.chatbot_state, current, earlier]
-    inputs = [chats, current, chat.chatbot]
-    saved = chat.chatbot.change(save, inputs, [chats, chat.textbox], trigger_mode="always_last", **QUIET)
+    conversation = [chat, current, earlier]
+    saved = chat.change(save, [chats, current, chat], chats, trigger_mode="always_last", **QUIET)
     # which of them is shown may have changed while it was saved
     saved.then(placed, [chats, current, known], [earlier, known], **QUIET)
     at.page.load(opened, chats, conversation, **QUIET)
-    earlier.input(shown, [chats, earlier], conversation, **QUIET)
-    kept["new"].click(lambda stored: shown(stored, history.new_key()), chats, conversation, **QUIET)
+    leave = {"js": CALLED.format("leave"), "cancels": answering, **QUIET}
+    earlier.input(None, None, None, **leave).then(shown, [chats, earlier], conversation, **QUIET)
+    left = kept["new"].click(None, None, None, **leave)
+    left.then(lambda stored: shown(stored, history.new_key()), chats, conversation, **QUIET)
 
 
-def _offer(chat: gr.ChatInterface, system: Component, kept: dict[str, Component]) -> None:
+def _offer(chat: Component, system: Component, kept: dict[str, Component]) -> None:
     """The conversation as a file: Markdown to read, JSON to fine-tune with."""
     text = gr.Textbox(visible="hidden")
     written = {
@@ -225,12 +269,15 @@ def _offer(chat: gr.ChatInterface, system: Component, kept: dict[str, Component]
         "json": (history.as_json, "shoal-chat.json", "application/json"),
     }
     for button, (write, name, kind) in written.items():
-        made = kept[button].click(write, [chat.chatbot_state, system], text, **QUIET)
+        made = kept[button].click(write, [chat, system], text, **QUIET)
         made.then(None, text, None, js=DOWNLOAD.format(kind=kind, name=name))
 
 
-def _chatbot(hint: str) -> gr.Chatbot:
+def _chatbot(assistant: Assistant) -> Component:
+    # a copy, since Gradio writes into it
+    examples: Any = [{**copy.deepcopy(parts), "display_text": label} for label, parts in assistant.examples.items()]
     return gr.Chatbot(
+        examples=examples,
         show_label=False,
         label="Conversation",
         elem_id="chat",
@@ -239,17 +286,17 @@ def _chatbot(hint: str) -> gr.Chatbot:
         layout="bubble",
         buttons=["copy"],
         latex_delimiters=[],
-        placeholder=hint,
+        placeholder=assistant.hint,
     )
 
 
-def _textbox() -> gr.MultimodalTextbox:
+def _textbox() -> Component:
     return gr.MultimodalTextbox(
         show_label=False,
         label="Message",
         placeholder=WRITE,
         file_types=list(IMAGES),
         sources=["upload"],
-        stop_btn=True,
         max_lines=8,
+        elem_id="message",
     )

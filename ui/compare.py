@@ -25,6 +25,7 @@ SHARED = "Together they share the machine."
 IDLE: dict[str, Any] = {"submit_btn": "Compare", "stop_btn": False}  # one button, which does what can be done now
 BUSY: dict[str, Any] = {"submit_btn": False, "stop_btn": "Stop"}
 STOPPED = '<div class="facts">stopped</div>'  # before its first word
+ASKING = '<p class="note" role="status">Waiting for the first word…'
 # it went with the button that was pressed
 FOCUS = "() => document.activeElement === document.body && document.querySelector('#prompt {}')?.focus()"
 
@@ -43,9 +44,19 @@ def build(at: Site) -> None:
             elem_id="prompt",
         )
     with gr.Row(equal_height=True):
-        columns = gr.Radio([2, 3, 4], value=AT_FIRST, label="Answers", elem_id="columns", scale=2, min_width=160)
-        turns = gr.Radio(
-            [TOGETHER, IN_TURN], value=TOGETHER, label="Run them", info=SHARED, elem_id="turns", scale=4, min_width=300
+        columns = site.judged_by_the_api(
+            gr.Radio([2, 3, 4], value=AT_FIRST, label="Answers", elem_id="columns", scale=2, min_width=160)
+        )
+        turns = site.judged_by_the_api(
+            gr.Radio(
+                [TOGETHER, IN_TURN],
+                value=TOGETHER,
+                label="Run them",
+                info=SHARED,
+                elem_id="turns",
+                scale=4,
+                min_width=300,
+            )
         )
         most = gr.Slider(1, MOST_TOKENS, value=MOST_TOKENS, step=1, label="Most tokens", buttons=[], scale=3)
     with gr.Accordion("More settings", open=False), gr.Row():
@@ -107,9 +118,9 @@ def _pane(number: int) -> tuple[Component, Component, Component, Component]:
     name = "ABCD"[number]
     with gr.Column(min_width=240, visible=number < AT_FIRST, elem_classes="pane") as box:
         gr.HTML(f'<h2 class="letter">{name}</h2>')
-        model = gr.Dropdown([], label=f"Model of {name}", visible=False, filterable=False)
-        depth = gr.Dropdown(
-            [("auto, by the question", "auto")], value="auto", label=f"Depth of {name}", filterable=False
+        model = site.judged_by_the_api(gr.Dropdown([], label=f"Model of {name}", visible=False, filterable=False))
+        depth = site.judged_by_the_api(
+            gr.Dropdown([("auto, by the question", "auto")], value="auto", label=f"Depth of {name}", filterable=False)
         )
         answer = gr.HTML(_waiting(), elem_id=f"answer-{name}")
     return box, model, depth, answer
@@ -165,6 +176,12 @@ def _run(at: Site) -> Any:
         if not (prompt["text"].strip() or prompt["files"]):
             yield [talk.fault("Write a prompt first."), *[_waiting()] * (MOST - 1)]
             return
+        if str(talk.LOST_PICTURE) in prompt["files"]:
+            yield [
+                talk.fault("The server does not have this picture any more: add it once more."),
+                *[_waiting()] * (MOST - 1),
+            ]
+            return
         try:
             cards = await at.cards(key)
         except openai.OpenAIError as error:
@@ -188,17 +205,19 @@ def _waiting() -> str:
     return '<p class="note">The answer comes here.</p>'
 
 
-def _asking() -> str:
-    return '<p class="note" role="status">Waiting…</p>'
+def _asking(waits: float | None = None) -> str:
+    """That no word has come yet, and for how long; who hears the page is told once."""
+    seconds = f'<span aria-hidden="true"> {waits:.0f} s</span>' if waits else ""
+    return f"{ASKING}{seconds}</p>"
 
 
 def _ended(*shown: str) -> list[Any]:
     """The button that begins, and the answers; those that did not begin are marked."""
-    return [gr.update(**IDLE), *[STOPPED if answer == _asking() else answer for answer in shown]]
+    return [gr.update(**IDLE), *[STOPPED if answer.startswith(ASKING) else answer for answer in shown]]
 
 
 def _shown(state: Said | None) -> str:
-    if state is None:
-        return _asking()
+    if state is None or not (state.text or state.whole or state.fault):
+        return _asking(state.waits if state else None)
     text = f'<div class="answer">{html.escape(state.text)}</div>' if state.text or not state.fault else ""
     return text + (f'<div role="status">{talk.beneath(state)}</div>' if state.whole else talk.beneath(state))

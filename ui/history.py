@@ -19,11 +19,14 @@ from ui.talk import Message, Said
 STORED_AS = "shoal"  # the browser encrypts with it, so that a restart of the server can still read; it hides nothing
 MOST_CHATS, MOST_CHARACTERS = 20, 500_000  # a browser keeps about 5 MB a site
 TITLE = 40  # characters
-PICTURE = "[picture]"
 
 Chat = dict[str, Any]  # {"id", "messages": [{"role", "text", "below"}]}
 
+LEFT = "The page was left before the first word."
+
 _TAG = re.compile(r"<[^>]*>")
+_WAITING = re.compile(r'<div class="waiting">.*?</div>')
+_SO_FAR = '<div class="sofar">'  # of an answer that comes; `chat.js` marks one that was stopped
 
 
 def new_key() -> str:
@@ -53,7 +56,13 @@ def checked(chats: Any) -> list[Chat]:
 def load(chats: Any, key: str | None) -> list[Message]:
     """The messages of the chat with `key`, for the page; none if there is no such chat."""
     chat = next((chat for chat in checked(chats) if chat["id"] == key), None)
-    return [_shown(message) for message in chat["messages"]] if chat else []
+    kept = chat["messages"] if chat else []
+    shown: list[Message] = []
+    for number, message in enumerate(kept):
+        shown.append(_shown(message))
+        if message["role"] == "user" and all(after["role"] == "user" for after in kept[number + 1 : number + 2]):
+            shown.append(talk.none_yet(talk.note(LEFT)))
+    return shown
 
 
 def titles(chats: Any) -> list[tuple[str, str]]:
@@ -84,23 +93,26 @@ def as_json(shown: Iterable[Message], system: str) -> str:
 def _plain(message: Message) -> Message:
     metadata = message.get("metadata") or {}
     parts = message["content"] if isinstance(message["content"], list) else [message["content"]]
-    texts = [part if isinstance(part, str) else part.get("text", PICTURE) for part in parts]
+    texts = [part if isinstance(part, str) else part.get("text", talk.PICTURE) for part in parts]
     if message["role"] == "user":
         return {"role": "user", "text": "\n".join(texts), "below": "", "fault": False}
     if metadata.get("id") == talk.FAULT:
-        return {"role": "assistant", "text": _bare(texts[0]), "below": "", "fault": True}
-    below = _bare(texts[1]) if len(texts) > 1 else ""
+        coming, error = bool(_WAITING.match(texts[0])), texts[0].startswith('<div class="fault"')
+        said = LEFT if coming else _bare(texts[0])
+        return {"role": "assistant", "text": said, "below": "", "fault": True, "error": error}
+    markup = texts[1] if len(texts) > 1 else ""
+    below = _bare(_WAITING.sub("", markup))
+    if markup.startswith(_SO_FAR):  # a page that is still there when the answer ends writes that
+        below = below.replace(", stopped after ", ", cut off after ") + ", when the page was left"
     return {"role": "assistant", "text": metadata.get("log", ""), "below": below, "fault": False}
 
 
 def _shown(message: Message) -> Message:
     if message["role"] == "user":
         return {"role": "user", "content": [{"type": "text", "text": message["text"]}]}
-    return (
-        talk.faulty(message["text"])
-        if message.get("fault")
-        else talk.said(Said(message["text"], message["below"], whole=True))
-    )
+    if message.get("fault"):
+        return talk.faulty(message["text"]) if message.get("error", True) else talk.none_yet(talk.note(message["text"]))
+    return talk.said(Said(message["text"], message["below"], whole=True))
 
 
 def _bare(markup: str) -> str:
@@ -109,7 +121,7 @@ def _bare(markup: str) -> str:
 
 def _title(chat: Chat) -> str:
     text = " ".join(chat["messages"][0]["text"].split())
-    return text[:TITLE] + "\N{HORIZONTAL ELLIPSIS}" if len(text) > TITLE else text or PICTURE
+    return text[:TITLE] + "\N{HORIZONTAL ELLIPSIS}" if len(text) > TITLE else text or talk.PICTURE
 
 
 def _is_chat(chat: Any) -> bool:

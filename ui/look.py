@@ -10,13 +10,17 @@ from pathlib import Path
 import gradio as gr
 import jinja2
 
-from shoal import page as drawing
+from shoal import page
 
 HERE = Path(__file__).parent
 CSS, ICON = HERE / "style.css", HERE / "icon.svg"
-SCRIPTS = HERE / "mend.js", HERE / "stream.js"
+SCRIPTS = HERE / "mend.js", HERE / "stream.js", HERE / "chat.js"
 # not in `CSS`, which Gradio binds to the middle of the page, and reads when it has shown its own list of pages
 FIRST = """<style>.nav-holder { display: none !important; }
+#away { position: sticky; top: 0; z-index: 100; padding: 8px 16px; text-align: center; font: 0.92rem system-ui, sans-serif;
+  background: #fffbeb; color: #78350f; border-bottom: 1px solid #b45309; }
+.dark #away { background: #451a03; color: #fde68a; }
+#away:empty { display: none; }
 @media (prefers-reduced-motion: reduce) {
   *, ::before, ::after {
     transition: none !important; animation-duration: 0.01ms !important; animation-iteration-count: 1 !important;
@@ -52,7 +56,7 @@ THEME = gr.themes.Base(
     checkbox_label_background_fill_selected="*primary_50",
 )
 
-_TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(drawing.__file__).parent), autoescape=True)
+_TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(page.__file__).parent), autoescape=True)
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def curves(title: str, x_label: str, lines: Mapping[str, Sequence[tuple[float, f
     if not drawn:
         return ""
     kinds = {name: _drawn_as(points, name == faint) for name, points in drawn.items()}
-    svg = _TEMPLATES.get_template("chart.html").module.plot(drawing.chart(title, x_label, kinds))  # type: ignore[attr-defined]
+    svg = _TEMPLATES.get_template("chart.html").module.plot(page.chart(title, x_label, kinds))  # type: ignore[attr-defined]
     legend = "".join(
         f'<li class="{kinds[name][0]}">{html.escape(name)} <b>{short(points[-1][1])}</b></li>'
         for name, points in drawn.items()

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Response
 
 from ui import talk
 from ui.app import MAX_FILE_SIZE, build
+from ui.guard import Guard, folder
 from ui.look import CSS, FIRST, ICON, SCRIPTS, THEME
 
 
@@ -28,6 +29,8 @@ def mount(app: FastAPI, *, base_url: str, model: str | None, path: str = "/ui") 
             await api.close()
 
     app.router.lifespan_context = closing
+    app.add_middleware(Guard, path=path, api=api)
+    folder()  # before Gradio asks for it
 
     @app.get("/favicon.ico", include_in_schema=False)  # browsers ask for it, whatever the page says
     async def favicon() -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -24,9 +25,10 @@ Readings = dict[str, Metrics]  # by the model's name
 class Seen:
     """What one reading leaves for the next; `tokens` and `replicas` are those of each model that told."""
 
-    at: float = 0.0  # monotonic seconds
+    at: float = 0.0  # seconds, of a clock that the next reading has too, whichever server makes it
     tokens: Metrics = field(default_factory=dict)
     replicas: Metrics = field(default_factory=dict)  # at work or on their way
+    working: Metrics = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)  # of the number of replicas, newest first
 
 
@@ -37,6 +39,14 @@ async def read_metrics(at: Site) -> tuple[Readings, str]:
     except openai.OpenAIError as error:
         return {}, talk.reason(error)
     return parse(answer.text), ""
+
+
+def remembered(text: str) -> Seen:
+    """What a page brings of the last reading, as `json.dumps` of its fields; nothing where it brings anything else."""
+    try:
+        return Seen(**json.loads(text))
+    except (TypeError, ValueError):
+        return Seen()
 
 
 def parse(text: str) -> Readings:
@@ -60,15 +70,17 @@ def total(readings: Readings, name: str) -> float | None:
 
 
 def observe(last: Seen, readings: Readings, now: float, clock: str) -> Seen:
-    """What is known after a reading at `now`; a change in the number of replicas is a decision of the autoscaler."""
-    replicas = {model: _wanted(metrics) for model, metrics in readings.items() if "num_replicas" in metrics}
+    """What is known after a reading at `now`: also which replicas were added or lost since the `last` one."""
+    told = {model: metrics for model, metrics in readings.items() if "num_replicas" in metrics}
     changed = [
-        _change(clock, model, last.replicas[model], number, readings[model])
-        for model, number in replicas.items()
-        if last.replicas.get(model, number) != number
+        f"{clock}  {model}: {what}, with {_load(metrics)}"
+        for model, metrics in told.items()
+        if (what := _change(last, model, metrics))
     ]
     tokens = {model: m["generation_tokens_total"] for model, m in readings.items() if "generation_tokens_total" in m}
-    return Seen(now, tokens, {**last.replicas, **replicas}, [*changed, *last.changes][:MOST_CHANGES])
+    replicas = {**last.replicas, **{model: _wanted(metrics) for model, metrics in told.items()}}
+    working = {**last.working, **{model: metrics["num_replicas"] for model, metrics in told.items()}}
+    return Seen(now, tokens, replicas, working, [*changed, *last.changes][:MOST_CHANGES])
 
 
 def speed(last: Seen, now: Seen, model: str) -> float | None:
@@ -83,8 +95,23 @@ def _wanted(metrics: Mapping[str, float]) -> float:
     return metrics["num_replicas"] + metrics.get("num_replicas_starting", 0.0)
 
 
-def _change(clock: str, model: str, before: float, after: float, metrics: Mapping[str, float]) -> str:
-    """``10:00:05  fish: 1 to 3 replicas, with 8 running, 5 waiting``."""
+def _change(last: Seen, model: str, metrics: Metrics) -> str:
+    """``1 → 3 replicas``, ``1 of 2 replicas lost, another starts``; empty where a model has as many as before."""
+    now, working = _wanted(metrics), metrics["num_replicas"]
+    before = last.replicas.get(model, now)
+    if now != before:  # one that is gone was stopped, or lost and not missed yet: the API tells no more
+        return f"{before:.0f} → {now:.0f} replicas{', stopped or lost' if now < before else ''}"
+    lost = last.working.get(model, working) - working
+    return (
+        f"{lost:.0f} of {before:.0f} replicas lost, {'another starts' if lost == 1 else 'others start'}"
+        if lost > 0
+        else ""
+    )
+
+
+def _load(metrics: Metrics) -> str:
+    """``8 running, 5 waiting``."""
     names = {"num_requests_running": "running", "num_requests_waiting": "waiting"}
-    load = ", ".join(f"{metrics[name]:.0f} {word}" for name, word in names.items() if name in metrics)
-    return f"{clock}  {model}: {before:.0f} → {after:.0f} replicas, with {load or 'an unknown load'}"
+    return (
+        ", ".join(f"{metrics[name]:.0f} {word}" for name, word in names.items() if name in metrics) or "an unknown load"
+    )

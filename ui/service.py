@@ -1,11 +1,12 @@
 """The service at a glance: what runs, what waits, memory, speed and depth, read from /metrics, /ready and /v1/models.
 
-Notable: a number that the API does not give is shown as "not known", never as zero. Rates and autoscaling decisions are
+Notable: a number that the API does not give is shown as "not known", never as zero. Rates, and replicas that came or went, are
 differences between two readings, so they begin when the page opens.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -30,19 +31,19 @@ def build(at: Site) -> None:
     head = at.head(PLACE)
     key = Key.ask()
     body = gr.HTML(look.empty("Reading the service…", "One moment."), elem_id="service")
-    seen = gr.State(None)
+    seen = gr.Textbox(visible="hidden")  # the page remembers, and not the server, which may be another one next time
 
-    async def refresh(given: str, before: Any) -> tuple[Any, ...]:
-        last = Seen(**before) if before else Seen()
+    async def refresh(given: str, before: str) -> tuple[Any, ...]:
+        last = readings.remembered(before)
         try:
             cards = await at.cards(given)
         except openai.OpenAIError as error:
             said = at.header(PLACE, talk.reason(error), fault=True)
-            return said, look.nothing(EVERY), asdict(last), Key.shown(given, error)
+            return said, look.nothing(EVERY), gr.skip(), Key.shown(given, error)
         metrics, why = await readings.read_metrics(at)
-        now = readings.observe(last, metrics, time.monotonic(), time.strftime("%H:%M:%S"))
+        now = readings.observe(last, metrics, time.time(), time.strftime("%H:%M:%S"))
         page = show(cards, metrics, why, await _ready(at), last, now)
-        return at.header(PLACE, site.all_of(cards)), page, asdict(now), gr.skip()
+        return at.header(PLACE, site.all_of(cards)), page, json.dumps(asdict(now)), gr.skip()
 
     key.then(at, refresh, [seen], [head, body, seen, key.box])
     gr.Timer(EVERY).tick(refresh, [key.box, seen], [head, body, seen, key.box], **QUIET)
@@ -59,7 +60,7 @@ def show(cards: list[Card], metrics: Readings, why: str, ready: str, last: Seen,
     sections.append('<div class="figures">')
     sections.append(_by_model("Requests since the start", named, _requests))
     sections.append(_by_model("Mean latency since the start", named, _latencies))
-    sections.append(_scaling(now))
+    sections.append(_scaling(now, readings.total(metrics, "num_replicas_starting") or 0.0))
     sections += [depth_bars(named[card.name], card, len(cards) > 1) for card in cards]
     sections.append("</div>")
     return "".join(sections)
@@ -94,9 +95,10 @@ def _load(metrics: Readings, last: Seen, now: Seen) -> list[tuple[str, str]]:
 
 
 def _replicas(metrics: Readings) -> str:
-    """Those at work, and those on their way."""
-    starting = readings.total(metrics, "num_replicas_starting")
-    return _count(readings.total(metrics, "num_replicas")) + (f" + {starting:.0f}" if starting else "")
+    """Those at work, those on their way, and those that could not load the weights that a deployed file names."""
+    starting, refused = (readings.total(metrics, name) for name in ("num_replicas_starting", "weights_update_refused"))
+    more = (f" + {starting:.0f}" if starting else "") + (f", {refused:.0f} refused new weights" if refused else "")
+    return _count(readings.total(metrics, "num_replicas")) + more
 
 
 def _models(cards: list[Card], metrics: Readings, last: Seen, now: Seen) -> str:
@@ -146,12 +148,15 @@ def _latencies(metrics: Metrics) -> dict[str, str]:
     }
 
 
-def _scaling(now: Seen) -> str:
+def _scaling(now: Seen, starting: float) -> str:
+    """What became of the replicas, by the readings of this page."""
+    caption = "Replicas since this page was opened"
     if now.changes:
-        return look.table("Autoscaling since this page was opened", (), [(line,) for line in now.changes])
+        return look.table(caption, (), [(line,) for line in now.changes])
     if not now.replicas:
-        return look.remark("Autoscaling", f"{UNKNOWN.capitalize()}.")
-    return look.remark("Autoscaling", "No change in the number of replicas since this page was opened.")
+        return look.remark(caption, f"{UNKNOWN.capitalize()}.")
+    more = f" {starting:.0f} of them {'is' if starting == 1 else 'are'} still starting." if starting else ""
+    return look.remark(caption, f"None was added, stopped or lost.{more}")
 
 
 def _count(value: float | None) -> str:

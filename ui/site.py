@@ -17,6 +17,13 @@ Component = Any  # of Gradio, which has no types
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}  # of every event
 
 
+def judged_by_the_api(choice: Component) -> Component:
+    """`choice`, whose value goes on as it is: a gateway that began anew knows no choices, and would refuse what an open page
+    shows."""
+    choice.preprocess = lambda value: value
+    return choice
+
+
 @dataclass(frozen=True)
 class Site:
     page: gr.Blocks

@@ -9,32 +9,32 @@ from __future__ import annotations
 import asyncio
 import base64
 import html
-import json
 import math
 import mimetypes
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import openai
+
+from ui.words import markdown
 
 T = TypeVar("T")
 
 CONNECT_SECONDS, READ_SECONDS = 5.0, 300.0
 SHOWN_EVERY = 0.05  # seconds between two states of an answer on their way to the browser
 AGAIN_AFTER = 1.0  # seconds: a state without news, since Gradio only then finds out that its tab was closed
-CODE = (
-    "def ",
-    "class ",
-    "import ",
-    "from ",
-    "async def ",
-    "@",
-)  # what the first line of an answer in Python begins with
+PATIENCE = 3.0  # seconds without a word, from which on the page says for how long
+# seconds: of a service that takes no work now, such as one that is being replaced, and of one that is not there, which may be
+# this very process on its way out
+INSISTED, INSISTED_ON_NOBODY, ASKED_EVERY = 60.0, 10.0, 2.0
 FAULT = "fault"  # `id` in the metadata of a message that says why there is no answer
+TOO_LONG = "context_length_exceeded"  # the API's code
+LOST_PICTURE = Path(__file__).parent / "lost.png"  # stands for one that this server does not have (`guard.with_lost`)
+PICTURE = "[picture]"  # what the model is told instead
 
 Message = dict[str, Any]
 
@@ -58,7 +58,7 @@ class Settings:
     """Of one answer. None: the server decides."""
 
     depth: str
-    max_tokens: int
+    max_tokens: int | None
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
@@ -68,10 +68,11 @@ class Settings:
         """The body of the request to /v1/chat/completions."""
         tolerance = self.tolerance if self.depth == "auto" else None
         given = {"seed": self.seed, "quality_tolerance": tolerance, "depth": self.depth}
+        most = {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
         return {
             "model": model,
             "messages": asked,
-            "max_tokens": self.max_tokens,
+            **most,
             "temperature": self.temperature,
             "top_p": self.top_p,
             **{name: value for name, value in given.items() if value is not None},
@@ -82,12 +83,29 @@ class Settings:
 
 @dataclass(frozen=True)
 class Said:
-    """An answer so far. `below`: its facts, up to here until it is `whole`; `fault`: why there is no more of it."""
+    """An answer so far. `below`: its facts, up to here until it is `whole`; `fault`: why there is no more of it; `waits`:
+    seconds without a word, where they are worth telling; `settings`: those that it was asked with in the end."""
 
     text: str
     below: str = ""
     whole: bool = False
     fault: str = ""
+    waits: float | None = None
+    settings: Settings | None = None
+    refused: bool = False  # the API takes no question now, and is asked again
+
+
+@dataclass(frozen=True)
+class Later:
+    """The API takes no work now; it is asked again."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The API has begun to answer: at this depth, if it said so, and with these settings."""
+
+    depth: str
+    settings: Settings
 
 
 def client(base_url: str) -> openai.AsyncOpenAI:
@@ -104,47 +122,100 @@ async def read_cards(api: openai.AsyncOpenAI, first: str | None) -> list[Card]:
     return sorted(cards, key=lambda card: card.name != first)
 
 
-async def answer(api: openai.AsyncOpenAI, card: Card, asked: list[Any], settings: Settings) -> AsyncIterator[Message]:
-    """States of the answer as a message of the page, each instead of the one before; an error is a message as well."""
-    async with aclosing(stream(api, card, asked, settings)) as states:
-        async for state in states:
-            yield said(state) if state.text or not state.fault else faulty(state.fault)
-
-
 async def stream(
     api: openai.AsyncOpenAI, card: Card, asked: list[Any], settings: Settings
 ) -> AsyncGenerator[Said, None]:
-    """States of the answer, each instead of the one before.
+    """States of the answer, each instead of the one before. Where fewer tokens fit than `settings` ask for, as many as fit.
 
     Closing the iterator closes the stream, which cancels the request in the engine.
     """
-    text, told, usage, depth, pieces, first, shown, last = "", "", None, "", 0, 0.0, 0.0, Said("")
-    began = time.perf_counter()
+    text, told, usage, depth, pieces, first, end = "", "", None, "", 0, 0.0, ""
+    last, began, given = Said(""), time.perf_counter(), settings
+    shown = moved = began  # when a state was told, and when a word came
     try:
-        body = settings.body(card.name, asked)
-        sent = await api.chat.completions.create(model=card.name, messages=asked, stream=True, extra_body=body)
-        async with sent, aclosing(_or_nothing(aiter(sent), SHOWN_EVERY)) as chunks:
-            depth = sent.response.headers.get("X-Shoal-Depth", "")
+        async with (
+            aclosing(_chunks(api, card, asked, settings)) as coming,
+            aclosing(_or_nothing(coming, SHOWN_EVERY)) as chunks,
+        ):
             async for chunk in chunks:
                 now = time.perf_counter()
-                if chunk is not None:
+                if isinstance(chunk, Later):
+                    last = replace(last, refused=True)
+                elif isinstance(chunk, _Opened):
+                    depth, given, last = chunk.depth, chunk.settings, Said("")
+                elif chunk is not None:
                     usage = chunk.usage or usage
                     piece = "".join(choice.delta.content or "" for choice in chunk.choices)
+                    end = next((choice.finish_reason for choice in chunk.choices if choice.finish_reason), end)
                     text, pieces = text + piece, pieces + (piece != "")
-                    first = first or now - began
-                if text != told and now - shown > SHOWN_EVERY:
+                    first, moved = first or now - began, now if piece else moved
+                waits = now - moved if now - moved > PATIENCE else None
+                if text != told and (not told or now - shown > SHOWN_EVERY):
                     told, shown = text, now
-                    last = Said(text, facts(depth, pieces, card, f"first after {first:.2f} s, stopped", now - began))
+                    below = facts(depth, pieces, card, f"first after {first:.2f} s, stopped", now - began)
+                    last = Said(text, below, settings=given)
                     yield last
-                elif told and now - shown > AGAIN_AFTER:
+                elif (told or waits) and now - shown > AGAIN_AFTER:
                     shown = now
-                    yield last
+                    yield last if waits is None else replace(last, waits=waits)
     except openai.OpenAIError as error:
-        yield Said(text, fault=reason(error))
+        yield Said(text, fault=reason(error, card))
         return
     tokens, depth = (usage.completion_tokens, (usage.model_extra or {}).get("depth", "")) if usage else (pieces, depth)
     below = facts(depth, tokens, card, f"first after {first:.2f} s, last", time.perf_counter() - began)
-    yield Said(text, below, whole=True)
+    if end == "length" and given != settings:
+        below += f" \N{MIDDLE DOT} cut off: the conversation fills the {card.context} tokens of context"
+    yield Said(text, below, whole=True, settings=given)
+
+
+async def _chunks(
+    api: openai.AsyncOpenAI, card: Card, asked: list[Any], settings: Settings
+) -> AsyncGenerator[Any, None]:
+    """`_Opened`, and then what the API sends."""
+
+    async def opened() -> tuple[Any, Settings]:
+        # by which the API gives all that the context has left
+        for given in (settings, replace(settings, max_tokens=None)):
+            body = given.body(card.name, asked)
+            try:
+                create = api.chat.completions.create
+                return await create(model=card.name, messages=asked, stream=True, extra_body=body), given
+            except openai.BadRequestError as error:
+                if given.max_tokens is None or error.code != TOO_LONG or error.param != "max_tokens":
+                    raise
+        raise AssertionError("the second has no max_tokens")
+
+    async for found in insist(opened):
+        if isinstance(found, Later):
+            yield found
+        else:
+            sent, settings = found
+    async with sent:
+        yield _Opened(sent.response.headers.get("X-Shoal-Depth", ""), settings)
+        async for chunk in sent:
+            yield chunk
+
+
+async def insist(call: Callable[[], Awaitable[T]]) -> AsyncGenerator[T | Later, None]:
+    """What `call` gives, after a `Later` for each time that the API took no work. Raises what `call` raises, in the end also
+    that."""
+    began = time.perf_counter()
+    while True:
+        try:
+            found = await call()
+        except openai.APITimeoutError:
+            raise
+        except openai.APIConnectionError:
+            if time.perf_counter() - began > INSISTED_ON_NOBODY:
+                raise
+        except openai.APIStatusError as error:
+            if error.status_code != 503 or time.perf_counter() - began > INSISTED:
+                raise
+        else:
+            yield found
+            return
+        yield Later()
+        await asyncio.sleep(ASKED_EVERY)
 
 
 async def _or_nothing(chunks: AsyncIterator[T], seconds: float) -> AsyncGenerator[T | None, None]:
@@ -171,21 +242,37 @@ async def _next(chunks: AsyncIterator[T]) -> T | None:
 def messages(history: Iterable[Message], new: Message, system: str = "") -> list[Message]:
     """The API's messages for what the page shows and the textbox's `new` ({"text", "files"}); a question that got no answer
     is left out. `system` comes first, if there is one."""
-    told: list[Message] = [{"role": "system", "content": system}] if system else []
+    return conversation([*history, {"role": "user", "content": _parts(new)}], system)
+
+
+def conversation(shown: Iterable[Message], system: str = "") -> list[Message]:
+    """The API's messages for what the page shows, of which the last is the question."""
     asked: list[Message] = []
-    for message in history:
+    for message in shown:
         metadata = message.get("metadata") or {}
-        if metadata.get("id") == FAULT:
-            del asked[-1:]
-        elif message["role"] == "user":
+        if asked and asked[-1]["role"] == "user" and (message["role"] == "user" or metadata.get("id") == FAULT):
+            asked.pop()  # it got no answer
+        if message["role"] == "user":
             asked.append({"role": "user", "content": _content(message["content"])})
-        else:
+        elif metadata.get("id") != FAULT:
             asked.append({"role": "assistant", "content": metadata.get("log", "")})
-    return [*told, *asked, {"role": "user", "content": _content(_parts(new))}]
+    return [*([{"role": "system", "content": system}] if system else []), *asked]
+
+
+def lacks_picture(message: Message) -> bool:
+    """Whether a message of the page has a picture that this server does not have."""
+    return any(not isinstance(part, str) and _path(part) == str(LOST_PICTURE) for part in message["content"])
 
 
 def said(state: Said) -> Message:
-    """An answer as a message of the page, with a line of facts below it, or of why there is no more of it."""
+    """A state as a message of the page: the answer, with a line of facts below it, or why there is no more of it, or none."""
+    if not state.text and state.fault:
+        return faulty(state.fault)
+    if not state.text and not state.whole:
+        what = (
+            "The service takes no question now, and is asked again" if state.refused else "Waiting for the first word"
+        )
+        return none_yet(_idle(what, state.waits or 0.0))
     parts = [{"type": "text", "text": markdown(state.text)}]
     if below := beneath(state):
         parts.append({"type": "text", "text": below})
@@ -197,18 +284,34 @@ def fault(line: str) -> str:
     return f'<div class="fault" role="alert">{html.escape(line)}</div>'
 
 
+def note(line: str) -> str:
+    """What happened to an answer, as markup."""
+    return f'<div class="facts">{html.escape(line)}</div>'
+
+
 def beneath(state: Said) -> str:
     """The line below an answer as markup; empty for none. While an answer comes its line is hidden, and when it is stopped, it
-    stays and is shown (`style.css`)."""
+    stays and is shown (`style.css`, `chat.js`)."""
     if state.fault:
         return fault(state.fault)
     kind = "facts" if state.whole else "sofar"
-    return f'<div class="{kind}">{html.escape(state.below)}</div>' if state.below else ""
+    below = f'<div class="{kind}">{html.escape(state.below)}</div>' if state.below else ""
+    return below + (_idle("No further word", state.waits) if state.waits else "")
+
+
+def _idle(what: str, seconds: float) -> str:
+    """For how long nothing came; who hears the page is not told every second."""
+    return f'<div class="waiting">{what}<span aria-hidden="true">, {seconds:.0f} s</span></div>'
 
 
 def faulty(why: str) -> Message:
     """Why there is no answer, in one line, as a message of the page."""
-    return {"role": "assistant", "content": [{"type": "text", "text": fault(why)}], "metadata": {"id": FAULT}}
+    return none_yet(fault(why))
+
+
+def none_yet(markup: str) -> Message:
+    """A message of the page that says what is with the answer, and is none."""
+    return {"role": "assistant", "content": [{"type": "text", "text": markup}], "metadata": {"id": FAULT}}
 
 
 def number(name: str, text: str, *, whole: bool = False) -> Any:
@@ -225,13 +328,15 @@ def number(name: str, text: str, *, whole: bool = False) -> Any:
     raise ValueError(f"{name} is {text[:40]!r}, but must be {kind} from 0, or empty.")
 
 
-def reason(error: openai.OpenAIError) -> str:
+def reason(error: openai.OpenAIError, card: Card | None = None) -> str:
     """What the API said, or what to do here, where that differs from what a program would do."""
     if isinstance(error, openai.APIConnectionError):
         return "The server does not answer; is it still running?"
     if isinstance(error, openai.AuthenticationError):
         return "This server answers only with one of its API keys: write it in the box for the API key."
     body = error.body if isinstance(error, openai.APIError) and isinstance(error.body, dict) else {}
+    if card and body.get("code") == TOO_LONG:
+        return f"The conversation does not fit the model's {card.context} tokens of context: begin a new one, or shorten it."
     return f"{body.get('message', error)}."
 
 
@@ -247,37 +352,6 @@ def facts(depth: str, tokens: int, card: Card, times: str, total: float) -> str:
     return f"{ran}{tokens} token{'s' * (tokens != 1)}{speed} · {times} after {total:.2f} s"
 
 
-def curl(url: str, body: dict[str, Any], *, key: bool) -> str:
-    """The shell command that sends `body` to `url`, which ends in /v1; with `key`, an API key from the environment.
-
-    Pictures would fill the page, so the command reads them from files of this name: picture-1.png, picture-2.jpeg...
-    """
-    text, pictures = json.dumps(body, ensure_ascii=False, indent=2), []
-    for message in body["messages"]:
-        for part in message["content"] if isinstance(message["content"], list) else []:
-            if part["type"] == "image_url":
-                pictures.append(part["image_url"]["url"])
-    if pictures:
-        text = text.replace("\\", "\\\\").replace("$", "\\$").replace("`", "\\`")  # the shell reads what follows
-    for number, picture in enumerate(pictures, 1):
-        kind, _, _ = picture.partition(",")
-        name = f"picture-{number}.{kind.removeprefix('data:image/').removesuffix(';base64')}"
-        text = text.replace(picture, f"{kind},$(base64 -w0 {name})", 1)
-    lines = [f"curl --no-buffer {url}/chat/completions", "-H 'Content-Type: application/json'"]
-    lines += ['-H "Authorization: Bearer $SHOAL_API_KEY"'] if key else []
-    end = "JSON" if pictures else "'JSON'"
-    return " \\\n  ".join([*lines, f"--data-binary @- <<{end}"]) + f"\n{text}\nJSON"
-
-
-def markdown(text: str) -> str:
-    """`text` as the page's Markdown: Python gets a fence, and HTML is shown instead of obeyed."""
-    if "```" in text:
-        return text
-    if text.lstrip().startswith(CODE):
-        return f"```python\n{text.strip()}\n```"
-    return html.escape(text, quote=False)
-
-
 def _card(name: str, said: dict[str, Any]) -> Card:
     return Card(name, said["max_model_len"], said["depths"], said["quantization"])
 
@@ -291,7 +365,9 @@ def _content(content: Any) -> str | list[Message]:
     items = content if isinstance(content, list) else [content]
     text = "\n".join(filter(None, map(_text, items)))
     images: list[Message] = [
-        {"type": "image_url", "image_url": {"url": _data_url(path)}} for path in map(_path, items) if path
+        {"type": "image_url", "image_url": {"url": _data_url(path)}}
+        for path in map(_path, items)
+        if path not in ("", str(LOST_PICTURE))
     ]
     if not images:
         return text
@@ -299,7 +375,9 @@ def _content(content: Any) -> str | list[Message]:
 
 
 def _text(item: Any) -> str:
-    return item if isinstance(item, str) else item.get("text", "")
+    if isinstance(item, str):
+        return item
+    return PICTURE if _path(item) == str(LOST_PICTURE) else item.get("text", "")
 
 
 def _path(item: Any) -> str:

@@ -12,7 +12,7 @@ import httpx
 import openai
 
 from shoal.progress import duration
-from ui import look, readings, service, talk
+from ui import look, readings, service, site, talk
 from ui.look import Place
 from ui.readings import Readings
 from ui.site import QUIET, Component, Key, Site
@@ -40,7 +40,7 @@ def build(at: Site) -> None:
     key = Key.ask()
     with gr.Row(equal_height=False, elem_id="training"):
         with gr.Column(scale=1, min_width=260, elem_id="runs", visible=False) as side:
-            picked = gr.Radio([], label="Runs", elem_id="run")
+            picked = site.judged_by_the_api(gr.Radio([], label="Runs", elem_id="run"))
         with gr.Column(scale=4, min_width=320):
             body = gr.HTML(look.empty("Reading the runs…", "One moment."), elem_id="curves")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from shoal.engine.events import Sampling as Sampling
     from shoal.model.model import Model as Model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Engine", "Model", "ModelConfig", "Request", "Sampling", "presets"]
 
 _HOME = {

@@ -5,6 +5,7 @@ unknown key ("did you mean ..."), a wrong type and a wrong value by name; nothin
 (YAML is read by `read_file` with PyYAML), so every plane can import this page.
 """
 
+# long: all that can be set of a model and of training, beside the one reader that holds people to it
 from __future__ import annotations
 
 import dataclasses
@@ -15,29 +16,74 @@ import typing
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from shoal.errors import ConfigError, did_you_mean
+from shoal.errors import ConfigError, RequestError, did_you_mean, first_line
 
 T = TypeVar("T")
 
 GROUPS = 4  # layer groups of a model; a unit of KV memory is one page of one group
-KvCacheDtype = Literal[
-    "auto", "int8"
-]  # what keys and values are stored as, in vLLM's words; auto: in the model's precision
+# what keys and values are stored as, in vLLM's words; auto: in the model's precision
+KvCacheDtype = Literal["auto", "int8"]
+
+AUTO = "auto"  # the depth of a request that leaves it to the router
+FULL = "full"  # the name of the last exit
+
+
+class Exits:
+    """What stops at several depths: here a depth is read, and nowhere else."""
+
+    @property
+    def exit_names(self) -> dict[str, int]:
+        """Exit name -> depth in layers, shallowest first."""
+        raise NotImplementedError
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Depths, in layers, shallowest first."""
+        return tuple(self.exit_names.values())
+
+    def depth(self, depth: str | int) -> int:
+        """The layers that `depth` means: an exit's name, or its layers. Raises ConfigError otherwise."""
+        layers = self.exit_names.get(depth) if isinstance(depth, str) else depth
+        if layers not in self.exits or isinstance(depth, bool):
+            raise ConfigError("depth", got=depth, allowed=[*self.exit_names, *self.exits])
+        return layers
+
+    def asked(self, depth: str | int, *, auto: bool = True) -> int | None:
+        """As `depth`, of a request; None for `AUTO`, where that is allowed. Raises RequestError otherwise."""
+        if auto and depth == AUTO:
+            return None
+        try:
+            return self.depth(depth)
+        except ConfigError as error:
+            allowed = [*((AUTO,) if auto else ()), *self.exit_names, *self.exits]
+            raise RequestError("depth", param="depth", got=depth, allowed=allowed) from error
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a model and of its attention (design sections 4 to 6). Lengths are in tokens, sizes in pixels."""
+class ModelConfig(Exits):
+    """The shape of a model and of its attention (docs/architecture.md). Lengths are in tokens, sizes in pixels.
+
+    Examples:
+        >>> import dataclasses
+        >>> from shoal import presets
+        >>> config = presets.get("tiny").model
+        >>> config.exit_names, config.context
+        ({'shallow': 2, 'middle': 4, 'full': 8}, 1024)
+        >>> dataclasses.replace(config, layers=3)
+        Traceback (most recent call last):
+        shoal.errors.ConfigError: model.layers: got 3; allowed: 4 or more, one layer group each
+    """
 
     vocab: int  # tokens in the tokenizer, special tokens included
-    layers: int  # a multiple of 4
+    layers: int  # 4 or more: four groups, of which the first have one more where 4 does not divide them
     width: int  # D, the residual stream
     heads: int  # H query heads
     kv_heads: int  # Hk key/value heads; H % Hk == 0
-    head_dim: int  # d; rope turns the first d/2 dims, so d % 4 == 0
+    head_dim: int  # d; a multiple of 4, as rope turns the first d/2 dims in pairs
     ffn: int  # inner width of the SwiGLU
     train_length: int  # T, tokens in a training row
     window: int  # w, tokens that the local branch sees
@@ -48,13 +94,23 @@ class ModelConfig:
     summary: Literal["mean", "mean_var"] = "mean"  # what a block is scored by; mean_var for long contexts at S >= 16
     mix_mode: Literal["fixed", "per_head"] = "per_head"  # is the gate between the branches learned?
     local_weight: float = 0.7  # gamma, the local branch's share (its start value when learned)
-    attn_pattern: str = "H"  # repeated over the layers: H hybrid, L local only
+    attn_pattern: str = "H"  # repeated over the layers: H hybrid, L local only, D dense: all of the context
     rope_theta: float = 10_000.0
+    rope_dims: int = 0  # leading dims of a head that rope turns; 0: half of them
+    rope_rates: tuple[float, ...] = ()  # radians a token of each pair of those; none: rope_theta^(-i / pairs)
+    rope_pattern: str = "R"  # repeated over the layers: R turned, N without positions
     norm_eps: float = 1e-6
+    norm_place: Literal["before", "after"] = "before"  # where the norms of attention and MLP stand
+    qk_norm: Literal["head", "all", "none"] = "head"  # of queries and keys: each head, all heads as one, or none
+    qkv_bias: bool = False  # is something added to queries, keys and values?
+    tied: bool = True  # is the token table the head as well?
+    embed_scale: float = 0.0  # what a token's row is multiplied by; 0: sqrt(D)
+    early_exits: bool = True  # False: full depth alone, as in open models
+    exit_ffn: int = 0  # inner width of a SwiGLU that each early exit has before its norm; 0: the norm alone
     patch: int = 8  # p, pixels on a side of an image patch
-    image_size: int = 32  # longest side of an image, in pixels, after resizing; a multiple of `patch`
+    image_size: int = 32  # longest side of an image, in pixels, after resizing; a multiple of `patch`; 0: text alone
     max_length: int = 0  # longest context served; 0 means 4 * train_length
-    quantization: Literal["none", "w8a8"] = "none"  # w8a8: int8 weights, dynamic 7-bit activations (section 8)
+    quantization: Literal["none", "w8a8"] = "none"  # w8a8: int8 weights, dynamic 7-bit activations (decision 0011)
 
     def __post_init__(self) -> None:
         def need(ok: bool, what: str, got: object, allowed: str) -> None:
@@ -63,18 +119,28 @@ class ModelConfig:
 
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.type == "int" and f.name not in ("sinks", "max_length"):
+            if f.type == "int" and f.name not in ("sinks", "max_length", "rope_dims", "image_size", "exit_ffn"):
                 need(value > 0, f.name, value, "a positive integer")
-        need(self.layers % GROUPS == 0, "layers", self.layers, f"a multiple of {GROUPS}, one layer group each")
+        need(self.layers >= GROUPS, "layers", self.layers, f"{GROUPS} or more, one layer group each")
         need(self.heads % self.kv_heads == 0, "heads", self.heads, f"a multiple of kv_heads ({self.kv_heads})")
         need(self.head_dim % 4 == 0, "head_dim", self.head_dim, "a multiple of 4 (rope turns half of it, in pairs)")
         need(self.page % self.block == 0, "page", self.page, f"a multiple of block ({self.block})")
         need(0 <= self.sinks <= self.top_k, "sinks", self.sinks, f"0 to top_k ({self.top_k})")
         need(0.0 <= self.local_weight <= 1.0, "local_weight", self.local_weight, "0 to 1")
         need(
-            bool(self.attn_pattern) and set(self.attn_pattern) <= {"H", "L"},
-            "attn_pattern", self.attn_pattern, "letters H (hybrid) and L (local only)",
+            bool(self.attn_pattern) and set(self.attn_pattern) <= {"H", "L", "D"},
+            "attn_pattern", self.attn_pattern, "letters H (hybrid), L (local only) and D (dense)",
         )  # fmt: skip
+        rope = bool(self.rope_pattern) and set(self.rope_pattern) <= {"R", "N"}
+        need(rope, "rope_pattern", self.rope_pattern, "letters R (turned) and N (without positions)")
+        dims = 0 <= self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0
+        need(dims, "rope_dims", self.rope_dims, f"an even number up to head_dim ({self.head_dim})")
+        pairs = (self.rope_dims or self.head_dim // 2) // 2
+        need(len(self.rope_rates) in (0, pairs), "rope_rates", len(self.rope_rates), f"{pairs} numbers, or none")
+        need(self.exit_ffn >= 0, "exit_ffn", self.exit_ffn, "0 or more")
+        need(self.early_exits or not self.exit_ffn, "exit_ffn", self.exit_ffn, "0 where early_exits is false")
+        need(self.embed_scale >= 0, "embed_scale", self.embed_scale, "0 or more")
+        need(self.image_size >= 0, "image_size", self.image_size, "0 or more")
         need(self.image_size % self.patch == 0, "image_size", self.image_size, f"a multiple of patch ({self.patch})")
         need(
             self.image_tokens <= self.train_length, "image_size", self.image_size,
@@ -92,29 +158,47 @@ class ModelConfig:
 
     @property
     def group_layers(self) -> int:
-        """Layers in one group."""
-        return self.layers // GROUPS
+        """Layers in the largest group, which is the first."""
+        return -(-self.layers // GROUPS)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Depth in layers after each group."""
+        size, more = divmod(self.layers, GROUPS)
+        return tuple(accumulate(size + (group < more) for group in range(GROUPS)))
+
+    def groups(self, layers: int) -> int:
+        """How many groups a depth of `layers` runs through; it must be the end of one."""
+        return self.ends.index(layers) + 1
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """Depths, in layers, at which the model can stop: L/4, L/2, from 24 layers on 3L/4, and L."""
-        quarter = self.layers // GROUPS
-        return (
-            (quarter, 2 * quarter, 3 * quarter, self.layers)
-            if self.layers >= 24
-            else (quarter, 2 * quarter, self.layers)
-        )
+        """Depths, in layers, at which the model can stop: L/4, L/2, from 24 layers on 3L/4, and L; or L alone."""
+        first, second, third, last = self.ends
+        if not self.early_exits:
+            return (last,)
+        return (first, second, third, last) if self.layers >= 24 else (first, second, last)
 
     @property
     def exit_names(self) -> dict[str, int]:
         """Exit name -> depth in layers, shallowest first."""
-        names = ("shallow", "middle", "deep", "full") if len(self.exits) == 4 else ("shallow", "middle", "full")
-        return dict(zip(names, self.exits, strict=True))
+        names = {4: ("shallow", "middle", "deep", FULL), 3: ("shallow", "middle", FULL), 1: (FULL,)}
+        return dict(zip(names[len(self.exits)], self.exits, strict=True))
 
     @property
     def context(self) -> int:
         """Longest prompt plus answer, in tokens."""
         return self.max_length or 4 * self.train_length
+
+    @property
+    def of_open_models(self) -> tuple[str, ...]:
+        """Names of the settings that models of our own leave as they are, and this one does not."""
+        names = (
+            "rope_dims", "rope_rates", "rope_pattern", "norm_place", "qk_norm", "qkv_bias", "tied", "embed_scale",
+            "early_exits", "exit_ffn",
+        )  # fmt: skip
+        plain = {f.name: f.default for f in dataclasses.fields(self)}
+        return tuple(name for name in names if getattr(self, name) != plain[name])
 
     @property
     def summary_values(self) -> int:
@@ -125,25 +209,20 @@ class ModelConfig:
     def image_tokens(self) -> int:
         """Tokens of the largest image: its patches, one after each row of them, and one at either end."""
         side = self.image_size // self.patch
-        return side * (side + 1) + 2
+        return side * (side + 1) + 2 if side else 0
 
     @property
     def patch_values(self) -> int:
         """Numbers in one patch: 3 p^2."""
         return 3 * self.patch**2
 
-    def depth(self, depth: str | int | None) -> int:
-        """The depth in layers for an exit name, a layer count, or None (full depth). Raises ConfigError otherwise."""
-        if depth is None:
-            return self.layers
-        layers = self.exit_names.get(depth) if isinstance(depth, str) else depth
-        if layers not in self.exits or isinstance(depth, bool):
-            raise ConfigError("depth", got=depth, allowed=[*self.exit_names, *self.exits])
-        return layers
-
     def attention_kind(self, layer: int) -> str:
-        """``H`` or ``L`` for a layer, from `attn_pattern`."""
+        """``H``, ``L`` or ``D`` for a layer, from `attn_pattern`."""
         return self.attn_pattern[layer % len(self.attn_pattern)]
+
+    def turned(self, layer: int) -> bool:
+        """Does rope turn the queries and keys of a layer?"""
+        return self.rope_pattern[layer % len(self.rope_pattern)] == "R"
 
 
 @dataclass(frozen=True)
@@ -169,6 +248,11 @@ class TrainConfig:
     # Weight of KL(teacher || exit) beside each exit's cross-entropy. The teacher of early exits is full depth, which is not
     # pulled towards them (0.5 late in a run makes them agree more); of INT8, at each exit, the fp32 model. 0: off
     distill: float = 0.0
+    cross_entropy: float = 1.0  # weight of each exit's cross-entropy; 0: `distill` alone
+    # DPO (arXiv 2305.18290) on preference pairs in place of cross-entropy, against the model that the run starts from: how much
+    # a nat more between the two answers weighs (0.1). 0: off
+    dpo: float = 0.0
+    trains: Literal["all", "exits"] = "all"  # exits: the early ones alone, beside weights that stay as they are
     # chance that an update leaves out the last layer; layer l: (2^(l/(L-1)) - 1) of it; 0: off
     layer_dropout: float = 0.0
     lora_rank: int = 0  # train thin matrices of this rank beside the layers' frozen ones; 0: train all weights
@@ -185,12 +269,17 @@ class TrainConfig:
             ("decay_shape", ("linear", "cosine")),
             ("optimizer", ("adamw", "muon")),
             ("rotate_exits", ("auto", "on", "off")),
+            ("trains", ("all", "exits")),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"train.{name}", got=getattr(self, name), allowed=allowed)
-        for name in ("weight_decay", "patch_weight", "distill", "lora_rank"):
+        for name in ("weight_decay", "patch_weight", "distill", "dpo", "cross_entropy", "lora_rank"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"train.{name}", got=getattr(self, name), allowed="0 or more")
+        if self.dpo and (self.distill or self.trains == "exits"):
+            raise ConfigError("train.dpo", got=self.dpo, allowed="0 beside distill, and where exits alone are trained")
+        if not self.distill and not self.cross_entropy:
+            raise ConfigError("train.distill", got=0.0, allowed="above 0 where train.cross_entropy is 0")
         if self.warmup + self.decay > 1:
             raise ConfigError("train.warmup + train.decay", got=self.warmup + self.decay, allowed="0 to 1")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -222,7 +311,16 @@ def check_exits(model: ModelConfig, train: TrainConfig) -> None:
 
 
 def load(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """A `kind` (a dataclass) from plain values. Raises ConfigError naming the key: unknown, missing, or of a wrong type."""
+    """A `kind` (a dataclass) from plain values. Raises ConfigError naming the key: unknown, missing, or of a wrong type.
+
+    Examples:
+        >>> from shoal.config import TrainConfig, load
+        >>> load(TrainConfig, {"optimizer": "muon"}, "train").optimizer
+        'muon'
+        >>> load(TrainConfig, {"optimiser": "muon"}, "train")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        shoal.errors.ConfigError: unknown key train.optimiser: ...did you mean 'optimizer'?
+    """
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     prefix = f"{where}." if where else ""
@@ -256,8 +354,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
     try:
         values = json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else _yaml(text)
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"config {path} is not valid {path.suffix.lstrip('.') or 'YAML'}", got=first) from error
+        what = f"config {path} is not valid {path.suffix.lstrip('.') or 'YAML'}"
+        raise ConfigError(what, got=first_line(error)) from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}", got=type(values).__name__, allowed="a mapping of keys to values")
     return values

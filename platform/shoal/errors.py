@@ -16,11 +16,16 @@ ShoalError                     says what, got, allowed, and what to do; the CLI 
 
 from __future__ import annotations
 
+import copy
 import difflib
-import sys
+import math
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import TypeVar
 
+R = TypeVar("R", bound="RequestError")
+
+READABLE = 10**20  # whole numbers below it are written out
 LONGEST_GOT = 320  # characters of what was given that an error repeats
 
 
@@ -116,6 +121,34 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     return f"did you mean {near[0]!r}?" if near else None
 
 
+def of_request(error: Exception, what: str) -> RequestError:
+    """`error` as one that ends a request. A bug's own text may quote another's prompt: `what` stands for it."""
+    if isinstance(error, RequestError):
+        return error
+    return GenerationError(what, got=type(error).__name__, do="try again")
+
+
+def again(error: R) -> R:
+    """`error` anew, for one more who is to hear of it. Raising the same object again and again would keep every frame that it
+    passed, with all that stands in them; and whoever names another field in it would do so for everybody."""
+    return copy.copy(error)
+
+
+def first_line(error: BaseException) -> str:
+    """What `error` says in its first line, or its class where it says nothing."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException) -> str:
+    """As `first_line`, of those that end with what went wrong."""
+    return _lines(error)[-1]
+
+
+def _lines(error: BaseException) -> list[str]:
+    said = [line.strip()[:LONGEST_GOT] for line in str(error).splitlines() if line.strip()]
+    return said or [type(error).__name__]
+
+
 def frames(error: BaseException) -> str:
     """Where `error` was raised, and what caused it: classes and frames, for a log. The messages are left out, since they may
     quote what a user wrote."""
@@ -125,7 +158,12 @@ def frames(error: BaseException) -> str:
 
 
 def _shown(got: object) -> str:
-    text = repr(got)
+    if isinstance(got, int) and abs(got) >= READABLE:
+        return f"a whole number of {math.floor(math.log10(abs(got))) + 1} digits"
+    try:
+        text = repr(got)
+    except Exception:  # Python writes no whole number of more than 4300 digits
+        text = f"{type(got).__name__} that cannot be written"
     return text if len(text) <= LONGEST_GOT else text[:LONGEST_GOT] + "..."
 
 
@@ -140,17 +178,3 @@ def _rebuild(kind: type[ShoalError], message: str, state: dict[str, object]) -> 
     Exception.__init__(error, message)
     error.__dict__.update(state)
     return error
-
-
-def exit_code(work: Callable[[], object]) -> int:
-    """Do a script's `work` and return its exit code: 0 done, a ShoalError's own, 130 interrupted; of the last two, one line on
-    stderr says why."""
-    try:
-        work()
-    except ShoalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: finished work is kept, the same command goes on from it", file=sys.stderr)
-        return 130
-    return 0

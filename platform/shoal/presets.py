@@ -1,4 +1,4 @@
-"""Named complete configurations, smallest first (design section 13). `shoal show-config NAME` prints one.
+"""Named complete configurations, smallest first. `shoal show-config NAME` prints one.
 
 More tokens beat more parameters at minutes of CPU, so `tiny` has about 1M parameters on purpose.
 """
@@ -50,7 +50,15 @@ NAMES = tuple(_SHAPES)
 
 
 def get(name: str) -> Preset:
-    """The preset called `name`. Raises ConfigError with the nearest known name."""
+    """The preset called `name`. Raises ConfigError with the nearest known name.
+
+    Examples:
+        >>> from shoal import presets
+        >>> presets.NAMES[:4]
+        ('test', 'tiny', 'mini', 'small')
+        >>> presets.get("mini").model.layers
+        8
+    """
     if name not in _SHAPES:
         raise ConfigError("preset", got=name, allowed=NAMES, do=did_you_mean(name, NAMES))
     shape = dict(zip(_FIELDS, _SHAPES[name][0], strict=True))

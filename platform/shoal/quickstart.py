@@ -8,28 +8,31 @@ are the functions that the subcommands and the jobs call; nothing here is a spec
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from shoal import int8_cost, presets, samples
-from shoal.evaluation import compare, leave_a_core
+from shoal import presets
+from shoal.api.serve_args import ServeArgs
+from shoal.clients import samples
+from shoal.data.chats.rows import HELDOUT
+from shoal.evaluate import routing
+from shoal.evaluate.control import control_plan, exit_tax, too_high
+from shoal.evaluate.evaluation import compare, leave_a_core
+from shoal.evaluate.report import write_report
+from shoal.evaluate.tables import print_tables
+from shoal.machine import need_disk, need_free_port, need_memory
 from shoal.on_ray import serve
 from shoal.on_ray.prepare import prepare
-from shoal.on_ray.resources import local_ray, need_disk, need_free_port, need_memory
-from shoal.on_ray.serve_config import load_serve_config
+from shoal.on_ray.resources import local_ray
+from shoal.on_ray.serve_config import serve_config
 from shoal.on_ray.train import train
 from shoal.progress import Tell, duration, progress
-from shoal.train import log, routing
-from shoal.train import report as page
-from shoal.train.control import control_plan, exit_tax, too_high
+from shoal.train import log
 from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan, quantize_plan
 
 PRESET = "tiny"
@@ -38,7 +41,7 @@ MINUTES = {"pretrain": 4.5, "finetune": 3.5, "quantize": 0.75}
 CONTROL = 1 / 3  # of pretraining's updates: how long the control trains, with which the exit tax is measured
 EVAL_EVERY = 50  # updates of pretraining between held-out evaluations, so that one is near the control's end
 WORKERS = 2
-SERVE_CONFIG = Path("serve_configs/local.yaml")
+SERVED = ServeArgs(min_replicas=1, max_replicas=2, cpus=1, ui=True)  # as serve_configs/local.yaml, which a wheel lacks
 DISK = 2 * 2**30  # bytes: shards, checkpoints and two models of this size, with room to spare
 MEMORY = 4 * 2**30  # bytes: what Ray, its helpers and two training workers took together
 
@@ -70,7 +73,7 @@ class Run:
     @property
     def asked(self) -> Path:
         """Held-out chats: what the router is fitted on and the models are asked."""
-        return self.data / "sft-heldout.jsonl"
+        return self.data / HELDOUT
 
     @property
     def report(self) -> Path:
@@ -152,9 +155,11 @@ def _quantize(place: Run, tell: Tell) -> None:
 
 
 def _evaluate(place: Run, tell: Tell) -> None:
-    report = compare({"fp32": place.model, "int8": place.int8}, place.data, on_progress=tell)
+    runs = [place.metrics(name) for name in MINUTES]
+    report = compare({"fp32": place.model, "int8": place.int8}, place.data, runs=runs, on_progress=tell)
     stages = [stage_history(place.metrics(name), name) for name in MINUTES]
-    report["exit_tax"] = exit_tax(place.metrics("pretrain"), place.metrics("control"))
+    tax = exit_tax(place.metrics("pretrain"), place.metrics("control"))
+    report["exit_tax"] = {**tax, "heldout_rows": _main_plan(place).eval_rows}
     report["weak"] += still_learning(stages[0]) + too_high(report["exit_tax"])
     corpus = json.loads((place.data / "report.json").read_text(encoding="utf-8"))
     write_report(place.report, {"title": f"Quickstart, preset {PRESET}", "corpus": corpus, "stages": stages, **report})
@@ -212,55 +217,12 @@ def still_learning(stage: dict[str, Any]) -> list[str]:
     return said
 
 
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    """``report.json`` and beside it ``report.html``; the JSON last, since its presence means complete."""
-    report = {"created": time.strftime("%Y-%m-%d %H:%M"), **report}
-    page.render(report, path.with_suffix(".html"))
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
-    aside.rename(path)
-
-
-def print_tables(report: dict[str, Any], console: Console) -> None:
-    """The quality table, the depth table, how held-out quality came about, and what is weak, in plain words."""
-    labels = report["quality"]["columns"]
-    table = Table("quality on held-out data", "unit", *labels, "beside", box=SIMPLE_HEAD, pad_edge=False)
-    for row in report["quality"]["rows"]:
-        beside = ", ".join(f"{name} {_number(value, row['unit'])}" for name, value in row["beside"].items())
-        values = [_number(row["values"][label], row["unit"]) for label in labels]
-        table.add_row(row["metric"], row["unit"], *values, beside)
-    console.print(table)
-    columns = {"FLOPs": "flops_share", "bpb text": "bpb text", "bpb code": "bpb code", "vqa": "vqa", "BLEU": "bleu",
-               "tok/s": "tokens_per_s"}  # fmt: skip
-    table = Table(f"depth ({labels[-1]})", "layers", *columns, box=SIMPLE_HEAD, pad_edge=False)
-    units = {"flops_share": "share", "vqa": "share", "tokens_per_s": "tokens/s"}
-    for row in report["depth"]["rows"]:
-        cells = ["" if row[key] is None else _number(row[key], units.get(key, "")) for key in columns.values()]
-        table.add_row(row["exit"], f"{row['layers']:g}", *cells)
-    console.print(table)
-    for stage in report.get("stages", ())[:1]:
-        for modality in ("text", "code"):
-            values = [f"{measured[modality]:.2f}" for measured in stage["heldout"] if modality in measured]
-            _say(console, f"held-out bpb of {modality} in {stage['name']}: {' > '.join(values[-8:])}")
-    if tax := report.get("exit_tax"):
-        said = [f"{r['modality']} {r['with']:.3f} / {r['without']:.3f} ({r['tax']:+.1%})" for r in tax["rows"]]
-        _say(console, f"exit tax, held-out bpb with / without early exits at step {tax['step']}: {'  '.join(said)}")
-    for row in report.get("int8", ()):
-        _say(console, f"INT8, held-out bpb: {int8_cost.said(row)}")
-    for sentence in report["weak"]:
-        _say(console, f"weak: {sentence}")
-
-
-def _number(value: float, unit: str) -> str:
-    return {"share": f"{value:.1%}", "bytes": f"{value:,.0f}", "tokens/s": f"{value:,.0f}"}.get(unit, f"{value:.3f}")
-
-
 def _say(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _serve(place: Run, port: int, *, stay: bool, console: Console, began: float, head: str) -> None:
-    """Deploy the INT8 model as `serve_configs/local.yaml` says, ask the samples, and with `stay` serve until Ctrl-C."""
+    """Deploy the INT8 model as `SERVED` says, ask the samples, and with `stay` serve until Ctrl-C."""
 
     def ready(url: str) -> None:
         answers = samples.ask(f"{url}/v1", place.data)
@@ -273,7 +235,7 @@ def _serve(place: Run, port: int, *, stay: bool, console: Console, began: float,
         if stay:
             _say(console, f"{head} API {url}/v1   chat page {url}/ui   (Ctrl-C ends it)")
 
-    deploy = load_serve_config(SERVE_CONFIG, port=port, model=str(place.int8))
+    deploy = serve_config(replace(SERVED, model=str(place.int8)), port=port)
     try:
         serve.run(deploy, blocking=stay, on_ready=ready)
     finally:

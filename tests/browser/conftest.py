@@ -91,6 +91,19 @@ def chromium(request: pytest.FixtureRequest) -> Browser:
 
 @pytest.fixture
 def page(chromium: Browser, strangers: list[str]) -> Iterator[Page]:
+    with _page(chromium, strangers) as page:
+        yield page
+
+
+@pytest.fixture
+def lasting_page(chromium: Browser, strangers: list[str]) -> Iterator[Page]:
+    """A page that may outlive its server: the browser itself logs each request that gets no reply."""
+    with _page(chromium, strangers, borne=("net::ERR_", "status of 503")) as page:
+        yield page
+
+
+@contextmanager
+def _page(chromium: Browser, strangers: list[str], borne: tuple[str, ...] = ()) -> Iterator[Page]:
     # without motion: a colour that fades in has too little contrast half-way
     context = chromium.new_context(viewport={"width": 1200, "height": 800}, reduced_motion="reduce")
     page = context.new_page()
@@ -98,7 +111,7 @@ def page(chromium: Browser, strangers: list[str]) -> Iterator[Page]:
     wrong: list[str] = []
 
     def logged(message: ConsoleMessage) -> None:
-        if message.type == "error":
+        if message.type == "error" and not any(text in message.text for text in borne):
             wrong.append(f"console: {message.text} {message.location['url']}")
 
     page.on("console", logged)

@@ -49,3 +49,23 @@ def told(site: Site) -> str:
     prompt = site.client.requests[-1].prompt
     assert isinstance(prompt, Encoded)
     return site.client.model.tokenizer.decode(prompt.ids)
+
+
+def wait_until_kept(page: Page, site: Site, facts: str) -> None:
+    """An answer is kept while it comes, and once more when it is whole: another tab then shows its `facts`."""
+    tab = page.context.new_page()
+
+    def shows() -> bool:
+        page.bring_to_front()  # behind another tab a page draws, and keeps, nothing
+        page.wait_for_timeout(500)
+        tab.bring_to_front()
+        visit(tab, site)
+        for _ in range(50):  # then it was opened before that was kept
+            if tab.locator(".facts", has_text=facts).count():
+                return True
+            tab.wait_for_timeout(100)
+        return False
+
+    until(tab, shows)
+    tab.close()
+    page.bring_to_front()

@@ -12,14 +12,18 @@ from pathlib import Path
 from shoal import Engine, Model, Request
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
+from shoal.api.drain import Drain
+from shoal.api.middleware import OPEN_PATHS
 from shoal.api.page import chat_page
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.engine.events import Event
 from shoal.engine.front import AsyncEngine
+from shoal.engine.metrics import FAMILIES, Samples
 from tests.serving import Thread, in_a_thread
 
 SECONDS_A_TOKEN = 0.02
+PIECE = 40  # characters
 
 
 @dataclass
@@ -30,23 +34,30 @@ class Readable:
     model: Model
     requests: list[Request] = field(default_factory=list)
     most: int | None = None  # tokens that any answer gets to for now
+    says: str = ""  # instead of the model's letters, a few characters a token
+    told: dict[str, float] = field(default_factory=dict)  # beside what the engine counts, as engines on Ray tell it
 
     async def batches(self, request: Request) -> AsyncIterator[list[Event]]:
         self.requests.append(request)
         letters = {i for i in range(self.model.config.vocab) if self.model.tokenizer.token_bytes(i).isalpha()}
         bias = {i: -100.0 for i in range(self.model.config.vocab) if i not in letters}
         letters_only = replace(request, sampling=replace(request.sampling, logit_bias=bias))
-        said = 0
+        said, left = 0, self.says
         async with aclosing(self.engine.generate(letters_only)) as events:
             async for event in events:
                 while self.most is not None and said >= self.most:
                     await asyncio.sleep(SECONDS_A_TOKEN)
                 await asyncio.sleep(SECONDS_A_TOKEN)
-                yield [event]
+                piece, left = left[:PIECE], left[PIECE:]
+                yield [replace(event, text=piece) if self.says else event]
                 said += 1
 
-    async def stats(self) -> dict[str, float]:
-        return await self.engine.stats()
+    async def stats(self) -> Samples:
+        told = {FAMILIES[name].sample(): value for name, value in self.told.items()}
+        return {**await self.engine.stats(), **told}
+
+    async def info(self) -> list[dict[str, str]]:
+        return await self.engine.info()
 
     async def check_health(self) -> None:
         await self.engine.check_health()
@@ -57,6 +68,7 @@ class Site:
     thread: Thread
     client: Readable  # of the first model
     last: Readable  # of the last, which may be the first
+    drain: Drain
 
     @property
     def url(self) -> str:
@@ -64,6 +76,15 @@ class Site:
 
     def stat(self, name: str) -> float:
         return self.thread.run(self.client.stats())[name]
+
+    @contextmanager
+    def saying(self, text: str) -> Iterator[None]:
+        """The model's answers are `text` meanwhile."""
+        self.client.says = text
+        try:
+            yield
+        finally:
+            self.client.says = ""
 
     @contextmanager
     def held(self, most: int) -> Iterator[None]:
@@ -75,21 +96,31 @@ class Site:
             self.client.most = None
 
 
-@contextmanager
-def site(
-    keys: ApiKeys | None = None, runs: Path | None = None, *, lost: bool = False, beside: Model | None = None
-) -> Iterator[Site]:
-    """`lost`: the pages look for the API where there is none. `beside`: a second model."""
-    models = {"fish": Model.from_preset("test", seed=3)} | ({"minnow": beside} if beside else {})
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def site(
+    keys: ApiKeys | None = None,
+    runs: Path | None = None,
+    *,
+    lost: bool = False,
+    beside: Model | None = None,
+    port: int | None = None,
+) -> Iterator[Site]:
+    """`lost`: the pages look for the API where there is none. `beside`: a second model. `port`: None for a free one."""
+    models = {"fish": Model.from_preset("test", seed=3)} | ({"minnow": beside} if beside else {})
+    port = port or free_port()
     clients = [Readable(AsyncEngine(Engine(model)), model) for model in models.values()]
     hosted = [
         Hosted(ServedModel(name, model.config, model.tokenizer, model.chat_template), client)
         for (name, model), client in zip(models.items(), clients, strict=True)
     ]
     page = chat_page(f"http://127.0.0.1:{1 if lost else port}/v1", "fish")
-    app = build_app(hosted, api_keys=keys, runs=runs, ui_mount=page)
+    drain = Drain(OPEN_PATHS)
+    app = build_app(hosted, api_keys=keys, runs=runs, ui_mount=page, drain=drain)
     with in_a_thread(app, [client.engine for client in clients], port) as thread:
-        yield Site(thread, clients[0], clients[-1])
+        yield Site(thread, clients[0], clients[-1], drain)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from shoal import Model
 from tests.browser.driving import ask, most_tokens, until, visit
+from tests.browser.runs import START, evaluation, say, step
 from tests.browser.site import Site, site
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.drill]
 
 CHATS, TOOLS = ("", "customer-service", "code", "medicine"), ("compare", "training", "service")
 TAGS = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa")
@@ -28,6 +31,29 @@ LAST_IN_SIGHT = """() => {
   const last = [...document.querySelectorAll('.facts')].at(-1).getBoundingClientRect();
   return box.top <= last.top && last.bottom <= box.bottom;
 }"""
+
+# words of tables that are on two lines
+BROKEN = """() => [...document.querySelectorAll('td, th, caption')].flatMap((cell) => {
+  const texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+  const found = [];
+  for (let text = texts.nextNode(); text; text = texts.nextNode()) {
+    for (const word of text.data.matchAll(/[\\p{L}\\p{N}]+/gu)) {
+      const range = document.createRange();
+      range.setStart(text, word.index);
+      range.setEnd(text, word.index + word[0].length);
+      if (new Set([...range.getClientRects()].map(({ top }) => Math.round(top))).size > 1) found.push(word[0]);
+    }
+  }
+  return found;
+})"""
+TABLE = """Here:
+
+| depth | layers of the network | tokens per second | characteristically |
+|---|---|---|---|
+| shallow | 2 | 10,591 | approximately |
+| middle | 4 | 7,488 | interchangeable |
+| full | 8 | 3,858 | incomprehensible |
+"""
 
 
 def open_page(page: Page, site: Site, path: str) -> None:
@@ -92,14 +118,8 @@ def test_a_chat_needs_no_mouse_and_every_stop_on_the_way_has_a_name(page: Page, 
         page.keyboard.press("Tab")
     assert all(name for _, name in stops), stops
     names = [name for _, name in stops]
-    wanted = [
-        "Chat",
-        "Service",
-        "Message",
-        "auto, by the question",
-        "New chat",
-        "Save as JSON",
-    ]  # as they stand on the page
+    # as they stand on the page
+    wanted = ["Chat", "Service", "Message", "auto, by the question", "New chat", "Save as JSON"]
     assert [name for name in names if name in wanted] == wanted, names
     page.get_by_label("Message", exact=True).focus()
     page.keyboard.type("Hello?")
@@ -116,6 +136,35 @@ def test_no_page_is_wider_than_a_phone(page: Page, open_site: Site) -> None:
         open_page(page, open_site, path)
         assert page.evaluate("() => document.scrollingElement.scrollWidth") <= 360, path or "chat"
         assert not page.locator(".nav-holder").is_visible(), "Gradio's own list of pages"
+
+
+def test_on_a_phone_no_word_of_a_table_is_broken(page: Page, strangers: list[str], tmp_path: Path) -> None:
+    say(tmp_path, "one/pretrain", START, step(1), evaluation(1))
+    page.set_viewport_size({"width": 390, "height": 844})
+    with site(beside=Model.from_preset("test", seed=3).quantized(), runs=tmp_path) as both:
+        for client in (both.client, both.last):
+            client.told = {"num_replicas": 2.0, "num_replicas_starting": 0.0}
+        open_page(page, both, "service")
+        page.get_by_role("region", name="Models at present").wait_for()
+        both.client.told = {"num_replicas": 1.0, "num_replicas_starting": 1.0}
+        page.get_by_text("1 of 2 replicas lost").wait_for()
+        assert page.evaluate(BROKEN) == []
+        open_page(page, both, "training")
+        page.get_by_role("heading", name="one/pretrain").wait_for()
+        page.get_by_text("Held-out bits a byte, by depth").wait_for()
+        assert page.evaluate(BROKEN) == []
+        page.goto(f"{both.url}/ui/")
+        page.get_by_text("fish · 4 layers").wait_for()
+        most_tokens(page, 30)
+        with both.saying(TABLE):
+            ask(page, "Compare the depths.")
+            page.locator(".facts").wait_for()
+        assert page.locator("#chat table td").count() == 12
+        assert page.evaluate(BROKEN) == []
+        assert page.evaluate("() => document.scrollingElement.scrollWidth") <= 390, (
+            "the table scrolls, and not the page"
+        )
+        page.goto("about:blank")
 
 
 def test_on_a_phone_the_last_words_stay_in_sight(page: Page, open_site: Site) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from shoal.api.auth import ApiKeys
 from shoal.inputs.chat import Encoded
-from tests.browser.driving import ask, most_tokens, told, until, visit, words
+from tests.browser.driving import ask, most_tokens, told, until, visit, wait_until_kept, words
 from tests.browser.site import Site, site
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def test_a_picture_is_uploaded_and_seen_by_the_model(page: Page, open_site: Site
 @pytest.mark.parametrize(
     "example", ["Where is my kettle?", "Write a function", "What colour is this shape?", "Summarise a function"]
 )
+@pytest.mark.drill
 def test_each_example_is_answered(page: Page, open_site: Site, example: str) -> None:
     visit(page, open_site)
     most_tokens(page, 4)
@@ -73,6 +74,7 @@ def test_each_example_is_answered(page: Page, open_site: Site, example: str) -> 
     assert isinstance(prompt, Encoded) and len(prompt.images) == (example == "What colour is this shape?")
 
 
+@pytest.mark.drill
 def test_stop_ends_the_answer_and_frees_the_engine(page: Page, open_site: Site) -> None:
     cancelled = open_site.stat("requests_cancelled_total")
     visit(page, open_site)
@@ -95,6 +97,118 @@ def test_stop_ends_the_answer_and_frees_the_engine(page: Page, open_site: Site) 
     assert "Go on and on." in told(open_site), "what was said before the stop stays part of the conversation"
 
 
+@pytest.mark.drill
+def test_while_no_word_comes_the_page_says_for_how_long_and_a_stop_leaves_two_questions_apart(
+    page: Page, open_site: Site
+) -> None:
+    cancelled = open_site.stat("requests_cancelled_total")
+    visit(page, open_site)
+    most_tokens(page, 300)
+    with open_site.held(0):
+        ask(page, "Are you there?")
+        page.get_by_text("Waiting for the first word, 4 s").wait_for()
+        page.get_by_label("Stop").click()
+        page.get_by_text("Stopped before the first word.").wait_for()
+        page.get_by_label("Submit").wait_for()
+    until(page, lambda: open_site.stat("requests_cancelled_total") == cancelled + 1)
+    most_tokens(page, 4)
+    assert page.get_by_text("Waiting for the first word").count() == 0
+    ask(page, "And now?")
+    page.locator(".facts").nth(1).wait_for()
+    assert [text.strip() for text in page.locator(".message.user").all_inner_texts()] == ["Are you there?", "And now?"]
+    assert page.locator(".message.bot").count() == 2
+    assert "Are you there?" not in told(open_site), "a question without an answer is not heard"
+
+
+@pytest.mark.drill
+def test_a_stop_at_once_leaves_two_questions_apart_as_well(page: Page, open_site: Site) -> None:
+    visit(page, open_site)
+    most_tokens(page, 4)
+    with open_site.held(0):
+        ask(page, "Are you there?")
+        page.get_by_label("Stop").click()
+        page.get_by_text("Stopped before the first word.").wait_for()
+    ask(page, "And now?")
+    page.locator(".facts").nth(1).wait_for()
+    assert page.locator(".message.user").count() == page.locator(".message.bot").count() == 2
+
+
+@pytest.mark.drill
+def test_an_answer_that_stalls_says_for_how_long(page: Page, open_site: Site) -> None:
+    visit(page, open_site)
+    most_tokens(page, 30)
+    with open_site.held(5):
+        ask(page, "Go on.")
+        page.locator(".waiting").get_by_text("No further word, 4 s").wait_for()
+    page.locator(".facts").wait_for()
+    assert page.locator(".waiting").count() == 0
+
+
+@pytest.mark.drill
+def test_a_page_that_was_left_in_the_middle_of_an_answer_says_so(page: Page, open_site: Site) -> None:
+    visit(page, open_site)
+    most_tokens(page, 300)
+    with open_site.held(20):
+        ask(page, "Go on and on.")
+        page.locator(".sofar").get_by_text(" 20 tokens ").wait_for(state="attached")
+        page.wait_for_function("() => document.querySelector('#earlier input').value === 'Go on and on.'")
+        page.wait_for_timeout(1500)  # the last words are kept as well
+        visit(page, open_site)
+    facts = words(page, ".facts")
+    assert facts.startswith("depth full") and "stopped" not in facts
+    assert re.search(r" tokens? · .*, cut off after [\d.]+ s, when the page was left$", facts), facts
+
+
+def test_retry_and_undo_do_what_they_say_and_nothing_while_an_answer_comes(page: Page, open_site: Site) -> None:
+    visit(page, open_site)
+    most_tokens(page, 4)
+    ask(page, "Where is my kettle?")
+    page.locator(".facts").wait_for()
+    before = len(open_site.client.requests)
+    page.locator("button[aria-label=Retry]").click()
+    until(page, lambda: len(open_site.client.requests) == before + 1)
+    page.locator(".facts").wait_for()
+    page.get_by_label("Submit").wait_for()
+    with open_site.held(2):
+        ask(page, "And my lamp?")
+        page.locator(".sofar").get_by_text(" 2 tokens ").wait_for(state="attached")
+        page.evaluate(
+            "() => { for (const name of ['Retry', 'Undo']) document.querySelector(`[aria-label=${name}]`)?.click(); }"
+        )
+        assert page.get_by_label("Stop").is_visible()
+    page.locator(".facts").nth(1).wait_for()
+    page.get_by_label("Submit").wait_for()
+    assert len(open_site.client.requests) == before + 2 and page.locator(".message.user").count() == 2
+    page.locator("button[aria-label=Undo]").click()
+    until(page, lambda: page.get_by_label("Message", exact=True).input_value() == "And my lamp?")
+    assert page.locator(".message.user").count() == page.locator(".message.bot").count() == 1
+    page.get_by_label("Message", exact=True).fill("  ")
+    page.keyboard.press("Enter")
+    ask(page, "And my lamp?")
+    page.locator(".facts").nth(1).wait_for()
+    assert "Where is my kettle?" in told(open_site) and len(open_site.client.requests) == before + 3, (
+        "a blank is no question"
+    )
+
+
+@pytest.mark.drill
+def test_another_conversation_ends_the_answer_of_the_one_before(page: Page, open_site: Site) -> None:
+    cancelled = open_site.stat("requests_cancelled_total")
+    visit(page, open_site)
+    most_tokens(page, 300)
+    with open_site.held(20):
+        ask(page, "Go on and on.")
+        words(page, ".message.bot")
+        page.get_by_role("button", name="New chat").click()
+        page.locator("#chat .example").first.wait_for()
+        until(page, lambda: open_site.stat("requests_cancelled_total") == cancelled + 1)
+    most_tokens(page, 4)
+    ask(page, "Hello?")
+    page.locator(".facts").wait_for()
+    assert page.locator(".message.user").all_inner_texts() == ["Hello?"]
+
+
+@pytest.mark.drill
 def test_a_tab_that_is_closed_frees_the_engine(page: Page, open_site: Site) -> None:
     cancelled = open_site.stat("requests_cancelled_total")
     tab = page.context.new_page()
@@ -115,8 +229,8 @@ def test_what_is_set_reaches_the_engine_and_the_curl_command(page: Page, open_si
     temperature.fill("0.7")
     temperature.press("Tab")
     page.get_by_role("button", name="More settings").click()
-    page.get_by_label("System prompt").fill("Speak like a fish.")
     assert page.get_by_label("Seed").input_value() == page.get_by_label("Tolerance").input_value() == ""
+    page.get_by_label("System prompt").fill("Speak like a fish.")
     page.get_by_label("Seed").fill("7")
     page.get_by_label("Tolerance").fill("0.25")
     top_p = page.get_by_label("number input for Top-p")
@@ -134,6 +248,7 @@ def test_what_is_set_reaches_the_engine_and_the_curl_command(page: Page, open_si
     assert "Who are you?" in command and "Authorization" not in command
 
 
+@pytest.mark.drill
 def test_conversations_are_kept_in_the_browser_and_exported(page: Page, open_site: Site) -> None:
     visit(page, open_site)
     most_tokens(page, 4)
@@ -141,7 +256,7 @@ def test_conversations_are_kept_in_the_browser_and_exported(page: Page, open_sit
     page.locator(".facts").wait_for()
     facts, said = page.locator(".facts").inner_text(), page.locator(".message.bot").inner_text()
     page.wait_for_function("() => document.querySelector('#earlier input').value === 'The first one.'")
-    _wait_until_kept(page, open_site, facts)
+    wait_until_kept(page, open_site, facts)
     visit(page, open_site)  # again: it is there
     page.locator(".facts").wait_for()
     assert (page.locator(".facts").inner_text(), page.locator(".message.bot").inner_text()) == (facts, said)
@@ -152,7 +267,7 @@ def test_conversations_are_kept_in_the_browser_and_exported(page: Page, open_sit
     page.locator(".facts").wait_for()
     assert "The first one." not in told(open_site)
     page.wait_for_function("() => document.querySelector('#earlier input').value === 'The second one.'")
-    _wait_until_kept(page, open_site, page.locator(".facts").inner_text())
+    wait_until_kept(page, open_site, page.locator(".facts").inner_text())
     page.get_by_label("Submit").wait_for()  # what comes after an answer takes the focus, and would close a list
     page.get_by_label("Conversations").click()
     page.get_by_role("option", name="The first one.").click()
@@ -169,11 +284,12 @@ def test_conversations_are_kept_in_the_browser_and_exported(page: Page, open_sit
     assert page.locator(".message").count() == 0, "each page keeps its own conversations"
 
 
+@pytest.mark.drill
 def test_a_page_that_opens_writes_no_conversations(page: Page, open_site: Site) -> None:
     visit(page, open_site)
     most_tokens(page, 4)
     ask(page, "Keep this.")
-    _wait_until_kept(page, open_site, page.locator(".facts").inner_text())
+    wait_until_kept(page, open_site, page.locator(".facts").inner_text())
     page.add_init_script(WRITTEN)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url) if "/queue/join" in request.url else None)
@@ -185,26 +301,7 @@ def test_a_page_that_opens_writes_no_conversations(page: Page, open_site: Site) 
         assert len(written) == len(set(written)), "only what Gradio writes itself when it has read it"
 
 
-def _wait_until_kept(page: Page, site: Site, facts: str) -> None:
-    """An answer is kept while it comes, and once more when it is whole: another tab then shows its `facts`."""
-    tab = page.context.new_page()
-
-    def shows() -> bool:
-        page.bring_to_front()  # behind another tab a page draws, and keeps, nothing
-        page.wait_for_timeout(500)
-        tab.bring_to_front()
-        visit(tab, site)
-        for _ in range(50):  # then it was opened before that was kept
-            if tab.locator(".facts", has_text=facts).count():
-                return True
-            tab.wait_for_timeout(100)
-        return False
-
-    until(tab, shows)
-    tab.close()
-    page.bring_to_front()
-
-
+@pytest.mark.drill
 def test_an_assistant_tells_the_model_who_it_is_and_medicine_tells_the_reader_what_it_is_not(
     page: Page, open_site: Site
 ) -> None:
@@ -217,6 +314,7 @@ def test_an_assistant_tells_the_model_who_it_is_and_medicine_tells_the_reader_wh
     assert page.get_by_role("note").is_visible()
 
 
+@pytest.mark.drill
 def test_a_seed_that_is_no_number_is_refused_in_one_line(page: Page, open_site: Site) -> None:
     visit(page, open_site)
     page.get_by_role("button", name="More settings").click()
@@ -227,18 +325,34 @@ def test_a_seed_that_is_no_number_is_refused_in_one_line(page: Page, open_site: 
     assert len(open_site.client.requests) == asked
 
 
-def test_an_error_of_the_api_is_one_line_and_the_chat_goes_on(page: Page, open_site: Site) -> None:
+@pytest.mark.drill
+def test_more_tokens_than_fit_are_cut_to_those_that_do_and_the_page_says_so(page: Page, open_site: Site) -> None:
     visit(page, open_site)
     most_tokens(page, 383)
-    ask(page, "This does not fit.")
+    ask(page, "Go on.")
+    facts = page.locator(".facts").inner_text()
+    assert facts.endswith("cut off: the conversation fills the 384 tokens of context")
+    assert open_site.client.requests[-1].sampling.max_tokens < 383
+    page.get_by_role("button", name="The last request as curl").click()
+    page.locator("#curl .cm-content").get_by_text('"stream": true').wait_for()
+    assert '"max_tokens"' not in page.locator("#curl .cm-content").inner_text(), "the command is what was sent"
+    ask(page, "Go on.")
+    page.locator(".fault").get_by_text("does not fit the model's 384 tokens of context: begin a new one").wait_for()
+
+
+@pytest.mark.drill
+def test_an_error_of_the_api_is_one_line_and_the_chat_goes_on(page: Page, open_site: Site) -> None:
+    visit(page, open_site)
+    ask(page, "This does not fit. " * 200)
     line = page.get_by_role("alert").inner_text()
-    assert "this model's maximum context length is 384 tokens" in line and "\n" not in line
+    assert "The conversation does not fit the model's 384 tokens of context" in line and "\n" not in line
     most_tokens(page, 4)
     ask(page, "This does.")
     page.locator(".facts").wait_for()
     assert "does not fit" not in told(open_site)
 
 
+@pytest.mark.drill
 def test_a_server_with_keys_asks_for_one_and_the_browser_remembers_it(page: Page, strangers: list[str]) -> None:
     with site(ApiKeys([KEY])) as locked:
         page.goto(f"{locked.url}/ui/service")

@@ -12,7 +12,7 @@ from tests.browser.site import Site
 if TYPE_CHECKING:
     from playwright.sync_api import Page, Request
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.drill]
 
 STREAM = "/queue/data"  # of answers
 FROM = "const from = (asked, path) => new URL(asked.url ?? asked, location).pathname.endsWith(path);"

@@ -36,7 +36,7 @@ def commands() -> dict[str, list[Option]]:
 def _functions(app: typer.Typer, words: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
     for command in app.registered_commands:
         assert command.callback is not None
-        yield f"{words}{command.name or command.callback.__name__.replace('_', '-')}", command.callback
+        yield f"{words}{command.name or command.callback.__name__.lower().replace('_', '-')}", command.callback
     for group in app.registered_groups:
         assert group.typer_instance is not None
         yield from _functions(group.typer_instance, f"{words}{group.name} ")
@@ -51,7 +51,8 @@ def _options(function: Callable[..., Any]) -> Iterator[Option]:
         kinds = [each for each in get_args(kind) or (kind,) if each is not type(None)]
         dashed = name.replace("_", "-")
         # beside Annotated, what is given to Option first is its name, though typer keeps it where a default would be
-        names = tuple(n for n in (info.default, *(info.param_decls or ())) if isinstance(n, str))
+        given = [n for n in (info.default, *(info.param_decls or ())) if isinstance(n, str)]
+        names = tuple(name for switch in given for name in switch.split("/"))
         if isinstance(info, OptionInfo):
             names = names or ((f"--{dashed}", f"--no-{dashed}") if kinds == [bool] else (f"--{dashed}",))
         else:

@@ -15,7 +15,7 @@ from shoal import Model, cli
 from shoal.errors import ConfigError
 from tests.contracts.commands import commands
 
-UNITS = "seconds|minutes|tokens|passes|updates|workers|port|runs|seed|share|micro-batches"
+UNITS = "seconds|minutes|tokens|passes|updates|workers|port|runs|seed|share|micro-batches|questions|CPUs|0 is greedy"
 
 
 # Options that say by themselves what happens without them.
@@ -74,7 +74,7 @@ def test_what_stands_in_brackets_is_shown() -> None:
         ("finetune --model nowhere --data rows.jsonl --out run", "nowhere is not a model directory"),
         ("quantize --model nowhere --data rows.jsonl --out out", "nowhere is not a model directory"),
         ("quantize --model nowhere --data rows.jsonl --out out --no-train", "nowhere is not a model directory"),
-        ("serve --model nowhere --no-ray --no-ui", "model directory has no config.json: got 'nowhere'"),
+        ("serve --model nowhere --no-ray --no-ui", "nowhere is not a model directory"),
         ("pretrain --data nowhere --out run --steps 1 --preset test", "nowhere"),
         ("prepare --out data --source notes=nowhere", "nowhere"),
         ("prepare --out data --source notes=empty", "empty"),

@@ -176,7 +176,7 @@ def test_every_node_runs_the_same_ray_with_a_token() -> None:
         assert spec["authOptions"]["mode"] == "token"
         pods = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
         assert len({c["image"] for pod in pods for c in pod["template"]["spec"]["containers"]}) == 1
-    assert f"rayproject/ray:{pinned[1]}-" in (CLUSTERS / "kuberay.yaml").read_text()
+    assert f"rayproject/ray:{pinned[1]}-" in (ROOT / "Dockerfile").read_text()
 
 
 def test_the_local_file_is_a_runtime_environment() -> None:

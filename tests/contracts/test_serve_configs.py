@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("ray")
 
+from shoal import config, quickstart
+from shoal.api.serve_args import ServeArgs, parse_replicas
 from shoal.errors import ConfigError
 from shoal.on_ray.serve import SERVE_SETTINGS
-from shoal.on_ray.serve_config import IMPORT_PATH, ServeArgs, load_serve_config, parse_replicas, serve_config
+from shoal.on_ray.serve_config import IMPORT_PATH, load_serve_config, serve_config
 
 FOLDER = Path(__file__).parents[2] / "serve_configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -34,6 +37,17 @@ def test_the_local_config_stays_on_this_machine() -> None:
     assert (deploy.http_options.host, deploy.http_options.port) == ("127.0.0.1", 9000)
     args = deploy.applications[0].args
     assert (args["model"], args["min_replicas"], args["max_replicas"]) == ("some/model", 1, 2)
+
+
+def test_the_quickstart_serves_as_the_local_config_says() -> None:
+    """It is written twice, since an installed package has no such file."""
+    of_file = load_serve_config(FOLDER / "local.yaml", port=9000, model="a/model")
+    of_quickstart = serve_config(replace(quickstart.SERVED, model="a/model"), port=9000)
+    assert of_quickstart.http_options == of_file.http_options
+    assert of_quickstart.proxy_location == of_file.proxy_location
+    (one,), (other,) = of_quickstart.applications, of_file.applications
+    assert config.load(ServeArgs, one.args) == config.load(ServeArgs, other.args)
+    assert one.model_dump(exclude={"args"}) == other.model_dump(exclude={"args"})
 
 
 def test_the_cluster_s_config_sets_what_shoal_serve_sets_by_itself() -> None:

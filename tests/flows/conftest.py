@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import openai
@@ -57,9 +59,15 @@ def running(model: Model, *, backlog: int = 256, limits: Limits | None = None, *
     """A service over an engine with `options`."""
     served = ServedModel("fish", model.config, model.tokenizer, model.chat_template)
     engine = AsyncEngine(Engine(model, **options), backlog=backlog)
-    app = build_app([Hosted(served, engine)], api_keys=ApiKeys([KEY]), limits=limits or Limits(seconds=60))
-    with in_a_thread(app, [engine]) as thread:
-        yield Service(thread, model, engine)
+    with TemporaryDirectory() as batches:
+        app = build_app(
+            [Hosted(served, engine)],
+            api_keys=ApiKeys([KEY]),
+            limits=limits or Limits(seconds=60),
+            batches=Path(batches),
+        )
+        with in_a_thread(app, [engine]) as thread:
+            yield Service(thread, model, engine)
 
 
 @pytest.fixture(scope="package")

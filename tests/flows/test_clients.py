@@ -1,11 +1,11 @@
-"""The clients that people have, against the running service: the official openai package, langchain, litellm, lm-eval."""
+"""The clients that people have, against the running service: the official openai package, langchain, litellm, lm-eval, and
+what runs agents."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from shoal import Model
 from shoal.inputs.tokenizer import END_ID
+from tests.extra import package
 from tests.flows.conftest import KEY, Service, running
 
 MESSAGES: list[Any] = [{"role": "user", "content": "How deep is the sea?"}]
@@ -31,13 +32,6 @@ class Catch(BaseModel):
     model_config = ConfigDict(extra="forbid")
     fish: Literal["cod", "eel"]
     deep: bool
-
-
-def package(name: str) -> Any:
-    """A client of the extra `clients`; the test is skipped where that is not installed, but never in CI."""
-    if "CI_CLIENTS_REQUIRED" in os.environ:
-        return importlib.import_module(name)
-    return pytest.importorskip(name, reason="`make clients` installs it")
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +147,158 @@ class TestOpenAI:
         refused = service.stats()["requests_refused_total"]
         assert len(asyncio.run(burst())) == 24
         assert service.stats()["requests_refused_total"] > refused
+
+
+RESPONSE: dict[str, Any] = {"model": "fish", "input": "How deep is the sea?", "max_output_tokens": 12, "temperature": 0}
+
+
+class TestResponses:
+    """The same package's newer API."""
+
+    def test_whole_streamed_and_async_say_what_the_chat_does(self, service: Service, client: openai.OpenAI) -> None:
+        chat = client.chat.completions.create(model="fish", messages=MESSAGES, max_tokens=12, temperature=0)
+        whole = client.responses.create(**RESPONSE)
+        events = list(client.responses.create(**RESPONSE, stream=True))
+        pieces = [event.delta for event in events if event.type == "response.output_text.delta"]
+        assert events[-1].type == "response.incomplete"
+        built = events[-1].response
+
+        async def ask() -> str:
+            async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key=KEY, max_retries=0) as others:
+                return (await others.responses.create(**RESPONSE)).output_text
+
+        expected = chat.choices[0].message.content
+        assert whole.output_text == "".join(pieces) == built.output_text == asyncio.run(ask()) == expected
+        assert whole.usage is not None and chat.usage is not None and built.usage is not None
+        assert whole.usage.output_tokens == built.usage.output_tokens == chat.usage.completion_tokens
+        assert whole.usage.input_tokens == chat.usage.prompt_tokens
+        assert whole.incomplete_details is not None and whole.incomplete_details.reason == "max_output_tokens"
+
+    def test_every_answer_is_of_its_type_to_the_letter(self, client: openai.OpenAI) -> None:
+        tool: Any = {"type": "function", "name": "log", "parameters": Catch.model_json_schema(), "strict": True}
+        fields: dict[str, Any] = {**RESPONSE, "max_output_tokens": 200, "tools": [tool], "tool_choice": "required"}
+        shaped: dict[str, Any] = {
+            "text": {"format": {"type": "json_schema", "name": "x", "schema": Catch.model_json_schema()}}
+        }
+        answers = [client.responses.create(**RESPONSE, **shaped), client.responses.create(**fields)]
+        for given in (RESPONSE, fields):
+            answers += client.responses.create(**given, stream=True)
+        for answer in answers:
+            type(answer).model_validate(answer.model_dump(warnings="error", by_alias=True), strict=False)
+
+    def test_parse_gives_the_object_of_a_schema(self, client: openai.OpenAI) -> None:
+        fields: dict[str, Any] = {**RESPONSE, "max_output_tokens": 200}
+        answer = client.responses.parse(**fields, text_format=Catch)
+        assert isinstance(answer.output_parsed, Catch)
+        with client.responses.stream(**fields, text_format=Catch) as stream:
+            assert stream.get_final_response().output_parsed == answer.output_parsed
+
+    def test_a_tool_is_called_and_its_result_goes_back(self, client: openai.OpenAI) -> None:
+        tool: Any = openai.pydantic_function_tool(Catch, name="log_catch")["function"]
+        fields: dict[str, Any] = {**RESPONSE, "max_output_tokens": 200, "tools": [{"type": "function", **tool}]}
+        for choice in ("required", {"type": "function", "name": "log_catch"}):
+            answer = client.responses.parse(**fields, tool_choice=choice)
+            (call,) = answer.output
+            assert call.type == "function_call"
+            Catch.model_validate(call.parsed_arguments)
+            with client.responses.stream(**fields, tool_choice=choice) as stream:
+                (again,) = stream.get_final_response().output
+            assert again.type == "function_call" and again.arguments == call.arguments
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "noted"}
+        history: Any = [*MESSAGES, *(item.to_dict() for item in answer.output), result]
+        for item in history:
+            item.pop("parsed_arguments", None)  # the helper's own
+        last = client.responses.create(**{**fields, "input": history, "max_output_tokens": 12}, tool_choice="none")
+        assert last.output[0].type == "message"
+
+    def test_what_would_need_kept_texts_is_refused(self, client: openai.OpenAI) -> None:
+        fields: tuple[dict[str, Any], ...] = ({"store": True}, {"previous_response_id": "resp_1"})
+        for given in fields:
+            with pytest.raises(openai.BadRequestError, match="not kept"):
+                client.responses.create(**RESPONSE, **given)
+        with pytest.raises(openai.NotFoundError, match="none is kept"):
+            client.responses.retrieve("resp_1")
+
+
+@pytest.fixture(scope="module")
+def claude(service: Service) -> Any:
+    module = package("anthropic")
+    return module.Anthropic(base_url=service.url, api_key=KEY, max_retries=0, timeout=30)
+
+
+GREEDY = {"extra_body": {"temperature": 0}}  # which this client knows no more
+ASKED: dict[str, Any] = {"model": "fish", "max_tokens": 12, "messages": MESSAGES, **GREEDY}
+LOG_CATCH = {"name": "log_catch", "description": "Logs one", "input_schema": Catch.model_json_schema()}
+
+
+class TestAnthropic:
+    def test_whole_streamed_and_async_say_what_the_chat_does(
+        self, claude: Any, client: openai.OpenAI, service: Service
+    ) -> None:
+        chat = client.chat.completions.create(model="fish", messages=MESSAGES, max_tokens=12, temperature=0)
+        (block,) = claude.messages.create(**ASKED).content
+        with claude.messages.stream(**ASKED) as stream:
+            pieces = list(stream.text_stream)
+            built = stream.get_final_message()
+
+        async def ask() -> str:
+            module = package("anthropic")
+            async with module.AsyncAnthropic(base_url=service.url, api_key=KEY, max_retries=0) as others:
+                return (await others.messages.create(**ASKED)).content[0].text
+
+        expected = chat.choices[0].message.content
+        assert block.text == "".join(pieces) == built.content[0].text == asyncio.run(ask()) == expected
+        assert chat.usage is not None
+        assert built.usage.output_tokens == chat.usage.completion_tokens
+        assert built.usage.input_tokens + built.usage.cache_read_input_tokens == chat.usage.prompt_tokens
+        assert built.stop_reason == "max_tokens"
+
+    def test_every_answer_is_of_its_type_to_the_letter(self, claude: Any) -> None:
+        """As of the openai client's: pydantic checks what the client does not."""
+        answers = [claude.messages.create(**ASKED), claude.messages.count_tokens(model="fish", messages=MESSAGES)]
+        answers += claude.messages.create(**ASKED, stream=True)
+        assert {answer.type for answer in answers[2:]} >= {"message_start", "content_block_delta", "message_stop"}
+        for answer in answers:
+            type(answer).model_validate(answer.model_dump(warnings="error"), strict=False)
+
+    def test_a_prompt_is_counted_as_it_is_read(self, claude: Any) -> None:
+        counted = claude.messages.count_tokens(model="fish", messages=MESSAGES, system="Be brief.", tools=[LOG_CATCH])
+        usage = claude.messages.create(**ASKED, system="Be brief.", tools=[LOG_CATCH]).usage
+        assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
+
+    def test_a_tool_is_called_and_its_result_goes_back(self, claude: Any) -> None:
+        fields = {**ASKED, "max_tokens": 200, "tools": [LOG_CATCH]}
+        for choice in ({"type": "any"}, {"type": "tool", "name": "log_catch"}):
+            answer = claude.messages.create(**fields, tool_choice=choice)
+            (call,) = answer.content
+            assert (answer.stop_reason, call.type, call.name) == ("tool_use", "tool_use", "log_catch")
+            Catch.model_validate(call.input)
+            with claude.messages.stream(**fields, tool_choice=choice) as stream:
+                assert stream.get_final_message().content[0].input == call.input
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": "noted"}
+        history = [*MESSAGES, {"role": "assistant", "content": answer.content}, {"role": "user", "content": [result]}]
+        last = claude.messages.create(**{**ASKED, "messages": history}, tools=[LOG_CATCH], tool_choice={"type": "none"})
+        assert last.content[0].type == "text"
+
+    def test_an_answer_goes_on_stops_and_follows_a_schema(self, claude: Any) -> None:
+        free = claude.messages.create(**ASKED).content[0].text
+        begun = {**ASKED, "messages": [*MESSAGES, {"role": "assistant", "content": free[:4]}]}
+        assert free.startswith(free[:4] + claude.messages.create(**{**begun, "max_tokens": 2}).content[0].text[:1])
+        stopped = claude.messages.create(**ASKED, stop_sequences=[free[5:8]])
+        assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", free[5:8])
+        assert stopped.content[0].text == free[: free.index(free[5:8])]
+        shaped = {"format": {"type": "json_schema", "schema": Catch.model_json_schema()}}
+        answer = claude.messages.create(**{**ASKED, "max_tokens": 200}, output_config=shaped)
+        Catch.model_validate_json(answer.content[0].text)
+
+    def test_errors_keep_their_kind(self, claude: Any, service: Service) -> None:
+        module = package("anthropic")
+        with pytest.raises(module.AuthenticationError):
+            module.Anthropic(base_url=service.url, api_key="wrong", max_retries=0).messages.create(**ASKED)
+        with pytest.raises(module.NotFoundError):
+            claude.messages.create(**{**ASKED, "model": "shark"})
+        with pytest.raises(module.BadRequestError, match="temperature"):
+            claude.messages.create(**{**ASKED, "extra_body": {"temperature": -1}})
 
 
 @pytest.fixture(scope="module")
@@ -311,3 +457,102 @@ def scored(model: Model, context: list[int], answer: list[int]) -> tuple[float, 
     rows = logits[len(context) - 1 : -1].log_softmax(-1)
     chosen = rows[range(len(answer)), answer]
     return float(chosen.sum()), bool((rows.argmax(-1).tolist()) == answer)
+
+
+class TestAgents:
+    """OpenAI's Agents SDK, over the Responses API, which is its default, and over chats."""
+
+    @pytest.fixture(params=["OpenAIResponsesModel", "OpenAIChatCompletionsModel"])
+    def agent(self, request: pytest.FixtureRequest, service: Service) -> Any:
+        """``agent(**settings)`` -> (an agent, its client, which is to be closed in the loop that used it)."""
+        agents = package("agents")
+        agents.set_tracing_disabled(True)
+
+        def make(**given: Any) -> tuple[Any, Any]:
+            others = openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key=KEY, max_retries=0, timeout=30)
+            model = getattr(agents, request.param)("fish", others)
+            settings = agents.ModelSettings(temperature=0, max_tokens=given.pop("tokens", 200), **given.pop("more", {}))
+            return agents.Agent(
+                "sailor", instructions="Be brief.", model=model, model_settings=settings, **given
+            ), others
+
+        return make
+
+    def run(self, made: tuple[Any, Any], turns: int = 3) -> Any:
+        async def ask() -> Any:
+            async with made[1]:
+                return await package("agents").Runner.run(made[0], MESSAGES[0]["content"], max_turns=turns)
+
+        return asyncio.run(ask())
+
+    def test_it_answers_whole_and_streamed_and_by_a_schema(self, agent: Any, client: openai.OpenAI) -> None:
+        system = {"role": "system", "content": "Be brief."}
+        asked: list[Any] = [system, *MESSAGES]
+        chat = client.chat.completions.create(model="fish", messages=asked, max_tokens=12, temperature=0)
+        expected = chat.choices[0].message.content
+        made = agent(tokens=12)
+        # by Responses an answer that its length cuts off is an error to the client
+        if "Responses" in type(made[0].model).__name__:
+            with pytest.raises(package("agents").exceptions.ModelBehaviorError, match="max_output_tokens"):
+                self.run(made)
+        else:
+            assert self.run(made).final_output == expected
+
+        async def streamed() -> Any:
+            made, others = agent(output_type=Catch)
+            async with others:
+                result = package("agents").Runner.run_streamed(made, MESSAGES[0]["content"])
+                async for _ in result.stream_events():
+                    pass
+            return result.final_output
+
+        whole = self.run(agent(output_type=Catch)).final_output
+        assert isinstance(whole, Catch) and asyncio.run(streamed()) == whole
+
+    def test_a_tool_is_run_and_what_it_gives_goes_back(self, agent: Any) -> None:
+        caught: list[Catch] = []
+
+        def log_catch(fish: Literal["cod", "eel"], deep: bool) -> str:
+            """Logs one."""
+            caught.append(Catch(fish=fish, deep=deep))
+            return "noted"
+
+        tool = package("agents").function_tool(log_catch)
+        more = {"tool_choice": "required"}
+        made = agent(tools=[tool], more=more, tool_use_behavior="stop_on_first_tool", tokens=100)
+        assert self.run(made).final_output == "noted"
+        result = self.run(agent(tools=[tool], more=more, tokens=100, output_type=Catch))
+        kinds = [type(item).__name__ for item in result.new_items]
+        assert kinds[:2] == ["ToolCallItem", "ToolCallOutputItem"] and len(caught) == 2
+        assert isinstance(result.final_output, Catch)
+
+
+class TestPydanticAi:
+    @pytest.fixture
+    def agent(self, service: Service) -> Any:
+        ai = package("pydantic_ai")
+        models = importlib.import_module("pydantic_ai.models.openai")
+        providers = importlib.import_module("pydantic_ai.providers.openai")
+
+        def make(**given: Any) -> Any:
+            provider = providers.OpenAIProvider(base_url=f"{service.url}/v1", api_key=KEY)
+            settings = {"temperature": 0, "max_tokens": given.pop("tokens", 200)}
+            return ai.Agent(models.OpenAIChatModel("fish", provider=provider), model_settings=settings, **given)
+
+        return make
+
+    def test_it_answers_and_gives_objects(self, agent: Any, client: openai.OpenAI) -> None:
+        ai = package("pydantic_ai")
+        question = MESSAGES[0]["content"]
+        expected = client.chat.completions.create(model="fish", messages=MESSAGES, max_tokens=12, temperature=0)
+
+        async def ask() -> tuple[Any, str, list[Any]]:
+            whole = (await agent(tokens=12).run(question)).output
+            async with agent(tokens=12).run_stream(question) as stream:
+                streamed = await stream.get_output()
+            kinds = (ai.ToolOutput(Catch), ai.NativeOutput(Catch))
+            return whole, streamed, [(await agent(output_type=kind).run(question)).output for kind in kinds]
+
+        whole, streamed, objects = asyncio.run(ask())
+        assert whole == streamed == expected.choices[0].message.content
+        assert all(isinstance(each, Catch) for each in objects) and len(objects) == 2

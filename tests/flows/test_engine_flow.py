@@ -18,7 +18,7 @@ from shoal.errors import ConfigError, ContextLengthError, QueueFullError, Reques
 from shoal.inputs.chat import Encoded, encode_chat
 from shoal.inputs.media import to_patches
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.model.depth import fit_router
+from shoal.model.router import fit_router
 
 DEPTHS = ("shallow", "middle", "full")
 

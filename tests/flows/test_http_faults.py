@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 
 from shoal import Engine, Model
+from shoal.api.fresh import EVERY_SECONDS
 from shoal.api.limits import Limits
 from shoal.engine.runner import Runner
 from tests.flows.conftest import Service, running
@@ -191,6 +192,7 @@ class TestBrokenEngine:
             dead = http.post(CHAT, json={**LONG, "stream": True})
             assert (dead.status_code, dead.json()["error"]["code"]) == (503, "engine_dead")
             assert 1 <= int(dead.headers["retry-after"]) <= 60
+            time.sleep(EVERY_SECONDS)  # what these say is as old as that
             assert [http.get(path).status_code for path in ("/health", "/ready", "/metrics")] == [503, 503, 200]
 
     def fail(self, monkeypatch: pytest.MonkeyPatch, service: Service, times: int) -> None:

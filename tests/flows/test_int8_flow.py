@@ -11,7 +11,7 @@ from shoal import Model, presets
 from shoal.bench.quant import peak_memory
 from shoal.data.batches import heldout_batches
 from shoal.errors import CheckpointError, ResourceError
-from shoal.int8_cost import AGREEMENT, int8_cost, said, too_far
+from shoal.evaluate.int8_cost import AGREEMENT, int8_cost, said, too_far
 from shoal.model import files, int8
 from shoal.model.checkpoint import read
 from shoal.model.linears import fake_quantize_
@@ -80,7 +80,7 @@ def test_a_run_that_learnt_from_another_model_is_not_gone_on_with(data: Path, tr
     fit(plan(1))
     model.net.groups[0].blocks[0].attention_norm.weight.data.mul_(1.01)
     model.save(tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"is of another configuration: got .teacher_sha256: "):
+    with pytest.raises(CheckpointError, match=r"is of another configuration: got .base\.weights_sha256: "):
         fit(plan(2))
 
 

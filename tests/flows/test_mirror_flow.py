@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from shoal import presets
-from shoal.data import s3 as service_settings
 from shoal.errors import CheckpointError
 from shoal.model.net import Net
 from shoal.train import log, mirror
@@ -93,7 +92,7 @@ def test_s3_that_is_down_for_a_while_costs_no_step(
     s3: Service, data: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mirror, "PAUSE", 0.05)
-    monkeypatch.setattr(service_settings, "ATTEMPTS", 2)
+    monkeypatch.setattr("shoal.data.sources.s3.ATTEMPTS", 2)
 
     def go_down(record: log.Record) -> None:
         if record["kind"] == "step" and record["step"] == 1:

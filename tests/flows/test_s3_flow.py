@@ -12,10 +12,10 @@ from PIL import Image
 from shoal import presets
 from shoal.data import remote
 from shoal.data.documents import Document, Skipped, SourceSpec
-from shoal.data.files import list_files
-from shoal.data.read import read
-from shoal.data.s3 import S3
 from shoal.data.shards import INDEX, open_index
+from shoal.data.sources.files import list_files
+from shoal.data.sources.read import read
+from shoal.data.sources.s3 import S3
 from shoal.errors import DataError
 from shoal.train.loop import fit
 from shoal.train.plan import located, pretrain_plan
@@ -60,6 +60,14 @@ def test_a_prefix_is_read_like_a_folder(s3: Service, tmp_path: Path) -> None:
     assert only.name == "a.md"
 
 
+def test_an_image_in_s3_has_the_caption_beside_it(s3: Service, tmp_path: Path) -> None:
+    Image.new("RGB", (24, 24)).save(tmp_path / "d.png")
+    s3.s3.client().upload_file(str(tmp_path / "d.png"), "corpora", "pictures/in/d.png")
+    s3.s3.client().put_object(Bucket="corpora", Key="pictures/in/d.txt", Body=b"a black square\n")
+    (image,) = (item for file in list_files(SourceSpec("s", "s3://corpora/pictures")) for item in read(file))
+    assert isinstance(image, Document) and (image.modality, image.text) == ("image", "a black square")
+
+
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
@@ -84,7 +92,7 @@ def test_slow_down_for_a_while_costs_time_and_nothing_else(s3: Service) -> None:
 
 
 def test_slow_down_without_end_is_one_line(s3: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.data.s3.ATTEMPTS", 2)
+    monkeypatch.setattr("shoal.data.sources.s3.ATTEMPTS", 2)
     s3.slow = 10**6
     with pytest.raises(DataError, match="asked to slow down"):
         list_files(SourceSpec("s", "s3://corpora/slow"), S3(s3.endpoint, "eu-west-1"))  # a client of its own
@@ -93,7 +101,7 @@ def test_slow_down_without_end_is_one_line(s3: Service, monkeypatch: pytest.Monk
 def test_a_good_file_that_s3_does_not_give_ends_the_run_and_is_not_left_out(
     s3: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.data.s3.ATTEMPTS", 2)
+    monkeypatch.setattr("shoal.data.sources.s3.ATTEMPTS", 2)
     for name in ("a.txt", "b.parquet"):
         s3.s3.client().put_object(Bucket="corpora", Key=f"given/{name}", Body=b"good\n")
     files = list_files(SourceSpec("s", "s3://corpora/given"), S3(s3.endpoint, "eu-north-1"))
@@ -143,3 +151,56 @@ def test_a_run_trains_on_its_own_copy_of_a_corpus_in_s3(s3: Service, corpus: Pat
     plan = located(pretrain_plan("test", uri, str(tmp_path / "run"), steps=1))
     assert plan.data == str(remote.local(uri)) and fit(plan).steps == 1
     assert located(plan) == plan
+
+
+def test_the_empty_object_that_a_console_makes_of_a_folder_is_no_file(s3: Service, corpus: Path) -> None:
+    for key in ("made/four/", "made/four/in/", "made/four/.hidden"):
+        s3.s3.client().put_object(Bucket="corpora", Key=key, Body=b"")
+    remote.upload(corpus, "s3://corpora/made/four", S3())
+    assert open_index(remote.local("s3://corpora/made/four")) == open_index(corpus)
+    s3.s3.client().put_object(Bucket="corpora", Key="console/", Body=b"")
+    s3.s3.client().put_object(Bucket="corpora", Key="console/a.txt", Body=b"fine\n")
+    (file,) = list_files(SourceSpec("s", "s3://corpora/console"))
+    assert [item.text for item in read(file) if isinstance(item, Document)] == ["fine\n"]
+
+
+def test_a_fetch_that_is_killed_while_it_checks_leaves_nothing_to_be_taken(
+    s3: Service, corpus: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = "s3://corpora/made/five"
+    remote.upload(corpus, uri, S3())
+    shard = open_index(corpus).shards[0]
+    broken = bytearray((corpus / shard.file).read_bytes())
+    broken[len(broken) // 2] ^= 1
+    s3.s3.client().put_object(Bucket="corpora", Key=f"made/five/{shard.file}", Body=bytes(broken))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote.hashlib, "file_digest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remote.local(uri)
+    assert not list(cache.rglob(INDEX))
+    with pytest.raises(DataError, match=f"sha256 of {shard.file}"):
+        remote.local(uri)
+
+
+def test_another_tokenizer_beside_the_shards_is_refused(s3: Service, corpus: Path) -> None:
+    remote.upload(corpus, "s3://corpora/made/six", S3())
+    s3.s3.client().put_object(Bucket="corpora", Key="made/six/tokenizer.json", Body=b"{}")
+    with pytest.raises(DataError, match=r"sha256 of tokenizer\.json"):
+        remote.local("s3://corpora/made/six")
+
+
+def test_an_index_that_names_files_elsewhere_is_refused_and_nothing_is_touched(
+    s3: Service, corpus: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "precious"
+    outside.write_text("keep me")
+    remote.upload(corpus, "s3://corpora/made/seven", S3())
+    index = (corpus / INDEX).read_text().replace(open_index(corpus).shards[0].file, str(outside))
+    s3.s3.client().put_object(Bucket="corpora", Key=f"made/seven/{INDEX}", Body=index.encode())
+    with pytest.raises(DataError, match="names of files in its folder"):
+        remote.local("s3://corpora/made/seven")
+    assert outside.read_text() == "keep me"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -14,8 +15,13 @@ from shoal.on_ray.engines import EngineReplica
 STEP_SECONDS = 0.01  # else the test model's streams may have ended at the engine before the last of them has begun
 
 
+BREAKS = "breaks.txt"  # a file of a model directory that no replica can load
+
+
 class Breakable(EngineReplica):
     def _load(self, directory: str) -> Any:
+        if Path(directory, BREAKS).exists():
+            raise MemoryError
         front: Any = super()._load(directory)
         step = front._engine.step
 

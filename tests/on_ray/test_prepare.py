@@ -132,6 +132,7 @@ def test_training_reads_what_was_prepared(corpus: tuple[Path, dict]) -> None:
     assert set(report["chats"]["train"]) == {"code", "summarisation", "image question"}  # templates: for the demo alone
 
 
+@pytest.mark.drill
 def test_the_same_request_gives_the_same_bytes_and_is_not_made_again(
     corpus: tuple[Path, dict], raw: Path, tmp_path: Path
 ) -> None:
@@ -154,6 +155,7 @@ def test_another_request_for_a_finished_folder_is_refused_and_leaves_it(corpus: 
     assert (out / INDEX).read_bytes() == before
 
 
+@pytest.mark.drill
 def test_an_interrupted_run_leaves_no_index_and_the_next_one_makes_it_whole(
     corpus: tuple[Path, dict], raw: Path, tmp_path: Path
 ) -> None:
@@ -170,12 +172,14 @@ def test_an_interrupted_run_leaves_no_index_and_the_next_one_makes_it_whole(
     assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(corpus[0]))
 
 
+@pytest.mark.drill
 def test_a_mix_is_kept_over_what_there_is(raw: Path, tmp_path: Path) -> None:
     report = prepare(tmp_path, sources=sources(raw)[:1], mix=MIX, preset=PRESET, seed=0)
     assert report["mix"] == {"text": 1.0} and report["left_out"] == ["code", "image"] and report["chats"] == {}
     assert not list(tmp_path.glob("sft-*"))
 
 
+@pytest.mark.drill
 def test_sources_of_no_use_are_one_line_and_leave_no_corpus(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.txt").write_bytes(b"\xff")
@@ -193,6 +197,7 @@ def test_sources_of_no_use_are_one_line_and_leave_no_corpus(raw: Path, tmp_path:
     assert not (tmp_path / "out" / INDEX).exists()
 
 
+@pytest.mark.drill
 def test_a_tokenizer_that_is_given_is_used_and_belongs_to_the_request(raw: Path, tmp_path: Path) -> None:
     given = Tokenizer.train(["the crew mended the net before the tide"] * 9, 290)
     given.save(tmp_path / "given.json")

@@ -21,7 +21,7 @@ from shoal.errors import DataError
 from shoal.on_ray.prepare import WORK, prepare
 
 # it starts two processes that import Ray
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("shared_ray"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.drill, pytest.mark.usefixtures("shared_ray"), pytest.mark.timeout(600)]
 
 PRESET = presets.get("test")
 MIX = {"text": 0.6, "image": 0.2, "code": 0.2}

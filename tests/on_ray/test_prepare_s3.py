@@ -15,13 +15,13 @@ from shoal import presets
 from shoal.data import remote
 from shoal.data.batches import PretrainBatches
 from shoal.data.documents import SourceSpec
-from shoal.data.operators import Operators
+from shoal.data.operators.pipeline import Operators
 from shoal.errors import DataError
 from shoal.on_ray.prepare import prepare
 from shoal.on_ray.resources import local_ray
 from tests.s3 import Service, service
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.drill]
 
 KEYS = 1_050  # a listing has pages of 1,000
 ITEM = "the answer that no model may have read before it is asked for it in the exam"
@@ -75,7 +75,7 @@ def test_a_corpus_is_made_from_s3_to_s3_and_trained_on(s3: Service) -> None:
     assert prepare(out, sources=[source], **ASK, operators=operators) == report  # it is there
     assert s3.s3.client().head_object(Bucket="ocean", Key="made/index.json")["LastModified"] == before
     assert len(PretrainBatches(remote.local(out), batch_rows=4).at(0)[0].modalities) == 4
-    with pytest.raises(DataError, match="another request: got 'other operators'"):
+    with pytest.raises(DataError, match="another request: got 'other evaluation sets, operators'"):
         prepare(out, sources=[source], **ASK)
 
 

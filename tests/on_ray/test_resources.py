@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -12,7 +15,9 @@ import pytest
 import ray
 
 from shoal.errors import ResourceError
-from shoal.on_ray.resources import local_ray, need_disk, need_free_port, need_memory
+from shoal.machine import need_disk, need_free_port, need_memory
+from shoal.on_ray import resources
+from shoal.on_ray.resources import local_ray
 
 MUCH = 10**18
 
@@ -52,7 +57,29 @@ def test_a_temporary_folder_too_deep_for_sockets_is_told_before_ray_starts(
     assert not list(deep.iterdir())
 
 
+@pytest.mark.parametrize("ends", [None, KeyboardInterrupt])
+def test_logs_are_kept_where_they_are_asked_for(tmp_path: Path, ends: type[BaseException] | None) -> None:
+    """A Ray's folder has them in one for its session, and a link to that."""
+    with suppress(KeyboardInterrupt), resources._session_folder(tmp_path / "kept") as folder:
+        logs = Path(folder) / "session_1" / "logs"
+        logs.mkdir(parents=True)
+        (logs / "worker-1.err").write_text("a line")
+        (Path(folder) / "session_latest").symlink_to(logs.parent)
+        if ends is not None:
+            raise ends
+    assert not Path(folder).exists()
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["session_1"]
+    assert (tmp_path / "kept" / "session_1" / "worker-1.err").read_text() == "a line"
+
+
+def test_a_folder_for_logs_that_cannot_be_is_told_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="for logs"), local_ray(logs=tmp_path / "file" / "logs"):
+        raise AssertionError("it started")
+
+
 @pytest.mark.ray
+@pytest.mark.drill
 def test_our_own_ray_listens_on_loopback_alone_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     environment = dict(os.environ)
@@ -85,3 +112,29 @@ def test_a_cluster_that_does_not_answer_is_told_at_once(monkeypatch: pytest.Monk
         with pytest.raises(ResourceError, match=r"no Ray cluster at RAY_ADDRESS=127\.0\.0\.1:\d+"), local_ray():
             raise AssertionError("it connected")
     assert not ray.is_initialized()
+
+
+def test_a_server_that_is_no_ray_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes connections and says nothing: Ray went on trying for more than three minutes."""
+    monkeypatch.setattr(resources, "ANSWER_SECONDS", 1.0)
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{mute.getsockname()[1]}")
+        with pytest.raises(ResourceError, match="something that is no Ray"), local_ray():
+            raise AssertionError("it connected")
+    assert not ray.is_initialized()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("shared_ray")
+@pytest.mark.drill
+def test_a_ray_on_loopback_is_joined_from_a_shell_that_knows_nothing_of_it() -> None:
+    """By its address alone; it looked for the node of this machine's other address."""
+    script = (
+        "import ray\nfrom shoal.on_ray.resources import local_ray\nwith local_ray(): print(len(ray.nodes()), 'node')"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+    env |= {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    joined = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=150)
+    assert joined.stdout == "1 node\n", joined.stderr

@@ -22,10 +22,11 @@ import ray
 from PIL import Image
 
 from shoal import Model
+from shoal.api.serve_args import ServeArgs
 from shoal.on_ray import serve
-from shoal.on_ray.serve_config import ServeArgs, serve_config
+from shoal.on_ray.serve_config import serve_config
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.drill]
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI: list[Any] = [{"role": "user", "content": "How deep is the ¿sea?"}]
@@ -173,6 +174,18 @@ def free_port() -> int:
 def test_the_same_bytes_with_ray_and_without(urls: tuple[str, str], request_: dict[str, Any]) -> None:
     without, behind = (ask(url, request_) for url in urls)
     assert without == behind
+
+
+@pytest.mark.parametrize(
+    "given", [b"x" * 5000, b"z\xc3\xbc", b"\xff", b"a b"], ids=["long", "utf-8", "latin-1", "space"]
+)
+def test_a_request_id_that_is_none_is_answered_with_one_that_is_made(urls: tuple[str, str], given: bytes) -> None:
+    for url in urls:
+        headers = {b"Authorization": b"Bearer rich", b"X-Request-Id": given}
+        reply = httpx.get(f"{url}/v1/models", headers=headers, timeout=60)
+        assert reply.status_code == 200
+        assert re.fullmatch(r"[0-9a-f]{32}", reply.headers["x-request-id"])
+        assert len(reply.headers.get_list("x-request-id")) == 1
 
 
 def test_the_gateway_too_writes_a_line_a_request_and_no_text(urls: tuple[str, str]) -> None:

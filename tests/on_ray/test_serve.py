@@ -24,12 +24,14 @@ import torch
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from shoal import Engine, Model, Request, Sampling
-from shoal.api.answers import token_name
+from shoal.api.chunks import token_name
+from shoal.api.fresh import EVERY_SECONDS
+from shoal.api.serve_args import ServeArgs
 from shoal.errors import CheckpointError, ResourceError
 from shoal.inputs.chat import encode_chat
 from shoal.model.cost import kv_bytes_stored
 from shoal.on_ray import serve
-from shoal.on_ray.serve_config import ServeArgs, check_serve_config, serve_config
+from shoal.on_ray.serve_config import check_serve_config, serve_config
 
 pytestmark = pytest.mark.ray
 
@@ -48,6 +50,7 @@ class Service:
 
     def metric(self, name: str, metric: str) -> float:
         """The value of one of the model's metrics now."""
+        time.sleep(EVERY_SECONDS)  # what is told is as old as that
         lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
         sample = f'shoal:{metric}{{model_name="{name}"}}'
         return next(float(line.split()[-1]) for line in lines if line.startswith(sample))
@@ -89,6 +92,7 @@ def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
 
 def scraped(port: int) -> dict[str, float]:
     """What /metrics says of the one model."""
+    time.sleep(EVERY_SECONDS)
     lines = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text.splitlines()
     pairs = [line.rpartition(" ") for line in lines if line.startswith("shoal:")]
     return {name.removeprefix("shoal:").partition("{")[0]: float(value) for name, _, value in pairs}
@@ -96,11 +100,14 @@ def scraped(port: int) -> dict[str, float]:
 
 @pytest.mark.usefixtures("shared_ray")  # beside it, as long as nothing is served there
 @pytest.mark.parametrize(("how", "at_first"), [(["--replicas", "0:2"], 0), (["--no-ray"], 1)], ids=["ray", "no-ray"])
+@pytest.mark.drill
 def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(
-    models: dict[str, Path], how: list[str], at_first: int
+    models: dict[str, Path], how: list[str], at_first: int, tmp_path: Path
 ) -> None:
-    """On Ray from no replica at all: the first request brings one, and waits for it. The engine is as the command says."""
+    """On Ray from no replica at all: the first request brings one, and waits for it. The engine is as the command says. Logs
+    are where it says."""
     port = free_port()
+    how = [*how, "--logs", str(tmp_path / "logs")] if "--no-ray" not in how else how
     command = [sys.executable, "-m", "shoal.cli", "serve", "--model", str(models["int8"]), "--kv-cache-dtype", "int8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -127,6 +134,9 @@ def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(
             _, left = psutil.wait_procs(children, timeout=10)
             assert left == []
             assert process.stdout.read().splitlines()[-1] == "The service has stopped."
+            logs = [path for path in tmp_path.glob("logs/*/*") if path.name.startswith("worker-")]
+            told = [line for path in logs for line in path.read_text().splitlines()]
+            assert "--no-ray" in how or any('"path": "/v1/chat/completions", "status": 200' in line for line in told)
         finally:
             process.kill()
 
@@ -248,6 +258,7 @@ def test_a_second_service_on_one_ray_is_refused(service: Service) -> None:
         serve.run(serve_config(ServeArgs(model=str(service.directories["fp32"])), port=free_port()), blocking=False)
 
 
+@pytest.mark.drill
 def test_a_killed_controller_loses_none_of_the_models(service: Service) -> None:
     """Streams of both go on without it; the one that Ray starts in its place knows both, and mends what is lost of either."""
     bodies = [
@@ -270,6 +281,7 @@ def test_a_killed_controller_loses_none_of_the_models(service: Service) -> None:
     assert httpx.get(f"{service.url}/ready").status_code == 200
 
 
+@pytest.mark.drill
 def test_a_stream_outlives_the_only_replica(service: Service) -> None:
     """It goes on at the replica that Serve starts in its place, from where it was: no error, no text twice or left out."""
     (before,), resumed = replicas("EngineReplica-fp32"), service.metric("fp32", "requests_resumed_total")
@@ -298,5 +310,5 @@ def replicas(deployment: str) -> list[psutil.Process]:
 
 
 def test_a_directory_that_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"^model directory has no config\.json.*$"):
+    with pytest.raises(CheckpointError, match=r"^.* is not a model directory: got .no config\.json.; .*$"):
         serve.run(serve_config(ServeArgs(model=str(tmp_path)), port=free_port()), blocking=False)

@@ -27,13 +27,15 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from shoal import Model
+from shoal.api.fresh import EVERY_SECONDS
+from shoal.api.serve_args import ENGINE, ServeArgs
 from shoal.engine.engine import MAX_FAILURES
 from shoal.on_ray import serve
-from shoal.on_ray.serve_config import ENGINE, ServeArgs, check_serve_config, serve_config
+from shoal.on_ray.serve_config import check_serve_config, serve_config
 from tests.on_ray.test_serve import free_port, replicas, until
 from tests.unit.engine.lively import lively
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.drill]
 
 LONG = 320  # tokens: long enough that a fault meets every stream in the middle
 MANY = 12  # streams at once
@@ -64,6 +66,7 @@ class Service:
         client.deploy_apps(check_serve_config(values, "again"))
 
     def stats(self) -> dict[str, float]:
+        time.sleep(EVERY_SECONDS)  # what is told is as old as that
         lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
         pairs = [line.rpartition(" ") for line in lines if line.startswith("shoal:")]
         return {name.removeprefix("shoal:").partition("{")[0]: float(value) for name, _, value in pairs}

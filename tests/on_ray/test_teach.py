@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from shoal import Engine, Model, Request, Sampling
-from shoal.api.teacher import TEACHER, Ask
-from shoal.data.chats import read_chats
+from shoal.api.answers import Choice
+from shoal.clients.teacher import TEACHER, Ask
+from shoal.data.chats.rows import read_chats
 from shoal.errors import DataError
 from shoal.inputs.chat import encode_chat
 from shoal.on_ray.resources import local_ray
 from shoal.on_ray.teach import KEY_VARIABLE, teach
 from tests.flows.conftest import KEY, running
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.drill]
 
 
 def test_a_teacher_answers_what_is_left_of_an_interrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,26 +28,40 @@ def test_a_teacher_answers_what_is_left_of_an_interrupted_run(tmp_path: Path, mo
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "old"}]} for text in texts
     ]
     rows.append({"messages": [{"role": "user", "content": "long " * 200}]})  # the teacher's context is shorter
+    prompts = [encode_chat([{"role": "user", "content": text}], model.tokenizer, model.config) for text in texts]
+    sampling = Sampling(temperature=0, max_tokens=8)
+    own = Engine(model).generate([Request(prompt, sampling, depth="middle") for prompt in prompts])
+    said = {text: answer.text for text, answer in zip(texts, own, strict=True) if answer.text.strip()}
+    assert len(said) > 5
     source, out = tmp_path / "questions.jsonl", tmp_path / "taught.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no row\n")
     with running(model, max_batch=4, max_queue=4) as service, local_ray():
         ask = Ask(f"{service.url}/v1", "fish", max_tokens=8, depth="middle")
+        with pytest.raises(DataError, match="refused all questions"):  # and no answer that was cut off is a target
+            teach(source, out, ask, concurrency=2)
+        # a random model never ends an answer itself
+        monkeypatch.setattr(Choice, "reason", property(lambda choice: "stop"))
+        left_out = {"cut_off": 0, "empty": len(texts) - len(said), "repeated": 0}
         counts = teach(source, out, ask, concurrency=2)
-        assert counts == {"answered": 12, "kept": 0, "refused": 2}
+        assert counts == {"answered": len(said), "kept": 0, "refused": 2, **left_out}
         lines = out.read_text(encoding="utf-8").splitlines(keepends=True)
         with pytest.raises(DataError, match="exists"):
             teach(source, out, ask)
         out.unlink()
-        Path(f"{out}.partial").write_text("".join(lines[:5]), encoding="utf-8")  # where it was interrupted
-        assert teach(source, out, ask, concurrency=2) == {"answered": 7, "kept": 5, "refused": 2}
+        torn = "".join(lines[:5]) + lines[5][:20]
+        Path(f"{out}.partial").write_text(torn, encoding="utf-8")  # where it was interrupted
+        assert teach(source, out, ask, concurrency=2) == {
+            "answered": len(said) - 5,
+            "kept": 5,
+            "refused": 2,
+            **left_out,
+        }
         monkeypatch.setenv(KEY_VARIABLE, "another")  # of this process; those that ask were started with the first
         with pytest.raises(DataError, match=r"refused all questions, .*401"):
             teach(source, tmp_path / "none.jsonl", ask, concurrency=1)
     taught = {row["messages"][0]["content"]: row for row in map(json.loads, out.read_text("utf-8").splitlines())}
-    assert taught.keys() == set(texts)
-    prompt = encode_chat([{"role": "user", "content": texts[0]}], model.tokenizer, model.config)
-    (own,) = Engine(model).generate([Request(prompt, Sampling(temperature=0, max_tokens=8), depth="middle")])
-    row = taught[texts[0]]
-    assert row["messages"][-1] == {"role": "assistant", "content": own.text}
-    assert (row[TEACHER]["depth_used"], row[TEACHER]["answered_by"]) == ("middle", "fish")
+    assert {text: row["messages"][-1]["content"] for text, row in taught.items()} == said
+    assert {(row[TEACHER]["depth_used"], row[TEACHER]["answered_by"]) for row in taught.values()} == {
+        ("middle", "fish")
+    }
     assert len(read_chats(out, model.tokenizer, model.config)) > 0

@@ -92,6 +92,7 @@ def test_two_workers_train_as_one_process_does(calm: Path, data: Path, tmp_path:
     assert end["bpb"]["text"] == pytest.approx(alone.bpb["text"], abs=1e-3)
 
 
+@pytest.mark.drill
 def test_a_killed_worker_costs_no_step_and_no_bit(calm: Path, data: Path, tmp_path: Path) -> None:
     """SIGKILL to one of two: the group restarts from its newest checkpoint."""
     kill = Once(kill_a_worker)
@@ -102,6 +103,7 @@ def test_a_killed_worker_costs_no_step_and_no_bit(calm: Path, data: Path, tmp_pa
     assert same(tmp_path / "hit", calm)
 
 
+@pytest.mark.drill
 def test_a_run_that_cannot_go_on_ends_in_a_line_and_the_same_command_goes_on(
     calm: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -117,6 +119,7 @@ def test_a_run_that_cannot_go_on_ends_in_a_line_and_the_same_command_goes_on(
     assert same(tmp_path / "hit", calm)
 
 
+@pytest.mark.drill
 def test_a_worker_out_of_memory_says_so_in_a_line(shared_ray: None, tmp_path: Path) -> None:
     """The allocator refuses 844 TB of thin matrices, which the preflight does not count. A limit on the process instead would
     also take from Ray's own threads, which then stand still."""
@@ -128,6 +131,7 @@ def test_a_worker_out_of_memory_says_so_in_a_line(shared_ray: None, tmp_path: Pa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.drill
 def test_a_killed_driver_costs_no_step_and_no_bit(calm: Path, data: Path, tmp_path: Path) -> None:
     """SIGKILL to `shoal pretrain`: its workers end, and another driver goes on from what they left. Of Ray's own processes
     two agents may stay."""
@@ -189,6 +193,7 @@ def test_a_workers_own_error_arrives_as_it_was(shared_ray: None, data: Path, tmp
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.drill
 def test_ctrl_c_ends_a_run_as_interrupted_and_leaves_nothing(data: Path, tmp_path: Path) -> None:
     """Ray Train would end it with exit code 0, as if the model were there."""
     command = [sys.executable, "-m", "shoal.cli", "pretrain", "--preset", "test", "--data", str(data)]

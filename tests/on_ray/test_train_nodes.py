@@ -25,7 +25,7 @@ from shoal.train.plan import FitPlan, pretrain_plan
 from shoal.train.run import StoppedError, stop_file
 from tests.corpus import write_corpus
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.drill]
 STEPS = 24
 NODES = 3  # beside the head, of one CPU each
 

@@ -19,8 +19,8 @@ import torch
 from shoal import Model
 from shoal.config import ModelConfig
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.model.depth import Calibration, Router
 from shoal.model.net import Net
+from shoal.model.router import Calibration, Router
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",

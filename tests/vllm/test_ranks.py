@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from shoal import Engine, Model, Request, Sampling
+from shoal.api.serve_args import ServeArgs
 from shoal.engine.events import Token
 from shoal.errors import ConfigError, EngineDeadError
-from shoal.on_ray.serve_config import ServeArgs
 from shoal.vllm_plugin.start import start
 
 RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}

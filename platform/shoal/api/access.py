@@ -1,4 +1,4 @@
-"""What is told of a request: a JSON line in the log, and a span where OpenTelemetry is installed. Never its text, nor its key.
+"""What is logged of a request: a JSON line, and a span where OpenTelemetry is installed. Never its text, nor its key.
 
     {"time": "2026-11-25T10:00:00.123Z", "id": "...", "method": "POST", "path": "/v1/chat/completions", "status": 200,
      "seconds": 0.412, "first_token_seconds": 0.031, "key": "search", "user": "u7", "model": "shoal", "depth": "shallow",
@@ -43,8 +43,12 @@ class Access:
     path: str
     route: str | None = None  # the path with its parameters named, as the app has it
     key: Key | None = None
+    admitted: bool = False  # by its key's limits
     status: int = 499  # until an answer starts: its client left first
     error: str | None = None  # OpenAI's code of it, or its type
+    unused: list[str] = field(default_factory=list)  # fields of the body that were taken and change nothing here
+    priority: int = 0  # as of an engine's request
+    seconds_left: float | None = None  # in place of the longest time of a request
     served: str = ""  # the model it was for, once that is known to exist
     facts: dict[str, Any] = field(default_factory=dict)  # user, model, depth, prompt_tokens, completion_tokens
     began: float = field(default_factory=time.perf_counter)
@@ -111,7 +115,8 @@ def told(access: Access, headers: Mapping[bytes, str]) -> Iterator[None]:
 
 
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # generic for the type checker alone
-    """Writes to what `sys.stderr` is now: one that holds it writes to a closed file once another stands there."""
+    """Writes to what `sys.stderr` is at that moment. A handler that kept the stream would write to a closed file once
+    `sys.stderr` is replaced."""
 
     @property
     def stream(self) -> Any:
@@ -119,7 +124,7 @@ class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # generic for t
 
     @stream.setter
     def stream(self, value: Any) -> None:
-        """It is the one above, whatever the class before sets."""
+        """Always the present `sys.stderr`, whatever the base class sets."""
 
 
 def log_to_stderr() -> None:

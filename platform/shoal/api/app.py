@@ -6,10 +6,13 @@ A request: `Gate` (id, key, size, log) -> `wire.parse` -> `requests` (to engine 
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -17,14 +20,25 @@ from starlette.middleware.cors import CORSMiddleware
 
 from shoal import __version__
 from shoal.api.auth import ApiKeys
+from shoal.api.batches.inside import Inside, Open
+from shoal.api.batches.routes import Kept, batch_routes
+from shoal.api.batches.store import Store
+from shoal.api.batches.worker import Worker
 from shoal.api.document import Documented
+from shoal.api.drain import Drain
 from shoal.api.limits import Limits
-from shoal.api.middleware import OPEN_PATHS, Gate
+from shoal.api.messages.routes import messages_routes
+from shoal.api.middleware import OPEN_PATHS, Gate, Headed
+from shoal.api.responses.routes import responses_routes
 from shoal.api.routes import openai_routes, status_routes, tokenizer_routes
 from shoal.api.runs import runs_routes
+from shoal.api.scores.routes import score_routes
 from shoal.api.service import Hosted, Service
 from shoal.api.wire import MethodError, NotFoundError
 from shoal.errors import ConfigError, RequestError
+
+AT_ONCE = 32  # lines of batches
+FORM_BYTES = 2**16  # what a form has beside its file
 
 UiMount = Callable[[FastAPI], FastAPI]
 
@@ -39,18 +53,22 @@ def build_app(
     metrics: bool = True,
     cors: Sequence[str] = (),
     runs: Path | None = None,
+    batches: Path | None = None,
+    at_once: int = AT_ONCE,
     ui_mount: UiMount | None = None,
     answer_request_id: bool = True,
+    drain: Drain | None = None,
 ) -> FastAPI:
     """The HTTP surface of `models`, found by their names; the first is meant where a request may leave its name out.
 
     `metrics`: answer /metrics; `cors`: origins (``https://a.example``, or ``*`` for any) whose pages may call the API;
-    `runs`: a folder of training runs to show, read only; `ui_mount` may add a page to the finished app; `answer_request_id`
-    is false behind a proxy that sends ``X-Request-Id`` itself. Raises ConfigError for a name given twice, or an origin that
-    is none.
+    `runs`: a folder of training runs to show, read only; `batches`: a folder that keeps files and batches, which are run while
+    the app is, `at_once` of their lines at a time; `ui_mount` may add a page to the finished app; `answer_request_id`
+    is false behind a proxy that sends ``X-Request-Id`` itself; `drain` is how the caller ends it. Raises ConfigError for a name
+    given twice, or an origin that is none.
     """
     limits = limits or Limits()
-    service = Service(models, limits)
+    service, drain = Service(models, limits), drain or Drain(OPEN_PATHS)
     app = Documented(
         title="Shoal",
         version=__version__,
@@ -61,24 +79,69 @@ def build_app(
         keyed=api_keys is not None,
         open_paths=OPEN_PATHS,
     )
-    app.include_router(openai_routes(service))
-    app.include_router(tokenizer_routes(service))
+    for routes in (openai_routes, responses_routes, messages_routes, score_routes, tokenizer_routes):
+        app.include_router(routes(service))
+    app.include_router(batch_routes(service, _kept(app, service, batches, api_keys, at_once, drain)))
     app.include_router(status_routes(service, metrics=metrics))
     if runs is not None:
         app.include_router(runs_routes(runs))
     app.add_exception_handler(HTTPException, partial(_http_failed, service))
+    app.add_middleware(Headed)
+    app.add_middleware(drain.guard, failed=service.failed)
     app.add_middleware(
-        Gate, keys=api_keys, body_bytes=limits.body_bytes, failed=service.failed, answer_id=answer_request_id
+        Gate,
+        keys=api_keys,
+        body_bytes=limits.body_bytes,
+        failed=service.failed,
+        answer_id=answer_request_id,
+        longer={"/v1/files": limits.file_bytes + FORM_BYTES} if batches else {},
     )
     if cors:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=_origins(cors),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["*"],
         )
     return ui_mount(app) if ui_mount else app
+
+
+def offline(models: Sequence[Hosted], limits: Limits) -> Inside:
+    """What asks the routes of `models` and nothing else, with no server."""
+    service = Service(models, limits)
+    app = FastAPI(openapi_url=None)
+    for routes in (openai_routes, responses_routes):
+        app.include_router(routes(service))
+    inside = Inside(app, service.failed)
+    app.add_middleware(Open, take=inside.take)
+    app.middleware_stack = app.build_middleware_stack()
+    return inside
+
+
+def _kept(
+    app: FastAPI, service: Service, folder: Path | None, keys: ApiKeys | None, at_once: int, drain: Drain
+) -> Kept:
+    """The files and batches in `folder`, which run while `app` does; none without one."""
+    if folder is None:
+        return Kept(None, None)
+    store, inside = Store(folder, service.limits), Inside(app, service.failed)
+    worker = Worker(store, inside, keys, service.limits, at_once=at_once, stopping=lambda: drain.closed)
+    app.add_middleware(Open, take=inside.take)
+    before = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(running: FastAPI) -> AsyncIterator[Any]:
+        async with before(running) as state:
+            work = asyncio.create_task(worker.run())
+            try:
+                yield state
+            finally:
+                work.cancel()
+                await asyncio.wait({work})
+
+    app.router.lifespan_context = lifespan
+    return Kept(store, worker)
 
 
 def _origins(given: Sequence[str]) -> list[str]:

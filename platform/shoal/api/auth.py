@@ -1,17 +1,24 @@
 """API keys: who may use the model, and how much of it a minute. Keys come from a file or the environment; only their digests
 are kept.
 
-A file has one key a line, ``#`` starts a comment; after the key its name in logs and its limits may follow:
+A file has one key a line, ``#`` starts a comment; after the key its name in logs and its limits may follow. In place of a key
+its SHA-256 digest may stand:
 
     sk-3kf9...  name=search  requests=60  tokens=20000        a minute; tokens are those of prompt and answer
+    sha256:b0b2d9...  name=batch  at_once=8                   requests that run at the same time
+
+Notable: a service that was told to have keys never becomes open. A file that changes is read again with the next request; a new
+one that cannot be read changes nothing, and the log says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,9 +28,16 @@ from shoal.api.wire import RateLimitError, UnauthorizedError
 from shoal.errors import ConfigError, did_you_mean
 
 ENVIRONMENT = "SHOAL_API_KEYS"  # as in a file, with commas in place of line ends
-SETTINGS = ("name", "requests", "tokens")
+RATES = ("requests", "tokens")  # a minute
+SETTINGS = ("name", *RATES, "at_once")
+AGAIN_SECONDS = 1.0  # between two tries to read a file that cannot be read
+
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
 Clock = Callable[[], float]
+Stamp = tuple[int, ...]  # of a file: it changes with the file
+
+log = logging.getLogger("shoal.api")
 
 
 class Bucket:
@@ -37,10 +51,11 @@ class Bucket:
         self._refill()
         self._level -= amount
 
-    def wait(self) -> float:
-        """Seconds until one more may be spent; 0: now."""
+    def wait(self, beside: float = 0.0) -> float:
+        """Seconds until one more may be spent `beside` what is to stay; 0: now."""
         self._refill()
-        return max(0.0, (1 - self._level) * 60 / self.per_minute)
+        needed = min(1 + beside, float(self.per_minute))
+        return max(0.0, (needed - self._level) * 60 / self.per_minute)
 
     def state(self) -> tuple[int, float]:
         """How much may be spent now, and the seconds until it is full again."""
@@ -53,6 +68,14 @@ class Bucket:
         self._at = now
 
 
+@dataclass
+class Places:
+    """So many requests at the same time."""
+
+    most: int
+    taken: int = 0
+
+
 @dataclass(frozen=True)
 class Key:
     """One accepted key, as its SHA-256 digest: it cannot be logged, printed or read back."""
@@ -61,9 +84,13 @@ class Key:
     digest: bytes
     requests: Bucket | None = None
     tokens: Bucket | None = None
+    places: Places | None = None
 
     def admit(self) -> None:
-        """Counts a request. Raises RateLimitError for one too many, or when its tokens are spent."""
+        """Counts a request, until `leave`. Raises RateLimitError for one too many, or when its tokens are spent."""
+        if self.places is not None and self.places.taken >= self.places.most:
+            what = "too many requests at once with this key"
+            raise RateLimitError(what, retry_after=1.0, allowed=f"{self.places.most} at once")
         for what, bucket in self._buckets():
             seconds = bucket.wait()
             if seconds > 0:
@@ -72,6 +99,20 @@ class Key:
                 )
         if self.requests is not None:
             self.requests.spend(1)
+        if self.places is not None:
+            self.places.taken += 1
+
+    def spare(self, share: float) -> float:
+        """Seconds to wait until more than `share` of each of its limits is free: what may wait takes no more than that, or one
+        place, from what may not. 0: now."""
+        if self.places is not None and self.places.taken >= max(1, math.floor(self.places.most * (1 - share))):
+            return AGAIN_SECONDS
+        return max((bucket.wait(bucket.per_minute * share) for _, bucket in self._buckets()), default=0.0)
+
+    def leave(self) -> None:
+        """A request that was admitted has ended."""
+        if self.places is not None:
+            self.places.taken -= 1
 
     def spend(self, tokens: int) -> None:
         """Counts tokens as they are read or written. A request that runs goes on; the next one waits for what it overdrew."""
@@ -79,13 +120,20 @@ class Key:
             self.tokens.spend(tokens)
 
     def headers(self) -> dict[str, str]:
-        """What the key may still do now, in OpenAI's headers; nothing of what is not limited."""
+        """What the key may still do now, in OpenAI's headers; and nothing about what is not limited."""
         found: dict[str, str] = {}
         for what, bucket in self._buckets():
             left, seconds = bucket.state()
             told = {"limit": str(bucket.per_minute), "remaining": str(left), "reset": f"{seconds:.3f}s"}
             found |= {f"x-ratelimit-{which}-{what}": value for which, value in told.items()}
         return found
+
+    @property
+    def line(self) -> str:
+        """It as a line of a file, by its digest."""
+        limits = [f"{what}={bucket.per_minute}" for what, bucket in self._buckets()]
+        limits += [] if self.places is None else [f"at_once={self.places.most}"]
+        return " ".join([f"sha256:{self.digest.hex()}", f"name={self.name}", *limits])
 
     def _buckets(self) -> list[tuple[str, Bucket]]:
         return [(what, b) for what, b in (("requests", self.requests), ("tokens", self.tokens)) if b is not None]
@@ -95,35 +143,48 @@ class ApiKeys:
     """The accepted keys."""
 
     def __init__(self, lines: Iterable[str], *, clock: Clock = time.monotonic) -> None:
-        """`lines` as in a file. Raises ConfigError when they hold no key, one twice, or a setting that is not known; it names
-        the line's number, never the key."""
-        keys = [_key(line, number, clock) for number, line in enumerate(lines, 1) if _stripped(line)]
-        if not keys:
-            raise ConfigError("API keys", got="none", do="give at least one key, or none of the key options")
-        if len({key.digest for key in keys}) < len(keys):
-            raise ConfigError("API keys", got="one key twice", do="give each key on one line, with all its settings")
-        self._keys = tuple(keys)
+        """`lines` as in a file. Raises ConfigError when they hold no key, a key twice, or an unknown setting; the error names
+        the number of the line, never the key."""
+        self._clock = clock
+        self._keys = _keys(lines, clock)
+        self._file: Path | None = None  # that they are read again from
+        self._stamp: Stamp | None = None  # of the file when it was last read
+        self._failed: Stamp | None = ()  # of the file that could not be read, as was told; (): none
+        self._again = -math.inf  # when it may be tried again
 
     @classmethod
-    def load(cls, path: str | Path | None = None) -> ApiKeys | None:
-        """Keys of a file, or else of $SHOAL_API_KEYS; None when neither is given. Raises ConfigError when the file cannot be
-        read or holds no key."""
+    def load(cls, path: str | Path | None = None, *, clock: Clock = time.monotonic) -> ApiKeys | None:
+        """Keys of a file, which is read again when it changes, or else those of $SHOAL_API_KEYS; None when neither is given.
+        Raises ConfigError when the file cannot be read, and when either holds no key."""
         if path is None:
-            given = os.environ.get(ENVIRONMENT, "")
-            return cls(given.split(",")) if given.strip(", ") else None
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"cannot read API keys {path}", got=str(error), do="give a file of one key a line"
-            ) from error
-        return cls(lines)
+            return cls.from_environment(clock=clock)
+        stamp = _stamp(Path(path))  # before the reading: what is written meanwhile is read again
+        keys = cls(_read(Path(path)), clock=clock)
+        keys._file, keys._stamp = Path(path), stamp
+        return keys
+
+    @classmethod
+    def from_environment(cls, *, clock: Clock = time.monotonic) -> ApiKeys | None:
+        """Keys of $SHOAL_API_KEYS; None where it is not set. Raises ConfigError when it is set and holds none: what filled it
+        failed, and the service would be open."""
+        given = os.environ.get(ENVIRONMENT)
+        if given is None:
+            return None
+        if not given.strip(", "):
+            raise ConfigError(f"${ENVIRONMENT}", got="no key", do="put keys into it, or unset it to be open to all")
+        return cls(given.split(","), clock=clock)
+
+    @property
+    def lines(self) -> list[str]:
+        """The keys as lines of a file, each by its digest."""
+        return [key.line for key in self._keys]
 
     def find(self, authorization: str | None) -> Key:
         """The key in an ``Authorization`` header. Takes the same time whichever key it is, or none. Raises
         UnauthorizedError."""
+        self._renew()
         if authorization is None:
-            raise UnauthorizedError("no API key", do="send it as 'Authorization: Bearer KEY'")
+            raise UnauthorizedError("no API key", do="send it as 'Authorization: Bearer KEY', or as 'x-api-key: KEY'")
         scheme, _, given = authorization.partition(" ")
         digest = _digest(given.strip())
         matches = [key for key in self._keys if hmac.compare_digest(digest, key.digest)]
@@ -131,8 +192,57 @@ class ApiKeys:
             raise UnauthorizedError("wrong API key", do="send one of this server's keys as 'Authorization: Bearer KEY'")
         return matches[0]
 
+    def known(self, digest: str) -> Key | None:
+        """The key of this digest, in hexadecimal digits; None where it is none of the accepted ones any more."""
+        self._renew()
+        return next((key for key in self._keys if key.digest.hex() == digest), None)
+
+    def _renew(self) -> None:
+        """Read the file again if it has changed. What is left of a key's minute stays, where its line is the same."""
+        if self._file is None or (stamp := _stamp(self._file)) == self._stamp:
+            return
+        if stamp == self._failed and self._clock() < self._again:
+            return
+        try:
+            keys = _keys(_read(self._file), self._clock)
+        except ConfigError as error:  # it may be for a moment, as where files are all in use: a key that went must go
+            self._again = self._clock() + AGAIN_SECONDS
+            if stamp != self._failed:
+                log.error("the API keys of %s stay as they were: %s", self._file, error)
+            self._failed = stamp
+            return
+        self._stamp = stamp
+        known = {key.line: key for key in self._keys}
+        self._keys = tuple(known.get(key.line, key) for key in keys)
+        log.warning("read API keys again from %s: %d", self._file, len(keys))
+
     def __repr__(self) -> str:
         return f"ApiKeys({len(self._keys)})"
+
+
+def _read(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        got = error.strerror if isinstance(error, OSError) else "not UTF-8"  # a decoder's own text quotes what it read
+        raise ConfigError(f"cannot read API keys {path}", got=got, do="give a file of one key a line") from error
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _keys(lines: Iterable[str], clock: Clock) -> tuple[Key, ...]:
+    keys = [_key(line, number, clock) for number, line in enumerate(lines, 1) if _stripped(line)]
+    if not keys:
+        raise ConfigError("API keys", got="none", do="give at least one key, or none of the key options")
+    if len({key.digest for key in keys}) < len(keys):
+        raise ConfigError("API keys", got="one key twice", do="give each key on one line, with all its settings")
+    return tuple(keys)
 
 
 def _stripped(line: str) -> str:
@@ -147,14 +257,24 @@ def _key(line: str, number: int, clock: Clock) -> Key:
         name, _, value = setting.partition("=")
         if name not in SETTINGS or name in given or not value:
             hint = did_you_mean(name, SETTINGS)  # the setting itself may be part of a key
-            raise ConfigError(f"{where}: a setting", allowed="name=TEXT requests=N tokens=N, each once", do=hint)
+            raise ConfigError(
+                f"{where}: a setting", allowed="name=TEXT requests=N tokens=N at_once=N, each once", do=hint
+            )
         given[name] = value
-    for name in ("requests", "tokens"):
-        if name in given and not (given[name].isdecimal() and int(given[name][:12]) > 0):
-            raise ConfigError(f"{where}: {name}", allowed="a whole number above 0, a minute")
-    digest = _digest(secret)
-    buckets = [Bucket(int(given[n][:12]), clock) if n in given else None for n in ("requests", "tokens")]
-    return Key(given.get("name", f"key-{digest.hex()[:6]}"), digest, *buckets)
+    wrong = next((n for n in SETTINGS[1:] if n in given and not _is_count(given[n])), None)
+    if wrong is not None:
+        raise ConfigError(f"{where}: {wrong}", allowed="a whole number above 0" + ", a minute" * (wrong in RATES))
+    known = _DIGEST.fullmatch(secret)
+    if known is None and secret.startswith("sha256:"):  # a digest is no secret, so it must not become a key
+        raise ConfigError(f"{where}: a digest", allowed="sha256: and 64 digits of 0-9a-f")
+    digest = bytes.fromhex(known[1]) if known else _digest(secret)
+    requests, tokens = (Bucket(int(given[name][:12]), clock) if name in given else None for name in RATES)
+    places = Places(int(given["at_once"][:12])) if "at_once" in given else None
+    return Key(given.get("name", f"key-{digest.hex()[:6]}"), digest, requests, tokens, places)
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and int(text[:12]) > 0
 
 
 def _digest(key: str) -> bytes:

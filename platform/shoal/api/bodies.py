@@ -8,21 +8,38 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from shoal.api.wire import Wire
+from shoal.config import FULL
 from shoal.engine.events import MAX_DRAFTS
 
 Refused = Mapping[str, tuple[tuple[Any, ...], str]]  # as `Wire.refused`
+Hints = Mapping[str, tuple[Any, ...]]  # as `Wire.hints`
 NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a function, and of a schema
 
+_HINT = "taken, changes nothing: "
 
-def _tagged(text: str, tag_of: Any) -> Discriminator:
+
+def tagged(text: str, tag_of: Any) -> Discriminator:
+    """What tells the members of a union apart by their tags; `text` is said where none fits."""
     return Discriminator(tag_of, custom_error_type="allowed", custom_error_message=text)
 
 
-def _text_or_list(value: Any) -> str | None:
+def text_or_list(value: Any) -> str | None:
+    """The tag of a text, or of a list."""
     return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
-def _text_or_object(value: Any) -> str | None:
+def by_type(*kinds: str) -> Discriminator:
+    """What tells apart objects of these types by their field ``type``; the tag of each is its type in angle brackets."""
+
+    def tag(value: Any) -> str | None:
+        kind = value.get("type") if isinstance(value, dict) else None
+        return f"<{kind}>" if isinstance(kind, str) and kind in kinds else None
+
+    return tagged(f"objects of type {', '.join(kinds)}", tag)
+
+
+def text_or_object(value: Any) -> str | None:
+    """The tag of a text, or of an object."""
     return "<text>" if isinstance(value, str) else "<object>" if isinstance(value, dict) else None
 
 
@@ -44,7 +61,8 @@ def _prompt_tag(value: Any) -> str | None:
 
 class ImageUrl(Wire):
     url: str = Field(description="data:image/png;base64,... ; URLs are not fetched")
-    detail: Literal["auto"] = "auto"  # the model sees every image at one size
+    detail: Literal["auto", "low", "high", "original"] = Field("auto", description=_HINT + "images have one size")
+    hints: ClassVar[Hints] = {"detail": ("auto",)}
 
 
 class TextPart(Wire):
@@ -59,22 +77,24 @@ class ImagePart(Wire):
 
 Part = Annotated[
     Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
-    _tagged("parts of type text or image_url", _part_tag),
+    tagged("parts of type text or image_url", _part_tag),
 ]
 Content = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[list[Part], Tag("<list>")],
-    _tagged("text, or a list of parts", _text_or_list),
+    tagged("text, or a list of parts", text_or_list),
 ]
 Texts = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[list[str], Tag("<list>")],
-    _tagged("text, or a list of texts", _text_or_list),
+    tagged("text, or a list of texts", text_or_list),
 ]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Metadata = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]]
 Prompt = Annotated[
     Annotated[str, Tag("<text>")]
     | Annotated[list[str], Tag("<texts>")]
     | Annotated[list[int], Tag("<ids>")]
     | Annotated[list[list[int]], Tag("<lists>")],
-    _tagged("text, a list of texts, token ids, or a list of lists of token ids; not empty", _prompt_tag),
+    tagged("text, a list of texts, token ids, or a list of lists of token ids; not empty", _prompt_tag),
 ]
 
 
@@ -96,8 +116,9 @@ class Message(Wire):
     content: Content | None = Field(None, description="needed, unless an assistant message has tool_calls")
     tool_calls: list[ToolCall] = Field(default_factory=list, description="of an assistant message")
     tool_call_id: str | None = Field(None, description="of a tool message: the call that it answers")
+    name: str | None = Field(None, max_length=256, description=_HINT + "the chat template has no names")
+    hints: ClassVar[Hints] = {"name": ()}
     refused: ClassVar[Refused] = {
-        "name": ((), "the chat template has no names"),
         "refusal": ((), "only text is read back"),
         "annotations": (([],), "only text is read back"),
         "audio": ((), "the model reads text and images"),
@@ -135,7 +156,7 @@ class NamedTool(Wire):
 
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[NamedTool, Tag("<object>")],
-    _tagged('none, auto, required, or {"type": "function", "function": {"name": ...}}', _text_or_object),
+    tagged('none, auto, required, or {"type": "function", "function": {"name": ...}}', text_or_object),
 ]
 
 
@@ -161,8 +182,15 @@ class StructuredOutputs(Wire):
 
 
 class StreamOptions(Wire):
-    include_usage: bool = Field(False, description="one more chunk at the end, with usage and depth, and no choices")
-    refused: ClassVar[Refused] = {"include_obfuscation": ((False,), "chunks are sent as they are")}
+    include_usage: bool = Field(
+        default=False, description="one more chunk at the end, with usage and depth, and no choices"
+    )
+    continuous_usage_stats: bool = Field(default=False, description="in every chunk the usage so far")
+    include_obfuscation: bool = Field(default=False, description=_HINT + "chunks are sent as they are")
+    hints: ClassVar[Hints] = {"include_obfuscation": (False,)}
+
+
+NO_OPTIONS = StreamOptions.model_validate({})
 
 
 # ---- bodies ----------------------------------------------------------------------------------------------------------
@@ -186,29 +214,44 @@ class GenerationRequest(Wire):
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=256, description="written to the access log beside the request id")
 
-    top_k: int = Field(0, description="0: all")
+    top_k: int = Field(0, description="0 or -1: all")
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     min_tokens: int = 0
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
     structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
+    include_stop_str_in_output: bool = Field(
+        False, description="the text of `stop` that ended the answer is part of it"
+    )
+    bad_words: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="the answer completes none of the runs of tokens that these are"
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None, description="the last so many tokens of the prompt are read; -1: as many as leave room for the answer"
+    )
+    return_token_ids: bool = Field(False, description="the ids of prompt and answer beside their texts")
+    prompt_logprobs: int | None = Field(
+        None, description="of each token of the prompt, with so many alternatives, 0 to 20; not in a stream"
+    )
 
     depth: str | int | None = Field(None, description="auto (the router decides), an exit name, or an exit's layers")
     quality_tolerance: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="nats/token: the smallest exit whose calibrated bound is within it"
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="nats/token: the smallest exit whose calibrated bound is within it; bounds the mean over prompts of the "
+        "calibration's mix, not one request's loss",
     )
     speculative: int | None = Field(
         None, description=f"tokens drafted ahead a step, 0 to {MAX_DRAFTS}; never changes the answer, only its speed"
     )
 
     @property
-    def with_usage(self) -> bool:
-        """A stream ends with its usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
-
-_STORED = "nothing is stored here"
+    def streams(self) -> StreamOptions:
+        """The options of a stream, given or not."""
+        return self.stream_options or NO_OPTIONS
 
 
 class ChatRequest(GenerationRequest):
@@ -217,15 +260,39 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, description="default: what the prompt leaves of the context")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, description="0 to 20; needs logprobs")
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+    reasoning_effort: Effort | None = Field(
         None, description="none to low: depth shallow; medium: auto; high and above: full. Not together with depth"
     )
-    response_format: ResponseFormat | None = None
     tools: list[Tool] = Field(default_factory=list)
     tool_choice: ToolChoice | None = Field(
         None, description="default auto. required, or a name: exactly one call, its arguments guided by their schema"
     )
     parallel_tool_calls: bool = Field(True, description="false: the answer ends with its first call")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="read by the chat template; what it does not know changes nothing"
+    )
+    add_generation_prompt: bool | None = Field(None, description="open the assistant's turn at the end [true]")
+    continue_final_message: bool = Field(
+        False, description="the answer goes on with the last message, which is the assistant's"
+    )
+    store: bool = Field(False, description=_HINT + "nothing is stored here")
+    metadata: Metadata = Field(default_factory=dict, max_length=16, description=_HINT + "nothing is stored here")
+    service_tier: str = Field("auto", max_length=64, description=_HINT + "there is one tier")
+    verbosity: Literal["low", "medium", "high"] = Field("medium", description=_HINT + "the model has no such setting")
+    prompt_cache_key: str | None = Field(None, max_length=1024, description=_HINT + "the prefix cache needs no key")
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] = Field(
+        "in_memory", description=_HINT + "the prefix cache keeps what there is room for"
+    )
+    safety_identifier: str | None = Field(None, max_length=256, description=_HINT + "use `user`")
+    hints: ClassVar[Hints] = {
+        "store": (False,),
+        "metadata": ({},),
+        "service_tier": ("auto", "default"),
+        "verbosity": ("medium",),
+        "prompt_cache_key": (),
+        "prompt_cache_retention": ("in_memory", "in-memory"),
+        "safety_identifier": (),
+    }
     refused: ClassVar[Refused] = {
         "functions": (([],), "use tools"),
         "function_call": (("none",), "use tool_choice"),
@@ -233,12 +300,8 @@ class ChatRequest(GenerationRequest):
         "audio": ((), "answers are text"),
         "prediction": ((), "predicted outputs are not supported"),
         "web_search_options": ((), "the server fetches nothing"),
-        "store": ((False,), _STORED),
-        "metadata": (({},), _STORED),
-        "service_tier": (("auto", "default"), "there is one tier"),
-        "verbosity": (("medium",), "the model has no such setting"),
-        "prompt_cache_key": ((), "the prefix cache needs no key"),
-        "safety_identifier": ((), "use `user`"),
+        "moderation": ((), "nothing is moderated here"),
+        "prompt_cache_options": (({},), "the prefix cache has no options"),
     }
     model_config = ConfigDict(
         json_schema_extra={
@@ -278,6 +341,11 @@ class EmbeddingRequest(Wire):
     depth: str | int | None = Field(
         None, description="exit whose hidden states are pooled: its name, or its layers [full]"
     )
+
+    @property
+    def pooled_at(self) -> str | int:
+        return FULL if self.depth is None else self.depth
+
     refused: ClassVar[Refused] = {"dimensions": ((), "the width is the model's: a shortened vector would mean nothing")}
     model_config = ConfigDict(json_schema_extra={"examples": [{"model": "shoal", "input": ["the sea", "def f(x):"]}]})
 

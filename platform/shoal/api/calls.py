@@ -1,4 +1,4 @@
-"""Reading tool calls: the text of an answer, as it comes, as OpenAI's deltas. How a call is written is told in `tools`.
+"""Reading tool calls: the text of an answer, as it comes, as OpenAI's deltas. How a call is written: `inputs.tools`.
 
 Notable: a delta is never taken back, so text that may still become a call is held until it is one or cannot be.
 """
@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shoal.api.bodies import Function
-
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
+from shoal.inputs.tools import CLOSE, OPEN
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*:\s*')  # names hold no quotes (`bodies.NAME`)
 
@@ -120,6 +119,28 @@ class Tagged(Reader):
             return [{"content": before + spelt}] if before + spelt else []
         said = before.rstrip()
         return [*([{"content": said}] if said else []), self._call(*call)]
+
+
+class Either(Reader):
+    """Calls as of `Tagged`, or JSON, in which nothing is a call: how it begins says which."""
+
+    def __init__(self, tools: Mapping[str, Function]) -> None:
+        self._tools = tools
+        self._inner: Reader | None = None
+
+    def push(self, text: str) -> list[Delta]:
+        if self._inner is None:
+            if not text:
+                return []
+            self._inner = Tagged(self._tools) if text.startswith("<") else Plain()
+        return self._count(self._inner.push(text))
+
+    def finish(self, *, whole: bool) -> list[Delta]:
+        return [] if self._inner is None else self._count(self._inner.finish(whole=whole))
+
+    def _count(self, deltas: list[Delta]) -> list[Delta]:
+        self.calls = 0 if self._inner is None else self._inner.calls
+        return deltas
 
 
 def _parsed(text: str, tools: Mapping[str, Function]) -> tuple[str, str] | None:

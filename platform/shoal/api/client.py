@@ -13,7 +13,9 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.types import Receive
 
+from shoal.config import FULL
 from shoal.engine.events import Event, Finished, Request
+from shoal.engine.metrics import Samples
 from shoal.errors import DeadlineError, EngineDeadError
 
 T = TypeVar("T")
@@ -29,11 +31,17 @@ class EngineClient(Protocol):
     def batches(self, request: Request) -> AsyncIterator[list[Event]]:
         """Events of one request in lists of what was ready, its `Finished` last. Closing the iterator cancels the request."""
 
-    async def embed(self, prompt: list[int], depth: str | int | None = None) -> list[float]:
-        """The vector of one prompt, as `Model.embed` makes it."""
+    async def embed(
+        self, prompts: list[list[int]], depth: str | int = FULL, *, payer: str = "", client: str = ""
+    ) -> list[list[float]]:
+        """The vector of each prompt, as `Model.embed` makes it, all by the same weights: else they could not be compared.
+        `payer` and `client` are whose turn it takes, as of `Request`."""
 
-    async def stats(self) -> dict[str, float]:
-        """What `Engine.stats` gives: values by sample name, as Prometheus writes it."""
+    async def stats(self) -> Samples:
+        """What `Engine.stats` gives; of several engines together."""
+
+    async def info(self) -> list[dict[str, str]]:
+        """What `Engine.info` gives, of each engine that answers."""
 
     async def check_health(self) -> None:
         """Raises EngineDeadError when the engine cannot serve any more."""
@@ -86,6 +94,18 @@ async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
         return task.result()
     finally:
         await _end([task, gone])
+
+
+async def must_be_there(receive: Receive) -> None:
+    """Raises ClientGone where the client has left already, as far as two turns of the loop tell. The request's body must have
+    been read."""
+    gone = asyncio.create_task(_disconnect(receive))
+    for _ in range(2):  # its first step, and what came on its connection behind the body
+        await asyncio.sleep(0)
+    left = gone.done()
+    await _end([gone])
+    if left:
+        raise ClientGone
 
 
 async def _watched(client: EngineClient, request: Request) -> AsyncGenerator[list[Event], None]:

@@ -14,11 +14,32 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
+from shoal.api.batches.shapes import BatchRequest
 from shoal.api.bodies import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from shoal.api.messages.bodies import CountRequest, MessagesRequest
+from shoal.api.messages.shapes import MessageEvent
+from shoal.api.responses.bodies import ResponsesRequest
+from shoal.api.responses.shapes import ResponseEvent
+from shoal.api.scores.bodies import RerankRequest, ScoreRequest
 from shoal.api.shapes import ChatChunk, ErrorEnvelope
 from shoal.api.wire import Wire
 
-BODIES = (ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
+POSTED = (400, 401, 404, 408, 413, 415, 429, 500, 503)  # what a request with a body may be refused with
+ASKED = (401, 404, 429)  # and one without
+BODIES: tuple[type[Wire], ...] = (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+    MessagesRequest,
+    CountRequest,
+    ResponsesRequest,
+    ScoreRequest,
+    RerankRequest,
+    BatchRequest,
+)
+CHUNKS: tuple[Any, ...] = (ChatChunk, MessageEvent, ResponseEvent)  # of streams, that no whole answer is of
 
 _REFERENCE = "#/components/schemas/{model}"
 _SECURITY = {"key": {"type": "http", "scheme": "bearer", "description": "One of the server's API keys"}}
@@ -30,22 +51,25 @@ def body_of(kind: type[Wire]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def refused(*statuses: int, envelope: Any = ErrorEnvelope) -> dict[int | str, dict[str, Any]]:
     """The entries of errors."""
-    return {status: {"model": ErrorEnvelope, "description": HTTPStatus(status).phrase} for status in statuses}
+    return {status: {"model": envelope, "description": HTTPStatus(status).phrase} for status in statuses}
 
 
-def answered(kind: Any, *statuses: int, chunk: Any = None) -> dict[int | str, dict[str, Any]]:
-    """The entries of an answer of `kind`, streamed as events that hold a `chunk` each, and of the errors `statuses`."""
+def answered(
+    kind: Any, *statuses: int, chunk: Any = None, envelope: Any = ErrorEnvelope
+) -> dict[int | str, dict[str, Any]]:
+    """The entries of an answer of `kind`, streamed as events that hold a `chunk` each, and of the errors `statuses`, which are
+    an `envelope` each."""
     answer: dict[str, Any] = {"model": kind}
     if chunk is not None:
-        answer["content"] = {"text/event-stream": {"schema": _events(chunk.__name__)}}
-    return {200: answer, **refused(*statuses)}
+        answer["content"] = {"text/event-stream": {"schema": _events(chunk.__name__, envelope.__name__)}}
+    return {200: answer, **refused(*statuses, envelope=envelope)}
 
 
-def _events(chunk: str) -> dict[str, Any]:
+def _events(chunk: str, envelope: str) -> dict[str, Any]:
     """One of the events: a chunk, at last the end mark, or in its place an error that came after the first chunk."""
-    shapes = [{"$ref": _REFERENCE.format(model=name)} for name in (chunk, ErrorEnvelope.__name__)]
+    shapes = [{"$ref": _REFERENCE.format(model=name)} for name in (chunk, envelope)]
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": shapes}}
     end = {"const": "[DONE]"}
     return {"type": "object", "properties": {"data": {"anyOf": [end, data]}}, "required": ["data"]}
@@ -64,8 +88,9 @@ class Documented(FastAPI):
         for body in BODIES:
             for example in schemas["$defs"][body.__name__]["examples"]:
                 example.update({"model": self._model} if "model" in example else {})
-        chunk = TypeAdapter(ChatChunk).json_schema(ref_template=_REFERENCE)
-        schemas["$defs"] |= {**chunk.pop("$defs"), ChatChunk.__name__: chunk}
+        for kind in CHUNKS:
+            chunk = TypeAdapter(kind).json_schema(ref_template=_REFERENCE)
+            schemas["$defs"] |= {**chunk.pop("$defs", {}), kind.__name__: chunk}
         parts = document.setdefault("components", {})
         parts.setdefault("schemas", {}).update(schemas["$defs"])
         for name in ("HTTPValidationError", "ValidationError"):

@@ -9,7 +9,7 @@ from shoal.errors import RequestError
 
 @dataclass(frozen=True)
 class Limits:
-    """Tokens are bounded by the model's context besides, an image's pixels by `inputs.media`."""
+    """Besides these, tokens are bounded by the model's context and an image's pixels by `inputs.media`."""
 
     body_bytes: int = 16 * 2**20  # counted as they arrive, before anything is parsed
     messages: int = 1024
@@ -19,6 +19,15 @@ class Limits:
     inputs: int = 2048  # of /v1/embeddings
     tokenized: int = 2**20  # characters, or token ids, that /tokenize and /detokenize take: a second or two of a core
     stops: int = 16
+    stop_characters: int = 1024  # of each, which is looked for with each token; and
+    stop_ids: int = 1024
+    bad_words: int = 128  # each looked for with each token
+    file_bytes: int = 200 * 2**20  # of an uploaded file
+    held_files: int = 1000  # of one key; and
+    held_bytes: int = 10 * 2**30
+    batch_lines: int = 50_000
+    open_batches: int = 100  # of one key, that have not ended
+    held_batches: int = 1000  # of one key; of more the oldest that have ended are forgotten
     seconds: float = 600.0  # then the request ends with 408
 
 

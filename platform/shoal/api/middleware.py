@@ -9,24 +9,102 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.api.access import Access, told
 from shoal.api.auth import ApiKeys
+from shoal.api.client import ClientGone, must_be_there
 from shoal.api.wire import BodyTooLargeError, MediaTypeError
 from shoal.errors import RequestError
 
 # need no key; all else does
-OPEN_PATHS = ("/health", "/ready", "/version", "/metrics", "/openapi.json", "/ui", "/favicon.ico")
+OPEN_PATHS = ("/", "/health", "/ready", "/version", "/metrics", "/openapi.json", "/ui", "/favicon.ico")
+STREAMING = "/ui/gradio_api/"  # of its GETs some never end, and none is asked for its head
 LONGEST_ID = 128
+UNUSED = "x-shoal-unused"  # the header that names what was taken and changes nothing
+# where the pages would look for what is in them: anybody can say it
+UNHEARD = (b"x-forwarded-host", b"x-gradio-server")
 DISCARD_TIMES, DISCARD_SECONDS = 4, 10.0  # how much of a refused body is read, in limits, and for how long
+
+PRESENT_SECONDS = 2.0  # for the beginning of a body to come to a proxy
 
 Failed = Callable[[Exception, Access], ASGIApp]
 
-_ID = re.compile(rf"[A-Za-z0-9._:/+=-]{{1,{LONGEST_ID}}}")
+_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,%d}" % LONGEST_ID)
+
+
+def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The ``X-Request-Id`` that a client gave, where it can be one; else a new one."""
+    given = next((value for name, value in headers if name == b"x-request-id"), b"")
+    return given.decode() if _ID.fullmatch(given) else uuid.uuid4().hex
+
+
+class Identified:
+    """ASGI middleware in front of a proxy that takes over any id: here every request gets a good one first."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if "headers" in scope:
+            kept = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
+            scope = {**scope, "headers": [*kept, (b"x-request-id", request_id(scope["headers"]).encode())]}
+        await self._app(scope, receive, send)
+
+
+class Headed:
+    """ASGI middleware around the routes: HEAD is answered where GET is, with the same headers and no body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope.get("method") != "HEAD" or path.startswith(STREAMING):
+            await self._app(scope, receive, send)
+            return
+
+        async def bare(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, bare)
+
+
+class Present:
+    """ASGI middleware before a proxy: a request whose client has left is not passed on. What it would cost behind the proxy is
+    many times what it has cost until then, and who leaves at once can send very many. One whose body does not come in
+    `seconds` passes as it is: behind the proxy that has its bound, and its answer."""
+
+    def __init__(self, app: ASGIApp, seconds: float = PRESENT_SECONDS) -> None:
+        self._app, self._seconds = app, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        first: Message | None
+        try:
+            first = await asyncio.wait_for(receive(), self._seconds)
+        except TimeoutError:
+            await self._app(scope, receive, send)
+            return
+        if first["type"] == "http.disconnect":
+            return
+        if not first.get("more_body"):
+            try:
+                await must_be_there(receive)
+            except ClientGone:
+                return
+
+        async def again() -> Message:
+            nonlocal first
+            message, first = first, None
+            return await receive() if message is None else message
+
+        await self._app(scope, again, send)
 
 
 class Gate:
@@ -34,20 +112,33 @@ class Gate:
     with what `failed` makes of an error that no handler took."""
 
     def __init__(
-        self, app: ASGIApp, *, keys: ApiKeys | None, body_bytes: int, failed: Failed, answer_id: bool = True
+        self,
+        app: ASGIApp,
+        *,
+        keys: ApiKeys | None,
+        body_bytes: int,
+        failed: Failed,
+        answer_id: bool = True,
+        longer: Mapping[str, int] | None = None,
     ) -> None:
-        self._app, self._keys, self._body_bytes = app, keys, body_bytes
+        """`longer`: path -> bytes of a body, where these are others."""
+        self._app, self._keys, self._body_bytes, self._longer = app, keys, body_bytes, longer or {}
         self._failed, self._answer_id = failed, answer_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # the start and end of the server; there are no websockets
             await self._app(scope, receive, send)
             return
+        scope["headers"] = [(name, value) for name, value in scope["headers"] if name not in UNHEARD]
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        given = headers.get(b"x-request-id", "")
-        access = scope.setdefault("state", {})["access"] = Access(self._id(given), scope["method"], scope["path"])
+        access = Access(request_id(scope["headers"]), scope["method"], scope["path"])
+        scope.setdefault("state", {})["access"] = access
         with told(access, headers):
-            await self._answer(access, headers, scope, receive, send)
+            try:
+                await self._answer(access, headers, scope, receive, send)
+            finally:
+                if access.admitted and access.key is not None:
+                    access.key.leave()
             access.route = getattr(scope.get("route"), "path", None)
 
     async def _answer(
@@ -64,7 +155,7 @@ class Gate:
                 message = {**message, "headers": [*message["headers"], *self._told(access), *rest]}
             await send(message)
 
-        body = _Body(receive, headers, self._body_bytes)
+        body = _Body(receive, headers, self._longer.get(_path(scope), self._body_bytes), self._body_bytes)
         try:
             try:
                 self._check(scope, headers, access)
@@ -78,38 +169,44 @@ class Gate:
             if not started:
                 await answer(scope, receive, named)
 
-    def _id(self, given: str) -> str:
-        if not self._answer_id:  # a proxy answers with whatever it was given, so that is what the log says, too
-            return given[:LONGEST_ID]
-        return given if _ID.fullmatch(given) else uuid.uuid4().hex
-
     def _told(self, access: Access) -> list[tuple[bytes, bytes]]:
         """The headers that every answer has, under the names that OpenAI's clients read."""
         told = {"openai-processing-ms": str(round(access.seconds * 1000))}
         told |= {"x-request-id": access.id} if self._answer_id else {}
         told |= access.key.headers() if access.key is not None else {}
+        told |= {UNUSED: ", ".join(access.unused)} if access.unused else {}
         return [(name.encode(), value.encode()) for name, value in told.items()]
 
     def _open(self, scope: Scope) -> bool:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))  # where a Serve config or a proxy puts the app
+        path = _path(scope)
         return any(path == open_ or path.startswith(open_ + "/") for open_ in OPEN_PATHS)
 
     def _check(self, scope: Scope, headers: dict[bytes, str], access: Access) -> None:
         if self._keys is not None and not self._open(scope):
             raw = headers.get(b"authorization")
+            if raw is None and b"x-api-key" in headers:  # as Anthropic's clients send it
+                raw = f"Bearer {headers[b'x-api-key']}"
             given = None if raw is None else raw.encode("latin-1").decode("utf-8", "surrogateescape")
             access.key = self._keys.find(given)
             access.key.admit()
+            access.admitted = True
         coding = headers.get(b"content-encoding", "identity")
         if coding != "identity":
             raise MediaTypeError("Content-Encoding", got=coding[:40], allowed="identity: send the body uncompressed")
 
 
-class _Body:
-    """The request's body, counted as it arrives: its length may be unsaid, or said wrongly."""
+def _path(scope: Scope) -> str:
+    """Of a request, from where a Serve config or a proxy puts the app."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
-    def __init__(self, receive: Receive, headers: Mapping[bytes, str], limit: int) -> None:
-        self._receive, self._limit, self._read = receive, limit, 0
+
+class _Body:
+    """The request's body, counted as it arrives: the client may have given no length, or a wrong one."""
+
+    def __init__(self, receive: Receive, headers: Mapping[bytes, str], limit: int, usual: int) -> None:
+        """`usual`: as `limit`, of bodies that are no files; of one that is refused no more is read than of these."""
+        self._receive, self._limit, self._usual, self._read = receive, limit, usual, 0
         self._length = headers.get(b"content-length", "0")
         self._ended = self._length == "0" and b"transfer-encoding" not in headers
         self._waits = headers.get(b"expect", "").lower() == "100-continue"  # with the body, until we ask for it
@@ -132,7 +229,7 @@ class _Body:
         did not come: then the connection must not be kept, or the server reads what comes for as long as it comes."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while not self._ended and not self._waits and self._read <= DISCARD_TIMES * self._limit:
+                while not self._ended and not self._waits and self._read <= DISCARD_TIMES * self._usual:
                     message = await self._receive()
                     self._read += len(message.get("body", b""))
                     self._ended = not message.get("more_body")

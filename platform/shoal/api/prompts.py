@@ -5,16 +5,18 @@ Notable: a text that no tokenisation could fit is refused before time is spent o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 from shoal.api.bodies import DetokenizeRequest, Message, TokenizeRequest
 from shoal.api.limits import Limits, at_most
 from shoal.api.served import ServedModel
 from shoal.api.tools import as_plain
 from shoal.errors import ContextLengthError, RequestError
-from shoal.inputs.chat import Encoded, encode_chat
+from shoal.inputs.chat import GIVEN, Encoded, encode_chat, variables
 from shoal.inputs.tokenizer import IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID
+
+SETTINGS_CHARACTERS = 4096  # of a chat template's own, in all
 
 _MOST = "this model's maximum context length is"  # OpenAI's words, by which litellm and others know this error
 
@@ -27,6 +29,8 @@ def encode_messages(
     add_generation_prompt: bool = True,
     system: str = "",
     bounded: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    continue_final: bool = False,
 ) -> Encoded:
     """The chat as the model reads it, with `system` added to its system text. Raises RequestError with param ``messages`` for
     too many parts, a bad image, or more text than `limits` let be tokenized; with `bounded` ContextLengthError, before it is
@@ -47,7 +51,52 @@ def encode_messages(
         served.config,
         template=served.chat_template,
         add_generation_prompt=add_generation_prompt,
+        settings=settings,
+        continue_final=continue_final,
     )
+
+
+def template_settings(given: Mapping[str, Any], served: ServedModel) -> tuple[dict[str, Any], list[str]]:
+    """Of `given` what the model's chat template reads, and the names of the rest. Raises RequestError (param
+    ``chat_template_kwargs``) for what is given to it otherwise, and for a text that could spell a control token."""
+    param = "chat_template_kwargs"
+    ours = next((name for name in given if name in GIVEN), None)
+    if ours is not None:
+        raise RequestError(f"{param}.{ours}"[:80], param=param, do="give it in the body itself")
+    used = {name: value for name, value in given.items() if name in variables(served.chat_template)}
+    texts = list(_texts(used))
+    if any(mark in text for text in texts for mark in "<|>\ue000\ue001"):
+        raise RequestError(param, param=param, allowed="texts without < | and >")
+    at_most(param, sum(map(len, texts)), SETTINGS_CHARACTERS, "characters")
+    return used, [name for name in given if name not in used]
+
+
+def truncated(prompt: Encoded, most: int | None, max_tokens: int | None, served: ServedModel) -> Encoded:
+    """The last `most` tokens of `prompt`; with -1 as many as leave room for the answer. Raises RequestError."""
+    param = "truncate_prompt_tokens"
+    if most is None:
+        return prompt
+    if most != -1 and not 1 <= most <= served.config.context:
+        raise RequestError(param, param=param, got=most, allowed=f"-1, or 1 to {served.config.context}")
+    keep = served.config.context - (max_tokens or 1) if most == -1 else most
+    if keep < 1 or len(prompt.ids) <= keep:
+        return prompt
+    if prompt.images:
+        raise RequestError(f"{param} with images", param=param, do="leave it out, or the images")
+    return Encoded(prompt.ids[-keep:])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a JSON value, names of fields too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield name
+            yield from _texts(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
 
 
 def tokenize(body: TokenizeRequest, served: ServedModel, limits: Limits) -> list[int]:
@@ -77,12 +126,16 @@ def prompts_of(given: str | list[str] | list[int] | list[list[int]]) -> list[str
     return cast("list[str | list[int]]", [given] if one else given)
 
 
-def prompt_ids(prompt: str | list[int], served: ServedModel, param: str) -> list[int]:
-    """The token ids of one prompt. Raises RequestError naming `param` for none, or for ids that are no text's;
-    ContextLengthError."""
-    if isinstance(prompt, str):
+def prompt_ids(
+    prompt: str | list[int], served: ServedModel, param: str, *, unbounded: Limits | None = None
+) -> list[int]:
+    """The token ids of one prompt; with `unbounded` it may be longer than the context, within those limits. Raises RequestError
+    naming `param` for none, or for ids that are no text's; ContextLengthError."""
+    if unbounded is not None:
+        at_most(param, len(prompt), unbounded.tokenized)
+    elif isinstance(prompt, str):
         _may_fit(len(prompt), served, param)
-    ids = served.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    ids = served.tokenizer.prompt(prompt) if isinstance(prompt, str) else prompt
     if not ids:
         raise RequestError(param, param=param, got="", allowed="at least one token")
     check_ids(ids, served, param)

@@ -5,33 +5,27 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
+import pydantic_core
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
-from starlette.concurrency import run_in_threadpool
 
 from shoal import __version__
-from shoal.api import prompts
-from shoal.api import requests as plan
-from shoal.api.answers import Answer, ChatAnswer, TextAnswer
+from shoal.api import prompts, requests
 from shoal.api.bodies import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
-    GenerationRequest,
     TokenizeRequest,
 )
-from shoal.api.client import EngineClient
-from shoal.api.document import answered, body_of, refused
-from shoal.api.limits import Limits
-from shoal.api.metrics import labels
-from shoal.api.requests import Work
+from shoal.api.chunks import ChatAnswer, TextAnswer
+from shoal.api.document import ASKED, POSTED, answered, body_of, refused
 from shoal.api.served import ServedModel
-from shoal.api.service import Hosted, Service, read_body
+from shoal.api.service import Hosted, Service
 from shoal.api.shapes import (
     ChatChunk,
     ChatCompletion,
@@ -46,33 +40,17 @@ from shoal.api.shapes import (
     Version,
 )
 from shoal.api.wire import NotFoundError, dumps
+from shoal.engine.metrics import infos, sample
 from shoal.errors import EngineDeadError
-
-T = TypeVar("T")
-B = TypeVar("B", bound=GenerationRequest)
 
 log = logging.getLogger("shoal.api")
 
-PROBE_SECONDS = 5.0  # for an engine to answer /ready, /health and /metrics
-POSTED = (400, 401, 404, 408, 413, 415, 429, 500, 503)  # what a request with a body may be refused with
-ASKED = (401, 404, 429)  # and one without
+# of an engine in this process, which is one
+ALONE = {sample("num_replicas"): 1.0, sample("weights_update_refused"): 0.0}
 
 
 def openai_routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
-
-    async def generated(
-        request: Request,
-        body: B,
-        to_work: Callable[[B, ServedModel, Limits], Work],
-        kind: type[Answer],
-        *,
-        logprobs: bool,
-    ) -> Response:
-        hosted = service.hosted(request, body.model)
-        work = await run_in_threadpool(to_work, body, hosted.served, service.limits)
-        answer = kind(work, hosted.served, logprobs=logprobs, include_usage=body.with_usage)
-        return await service.answer(request, hosted.client, work, answer, stream=body.stream)
 
     @router.post(
         "/chat/completions",
@@ -81,8 +59,9 @@ def openai_routes(service: Service) -> APIRouter:
     )
     async def chat_completions(request: Request) -> Response:
         """The assistant's next message; with `stream`, server-sent events that end with ``[DONE]``."""
-        body = await read_body(request, ChatRequest)
-        return await generated(request, body, plan.chat_work, ChatAnswer, logprobs=body.logprobs)
+        body = await service.read_body(request, ChatRequest)
+        answer = partial(ChatAnswer, logprobs=body.logprobs, options=body.streams)
+        return await service.generated(request, body, requests.chat_call, answer)
 
     @router.post(
         "/completions",
@@ -91,16 +70,18 @@ def openai_routes(service: Service) -> APIRouter:
     )
     async def completions(request: Request) -> Response:
         """What follows each prompt; with `stream`, server-sent events that end with ``[DONE]``."""
-        body = await read_body(request, CompletionRequest)
-        return await generated(request, body, plan.completion_work, TextAnswer, logprobs=body.logprobs is not None)
+        body = await service.read_body(request, CompletionRequest)
+        answer = partial(TextAnswer, logprobs=body.logprobs is not None, options=body.streams)
+        return await service.generated(request, body, requests.completion_call, answer)
 
     @router.post("/embeddings", openapi_extra=body_of(EmbeddingRequest), responses=answered(EmbeddingList, *POSTED))
     async def embeddings(request: Request) -> Response:
         """One vector of length 1 for each input: the mean over its tokens of the hidden states at `depth`."""
-        body = await read_body(request, EmbeddingRequest)
+        body = await service.read_body(request, EmbeddingRequest)
         hosted = service.hosted(request, body.model)
-        ids = await run_in_threadpool(plan.embedding_work, body, hosted.served, service.limits)
-        vectors = await service.embed(request, hosted.client, ids, body.depth)
+        work = partial(requests.embedding_ids, body, hosted.served, service.limits)
+        ids = await service.prepared(request, work)
+        vectors = await service.embed(request, hosted.client, ids, body.pooled_at)
         tokens = sum(map(len, ids))
         data = [
             {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
@@ -110,6 +91,11 @@ def openai_routes(service: Service) -> APIRouter:
         whole = {"object": "list", "data": data, "model": hosted.served.name, "usage": usage}
         return Response(dumps(whole), media_type="application/json")
 
+    _add_models(router, service)
+    return router
+
+
+def _add_models(router: APIRouter, service: Service) -> None:
     @router.get("/models", responses=refused(*ASKED))
     async def list_models() -> ModelList:
         """Every name that a request may give as `model`; aliases name their model as `root`."""
@@ -124,27 +110,41 @@ def openai_routes(service: Service) -> APIRouter:
         (quantization,) = await _quantizations([hosted])
         return _card(hosted.served, name, quantization)
 
-    return router
-
 
 def tokenizer_routes(service: Service) -> APIRouter:
     """Token ids from and to text; lm-eval's ``local-completions`` needs all three. Without `model` the first is meant."""
     router = APIRouter(tags=["tokenizer"])
 
+    async def tokenized(request: Request, work: Callable[[], tuple[int, bytes]]) -> Response:
+        """The answer that `work` makes in a thread, with the number of its tokens."""
+        count, body = await service.prepared(request, work)
+        request.state.access.read(count)
+        return Response(body, media_type="application/json")
+
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest), responses=answered(Tokenized, *POSTED))
-    async def tokenize(request: Request) -> Tokenized:
-        """Token ids of a text, or of a chat as the model reads it."""
-        body = await read_body(request, TokenizeRequest)
+    async def tokenize(request: Request) -> Response:
+        """Token ids of a text, or of a chat as the model reads it. They count to the key's limit."""
+        body = await service.read_body(request, TokenizeRequest)
         served = service.hosted(request, body.model).served
-        ids = await run_in_threadpool(prompts.tokenize, body, served, service.limits)
-        return {"count": len(ids), "max_model_len": served.config.context, "tokens": ids}
+
+        def work() -> tuple[int, bytes]:
+            ids = prompts.tokenize(body, served, service.limits)
+            found: Tokenized = {"count": len(ids), "max_model_len": served.config.context, "tokens": ids}
+            return len(ids), pydantic_core.to_json(found)
+
+        return await tokenized(request, work)
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answered(Detokenized, *POSTED))
-    async def detokenize(request: Request) -> Detokenized:
-        """Text of token ids, without control tokens."""
-        body = await read_body(request, DetokenizeRequest)
+    async def detokenize(request: Request) -> Response:
+        """Text of token ids, without control tokens. They count to the key's limit."""
+        body = await service.read_body(request, DetokenizeRequest)
         served = service.hosted(request, body.model).served
-        return {"prompt": await run_in_threadpool(prompts.detokenize, body, served, service.limits)}
+
+        def work() -> tuple[int, bytes]:
+            found: Detokenized = {"prompt": prompts.detokenize(body, served, service.limits)}
+            return len(body.tokens), pydantic_core.to_json(found)
+
+        return await tokenized(request, work)
 
     @router.get("/tokenizer_info", responses=refused(*ASKED))
     async def tokenizer_info(request: Request, model: str | None = None) -> TokenizerInfo:
@@ -162,26 +162,28 @@ def tokenizer_routes(service: Service) -> APIRouter:
 def status_routes(service: Service, *, metrics: bool) -> APIRouter:
     router = APIRouter(tags=["status"])
 
-    @router.head("/health", include_in_schema=False)  # as monitors ask; the server leaves the body out
     @router.get("/health", responses=refused(503))
     async def health() -> Status:
-        """200 while this process lives and no engine is known to be dead; 503 then: restart it."""
-        for error in await _each(service.models, lambda client: client.check_health()):
-            if isinstance(error, EngineDeadError):
-                raise error
-            if error is not None:  # unreachable is not dead: /ready says so
+        """200 while this process lives and not all engines are known to be dead; 503 then: restart it."""
+        found = await asyncio.gather(*(hosted.health.get() for hosted in service.models))
+        for error in found:
+            if isinstance(error, BaseException):  # unreachable is not dead: /ready says so
                 log.warning("health check: %s", error or type(error).__name__)
+        dead = [error for error in found if isinstance(error, EngineDeadError)]
+        if len(dead) == len(found):
+            raise dead[0]
         return {"status": "ok"}
 
-    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", responses=refused(503))
     async def ready() -> Status:
-        """200 when a request would be served now; 503 otherwise: send it elsewhere."""
-        for error in await _each(service.models, lambda client: client.check_health()):
-            if isinstance(error, Exception):
-                got = str(error)[:200] or type(error).__name__
-                raise EngineDeadError("the engine is not ready", got=got, do="try again") from error
-        return {"status": "ready"}
+        """200 when a request for some model would be served now; 503 otherwise: send it elsewhere."""
+        found = await asyncio.gather(*(hosted.health.get() for hosted in service.models))
+        lost = {h.served.name: e for h, e in zip(service.models, found, strict=True) if isinstance(e, Exception)}
+        if len(lost) == len(found):
+            error = next(iter(lost.values()))
+            got = str(error)[:200] or type(error).__name__
+            raise EngineDeadError("the engine is not ready", got=got, do="try again") from error
+        return {"status": "ready", "not_ready": [*lost]} if lost else {"status": "ready"}
 
     @router.get("/version")
     async def version() -> Version:
@@ -189,15 +191,15 @@ def status_routes(service: Service, *, metrics: bool) -> APIRouter:
 
     @router.get("/metrics", response_class=PlainTextResponse, responses=refused(404))
     async def scrape() -> Response:
-        """Prometheus' text format."""
+        """Prometheus' text format; what engines say of themselves is up to a second old."""
         if not metrics:
             raise NotFoundError("metrics are switched off")
         stats = {}
-        for hosted, found in zip(
-            service.models, await _each(service.models, lambda client: client.stats()), strict=True
-        ):
+        told = await asyncio.gather(*(hosted.stats.get() for hosted in service.models))
+        said = await asyncio.gather(*(hosted.info.get() for hosted in service.models))
+        for hosted, found, info in zip(service.models, told, said, strict=True):
             if isinstance(found, dict):
-                stats[hosted.served.name] = {"num_replicas": 1.0, **found}  # an engine of this process is one
+                stats[hosted.served.name] = {**ALONE, **found, **infos(info if isinstance(info, list) else ())}
             else:  # a scrape must still show what this side saw
                 log.warning("no engine stats: %s", found or type(found).__name__)
         return Response(service.metrics.text(stats), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -205,16 +207,11 @@ def status_routes(service: Service, *, metrics: bool) -> APIRouter:
     return router
 
 
-async def _each(models: Sequence[Hosted], ask: Callable[[EngineClient], Awaitable[T]]) -> list[T | BaseException]:
-    """What `ask` gives for the engine of each model, or the error it raises; TimeoutError after `PROBE_SECONDS`."""
-    asked = [asyncio.wait_for(ask(hosted.client), PROBE_SECONDS) for hosted in models]
-    return await asyncio.gather(*asked, return_exceptions=True)
-
-
 async def _quantizations(models: Sequence[Hosted]) -> list[str]:
-    """What each model's engines compute with, commas between them where they differ; what is stored, of one that is silent."""
-    found = await _each(models, lambda client: client.stats())
-    told = [labels(stats, "model_info") if isinstance(stats, dict) else [] for stats in found]
+    """What each model's engines compute with, separated by commas where they differ; what is stored, where the engines are
+    silent."""
+    found = await asyncio.gather(*(hosted.info.get() for hosted in models))
+    told = [sorted({info["quantization"] for info in said}) if isinstance(said, list) else [] for said in found]
     return [",".join(names) or hosted.served.config.quantization for hosted, names in zip(models, told, strict=True)]
 
 

@@ -6,7 +6,6 @@ may name is checked letter by letter and then on the disk, so that it leads nowh
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -46,7 +45,8 @@ def runs_routes(folder: Path) -> APIRouter:
 
     @router.get("/{name:path}")
     def get_run(name: str) -> dict[str, Any]:
-        """One run: how it started, its curves (at most `MOST_POINTS` points), its held-out evaluations, how it ended."""
+        """One run: how it started, its curves (at most `MOST_POINTS` points), its held-out evaluations, how it ended, and how
+        many lines of its metrics could not be read."""
         path = _find(root, name)
         return {**_summary(root, path, path.stat().st_mtime), **_history(path, name)}
 
@@ -91,31 +91,28 @@ def _last(path: Path) -> dict[str, Any]:
     """What the last records of a metrics file say together, a later one over an earlier one."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        lines = file.read().decode("utf-8", "replace").splitlines()
+        records = [record for line in file.read().split(b"\n") if (record := log.parse(line)) is not None]
     found: dict[str, Any] = {}
-    for line in lines[-3:]:  # an evaluation and a checkpoint may follow a step
-        try:
-            record = json.loads(line)
-        except ValueError:  # cut short, by the seek or by a crash
-            continue
-        found |= record if isinstance(record, dict) else {}
+    for record in records[-3:]:  # an evaluation and a checkpoint may follow a step
+        found |= record
     return found
 
 
 def _history(path: Path, name: str) -> dict[str, Any]:
-    try:
-        records = log.read(path.parent)
-        steps = [record for record in records if record["kind"] == "step"]
-        kept = steps[:: max(1, -(-len(steps) // MOST_POINTS))]
-        if steps and kept[-1] is not steps[-1]:
-            kept.append(steps[-1])
-        return {
-            "start": next((record for record in reversed(records) if record["kind"] == "start"), None),
-            "curves": {key: [record.get(key) for record in kept] for key in CURVES},
-            "evals": [record for record in records if record["kind"] == "eval"][-MOST_POINTS:],
-            "end": next((record for record in reversed(records) if record["kind"] == "end"), None),
-        }
-    except (KeyError, TypeError, UnicodeDecodeError):
+    found = log.history(path.parent)
+    if found.unreadable and not found.records:
         raise RequestError(
             "not the metrics of a training run", param="name", got=name, do="look at the file that is there"
-        ) from None
+        )
+    records = found.records
+    steps = [record for record in records if record["kind"] == "step"]
+    kept = steps[:: max(1, -(-len(steps) // MOST_POINTS))]
+    if steps and kept[-1] is not steps[-1]:
+        kept.append(steps[-1])
+    return {
+        "start": next((record for record in reversed(records) if record["kind"] == "start"), None),
+        "curves": {key: [record.get(key) for record in kept] for key in CURVES},
+        "evals": [record for record in records if record["kind"] == "eval"][-MOST_POINTS:],
+        "end": next((record for record in reversed(records) if record["kind"] == "end"), None),
+        "unreadable": found.unreadable,
+    }

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from shoal import config
 from shoal.config import ModelConfig
-from shoal.errors import CheckpointError, ConfigError
+from shoal.engine.events import Sampling
+from shoal.errors import CheckpointError, ConfigError, RequestError
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
-
-FORMAT, VERSION = "shoal-model", 1
+from shoal.model import described
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ServedModel:
     chat_template: str = DEFAULT_TEMPLATE
     created: int = 0  # Unix seconds
     aliases: tuple[str, ...] = ()  # other names for it
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # of `described.DRAWN`, where a request is silent
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -40,33 +42,21 @@ class ServedModel:
 
         Raises CheckpointError when a file is missing, of another format, or contradicts another; ConfigError for empty names.
         """
-        directory = Path(directory)
-        card = directory / "config.json"
-        if not card.is_file():
-            raise CheckpointError("model directory has no config.json", got=str(directory), do="give a model directory")
-        values = config.read_file(card)
-        if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
-            got = f"{values.get('format')} version {values.get('version')}"
-            raise CheckpointError(f"{card}: format", got=got, allowed=f"{FORMAT} version {VERSION}")
+        it = described.read(directory)
+        own, *aliases = names_of(name, it.name)
+        created = int((Path(directory) / described.CONFIG).stat().st_mtime)
+        drawn = described.sampling(directory)
         try:
-            model = config.load(ModelConfig, values["model"], "model")
-        except (ConfigError, KeyError) as error:
-            raise CheckpointError(f"{card} cannot be used", got=str(error)) from error
-        tokenizer = Tokenizer.load(directory / "tokenizer.json")
-        if len(tokenizer) > model.vocab:
-            raise CheckpointError(
-                f"{directory}: tokens in tokenizer.json", got=len(tokenizer), allowed=f"at most vocab ({model.vocab})"
-            )
-        try:
-            template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{directory}: chat_template.jinja", got=str(error)) from error
-        own, *aliases = names_of(name, str(values["name"]))
-        return cls(own, model, tokenizer, template, int(card.stat().st_mtime), tuple(aliases))
+            Sampling(**{**drawn, **({"top_k": 0} if drawn.get("top_k") == -1 else {})})
+        except RequestError as error:
+            where = f"{Path(directory) / described.SOURCE}: generation_config.{error.message}"
+            raise CheckpointError(where, do="mend it there, and import the model again") from error
+        return cls(own, it.config, it.tokenizer, it.chat_template, created, tuple(aliases), drawn)
 
     def fixed_depth(self, depth: str | int) -> str | None:
         """Exit name of a depth that was asked for; None where the router decides."""
-        return None if depth == "auto" else self.depth_name(self.config.depth(depth))
+        layers = self.config.asked(depth)
+        return None if layers is None else self.depth_name(layers)
 
     def depth_name(self, layers: int) -> str:
         """Exit name of a depth in layers; ``none`` for 0, a request that never ran."""

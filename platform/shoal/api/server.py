@@ -3,85 +3,165 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import dataclasses
+import logging
+import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 
 from shoal.api.access import log_to_stderr
-from shoal.api.app import UiMount, build_app
+from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
+from shoal.api.drain import STREAM_SECONDS, Drain
 from shoal.api.limits import Limits
-from shoal.api.served import ServedModel
+from shoal.api.middleware import OPEN_PATHS
+from shoal.api.page import chat_page
+from shoal.api.serve_args import ServeArgs
 from shoal.api.service import Hosted
-from shoal.config import KvCacheDtype
-from shoal.errors import ResourceError
+from shoal.errors import ConfigError, ResourceError
+from shoal.machine import threads
+
+if TYPE_CHECKING:
+    from shoal.engine.front import AsyncEngine
+
+# fields of ServeArgs that only Ray Serve can follow: here are one engine, its queue, and the cores of this process
+ON_RAY = ("models", "min_replicas", "max_replicas", "max_queue", "cpus", "gpus", "engine", "vllm")
+# asyncio accepts as many connections in one go as it was told may wait: at uvicorn's two thousand, who connects and leaves
+# again and again would have the loop for seconds before anybody else's turn
+ACCEPTED = 2
+BACKLOG = 2048  # connections that may wait all the same
+CLOSE_SECONDS = 5  # for what was said last to be sent
 
 
 def run_local(
-    model_dir: str | Path,
-    *,
-    name: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    api_keys: str | Path | None = None,
-    metrics: bool = True,
-    cors: Sequence[str] = (),
-    runs: Path | None = None,
-    ui_mount: UiMount | None = None,
-    limits: Limits | None = None,
-    threads: int | None = None,
-    kv_cache_dtype: KvCacheDtype = "auto",
-    on_fallback: Callable[[str], None] | None = None,
-    on_ready: Callable[[str], None] | None = None,
+    args: ServeArgs, *, host: str = "127.0.0.1", port: int = 8000, on_ready: Callable[[str], None] | None = None
 ) -> None:
-    """Serves a model directory until Ctrl-C, and writes a line a request to stderr. `on_ready` is called once with the base URL
-    (port 0: a free one is taken).
+    """Serves the model directory of `args` until Ctrl-C or SIGTERM, and writes a line a request to stderr. `on_ready` is called
+    once with the base URL (port 0: a free one is taken). At the end it takes no new work and gives what runs `STREAM_SECONDS`;
+    a second signal ends it at once, with KeyboardInterrupt.
 
-    `name`: as of `ServedModel.load`; `api_keys`: a file of keys; `metrics`, `cors`, `runs`, `ui_mount`: as of `build_app`;
-    `threads`: compute threads (default: all cores but one, which is left to HTTP); `kv_cache_dtype`: as of `Engine`;
-    `on_fallback`: as of `Model.load`.
-    Raises CheckpointError for a directory that cannot be served, ResourceError for a port in use.
+    Raises ConfigError for `args` that one process cannot follow, CheckpointError for a directory that cannot be served,
+    ResourceError for a port in use.
     """
-    import torch
+    from shoal.engine.front import settle
 
-    from shoal.engine.engine import Engine
-    from shoal.engine.front import AsyncEngine, settle
-    from shoal.model.model import Model
-
-    keys = ApiKeys.load(api_keys)
-    served = ServedModel.load(model_dir, name)
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) - 1))
-    engine = AsyncEngine(Engine(Model.load(model_dir, on_fallback=on_fallback), kv_cache_dtype=kv_cache_dtype))
+    model = _one_model(args)
+    port = port or _free_port(host)  # now, since the page is told where the API is
+    page = chat_page(args.ui_api or f"http://{host}:{port}/v1", mount=args.ui_mount) if args.ui else None
+    keys = ApiKeys.load(args.api_keys)
+    served = args.served(model, args.name)
+    engine = _engine(model, args)
     settle()
-
     log_to_stderr()
 
-    async def serve() -> None:
+    async def serve() -> bool:
+        drain = Drain(OPEN_PATHS)
         app = build_app(
             [Hosted(served, engine)],
             api_keys=keys,
-            limits=limits,
-            metrics=metrics,
-            cors=cors,
-            runs=runs,
-            ui_mount=ui_mount,
+            limits=Limits(seconds=args.seconds),
+            metrics=args.metrics,
+            cors=args.cors,
+            runs=Path(args.runs) if args.runs else None,
+            batches=Path(args.batches) if args.batches else None,
+            at_once=args.max_batch,
+            ui_mount=page,
+            drain=drain,
         )
+        first, second = _signals()
         try:
             async with serving(app, host, port) as running:
                 if on_ready:
                     on_ready(running.url)
-                await asyncio.wait([running.stopped])
+                await _any(running.stopped, first.wait())
+                await _leave(running, drain, engine, second)
         finally:
             await engine.close()
+        return second.is_set()
 
-    with suppress(KeyboardInterrupt):
-        asyncio.run(serve())
+    if asyncio.run(serve()):
+        raise KeyboardInterrupt
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _one_model(args: ServeArgs) -> str:
+    """The directory that one process is to serve. Raises ConfigError for what only Ray Serve can follow."""
+    for field in dataclasses.fields(args):
+        given = getattr(args, field.name)
+        if field.name in ON_RAY and given not in (field.default, {}):
+            raise ConfigError(f"args.{field.name}", got=given, do="serve it on Ray, or leave it out")
+    if not args.model:
+        raise ConfigError("args.model", got="nothing", do="give a model directory")
+    return args.model
+
+
+def _engine(model: str, args: ServeArgs) -> AsyncEngine:
+    """The engine over the weights in a model directory; where `args.precision` is "auto", stderr is told of fp32."""
+    import torch
+
+    from shoal.engine.engine import Engine
+    from shoal.engine.front import AsyncEngine
+    from shoal.model.model import Model
+
+    torch.set_num_threads(threads(args.threads))
+    say = partial(print, "shoal: in fp32, since", file=sys.stderr) if args.precision == "auto" else None
+    loaded = Model.load(model, on_fallback=say)
+    return AsyncEngine(Engine(loaded, max_batch=args.max_batch, kv_cache_dtype=args.kv_cache_dtype))
+
+
+async def _leave(running: Running, drain: Drain, engine: AsyncEngine, second: asyncio.Event) -> None:
+    """Takes no new work, lets what runs end, and ends the engine and the server; each wait is over with a `second` signal."""
+    drain.close()
+    await _any(running.stopped, drain.ended(STREAM_SECONDS), second.wait())
+    await engine.close()  # what is left is told
+    await _any(drain.ended(CLOSE_SECONDS), second.wait())
+    running.end(at_once=second.is_set())
+
+
+def _signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """Set by the first and by the second Ctrl-C or SIGTERM that the running event loop's process gets."""
+    first, second = asyncio.Event(), asyncio.Event()
+
+    def got() -> None:
+        (second if first.is_set() else first).set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, got)
+    return first, second
+
+
+async def _any(*waits: Awaitable[object]) -> None:
+    """Returns when one of `waits` has ended; those that are not tasks of the caller end with it."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task, wait in zip(tasks, waits, strict=True):
+            if task is not wait:
+                task.cancel()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signal handlers: it would stop listening at the first signal, and nobody would be told
+    why."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 @dataclass(frozen=True)
@@ -89,7 +169,15 @@ class Running:
     """A server inside the running event loop."""
 
     url: str  # http://HOST:PORT, without /v1
-    stopped: asyncio.Task[None]  # done when the server has ended, by itself or by a signal
+    stopped: asyncio.Task[None]  # done when the server has ended
+    server: uvicorn.Server
+
+    def end(self, *, at_once: bool) -> None:
+        """Listens no more, and waits `CLOSE_SECONDS` for what is still being sent; `at_once`: not at all. Work has ended by
+        then, so what uvicorn says of the rest, such as pages that are open, is for nobody."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+        self.server.config.timeout_graceful_shutdown = 0 if at_once else CLOSE_SECONDS
+        self.server.should_exit = True
 
 
 @asynccontextmanager
@@ -105,9 +193,10 @@ async def serving(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> Async
         http="h11",  # httptools keeps headers of any length, and loses the body of a request that asks for h2c
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+        backlog=ACCEPTED,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
     try:
         listener = config.bind_socket()
     except SystemExit:  # uvicorn's way to say it
@@ -121,7 +210,8 @@ async def serving(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> Async
             if task.done():
                 raise ResourceError("the HTTP server stopped while starting", got=task.exception())
             await asyncio.sleep(0.01)
-        yield Running(f"http://{host}:{listener.getsockname()[1]}", task)
+        listener.listen(BACKLOG)
+        yield Running(f"http://{host}:{listener.getsockname()[1]}", task, server)
     finally:
         server.should_exit = True
         await asyncio.wait([task])

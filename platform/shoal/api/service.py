@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
@@ -21,26 +22,50 @@ from starlette.types import Receive, Scope, Send
 from shoal.api.access import Access
 from shoal.api.answers import Answer
 from shoal.api.client import ClientGone, EngineClient, Events, gather, while_connected
+from shoal.api.entry import Entry
+from shoal.api.fresh import Fresh
 from shoal.api.limits import Limits
+from shoal.api.messages import errors
 from shoal.api.metrics import Metrics
-from shoal.api.requests import Work
+from shoal.api.requests import EngineCall
 from shoal.api.served import ServedModel
-from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, dumps, envelope, parse, sse
+from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, dumps, envelope, parse, unused
 from shoal.engine.events import Token
 from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError, frames
+
+T = TypeVar("T")
+
+
+class Generates(Protocol):
+    """What the bodies have in common that are answered by generated tokens."""
+
+    model: str
+    stream: bool
+
+
+G = TypeVar("G", bound=Generates)
 
 log = logging.getLogger("shoal.api")
 
 BODY_SECONDS = 60.0  # for a body to arrive
+SHORT_BODY = 2**15  # bytes, which take at most 10 ms to parse; one of 16 MiB takes up to 5 s
+# requests that are parsed (longer ones) and encoded at once, short and long ones each: more share Python's lock
+AT_ONCE = 2
 SEND_SECONDS = 60.0  # for a client to read what fills the buffers up to it; the request's deadline bounds its units
 
 
-@dataclass(frozen=True)
 class Hosted:
     """A model, and the engine that runs it."""
 
-    served: ServedModel
-    client: EngineClient
+    def __init__(self, served: ServedModel, client: EngineClient) -> None:
+        self.served, self.client = served, client
+        self.stats = Fresh(lambda: client.stats())
+        self.info = Fresh(lambda: client.info())
+        self.health = Fresh(self._healthy)
+
+    async def _healthy(self) -> str:
+        await self.client.check_health()
+        return "ok"
 
 
 class Service:
@@ -54,6 +79,7 @@ class Service:
             got = [name for hosted in models for name in hosted.served.names]
             raise ConfigError("names of the served models", got=got, do="give at least one model, and each name once")
         self.metrics = Metrics()
+        self._short, self._long = Entry(AT_ONCE), Entry(AT_ONCE)  # else a few long ones would be before all short ones
 
     def hosted(self, request: Request, name: str | None) -> Hosted:
         """The model that `request` asks for by `name`. Raises ModelNotFoundError."""
@@ -65,13 +91,66 @@ class Service:
         request.state.access.served = hosted.served.name
         return hosted
 
-    async def answer(
-        self, request: Request, client: EngineClient, work: Work, answer: Answer, *, stream: bool
-    ) -> Response:
-        """Runs `work` and sends `answer` whole or as a stream; a client that leaves cancels it at any point."""
+    async def read_body(self, request: Request, kind: type[W]) -> W:
+        """The request's body as `kind`. Raises MediaTypeError, or RequestError from `wire.parse`."""
+        kind_given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind_given != "application/json":
+            raise MediaTypeError("Content-Type", got=kind_given[:80], allowed="application/json")
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                data = await request.body()
+        except TimeoutError:
+            raise DeadlineError("the body did not arrive", do=f"send it within {BODY_SECONDS:g} s") from None
+        except ClientDisconnect:
+            raise ClientGone from None
+        request.state.long = len(data) > SHORT_BODY or b"data:image" in data
+        if len(data) <= SHORT_BODY:
+            body = parse(kind, data)
+        else:
+            body = await self.prepared(request, partial(parse, kind, data))
         access: Access = request.state.access
-        access.read(work.prompt_tokens)
-        events = _counted(gather(client, work.requests), work, access)
+        access.facts |= {
+            "user": getattr(body, "user", None),
+            "model": (getattr(body, "model", None) or "")[:100] or None,
+        }
+        access.unused = unused(body)
+        return body
+
+    async def prepared(self, request: Request, work: Callable[[], T]) -> T:
+        """What `work` gives, in a thread, when it is the turn of who asks; the body must have been read. Raises ClientGone."""
+        payer, of = _shares(request, request.state.access)
+        entry = self._long if request.state.long else self._short
+        return await entry.run(payer, of, request.receive, work)
+
+    async def generated(
+        self,
+        request: Request,
+        body: G,
+        to_call: Callable[[G, ServedModel, Limits], EngineCall],
+        kind: Callable[[EngineCall, ServedModel], Answer],
+    ) -> Response:
+        """The answer to `body`, in the form of `kind`: `to_call` makes its prompts in the caller's turn, and they run.
+        Raises ModelNotFoundError, ClientGone, and what `to_call` and the engine raise."""
+        hosted = self.hosted(request, body.model)
+        call = await self.prepared(request, partial(to_call, body, hosted.served, self.limits))
+        return await self._answer(request, hosted.client, call, kind(call, hosted.served), stream=body.stream)
+
+    async def _answer(
+        self, request: Request, client: EngineClient, call: EngineCall, answer: Answer, *, stream: bool
+    ) -> Response:
+        """Runs `call` and sends `answer` whole or as a stream; a client that leaves cancels it at any point."""
+        access: Access = request.state.access
+        access.read(call.prompt_tokens)
+        access.unused += call.unused
+        payer, of = _shares(request, access)
+        # each choice has a turn of its own
+        requests = [
+            replace(
+                each, payer=payer, client=of, priority=access.priority, deadline=access.seconds_left or each.deadline
+            )
+            for each in call.requests
+        ]
+        events = _counted(gather(client, requests), call, access)
         if not stream:
             whole = await while_connected(request.receive, answer.whole(events))
             access.facts["depth"] = answer.depth()
@@ -81,15 +160,16 @@ class Service:
         return _EventStream(self._guarded(first, chunks, answer, access), answer.early_depth(), access)
 
     async def embed(
-        self, request: Request, client: EngineClient, ids: Sequence[list[int]], depth: str | int | None
+        self, request: Request, client: EngineClient, ids: list[list[int]], depth: str | int
     ) -> list[list[float]]:
-        """A vector for each of `ids`, one after the other; a client that leaves ends it. Raises DeadlineError."""
+        """A vector for each of `ids`; a client that leaves ends it. Raises DeadlineError."""
         access: Access = request.state.access
         access.read(sum(map(len, ids)))
+        payer, of = _shares(request, access)
 
         async def vectors() -> list[list[float]]:
-            async with asyncio.timeout(self.limits.seconds):
-                return [await client.embed(prompt, depth) for prompt in ids]
+            async with asyncio.timeout(access.seconds_left or self.limits.seconds):
+                return await client.embed(ids, depth, payer=payer, client=of)
 
         try:
             return await while_connected(request.receive, vectors())
@@ -116,10 +196,10 @@ class Service:
                     yield chunk
                 access.facts["depth"] = answer.depth()
             except Exception as error:
-                yield sse(self._describe(error, access)[1])
+                yield answer.failed(self._describe(error, access)[1])
 
     def _describe(self, error: Exception, access: Access) -> tuple[int, dict[str, Any]]:
-        """Its status and its envelope; it is counted, and told in the request's line."""
+        """The status and the envelope of an error, which is counted and noted in the request's log line."""
         if isinstance(error, RequestError):
             status, body = error.status, envelope(error.message, error.status, param=error.param, code=error.code)
         elif isinstance(error, ShoalError):
@@ -129,20 +209,32 @@ class Service:
             log.error("request failed\n%s", frames(error))
             status, body = 500, envelope("internal error; the server's log has the details", 500, code="internal_error")
         access.error = body["error"]["code"] or body["error"]["type"]
+        access.facts["param"] = body["error"]["param"]
         self.metrics.failed(access.served, body["error"]["code"] or str(status))
-        return status, body
+        return status, errors.as_theirs(body, status, access.id) if errors.is_theirs(access.path) else body
 
 
-async def _counted(events: Events, work: Work, access: Access) -> Events:
-    """`events`, their tokens counted. An error names a field of the body, where the engine's is of another name: the one that a
-    grammar came from, none for the time that the server gives."""
+def _shares(request: Request, access: Access) -> tuple[str, str]:
+    """Whose turn it is: a key's, and of it a user's; without keys an address's, since anybody can say another user. What may
+    wait is counted apart: it costs the key's live requests no turn."""
+    later = "later " if access.priority else ""
+    if access.key is None:
+        return later, request.client.host if request.client else ""
+    return later + access.key.digest.hex()[:16], access.facts.get("user") or ""
+
+
+async def _counted(events: Events, call: EngineCall, access: Access) -> Events:
+    """`events`, their tokens counted. An error names a field of the body, where the engine has another name for it: the field
+    that a grammar came from, and none for a deadline, which the server sets."""
     async with aclosing(events):
         try:
             async for index, ready in events:
                 access.wrote(sum(isinstance(event, Token) for event in ready))
                 yield index, ready
         except RequestError as error:
-            error.param = {"guided": work.guided_by, "deadline": None}.get(error.param or "", error.param)
+            error.param = {"guided": call.guided_by, "banned": "bad_words", "deadline": None}.get(
+                error.param or "", error.param
+            )
             raise
 
 
@@ -164,13 +256,16 @@ class _EventStream(Response):
         self._chunks, self._access = chunks, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def part(body: bytes, *, more: bool = True) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+
         async def stream() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async with aclosing(self._chunks) as chunks:
                 async for chunk in chunks:
-                    async with asyncio.timeout(SEND_SECONDS):
-                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    await part(chunk)
+            await part(b"", more=False)  # it waits for a client that has not read what went before
 
         try:
             await while_connected(receive, stream())
@@ -178,21 +273,3 @@ class _EventStream(Response):
             self._access.error = "client_left"
         except TimeoutError:  # of `send`: errors of the chunks are events; the server closes what is left unfinished
             self._access.error = "client_stalled"
-
-
-async def read_body(request: Request, kind: type[W]) -> W:
-    """The request's body as `kind`. Raises MediaTypeError, or RequestError from `wire.parse`."""
-    kind_given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind_given != "application/json":
-        raise MediaTypeError("Content-Type", got=kind_given[:80], allowed="application/json")
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            data = await request.body()
-    except TimeoutError:
-        raise DeadlineError("the body did not arrive", do=f"send it within {BODY_SECONDS:g} s") from None
-    except ClientDisconnect:
-        raise ClientGone from None
-    body = parse(kind, data)
-    access: Access = request.state.access
-    access.facts |= {"user": getattr(body, "user", None), "model": (getattr(body, "model", None) or "")[:100] or None}
-    return body

@@ -15,7 +15,7 @@ class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokens
+    prompt_tokens_details: NotRequired[PromptTokens]  # left out of a chunk before they are known
     depth: str  # exit name the answer ran with; several, comma-separated, when the choices differ
 
 
@@ -77,11 +77,21 @@ class Delta(TypedDict):
     tool_calls: NotRequired[list[CallDelta]]
 
 
+class RankedLogprob(TypedDict):
+    logprob: float
+    rank: int | None  # 1: the likeliest; null beyond the alternatives
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, RankedLogprob] | None]  # by token id; null for the first token
+
+
 class ChatChoice(TypedDict):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: str
+    token_ids: NotRequired[list[int]]  # with return_token_ids
 
 
 class ChunkChoice(TypedDict):
@@ -89,6 +99,7 @@ class ChunkChoice(TypedDict):
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    token_ids: NotRequired[list[int]]
 
 
 class TextChoice(TypedDict):
@@ -96,6 +107,9 @@ class TextChoice(TypedDict):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: str | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class _Head(TypedDict):
@@ -107,12 +121,15 @@ class _Head(TypedDict):
 
 class ChatCompletion(_Head):
     object: Literal["chat.completion"]
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
     choices: list[ChatChoice]
     usage: Usage
 
 
 class ChatChunk(_Head):
     object: Literal["chat.completion.chunk"]
+    prompt_token_ids: NotRequired[list[int]]  # of the first
     choices: list[ChunkChoice]
     usage: NotRequired[Usage | None]  # there when include_usage is set: null until the last
 
@@ -176,6 +193,7 @@ class TokenizerInfo(TypedDict):
 
 class Status(TypedDict):
     status: str
+    not_ready: NotRequired[list[str]]  # models that no engine serves, while others are served
 
 
 class Version(TypedDict):

@@ -16,9 +16,10 @@ from typing import Any
 import tokenizers
 
 from shoal import config
-from shoal.api.served import FORMAT, ServedModel, names_of
-from shoal.errors import CheckpointError, ConfigError, RequestError
+from shoal.api.served import ServedModel, names_of
+from shoal.errors import CheckpointError, RequestError
 from shoal.inputs.tokenizer import BYTE_OF, StreamDecoder
+from shoal.model.described import FORMAT
 
 PLAIN = (  # for a checkpoint without a chat template
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -28,7 +29,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how tokenizers that are not byte-lev
 
 
 @dataclass(frozen=True)
-class StockConfig:
+class StockConfig(config.Exits):
     """What the routes ask of a `ModelConfig`, for a model with one depth and no images."""
 
     vocab: int
@@ -39,25 +40,18 @@ class StockConfig:
     page: int = 16
 
     @property
-    def exits(self) -> tuple[int, ...]:
-        return (self.layers,)
-
-    @property
     def exit_names(self) -> dict[str, int]:
-        return {"full": self.layers}
-
-    def depth(self, depth: str | int | None) -> int:
-        """As `ModelConfig.depth`."""
-        if depth not in (None, "full", self.layers) or isinstance(depth, bool):
-            raise ConfigError("depth", got=depth, allowed=["full", self.layers])
-        return self.layers
+        return {config.FULL: self.layers}
 
 
 class StockTokenizer:
     """A ``tokenizer.json`` with the methods of `inputs.tokenizer.Tokenizer`."""
 
     def __init__(self, core: tokenizers.Tokenizer, eos: str | None = None, pad: str | None = None) -> None:
-        self._core, self.end, self.pad = core, eos, pad
+        self.end, self.pad = eos, pad
+        # two, since what tells them apart is a switch of the whole tokenizer, and requests are encoded in several threads
+        self._meant, self._plain = core, tokenizers.Tokenizer.from_str(core.to_str())
+        self._meant.encode_special_tokens, self._plain.encode_special_tokens = False, True
         added = core.get_added_tokens_decoder()
         self.specials = tuple(token.content for token in added.values() if token.special)
         self._special_ids = {number for number, token in added.items() if token.special}
@@ -70,18 +64,15 @@ class StockTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; control tokens spelt in it are plain characters. Raises RequestError as our own tokenizer."""
-        return self._ids(text, control=False)
+        return _ids(self._plain, text)
+
+    def prompt(self, text: str) -> list[int]:
+        """As `Tokenizer.prompt`."""
+        return self.encode(text)
 
     def template_ids(self, text: str) -> list[int]:
         """Ids of a chat template's own text, whose control tokens are meant."""
-        return self._ids(text, control=True)
-
-    def _ids(self, text: str, *, control: bool) -> list[int]:
-        self._core.encode_special_tokens = not control
-        try:
-            return list(self._core.encode(text, add_special_tokens=False).ids)
-        except TypeError as error:
-            raise RequestError("text is not valid Unicode", got=text[:40]) from error
+        return _ids(self._meant, text)
 
     def control(self, token: int) -> str | None:
         """As `Tokenizer.control`."""
@@ -106,6 +97,14 @@ class StockTokenizer:
 
     def stream(self) -> StreamDecoder:
         return StreamDecoder(self.token_bytes)
+
+
+def _ids(core: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        ids: list[int] = core.encode_batch_fast([text], add_special_tokens=False)[0].ids  # as `Tokenizer.encode`
+    except TypeError as error:
+        raise RequestError("text is not valid Unicode", got=text[:40]) from error
+    return ids
 
 
 @dataclass(frozen=True)

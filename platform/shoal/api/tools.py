@@ -1,14 +1,10 @@
 """Tools: how they are told to the model, and what guides its calls; `calls` reads them out of its answer.
 
-The chat template knows nothing of tools. They, their calls and their results are text inside its three roles:
+How they, their calls and their results are written is `inputs.tools`.
 
-    system     <tools> and one line of JSON a function, after the caller's own system text
-    assistant  <tool_call>{"name": ..., "arguments": {...}}</tool_call>, after what it says
-    user       <tool_response>{"name": ..., "content": ...}</tool_response>     (a message of role "tool")
-
-With tool_choice "auto" calls are looked for in free text, and what is not a whole call of a known tool stays text; where a
-tool is strict, a grammar guides what follows ``<tool_call>``. With "required", or a name, the whole answer is one call that
-a grammar guides.
+With tool_choice "auto" calls are looked for in free text, and what is not a whole call of a known tool stays text; where a tool
+is strict, a grammar guides what follows ``<tool_call>``. With "required", or a name, the whole answer is one call that a
+grammar guides. Where the answer has a format, a grammar allows calls or JSON of that format.
 """
 
 from __future__ import annotations
@@ -20,16 +16,12 @@ from typing import Any
 from llguidance import StructTag
 
 from shoal.api.bodies import ChatRequest, Function, Message, NamedTool
-from shoal.api.calls import CLOSE, OPEN, Named, Plain, Reader, Tagged, Whole
+from shoal.api.calls import Either, Named, Plain, Reader, Tagged, Whole
 from shoal.engine.events import Guide
 from shoal.engine.guided import JSON_OPTIONS
 from shoal.errors import RequestError
-
-_INTRO = f"""You can call functions. To call one, write
-{OPEN}{{"name": NAME, "arguments": {{...}}}}{CLOSE}
-with arguments that follow its parameters, which are a JSON schema.
-<tools>
-"""
+from shoal.inputs import tools
+from shoal.inputs.tools import CLOSE, OPEN
 
 
 class Offer:
@@ -75,36 +67,44 @@ class Offer:
         ]
         return Guide("json_schema", json.dumps({"anyOf": calls}))
 
+    def or_answer(self, answer: Guide) -> Guide:
+        """Of a free answer that has a format: calls, or JSON as `answer` guides it; one call where only one is wanted."""
+        schema = json.loads(str(answer.spec)) if answer.spec else {"type": "object"}
+        calls = "call" if self.single else r'call ("\n"? call)*'
+        rules = [f"start: answer | {calls}", f"answer: %json {_inside(schema)}"]
+        rules += [f"call: {' | '.join(f'call_{at}' for at in range(len(self.tools)))}"]
+        for at, (name, tool) in enumerate(self.tools.items()):
+            rules.append(f"call_{at}: {json.dumps(_opening(name))} arguments_{at} {json.dumps('}' + CLOSE)}")
+            rules.append(f"arguments_{at}: %json {_inside(_guided(tool))}")
+        return Guide("lark", "\n".join(rules))
+
     def _calls_in_text(self) -> Guide:
-        anything = {"type": "object"}  # of a tool that is not strict: its schema may be one that no grammar knows
         tags = [
             StructTag(
                 trigger=OPEN,
-                begin=f'{OPEN}{{"name": "{name}", "arguments": ',
-                grammar={**(_arguments(tool) if tool.strict else anything), "x-guidance": JSON_OPTIONS},
+                begin=_opening(name),
+                grammar={**_guided(tool), "x-guidance": JSON_OPTIONS},
                 end="}" + CLOSE,
             )
             for name, tool in self.tools.items()
         ]
         return Guide("lark", StructTag.to_grammar(tags, assume_special=False))
 
-    def reader(self) -> Reader:
-        """What reads one answer."""
+    def reader(self, *, formatted: bool = False) -> Reader:
+        """What reads one answer; `formatted`: one that is JSON where it is no call."""
         if self.named is not None:
             return Named(self.named)
         if self.forced:
             return Whole()
+        if self.told and formatted:
+            return Either(self.tools)
         return Tagged(self.tools) if self.told else Plain()
 
     def system(self) -> str:
         """What the model is told; empty when there is nothing to tell."""
         if not self.told:
             return ""
-        return (
-            _INTRO
-            + "\n".join(json.dumps(_shown(tool), ensure_ascii=False) for tool in self.tools.values())
-            + "\n</tools>"
-        )
+        return tools.told(tool.model_dump(exclude={"strict"}) for tool in self.tools.values())
 
 
 def as_plain(messages: Sequence[Message], system: str = "") -> list[dict[str, Any]]:
@@ -117,21 +117,13 @@ def as_plain(messages: Sequence[Message], system: str = "") -> list[dict[str, An
         calls |= {call.id: call.function.name for call in message.tool_calls}
         content: Any = message.model_dump(include={"content"})["content"]
         if message.role == "tool":
-            result = {"name": calls[message.tool_call_id or ""], "content": _text(content, f"messages[{index}]")}
-            content = f"<tool_response>{json.dumps(result, ensure_ascii=False)}</tool_response>"
+            content = tools.result(calls[message.tool_call_id or ""], _text(content, f"messages[{index}]"))
         elif message.tool_calls:
-            said = "".join(_call_text(call.function.name, call.function.arguments) for call in message.tool_calls)
-            content = [*_parts(content), {"type": "text", "text": said}]
+            said = "".join(tools.call(call.function.name, call.function.arguments) for call in message.tool_calls)
+            content = [*tools.parts(content), {"type": "text", "text": said}]
         role = {"developer": "system", "tool": "user"}.get(message.role, message.role)
         plain.append({"role": role, "content": content})
-    if not system:
-        return plain
-    if plain[0]["role"] == "system":
-        return [
-            {**plain[0], "content": [*_parts(plain[0]["content"]), {"type": "text", "text": "\n\n" + system}]},
-            *plain[1:],
-        ]
-    return [{"role": "system", "content": system}, *plain]
+    return tools.with_system(plain, system)
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
@@ -152,23 +144,8 @@ def _check(message: Message, where: str, calls: Mapping[str, str]) -> None:
         raise RequestError(f"{where}.content", param="messages", got="nothing", allowed="text, or a list of parts")
 
 
-def _call_text(name: str, arguments: str) -> str:
-    """A call of the history as the model writes one. Arguments that are no JSON are kept as the text that they are."""
-    try:
-        values = json.loads(arguments)
-    except (ValueError, RecursionError):
-        values = arguments
-    return OPEN + json.dumps({"name": name, "arguments": values}, ensure_ascii=False) + CLOSE
-
-
-def _parts(content: Any) -> list[dict[str, Any]]:
-    if content is None:
-        return []
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
 def _text(content: Any, where: str) -> str:
-    parts = _parts(content)
+    parts = tools.parts(content)
     if any(part["type"] != "text" for part in parts):
         raise RequestError(
             f"{where}.content", param="messages", got="image_url", allowed="text in a message of role tool"
@@ -176,8 +153,20 @@ def _text(content: Any, where: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _shown(tool: Function) -> dict[str, Any]:
-    return {key: value for key, value in tool.model_dump(exclude={"strict"}).items() if value is not None}
+def _opening(name: str) -> str:
+    """How a call of the tool `name` begins, up to its arguments."""
+    return f'{OPEN}{{"name": "{name}", "arguments": '
+
+
+def _inside(schema: Mapping[str, Any]) -> str:
+    """`schema` as a part of a grammar."""
+    return json.dumps({**schema, "x-guidance": JSON_OPTIONS})
+
+
+def _guided(tool: Function) -> dict[str, Any]:
+    """The schema of a free call's arguments. Of a tool that is not strict it is any object: its own schema may be one that no
+    grammar can follow."""
+    return _arguments(tool) if tool.strict else {"type": "object"}
 
 
 def _arguments(tool: Function) -> dict[str, Any]:

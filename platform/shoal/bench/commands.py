@@ -83,6 +83,24 @@ def serve(
     serve_bench(out, model=model, preset=preset, port=port, tokens=tokens, rounds=rounds, parts=chosen, out=page)
 
 
+@bench.command("neighbours")
+def neighbours(
+    model: Annotated[Path | None, typer.Option(help="Model directory [random weights of the preset].")] = None,
+    preset: Annotated[str, typer.Option(help="Whose shape the random weights have.")] = "tiny",
+    port: Annotated[int, typer.Option(help="HTTP port of the services that are measured.")] = 8124,
+    seconds: Annotated[float, typer.Option(help="Seconds of each part.")] = 15.0,
+    services: Annotated[str, typer.Option(help="Which services.")] = "no-ray,ray",
+    kinds: Annotated[str, typer.Option(help="Which neighbours.")] = "cancels,slow,choices,idle",
+) -> None:
+    """One key's small requests alone, and beside another key's unkind ones. Takes some four minutes."""
+    from shoal.bench.neighbours import neighbours_bench
+
+    neighbours_bench(
+        out, model=model, preset=preset, port=port, seconds=seconds, services=tuple(services.split(",")),
+        kinds=tuple(kinds.split(",")),
+    )  # fmt: skip
+
+
 @bench.command("model")
 def model(rounds: Rounds = 5) -> None:
     """Hybrid attention in training against full causal attention, and the vectors that decoding reads."""

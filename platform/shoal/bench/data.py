@@ -31,8 +31,8 @@ from shoal import presets
 from shoal.bench.turns import in_turns, show
 from shoal.data import parts
 from shoal.data.documents import SourceSpec
-from shoal.data.files import list_files
 from shoal.data.shards import TOKENIZER
+from shoal.data.sources.files import list_files
 from shoal.inputs.tokenizer import Tokenizer
 
 MB = 10**6

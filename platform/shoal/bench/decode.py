@@ -27,10 +27,10 @@ from shoal.engine.events import Request, Sampling
 from shoal.engine.front import settle
 from shoal.engine.plan import Plan, Work
 from shoal.engine.runner import Runner
-from shoal.engine.sequence import Sequence
+from shoal.engine.running import Running
 from shoal.engine.text import TextStream
 from shoal.errors import UsageError
-from shoal.evaluation import decode_speed
+from shoal.evaluate.evaluation import decode_speed
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import slots
 from shoal.model.model import Model
@@ -167,14 +167,14 @@ def _step(model: Model, length: int, tokens: int, kv_dtype: torch.dtype | None) 
     kv.copy_(slots.encode(k, v, kv.dtype))
     runner.cache.summaries.normal_(generator=generator)
     request = Request([20 + i % 200 for i in range(length)], Sampling(temperature=0, max_tokens=1), depth="full")
-    seq = Sequence(
+    running = Running(
         request=request, tokens=list(request.prompt), prompt_len=length, page=config.page, order=(0, 0), arrival=0.0,  # type: ignore[arg-type]
         text=TextStream(model.tokenizer), seed=0, groups=GROUPS, layers=config.layers,
     )  # fmt: skip
     for group in range(GROUPS):
-        seq.give(group, list(range(1 + group * pages, 1 + group * pages + pages)))
-        seq.computed[group] = length - 1
-    plan = Plan([Work(seq, length - 1, 1, 0, GROUPS, sample=True)])
+        running.holding.give(group, list(range(1 + group * pages, 1 + group * pages + pages)))
+        running.holding.computed[group] = length - 1
+    plan = Plan([Work(running, length - 1, 1, 0, GROUPS, sample=True)])
     runner.run(plan)
 
     def milliseconds() -> float:
@@ -204,7 +204,7 @@ def _pool(bench: Bench) -> tuple[Table, Rows]:
             engine.step()
             running = engine.scheduler.running
             most = max(most, len(running))
-            owned = max([owned, *(sum(seq.owned) for seq in running)])
+            owned = max([owned, *(sum(request.holding.owned) for request in running)])
         table.add_row(depth, str(most), str(owned))
         rows.append({"depth": depth, "at_once": most, "units_each": owned})
     return table, rows

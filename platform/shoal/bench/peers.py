@@ -3,7 +3,7 @@ not its turn, with random weights of our block's shape or with the very checkpoi
 
 A peer is a script that another Python runs (`peer_vllm.py`, `peer_llama_cpp.py`). It gets the shape as JSON in its first
 argument, writes one line when it is ready, and then answers each line `BATCH TOKENS` by the tokens a second of that many
-requests with prompts of 16 tokens, prefill included, which is what `evaluation.decode_speed` times.
+requests with prompts of 16 tokens, prefill included, which is what `evaluate.evaluation.decode_speed` times.
 """
 
 from __future__ import annotations

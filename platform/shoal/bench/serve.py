@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -30,17 +29,20 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal import page
+from shoal.api.drain import STREAM_SECONDS
+from shoal.api.serve_args import ENGINE, ServeArgs
 from shoal.bench.turns import in_turns, show
 from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.errors import ResourceError, UsageError
-from shoal.evaluation import machine
+from shoal.evaluate.evaluation import machine
+from shoal.machine import threads
 from shoal.model.model import Model
 from shoal.on_ray import serve
+from shoal.on_ray.ending import STOP_SECONDS
 from shoal.on_ray.engines import engine_options
 from shoal.on_ray.resources import local_ray
-from shoal.on_ray.serve import STOP_SECONDS
-from shoal.on_ray.serve_config import ENGINE, ServeArgs, check_serve_config, serve_config
+from shoal.on_ray.serve_config import check_serve_config, serve_config
 
 PARTS = ("start", "latency", "throughput", "overload", "scale")
 PROMPT = 32  # tokens
@@ -94,7 +96,7 @@ def serve_bench(
     if unknown or not parts:
         raise UsageError("--parts", got=",".join(unknown), allowed=list(PARTS))
     result: dict[str, Any] = {"bench": "serve", "model": str(model or preset), "tokens": tokens, "rounds": rounds}
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # as a replica does
+    torch.set_num_threads(threads())  # as a replica does
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
         directory = model or Path(folder) / "model"
         if model is None:
@@ -178,7 +180,7 @@ def _start(bench: Bench) -> dict[str, Any]:
             raise ResourceError("the service that is measured ended", got=f"status {service.returncode}")
         finally:
             service.send_signal(signal.SIGINT)
-            service.wait(STOP_SECONDS)
+            service.wait(STREAM_SECONDS + STOP_SECONDS)
 
 
 def _latency(bench: Bench) -> dict[str, Any]:

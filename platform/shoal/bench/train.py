@@ -185,8 +185,8 @@ def _corpus(folder: Path, config: ModelConfig) -> None:
     tokenizer.save(folder / shards.TOKENIZER)
     writer = shards.ShardWriter(folder, "train", "code", shards.token_bytes(tokenizer), {"stdlib": "PSF-2.0"})
     packer, count = Packer(config.train_length), 0
-    for text in texts * (1 + ROWS * config.train_length // max(1, sum(map(len, texts)) // 4)):
-        for row in packer.add(Encoded([*tokenizer.encode(text), END_ID]), "stdlib"):
+    for group, text in enumerate(texts * (1 + ROWS * config.train_length // max(1, sum(map(len, texts)) // 4))):
+        for row in packer.add(Encoded([*tokenizer.encode(text), END_ID]), "stdlib", group):
             writer.add(row)
             count += 1
         if count >= ROWS:

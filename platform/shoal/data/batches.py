@@ -18,7 +18,8 @@ from torch import Tensor
 
 from shoal.config import ModelConfig
 from shoal.data import order
-from shoal.data.chats import read_chats
+from shoal.data.chats.rows import read_chats, read_pairs
+from shoal.data.chats.whole import read_whole
 from shoal.data.pack import PADDING
 from shoal.data.shards import TOKENIZER, Rows, open_index, token_bytes
 from shoal.errors import ConfigError, DataError
@@ -94,9 +95,8 @@ class PretrainBatches:
                     do="leave it out of the mix, or add a source that has some",
                 )
         counts = {name: len(rows) for name, rows in self._rows.items()}
-        self._order = order.RowOrder(
-            self.index.row_mix(split, wanted), counts, seed
-        )  # by token the shares are `wanted`
+        # by token the shares are `wanted`
+        self._order = order.RowOrder(self.index.row_mix(split, wanted), counts, seed)
         self._bytes = token_bytes(Tokenizer.load(Path(directory) / TOKENIZER))
 
     @property
@@ -145,33 +145,44 @@ class ChatBatches:
         template: str = DEFAULT_TEMPLATE,
         max_length: int | None = None,
         heldout: bool = False,
+        whole: bool = False,
+        pairs: bool = False,
     ) -> None:
         """`batch_tokens`: tokens of a global batch, padding included; `max_length`: longest row kept (default: the training
-        length); `heldout`: to measure on, so augmented rows are refused. Raises DataError when no row can be used,
-        ConfigError when `parts` does not divide by `world`."""
+        length); `heldout`: to measure on, so augmented rows are refused; `whole`: targets everywhere, and rows of texts
+        too, longer ones cut (`read_whole`); `pairs`: of preferences, whose two rows stay together, the preferred one
+        first. Raises DataError when no row can be used, ConfigError when `parts` does not divide by `world`."""
         if parts % world:
             raise ConfigError(f"{parts} micro-batches do not divide over {world} worker(s)", do=f"use {world} x n")
-        self.chats = read_chats(path, tokenizer, config, template=template, limit=max_length or 0, heldout=heldout)
+        if pairs:
+            self.chats = read_pairs(path, tokenizer, config, template=template, limit=max_length or 0)
+        elif whole:
+            self.chats = read_whole(path, tokenizer, config, template=template, limit=max_length or 0)
+        else:
+            self.chats = read_chats(path, tokenizer, config, template=template, limit=max_length or 0, heldout=heldout)
         self.seed, self.parts, self.rank, self.world = seed, parts, rank, world
-        self._budget = max(1, batch_tokens // parts)
-        self._lengths = self.chats.lengths
+        self._each = 2 if pairs else 1  # rows of what is dealt as one
+        self._budget = max(1, batch_tokens // parts // self._each)
+        self._lengths = self.chats.lengths.reshape(-1, self._each).max(axis=1)
         self._bytes = token_bytes(tokenizer)
         self._starts = [0]  # groups before each epoch that is known
         self._epoch: tuple[int, list[np.ndarray]] = (-1, [])  # the newest one made, and its groups
 
     @property
     def steps_in_epoch(self) -> int:
-        return max(1, round(len(self._groups(0)) / self.parts))
+        """Steps that read every row; the last of them goes on with rows of the next epoch."""
+        return -(-len(self._groups(0)) // self.parts)
 
     @property
     def report(self) -> dict[str, Any]:
         """Rows, tokens, refusals by reason; padding share of the first epoch beside that of batches not grouped by length."""
-        shuffled = order.permutation(len(self.chats), self.seed, 0, 0)
+        shuffled = order.permutation(len(self._lengths), self.seed, 0, 0)
         naive = order.cut(shuffled, self._lengths, self._budget)
         return {
             "rows": len(self.chats),
-            "tokens": int(self._lengths.sum()),
+            "tokens": int(self.chats.lengths.sum()),
             "refused": self.chats.refused,
+            "refused_at": self.chats.refused_at,
             "padding": order.padding(self._groups(0), self._lengths),
             "naive_padding": order.padding(naive, self._lengths),
         }
@@ -179,7 +190,8 @@ class ChatBatches:
     def rows(self, step: int) -> list[list[int]]:
         """Row numbers of every group of a global batch; the same on every rank."""
         start = step * self.parts
-        return [self._group(index).tolist() for index in range(start, start + self.parts)]
+        groups = [self._group(index).tolist() for index in range(start, start + self.parts)]
+        return [[self._each * place + side for place in group for side in range(self._each)] for group in groups]
 
     def at(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, as many on every rank."""
@@ -198,7 +210,7 @@ class ChatBatches:
         return self._epoch[1]
 
     def _batch(self, group: Sequence[int]) -> Batch:
-        width = int(self._lengths[group].max())
+        width = int(self.chats.lengths[group].max())
         tokens = np.full((len(group), width), PAD_ID, dtype=np.int64)
         docs = np.full((len(group), width), PADDING, dtype=np.int64)
         wanted = np.zeros((len(group), width), dtype=bool)
@@ -223,6 +235,12 @@ def heldout_batches(
         yield _packed_batch(part, (modality,) * len(part), lengths)
 
 
+def heldout_groups(directory: str | Path, modality: str, *, limit: int | None = None) -> Iterator[list[int]]:
+    """Of each row that `heldout_batches` reads, the group of each of its documents."""
+    rows = Rows(directory, open_index(directory), "heldout", modality)
+    return (rows.groups(row) for row in spaced(len(rows), limit))
+
+
 def text_of(
     directory: str | Path,
     modality: str,
@@ -231,18 +249,22 @@ def text_of(
     *,
     limit_rows: int | None = None,
     limit_bytes: int | None = None,
+    only: Sequence[int] | None = None,
 ) -> bytes:
-    """The text of one split and modality as bytes; with `limit_rows`, of the same rows as `heldout_batches` reads.
+    """The text of one split and modality as bytes; with `limit_rows`, of the same rows as `heldout_batches` reads; `only`: of
+    rows of these numbers.
 
     With `limit_bytes`, about that much from evenly spaced rows. For baselines that know no tokens, such as gzip.
     """
     index = open_index(directory)
     rows = Rows(directory, index, split, modality)
+    places = range(len(rows)) if only is None else only
     if limit_bytes is not None:
-        whole = max(1, index.total("text_bytes", split, modality))
-        limit_rows = max(1, len(rows) * limit_bytes // whole)
+        whole = max(1, index.total("text_bytes", split, modality) * len(places) // max(1, len(rows)))
+        limit_rows = max(1, len(places) * limit_bytes // whole)
     table = [tokenizer.token_bytes(token) for token in range(len(tokenizer))]
-    text = b"".join(table[token] for row in spaced(len(rows), limit_rows) for token in rows[row][0].tolist())
+    chosen = (places[place] for place in spaced(len(places), limit_rows))
+    text = b"".join(table[token] for row in chosen for token in rows[row][0].tolist())
     return text[:limit_bytes]
 
 
@@ -272,7 +294,9 @@ def _batch(
     """tokens, docs int64 [B, T]; `lengths` int64 [vocab]: bytes of each token; `wanted` bool [B, T]: tokens that are
     learned (default: all)."""
     following = tokens[:, 1:]
-    learned = (docs[:, 1:] == docs[:, :-1]) & (docs[:, 1:] != PADDING) & (following != PATCH_ID)
+    learned = (docs[:, 1:] == docs[:, :-1]) & (docs[:, 1:] != PADDING)
+    if len(patches):  # in an open model's vocabulary the ids of images are words
+        learned &= following != PATCH_ID
     if wanted is not None:
         learned &= wanted[:, 1:]
     targets = np.full_like(tokens, NO_TARGET)
@@ -282,7 +306,7 @@ def _batch(
         targets=torch.from_numpy(targets),
         docs=torch.from_numpy(docs),
         patches=torch.from_numpy(patches),
-        grid=torch.from_numpy(media.grid(tokens.ravel())),
+        grid=torch.from_numpy(media.grid(tokens.ravel() if len(patches) else [])),
         row_bytes=torch.from_numpy(np.where(learned, lengths[following], 0).sum(axis=1)),
         modalities=modalities,
     )

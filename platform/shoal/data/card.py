@@ -22,9 +22,10 @@ from shoal.data.documents import MODALITIES
 from shoal.data.order import Mix, RowOrder
 from shoal.data.pack import PADDING
 from shoal.data.parts import Packed
-from shoal.data.shards import SPLITS, Index, Rows, write_aside
+from shoal.data.shards import SPLITS, Index, Rows
 from shoal.inputs import media
 from shoal.inputs.tokenizer import PATCH_ID, Tokenizer
+from shoal.machine import write_aside
 
 REPORT, CARD = "report.json", "report.html"
 MIXED = 1000  # rows that the realised mix is counted over
@@ -151,9 +152,8 @@ def _histogram(lengths: Mapping[tuple[str, int], int]) -> Counts:
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     documents, tokens = (sum(sum(report[what][s].values()) for s in SPLITS) for what in ("documents", "tokens"))
-    dropped = sum(
-        sum(of.values()) for operator, of in report["drops"].items() if operator != "recipe"
-    )  # that drops chats
+    # that drops chats
+    dropped = sum(sum(of.values()) for operator, of in report["drops"].items() if operator != "recipe")
     return [
         (page.number(documents, "count"), "documents kept"),
         (page.number(dropped, "count"), "left out, with a reason"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from shoal.errors import UsageError
+from shoal.errors import ConfigError, UsageError
 
 Modality = Literal["text", "code", "image"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
@@ -22,6 +23,15 @@ class SourceSpec:
     exclude: tuple[str, ...] = ()  # names of folders and files that are left out; patterns as in a shell
     family: str = ""  # sources of one family keep a file's documents on one side of the held-out split
     heldout: bool | None = None  # the side that all of it is on; None: each group's is drawn
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.uri:
+            raise ConfigError("source", got=f"{self.name}={self.uri}", allowed="a name and a uri")
+        for key, value in (("name", self.name), ("license", self.license), ("family", self.family)):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(f"source: {key}", got=ascii(value), allowed="text in UTF-8") from error
 
     @classmethod
     def parse(cls, text: str) -> SourceSpec:
@@ -51,6 +61,15 @@ class Document:
     def n_bytes(self) -> int:
         """UTF-8 bytes of the text."""
         return len(self.text.encode())
+
+    def mended(self, mend: Callable[[str], str]) -> Document:
+        """The document with all of its words mended: its text, or the questions and answers that this is made of. A pair of
+        which one is nothing then is left out: it would teach to answer nothing."""
+        if not self.questions:
+            return replace(self, text=mend(self.text))
+        pairs = [(mend(question), mend(answer)) for question, answer in self.questions]
+        questions = tuple((question, answer) for question, answer in pairs if question.strip() and answer.strip())
+        return replace(self, text="\n".join(f"Question: {q} Answer: {a}" for q, a in questions), questions=questions)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Results of finished tasks, so that a run that was killed goes on where it was: one JSON for each, beside the files it made.
 
-Notable: a result is taken again only under the same key, a digest of all that it follows from, and while its files are byte
-for byte what they were. So nothing of another request, of changed sources or of other code is ever mixed in.
+Notable: a result is taken again only under the same key, a digest of all that it follows from and that is known before; while
+what it came upon is the same; and while its files are byte for byte what they were. So nothing of another request, of changed
+sources or of other code is ever mixed in.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from shoal import inputs
-from shoal.data.shards import write_aside
+from shoal.machine import write_aside
 
 T = TypeVar("T")
 
@@ -32,18 +33,28 @@ def digest(*values: Any) -> str:
 def code_digest() -> str:
     """Of the code that makes a corpus: what other code made is not gone on with."""
     folders = (Path(__file__).parent, Path(inputs.__file__).parent)
-    return digest([[path.name, _hash(path)] for folder in folders for path in sorted(folder.glob("*.py"))])
+    return digest([[path.name, _hash(path)] for folder in folders for path in sorted(folder.rglob("*.py"))])
 
 
-def kept(path: Path, key: str, kind: type[T], task: Callable[[], T], made: Callable[[T], Iterable[Path]]) -> T:
-    """What `task` gives: as kept in `path` when that is of this `key` and its files are whole, else by doing it now.
+def kept(
+    path: Path,
+    key: str,
+    kind: type[T],
+    task: Callable[[], T],
+    made: Callable[[T], Iterable[Path]],
+    holds: Callable[[T], bool] = lambda result: True,
+) -> T:
+    """What `task` gives: as kept in `path` when that is of this `key`, its files are whole and it `holds`, else by doing it
+    now.
 
     `kind`: type of the result, such as ``list[int]``; it is kept as JSON. `made`: the files that belong to a result.
     """
     try:
         had = json.loads(path.read_bytes())
         if had["key"] == key and all(_hash(path.parent / name) == was for name, was in had["files"].items()):
-            return _typed(kind, had["result"])
+            result = _typed(kind, had["result"])
+            if holds(result):
+                return result
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or not whole: do it (again)
     result = task()

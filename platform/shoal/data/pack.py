@@ -28,11 +28,13 @@ PADDING = -1  # document id where there is none
 @dataclass(frozen=True)
 class Row:
     """One training row: `tokens` int32 [T], `docs` int16 [T] (a number for each document, -1 padding), `patches` uint8
-    [n, V] or None, and how many of its tokens came from which source."""
+    [n, V] or None, the `groups` that its documents are of, by their number, and how many of its tokens came from which
+    source."""
 
     tokens: np.ndarray
     docs: np.ndarray
     patches: np.ndarray | None
+    groups: list[int]
     sources: dict[str, int]
 
     @property
@@ -46,6 +48,7 @@ class _Piece:
     ids: np.ndarray
     patches: np.ndarray | None
     source: str
+    group: int
 
 
 class Packer:
@@ -60,8 +63,8 @@ class Packer:
         self._stock: defaultdict[int, deque[_Piece]] = defaultdict(deque)  # by length
         self._stocked = 0  # tokens in it
 
-    def add(self, document: Encoded, source: str) -> Iterator[Row]:
-        """Take one document; yields the rows that became full."""
+    def add(self, document: Encoded, source: str, group: int) -> Iterator[Row]:
+        """Take one document, of `group` (`shards.group_number`); yields the rows that became full."""
         ids, patches = np.asarray(document.ids, dtype=np.int32), document.patches
         self.tokens += len(ids)
         self.lengths[len(ids).bit_length()] += 1
@@ -69,9 +72,9 @@ class Packer:
             self.cut += len(ids) - self.length
             ids = self._beside_image(ids)
         while len(ids) > self.length:
-            yield self._row([_Piece(ids[: self.length], None, source)])
+            yield self._row([_Piece(ids[: self.length], None, source, group)])
             ids = ids[self.length :]
-        self._stock[len(ids)].append(_Piece(ids, patches, source))
+        self._stock[len(ids)].append(_Piece(ids, patches, source, group))
         self._stocked += len(ids)
         while self._stocked >= STOCK_ROWS * self.length:
             yield self._close()
@@ -116,7 +119,7 @@ class Packer:
             at = end
         self.padded += self.length - at
         patches = [piece.patches for piece in pieces if piece.patches is not None]
-        return Row(tokens, docs, np.concatenate(patches) if patches else None, dict(sources))
+        return Row(tokens, docs, np.concatenate(patches) if patches else None, [p.group for p in pieces], dict(sources))
 
 
 def best_fit(available: dict[int, int], space: int) -> list[int]:

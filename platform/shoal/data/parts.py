@@ -18,16 +18,16 @@ import pyarrow as pa
 import xxhash
 
 from shoal.config import ModelConfig
-from shoal.data.clean import fingerprint
+from shoal.data.chats.recipes import Chat, chats_of, fits
 from shoal.data.documents import Document, Modality, Skipped
 from shoal.data.encode import encode
-from shoal.data.files import File
-from shoal.data.near import Signatures
-from shoal.data.operators import Operators, Pipeline
+from shoal.data.operators.clean import fingerprint
+from shoal.data.operators.near import Signatures
+from shoal.data.operators.pipeline import Operators, Pipeline
 from shoal.data.pack import Packer
-from shoal.data.read import read
-from shoal.data.recipes import Chat, chats_of, fits
-from shoal.data.shards import SPLITS, TOKENIZER, Shard, ShardWriter, token_bytes
+from shoal.data.shards import SPLITS, TOKENIZER, Shard, ShardWriter, group_number, token_bytes
+from shoal.data.sources.files import File
+from shoal.data.sources.read import read
 from shoal.inputs.tokenizer import Tokenizer
 
 PART_BYTES = 32 * 2**20  # of source files in a part, at most ...
@@ -59,6 +59,12 @@ class Found:
     identities: list[Identity] = field(default_factory=list)  # of the documents, in order
     drops: Drops = field(default_factory=dict)
     changes: Drops = field(default_factory=dict)  # operator -> what it changed -> times
+    # file -> other files that its rows name -> their stamps
+    named: dict[int, dict[str, str]] = field(default_factory=dict)
+
+    def holds(self, files: Sequence[File]) -> bool:
+        """Whether what was found in `files` holds still: the files that their rows name are the same."""
+        return all(files[n].store.stamp(path) == was for n, of in self.named.items() for path, was in of.items())
 
 
 @dataclass
@@ -67,9 +73,8 @@ class Packed:
 
     shards: list[Shard] = field(default_factory=list)
     drops: Drops = field(default_factory=dict)
-    documents: Counter[tuple[str, str, str, str]] = field(
-        default_factory=Counter
-    )  # by split, modality, source, licence
+    # by split, modality, source, licence
+    documents: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
     packing: Counter[str] = field(default_factory=Counter)  # tokens, cut, padded, as in `Packer`
     lengths: Counter[tuple[str, int]] = field(default_factory=Counter)  # by modality and bits of the length in tokens
     chats: list[tuple[str, Chat]] = field(default_factory=list)  # with their split
@@ -134,6 +139,7 @@ def read_part(
     if signatures is not None:
         near.write(signatures)
     found.changes = pipeline.take_changes()
+    found.named = {number: dict(file.named) for number, file in enumerate(files) if file.named}
     return found
 
 
@@ -212,7 +218,7 @@ def pack_part(path: Path, splits: Sequence[str | None], directory: Path, config:
             writer = ShardWriter(directory, *key, lengths, licenses, part=number)
             packers[key] = (Packer(config.train_length), writer)
         packer, writer = packers[key]
-        for row in packer.add(encoded, document.source):
+        for row in packer.add(encoded, document.source, group_number(document.group)):
             writer.add(row)
         out.documents[(*key, document.source, document.license)] += 1
         for chat in chats_of(document, split):

@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shoal.data import s3
-from shoal.data.s3 import S3
-from shoal.data.shards import INDEX, open_index
+from shoal.data.shards import INDEX, TOKENIZER, Index, open_index, read_index
+from shoal.data.sources import s3
+from shoal.data.sources.s3 import S3
 from shoal.errors import DataError
+from shoal.machine import aside, sha256_of
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -84,10 +85,11 @@ def local(place: str | Path, service: S3 | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             if not (folder / INDEX).is_file():
-                _fetch(client, bucket, key, folder)
-                (folder / f".{INDEX}.tmp").write_bytes(index)
-                (folder / f".{INDEX}.tmp").replace(folder / INDEX)
-                _check(folder, uri)
+                with aside(folder / INDEX) as beside:
+                    beside.write_bytes(index)
+                    listed = read_index(beside)
+                    _fetch(client, bucket, key, folder)
+                    _check(folder, listed, uri)
     return folder
 
 
@@ -97,24 +99,23 @@ def _fetch(client: Any, bucket: str, key: str, folder: Path) -> None:
         for item in page.get("Contents", ()):
             name = item["Key"][len(key) :]
             target = folder / name
-            if name == INDEX or name != PurePosixPath(name).name or name.startswith("."):
+            if name in ("", INDEX) or name != PurePosixPath(name).name or name.startswith("."):
                 continue
             if not target.is_file() or target.stat().st_size != item["Size"]:
                 client.download_file(bucket, item["Key"], str(target))  # renamed when it is complete
 
 
-def _check(folder: Path, uri: str) -> None:
-    """Raises DataError, and takes the index back, when a shard is not the one that was made."""
-    try:
-        for shard in open_index(folder).shards:
-            with (folder / shard.file).open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-            if found != shard.sha256:
-                (folder / shard.file).unlink()
-                raise DataError(f"{uri}: sha256 of {shard.file}", got=found, allowed=shard.sha256, do="upload it again")
-    except DataError:
-        (folder / INDEX).unlink(missing_ok=True)
-        raise
+def _check(folder: Path, index: Index, uri: str) -> None:
+    """Raises DataError when a shard, or the tokenizer, is not the one that was made: it is removed, and fetched again next
+    time."""
+    made = {shard.file: shard.sha256 for shard in index.shards} | {TOKENIZER: index.tokenizer_sha256}
+    for name, sha256 in made.items():
+        if not (folder / name).is_file():
+            raise DataError(f"{uri}: {name} is missing", do="upload it again")
+        found = sha256_of(folder / name)
+        if found != sha256:
+            (folder / name).unlink()
+            raise DataError(f"{uri}: sha256 of {name}", got=found, allowed=sha256, do="upload it again")
 
 
 def _split(uri: str) -> tuple[str, str]:

@@ -8,17 +8,16 @@ from typing import Any
 
 from shoal.config import load, read_file
 from shoal.data.documents import SourceSpec
-from shoal.data.operators import Operators
-from shoal.data.s3 import S3
+from shoal.data.operators.pipeline import Operators
+from shoal.data.sources.s3 import S3
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     """The keys of a prepare config."""
 
-    source: tuple[
-        SourceSpec, ...
-    ] = ()  # each NAME=URI, or a mapping with name, uri, license, exclude ...; none: the demo corpus
+    # each NAME=URI, or a mapping with name, uri, license, exclude ...; none: the demo corpus
+    source: tuple[SourceSpec, ...] = ()
     mix: str = "text=60,image=20,code=20"  # shares by token
     preset: str = "tiny"
     seed: int = 0  # of split, order and packing

@@ -5,14 +5,15 @@
     DIR/<split>-<modality>-<part>-<number>.arrow   Arrow IPC, memory-mapped; one row each for one training row
 
 Columns: ``tokens`` fixed_size_list<int32>[T], ``docs`` fixed_size_list<int16>[T] (-1 padding), ``patches`` large_binary
-(uint8 patches of the row's images, in order). Letters: T row length, V numbers in a patch, n patches.
+(uint8 patches of the row's images, in order), ``groups`` list<int64> (of each document of the row, by its number in ``docs``,
+which group it is of: the pieces that a long document was cut into share one, and so do documents of one file).
+
+Letters: T row length, V numbers in a patch, n patches.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,14 +22,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from shoal.config import ModelConfig, load
 from shoal.data.documents import Modality
 from shoal.data.pack import Row
 from shoal.errors import ConfigError, DataError
 from shoal.inputs.tokenizer import Tokenizer
+from shoal.machine import aside, sha256_of, write_aside
 
-SCHEMA = 1  # of the shards and the index; raised when either changes so that old readers must refuse
+SCHEMA = 2  # of the shards and the index; raised when either changes so that old readers must refuse
 SPLITS = ("train", "heldout")
 SHARD_BYTES = 32 * 2**20  # of one file, about
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
@@ -124,14 +127,7 @@ def open_index(directory: str | Path, *, length: int | None = None) -> Index:
     path = Path(directory) / INDEX
     if not path.is_file():
         raise DataError(f"{directory} holds no prepared corpus", do="run `shoal prepare --out` on it")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        schema = values.get("schema")
-        if schema != SCHEMA:
-            raise DataError(f"{path}: schema", got=schema, allowed=SCHEMA, do="remove the folder and prepare again")
-        index = load(Index, values)
-    except (ValueError, AttributeError, ConfigError) as error:
-        raise DataError(f"{path} is not an index of ours", got=str(error)[:160], do="prepare again") from error
+    index = read_index(path)
     if length is not None and index.length != length:
         raise DataError(
             f"{path}: row length", got=index.length, allowed=length, do="prepare it with the preset that you train"
@@ -146,14 +142,23 @@ def open_index(directory: str | Path, *, length: int | None = None) -> Index:
     return index
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Write a text file so that it is there in full or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def read_index(path: Path) -> Index:
+    """The index in a file; its shards are not looked at. Raises DataError where it is none, of another schema, or names files
+    outside its folder."""
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        schema = values.get("schema")
+        if schema != SCHEMA:
+            raise DataError(f"{path}: schema", got=schema, allowed=SCHEMA, do="remove the folder and prepare again")
+        index = load(Index, values)
+    except (OSError, ValueError, AttributeError, RecursionError, ConfigError) as error:
+        raise DataError(f"{path} is not an index of ours", got=str(error)[:160], do="prepare again") from error
+    for shard in index.shards:
+        if shard.file != Path(shard.file).name or shard.file.startswith("."):
+            raise DataError(
+                f"{path}: shard", got=shard.file, allowed="names of files in its folder", do="prepare again"
+            )
+    return index
 
 
 def clear(directory: Path, keep: Collection[str] = ()) -> None:
@@ -194,13 +199,11 @@ class ShardWriter:
         if held is None:
             return
         name = f"{self.split}-{self.modality}-{self.part:05}-{len(self.shards):03}.arrow"
-        aside, path = self.directory / f".{name}.{os.getpid()}.tmp", self.directory / name
-        batch = held.record_batch()
-        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        with aside.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        aside.replace(path)
+        batch, path = held.record_batch(), self.directory / name
+        with aside(path) as beside:
+            with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+                writer.write_batch(batch)
+            digest = sha256_of(beside)
         self.shards.append(
             Shard(
                 file=name,
@@ -225,6 +228,7 @@ class _Held:
     tokens: np.ndarray  # int32 [rows that there is room for, T]
     docs: np.ndarray  # int16, likewise
     patches: list[bytes] = field(default_factory=list)  # of each row
+    groups: list[list[int]] = field(default_factory=list)  # of each row
     sources: Counter[str] = field(default_factory=Counter)
     text_bytes: int = 0
     size: int = 0  # bytes
@@ -239,6 +243,7 @@ class _Held:
         at = len(self.patches)
         self.tokens[at], self.docs[at] = row.tokens, row.docs
         self.patches.append(row.patches.tobytes() if row.patches is not None else b"")
+        self.groups.append(row.groups)
         self.sources.update(row.sources)
         self.text_bytes += int(token_bytes[row.tokens].sum())
         self.size += row.tokens.nbytes + row.docs.nbytes + len(self.patches[-1])
@@ -253,6 +258,7 @@ class _Held:
                     for name, block in columns.items()
                 },
                 "patches": pa.array(self.patches, pa.large_binary()),
+                "groups": pa.array(self.groups, pa.list_(pa.int64())),
             }
         )
 
@@ -264,25 +270,33 @@ class Rows:
         self._directory, self._index = Path(directory), index
         self._shards = index.of(split, modality)
         self._ends = np.cumsum([shard.rows for shard in self._shards])
-        self._open: dict[int, tuple[np.ndarray, np.ndarray, pa.Array]] = {}
+        self._open: dict[int, tuple[np.ndarray, np.ndarray, pa.Array, pa.Array]] = {}
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._shards else 0
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """tokens int32 [T], docs int16 [T], patches uint8 [n, V]; views of the file."""
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        at = int(np.searchsorted(self._ends, row, side="right"))
-        tokens, docs, patches = self._shard(at)
-        inside = row - (int(self._ends[at - 1]) if at else 0)
+        (tokens, docs, patches, _), inside = self._at(row)
         raw = np.frombuffer(patches[inside].as_buffer(), dtype=np.uint8)
         return tokens[inside], docs[inside], raw.reshape(-1, self._index.patch_values)
+
+    def groups(self, row: int) -> list[int]:
+        """Which group each document of a row is of, by its number in the row's docs."""
+        (*_, groups), inside = self._at(row)
+        return groups[inside].as_py()
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         return (self[row] for row in range(len(self)))
 
-    def _shard(self, at: int) -> tuple[np.ndarray, np.ndarray, pa.Array]:
+    def _at(self, row: int) -> tuple[tuple[np.ndarray, np.ndarray, pa.Array, pa.Array], int]:
+        """The shard that holds a row, and the row's place in it."""
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        at = int(np.searchsorted(self._ends, row, side="right"))
+        return self._shard(at), row - (int(self._ends[at - 1]) if at else 0)
+
+    def _shard(self, at: int) -> tuple[np.ndarray, np.ndarray, pa.Array, pa.Array]:
         if at not in self._open:
             path = self._directory / self._shards[at].file
             try:
@@ -290,9 +304,17 @@ class Rows:
             except (OSError, pa.ArrowException) as error:
                 raise DataError(f"shard {path} cannot be read", got=str(error)[:160], do="prepare again") from error
             tokens, docs = (batch.column(name).flatten().to_numpy() for name in ("tokens", "docs"))
-            length = self._index.length
-            self._open[at] = (tokens.reshape(-1, length), docs.reshape(-1, length), batch.column("patches"))
+            shape = (self._shards[at].rows, self._index.length)
+            if len(batch) != shape[0] or tokens.size != docs.size or tokens.size != shape[0] * shape[1]:
+                raise DataError(f"shard {path}: rows", got=len(batch), allowed=shape[0], do="prepare again")
+            rest = batch.column("patches"), batch.column("groups")
+            self._open[at] = (tokens.reshape(shape), docs.reshape(shape), *rest)
         return self._open[at]
+
+
+def group_number(group: str) -> int:
+    """What stands for a group in the shards: a hash of its name, so that it is the same in every part and every corpus."""
+    return xxhash.xxh3_64_intdigest(group.encode()) >> 1  # int64 has no room for the last bit
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:

@@ -13,31 +13,35 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import psutil
 import torch
 
-from shoal.config import GROUPS, KvCacheDtype, ModelConfig
+from shoal.config import AUTO, GROUPS, KvCacheDtype, ModelConfig
 from shoal.engine.events import MAX_DRAFTS, Completion, Event, Finished, Request, Token
 from shoal.engine.guided import Grammars
+from shoal.engine.images import PromptImages
+from shoal.engine.metrics import Samples, sample
 from shoal.engine.pages import Pages
 from shoal.engine.runner import Runner
+from shoal.engine.running import Running
 from shoal.engine.scheduler import Scheduler
-from shoal.engine.sequence import PromptImages, Sequence
 from shoal.engine.speculative import Switch
 from shoal.engine.text import TextStream
 from shoal.errors import (
     ConfigError,
     ContextLengthError,
     EngineDeadError,
-    GenerationError,
     RequestError,
+    ResourceError,
+    again,
     frames,
+    of_request,
 )
 from shoal.inputs.chat import Encoded
-from shoal.inputs.tokenizer import END_ID, IMG_ID
+from shoal.inputs.tokenizer import IMG_ID
 from shoal.model.cost import kv_bytes_stored
 from shoal.model.model import Model
 from shoal.model.slots import stored_as
@@ -49,7 +53,26 @@ MEMORY_SHARE = 0.25  # of the free memory, for K/V, unless `units` says otherwis
 
 
 class Engine:
-    """Continuous batching over a pool of KV units. Not thread-safe: one thread calls it."""
+    """Continuous batching over a pool of KV units. Not thread-safe: one thread calls it.
+
+    Examples:
+        Many prompts in one batch; answers come in their order:
+
+        >>> from shoal import Engine, Model, Request, Sampling
+        >>> engine = Engine(Model.from_preset("test"))
+        >>> asked = [Request(text, Sampling(max_tokens=4, ignore_eos=True)) for text in ("def add(", "Once upon")]
+        >>> [(len(answer.tokens), answer.finish_reason) for answer in engine.generate(asked)]
+        [(4, 'length'), (4, 'length')]
+
+        Or step by step, with tokens as they come:
+
+        >>> name = engine.submit(Request("def add(", Sampling(max_tokens=2, ignore_eos=True), depth="shallow"))
+        >>> events = []
+        >>> while not engine.idle:
+        ...     events += engine.step()
+        >>> [type(event).__name__ for event in events], events[-1].depth
+        (['Token', 'Token', 'Finished'], 1)
+    """
 
     def __init__(
         self,
@@ -94,15 +117,15 @@ class Engine:
             clock=clock,
         )
         self._grammars = Grammars(model.tokenizer, config.vocab)
+        self._said = (~model.forbidden()).tolist()  # of each id: may an answer hold it?
         self.runner = Runner(model, units, compute_budget, kv_dtype)
         self.dead: EngineDeadError | None = None
         self.ran = False  # did the last step run any row?
         self._failures = 0
-        self._submitted = 0
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def prepare(self, request: Request) -> Sequence:
+    def prepare(self, request: Request) -> Running:
         """`request` checked and encoded; may run in any thread. Raises RequestError naming the field at fault, and
         ContextLengthError when prompt and max_tokens together exceed the context."""
         prompt = self.model.encode(request.prompt)
@@ -115,47 +138,52 @@ class Engine:
                 got=len(prompt.ids) + sampling.max_tokens,
                 allowed=f"at most {config.context} together",
             )
-        for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias)):
+        runs = [token for run in sampling.banned for token in run]
+        for name, ids in (
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("logit_bias", sampling.logit_bias),
+            ("banned", runs),
+        ):
             wrong = next((token for token in ids if not 0 <= token < config.vocab), None)
             if wrong is not None:
                 raise RequestError(name, param=name, got=wrong, allowed=f"token ids 0 to {config.vocab - 1}")
         layers = self._layers(request)
-        _check_answer(request, config.vocab)
+        _check_answer(request, self._said, self.model.tokenizer.ends)
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-        seq = Sequence(
+        running = Running(
             request=request,
             tokens=list(prompt.ids),
             prompt_len=len(prompt.ids),
             page=config.page,
-            text=TextStream(self.model.tokenizer, sampling.stop),
+            text=TextStream(self.model.tokenizer, sampling.stop, sampling.include_stop),
             seed=seed,
             grammar=None if sampling.guided is None else self._grammars.compile(sampling.guided),
-            order=(request.priority, 0),
+            order=(request.priority, 0, 0),
             arrival=self._clock(),
             images=PromptImages.of(prompt),
-            groups=layers // config.group_layers if layers else None,
-            layers=layers,
+            groups=None if layers is None else config.groups(layers),
+            layers=layers or 0,
+            end_ids=self.model.tokenizer.ends,
         )
         if request.answer:
-            seq.resume(request.answer)
-        return seq
+            running.resume(request.answer)
+        return running
 
-    def submit(self, request: Request | Sequence) -> str:
+    def submit(self, request: Request | Running) -> str:
         """Queue a request (or what `prepare` made of it) and return its id. Raises as `prepare`, QueueFullError, and
         EngineDeadError."""
         if self.dead is not None:
-            raise self.dead
-        seq = self.prepare(request) if isinstance(request, Request) else request
-        self._submitted += 1
-        seq.order = (seq.order[0], self._submitted)
-        self.scheduler.submit(seq)
-        return seq.id
+            raise again(self.dead)
+        running = self.prepare(request) if isinstance(request, Request) else request
+        self.scheduler.submit(running)
+        return running.id
 
-    def cancel(self, request: str) -> bool:
-        """End a request; its `Finished` comes with the next step. False when it is not live."""
+    def cancel(self, request: str | Running) -> bool:
+        """End a request, given by its id or as what `prepare` made; its `Finished` comes with the next step. False when it is
+        not live."""
         return self.scheduler.cancel(request)
 
-    def pause(self, request: str, paused: bool = True) -> None:
+    def pause(self, request: str | Running, paused: bool = True) -> None:
         """Stop (or go on) running a request whose reader is behind."""
         self.scheduler.pause(request, paused)
 
@@ -177,7 +205,7 @@ class Engine:
                 outcome = self.runner.run(plan)
             except Exception as error:
                 self._failed(error)
-                self.scheduler.fail(plan.works, _as_error(error))
+                self.scheduler.fail(plan.works, of_request(error, "the step failed"))
                 return self.scheduler.take_events()
             self._failures = 0
             return self.scheduler.commit(plan, outcome)
@@ -195,6 +223,8 @@ class Engine:
         """Run `requests` to their ends, in their order. Raises as `submit` for a request that cannot be admitted, after
         cancelling the others."""
         waiting, done = list(requests)[::-1], dict[str, Completion]()
+        if len({request.id for request in waiting}) < len(waiting):
+            raise RequestError("two requests have the same id", param="id", do="make a Request for each answer")
         try:
             while waiting or any(answer.finished is None for answer in done.values()):
                 while waiting and not self.scheduler.full:
@@ -215,35 +245,34 @@ class Engine:
         """Is no request live?"""
         return self.scheduler.idle
 
-    def stats(self) -> dict[str, float]:
-        """The gauges, and what `Metrics.samples` gives, under the names that vLLM's dashboards read where it has them.
-        `requests_depth_E_total` counts requests that ran E layers deep; `model_info` is 1 and names what is computed with,
-        which is not what is stored where a machine cannot be trusted with INT8."""
+    def stats(self) -> Samples:
+        """Every number that it knows of itself, by the names that Prometheus shows (`engine.metrics` says what they are)."""
         s, pages = self.scheduler, self.scheduler.pages
-        gauges: dict[str, float] = {
-            "num_requests_running": len(s.running),
-            "num_requests_waiting": len(s.waiting),
-            "kv_cache_usage_perc": 1 - pages.available / pages.total,
-            "kv_units": pages.total,
-            "kv_units_cached": pages.cached,
-            "kv_cache_bytes": pages.total * self._unit_bytes,
-            f'model_info{{quantization="{self.config.quantization}"}}': 1,
+        gauges: Samples = {
+            sample("num_requests_running"): len(s.running),
+            sample("num_requests_waiting"): len(s.waiting),
+            sample("kv_cache_usage_perc"): 1 - pages.available / pages.total,
+            sample("kv_units"): pages.total,
+            sample("kv_units_cached"): pages.cached,
+            sample("kv_cache_bytes"): pages.total * self._unit_bytes,
         }
         return gauges | s.metrics.samples(self.config.exits)
 
-    def _layers(self, request: Request) -> int:
-        """The depth in layers that a request asks for; 0 where the router decides."""
-        if request.quality_tolerance is not None and request.depth != "auto":
+    def info(self) -> dict[str, str]:
+        """What it says of itself that is no number: ``quantization``, what it computes with. That is not what is stored where
+        a machine cannot be trusted with INT8."""
+        return {"quantization": self.config.quantization}
+
+    def _layers(self, request: Request) -> int | None:
+        """The depth in layers that a request runs to; None where the router decides."""
+        layers = self.config.asked(request.depth)
+        if layers is not None and request.quality_tolerance is not None:
             raise RequestError("quality_tolerance with a fixed depth", param="quality_tolerance", do="give one")
-        if request.depth == "auto" and request.answer and self.model.router is not None:
-            raise RequestError("depth", param="depth", got="auto", do="give the depth that the answer began with")
-        if request.depth == "auto":
-            return 0 if self.model.router is not None else self.config.layers
-        try:
-            return self.config.depth(request.depth)
-        except ConfigError as error:
-            allowed = ["auto", *self.config.exit_names, *self.config.exits]
-            raise RequestError("depth", param="depth", got=request.depth, allowed=allowed) from error
+        if layers is None and self.model.router is None:
+            return self.config.layers
+        if layers is None and request.answer:
+            raise RequestError("depth", param="depth", got=AUTO, do="give the depth that the answer began with")
+        return layers
 
     def _failed(self, error: Exception) -> None:
         log.error("a step failed\n%s", frames(error))
@@ -254,9 +283,15 @@ class Engine:
 
 def default_units(config: ModelConfig, max_batch: int, unit_bytes: int, device: torch.device) -> int:
     """Units for `max_batch` requests of full context at full depth, or what `MEMORY_SHARE` of the free memory holds, but
-    never less than one such request needs."""
+    never less than one such request needs. Raises ResourceError, with the arithmetic, where the memory does not hold one."""
     one = GROUPS * -(-config.context // config.page)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if one * unit_bytes > free:
+        raise ResourceError(
+            f"keys and values of one text of {config.context} tokens in {config.layers} layers do not fit the memory",
+            got=f"{one * unit_bytes / 1e9:.1f} GB", allowed=f"{free / 1e9:.1f} GB that are free",
+            do="store them in int8 (kv_cache_dtype), or import the model with a shorter --context",
+        )  # fmt: skip
     return 1 + max(one, min(one * max_batch, int(free * MEMORY_SHARE) // unit_bytes))
 
 
@@ -294,23 +329,18 @@ def _check_images(prompt: Encoded) -> None:
         raise RequestError("image", param="images", got=f"{wrong.values.dtype} {wrong.values.shape}", allowed="uint8")
 
 
-def _check_answer(request: Request, vocab: int) -> None:
-    """Raises RequestError when `request.answer` cannot be the beginning of an answer to it."""
+def _check_answer(request: Request, said: list[bool], end_ids: Sequence[int]) -> None:
+    """Raises RequestError when `request.answer` cannot be the beginning of an answer to it. Among others it cannot hold
+    patches, which would need the pixels of an image."""
     answer, sampling = request.answer, request.sampling
-    ends = {*sampling.stop_token_ids, *([] if sampling.ignore_eos else [END_ID])}
-    wrong = next((token for token in answer if not 0 <= token < vocab or token in ends), None)
+    ends = {*sampling.stop_token_ids, *([] if sampling.ignore_eos else end_ids)}
+    wrong = next((token for token in answer if not 0 <= token < len(said) or not said[token] or token in ends), None)
     if wrong is not None:
-        allowed = f"token ids 0 to {vocab - 1} that do not end an answer"
+        allowed = f"token ids 0 to {len(said) - 1} that are said and do not end an answer"
         raise RequestError("answer", param="answer", got=wrong, allowed=allowed)
     if len(answer) > sampling.max_tokens:
         allowed = f"at most max_tokens ({sampling.max_tokens})"
         raise RequestError("answer", param="answer", got=f"{len(answer)} tokens", allowed=allowed)
-
-
-def _as_error(error: Exception) -> RequestError:
-    if isinstance(error, RequestError):
-        return error
-    return GenerationError("the step failed", got=type(error).__name__, do="try again")
 
 
 def _add(answer: Completion, event: Event) -> None:

@@ -7,24 +7,40 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from shoal.config import AUTO
 from shoal.errors import RequestError
 from shoal.inputs.chat import Encoded
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 GuideKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 MAX_TOP_LOGPROBS = 20
+LATER = 100  # priority of what may wait for everything else, such as a batch
 MAX_DRAFTS = 16
+MAX_BIAS = 100  # what HTTP allows: a number that no logit comes near, and that every dtype holds
 
 
 @dataclass(frozen=True)
 class Guide:
-    """What the whole answer must be: JSON of a schema (`spec` is its text), any JSON object (no `spec`), a match of the
-    regular expression `spec`, one of the strings `spec`, or what llguidance's lark grammar `spec` derives. Raises
-    RequestError when `kind` and `spec` do not fit; the engine checks the rest when the request is submitted."""
+    r"""What the whole answer must be: JSON of a schema (`spec` is its text), any JSON object (no `spec`), a match of the
+    regular expression `spec`, one of the strings `spec`, or what llguidance's lark grammar `spec` derives. In an expression
+    `[0-9]` is a digit, and `\d` one of any script, which takes up to four tokens where these are bytes. Raises RequestError
+    when `kind` and `spec` do not fit; the engine checks the rest when the request is submitted.
+
+    Examples:
+        >>> from shoal import Engine, Model, Request, Sampling
+        >>> from shoal.engine.events import Guide
+        >>> engine = Engine(Model.from_preset("test"))
+        >>> colour = Sampling(max_tokens=20, guided=Guide("choice", ["red", "green", "blue"]))
+        >>> engine.generate([Request("The sky is", colour)])[0].text in ("red", "green", "blue")
+        True
+        >>> date = Sampling(max_tokens=20, guided=Guide("regex", "[0-9]{4}-[0-9]{2}-[0-9]{2}"))
+        >>> len(engine.generate([Request("Today is", date)])[0].text)
+        10
+    """
 
     kind: GuideKind
     spec: str | Sequence[str] = ""
@@ -46,16 +62,27 @@ class Guide:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen (the names are vLLM's). Raises RequestError naming the field when a value cannot be used."""
+    """How tokens are chosen (the names are vLLM's). Raises RequestError naming the field when a value cannot be used.
+
+    Examples:
+        >>> from shoal import Sampling
+        >>> Sampling(temperature=0, max_tokens=64, stop="###").stop
+        ('###',)
+        >>> Sampling(top_p=1.5)
+        Traceback (most recent call last):
+        shoal.errors.RequestError: top_p: got 1.5; allowed: 0 to 1
+    """
 
     temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0  # smallest set of tokens with this much probability
+    top_p: float = 1.0  # smallest set of tokens with this much probability; 0: the likeliest
     top_k: int = 0  # 0: all
     min_p: float = 0.0  # least probability, as a share of the likeliest token's
     seed: int | None = None  # None: drawn anew for each request
     max_tokens: int = 16
     min_tokens: int = 0  # no stop before this many tokens
-    stop: Sequence[str] = ()  # not part of the returned text
+    stop: Sequence[str] = ()  # not part of the returned text, but
+    include_stop: bool = False  # with this
+    banned: Sequence[Sequence[int]] = ()  # runs of tokens that the answer never completes
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     presence_penalty: float = 0.0
@@ -68,19 +95,27 @@ class Sampling:
     speculative: int | None = None  # tokens drafted ahead by group 1 a step; 0: none; None: the engine's default
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):  # one stop string, not its letters
-            object.__setattr__(self, "stop", (self.stop,))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop  # one stop string, not its letters
+        _keep(self, "stop", stop, Sequence, tuple, "strings")
+        _keep(self, "stop_token_ids", self.stop_token_ids, Sequence, tuple, "token ids")
+        _keep(self, "banned", self.banned, Sequence, tuple, "lists of token ids")
+        for run in self.banned:
+            if not isinstance(run, Sequence) or not run:
+                raise RequestError("banned", param="banned", got=run, allowed="lists of at least one token id")
+        object.__setattr__(self, "banned", tuple(map(tuple, self.banned)))
+        _keep(self, "logit_bias", self.logit_bias, Mapping, dict, "token id -> number")
         for name in ("top_k", "max_tokens", "min_tokens"):
             _check_whole(name, getattr(self, name))
         for name in ("seed", "logprobs", "prompt_logprobs", "speculative"):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name))
-        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+        runs = [token for run in self.banned for token in run]
+        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias), ("banned", runs)):
             for token in ids:
                 _check_whole(name, token)
         limits: dict[str, tuple[float, float]] = {
             "temperature": (0, 100),
-            "top_p": (1e-9, 1),
+            "top_p": (0, 1),
             "top_k": (0, 2**31),
             "min_p": (0, 1),
             "max_tokens": (1, 2**31),
@@ -92,13 +127,15 @@ class Sampling:
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if not _is_number(value) or not low <= value <= high:
-                raise RequestError(name, param=name, got=value, allowed=f"{low:g} to {high:g}")
+                raise RequestError(name, param=name, got=value, allowed=f"{low:.10g} to {high:.10g}")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MAX_TOP_LOGPROBS:
                 raise RequestError(name, param=name, got=value, allowed=f"0 to {MAX_TOP_LOGPROBS}")
         if self.speculative is not None and not 0 <= self.speculative <= MAX_DRAFTS:
             raise RequestError("speculative", param="speculative", got=self.speculative, allowed=f"0 to {MAX_DRAFTS}")
+        if self.guided is not None and not isinstance(self.guided, Guide):
+            raise RequestError("guided", param="guided", got=self.guided, allowed="a Guide")
         if self.guided is not None and (self.ignore_eos or self.min_tokens):
             name = "ignore_eos" if self.ignore_eos else "min_tokens"
             raise RequestError(
@@ -107,26 +144,49 @@ class Sampling:
         odd = next((text for text in self.stop if not isinstance(text, str) or not text), None)
         if odd is not None:
             raise RequestError("stop", param="stop", got=odd, allowed="non-empty strings")
-        wrong = next((bias for bias in self.logit_bias.values() if not _is_number(bias)), None)
-        if wrong is not None:
-            raise RequestError("logit_bias", param="logit_bias", got=wrong, allowed="finite numbers")
+        for bias in self.logit_bias.values():
+            if not _is_number(bias) or not -MAX_BIAS <= bias <= MAX_BIAS:
+                allowed = f"numbers from -{MAX_BIAS} to {MAX_BIAS}"
+                raise RequestError("logit_bias", param="logit_bias", got=bias, allowed=allowed)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to continue. `prompt`: text, token ids, or an `Encoded` chat with images."""
+    """One prompt to continue. `prompt`: text, token ids, or an `Encoded` chat with images.
+
+    Examples:
+        >>> from shoal import Engine, Model, Request, Sampling
+        >>> engine = Engine(Model.from_preset("test"))
+        >>> one = Sampling(temperature=0, max_tokens=1)
+        >>> [engine.generate([Request("2 + 2 =", one, depth=depth)])[0].depth for depth in ("shallow", "middle", "full")]
+        [1, 2, 4]
+    """
 
     prompt: str | Sequence[int] | Encoded
     sampling: Sampling = field(default_factory=Sampling)
-    depth: str | int = "auto"  # "auto" (the router decides), an exit name, or the layer count of an exit
-    quality_tolerance: float | None = None  # nats/token: the smallest exit whose calibrated bound is within it
+    depth: str | int = AUTO  # "auto" (the router decides), an exit name, or the layer count of an exit
+    # nats/token: the smallest exit whose calibrated bound is within it. It bounds the mean loss over prompts of the
+    # calibration's mix, not this request's
+    quality_tolerance: float | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     deadline: float | None = None  # seconds from submission; then the request ends with reason "deadline"
-    priority: int = 0  # smaller runs earlier
+    priority: int = 0  # smaller runs earlier; from `LATER` on it gives its place to any that is below
+    payer: str = ""  # payers share the engine evenly
+    client: str = ""  # and so do the clients of one payer
     answer: Sequence[int] = ()  # the first tokens of its answer, given by another engine: this one goes on after them
+    beside: str = ""  # the same in all requests of one answer, which several replicas then run with the same weights
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sampling, Sampling):
+            raise RequestError("sampling", param="sampling", got=self.sampling, allowed="a Sampling")
+        if not isinstance(self.id, str) or not self.id:
+            raise RequestError("id", param="id", got=self.id, allowed="a text")
+        if not isinstance(self.depth, str):
+            _check_whole("depth", self.depth)
         _check_whole("priority", self.priority)
+        _keep(self, "answer", self.answer, Sequence, tuple, "token ids")
+        for token in self.answer:
+            _check_whole("answer", token)
         for name in ("deadline", "quality_tolerance"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value >= 0):
@@ -188,12 +248,23 @@ class Completion:
     finished: Finished | None = None
 
 
+def _keep(owner: object, name: str, value: Any, kind: Any, copy: Callable[[Any], object], allowed: str) -> None:
+    """Put a copy of `value` into `owner`: what was checked cannot change under the engine."""
+    if not isinstance(value, kind) or isinstance(value, (str, bytes)):
+        raise RequestError(name, param=name, got=value, allowed=allowed)
+    object.__setattr__(owner, name, copy(value))
+
+
 def _check_whole(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(name, param=name, got=value, allowed="a whole number")
 
 
 def _is_number(value: object) -> bool:
-    if isinstance(value, int):  # of any size: `isfinite` raises for more than a float holds
-        return not isinstance(value, bool)
-    return isinstance(value, float) and math.isfinite(value)
+    """Is it a finite number that a float can hold? A whole number may be of any size."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

@@ -5,10 +5,12 @@
        ^             cancel, resume        │                                then the engine is dead, for everybody
        └──────── reader <── one call per loop and step ──┘
 
-Only the engine thread touches the engine. A reader that falls `backlog` events behind pauses its own request and nobody
-else's. Whoever waits is woken: by events, by the end of its request, or by the death of the engine.
+Only the engine thread steps, changes or looks into the engine. What others use of it, `Engine.prepare` and `Engine.info`,
+reads nothing that ever changes, and may run in any thread. A reader that falls `backlog` events behind pauses its own request
+and nobody else's. Whoever waits is woken: by events, by the end of its request, or by the death of the engine.
 """
 
+# long: what crosses from thread to thread is read in one place, in both directions
 from __future__ import annotations
 
 import asyncio
@@ -18,26 +20,52 @@ import queue
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from shoal.config import FULL
 from shoal.engine.events import Event, Finished, Request, Token
-from shoal.errors import EngineDeadError, QueueFullError, RequestError, frames
+from shoal.engine.metrics import Samples
+from shoal.engine.turns import Turns
+from shoal.errors import EngineDeadError, QueueFullError, RequestError, again, frames, of_request
 
 if TYPE_CHECKING:
     from shoal.engine.engine import Engine
-    from shoal.engine.sequence import Sequence
+    from shoal.engine.running import Running
+    from shoal.model.model import Model
 
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.05  # how often deadlines are looked at while no request can run
 
 
+class _Asked:
+    """Something to be done in the engine thread, and its answer."""
+
+    def __init__(self, ask: Callable[[], Any]) -> None:
+        self._ask = ask
+        self.answer: Future[Any] = Future()
+
+    def __call__(self) -> None:
+        if not self.answer.set_running_or_notify_cancel():
+            return
+        try:
+            self.answer.set_result(self._ask())
+        except Exception as error:
+            self.answer.set_exception(error)
+
+    def fail(self, error: Exception) -> None:
+        """Tell whoever waits that it was not done, because of `error`."""
+        if self.answer.set_running_or_notify_cancel():
+            self.answer.set_exception(error)
+
+
 class _Reader:
     """Events on their way to one `generate` call: the engine thread puts, the event loop takes. Only a reader that waits has to
-    be woken: one that takes its time finds at its end what has come."""
+    be woken: one that pauses between two lists looks by itself afterwards."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -48,12 +76,12 @@ class _Reader:
         self._some, self._last = asyncio.Event(), asyncio.Event()
 
     def put(self, item: Event | RequestError) -> bool:
-        """Add `item`, in the engine thread. Must `wake` be called in the event loop?"""
+        """Add `item`, in the engine thread. Returns whether `wake` must be called in the event loop."""
         self._coming.append(item)
         return self._waits or not isinstance(item, Token)
 
     def wake(self, ends: bool) -> None:
-        """Look at what has come: in the event loop. `ends`: the last of it is there."""
+        """Called in the event loop when something has come; `ends`: with the last of it."""
         self._some.set()
         if ends:
             self._last.set()
@@ -79,9 +107,14 @@ class _Reader:
         return events
 
 
+def _embedded(model: Model, prompt: list[int], depth: str | int) -> list[float]:
+    vector: list[float] = model.embed(prompt, depth).tolist()
+    return vector
+
+
 def settle() -> None:
-    """Take all that is in memory now out of the sight of Python's garbage collector, for a process that has loaded what it
-    serves: to look through it takes 0.1 s, in which no request gets a token."""
+    """Hide everything that is in memory now from Python's garbage collector. A process calls this when it has loaded what it
+    serves: to look through all of that would take 0.1 s, in which no request gets a token."""
     gc.unfreeze()
     gc.collect()
     gc.freeze()
@@ -95,9 +128,12 @@ class AsyncEngine:
         means that the engine is stuck, and dead."""
         self._engine, self._backlog, self._stall = engine, backlog, stall_seconds
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self._pooling: deque[Callable[[], object]] = deque()  # of `embed`; one is run between two steps
+        self._pooling: Turns[_Asked] = Turns()  # of `embed`; one is run between two steps
+        self._most_embeddings = 1 + engine.scheduler.max_queue  # one runs
+        self._pooling_again = 0.0  # when the next may be run, while answers are in the engine
         self._readers: dict[str, _Reader] = {}
-        self._lock = threading.Lock()  # of `_readers` and `_dead`
+        self._embeddings = 0  # calls of `embed` that wait or run
+        self._lock = threading.Lock()  # of `_readers`, `_pooling`, `_embeddings` and `_dead`
         self._dead: EngineDeadError | None = None
         self._closing = False
         self._stopped = threading.Event()
@@ -108,10 +144,8 @@ class AsyncEngine:
         self._watchdog.start()
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """The request's events, its `Finished` last. Closing the iterator cancels the request.
-
-        Raises at the first event: RequestError for a request that cannot be served, QueueFullError, EngineDeadError.
-        """
+        """The request's events, its `Finished` last. Closing the iterator cancels the request. Raises at the first event:
+        RequestError for a request that cannot be served, QueueFullError, EngineDeadError."""
         async with aclosing(self.batches(request)) as lists:
             async for events in lists:
                 for event in events:
@@ -120,17 +154,17 @@ class AsyncEngine:
     async def batches(
         self, request: Request, gap: Callable[[], float] = lambda: 0.0
     ) -> AsyncGenerator[list[Event], None]:
-        """The events of `generate` in lists of what was ready when the last list had been read. The first waits for nothing,
-        nor does that of the last event; `gap` says how many seconds another is to come after the one before it."""
+        """The events of `generate` in lists: each holds what was ready when the list before it had been read. The first list
+        and the last one come at once; `gap` says how many seconds are to lie between two others."""
         self._check_open()
-        seq = await asyncio.to_thread(self._engine.prepare, request)
+        running = await asyncio.to_thread(self._engine.prepare, request)
         reader = _Reader(asyncio.get_running_loop())
         with self._lock:  # from here on the death of the engine reaches the reader
             self._check_open()
             if request.id in self._readers:
                 raise RequestError("request id is in use", param="id", got=request.id)
             self._readers[request.id] = reader
-        self._inbox.put(lambda: self._submit(seq, reader))
+        self._inbox.put(lambda: self._submit(running, reader))
         ended = False
         try:
             events = await reader.get(0.0)
@@ -142,7 +176,7 @@ class AsyncEngine:
                 reader.taken += len(events)
                 if reader.paused and reader.sent - reader.taken <= self._backlog // 2:
                     reader.paused = False
-                    self._inbox.put(lambda: self._engine.pause(request.id, False))
+                    self._inbox.put(lambda: self._engine.pause(running, False))
                 events = await reader.get(gap())
         except RequestError:
             ended = True
@@ -150,29 +184,52 @@ class AsyncEngine:
         finally:
             if not ended:
                 with self._lock:
-                    self._readers.pop(request.id, None)
-                self._inbox.put(lambda: self._engine.cancel(request.id))
+                    if self._readers.get(request.id) is reader:  # else it has ended, and the id may be another's by now
+                        del self._readers[request.id]
+                self._inbox.put(lambda: self._engine.cancel(running))
 
     async def cancel(self, request: str) -> bool:
         """End a request: its reader gets `Finished` with reason "cancelled". False when it is not live."""
         return bool(await self._call(lambda: self._engine.cancel(request)))
 
-    async def stats(self) -> dict[str, float]:
+    async def stats(self) -> Samples:
         """`Engine.stats`. Raises EngineDeadError."""
-        stats: dict[str, float] = await self._call(self._engine.stats)
+        stats: Samples = await self._call(self._engine.stats)
         return stats
 
-    async def embed(self, prompt: list[int], depth: str | int | None = None) -> list[float]:
-        """`Model.embed` in the engine thread, one prompt between two steps, so that answers go on meanwhile. Raises
-        RequestError, QueueFullError when as many wait as the engine's queue may hold, EngineDeadError."""
-        self._check_open()
-        if len(self._pooling) >= self._engine.scheduler.max_queue:
-            raise QueueFullError("too many embeddings wait", got=len(self._pooling), do="try again")
-        vector: list[float] = await self._call(
-            lambda: self._engine.model.embed(prompt, depth).tolist(),
-            lambda run: self._inbox.put(lambda: self._pooling.append(run)),
-        )
-        return vector
+    async def info(self) -> list[dict[str, str]]:
+        """`Engine.info`, of this one."""
+        return [self._engine.info()]
+
+    async def embed(
+        self, prompts: list[list[int]], depth: str | int = FULL, *, payer: str = "", client: str = ""
+    ) -> list[list[float]]:
+        """`Model.embed` of each prompt in the engine thread, one between two steps, so that answers go on meanwhile; they take
+        at most half of the time. Payers, and of one payer clients, take turns prompt by prompt. Raises RequestError,
+        QueueFullError when as many calls wait as the engine's queue may hold and no other payer, nor of this one another
+        client, has more prompts there, EngineDeadError."""
+        with self._lock:
+            self._check_open()
+            if self._embeddings >= self._most_embeddings:
+                error = QueueFullError("too many embeddings wait", got=self._embeddings, do="try again")
+                last = self._pooling.give_place(payer, client)
+                while last is not None and last.answer.cancelled():  # its caller left, and has no place to give
+                    last = self._pooling.give_place(payer, client)
+                if last is None:
+                    raise error
+                last.fail(error)
+            self._embeddings += 1
+        model = self._engine.model
+        asked = [_Asked(partial(_embedded, model, prompt, depth)) for prompt in prompts]
+        try:
+            with self._lock:
+                for each in asked:
+                    self._pooling.put(each, payer, client)
+            self._inbox.put(lambda: None)  # wakes the engine thread
+            return await self._answers(asked)
+        finally:
+            with self._lock:
+                self._embeddings -= 1
 
     async def check_health(self) -> None:
         """Raises EngineDeadError when the engine cannot serve any more, a stuck step included."""
@@ -182,7 +239,7 @@ class AsyncEngine:
         """Refuse new requests and wait until the live ones have ended. False when `timeout` seconds were not enough."""
         self._closing = True
         until = time.monotonic() + timeout
-        while not (done := not self._readers and self._engine.idle) and time.monotonic() < until:
+        while not (done := not self._readers and not self._embeddings) and time.monotonic() < until:
             await asyncio.sleep(0.01)
         return done
 
@@ -197,33 +254,33 @@ class AsyncEngine:
 
     def _check_open(self) -> None:
         if self._dead is not None:
-            raise self._dead
+            raise again(self._dead)
         if self._closing:
             raise EngineDeadError("the engine is shutting down", do="send the request to another replica")
 
-    async def _call(self, ask: Callable[[], Any], put: Callable[[Callable[[], object]], None] | None = None) -> Any:
-        """The result of `ask` in the engine thread, which gets it by `put` (None: with the next commands). A stuck or dead
-        engine raises instead of keeping its caller; a caller that leaves takes `ask` back."""
-        answer: Future[Any] = Future()
+    async def _call(self, ask: Callable[[], Any]) -> Any:
+        """The result of `ask` in the engine thread. Raises as `_answers`."""
+        asked = _Asked(ask)
+        self._inbox.put(asked)
+        return (await self._answers([asked]))[0]
 
-        def run() -> None:
-            if not answer.set_running_or_notify_cancel():
-                return
-            try:
-                answer.set_result(ask())
-            except Exception as error:
-                answer.set_exception(error)
-
-        (put or self._inbox.put)(run)
-        waiting = asyncio.wrap_future(answer)
+    async def _answers(self, asked: Sequence[_Asked]) -> list[Any]:
+        """What `asked` gives, which the engine thread has or will have. Raises the first error, and that of a stuck or dead
+        engine, which would keep its caller. A caller that leaves takes back what has not begun."""
+        waiting = [asyncio.wrap_future(each.answer) for each in asked]
         try:
-            while not waiting.done():
+            left = {*waiting}
+            while left:
                 if self._dead is not None or not self._thread.is_alive():
-                    raise self._dead or EngineDeadError("the engine was closed")
-                await asyncio.wait({waiting}, timeout=0.1)
-            return waiting.result()
+                    raise again(self._dead or EngineDeadError("the engine was closed"))
+                done, left = await asyncio.wait(left, timeout=0.1, return_when=asyncio.FIRST_EXCEPTION)
+                for each in done:
+                    each.result()
+            return [each.result() for each in waiting]
         finally:
-            waiting.cancel()
+            for each in waiting:
+                if not each.cancel() and not each.cancelled():
+                    each.exception()  # it is seen
 
     # --- in the engine thread -----------------------------------------------------------------------------------------
 
@@ -234,8 +291,8 @@ class AsyncEngine:
                 if self._stopped.is_set():
                     continue
                 self._step_began = time.monotonic()
-                if self._pooling:
-                    self._pooling.popleft()()
+                if self._pooling and (not self._engine.ran or self._step_began >= self._pooling_again):
+                    self._pool()
                 events = self._engine.step()  # of an idle engine: the ends of requests that a command cancelled
                 self._step_began = None
                 if (dead := self._engine.dead) is not None:
@@ -251,7 +308,8 @@ class AsyncEngine:
                 self._engine.cancel(request)
             self._deliver(self._engine.step())
             self._die(EngineDeadError("the engine was closed"))
-        except Exception as error:
+        except BaseException as error:
+            # a panic of a library in Rust is no Exception; whoever waits is to hear of it, too
             log.error("the engine thread ended\n%s", frames(error))
             self._die(EngineDeadError("the engine thread ended", got=type(error).__name__))
 
@@ -264,14 +322,29 @@ class AsyncEngine:
         except queue.Empty:
             pass
 
-    def _submit(self, seq: Sequence, reader: _Reader) -> None:
+    def _pool(self) -> None:
+        """Run the next embedding that somebody still waits for. Answers then have as long for themselves."""
+        began = time.monotonic()
+        asked: _Asked | None = None
+        with self._lock:
+            while self._pooling and (asked is None or asked.answer.cancelled()):
+                asked = self._pooling.take()
+        if asked is not None:
+            asked()
+        ended = time.monotonic()
+        self._pooling_again = ended + (ended - began)
+
+    def _submit(self, running: Running, reader: _Reader) -> None:
         try:
-            self._engine.submit(seq)
-        except RequestError as error:
+            self._engine.submit(running)
+        except Exception as raised:
+            if not isinstance(raised, RequestError):  # `submit` changes nothing before it raises: the others go on
+                log.error("a request was not taken\n%s", frames(raised))
+            error = of_request(raised, "the request was not taken")
             with self._lock:
-                there = self._readers.get(seq.id) is reader
+                there = self._readers.get(running.id) is reader
                 if there:
-                    del self._readers[seq.id]
+                    del self._readers[running.id]
             if there:  # else its caller left, or was told of the engine's death
                 self._hand(reader.loop, [(reader, error)])
 
@@ -305,9 +378,8 @@ class AsyncEngine:
             if waiting or loop.is_closed():  # then the call raises
                 loop.call_soon_threadsafe(wake)
         except RuntimeError:  # the loop was closed, so nobody reads: these requests go too
-            for _, item in items:
-                if isinstance(item, Token):
-                    self._engine.cancel(item.request)
+            gone = {item.request for _, item in items if isinstance(item, Token)}
+            self._inbox.put(lambda: [self._engine.cancel(request) for request in gone])  # wakes an idle engine
 
     # --- death --------------------------------------------------------------------------------------------------------
 
@@ -328,4 +400,4 @@ class AsyncEngine:
             readers, self._readers = self._readers, {}
         self._stopped.set()
         for request, reader in readers.items():
-            self._hand(reader.loop, [(reader, Finished(request, "error", error=error))])
+            self._hand(reader.loop, [(reader, Finished(request, "error", error=again(error)))])

@@ -17,7 +17,7 @@ import numpy as np
 
 from shoal.engine.events import Guide
 from shoal.errors import RequestError
-from shoal.inputs.tokenizer import END_ID, SPECIAL, Tokenizer
+from shoal.inputs.tokenizer import END_ID, Tokenizer
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -39,7 +39,11 @@ _EXCERPT = re.compile(r"^( *\d+ \|.*| *\^ *)$", re.MULTILINE)  # llguidance's ow
 
 
 class GrammarError(Exception):
-    """A grammar cannot go on: its limits, or tokens that it does not allow."""
+    """A grammar that is too large to be followed any further."""
+
+
+class StrayError(GrammarError):
+    """Tokens that the grammar does not allow. No such token is ever drawn, so something is broken."""
 
 
 class Grammars:
@@ -48,6 +52,9 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
         """`vocab`: ids that the model has, the tokenizer's or more."""
         self._source, self._vocab = tokenizer, vocab
+        self._never = [
+            tokenizer.special(name) for name in tokenizer.specials if tokenizer.special(name) not in tokenizer.ends
+        ]
 
     @cached_property
     def _tokenizer(self) -> llguidance.LLTokenizer:
@@ -59,8 +66,12 @@ class Grammars:
             source = _source(guide)
             if problem := llguidance.LLMatcher.validate_grammar(source, self._tokenizer):
                 raise ValueError(problem)
-            grammar = Grammar(llguidance.LLMatcher(self._tokenizer, source, log_level=0), self._vocab)
-            grammar.allowed([])  # one that is too large, or that no text follows, is found out only now
+            matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0)
+            grammar = Grammar(matcher, self._vocab, self._source.ends)
+            first = grammar.allowed([])  # one that is too large, or that no text follows, is found out only now
+            first[self._never] = False
+            if not first.any():
+                raise ValueError("it begins with control tokens, which no answer may hold")
         except (ValueError, GrammarError) as error:
             reason = " ".join(_EXCERPT.sub("", str(error)).split())[:300]
             raise RequestError(f"a {_NAMES[guide.kind]} that cannot be followed", param="guided", got=reason) from None
@@ -70,19 +81,20 @@ class Grammars:
 class Grammar:
     """Where one answer stands in its grammar."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab: int) -> None:
-        self._matcher, self._vocab = matcher, vocab
+    def __init__(self, matcher: llguidance.LLMatcher, vocab: int, ends: Sequence[int] = (END_ID,)) -> None:
+        self._matcher, self._vocab, self._ends = matcher, vocab, list(ends)
         self._at: list[int] = []  # the tokens that the matcher has consumed
 
     def allowed(self, answer: Sequence[int]) -> np.ndarray:
         """bool [V]: what may come after the tokens `answer`; ``<|end|>`` only where the grammar may end. Raises
-        GrammarError."""
+        GrammarError, StrayError where `answer` itself is not allowed."""
         self._go_to(list(answer))
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         mask = np.zeros(self._vocab, dtype=bool)
         known = np.unpackbits(bits, bitorder="little")[: self._vocab]
         mask[: len(known)] = known
+        mask[self._ends] = mask[self._ends[0]]  # llguidance knows one of them
         return mask
 
     def _go_to(self, answer: list[int]) -> None:
@@ -90,9 +102,12 @@ class Grammar:
         if answer[:same] != self._at:
             same = next(i for i, (a, b) in enumerate(zip([*answer, -1], [*self._at, -2], strict=False)) if a != b)
             self._matcher.rollback(len(self._at) - same)
-        self._matcher.consume_tokens(answer[same:])
+            self._check()
+        taken = same + self._matcher.try_consume_tokens(answer[same:])
+        self._at = answer[:taken]
         self._check()
-        self._at = answer
+        if taken < len(answer):
+            raise StrayError(f"token {answer[taken]} after {taken} that it allows")
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -104,10 +119,10 @@ class _Pieces:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._encode = tokenizer.encode
-        self.eos_token_id, self.bos_token_id = END_ID, None
-        self.special_token_ids = list(range(len(SPECIAL)))
-        text = [tokenizer.token_bytes(token) for token in range(len(SPECIAL), len(tokenizer))]
-        self.tokens = [*(name.encode() for name in SPECIAL), *text]
+        self.eos_token_id, self.bos_token_id = tokenizer.ends[0], None
+        self.special_token_ids = [tokenizer.special(name) for name in tokenizer.specials]
+        ids = range(len(tokenizer))
+        self.tokens = [(tokenizer.control(token) or "").encode() or tokenizer.token_bytes(token) for token in ids]
 
     def __call__(self, text: str | bytes) -> list[int]:
         return self._encode(text if isinstance(text, str) else text.decode("utf-8", errors="replace"))

@@ -1,15 +1,133 @@
-"""What the engine counts: plain numbers and histograms, no exporter. Names end as vLLM's do, so that its dashboards need one
-replacement (ours stand under the prefix that `api.metrics` sets).
+"""The one table of all metrics of a service (`FAMILIES`), and the counts that the engine keeps of itself. No exporter.
 
-`samples` gives one flat mapping, each key a sample's name as Prometheus writes it (``name_bucket{le="0.1"}``). So the sum of
-two replicas' mappings, key by key, is the mapping of both.
+To add a metric, add its row here and count it in `Metrics`, or wherever it is known. Names end as vLLM's do, so that its
+dashboards need one replacement (ours stand under the prefix that `api.metrics` sets).
+
+Everybody tells what it knows as one flat mapping of samples to values. So what two replicas tell together is the sum of their
+mappings, key by key; of a share it is the mean (`together`).
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one metric is: a row of the table. A label in braces stands in the name itself."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    share: bool = False  # of several engines together the mean counts, not the sum
+
+    def sample(self, part: str = "", /, **labels: object) -> Sample:
+        """The sample with these values of the `labels`; `part`: of a histogram, ``bucket``, ``sum`` or ``count``."""
+        wanted = (*self.labels, "le") if part == "bucket" else self.labels
+        if tuple(labels) != wanted:
+            raise ValueError(f"metric {self.name} has the labels {wanted}, got {tuple(labels)}")
+        name = self.name.format(**labels)
+        rest = {label: str(value) for label, value in labels.items() if f"{{{label}}}" not in self.name}
+        return Sample(self, name, {"counter": "_total", "gauge": "", "histogram": f"_{part}"}[self.kind], rest)
+
+
+class Sample(str):
+    """The name of one number as Prometheus writes it, such as ``steps_total`` or ``requests_total{depth="full",end="stop"}``,
+    which still knows its parts, so that nobody has to parse it."""
+
+    family: Family
+    name: str  # the family's, with the labels that stand in it
+    ending: str
+    labels: dict[str, str]
+
+    def __new__(cls, family: Family, name: str, ending: str, labels: Mapping[str, str]) -> Sample:
+        inside = ",".join(f'{label}="{value}"' for label, value in labels.items())
+        made = super().__new__(cls, name + ending + (f"{{{inside}}}" if inside else ""))
+        made.family, made.name, made.ending, made.labels = family, name, ending, dict(labels)
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:  # replicas send their samples
+        return _again, (self.family.name, self.name, self.ending, self.labels)
+
+
+def _again(family: str, name: str, ending: str, labels: Mapping[str, str]) -> Sample:
+    return Sample(FAMILIES[family], name, ending, labels)
+
+
+Samples = dict[Sample, float]
+
+_TABLE = (
+    Family("num_requests_running", "gauge", "Requests that run."),
+    Family("num_requests_waiting", "gauge", "Requests in the queue."),
+    Family("kv_cache_usage_perc", "gauge", "Share of the K/V units that requests hold, 0 to 1.", share=True),
+    Family("kv_units", "gauge", "Units of K/V memory."),
+    Family("kv_units_cached", "gauge", "Units that only the prefix cache holds."),
+    Family("kv_cache_bytes", "gauge", "Bytes of K/V memory."),
+    Family("num_preemptions", "counter", "Requests that lost their units to others."),
+    Family("prefix_cache_queries", "counter", "Tokens of prompts that were looked up in the prefix cache."),
+    Family("prefix_cache_hits", "counter", "Tokens of prompts that were found there."),
+    Family("prompt_tokens", "counter", "Tokens of the prompts of admitted requests."),
+    Family("generation_tokens", "counter", "Tokens of answers."),
+    Family("steps", "counter", "Steps of the engine."),
+    Family("step_rows", "counter", "Rows that ran in all steps."),
+    Family("requests_refused", "counter", "Requests that found the queue full, or whose deadline was out of reach."),
+    Family("spec_decode_num_draft_tokens", "counter", "Tokens that requests drafted ahead."),
+    Family("spec_decode_num_accepted_tokens", "counter", "Drafts that stood."),
+    Family("request_success", "counter", "Requests that ended well.", ("finished_reason",)),
+    Family("requests_cancelled", "counter", "Requests whose client left."),
+    Family("requests_deadline", "counter", "Requests that ran out of their time."),
+    Family("requests_error", "counter", "Requests that failed."),
+    Family("requests_depth_{layers}", "counter", "Requests that ran through so many layers.", ("layers",)),
+    Family("time_to_first_token_seconds", "histogram", "From submission to the first token."),
+    Family("inter_token_latency_seconds", "histogram", "From one token of an answer to the next."),
+    Family("request_time_per_output_token_seconds", "histogram", "Mean time of a token after the first, by request."),
+    Family("e2e_request_latency_seconds", "histogram", "From submission to the end of the answer."),
+    Family("request_queue_time_seconds", "histogram", "From submission to the first step."),
+    Family("iteration_tokens_total", "histogram", "Rows of a step."),
+    Family("request_kv_units", "histogram", "Units that a request held at its end."),
+    # of the replicas of a deployment, and of what they say of themselves (`info`)
+    Family("num_replicas", "gauge", "Replicas that answer."),
+    Family("num_replicas_starting", "gauge", "Replicas that are on their way."),
+    Family("requests_resumed", "counter", "Answers that went on at another replica after their own was lost."),
+    Family("weights_update_refused", "gauge", "Replicas that could not load the weights that they were told to."),
+    Family("model_info", "gauge", "Engines that compute so.", ("quantization",)),
+    Family("replica_weights", "gauge", "Replicas that serve these weights.", ("weights",)),
+    # of the HTTP side
+    Family("request_errors", "counter", "Requests answered with an error.", ("model_name", "code")),
+)
+FAMILIES = {family.name: family for family in _TABLE}
+
+
+def sample(name: str, part: str = "", /, **labels: object) -> Sample:
+    """The sample of the family `name`, as `Family.sample`."""
+    return FAMILIES[name].sample(part, **labels)
+
+
+def together(told: Sequence[Mapping[Sample, float]]) -> Samples:
+    """What several engines told, as one: sums, and means of shares."""
+    total: Samples = {}
+    for samples in told:
+        for key, value in samples.items():
+            total[key] = total.get(key, 0.0) + value / (len(told) if key.family.share else 1)
+    return total
+
+
+def infos(told: Iterable[Mapping[str, str]]) -> Samples:
+    """What engines say of themselves (`Engine.info`) as samples: how many say so."""
+    total: Samples = {}
+    for info in told:
+        for family, label in (("model_info", "quantization"), ("replica_weights", "weights")):
+            if label in info:
+                key = sample(family, **{label: info[label]})
+                total[key] = total.get(key, 0.0) + 1.0
+    return total
+
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -32,14 +150,14 @@ class Histogram:
     def count(self) -> int:
         return sum(self.counts)
 
-    def samples(self, name: str) -> dict[str, float]:
+    def samples(self, family: Family) -> Samples:
         """Prometheus' samples: cumulative buckets, sum and count."""
-        found: dict[str, float] = {}
+        found: Samples = {}
         below = 0
         for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
             below += count
-            found[f'{name}_bucket{{le="{bound}"}}'] = below
-        return found | {f"{name}_sum": self.sum, f"{name}_count": below}
+            found[family.sample("bucket", le=bound)] = below
+        return found | {family.sample("sum"): self.sum, family.sample("count"): below}
 
 
 def _seconds() -> Histogram:
@@ -79,6 +197,12 @@ class Metrics:
     iteration_tokens_total: Histogram = field(default_factory=_counts)  # rows a step; vLLM's name
     request_kv_units: Histogram = field(default_factory=_counts)  # units owned at the end
 
+    def routed(self, layers: int, prompt: int, cached: int) -> None:
+        """Count a request that runs through `layers`, `cached` of whose `prompt` tokens were in the prefix cache."""
+        self.prefix_queries += prompt
+        self.prefix_hits += cached
+        self.depths[layers] = self.depths.get(layers, 0) + 1
+
     def ended(self, reason: str, units: int, queue: float, first: float | None, total: float, tokens: int) -> None:
         """Count the end of a request that owned `units` and gave `tokens`; the times are from its submission, in seconds
         (`first`: of its first token, None without one). A request that ended badly has an end, and no latencies."""
@@ -94,27 +218,27 @@ class Metrics:
             if tokens > 1:
                 self.request_time_per_output_token_seconds.observe((total - first) / (tokens - 1))
 
-    def samples(self, exits: Sequence[int]) -> dict[str, float]:
-        """Everything, by sample name; names of counters end in ``_total``."""
-        found: dict[str, float] = {
-            "num_preemptions_total": self.preemptions,
-            "prefix_cache_queries_total": self.prefix_queries,
-            "prefix_cache_hits_total": self.prefix_hits,
-            "prompt_tokens_total": self.prompt_tokens,
-            "generation_tokens_total": self.generation_tokens,
-            "steps_total": self.steps,
-            "step_rows_total": self.rows,
-            "requests_refused_total": self.refused,
-            "spec_decode_num_draft_tokens_total": self.drafts,
-            "spec_decode_num_accepted_tokens_total": self.drafts_accepted,
+    def samples(self, exits: Sequence[int]) -> Samples:
+        """Everything that is counted here; of `exits`, the requests that ran to each."""
+        found: Samples = {
+            sample("num_preemptions"): self.preemptions,
+            sample("prefix_cache_queries"): self.prefix_queries,
+            sample("prefix_cache_hits"): self.prefix_hits,
+            sample("prompt_tokens"): self.prompt_tokens,
+            sample("generation_tokens"): self.generation_tokens,
+            sample("steps"): self.steps,
+            sample("step_rows"): self.rows,
+            sample("requests_refused"): self.refused,
+            sample("spec_decode_num_draft_tokens"): self.drafts,
+            sample("spec_decode_num_accepted_tokens"): self.drafts_accepted,
         }
-        found |= {
-            f'request_success_total{{finished_reason="{reason}"}}': self.finished.get(reason, 0)
-            for reason in ("stop", "length")
-        }
-        found |= {f"requests_{bad}_total": self.finished.get(bad, 0) for bad in ("cancelled", "deadline", "error")}
-        found |= {f"requests_depth_{e}_total": self.depths.get(e, 0) for e in exits}
+        for reason in ("stop", "length"):
+            found[sample("request_success", finished_reason=reason)] = self.finished.get(reason, 0)
+        for bad in ("cancelled", "deadline", "error"):
+            found[sample(f"requests_{bad}")] = self.finished.get(bad, 0)
+        for layers in exits:
+            found[sample("requests_depth_{layers}", layers=layers)] = self.depths.get(layers, 0)
         for name, value in vars(self).items():
             if isinstance(value, Histogram):
-                found |= value.samples(name)
+                found |= value.samples(FAMILIES[name])
         return found

@@ -1,6 +1,6 @@
-"""The oracle beside the engine, for ever: one request, no cache, no pages, no batch, no drafts; the whole sequence runs again
-for every token. It takes every option that a request has; what it shares with the engine is the sampler, the grammars and
-the text stream, which have tests of their own against plain definitions.
+"""The oracle beside the engine, for ever: one request, no cache, no pages, no batch, no drafts; prompt and answer run again,
+whole, for every token. It takes every option that a request has; what it shares with the engine is the sampler, the grammars
+and the text stream, which have tests of their own against plain definitions.
 
 Left out: what is about time and not about tokens (`deadline`, `priority`), an `answer` that has begun elsewhere, and the
 router, whose choice the engine makes on sums of pages: a request of depth "auto" runs at full depth here.
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from shoal.engine.events import Completion, Finished, FinishReason, Request
 from shoal.engine.guided import Grammars
+from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
-from shoal.engine.sequence import Sequence
 from shoal.engine.text import TextStream
 from shoal.errors import RequestError
 from shoal.model.model import Model
@@ -21,35 +21,36 @@ def generate(model: Model, request: Request) -> Completion:
     """The answer to `request`, as `Engine.generate` gives it but for times and cache hits. Raises RequestError as
     `Engine.prepare` does for what cannot be encoded or compiled."""
     prompt, sampling, config = model.encode(request.prompt), request.sampling, model.config
-    depth = config.depth(None if request.depth == "auto" else request.depth)
-    seq = Sequence(
-        request=request, tokens=list(prompt.ids), prompt_len=len(prompt.ids), page=config.page, order=(0, 0), arrival=0.0,
-        text=TextStream(model.tokenizer, sampling.stop), seed=sampling.seed or 0,
+    depth = config.asked(request.depth) or config.layers
+    running = Running(
+        request=request, tokens=list(prompt.ids), prompt_len=len(prompt.ids), page=config.page, order=(0, 0, 0), arrival=0.0,
+        text=TextStream(model.tokenizer, sampling.stop, sampling.include_stop), seed=sampling.seed or 0,
+        end_ids=model.tokenizer.ends,
         grammar=None if sampling.guided is None else Grammars(model.tokenizer, config.vocab).compile(sampling.guided),
     )  # fmt: skip
-    sampler, answer = Sampler(model.forbidden()), Completion(depth=depth)
+    sampler, answer = Sampler(model.forbidden(), model.tokenizer.ends), Completion(depth=depth)
     if sampling.prompt_logprobs is not None:
-        rows = model.logits(seq.tokens, depth, prompt.images)[:-1].clone()
-        seq.prompt_logprobs = [None, *sampler.score(rows, seq.tokens[1:], sampling.prompt_logprobs)]
+        rows = model.logits(running.tokens, depth, prompt.images)[:-1].clone()
+        running.prompt_logprobs = [None, *sampler.score(rows, running.tokens[1:], sampling.prompt_logprobs)]
     reason: FinishReason | None = None
     error: RequestError | None = None
     while reason is None:
-        (sampled,) = sampler.sample(model.logits(seq.tokens, depth, prompt.images)[-1:].clone(), [seq])
+        (sampled,) = sampler.sample(model.logits(running.tokens, depth, prompt.images)[-1:].clone(), [running])
         if sampled.error is not None:
             reason, error = "error", sampled.error
-        elif seq.ends(sampled.token):
+        elif running.ends(sampled.token):
             reason = "stop"
         else:
-            seq.tokens.append(sampled.token)
+            running.tokens.append(sampled.token)
             answer.tokens.append(sampled.token)
             answer.logprobs += [sampled.logprob] if sampled.logprob is not None else []
-            text, stopped = seq.text.push(sampled.token, may_stop=seq.answered >= sampling.min_tokens)
+            text, stopped = running.text.push(sampled.token, may_stop=running.answered >= sampling.min_tokens)
             answer.text += text
-            reason = "stop" if stopped else "length" if seq.answered >= sampling.max_tokens else None
-    answer.text += seq.text.finish()
+            reason = "stop" if stopped else "length" if running.answered >= sampling.max_tokens else None
+    answer.text += running.text.finish()
     answer.finish_reason = reason
     answer.finished = Finished(
-        request.id, reason, depth=depth, prompt_tokens=seq.prompt_len, completion_tokens=seq.answered, error=error,
-        prompt_logprobs=tuple(seq.prompt_logprobs),
+        request.id, reason, depth=depth, prompt_tokens=running.prompt_len, completion_tokens=running.answered, error=error,
+        prompt_logprobs=tuple(running.prompt_logprobs),
     )  # fmt: skip
     return answer

@@ -49,9 +49,9 @@ class Pace:
         return fixed * groups + max(each, 0.0) * rows
 
     def alone(self, shallow: Sequence[int], all_of_them: Sequence[int]) -> bool:
-        """Should the next step run the shallow ones alone, of requests that run through so many groups each? Only if one such
-        step after each full one lowers the mean time of a token over all requests (halved for the shallow ones, for all
-        longer by the step), and within what shallow-only steps may take."""
+        """Should the next step run the shallow requests alone? Both arguments say through how many groups each request runs.
+        Yes if one such step after each full one lowers the mean time of a token over all requests (it is halved for the shallow
+        ones, and for all longer by that step), and if shallow-only steps have not had their share of the time."""
         part, full = self.seconds(max(shallow), sum(shallow)), self.seconds(max(all_of_them), sum(all_of_them))
         if part is None or full is None:
             return False
@@ -60,7 +60,7 @@ class Pace:
         return part <= self._owed and (full + part) * (n - s / 2) < full * n
 
     def waits(self, now: float) -> None:
-        """A request came to wait, the first one."""
+        """A request waits, where none waited before."""
         self._since = now
 
     def enters(self, now: float, waiting: int) -> None:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Digest = Callable[[bytes], bytes]
+PatchRun = tuple[str, int]  # patches in a row of one image: its sha256, and the number of the first of them in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class PageKey:
     digest: bytes
     parent: bytes
     tokens: tuple[int, ...]
-    images: tuple[str, ...]  # sha256 of each image with a patch in this page
+    images: tuple[PatchRun, ...]  # each run of patches in this page, in order: equal ids do not make equal patches
 
 
 class Pages:
@@ -65,11 +66,11 @@ class Pages:
         """Units that hold a findable page which nobody uses."""
         return len(self._cached)
 
-    def key(self, parent: PageKey | None, tokens: Sequence[int], images: Iterable[str] = ()) -> PageKey:
+    def key(self, parent: PageKey | None, tokens: Sequence[int], images: Iterable[PatchRun] = ()) -> PageKey:
         """The key of a full page of `tokens` after `parent` (None: the first page)."""
-        before, names = parent.digest if parent else self._root, tuple(images)
-        data = before + array("q", tokens).tobytes() + "".join(names).encode()
-        return PageKey(self._digest(data), before, tuple(tokens), names)
+        before, runs = parent.digest if parent else self._root, tuple(images)
+        data = before + array("q", tokens).tobytes() + repr(runs).encode()
+        return PageKey(self._digest(data), before, tuple(tokens), runs)
 
     def allocate(self, count: int) -> list[int]:
         """`count` units, each with one reference. The caller has checked `available`."""

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.engine.events import TokenLogprob
-from shoal.engine.sequence import Sequence as Running
+from shoal.engine.running import Running
 from shoal.errors import RequestError
 
 
 @dataclass(eq=False)
 class Work:
     """Rows `start` .. `start + count` - 1 of one request, run through layer groups `first` .. `last` - 1. With `first` = 1
-    the rows' states after group 1 are taken from `seq.held`; `first` = `last` = 1 only reads the head."""
+    the rows' states after group 1 are taken from `running.holding.states`; `first` = `last` = 1 only reads the head."""
 
-    seq: Running
+    running: Running
     start: int
     count: int
     first: int
@@ -44,7 +44,25 @@ class Work:
     @property
     def scored(self) -> int:
         """How many of its first rows are followed by a token of the prompt."""
-        return min(self.end, self.seq.prompt_len - 1) - self.start
+        return min(self.end, self.running.prompt_len - 1) - self.start
+
+
+def next_work(running: Running, room: int, drafts: int) -> Work:
+    """The next rows of `running`, at most `room`; where it decodes, `drafts` tokens may be drafted ahead."""
+    at, states_from, total = running.holding.at, running.holding.states_from, len(running.tokens)
+    if running.groups is None:
+        count = min(running.todo, room)
+        return Work(running, at, count, 0, 1, hold=True, decide=at + count == total)
+    first, end = 0, total
+    if states_from is not None:
+        if at >= states_from:
+            first = 1
+        else:  # deeper groups found less in the prefix cache than group 1 did: its states are made again
+            end = states_from
+    count = min(end - at, room)
+    score = running.scoring and at < running.prompt_len - 1
+    drafts = drafts if running.decoding else 0
+    return Work(running, at, count, first, running.groups, sample=at + count == total, score=score, drafts=drafts)
 
 
 @dataclass(frozen=True)

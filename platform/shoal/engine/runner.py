@@ -1,10 +1,10 @@
 """A plan's rows through the network: the only file that makes device tensors of a plan.
 
     rows of all requests, deepest first
-    group 1  ├──────── all new rows ────────┤   rows whose state after group 1 is held join here
+    group 1  ├──────── all new rows ────────┤   rows whose state after group 1 is kept join here
     group 2  ├──── those that go on ────┤
     group 3  ├── .. ──┤        each group runs on a prefix of the rows, so a step costs what its depths cost
-    head     the sampled rows of every exit, each through its exit's norm, in one product
+    head     the sampled rows of every exit, each through its own exit, in one product
 
 Letters: N rows, R works (one request each), G layer groups, M pages of the longest request, D width, V vocabulary.
 """
@@ -22,13 +22,13 @@ from shoal.config import GROUPS, ModelConfig
 from shoal.engine import speculative
 from shoal.engine.events import TokenLogprob
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
+from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
-from shoal.engine.sequence import Sequence as Running
-from shoal.model import fused
 from shoal.model.cache import GroupCache, PagedStep, Rows, read_rows, write_rows
-from shoal.model.depth import features, page_sums
+from shoal.model.cpu import fused
 from shoal.model.linears import prepack_
 from shoal.model.model import Model
+from shoal.model.router import features, page_sums
 
 SCORED_ROWS = 64  # rows of a prompt whose logits exist at once
 
@@ -44,19 +44,19 @@ class Runner:
         with fused.compiling():
             prepack_(self.net)
             self._compile()
-        self.sampler = Sampler(model.forbidden())
+        self.sampler = Sampler(model.forbidden(), model.tokenizer.ends)
 
     @torch.inference_mode()
     def _compile(self) -> None:
-        """Steps of few requests, of more, and of a prompt, over the null unit: what they compile, no request waits for (numba
-        takes half a minute without its cache)."""
+        """Run steps of few requests, of more, and of a prompt over the null unit, so that no request waits for what they
+        compile (numba takes half a minute without its cache)."""
         for starts in (range(2), range(max(fused.FEW.values()) + 2), (0, fused.SHORT + 1)):
             rows = starts[-1]
             at = torch.zeros(rows, dtype=torch.long, device=self.device)
             tables = torch.zeros(len(starts) - 1, 1, dtype=torch.long, device=self.device)
             step = PagedStep(at, at - 1, tables, list(starts), self.config.page, self.config.block)
             x = torch.zeros(rows, self.config.width, dtype=self.net.dtype, device=self.device)
-            self.net.head(self.net.groups[0].paged(x, step, self.cache), self.config.group_layers)  # type: ignore[operator]
+            self.net.head(self.net.groups[0].paged(x, step, self.cache), self.config.exits[0])  # type: ignore[operator]
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Outcome:
@@ -80,19 +80,21 @@ class Runner:
         """`works`, with those that may draft replaced by the verification of what they drafted. The requests themselves
         do not change: their drafts stand in copies (`speculative.py`)."""
         ahead = {
-            i: speculative.ahead_of(work.seq, list(work.seq.tokens)) for i, work in enumerate(works) if work.drafts
+            i: speculative.ahead_of(work.running, list(work.running.tokens))
+            for i, work in enumerate(works)
+            if work.drafts
         }
         going = list(ahead)
         while going:
             rows = [Work(ahead[i], len(ahead[i].tokens) - 1, 1, 0, 1) for i in going]
             x = self._group(0, self._embed(rows), _Layout(rows, self.config, self.device))
             for at, i in enumerate(going):
-                ahead[i].held.append(x[at : at + 1])
-            more = [at for at, i in enumerate(going) if len(ahead[i].held) <= works[i].drafts]
+                ahead[i].holding.states.append(x[at : at + 1])
+            more = [at for at, i in enumerate(going) if len(ahead[i].holding.states) <= works[i].drafts]
             if not more:
                 break
             asking = [going[at] for at in more]
-            logits = self.net.head(x[more], self.config.group_layers)
+            logits = self.net.head(x[more], self.config.exits[0])
             going = []
             for i, sampled in zip(asking, self.sampler.sample(logits, [ahead[i] for i in asking]), strict=True):
                 if sampled.error is None and not ahead[i].ends(sampled.token):
@@ -106,14 +108,15 @@ class Runner:
         for work in works:
             if work.verify:
                 draws += [
-                    speculative.ahead_of(work.seq, work.seq.tokens[: work.start + 1 + i]) for i in range(work.count)
+                    speculative.ahead_of(work.running, work.running.tokens[: work.start + 1 + i])
+                    for i in range(work.count)
                 ]
             elif work.sample:
-                draws.append(work.seq)
+                draws.append(work.running)
         found, samples = iter(self.sampler.sample(logits, draws)), list[Sampled]()
         for work in works:
             if work.verify:
-                drafts = work.seq.tokens[work.start + 1 :]
+                drafts = work.running.tokens[work.start + 1 :]
                 samples.append(speculative.accept(drafts, [next(found) for _ in range(work.count)]))
             elif work.sample:
                 samples.append(next(found))
@@ -121,11 +124,11 @@ class Runner:
 
     def _embed(self, works: Sequence[Work]) -> Tensor:
         """[N, D] of the new rows of `works`."""
-        tokens = [token for work in works for token in work.seq.tokens[work.start : work.end]]
+        tokens = [token for work in works for token in work.running.tokens[work.start : work.end]]
         patches, grids = [], []
         for work in works:
-            images = work.seq.images
-            if images is not None and work.start < work.seq.prompt_len:
+            images = work.running.images
+            if images is not None and work.start < work.running.prompt_len:
                 span = images.between(work.start, work.end)
                 patches.append(images.values[span])
                 grids.append(images.grid[span])
@@ -139,24 +142,24 @@ class Runner:
         return out
 
     def _join(self, works: Sequence[Work], x: Tensor) -> Tensor:
-        """All rows of the plan after group 1: the new ones and the held ones, in the plan's order."""
+        """All rows of the plan after group 1: the new ones and those whose states were kept, in the plan's order."""
         pieces, at = [], 0
         for work in works:
             if work.first == 0:
                 pieces.append(x[at : at + work.count])
                 at += work.count
             else:
-                seq = work.seq
-                assert seq.held_from is not None
-                if len(seq.held) > 1:
-                    seq.held = [torch.cat(seq.held)]
-                pieces.append(seq.held[0][work.start - seq.held_from : work.end - seq.held_from])
+                holding = work.running.holding
+                assert holding.states_from is not None
+                if len(holding.states) > 1:
+                    holding.states = [torch.cat(holding.states)]
+                pieces.append(holding.states[0][work.start - holding.states_from : work.end - holding.states_from])
         return torch.cat(pieces)
 
     def _hold(self, works: Sequence[Work], x: Tensor, starts: list[int]) -> None:
         for r, work in enumerate(works):
             if work.hold:
-                work.seq.held.append(x[starts[r] : starts[r + 1]].clone())
+                work.running.holding.states.append(x[starts[r] : starts[r + 1]].clone())
 
     def _deeper(
         self, works: Sequence[Work], x: Tensor, layout: _Layout, scores: dict[Work, list[TokenLogprob]]
@@ -176,39 +179,40 @@ class Runner:
                         rows += range(start if work.verify else end - 1, end)
             if rows:
                 at = x[rows[0] : rows[-1] + 1] if rows[-1] - rows[0] == len(rows) - 1 else x[rows]
-                exits.append(self.net.exit_norms[str(j * self.config.group_layers)](at))
+                exits.append(self.net.exit(at, self.config.ends[j - 1]))
             if not going:
                 break
             x = self._group(j, x[: layout.starts[going]], layout)
         if not exits:
             return None
-        return self.net.embed.logits(exits[0] if len(exits) == 1 else torch.cat(exits[::-1]))
+        return self.net.logits(exits[0] if len(exits) == 1 else torch.cat(exits[::-1]))
 
     def _score(self, work: Work, hidden: Tensor, groups: int) -> list[TokenLogprob]:
         """Logprobs of the prompt's tokens after the rows `hidden` [rows, D], a few rows at a time so that the logits of a
         long prompt never exist at once."""
-        targets = work.seq.tokens[work.start + 1 : work.start + 1 + len(hidden)]
+        targets = work.running.tokens[work.start + 1 : work.start + 1 + len(hidden)]
         found: list[TokenLogprob] = []
         for start in range(0, len(hidden), SCORED_ROWS):
             rows = slice(start, start + SCORED_ROWS)
-            logits = self.net.head(hidden[rows], groups * self.config.group_layers)
-            found += self.sampler.score(logits, targets[rows], work.seq.sampling.prompt_logprobs or 0)
+            logits = self.net.head(hidden[rows], self.config.ends[groups - 1])
+            found += self.sampler.score(logits, targets[rows], work.running.sampling.prompt_logprobs or 0)
         return found
 
     def _decide(self, work: Work) -> Decision:
         """The depth of a prompt whose last rows went through group 1 in this step."""
-        seq, router = work.seq, self.model.router
-        assert router is not None and seq.held_from is not None
-        states = seq.held[0] if len(seq.held) == 1 else torch.cat(seq.held)
-        seq.held = [states]
-        known = len(seq.notes) * seq.page
-        sums = list(seq.notes)
+        running, holding, router = work.running, work.running.holding, self.model.router
+        assert router is not None and holding.states_from is not None
+        states = holding.states[0] if len(holding.states) == 1 else torch.cat(holding.states)
+        holding.states = [states]
+        known = len(holding.notes) * holding.page
+        sums = list(holding.notes)
         fresh: list[Tensor] = []
-        if known < len(seq.tokens):
-            ids = torch.tensor(seq.tokens[known:], dtype=torch.long, device=self.device)
-            fresh = list(page_sums(self.net, states[known - seq.held_from :], ids))
-        x = features(torch.stack(sums + fresh), states[-1], len(seq.tokens))
-        return Decision(router.choose(x, seq.request.quality_tolerance, self.compute_budget), fresh)
+        if known < len(running.tokens):
+            ids = torch.tensor(running.tokens[known:], dtype=torch.long, device=self.device)
+            # each by itself: the prefix cache may keep one for long, and a view would keep those of the whole prompt
+            fresh = [sums.clone() for sums in page_sums(self.net, states[known - holding.states_from :], ids)]
+        x = features(torch.stack(sums + fresh), states[-1], len(running.tokens))
+        return Decision(router.choose(x, running.request.quality_tolerance, self.compute_budget), fresh)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -224,13 +228,14 @@ class _Layout:
         row_of = np.repeat(np.arange(len(works)), counts)
         begin = np.array([work.start for work in works])
         positions = np.arange(self.starts[-1]) + (begin - self.starts[:-1])[row_of]
-        longest = max(work.seq.pages_for(work.end) for work in works)
+        holdings = [work.running.holding for work in works]
+        longest = max(holding.pages_for(work.end) for holding, work in zip(holdings, works, strict=True))
         tables = np.zeros((GROUPS, len(works), longest), dtype=np.int64)
-        for r, work in enumerate(works):
-            own = work.seq.tables[:, :longest]
+        for r, holding in enumerate(holdings):
+            own = holding.tables[:, :longest]
             tables[:, r, : own.shape[1]] = own
-        computed = np.array([work.seq.computed for work in works]).T  # [G, R]
-        # numpy would let the rows of its result lie across each other, and what is compiled, is so for rows in order
+        computed = np.array([holding.computed for holding in holdings]).T  # [G, R]
+        # numpy may interleave the rows of its result, and the compiled loops take only arrays whose rows lie in order
         slots = np.ascontiguousarray(tables[:, row_of, positions // page]) * page + positions % page
         slots[positions < computed[:, row_of]] = -1  # stored already: run for its state, not written again
         self._tables, self._slots, self._positions = (

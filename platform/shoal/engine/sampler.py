@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from shoal.engine.events import Sampling, TokenLogprob
-from shoal.engine.guided import Grammar, GrammarError
+from shoal.engine.guided import Grammar, GrammarError, StrayError
 from shoal.engine.plan import Sampled
 from shoal.errors import GenerationError, RequestError
 from shoal.inputs.tokenizer import END_ID
@@ -34,7 +34,7 @@ CANDIDATES = 128  # how many of the likeliest tokens top-p looks at before it so
 
 
 class Draw(Protocol):
-    """What the sampler needs to know of a request (`engine.sequence.Sequence` is one)."""
+    """What the sampler needs to know of a request (`engine.running.Running` is one)."""
 
     tokens: list[int]  # the prompt, then the answer
     prompt_len: int
@@ -48,9 +48,10 @@ class Draw(Protocol):
 
 
 class Sampler:
-    def __init__(self, forbidden: Tensor) -> None:
-        """`forbidden` bool [V]: tokens that are never chosen (`Model.forbidden`)."""
-        # ids without a token close the vocabulary: they are filled as one piece, the control tokens each for itself
+    def __init__(self, forbidden: Tensor, ends: Sequence[int] = (END_ID,)) -> None:
+        """`forbidden` bool [V]: tokens that are never chosen (`Model.forbidden`); `ends`: those that end an answer."""
+        self._ends = list(ends)
+        # ids without a token stand at the end of the vocabulary: they are closed as one piece, control tokens in runs
         allowed = (~forbidden).nonzero().flatten()
         self._known = int(allowed[-1]) + 1 if len(allowed) else 0
         self._closed = _runs(forbidden[: self._known].tolist())
@@ -61,8 +62,8 @@ class Sampler:
         """One token for each row of `logits` [R, V] (changed in place)."""
         self._close(logits)
         reported = {r: logits[r].clone() for r, draw in enumerate(draws) if draw.sampling.logprobs is not None}
-        stuck = _follow_grammars(logits, draws)
-        _adjust(logits, draws)
+        masks, stuck = _follow_grammars(logits, draws)
+        _adjust(logits, draws, self._ends)
         choice = _argmax(logits)
         best = logits.gather(-1, choice[:, None])[:, 0].tolist()  # NaN wins a max: one look here finds every bad row
         random = [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0]
@@ -74,7 +75,7 @@ class Sampler:
         tokens = [token if math.isfinite(highest) else -1 for token, highest in zip(choice.tolist(), best, strict=True)]
         logprobs = _logprobs(reported, draws, tokens) if reported else {}
         return [
-            Sampled(0, error=stuck.get(r) or _not_finite())
+            Sampled(0, error=stuck.get(r) or self._why_none(draws[r], best[r], masks.get(r)))
             if token < 0 or r in stuck
             else Sampled(token, logprobs.get(r))
             for r, token in enumerate(tokens)
@@ -95,6 +96,8 @@ class Sampler:
         """Sampled tokens [R]: of those that each row's filters keep, the first to arrive."""
         exact, device = torch.promote_types(logits.dtype, torch.float32), logits.device
         heat = torch.tensor([draw.sampling.temperature for draw in draws], dtype=exact, device=device)
+        # less is 0 in fp32, and 0 / 0 would stand for the likeliest token
+        heat = heat.clamp(min=torch.finfo(exact).tiny)
         z = (logits - logits.amax(-1, keepdim=True)) / heat[:, None]  # the likeliest token is at 0
         filtered = [r for r, draw in enumerate(draws) if _filters(draw.sampling)]
         if filtered:
@@ -111,12 +114,36 @@ class Sampler:
         mixed = _mix64(np.array([seed % 2**64 for seed in seeds], dtype=np.uint64))
         keys = _mix64(mixed + np.array(positions, dtype=np.uint64)).view(np.int32).reshape(len(seeds), 2)
         low, high = torch.from_numpy(keys).to(self._ids.device).unbind(-1)
-        bits = _scramble(self._ids ^ low[:, None], high[:, None])
-        return bits.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).float().add_(0.5).mul_(2.0**-24).log_().neg_()
+        return exponential(_scramble(self._ids ^ low[:, None], high[:, None]))
+
+    def _why_none(self, draw: Draw, highest: float, mask: np.ndarray | None) -> RequestError:
+        """Why there is no token for `draw`, whose largest logit, `highest`, is not finite. Either the request itself closes
+        every token, or the model's numbers are wrong. `mask`: what its grammar allows."""
+        if highest == -math.inf:
+            open_ = np.zeros(len(self._ids), dtype=bool)
+            open_[: self._known] = True
+            for start, end in self._closed:
+                open_[start:end] = False
+            if mask is not None:
+                open_ &= mask
+            open_[_too_early(draw, self._ends)[0]] = False
+            if not open_.any():
+                name = "guided" if mask is not None else "min_tokens"
+                got = f"none, after {len(draw.tokens) - draw.prompt_len} of the answer"
+                do = "ask for a grammar that goes on with text" if mask is not None else "ask for fewer"
+                return RequestError("tokens that may come next", param=name, got=got, do=do)
+            open_[_banned(draw)[0]] = False
+            if not open_.any():
+                return RequestError("tokens that may come next", param="banned", got="none", do="ban fewer")
+        return GenerationError("the model gave logits that are not finite", do="try again")
 
 
-def _not_finite() -> GenerationError:
-    return GenerationError("the model gave logits that are not finite", do="try again")
+def exponential(bits: Tensor) -> Tensor:
+    """Exponential noise, fp32, of int32 `bits` (changed in place): -log of the middles of 2^23 equal parts of (0, 1).
+
+    fp32 holds each of these middles as it is, so that none rounds to 1: noise of 0 would make 0 / 0 of a closed token's weight,
+    and NaN wins a race. So noise is 6e-8 to 16.7, and a weight of 0 never comes first."""
+    return bits.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF).float().add_(0.5).mul_(2.0**-23).log_().neg_()
 
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:
@@ -151,36 +178,40 @@ def _scramble(x: Tensor, key: Tensor | int = 0) -> Tensor:
     return x.bitwise_xor_(x.bitwise_right_shift(16).bitwise_and_(0xFFFF))
 
 
-def _follow_grammars(logits: Tensor, draws: Sequence[Draw]) -> dict[int, RequestError]:
-    """Close, in place, what the grammars of guided requests do not allow next; what went wrong, by row."""
+def _follow_grammars(logits: Tensor, draws: Sequence[Draw]) -> tuple[dict[int, np.ndarray], dict[int, RequestError]]:
+    """Close, in place, what the grammars of guided requests do not allow next. Returns, by row, what they allow and what went
+    wrong: a grammar that is too large to follow is a mistake of the request, a token that it does not allow is one of ours."""
     masks: dict[int, np.ndarray] = {}
     stuck: dict[int, RequestError] = {}
     for r, draw in enumerate(draws):
         if draw.grammar is not None:
             try:
                 masks[r] = draw.grammar.allowed(draw.tokens[draw.prompt_len :])
+            except StrayError as error:
+                stuck[r] = GenerationError("the answer left its grammar", got=str(error), do="try again")
             except GrammarError as error:
                 stuck[r] = RequestError(STUCK, param="guided", got=str(error), do="ask for a simpler one")
     if masks:
         at = torch.tensor(list(masks), device=logits.device)
         closed = torch.from_numpy(~np.stack(list(masks.values()))).to(logits.device)
         logits[at] = logits[at].masked_fill(closed, -math.inf)
-    return stuck
+    return masks, stuck
 
 
-def _adjust(logits: Tensor, draws: Sequence[Draw]) -> None:
+def _adjust(logits: Tensor, draws: Sequence[Draw], ends: list[int]) -> None:
     """Bias, least length and penalties, in place, each as one sparse update of the whole batch."""
     if all(_plain(draw.sampling) for draw in draws):
         return
     _update(logits, draws, _bias, lambda old, value: old + value)
-    _update(logits, draws, _too_early, lambda old, value: value)
+    _update(logits, draws, lambda draw: _too_early(draw, ends), lambda old, value: value)
     _update(logits, draws, _repeated, lambda old, value: torch.where(old > 0, old / value, old * value))
     _update(logits, draws, _used, lambda old, value: old - value)
+    _update(logits, draws, _banned, lambda old, value: value)
 
 
 def _plain(s: Sampling) -> bool:
     penalties = s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
-    return not (penalties or s.logit_bias or s.min_tokens)
+    return not (penalties or s.logit_bias or s.min_tokens or s.banned)
 
 
 def _update(
@@ -208,13 +239,13 @@ def _bias(draw: Draw) -> tuple[list[int], list[float]]:
     return list(bias), list(bias.values())
 
 
-def _too_early(draw: Draw) -> tuple[list[int], list[float]]:
+def _too_early(draw: Draw, ends: list[int]) -> tuple[list[int], list[float]]:
     """What would end the answer, while it is shorter than min_tokens."""
     s = draw.sampling
     if len(draw.tokens) - draw.prompt_len >= s.min_tokens:
         return [], []
-    ends = [END_ID, *s.stop_token_ids]
-    return ends, [-math.inf] * len(ends)
+    closed = [*ends, *s.stop_token_ids]
+    return closed, [-math.inf] * len(closed)
 
 
 def _repeated(draw: Draw) -> tuple[list[int], list[float]]:
@@ -233,6 +264,13 @@ def _used(draw: Draw) -> tuple[list[int], list[float]]:
         return [], []
     tokens, counts = np.unique(draw.tokens[draw.prompt_len :], return_counts=True)
     return tokens.tolist(), (s.presence_penalty + s.frequency_penalty * counts).tolist()
+
+
+def _banned(draw: Draw) -> tuple[list[int], list[float]]:
+    """What would complete a banned run of tokens within the answer."""
+    answer = draw.tokens[draw.prompt_len :] if draw.sampling.banned else []
+    ends = [run[-1] for run in draw.sampling.banned if tuple(answer[len(answer) - len(run) + 1 :]) == run[:-1]]
+    return ends, [-math.inf] * len(ends)
 
 
 def _filters(s: Sampling) -> bool:

@@ -9,35 +9,42 @@ A request's life:
                  └── preempted ───┘ units released; its tokens are computed again later (prefix cache permitting)
     ... and from anywhere to exactly one `Finished`.
 
-Rules that hold in every step: requests go in the order (priority, arrival). Every decoding request gets its row; what is
-left of the row budget goes to prefills in chunks, and at least one page's worth always is left, so neither starves the
-other. Units are taken from requests later in the order, and from requests whose reader is behind, never from earlier
-ones: the first request always advances, so all end. A request that could never fit is refused at submission, and so is
-one whose deadline the measured pace of the queue puts out of reach.
+Rules that hold in every step: requests go in the order (priority, rank, arrival), where the rank is whose turn it is
+(`shares`); with one client it is that of arrival. Every decoding request gets its row; what is left of the row budget goes to
+prefills in chunks, and at least one page's worth always is left, so neither starves the other. Units are taken from requests
+later in the order, and from requests whose reader is behind, never from earlier ones: the first request always advances, so
+all end. A place and the units to enter are taken from those that rank clearly later. A request that could never fit is
+refused at submission, and so is one whose deadline the measured pace of the queue puts out of reach.
 
-One exception: while all requests decode, a step may run the shallow ones alone, as otherwise they would wait in every step
-for the groups that others run through (docs/decisions/0005). Such steps take at most `pace.SHALLOW_SHARE` of the time that
-full steps take, so no deep request is slowed down by more than that.
+What may wait (priority `events.LATER` and above) gives its place and its units to whatever else comes, and is computed on
+later.
+
+Two exceptions. A payer that has had less of the engine's time than others has steps of its own until it has had as much
+(`shares.Seconds`): a request in a step of thirty others' takes as long as they do. And while all requests decode, a step may
+run the shallow ones alone, as otherwise they would wait in every step for the groups that others run through
+(docs/decisions/0005). Such steps take at most `pace.SHALLOW_SHARE` of the time that full steps take, so no deep request is
+slowed down by more than that.
 """
 
+# long: one policy over one set of books, whose steps are read against each other
 from __future__ import annotations
 
 import bisect
-import heapq
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
-from shoal.config import GROUPS, ModelConfig
-from shoal.engine import holdings
+from shoal.config import ModelConfig
+from shoal.engine.door import Door
 from shoal.engine.events import Event, Finished, FinishReason, Token
 from shoal.engine.metrics import Metrics
 from shoal.engine.pace import Pace
 from shoal.engine.pages import Pages
-from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
-from shoal.engine.sequence import Sequence
+from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work, next_work
+from shoal.engine.running import Running
+from shoal.engine.shares import Seconds, Shares, clearly_before, may_wait
 from shoal.engine.speculative import Drafting, Switch
-from shoal.errors import DeadlineError, QueueFullError, RequestError
+from shoal.errors import DeadlineError, RequestError, again
 
 
 class Scheduler:
@@ -57,69 +64,75 @@ class Scheduler:
         drafted ahead by requests that do not say otherwise, where `switch` says that it pays."""
         self.config, self.pages, self.clock = config, pages, clock
         self.max_batch_tokens, self.max_batch, self.max_queue = max_batch_tokens, max_batch, max_queue
-        self.running: list[Sequence] = []  # both in order
-        self.waiting: list[Sequence] = []
+        self.running: list[Running] = []  # both in order
+        self.waiting: list[Running] = []
         self.metrics = Metrics()
         self.pace = Pace()
-        self._drafting = Drafting(speculative, switch or Switch())
+        self._door = Door(pages, self.pace, self.metrics, max_batch_tokens)
+        self._drafting = Drafting(speculative, switch or Switch(), able=len(config.exits) > 1)
         self._began = 0.0  # when the step was planned
-        self._turned_away = 0  # requests refused for a full queue, less those admitted since
-        self._live: dict[str, Sequence] = {}
-        self._deadlines: list[tuple[float, int, str]] = []
+        self._live: dict[str, Running] = {}
+        self._shares, self._seconds = Shares(), Seconds()
+        self._paused = 0  # of the live ones
         self._events: list[Event] = []
 
     # --- requests come and go -----------------------------------------------------------------------------------------
 
-    def submit(self, seq: Sequence) -> None:
-        """Admit `seq` to the queue. Raises QueueFullError; DeadlineError for one that it cannot be meant to meet; RequestError
-        for an id in use, or a size that can never fit."""
-        if seq.id in self._live:
-            raise RequestError("request id is in use", param="id", got=seq.id)
-        stored = seq.prompt_len + seq.sampling.max_tokens - 1  # the last token's K/V is never needed
-        need = seq.pages_for(stored) * (seq.groups or GROUPS)
-        if need > self.pages.total:
-            raise RequestError(
-                "the request can never fit the KV memory", param="max_tokens",
-                got=f"{need} units", allowed=f"at most {self.pages.total}", do="ask for fewer tokens or less depth",
-            )  # fmt: skip
-        if self.full:
-            self._turned_away += 1
-            self.metrics.refused += 1
-            error = QueueFullError("the queue is full", got=f"{len(self._live)} requests", do="try again later")
-            error.retry_after = self.pace.wait(self._turned_away)  # the n-th for the n-th place that becomes free
-            raise error
-        if seq.request.deadline is not None and (soonest := self._soonest(seq)) > seq.request.deadline:
-            self.metrics.refused += 1
-            raise DeadlineError(
-                "the deadline is out of reach", param="deadline", got=seq.request.deadline,
-                allowed=f"{soonest:.2f} s or more at present", do="give it more time, or try again later",
-            )  # fmt: skip
-        self._live[seq.id] = seq
-        self._queue(seq)
-        if seq.request.deadline is not None:
-            heapq.heappush(self._deadlines, (seq.arrival + seq.request.deadline, seq.order[1], seq.id))
+    def submit(self, running: Running) -> None:
+        """Admit `running` to the queue. Raises RequestError for an id in use and for a size that can never fit, QueueFullError,
+        and DeadlineError where the answer could not begin before the deadline."""
+        if running.id in self._live:
+            raise RequestError("request id is in use", param="id", got=running.id)
+        self._door.must_fit(running)
+        if self.full or self._shares.ended:
+            self._settle()
+        self._shares.joins(running)
+        full = self.full and not running.request.answer  # one that has begun elsewhere is let in all the same
+        last = self._door.gives_place(running, self.waiting, len(self._live)) if full else None
+        before = bisect.bisect(self.waiting, running.order, key=_order) + len(self.running)
+        self._door.must_be_in_time(running, max(0, before - self.max_batch))
+        if last is not None:
+            self._finish(last, "error", self._door.full(len(self._live)))
+        self._live[running.id] = running  # from here on nothing can raise: a request is queued as a whole or not at all
+        self._shares.joined(running)
+        self._queue(running)
+        self._door.came_in(running)
 
-    def cancel(self, request: str) -> bool:
-        """End a request with reason "cancelled". False when it is not live."""
-        seq = self._live.get(request)
-        if seq is not None:
-            self._finish(seq, "cancelled")
-        return seq is not None
+    def cancel(self, request: str | Running) -> bool:
+        """End a request with reason "cancelled". False when it is not live. A request that is given as itself, and not by its
+        id, is never mistaken for a later one of the same id."""
+        running = self._find(request)
+        if running is not None:
+            self._finish(running, "cancelled")
+        return running is not None
 
-    def pause(self, request: str, paused: bool = True) -> None:
+    def pause(self, request: str | Running, paused: bool = True) -> None:
         """Stop (or go on) running a request. It keeps its units until somebody needs them."""
-        if request in self._live:
-            self._live[request].paused = paused
+        running = self._find(request)
+        if running is not None:
+            self._paused += paused - running.paused
+            running.paused = paused
 
     def fail(self, works: Iterable[Work], error: RequestError) -> None:
         """End the requests of a step that failed."""
         for work in works:
-            if work.seq.id in self._live:
-                self._finish(work.seq, "error", error)
+            if work.running.id in self._live:
+                self._finish(work.running, "error", again(error))
 
     def fail_all(self, error: RequestError) -> None:
-        for seq in list(self._live.values()):
-            self._finish(seq, "error", error)
+        """End every request, for good, also one that cannot be taken out of the books, which may be broken."""
+        for running in list(self._live.values()):
+            try:
+                self._finish(running, "error", again(error))
+            except Exception:
+                self._live.pop(running.id, None)
+                self._events.append(Finished(running.id, "error", error=again(error)))
+        self.running, self.waiting = [], []
+
+    @property
+    def live(self) -> Collection[Running]:
+        """The requests that have not ended."""
+        return self._live.values()
 
     @property
     def idle(self) -> bool:
@@ -127,8 +140,10 @@ class Scheduler:
 
     @property
     def full(self) -> bool:
-        """Would a request be refused for want of a place? As many may be live as run at once and wait."""
-        return len(self._live) >= self.max_batch + self.max_queue
+        """Are all places taken? As many requests may be live as run at once and wait; those whose reader is behind do neither,
+        and have as many places of their own."""
+        places = self.max_batch + self.max_queue
+        return len(self._live) - min(self._paused, places) >= places
 
     def take_events(self) -> list[Event]:
         """Events since the last call, in order."""
@@ -137,274 +152,255 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every unit is accounted for and every request owns what its tokens need."""
-        self.pages.check_integrity(units for seq in self._live.values() for units in seq.units())
-        for seq in self._live.values():
-            need = [seq.pages_for(computed) for computed in seq.computed]
-            if seq.owned != need:
-                raise RuntimeError(f"request {seq.id} owns {seq.owned} units for pages {need}")
+        self.pages.check_integrity(units for running in self.live for units in running.holding.units())
+        for running in self.live:
+            running.holding.check(running.id)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def plan(self) -> Plan:
         """The next step; no works when nothing can run."""
         self._expire()
+        self._settle()
         self._began = self.clock()
         self._drafting.stop()
+        self._give_place()
+        next_ = next((running for running in self.waiting if not running.paused), None)
+        can = [running for running in self.running if not running.paused] + ([next_] if next_ else [])
+        payers = {running.request.payer for running in can}
+        # what may wait has no steps of its own
+        urgent = {running.request.payer for running in can if not may_wait(running)}
+        if (behind := self._seconds.behind(urgent or payers)) and (works := self._works(behind)):
+            return Plan(works)
         works = self._rows(self._shallow_only(), 0)
         if works:
             return Plan(works, shallow=True)
-        decoding = [seq for seq in self.running if seq.decoding and not seq.paused]
-        drafts = self._drafting.start(decoding, self.max_batch_tokens - self.config.page)  # prefill keeps its page
-        room = self.max_batch_tokens - len(decoding) - drafts  # rows for prefill
-        works = self._rows(list(self.running), room)
-        room -= sum(work.count for work in works if not work.seq.decoding)
-        while room > 0 and (admitted := self._admit()) is not None:
-            work = self._work(admitted, room)
-            if self._reserve(admitted, work):
-                works.append(work)
-                room -= work.count
-        return Plan(sorted(works, key=lambda work: -work.last))
+        return Plan(self._works(payers))
 
     def commit(self, plan: Plan, outcome: Outcome) -> list[Event]:
         """Take in what a step gave, and return the events since the last call."""
         now = self.clock()
         self.pace.step(*plan.cost, now - self._began, shallow=plan.shallow)
+        self._seconds.took(plan.works, self.pace.seconds(*plan.cost) or 0.0)
         self._drafting.learn(plan, outcome, now - self._began)
         rows = sum(work.count for work in plan.works)
         self.metrics.steps += 1
         self.metrics.rows += rows
         self.metrics.iteration_tokens_total.observe(rows)
-        page = self.config.page
         for work in plan.works:
-            seq, end = work.seq, work.end
-            fills = end // page > work.start // page
-            for j in range(work.first, work.last):
-                if seq.computed[j] < end:
-                    seq.computed[j] = end
-                if fills:
-                    holdings.offer(self.pages, seq, j)
-            seq.at = end
+            work.running.holding.advance(self.pages, work.end, work.first, work.last)
         for work, decision in zip(plan.decisions, outcome.decisions, strict=True):
-            self._decide(work.seq, decision)
+            self._decide(work.running, decision)
         for work, scores in zip(plan.scores, outcome.scores, strict=True):
-            work.seq.prompt_logprobs += scores
+            work.running.prompt_logprobs += scores
         for work, sampled in zip(plan.samples, outcome.samples, strict=True):
-            self._append(work.seq, sampled, now)
+            self._append(work.running, sampled, now)
             if work.drafts:
-                self._take_drafts(work.seq, sampled, now)
+                self._take_drafts(work.running, sampled, now)
         return self.take_events()
 
     # --- planning -----------------------------------------------------------------------------------------------------
 
-    def _soonest(self, seq: Sequence) -> float:
-        """Seconds that `seq` must expect to wait for its first token: those before it in the queue, then its prompt through
-        the groups that it is known to need. 0 while nothing has been measured."""
-        ahead = max(0, bisect.bisect(self.waiting, seq.order, key=_order) + len(self.running) - self.max_batch)
-        seq.extend_keys(self.pages)
-        rows = max(1, len(seq.tokens) - self.pages.peek(0, seq.keys)[0] * seq.page)
-        groups, steps = seq.groups or 1, -(-rows // self.max_batch_tokens)
-        return (self.pace.wait(ahead) or 0.0) + (self.pace.seconds(groups * steps, groups * rows) or 0.0)
+    def _find(self, request: str | Running) -> Running | None:
+        """A live request, given by its id or as itself."""
+        live = self._live.get(request if isinstance(request, str) else request.id)
+        return live if isinstance(request, str) or live is request else None
 
-    def _rows(self, seqs: list[Sequence], room: int) -> list[Work]:
-        """The next rows of those of `seqs` that can run: one of each that decodes, and `room` of the others in all."""
+    def _give_place(self) -> None:
+        """Preempt the last running requests of a priority for a waiting one of the same priority that ranks clearly before them
+        and lacks a place or units; those that may wait, for any other."""
+        first = next((running for running in self.waiting if not running.paused), None)
+        while first is not None:
+            last = next((r for r in reversed(self.running) if r.order[0] == first.order[0] or may_wait(r)), None)
+            if last is None or not clearly_before(first, last):
+                return
+            if len(self.running) < self.max_batch and self._needed(first) <= self.pages.available:
+                return
+            self._preempt(last)
+
+    def _rows(self, candidates: list[Running], room: int) -> list[Work]:
+        """The next rows of those of `candidates` that can run: one of each that decodes, and `room` of the others in all. When
+        units are short, drafts are left out first, then requests later in the order are preempted. None of those has rows in
+        this step yet: `candidates` are in order, and one that was admitted alone found all of its units available."""
         works: list[Work] = []
-        for seq in seqs:
-            if seq.paused or seq not in self.running:
+        for running in candidates:
+            if running.paused or running not in self.running:
                 continue  # not in running: it was preempted for an earlier one of this loop
-            work = self._work(seq, 1 if seq.decoding else room)
-            if work.drafts and seq.lacking(work.reach, work.last) > self.pages.available:
+            work = next_work(running, 1 if running.decoding else room, self._drafting.drafts(running))
+            if work.drafts and running.holding.lacking(work.reach, work.last) > self.pages.available:
                 work = replace(work, drafts=0)  # nobody loses units for drafts
-            if work.count and self._reserve(seq, work):
+            if work.count and self._reserve(running, work):
                 works.append(work)
-                room -= 0 if seq.decoding else work.count
+                room -= 0 if running.decoding else work.count
         return works
 
-    def _shallow_only(self) -> list[Sequence]:
+    def _works(self, payers: Collection[str]) -> list[Work]:
+        """The next rows of all that can run of `payers`, and of those that can enter, deepest first."""
+        mine = [running for running in self.running if running.request.payer in payers]
+        decoding = [running for running in mine if running.decoding and not running.paused]
+        drafts = self._drafting.start(decoding, self.max_batch_tokens - self.config.page)  # prefill keeps its page
+        room = self.max_batch_tokens - len(decoding) - drafts  # rows for prefill
+        works = self._rows(mine, room)
+        room -= sum(work.count for work in works if not work.running.decoding)
+        while room > 0 and (admitted := self._admit(payers)) is not None:
+            entered = self._rows([admitted], room)
+            room -= sum(work.count for work in entered)
+            works += entered
+        return sorted(works, key=lambda work: -work.last)
+
+    def _shallow_only(self) -> list[Running]:
         """The requests of least depth, if a step of them alone pays now; else none, for a full step."""
-        ready = [seq for seq in self.running if not seq.paused]
-        depths = [seq.groups for seq in ready if seq.groups is not None and seq.decoding]
+        ready = [running for running in self.running if not running.paused]
+        depths = [running.groups for running in ready if running.groups is not None and running.decoding]
         if len(depths) < len(ready) or len(set(depths)) < 2:
             return []
-        shallow = [seq for seq in ready if seq.groups == min(depths)]
+        shallow = [running for running in ready if running.groups == min(depths)]
         return shallow if self.pace.alone([min(depths)] * len(shallow), depths) else []
 
-    def _work(self, seq: Sequence, room: int) -> Work:
-        """The next rows of `seq`, at most `room`."""
-        total = len(seq.tokens)
-        if seq.groups is None:
-            count = min(seq.todo, room)
-            return Work(seq, seq.at, count, 0, 1, hold=True, decide=seq.at + count == total)
-        first, end = 0, total
-        if seq.held_from is not None:
-            if seq.at >= seq.held_from:
-                first = 1
-            else:  # deeper groups found less in the prefix cache than group 1 did: its states are made again
-                end = seq.held_from
-        count = min(end - seq.at, room)
-        score = seq.scoring and seq.at < seq.prompt_len - 1
-        drafts = self._drafting.drafts(seq) if seq.decoding else 0
-        return Work(seq, seq.at, count, first, seq.groups, sample=seq.at + count == total, score=score, drafts=drafts)
-
-    def _reserve(self, seq: Sequence, work: Work) -> bool:
-        """Give `seq` the units that `work` writes. When the pool is short, requests later in the order lose theirs; when
-        there are none, `seq` itself does, and False is returned."""
-        lack = seq.lacking(work.reach, work.last)
+    def _reserve(self, running: Running, work: Work) -> bool:
+        """Give `running` the units that `work` writes. When the pool is short, requests later in the order lose theirs; when
+        there are none, `running` itself does, and False is returned."""
+        lack = running.holding.lacking(work.reach, work.last)
         while lack > self.pages.available:
-            victim = self._paused_victim(seq) or self.running[-1]
+            victim = self._paused_victim() or self.running[-1]
             self._preempt(victim)
-            if victim is seq:
+            if victim is running:
                 return False
         if lack:
-            holdings.take(self.pages, seq, work)
+            running.holding.take(self.pages, work.reach, work.last)
         return True
 
-    def _admit(self) -> Sequence | None:
-        """The next waiting request, moved to running with what the prefix cache has of it; None when it must wait.
+    def _admit(self, payers: Collection[str]) -> Running | None:
+        """The next waiting request, moved to running with what the prefix cache has of it; None when it must wait, or is of
+        none of `payers`.
 
         It enters only when its whole known length fits beside what the running ones need next, so that it is not
         preempted at once. Requests behind the first never overtake it, so a long one is not starved by short ones.
         """
-        seq = next((seq for seq in self.waiting if not seq.paused), None)
-        if seq is None:
+        running = next((running for running in self.waiting if not running.paused), None)
+        if running is None or running.request.payer not in payers:
             return None
-        while len(self.running) >= self.max_batch:
-            victim = self._paused_victim(seq)
+        while len(self.running) >= self.max_batch or self._needed(running) > self.pages.available:
+            victim = self._paused_victim()
             if victim is None:
                 return None
             self._preempt(victim)
-        while self._needed(seq) > self.pages.available:
-            victim = self._paused_victim(seq)
-            if victim is None:
-                return None
-            self._preempt(victim)
-        self.waiting.remove(seq)
-        bisect.insort(self.running, seq, key=_order)
-        self.pace.enters(self.clock(), len(self.waiting))
-        self._turned_away = max(0, self._turned_away - 1)
-        self._enter(seq)
-        return seq
+        self.waiting.remove(running)
+        bisect.insort(self.running, running, key=_order)
+        self._door.passed(self.clock(), len(self.waiting))
+        self._enter(running)
+        return running
 
-    def _needed(self, seq: Sequence) -> int:
-        """Units that must be available before `seq` may enter: its own, and one page each for those that run."""
-        return holdings.needed(self.pages, seq) + sum(other.groups or 1 for other in self.running)
+    def _needed(self, running: Running) -> int:
+        """Units that must be available before `running` may enter: its own, and one page each for those that run."""
+        beside = sum(other.groups or 1 for other in self.running)
+        return running.holding.needed(self.pages, running.groups or 1) + beside
 
-    def _enter(self, seq: Sequence) -> None:
-        """Start `seq` with what the prefix cache has of it."""
-        if seq.scoring:
-            seq.prompt_logprobs = [None]
-        holdings.enter(self.pages, seq)
-        if seq.admitted_at is None:
-            seq.admitted_at = self.clock()
-            self.metrics.prompt_tokens += seq.prompt_len
-            if seq.groups is not None:
-                self._entered(seq)
+    def _enter(self, running: Running) -> None:
+        """Start `running` with what the prefix cache has of it."""
+        if running.scoring:
+            running.prompt_logprobs = [None]
+        running.holding.enter(self.pages, running.groups, running.scoring)
+        if running.admitted_at is None:
+            running.admitted_at = self.clock()
+            self.metrics.prompt_tokens += running.prompt_len
+            if running.groups is not None:
+                self._entered(running)
 
-    def _entered(self, seq: Sequence) -> None:
+    def _entered(self, running: Running) -> None:
         """Count a request whose depth is known and whose cache hits are final."""
-        seq.cached_tokens = 0 if seq.scoring else min(seq.prompt_len - 1, *seq.found[: seq.groups])
-        self.metrics.prefix_queries += seq.prompt_len
-        self.metrics.prefix_hits += seq.cached_tokens
-        self.metrics.depths[seq.layers] = self.metrics.depths.get(seq.layers, 0) + 1
+        found = min(running.holding.found[: running.groups])
+        running.cached_tokens = 0 if running.scoring else min(running.prompt_len - 1, found)
+        self.metrics.routed(running.layers, running.prompt_len, running.cached_tokens)
 
-    def _paused_victim(self, seq: Sequence) -> Sequence | None:
-        return next((other for other in reversed(self.running) if other.paused and other is not seq), None)
+    def _paused_victim(self) -> Running | None:
+        return next((running for running in reversed(self.running) if running.paused), None)
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _preempt(self, running: Running) -> None:
         self.metrics.preemptions += 1
-        self.running.remove(seq)
-        holdings.release(self.pages, seq)
-        self._queue(seq)
+        self.running.remove(running)
+        running.holding.release(self.pages)
+        self._queue(running)
 
-    def _queue(self, seq: Sequence) -> None:
+    def _queue(self, running: Running) -> None:
         if not self.waiting:
             self.pace.waits(self.clock())
-        bisect.insort(self.waiting, seq, key=_order)
+        bisect.insort(self.waiting, running, key=_order)
 
     def _expire(self) -> None:
-        now = self.clock()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, number, request = heapq.heappop(self._deadlines)
-            seq = self._live.get(request)
-            if seq is not None and seq.order[1] == number:
-                error = DeadlineError("the request ran out of its time", param="deadline", got=seq.request.deadline)
-                self._finish(seq, "deadline", error)
+        for number, request in self._door.late(self.clock()):
+            running = self._live.get(request)
+            if running is not None and running.number == number:
+                error = DeadlineError("the request ran out of its time", param="deadline", got=running.request.deadline)
+                self._finish(running, "deadline", error)
 
     # --- taking in a step ---------------------------------------------------------------------------------------------
 
-    def _decide(self, seq: Sequence, decision: Decision) -> None:
+    def _decide(self, running: Running, decision: Decision) -> None:
         """Fix the depth, and look for the prompt in the deeper groups' prefix cache."""
-        seq.layers = decision.layers
-        seq.groups = decision.layers // self.config.group_layers
-        holdings.deepen(self.pages, seq, decision.notes)
-        self._entered(seq)
+        running.layers = decision.layers
+        running.groups = self.config.groups(decision.layers)
+        running.holding.deepen(self.pages, running.groups, running.scoring, decision.notes)
+        self._entered(running)
 
-    def _append(self, seq: Sequence, sampled: Sampled, now: float) -> None:
-        seq.held, seq.held_from = [], None
+    def _append(self, running: Running, sampled: Sampled, now: float) -> None:
+        running.holding.states, running.holding.states_from = [], None
         if sampled.error is not None:
-            self._finish(seq, "error", sampled.error)
+            self._finish(running, "error", sampled.error)
             return
-        told, seq.told = seq.told, None
+        told, running.told = running.told, None
         token = sampled.token if told is None else told
-        if seq.ends(token):
-            self._finish(seq, "stop")
+        if running.ends(token):
+            self._finish(running, "stop")
             return
-        if seq.first_token_at is None:
-            seq.first_token_at = now
+        if running.first_token_at is None:
+            running.first_token_at = now
         else:
-            self.metrics.inter_token_latency_seconds.observe(now - seq.last_token_at)
-        seq.last_token_at = now
-        seq.tokens.append(token)
-        sampling, answered = seq.sampling, seq.answered
-        text, stopped = seq.text.push(token, may_stop=answered >= sampling.min_tokens)
+            self.metrics.inter_token_latency_seconds.observe(now - running.last_token_at)
+        running.last_token_at = now
+        running.tokens.append(token)
+        sampling, answered = running.sampling, running.answered
+        text, stopped = running.text.push(token, may_stop=answered >= sampling.min_tokens)
         if told is None:
             self.metrics.generation_tokens += 1
-            self._events.append(Token(seq.id, token, text, sampled.logprob, seq.layers))
+            self._events.append(Token(running.id, token, text, sampled.logprob, running.layers))
         if stopped:
-            self._finish(seq, "stop")
+            self._finish(running, "stop")
         elif answered >= sampling.max_tokens:
-            self._finish(seq, "length")
+            self._finish(running, "length")
 
-    def _take_drafts(self, seq: Sequence, sampled: Sampled, now: float) -> None:
+    def _take_drafts(self, running: Running, sampled: Sampled, now: float) -> None:
         """Append what follows from right drafts, whose rows stand in every group, and give back the units that wrong ones
         were written to."""
         self.metrics.drafts += sampled.drafted
         self.metrics.drafts_accepted += len(sampled.after)
         for following in sampled.after:
-            if self._live.get(seq.id) is not seq:
+            if self._live.get(running.id) is not running:
                 return
-            seq.at = len(seq.tokens)
-            for j in range(seq.groups or 0):
-                seq.computed[j] = seq.at
-                holdings.offer(self.pages, seq, j)
-            self._append(seq, following, now)
-        if self._live.get(seq.id) is seq:
-            holdings.give_back(self.pages, seq)
+            running.holding.advance(self.pages, len(running.tokens), 0, running.groups or 0)
+            self._append(running, following, now)
+        if self._live.get(running.id) is running:
+            running.holding.give_back(self.pages, running.groups or 0)
 
-    def _finish(self, seq: Sequence, reason: FinishReason, error: RequestError | None = None) -> None:
-        total = self.clock() - seq.arrival
-        queue = total if seq.admitted_at is None else seq.admitted_at - seq.arrival
-        first = None if seq.first_token_at is None else seq.first_token_at - seq.arrival
-        self.metrics.ended(reason, sum(seq.owned), queue, first, total, seq.answered)
-        del self._live[seq.id]
-        (self.running if seq in self.running else self.waiting).remove(seq)
-        holdings.release(self.pages, seq)
-        self._events.append(
-            Finished(
-                request=seq.id,
-                reason=reason,
-                text=seq.text.finish(),
-                depth=seq.layers if seq.admitted_at is not None else 0,
-                prompt_tokens=seq.prompt_len,
-                cached_tokens=seq.cached_tokens,
-                completion_tokens=seq.answered,
-                queue_seconds=queue,
-                first_token_seconds=first or 0.0,
-                total_seconds=total,
-                error=error,
-                prompt_logprobs=() if seq.scoring else tuple(seq.prompt_logprobs),
-            )
-        )
+    def _finish(self, running: Running, reason: FinishReason, error: RequestError | None = None) -> None:
+        end = running.finished(reason, self.clock(), error)
+        first = None if running.first_token_at is None else end.first_token_seconds
+        units = sum(running.holding.owned)
+        self.metrics.ended(reason, units, end.queue_seconds, first, end.total_seconds, running.answered)
+        del self._live[running.id]
+        self._paused -= running.paused
+        place = self.running if running in self.running else self.waiting
+        del place[bisect.bisect_left(place, running.order, key=_order)]
+        running.holding.release(self.pages)
+        self._shares.left(running)
+        self._events.append(end)
+
+    def _settle(self) -> None:
+        """Put those that run and those that wait in order, now that some have come or ended."""
+        if self._shares.settle():
+            self.running.sort(key=_order)
+            self.waiting.sort(key=_order)
 
 
-def _order(seq: Sequence) -> tuple[int, int]:
-    return seq.order
+def _order(running: Running) -> tuple[int, int, int]:
+    return running.order

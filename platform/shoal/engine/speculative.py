@@ -20,23 +20,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shoal.engine.plan import Outcome, Plan, Sampled, Work
-from shoal.engine.sequence import Sequence as Running
+from shoal.engine.running import Running
 
 TRIALS = 4  # steps at a batch size, drafting and not, before the faster is known
 AGAIN = 64  # every so many steps the slower is tried once more
 FADE = 0.9  # weight of a step after the next one of its kind
 
 
-def ahead_of(seq: Running, tokens: list[int]) -> Running:
-    """`seq` as it would be if its tokens were `tokens`, for the runner and the sampler; `seq` itself stays as it is."""
-    ahead = copy.copy(seq)
-    ahead.tokens, ahead.held, ahead.held_from = tokens, [], len(seq.tokens) - 1
+def ahead_of(running: Running, tokens: list[int]) -> Running:
+    """A copy of `running` as it would be if its tokens were `tokens`, for the runner and the sampler."""
+    ahead = copy.copy(running)
+    ahead.tokens, ahead.holding = tokens, running.holding.ahead(tokens)
     return ahead
 
 
 def verification(work: Work, ahead: Running) -> Work:
     """What is left of `work` when the drafts stand in `ahead`: all its rows through groups 2.., each with a sample."""
-    return replace(work, seq=ahead, count=len(ahead.tokens) - work.start, first=1, drafts=0, verify=True)
+    return replace(work, running=ahead, count=len(ahead.tokens) - work.start, first=1, drafts=0, verify=True)
 
 
 def accept(drafts: Sequence[int], verified: Sequence[Sampled]) -> Sampled:
@@ -60,7 +60,7 @@ class Switch:
     small batch leaves idle, and a large one has nothing idle."""
 
     def __init__(self, max_batch: int | None = None) -> None:
-        """`max_batch`: the answer, fixed: yes up to this batch size."""
+        """`max_batch`: do not measure, but draft up to this batch size."""
         self.max_batch = max_batch
         self._costs: dict[tuple[int, bool], _Cost] = {}
 
@@ -88,25 +88,29 @@ class Switch:
 class Drafting:
     """Which requests draft how much, in the step that is being planned."""
 
-    def __init__(self, most: int, switch: Switch) -> None:
-        """`most` tokens are drafted ahead by requests that do not say otherwise, where `switch` says that it pays."""
-        self._most, self.switch = most, switch
-        self._on = False
+    def __init__(self, most: int, switch: Switch, able: bool = True) -> None:
+        """`most` tokens are drafted ahead by requests that do not say otherwise, where `switch` says that it pays; none by a
+        model that is not `able` to, for want of an early exit."""
+        self._most, self.switch, self._able = most, switch, able
+        self._counted: dict[Running, int] = {}  # who drafts how much; nobody else does, whatever comes into the step
 
     def stop(self) -> None:
         """Nobody drafts."""
-        self._on = False
+        self._counted = {}
 
     def start(self, decoding: Sequence[Running], rows: int) -> int:
         """Decide whether those of `decoding` that ask for drafts get them, and return the rows that it takes: none where it
         does not pay, or where all of `decoding` and the drafts would be more than `rows`."""
-        drafts = sum(map(self._room, decoding))
-        self._on = drafts > 0 and len(decoding) + drafts <= rows and self.switch.wants(len(decoding))
-        return drafts if self._on else 0
+        counted = {running: self._room(running) for running in decoding}
+        drafts = sum(counted.values())
+        on = drafts > 0 and len(decoding) + drafts <= rows and self.switch.wants(len(decoding))
+        self._counted = counted if on else {}
+        return drafts if on else 0
 
-    def drafts(self, seq: Running) -> int:
-        """How many tokens `seq` drafts ahead of its next row."""
-        return self._room(seq) if self._on else 0
+    def drafts(self, running: Running) -> int:
+        """How many tokens `running` drafts ahead of its next row: none if it was not among those that `start` counted, so that
+        drafts never take more rows, or units, than were found free for them."""
+        return self._counted.get(running, 0)
 
     def learn(self, plan: Plan, outcome: Outcome, seconds: float) -> None:
         """Take in what a step gave; one that prefilled says nothing."""
@@ -114,12 +118,14 @@ class Drafting:
             tokens = sum(1 + len(sampled.after) for sampled in outcome.samples)
             self.switch.learn(len(plan.works), any(work.drafts for work in plan.works), seconds, tokens)
 
-    def _room(self, seq: Running) -> int:
+    def _room(self, running: Running) -> int:
         """As many as it asks for and its answer has room for."""
-        asked = seq.sampling.speculative
+        asked = running.sampling.speculative
         most = self._most if asked is None else asked
-        if not most or seq.groups is None or seq.groups < 2 or seq.held_from is not None:
+        if not self._able or not most or running.groups is None or running.groups < 2:
             return 0
-        if seq.told is not None:
+        if running.holding.states_from is not None:
+            return 0
+        if running.told is not None:
             return 0  # drafts would follow what is drawn now, and the next token is another one
-        return min(most, seq.sampling.max_tokens - seq.answered - 1)
+        return min(most, running.sampling.max_tokens - running.answered - 1)

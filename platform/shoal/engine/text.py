@@ -9,11 +9,11 @@ from shoal.inputs.tokenizer import Tokenizer
 
 class TextStream:
     """The text of one answer. What it gives out does not depend on how the text was cut into tokens: the answer ends
-    where the first stop string becomes complete, and the stop string is not part of it."""
+    where the first stop string becomes complete, and the stop string is part of it only with `keep`."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), keep: bool = False) -> None:
         self._decoder = tokenizer.stream()
-        self._stop = tuple(stop)
+        self._stop, self._keep = tuple(stop), keep
         self._longest = max(map(len, self._stop), default=0)
         self._stopped = False
         self._held = ""  # the longest end of the text so far that a stop string begins with
@@ -23,7 +23,7 @@ class TextStream:
         tokens yet) the text passes unsearched."""
         text = self._held + self._decoder.push(token)
         self._held = ""
-        if not self._stop or not may_stop:
+        if not may_stop:
             return text, False
         return self._search(text)
 
@@ -37,7 +37,8 @@ class TextStream:
         found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
         if found:
             self._stopped = True
-            return text[: min(found)[1]], True
+            end, start = min(found)
+            return text[: end if self._keep else start], True
         for size in range(min(len(text), self._longest - 1), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self._stop):
                 self._held = text[-size:]

@@ -1,20 +1,26 @@
 """Chat messages to token ids, through the model's own ``chat_template.jinja``.
 
-Notable: the template sees a placeholder for every piece of content, never the content itself, so neither a user's text
-nor an image can spell a control token.
+Notable: our template sees a placeholder for every piece of content, never the content itself, so neither a user's text
+nor an image can spell a control token. An open model's template may compute with the content, so it sees it, with a mark in
+front of each control token that is spelt there; what lies between the control tokens of the whole is encoded as one, as
+transformers does it (`_rendered_whole`).
 """
 
 from __future__ import annotations
 
+import datetime
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from jinja2 import Template
+from jinja2 import Template, TemplateError, meta, nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shoal.config import ModelConfig
@@ -22,6 +28,7 @@ from shoal.errors import RequestError
 from shoal.inputs import media
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 
+GIVEN = ("messages", "add_generation_prompt")  # to a template, by whoever encodes a chat
 ROLES = ("system", "user", "assistant")
 DEFAULT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 
@@ -42,6 +49,10 @@ class Encoded:
         """uint8 [N, V] for all images in order, or None."""
         return np.concatenate([image.values for image in self.images]) if self.images else None
 
+    def cut(self, start: int, length: int) -> Encoded:
+        """`length` of the ids from `start` on, of what has no images."""
+        return Encoded(self.ids[start : start + length], [], self.answer[start : start + length])
+
 
 def encode_chat(
     messages: Sequence[Mapping[str, Any]],
@@ -50,24 +61,34 @@ def encode_chat(
     *,
     template: str = DEFAULT_TEMPLATE,
     add_generation_prompt: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    continue_final: bool = False,
 ) -> Encoded:
     """Messages ``{"role", "content"}`` (content: text, or OpenAI parts of type text and image_url) as one prompt.
 
-    With `add_generation_prompt` the assistant's turn is opened at the end. Raises RequestError (param ``messages``) for
-    an unknown role, an unknown part, a broken image, or a template that fails.
+    With `add_generation_prompt` the assistant's turn is opened at the end; with `continue_final` the last message is left open
+    instead. `settings` are more that the template may read (`variables`); no text in them may spell a control token. Raises
+    RequestError (param ``messages``) for an unknown role, an unknown part, a broken image, or a template that fails.
     """
+    if getattr(tokenizer, "controls", None) is not None:
+        opened = add_generation_prompt and not continue_final
+        whole = _rendered_whole(messages, tokenizer, template, opened, settings or {}, continue_final)
+        closed = not opened and not continue_final
+        return Encoded(whole, [], _answers(whole, messages, tokenizer, template, settings or {}) if closed else [])
     contents = [_content(message, index, tokenizer, config) for index, message in enumerate(messages)]
     shown = [{"role": m["role"], "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
-    try:
-        text = _compiled(template).render(messages=shown, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # of the template's own making, 1/0 included
-        got = f"{type(error).__name__}: {error}"[:160]
-        raise RequestError("chat template failed", param="messages", got=got) from error
+    opened = add_generation_prompt and not continue_final
+    text = _rendered(template, messages=shown, add_generation_prompt=opened, **(settings or {}))
     ids: list[int] = []
     answer: list[bool] = []
     images: list[media.Patches] = []
     answered = False  # does the next <|end|> close an answer?
-    for index, piece in enumerate(_PLACE.split(text)):
+    pieces = _PLACE.split(text)
+    if continue_final:
+        if len(pieces) < 3 or int(pieces[-2]) != len(messages) - 1:
+            raise RequestError("chat template", param="messages", do="it does not end with the last message")
+        pieces.pop()  # what closes it
+    for index, piece in enumerate(pieces):
         if index % 2:  # the pieces alternate: template, content number, template, ...
             part = contents[int(piece)]
             answered = messages[int(piece)]["role"] == "assistant"
@@ -82,7 +103,84 @@ def encode_chat(
     return Encoded(ids, images, answer)
 
 
-def _content(message: Mapping[str, Any], index: int, tokenizer: Tokenizer, config: ModelConfig) -> Encoded:
+def _rendered(template: str, **values: Any) -> str:
+    """What the template makes of `values`. Raises RequestError (param ``messages``) when it fails."""
+    try:
+        return _compiled(template).render(**values)
+    except Exception as error:  # of the template's own making, 1/0 included
+        got = f"{type(error).__name__}: {error}"[:160]
+        raise RequestError("chat template failed", param="messages", got=got) from error
+
+
+def _rendered_whole(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    template: str,
+    add_generation_prompt: bool,
+    settings: Mapping[str, Any],
+    continue_final: bool,
+) -> list[int]:
+    """Ids of the chat as an open model's template writes it, with the content in its place: those that transformers gives,
+    but that a control token which a user spells stays text."""
+    assert tokenizer.controls is not None
+    texts = [_text(message, index) for index, message in enumerate(messages)]
+    spelt = set("".join(texts))
+    mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in spelt)
+
+    def marked(value: Any) -> Any:
+        return re.sub(tokenizer.control_pattern, rf"{mark}\g<0>", value) if isinstance(value, str) else value
+
+    shown = [{"role": message["role"], "content": marked(text)} for message, text in zip(messages, texts, strict=True)]
+    more = {name: marked(value) for name, value in settings.items()}
+    given = {"tools": None, "documents": None, **more, **tokenizer.controls.names}
+    text = _rendered(template, messages=shown, add_generation_prompt=add_generation_prompt, **given)
+    if continue_final:
+        last = shown[-1]["content"].strip()
+        if last not in text:
+            raise RequestError("chat template", param="messages", do="it does not end with the last message")
+        text = text[: text.rindex(last) + len(last)]
+    return tokenizer.template_ids(text, mark)
+
+
+def _answers(
+    ids: list[int],
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    template: str,
+    settings: Mapping[str, Any],
+) -> list[bool]:
+    """Which of the `ids` of a chat the assistant wrote, the token that ends an answer included: what a message adds to the chat
+    before it with the assistant's turn opened. An answer that the template shows otherwise later on, as one whose thoughts it
+    leaves out, is none: it was not written like that."""
+    answer = [False] * len(ids)
+    for place, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        try:
+            before, after = (
+                _rendered_whole(messages[: place + more], tokenizer, template, not more, settings, False)
+                for more in (0, 1)
+            )
+        except RequestError:  # of a template that wants a user's message first
+            continue
+        start = len(before)
+        end = next((at + 1 for at in range(start, len(after)) if after[at] in tokenizer.ends), len(after))
+        if after[:start] == before and ids[:end] == after[:end]:
+            answer[start:end] = [True] * (end - start)
+    return answer
+
+
+def _text(message: Mapping[str, Any], index: int) -> str:
+    """The content of a message to a model that reads text alone."""
+    parts = _parts(message, index)
+    odd = next((part.get("type") for part in parts if part.get("type") != "text"), None)
+    if odd is not None or not all(isinstance(part.get("text"), str) for part in parts):
+        where = f"messages[{index}].content part"
+        raise RequestError(where, param="messages", got=odd or "no text", allowed="text: this model reads no images")
+    return "".join(part["text"] for part in parts)
+
+
+def _parts(message: Mapping[str, Any], index: int) -> Sequence[Mapping[str, Any]]:
     where = f"messages[{index}]"
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
@@ -92,6 +190,11 @@ def _content(message: Mapping[str, Any], index: int, tokenizer: Tokenizer, confi
         raise RequestError(
             f"{where}.content", param="messages", got=type(content).__name__, allowed="text or a list of parts"
         )
+    return parts
+
+
+def _content(message: Mapping[str, Any], index: int, tokenizer: Tokenizer, config: ModelConfig) -> Encoded:
+    parts, where, role = _parts(message, index), f"messages[{index}]", message.get("role")
     ids: list[int] = []
     images: list[media.Patches] = []
     for part in parts:
@@ -122,9 +225,44 @@ def _content(message: Mapping[str, Any], index: int, tokenizer: Tokenizer, confi
     return Encoded(ids, images)
 
 
+@lru_cache(maxsize=8)
+def variables(template: str) -> frozenset[str]:
+    """The names that a chat template reads beside those that every one is given. Empty for one that is broken."""
+    try:
+        found = meta.find_undeclared_variables(_environment.parse(template))
+    except TemplateError:
+        return frozenset()
+    return frozenset(found - set(GIVEN) - set(_environment.globals))
+
+
 @lru_cache(maxsize=8)  # compiling takes longer than encoding a short chat
 def _compiled(template: str) -> Template:
     return _environment.from_string(template)
 
 
-_environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
+class _Generation(Extension):
+    """The block with which some templates frame what the model writes; it is shown as it is."""
+
+    tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+_environment = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, autoescape=False, extensions=[LoopControlExtension, _Generation]
+)
+_environment.filters["tojson"] = _to_json  # jinja's own would escape HTML
+_environment.globals |= {
+    "raise_exception": _raise,
+    "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+}

@@ -2,6 +2,9 @@
 
 Notable: special tokens are never read out of text. A user who types ``<|assistant|>`` gets those characters, not the
 control token; only `special` and the chat template place control tokens.
+
+Which tokens are control tokens, and what they are for, is data (`Controls`): ours are ids 0 to 8; an open model's are its
+source's, under their ids, and stand in ``tokenizer.json`` beside what Hugging Face knows.
 """
 
 from __future__ import annotations
@@ -11,12 +14,15 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from shoal.config import load
 from shoal.errors import CheckpointError, ConfigError, RequestError
 
 PAD, END = "<|pad|>", "<|end|>"  # END closes a document, and every message of a chat
@@ -24,8 +30,6 @@ SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 IMG, IMG_END, ROW, PATCH = "<img>", "</img>", "<row>", "<patch>"  # PATCH stands where a patch vector is put in
 SPECIAL = (PAD, END, SYSTEM, USER, ASSISTANT, IMG, IMG_END, ROW, PATCH)  # ids 0..8, in this order
 PAD_ID, END_ID, SYSTEM_ID, USER_ID, ASSISTANT_ID, IMG_ID, IMG_END_ID, ROW_ID, PATCH_ID = range(len(SPECIAL))
-
-_CONTROL = re.compile("|".join(map(re.escape, SPECIAL)))
 
 # Texts that a tokenizer with a normaliser, a space put in front or an unknown token would not give back.
 PROBES = (
@@ -38,19 +42,38 @@ PROBES = (
 )
 
 
+@dataclass(frozen=True)
+class Controls:
+    """What the control tokens of an open model's tokenizer are for. Which they are, the tokenizer's added tokens say."""
+
+    ends: tuple[int, ...]  # ids that end an answer
+    before: tuple[int, ...] = ()  # ids in front of a text that is a prompt by itself; a chat template writes its own
+    names: dict[str, str] = field(default_factory=dict)  # as the chat template calls them: bos_token, eos_token, ...
+
+
 class Tokenizer:
-    """Token ids for text; the control tokens of `SPECIAL` are ids 0 to 8 in every Shoal tokenizer."""
+    """Token ids for text. Without `controls` it is one of ours: the control tokens of `SPECIAL` are ids 0 to 8."""
 
-    specials: Sequence[str] = SPECIAL
-    end: str | None = END
-    pad: str | None = PAD
-
-    def __init__(self, core: tokenizers.Tokenizer) -> None:
-        for index, name in enumerate(SPECIAL):
-            if core.token_to_id(name) != index:
-                raise CheckpointError(f"tokenizer: special token {name}", got=core.token_to_id(name), allowed=index)
+    def __init__(self, core: tokenizers.Tokenizer, controls: Controls | None = None) -> None:
+        added = core.get_added_tokens_decoder()
+        if controls is None:
+            for index, name in enumerate(SPECIAL):
+                if core.token_to_id(name) != index:
+                    raise CheckpointError(f"tokenizer: special token {name}", got=core.token_to_id(name), allowed=index)
+            spelt = dict.fromkeys(SPECIAL, (False, False))
+        else:
+            spelt = {token.content: (token.lstrip, token.rstrip) for token in added.values() if token.special}
         core.encode_special_tokens = True  # text never turns into control tokens
-        self._core = core
+        core.no_truncation()
+        core.no_padding()
+        self._core, self.controls = core, controls
+        self._spelt = spelt  # control token -> does it take the white space before it, and after it?
+        self.specials: Sequence[str] = tuple(spelt)
+        self._names = {number: token.content for number, token in added.items() if token.content in spelt}
+        self._added = {number: token.content for number, token in added.items() if number not in self._names}
+        self.ends = (END_ID,) if controls is None else controls.ends
+        self.end: str | None = END if controls is None else self._names.get(self.ends[0])
+        self.pad: str | None = PAD if controls is None else controls.names.get("pad_token")
         self._bytes: dict[int, bytes] = {}  # of the tokens that were asked for: every token of an answer is
 
     @classmethod
@@ -80,7 +103,7 @@ class Tokenizer:
     def load(cls, path: str | Path) -> Tokenizer:
         """The tokenizer in a ``tokenizer.json``. Raises CheckpointError when it is missing or not one of ours."""
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except CheckpointError:
             raise
         except Exception as error:  # the library raises bare Exception for every malformed file
@@ -132,55 +155,107 @@ class Tokenizer:
         Path(path).write_text(self.json, encoding="utf-8")
 
     @property
+    def plain_json(self) -> str:
+        """As Hugging Face knows it."""
+        text: str = self._core.to_str()
+        return text
+
+    @property
     def json(self) -> str:
-        return self._core.to_str()
+        if self.controls is None:
+            return self.plain_json
+        return json.dumps({**json.loads(self.plain_json), "controls": asdict(self.controls)}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
-        return cls(tokenizers.Tokenizer.from_str(text))
+        """The tokenizer that `json` gave. Raises CheckpointError when it is not one of ours."""
+        controls: dict[str, Any] | None = None
+        if '"controls"' in text:  # else there is nothing to take out, and vocabularies are long
+            values = json.loads(text)
+            controls = values.pop("controls", None)
+            text = json.dumps(values)
+        return cls(tokenizers.Tokenizer.from_str(text), None if controls is None else load(Controls, controls))
 
     @cached_property
     def sha256(self) -> str:
         """Fingerprint of the whole tokenizer: shards and models that disagree refuse each other by it."""
         return hashlib.sha256(self.json.encode()).hexdigest()
 
+    @cached_property
+    def _size(self) -> int:
+        """One more than the largest id."""
+        return 1 + max(self._core.get_vocab(with_added_tokens=True).values())
+
     def __len__(self) -> int:
-        return self._core.get_vocab_size()
+        return self._core.get_vocab_size() if self.controls is None else self._size
+
+    @cached_property
+    def sayable(self) -> Sequence[int]:
+        """Ids that an answer may hold, or end with: ours but for the other control tokens; of an open model all that stand for
+        a token."""
+        if self.controls is None:
+            return [END_ID, *range(len(SPECIAL), len(self))]
+        return sorted(self._core.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; control tokens spelt in it are plain characters. Raises RequestError for half a surrogate pair,
         which JSON can spell and UTF-8 cannot."""
         try:
-            return self._core.encode(text, add_special_tokens=False).ids
+            # as a batch of one: `encode` would hold the interpreter's lock, for seconds where the text is long
+            return self._core.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError as error:
             raise RequestError("text is not valid Unicode", got=text[:40]) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a `text` that is a prompt by itself."""
+        before = self.controls.before if self.controls is not None else ()
+        return [*before, *self.encode(text)]
+
     def special(self, name: str) -> int:
         """Id of a control token. Raises KeyError for any other string."""
-        return {token: index for index, token in enumerate(SPECIAL)}[name]
+        if name not in self._spelt:
+            raise KeyError(name)
+        return next(number for number, known in self._names.items() if known == name)
 
-    def template_ids(self, text: str) -> list[int]:
-        """Ids of a chat template's own text, whose control tokens are meant."""
+    @cached_property
+    def control_pattern(self) -> str:
+        """Regular expression of all control tokens, of two that begin alike the longer first."""
+        return "|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or "(?!)"
+
+    def template_ids(self, text: str, mark: str = "") -> list[int]:
+        """Ids of a chat template's own text, whose control tokens are meant; but for those that stand behind a `mark`, which
+        are plain characters. Marks are taken out."""
+        pattern = f"(?<!{re.escape(mark)})(?:{self.control_pattern})" if mark else self.control_pattern
         ids: list[int] = []
-        at = 0
-        for match in _CONTROL.finditer(text):
-            ids += [*self.encode(text[at : match.start()]), self.special(match.group())]
-            at = match.end()
-        return ids + self.encode(text[at:])
+        at, strips = 0, False
+        for match in [*re.finditer(pattern, text), None]:
+            run = text[at : match.start() if match else len(text)]
+            before, after = self._spelt[match.group()] if match else (False, False)
+            run = run.lstrip() if strips else run
+            run = run.rstrip() if before else run
+            ids += self.encode(run.replace(mark, "") if mark else run)
+            if match:
+                ids.append(self.special(match.group()))
+                at, strips = match.end(), after
+        return ids
 
     def control(self, token: int) -> str | None:
         """The name of a control token; None for any other id."""
-        return SPECIAL[token] if token < len(SPECIAL) else None
+        return self._names.get(token)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; empty for control tokens and for ids that the tokenizer does not use."""
         known = self._bytes.get(token)
         if known is None:
-            piece = self._core.id_to_token(token) if token >= len(SPECIAL) else None
-            known = self._bytes[token] = bytes(BYTE_OF[c] for c in piece) if piece is not None else b""
+            piece = self._core.id_to_token(token) if token >= 0 and token not in self._names else None
+            if token in self._added:
+                known = self._added[token].encode()
+            else:
+                known = bytes(BYTE_OF[c] for c in piece) if piece is not None else b""
+            self._bytes[token] = known
         return known
 
     def decode(self, ids: Iterable[int]) -> str:

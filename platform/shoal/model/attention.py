@@ -35,7 +35,8 @@ STRIP = 64  # queries of the global branch that are attended together in trainin
 class Layout:
     """Who may see whom; the same for every layer of one forward.
 
-    local, tail [B, T, X] bool; eligible [B, T, N] bool: complete blocks before the query; sink [B, 1 or T, N] bool;
+    local, tail, past [B, T, X] bool, `past` of every key up to the query; eligible [B, T, N] bool: complete blocks before the
+    query; sink [B, 1 or T, N] bool;
     block_of [B, X]: the block of each key; positions [B, T]: of the queries, in their document (for rope).
     band [B, T/b, b, w + b] bool: `local` again, as each b queries see their own and the previous w keys; None where a row
     does not divide so. It is what makes the local branch cost T w and not T T.
@@ -43,6 +44,7 @@ class Layout:
 
     local: Tensor
     tail: Tensor
+    past: Tensor
     eligible: Tensor
     sink: Tensor
     block_of: Tensor
@@ -72,10 +74,12 @@ class Layout:
         same = start[:, :, None] == start[:, None, :]
         back = position[:, :, None] - position[:, None, :]
         complete = (position + 1) // block * block
-        local = same & (back >= 0) & (back < window)
+        past = same & (back >= 0)
+        local = past & (back < window)
         return cls(
             local=local,
-            tail=same & (back >= 0) & (position[:, None, :] >= complete[..., None]),
+            tail=past & (position[:, None, :] >= complete[..., None]),
+            past=past,
             eligible=eligible,
             sink=(index < sinks)[:, None],
             block_of=block_of,
@@ -90,10 +94,11 @@ class Layout:
         at = torch.arange(keys, device=positions.device)
         blocks = torch.arange(keys // block, device=positions.device)
         back = positions[..., None] - at
-        complete = (positions + 1) // block
+        complete, past = (positions + 1) // block, back >= 0
         return cls(
-            local=(back >= 0) & (back < window),
-            tail=(back >= 0) & (at >= (complete * block)[..., None]),
+            local=past & (back < window),
+            tail=past & (at >= (complete * block)[..., None]),
+            past=past,
             eligible=blocks < complete[..., None],
             sink=(blocks < sinks)[None, None],
             block_of=(at // block).expand(positions.shape[0], -1),
@@ -143,6 +148,11 @@ def attend(
         chosen = select(block_scores(q, summaries, layout.eligible), layout.eligible, layout.sink, top_k)
     far = _far(q, k, v, chosen, layout)
     return torch.addcmul(far, gamma[:, None], local - far)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """[B, T, H, d]: attention to every key up to the query, q [B, T, H, d] and k, v [B, X, Hk, d]."""
+    return _masked(q, k, v, layout.past[:, None])
 
 
 @torch.no_grad()

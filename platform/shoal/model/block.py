@@ -6,7 +6,7 @@ Letters: B rows, T tokens, N new tokens of many requests (one row each), D width
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,14 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config import ModelConfig
-from shoal.model import fused
-from shoal.model.attention import Layout, attend, block_summaries
+from shoal.model.attention import Layout, attend, block_summaries, dense
 from shoal.model.cache import GroupCache, PagedStep
+from shoal.model.cpu import fused
+from shoal.model.cpu.parts import Layer
 from shoal.model.linears import Int8Linear, Linear
 from shoal.model.paged import paged_attention, write_kv
-from shoal.model.reach import Reach
+from shoal.model.reach import ALL, Reach
 
-Rope = tuple[Tensor, Tensor]  # what x and x with its first two quarters swapped are multiplied by, [..., T, 1, d]
+# what x, and x with the dims of each turned pair swapped, are multiplied by, [..., T, 1, d]
+Rope = tuple[Tensor, Tensor]
 
 
 def linear(config: ModelConfig, inputs: int, outputs: int) -> Linear | Int8Linear:
@@ -30,18 +32,25 @@ def linear(config: ModelConfig, inputs: int, outputs: int) -> Linear | Int8Linea
 
 def rope_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
     """The factors of `rotate` [..., 1, d] for each position, from angles computed in float64."""
-    quarter = config.head_dim // 4
-    rates = config.rope_theta ** -(torch.arange(quarter, dtype=torch.float64, device=positions.device) / quarter)
+    half = pairs(config)
+    if config.rope_rates:
+        rates = torch.tensor(config.rope_rates, dtype=torch.float64, device=positions.device)
+    else:
+        rates = config.rope_theta ** -(torch.arange(half, dtype=torch.float64, device=positions.device) / half)
     angles = positions[..., None, None].double() * rates
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    rest = cos.new_ones(*cos.shape[:-1], config.head_dim - 2 * quarter)
+    rest = cos.new_ones(*cos.shape[:-1], config.head_dim - 2 * half)
     return torch.cat([cos, cos, rest], dim=-1), torch.cat([-sin, sin, rest * 0], dim=-1)
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """x [..., heads, d] with its first d/2 dims turned; the rest stays position-free, for far recall."""
-    quarter = x.shape[-1] // 4
-    swapped = torch.cat([x[..., quarter : 2 * quarter], x[..., :quarter], x[..., 2 * quarter :]], dim=-1)
+def pairs(config: ModelConfig) -> int:
+    """Pairs of dims of a head that rope turns: dim i with dim i + pairs."""
+    return (config.rope_dims or config.head_dim // 2) // 2
+
+
+def rotate(x: Tensor, rope: Rope, half: int) -> Tensor:
+    """x [..., heads, d] with its first 2 `half` dims turned; the rest stays position-free, for far recall."""
+    swapped = torch.cat([x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]], dim=-1)
     return torch.addcmul(x * rope[0], swapped, rope[1])
 
 
@@ -60,24 +69,31 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """q, k, v from one product, QK-norm, rope, both branches, and the learned gate between them."""
+    """q, k, v from one product, QK-norm, rope, and by `kind` both branches with the learned gate between them, the window
+    alone, or all of the context."""
 
-    def __init__(self, config: ModelConfig, kind: str) -> None:
+    def __init__(self, config: ModelConfig, kind: str, turned: bool = True) -> None:
         super().__init__()
-        self.config, self.kind = config, kind
+        self.config, self.kind, self.turned = config, kind, turned
         heads = config.heads + 2 * config.kv_heads
         self.qkv = linear(config, config.width, heads * config.head_dim)
         self.out = linear(config, config.heads * config.head_dim, config.width)
-        self.q_norm = Norm(config.head_dim, config.norm_eps)
-        self.k_norm = Norm(config.head_dim, config.norm_eps)
+        self.qkv_bias = nn.Parameter(torch.zeros(heads * config.head_dim)) if config.qkv_bias else None
+        if config.qk_norm != "none":
+            whole = config.qk_norm == "all"
+            self.q_norm = Norm(config.head_dim * (config.heads if whole else 1), config.norm_eps)
+            self.k_norm = Norm(config.head_dim * (config.kv_heads if whole else 1), config.norm_eps)
+        self.in_loops = config.qk_norm == "head" and not (config.qkv_bias or config.rope_dims) and turned
         self.mix_local: float | None = None  # overrides the gate at run time
+        if kind == "D":
+            return
         share = min(max(config.local_weight, 1e-6), 1 - 1e-6)
         start = math.log(share / (1 - share))
         self.gate = nn.Parameter(torch.full((config.heads,), start), requires_grad=config.mix_mode == "per_head")
 
     def gamma(self) -> Tensor | None:
-        """The local branch's share a head, [H]; None for a layer that reads the window only."""
-        if self.kind == "L":
+        """The local branch's share a head, [H]; None for a layer that reads the window only, or all."""
+        if self.kind != "H":
             return None
         if self.mix_local is not None:
             return torch.full_like(self.gate, self.mix_local)
@@ -87,30 +103,41 @@ class Attention(nn.Module):
 
     def reach(self) -> Reach:
         """How far this layer looks in pages."""
-        return Reach(self.config.window, self.config.top_k, self.config.sinks, self.gamma())
+        c = self.config
+        return Reach(ALL if self.kind == "D" else c.window, c.top_k, c.sinks, self.gamma())
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """q [..., H, d] and k, v [..., Hk, d], normed and turned."""
         c = self.config
         heads = self.qkv(x)
+        if self.qkv_bias is not None:
+            heads = heads + self.qkv_bias
         heads = heads.view(*heads.shape[:-1], -1, c.head_dim)
         turned = c.heads + c.kv_heads
-        # q and k in one norm and one rotation: few large operators are what decoding is made of
-        weight = torch.cat([self.q_norm.weight.expand(c.heads, -1), self.k_norm.weight.expand(c.kv_heads, -1)])
         qk, v = heads.split([turned, c.kv_heads], dim=-2)
-        qk = rotate(F.rms_norm(qk, (c.head_dim,), None, c.norm_eps) * weight, rope)
+        if c.qk_norm == "head":
+            # q and k in one norm and one rotation: few large operators are what decoding is made of
+            weight = torch.cat([self.q_norm.weight.expand(c.heads, -1), self.k_norm.weight.expand(c.kv_heads, -1)])
+            qk = F.rms_norm(qk, (c.head_dim,), None, c.norm_eps) * weight
+        elif c.qk_norm == "all":
+            both = qk.flatten(-2).split([c.heads * c.head_dim, c.kv_heads * c.head_dim], dim=-1)
+            qk = torch.cat([self.q_norm(both[0]), self.k_norm(both[1])], dim=-1).view(qk.shape)
+        if self.turned:
+            qk = rotate(qk, rope, pairs(c))
         q, k = qk.split([c.heads, c.kv_heads], dim=-2)
         return q, k, v
 
     def forward(self, x: Tensor, layout: Layout, rope: Rope) -> Tensor:
         q, k, v = self.project(x, rope)
+        if self.kind == "D":
+            return self.out(dense(q, k, v, layout).flatten(-2))
         gamma = self.gamma()
         summaries = block_summaries(k, layout, self.config.summary) if gamma is not None else None
         return self.out(attend(q, k, v, summaries, layout, self.config.top_k, gamma).flatten(-2))
 
     def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
         c = self.config
-        if fused.usable(x):
+        if self.in_loops and fused.usable(x):
             weights = self.q_norm.weight, self.k_norm.weight
             q = fused.project_and_store(self.qkv(x), *weights, c.norm_eps, rope, kv, summaries, step)
         else:
@@ -123,10 +150,10 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """SwiGLU (arXiv 2002.05202), gate and up in one product."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, inner: int) -> None:
         super().__init__()
-        self.up = linear(config, config.width, 2 * config.ffn)
-        self.down = linear(config, config.ffn, config.width)
+        self.up = linear(config, config.width, 2 * inner)
+        self.down = linear(config, inner, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         both = self.up(x)
@@ -140,30 +167,54 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = Norm(config.width, config.norm_eps)
-        self.attention = Attention(config, config.attention_kind(layer))
+        self.attention = Attention(config, config.attention_kind(layer), config.turned(layer))
         self.mlp_norm = Norm(config.width, config.norm_eps)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config, config.ffn)
+        self.before = config.norm_place == "before"
         a, m = self.attention, self.mlp
         self._products = a.qkv, a.out, m.up, m.down  # `self.mlp.down` takes two searches: 1 us, at every step
-        self._norms = self.attention_norm, a.q_norm, a.k_norm, self.mlp_norm
+        self.in_loops = a.in_loops and self.before
+        self._norms = (self.attention_norm, a.q_norm, a.k_norm, self.mlp_norm) if self.in_loops else ()
         self._views = fused.Views()
 
     def forward(self, x: Tensor, layout: Layout, rope: Rope) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), layout, rope)
-        return x + self.mlp(self.mlp_norm(x))
+        return self._around(x, lambda y: self.attention(y, layout, rope))
 
     def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
-        x = x + self.attention.paged(self.attention_norm(x), step, rope, kv, summaries)
-        return x + self.mlp(self.mlp_norm(x))
+        return self._around(x, lambda y: self.attention.paged(y, step, rope, kv, summaries))
 
-    def arrays(self, rows: int, dtype: torch.dtype) -> list[Any] | None:
+    def _around(self, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+        """x after `attention` and the MLP, each added to what went in, with its norm before or after it."""
+        if self.before:
+            x = x + attention(self.attention_norm(x))
+            return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention_norm(attention(x))
+        return x + self.mlp_norm(self.mlp(x))
+
+    def arrays(self, rows: int, dtype: torch.dtype) -> tuple[Any, ...] | None:
         """What `fused.layers` reads of this layer; None where `rows` rows take another way through one of its products."""
+        if not self.in_loops:
+            return None
         matrices = [product.matrix(rows, dtype) for product in self._products]
         if None in matrices:
             return None
         qkv, out, up, down = matrices
-        before, q_norm, k_norm, between = [norm._parameters["weight"] for norm in self._norms]
-        return self._views.of((before, *qkv, q_norm, k_norm, *out, between, *up, *down))  # type: ignore[arg-type, misc]
+        attention, q, k, mlp = [norm._parameters["weight"] for norm in self._norms]
+        return self._views.of(Layer(attention, qkv, q, k, out, mlp, up, down))  # type: ignore[arg-type]
+
+
+class ExitMlp(nn.Module):
+    """What an exit of its own width adds before its norm: the half of a layer that reads one row alone, so that it stores no
+    keys and values, and runs on no other rows than those that a token is drawn from."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = Norm(config.width, config.norm_eps)
+        self.mlp = Mlp(config, config.exit_ffn)
+        self.before = config.norm_place == "before"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.mlp(self.norm(x)) if self.before else self.norm(self.mlp(x)))
 
 
 class Group(nn.Module):
@@ -172,8 +223,8 @@ class Group(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.config = config
-        self.first = index * config.group_layers
-        self.blocks = nn.ModuleList(Block(config, self.first + j) for j in range(config.group_layers))
+        self.first, end = (0, *config.ends)[index : index + 2]
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(self.first, end))
 
     def forward(self, x: Tensor, layout: Layout, rope: Rope, skip: Collection[int] = ()) -> Tensor:
         """x [B, T, D] after these layers, but for those in `skip`."""
@@ -191,7 +242,7 @@ class Group(nn.Module):
             x = block.paged(x, step, rope, cache.kv[j], cache.summaries[j])  # type: ignore[operator]
         return x
 
-    def _in_one_call(self, x: Tensor, step: PagedStep) -> list[tuple[list[Any], Reach]]:
+    def _in_one_call(self, x: Tensor, step: PagedStep) -> list[tuple[tuple[Any, ...], Reach]]:
         """What `fused.layers` reads; empty where rows like those of `x` [N, D] take another way."""
         parts = []
         for block in self.blocks if step.rows.longest <= fused.SHORT and fused.usable(x) else ():

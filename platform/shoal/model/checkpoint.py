@@ -1,5 +1,5 @@
 """The model directory: config.json, model.safetensors, tokenizer.json, chat_template.jinja, router.json, README.md and
-manifest.json, which lists the others.
+manifest.json, which lists the others. What can be read of it without torch is read by `described`.
 
 Written aside and renamed, so a directory that exists is whole; safetensors and JSON only, so loading runs no code. How weights
 are cut into files, and what is verified when they are read, is decided in `files.py`.
@@ -10,26 +10,25 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shoal.config import ModelConfig, dump, load
-from shoal.errors import CheckpointError, ConfigError
+from shoal.config import ModelConfig, dump
+from shoal.errors import CheckpointError, first_line
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.model import files
-from shoal.model.depth import Calibration, Router
+from shoal.machine import write_json
+from shoal.model import described, files
 from shoal.model.net import Net
-from shoal.model.quant import SCHEME
+from shoal.model.router import Calibration, Router
 
-T = TypeVar("T")
-
-FORMAT, VERSION = "shoal-model", 1
+LICENCES = "licences"  # of a source in memory: name -> text of the files that travel with its weights
 ROUTER = "router."  # prefix of the router's tensors among the weights
 _HUGGING_FACE = {"model_type": "shoal", "architectures": ["ShoalForCausalLM"]}  # by which vLLM finds `vllm_plugin`
 
@@ -65,48 +64,93 @@ def save(
     name: str,
     chat_template: str = DEFAULT_TEMPLATE,
     router: Router | None = None,
+    source: Mapping[str, Any] | None = None,
     card: str = "",
     shard_bytes: int = files.SHARD,
 ) -> None:
-    """Write a model directory. `state` is the state of `Net(config)` on the CPU. Replaces an existing model directory.
+    """Write a model directory. `state` is the state of `Net(config)` on the CPU; `source`: what an open model was imported
+    from. Replaces an existing model directory.
 
-    Weights of more than `shard_bytes` are cut into several files. Raises CheckpointError when something else is there.
+    Weights of more than `shard_bytes` are cut into several files. Raises CheckpointError when something else is there
+    (`require_replaceable`).
     """
-    directory = Path(directory)
-    if directory.exists() and not _replaceable(directory):
-        raise CheckpointError(f"{directory} exists and is not a model directory", do="choose another --out")
-    meta: dict[str, Any] = {"format": FORMAT, "version": VERSION, "name": name, "model": dump(config), **_HUGGING_FACE}
-    if config.quantization == "w8a8":
-        meta |= {"quantization_config": _W8A8, "int8_scheme": SCHEME}
+    directory = Path(directory).resolve()  # where a link leads, the directory is replaced and not the link
+    require_replaceable(directory)
     tensors = {key: value.detach().contiguous() for key, value in state.items()}
     if router is not None:
         tensors |= {ROUTER + key: value.contiguous() for key, value in router.state_dict().items()}
-    with _aside(directory) as aside:
-        files.write_json(aside / "config.json", meta)
+    with replacing(directory) as aside:
         files.save_weights(aside, tensors, shard_bytes)
-        tokenizer.save(aside / "tokenizer.json")
-        (aside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-        (aside / "README.md").write_text(card or f"# {name}\n\nA Shoal model.\n", encoding="utf-8")
+        describe(aside, config, name, tokenizer, chat_template, source, card)
         if router is not None:
-            files.write_json(aside / "router.json", dataclasses.asdict(router.calibration))
+            write_json(aside / "router.json", dataclasses.asdict(router.calibration))
         files.write_manifest(aside)
 
 
-def _replaceable(path: Path) -> bool:
-    return path.is_dir() and ((path / "config.json").exists() or not any(path.iterdir()))
+def describe(
+    directory: Path,
+    config: ModelConfig,
+    name: str,
+    tokenizer: Tokenizer,
+    chat_template: str,
+    source: Mapping[str, Any] | None,
+    card: str,
+) -> None:
+    """Write what a model directory holds beside its weights and its router; the manifest comes last."""
+    own = {"format": described.FORMAT, "version": described.VERSION}
+    meta: dict[str, Any] = {**own, "name": name, "model": dump(config), **_HUGGING_FACE}
+    if config.quantization == "w8a8":
+        meta |= {"quantization_config": _W8A8, "int8_scheme": described.INT8_SCHEME}
+    write_json(directory / described.CONFIG, meta)
+    tokenizer.save(directory / described.TOKENIZER)
+    (directory / described.TEMPLATE).write_text(chat_template, encoding="utf-8")
+    (directory / files.CARD).write_text(card or f"# {name}\n\nA Shoal model.\n", encoding="utf-8")
+    if source is not None:
+        told = dict(source)
+        for licence, text in told.pop(LICENCES, {}).items():
+            (directory / licence).write_text(text, encoding="utf-8", errors="surrogateescape")
+        write_json(directory / described.SOURCE, told)
+
+
+def require_replaceable(directory: str | Path) -> None:
+    """Raises CheckpointError when `directory` holds anything but a model of ours, which alone may be replaced: its config.json
+    is of our format, and its manifest lists whatever lies there. One that is empty, or is not there, may be taken."""
+    directory = Path(directory)
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not directory.is_dir():
+        got = "a file"
+    elif not described.is_ours(directory):
+        got = f"no {described.CONFIG} of a {described.FORMAT}"
+    else:
+        got = files.unlisted(directory)
+    if got:
+        raise CheckpointError(
+            f"{directory} is not a model directory that may be replaced", got=got,
+            do="choose another place, or take out what is not the model's",
+        )  # fmt: skip
 
 
 @contextmanager
-def _aside(directory: Path) -> Iterator[Path]:
-    """A directory to write in, which takes the place of `directory` once it is whole and is gone when that fails."""
-    aside, before = (directory.with_name(f".{directory.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    shutil.rmtree(aside, ignore_errors=True)
+def replacing(directory: Path) -> Iterator[Path]:
+    """A directory to write in, which takes the place of `directory` once it is whole and is gone when that fails. The one that
+    was there before is put back where the new one cannot take its place."""
+    directory = directory.resolve()
+    name = f".{directory.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    aside, before = (directory.with_name(f"{name}.{end}") for end in ("tmp", "old"))
     aside.mkdir(parents=True)
     try:
         yield aside
-        if directory.exists():
+        require_replaceable(directory)  # again: writing takes minutes
+        was_there = directory.exists()
+        if was_there:
             directory.rename(before)
-        aside.rename(directory)
+        try:
+            aside.rename(directory)
+        except OSError:
+            if was_there and not directory.exists():
+                before.rename(directory)
+            raise
         shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -122,35 +166,14 @@ class Loaded:
     tokenizer: Tokenizer
     chat_template: str
     router: Router | None
-
-
-def read_config(directory: str | Path) -> tuple[str, ModelConfig]:
-    """Name and configuration of a model directory. Raises CheckpointError when it is not one of ours."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{directory} is not a model directory", got="no config.json", do="give a directory made by shoal"
-        )
-    meta = files.read_json(path)
-    if meta.get("format") != FORMAT or meta.get("version") != VERSION:
-        got = f"{meta.get('format')} version {meta.get('version')}"
-        raise CheckpointError(f"{path}", got=got, allowed=f"{FORMAT} version {VERSION}")
-    if not isinstance(meta.get("name"), str) or not isinstance(meta.get("model"), dict):
-        raise CheckpointError(f"{path} lacks a name or a model", do="export the model again")
-    config = _loaded(ModelConfig, meta["model"], path)
-    scheme = meta.get("int8_scheme", 1)  # the first did not say so
-    if config.quantization == "w8a8" and scheme != SCHEME:
-        raise CheckpointError(
-            f"{path}: int8_scheme", got=scheme, allowed=SCHEME, do="quantise the fp32 model with this version of shoal"
-        )
-    return meta["name"], config
+    source: dict[str, Any] | None
 
 
 def read(directory: str | Path, *, verify: bool = False) -> Loaded:
     """A model directory as parts; `verify` as `files.check`. Raises CheckpointError naming the file, and the key or tensor, at
     fault."""
     directory = Path(directory)
-    name, config = read_config(directory)
+    _, config = described.read_config(directory)
     files.check(directory, verify)
     tensors = files.load_weights(directory)
     router_state = {key.removeprefix(ROUTER): tensors.pop(key) for key in list(tensors) if key.startswith(ROUTER)}
@@ -169,16 +192,15 @@ def read(directory: str | Path, *, verify: bool = False) -> Loaded:
         if tensor.dtype != expected[key].dtype if whole else not tensor.is_floating_point():
             raise CheckpointError(f"tensor {key} of {directory}", got=tensor.dtype, allowed=str(expected[key].dtype))
     net.load_state_dict(tensors, assign=True)
-    tokenizer = Tokenizer.load(directory / "tokenizer.json")
-    if len(tokenizer) > config.vocab:
-        raise CheckpointError(
-            f"{directory}: tokenizer", got=f"{len(tokenizer)} tokens", allowed=f"at most {config.vocab}"
-        )
-    try:
-        template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {directory / 'chat_template.jinja'}", got=str(error)) from error
-    return Loaded(name, config, net, tokenizer, template, _router(directory, config, router_state))
+    it = described.read(directory)
+    router = _router(directory, config, router_state)
+    source = None
+    if (directory / described.SOURCE).exists():
+        source = described.read_json(directory / described.SOURCE)
+        source[LICENCES] = {
+            path.name: path.read_text(encoding="utf-8", errors="surrogateescape") for path in files.licences(directory)
+        }
+    return Loaded(it.name, config, net, it.tokenizer, it.chat_template, router, source)
 
 
 def _router(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> Router | None:
@@ -188,14 +210,7 @@ def _router(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> R
     try:
         router.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"router of {directory}", got=str(error).splitlines()[0]) from error
+        raise CheckpointError(f"router of {directory}", got=first_line(error)) from error
     path = directory / "router.json"
-    router.calibration = _loaded(Calibration, files.read_json(path), path)
+    router.calibration = described.loaded(Calibration, described.read_json(path), path)
     return router.requires_grad_(False)
-
-
-def _loaded(kind: type[T], values: Mapping[str, Any], path: Path) -> T:
-    try:
-        return load(kind, values)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error.message}") from error

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from shoal.config import GROUPS, ModelConfig
-from shoal.model.depth import EXTRA, HIDDEN, sample_stride
-from shoal.model.reach import way
+from shoal.model.reach import ALL, way
+from shoal.model.router import EXTRA, HIDDEN, sample_stride
 from shoal.model.slots import width as slot_width
 
 
@@ -20,27 +20,30 @@ from shoal.model.slots import width as slot_width
 class Parameters:
     """Parameter counts by part."""
 
-    embedding: int  # tied: also the head
+    embedding: int  # tied: also the head; else both
     blocks: int  # all layers
     images: int  # patch projection, row and column embeddings, next-patch head
-    norms: int  # the exits' norms
+    exits: int  # their norms, and what early ones have before them
 
     @property
     def total(self) -> int:
-        return self.embedding + self.blocks + self.images + self.norms
+        return self.embedding + self.blocks + self.images + self.exits
 
 
 def parameters(config: ModelConfig) -> Parameters:
     """Counts from the configuration alone; `check` holds them against a built model."""
     c = config
     heads = (2 * c.heads + 2 * c.kv_heads) * c.head_dim
-    layer = c.width * heads + 3 * c.width * c.ffn + 2 * c.width + 2 * c.head_dim + c.heads
+    normed = {"head": 2, "all": c.heads + c.kv_heads, "none": 0}[c.qk_norm] * c.head_dim
+    bias = (c.heads + 2 * c.kv_heads) * c.head_dim * c.qkv_bias
+    layer = c.width * heads + 3 * c.width * c.ffn + 2 * c.width + normed + bias
+    gates = sum(c.heads for layer in range(c.layers) if c.attention_kind(layer) != "D")
     side = c.image_size // c.patch
     return Parameters(
-        embedding=c.vocab * c.width,
-        blocks=c.layers * layer,
-        images=2 * c.patch_values * c.width + 2 * side * c.width,
-        norms=len(c.exits) * c.width,
+        embedding=c.vocab * c.width * (1 if c.tied else 2),
+        blocks=c.layers * layer + gates,
+        images=2 * c.patch_values * c.width + 2 * side * c.width if side else 0,
+        exits=len(c.exits) * c.width + (len(c.exits) - 1) * (3 * c.exit_ffn + 1) * c.width * bool(c.exit_ffn),
     )
 
 
@@ -58,14 +61,15 @@ def flops_per_token(config: ModelConfig, length: int, depth: int | None = None) 
     """
     c = config
     layers = c.layers if depth is None else depth
+    ahead = 3 * c.width * c.exit_ffn * (layers < c.layers)
     projections = c.width * (2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.width * c.ffn
     attention = sum(_attention_flops(c, length, c.attention_kind(layer)) for layer in range(layers))
-    return 2 * (layers * projections + c.vocab * c.width) + attention
+    return 2 * (layers * projections + ahead + c.vocab * c.width) + attention
 
 
 def _attention_flops(c: ModelConfig, length: int, kind: str) -> int:
     """Scores and sums over what one query reads; a block's summary is scored and not summed."""
-    keys, summaries = min(length, c.window), 0
+    keys, summaries = length if kind == "D" else min(length, c.window), 0
     if kind == "H":
         keys += min(length, (c.top_k + 1) * c.block)
         summaries = length // c.block * c.summary_values
@@ -90,7 +94,7 @@ def kv_bytes_stored(
     """Bytes of whole units that a request of `length` tokens at `depth` owns, block summaries included, when the model computes
     in `dtype` and stores keys and values in `kv_dtype` [`dtype`]."""
     c = config
-    groups = GROUPS if depth is None else depth // c.group_layers
+    groups = GROUPS if depth is None else c.groups(depth)
     stored = kv_dtype or dtype
     tokens = c.page * slot_width(c.head_dim, stored) * stored.itemsize
     summaries = c.page // c.block * c.summary_values * _exact(dtype.itemsize)
@@ -116,7 +120,8 @@ def vectors_read(config: ModelConfig, length: int, kind: str = "H") -> int:
 def _reads(c: ModelConfig, length: int, kind: str) -> tuple[int, int]:
     """Tokens and summaries that decoding reads of pages with `length` tokens; whole pages where it reads all."""
     hybrid, slots = kind == "H", -(-length // c.page) * c.page
-    how = way(slots, window=c.window, block=c.block, top_k=c.top_k, hybrid=hybrid)
+    window = ALL if kind == "D" else c.window
+    how = way(slots, window=window, block=c.block, top_k=c.top_k, hybrid=hybrid)
     tokens = c.window + (c.top_k + 1) * c.block * hybrid if how == "chosen" else slots
     return tokens, slots // c.block if hybrid and how != "whole" else 0
 

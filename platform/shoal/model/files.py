@@ -14,14 +14,15 @@ import hashlib
 import json
 import warnings
 from pathlib import Path
-from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shoal.config import read_file
-from shoal.errors import CheckpointError, ConfigError
+from shoal.errors import CheckpointError, ResourceError
+from shoal.machine import sha256_of, write_json
+from shoal.model.described import read_json
 
 WEIGHTS, INDEX, MANIFEST, CARD = "model.safetensors", "model.safetensors.index.json", "manifest.json", "README.md"
 SHARD = 2 * 10**9  # bytes of tensors in one file of weights
@@ -70,12 +71,28 @@ def weight_files(directory: str | Path) -> dict[Path, set[str] | None]:
     return found
 
 
+def licences(*directories: Path) -> list[Path]:
+    """Files of directories that must travel with the weights beside them."""
+    heads = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+    found = [path for directory in directories for path in sorted(directory.iterdir())]
+    return [path for path in found if path.is_file() and path.name.upper().startswith(heads)]
+
+
 def weight_bytes(directory: str | Path) -> int:
     """Bytes of all files of a model directory's weights."""
     return sum(path.stat().st_size for path in weight_files(directory))
 
 
 def load_weights(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a directory. Raises CheckpointError for a file that cannot be read; ResourceError, with the arithmetic,
+    for more than the memory holds."""
+    size = sum(path.stat().st_size for path in weight_files(directory) if path.is_file())
+    free = psutil.virtual_memory().available
+    if size > free:
+        raise ResourceError(
+            f"the weights of {directory} do not fit the memory", got=f"{size / 1e9:.1f} GB",
+            allowed=f"{free / 1e9:.1f} GB that are free", do="round them with shoal quantize where there is more, or free some",
+        )  # fmt: skip
     tensors: dict[str, Tensor] = {}
     for path, held in weight_files(directory).items():
         try:
@@ -91,7 +108,7 @@ def load_weights(directory: Path) -> dict[str, Tensor]:
 
 def write_manifest(directory: Path) -> None:
     """List what lies in `directory`; call it last."""
-    found = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(directory.iterdir())}
+    found = {f.name: {"bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in sorted(directory.iterdir())}
     write_json(directory / MANIFEST, {"files": found})
 
 
@@ -101,7 +118,7 @@ def weights_sha256(directory: str | Path) -> str:
     directory = Path(directory)
     listed = _listed(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
     found = {
-        path.name: listed[path.name][1] if path.name in listed else _sha256(path) for path in weight_files(directory)
+        path.name: listed[path.name][1] if path.name in listed else sha256_of(path) for path in weight_files(directory)
     }
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
@@ -133,8 +150,20 @@ def check(directory: Path, verify: bool = False) -> None:
             got, allowed = f"{file.stat().st_size} bytes", f"{size} bytes"
             raise CheckpointError(f"{file} was cut short or changed", got=got, allowed=allowed)
         hashed = verify or weights <= HASHED or not name.endswith(".safetensors")
-        if hashed and _sha256(file) != sha256:
+        if hashed and sha256_of(file) != sha256:
             raise CheckpointError(f"{file} was changed: another sha256", do="copy or export the model again")
+
+
+def unlisted(directory: Path) -> str:
+    """What lies in a directory beside what its manifest lists, in words; "" where there is nothing. Raises CheckpointError for
+    a manifest that cannot be read."""
+    path = directory / MANIFEST
+    if not path.exists():
+        return f"no {MANIFEST}, which says what is the model's"
+    more = sorted({file.name for file in directory.iterdir()} - {*_listed(path), MANIFEST})
+    more += [name for name in _listed(path) if (directory / name).is_dir()]
+    beside = f" and {len(more) - 1} more" if len(more) > 1 else ""
+    return f"{more[0]}{beside}, which {MANIFEST} does not list" if more else ""
 
 
 def _listed(path: Path) -> dict[str, tuple[int, str]]:
@@ -148,19 +177,3 @@ def _listed(path: Path) -> dict[str, tuple[int, str]]:
         if Path(name).name != name:
             raise CheckpointError(f"{path}: file", got=name, allowed="names of files in this directory")
     return listed
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_file(path)
-    except ConfigError as error:
-        raise CheckpointError(error.message) from error
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """INT8 products behind one function, `pack`: every kernel gives the integers of `quant.int8_linear_reference`, and the same
 fp32 result to the bit, so which one runs decides the speed and nothing else.
 
-    numba      levels, product and scales in one call over the weight as it is stored (`int8_kernels`)
+    numba      levels, product and scales in one call over the weight as it is stored (`cpu.integers`)
     fbgemm     torch's, with a packed copy of the weight; takes quantised dtypes, which are deprecated (pytorch #184982)
     onednn     torch's, with a packed copy; plain int8
     int_mm     `torch._int_mm`, for CUDA (on a CPU without VNNI tens of times slower than fp32)
@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoal.errors import ResourceError
-from shoal.model import fused
+from shoal.errors import ResourceError, first_line
+from shoal.model.cpu import fused
+from shoal.model.cpu.parts import Matrix
 from shoal.model.quant import (
     TOP,
     WEIGHT_TOP,
@@ -54,7 +55,7 @@ class Numba:
         step = _compiled().STEP
         padded = F.pad(weight, (0, -weight.shape[1] % step)) if weight.shape[1] % step else weight
         shift = (ZERO * weight.sum(1, dtype=torch.int32)).to(torch.int32)
-        self.matrix: fused.Matrix = padded, shift, scale.view(-1)
+        self.matrix = Matrix(padded, shift, scale.view(-1))
         self._arrays = [part.numpy() for part in self.matrix]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -77,8 +78,8 @@ class Kernels:
             return x.new_empty(0, len(self._weight))
         return self._run(self.names[_bucket(len(x))])(x)
 
-    def matrix(self, rows: int) -> fused.Matrix | None:
-        """What `kernels.layer` reads, where the numba kernel is the one for so many rows."""
+    def matrix(self, rows: int) -> Matrix | None:
+        """What `cpu.decode.layer` reads, where the numba kernel is the one for so many rows."""
         name = self.names[_bucket(rows)]
         run = self._run(name) if name == "numba" else None
         return run.matrix if isinstance(run, Numba) else None
@@ -140,12 +141,9 @@ def trusted(device: torch.device) -> list[str]:
         if name in (_ON_CUDA if device.type == "cuda" else _ON_CPU):
             try:
                 problem = self_test(build, device)
-            except (
-                RuntimeError,
-                AttributeError,
-                ImportError,
-            ) as error:  # what this machine or this build of torch lacks
-                problem = str(error).splitlines()[0]
+            except (RuntimeError, AttributeError, ImportError) as error:
+                # what this machine or this build of torch lacks
+                problem = first_line(error)
             if problem is None:
                 passed.append(name)
             else:
@@ -252,6 +250,6 @@ _ON_CPU, _ON_CUDA = ("numba", "fbgemm", "onednn", "float"), ("int_mm", "float")
 
 @cache
 def _compiled() -> ModuleType:
-    from shoal.model import int8_kernels  # needs numba
+    from shoal.model.cpu import integers  # needs numba
 
-    return int8_kernels
+    return integers

@@ -6,11 +6,15 @@ Letters: M rows (tokens), I input width, O output width, V vocabulary, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoal.model import fused, int8, memory
+from shoal.model import int8
+from shoal.model.cpu import fused, memory
+from shoal.model.cpu.parts import Matrix
 from shoal.model.quant import fake_linear, fake_weight, quantize_rows
 
 LEAST_PACKED = 2**17  # weights
@@ -40,20 +44,21 @@ class Weight(nn.Module):
             return out
         return F.linear(x, self.weight)
 
-    def matrix(self, rows: int, dtype: torch.dtype) -> fused.Matrix | None:
-        """What `kernels.layer` reads for `rows` rows in `dtype`; None where their product is better had alone."""
+    def matrix(self, rows: int, dtype: torch.dtype) -> Matrix | None:
+        """What `cpu.decode.layer` reads for `rows` rows in `dtype`; None where a call of its own computes the product
+        faster."""
         weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]  # `self.weight` takes a search: 0.6 us
-        return (weight, *fused.PLAIN) if not self.fake and fused.few(rows) and weight.dtype == dtype else None
+        return Matrix(weight, *fused.PLAIN) if not self.fake and fused.few(rows) and weight.dtype == dtype else None
 
     @torch.no_grad()
     def prepack(self) -> None:
-        """Lay the weight out for oneDNN. The memory of the weight is needed twice then."""
+        """Lay the weight out for oneDNN, which takes its memory a second time."""
         self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
         memory.prefer_large(torch.ops.mkldnn.data_ptr(self._packed), torch.ops.mkldnn._nbytes(self._packed))
         self._packed_from = self._state()
 
     def _state(self) -> tuple[int, int]:
-        return self.weight.data_ptr(), self.weight._version
+        return self.weight.data_ptr(), _version(self.weight)
 
 
 class Linear(Weight):
@@ -73,17 +78,20 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", torch.zeros(outputs, inputs, dtype=torch.int8))
         self.register_buffer("weight_scale", torch.ones(outputs, 1))
         self._kernels: int8.Kernels | None = None
-        self._made_for = -1  # where the weight lay: what was made for an old place is of no use in a new one
+        # which weight and scale, in which versions: kernels keep what follows from them
+        self._made_for = (-1, -1, -1, -1)
 
     @property
     def kernels(self) -> int8.Kernels:
         """What computes the product, chosen at the first use."""
-        lies = self._buffers["weight"].data_ptr()  # type: ignore[union-attr]  # `self.weight` takes a search: 0.6 us
-        if self._kernels is None or self._made_for != lies:
-            self._kernels, self._made_for = int8.pack(self.weight, self.weight_scale), lies
+        weight, scale = self._buffers["weight"], self._buffers["weight_scale"]  # `self.weight` takes a search: 0.6 us
+        assert weight is not None and scale is not None
+        now = weight.data_ptr(), _version(weight), scale.data_ptr(), _version(scale)
+        if self._kernels is None or self._made_for != now:
+            self._kernels, self._made_for = int8.pack(weight, scale), now
         return self._kernels
 
-    def matrix(self, rows: int, dtype: torch.dtype) -> fused.Matrix | None:
+    def matrix(self, rows: int, dtype: torch.dtype) -> Matrix | None:
         """As `Weight.matrix`."""
         return self.kernels.matrix(rows) if dtype == torch.float32 else None
 
@@ -96,6 +104,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was changed in place; what was made in inference mode does not count that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Embedding(Weight):
@@ -132,10 +145,10 @@ def fake_quantize_(net: nn.Module, on: bool = True) -> None:
 
 
 def prepack_(net: nn.Module) -> None:
-    """Make the weights of `net` ready for decoding, so that no request waits for it: on large pages; in INT8 with their kernels
+    """Make the weights of `net` ready for decoding, so that no request has to wait: on large pages; in INT8 with their kernels
     tested and chosen; in fp32 packed for oneDNN where several threads read them (one thread does without a copy, by
-    `fused.product`); below `LEAST_PACKED` weights the operator's own 8 us cost more than it saves. Raises ResourceError
-    where no INT8 kernel can be trusted."""
+    `fused.product`); below `LEAST_PACKED` weights the operator's own 8 us cost more than it saves. Raises ResourceError where
+    no INT8 kernel can be trusted."""
     memory.gather_(module.weight for module in net.modules() if isinstance(module, (Weight, Int8Linear)))
     packs = torch.backends.mkldnn.is_available() and not fused.few(BATCH)
     for module in net.modules():
@@ -147,12 +160,14 @@ def prepack_(net: nn.Module) -> None:
                 module.prepack()
 
 
-def export_int8(net: nn.Module) -> dict[str, Tensor]:
+def export_int8(net: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The state of the INT8 twin of `net`: int8 weights with fp32 scales where `net` has a `Weight`, every other tensor as it
-    is. Raises CheckpointError naming a weight that is not finite."""
-    state = {name: tensor.detach() for name, tensor in net.state_dict().items()}
-    for name, module in net.named_modules():
-        if isinstance(module, Weight):
-            weight, scale = quantize_rows(state[f"{name}.weight"], f"{name}.weight")
-            state[f"{name}.weight"], state[f"{name}.weight_scale"] = weight, scale
-    return state
+    is. `state`: other values for it, whose head may be its own where that of `net` is tied. Raises CheckpointError naming a
+    weight that is not finite."""
+    given = net.state_dict() if state is None else state
+    made = {name: tensor.detach() for name, tensor in given.items()}
+    names = [name for name, module in net.named_modules() if isinstance(module, Weight)]
+    for name in dict.fromkeys([*names, *(["output"] if "output.weight" in made else [])]):
+        weight, scale = quantize_rows(made[f"{name}.weight"], f"{name}.weight")
+        made[f"{name}.weight"], made[f"{name}.weight_scale"] = weight, scale
+    return made

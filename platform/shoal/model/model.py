@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shoal import presets
-from shoal.config import ModelConfig
+from shoal.config import FULL, ModelConfig
 from shoal.errors import ContextLengthError, RequestError, ResourceError
 from shoal.inputs import media
 from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded
-from shoal.inputs.tokenizer import END_ID, IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID, SPECIAL, Tokenizer
+from shoal.inputs.tokenizer import IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID, Tokenizer
 from shoal.model import checkpoint, int8
-from shoal.model.depth import Router
 from shoal.model.net import Net, dequantized
+from shoal.model.router import Router
 
 IMAGE_IDS = frozenset((IMG_ID, PATCH_ID, ROW_ID, IMG_END_ID))
 
 
 class Model:
-    """Everything that one model directory holds, ready to run on one device."""
+    """Everything that one model directory holds, ready to run on one device.
+
+    Examples:
+        >>> from shoal import Model
+        >>> model = Model.from_preset("test", seed=1)
+        >>> model.config.exit_names
+        {'shallow': 1, 'middle': 2, 'full': 4}
+        >>> model.save("my-model")
+        >>> Model.load("my-model").config == model.config
+        True
+        >>> list(model.embed("Where is my order?").shape)  # one vector of the model's width
+        [48]
+    """
 
     def __init__(
         self,
@@ -36,7 +49,10 @@ class Model:
         name: str = "shoal",
         chat_template: str = DEFAULT_TEMPLATE,
         router: Router | None = None,
+        source: Mapping[str, Any] | None = None,
     ) -> None:
+        """`source`: what an open model was imported from."""
+        self.source = source
         self.config, self.net, self.tokenizer = config, net.eval().requires_grad_(False), tokenizer
         self.name, self.chat_template, self.router = name, chat_template, router
 
@@ -53,8 +69,8 @@ class Model:
     ) -> Model:
         """The model in a directory; `verify`: hash weights of any size first (up to 2 GB they are hashed anyway).
 
-        An INT8 model is refused on a machine that cannot be trusted with INT8, unless `on_fallback` is given: it is told why,
-        and the model comes with its weights as fp32, in four times the memory. Raises CheckpointError naming what is wrong
+        An INT8 model is refused on a machine that cannot be trusted with INT8, unless `on_fallback` is given: it is then called
+        with the reason, and the weights come as fp32, in four times the memory. Raises CheckpointError naming what is wrong
         with the directory, ResourceError for the machine.
         """
         parts = checkpoint.read(directory, verify=verify)
@@ -74,6 +90,7 @@ class Model:
             name=parts.name,
             chat_template=parts.chat_template,
             router=parts.router,
+            source=parts.source,
         )
 
     def save(self, directory: str | Path, *, card: str = "") -> None:
@@ -86,24 +103,33 @@ class Model:
             name=self.name,
             chat_template=self.chat_template,
             router=self.router,
+            source=self.source,
             card=card,
         )
 
+    def to(self, device: str | torch.device) -> Model:
+        """This model, moved: the network and the router, which reads what the network gives."""
+        self.net.to(device)
+        if self.router is not None:
+            self.router.to(device)
+        return self
+
     @property
     def device(self) -> torch.device:
-        return self.net.row_embed.device
+        return self.net.device
 
     def forbidden(self) -> Tensor:
-        """bool [V]: tokens that are never sampled: every control token but ``<|end|>``, and ids without a token."""
+        """bool [V]: tokens that are never sampled: ids without a token, and our control tokens but ``<|end|>``."""
         return forbidden(self.tokenizer, self.config.vocab).to(self.device)
 
     def encode(self, prompt: str | Sequence[int] | Encoded) -> Encoded:
         """`prompt` as ids and images. Raises RequestError (param ``prompt`` or ``images``) when it is empty, holds something
         else than ids of the vocabulary, or images that are none of this model's or do not fill the patch tokens exactly."""
         if isinstance(prompt, str):
-            prompt = Encoded(self.tokenizer.encode(prompt))
-        elif not isinstance(prompt, Encoded):
-            prompt = Encoded([self._id(token) for token in prompt])
+            prompt = Encoded(self.tokenizer.prompt(prompt))
+        else:
+            given = prompt if isinstance(prompt, Encoded) else Encoded(list(prompt))
+            prompt = dataclasses.replace(given, ids=[self._id(token) for token in given.ids])
         if not prompt.ids:
             raise RequestError("prompt is empty", param="prompt", do="give at least one token")
         bad = [token for token in prompt.ids if not 0 <= token < self.config.vocab]
@@ -111,7 +137,8 @@ class Model:
             raise RequestError("prompt token id", param="prompt", got=bad[0], allowed=f"0 to {self.config.vocab - 1}")
         for image in prompt.images:
             self._check_image(image)
-        places, patches = prompt.ids.count(PATCH_ID), sum(len(image.values) for image in prompt.images)
+        places = prompt.ids.count(PATCH_ID) if self.config.image_size else 0
+        patches = sum(len(image.values) for image in prompt.images)
         if places != patches:
             raise RequestError(
                 "prompt images", param="prompt", got=f"{patches} patches", allowed=f"{places} as in the ids"
@@ -142,6 +169,8 @@ class Model:
 
     def _check_image(self, image: media.Patches) -> None:
         c = self.config
+        if not c.image_size:
+            raise RequestError("image", param="images", do="leave it out: this model reads text alone")
         side, values = c.image_size // c.patch, image.values
         fits = 1 <= image.rows <= side and 1 <= image.cols <= side
         if not fits or values.dtype != np.uint8 or values.shape != (image.rows * image.cols, c.patch_values):
@@ -153,10 +182,10 @@ class Model:
     def logits(
         self,
         tokens: Tensor | Sequence[int],
-        depth: str | int | None = None,
+        depth: str | int = FULL,
         images: Sequence[media.Patches] | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] (or [T, V] for one sequence) at `depth`: None is full depth, or an exit name or layer count.
+        """Logits [B, T, V] (or [T, V] for one row) at `depth`, an exit's name or its layers.
 
         `images` fill the patch tokens in order, row after row. Raises RequestError for tokens or images that are not this
         model's (see `encode`), ContextLengthError beyond the context, ConfigError for a depth that is no exit.
@@ -178,7 +207,7 @@ class Model:
         return out if ids.dim() == 2 else out[0]
 
     @torch.inference_mode()
-    def embed(self, prompt: str | Sequence[int], depth: str | int | None = None) -> Tensor:
+    def embed(self, prompt: str | Sequence[int], depth: str | int = FULL) -> Tensor:
         """`prompt` as one vector [D] of length 1: the mean over its tokens of the normed hidden states at `depth`. Raises as
         `logits`."""
         ids = self.encode(prompt).ids
@@ -188,14 +217,14 @@ class Model:
             )
         layers = self.config.depth(depth)
         hidden = self.net(self._tokens(ids)[None], exits=(layers,))[layers][0]
-        pooled: Tensor = self.net.exit_norms[str(layers)](hidden).float().mean(0)
+        pooled: Tensor = self.net.exit(hidden, layers).float().mean(0)
         return torch.nn.functional.normalize(pooled, dim=0)
 
     def generate_naive(
         self,
         prompt: str | Sequence[int] | Encoded,
         max_tokens: int = 16,
-        depth: str | int | None = None,
+        depth: str | int = FULL,
         ignore_eos: bool = False,
     ) -> list[int]:
         """Greedy continuation without cache or batching: the oracle that the engine is held against, for ever."""
@@ -205,27 +234,36 @@ class Model:
         for _ in range(max_tokens):
             scores = self.logits(ids, depth, encoded.images)[-1].masked_fill(forbidden, -torch.inf)
             token = int(scores.argmax())
-            if token == END_ID and not ignore_eos:
+            if token in self.tokenizer.ends and not ignore_eos:
                 break
             ids.append(token)
             answer.append(token)
         return answer
 
-    def quantized(self) -> Model:
-        """The INT8 twin of this model: weights rounded as they are, and no router, since this one's bounds would not hold."""
+    def quantized(self, rows: Sequence[Sequence[int]] = ()) -> Model:
+        """The INT8 twin of this model: weights rounded as they are, and no router, since this one's bounds would not hold.
+        With `rows` of ids, the weights are smoothed first by what the network makes of these (`smooth`), and the head is no
+        longer tied."""
+        from shoal.model import smooth
         from shoal.model.linears import export_int8
 
-        config = dataclasses.replace(self.config, quantization="w8a8")
+        state, config = self.net.state_dict(), dataclasses.replace(self.config, quantization="w8a8")
+        if rows:
+            seen = smooth.largest(self.net, [self._tokens(row) for row in rows])
+            state, config = (
+                smooth.smoothed(state, smooth.factors(self.net, seen)),
+                dataclasses.replace(config, tied=False),
+            )
         with torch.device("meta"):
             net = Net(config)
-        net.load_state_dict(export_int8(self.net), assign=True)
-        return Model(config, net, self.tokenizer, name=f"{self.name}-int8", chat_template=self.chat_template)
+        state = {name: t.float() if t.is_floating_point() else t for name, t in export_int8(self.net, state).items()}
+        net.load_state_dict(state, assign=True)
+        name = f"{self.name}-int8"
+        return Model(config, net, self.tokenizer, name=name, chat_template=self.chat_template, source=self.source)
 
 
 def forbidden(tokenizer: Tokenizer, vocab: int) -> Tensor:
     """As `Model.forbidden`, for ids below `vocab`."""
-    mask = torch.zeros(vocab, dtype=torch.bool)
-    mask[: len(SPECIAL)] = True
-    mask[END_ID] = False
-    mask[len(tokenizer) :] = True
+    mask = torch.ones(vocab, dtype=torch.bool)
+    mask[torch.as_tensor(tokenizer.sayable)] = False
     return mask

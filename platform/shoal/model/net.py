@@ -1,7 +1,8 @@
-"""The network: embedding of tokens and patches, four groups of blocks, and a tied head at every exit.
+"""The network: embedding of tokens and patches, four groups of blocks, and one head at every exit.
 
     tokens, patches -> embed_inputs -> group 1 -> (exit L/4) -> group 2 -> (exit L/2) -> groups 3, 4 -> (exit L)
-    logits at an exit = rms_e(h_e) E^T                 a request of depth e *is* the truncated model
+    logits at an exit = rms_e(h_e) E^T (tied)          a request of depth e *is* the truncated model
+    with exit_ffn, at an early one = rms_e(h_e + swiglu_e(rms(h_e))) E^T
 
 Letters: B rows, T tokens, D width, V vocabulary, n patches, p patch side in pixels.
 """
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from shoal.config import GROUPS, ModelConfig
 from shoal.inputs.tokenizer import PATCH_ID
 from shoal.model.attention import Layout
-from shoal.model.block import Group, Norm, rope_tables
+from shoal.model.block import ExitMlp, Group, Norm, linear, rope_tables
 from shoal.model.linears import Embedding, Int8Embedding
 
 
@@ -30,12 +31,17 @@ class Net(nn.Module):
         side = config.image_size // config.patch
         int8 = config.quantization == "w8a8"
         self.embed = (Int8Embedding if int8 else Embedding)(config.vocab, config.width)
-        self.patch_in = nn.Linear(config.patch_values, config.width, bias=False)  # fp32 in every precision
-        self.row_embed = nn.Parameter(torch.empty(side, config.width))
-        self.col_embed = nn.Parameter(torch.empty(side, config.width))
+        if side:
+            self.patch_in = nn.Linear(config.patch_values, config.width, bias=False)  # fp32 in every precision
+            self.row_embed = nn.Parameter(torch.empty(side, config.width))
+            self.col_embed = nn.Parameter(torch.empty(side, config.width))
         self.groups = nn.ModuleList(Group(config, index) for index in range(GROUPS))
         self.exit_norms = nn.ModuleDict({str(e): Norm(config.width, config.norm_eps) for e in config.exits})
-        self.patch_head = nn.Linear(config.width, config.patch_values, bias=False)
+        early = config.exits[:-1] if config.exit_ffn else ()
+        self.exit_mlps = nn.ModuleDict({str(e): ExitMlp(config) for e in early})
+        if side:
+            self.patch_head = nn.Linear(config.width, config.patch_values, bias=False)
+        self.output = None if config.tied else linear(config, config.width, config.vocab)
 
     @torch.no_grad()
     def init_(self, seed: int = 0) -> Net:
@@ -59,12 +65,21 @@ class Net(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.patch_in.weight.dtype
+        return self._exact.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._exact.device
+
+    @property
+    def _exact(self) -> Tensor:
+        """A weight that is fp in INT8, too."""
+        return self.patch_in.weight if self.config.image_size else self.exit_norms[str(self.config.layers)].weight  # type: ignore[return-value]
 
     def embed_inputs(self, tokens: Tensor, patches: Tensor | None = None, grid: Tensor | None = None) -> Tensor:
         """[..., T, D] for tokens [..., T]; the patch tokens, in order, take their patch: `patches` [n, 3p^2] (0..255) at
         `grid` [n, 2] (row, column)."""
-        x: Tensor = self.embed(tokens).to(self.dtype) * math.sqrt(self.config.width)
+        x: Tensor = self.embed(tokens).to(self.dtype) * (self.config.embed_scale or math.sqrt(self.config.width))
         if patches is not None and len(patches):
             assert grid is not None
             x = x.masked_scatter((tokens == PATCH_ID)[..., None], self.embed_patches(patches, grid).to(x.dtype))
@@ -99,7 +114,7 @@ class Net(nn.Module):
         hidden: dict[int, Tensor] = {}
         for index, group in enumerate(self.groups):
             x = group(x, layout, rope, skip)
-            layers = (index + 1) * c.group_layers
+            layers = c.ends[index]
             if layers in wanted:
                 hidden[layers] = x
             if layers >= max(wanted):
@@ -108,7 +123,19 @@ class Net(nn.Module):
 
     def head(self, hidden: Tensor, layers: int) -> Tensor:
         """Logits [..., V] of hidden states [..., D] at the exit after `layers` layers."""
-        return self.embed.logits(self.exit_norms[str(layers)](hidden))
+        return self.logits(self.exit(hidden, layers))
+
+    def exit(self, hidden: Tensor, layers: int) -> Tensor:
+        """[..., D], what the head reads of hidden states [..., D] at the exit after `layers` layers."""
+        name = str(layers)
+        if name in self.exit_mlps:
+            hidden = self.exit_mlps[name](hidden)
+        normed: Tensor = self.exit_norms[name](hidden)
+        return normed
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """Logits [..., V] of what `exit` gives, [..., D]."""
+        return self.embed.logits(normed) if self.output is None else self.output(normed)
 
 
 def unit_pixels(patches: Tensor, dtype: torch.dtype) -> Tensor:

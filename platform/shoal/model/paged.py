@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoal.model import fused, slots
+from shoal.model import slots
 from shoal.model.attention import Layout, attend, block_scores, select
 from shoal.model.cache import PagedStep, Rows
+from shoal.model.cpu import fused
 from shoal.model.reach import Reach
 
 
@@ -45,7 +46,7 @@ def paged_attention(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, r
     """[N, H, d] for q [N, H, d] over pages: kv [U, Hk, P, W], summaries [U, Hk, P/S, m] as `write_kv` left them."""
     rows = step.rows
     if fused.usable(q):
-        out = torch.empty_like(q)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         fused.attend(q, kv, summaries, step, reach, out)
         return _chunks(q, kv, summaries, step, reach, out, least=fused.SHORT + 1)
     reads = step.read(kv.shape[1])

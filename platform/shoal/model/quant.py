@@ -7,7 +7,7 @@
 Why 7 bits: on CPUs without VNNI the int16 accumulator of the AVX2 kernel saturates with 8-bit activations (up to 7.7 %
 error measured); 127 * 128 * 2 < 32767 cannot. Why the 64 inside the rounding: the kernel adds the zero point before it
 rounds, and round(x + 64) - 64 differs from round(x) at ties. Why a scale a token: a row's result must not depend on its
-batch mates.
+batch mates. A change of any of this is a new `described.INT8_SCHEME`.
 
 Letters: M rows (tokens), I input width, O output width.
 """
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from shoal.errors import CheckpointError
 
-SCHEME = 1  # version of all of this: a model quantised by another is refused
 ZERO = 64  # zero point of the unsigned 7-bit activations
 TOP = 63  # largest activation level
 WEIGHT_TOP = 127

@@ -17,6 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 Way = Literal["whole", "masked", "chosen"]
+ALL = 1 << 40  # tokens of a window that is all of the context
 
 
 @dataclass(frozen=True)

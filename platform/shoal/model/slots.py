@@ -1,4 +1,4 @@
-"""What a slot of K/V memory holds of one token and KV head, and how torch writes and reads it; `attention_kernels` does the
+"""What a slot of K/V memory holds of one token and KV head, and how torch writes and reads it; `cpu.attention` does the
 same in loops.
 
     float    K [d] | V [d]                  as they are

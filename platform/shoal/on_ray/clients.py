@@ -2,15 +2,17 @@
 
 Notable: an engine's refusal crosses as a `Finished` event and keeps its class; what Ray, Serve and gRPC raise becomes the error
 of ours that has its HTTP status. A client that leaves closes the gateway's iterator, which cancels the replica's, which cancels
-the request in the engine. A replica that is lost takes no request with it (`failover`).
+the request in the engine. A replica that is lost takes no request with it (`failover`); who is silent (`pulse`) is lost.
 """
 
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 from grpc.aio import AioRpcError
 from ray import serve
@@ -19,35 +21,46 @@ from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from shoal.config import FULL
 from shoal.engine.events import Event, Request
+from shoal.engine.metrics import Samples, sample, together
 from shoal.errors import EngineDeadError, QueueFullError, ShoalError
-from shoal.on_ray.failover import LOSSES, PAUSES, unbroken
+from shoal.on_ray.calls import Begun, OtherModelError, Wanted
+from shoal.on_ray.failover import LOSSES, PAUSES, Pin, unbroken
+from shoal.on_ray.pulse import pulse_of
 
 # Events go by gRPC from process to process. Serve's other way makes each list an object of Ray, at three times the CPU.
 DIRECT: dict[str, Any] = {"_by_reference": False, "request_serialization": "pickle", "response_serialization": "pickle"}
+ANSWER_SECONDS = 3.0  # for replicas to say how they are
 STATUS_SECONDS = 1.0  # for the controller to say what it is doing; one that restarts takes longer
 
 
 class ReplicaClient:
     """The engine replicas behind a handle, as an `EngineClient`."""
 
-    def __init__(self, engine: DeploymentHandle[Any], *, may_be_none: bool) -> None:
-        """`may_be_none`: the deployment may have no replica, until a request asks for one."""
-        self._engine, self._may_be_none = engine, may_be_none
+    def __init__(self, engine: DeploymentHandle[Any], *, may_be_none: bool, reads: str) -> None:
+        """`may_be_none`: the deployment may have no replica, until a request asks for one; `reads`: `calls.reads` of what
+        requests are encoded with."""
+        self._engine, self._may_be_none, self._reads = engine, may_be_none, reads
         self._stream = engine.options(method_name="generate", stream=True, **DIRECT)
+        self._pulse = pulse_of(engine.app_name, engine.deployment_name)
+        self._pins: WeakValueDictionary[str, Pin] = WeakValueDictionary()  # of answers of several requests
+        self._asking: set[asyncio.Task[Any]] = set()
         self._resumed = 0  # streams that went on at another replica
 
     def batches(self, request: Request) -> AsyncGenerator[list[Event], None]:
         """Raises QueueFullError when all replicas and the queue are full. A request whose replica is lost goes on at another
-        (`failover`); EngineDeadError says that several were lost."""
+        (`failover`); EngineDeadError says that several were lost, OtherModelError that no other has its weights."""
 
         def count() -> None:
             self._resumed += 1
 
-        return unbroken(self._open, request, on_resume=count)
+        pin = self._pins.setdefault(request.beside, Pin()) if request.beside else Pin()
+        return unbroken(self._open, request, reads=self._reads, pin=pin, on_resume=count)
 
-    async def _open(self, request: Request) -> AsyncGenerator[list[Event], None]:
-        stream = cast("DeploymentResponseGenerator[list[Event]]", self._stream.remote(request))
+    async def _open(self, request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
+        stream = cast("DeploymentResponseGenerator[list[Event | Begun]]", self._stream.remote(request, wanted))
+        self._pulse.opened(wanted.call, stream.cancel)
         try:
             async for ready in stream:
                 yield ready
@@ -58,62 +71,124 @@ class ReplicaClient:
                 raise as_shoal_error(error) from error
             stream.cancel()  # type: ignore[no-untyped-call]  # the caller left
             raise
+        finally:
+            self._pulse.closed(wanted.call)
 
-    async def embed(self, prompt: list[int], depth: str | int | None = None) -> list[float]:
-        """Raises as `generate`."""
-        tries = 0
+    async def embed(
+        self, prompts: list[list[int]], depth: str | int = FULL, *, payer: str = "", client: str = ""
+    ) -> list[list[float]]:
+        """By one replica, since others may have other weights: the next begins anew. Raises as `batches`."""
+        tries, call, refused = 0, uuid.uuid4().hex, frozenset[str]()
         while True:
+            wanted = Wanted(f"{call}.{tries}.{len(refused)}", self._reads, avoid=refused)
             try:
-                return cast("list[float]", await self._engine.embed.remote(prompt, depth))
-            except (Exception, asyncio.CancelledError) as error:
-                if isinstance(error, asyncio.CancelledError) and _cancelled():
+                return await self._embed(wanted, prompts, depth, wanted, payer, client)
+            except OtherModelError as error:
+                if error.replica in refused:
                     raise
-                tries, reason = tries + 1, as_shoal_error(error)
-                if tries == LOSSES or not isinstance(reason, EngineDeadError):
-                    raise reason from error
+                refused |= {error.replica}
+                continue
+            except EngineDeadError:
+                tries += 1
+                if tries == LOSSES:
+                    raise
             await asyncio.sleep(PAUSES[tries])
 
-    async def stats(self) -> dict[str, float]:
-        """Sums over the replicas that answer; of a share (``_perc``) the mean. With ``num_replicas``, those that answered, and
-        ``num_replicas_starting``, unless Serve's controller is busy with other things."""
+    async def _embed(self, wanted: Wanted, *given: Any) -> list[list[float]]:
+        answer = self._engine.embed.remote(*given)
+        self._pulse.opened(wanted.call, answer.cancel)
+        try:
+            return cast("list[list[float]]", await answer)
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and _cancelled():
+                answer.cancel()  # type: ignore[no-untyped-call]  # the caller left
+                raise
+            raise as_shoal_error(error) from error
+        finally:
+            self._pulse.closed(wanted.call)
+
+    async def stats(self) -> Samples:
+        """Of the replicas that answer, together. With ``num_replicas``, those that answered, and ``num_replicas_starting``,
+        unless Serve's controller is busy with other things."""
         replies, starting = await asyncio.gather(self._ask_all("stats"), self._starting())
-        names = {name for reply in replies for name in reply}
-        total = {name: sum(reply.get(name, 0.0) for reply in replies) for name in names}
-        shares = {name: value / len(replies) for name, value in total.items() if name.endswith("_perc")}
         return {
-            **total,
-            **shares,
-            "num_replicas": float(len(replies)),
+            **together(replies),
+            sample("num_replicas"): float(len(replies)),
             **starting,
-            "requests_resumed_total": float(self._resumed),
+            sample("requests_resumed"): float(self._resumed),
         }
 
-    async def _starting(self) -> dict[str, float]:
+    async def info(self) -> list[dict[str, str]]:
+        """What each replica that answers says of itself: ``quantization`` and ``weights``."""
+        return await self._ask_all("info")
+
+    async def _starting(self) -> Samples:
         """Replicas that Serve has decided on and that do not work yet. It tells no more of its decisions: 2.60 names a list of
         them in its schema (`DeploymentAutoscalingDetail`), and never fills it."""
         with suppress(TimeoutError, RayError, RayServeException, KeyError):
             async with asyncio.timeout(STATUS_SECONDS):
                 applications = (await asyncio.to_thread(serve.status)).applications
             states = applications[self._engine.app_name].deployments[self._engine.deployment_name].replica_states
-            return {"num_replicas_starting": float(states.get(ReplicaState.STARTING, 0))}
+            return {sample("num_replicas_starting"): float(states.get(ReplicaState.STARTING, 0))}
         return {}
 
     async def check_health(self) -> None:
-        """Raises EngineDeadError when no replica is alive and well, unless there may be none."""
-        await self._ask_all("check_health")
+        """Raises EngineDeadError when no replica is alive and well and reads what is encoded here, unless there may be none."""
+        await self._ask_all("check_reads", self._reads, enough=1)
 
-    async def _ask_all(self, method: str) -> list[Any]:
-        """What the replicas answer, without those that raise. Raises when all do."""
+    async def same_model(self) -> bool:
+        """Whether any replica reads what requests here are encoded with; true as well where none says what it reads."""
         try:
-            replies = await self._engine.broadcast(method).results_async(return_exceptions=True)
+            told = await self._ask_all("reads")
+        except ShoalError:
+            return True
+        return not told or self._reads in told
+
+    async def _ask_all(self, method: str, *given: str, enough: int | None = None) -> list[Any]:
+        """What the replicas answer in time, without those that raise; `enough`: as many will do. Raises when all do."""
+        try:
+            # the results one by one: `results_async` has none before the last of them
+            results = await self._engine.broadcast(method, *given)._fetch_replica_results_async()
         except Exception as error:
             if self._may_be_none and isinstance(error, DeploymentUnavailableError):
                 return []
             raise as_shoal_error(error) from error
-        errors = [reply for reply in replies if isinstance(reply, BaseException)]
-        if errors and len(errors) == len(replies):
-            raise as_shoal_error(errors[0])
-        return [reply for reply in replies if not isinstance(reply, BaseException)]
+        asked = {asyncio.ensure_future(result.get_async()) for result in results}  # type: ignore[no-untyped-call]
+        self._asking |= asked  # who is silent may answer later: a question that is taken back is an error there
+        for task in asked:
+            task.add_done_callback(self._forget)
+        good, errors = await _answers(asked, enough or max(1, len(asked) - len(self._pulse.silent())))
+        if not good:
+            silent = EngineDeadError(
+                "no engine replica answers", got=f"silence for {ANSWER_SECONDS:g} s", do="try again"
+            )
+            # in no order: what a replica says of itself goes before that it was lost
+            told = map(as_shoal_error, errors)
+            raise min(told, key=lambda error: not isinstance(error, OtherModelError), default=silent)
+        return good
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._asking.discard(task)
+        if not task.cancelled():
+            task.exception()  # it is read, so that nobody tells of it
+
+
+async def _answers(asked: set[asyncio.Task[Any]], enough: int) -> tuple[list[Any], list[BaseException]]:
+    """What `asked` gives within `ANSWER_SECONDS`, and what it raises; sooner where `enough` of them have answered."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + ANSWER_SECONDS
+    good: list[Any] = []
+    errors: list[BaseException] = []
+    while asked and len(good) < enough and (left := until - loop.time()) > 0:
+        done, asked = await asyncio.wait(asked, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            if task.cancelled():
+                errors.append(asyncio.CancelledError())
+            elif (error := task.exception()) is not None:
+                errors.append(error)
+            else:
+                good.append(task.result())
+    return good, errors
 
 
 def _cancelled() -> bool:

@@ -2,7 +2,7 @@
 
 Notable: events cross as lists of what was ready. A first token waits for nothing; after it a replica sends some `LISTS` of them
 a second, so that a fast engine with many streams does not pay for a message a token. The weights are not an argument of a
-replica but what Serve calls the user config, which can change while the replica serves.
+replica but what Serve calls the user config, which can change while the replica serves; a call says which it wants (`calls`).
 """
 
 from __future__ import annotations
@@ -11,20 +11,30 @@ import asyncio
 import logging
 import os
 import warnings
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
+from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.context import ReplicaContext
 from ray.serve.schema import LoggingConfig
 
 from shoal import config
+from shoal.api.serve_args import ServeArgs
 from shoal.engine.events import Event, Finished, Request
-from shoal.errors import ConfigError, EngineDeadError, RequestError, ShoalError, frames
+from shoal.engine.metrics import Samples, sample
+from shoal.errors import CheckpointError, ConfigError, EngineDeadError, RequestError, ShoalError, frames
+from shoal.machine import threads
+from shoal.on_ray import calls
+from shoal.on_ray.calls import Begun, OtherModelError, Wanted
+from shoal.on_ray.failover import other_weights
+from shoal.on_ray.loaded import LastLoaded
 from shoal.on_ray.routing import router_config
 from shoal.on_ray.scaling import KV_USE
-from shoal.on_ray.serve_config import ServeArgs, Weights
+from shoal.on_ray.serve_config import Weights
 
 if TYPE_CHECKING:
     from shoal.engine.front import AsyncEngine
@@ -36,6 +46,10 @@ ANOTHER = "serve it under another name (args.models), or start the service anew"
 
 LISTS = 50 * (os.cpu_count() or 1)  # a second, of all streams of a replica together: each takes 1.9 ms from the cores
 GAP_SECONDS = 0.2  # between two lists of one stream at most, however many there are: nobody reads faster
+
+HELD = 4096  # requests that a replica may hold: those that run, that wait, and that nobody reads
+
+LEAVE_SECONDS = 0.1  # how often an engine that leaves looks whether its streams have ended
 
 # Ray gives every worker niceness 15: a replica that computes goes before the processes that send its tokens on
 FIRST = {"RAY_worker_niceness": "0"}
@@ -51,11 +65,12 @@ LOGGING = LoggingConfig(enable_access_log=False)  # the gateway writes one line 
 def engine_options(args: ServeArgs, model: str, page: int) -> dict[str, Any]:
     """Serve's options for the engine replicas that `args` ask for, which serve the model directory `model`, of pages of
     `page` tokens."""
+    # our engine takes in all that come: only where it sees them its order counts, and who is refused is its to say
+    ongoing = HELD if args.engine == "shoal" else 2 * args.max_batch  # a batch that runs and one that waits close to it
     options: dict[str, Any] = {
-        "max_ongoing_requests": 2 * args.max_batch,  # a batch that runs and one that waits close to it
+        "max_ongoing_requests": ongoing,
         "user_config": {"model": model},  # the one thing that can change while a replica serves
-        # who waits does so in the gateway, where any replica can take him
-        "request_router_config": router_config(page, args.max_queue),
+        "request_router_config": router_config(page, args.max_queue, may_be_none=args.min_replicas == 0),
         "logging_config": LOGGING,
         "ray_actor_options": {"num_cpus": args.cpus, "num_gpus": args.gpus, "runtime_env": {"env_vars": FIRST}},
         "health_check_period_s": 2.0,  # Serve replaces a replica that fails three times in a row
@@ -87,37 +102,83 @@ class EngineReplica:
     def __init__(self, args: ServeArgs, model: str) -> None:
         """`model`: the directory that the gateway reads the tokenizer of."""
         self._args, self._gateways = args, model
-        self._weights = ""  # identity of those that serve
         self._engine: AsyncEngine | VllmEngine | None = None
-        self._leaving: set[asyncio.Task[None]] = set()  # engines whose last streams go on
+        self._told = ("", "")  # `_identities` of what serves
+        self._reads = ""
+        self._weights = ""  # what a call names: files, how they are computed with, and in what
+        self._leaving: dict[str, AsyncEngine | VllmEngine] = {}  # weights -> an engine whose last streams go on
+        self._ending: set[asyncio.Task[None]] = set()
+        self._running = Counter[str]()  # weights -> streams that are with their engine
         self._refused = False
         self._streams = 0  # that have begun and not ended
+        self._changing = asyncio.Lock()
+        self._last = LastLoaded(model)
+        replica = _context()
+        self._name = "" if replica is None else replica.replica_id.unique_id
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serves the weights of the model directory in `user_config` from now on, loaded beside those that serve, so nothing
         stops: streams that run end on the weights that they began with, and requests that come later get the new ones.
 
-        Raises CheckpointError and ConfigError in a replica that has no weights yet. One that has goes on with them, and says
-        so in the log and in `stats`: a slip in a new directory's name is no reason to end a service.
+        What cannot be loaded changes nothing, and the log and `stats` say so: a slip in a new directory's name is no reason to
+        end a service. A replica that starts then takes what the deployment loaded last. Raises CheckpointError and ConfigError
+        in one that starts where nothing was loaded before.
         """
-        try:
-            directory = config.load(Weights, user_config, "user_config").model
-            weights = await asyncio.to_thread(_identity, directory, self._gateways, self._args)
-            if weights == self._weights:  # Serve also calls this when nothing of it changed
-                return
-            engine = await asyncio.to_thread(self._load, directory)
-        except ShoalError as error:
-            if self._engine is None:
-                raise
-            self._refused = True
-            log.error("the weights stay as they are: %s", error)
+        async with self._changing:
+            directory = ""
+            try:
+                directory = config.load(Weights, user_config, "user_config").model
+                await self._take(directory)
+                self._refused = False
+            except Exception as error:
+                before = None if self._engine is not None else self._last.get()
+                if self._engine is None and before in (None, directory):
+                    raise
+                what = str(error) if isinstance(error, ShoalError) else frames(error)
+                log.error("the weights stay as they are: %s", what)
+                self._refused = True
+                if before is not None:
+                    await self._take(before)
+
+    async def _take(self, directory: str) -> None:
+        """Loads the weights of `directory` and gives new requests to them. Nothing has changed when it raises."""
+        told = await asyncio.to_thread(_identities, directory, self._gateways, self._args)
+        if told == self._told:  # Serve also calls this when nothing of it changed
             return
-        before, self._engine, self._weights, self._refused = self._engine, engine, weights, False
+        engine = await asyncio.to_thread(self._load, directory)
+        if await asyncio.to_thread(_identities, directory, self._gateways, self._args) != told:
+            await engine.close()
+            raise CheckpointError(
+                f"{directory} changed while it was loaded", do="write a model beside it, and rename it"
+            )
+        how = [info["quantization"] for info in await engine.info()]  # in fp32, say, where INT8 cannot be trusted
+        before, old = self._engine, self._weights
+        self._engine, self._told, self._reads = engine, told, told[0]
+        self._weights = "-".join([told[1], *how])
         if before is not None:
             log.info("new requests get the weights of %s", directory)
-            task = asyncio.create_task(_leave(before, self._args.seconds))
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            self._leaving[old] = before
+            task = asyncio.create_task(self._leave(old))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+        try:
+            await asyncio.to_thread(self._last.put, directory)
+        except Exception as error:  # they serve: one that starts later may have to take others
+            log.error("it is not kept which weights were loaded last: %s", type(error).__name__)
+
+    async def _leave(self, weights: str) -> None:
+        """Ends the engine of `weights` when no stream is with it, at the latest when the longest request's time is over. Until
+        then it takes streams that began with its weights elsewhere."""
+        from shoal.engine.front import settle
+
+        engine, until = self._leaving[weights], asyncio.get_running_loop().time() + self._args.seconds
+        while self._running[weights] and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(LEAVE_SECONDS)
+        if self._leaving.get(weights) is engine:
+            del self._leaving[weights]
+        await engine.close()
+        del engine
+        settle()  # it was out of the collector's sight
 
     def _load(self, directory: str) -> AsyncEngine | VllmEngine:
         if self._args.engine == "vllm":
@@ -135,16 +196,27 @@ class EngineReplica:
         from shoal.model.model import Model
 
         args = self._args
-        torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 2) - 1))
+        torch.set_num_threads(threads(args.threads))
         say = log.warning
         model = Model.load(directory, on_fallback=say if args.precision == "auto" else None)
         if args.gpus > 0:
-            model.net.to("cuda")
-        # Serve bounds what reaches a replica, so the engine's own bound is only the last line
-        batch, kv = args.max_batch, args.kv_cache_dtype
-        engine = AsyncEngine(Engine(model, max_batch=batch, max_queue=2 * batch, kv_cache_dtype=kv))
+            model.to("cuda")
+        batch, queue, kv = args.max_batch, args.max_batch + args.max_queue, args.kv_cache_dtype
+        engine = AsyncEngine(Engine(model, max_batch=batch, max_queue=queue, kv_cache_dtype=kv))
         settle()
         return engine
+
+    def _chosen(self, wanted: Wanted) -> tuple[AsyncEngine | VllmEngine, str]:
+        """The engine that a call wants, and its weights. Raises OtherModelError where there is none."""
+        if wanted.reads != self._reads and self._engine is not None:
+            error = OtherModelError("the engines serve a model of another tokenizer, template or shape", do="try again")
+            error.replica = self._name
+            raise error
+        if wanted.weights in (None, self._weights):
+            return self._serving, self._weights
+        if (leaving := self._leaving.get(wanted.weights)) is None:
+            raise other_weights(self._name)
+        return leaving, wanted.weights
 
     @property
     def _serving(self) -> AsyncEngine | VllmEngine:
@@ -152,42 +224,68 @@ class EngineReplica:
             raise EngineDeadError("the replica has no weights yet", do="try again")
         return self._engine
 
-    async def generate(self, request: Request) -> AsyncGenerator[list[Event], None]:
-        """Events of one request, in lists of what was ready. An error is in the last event, never raised."""
-        begun = False
+    async def generate(self, request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
+        """Events of one request, in lists of what was ready, `Begun` in front. An error is in the last event, never raised."""
+        begun, weights = False, ""
         try:
-            async with aclosing(self._serving.batches(request, self._gap)) as lists:
+            engine, weights = self._chosen(wanted)
+            self._running[weights] += 1
+            async with aclosing(engine.batches(request, self._gap)) as lists:
                 async for events in lists:
-                    if not begun:
+                    if begun:
+                        yield [*events]
+                    else:
                         begun, self._streams = True, self._streams + 1
-                    yield events
+                        yield [Begun(self._name, weights), *events]
         except RequestError as error:
             yield [Finished(request.id, "error", error=error)]
         except Exception as error:
             raise _failed(error) from None
         finally:
             self._streams -= begun
+            if weights:
+                self._running[weights] -= 1
 
     def _gap(self) -> float:
         return min(GAP_SECONDS, self._streams / LISTS)
 
-    async def embed(self, prompt: list[int], depth: str | int | None) -> list[float]:
+    async def embed(
+        self, prompts: list[list[int]], depth: str | int, wanted: Wanted, payer: str = "", client: str = ""
+    ) -> list[list[float]]:
+        """A vector for each of `prompts`, all by one engine, which does not leave before the last."""
+        engine, weights = self._chosen(wanted)
+        self._running[weights] += 1
         try:
-            return await self._serving.embed(prompt, depth)
+            return await engine.embed(prompts, depth, payer=payer, client=client)
         except RequestError:
             raise
         except Exception as error:
             raise _failed(error) from None
+        finally:
+            self._running[weights] -= 1
 
-    async def stats(self) -> dict[str, float]:
-        return {**await self._serving.stats(), "weights_update_refused": float(self._refused)}
+    async def stats(self) -> Samples:
+        return {**await self._serving.stats(), sample("weights_update_refused"): float(self._refused)}
+
+    async def info(self) -> dict[str, str]:
+        (info,) = await self._serving.info()
+        return {**info, "weights": self._weights}
+
+    async def reads(self) -> str:
+        """`calls.reads` of what it serves."""
+        return self._reads
+
+    async def check_reads(self, reads: str) -> None:
+        """Raises EngineDeadError for an engine that is dead, OtherModelError for one that reads anything else."""
+        await self.check_health()
+        self._chosen(Wanted("", reads))
 
     async def check_health(self) -> None:
         """Serve replaces this replica when it raises."""
         await self._serving.check_health()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        return {KV_USE: (await self._serving.stats())["kv_cache_usage_perc"]}
+        return {KV_USE: (await self._serving.stats())[sample("kv_cache_usage_perc")]}
 
     async def __del__(self) -> None:
         if getattr(self, "_engine", None) is not None:
@@ -200,23 +298,19 @@ def _failed(error: Exception) -> EngineDeadError:
     return EngineDeadError("the engine replica failed", got=type(error).__name__, do="try again")
 
 
-def _identity(directory: str, gateways: str, args: ServeArgs) -> str:
-    """What tells a model directory's weights from others. Raises CheckpointError for none that can be served, ConfigError for
-    one that reads other tokens than `gateways` does: the gateway encodes for both."""
+def _context() -> ReplicaContext | None:
+    """Serve's; None in a process that is no replica."""
+    return serve.get_replica_context() if ray.is_initialized() else None
+
+
+def _identities(directory: str, gateways: str, args: ServeArgs) -> tuple[str, str]:
+    """`calls.reads` and `calls.weights` of a model directory. Raises CheckpointError for one that cannot be served, ConfigError
+    for one that reads other tokens than `gateways` does: the gateway encodes for both."""
     new, known = args.served(directory), args.served(gateways)
     for what in ("config", "chat_template"):
         if getattr(new, what) != getattr(known, what):
             raise ConfigError(f"user_config.model: {what}", got=directory, allowed=f"that of {gateways}", do=ANOTHER)
-    if (Path(directory) / "tokenizer.json").read_bytes() != (Path(gateways) / "tokenizer.json").read_bytes():
+    read = calls.reads(new, directory)
+    if read != calls.reads(known, gateways):
         raise ConfigError("user_config.model: tokenizer", got=directory, allowed=f"that of {gateways}", do=ANOTHER)
-    manifest = Path(directory) / "manifest.json"
-    return directory + (manifest.read_text(encoding="utf-8") if manifest.is_file() else "")
-
-
-async def _leave(engine: AsyncEngine | VllmEngine, seconds: float) -> None:
-    from shoal.engine.front import settle
-
-    await engine.drain(seconds)
-    await engine.close()
-    del engine
-    settle()  # it was out of the collector's sight
+    return read, calls.weights(directory, args)

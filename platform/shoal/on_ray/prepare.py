@@ -11,44 +11,46 @@ the sources, the request and the code are the same (`data.kept`).
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 import shutil
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ray.data
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError
 
 from shoal.config import ModelConfig, Preset, dump
-from shoal.data import card, decontaminate, demo, near, parts, remote, service
+from shoal.data import card, parts, remote
+from shoal.data.alone import alone
+from shoal.data.chats import customer_service
+from shoal.data.chats.recipes import ChatFiles, fits
 from shoal.data.documents import SourceSpec
-from shoal.data.files import File, list_files
 from shoal.data.kept import code_digest, digest, kept
-from shoal.data.operators import Operators, Pipeline
+from shoal.data.operators import decontaminate, near
+from shoal.data.operators.pipeline import Operators, Pipeline
 from shoal.data.order import Mix
 from shoal.data.parts import Found, Packed
-from shoal.data.recipes import ChatFiles, fits
-from shoal.data.s3 import S3
-from shoal.data.shards import INDEX, SPLITS, TOKENIZER, Index, clear, open_index, write_aside, write_index
+from shoal.data.shards import INDEX, SPLITS, TOKENIZER, Index, clear, open_index, write_index
+from shoal.data.sources import demo
+from shoal.data.sources.files import File, list_files, local_path, store_of
+from shoal.data.sources.s3 import S3
 from shoal.errors import ConfigError, DataError, ShoalError
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.on_ray.resources import need_disk
+from shoal.machine import aside, need_disk, write_aside
 
 __all__ = ["SourceSpec", "prepare"]
 
 SOURCES = "sources"  # folder in the corpus folder: what the demo corpus fetched
-WORK = (
-    ".prepare"  # folder there, until the corpus is finished: the cleaned documents, and the results of finished tasks
-)
+# folder there, until the corpus is finished: the cleaned documents, and the results of finished tasks
+WORK = ".prepare"
+NAMED = "named.json"  # file there: the files that rows name, with their stamps; an edited one is noticed
 SIGNATURES = ".near.npy"  # suffix of a part's file beside its documents
 TASKS_OF_BANDS = 8
 DISK = 5  # bytes wanted for each byte of source: cleaned documents, shards, and room
@@ -85,58 +87,107 @@ def prepare(
         out.mkdir(parents=True, exist_ok=True)
     specs = list(sources) if sources is not None else demo.sources(out / SOURCES, on_progress)
     specs = _named_apart(specs)
-    plan = parts.split_files([file for spec in specs for file in list_files(spec, s3)])
-    evaluation = [file for uri in operators.evaluation for file in list_files(SourceSpec("evaluation", uri), s3)]
-    sizes = [sum(file.size for file in files) for files in plan]
-    request = {
-        "sources": [dump(spec) for spec in specs] if sources is not None else demo.request(),
-        "files": sum(map(len, plan)),
-        "bytes": sum(sizes),
-        "mix": dict(mix),
-        "model": dump(preset.model),
-        "seed": seed,
-        "tokenizer": given.sha256 if given else None,
-        "operators": dump(operators),
-    }
+    sets = [SourceSpec("evaluation", uri) for uri in operators.evaluation]
+    plan = parts.split_files([file for spec in specs for file in list_files(spec, s3) if not _made_in(out, file)])
+    evaluation = [file for spec in sets for file in list_files(spec, s3)]
+    job = _Job(out, specs, plan, evaluation, given, mix, preset, seed, operators, s3, demo=sources is None)
     if (out / INDEX).exists():
-        return _finished(out, request)
-    work = out / WORK
-    need_disk(out, DISK * sum(sizes))
-    with _alone(work), _quiet_data():
-        packed, code = Packed(), digest(code_digest(), dump(operators), [_stamp(file) for file in evaluation])
-        paths = [work / f"{number:05}.arrow" for number in range(len(plan))]
-        keys = [digest(code, [_stamp(file) for file in files]) for files in plan]
-        grams = _evaluation(evaluation, work)
-        reads = zip(plan, paths, keys, strict=True)
-        identities = []
-        for found in _each(_Reader(operators, grams), reads, sizes, "read and clean", on_progress):
-            identities.append(found.identities)
-            packed.dropped(found.drops)
-            packed.changed(found.changes)
-        copies = _copies(paths, on_progress) if operators.near_dedup else []
-        splits, drops = parts.choose(identities, seed, copies, operators)
-        packed.dropped(drops)
-        on_progress("fit the tokenizer", 0, 0)
-        used = given or _tokenizer(paths, splits, preset.model.vocab, work, digest(keys, splits, preset.model.vocab))
-        write_aside(out / TOKENIZER, used.json)
-        chats = ChatFiles(seed)
-        packs = [
-            (path, of, out, preset.model, number, digest(key, of, used.sha256, dump(preset.model)))
-            for number, (path, of, key) in enumerate(zip(paths, splits, keys, strict=True))
-        ]
-        for part in _each(_pack, packs, sizes, "encode and pack", on_progress):
-            packed.add(part)
-            for split, chat in part.chats:
-                chats.add(split, [chat])
-        if sources is None:
-            for split in SPLITS:
-                chats.add(split, (chat for chat in service.chats(split) if fits(chat, used, preset.model)))
-        index = _index(packed, request, preset.model, used)
-        report = card.report(out, index, packed, used, chats.write(out), time.monotonic() - start)
-        card.write(out, report)
-        clear(out, keep={shard.file for shard in index.shards})  # of other requests, and what was half written
-        write_index(out, index)
-        shutil.rmtree(work, ignore_errors=True)
+        return _finished(job)
+    need_disk(out, DISK * sum(job.sizes))
+    with _alone(out / WORK), _quiet_data():
+        # Looked at again, since another command may have finished it before it let go of the lock.
+        report = _finished(job) if (out / INDEX).exists() else _make(job, start, on_progress)
+        shutil.rmtree(out / WORK, ignore_errors=True)
+    return report
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is asked for, and the files that it is made of, as they are now."""
+
+    out: Path
+    specs: list[SourceSpec]
+    plan: list[list[File]]  # the files in parts
+    evaluation: list[File]
+    given: Tokenizer | None
+    mix: Mapping[str, float]
+    preset: Preset
+    seed: int
+    operators: Operators
+    s3: S3
+    demo: bool
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Bytes of each part."""
+        return [sum(file.size for file in files) for files in self.plan]
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """What each part follows from."""
+        code = digest(code_digest(), dump(self.operators), _stamps(self.evaluation))
+        return [digest(code, _stamps(files)) for files in self.plan]
+
+    @cached_property
+    def request(self) -> dict[str, Any]:
+        """What a finished corpus says that it was made of. The demo corpus is what its lock file says, whenever it was
+        fetched."""
+        files = [file for part in self.plan for file in part]
+        asked = {
+            "sources": demo.request() if self.demo else [dump(spec) for spec in self.specs],
+            "files": len(files) if self.demo else digest(_stamps(files)),
+            "bytes": sum(self.sizes),
+            "mix": dict(self.mix),
+            "model": dump(self.preset.model),
+            "seed": self.seed,
+            "tokenizer": self.given.sha256 if self.given else None,
+            "operators": dump(self.operators),
+        }
+        return asked | ({"evaluation sets": digest(_stamps(self.evaluation))} if self.evaluation else {})
+
+
+def _make(job: _Job, start: float, on_progress: Progress) -> dict[str, Any]:
+    """The corpus itself, and its report; `start`: when it was asked for."""
+    out, work, model, sizes = job.out, job.out / WORK, job.preset.model, job.sizes
+    packed, named, identities, keys = Packed(), defaultdict[str, dict[str, str]](dict), [], []
+    paths = [work / f"{number:05}.arrow" for number in range(len(job.plan))]
+    reads = zip(job.plan, paths, job.keys, strict=True)
+    reader = _Reader(job.operators, _evaluation(job.evaluation, work))
+    for key, files, found in zip(
+        job.keys, job.plan, _each(reader, reads, sizes, "read and clean", on_progress), strict=True
+    ):
+        identities.append(found.identities)
+        packed.dropped(found.drops)
+        packed.changed(found.changes)
+        keys.append(digest(key, found.named))
+        for number, of in found.named.items():
+            named[files[number].spec.name].update(of)
+    copies = _copies(paths, on_progress) if job.operators.near_dedup else []
+    splits, drops = parts.choose(identities, job.seed, copies, job.operators)
+    packed.dropped(drops)
+    on_progress("fit the tokenizer", 0, 0)
+    used = job.given or _tokenizer(paths, splits, model.vocab, work, digest(keys, splits, model.vocab))
+    write_aside(out / TOKENIZER, used.json)
+    chats = ChatFiles(job.seed)
+    packs = [
+        (path, of, out, model, number, digest(key, of, used.sha256, dump(model)))
+        for number, (path, of, key) in enumerate(zip(paths, splits, keys, strict=True))
+    ]
+    for part in _each(_pack, packs, sizes, "encode and pack", on_progress):
+        packed.add(part)
+        for split, chat in part.chats:
+            chats.add(split, [chat])
+    if job.demo:
+        for split in SPLITS:
+            chats.add(split, (chat for chat in customer_service.chats(split) if fits(chat, used, model)))
+    index = _index(packed, job.request, model, used)
+    report = card.report(out, index, packed, used, chats.write(out), time.monotonic() - start)
+    card.write(out, report)
+    clear(out, keep={shard.file for shard in index.shards})  # of other requests, and what was half written
+    (out / NAMED).unlink(missing_ok=True)
+    if named and not job.demo:
+        write_aside(out / NAMED, json.dumps(named, sort_keys=True) + "\n")
+    write_index(out, index)
     return report
 
 
@@ -167,13 +218,14 @@ class _Reader:
         made = [path, signatures] if signatures else [path]
 
         def read() -> Found:
-            asides = [file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in made]
-            result = parts.read_part(files, asides[0], self._pipeline, asides[1] if signatures else None)
-            for aside, file in zip(asides, made, strict=True):
-                aside.replace(file)
-            return result
+            with ExitStack() as stack:
+                beside = [stack.enter_context(aside(file)) for file in made]
+                return parts.read_part(files, beside[0], self._pipeline, beside[1] if signatures else None)
 
-        return kept(path.with_suffix(".read.json"), key, Found, read, lambda _: made)
+        def holds(found: Found) -> bool:
+            return found.holds(files)
+
+        return kept(path.with_suffix(".read.json"), key, Found, read, lambda _: made, holds)
 
 
 def _evaluation(files: Sequence[File], work: Path) -> Path | None:
@@ -211,20 +263,20 @@ def _pack(path: Path, splits: Sequence[str | None], out: Path, model: ModelConfi
     return kept(path.with_suffix(".pack.json"), key, Packed, pack, lambda part: [out / s.file for s in part.shards])
 
 
-def _stamp(file: File) -> list[Any]:
-    """What tells whether a file, and the caption beside it, are still what was read."""
-    return [dump(file.spec), file.name, file.stamp]
+def _made_in(out: Path, file: File) -> bool:
+    """Whether a file is of the corpus itself, which may lie inside a source."""
+    return Path(file.path).is_relative_to(out) and not Path(file.spec.uri).is_relative_to(out)
+
+
+def _stamps(files: Iterable[File]) -> list[list[Any]]:
+    """What tells whether files, and the captions beside them, are still what was read."""
+    return [[dump(file.spec), file.name, file.stamp] for file in files]
 
 
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
     """Raises DataError while another prepare works there: the shards of two requests would be mixed."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"another prepare is writing to {work.parent}", do="wait for it, or stop it") from error
+    with alone(work / "lock", DataError(f"another prepare is writing to {work.parent}", do="wait for it, or stop it")):
         yield
 
 
@@ -259,11 +311,12 @@ def _each(
             done += size
             on_progress(what, done, total)
             yield row["result"]
-    except RayTaskError as error:
-        cause = error.cause
+    except RayError as error:  # of a task, or of a process that was killed too often
+        cause = getattr(error, "cause", None)
         if isinstance(cause, ShoalError):
             raise cause from error
-        raise DataError(f"cannot {what}", got=str(error.cause or error).strip().splitlines()[-1][:200]) from error
+        said = str(cause or error).strip() or type(cause or error).__name__
+        raise DataError(f"cannot {what}", got=said.splitlines()[-1][:200]) from error
 
 
 def _cpus() -> int:
@@ -290,22 +343,30 @@ def _named_apart(specs: Sequence[SourceSpec]) -> list[SourceSpec]:
     for name, count in Counter(spec.name for spec in specs).items():
         if count > 1:
             raise ConfigError(f"source {name} is given {count} times", do="give each source a name of its own")
-    here = {spec.uri: str(Path(spec.uri).expanduser().absolute()) for spec in specs if "://" not in spec.uri}
+    here = {spec.uri: str(local_path(spec.uri).absolute()) for spec in specs if "://" not in spec.uri}
     return [replace(spec, uri=here.get(spec.uri, spec.uri)) for spec in specs]
 
 
-def _finished(out: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """The report of the corpus in `out`, which must be of the same request."""
-    had = open_index(out).request
-    asked = json.loads(json.dumps(request))
+def _finished(job: _Job) -> dict[str, Any]:
+    """The report of the corpus in `out`, which must be of the same request and of the same files."""
+    had = open_index(job.out).request
+    asked = json.loads(json.dumps(job.request))
     other = sorted(key for key in asked.keys() | had.keys() if asked.get(key) != had.get(key))
+    try:
+        named = json.loads((job.out / NAMED).read_bytes()) if (job.out / NAMED).exists() else {}
+        report: dict[str, Any] = json.loads((job.out / card.REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{job.out} is not whole", got=str(error)[:160], do="remove it and prepare again") from error
+    stores = {spec.name: store_of(spec, job.s3) for spec in job.specs}
+    if not other and any(stores[name].stamp(path) != was for name, of in named.items() for path, was in of.items()):
+        other = ["files that rows name"]
     if other:
         raise DataError(
-            f"{out} holds a corpus of another request",
+            f"{job.out} holds a corpus of another request",
             got=f"other {', '.join(other)}",
             do="give another --out, or remove it",
         )
-    return json.loads((out / card.REPORT).read_text(encoding="utf-8"))
+    return report
 
 
 def _index(packed: Packed, request: dict[str, Any], model: ModelConfig, tokenizer: Tokenizer) -> Index:

@@ -6,6 +6,7 @@
     otherwise    rendezvous hashing of the first page: every gateway sends a new beginning to the same replica, and a replica
                  that comes or goes moves only its own share
     bound        a replica with more than `SHARE` of its fair part of the requests is passed over, from `SPARE` requests on
+    silent       a replica that does not answer (`pulse`) gets nothing while others do; nor one that has refused the call
     refused      a request that would wait behind `queue` others. Who waits only until he is handed to a replica that has room
                  is none of these: Serve's own ``max_queued_requests`` counts him, and so refuses a burst that there is room for
 
@@ -14,13 +15,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
+import time
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -28,6 +33,9 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, Reque
 from shoal.engine.events import Request
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import IMG_ID
+from shoal.on_ray.absence import Absence
+from shoal.on_ray.calls import Wanted
+from shoal.on_ray.pulse import TICK_SECONDS, pulse_of
 
 SHARE = 1.25  # of the mean number of requests a replica
 SPARE = 4  # requests that a replica takes in any case: a batch of a few costs hardly more than one
@@ -78,6 +86,13 @@ class Affinity:
             self._known.popitem(last=False)
 
 
+def eligible(names: Collection[str], refused: Collection[str], silent: Collection[str]) -> list[str]:
+    """Those of `names` that may get a call: none that refused it, and of the others none that is silent, as long as any is left
+    either way."""
+    willing = [name for name in names if name not in refused] or list(names)
+    return [name for name in willing if name not in silent] or willing
+
+
 def _weight(key: bytes, name: str) -> bytes:
     return hashlib.blake2b(key + name.encode(), digest_size=8).digest()
 
@@ -91,18 +106,53 @@ class AffinityRouter(FIFOMixin, RequestRouter):
         waiting: Iterable[PendingRequest] = self._pending_requests_to_fulfill
         return next((p for p in waiting if p.metadata is request_metadata and not p.future.done()), None)
 
-    def initialize_state(self, page: int, queue: int) -> None:  # type: ignore[override]
-        """`page`: tokens of a page of the model; `queue`: requests that may wait while all replicas are full."""
+    def initialize_state(self, page: int, queue: int, may_be_none: bool) -> None:  # type: ignore[override]
+        """`page`: tokens of a page of the model; `queue`: requests that may wait while all replicas are full; `may_be_none`: as
+        of `Absence`."""
         self._page, self._queue, self._affinity = page, queue, Affinity()
+        self._absence = Absence(may_be_none)
+        self._pulse = pulse_of(self._deployment_id.app_name, self._deployment_id.name)
+        self._watching: asyncio.Task[None] | None = None
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Serve has decided on other replicas."""
+        super().update_replicas(replicas)
+        self._pulse.present([replica.replica_id.unique_id for replica in replicas])
+        if replicas and (self._watching is None or self._watching.done()):
+            self._watching = self._event_loop.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Asks each replica a word a second, one question at a time, for as long as there is any."""
+        asked: dict[str, asyncio.Task[None]] = {}
+        while replicas := list(self.curr_replicas.values()):
+            for replica in replicas:
+                name = replica.replica_id.unique_id
+                if name in asked and not asked[name].done():
+                    self._pulse.missed(name)
+                else:
+                    asked[name] = self._event_loop.create_task(self._ask(replica, name))
+            self._pulse.cut_off()
+            asked = {name: task for name, task in asked.items() if not task.done()}
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def _ask(self, replica: RunningReplica, name: str) -> None:
+        began = time.monotonic()
+        with suppress(RayError):  # it has gone, which Serve finds out by itself
+            await replica.get_queue_len(deadline_s=math.inf)
+            self._pulse.answered(name, time.monotonic() - began)
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
-        """Raises BackPressureError for a new request that there is no room for."""
+        """Raises BackPressureError for a new request that there is no room for, NoReplicaError where none is alive."""
         waiting = sum(not pending.future.done() for pending in self._pending_requests_to_fulfill)
         if not is_retry and waiting >= self._room():
             raise BackPressureError(num_queued_requests=waiting, max_queued_requests=self._queue)
-        return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+        choosing = super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+        replica = await self._absence.bounded(choosing, lambda: bool(self.curr_replicas))
+        if wanted := _wanted(pending_request):
+            self._pulse.sent(wanted.call, replica.replica_id.unique_id)
+        return replica
 
     def _room(self) -> int:
         """How many requests may be on their way to a replica: those that one would take now, and the queue."""
@@ -119,6 +169,9 @@ class AffinityRouter(FIFOMixin, RequestRouter):
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # all replicas are in the ranks
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        wanted = _wanted(pending_request)
+        may = eligible(replicas, wanted.avoid if wanted else (), self._pulse.silent())
+        replicas = {name: replicas[name] for name in may}
         loads = {name: self.replica_queue_len_cache.get(r.replica_id) or 0 for name, r in replicas.items()}
         return [[replicas[name]] for name in self._affinity.ranked(self._keys(pending_request), loads)]
 
@@ -130,7 +183,12 @@ class AffinityRouter(FIFOMixin, RequestRouter):
         return beginnings(request, self._page) if isinstance(request, Request) else []
 
 
-def router_config(page: int, queue: int) -> RequestRouterConfig:
-    """Serve's option that routes by `Affinity`, for a model of pages of `page` tokens; `queue` requests may wait."""
+def _wanted(pending: PendingRequest | None) -> Wanted | None:
+    return next((item for item in pending.args if isinstance(item, Wanted)), None) if pending is not None else None
+
+
+def router_config(page: int, queue: int, may_be_none: bool) -> RequestRouterConfig:
+    """Serve's option that routes by `Affinity`, with what `AffinityRouter.initialize_state` takes."""
     values: dict[str, Any] = {"request_router_class": "shoal.on_ray.routing:AffinityRouter"}
-    return RequestRouterConfig(**values, request_router_kwargs={"page": page, "queue": queue})
+    state = {"page": page, "queue": queue, "may_be_none": may_be_none}
+    return RequestRouterConfig(**values, request_router_kwargs=state)

@@ -8,12 +8,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,33 +22,41 @@ import httpx
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.serve._private.common import ReplicaID
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.exceptions import RayError
+from ray.serve._private.common import ReplicaState
 from ray.serve.config import BackpressureConfig, ControllerOptions, HTTPOptions, gRPCOptions
-from ray.serve.context import _disconnect, _get_global_client
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeApplicationSchema, ServeDeploySchema
 
 from shoal import config
 from shoal.api.access import log_to_stderr
 from shoal.api.app import build_app
-from shoal.api.auth import ApiKeys
+from shoal.api.drain import STREAM_SECONDS, Drain
 from shoal.api.limits import Limits
-from shoal.api.page import chat_page
+from shoal.api.middleware import OPEN_PATHS
+from shoal.api.page import chat_page_later
+from shoal.api.serve_args import ServeArgs
+from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.errors import ConfigError, ResourceError
+from shoal.machine import need_free_port
+from shoal.on_ray import keys
+from shoal.on_ray.calls import reads
 from shoal.on_ray.clients import ReplicaClient
-from shoal.on_ray.engines import LIFE, LOGGING, EngineReplica, engine_options
-from shoal.on_ray.resources import need_free_port
-from shoal.on_ray.serve_config import GATEWAY, IMPORT_PATH, ServeArgs
+from shoal.on_ray.ending import end_by_signals, need_ray, running
+from shoal.on_ray.ending import stop as stop
+from shoal.on_ray.engines import HELD, LIFE, LOGGING, EngineReplica, engine_options
+from shoal.on_ray.serve_config import GATEWAY, IMPORT_PATH
 from shoal.vllm_plugin import options
 
 MODEL_VARIABLE = "SHOAL_MODEL"
 GATEWAY_OPTIONS: dict[str, Any] = {
-    "max_ongoing_requests": 4096,  # connections that the gateway holds; what the engines take is bounded by `ServeArgs`
-    "max_queued_requests": 4096,
+    "max_ongoing_requests": HELD,  # connections that the gateway holds; what the engines take is bounded by `ServeArgs`
+    "max_queued_requests": HELD,
     "max_surge_percent": 100,  # in an update the new one serves before the old one goes
     "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
+    "health_check_period_s": 1.0,  # one that has died is missed so soon; Serve's 10 were most of the time without it
     **LIFE,
     "logging_config": LOGGING,
     "ray_actor_options": {"num_cpus": 0},
@@ -56,13 +64,13 @@ GATEWAY_OPTIONS: dict[str, Any] = {
 SERVE_SETTINGS = {  # environment of Serve's processes, where a config gives no other
     "RAY_SERVE_PROXY_USE_GRPC": "1",  # to the gateway, as the gateway does to engines (`clients.DIRECT`)
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # one that was killed is missed after three; Serve's 10 are half a minute
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "shoal.on_ray.proxy:middlewares",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on busy cores a proxy is killed after 5 s, before it has started
     # a replica has one loop for our code, Serve's and the router: in three threads a first token comes 2.6 ms later
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 POLL_SECONDS = 0.25
-STREAM_SECONDS = 60.0  # that a service which is stopped gives to the streams that run
-STOP_SECONDS = 90.0
 
 
 def app(args: dict[str, Any]) -> serve.Application:
@@ -71,17 +79,30 @@ def app(args: dict[str, Any]) -> serve.Application:
     Raises ConfigError for an unknown or wrong argument, CheckpointError for a model that cannot be served.
     """
     given = _with_model(config.load(ServeArgs, args, "args"))
+    given = replace(given, api_keys=keys.referred(given.api_keys))
     if given.engine == "vllm":
         options.check(given.vllm)  # a slip is refused now as well
+    from shoal.model.files import check
+
     engines = {}
     for name, directory in given.deployments().items():
         served = given.served(directory)  # refused now, in one line, and not by every replica again
-        chosen = engine_options(given, directory, served.config.page)
+        if given.engine == "shoal":
+            check(Path(directory))  # as each replica does: while what serves is whole
+        chosen = engine_options(given, directory, served.config.page) | _surge(given)
         engines[name] = serve.deployment(name=name, **chosen)(EngineReplica).bind(given, directory)
     # a gateway that goes has the time of the longest request: its streams cannot go on at another
     gateway_options = {**GATEWAY_OPTIONS, "graceful_shutdown_timeout_s": max(given.seconds, STREAM_SECONDS)}
     ingress = serve.ingress()(Gateway)  # builds its app where it runs
     return serve.deployment(name=GATEWAY, **gateway_options)(ingress).bind(engines, given)
+
+
+def _surge(args: ServeArgs) -> dict[str, Any]:
+    """Serve's option that starts a new replica before an old one goes, so that a failing update takes none along. Not where the
+    cluster has no room for one more: it would wait for ever."""
+    free: dict[str, float] = ray.available_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
+    room = free.get("CPU", 0.0) >= args.cpus and free.get("GPU", 0.0) >= args.gpus
+    return {"max_surge_percent": 1} if room and free else {}  # 1 %, rounded up: one
 
 
 def run(
@@ -95,8 +116,8 @@ def run(
     one that is ours, which ends in its ``route_prefix``.
 
     Returns once requests would be served, or raises when `seconds` are over; `on_ready` is called with the URL then.
-    With `blocking` it stays until Ctrl-C (or SIGTERM) and stops Serve; without, `stop` does. Raises ResourceError for a
-    port in use, a Serve that runs already, or an application that does not start; CheckpointError for a broken model.
+    With `blocking` it stays until Ctrl-C (or SIGTERM) and stops Serve; without, `stop` does. Raises ResourceError for a port in
+    use, a Serve that runs already, or an application that does not start; CheckpointError for a broken model.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it tells, this function tells
     options = deploy.http_options
@@ -106,11 +127,13 @@ def run(
     for application in ours:
         application.args = _at_home(application.args, url + _prefix(application))
     need_free_port(options.host, options.port)
-    if _get_global_client(raise_if_no_controller_running=False) is not None:
+    if running() is not None:
         raise ResourceError(
             "Serve is already running on this Ray", do="change it with `serve deploy`, or stop it first"
         )
     deadline = time.monotonic() + seconds
+    if blocking:
+        end_by_signals()
     try:
         serve.start(
             deploy.proxy_location,
@@ -121,18 +144,19 @@ def run(
             ControllerOptions(runtime_env={"env_vars": {**SERVE_SETTINGS, **_environment(deploy)}}),
         )
         # what `serve deploy` sends through the dashboard: the file means the same here and there, overrides included
-        client = _get_global_client()
-        assert client is not None  # it raises instead
+        client = running()
+        assert client is not None  # it was started above
         client.deploy_apps(deploy)
         for application in deploy.applications:
             _wait_until_running(application.name, deadline)
         for application in ours:
             _wait_until_ready(url + _prefix(application), deadline)
         url += _prefix(ours[0]) if ours else ""
-        if on_ready:
-            on_ready(url)
-        if blocking:
-            _wait_for_the_end()
+        with suppress(KeyboardInterrupt) if blocking else nullcontext():
+            if on_ready:
+                on_ready(url)
+            if blocking:
+                _wait_for_the_end()
     except BaseException:
         stop()
         raise
@@ -141,45 +165,10 @@ def run(
     return url
 
 
-def stop() -> None:
-    """Stops Serve on the Ray that is running; does nothing when none runs. Requests that run have `STREAM_SECONDS` to end.
-
-    Raises ResourceError when it does not end within `STOP_SECONDS`.
-    """
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
-        return
-    # `serve.shutdown` waits inside a call that the controller's own end breaks off, which Ray prints as a failure
-    ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=STOP_SECONDS)
-    began = time.monotonic()
-    while _controller_lives():
-        if time.monotonic() > began + STREAM_SECONDS:
-            _kill_replicas()
-        if time.monotonic() > began + STOP_SECONDS:
-            raise ResourceError("Serve does not end", got=f"alive after {STOP_SECONDS:g} s", do="stop its Ray")
-        time.sleep(POLL_SECONDS)
-    _disconnect()  # type: ignore[no-untyped-call]  # forgets the Serve that was
-
-
 def _environment(deploy: ServeDeploySchema) -> dict[str, str]:
     """What the config gives to Serve's own processes; Ray lets it be nothing but variables."""
     given = deploy.controller_options and deploy.controller_options.runtime_env
     return (given or {}).get("env_vars") or {}
-
-
-def _controller_lives() -> bool:
-    try:
-        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    except ValueError:
-        return False
-    return True
-
-
-def _kill_replicas() -> None:
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"] == SERVE_NAMESPACE and ReplicaID.is_full_id_str(actor["name"]):
-            with suppress(ValueError):  # it has just gone
-                ray.kill(ray.get_actor(actor["name"], namespace=SERVE_NAMESPACE))
 
 
 def _with_model(args: ServeArgs) -> ServeArgs:
@@ -201,9 +190,8 @@ def _at_home(args: dict[str, Any], url: str) -> dict[str, Any]:
     given = _with_model(config.load(ServeArgs, args, "args"))
     for directory in given.deployments().values():
         given.served(directory)
-    ApiKeys.load(given.api_keys)
-    paths = {"model": given.model, "api_keys": given.api_keys}
-    absolute: dict[str, Any] = {name: str(Path(path).resolve()) for name, path in paths.items() if path}
+    absolute: dict[str, Any] = {"model": str(Path(given.model).resolve())} if given.model else {}
+    absolute |= {"api_keys": keys.referred(given.api_keys)}
     if given.models:
         absolute["models"] = {name: str(Path(path).resolve()) for name, path in given.models.items()}
     return {**args, **absolute, "ui_api": given.ui_api or f"{url}/v1"}
@@ -247,50 +235,71 @@ def _wait_until_ready(url: str, deadline: float) -> None:
 
 
 def _wait_for_the_end() -> None:
-    """Until Ctrl-C or SIGTERM, which is how a job is stopped."""
+    """Raises KeyboardInterrupt at Ctrl-C or SIGTERM, ResourceError when Ray has ended by itself."""
+    while True:
+        need_ray()
+        time.sleep(1.0)
 
-    def end(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
 
-    # both: a shell that starts a command in the background has it ignore SIGINT
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+Engines = tuple[ServedModel, ReplicaClient]  # of one model
 
 
 class Gateway:
     """The HTTP surface. One replica: a chat page keeps its session in the process that made it."""
 
-    def __init__(self, engines: dict[str, DeploymentHandle[Any]], args: ServeArgs) -> None:
-        """`engines`: a handle for each of `args.deployments()`."""
-        self._engines, self._args = engines, args
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, engines: dict[str, DeploymentHandle[Any]], args: ServeArgs
+    ) -> None:
+        """`engines`: a handle for each of `args.deployments()`.
+
+        In an update that changes what engines read it waits for one of the new engines: until then the gateway before it
+        serves, and for good if they do not start.
+        """
+        self._args, self._drain = args, Drain(OPEN_PATHS)
+        names: list[str | None] = [*args.models] or [args.name]
+        self._models = [
+            _hosted(engines[deployment], directory, name, args)
+            for name, (deployment, directory) in zip(names, args.deployments().items(), strict=True)
+        ]
+        while await _is_served_by_another() and not all([await client.same_model() for _, client in self._models]):
+            await asyncio.sleep(POLL_SECONDS)
+
+    def close(self) -> int:
+        """Takes no new work from now on; returns how many requests are running."""
+        self._drain.close()
+        return self._drain.running
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         log_to_stderr()
         args = self._args
-        names: list[str | None] = [*args.models] or [args.name]
-        models = [
-            Hosted(
-                args.served(directory, name),
-                ReplicaClient(self._engines[deployment], may_be_none=args.min_replicas == 0),
-            )
-            for name, (deployment, directory) in zip(names, args.deployments().items(), strict=True)
-        ]
+        models = [Hosted(served, client) for served, client in self._models]
         default = models[0].served.name
-        page = chat_page(args.ui_api or "http://127.0.0.1:8000/v1", default, args.ui_mount) if args.ui else None
+        at = args.ui_api or "http://127.0.0.1:8000/v1"
+        page = chat_page_later(at, default, args.ui_mount) if args.ui else None
         return build_app(
             models,
-            api_keys=ApiKeys.load(args.api_keys),
+            api_keys=keys.keys_of(args.api_keys),
             limits=Limits(seconds=args.seconds),
             metrics=args.metrics,
             cors=args.cors,
             runs=Path(args.runs) if args.runs else None,
+            batches=Path(args.batches) if args.batches else None,
+            at_once=args.max_batch * args.max_replicas * len(models),  # so that idle replicas are used
             ui_mount=page,
             answer_request_id=False,  # Serve's proxy does
+            drain=self._drain,
         )
+
+
+def _hosted(engine: DeploymentHandle[Any], directory: str, name: str | None, args: ServeArgs) -> Engines:
+    served = args.served(directory, name)
+    return served, ReplicaClient(engine, may_be_none=args.min_replicas == 0, reads=reads(served, directory))
+
+
+async def _is_served_by_another() -> bool:
+    """Whether a gateway of this application runs already."""
+    application = serve.get_replica_context().app_name
+    with suppress(RayError, RayServeException, KeyError):
+        found = (await asyncio.to_thread(serve.status)).applications[application].deployments[GATEWAY]
+        return found.replica_states.get(ReplicaState.RUNNING, 0) > 0
+    return False

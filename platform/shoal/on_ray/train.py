@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,13 +26,15 @@ from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, LoggingCo
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from shoal.config import dump, load
+from shoal.data.alone import alone
 from shoal.data.remote import is_remote
-from shoal.errors import ResourceError, ShoalError, UsageError
-from shoal.on_ray.resources import local_ray, need_disk, worker_env
-from shoal.train.log import Record, Report, ignore, metrics_file
+from shoal.errors import ResourceError, ShoalError, UsageError, first_line, last_line
+from shoal.machine import need_disk
+from shoal.on_ray.resources import local_ray, worker_env
+from shoal.train.log import Record, Report, ignore, metrics_file, parse
 from shoal.train.loop import FitResult, fit
 from shoal.train.plan import FitPlan, check, disk_needed, located, memory_needed
-from shoal.train.run import LESS_MEMORY, stop_file
+from shoal.train.run import COMMAND, LESS_MEMORY, stop_file
 
 STARTS = 3  # times that Ray may try to start the workers: its default retries an infeasible plan for ever
 COLLECTIVE_TIMEOUT = 300  # seconds that one exchange between workers may take
@@ -71,12 +73,13 @@ def train(
     cannot be followed (a cluster with an autoscaler is waited for), and what `fit` raises.
     """
     plan = _absolute(plan)
-    stop_file(plan.run).unlink(missing_ok=True)
     least, most = (workers, workers) if isinstance(workers, int) else workers
     for world in range(least, most + 1):
         check(located(plan.at_world(most, world)), world)
     need_disk(plan.run, disk_needed(plan))
-    with local_ray():
+    busy = ResourceError(f"another command is training in {plan.run}", do="wait for it, stop it, or give another --out")
+    with alone(Path(plan.run) / COMMAND, busy), local_ray():
+        stop_file(plan.run).unlink(missing_ok=True)
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         use_gpu = resources.get("GPU", 0) >= least if gpus is None else gpus
         room = _room(plan.at_world(most, least), least, cpus_per_worker, use_gpu, resources, on_progress)
@@ -203,9 +206,21 @@ def _absolute(plan: FitPlan) -> FitPlan:
 
 @contextlib.contextmanager
 def _following(plan: FitPlan, on_progress: Report) -> Iterator[None]:
-    """Hand every record that rank 0 appends to the run's metrics file to `on_progress`, in a thread of this process."""
+    """Hand every record that rank 0 appends to the run's metrics file to `on_progress`, in a thread of this process. A line
+    that cannot be read, and a listener that fails, are told of and passed over."""
     path, over = metrics_file(plan.run), threading.Event()
     start = path.stat().st_size if path.exists() else 0
+
+    def tell(text: bytes) -> None:
+        record = parse(text)
+        if record is None and text.strip():
+            said = f"a line of {path} cannot be read: {text[:80]!r}"
+            record = {"kind": "warning", "time": time.time(), "step": 0, "text": said}
+        if record is not None:
+            try:
+                on_progress(record)
+            except Exception as error:  # whatever listens, the run and the records after this one must not feel it
+                print(f"warning: a {record['kind']} record was not shown: {error!r}"[:200], file=sys.stderr)
 
     def follow() -> None:
         at, rest = start, b""
@@ -218,7 +233,7 @@ def _following(plan: FitPlan, on_progress: Report) -> Iterator[None]:
                 at += len(new)
                 *lines, rest = (rest + new).split(b"\n")
                 for text in lines:
-                    on_progress(json.loads(text))
+                    tell(text)
             if last:
                 return
             over.wait(POLL)
@@ -288,19 +303,18 @@ def _cause(error: BaseException) -> ShoalError:
     for rank, inner in found:
         who = "a process of the run" if rank is None else f"worker {rank}"
         if isinstance(inner, ray.exceptions.OutOfMemoryError):
-            return ResourceError(f"{who} was killed for memory", got=str(inner).splitlines()[0], do=LESS_MEMORY)
+            return ResourceError(f"{who} was killed for memory", got=first_line(inner), do=LESS_MEMORY)
         if isinstance(inner, ray.exceptions.RayActorError):
-            reason = str(inner).splitlines()[-1].partition(" Some common causes")[0]
+            reason = last_line(inner).partition(" Some common causes")[0]
             return ShoalError(
                 f"{who} died",
                 got=reason[:300],
                 do=f"what was saved can be resumed; if the system was out of memory (see dmesg there), {LESS_MEMORY}",
             )
     first = next(iter(failures.values()))
-    text = [line for line in str(first).strip().splitlines() if line.strip()] or [type(first).__name__]
     return ShoalError(
         "training failed",
-        got=text[-1].strip()[:300],
+        got=last_line(first),
         do="what was saved can be resumed; see Ray's logs for the traceback",
     )
 

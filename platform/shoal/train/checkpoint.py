@@ -1,14 +1,16 @@
 """Training checkpoints: all that an exact resume needs, written aside, hashed and renamed.
+Exact: to the bit where rates follow the number of the step, or a schedule that was recorded (`Run.schedule`).
 
     RUN/checkpoints/step-00000120/
         shard-0000R-model-*.safetensors   model and optimizer, each rank its own shards (torch.distributed.checkpoint, in
                                           safetensors: nothing is pickled, and any number of ranks can read it back)
         rng-0000R.safetensors             random state of each rank
-        state.json                        step, tokens, cursor, seconds trained, what was trained, by which code
+        state.json                        step, tokens, cursor, seconds trained, what was trained, in how many micro-batches an
+                                          update, by which code
         manifest.json                     size and sha256 of every file; written last
 
-A directory named step-* was renamed after its manifest was written, so it is whole unless the disk lies; `newest` reads the
-hashes anyway and falls back to the one before. Where the run has a `Mirror`, what is missing here is fetched from there.
+A directory named step-NNNNNNNN was renamed after its manifest was written, so it is whole unless the disk lies; `newest` reads
+the hashes anyway and falls back to the one before. Where the run has a `Mirror`, what is missing here is fetched from there.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException as DcpError
@@ -35,8 +36,9 @@ from torch.optim import Optimizer
 
 from shoal.config import load as load_config
 from shoal.config import read_file
-from shoal.errors import CheckpointError
-from shoal.train.manifest import MANIFEST, damage, manifest, write_json
+from shoal.errors import CheckpointError, last_line
+from shoal.machine import write_json
+from shoal.train.manifest import MANIFEST, STATE, STEP, damage, manifest
 from shoal.train.mirror import Mirror
 from shoal.train.parallel import Ranks
 
@@ -53,12 +55,14 @@ class TrainState:
     cursor: int = 0  # position in the global order of samples: the first one not yet used
     seconds: float = 0.0  # of training, over all sittings
     world: int = 1  # ranks that wrote it
+    parts: int = 0  # micro-batches of a global batch, over all ranks; 0 while that is not known
+    limits: dict[str, Any] = field(default_factory=dict)  # how long the run was to be
+    schedule: float = 0.0  # share of that length at which the last update took its rates
     code: str = ""  # fingerprint of the code that wrote it
     trained: dict[str, Any] = field(default_factory=dict)  # what a resumed run must agree with, as plain values
-    best: float | None = (
-        None  # fewest held-out bits a byte so far, mean of what is measured; None before the first evaluation
-    )
+    best: float | None = None  # fewest held-out bits a byte that a checkpoint was written for, mean of what is measured
     best_step: int = 0  # when that was
+    measured_on: str = ""  # what `best` was measured on: another set of rows begins anew
 
 
 class CheckpointStore:
@@ -68,11 +72,12 @@ class CheckpointStore:
         """`mirror`: copies elsewhere; on rank 0 only, which alone asks for it."""
         self.directory = Path(run) / "checkpoints"
         self.keep, self.mirror = keep, mirror
-        self._best: list[Path] | None = None  # the best one, if any is to stay; None while that is not known
+        self._best: list[Path] = []  # the best one, if any is to stay
+        self._last: Path | None = None  # the one that was saved last, here
 
     def steps(self) -> list[Path]:
         """Published checkpoints, oldest first."""
-        return sorted(self.directory.glob("step-*"))
+        return sorted(path for path in self.directory.glob("step-*") if STEP.fullmatch(path.name))
 
     def at(self, step: int) -> Path:
         """Where the checkpoint of `step` is, or would be."""
@@ -101,7 +106,7 @@ class CheckpointStore:
 
         def publish() -> None:
             if ranks.first:
-                write_json(aside / "state.json", {"format": FORMAT, "version": VERSION, **asdict(state)})
+                write_json(aside / STATE, {"format": FORMAT, "version": VERSION, **asdict(state)})
                 write_json(aside / MANIFEST, manifest(aside))
                 shutil.rmtree(final, ignore_errors=True)
                 aside.rename(final)
@@ -114,7 +119,7 @@ class CheckpointStore:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
         if ranks.first:
-            self._best = [self.at(state.best_step)] if keep_best and state.best is not None else []
+            self._last, self._best = final, [self.at(state.best_step)] if keep_best and state.best is not None else []
             if self.mirror is not None:
                 self.mirror.best = self._best[0].name if self._best else ""
                 self.mirror.offer(final)
@@ -124,20 +129,22 @@ class CheckpointStore:
 
     def tidy(self) -> None:
         """Remove checkpoints that nobody needs: neither new, nor best, nor still to be copied; none before the first was saved
-        here. On rank 0 only."""
-        if self._best is None:
+        here. One of a later step than the last saved was damaged, or this run would have gone on from it: it is not new. On
+        rank 0 only."""
+        if self._last is None:
             return
-        stay = {*self._best, *self.steps()[-self.keep :], *(self.mirror.needed if self.mirror else ())}
+        new = [path for path in self.steps() if path <= self._last][-self.keep :]
+        stay = {*self._best, *new, *(self.mirror.needed if self.mirror else ())}
         for old in set(self.steps()) - stay:
             shutil.rmtree(old, ignore_errors=True)
 
     def clear(self, ranks: Ranks) -> None:
-        """Forget all checkpoints of the run, copies too."""
-        if ranks.first:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            if self.mirror is not None:
-                self.mirror.clear()
-        ranks.wait()
+        """Forget all checkpoints of the run, copies too. Raises CheckpointError, on all ranks, where the mirror fails."""
+        with ranks.alike():
+            if ranks.first:
+                shutil.rmtree(self.directory, ignore_errors=True)
+                if self.mirror is not None:
+                    self.mirror.clear()
 
     def newest(self, ranks: Ranks, warn: Callable[[str], None]) -> Path | None:
         """The newest whole checkpoint, fetched when it is only in the mirror, or None, the same on all ranks. Damaged ones
@@ -193,35 +200,44 @@ class CheckpointStore:
         return None
 
     def fetched(self, step: int, ranks: Ranks) -> Path:
-        """Where the checkpoint of `step` is, brought here from the mirror where it must be. Raises CheckpointError."""
+        """Where the checkpoint of `step` is, whole, brought here from the mirror where it must be. Raises CheckpointError."""
         path = self.at(step)
 
         def bring() -> None:
-            if ranks.first and not path.is_dir():
-                problem = self._fetch(self.mirror, path.name) if self.mirror is not None else "it is not here"
-                if problem:
-                    raise OSError(problem)
+            problem = (damage(path) if path.is_dir() else "it is not here") if ranks.first else None
+            if problem and self.mirror is not None:
+                problem = self._fetch(self.mirror, path.name)
+            if problem:
+                raise OSError(problem)
 
         _together(ranks, bring, f"cannot read checkpoint {path}")
         return path
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
-        """Model, optimizer and random state from `path`, in place, at any number of ranks."""
-        try:
+        """Model, optimizer and random state from `path`, in place, at any number of ranks. Raises CheckpointError, on all
+        ranks, when one of them cannot read it; some tensors may be loaded then."""
+        tensors: dict[str, Tensor] = {}
+
+        def find() -> None:
             saved = HuggingFaceStorageReader(path=str(path)).read_metadata().state_dict_metadata
-            tensors = _tensors(model, optimizer, list(saved))
+            tensors.update(_tensors(model, optimizer, list(saved)))
+
+        def fill() -> None:
             with _alone(ranks):
                 dcp_load(tensors, storage_reader=HuggingFaceStorageReader(path=str(path)), no_dist=ranks.world == 1)
-        except (Exception, DcpError) as error:  # DCP wraps whatever went wrong on any rank in its own kinds
-            raise CheckpointError(f"cannot load checkpoint {path}", got=str(error).strip().splitlines()[-1]) from error
-        rng = path / f"rng-{ranks.rank:05d}.safetensors"
-        if rng.exists():
-            _set_rng(load_file(str(rng)))
+
+        def draw_on() -> None:
+            rng = path / f"rng-{ranks.rank:05d}.safetensors"
+            if rng.exists():
+                _set_rng(load_file(str(rng)))
+
+        for part in (find, fill, draw_on):
+            _together(ranks, part, f"cannot load checkpoint {path}")
 
 
 def read_state(path: Path) -> TrainState:
     """The state in checkpoint `path`. Raises CheckpointError when it is of another format."""
-    values = read_file(path / "state.json")
+    values = read_file(path / STATE)
     kind = (values.pop("format", None), values.pop("version", None))
     if kind != (FORMAT, VERSION):
         raise CheckpointError(f"{path}", got=f"{kind[0]} version {kind[1]}", allowed=f"{FORMAT} version {VERSION}")
@@ -260,15 +276,14 @@ def code_version(package: Path = Path(__file__).parent.parent) -> str:
 def _together(ranks: Ranks, work: Callable[[], None], what: str) -> None:
     """Do `work` on every rank. Raises CheckpointError on all of them when it failed on one: those that go on would wait for
     ever for the one that stopped."""
-    problem = ""
+    problem, met = "", None
     try:
         work()
-    except (OSError, SafetensorError, DcpError) as error:
-        lines = [line for line in str(error).strip().splitlines() if line.strip()]
-        problem = (lines[-1] if lines else type(error).__name__).strip()[:200]
+    except (Exception, DcpError) as error:  # DCP wraps whatever went wrong on any rank in its own kinds
+        problem, met = last_line(error), error
     failed = int(ranks.sum(torch.tensor([float(bool(problem))])))
     if failed:
-        raise CheckpointError(what, got=problem or f"an error on {failed} other worker(s)")
+        raise CheckpointError(what, got=problem or f"an error on {failed} other worker(s)") from met
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer, saved: list[str] | None = None) -> dict[str, Tensor]:

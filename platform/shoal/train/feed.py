@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from shoal.data.batches import NO_TARGET, Batch, ChatBatches, PretrainBatches, heldout_batches
+from shoal.data.chats.heldout import questions
 from shoal.data.documents import MODALITIES
 from shoal.data.pack import PADDING
 from shoal.data.shards import TOKENIZER
@@ -52,10 +53,10 @@ class Feed:
 
     batches: PretrainBatches | ChatBatches | Replay
     batch_samples: int  # samples of a global batch: rows of shards, groups of chats
-    heldout: Mapping[str, list[Batch]]  # modality -> this rank's micro-batches, as many on every rank
-    mix: Mapping[str, float] = field(
-        default_factory=dict
-    )  # wanted share of each modality by token; empty for chats alone
+    # modality -> this rank's micro-batches, as many on every rank
+    heldout: Mapping[str, list[Batch]] = field(default_factory=dict)
+    # wanted share of each modality by token; empty for chats alone
+    mix: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def steps_in_epoch(self) -> int:
@@ -80,14 +81,16 @@ class Feed:
 def open_feed(plan: FitPlan, tokenizer: Tokenizer, template: str, ranks: Ranks) -> Feed:
     """The plan's data for this rank. Raises DataError when it cannot be used with this model and `tokenizer`, ConfigError
     when the global batch does not divide over the ranks."""
+    heldout = _heldout_chats(plan, tokenizer, template, ranks)
     if Path(plan.data).is_dir():
-        return _shards(plan, plan.data, tokenizer, ranks)
+        rows = _shards(plan, plan.data, tokenizer, ranks)
+        return dataclasses.replace(rows, heldout={**heldout, **rows.heldout})
     chats = _chats(plan, tokenizer, template, ranks)
     if not plan.replay:
-        return chats
+        return dataclasses.replace(chats, heldout=heldout)
     rows = _shards(plan, plan.replay, tokenizer, ranks)
     assert isinstance(chats.batches, ChatBatches) and isinstance(rows.batches, PretrainBatches)
-    return Feed(Replay(chats.batches, rows.batches), chats.batch_samples, {**chats.heldout, **rows.heldout})
+    return Feed(Replay(chats.batches, rows.batches), chats.batch_samples, {**heldout, **rows.heldout})
 
 
 def shard_tokenizer(data: str | Path) -> Tokenizer:
@@ -135,15 +138,24 @@ def _chats(plan: FitPlan, tokenizer: Tokenizer, template: str, ranks: Ranks) -> 
         rank=ranks.rank,
         world=ranks.world,
         template=template,
+        max_length=plan.row_length,
+        whole=plan.train.trains == "exits",
+        pairs=plan.train.dpo > 0,
     )
-    heldout: dict[str, list[Batch]] = {}
-    if plan.heldout:
-        chats = ChatBatches(
-            plan.heldout, tokenizer, plan.model, batch_tokens=EVAL_TOKENS, parts=1, template=template, heldout=True
-        )
-        groups = range(min(chats.steps_in_epoch, -(-plan.eval_rows // EVAL_ROWS)))
-        heldout["chat"] = _dealt((batch for group in groups for batch in chats.at(group)), ranks)
-    return Feed(batches, parts, heldout)
+    return Feed(batches, parts)
+
+
+def _heldout_chats(plan: FitPlan, tokenizer: Tokenizer, template: str, ranks: Ranks) -> dict[str, list[Batch]]:
+    """Batches of the plan's held-out chats, if it has any. They are asked as questions once the model is made; a row that
+    cannot be is refused now, with its line, and not after hours of training."""
+    if not plan.heldout:
+        return {}
+    questions(plan.heldout, tokenizer, plan.model, template)
+    chats = ChatBatches(
+        plan.heldout, tokenizer, plan.model, batch_tokens=EVAL_TOKENS, parts=1, template=template, heldout=True
+    )
+    groups = range(min(chats.steps_in_epoch, -(-plan.eval_rows // EVAL_ROWS)))
+    return {"chat": _dealt((batch for group in groups for batch in chats.at(group)), ranks)}
 
 
 def _dealt(batches: Iterable[Batch], ranks: Ranks) -> list[Batch]:

@@ -41,7 +41,7 @@ def measure(model: LossModel, batches: Mapping[str, Sequence[Batch]], ranks: Ran
         for batch in (b.to(ranks.device) for b in some):
             with precision(model, ranks):
                 sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid)
-            patches = predicted_patches(batch.tokens, batch.docs).sum()
+            patches = predicted_patches(batch.tokens, batch.docs, batch.patches).sum()
             totals += torch.cat([sums.ce.sum(1), torch.stack([sums.patch, patches, patches.new_tensor(batch.n_bytes)])])
         *nats, patch, patches, n_bytes = ranks.sum(totals).tolist()
         values = [value / math.log(2) / n_bytes if n_bytes else math.nan for value in nats]

@@ -2,17 +2,19 @@
 
 A record has a ``kind`` (start, chats, step, eval, checkpoint, copied, best, warning, end) and the ``step`` it follows. The file
 is what the report and the driver of a Ray job read; lines and the progress bar are made from records alone, so they look the
-same wherever the loop runs.
+same wherever the loop runs. A crash or a full disk may tear a line: every reader goes by `parse`, passes over what is no record
+and counts it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,12 +32,13 @@ def ignore(record: Record) -> None:
 class Speaker:
     """Says a record: appends it to ``RUN/metrics.jsonl`` and hands it to `report`, on rank 0.
 
-    The file only grows, so that it can be followed while it is written and no crash can harm it. `read` knows that a resumed
-    run repeats steps.
+    The file only grows, so that it can be followed while it is written. What a full disk did not take is written, whole and
+    on a line of its own, before the next record. `read` knows that a resumed run repeats steps.
     """
 
     def __init__(self, run: str | Path, first: bool, report: Report) -> None:
         self.path, self._first, self._report = metrics_file(run), first, report
+        self._unwritten: list[bytes] = []
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(
@@ -44,35 +47,88 @@ class Speaker:
         """`everywhere`: hand it to `report` on every rank."""
         record = {"kind": kind, "time": time.time(), **(values or {}), **more}
         if self._first:
-            with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:  # a full disk ends no run
-                file.write(json.dumps(_finite(record)) + "\n")
+            self._unwritten.append(json.dumps(_finite(record)).encode() + b"\n")
+            self._write()
         if self._first or everywhere:
             self._report(record)
+
+    def _write(self) -> None:
+        try:
+            with self.path.open("ab+", buffering=0) as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        file.write(b"\n")
+                while self._unwritten:
+                    if file.write(self._unwritten[0]) < len(self._unwritten[0]):
+                        return
+                    del self._unwritten[0]
+        except OSError:  # a full disk ends no run
+            return
 
 
 def metrics_file(run: str | Path) -> Path:
     return Path(run) / "metrics.jsonl"
 
 
-def read(run: str | Path) -> list[Record]:
+def parse(text: bytes) -> Record | None:
+    """The record in a line of a metrics file; None where it holds none that can be read."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    known = type(record.get("step")) is int or record["kind"] == "end"
+    return dict(_finite(record)) if known else None
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run has said."""
+
+    records: list[Record]
+    unreadable: int  # lines that hold no record, passed over
+
+
+def history(run: str | Path) -> History:
     """The history of a run as one sitting: what a resumed run did again, or a new run replaced, is left out."""
-    history: list[Record] = []
-    for text in metrics_file(run).read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(text)
-        except ValueError:  # a last line cut short by a crash
+    records: list[Record] = []
+    unreadable = 0
+    for text in metrics_file(run).read_bytes().split(b"\n"):
+        record = parse(text)
+        if record is None:
+            unreadable += bool(text.strip())
             continue
         if record["kind"] == "start":
-            history = (
-                [r for r in history if r["kind"] != "end" and r["step"] <= record["step"]] if record["step"] else []
-            )
-        history.append(record)
-    return history
+            before = record["step"]
+            records = [r for r in records if r["kind"] != "end" and r["step"] <= before] if before else []
+        records.append(record)
+    return History(records, unreadable)
 
 
-def rates(run: str | Path) -> dict[int, float]:
-    """The learning rate of each update of a run, by the number of its step."""
-    return {record["step"]: record["rate"] for record in read(run) if record["kind"] == "step"}
+def read(run: str | Path) -> list[Record]:
+    """The records of `history`."""
+    return history(run).records
+
+
+def schedule(run: str | Path, limits: Mapping[str, float | None] | None = None, after: int = 0) -> dict[int, float]:
+    """The share of its length at which each update of a run after step `after` took its rates, by the number of its step, up to
+    the first that is not known; with `limits`, of the sittings that were to be as long. Empty where nothing was recorded."""
+    if not metrics_file(run).is_file():
+        return {}
+    found: dict[int, float] = {}
+    length: Any = None
+    for record in read(run):
+        if record["kind"] == "start":
+            length = record.get("limits")
+        at = record.get("schedule")
+        if record["kind"] == "step" and isinstance(at, (int, float)) and (limits is None or limits == length):
+            found[record["step"]] = float(at)
+    unbroken: dict[int, float] = {}
+    while (step := after + len(unbroken) + 1) in found:
+        unbroken[step] = found[step]
+    return unbroken
 
 
 def line(record: Record) -> str:
@@ -100,7 +156,8 @@ def line(record: Record) -> str:
                 f"{r['matmul_rate'] / 1e9:,.0f} GFLOP/s a worker in matrix products"
             )
         case "chats":
-            refused = "".join(f", {count:,} refused: {reason}" for reason, count in r["refused"].items())
+            first = {reason: f" (the first in line {at})" for reason, at in r.get("refused_at", {}).items()}
+            refused = "".join(f", {n:,} refused: {reason}{first.get(reason, '')}" for reason, n in r["refused"].items())
             return (
                 f"chats: {r['rows']:,} rows, {r['tokens']:,} tokens{refused}; {r['padding']:.1%} of a batch is padding "
                 f"({r['naive_padding']:.1%} without grouping by length)"

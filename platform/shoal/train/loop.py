@@ -1,6 +1,6 @@
 """Training, from a plan to a model directory: the same loop alone, under torchrun and under Ray Train.
 
-    join the ranks -> open the data -> build the whole model -> shard it -> resume
+    join the ranks -> build the whole model -> find what to go on from -> open the data -> shard the model -> load
       -> (one update -> say so -> now and then: evaluate on held-out rows, save a checkpoint) until the run's share is done
       -> evaluate, save, gather the model and write its directory
 
@@ -13,20 +13,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from shoal.errors import CheckpointError, ConfigError
+import torch
+
+from shoal.errors import CheckpointError, ConfigError, DataError
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.model import checkpoint as model_directory
+from shoal.model import checkpoint
 from shoal.model.cost import parameters
 from shoal.model.linears import export_int8, fake_quantize_
 from shoal.model.net import Net
-from shoal.train import log, lora
-from shoal.train.checkpoint import full_state
+from shoal.train import exits, lora
+from shoal.train.checkpoint import TrainState, full_state
 from shoal.train.feed import Feed, open_feed, shard_tokenizer
-from shoal.train.heldout import Bpb, measure
+from shoal.train.heldout import Bpb, HeldoutReport, measure
 from shoal.train.log import Report, Speaker, ignore
 from shoal.train.loss import LossModel
 from shoal.train.meter import Meter, matmul_rate
@@ -41,7 +45,7 @@ from shoal.train.optim import (
 )
 from shoal.train.parallel import Ranks, shard_
 from shoal.train.plan import FitPlan, located, progress
-from shoal.train.run import Clock, Run, StoppedError, enough_memory, stop_file
+from shoal.train.run import Clock, Run, StoppedError, enough_memory, only_writer, stop_file
 from shoal.train.step import update
 
 
@@ -54,93 +58,135 @@ class FitResult:
     tokens: int  # padding left out
     seconds: float  # of training, over all sittings
     bpb: Bpb  # held-out bits a byte: modality -> exit name -> value
-    rounded: dict[str, Bpb] = field(
-        default_factory=dict
-    )  # of a quantising run: the model it starts from, as it is ("fp32") and
-    # rounded without training ("post-training"), measured likewise
+    # what it starts from, measured likewise: of a quantising run as it is ("fp32") and rounded without training
+    # ("post-training"), of one that trains early exits alone with these as they begin ("begun")
+    rounded: dict[str, Bpb] = field(default_factory=dict)
+    # of one that trains early exits alone: sha256 of all that full depth reads, the same before and after
+    backbone: str = ""
 
 
 def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
     """Train as `plan` says, going on from its newest checkpoint if it has one, and write the model directory.
 
     `report` gets every record on rank 0, and the checkpoint records on every rank. Raises CheckpointError, ConfigError or
-    DataError when the plan cannot be followed, ResourceError when memory is short, ShoalError when the loss is not finite;
-    what was saved stays resumable.
+    DataError when the plan cannot be followed, ResourceError when memory is short or another run writes to the same folder,
+    ShoalError when the loss is not finite; what was saved stays resumable.
     """
     ranks = Ranks.join()
-    with enough_memory(plan, ranks):
+    with enough_memory(plan, ranks), only_writer(plan, ranks):
         return _fit(plan, ranks, Speaker(plan.run, ranks.first, report))
 
 
 def _fit(plan: FitPlan, ranks: Ranks, say: Speaker) -> FitResult:
     with ranks.alike():
+        checkpoint.require_replaceable(plan.model_dir)  # where its model goes is looked at before it is trained
         plan = located(plan)
         start = _Start.of(plan)
+        identity = plan.identity(start.base)
+    run = Run(plan, ranks, say)
+    state = run.begin(identity)
+    with ranks.alike():
+        plan = _as_begun(plan, state, ranks, say)
         feed = open_feed(plan, start.tokenizer, start.template, ranks)
+        if plan.keep_best and not feed.heldout:
+            raise DataError("keep_best", got="no held-out rows", do="give --heldout, or leave it out")
+    state.parts = ranks.world * plan.train.accumulate
     teacher = copy.deepcopy(start.net) if plan.has_teacher else None
-    model = LossModel(start.net, trained_exits(plan.model.exits, plan.train), teacher)
+    trained = trained_exits(plan.model.exits, plan.train)
+    model = LossModel(start.net, trained, teacher, trained_only=plan.exits_only)
     shard_(model, ranks, replicas=plan.replicas, recompute=plan.recompute, compiled=plan.compile)
     optimizer = make_optimizer(model, plan.train)
-    run = Run(plan, ranks, model, optimizer, say, feed)
     rounded = _rounded(plan, model, feed, ranks)  # before a checkpoint takes the place of the weights
-    state = run.resume()
+    run.load(model, optimizer, feed)
+    followed = run.schedule(state)
     heads = min(2, len(model.exits)) if rotates(plan.model, plan.train) else len(model.exits)
     meter = Meter(plan.model, matmul_rate(ranks.device), ranks.world, heads=heads)
     say("start", _summary(plan, ranks, meter), mix=dict(feed.mix), step=state.step)
     if chats := feed.chats:
         say("chats", chats, step=state.step)
 
-    rates = log.rates(plan.rates_of) if plan.rates_of else {}
     clock = Clock(ranks, state.seconds, stop_file(plan.run))
-    done = progress(plan, step=state.step, seconds=state.seconds, steps_in_epoch=feed.steps_in_epoch)
+    share = progress(plan, step=state.step, seconds=state.seconds, steps_in_epoch=feed.steps_in_epoch)
+    done = max(share, state.schedule)
     while done < 1.0:
         batches = [batch.to(ranks.device) for batch in feed.at(state.step)]
         # The schedules are read at the end of this update, so that the first has a rate and the last has the lowest.
         end = state.seconds + clock.last_step
-        done = progress(plan, step=state.step + 1, seconds=end, steps_in_epoch=feed.steps_in_epoch)
-        rate = rates[state.step + 1] if plan.rates_of else learning_rate(done, plan.train)
-        weights = exit_weights(done, plan.train)
-        if rotates(plan.model, plan.train):
-            weights = one_early_exit(weights, state.step)
+        share = progress(plan, step=state.step + 1, seconds=end, steps_in_epoch=feed.steps_in_epoch)
+        # never back, where a clock goes faster than before
+        at = followed.get(state.step + 1, max(state.schedule, share))
+        done = max(share, at)
+        rate, weights = learning_rate(at, plan.train), _weights(plan, at, state.step)
         skip = left_out(plan.model, plan.train, state.step)
         # Rounding begins when the rate has warmed up: AdamW's moments are empty until then, and rounding is noise to them.
-        fake_quantize_(model.net, plan.quantize and done > plan.train.warmup)
+        fake_quantize_(model.net, plan.quantize and at > plan.train.warmup)
         result = update(
             model, optimizer, batches, config=plan.train, weights=weights, rate=rate, ranks=ranks, skip=skip
         )
-        state.step, state.tokens, state.cursor = (
-            state.step + 1,
-            state.tokens + result.tokens,
-            feed.cursor(state.step + 1),
-        )
-        state.seconds = clock.step()
+        state.step, state.tokens = state.step + 1, state.tokens + result.tokens
+        state.cursor, state.seconds, state.schedule = feed.cursor(state.step), clock.step(), at
         meter.add(result.tokens, clock.last_step)
-        say("step", meter.read() | asdict(result), step=state.step, progress=done, rate=rate, eta=clock.eta(done))
+        shown = {"progress": done, "schedule": at, "rate": rate, "eta": clock.eta(done)}
+        say("step", meter.read() | asdict(result) | shown, step=state.step)
         fake_quantize_(model.net, plan.quantize)  # what is measured is what will be served
-        if plan.eval_every and state.step % plan.eval_every == 0 and done < 1.0:
-            run.evaluate(state, done)
-        if (clock.stopped or state.seconds - run.saved_at >= 60 * plan.checkpoint_minutes) and done < 1.0:
-            run.save(state, done, must=clock.stopped)
-        run.tell_copies(state)
-        if clock.stopped and done < 1.0:
-            run.close(state)
-            raise StoppedError(f"stopped at step {state.step}", do="the same command goes on from there")
+        _between(plan, run, state, done, stopped=clock.stopped)
 
+    final = _last(plan, run, state, done)
+    backbone = start.export(plan, model, ranks)
+    count = str(plan.model_dir), state.step, state.tokens, state.seconds
+    result_ = FitResult(*count, final.bpb, rounded, backbone)
+    say("end", asdict(result_), step=state.step)
+    return result_
+
+
+def _weights(plan: FitPlan, at: float, step: int) -> tuple[float, ...]:
+    """Weights of the exits' losses in the update after `step`, with the share `at` of the run done."""
+    weights = exit_weights(at, plan.train)
+    return one_early_exit(weights, step) if rotates(plan.model, plan.train) else weights
+
+
+def _between(plan: FitPlan, run: Run, state: TrainState, done: float, *, stopped: bool) -> None:
+    """What is due between two updates: an evaluation, a checkpoint, word of what was copied. Raises StoppedError, with a
+    checkpoint, for a run that was `stopped`. Nothing is due when all is `done`: that is the end's."""
+    if plan.eval_every and state.step % plan.eval_every == 0 and done < 1.0:
+        run.evaluate(state, done)
+    if (stopped or state.seconds - run.saved_at >= 60 * plan.checkpoint_minutes) and done < 1.0:
+        run.save(state, done, must=stopped)
+    run.tell_copies(state)
+    if stopped and done < 1.0:
+        run.close(state)
+        raise StoppedError(f"stopped at step {state.step}", do="the same command goes on from there")
+
+
+def _last(plan: FitPlan, run: Run, state: TrainState, done: float) -> HeldoutReport:
+    """The run's last evaluation and checkpoint; with `keep_best`, the best evaluation, whose weights are then the model's."""
     final = run.evaluate(state, done)
     run.save(state, done, must=True)
     if plan.keep_best:
         final = run.take_best(state, final)
     run.close(state)
-    start.export(plan, model, ranks)
-    result_ = FitResult(str(plan.model_dir), state.step, state.tokens, state.seconds, final.bpb, rounded)
-    say("end", asdict(result_))
-    return result_
+    return final
+
+
+def _as_begun(plan: FitPlan, state: TrainState, ranks: Ranks, say: Speaker) -> FitPlan:
+    """`plan` with as many micro-batches in a global batch as the run began with, where its order hangs on that: chats are cut
+    into groups of so many tokens, and another number would read some rows twice and others never. Raises ConfigError when
+    they do not divide over the ranks."""
+    if Path(plan.data).is_dir() or state.parts in (0, ranks.world * plan.train.accumulate):
+        return plan
+    kept = plan.in_parts(state.parts, ranks.world)
+    text = (
+        f"the run goes on with the {state.parts} micro-batches an update that it began with, "
+        f"{kept.train.accumulate} a worker: with others it would read some rows twice and others never"
+    )
+    say("warning", step=state.step, text=text)
+    return kept
 
 
 def _rounded(plan: FitPlan, model: LossModel, feed: Feed, ranks: Ranks) -> dict[str, Bpb]:
-    """Held-out bits a byte that a quantising run starts from, see `FitResult`; leaves the model rounding."""
+    """Held-out bits a byte that a run starts from, see `FitResult`; leaves the model rounding where it quantises."""
     if not plan.quantize:
-        return {}
+        return {"begun": measure(model, feed.heldout, ranks).bpb} if plan.exits_only else {}
     found = {}
     for name, on in (("fp32", False), ("post-training", True)):
         fake_quantize_(model.net, on)
@@ -155,15 +201,31 @@ class _Start:
     net: Net
     tokenizer: Tokenizer
     template: str
+    base: dict[str, str]  # sha256 of what was read of the plan's model directory, by name; empty for fresh weights
+    source: dict[str, Any] | None = None  # what an open model was imported from
+    backbone: str = ""  # sha256 of what stays as it is, where exits alone are trained
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the tensors then: training is in fp32
 
     @classmethod
     def of(cls, plan: FitPlan) -> _Start:
         """From the plan's model directory, or fresh with the tokenizer of its shards. Equal on every rank."""
         if plan.init:
-            parts = model_directory.read(plan.init)
+            parts = checkpoint.read(plan.init)
+            source = parts.source
+            digest, backbone, dtypes = exits.digest(parts.net.state_dict()), "", dict[str, torch.dtype]()
+            if plan.exits_only:
+                backbone = exits.digest(exits.backbone(parts.net.state_dict(), parts.config))
+                parts.net, parts.config = exits.added(parts.net, plan.model), plan.model
+                dtypes = {name: tensor.dtype for name, tensor in parts.net.state_dict().items()}
+                exits.freeze_(parts.net)
             if parts.config != plan.model:
                 raise CheckpointError(f"{plan.init} is of another configuration", do="plan with the model's own")
-            net, tokenizer, template = parts.net, parts.tokenizer, parts.chat_template
+            net, tokenizer, template = parts.net.float(), parts.tokenizer, parts.chat_template
+            base = {
+                "weights_sha256": digest,
+                "tokenizer_sha256": tokenizer.sha256,
+                "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+            }
             if plan.train.lora_rank:
                 lora.adapt_(net, plan.train.lora_rank, plan.train.seed)
         else:
@@ -172,32 +234,42 @@ class _Start:
                 shard_tokenizer(plan.data),
                 DEFAULT_TEMPLATE,
             )
+            base, source, backbone, dtypes = {}, None, "", {}
         if len(tokenizer) > plan.model.vocab:
             raise ConfigError(
                 "model.vocab", got=plan.model.vocab, allowed=f"at least {len(tokenizer)}, the tokenizer's"
             )
-        return cls(net, tokenizer, template)
+        return cls(net, tokenizer, template, base, source, backbone, dtypes)
 
-    def export(self, plan: FitPlan, model: LossModel, ranks: Ranks) -> None:
-        """Gather the model and write its directory, INT8 when the plan quantises."""
+    def export(self, plan: FitPlan, model: LossModel, ranks: Ranks) -> str:
+        """Gather the model and write its directory, INT8 when the plan quantises. Returns the sha256 of what stayed as it was,
+        "" where that was nothing. Raises CheckpointError, and writes nothing, where it should have stayed and did not."""
+        model.trained_only = False
         state = {name.removeprefix("net."): tensor for name, tensor in full_state(model).items()}
+        with ranks.alike():
+            if ranks.first and plan.exits_only:
+                state = {name: tensor.to(self.dtypes[name]) for name, tensor in state.items()}
+                exits.need_unchanged(self.backbone, state, plan.model)
         if ranks.first:
             config = plan.model
             if plan.train.lora_rank:
+                lora.save(plan.run, state)
                 state = lora.merged(state)
             if plan.quantize:
                 whole = Net(config)
                 whole.load_state_dict(state)
                 config, state = dataclasses.replace(config, quantization="w8a8"), export_int8(whole)
-            model_directory.save(
+            checkpoint.save(
                 plan.model_dir,
                 config=config,
                 state=state,
                 tokenizer=self.tokenizer,
                 name=plan.name,
                 chat_template=self.template,
+                source=self.source,
             )
         ranks.wait()
+        return self.backbone
 
 
 def _summary(plan: FitPlan, ranks: Ranks, meter: Meter) -> dict[str, Any]:
@@ -209,6 +281,7 @@ def _summary(plan: FitPlan, ranks: Ranks, meter: Meter) -> dict[str, Any]:
         "device": str(ranks.device),
         "batch_tokens": plan.train.batch_tokens,
         "micro_batches": plan.train.accumulate,
+        "limits": plan.limits,
         "matmul_rate": meter.rate / ranks.world,
         "progress": 0.0,
     }

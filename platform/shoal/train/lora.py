@@ -9,33 +9,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shoal.model import fused
+from shoal.machine import aside
+from shoal.model.cpu.parts import Matrix
 from shoal.model.linears import Linear
 from shoal.model.net import Net
 
 SCALE = 2.0  # of what is added; the paper's alpha / r
+FILE = "lora.safetensors"  # in a run's folder: what was trained
 
 
 class LoraLinear(Linear):
-    """`base`, frozen, plus `SCALE` B A, with A [r, I] random and B [O, r] zero at the start."""
+    """`base`, frozen by `adapt_`, plus `SCALE` B A, with A [r, I] random and B [O, r] zero at the start."""
 
     def __init__(self, base: Linear, rank: int, generator: torch.Generator) -> None:
         outputs, inputs = base.weight.shape
         with torch.device("meta"):
             super().__init__(inputs, outputs)
         self.weight = base.weight
-        self.weight.requires_grad_(False)
         self.lora_a = nn.Parameter(torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs))
         self.lora_b = nn.Parameter(torch.zeros(outputs, rank))
 
     def product(self, x: Tensor) -> Tensor:
         return super().product(x) + SCALE * (x @ self.lora_a.T) @ self.lora_b.T
 
-    def matrix(self, rows: int, dtype: torch.dtype) -> fused.Matrix | None:
+    def matrix(self, rows: int, dtype: torch.dtype) -> Matrix | None:
         return None  # one matrix is not the whole product
 
 
@@ -56,3 +59,11 @@ def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name in [name.removesuffix(".lora_a") for name in state if name.endswith(".lora_a")]:
         out[f"{name}.weight"] = out[f"{name}.weight"] + SCALE * state[f"{name}.lora_b"] @ state[f"{name}.lora_a"]
     return out
+
+
+def save(run: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Write the thin matrices in the `state` of a net of `adapt_` to a run's folder, as ``NAME.lora_a`` [r, I] and
+    ``NAME.lora_b`` [O, r]; `SCALE` is not in them."""
+    thin = {name: tensor.contiguous() for name, tensor in state.items() if name.endswith((".lora_a", ".lora_b"))}
+    with aside(Path(run) / FILE) as beside:
+        save_file(thin, str(beside), metadata={"format": "pt"})

@@ -3,7 +3,8 @@
 Sums, never means: `step` divides by the counts of the whole global batch, so that the split into workers and micro-batches
 does not change the gradient. `LossModel` is the root that FSDP shards, so that the tied head, which the loss calls, is
 gathered once with the root and not at every exit. With a `teacher` it also says how far the net is from that one: what
-training in INT8 minimises (decision 0018).
+training in INT8 minimises (decision 0018). Without one the early exits may learn from full depth, whose logits are then
+computed once for all of them.
 
 What an update may leave out or add (an exit that is not its turn, layers, self-distillation) is decided by `optim`, from seed
 and step alone, so that all ranks and a resumed run do the same.
@@ -13,7 +14,7 @@ Letters: B rows, T tokens, E exits, D width, V vocabulary, n patches, M places t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import repeat
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ class Sums(NamedTuple):
     kl: Tensor  # [E] KL(teacher || exit), nats, summed over all targets; 0 where it was not asked for
     patch: Tensor  # [] squared error of the predicted patches, each the mean over its values
     patch_apart: Tensor  # [] the same, from what the teacher predicts; 0 without a teacher
+    reference: Tensor | None = None  # [E, B] as `ce`, of the teacher; where it was asked for
 
 
 class Taught(NamedTuple):
@@ -49,14 +51,18 @@ class Taught(NamedTuple):
 
 class LossModel(nn.Module):
     """`net` and its training losses at `exits` (layers; default: every exit of the config). `teacher`: a net of the same
-    shape that is frozen; it is sharded with the rest, but no part of the state, since whoever resumes has it already."""
+    shape that is frozen; it is sharded with the rest, but no part of the state, since whoever resumes has it already. With
+    `trained_only` neither are the frozen weights of `net`, as long as that is set."""
 
-    def __init__(self, net: Net, exits: Sequence[int] | None = None, teacher: Net | None = None) -> None:
+    def __init__(
+        self, net: Net, exits: Sequence[int] | None = None, teacher: Net | None = None, *, trained_only: bool = False
+    ) -> None:
         super().__init__()
+        self.trained_only = trained_only
         self.net = net
         self.exits = tuple(net.config.exits if exits is None else exits)
         self.teacher = None if teacher is None else teacher.requires_grad_(False)
-        self.register_state_dict_post_hook(_without_teacher)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_without_frozen)  # type: ignore[no-untyped-call]
 
     def forward(
         self,
@@ -69,11 +75,12 @@ class LossModel(nn.Module):
         exits: Sequence[int] | None = None,
         skip: Collection[int] = (),
         distill: bool = False,
+        reference: bool = False,
     ) -> Sums:
         """tokens, targets (-1: no loss) and docs (-1: padding) [B, T]; patches [n, 3p^2] uint8 in the order of their
         tokens, grid [n, 2]. `exits`: those of the model's whose loss is taken (default: all); `skip`: layers to leave out;
-        `distill`: also compare each exit with the teacher's, or without a teacher the early exits with full depth. All ranks
-        must be given the same."""
+        `distill`: also compare each exit with the teacher's, or without a teacher the early exits with full depth; `reference`:
+        also take the teacher's own losses. All ranks must be given the same."""
         net, last = self.net, self.net.config.layers
         wanted_exits = {*self.exits, last}
         hidden = net(tokens, patches, grid, docs, exits=wanted_exits, skip=skip)
@@ -86,18 +93,41 @@ class LossModel(nn.Module):
                 taught_at = self.teacher(tokens, patches, grid, docs, exits=wanted_exits)
             taught = {e: Taught(self.teacher, e, h[rows, columns]) for e, h in taught_at.items()}
             teacher_hidden = taught_at[last]
-        elif distill:
-            taught = {e: Taught(net, last, at[last].detach()) for e in self.exits if e != last}
+        run = [e for e in self.exits if exits is None or e in exits]
+        if distill and self.teacher is None:
+            losses = self._from_full_depth(at, wanted, [e for e in run if e != last])
+        else:
+            losses = {e: self._losses(at[e], wanted, e, taught.get(e)) for e in run}
         parts = [_exact(at[last].new_zeros(2, len(tokens)))] * len(self.exits)
         for place, e in enumerate(self.exits):
-            if exits is None or e in exits:
-                parts[place] = parts[place].index_add(1, rows, self._losses(at[e], wanted, e, taught.get(e)))
+            if e in run:
+                parts[place] = parts[place].index_add(1, rows, losses[e])
         ce, kl = (torch.stack([part[kind] for part in parts]) for kind in (0, 1))  # views would lose FSDP's hooks
+        theirs = self._of_teacher((tokens, patches, grid, docs), targets, run) if reference else None
+        if not net.config.image_size:
+            return Sums(ce, kl.sum(1), ce.new_zeros(()), ce.new_zeros(()), theirs)
         patch, patch_apart = self._patch_errors(hidden[last], teacher_hidden, tokens, docs, patches)
         # A micro-batch without images must still give the patch parameters a gradient (of zero): under FSDP a rank
         # that leaves some out would make the others wait for ever.
         nothing = net.embed_patches(patches[:0], grid[:0]).sum()
-        return Sums(ce, kl.sum(1), patch + nothing, patch_apart + nothing)
+        return Sums(ce, kl.sum(1), patch + nothing, patch_apart + nothing, theirs)
+
+    @torch.no_grad()
+    def _of_teacher(self, inputs: tuple[Tensor, ...], targets: Tensor, run: Collection[int]) -> Tensor:
+        """[E, B]: the teacher's cross-entropy of each row of `inputs`, as a net takes them; 0 at exits not in `run`."""
+        assert self.teacher is not None
+        hidden = self.teacher(*inputs, exits=run)
+        rows, columns = (targets >= 0).nonzero(as_tuple=True)
+        wanted = targets[rows, columns]
+        found = _exact(hidden[max(run)].new_zeros(len(self.exits), len(targets)))
+        for place, e in enumerate(self.exits):
+            if e not in run:
+                continue
+            states = hidden[e][rows, columns].split(ROWS_AT_ONCE)
+            for some, its, at in zip(states, wanted.split(ROWS_AT_ONCE), rows.split(ROWS_AT_ONCE), strict=True):
+                nll = F.cross_entropy(_exact(self.teacher.head(some, e)), its, reduction="none")
+                found[place].index_add_(0, at, nll)
+        return found
 
     def _losses(self, hidden: Tensor, wanted: Tensor, layers: int, taught: Taught | None) -> Tensor:
         """[2, M]: cross-entropy of `hidden` [M, D] against `wanted` [M], and KL(`taught` || this exit) where it is given."""
@@ -124,6 +154,35 @@ class LossModel(nn.Module):
         kl = F.kl_div(logits.log_softmax(-1), theirs, reduction="none", log_target=True).sum(-1)
         return torch.stack([nll, kl])
 
+    def _from_full_depth(self, at: Mapping[int, Tensor], wanted: Tensor, early: Sequence[int]) -> dict[int, Tensor]:
+        """For each of `early` and for full depth [2, M], as `_losses`; `at`: hidden states [M, D] of each."""
+        order = (*early, self.net.config.layers)
+        at_once = max(1, LOGITS_AT_ONCE // (self.net.config.vocab * len(order)))
+        again = len(wanted) > at_once
+        if wanted.device.type == "cpu":
+            at_once = min(at_once, ROWS_AT_ONCE)
+        parts = []
+        for some, *hidden in zip(wanted.split(at_once), *(at[e].split(at_once) for e in order), strict=True):
+            if again:
+                parts.append(checkpoint(self._exits_at_once, some, order, *hidden, use_reentrant=False))
+            else:
+                parts.append(self._exits_at_once(some, order, *hidden))
+        return dict(zip(order, torch.cat(parts, dim=2), strict=True))
+
+    def _exits_at_once(self, wanted: Tensor, order: Sequence[int], *hidden: Tensor) -> Tensor:
+        """[E, 2, M] in fp32 or better; the last of `order` is full depth."""
+        full = _exact(self.net.head(hidden[-1], order[-1]))
+        theirs = full.detach().log_softmax(-1)
+        found = []
+        for e, states in zip(order, hidden, strict=True):
+            logits = full if e == order[-1] else _exact(self.net.head(states, e))
+            nll = F.cross_entropy(logits, wanted, reduction="none")
+            kl = torch.zeros_like(nll)
+            if e != order[-1]:
+                kl = F.kl_div(logits.log_softmax(-1), theirs, reduction="none", log_target=True).sum(-1)
+            found.append(torch.stack([nll, kl]))
+        return torch.stack(found)
+
     def _patch_errors(
         self, hidden: Tensor, taught: Tensor | None, tokens: Tensor, docs: Tensor, patches: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -145,8 +204,9 @@ def _guessed(net: Net, hidden: Tensor) -> Tensor:
     return guess
 
 
-def _without_teacher(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
-    for name in [name for name in state if name.startswith(f"{prefix}teacher.")]:
+def _without_frozen(module: LossModel, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    frozen = {prefix + name for name, p in module.named_parameters() if module.trained_only and not p.requires_grad}
+    for name in [name for name in state if name.startswith(f"{prefix}teacher.") or name in frozen]:
         del state[name]
 
 
@@ -154,9 +214,10 @@ def _exact(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def predicted_patches(tokens: Tensor, docs: Tensor) -> Tensor:
-    """bool [B, T]: patch tokens that the token before them, in the same document, predicts."""
-    predicted = (tokens == PATCH_ID) & (docs >= 0)
+def predicted_patches(tokens: Tensor, docs: Tensor, patches: Tensor) -> Tensor:
+    """bool [B, T]: patch tokens that the token before them, in the same document, predicts. `patches` [n, 3p^2]: those of the
+    batch; where there are none, no token stands for one, whatever its id is in an open model's vocabulary."""
+    predicted = (tokens == PATCH_ID) & (docs >= 0) & (len(patches) > 0)
     predicted[:, 1:] &= docs[:, 1:] == docs[:, :-1]
     predicted[:, 0] = False
     return predicted
@@ -165,7 +226,7 @@ def predicted_patches(tokens: Tensor, docs: Tensor) -> Tensor:
 def patch_targets(tokens: Tensor, docs: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Where the next patch is predicted, bool [B, T], and the targets there, [m, 3p^2]: `pixels` [n, 3p^2] in -1..1 (in
     the order of their tokens), each patch with its own mean and variance removed."""
-    predicted = predicted_patches(tokens, docs)
+    predicted = predicted_patches(tokens, docs, pixels)
     chosen = pixels[predicted[tokens == PATCH_ID]]
     centred = chosen - chosen.mean(-1, keepdim=True)
     target = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + PATCH_EPS)

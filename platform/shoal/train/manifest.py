@@ -2,49 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import re
 from pathlib import Path
 from typing import Any
 
 from shoal.config import read_file
 from shoal.errors import ShoalError
+from shoal.machine import sha256_of
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
+STEP = re.compile(r"step-[0-9]{8}")  # names of checkpoints; anything else is not ours
 
 
 def manifest(directory: Path) -> dict[str, dict[str, Any]]:
     """Name -> ``bytes`` and ``sha256`` of the files that are in `directory` now."""
     files = sorted(p for p in directory.iterdir() if p.is_file())
-    return {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    return {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
 
 
 def damage(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
     try:
         manifest = read_file(path / MANIFEST)
+        if STATE not in manifest:
+            return f"{MANIFEST} does not list {STATE}"
         for name, entry in manifest.items():
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-            if _sha256(file) != entry["sha256"]:
+            if sha256_of(file) != entry["sha256"]:
                 return f"{name} does not match its sha256"
-    except (ShoalError, OSError, KeyError, TypeError) as error:
+    except (ShoalError, OSError, KeyError, TypeError, AttributeError) as error:
         return str(error)
     return None
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write `value`, and see it on the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

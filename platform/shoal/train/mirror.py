@@ -18,15 +18,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from shoal.data import s3
 from shoal.data.remote import is_remote
-from shoal.errors import CheckpointError, ShoalError
-from shoal.train.manifest import MANIFEST
+from shoal.data.sources import s3
+from shoal.errors import CheckpointError, ShoalError, first_line
+from shoal.machine import aside
+from shoal.train.manifest import MANIFEST, STEP
 
-PAUSE, LONGEST_PAUSE = (
-    2.0,
-    60.0,
-)  # seconds before the second attempt, which double; the S3 client tries half a minute by itself
+# seconds before the second attempt, which double; the S3 client tries half a minute by itself
+PAUSE, LONGEST_PAUSE = 2.0, 60.0
 PATIENCE = 120.0  # seconds that the end of a run waits for the last copy
 
 News = tuple[str, dict[str, Any]]  # kind and values of a record
@@ -50,9 +49,8 @@ class Folder:
 
     def put(self, file: Path, name: str) -> None:
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-        aside = (self.root / name).with_suffix(".tmp")
-        shutil.copyfile(file, aside)
-        aside.replace(self.root / name)
+        with aside(self.root / name) as beside:
+            shutil.copyfile(file, beside)
 
     def get(self, name: str, file: Path) -> None:
         shutil.copyfile(self.root / name, file)
@@ -107,13 +105,14 @@ class Mirror:
         into.mkdir(parents=True)
         with self._told():
             for file in self._at.files():
-                if file.startswith(f"{name}/"):
-                    self._at.get(file, into / file.removeprefix(f"{name}/"))
+                plain = file.removeprefix(f"{name}/")
+                if plain != file and Path(plain).name == plain:  # others are not ours, and might lead elsewhere
+                    self._at.get(file, into / plain)
 
     def clear(self) -> None:
         """Remove all copies. Raises CheckpointError."""
         with self._told():
-            self._remove([file for file in self._at.files() if file.startswith("step-")])
+            self._remove([file for file in self._at.files() if _checkpoint(file)])
 
     # ---- copying, in a thread
 
@@ -190,8 +189,9 @@ class Mirror:
         for file in files:
             self._at.put(file, f"{path.name}/{file.name}")
         there = self._at.files()
-        stay = {self.best, *self._whole(there)[-self.keep :]}
-        self._remove([name for name in there if name.startswith("step-") and name.split("/")[0] not in stay])
+        # A copy of a later step was damaged, or the run would have gone on from it.
+        stay = {self.best, *[name for name in self._whole(there) if name <= path.name][-self.keep :]}
+        self._remove([file for file in there if (name := _checkpoint(file)) and name not in stay])
         return sum(file.stat().st_size for file in files)
 
     def _remove(self, names: list[str]) -> None:
@@ -201,9 +201,7 @@ class Mirror:
 
     @staticmethod
     def _whole(files: Iterable[str]) -> list[str]:
-        return sorted(
-            file.split("/")[0] for file in files if file.startswith("step-") and file.endswith(f"/{MANIFEST}")
-        )
+        return sorted(name for file in files if (name := _checkpoint(file)) and file == f"{name}/{MANIFEST}")
 
     def _warn(self, text: str) -> None:
         self._news.put(("warning", {"text": text}))
@@ -216,9 +214,15 @@ class Mirror:
             raise CheckpointError(f"checkpoints in {self.place}", got=_reason(self.place, error)) from error
 
 
+def _checkpoint(file: str) -> str | None:
+    """The name of the checkpoint that `file` is of; None where it is not ours."""
+    name, slash, _ = file.partition("/")
+    return name if slash and STEP.fullmatch(name) else None
+
+
 def _reason(place: str, error: Exception) -> str:
     if isinstance(error, ShoalError):
         return str(error)
     if is_remote(place):
         return str(s3.fault(place, error))
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return first_line(error)

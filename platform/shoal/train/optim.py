@@ -1,5 +1,6 @@
 """AdamW and Muon with their parameter groups, the schedules (pure functions of the share of the run that is done), and what an
-update leaves out (pure functions of seed and step): nothing here remembers, so ranks agree and a resumed run repeats."""
+update leaves out (pure functions of seed and step): nothing here remembers, so ranks agree, and a resumed run repeats where
+that share is the same, see `Run.schedule`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""What one run is to do: `FitPlan`, the plans of the three stages, and the arithmetic that refuses a run in time."""
+"""What one run is to do: `FitPlan`, the plans of the stages, and the arithmetic that refuses a run in time."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import shutil
@@ -19,12 +18,16 @@ from shoal.config import ModelConfig, TrainConfig, check_exits, dump
 from shoal.data import remote
 from shoal.data.shards import open_index
 from shoal.errors import ConfigError, DataError, UsageError
-from shoal.model import checkpoint, files
+from shoal.machine import sha256_of
+from shoal.model import described
+from shoal.model.checkpoint import require_replaceable
 from shoal.model.cost import parameters
-from shoal.train import log
+from shoal.train import exits, log
 from shoal.train.parallel import STAYS_GATHERED
 
 COMPILER = os.environ.get("CXX", "g++")  # what torch.compile runs on a CPU
+ROW = 1024  # tokens of a row at most, where exits learn, and of an open model, whose training length is all of its context
+OPEN_ROWS, OPEN_RATE, OPEN_LORA_RATE = 4, 5e-5, 2e-4  # of an open model: `ROW`s in an update, and rates of learning
 CHAT_ROWS = 16  # training lengths in an update of stages 2 and 3: chats are short, and more updates beat larger ones
 
 
@@ -45,6 +48,7 @@ class FitPlan:
     minutes: float | None = None  # of wall clock, evaluations included, start-up left out
     replay: str = ""  # folder of shards that a run on chats goes back to now and then, against forgetting
     heldout: str = ""  # .jsonl of chats to measure a fine-tuning run on; shards bring their own held-out rows
+    row_tokens: int = 0  # longest row of chats that is read; 0: the training length, of an open model at most `ROW`
     mix: Mapping[str, float] | None = None  # share of each modality by token; default: what the shards were made for
     quantize: bool = False  # train with INT8 rounding in the forward pass, and write the INT8 model
     eval_every: int = 100  # steps between held-out evaluations; 0: only at the end
@@ -57,7 +61,8 @@ class FitPlan:
     recompute: bool = False  # activation checkpointing: less memory, a third more work
     compile: bool = False  # torch.compile each layer; pays on a GPU only
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest whole checkpoint of the run
-    rates_of: str = ""  # folder of a run whose learning rate at each step is used again: this run is its control
+    # folder of a run whose schedule, as it was recorded, is followed again: the same rates at each step
+    rates_of: str = ""
 
     def __post_init__(self) -> None:
         if self.resume not in ("auto", "never"):
@@ -65,11 +70,25 @@ class FitPlan:
         limits = (self.steps, self.tokens, self.epochs, self.minutes)
         if not any(limits):
             raise UsageError("how long to train", do="give --steps, --tokens, --epochs or --minutes")
-        if any(limit is not None and limit <= 0 for limit in limits):
+        if not all(limit is None or 0 < limit < math.inf for limit in limits):
             raise UsageError("length of the run", got=limits, allowed="positive numbers")
+        least = {"keep": 1, "replicas": 1, "eval_every": 0, "eval_rows": 0, "checkpoint_minutes": 0}
+        for name, value in least.items():
+            if not value <= getattr(self, name) < math.inf:
+                raise ConfigError(name, got=getattr(self, name), allowed=f"{value} or more")
+        if not 0 <= self.row_tokens <= self.model.context:
+            raise ConfigError("row_tokens", got=self.row_tokens, allowed=f"0 to {self.model.context}, the context")
         check_exits(self.model, self.train)
         if self.model.quantization != "none":
             raise ConfigError("model.quantization", got=self.model.quantization, allowed="none: train the fp32 model")
+        if self.train.trains == "exits" and (not self.init or self.quantize or self.train.lora_rank):
+            raise ConfigError("train.trains", got="exits", allowed="all but in `shoal adapt`")
+        if self.train.trains == "exits" and not self.model.exit_ffn:
+            raise ConfigError(
+                "train.trains", got="exits", allowed="all for a model without exits that could be trained"
+            )
+        if self.train.dpo and (not self.init or self.quantize or self.replay or Path(self.data).is_dir()):
+            raise ConfigError("train.dpo", got=self.train.dpo, allowed="0 but in fine-tuning on pairs, without replay")
         if self.train.lora_rank and (not self.init or self.quantize):
             raise ConfigError(
                 "train.lora_rank", got=self.train.lora_rank, allowed="0 but in fine-tuning", do="train all"
@@ -88,8 +107,31 @@ class FitPlan:
 
     @property
     def has_teacher(self) -> bool:
-        """Does the run learn from the model that it starts from, too? INT8 does: it is to stand in for that one."""
-        return self.quantize and self.train.distill > 0
+        """Is the model that the run starts from kept beside it? INT8 is to stand in for that one, DPO to prefer more."""
+        return (self.quantize and self.train.distill > 0) or self.train.dpo > 0
+
+    @property
+    def exits_only(self) -> bool:
+        """Do all weights stay as they are but those of the early exits?"""
+        return self.train.trains == "exits"
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of the longest row that is trained on."""
+        cut = (self.exits_only or bool(self.model.of_open_models)) and not Path(self.data).is_dir()
+        return self.row_tokens or (min(self.model.train_length, ROW) if cut else self.model.train_length)
+
+    @property
+    def limits(self) -> dict[str, float | None]:
+        """How long the run is, by name; the schedule of a run follows from these, its seconds and its steps."""
+        return {"steps": self.steps, "tokens": self.tokens, "epochs": self.epochs, "minutes": self.minutes}
+
+    @property
+    def measured_on(self) -> str:
+        """What decides which evaluation is the best: the held-out rows that are read. "" where nothing hangs on it."""
+        if not self.keep_best:
+            return ""
+        return f"{self.eval_rows} rows of {fingerprint(self.heldout) if self.heldout else 'the shards'}"
 
     @property
     def batch_rows(self) -> int:
@@ -110,28 +152,32 @@ class FitPlan:
     def at_world(self, most: int, world: int) -> FitPlan:
         """This plan, made for `most` workers, for `world` of them: as many micro-batches in all, so that an update is the same
         one and needs no more memory. Raises ConfigError when they do not divide."""
-        parts = most * self.train.accumulate
+        return self.in_parts(most * self.train.accumulate, world)
+
+    def in_parts(self, parts: int, world: int) -> FitPlan:
+        """This plan with `parts` micro-batches in a global batch, over `world` workers. Raises ConfigError when they do not
+        divide."""
         if parts % world:
             raise ConfigError(
-                f"{most} worker(s) x {self.train.accumulate} micro-batch(es) = {parts} do not divide over {world} worker(s)",
-                do="give another --accumulate, or other limits for --workers",
+                f"{parts} micro-batch(es) of a global batch do not divide over {world} worker(s)",
+                do=f"use as many workers as divide {parts}, or begin a run with another --accumulate",
             )
         return dataclasses.replace(self, train=dataclasses.replace(self.train, accumulate=parts // world))
 
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the checkpoint. How the batch is split, how long the run is and where files
-        lie may change."""
+    def identity(self, base: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """What a resumed run must share with the checkpoint; `base`: sha256 of what it starts from, by name. How the batch is
+        split, how long the run is and where files lie may change."""
         train = dump(self.train)
-        del train["accumulate"]
+        del train["accumulate"]  # kept beside it, as the number of micro-batches over all workers
         return {
             "model": dump(self.model),
             "train": train,
             "data_sha256": fingerprint(self.data),
             "replay_sha256": fingerprint(self.replay) if self.replay else None,
             "mix": dict(self.mix) if self.mix is not None else None,
-            "control": bool(self.rates_of),
             "quantize": self.quantize,
-            "teacher_sha256": files.weights_sha256(self.init) if self.has_teacher and self.init else None,
+            "base": dict(base or {}),
+            **({"row_tokens": self.row_tokens} if self.row_tokens else {}),
         }
 
 
@@ -143,38 +189,61 @@ def pretrain_plan(preset: str, data: str, run: str, **more: Any) -> FitPlan:
 
 def finetune_plan(model: str, data: str, run: str, **more: Any) -> FitPlan:
     """Stage 2 from a model directory: a lower rate, all exits from the start, two passes unless told otherwise."""
-    name, config = checkpoint.read_config(model)
+    name, config = described.read_config(model)
     train = TrainConfig(
         learning_rate=1.5e-3,
         weight_decay=0.01,
-        batch_tokens=CHAT_ROWS * config.train_length,
         exit_warmup=0.0,
         exit_weights=_exit_weights(config),
     )
-    values = {"name": name, "data": data, "run": run, "init": model, **more}
-    if not any(values.get(limit) for limit in ("steps", "tokens", "epochs", "minutes")):
-        values["epochs"] = 2.0
-    return _plan(config, train, values)
+    train = _batched(train, config)
+    if config.of_open_models:  # what has learned from a trillion tokens is moved gently; thin matrices further
+        rate = OPEN_LORA_RATE if more.get("lora_rank") else OPEN_RATE
+        train = dataclasses.replace(train, learning_rate=rate, weight_decay=0.0)
+    if more.get("dpo"):  # it moves a model that answers already
+        train = dataclasses.replace(train, learning_rate=train.learning_rate / 10, patch_weight=0.0)
+    return _plan(config, train, {"name": name, "data": data, "run": run, "init": model, **more}, epochs=2.0)
 
 
 def quantize_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
     """INT8 from a model directory: a short, gentle run with INT8 rounding in the forward pass, held to what the model said
     before (decision 0018), then export."""
-    name, config = checkpoint.read_config(model)
+    name, config = described.read_config(model)
     train = TrainConfig(
         learning_rate=5e-5,
         distill=30.0,
         warmup=0.1,
         decay=0.9,
         weight_decay=0.0,
-        batch_tokens=CHAT_ROWS * config.train_length,
         exit_warmup=0.0,
         exit_weights=_exit_weights(config),
     )
     values = {"name": f"{name}-int8", "data": data, "run": f"{out}.run", "out": out, "init": model, **more}
-    if not any(values.get(limit) for limit in ("steps", "tokens", "epochs", "minutes")):
-        values["steps"] = 100
-    return _plan(config, train, values | {"quantize": True})
+    return _plan(config, _batched(train, config), values | {"quantize": True}, steps=100)
+
+
+def adapt_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
+    """Early exits beside the frozen weights of a model directory, held to what full depth says."""
+    name, config = described.read_config(model)
+    adapted = exits.with_exits(config)
+    train = TrainConfig(
+        trains="exits",
+        cross_entropy=0.0,
+        distill=1.0,
+        patch_weight=0.0,
+        learning_rate=1e-3,
+        warmup=0.02,
+        decay=0.98,
+        decay_shape="cosine",
+        weight_decay=0.0,
+        batch_tokens=ROW,
+        accumulate=1,
+        exit_warmup=0.0,
+        exit_weights=(1.0,) * len(adapted.exits),
+        rotate_exits="off",  # a forward pass of the backbone is most of an update, and all exits learn from one
+    )
+    values = {"name": name, "data": data, "run": f"{out}.run", "out": out, "init": model, **more}
+    return _plan(adapted, train, values, minutes=10.0)
 
 
 def fingerprint(data: str) -> str:
@@ -182,8 +251,7 @@ def fingerprint(data: str) -> str:
     path = Path(data)
     path = path / "index.json" if path.is_dir() else path
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise DataError(
             f"cannot read {path}", got=error.strerror, do="give a folder made by `shoal prepare`, or a .jsonl of chats"
@@ -199,9 +267,11 @@ def located(plan: FitPlan) -> FitPlan:
 
 def check(plan: FitPlan, workers: int) -> None:
     """Refuse, before any worker starts, a plan that could not be followed: DataError when the data is missing, too short or
-    made for another model, ConfigError when the batch does not divide."""
+    made for another model, ConfigError when the batch does not divide, CheckpointError when something lies where the model is
+    to go."""
+    require_replaceable(plan.model_dir)
     if plan.rates_of:
-        _check_rates(plan)
+        recorded(plan)
     if plan.compile and not torch.cuda.is_available() and not shutil.which(COMPILER):
         raise ConfigError(
             "compile", got=f"no {COMPILER}, which torch.compile needs", do=f"install {COMPILER}, or leave it out"
@@ -220,12 +290,15 @@ def check(plan: FitPlan, workers: int) -> None:
             _check_shards(plan, plan.replay, workers)
 
 
-def _check_rates(plan: FitPlan) -> None:
-    known = len(log.rates(plan.rates_of)) if log.metrics_file(plan.rates_of).is_file() else 0
-    if plan.steps is None or plan.steps > known:
+def recorded(plan: FitPlan) -> dict[int, float]:
+    """The schedule of the run that `plan` follows: for each step the share of that run at which it took its rates. Raises
+    DataError where it is not known for all of the plan's steps."""
+    known = log.schedule(plan.rates_of)
+    if plan.steps is None or plan.steps > len(known):
         raise DataError(
-            f"{plan.rates_of}: learning rates", got=f"{known} steps", allowed=f"{plan.steps or 'as many'} or more"
+            f"{plan.rates_of}: learning rates", got=f"{len(known)} steps", allowed=f"{plan.steps or 'as many'} or more"
         )
+    return known
 
 
 def _check_shards(plan: FitPlan, data: str, workers: int) -> None:
@@ -264,7 +337,9 @@ def _check_chats(plan: FitPlan, workers: int) -> None:
 def disk_needed(plan: FitPlan) -> int:
     """Bytes that a run writes at most: the checkpoints it keeps and the one being written, of weights and two moments each,
     and the model, likewise beside the one it replaces."""
-    return 4 * parameters(plan.model).total * (3 * (plan.keep + plan.keep_best + 1) + 2)
+    count = parameters(plan.model)
+    trained = count.exits if plan.exits_only else count.total
+    return 4 * (3 * trained * (plan.keep + plan.keep_best + 1) + 2 * count.total)
 
 
 def memory_needed(plan: FitPlan, world: int) -> int:
@@ -273,18 +348,26 @@ def memory_needed(plan: FitPlan, world: int) -> int:
     c, count = plan.model, parameters(plan.model)
     teacher = 4 if plan.has_teacher else 0  # bytes a weight, beside the trained one
     sharded = (16 + teacher) * count.total * plan.replicas // world
+    if plan.exits_only:  # what is frozen has neither gradients nor moments
+        sharded = 4 * (count.total + 3 * count.exits) * plan.replicas // world
     whole = count.total <= STAYS_GATHERED
     gathered = (8 + teacher) * (count.total if whole else count.blocks // 4 + count.embedding)
-    tokens = max(1, plan.batch_rows // (world * plan.train.accumulate)) * c.train_length
-    scores = 2 * c.heads * c.train_length  # attention weights of both branches, a token
+    length = plan.row_length
+    tokens = max(1, plan.train.batch_tokens // length // (world * plan.train.accumulate)) * length
+    scores = 2 * c.heads * length  # attention weights of both branches, a token
     layer = 12 * c.width + 4 * c.heads * c.head_dim + 4 * c.ffn + scores
     layers = c.layers * c.width + layer if plan.recompute else c.layers * layer
+    if plan.exits_only:
+        layers = len(c.exits) * (c.width + 4 * c.exit_ffn) + layer
     logits = 3 * c.vocab * len(c.exits)
     return sharded + gathered + 4 * tokens * (layers + logits)
 
 
-def _plan(model: ModelConfig, train: TrainConfig, values: dict[str, Any]) -> FitPlan:
+def _plan(model: ModelConfig, train: TrainConfig, values: dict[str, Any], **length: float) -> FitPlan:
+    """`length`: where the values say nothing of it; a run that follows another's schedule is as long as that one."""
     own = {f.name for f in dataclasses.fields(FitPlan)}
+    if not any(values.get(limit) for limit in ("steps", "tokens", "epochs", "minutes")):
+        values |= {"steps": len(log.schedule(values["rates_of"])) or 1} if values.get("rates_of") else length
     changed = {key: value for key, value in values.items() if key not in own and value is not None}
     return FitPlan(
         model=model,
@@ -293,8 +376,15 @@ def _plan(model: ModelConfig, train: TrainConfig, values: dict[str, Any]) -> Fit
     )
 
 
+def _batched(train: TrainConfig, config: ModelConfig) -> TrainConfig:
+    """`train` with as many tokens in an update of chats as pay, and in micro-batches that fit."""
+    if not config.of_open_models:
+        return dataclasses.replace(train, batch_tokens=CHAT_ROWS * config.train_length)
+    return dataclasses.replace(train, batch_tokens=OPEN_ROWS * min(ROW, config.train_length), accumulate=OPEN_ROWS)
+
+
 def _exit_weights(config: ModelConfig) -> tuple[float, ...]:
-    return TrainConfig().exit_weights if len(config.exits) == 3 else (0.15, 0.25, 0.4, 1.0)
+    return {1: (1.0,), 3: TrainConfig().exit_weights, 4: (0.15, 0.25, 0.4, 1.0)}[len(config.exits)]
 
 
 def progress(plan: FitPlan, *, step: int, seconds: float, steps_in_epoch: int | None) -> float:

@@ -8,14 +8,17 @@ import math
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch.optim import Optimizer
 
+from shoal.data.alone import alone
 from shoal.errors import CheckpointError, ResourceError, ShoalError
+from shoal.train import log
 from shoal.train.checkpoint import CheckpointStore, TrainState, code_version, read_state, require_same
 from shoal.train.feed import Feed
 from shoal.train.heldout import HeldoutReport, measure
@@ -23,8 +26,11 @@ from shoal.train.log import Speaker
 from shoal.train.loss import LossModel
 from shoal.train.mirror import Mirror
 from shoal.train.parallel import Ranks
-from shoal.train.plan import FitPlan
+from shoal.train.plan import FitPlan, recorded
 
+# in the run's folder: held by the command, and by rank 0 of its workers
+COMMAND, WRITER = ".command.lock", ".writer.lock"
+LEFT_BEHIND = 60.0  # seconds that the workers of a command that was killed may take to end
 LESS_MEMORY = "use more --accumulate, --set recompute=true, fewer workers on a machine, or a smaller preset"
 
 
@@ -34,51 +40,87 @@ class Run:
 
     plan: FitPlan
     ranks: Ranks
-    model: LossModel
-    optimizer: Optimizer
     say: Speaker
-    feed: Feed
+    model: LossModel = field(init=False)
+    optimizer: Optimizer = field(init=False)
+    feed: Feed = field(init=False)
     saved_at: float = 0.0  # seconds of training at the last checkpoint
     _saved_step: int = -1
+    _path: Path | None = None  # the checkpoint to go on from
 
     def __post_init__(self) -> None:
-        self.mirror = Mirror(self.plan.mirror, self.plan.keep) if self.plan.mirror and self.ranks.first else None
+        with self.ranks.alike():
+            self.mirror = Mirror(self.plan.mirror, self.plan.keep) if self.plan.mirror and self.ranks.first else None
         self.store = CheckpointStore(self.plan.run, self.plan.keep, self.mirror)
 
-    def resume(self) -> TrainState:
-        """The state to go on from, with model and optimizer loaded; a fresh one when there is no whole checkpoint."""
-        now = TrainState(world=self.ranks.world, code=code_version(), trained=self.plan.identity())
+    def begin(self, identity: dict[str, Any]) -> TrainState:
+        """The state to go on from, whose weights `load` brings; a fresh one when there is no whole checkpoint. `identity`: what
+        a checkpoint must agree with. Raises CheckpointError, on all ranks, when it does not."""
+        with self.ranks.alike():
+            if self.ranks.agree(identity) != identity:
+                raise CheckpointError(f"{self.plan.init or self.plan.data} changes while it is read", do="start again")
+            now = TrainState(
+                world=self.ranks.world,
+                code=code_version(),
+                trained=identity,
+                limits=self.plan.limits,
+                measured_on=self.plan.measured_on,
+            )
         if self.plan.resume == "never":
             self.store.clear(self.ranks)
-        path = self.store.newest(self.ranks, lambda text: self.say("warning", step=0, text=text))
+        path = self._path = self.store.newest(self.ranks, lambda text: self.say("warning", step=0, text=text))
         if path is None:
             return now
-        saved = read_state(path)
-        require_same(saved.trained, now.trained, path)
+        with self.ranks.alike():
+            saved = read_state(path)
+            require_same(saved.trained, now.trained, path)
         if saved.code != now.code:
             text = f"{path} was written by other code ({saved.code}, now {now.code}): the run may differ in rounding"
             self.say("warning", step=saved.step, text=text)
-        self.store.load(path, self.model, self.optimizer, self.ranks)
         self.saved_at, self._saved_step = saved.seconds, saved.step
-        return dataclasses.replace(saved, world=now.world, code=now.code, trained=now.trained)
+        state = dataclasses.replace(saved, world=now.world, code=now.code, limits=now.limits)
+        if saved.limits != now.limits:  # another length has another schedule
+            state.schedule = 0.0
+        if saved.measured_on != now.measured_on:
+            state.best, state.best_step, state.measured_on = None, 0, now.measured_on
+        return state
+
+    def schedule(self, state: TrainState) -> dict[int, float]:
+        """For steps to come, the share of the run at which they take their rates, where that is known: of a run that is
+        followed, or of this one's own updates after the checkpoint that it goes on from, so that they are done again as they
+        were. Call it before the run says that it starts. Raises DataError, on all ranks."""
+        found: dict[int, float] = {}
+        with self.ranks.alike():
+            if self.plan.rates_of:
+                found = recorded(self.plan)
+            elif self.ranks.first and self._path is not None:
+                found = log.schedule(self.plan.run, state.limits, after=state.step)
+        return dict(self.ranks.agree(found))
+
+    def load(self, model: LossModel, optimizer: Optimizer, feed: Feed) -> None:
+        """Bring what the state of `begin` has learned into `model` and `optimizer`. Raises CheckpointError."""
+        self.model, self.optimizer, self.feed = model, optimizer, feed
+        if self._path is not None:
+            self.store.load(self._path, model, optimizer, self.ranks)
 
     def evaluate(self, state: TrainState, done: float) -> HeldoutReport:
-        """Held-out quality now; with `keep_best`, a checkpoint when it is the best so far."""
+        """Held-out quality now; with `keep_best`, a checkpoint when it is the best so far, which it is once that is written."""
         report = measure(self.model, self.feed.heldout, self.ranks)
         if not self.feed.heldout:
             return report
         self.say("eval", asdict(report), step=state.step, progress=done)
         mean = report.mean_bpb
         if self.plan.keep_best and math.isfinite(mean) and (state.best is None or mean < state.best):
-            state.best, state.best_step = mean, state.step
-            self.save(state, done)
+            better = dataclasses.replace(state, best=mean, best_step=state.step)
+            if self.save(better, done):
+                state.best, state.best_step = better.best, better.best_step
         return report
 
-    def save(self, state: TrainState, done: float, *, must: bool = False) -> None:
-        """Write a checkpoint of `state`, unless it has one. When that fails the run goes on and tries again a period later;
-        with `must` it raises CheckpointError."""
+    def save(self, state: TrainState, done: float, *, must: bool = False) -> bool:
+        """Write a checkpoint of `state`, unless its step has one; is there one now? When that fails the run goes on and tries
+        again a period later; with `must` it raises CheckpointError."""
         if state.step == self._saved_step:
-            return
+            return True
         began = time.perf_counter()
         self.saved_at = state.seconds
         try:
@@ -88,7 +130,7 @@ class Run:
                 raise
             newest = f"step {self._saved_step}" if self._saved_step >= 0 else "none"
             self.say("warning", step=state.step, text=f"{error}; training goes on, the newest checkpoint is {newest}")
-            return
+            return False
         self._saved_step = state.step
         took = time.perf_counter() - began
         self.say(
@@ -100,15 +142,24 @@ class Run:
             path=str(path),
             took=took,
         )
+        return True
 
     def take_best(self, state: TrainState, final: HeldoutReport) -> HeldoutReport:
-        """Put the weights of the best evaluation in place of the last ones; returns its report. Raises CheckpointError when
-        nothing was ever measured."""
-        if state.best is None:
-            raise CheckpointError("no evaluation to choose the best checkpoint by", do="give held-out rows")
-        if state.best_step == state.step:
+        """Put the weights of the best evaluation in place of the last ones; returns its report. Where there is no whole
+        checkpoint of it, a warning says so and the last weights stay. The last ones are saved before. Raises CheckpointError
+        where they cannot be read back."""
+        if state.best_step == state.step and state.best is not None:
             return final
-        self.store.load(self.store.fetched(state.best_step, self.ranks), self.model, self.optimizer, self.ranks)
+        stay = f"the model is written from the last weights, those of step {state.step}"
+        if state.best is None:
+            self.say("warning", step=state.step, text=f"no checkpoint of an evaluation to take the best of; {stay}")
+            return final
+        try:
+            self.store.load(self.store.fetched(state.best_step, self.ranks), self.model, self.optimizer, self.ranks)
+        except CheckpointError as error:
+            self.say("warning", step=state.step, text=f"{error}; {stay}")
+            self.store.load(self.store.at(state.step), self.model, self.optimizer, self.ranks)  # some may be replaced
+            return final
         self.say("best", step=state.step, best_step=state.best_step, bpb=state.best)
         return measure(self.model, self.feed.heldout, self.ranks)
 
@@ -125,6 +176,18 @@ class Run:
         self.tell_copies(state)
         if self.ranks.first:
             stop_file(self.plan.run).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_writer(plan: FitPlan, ranks: Ranks) -> Iterator[None]:
+    """Rank 0 holds the run's folder in this block, once the processes that a killed command left behind have ended. Raises
+    ResourceError, on all ranks, where another run goes on writing there: their checkpoints would be mixed."""
+    busy = ResourceError(f"another run is writing to {plan.run}", do="wait for it, stop it, or give another --out")
+    with contextlib.ExitStack() as held:
+        with ranks.alike():
+            if ranks.first:
+                held.enter_context(alone(Path(plan.run) / WRITER, busy, wait=LEFT_BEHIND))
+        yield
 
 
 @contextlib.contextmanager

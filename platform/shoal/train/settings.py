@@ -13,7 +13,7 @@ from shoal.errors import ConfigError, did_you_mean
 from shoal.train.plan import FitPlan
 
 SETTABLE = (
-    "eval_every", "eval_rows", "checkpoint_minutes", "keep", "keep_best", "replicas", "recompute", "compile",
+    "eval_every", "eval_rows", "checkpoint_minutes", "keep", "keep_best", "replicas", "recompute", "compile", "row_tokens",
 )  # fmt: skip  # fields of FitPlan that `settings` may set
 
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -27,7 +28,7 @@ from shoal.train.parallel import Ranks, precision, sync_gradients
 class StepReport:
     """What one update did, over all ranks. Losses are means, in nats a target."""
 
-    loss: float  # what was minimised
+    loss: float  # what was minimised; of preferences a pair's mean
     ce: tuple[float, ...]  # cross-entropy at each exit, shallowest first; nan at one that was left out
     patch: float  # next-patch error; 0 when no patch was predicted
     bpb: float  # bits a byte at full depth, over text, code and chats; nan when there are none
@@ -45,17 +46,19 @@ class Counts:
     patches: int
     tokens: int
     text_bytes: int  # UTF-8 bytes that the rows of text, code and chats predict
+    rows: int
 
 
 def count(batches: Sequence[Batch], ranks: Ranks, way: object = ()) -> Counts:
     """Counts over all ranks. `way`: what this rank will run of the model. Raises DataError when ranks hold different numbers of
     micro-batches and ShoalError when their ways differ, on all of them: they would wait for each other for ever."""
     mark = float(zlib.crc32(repr(way).encode()) % 2**20)  # its square still counts exactly
-    local = torch.zeros(7, dtype=torch.float64)
+    local = torch.zeros(8, dtype=torch.float64)
     for b in batches:
-        targets, patches = (b.targets >= 0).sum(), predicted_patches(b.tokens, b.docs).sum()
-        local[:5] += torch.tensor([1, targets, patches, (b.docs >= 0).sum(), b.row_bytes[text_rows(b)].sum()])
-    local[5:] = torch.tensor([mark, mark**2], dtype=torch.float64)
+        targets, patches = (b.targets >= 0).sum(), predicted_patches(b.tokens, b.docs, b.patches).sum()
+        tokens, text = (b.docs >= 0).sum(), b.row_bytes[text_rows(b)].sum()
+        local[:6] += torch.tensor([1, targets, patches, tokens, text, len(b.tokens)])
+    local[6:] = torch.tensor([mark, mark**2], dtype=torch.float64)
     micro, *rest, marks, squares = (int(value) for value in ranks.sum(local).tolist())
     if micro != len(batches) * ranks.world:
         raise DataError(
@@ -93,22 +96,26 @@ def update(
     run = [e for e, weight in zip(model.exits, weights, strict=True) if weight > 0]
     counts = count(batches, ranks, (run, sorted(skip)))
     shares = torch.tensor(weights, device=ranks.device)
-    how = {"exits": run, "skip": skip, "distill": config.distill > 0}
+    how = {"exits": run, "skip": skip, "distill": config.distill > 0, "reference": config.dpo > 0}
+    divisor = max(1, counts.rows // 2 if config.dpo else counts.targets)  # pairs, or tokens
     optimizer.zero_grad(set_to_none=True)
     totals = torch.zeros(2 * len(model.exits) + 3, dtype=torch.float64, device=ranks.device)
     for index, batch in enumerate(batches):
         sync_gradients(model, index == len(batches) - 1)
         with precision(model, ranks):
             sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, **how)
-        by_exit = sums.ce.sum(1) + config.distill * sums.kl
+        if sums.reference is not None:
+            by_exit = preference_losses(sums.ce, sums.reference, config.dpo)
+        else:
+            by_exit = config.cross_entropy * sums.ce.sum(1) + config.distill * sums.kl
         by_patch = sums.patch + config.distill * sums.patch_apart
-        on_tokens = (shares.to(sums.ce.dtype) @ by_exit) / max(counts.targets, 1)
+        on_tokens = (shares.to(sums.ce.dtype) @ by_exit) / divisor
         (on_tokens + config.patch_weight * by_patch / max(counts.patches, 1)).backward()
         text = sums.ce[-1][text_rows(batch)].sum()
         totals += torch.cat([sums.ce.sum(1), by_exit, torch.stack([sums.patch, by_patch, text])]).detach()
     *means, patch, on_patches, text_nats = ranks.sum(totals).tolist()
-    means = [value / max(counts.targets, 1) for value in means]
-    ce_means, minimised = means[: len(weights)], means[len(weights) :]
+    ce_means = [value / max(counts.targets, 1) for value in means[: len(weights)]]
+    minimised = [value / divisor for value in means[len(weights) :]]
     patch, on_patches = (value / max(counts.patches, 1) for value in (patch, on_patches))
     loss = (
         sum(share * value for share, value in zip(weights, minimised, strict=True)) + config.patch_weight * on_patches
@@ -126,6 +133,13 @@ def update(
         patches=counts.patches,
         tokens=counts.tokens,
     )
+
+
+def preference_losses(ce: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """[E]: the losses of DPO, -log sigmoid(`beta` times how much more the preferred answer has gained on the reference than the
+    other), nats, summed over pairs. `ce` and `reference` [E, B]: rows 2i and 2i + 1 are a pair, the preferred one first."""
+    gained = reference - ce  # log of how much likelier each answer has become
+    return -F.logsigmoid(beta * (gained[:, ::2] - gained[:, 1::2])).sum(1)
 
 
 def _fill_gradients(model: LossModel) -> None:
@@ -152,7 +166,7 @@ def write(optimizer: Optimizer, model: LossModel, *, loss: float, norm: float, r
             raise ShoalError(
                 f"the {name} is not finite, so the weights were left as they were",
                 got=value,
-                do="lower train.learning_rate and resume from the last checkpoint",
+                do="start again with a lower train.learning_rate and --resume never, or with another --out",
             )
     if norm > clip:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, torch.tensor(norm))

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from shoal.errors import UsageError
+from shoal.errors import UsageError, first_line
 from shoal.train.log import Record, Report
 
 _STEP = ("loss", "bpb", "patch", "rate", "grad_norm", "tokens_per_second", "utilisation")
@@ -56,7 +56,7 @@ def _while_it_works(name: str, report: Report) -> Report:
             report(record)
         except Exception as error:  # the tools' errors have no kind in common
             failed = True
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            reason = first_line(error)
             print(f"warning: --track {name}: {reason}; the run goes on without it", file=sys.stderr)
 
     return guarded

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 VERSION = "0.32"  # whose interfaces these pages follow; another minor release of vLLM has others
 ARCHITECTURE = "ShoalForCausalLM"
+PER_REQUEST = "per-request"  # the depth of a deployment whose requests say theirs
 
 
 def register() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from shoal.engine.events import Finished
-from shoal.engine.metrics import Metrics
+from shoal.engine.metrics import Metrics, Samples, sample
 
-GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+GAUGES = tuple(map(sample, ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")))
 
 
 class Counts(StatLoggerBase):  # type: ignore[misc]
@@ -17,7 +17,7 @@ class Counts(StatLoggerBase):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.metrics = Metrics()
-        self.gauges = dict.fromkeys(GAUGES, 0.0)
+        self.gauges: Samples = dict.fromkeys(GAUGES, 0.0)
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
@@ -50,5 +50,5 @@ class Counts(StatLoggerBase):  # type: ignore[misc]
         """A request without a `Finished` of its own."""
         self.metrics.ended(reason, 0, 0.0, None, 0.0, 0)
 
-    def samples(self, exits: Any) -> dict[str, float]:
+    def samples(self, exits: Any) -> Samples:
         return self.gauges | self.metrics.samples(exits)

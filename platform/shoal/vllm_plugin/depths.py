@@ -19,7 +19,7 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from shoal.config import ModelConfig
+from shoal.config import FULL, ModelConfig
 from shoal.errors import ConfigError
 from shoal.model.cache import PagedStep
 
@@ -46,8 +46,8 @@ class Depths(LogitsProcessor):  # type: ignore[misc]
 
     @classmethod
     def _layers(cls, params: SamplingParams) -> int:
-        asked = (params.extra_args or {}).get("depth")
-        return 0 if cls.shape is None else cls.shape.depth(asked)
+        depth = (params.extra_args or {}).get("depth", FULL)
+        return 0 if cls.shape is None else cls.shape.depth(depth)
 
     def is_argmax_invariant(self) -> bool:
         return True

@@ -52,7 +52,7 @@ class Largest(BaseDummyInputsBuilder[Info]):  # type: ignore[misc]
 class Processor(BaseMultiModalProcessor[Info]):  # type: ignore[misc]
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         shape = self.info.shape
-        cut = [media.to_patches(_rgb(image), shape) for image in hf_data["images"]]
+        cut = [media.to_patches(media.as_rgb(image), shape) for image in hf_data["images"]]
         return BatchFeature(
             {
                 "patches": torch.from_numpy(np.concatenate([image.values for image in cut])),
@@ -89,8 +89,3 @@ def as_image(patches: media.Patches, config: ModelConfig) -> Image.Image:
 def collapsed(ids: Sequence[int]) -> list[int]:
     """`ids` with each image's span as its ``<img>`` alone, which is how vLLM is asked."""
     return [token for token in ids if token not in (PATCH_ID, ROW_ID, IMG_END_ID)]
-
-
-def _rgb(image: Any) -> Image.Image:
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image, dtype=np.uint8))
-    return picture.convert("RGB")

@@ -34,9 +34,8 @@ from shoal.model.block import Norm, Rope, rope_tables
 from shoal.model.checkpoint import ROUTER
 from shoal.model.model import forbidden
 from shoal.model.net import unit_pixels
-from shoal.vllm_plugin import depths, images
+from shoal.vllm_plugin import PER_REQUEST, depths, images
 from shoal.vllm_plugin.attention import HybridBackend, Step, current_step
-from shoal.vllm_plugin.settings import PER_REQUEST
 
 UNUSED = (ROUTER, "patch_head.")  # tensors of a model directory that generation does not read
 
@@ -70,7 +69,7 @@ class Attention(block.Attention):
 
 class Mlp(block.Mlp):
     def __init__(self, config: ModelConfig, prefix: str, vllm: VllmConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, config.ffn)
         quantized = {"quant_config": vllm.quant_config, "return_bias": False, "bias": False}
         self.up = MergedColumnParallelLinear(config.width, [config.ffn] * 2, prefix=f"{prefix}.up", **quantized)
         self.down = RowParallelLinear(config.ffn, config.width, prefix=f"{prefix}.down", **quantized)
@@ -94,9 +93,9 @@ class Group(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int, prefix: str, vllm: VllmConfig) -> None:
         super().__init__()
-        first = index * config.group_layers
+        first, end = (0, *config.ends)[index : index + 2]
         self.blocks = nn.ModuleList(
-            Block(config, first + j, f"{prefix}.blocks.{j}", vllm) for j in range(config.group_layers)
+            Block(config, layer, f"{prefix}.blocks.{layer - first}", vllm) for layer in range(first, end)
         )
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
@@ -116,7 +115,7 @@ class ShoalForCausalLM(nn.Module, SupportsMultiModal):  # type: ignore[misc]
         self.layers: int = hf.layers
         self.per_request = hf.depth == PER_REQUEST
         c, lead = self.config, f"{prefix}." if prefix else ""
-        groups = self.layers // c.group_layers
+        groups = c.groups(self.layers)
         side = c.image_size // c.patch
         self.embed = VocabParallelEmbedding(c.vocab, c.width, prefix=f"{lead}embed")
         self.patch_in = nn.Linear(c.patch_values, c.width, bias=False)
@@ -181,7 +180,7 @@ class ShoalForCausalLM(nn.Module, SupportsMultiModal):  # type: ignore[misc]
         at, x, rope = torch.arange(step.rows, device=x.device), x[: step.rows], _of(rope, slice(step.rows))
         left = depths.of_step(len(step.paged.starts) - 1, self.layers)
         for index, group in enumerate(self.groups):
-            x, layers = group(x, rope), (index + 1) * self.config.group_layers
+            x, layers = group(x, rope), self.config.ends[index]
             stay = [r for r, depth in enumerate(left) if depth > layers]
             if len(stay) < len(left):
                 out[at] = self.exit_norms[str(layers)](x)  # rows that go on are overwritten at their own exit

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from shoal.errors import ConfigError, did_you_mean
-from shoal.vllm_plugin import VERSION
+from shoal.vllm_plugin import PER_REQUEST, VERSION
 
 OURS = {  # option of vLLM: what of the serve config decides it
     "model": "args.model",
@@ -75,4 +75,4 @@ def engine_args(model: str, given: Mapping[str, Any], *, max_batch: int, threads
     return AsyncEngineArgs(model=model, max_num_seqs=max_batch, **options)
 
 
-_SALTED = {"depth": "per-request", "salted": True}  # `serving` gives every request the salt of its depth
+_SALTED = {"depth": PER_REQUEST, "salted": True}  # `serving` gives every request the salt of its depth

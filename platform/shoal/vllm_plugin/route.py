@@ -15,9 +15,9 @@ from torch import Tensor
 from shoal.engine.events import Request
 from shoal.inputs import media
 from shoal.inputs.chat import Encoded
-from shoal.model.depth import Router, features, page_sums
 from shoal.model.model import Model
 from shoal.model.net import Net
+from shoal.model.router import Router, features, page_sums
 
 
 class Forerunner:

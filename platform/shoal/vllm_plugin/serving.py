@@ -25,10 +25,22 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
 from shoal.api.served import ServedModel
+from shoal.config import FULL
 from shoal.engine.events import Event, Finished, Guide, Request, Sampling, Token, TokenLogprob
+from shoal.engine.metrics import Samples
 from shoal.engine.text import TextStream
-from shoal.errors import ConfigError, EngineDeadError, GenerationError, QueueFullError, RequestError, frames
+from shoal.errors import (
+    ConfigError,
+    EngineDeadError,
+    GenerationError,
+    QueueFullError,
+    RequestError,
+    first_line,
+    frames,
+    last_line,
+)
 from shoal.inputs.chat import Encoded
+from shoal.vllm_plugin import PER_REQUEST
 from shoal.vllm_plugin.counts import GAUGES, Counts
 from shoal.vllm_plugin.images import as_image, collapsed
 
@@ -57,7 +69,7 @@ class VllmEngine:
             raise
         except Exception as error:
             raise ConfigError(f"vLLM does not start with {args.model}", got=_why(error)) from error
-        self._per_request = getattr(config.model_config.hf_config, "depth", None) == "per-request"
+        self._per_request = getattr(config.model_config.hf_config, "depth", None) == PER_REQUEST
 
     async def batches(
         self, request: Request, gap: Callable[[], float] = lambda: 0.0
@@ -101,7 +113,12 @@ class VllmEngine:
             inputs["multi_modal_data"] = {"image": [as_image(image, self._served.config) for image in prompt.images]}
         if self._per_request:
             inputs["cache_salt"] = str(layers)
-        writing = _Writing(request, TextStream(self._served.tokenizer, request.sampling.stop), layers, began)
+        writing = _Writing(
+            request,
+            TextStream(self._served.tokenizer, request.sampling.stop, request.sampling.include_stop),
+            layers,
+            began,
+        )
         writing.prompt_tokens = len(prompt.ids)
         for token in request.answer:
             writing.text.push(token, writing.may_stop())
@@ -141,30 +158,33 @@ class VllmEngine:
 
     async def _layers(self, prompt: Encoded, request: Request) -> int:
         shape = self._served.config
-        if request.depth == "auto":
+        layers = shape.asked(request.depth)
+        if layers is None:
             if self._per_request and self._route is not None:
                 return await asyncio.to_thread(self._route, prompt, request)
             return shape.layers
-        try:
-            layers = shape.depth(request.depth)
-        except ConfigError as error:
-            raise RequestError("depth", param="depth", got=request.depth, allowed=[*shape.exit_names]) from error
         if layers != shape.layers and not self._per_request:
             raise RequestError(
                 "depth", param="depth", got=request.depth, allowed="the depth that this deployment fixes"
             )
         return layers
 
-    async def embed(self, prompt: list[int], depth: str | int | None = None) -> list[float]:
+    async def embed(
+        self, prompts: list[list[int]], depth: str | int = FULL, *, payer: str = "", client: str = ""
+    ) -> list[list[float]]:
         raise RequestError(
             "embeddings", param="model", got="engine vllm", do="ask a model that Shoal's own engine serves"
         )
 
-    async def stats(self) -> dict[str, float]:
+    async def stats(self) -> Samples:
         """As `Engine.stats`, as far as vLLM tells: it does after each step, so what it said of the last one is not true of an
         engine that has nothing to do."""
-        idle = {} if self._live else dict.fromkeys(GAUGES, 0.0)
+        idle: Samples = {} if self._live else dict.fromkeys(GAUGES, 0.0)
         return self._counts.samples(self._served.config.exits) | idle
+
+    async def info(self) -> list[dict[str, str]]:
+        """As `AsyncEngine.info`."""
+        return [{"quantization": self._served.config.quantization}]
 
     async def check_health(self) -> None:
         """Raises EngineDeadError."""
@@ -186,18 +206,14 @@ class VllmEngine:
 
 def _why(error: Exception) -> str:
     """The line of `error` that says what is wrong. The last one, but pydantic ends with where to read on."""
-    lines = (
-        [found["msg"] for found in error.errors()]
-        if isinstance(error, ValidationError)
-        else str(error).strip().splitlines()
-    )
-    return lines[-1][:300] if lines else type(error).__name__
+    if isinstance(error, ValidationError) and error.errors():
+        return str(error.errors()[-1]["msg"])[:300]
+    return last_line(error)
 
 
 def _refusal(error: Exception) -> RequestError:
     """vLLM's refusal of a request as ours."""
-    first = next(iter(str(error).splitlines()), type(error).__name__)
-    return RequestError(first[:300], param=getattr(error, "parameter", None))
+    return RequestError(first_line(error), param=getattr(error, "parameter", None))
 
 
 def sampling_params(sampling: Sampling, answered: int = 0, layers: int | None = None) -> SamplingParams:
@@ -206,8 +222,10 @@ def sampling_params(sampling: Sampling, answered: int = 0, layers: int | None = 
     s = sampling
     if s.speculative:
         raise RequestError("speculative", param="speculative", got=s.speculative, allowed="0 with engine vllm")
+    if s.banned:
+        raise RequestError("bad_words", param="bad_words", do="leave them out: engine vllm is not given them")
     return SamplingParams(
-        temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p, seed=s.seed,
+        temperature=s.temperature, top_p=max(s.top_p, 1e-9), top_k=s.top_k, min_p=s.min_p, seed=s.seed,
         max_tokens=s.max_tokens - answered, min_tokens=max(0, s.min_tokens - answered),
         stop_token_ids=list(s.stop_token_ids), ignore_eos=s.ignore_eos,
         presence_penalty=s.presence_penalty, frequency_penalty=s.frequency_penalty, repetition_penalty=s.repetition_penalty,

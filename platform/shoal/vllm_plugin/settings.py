@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from shoal import config
-from shoal.config import ModelConfig
+from shoal.config import FULL, ModelConfig
 from shoal.errors import ConfigError
 from shoal.inputs.tokenizer import END, END_ID, PAD, PAD_ID
-from shoal.vllm_plugin import ARCHITECTURE
+from shoal.vllm_plugin import ARCHITECTURE, PER_REQUEST
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-PER_REQUEST = "per-request"
 
 
 class ShoalConfig(PretrainedConfig):  # type: ignore[misc]
@@ -28,7 +26,7 @@ class ShoalConfig(PretrainedConfig):  # type: ignore[misc]
 
     model_type = "shoal"
 
-    def __init__(self, model: dict[str, Any] | None = None, depth: str | int | None = None, **rest: Any) -> None:
+    def __init__(self, model: dict[str, Any] | None = None, depth: str | int = FULL, **rest: Any) -> None:
         """`model`: a ModelConfig's fields (None: transformers makes an empty one to compare with); `depth`: an exit, or
         ``per-request``."""
         self.model = model or {}
@@ -48,7 +46,7 @@ class ShoalConfig(PretrainedConfig):  # type: ignore[misc]
     @property
     def layers(self) -> int:
         """Layers that are served. Raises ConfigError for a depth that is no exit."""
-        return self.shape.depth(None if self.depth == PER_REQUEST else self.depth)
+        return self.shape.depth(FULL if self.depth == PER_REQUEST else self.depth)
 
 
 _NAMES = {
@@ -96,7 +94,7 @@ def check(vllm_config: VllmConfig) -> None:
     or a block size that does not fit the model."""
     c, hf = vllm_config, vllm_config.model_config.hf_config
     parallel, cache = c.parallel_config, c.cache_config
-    layers, per_request = hf.layers, hf.depth == PER_REQUEST
+    per_request = hf.depth == PER_REQUEST
     refused: dict[str, tuple[bool, str]] = {
         "pipeline_parallel_size": (
             parallel.pipeline_parallel_size > 1,
@@ -141,7 +139,7 @@ def check(vllm_config: VllmConfig) -> None:
             f"a divisor of the model's K/V heads ({hf.shape.kv_heads})",
         ),
     }  # fmt: skip
-    assert layers
+    _need_ours(hf)
     for name, (bad, allowed) in refused.items():
         if bad:
             raise ConfigError(f"vLLM's {name} with a Shoal model", allowed=allowed)
@@ -151,6 +149,16 @@ def check(vllm_config: VllmConfig) -> None:
         Depths.shape = hf.shape  # requests are checked in this process
         others = c.model_config.logits_processors or []
         c.model_config.logits_processors = [*(other for other in others if other != NAME), NAME]
+
+
+def _need_ours(hf: ShoalConfig) -> None:
+    """Raises ConfigError for a depth that is no exit, and for a model that was imported: these layers do not have all that open
+    models do."""
+    shape, _ = hf.shape, hf.layers  # which raises for a depth that is none
+    dense = "D" in shape.attn_pattern or not shape.image_size
+    if other := shape.of_open_models or (("attn_pattern",) if dense else ()):
+        do = "serve it with Shoal's own engine, or its source with vLLM alone"
+        raise ConfigError("an imported model in vLLM", got=f"{other[0]} of an open model", do=do)
 
 
 def _captures(vllm_config: VllmConfig) -> bool:

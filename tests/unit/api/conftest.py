@@ -14,8 +14,9 @@ from shoal import presets
 from shoal.api.app import build_app
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
+from shoal.config import FULL
 from shoal.engine.events import Event, Finished, Request, Token, TokenLogprob
-from shoal.engine.metrics import Metrics
+from shoal.engine.metrics import Metrics, Samples, sample
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import Tokenizer
 
@@ -76,15 +77,20 @@ class Scripted:
             request.id, reason, "", depth, len(ids), 3, count, 0.0, seconds / 2, seconds, prompt_logprobs=prompt
         )
 
-    async def embed(self, prompt: list[int], depth: str | int | None = None) -> list[float]:
+    async def embed(
+        self, prompts: list[list[int]], depth: str | int = FULL, *, payer: str = "", client: str = ""
+    ) -> list[list[float]]:
         if self.raises:
             raise self.raises
         await asyncio.sleep(0)
-        return [float(len(prompt)), float(sum(prompt)), 0.5 if depth == "shallow" else 0.25]
+        last = 0.5 if depth == "shallow" else 0.25
+        return [[float(len(prompt)), float(sum(prompt)), last] for prompt in prompts]
 
-    async def stats(self) -> dict[str, float]:
-        info = f'model_info{{quantization="{self.quantization}"}}'
-        return {"num_requests_running": self.open, info: 1, **self.metrics.samples((1, 2, 4))}
+    async def stats(self) -> Samples:
+        return {sample("num_requests_running"): self.open, **self.metrics.samples((1, 2, 4))}
+
+    async def info(self) -> list[dict[str, str]]:
+        return [{"quantization": self.quantization}]
 
     async def check_health(self) -> None:
         if self.dead:

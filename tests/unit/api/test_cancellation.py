@@ -106,3 +106,21 @@ async def test_what_is_ready_at_once_is_sent_at_once_in_the_same_chunks(
     joined = await sent()
     assert b"".join(joined) == b"".join(one_by_one)
     assert [data.count(b"data: ") for data in joined] == [9, 7, *last]
+
+
+async def test_who_does_not_read_the_end_of_a_stream_holds_no_place(
+    served: ServedModel, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server waits with each part for what went before to be read, with the last one too."""
+    monkeypatch.setattr("shoal.api.service.SEND_SECONDS", 0.2)
+
+    class Stalled(Caller):
+        async def _send(self, message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                await asyncio.Event().wait()
+            await super()._send(message)
+
+    body = {"model": "fish", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    caller = Stalled(build_app([Hosted(served, engine)]), body)
+    await asyncio.wait_for(caller.task, 10)
+    assert b"[DONE]" in caller.sent[-1]["body"]

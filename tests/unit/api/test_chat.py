@@ -209,10 +209,13 @@ async def test_developer_is_read_as_system(http: httpx.AsyncClient, engine: Any)
         ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "max_tokens", None),
         ({"max_tokens": 0}, 400, "max_tokens", None),
         ({"temperature": -1}, 400, "temperature", None),
-        ({"top_p": 0}, 400, "top_p", None),
+        ({"top_p": -0.1}, 400, "top_p", None),
+        ({"top_k": -2}, 400, "top_k", None),
+        ({"max_completion_tokens": 10_000}, 400, "max_completion_tokens", "context_length_exceeded"),
+        ({"max_completion_tokens": 0}, 400, "max_completion_tokens", None),
         ({"top_logprobs": 2}, 400, "top_logprobs", None),
         ({"quality_tolerance": -1}, 400, "quality_tolerance", None),
-        ({"logprobs": True, "top_logprobs": 21}, 400, "logprobs", None),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", None),
         ({"depth": "abyss"}, 400, "depth", None),
         ({"depth": 3}, 400, "depth", None),
         ({"depth": "full", "reasoning_effort": "low"}, 400, "depth", None),
@@ -225,6 +228,9 @@ async def test_developer_is_read_as_system(http: httpx.AsyncClient, engine: Any)
         ({"stop_token_ids": [-1]}, 400, "stop_token_ids", None),
         ({"stop": [""]}, 400, "stop", None),
         ({"stop": ["x"] * 17}, 400, "stop", None),
+        ({"stop": ["x", "y" * 1025]}, 400, "stop", None),  # each token would look for all of it
+        ({"stop_token_ids": [80] * 1025}, 400, "stop_token_ids", None),  # and among all of them
+        ({"logit_bias": {"0" * 20 + "80": 1}}, 400, "logit_bias", None),  # not token 0
         ({"messages": [{"role": "user", "content": "x"}] * 1025}, 400, "messages", None),
     ],
 )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
 from shoal.api.served import ServedModel
-from shoal.engine.events import Guide
+from shoal.engine.events import Guide, Token, TokenLogprob
+from shoal.engine.text import TextStream
 from shoal.inputs.tokenizer import END_ID, PAD_ID, PATCH_ID
 
 pytestmark = pytest.mark.anyio
@@ -77,6 +79,55 @@ async def test_offsets_count_characters_where_a_prompt_s_token_is_half_of_one(ht
     assert answer["choices"][0]["logprobs"]["text_offset"] == [0, 1, 1, 2, 3]
 
 
+async def test_a_sampled_token_is_among_the_likeliest_in_any_case(http: httpx.AsyncClient, engine: Any) -> None:
+    """As OpenAI's: one more entry where it is none of them."""
+    likeliest = {"x": -0.1, "y": -0.2}
+    ids = {name: engine.tokenizer.encode(name)[0] for name in likeliest}
+    rare = TokenLogprob(engine.tokenizer.encode("H")[0], -7.0, tuple((ids[n], v) for n, v in likeliest.items()))
+    engine._logprob = lambda request, token: replace(rare, top=rare.top[: request.sampling.logprobs])
+    for count in (0, 1, 2):
+        entry = (await complete(http, logprobs=count, max_tokens=1))["choices"][0]["logprobs"]
+        assert entry["top_logprobs"] == [{**dict([*likeliest.items()][:count]), "H": -7.0}]
+
+
+async def test_offsets_are_right_while_text_is_held_back_for_a_stop(http: httpx.AsyncClient, engine: Any) -> None:
+    engine.reply = "so END now"
+    script = engine.batches
+
+    async def held(request: Any) -> Any:
+        """As the engine gives text out that may become a stop string."""
+        text = TextStream(engine.tokenizer, request.sampling.stop)
+        async for (event,) in script(request):
+            yield [
+                replace(event, text=text.push(event.token)[0])
+                if isinstance(event, Token)
+                else replace(event, text=text.finish())
+            ]
+
+    engine.batches = held
+    for fields in ({}, {"stop": ["END!"]}):
+        choice = (await complete(http, logprobs=0, **fields))["choices"][0]
+        assert choice["text"] == "so END now"
+        assert choice["logprobs"]["text_offset"] == [*range(10)]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+async def test_echo_with_logprobs_in_a_stream_says_the_same_as_the_whole(
+    http: httpx.AsyncClient, max_tokens: int
+) -> None:
+    fields = {"model": "fish", "prompt": ["ab", "é"], "echo": True, "logprobs": 1, "max_tokens": max_tokens}
+    whole = (await complete(http, **fields))["choices"]
+    text = (await http.post(URL, json={**fields, "stream": True})).text
+    *chunks, _ = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    pieces = [json.loads(chunk)["choices"][0] for chunk in chunks]
+    for index, expected in enumerate(whole):
+        mine = [piece for piece in pieces if piece["index"] == index]
+        assert "".join(piece["text"] for piece in mine) == expected["text"]
+        assert mine[-1]["finish_reason"] == expected["finish_reason"]
+        for column, values in expected["logprobs"].items():
+            assert [v for piece in mine if piece["logprobs"] for v in piece["logprobs"][column]] == values
+
+
 @pytest.mark.parametrize(
     ("given", "guide"),
     [
@@ -119,7 +170,6 @@ async def test_a_stream_says_the_same_as_the_whole(http: httpx.AsyncClient) -> N
         ({"prompt": ["a"] * 33, "n": 2}, "prompt"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
-        ({"echo": True, "logprobs": 1, "stream": True}, "stream"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"prompt": "x" * 385}, "prompt"),
         ({"logprobs": 21}, "logprobs"),

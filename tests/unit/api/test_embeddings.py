@@ -45,8 +45,8 @@ async def test_the_engine_embeds_between_the_steps_of_an_answer(model: Model) ->
     try:
         answer = engine.generate(Request("abc", Sampling(max_tokens=60, ignore_eos=True)))
         await anext(answer)
-        vectors = await asyncio.gather(*[engine.embed([70 + i]) for i in range(5)])
-        assert vectors == [model.embed([70 + i]).tolist() for i in range(5)]
+        vectors = await asyncio.gather(*[engine.embed([[70 + i], [80 + i]]) for i in range(5)])
+        assert vectors == [[model.embed([j + i]).tolist() for j in (70, 80)] for i in range(5)]
         events = [event async for event in answer]
         assert isinstance(events[-1], Finished) and events[-1].completion_tokens == 60
     finally:
@@ -64,17 +64,63 @@ async def test_embeddings_that_wait_are_bounded(model: Model, monkeypatch: pytes
 
     monkeypatch.setattr(model, "embed", slow)
     try:
-        waiting = [asyncio.create_task(engine.embed([70])) for _ in range(4)]
+        waiting = [asyncio.create_task(engine.embed([[70]])) for _ in range(3)]  # one runs
         assert await asyncio.to_thread(began.wait, 10)
-        engine._pooling.extend([lambda: None] * 2)  # the inbox is read when the first has ended
         with pytest.raises(QueueFullError):
-            await engine.embed([70])
+            await engine.embed([[70]])
         waiting[-1].cancel()  # one that leaves while it waits
         go_on.set()
         done = await asyncio.gather(*waiting, return_exceptions=True)
-        assert done[:-1] == [[0.0, 0.0]] * 3 and isinstance(done[-1], asyncio.CancelledError)
+        assert done[:-1] == [[[0.0, 0.0]]] * 2 and isinstance(done[-1], asyncio.CancelledError)
     finally:
         go_on.set()
+        await engine.close()
+
+
+async def in_turn(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[str, str, int]]) -> list[int]:
+    """The prompts' numbers in the order in which they are embedded, -1 for each call that is refused; the engine is busy until
+    all `calls` (payer, client, number of the first of two prompts) have come."""
+    done: list[int] = []
+    began, go_on = threading.Event(), threading.Event()
+
+    def embed(prompt: list[int], depth: object) -> np.ndarray:
+        began.set()
+        assert go_on.wait(10)
+        done.append(prompt[0])
+        return np.zeros(2)
+
+    monkeypatch.setattr(engine._engine.model, "embed", embed)
+    first = asyncio.create_task(engine.embed([[0]]))
+    assert await asyncio.to_thread(began.wait, 10)
+    tasks = []
+    for payer, client, number in calls:
+        tasks.append(asyncio.create_task(engine.embed([[number], [number + 1]], payer=payer, client=client)))
+        await asyncio.sleep(0)
+    go_on.set()
+    await first
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    return [*done[1:], *[-1 for answer in found if isinstance(answer, QueueFullError)]]
+
+
+async def test_embeddings_take_turns(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By payer, of one payer by client: six calls that came first hold up another payer's by one prompt each."""
+    engine = AsyncEngine(Engine(model))
+    try:
+        many = [("a", "greedy", 100 + 10 * i) for i in range(6)]
+        order = await in_turn(engine, monkeypatch, [*many, ("b", "", 200), ("a", "other", 300)])
+        assert order[:8] == [100, 200, 300, 201, 101, 301, 110, 111]
+        assert order[8:] == [n + k for _, _, n in many[2:] for k in (0, 1)]
+    finally:
+        await engine.close()
+
+
+async def test_the_last_call_of_who_has_most_gives_its_place(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = AsyncEngine(Engine(model, max_queue=3))
+    try:
+        many = [("a", "", 100 + 10 * i) for i in range(3)]
+        order = await in_turn(engine, monkeypatch, [*many, ("b", "", 200), ("a", "", 190)])
+        assert order == [100, 200, 101, 201, 110, 111, -1, -1]  # 120 gave its place, 190 found none
+    finally:
         await engine.close()
 
 

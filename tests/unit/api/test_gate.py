@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import re
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import nullcontext
 from hmac import compare_digest
@@ -12,10 +15,13 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI, Request
 
+from shoal.api import service
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.limits import Limits
+from shoal.api.middleware import Identified
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.api.wire import UnauthorizedError
@@ -52,6 +58,8 @@ BROKEN = {
     "text": (b"{}", {"content-type": "text/plain"}, 415),
     "gzip": (b"{}", {**JSON, "content-encoding": "gzip"}, 415),
     "50MB": (b" " * 50_000_000, JSON, 413),
+    "many-values": (b'{"tools": [' + b"[]," * 1_200_000 + b"[]]}", JSON, 400),
+    "many-names": (b'{"logit_bias": {' + b'"":0,' * 140_000 + b'"":0}}', JSON, 400),
 }
 
 
@@ -60,6 +68,32 @@ async def test_broken_bodies(http: httpx.AsyncClient, body: bytes, headers: dict
     reply = await http.post(URL, content=body, headers=headers)
     assert reply.status_code == status
     assert is_envelope(reply)
+
+
+async def test_many_values_are_refused_before_each_is_made(http: httpx.AsyncClient) -> None:
+    for kind, what in (("many-values", "commas"), ("many-names", "colons")):
+        reply = await http.post(URL, content=BROKEN[kind][0], headers=JSON)
+        assert f"{what}; allowed" in reply.json()["error"]["message"].replace("'", "")
+
+
+async def test_a_long_body_is_parsed_beside_the_requests_of_others(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, others = threading.Event(), threading.Event()
+    parse = service.parse
+
+    def slow(kind: Any, body: bytes) -> Any:
+        if len(body) > service.SHORT_BODY:
+            begun.set()
+            assert others.wait(10), "nobody else was answered"
+        return parse(kind, body)
+
+    monkeypatch.setattr(service, "parse", slow)
+    long = asyncio.create_task(http.post(URL, content=chat(user="u", stop="x" * service.SHORT_BODY), headers=JSON))
+    assert await asyncio.to_thread(begun.wait, 10)
+    assert (await http.post(URL, content=chat(), headers=JSON)).status_code == 200
+    others.set()
+    assert (await long).json()["error"]["param"] == "stop"
 
 
 async def test_a_body_of_unsaid_length_is_counted_and_its_sender_gets_to_the_end(connect: Connect) -> None:
@@ -101,9 +135,37 @@ async def test_behind_a_proxy_that_names_requests_the_log_has_its_name(
     connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="shoal.access")
-    reply = await connect(answer_request_id=False).get("/v1/models", headers={"X-Request-Id": "a b" + "c" * 200})
+    reply = await connect(answer_request_id=False).get("/v1/models", headers={"X-Request-Id": "abc-1"})
     assert "x-request-id" not in reply.headers
-    assert json.loads(caplog.records[-1].getMessage())["id"] == "a b" + "c" * 125
+    assert json.loads(caplog.records[-1].getMessage())["id"] == "abc-1"
+
+
+@pytest.mark.parametrize("given", [None, b"", b"a b", b"c" * 129, b"z\xc3\xbc", b"\xff", b"a\xc2\xb2", b"x\ny"])
+async def test_a_proxy_that_believes_ids_gets_none_that_it_should_not(given: bytes | None) -> None:
+    """Serve's proxy answers with what it was given, and with 500 where that is not ASCII."""
+    seen: list[bytes] = []
+
+    async def proxy(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend(value for name, value in scope["headers"] if name == b"x-request-id")
+
+    headers = [(b"host", b"x")] + ([] if given is None else [(b"x-request-id", given)] * 2)
+    await Identified(proxy)({"type": "http", "headers": headers}, None, None)  # type: ignore[arg-type]
+    assert len(seen) == 1 and re.fullmatch(b"[0-9a-f]{32}", seen[0])
+    await Identified(proxy)({"type": "http", "headers": [(b"x-request-id", b"abc-1")]}, None, None)  # type: ignore[arg-type]
+    assert seen[1:] == [b"abc-1"]
+
+
+async def test_what_anybody_can_say_of_the_host_reaches_no_page(connect: Connect) -> None:
+    def headers(request: Request) -> dict[str, str]:
+        return dict(request.headers)
+
+    def mounted(app: FastAPI) -> FastAPI:
+        app.add_api_route("/ui/headers", headers)
+        return app
+
+    told = {"X-Forwarded-Host": "evil.example", "X-Gradio-Server": "http://evil.example", "X-Forwarded-Proto": "https"}
+    seen = (await connect(ui_mount=mounted).get("/ui/headers", headers=told)).json()
+    assert "evil.example" not in str(seen) and seen["x-forwarded-proto"] == "https"
 
 
 async def test_every_answer_tells_its_time_and_what_its_key_may_still_do(connect: Connect) -> None:
@@ -283,12 +345,108 @@ class TestKeys:
         with pytest.raises(ConfigError):
             ApiKeys.load(file)
 
+    def test_a_digest_stands_for_its_key(self) -> None:
+        keys = ApiKeys(ApiKeys(["alpha name=first requests=3 tokens=9 at_once=4", "beta"]).lines)
+        alpha = keys.find("Bearer alpha")
+        assert (alpha.name, keys.find("Bearer beta").name) == ("first", ApiKeys(["beta"]).find("Bearer beta").name)
+        assert alpha.requests is not None and alpha.tokens is not None
+        assert (alpha.requests.per_minute, alpha.tokens.per_minute) == (3, 9)
+        assert alpha.places is not None and alpha.places.most == 4
+        with pytest.raises(UnauthorizedError):
+            keys.find(f"Bearer {keys.lines[0].split()[0]}")  # who reads the digest has no key
+
+    def test_a_file_that_changes_is_read_again(self, tmp_path: Path) -> None:
+        file, beside = tmp_path / "keys", tmp_path / "new"
+        file.write_text("alpha requests=2\nbeta requests=2\n")
+        keys = ApiKeys.load(file, clock=lambda: 100.0)
+        assert keys is not None
+        keys.find("Bearer alpha").admit()
+        beside.write_text("alpha requests=2\nbeta requests=5\ngamma\n")
+        beside.replace(file)  # as editors and Kubernetes change files
+        assert keys.find("Bearer gamma")
+        alpha, beta = keys.find("Bearer alpha").requests, keys.find("Bearer beta").requests
+        assert alpha is not None and beta is not None
+        assert (alpha.state()[0], beta.state()[0]) == (1, 5)  # what was spent is spent
+        file.write_text("gamma\n")
+        with pytest.raises(UnauthorizedError):
+            keys.find("Bearer alpha")
+
+    @pytest.mark.parametrize("content", [None, b"", b"# nothing\n", b"\xff\xfe", b"new requests=none\n", b"new\nnew\n"])
+    def test_a_broken_new_file_changes_nothing_and_is_told(
+        self, tmp_path: Path, content: bytes | None, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        file = tmp_path / "keys"
+        file.write_text("topsecret\n")
+        keys = ApiKeys.load(file)
+        assert keys is not None
+        if content is None:
+            file.unlink()
+        else:
+            file.write_bytes(content)
+        for _ in range(2):
+            assert keys.find("Bearer topsecret")
+            with pytest.raises(UnauthorizedError):
+                keys.find("Bearer new")
+        assert len(caplog.records) == 1 and "stay as they were" in caplog.text and "topsecret" not in caplog.text
+        file.write_text("other\n")
+        assert keys.find("Bearer other")
+
+    async def test_a_new_key_is_good_while_the_service_runs(self, connect: Connect, tmp_path: Path) -> None:
+        (tmp_path / "keys").write_text("old\n")
+        http = connect(api_keys=ApiKeys.load(tmp_path / "keys"))
+
+        async def asked() -> list[int]:
+            return [
+                (await http.get("/v1/models", headers={"Authorization": f"Bearer {key}"})).status_code
+                for key in ("old", "new")
+            ]
+
+        assert await asked() == [200, 401]
+        (tmp_path / "keys").write_text("new\n")
+        assert await asked() == [401, 200]
+
+    def test_a_file_that_could_not_be_read_for_a_moment_is_read_later(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Else a key that was taken away would be good until the file changes again."""
+        now, tries = [100.0], 0
+        (tmp_path / "keys").write_text("gone\n")
+        keys = ApiKeys.load(tmp_path / "keys", clock=lambda: now[0])
+        assert keys is not None
+        (tmp_path / "keys").write_text("still\n")
+
+        def full(*_: object, **__: object) -> str:
+            nonlocal tries
+            tries += 1
+            raise OSError(24, "Too many open files")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "read_text", full)
+            for _ in range(3):
+                keys.find("Bearer gone")
+            assert tries == 1
+            now[0] += 1
+            keys.find("Bearer gone")
+            assert tries == 2
+        assert caplog.text.count("stay as they were") == 1
+        now[0] += 1
+        with pytest.raises(UnauthorizedError):
+            keys.find("Bearer gone")
+        assert keys.find("Bearer still").name
+
+    def test_a_digest_that_is_none_is_no_key(self) -> None:
+        """Digests are shown to others: one in capitals, or cut, would let in whoever has seen it."""
+        for line in ("sha256:" + "AB" * 32, "sha256:" + "ab" * 31, "sha256:"):
+            with pytest.raises(ConfigError, match="digits"):
+                ApiKeys([line])
+
     def test_keys_cannot_be_printed(self) -> None:
         keys = ApiKeys(["topsecret"])
         assert "topsecret" not in repr(keys) + str(vars(keys))
         for line in (
             "topsecret topsecret",
             "topsecret requests=0",
+            "topsecret at_once=0",
             "topsecret tokens=topsecret",
             "topsecret\ntopsecret",
         ):
@@ -321,12 +479,8 @@ class TestRates:
     @pytest.mark.parametrize("stream", [False, True])
     async def test_tokens_of_prompt_and_answer(self, connect: Connect, now: list[float], stream: bool) -> None:
         http = self.http(connect, now, "a tokens=60")
-        body = {
-            "model": "fish",
-            "prompt": "x" * 50,
-            "max_tokens": 11,
-            "stream": stream,
-        }  # 61: one more than a minute has
+        # 61: one more than a minute has
+        body = {"model": "fish", "prompt": "x" * 50, "max_tokens": 11, "stream": stream}
         statuses = []
         for seconds in (0, 1.9, 0.2):
             now[0] += seconds
@@ -334,6 +488,42 @@ class TestRates:
                 (await http.post("/v1/completions", json=body, headers={"Authorization": "Bearer a"})).status_code
             )
         assert statuses == [200, 429, 200]
+
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [("/tokenize", {"prompt": "x" * 61}), ("/detokenize", {"tokens": [81] * 61}),
+         ("/tokenize", {"messages": [{"role": "user", "content": "x" * 60}]}),
+         ("/v1/embeddings", {"model": "fish", "input": "x" * 61})],
+    )  # fmt: skip
+    async def test_tokens_that_are_only_counted_or_read(
+        self, connect: Connect, now: list[float], path: str, body: dict[str, Any]
+    ) -> None:
+        http = self.http(connect, now, "a tokens=60")
+        replies = [await http.post(path, json=body, headers={"Authorization": "Bearer a"}) for _ in "ab"]
+        assert [reply.status_code for reply in replies] == [200, 429]
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_requests_at_the_same_time(
+        self, connect: Connect, now: list[float], engine: Any, stream: bool
+    ) -> None:
+        """A place is taken until the answer has ended, however it ends."""
+        http = self.http(connect, now, "a at_once=2", "b")
+        engine.hangs_after = 1
+        body = {"model": "fish", "prompt": "x", "stream": stream}
+        ask = lambda key: http.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"})  # noqa: E731
+        running = [asyncio.create_task(ask("a")) for _ in "ab"]
+        while engine.open < 2:
+            await asyncio.sleep(0.001)
+        third = await ask("a")
+        assert (third.status_code, third.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert "2 at once" in third.json()["error"]["message"] and third.headers["retry-after"] == "1"
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running)
+        engine.hangs_after = None
+        assert [(await ask(key)).status_code for key in "aaab"] == [200] * 4
+        refused = await http.post("/v1/completions", content=b"{", headers={"Authorization": "Bearer a"} | JSON)
+        assert [refused.status_code, *[(await ask("a")).status_code for _ in "abc"]] == [400, 200, 200, 200]
 
     async def test_a_debt_of_minutes_is_told_as_it_is(self, connect: Connect, now: list[float]) -> None:
         http = self.http(connect, now, "a tokens=20")

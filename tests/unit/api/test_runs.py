@@ -115,6 +115,21 @@ async def test_what_cannot_be_shown_is_refused_in_one_line(
     assert (await http.get("/v1/shoal/runs/now")).status_code == 413
 
 
+async def test_a_torn_line_is_counted_and_the_rest_is_shown(
+    connect: Callable[..., httpx.AsyncClient], root: Path
+) -> None:
+    """JSON of other programs too: a number that is none must not end the answer."""
+    path = root / "now" / "metrics.jsonl"
+    odd = b'{"kind": "step", "st\n' + b'{"kind": "step", "step": 3, "loss": NaN, "rate": 1e999}\n' + b"7\n\xff\n"
+    path.write_bytes(path.read_bytes() + odd)
+    http = connect(runs=root)
+    answer = await http.get("/v1/shoal/runs/now")
+    assert answer.status_code == 200
+    assert answer.json()["unreadable"] == 3 and answer.json()["curves"]["step"] == [1, 2, 3]
+    listed = {run["name"]: run for run in (await http.get("/v1/shoal/runs")).json()["data"]}
+    assert listed["now"]["step"] == 3
+
+
 async def test_there_are_no_runs_unless_a_folder_is_given(http: httpx.AsyncClient) -> None:
     assert (await http.get("/v1/shoal/runs")).status_code == 404
 

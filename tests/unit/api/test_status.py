@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +15,8 @@ from fastapi import FastAPI
 from shoal import __version__
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
+from shoal.api.drain import Drain
+from shoal.api.middleware import OPEN_PATHS
 from shoal.api.page import chat_page
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
@@ -37,6 +40,7 @@ async def test_models(http: httpx.AsyncClient) -> None:
 async def test_a_model_s_card_tells_what_is_computed_with_and_not_what_is_stored(
     served: ServedModel, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("shoal.api.fresh.EVERY_SECONDS", 0.0)
     stored = replace(served, config=replace(served.config, quantization="w8a8"))
     app = build_app([Hosted(stored, engine)])
     http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
@@ -49,20 +53,34 @@ async def test_a_model_s_card_tells_what_is_computed_with_and_not_what_is_stored
     engine.quantization = "w8a8"
     assert await told() == {"w8a8"}
 
-    async def of_three_replicas() -> dict[str, float]:
-        return {'model_info{quantization="w8a8"}': 2, 'model_info{quantization="none"}': 1}
+    async def of_three_replicas() -> list[dict[str, str]]:
+        return [{"quantization": how, "weights": "ab"} for how in ("w8a8", "none", "w8a8")]
 
-    async def silent() -> dict[str, float]:
+    async def silent() -> list[dict[str, str]]:
         raise ConnectionError
 
-    for stats, says in ((of_three_replicas, "none,w8a8"), (silent, "w8a8")):
-        monkeypatch.setattr(engine, "stats", stats)
+    for info, says in ((of_three_replicas, "none,w8a8"), (silent, "w8a8")):
+        monkeypatch.setattr(engine, "info", info)
         assert await told() == {says}
+        lines = (await http.get("/metrics")).text.splitlines()
+        counted = {line for line in lines if line.startswith(("shoal:model_info{", "shoal:replica_weights{"))}
+        assert (
+            counted
+            == {
+                "none,w8a8": {
+                    'shoal:model_info{model_name="fish",quantization="w8a8"} 2.0',
+                    'shoal:model_info{model_name="fish",quantization="none"} 1.0',
+                    'shoal:replica_weights{model_name="fish",weights="ab"} 3.0',
+                },
+                "w8a8": set(),
+            }[says]
+        )
 
 
 async def test_health_is_about_death_and_readiness_about_now(
     http: httpx.AsyncClient, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("shoal.api.fresh.EVERY_SECONDS", 0.0)
     assert [(await http.get(path)).status_code for path in ("/health", "/ready")] == [200, 200]
     engine.dead = ConnectionError("no replica yet")
     assert [(await http.get(path)).status_code for path in ("/health", "/ready")] == [200, 503]
@@ -73,9 +91,41 @@ async def test_health_is_about_death_and_readiness_about_now(
     async def silent() -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("shoal.api.routes.PROBE_SECONDS", 0.01)
+    monkeypatch.setattr("shoal.api.fresh.PROBE_SECONDS", 0.01)
     engine.check_health = silent
     assert [(await http.get(path)).status_code for path in ("/health", "/ready")] == [200, 503]
+
+
+async def test_a_service_that_is_closed_takes_no_work_and_says_so(served: ServedModel, engine: Any) -> None:
+    drain = Drain(OPEN_PATHS)
+    app = build_app([Hosted(served, engine)], drain=drain)
+    http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+    body = {"model": "fish", "prompt": "abc", "max_tokens": 2}
+    assert (await http.post("/v1/completions", json=body)).status_code == 200
+    assert await drain.ended(0.0)
+    drain.close()
+    assert [(await http.get(path)).status_code for path in ("/health", "/metrics", "/ready")] == [200, 200, 503]
+    refused = await http.post("/v1/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
+    assert int(refused.headers["retry-after"]) >= 1
+
+
+async def test_work_that_runs_is_counted_and_waited_for(served: ServedModel, engine: Any) -> None:
+    drain, go_on = Drain(OPEN_PATHS), asyncio.Event()
+
+    async def slow(*_: Any) -> None:
+        await go_on.wait()
+
+    guarded = drain.guard(slow, lambda error, access: slow)
+    asked = [
+        asyncio.create_task(guarded({"type": "http", "path": p}, slow, slow)) for p in ("/v1/x", "/ui/y", "/health")
+    ]
+    await asyncio.sleep(0)
+    assert drain.running == 1
+    assert not await drain.ended(0.0)
+    go_on.set()
+    assert await drain.ended(60.0)
+    await asyncio.gather(*asked)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions/", "/tokenizer_info/", "/health/", "/nothing"])
@@ -103,8 +153,12 @@ async def test_metrics_count_requests_and_pass_on_the_engine_s(http: httpx.Async
         'shoal:request_kv_units_sum{model_name="fish"} 16.0',
         'shoal:num_requests_running{model_name="fish"} 0.0',
         'shoal:num_preemptions_total{model_name="fish"} 7.0',
+        'shoal:model_info{model_name="fish",quantization="none"} 1.0',
+        'shoal:requests_depth_4_total{model_name="fish"} 0.0',
+        "# TYPE shoal:requests_depth_4_total counter",
+        "# TYPE shoal:iteration_tokens_total histogram",
     ):
-        assert line in text.splitlines()
+        assert line in text.splitlines(), line
 
 
 async def test_metrics_can_be_switched_off_and_survive_a_silent_engine(
@@ -134,17 +188,26 @@ async def test_the_openapi_document_is_whole(http: httpx.AsyncClient) -> None:
     assert {"ChatRequest", "ImagePart", "ChatCompletion"} <= found <= set(known)
 
 
-async def test_the_document_s_examples_name_the_served_model_and_are_answered(http: httpx.AsyncClient) -> None:
+async def test_the_document_s_examples_name_the_served_model_and_are_answered(
+    connect: Callable[..., httpx.AsyncClient], tmp_path: Path
+) -> None:
+    http = connect(batches=tmp_path)
     document = (await http.get("/openapi.json")).json()
-    asked = 0
+    asked, file = 0, ""
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             assert "422" not in operation["responses"]
-            if method == "post":
+            if path == "/v1/files" and method == "post":
+                (form,) = operation["requestBody"]["content"]["multipart/form-data"]["schema"]["examples"]
+                upload = {"file": ("in.jsonl", form["file"])}
+                file = (await http.post(path, data={"purpose": form["purpose"]}, files=upload)).json()["id"]
+            elif "requestBody" in operation:
                 (content,) = operation["requestBody"]["content"].values()
                 name = content["schema"]["$ref"].rpartition("/")[2]
                 for example in document["components"]["schemas"][name]["examples"]:
                     assert example.get("model", "fish") == "fish"
+                    if "input_file_id" in example:
+                        example["input_file_id"] = file
                     reply = await http.post(path, json=example)
                     assert (reply.status_code, asked := asked + 1)[0] == 200, reply.text
     assert asked >= 5
@@ -195,7 +258,9 @@ class TestSeveralModels:
 
     async def test_one_dead_engine_is_told_and_the_other_answers(self, http: httpx.AsyncClient, shark: Hosted) -> None:
         shark.client.dead = EngineDeadError("gone")  # type: ignore[attr-defined]
-        assert [(await http.get(path)).status_code for path in ("/health", "/ready")] == [503, 503]
+        # its loss is its own
+        assert [(await http.get(path)).status_code for path in ("/health", "/ready")] == [200, 200]
+        assert (await http.get("/ready")).json() == {"status": "ready", "not_ready": ["shark"]}
         assert (await http.post("/v1/completions", json={"model": "fish", "prompt": "a"})).status_code == 200
 
     def test_a_name_given_twice_is_refused(self, served: ServedModel, engine: Any, shark: Hosted) -> None:

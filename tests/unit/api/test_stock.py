@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from shoal.api import stock
 from shoal.api.bodies import ChatRequest, CompletionRequest
-from shoal.api.requests import Limits, chat_work, completion_work
+from shoal.api.requests import Limits, chat_call, completion_call
 from shoal.api.served import ServedModel
 from shoal.errors import CheckpointError, ConfigError, RequestError
 from shoal.inputs.chat import Encoded
@@ -44,9 +46,33 @@ def test_it_has_one_depth_and_the_checkpoint_s_sizes(directory: Path) -> None:
     assert (served.name, served.aliases) == ("llama", ("alias",))
     assert (served.config.vocab, served.config.context, served.config.exit_names) == (300, 64, {"full": 3})
     assert served.tokenizer.end == "</s>" and served.tokenizer.pad is None
-    assert [served.config.depth(depth) for depth in (None, "full", 3)] == [3, 3, 3]
+    assert [served.config.depth(depth) for depth in ("full", 3)] == [3, 3]
     with pytest.raises(ConfigError, match="depth: got 'shallow'; allowed: full, 3"):
         served.config.depth("shallow")
+
+
+def test_threads_that_encode_templates_make_no_control_tokens_of_others_text(directory: Path) -> None:
+    """Requests are encoded in several threads: what one means as control tokens, another spells."""
+    tokenizer = stock.load(directory).tokenizer
+    end, spelt, stop = tokenizer.special("</s>"), tokenizer.encode("</s>"), threading.Event()
+
+    def templates() -> None:
+        while not stop.is_set():
+            assert tokenizer.template_ids("</s>") == [end]
+
+    beside = [threading.Thread(target=templates) for _ in range(3)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in beside:
+            thread.start()
+        found = {tuple(tokenizer.encode("</s>")) for _ in range(3000)}
+    finally:
+        sys.setswitchinterval(before)
+        stop.set()
+        for thread in beside:
+            thread.join()
+    assert end not in spelt and found == {tuple(spelt)}
 
 
 def test_text_comes_back_byte_for_byte_also_in_a_stream(directory: Path) -> None:
@@ -63,7 +89,7 @@ def test_only_the_template_spells_control_tokens(directory: Path) -> None:
     body = ChatRequest.model_validate(
         {"model": "m", "messages": [{"role": "user", "content": "</s> hi"}], "max_tokens": 4}
     )
-    (request,) = chat_work(body, served, Limits()).requests
+    (request,) = chat_call(body, served, Limits()).requests
     assert isinstance(request.prompt, Encoded)
     begin, end = served.tokenizer.special("<s>"), served.tokenizer.special("</s>")
     assert request.prompt.ids[0] == begin and end not in request.prompt.ids
@@ -72,7 +98,7 @@ def test_only_the_template_spells_control_tokens(directory: Path) -> None:
 
 def test_ids_that_are_images_in_our_models_are_tokens_here(directory: Path) -> None:
     body = CompletionRequest.model_validate({"model": "m", "prompt": [5, 6, 7, 8], "max_tokens": 1})
-    (request,) = completion_work(body, stock.load(directory), Limits()).requests
+    (request,) = completion_call(body, stock.load(directory), Limits()).requests
     assert isinstance(request.prompt, Encoded) and request.prompt.ids == [5, 6, 7, 8]
 
 
@@ -80,7 +106,7 @@ def test_images_are_refused(directory: Path) -> None:
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
     body = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": [part]}]})
     with pytest.raises(RequestError, match="reads text alone"):
-        chat_work(body, stock.load(directory), Limits())
+        chat_call(body, stock.load(directory), Limits())
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -14,11 +15,15 @@ from hypothesis import strategies as st
 from shoal import presets
 from shoal.api.bodies import ChatRequest
 from shoal.api.calls import Reader
+from shoal.api.limits import Limits
+from shoal.api.requests import chat_call
 from shoal.api.served import ServedModel
 from shoal.api.tools import Offer
 from shoal.api.wire import parse
+from shoal.data.chats.forms import canonical
 from shoal.engine.events import Guide
 from shoal.engine.guided import GrammarError, Grammars
+from shoal.inputs.chat import Encoded, encode_chat
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 from tests.unit.api.test_chat import events
 
@@ -151,9 +156,8 @@ class TestReading:
         assert answer["message"]["tool_calls"][0]["function"]["arguments"] == written[:-1]
 
     async def test_one_call_at_a_time_where_that_is_asked_for(self, http: httpx.AsyncClient, engine: Any) -> None:
-        engine.reply = CALL.removesuffix(
-            "</tool_call>"
-        )  # what the engine leaves of it: a stop string is not in the text
+        # what the engine leaves of it: a stop string is not in the text
+        engine.reply = CALL.removesuffix("</tool_call>")
         choice, _ = await ask(http, tools=[LOG], parallel_tool_calls=False)
         assert engine.requests[0].sampling.stop == ("</tool_call>",)
         assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"n": 7}'
@@ -297,6 +301,68 @@ class TestGuiding:
         assert "q" in next_of('<tool_call>{"name": "look", "arguments": {"')[0]  # not strict: any object
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"fish": {"type": "string"}},
+    "required": ["fish"],
+    "additionalProperties": False,
+}
+SHAPED = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+
+
+class TestToolsBesideAFormat:
+    """An answer is calls, or JSON of the format, and nothing else."""
+
+    async def test_the_guide_allows_calls_or_the_answer(self, http: httpx.AsyncClient, engine: Any) -> None:
+        strict = tool("log", strict=True, n={"type": "integer"})
+        for fields, many in (({}, True), ({"parallel_tool_calls": False}, False)):
+            body = {**BODY, "tools": [strict, LOOK], "response_format": SHAPED, **fields}
+            reply = await http.post(URL, json=body)
+            assert reply.status_code == 200, reply.text
+            guide = engine.requests[-1].sampling.guided
+            assert engine.requests[-1].sampling.stop == ()
+            assert follows(guide, '{"fish": "<tool_call>"}') and follows(guide, CALL)
+            assert follows(guide, CALL + "\n" + CALL) == many
+            assert follows(guide, CALL.replace('"log"', '"look"'))  # not strict: any object
+            for bad in (
+                '{"fish": 7}',
+                "so",
+                CALL.replace("7", '"x"'),
+                CALL.replace("log", "dig"),
+                '{"fish": "a"}' + CALL,
+            ):
+                assert not follows(guide, bad)
+        await http.post(URL, json={**BODY, "tools": [LOG], "response_format": {"type": "json_object"}})
+        assert follows(engine.requests[-1].sampling.guided, '{"any": [1]}')
+
+    async def test_where_a_call_is_forced_the_format_waits(self, http: httpx.AsyncClient, engine: Any) -> None:
+        for choice in ("required", NAMED):
+            for fields in ({}, {"response_format": SHAPED}):
+                await http.post(URL, json={**BODY, "tools": [LOG], "tool_choice": choice, **fields})
+            first, second = engine.requests[-2:]
+            assert first.sampling.guided == second.sampling.guided is not None
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_both_kinds_of_answer_are_read(self, http: httpx.AsyncClient, engine: Any, stream: bool) -> None:
+        answer = f'{{"fish": {json.dumps(CALL)}}}'  # a call in a text is text
+        for engine.reply, calls in ((CALL, 1), (CALL + CALL, 2), (answer, 0)):
+            body = {**BODY, "tools": [LOG], "response_format": SHAPED, "stream": stream}
+            reply = await http.post(URL, json=body)
+            if stream:
+                choices = [chunk["choices"][0] for chunk in events(reply.text)[:-1]]
+                deltas = [choice["delta"] for choice in choices]
+                found = [call for delta in deltas for call in delta.get("tool_calls", ())]
+                content = "".join(delta.get("content", "") for delta in deltas) or None
+                reason = choices[-1]["finish_reason"]
+            else:
+                (choice,) = reply.json()["choices"]
+                found, content = choice["message"].get("tool_calls", []), choice["message"]["content"]
+                reason = choice["finish_reason"]
+            assert (len(found), content) == (calls, None if calls else answer)
+            assert reason == ("tool_calls" if calls else "stop")
+            assert all(json.loads(call["function"]["arguments"]) == {"n": 7} for call in found)
+
+
 def follows(guide: Guide, text: str) -> bool:
     """Is `text` a whole answer that `guide` allows?"""
     tokenizer = Tokenizer.bytes_only()
@@ -314,7 +380,11 @@ def follows(guide: Guide, text: str) -> bool:
         ({"tools": [LOG] * 129}, "tools"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"tools": [LOOK], "tool_choice": NAMED}, "tool_choice"),
-        ({"tools": [LOG], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [LOG], "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        (
+            {"tools": [LOG], "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+            "response_format",
+        ),
         ({"tools": [LOG], "tool_choice": "required", "structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ({"tools": [tool(strict=True)], "ignore_eos": True}, "ignore_eos"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
@@ -331,3 +401,23 @@ async def test_what_contradicts_itself_is_a_400_that_names_the_field(
     reply = await http.post(URL, json={**BODY, **fields})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
     assert engine.requests == []
+
+
+def test_a_row_to_learn_from_is_what_the_service_shows(served: ServedModel) -> None:
+    """Tools, calls and results of a row are the ids that a request with them is, up to the answer, which is learned."""
+    add = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
+    bare = {"type": "function", "function": {"name": "stop"}}
+    call = {"id": "a", "type": "function", "function": {"name": "add", "arguments": '{"n": 3}'}}
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "content": "So. ", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": "5"},
+    ]
+    body = {"model": "fish", "messages": messages, "tools": [add, bare]}
+    wide = dataclasses.replace(served, config=dataclasses.replace(served.config, max_length=4096))
+    prompt = chat_call(ChatRequest.model_validate(body), wide, Limits()).requests[0].prompt
+    assert isinstance(prompt, Encoded)
+    row = canonical({"messages": [*messages, {"role": "assistant", "content": "Five."}], "tools": [add, bare]})
+    learned = encode_chat(row["messages"], served.tokenizer, served.config, add_generation_prompt=False)
+    assert learned.ids[: len(prompt.ids)] == prompt.ids and "Five." in served.tokenizer.decode(learned.ids)

@@ -4,7 +4,7 @@ import pickle
 import pytest
 
 from shoal import presets
-from shoal.config import ModelConfig, Preset, TrainConfig, dump, load, read_file
+from shoal.config import AUTO, FULL, ModelConfig, Preset, TrainConfig, dump, load, read_file
 from shoal.errors import ConfigError, QueueFullError, RequestError, ShoalError
 
 
@@ -79,6 +79,15 @@ def test_model_values_that_cannot_work_are_named(change):
 def test_a_truth_value_is_no_depth():
     with pytest.raises(ConfigError, match="depth: got True"):
         presets.get("test").model.depth(True)
+
+
+def test_a_request_s_depth_is_an_exit_its_layers_or_left_to_the_router():
+    model = presets.get("test").model
+    assert [model.asked(depth) for depth in ("shallow", 2, FULL, AUTO)] == [1, 2, 4, None]
+    for auto, allowed in ((True, "auto, shallow"), (False, "shallow")):
+        for depth in ("deepest", 3, 0, True, *(() if auto else (AUTO,))):
+            with pytest.raises(RequestError, match=f"depth: got {depth!r}; allowed: {allowed}, middle, full, 1, 2, 4"):
+                model.asked(depth, auto=auto)
 
 
 def test_a_key_that_is_no_name_is_refused():

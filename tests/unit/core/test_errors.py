@@ -1,24 +1,6 @@
-from collections.abc import Callable
-
 import pytest
 
-from shoal.errors import DataError, UsageError, exit_code, frames
-
-
-def test_a_script_s_end_is_one_line_and_a_code(capsys: pytest.CaptureFixture[str]) -> None:
-    def fails(error: BaseException) -> Callable[[], None]:
-        def work() -> None:
-            raise error
-
-        return work
-
-    assert exit_code(lambda: None) == 0
-    assert exit_code(fails(DataError("no rows", do="add some"))) == 1
-    assert exit_code(fails(UsageError("what to serve"))) == 2
-    assert exit_code(fails(KeyboardInterrupt())) == 130
-    assert len(capsys.readouterr().err.splitlines()) == 3
-    with pytest.raises(RuntimeError):
-        exit_code(fails(RuntimeError("a fault of ours keeps its traceback")))
+from shoal.errors import LONGEST_GOT, first_line, frames, last_line
 
 
 def test_frames_tell_where_and_nothing_of_what_was_said() -> None:
@@ -40,3 +22,10 @@ def test_frames_tell_where_and_nothing_of_what_was_said() -> None:
     assert told[0].endswith("ValueError") and told[1].endswith("ValueError")
     assert "in second" in told[1] and "in first" not in told[1]
     assert not any("a secret" in text.replace('raise KeyError("a secret")', "") for text in told)
+
+
+def test_the_line_of_an_error_is_its_first_or_last_that_says_something() -> None:
+    error = ValueError("\n  what \n\n why\n")
+    assert (first_line(error), last_line(error)) == ("what", "why")
+    assert first_line(KeyError()) == last_line(RuntimeError(" \n")).replace("Runtime", "Key") == "KeyError"
+    assert len(first_line(ValueError("x" * 10_000))) == LONGEST_GOT

@@ -13,8 +13,8 @@ from PIL import Image
 from shoal import presets
 from shoal.config import ModelConfig
 from shoal.data.documents import Document, Modality, Skipped, SourceSpec
-from shoal.data.files import list_files
-from shoal.data.read import read
+from shoal.data.sources.files import list_files
+from shoal.data.sources.read import read
 
 PROSE = "The sea was calm, and the boats lay still.\nNobody spoke; the gulls alone were heard that morning.\n"
 CODE = "def add(a, b):\n    total = a + b\n    return total\n\n\nprint(add(2, 3))\n"

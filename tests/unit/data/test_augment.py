@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.config import ModelConfig
-from shoal.data import pysource, service
-from shoal.data.augment import Augmenter, asked, augment, questions
 from shoal.data.batches import ChatBatches
-from shoal.data.chats import read_chats
-from shoal.data.recipes import turns
-from shoal.data.rename import renamed
-from shoal.data.wording import paraphrased, read_synonyms, with_typos
+from shoal.data.chats import customer_service
+from shoal.data.chats.augment import Augmenter, asked, augment, questions
+from shoal.data.chats.recipes import turns
+from shoal.data.chats.rename import renamed
+from shoal.data.chats.rows import read_chats
+from shoal.data.chats.wording import paraphrased, read_synonyms, with_typos
+from shoal.data.sources import pysource
 from shoal.errors import DataError, UsageError
 from shoal.inputs.tokenizer import Tokenizer
 
@@ -108,9 +109,8 @@ def test_a_paraphrase_asks_the_same_in_other_words(draw: int) -> None:
 @given(st.text(max_size=80), DRAWS)
 def test_slips_change_few_letters_and_no_code(text: str, draw: int) -> None:
     new = with_typos(text, draw)
-    assert (
-        new is None or 0 <= abs(len(new) - len(text)) <= 1 + len(text) // 32
-    )  # one word of eight, of four letters or more
+    # one word of eight, of four letters or more
+    assert new is None or 0 <= abs(len(new) - len(text)) <= 1 + len(text) // 32
     kept = " `function(argument)` 12345 http://example.org/path"
     assert with_typos(f"call{kept}", draw) in {f"{word}{kept}" for word in ("clal", "cll", "cal", "caall", "calll")}
 
@@ -158,8 +158,18 @@ def test_rows_to_measure_on_are_never_changed() -> None:
     assert Augmenter(1.0, heldout=frozenset({asked(turns("how do I return  the lamp", "x"))})).copy(chat(asks)) is None
 
 
+@pytest.mark.parametrize("mark", [None, False])
+def test_a_row_whose_mark_says_nothing_is_as_it_was(mark: object, tmp_path: Path, config: ModelConfig) -> None:
+    """Training and measuring take it for one that nobody changed; augmenting did not."""
+    row = chat("How do I return the lamp?", augmented=mark)
+    copy = Augmenter(1.0).copy(row)
+    assert copy is not None and copy["augmented"] in ("paraphrase", "typos", "rename")
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    assert len(read_chats(tmp_path / "a.jsonl", Tokenizer.bytes_only(), config, heldout=True)) == 1
+
+
 def test_no_copy_asks_what_a_heldout_row_asks() -> None:
-    rows = [row.__dict__ for row in service.chats("train")][:1500]
+    rows = [row.__dict__ for row in customer_service.chats("train")][:1500]
     copies = [copy for row in rows if (copy := Augmenter(1.0).copy(row))]
     taken = frozenset(asked(copy["messages"]) for copy in copies[::2])  # as if they were held out
     again = [copy for row in rows if (copy := Augmenter(1.0, heldout=taken).copy(row))]
@@ -213,3 +223,44 @@ def test_a_domain_brings_its_own_words(tmp_path: Path) -> None:
         read_synonyms(path)
     with pytest.raises(DataError, match="cannot read synonyms"):
         read_synonyms(tmp_path / "none")
+
+
+HOSTILE: list[dict[str, object]] = [
+    {"role": "user", "content": "def f(a, a):\n    return a\n"},  # parses, but is no program
+    {"role": "user", "content": "def f():\n    x = 1\n    global x\n"},
+    {"role": "user", "content": "\u017ftart the \u0130mage, \u0131llness"},  # equal to other letters without their case
+    {"role": "user", "content": "How do I \ud800 the lamp?"},
+    {"role": "user", "content": "a\x00b \u202egnorw si siht\u202c \u0926\u0947\u0935\u0928\u093e\u0917\u0930\u0940"},
+    {"role": "user", "content": "def f(x):\n    return " + "-" * 5000 + "x"},
+    {"role": "user", "content": "How do I " + "a" * 300_000 + "?"},
+    {"role": "user", "content": "word 1 " * 40_000},
+    {"role": "user", "content": "begin" * 40_000 + " begin" * 40_000},
+    {"role": None, "content": [[], {"text": 1}, {"type": "text", "text": "What is the fish?"}, 7]},
+]
+
+
+@pytest.mark.parametrize("way", ["paraphrase", "typos", "rename", "any"])
+def test_no_row_ends_the_run_and_none_is_lost(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The long rows would not come back where the work grows with the square of their length."""
+    if way != "any":
+        monkeypatch.setattr("shoal.data.chats.augment.WAYS", (way,))
+    rows = [json.dumps({"messages": [message, {"role": "assistant", "content": "yes"}]}) for message in HOSTILE]
+    rows += [json.dumps({"messages": turns("Where is it?", "Here."), "split": ["test"]})]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    result = augment(tmp_path / "a.jsonl", tmp_path / "b.jsonl", Augmenter(1.0))
+    written = (tmp_path / "b.jsonl").read_text(errors="replace").splitlines()
+    assert [line for line in written if '"augmented"' not in line] == rows
+    assert result["rows"] == len(rows) and result["failed"] == 1, "the row whose split is a list"
+    assert len(written) == len(rows) + result["copies"]
+
+
+def test_a_letter_that_only_looks_alike_is_another_word() -> None:
+    assert paraphrased("\u017ftart", 1) is None and paraphrased("start", 1) == "begin"
+    assert paraphrased("\u017ftart the error", 1) == "\u017ftart the fault"
+
+
+@given(st.text("ab1 _`\"=\n/:'", max_size=60), DRAWS)
+def test_what_is_kept_is_left_by_slips_and_synonyms(text: str, draw: int) -> None:
+    for new in (with_typos(f"word {text} illness", draw), paraphrased(f"word {text} illness", draw, {"ab": ("xyz",)})):
+        kept = re.findall(r"`[^`]*`", text)
+        assert new is None or all(piece in new for piece in kept)

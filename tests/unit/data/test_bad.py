@@ -10,9 +10,9 @@ import pytest
 from shoal.config import ModelConfig
 from shoal.data.documents import Document, Skipped, SourceSpec
 from shoal.data.encode import encode
-from shoal.data.files import list_files
-from shoal.data.operators import Operators, Pipeline
-from shoal.data.read import read
+from shoal.data.operators.pipeline import Operators, Pipeline
+from shoal.data.sources.files import list_files
+from shoal.data.sources.read import read
 from shoal.inputs.tokenizer import Tokenizer
 from tests.data.bad.make import GOOD, make, odd_names
 
@@ -70,7 +70,7 @@ def test_a_reader_that_fails_unforeseen_costs_one_file(tmp_path: Path, monkeypat
     def fail(_: str) -> str:
         raise AssertionError("unforeseen")
 
-    monkeypatch.setattr("shoal.data.read.html_text", fail)
+    monkeypatch.setattr("shoal.data.sources.read.html_text", fail)
     (tmp_path / "a.html").write_text("<p>" + GOOD)
     (tmp_path / "b.txt").write_text(GOOD)
     first, second = (item for file in list_files(SourceSpec("s", str(tmp_path))) for item in read(file))

@@ -18,11 +18,11 @@ import torch
 
 from shoal.config import ModelConfig
 from shoal.data import parts
-from shoal.data.batches import ChatBatches, PretrainBatches, heldout_batches, text_of
+from shoal.data.batches import ChatBatches, PretrainBatches, heldout_batches, spaced, text_of
 from shoal.data.documents import SourceSpec
-from shoal.data.files import list_files
 from shoal.data.order import permutation
 from shoal.data.shards import TOKENIZER, Index, open_index, write_index
+from shoal.data.sources.files import list_files
 from shoal.errors import ConfigError, DataError
 from shoal.inputs.tokenizer import END_ID, PATCH_ID, Tokenizer
 
@@ -160,7 +160,8 @@ def test_a_target_is_the_next_token_of_the_same_document_and_never_a_patch(corpu
         assert torch.equal(targets[:, :-1] >= 0, inside) and (targets[:, -1] == -1).all()
         assert torch.equal(targets[:, :-1][inside], tokens[:, 1:][inside])
         assert len(batch.patches) == (tokens == PATCH_ID).sum() == len(batch.grid)
-        assert batch.n_bytes == (targets >= 9).sum()  # one byte a token here; nine control tokens
+        # one byte a token here; nine control tokens
+        assert torch.equal(batch.row_bytes, (targets >= 9).sum(1)) and batch.n_bytes == (targets >= 9).sum()
 
 
 def test_a_batch_that_does_not_divide_is_refused(corpus: Path) -> None:
@@ -225,3 +226,8 @@ def test_only_answers_are_learned(tmp_path: Path, config: ModelConfig) -> None:
             assert learned[-1] == END_ID and tokens[1] != learned[0]
             assert chr(Tokenizer.bytes_only().token_bytes(learned[0])[0]) == "a"
     assert batches.report["padding"] <= batches.report["naive_padding"]
+
+
+def test_places_are_evenly_spaced_and_all_where_there_are_no_more() -> None:
+    assert spaced(10, 4) == [0, 2, 5, 7] and spaced(10, 1) == [0]
+    assert spaced(3, None) == spaced(3, 3) == spaced(3, 5) == [0, 1, 2] and spaced(0, 4) == []

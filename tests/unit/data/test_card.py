@@ -13,8 +13,8 @@ from PIL import Image
 from shoal.config import ModelConfig
 from shoal.data import card, parts
 from shoal.data.documents import SourceSpec
-from shoal.data.files import list_files
 from shoal.data.shards import TOKENIZER, Index
+from shoal.data.sources.files import list_files
 from shoal.inputs.tokenizer import Tokenizer
 
 EVIL = '"><script src="http://evil.example/x.js">alert(1)</script><img src=x onerror=alert(2)>'

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shoal.config import ModelConfig
-from shoal.data.chats import read_chats
+from shoal.data.chats.rows import read_chats
 from shoal.errors import DataError
 from shoal.inputs.tokenizer import ASSISTANT_ID, END_ID, PATCH_ID, USER_ID, Tokenizer
 
@@ -42,7 +42,8 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path: Path, config: 
     rows = read_chats(path, TOKENIZER, config)
     assert len(rows) == 1
     assert rows.refused == {
-        "broken JSON": 1, "messages[1].content": 1, "no answer": 1, "no messages": 3, "longer than 96 tokens": 1,
+        "broken JSON": 1, "messages[1].content": 1, "no answer": 1, "no known form": 2, "no messages": 1,
+        "longer than 96 tokens": 1,
     }  # fmt: skip
 
 
@@ -52,3 +53,13 @@ def test_a_file_of_no_use_is_one_line(tmp_path: Path, config: ModelConfig) -> No
     (tmp_path / "bad.jsonl").write_text("{\n")
     with pytest.raises(DataError, match="no row to train on"):
         read_chats(tmp_path / "bad.jsonl", TOKENIZER, config)
+
+
+def test_a_row_that_says_it_is_not_augmented_is_measured_on(tmp_path: Path, config: ModelConfig) -> None:
+    path = tmp_path / "c.jsonl"
+    row = json.loads(turns("hi", "yo"))
+    path.write_text("".join(json.dumps(row | {"augmented": value}) + "\n" for value in (None, False, "")))
+    assert len(read_chats(path, TOKENIZER, config, heldout=True)) == 3
+    path.write_text(json.dumps(row | {"augmented": "renamed"}) + "\n")
+    with pytest.raises(DataError, match="augmented row"):
+        read_chats(path, TOKENIZER, config, heldout=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import replace
+from pathlib import Path
 
 import ftfy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.data.clean import _REPAIR, check, fingerprint, repair
-from shoal.data.documents import Skipped
+from shoal.data.documents import Document, Skipped
+from shoal.data.operators.clean import _REPAIR, check, fingerprint, mend, repair
+from shoal.data.operators.pipeline import Operators, Pipeline
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,54 @@ def test_what_is_spared_ftfy_is_what_ftfy_would_leave(text: str) -> None:
 def test_what_is_not_worth_learning_is_dropped(document, modality: str, text: str, reason: str) -> None:
     dropped = check(document(text, modality, origin="a.py"))
     assert isinstance(dropped, Skipped) and (dropped.operator, dropped.reason) == ("quality", reason)
+
+
+# The first article of the Universal Declaration of Human Rights, or its beginning: "language: text" a line.
+ARTICLES = (Path(__file__).parents[2] / "data" / "scripts.txt").read_text(encoding="utf-8").splitlines()
+SCRIPTS = {name: text for name, _, text in (line.partition(": ") for line in ARTICLES)}
+
+
+@pytest.mark.parametrize("language", SCRIPTS)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_every_script_is_text(document, language: str, form: str) -> None:
+    text = unicodedata.normalize(form, SCRIPTS[language])
+    assert not isinstance(check(document(text)), Skipped)
+    assert not isinstance(check(document(f"# {text}\nprint('a')\n", "code", origin="a.py")), Skipped)
+    assert unicodedata.normalize("NFC", repair(text)) == unicodedata.normalize("NFC", text), "nothing was broken"
+
+
+def test_signs_are_no_words_in_any_script(document) -> None:
+    for signs in (
+        "\u2190\u2191\u2192 \u2193",
+        "\u2588\u2591 ",
+        "\u3001\u3002\u300c\u300d a",
+        "\u0964\u061f\u060c b",
+        "\U0001f41f\U0001f420 ",
+    ):
+        dropped = check(document("".join(signs[n * n % len(signs)] for n in range(120))))
+        assert isinstance(dropped, Skipped) and dropped.reason == "mostly symbols", signs
+
+
+def test_questions_and_answers_are_mended_with_their_text(document) -> None:
+    broken = document("Question: sch\u00c3\u00b6n? Answer: ja\x1b[0m", questions=(("sch\u00c3\u00b6n?", "ja\x1b[0m"),))
+    mended = mend(broken)
+    assert mended.questions == (("sch\u00f6n?", "ja"),) and mended.text == "Question: sch\u00f6n? Answer: ja"
+
+
+def test_a_pair_that_mending_leaves_nothing_of_is_left_out_and_counted(document, png) -> None:
+    """An answer of a bell became one of nothing: a chat that teaches to end at once."""
+    pairs = (("What is heard?", "\x07"), ("\x1b[0m", "The tide."), ("What is seen?", "A shoal of fish."))
+    text = "\n".join(f"Question: {q} Answer: {a}" for q, a in pairs)
+    pipeline = Pipeline(Operators())
+    kept = pipeline(document(text, questions=pairs))
+    assert isinstance(kept, Document) and kept.questions == pairs[2:]
+    assert kept.text == "Question: What is seen? Answer: A shoal of fish."
+    assert pipeline.take_changes()["unicode"]["questions left out"] == 2
+    shown = pipeline(document(text, "image", image=png(), questions=pairs[:1]))
+    assert isinstance(shown, Document) and (shown.text, shown.questions) == ("", ())
+    for nothing in (document("\x07"), document("Question: What is heard? Answer: \x07", questions=pairs[:1])):
+        dropped = Pipeline(Operators(quality=False))(nothing)
+        assert isinstance(dropped, Skipped) and dropped.operator == "unicode"
 
 
 def test_code_of_other_languages_need_not_parse_as_python(document) -> None:

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from shoal.data.documents import Document, Skipped, SourceSpec
-from shoal.data.files import list_files
-from shoal.data.rows import MAX_ROW
-from shoal.data.webpage import html_text
+from shoal.data.operators.clean import check
+from shoal.data.sources.files import list_files
+from shoal.data.sources.rows import MAX_ROW
+from shoal.data.sources.webpage import html_text
 from shoal.errors import DataError
 
 
@@ -151,6 +152,44 @@ def test_html_is_read_as_a_browser_shows_it() -> None:
     assert html_text(page) == "T\nOne bold & two\na\nb"
 
 
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<table><tr><th>Name<th>Age<tr><td></td><td>7</td></tr></table>", "Name\tAge\n\t7"),
+        ("<dl><dt>Fish<dd>swims</dd><dt>Crab</dt><dd>walks</dl>", "Fish\nswims\nCrab\nwalks"),
+        ("<td><p>Name</p></td><td><p>Age</p></td>", "Name\nAge"),
+        ("a<pre>\ndef f():\n    if x:\n\n        y\n</pre>b", "a\ndef f():\n    if x:\n\n        y\nb"),
+        ("<pre><code>  a\n\tb</code></pre>", "  a\n\tb"),
+        ("<header>a</header><footer>b</footer><figcaption>c</figcaption><option>d<option>e", "a\nb\nc\nd\ne"),
+        ("one\n  line of <i>a\nblock</i>", "one line of a block"),
+        ("<p title='a > b' data-x=\"</p>\">one</p><p title=it's>two", "one\ntwo"),
+        ("a<!-- <p>x</p> --> b<!>c<?php x ?>d</ 1>e", "a bcde"),
+        ("a < b, a <3, AT&T &lt;p&gt; &copy &#65;&#x42;&#xd800;", "a < b, a <3, AT&T <p> \u00a9 AB\ufffd"),
+        ("<script>'<p>'</scripts></script >a<SCRIPT>b</Script>c<noscript><img></noscript>d", "acd"),
+        ("<title>a <b> c</title>d", "a <b> c\nd"),
+        ("<template>a<template>b</template>c</template>d", "d"),
+        ("a<script>for ever", "a"),
+        ("a<p class='never", "a"),
+        ("a<!-- never", "a"),
+        ("&#" + "1" * 5000 + ";a", "\ufffda"),
+    ],
+)
+def test_html_keeps_apart_what_a_reader_sees_apart(page: str, text: str) -> None:
+    assert html_text(page) == text
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "<", "<a ", "<a b='", "<a b=", "<a =", "<!--", "<!", "</", "</a ", "<?", "&", "&#", "<script>", "<script></", "<pre>",
+        "<td>", "<title>", "<textarea>", "<template>", "<![CDATA[", "<a/", "<a\t", "=", "'", "<a b", " ", "\n", "<p>a", "</p>",
+    ],
+)  # fmt: skip
+def test_damaged_html_takes_no_longer_than_good_html(piece: str) -> None:
+    """The standard library's parser needs 16 s for 20 kB of ``<a <a <a`` and 280 s for 80 kB: here it would not come back."""
+    assert isinstance(html_text("<a" + piece * (500_000 // len(piece))), str)
+
+
 def test_docstrings_become_a_page_and_share_the_group_of_their_code(tmp_path: Path, read_all) -> None:
     (tmp_path / "m.py").write_text('"""About m."""\n\n\ndef f(a, b=1):\n    """Add."""\n    return a + b\n')
     (page,) = read_all(reader="docstrings", family="lib")
@@ -158,3 +197,17 @@ def test_docstrings_become_a_page_and_share_the_group_of_their_code(tmp_path: Pa
     assert page.text == "m\n\nAbout m.\n\nm.f(a, b=1)\n\nAdd.\n"
     assert (page.modality, code.modality) == ("text", "code")
     assert page.group == code.group
+
+
+def test_a_docstring_that_no_file_can_hold_and_a_deep_signature_cost_no_page(tmp_path: Path, read_all) -> None:
+    deep = "-" * 900 + "1"
+    (tmp_path / "m.py").write_text(f'"""Half \\ud800 a pair."""\n\n\ndef f(a={deep}):\n    """Deep."""\n    return a\n')
+    (page,) = read_all(reader="docstrings")
+    assert page.text == "m\n\nHalf \ufffd a pair.\n\nm.f(...)\n\nDeep.\n" and page.n_bytes > 0
+
+
+def test_code_whose_tree_would_fill_the_memory_is_not_parsed(document) -> None:
+    many = "".join(f"v{n} = [{n}, {n * 7}]\n" for n in range(120_000))
+    dropped = check(document(many, "code", origin="a.py"))
+    assert isinstance(dropped, Skipped) and dropped.reason == "too long to parse"
+    assert not isinstance(check(document(many, "code", origin="a.rs")), Skipped)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from shoal.config import load
-from shoal.data import demo, fetch
-from shoal.data.fetch import Package, extract, unpacked, verify
+from shoal.data.sources import demo, fetch
+from shoal.data.sources.fetch import Package, extract, unpacked, verify
 from shoal.errors import DataError
 
 MEMBERS = {"thing-1/texts/*.txt": 2}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,12 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.data import read as reading
 from shoal.data.documents import Document, Skipped, SourceSpec
-from shoal.data.files import S3Store, Unusable, list_files, printable
-from shoal.data.kinds import kind_of
-from shoal.data.s3 import S3, split
-from shoal.errors import ConfigError
+from shoal.data.sources import read
+from shoal.data.sources.files import S3Store, Unusable, list_files, printable
+from shoal.data.sources.kinds import kind_of
+from shoal.data.sources.s3 import S3, split
+from shoal.errors import ConfigError, DataError
 
 PACK = {".gz": gzip.compress, ".zst": lambda data: bytes(pa.compress(data, "zstd", asbytes=True))}
 
@@ -87,11 +89,11 @@ def test_the_samples_of_a_webdataset_are_images_with_their_texts(tmp_path: Path,
 @given(st.lists(st.text("ab \u00e9", max_size=30), min_size=1, max_size=40))
 def test_a_long_text_becomes_documents_that_hold_all_of_its_lines(lines: list[str]) -> None:
     whole = "\n".join(lines).encode()
-    before, reading.PIECE = reading.PIECE, 64
+    before, read.PIECE = read.PIECE, 64
     try:
-        pieces = list(reading._pieces(io.BytesIO(whole)))
+        pieces = list(read._pieces(io.BytesIO(whole)))
     finally:
-        reading.PIECE = before
+        read.PIECE = before
     assert b"".join(piece or b"" for piece in pieces) == whole  # no line here is longer than a piece
     assert all(piece.endswith(b"\n") and len(piece) < 128 for piece in pieces[:-1])
     for piece in pieces:
@@ -101,7 +103,7 @@ def test_a_long_text_becomes_documents_that_hold_all_of_its_lines(lines: list[st
 def test_a_line_that_is_too_long_is_left_out_and_its_neighbours_are_kept(
     tmp_path: Path, read_all, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "PIECE", 64)
+    monkeypatch.setattr(read, "PIECE", 64)
     (tmp_path / "a.txt").write_text("first\n" + "x" * 500 + "\nlast line of it\n")
     first, long, last = read_all()
     assert (first.text, last.text) == ("first\n", "last line of it\n")
@@ -164,3 +166,56 @@ def test_kinds_see_through_compression() -> None:
     assert kind_of("a/B.PY.GZ") == kind_of("a/b.py.gz")
     assert (kind_of("x.tgz").suffix, kind_of("x.tgz").compression) == (".tar", ".gz")
     assert kind_of("makefile").code and not kind_of("readme").code
+
+
+def test_a_folder_that_cannot_be_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_all) -> None:
+    (tmp_path / "a.txt").write_text("fine\n")
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "b.txt").write_text("not seen\n")
+    scan = os.scandir
+
+    def closed(path: str) -> object:
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)  # modes mean nothing to root
+    for options in ({}, {"reader": "docstrings"}):
+        skipped = [item for item in read_all(**options) if isinstance(item, Skipped)]
+        assert [(s.origin, s.reason) for s in skipped] == [("closed", "folder cannot be read: Permission denied")]
+
+
+def test_a_caption_is_never_held_when_it_is_too_long(tmp_path: Path, png, read_all) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    with (tmp_path / "a.txt").open("wb") as out:
+        out.write(b"a red square")
+        out.truncate(2**30)  # a hole
+    tracemalloc.start()
+    skipped, image = read_all()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(image, Document) and image.text == "" and peak < 64 * 2**20
+    assert isinstance(skipped, Skipped) and skipped.reason == "caption: larger than 16 MiB"
+
+
+def test_two_images_of_one_name_share_their_caption(tmp_path: Path, png, read_all) -> None:
+    for name in ("a.png", "a.jpg"):
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "a.txt").write_text("a red square")
+    assert [(d.origin, d.text) for d in read_all()] == [("a.jpg", "a red square"), ("a.png", "a red square")]
+
+
+def test_a_file_that_is_gone_or_a_folder_since_it_was_listed_is_counted(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.jsonl", "c.parquet", "d.tar", "e.png"):
+        (tmp_path / name).write_text("here\n")
+    files = list_files(SourceSpec("s", str(tmp_path)))
+    for change in (Path.unlink, Path.mkdir):
+        for file in files:
+            change(Path(file.path))
+        found = [item for file in files for item in read.read(file)]
+        assert [item.reason for item in found if isinstance(item, Skipped)] == ["not a regular file"] * 5
+
+
+def test_a_home_of_nobody_is_one_line() -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        list_files(SourceSpec("s", "~nobody-of-this-name/x"))

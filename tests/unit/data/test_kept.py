@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.data.chats.recipes import Chat, turns
 from shoal.data.kept import _plain, _typed, code_digest, digest, kept
 from shoal.data.parts import Identity, Packed
-from shoal.data.recipes import Chat, turns
 from shoal.data.shards import Shard
 
 SHARD = Shard("a.arrow", "train", "text", 3, 90, 400, 1234, "ab", {"s": 90}, ("MIT", "CC0"))
-CHAT = Chat(turns([{"type": "text", "text": "q"}], "a"), "code", "s", "MIT", synthetic=True)
+CHAT = Chat(turns([{"type": "text", "text": "q"}], "a"), "code", "s", "MIT", "g", synthetic=True)
 PACKED = Packed(
     shards=[SHARD],
     drops={"read": Counter({"empty": 2})},

@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shoal.data import near, parts, pysource
+from shoal.data import parts
 from shoal.data.documents import Document
-from shoal.data.grams import grams, words
+from shoal.data.operators import near
+from shoal.data.operators.grams import grams, words
+from shoal.data.sources import pysource
 
 EDITS = 0.1  # of the words
 LICENSE = (
@@ -127,3 +129,37 @@ def test_words_and_grams() -> None:
     assert len(grams(words("a b c"), 5)) == 0
     one, two = grams(words("a b c d e f"), 5).tolist()
     assert one != two and grams(words("f e d c b a"), 5)[0] not in (one, two)
+
+
+def test_near_copies_have_four_fifths_of_their_words_in_common() -> None:
+    """And a fifth of their 5-grams, of both together."""
+    text = np.arange(100, dtype=np.uint64)
+    assert [near.nearly_equal(text, np.r_[text[:same], text[same:] + 1000]) for same in (80, 79)] == [True, False]
+    # of 96 5-grams each, those of the first 36 words in order are 32: a fifth of 96 + 96 - 32
+    assert [near.nearly_equal(text, np.r_[text[:same], text[same:][::-1]]) for same in (36, 35)] == [True, False]
+
+
+def test_a_signature_says_how_many_words_there_are_and_needs_twenty(document, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = [near.signature(document(" ".join(f"word{n}" for n in range(count)))) for count in (19, 20, 60)]
+    assert some[0] is None and some[1][0] == 20 and some[2][0] == 60
+    assert all(len(of) == 1 + 80 and of.dtype == np.uint32 for of in some[1:])
+    monkeypatch.setattr(near, "CHUNK", 7)
+    assert np.array_equal(near.signature(document(" ".join(f"word{n}" for n in range(60)))), some[2])
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_tasks_share_the_bands(count: int) -> None:
+    found = near.shares(count)
+    assert [band for share in found for band in share] == list(range(40))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+def test_each_document_of_a_bucket_is_compared_with_the_sixteen_before_it() -> None:
+    """Of a length that near copies may have; those of another bucket, between them, count for nothing."""
+    table = np.full((2 + 80, 40), 7, dtype=np.uint32)
+    table[2, 1::2] = 8  # of the first band: every second document is in another bucket
+    table[1] = 100
+    table[1, 0] = 50  # words of the first document: too few beside 100
+    pairs = near._candidates([table[:, :13], table[:, 13:]], 0, table[1])
+    expected = {(i, j) for i in range(40) for j in range(1, i) if (i - j) % 2 == 0 and (i - j) // 2 <= 16}
+    assert {(later, earlier) for later, earlier in pairs.tolist()} == expected and len(pairs) == len(expected)

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from shoal.data.clean import GENERATED
-from shoal.data.decontaminate import Decontaminate, collect
 from shoal.data.documents import Document, Skipped, SourceSpec
-from shoal.data.files import list_files
-from shoal.data.images import image_fault
-from shoal.data.language import Language
-from shoal.data.operators import Operators, Pipeline
-from shoal.data.pii import scrub
+from shoal.data.operators.clean import GENERATED
+from shoal.data.operators.decontaminate import Decontaminate, collect
+from shoal.data.operators.language import Language
+from shoal.data.operators.pii import scrub
+from shoal.data.operators.pipeline import Operators, Pipeline
 from shoal.data.settings import PrepareConfig, prepare_config
+from shoal.data.sources.files import list_files
+from shoal.data.sources.images import image_fault
 from shoal.errors import ConfigError, DataError, UsageError
 
 GERMAN = (
@@ -52,6 +52,19 @@ def test_texts_of_another_language_are_dropped_and_code_has_none(document) -> No
         ("call +49 30 1234 5678.", "call [phone].", "phone"),
         ("call (555) 123-4567 or", "call [phone] or", "phone"),
         ("call 555-123-4567", "call [phone]", "phone"),
+        ("call 1-800-555-0199!", "call [phone]!", "phone"),
+        ("call 555 123 4567 now", "call [phone] now", "phone"),
+        ("tel:1 (800) 555-0199", "tel:[phone]", "phone"),
+        ("(800)555-0199", "[phone]", "phone"),
+        ("555\u2011123\u20114567, 9 to 5", "[phone], 9 to 5", "phone"),
+        ("addr:8.8.8.8", "addr:[ip]", "ip"),
+        ("at 12:30:8.8.8.8 left", "at 12:30:[ip] left", "ip"),
+        ("http://8.8.8.8:80/", "http://[ip]:80/", "ip"),
+        ("addr:2001:4860:4860::8888: ok", "addr:[ip]: ok", "ip"),
+        ("[2001:4860:4860::8888]:53", "[[ip]]:53", "ip"),
+        ("::ffff:8.8.8.8", "::ffff:[ip]", "ip"),
+        ("mailto:ann@ex\u00e4mple.de?subject=a", "mailto:[email]?subject=a", "email"),
+        ("# by Ann <ANN@EXAMPLE.ORG>.", "# by Ann <[email]>.", "email"),
     ],
 )
 def test_personal_data_is_replaced_and_counted(document, text: str, clean: str, kind: str) -> None:
@@ -67,6 +80,9 @@ def test_personal_data_is_replaced_and_counted(document, text: str, clean: str, 
     [
         "127.0.0.1 and 10.0.0.7 lead to nobody", "version 1.2.3.4.5", "@decorator", "a[1:2:3] = b[::2]", "12:30:45",
         "2024-01-15", "x = 1234567890123", "std::vector::size", "user@host", "3.14159 26535 89793",
+        "y = x@self.weight + b", "x@self.info", "q@k.mT", "X.T@w.values", "a@b.to(device)", "a@x.at[0]", "s@base.T.flat",
+        "pip install a==1.2.3.4", '__version__ = "1.2.3.4"', "version 8.8.8.8", "v8.8.8.8", "a[1:2, 3::4]", "dead::beef::cafe",
+        "200 300 4000 500", "555 123 4567 89", "100 555 123 4567", "2023-555-123-4567", "978-0-306-40615-7",
     ],
 )  # fmt: skip
 def test_what_is_no_personal_data_is_left(document, text: str) -> None:
@@ -75,6 +91,12 @@ def test_what_is_no_personal_data_is_left(document, text: str) -> None:
 
 def test_questions_and_their_text_are_scrubbed_alike(document) -> None:
     asked = (("Who is a@b.org?", "Nobody at a@b.org"),)
+    pipeline = Pipeline(Operators(pii=("email",)))
+    broken = "Who is sch\u00c3\u00b6n@b.org, the sch\u00c3\u00b6n one of the two of them?"
+    both = pipeline(document(f"Question: {broken} Answer: I", questions=((broken, "I"),)))
+    assert isinstance(both, Document) and "\u00c3" not in both.text + both.questions[0][0], (
+        "what was mended stays mended"
+    )
     counts: Counter[str] = Counter()
     made = scrub(document("Question: Who is a@b.org? Answer: Nobody at a@b.org", questions=asked), ("email",), counts)
     assert made.questions == (("Who is [email]?", "Nobody at [email]"),) and "@" not in made.text

@@ -116,3 +116,48 @@ def test_a_mix_is_shares_that_sum_to_one() -> None:
 def test_what_is_no_mix_is_refused(mix: str | dict[str, float]) -> None:
     with pytest.raises(UsageError, match="--mix"):
         parse_mix(mix)
+
+
+def test_groups_are_those_of_windows_of_the_shuffled_rows_longest_first() -> None:
+    """Written out for ten rows, in the order of the test above: a change here is another order for every resumed run."""
+    sizes = np.array([5, 5, 5, 5, 5, 9, 9, 3, 3, 3])
+    longest_first = [[6, 5], [3, 4, 0], [2, 1, 9], [8, 7]]  # 18 tokens hold two of 9, three of 5, and six of 3
+    assert [
+        group.tolist() for group in cut(np.array([row for group in longest_first for row in group]), sizes, 18)
+    ] == longest_first
+    found = [group.tolist() for group in length_groups(sizes, 18, 7)]
+    assert found == [longest_first[at] for at in permutation(4, 7, 1)]
+
+
+def test_rows_of_a_group_come_from_one_window() -> None:
+    """1,024 shuffled rows that are sorted together; so the groups of the next epoch are others."""
+    sizes = np.random.default_rng(0).integers(5, 200, 2500)
+    window = {int(row): place // 1024 for place, row in enumerate(permutation(2500, 3, 0))}
+    groups = length_groups(sizes, 2000, 3)
+    assert all(len({window[row] for row in group.tolist()}) == 1 for group in groups)
+    assert {window[group[0]] for group in groups} == {0, 1, 2}
+
+
+def test_a_mix_is_kept_to_a_thousandth_and_what_is_left_over_goes_to_the_largest_remainders() -> None:
+    assert Mix({"a": 1, "b": 1, "c": 1}).parts == {"a": 334, "b": 333, "c": 333}
+    assert Mix({"a": 0.5004, "b": 0.4996}).parts == {"a": 1, "b": 1}, "500.4 and 499.6"
+    assert Mix({"a": 0.7004, "b": 0.0, "c": 0.2996}).parts == {"a": 7, "c": 3}
+
+
+def test_each_position_goes_to_who_is_furthest_behind() -> None:
+    """Of 3 to 1: behind by 3/4 and 1/4; 2/4 and 2/4; 1/4 and 3/4; 4/4 and 0."""
+    assert [Mix({"a": 3, "b": 1}).at(position) for position in range(5)] == [
+        ("a", 0), ("a", 1), ("b", 0), ("a", 2), ("a", 3),
+    ]  # fmt: skip
+
+
+def test_rows_of_a_modality_are_shuffled_by_the_seed_its_place_and_the_epoch() -> None:
+    for place, name in enumerate(MODALITIES):
+        order = RowOrder({name: 1.0}, {name: 10}, seed=7)
+        read = [order.at(position) for position in range(20)]
+        assert read == [(name, int(row)) for epoch in (0, 1) for row in permutation(10, 7, place, epoch)]
+
+
+def test_an_order_that_is_kept_cannot_be_written() -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        permutation(5, 1)[0] = 3

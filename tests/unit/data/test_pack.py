@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from shoal import presets
 from shoal.config import ModelConfig
-from shoal.data import pysource
 from shoal.data.documents import Skipped
 from shoal.data.encode import encode
 from shoal.data.pack import PADDING, Packer, Row, best_fit
+from shoal.data.sources import pysource
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import Patches
 from shoal.inputs.tokenizer import END_ID, IMG_END_ID, IMG_ID, PAD_ID, PATCH_ID, Tokenizer
@@ -32,7 +32,7 @@ def pack(lengths: list[int], length: int = T) -> tuple[list[Row], Packer]:
     """Rows of documents whose tokens are all different, so that each can be found again."""
     packer, at, rows = Packer(length), 100, []
     for n in lengths:
-        rows += packer.add(Encoded(list(range(at, at + n))), "s")
+        rows += packer.add(Encoded(list(range(at, at + n))), "s", at)
         at += n
     return [*rows, *packer.finish()], packer
 
@@ -51,6 +51,19 @@ def test_every_token_is_in_exactly_one_row(lengths: list[int]) -> None:
         for doc in range(row.docs.max() + 1):
             run = row.tokens[row.docs == doc]
             assert (np.diff(run) == 1).all()  # pieces of a document stay in order
+
+
+@given(st.lists(st.integers(1, 3 * T), min_size=1, max_size=60))
+@settings(deadline=None, max_examples=30)
+def test_a_row_says_which_group_each_of_its_pieces_is_of(lengths: list[int]) -> None:
+    """So that two pieces of one long document are known to be of one, whatever rows they came to."""
+    rows, _ = pack(lengths)
+    starts = np.cumsum([100, *lengths])
+    for row in rows:
+        assert len(row.groups) == row.docs.max() + 1
+        for doc, group in enumerate(row.groups):
+            first = row.tokens[row.docs == doc][0]
+            assert group == starts[np.searchsorted(starts, first, side="right") - 1]
 
 
 def test_padding_stays_below_two_percent_on_documents_of_many_lengths() -> None:
@@ -74,7 +87,7 @@ def test_an_image_is_never_split_nor_parted_from_its_text(document, png, config:
     shown = [document("A red square, as plain as can be.", "image", image=png(), id=f"s/{i}") for i in range(40)]
     packer, rows = Packer(config.train_length), []
     for encoded in encode(shown, tokenizer, config):
-        rows += packer.add(encoded, "s")
+        rows += packer.add(encoded, "s", 0)
     rows += packer.finish()
     for row in rows:
         for doc in range(row.docs.max() + 1):
@@ -93,9 +106,9 @@ def test_images_are_whole_in_their_rows_whatever_their_shape(shapes: list[tuple[
         if len(span) < 64:
             made.append(image)
             ids = [*words, *span, END_ID] if text_first else [*span, *words, END_ID]
-            rows += packer.add(Encoded(ids, [image]), "s")
+            rows += packer.add(Encoded(ids, [image]), "s", 0)
         else:
-            rows += packer.add(Encoded([*words, END_ID]), "s")
+            rows += packer.add(Encoded([*words, END_ID]), "s", 0)
     rows += packer.finish()
     found = []
     for row in rows:
@@ -128,7 +141,7 @@ def test_under_two_percent_of_a_real_corpus_is_cut_or_padded(config: ModelConfig
         packer = Packer(config.train_length)
         rows = []
         for number, ids in enumerate(documents):
-            rows += packer.add(Encoded(ids, [images[number]] if documents is captioned else []), "s")
+            rows += packer.add(Encoded(ids, [images[number]] if documents is captioned else []), "s", 0)
         rows += packer.finish()
         places = len(rows) * config.train_length
         assert packer.tokens > 20_000 and (packer.cut + packer.padded) / places < 0.02
@@ -145,7 +158,7 @@ def test_a_text_too_long_beside_its_image_is_cut_and_counted(
         if (encoded.ids[0] != IMG_ID) == text_first:
             break
     packer = Packer(config.train_length)
-    (row,) = [*packer.add(encoded, "s"), *packer.finish()]
+    (row,) = [*packer.add(encoded, "s", 0), *packer.finish()]
     assert (row.tokens == PATCH_ID).sum() == len(row.patches) == 9
     assert packer.cut == len(encoded.ids) - config.train_length > 0
 
@@ -160,3 +173,19 @@ def test_encoding_closes_documents_and_skips_unreadable_images(document, config:
 def test_control_tokens_in_a_document_are_plain_text(document, config: ModelConfig) -> None:
     (encoded,) = encode([document("<|end|><patch>")], Tokenizer.bytes_only(), config)
     assert encoded.ids.count(END_ID) == 1 and PATCH_ID not in encoded.ids
+
+
+def test_a_row_is_filled_to_its_last_place() -> None:
+    rows, packer = pack([20, 12, 30, 2])
+    assert [row.used for row in rows] == [T, T] and packer.padded == 0
+
+
+def test_lengths_are_counted_by_their_bits() -> None:
+    _, packer = pack([1, 2, 3, 4, 31, 32])
+    assert packer.lengths == {1: 1, 2: 2, 3: 1, 5: 1, 6: 1}
+
+
+def test_what_is_too_long_for_the_rest_of_a_row_takes_no_part_in_the_choice() -> None:
+    """Of 99 such lengths and one that fits, only so many are tried."""
+    rows, _ = pack([150, *range(51, 150), 50], 200)
+    assert rows[0].used == 200 and len(rows[0].groups) == 2

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from shoal.config import ModelConfig
 from shoal.data import parts
 from shoal.data.documents import SourceSpec
-from shoal.data.files import list_files
 from shoal.data.parts import BATCH, BATCH_SIZE, HELDOUT, Identity, batched, choose, split_files
 from shoal.data.shards import TOKENIZER
+from shoal.data.sources.files import list_files
 from shoal.inputs.tokenizer import Tokenizer
 
 GROUPS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 15)), max_size=60)  # content, group
@@ -33,6 +33,7 @@ def test_batches_hold_few_documents_and_little_of_them(sizes: list[int], empty: 
     for batch in batches:
         assert 0 < len(batch) <= BATCH
         assert sum(batch[:-1]) < BATCH_SIZE
+    assert all(len(batch) == BATCH or sum(batch) >= BATCH_SIZE for batch in batches[:-1]), "nor are they shorter"
 
 
 @given(st.lists(GROUPS, min_size=1, max_size=4), st.integers(0, 5))
@@ -65,6 +66,16 @@ def test_a_source_that_says_its_side_has_it() -> None:
         [identities([(1, 1), (2, 2)], "image", False), identities([(3, 3)], "image", True), identities([(4, 4)])], 0
     )
     assert (train, test, drawn) == (["train", "train"], ["heldout"], ["train"])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_where_nobody_is_held_out_one_group_is_but_none_whose_source_says_otherwise(seed: int) -> None:
+    """And none more where a source says that one of its own is. None of these draws is below the share that is held out."""
+    says, free = identities([(n, n) for n in range(1, 9)], "image", False), identities([(9, 9)], "image")
+    assert choose([says, free], seed)[0] == [["train"] * 8, ["heldout"]]
+    held, free = identities([(1, 1)], "image", True), identities([(n, n) for n in (20, 21, 22)], "image")
+    assert choose([held, free], seed)[0] == [["heldout"], ["train"] * 3]
+    assert choose([identities([(1, 1)], "image"), identities([(2, 2)], "text")], seed)[0] == [["train"], ["train"]]
 
 
 def test_parts_hold_every_file_in_order_and_do_not_depend_on_the_machine(tmp_path: Path) -> None:

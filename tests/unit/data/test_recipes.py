@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 from shoal.config import ModelConfig
-from shoal.data import recipes, service
-from shoal.data.chats import read_chats
-from shoal.data.pysource import functions
-from shoal.data.recipes import Chat, ChatFiles, chats_of, fits, turns
+from shoal.data.chats import customer_service, recipes
+from shoal.data.chats.recipes import Chat, ChatFiles, chats_of, fits, turns
+from shoal.data.chats.rows import read_chats
+from shoal.data.sources.pysource import functions
 from shoal.inputs.tokenizer import Tokenizer
 
 SOURCE = '''
@@ -48,14 +48,16 @@ def test_functions_are_told_apart_from_their_docstrings() -> None:
 
 
 def test_a_function_gives_code_and_summary(document) -> None:
-    made = list(chats_of(document(SOURCE, "code", origin="net.py"), "train"))
+    net = document(SOURCE, "code", origin="net.py")
+    made = list(chats_of(net, "train"))
     assert [chat.task for chat in made] == ["code", "summarisation"] * 2
     code, summary = made[:2]
     assert code.messages[0]["content"] == "Write this function: Close a hole.\ndef mend(self, hole):"
     assert code.messages[1]["content"] == functions(SOURCE)[0].code
     assert summary.messages[1]["content"] == "Close a hole."
     assert json.loads(code.json) == {
-        "messages": code.messages, "task": "code", "source": "s", "license": "MIT", "synthetic": False,
+        "messages": code.messages, "task": "code", "source": "s", "license": "MIT", "group": net.group,
+        "synthetic": False,
     }  # fmt: skip
 
 
@@ -82,28 +84,33 @@ def test_questions_are_asked_in_turn_in_training_and_alone_when_held_out(documen
 def test_what_is_longer_than_a_row_or_unreadable_does_not_fit(config: ModelConfig) -> None:
     tokenizer = Tokenizer.bytes_only()
     exact = config.train_length - 5  # a role and an end for each of two messages, and one letter of an answer
-    assert fits(Chat(turns("x" * exact, "y"), "t", "s", "l"), tokenizer, config)
-    assert not fits(Chat(turns("x" * (exact + 1), "y"), "t", "s", "l"), tokenizer, config)
+    assert fits(Chat(turns("x" * exact, "y"), "t", "s", "l", "g"), tokenizer, config)
+    assert not fits(Chat(turns("x" * (exact + 1), "y"), "t", "s", "l", "g"), tokenizer, config)
     half = config.train_length // 2 - 1  # and an end
-    assert fits(Chat(turns("x", "y" * half), "t", "s", "l"), tokenizer, config)
-    assert not fits(Chat(turns("x", "y" * (half + 1)), "t", "s", "l"), tokenizer, config)
+    assert fits(Chat(turns("x", "y" * half), "t", "s", "l", "g"), tokenizer, config)
+    assert not fits(Chat(turns("x", "y" * (half + 1)), "t", "s", "l", "g"), tokenizer, config)
     image = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
-    assert not fits(Chat(turns(image, "y"), "t", "s", "l"), tokenizer, config)
+    assert not fits(Chat(turns(image, "y"), "t", "s", "l", "g"), tokenizer, config)
 
 
 def test_customer_service_asks_what_training_never_asked() -> None:
-    train, heldout = ({c.messages[0]["content"]: c for c in service.chats(split)} for split in ("train", "heldout"))
+    train, heldout = (
+        {c.messages[0]["content"]: c for c in customer_service.chats(split)} for split in ("train", "heldout")
+    )
     assert not train.keys() & heldout.keys()
-    assert len(service.INTENTS) >= 12 and len(train) > 2000 < len(train) + len(heldout)
+    assert len(customer_service.INTENTS) >= 12 and len(train) > 2000 < len(train) + len(heldout)
     assert all(chat.synthetic and chat.task == "customer service" for chat in heldout.values())
+    assert len({chat.group for chat in heldout.values()}) == sum(
+        len(intent.heldout) for intent in customer_service.INTENTS
+    )
     answers = [{chat.messages[1]["content"] for chat in side.values()} for side in (train, heldout)]
     assert answers[0] == answers[1]
-    for intent in service.INTENTS:
+    for intent in customer_service.INTENTS:
         assert len(set(intent.phrasings)) == len(intent.phrasings) >= 8
 
 
 def chat(question: str, task: str = "t") -> Chat:
-    return Chat(turns(question, "yes"), task, "s", "MIT")
+    return Chat(turns(question, "yes"), task, "s", "MIT", "g")
 
 
 def test_equal_rows_are_kept_once_and_never_on_both_sides(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import pytest
 
 from shoal.data import shards
 from shoal.data.pack import Row
-from shoal.data.shards import INDEX, Index, Rows, ShardWriter, open_index, write_aside, write_index
+from shoal.data.shards import INDEX, Index, Rows, ShardWriter, open_index, write_index
 from shoal.errors import DataError
 from shoal.inputs.tokenizer import Tokenizer
+from shoal.machine import write_aside
 
 T, V = 16, 48
 LENGTHS = np.arange(300) % 5
@@ -25,7 +26,7 @@ def rows(count: int) -> list[Row]:
     for number in range(count):
         tokens = draw.integers(0, 300, T, dtype=np.int32)
         patches = draw.integers(0, 256, (number % 3, V), dtype=np.uint8) if number % 3 else None
-        made.append(Row(tokens, np.full(T, number % 4, dtype=np.int16), patches, {"a": T - 4, "b": 4}))
+        made.append(Row(tokens, np.full(T, number % 4, dtype=np.int16), patches, [number] * 4, {"a": T - 4, "b": 4}))
     return made
 
 
@@ -52,6 +53,7 @@ def test_rows_come_back_as_they_were_across_files(tmp_path: Path) -> None:
     for (tokens, docs, patches), row in zip(read, made, strict=True):
         assert (tokens == row.tokens).all() and (docs == row.docs).all()
         assert (patches == (row.patches if row.patches is not None else np.zeros((0, V)))).all()
+    assert [read.groups(place) for place in range(len(made))] == [row.groups for row in made]
     with pytest.raises(IndexError):
         read[len(made)]
 

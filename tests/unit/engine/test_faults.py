@@ -36,6 +36,7 @@ from shoal.engine.plan import Outcome, Plan
 from shoal.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import Patches
+from shoal.inputs.tokenizer import PATCH_ID
 from tests.unit.engine.lively import lively
 
 MODEL = lively()
@@ -90,7 +91,7 @@ def encoded(*images: Patches, ids: list[int] | None = None) -> Encoded:
         (lambda: Request([50], Sampling(min_tokens=17)), "min_tokens"),
         (lambda: Request([50], Sampling(temperature=float("nan"))), "temperature"),
         (lambda: Request([50], Sampling(temperature="hot")), "temperature"),  # type: ignore[arg-type]
-        (lambda: Request([50], Sampling(top_p=0.0)), "top_p"),
+        (lambda: Request([50], Sampling(top_p=-0.1)), "top_p"),
         (lambda: Request([50], Sampling(seed="x")), "seed"),  # type: ignore[arg-type]
         (lambda: Request([50], Sampling(logprobs=21)), "logprobs"),
         (lambda: Request([50], Sampling(prompt_logprobs=-1)), "prompt_logprobs"),
@@ -98,10 +99,38 @@ def encoded(*images: Patches, ids: list[int] | None = None) -> Encoded:
         (lambda: Request([50], Sampling(stop=[5])), "stop"),  # type: ignore[list-item]
         (lambda: Request([50], Sampling(stop_token_ids=[300])), "stop_token_ids"),
         (lambda: Request([50], Sampling(stop_token_ids=[1.5])), "stop_token_ids"),  # type: ignore[list-item]
+        (lambda: Request([50], Sampling(banned=[[50, 300]])), "banned"),
+        (lambda: Request([50], Sampling(banned=[[-1]])), "banned"),
+        (lambda: Request([50], Sampling(banned=[[]])), "banned"),
+        (lambda: Request([50], Sampling(banned=[50])), "banned"),  # type: ignore[list-item]
+        (lambda: Request([50], Sampling(banned=["ab"])), "banned"),  # type: ignore[list-item]
         (lambda: Request([50], Sampling(logit_bias={"a": 1.0})), "logit_bias"),  # type: ignore[dict-item]
         (lambda: Request([50], Sampling(logit_bias={50: float("inf")})), "logit_bias"),
         (lambda: Request([50], Sampling(logit_bias={300: 1.0})), "logit_bias"),
+        (lambda: Request([50], Sampling(logit_bias={50: 10**400})), "logit_bias"),
+        (lambda: Request([50], Sampling(logit_bias={50: 1e39})), "logit_bias"),
+        (lambda: Request([50], Sampling(logit_bias={50: True})), "logit_bias"),
+        (lambda: Request([50], Sampling(logit_bias=[50])), "logit_bias"),  # type: ignore[arg-type]
+        (lambda: Request([50], Sampling(stop_token_ids=50)), "stop_token_ids"),  # type: ignore[arg-type]
+        (lambda: Request([50], Sampling(stop_token_ids=[10**5000])), "stop_token_ids"),
+        (lambda: Request([50], Sampling(stop=5)), "stop"),  # type: ignore[arg-type]
+        (lambda: Request([50], Sampling(max_tokens=10**5000)), "max_tokens"),
+        (lambda: Request([50], Sampling(top_k=-1)), "top_k"),
+        (lambda: Request([50], Sampling(temperature=10**400)), "temperature"),
+        (lambda: Request([50], Sampling(temperature=True)), "temperature"),
+        (lambda: Request([50], Sampling(guided={"kind": "regex"})), "guided"),  # type: ignore[arg-type]
+        (lambda: Request([50], {"max_tokens": 3}), "sampling"),  # type: ignore[arg-type]
+        (lambda: Request([50], id=[]), "id"),  # type: ignore[arg-type]
         (lambda: Request([50], depth="abyss"), "depth"),
+        (lambda: Request([50], depth=1.0), "depth"),  # type: ignore[arg-type]
+        (lambda: Request([50], depth=True), "depth"),
+        (lambda: Request([50], answer=[60.0]), "answer"),  # type: ignore[list-item]
+        (lambda: Request([50], answer=[PATCH_ID]), "answer"),  # a picture's patch, without the picture
+        (lambda: Request([50], answer=60), "answer"),  # type: ignore[arg-type]
+        (lambda: Request(Encoded([50.5])), "prompt"),  # type: ignore[list-item]
+        (lambda: Request([50], quality_tolerance=10**400), "quality_tolerance"),
+        (lambda: Request([50], deadline=10**400), "deadline"),
+        (lambda: Request([50], deadline=10**5000), "deadline"),
         (lambda: Request([50], depth=3), "depth"),
         (lambda: Request([50], quality_tolerance=-0.1), "quality_tolerance"),
         (lambda: Request([50], depth="full", quality_tolerance=0.1), "quality_tolerance"),
@@ -119,6 +148,36 @@ def test_a_request_that_cannot_be_served_is_refused_by_its_field(engine: Engine,
         engine.submit(wrong())
     assert caught.value.param == param and caught.value.status == 400
     assert isinstance(caught.value, ContextLengthError) == ("together" in str(caught.value))
+
+
+def test_what_was_checked_cannot_change_under_the_engine(engine: Engine) -> None:
+    bias, stops, ids = {60: 1.0}, ["x"], [70]
+    sampling = Sampling(logit_bias=bias, stop=stops, stop_token_ids=ids)
+    bias[60], stops[0], ids[0] = 10**400, "", 10**400
+    assert (sampling.logit_bias, sampling.stop, sampling.stop_token_ids) == ({60: 1.0}, ("x",), (70,))
+
+
+@pytest.mark.parametrize(
+    "most",
+    [{"seed": 10**5000}, {"seed": -(10**400)}, {"priority": 10**400}, {"deadline": 1e308}, {"temperature": 5e-324}],
+)
+def test_the_largest_numbers_that_are_taken_harm_nobody(engine: Engine, most: dict[str, Any]) -> None:
+    sampling = {name: most[name] for name in most.keys() & {"seed", "temperature"}}
+    large = Request(
+        [50], Sampling(max_tokens=4, **sampling), **{name: most[name] for name in most.keys() - sampling.keys()}
+    )
+    done = engine.generate([ask(), large])
+    assert [answer.finish_reason in ("stop", "length") for answer in done] == [True, True]
+    assert done[0].tokens == naive([50, 51, 52], 6)
+
+
+def test_two_requests_of_one_id_are_refused_before_either_runs(engine: Engine) -> None:
+    """With a small queue the second came when the first had ended, and took its place among the answers."""
+    small = Engine(MODEL, units=200, max_batch=1, max_queue=1)
+    one = ask(id="one")
+    with pytest.raises(RequestError, match="the same id"):
+        small.generate([one, ask(), ask(), one])
+    assert small.idle
 
 
 def test_a_request_that_can_never_fit_is_refused_and_the_largest_that_fits_is_served() -> None:
@@ -202,6 +261,17 @@ def test_an_engine_that_cannot_go_on_tells_everybody(
         engine.submit(ask())
     assert "in fail\n" in caplog.text and "FloatingPointError" in caplog.text
     assert not any("my secret" in text for text in (caplog.text, *(str(end.error) for end in ends)))
+
+
+def test_broken_books_end_every_request_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(MODEL, units=200, max_batch=2)
+    asked = [engine.submit(ask()) for _ in range(5)]
+    engine.step()
+    monkeypatch.setattr(engine.scheduler.pages, "release", lambda units: 1 / 0)
+    monkeypatch.setattr(engine.scheduler, "commit", lambda plan, outcome: 1 / 0)
+    ends = [event for event in engine.step() if isinstance(event, Finished)]
+    assert sorted(end.request for end in ends) == sorted(asked) and engine.idle
+    assert all(isinstance(end.error, EngineDeadError) for end in ends)
 
 
 def test_a_pool_of_the_smallest_size_serves_one_after_the_other() -> None:

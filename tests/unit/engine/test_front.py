@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, NoReturn
@@ -12,7 +14,7 @@ import pytest
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine.events import Event, Finished, Token
 from shoal.engine.front import AsyncEngine
-from shoal.errors import EngineDeadError, RequestError
+from shoal.errors import EngineDeadError, GenerationError, QueueFullError, RequestError
 
 SECONDS = 120.0  # for anything here; far above what it takes, the kernels' first compilation included
 
@@ -23,8 +25,8 @@ def model() -> Model:
 
 
 @asynccontextmanager
-async def front(model: Model, **options: Any) -> AsyncIterator[AsyncEngine]:
-    engine = AsyncEngine(Engine(model, max_batch=4), **options)
+async def front(model: Model, max_queue: int = 1024, **options: Any) -> AsyncIterator[AsyncEngine]:
+    engine = AsyncEngine(Engine(model, max_batch=4, max_queue=max_queue), **options)
     try:
         yield engine
     finally:
@@ -126,6 +128,25 @@ def test_the_death_of_the_engine_reaches_everybody(model: Model, monkeypatch: py
     run(work())
 
 
+def test_each_caller_of_a_dead_engine_gets_an_error_of_its_own(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One object for all would gather the frames of every call, and what stands in them, for as long as clients try again."""
+
+    async def work() -> None:
+        async with front(model) as engine:
+            readers = [asyncio.create_task(read(engine, ask(300, str(i)))) for i in range(3)]
+            await until(lambda s: s["num_requests_running"] == 3, engine)
+            monkeypatch.setattr(engine._engine.scheduler, "plan", lambda: 1 / 0)
+            errors = [events[-1].error for events in await asyncio.gather(*readers) if isinstance(events[-1], Finished)]
+            for _ in range(40):
+                with pytest.raises(EngineDeadError) as caught:
+                    await read(engine, ask(1))
+                errors.append(caught.value)
+            assert len({id(error) for error in errors}) == 43 and len({str(error) for error in errors}) == 1
+            assert len(list(traceback.walk_tb(errors[-1].__traceback__))) < 12  # type: ignore[union-attr]
+
+    run(work())
+
+
 def test_draining_refuses_the_new_and_lets_the_old_end(model: Model) -> None:
     async def work() -> None:
         async with front(model) as engine:
@@ -157,6 +178,108 @@ def test_the_engine_thread_s_end_is_told_without_what_the_error_says(
 
     run(work())
     assert "in fail\n" in caplog.text and "my secret" not in caplog.text
+
+
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
+def test_a_panic_that_is_no_exception_is_told_to_who_waits(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> NoReturn:
+        raise Panic
+
+    async def work() -> None:
+        async with front(model) as engine:
+            monkeypatch.setattr(engine._engine, "step", fail)
+            (end,) = await read(engine, ask(3))
+            assert isinstance(end, Finished) and isinstance(end.error, EngineDeadError)
+
+    run(work())
+
+
+def test_a_request_that_cannot_be_taken_harms_no_other(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        async with front(model) as engine:
+            other = asyncio.create_task(read(engine, ask(40, "other")))
+            await until(lambda s: s["num_requests_running"] == 1, engine)
+            submit = engine._engine.submit
+            monkeypatch.setattr(engine._engine, "submit", lambda running: 1 / 0)
+            with pytest.raises(GenerationError, match="ZeroDivisionError"):
+                await read(engine, ask(3, "bad"))
+            monkeypatch.setattr(engine._engine, "submit", submit)
+            assert len(await other) == 41 and len(await read(engine, ask(3, "bad"))) == 4
+
+    run(work())
+
+
+def test_who_leaves_late_takes_nothing_from_a_later_request_of_that_id(model: Model) -> None:
+    """The first has ended, and its reader does not know it yet, when another takes its id."""
+
+    async def work() -> None:
+        async with front(model) as engine:
+            first = engine.generate(ask(3))
+            await anext(first)
+            await until(lambda s: s["num_requests_running"] == 0, engine)
+            second = engine.generate(ask(200))
+            got = [await anext(second)]
+            await first.aclose()
+            got += [event async for event in second]
+            assert isinstance(got[-1], Finished) and got[-1].reason == "length" and len(got) == 201
+
+    run(work())
+
+
+def test_embeddings_are_bounded_from_their_call_on_and_draining_waits_for_them(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine thread hears of them only between two steps."""
+    hold = threading.Event()
+
+    async def work() -> None:
+        async with front(model, max_queue=3) as engine:
+            step = engine._engine.step
+            monkeypatch.setattr(engine._engine, "step", lambda: (hold.wait(SECONDS), step())[1])
+            calls = [asyncio.create_task(engine.embed([[50, 51]])) for _ in range(9)]
+            await asyncio.sleep(0)
+            drained = asyncio.create_task(engine.drain(SECONDS))
+            await asyncio.sleep(0.05)
+            assert not drained.done()
+            hold.set()
+            assert await drained
+            done = await asyncio.gather(*calls, return_exceptions=True)
+            refused = [answer for answer in done if isinstance(answer, BaseException)]
+            assert len(refused) == 5 and all(isinstance(error, QueueFullError) for error in refused)
+
+    run(work())
+
+
+def test_who_has_all_places_for_embeddings_gives_one_to_another_client_and_none_is_taken_from_who_has_left(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of one payer, as without keys. Those that left hold no place, so to take theirs would free none."""
+    hold = threading.Event()
+
+    async def work() -> None:
+        async with front(model, max_queue=3) as engine:
+            step = engine._engine.step
+            monkeypatch.setattr(engine._engine, "step", lambda: (hold.wait(SECONDS), step())[1])
+            await asyncio.sleep(0.05)
+            gone = [asyncio.create_task(engine.embed([[50, 51]] * 9, client="gone")) for _ in range(3)]
+            await asyncio.sleep(0.05)
+            for call in gone:
+                call.cancel()
+            await asyncio.wait(gone)
+            many = [asyncio.create_task(engine.embed([[50, 51]], client="many")) for _ in range(4)]
+            await asyncio.sleep(0.05)
+            other = asyncio.create_task(engine.embed([[50, 52]], client="other"))
+            await asyncio.sleep(0.05)
+            assert engine._embeddings <= 4
+            hold.set()
+            assert len(await other) == 1
+            done = await asyncio.gather(*many, return_exceptions=True)
+            assert [type(answer) for answer in done] == [list, list, list, QueueFullError]
+
+    run(work())
 
 
 def test_closing_ends_what_is_live(model: Model) -> None:

@@ -14,7 +14,7 @@ import torch
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine import naive
 from shoal.engine.events import Completion, Guide
-from shoal.engine.guided import GrammarError, Grammars
+from shoal.engine.guided import GrammarError, Grammars, StrayError
 from shoal.errors import RequestError
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 from shoal.model.net import Net
@@ -135,6 +135,7 @@ def test_guided_and_free_requests_share_a_batch_and_a_short_pool() -> None:
         Guide("choice", ("\ud800",)),
         Guide("json_schema", '{"$ref": "#"}'),  # nothing follows it
         Guide("regex", r"[^\s\S]"),
+        Guide("lark", 'start: <[5]> "a"'),  # a control token, which is never said
     ],
 )
 def test_a_guide_that_cannot_be_followed_is_refused_at_submission(guide: Guide) -> None:
@@ -184,6 +185,21 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_alone(monkeypatch: pyt
     assert engine.idle and engine.stats()["kv_cache_usage_perc"] == 0
 
 
+def test_a_grammar_that_ends_in_a_control_token_names_the_guide() -> None:
+    """What may come next is never said: no fault of the model's, and no 5xx."""
+    (answer,) = answers([ask(Guide("lark", 'start: "a" <[5]> "b"'))])
+    assert answer.text == "a" and answer.finished is not None and answer.finished.error is not None
+    assert (answer.finish_reason, answer.finished.error.status, answer.finished.error.param) == ("error", 400, "guided")
+
+
+def test_an_answer_that_left_its_grammar_is_a_fault_of_ours() -> None:
+    """Whatever drew the token: here another engine did."""
+    request = dataclasses.replace(ask(Guide("regex", "[a-c]{20}")), answer=MODEL.tokenizer.encode("abx"))
+    (answer,) = answers([request])
+    assert answer.finished is not None and answer.finished.error is not None
+    assert (answer.finish_reason, answer.finished.error.status, answer.finished.error.param) == ("error", 500, None)
+
+
 def test_the_state_goes_forward_and_back_with_the_tokens_it_is_given() -> None:
     tokenizer = Tokenizer.bytes_only()
     grammars = Grammars(tokenizer, MODEL.config.vocab)
@@ -194,8 +210,10 @@ def test_the_state_goes_forward_and_back_with_the_tokens_it_is_given() -> None:
         answer = tokenizer.encode(text)
         assert (moved.allowed(answer) == grammars.compile(guide).allowed(answer)).all()
     assert moved.allowed(tokenizer.encode("ab"))[END_ID] and not moved.allowed(tokenizer.encode("a"))[END_ID]
-    with pytest.raises(GrammarError):
-        moved.allowed(tokenizer.encode("q"))
+    for _ in range(2):
+        with pytest.raises(StrayError):
+            moved.allowed(tokenizer.encode("acq"))
+        assert (moved.allowed(tokenizer.encode("ac")) == grammars.compile(guide).allowed(tokenizer.encode("ac"))).all()
 
 
 def test_closed_tokens_stay_closed_under_a_grammar() -> None:

@@ -15,9 +15,10 @@ from shoal.engine import naive
 from shoal.engine.engine import default_units
 from shoal.engine.events import Completion, Event
 from shoal.errors import ConfigError
-from shoal.model import fused, slots
+from shoal.model import slots
 from shoal.model.block import Attention
 from shoal.model.cost import kv_bytes_stored
+from shoal.model.cpu import fused
 from tests.unit.engine.lively import lively
 
 MODEL = lively()

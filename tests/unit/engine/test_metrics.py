@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from shoal import Engine, Request, Sampling
-from shoal.engine.metrics import Histogram, Metrics
+from shoal.engine.metrics import FAMILIES, Family, Histogram, Metrics, infos, sample, together
 from tests.unit.engine.lively import lively
 
 
@@ -13,7 +15,7 @@ def test_a_histogram_counts_what_is_at_most_each_bound() -> None:
     histogram = Histogram((0.1, 1.0))
     for value in (0.05, 0.1, 0.5, 7.0):
         histogram.observe(value)
-    assert histogram.samples("x") == {
+    assert histogram.samples(Family("x", "histogram", "")) == {
         'x_bucket{le="0.1"}': 2, 'x_bucket{le="1.0"}': 3, 'x_bucket{le="+Inf"}': 4, "x_sum": pytest.approx(7.65), "x_count": 4,
     }  # fmt: skip
 
@@ -24,8 +26,40 @@ def test_the_sum_of_two_replicas_is_both() -> None:
         for reason, total in ends:
             for counted in (metrics, both):
                 counted.ended(reason, 4, 0.1, 0.5, total, 3)
-    a, b = (metrics.samples((1, 2, 4)) for metrics in (one, two))
-    assert {name: a[name] + b[name] for name in a} == pytest.approx(both.samples((1, 2, 4)))
+    told = [
+        metrics.samples((1, 2, 4)) | {sample("kv_cache_usage_perc"): use} for metrics, use in ((one, 0.2), (two, 0.4))
+    ]
+    wanted = both.samples((1, 2, 4)) | {sample("kv_cache_usage_perc"): 0.3}
+    assert together(told) == pytest.approx(wanted), "a share is the mean of both"
+
+
+def test_a_sample_s_name_has_all_labels_of_its_family_and_no_other() -> None:
+    family = Family("requests_{kind}", "counter", "", ("kind", "depth", "end"))
+    key = family.sample(kind="chat", depth="full", end="stop")
+    assert key == 'requests_chat_total{depth="full",end="stop"}'
+    assert (key.name, key.ending, key.labels) == ("requests_chat", "_total", {"depth": "full", "end": "stop"})
+    for wrong in ({"kind": "chat", "depth": "full"}, {"kind": "chat", "depth": "full", "end": "stop", "more": 1}):
+        with pytest.raises(ValueError, match="has the labels"):
+            family.sample(**wrong)
+
+
+def test_what_replicas_send_still_knows_what_it_is_made_of() -> None:
+    metrics = Metrics(finished={"stop": 2})
+    metrics.request_kv_units.observe(3)
+    sent = metrics.samples((1,))
+    came = pickle.loads(pickle.dumps(sent))
+    assert came == sent
+    assert [vars(key) for key in came] == [vars(key) for key in sent]
+
+
+def test_every_row_of_the_table_is_told_by_somebody() -> None:
+    """A metric that is declared and never counted, or counted and not declared, is found here."""
+    engine = Engine(lively(), units=20)
+    told = {key.family.name for key in engine.stats()}
+    told |= {key.family.name for key in infos([{**engine.info(), "weights": "ab"}])}
+    of_deployments = {"num_replicas", "num_replicas_starting", "requests_resumed", "weights_update_refused"}
+    assert told | of_deployments | {"request_errors"} == set(FAMILIES)
+    assert all(family.help.endswith(".") for family in FAMILIES.values())
 
 
 def test_a_run_is_counted_under_the_names_that_dashboards_read() -> None:

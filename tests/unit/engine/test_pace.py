@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from shoal.engine.events import Event, Sampling
@@ -176,3 +177,49 @@ def test_an_idle_engine_refuses_no_deadline_that_a_prompt_can_meet() -> None:
         h.submit(prompt, deadline=4.0)
     request = h.submit(prompt, deadline=20.0, sampling=long(1))
     assert end(h.run(), request).reason == "length"
+
+
+def test_costs_are_least_squares_in_which_a_step_weighs_two_hundredths_less_than_the_next() -> None:
+    """Of steps that scatter, so that no line goes through all of them."""
+    pace, draws, steps = Pace(), random.Random(3), []
+    for _ in range(80):
+        groups, rows = draws.randint(1, 4), draws.randint(1, 60)
+        steps.append((groups, rows, (0.4 * groups + 0.03 * rows) * draws.uniform(0.8, 1.2)))
+        pace.step(*steps[-1])
+    weights = np.sqrt(0.98 ** np.arange(79, -1, -1))
+    table = np.array(steps)
+    (fixed, each), *_ = np.linalg.lstsq(table[:, :2] * weights[:, None], table[:, 2] * weights)
+    assert pace.seconds(1, 0) == pytest.approx(fixed) and pace.seconds(0, 1) == pytest.approx(each)
+
+
+def test_a_shallow_only_step_must_lower_the_mean_time_of_a_token() -> None:
+    """A full step takes 4, one of the shallow 1: two in five gain as much as all lose, in four they gain more."""
+    assert learned(1.0, 0.0).alone([1, 1], [1, 1, 4, 4])
+    assert not learned(1.0, 0.0).alone([1, 1], [1, 1, 4, 4, 4])
+
+
+def test_shallow_only_steps_take_a_quarter_of_what_full_ones_took_and_one_full_step_at_most() -> None:
+    """A full step takes 5 and one of the shallow 1.2: four of them, then one for each full step."""
+    pace, shallow, everybody = learned(1.0, 0.1), [1, 1], [1, 1, 4, 4]
+    for _ in range(4):
+        assert pace.alone(shallow, everybody)
+        pace.step(1, 2, 1.2, shallow=True)
+    for _ in range(3):
+        assert not pace.alone(shallow, everybody)
+        pace.step(4, 10, 5.0)
+        assert pace.alone(shallow, everybody)
+        pace.step(1, 2, 1.2, shallow=True)
+
+
+def test_a_place_in_the_queue_costs_the_mean_time_between_admissions_while_somebody_waits() -> None:
+    pace, now = Pace(), 0.0
+    pace.enters(50.0, 0)  # nobody waited
+    for number in range(WARM_UP):
+        assert pace.wait(3) is None
+        if number % 4 == 0:
+            now += 1000.0  # nobody waits
+            pace.waits(now)
+        now += 1 + number % 3
+        pace.enters(now, 0 if number % 4 == 3 else 1)
+    gaps = [1 + number % 3 for number in range(WARM_UP)]
+    assert pace.wait(3) == pytest.approx(3 * sum(gaps) / WARM_UP) and pace.wait(0) == 0

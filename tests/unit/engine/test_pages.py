@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from shoal.engine.pages import PageKey, Pages
+from shoal.engine.pages import PageKey, Pages, PatchRun
 
 
-def chain(pages: Pages, *contents: tuple[int, ...], images: tuple[str, ...] = ()) -> list[PageKey]:
+def chain(pages: Pages, *contents: tuple[int, ...], images: tuple[PatchRun, ...] = ()) -> list[PageKey]:
     keys: list[PageKey] = []
     for tokens in contents:
         keys.append(pages.key(keys[-1] if keys else None, tokens, images))
@@ -87,7 +89,7 @@ def test_groups_tokens_images_and_weights_keep_pages_apart() -> None:
     assert pages.peek(1, plain)[0] == 0
     assert pages.peek(0, chain(pages, (1, 2), (3, 5)))[0] == 1
     assert pages.peek(0, chain(pages, (9, 2), (3, 4)))[0] == 0
-    assert pages.peek(0, chain(pages, (1, 2), images=("cat",)))[0] == 0
+    assert pages.peek(0, chain(pages, (1, 2), images=(("cat", 0),)))[0] == 0
     other = Pages(9, weights="b")
     assert other.key(None, (1, 2)).digest != plain[0].digest
 
@@ -190,3 +192,85 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_unit_that_nobody_can_find_keeps_no_note() -> None:
+    pages = Pages(4)
+    (private,) = pages.allocate(1)
+    pages.note(private, "sums")
+    assert pages.noted(private) is None
+    (found,) = store(pages, 0, chain(pages, (1, 2)))
+    pages.note(found, "sums")
+    assert pages.noted(found) == "sums"
+    pages.check_integrity([[private], [found]])
+
+
+def _twice_free(pages: Pages, held: int, cached: int) -> None:
+    pages._free.append(pages._free[0])
+
+
+def _free_and_cached(pages: Pages, held: int, cached: int) -> None:
+    pages._free.append(cached)
+
+
+def _lost(pages: Pages, held: int, cached: int) -> None:
+    pages._free.pop()
+
+
+def _registered_free(pages: Pages, held: int, cached: int) -> None:
+    pages._key[pages._free[0]] = pages._key[cached]
+
+
+def _cached_unregistered(pages: Pages, held: int, cached: int) -> None:
+    del pages._key[cached]
+
+
+def _orphan(pages: Pages, held: int, cached: int) -> None:
+    child = pages.key(pages.key(None, [9] * 4), [8] * 4)
+    pages.register(0, child, held)
+
+
+def _late_note(pages: Pages, held: int, cached: int) -> None:
+    pages._notes[held] = "sums"
+
+
+def _unfindable(pages: Pages, held: int, cached: int) -> None:
+    pages._unit.clear()
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (_twice_free, "a unit is free twice"),
+        (_free_and_cached, "a unit is in two states"),
+        (_lost, r"free \+ cached \+ owned != total"),
+        (_registered_free, "a free unit is registered"),
+        (_cached_unregistered, "a cached unit is not registered"),
+        (_orphan, "a page outlived the page before it"),
+        (_late_note, "a note outlived its page"),
+        (_unfindable, "the two indexes disagree"),
+    ],
+)
+def test_whatever_is_wrong_with_the_books_is_found(broken: Callable[[Pages, int, int], None], says: str) -> None:
+    pages = Pages(6)
+    cached, held = pages.allocate(2)
+    assert pages.register(0, pages.key(None, [7] * 4), cached) == cached
+    pages.release([cached])
+    pages.check_integrity([[held]])
+    broken(pages, held, cached)
+    with pytest.raises(RuntimeError, match=f"page pool: {says}"):
+        pages.check_integrity([[held]])
+
+
+@pytest.mark.parametrize("state", ["free", "cached"])
+def test_a_unit_that_is_owned_is_nothing_else(state: str) -> None:
+    pages = Pages(6)
+    (unit,) = pages.allocate(1)
+    pages.register(0, pages.key(None, [7] * 4), unit)
+    pages.release([unit])
+    wrong = unit if state == "cached" else pages._free[0]
+    pages._refs[wrong] = 1
+    with pytest.raises(RuntimeError, match="a unit is in two states"):
+        pages.check_integrity([[wrong]])
+    with pytest.raises(RuntimeError, match="are not the live requests'"):
+        pages.check_integrity()

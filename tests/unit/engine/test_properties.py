@@ -5,6 +5,9 @@ The oracle is the whole model without cache or batching. Tokens must be the same
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +20,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shoal import Engine, Model, Request, Sampling
-from shoal.config import GROUPS
+from shoal.config import AUTO, FULL, GROUPS
 from shoal.engine.events import Completion, Finished, Token
-from shoal.engine.sequence import Sequence
+from shoal.engine.images import PromptImages
+from shoal.engine.pages import Pages
+from shoal.engine.running import Running
 from shoal.inputs.chat import Encoded
-from shoal.inputs.media import to_patches
+from shoal.inputs.media import Patches, to_patches
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.model.depth import fit_router
+from shoal.model.router import fit_router
 from tests.unit.engine.lively import lively
 
 MODEL = lively()
@@ -48,7 +53,7 @@ def roomy(model: Model = MODEL, **limits: Any) -> Engine:
 def check(request: Request, answer: Completion) -> None:
     """`answer` is what the whole model says to a greedy `request`."""
     prompt = MODEL.encode(request.prompt)  # type: ignore[arg-type]
-    depth = None if request.depth == "auto" else request.depth
+    depth = FULL if request.depth == AUTO else request.depth
     assert answer.tokens == MODEL.generate_naive(prompt, request.sampling.max_tokens, depth=depth, ignore_eos=True)
     logits = MODEL.logits([*prompt.ids, *answer.tokens], depth, prompt.images)
     rows = torch.log_softmax(logits.masked_fill(MODEL.forbidden(), -torch.inf), -1)[len(prompt.ids) - 1 :]
@@ -76,7 +81,7 @@ def shuffle(engine: Engine, seed: int) -> None:
     random.Random(seed).shuffle(engine.scheduler.pages._free)
 
 
-def live(engine: Engine) -> list[Sequence]:
+def live(engine: Engine) -> list[Running]:
     return list(engine.scheduler._live.values())
 
 
@@ -95,10 +100,10 @@ def test_10_what_lies_in_free_pages_and_unused_slots_is_never_read(value: float)
         pages, cache = engine.scheduler.pages, engine.runner.cache
         for unit in [0, *pages._free]:
             cache.kv[:, unit], cache.summaries[:, unit] = value, value
-        for seq in live(engine):
-            for j, computed in enumerate(seq.computed):
-                if computed % PAGE and seq.owned[j]:
-                    unit = int(seq.tables[j, computed // PAGE])
+        for running in live(engine):
+            for j, computed in enumerate(running.holding.computed):
+                if computed % PAGE and running.holding.owned[j]:
+                    unit = int(running.holding.tables[j, computed // PAGE])
                     cache.kv[:, unit, :, computed % PAGE :] = value
                     cache.summaries[:, unit, :, computed % PAGE // BLOCK :] = value
 
@@ -114,10 +119,10 @@ def test_11_a_summary_is_the_mean_of_its_blocks_stored_keys() -> None:
     def compare(engine: Engine) -> None:
         nonlocal seen
         size, cache = MODEL.config.head_dim, engine.runner.cache
-        for seq in live(engine):
-            for j, computed in enumerate(seq.computed):
+        for running in live(engine):
+            for j, computed in enumerate(running.holding.computed):
                 for block in range(computed // BLOCK):
-                    unit, at = int(seq.tables[j, block * BLOCK // PAGE]), block * BLOCK % PAGE
+                    unit, at = int(running.holding.tables[j, block * BLOCK // PAGE]), block * BLOCK % PAGE
                     keys = cache.kv[:, unit, :, at : at + BLOCK, :size]
                     assert torch.equal(cache.summaries[:, unit, :, at // BLOCK, :size], keys.mean(2))
                     seen += 1
@@ -162,11 +167,14 @@ def test_14_a_request_owns_what_its_depth_and_length_need_and_gives_it_back() ->
             engine.submit(ask(prompt, rng.choice(DEPTHS), rng.randint(1, 4)))
             submitted += 1
         ended += sum(isinstance(event, Finished) for event in engine.step())
-        for seq in live(engine):
-            assert seq.groups is not None
-            stored = seq.computed[0]
-            assert seq.owned == [-(-stored // PAGE)] * seq.groups + [0] * (GROUPS - seq.groups) or seq.at < stored
-            assert stored <= len(seq.tokens)
+        for running in live(engine):
+            assert running.groups is not None
+            stored = running.holding.computed[0]
+            assert (
+                running.holding.owned == [-(-stored // PAGE)] * running.groups + [0] * (GROUPS - running.groups)
+                or running.holding.at < stored
+            )
+            assert stored <= len(running.tokens)
         if live(engine) and rng.random() < 0.1:
             engine.cancel(rng.choice(live(engine)).id)
         if engine.scheduler.running and rng.random() < 0.1:
@@ -219,6 +227,15 @@ def test_16_the_router_decides_from_the_prompt_alone(routed: Model) -> None:
     assert len(seen) > 1 and cached.stats()["prefix_cache_hits_total"] > 0
 
 
+def test_16_what_the_cache_keeps_of_a_page_is_of_that_page_alone(routed: Model) -> None:
+    """A view of the sums of the whole prompt would keep them all for as long as one page is cached."""
+    engine = roomy(routed)
+    depth_of(engine, words(6 * PAGE, 3), 0.5)
+    notes = list(engine.scheduler.pages._notes.values())
+    assert len(notes) == 6
+    assert all(note.untyped_storage().nbytes() == note.numel() * note.element_size() for note in notes)
+
+
 def test_17_more_tolerance_or_less_budget_is_never_deeper(routed: Model) -> None:
     engine, frugal = roomy(routed), [roomy(routed, compute_budget=b) for b in (1.0, 0.8, 0.6, 0.4, 0.25)]
     for i in range(6):
@@ -238,8 +255,8 @@ def test_22_preempted_or_not_the_answer_goes_on_the_same(every: int) -> None:
         nonlocal steps
         steps += 1
         if steps % every == 0 and steps < 60:
-            for seq in list(engine.scheduler.running):
-                engine.scheduler._preempt(seq)
+            for running in list(engine.scheduler.running):
+                engine.scheduler._preempt(running)
 
     run(roomy(), [ask(words(30, 1), depth, 12) for depth in DEPTHS], preempt)
 
@@ -251,12 +268,12 @@ def test_22_a_prefix_that_ends_inside_a_page_is_shared_up_to_that_page_and_no_fu
     engine.submit(first)
     engine.step()
     a = engine.scheduler._live[first.id]
-    before = engine.runner.cache.kv[:, a.tables[:, :2].ravel()].clone()
+    before = engine.runner.cache.kv[:, a.holding.tables[:, :2].ravel()].clone()
     engine.submit(second)
     engine.step()
     b = engine.scheduler._live[second.id]
-    assert (a.tables[:, :2] == b.tables[:, :2]).all(), "whole pages of the prefix are kept once"
-    assert not set(a.tables[:, 2].tolist()) & set(b.tables[:, 2].tolist()), (
+    assert (a.holding.tables[:, :2] == b.holding.tables[:, :2]).all(), "whole pages of the prefix are kept once"
+    assert not set(a.holding.tables[:, 2].tolist()) & set(b.holding.tables[:, 2].tolist()), (
         "the page that is still written is not shared"
     )
     answers = {first.id: Completion(), second.id: Completion()}
@@ -266,7 +283,7 @@ def test_22_a_prefix_that_ends_inside_a_page_is_shared_up_to_that_page_and_no_fu
         for event in engine.step():
             if isinstance(event, Token):
                 answers[event.request].tokens.append(event.token)
-    assert torch.equal(engine.runner.cache.kv[:, a.tables[:, :2].ravel()], before) or not a.owned[0]
+    assert torch.equal(engine.runner.cache.kv[:, a.holding.tables[:, :2].ravel()], before) or not a.holding.owned[0]
     for request in (first, second):
         check(request, answers[request.id])
 
@@ -279,7 +296,7 @@ def test_22_samples_of_one_prompt_share_its_pages_and_keep_apart() -> None:
     for request in requests:
         engine.submit(request)
     engine.step()
-    tables = [seq.tables[:, :3] for seq in live(engine)]
+    tables = [running.holding.tables[:, :3] for running in live(engine)]
     assert len(tables) == 4 and all((table == tables[0]).all() for table in tables)
     for request in requests:
         engine.cancel(request.id)
@@ -306,3 +323,69 @@ def test_23_two_images_share_nothing_from_the_image_on_and_one_image_is_found_ag
     assert found == [0, 2 * PAGE, len(asked[0].ids) // PAGE * PAGE]
     dark, light = (MODEL.logits(prompt.ids, images=prompt.images)[-1] for prompt in asked[:2])
     assert not torch.allclose(dark, light)
+
+
+def small(value: int) -> Patches:
+    """A picture of one patch."""
+    return Patches(np.full((1, MODEL.config.patch_values), value, dtype=np.uint8), 1, 1)
+
+
+def test_23_pictures_in_another_order_are_other_pictures_also_within_one_page() -> None:
+    """Four of one patch each fill a page of 16: what comes twice must be told apart by its place."""
+    config = dataclasses.replace(MODEL.config, page=16)
+    model = Model(config, MODEL.net, MODEL.tokenizer)
+    engine, seen = Engine(model, units=400), set()
+    for order in itertools.product((10, 240), repeat=4):
+        images = [small(value) for value in order]
+        prompt = Encoded([*(token for image in images for token in image.tokens()), 60, 61], images)
+        request = ask(prompt, tokens=4)
+        (answer,) = engine.generate([request])
+        check(request, answer)
+        assert answer.finished is not None and answer.finished.cached_tokens == 0, order
+        seen.add(tuple(answer.logprobs[0].top))
+        (again,) = engine.generate([ask(prompt, tokens=4)])
+        assert again.tokens == answer.tokens and again.finished is not None and again.finished.cached_tokens == 16
+    assert len(seen) == 16, "each of them is a prompt of its own"
+
+
+def test_23_a_page_names_each_run_of_patches_and_where_in_its_image_it_begins() -> None:
+    a, b = (Patches(np.full((9, MODEL.config.patch_values), value, dtype=np.uint8), 3, 3) for value in (1, 2))
+    images = [a, b, b, a]
+    found = PromptImages.of(Encoded([60, *(token for image in images for token in image.tokens())], images))
+    assert found is not None
+    for start in range(0, 58):
+        for end in range(start, 58):
+            spelled = []  # by definition: each patch with its image, runs are what stays
+            for number, at in enumerate(found.at):
+                image, first = divmod(number, 9)
+                if start <= at < end and (not spelled or spelled[-1][0] != image):
+                    spelled.append((image, first))
+            assert found.runs(start, end) == [(images[i].sha256(), first) for i, first in spelled]
+
+
+def test_23_a_picture_that_begins_with_the_last_slot_of_a_page_is_in_the_key_of_that_page() -> None:
+    """And with any other: pages before it are shared, its own and all after it are not."""
+    for place in range(PAGE - 1, 2 * PAGE + 1):  # of its first patch
+        keys = []
+        for value in (10, 240):
+            prompt = Encoded([*words(place - 1, 7), *small(value).tokens(), *words(PAGE, 8)], [small(value)])
+            holding = roomy().prepare(ask(prompt, tokens=1)).holding
+            holding.extend_keys(Pages(2))
+            assert len(holding.keys) == len(prompt.ids) // PAGE
+            keys.append(holding.keys)
+        assert [a == b for a, b in zip(*keys, strict=True)] == [at < place // PAGE for at in range(len(keys[0]))]
+
+
+def test_23_an_image_is_hashed_once_and_cannot_change_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = np.zeros((9, MODEL.config.patch_values), dtype=np.uint8)
+    image, hashed = Patches(given, 3, 3), []
+    monkeypatch.setattr(hashlib, "sha256", lambda data: hashed.append(data) or hashlib.blake2b(data))
+    engine = roomy()
+    for _ in range(4):  # choices of one prompt
+        engine.prepare(ask(Encoded(image.tokens(), [image])))
+    assert len(hashed) == 1
+    before = image.sha256()
+    given[:] = 7
+    assert not image.values.any() and image.sha256() == before
+    with pytest.raises(ValueError, match="read-only"):
+        image.values[0] = 1

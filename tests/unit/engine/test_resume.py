@@ -18,8 +18,8 @@ from shoal import Engine, Request, Sampling
 from shoal.engine import naive
 from shoal.engine.events import Event, Finished, Guide, Token
 from shoal.errors import RequestError
-from shoal.model.depth import Router
 from shoal.model.model import Model
+from shoal.model.router import Router
 from tests.unit.engine.lively import lively
 from tests.unit.engine.test_oracle import LETTERS, MODEL, REQUESTS, near
 

@@ -11,7 +11,7 @@ import torch
 
 from shoal.engine.events import Sampling
 from shoal.engine.guided import Grammar
-from shoal.engine.sampler import Sampler
+from shoal.engine.sampler import Sampler, exponential
 from shoal.errors import GenerationError
 from shoal.inputs.tokenizer import END_ID
 
@@ -52,6 +52,15 @@ def test_greedy_is_the_likeliest_that_is_allowed() -> None:
     allowed[CLOSED] = -math.inf
     (sampled,) = sampler().sample(row, [Draw(Sampling(temperature=0))])
     assert sampled.token == int(allowed.argmax())
+
+
+def test_the_first_id_is_a_token_like_others_where_it_may_be_chosen() -> None:
+    """Ours pads with it; an adopted tokenizer may have a word there."""
+    row = logits()
+    row[0, 0] = 50.0
+    for sampling in (Sampling(temperature=0), Sampling()):
+        (sampled,) = sampler().sample(row.clone(), [Draw(sampling)])
+        assert (sampled.token, sampled.error) == (0, None)
 
 
 def test_samples_follow_the_distribution() -> None:
@@ -156,3 +165,96 @@ def test_noise_is_exponential_needs_no_state_and_is_its_own_everywhere() -> None
     for a, b in ((noise, other), (noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):
         assert abs(np.corrcoef(np.exp(-a).ravel(), np.exp(-b).ravel())[0, 1]) < 0.015
     assert (sampler().noise([7 + 2**64], [0]).numpy() == noise[0]).all()  # seeds count modulo 2^64
+
+
+def test_every_value_that_noise_can_have_is_above_zero_and_finite_and_grows_as_its_bits_fall() -> None:
+    """All 2^23, and the bits below them, which must not matter: at their ends the largest rounded to -log 1 = 0."""
+    values = exponential(torch.arange(2**23, dtype=torch.int32) << 9)
+    assert torch.isfinite(values).all() and values.min() > 5e-8 and values.max() < 17
+    assert (values[1:] < values[:-1]).all(), "each of them is a value of its own"
+    for low in (0, 1, 0x80, 0xFF, 0x100, 0x1FF):
+        ends = torch.tensor([0, 1, 2**22 - 1, 2**22, 2**23 - 2, 2**23 - 1], dtype=torch.int32)
+        assert torch.equal(exponential((ends << 9) | low), values[ends.long()])
+    middles = (np.arange(2**23) + 0.5) / 2**23
+    assert np.abs(values.double().numpy() + np.log(middles)).max() < 2e-6
+
+
+def test_the_noise_of_many_draws_is_always_above_zero() -> None:
+    """3 * 10^7 of them, where one in 2^24 was 0. (10^8: docs/log.md, 2026-11-26.)"""
+    large, least = Sampler(torch.zeros(2**16, dtype=torch.bool)), math.inf
+    for start in range(0, 480, 32):
+        noise = large.noise([7] * 32, range(start, start + 32))
+        least = min(least, noise.min().item())
+        assert noise.max() < 17
+    assert 0 < least < 1e-6
+
+
+@pytest.mark.parametrize("extreme", ["least", "most"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=1), Sampling(top_p=0.01), Sampling(min_p=1.0)])
+def test_a_closed_token_never_wins_a_race_whatever_its_noise(
+    extreme: str, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every closed token, by control, by filter or by weight, has the least noise that there is, and the open one the most."""
+    bits = {"least": -1, "most": 0}[extreme]  # all ones, all zeros
+    drawn_with = sampler()
+    ends = exponential(torch.tensor([bits, ~bits], dtype=torch.int32))
+    row = torch.full((1, VOCAB), -80.0)
+    row[0, 40:] = -math.inf
+    row[0, 70] = 9.0
+    row[0, CLOSED] = 99.0
+    noise = torch.full((1, VOCAB), ends[0].item())
+    noise[0, 70] = ends[1]
+    monkeypatch.setattr(drawn_with, "noise", lambda seeds, positions: noise.clone())
+    (sampled,) = drawn_with.sample(row, [Draw(sampling)])
+    assert sampled.token == 70 and sampled.error is None
+
+
+def test_a_temperature_that_no_float32_holds_is_greedy() -> None:
+    for temperature in (1e-30, 1e-46, 5e-324):
+        for sampling in (Sampling(temperature=temperature), Sampling(temperature=temperature, top_p=0.5, top_k=9)):
+            assert drawn(logits(), sampling, 20)[int(logits()[0].argmax())] == 1
+
+
+def test_what_a_request_closes_by_itself_is_its_own_fault_and_the_rest_the_models() -> None:
+    everything = [token for token in range(VOCAB) if token != CLOSED]
+    greedy = Sampling(temperature=0)
+    closed = Draw(Sampling(temperature=0, min_tokens=1, stop_token_ids=everything))
+    for draw, row, status in (
+        (closed, logits(), 400),
+        (Draw(greedy), torch.full((1, VOCAB), -math.inf), 500),
+        (Draw(Sampling(min_tokens=1)), torch.full((1, VOCAB), -math.inf), 500),
+        (Draw(Sampling(min_tokens=1)), logits() * math.nan, 500),
+    ):
+        (sampled,) = sampler().sample(row, [draw])
+        assert sampled.error is not None and sampled.error.status == status
+        assert sampled.error.param == ("min_tokens" if status == 400 else None)
+
+
+def test_a_row_without_a_token_has_no_logprobs_whether_others_have() -> None:
+    """Not even where no row has a token."""
+    asked = [Draw(Sampling(temperature=0, logprobs=2)) for _ in "ab"]
+    for broken in ((0, 1), (1,)):
+        rows = logits(2)
+        rows[list(broken)] = math.nan
+        found = sampler().sample(rows, asked)
+        for row, each in enumerate(found):
+            assert isinstance(each.error, GenerationError) == (row in broken)
+            assert (each.logprob is None) == (row in broken)
+
+
+def test_ids_that_end_the_vocabulary_without_a_token_are_never_drawn() -> None:
+    forbidden = torch.zeros(VOCAB, dtype=torch.bool)
+    forbidden[[CLOSED, *range(290, VOCAB)]] = True
+    rows = logits(2)
+    rows[0, 290], rows[1, VOCAB - 1] = 100.0, 100.0
+    wanted = [int(row[:290].index_fill(0, torch.tensor([CLOSED]), -math.inf).argmax()) for row in rows]
+    found = Sampler(forbidden).sample(rows, [Draw(Sampling(temperature=0)) for _ in "ab"])
+    assert [each.token for each in found] == wanted
+
+
+def test_each_row_reports_as_many_alternatives_as_it_asked_for() -> None:
+    rows = logits(3)
+    likeliest = rows.index_fill(1, torch.tensor([CLOSED]), -math.inf).topk(4).indices.tolist()
+    found = sampler().sample(rows, [Draw(Sampling(temperature=0, logprobs=count)) for count in (1, 4, 0)])
+    tops = [[token for token, _ in each.logprob.top] for each in found if each.logprob]
+    assert tops == [likeliest[0][:1], likeliest[1], []]

@@ -7,6 +7,7 @@ stale page fails here, whatever the order of submissions, cancellations, pauses,
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import zlib
 from collections import Counter
@@ -24,8 +25,8 @@ from shoal.engine.events import Event, Finished, Request, Sampling, Token, Token
 from shoal.engine.pace import WARM_UP
 from shoal.engine.pages import Pages
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
+from shoal.engine.running import Running
 from shoal.engine.scheduler import Scheduler
-from shoal.engine.sequence import Sequence
 from shoal.engine.speculative import Switch, accept
 from shoal.engine.text import TextStream
 from shoal.errors import DeadlineError, GenerationError, QueueFullError, RequestError
@@ -65,59 +66,61 @@ class FakeRunner:
         self.spent.append((plan.shallow, sum(x * y for x, y in zip(self.cost, plan.cost, strict=True))))
         self.elapse(self.spent[-1][1])
         assert [w.last for w in plan.works] == sorted((w.last for w in plan.works), reverse=True)
-        assert len({w.seq.id for w in plan.works}) == len(plan.works)
+        assert len({w.running.id for w in plan.works}) == len(plan.works)
         drafts = {work: self._drafts(work) for work in plan.works}
         for work in plan.works:
-            self._work(work, [*work.seq.tokens, *drafts[work]])
+            self._work(work, [*work.running.tokens, *drafts[work]])
         samples = [self._sample(work, drafts[work]) for work in plan.samples]
         return Outcome(samples, [self._decision(w) for w in plan.decisions], [self._scores(w) for w in plan.scores])
 
     def _drafts(self, work: Work) -> list[int]:
-        tokens = list(work.seq.tokens)
+        tokens = list(work.running.tokens)
         assert not work.drafts or (work.count == 1 and work.sample and work.first == 0 and work.last > 1)
-        while len(tokens) < work.reach and not work.seq.ends(draft := guess(tokens)):
+        while len(tokens) < work.reach and not work.running.ends(draft := guess(tokens)):
             tokens.append(draft)
-        return tokens[len(work.seq.tokens) :] if work.drafts else []
+        return tokens[len(work.running.tokens) :] if work.drafts else []
 
     def _sample(self, work: Work, drafts: list[int]) -> Sampled:
-        tokens = work.seq.tokens
+        tokens = work.running.tokens
         return accept(drafts, [Sampled(next_token([*tokens, *drafts[:i]])) for i in range(len(drafts) + 1)])
 
     def _work(self, work: Work, tokens: list[int]) -> None:
         """Write the rows of `work`, where `tokens` are its request's and the drafts after them."""
-        seq, end = work.seq, work.end + len(tokens) - len(work.seq.tokens)
-        assert work.count > 0 and work.end <= len(seq.tokens)
+        running, end = work.running, work.end + len(tokens) - len(work.running.tokens)
+        assert work.count > 0 and work.end <= len(running.tokens)
         if work.first == 1:
-            assert seq.held_from is not None
-            assert list(range(work.start, work.end)) == [p for p in seq.held if work.start <= p < work.end]
+            assert running.holding.states_from is not None
+            assert list(range(work.start, work.end)) == [
+                p for p in running.holding.states if work.start <= p < work.end
+            ]
         for j in range(work.first, work.last):
             for p in range(work.start, end):
-                unit = int(seq.tables[j, p // PAGE])
+                unit = int(running.holding.tables[j, p // PAGE])
                 assert unit != 0
-                if p >= seq.computed[j]:
+                if p >= running.holding.computed[j]:
                     assert self.pages._refs[unit] == 1 and unit not in self.pages._key, "a shared page is written"
                     self.memory[unit, p % PAGE] = (j, tuple(tokens[: p + 1]))
             for p in range(end):
-                unit = int(seq.tables[j, p // PAGE])
+                unit = int(running.holding.tables[j, p // PAGE])
                 assert self.memory.get((unit, p % PAGE)) == (j, tuple(tokens[: p + 1])), "a slot of another prefix"
         if work.hold:
-            seq.held += range(work.start, work.end)
+            running.holding.states += range(work.start, work.end)
 
     def _scores(self, work: Work) -> list[TokenLogprob]:
         assert work.scored > 0
-        return [TokenLogprob(work.seq.tokens[p + 1], -p) for p in range(work.start, work.start + work.scored)]
+        return [TokenLogprob(work.running.tokens[p + 1], -p) for p in range(work.start, work.start + work.scored)]
 
     def _decision(self, work: Work) -> Decision:
         """Every page has its sums, from the cache or from the states that were held."""
-        seq = work.seq
-        known = len(seq.notes)
-        for index, note in enumerate(seq.notes):
-            assert note == tuple(seq.tokens[: (index + 1) * PAGE])
-        rest = range(known * PAGE, len(seq.tokens))
-        assert [p for p in seq.held if p in rest] == list(rest)
-        assert seq.held[-1] == len(seq.tokens) - 1
-        ends = range((known + 1) * PAGE, len(seq.tokens) + PAGE, PAGE)
-        return Decision(depth_of(seq.tokens), [tuple(seq.tokens[:end]) for end in ends])
+        running = work.running
+        known = len(running.holding.notes)
+        for index, note in enumerate(running.holding.notes):
+            assert note == tuple(running.tokens[: (index + 1) * PAGE])
+        rest = range(known * PAGE, len(running.tokens))
+        assert [p for p in running.holding.states if p in rest] == list(rest)
+        assert running.holding.states[-1] == len(running.tokens) - 1
+        ends = range((known + 1) * PAGE, len(running.tokens) + PAGE, PAGE)
+        return Decision(depth_of(running.tokens), [tuple(running.tokens[:end]) for end in ends])
 
 
 class Harness:
@@ -135,24 +138,26 @@ class Harness:
     def submit(self, prompt: list[int], depth: int | None = 4, *, sampling: Sampling | None = None, **more: Any) -> str:
         self.number += 1
         request = Request(prompt, sampling or Sampling(max_tokens=6), id=str(self.number), **more)
-        self.scheduler.submit(
-            Sequence(
-                request=request,
-                tokens=list(prompt),
-                prompt_len=len(prompt),
-                page=PAGE,
-                text=TextStream(TOKENIZER, request.sampling.stop),
-                seed=0,
-                order=(request.priority, self.number),
-                arrival=self.now,
-                groups=depth,  # one layer a group in this preset
-                layers=depth or 0,
-            )
+        running = Running(
+            request=request,
+            tokens=list(prompt),
+            prompt_len=len(prompt),
+            page=PAGE,
+            text=TextStream(TOKENIZER, request.sampling.stop),
+            seed=0,
+            order=(request.priority, 0, self.number),
+            arrival=self.now,
+            groups=depth,  # one layer a group in this preset
+            layers=depth or 0,
         )
+        if request.answer:
+            running.resume(request.answer)
+        self.scheduler.submit(running)
         return request.id
 
     def step(self) -> list[Event]:
         plan = self.scheduler.plan()
+        assert sum(work.count + work.drafts for work in plan.works) <= self.scheduler.max_batch_tokens
         if not plan.works:
             return self.scheduler.take_events()
         return self.scheduler.commit(plan, self.runner.run(plan))
@@ -187,15 +192,15 @@ def end(events: list[Event], request: str) -> Finished:
 def test_a_request_owns_a_unit_for_each_page_and_group_of_its_depth(depth: int | None) -> None:
     h = Harness(max_batch_tokens=64)
     request = h.submit(list(range(50, 60)), depth, sampling=Sampling(max_tokens=20))
-    seq = h.scheduler._live[request]
+    running = h.scheduler._live[request]
     for _ in range(8):
         h.step()
-        if seq.groups and seq.answered:
-            stored = len(seq.tokens) - 1  # the newest token is not run yet
-            assert seq.owned == [-(-stored // PAGE)] * seq.groups + [0] * (GROUPS - seq.groups)
-            assert h.pages.total - h.pages.available == sum(seq.owned)
-    assert seq.answered > 2
-    assert seq.layers == (depth or depth_of(list(range(50, 60))))
+        if running.groups and running.answered:
+            stored = len(running.tokens) - 1  # the newest token is not run yet
+            assert running.holding.owned == [-(-stored // PAGE)] * running.groups + [0] * (GROUPS - running.groups)
+            assert h.pages.total - h.pages.available == sum(running.holding.owned)
+    assert running.answered > 2
+    assert running.layers == (depth or depth_of(list(range(50, 60))))
 
 
 def test_long_prefill_and_decodes_advance_in_every_step() -> None:
@@ -207,7 +212,7 @@ def test_long_prefill_and_decodes_advance_in_every_step() -> None:
     for step in range(1, 6):
         h.step()
         assert [len(h.scheduler._live[r].tokens) - before[r] for r in short] == [step, step]
-        assert h.scheduler._live[long].at == 10 * step  # all that two decodes leave of 12 rows
+        assert h.scheduler._live[long].holding.at == 10 * step  # all that two decodes leave of 12 rows
         assert sum(w.count for w in h.runner.works) <= 12
 
 
@@ -281,9 +286,9 @@ def test_a_deep_request_after_a_shallow_one_fills_only_the_deeper_groups() -> No
     h.submit(prompt, 1)
     h.run()
     request = h.submit(prompt, 4)
-    seq = h.scheduler._live[request]
+    running = h.scheduler._live[request]
     events = h.step()
-    assert seq.found == [12, 0, 0, 0]
+    assert running.holding.found == [12, 0, 0, 0]
     assert end(events + h.run(), request).cached_tokens == 0
 
 
@@ -332,7 +337,7 @@ def test_a_deadline_of_an_earlier_request_does_not_end_a_later_one_of_the_same_i
     h.run()
     h.number = 0
     again = h.submit([50], sampling=Sampling(max_tokens=3, ignore_eos=True))
-    h.scheduler._live[again].order = (0, 7)
+    h.scheduler._live[again].order = (0, 0, 7)
     h.step()
     h.now = 6.0
     assert end(h.run(), again).reason == "length"
@@ -404,6 +409,61 @@ def test_a_stop_string_ends_within_its_token_and_is_not_said() -> None:
     assert end(events, request).completion_tokens == 2
 
 
+def test_a_stop_string_counts_from_the_last_token_that_must_come() -> None:
+    """`min_tokens` of the answer are said whatever they spell; a stop string that the last of them completes ends it."""
+    for least, said_before in ((0, 1), (1, 1), (2, 2), (3, 3)):
+        h = Harness()
+        h.runner._work = lambda work, tokens: None  # type: ignore[method-assign]
+        request = h.submit([50], sampling=Sampling(max_tokens=9, min_tokens=least, stop=["x"]))
+        events: list[Event] = []
+        while not h.scheduler.idle:
+            plan = h.scheduler.plan()
+            events += h.scheduler.commit(plan, Outcome([Sampled(TOKENIZER.encode("x")[0])]))
+        assert (end(events, request).reason, end(events, request).completion_tokens) == ("stop", said_before)
+
+
+def test_no_step_is_of_the_shallow_alone_while_a_prompt_is_on_its_way() -> None:
+    """It would wait in them. There are such steps before it comes, and after it."""
+    h = Harness(units=400, cost=(0.1, 0.001))
+    for _ in range(WARM_UP):
+        h.scheduler.pace.step(4, 8, 0.408)
+    going = Sampling(max_tokens=200, ignore_eos=True)
+    for token, depth in ((60, 1), (61, 1), (62, 4)):
+        h.submit([token], depth, sampling=going)
+    h.step()
+
+    def shallow(steps: int) -> bool:
+        for _ in range(steps):
+            h.step()
+        return any(alone for alone, _ in h.runner.spent[-steps:])
+
+    assert shallow(10)
+    long = h.scheduler._live[h.submit(list(range(10, 160)), sampling=going)]
+    while long.admitted_at is None:
+        h.step()
+    assert long.todo > 100
+    while long.todo > 1:
+        assert not shallow(1)
+    assert shallow(10)
+
+
+def test_prompts_that_go_on_together_into_deeper_groups_share_the_rows_of_a_step() -> None:
+    """Group 1 has most of them in the prefix cache, so that all are decided in one step: the deeper groups have nothing."""
+    beginning = list(range(50, 66))
+    ends = {depth: [i for i in range(200) if depth_of([*beginning, i]) == depth] for depth in (1, 4)}
+    h = Harness(units=200)
+    h.submit([*beginning, ends[1][0]], None, sampling=Sampling(max_tokens=1))
+    h.run()
+    asked = [h.submit([*beginning, i], None, sampling=Sampling(max_tokens=1)) for i in ends[4][:3]]
+    h.step()
+    assert [h.scheduler._live[request].groups for request in asked] == [4, 4, 4]
+    rows = []
+    while not h.scheduler.idle:
+        h.step()
+        rows.append(sum(work.count for work in h.runner.works))
+    assert sum(rows) == 3 * 17 and rows[:4] == [12] * 4
+
+
 @pytest.mark.parametrize("depth", [None, 1, 2, 4])
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 21])
 def test_logprobs_of_a_prompt_are_of_all_its_tokens_whatever_is_cached(depth: int | None, length: int) -> None:
@@ -420,13 +480,59 @@ def test_logprobs_of_a_prompt_are_of_all_its_tokens_whatever_is_cached(depth: in
     assert finished.prompt_logprobs == (None, *[TokenLogprob(prompt[p + 1], -p) for p in range(length - 1)])
 
 
+@pytest.mark.parametrize("units", [17, 18])
+@pytest.mark.parametrize("priority", [-1, 0])
+@pytest.mark.parametrize("drafts", [1, 3, 8])
+@pytest.mark.parametrize("length", [4, 8, 12])
+def test_a_newcomer_whose_prompt_is_cached_takes_no_units_for_drafts(
+    units: int, priority: int, drafts: int, length: int
+) -> None:
+    """It enters a pool with room for its prompt and no more: with drafts it would preempt itself, and enter, without end; or,
+    earlier in the order, a request that has its rows in the same step."""
+    h = Harness(units, max_batch_tokens=40)
+    prompt, drafted = list(range(50, 50 + length)), Sampling(max_tokens=8, ignore_eos=True, speculative=drafts)
+    h.submit(prompt, sampling=Sampling(max_tokens=1))
+    h.run()
+    running = h.submit([60, 61, 62], 2, sampling=drafted)
+    h.step()
+    newcomer = h.submit(prompt, sampling=dataclasses.replace(drafted, max_tokens=4), priority=priority)
+    preempt = h.scheduler._preempt
+
+    def once(running: Running) -> None:
+        preempt(running)
+        assert h.scheduler.metrics.preemptions < 50, "preempted without end"
+
+    h.scheduler._preempt = once  # type: ignore[method-assign]
+    events = h.run()
+    for request, asked in ((running, [60, 61, 62]), (newcomer, prompt)):
+        tokens = list(asked)
+        while len(tokens) < len(asked) + (8 if request == running else 4):
+            tokens.append(next_token(tokens))
+        assert said(events, request) == tokens[len(asked) :][-len(said(events, request)) :]
+        assert end(events, request).completion_tokens == len(tokens) - len(asked)
+
+
+def test_a_step_never_runs_more_rows_than_it_may_drafts_of_newcomers_included() -> None:
+    h = Harness(units=200, max_batch_tokens=12, max_batch=8)
+    prompt = list(range(50, 58))
+    h.submit(prompt, sampling=Sampling(max_tokens=1))
+    h.run()
+    h.submit([70], sampling=Sampling(max_tokens=12, ignore_eos=True, speculative=1))
+    h.step()
+    for _ in range(7):
+        h.submit(prompt, sampling=Sampling(max_tokens=12, ignore_eos=True, speculative=8))
+    while not h.scheduler.idle:
+        h.step()
+        assert sum(work.count + work.drafts for work in h.runner.works) <= 12
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Anything in any order over a small pool. Integrity after every step; every request ends once, with the answer that
     it would have had alone."""
 
     @initialize(
-        units=st.integers(17, 60),
-        rows=st.integers(8, 20),
+        units=st.one_of(st.integers(17, 20), st.integers(17, 60)),
+        rows=st.integers(8, 40),
         batch=st.integers(1, 4),
         cost=st.sampled_from([(0, 0), (0.1, 0.001), (0, 0.01)]),
         drafts=st.sampled_from([0, 1, 3]),
@@ -437,18 +543,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(WARM_UP if cost[0] else 0):
             self.h.scheduler.pace.step(4, 8, 4 * cost[0] + 8 * cost[1])  # so that shallow-only steps come soon
         self.wanted: dict[str, tuple[list[int], int]] = {}
+        self.told: dict[str, int] = {}  # tokens of its answer that another engine gave
         self.scored: set[str] = set()
         self.ended: dict[str, str] = {}
         self.got: dict[str, list[int]] = {}
 
     @rule(
-        start=st.sampled_from([[], [1] * 4, [1] * 8]),
-        rest=st.lists(st.integers(1, 2), min_size=1, max_size=9),
+        start=st.sampled_from([[2], [1] * 4, [1] * 8]),
+        rest=st.one_of(st.just([]), st.lists(st.integers(1, 2), max_size=9)),  # nothing: whole pages, cached next time
         depth=st.sampled_from([None, 1, 2, 4]),
         limit=st.integers(1, 7),
-        priority=st.integers(0, 1),
+        priority=st.integers(-1, 1),
         deadline=st.sampled_from([None, None, 1.0, 5.0]),
         scored=st.booleans(),
+        drafts=st.sampled_from([None, 0, 2, 8]),
+        told=st.sampled_from([0, 0, 1, 3, 7]),
+        payer=st.sampled_from(["a", "a", "a", "b"]),
     )
     def submit(
         self,
@@ -459,14 +569,28 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority: int,
         deadline: float | None,
         scored: bool,
+        drafts: int | None,
+        told: int,
+        payer: str,
     ) -> None:
-        prompt, sampling = start + rest, Sampling(max_tokens=limit, prompt_logprobs=0 if scored else None)
+        """`told`: tokens that it comes with from a replica that was lost, if its depth is known."""
+        prompt = start + rest
+        sampling = Sampling(max_tokens=limit, prompt_logprobs=0 if scored else None, speculative=drafts)
+        given = answer(prompt, limit)[:told] if depth else []
         try:
-            request = self.h.submit(prompt, depth, sampling=sampling, priority=priority, deadline=deadline)
+            more = {"priority": priority, "deadline": deadline, "answer": tuple(given), "payer": payer}
+            request = self.h.submit(prompt, depth, sampling=sampling, **more)
         except RequestError:
             return
-        self.wanted[request], self.got[request] = (prompt, limit), []
+        self.wanted[request], self.got[request], self.told[request] = (prompt, limit), list(given), len(given)
         self.scored |= {request} if scored else set()
+
+    @rule(pick=st.integers(0, 7), depth=st.sampled_from([2, 4]), priority=st.integers(-1, 1))
+    def again(self, pick: int, depth: int, priority: int) -> None:
+        """A prompt that was asked before, and may be cached as a whole, by a request that drafts as far as it may."""
+        if self.wanted:
+            prompt, _ = self.wanted[sorted(self.wanted)[pick % len(self.wanted)]]
+            self.submit(prompt, [], depth, 12, priority, None, False, 8, 0, "b")
 
     @rule(count=st.integers(1, 4))
     def steps(self, count: int) -> None:
@@ -540,18 +664,26 @@ def sequence(rng: random.Random) -> SchedulerMachine:
     """Forty of the machine's rules in a row, and its books checked after each."""
     machine = SchedulerMachine()
     cost, drafts = rng.choice([(0, 0), (0.1, 0.001), (0, 0.01)]), rng.choice([0, 1, 3])
-    machine.build(rng.randint(17, 60), rng.randint(8, 20), rng.randint(1, 4), cost, drafts)
+    units = rng.randint(17, rng.choice([20, 60]))
+    machine.build(units, rng.randint(8, 40), rng.randint(1, 4), cost, drafts)
     for _ in range(40):
-        match rng.choices(["submit", "steps", "cancel", "pause", "preempt", "fail"], [8, 12, 2, 3, 2, 1])[0]:
+        match rng.choices(["submit", "again", "steps", "cancel", "pause", "preempt", "fail"], [6, 4, 14, 2, 3, 2, 1])[
+            0
+        ]:
+            case "again":
+                machine.again(rng.randint(0, 7), rng.choice([2, 4]), rng.randint(-1, 1))
             case "submit":
                 machine.submit(
-                    rng.choice([[], [1] * 4, [1] * 8]),
-                    [rng.randint(1, 2) for _ in range(rng.randint(1, 9))],
+                    rng.choice([[2], [1] * 4, [1] * 8]),
+                    [rng.randint(1, 2) for _ in range(rng.choice([0, 0, 1, 2, 4, 9]))],
                     rng.choice([None, 1, 2, 4]),
                     rng.randint(1, 12),
-                    rng.randint(0, 1),
+                    rng.randint(-1, 1),
                     rng.choice([None, None, None, 1.0, 5.0]),
                     rng.random() < 0.2,
+                    rng.choice([None, None, 0, 2, 8]),
+                    rng.choice([0, 0, 0, 1, 3, 7]),
+                    rng.choice(["a", "a", "b"]),
                 )
             case "steps":
                 machine.steps(rng.randint(1, 4))
@@ -576,6 +708,7 @@ def test_a_thousand_sequences_of_anything() -> None:
         seen.update(preempted=metrics.preemptions, found=metrics.prefix_hits, refused=metrics.refused)
         seen.update(accepted=metrics.drafts_accepted, rejected=metrics.drafts - metrics.drafts_accepted)
         seen.update(shallow=sum(only for only, _ in machine.h.runner.spent), scored=len(machine.scored))
+        seen.update(told=sum(map(bool, machine.told.values())))
     ends = ["stop", "length", "cancelled", "deadline", "error"]
-    for what in (*ends, "preempted", "found", "refused", "shallow", "scored", "accepted", "rejected"):
+    for what in (*ends, "preempted", "found", "refused", "shallow", "scored", "accepted", "rejected", "told"):
         assert seen[what] > 100, (what, seen)

@@ -22,10 +22,12 @@ from shoal.engine import naive
 from shoal.engine.events import Completion, Finished, Guide, Token
 from shoal.engine.guided import Grammar
 from shoal.engine.plan import Sampled
+from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
-from shoal.engine.speculative import AGAIN, TRIALS, Switch, accept
+from shoal.engine.speculative import AGAIN, TRIALS, Drafting, Switch, accept
+from shoal.engine.text import TextStream
 from shoal.errors import ConfigError, GenerationError, RequestError
-from shoal.inputs.tokenizer import END_ID
+from shoal.inputs.tokenizer import END_ID, Tokenizer
 
 
 def build(share: float) -> Model:
@@ -220,9 +222,8 @@ def test_nothing_is_drafted_beside_a_token_that_another_engine_gave() -> None:
     """Drafts would follow the token that is drawn here, and the answer goes on after the one that was given."""
     for seed in range(4):
         rng = random.Random(seed)
-        ids = [
-            rng.randrange(20, 260) for _ in range(28)
-        ]  # a step; the row that gives the answer's second token is the next
+        # a step; the row that gives the answer's second token is the next
+        ids = [rng.randrange(20, 260) for _ in range(28)]
         request = Request(ids, dataclasses.replace(GREEDY, max_tokens=12), depth="full", answer=[70, 71])
         e = engine(max_batch=3, max_batch_tokens=28)
         assert run(e, [request])[0].tokens == run(Engine(EAGER), [request])[0].tokens
@@ -312,6 +313,48 @@ def test_the_switch_measures_and_turns_drafting_off_where_it_does_not_pay() -> N
     rare = 200 // AGAIN + 1
     assert drafted[1] >= 200 - 2 * TRIALS - rare and 1 <= drafted[16] <= rare
     assert [Switch(4).wants(batch) for batch in (4, 5)] == [True, False]
+
+
+def decoding(asked: int | None = None, answered: int = 0, groups: int | None = 4, **more: Any) -> Running:
+    """A request that may answer with five tokens."""
+    return Running(
+        Request([50, 51], Sampling(max_tokens=5, speculative=asked)), [50, 51, *[60] * answered], prompt_len=2, page=4,
+        text=TextStream(Tokenizer.bytes_only(), ()), seed=0, order=(0, 0, 0), arrival=0.0, groups=groups, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("running", "drafts"),
+    [
+        (decoding(), 3),
+        (decoding(asked=0), 0),
+        (decoding(asked=2), 2),
+        (decoding(asked=8), 4),  # the token that follows the drafts is the fifth
+        (decoding(answered=3), 1),
+        (decoding(answered=4), 0),
+        (decoding(groups=2), 3),
+        (decoding(groups=1), 0),
+        (decoding(groups=None), 0),
+        (decoding(told=70), 0),
+    ],
+)
+def test_a_request_drafts_what_it_asks_for_as_far_as_its_answer_has_room(running: Running, drafts: int) -> None:
+    drafting = Drafting(3, Switch(8))
+    assert drafting.drafts(running) == 0, "nobody was counted yet"
+    assert drafting.start([running], 99) == drafting.drafts(running) == drafts
+    assert drafting.start([running], 1 + drafts) == drafts, "one row and its drafts are all that may run"
+    assert drafting.drafts(decoding()) == 0, "nor was another one"
+    drafting.stop()
+    assert drafting.drafts(running) == 0
+    for none, rows in ((drafting, drafts), (Drafting(3, Switch(0)), 99), (Drafting(3, Switch(8), able=False), 99)):
+        assert none.start([running], rows) == none.drafts(running) == 0
+
+
+def test_who_waits_for_its_deeper_groups_drafts_nothing() -> None:
+    running, drafting = decoding(), Drafting(3, Switch(8))
+    running.holding.states_from = 0
+    assert drafting.start([running, other := decoding()], 99) == drafting.drafts(other) == 3
+    assert drafting.drafts(running) == 0
 
 
 def test_the_engine_measures_for_itself() -> None:

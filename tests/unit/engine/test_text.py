@@ -44,6 +44,19 @@ def test_the_answer_ends_before_the_first_stop_string_that_is_complete(text: str
     assert all(s not in said for s in stop)
 
 
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_kept_the_stop_string_is_the_end_of_the_answer(text: str, stop: list[str]) -> None:
+    out, pieces, stopped = TextStream(TOKENIZER, tuple(stop), keep=True), [], False
+    for token in TOKENIZER.encode(text):
+        piece, stopped = out.push(token)
+        pieces.append(piece)
+        if stopped:
+            break
+    ends = [text.find(s) + len(s) for s in stop if s in text]
+    assert "".join([*pieces, out.finish()]) == (text[: min(ends)] if ends else text)
+    assert stopped == bool(ends)
+
+
 def test_what_may_become_a_stop_string_is_held_back() -> None:
     pieces, stopped = stream("say END now", ("END!",))
     assert "".join(pieces) == "say END now" and not stopped
@@ -67,3 +80,11 @@ def test_half_a_character_at_the_end_completes_no_stop_string() -> None:
         out = TextStream(TOKENIZER, (stop,))
         said = [out.push(token) for token in (first, second, *TOKENIZER.encode("bc"))]
         assert "".join(text for text, _ in said[:3]) == "a".removesuffix(stop[:-1]) and said[2][1]
+
+
+def test_a_text_that_may_not_stop_yet_passes_unsearched_and_nothing_of_it_is_held_back() -> None:
+    out = TextStream(TOKENIZER, ("bb",))
+    a, b = TOKENIZER.encode("ab")
+    assert [out.push(token, may_stop=False) for token in (a, b, b)] == [("a", False), ("b", False), ("b", False)]
+    assert [out.push(token) for token in (b, a, b, b)] == [("", False), ("ba", False), ("", False), ("", True)]
+    assert out.finish() == ""

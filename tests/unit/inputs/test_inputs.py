@@ -1,5 +1,7 @@
 import base64
 import io
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -112,7 +114,7 @@ def test_transparency_is_white_and_identity_is_content():
         ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,@@@"}}], "not valid base64"),
         (
             [{"type": "image_url", "image_url": {"url": url(b"GIF89a not an image")}}],
-            r"^messages\[0\]: image cannot be decoded: got 'another kind'; allowed: PNG, JPEG, WEBP$",
+            r"^messages\[0\]: image cannot be decoded: got 'another kind'; allowed: PNG, JPEG, WEBP, GIF$",
         ),
         ([{"type": "image_url", "image_url": {"url": url(png((5000, 5000)))}}], "too many pixels"),
         ([{"type": "image_url", "image_url": {"url": url(png()[:60])}}], "image cannot be decoded"),
@@ -163,3 +165,17 @@ def test_a_tokenizer_survives_its_file(tmp_path):
     again = Tokenizer.load(tmp_path / "t.json")
     assert again.sha256 == TOKENIZER.sha256 and again.encode("the shoal") == TOKENIZER.encode("the shoal")
     assert Tokenizer.bytes_only().encode("é") == Tokenizer.from_json(Tokenizer.bytes_only().json).encode("é")
+
+
+def test_a_long_text_leaves_the_interpreter_to_other_threads() -> None:
+    """As a server's event loop, which else would stand still for as long as it takes."""
+    tokenizer = Tokenizer.train(["the deep sea, the sea"], 280)
+    text, ids = "the deep sea " * 20_000, list[int]()
+    thread = threading.Thread(target=lambda: ids.extend(tokenizer.encode(text)))
+    turns = 0
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0)
+        turns += 1
+    assert tokenizer.decode(ids) == text
+    assert turns > 50

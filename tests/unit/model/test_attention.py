@@ -192,6 +192,15 @@ def test_paged_equals_parallel(data):
     assert (torch.cat(outputs) - want).abs().max() < 1e-12
 
 
+def test_blocks_are_chosen_in_full_precision_under_autocast_too():
+    """Training in bf16 must choose what decoding chooses: here two blocks whose scores bf16 cannot tell apart."""
+    q, k, v = torch.zeros(1, 4, 1, 4), torch.zeros(1, 4, 1, 4), torch.zeros(1, 4, 1, 4)
+    q[..., 0], k[0, :2, 0, 0], k[0, 2:, 0, 0], v[0, 2:] = 1.0, 1.0, 1.001, 1.0
+    how = {"window": 1, "block": 2, "top_k": 1, "sinks": 0, "local_weight": 0.0}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert hybrid_attention(q, k, v, **how)[0, 3, 0].tolist() == [1.0] * 4, "the second block, and no tail"
+
+
 def test_rollback_is_moving_a_length():
     """Rejected tokens are overwritten; the means of their blocks come out as if they had never been."""
     c = presets.get("test").model

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from shoal import Model
 from shoal.errors import CheckpointError
 from shoal.model import checkpoint, files
-from shoal.model.depth import Router
+from shoal.model.router import Router
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,92 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="is not a model directory"):
         model.save(tmp_path / "file")
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def project(folder):
+    """Somebody's work, whose config.json is not of our format."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"compiler": "fish"}')
+
+
+def with_notes(folder):
+    (folder / "thesis.txt").write_text("precious")
+
+
+def with_a_folder(folder):
+    (folder / "runs").mkdir()
+    (folder / "runs" / "one.txt").write_text("precious")
+
+
+def without_a_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+def with_a_broken_manifest(folder):
+    (folder / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (project, "not a model directory that may be replaced: got 'no config.json of a shoal-model'"),
+        (with_notes, "thesis.txt, which manifest.json does not list"),
+        (with_a_folder, "runs, which manifest.json does not list"),
+        (without_a_manifest, "no manifest.json"),
+        (with_a_broken_manifest, "manifest.json is not valid json"),
+    ],
+)
+def test_what_is_not_a_models_is_not_replaced(model, tmp_path, spoil, says):
+    if spoil is not project:
+        model.save(tmp_path / "m")
+    spoil(tmp_path / "m")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=says):
+        Model.from_preset("test", seed=2).save(tmp_path / "m")
+    assert contents(tmp_path) == before
+
+
+def test_what_came_while_the_model_was_written_is_not_replaced(model, tmp_path, monkeypatch):
+    model.save(tmp_path / "m")
+    written = files.write_manifest
+
+    def meanwhile(directory):
+        written(directory)
+        with_notes(tmp_path / "m")
+
+    monkeypatch.setattr(files, "write_manifest", meanwhile)
+    with pytest.raises(CheckpointError, match=r"thesis\.txt"):
+        Model.from_preset("test", seed=2).save(tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert (tmp_path / "m" / "thesis.txt").read_text() == "precious"
+
+
+def test_where_the_new_model_cannot_take_the_place_the_old_one_is_put_back(model, tmp_path, monkeypatch):
+    model.save(tmp_path / "m")
+    before, rename = contents(tmp_path), Path.rename
+
+    def failing(path, to):
+        if path.name.endswith(".tmp"):
+            raise OSError("the disk went away")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="went away"):
+        Model.from_preset("test", seed=2).save(tmp_path / "m")
+    assert contents(tmp_path) == before
+
+
+def test_an_empty_folder_and_the_one_that_a_link_leads_to_are_taken(model, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    for seed in (1, 2):
+        Model.from_preset("test", seed=seed).save(tmp_path / "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "m"] and (tmp_path / "link").is_symlink()
+    assert torch.equal(Model.load(tmp_path / "m").net.embed.weight, Model.from_preset("test", seed=2).net.embed.weight)
 
 
 def test_int8_weights_of_another_kind_are_named(tmp_path):

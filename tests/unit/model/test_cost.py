@@ -11,8 +11,8 @@ from shoal.bench.model import count_reads
 from shoal.config import GROUPS
 from shoal.model import cost
 from shoal.model.cache import GroupCache
-from shoal.model.depth import Router
 from shoal.model.net import Net
+from shoal.model.router import Router
 
 TEST = presets.get("test").model
 

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import presets
-from shoal.model import fused, int8, linears
+from shoal.model import int8, linears
 from shoal.model.cache import GroupCache, PagedStep
+from shoal.model.cpu import fused
 from shoal.model.net import Net
 from shoal.model.quant import TOP, int8_linear_reference, quantize_rows, token_scale
+from shoal.model.reach import Reach
 
 pytest.importorskip("numba")
 DTYPES = {torch.float32: 1e-6, torch.float64: 1e-13}  # relative differences allowed
@@ -128,16 +130,18 @@ def test_scales_are_torchs_to_the_bit(seed, rows, width, scale):
 
 def test_compiled_code_is_kept_by_what_is_in_all_of_its_sources():
     """numba itself looks only at the file of the function that was called, and not at those of what it calls."""
-    from shoal.model import compiled, kernels
+    from shoal.model.cpu import compiled, decode
 
     here = Path(compiled.__file__).parent
-    loops = {path.name for path in here.glob("*.py") if "from shoal.model.compiled import" in path.read_text("utf-8")}
+    loops = {
+        path.name for path in here.glob("*.py") if "from shoal.model.cpu.compiled import" in path.read_text("utf-8")
+    }
     assert loops and {*loops, "compiled.py"} <= set(compiled._SOURCES)
-    assert kernels.layer.stats.cache_path.startswith(compiled._KEPT) and compiled._digest() in compiled._KEPT
+    assert decode.layer.stats.cache_path.startswith(compiled._KEPT) and compiled._digest() in compiled._KEPT
 
 
 def test_one_at_a_time_compiles_and_nobody_waits_for_ever(monkeypatch, tmp_path):
-    from shoal.model import compiled
+    from shoal.model.cpu import compiled
 
     monkeypatch.setattr(compiled, "_KEPT", str(tmp_path / "code"))
     order, entered = [], threading.Event()
@@ -271,20 +275,20 @@ def test_a_layer_group_equals_its_torch_form(data):
 
 
 @torch.no_grad()
-def test_both_branches_keep_their_own_largest_score():
-    """Scores 200 apart: with one maximum for both branches, the window's weights would all be zero in fp32."""
-    config = dataclasses.replace(presets.get("test").model, window=2, block=1, page=8, top_k=1, sinks=0, kv_heads=3)
-    net = Net(config).init_(0)
-    attention = net.groups[0].blocks[0].attention
+@pytest.mark.parametrize("near", [0.0, 200.0])
+def test_both_branches_keep_their_own_largest_score(near: float) -> None:
+    """Scores 200 apart, whichever branch has the larger: with one maximum for both, all weights of the other would be what fp32
+    has in place of nothing, and alike. Here they are as 1 to e in either."""
     q = torch.full((1, 3, 16), 12.5)
     kv = torch.zeros(2, 3, 8, 32)
-    kv[1, :, 0, :16] = 4.0  # the one block that is chosen
-    kv[1, :, :, 16:] = torch.arange(8.0)[:, None]
-    means = kv[:, :, :, :16].clone()
-    step = PagedStep(torch.tensor([7]), torch.tensor([15]), torch.tensor([[1]]), [0, 1], 8, 1)
+    kv[1, :, 0:2, :16] = (200.0 - near) / 50  # a key of x everywhere scores 50 x
+    kv[1, :, 6:, :16] = near / 50
+    kv[1, :, [1, 7], :16] += 1 / 50
+    kv[1, :, :, 16:] = torch.tensor([1.0, 3.0, 0, 0, 0, 0, 6.0, 7.0])[:, None]
+    means = kv[:, :, :, :16].unflatten(2, (4, 2)).mean(3)
+    means[1, :, 3] = -9.0  # else the window's own block would be the best one
+    step = PagedStep(torch.tensor([7]), torch.tensor([15]), torch.tensor([[1]]), [0, 1], 8, 2)
     out = torch.empty_like(q)
-    from shoal.model.reach import Reach
-
     fused.attend(q, kv, means, step, Reach(2, 1, 0, torch.full((3,), 0.7)), out)
-    assert torch.allclose(out, torch.full_like(out, 0.7 * 6.5), atol=1e-5)
-    del attention
+    window, block = (6 + 7 * math.e) / (1 + math.e), (1 + 3 * math.e) / (1 + math.e)
+    assert torch.allclose(out, torch.full_like(out, 0.7 * window + 0.3 * block), atol=1e-4), out

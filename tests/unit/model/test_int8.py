@@ -76,6 +76,20 @@ def test_a_weight_that_moved_is_read_where_it_lies():
     assert torch.equal(layer(x), quant.int8_linear_reference(x, other, scale))
 
 
+def test_a_weight_that_was_changed_in_place_is_read_as_it_is_now():
+    """Kernels keep what follows from it: the sums of its rows, or a copy laid out anew. So do they of its scale."""
+    x, weight, scale, _ = case(1, 3, 96, 64, 0.0)
+    for name in HERE[:3]:
+        layer = linears.Int8Linear(96, 64)
+        layer.load_state_dict({"weight": weight, "weight_scale": scale})
+        for changed in ({"weight": weight // 2, "weight_scale": scale}, {"weight": weight, "weight_scale": 2 * scale}):
+            layer.kernels.names = (name,) * 3
+            layer(x)
+            layer.load_state_dict(changed)
+            layer.kernels.names = (name,) * 3
+            assert torch.equal(layer(x), quant.int8_linear_reference(x, *changed.values())), name
+
+
 def test_a_wrong_kernel_is_refused(monkeypatch):
     def saturating(weight, scale):
         def run(x):
@@ -117,10 +131,11 @@ print(Model.from_preset("test", seed=1).quantized().logits(list(range(20, 60)))[
 """
 OTHER = """
 import sys, torch
-from shoal.model import int8, int8_kernels
-assert int8_kernels.instructions() == sys.argv[1], int8_kernels.instructions()
+from shoal.model import int8
+from shoal.model.cpu import integers
+assert integers.instructions() == sys.argv[1], integers.instructions()
 assert int8.self_test(int8.Numba) is None, int8.self_test(int8.Numba)
-from shoal.model import fused
+from shoal.model.cpu import fused
 with torch.inference_mode():
     for kind, off in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         x, w = torch.randn(7, 64, dtype=kind), torch.randn(9, 64, dtype=kind)

@@ -9,7 +9,7 @@ from torch import nn
 
 from shoal import Model, presets
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.model import memory
+from shoal.model.cpu import memory
 from shoal.model.linears import prepack_
 from shoal.model.net import Net
 

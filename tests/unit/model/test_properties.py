@@ -15,7 +15,7 @@ property                              where it is held
 13 a depth is a model of its own      here, bit for bit
 16 router: causal, no gradient        here and test_depth.py; cache hits and chunks: tests/unit/engine
 17 monotone knobs, budgets kept       test_depth.py
-19 exit order, exit tax               tests/unit/train/test_control.py; the figure itself: the quickstart's report
+19 exit order, exit tax               tests/unit/evaluate/test_control.py; the figure itself: the quickstart's report
 23 images and the cache               here (logits); units: tests/unit/engine
 24 losses keep to their tokens        tests/unit/train/test_loss.py; shares: tests/unit/data/test_order.py
 26 INT8                               tests/flows/test_int8_flow.py; kernels: test_int8.py; the figure: the quickstart's report
@@ -38,8 +38,8 @@ from shoal.inputs.tokenizer import PATCH_ID
 from shoal.model.attention import Layout, hybrid_attention
 from shoal.model.block import rope_tables
 from shoal.model.cache import GroupCache, PagedStep
-from shoal.model.depth import features, fit_router, page_sums
 from shoal.model.net import Net
+from shoal.model.router import features, fit_router, page_sums
 from shoal.train.loss import LossModel
 
 F64 = torch.float64
@@ -239,7 +239,7 @@ def test_13_a_depth_is_a_separately_built_model_bit_for_bit(layers):
     image = picture((30, 200, 30))
     ids = [*text(60)[0].tolist(), *image.tokens(), 60]
     assert torch.equal(deep.logits(ids, layers, [image]), alone.logits(ids, images=[image]))
-    assert torch.equal(deep.logits(ids, 16, [image]), deep.logits(ids, None, [image]))
+    assert torch.equal(deep.logits(ids, 16, [image]), deep.logits(ids, "full", [image]))
 
 
 def test_16_the_router_sees_the_prompt_alone_and_teaches_the_trunk_nothing():

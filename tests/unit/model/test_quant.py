@@ -92,6 +92,16 @@ def test_a_packed_weight_gives_the_same_product_and_is_never_served_stale(monkey
     assert layer.weight.grad is not None
 
 
+def test_a_weight_made_in_inference_mode_is_packed_as_well():
+    """Such a tensor counts no versions, and torch raises where one is asked for."""
+    with torch.inference_mode():
+        layer = linears.Linear(512, 256)
+        torch.nn.init.normal_(layer.weight)
+        layer.prepack()
+        x = torch.randn(3, 512)
+        assert torch.allclose(layer(x), torch.nn.functional.linear(x, layer.weight), atol=1e-3)
+
+
 def test_a_weight_put_in_the_place_of_a_packed_one_is_read():
     """A new parameter starts at version 0, as the packed one may have been."""
     layer = linears.Linear(512, 256)

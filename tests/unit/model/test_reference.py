@@ -82,11 +82,8 @@ SCORES = [  # what each query gives each of the four blocks of two tokens
     ("top_k", "sinks", "blocks"),
     [
         # a block exists for a query once its last token does: none for query 0, block 0 from query 1 on
-        (
-            2,
-            0,
-            ["0000", "1000", "1000", "1100", "1100", "0110", "0110", "0110"],
-        ),  # query 7: 2 and 3 tie, the lower wins
+        # query 7: 2 and 3 tie, the lower wins
+        (2, 0, ["0000", "1000", "1000", "1100", "1100", "0110", "0110", "0110"]),
         (2, 1, ["0000", "1000", "1000", "1100", "1100", "1100", "1100", "1100"]),  # the sink and the best of the rest
         (1, 1, ["0000", "1000", "1000", "1000", "1000", "1000", "1000", "1000"]),  # sinks alone
         (9, 1, ["0000", "1000", "1000", "1100", "1100", "1110", "1110", "1111"]),  # fewer blocks than K: all of them

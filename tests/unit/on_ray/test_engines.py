@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -16,13 +16,16 @@ from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from shoal import Request
-from shoal.engine.events import Event, Token
+from shoal import Model, Request
+from shoal.api.serve_args import ServeArgs
+from shoal.engine.events import Event, Finished, Token
 from shoal.errors import EngineDeadError, QueueFullError, RequestError, ShoalError
+from shoal.on_ray.calls import Begun, OtherModelError, Wanted
 from shoal.on_ray.clients import ReplicaClient, as_shoal_error
-from shoal.on_ray.engines import EngineReplica
+from shoal.on_ray.engines import LEAVE_SECONDS, EngineReplica
 from shoal.on_ray.failover import LOSSES
-from shoal.on_ray.serve_config import ServeArgs
+
+WANTED = Wanted("call", "")
 
 
 class Handle:
@@ -31,10 +34,12 @@ class Handle:
     def __init__(self, error: BaseException | None) -> None:
         self.error, self.cancelled = error, 0
 
+    app_name, deployment_name = "app", "engines"
+
     def options(self, **_: Any) -> Handle:
         return self
 
-    def remote(self, request: Request) -> Handle:
+    def remote(self, request: Request, wanted: Wanted) -> Handle:
         self.request = request
         return self
 
@@ -50,8 +55,8 @@ class Handle:
 
 
 def stream(handle: Handle) -> AsyncGenerator[list[Event], None]:
-    client = ReplicaClient(handle, may_be_none=False)  # type: ignore[arg-type]
-    return client._open(Request("x"))
+    client = ReplicaClient(handle, may_be_none=False, reads="r")  # type: ignore[arg-type]
+    return client._open(Request("x"), WANTED)
 
 
 def test_an_error_comes_after_what_was_said_before_it() -> None:
@@ -104,15 +109,21 @@ def test_who_leaves_or_is_cancelled_cancels_the_replica_s_work() -> None:
 
 
 class Embedder:
-    """A deployment handle whose calls end as `ends` says: a vector, an error, or never."""
+    """A deployment handle whose calls end as `ends` says: a vector for each prompt, an error, or never."""
 
     def __init__(self, *ends: list[float] | BaseException | None) -> None:
         self.ends, self.calls, self.embed = ends, 0, self
+        self.left = 0  # calls that were cancelled
+
+    app_name, deployment_name = "app", "engines"
 
     def options(self, **_: Any) -> Embedder:
         return self
 
-    async def remote(self, prompt: list[int], depth: str | int | None) -> list[float]:
+    def remote(self, prompts: list[list[int]], depth: str | int, wanted: Wanted, *whose: str) -> Called:
+        return Called(self, asyncio.ensure_future(self._answer(len(prompts))))
+
+    async def _answer(self, count: int) -> list[list[float]]:
         end = self.ends[self.calls]
         self.calls += 1
         if end is None:
@@ -120,18 +131,34 @@ class Embedder:
         if isinstance(end, BaseException):
             raise end
         assert end is not None
-        return end
+        return [end] * count
 
 
-def embedded(handle: Embedder) -> list[float]:
-    client = ReplicaClient(handle, may_be_none=False)  # type: ignore[arg-type]
-    return asyncio.run(asyncio.wait_for(client.embed([1, 2]), 10))
+class Called:
+    """What Serve gives of a call: to leave it does not end it, `cancel` does."""
+
+    def __init__(self, of: Embedder, answer: asyncio.Future[list[list[float]]]) -> None:
+        self.of, self.answer = of, answer
+
+    def __await__(self) -> Any:
+        return asyncio.shield(self.answer).__await__()
+
+    def cancel(self) -> None:
+        self.of.left += 1
+        self.answer.cancel()
+
+
+def embedded(handle: Embedder) -> list[list[float]]:
+    client = ReplicaClient(handle, may_be_none=False, reads="r")  # type: ignore[arg-type]
+    return asyncio.run(asyncio.wait_for(client.embed([[1, 2], [3]]), 10))
 
 
 def test_an_embedding_whose_replica_is_lost_is_asked_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.on_ray.clients.PAUSES", (0.0,) * LOSSES)
     for lost in (ActorDiedError(), asyncio.CancelledError()):
-        assert embedded(Embedder(lost, [0.5])) == [0.5]
+        handle = Embedder(lost, [0.5])
+        assert embedded(handle) == [[0.5], [0.5]]
+        assert handle.calls == 2, "one replica gives all vectors of a call"
     for error, calls in ((ActorDiedError(), LOSSES), (RequestError("depth"), 1)):
         handle = Embedder(*[error] * LOSSES)
         with pytest.raises(RequestError):
@@ -139,15 +166,15 @@ def test_an_embedding_whose_replica_is_lost_is_asked_of_another(monkeypatch: pyt
         assert handle.calls == calls
 
 
-def test_who_leaves_is_embedded_nowhere_else() -> None:
-    async def leave() -> int:
+def test_who_leaves_is_embedded_nowhere_else_and_no_longer() -> None:
+    async def leave() -> tuple[int, int]:
         handle = Embedder(None)
-        client = ReplicaClient(handle, may_be_none=False)  # type: ignore[arg-type]
+        client = ReplicaClient(handle, may_be_none=False, reads="r")  # type: ignore[arg-type]
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(client.embed([1]), 0.01)
-        return handle.calls
+            await asyncio.wait_for(client.embed([[1]]), 0.01)
+        return handle.calls, handle.left
 
-    assert asyncio.run(leave()) == 1
+    assert asyncio.run(leave()) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -187,17 +214,17 @@ def test_a_bug_is_told_without_what_it_says(caplog: pytest.LogCaptureFixture) ->
             yield [Token("r", 65, "a")]
             raise KeyError(" ".join(words))
 
-        async def embed(self, *_: Any) -> list[float]:
+        async def embed(self, *_: Any, **whose: str) -> list[float]:
             raise KeyError(" ".join(words))
 
     replica = Replica(ServeArgs(model="m"), "m")
     replica._engine = Buggy()  # type: ignore[assignment]
 
     async def read() -> None:
-        async for _ in replica.generate(Request("x")):
+        async for _ in replica.generate(Request("x"), WANTED):
             pass
 
-    for work in (read, lambda: replica.embed([1], None)):
+    for work in (read, lambda: replica.embed([[1]], "full", WANTED)):
         caplog.clear()
         with pytest.raises(EngineDeadError, match="KeyError") as caught:
             asyncio.run(work())
@@ -209,3 +236,224 @@ def test_an_error_of_ours_stays_as_it_is() -> None:
     wrong = RequestError("depth", param="depth")
     assert as_shoal_error(RayTaskError("generate", "trace", wrong)) is wrong
     assert as_shoal_error(wrong) is wrong
+
+
+class Asked:
+    """A deployment handle whose replicas answer a broadcast with `answers`: a value, an error, or never."""
+
+    app_name, deployment_name = "app", "engines"
+
+    def __init__(self, *answers: object) -> None:
+        self.answers, self.cancelled = answers, 0
+
+    def options(self, **_: Any) -> Asked:
+        return self
+
+    def broadcast(self, method: str, *_: str) -> Asked:
+        return self
+
+    async def _fetch_replica_results_async(self) -> list[Answer]:
+        return [Answer(self, answer) for answer in self.answers]
+
+
+class Answer:
+    def __init__(self, of: Asked, value: object) -> None:
+        self.of, self.value = of, value
+
+    async def get_async(self) -> object:
+        try:
+            if self.value is None:
+                await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.of.cancelled += 1
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("answers", "error"),
+    [
+        (("well", None), None),  # one is silent
+        ((ActorDiedError(), "well"), None),
+        ((OtherModelError("another tokenizer"), ActorDiedError()), "another tokenizer"),
+        ((None, None), "no engine replica answers"),
+    ],
+)
+def test_a_model_is_served_while_any_replica_is_well(
+    answers: tuple[object, ...], error: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No question is taken back while it may be answered: a replica that wakes would tell each of them as an error."""
+    if answers == (None, None):
+        monkeypatch.setattr("shoal.on_ray.clients.ANSWER_SECONDS", 0.05)
+    handle = Asked(*answers)
+
+    async def ask() -> int:
+        client = ReplicaClient(handle, may_be_none=False, reads="r")  # type: ignore[arg-type]
+        if error is None:
+            await client.check_health()
+        else:
+            with pytest.raises(EngineDeadError, match=error):
+                await client.check_health()
+        return handle.cancelled
+
+    assert asyncio.run(asyncio.wait_for(ask(), 60)) == 0
+
+
+class Engine:
+    """As much of an engine as a replica needs to change its weights."""
+
+    closed = False
+
+    async def stats(self) -> dict[str, float]:
+        return {}
+
+    async def info(self) -> list[dict[str, str]]:
+        return [{"quantization": "none"}]
+
+    async def close(self) -> None:
+        self.closed = True
+
+    async def batches(self, request: Request, gap: object) -> AsyncGenerator[list[Event], None]:
+        yield [Token(request.id, 65, "a")]
+        yield [Finished(request.id, "length")]
+
+
+class Changing(Replica):
+    """Loads nothing, but refuses directories that are named so."""
+
+    def _load(self, directory: str) -> Any:
+        if "broken" in directory:
+            raise MemoryError(directory)
+        return Engine()
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("one", "two", "broken")):
+        Model.from_preset("test", seed=seed).save(root / name)
+    return {name: str(root / name) for name in ("one", "two", "broken", "missing")}
+
+
+def test_a_change_that_fails_keeps_what_serves_and_is_told_until_it_is_mended(directories: dict[str, str]) -> None:
+    async def work() -> None:
+        replica = Changing(ServeArgs(model=directories["one"]), directories["one"])
+        await replica.reconfigure({"model": directories["one"]})
+        first = replica._weights
+        for slip in ("broken", "missing"):  # memory that is short raises no error of ours
+            await replica.reconfigure({"model": directories[slip]})
+            assert (replica._weights, (await replica.stats())["weights_update_refused"]) == (first, 1)
+        await replica.reconfigure({"model": directories["one"]})  # what serves already
+        assert (await replica.stats())["weights_update_refused"] == 0
+
+    asyncio.run(work())
+
+
+def test_a_replica_that_starts_takes_what_was_loaded_last(directories: dict[str, str]) -> None:
+    last: list[str] = []
+
+    class Kept:
+        def put(self, directory: str) -> None:
+            last[:] = [directory]
+
+        def get(self) -> str | None:
+            return last[0] if last else None
+
+    async def started(name: str) -> Changing:
+        replica = Changing(ServeArgs(model=directories["one"]), directories["one"])
+        replica._last = Kept()  # type: ignore[assignment]
+        await replica.reconfigure({"model": directories[name]})
+        return replica
+
+    async def work() -> None:
+        with pytest.raises(ShoalError, match="missing"):
+            await started("missing")
+        two = await started("two")
+        for slip in ("missing", "broken"):
+            replica = await started(slip)
+            assert (replica._weights, (await replica.stats())["weights_update_refused"]) == (two._weights, 1)
+
+    asyncio.run(work())
+
+
+def test_an_engine_that_leaves_takes_the_streams_that_began_with_its_weights(directories: dict[str, str]) -> None:
+    async def work() -> None:
+        replica = Changing(ServeArgs(model=directories["one"]), directories["one"])
+        await replica.reconfigure({"model": directories["one"]})
+        old, running = Wanted("", replica._reads, replica._weights), replica.generate(Request("x"), anything(replica))
+        ((begun, _),) = [await anext(running)]
+        assert begun == Begun("", old.weights or "")
+        await replica.reconfigure({"model": directories["two"]})
+        assert replica._weights != old.weights
+        taken = [item async for events in replica.generate(Request("y"), old) for item in events]
+        assert taken[0] == begun
+        assert isinstance(taken[-1], Finished) and taken[-1].error is None
+        await running.aclose()
+        while replica._ending:
+            await asyncio.sleep(0.01)
+        (refused,) = [item async for events in replica.generate(Request("z"), old) for item in events]
+        assert isinstance(refused, Finished) and isinstance(refused.error, OtherModelError)
+        other = Wanted("", "another tokenizer")
+        (refused,) = [item async for events in replica.generate(Request("z"), other) for item in events]
+        assert isinstance(refused, Finished) and isinstance(refused.error, OtherModelError)
+
+    asyncio.run(work())
+
+
+def test_an_engine_that_leaves_ends_its_embeddings_first(directories: dict[str, str]) -> None:
+    """Two sets of weights give vectors that cannot be compared."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    class Pooling(Engine):
+        async def embed(self, prompts: list[list[int]], depth: str | int, **whose: str) -> list[list[float]]:
+            begun.set()
+            await go_on.wait()
+            return [[float(self.closed)]] * len(prompts)
+
+    class Held(Changing):
+        def _load(self, directory: str) -> Any:
+            return Pooling()
+
+    async def work() -> None:
+        replica = Held(ServeArgs(model=directories["one"]), directories["one"])
+        await replica.reconfigure({"model": directories["one"]})
+        asked = asyncio.create_task(replica.embed([[1], [2]], "full", anything(replica)))
+        await begun.wait()
+        await replica.reconfigure({"model": directories["two"]})
+        await asyncio.sleep(3 * LEAVE_SECONDS)
+        assert replica._ending
+        go_on.set()
+        assert await asked == [[0.0], [0.0]]
+        await asyncio.wait(replica._ending)
+        assert not +replica._running
+
+    asyncio.run(work())
+
+
+def test_weights_that_could_not_be_kept_for_others_serve_all_the_same(directories: dict[str, str]) -> None:
+    """The engine before them leaves, and what is told of them is true."""
+
+    class Lost:
+        def put(self, directory: str) -> None:
+            raise RuntimeError("no cluster's head")
+
+        def get(self) -> str | None:
+            return None
+
+    async def work() -> None:
+        replica = Changing(ServeArgs(model=directories["one"]), directories["one"])
+        await replica.reconfigure({"model": directories["one"]})
+        first, before = replica._weights, cast("Engine", replica._engine)
+        replica._last = Lost()  # type: ignore[assignment]
+        await replica.reconfigure({"model": directories["two"]})
+        assert replica._weights != first and (await replica.stats())["weights_update_refused"] == 0
+        while replica._ending:
+            await asyncio.sleep(0.01)
+        assert before.closed
+
+    asyncio.run(work())
+
+
+def anything(replica: EngineReplica) -> Wanted:
+    return Wanted("", replica._reads)

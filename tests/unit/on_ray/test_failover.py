@@ -16,7 +16,9 @@ from shoal.engine.events import Completion, Event, Finished, Token
 from shoal.engine.front import AsyncEngine
 from shoal.errors import DeadlineError, EngineDeadError, GenerationError, QueueFullError
 from shoal.on_ray import failover
-from shoal.on_ray.failover import LOSSES, unbroken
+from shoal.on_ray.calls import Begun, OtherModelError, Wanted
+from shoal.on_ray.failover import LOSSES, Pin, Progress, other_weights, unbroken
+from shoal.on_ray.routing import eligible
 from tests.unit.engine.test_oracle import MODEL, REQUESTS, near
 
 LONG = Request("abc", Sampling(temperature=1, seed=1, max_tokens=24, ignore_eos=True), depth="middle")
@@ -38,7 +40,7 @@ class Replica:
         self.got: list[Request] = []
         self.open = 0
 
-    async def stream(self, request: Request) -> AsyncGenerator[list[Event], None]:
+    async def stream(self, request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
         self.got.append(request)
         left, self.open = next(self._cuts, 1 << 30), self.open + 1
         try:
@@ -117,7 +119,7 @@ def test_who_is_cancelled_while_its_replica_is_lost_resumes_nothing(monkeypatch:
     monkeypatch.setattr(failover, "PAUSES", (60.0,))
     lost, resumed = asyncio.Event(), list[None]()
 
-    async def dying(request: Request) -> AsyncGenerator[list[Event], None]:
+    async def dying(request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
         yield [Token(request.id, 65, "a", depth=2)]
         lost.set()
         raise EngineDeadError("lost")
@@ -153,16 +155,16 @@ def test_a_dead_engine_refuses_as_often_as_it_takes_and_a_full_queue_is_waited_f
     refusals = [Finished("x", "error", error=EngineDeadError("dead"))] * (LOSSES + 2)
     answers: list[Finished | Exception] = [*refusals, QueueFullError("full")]
 
-    async def sometimes(request: Request) -> AsyncGenerator[list[Event], None]:
+    async def sometimes(request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
         if len(replica.got) == 1 and answers:
             if isinstance(answer := answers.pop(0), Exception):
                 raise answer
             yield [answer]
             return
-        async for ready in replica.stream(request):
+        async for ready in replica.stream(request, wanted):
             yield ready
 
-    async def full(request: Request) -> AsyncGenerator[list[Event], None]:
+    async def full(request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
         raise QueueFullError("full")
         yield []
 
@@ -179,7 +181,7 @@ def test_a_dead_engine_refuses_as_often_as_it_takes_and_a_full_queue_is_waited_f
 
 
 def test_a_deadline_spans_all_replicas() -> None:
-    async def dead(request: Request) -> AsyncGenerator[list[Event], None]:
+    async def dead(request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
         yield [Finished(request.id, "error", error=EngineDeadError("dead"))]
 
     with pytest.raises(DeadlineError):
@@ -187,7 +189,7 @@ def test_a_deadline_spans_all_replicas() -> None:
 
 
 def test_times_are_those_of_the_whole_request() -> None:
-    async def slow(request: Request) -> AsyncGenerator[list[Event], None]:
+    async def slow(request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
         if not request.answer:
             yield [Token(request.id, 65, "a", depth=2)]
             await asyncio.sleep(0.2)
@@ -210,3 +212,183 @@ def test_who_leaves_closes_the_stream_of_the_present_replica() -> None:
         return replica.open
 
     assert asyncio.run(work()) == 0
+
+
+class Fleet:
+    """Replicas by name, each of some weights, over one engine; the first that may get a call does."""
+
+    def __init__(self, weights: dict[str, str], cuts: Iterator[int]) -> None:
+        self.weights, self.one = weights, Replica(cuts)
+        self.sent: list[str] = []
+
+    async def stream(self, request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
+        name = eligible(self.weights, wanted.avoid, ())[0]
+        self.sent.append(name)
+        if wanted.weights not in (None, self.weights[name]):
+            yield [Finished(request.id, "error", error=other_weights(name))]
+            return
+        first = True
+        async for events in self.one.stream(request, wanted):
+            yield [Begun(name, self.weights[name]), *events] if first else events
+            first = False
+
+
+def serve_by(fleet: Fleet, pin: Pin, before: Callable[[list[Token]], None] = lambda _: None) -> list[Token] | Exception:
+    """The tokens of `LONG`, or why it ended. `before` each event it may change the fleet."""
+
+    async def work() -> list[Token] | Exception:
+        tokens = list[Token]()
+        try:
+            async for events in unbroken(fleet.stream, LONG, pin=pin):
+                tokens += [event for event in events if isinstance(event, Token)]
+                before(tokens)
+        except EngineDeadError as error:
+            return error
+        finally:
+            await fleet.one.engine.close()
+        return tokens
+
+    return asyncio.run(work())
+
+
+def test_a_stream_goes_on_only_with_the_weights_that_it_began_with() -> None:
+    fleet = Fleet({"a": "old", "b": "new", "c": "old"}, iter([3]))
+
+    def replace_the_first(tokens: list[Token]) -> None:
+        fleet.weights["a"] = "new"
+
+    tokens = serve_by(fleet, Pin(), replace_the_first)
+    assert isinstance(tokens, list)
+    assert [token.token for token in tokens] == naive.generate(MODEL, LONG).tokens
+    assert fleet.sent == ["a", "a", "b", "c"]
+
+
+def test_a_stream_whose_weights_are_gone_says_so_and_one_that_has_not_begun_takes_others() -> None:
+    for told, wanted in ((3, "served no more"), (0, None)):
+        fleet = Fleet({"a": "old", "b": "old"}, iter([told]))
+
+        def roll(tokens: list[Token], fleet: Fleet = fleet) -> None:
+            fleet.weights = dict.fromkeys(fleet.weights, "new")
+
+        found = serve_by(fleet, Pin(), roll)
+        if wanted is None:
+            assert isinstance(found, list)
+        else:
+            assert isinstance(found, OtherModelError)
+            assert wanted in str(found)
+
+
+def test_choices_of_one_answer_have_the_same_weights() -> None:
+    """The second begins where the first could not; and ends where none is left, though it said nothing itself."""
+    pin = Pin()
+    assert isinstance(serve_by(Fleet({"a": "old"}, iter([])), pin), list)
+    fleet = Fleet({"b": "new", "a": "old"}, iter([]))
+    assert isinstance(serve_by(fleet, pin), list)
+    assert fleet.sent == ["b", "a"]
+    assert isinstance(serve_by(Fleet({"b": "new"}, iter([])), pin), OtherModelError)
+
+
+def test_two_choices_that_begin_at_once_with_different_weights_end_with_one() -> None:
+    async def work() -> set[str]:
+        pin, told = Pin(), set[str]()
+        both = asyncio.Barrier(2)
+
+        async def choice(first: str, other: str) -> None:
+            async def stream(request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
+                name = eligible([first, other], wanted.avoid, ())[0]
+                if wanted.weights not in (None, name):
+                    yield [Finished(request.id, "error", error=other_weights(name))]
+                    return
+                if wanted.weights is None:
+                    await both.wait()
+                told.add(name)
+                yield [Begun(name, name), Token(request.id, 65, name, depth=2)]
+                yield [Finished(request.id, "length")]
+
+            texts = [event.text async for events in unbroken(stream, LONG, pin=pin) for event in events]
+            assert "".join(texts) == pin.weights
+
+        await asyncio.gather(choice("old", "new"), choice("new", "old"))
+        return told
+
+    assert asyncio.run(work()) == {"old", "new"}  # each had begun
+
+
+AUTO = dataclasses.replace(LONG, id="r", depth="auto", quality_tolerance=0.2, deadline=10.0, priority=3)
+
+
+def at_100() -> Progress:
+    return Progress(AUTO, Pin(), "", began=100.0, last=100.0)
+
+
+def test_what_is_sent_first_is_the_request_itself() -> None:
+    assert at_100().to_send(103.0) is AUTO
+
+
+def test_before_its_first_token_a_request_is_sent_again_before_others_with_what_is_left_of_its_time() -> None:
+    progress = at_100()
+    progress.losses = 1
+    assert progress.to_send(104.0) == dataclasses.replace(AUTO, id="r.1.0.0", deadline=6.0, priority=2)
+
+
+def test_after_it_the_depth_is_the_one_that_the_first_replica_chose_and_the_answer_goes_on() -> None:
+    progress = at_100()
+    for token, now in ((65, 101.0), (66, 105.0)):
+        progress.take(Token("r", token, "x", depth=2), now)
+    for losses, now, left in ((1, 106.0, 4.0), (2, 107.5, 2.5)):  # of the whole time, whatever came meanwhile
+        progress.losses = losses
+        assert progress.to_send(now) == dataclasses.replace(
+            AUTO, id=f"r.{losses}.0.0", deadline=left, priority=2, answer=(65, 66), depth=2, quality_tolerance=None
+        )
+    with pytest.raises(DeadlineError):
+        progress.to_send(110.0)
+
+
+def test_without_a_deadline_there_is_none_left() -> None:
+    progress = Progress(LONG, Pin(), "", began=100.0, last=100.0)
+    progress.losses = 1
+    assert progress.to_send(1e9).deadline is None
+
+
+@pytest.mark.parametrize(("token_at", "first"), [(101.0, 1.0), (None, 4.5)])
+def test_times_of_an_end_are_counted_from_the_beginning(token_at: float | None, first: float) -> None:
+    progress = at_100()
+    if token_at is not None:
+        progress.take(Token("r", 65, "x", depth=2), token_at)
+    progress.losses = 1
+    sent = progress.to_send(104.0)
+    end = progress.take(Finished(sent.id, "length", first_token_seconds=0.5, total_seconds=2.0), 106.0)
+    assert end == Finished("r", "length", first_token_seconds=first, total_seconds=6.0)
+
+
+class Clock:
+    """Stands for the module `time`."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(("gap", "lost"), [(50.0, False), (61.0, True)])
+def test_patience_is_counted_from_the_last_event(monkeypatch: pytest.MonkeyPatch, gap: float, lost: bool) -> None:
+    """An answer that has been long under way is not given up for a moment's loss."""
+    clock = Clock()
+    monkeypatch.setattr(failover, "time", clock)
+
+    async def slow(request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
+        if request.answer:
+            yield [Finished(request.id, "length")]
+            return
+        for _ in range(2):
+            clock.now += 50
+            yield [Token(request.id, 65, "a", depth=2)]
+        clock.now += gap
+        raise EngineDeadError("lost")
+
+    if lost:
+        with pytest.raises(EngineDeadError, match="lost"):
+            asyncio.run(read(unbroken(slow, LONG)))
+    else:
+        tokens, end = asyncio.run(read(unbroken(slow, LONG)))
+        assert (len(tokens), end.reason) == (2, "length")

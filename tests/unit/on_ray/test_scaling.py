@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 
+from shoal.api.serve_args import ServeArgs
 from shoal.on_ray.engines import engine_options
 from shoal.on_ray.scaling import KV_TARGET, KV_USE, LOW, by_load, wanted
-from shoal.on_ray.serve_config import ServeArgs
 
 REQUESTS = st.one_of(st.just(0.0), st.floats(0.01, 500))
 TARGETS = st.sampled_from([1.0, 8.0, 24.0])
@@ -45,7 +45,7 @@ def test_the_same_load_asks_for_no_second_change(requests: float, target: float,
 @given(st.floats(1, 500), TARGETS, REPLICAS, st.lists(st.floats(LOW + 0.01, 1), min_size=1, max_size=30))
 def test_a_load_that_wavers_moves_nothing(peak: float, target: float, n: int, shares: list[float]) -> None:
     """Once there are enough for its peak, a load keeps its replicas while it stays above three quarters of it."""
-    number, _ = wanted(peak, target, [], min(n, math.ceil(peak / target)))
+    number, _ = wanted(peak, target, [], min(n, math.ceil(peak / target - 1e-9)))
     assert number == math.ceil(peak / target - 1e-9)
     for share in shares:
         assert wanted(peak * share, target, [], number)[0] == number
@@ -76,6 +76,16 @@ def test_replicas_follow_requests_and_memory() -> None:
     assert by_load(context(8, replicas=2, uses=(0.8, 0.8)))[0] == 2
     assert by_load(context(8, replicas=2, uses=(1.0, 1.0)))[0] == 3
     assert by_load(context(0, replicas=2, uses=(0.9, 0.9)))[0] == 0  # what is only cached asks for nothing
+
+
+def test_why_is_said_as_it_is() -> None:
+    """12 requests are one replica's target, 9 are three quarters of it, 8 are below."""
+    said = {requests: wanted(requests, 12, [], 2) for requests in (30.0, 24.0, 19.0, 17.0)}
+    assert {requests: (number, why.partition(":")[0]) for requests, (number, why) in said.items()} == {
+        30.0: (3, "more for requests"), 24.0: (2, "enough"), 19.0: (2, "enough"), 17.0: (2, "enough"),
+    }  # fmt: skip
+    assert wanted(8, 12, [], 2)[1].startswith("fewer: 8.0 requests, 12 a replica")
+    assert wanted(12, 12, [1.0], 1)[1].startswith("more for memory")
 
 
 def test_changes_are_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """What each rank reads: together the global batch, whatever their number; and what is refused before anything starts."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,6 +126,13 @@ def test_chats_that_are_refused(tmp_path: Path) -> None:
         ({"steps": None}, "how long to train"),
         ({"steps": 0, "tokens": 5}, "length of the run"),
         ({"minutes": -1.0}, "length of the run"),
+        ({"minutes": math.nan}, "length of the run"),  # it would never end
+        ({"epochs": math.inf}, "length of the run"),
+        ({"keep": 0}, "keep: got 0; allowed: 1 or more"),  # all were kept
+        ({"replicas": 0}, "replicas: got 0; allowed: 1 or more"),
+        ({"eval_every": -1}, "eval_every: got -1"),
+        ({"eval_rows": -1}, "eval_rows: got -1"),
+        ({"checkpoint_minutes": math.nan}, "checkpoint_minutes: got nan"),  # none would be written
         ({"exit_weights": (1.0,)}, "train.exit_weights"),
         ({"exit_weights": (1.0, 1.0, 0.0)}, "train.exit_weights"),
     ],

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,66 @@ def test_a_run_that_begins_again_replaces_the_old_one(tmp_path: Path) -> None:
         say("start", step=start)
         say("step", {}, step=1)
     assert [r["kind"] for r in log.read(tmp_path)] == ["start", "step"]
+
+
+def test_a_torn_line_costs_no_record_after_it(tmp_path: Path) -> None:
+    """As a full disk leaves it: the next record begins on a line of its own."""
+    say = log.Speaker(tmp_path, True, log.ignore)
+    say("start", step=0)
+    with log.metrics_file(tmp_path).open("ab") as file:
+        file.write(b'{"kind": "step", "st')
+    say("step", {"loss": 2.0}, step=2)
+    found = log.history(tmp_path)
+    assert [(r["kind"], r["step"]) for r in found.records] == [("start", 0), ("step", 2)] and found.unreadable == 1
+
+
+def test_what_a_full_disk_did_not_take_is_written_when_there_is_room(tmp_path: Path) -> None:
+    say = log.Speaker(tmp_path, True, log.ignore)
+    say("start", step=0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = log.metrics_file(tmp_path).stat().st_size + 20  # a record is torn there
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        say("step", {"loss": 1.0}, step=1)
+        say("step", {"loss": 2.0}, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert log.metrics_file(tmp_path).stat().st_size == room, "torn indeed"
+    say("step", {"loss": 3.0}, step=3)
+    found = log.history(tmp_path)
+    assert [r["step"] for r in found.records] == [0, 1, 2, 3] and found.unreadable >= 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"12",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"\x00" * 40,
+        b"[" * 100_000,
+        b'{"step": 1}',
+        b'{"kind": "step"}',
+        b'{"kind": "step", "step": "1"}',
+        b'{"kind": "start", "step": null}',
+        b'{"kind": 1, "step": 1}',
+    ],
+    ids=lambda line: repr(line[:20]),
+)
+def test_what_is_no_record_is_passed_over_and_counted(tmp_path: Path, line: bytes) -> None:
+    say = log.Speaker(tmp_path, True, log.ignore)
+    say("start", step=0)
+    with log.metrics_file(tmp_path).open("ab") as file:
+        file.write(line + b"\n")
+    say("step", {"loss": 1.0}, step=1)
+    found = log.history(tmp_path)
+    assert [r["kind"] for r in found.records] == ["start", "step"] and found.unreadable == 1
+
+
+def test_numbers_that_json_has_no_word_for_come_back_as_none() -> None:
+    record = log.parse(b'{"kind": "step", "step": 1, "loss": NaN, "rate": 1e999}')
+    assert record == {"kind": "step", "step": 1, "loss": None, "rate": None}
 
 
 def test_lines_for_people() -> None:

@@ -1,6 +1,7 @@
 """The losses against sums written out by hand, place by place."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,8 @@ from shoal import presets
 from shoal.data.batches import Batch
 from shoal.inputs.tokenizer import PATCH_ID, Tokenizer
 from shoal.model.net import Net
-from shoal.train import loss as losses
 from shoal.train.feed import open_feed, shard_tokenizer
-from shoal.train.loss import PATCH_EPS, LossModel, predicted_patches
+from shoal.train.loss import PATCH_EPS, LossModel, Sums, predicted_patches
 from shoal.train.parallel import Ranks
 from shoal.train.plan import pretrain_plan
 
@@ -31,7 +31,7 @@ def batch(shards: Path, alone: Ranks) -> Batch:
     return micro
 
 
-def run(model: LossModel, batch: Batch) -> losses.Sums:
+def run(model: LossModel, batch: Batch) -> Sums:
     return model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid)
 
 
@@ -65,23 +65,52 @@ def test_patch_error_is_on_normalised_next_patches(model: LossModel, batch: Batc
 
 def test_a_patch_is_never_predicted_from_another_document() -> None:
     tokens = torch.tensor([[PATCH_ID, PATCH_ID, 20, PATCH_ID]])
-    assert predicted_patches(tokens, torch.tensor([[0, 1, 1, 1]])).tolist() == [[False, False, False, True]]
-    assert not predicted_patches(tokens, torch.full((1, 4), -1)).any(), "padding"
+    docs, patches = torch.tensor([[0, 1, 1, 1]]), torch.zeros(3, 3)
+    assert predicted_patches(tokens, docs, patches).tolist() == [[False, False, False, True]]
+    assert not predicted_patches(tokens, torch.full((1, 4), -1), patches).any(), "padding"
+    assert not predicted_patches(tokens, docs, patches[:0]).any(), "of a model without images, whose id it is a word's"
 
 
 def test_logits_in_parts_give_the_same_gradient(
     model: LossModel, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond LOGITS_AT_ONCE the logits are made again in backward instead of being kept."""
+    """Beyond LOGITS_AT_ONCE the logits are made again in backward instead of being kept. Asked for by `grad`, which takes none
+    of what leaves its gradients beside the graph."""
 
     def gradient() -> torch.Tensor:
-        model.zero_grad()
-        run(model, batch).ce.sum().backward()
-        return model.net.embed.weight.grad.clone()
+        (found,) = torch.autograd.grad(run(model, batch).ce.sum(), model.net.embed.weight)
+        return found
 
     whole = gradient()
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 50 * CONFIG.vocab)
+    monkeypatch.setattr("shoal.train.loss.LOGITS_AT_ONCE", 50 * CONFIG.vocab)
     torch.testing.assert_close(gradient(), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("logits", "rows", "parts"),
+    [
+        (2**25, 1024, [7]),
+        (3 * CONFIG.vocab, 1024, [3, 3, 1]),
+        (2**25, 2, [2, 2, 2, 1]),
+        (CONFIG.vocab - 1, 1024, [1] * 7),
+    ],
+)
+def test_no_more_logits_are_held_than_may_be_and_one_row_s_in_any_case(
+    model: LossModel, monkeypatch: pytest.MonkeyPatch, logits: int, rows: int, parts: list[int]
+) -> None:
+    states = torch.randn(7, CONFIG.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    targets, held, at_once = torch.arange(40, 47), list[int](), model._losses_at_once
+    whole = at_once(states, targets, 4, None)
+
+    def watch(hidden: torch.Tensor, *more: Any) -> torch.Tensor:
+        held.append(len(hidden))
+        return at_once(hidden, *more)
+
+    monkeypatch.setattr("shoal.train.loss.LOGITS_AT_ONCE", logits)
+    monkeypatch.setattr("shoal.train.loss.ROWS_AT_ONCE", rows)
+    monkeypatch.setattr(model, "_losses_at_once", watch)
+    torch.testing.assert_close(model._losses(states, targets, 4, None), whole, rtol=1e-12, atol=1e-12)
+    assert held == parts
 
 
 def test_a_batch_without_images_still_gives_every_parameter_a_gradient(model: LossModel) -> None:
@@ -112,7 +141,7 @@ def test_self_distillation_is_the_divergence_from_full_depth(
     model: LossModel, batch: Batch, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     """KL(full || exit) over every target, written out; full depth takes no gradient from it."""
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr("shoal.train.loss.LOGITS_AT_ONCE", at_once)
     model.zero_grad()
     sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, distill=True)
     assert torch.allclose(sums.ce, run(model, batch).ce) and not run(model, batch).kl.any()
@@ -134,7 +163,7 @@ def test_a_teacher_is_compared_with_exit_by_exit_and_patch_by_patch(
     batch: Batch, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     """KL(teacher || exit) over every target and the distance of predicted patches, written out; the teacher stays as it is."""
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr("shoal.train.loss.LOGITS_AT_ONCE", at_once)
     nets = [Net(CONFIG).init_(seed).double() for seed in (0, 1)]
     model = LossModel(nets[0], teacher=nets[1])
     sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, distill=True)
@@ -144,7 +173,7 @@ def test_a_teacher_is_compared_with_exit_by_exit_and_patch_by_patch(
     for place, e in enumerate(CONFIG.exits):
         q, p = (net.head(hidden[e], e)[where].softmax(-1) for net, hidden in zip(nets, (mine, theirs), strict=True))
         torch.testing.assert_close(sums.kl[place], (p * (p / q).log()).sum(), rtol=1e-9, atol=1e-9)
-    last, at = CONFIG.layers, losses.predicted_patches(batch.tokens, batch.docs)[:, 1:]
+    last, at = CONFIG.layers, predicted_patches(batch.tokens, batch.docs, batch.patches)[:, 1:]
     guesses = [
         net.patch_head(net.exit_norms[str(last)](hidden[last][:, :-1][at]))
         for net, hidden in zip(nets, (mine, theirs), strict=True)

@@ -25,7 +25,16 @@ CONFIG = TrainConfig(learning_rate=2e-3, warmup=0.1, decay=0.4, min_lr_ratio=0.0
 
 @pytest.mark.parametrize(
     ("progress", "rate"),
-    [(0.0, 0.0), (0.05, 1e-3), (0.1, 2e-3), (0.6, 2e-3), (0.8, 2e-3 * (0.05 + 0.95 / 2)), (1.0, 1e-4), (1.7, 1e-4)],
+    [
+        (0.0, 0.0),
+        (0.05, 1e-3),
+        (0.1, 2e-3),
+        (0.6, 2e-3),
+        (0.7, 2e-3 * (0.05 + 0.95 * 0.75)),
+        (0.8, 2e-3 * (0.05 + 0.95 / 2)),
+        (1.0, 1e-4),
+        (1.7, 1e-4),
+    ],
 )
 def test_warm_up_plateau_decay(progress: float, rate: float) -> None:
     assert learning_rate(progress, CONFIG) == pytest.approx(rate)
@@ -147,3 +156,30 @@ def test_layers_are_left_out_by_seed_and_step_alone_and_more_often_the_deeper() 
         assert share == pytest.approx(0.5 * (2 ** (layer / 7) - 1), abs=0.04)
     assert shares[0] == 0
     assert not any(left_out(model, TrainConfig(), step) for step in range(50))
+
+
+def test_the_head_is_large_from_8193_tokens_on() -> None:
+    model = presets.get("base").model
+    found = [rotates(replace(model, vocab=vocab), TrainConfig(rotate_exits="auto")) for vocab in (8192, 8193)]
+    assert found == [False, True]
+
+
+def test_muons_updates_are_of_the_size_of_adamws_and_decay_as_they_do() -> None:
+    """Root mean square 0.2 of the rate, whatever the shape (arXiv 2502.16982); the singular values that it gives are 0.7 to
+    1.2, so theirs is that by a fifth. Decay takes the rate times its strength of every weight."""
+    model = LossModel(Net(presets.get("test").model).init_(0))
+    rate, decay = 1e-2, 0.5
+    config = replace(CONFIG, optimizer="muon", weight_decay=decay, learning_rate=rate)
+    optimizer = make_optimizer(model, config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if ".blocks." in name and p.dim() == 2:
+            moved = p.detach() - (1 - rate * decay) * before[name]
+            assert float(moved.square().mean().sqrt()) == pytest.approx(0.2 * rate, rel=0.2), name
+    muon, adamw = optimizer.parts
+    assert {group["lr"] for part in (muon, adamw) for group in part.param_groups} == {rate}
+    assert muon.param_groups[0]["weight_decay"] == decay
+    assert {group["betas"] for group in adamw.param_groups} == {config.betas}

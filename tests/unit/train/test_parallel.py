@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.errors import DataError, ShoalError
-from shoal.model import checkpoint as model_directory
+from shoal.model import checkpoint
 from shoal.train import log, parallel
 from shoal.train.feed import open_feed, shard_tokenizer
 from shoal.train.loop import fit
@@ -35,6 +35,7 @@ ODD = {"layer_dropout": 0.9, "rotate_exits": "on", "distill": 0.5, "exit_warmup"
 INT8 = {"quantize": True, "distill": 30.0, "warmup": 0.3}  # with a teacher; rounding begins after the first update
 LONG = {"steps": 50, "eval_every": 0, "checkpoint_minutes": 1.0}
 MOVED = {"steps": 12, "eval_every": 0}  # 2 ranks to step 4, 1 to step 8, 4 to the end
+# name: world, STAYS_GATHERED, fields of the plan
 WORLD_OF_RUN = {
     "each-use": (2, 0, {}),
     "once": (2, 2**28, {}),
@@ -45,16 +46,11 @@ WORLD_OF_RUN = {
     "less-memory": (2, 0, {"recompute": True}),
     "muon": (2, 0, {"optimizer": "muon"}),
     "int8": (2, 0, INT8),
-}  # name: world, STAYS_GATHERED, fields of the plan
+}
 
 LORA = {"lora_rank": 4}
-TUNED = [
-    ("chats", 2, {}),
-    ("chats", 4, {}),
-    ("chats", 8, {}),
-    ("lora", 2, LORA),
-    ("lora", 4, LORA),
-]  # name, world, fields
+# name, world, fields
+TUNED = [("chats", 2, {}), ("chats", 4, {}), ("chats", 8, {}), ("lora", 2, LORA), ("lora", 4, LORA)]
 
 
 def plan(shards: Path, run: Path, world: int = 1, **more: Any) -> FitPlan:
@@ -258,7 +254,7 @@ def test_bf16_as_on_gpus_is_near_fp32_and_keeps_fp32_weights(played: Path) -> No
     """What FSDP is told to do where there are GPUs, done on the CPU: gathered and computed in bf16, added up in fp32."""
     found, want = (history(played / run, "step", "loss") for run in ("bf16", "alone"))
     assert found == pytest.approx(want, rel=2e-2) and found != pytest.approx(want, rel=1e-4)
-    net = model_directory.read(played / "bf16" / "model").net
+    net = checkpoint.read(played / "bf16" / "model").net
     assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
@@ -286,7 +282,7 @@ def test_masked_rows_are_one_update_however_they_are_dealt(played: Path, kind: s
 
 
 def test_lora_changes_the_layers_alone_and_leaves_a_model_of_the_same_shape(played: Path) -> None:
-    before, after = (model_directory.read(played / run / "model").net.state_dict() for run in ("alone", "alone-lora"))
+    before, after = (checkpoint.read(played / run / "model").net.state_dict() for run in ("alone", "alone-lora"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and changed
     assert all(

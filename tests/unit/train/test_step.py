@@ -13,6 +13,7 @@ from shoal.data.batches import Batch
 from shoal.errors import DataError, ShoalError
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.model.net import Net
+from shoal.train import step
 from shoal.train.feed import open_feed, shard_tokenizer
 from shoal.train.loss import LossModel
 from shoal.train.optim import make_optimizer
@@ -119,9 +120,41 @@ def test_a_large_gradient_is_clipped(shards: Path, alone: Ranks) -> None:
 def test_ranks_with_different_numbers_of_micro_batches_are_refused(shards: Path) -> None:
     class Two(Ranks):
         def sum(self, values: torch.Tensor) -> torch.Tensor:
-            return values + torch.tensor([1.0, 5, 0, 5, 5, 0, 0])  # the other rank has one micro-batch
+            return values + torch.tensor([1.0, 5, 0, 5, 5, 1, 0, 0])  # the other rank has one micro-batch
 
     plan = pretrain_plan("test", str(shards), "unused", steps=1, accumulate=2)
     batches = open_feed(plan, shard_tokenizer(shards), "", Ranks(0, 1, torch.device("cpu"))).at(0)
     with pytest.raises(DataError, match="micro-batches differ by worker"):
         count(batches, Two(0, 2, torch.device("cpu")))
+
+
+def test_with_a_teacher_the_loss_and_its_gradient_are_what_the_definition_says(shards: Path, alone: Ranks) -> None:
+    """Sum over exits of share (cross-entropy + distill KL) over the targets of the whole batch, and of the patch errors over
+    its patches."""
+    plan = pretrain_plan("test", str(shards), "unused", steps=1, accumulate=2)
+    batches = open_feed(plan, shard_tokenizer(shards), "", alone).at(0)
+    model = LossModel(Net(PRESET.model).init_(0).double(), teacher=Net(PRESET.model).init_(1).double())
+    config = replace(PRESET.train, distill=0.3, patch_weight=0.7, clip=1e9)
+    found = [model(b.tokens, b.targets, b.docs, b.patches, b.grid, distill=True) for b in batches]
+    targets = sum(int((b.targets >= 0).sum()) for b in batches)
+    by_exit = sum(sums.ce.sum(1) + 0.3 * sums.kl for sums in found) / targets
+    by_patch = sum(sums.patch + 0.3 * sums.patch_apart for sums in found) / sum(len(b.patches) for b in batches)
+    loss = by_exit @ torch.tensor(WEIGHTS, dtype=torch.float64) + 0.7 * by_patch
+    trained = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(loss, trained)
+    report = one_update(model, batches, alone, config)
+    assert report.loss == pytest.approx(float(loss.detach()), rel=1e-7), "shares are fp32"
+    assert sum(float(sums.patch_apart.detach()) for sums in found) > 0
+    for p, gradient in zip(trained, wanted, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_gradients_are_exchanged_with_the_last_micro_batch_alone(
+    shards: Path, alone: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = pretrain_plan("test", str(shards), "unused", steps=1, accumulate=4)
+    batches = open_feed(plan, shard_tokenizer(shards), "", alone).at(0)
+    asked: list[bool] = []
+    monkeypatch.setattr(step, "sync_gradients", lambda model, on: asked.append(on))
+    one_update(fresh(), batches, alone)
+    assert asked == [False, False, False, True]

@@ -1,17 +1,25 @@
 """Training checkpoints: whole or absent, loaded to the bit, and never of another run."""
 
+import contextlib
 import json
 import random
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from shoal import presets
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, ShoalError
 from shoal.model.net import Net
+from shoal.train import run
 from shoal.train.checkpoint import CheckpointStore, TrainState, code_version, damage, read_state, require_same
 from shoal.train.loss import LossModel
+from shoal.train.mirror import Mirror
 from shoal.train.optim import make_optimizer
 from shoal.train.parallel import Ranks
 
@@ -100,6 +108,142 @@ def test_only_the_newest_are_kept(tmp_path: Path, alone: Ranks) -> None:
     assert [path.name for path in store.steps()] == ["step-00000003", "step-00000004"]
     store.clear(alone)
     assert store.steps() == [] and store.newest(alone, pytest.fail) is None
+
+
+def test_a_damaged_newest_takes_no_place_from_what_is_saved_after_it(tmp_path: Path, alone: Ranks) -> None:
+    """With one checkpoint kept: each new one was removed as the older of two, until the run had come as far again."""
+    model, optimizer = trained(seed=1)
+    before = CheckpointStore(tmp_path)
+    for step in (1, 9):
+        path = before.save(model, optimizer, state(step), alone)
+    (path / "state.json").write_text("{}")
+    store, warnings = CheckpointStore(tmp_path, keep=1), []
+    assert store.newest(alone, warnings.append) == before.at(1) and len(warnings) == 1
+    store.save(model, optimizer, state(2), alone)
+    assert store.steps() == [store.at(2)] and store.newest(alone, pytest.fail) == store.at(2)
+
+
+def test_what_is_not_ours_is_neither_resumed_nor_removed(tmp_path: Path, alone: Ranks) -> None:
+    """Such as a checkpoint that somebody put aside."""
+    store = CheckpointStore(tmp_path, keep=1)
+    path = store.save(*trained(seed=1), state(1), alone)
+    shutil.copytree(path, path.with_name("step-00000001.bak"))
+    (store.directory / "step-latest").write_text("1")
+    assert store.newest(alone, pytest.fail) == path
+    store.save(*trained(seed=1), state(2), alone)
+    kept = {path.name for path in store.directory.iterdir()}
+    assert kept == {"step-00000002", "step-00000001.bak", "step-latest"}
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"state.json": 1}', '{"state.json": {"bytes": 3}}', "\x00" * 9])
+def test_a_manifest_that_lists_too_little_is_damage(tmp_path: Path, alone: Ranks, text: str) -> None:
+    store = CheckpointStore(tmp_path)
+    good = store.save(*trained(seed=1), state(1), alone)
+    bad = store.save(*trained(seed=1), state(2), alone)
+    (bad / "manifest.json").write_text(text)
+    assert damage(bad) and store.newest(alone, lambda text: None) == good
+
+
+def test_whatever_a_rank_meets_while_it_saves_is_told_to_all(
+    tmp_path: Path, alone: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who goes on would wait for ever for the one that met it."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr("shoal.train.checkpoint.save_file", fail)
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoint .* illegal memory access"):
+        store.save(*trained(seed=1), state(1), alone)
+    assert list(store.directory.iterdir()) == []
+
+
+def test_a_random_state_that_cannot_be_read_is_an_error_of_ours(tmp_path: Path, alone: Ranks) -> None:
+    store = CheckpointStore(tmp_path)
+    path = store.save(*trained(seed=1), state(1), alone)
+    (path / "rng-00000.safetensors").write_bytes(b"none")
+    with pytest.raises(CheckpointError, match="cannot load checkpoint"):
+        store.load(path, *trained(seed=2), alone)
+
+
+# ---- copies
+
+
+def test_a_copy_of_a_later_step_takes_no_place(tmp_path: Path, alone: Ranks) -> None:
+    """It was damaged, or the run would have gone on from it."""
+    (tmp_path / "copies" / "step-00000009").mkdir(parents=True)
+    (tmp_path / "copies" / "step-00000009" / "manifest.json").write_text("{}")
+    mirror = Mirror(str(tmp_path / "copies"), keep=1)
+    store = CheckpointStore(tmp_path / "run", 1, mirror)
+    assert store.newest(alone, lambda text: None) is None
+    store.save(*trained(seed=1), state(2), alone)
+    mirror.close()
+    assert mirror.names() == ["step-00000002"]
+
+
+def test_a_name_in_a_mirror_leads_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket may hold any names."""
+    mirror, got = Mirror(str(tmp_path / "copies"), keep=1), []
+    names = ["step-00000001/../../evil", "step-00000001//etc/x", "step-00000001/a/b", "step-00000001/state.json", "x"]
+    monkeypatch.setattr(mirror._at, "files", lambda: names)
+    monkeypatch.setattr(mirror._at, "get", lambda name, file: got.append(name))
+    mirror.fetch("step-00000001", tmp_path / "here")
+    assert got == ["step-00000001/state.json"]
+
+
+class Meeting(Ranks):
+    """Two ranks as threads: an error of one in `alike` is raised in both, and who waits for nobody is found out."""
+
+    barrier, found = threading.Barrier(2, timeout=20.0), dict[int, ShoalError | None]()
+
+    @contextlib.contextmanager
+    def alike(self) -> Iterator[None]:
+        self.found[self.rank] = None
+        try:
+            yield
+        except ShoalError as error:
+            self.found[self.rank] = error
+        self.barrier.wait()
+        problem = next((error for error in self.found.values() if error is not None), None)
+        self.barrier.wait()
+        if problem is not None:
+            raise problem
+
+    def wait(self) -> None:
+        self.barrier.wait()
+
+
+def both(act: Callable[[Ranks], object]) -> list[BaseException | None]:
+    """What `act` raises in each of two ranks."""
+
+    def one(rank: int) -> BaseException | None:
+        try:
+            act(Meeting(rank, 2, torch.device("cpu")))
+        except Exception as error:
+            return error
+        return None
+
+    Meeting.barrier.reset()
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, range(2)))
+
+
+def test_a_mirror_that_fails_on_rank_0_is_told_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the others wait for it."""
+
+    def no_answer(*_: object) -> Mirror:
+        raise CheckpointError("the mirror does not answer")
+
+    mirror = Mirror(str(tmp_path / "copies"), keep=1)
+    monkeypatch.setattr(mirror, "clear", no_answer)
+    raised = both(lambda ranks: CheckpointStore(tmp_path, 2, mirror if ranks.first else None).clear(ranks))
+    assert all(isinstance(error, CheckpointError) for error in raised), raised
+
+    monkeypatch.setattr(run, "Mirror", no_answer)
+    plan = SimpleNamespace(mirror="s3://b/c", keep=1, run=str(tmp_path))
+    raised = both(lambda ranks: (run.Run(plan, ranks, lambda *_, **__: None), ranks.wait()))
+    assert all(isinstance(error, CheckpointError) for error in raised), raised
 
 
 def test_another_configuration_is_refused_in_one_line(tmp_path: Path) -> None:

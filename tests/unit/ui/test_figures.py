@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 from shoal.api.metrics import Metrics as Exposition
 from shoal.engine.metrics import Metrics as Engine
+from shoal.engine.metrics import Samples, sample
 from ui import look, readings, service, talk, training
 from ui.readings import Readings, Seen
 from ui.talk import Card
@@ -14,13 +17,13 @@ CARD = Card("fish", 384, {"shallow": 1, "middle": 2, "full": 4}, "w8a8")
 OTHER = Card("whale", 384, {"shallow": 2, "full": 4}, "none")
 
 
-def engine(**gauges: float) -> dict[str, float]:
+def engine(**gauges: float) -> Samples:
     counted = Engine(generation_tokens=50, depths={1: 3, 4: 1})
     counted.ended("stop", 4, 0.01, 0.1, 0.5, 9)
-    return {**gauges, **counted.samples((1, 2, 4))}
+    return {**{sample(name): value for name, value in gauges.items()}, **counted.samples((1, 2, 4))}
 
 
-def scrape(**models: dict[str, float]) -> Readings:
+def scrape(**models: Samples) -> Readings:
     return readings.parse(Exposition().text(models).decode())
 
 
@@ -71,10 +74,12 @@ def test_what_is_not_known_is_not_shown_as_zero() -> None:
 
 
 def test_what_has_not_happened_yet_is_told_from_what_is_not_known() -> None:
-    page = show([CARD], scrape(fish={"num_replicas": 2, **Engine().samples((1, 2, 4))}))
+    page = show([CARD], scrape(fish={sample("num_replicas"): 2, **Engine().samples((1, 2, 4))}))
     assert page.count(f"<td>{look.NONE_YET}</td>") == 4  # latencies
     assert f"<dt>Tokens/s now</dt><dd>{look.SOON}</dd>" in page
-    assert "<dd>2</dd>" in page and "No change in the number of replicas since this page was opened." in page
+    assert "<dd>2</dd>" in page and "None was added, stopped or lost.</p>" in page
+    coming = show([CARD], scrape(fish={sample("num_replicas"): 1, sample("num_replicas_starting"): 1}))
+    assert "None was added, stopped or lost. 1 of them is still starting." in coming
 
 
 def test_a_change_of_replicas_is_a_decision_of_its_model_and_its_load_is_told() -> None:
@@ -84,13 +89,35 @@ def test_a_change_of_replicas_is_a_decision_of_its_model_and_its_load_is_told() 
     load = {"num_requests_running": 8.0, "num_requests_waiting": 5.0}
     many = scrape(fish=engine(num_replicas=1, num_replicas_starting=2, **load), whale=engine(num_replicas=1))
     assert "<dt>Replicas</dt><dd>2 + 2</dd>" in show([CARD, OTHER], many)
+    refused = scrape(fish=engine(num_replicas=2, weights_update_refused=1))
+    assert "<dt>Replicas</dt><dd>2, 1 refused new weights</dd>" in show([CARD], refused)
     seen = readings.observe(seen, many, 2.0, "10:00:05")
     assert seen.changes == ["10:00:05  fish: 1 → 3 replicas, with 8 running, 5 waiting"]
     started = scrape(fish=engine(num_replicas=3, num_replicas_starting=0), whale=engine(num_replicas=1))
     assert readings.observe(seen, started, 3.0, "").changes == seen.changes, "it was decided before"
     assert readings.observe(seen, {}, 3.0, "").changes == seen.changes, "unknown is no change"
     back = readings.observe(readings.observe(seen, {}, 3.0, ""), few, 4.0, "10:00:20").changes
-    assert back[0] == "10:00:20  fish: 3 → 1 replicas, with an unknown load", "also after a reading that failed"
+    assert back[0] == "10:00:20  fish: 3 → 1 replicas, stopped or lost, with an unknown load", (
+        "also after a reading that failed"
+    )
+
+
+def test_a_replica_that_is_lost_and_started_again_is_told_though_as_many_are_wanted() -> None:
+    load = {"num_requests_running": 8.0, "num_requests_waiting": 0.0}
+    seen = readings.observe(Seen(), scrape(fish=engine(num_replicas=3, num_replicas_starting=0)), 1.0, "10:00:00")
+    again = scrape(fish=engine(num_replicas=2, num_replicas_starting=1, **load))
+    seen = readings.observe(seen, again, 2.0, "10:00:05")
+    told = ["10:00:05  fish: 1 of 3 replicas lost, another starts, with 8 running, 0 waiting"]
+    assert seen.changes == told and told[0] in service.show([CARD], again, "", "ready", Seen(), seen)
+    assert readings.observe(seen, again, 3.0, "10:00:07").changes == told, "it is told once"
+    back = scrape(fish=engine(num_replicas=3, num_replicas_starting=0))
+    assert readings.observe(seen, back, 4.0, "10:00:09").changes == told, "as it was told"
+
+
+def test_what_a_page_remembers_of_its_readings_comes_back_and_anything_else_is_nothing() -> None:
+    seen = readings.observe(Seen(), scrape(fish=engine(num_replicas=3)), 1.0, "")
+    assert readings.remembered(json.dumps(asdict(seen))) == seen
+    assert [readings.remembered(text) for text in ("", "[]", "{", '{"other": 1}')] == [Seen()] * 4
 
 
 def test_an_engine_that_began_anew_has_no_speed_yet() -> None:

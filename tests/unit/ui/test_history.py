@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import gradio as gr
 import pytest
@@ -55,7 +56,29 @@ def test_pictures_are_not_kept_and_no_file_can_be_named() -> None:
     ]
     chats = history.save([], "a", shown)
     assert "passwd" not in json.dumps(chats)
-    assert history.load(chats, "a") == [{"role": "user", "content": [{"type": "text", "text": "[picture]\nsee"}]}]
+    assert history.load(chats, "a")[0] == {"role": "user", "content": [{"type": "text", "text": "[picture]\nsee"}]}
+
+
+def line(message: talk.Message) -> str:
+    return re.sub("<[^>]*>", "", message["content"][-1]["text"])
+
+
+def test_what_a_page_was_left_with_is_not_said_to_have_been_stopped() -> None:
+    """As `chat.js` marks an answer that the user has stopped."""
+    asked = {"role": "user", "content": [{"type": "text", "text": "Go on."}]}
+    coming = talk.said(Said("Well", "depth full · 1 token · first after 0.10 s, stopped after 1.20 s", waits=7.0))
+    stopped = json.loads(json.dumps(coming).replace('sofar\\"', 'sofar stopped\\"'))
+    waiting = talk.said(Said("", waits=4.0))
+    loaded = [history.load(history.save([], "a", [asked, answer]), "a")[1] for answer in (coming, stopped, waiting)]
+    assert line(loaded[0]) == (
+        "depth full · 1 token · first after 0.10 s, cut off after 1.20 s, when the page was left"
+    )
+    assert line(loaded[1]).endswith("first after 0.10 s, stopped after 1.20 s")
+    assert line(loaded[2]) == "The page was left before the first word."
+    assert line(history.load(history.save([], "a", [asked]), "a")[1]) == "The page was left before the first word."
+    assert talk.conversation([*history.load(history.save([], "a", [asked]), "a"), asked]) == [
+        {"role": "user", "content": "Go on."}
+    ], "a question without an answer is not heard"
 
 
 @pytest.mark.parametrize(

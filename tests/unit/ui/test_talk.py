@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from ui import talk
+from ui import talk, words
 from ui.talk import Said
 
 CARD = talk.Card("fish", 384, {"shallow": 1, "middle": 2, "full": 4}, "w8a8")
@@ -38,6 +38,8 @@ def test_the_model_hears_its_own_words_and_not_what_the_page_shows() -> None:
 def test_a_question_without_an_answer_is_left_out() -> None:
     history = [user("too long"), talk.faulty("the server is gone")]
     assert talk.messages(history, {"text": "short"}) == [{"role": "user", "content": "short"}]
+    assert talk.messages([user("stopped before the first word")], {"text": "short"})[0]["content"] == "short"
+    assert len(talk.messages([user("hi"), talk.said(Said("yes")), talk.faulty("gone")], {"text": "and?"})) == 3
 
 
 def test_pictures_go_as_data_urls_before_the_text_in_both_forms_that_gradio_uses(tmp_path: Path) -> None:
@@ -47,17 +49,15 @@ def test_pictures_go_as_data_urls_before_the_text_in_both_forms_that_gradio_uses
     wanted = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}]
     assert talk.messages([], {"text": "what?", "files": [str(path)]})[0]["content"] == wanted
     after = user({"type": "file", "file": {"path": str(path)}}, {"type": "text", "text": "what?"})
-    assert talk.messages([after], {"text": "x"})[0]["content"] == wanted
+    assert talk.messages([after, talk.said(Said("red"))], {"text": "x"})[0]["content"] == wanted
     assert talk.messages([], {"text": "", "files": [str(path)]})[0]["content"] == wanted[:1]
 
 
 def test_what_somebody_types_is_never_opened(tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
     secret.write_bytes(b"secret")
-    assert talk.messages([user(str(secret))], {"text": str(secret)}) == [
-        {"role": "user", "content": str(secret)},
-        {"role": "user", "content": str(secret)},
-    ]
+    said = talk.messages([user(str(secret)), talk.said(Said("no"))], {"text": str(secret)})
+    assert [message["content"] for message in said] == [str(secret), "no", str(secret)]
 
 
 @pytest.mark.parametrize(
@@ -67,10 +67,19 @@ def test_what_somebody_types_is_never_opened(tmp_path: Path) -> None:
         ("<b>bold</b>", "&lt;b&gt;bold&lt;/b&gt;"),
         ("def f(x):\n    return x", "```python\ndef f(x):\n    return x\n```"),
         ("see:\n```\nx < y\n```", "see:\n```\nx < y\n```"),
+        ("<b>\n```python\n<i>\n```\n<u>", "&lt;b&gt;\n```python\n<i>\n```\n&lt;u&gt;"),
+        ("```\nstill coming <i>", "```\nstill coming <i>\n```"),
+        ("````\n```\n````\n<b>", "````\n```\n````\n&lt;b&gt;"),
+        ("def f():\n    '''```'''", "````python\ndef f():\n    '''```'''\n````"),
+        ("![a](http://x/y.png) [![a][b]](c)", "!\\[a](http://x/y.png) [!\\[a][b]](c)"),
+        ("~~~\n```\n~~~\n<b>\n```", "\\~\\~\\~\n```\n~~~\n<b>\n```"),
+        ("- ```\n<b>", "- \\`\\`\\`\n&lt;b&gt;"),
+        ("``` <b>\n<i>", "\\`\\`\\` &lt;b&gt;\n&lt;i&gt;"),
+        ("```Mermaid\na\n```", "```\na\n```"),
     ],
 )
 def test_an_answer_is_shown_as_it_is(text: str, shown: str) -> None:
-    assert talk.markdown(text) == shown
+    assert words.markdown(text) == shown
 
 
 def test_the_facts_below_an_answer() -> None:
@@ -131,6 +140,73 @@ def test_an_answer_that_is_cut_off_keeps_its_words_beside_the_reason(monkeypatch
     assert (last.text, last.fault) == ("one two", "the engine replica was lost.")
     words, why = [part["text"] for part in talk.said(last)["content"]]
     assert words == "one two" and 'role="alert"' in why and "the engine replica was lost" in why
+
+
+def first_of(
+    answers: list[httpx.Response | Exception], monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Said], list[Any]]:
+    """The states that come of these answers of an API, and the bodies that it was sent."""
+    asked: list[Any] = []
+    monkeypatch.setattr(talk, "ASKED_EVERY", 0.0)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        found = answers.pop(0) if answers else Server(["one"])._answer(request)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def all_of() -> list[Said]:
+        http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        api = openai.AsyncOpenAI(base_url="http://x/v1", api_key="none", http_client=http, max_retries=0)
+        return [state async for state in talk.stream(api, CARD, [], talk.Settings("auto", 9))]
+
+    return asyncio.run(all_of()), asked
+
+
+def refusal(status: int, **error: str) -> httpx.Response:
+    return httpx.Response(status, json={"error": {"message": "no", **error}})
+
+
+def test_a_service_that_takes_no_work_is_asked_again_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, asked = first_of([refusal(503), refusal(503)], monkeypatch)
+    assert (states[-1].text, states[-1].whole, len(asked)) == ("one", True, 3)
+    monkeypatch.setattr(talk, "INSISTED", -1.0)
+    states, asked = first_of([refusal(503)], monkeypatch)
+    assert (states[-1].fault, len(asked)) == ("no.", 1)
+
+
+def test_a_service_that_is_not_there_is_asked_again_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, asked = first_of([httpx.ConnectError("gone"), refusal(503)], monkeypatch)
+    assert (states[-1].text, states[-1].whole, len(asked)) == ("one", True, 3)
+    monkeypatch.setattr(talk, "INSISTED_ON_NOBODY", -1.0)
+    states, asked = first_of([httpx.ConnectError("gone")], monkeypatch)
+    assert "does not answer" in states[-1].fault and len(asked) == 1
+
+
+def test_what_fits_is_asked_for_where_more_does_not_and_nothing_else_is_asked_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    long = {"code": talk.TOO_LONG, "param": "max_tokens"}
+    states, asked = first_of([refusal(400, **long)], monkeypatch)
+    assert states[-1].text == "one" and [body.get("max_tokens") for body in asked] == [9, None]
+    assert states[-1].settings == talk.Settings("auto", None)
+    states, asked = first_of([refusal(400, **{**long, "param": "messages"})], monkeypatch)
+    assert "does not fit the model's 384 tokens" in states[-1].fault and len(asked) == 1
+    states, asked = first_of([refusal(400, **long), refusal(400, **long)], monkeypatch)
+    assert "does not fit the model's 384 tokens" in states[-1].fault and len(asked) == 2
+
+
+def test_a_connection_that_breaks_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Breaks(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            choice = {"index": 0, "delta": {"content": "one"}, "finish_reason": None}
+            yield f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
+            raise httpx.ReadError("gone")
+
+    kind = {"content-type": "text/event-stream"}
+    states, _ = first_of([httpx.Response(200, headers=kind, stream=Breaks())], monkeypatch)
+    assert (states[-1].text, states[-1].fault) == ("one", "The server does not answer; is it still running?")
 
 
 def test_what_has_come_is_shown_and_shown_again_though_nothing_follows() -> None:
@@ -197,7 +273,7 @@ def test_the_curl_command_sends_the_very_request(tmp_path: Path, picture: bool) 
     text = 'it\'s $HOME `id` \\n "q"\nJSON\n$(id) ¿'
     asked = talk.messages([], {"text": text, "files": [str(tmp_path / "picture-1.png")] * picture})
     body = talk.Settings("shallow", 5).body("fish", asked)
-    command = talk.curl("http://127.0.0.1:1/v1", body, key=True)
+    command = words.curl("http://127.0.0.1:1/v1", body, key=True)
     assert "base64,YSBw" not in command  # the picture itself would fill the page
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SHOAL_API_KEY": "k"}
     subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True, timeout=20)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from shoal import Engine, Model, Request, Sampling
+from shoal.api.serve_args import ServeArgs
 from shoal.errors import ConfigError
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import Patches
-from shoal.model.depth import Calibration, Router
-from shoal.on_ray.serve_config import ServeArgs
+from shoal.model.router import Calibration, Router
 from shoal.vllm_plugin import options
 from shoal.vllm_plugin.route import Forerunner
 

@@ -1,0 +1,129 @@
+"""Engine events as answers of the Responses API: one JSON object, or its events in OpenAI's order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from shoal.api.blocks import Block, BlockAnswer, Moment
+from shoal.api.requests import EngineCall
+from shoal.api.responses.bodies import NamedFunction, ResponsesRequest
+from shoal.api.served import ServedModel
+from shoal.api.wire import named_sse
+
+
+class ResponseAnswer(BlockAnswer):
+    prefix = "resp"
+
+    def __init__(self, call: EngineCall, served: ServedModel, body: ResponsesRequest) -> None:
+        super().__init__(call, served)
+        self._created, self._sent = int(time.time()), 0
+        text = body.text.format if body.text and body.text.format else None
+        choice, drawn = body.tool_choice, call.requests[0].sampling
+        shape = {"type": "text"} if text is None else text.model_dump(by_alias=True, exclude_none=True)
+        self._asked = {  # what an answer repeats of its request
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata,
+            "parallel_tool_calls": body.parallel_tool_calls,
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+            "temperature": drawn.temperature,
+            "text": {"format": shape},
+            "tool_choice": choice.model_dump() if isinstance(choice, NamedFunction) else choice or "auto",
+            "tools": [tool.model_dump() for tool in body.tools],
+            "top_p": drawn.top_p,
+            "user": body.user,
+        }
+
+    def failed(self, envelope: dict[str, Any]) -> bytes:
+        error = {"code": "server_error", "message": envelope["error"]["message"]}
+        return self._event("response.failed", response=self._response("failed", error=error))
+
+    def _begin(self) -> Iterator[bytes]:
+        yield self._event("response.created", response=self._response("in_progress"))
+        yield self._event("response.in_progress", response=self._response("in_progress"))
+
+    def _block(self, moment: Moment, block: Block, text: str) -> Iterator[bytes]:
+        at: dict[str, Any] = {"item_id": self._item_id(block), "output_index": block.index}
+        shown = self._item(block, moment != "closed")
+        item = {"output_index": block.index, "item": shown}
+        if block.call is not None:
+            if moment == "opened":
+                yield self._event("response.output_item.added", **item)
+            elif moment == "more":
+                yield self._event("response.function_call_arguments.delta", **at, delta=text)
+            else:
+                yield self._event("response.function_call_arguments.done", **at, name=block.name, arguments=block.text)
+                yield self._event("response.output_item.done", **item)
+            return
+        at["content_index"] = 0
+        if moment == "opened":
+            shown["content"] = []
+            yield self._event("response.output_item.added", **item)
+            yield self._event("response.content_part.added", **at, part=_part(""))
+        elif moment == "more":
+            yield self._event("response.output_text.delta", **at, delta=text, logprobs=[])
+        else:
+            yield self._event("response.output_text.done", **at, text=block.text, logprobs=[])
+            yield self._event("response.content_part.done", **at, part=_part(block.text))
+            yield self._event("response.output_item.done", **item)
+
+    def _end(self) -> Iterator[bytes]:
+        whole = self._whole()
+        yield self._event(f"response.{whole['status']}", response=whole)
+
+    def _whole(self) -> dict[str, Any]:
+        return self._response("incomplete" if self.choices[0].reason == "length" else "completed")
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self._sent += 1
+        return named_sse({"type": kind, "sequence_number": self._sent - 1, **fields})
+
+    def _response(self, status: str, *, error: dict[str, Any] | None = None) -> dict[str, Any]:
+        ended = status in ("completed", "incomplete")
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self._created,
+            "completed_at": int(time.time()) if status == "completed" else None,
+            "status": status,
+            "error": error,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "model": self._served.name,
+            "output": [self._item(block) for block in self.blocks.all] if ended else [],
+            "previous_response_id": None,
+            "store": False,
+            "background": False,
+            "truncation": "disabled",
+            "usage": self._usage() if ended else None,
+            **self._asked,
+        }
+
+    def _item(self, block: Block, running: bool = False) -> dict[str, Any]:
+        cut = self.choices[0].reason == "length" and block is self.blocks.all[-1]
+        status = "in_progress" if running else "incomplete" if cut else "completed"
+        head = {"id": self._item_id(block), "status": status}
+        if block.call is None:
+            return {**head, "type": "message", "role": "assistant", "content": [_part(block.text)]}
+        call = {"call_id": block.call, "name": block.name, "arguments": block.text}
+        return {**head, "type": "function_call", **call}
+
+    def _item_id(self, block: Block) -> str:
+        return f"{'msg' if block.call is None else 'fc'}_{self.id.removeprefix('resp_')}{block.index:02}"
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self.usage()
+        cached = usage["prompt_tokens_details"]["cached_tokens"] if "prompt_tokens_details" in usage else 0
+        return {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage["total_tokens"],
+            "depth": usage["depth"],
+        }
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}

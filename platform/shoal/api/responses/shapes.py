@@ -1,0 +1,90 @@
+"""What answers of the Responses API look like, as far as they are given here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict  # pydantic reads typing's own only from Python 3.12 on
+
+
+class OutputTextOut(TypedDict):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]  # empty
+    logprobs: list[Any]  # empty
+
+
+class MessageItemOut(TypedDict):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    status: str
+    content: list[OutputTextOut]
+
+
+class CallItemOut(TypedDict):
+    id: str
+    type: Literal["function_call"]
+    status: str
+    call_id: str
+    name: str
+    arguments: str  # JSON
+
+
+class CachedTokens(TypedDict):
+    cached_tokens: int
+    cache_write_tokens: int  # 0: what is cached costs nothing more
+
+
+class ReasoningTokens(TypedDict):
+    reasoning_tokens: int  # 0: the model thinks in its layers
+
+
+class ResponseUsage(TypedDict):
+    input_tokens: int
+    input_tokens_details: CachedTokens
+    output_tokens: int
+    output_tokens_details: ReasoningTokens
+    total_tokens: int
+    depth: str  # exit name the answer ran with
+
+
+class IncompleteDetails(TypedDict):
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseOut(TypedDict):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Literal["completed", "incomplete", "in_progress", "failed"]
+    error: dict[str, Any] | None
+    incomplete_details: IncompleteDetails | None
+    model: str
+    output: list[MessageItemOut | CallItemOut]
+    previous_response_id: None
+    store: Literal[False]
+    background: Literal[False]
+    truncation: Literal["disabled"]
+    usage: ResponseUsage | None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    parallel_tool_calls: bool
+    reasoning: dict[str, Any]
+    temperature: float
+    text: dict[str, Any]
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
+    top_p: float
+    user: str | None
+
+
+@with_config(ConfigDict(extra="allow"))
+class ResponseEvent(TypedDict):
+    """One of a stream, by OpenAI's types: response.created to response.completed, response.incomplete or response.failed."""
+
+    type: str
+    sequence_number: int

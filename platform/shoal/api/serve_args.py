@@ -1,0 +1,98 @@
+"""What one service is to be: `ServeArgs`, which the service of one process and that on Ray Serve both take."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from shoal.api import stock
+from shoal.api.page import MOUNT
+from shoal.api.served import ServedModel
+from shoal.config import KvCacheDtype
+from shoal.errors import ConfigError
+
+ENGINE = "EngineReplica"  # deployment of the engine; of several models each has one of its own
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class ServeArgs:
+    """The ``args`` of a Shoal application in a Serve config, and what `run_local` serves."""
+
+    model: str | None = None  # model directory, the same path on every node; None: $SHOAL_MODEL
+    # instead: several, name -> directory, each with its own replicas
+    models: dict[str, str] = field(default_factory=dict)
+    name: str | None = None  # what requests call the model, commas between several; None: its own name
+    min_replicas: int = 1  # engine replicas; 0: none while nobody asks
+    max_replicas: int = 1
+    cpus: float = 1.0  # cores that Ray reserves for one engine replica
+    gpus: float = 0.0  # GPUs of one engine replica; above 0 the model runs on it
+    precision: Literal["stored", "auto"] = "stored"  # auto: fp32 where INT8 cannot be trusted, which else is refused
+    kv_cache_dtype: KvCacheDtype = "auto"  # int8: keys and values rounded, three to four times as many fit
+    # vllm: vLLM 0.32 behind the same gateway, for checkpoints of others as well
+    engine: Literal["shoal", "vllm"] = "shoal"
+    vllm: dict[str, Any] = field(default_factory=dict)  # with engine vllm: its own engine arguments, by vLLM's names
+    threads: int | None = None  # compute threads of a replica; None: the machine's cores less one, for HTTP
+    max_batch: int = 32  # requests that run at once in one replica
+    max_queue: int = 128  # requests that wait in a replica that has twice its batch; more are answered 429
+    seconds: float = 600.0  # longest time of one request
+    # file of keys, one a line; "$SHOAL_API_KEYS": that variable of who starts it; None: the same if it is set, or open to all
+    api_keys: str | None = None
+    metrics: bool = True  # answer /metrics
+    cors: tuple[str, ...] = ()  # origins of other sites whose pages may call the API; ("*",): any
+    runs: str | None = None  # folder of training runs to show, on the gateway's node; None: none
+    # folder that keeps files and batches, on a file system that all gateways see; None: they are switched off
+    batches: str | None = None
+    ui: bool = False  # show the pages at /ui
+    ui_mount: str = MOUNT  # what puts it there, ``module:function``
+    ui_api: str | None = None  # where the page finds the API; None: this server
+
+    def __post_init__(self) -> None:
+        if self.models and (self.model or self.name):
+            raise ConfigError("args.model and args.models", do="name the model under args.models, or serve it alone")
+        odd = next((name for name in self.models if not MODEL_NAME.fullmatch(name)), None)
+        if odd is not None:
+            raise ConfigError(
+                "args.models: name", got=odd, allowed="letters, digits and . _ - (aliases: serve the directory twice)"
+            )
+        if self.engine != "vllm" and self.vllm:
+            raise ConfigError("args.vllm", do="set args.engine to vllm, or leave it out")
+        if self.engine == "vllm" and self.precision != "stored":
+            raise ConfigError("args.precision", got=self.precision, allowed="stored, where args.engine is vllm")
+        if self.engine == "vllm" and self.kv_cache_dtype != "auto":
+            where = "auto, where args.engine is vllm: args.vllm has its own"
+            raise ConfigError("args.kv_cache_dtype", got=self.kv_cache_dtype, allowed=where)
+        for name, least in {"min_replicas": 0, "max_replicas": 1, "max_batch": 1, "max_queue": 1}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"args.{name}", got=getattr(self, name), allowed=f"{least} or more")
+        if self.max_replicas < self.min_replicas:
+            raise ConfigError(
+                "args.max_replicas", got=self.max_replicas, allowed=f"min_replicas ({self.min_replicas}) up"
+            )
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError("args.threads", got=self.threads, allowed="1 or more")
+        for name in ("cpus", "gpus"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"args.{name}", got=getattr(self, name), allowed="0 or more")
+        if self.seconds <= 0:
+            raise ConfigError("args.seconds", got=self.seconds, allowed="above 0")
+
+    def deployments(self) -> dict[str, str]:
+        """Deployment of each model -> its directory, the default model's first; empty while no model is given."""
+        if self.models:
+            return {f"{ENGINE}-{name}": directory for name, directory in self.models.items()}
+        return {ENGINE: self.model} if self.model else {}
+
+    def served(self, directory: str, name: str | None = None) -> ServedModel:
+        """The model in `directory` as the routes see it, under `name` (default: its own). Raises CheckpointError for one that
+        the engine cannot serve."""
+        return stock.load(directory, name) if self.engine == "vllm" else ServedModel.load(directory, name)
+
+
+def parse_replicas(text: str) -> dict[str, int]:
+    """``2`` or ``1:4`` as the arguments min_replicas and max_replicas. Raises ConfigError."""
+    low, colon, high = text.partition(":")
+    if not low.isdecimal() or (colon and not high.isdecimal()):
+        raise ConfigError("replicas", got=text, allowed="A number, or MIN:MAX")
+    return {"min_replicas": int(low), "max_replicas": int(high or low)}

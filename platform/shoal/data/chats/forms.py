@@ -1,0 +1,183 @@
+"""The forms that rows for fine-tuning come in, told apart by their keys, as the one that is learned from: messages in the three
+roles of a chat template, or a text.
+
+    {"messages": [{"role", "content"}, ...], "tools": [...]}      OpenAI's, with tool_calls and messages of role tool
+    {"conversations": [{"from", "value"}, ...], "system", "tools"} ShareGPT's: human, gpt, system, function_call, observation
+    {"instruction", "input", "output", "system", "history"}        Alpaca's
+    {"text"}                                                       learned from everywhere
+
+A preference pair (`pair`) has two answers to the same, ``chosen`` and ``rejected``.
+
+Tools, calls and results are written as a service shows them (`inputs.tools`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from shoal.errors import DataError
+from shoal.inputs import tools
+
+PAIRS = "chosen and rejected, with a prompt or as whole chats"
+KNOWN = "messages; conversations; instruction and output; or text"
+_SHAREGPT = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "model": "assistant", "function_call": "call", "observation": "tool", "tool": "tool", "function_response": "tool",
+}  # fmt: skip
+
+
+def canonical(row: object) -> dict[str, Any]:
+    """A row of any form with its ``messages``, or with a ``text``; its other fields as they are. Raises DataError for one of no
+    known form, naming its keys, and for one that is not as its form wants it."""
+    if not isinstance(row, dict):
+        raise DataError("no known form", got=type(row).__name__, allowed=KNOWN)
+    for key, read in _FORMS.items():
+        if row.get(key) is not None:
+            return {**row, **read(row)}
+    raise DataError("no known form", got=f"keys {', '.join(map(str, row))}"[:100], allowed=KNOWN)
+
+
+def pair(row: object) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The messages of a preference pair: with the answer that is preferred, and with the other. ``chosen`` and ``rejected`` are
+    an answer each, after a ``prompt`` or what asks in a known form, or whole chats. Raises DataError for a row that is no pair,
+    and for one whose two sides do not ask the same."""
+    if not isinstance(row, dict) or row.get("chosen") is None or row.get("rejected") is None:
+        got = f"keys {', '.join(map(str, row))}"[:100] if isinstance(row, dict) else type(row).__name__
+        raise DataError("no preference pair", got=got, allowed=PAIRS)
+    asked = _asked(row)
+    chosen, rejected = (
+        tools.with_system([*asked, *_answer(row[side])], _told(row.get("tools"))) for side in ("chosen", "rejected")
+    )
+    if chosen[:-1] != rejected[:-1] or len(chosen) < 2 or len(chosen) != len(rejected):
+        raise DataError("a pair that does not ask the same")
+    if chosen[-1].get("role") != "assistant" or rejected[-1].get("role") != "assistant":
+        raise DataError("a pair that does not end with answers")
+    return chosen, rejected
+
+
+def _asked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What both sides of a pair answer; empty where they are whole chats."""
+    prompt, plain = row.get("prompt"), {**row, "tools": None}
+    if isinstance(prompt, list):
+        return list(canonical({"messages": prompt})["messages"])
+    if isinstance(prompt, str):
+        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        return [*system, {"role": "user", "content": prompt}]
+    if row.get("instruction") is not None:
+        return list(canonical({**plain, "messages": None, "conversations": None, "output": ""})["messages"][:-1])
+    if row.get("messages") is None and row.get("conversations") is None:
+        return []
+    return list(canonical(plain)["messages"])
+
+
+def _answer(given: object) -> list[dict[str, Any]]:
+    """One side of a pair."""
+    if isinstance(given, str):
+        return [{"role": "assistant", "content": given}]
+    turns = given if isinstance(given, list) else [given]
+    shared = all(isinstance(turn, dict) and "from" in turn for turn in turns)
+    return list(canonical({"conversations" if shared else "messages": turns})["messages"])
+
+
+def _of_messages(row: Mapping[str, Any]) -> dict[str, Any]:
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise DataError("no messages")
+    if row.get("tools") or any(m.get("tool_calls") or m.get("role") in ("tool", "developer") for m in messages):
+        messages = tools.with_system(_without_tools(messages), _told(row.get("tools")))
+    return {"messages": messages}
+
+
+def _without_tools(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """OpenAI's messages in the three roles, calls and results as text."""
+    plain: list[dict[str, Any]] = []
+    names: dict[str, str] = {}  # id of a call -> function
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        for call in message.get("tool_calls") or ():
+            function = call.get("function") if isinstance(call, dict) else None
+            if role != "assistant" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise DataError("tool_calls that are none")
+            names[str(call.get("id"))] = function["name"]
+            said = {"type": "text", "text": tools.call(function["name"], function.get("arguments", {}))}
+            content = [*tools.parts(content), said]
+        if role == "tool":
+            known = names.get(str(message.get("tool_call_id"))) or message.get("name")
+            if not isinstance(known, str) or not isinstance(content, str):
+                raise DataError("a result of no call")
+            role, content = "user", tools.result(known, content)
+        plain.append({"role": "system" if role == "developer" else role, "content": content})
+    return plain
+
+
+def _told(given: object) -> str:
+    """What is told of the tools of a row, which may be JSON in a text; "" where there are none."""
+    if isinstance(given, str):
+        try:
+            given = json.loads(given) if given.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise DataError("tools that are no JSON") from error
+    functions = [tool.get("function", tool) if isinstance(tool, dict) else tool for tool in _list(given, "tools")]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
+        raise DataError("tools without a name")
+    return tools.told(functions) if functions else ""
+
+
+def _of_conversations(row: Mapping[str, Any]) -> dict[str, Any]:
+    messages: list[dict[str, Any]] = []
+    if isinstance(row.get("system"), str) and row["system"]:
+        messages.append({"role": "system", "content": row["system"]})
+    name = "function"
+    for turn in _list(row["conversations"], "conversations"):
+        who = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+        text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+        role = _SHAREGPT.get(str(who).lower())
+        if role is None or not isinstance(text, str):
+            raise DataError("conversations of an unknown form")
+        if role == "call":
+            try:
+                made = json.loads(text)
+                name, text = str(made["name"]), tools.call(str(made["name"]), made.get("arguments", {}))
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise DataError("a function_call that is no JSON") from error
+            role = "assistant"
+        elif role == "tool":
+            role, text = "user", tools.result(name, text)
+        messages.append({"role": role, "content": text})
+    if not messages:
+        raise DataError("no messages")
+    return {"messages": tools.with_system(messages, _told(row.get("tools")))}
+
+
+def _of_instruction(row: Mapping[str, Any]) -> dict[str, Any]:
+    instruction, more, output = row["instruction"], row.get("input") or "", row.get("output")
+    if not all(isinstance(text, str) for text in (instruction, more, output)):
+        raise DataError("an instruction without an output")
+    turns = [*_list(row.get("history"), "history"), [f"{instruction}\n{more}" if more else instruction, output]]
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for turn in turns:
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise DataError("history of an unknown form")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return {"messages": messages}
+
+
+def _of_text(row: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(row["text"], str) or not row["text"]:
+        raise DataError("no text")
+    return {"text": row["text"]}
+
+
+def _list(given: object, what: str) -> list[Any]:
+    if given is None:
+        return []
+    if not isinstance(given, list):
+        raise DataError(f"{what} of an unknown form")
+    return given
+
+
+_FORMS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "messages": _of_messages, "conversations": _of_conversations, "instruction": _of_instruction, "text": _of_text,
+}  # fmt: skip

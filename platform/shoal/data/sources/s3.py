@@ -1,0 +1,116 @@
+"""Where S3 is: one setting for every client. pyarrow streams objects, boto3 copies whole corpora.
+
+Notable: there are no keys here. Both clients look for credentials where AWS tools do: the environment, ``~/.aws``, the role of
+the machine. pyarrow does not read AWS_ENDPOINT_URL by itself and boto3 does, which is why it is resolved here, once.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow.fs as pafs
+
+from shoal.errors import ConfigError, DataError, ResourceError, first_line
+
+SCHEME = "s3://"
+ATTEMPTS = 7  # of one call, with growing pauses (half a minute in all), when S3 answers 503 SlowDown or not at all
+SECONDS = 20.0  # that one answer may take
+
+
+@dataclass(frozen=True)
+class S3:
+    """An S3 service; empty values are AWS's own. Section ``s3`` of a prepare config, else the environment."""
+
+    endpoint: str = ""  # such as http://127.0.0.1:9000
+    region: str = ""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.endpoint)
+        if self.endpoint and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ConfigError("s3.endpoint", got=self.endpoint, allowed="http://HOST[:PORT] or https://HOST[:PORT]")
+        if parts.username or parts.password:
+            raise ConfigError("s3.endpoint holds a password", do="give credentials in the environment or in ~/.aws")
+
+    def resolved(self) -> S3:
+        """With what is not given taken from the environment: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, AWS_REGION or
+        AWS_DEFAULT_REGION."""
+        of = os.environ.get
+        return S3(
+            self.endpoint or of("AWS_ENDPOINT_URL_S3") or of("AWS_ENDPOINT_URL") or "",
+            self.region or of("AWS_REGION") or of("AWS_DEFAULT_REGION") or "",
+        )
+
+    def filesystem(self) -> pafs.S3FileSystem:
+        """pyarrow's client."""
+        return _filesystem(self.resolved())
+
+    def client(self) -> Any:
+        """boto3's client. Raises ResourceError where boto3 is not installed."""
+        try:
+            import boto3
+            from botocore.config import Config
+        except ImportError as error:
+            raise no_boto() from error
+        here = self.resolved()
+        retries = {"mode": "standard", "max_attempts": ATTEMPTS}
+        config = Config(retries=retries, connect_timeout=SECONDS, read_timeout=SECONDS)
+        session = boto3.session.Session()  # of its own: the default one is not made for threads
+        return session.client("s3", endpoint_url=here.endpoint or None, region_name=here.region or None, config=config)
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Bucket and key of an ``s3://`` URI. Raises ConfigError."""
+    bucket, _, key = uri.removeprefix(SCHEME).partition("/")
+    if not uri.startswith(SCHEME) or not bucket or "?" in uri:
+        raise ConfigError("URI", got=uri, allowed="s3://BUCKET or s3://BUCKET/PREFIX")
+    return bucket, key
+
+
+def no_boto() -> ResourceError:
+    """What to say where boto3 is not installed."""
+    return ResourceError("s3:// needs boto3 to copy corpora", do="pip install 'shoal[s3]'")
+
+
+def is_fault(error: Exception) -> bool:
+    """Whether pyarrow's error is the service's, after all attempts, and not the file's."""
+    return "AWS Error" in str(error) and not isinstance(error, FileNotFoundError)
+
+
+def fault(uri: str, error: Exception) -> DataError:
+    """What went wrong at `uri`, as one line that a person can act on; `error` is pyarrow's or boto3's."""
+    text = str(error)
+    for codes, (what, do) in _FAULTS.items():
+        if any(code in text for code in codes):
+            return DataError(f"{uri}: {what}", do=do)
+    return DataError(f"{uri}: S3 failed", got=first_line(error), do="check endpoint, region and credentials")
+
+
+_FAULTS = {
+    ("NO_SUCH_BUCKET", "NoSuchBucket", "(404)"): ("the bucket does not exist", "check the name and the region"),
+    ("ACCESS_DENIED", "AccessDenied", "(403)", "HTTP status 403", "credentials"): (
+        "access is denied",
+        "check the credentials (environment, ~/.aws or the machine's role)",
+    ),
+    ("SLOW_DOWN", "SlowDown", "(503)", "HTTP status 503"): (
+        f"S3 still asked to slow down after {ATTEMPTS} attempts",
+        "wait, and run it again",
+    ),
+    ("NETWORK_CONNECTION", "Could not connect", "timed out"): (
+        "S3 does not answer",
+        "check the endpoint and the network",
+    ),
+}
+
+
+@lru_cache
+def _filesystem(s3: S3) -> pafs.S3FileSystem:
+    parts = urlsplit(s3.endpoint)
+    options: dict[str, Any] = {"endpoint_override": parts.netloc, "scheme": parts.scheme} if s3.endpoint else {}
+    if s3.region or s3.endpoint:  # other services take any region, and must not be asked for AWS's
+        options["region"] = s3.region or "us-east-1"
+    retry = pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
+    return pafs.S3FileSystem(retry_strategy=retry, connect_timeout=SECONDS, request_timeout=SECONDS, **options)

@@ -1,0 +1,132 @@
+"""Whose request goes before whose: payers (API keys) share the engine evenly, and of one payer its clients.
+
+A request's rank is its place among what its payer has in the engine now: 1 is its next, 2 the one after. So all have
+a first request before anybody has a second, and of one payer all clients have. A rank falls as those before it end, and
+nothing of the past counts. Counted from the oldest request in the engine, ranks stood still while that one ran, and who had
+sent more than others waited for its end (docs/log.md).
+
+Of equal ranks the one goes first that has had its rank for longer, not the one that came first: else who sent much would
+always have the oldest. The request that is first of all stays so until it ends, so all end.
+
+Ranks are counted anew once a step and before one comes after others have ended, since it has its rank for less long than
+those that rose; not for each that ends: a thousand that leave at once cost what they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+from shoal.engine.events import LATER
+from shoal.engine.plan import Work
+from shoal.engine.running import Running
+
+TOLERATED = 0.5  # of a step: who share it evenly are not to have steps of their own for nothing
+
+Group = tuple[int, str]  # priority and payer
+
+
+class Shares:
+    """The live requests of each payer and priority, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._groups: dict[Group, dict[Running, None]] = {}
+        self._changed: dict[Group, None] = {}  # since they were settled
+        self.ended = False  # has any ended since?
+        self._numbers = itertools.count(1)  # of requests, and of places in the order
+
+    def joins(self, running: Running) -> None:
+        """Give `running` its number, and the order in which it would join the others; these keep theirs until they `settle`."""
+        mine = self._groups.get(_group(running), {})
+        running.number = next(self._numbers)
+        running.turn = 1 + sum(other.request.client == running.request.client for other in mine)
+        running.order = (running.order[0], 1 + sum(other.turn <= running.turn for other in mine), running.number)
+
+    def joined(self, running: Running) -> None:
+        """`running` is now one of those that are live."""
+        group = _group(running)
+        self._groups.setdefault(group, {})[running] = None
+        self._changed.setdefault(group)
+
+    def left(self, running: Running) -> None:
+        """`running` has ended."""
+        self.ended = True
+        group = _group(running)
+        self._changed.pop(group, None)
+        del self._groups[group][running]
+        if self._groups[group]:
+            self._changed[group] = None  # behind those that lost one before it: it has its ranks for less long
+        else:
+            del self._groups[group]
+
+    def settle(self) -> bool:
+        """Give all their order among those that are there now. Returns whether any may have another than before."""
+        changed, self._changed, self.ended = self._changed, {}, False
+        for group in changed:
+            self._settle([*self._groups[group]])
+        return bool(changed)
+
+    def _settle(self, mine: list[Running]) -> None:
+        turns = Counter[str]()
+        for other in mine:
+            turns[other.request.client] += 1
+            if other.turn != turns[other.request.client]:
+                other.turn = turns[other.request.client]
+                other.order = (*other.order[:2], next(self._numbers))
+        mine.sort(key=lambda other: (other.turn, other.order[2]))
+        for rank, other in enumerate(mine, start=1):
+            if other.order[1] != rank:
+                other.order = (other.order[0], rank, next(self._numbers))
+
+
+class Seconds:
+    """The engine's seconds that payers have had, of those that have work: each is to have as many as the others.
+
+    A payer that comes starts with as many as the one that has had least, less a step of all requests, for which it may have
+    waited. A payer without work is forgotten, whether it had more than others or less.
+
+    Nor does a payer that comes start with less, by more than that step, than an even share since the last step that all had
+    part in: where one came before the other had ended, each started with less than that one had, and who was there before
+    them had nothing for as long as they came.
+    """
+
+    def __init__(self) -> None:
+        self._had: dict[str, float] = {}
+        self._full = 0.0  # of the last step that all had part in
+        self._even = 0.0  # what who had most then would have by now, had all shared evenly since
+
+    def behind(self, payers: Collection[str]) -> Collection[str]:
+        """Those of `payers`, who have work now, that have had less than another by more than `TOLERATED` of a step of all."""
+        least = min((had for payer, had in self._had.items() if payer in payers), default=0.0)
+        start = max(least, self._even) - self._full
+        self._had = {payer: self._had.get(payer, start) for payer in payers}
+        if len(payers) < 2:
+            return ()
+        limit = max(self._had.values()) - TOLERATED * self._full
+        return {payer for payer, had in self._had.items() if had < limit}
+
+    def took(self, works: Sequence[Work], seconds: float) -> None:
+        """A step of `works` took so many seconds."""
+        rows = Counter[str]()
+        for work in works:
+            rows[work.running.request.payer] += (work.count + work.drafts) * (work.last - work.first)
+        for payer, count in rows.items():
+            self._had[payer] = self._had.get(payer, 0.0) + seconds * count / max(1, rows.total())
+        self._even += seconds / max(1, len(self._had))
+        if len(rows) == len(self._had):
+            self._full, self._even = seconds, max(self._had.values(), default=0.0)
+
+
+def clearly_before(running: Running, other: Running) -> bool:
+    """By more than one rank: equals would take each other's place at every step. All are before what may wait for them."""
+    return (may_wait(other) and not may_wait(running)) or running.order[1] + 1 < other.order[1]
+
+
+def may_wait(running: Running) -> bool:
+    """Is it of a priority that gives its place to any other?"""
+    return running.order[0] >= LATER
+
+
+def _group(running: Running) -> Group:
+    return running.order[0], running.request.payer

@@ -1,0 +1,120 @@
+"""What routing is worth: mean gap against mean compute, of the router and of simpler ways to choose a depth.
+
+A policy is what it believes each prompt's gaps to be; it takes the exit of least believed gap plus price times cost, and the
+price, from 0 up, draws its curve. The router believes its predictions, `length` the mean gap of prompts as long, `domain` that
+of prompts of the same task, `oracle` the truth, which nobody has. `random` chooses blindly, and so lies between fixed exits.
+Two points of a curve can be mixed, so a curve is read along its lower hull. Each prompt counts once. Intervals are of a
+bootstrap over the documents and conversations that the prompts are of.
+
+Letters: M prompts, A early exits, E = A + 1 exits, n points of a curve, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.config import ModelConfig
+from shoal.evaluate.prompts import Prompts
+from shoal.model import cost
+from shoal.model.router import Router
+
+BINS = 6  # of prompt lengths, equally full
+BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the FLOPs of full depth at which policies are compared
+RESAMPLES = 500
+INTERVAL = (0.025, 0.975)
+PRICES = (0.0, *(1e-3 * 1.35**power for power in range(36)))  # nats for all layers
+POLICIES = ("router", "length", "domain", "random", "oracle")
+
+
+def frontier(config: ModelConfig, router: Router, fit: Prompts, test: Prompts, *, seed: int = 0) -> dict[str, Any]:
+    """For the report. ``fixed``: each exit by name with its `flops_share` and `gap`. ``curves``: policy -> points of a curve.
+    ``at``: policy -> for each of `BUDGETS` its gap and the 95 % interval of it, nats a token.
+
+    `fit`: what `length` and `domain` learn from; `test`: what all are measured on, which nothing was fitted to.
+    """
+    full = cost.flops_per_token(config, config.train_length)
+    shares = torch.tensor([cost.flops_per_token(config, config.train_length, e) / full for e in config.exits])
+    truth = torch.cat([test.gaps, test.gaps.new_zeros(len(test.gaps), 1)], dim=1)  # [M, E]
+    routing = torch.tensor([cost.routing_flops(config, n) / n / full for n in test.lengths.tolist()])  # [M], by token
+    tasks = sorted({*fit.tasks, *test.tasks})  # one of few documents may be on one side alone
+    beliefs: dict[str, Tensor] = {
+        "router": router(test.features)[0],
+        "length": _means(fit, test, _bins(fit.lengths)),
+        "domain": _means(fit, test, lambda p: torch.tensor([tasks.index(task) for task in p.tasks])),
+        "oracle": test.gaps,
+    }
+    weights = _resampled(test.groups, torch.Generator().manual_seed(seed))
+    weights = torch.cat([torch.full((1, len(truth)), 1 / len(truth)), weights])  # the prompts as they are come first
+    curves: dict[str, list[dict[str, float]]] = {}
+    at: dict[str, list[dict[str, float]]] = {}
+    for name in POLICIES:
+        # what each prompt costs and loses at each point of the curve, [M, n]; a pick is shares of the exits, [E] or [M, E]
+        picks = list(torch.eye(len(shares))) if name == "random" else _picks(beliefs[name], shares)
+        costs = torch.stack([(pick * shares).sum(-1).expand(len(truth)) for pick in picks], dim=1)
+        costs += routing[:, None] if name == "router" else 0.0
+        gaps = torch.stack([(pick * truth).sum(-1) for pick in picks], dim=1)
+        means = zip((weights[0] @ costs).tolist(), (weights[0] @ gaps).tolist(), strict=True)
+        curves[name] = [{"flops_share": c, "gap": g} for c, g in sorted(set(means))]
+        at[name] = []
+        for budget in BUDGETS:
+            gap, *others = _at(budget, weights @ costs, weights @ gaps).tolist()
+            low, high = torch.quantile(torch.tensor(others), torch.tensor(INTERVAL)).tolist()
+            at[name].append({"flops_share": budget, "gap": gap, "low": low, "high": high})
+    rows = zip(config.exit_names, shares.tolist(), truth.mean(0).tolist(), strict=True)
+    fixed = [{"exit": exit_name, "flops_share": share, "gap": gap} for exit_name, share, gap in rows]
+    return {"prompts": len(truth), "groups": len(test.groups.unique()), "fixed": fixed, "curves": curves, "at": at}
+
+
+def _resampled(groups: Tensor, draws: torch.Generator) -> Tensor:
+    """Weights [R, M] of the prompts in resamples of their groups [M]; those of a resample sum to 1."""
+    kinds, of = groups.unique(return_inverse=True)
+    drawn = torch.randint(len(kinds), (RESAMPLES, len(kinds)), generator=draws)
+    weights = torch.zeros(RESAMPLES, len(kinds)).scatter_add_(1, drawn, torch.ones(drawn.shape))[:, of]
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _picks(belief: Tensor, shares: Tensor) -> list[Tensor]:
+    """For each price the exit of each prompt, one-hot [M, E]; believed gaps [M, A]."""
+    gaps = torch.cat([belief, belief.new_zeros(len(belief), 1)], dim=1)
+    chosen = {tuple((gaps + price * shares).argmin(1).tolist()) for price in PRICES}
+    return [torch.nn.functional.one_hot(torch.tensor(exits), len(shares)).float() for exits in sorted(chosen)]
+
+
+def _bins(lengths: Tensor) -> Callable[[Prompts], Tensor]:
+    edges = torch.quantile(lengths.float(), torch.linspace(0, 1, BINS + 1)[1:-1])
+    return lambda prompts: torch.bucketize(prompts.lengths.float(), edges)
+
+
+def _means(fit: Prompts, test: Prompts, kind: Callable[[Prompts], Tensor]) -> Tensor:
+    """The mean gap [M, A] of the prompts of `fit` that are of the same kind as each of `test`."""
+    kinds, overall = kind(fit), fit.gaps.mean(0)
+    means = {k: fit.gaps[kinds == k].mean(0) for k in set(kinds.tolist())}
+    return torch.stack([means.get(k, overall) for k in kind(test).tolist()])
+
+
+def _at(budget: float, costs: Tensor, gaps: Tensor) -> Tensor:
+    """The least gap [R] that mixing two points of a curve gives at a mean cost of at most `budget`; costs, gaps [R, n]. Below
+    the cheapest point, that point's gap."""
+    cheap, dear = costs <= budget, costs > budget
+    alone = gaps.masked_fill(~cheap, torch.inf).amin(1)
+    step = (budget - costs[:, :, None]) / (costs[:, None] - costs[:, :, None])
+    mixed = gaps[:, :, None] + (gaps[:, None] - gaps[:, :, None]) * step
+    mixed = mixed.masked_fill(~(cheap[:, :, None] & dear[:, None]), torch.inf).amin((1, 2))
+    cheapest = gaps.gather(1, costs.argmin(1, keepdim=True))[:, 0]
+    return torch.where(cheap.any(1), torch.minimum(alone, mixed), cheapest)
+
+
+def sentence(found: Mapping[str, Any]) -> list[str]:
+    """What to say when choosing depth by task or by length alone does as well as the router, over all budgets."""
+    mean = {name: sum(row["gap"] for row in rows) / len(rows) for name, rows in found["at"].items()}
+    as_good = [name for name in ("length", "domain") if mean[name] <= mean["router"]]
+    if not as_good:
+        return []
+    return [
+        f"Routing by {' or '.join(as_good)} alone loses no more than the router does: "
+        f"{min(mean[name] for name in as_good):.3f} and {mean['router']:.3f} nats a token, mean over the compared budgets."
+    ]

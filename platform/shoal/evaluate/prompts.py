@@ -1,0 +1,164 @@
+"""Held-out prompts and what each exit loses on their answers: what a router is fitted to, and what routing is measured on.
+
+Two kinds of held-out data give them, told apart by the path as in `feed`. Of chats a prompt is what stands before the first
+answer, and its task is the chat's. Of a folder of shards it is the beginning of a document, of any length that the model was
+trained on, and its answer is what follows; its task is the modality, and an image is always part of the prompt.
+
+Letters: D width, A early exits, M prompts, n tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shoal.data import remote
+from shoal.data.batches import spaced
+from shoal.data.chats.heldout import questions
+from shoal.data.documents import MODALITIES
+from shoal.data.pack import PADDING
+from shoal.data.shards import Rows, open_index
+from shoal.errors import DataError
+from shoal.evaluate.halves import asked_groups
+from shoal.inputs import media
+from shoal.inputs.chat import Encoded
+from shoal.inputs.tokenizer import PATCH_ID
+from shoal.model.model import IMAGE_IDS, Model
+from shoal.model.net import Net
+from shoal.model.router import features, page_sums
+
+SHORTEST = 4  # tokens of a prompt, and of an answer, that a document is cut into
+LONGEST_PROMPT = 1024  # tokens, so that measuring a large model's prompts ends
+LONGEST_ANSWER = 64  # tokens; the mean over so many hardly moves with more
+LOOKED_AT = 4  # packed rows for each prompt that is wanted of them: half of the groups are left out, and short pieces
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """A held-out prompt with its answer, told apart by ``answer`` of `row`, and the group that it is of."""
+
+    row: Encoded
+    group: int
+
+
+ByTask = dict[str, list[Heldout]]  # task -> prompts
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts with what their exits really lost."""
+
+    features: Tensor  # [M, 2D + 3], what the router sees
+    gaps: Tensor  # [M, A] nats a token
+    lengths: Tensor  # [M] tokens
+    tasks: tuple[str, ...]  # of each
+    groups: Tensor  # [M] the group of each
+
+
+def heldout_rows(model: Model, heldout: str | Path, most: int, *, asked: bool) -> ByTask:
+    """The rows of `heldout` that `model` can read, of those groups that are `asked` (`halves`), or of the others: at most
+    `most` a task, evenly spaced. Raises DataError when `heldout` cannot be read."""
+    heldout = remote.local(heldout)
+    if heldout.is_dir():
+        return _documents(model, heldout, most, asked)
+    half = asked_groups(heldout)
+    found = questions(heldout, model.tokenizer, model.config, model.chat_template)
+    rows = {
+        task: [
+            Heldout(q.row, q.group)
+            for q in some
+            if (q.group in half) == asked and any(q.row.answer) and len(q.row.ids) <= model.config.context
+        ]
+        for task, some in found.items()
+    }
+    return {task: [some[place] for place in spaced(len(some), most)] for task, some in rows.items() if some}
+
+
+def measured(net: Net, rows: Mapping[str, Sequence[Heldout]]) -> Prompts:
+    """What the router would see of the prompts of `rows`, and their gaps on the answers."""
+    tasks = tuple(task for task, some in rows.items() for _ in some)
+    every = [held for some in rows.values() for held in some]
+    lengths = torch.tensor([held.row.answer.index(True) for held in every])
+    return Prompts(*gaps(net, [h.row for h in every]), lengths, tasks, torch.tensor([h.group for h in every]))
+
+
+@torch.inference_mode()
+def gaps(net: Net, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+    """Router features [M, 2D + 3] and measured gaps [M, A], nats a token on the answer only.
+
+    Each row's prompt ends where its first answer token begins; rows without an answer are an error of the caller.
+    """
+    config = net.config
+    early, first, seen = config.exits[:-1], config.exits[0], []
+    lost = []
+    for row in rows:
+        start = row.answer.index(True)
+        tokens = torch.tensor(row.ids)
+        patches, grid = _patch_tensors(row)
+        hidden = net(tokens[None], patches, grid, exits=config.exits)
+        answer = torch.tensor(row.answer)[1:].nonzero().flatten()  # places that predict an answer token
+        losses = [F.cross_entropy(net.head(hidden[e][0, answer], e).float(), tokens[answer + 1]) for e in config.exits]
+        state = hidden[first][0, :start]
+        seen.append(features(page_sums(net, state, tokens[:start]), state[-1], start))
+        lost.append(torch.stack([loss - losses[-1] for loss in losses[: len(early)]]))
+    return torch.stack(seen).float(), torch.stack(lost).float()
+
+
+def _patch_tensors(row: Encoded) -> tuple[Tensor | None, Tensor | None]:
+    """A row's patches [n, 3p^2] and their grid [n, 2] as tensors, or two Nones."""
+    values = row.patches
+    if values is None:
+        return None, None
+    return torch.from_numpy(values), torch.from_numpy(media.grid(row.ids))
+
+
+def _documents(model: Model, directory: Path, most: int, asked: bool) -> ByTask:
+    index = open_index(directory)
+    if index.tokenizer_sha256 != model.tokenizer.sha256:
+        raise DataError(
+            f"{directory} was made with another tokenizer than the model's", do="prepare it with the model's"
+        )
+    half = asked_groups(directory)
+    found: ByTask = {}
+    for modality in MODALITIES:
+        rows, draws = Rows(directory, index, "heldout", modality), random.Random(f"prompts of {modality}")
+        looked_at = spaced(len(rows), LOOKED_AT * most)
+        every = (held for place in looked_at for held in _cut(*rows[place], rows.groups(place), draws))
+        cut = [held for held in every if (held.group in half) == asked]
+        if cut:
+            found[modality] = [cut[place] for place in spaced(len(cut), most)]
+    return found
+
+
+def _cut(
+    tokens: np.ndarray, docs: np.ndarray, patches: np.ndarray, groups: list[int], draws: random.Random
+) -> Iterator[Heldout]:
+    """The documents of a packed row, each cut into a prompt and an answer; those that are too short for it are left out. A
+    prompt is as likely to have between 8 and 16 tokens as between 64 and 128."""
+    borders = [0, *(np.flatnonzero(np.diff(docs)) + 1).tolist(), len(docs)]
+    before = np.concatenate([[0], np.cumsum(tokens == PATCH_ID)])  # patches before each place
+    for start, end in pairwise(borders):
+        ids = tokens[start:end]
+        of_image = np.flatnonzero(np.isin(ids, list(IMAGE_IDS)))
+        least = max(SHORTEST, int(of_image[-1]) + 1 if len(of_image) else 0)
+        longest = max(least, min(len(ids) - SHORTEST, LONGEST_PROMPT))
+        if docs[start] == PADDING or least > len(ids) - SHORTEST:
+            continue
+        prompt = min(longest, int(least * ((longest + 1) / least) ** draws.random()))
+        kept = ids[: prompt + LONGEST_ANSWER].tolist()
+        images = [_image(kept, patches[before[start] : before[end]])] if len(of_image) else []
+        answer = [place >= prompt for place in range(len(kept))]
+        yield Heldout(Encoded(kept, images, answer), groups[docs[start]])
+
+
+def _image(ids: list[int], values: np.ndarray) -> media.Patches:
+    rows, cols = (media.grid(ids).max(0) + 1).tolist()
+    return media.Patches(values, rows, cols)

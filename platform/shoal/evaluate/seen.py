@@ -1,0 +1,42 @@
+"""Which packed rows a run read: what a baseline may be fitted to when it is to know what the model knew, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from shoal.data.batches import PretrainBatches
+from shoal.errors import DataError
+from shoal.train.checkpoint import CheckpointStore, read_state
+from shoal.train.feed import REPLAY_EVERY
+from shoal.train.plan import fingerprint
+
+
+def rows_read(runs: Iterable[str | Path], data: Path) -> dict[str, list[int]]:
+    """Modality -> numbers of the training rows in `data` that any of `runs` read, each once however often it was read.
+
+    `runs`: folders of training runs, on the shards themselves or on chats with the shards as replay. Raises DataError for one
+    that left no checkpoint, and when none read `data`.
+    """
+    found: dict[str, set[int]] = {}
+    asked, whole = list(runs), fingerprint(str(data))
+    for run in asked:
+        saved = CheckpointStore(run).steps()
+        if not saved:
+            raise DataError(f"{run} holds no checkpoint", do="give the folders of the runs that made the model")
+        state = read_state(saved[-1])
+        trained = state.trained
+        replays = trained.get("replay_sha256") == whole
+        if not replays and trained.get("data_sha256") != whole:
+            continue  # chats alone
+        length, train = trained["model"]["train_length"], trained["train"]
+        batch_rows = max(1, train["batch_tokens"] // length)
+        order = PretrainBatches(data, mix=trained.get("mix"), seed=train["seed"], batch_rows=batch_rows)
+        for step in range(state.step // REPLAY_EVERY if replays else state.step):
+            for modality, row in order.rows(step):
+                found.setdefault(modality, set()).add(row)
+    if asked and not found:
+        raise DataError(
+            f"none of {', '.join(map(str, asked))} read {data}", do="give the run that was pretrained on it"
+        )
+    return {modality: sorted(rows) for modality, rows in found.items()}

@@ -1,0 +1,63 @@
+"""How tools, their calls and their results are written for a model, in whose chat template there are three roles and no tools:
+
+    system     <tools> and one line of JSON a function, after the caller's own system text
+    assistant  <tool_call>{"name": ..., "arguments": {...}}</tool_call>, after what it says
+    user       <tool_response>{"name": ..., "content": ...}</tool_response>     (a message of role "tool")
+
+A service shows them so, and fine-tuning rows are written so: what a model learns from is what it will be shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function that says nothing of them
+_INTRO = f"""You can call functions. To call one, write
+{OPEN}{{"name": NAME, "arguments": {{...}}}}{CLOSE}
+with arguments that follow its parameters, which are a JSON schema.
+<tools>
+"""
+
+
+def told(functions: Iterable[Mapping[str, Any]]) -> str:
+    """What a model is told of `functions`, each with ``name``, and ``description`` and ``parameters`` where it has them."""
+    shown = []
+    for function in functions:
+        values = {"name": function["name"], "description": function.get("description")}
+        values["parameters"] = NO_PARAMETERS if function.get("parameters") is None else function["parameters"]
+        shown.append({key: value for key, value in values.items() if value is not None})
+    return _INTRO + "\n".join(json.dumps(each, ensure_ascii=False) for each in shown) + "\n</tools>"
+
+
+def call(name: str, arguments: Any) -> str:
+    """A call as the model writes one. Arguments that are text are JSON; where they are none, the text that they are."""
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+    return OPEN + json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False) + CLOSE
+
+
+def result(name: str, content: str) -> str:
+    """What a call of the function `name` gave, as the model reads it."""
+    return f"<tool_response>{json.dumps({'name': name, 'content': content}, ensure_ascii=False)}</tool_response>"
+
+
+def parts(content: Any) -> list[dict[str, Any]]:
+    """The content of a message, a text or a list of parts, as parts."""
+    if content is None:
+        return []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def with_system(messages: Sequence[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """`messages` with `text` behind their system text, or as one."""
+    if not text:
+        return list(messages)
+    if messages and messages[0].get("role") == "system":
+        more = {"type": "text", "text": "\n\n" + text}
+        return [{**messages[0], "content": [*parts(messages[0].get("content")), more]}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]

@@ -1,0 +1,94 @@
+"""What several planes ask of the machine: files that are there in full or not at all, room, a port, and threads to compute
+with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from shoal.errors import ResourceError
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """Where to write what is to be `path`: a file beside it, which takes its name when the block ends, and is removed when the
+    block raises."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a text file so that it is there in full or not at all."""
+    with aside(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` in place, and see it on the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def threads(asked: int | None = None) -> int:
+    """Threads for a process that computes beside others: as many as are `asked` for, or the cores but one."""
+    return asked or max(1, (os.cpu_count() or 2) - 1)
+
+
+def need_disk(path: str | Path, size: int) -> None:
+    """Raises ResourceError when fewer than `size` bytes are free where `path` is, or will be."""
+    place = Path(path).absolute()
+    place = next(p for p in (place, *place.parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise ResourceError(
+            f"disk space at {place}",
+            got=_gib(free),
+            allowed=f"at least {_gib(size)}",
+            do="free some, or write elsewhere",
+        )
+
+
+def need_free_port(host: str, port: int) -> None:
+    """Raises ResourceError when nothing could listen on `port` of `host`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: closed connections do not block it
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ResourceError(
+                f"port {port} of {host}", got=error.strerror, do="give another --port, or stop what listens there"
+            ) from error
+
+
+def need_memory(size: int) -> None:
+    """Raises ResourceError when fewer than `size` bytes of memory are available."""
+    available = psutil.virtual_memory().available
+    if available < size:
+        raise ResourceError(
+            "memory", got=_gib(available), allowed=f"at least {_gib(size)}", do="close other programs, or use less"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,110 @@
+"""How the loops of this plane are compiled by numba, and where what was compiled is kept; with the few formulas that several of
+them need.
+
+numba keeps compiled code for as long as the file of its function stays the same, though that code also holds all functions that
+this one calls, from whatever file. So the folder is named by the contents of all of these files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numba as nb
+import numpy as np
+from filelock import FileLock, Timeout
+from numba import config as numbas
+from numba.extending import overload
+
+config: Any = numbas  # its names are made when it is imported
+PATIENCE = 120.0  # all of it takes half a minute
+_HERE = Path(__file__).parent
+_LOOPS = ("attention.py", "decode.py", "floats.py", "integers.py", "tiles.py")
+_SOURCES = (*_LOOPS, "compiled.py", "parts.py", "../slots.py")
+
+
+def _digest():
+    return hashlib.sha256(b"".join((_HERE / name).read_bytes() for name in _SOURCES)).hexdigest()[:16]
+
+
+_KEPT = str(Path(config.CACHE_DIR or _HERE / "__pycache__") / f"numba-{_digest()}")
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Only one process at a time compiles: the others find it done. Two at once may leave each other's code under one name.
+    Where it takes more than `PATIENCE` seconds, or the folder cannot be written, each goes on by itself."""
+    lock = FileLock(f"{_KEPT}.lock", timeout=PATIENCE)
+    with suppress(Timeout, OSError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _compiled(function, **options):
+    """`function` compiled at its first call, or as it was kept; where the folder cannot be written, numba takes the user's."""
+    before, config.CACHE_DIR = config.CACHE_DIR, _KEPT
+    try:
+        return nb.njit(error_model="numpy", nogil=True, cache=True, **options)(function)
+    finally:
+        config.CACHE_DIR = before
+
+
+def fast(function):
+    """Sums may be taken in any order, so that they use vector registers. Not "nnan" or "ninf": a broken model is to be seen."""
+    return _compiled(function, fastmath={"reassoc", "contract", "nsz"})
+
+
+def finite(function):
+    """As `fast`, for numbers that are finite: what is not may become anything. So the search for a largest value uses vector
+    registers, too."""
+    return _compiled(function, fastmath=True)
+
+
+def exact(function):
+    """Every operation rounds as written."""
+    return _compiled(function)
+
+
+def exp(x):
+    """e^x where float32 is enough for float32: a function that vector code can be made of, unlike the C library's."""
+    return math.exp(x)
+
+
+@overload(exp)
+def _exp_of(x):
+    return _exp32 if x == nb.float32 else exp
+
+
+def _exp32(x):
+    """2^n e^r, r in -ln2/2 .. ln2/2 by the Taylor series: within 2e-7 of e^x for x in -87 .. 88, and held there beyond.
+    NaN gives NaN, through r."""
+    x = np.float32(-87) if x < np.float32(-87) else x
+    x = np.float32(88) if x > np.float32(88) else x
+    n = np.rint(x * np.float32(1.44269504))
+    # ln 2 in two parts, the first exact in products
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1 / 720)
+    p = p * r + np.float32(1 / 120)
+    p = p * r + np.float32(1 / 24)
+    p = p * r + np.float32(1 / 6)
+    p = p * r + np.float32(0.5)
+    p = p * r + np.float32(1)
+    p = p * r + np.float32(1)
+    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23))
+    return p * power.view(np.float32)
+
+
+@fast
+def inverse_rms(x, eps):
+    """1 / rms(x)."""
+    total = x.dtype.type(0)
+    for i in range(len(x)):
+        total += x[i] * x[i]
+    return x.dtype.type(1) / np.sqrt(total / x.dtype.type(len(x)) + x.dtype.type(eps))

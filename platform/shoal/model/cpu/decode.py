@@ -1,0 +1,105 @@
+"""The small operators of a decoding step, compiled for the CPU with numba; `fused` calls them with tensors.
+
+Plain loops over the formulas of `block`. With torch, a step of one token runs a hundred operators a layer beside its matrix
+products, of 3 to 10 us each; with these it takes a few calls, or one, `layer`. They take fp32 and fp64 (the tests compare in
+fp64). NaN and infinities keep their meaning in all of them: a model that gives NaN must be seen to give NaN.
+
+Letters: N rows (one new token each) of R requests, D width, F inner width, H query heads, Hk KV heads, G = H/Hk, d head
+dim, U units, P page slots, S block, M pages in a table, X = w + (K+1) S tokens that one row may read.
+"""
+
+from __future__ import annotations
+
+import numba as nb
+import numpy as np
+from numba.extending import overload
+
+from shoal.model.cpu import integers
+from shoal.model.cpu.attention import attend, project_and_store
+from shoal.model.cpu.compiled import exact, exp, fast, inverse_rms
+from shoal.model.cpu.floats import product
+from shoal.model.cpu.integers import peak
+from shoal.model.cpu.parts import Layer, Matrix, Rows, Sight
+
+
+@fast
+def rms_norm(x, weight, eps, out):
+    """out [N, D] = x / rms(x) * weight."""
+    rows, width = x.shape
+    for n in range(rows):
+        scale = inverse_rms(x[n], eps)
+        for i in range(width):
+            out[n, i] = x[n, i] * scale * weight[i]
+
+
+@fast
+def swiglu(up, out):
+    """out [N, F] = silu(gate) * up for `up` [N, 2F], gate first."""
+    rows, inner = out.shape
+    one = up.dtype.type(1)
+    for n in range(rows):
+        for i in range(inner):
+            gate = up[n, i]
+            out[n, i] = gate / (one + exp(-gate)) * up[n, inner + i]
+
+
+@exact
+def scale_rows(x, top, tiny, out, scale):
+    """scale [N, 1] = max |x| / top, at least `tiny` (NaN where x holds one), and out [N, D] = x / scale. Rounded as torch
+    rounds it: the levels of INT8 depend on it."""
+    rows, width = x.shape
+    for n in range(rows):
+        most = peak(x[n])
+        broken = False
+        for i in range(width):
+            broken |= x[n, i] != x[n, i]
+        s = max(most / x.dtype.type(top), x.dtype.type(tiny))
+        if broken:
+            s = x.dtype.type(np.nan)
+        scale[n, 0] = s
+        for i in range(width):
+            out[n, i] = x[n, i] / s
+
+
+@fast
+def layer(x, weights, eps, rows, kv, summaries, sight):
+    """x [N, D] after a whole layer, a new array; K/V and summaries as `project_and_store` leaves them. `weights`, `rows` and
+    `sight` are what `parts.Layer`, `parts.Rows` and `parts.Sight` name, as plain tuples."""
+    w, r, look = Layer(*weights), Rows(*rows), Sight(*sight)
+    qkv, back, up, down = Matrix(*w.qkv), Matrix(*w.out), Matrix(*w.up), Matrix(*w.down)
+    count, width = x.shape
+    dim = len(w.q_norm)
+    out, normed, heads = np.empty_like(x), np.empty_like(x), np.empty((count, len(qkv.weight)), x.dtype)
+    rms_norm(x, w.attention_norm, eps, normed)
+    times(normed, qkv, heads)
+    q = np.empty((count, len(qkv.weight) // dim - 2 * kv.shape[1], dim), x.dtype)
+    project_and_store(heads, w.q_norm, w.k_norm, eps, r.keep, r.cross, r.positions, r.slots, r.block, kv, summaries, q)
+    mixed = np.empty_like(q)
+    attend(
+        q, kv, summaries, r.tables, r.short, r.requests, r.positions, r.block,
+        look.window, look.top_k, look.sinks, look.gamma, mixed,
+    )  # fmt: skip
+    times(mixed.reshape(count, -1), back, normed)
+    for n in range(count):
+        for i in range(width):
+            out[n, i] = x[n, i] + normed[n, i]
+    rms_norm(out, w.mlp_norm, eps, normed)
+    both, inner = np.empty((count, len(up.weight)), x.dtype), np.empty((count, len(up.weight) // 2), x.dtype)
+    times(normed, up, both)
+    swiglu(both, inner)
+    times(inner, down, normed)
+    for n in range(count):
+        for i in range(width):
+            out[n, i] += normed[n, i]
+    return out
+
+
+def times(x, matrix, out):
+    """out [N, O] = x [N, D] times the transpose of `matrix`: `product`, or `integers.linear`."""
+
+
+@overload(times)
+def _times(x, matrix, out):
+    if matrix.types[0].dtype == nb.int8:
+        return lambda x, matrix, out: integers.linear(x, matrix.weight, matrix.shift, matrix.scale, out)
+    return lambda x, matrix, out: product(x, matrix.weight, out)

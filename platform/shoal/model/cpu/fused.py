@@ -1,0 +1,199 @@
+"""A decoding step's small operators in one call each, for the CPU: the torch side of `decode`.
+
+`usable` says where they can stand in for the torch operators: on the CPU, in inference mode, in fp32 or fp64, with numba
+installed (the extra ``cpu``). Everything works without them, and to the same results within rounding.
+
+Letters: as in `decode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from shoal.model.cache import GroupCache, PagedStep
+from shoal.model.cpu.parts import Layer, Rows, Sight
+from shoal.model.reach import Reach
+
+Rope = tuple[Tensor, Tensor]
+PLAIN = torch.empty(0, dtype=torch.int32), torch.empty(0)  # shift and scale of a matrix in fp
+FEW = {1: 128, 2: 8}  # threads: rows up to which `product` in fp is faster than oneDNN (docs/log.md)
+SHORT = 16  # new tokens of a request that are attended one by one; longer chunks share what they read (`paged.py`)
+_TYPES = (torch.float32, torch.float64)
+
+
+def usable(x: Tensor) -> bool:
+    """May the functions below be used on `x`? Not under a dispatch mode, which could not see what they do, and never under
+    torch.compile, whose graph would end at each question below. Only in inference mode: FSDP, which evaluates without it, frees
+    memory that numpy would still hold."""
+    if torch.compiler.is_compiling():
+        return False
+    plain = x.device.type == "cpu" and x.dtype in _TYPES and torch.is_inference_mode_enabled()
+    return plain and not is_in_torch_dispatch_mode() and _kernels() is not None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    width = x.shape[-1]
+    _call("rms_norm", x.reshape(-1, width), weight, eps, out.view(-1, width))
+    return out
+
+
+def few(rows: int) -> bool:
+    """Is `product` there, and faster than oneDNN for so many rows? It uses one thread, so oneDNN is faster where it has
+    several."""
+    if torch.compiler.is_compiling():
+        return False
+    return rows <= FEW.get(torch.get_num_threads(), 0) and _kernels() is not None
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., D] times the transpose of weight [O, D], for `few` rows."""
+    out = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()  # tiles read rows that lie one after the other
+    _call("product", rows, weight.contiguous(), out.view(-1, len(weight)))
+    return out
+
+
+def swiglu(up: Tensor) -> Tensor:
+    """silu(gate) * up, [..., F] for [..., 2F], gate first."""
+    inner = up.shape[-1] // 2
+    out = torch.empty(*up.shape[:-1], inner, dtype=up.dtype)
+    _call("swiglu", up.reshape(-1, 2 * inner), out.view(-1, inner))
+    return out
+
+
+def scale_rows(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """x / s and s [N, 1] = max |x| / top of each row of x [N, D]; above 0 for a row of zeros as well."""
+    out, scale = torch.empty(x.shape, dtype=x.dtype), torch.empty(len(x), 1, dtype=x.dtype)
+    _call("scale_rows", x.contiguous(), top, torch.finfo(x.dtype).tiny, out, scale)
+    return out, scale
+
+
+def project_and_store(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    rope: Rope,
+    kv: Tensor,
+    summaries: Tensor,
+    step: PagedStep,
+) -> Tensor:
+    """q [N, H, d] of `qkv` [N, (H + 2 Hk) d], normed and turned; k and v are written as `paged.write_kv` writes them."""
+    dim = len(q_weight)
+    q = torch.empty(len(qkv), qkv.shape[-1] // dim - 2 * kv.shape[1], dim, dtype=qkv.dtype)
+    keep, cross = (table.view(-1, dim) for table in rope)
+    _call(
+        "project_and_store", qkv.contiguous(), q_weight, k_weight, eps, keep, cross, step.positions, step.slots,
+        step.block, kv, summaries, q,
+    )  # fmt: skip
+    return q
+
+
+def attend(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach, out: Tensor) -> None:
+    """Fill the rows of `out` [N, H, d] that belong to requests of at most `SHORT` new tokens: each row reads its window, its
+    chosen blocks and its tail only, what is in two of them once. q [N, H, d]."""
+    rows, requests = step.rows.once("short", lambda: _short(step.starts))
+    gamma = reach.gamma if reach.gamma is not None else q.new_empty(0)
+    _call(
+        "attend", q.contiguous(), kv, summaries, step.tables.contiguous(), rows, requests, step.positions, step.block,
+        _window(reach, step), reach.top_k, reach.sinks, gamma, out,
+    )  # fmt: skip
+
+
+class Views:
+    """The tensors of a layer as numpy arrays, kept: to make the 16 takes 15 us, and its products in INT8 some 300. They are
+    made anew when one of the tensors lies elsewhere; what is changed in place is seen through them."""
+
+    def __init__(self) -> None:
+        self._places: list[int] = []
+        self._arrays: tuple[Any, ...] = ()
+
+    def of(self, layer: Layer) -> tuple[Any, ...]:
+        """The arrays of `layer`, as plain tuples."""
+        places = [tensor.data_ptr() for tensor in layer.flat()]
+        if places != self._places:
+            self._places, self._arrays = places, _arrays(layer)
+        return self._arrays
+
+
+def layers(
+    x: Tensor,
+    parts: Sequence[tuple[tuple[Any, ...], Reach]],
+    eps: float,
+    rope: Rope,
+    cache: GroupCache,
+    step: PagedStep,
+) -> Tensor:
+    """x [N, D] after the layers of a group, for requests of at most `SHORT` rows each. `parts`: the weights of each layer as
+    `Views` gives them, and how far it looks. K/V and summaries are written to `cache`."""
+    run = _kernels().layer  # type: ignore[union-attr]
+
+    def shared() -> list[Any]:
+        rows, requests = step.rows.once("short", lambda: _short(step.starts))
+        return [_array(part) for part in (*(table.flatten(0, -2) for table in rope), step.positions, rows, requests)]
+
+    keep, cross, positions, rows, requests = step.rows.once("arrays", shared)
+    kv, summaries, slots, tables = map(_array, (cache.kv, cache.summaries, step.slots, step.tables.contiguous()))
+    state = _array(x.contiguous())
+    those = tuple(Rows(keep, cross, positions, slots, tables, rows, requests, step.block))
+    for j, (weights, reach) in enumerate(parts):
+        gamma = _array(reach.gamma if reach.gamma is not None else x.new_empty(0))
+        sight = tuple(Sight(_window(reach, step), reach.top_k, reach.sinks, gamma))
+        state = run(state, weights, eps, those, kv[j], summaries[j], sight)
+    return torch.from_numpy(state)
+
+
+def _arrays(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_arrays(part) if isinstance(part, tuple) else _array(part) for part in tensors)
+
+
+def _window(reach: Reach, step: PagedStep) -> int:
+    """The window, as far as there are pages: the loops make room for as much."""
+    return min(reach.window, step.tables.shape[1] * step.page)
+
+
+def _short(starts: list[int]) -> tuple[Tensor, Tensor]:
+    """Rows of the requests with at most `SHORT` rows, and the request of each."""
+    pairs = [(n, r) for r, (a, b) in enumerate(pairwise(starts)) if b - a <= SHORT for n in range(a, b)]
+    rows = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T.contiguous()
+    return rows[0], rows[1]
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """A block in which the loops may be compiled: `compiled.alone`, or nothing without numba."""
+    if _kernels() is None:
+        yield
+        return
+    from shoal.model.cpu import compiled
+
+    with compiled.alone():
+        yield
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    try:
+        from shoal.model.cpu import decode
+    except ImportError:  # no numba
+        return None
+    return decode
+
+
+def _call(name: str, *args: Any) -> Any:
+    return getattr(_kernels(), name)(*[_array(arg) if isinstance(arg, Tensor) else arg for arg in args])
+
+
+def _array(x: Tensor) -> Any:
+    return x.detach().numpy() if x.requires_grad else x.numpy()

@@ -1,0 +1,105 @@
+"""What a model directory says of itself: format, name, configuration, tokenizer and chat template. Read without torch, for who
+loads the weights too (`checkpoint`) and for who does not (`api.served`), so that both refuse the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shoal.config import ModelConfig, load, read_file
+from shoal.errors import CheckpointError, ConfigError
+from shoal.inputs.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
+SOURCE = "source.json"  # what an open model was imported from: family, what describes it, sha256 of its weights
+# how an answer is drawn: what a source may have a say in where a request is silent
+DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+FORMAT, VERSION = "shoal-model", 1
+INT8_SCHEME = 1  # version of `quant`: weights that another rounded are refused
+
+
+@dataclass(frozen=True)
+class Described:
+    name: str
+    config: ModelConfig
+    tokenizer: Tokenizer
+    chat_template: str
+
+
+def read(directory: str | Path) -> Described:
+    """Raises CheckpointError naming the file at fault: missing, of another format, or in contradiction with another."""
+    directory = Path(directory)
+    name, config = read_config(directory)
+    tokenizer = Tokenizer.load(directory / TOKENIZER)
+    if len(tokenizer) > config.vocab:
+        raise CheckpointError(
+            f"{directory}: tokenizer", got=f"{len(tokenizer)} tokens", allowed=f"at most {config.vocab}"
+        )
+    try:
+        template = (directory / TEMPLATE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {directory / TEMPLATE}", got=str(error)) from error
+    return Described(name, config, tokenizer, template)
+
+
+def read_config(directory: str | Path) -> tuple[str, ModelConfig]:
+    """Name and configuration of a model directory. Raises CheckpointError when it is not one of ours."""
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} is not a model directory", got=f"no {CONFIG}", do="give a directory made by shoal"
+        )
+    meta = read_json(path)
+    if meta.get("format") != FORMAT or meta.get("version") != VERSION:
+        got = f"{meta.get('format')} version {meta.get('version')}"
+        raise CheckpointError(f"{path}: format", got=got, allowed=f"{FORMAT} version {VERSION}")
+    if not isinstance(meta.get("name"), str) or not isinstance(meta.get("model"), dict):
+        raise CheckpointError(f"{path} lacks a name or a model", do="export the model again")
+    config = loaded(ModelConfig, meta["model"], path)
+    scheme = meta.get("int8_scheme", 1)  # the first did not say so
+    if config.quantization == "w8a8" and scheme != INT8_SCHEME:
+        raise CheckpointError(
+            f"{path}: int8_scheme", got=scheme, allowed=INT8_SCHEME,
+            do="quantise the fp32 model with this version of shoal",
+        )  # fmt: skip
+    return meta["name"], config
+
+
+def sampling(directory: str | Path) -> dict[str, Any]:
+    """What the source of an imported model says of `DRAWN`, for requests that do not; empty for a model of our own. Raises
+    CheckpointError for a file that cannot be read, and for what is no number."""
+    path = Path(directory) / SOURCE
+    told = (read_json(path).get("generation_config") or {}) if path.exists() else {}
+    numbers = {name: told[name] for name in DRAWN if told.get(name) is not None}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise CheckpointError(f"{path}: generation_config.{name}", got=value, allowed="a number")
+    return numbers
+
+
+def is_ours(directory: Path) -> bool:
+    """Does its configuration say that a directory is of our format, in whatever version?"""
+    try:
+        return read_json(directory / CONFIG).get("format") == FORMAT
+    except CheckpointError:
+        return False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a file of a model directory. Raises CheckpointError: the directory is at fault, not the command line."""
+    try:
+        return read_file(path)
+    except ConfigError as error:
+        raise CheckpointError(error.message) from error
+
+
+def loaded(kind: type[T], values: Mapping[str, Any], path: Path) -> T:
+    """A `kind` from the `values` in the file `path`. Raises CheckpointError naming the file and the key."""
+    try:
+        return load(kind, values)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error.message}") from error

@@ -1,0 +1,270 @@
+"""The router: from a prompt's first-group states to the depth that the answer needs.
+
+    prompt -> group 1 -> page sums -> features -> small MLP -> predicted gap of each early exit (mean, 0.8-quantile)
+           -> `choose`: the smallest exit within the tolerance, or the cheapest under the server's budget
+
+The gap of an exit is its loss minus full depth's, in nats a token, on the *answer*. Its predictions are calibrated on
+held-out prompts; the calibration travels with the model (``router.json``). Features are sums over pages, written when a
+page is complete, so a prompt served from the prefix cache is routed exactly as a fresh one (docs/architecture.md, "Depth").
+
+Letters: n prompt tokens, D width, P page, A early exits (all but full depth), M calibration prompts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shoal.config import ModelConfig
+from shoal.errors import DataError
+from shoal.inputs.tokenizer import PATCH_ID
+
+if TYPE_CHECKING:
+    from shoal.model.net import Net
+
+QUANTILE = 0.8
+HIDDEN = 64
+NOISE = 2.0  # standard deviations added to features in fitting: some hundred prompts are few for some hundred features
+TOLERANCES = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # nats/token, of the calibration's table
+NEVER = -1e9  # a bound that no predicted gap is within; JSON has no word for minus infinity
+HIGHEST_PRICE = 100.0  # nats for all layers: every prompt takes the first exit
+LEAST_PROMPTS = 8  # to fit, calibrate and test on
+EXTRA = 3  # columns of a page's sums beside the hidden state: NLL sum, NLL count, patch count
+
+
+def page_sums(net: Net, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Feature sums of each page, [ceil(n/P), D + 3]: hidden states, exit-1 NLL and how many tokens it covers, patches.
+
+    `hidden` [n, D] after group 1 and `tokens` [n], both from a page's start. The NLL is taken at four places a page, each
+    predicting the next token of the same page: cheap for the head, and a page's sums depend on that page alone.
+    """
+    page = net.config.page
+    at = torch.arange(len(tokens), device=tokens.device)
+    stride = sample_stride(page)
+    sampled = at[(at % stride == stride - 2) & (at + 1 < len(tokens))]
+    sampled = sampled[tokens[sampled + 1] != PATCH_ID]
+    sums = hidden.new_zeros(-(-len(tokens) // page), hidden.shape[1] + EXTRA)
+    sums[:, :-EXTRA].index_add_(0, at // page, hidden)
+    if len(sampled):
+        logits = net.head(hidden[sampled], net.config.exits[0])
+        nll = F.cross_entropy(logits, tokens[sampled + 1], reduction="none").to(sums.dtype)
+        sums[:, -3].index_add_(0, sampled // page, nll)
+        sums[:, -2].index_add_(0, sampled // page, torch.ones_like(nll))
+    sums[:, -1].index_add_(0, at // page, (tokens == PATCH_ID).to(sums.dtype))
+    return sums
+
+
+def sample_stride(page: int) -> int:
+    """Tokens from one place where the exit-1 NLL is taken to the next: four places a page."""
+    return max(2, page // 4)
+
+
+def features(sums: Tensor, last: Tensor, length: int) -> Tensor:
+    """What the router sees of one prompt, [2D + 3]: mean and last hidden state, mean exit-1 NLL, log length, image share.
+
+    `sums` [pages, D + 3] from `page_sums`, `last` [D] the last prompt token's state after group 1.
+    """
+    total = sums.sum(0)
+    nll = total[-3] / total[-2].clamp(min=1)
+    rest = torch.stack([nll, total.new_tensor(math.log(length)), total[-1] / length])
+    return torch.cat([total[:-EXTRA] / length, last, rest])
+
+
+@dataclass
+class Calibration:
+    """How predictions become decisions. Both tables rise along their first column and grow less cautious with it: a larger
+    tolerance or a smaller budget never deepens a request."""
+
+    default_tolerance: float = 0.05  # nats/token for depth "auto" when neither the request nor the server says
+    thresholds: list[tuple[float, float]] = field(default_factory=list)  # tolerance -> bound on the 0.8-quantile
+    prices: list[tuple[float, float]] = field(default_factory=list)  # compute budget -> price of a unit of cost
+    # What came of it on the test split, which neither the weights nor the tables have seen:
+    report: dict[str, float] = field(default_factory=dict)  # at the default tolerance, see `realised`
+    # tolerance, mean depth share, mean regret (nats/token), share of prompts whose own gap is above the tolerance
+    by_tolerance: list[tuple[float, float, float, float]] = field(default_factory=list)
+    by_budget: list[tuple[float, float, float]] = field(default_factory=list)  # budget, mean depth share, mean regret
+
+
+class Router(nn.Module):
+    """Predicted gaps of the early exits, and the decision. Weights are fp32 whatever the model's precision."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.exits = config.exits
+        inputs, early = 2 * config.width + EXTRA, len(config.exits) - 1
+        self.center: Tensor
+        self.spread: Tensor
+        self.register_buffer("center", torch.zeros(inputs))
+        self.register_buffer("spread", torch.ones(inputs))
+        self.hidden = nn.Linear(inputs, HIDDEN)
+        self.mean = nn.Linear(HIDDEN, early)
+        self.quantile = nn.Linear(HIDDEN, early)
+        self.calibration = Calibration()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and 0.8-quantile of the gap, each [..., A] in nats a token, for features [..., 2D + 3]."""
+        z = torch.tanh(self.hidden((x.float() - self.center) / self.spread))
+        return self.mean(z), self.quantile(z)
+
+    @torch.no_grad()
+    def choose(self, x: Tensor, tolerance: float | None = None, budget: float | None = None) -> int:
+        """The depth in layers for one prompt's features [2D + 3].
+
+        With `tolerance` (nats/token), the smallest exit whose calibrated bound is within it; else with `budget` in (0, 1],
+        the exit of least predicted gap plus priced cost; else by the calibration's default tolerance. A tolerance of 0
+        and a budget of 1 are full depth by definition, and features that are not finite are given it to be safe.
+        """
+        if not torch.isfinite(x).all():
+            return self.exits[-1]
+        mean, quantile = (y.tolist() for y in self(x))
+        if tolerance is None and budget is not None:
+            if budget >= 1:
+                return self.exits[-1]
+            price = _step_up(self.calibration.prices, budget)
+            costs = [gap + price * e / self.exits[-1] for gap, e in zip([*mean, 0.0], self.exits, strict=True)]
+            return self.exits[costs.index(min(costs))]
+        tolerance = self.calibration.default_tolerance if tolerance is None else tolerance
+        bound = _step_down(self.calibration.thresholds, tolerance)
+        if tolerance > 0:
+            for gap, e in zip(quantile, self.exits, strict=False):
+                if gap <= bound:
+                    return e
+        return self.exits[-1]
+
+
+def fit_router(
+    config: ModelConfig, x: Tensor, gaps: Tensor, groups: Tensor | None = None, *, seed: int = 0, steps: int = 400
+) -> Router:
+    """A calibrated router from features `x` [M, 2D + 3] and measured gaps [M, A] of held-out prompts.
+
+    Half of the prompts fit the weights, a quarter calibrates, a quarter tests (the calibration's report); those of one of
+    `groups` [M], whole numbers, do the same [each prompt is a group of its own]. Raises DataError for fewer than
+    `LEAST_PROMPTS` or three groups, and for features or gaps that are not finite.
+    """
+    if len(x) < LEAST_PROMPTS:
+        raise DataError("prompts to fit the router", got=len(x), allowed=f"at least {LEAST_PROMPTS}")
+    if not (torch.isfinite(x).all() and torch.isfinite(gaps).all()):
+        raise DataError("features or gaps of the router's prompts are not finite", do="retrain the model")
+    order, half, three = _dealt(torch.arange(len(x)) if groups is None else groups, seed)
+    x, gaps = x[order].float(), gaps[order].float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        router = Router(config)
+    router.center.copy_(x[:half].mean(0))
+    router.spread.copy_(x[:half].std(0).clamp(min=1e-3))
+    with torch.no_grad():  # what is not learned from a prompt is what the prompts have in common
+        router.mean.bias.copy_(gaps[:half].mean(0))
+        router.quantile.bias.copy_(gaps[:half].quantile(QUANTILE, dim=0))
+    optimizer, draws = (
+        torch.optim.AdamW(router.parameters(), lr=3e-3, weight_decay=0.1),
+        torch.Generator().manual_seed(seed),
+    )
+    for _ in range(steps):
+        mean, quantile = router(x[:half] + NOISE * router.spread * torch.randn(x[:half].shape, generator=draws))
+        miss = gaps[:half] - quantile
+        pinball = torch.maximum(QUANTILE * miss, (QUANTILE - 1) * miss).mean()
+        loss = F.huber_loss(mean, gaps[:half], delta=0.5) + pinball
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    router.requires_grad_(False)
+    _calibrate(router, x[half:three], gaps[half:three])
+    table, held = router.calibration, (x[three:], gaps[three:])
+    tested = order[three:] if groups is None else groups[order[three:]].unique()
+    table.report = {**realised(router, *held), "groups": float(len(tested))}
+    for tolerance in TOLERANCES:
+        found = realised(router, *held, tolerance=tolerance)
+        table.by_tolerance.append((tolerance, found["depth_share"], found["regret"], found["violations"]))
+    for budget, _ in table.prices[::10]:
+        spent, regret = _spent(router, *held, budget=budget)
+        table.by_budget.append((budget, float(spent.mean()), float(regret.mean())))
+    return router
+
+
+def _dealt(groups: Tensor, seed: int) -> tuple[Tensor, int, int]:
+    """An order of the prompts by group, and two places in it, near a half and three quarters, where a new group begins."""
+    kinds, of, sizes = groups.unique(return_inverse=True, return_counts=True)
+    if len(kinds) < 3:
+        raise DataError("documents or conversations to fit the router", got=len(kinds), allowed="at least 3")
+    drawn = torch.randperm(len(kinds), generator=torch.Generator().manual_seed(seed))
+    order = drawn.argsort()[of].argsort(stable=True)  # prompts of the first group drawn, then of the second, ...
+    ends = sizes[drawn].cumsum(0)
+    middles = ends - sizes[drawn] / 2  # a group goes where its middle falls
+    first = min(max(1, int((middles < len(groups) / 2).sum())), len(kinds) - 2)
+    second = min(max(first + 1, int((middles < 3 * len(groups) / 4).sum())), len(kinds) - 1)
+    return order, int(ends[first - 1]), int(ends[second - 1])
+
+
+def realised(router: Router, x: Tensor, gaps: Tensor, tolerance: float | None = None) -> dict[str, float]:
+    """What the router's decisions cost on prompts with known gaps: mean depth share, mean regret (nats/token), the share of
+    prompts whose own gap was above the tolerance, and the depth share if each took the smallest exit within it."""
+    limit = router.calibration.default_tolerance if tolerance is None else tolerance
+    spent, regret = _spent(router, x, gaps, tolerance=limit)
+    shares = torch.tensor([e / router.exits[-1] for e in router.exits])
+    within = torch.cat([gaps <= limit, torch.ones(len(gaps), 1, dtype=torch.bool)], dim=1)
+    return {
+        "tolerance": limit,
+        "prompts": float(len(x)),
+        "depth_share": float(spent.mean()),
+        "regret": float(regret.mean()),
+        "violations": float((regret > limit).float().mean()),
+        "oracle_depth_share": float(shares[within.float().argmax(1)].mean()),
+    }
+
+
+def _spent(
+    router: Router, x: Tensor, gaps: Tensor, tolerance: float | None = None, budget: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Share of the layers and gap [M] of what `choose` gives each of the prompts x [M, 2D + 3], with gaps [M, A]."""
+    full = torch.cat([gaps, gaps.new_zeros(len(gaps), 1)], dim=1)
+    depths = [router.choose(row, tolerance, budget) for row in x]
+    at = torch.tensor([router.exits.index(depth) for depth in depths])
+    return torch.tensor(depths) / router.exits[-1], full[torch.arange(len(x)), at]
+
+
+@torch.no_grad()
+def _calibrate(router: Router, x: Tensor, gaps: Tensor) -> None:
+    """Fill the tables: for each tolerance the largest bound up to which the mean realised gap stays within it (conformal risk
+    control, arXiv 2208.02814, with its 1/(n+1) correction), and for each budget, in steps of 0.01, the price by bisection."""
+    mean, quantile = router(x)
+    full = torch.cat([gaps, gaps.new_zeros(len(gaps), 1)], dim=1)
+    cost = torch.tensor([e / router.exits[-1] for e in router.exits])
+    rows, worst = torch.arange(len(x)), float(full.max().clamp(min=0))
+
+    def regret(bound: float) -> float:
+        within = torch.cat([quantile <= bound, torch.ones(len(x), 1, dtype=torch.bool)], dim=1)
+        picked = full[rows, within.float().argmax(1)]
+        return (float(picked.clamp(min=0).sum()) + worst) / (len(x) + 1)
+
+    bounds = sorted(quantile.flatten().tolist())
+    regrets = [regret(bound) for bound in bounds]
+    for tolerance in TOLERANCES:
+        # up to the first that is too much: a larger one that happens to fit again promises nothing
+        safe = itertools.takewhile(lambda pair, t=tolerance: pair[1] <= t, zip(bounds, regrets, strict=True))  # type: ignore[misc]
+        bound = max((bound for bound, _ in safe), default=NEVER)
+        router.calibration.thresholds.append((tolerance, bound))
+
+    gap = torch.cat([mean, mean.new_zeros(len(mean), 1)], dim=1).double()
+    budgets = torch.arange(round(100 * float(cost[0])), 100) / 100
+    low, high = torch.zeros(len(budgets), dtype=torch.float64), torch.full((len(budgets),), HIGHEST_PRICE).double()
+    for _ in range(40):
+        middle = (low + high) / 2
+        fits = cost[(gap + middle[:, None, None] * cost).argmin(2)].mean(1) <= budgets
+        low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
+    router.calibration.prices = [(round(b, 2), p) for b, p in zip(budgets.tolist(), high.tolist(), strict=True)]
+
+
+def _step_down(table: list[tuple[float, float]], at: float) -> float:
+    """The value of the last entry not above `at`: the cautious neighbour. -inf below the table."""
+    return max((value for key, value in table if key <= at), default=-math.inf)
+
+
+def _step_up(table: list[tuple[float, float]], at: float) -> float:
+    """The value of the last entry not above `at` for a table whose values fall; its first value below the table."""
+    return min((value for key, value in table if key <= at), default=table[0][1] if table else 0.0)

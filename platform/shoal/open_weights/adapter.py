@@ -1,0 +1,66 @@
+"""What LoRA has learned of an open model, as an adapter that PEFT loads beside the checkpoint that was imported.
+
+Our layers join q, k, v and gate, up in one matrix; so their thin matrix A is one and the same, and B's rows are cut.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shoal.errors import CheckpointError
+from shoal.machine import write_json
+from shoal.model import described
+from shoal.open_weights import families
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+_PREFIX = "base_model.model."
+
+
+def require_replaceable(to: Path) -> None:
+    """Raises CheckpointError where something else than an adapter of ours is in the directory `to`."""
+    if to.exists() and (not to.is_dir() or {path.name for path in to.iterdir()} - {CONFIG, WEIGHTS}):
+        raise CheckpointError(f"{to}", got="something that is there", do="take it out, or choose another --out")
+
+
+def write(lora: Path, model: Path, to: Path, *, alpha: float) -> None:
+    """Write the adapter `to` a directory, in place of one that is there: `lora` is the file of thin matrices of a run that
+    fine-tuned an imported model to `model`, and `alpha` the scale times the rank. Raises CheckpointError for a model that was
+    not imported, and for a directory with something else in it."""
+    if not (model / described.SOURCE).exists():
+        raise CheckpointError(f"{model} was not imported", got=f"no {described.SOURCE}", do="use the model itself")
+    require_replaceable(to)
+    _, config = described.read_config(model)
+    told = described.read_json(model / described.SOURCE)
+    thin = load_file(str(lora))
+    tensors: dict[str, Tensor] = {}
+    targets: set[str] = set()
+    for ours, theirs in families.names(told["family"], config):
+        name = ours.removesuffix(".weight")
+        if f"{name}.lora_a" not in thin:
+            continue
+        a, b = thin.pop(f"{name}.lora_a"), thin.pop(f"{name}.lora_b")
+        pieces = b.split(list(families.rows(config, ours, len(b), len(theirs))))
+        for module, piece in zip((each.removesuffix(".weight") for each in theirs), pieces, strict=True):
+            tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.clone()
+            tensors[f"{_PREFIX}{module}.lora_B.weight"] = piece.clone()
+            targets.add(module.rpartition(".")[2])
+            rank = len(a)
+    assert tensors and not thin, sorted(thin)
+    aside = to.with_name(f".{to.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file(tensors, str(aside / WEIGHTS), metadata={"format": "pt"})
+    write_json(
+        aside / CONFIG,
+        {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": told["name"], "r": rank,
+            "lora_alpha": alpha, "target_modules": sorted(targets), "lora_dropout": 0.0, "bias": "none",
+            "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "modules_to_save": None,
+        },
+    )  # fmt: skip
+    shutil.rmtree(to, ignore_errors=True)
+    aside.rename(to)

@@ -1,0 +1,231 @@
+"""A checkpoint of an open model to a model directory of ours, and back, a tensor at a time.
+
+Every tensor of the source is used exactly once or named in an error, and what is written takes its place when it is whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.config import FULL, ModelConfig
+from shoal.errors import CheckpointError
+from shoal.machine import write_json
+from shoal.model import checkpoint, described, files
+from shoal.model.model import Model
+from shoal.model.net import Net
+from shoal.open_weights import depths, families, known, proof, streams
+from shoal.open_weights.gguf import Gguf
+from shoal.open_weights.sources import DTYPES, Folder, Source, opened_weights
+
+FETCHED = "fetched"  # folder beside a model directory, with what pip fetched for it
+PRECISIONS = ("source", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import gave."""
+
+    out: str
+    family: str
+    config: ModelConfig
+    dtype: str
+    tensors: int  # of the source
+    bytes: int  # of the weights that were written
+
+
+def opened(path: str | Path, directory: Path) -> Source:
+    """The checkpoint at `path`, a folder or a ``.gguf``, or one of `known.names`, which is fetched into `directory`. Raises
+    CheckpointError when it is none of them."""
+    if str(path) in known.names() and not Path(path).exists():
+        path = known.fetched(str(path), directory)
+    path = Path(path)
+    if path.is_dir():
+        return Folder(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return Gguf(path)
+    what = "a file" if path.is_file() else "nothing"
+    allowed = ["a folder with config.json and safetensors", "a .gguf", *known.names()]
+    raise CheckpointError(f"{path}", got=what, allowed=allowed)
+
+
+def import_model(
+    source: str | Path,
+    out: str | Path,
+    *,
+    name: str | None = None,
+    dtype: str = "source",
+    context: int = 0,
+    chat_template: str | None = None,
+    shard_bytes: int = files.SHARD,
+) -> Imported:
+    """Write the model directory `out` from a checkpoint. `name` [the source's], `dtype` of its weights, one of `PRECISIONS`,
+    `context`: longest text in tokens [the source's], `chat_template` in place of the source's. Raises CheckpointError naming
+    the file, key or tensor at fault; then nothing is written."""
+    checkpoint.require_replaceable(out)
+    origin = opened(source, Path(out).resolve().parent / FETCHED)
+    family = families.family_of(origin.config)
+    there = {each: told for each, told in origin.tensors().items() if not families.is_derived(each)}
+    tied = _tied(origin, there)
+    config = families.shape_of(origin.config, there.keys(), tied=tied, context=context)
+    if tied:
+        there.pop(families.HEAD, None)
+    table = dict(families.names(family, config))
+    _need_all(there, table, family, config)
+    kept = (
+        _dtype(there) if dtype == "source" else DTYPES[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]]
+    )
+    with torch.device("meta"):
+        state = Net(config).state_dict()
+    assert state.keys() == table.keys(), state.keys() ^ table.keys()
+    _need_shapes(there, table, state, config)
+    tokenizer, template = origin.vocabulary(chat_template)
+    if len(tokenizer) > config.vocab:
+        got = f"{len(tokenizer)} tokens"
+        raise CheckpointError(f"tokenizer of {source}", got=got, allowed=f"at most vocab_size ({config.vocab})")
+    generation = {**origin.generation, **known.names().get(str(source), {}).get("generation", {})}
+    name = name or (str(source) if str(source) in known.names() else origin.name)
+    planned = {ours: (kept, tuple(state[ours].shape)) for ours in table}
+    with checkpoint.replacing(Path(out)) as aside:
+        streams.write(aside, planned, _pieces(origin, table, state, kept), shard_bytes)
+        digest = files.weights_sha256(aside)
+        told = {"family": family, "name": origin.name, "config": dict(origin.config), "weights_sha256": digest}
+        told |= {
+            "generation_config": generation,
+            "dtype": str(kept).removeprefix("torch."),
+            **origin.extra,
+        }
+        for licence in origin.licences():
+            shutil.copy(licence, aside / licence.name)
+        checkpoint.describe(aside, config, name, tokenizer, template, told, _card(name, family, origin))
+        files.write_manifest(aside)
+    total = sum(streams.size(*each) for each in planned.values())
+    return Imported(str(out), family, config, str(kept).removeprefix("torch."), len(there), total)
+
+
+def _pieces(
+    origin: Source, table: Mapping[str, tuple[str, ...]], state: Mapping[str, Tensor], kept: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of ours, a piece for each of theirs."""
+    for ours, theirs in table.items():
+        if not theirs:
+            yield ours, torch.zeros(state[ours].shape, dtype=kept)
+        for name in theirs:
+            yield ours, streams.need_finite(name, origin.read(name).to(kept))
+
+
+def _tied(origin: Source, there: Mapping[str, Any]) -> bool:
+    """Is the token table the head as well? As the tensors say: a head of its own that equals the table where the configuration
+    says so is none. Raises CheckpointError where there is no head and the configuration wants one."""
+    said = bool(origin.config.get("tie_word_embeddings", False))
+    if families.HEAD not in there:
+        if not said:
+            raise CheckpointError(f"tensor {families.HEAD} is missing", got="tie_word_embeddings false")
+        return True
+    if not said or there[families.HEAD] != there.get(families.EMBEDDING):
+        return False
+    return torch.equal(origin.read(families.HEAD), origin.read(families.EMBEDDING))
+
+
+def _need_all(there: Mapping[str, Any], table: Mapping[str, tuple[str, ...]], family: str, config: ModelConfig) -> None:
+    """Raises CheckpointError naming a tensor that is missing, or that nothing is made of."""
+    wanted = {name for theirs in table.values() for name in theirs}
+    for name in sorted(wanted - there.keys()):
+        near = [other for other in sorted(there.keys() - wanted) if other.split(".")[:3] == name.split(".")[:3]]
+        raise CheckpointError(f"tensor {name} is missing", got=f"{near[0]} in its place" if near else None)
+    for name in sorted(there.keys() - wanted):
+        allowed = f"the tensors of {config.layers} layers of {family}"
+        raise CheckpointError(f"tensor {name} is not used", allowed=allowed, do="it would change what the model says")
+
+
+def _need_shapes(
+    there: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    table: Mapping[str, tuple[str, ...]],
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+) -> None:
+    """Raises CheckpointError naming a tensor of another shape than the configuration gives it."""
+    for ours, theirs in table.items():
+        first, *rest = state[ours].shape
+        for name, rows in zip(theirs, families.rows(config, ours, first, len(theirs)) if theirs else (), strict=True):
+            if there[name][1] != (rows, *rest):
+                allowed = f"{[rows, *rest]} by config.json"
+                raise CheckpointError(f"tensor {name}", got=list(there[name][1]), allowed=allowed)
+
+
+def _dtype(there: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> torch.dtype:
+    """What most of the weights are stored as."""
+    counts: Counter[torch.dtype] = Counter()
+    for dtype, shape in there.values():
+        counts[dtype] += torch.Size(shape).numel()
+    return counts.most_common(1)[0][0]
+
+
+def _card(name: str, family: str, origin: Source) -> str:
+    return f"# {name}\n\nImported from {origin.name} ({family}). Its licence holds for these weights too.\n"
+
+
+def export_model(
+    directory: str | Path, to: str | Path, *, depth: str = FULL, check: bool = True, shard_bytes: int = files.SHARD
+) -> int:
+    """Write an imported model as a checkpoint of its family again, its tensors equal to the bit where its dtype was kept; or an
+    early `depth` of an adapted one, which has a layer more than it runs. With `check` it is read again and compared, in the
+    memory of one model. Returns how many tensors. Raises CheckpointError for a model that was not imported, or is quantised,
+    and where the comparison fails; ConfigError for a depth that it has not. Then nothing is written."""
+    directory, to = Path(directory), Path(to)
+    _, config = described.read_config(directory)
+    if not (directory / described.SOURCE).exists() or config.quantization != "none":
+        got = "a quantised model" if config.quantization != "none" else f"no {described.SOURCE}"
+        raise CheckpointError(f"{directory} cannot be exported", got=got, do="give a model that `shoal import` made")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise CheckpointError(f"{to}", got="something that is there", do="choose a place that is empty")
+    told = described.read_json(directory / described.SOURCE)
+    files.check(directory)
+    held = {path: opened_weights(path) for path in files.weight_files(directory)}
+    at = {name: opened for opened in held.values() for name in opened.keys()}  # noqa: SIM118, no mapping
+    cut, layers = depths.alone(config, depth), config.depth(depth)
+    table = {ours: theirs for ours, theirs in families.names(told["family"], cut) if theirs}
+    with torch.device("meta"):
+        state = Net(cut).state_dict()
+    kept = DTYPES[at["embed.weight"].get_slice("embed.weight").get_dtype()]
+    planned: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    cuts: dict[str, tuple[str, int, int]] = {}
+    for ours, theirs in table.items():
+        first, *rest = state[ours].shape
+        start = 0
+        for name, rows in zip(theirs, families.rows(cut, ours, first, len(theirs)), strict=True):
+            planned[name] = kept, (rows, *rest)
+            cuts[name] = ours, start, start + rows
+            start += rows
+
+    def part(ours: str, a: int, b: int) -> Tensor:
+        found = depths.origin(ours, config, layers, cut)
+        if isinstance(found, float):
+            return torch.full((b - a, *state[ours].shape[1:]), found, dtype=kept)
+        read: Tensor = at[found].get_slice(found)[a:b]
+        return read
+
+    loaded = described.read(directory)
+    source = proof.Told(Model.load(directory), depth) if check else None
+    with checkpoint.replacing(to) as aside:
+        streams.write(aside, planned, ((name, part(*where)) for name, where in cuts.items()), shard_bytes)
+        dtype = str(kept).removeprefix("torch.")
+        config_json = depths.described(told["config"], layers, cut)
+        write_json(aside / "config.json", {**config_json, "dtype": dtype, "torch_dtype": dtype})
+        for key in ("generation_config", "tokenizer_config"):
+            if told.get(key):
+                write_json(aside / f"{key}.json", told[key])
+        (aside / described.TOKENIZER).write_text(loaded.tokenizer.plain_json, encoding="utf-8")
+        (aside / described.TEMPLATE).write_text(loaded.chat_template, encoding="utf-8")
+        for licence in files.licences(directory):
+            shutil.copy(licence, aside / licence.name)
+        if source is not None:
+            proof.hold(source, aside, to.resolve().parent)
+    return len(planned)

@@ -1,0 +1,229 @@
+"""What the families of open models have in common with our network, and where they differ: one table of names for all, and for
+each family the settings of our one block. Read forwards it imports, read backwards it exports.
+
+A name of ours stands for one tensor of theirs, or for several that are joined along their first dim in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal.config import ModelConfig
+from shoal.errors import CheckpointError, ConfigError
+from shoal.open_weights import rope
+
+Names = Mapping[str, tuple[str, ...]]
+PAGE = 16  # tokens of a page and of a block, of which no dense layer makes use
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_LAYER: Names = {
+    "attention_norm.weight": ("input_layernorm.weight",),
+    "attention.qkv.weight": tuple(f"self_attn.{name}.weight" for name in _PROJECTIONS),
+    "attention.qkv_bias": tuple(f"self_attn.{name}.bias" for name in _PROJECTIONS),
+    "attention.q_norm.weight": ("self_attn.q_norm.weight",),
+    "attention.k_norm.weight": ("self_attn.k_norm.weight",),
+    "attention.out.weight": ("self_attn.o_proj.weight",),
+    "mlp_norm.weight": ("post_attention_layernorm.weight",),
+    "mlp.up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.down.weight": ("mlp.down_proj.weight",),
+}
+_FUSED: Names = {
+    "attention.qkv.weight": ("self_attn.qkv_proj.weight",),
+    "mlp.up.weight": ("mlp.gate_up_proj.weight",),
+}
+_NORMS_AFTER: Names = {
+    "attention_norm.weight": ("post_attention_layernorm.weight",),
+    "mlp_norm.weight": ("post_feedforward_layernorm.weight",),
+}
+EMBEDDING, HEAD, LAST_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+_DERIVED = ("rotary_emb.inv_freq",)  # ends of names of tensors that say nothing new
+
+
+@dataclass(frozen=True)
+class Family:
+    """`layer`: what its tensors of a layer are called, where not as Llama's; `settings`: of our block; `defaults`: what its
+    config.json means where it does not say it."""
+
+    layer: Names = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    # a layer's, if layer_types is not given
+    windowed: Callable[[Mapping[str, Any], int], bool] = lambda config, layer: False
+
+
+def _all_windowed(config: Mapping[str, Any], layer: int) -> bool:
+    return config.get("sliding_window") is not None
+
+
+def _late_windowed(config: Mapping[str, Any], layer: int) -> bool:
+    return bool(config.get("use_sliding_window")) and layer >= int(config.get("max_window_layers", 28))
+
+
+FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": Family(defaults={"max_position_embeddings": 2048}),
+    "MistralForCausalLM": Family(defaults={"max_position_embeddings": 131072}, windowed=_all_windowed),
+    "Qwen2ForCausalLM": Family(defaults={"max_position_embeddings": 32768}, windowed=_late_windowed),
+    "Qwen3ForCausalLM": Family(
+        settings={"qk_norm": "head"}, defaults={"max_position_embeddings": 32768}, windowed=_late_windowed
+    ),
+    "Olmo2ForCausalLM": Family(
+        layer=_NORMS_AFTER,
+        settings={"qk_norm": "all", "norm_place": "after"},
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+    ),
+    "Phi3ForCausalLM": Family(
+        layer=_FUSED, defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}, windowed=_all_windowed
+    ),
+    "SmolLM3ForCausalLM": Family(
+        defaults={"max_position_embeddings": 32768, "rope_theta": 2_000_000.0, "no_rope_layer_interval": 4},
+        windowed=_late_windowed,
+    ),
+}
+_MODEL_TYPES = {
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM", "phi3": "Phi3ForCausalLM", "smollm3": "SmolLM3ForCausalLM",
+}  # fmt: skip
+
+# What is known and cannot be had: a word in the name of the architecture, and the reason.
+REFUSED = (
+    ("Moe", "a mixture of experts"), ("Mixtral", "a mixture of experts"), ("Deepseek", "a mixture of experts"),
+    ("GptOss", "a mixture of experts"), ("Llama4", "a mixture of experts"), ("Jamba", "linear attention"),
+    ("Mamba", "linear attention"), ("Rwkv", "linear attention"), ("Qwen3Next", "linear attention"),
+    ("Qwen3_5", "linear attention"), ("Lfm2", "linear attention"), ("RecurrentGemma", "linear attention"),
+    ("FalconH1", "linear attention"), ("Gemma2", "soft-capped scores"), ("Gemma", "norms around each part, and GeGLU"),
+)  # fmt: skip
+_KEYS = {  # of config.json, when they say something: the reason
+    "quantization_config": "quantised: give the checkpoint that it was made from",
+    "num_experts": "a mixture of experts", "num_local_experts": "a mixture of experts",
+    "n_routed_experts": "a mixture of experts", "attn_logit_softcapping": "soft-capped scores",
+    "final_logit_softcapping": "soft-capped scores",
+}  # fmt: skip
+
+
+def family_of(config: Mapping[str, Any]) -> str:
+    """The architecture that a ``config.json`` names. Raises CheckpointError with the reason for one that cannot be imported."""
+    named = config.get("architectures") or [_MODEL_TYPES.get(str(config.get("model_type")), "")]
+    name = str(named[0]) or str(config.get("model_type"))
+    reason = next((reason for word, reason in REFUSED if word in name), None)
+    if name not in FAMILIES:
+        got = f"{name}: {reason}" if reason else name
+        raise CheckpointError("architecture", got=got, allowed=list(FAMILIES))
+    for key, why in _KEYS.items():
+        if config.get(key):
+            raise CheckpointError(f"config.json: {key}", got=why, do="choose a dense checkpoint of plain weights")
+    return name
+
+
+def shape_of(config: Mapping[str, Any], tensors: Collection[str], *, tied: bool, context: int = 0) -> ModelConfig:
+    """Our configuration of what a ``config.json`` describes and the names of its `tensors` confirm; `tied`: is the token table
+    the head as well? `context`: serve no longer texts than this many tokens [the source's]. Raises CheckpointError naming the
+    key that is missing, contradictory, or of something that our network does not do."""
+    name = family_of(config)
+    family = FAMILIES[name]
+    told: dict[str, Any] = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu"}
+    told |= {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
+
+    def whole(key: str) -> int:
+        value = told.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"config.json: {key}", got=value, allowed="a whole number above 0")
+        return value
+
+    layers, width, heads = whole("num_hidden_layers"), whole("hidden_size"), whole("num_attention_heads")
+    if told["hidden_act"] not in ("silu", "swish"):
+        raise CheckpointError("config.json: hidden_act", got=told["hidden_act"], allowed="silu")
+    head_dim = whole("head_dim") if told.get("head_dim") else width // heads
+    share = float(
+        (told.get("rope_parameters") or {}).get("partial_rotary_factor") or told.get("partial_rotary_factor") or 1
+    )
+    dims = int(head_dim * share)
+    rates, most = rope.rates(told, dims, float(told["rope_theta"]))
+    length = min(n for n in (whole("max_position_embeddings"), most, context) if n)
+    kinds = _kinds(told, family, layers)
+    window = int(told["sliding_window"]) if "L" in kinds else length
+    if window >= length:
+        kinds, window = "D" * layers, length
+    values: dict[str, Any] = {
+        "vocab": whole("vocab_size"), "layers": layers, "width": width, "heads": heads,
+        "kv_heads": whole("num_key_value_heads") if told.get("num_key_value_heads") else heads, "head_dim": head_dim,
+        "ffn": whole("intermediate_size"), "train_length": length, "max_length": length, "window": window, "block": PAGE,
+        "page": PAGE, "top_k": 1, "sinks": 0, "mix_mode": "fixed", "attn_pattern": _short(kinds),
+        "rope_theta": float((told.get("rope_parameters") or {}).get("rope_theta") or told["rope_theta"]), "rope_dims": dims,
+        "rope_rates": rates, "rope_pattern": _short(_turned(told, layers)), "norm_eps": float(told["rms_norm_eps"]),
+        "qk_norm": "none", "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in tensors, "tied": tied, "embed_scale": 1.0,
+        "early_exits": False, "image_size": 0,
+    }  # fmt: skip
+    try:
+        return ModelConfig(**{**values, **family.settings})
+    except ConfigError as error:
+        raise CheckpointError(f"config.json of {name}: {error.message}") from error
+
+
+def _kinds(told: Mapping[str, Any], family: Family, layers: int) -> str:
+    """D or L of each layer."""
+    letters = {"full_attention": "D", "sliding_attention": "L"}
+    types = told.get("layer_types")
+    if types is None:
+        return "".join("L" if family.windowed(told, layer) else "D" for layer in range(layers))
+    odd = next((kind for kind in types if kind not in letters), None)
+    if odd is not None or len(types) != layers:
+        got = odd if odd is not None else f"{len(types)} for {layers} layers"
+        raise CheckpointError("config.json: layer_types", got=got, allowed=list(letters))
+    kinds = "".join(letters[kind] for kind in types)
+    if "L" in kinds and not told.get("sliding_window"):
+        raise CheckpointError("config.json: sliding_window", got=None, allowed="tokens, as layer_types names it")
+    return kinds
+
+
+def _turned(told: Mapping[str, Any], layers: int) -> str:
+    """R or N of each layer: 1 in `no_rope_layers` means that rope is used."""
+    if not (told.get("no_rope_layers") or told.get("no_rope_layer_interval")):
+        return "R"
+    flags = told.get("no_rope_layers") or [(n + 1) % told["no_rope_layer_interval"] for n in range(layers)]
+    if len(flags) != layers:
+        raise CheckpointError(
+            "config.json: no_rope_layers", got=f"{len(flags)} numbers", allowed=f"{layers}, one a layer"
+        )
+    return "".join("R" if flag else "N" for flag in flags)
+
+
+def _short(letters: str) -> str:
+    return letters[0] if len(set(letters)) == 1 else letters
+
+
+def names(family: str, config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each tensor of our network, and theirs that it is joined of. Gates, which they have not, have none."""
+    layer = {**_LAYER, **FAMILIES[family].layer}
+    yield "embed.weight", (EMBEDDING,)
+    first = 0
+    for group, end in enumerate(config.ends):
+        for number in range(first, end):
+            for ours, theirs in layer.items():
+                if ours == "attention.qkv_bias" and not config.qkv_bias:
+                    continue
+                if ours.endswith(("q_norm.weight", "k_norm.weight")) and config.qk_norm == "none":
+                    continue
+                at = f"groups.{group}.blocks.{number - first}"
+                yield f"{at}.{ours}", tuple(f"model.layers.{number}.{name}" for name in theirs)
+            if config.attention_kind(number) != "D":
+                yield f"groups.{group}.blocks.{number - first}.attention.gate", ()
+        first = end
+    yield f"exit_norms.{config.layers}.weight", (LAST_NORM,)
+    if not config.tied:
+        yield "output.weight", (HEAD,)
+
+
+def rows(config: ModelConfig, ours: str, total: int, pieces: int) -> tuple[int, ...]:
+    """How many of the `total` first-dim rows of a tensor of ours each of its `pieces` has."""
+    if pieces == 1:
+        return (total,)
+    if "qkv" in ours:
+        return config.heads * config.head_dim, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim
+    return (config.ffn,) * pieces
+
+
+def is_derived(name: str) -> bool:
+    """Does a tensor say nothing that the configuration does not?"""
+    return name.endswith(_DERIVED)

@@ -1,0 +1,305 @@
+"""A ``.gguf`` as a source: its numbers, its names and its tokenizer under those of Hugging Face.
+
+Weights in blocks of 32 come out as fp32:   Q4_0 d (q - 8)   Q4_1 d q + m   Q8_0 d q     d, m in fp16, q of 4 or 8 bits
+For its Llamas llama.cpp turns neighbouring dims, so there the rows of q and k lie in another order (`_unpermuted`).
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+from shoal.errors import CheckpointError
+from shoal.inputs.tokenizer import Tokenizer
+from shoal.model import files
+from shoal.open_weights import rope
+from shoal.open_weights.families import EMBEDDING, HEAD, LAST_NORM
+
+_MAGIC, _VERSIONS = b"GGUF", (2, 3)
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+_LIMIT = 2**28  # things in one list: more is a damaged file
+
+# what a file holds under its number: name, numbers in a block, bytes of a block
+_KINDS = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34),
+}  # fmt: skip
+_OTHERS = {6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"}
+
+_OUTSIDE = {"token_embd.weight": EMBEDDING, "output_norm.weight": LAST_NORM, "output.weight": HEAD}
+_LAYER = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_FACTORS = "rope_freqs.weight"  # by which each pair turns slower
+_CONTROL, _USER_DEFINED = 3, 4  # kinds of tokens
+
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _split(digits: str) -> pre_tokenizers.PreTokenizer:
+    """The pieces of Llama 3's and Qwen's vocabularies, which differ in how many `digits` stay together."""
+    pieces = pre_tokenizers.Split(Regex(_LETTERS + digits + _REST), behavior="isolated", invert=False)
+    return pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _digits() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+_PIECES: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "smollm": _digits,
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "llama-bpe": lambda: _split(r"\p{N}{1,3}"),
+    "qwen2": lambda: _split(r"\p{N}"),
+}
+
+
+@dataclass(frozen=True)
+class _Place:
+    kind: int
+    shape: tuple[int, ...]  # as torch's: the last dim lies together
+    start: int  # byte in the file
+
+
+class Gguf:
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError for a file that is cut short, of another version, or of an architecture that is not known."""
+        self._path, self._at = path, 0
+        try:
+            with path.open("rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {path}", got=str(error)) from error
+        magic, version = self._bytes[:4], self._number("<I", at=4) if len(self._bytes) >= 8 else 0
+        if magic != _MAGIC or version not in _VERSIONS:
+            raise CheckpointError(f"{path}: format", got=f"{magic!r} version {version}", allowed="GGUF version 2 or 3")
+        self._at = 8
+        count, pairs = self._number("<Q"), self._number("<Q")
+        self._meta = {self._text(): self._value(self._number("<I")) for _ in range(self._sane(pairs))}
+        self._places = self._tensor_places(self._sane(count))
+        self.name = path.stem
+        self.generation: Mapping[str, Any] = {}
+        names = {"tokenizer_class": "PreTrainedTokenizerFast", **self._token_names()}
+        self.extra: Mapping[str, Any] = {"licence": self._meta.get("general.license"), "tokenizer_config": names}
+        self.config: Mapping[str, Any] = self._config()
+
+    # --- the file -----------------------------------------------------------------------------------------------------
+
+    def _take(self, size: int) -> bytes:
+        if self._at + size > len(self._bytes):
+            raise self._cut()
+        found = self._bytes[self._at : self._at + size]
+        self._at += size
+        return found
+
+    def _cut(self) -> CheckpointError:
+        return CheckpointError(f"{self._path} was cut short", got=f"{len(self._bytes)} bytes", do="fetch it again")
+
+    def _number(self, form: str, at: int | None = None) -> Any:
+        if at is not None:
+            self._at = at
+        return struct.unpack(form, self._take(struct.calcsize(form)))[0]
+
+    def _sane(self, count: int) -> int:
+        if count > _LIMIT:
+            raise CheckpointError(f"{self._path} is damaged", got=f"a list of {count}", do="fetch it again")
+        return count
+
+    def _text(self) -> str:
+        return self._take(self._sane(self._number("<Q"))).decode("utf-8", errors="replace")
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._text()
+        if kind == _ARRAY:
+            inner, count = self._number("<I"), self._sane(self._number("<Q"))
+            return [self._value(inner) for _ in range(count)]
+        if kind not in _SCALARS:
+            raise CheckpointError(f"{self._path} is damaged", got=f"a value of kind {kind}", do="fetch it again")
+        return self._number(_SCALARS[kind])
+
+    def _tensor_places(self, count: int) -> dict[str, _Place]:
+        told = []
+        for _ in range(count):
+            name = self._text()
+            shape = tuple(self._number("<Q") for _ in range(self._sane(self._number("<I"))))[::-1]
+            told.append((name, shape, self._number("<I"), self._number("<Q")))
+        align = int(self._meta.get("general.alignment", 32))
+        begin = -(-self._at // align) * align
+        found = {}
+        for name, shape, kind, offset in told:
+            if kind not in _KINDS:
+                got = _OTHERS.get(kind, f"kind {kind}")
+                do = "take the file in one of these, or the checkpoint that it was quantised from"
+                allowed = [each for each, _, _ in _KINDS.values()]
+                raise CheckpointError(f"tensor {name}", got=got, allowed=allowed, do=do)
+            found[name] = _Place(kind, shape, begin + offset)
+            if begin + offset + self._size(found[name]) > len(self._bytes):
+                raise self._cut()
+        return found
+
+    @staticmethod
+    def _size(place: _Place) -> int:
+        _, block, size = _KINDS[place.kind]
+        return torch.Size(place.shape).numel() // block * size
+
+    def _numbers(self, name: str) -> Tensor:
+        """A tensor of the file in fp32, F16 or BF16 as it lies there."""
+        place = self._places[name]
+        kind, block, size = _KINDS[place.kind]
+        raw = np.frombuffer(self._bytes, np.uint8, self._size(place), place.start).copy()
+        if block == 1:
+            dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
+            return torch.from_numpy(raw).view(dtype).view(place.shape)
+        blocks = torch.from_numpy(raw).view(-1, size)
+        scale = blocks[:, :2].contiguous().view(torch.float16).float()
+        if kind == "Q8_0":
+            return (blocks[:, 2:].contiguous().view(torch.int8).float() * scale).view(place.shape)
+        packed = blocks[:, -16:]
+        levels = torch.cat([packed & 15, packed >> 4], dim=1).float()
+        if kind == "Q4_0":
+            return ((levels - 8) * scale).view(place.shape)
+        least = blocks[:, 2:4].contiguous().view(torch.float16).float()
+        return (levels * scale + least).view(place.shape)
+
+    # --- under Hugging Face's names -----------------------------------------------------------------------------------
+
+    def _config(self) -> dict[str, Any]:
+        arch = self._meta.get("general.architecture")
+        if arch not in _ARCHITECTURES:
+            raise CheckpointError(f"{self._path}: architecture", got=arch, allowed=list(_ARCHITECTURES))
+
+        def told(key: str, default: Any = None) -> Any:
+            found = self._meta.get(f"{arch}.{key}", default)
+            if found is None:
+                raise CheckpointError(f"{self._path}: {arch}.{key} is missing")
+            return found
+
+        heads, width = told("attention.head_count"), told("embedding_length")
+        if told("expert_count", 0):
+            raise CheckpointError(f"{self._path}: expert_count", got="a mixture of experts", do="choose a dense model")
+        config = {
+            "architectures": [_ARCHITECTURES[arch]], "model_type": arch, "hidden_act": "silu", "hidden_size": width,
+            "num_attention_heads": heads,
+            "num_hidden_layers": told("block_count"), "num_key_value_heads": told("attention.head_count_kv", heads),
+            "head_dim": told("attention.key_length", width // heads), "intermediate_size": told("feed_forward_length"),
+            "rms_norm_eps": _short(told("attention.layer_norm_rms_epsilon")), "rope_theta": told("rope.freq_base", 10_000.0),
+            "max_position_embeddings": told("context_length"), "vocab_size": len(self._meta.get("tokenizer.ggml.tokens", [])),
+            "tie_word_embeddings": "output.weight" not in self._places,
+            "eos_token_id": self._meta.get("tokenizer.ggml.eos_token_id"),
+            "bos_token_id": self._meta.get("tokenizer.ggml.bos_token_id"),
+        }  # fmt: skip
+        kind = told("rope.scaling.type", "none")
+        if kind == "linear":
+            config["rope_scaling"] = {"rope_type": "linear", "factor": told("rope.scaling.factor")}
+        elif kind not in ("none", "", None):
+            raise CheckpointError(f"{self._path}: rope.scaling.type", got=kind, allowed=["none", "linear"])
+        if _FACTORS in self._places:
+            plain, _ = rope.rates(config, config["head_dim"], config["rope_theta"])
+            factors = self._numbers(_FACTORS).float()
+            config["rope_scaling"] = {"rope_type": "rates", "rates": (torch.tensor(plain) / factors).tolist()}
+        return config
+
+    @cached_property
+    def _theirs(self) -> dict[str, str]:
+        """Hugging Face's name of each tensor -> the file's. What is not known keeps its own, and is then refused by it."""
+        found = {}
+        for name in self._places:
+            made = _OUTSIDE.get(name, name)
+            parts = name.split(".")
+            if parts[0] == "blk" and len(parts) == 4 and parts[2] in _LAYER:
+                made = f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{parts[3]}"
+            if name != _FACTORS:
+                found[made] = name
+        return found
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        whole = {"F16": torch.float16, "BF16": torch.bfloat16}
+        return {
+            made: (whole.get(_KINDS[self._places[name].kind][0], torch.float32), self._places[name].shape)
+            for made, name in self._theirs.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        found = self._numbers(self._theirs[name])
+        permuted = self._meta["general.architecture"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight"))
+        return _unpermuted(found, self.config["head_dim"]) if permuted else found
+
+    # --- the tokenizer ------------------------------------------------------------------------------------------------
+
+    def _token_names(self) -> dict[str, str]:
+        """Control tokens as Hugging Face calls them."""
+        tokens, found = self._meta.get("tokenizer.ggml.tokens", []), {}
+        for short, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+            number = self._meta.get(f"tokenizer.ggml.{key}_token_id")
+            if number is not None and number < len(tokens):
+                found[f"{short}_token"] = tokens[number]
+        return found
+
+    def vocabulary(self, template: str | None) -> tuple[Tokenizer, str]:
+        from shoal.open_weights.vocabulary import made
+
+        def told(key: str) -> Any:
+            return self._meta.get(f"tokenizer.ggml.{key}")
+
+        tokens, merges, kind, pre = told("tokens"), told("merges"), told("model"), told("pre")
+        if not tokens:
+            raise CheckpointError(f"{self._path} has no tokenizer", do="import the Hugging Face checkpoint")
+        if kind != "gpt2" or pre not in _PIECES:
+            got = f"{kind} {pre}" if kind == "gpt2" else kind
+            raise CheckpointError(f"tokenizer of {self._path}", got=got, allowed=[f"gpt2 {name}" for name in _PIECES])
+        chat = template or self._meta.get("tokenizer.chat_template")
+        if not chat:
+            raise CheckpointError(f"{self._path} has no chat template", do="give one with --chat-template FILE")
+        pairs = [tuple(merge.split(" ")) for merge in merges or []]
+        vocab = {token: number for number, token in enumerate(tokens)}
+        core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe"))
+        core.normalizer = normalizers.NFC() if pre == "qwen2" else None
+        core.pre_tokenizer, core.decoder = _PIECES[pre](), decoders.ByteLevel()
+        kinds = told("token_type") or []
+        core.add_special_tokens([_added(token) for token, n in zip(tokens, kinds, strict=False) if n == _CONTROL])
+        own = [token for token, n in zip(tokens, kinds, strict=False) if n == _USER_DEFINED]
+        core.add_tokens([AddedToken(token, normalized=False) for token in own])
+        names = self._token_names()
+        if told("add_bos_token") and "bos_token" in names:
+            bos = names["bos_token"]
+            core.post_processor = tokenizers.processors.TemplateProcessing(
+                single=[bos, "$A"], special_tokens=[(bos, core.token_to_id(bos))]
+            )
+        ends = [number for key in ("eos", "eot") if (number := told(f"{key}_token_id")) is not None]
+        return made(core, names, tuple(dict.fromkeys(ends)), self._path), chat
+
+    def licences(self) -> Sequence[Path]:
+        return files.licences(self._path.parent) or files.licences(*self._path.parent.parent.glob("*.dist-info"))
+
+
+def _unpermuted(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of q or k [H d, D] in the order in which dim i turns with dim i + d/2, of the one in which 2i turns with 2i + 1."""
+    return weight.view(-1, head_dim // 2, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+def _short(number: float) -> float:
+    """A number that was kept in fp32 as it was written down: 1e-05, and not 9.99999974e-06."""
+    return float(f"{number:.6g}")
+
+
+def _added(token: str) -> AddedToken:
+    return AddedToken(token, special=True, normalized=False)

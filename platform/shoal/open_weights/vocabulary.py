@@ -1,0 +1,111 @@
+"""A source's tokenizer and chat template as ours: the same ids, its control tokens known, nothing moved or left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from shoal.errors import CheckpointError
+from shoal.inputs.tokenizer import BYTE_OF, Controls, Tokenizer
+
+TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+_PROBE = "a"  # a text to see what a tokenizer puts around one
+
+
+def of_folder(
+    directory: Path,
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    told: Mapping[str, Any],
+    template: str | None,
+) -> tuple[Tokenizer, str]:
+    """Tokenizer and chat template of a Hugging Face directory; `told` is its tokenizer_config.json. Raises CheckpointError for
+    what is missing, and for a tokenizer that is not a byte-level BPE."""
+    path = directory / TOKENIZER
+    if not path.is_file():
+        others = [name for name in ("tokenizer.model", "vocab.json") if (directory / name).exists()]
+        got = f"{others[0]}, which it is not read from" if others else "none"
+        raise CheckpointError(
+            f"{path} is missing", got=got, do="save the tokenizer as tokenizer.json with transformers"
+        )
+    try:
+        core = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every malformed file
+        raise CheckpointError(f"cannot read tokenizer {path}", got=str(error)[:160]) from error
+    special = {**read_json(directory / "special_tokens_map.json", missing=True), **told}
+    names = {key: text for key in special if key.endswith("_token") and (text := _content(special[key]))}
+    return made(core, names, _ends(core, config, generation, names), path), _template(directory, told, template)
+
+
+def made(core: tokenizers.Tokenizer, names: Mapping[str, str], ends: tuple[int, ...], what: object) -> Tokenizer:
+    """Our tokenizer over `core`, whose control tokens a template knows by `names`. Raises CheckpointError when it is not a
+    byte-level BPE, or when nothing ends an answer."""
+    _need_byte_level(core, what)
+    if not ends:
+        do = "give one whose generation_config.json or tokenizer_config.json has an eos_token"
+        raise CheckpointError(f"tokenizer {what}", got="no token that ends an answer", do=do)
+    around = core.encode(_PROBE, add_special_tokens=True).ids
+    inside = core.encode(_PROBE, add_special_tokens=False).ids
+    count = len(around) - len(inside)
+    if around[count:] != inside:
+        raise CheckpointError(f"tokenizer {what}", got="tokens put behind a text", allowed="tokens put in front of it")
+    return Tokenizer(core, Controls(ends, tuple(around[:count]), dict(names)))
+
+
+def _need_byte_level(core: tokenizers.Tokenizer, what: object) -> None:
+    """Raises CheckpointError unless every token stands for bytes."""
+    kind = json.loads(core.to_str())["model"]["type"]
+    added = {token.content for token in core.get_added_tokens_decoder().values()}
+    pieces = [piece for piece in core.get_vocab(with_added_tokens=False) if piece not in added]
+    strange = next((piece for piece in pieces if not all(char in BYTE_OF for char in piece)), None)
+    if kind != "BPE" or strange is not None:
+        got = f"token {strange!r}, as of a sentencepiece" if kind == "BPE" else kind
+        raise CheckpointError(f"tokenizer {what}", got=got, allowed="a byte-level BPE")
+
+
+def _content(token: object) -> str | None:
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
+
+
+def _ends(
+    core: tokenizers.Tokenizer, config: Mapping[str, Any], generation: Mapping[str, Any], names: Mapping[str, str]
+) -> tuple[int, ...]:
+    told = generation.get("eos_token_id", config.get("eos_token_id"))
+    if told is None and "eos_token" in names:
+        told = core.token_to_id(names["eos_token"])
+    ids = told if isinstance(told, list) else [told]
+    return tuple(int(number) for number in ids if number is not None)
+
+
+def _template(directory: Path, told: Mapping[str, Any], given: str | None) -> str:
+    if given is not None:
+        return given
+    path, found = directory / TEMPLATE, told.get("chat_template")
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if isinstance(found, list):  # several with names
+        found = next((each["template"] for each in found if each.get("name") == "default"), None)
+    if not isinstance(found, str):
+        do = "give one with --chat-template FILE, as for a base model"
+        raise CheckpointError(
+            f"{directory} has no chat template", got=f"none in {TEMPLATE} or tokenizer_config.json", do=do
+        )
+    return found
+
+
+def read_json(path: Path, *, missing: bool = False) -> dict[str, Any]:
+    """The mapping in a JSON file of somebody else's, empty where it may be `missing` and is. Raises CheckpointError."""
+    if missing and not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}", got=str(error)[:160]) from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}", got=type(values).__name__, allowed="a mapping")
+    return values

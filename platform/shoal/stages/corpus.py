@@ -1,0 +1,118 @@
+"""The stages that make what is trained on: prepare, augment, teach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal import presets
+from shoal.stages.stage import Json, Stage, print_result
+
+Chats = Annotated[Path, typer.Option(help='JSONL of {"messages": [{"role", "content"}, ...]}.')]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare(Stage):
+    """Raw text, code and images to packed shards, with a tokenizer and a report."""
+
+    out: Annotated[str, typer.Option(help="Directory to write, or s3://BUCKET/PREFIX.")]
+    source: Annotated[
+        list[str] | None, typer.Option(help="NAME=URI of a folder, a file or s3://...; repeat. [the demo corpus]")
+    ] = None
+    mix: Annotated[str | None, typer.Option(help="Shares by token [text=60,image=20,code=20].")] = None
+    preset: Annotated[str | None, typer.Option(help=f"One of: {', '.join(presets.NAMES)} [tiny].")] = None
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML or JSON with any of: source, mix, preset, seed, tokenizer, operators, s3; options override it."
+        ),
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of split, order and packing [0].")] = None
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer.json to use: ours, or any byte-level BPE. [fitted to a sample]")
+    ] = None
+    as_json: Json = False
+
+    def run(self) -> None:
+        from shoal.data.order import parse_mix
+        from shoal.data.settings import prepare_config
+        from shoal.on_ray.prepare import prepare
+        from shoal.on_ray.resources import local_ray
+        from shoal.progress import progress
+
+        named = {name: getattr(self, name) for name in ("source", "mix", "preset", "seed", "tokenizer")}
+        asked = prepare_config(self.config, **named)
+        mix, preset = parse_mix(asked.mix), presets.get(asked.preset)
+        also = {name: getattr(asked, name) for name in ("seed", "tokenizer", "operators", "s3")}
+        with local_ray(), progress("prepare") as tell:
+            report = prepare(self.out, sources=asked.source or None, mix=mix, preset=preset, **also, on_progress=tell)
+        print_result(report, self.as_json, f"shards in {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment(Stage):
+    """More chats to fine-tune on: some again in other words, with typing slips, or with other names in their code."""
+
+    data: Chats
+    out: Annotated[Path, typer.Option(help="JSONL to write: all rows, and the changed copies.")]
+    share: Annotated[float, typer.Option(help="Share of the rows that get a changed copy, 0 to 1.")] = 0.3
+    synonyms: Annotated[
+        Path | None, typer.Option(help="Words of your domain, a line each: WORD = OTHER, OTHER. [general words only]")
+    ] = None
+    heldout: Annotated[
+        Path | None, typer.Option(help="Held-out chats (JSONL): no copy asks what one of them asks. [none]")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Seed of what is changed, and how.")] = 0
+    as_json: Json = False
+
+    def run(self) -> None:
+        from shoal.data.chats.augment import Augmenter, augment, questions
+        from shoal.data.chats.wording import read_synonyms
+
+        words = read_synonyms(self.synonyms) if self.synonyms is not None else {}
+        kept_out = questions(self.heldout) if self.heldout is not None else frozenset[str]()
+        result = augment(self.data, self.out, Augmenter(self.share, self.seed, words, kept_out))
+        ways = ", ".join(f"{count} {way}" for way, count in result["by_way"].items()) or "nothing could be changed"
+        failed = f"; of {result['failed']} rows no copy could be made" if result["failed"] else ""
+        line = f"{result['rows']} rows and {result['copies']} copies ({ways}) in {self.out}{failed}"
+        print_result(result, self.as_json, line)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teach(Stage):
+    """More chats to fine-tune on: a served model, the teacher, answers the questions of those that you have.
+
+    $SHOAL_TEACHER_KEY is the teacher's API key, if it wants one.
+    """
+
+    data: Annotated[Path, typer.Option(help="JSONL of chats; what follows the user's last message in one is left out.")]
+    out: Annotated[Path, typer.Option(help="JSONL to write.")]
+    url: Annotated[str, typer.Option(help="The teacher's API, ending in /v1.")]
+    model: Annotated[str, typer.Option(help="Name of the model there.")]
+    temperature: Annotated[float, typer.Option(help="How freely answers are sampled, 0 to 100; 0 is greedy.")] = 0.0
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 512
+    seed: Annotated[int, typer.Option(help="Seed of sampled answers.")] = 0
+    depth: Annotated[str | None, typer.Option(help="Exit of a Shoal teacher, such as full. [its own choice]")] = None
+    concurrency: Annotated[int, typer.Option(help="Questions that are asked at once.")] = 8
+    as_json: Json = False
+
+    def run(self) -> None:
+        from shoal.clients.teacher import Ask
+        from shoal.on_ray.resources import local_ray
+        from shoal.on_ray.teach import teach
+        from shoal.progress import progress
+
+        ask = Ask(self.url, self.model, self.temperature, self.max_tokens, self.seed, self.depth)
+        with local_ray(), progress("teach") as tell:
+            counts = teach(
+                self.data,
+                self.out,
+                ask,
+                concurrency=self.concurrency,
+                on_progress=lambda done, total: tell("answers", done, total),
+            )
+        told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items() if count)
+        print_result({"out": str(self.out), **counts}, self.as_json, f"{told}; in {self.out}")

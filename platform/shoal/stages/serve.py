@@ -1,0 +1,138 @@
+"""The stage that serves a model: on Ray Serve, or from this process."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shoal.errors import UsageError
+from shoal.stages.stage import Stage, out
+
+LOOPBACK, PORT = "127.0.0.1", 8000
+CHOICES = {"precision": ("stored", "auto"), "kv_cache_dtype": ("auto", "int8")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(Stage):
+    """The OpenAI-compatible API at http://HOST:PORT/v1, and the pages at /ui, until Ctrl-C."""
+
+    model: Annotated[Path | None, typer.Option(help="Model directory [the config's].")] = None
+    config: Annotated[Path | None, typer.Option(help="Serve config, such as serve_configs/local.yaml.")] = None
+    name: Annotated[
+        str | None, typer.Option(help="Name that requests use; commas between several [the model's own].")
+    ] = None
+    host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1, or the config's].")] = None
+    port: Annotated[int | None, typer.Option(help="HTTP port [8000, or the config's].")] = None
+    api_keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line. [open to all]")] = None
+    ray: Annotated[bool, typer.Option(help="On Ray Serve; --no-ray serves from this process.")] = True
+    replicas: Annotated[str | None, typer.Option(help="Engine replicas, N or MIN:MAX [1, or the config's].")] = None
+    metrics: Annotated[bool | None, typer.Option(help="Answer /metrics, to all [yes, or the config's].")] = None
+    cors: Annotated[
+        list[str] | None, typer.Option(help="Origin whose pages may call the API; repeat, or * for any. [none]")
+    ] = None
+    seconds: Annotated[
+        float | None, typer.Option(help="Longest time of a request, in seconds; then 408 [600, or the config's].")
+    ] = None
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="stored: as the model was written, refused where INT8 fails its self-test; auto: fp32 there, "
+            "and the reason is said [stored, or the config's]."
+        ),
+    ] = None
+    kv_cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="auto: keys and values in the model's precision; int8: rounded, three to four times as many fit "
+            "[auto, or the config's]."
+        ),
+    ] = None
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder of training runs to show on the pages, read only. [none shown]")
+    ] = None
+    batches: Annotated[
+        Path | None, typer.Option(help="Folder that keeps files and batches (docs/api.md). [both switched off]")
+    ] = None
+    ui: Annotated[bool | None, typer.Option(help="Show the pages at /ui [yes, or the config's].")] = None
+    logs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps the logs of the Ray that is started, a line a request among them. [deleted]"
+        ),
+    ] = None
+
+    def run(self) -> None:
+        self._check()
+        if self.ray:
+            self._on_ray()
+        else:
+            self._here()
+        out.print("The service has stopped.")
+
+    def args(self) -> dict[str, Any]:
+        """The fields of ServeArgs that are given."""
+        from shoal.api.serve_args import parse_replicas
+
+        given: dict[str, Any] = {
+            "model": self.model and str(self.model),
+            "name": self.name,
+            "api_keys": self.api_keys and str(self.api_keys),
+            "metrics": self.metrics,
+            "cors": self.cors and tuple(self.cors),
+            "seconds": self.seconds,
+            "precision": self.precision,
+            "kv_cache_dtype": self.kv_cache_dtype,
+            "runs": self.runs and str(self.runs.absolute()),
+            "batches": self.batches and str(self.batches.absolute()),
+            "ui": self.ui,
+        }
+        replicas = parse_replicas(self.replicas) if self.replicas else {}
+        return {key: value for key, value in given.items() if value is not None} | replicas
+
+    def _check(self) -> None:
+        if self.model is None and self.config is None:
+            raise UsageError("what to serve", do="give --model DIR or --config FILE")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in (None, *allowed):
+                raise UsageError(f"--{name.replace('_', '-')}", got=getattr(self, name), allowed=allowed)
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise UsageError("--seconds", got=self.seconds, allowed="a number above 0")
+        if self.logs is not None and (not self.ray or os.environ.get("RAY_ADDRESS")):
+            raise UsageError("--logs", do="leave it out: no Ray is started that would delete its logs")
+        if not self.ray and (self.model is None or self.config is not None or self.replicas is not None):
+            raise UsageError("--no-ray serves one model from this process", do="give --model DIR, and no --config")
+
+    def _here(self) -> None:
+        from shoal.api.serve_args import ServeArgs
+        from shoal.api.server import run_local
+
+        args = ServeArgs(**{"ui": True} | self.args())
+        port = PORT if self.port is None else self.port
+        run_local(args, host=self.host or LOOPBACK, port=port, on_ready=partial(_ready, page=args.ui))
+
+    def _on_ray(self) -> None:
+        from shoal.api.serve_args import ServeArgs
+        from shoal.machine import need_free_port
+        from shoal.on_ray.resources import local_ray
+        from shoal.on_ray.serve import run
+        from shoal.on_ray.serve_config import load_serve_config, serve_config, shows_page
+
+        if self.config is not None:
+            deploy = load_serve_config(self.config, host=self.host, port=self.port, **self.args())
+        else:
+            args = ServeArgs(**{"ui": True} | self.args())
+            deploy = serve_config(args, host=self.host or LOOPBACK, port=self.port or PORT)
+        need_free_port(deploy.http_options.host, deploy.http_options.port)
+        with local_ray(logs=self.logs):
+            run(deploy, on_ready=partial(_ready, page=shows_page(deploy)))
+
+
+def _ready(url: str, page: bool) -> None:
+    at = f"   chat page {url}/ui" if page else ""
+    out.print(f"API {url}/v1{at}   (Ctrl-C ends it)", highlight=False, soft_wrap=True)

@@ -1,0 +1,44 @@
+"""No function is longer than 60 lines and no module longer than 400, unless a reason stands beside it: ``# long: why it reads
+better so``, on the line above a function's ``def`` or at a module's beginning."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = [path for folder in ("platform", "ui", "jobs", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
+FUNCTION, MODULE = 60, 400  # lines
+REASON = re.compile(r"\s*# long: \S+ \S+ \S+")
+BEGINNING = 60  # lines in which a module's reason stands
+
+
+def too_long(text: str) -> Iterator[str]:
+    """What of a module's text is longer than it may be, without a reason."""
+    lines = text.splitlines()
+    if len(lines) > MODULE and not any(map(REASON.match, lines[:BEGINNING])):
+        yield f"the module: {len(lines)} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            count = (node.end_lineno or node.lineno) - node.lineno + 1
+            if count > FUNCTION and not any(map(REASON.match, lines[max(0, first - 2) : node.lineno])):
+                yield f"{node.name}: {count} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_long_without_a_reason(path: Path) -> None:
+    assert list(too_long(path.read_text())) == []
+
+
+def test_what_is_long_is_found() -> None:
+    body = "    pass\n" * FUNCTION
+    assert list(too_long(f"def f():\n{body}")) == [f"f: {FUNCTION + 1} lines"]
+    assert list(too_long(f"class A:\n    async def g(self):\n{body.replace('    ', '        ')}")) == ["g: 61 lines"]
+    assert list(too_long(f"# long: a table of cases\n@cached\ndef f():\n{body}")) == []
+    assert list(too_long(f"# long:\ndef f():\n{body}")) == [f"f: {FUNCTION + 1} lines"], "a reason has words"
+    assert list(too_long(f"def f():\n{body[:-9]}")) == []
+    assert list(too_long("x = 1\n" * (MODULE + 1))) == [f"the module: {MODULE + 1} lines"]
+    assert list(too_long("# long: one grammar, read as one\n" + "x = 1\n" * MODULE)) == []

@@ -1,0 +1,99 @@
+"""What the formatter cannot see: comments that it tore off, modules under other names, and helpers that were written again."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from tests.contracts.test_repository import ROOT, name_of, tracked
+
+SOURCES = [path for path in tracked() if path.suffix == ".py"]
+PACKAGE = ROOT / "platform" / "shoal"
+FOR_TOOLS = re.compile(r"#\s*(fmt|type|noqa|ruff|mypy)\b")
+
+# what stands once: a pattern of it, and where
+ONCE = {
+    "the sum of a file": (r"file_digest\(", "machine.py"),
+    "writing aside": (r"getpid\(\)\}\.tmp", "machine.py"),
+    "the line of an error": (r"str\((?:error|inner|first)\)(?:\.strip\(\))?\.splitlines\(\)", "errors.py"),
+    "the cores but one": (r"cpu_count\(\) or 2\) - 1", "machine.py"),
+}
+
+
+def torn(source: str) -> list[int]:
+    """Lines that close a bracket of an earlier line and end in a comment: it was beside the code that it explains, until the
+    formatter put that code on lines of its own."""
+    found, open_at = [], []
+    first: dict[int, tokenize.TokenInfo] = {}
+    closes: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        line = token.start[0]
+        if token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT):
+            first.setdefault(line, token)
+        if token.type == tokenize.OP and token.string in "([{":
+            open_at.append(line)
+        elif token.type == tokenize.OP and token.string in ")]}":
+            if open_at.pop() < line and first[line] is token:
+                closes.add(line)
+        elif token.type == tokenize.COMMENT and line in closes and not FOR_TOOLS.match(token.string):
+            found.append(line)
+    return found + bracketed(source)
+
+
+def bracketed(source: str) -> list[int]:
+    """Lines of values that stand in brackets below their name to make room for the comment behind them."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {
+        token.start[0] for token in tokens if token.type == tokenize.COMMENT and not FOR_TOOLS.match(token.string)
+    }
+    given = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Assign, ast.AnnAssign))]
+    values = [(node.lineno, node.value) for node in given if isinstance(node.value, ast.Constant)]
+    return [value.lineno for line, value in values if line < value.lineno == value.end_lineno in comments]
+
+
+def renamed(source: str) -> list[int]:
+    """Lines that import a module of ours under another name than its own."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "shoal":
+            place = ROOT.joinpath("platform", *str(node.module).split("."))
+            modules = [a for a in node.names if (place / f"{a.name}.py").is_file() or (place / a.name).is_dir()]
+        elif isinstance(node, ast.Import):
+            modules = [a for a in node.names if a.name.partition(".")[0] == "shoal"]
+        else:
+            continue
+        found += [node.lineno for a in modules if a.asname not in (None, a.name)]
+    return found
+
+
+def test_no_comment_is_torn_from_what_it_explains() -> None:
+    """Such a comment goes above the statement, and what it stood beside on one line again, where that has room."""
+    assert [f"{name_of(path)}:{line}" for path in SOURCES for line in torn(path.read_text("utf-8"))] == []
+
+
+def test_a_module_goes_by_one_name() -> None:
+    """Another name is another word of the glossary, or none: rename the module, or import what is used of it."""
+    assert [f"{name_of(path)}:{line}" for path in SOURCES for line in renamed(path.read_text("utf-8"))] == []
+
+
+@pytest.mark.parametrize("what", ONCE)
+def test_a_helper_stands_once(what: str) -> None:
+    pattern, home = ONCE[what]
+    found = {
+        str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if re.search(pattern, path.read_text("utf-8"))
+    }
+    assert found == {home}
+
+
+def test_the_checks_see_what_they_are_for() -> None:
+    assert torn("x = f(\n    1,\n)  # why\n") == [3] and torn("x = f(\n    1\n) + g(2)  # why\n") == [3]
+    assert torn("x = [  # why\n    1,\n]\ny = (1)  # why\nz = (\n    1,  # why\n)  # fmt: skip\n") == []
+    assert torn('x: str = (\n    ""  # why\n)\n') == [2] and torn('x = (\n    "long"\n)\n') == []
+    assert renamed("from shoal.model import checkpoint as page\nimport shoal.page as drawing\n") == [1, 2]
+    assert renamed("from shoal import presets as presets\nfrom shoal.config import load as load_config\n") == []
+    assert all(Path(PACKAGE / home).is_file() for _, home in ONCE.values())

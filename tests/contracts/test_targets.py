@@ -1,0 +1,128 @@
+"""Every test is selected by exactly one command of the Makefile's targets, and .ci/run runs all of them: none is dropped, and
+none takes its time twice."""
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from _pytest.mark.expression import Expression
+
+ROOT = Path(__file__).parents[2]
+TARGETS = ("test", "drills", "test-vllm")
+FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
+
+
+def commands(makefile: str) -> Iterator[tuple[str, list[str]]]:
+    """(target, words after ``-m pytest``) of every command that runs pytest, variables filled in."""
+    values = dict(re.findall(r"^(\w+) \??= (.*)$", makefile, re.MULTILINE))
+    target = ""
+    for line in makefile.splitlines():
+        if head := re.match(r"([a-z-]+):", line):
+            target = head[1]
+        if line.startswith("\t"):
+            while re.search(r"\$\((\w+)\)", line):
+                line = re.sub(r"\$\((\w+)\)", lambda name: values.get(name[1], ""), line)
+            if "-m pytest" in line:
+                words = shlex.split(line.partition("-m pytest")[2].partition("||")[0])
+                yield target, words
+
+
+def selects(words: list[str], file: str, marks: set[str]) -> bool:
+    """Whether pytest with `words` runs a test of `file` (from the root) that has `marks`."""
+    where, without, wanted, take = [], [], "", iter(words)
+    for word in take:
+        if word == "-m":
+            wanted = next(take)
+        elif word in ("-n", "--dist"):
+            next(take)
+        elif word.startswith("--ignore="):
+            without.append(word.removeprefix("--ignore="))
+        else:
+            assert not word.startswith("-"), f"what does {word} select?"
+            where.append(word)
+    inside = [any(Path(file).is_relative_to(folder) for folder in folders) for folders in (where or ["tests"], without)]
+    return inside == [True, False] and (not wanted or Expression.compile(wanted).evaluate(lambda name: name in marks))
+
+
+def marked(text: str) -> Iterator[tuple[str, set[str]]]:
+    """(name, marks) of every test function of a module."""
+    module = ast.parse(text)
+    shared = {mark for node in module.body for mark in marks(node) if isinstance(node, ast.Assign)}
+
+    def within(body: list[ast.stmt], above: set[str]) -> Iterator[tuple[str, set[str]]]:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test"):
+                yield node.name, above | {mark for each in node.decorator_list for mark in marks(each)}
+            elif isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
+                own = {mark for each in node.decorator_list for mark in marks(each)}
+                yield from within(node.body, above | own)
+
+    yield from within(module.body, shared)
+
+
+def marks(node: ast.AST) -> set[str]:
+    """Names of the ``pytest.mark.NAME`` in a decorator, or in what is assigned to ``pytestmark``."""
+    if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] != ["pytestmark"]:
+        return set()
+    return {
+        each.attr
+        for each in ast.walk(node)
+        if isinstance(each, ast.Attribute) and ast.unparse(each.value) == "pytest.mark"
+    }
+
+
+COMMANDS = list(commands((ROOT / "Makefile").read_text()))
+
+
+def test_the_targets_that_run_tests_are_known_and_ci_runs_each() -> None:
+    assert {target for target, _ in COMMANDS} == set(TARGETS)
+    run = (ROOT / ".ci" / "run").read_text()
+    assert all(re.search(rf"^make {target}\b(?!-)", run, re.MULTILINE) for target in TARGETS)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_test_is_run_by_exactly_one_command(file: str) -> None:
+    found = dict(marked((ROOT / file).read_text())) or {"what the file makes": set[str]()}
+    for name, has in found.items():
+        by = [target for target, words in COMMANDS if selects(words, file, has)]
+        assert len(by) == 1, f"{name} with {sorted(has)} is run by {by}"
+
+
+def test_what_make_test_keeps_has_a_real_path_of_each_kind() -> None:
+    """Training and serving on a real Ray, and the pages in a real browser."""
+    for place, mark in (("on_ray/test_train", "ray"), ("on_ray/test_serve", "ray"), ("browser/", "browser")):
+        kept = [
+            name
+            for file in FILES
+            if file.startswith(f"tests/{place}")
+            for name, has in marked((ROOT / file).read_text())
+            if mark in has and "drill" not in has
+        ]
+        assert kept, place
+
+
+def test_the_marks_of_a_test_are_found() -> None:
+    text = """
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+@pytest.mark.drill
+@pytest.mark.parametrize("a", [1])
+async def test_a(): ...
+class TestB:
+    def test_b(self): ...
+def helper(): ...
+"""
+    assert dict(marked(text)) == {"test_a": {"ray", "timeout", "drill", "parametrize"}, "test_b": {"ray", "timeout"}}
+
+
+def test_what_a_command_selects_is_understood() -> None:
+    makefile = (
+        'A = ray\nRUN = python -m pytest --ignore=tests/c\ntest: x  ## y\n\t@$(RUN) -n 2 -m "not ($(A))" || s=$?\n'
+    )
+    ((target, words),) = commands(makefile)
+    assert target == "test"
+    assert selects(words, "tests/a/test_b.py", set()) and not selects(words, "tests/a/test_b.py", {"ray"})
+    assert not selects(words, "tests/c/test_b.py", set()), "it is ignored"
+    assert not selects(["tests/a"], "tests/c/test_b.py", set()) and selects(["tests/a"], "tests/a/test_b.py", {"ray"})

@@ -1,0 +1,143 @@
+"""Makes what lies beside it, with transformers: for each family a tiny checkpoint of random weights, what it says to some
+tokens, and 64 tokens that it goes on with, of those that the tokenizer has; and one tokenizer with the ids of some chats.
+`python tests/data/open/make.py`.
+
+The weights are drawn wider than a real model's, so that every part of the network shows in the logits; they lie in bfloat16,
+and the logits are those of the same numbers in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+HERE = Path(__file__).parent
+VOCAB, LENGTH, ANSWER = 288, 96, 64
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "rope_theta": 500.0, "bos_token_id": None, "eos_token_id": None,
+    "pad_token_id": None,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64, "rope_theta": 500.0,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"tie_word_embeddings": True, "head_dim": 8, "rope_parameters": LLAMA3}),
+    "smollm2": ("Llama", {"tie_word_embeddings": True, "num_hidden_layers": 6}),
+    "mistral": ("Mistral", {"sliding_window": 12, "tie_word_embeddings": False, "head_dim": 8}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": False, "head_dim": 12}),
+    "olmo2": ("Olmo2", {"tie_word_embeddings": False, "rms_norm_eps": 1e-5}),
+    "phi3": ("Phi3", {"tie_word_embeddings": False, "partial_rotary_factor": 0.5, "hidden_size": 32}),
+    "smollm3": ("SmolLM3", {"tie_word_embeddings": True, "num_hidden_layers": 5}),
+}
+TEMPLATE = """\
+{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou help.<|im_end|>\\n' }}{% endif %}
+{%- for message in messages %}
+    {%- set content = message.content | trim %}
+    {%- if message.role == 'assistant' %}
+        {%- set content = content.split('</think>')[-1] %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+CHATS: list[list[dict[str, str]]] = [
+    [{"role": "user", "content": "Hello"}],
+    [{"role": "system", "content": "Be short."}, {"role": "user", "content": "  What is 12345 + 67?\n\n"}],
+    [
+        {"role": "user", "content": "caf\u00e9 cafe\u0301 \U0001f41f"},
+        {"role": "assistant", "content": "<think>hm</think> A fish.\n"},
+        {"role": "user", "content": "\tdef f(x):\n    return x  # it's"},
+    ],
+    [{"role": "user", "content": ""}],
+    [{"role": "user", "content": "x = {'a': [1, 2]};  y"}, {"role": "assistant", "content": "ok"}],
+]
+LICENCE = "The weights beside this are random numbers: do with them what you like.\n"
+
+
+def tokenizer() -> tokenizers.Tokenizer:
+    core = tokenizers.Tokenizer(models.BPE())
+    core.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"), behavior="isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=278, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator([TEMPLATE, *(message["content"] for chat in CHATS for message in chat)] * 3, trainer)
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    core.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    core.add_tokens([AddedToken(name, special=False, normalized=False) for name in ("<think>", "</think>")])
+    start = core.token_to_id("<|endoftext|>")
+    core.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", pair="<|endoftext|> $A $B", special_tokens=[("<|endoftext|>", start)]
+    )
+    return core
+
+
+def weights(model: torch.nn.Module, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.empty(p.shape).normal_(generator=draw)
+        scale = 0.2 if p.dim() < 2 else (0.4 if "lm_head" in name else 1.2) / p.shape[1] ** 0.5
+        offset = 1.0 if p.dim() < 2 else 0.0
+        p.data.copy_((offset + scale * noise).bfloat16().float())
+
+
+def main() -> None:
+    core = tokenizer()
+    folder = HERE / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", bos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    told = []
+    for chat in CHATS:
+        for opened in (True, False):
+            ids = fast.apply_chat_template(chat, add_generation_prompt=opened, tokenize=True, return_dict=False)
+            told.append({"messages": chat, "add_generation_prompt": opened, "ids": list(ids)})
+    (folder / "LICENSE").write_text(LICENCE)
+    (HERE / "chats.json").write_text(
+        json.dumps({"chats": told, "text": fast("Hello, 12 fish").input_ids}, indent=1) + "\n"
+    )
+    end = core.token_to_id("<|im_end|>")
+    for number, (name, (kind, changes)) in enumerate(FAMILIES.items()):
+        config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **changes})
+        model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().float()
+        weights(model, number)
+        model.tie_weights()
+        tokens = torch.randint(0, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(number))
+        with torch.no_grad():
+            logits = model(tokens).logits[0]
+            prompt = tokens[:, :16]
+            model.generation_config.eos_token_id = None
+            answer = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                max_new_tokens=ANSWER,
+                pad_token_id=0,
+                suppress_tokens=list(range(core.get_vocab_size(), VOCAB)),
+            )[0, 16:]
+        out = HERE / name
+        model.bfloat16().save_pretrained(out)
+        (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [end], "temperature": 0.7}) + "\n")
+        expected = {"tokens": tokens[0], "logits": logits[:, ::8].contiguous(), "answer": answer.contiguous()}
+        save_file(expected, str(HERE / f"{name}.safetensors"))
+        print(name, answer.tolist()[:12], float(logits.abs().max()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Everything of a model and of an engine lies on one device: held with a GPU that is pretended (`tests/pretend_gpu.py`)."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shoal import Engine, Model, Request, Sampling
+from shoal.engine.events import Guide
+from shoal.inputs.chat import Encoded
+from shoal.inputs.media import to_patches
+from shoal.model.router import Router
+from tests.pretend_gpu import OnGpu, pretended
+
+PLATFORM = Path(__file__).parents[2] / "platform" / "shoal"
+
+
+def model_of(precision: str) -> Model:
+    model = Model.from_preset("test", seed=3)
+    model = model.quantized() if precision == "int8" else model
+    torch.manual_seed(0)
+    model.router = Router(model.config).requires_grad_(False)
+    return model
+
+
+def requests(model: Model) -> list[Request]:
+    """One of each kind that takes a path of its own through runner and sampler."""
+    rng = random.Random(0)
+
+    def asked(count: int, depth: str, tolerance: float | None = None, **more: Any) -> Request:
+        sampling = Sampling(**{"temperature": 0, "max_tokens": 8, "ignore_eos": True, "seed": 1, **more})
+        ids = [rng.randrange(20, 260) for _ in range(count)]
+        return Request(ids, sampling, depth=depth, quality_tolerance=tolerance)
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
+    image = to_patches(picture, model.config)
+    seen = Encoded([*image.tokens(), *model.tokenizer.encode("which?")], [image])
+    return [
+        asked(40, "auto"),
+        asked(70, "auto", 0.2),
+        asked(30, "full", speculative=3),
+        asked(12, "middle", temperature=0.9, top_k=5, top_p=0.9, min_p=0.01, logprobs=3),
+        asked(12, "shallow", temperature=0.7, presence_penalty=0.5, frequency_penalty=0.5, repetition_penalty=1.2),
+        asked(12, "full", logit_bias={30: 4.0}, prompt_logprobs=2),
+        asked(12, "full", guided=Guide("choice", ["yes", "no"]), ignore_eos=False, temperature=0.5),
+        Request(seen, Sampling(temperature=0, max_tokens=4, ignore_eos=True), depth="full"),
+    ]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_whatever_is_asked_of_an_engine_on_a_gpu_stays_there(precision: str) -> None:
+    model = model_of(precision)
+    want = [done.tokens for done in Engine(model, units=200, max_batch_tokens=48).generate(requests(model))]
+    with pretended() as gpu:
+        model = model_of(precision).to(gpu)
+        engine = Engine(model, units=200, max_batch_tokens=48)
+        got = [done.tokens for done in engine.generate(requests(model))]
+    assert got == want
+
+
+def test_a_model_moves_with_all_that_it_holds() -> None:
+    with pretended() as gpu:
+        model = model_of("fp32").to(gpu)
+        assert model.router is not None
+        held = {**model.net.state_dict(), **model.router.state_dict()}
+        assert {tensor.device for tensor in held.values()} == {gpu} == {model.device, model.forbidden().device}
+
+
+def test_nothing_moves_a_part_of_a_model() -> None:
+    """The engine's replicas moved the network alone, and the default request ended the engine."""
+    parts = re.compile(r"\b(?:net|router)\.(?:to|cuda)\(")
+    found = [path.name for path in PLATFORM.rglob("*.py") for _ in parts.findall(path.read_text(encoding="utf-8"))]
+    assert found == ["model.py", "model.py"]
+
+
+def test_the_pretended_gpu_refuses_what_a_gpu_refuses() -> None:
+    with pretended() as gpu:
+        there = torch.arange(4, device=gpu)
+        assert isinstance(there, OnGpu) and there.device == gpu and (there + 1).tolist() == [1, 2, 3, 4]
+        assert (
+            not isinstance(there.cpu(), OnGpu) and there[torch.tensor([1])].tolist() == [1] and there.sum().item() == 6
+        )
+        there[1:2] = 7
+        assert there.tolist() == [0, 7, 2, 3]
+        for mixed in (lambda: there + torch.ones(4), lambda: torch.cat([there, torch.ones(1)])):
+            with pytest.raises(RuntimeError, match="same device"):
+                mixed()

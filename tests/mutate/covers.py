@@ -1,0 +1,97 @@
+"""Which tests are run on which modules: the nearest ones, file by file. Of these, a change is tried on those that reach its
+lines. A group's tests say what its modules are for; a module is in one group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Group:
+    modules: list[str]  # in platform/shoal
+    tests: list[str]  # in tests
+    environment: dict[str, str] = field(default_factory=dict)
+    without: str = ""  # tests that are none under this environment, as pytest's -k names them
+    warm: bool = False  # its tests run compiled kernels, which are loaded once for all
+    compiled: bool = False  # its lines run when numba compiles, so that nobody knows which tests reach them
+
+
+def _in(folder: str, names: str) -> list[str]:
+    return [f"{folder}/{name}" for name in names.split()]
+
+
+def _tests(plane: str, names: str) -> list[str]:
+    return [f"unit/{plane}/test_{name}" for name in names.split()]
+
+
+GROUPS = {
+    "order": Group(_in("data", "order pack"), _tests("data", "order pack")),
+    "intervals": Group(_in("evaluate", "intervals halves"), _tests("evaluate", "intervals halves")),
+    "optim": Group(["train/optim"], _tests("train", "optim")),
+    "routes": Group(_in("on_ray", "routing scaling"), _tests("on_ray", "routing router scaling")),
+    "auth": Group(_in("api", "auth limits"), _tests("api", "gate usage limits")),
+    "pace": Group(["engine/pace"], _tests("engine", "pace")),
+    "text": Group(["engine/text"], _tests("engine", "text stop_strings")),
+    "turns": Group(_in("engine", "shares turns"), _tests("engine", "shares turns")),
+    "pages": Group(["engine/pages"], _tests("engine", "pages")),
+    "sampler": Group(["engine/sampler"], _tests("engine", "sampler penalties guided")),
+    "frontier": Group(["evaluate/frontier"], _tests("evaluate", "frontier")),
+    "near": Group(["data/operators/near"], _tests("data", "near")),
+    "parts": Group(_in("data", "parts batches"), _tests("data", "parts batches")),
+    "router": Group(
+        ["model/router"],
+        [*_tests("model", "router whole"), *_tests("evaluate", "routing"), "flows/test_golden"],
+        warm=True,
+    ),
+    "fitted": Group(["evaluate/routing"], _tests("evaluate", "routing"), warm=True),
+    "failover": Group(["on_ray/failover"], _tests("on_ray", "failover"), warm=True),
+    "answers": Group(
+        _in("api", "answers requests"),
+        _tests("api", "answers chat completions embeddings extensions tools usage wire"),
+    ),
+    "losses": Group(_in("train", "loss lora"), _tests("train", "loss lora")),
+    "step": Group(["train/step"], [*_tests("train", "step"), "flows/test_golden"]),
+    "parallel": Group(["train/parallel"], _tests("train", "parallel")),
+    "scheduler": Group(
+        _in("engine", "door holding plan running scheduler"),
+        _tests("engine", "scheduler holding plan running shares pace resume"),
+        warm=True,
+    ),
+    "runner": Group(
+        _in("engine", "images naive runner speculative"),
+        [*_tests("engine", "runner naive speculative properties guided"), "unit/model/test_whole"],
+        warm=True,
+    ),
+    "engine": Group(
+        _in("engine", "engine events front guided metrics"),
+        _tests("engine", "metrics guided naive oracle resume faults front"),
+        warm=True,
+    ),
+    "net": Group(
+        _in("model", "attention block net reference"),
+        [*_tests("model", "attention reference net whole other_shapes"), "flows/test_golden"],
+        warm=True,
+    ),
+    "model": Group(
+        _in("model", "cache cost model paged reach"),
+        [
+            *_tests("model", "attention reference net properties whole cost router"),
+            *_tests("engine", "naive runner"),
+        ],
+        warm=True,
+    ),
+    "files": Group(_in("model", "checkpoint described files"), _tests("model", "checkpoint")),
+    "int8": Group(
+        _in("model", "int8 linears quant slots"),
+        [*_tests("model", "int8 quant slots whole"), *_tests("engine", "kv_int8")],
+        warm=True,
+    ),
+    "loops": Group(
+        _in("model/cpu", "attention compiled decode parts"),
+        [*_tests("model", "fused whole slots"), *_tests("engine", "kv_int8")],
+        {"NUMBA_DISABLE_JIT": "1"},
+        without="batch_mates or code_is_kept or lie_now",  # of tiles, of numba's own files, of what is chosen in Python
+    ),
+    "tiles": Group(_in("model/cpu", "floats integers tiles"), _tests("model", "fused int8"), compiled=True),
+    "cpu": Group(_in("model/cpu", "fused memory"), _tests("model", "fused memory"), warm=True),
+}

@@ -1,0 +1,221 @@
+"""A process of its own for each try, and modules imported as changed there."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import ctypes
+import gc
+import hashlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import inspect
+import json
+import math
+import os
+import resource
+import select
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.mutate.changes import Change
+from tests.mutate.covers import Group
+
+ROOT = Path(__file__).parents[2]
+SOURCES, TESTS, KEPT = ROOT / "platform" / "shoal", ROOT / "tests", ROOT / ".mutate"
+QUIET = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+PATIENCE = 15.0  # seconds of a processor beyond three times what the tests took when they were watched
+WAITING = 10  # times as many of a clock, as other processes may leave us little
+STILL = 30.0  # seconds of a clock without any of a processor: a deadlock
+
+
+@cache
+def digest(*paths: Path) -> str:
+    """Of files as they were when it was first asked for: what is written while tests run was not run."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+
+
+def source(module: str) -> Path:
+    return SOURCES / f"{module}.py"
+
+
+def file_of(name: str) -> Path:
+    return TESTS / f"{name}.py"
+
+
+def apart(work: Callable[[], dict[str, Any]], patience: float) -> dict[str, Any]:
+    """What `work` gives in a forked process of its own within `patience` seconds of a processor; {"by": "a hang"} or
+    {"by": "a crash"} where it gives nothing. What it started is ended with it, and its temporary folder is removed."""
+    with tempfile.TemporaryDirectory() as folder:
+        read, write = os.pipe()
+        pid = os.fork()
+        if not pid:
+            with contextlib.suppress(BaseException):
+                resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(patience), math.ceil(patience) + 5))
+                _child(work, folder, write)
+            os._exit(1)
+        os.close(write)
+        given, now = b"", time.monotonic()
+        end, used, since = now + WAITING * patience, 0.0, now
+        try:
+            while not given.endswith(b"\n") and now < end and now < since + STILL:
+                if select.select([read], [], [], min(end - now, 2.0))[0]:
+                    some = os.read(read, 1 << 20)
+                    if not some:
+                        break
+                    given += some
+                now = time.monotonic()
+                if (more := _used(pid)) > used:
+                    used, since = more, now
+        finally:
+            late = now >= end or now >= since + STILL
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+            os.close(read)
+        hung = late or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU)
+    found: dict[str, Any] = json.loads(given) if given.endswith(b"\n") else {"by": "a hang" if hung else "a crash"}
+    return found
+
+
+def _used(pid: int) -> float:
+    """Seconds of a processor that a process and those that it started have used."""
+    try:
+        process = psutil.Process(pid)
+        times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    except psutil.Error:
+        return 0.0
+    return sum(each.user + each.system for each in times)
+
+
+def ends_with_its_parent() -> None:
+    """On Linux, whatever ends that one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _child(work: Callable[[], dict[str, Any]], folder: str, write: int) -> None:
+    os.setsid()
+    ends_with_its_parent()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nothing, stream)
+    os.environ |= {"HYPOTHESIS_STORAGE_DIRECTORY": folder, "TMPDIR": folder}
+    tempfile.tempdir = folder
+    given = json.dumps(work()).encode() + b"\n"
+    while given:
+        given = given[os.write(write, given) :]
+    signal.pause()  # the parent ends it, and with it whatever it has started
+
+
+class Changed(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader):
+    """Imports one module as `tree` says, wherever it is asked for in this process."""
+
+    def __init__(self, module: str, tree: ast.Module) -> None:
+        super().__init__("shoal." + module.replace("/", "."), str(source(module)))
+        self.tree = tree
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
+
+    def get_code(self, name: str) -> CodeType:
+        return compile(self.tree, self.path, "exec", dont_inherit=True)
+
+
+def begin(group: Group) -> None:
+    """What a process does before anything of ours is imported."""
+    os.environ |= group.environment
+    if group.compiled:  # numba keeps what it compiled by what lies on the disk, which has no change
+        os.environ["NUMBA_CACHE_DIR"] = tempfile.gettempdir()
+    if group.environment:
+        from tests.mutate.loops import in_python
+
+        in_python()
+
+
+class First:
+    """Which test failed first."""
+
+    by: str | None = None
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and not self.by:
+            self.by = report.nodeid
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed and not self.by:
+            self.by = "its import"
+
+
+class Collected:
+    """Gives the tests of some files to `work`, by name, in place of running them."""
+
+    def __init__(self, work: Callable[[dict[str, pytest.Item]], object]) -> None:
+        self.work = work
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.work({item.nodeid: item for item in session.items})
+        return True
+
+    @classmethod
+    def of(cls, files: Sequence[str], without: str, work: Callable[[dict[str, pytest.Item]], object]) -> None:
+        chosen = ["-k", f"not ({without})"] if without else []
+        status = pytest.main([*(str(file_of(name)) for name in files), *QUIET, *chosen, "-s"], plugins=[cls(work)])
+        if status:
+            raise SystemExit(f"cannot collect {', '.join(files)}")
+
+
+def play(items: Sequence[pytest.Item], *plugins: object) -> str | None:
+    """Run tests until one fails, which is returned."""
+    first = First()
+    for plugin in (first, *plugins):
+        items[0].config.pluginmanager.register(plugin)
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if first.by:
+            break
+    return first.by
+
+
+def anew(group: Group, module: str, tree: ast.Module, change: Change, tests: Sequence[str]) -> dict[str, Any]:
+    """Import the module with the change, and run tests. In a process that has imported nothing of ours."""
+    begin(group)
+    change.apply()
+    sys.meta_path.insert(0, Changed(module, tree))
+    first = First()
+    status = pytest.main([*tests, *QUIET], plugins=[first])
+    return {"by": first.by or (None if status in (0, 5) else "its import")}
+
+
+def in_place(module: str, tree: ast.Module, change: Change, items: Sequence[pytest.Item]) -> dict[str, Any]:
+    """Put the change into the function that was imported, and run tests. In a forked process that has collected them."""
+    before = _functions(compile(tree, str(source(module)), "exec", dont_inherit=True))
+    change.apply()
+    after = _functions(compile(tree, str(source(module)), "exec", dont_inherit=True))
+    ((old, new),) = [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]]
+    for function in [each for each in gc.get_objects() if isinstance(each, FunctionType) and each.__code__ == old]:
+        function.__code__ = new
+    for kept in list(vars(sys.modules["shoal." + module.replace("/", ".")]).values()):
+        if hasattr(kept, "cache_clear"):  # what the function gave before the change
+            kept.cache_clear()
+    return {"by": play(items)}
+
+
+def _functions(code: CodeType) -> list[CodeType]:
+    """Of a module and its classes, but not what stands in functions."""
+    found: list[CodeType] = []
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            found += [const] if const.co_flags & inspect.CO_OPTIMIZED else _functions(const)
+    return found

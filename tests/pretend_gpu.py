@@ -1,0 +1,109 @@
+"""A GPU where there is none: tensors that say that they lie on `cuda:0`, hold their values in memory, and refuse to meet one
+that does not. So whole programs can be run, values read and all, to see that nothing mixes devices.
+
+torch's own `FakeTensorMode` does the same without values: an engine, which reads what it draws, ends there at its first token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
+_aten = torch.ops.aten
+COPIES = {_aten.copy_.default, _aten._to_copy.default}  # from one device to another
+PLACES = {_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default}  # CUDA takes them from the CPU
+READS = {Tensor.tolist, Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__bool__, Tensor.__index__}
+
+
+class OnGpu(Tensor):
+    """`held` [any shape], said to lie on the GPU."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> OnGpu:
+        made: OnGpu = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=GPU
+        )
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in READS:
+            return function(args[0].held)
+        if function is Tensor.__setitem__:
+            args[0].held[_held(args[1])] = _held(args[2])
+            return None
+        try:
+            with torch._C.DisableTorchFunctionSubclass():  # what comes back is what `_run` gives, not made one of these
+                return function(*args, **(kwargs or {}))
+        except RuntimeError as error:  # some, such as indexing, ask for the device itself before torch asks `_run`
+            if "not linked with support for cuda" not in str(error):
+                raise
+            return tree_map(
+                lambda x: OnGpu(x) if isinstance(x, Tensor) else x, function(*_held(args), **_held(kwargs or {}))
+            )
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(function, args, kwargs or {})
+
+
+def _held(values: Any) -> Any:
+    return tree_map(lambda x: x.held if isinstance(x, OnGpu) else x, values)
+
+
+def _run(function: Any, args: Any, kwargs: Any) -> Any:
+    """What `function` gives, on the device where CUDA would leave it. Raises RuntimeError where CUDA would."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    there = {id(tensor.held): tensor for tensor in tensors if isinstance(tensor, OnGpu)}
+    if there and function not in COPIES | PLACES and any(t.dim() and not isinstance(t, OnGpu) for t in tensors):
+        raise RuntimeError(f"{function}: expected all tensors to be on the same device, found cuda:0 and cpu")
+    asked = kwargs.get("device")
+    if asked is not None:
+        kwargs = {**kwargs, "device": CPU}
+    if function is _aten.copy_.default:
+        moved = isinstance(args[0], OnGpu)
+    else:
+        moved = torch.device(asked).type == "cuda" if asked is not None else bool(there)
+    args, kwargs = _held((args, kwargs))
+
+    def placed(x: Any) -> Any:
+        if not (isinstance(x, Tensor) and moved):
+            return x
+        return there[id(x)] if id(x) in there else OnGpu(x)
+
+    return tree_map(placed, function(*args, **kwargs))
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(function, args, kwargs or {})
+
+
+@contextmanager
+def pretended() -> Iterator[torch.device]:
+    """The device, within which tensors can be made and moved."""
+    with pytest.MonkeyPatch.context() as patch, _Mode():
+        patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        # parameters that move are made anew: put into the old ones, they would be none of these
+        patch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
+        # inference mode keeps views from tensors of a class of one's own
+        patch.setattr(torch.inference_mode, "__enter__", lambda mode: None)
+        patch.setattr(torch.inference_mode, "__exit__", lambda mode, *_: None)
+        before = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` makes them in memory, and then moves them
+        try:
+            with torch.no_grad():
+                yield GPU
+        finally:
+            torch._C._set_only_lift_cpu_tensors(before)

@@ -1,0 +1,198 @@
+"""Rows of every known form as the chats that they are, and what is of no form named with its line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shoal.config import ModelConfig
+from shoal.data.chats.forms import canonical, pair
+from shoal.data.chats.heldout import questions
+from shoal.data.chats.rows import labels, read_chats, read_pairs
+from shoal.errors import DataError
+from shoal.inputs.chat import DEFAULT_TEMPLATE
+from shoal.inputs.tokenizer import END_ID, Tokenizer
+
+TOKENIZER = Tokenizer.bytes_only()
+ADD = {
+    "name": "add",
+    "description": "Adds.",
+    "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}},
+}
+TOLD = (
+    'You can call functions. To call one, write\n<tool_call>{"name": NAME, "arguments": {...}}</tool_call>\nwith arguments '
+    "that follow its parameters, which are a JSON schema.\n<tools>\n" + json.dumps(ADD) + "\n</tools>"
+)
+CALLED = '<tool_call>{"name": "add", "arguments": {"n": 3}}</tool_call>'
+GAVE = '<tool_response>{"name": "add", "content": "5"}</tool_response>'
+
+
+def said(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """(role, text) of each message."""
+
+    def text(content: Any) -> str:
+        return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+    return [(message["role"], text(message["content"])) for message in canonical(row)["messages"]]
+
+
+WITH_TOOLS: list[dict[str, Any]] = [
+    {"role": "user", "content": "2 + 3?"},
+    {
+        "role": "assistant",
+        "content": "So. ",
+        "tool_calls": [
+            {"id": "a", "type": "function", "function": {"name": "add", "arguments": '{"n": 3}'}},
+        ],
+    },
+    {"role": "tool", "tool_call_id": "a", "content": "5"},
+    {"role": "assistant", "content": "Five."},
+]
+
+
+def test_tools_of_every_form_are_written_alike() -> None:
+    told = [("system", TOLD), ("user", "2 + 3?")]
+    rest = [("user", GAVE), ("assistant", "Five.")]
+    openai = {"messages": WITH_TOOLS, "tools": [{"type": "function", "function": ADD}]}
+    assert said(openai) == [*told, ("assistant", "So. " + CALLED), *rest]
+    assert said({**openai, "tools": json.dumps([ADD])}) == said(openai)
+    before = [{"role": "developer", "content": "Be short."}, *WITH_TOOLS]
+    assert said({**openai, "messages": before})[0] == ("system", "Be short.\n\n" + TOLD)
+    sharegpt = {
+        "conversations": [
+            {"from": "human", "value": "2 + 3?"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"n": 3}}'},
+            {"from": "observation", "value": "5"},
+            {"from": "gpt", "value": "Five."},
+        ],
+        "tools": json.dumps([ADD]),
+    }
+    assert said(sharegpt) == [*told, ("assistant", CALLED), *rest]
+    assert said({**sharegpt, "system": "Be short."})[0] == ("system", "Be short.\n\n" + TOLD)
+
+
+def test_instructions_are_chats() -> None:
+    row = {"instruction": "Translate.", "input": "fish", "output": "poisson"}
+    assert said(row) == [("user", "Translate.\nfish"), ("assistant", "poisson")]
+    more = {**row, "input": "", "system": "Be short.", "history": [["Hi", "Yo"]]}
+    expected = [("system", "Be short."), ("user", "Hi"), ("assistant", "Yo"), ("user", "Translate.")]
+    assert said(more) == [*expected, ("assistant", "poisson")]
+
+
+def test_messages_without_tools_are_left_alone() -> None:
+    row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "task": "t"}
+    assert canonical(row) == row
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "a", "completion": "b"}, "no known form: got 'keys prompt, completion'; allowed: messages"),
+        ([1], "no known form: got 'list'"),
+        ({"messages": "x"}, "no messages"),
+        ({"messages": [{"role": "tool", "content": "5"}]}, "a result of no call"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"id": "a"}]}]}, "tool_calls that are none"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": "{"}, "tools that are no JSON"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}, "tools without a name"),
+        ({"conversations": [{"from": "ghost", "value": "x"}]}, "conversations of an unknown form"),
+        ({"conversations": [{"from": "function_call", "value": "add"}]}, "a function_call that is no JSON"),
+        ({"conversations": {}}, "conversations of an unknown form"),
+        ({"instruction": "x"}, "an instruction without an output"),
+        ({"instruction": "x", "output": "y", "history": [["a"]]}, "history of an unknown form"),
+        ({"text": ""}, "no text"),
+    ],
+)
+def test_what_is_not_as_its_form_wants_it_is_named(row: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says) as told:
+        canonical(row)
+    assert "\n" not in told.value.message
+
+
+def test_forms_may_be_mixed_and_a_text_is_learned_from_everywhere(tmp_path: Path, config: ModelConfig) -> None:
+    path = tmp_path / "mixed.jsonl"
+    text = "abc" * 50  # 151 tokens with its end, of rows of 96
+    given: list[Any] = [{"text": text}, {"instruction": "a", "output": "b"}, {"id": 1}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    rows = read_chats(path, TOKENIZER, config)
+    pieces = [rows.row(index) for index in range(len(rows))]
+    assert [len(ids) for ids, _, _ in pieces] == [96, 55, 6]
+    assert TOKENIZER.decode([*pieces[0][0], *pieces[1][0]]) == text and pieces[1][0][-1] == END_ID
+    assert all(answer.all() for _, answer, _ in pieces[:2])
+    assert np.flatnonzero(pieces[2][1]).tolist() == [4, 5]
+    assert (rows.refused, rows.refused_at) == ({"no known form": 1}, {"no known form": 3})
+    assert len(dict.fromkeys(group for _, group in labels(path))) == 2
+
+
+def test_a_file_of_no_known_form_is_one_line_with_the_row(tmp_path: Path, config: ModelConfig) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text('\n{"prompt": "a"}\n{"prompt": "b"}\n')
+    says = r"holds no row to train on: got 'line 2: no known form'; allowed: messages; conversations; instruction and output"
+    with pytest.raises(DataError, match=says):
+        read_chats(path, TOKENIZER, config)
+    path.write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match="line 1: got 'a text, which asks nothing'"):
+        questions(path, TOKENIZER, config, DEFAULT_TEMPLATE)
+
+
+ASKED = {"role": "user", "content": "2 + 3?"}
+
+
+def side(text: str) -> list[dict[str, Any]]:
+    return [ASKED, {"role": "assistant", "content": text}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2 + 3?", "chosen": "5", "rejected": "6"},
+        {"prompt": [ASKED], "chosen": side("5")[1:], "rejected": side("6")[1:]},
+        {"prompt": None, "chosen": side("5"), "rejected": side("6")},
+        {"messages": [ASKED], "chosen": side("5")[1], "rejected": side("6")[1]},
+        {"instruction": "2 + 3?", "input": "", "chosen": "5", "rejected": "6"},
+        {
+            "conversations": [{"from": "human", "value": "2 + 3?"}],
+            "chosen": {"from": "gpt", "value": "5"},
+            "rejected": {"from": "gpt", "value": "6"},
+        },
+    ],
+)
+def test_a_preference_pair_of_any_form_is_two_chats(row: dict[str, Any]) -> None:
+    assert pair(row) == (side("5"), side("6"))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": [ASKED]}, "no preference pair: got 'keys messages'; allowed: chosen and rejected"),
+        (
+            {"chosen": side("5"), "rejected": [{"role": "user", "content": "?"}, *side("6")[1:]]},
+            "does not ask the same",
+        ),
+        ({"chosen": "5", "rejected": "6"}, "does not ask the same"),
+        ({"prompt": "x", "chosen": [ASKED], "rejected": [ASKED]}, "does not end with answers"),
+        ({"prompt": "x", "chosen": "5", "rejected": 6}, "no messages"),
+    ],
+)
+def test_what_is_no_pair_is_named(row: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        pair(row)
+
+
+def test_pairs_are_two_rows_and_one_that_is_too_long_goes_with_its_other(tmp_path: Path, config: ModelConfig) -> None:
+    path = tmp_path / "pairs.jsonl"
+    given = [
+        {"prompt": "a", "chosen": "b" * 200, "rejected": "c"},
+        {"prompt": "a", "chosen": "bb", "rejected": "c"},
+        {"prompt": "a", "chosen": "", "rejected": "c"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    rows = read_pairs(path, TOKENIZER, config)
+    assert [TOKENIZER.decode(rows.row(index)[0]) for index in range(len(rows))] == ["abb", "ac", "a", "ac"]
+    assert rows.refused_at == {"longer than 96 tokens": 1}
+    path.write_text('\n{"text": "a"}\n')
+    with pytest.raises(DataError, match="holds no pair to learn from: got 'line 2: no preference pair'"):
+        read_pairs(path, TOKENIZER, config)

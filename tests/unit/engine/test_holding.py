@@ -1,0 +1,125 @@
+"""What a request holds, in numbers: units that it needs, where it begins, what it gives back. Four tokens a page."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoal.engine.holding import Holding
+from shoal.engine.pages import Pages
+
+PAGE = 4
+TEN = list(range(50, 60))  # two full pages and half of one
+
+
+def held(tokens: list[int]) -> Holding:
+    return Holding.nothing(tokens, None, PAGE, longest=40)
+
+
+def stored(pages: Pages, tokens: list[int], groups: int) -> Holding:
+    """All of `tokens` stand in the first `groups` groups."""
+    one = held(tokens)
+    one.needed(pages, groups)
+    one.enter(pages, groups, scoring=False)
+    one.take(pages, len(tokens), groups)
+    one.advance(pages, len(tokens), 0, groups)
+    return one
+
+
+def entered(pages: Pages, tokens: list[int], groups: int | None, scoring: bool = False) -> Holding:
+    one = held(tokens)
+    one.needed(pages, groups or 1)
+    one.enter(pages, groups, scoring)
+    return one
+
+
+@pytest.mark.parametrize(
+    ("tokens", "groups", "lacking"), [(9, 1, 1), (9, 2, 3), (9, 4, 9), (8, 2, 1), (4, 4, 2), (5, 1, 0), (0, 4, 0)]
+)
+def test_it_lacks_what_each_of_its_groups_has_too_few(tokens: int, groups: int, lacking: int) -> None:
+    one = held(TEN)
+    one.owned = [2, 1, 0, 0]
+    assert one.lacking(tokens, groups) == lacking
+
+
+def test_pages_that_others_hold_need_no_unit_and_cached_ones_are_taken_from_what_is_available() -> None:
+    pages = Pages(41)
+    assert [held(TEN).needed(pages, groups) for groups in (1, 2, 4)] == [3, 6, 12]
+    first = stored(pages, TEN, 2)
+    assert [held(TEN).needed(pages, groups) for groups in (1, 2, 4)] == [1, 2, 8], (
+        "two full pages in each of two groups"
+    )
+    assert held(TEN[:8]).needed(pages, 2) == 0 and held(TEN[:7]).needed(pages, 2) == 2
+    first.release(pages)
+    assert [held(TEN).needed(pages, groups) for groups in (1, 2, 4)] == [3, 6, 12]
+    before = pages.available
+    entered(pages, TEN, 2).take(pages, 10, 2)
+    assert before - pages.available == 6
+
+
+@pytest.mark.parametrize(
+    ("tokens", "groups", "at"),
+    [
+        (10, 1, 8),
+        (10, 2, 8),
+        (10, 3, 0),  # the third group has nothing of it
+        (8, 2, 7),  # the last row always runs: it gives the next token
+        (7, 2, 4),
+        (3, 2, 0),
+    ],
+)
+def test_it_begins_after_what_all_of_its_groups_have(tokens: int, groups: int, at: int) -> None:
+    pages = Pages(41)
+    stored(pages, TEN, 2)
+    one = entered(pages, TEN[:tokens], groups)
+    full = tokens // PAGE * PAGE
+    assert (one.at, one.states_from) == (at, None)
+    assert one.found == one.computed == [full if group < min(groups, 2) else 0 for group in range(4)]
+    scored = entered(pages, TEN[:tokens], groups, scoring=True)
+    assert (scored.at, scored.found) == (0, one.found), "all rows run, whatever is cached"
+
+
+@pytest.mark.parametrize(("noted", "tokens", "at"), [(0, 10, 0), (1, 10, 4), (2, 10, 8), (2, 8, 7), (2, 3, 0)])
+def test_before_its_depth_is_known_it_begins_after_the_pages_whose_sums_are_kept(
+    noted: int, tokens: int, at: int
+) -> None:
+    pages = Pages(41)
+    first = stored(pages, TEN, 2)
+    for index in range(noted):
+        pages.note(int(first.tables[0, index]), index)
+    one = entered(pages, TEN[:tokens], None)
+    assert one.at == one.states_from == at
+    assert one.notes == [*range(min(noted, tokens // PAGE))]
+    assert entered(pages, TEN[:tokens], None, scoring=True).states_from == 0
+
+
+@pytest.mark.parametrize(("groups", "at"), [(1, 9), (2, 8), (3, 4), (4, 0)])
+def test_once_its_depth_is_known_it_goes_back_to_where_its_deeper_groups_are(groups: int, at: int) -> None:
+    pages = Pages(41)
+    first, shorter = stored(pages, TEN, 2), stored(pages, TEN[:4], 3)
+    assert (first.owned, shorter.owned) == ([3, 3, 0, 0], [1, 1, 1, 0])
+    first.release(pages)
+    one = entered(pages, TEN, None)
+    one.take(pages, 10, 1)
+    one.advance(pages, 10, 0, 1)
+    one.deepen(pages, groups, scoring=False, notes=["a", "b", "c"])
+    assert (one.at, one.computed[0]) == (at, 10)
+    assert [pages.noted(int(unit)) for unit in one.tables[0, :3]] == ["a", "b", None], "half a page is nobody else's"
+    one.deepen(pages, 1, scoring=True, notes=[])
+    assert one.at == 0
+
+
+def test_what_wrong_drafts_were_written_to_is_given_back_and_no_longer_in_its_table() -> None:
+    pages = Pages(41)
+    one = stored(pages, TEN, 2)
+    one.take(pages, 17, 2)
+    taken, before = one.units(), pages.available
+    assert one.owned == [5, 5, 0, 0]
+    with pytest.raises(RuntimeError, match=r"request x owns \[5, 5, 0, 0\] units for pages \[3, 3, 0, 0\]"):
+        one.check("x")
+    one.give_back(pages, 2)
+    one.check("x")
+    assert (one.owned, pages.available) == ([3, 3, 0, 0], before + 4)
+    assert one.tables.tolist() == [[*taken[group][:3], *[0] * 7] for group in (0, 1)] + [[0] * 10] * 2
+    pages.check_integrity(one.units())
+    one.release(pages)
+    assert not one.tables.any() and pages.available == pages.total

@@ -1,0 +1,354 @@
+"""Neighbours: who asks for little is not behind who asks for much."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from shoal.engine.events import LATER, Finished, Request, Sampling, Token
+from shoal.engine.pace import WARM_UP
+from shoal.engine.plan import Work
+from shoal.engine.shares import Seconds, Shares, clearly_before
+from shoal.errors import QueueFullError
+from tests.unit.engine.test_scheduler import Harness, end, next_token
+
+LONG = Sampling(max_tokens=24, ignore_eos=True)
+SHORT = Sampling(max_tokens=2, ignore_eos=True)
+
+
+def steps_until_first(h: Harness, request: str) -> int:
+    for step in range(1, 400):
+        if any(isinstance(event, Token) and event.request == request for event in h.step()):
+            return step
+    raise AssertionError("it never ran")
+
+
+def test_a_payer_with_one_request_is_not_behind_another_s_many() -> None:
+    """All places are taken, and many wait: it has its first token in the second step, as if nobody was there."""
+    h = Harness(2000, max_batch=8, max_queue=40, max_batch_tokens=40)
+    many = [h.submit([50, i], sampling=LONG, payer="a") for i in range(30)]
+    for _ in range(6):
+        h.step()
+    assert steps_until_first(h, h.submit([70], sampling=SHORT, payer="b")) <= 2
+    ended = h.run()
+    assert {event.request for event in ended if not isinstance(event, Token)} >= set(many)  # and none is lost
+    assert h.pages.available == h.pages.total
+
+
+def test_clients_of_one_payer_share_what_is_its_own() -> None:
+    h = Harness(2000, max_batch=8, max_queue=60, max_batch_tokens=40)
+    for i in range(20):
+        h.submit([50, i], sampling=LONG, payer="a", client="greedy")
+    for _ in range(6):
+        h.step()
+    assert steps_until_first(h, h.submit([70], sampling=SHORT, payer="a", client="other")) <= 2
+
+
+def test_two_payers_have_half_each_however_many_clients_and_choices_they_have() -> None:
+    h = Harness(2000, max_batch=8, max_queue=100, max_batch_tokens=40)
+    of = {h.submit([50, i], sampling=LONG, payer="a", client=str(i % 5)): "a" for i in range(40)}
+    of |= {h.submit([60, i], sampling=LONG, payer="b"): "b" for i in range(40)}
+    for _ in range(12):
+        h.step()
+    got = Counter(of[event.request] for _ in range(24) for event in h.step() if isinstance(event, Token))
+    assert 0.6 < got["a"] / got["b"] < 1.7, got
+
+
+def test_who_is_alone_is_served_as_it_comes_and_nothing_is_computed_twice() -> None:
+    h = Harness(2000, max_batch=8, max_queue=40, max_batch_tokens=40)
+    requests = [h.submit([50, i], sampling=LONG) for i in range(20)]
+    events = h.run()
+    assert [event.request for event in events if not isinstance(event, Token)] == requests
+    assert h.scheduler.metrics.preemptions == 0
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_who_sends_much_goes_on_beside_a_long_answer_and_beside_one_that_nobody_reads(reads: bool) -> None:
+    """Twelve clients of one payer with a request each, another payer with twelve: half each, however long a third one runs."""
+    h = Harness(4000, max_batch=4, max_queue=100, max_batch_tokens=40)
+    pin = h.submit([10], sampling=Sampling(max_tokens=400, ignore_eos=True), payer="c")
+    h.step()
+    h.scheduler.pause(pin, not reads)
+    of = {h.submit([50, i], sampling=SHORT, payer="a", client=str(i)): ("a", str(i)) for i in range(12)}
+    of |= {h.submit([60, i], sampling=SHORT, payer="b"): ("b", "") for i in range(12)}
+    got = Counter[str]()
+    for step in range(200):
+        for event in h.step():
+            if isinstance(event, Finished) and event.request in of:
+                payer, client = of.pop(event.request)
+                got[payer] += step >= 100
+                of[h.submit([70, step % 50], sampling=SHORT, payer=payer, client=client)] = payer, client
+    assert pin in h.scheduler._live
+    assert 0.7 < got["a"] / got["b"] < 1.4, got
+
+
+def test_who_sends_much_has_one_turn_of_many_payers_where_there_are_fewer_places() -> None:
+    """Its next request came before all others, and is still not before those that wait for longer as their payers' next."""
+    h = Harness(2000, max_batch=2, max_queue=100, max_batch_tokens=40)
+    of = {h.submit([50, i], sampling=SHORT, payer="greedy"): "greedy" for i in range(30)}
+    of |= {h.submit([60, i], sampling=SHORT, payer=str(i)): str(i) for i in range(9)}
+    got = Counter[str]()
+    while sum(got.values()) < 100:
+        for event in h.step():
+            if isinstance(event, Finished):
+                payer = of.pop(event.request)
+                got[payer] += 1
+                of[h.submit([70, len(got)], sampling=SHORT, payer=payer)] = payer
+    assert len(got) == 10
+    assert max(got.values()) <= 2 * min(got.values()), got
+
+
+def test_a_place_is_given_whatever_runs_at_a_lower_priority() -> None:
+    h = Harness(2000, max_batch=8, max_queue=40, max_batch_tokens=40)
+    h.submit([40], sampling=LONG, payer="c", priority=1)
+    h.step()
+    for i in range(7):
+        h.submit([50, i], sampling=LONG, payer="a")
+    h.step()
+    assert steps_until_first(h, h.submit([70], sampling=SHORT, payer="b")) <= 2
+
+
+def test_a_full_queue_has_a_place_for_who_has_little_there() -> None:
+    """The last of who has most there, which has had nothing yet, is told to come again; who has most gets no more."""
+    h = Harness(2000, max_batch=4, max_queue=8)
+    many = [h.submit([50, i], sampling=LONG, payer="a") for i in range(12)]
+    h.step()
+    few = [h.submit([60, i], sampling=SHORT, payer="b") for i in range(3)]
+    with pytest.raises(QueueFullError):
+        h.submit([51], sampling=LONG, payer="a")
+    events = h.run()
+    for request in many[-3:]:
+        assert isinstance(end(events, request).error, QueueFullError)
+        assert end(events, request).error.retry_after != 0  # type: ignore[union-attr]
+    assert {end(events, request).reason for request in [*many[:-3], *few]} == {"length"}
+    assert h.scheduler.metrics.refused == 4
+
+
+def test_of_one_payer_the_client_that_has_most_gives_its_last_place() -> None:
+    h = Harness(2000, max_batch=4, max_queue=8)
+    many = [h.submit([50, i], sampling=LONG, payer="a", client="greedy") for i in range(12)]
+    other = h.submit([60], sampling=SHORT, payer="a", client="other")
+    events = h.run()
+    assert isinstance(end(events, many[-1]).error, QueueFullError)
+    assert {end(events, request).reason for request in [*many[:-1], other]} == {"length"}
+
+
+def test_what_has_begun_gives_no_place_however_much_of_it_there_is() -> None:
+    """Here, or in another engine; and that is let in, since it has been taken once."""
+    h = Harness(2000, max_batch=4, max_queue=2)
+    begun = [h.submit([50, i], sampling=LONG, payer="a", answer=(99, 98)) for i in range(9)]
+    h.step()
+    with pytest.raises(QueueFullError):
+        h.submit([60], sampling=SHORT, payer="b")
+    events = h.run()
+    assert {end(events, request).reason for request in begun} == {"length"}
+
+
+def test_who_does_not_read_has_none_of_the_places_of_those_who_do() -> None:
+    """Nor in the queue: as many as may be live do not read, and as many others are taken, and answered."""
+    h = Harness(2000, max_batch=2, max_queue=2)
+    for i in range(4):
+        stopped = h.submit([50, i], sampling=LONG, payer="a")
+        while h.scheduler._live[stopped].answered < 2:
+            h.step()
+        h.scheduler.pause(stopped)
+    others = [h.submit([60, i], sampling=SHORT, payer="a") for i in range(4)]
+    with pytest.raises(QueueFullError):
+        h.submit([61], sampling=SHORT, payer="a")
+    events = [event for _ in range(30) for event in h.step()]
+    assert {end(events, request).reason for request in others} == {"length"}
+    for request in list(h.scheduler._live):
+        h.scheduler.pause(request, False)
+    h.run()
+    assert h.scheduler._paused == 0
+
+
+def test_those_that_leave_at_once_cost_what_they_are() -> None:
+    """Twice as many, twice the calls of functions, and not four times."""
+
+    def calls(count: int) -> int:
+        h = Harness(2000, max_batch=4, max_queue=count)
+        requests = [h.submit([50, i % 50], sampling=LONG, payer="a", client=str(i % 3)) for i in range(count)]
+        h.step()
+        made = 0
+
+        def called(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal made
+            made += event == "call"
+
+        before = sys.getprofile()
+        sys.setprofile(called)
+        try:
+            for request in requests:
+                h.scheduler.cancel(request)
+            h.step()
+        finally:
+            sys.setprofile(before)
+        assert h.scheduler.idle and h.pages.available == h.pages.total
+        return made
+
+    assert calls(400) < 2.5 * calls(200)
+
+
+def seconds_of(neighbours: int, *, prompt: int = 1) -> list[float]:
+    """Virtual seconds that each of some small requests takes, sent one after the other, beside as many that decode of another
+    payer, with prompts of `prompt` tokens. A step costs 1 ms, and 1 ms for each row."""
+    h = Harness(4000, cost=(0.25e-3, 0.25e-3), max_batch=40, max_queue=200, max_batch_tokens=128)
+    endless = Sampling(max_tokens=400, ignore_eos=True)
+    for i in range(neighbours):
+        h.submit([*range(50, 50 + prompt), i], sampling=endless, payer="a", client=str(i))
+    for _ in range(WARM_UP + 4):
+        if not neighbours:
+            h.submit([40, _], sampling=SHORT)
+        h.step()
+    h.run() if not neighbours else None
+    found = []
+    for number in range(12):
+        began = h.now
+        small = h.submit([70, number], sampling=Sampling(max_tokens=8, ignore_eos=True), payer="b")
+        while not any(isinstance(event, Finished) and event.request == small for event in h.step()):
+            pass
+        found.append(h.now - began)
+    return found
+
+
+def test_small_requests_take_at_most_twice_as_long_beside_a_full_batch() -> None:
+    """In a step with 31 others each of their tokens would take as long as those: 16 times as long."""
+    alone = max(seconds_of(0))
+    assert alone < 0.02
+    beside = seconds_of(31)
+    assert sorted(beside)[6] <= 2 * alone + 0.032, (alone, beside)  # and a step that runs when one comes
+
+
+def test_payers_that_share_steps_evenly_have_none_of_their_own() -> None:
+    h = Harness(4000, cost=(0.25e-3, 0.25e-3), max_batch=8, max_queue=100, max_batch_tokens=40)
+    for i in range(8):
+        h.submit([50, i], sampling=Sampling(max_tokens=100, ignore_eos=True), payer="ab"[i % 2])
+    h.step()
+    for _ in range(60):
+        h.step()
+        assert len(h.runner.works) == 8
+
+
+def test_who_has_a_full_batch_has_half_of_the_time_beside_small_requests_that_never_end() -> None:
+    h = Harness(4000, cost=(0.25e-3, 0.25e-3), max_batch=20, max_queue=200, max_batch_tokens=128)
+    for i in range(16):
+        h.submit([50, i], sampling=Sampling(max_tokens=1500, ignore_eos=True), payer="a", client=str(i))
+    for _ in range(WARM_UP):
+        h.step()
+    of = {h.submit([60, i], sampling=SHORT, payer="b"): "b" for i in range(2)}
+    tokens, began = 0, h.now
+    while h.now < began + 3:
+        for event in h.step():
+            tokens += isinstance(event, Token) and event.request not in of
+            if isinstance(event, Finished) and of.pop(event.request, None):
+                of[h.submit([60, tokens % 50], sampling=SHORT, payer="b")] = "b"
+    alone = 16 * 3 / 0.017
+    assert 0.35 * alone < tokens < 0.8 * alone
+
+
+class Asked:
+    """What the order is made of."""
+
+    def __init__(self, payer: str, client: str, priority: int = 0) -> None:
+        self.request, self.order = Request([50], payer=payer, client=client), (priority, 0, 0)
+        self.number = self.turn = 0
+
+
+def test_ranks_are_places_among_what_a_payer_has_now() -> None:
+    """By hand: (priority, rank, since when), where every number is taken once."""
+    shares = Shares()
+    assert not shares.ended
+
+    def comes(*who: Any) -> Any:
+        shares.joins(asked := Asked(*who))
+        shares.joined(asked)
+        return asked
+
+    first, second, other = comes("p", "x"), comes("p", "x"), comes("p", "y")
+    assert [(each.number, each.turn, each.order) for each in (first, second, other)] == [
+        (1, 1, (0, 1, 1)), (2, 2, (0, 2, 2)), (3, 1, (0, 2, 3)),
+    ]  # fmt: skip
+    assert shares.settle() and not shares.settle() and not shares.ended
+    assert [each.order for each in (first, other, second)] == [(0, 1, 1), (0, 2, 3), (0, 3, 4)]
+    assert [comes(*who).order for who in (("q", "x"), ("p", "x", 1))] == [(0, 1, 5), (1, 1, 6)]
+    shares.left(first)
+    assert shares.ended and shares.settle() and not shares.ended
+    # the second is its client's next now, for less long than the other's
+    assert [(each.turn, each.order) for each in (other, second)] == [(1, (0, 1, 8)), (1, (0, 2, 9))]
+    assert clearly_before(first, second) is False and clearly_before(first, comes("p", "x"))
+
+
+def test_seconds_are_shared_by_the_rows_of_a_step() -> None:
+    def work(payer: str, count: int, drafts: int = 0, groups: tuple[int, int] = (0, 4)) -> Any:
+        return Work(Asked(payer, ""), 0, count, *groups, drafts=drafts)  # type: ignore[arg-type]
+
+    seconds = Seconds()
+    seconds.took([work("a", 2, drafts=1), work("b", 2, groups=(2, 4))], 8.0)  # 12 rows and 4: 6 s and 2 s
+    assert not seconds.behind({"a", "b"}), "4 s less is half of a step of both, and no more than that"
+    seconds.took([work("a", 3), work("b", 1)], 8.0)
+    assert seconds.behind({"a", "b"}) == {"b"}, "12 s and 4 s"
+    assert seconds.behind({"a", "b", "c"}) == {"b", "c"}, "who comes has had a step less than the least"
+    seconds.took([work("b", 9)], 10.0)
+    assert seconds.behind({"a", "b", "c"}) == {"c"}, "12 s and 14 s; a step of one alone is none of all"
+    assert not seconds.behind({"b"}) and seconds.behind({"a", "b"}) == {"a"}, "who has no work is forgotten"
+
+
+def test_a_payer_goes_on_however_many_others_come_one_after_the_other() -> None:
+    """Each comes before the one before it has ended, and would start with less than that one had, for ever."""
+    h = Harness(4000, cost=(0.25e-3, 0.25e-3), max_batch=40, max_queue=200, max_batch_tokens=128)
+    for i in range(16):
+        h.submit([50, i], sampling=Sampling(max_tokens=1500, ignore_eos=True), payer="a", client=str(i))
+    for _ in range(WARM_UP):
+        h.step()
+    seen = set[str]()
+    new = {h.submit([60, 0], sampling=SHORT, payer="0")}
+    came, tokens, began = 1, 0, h.now
+    while h.now < began + 3:
+        for event in h.step():
+            tokens += isinstance(event, Token) and event.request not in new
+            if isinstance(event, Token) and event.request in new and event.request not in seen:
+                seen.add(event.request)
+                new.add(h.submit([60, came % 50], sampling=SHORT, payer=str(came)))
+                came += 1
+    assert tokens > 0.2 * 16 * 3 / 0.017, (tokens, came)
+
+
+def test_what_may_wait_has_what_others_leave() -> None:
+    """It holds all places, running and waiting, and the memory: whoever comes has a place and a token at once, whose key it may
+    be; and what gave its place is computed to its end, token for token."""
+    for payer in ("a", "b"):
+        h = Harness(100, max_batch=4, max_queue=4, max_batch_tokens=40)
+        later = [h.submit([50, i], sampling=LONG, payer="later a", priority=LATER + i % 2) for i in range(8)]
+        events = [event for _ in range(6) for event in h.step()]
+        for number in range(4):
+            came = h.submit([70, number], sampling=SHORT, payer=payer)
+            first = [*h.step(), *h.step()]
+            assert any(isinstance(event, Token) and event.request == came for event in first)
+            events += first
+        events += h.run()
+        lost = {event.request for event in events if isinstance(event, Finished) and event.error is not None}
+        ended = {event.request for event in events if isinstance(event, Finished)} - lost
+        assert lost and lost < {*later} and {*later} - lost <= ended, "a full queue is told to who may wait"
+        for request in {*later} - lost:
+            told = [event.token for event in events if isinstance(event, Token) and event.request == request]
+            tokens = [50, later.index(request)]
+            for _ in range(LONG.max_tokens):
+                tokens.append(next_token(tokens))
+            assert told == tokens[2:]
+
+
+def test_what_may_wait_takes_no_steps_from_others() -> None:
+    """Alone it has all of them; beside one that runs it has only rows in its steps, however little it has had."""
+    h = Harness(2000, cost=(1e-3, 1e-3), max_batch=8, max_queue=40, max_batch_tokens=40)
+    for i in range(8):
+        h.submit([50, i], sampling=LONG, payer="later a", priority=LATER)
+    for _ in range(WARM_UP):
+        h.step()
+    mine = h.submit([70], sampling=LONG, payer="b")
+    steps = [{event.request for event in h.step() if isinstance(event, Token)} for _ in range(12)]
+    assert all(mine in step for step in steps[1:]), steps

@@ -1,0 +1,3 @@
+from tests.unit.train.conftest import alone, chats, shards
+
+__all__ = ["alone", "chats", "shards"]

@@ -1,0 +1,134 @@
+"""What routing is worth, on prompts whose gaps are known: each policy knows what it may know, and no more."""
+
+import dataclasses
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal import presets
+from shoal.evaluate import report
+from shoal.evaluate.frontier import BUDGETS, frontier, sentence
+from shoal.evaluate.prompts import Prompts
+from shoal.model import cost
+from shoal.model.router import fit_router
+
+CONFIG = presets.get("tiny").model
+TASKS = ("easy", "hard")
+
+
+def prompts(seed: int, count: int = 200, by: str = "task") -> Prompts:
+    """Half of the prompts lose nothing at any exit, the others 1 nat at the first and 0.4 at the second. Which, their task,
+    their length or their features tell; the others of the three are noise."""
+    draws = torch.Generator().manual_seed(seed)
+    hard = torch.arange(count) % 2 == 1
+    noise = torch.rand(count, generator=draws) < 0.5
+    gaps = hard[:, None] * torch.tensor([1.0, 0.4]) + 0.01 * torch.rand(count, 2, generator=draws)
+    features = 0.1 * torch.randn(count, 2 * CONFIG.width + 3, generator=draws)
+    features[:, ::8] += 0.5 * (hard if by == "features" else noise).float()[:, None]
+    lengths = 10 + 50 * (hard if by == "length" else noise) + torch.randint(10, (count,), generator=draws)
+    tasks = tuple(TASKS[int(flag)] for flag in (hard if by == "task" else noise))
+    return Prompts(features, gaps, lengths, tasks, torch.arange(count))
+
+
+@pytest.fixture(scope="module", params=["task", "length", "features"])
+def found(request: pytest.FixtureRequest) -> dict:
+    fit, test = prompts(1, by=request.param), prompts(2, by=request.param)
+    router = fit_router(CONFIG, fit.features, fit.gaps)
+    return {"by": request.param, **frontier(CONFIG, router, fit, test)}
+
+
+def test_who_knows_the_gaps_is_as_good_as_the_oracle_and_the_others_are_not(found: dict) -> None:
+    """The router pays for its own look at the prompt, and errs where it knows nothing."""
+    knows = {"task": "domain", "length": "length", "features": "router"}[found["by"]]
+    for place, budget in enumerate(BUDGETS):
+        gaps = {name: rows[place]["gap"] for name, rows in found["at"].items()}
+        assert gaps["oracle"] <= min(gaps.values()) + 1e-4
+        if knows != "router" or budget >= 0.6:
+            assert gaps[knows] == pytest.approx(gaps["oracle"], abs=0.08 if knows == "router" else 0.04), budget
+        for blind in {"domain", "length", "router"} - {knows}:
+            assert gaps[blind] > gaps["oracle"] + 0.02, (blind, budget)
+    assert bool(sentence(found)) == (found["by"] != "features")
+
+
+def test_fixed_exits_and_the_line_between_them_are_what_arithmetic_says(found: dict) -> None:
+    full = cost.flops_per_token(CONFIG, CONFIG.train_length)
+    shares = [cost.flops_per_token(CONFIG, CONFIG.train_length, e) / full for e in CONFIG.exits]
+    points = [(row["flops_share"], row["gap"]) for row in found["fixed"]]
+    assert [x for x, _ in points] == pytest.approx(shares)
+    assert [y for _, y in points] == pytest.approx([0.505, 0.205, 0], abs=0.005)
+    for row in found["at"]["random"]:
+        (a, x), (b, y) = next(pair for pair in pairwise(points) if pair[0][0] <= row["flops_share"] < pair[1][0])
+        assert row["gap"] == pytest.approx(x + (y - x) * (row["flops_share"] - a) / (b - a), abs=1e-3)
+
+
+def test_the_router_pays_for_reading_each_prompt(found: dict) -> None:
+    """Its cheapest point is the first exit's share and, over the prompts, what routing one of that length adds to a token."""
+    full = cost.flops_per_token(CONFIG, CONFIG.train_length)
+    test = prompts(2, by=found["by"])
+    look = sum(cost.routing_flops(CONFIG, n) / n for n in test.lengths.tolist()) / len(test.lengths) / full
+    least = {name: min(point["flops_share"] for point in points) for name, points in found["curves"].items()}
+    assert look > 0.01 and least["router"] == pytest.approx(found["fixed"][0]["flops_share"] + look)
+    assert least["length"] == least["oracle"] == pytest.approx(found["fixed"][0]["flops_share"])
+
+
+def test_a_task_of_which_nothing_is_on_the_routers_side_is_routed_by_what_holds_for_all() -> None:
+    """A task of one document ended `shoal evaluate` in its last minute."""
+    fit, test = prompts(1), prompts(2)
+    fit = dataclasses.replace(fit, tasks=("easy",) * len(fit.tasks))
+    found = frontier(CONFIG, fit_router(CONFIG, fit.features, fit.gaps), fit, test)
+    overall = [row["gap"] for row in found["fixed"]]
+    assert all(min(overall) - 1e-6 <= row["gap"] <= max(overall) + 1e-6 for row in found["at"]["domain"])
+
+
+def test_prompts_of_one_document_are_resampled_together() -> None:
+    """Each prompt ten times over, as ten pieces of one document: the intervals stay; as documents of their own they shrink."""
+    fit, test = prompts(1, 60), prompts(2, 60)
+    router = fit_router(CONFIG, fit.features, fit.gaps, steps=20)
+
+    def wide(groups: torch.Tensor) -> float:
+        tens = Prompts(
+            test.features.repeat(10, 1), test.gaps.repeat(10, 1), test.lengths.repeat(10), test.tasks * 10, groups
+        )
+        rows = frontier(CONFIG, router, fit, tens)["at"]["random"]
+        return sum(row["high"] - row["low"] for row in rows)
+
+    once = sum(row["high"] - row["low"] for row in frontier(CONFIG, router, fit, test)["at"]["random"])
+    assert wide(torch.arange(60).repeat(10)) == pytest.approx(once, rel=1e-3)
+    assert wide(torch.arange(600)) == pytest.approx(once / 10**0.5, rel=0.2)
+
+
+def test_intervals_hold_what_they_are_of_and_more_compute_is_never_worse(found: dict) -> None:
+    for rows in found["at"].values():
+        assert all(row["low"] <= row["gap"] + 1e-6 and row["gap"] <= row["high"] + 1e-6 for row in rows)
+        assert [row["gap"] for row in rows] == sorted((row["gap"] for row in rows), reverse=True)
+    assert all(row["high"] > row["low"] for row in found["at"]["random"])
+
+
+def test_the_page_has_the_plot_and_the_table(found: dict, tmp_path: Path) -> None:
+    report.render({"title": "t", "frontier": found}, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "What routing is worth" in text and "95 %" in text
+    assert text.count('class="line"') == 1 and text.count('class="dash"') == 1
+    for name in ("router", "oracle", "shallow", "full"):
+        assert f">{name}</text>" in text
+    report.render({"title": "t"}, tmp_path / "none.html")
+    assert "What routing is worth" not in (tmp_path / "none.html").read_text(encoding="utf-8")
+
+
+def test_intervals_are_those_of_a_mean_over_the_prompts() -> None:
+    """`random` mixes two exits alike for every prompt, so that its gap is a mean of 200: plus and minus 1.96 standard errors,
+    but for what 500 resamples scatter (their quantiles by an eighth of a standard error)."""
+    fit, test = prompts(1), prompts(2)
+    found = frontier(CONFIG, fit_router(CONFIG, fit.features, fit.gaps, steps=1), fit, test)
+    shares = torch.tensor([row["flops_share"] for row in found["fixed"]])
+    truth = torch.cat([test.gaps, torch.zeros(200, 1)], dim=1)
+    for row in found["at"]["random"]:
+        at = int((shares <= row["flops_share"]).sum()) - 1
+        part = (row["flops_share"] - shares[at]) / (shares[at + 1] - shares[at])
+        mixed = truth[:, at] + part * (truth[:, at + 1] - truth[:, at])
+        error = float(mixed.std()) / 200**0.5
+        assert row["gap"] == pytest.approx(float(mixed.mean()), abs=1e-4)
+        ends = (row["gap"] - 1.96 * error, row["gap"] + 1.96 * error)
+        assert (row["low"], row["high"]) == pytest.approx(ends, abs=0.25 * error)

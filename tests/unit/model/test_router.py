@@ -1,0 +1,246 @@
+import copy
+import math
+
+import pytest
+import torch
+
+from shoal import Model, presets
+from shoal.config import dump, load
+from shoal.errors import DataError
+from shoal.model.router import (
+    TOLERANCES,
+    Calibration,
+    Router,
+    _calibrate,
+    _dealt,
+    features,
+    fit_router,
+    page_sums,
+    realised,
+)
+
+
+def synthetic(n=400, seed=0):
+    """Prompts whose first feature decides how much depth they need, and the gaps that follow from it."""
+    config = Model.from_preset("test").config
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 2 * config.width + 3, generator=g)
+    hard = torch.sigmoid(3 * x[:, :1])
+    gaps = hard * torch.tensor([0.4, 0.15]) + 0.01 * torch.randn(n, 2, generator=g)
+    return config, x, gaps
+
+
+def test_router_learns_and_keeps_its_promise():
+    config, x, gaps = synthetic()
+    router = fit_router(config, x[:300], gaps[:300])
+    result = realised(router, x[300:], gaps[300:], tolerance=0.1)
+    assert result["regret"] <= 0.1
+    assert result["depth_share"] < 0.8  # the promise on the mean regret leaves room to save depth
+    # against choosing at random with the same mean depth: the shallow picks are the easy prompts
+    shallow = [router.choose(row, 0.1) == config.exits[0] for row in x[300:]]
+    assert gaps[300:, 0][torch.tensor(shallow)].mean() < gaps[300:, 0].mean() / 2
+
+
+def test_knobs_are_monotone_and_their_ends_are_definitions():
+    config, x, gaps = synthetic()
+    router = fit_router(config, x[:200], gaps[:200])
+    for row in x[200:260]:
+        depths = [router.choose(row, tolerance=t) for t in (0, 0.005, 0.01, 0.04, 0.1, 0.4, 2.0)]
+        assert depths[0] == config.layers and depths == sorted(depths, reverse=True)
+        spent = [router.choose(row, budget=b) for b in (1.0, 0.9, 0.65, 0.5, 0.3, 0.1)]
+        assert spent[0] == config.layers and spent == sorted(spent, reverse=True)
+
+
+@pytest.mark.parametrize("budget", [0.25, 0.4, 0.55, 0.7, 0.83])
+def test_17_a_budget_is_kept_on_prompts_that_calibration_never_saw(wide_router, budget):
+    router, x, _ = wide_router
+    depths = [router.choose(row, budget=budget) for row in x]
+    assert sum(depths) / len(depths) / router.exits[-1] == pytest.approx(budget, abs=0.03)
+
+
+@pytest.fixture(scope="module")
+def wide_router():
+    """A router, and prompts with their gaps that it has never seen."""
+    config, x, gaps = synthetic(6000)
+    return fit_router(config, x[:4000], gaps[:4000], steps=200), x[4000:], gaps[4000:]
+
+
+def test_17_ends_of_the_knobs_are_full_depth_and_mean_depth_falls_between(wide_router):
+    router, x, _ = wide_router
+    for name, values in (("tolerance", (0, 0.01, 0.03, 0.1, 0.3, 1.0)), ("budget", (1, 0.9, 0.61, 0.6, 0.3, 0.05))):
+        means = [sum(router.choose(row, **{name: value}) for row in x[:300]) / 300 for value in values]
+        assert means[0] == router.exits[-1] and means == sorted(means, reverse=True) and means[-1] < means[0] / 2
+
+
+def test_the_mean_regret_stays_within_the_tolerance(wide_router):
+    """Conformal risk control: over many small calibration sets, the mean gap of fresh prompts is within the tolerance."""
+    wide, x, gaps = wide_router
+    router = copy.deepcopy(wide)
+    found = {0.03: [], 0.1: [], 0.2: []}
+    for start in range(0, 1200, 30):
+        router.calibration = Calibration()
+        _calibrate(router, x[start : start + 30], gaps[start : start + 30])
+        for tolerance, regrets in found.items():
+            regrets.append(realised(router, x[1200:1300], gaps[1200:1300], tolerance)["regret"])
+    for tolerance, regrets in found.items():
+        assert 0 < sum(regrets) / len(regrets) <= tolerance
+
+
+def test_the_report_is_what_came_of_it_on_the_test_split():
+    config, x, gaps = synthetic(400)
+    router = fit_router(config, x, gaps, seed=5)
+    held = torch.randperm(400, generator=torch.Generator().manual_seed(5))[300:]
+    table = router.calibration
+    assert table.report == {**realised(router, x[held], gaps[held]), "groups": 100.0}
+    assert [row[0] for row in table.by_tolerance] == list(TOLERANCES)
+    for tolerance, share, regret, violations in table.by_tolerance:
+        depths = [router.choose(row, tolerance) for row in x[held]]
+        lost = [0.0 if e == 4 else float(gaps[at, config.exits.index(e)]) for e, at in zip(depths, held, strict=True)]
+        assert share == pytest.approx(sum(depths) / 400) and regret == pytest.approx(sum(lost) / 100, abs=1e-6)
+        assert violations == pytest.approx(sum(gap > tolerance for gap in lost) / 100)
+    for budget, share, regret in table.by_budget:
+        assert share == pytest.approx(sum(router.choose(row, budget=budget) for row in x[held]) / 400)
+        assert share <= budget + 0.15 and regret < 0.4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_features_that_are_not_finite_get_full_depth(wide_router, bad):
+    router, x, _ = wide_router
+    row = x[0].clone()
+    row[3] = bad
+    for knobs in ({"tolerance": 5.0}, {"budget": 0.1}, {}):
+        assert router.choose(row, **knobs) == router.exits[-1]
+    with pytest.raises(DataError, match="not finite"):
+        fit_router(presets.get("test").model, torch.stack([row] * 20), torch.zeros(20, 2))
+    with pytest.raises(DataError, match="prompts to fit the router: got 5"):
+        fit_router(presets.get("test").model, x[:5], torch.zeros(5, 2))
+
+
+def test_page_sums_of_a_prefix_do_not_change_with_what_follows():
+    """The reason for sums by page: a prompt served from the prefix cache is routed exactly as a fresh one."""
+    model = Model.from_preset("test", dtype="float64")
+    page, tokens = model.config.page, torch.randint(9, 265, (45,))
+    hidden = model.net(tokens[None], exits=(1,))[1][0]
+    whole = page_sums(model.net, hidden, tokens)
+    head = page_sums(model.net, hidden[: 3 * page], tokens[: 3 * page])
+    rest = page_sums(model.net, hidden[3 * page :], tokens[3 * page :])
+    pieces = torch.cat([head, rest])
+    assert (pieces - whole).abs().max() < 1e-12
+    assert (features(pieces, hidden[-1], 45) - features(whole, hidden[-1], 45)).abs().max() < 1e-12
+    assert whole[:, -2].sum() > 0  # the exit-1 loss was sampled
+
+
+def test_calibration_survives_its_file():
+    config, x, gaps = synthetic(120)
+    table = fit_router(config, x, gaps).calibration
+    assert load(Calibration, dump(table)) == table
+
+
+def test_an_uncalibrated_router_is_cautious():
+    config = Model.from_preset("test").config
+    row = torch.zeros(2 * config.width + 3)
+    assert Router(config).choose(row) == config.layers
+    assert Router(config).choose(row, tolerance=5.0) == config.layers
+
+
+class Known(Router):
+    """A router that predicts what its features say: the means of the two gaps, then their quantiles."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x[..., :2], x[..., 2:4]
+
+
+def test_a_bound_is_the_largest_that_conformal_risk_control_allows():
+    """Nine prompts that lose 0.09 at the first exit, told apart by their quantile i: up to bound i, i + 1 are shallow, and
+    ((i + 1) 0.09 + 0.09) / 10 is to be within the tolerance. At 0.05 that is i = 3; without the correction it would be 4."""
+    router = Known(Model.from_preset("test").config)
+    x = torch.tensor([[0.0, 0.0, i, 100.0 + i] for i in range(9)])
+    _calibrate(router, x, torch.tensor([[0.09, 0.0]]).repeat(9, 1))
+    found = dict(router.calibration.thresholds)
+    for tolerance in (0.02, 0.03, 0.05, 0.075):
+        allowed = [i for i in range(9) if (i + 2) * 0.09 / 10 <= tolerance]
+        assert found[tolerance] == max(allowed), tolerance
+    assert found[0.05] == 3 and found[0.01] < -1e8, "0.018 is the least that the correction leaves"
+
+
+def test_a_bound_beyond_one_that_is_too_much_promises_nothing():
+    """At bound 1 the prompt takes the second exit and loses 0.9; at 5 the first, and loses nothing: so would a lucky one."""
+    router = Known(Model.from_preset("test").config)
+    x = torch.tensor([[0.0, 0.0, 5.0, 1.0]] * 20)
+    _calibrate(router, x, torch.tensor([[0.0, 0.9]]).repeat(20, 1))
+    found = dict(router.calibration.thresholds)
+    assert found[0.5] < -1e8 and found[1.0] == 5.0
+
+
+def test_calibration_sees_other_prompts_than_the_fit():
+    """The half that is fitted loses nothing at the first exit, the others 1 nat: who calibrates on the first finds all safe."""
+    config = Model.from_preset("test").config
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(4))
+    gaps = torch.zeros(80, 2)
+    gaps[order[40:]] = 1.0
+    x = torch.randn(80, 2 * config.width + 3, generator=torch.Generator().manual_seed(0))
+    router = fit_router(config, x, gaps, seed=4, steps=5)
+    found = dict(router.calibration.thresholds)
+    assert max(found[t] for t in (0.01, 0.02, 0.03, 0.05, 0.075)) < -1e8, "one of 20 is (1 + 1) / 21 already"
+    assert router.calibration.report["depth_share"] == 1.0
+
+
+def test_the_quantile_is_the_upper_one():
+    """Of prompts that all look alike the prediction is what four in five of the fitted stay below, to a twentieth."""
+    config = Model.from_preset("test").config
+    gaps = torch.rand(400, 1, generator=torch.Generator().manual_seed(1)).repeat(1, 2).square()
+    router = fit_router(config, torch.zeros(400, 2 * config.width + 3), gaps, seed=2)
+    fitted = gaps[torch.randperm(400, generator=torch.Generator().manual_seed(2))[:200]]
+    mean, quantile = router(torch.zeros(2 * config.width + 3))
+    assert float((fitted[:, 0] <= quantile[0]).float().mean()) == pytest.approx(0.8, abs=0.05)
+    assert float(mean[0]) == pytest.approx(float(fitted[:, 0].mean()), abs=0.05)
+
+
+def test_groups_are_never_cut_and_too_few_are_refused():
+    config, x, gaps = synthetic(60)
+    with pytest.raises(DataError, match="documents or conversations to fit the router: got 2"):
+        fit_router(config, x, gaps, torch.arange(60) % 2)
+    for groups in (torch.arange(60) // 7, torch.arange(60) % 3, torch.tensor([0] * 54 + [1, 2, 3, 4, 5, 6])):
+        order, half, three = _dealt(groups, seed=1)
+        assert sorted(order.tolist()) == list(range(60)) and 0 < half < three < 60
+        parts = [set(groups[order[a:b]].tolist()) for a, b in ((0, half), (half, three), (three, 60))]
+        assert sum(map(len, parts)) == len(groups.unique())
+
+
+def test_what_decisions_cost_is_counted_prompt_by_prompt() -> None:
+    """A router that says the same of every prompt, so that all run to exit 2 of 4 layers."""
+    config = presets.get("test").model
+    router, x = Router(config).requires_grad_(False), torch.zeros(4, 2 * config.width + 3)
+    for parameter in router.parameters():
+        parameter.zero_()
+    router.quantile.bias.copy_(torch.tensor([0.3, 0.1]))
+    router.calibration.thresholds = [(0.05, 0.2), (0.4, 0.35)]
+    gaps = torch.tensor([[0.06, 0.0], [0.2, 0.04], [0.5, 0.3], [0.03, 0.1]])
+    found = realised(router, x, gaps)
+    assert found == pytest.approx({
+        "tolerance": 0.05, "prompts": 4, "depth_share": 0.5, "regret": 0.44 / 4, "violations": 2 / 4,
+        "oracle_depth_share": (0.5 + 0.5 + 1.0 + 0.25) / 4,
+    })  # fmt: skip
+    looser = realised(router, x, gaps, tolerance=0.4)
+    assert (looser["tolerance"], looser["depth_share"]) == (0.4, 0.25)
+    assert looser["regret"] == pytest.approx(0.79 / 4) and looser["violations"] == 1 / 4
+
+
+def test_the_price_of_a_budget_is_the_least_that_keeps_the_mean_depth_within_it() -> None:
+    """Ten prompts whose first exit loses 0.1, 0.2 .. 1.0 and whose second loses as much, so that each goes from full depth to
+    the first of four layers when three quarters of the price are its loss."""
+    config = presets.get("test").model
+    losses = torch.arange(1, 11) / 10
+
+    class Known(Router):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x[:, :1].expand(-1, 2), x[:, :1].expand(-1, 2)
+
+    router, x = Known(config), torch.zeros(10, 2 * config.width + 3)
+    x[:, 0] = losses
+    _calibrate(router, x, losses[:, None].expand(-1, 2))
+    prices = dict(router.calibration.prices)
+    assert list(prices) == [each / 100 for each in range(25, 100)]
+    for budget, price in prices.items():
+        shallow = next(n for n in range(11) if (n + 4 * (10 - n)) / 40 <= budget)  # prompts at the first exit
+        assert price == pytest.approx(losses[shallow - 1].item() / 0.75, abs=1e-6), budget

@@ -1,0 +1,92 @@
+"""Smoothing before INT8: the same network, and nearer to itself once it is rounded."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal import Engine, Model, Request, Sampling
+from shoal.evaluate.rounding import rounded, said
+from shoal.model import smooth
+from shoal.model.net import Net
+from tests.unit.model.test_other_shapes import SHAPES, model_of
+
+ROWS = [list(range(20, 60)), list(range(90, 50, -1))]
+
+
+def tensors() -> list[torch.Tensor]:
+    return [torch.tensor(row) for row in ROWS]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_smoothed_network_computes_the_same_at_every_exit(shape: dict[str, object]) -> None:
+    model = model_of(shape)
+    by = smooth.factors(model.net, smooth.largest(model.net, tensors()))
+    config = dataclasses.replace(model.config, tied=False)
+    other = Net(config).double()
+    other.load_state_dict(smooth.smoothed(model.net.state_dict(), by))
+    ids = torch.tensor([[9, 70, 33, 21, 44, 81, 30, 12]])
+    for layers, hidden in model.net(ids, exits=config.exits).items():
+        again = other.head(other(ids, exits=config.exits)[layers], layers)
+        torch.testing.assert_close(again, model.net.head(hidden, layers), rtol=1e-9, atol=1e-9)
+    moved = {name.split(".")[-2] for name, factor in by.items() if (factor - 1).abs().max() > 0.01}
+    before = {"attention_norm", "mlp_norm"} if config.norm_place == "before" else set()
+    assert moved >= {"qkv", "out", "up", "down", "output", *before}, "each of them had something to even out"
+
+
+def test_what_is_divided_is_what_is_large_in_the_activations_and_small_in_the_weights() -> None:
+    """By the formula, on numbers that can be followed."""
+    scale = smooth._scale(torch.tensor([8.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 0.5]))
+    raw = torch.tensor([8.0**0.7, 1.0, 0.5**-0.3])
+    torch.testing.assert_close(scale, raw / raw.log().mean().exp())
+    unused = smooth._scale(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]))
+    assert unused[0] / unused[1] == pytest.approx(1000**0.7, rel=1e-4), "a channel that was not seen keeps some room"
+
+
+def test_the_largest_are_those_of_all_rows_and_nothing_stays_at_the_network() -> None:
+    model = model_of(SHAPES["Llama, adapted"])
+    seen = smooth.largest(model.net, tensors())
+    each = [smooth.largest(model.net, [row]) for row in tensors()]
+    assert all(torch.equal(found, torch.maximum(*(one[name] for one in each))) for name, found in seen.items())
+    assert {"output", "exit_mlps.2.mlp.down", "groups.0.blocks.0.attention.qkv"} <= set(seen)
+    assert not any(module._forward_pre_hooks for module in model.net.modules())
+
+
+def outlying() -> Model:
+    """With channels of the norms, of v and of `up` that are many times the others, as in open models."""
+    model = model_of(SHAPES["Llama"], torch.float32)
+    with torch.no_grad():
+        for block in (block for group in model.net.groups for block in group.blocks):
+            for norm in (block.attention_norm, block.mlp_norm):
+                norm.weight[3] *= 40
+            for product in (block.attention.qkv, block.mlp.up):
+                product.weight[:, 3] /= 40
+            block.mlp.up.weight[-5] *= 40
+            block.mlp.down.weight[:, -5] /= 40
+    return model
+
+
+def test_int8_of_weights_with_outliers_is_much_nearer_to_them_when_smoothed(tmp_path: Path) -> None:
+    model = outlying()
+    ids = [70, 33, 21, 44, 81, 30, 12, 99, 50, 51, 52]
+    exact = model.logits(ids)
+    plain, even = (made.logits(ids) for made in (model.quantized(), model.quantized(ROWS)))
+    assert (even - exact).square().mean() < 0.2 * (plain - exact).square().mean()
+    model.quantized(ROWS).save(tmp_path / "int8")
+    again = Model.load(tmp_path / "int8")
+    assert torch.equal(again.logits(ids), even) and not again.config.tied
+    request = Request(ids, Sampling(max_tokens=8, temperature=0, ignore_eos=True))
+    assert Engine(again).generate([request])[0].tokens == again.generate_naive(ids, 8, ignore_eos=True)
+
+
+def test_only_an_imported_model_is_smoothed_and_by_the_same_words_each_time() -> None:
+    own = Model.from_preset("test")
+    assert rounded(own).config.tied, "ours learn to live with the rounding"
+    foreign = Model.from_preset("test")
+    foreign.source = {"family": "llama"}
+    assert said(foreign, 2, 12) == said(foreign, 2, 12)
+    assert [len(row) for row in said(foreign, 2, 12)] == [12, 12]
+    assert not rounded(foreign).config.tied

@@ -1,0 +1,150 @@
+"""Serve's own router with our choice in it, in one event loop and without a cluster: whom it asks, refuses and chooses."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+from ray.serve.exceptions import BackPressureError
+from ray.serve.request_router import PendingRequest, ReplicaID
+
+from shoal.engine.events import Request
+from shoal.on_ray.absence import NoReplicaError
+from shoal.on_ray.calls import Wanted
+from shoal.on_ray.routing import AffinityRouter
+
+MINUTES = 120.0  # that a test waits for what must come, at most
+
+
+class Replica:
+    """One that says how many requests it has, as long as it answers at all."""
+
+    node_id, availability_zone, multiplexed_model_ids, max_ongoing_requests = "node", None, frozenset[str](), 3
+
+    def __init__(self, name: str, of: DeploymentID) -> None:
+        self.replica_id, self.name = ReplicaID(name, of), name
+        self.answers = asyncio.Event()
+        self.answers.set()
+        self.open = 0  # questions that wait for their answer
+        self.most = 0
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        self.open += deadline_s == float("inf")  # ours; Serve asks by itself, too
+        self.most = max(self.most, self.open)
+        try:
+            await self.answers.wait()
+        finally:
+            self.open -= deadline_s == float("inf")
+        return 0
+
+
+def made(*names: str, queue: int = 2, may_be_none: bool = False) -> tuple[AffinityRouter, list[Replica]]:
+    """A router of a deployment of its own that has these replicas."""
+    of = DeploymentID("engine", uuid.uuid4().hex)
+    router = AffinityRouter(of, DeploymentHandleSource.UNKNOWN)
+    router.initialize_state(page=8, queue=queue, may_be_none=may_be_none)
+    replicas = [Replica(name, of) for name in names]
+    router.update_replicas(replicas)  # type: ignore[arg-type]
+    return router, replicas
+
+
+def pending(*args: Any) -> PendingRequest:
+    return PendingRequest(list(args), {}, RequestMetadata(request_id="http", internal_request_id=uuid.uuid4().hex))
+
+
+async def until(holds: Any) -> None:
+    async with asyncio.timeout(MINUTES):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+def test_replicas_are_asked_one_question_at_a_time_for_as_long_as_there_are_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shoal.on_ray.routing.TICK_SECONDS", 0.005)
+
+    async def run() -> None:
+        router, _ = made()
+        assert router._watching is None, "nobody to ask"
+        of = router._deployment_id
+        lively, silent = Replica("a", of), Replica("b", of)
+        silent.answers.clear()
+        router.update_replicas([lively, silent])  # type: ignore[list-item]
+        watching = router._watching
+        await until(lambda: router._pulse.silent() == {"b"})
+        assert silent.most == 1 and lively.most == 1
+        silent.answers.set()
+        await until(lambda: not router._pulse.silent())
+        router.update_replicas([lively])  # type: ignore[list-item]
+        assert router._watching is watching and not watching.done(), "one who watches is enough"
+        router.update_replicas([])
+        await until(watching.done)
+        router.update_replicas([lively])  # type: ignore[list-item]
+        assert router._watching is not watching
+        lively.answers.clear()
+        await until(lambda: lively.open == 1)
+        router._watching.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_call_goes_where_its_beginning_is_and_its_replica_is_known_so_that_it_can_be_cut_off() -> None:
+    async def run() -> None:
+        router, replicas = made("a", "b", "c")
+        request = Request(list(range(20, 60)))
+        router._affinity.remember(router._keys(pending(request)), "b")
+        wanted = Wanted("call", "", None, frozenset())
+        cut: list[str] = []
+        router._pulse.opened("call", lambda: cut.append("call"))
+        async with asyncio.timeout(MINUTES):
+            assert await router._choose_replica_for_request(pending(request, wanted)) is replicas[1]
+            avoiding = pending(request, Wanted("other", "", None, frozenset({"b"})))
+            assert await router._choose_replica_for_request(avoiding) is not replicas[1]
+        for _ in range(9):
+            router._pulse.missed("b")
+        assert router._pulse.cut_off() == 1 and cut == ["call"]
+        router._watching.cancel()
+
+    asyncio.run(run())
+
+
+def test_who_would_wait_behind_a_full_queue_is_refused_and_who_was_let_in_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where no replica is there, only the queue has places."""
+
+    async def run() -> None:
+        router, _ = made(queue=2)
+        waiting = [asyncio.ensure_future(router._choose_replica_for_request(pending())) for _ in range(2)]
+        await until(lambda: len(router._pending_requests_to_fulfill) == 2)
+        with pytest.raises(BackPressureError):
+            await router._choose_replica_for_request(pending())
+        waiting.append(asyncio.ensure_future(router._choose_replica_for_request(pending(), is_retry=True)))
+        await until(lambda: len(router._pending_requests_to_fulfill) == 3)
+        monkeypatch.setattr("shoal.on_ray.absence.REPLACED_SECONDS", 0.0)
+        monkeypatch.setattr("shoal.on_ray.absence.LEAST_SECONDS", 0.0)
+        found = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), MINUTES)
+        assert [type(each) for each in found] == [NoReplicaError] * 3
+
+    asyncio.run(run())
+
+
+def test_the_request_that_a_replica_was_chosen_for_is_told_from_others_of_one_call() -> None:
+    """The n choices of one HTTP request share its id."""
+
+    async def run() -> None:
+        router, _ = made()
+        some = [pending() for _ in range(3)]
+        router._pending_requests_to_fulfill.extend(some)
+        find = router._get_pending_request_matching_metadata
+        assert [find(each.metadata) for each in some] == some
+        some[1].future.set_result(None)
+        assert find(some[1].metadata) is None and find(pending().metadata) is None and find() is None
+
+    asyncio.run(run())

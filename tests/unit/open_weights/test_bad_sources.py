@@ -1,0 +1,175 @@
+"""What cannot be imported is named in one line, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shoal.cli import main
+from shoal.errors import CheckpointError, ShoalError
+from shoal.open_weights.convert import export_model, import_model
+from tests.unit.open_weights.conftest import edit
+
+Make = Callable[[str], Path]
+LAYER = "model.layers.1."
+
+
+def renamed(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[LAYER + "self_attn.query.weight"] = tensors.pop(LAYER + "self_attn.q_proj.weight")
+
+
+def one_more(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[LAYER + "self_attn.o_proj.bias"] = torch.ones(16)
+
+
+def one_layer_more(tensors: dict[str, torch.Tensor]) -> None:
+    tensors |= {
+        name.replace(".1.", ".5."): tensor.clone() for name, tensor in tensors.items() if name.startswith(LAYER)
+    }
+
+
+def broken(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[LAYER + "mlp.down_proj.weight"][3, 3] = float("nan")
+
+
+def cut(tensors: dict[str, torch.Tensor]) -> None:
+    name = LAYER + "mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1].clone()
+
+
+def quantised(tensors: dict[str, torch.Tensor]) -> None:
+    name = LAYER + "mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            renamed,
+            rf"tensor {LAYER}self_attn.q_proj.weight is missing: got '{LAYER}self_attn.query.weight in its place'",
+        ),
+        (one_more, rf"tensor {LAYER}self_attn.o_proj.bias is not used: allowed: the tensors of 5 layers of Qwen2"),
+        (one_layer_more, r"tensor model.layers.5.input_layernorm.weight is not used"),
+        (broken, rf"tensor {LAYER}mlp.down_proj.weight is not finite: got '1 numbers'"),
+        (cut, rf"tensor {LAYER}mlp.up_proj.weight: got \[23, 16\]; allowed: \[24, 16\] by config.json"),
+        (quantised, rf"tensor {LAYER}mlp.up_proj.weight: got 'F8_E4M3'; allowed: F32, F16, BF16"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_tensor_that_is_wrong_is_named(
+    change: Callable[[dict[str, torch.Tensor]], None], says: str, checkpoint: Make, tmp_path: Path
+) -> None:
+    source = checkpoint("qwen2")
+    tensors = load_file(str(source / "model.safetensors"))
+    change(tensors)
+    save_file(tensors, str(source / "model.safetensors"))
+    with pytest.raises(CheckpointError, match=says):
+        import_model(source, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == [source.name], "nothing is left"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("qwen2", {"num_hidden_layers": 6}, "tensor model.layers.5.input_layernorm.weight is missing"),
+        ("qwen2", {"num_key_value_heads": 4}, r"k_proj.weight: got \[8, 16\]; allowed: \[16, 16\]"),
+        ("qwen2", {"vocab_size": 300}, r"tensor model.embed_tokens.weight: got \[288, 16\]; allowed: \[300, 16\]"),
+        ("qwen2", {"tie_word_embeddings": False}, "tensor lm_head.weight is missing: got 'tie_word_embeddings false'"),
+        ("qwen2", {"hidden_size": None}, "config.json: hidden_size: allowed: a whole number"),
+        ("qwen2", {"hidden_act": "gelu"}, "config.json: hidden_act: got 'gelu'; allowed: silu"),
+        (
+            "qwen2",
+            {"architectures": ["Qwen3MoeForCausalLM"]},
+            "architecture: got 'Qwen3MoeForCausalLM: a mixture of experts'",
+        ),
+        ("qwen2", {"architectures": ["Qwen3NextForCausalLM"]}, "linear attention"),
+        ("qwen2", {"architectures": ["Gemma2ForCausalLM"]}, "soft-capped scores"),
+        (
+            "qwen2",
+            {"architectures": ["BertModel"]},
+            "architecture: got 'BertModel'; allowed: LlamaForCausalLM, Mistral",
+        ),
+        (
+            "qwen2",
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantised: give the checkpoint that it was made from",
+        ),
+        ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type: got 'yarn'; allowed: default"),
+        ("qwen2", {"rope_parameters": {"rope_type": "linear"}}, "rope scaling of type linear: got 'no factor'"),
+        ("qwen2", {"layer_types": ["linear_attention"] * 5}, "layer_types: got 'linear_attention'"),
+        ("qwen2", {"num_hidden_layers": 3, "layer_types": None}, "model.layers: got 3; allowed: 4 or more"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: got '1 numbers'; allowed: 5"),
+    ],
+)
+def test_a_configuration_that_contradicts_its_tensors_is_named(
+    family: str, changes: Mapping[str, Any], says: str, checkpoint: Make, tmp_path: Path
+) -> None:
+    source = checkpoint(family)
+    edit(source / "config.json", **changes)
+    if "num_hidden_layers" in changes:
+        edit(source / "config.json", layer_types=None)
+    with pytest.raises(CheckpointError, match=says):
+        import_model(source, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+def test_files_that_are_wrong_are_named(checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def says(source: Path, out: str = "model") -> str:
+        code = main(["import", "--from", str(source), "--out", str(tmp_path / out)])
+        line = capsys.readouterr().err
+        assert code == 1 and line.count("\n") == 1 and not (tmp_path / "model").exists()
+        return line
+
+    source = checkpoint("qwen2")
+    weights = source / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-9])
+    assert f"cannot read {weights}: it was cut short" in says(source)
+    weights.rename(source / "pytorch_model.bin")
+    assert "pytorch_model.bin, which is a pickle and would run code" in says(source)
+    weights.write_bytes(whole)
+    (source / "chat_template.jinja").unlink()
+    assert "has no chat template" in says(source) and "--chat-template" in says(source)
+    assert "no config.json" in says(tmp_path)
+    assert "nothing" in says(tmp_path / "gone")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    assert "is not a model directory that may be replaced" in says(source, "mine")
+    template = tmp_path / "base.jinja"
+    template.write_text("{{ messages[-1].content }}")
+    options = ["--chat-template", str(template), "--dtype", "float32", "--context", "64", "--json"]
+    assert main(["import", "--from", str(source), "--out", str(tmp_path / "model"), *options]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["context"] == 64 and told["dtype"] == "float32" and told["family"] == "Qwen2ForCausalLM"
+    assert "random numbers" in (tmp_path / "model" / "LICENSE").read_text(), "what must travel with the weights"
+    assert main(["import", "--from", str(tmp_path / "model"), "--out", str(tmp_path / "again")]) == 1
+    assert "a model directory of ours" in capsys.readouterr().err
+    assert main(["export", "--model", str(tmp_path / "model"), "--to", str(tmp_path / "mine")]) == 1
+    assert "something that is there" in capsys.readouterr().err
+
+
+def test_a_head_that_is_the_table_is_tied_whatever_the_flag_says(checkpoint: Make, tmp_path: Path) -> None:
+    """And one that is not, is its own."""
+    source = checkpoint("qwen2")
+    tensors = load_file(str(source / "model.safetensors"))
+    for factor, tied in ((1.0, True), (2.0, False)):
+        save_file(
+            tensors | {"lm_head.weight": factor * tensors["model.embed_tokens.weight"]},
+            str(source / "model.safetensors"),
+        )
+        assert import_model(source, tmp_path / "model").config.tied == tied
+
+
+def test_only_what_was_imported_is_exported(tmp_path: Path) -> None:
+    from shoal import Model
+
+    Model.from_preset("test").save(tmp_path / "ours")
+    with pytest.raises(ShoalError, match=r"cannot be exported: got 'no source\.json'"):
+        export_model(tmp_path / "ours", tmp_path / "out")

@@ -1,0 +1,94 @@
+"""Every family against what transformers said of the same weights (tests/data/open/make.py), and there and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shoal import Engine, Model, Request, Sampling
+from shoal.open_weights.convert import export_model, import_model
+from tests.unit.open_weights.conftest import DATA, FAMILIES
+
+PROMPT = 16
+Make = Callable[[str], Path]
+
+
+def imported(source: Path, out: Path, **options: str) -> Model:
+    import_model(source, out, **options)  # type: ignore[arg-type]
+    return Model.load(out, verify=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_greedy_tokens_are_those_of_transformers(family: str, checkpoint: Make, tmp_path: Path) -> None:
+    model = imported(checkpoint(family), tmp_path / "model", dtype="float32")
+    told = load_file(str(DATA / f"{family}.safetensors"))
+    logits = model.logits(told["tokens"])
+    assert (logits[:, ::8] - told["logits"]).abs().max() < 1e-5
+    prompt, answer = told["tokens"][:PROMPT].tolist(), told["answer"].tolist()
+    assert model.generate_naive(prompt, len(answer), ignore_eos=True) == answer
+    sampling = Sampling(max_tokens=len(answer), temperature=0, ignore_eos=True)
+    engine = Engine(model, units=600, max_batch_tokens=48)
+    for _ in range(2):  # once more out of the prefix cache
+        both = engine.generate([Request(prompt, sampling), Request(told["tokens"][:70].tolist(), sampling)])
+        assert both[0].tokens == answer
+    assert both[1].finished is not None and both[1].finished.cached_tokens >= 64
+    assert both[0].depth == model.config.layers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back_is_equal_to_the_bit(family: str, checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint(family)
+    made = import_model(source, tmp_path / "model", shard_bytes=8192)
+    assert made.dtype == "bfloat16" and Model.load(tmp_path / "model").net.dtype == torch.bfloat16
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    count = export_model(tmp_path / "model", tmp_path / "back", shard_bytes=8192)
+    before, after = load_file(str(source / "model.safetensors")), {}
+    for path in (tmp_path / "back").glob("*.safetensors"):
+        after |= load_file(str(path))
+    assert before.keys() == after.keys() and count == len(before) == made.tensors
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"):
+        was, now = (json.loads((folder / name).read_text()) for folder in (source, tmp_path / "back"))
+        now.pop("torch_dtype", None)
+        assert now == was, name
+    assert (tmp_path / "back" / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
+
+
+def test_the_fixtures_can_tell_settings_apart(checkpoint: Make, tmp_path: Path) -> None:
+    """Else the tests above could pass with a window, a scaling or a layer without positions left out."""
+    for family, changes in (
+        ("mistral", {"sliding_window": None, "layer_types": None}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+        ("smollm3", {"no_rope_layers": [1] * 5}),
+        ("phi3", {"partial_rotary_factor": 1.0, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+        ("qwen3", {"rms_norm_eps": 0.01}),
+    ):
+        source = checkpoint(family)
+        config = source / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+        told = load_file(str(DATA / f"{family}.safetensors"))
+        logits = imported(source, tmp_path / family, dtype="float32").logits(told["tokens"])
+        assert (logits[:, ::8] - told["logits"]).abs().max() > 1e-2, family
+
+
+def test_an_imported_model_is_rounded_guided_and_kept_in_int8(checkpoint: Make, tmp_path: Path) -> None:
+    from shoal.engine.events import Guide
+
+    imported(checkpoint("qwen2"), tmp_path / "model").quantized().save(tmp_path / "int8")
+    model = Model.load(tmp_path / "int8")
+    assert (
+        model.config.quantization == "w8a8"
+        and model.source is not None
+        and model.source["family"] == "Qwen2ForCausalLM"
+    )
+    engine = Engine(model, kv_cache_dtype="int8", speculative=3, units=300)
+    guided = Sampling(max_tokens=30, temperature=0, guided=Guide("choice", ["fish", "whale"]))
+    answers = engine.generate([Request("The depth", guided), Request("The depth", Sampling(max_tokens=30, seed=1))])
+    assert answers[0].text in ("fish", "whale") and answers[0].finish_reason == "stop"
+    assert engine.stats().get("spec_decode_num_draft_tokens_total", 0) == 0, "no early exit drafts"

@@ -1,0 +1,199 @@
+"""A GGUF against the safetensors of the same weights, its kinds against their definitions, and files that are damaged."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shoal import Model
+from shoal.errors import CheckpointError
+from shoal.open_weights.convert import import_model
+from shoal.open_weights.gguf import Gguf
+
+Make = Callable[[str], Path]
+U32, F32, STRING, ARRAY, I32 = 4, 6, 8, 9, 5
+NUMBERS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q4_K": 12}
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def value(told: Any) -> bytes:
+    if isinstance(told, str):
+        return struct.pack("<I", STRING) + text(told)
+    if isinstance(told, float):
+        return struct.pack("<If", F32, told)
+    if isinstance(told, list):
+        kind = STRING if isinstance(told[0], str) else I32
+        items = b"".join(text(each) if kind == STRING else struct.pack("<i", each) for each in told)
+        return struct.pack("<IIQ", ARRAY, kind, len(told)) + items
+    return struct.pack("<II", U32, told)
+
+
+def written(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, tuple[str, list[int], bytes]]) -> Path:
+    """A GGUF, by the specification: header, metadata, places of tensors with dims from the innermost, and their bytes."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(meta))
+    head += b"".join(text(key) + value(told) for key, told in meta.items())
+    body = b""
+    for name, (kind, shape, raw) in tensors.items():
+        dims = b"".join(struct.pack("<Q", n) for n in reversed(shape))
+        head += text(name) + struct.pack("<I", len(shape)) + dims + struct.pack("<IQ", NUMBERS[kind], len(body))
+        body += raw + b"\0" * (-len(raw) % 32)
+    path.write_bytes(head + b"\0" * (-len(head) % 32) + body)
+    return path
+
+
+def rounded(kind: str, x: np.ndarray) -> bytes:
+    """The blocks of 32 of `x`, each by the definition of `kind`."""
+    out = b""
+    for block in x.astype(np.float32).reshape(-1, 32):
+        if kind == "Q8_0":
+            d = np.float16(np.abs(block).max() / 127)
+            out += d.tobytes() + np.rint(block / np.float32(d)).clip(-127, 127).astype(np.int8).tobytes()
+            continue
+        low = np.float16(block.min() if kind == "Q4_1" else 0)
+        d = np.float16((block.max() - block.min()) / 15 if kind == "Q4_1" else np.abs(block).max() / 7)
+        q = (
+            np.rint((block - np.float32(low)) / np.float32(d) + (0 if kind == "Q4_1" else 8))
+            .clip(0, 15)
+            .astype(np.uint8)
+        )
+        out += d.tobytes() + (low.tobytes() if kind == "Q4_1" else b"") + (q[:16] | q[16:] << 4).tobytes()
+    return out
+
+
+def restored(kind: str, raw: bytes) -> list[float]:
+    """What blocks stand for, one number after the other."""
+    size, numbers = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}[kind], []
+    for at in range(0, len(raw), size):
+        d = struct.unpack("<e", raw[at : at + 2])[0]
+        if kind == "Q8_0":
+            numbers += [d * q for q in struct.unpack("<32b", raw[at + 2 : at + 34])]
+            continue
+        least = struct.unpack("<e", raw[at + 2 : at + 4])[0] if kind == "Q4_1" else 0.0
+        packed = raw[at + size - 16 : at + size]
+        levels = [byte & 15 for byte in packed] + [byte >> 4 for byte in packed]
+        numbers += [d * (level - (8 if kind == "Q4_0" else 0)) + least for level in levels]
+    return numbers
+
+
+THEIRS = {
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def gguf_of(source: Path, path: Path, kind: str = "F32", **changes: Any) -> Path:
+    """The "smollm2" of tests/data/open as llama.cpp's converter writes a Llama: rows of q and k permuted."""
+    tensors: dict[str, tuple[str, list[int], bytes]] = {}
+    for name, tensor in load_file(str(source / "model.safetensors")).items():
+        x = tensor.float().numpy()
+        made = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}.get(name)
+        if made is None:
+            _, _, layer, *rest = name.split(".")
+            made = f"blk.{layer}.{THEIRS['.'.join(rest[:-1])]}.weight"
+        if "attn_q" in made or "attn_k" in made:
+            x = x.reshape(-1, 2, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)  # heads, halves, d/2 = 2: its `permute`
+        own = kind if x.ndim > 1 and x.shape[-1] % 32 == 0 else "F32"
+        raw = rounded(own, x) if own.startswith("Q") else x.astype(np.float16 if own == "F16" else np.float32).tobytes()
+        tensors[made] = (own, list(x.shape), raw)
+    names = [f"t{n}" for n in range(29)] + ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    alphabet = Model.from_preset("test").tokenizer._core.get_vocab()
+    letters = [piece for piece in sorted(alphabet, key=alphabet.__getitem__) if len(piece) == 1]
+    tokens = letters + [f"{a}{b}" for a, b in pairwise(letters[:30])] + names[29:]
+    meta: dict[str, Any] = {
+        "general.architecture": "llama", "general.name": "tiny", "llama.block_count": 6, "llama.embedding_length": 16,
+        "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.feed_forward_length": 24,
+        "llama.attention.layer_norm_rms_epsilon": 1e-6, "llama.rope.freq_base": 500.0, "llama.context_length": 256,
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": [f"{a} {b}" for a, b in pairwise(letters[:30])],
+        "tokenizer.ggml.token_type": [1] * 285 + [3] * 3, "tokenizer.ggml.eos_token_id": 286,
+        "tokenizer.ggml.bos_token_id": 285, "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}",
+    }  # fmt: skip
+    return written(path, {key: told for key, told in (meta | changes).items() if told is not None}, tensors)
+
+
+def test_a_gguf_of_plain_numbers_is_the_checkpoint_that_it_was_made_from(checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("smollm2")
+    import_model(source, tmp_path / "one", dtype="float32")
+    import_model(gguf_of(source, tmp_path / "tiny.gguf"), tmp_path / "two")
+    one, two = Model.load(tmp_path / "one"), Model.load(tmp_path / "two")
+    assert one.config == two.config and two.name == "tiny"
+    for name, tensor in one.net.state_dict().items():
+        assert torch.equal(two.net.state_dict()[name], tensor), name
+    half = import_model(gguf_of(source, tmp_path / "half.gguf", "F16"), tmp_path / "half")
+    assert half.dtype in ("float16", "float32")
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_blocks_stand_for_what_their_definition_says(kind: str, checkpoint: Make, tmp_path: Path) -> None:
+    x = np.random.default_rng(3).normal(size=(6, 64)).astype(np.float32)
+    raw = rounded(kind, x)
+    path = gguf_of(checkpoint("smollm2"), tmp_path / "tiny.gguf")
+    tensors = {"blk.0.attn_v.weight": (kind, [6, 64], raw)}
+    it = Gguf(written(path, Gguf(path)._meta | {"general.name": "blocks"}, tensors))
+    made = it.read("model.layers.0.self_attn.v_proj.weight")
+    assert made.dtype == torch.float32 and made.shape == (6, 64)
+    assert made.flatten().tolist() == pytest.approx(restored(kind, raw), rel=1e-6)
+    assert np.abs(made.numpy() - x).max() < (0.02 if kind == "Q8_0" else 0.3)
+
+
+def test_its_tokenizer_knows_controls_and_ends(checkpoint: Make, tmp_path: Path) -> None:
+    import_model(gguf_of(checkpoint("smollm2"), tmp_path / "tiny.gguf"), tmp_path / "model")
+    tokenizer = Model.load(tmp_path / "model").tokenizer
+    assert tokenizer.specials == ("<|im_start|>", "<|im_end|>", "<|endoftext|>") and tokenizer.ends == (286,)
+    assert tokenizer.decode(tokenizer.encode("12 fish<|im_end|>")) == "12 fish<|im_end|>"
+    assert tokenizer.encode("12") == [tokenizer.encode("1")[0], tokenizer.encode("2")[0]], "digits one by one"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"general.architecture": "mamba"}, "architecture: got 'mamba'; allowed: llama, qwen2, qwen3"),
+        ({"llama.expert_count": 8}, "a mixture of experts"),
+        ({"llama.block_count": None}, "llama.block_count is missing"),
+        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type: got 'yarn'"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer of .*: got 'llama'; allowed: gpt2 smollm"),
+        ({"tokenizer.ggml.tokens": None}, "vocab_size"),
+        ({"tokenizer.chat_template": None}, "has no chat template"),
+        ({"llama.block_count": 5}, r"tensor model.layers.5.input_layernorm.weight is not used"),
+    ],
+)
+def test_a_gguf_that_cannot_be_imported_says_why(
+    changes: dict[str, Any], says: str, checkpoint: Make, tmp_path: Path
+) -> None:
+    path = gguf_of(checkpoint("smollm2"), tmp_path / "tiny.gguf", **changes)
+    with pytest.raises(CheckpointError, match=says):
+        import_model(path, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_gguf_cut_anywhere_is_one_line(checkpoint: Make, tmp_path: Path) -> None:
+    path = gguf_of(checkpoint("smollm2"), tmp_path / "tiny.gguf")
+    whole = path.read_bytes()
+    for size in (*range(0, 64, 3), *range(64, len(whole), 997), len(whole) - 1000):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"was cut short|format|cannot read"):
+            import_model(path, tmp_path / "model")
+    path.write_bytes(whole[:16] + b"\xff" * 8 + whole[24:])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        import_model(path, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_kind_that_is_not_read_is_named(checkpoint: Make, tmp_path: Path) -> None:
+    path = gguf_of(checkpoint("smollm2"), tmp_path / "tiny.gguf")
+    tensors = {"blk.0.attn_v.weight": ("Q4_K", [1, 256], b"\0" * 144)}
+    written(path, Gguf(path)._meta, tensors)
+    with pytest.raises(CheckpointError, match=r"tensor blk.0.attn_v.weight: got 'Q4_K'; allowed: F32, F16"):
+        Gguf(path)

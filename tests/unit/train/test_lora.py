@@ -1,0 +1,72 @@
+"""Thin matrices beside frozen ones: what is written in the end is what was trained."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from shoal import presets
+from shoal.model.linears import Linear
+from shoal.model.net import Net
+from shoal.train.lora import LoraLinear, adapt_, merged
+
+
+def test_the_merged_model_is_the_trained_one_at_every_exit() -> None:
+    config = presets.get("test").model
+    base = Net(config).init_(0).double()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    adapted = Net(config).double()
+    adapted.load_state_dict(before)
+    adapt_(adapted, rank=3, seed=1)
+    adapted.double()
+    draw = torch.Generator().manual_seed(2)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.normal_(0, 0.3, generator=draw)
+    assert trained and all(name.endswith(("lora_a", "lora_b")) for name in trained)
+    written = Net(config).double()
+    written.load_state_dict(merged(adapted.state_dict()))
+    tokens = torch.randint(9, 260, (2, 20), generator=draw)
+    with torch.no_grad():
+        ours, theirs, old = (net(tokens, exits=config.exits) for net in (written, adapted, base))
+        for e in config.exits:
+            got, wanted = written.head(ours[e], e), adapted.head(theirs[e], e)
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+            assert (wanted - base.head(old[e], e)).abs().max() > 0.01, "the thin matrices say something"
+
+
+def test_what_is_added_is_twice_the_product_of_the_thin_matrices() -> None:
+    """alpha / r = 2, whatever the rank; A begins with the scale of a matrix of that input width."""
+    draw = torch.Generator().manual_seed(3)
+    base = Linear(400, 7)
+    with torch.no_grad():
+        base.weight.normal_(generator=draw)
+    for rank in (1, 50):
+        thin = LoraLinear(base, rank, draw)
+        assert abs(float(thin.lora_a.detach().std()) * math.sqrt(400) - 1) < 5 / math.sqrt(2 * thin.lora_a.numel())
+        with torch.no_grad():
+            thin.lora_b.normal_(generator=draw)
+            x = torch.randn(3, 400, generator=draw)
+            weight = base.weight.double() + 2.0 * thin.lora_b.double() @ thin.lora_a.double()
+            torch.testing.assert_close(thin.product(x).double(), x.double() @ weight.T, rtol=0, atol=1e-3)
+            state = merged({"x.weight": base.weight, "x.lora_a": thin.lora_a, "x.lora_b": thin.lora_b})
+            torch.testing.assert_close(state["x.weight"].double(), weight, rtol=0, atol=1e-4)
+        assert state.keys() == {"x.weight"}
+
+
+def test_an_adapted_net_begins_as_its_base_and_is_drawn_from_its_seed() -> None:
+    config = presets.get("test").model
+    base, *nets = (Net(config).init_(0) for _ in range(4))
+    for net, seed in zip(nets, (1, 1, 2), strict=True):
+        adapt_(net, rank=3, seed=seed)
+    first, same, other = (
+        torch.cat([p.detach().flatten() for name, p in net.named_parameters() if name.endswith("lora_a")])
+        for net in nets
+    )
+    assert torch.equal(first, same) and not torch.isin(first, other).any()
+    tokens = torch.randint(9, 260, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(base(tokens)[4], nets[0](tokens)[4])
