@@ -57,7 +57,6 @@ FIRST = {"RAY_worker_niceness": "0"}
 LIFE: dict[str, Any] = {  # of a replica of either kind
     "graceful_shutdown_wait_loop_s": 0.25,  # how often a replica that is to go looks whether its streams have ended
     "graceful_shutdown_timeout_s": 60.0,
-    "max_constructor_retry_count": 2,  # what fails in a constructor here (a file, a setting) fails again
 }
 LOGGING = LoggingConfig(enable_access_log=False)  # the gateway writes one line a request itself
 
