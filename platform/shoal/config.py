@@ -52,15 +52,20 @@ class Exits:
             raise ConfigError("depth", got=depth, allowed=[*self.exit_names, *self.exits])
         return layers
 
-    def asked(self, depth: str | int, *, auto: bool = True) -> int | None:
-        """As `depth`, of a request; None for `AUTO`, where that is allowed. Raises RequestError otherwise."""
+    def asked(self, depth: str | int, *, auto: bool = True, tolerance: float | None = None) -> int | None:
+        """As `depth`, of a request; None for `AUTO`, where that is allowed. Raises RequestError otherwise, and for a
+        `tolerance` at the first of several exits: nothing is beyond it that could look at its words."""
         if auto and depth == AUTO:
             return None
         try:
-            return self.depth(depth)
+            layers = self.depth(depth)
         except ConfigError as error:
             allowed = [*((AUTO,) if auto else ()), *self.exit_names, *self.exits]
             raise RequestError("depth", param="depth", got=depth, allowed=allowed) from error
+        if tolerance is not None and len(self.exits) > 1 and layers == self.exits[0]:
+            do = "leave it out, or ask for a deeper one"
+            raise RequestError("quality_tolerance at the first exit", param="quality_tolerance", do=do)
+        return layers
 
 
 @dataclass(frozen=True)

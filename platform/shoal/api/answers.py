@@ -37,11 +37,12 @@ class Choice:
     told: int = 0  # of them, to a stream
     count: int = 0  # tokens
     depth: int | None = None  # layers, once an event has told them
+    spent: float | None = None  # nats of its tolerance, where that is measured
     finished: Finished | None = None
 
     def take(self, event: Event) -> list[Delta]:
         """What a stream sends of `event`."""
-        self.depth = event.depth
+        self.depth, self.spent = event.depth, event.spent
         if isinstance(event, Finished):
             self.finished, self.count = event, event.completion_tokens
         else:
@@ -130,7 +131,26 @@ class Answer(ABC):
         ends = [choice.finished for choice in self.choices[:: self._call.n]]
         if None not in ends:
             found["prompt_tokens_details"] = {"cached_tokens": sum(end.cached_tokens for end in ends if end)}
+        allowed = self._call.requests[0].quality_tolerance
+        if allowed is not None:
+            found["quality"] = {"spent": self._spent(), "allowed": allowed}
+            done = [choice.finished for choice in self.choices if choice.finished is not None]
+            if len(done) == len(self.choices) and all(end.mean_depth for end in done):
+                layers = sum(end.mean_depth * end.completion_tokens for end in done)
+                found["mean_depth"] = layers / max(1, sum(end.completion_tokens for end in done))
         return found
+
+    def _spent(self) -> float | None:
+        """Nats a token that all choices lost so far; None where one of them is not measured."""
+        spent = [choice.spent for choice in self.choices]
+        if None in spent:
+            return None
+        return sum(nats for nats in spent if nats) / max(1, sum(choice.count for choice in self.choices))
 
     @abstractmethod
     def _whole(self) -> dict[str, Any]: ...
+
+
+def measured(usage: Usage) -> dict[str, Any]:
+    """What `usage` tells of an answer with a tolerance, for other forms of it."""
+    return {name: usage[name] for name in ("mean_depth", "quality") if name in usage}

@@ -241,11 +241,14 @@ class GenerationRequest(Wire):
         None,
         ge=0,
         allow_inf_nan=False,
-        description="nats/token: the smallest exit whose calibrated bound is within it; bounds the mean over prompts of the "
-        "calibration's mix, not one request's loss",
+        description="nats a token that the answer may lose against full depth, or the depth asked for. Where drafts pay, the "
+        "first exit drafts it and usage.quality says what it lost, never more. Elsewhere it runs to the smallest exit whose "
+        "calibrated bound is within it, which is a mean over prompts and not measured",
     )
     speculative: int | None = Field(
-        None, description=f"tokens drafted ahead a step, 0 to {MAX_DRAFTS}; never changes the answer, only its speed"
+        None,
+        description=f"tokens drafted ahead a step, 0 to {MAX_DRAFTS}; without quality_tolerance never changes the answer, only "
+        "its speed",
     )
 
     @property

@@ -200,8 +200,7 @@ def _call(
     if body.prompt_logprobs is not None and body.stream:
         raise RequestError("prompt_logprobs in a stream", param="prompt_logprobs", do="ask for the whole answer")
     depth = AUTO if depth is None else depth
-    if served.config.asked(depth) is not None and body.quality_tolerance is not None:
-        raise RequestError("quality_tolerance and depth", param="quality_tolerance", do="give one of them")
+    served.config.asked(depth, tolerance=body.quality_tolerance)
     requests = []
     beside = uuid.uuid4().hex if body.n * len(prompts) > 1 else ""
     for prompt in prompts:

@@ -11,12 +11,20 @@ class PromptTokens(TypedDict):
     cached_tokens: int
 
 
+class Quality(TypedDict):
+    spent: float | None  # nats a token that the answer lost against full depth; null: full depth did not look at it
+    allowed: float  # nats a token: quality_tolerance
+
+
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: NotRequired[PromptTokens]  # left out of a chunk before they are known
     depth: str  # exit name the answer ran with; several, comma-separated, when the choices differ
+    # of an answer with a tolerance: layers that ran one after the other for a token, and what it lost
+    mean_depth: NotRequired[float]
+    quality: NotRequired[Quality]
 
 
 class TopLogprob(TypedDict):

@@ -114,6 +114,7 @@ class Engine:
             max_queue=max_queue,
             speculative=speculative,
             switch=Switch(speculative_max_batch),
+            audits=compute_budget is None,
             clock=clock,
         )
         self._grammars = Grammars(model.tokenizer, config.vocab)
@@ -163,6 +164,8 @@ class Engine:
             images=PromptImages.of(prompt),
             groups=None if layers is None else config.groups(layers),
             layers=layers or 0,
+            tolerance=request.quality_tolerance if layers else None,
+            spent=request.spent,
             end_ids=self.model.tokenizer.ends,
         )
         if request.answer:
@@ -265,9 +268,7 @@ class Engine:
 
     def _layers(self, request: Request) -> int | None:
         """The depth in layers that a request runs to; None where the router decides."""
-        layers = self.config.asked(request.depth)
-        if layers is not None and request.quality_tolerance is not None:
-            raise RequestError("quality_tolerance with a fixed depth", param="quality_tolerance", do="give one")
+        layers = self.config.asked(request.depth, tolerance=request.quality_tolerance)
         if layers is None and self.model.router is None:
             return self.config.layers
         if layers is None and request.answer:

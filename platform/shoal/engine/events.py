@@ -165,8 +165,9 @@ class Request:
     prompt: str | Sequence[int] | Encoded
     sampling: Sampling = field(default_factory=Sampling)
     depth: str | int = AUTO  # "auto" (the router decides), an exit name, or the layer count of an exit
-    # nats/token: the smallest exit whose calibrated bound is within it. It bounds the mean loss over prompts of the
-    # calibration's mix, not this request's
+    # nats a token that the answer may lose against its depth. Where drafts pay, and at a fixed depth, the first exit drafts it
+    # and it loses at most that (`engine/tolerance.py`); else it runs to the smallest exit whose calibrated bound is within it,
+    # which bounds the mean loss over prompts of the calibration's mix, not this request's
     quality_tolerance: float | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     deadline: float | None = None  # seconds from submission; then the request ends with reason "deadline"
@@ -174,6 +175,7 @@ class Request:
     payer: str = ""  # payers share the engine evenly
     client: str = ""  # and so do the clients of one payer
     answer: Sequence[int] = ()  # the first tokens of its answer, given by another engine: this one goes on after them
+    spent: float = 0.0  # nats of its tolerance, on those
     beside: str = ""  # the same in all requests of one answer, which several replicas then run with the same weights
 
     def __post_init__(self) -> None:
@@ -187,7 +189,7 @@ class Request:
         _keep(self, "answer", self.answer, Sequence, tuple, "token ids")
         for token in self.answer:
             _check_whole("answer", token)
-        for name in ("deadline", "quality_tolerance"):
+        for name in ("deadline", "quality_tolerance", "spent"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value >= 0):
                 raise RequestError(name, param=name, got=value, allowed="a finite number, 0 or more")
@@ -205,14 +207,16 @@ class TokenLogprob:
 @dataclass
 class Token:
     """One token of the answer; what ends it (``<|end|>`` or a stop token) is not part of it. `text` is what became
-    complete with it: it may be empty, and never holds half a character. `depth`: layers that the request runs with. Nobody
-    changes one; it is not declared frozen because of what that costs (`plan.py`)."""
+    complete with it: it may be empty, and never holds half a character. `depth`: layers that the request runs with. `spent`:
+    nats that the answer has lost so far, where it has a tolerance and is verified. Nobody changes one; it is not declared
+    frozen because of what that costs (`plan.py`)."""
 
     request: str
     token: int
     text: str
     logprob: TokenLogprob | None = None
     depth: int = 0
+    spent: float | None = None
 
 
 @dataclass(frozen=True)
@@ -231,6 +235,8 @@ class Finished:
     total_seconds: float = 0.0
     error: RequestError | None = None  # set when reason is "error" or "deadline"
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # if asked for, one a token of the prompt; the first is None
+    spent: float | None = None  # nats that the whole answer lost, where it has a tolerance and was verified
+    mean_depth: float = 0.0  # layers that ran one after the other for a token: with drafts fewer than `depth`
 
 
 Event = Token | Finished

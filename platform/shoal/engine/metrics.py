@@ -79,6 +79,8 @@ _TABLE = (
     Family("requests_refused", "counter", "Requests that found the queue full, or whose deadline was out of reach."),
     Family("spec_decode_num_draft_tokens", "counter", "Tokens that requests drafted ahead."),
     Family("spec_decode_num_accepted_tokens", "counter", "Drafts that stood."),
+    Family("quality_tokens", "counter", "Tokens of answers with a tolerance that full depth looked at."),
+    Family("quality_spent_nats", "counter", "Nats that those answers lost against full depth."),
     Family("request_success", "counter", "Requests that ended well.", ("finished_reason",)),
     Family("requests_cancelled", "counter", "Requests whose client left."),
     Family("requests_deadline", "counter", "Requests that ran out of their time."),
@@ -185,6 +187,8 @@ class Metrics:
     rows: int = 0
     drafts: int = 0  # tokens drafted by self-speculation
     drafts_accepted: int = 0
+    measured: int = 0  # tokens of answers with a tolerance that is measured
+    spent: float = 0.0  # nats of it, by those
     refused: int = 0  # the queue was full, or the deadline out of reach
     finished: dict[str, int] = field(default_factory=dict)
     depths: dict[int, int] = field(default_factory=dict)
@@ -231,6 +235,8 @@ class Metrics:
             sample("requests_refused"): self.refused,
             sample("spec_decode_num_draft_tokens"): self.drafts,
             sample("spec_decode_num_accepted_tokens"): self.drafts_accepted,
+            sample("quality_tokens"): self.measured,
+            sample("quality_spent_nats"): self.spent,
         }
         for reason in ("stop", "length"):
             found[sample("request_success", finished_reason=reason)] = self.finished.get(reason, 0)

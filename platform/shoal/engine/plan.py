@@ -103,6 +103,7 @@ class Sampled:
     error: RequestError | None = None
     after: tuple[Sampled, ...] = ()  # the tokens that follow it, where drafts were right
     drafted: int = 0  # how many drafts there were
+    spent: float = 0.0  # nats, where it is a draft that full depth would not have said (`tolerance.py`)
 
 
 @dataclass(frozen=True)

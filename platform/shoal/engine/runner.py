@@ -11,7 +11,8 @@ Letters: N rows, R works (one request each), G layer groups, M pages of the long
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -24,6 +25,7 @@ from shoal.engine.events import TokenLogprob
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
+from shoal.engine.tolerance import Chain
 from shoal.model.cache import GroupCache, PagedStep, Rows, read_rows, write_rows
 from shoal.model.cpu import fused
 from shoal.model.linears import prepack_
@@ -62,7 +64,7 @@ class Runner:
     def run(self, plan: Plan) -> Outcome:
         """Run one step: write its K/V, decide depths, sample tokens. Nothing here outlives a failure but K/V slots that
         no request counts as computed."""
-        works = self._draft(plan.works)
+        works, drafted = self._draft(plan.works)
         layout = _Layout(works, self.config, self.device)
         fresh = [work for work in works if work.first == 0]
         x = self._embed(fresh)
@@ -73,17 +75,18 @@ class Runner:
         self._hold(works, x, layout.starts)
         scores: dict[Work, list[TokenLogprob]] = {}
         logits = self._deeper(works, x, layout, scores)
-        samples = self._sample(works, logits) if logits is not None else []
+        samples = self._sample(works, logits, drafted) if logits is not None else []
         return Outcome(samples, [self._decide(work) for work in plan.decisions], [scores[work] for work in plan.scores])
 
-    def _draft(self, works: Sequence[Work]) -> list[Work]:
-        """`works`, with those that may draft replaced by the verification of what they drafted. The requests themselves
-        do not change: their drafts stand in copies (`speculative.py`)."""
+    def _draft(self, works: Sequence[Work]) -> tuple[list[Work], dict[Work, Drafted]]:
+        """`works`, with those that may draft replaced by the verification of what they drafted; and what those with a tolerance
+        drafted. The requests themselves do not change: their drafts stand in copies (`speculative.py`)."""
         ahead = {
             i: speculative.ahead_of(work.running, list(work.running.tokens))
             for i, work in enumerate(works)
             if work.drafts
         }
+        drafted = {i: Drafted() for i in ahead if works[i].running.tolerance}
         going = list(ahead)
         while going:
             rows = [Work(ahead[i], len(ahead[i].tokens) - 1, 1, 0, 1) for i in going]
@@ -96,16 +99,24 @@ class Runner:
             asking = [going[at] for at in more]
             logits = self.net.head(x[more], self.config.exits[0])
             going = []
-            for i, sampled in zip(asking, self.sampler.sample(logits, [ahead[i] for i in asking]), strict=True):
+            samples = self.sampler.sample(logits, [ahead[i] for i in asking])
+            for row, (i, sampled) in enumerate(zip(asking, samples, strict=True)):
+                if sampled.error is None and i in drafted:
+                    drafted[i].tokens.append(sampled.token)
+                    drafted[i].exits.append(logits[row])
                 if sampled.error is None and not ahead[i].ends(sampled.token):
                     ahead[i].tokens.append(sampled.token)
                     going.append(i)
-        return [speculative.verification(work, ahead[i]) if i in ahead else work for i, work in enumerate(works)]
+        works = [speculative.verification(work, ahead[i]) if i in ahead else work for i, work in enumerate(works)]
+        return works, {works[i]: of for i, of in drafted.items()}
 
-    def _sample(self, works: Sequence[Work], logits: Tensor) -> list[Sampled]:
+    def _sample(self, works: Sequence[Work], logits: Tensor, drafted: Mapping[Work, Drafted]) -> list[Sampled]:
         """What each sampled work of `works` gives, for logits [S, V] of their sampled rows."""
         draws: list[Running] = []
+        chains: list[Chain] = []
         for work in works:
+            if work in drafted:
+                chains.append(drafted[work].chain(len(draws), work))
             if work.verify:
                 draws += [
                     speculative.ahead_of(work.running, work.running.tokens[: work.start + 1 + i])
@@ -113,7 +124,7 @@ class Runner:
                 ]
             elif work.sample:
                 draws.append(work.running)
-        found, samples = iter(self.sampler.sample(logits, draws)), list[Sampled]()
+        found, samples = iter(self.sampler.sample(logits, draws, chains)), list[Sampled]()
         for work in works:
             if work.verify:
                 drafts = work.running.tokens[work.start + 1 :]
@@ -216,6 +227,20 @@ class Runner:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+@dataclass
+class Drafted:
+    """What a request with a tolerance drafted in a step: tokens [K], and the logits [V] that each was drawn from."""
+
+    tokens: list[int] = field(default_factory=list)
+    exits: list[Tensor] = field(default_factory=list)
+
+    def chain(self, first: int, work: Work) -> Chain:
+        """To be settled in the rows from `first` on of what is sampled, those of the verification `work`."""
+        running = work.running
+        answered = work.start + 1 - running.prompt_len
+        return Chain(first, self.tokens, self.exits, running.tolerance or 0.0, running.spent, answered)
 
 
 class _Layout:

@@ -35,6 +35,10 @@ class Running:
     holding: Holding = field(init=False)
     grammar: Grammar | None = None  # of a guided answer
     told: int | None = None  # the answer's next token, where another engine gave it already: not told again
+    tolerance: float | None = None  # nats a token that it may lose by drafts; None: full depth does not look at it
+    spent: float = 0.0  # nats so far
+    ran: int = 0  # layers that ran one after the other for its answer's tokens that were drawn here: its time
+    drawn: int = 0  # as many tokens
     paused: bool = False  # its reader is behind
     cached_tokens: int = 0
     admitted_at: float | None = None
@@ -109,4 +113,6 @@ class Running:
             total_seconds=total,
             error=error,
             prompt_logprobs=() if self.scoring else tuple(self.prompt_logprobs),
+            spent=None if self.tolerance is None else self.spent,
+            mean_depth=self.ran / self.drawn if self.drawn else 0.0,
         )

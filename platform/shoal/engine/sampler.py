@@ -26,6 +26,7 @@ from torch import Tensor
 from shoal.engine.events import Sampling, TokenLogprob
 from shoal.engine.guided import Grammar, GrammarError, StrayError
 from shoal.engine.plan import Sampled
+from shoal.engine.tolerance import Chain, greedy_price, sampled_price, settle
 from shoal.errors import GenerationError, RequestError
 from shoal.inputs.tokenizer import END_ID
 
@@ -58,8 +59,9 @@ class Sampler:
         # int32 [V]: equal ids start their noise alike in every row
         self._ids = _scramble(torch.arange(len(forbidden), dtype=torch.int32, device=forbidden.device))
 
-    def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
-        """One token for each row of `logits` [R, V] (changed in place)."""
+    def sample(self, logits: Tensor, draws: Sequence[Draw], chains: Sequence[Chain] = ()) -> list[Sampled]:
+        """One token for each row of `logits` [R, V], which become those that it is drawn from. Where `chains` have drafts in
+        some rows and a tolerance, such a draft may be the token."""
         self._close(logits)
         reported = {r: logits[r].clone() for r, draw in enumerate(draws) if draw.sampling.logprobs is not None}
         masks, stuck = _follow_grammars(logits, draws)
@@ -73,11 +75,14 @@ class Sampler:
             at = torch.tensor(random, device=logits.device)
             choice[at] = self._race(logits[at], [draws[r] for r in random])
         tokens = [token if math.isfinite(highest) else -1 for token, highest in zip(choice.tolist(), best, strict=True)]
+        costs: dict[int, float] = {}
+        for chain in chains:
+            costs |= settle(chain, tokens, lambda row, place, c=chain: self._price(logits[row], draws[row], c, place))  # type: ignore[misc]
         logprobs = _logprobs(reported, draws, tokens) if reported else {}
         return [
             Sampled(0, error=stuck.get(r) or self._why_none(draws[r], best[r], masks.get(r)))
             if token < 0 or r in stuck
-            else Sampled(token, logprobs.get(r))
+            else Sampled(token, logprobs.get(r), spent=costs.get(r, 0.0))
             for r, token in enumerate(tokens)
         ]
 
@@ -94,6 +99,12 @@ class Sampler:
 
     def _race(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         """Sampled tokens [R]: of those that each row's filters keep, the first to arrive."""
+        noise = self.noise([draw.seed for draw in draws], [len(draw.tokens) for draw in draws])
+        return _argmax(self._kept(logits, draws).exp_().div_(noise))
+
+    def _kept(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+        """[R, V]: logarithms of what tokens weigh at each row's temperature, the likeliest at 0, and -inf where its filters
+        leave them out."""
         exact, device = torch.promote_types(logits.dtype, torch.float32), logits.device
         heat = torch.tensor([draw.sampling.temperature for draw in draws], dtype=exact, device=device)
         # less is 0 in fp32, and 0 / 0 would stand for the likeliest token
@@ -105,8 +116,14 @@ class Sampler:
             kept = z[at].double()
             lowest = _thresholds(kept, [draws[r].sampling for r in filtered])
             z[at] = z[at].masked_fill(kept < lowest[:, None], -math.inf)
-        noise = self.noise([draw.seed for draw in draws], [len(draw.tokens) for draw in draws])
-        return _argmax(z.exp_().div_(noise))
+        return z
+
+    def _price(self, logits: Tensor, draw: Draw, chain: Chain, place: int) -> float:
+        """What it costs in nats that the draft at `place` of `chain` stands where `logits` [V] are those of full depth."""
+        if draw.sampling.temperature == 0:
+            return greedy_price(logits, int(logits.argmax()), chain.drafts[place])
+        full, exit_ = self._kept(torch.stack([logits, chain.exits[place]]), [draw, draw])
+        return sampled_price(full, exit_)
 
     def noise(self, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Exponential noise of each token at each (seed, position), fp32 [R, V]: a hash of the three, so that it needs no

@@ -58,10 +58,12 @@ class Scheduler:
         max_queue: int,
         speculative: int = 0,
         switch: Switch | None = None,
+        audits: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`max_batch_tokens` rows and `max_batch` requests a step, `max_queue` more may wait; `speculative` tokens are
-        drafted ahead by requests that do not say otherwise, where `switch` says that it pays."""
+        drafted ahead by requests that do not say otherwise, where `switch` says that it pays. Where the router is to decide
+        and a request has a tolerance, it runs at full depth with drafts instead, if `audits` and that pays."""
         self.config, self.pages, self.clock = config, pages, clock
         self.max_batch_tokens, self.max_batch, self.max_queue = max_batch_tokens, max_batch, max_queue
         self.running: list[Running] = []  # both in order
@@ -69,7 +71,10 @@ class Scheduler:
         self.metrics = Metrics()
         self.pace = Pace()
         self._door = Door(pages, self.pace, self.metrics, max_batch_tokens)
-        self._drafting = Drafting(speculative, switch or Switch(), able=len(config.exits) > 1)
+        self._drafting = Drafting(
+            speculative, switch or Switch(), able=len(config.exits) > 1, cheap=config.exits[0] / config.layers
+        )
+        self._audits = audits
         self._began = 0.0  # when the step was planned
         self._live: dict[str, Running] = {}
         self._shares, self._seconds = Shares(), Seconds()
@@ -194,6 +199,7 @@ class Scheduler:
         for work, scores in zip(plan.scores, outcome.scores, strict=True):
             work.running.prompt_logprobs += scores
         for work, sampled in zip(plan.samples, outcome.samples, strict=True):
+            work.running.ran += work.running.layers + sampled.drafted * self.config.exits[0]
             self._append(work.running, sampled, now)
             if work.drafts:
                 self._take_drafts(work.running, sampled, now)
@@ -339,7 +345,10 @@ class Scheduler:
     def _decide(self, running: Running, decision: Decision) -> None:
         """Fix the depth, and look for the prompt in the deeper groups' prefix cache."""
         running.layers = decision.layers
-        running.groups = self.config.groups(decision.layers)
+        tolerance = running.request.quality_tolerance
+        if tolerance is not None and self._audits and self._drafting.audits(running, len(self.running)):
+            running.layers, running.tolerance = self.config.layers, tolerance
+        running.groups = self.config.groups(running.layers)
         running.holding.deepen(self.pages, running.groups, running.scoring, decision.notes)
         self._entered(running)
 
@@ -350,6 +359,11 @@ class Scheduler:
             return
         told, running.told = running.told, None
         token = sampled.token if told is None else told
+        if told is None:
+            running.spent += sampled.spent
+            running.drawn += 1
+            self.metrics.measured += running.tolerance is not None
+            self.metrics.spent += sampled.spent
         if running.ends(token):
             self._finish(running, "stop")
             return
@@ -363,7 +377,8 @@ class Scheduler:
         text, stopped = running.text.push(token, may_stop=answered >= sampling.min_tokens)
         if told is None:
             self.metrics.generation_tokens += 1
-            self._events.append(Token(running.id, token, text, sampled.logprob, running.layers))
+            spent = None if running.tolerance is None else running.spent
+            self._events.append(Token(running.id, token, text, sampled.logprob, running.layers, spent))
         if stopped:
             self._finish(running, "stop")
         elif answered >= sampling.max_tokens:

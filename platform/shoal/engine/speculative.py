@@ -8,6 +8,7 @@
 Drawing is a race with noise that depends on (seed, position, token) alone (`sampler.py`), for a draft and for the token that
 verifies it alike. So what comes out is the token that plain decoding would have drawn at that place, in greedy decoding and
 in sampling: not only the distribution is kept but the tokens are, whatever was drafted, and whether it was (decision 0006).
+An answer that has a tolerance may keep drafts that differ, too, and then depends on what was drafted (`tolerance.py`).
 
 Nothing else ever sees a draft: the step's commit appends what was accepted, moves the lengths, and gives back the units
 beyond them. Penalties, grammars, stop strings and logprobs are functions of the tokens, so there is nothing to roll back.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 from shoal.engine.plan import Outcome, Plan, Sampled, Work
 from shoal.engine.running import Running
@@ -25,6 +27,9 @@ from shoal.engine.running import Running
 TRIALS = 4  # steps at a batch size, drafting and not, before the faster is known
 AGAIN = 64  # every so many steps the slower is tried once more
 FADE = 0.9  # weight of a step after the next one of its kind
+AHEAD = 4  # tokens that an answer with a tolerance drafts at most, where nobody says otherwise
+FEW = 4  # requests of a step that nobody has measured yet: so many drafts are thought to pay
+SEEN = 4.0  # drafts of other answers that count as much as all others of them, for one that begins
 
 
 def ahead_of(running: Running, tokens: list[int]) -> Running:
@@ -50,8 +55,10 @@ def accept(drafts: Sequence[int], verified: Sequence[Sampled]) -> Sampled:
 
 @dataclass
 class _Cost:
-    seconds: float = 0.0
+    seconds: float = 0.0  # these four fade
     tokens: float = 0.0
+    count: float = 0.0  # steps
+    drafts: float = 0.0  # of the request that drafted most, summed over steps
     steps: int = 0
 
 
@@ -74,25 +81,74 @@ class Switch:
         pays = with_.seconds * without.tokens < without.seconds * with_.tokens
         return pays != ((with_.steps + without.steps) % AGAIN == 0)
 
-    def learn(self, batch: int, drafted: bool, seconds: float, tokens: int) -> None:
-        """Take in a step that only decoded."""
-        cost = self._cost(batch, drafted)
+    def learn(self, batch: int, drafts: int, seconds: float, tokens: int) -> None:
+        """Take in a step that only decoded, where some request drafted as many as `drafts` ahead."""
+        cost = self._cost(batch, drafts > 0)
         cost.seconds = FADE * cost.seconds + seconds
         cost.tokens = FADE * cost.tokens + tokens
+        cost.count = FADE * cost.count + 1
+        cost.drafts = FADE * cost.drafts + drafts
         cost.steps += 1
+
+    def pays(self, batch: int) -> bool:
+        """Has drafting paid at this batch size, as far as is known?"""
+        if self.max_batch is not None:
+            return batch <= self.max_batch
+        with_, without = self._cost(batch, True), self._cost(batch, False)
+        if not with_.steps or not without.steps:
+            return batch <= FEW
+        return with_.seconds * without.tokens < without.seconds * with_.tokens
+
+    def price(self, batch: int) -> float | None:
+        """What one more draft costs, as a share of a step without; None while that is not known."""
+        with_, without = self._cost(batch, True), self._cost(batch, False)
+        if not with_.drafts or not without.count:
+            return None
+        plain = without.seconds / without.count
+        return max(0.0, with_.seconds - with_.count * plain) / (with_.drafts * plain)
 
     def _cost(self, batch: int, drafted: bool) -> _Cost:
         return self._costs.setdefault((batch, drafted), _Cost())
 
 
-class Drafting:
-    """Which requests draft how much, in the step that is being planned."""
+@dataclass
+class _Stood:
+    """How often a draft stood, of those that were verified. Faded where many answers share one."""
 
-    def __init__(self, most: int, switch: Switch, able: bool = True) -> None:
+    good: float = 0.0
+    tried: float = 0.0
+    idle: int = 0  # steps without drafts since the last with some
+
+    def share(self, before: _Stood) -> float:
+        """The share that stands, `before` being what others' drafts say."""
+        return (self.good + SEEN * (before.good + 1) / (before.tried + 1)) / (self.tried + SEEN)
+
+
+def worth(share: float, price: float, most: int) -> int:
+    """How many tokens to draft ahead, at most `most`: as many as give most tokens a second, where each stands with probability
+    `share` if those before it do, and costs `price` steps. 0: none is worth it."""
+    best, tokens, stands, rate = 0, 1.0, 1.0, 1.0
+    for ahead in range(1, most + 1):
+        stands *= share
+        tokens += stands
+        if tokens / (1 + ahead * price) > rate:
+            best, rate = ahead, tokens / (1 + ahead * price)
+    return best
+
+
+class Drafting:
+    """Which requests draft how much, in the step that is being planned.
+
+    At most as many as they ask for. Where drafting is measured (`Switch`), each drafts as many as its own drafts so far make
+    worth while, those of other answers being what it begins with; one that drafts none tries one again every `AGAIN` steps."""
+
+    def __init__(self, most: int, switch: Switch, able: bool = True, cheap: float = 0.25) -> None:
         """`most` tokens are drafted ahead by requests that do not say otherwise, where `switch` says that it pays; none by a
-        model that is not `able` to, for want of an early exit."""
-        self._most, self.switch, self._able = most, switch, able
+        model that is not `able` to, for want of an early exit. `cheap`: the first exit's share of the layers, which a draft is
+        thought to cost until that is measured."""
+        self._most, self.switch, self._able, self._cheap = most, switch, able, cheap
         self._counted: dict[Running, int] = {}  # who drafts how much; nobody else does, whatever comes into the step
+        self._all, self._own = _Stood(), WeakKeyDictionary[Running, _Stood]()
 
     def stop(self) -> None:
         """Nobody drafts."""
@@ -101,7 +157,7 @@ class Drafting:
     def start(self, decoding: Sequence[Running], rows: int) -> int:
         """Decide whether those of `decoding` that ask for drafts get them, and return the rows that it takes: none where it
         does not pay, or where all of `decoding` and the drafts would be more than `rows`."""
-        counted = {running: self._room(running) for running in decoding}
+        counted = {running: self._worth(running, self._room(running), len(decoding)) for running in decoding}
         drafts = sum(counted.values())
         on = drafts > 0 and len(decoding) + drafts <= rows and self.switch.wants(len(decoding))
         self._counted = counted if on else {}
@@ -112,16 +168,40 @@ class Drafting:
         drafts never take more rows, or units, than were found free for them."""
         return self._counted.get(running, 0)
 
+    def audits(self, running: Running, batch: int) -> bool:
+        """Is an answer with a tolerance to run at full depth with drafts, rather than as deep as the router says, now that
+        `batch` requests run?"""
+        drafts = self._able and running.sampling.speculative != 0 and running.sampling.max_tokens > 1
+        return drafts and self.switch.pays(batch)
+
     def learn(self, plan: Plan, outcome: Outcome, seconds: float) -> None:
-        """Take in what a step gave; one that prefilled says nothing."""
+        """Take in what a step gave; of its time, one that prefilled says nothing."""
+        for work, sampled in zip(plan.samples, outcome.samples, strict=True):
+            stood = self._own.setdefault(work.running, _Stood())
+            if not sampled.drafted:
+                stood.idle += 1
+                continue
+            good, tried = len(sampled.after), min(len(sampled.after) + 1, sampled.drafted)
+            stood.good, stood.tried, stood.idle = stood.good + good, stood.tried + tried, 0
+            self._all.good, self._all.tried = FADE * self._all.good + good, FADE * self._all.tried + tried
         if all(work.count == 1 and work.sample for work in plan.works):
             tokens = sum(1 + len(sampled.after) for sampled in outcome.samples)
-            self.switch.learn(len(plan.works), any(work.drafts for work in plan.works), seconds, tokens)
+            self.switch.learn(len(plan.works), max(work.drafts for work in plan.works), seconds, tokens)
+
+    def _worth(self, running: Running, room: int, batch: int) -> int:
+        """As many of `room` as its drafts are worth in a step of `batch`."""
+        if not room or self.switch.max_batch is not None:
+            return room
+        own = self._own.setdefault(running, _Stood())
+        price = self.switch.price(batch)
+        ahead = worth(own.share(self._all), self._cheap if price is None else price, room)
+        return ahead or int(not own.tried or own.idle >= AGAIN)
 
     def _room(self, running: Running) -> int:
         """As many as it asks for and its answer has room for."""
         asked = running.sampling.speculative
-        most = self._most if asked is None else asked
+        default = max(self._most, AHEAD if running.tolerance is not None else 0)
+        most = default if asked is None else asked
         if not self._able or not most or running.groups is None or running.groups < 2:
             return 0
         if running.holding.states_from is not None:

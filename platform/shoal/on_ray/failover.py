@@ -4,6 +4,7 @@ When a replica is lost in the middle of an answer, another goes on from the toke
 twice or left out: a token is a function of the weights, the tokens before it, the seed and the position, so another replica
 of the same weights gives the very tokens that the lost one would have given. For that a request has its seed before it is
 first sent, and keeps the depth that its first replica chose. Prompt and answer are computed again there, as after a preemption.
+An answer with a tolerance keeps what it has spent of it; its tokens also depend on what was drafted, and so on the replica.
 
 Weights never mix: once anything of an answer was told, only a replica of the weights that it began with may go on, with any of
 its choices. Where none is left, it ends with an error that says so.
@@ -60,6 +61,7 @@ class Progress:
     first: float | None = None  # when its first token came
     tokens: list[int] = field(default_factory=list)
     depth: int = 0  # layers that its first token was made with
+    spent: float | None = None  # nats of its tolerance, where that is measured
     losses: int = 0
     tries: int = 0  # since the last event
     refused: frozenset[str] = frozenset()  # names of replicas that are not what it wants
@@ -101,14 +103,17 @@ class Progress:
         )
         if not self.tokens:
             return rest
-        return replace(rest, answer=tuple(self.tokens), depth=self.depth, quality_tolerance=None)
+        tolerance = None if self.spent is None else self.request.quality_tolerance
+        return replace(
+            rest, answer=tuple(self.tokens), depth=self.depth, quality_tolerance=tolerance, spent=self.spent or 0.0
+        )
 
     def take(self, event: Event, now: float) -> Event:
         """`event` as the first replica would have sent it."""
         self.tries, self.last = 0, now
         if isinstance(event, Token):
             self.tokens.append(event.token)
-            self.depth = event.depth
+            self.depth, self.spent = event.depth, event.spent
             self.first = self.first or now
         if event.request == self.request.id:
             return event

@@ -219,7 +219,7 @@ async def test_developer_is_read_as_system(http: httpx.AsyncClient, engine: Any)
         ({"depth": "abyss"}, 400, "depth", None),
         ({"depth": 3}, 400, "depth", None),
         ({"depth": "full", "reasoning_effort": "low"}, 400, "depth", None),
-        ({"depth": "full", "quality_tolerance": 0.1}, 400, "quality_tolerance", None),
+        ({"depth": "shallow", "quality_tolerance": 0.1}, 400, "quality_tolerance", None),
         ({"n": 0}, 400, "n", None),
         ({"n": 1000}, 400, "n", None),
         ({"logit_bias": {"x": 1}}, 400, "logit_bias", None),

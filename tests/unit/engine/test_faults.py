@@ -133,7 +133,7 @@ def encoded(*images: Patches, ids: list[int] | None = None) -> Encoded:
         (lambda: Request([50], deadline=10**5000), "deadline"),
         (lambda: Request([50], depth=3), "depth"),
         (lambda: Request([50], quality_tolerance=-0.1), "quality_tolerance"),
-        (lambda: Request([50], depth="full", quality_tolerance=0.1), "quality_tolerance"),
+        (lambda: Request([50], depth="shallow", quality_tolerance=0.1), "quality_tolerance"),
         (lambda: Request([50], deadline=float("nan")), "deadline"),
         (lambda: Request([50], priority="high"), "priority"),  # type: ignore[arg-type]
         (lambda: Request(encoded(image(5, 4))), "images"),  # more rows than an image of this model has

@@ -207,7 +207,9 @@ def routed() -> Model:
 
 
 def depth_of(engine: Engine, prompt: list[int], tolerance: float | None) -> int:
-    (answer,) = engine.generate([Request(prompt, Sampling(temperature=0, max_tokens=2), quality_tolerance=tolerance)])
+    """As the router alone decides."""
+    sampling = Sampling(temperature=0, max_tokens=2, speculative=0)
+    (answer,) = engine.generate([Request(prompt, sampling, quality_tolerance=tolerance)])
     return answer.depth
 
 
@@ -222,7 +224,7 @@ def test_16_the_router_decides_from_the_prompt_alone(routed: Model) -> None:
         assert depth_of(cached, prompt, tolerance) == depth_of(cached, prompt, tolerance) == alone
         assert depth_of(chunked, prompt, tolerance) == alone
         mates = [Request(words(20, 50 + k), Sampling(max_tokens=9), depth=DEPTHS[k % 3]) for k in range(4)]
-        request = Request(prompt, Sampling(max_tokens=2), quality_tolerance=tolerance)
+        request = Request(prompt, Sampling(max_tokens=2, speculative=0), quality_tolerance=tolerance)
         assert roomy(routed).generate([*mates, request])[-1].depth == alone
     assert len(seen) > 1 and cached.stats()["prefix_cache_hits_total"] > 0
 

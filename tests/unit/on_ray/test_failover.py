@@ -344,6 +344,15 @@ def test_after_it_the_depth_is_the_one_that_the_first_replica_chose_and_the_answ
         progress.to_send(110.0)
 
 
+def test_an_answer_whose_tolerance_is_measured_takes_along_what_it_has_spent() -> None:
+    progress = at_100()
+    for token, spent in ((65, 0.0), (66, 0.35)):
+        progress.take(Token("r", token, "x", depth=4, spent=spent), 101.0)
+    progress.losses = 1
+    rest = progress.to_send(102.0)
+    assert (rest.answer, rest.depth, rest.quality_tolerance, rest.spent) == ((65, 66), 4, 0.2, 0.35)
+
+
 def test_without_a_deadline_there_is_none_left() -> None:
     progress = Progress(LONG, Pin(), "", began=100.0, last=100.0)
     progress.losses = 1

@@ -88,6 +88,13 @@ def test_the_facts_below_an_answer() -> None:
     )
     one = "depth full (4 of 4 layers) · 1 token · first after 0.10 s, last after 0.10 s"
     assert talk.facts("full", 1, CARD, "first after 0.10 s, last", 0.1) == one
+    usage = {"mean_depth": 2.25, "quality": {"spent": 0.0312, "allowed": 0.1}}
+    assert talk.facts("full", 24, CARD, "first after 0.50 s, last", 2.4, usage) == (
+        "depth full (4 of 4 layers, 2.2 in the mean) · 24 tokens · 10 tokens/s · lost 0.031 of 0.1 nats a token · "
+        "first after 0.50 s, last after 2.40 s"
+    )
+    unmeasured = {"mean_depth": 4.0, "quality": {"spent": None, "allowed": 0.1}}
+    assert talk.facts("full", 1, CARD, "first after 0.10 s, last", 0.1, unmeasured) == one
 
 
 class Server:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from shoal.api.answers import measured
 from shoal.api.blocks import Block, BlockAnswer, Moment
 from shoal.api.messages.bodies import MessagesRequest
 from shoal.api.requests import EngineCall
@@ -69,6 +70,7 @@ class MessageAnswer(BlockAnswer):
             "cache_creation_input_tokens": 0,
             "output_tokens": usage["completion_tokens"],
             "depth": usage["depth"],
+            **measured(usage),
         }
 
     def _reason(self) -> tuple[str, str | None]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import (
+    Any,
+    Literal,
+    NotRequired,  # pydantic reads typing's own only from Python 3.12 on
+)
 
 from pydantic import ConfigDict, with_config
-from typing_extensions import TypedDict  # pydantic reads typing's own only from Python 3.12 on
+from typing_extensions import TypedDict
 
-from shoal.api.shapes import Error
+from shoal.api.shapes import Error, Quality
 
 
 class MessageUsage(TypedDict):
@@ -16,6 +20,8 @@ class MessageUsage(TypedDict):
     cache_creation_input_tokens: int  # 0: what is cached costs nothing more
     output_tokens: int
     depth: str  # exit name the answer ran with
+    mean_depth: NotRequired[float]  # as of a chat, and so is what follows
+    quality: NotRequired[Quality]
 
 
 class TextOut(TypedDict):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from shoal.api.answers import measured
 from shoal.api.blocks import Block, BlockAnswer, Moment
 from shoal.api.requests import EngineCall
 from shoal.api.responses.bodies import NamedFunction, ResponsesRequest
@@ -122,6 +123,7 @@ class ResponseAnswer(BlockAnswer):
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage["total_tokens"],
             "depth": usage["depth"],
+            **measured(usage),
         }
 
 

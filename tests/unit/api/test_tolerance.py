@@ -1,0 +1,80 @@
+"""A tolerance over HTTP: every answer says what it lost, or that nobody looked. A real engine, and a scripted one that measures
+nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from shoal import Engine
+from shoal.api.app import build_app
+from shoal.api.served import ServedModel
+from shoal.api.service import Hosted
+from shoal.engine.front import AsyncEngine
+from tests.unit.engine.lively import lively
+
+pytestmark = pytest.mark.anyio
+
+ASKED = {"model": "fish", "max_tokens": 12, "temperature": 0, "seed": 1, "quality_tolerance": 2.0}
+SAID = [{"role": "user", "content": "What swims?"}]
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": SAID},
+    "/v1/completions": {"prompt": "What swims?"},
+    "/v1/messages": {"messages": SAID},
+    "/v1/responses": {"input": "What swims?", "max_output_tokens": 12},
+}
+
+
+@pytest.fixture
+async def measured() -> AsyncIterator[httpx.AsyncClient]:
+    model = lively()
+    engine = AsyncEngine(Engine(model, units=400, speculative_max_batch=8))
+    app = build_app([Hosted(ServedModel("fish", model.config, model.tokenizer), engine)])
+    try:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            yield client
+    finally:
+        await engine.close()
+
+
+def body(route: str, **more: Any) -> dict[str, Any]:
+    asked = {name: value for name, value in ASKED.items() if name != "max_tokens" or "responses" not in route}
+    asked = {
+        name: value for name, value in asked.items() if name != "seed" or route not in ("/v1/messages", "/v1/responses")
+    }
+    return {**asked, **ROUTES[route], **more}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("depth", ["auto", "full", "middle"])
+async def test_every_route_says_what_an_answer_lost(measured: httpx.AsyncClient, route: str, depth: str) -> None:
+    reply = await measured.post(route, json=body(route, depth=depth))
+    assert reply.status_code == 200, reply.text
+    usage = reply.json()["usage"]
+    assert usage["depth"] == ("full" if depth == "auto" else depth)
+    assert usage["quality"]["allowed"] == 2.0 and 0 <= usage["quality"]["spent"] <= 2.0
+    assert 0 < usage["mean_depth"] <= (2 if depth == "middle" else 4)
+    plain = (await measured.post(route, json=body(route, depth=depth, quality_tolerance=None))).json()["usage"]
+    assert "quality" not in plain and "mean_depth" not in plain
+
+
+async def test_a_stream_of_several_choices_tells_their_mean_as_they_grow(measured: httpx.AsyncClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked = body("/v1/completions", n=2, temperature=1, stream=True, stream_options=options, ignore_eos=True)
+    reply = await measured.post("/v1/completions", json=asked)
+    lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: {")]
+    usages = [json.loads(line)["usage"] for line in lines]
+    assert usages[-1]["completion_tokens"] == 24
+    known = [usage["quality"]["spent"] for usage in usages if usage["quality"]["spent"] is not None]
+    assert known and all(0 <= spent <= 2.0 for spent in known) and known[-1] > 0
+    assert usages[-1]["mean_depth"] < 4
+
+
+async def test_what_nobody_looked_at_is_null(http: httpx.AsyncClient) -> None:
+    reply = await http.post("/v1/completions", json=body("/v1/completions"))
+    assert reply.json()["usage"]["quality"] == {"spent": None, "allowed": 2.0}
+    assert "mean_depth" not in reply.json()["usage"]

@@ -1,0 +1,335 @@
+"""Tolerant drafts: what an answer spends is what full depth makes of it, and never more than it may. In float64.
+
+What was spent is computed again from whole forward passes of the words that were told: whatever batch, preemption or engine
+they came from, the sum must be the engine's. What that bounds is held by enumerating all that can happen over three tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal import Engine, Model, Request, Sampling
+from shoal.engine import naive
+from shoal.engine.events import Finished, Guide, Token
+from shoal.engine.running import Running
+from shoal.engine.sampler import Sampler
+from shoal.engine.speculative import AHEAD, FEW, Switch, worth
+from shoal.engine.text import TextStream
+from shoal.engine.tolerance import Allowance, Chain, sampled_price, settle
+from shoal.errors import RequestError
+from shoal.inputs.tokenizer import Tokenizer
+from shoal.model.router import fit_router
+from tests.unit.engine.lively import lively
+from tests.unit.engine.test_speculative import EAGER, PLAIN, prompt
+
+LIVELY = lively()
+MODELS = {"eager": EAGER, "plain": PLAIN, "lively": LIVELY}
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0, "frequency_penalty": 0.5},
+    "drawn": {"temperature": 1.0},
+    "filtered": {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.1, "logprobs": 2},
+    "guided": {"temperature": 0.9, "guided": Guide("regex", "[a-f]{3,40}"), "ignore_eos": False},
+}
+
+
+def ask(seed: int, tolerance: float, *, kind: str = "greedy", **more: Any) -> Request:
+    sampling = {"seed": seed, "max_tokens": 20, "ignore_eos": True, "speculative": 3, **KINDS[kind], **more}
+    return Request(prompt(seed), Sampling(**sampling), depth="full", quality_tolerance=tolerance, id=f"{kind}{seed}")
+
+
+def engine(model: Model, **more: Any) -> Engine:
+    return Engine(model, **({"units": 400, "speculative_max_batch": 8} | more))
+
+
+def told(e: Engine, requests: list[Request]) -> dict[str, list[Token | Finished]]:
+    """The events of each of `requests`, run together."""
+    found: dict[str, list[Token | Finished]] = {e.submit(request): [] for request in requests}
+    while not e.idle:
+        for event in e.step():
+            found[event.request].append(event)
+        e.scheduler.check_integrity()
+    return found
+
+
+def prices(model: Model, request: Request, tokens: list[int]) -> list[float]:
+    """What each of `tokens` costs, as answer to `request`: from forward passes of the whole text, at full depth and at the
+    first exit, and the definition in `tolerance.py`."""
+    sampling, grammars = request.sampling, naive.Grammars(model.tokenizer, model.config.vocab)
+    running = Running(
+        request=request, tokens=list(request.prompt), prompt_len=len(request.prompt), page=model.config.page,  # type: ignore[arg-type]
+        text=TextStream(model.tokenizer, ()), seed=sampling.seed or 0, order=(0, 0, 0), arrival=0.0,
+        grammar=None if sampling.guided is None else grammars.compile(sampling.guided),
+    )  # fmt: skip
+    sampler, found = Sampler(model.forbidden(), model.tokenizer.ends), list[float]()
+    for token in tokens:
+        full = model.logits(running.tokens, "full")[-1:].clone()
+        (drawn,) = sampler.sample(full, [running])
+        exit_ = model.logits(running.tokens, model.config.exits[0])[-1:].clone()
+        sampler.sample(exit_, [running])
+        if token == drawn.token:
+            found.append(0.0)
+        elif sampling.temperature == 0:
+            found.append(float(full.max() - full[0, token]))
+        else:
+            p, q = (law(row[0], sampling) for row in (full, exit_))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                divergence = np.where(p > 0, p * np.log(p / q), 0).sum()
+            found.append(divergence / (0.5 * np.abs(p - q).sum()))
+        running.tokens.append(token)
+    return found
+
+
+def law(logits: torch.Tensor, sampling: Sampling) -> np.ndarray:
+    """What a token is drawn from, where `logits` [V] are penalised and masked: temperature, top-k, top-p as defined."""
+    z = logits.numpy() / sampling.temperature
+    p = np.exp(z - z.max())
+    order = np.argsort(-p, kind="stable")
+    if sampling.top_k:
+        p[p < p[order[sampling.top_k - 1]]] = 0
+    if sampling.top_p < 1:
+        mass = np.cumsum(p[order]) / p.sum()
+        last = order[int(np.searchsorted(mass, sampling.top_p))]
+        p[p < p[last]] = 0
+    whole: np.ndarray = p / p.sum()
+    return whole
+
+
+def check(model: Model, request: Request, events: list[Token | Finished]) -> float:
+    """The answer spent what it says, and at every token at most its tolerance. Returns nats a token."""
+    *tokens, end = events
+    assert isinstance(end, Finished) and end.reason in ("length", "stop"), end
+    spent, wanted = 0.0, prices(model, request, [event.token for event in tokens if isinstance(event, Token)])
+    for count, (event, price) in enumerate(zip(tokens, wanted, strict=True), 1):
+        assert isinstance(event, Token) and event.spent is not None
+        assert event.spent - spent == pytest.approx(price, abs=1e-8)
+        spent = event.spent
+        assert spent <= request.quality_tolerance * count  # type: ignore[operator]
+    assert end.spent is not None and end.spent >= spent  # what ends an answer may have cost something, too
+    assert end.spent <= request.quality_tolerance * (len(tokens) + 1)  # type: ignore[operator]
+    return end.spent / max(1, len(tokens))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_an_answer_spends_what_full_depth_makes_of_it_and_no_more(name: str, kind: str) -> None:
+    model, spent = MODELS[name], dict[float, float]()
+    for tolerance in (0.02, 0.3, 5.0):
+        requests = [ask(seed, tolerance, kind=kind) for seed in range(3)]
+        found = told(engine(model), requests)
+        spent[tolerance] = sum(check(model, request, found[request.id]) for request in requests)
+    assert spent[5.0] > 0 or kind in ("filtered", "guided")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_tolerance_no_token_is_another(kind: str) -> None:
+    for seed in range(3):
+        request = ask(seed, 0.0, kind=kind)
+        (answer,) = engine(LIVELY).generate([request])
+        plain = naive.generate(LIVELY, request)
+        assert (answer.tokens, answer.text, answer.finish_reason) == (plain.tokens, plain.text, plain.finish_reason)
+        assert answer.finished is not None and answer.finished.spent == 0.0
+        assert [entry.token for entry in answer.logprobs] == answer.tokens[: len(answer.logprobs)]
+
+
+def test_a_tie_is_decided_as_without_drafts() -> None:
+    """It would cost nothing that the draft stands; without a tolerance it falls all the same."""
+    chain = Chain(0, [5], [torch.zeros(9)], 0.0, 0.0, 0)
+    drawn = [3, 7]
+    assert settle(chain, drawn, lambda row, place: 0.0) == {} and drawn == [3, 7]
+    assert settle(dataclasses.replace(chain, tolerance=1e-9), drawn, lambda row, place: 0.0) == {0: 0.0} and drawn == [
+        5,
+        7,
+    ]
+
+
+def test_a_price_that_is_no_number_or_of_no_token_is_not_paid() -> None:
+    chain = Chain(0, [5], [torch.zeros(9)], 9.0, 0.0, 0)
+    for price in (math.nan, math.inf):
+        drawn = [3]
+        assert settle(chain, drawn, lambda row, place, price=price: price) == {} and drawn == [3]  # type: ignore[misc]
+    drawn = [-1]
+    assert settle(chain, drawn, lambda row, place: 0.0) == {} and drawn == [-1]
+
+
+def test_a_logprob_is_that_of_the_token_that_stands() -> None:
+    request = ask(1, 5.0, logprobs=3)
+    (answer,) = engine(PLAIN).generate([request])
+    assert answer.finished is not None and answer.finished.spent
+    assert [entry.token for entry in answer.logprobs] == answer.tokens
+    logits = PLAIN.logits([*request.prompt, *answer.tokens], "full").masked_fill(PLAIN.forbidden(), -math.inf)  # type: ignore[list-item]
+    whole = torch.log_softmax(logits.double(), -1)
+    for place, entry in enumerate(answer.logprobs, len(request.prompt) - 1):
+        assert entry.logprob == pytest.approx(float(whole[place, entry.token]), abs=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_no_batch_preemption_or_move_to_another_engine_lets_an_answer_spend_more(seed: int, moved: bool) -> None:
+    rng = random.Random(seed)
+    kinds = ["greedy", "drawn", "filtered", "guided"]
+    requests = [
+        ask(
+            100 * seed % 9973 + i,
+            rng.choice((0.05, 0.2, 1.0)),
+            kind=rng.choice(kinds),
+            speculative=rng.choice((None, 1, 4)),
+        )
+        for i in range(5)
+    ]
+    requests = [dataclasses.replace(request, id=str(i)) for i, request in enumerate(requests)]
+    tight: dict[str, Any] = rng.choice(({"units": 60}, {"max_batch_tokens": 24, "max_batch": 3}, {}))
+    first, other = engine(LIVELY, **tight), engine(LIVELY, speculative_max_batch=rng.choice((0, 8)))
+    found: dict[str, list[Token | Finished]] = {first.submit(request): [] for request in requests}
+    for _ in range(rng.randint(1, 30) if moved else 0):
+        for event in first.step():
+            found[event.request].append(event)
+        if first.scheduler.running and rng.random() < 0.2:
+            first.scheduler._preempt(rng.choice(first.scheduler.running))
+    if not moved:
+        other = first
+    for request in requests:
+        events = found[request.id]
+        if moved and not (events and isinstance(events[-1], Finished)):
+            sent = [event for event in events if isinstance(event, Token)]
+            spent = sent[-1].spent if sent else 0.0
+            assert spent is not None
+            other.submit(dataclasses.replace(request, answer=tuple(event.token for event in sent), spent=spent))
+    while not other.idle:
+        for event in other.step():
+            found[event.request].append(event)
+        other.scheduler.check_integrity()
+    for request in requests:
+        check(LIVELY, request, found[request.id])
+
+
+# --- what is bounded --------------------------------------------------------------------------------------------------
+
+VOCAB, LONG = 3, 3
+
+
+def laws(seed: int, before: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Full depth's law and the first exit's after the tokens `before`."""
+    rng = np.random.default_rng([seed, *before, len(before)])
+    logits = rng.normal(size=VOCAB)
+    both = np.exp([2 * logits, 2 * logits + rng.choice([0.1, 1.0]) * rng.normal(size=VOCAB)])
+    p, q = both / both.sum(-1, keepdims=True)
+    return p, q
+
+
+def outcomes(seed: int, tolerance: float) -> Iterator[tuple[float, float, float, np.ndarray]]:
+    """All that can happen: probability, nats spent, the sum of KL(full depth || what the token was drawn from), and at which
+    places a draft was let stand whatever was drawn. By the race's closed form: both laws draw v with probability
+    1 / sum_u max(p_u / p_v, q_u / q_v)."""
+    for tokens in product(range(VOCAB), repeat=LONG):
+        for differs in product((False, True), repeat=LONG):
+            chance, divergence, allowance, free = 1.0, 0.0, Allowance(tolerance), np.zeros(LONG, dtype=bool)
+            for place, (token, differ) in enumerate(zip(tokens, differs, strict=True)):
+                p, q = laws(seed, tokens[:place])
+                price = sampled_price(torch.from_numpy(np.log(p)), torch.from_numpy(np.log(q)))
+                both = 1 / np.maximum(p / p[token], q / q[token]).sum()
+                if allowance.affords(price, place + 1):
+                    free[place] = True
+                    divergence += float((p * np.log(p / q)).sum())
+                    chance *= q[token] - both if differ else both
+                    allowance.spent += price if differ else 0.0
+                else:
+                    chance *= p[token] - both if differ else both
+            yield chance, allowance.spent, divergence, free
+
+
+@pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.5, 3.0])
+def test_the_mean_divergence_of_what_is_told_is_at_most_what_is_spent(tolerance: float) -> None:
+    let = 0.0
+    for seed in range(12):
+        all_ = list(outcomes(seed, tolerance))
+        assert sum(chance for chance, *_ in all_) == pytest.approx(1.0, abs=1e-9)
+        spent = sum(chance * spent for chance, spent, *_ in all_)
+        divergence = sum(chance * divergence for chance, _, divergence, _ in all_)
+        assert divergence <= spent + 1e-12
+        assert max(spent for chance, spent, *_ in all_ if chance > 0) <= tolerance * LONG
+        let += sum(chance * free.mean() for chance, _, _, free in all_)
+    assert let > 0, "nothing was ever let stand"
+
+
+def test_two_draws_share_as_much_as_the_closed_form_says() -> None:
+    p, q = laws(1, ())
+    sampler = Sampler(torch.zeros(VOCAB, dtype=torch.bool), [])
+    noise = sampler.noise([7] * 40_000, list(range(40_000))).numpy()
+    a, b = (p / noise).argmax(-1), (q / noise).argmax(-1)
+    for token in range(VOCAB):
+        both = 1 / np.maximum(p / p[token], q / q[token]).sum()
+        assert ((a == token) & (b == token)).mean() == pytest.approx(both, abs=0.01)
+
+
+# --- who is audited ---------------------------------------------------------------------------------------------------
+
+
+def routed() -> Model:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(96, 2 * LIVELY.config.width + 3, generator=generator)
+    gaps = torch.rand(96, len(LIVELY.config.exits) - 1, generator=generator)
+    router = fit_router(LIVELY.config, x, gaps, steps=20)
+    return Model(LIVELY.config, LIVELY.net, Tokenizer.bytes_only(), router=router)
+
+
+def test_where_the_router_would_decide_a_tolerance_is_measured_if_drafts_pay() -> None:
+    model = routed()
+    request = dataclasses.replace(ask(0, 5.0, speculative=None), depth="auto")
+    alone = dataclasses.replace(request.sampling, speculative=0)
+    cases: list[tuple[Request, dict[str, Any], bool]] = [
+        (request, {}, True),
+        (request, {"speculative_max_batch": 0}, False),
+        (request, {"compute_budget": 0.5}, False),
+        (dataclasses.replace(request, sampling=alone), {}, False),
+        (dataclasses.replace(request, quality_tolerance=None), {}, False),
+    ]
+    for asked, more, measured in cases:
+        e = engine(model, **more)
+        (answer,) = e.generate([asked])
+        assert answer.finished is not None
+        assert (answer.finished.spent is not None) == measured
+        if measured:
+            check(model, asked, told(engine(model, **more), [asked])[asked.id])
+            assert answer.depth == model.config.layers and e.stats()["spec_decode_num_draft_tokens_total"] > 0
+            assert 0 < answer.finished.mean_depth < answer.depth
+        elif asked.quality_tolerance is not None:
+            assert answer.depth == answer.finished.mean_depth == 1, (
+                "the router says that the first exit is within 5 nats"
+            )
+
+
+def test_the_first_exit_cannot_have_a_tolerance() -> None:
+    for depth in ("shallow", 1):
+        with pytest.raises(
+            RequestError, match=r"^quality_tolerance at the first exit: leave it out, or ask for a deeper one$"
+        ):
+            engine(EAGER).submit(dataclasses.replace(ask(0, 0.5), depth=depth))
+
+
+def test_unmeasured_drafts_are_thought_to_pay_in_small_batches() -> None:
+    switch = Switch()
+    assert switch.pays(FEW) and not switch.pays(FEW + 1)
+    for batch, with_, without, pays in ((1, 2.0, 1.0, False), (8, 1.0, 2.0, True)):
+        for drafts, seconds in ((3, with_), (0, without)):
+            switch.learn(batch, drafts, seconds, 1)
+        assert switch.pays(batch) == pays
+
+
+def test_as_many_are_drafted_as_give_most_tokens_a_second() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        share, price, most = rng.random(), rng.random(), rng.randint(0, 8)
+        rates = [sum(share**i for i in range(k + 1)) / (1 + k * price) for k in range(most + 1)]
+        assert rates[worth(share, price, most)] == pytest.approx(max(rates))
+    assert worth(0.99, 0.1, AHEAD) == AHEAD and worth(0.1, 0.3, AHEAD) == 0
