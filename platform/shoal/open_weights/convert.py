@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shoal.config import FULL, ModelConfig
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, ShoalError
 from shoal.machine import write_json
 from shoal.model import checkpoint, described, files
 from shoal.model.model import Model
@@ -70,11 +71,13 @@ def import_model(
     `context`: longest text in tokens [the source's], `chat_template` in place of the source's. Raises CheckpointError naming
     the file, key or tensor at fault; then nothing is written."""
     checkpoint.require_replaceable(out)
-    origin = opened(source, Path(out).resolve().parent / FETCHED)
-    family = families.family_of(origin.config)
-    there = {each: told for each, told in origin.tensors().items() if not families.is_derived(each)}
-    tied = _tied(origin, there)
-    config = families.shape_of(origin.config, there.keys(), tied=tied, context=context)
+    with _readable(source):
+        origin = opened(source, Path(out).resolve().parent / FETCHED)
+        family = families.family_of(origin.config)
+        there = {each: told for each, told in origin.tensors().items() if not families.is_derived(each)}
+        tied = _tied(origin, there)
+        config = families.shape_of(origin.config, there.keys(), tied=tied, context=context)
+        tokenizer, template = origin.vocabulary(chat_template)
     if tied:
         there.pop(families.HEAD, None)
     table = dict(families.names(family, config))
@@ -86,10 +89,11 @@ def import_model(
         state = Net(config).state_dict()
     assert state.keys() == table.keys(), state.keys() ^ table.keys()
     _need_shapes(there, table, state, config)
-    tokenizer, template = origin.vocabulary(chat_template)
     if len(tokenizer) > config.vocab:
         got = f"{len(tokenizer)} tokens"
         raise CheckpointError(f"tokenizer of {source}", got=got, allowed=f"at most vocab_size ({config.vocab})")
+    if odd := [end for end in tokenizer.ends if not 0 <= end < config.vocab]:
+        raise CheckpointError(f"{source}: eos_token_id", got=odd[0], allowed=f"0 to {config.vocab - 1}")
     generation = {**origin.generation, **known.names().get(str(source), {}).get("generation", {})}
     name = name or (str(source) if str(source) in known.names() else origin.name)
     planned = {ours: (kept, tuple(state[ours].shape)) for ours in table}
@@ -110,6 +114,18 @@ def import_model(
     return Imported(str(out), family, config, str(kept).removeprefix("torch."), len(there), total)
 
 
+@contextmanager
+def _readable(source: str | Path) -> Iterator[None]:
+    """What others wrote may say anything: whatever their values break in this block is a CheckpointError."""
+    try:
+        yield
+    except (ShoalError, AssertionError):
+        raise
+    except Exception as error:
+        got = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise CheckpointError(f"cannot read {source}", got=got, do="fetch it again, or mend what it says") from error
+
+
 def _pieces(
     origin: Source, table: Mapping[str, tuple[str, ...]], state: Mapping[str, Tensor], kept: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
@@ -124,7 +140,7 @@ def _pieces(
 def _tied(origin: Source, there: Mapping[str, Any]) -> bool:
     """Is the token table the head as well? As the tensors say: a head of its own that equals the table where the configuration
     says so is none. Raises CheckpointError where there is no head and the configuration wants one."""
-    said = bool(origin.config.get("tie_word_embeddings", False))
+    said = families.says_tied(origin.config)
     if families.HEAD not in there:
         if not said:
             raise CheckpointError(f"tensor {families.HEAD} is missing", got="tie_word_embeddings false")

@@ -16,6 +16,7 @@ from shoal.open_weights import rope
 
 Names = Mapping[str, tuple[str, ...]]
 PAGE = 16  # tokens of a page and of a block, of which no dense layer makes use
+MOST, MOST_LAYERS = 2**31, 4096  # of any number in a config.json: more would only take time to refuse
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _LAYER: Names = {
@@ -58,12 +59,15 @@ def _all_windowed(config: Mapping[str, Any], layer: int) -> bool:
 
 
 def _late_windowed(config: Mapping[str, Any], layer: int) -> bool:
-    return bool(config.get("use_sliding_window")) and layer >= int(config.get("max_window_layers", 28))
+    used = config.get("use_sliding_window") and config.get("sliding_window")
+    return bool(used) and layer >= int(config.get("max_window_layers", 28))
 
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(defaults={"max_position_embeddings": 2048}),
-    "MistralForCausalLM": Family(defaults={"max_position_embeddings": 131072}, windowed=_all_windowed),
+    "MistralForCausalLM": Family(
+        defaults={"max_position_embeddings": 131072, "sliding_window": 4096}, windowed=_all_windowed
+    ),
     "Qwen2ForCausalLM": Family(defaults={"max_position_embeddings": 32768}, windowed=_late_windowed),
     "Qwen3ForCausalLM": Family(
         settings={"qk_norm": "head"}, defaults={"max_position_embeddings": 32768}, windowed=_late_windowed
@@ -77,7 +81,12 @@ FAMILIES: Mapping[str, Family] = {
         layer=_FUSED, defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}, windowed=_all_windowed
     ),
     "SmolLM3ForCausalLM": Family(
-        defaults={"max_position_embeddings": 32768, "rope_theta": 2_000_000.0, "no_rope_layer_interval": 4},
+        defaults={
+            "max_position_embeddings": 32768,
+            "rope_theta": 2_000_000.0,
+            "no_rope_layer_interval": 4,
+            "tie_word_embeddings": True,
+        },
         windowed=_late_windowed,
     ),
 }
@@ -116,6 +125,11 @@ def family_of(config: Mapping[str, Any]) -> str:
     return name
 
 
+def says_tied(config: Mapping[str, Any]) -> bool:
+    """Does a ``config.json`` say that the token table is the head as well? What it leaves out, its family says."""
+    return bool({**FAMILIES[family_of(config)].defaults, **config}.get("tie_word_embeddings"))
+
+
 def shape_of(config: Mapping[str, Any], tensors: Collection[str], *, tied: bool, context: int = 0) -> ModelConfig:
     """Our configuration of what a ``config.json`` describes and the names of its `tensors` confirm; `tied`: is the token table
     the head as well? `context`: serve no longer texts than this many tokens [the source's]. Raises CheckpointError naming the
@@ -124,14 +138,17 @@ def shape_of(config: Mapping[str, Any], tensors: Collection[str], *, tied: bool,
     family = FAMILIES[name]
     told: dict[str, Any] = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu"}
     told |= {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
+    if config.get("sliding_window", ...) is None:  # null is no window, and not the family's
+        told.pop("sliding_window", None)
 
-    def whole(key: str) -> int:
+    def whole(key: str, most: int = MOST) -> int:
         value = told.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"config.json: {key}", got=value, allowed="a whole number above 0")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise CheckpointError(f"config.json: {key}", got=value, allowed=f"a whole number above 0, at most {most}")
         return value
 
-    layers, width, heads = whole("num_hidden_layers"), whole("hidden_size"), whole("num_attention_heads")
+    layers = whole("num_hidden_layers", MOST_LAYERS)
+    width, heads = whole("hidden_size"), whole("num_attention_heads")
     if told["hidden_act"] not in ("silu", "swish"):
         raise CheckpointError("config.json: hidden_act", got=told["hidden_act"], allowed="silu")
     head_dim = whole("head_dim") if told.get("head_dim") else width // heads

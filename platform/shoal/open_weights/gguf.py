@@ -6,6 +6,7 @@ For its Llamas llama.cpp turns neighbouring dims, so there the rows of q and k l
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -151,6 +152,9 @@ class Gguf:
                 do = "take the file in one of these, or the checkpoint that it was quantised from"
                 allowed = [each for each, _, _ in _KINDS.values()]
                 raise CheckpointError(f"tensor {name}", got=got, allowed=allowed, do=do)
+            if name in found or math.prod(shape) % _KINDS[kind][1]:
+                got = f"tensor {name} {'twice' if name in found else f'of {list(shape)}, in blocks'}"
+                raise CheckpointError(f"{self._path} is damaged", got=got, do="fetch it again")
             found[name] = _Place(kind, shape, begin + offset)
             if begin + offset + self._size(found[name]) > len(self._bytes):
                 raise self._cut()
@@ -159,7 +163,7 @@ class Gguf:
     @staticmethod
     def _size(place: _Place) -> int:
         _, block, size = _KINDS[place.kind]
-        return torch.Size(place.shape).numel() // block * size
+        return math.prod(place.shape) // block * size
 
     def _numbers(self, name: str) -> Tensor:
         """A tensor of the file in fp32, F16 or BF16 as it lies there."""
@@ -267,7 +271,7 @@ class Gguf:
             got = f"{kind} {pre}" if kind == "gpt2" else kind
             raise CheckpointError(f"tokenizer of {self._path}", got=got, allowed=[f"gpt2 {name}" for name in _PIECES])
         chat = template or self._meta.get("tokenizer.chat_template")
-        if not chat:
+        if not isinstance(chat, str) or not chat:
             raise CheckpointError(f"{self._path} has no chat template", do="give one with --chat-template FILE")
         pairs = [tuple(merge.split(" ")) for merge in merges or []]
         vocab = {token: number for number, token in enumerate(tokens)}

@@ -39,6 +39,8 @@ def rates(config: Mapping[str, Any], dims: int, theta: float) -> tuple[tuple[flo
             raise CheckpointError("config.json: rope_type", got=kind, allowed=KINDS)
     except KeyError as error:
         raise CheckpointError(f"config.json: rope scaling of type {kind}", got=f"no {error.args[0]}") from error
+    if not torch.isfinite(made).all():
+        raise CheckpointError(f"config.json: rope scaling of type {kind}", got="rates that are not finite")
     return tuple(made.tolist()), most
 
 

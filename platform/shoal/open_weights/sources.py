@@ -59,7 +59,11 @@ class Folder:
             "tokenizer_config": read_json(directory / "tokenizer_config.json", missing=True)
         }
         self._files = {path: opened_weights(path) for path in self._weights()}
-        self._at = {name: opened for opened in self._files.values() for name in opened.keys()}  # noqa: SIM118, no mapping
+        self._at: dict[str, Any] = {}
+        for path, opened in self._files.items():
+            for name in opened.keys():  # noqa: SIM118, no mapping
+                if self._at.setdefault(name, opened) is not opened:
+                    raise CheckpointError(f"tensor {name} is in two files", got=path.name, do="take one of them out")
 
     def _weights(self) -> list[Path]:
         if (self._directory / files.INDEX).exists() or (self._directory / files.WEIGHTS).exists():

@@ -75,7 +75,7 @@ def _content(token: object) -> str | None:
 def _ends(
     core: tokenizers.Tokenizer, config: Mapping[str, Any], generation: Mapping[str, Any], names: Mapping[str, str]
 ) -> tuple[int, ...]:
-    told = generation.get("eos_token_id", config.get("eos_token_id"))
+    told = next((found for said in (generation, config) if (found := said.get("eos_token_id")) not in (None, [])), None)
     if told is None and "eos_token" in names:
         told = core.token_to_id(names["eos_token"])
     ids = told if isinstance(told, list) else [told]

@@ -105,6 +105,19 @@ def test_a_tensor_that_is_wrong_is_named(
         ("qwen2", {"rope_parameters": {"rope_type": "linear"}}, "rope scaling of type linear: got 'no factor'"),
         ("qwen2", {"layer_types": ["linear_attention"] * 5}, "layer_types: got 'linear_attention'"),
         ("qwen2", {"num_hidden_layers": 3, "layer_types": None}, "model.layers: got 3; allowed: 4 or more"),
+        (
+            "qwen2",
+            {"layer_types": None, "num_hidden_layers": 10**8},
+            "num_hidden_layers: got 100000000; allowed: a whole",
+        ),
+        (
+            "qwen2",
+            {"rope_parameters": 5},
+            "cannot read .*: got \"AttributeError: 'int' object has no attribute 'get'\"",
+        ),
+        ("qwen2", {"rms_norm_eps": "x"}, 'cannot read .*: got "ValueError: could not convert string'),
+        ("qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "got 'rates that are not finite'"),
+        ("qwen2", {"eos_token_id": 10**6}, "eos_token_id: got 1000000; allowed: 0 to 287"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: got '1 numbers'; allowed: 5"),
     ],
 )
@@ -115,6 +128,8 @@ def test_a_configuration_that_contradicts_its_tensors_is_named(
     edit(source / "config.json", **changes)
     if "num_hidden_layers" in changes:
         edit(source / "config.json", layer_types=None)
+    if "eos_token_id" in changes:
+        edit(source / "generation_config.json", eos_token_id=[])  # says nothing
     with pytest.raises(CheckpointError, match=says):
         import_model(source, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
@@ -153,6 +168,21 @@ def test_files_that_are_wrong_are_named(checkpoint: Make, tmp_path: Path, capsys
     assert "a model directory of ours" in capsys.readouterr().err
     assert main(["export", "--model", str(tmp_path / "model"), "--to", str(tmp_path / "mine")]) == 1
     assert "something that is there" in capsys.readouterr().err
+
+
+def test_a_tensor_in_two_files_is_refused(checkpoint: Make, tmp_path: Path) -> None:
+    """Which of the two is meant, nobody says."""
+    source = checkpoint("qwen2")
+    (source / "model.safetensors").rename(source / "model-1.safetensors")
+    save_file({"model.norm.weight": torch.ones(16)}, str(source / "model-2.safetensors"))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is in two files"):
+        import_model(source, tmp_path / "model")
+
+
+def test_a_json_without_an_end_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a":' + "[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"cannot read .*: got 'RecursionError"):
+        import_model(tmp_path, tmp_path / "model")
 
 
 def test_a_head_that_is_the_table_is_tied_whatever_the_flag_says(checkpoint: Make, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from shoal import Engine, Model, Request, Sampling
+from shoal.open_weights import families
 from shoal.open_weights.convert import export_model, import_model
-from tests.unit.open_weights.conftest import DATA, FAMILIES
+from tests.unit.open_weights.conftest import DATA, FAMILIES, edit
 
 PROMPT = 16
 Make = Callable[[str], Path]
@@ -58,6 +59,22 @@ def test_there_and_back_is_equal_to_the_bit(family: str, checkpoint: Make, tmp_p
         now.pop("torch_dtype", None)
         assert now == was, name
     assert (tmp_path / "back" / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
+
+
+def test_what_a_config_json_leaves_out_is_its_familys(checkpoint: Make, tmp_path: Path) -> None:
+    """As the classes of transformers say: SmolLM3 is tied and Mistral has a window, unless null takes it away."""
+    source = checkpoint("smollm3")
+    edit(source / "config.json", tie_word_embeddings=None)
+    assert import_model(source, tmp_path / "model").config.tied
+
+    def kinds(family: str, **changes: object) -> str:
+        told = {**json.loads((DATA / family / "config.json").read_text()), "max_position_embeddings": 8192}
+        told = {key: value for key, value in (told | changes).items() if value is not ...}
+        return families.shape_of(told, (), tied=True).attn_pattern
+
+    assert kinds("mistral", layer_types=..., sliding_window=...) == "L"
+    assert kinds("mistral", layer_types=..., sliding_window=None) == "D"
+    assert kinds("qwen2", layer_types=..., use_sliding_window=True, sliding_window=None, max_window_layers=0) == "D"
 
 
 def test_the_fixtures_can_tell_settings_apart(checkpoint: Make, tmp_path: Path) -> None:

@@ -166,6 +166,11 @@ def test_its_tokenizer_knows_controls_and_ends(checkpoint: Make, tmp_path: Path)
         ({"tokenizer.ggml.model": "llama"}, "tokenizer of .*: got 'llama'; allowed: gpt2 smollm"),
         ({"tokenizer.ggml.tokens": None}, "vocab_size"),
         ({"tokenizer.chat_template": None}, "has no chat template"),
+        ({"tokenizer.chat_template": 5}, "has no chat template"),
+        ({"llama.attention.head_count": [4, 4]}, "cannot read .*tiny.gguf: got .TypeError"),
+        ({"general.alignment": 0}, "cannot read .*tiny.gguf: got 'ZeroDivisionError"),
+        ({"tokenizer.ggml.merges": ["no such"]}, "cannot read .*tiny.gguf: got .Exception: Error while"),
+        ({"tokenizer.ggml.eos_token_id": 288}, "eos_token_id: got 288; allowed: 0 to 287"),
         ({"llama.block_count": 5}, r"tensor model.layers.5.input_layernorm.weight is not used"),
     ],
 )
@@ -197,3 +202,25 @@ def test_a_kind_that_is_not_read_is_named(checkpoint: Make, tmp_path: Path) -> N
     written(path, Gguf(path)._meta, tensors)
     with pytest.raises(CheckpointError, match=r"tensor blk.0.attn_v.weight: got 'Q4_K'; allowed: F32, F16"):
         Gguf(path)
+
+
+def test_places_that_cannot_be_are_damage(checkpoint: Make, tmp_path: Path) -> None:
+    """A tensor twice, of which one would be left out; one that ends within a block; one of 2^64 numbers, which are 0 in 64
+    bits; and lists in lists."""
+    path = gguf_of(checkpoint("smollm2"), tmp_path / "tiny.gguf")
+    meta = Gguf(path)._meta
+    written(path, meta, {"a": ("F32", [1], b"\0" * 4), "b": ("F32", [1], b"\0" * 4)})
+    path.write_bytes(path.read_bytes().replace(text("b"), text("a")))
+    for name, kind, shape, says in (
+        (None, "", [], "tensor a twice"),
+        ("a", "Q8_0", [3, 16], r"tensor a of \[3, 16\], in blocks"),
+        ("a", "F32", [2**32, 2**32], "was cut short"),
+    ):
+        if name is not None:
+            written(path, meta, {name: (kind, shape, b"\0" * 64)})
+        with pytest.raises(CheckpointError, match=says):
+            Gguf(path)
+    lists = struct.pack("<I", ARRAY) + struct.pack("<IQ", ARRAY, 1) * 5000
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("a") + lists)
+    with pytest.raises(CheckpointError, match=r"cannot read .*: got 'RecursionError"):
+        import_model(path, tmp_path / "model")
