@@ -53,6 +53,7 @@ def encode_messages(
         add_generation_prompt=add_generation_prompt,
         settings=settings,
         continue_final=continue_final,
+        answers=False,
     )
 
 

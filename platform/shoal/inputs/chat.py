@@ -63,18 +63,20 @@ def encode_chat(
     add_generation_prompt: bool = True,
     settings: Mapping[str, Any] | None = None,
     continue_final: bool = False,
+    answers: bool = True,
 ) -> Encoded:
     """Messages ``{"role", "content"}`` (content: text, or OpenAI parts of type text and image_url) as one prompt.
 
     With `add_generation_prompt` the assistant's turn is opened at the end; with `continue_final` the last message is left open
-    instead. `settings` are more that the template may read (`variables`); no text in them may spell a control token. Raises
+    instead. `settings` are more that the template may read (`variables`); no text in them may spell a control token. Without
+    `answers` it may not be said which ids the assistant wrote, for which an open model's template is run again for each. Raises
     RequestError (param ``messages``) for an unknown role, an unknown part, a broken image, or a template that fails.
     """
     if getattr(tokenizer, "controls", None) is not None:
         opened = add_generation_prompt and not continue_final
         whole = _rendered_whole(messages, tokenizer, template, opened, settings or {}, continue_final)
-        closed = not opened and not continue_final
-        return Encoded(whole, [], _answers(whole, messages, tokenizer, template, settings or {}) if closed else [])
+        marked = answers and not opened and not continue_final
+        return Encoded(whole, [], _answers(whole, messages, tokenizer, template, settings or {}) if marked else [])
     contents = [_content(message, index, tokenizer, config) for index, message in enumerate(messages)]
     shown = [{"role": m["role"], "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
     opened = add_generation_prompt and not continue_final
@@ -91,7 +93,7 @@ def encode_chat(
     for index, piece in enumerate(pieces):
         if index % 2:  # the pieces alternate: template, content number, template, ...
             part = contents[int(piece)]
-            answered = messages[int(piece)]["role"] == "assistant"
+            answered = _is_learned(messages[int(piece)])
             ids += part.ids
             images += part.images
             answer += [answered] * len(part.ids)
@@ -125,7 +127,9 @@ def _rendered_whole(
     assert tokenizer.controls is not None
     texts = [_text(message, index) for index, message in enumerate(messages)]
     spelt = set("".join(texts))
-    mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in spelt)
+    mark = next((char for char in map(chr, range(0xE000, 0xF900)) if char not in spelt), None)
+    if mark is None:
+        raise RequestError("messages", param="messages", got="every private-use character", do="leave some out")
 
     def marked(value: Any) -> Any:
         return re.sub(tokenizer.control_pattern, rf"{mark}\g<0>", value) if isinstance(value, str) else value
@@ -154,7 +158,7 @@ def _answers(
     leaves out, is none: it was not written like that."""
     answer = [False] * len(ids)
     for place, message in enumerate(messages):
-        if message.get("role") != "assistant":
+        if not _is_learned(message):
             continue
         try:
             before, after = (
@@ -168,6 +172,11 @@ def _answers(
         if after[:start] == before and ids[:end] == after[:end]:
             answer[start:end] = [True] * (end - start)
     return answer
+
+
+def _is_learned(message: Mapping[str, Any]) -> bool:
+    """Is a loss taken on a message? OpenAI's ``weight`` of 0 is for answers that are only read."""
+    return message.get("role") == "assistant" and message.get("weight") != 0
 
 
 def _text(message: Mapping[str, Any], index: int) -> str:

@@ -47,10 +47,12 @@ def result(name: str, content: str) -> str:
 
 
 def parts(content: Any) -> list[dict[str, Any]]:
-    """The content of a message, a text or a list of parts, as parts."""
+    """The content of a message, a text or a list of parts, as parts. What is neither stays what it is, to be refused as one."""
     if content is None:
         return []
-    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return list(content) if isinstance(content, list) else [content]
 
 
 def with_system(messages: Sequence[dict[str, Any]], text: str) -> list[dict[str, Any]]:

@@ -75,6 +75,48 @@ def test_tools_of_every_form_are_written_alike() -> None:
     assert said({**sharegpt, "system": "Be short."})[0] == ("system", "Be short.\n\n" + TOLD)
 
 
+def test_functions_are_tools_as_they_were_called_before() -> None:
+    """A row of them was learned as an empty answer, its call left out."""
+    asked, call, gave, told = WITH_TOOLS
+    before = [
+        asked,
+        {"role": "assistant", "content": "So. ", "function_call": call["tool_calls"][0]["function"]},
+        {"role": "function", "name": "add", "content": gave["content"]},
+        told,
+    ]
+    assert said({"messages": before, "functions": [ADD]}) == said({"messages": WITH_TOOLS, "tools": [ADD]})
+    assert said({"messages": before[:2]})[-1] == ("assistant", "So. " + CALLED)
+
+
+def test_one_row_of_odd_values_ends_no_run(tmp_path: Path, config: ModelConfig) -> None:
+    path = tmp_path / "odd.jsonl"
+    call = WITH_TOOLS[1]["tool_calls"]
+    odd: list[Any] = [{"messages": [{"role": "user", "content": value, "tool_calls": calls}, WITH_TOOLS[3]], "tools": [ADD]}
+                      for value in (5, {"a": 1}, [[]], [5], "x", None) for calls in (5, 1.5, {"a": 1}, None, "x")]  # fmt: skip
+    odd += [{"messages": [WITH_TOOLS[0], {"role": "assistant", "content": 5, "tool_calls": call}]}]
+    odd += [{"prompt": "x", "system": value, "chosen": "a", "rejected": "b", "tools": [ADD]} for value in (5, {"a": 1})]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*odd, {"messages": side("5")}]))
+    assert read_chats(path, TOKENIZER, config, limit=1000).refused
+    good = {"prompt": "2 + 3?", "chosen": "5", "rejected": "6"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*odd, good]))
+    assert len(read_pairs(path, TOKENIZER, config, limit=1000)) == 2
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learned(tmp_path: Path, config: ModelConfig) -> None:
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "xx", "weight": 0},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "yy", "weight": 1},
+    ]
+    path = tmp_path / "weights.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns, "tools": [ADD]}) + "\n")
+    rows = read_chats(path, TOKENIZER, config, limit=1000)
+    for index in range(2):
+        ids, answer, _ = rows.row(index)
+        assert TOKENIZER.decode(ids[answer]) == "yy" and "xx" in TOKENIZER.decode(ids)
+
+
 def test_instructions_are_chats() -> None:
     row = {"instruction": "Translate.", "input": "fish", "output": "poisson"}
     assert said(row) == [("user", "Translate.\nfish"), ("assistant", "poisson")]
@@ -94,6 +136,8 @@ def test_messages_without_tools_are_left_alone() -> None:
         ({"prompt": "a", "completion": "b"}, "no known form: got 'keys prompt, completion'; allowed: messages"),
         ([1], "no known form: got 'list'"),
         ({"messages": "x"}, "no messages"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": 5}]}, "tool_calls of an unknown form"),
+        ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "a weight that is neither 0 nor 1"),
         ({"messages": [{"role": "tool", "content": "5"}]}, "a result of no call"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"id": "a"}]}]}, "tool_calls that are none"),
         ({"messages": [{"role": "user", "content": "x"}], "tools": "{"}, "tools that are no JSON"),
@@ -151,6 +195,8 @@ def side(text: str) -> list[dict[str, Any]]:
         {"prompt": "2 + 3?", "chosen": "5", "rejected": "6"},
         {"prompt": [ASKED], "chosen": side("5")[1:], "rejected": side("6")[1:]},
         {"prompt": None, "chosen": side("5"), "rejected": side("6")},
+        {"prompt": "2 + 3?", "chosen": side("5"), "rejected": side("6")},  # the prompt stands in both sides as well
+        {"prompt": [ASKED], "chosen": side("5"), "rejected": "6"},
         {"messages": [ASKED], "chosen": side("5")[1], "rejected": side("6")[1]},
         {"instruction": "2 + 3?", "input": "", "chosen": "5", "rejected": "6"},
         {

@@ -12,7 +12,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from shoal import Engine, Model, Request, Sampling
+from shoal.api.bodies import Message
+from shoal.api.limits import Limits
+from shoal.api.prompts import encode_messages
+from shoal.api.served import ServedModel
 from shoal.errors import CheckpointError, RequestError
+from shoal.inputs import chat as chat_module
 from shoal.inputs.chat import encode_chat
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.open_weights.convert import import_model
@@ -60,6 +65,38 @@ def test_what_the_assistant_wrote_is_marked_and_nothing_else(model: Model) -> No
     assert row.ids[places[-1]] == end and row.ids[places[len(runs[0]) - 1]] == end
     asked = chat(model, messages[:3])
     assert row.ids[: len(asked)] == asked and places[len(runs[0])] == len(asked), "as the model is asked to go on"
+
+
+def test_an_answer_of_weight_0_is_not_marked(model: Model) -> None:
+    asked, said = {"role": "user", "content": "x"}, {"role": "assistant", "content": "A fish."}
+    for more, marked in (({"weight": 0}, False), ({"weight": 1}, True)):
+        row = encode_chat(
+            [asked, said | more],
+            model.tokenizer,
+            model.config,
+            template=model.chat_template,
+            add_generation_prompt=False,
+        )
+        assert any(row.answer) == marked
+
+
+def test_a_request_is_rendered_once_and_any_text_is_a_request(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat of a thousand turns, closed, was rendered and encoded two thousand times in the service; a text of all
+    characters that could mark a control token had no answer."""
+    served = ServedModel("m", model.config, model.tokenizer, model.chat_template)
+    turns = [Message(role=role, content="x") for _ in range(3) for role in ("user", "assistant")]
+    times, real = list[str](), chat_module._rendered
+
+    def rendered(template: str, **values: object) -> str:
+        times.append(template)
+        return real(template, **values)
+
+    monkeypatch.setattr(chat_module, "_rendered", rendered)
+    encoded = encode_messages(turns, served, Limits(), add_generation_prompt=False)
+    assert len(times) == 1
+    assert encoded.ids == chat(model, [{"role": turn.role, "content": "x"} for turn in turns], opened=False)
+    with pytest.raises(RequestError, match="every private-use character"):
+        chat(model, [{"role": "user", "content": "".join(map(chr, range(0xE000, 0xF900)))}])
 
 
 def test_an_answer_that_is_shown_otherwise_later_is_not_learned(model: Model) -> None:

@@ -1,10 +1,13 @@
 """The forms that rows for fine-tuning come in, told apart by their keys, as the one that is learned from: messages in the three
 roles of a chat template, or a text.
 
-    {"messages": [{"role", "content"}, ...], "tools": [...]}      OpenAI's, with tool_calls and messages of role tool
+    {"messages": [{"role", "content"}, ...], "tools": [...]}      OpenAI's, with tool_calls and messages of role tool (before:
+                                                                  functions, function_call, role function)
     {"conversations": [{"from", "value"}, ...], "system", "tools"} ShareGPT's: human, gpt, system, function_call, observation
     {"instruction", "input", "output", "system", "history"}        Alpaca's
     {"text"}                                                       learned from everywhere
+
+An answer whose message has ``weight`` 0 is read and not learned.
 
 A preference pair (`pair`) has two answers to the same, ``chosen`` and ``rejected``.
 
@@ -22,6 +25,7 @@ from shoal.inputs import tools
 
 PAIRS = "chosen and rejected, with a prompt or as whole chats"
 KNOWN = "messages; conversations; instruction and output; or text"
+_RESULTS = ("tool", "function")
 _SHAREGPT = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "model": "assistant", "function_call": "call", "observation": "tool", "tool": "tool", "function_response": "tool",
@@ -48,7 +52,8 @@ def pair(row: object) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         raise DataError("no preference pair", got=got, allowed=PAIRS)
     asked = _asked(row)
     chosen, rejected = (
-        tools.with_system([*asked, *_answer(row[side])], _told(row.get("tools"))) for side in ("chosen", "rejected")
+        tools.with_system(_answered(asked, _answer(row[side])), _told(row.get("tools")))
+        for side in ("chosen", "rejected")
     )
     if chosen[:-1] != rejected[:-1] or len(chosen) < 2 or len(chosen) != len(rejected):
         raise DataError("a pair that does not ask the same")
@@ -81,12 +86,23 @@ def _answer(given: object) -> list[dict[str, Any]]:
     return list(canonical({"conversations" if shared else "messages": turns})["messages"])
 
 
+def _answered(asked: Sequence[dict[str, Any]], answer: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was asked and one side of a pair; some give the prompt and whole chats that begin with it."""
+    whole = bool(asked) and asked[-1] in answer
+    return [*(message for message in asked if not whole or message not in answer), *answer]
+
+
 def _of_messages(row: Mapping[str, Any]) -> dict[str, Any]:
-    messages = row["messages"]
+    messages, functions = row["messages"], row.get("tools") or row.get("functions")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise DataError("no messages")
-    if row.get("tools") or any(m.get("tool_calls") or m.get("role") in ("tool", "developer") for m in messages):
-        messages = tools.with_system(_without_tools(messages), _told(row.get("tools")))
+    for message in messages:
+        if message.get("weight", 1) not in (0, 1):
+            raise DataError("a weight that is neither 0 nor 1")
+    if functions or any(
+        m.get("tool_calls") or m.get("function_call") or m.get("role") in (*_RESULTS, "developer") for m in messages
+    ):
+        messages = tools.with_system(_without_tools(messages), _told(functions))
     return {"messages": messages}
 
 
@@ -96,19 +112,23 @@ def _without_tools(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     names: dict[str, str] = {}  # id of a call -> function
     for message in messages:
         role, content = message.get("role"), message.get("content")
-        for call in message.get("tool_calls") or ():
+        calls = _list(message.get("tool_calls"), "tool_calls")
+        if message.get("function_call"):
+            calls = [{"function": message["function_call"]}]
+        for call in calls:
             function = call.get("function") if isinstance(call, dict) else None
             if role != "assistant" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
                 raise DataError("tool_calls that are none")
             names[str(call.get("id"))] = function["name"]
             said = {"type": "text", "text": tools.call(function["name"], function.get("arguments", {}))}
             content = [*tools.parts(content), said]
-        if role == "tool":
+        if role in _RESULTS:
             known = names.get(str(message.get("tool_call_id"))) or message.get("name")
             if not isinstance(known, str) or not isinstance(content, str):
                 raise DataError("a result of no call")
             role, content = "user", tools.result(known, content)
-        plain.append({"role": "system" if role == "developer" else role, "content": content})
+        kept = {"weight": message["weight"]} if "weight" in message else {}
+        plain.append({"role": "system" if role == "developer" else role, "content": content, **kept})
     return plain
 
 

@@ -59,5 +59,7 @@ def _encoded(text: bytes, tokenizer: Tokenizer, config: ModelConfig, template: s
     except (ValueError, RecursionError) as error:
         raise DataError("broken JSON") from error
     if row.get("messages"):
-        return encode_chat(row["messages"], tokenizer, config, template=template, add_generation_prompt=False)
+        return encode_chat(
+            row["messages"], tokenizer, config, template=template, add_generation_prompt=False, answers=False
+        )
     return Encoded([*tokenizer.prompt(row["text"]), tokenizer.ends[0]])
