@@ -7,6 +7,7 @@ ShoalError                     says what, got, allowed, and what to do; the CLI 
 ├── CheckpointError            a model directory or training checkpoint cannot be used
 ├── ResourceError              port, disk, memory, CPUs or cluster: the machine cannot do what is asked
 └── RequestError               one request is wrong (HTTP 400); `param` names its field
+    ├── AdapterGoneError       the adapter that it names is not loaded (HTTP 404)
     ├── ContextLengthError     prompt and answer do not fit the context
     ├── QueueFullError         try again later (HTTP 429)
     ├── DeadlineError          the request ran out of its time (HTTP 408)
@@ -88,6 +89,11 @@ class RequestError(ShoalError):
     ) -> None:
         super().__init__(what, got=got, allowed=allowed, do=do)
         self.param = param
+
+
+class AdapterGoneError(RequestError):
+    status = 404
+    code = "model_not_found"
 
 
 class ContextLengthError(RequestError):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import psutil
@@ -31,6 +31,7 @@ from shoal.engine.scheduler import Scheduler
 from shoal.engine.speculative import Switch
 from shoal.engine.text import TextStream
 from shoal.errors import (
+    AdapterGoneError,
     ConfigError,
     ContextLengthError,
     EngineDeadError,
@@ -42,6 +43,7 @@ from shoal.errors import (
 )
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import IMG_ID
+from shoal.model.adapters import Adapter
 from shoal.model.cost import kv_bytes_stored
 from shoal.model.model import Model
 from shoal.model.slots import stored_as
@@ -150,6 +152,7 @@ class Engine:
                 raise RequestError(name, param=name, got=wrong, allowed=f"token ids 0 to {config.vocab - 1}")
         layers = self._layers(request)
         _check_answer(request, self._said, self.model.tokenizer.ends)
+        adapter = self.find_adapter(request.adapter)
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         running = Running(
             request=request,
@@ -162,6 +165,7 @@ class Engine:
             order=(request.priority, 0, 0),
             arrival=self._clock(),
             images=PromptImages.of(prompt),
+            adapter=adapter,
             groups=None if layers is None else config.groups(layers),
             layers=layers or 0,
             tolerance=request.quality_tolerance if layers else None,
@@ -189,6 +193,31 @@ class Engine:
     def pause(self, request: str | Running, paused: bool = True) -> None:
         """Stop (or go on) running a request whose reader is behind."""
         self.scheduler.pause(request, paused)
+
+    # --- adapters -----------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """Those that are loaded, by identity. A mapping that nobody changes: loading and dropping put another in its place."""
+        return self.runner.adapters
+
+    def load_adapter(self, adapter: Adapter) -> str:
+        """Take in `adapter` (made by `open_weights.adapter.read`), and return its identity, which requests name it by."""
+        self.runner.take({**self.adapters, adapter.identity: adapter})
+        return adapter.identity
+
+    def keep_adapters(self, identities: Collection[str]) -> None:
+        """Drop all adapters but these. Requests that were admitted end with theirs."""
+        self.runner.take({name: adapter for name, adapter in self.adapters.items() if name in identities})
+
+    def find_adapter(self, identity: str) -> Adapter | None:
+        """None for no identity. Raises AdapterGoneError."""
+        if not identity:
+            return None
+        found = self.adapters.get(identity)
+        if found is None:
+            raise AdapterGoneError("the adapter of this model is not loaded", param="model", do="GET /v1/models")
+        return found
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -269,8 +298,8 @@ class Engine:
     def _layers(self, request: Request) -> int | None:
         """The depth in layers that a request runs to; None where the router decides."""
         layers = self.config.asked(request.depth, tolerance=request.quality_tolerance)
-        if layers is None and self.model.router is None:
-            return self.config.layers
+        if layers is None and (self.model.router is None or request.adapter):
+            return self.config.layers  # the router's bounds are those of the model alone
         if layers is None and request.answer:
             raise RequestError("depth", param="depth", got=AUTO, do="give the depth that the answer began with")
         return layers

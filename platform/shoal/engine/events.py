@@ -164,7 +164,8 @@ class Request:
 
     prompt: str | Sequence[int] | Encoded
     sampling: Sampling = field(default_factory=Sampling)
-    depth: str | int = AUTO  # "auto" (the router decides), an exit name, or the layer count of an exit
+    # "auto" (the router decides; with an adapter, that it knows nothing of: full), an exit name, or the layer count of an exit
+    depth: str | int = AUTO
     # nats a token that the answer may lose against its depth. Where drafts pay, and at a fixed depth, the first exit drafts it
     # and it loses at most that (`engine/tolerance.py`); else it runs to the smallest exit whose calibrated bound is within it,
     # which bounds the mean loss over prompts of the calibration's mix, not this request's
@@ -176,6 +177,7 @@ class Request:
     client: str = ""  # and so do the clients of one payer
     answer: Sequence[int] = ()  # the first tokens of its answer, given by another engine: this one goes on after them
     spent: float = 0.0  # nats of its tolerance, on those
+    adapter: str = ""  # identity of a loaded adapter that it is answered with; "": none
     beside: str = ""  # the same in all requests of one answer, which several replicas then run with the same weights
 
     def __post_init__(self) -> None:

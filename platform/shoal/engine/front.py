@@ -20,7 +20,7 @@ import queue
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from functools import partial
@@ -35,6 +35,7 @@ from shoal.errors import EngineDeadError, QueueFullError, RequestError, again, f
 if TYPE_CHECKING:
     from shoal.engine.engine import Engine
     from shoal.engine.running import Running
+    from shoal.model.adapters import Adapter
     from shoal.model.model import Model
 
 log = logging.getLogger(__name__)
@@ -107,8 +108,8 @@ class _Reader:
         return events
 
 
-def _embedded(model: Model, prompt: list[int], depth: str | int) -> list[float]:
-    vector: list[float] = model.embed(prompt, depth).tolist()
+def _embedded(model: Model, prompt: list[int], depth: str | int, adapter: Adapter | None) -> list[float]:
+    vector: list[float] = model.embed(prompt, depth, adapter).tolist()
     return vector
 
 
@@ -123,10 +124,18 @@ def settle() -> None:
 class AsyncEngine:
     """The front of an engine for asyncio code, of one event loop or of several."""
 
-    def __init__(self, engine: Engine, *, backlog: int = 256, stall_seconds: float = 120.0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        backlog: int = 256,
+        stall_seconds: float = 120.0,
+        read_adapter: Callable[[str, Model], Adapter] | None = None,
+    ) -> None:
         """`backlog`: unread events after which a request waits for its reader. `stall_seconds`: a step that takes longer
-        means that the engine is stuck, and dead."""
+        means that the engine is stuck, and dead. `read_adapter` makes one of a directory, for `load_adapter`."""
         self._engine, self._backlog, self._stall = engine, backlog, stall_seconds
+        self._read_adapter = read_adapter
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._pooling: Turns[_Asked] = Turns()  # of `embed`; one is run between two steps
         self._most_embeddings = 1 + engine.scheduler.max_queue  # one runs
@@ -202,12 +211,19 @@ class AsyncEngine:
         return [self._engine.info()]
 
     async def embed(
-        self, prompts: list[list[int]], depth: str | int = FULL, *, payer: str = "", client: str = ""
+        self,
+        prompts: list[list[int]],
+        depth: str | int = FULL,
+        *,
+        payer: str = "",
+        client: str = "",
+        adapter: str = "",
     ) -> list[list[float]]:
-        """`Model.embed` of each prompt in the engine thread, one between two steps, so that answers go on meanwhile; they take
-        at most half of the time. Payers, and of one payer clients, take turns prompt by prompt. Raises RequestError,
-        QueueFullError when as many calls wait as the engine's queue may hold and no other payer, nor of this one another
-        client, has more prompts there, EngineDeadError."""
+        """`Model.embed` of each prompt, with the `adapter` of that identity, in the engine thread, one between two steps, so
+        that answers go on meanwhile; they take at most half of the time. Payers, and of one payer clients, take turns prompt by
+        prompt. Raises RequestError, QueueFullError when as many calls wait as the engine's queue may hold and no other payer,
+        nor of this one another client, has more prompts there, EngineDeadError."""
+        held = self._engine.find_adapter(adapter)
         with self._lock:
             self._check_open()
             if self._embeddings >= self._most_embeddings:
@@ -220,7 +236,7 @@ class AsyncEngine:
                 last.fail(error)
             self._embeddings += 1
         model = self._engine.model
-        asked = [_Asked(partial(_embedded, model, prompt, depth)) for prompt in prompts]
+        asked = [_Asked(partial(_embedded, model, prompt, depth, held)) for prompt in prompts]
         try:
             with self._lock:
                 for each in asked:
@@ -230,6 +246,23 @@ class AsyncEngine:
         finally:
             with self._lock:
                 self._embeddings -= 1
+
+    async def load_adapter(self, directory: str) -> str:
+        """Load the adapter in a directory, and return its identity. Raises what `read_adapter` does, EngineDeadError."""
+        if self._read_adapter is None:
+            raise RequestError("this engine takes no adapters", do="give it read_adapter")
+        self._check_open()
+        adapter = await asyncio.to_thread(self._read_adapter, directory, self._engine.model)
+        identity: str = await self._call(lambda: self._engine.load_adapter(adapter))
+        return identity
+
+    async def keep_adapters(self, known: Mapping[str, str]) -> None:
+        """Drop all adapters but those `known` (identity -> directory). Raises EngineDeadError."""
+        await self._call(lambda: self._engine.keep_adapters(known))
+
+    def knows_adapter(self, identity: str) -> bool:
+        """Is it loaded? No adapter always is."""
+        return not identity or identity in self._engine.adapters
 
     async def check_health(self) -> None:
         """Raises EngineDeadError when the engine cannot serve any more, a stuck step included."""

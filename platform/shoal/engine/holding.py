@@ -33,6 +33,7 @@ class Holding:
 
     tokens: list[int]  # the request's own: its prompt, then its answer
     images: PromptImages | None  # of the prompt
+    adapter: str  # identity of its adapter; "": none
     page: int  # P
     tables: np.ndarray  # int64 [G, M]: units of its pages, 0 where it owns none
     owned: list[int] = field(default_factory=_none)  # units a group
@@ -46,9 +47,11 @@ class Holding:
     notes: list[Any] = field(default_factory=list)  # router sums of the first cached pages: the runner's
 
     @classmethod
-    def nothing(cls, tokens: list[int], images: PromptImages | None, page: int, longest: int) -> Holding:
+    def nothing(
+        cls, tokens: list[int], images: PromptImages | None, page: int, longest: int, adapter: str = ""
+    ) -> Holding:
         """Of a request that may grow to `longest` tokens."""
-        return cls(tokens, images, page, np.zeros((GROUPS, -(-longest // page)), dtype=np.int64))
+        return cls(tokens, images, adapter, page, np.zeros((GROUPS, -(-longest // page)), dtype=np.int64))
 
     def ahead(self, tokens: list[int]) -> Holding:
         """The same units as they would be held if the tokens were `tokens`, with no states after group 1 but those from the
@@ -148,7 +151,7 @@ class Holding:
             start = len(self.keys) * self.page
             runs = [] if self.images is None else self.images.runs(start, start + self.page)
             parent = self.keys[-1] if self.keys else None
-            self.keys.append(pages.key(parent, self.tokens[start : start + self.page], runs))
+            self.keys.append(pages.key(parent, self.tokens[start : start + self.page], runs, self.adapter))
 
     # --- giving back --------------------------------------------------------------------------------------------------
 

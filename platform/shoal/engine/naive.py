@@ -14,12 +14,13 @@ from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
 from shoal.engine.text import TextStream
 from shoal.errors import RequestError
+from shoal.model.adapters import Adapter
 from shoal.model.model import Model
 
 
-def generate(model: Model, request: Request) -> Completion:
-    """The answer to `request`, as `Engine.generate` gives it but for times and cache hits. Raises RequestError as
-    `Engine.prepare` does for what cannot be encoded or compiled."""
+def generate(model: Model, request: Request, adapter: Adapter | None = None) -> Completion:
+    """The answer to `request` with `adapter`, as `Engine.generate` gives it but for times and cache hits. Raises RequestError
+    as `Engine.prepare` does for what cannot be encoded or compiled."""
     prompt, sampling, config = model.encode(request.prompt), request.sampling, model.config
     depth = config.asked(request.depth) or config.layers
     running = Running(
@@ -30,12 +31,12 @@ def generate(model: Model, request: Request) -> Completion:
     )  # fmt: skip
     sampler, answer = Sampler(model.forbidden(), model.tokenizer.ends), Completion(depth=depth)
     if sampling.prompt_logprobs is not None:
-        rows = model.logits(running.tokens, depth, prompt.images)[:-1].clone()
+        rows = model.logits(running.tokens, depth, prompt.images, adapter)[:-1].clone()
         running.prompt_logprobs = [None, *sampler.score(rows, running.tokens[1:], sampling.prompt_logprobs)]
     reason: FinishReason | None = None
     error: RequestError | None = None
     while reason is None:
-        (sampled,) = sampler.sample(model.logits(running.tokens, depth, prompt.images)[-1:].clone(), [running])
+        (sampled,) = sampler.sample(model.logits(running.tokens, depth, prompt.images, adapter)[-1:].clone(), [running])
         if sampled.error is not None:
             reason, error = "error", sampled.error
         elif running.ends(sampled.token):

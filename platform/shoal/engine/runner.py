@@ -11,7 +11,7 @@ Letters: N rows, R works (one request each), G layer groups, M pages of the long
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -26,6 +26,7 @@ from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
 from shoal.engine.tolerance import Chain
+from shoal.model.adapters import Adapter, Bank, Beside, nothing
 from shoal.model.cache import GroupCache, PagedStep, Rows, read_rows, write_rows
 from shoal.model.cpu import fused
 from shoal.model.linears import prepack_
@@ -47,16 +48,26 @@ class Runner:
             prepack_(self.net)
             self._compile()
         self.sampler = Sampler(model.forbidden(), model.tokenizer.ends)
+        self.adapters: Mapping[str, Adapter] = {}  # by identity; replaced as a whole
+        self._bank = Bank(self.net, [])
 
     @torch.inference_mode()
     def _compile(self) -> None:
         """Run steps of few requests, of more, and of a prompt over the null unit, so that no request waits for what they
         compile (numba takes half a minute without its cache)."""
-        for starts in (range(2), range(max(fused.FEW.values()) + 2), (0, fused.SHORT + 1)):
+        adapter = nothing(self.net)
+        beside = Bank(self.net, [adapter]).beside([adapter], [1])  # a row with an adapter takes another way
+        steps = (
+            (range(2), None),
+            (range(2), beside),
+            (range(max(fused.FEW.values()) + 2), None),
+            ((0, fused.SHORT + 1), None),
+        )
+        for starts, added in steps:
             rows = starts[-1]
             at = torch.zeros(rows, dtype=torch.long, device=self.device)
             tables = torch.zeros(len(starts) - 1, 1, dtype=torch.long, device=self.device)
-            step = PagedStep(at, at - 1, tables, list(starts), self.config.page, self.config.block)
+            step = PagedStep(at, at - 1, tables, list(starts), self.config.page, self.config.block, beside=added)
             x = torch.zeros(rows, self.config.width, dtype=self.net.dtype, device=self.device)
             self.net.head(self.net.groups[0].paged(x, step, self.cache), self.config.exits[0])  # type: ignore[operator]
 
@@ -65,7 +76,7 @@ class Runner:
         """Run one step: write its K/V, decide depths, sample tokens. Nothing here outlives a failure but K/V slots that
         no request counts as computed."""
         works, drafted = self._draft(plan.works)
-        layout = _Layout(works, self.config, self.device)
+        layout = _Layout(works, self.config, self.device, self._beside)
         fresh = [work for work in works if work.first == 0]
         x = self._embed(fresh)
         if fresh:
@@ -90,7 +101,7 @@ class Runner:
         going = list(ahead)
         while going:
             rows = [Work(ahead[i], len(ahead[i].tokens) - 1, 1, 0, 1) for i in going]
-            x = self._group(0, self._embed(rows), _Layout(rows, self.config, self.device))
+            x = self._group(0, self._embed(rows), _Layout(rows, self.config, self.device, self._beside))
             for at, i in enumerate(going):
                 ahead[i].holding.states.append(x[at : at + 1])
             more = [at for at, i in enumerate(going) if len(ahead[i].holding.states) <= works[i].drafts]
@@ -147,6 +158,20 @@ class Runner:
         if not patches:
             return self.net.embed_inputs(ids)
         return self.net.embed_inputs(ids, self._tensor(np.concatenate(patches)), self._tensor(np.concatenate(grids)))
+
+    def take(self, adapters: Mapping[str, Adapter]) -> None:
+        """These are loaded from now on; those that requests were admitted with stay as long as they run."""
+        self.adapters, self._bank = adapters, Bank(self.net, [])
+
+    def _beside(self, works: Sequence[Work]) -> Beside | None:
+        """What adapters add to the linears' outputs for the rows of `works`; None where none has an adapter."""
+        adapters = [work.running.adapter for work in works]
+        held = {adapter.identity: adapter for adapter in adapters if adapter is not None}
+        if not held:
+            return None
+        if not held.keys() <= self._bank.places.keys():
+            self._bank = Bank(self.net, [*{**self.adapters, **held}.values()])
+        return self._bank.beside(adapters, [work.count for work in works])
 
     def _group(self, index: int, x: Tensor, layout: _Layout) -> Tensor:
         out: Tensor = self.net.groups[index].paged(x, layout.step(index, len(x)), self.cache)  # type: ignore[operator]
@@ -246,8 +271,15 @@ class Drafted:
 class _Layout:
     """Where the rows of `works` stand, for every layer group: built once a step, in numpy, and sliced for each group."""
 
-    def __init__(self, works: Sequence[Work], config: ModelConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        works: Sequence[Work],
+        config: ModelConfig,
+        device: torch.device,
+        beside: Callable[[Sequence[Work]], Beside | None],
+    ) -> None:
         self._config, self._device, page = config, device, config.page
+        self._adapted, self._beside = beside, beside(works)
         counts = [work.count for work in works]
         self.starts = [0, *np.cumsum(counts).tolist()]
         row_of = np.repeat(np.arange(len(works)), counts)
@@ -278,7 +310,7 @@ class _Layout:
 
     def of(self, works: Sequence[Work]) -> _Layout:
         """The layout of some of the works only."""
-        return _Layout(works, self._config, self._device)
+        return _Layout(works, self._config, self._device, self._adapted)
 
     def step(self, group: int, rows: int) -> PagedStep:
         """The first `rows` rows as `group` sees them; they end where a request ends."""
@@ -296,4 +328,5 @@ class _Layout:
             shared=self._rows[rows],
             writes=lambda: self._writes[group, : rows * self._config.kv_heads],
             reads=lambda: self._reads[group, :count],
+            beside=self._beside and self._beside.first(rows),
         )

@@ -12,6 +12,7 @@ from shoal.engine.images import PromptImages
 from shoal.engine.text import TextStream
 from shoal.errors import RequestError
 from shoal.inputs.tokenizer import END_ID
+from shoal.model.adapters import Adapter
 
 
 @dataclass(eq=False)
@@ -27,6 +28,7 @@ class Running:
     order: tuple[int, int, int]  # priority, rank, since when (`shares`): smaller goes first
     arrival: float  # seconds, of the scheduler's clock
     images: PromptImages | None = None
+    adapter: Adapter | None = None  # stays, though it were dropped meanwhile
     groups: int | None = None  # layer groups it runs through; None until the router has decided
     layers: int = 0  # the same as a depth in layers; 0 while undecided
     end_ids: Sequence[int] = (END_ID,)  # the tokenizer's
@@ -48,7 +50,7 @@ class Running:
 
     def __post_init__(self, page: int) -> None:
         longest = self.prompt_len + self.request.sampling.max_tokens
-        self.holding = Holding.nothing(self.tokens, self.images, page, longest)
+        self.holding = Holding.nothing(self.tokens, self.images, page, longest, self.request.adapter)
 
     def resume(self, answer: Sequence[int]) -> None:
         """Go on after the tokens `answer`, which another engine gave. The last of them is taken in as if it were drawn now,

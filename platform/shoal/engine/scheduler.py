@@ -241,7 +241,8 @@ class Scheduler:
         return works
 
     def _works(self, payers: Collection[str]) -> list[Work]:
-        """The next rows of all that can run of `payers`, and of those that can enter, deepest first."""
+        """The next rows of all that can run of `payers`, and of those that can enter, deepest first, those of an adapter in a
+        row."""
         mine = [running for running in self.running if running.request.payer in payers]
         decoding = [running for running in mine if running.decoding and not running.paused]
         drafts = self._drafting.start(decoding, self.max_batch_tokens - self.config.page)  # prefill keeps its page
@@ -252,7 +253,7 @@ class Scheduler:
             entered = self._rows([admitted], room)
             room -= sum(work.count for work in entered)
             works += entered
-        return sorted(works, key=lambda work: -work.last)
+        return sorted(works, key=lambda work: (-work.last, work.running.request.adapter))
 
     def _shallow_only(self) -> list[Running]:
         """The requests of least depth, if a step of them alone pays now; else none, for a full step."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config import ModelConfig
+from shoal.model.adapters import Beside, product
 from shoal.model.attention import Layout, attend, block_summaries, dense
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.cpu import fused
@@ -106,10 +107,10 @@ class Attention(nn.Module):
         c = self.config
         return Reach(ALL if self.kind == "D" else c.window, c.top_k, c.sinks, self.gamma())
 
-    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rope: Rope, beside: Beside | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q [..., H, d] and k, v [..., Hk, d], normed and turned."""
         c = self.config
-        heads = self.qkv(x)
+        heads = product(self.qkv, x, beside)
         if self.qkv_bias is not None:
             heads = heads + self.qkv_bias
         heads = heads.view(*heads.shape[:-1], -1, c.head_dim)
@@ -127,24 +128,26 @@ class Attention(nn.Module):
         q, k = qk.split([c.heads, c.kv_heads], dim=-2)
         return q, k, v
 
-    def forward(self, x: Tensor, layout: Layout, rope: Rope) -> Tensor:
-        q, k, v = self.project(x, rope)
+    def forward(self, x: Tensor, layout: Layout, rope: Rope, beside: Beside | None = None) -> Tensor:
+        q, k, v = self.project(x, rope, beside)
         if self.kind == "D":
-            return self.out(dense(q, k, v, layout).flatten(-2))
+            return product(self.out, dense(q, k, v, layout).flatten(-2), beside)
         gamma = self.gamma()
         summaries = block_summaries(k, layout, self.config.summary) if gamma is not None else None
-        return self.out(attend(q, k, v, summaries, layout, self.config.top_k, gamma).flatten(-2))
+        y = attend(q, k, v, summaries, layout, self.config.top_k, gamma)
+        return product(self.out, y.flatten(-2), beside)
 
     def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
         c = self.config
         if self.in_loops and fused.usable(x):
             weights = self.q_norm.weight, self.k_norm.weight
-            q = fused.project_and_store(self.qkv(x), *weights, c.norm_eps, rope, kv, summaries, step)
+            heads = product(self.qkv, x, step.beside)
+            q = fused.project_and_store(heads, *weights, c.norm_eps, rope, kv, summaries, step)
         else:
-            q, k, v = self.project(x, rope)
+            q, k, v = self.project(x, rope, step.beside)
             write_kv(k, v, kv, summaries, step)
         y = paged_attention(q, kv, summaries, step, self.reach())
-        return self.out(y.flatten(-2))
+        return product(self.out, y.flatten(-2), step.beside)
 
 
 class Mlp(nn.Module):
@@ -155,12 +158,12 @@ class Mlp(nn.Module):
         self.up = linear(config, config.width, 2 * inner)
         self.down = linear(config, inner, config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        both = self.up(x)
+    def forward(self, x: Tensor, beside: Beside | None = None) -> Tensor:
+        both = product(self.up, x, beside)
         if fused.usable(both):
-            return self.down(fused.swiglu(both))
+            return product(self.down, fused.swiglu(both), beside)
         gate, up = both.chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return product(self.down, F.silu(gate) * up, beside)
 
 
 class Block(nn.Module):
@@ -177,25 +180,25 @@ class Block(nn.Module):
         self._norms = (self.attention_norm, a.q_norm, a.k_norm, self.mlp_norm) if self.in_loops else ()
         self._views = fused.Views()
 
-    def forward(self, x: Tensor, layout: Layout, rope: Rope) -> Tensor:
-        return self._around(x, lambda y: self.attention(y, layout, rope))
+    def forward(self, x: Tensor, layout: Layout, rope: Rope, beside: Beside | None = None) -> Tensor:
+        return self._around(x, lambda y: self.attention(y, layout, rope, beside), beside)
 
     def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
-        return self._around(x, lambda y: self.attention.paged(y, step, rope, kv, summaries))
+        return self._around(x, lambda y: self.attention.paged(y, step, rope, kv, summaries), step.beside)
 
-    def _around(self, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+    def _around(self, x: Tensor, attention: Callable[[Tensor], Tensor], beside: Beside | None) -> Tensor:
         """x after `attention` and the MLP, each added to what went in, with its norm before or after it."""
         if self.before:
             x = x + attention(self.attention_norm(x))
-            return x + self.mlp(self.mlp_norm(x))
+            return x + self.mlp(self.mlp_norm(x), beside)
         x = x + self.attention_norm(attention(x))
-        return x + self.mlp_norm(self.mlp(x))
+        return x + self.mlp_norm(self.mlp(x, beside))
 
     def arrays(self, rows: int, dtype: torch.dtype) -> tuple[Any, ...] | None:
         """What `fused.layers` reads of this layer; None where `rows` rows take another way through one of its products."""
         if not self.in_loops:
             return None
-        matrices = [product.matrix(rows, dtype) for product in self._products]
+        matrices = [each.matrix(rows, dtype) for each in self._products]
         if None in matrices:
             return None
         qkv, out, up, down = matrices
@@ -226,11 +229,13 @@ class Group(nn.Module):
         self.first, end = (0, *config.ends)[index : index + 2]
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(self.first, end))
 
-    def forward(self, x: Tensor, layout: Layout, rope: Rope, skip: Collection[int] = ()) -> Tensor:
+    def forward(
+        self, x: Tensor, layout: Layout, rope: Rope, skip: Collection[int] = (), beside: Beside | None = None
+    ) -> Tensor:
         """x [B, T, D] after these layers, but for those in `skip`."""
         for layer, block in enumerate(self.blocks, self.first):
             if layer not in skip:
-                x = block(x, layout, rope)
+                x = block(x, layout, rope, beside)
         return x
 
     def paged(self, x: Tensor, step: PagedStep, cache: GroupCache) -> Tensor:
@@ -245,7 +250,8 @@ class Group(nn.Module):
     def _in_one_call(self, x: Tensor, step: PagedStep) -> list[tuple[tuple[Any, ...], Reach]]:
         """What `fused.layers` reads; empty where rows like those of `x` [N, D] take another way."""
         parts = []
-        for block in self.blocks if step.rows.longest <= fused.SHORT and fused.usable(x) else ():
+        whole = step.beside is None and step.rows.longest <= fused.SHORT  # adapters add to each product by itself
+        for block in self.blocks if whole and fused.usable(x) else ():
             arrays = block.arrays(len(x), x.dtype)  # type: ignore[operator]
             if arrays is None:
                 return []

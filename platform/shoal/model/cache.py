@@ -14,13 +14,16 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from shoal.config import ModelConfig
 from shoal.model.slots import width as slot_width
+
+if TYPE_CHECKING:
+    from shoal.model.adapters import Beside
 
 T = TypeVar("T")
 
@@ -120,6 +123,7 @@ class PagedStep:
     tables [R, M]  units of each request's pages in order, padded with 0
     starts [R+1]   request r owns rows starts[r] .. starts[r+1]-1
     shared         what all groups share; made at its first use when it is not given
+    beside         what adapters add to the linears' outputs
     writes, reads  give `write_rows` of `slots` and `read_rows` of `tables`; made of these when they are not given
     """
 
@@ -132,6 +136,7 @@ class PagedStep:
     shared: Rows | None = None
     writes: Callable[[], Tensor] | None = None
     reads: Callable[[], Tensor] | None = None
+    beside: Beside | None = None
     _written: Tensor | None = None
     _read: Tensor | None = None
 

@@ -19,6 +19,7 @@ from shoal.inputs import media
 from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded
 from shoal.inputs.tokenizer import IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID, Tokenizer
 from shoal.model import checkpoint, int8
+from shoal.model.adapters import Adapter
 from shoal.model.net import Net, dequantized
 from shoal.model.router import Router
 
@@ -115,6 +116,12 @@ class Model:
         return self
 
     @property
+    def smoothed(self) -> bool:
+        """Were channels moved between its weights before they were rounded (`smooth`), so that an adapter of its source does
+        not fit it?"""
+        return self.source is not None and self.config.quantization == "w8a8"
+
+    @property
     def device(self) -> torch.device:
         return self.net.device
 
@@ -184,6 +191,7 @@ class Model:
         tokens: Tensor | Sequence[int],
         depth: str | int = FULL,
         images: Sequence[media.Patches] | None = None,
+        adapter: Adapter | None = None,
     ) -> Tensor:
         """Logits [B, T, V] (or [T, V] for one row) at `depth`, an exit's name or its layers.
 
@@ -202,12 +210,12 @@ class Model:
         if images:
             patches = torch.from_numpy(np.concatenate([image.values for image in images])).to(self.device)
             grid = torch.from_numpy(np.concatenate([media.grid(row) for row in rows.cpu().numpy()])).to(self.device)
-        hidden = self.net(rows, patches, grid, exits=(layers,))[layers]
+        hidden = self.net(rows, patches, grid, exits=(layers,), adapter=adapter)[layers]
         out = self.net.head(hidden, layers)
         return out if ids.dim() == 2 else out[0]
 
     @torch.inference_mode()
-    def embed(self, prompt: str | Sequence[int], depth: str | int = FULL) -> Tensor:
+    def embed(self, prompt: str | Sequence[int], depth: str | int = FULL, adapter: Adapter | None = None) -> Tensor:
         """`prompt` as one vector [D] of length 1: the mean over its tokens of the normed hidden states at `depth`. Raises as
         `logits`."""
         ids = self.encode(prompt).ids
@@ -216,7 +224,7 @@ class Model:
                 "input", param="input", got=len(ids), allowed=f"at most {self.config.context} tokens"
             )
         layers = self.config.depth(depth)
-        hidden = self.net(self._tokens(ids)[None], exits=(layers,))[layers][0]
+        hidden = self.net(self._tokens(ids)[None], exits=(layers,), adapter=adapter)[layers][0]
         pooled: Tensor = self.net.exit(hidden, layers).float().mean(0)
         return torch.nn.functional.normalize(pooled, dim=0)
 

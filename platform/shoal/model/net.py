@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shoal.config import GROUPS, ModelConfig
 from shoal.inputs.tokenizer import PATCH_ID
+from shoal.model.adapters import Adapter, alone
 from shoal.model.attention import Layout
 from shoal.model.block import ExitMlp, Group, Norm, linear, rope_tables
 from shoal.model.linears import Embedding, Int8Embedding
@@ -98,11 +99,12 @@ class Net(nn.Module):
         docs: Tensor | None = None,
         exits: Iterable[int] | None = None,
         skip: Collection[int] = (),
+        adapter: Adapter | None = None,
     ) -> dict[int, Tensor]:
         """Hidden states [B, T, D] (before the exit's norm) at each of `exits` (default: full depth), tokens [B, T].
 
         `docs` [B, T]: document ids; documents of one row never see each other. Runs no deeper than the deepest exit.
-        `skip`: layers to leave out, in training.
+        `skip`: layers to leave out, in training; `adapter`: of all rows, without gradients.
         """
         wanted = set(exits) if exits is not None else {self.config.layers}
         c = self.config
@@ -111,9 +113,10 @@ class Net(nn.Module):
         layout = Layout.packed(docs, window=c.window, block=c.block, sinks=c.sinks)
         x = self.embed_inputs(tokens, patches, grid)
         rope = rope_tables(layout.positions, c, x.dtype)
+        beside = alone(self, adapter, tokens.numel())
         hidden: dict[int, Tensor] = {}
         for index, group in enumerate(self.groups):
-            x = group(x, layout, rope, skip)
+            x = group(x, layout, rope, skip, beside)
             layers = c.ends[index]
             if layers in wanted:
                 hidden[layers] = x

@@ -17,7 +17,7 @@ from shoal.model import described
 from shoal.open_weights import families
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 def require_replaceable(to: Path) -> None:
@@ -45,8 +45,8 @@ def write(lora: Path, model: Path, to: Path, *, alpha: float) -> None:
         a, b = thin.pop(f"{name}.lora_a"), thin.pop(f"{name}.lora_b")
         pieces = b.split(list(families.rows(config, ours, len(b), len(theirs))))
         for module, piece in zip((each.removesuffix(".weight") for each in theirs), pieces, strict=True):
-            tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.clone()
-            tensors[f"{_PREFIX}{module}.lora_B.weight"] = piece.clone()
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = a.clone()
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = piece.clone()
             targets.add(module.rpartition(".")[2])
             rank = len(a)
     assert tensors and not thin, sorted(thin)

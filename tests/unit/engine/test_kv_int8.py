@@ -61,8 +61,8 @@ def wanted() -> list[list[float]]:
     """By the whole sequence again for every token, keys and values rounded as they come; no cache, no pages."""
     exact = Attention.project
 
-    def rounded(self: Attention, x: Tensor, rope: Any) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = exact(self, x, rope)
+    def rounded(self: Attention, x: Tensor, *beside: Any) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = exact(self, x, *beside)
         return q, *slots.decode(slots.encode(k, v, torch.int8), k.dtype)
 
     plain = [said(naive.generate(MODEL, request)) for request in requests()]

@@ -195,3 +195,20 @@ def product(x, weight, out):
             for i in range(width):
                 last += x[rows - 1, i] * row[i]
             out[rows - 1, o] = last
+
+
+@fast
+def beside(x, a, b, first, last, of, out):
+    """Adds to each row of out [N, O] its row of x [N, I] times the transpose of A, times B: the rows first[k] .. last[k] - 1 of
+    `a` [R, I] and `b` [R, O], where k is the row's number in `of` [N]; nothing where that is below 0."""
+    width, outputs = x.shape[1], out.shape[1]
+    for n in range(len(of)):
+        k = of[n]
+        if k < 0:
+            continue
+        for r in range(first[k], last[k]):
+            total = x.dtype.type(0)
+            for i in range(width):
+                total += x[n, i] * a[r, i]
+            for o in range(outputs):
+                out[n, o] += total * b[r, o]

@@ -64,6 +64,12 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def beside(x: Tensor, a: Tensor, b: Tensor, first: Any, last: Any, of: Any, out: Tensor) -> None:
+    """Add to out [N, O] what stands beside x [N, I] in the `adapters.Stack` of `a`, `b`, `first` and `last`; `of`: the adapter
+    of each row."""
+    _call("beside", x.contiguous(), a, b, first, last, of, out)
+
+
 def swiglu(up: Tensor) -> Tensor:
     """silu(gate) * up, [..., F] for [..., 2F], gate first."""
     inner = up.shape[-1] // 2

@@ -1,0 +1,199 @@
+"""An adapter in PEFT's format, of whatever tool wrote it, as matrices beside our linears; all or nothing of it.
+
+Its modules are named as in the checkpoint that a model was imported from, whose several matrices are pieces of one of ours
+(`families`), or, for a model of our own, as in our network:
+
+    pieces of one A (ours have one)     A [r, I]            B: their rows, zero where a piece has none
+    each its own A                      A [sum of r, I]     B: block diagonal
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from shoal.errors import CheckpointError, first_line
+from shoal.machine import need_memory
+from shoal.model import described
+from shoal.model.adapters import Adapter, Pair
+from shoal.model.linears import Int8Linear, Linear
+from shoal.model.model import Model
+from shoal.open_weights import families
+from shoal.open_weights.adapter import CONFIG, PREFIX, WEIGHTS
+
+MOST_RANK = 64
+# keys of adapter_config.json that would change what is computed: the values that mean "off"
+_OFF: Mapping[str, tuple[Any, ...]] = {
+    "bias": (None, "none"),
+    "fan_in_fan_out": (None, False),
+    "use_dora": (None, False),
+    "lora_bias": (None, False),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "use_bdlora": (None, False),
+}
+Module = tuple[str, tuple[str, ...], tuple[int, ...]]
+Thin = dict[str, dict[str, Tensor]]  # module -> "A" [r, I] and "B" [O, r]
+
+
+def read(directory: str | Path, model: Model) -> Adapter:
+    """The adapter in a directory, for `model` where it is now. Raises CheckpointError naming the file, the key or the tensor
+    that is missing, not finite, or of another base; ResourceError where memory lacks."""
+    directory = Path(directory)
+    if model.smoothed:
+        raise CheckpointError(
+            f"{directory}: the base is INT8 whose channels were moved, and does not say how",
+            do="serve the fp32 model, or quantize it again",
+        )
+    told = described.read_json(directory / CONFIG)
+    scale = _checked(directory / CONFIG, told)
+    _need_base(directory / CONFIG, told, model)
+    linears = {
+        name: (module.weight.shape[0], module.weight.shape[1])
+        for name, module in model.net.named_modules()
+        if isinstance(module, (Linear, Int8Linear)) and name.startswith("groups.")
+    }
+    data = _bytes(directory / WEIGHTS, most=sum(8 * MOST_RANK * sum(shape) for shape in linears.values()) + 2**20)
+    thin = _thin(directory / WEIGHTS, data)
+    need_memory(3 * len(data))
+    pairs: dict[str, Pair] = {}
+    for ours, theirs, rows in _modules(model, linears):
+        found = [thin.pop(name, None) for name in theirs]
+        if any(found):
+            shapes = [(count, linears[ours][1]) for count in rows]
+            for name, piece, shape in zip(theirs, found, shapes, strict=True):
+                _need_shape(directory / WEIGHTS, name, piece, shape)
+            a, b = _joined(found, rows)
+            pairs[ours] = a.to(model.device, model.net.dtype), (scale * b.T).to(model.device, model.net.dtype)
+    if thin:
+        name = sorted(thin)[0]
+        raise CheckpointError(
+            f"{directory / WEIGHTS}: {name}", got="no linear of this model's layers", do="give its own base"
+        )
+    if not pairs:
+        raise CheckpointError(f"{directory / WEIGHTS}", got="no thin matrices", do="give a LoRA adapter")
+    if not all(tensor.isfinite().all() for pair in pairs.values() for tensor in pair):
+        raise CheckpointError(f"{directory / WEIGHTS}", got="NaN or infinity", do="train it again")
+    identity = hashlib.sha256(json.dumps(scale).encode() + b"\0" + data).hexdigest()[:32]
+    return Adapter(identity, {name: (a.contiguous(), b.contiguous()) for name, (a, b) in pairs.items()})
+
+
+def _checked(path: Path, told: Mapping[str, Any]) -> float:
+    """What B A is multiplied by, of an adapter_config.json. Raises CheckpointError for one that asks for more than that."""
+    if told.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type", got=told.get("peft_type"), allowed="LORA")
+    for key, off in _OFF.items():
+        if told.get(key) not in off:
+            raise CheckpointError(
+                f"{path}: {key}", got=told[key], allowed="plain LoRA", do="train without it, or merge it"
+            )
+    rank, alpha = told.get("r"), told.get("lora_alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MOST_RANK:
+        raise CheckpointError(f"{path}: r", got=rank, allowed=f"1 to {MOST_RANK}")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise CheckpointError(f"{path}: lora_alpha", got=alpha, allowed="a number")
+    return alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
+
+
+def _need_base(path: Path, told: Mapping[str, Any], model: Model) -> None:
+    """Raises CheckpointError for an adapter that names another base: another last part of a path or of a repository's name."""
+    given = told.get("base_model_name_or_path")
+    own = [str(model.source["name"])] if model.source else []
+    known = {_last(name) for name in (*own, model.name, model.name.removesuffix("-int8"))}
+    if given and _last(str(given)) not in known:
+        raise CheckpointError(f"{path}: base_model_name_or_path", got=given, allowed=own[0] if own else model.name)
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def _bytes(path: Path, most: int) -> bytes:
+    try:
+        if path.stat().st_size > most:
+            allowed = f"at most {most} bytes, as of rank {MOST_RANK} beside all linears"
+            raise CheckpointError(f"{path}", got=f"{path.stat().st_size} bytes", allowed=allowed)
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}", got=error.strerror, do="give a directory as PEFT writes it"
+        ) from None
+
+
+def _thin(path: Path, data: bytes) -> Thin:
+    """The matrices of each module. Raises CheckpointError for a tensor of any other name."""
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read {path}", got=first_line(error), allowed="safetensors") from None
+    thin: Thin = {}
+    for name, tensor in tensors.items():
+        module, dot, rest = name.removeprefix(PREFIX).rpartition(".lora_")
+        side = rest.removesuffix(".weight").removesuffix(".default")
+        if not (name.startswith(PREFIX) and dot and side in ("A", "B")) or side in thin.get(module, {}):
+            raise CheckpointError(f"{path}: tensor {name}", allowed=f"{PREFIX}MODULE.lora_A.weight and lora_B.weight")
+        if not tensor.is_floating_point() or tensor.dim() != 2:
+            raise CheckpointError(
+                f"{path}: tensor {name}", got=f"{tensor.dtype} {list(tensor.shape)}", allowed="a float matrix"
+            )
+        thin.setdefault(module, {})[side] = tensor
+    return thin
+
+
+def _modules(model: Model, linears: Mapping[str, tuple[int, int]]) -> list[Module]:
+    """Each linear of ours, its names in an adapter, and the output rows of each: theirs for an imported model, else its own."""
+    made: list[Module] = [(name, (name,), (outputs,)) for name, (outputs, _) in linears.items()]
+    if model.source is None:
+        return made
+    table = dict(families.names(str(model.source["family"]), model.config))
+    for ours, (outputs, _) in linears.items():
+        theirs = tuple(name.removesuffix(".weight") for name in table[f"{ours}.weight"])
+        made.append((ours, theirs, families.rows(model.config, f"{ours}.weight", outputs, len(theirs))))
+    return made
+
+
+def _need_shape(path: Path, name: str, piece: Mapping[str, Tensor] | None, shape: tuple[int, int]) -> None:
+    if piece is None:
+        return
+    for side in ("A", "B"):
+        if side not in piece:
+            raise CheckpointError(f"{path}: {name}", got=f"no lora_{side}", do="save the adapter again")
+    a, b = piece["A"], piece["B"]
+    if (len(b), a.shape[1]) != shape or len(a) != b.shape[1]:
+        got = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
+        raise CheckpointError(
+            f"{path}: {name}", got=got, allowed=f"[r, {shape[1]}] and [{shape[0]}, r]", do="give its own base"
+        )
+    if not 1 <= len(a) <= MOST_RANK:
+        raise CheckpointError(f"{path}: rank of {name}", got=len(a), allowed=f"1 to {MOST_RANK}")
+
+
+def _joined(pieces: Sequence[Mapping[str, Tensor] | None], rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A [r, I] and B [O, r], in fp64, of the `pieces` of one linear, which have so many of its `rows`."""
+    held = [piece for piece in pieces if piece is not None]
+    first = held[0]["A"]
+    shared = all(torch.equal(piece["A"], first) for piece in held)
+    a = first if shared else torch.cat([piece["A"] for piece in held])
+    b = torch.zeros(sum(rows), len(a), dtype=torch.float64)
+    row = rank = 0
+    for piece, count in zip(pieces, rows, strict=True):
+        if piece is not None:
+            r = len(piece["A"])
+            b[row : row + count, rank : rank + r] = piece["B"].double()
+            rank += 0 if shared else r
+        row += count
+    return a.double(), b

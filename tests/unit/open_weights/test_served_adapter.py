@@ -1,0 +1,190 @@
+"""Adapters in PEFT's format are read as they are, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shoal import Engine, Model, Request, Sampling
+from shoal.errors import CheckpointError
+from shoal.open_weights import adapter, convert, families
+from shoal.open_weights.served_adapter import MOST_RANK, read
+from shoal.train import lora
+from tests.adapters import linears, merged, save, write
+from tests.unit.engine.lively import lively
+from tests.unit.open_weights.conftest import FAMILIES, edit
+
+MODEL = Model.from_preset("test", seed=3)
+PREFIX = "base_model.model."
+
+
+def imported(checkpoint: Callable[[str], Path], folder: Path, family: str) -> Model:
+    convert.import_model(checkpoint(family), folder / "model")
+    model = Model.load(folder / "model")
+    model.net.double()
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_run_of_ours_writes_is_read_back(family: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """From the thin matrices of a run over what `adapter.write` makes of them, back to products beside the same linears."""
+    model = imported(checkpoint, tmp_path, family)
+    draw = torch.Generator().manual_seed(0)
+    state = {}
+    for name, linear in linears(model).items():
+        outputs, inputs = linear.weight.shape  # type: ignore[union-attr,misc]
+        a, b = torch.randn(2, inputs, generator=draw), torch.randn(outputs, 2, generator=draw)
+        state |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
+    lora.save(tmp_path, state)
+    adapter.write(tmp_path / lora.FILE, tmp_path / "model", tmp_path / "adapter", alpha=lora.SCALE * 2)
+    got = read(tmp_path / "adapter", model)
+    assert got.pairs.keys() == linears(model).keys()
+    for name, (a, b) in got.pairs.items():
+        wanted = lora.SCALE * state[f"{name}.lora_b"].double() @ state[f"{name}.lora_a"].double()
+        torch.testing.assert_close(b.T @ a, wanted, rtol=0, atol=1e-6)
+        assert len(a) == 2, "one A for the pieces of a matrix of ours is kept as one"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_another_tool_writes_changes_the_pieces_that_it_names(
+    family: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """PEFT's usual choice, q and v alone, each with matrices of its own; and gate without up."""
+    model = imported(checkpoint, tmp_path, family)
+    assert model.source is not None
+    draw, tensors, wanted = torch.Generator().manual_seed(1), {}, {}
+    for ours, theirs in families.names(model.source["family"], model.config):
+        name = ours.removesuffix(".weight")
+        if name not in linears(model):
+            continue
+        weight = model.net.get_parameter(ours)
+        rows = families.rows(model.config, ours, len(weight), len(theirs))
+        whole = torch.zeros_like(weight)
+        for at, (module, count) in enumerate(zip(theirs, rows, strict=True)):
+            if len(theirs) == 1 or at != 1:
+                a, b = torch.randn(3, weight.shape[1], generator=draw), torch.randn(count, 3, generator=draw)
+                place = PREFIX + module.removesuffix(".weight")
+                tensors |= {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
+                start = sum(rows[:at])
+                whole[start : start + count] = 12 / 3**0.5 * b.double() @ a.double()
+        wanted[name] = whole
+    folder = save(
+        tmp_path / "adapter", tensors, r=3, lora_alpha=12, use_rslora=True,
+        base_model_name_or_path=f"somebody/{model.source['name']}",
+    )  # fmt: skip
+    got = read(folder, model)
+    assert got.pairs.keys() == wanted.keys()
+    for name, (a, b) in got.pairs.items():
+        torch.testing.assert_close(b.T @ a, wanted[name], rtol=0, atol=1e-5)
+
+
+def test_the_engine_says_what_the_merged_imported_model_says(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    for family in FAMILIES:
+        model = imported(checkpoint, tmp_path / family, family)
+        folder = write(tmp_path / family / "adapter", model, size=2.0)
+        engine, prompt = Engine(model, units=200), list(range(5, 25))
+        name = engine.load_adapter(read(folder, model))
+        sampling = Sampling(temperature=0, max_tokens=8, ignore_eos=True)
+        asked = [Request(prompt, sampling, adapter=name), Request(prompt, sampling)]
+        got = [answer.tokens for answer in engine.generate(asked)]
+        assert got == [one.generate_naive(prompt, 8, ignore_eos=True) for one in (merged(model, folder), model)]
+        assert got[0] != got[1]
+
+
+def test_identity_is_of_the_weights_and_their_scale(tmp_path: Path) -> None:
+    one, same, other = (read(write(tmp_path / str(n), MODEL, seed), MODEL) for n, seed in enumerate((1, 1, 2)))
+    scaled = read(write(tmp_path / "scaled", MODEL, 1, lora_alpha=7.0), MODEL)
+    assert one.identity == same.identity and len({one.identity, other.identity, scaled.identity}) == 3
+
+
+FIRST = "groups.0.blocks.0.attention.qkv"
+
+
+def _thin(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        tensors = load_file(str(folder / "adapter_model.safetensors"))
+        change(tensors)
+        save(folder, tensors, **json.loads((folder / "adapter_config.json").read_text()))
+
+    return spoil
+
+
+def _weights(folder: Path) -> Path:
+    return folder / "adapter_model.safetensors"
+
+
+def _told(**values: object) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "adapter_config.json", **values)
+
+
+def _put(name: str, value: torch.Tensor) -> Callable[[Path], None]:
+    return _thin(lambda tensors: tensors.update({name: value}))
+
+
+A, B = f"{PREFIX}{FIRST}.lora_A.weight", f"{PREFIX}{FIRST}.lora_B.weight"
+WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another base": (_told(base_model_name_or_path="some/else"), "_or_path: got 'some/else'; allowed: test"),
+    "not LoRA": (_told(peft_type="IA3"), "peft_type: got 'IA3'; allowed: LORA"),
+    "DoRA": (_told(use_dora=True), "use_dora: got True"),
+    "a bias": (_told(bias="all"), "bias: got 'all'"),
+    "modules of its own": (_told(modules_to_save=["lm_head"]), "modules_to_save"),
+    "ranks of their own": (_told(rank_pattern={"qkv": 2}), "rank_pattern"),
+    "no rank": (_told(r=None), "adapter_config.json: r: allowed"),
+    "a rank too large": (_told(r=MOST_RANK + 1), f"r: got {MOST_RANK + 1}; allowed: 1 to {MOST_RANK}"),
+    "no alpha": (_told(lora_alpha="much"), "lora_alpha: got 'much'"),
+    "another width": (_put(A, torch.zeros(3, 7)), "lora_A [3, 7]"),
+    "another output": (_put(B, torch.zeros(7, 3)), "lora_B [7, 3]"),
+    "ranks that differ": (_put(A, torch.zeros(2, 48)), "lora_A [2, 48]"),
+    "a rank beyond what it says": (
+        _thin(lambda t: t.update({A: torch.zeros(MOST_RANK + 1, 48), B: torch.zeros(len(t[B]), MOST_RANK + 1)})),
+        f"rank of {FIRST}: got {MOST_RANK + 1}",
+    ),
+    "half a pair": (_thin(lambda tensors: tensors.pop(B) is None), "no lora_B"),
+    "NaN": (_put(A, torch.full((3, 48), torch.nan)), "NaN or infinity"),
+    "infinity": (_put(A, torch.full((3, 48), torch.inf)), "NaN or infinity"),
+    "whole numbers": (_put(A, torch.zeros(3, 48, dtype=torch.int32)), "torch.int32 [3, 48]"),
+    "an unknown tensor": (_put(f"{PREFIX}embed.lora_embedding_A", torch.zeros(3, 48)), "lora_embedding_A"),
+    "a module that is none": (
+        _thin(lambda t: t.update({A.replace("qkv", "x"): torch.zeros(3, 48), B.replace("qkv", "x"): torch.zeros(48, 3)})),
+        "no linear of this model",
+    ),
+    "no thin matrices": (_thin(lambda tensors: tensors.clear()), "no thin matrices"),
+    "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
+    "a broken config": (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
+    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "cannot read"),
+    "a pickle": (lambda folder: _weights(folder).rename(folder / "adapter_model.bin") and None, "cannot read"),
+    "not safetensors": (lambda folder: _weights(folder).write_bytes(b"\x80\x04" * 99) and None, "safetensors"),
+    "cut short": (
+        lambda folder: _weights(folder).write_bytes(_weights(folder).read_bytes()[:-1]) and None, "safetensors",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_cannot_be_served_is_refused_in_one_line(what: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", MODEL)
+    read(folder, MODEL)
+    spoil, says = WRONG[what]
+    spoil(folder)
+    with pytest.raises(CheckpointError) as caught:
+        read(folder, MODEL)
+    assert says in caught.value.message and "\n" not in caught.value.message
+
+
+def test_a_file_beyond_what_any_adapter_takes_is_not_read(tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", MODEL)
+    with (folder / "adapter_model.safetensors").open("ab") as file:
+        file.truncate(2**30)  # a hole, which takes no room on the disk
+    with pytest.raises(CheckpointError, match="1073741824 bytes"):
+        read(folder, MODEL)
+
+
+def test_an_int8_twin_takes_the_adapters_of_its_base(tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", MODEL)
+    assert read(folder, MODEL.quantized()).identity == read(folder, MODEL).identity
+    assert lively().name == MODEL.name
