@@ -230,9 +230,9 @@ def test_the_router_does_not_decide_for_an_adapter() -> None:
     model.router.calibration = Calibration(thresholds=[(0.0, 1e9)])
     engine = Engine(model, units=400)
     name = engine.load_adapter(adapter(1)[0])
-    asked = Request(
-        list(range(30, 60)), Sampling(temperature=0, max_tokens=4, ignore_eos=True), quality_tolerance=100.0
-    )
+    # without drafts it is the router that decides
+    sampling = Sampling(temperature=0, max_tokens=4, ignore_eos=True, speculative=0)
+    asked = Request(list(range(30, 60)), sampling, quality_tolerance=100.0)
     (alone,) = engine.generate([asked])
     assert alone.depth < model.config.layers
     (with_one,) = engine.generate([dataclasses.replace(asked, id="other", adapter=name)])
