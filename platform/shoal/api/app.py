@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from shoal import __version__
+from shoal.api.adapters import Adapters, Known, OnChange, adapter_routes
 from shoal.api.auth import ApiKeys
 from shoal.api.batches.inside import Inside, Open
 from shoal.api.batches.routes import Kept, batch_routes
@@ -55,6 +56,9 @@ def build_app(
     runs: Path | None = None,
     batches: Path | None = None,
     at_once: int = AT_ONCE,
+    adapters: Mapping[str, Known] | None = None,
+    adapters_from: Path | None = None,
+    on_adapters: OnChange | None = None,
     ui_mount: UiMount | None = None,
     answer_request_id: bool = True,
     drain: Drain | None = None,
@@ -63,8 +67,9 @@ def build_app(
 
     `metrics`: answer /metrics; `cors`: origins (``https://a.example``, or ``*`` for any) whose pages may call the API;
     `runs`: a folder of training runs to show, read only; `batches`: a folder that keeps files and batches, which are run while
-    the app is, `at_once` of their lines at a time; `ui_mount` may add a page to the finished app; `answer_request_id`
-    is false behind a proxy that sends ``X-Request-Id`` itself; `drain` is how the caller ends it. Raises ConfigError for a name
+    the app is, `at_once` of their lines at a time; `adapters`, `adapters_from` and `on_adapters` are as `Adapters` takes them;
+    `ui_mount` may add a page to the finished app; `answer_request_id` is false behind a proxy that sends ``X-Request-Id``
+    itself; `drain` is how the caller ends it. Raises ConfigError for a name
     given twice, or an origin that is none.
     """
     limits = limits or Limits()
@@ -82,6 +87,8 @@ def build_app(
     for routes in (openai_routes, responses_routes, messages_routes, score_routes, tokenizer_routes):
         app.include_router(routes(service))
     app.include_router(batch_routes(service, _kept(app, service, batches, api_keys, at_once, drain)))
+    beside = Adapters(service, adapters or {}, adapters_from, on_adapters)
+    app.include_router(adapter_routes(service, beside))
     app.include_router(status_routes(service, metrics=metrics))
     if runs is not None:
         app.include_router(runs_routes(runs))

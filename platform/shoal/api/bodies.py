@@ -366,3 +366,19 @@ class DetokenizeRequest(Wire):
     model: str | None = None
     tokens: list[int]
     model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [81, 120]}]})
+
+
+class LoadAdapterRequest(Wire):
+    lora_name: str = Field(description="what requests will call it: letters, digits and . _ -")
+    lora_path: str = Field(description="its directory, from the folder that the operator named")
+    load_inplace: bool = Field(False, description="in place of the adapter of that name")
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"lora_name": "support", "lora_path": "runs/support/adapter"}]}
+    )
+
+
+class UnloadAdapterRequest(Wire):
+    lora_name: str
+    lora_int_id: int | None = Field(None, description=f"{_HINT}vLLM's number")
+    hints: ClassVar[Hints] = {"lora_int_id": (None,)}
+    model_config = ConfigDict(json_schema_extra={"examples": [{"lora_name": "support"}]})

@@ -7,7 +7,7 @@ error, a client that left, a server that stops.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
@@ -32,10 +32,23 @@ class EngineClient(Protocol):
         """Events of one request in lists of what was ready, its `Finished` last. Closing the iterator cancels the request."""
 
     async def embed(
-        self, prompts: list[list[int]], depth: str | int = FULL, *, payer: str = "", client: str = ""
+        self,
+        prompts: list[list[int]],
+        depth: str | int = FULL,
+        *,
+        payer: str = "",
+        client: str = "",
+        adapter: str = "",
     ) -> list[list[float]]:
         """The vector of each prompt, as `Model.embed` makes it, all by the same weights: else they could not be compared.
-        `payer` and `client` are whose turn it takes, as of `Request`."""
+        `payer` and `client` are whose turn it takes, and `adapter` is its identity, as of `Request`."""
+
+    async def load_adapter(self, directory: str) -> str:
+        """Loads the adapter in `directory`, and returns its identity once each engine has it that serves now. Raises
+        CheckpointError for one that cannot be used."""
+
+    async def keep_adapters(self, known: Mapping[str, str]) -> None:
+        """These are all adapters that are served, identity -> directory; any other is dropped."""
 
     async def stats(self) -> Samples:
         """What `Engine.stats` gives; of several engines together."""

@@ -15,7 +15,15 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from shoal.api.batches.shapes import BatchRequest
-from shoal.api.bodies import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from shoal.api.bodies import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    LoadAdapterRequest,
+    TokenizeRequest,
+    UnloadAdapterRequest,
+)
 from shoal.api.messages.bodies import CountRequest, MessagesRequest
 from shoal.api.messages.shapes import MessageEvent
 from shoal.api.responses.bodies import ResponsesRequest
@@ -38,6 +46,8 @@ BODIES: tuple[type[Wire], ...] = (
     ScoreRequest,
     RerankRequest,
     BatchRequest,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
 )
 CHUNKS: tuple[Any, ...] = (ChatChunk, MessageEvent, ResponseEvent)  # of streams, that no whole answer is of
 

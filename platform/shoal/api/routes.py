@@ -98,10 +98,10 @@ def openai_routes(service: Service) -> APIRouter:
 def _add_models(router: APIRouter, service: Service) -> None:
     @router.get("/models", responses=refused(*ASKED))
     async def list_models() -> ModelList:
-        """Every name that a request may give as `model`; aliases name their model as `root`."""
+        """Every name that a request may give as `model`; aliases name their model as `root`, adapters theirs as `parent`."""
         told = await _quantizations(service.models)
         computed = {hosted.served.name: what for hosted, what in zip(service.models, told, strict=True)}
-        cards = [_card(h.served, name, computed[h.served.name]) for name, h in service.names.items()]
+        cards = [_card(h.served, name, computed[h.served.parent or h.served.name]) for name, h in service.names.items()]
         return {"object": "list", "data": cards}
 
     @router.get("/models/{name:path}", responses=refused(*ASKED))
@@ -222,6 +222,7 @@ def _card(served: ServedModel, name: str, quantization: str) -> ModelCard:
         "created": served.created,
         "owned_by": "shoal",
         "root": served.name,
+        "parent": served.parent,
         "max_model_len": served.config.context,
         "depths": served.config.exit_names,
         "quantization": quantization,

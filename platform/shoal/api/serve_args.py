@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shoal.api import stock
 from shoal.api.page import MOUNT
-from shoal.api.served import ServedModel
+from shoal.api.served import MODEL_NAME, MOST_ADAPTERS, ServedModel
 from shoal.config import KvCacheDtype
 from shoal.errors import ConfigError
 
 ENGINE = "EngineReplica"  # deployment of the engine; of several models each has one of its own
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ class ServeArgs:
     runs: str | None = None  # folder of training runs to show, on the gateway's node; None: none
     # folder that keeps files and batches, on a file system that all gateways see; None: they are switched off
     batches: str | None = None
+    adapters: dict[str, str] = field(default_factory=dict)  # LoRA adapters of the model, name -> directory
+    adapters_from: str | None = None  # folder whose adapters requests may load; None: they may not
     ui: bool = False  # show the pages at /ui
     ui_mount: str = MOUNT  # what puts it there, ``module:function``
     ui_api: str | None = None  # where the page finds the API; None: this server
@@ -56,6 +57,11 @@ class ServeArgs:
             raise ConfigError(
                 "args.models: name", got=odd, allowed="letters, digits and . _ - (aliases: serve the directory twice)"
             )
+        if (self.adapters or self.adapters_from) and (self.models or self.engine == "vllm"):
+            what = "adapters" if self.adapters else "adapters_from"
+            raise ConfigError(f"args.{what}", do="serve one model with them (args.model), with args.engine shoal")
+        if len(self.adapters) > MOST_ADAPTERS:
+            raise ConfigError("args.adapters", got=len(self.adapters), allowed=f"at most {MOST_ADAPTERS}")
         if self.engine != "vllm" and self.vllm:
             raise ConfigError("args.vllm", do="set args.engine to vllm, or leave it out")
         if self.engine == "vllm" and self.precision != "stored":
@@ -96,3 +102,14 @@ def parse_replicas(text: str) -> dict[str, int]:
     if not low.isdecimal() or (colon and not high.isdecimal()):
         raise ConfigError("replicas", got=text, allowed="A number, or MIN:MAX")
     return {"min_replicas": int(low), "max_replicas": int(high or low)}
+
+
+def parse_adapters(given: Sequence[str]) -> dict[str, str]:
+    """Each ``NAME=DIR`` as name -> directory. Raises ConfigError."""
+    found: dict[str, str] = {}
+    for each in given:
+        name, equals, directory = each.partition("=")
+        if not equals or not directory or name in found:
+            raise ConfigError("--adapters", got=each, allowed="NAME=DIR, each name once")
+        found[name] = directory
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,9 @@ from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import described
 
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of one of several models, and of an adapter
+MOST_ADAPTERS = 16  # each a copy of its matrices in every engine
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -24,6 +28,7 @@ class ServedModel:
     chat_template: str = DEFAULT_TEMPLATE
     created: int = 0  # Unix seconds
     aliases: tuple[str, ...] = ()  # other names for it
+    parent: str | None = None  # of an adapter: the model that it stands beside
     sampling: Mapping[str, Any] = field(default_factory=dict)  # of `described.DRAWN`, where a request is silent
 
     @property
@@ -51,7 +56,7 @@ class ServedModel:
         except RequestError as error:
             where = f"{Path(directory) / described.SOURCE}: generation_config.{error.message}"
             raise CheckpointError(where, do="mend it there, and import the model again") from error
-        return cls(own, it.config, it.tokenizer, it.chat_template, created, tuple(aliases), drawn)
+        return cls(own, it.config, it.tokenizer, it.chat_template, created, tuple(aliases), sampling=drawn)
 
     def fixed_depth(self, depth: str | int) -> str | None:
         """Exit name of a depth that was asked for; None where the router decides."""

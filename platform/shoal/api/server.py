@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from shoal.api.access import log_to_stderr
+from shoal.api.adapters import loaded
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.drain import STREAM_SECONDS, Drain
@@ -65,6 +66,11 @@ def run_local(
 
     async def serve() -> bool:
         drain = Drain(OPEN_PATHS)
+        try:
+            adapters = await loaded(engine, args.adapters)
+        except BaseException:
+            await engine.close()
+            raise
         app = build_app(
             [Hosted(served, engine)],
             api_keys=keys,
@@ -74,6 +80,8 @@ def run_local(
             runs=Path(args.runs) if args.runs else None,
             batches=Path(args.batches) if args.batches else None,
             at_once=args.max_batch,
+            adapters=adapters,
+            adapters_from=Path(args.adapters_from) if args.adapters_from else None,
             ui_mount=page,
             drain=drain,
         )
@@ -116,11 +124,13 @@ def _engine(model: str, args: ServeArgs) -> AsyncEngine:
     from shoal.engine.engine import Engine
     from shoal.engine.front import AsyncEngine
     from shoal.model.model import Model
+    from shoal.open_weights.served_adapter import read
 
     torch.set_num_threads(threads(args.threads))
     say = partial(print, "shoal: in fp32, since", file=sys.stderr) if args.precision == "auto" else None
-    loaded = Model.load(model, on_fallback=say)
-    return AsyncEngine(Engine(loaded, max_batch=args.max_batch, kv_cache_dtype=args.kv_cache_dtype))
+    held = Model.load(model, on_fallback=say)
+    engine = Engine(held, max_batch=args.max_batch, kv_cache_dtype=args.kv_cache_dtype)
+    return AsyncEngine(engine, read_adapter=read)
 
 
 async def _leave(running: Running, drain: Drain, engine: AsyncEngine, second: asyncio.Event) -> None:

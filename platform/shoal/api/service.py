@@ -7,6 +7,7 @@ since the status is already sent.
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -63,6 +64,12 @@ class Hosted:
         self.info = Fresh(lambda: client.info())
         self.health = Fresh(self._healthy)
 
+    def beside(self, served: ServedModel, client: EngineClient) -> Hosted:
+        """An adapter of it: `served` over `client`, on the same engine."""
+        adapter = copy.copy(self)
+        adapter.served, adapter.client = served, client
+        return adapter
+
     async def _healthy(self) -> str:
         await self.client.check_health()
         return "ok"
@@ -88,7 +95,7 @@ class Service:
             raise ModelNotFoundError(
                 f"model {(name or '')[:100]!r} does not exist", param="model", allowed=[*self.names]
             )
-        request.state.access.served = hosted.served.name
+        request.state.access.served = hosted.served.parent or hosted.served.name
         return hosted
 
     async def read_body(self, request: Request, kind: type[W]) -> W:

@@ -172,6 +172,7 @@ class ModelCard(TypedDict):
     created: int
     owned_by: str
     root: str  # the model's own name, where this one is an alias
+    parent: str | None  # of an adapter: the model that it was trained from
     max_model_len: int  # tokens of prompt and answer together
     depths: dict[str, int]  # exit name -> layers, shallowest first
     quantization: str  # what is computed with: none or w8a8; both, comma-separated, where engines differ

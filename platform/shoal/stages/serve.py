@@ -59,6 +59,12 @@ class Serve(Stage):
     batches: Annotated[
         Path | None, typer.Option(help="Folder that keeps files and batches (docs/api.md). [both switched off]")
     ] = None
+    adapters: Annotated[
+        list[str] | None, typer.Option(help="NAME=DIR of a LoRA adapter of the model, served as NAME; repeat. [none]")
+    ] = None
+    adapters_from: Annotated[
+        Path | None, typer.Option(help="Folder whose adapters requests may load (docs/api.md). [they may not]")
+    ] = None
     ui: Annotated[bool | None, typer.Option(help="Show the pages at /ui [yes, or the config's].")] = None
     logs: Annotated[
         Path | None,
@@ -77,7 +83,7 @@ class Serve(Stage):
 
     def args(self) -> dict[str, Any]:
         """The fields of ServeArgs that are given."""
-        from shoal.api.serve_args import parse_replicas
+        from shoal.api.serve_args import parse_adapters, parse_replicas
 
         given: dict[str, Any] = {
             "model": self.model and str(self.model),
@@ -90,6 +96,8 @@ class Serve(Stage):
             "kv_cache_dtype": self.kv_cache_dtype,
             "runs": self.runs and str(self.runs.absolute()),
             "batches": self.batches and str(self.batches.absolute()),
+            "adapters": parse_adapters(self.adapters) if self.adapters else None,
+            "adapters_from": self.adapters_from and str(self.adapters_from.absolute()),
             "ui": self.ui,
         }
         replicas = parse_replicas(self.replicas) if self.replicas else {}
