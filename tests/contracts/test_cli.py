@@ -116,6 +116,8 @@ def test_what_is_missing_is_named(
         ("serve --model m --replicas 3:1", "max_replicas"),
         ("bench decode --batches one", "--batches"),
         ("bench decode --shape 9m", "--shape"),
+        ("bench tolerance --model . --data . --batches 1,x", "--batches"),
+        ("bench tolerance --model . --data . --tolerances=-0.1", "--tolerances"),
         ("pretrain --data d", "--out"),
         ("pretrain --data d --out r --steps many", "--steps"),
         ("pretrain --dat d --out r", "--dat"),

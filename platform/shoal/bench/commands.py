@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -12,7 +14,19 @@ from shoal.errors import UsageError
 
 bench = typer.Typer(help="Benchmarks; the last line is JSON.", no_args_is_help=True)
 out = Console()
+N = TypeVar("N", int, float)
 Rounds = Annotated[int, typer.Option(help="Counted runs of each variant, in turns; medians are printed.")]
+
+
+def _numbers(name: str, text: str, kind: Callable[[str], N], such_as: str) -> tuple[N, ...]:
+    """Those of the option `name`, with commas between. Raises UsageError for others than positive ones, or 0."""
+    try:
+        found = tuple(kind(number) for number in text.split(","))
+    except ValueError as error:
+        raise UsageError(name, got=text, allowed=f"numbers, such as {such_as}") from error
+    if not all(0 <= number < math.inf for number in found):
+        raise UsageError(name, got=text, allowed=f"numbers from 0 on, such as {such_as}")
+    return found
 
 
 @bench.command("decode")
@@ -34,10 +48,7 @@ def decode(
     from shoal.bench import peers
     from shoal.bench.decode import decode as run
 
-    try:
-        sizes = tuple(int(size) for size in batches.split(","))
-    except ValueError as error:
-        raise UsageError("--batches", got=batches, allowed="numbers, such as 1,8,32") from error
+    sizes = _numbers("--batches", batches, int, "1,8,32")
     chosen, tables = peers.parse(peer), tuple(parts.split(","))
     run(out, shape=shape, batches=sizes, tokens=tokens, rounds=rounds, parts=tables, peer=chosen)
 
@@ -64,6 +75,26 @@ def quant(
 
     pairs = [parse_pair(text) for text in pair]
     run(out, preset=preset, tokens=tokens, rounds=rounds, pairs=pairs, data=data)
+
+
+@bench.command("tolerance")
+def tolerance(
+    model: Annotated[Path, typer.Option(help="Trained model directory, in fp32 or INT8.")],
+    data: Annotated[Path, typer.Option(help="Directory with its held-out chats, made by `shoal prepare`.")],
+    batches: Annotated[str, typer.Option(help="Answers at once.")] = "1,4,16",
+    tolerances: Annotated[str, typer.Option(help="Nats a token that an answer may lose.")] = "0,0.05,0.1,0.2",
+    prompts: Annotated[int, typer.Option(help="Questions of each task.")] = 16,
+    rounds: Rounds = 3,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+) -> None:
+    """What a tolerance buys: speed, depth, nats spent and scores; verified, routed and at fixed exits. Some ten minutes."""
+    from shoal.bench.tolerance import tolerance as run
+
+    sizes = _numbers("--batches", batches, int, "1,4,16")
+    values = _numbers("--tolerances", tolerances, float, "0,0.1")
+    run(
+        out, model=model, data=data, batches=sizes, tolerances=values, prompts=prompts, rounds=rounds, temperature=temperature
+    )  # fmt: skip
 
 
 @bench.command("serve")

@@ -196,7 +196,7 @@ def _answered(model: Model, data: Path, depth: str, sizes: Sizes) -> Quality:
     out, engine = Quality(too_long=too_long), Engine(model)
     for task, asked in asked_of.items():
         answers = generate(engine, [q.prompt for q in asked], TASKS.get(task, MOST_TOKENS), depth)
-        _score(out, task, answers, asked)
+        score(out, task, answers, asked)
         out.answers += answers
     return out
 
@@ -296,7 +296,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _score(out: Quality, task: str, answers: list[Answer], asked: list[Question]) -> None:
+def score(out: Quality, task: str, answers: list[Answer], asked: list[Question]) -> None:
     """Count the answers of one task into `out`."""
     if task == "summarisation":
         out.figures[task], out.notes[task] = measures.bleu([a.text for a in answers], asked)

@@ -1,0 +1,137 @@
+"""`shoal bench tolerance`: what a tolerance buys. A trained model answers held-out chats in batches of several sizes, in turns:
+at full depth, at each fixed exit, as deep as the router says within each tolerance, and drafted and verified within each.
+Tokens a second after an answer's first, mean depth, nats spent, and the scores of the tasks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from shoal.bench.turns import show
+from shoal.data.chats.heldout import Question
+from shoal.engine.engine import Engine
+from shoal.engine.events import Completion, Request, Sampling
+from shoal.errors import UsageError
+from shoal.evaluate.evaluation import MOST_TOKENS, TASKS, Quality, Sizes, heldout_questions, leave_a_core, score
+from shoal.evaluate.measures import Answer
+from shoal.model.model import Model
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class Way:
+    """One way to answer, with an engine of its own, which knows its pace from one turn to the next."""
+
+    name: str
+    depth: str
+    tolerance: float | None = None
+    drafts: int | None = 0  # None: as many as are worth it
+    engine: Engine | None = None
+    rates: dict[str, list[float]] = field(default_factory=dict)  # by task, tokens a second of each turn
+    answers: dict[str, list[Completion]] = field(default_factory=dict)  # of the last turn
+
+    def run(self, task: str, asked: Sequence[Question], temperature: float) -> None:
+        """Answer `asked`, and keep what came and how fast."""
+        assert self.engine is not None
+        sampling = Sampling(
+            temperature=temperature, seed=1, max_tokens=TASKS.get(task, MOST_TOKENS), speculative=self.drafts
+        )
+        requests = [
+            Request(question.prompt, sampling, depth=self.depth, quality_tolerance=self.tolerance) for question in asked
+        ]
+        self.answers[task] = done = self.engine.generate(requests)
+        ends = [answer.finished for answer in done if answer.finished is not None]
+        after = sum(max(0, end.completion_tokens - 1) for end in ends)
+        seconds = sum(end.total_seconds - end.first_token_seconds for end in ends)
+        at_once = min(self.engine.scheduler.max_batch, len(ends))
+        self.rates.setdefault(task, []).append(at_once * after / seconds if seconds else 0.0)
+
+
+def tolerance(
+    console: Console, *, model: Path, data: Path, batches: Sequence[int], tolerances: Sequence[float], prompts: int,
+    rounds: int, temperature: float,
+) -> None:  # fmt: skip
+    """The table of each batch size, and all of it as JSON. `model`: a trained model directory with early exits; `data`: the
+    directory of its held-out chats; `prompts` of each task."""
+    leave_a_core()
+    loaded = Model.load(model)
+    if len(loaded.config.exits) < 2:
+        raise UsageError("--model", got=str(model), allowed="a model with early exits")
+    asked, _ = heldout_questions(loaded, data, Sizes(vqa=prompts, bleu=prompts, code=prompts, service=prompts))
+    if not asked:
+        raise UsageError("--data", got=str(data), allowed="a directory with held-out chats, made by `shoal prepare`")
+    rows: Rows = []
+    tables = []
+    for batch in batches:
+        ways = _ways(loaded, tolerances)
+        for way in ways:
+            way.engine = Engine(loaded, max_batch=batch)
+        for turn in range(rounds + 1):  # one that is not counted
+            for task, questions in asked.items():
+                for way in ways:
+                    way.run(task, questions, temperature)
+                    if not turn:
+                        way.rates[task] = []
+        found = [_row(way, batch, asked) for way in ways]
+        tables.append(_table(found, batch, list(asked), temperature))
+        rows += found
+    what = {"bench": "tolerance", "model": str(model), "quantization": loaded.config.quantization}
+    show(console, tables, {**what, "prompts": prompts, "rounds": rounds, "temperature": temperature, "rows": rows})
+
+
+def _ways(model: Model, tolerances: Sequence[float]) -> list[Way]:
+    names = list(model.config.exit_names)
+    ways = [Way("full", names[-1])] + [Way(name, name) for name in names[:-1]]
+    if model.router is not None:
+        ways += [Way(f"router {value:g}", "auto", value) for value in tolerances if value]
+    return ways + [Way(f"verified {value:g}", names[-1], value, None) for value in tolerances]
+
+
+def _row(way: Way, batch: int, asked: dict[str, list[Question]]) -> dict[str, Any]:
+    quality = Quality()
+    done = [answer for answers in way.answers.values() for answer in answers]
+    ends = [answer.finished for answer in done if answer.finished is not None]
+    tokens = max(1, sum(end.completion_tokens for end in ends))
+    for task, questions in asked.items():
+        given = way.answers[task]
+        answers = [
+            Answer(answer.text, len(answer.tokens), answer.depth, len(question.prompt.ids))
+            for answer, question in zip(given, questions, strict=True)
+        ]
+        score(quality, task, answers, questions)
+    spent = [end.spent for end in ends if end.spent is not None]
+    most = max((end.spent / max(1, end.completion_tokens) for end in ends if end.spent is not None), default=None)
+    return {
+        "batch": batch,
+        "way": way.name,
+        "tokens_per_s": {task: statistics.median(rates) for task, rates in way.rates.items()},
+        "mean_depth": sum(end.mean_depth * end.completion_tokens for end in ends) / tokens,
+        "spent": sum(spent) / tokens if spent else None,
+        "most_spent": most,
+        "scores": {task: figure.value for task, figure in quality.figures.items()},
+    }
+
+
+def _table(rows: Rows, batch: int, tasks: list[str], temperature: float) -> Table:
+    title = (
+        f"{batch} at once, {'greedy' if temperature == 0 else f'temperature {temperature:g}'}; speed beside full depth"
+    )
+    table = Table(
+        "way", *tasks, "mean", "mean depth", "spent", "most", *(f"score: {task}" for task in tasks), title=title
+    )
+    full = rows[0]["tokens_per_s"]
+    for row in rows:
+        ratios = [row["tokens_per_s"][task] / full[task] for task in tasks]
+        spent = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("spent", "most_spent")]
+        table.add_row(
+            row["way"], *(f"{ratio:.2f}" for ratio in ratios), f"{statistics.fmean(ratios):.2f}",
+            f"{row['mean_depth']:.2f}", *spent, *(f"{row['scores'][task]:.3g}" for task in tasks),
+        )  # fmt: skip
+    return table
