@@ -10,7 +10,7 @@ from shoal.engine.metrics import Metrics
 from shoal.engine.pace import Pace
 from shoal.engine.pages import Pages
 from shoal.engine.running import Running
-from shoal.engine.shares import clearly_before
+from shoal.engine.shares import clearly_before, may_wait
 from shoal.errors import DeadlineError, QueueFullError, RequestError
 
 
@@ -40,9 +40,13 @@ class Door:
         error.retry_after = self._pace.wait(self._turned_away)  # the n-th for the n-th place that becomes free
         return error
 
-    def gives_place(self, running: Running, waiting: Sequence[Running], live: int) -> Running:
-        """Which of the `waiting`, in order, gives its place to `running` where `live` requests have all: the last that has had
-        nothing, where `running` ranks clearly before it. Raises QueueFullError."""
+    def gives_place(self, running: Running, runs: Sequence[Running], waiting: Sequence[Running], live: int) -> Running:
+        """Which gives its place to `running` where `live` requests have all: of what may wait for it, the last that has had
+        nothing, or else waits, or else `runs`; without such, the last of the `waiting`, in order, that has had nothing, where
+        `running` ranks clearly before it. Raises QueueFullError."""
+        later = [] if may_wait(running) else [other for other in (*runs, *waiting) if may_wait(other)]
+        if later:
+            return next((other for other in reversed(later) if other.fresh), later[-1])
         last = next((other for other in reversed(waiting) if other.fresh), None)
         if last is None or last.order[0] < running.order[0] or not clearly_before(running, last):
             raise self.full(live)

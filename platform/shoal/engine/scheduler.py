@@ -93,8 +93,9 @@ class Scheduler:
             self._settle()
         self._shares.joins(running)
         full = self.full and not running.request.answer  # one that has begun elsewhere is let in all the same
-        last = self._door.gives_place(running, self.waiting, len(self._live)) if full else None
-        before = bisect.bisect(self.waiting, running.order, key=_order) + len(self.running)
+        last = self._door.gives_place(running, self.running, self.waiting, len(self._live)) if full else None
+        places = sum(may_wait(running) or not may_wait(other) for other in self.running)  # that it cannot have at once
+        before = bisect.bisect(self.waiting, running.order, key=_order) + places
         self._door.must_be_in_time(running, max(0, before - self.max_batch))
         if last is not None:
             self._finish(last, "error", self._door.full(len(self._live)))
@@ -256,13 +257,16 @@ class Scheduler:
         return sorted(works, key=lambda work: (-work.last, work.running.request.adapter))
 
     def _shallow_only(self) -> list[Running]:
-        """The requests of least depth, if a step of them alone pays now; else none, for a full step."""
+        """The requests of least depth, if a step of them alone pays now; else none, for a full step. What may wait has no part
+        in one beside others."""
         ready = [running for running in self.running if not running.paused]
         depths = [running.groups for running in ready if running.groups is not None and running.decoding]
         if len(depths) < len(ready) or len(set(depths)) < 2:
             return []
-        shallow = [running for running in ready if running.groups == min(depths)]
-        return shallow if self.pace.alone([min(depths)] * len(shallow), depths) else []
+        mine = [running for running in ready if not may_wait(running)] or ready
+        least = min(running.groups or 0 for running in mine)
+        shallow = [running for running in mine if running.groups == least]
+        return shallow if least < max(depths) and self.pace.alone([least] * len(shallow), depths) else []
 
     def _reserve(self, running: Running, work: Work) -> bool:
         """Give `running` the units that `work` writes. When the pool is short, requests later in the order lose theirs; when

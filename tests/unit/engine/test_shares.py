@@ -13,7 +13,7 @@ from shoal.engine.events import LATER, Finished, Request, Sampling, Token
 from shoal.engine.pace import WARM_UP
 from shoal.engine.plan import Work
 from shoal.engine.shares import Seconds, Shares, clearly_before
-from shoal.errors import QueueFullError
+from shoal.errors import DeadlineError, QueueFullError
 from tests.unit.engine.test_scheduler import Harness, end, next_token
 
 LONG = Sampling(max_tokens=24, ignore_eos=True)
@@ -352,3 +352,51 @@ def test_what_may_wait_takes_no_steps_from_others() -> None:
     mine = h.submit([70], sampling=LONG, payer="b")
     steps = [{event.request for event in h.step() if isinstance(event, Token)} for _ in range(12)]
     assert all(mine in step for step in steps[1:]), steps
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_full_queue_of_what_may_wait_refuses_nobody(steps: int) -> None:
+    """As many live requests have room as without it: it may run, or wait with half of its answer, or with nothing."""
+    h = Harness(2000, max_batch=2, max_queue=2, max_batch_tokens=40)
+    for i in range(4):
+        h.submit([50, i], sampling=LONG, payer="later a", priority=LATER)
+    events = [*h.step(), *h.step()]
+    mine = []
+    for number in range(4):
+        mine.append(h.submit([70, number], sampling=LONG, payer="b"))
+        events += [event for _ in range(steps) for event in h.step()]
+    with pytest.raises(QueueFullError):
+        h.submit([70, 9], sampling=LONG, payer="b")
+    ended = {event.request: event for event in events + h.run() if isinstance(event, Finished)}
+    assert all(ended[request].error is None for request in mine) and len(ended) == 8
+
+
+def test_what_may_wait_is_not_counted_to_the_time_of_what_does_not_wait_for_it() -> None:
+    h = Harness(2000, cost=(1e-3, 1e-3), max_batch=4, max_queue=60, max_batch_tokens=40)
+    for i in range(4 + WARM_UP + 4):
+        h.submit([50, i], sampling=SHORT, payer="later a", priority=LATER)
+    while h.scheduler.pace.wait(1) is None:
+        h.step()
+    wait = h.scheduler.pace.wait(1)
+    assert wait and len(h.scheduler.running) == 4 and h.scheduler.running[-1].order[0] == LATER
+    for i in range(4):  # nobody waits for them: they enter at once
+        h.submit([70, i], sampling=SHORT, payer="b")
+    alone = h.scheduler.pace.seconds(4, 4) or 0.0  # its own first step
+    h.submit([80], sampling=SHORT, payer="c", deadline=alone + 0.5 * wait)
+    with pytest.raises(DeadlineError):  # it does wait for all of them
+        h.submit([81], sampling=SHORT, payer="later c", priority=LATER + 1, deadline=alone + 0.5 * wait)
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_no_step_is_of_what_may_wait_alone_beside_others(deep: bool) -> None:
+    """It is shallow, and one that may not wait is `deep`; where it is the other way round, the shallow ones have such steps."""
+    h = Harness(400, cost=(0.1, 0.001))
+    for _ in range(WARM_UP):
+        h.scheduler.pace.step(4, 8, 0.408)
+    going = Sampling(max_tokens=60, ignore_eos=True)
+    for token, depth in ((60, 1), (61, 1), (62, 4)):
+        may = (depth == 1) == deep
+        h.submit([token], depth, sampling=going, payer=str(may), priority=LATER if may else 0)
+    for _ in range(30):
+        h.step()
+    assert any(shallow for shallow, _ in h.runner.spent) is not deep
