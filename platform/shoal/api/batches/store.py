@@ -217,10 +217,21 @@ class Store:
                 if time.time() - place.stat().st_mtime > STALE_SECONDS:
                     shutil.rmtree(place)
 
-    def names(self) -> list[tuple[str, str]]:
-        """(owner, id) of every batch, the oldest of each owner first."""
-        owners = [place.name for place in self.folder.iterdir() if _OWNER.fullmatch(place.name)]
-        return [(owner, name) for owner in sorted(owners) for name in self._names(owner, "batches")]
+    def oldest(self, ended: dict[str, set[str]]) -> list[tuple[str, str]]:
+        """(owner, id) of the oldest batch of each owner that is none of the `ended` ones; these are, after it, those that are
+        there and have ended. Raises OSError."""
+        found = []
+        for owner in sorted(place.name for place in self.folder.iterdir() if _OWNER.fullmatch(place.name)):
+            names = self._names(owner, "batches")
+            over = ended[owner] = ended.get(owner, set()).intersection(names)
+            for name in names:
+                state = None if name in over else _read(self.place(owner, name) / "batch.json")
+                if state is not None and state["status"] not in OPEN:
+                    over.add(name)
+                elif name not in over:
+                    found.append((owner, name))
+                    break
+        return found
 
     def state(self, owner: str, batch_id: str) -> State:
         """Raises NotFoundError, and OSError where it is there and cannot be read now."""

@@ -36,6 +36,7 @@ log = logging.getLogger("shoal.api")
 
 POLL_SECONDS = 0.25  # between two looks at what has come, what was cancelled, and what is to be told of the counts
 LOCK_SECONDS = 1.0  # between two tries to become the one that runs the batches
+SWEEP_SECONDS = 3600.0  # between two looks for what was left aside
 DISK_SECONDS = 5.0  # between two tries to write on a disk that takes nothing
 
 
@@ -67,7 +68,7 @@ class Worker:
         self._store, self._inside, self._keys, self._limits = store, inside, keys, limits
         self._at_once, self._stopping = at_once, stopping
         self._running: dict[str, asyncio.Task[None]] = {}  # by owner
-        self._ended: set[str] = set()  # batches that need no more looking at
+        self._ended: dict[str, set[str]] = {}  # of each owner, the batches that need no more looking at
         self._woken = asyncio.Event()
 
     def wake(self) -> None:
@@ -77,15 +78,17 @@ class Worker:
     async def run(self) -> None:
         """Never returns; cancelled, it leaves all as it is for the next."""
         held: IO[bytes] | None = None
+        swept = _Clock()
         try:
             while True:
                 try:
-                    held = await asyncio.to_thread(self._store.lock)
-                    if held is not None:
-                        await asyncio.to_thread(self._store.sweep)
-                        while True:
-                            await self._look()
-                            await self._news(POLL_SECONDS)
+                    if held is None:  # else it is kept, whatever failed: batches may be running
+                        held = await asyncio.to_thread(self._store.lock)
+                    while held is not None:
+                        if swept.passed(SWEEP_SECONDS):
+                            await asyncio.to_thread(self._store.sweep)
+                        await self._look()
+                        await self._news(POLL_SECONDS)
                 except Exception as error:  # what one batch does ends none other; this is the folder itself
                     log.error("batches: %s", error if isinstance(error, OSError) else frames(error))
                 await self._news(LOCK_SECONDS)
@@ -102,8 +105,8 @@ class Worker:
         for owner, task in [*self._running.items()]:
             if task.done():
                 del self._running[owner]
-        for owner, name in await asyncio.to_thread(self._store.names):
-            if owner not in self._running and name not in self._ended and not self._stopping():
+        for owner, name in await asyncio.to_thread(self._store.oldest, self._ended):
+            if owner not in self._running and not self._stopping():
                 self._running[owner] = asyncio.create_task(self._guarded(owner, name))
 
     async def _news(self, seconds: float) -> None:
@@ -115,9 +118,8 @@ class Worker:
         """Runs one batch to its end. A disk that fails is tried again; a bug ends this batch, and no other."""
         try:
             await self._batch(owner, name)
-            self._ended.add(name)
         except NotFoundError:  # forgotten meanwhile, or not to be read
-            self._ended.add(name)
+            self._ended.setdefault(owner, set()).add(name)
         except (OSError, RoomError) as error:
             log.error("batch %s waits: %s", name, error)
             await asyncio.sleep(DISK_SECONDS)
@@ -125,8 +127,9 @@ class Worker:
             log.error("batch %s failed\n%s", name, frames(error))
             with suppress(OSError, RequestError):
                 state = await asyncio.to_thread(self._store.state, owner, name)
-                await self._fail(owner, state, _FailedError("internal error; the server's log has the details"))
-            self._ended.add(name)
+                await self._fail(owner, state, _internal())
+            self._ended.setdefault(owner, set()).add(name)
+        self.wake()  # for the next of this owner
 
     async def _batch(self, owner: str, name: str) -> None:
         state = await asyncio.to_thread(self._store.state, owner, name)
@@ -136,10 +139,15 @@ class Worker:
             job = await asyncio.to_thread(_Job, self._store, owner, state)
             try:
                 then = await self._run(job)
-            except _FailedError as error:
+            except (OSError, RoomError, NotFoundError):
+                raise
+            except Exception as error:
+                known = error if isinstance(error, _FailedError) else _internal()
+                if known is not error:
+                    log.error("batch %s failed\n%s", name, frames(error))
                 if state["status"] == "validating":
-                    return await self._fail(owner, state, error)
-                then, state["errors"] = "failed", _told(error)  # what was answered is kept
+                    return await self._fail(owner, state, known)
+                then, state["errors"] = "failed", _told(known)  # what was answered is kept
             finally:
                 await asyncio.to_thread(job.close)
             counts = job.counts()
@@ -320,7 +328,10 @@ class _Job:
         """The requests of which nothing was kept. Raises OSError."""
         for number, text in self._texts(limits):
             if number not in self.answers.numbers and number not in self.errors.numbers:
-                yield lines.parse(number, text, self.state["endpoint"])
+                try:
+                    yield lines.parse(number, text, self.state["endpoint"])
+                except LineError as error:  # it was one to the version, or by the limits, that this batch began with
+                    self._refuse(number, error.custom_id, error.code or "invalid_line", error.message)
 
     def expire(self, limits: Limits) -> None:
         """Keeps of each line that was not answered that its time is over. Raises OSError."""
@@ -346,6 +357,10 @@ class _Job:
 def _told(error: _FailedError) -> dict[str, Any]:
     found = {"code": error.code or "failed", "message": error.message, "param": error.param, "line": None}
     return {"object": "list", "data": [found]}
+
+
+def _internal() -> _FailedError:
+    return _FailedError("internal error; the server's log has the details")
 
 
 def _gone() -> _FailedError:
