@@ -70,15 +70,16 @@ def read_config(directory: str | Path) -> tuple[str, ModelConfig]:
 
 
 def sampling(directory: str | Path) -> dict[str, Any]:
-    """What the source of an imported model says of `DRAWN`, for requests that do not; empty for a model of our own. Raises
-    CheckpointError for a file that cannot be read, and for what is no number."""
+    """What the source of an imported model says of `DRAWN`, for requests that do not; empty for a model of our own. One that is
+    not to be sampled is greedy, whatever temperature stands beside that, as in transformers. Raises CheckpointError for a file
+    that cannot be read, and for what is no number."""
     path = Path(directory) / SOURCE
     told = (read_json(path).get("generation_config") or {}) if path.exists() else {}
     numbers = {name: told[name] for name in DRAWN if told.get(name) is not None}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise CheckpointError(f"{path}: generation_config.{name}", got=value, allowed="a number")
-    return numbers
+    return numbers | ({"temperature": 0} if told.get("do_sample") is False else {})
 
 
 def is_ours(directory: Path) -> bool:

@@ -139,6 +139,8 @@ def test_what_a_source_says_of_drawing_is_read_and_checked(directory: Path) -> N
 
     source(**DRAWN, do_sample=True, eos_token_id=[1, 2], typical_p=None)
     assert ServedModel.load(directory).sampling == DRAWN
+    source(do_sample=False, temperature=0.6)
+    assert ServedModel.load(directory).sampling == {"temperature": 0}, "not to be sampled, whatever stands beside it"
     source(temperature=None, top_k=-1)
     assert ServedModel.load(directory).sampling == {"top_k": -1}
     for wrong, says in (

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from shoal.config import ModelConfig
+from shoal.data.chats import forms
 from shoal.data.chats.forms import canonical, pair
 from shoal.data.chats.heldout import questions
 from shoal.data.chats.rows import labels, read_chats, read_pairs
+from shoal.data.chats.whole import read_whole
 from shoal.errors import DataError
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import END_ID, Tokenizer
@@ -100,6 +102,21 @@ def test_one_row_of_odd_values_ends_no_run(tmp_path: Path, config: ModelConfig) 
     good = {"prompt": "2 + 3?", "chosen": "5", "rejected": "6"}
     path.write_text("".join(json.dumps(row) + "\n" for row in [*odd, good]))
     assert len(read_pairs(path, TOKENIZER, config, limit=1000)) == 2
+
+
+def test_a_row_that_nobody_thought_of_is_refused_by_every_reader(
+    tmp_path: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(row: Any) -> Any:
+        return canonical(row) if row.get("text") != "odd" else row["gone"]
+
+    monkeypatch.setattr(forms, "canonical", broken)
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"text": "odd"}\n{"text": "fine"}\n')
+    for read in (read_chats, read_whole):
+        rows = read(path, TOKENIZER, config)
+        assert (len(rows), rows.refused_at) == (1, {"a row that cannot be read, KeyError": 1})
+    assert len(list(labels(path))) == 1
 
 
 def test_an_answer_of_weight_0_is_read_and_not_learned(tmp_path: Path, config: ModelConfig) -> None:

@@ -68,31 +68,21 @@ def read_chats(
     Raises DataError when the file cannot be read, and when none of its rows can be used; for held-out rows, naming the line,
     when one cannot be read or was made by `data.augment`: a measurement on them would mean nothing.
     """
-    longest = limit or config.train_length
-    refused: Counter[str] = Counter()
-    refused_at: dict[str, int] = {}
+    longest, refused = limit or config.train_length, Refused()
     kept: list[Encoded] = []
-
-    def refuse(line: int, reason: str) -> None:
-        refused[reason] += 1
-        refused_at.setdefault(reason, line)
-
-    for chat in chats(path, tokenizer, config, template, refuse, heldout=heldout):
+    for chat in chats(path, tokenizer, config, template, refused, heldout=heldout):
         if not chat.messages:
             kept += [chat.row.cut(start, longest) for start in range(0, len(chat.row.ids), longest)]
         elif len(chat.row.ids) > longest:
-            refuse(chat.line, f"longer than {longest} tokens")
+            refused(chat.line, f"longer than {longest} tokens")
         else:
             kept.append(chat.row)
-    if made := refused[MADE]:
+    if made := refused.counts[MADE]:
         raise DataError(f"{path} holds {made} augmented row(s)", do="measure on the rows that were there before")
-    for reason, line in refused_at.items() if heldout else ():
+    for reason, line in refused.first.items() if heldout else ():
         if not reason.startswith("longer than"):
             raise unusable(path, line, reason)
-    if not kept:
-        first = min(refused_at.items(), key=lambda found: found[1], default=("nothing in it", 1))
-        raise DataError(f"{path} holds no row to train on", got=f"line {first[1]}: {first[0]}", allowed=forms.KNOWN)
-    return flat(kept, config, refused, refused_at)
+    return flat(kept, config, refused, f"{path} holds no row to train on")
 
 
 def read_pairs(
@@ -105,12 +95,10 @@ def read_pairs(
 ) -> ChatRows:
     """The preference pairs of a JSONL file as two rows each, the preferred one first; both at most `limit` tokens long (0: the
     training length). Raises DataError when the file cannot be read, and when none of its rows can be used."""
-    longest = limit or config.train_length
-    refused: Counter[str] = Counter()
-    refused_at: dict[str, int] = {}
+    longest, refused = limit or config.train_length, Refused()
     kept: list[Encoded] = []
     for line, text in numbered(Path(path)):
-        try:
+        with refusing(line, refused):
             sides = [
                 encode_chat(messages, tokenizer, config, template=template, add_generation_prompt=False)
                 for messages in forms.pair(_parsed(text))
@@ -120,21 +108,41 @@ def read_pairs(
             if max(len(side.ids) for side in sides) > longest:
                 raise DataError(f"longer than {longest} tokens")
             kept += sides
-        except (DataError, RequestError, UnicodeEncodeError) as error:
-            unicode = isinstance(error, UnicodeEncodeError)  # half a surrogate
-            reason = "text that is no Unicode" if unicode else str(error.args[0]).split(":")[0]
-            refused[reason] += 1
-            refused_at.setdefault(reason, line)
-    if not kept:
-        first = min(refused_at.items(), key=lambda found: found[1], default=("nothing in it", 1))
-        raise DataError(f"{path} holds no pair to learn from", got=f"line {first[1]}: {first[0]}", allowed=forms.PAIRS)
-    return flat(kept, config, refused, refused_at)
+    return flat(kept, config, refused, f"{path} holds no pair to learn from", forms.PAIRS)
+
+
+class Refused:
+    """Rows that cannot be used: how many for each reason, and the first line of each."""
+
+    def __init__(self) -> None:
+        self.counts, self.first = Counter[str](), dict[str, int]()
+
+    def __call__(self, line: int, reason: str) -> None:
+        self.counts[reason] += 1
+        self.first.setdefault(reason, line)
+
+
+@contextlib.contextmanager
+def refusing(line: int, refuse: Callable[[int, str], None]) -> Iterator[None]:
+    """What is wrong with the row of a line, in this block, is told to `refuse`: one that nobody thought of ends no run."""
+    try:
+        yield
+    except (DataError, RequestError) as error:
+        refuse(line, error.message.split(":")[0])
+    except UnicodeEncodeError:  # half a surrogate
+        refuse(line, "text that is no Unicode")
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        refuse(line, f"a row that cannot be read, {type(error).__name__}")
 
 
 def flat(
-    kept: Sequence[Encoded], config: ModelConfig, refused: Mapping[str, int], refused_at: Mapping[str, int]
+    kept: Sequence[Encoded], config: ModelConfig, refused: Refused, none: str, allowed: str = forms.KNOWN
 ) -> ChatRows:
-    """The rows `kept`, at least one, as flat arrays."""
+    """The rows `kept` as flat arrays. Raises DataError, which begins with `none` and names the first of those `refused`, where
+    there are none."""
+    if not kept:
+        reason, line = min(refused.first.items(), key=lambda found: found[1], default=("nothing in it", 1))
+        raise DataError(none, got=f"line {line}: {reason}", allowed=allowed)
     images = [row.patches for row in kept if row.patches is not None]
     return ChatRows(
         ids=np.concatenate([np.asarray(row.ids, dtype=np.int32) for row in kept]),
@@ -142,8 +150,8 @@ def flat(
         ends=np.cumsum([len(row.ids) for row in kept]),
         patches=np.concatenate(images) if images else np.zeros((0, config.patch_values), dtype=np.uint8),
         patch_ends=np.cumsum([sum(len(image.values) for image in row.images) for row in kept]),
-        refused=dict(sorted(refused.items())),
-        refused_at=dict(refused_at),
+        refused=dict(sorted(refused.counts.items())),
+        refused_at=dict(refused.first),
     )
 
 
@@ -170,7 +178,8 @@ def chats(
     """The rows of a JSONL file that have an answer, one at a time: the one reader of chats, for training and for measuring.
     `refuse` is told the line of every other and why. Raises DataError when the file cannot be read."""
     for line, text in numbered(Path(path)):
-        try:
+        chat = None
+        with refusing(line, refuse):
             values = _values(text, heldout=heldout)
             messages = values.get("messages") or []
             if messages:
@@ -180,11 +189,9 @@ def chats(
                 row = Encoded(ids, [], [True] * len(ids))
             if not any(row.answer):
                 raise DataError("no answer")
-            yield Chat(line, messages, row, _task(values), group_of(values))
-        except (DataError, RequestError) as error:
-            refuse(line, error.message.split(":")[0])
-        except UnicodeEncodeError:  # half a surrogate
-            refuse(line, "text that is no Unicode")
+            chat = Chat(line, messages, row, _task(values), group_of(values))
+        if chat is not None:
+            yield chat
 
 
 def unusable(path: str | Path, line: int, reason: str) -> DataError:
@@ -211,9 +218,9 @@ def group_of(row: Mapping[str, Any]) -> int:
 
 def labels(path: str | Path) -> Iterator[tuple[str, int]]:
     """Task and group of each row of a JSONL file. Raises DataError when the file cannot be read."""
-    for _, text in numbered(Path(path)):
+    for line, text in numbered(Path(path)):
         # who reads the rows themselves says what is wrong with them
-        with contextlib.suppress(DataError, UnicodeEncodeError):
+        with refusing(line, Refused()):
             values = _values(text, heldout=False)
             yield _task(values), group_of(values)
 

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 from shoal.config import ModelConfig
 from shoal.data.chats import forms
-from shoal.data.chats.rows import ChatRows, flat, numbered
-from shoal.errors import DataError, RequestError
+from shoal.data.chats.rows import ChatRows, Refused, flat, numbered, refusing
+from shoal.errors import DataError
 from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
 
@@ -27,29 +26,18 @@ def read_whole(
 ) -> ChatRows:
     """The rows of a JSONL file, cut into pieces of at most `limit` tokens (0: the training length); one with images is refused
     where it is longer. Raises DataError when the file cannot be read, and when none of its rows can be used."""
-    longest = limit or config.train_length
-    refused: Counter[str] = Counter()
-    refused_at: dict[str, int] = {}
+    longest, refused = limit or config.train_length, Refused()
     kept: list[Encoded] = []
     for line, text in numbered(Path(path)):
-        try:
+        with refusing(line, refused):
             row = _encoded(text, tokenizer, config, template)
             if row.images and len(row.ids) > longest:
                 raise DataError(f"longer than {longest} tokens, with images")
-        except (DataError, RequestError, UnicodeEncodeError) as error:
-            unicode = isinstance(error, UnicodeEncodeError)  # half a surrogate
-            reason = "text that is no Unicode" if unicode else str(error.args[0]).split(":")[0]
-            refused[reason] += 1
-            refused_at.setdefault(reason, line)
-            continue
-        for start in range(0, len(row.ids), longest):
-            ids = row.ids[start : start + longest]
-            if len(ids) >= SHORTEST:
-                kept.append(Encoded(ids, row.images, [True] * len(ids)))
-    if not kept:
-        first = min(refused_at.items(), key=lambda found: found[1], default=("nothing in it", 1))
-        raise DataError(f"{path} holds no row to learn from", got=f"line {first[1]}: {first[0]}", allowed=forms.KNOWN)
-    return flat(kept, config, refused, refused_at)
+            for start in range(0, len(row.ids), longest):
+                ids = row.ids[start : start + longest]
+                if len(ids) >= SHORTEST:
+                    kept.append(Encoded(ids, row.images, [True] * len(ids)))
+    return flat(kept, config, refused, f"{path} holds no row to learn from")
 
 
 def _encoded(text: bytes, tokenizer: Tokenizer, config: ModelConfig, template: str) -> Encoded:
