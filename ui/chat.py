@@ -157,7 +157,7 @@ def _controls(assistant: Assistant) -> dict[str, Component]:
         same = "The same seed gives the same answer. Empty: another each time."
         # of text, since Gradio's Number shows, and sends, 0 where there is none
         seed = gr.Textbox("", label="Seed", info=same, max_lines=1)
-        lost = "Nats a token that depth auto may lose in the mean of many answers. Empty: as the server says."
+        lost = "Nats a token that an answer of depth auto may lose; below it stands what it lost. Empty: as the server says."
         tolerance = gr.Textbox("", label="Tolerance", info=lost, max_lines=1)
     return {
         "model": model,

@@ -15,11 +15,13 @@ from ui import site, talk
 from ui.chat import IMAGES
 from ui.look import Place
 from ui.site import QUIET, Component, Key, Site
-from ui.talk import Said, Settings
+from ui.talk import Card, Said, Settings
 
 PLACE = Place("Compare", "compare", "tools")
 MOST, AT_FIRST = 4, 2  # answers beside each other
 MOST_TOKENS = 64
+TOLERANCES = (0.05, 0.2)  # nats a token, beside the depths
+WITHIN = "within "  # and then one of them: as a depth is picked
 TOGETHER, IN_TURN = "at the same time", "one after another"
 SHARED = "Together they share the machine."
 IDLE: dict[str, Any] = {"submit_btn": "Compare", "stop_btn": False}  # one button, which does what can be done now
@@ -126,6 +128,19 @@ def _pane(number: int) -> tuple[Component, Component, Component, Component]:
     return box, model, depth, answer
 
 
+def _depths(card: Card) -> list[tuple[str, str]]:
+    """Choices of depth, and of what an answer may lose where the model has depths to draft with: (label, value)."""
+    within = [(f"auto, may lose {nats:g} nats a token", f"{WITHIN}{nats:g}") for nats in TOLERANCES]
+    return site.depths(card) + (within if len(card.depths) > 1 else [])
+
+
+def _settings(picked: str, most: int, temperature: float, seed: int | None) -> Settings:
+    """Of an answer at the depth `picked`, a value of `_depths`."""
+    if picked.startswith(WITHIN):
+        return Settings("auto", most, temperature, seed=seed, tolerance=float(picked.removeprefix(WITHIN)))
+    return Settings(picked, most, temperature, seed=seed)
+
+
 def _visible(columns: int) -> list[Any]:
     return [gr.update(visible=number < columns) for number in range(MOST)]
 
@@ -147,13 +162,15 @@ def _describe(at: Site, head: Component, picks: Sequence[Component], most: Compo
         for number in range(MOST):
             other = cards[min(number, len(cards) - 1)]  # models differ, if there are some
             updates.append(gr.update(choices=names, value=other.name, visible=len(cards) > 1))
-            updates.append(gr.update(choices=site.depths(other), value="full" if len(cards) > 1 else first[number]))
+            updates.append(gr.update(choices=_depths(other), value="full" if len(cards) > 1 else first[number]))
         limit = gr.update(maximum=card.context - 1, value=min(MOST_TOKENS, card.context // 2))
         return [at.header(PLACE, site.all_of(cards)), *updates, limit, Key.shown(given)]
 
     async def described(given: str, picked: str, depth: str) -> Any:
         try:
-            return site.depths_of(site.of(await at.cards(given), picked), depth)
+            card = site.of(await at.cards(given), picked)
+            choices = _depths(card)
+            return gr.update(choices=choices, value=depth if depth in [value for _, value in choices] else "auto")
         except openai.OpenAIError:
             return gr.skip()  # the answer will say so
 
@@ -191,7 +208,7 @@ def _run(at: Site) -> Any:
         chosen = list(zip(picks[::2], picks[1::2], strict=True))[:columns]
         streams = []
         for model, depth in chosen:
-            settings = Settings(depth, int(most), temperature, seed=None if seed is None else int(seed))
+            settings = _settings(depth, int(most), temperature, None if seed is None else int(seed))
             streams.append(talk.stream(at.client(key), site.of(cards, model), asked, settings))
         yield [_asking()] * columns + [_waiting()] * (MOST - columns)
         async with aclosing(beside(streams, together=turns == TOGETHER)) as states:  # type: ignore[type-var]
