@@ -69,8 +69,7 @@ def build_app(
     `runs`: a folder of training runs to show, read only; `batches`: a folder that keeps files and batches, which are run while
     the app is, `at_once` of their lines at a time; `adapters`, `adapters_from` and `on_adapters` are as `Adapters` takes them;
     `ui_mount` may add a page to the finished app; `answer_request_id` is false behind a proxy that sends ``X-Request-Id``
-    itself; `drain` is how the caller ends it. Raises ConfigError for a name
-    given twice, or an origin that is none.
+    itself; `drain` is how the caller ends it. Raises ConfigError for a name given twice, or an origin that is none.
     """
     limits = limits or Limits()
     service, drain = Service(models, limits), drain or Drain(OPEN_PATHS)
@@ -104,13 +103,7 @@ def build_app(
         longer={"/v1/files": limits.file_bytes + FORM_BYTES} if batches else {},
     )
     if cors:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=_origins(cors),
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=["*"],
-        )
+        _open_to(app, cors)
     return ui_mount(app) if ui_mount else app
 
 
@@ -149,6 +142,17 @@ def _kept(
 
     app.router.lifespan_context = lifespan
     return Kept(store, worker)
+
+
+def _open_to(app: FastAPI, cors: Sequence[str]) -> None:
+    """Let pages of the origins `cors` call `app`."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=_origins(cors),
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=["*"],
+    )
 
 
 def _origins(given: Sequence[str]) -> list[str]:
