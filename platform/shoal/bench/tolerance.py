@@ -68,7 +68,7 @@ def tolerance(
     if not asked:
         raise UsageError("--data", got=str(data), allowed="a directory with held-out chats, made by `shoal prepare`")
     rows: Rows = []
-    tables = []
+    tables: list[Table] = []
     for batch in batches:
         ways = _ways(loaded, tolerances)
         for way in ways:
@@ -80,7 +80,7 @@ def tolerance(
                     if not turn:
                         way.rates[task] = []
         found = [_row(way, batch, asked) for way in ways]
-        tables.append(_table(found, batch, list(asked), temperature))
+        tables += _tables(found, batch, list(asked), temperature)
         rows += found
     what = {"bench": "tolerance", "model": str(model), "quantization": loaded.config.quantization}
     show(console, tables, {**what, "prompts": prompts, "rounds": rounds, "temperature": temperature, "rows": rows})
@@ -119,19 +119,21 @@ def _row(way: Way, batch: int, asked: dict[str, list[Question]]) -> dict[str, An
     }
 
 
-def _table(rows: Rows, batch: int, tasks: list[str], temperature: float) -> Table:
-    title = (
-        f"{batch} at once, {'greedy' if temperature == 0 else f'temperature {temperature:g}'}; speed beside full depth"
+def _tables(rows: Rows, batch: int, tasks: list[str], temperature: float) -> list[Table]:
+    """Speed, beside full depth, and what it costs; then the scores."""
+    how = f"{batch} at once, {'greedy' if temperature == 0 else f'temperature {temperature:g}'}"
+    short = [task.split()[0] for task in tasks]
+    speed = Table(
+        "way", *short, "mean", "depth", "spent", "most", title=f"{how}: speed beside full depth, nats a token"
     )
-    table = Table(
-        "way", *tasks, "mean", "mean depth", "spent", "most", *(f"score: {task}" for task in tasks), title=title
-    )
+    scores = Table("way", *short, title=f"{how}: scores")
     full = rows[0]["tokens_per_s"]
     for row in rows:
         ratios = [row["tokens_per_s"][task] / full[task] for task in tasks]
         spent = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("spent", "most_spent")]
-        table.add_row(
+        speed.add_row(
             row["way"], *(f"{ratio:.2f}" for ratio in ratios), f"{statistics.fmean(ratios):.2f}",
-            f"{row['mean_depth']:.2f}", *spent, *(f"{row['scores'][task]:.3g}" for task in tasks),
+            f"{row['mean_depth']:.2f}", *spent,
         )  # fmt: skip
-    return table
+        scores.add_row(row["way"], *(f"{row['scores'][task]:.3g}" for task in tasks))
+    return [speed, scores]

@@ -117,7 +117,6 @@ class _Stood:
 
     good: float = 0.0
     tried: float = 0.0
-    idle: int = 0  # steps without drafts since the last with some
 
     def share(self, before: _Stood) -> float:
         """The share that stands, `before` being what others' drafts say."""
@@ -140,7 +139,7 @@ class Drafting:
     """Which requests draft how much, in the step that is being planned.
 
     At most as many as they ask for. Where drafting is measured (`Switch`), each drafts as many as its own drafts so far make
-    worth while, those of other answers being what it begins with; one that drafts none tries one again every `AGAIN` steps."""
+    worth while, those of other answers being what it begins with. Where none is worth it, one is tried every `AGAIN` steps."""
 
     def __init__(self, most: int, switch: Switch, able: bool = True, cheap: float = 0.25) -> None:
         """`most` tokens are drafted ahead by requests that do not say otherwise, where `switch` says that it pays; none by a
@@ -149,6 +148,7 @@ class Drafting:
         self._most, self.switch, self._able, self._cheap = most, switch, able, cheap
         self._counted: dict[Running, int] = {}  # who drafts how much; nobody else does, whatever comes into the step
         self._all, self._own = _Stood(), WeakKeyDictionary[Running, _Stood]()
+        self._idle = AGAIN  # steps since the last that drafted; the first that may, does
 
     def stop(self) -> None:
         """Nobody drafts."""
@@ -176,14 +176,14 @@ class Drafting:
 
     def learn(self, plan: Plan, outcome: Outcome, seconds: float) -> None:
         """Take in what a step gave; of its time, one that prefilled says nothing."""
+        self._idle += 1
         for work, sampled in zip(plan.samples, outcome.samples, strict=True):
-            stood = self._own.setdefault(work.running, _Stood())
-            if not sampled.drafted:
-                stood.idle += 1
-                continue
-            good, tried = len(sampled.after), min(len(sampled.after) + 1, sampled.drafted)
-            stood.good, stood.tried, stood.idle = stood.good + good, stood.tried + tried, 0
-            self._all.good, self._all.tried = FADE * self._all.good + good, FADE * self._all.tried + tried
+            if sampled.drafted:
+                self._idle = 0
+                good, tried = len(sampled.after), min(len(sampled.after) + 1, sampled.drafted)
+                own = self._own.setdefault(work.running, _Stood())
+                own.good, own.tried = own.good + good, own.tried + tried
+                self._all.good, self._all.tried = FADE * self._all.good + good, FADE * self._all.tried + tried
         if all(work.count == 1 and work.sample for work in plan.works):
             tokens = sum(1 + len(sampled.after) for sampled in outcome.samples)
             self.switch.learn(len(plan.works), max(work.drafts for work in plan.works), seconds, tokens)
@@ -192,10 +192,10 @@ class Drafting:
         """As many of `room` as its drafts are worth in a step of `batch`."""
         if not room or self.switch.max_batch is not None:
             return room
-        own = self._own.setdefault(running, _Stood())
+        own = self._own.get(running) or _Stood()
         price = self.switch.price(batch)
         ahead = worth(own.share(self._all), self._cheap if price is None else price, room)
-        return ahead or int(not own.tried or own.idle >= AGAIN)
+        return ahead or int(self._idle >= AGAIN)
 
     def _room(self, running: Running) -> int:
         """As many as it asks for and its answer has room for."""

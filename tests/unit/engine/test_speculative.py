@@ -21,7 +21,7 @@ from shoal import Engine, Model, Request, Sampling
 from shoal.engine import naive
 from shoal.engine.events import Completion, Finished, Guide, Token
 from shoal.engine.guided import Grammar
-from shoal.engine.plan import Sampled
+from shoal.engine.plan import Outcome, Plan, Sampled, Work
 from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
 from shoal.engine.speculative import AGAIN, TRIALS, Drafting, Switch, accept
@@ -362,7 +362,42 @@ def test_the_engine_measures_for_itself() -> None:
     request = Request(prompt(1), Sampling(temperature=0, max_tokens=60, ignore_eos=True), depth="full")
     same(run(e, [request])[0], undrafted(request))
     costs = e.scheduler._drafting.switch._costs
-    assert all(costs[1, drafted].steps >= TRIALS and costs[1, drafted].seconds > 0 for drafted in (True, False))
+    assert all(costs[1, drafted].steps and costs[1, drafted].seconds > 0 for drafted in (True, False))
+    assert e.scheduler._drafting._all.tried > 0
+
+
+class Simulated:
+    """Steps of one request at a time, by a clock of their own: one without drafts takes a second, each draft `price` more, and
+    a draft stands with the probability that its answer has."""
+
+    def __init__(self, price: float) -> None:
+        self.price, self.rng, self.drafting = price, random.Random(0), Drafting(4, Switch())
+
+    def speed(self, share: float, tokens: int = 200) -> float:
+        """Tokens a second of an answer whose drafts stand with the probability `share`."""
+        running = decoding()
+        running.request = Request([50], Sampling(max_tokens=10**6), depth="full")
+        seconds, told = 0.0, 0
+        while told < tokens:
+            self.drafting.start([running], 99)
+            drafts = self.drafting.drafts(running)
+            good = next((i for i in range(drafts) if self.rng.random() >= share), drafts)
+            sampled = Sampled(5, after=tuple(Sampled(5) for _ in range(good)), drafted=drafts)
+            took = 1 + self.price * drafts
+            plan = Plan([Work(running, 2, 1, 0, 4, sample=True, drafts=drafts)])
+            self.drafting.learn(plan, Outcome([sampled]), took)
+            seconds, told = seconds + took, told + 1 + good
+        return told / seconds
+
+
+def test_an_answer_drafts_as_far_as_its_drafts_are_worth_it() -> None:
+    some = Simulated(0.3)
+    best = max(sum(0.9**i for i in range(k + 1)) / (1 + 0.3 * k) for k in range(5))
+    for _ in range(6):
+        assert some.speed(0.0) > 0.97
+        assert some.speed(0.9, 600) > 0.75 * best, "each answer is judged by its own drafts, whatever came before"
+    dear = Simulated(2.0)
+    assert min(dear.speed(0.9) for _ in range(4)) > 0.97, "what costs more than it gives is left alone"
 
 
 def test_bad_values_are_named() -> None:
