@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from shoal.api.access import no_lines
 from shoal.api.serve_args import ServeArgs
 from shoal.api.server import run_local
 from shoal.clients import samples
@@ -66,9 +67,10 @@ def _serve(model: Path, port: int, *, stay: bool, console: Console, began: float
 
     def ask(url: str) -> None:
         try:
-            for answer in samples.questions(f"{url}/v1", QUESTIONS, MOST_TOKENS):
-                samples.show(answer, console, most=400)
-            _say(console, f"{head} ready {duration(time.monotonic() - began)} after the start")
+            with no_lines():  # between the answers they could not be read
+                for answer in samples.questions(f"{url}/v1", QUESTIONS, MOST_TOKENS):
+                    samples.show(answer, console, most=400)
+                _say(console, f"{head} ready {duration(time.monotonic() - began)} after the start")
             if stay:
                 _say(console, f"{head} API {url}/v1   chat page {url}/ui   (Ctrl-C ends it)")
         except BaseException as error:  # this thread's end is nobody's: who waits for the service must hear of it

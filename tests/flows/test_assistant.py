@@ -50,6 +50,7 @@ def test_open_weights_become_an_assistant_and_a_second_call_goes_on(tmp_path: Pa
     for text in (first, second):
         assert text.count("tokens/s") == len(assistant.QUESTIONS) and text.endswith("The service has stopped.\n")
         assert all(question in text for question in assistant.QUESTIONS)
+    assert '"path":' not in done.stderr, "lines of requests stood between the answers"
     assert "done before" not in first and second.count("done before") == 2
     assert "Ctrl-C" not in first and f"http://127.0.0.1:{port}/ui" in second
     assert Model.load(root / "int8", verify=True).config.quantization == "w8a8"

@@ -93,6 +93,7 @@ class Access:
 @contextmanager
 def told(access: Access, headers: Mapping[bytes, str]) -> Iterator[None]:
     """Logs `access` when the block ends, however it ends, and spans it; a ``traceparent`` header makes it a child."""
+    shown = not log.disabled
     if trace is None:
         span = None
     else:
@@ -104,7 +105,8 @@ def told(access: Access, headers: Mapping[bytes, str]) -> Iterator[None]:
     finally:
         known = access.attributes()
         time_ = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        log.info("%s", json.dumps({"time": time_, **known}))
+        if shown:
+            log.info("%s", json.dumps({"time": time_, **known}))
         if span is not None:
             for name, value in known.items():
                 span.set_attribute(_SEMANTIC.get(name, f"shoal.{name}"), value)
@@ -135,6 +137,16 @@ def log_to_stderr() -> None:
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False
+
+
+@contextmanager
+def no_lines() -> Iterator[None]:
+    """Of requests that begin in this block no line is written, whenever they end, as where their answers are printed."""
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = False
 
 
 _SEMANTIC = {  # OpenTelemetry's names, where it has one

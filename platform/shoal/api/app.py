@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -27,6 +25,7 @@ from shoal.api.batches.store import Store
 from shoal.api.batches.worker import Worker
 from shoal.api.document import Documented
 from shoal.api.drain import Drain
+from shoal.api.lifespan import beside
 from shoal.api.limits import Limits
 from shoal.api.messages.routes import messages_routes
 from shoal.api.middleware import OPEN_PATHS, Gate, Headed
@@ -128,19 +127,7 @@ def _kept(
     store, inside = Store(folder, service.limits), Inside(app, service.failed)
     worker = Worker(store, inside, keys, service.limits, at_once=at_once, stopping=lambda: drain.closed)
     app.add_middleware(Open, take=inside.take)
-    before = app.router.lifespan_context
-
-    @asynccontextmanager
-    async def lifespan(running: FastAPI) -> AsyncIterator[Any]:
-        async with before(running) as state:
-            work = asyncio.create_task(worker.run())
-            try:
-                yield state
-            finally:
-                work.cancel()
-                await asyncio.wait({work})
-
-    app.router.lifespan_context = lifespan
+    beside(app, worker.run, asyncio.Task.cancel)
     return Kept(store, worker)
 
 

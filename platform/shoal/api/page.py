@@ -10,11 +10,10 @@ import asyncio
 import importlib
 import logging
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import RedirectResponse
@@ -24,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 import shoal
 from shoal.api.app import UiMount
+from shoal.api.lifespan import beside
 from shoal.errors import ResourceError, frames
 
 MOUNT = "ui.mount:mount"
@@ -67,19 +67,8 @@ def later(put: UiMount) -> UiMount:
     """`put`, done in a thread once the app has started, on an app of its own that answers what is below `PATHS`."""
 
     def mount(app: FastAPI) -> FastAPI:
-        pages, before = _Pages(put), app.router.lifespan_context
-
-        @asynccontextmanager
-        async def lifespan(served: FastAPI) -> AsyncIterator[Any]:
-            async with before(served) as state:
-                making = asyncio.create_task(pages.live())
-                try:
-                    yield state
-                finally:
-                    pages.ended.set()
-                    await asyncio.wait({making})
-
-        app.router.lifespan_context = lifespan
+        pages = _Pages(put)
+        beside(app, pages.live, lambda _: pages.ended.set())
         app.router.routes.append(pages)
         return app
 
