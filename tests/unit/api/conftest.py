@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
 import httpx
@@ -85,6 +85,12 @@ class Scripted:
         await asyncio.sleep(0)
         last = 0.5 if depth == "shallow" else 0.25
         return [[float(len(prompt)), float(sum(prompt)), last] for prompt in prompts]
+
+    async def load_adapter(self, directory: str) -> str:
+        return f"of {directory}"
+
+    async def keep_adapters(self, known: Mapping[str, str]) -> None:
+        pass
 
     async def stats(self) -> Samples:
         return {sample("num_requests_running"): self.open, **self.metrics.samples((1, 2, 4))}

@@ -57,7 +57,7 @@ async def test_embeddings_that_wait_are_bounded(model: Model, monkeypatch: pytes
     engine = AsyncEngine(Engine(model, max_queue=2))
     began, go_on = threading.Event(), threading.Event()
 
-    def slow(prompt: list[int], depth: object) -> np.ndarray:
+    def slow(prompt: list[int], depth: object, adapter: object) -> np.ndarray:
         began.set()
         go_on.wait(10)
         return np.zeros(2)
@@ -83,7 +83,7 @@ async def in_turn(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, calls: l
     done: list[int] = []
     began, go_on = threading.Event(), threading.Event()
 
-    def embed(prompt: list[int], depth: object) -> np.ndarray:
+    def embed(prompt: list[int], depth: object, adapter: object) -> np.ndarray:
         began.set()
         assert go_on.wait(10)
         done.append(prompt[0])

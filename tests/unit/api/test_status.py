@@ -191,7 +191,8 @@ async def test_the_openapi_document_is_whole(http: httpx.AsyncClient) -> None:
 async def test_the_document_s_examples_name_the_served_model_and_are_answered(
     connect: Callable[..., httpx.AsyncClient], tmp_path: Path
 ) -> None:
-    http = connect(batches=tmp_path)
+    (tmp_path / "adapters" / "runs" / "support" / "adapter").mkdir(parents=True)
+    http = connect(batches=tmp_path, adapters_from=tmp_path / "adapters")
     document = (await http.get("/openapi.json")).json()
     asked, file = 0, ""
     for path, operations in document["paths"].items():
