@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from shoal import Engine, Model, Request
-from shoal.api import wire
+from shoal.api import auth, wire
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.batches import lines, worker
@@ -132,6 +132,13 @@ def test_each_endpoint_answers_as_a_live_request_does(
 ) -> None:
     """But for its priority, its turn, and its time, which is the batch's."""
     prepare, asked = Engine.prepare, list[Request]()
+    embed, priorities = AsyncEngine.embed, list[int]()
+
+    async def embedded(self: AsyncEngine, *given: Any, priority: int = 0, **more: Any) -> list[list[float]]:
+        priorities.append(priority)
+        return await embed(self, *given, priority=priority, **more)
+
+    monkeypatch.setattr(AsyncEngine, "embed", embedded)
 
     def noted(self: Engine, request: Request) -> Any:
         asked.append(request)
@@ -161,10 +168,25 @@ def test_each_endpoint_answers_as_a_live_request_does(
         assert [batch.endpoint for batch in client.batches.list(limit=1)] == [*bodies][::-1], "all pages"
         assert [file.purpose for file in client.files.list()].count("batch_output") == 4
     assert [request.priority > LATER for request in asked] == [False, True] * 3
+    assert [priority > LATER for priority in priorities] == [False, True]
     assert all(
         request.deadline is not None and (request.deadline > 3600) == bool(request.priority) for request in asked
     )
     assert len({request.payer for request in asked}) == 2
+
+
+def test_the_example_of_the_documentation_runs(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/api.md").read_text("utf-8").partition("## Files and batches")[2]
+    example = page.partition("```python\n")[2].partition("```")[0]
+    with serving(model, tmp_path) as thread:
+        assert "http://127.0.0.1:8000" in example
+        exec(example.replace("http://127.0.0.1:8000", thread.url), {})
+    said = capsys.readouterr().out
+    assert (
+        said.startswith("completed BatchRequestCounts(completed=3, failed=0, total=3)") and said.count("custom_id") == 3
+    )
 
 
 def test_a_line_that_is_no_request_is_told_with_its_number(
@@ -300,8 +322,9 @@ def test_many_cancel_and_read_at_once(model: Model, tmp_path: Path) -> None:
             client.batches.cancel(whole.id)
 
 
-def test_a_key_sees_and_pays_its_own(model: Model, tmp_path: Path) -> None:
+def test_a_key_sees_and_pays_its_own(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And of its limits a batch takes half, one place at least."""
+    monkeypatch.setattr(auth, "GRACE_SECONDS", 0.1)
     keys = tmp_path / "keys"
     keys.write_text("sk-a name=a tokens=100000\nsk-b name=b at_once=2\n")
     with serving(model, tmp_path / "kept", keys) as thread:

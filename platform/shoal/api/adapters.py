@@ -61,10 +61,11 @@ class WithAdapter:
         *,
         payer: str = "",
         client: str = "",
+        priority: int = 0,
         adapter: str = "",
     ) -> list[list[float]]:
         held = adapter or self._identity
-        return await self._client.embed(prompts, depth, payer=payer, client=client, adapter=held)
+        return await self._client.embed(prompts, depth, payer=payer, client=client, priority=priority, adapter=held)
 
     async def load_adapter(self, directory: str) -> str:
         return await self._client.load_adapter(directory)

@@ -8,7 +8,8 @@ its SHA-256 digest may stand:
     sha256:b0b2d9...  name=batch  at_once=8                   requests that run at the same time
 
 Notable: a service that was told to have keys never becomes open. A file that changes is read again with the next request; a new
-one that cannot be read changes nothing, and the log says so.
+one that cannot be read changes nothing, and the log says so. One that is read while somebody writes over it is without some of
+its keys: no request has them then, but what is kept for them (batches, what is left of a minute) is for `GRACE_SECONDS` more.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ ENVIRONMENT = "SHOAL_API_KEYS"  # as in a file, with commas in place of line end
 RATES = ("requests", "tokens")  # a minute
 SETTINGS = ("name", *RATES, "at_once")
 AGAIN_SECONDS = 1.0  # between two tries to read a file that cannot be read
+GRACE_SECONDS = 10.0  # a key that came back within them was never gone
 
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
@@ -151,6 +153,9 @@ class ApiKeys:
         self._stamp: Stamp | None = None  # of the file when it was last read
         self._failed: Stamp | None = ()  # of the file that could not be read, as was told; (): none
         self._again = -math.inf  # when it may be tried again
+        self._gone: dict[
+            str, tuple[float, Key]
+        ] = {}  # by digest, keys that the file does not have any more, and since when
 
     @classmethod
     def load(cls, path: str | Path | None = None, *, clock: Clock = time.monotonic) -> ApiKeys | None:
@@ -193,8 +198,12 @@ class ApiKeys:
         return matches[0]
 
     def known(self, digest: str) -> Key | None:
-        """The key of this digest, in hexadecimal digits; None where it is none of the accepted ones any more."""
+        """The key of this digest, in hexadecimal digits, for what may wait; None where it has been none of the accepted ones
+        for `GRACE_SECONDS`."""
         self._renew()
+        since, gone = self._gone.get(digest, (-math.inf, None))
+        if gone is not None and self._clock() < since + GRACE_SECONDS:
+            return gone
         return next((key for key in self._keys if key.digest.hex() == digest), None)
 
     def _renew(self) -> None:
@@ -212,8 +221,13 @@ class ApiKeys:
             self._failed = stamp
             return
         self._stamp = stamp
-        known = {key.line: key for key in self._keys}
+        now = self._clock()
+        last = {digest: (at, key) for digest, (at, key) in self._gone.items() if now < at + GRACE_SECONDS}
+        last |= {key.digest.hex(): (now, key) for key in self._keys}
+        known = {key.line: key for _, key in last.values()}
         self._keys = tuple(known.get(key.line, key) for key in keys)
+        there = {key.digest.hex() for key in keys}
+        self._gone = {digest: gone for digest, gone in last.items() if digest not in there}
         log.warning("read API keys again from %s: %d", self._file, len(keys))
 
     def __repr__(self) -> str:

@@ -38,10 +38,11 @@ class EngineClient(Protocol):
         *,
         payer: str = "",
         client: str = "",
+        priority: int = 0,
         adapter: str = "",
     ) -> list[list[float]]:
         """The vector of each prompt, as `Model.embed` makes it, all by the same weights: else they could not be compared.
-        `payer` and `client` are whose turn it takes, and `adapter` is its identity, as of `Request`."""
+        `payer`, `client` and `priority` are whose turn it takes, and when, and `adapter` is its identity, as of `Request`."""
 
     async def load_adapter(self, directory: str) -> str:
         """Loads the adapter in `directory`, and returns its identity once each engine has it that serves now. Raises

@@ -176,7 +176,7 @@ class Service:
 
         async def vectors() -> list[list[float]]:
             async with asyncio.timeout(access.seconds_left or self.limits.seconds):
-                return await client.embed(ids, depth, payer=payer, client=of)
+                return await client.embed(ids, depth, payer=payer, client=of, priority=access.priority)
 
         try:
             return await while_connected(request.receive, vectors())

@@ -28,6 +28,7 @@ from shoal.engine.pages import Pages
 from shoal.engine.runner import Runner
 from shoal.engine.running import Running
 from shoal.engine.scheduler import Scheduler
+from shoal.engine.shares import may_wait
 from shoal.engine.speculative import Switch
 from shoal.engine.text import TextStream
 from shoal.errors import (
@@ -276,6 +277,11 @@ class Engine:
     def idle(self) -> bool:
         """Is no request live?"""
         return self.scheduler.idle
+
+    @property
+    def urgent(self) -> bool:
+        """Is any request live that may not wait for all others?"""
+        return any(not may_wait(running) for running in self.scheduler.live)
 
     def stats(self) -> Samples:
         """Every number that it knows of itself, by the names that Prometheus shows (`engine.metrics` says what they are)."""

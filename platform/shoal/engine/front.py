@@ -27,7 +27,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shoal.config import FULL
-from shoal.engine.events import Event, Finished, Request, Token
+from shoal.engine.events import LATER, Event, Finished, Request, Token
 from shoal.engine.metrics import Samples
 from shoal.engine.turns import Turns
 from shoal.errors import EngineDeadError, QueueFullError, RequestError, again, frames, of_request
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LATER_SHARE = 0.1  # of the time that embeddings which may wait take, while answers that may not are written
 IDLE_SECONDS = 0.05  # how often deadlines are looked at while no request can run
 
 
@@ -108,6 +109,14 @@ class _Reader:
         return events
 
 
+def _there(give: Callable[[], _Asked | None]) -> _Asked | None:
+    """The first that `give` gives whose caller is still there: one that has left has no place to give."""
+    asked = give()
+    while asked is not None and asked.answer.cancelled():
+        asked = give()
+    return asked
+
+
 def _embedded(model: Model, prompt: list[int], depth: str | int, adapter: Adapter | None) -> list[float]:
     vector: list[float] = model.embed(prompt, depth, adapter).tolist()
     return vector
@@ -138,8 +147,9 @@ class AsyncEngine:
         self._read_adapter = read_adapter
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._pooling: Turns[_Asked] = Turns()  # of `embed`; one is run between two steps
+        self._pooling_later: Turns[_Asked] = Turns()  # those that may wait for all others
         self._most_embeddings = 1 + engine.scheduler.max_queue  # one runs
-        self._pooling_again = 0.0  # when the next may be run, while answers are in the engine
+        self._pooling_again = self._later_again = 0.0  # when the next may be run, while answers are in the engine
         self._readers: dict[str, _Reader] = {}
         self._embeddings = 0  # calls of `embed` that wait or run
         self._lock = threading.Lock()  # of `_readers`, `_pooling`, `_embeddings` and `_dead`
@@ -217,20 +227,23 @@ class AsyncEngine:
         *,
         payer: str = "",
         client: str = "",
+        priority: int = 0,
         adapter: str = "",
     ) -> list[list[float]]:
         """`Model.embed` of each prompt, with the `adapter` of that identity, in the engine thread, one between two steps, so
         that answers go on meanwhile; they take at most half of the time. Payers, and of one payer clients, take turns prompt by
-        prompt. Raises RequestError, QueueFullError when as many calls wait as the engine's queue may hold and no other payer,
-        nor of this one another client, has more prompts there, EngineDeadError."""
+        prompt. Those of a `priority` from `LATER` on come after all others, and have `LATER_SHARE` of the time beside answers
+        that may not wait. Raises RequestError, QueueFullError when as many calls wait as the engine's queue may hold and no
+        other payer, nor of this one another client, has more prompts there, EngineDeadError."""
         held = self._engine.find_adapter(adapter)
+        later = priority >= LATER
+        pooling = self._pooling_later if later else self._pooling
         with self._lock:
             self._check_open()
             if self._embeddings >= self._most_embeddings:
                 error = QueueFullError("too many embeddings wait", got=self._embeddings, do="try again")
-                last = self._pooling.give_place(payer, client)
-                while last is not None and last.answer.cancelled():  # its caller left, and has no place to give
-                    last = self._pooling.give_place(payer, client)
+                last = None if later else _there(self._pooling_later.give_last)
+                last = last or _there(partial(pooling.give_place, payer, client))
                 if last is None:
                     raise error
                 last.fail(error)
@@ -240,7 +253,7 @@ class AsyncEngine:
         try:
             with self._lock:
                 for each in asked:
-                    self._pooling.put(each, payer, client)
+                    pooling.put(each, payer, client)
             self._inbox.put(lambda: None)  # wakes the engine thread
             return await self._answers(asked)
         finally:
@@ -320,11 +333,11 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while not self._stopped.is_set():
-                self._commands(wait=None if self._engine.idle and not self._pooling else 0)
+                self._commands(wait=None if self._engine.idle and not self._embedding else 0)
                 if self._stopped.is_set():
                     continue
                 self._step_began = time.monotonic()
-                if self._pooling and (not self._engine.ran or self._step_began >= self._pooling_again):
+                if self._may_pool(self._step_began):
                     self._pool()
                 events = self._engine.step()  # of an idle engine: the ends of requests that a command cancelled
                 self._step_began = None
@@ -335,7 +348,7 @@ class AsyncEngine:
                 if dead is not None:
                     self._die(dead)
                     return
-                if not self._engine.ran and not events and not self._pooling:
+                if not self._engine.ran and not events and not self._embedding:
                     self._commands(wait=IDLE_SECONDS)  # all are paused: wait for a reader or a deadline
             for request in list(self._readers):
                 self._engine.cancel(request)
@@ -355,17 +368,31 @@ class AsyncEngine:
         except queue.Empty:
             pass
 
+    @property
+    def _embedding(self) -> bool:
+        """Does an embedding wait?"""
+        return bool(self._pooling or self._pooling_later)
+
+    def _may_pool(self, now: float) -> bool:
+        """Does an embedding wait, and leave answers their part of the time?"""
+        return self._embedding and (
+            not self._engine.ran or now >= (self._pooling_again if self._pooling else self._later_again)
+        )
+
     def _pool(self) -> None:
-        """Run the next embedding that somebody still waits for. Answers then have as long for themselves."""
+        """Run the next embedding that somebody still waits for. Answers then have as long for themselves; what may wait gives
+        most of the time to answers that may not."""
         began = time.monotonic()
         asked: _Asked | None = None
         with self._lock:
-            while self._pooling and (asked is None or asked.answer.cancelled()):
-                asked = self._pooling.take()
+            while self._embedding and (asked is None or asked.answer.cancelled()):
+                asked = (self._pooling or self._pooling_later).take()
         if asked is not None:
             asked()
         ended = time.monotonic()
+        share = LATER_SHARE if self._engine.urgent else 0.5
         self._pooling_again = ended + (ended - began)
+        self._later_again = ended + (ended - began) * (1 - share) / share
 
     def _submit(self, running: Running, reader: _Reader) -> None:
         try:

@@ -54,6 +54,17 @@ class Turns(Generic[T]):
         self._taken(most, largest)
         return item
 
+    def give_last(self) -> T | None:
+        """The last item of who has most, out of the queue; None where nothing waits."""
+        if not self._payers:
+            return None
+        payer = max(self._counts, key=lambda name: self._counts[name])
+        clients = self._payers[payer]
+        client = max(clients, key=lambda name: len(clients[name]))
+        item = clients[client].pop()
+        self._taken(payer, client)
+        return item
+
     def _of(self, payer: str) -> OrderedDict[str, deque[T]]:
         return self._payers[payer] if payer in self._payers else OrderedDict()
 

@@ -75,14 +75,20 @@ class ReplicaClient:
             self._pulse.closed(wanted.call)
 
     async def embed(
-        self, prompts: list[list[int]], depth: str | int = FULL, *, payer: str = "", client: str = ""
+        self,
+        prompts: list[list[int]],
+        depth: str | int = FULL,
+        *,
+        payer: str = "",
+        client: str = "",
+        priority: int = 0,
     ) -> list[list[float]]:
         """By one replica, since others may have other weights: the next begins anew. Raises as `batches`."""
         tries, call, refused = 0, uuid.uuid4().hex, frozenset[str]()
         while True:
             wanted = Wanted(f"{call}.{tries}.{len(refused)}", self._reads, avoid=refused)
             try:
-                return await self._embed(wanted, prompts, depth, wanted, payer, client)
+                return await self._embed(wanted, prompts, depth, wanted, payer, client, priority)
             except OtherModelError as error:
                 if error.replica in refused:
                     raise

@@ -249,13 +249,19 @@ class EngineReplica:
         return min(GAP_SECONDS, self._streams / LISTS)
 
     async def embed(
-        self, prompts: list[list[int]], depth: str | int, wanted: Wanted, payer: str = "", client: str = ""
+        self,
+        prompts: list[list[int]],
+        depth: str | int,
+        wanted: Wanted,
+        payer: str = "",
+        client: str = "",
+        priority: int = 0,
     ) -> list[list[float]]:
         """A vector for each of `prompts`, all by one engine, which does not leave before the last."""
         engine, weights = self._chosen(wanted)
         self._running[weights] += 1
         try:
-            return await engine.embed(prompts, depth, payer=payer, client=client)
+            return await engine.embed(prompts, depth, payer=payer, client=client, priority=priority)
         except RequestError:
             raise
         except Exception as error:

@@ -170,7 +170,7 @@ class VllmEngine:
         return layers
 
     async def embed(
-        self, prompts: list[list[int]], depth: str | int = FULL, *, payer: str = "", client: str = ""
+        self, prompts: list[list[int]], depth: str | int = FULL, *, payer: str = "", client: str = "", priority: int = 0
     ) -> list[list[float]]:
         raise RequestError(
             "embeddings", param="model", got="engine vllm", do="ask a model that Shoal's own engine serves"

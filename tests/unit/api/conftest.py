@@ -78,7 +78,7 @@ class Scripted:
         )
 
     async def embed(
-        self, prompts: list[list[int]], depth: str | int = FULL, *, payer: str = "", client: str = ""
+        self, prompts: list[list[int]], depth: str | int = FULL, *, payer: str = "", client: str = "", priority: int = 0
     ) -> list[list[float]]:
         if self.raises:
             raise self.raises

@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request
 
 from shoal.api import service
 from shoal.api.app import build_app
-from shoal.api.auth import ApiKeys
+from shoal.api.auth import GRACE_SECONDS, ApiKeys
 from shoal.api.limits import Limits
 from shoal.api.middleware import Identified
 from shoal.api.served import ServedModel
@@ -370,6 +370,28 @@ class TestKeys:
         file.write_text("gamma\n")
         with pytest.raises(UnauthorizedError):
             keys.find("Bearer alpha")
+
+    def test_a_file_that_is_read_half_written_costs_no_batch_and_refills_no_minute(self, tmp_path: Path) -> None:
+        now = [100.0]
+        file = tmp_path / "keys"
+        file.write_text("alpha\nbeta requests=2\n")
+        keys = ApiKeys.load(file, clock=lambda: now[0])
+        assert keys is not None
+        beta = keys.find("Bearer beta")
+        beta.admit()
+        for _ in range(2):  # written over in place, and read in between
+            file.write_text("alpha\n")
+            with pytest.raises(UnauthorizedError):
+                keys.find("Bearer beta")
+            assert keys.known(beta.digest.hex()) is beta
+            file.write_text("alpha\nbeta requests=2\n")
+            assert keys.find("Bearer beta") is beta is keys.known(beta.digest.hex())
+        file.write_text("alpha\n")
+        assert keys.known(beta.digest.hex()) is beta
+        now[0] += GRACE_SECONDS
+        assert keys.known(beta.digest.hex()) is None and keys.known("0" * 64) is None
+        file.write_text("alpha\nbeta requests=2\n")
+        assert keys.find("Bearer beta") is not beta
 
     @pytest.mark.parametrize("content", [None, b"", b"# nothing\n", b"\xff\xfe", b"new requests=none\n", b"new\nnew\n"])
     def test_a_broken_new_file_changes_nothing_and_is_told(

@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 import pytest
 
 from shoal import Engine, Model, Request, Sampling
-from shoal.engine.events import Event, Finished, Token
-from shoal.engine.front import AsyncEngine
+from shoal.engine import front as front_module
+from shoal.engine.events import LATER, Event, Finished, Token
+from shoal.engine.front import AsyncEngine, _Asked
 from shoal.errors import EngineDeadError, GenerationError, QueueFullError, RequestError
 
 SECONDS = 120.0  # for anything here; far above what it takes, the kernels' first compilation included
@@ -280,6 +281,51 @@ def test_who_has_all_places_for_embeddings_gives_one_to_another_client_and_none_
             assert [type(answer) for answer in done] == [list, list, list, QueueFullError]
 
     run(work())
+
+
+def test_embeddings_that_may_wait_come_after_all_others_and_give_them_their_places(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold, order = threading.Event(), list[int]()
+    monkeypatch.setattr(front_module, "_embedded", lambda _, prompt, depth: order.append(prompt[0]) or [0.0])
+
+    async def work() -> None:
+        async with front(model, max_queue=3) as engine:
+            step = engine._engine.step
+            monkeypatch.setattr(engine._engine, "step", lambda: (hold.wait(SECONDS), step())[1])
+            later = [asyncio.create_task(engine.embed([[50]] * 3, payer="l", priority=LATER)) for _ in range(3)]
+            await asyncio.sleep(0)
+            live = []
+            for i in range(3):
+                live.append(asyncio.create_task(engine.embed([[60]] * 2, payer=str(i))))
+                await asyncio.sleep(0.01)  # what has given its place leaves
+            hold.set()
+            assert [len(vectors) for vectors in await asyncio.gather(*live)] == [2, 2, 2], "none is refused"
+            done = await asyncio.gather(*later, return_exceptions=True)
+            assert sorted(type(answer).__name__ for answer in done) == ["QueueFullError", "QueueFullError", "list"]
+        assert order[:7].count(60) == 6, "the first of all may have been run before they came"
+
+    run(work())
+
+
+@pytest.mark.parametrize("urgent", [True, False])
+def test_embeddings_that_may_wait_have_a_tenth_of_the_time_beside_answers_that_may_not(
+    urgent: bool, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that may not are not kept by it."""
+    engine = AsyncEngine(Engine(model))
+    run(engine.close())  # and what its thread did is called here
+    now = iter([10.0, 12.0] * 2)
+    monkeypatch.setattr(front_module.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(Engine, "urgent", urgent)
+    engine._engine.ran = True
+    engine._pooling_later.put(_Asked(lambda: [0.0]), "", "")
+    engine._pooling_later.put(_Asked(lambda: [0.0]), "", "")
+    engine._pool()
+    free = 12.0 + (18.0 if urgent else 2.0)
+    assert [engine._may_pool(at) for at in (free - 0.01, free + 0.01)] == [False, True]
+    engine._pooling.put(_Asked(lambda: [0.0]), "", "")
+    assert [engine._may_pool(at) for at in (13.99, 14.01)] == [False, True]
 
 
 def test_closing_ends_what_is_live(model: Model) -> None:
