@@ -28,9 +28,9 @@ from shoal.engine.events import Event
 from shoal.engine.events import Request as Asked
 from shoal.engine.metrics import Samples
 from shoal.errors import ConfigError, RequestError, ShoalError
+from shoal.model.adapter_files import CONFIG, WEIGHTS
 
 _PATH = re.compile(r"/?[\w.-]+(/[\w.-]+)*/?", re.ASCII)
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _below(root: Path, path: str) -> Path:
     if len(path) > 1000 or not _PATH.fullmatch(path) or ".." in path.split("/"):
         raise RequestError("lora_path", param="lora_path", got=path[:100], allowed=allowed)
     directory = (root / path).resolve()
-    places = [directory, *((directory / name).resolve() for name in FILES)]
+    places = [directory, *((directory / name).resolve() for name in (CONFIG, WEIGHTS))]
     if directory == root or not all(place.is_relative_to(root) for place in places) or not directory.is_dir():
         raise RequestError("lora_path", param="lora_path", got=path[:100], allowed=allowed)
     return directory

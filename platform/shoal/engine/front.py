@@ -30,7 +30,7 @@ from shoal.config import FULL
 from shoal.engine.events import LATER, Event, Finished, Request, Token
 from shoal.engine.metrics import Samples
 from shoal.engine.turns import Turns
-from shoal.errors import EngineDeadError, QueueFullError, RequestError, again, frames, of_request
+from shoal.errors import CheckpointError, EngineDeadError, QueueFullError, RequestError, again, frames, of_request
 
 if TYPE_CHECKING:
     from shoal.engine.engine import Engine
@@ -260,14 +260,17 @@ class AsyncEngine:
             with self._lock:
                 self._embeddings -= 1
 
-    async def load_adapter(self, directory: str) -> str:
-        """Load the adapter in a directory, and return its identity. Raises what `read_adapter` does, EngineDeadError."""
+    async def load_adapter(self, directory: str, identity: str = "") -> str:
+        """Load the adapter in a directory, and return its identity. Raises what `read_adapter` does, EngineDeadError, and
+        CheckpointError for another than that of `identity`, where one is given."""
         if self._read_adapter is None:
             raise RequestError("this engine takes no adapters", do="give it read_adapter")
         self._check_open()
         adapter = await asyncio.to_thread(self._read_adapter, directory, self._engine.model)
-        identity: str = await self._call(lambda: self._engine.load_adapter(adapter))
-        return identity
+        if identity not in ("", adapter.identity):
+            raise CheckpointError(f"{directory} is not what was loaded from there before", do="load it anew")
+        loaded: str = await self._call(lambda: self._engine.load_adapter(adapter))
+        return loaded
 
     async def keep_adapters(self, known: Mapping[str, str]) -> None:
         """Drop all adapters but those `known` (identity -> directory). Raises EngineDeadError."""

@@ -26,6 +26,7 @@ class Wanted:
     reads: str  # `reads` of the caller
     weights: str | None = None  # `weights` that the answer began with; None: any
     avoid: frozenset[str] = frozenset()  # names of replicas that have refused it
+    adapter: tuple[str, str] = ("", "")  # identity, and directory, of the one that it is answered with
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
@@ -24,7 +25,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from shoal.config import FULL
 from shoal.engine.events import Event, Request
 from shoal.engine.metrics import Samples, sample, together
-from shoal.errors import EngineDeadError, QueueFullError, ShoalError
+from shoal.errors import CheckpointError, EngineDeadError, QueueFullError, ShoalError
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
 from shoal.on_ray.failover import LOSSES, PAUSES, Pin, unbroken
 from shoal.on_ray.pulse import pulse_of
@@ -32,6 +33,8 @@ from shoal.on_ray.pulse import pulse_of
 # Events go by gRPC from process to process. Serve's other way makes each list an object of Ray, at three times the CPU.
 DIRECT: dict[str, Any] = {"_by_reference": False, "request_serialization": "pickle", "response_serialization": "pickle"}
 ANSWER_SECONDS = 3.0  # for replicas to say how they are
+LOAD_SECONDS = 60.0  # for an adapter to be loaded, by a replica that may have to start for it
+LOOK_SECONDS = 0.5  # how often it is looked who is silent, meanwhile
 STATUS_SECONDS = 1.0  # for the controller to say what it is doing; one that restarts takes longer
 
 
@@ -44,6 +47,7 @@ class ReplicaClient:
         self._engine, self._may_be_none, self._reads = engine, may_be_none, reads
         self._stream = engine.options(method_name="generate", stream=True, **DIRECT)
         self._pulse = pulse_of(engine.app_name, engine.deployment_name)
+        self._adapters: dict[str, str] = {}  # identity -> directory
         self._pins: WeakValueDictionary[str, Pin] = WeakValueDictionary()  # of answers of several requests
         self._asking: set[asyncio.Task[Any]] = set()
         self._resumed = 0  # streams that went on at another replica
@@ -59,6 +63,7 @@ class ReplicaClient:
         return unbroken(self._open, request, reads=self._reads, pin=pin, on_resume=count)
 
     async def _open(self, request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
+        wanted = replace(wanted, adapter=self._place(request.adapter))
         stream = cast("DeploymentResponseGenerator[list[Event | Begun]]", self._stream.remote(request, wanted))
         self._pulse.opened(wanted.call, stream.cancel)
         try:
@@ -82,11 +87,13 @@ class ReplicaClient:
         payer: str = "",
         client: str = "",
         priority: int = 0,
+        adapter: str = "",
     ) -> list[list[float]]:
         """By one replica, since others may have other weights: the next begins anew. Raises as `batches`."""
         tries, call, refused = 0, uuid.uuid4().hex, frozenset[str]()
         while True:
-            wanted = Wanted(f"{call}.{tries}.{len(refused)}", self._reads, avoid=refused)
+            number = f"{call}.{tries}.{len(refused)}"
+            wanted = Wanted(number, self._reads, avoid=refused, adapter=self._place(adapter))
             try:
                 return await self._embed(wanted, prompts, depth, wanted, payer, client, priority)
             except OtherModelError as error:
@@ -112,6 +119,61 @@ class ReplicaClient:
             raise as_shoal_error(error) from error
         finally:
             self._pulse.closed(wanted.call)
+
+    def _place(self, adapter: str) -> tuple[str, str]:
+        """As `Wanted.adapter`; without a directory for one that was dropped meanwhile."""
+        return adapter, self._adapters.get(adapter, "")
+
+    def know(self, adapters: Mapping[str, str]) -> None:
+        """These are all adapters that are served, identity -> directory."""
+        self._adapters = dict(adapters)
+
+    async def load_adapter(self, directory: str) -> str:
+        """By one replica, which may start for it, and then by all there are. One that is lost or silent, or starts later, loads
+        it when it is first asked (`Wanted.adapter`). Raises CheckpointError, and EngineDeadError where none takes it."""
+        try:
+            async with asyncio.timeout(LOAD_SECONDS):
+                identity = cast("str", await self._engine.load_adapter.remote(directory))
+        except TimeoutError:
+            raise EngineDeadError("no engine replica loads the adapter", do="try again") from None
+        except Exception as error:
+            raise as_shoal_error(error) from error
+        try:
+            if any(told != identity for told in await self._tell_all("load_adapter", directory)):
+                raise CheckpointError(f"{directory} changed while it was loaded", do="write it beside, and rename it")
+        except ShoalError:
+            await self._tell_all("keep_adapters", self._adapters)
+            raise
+        self._adapters = {**self._adapters, identity: directory}
+        return identity
+
+    async def keep_adapters(self, known: Mapping[str, str]) -> None:
+        """Who is lost or silent keeps the others as long as nothing else is loaded: nobody asks for them."""
+        self.know(known)
+        with suppress(ShoalError):
+            await self._tell_all("keep_adapters", self._adapters)
+
+    async def _tell_all(self, method: str, *given: Any) -> list[Any]:
+        """What the replicas answer, but for those that are lost or silent. Raises what one of the others does."""
+        try:
+            results = await self._engine.broadcast(method, *given)._fetch_replica_results_async()
+        except Exception as error:
+            if self._may_be_none and isinstance(error, DeploymentUnavailableError):
+                return []
+            raise as_shoal_error(error) from error
+        asked = {asyncio.ensure_future(result.get_async()) for result in results}  # type: ignore[no-untyped-call]
+        self._asking |= asked
+        for task in asked:
+            task.add_done_callback(self._forget)
+        left, until = asked, asyncio.get_running_loop().time() + LOAD_SECONDS
+        while len(left) > len(self._pulse.silent()) and asyncio.get_running_loop().time() < until:
+            _, left = await asyncio.wait(left, timeout=LOOK_SECONDS)
+        done = asked - left
+        told = [task.exception() if not task.cancelled() else asyncio.CancelledError() for task in done]
+        for refusal in map(as_shoal_error, filter(None, told)):
+            if not isinstance(refusal, EngineDeadError):
+                raise refusal
+        return [task.result() for task, error in zip(done, told, strict=True) if error is None]
 
     async def stats(self) -> Samples:
         """Of the replicas that answer, together. With ``num_replicas``, those that answered, and ``num_replicas_starting``,

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray import serve
@@ -110,7 +110,7 @@ class EngineReplica:
         self._running = Counter[str]()  # weights -> streams that are with their engine
         self._refused = False
         self._streams = 0  # that have begun and not ended
-        self._changing = asyncio.Lock()
+        self._changing, self._loading = asyncio.Lock(), asyncio.Lock()  # of weights, of adapters
         self._last = LastLoaded(model)
         replica = _context()
         self._name = "" if replica is None else replica.replica_id.unique_id
@@ -193,6 +193,7 @@ class EngineReplica:
         from shoal.engine.engine import Engine
         from shoal.engine.front import AsyncEngine, settle
         from shoal.model.model import Model
+        from shoal.open_weights.served_adapter import read
 
         args = self._args
         torch.set_num_threads(threads(args.threads))
@@ -201,7 +202,13 @@ class EngineReplica:
         if args.gpus > 0:
             model.to("cuda")
         batch, queue, kv = args.max_batch, args.max_batch + args.max_queue, args.kv_cache_dtype
-        engine = AsyncEngine(Engine(model, max_batch=batch, max_queue=queue, kv_cache_dtype=kv))
+        own = Engine(model, max_batch=batch, max_queue=queue, kv_cache_dtype=kv)
+        for name, adapter in args.adapters.items():
+            try:
+                own.load_adapter(read(adapter, model))
+            except ShoalError as error:  # it was there when the service started: the others are served all the same
+                log.error("adapter %s is not loaded: %s", name, error.message)
+        engine = AsyncEngine(own, read_adapter=read)
         settle()
         return engine
 
@@ -229,6 +236,7 @@ class EngineReplica:
         try:
             engine, weights = self._chosen(wanted)
             self._running[weights] += 1
+            await self._with_adapter(engine, *wanted.adapter)
             async with aclosing(engine.batches(request, self._gap)) as lists:
                 async for events in lists:
                     if begun:
@@ -260,14 +268,46 @@ class EngineReplica:
         """A vector for each of `prompts`, all by one engine, which does not leave before the last."""
         engine, weights = self._chosen(wanted)
         self._running[weights] += 1
+        held = {"adapter": wanted.adapter[0]} if wanted.adapter[0] else {}  # vLLM's takes none
         try:
-            return await engine.embed(prompts, depth, payer=payer, client=client, priority=priority)
+            await self._with_adapter(engine, *wanted.adapter)
+            return await engine.embed(prompts, depth, payer=payer, client=client, priority=priority, **held)
         except RequestError:
             raise
         except Exception as error:
             raise _failed(error) from None
         finally:
             self._running[weights] -= 1
+
+    async def load_adapter(self, directory: str) -> str:
+        """The identity of the adapter in `directory`, once it is loaded. Raises CheckpointError."""
+        async with self._loading:
+            return await self._takes_adapters().load_adapter(directory)
+
+    async def keep_adapters(self, known: dict[str, str]) -> None:
+        """Drops all adapters but those `known`, identity -> directory."""
+        async with self._loading:
+            await self._takes_adapters().keep_adapters(known)
+
+    def _takes_adapters(self) -> AsyncEngine:
+        return cast("AsyncEngine", self._serving)  # `ServeArgs` has no adapters with vLLM's
+
+    async def _with_adapter(self, engine: AsyncEngine | VllmEngine, identity: str, directory: str) -> None:
+        """Loads an adapter that an `engine` lacks, which started after it was loaded. Raises OtherModelError where it is not
+        there any more: a replica that has it may go on."""
+        if not identity or not directory:
+            return  # the engine itself refuses what it does not know
+        async with self._loading:
+            own = cast("AsyncEngine", engine)
+            if own.knows_adapter(identity):
+                return
+            try:
+                await own.load_adapter(directory, identity)
+            except CheckpointError as error:
+                log.error("an adapter is not loaded: %s", error.message)
+                refused = OtherModelError("the adapter is not what it was when it was loaded", do="load it anew")
+                refused.replica = self._name
+                raise refused from None
 
     async def stats(self) -> Samples:
         return {**await self._serving.stats(), sample("weights_update_refused"): float(self._refused)}

@@ -47,6 +47,7 @@ from shoal.on_ray.clients import ReplicaClient
 from shoal.on_ray.ending import end_by_signals, need_ray, running
 from shoal.on_ray.ending import stop as stop
 from shoal.on_ray.engines import HELD, LIFE, LOGGING, EngineReplica, engine_options
+from shoal.on_ray.known_adapters import KnownAdapters
 from shoal.on_ray.serve_config import GATEWAY, IMPORT_PATH
 from shoal.vllm_plugin import options
 
@@ -83,7 +84,10 @@ def app(args: dict[str, Any]) -> serve.Application:
     if given.engine == "vllm":
         options.check(given.vllm)  # a slip is refused now as well
     from shoal.model.files import check
+    from shoal.open_weights import served_adapter
 
+    for directory in given.adapters.values():
+        served_adapter.check(directory, str(given.model))
     engines = {}
     for name, directory in given.deployments().items():
         served = given.served(directory)  # refused now, in one line, and not by every replica again
@@ -194,6 +198,8 @@ def _at_home(args: dict[str, Any], url: str) -> dict[str, Any]:
     absolute |= {"api_keys": keys.referred(given.api_keys)}
     if given.models:
         absolute["models"] = {name: str(Path(path).resolve()) for name, path in given.models.items()}
+    if given.adapters:
+        absolute["adapters"] = {name: str(Path(path).resolve()) for name, path in given.adapters.items()}
     return {**args, **absolute, "ui_api": given.ui_api or f"{url}/v1"}
 
 
@@ -261,6 +267,9 @@ class Gateway:
             _hosted(engines[deployment], directory, name, args)
             for name, (deployment, directory) in zip(names, args.deployments().items(), strict=True)
         ]
+        self._adapters = KnownAdapters(args)
+        self._known = await asyncio.to_thread(self._adapters.get)
+        self._models[0][1].know({each.identity: each.directory for each in self._known.values()})
         while await _is_served_by_another() and not all([await client.same_model() for _, client in self._models]):
             await asyncio.sleep(POLL_SECONDS)
 
@@ -285,6 +294,9 @@ class Gateway:
             runs=Path(args.runs) if args.runs else None,
             batches=Path(args.batches) if args.batches else None,
             at_once=args.max_batch * args.max_replicas * len(models),  # so that idle replicas are used
+            adapters=self._known,
+            adapters_from=Path(args.adapters_from) if args.adapters_from else None,
+            on_adapters=self._adapters.put,
             ui_mount=page,
             answer_request_id=False,  # Serve's proxy does
             drain=self._drain,

@@ -14,10 +14,8 @@ from torch import Tensor
 from shoal.errors import CheckpointError
 from shoal.machine import write_json
 from shoal.model import described
+from shoal.model.adapter_files import CONFIG, PREFIX, WEIGHTS
 from shoal.open_weights import families
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
-PREFIX = "base_model.model."
 
 
 def require_replaceable(to: Path) -> None:

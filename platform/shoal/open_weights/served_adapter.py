@@ -9,12 +9,8 @@ Its modules are named as in the checkpoint that a model was imported from, whose
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,29 +19,14 @@ from torch import Tensor
 
 from shoal.errors import CheckpointError, first_line
 from shoal.machine import need_memory
-from shoal.model import described
+from shoal.model import adapter_files, described
+from shoal.model.adapter_files import CONFIG, MOST_RANK, PREFIX, WEIGHTS
 from shoal.model.adapters import Adapter, Pair
 from shoal.model.linears import Int8Linear, Linear
 from shoal.model.model import Model
+from shoal.model.net import Net
 from shoal.open_weights import families
-from shoal.open_weights.adapter import CONFIG, PREFIX, WEIGHTS
 
-MOST_RANK = 64
-# keys of adapter_config.json that would change what is computed: the values that mean "off"
-_OFF: Mapping[str, tuple[Any, ...]] = {
-    "bias": (None, "none"),
-    "fan_in_fan_out": (None, False),
-    "use_dora": (None, False),
-    "lora_bias": (None, False),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "layer_replication": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "use_bdlora": (None, False),
-}
 Module = tuple[str, tuple[str, ...], tuple[int, ...]]
 Thin = dict[str, dict[str, Tensor]]  # module -> "A" [r, I] and "B" [O, r]
 
@@ -59,17 +40,15 @@ def read(directory: str | Path, model: Model) -> Adapter:
             f"{directory}: the base is INT8 whose channels were moved, and does not say how",
             do="serve the fp32 model, or quantize it again",
         )
-    told = described.read_json(directory / CONFIG)
-    scale = _checked(directory / CONFIG, told)
-    _need_base(directory / CONFIG, told, model)
     linears = {
         name: (module.weight.shape[0], module.weight.shape[1])
         for name, module in model.net.named_modules()
         if isinstance(module, (Linear, Int8Linear)) and name.startswith("groups.")
     }
-    data = _bytes(directory / WEIGHTS, most=sum(8 * MOST_RANK * sum(shape) for shape in linears.values()) + 2**20)
-    thin = _thin(directory / WEIGHTS, data)
-    need_memory(3 * len(data))
+    files = adapter_files.read(directory, most=sum(8 * MOST_RANK * sum(shape) for shape in linears.values()) + 2**20)
+    _need_base(directory / CONFIG, files.base, model)
+    thin = _thin(directory / WEIGHTS, files.data)
+    need_memory(3 * len(files.data))
     pairs: dict[str, Pair] = {}
     for ours, theirs, rows in _modules(model, linears):
         found = [thin.pop(name, None) for name in theirs]
@@ -78,7 +57,7 @@ def read(directory: str | Path, model: Model) -> Adapter:
             for name, piece, shape in zip(theirs, found, shapes, strict=True):
                 _need_shape(directory / WEIGHTS, name, piece, shape)
             a, b = _joined(found, rows)
-            pairs[ours] = a.to(model.device, model.net.dtype), (scale * b.T).to(model.device, model.net.dtype)
+            pairs[ours] = a.to(model.net.dtype), (files.scale * b.T).to(model.net.dtype).contiguous()
     if thin:
         name = sorted(thin)[0]
         raise CheckpointError(
@@ -88,50 +67,30 @@ def read(directory: str | Path, model: Model) -> Adapter:
         raise CheckpointError(f"{directory / WEIGHTS}", got="no thin matrices", do="give a LoRA adapter")
     if not all(tensor.isfinite().all() for pair in pairs.values() for tensor in pair):
         raise CheckpointError(f"{directory / WEIGHTS}", got="NaN or infinity", do="train it again")
-    identity = hashlib.sha256(json.dumps(scale).encode() + b"\0" + data).hexdigest()[:32]
-    return Adapter(identity, {name: (a.contiguous(), b.contiguous()) for name, (a, b) in pairs.items()})
+    moved = {name: (a.to(model.device), b.to(model.device)) for name, (a, b) in pairs.items()}
+    return Adapter(files.identity, moved)
 
 
-def _checked(path: Path, told: Mapping[str, Any]) -> float:
-    """What B A is multiplied by, of an adapter_config.json. Raises CheckpointError for one that asks for more than that."""
-    if told.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type", got=told.get("peft_type"), allowed="LORA")
-    for key, off in _OFF.items():
-        if told.get(key) not in off:
-            raise CheckpointError(
-                f"{path}: {key}", got=told[key], allowed="plain LoRA", do="train without it, or merge it"
-            )
-    rank, alpha = told.get("r"), told.get("lora_alpha")
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MOST_RANK:
-        raise CheckpointError(f"{path}: r", got=rank, allowed=f"1 to {MOST_RANK}")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise CheckpointError(f"{path}: lora_alpha", got=alpha, allowed="a number")
-    return alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
+def check(directory: str | Path, model: str | Path) -> None:
+    """Raises as `read` does for the adapter in a directory beside the model in another, whose weights are not read."""
+    it = described.read(model)
+    source = Path(model) / described.SOURCE
+    with torch.device("meta"):
+        net = Net(it.config)
+    told = described.read_json(source) if source.exists() else None
+    read(directory, Model(it.config, net, it.tokenizer, name=it.name, source=told))
 
 
-def _need_base(path: Path, told: Mapping[str, Any], model: Model) -> None:
+def _need_base(path: Path, given: str | None, model: Model) -> None:
     """Raises CheckpointError for an adapter that names another base: another last part of a path or of a repository's name."""
-    given = told.get("base_model_name_or_path")
     own = [str(model.source["name"])] if model.source else []
     known = {_last(name) for name in (*own, model.name, model.name.removesuffix("-int8"))}
-    if given and _last(str(given)) not in known:
+    if given and _last(given) not in known:
         raise CheckpointError(f"{path}: base_model_name_or_path", got=given, allowed=own[0] if own else model.name)
 
 
 def _last(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()
-
-
-def _bytes(path: Path, most: int) -> bytes:
-    try:
-        if path.stat().st_size > most:
-            allowed = f"at most {most} bytes, as of rank {MOST_RANK} beside all linears"
-            raise CheckpointError(f"{path}", got=f"{path.stat().st_size} bytes", allowed=allowed)
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read {path}", got=error.strerror, do="give a directory as PEFT writes it"
-        ) from None
 
 
 def _thin(path: Path, data: bytes) -> Thin:

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.errors import CheckpointError
+from shoal.model import adapter_files
+from shoal.model.adapter_files import MOST_RANK
 from shoal.open_weights import adapter, convert, families
-from shoal.open_weights.served_adapter import MOST_RANK, read
+from shoal.open_weights.served_adapter import check, read
 from shoal.train import lora
 from tests.adapters import linears, merged, save, write
-from tests.unit.engine.lively import lively
 from tests.unit.open_weights.conftest import FAMILIES, edit
 
 MODEL = Model.from_preset("test", seed=3)
@@ -187,4 +188,14 @@ def test_a_file_beyond_what_any_adapter_takes_is_not_read(tmp_path: Path) -> Non
 def test_an_int8_twin_takes_the_adapters_of_its_base(tmp_path: Path) -> None:
     folder = write(tmp_path / "adapter", MODEL)
     assert read(folder, MODEL.quantized()).identity == read(folder, MODEL).identity
-    assert lively().name == MODEL.name
+
+
+def test_it_is_checked_and_known_without_the_models_weights(tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", MODEL)
+    for model in (MODEL, MODEL.quantized()):
+        model.save(tmp_path / model.name)
+        check(folder, tmp_path / model.name)
+    assert adapter_files.read(folder).identity == read(folder, MODEL).identity
+    write(tmp_path / "adapter", MODEL, base_model_name_or_path="else")
+    with pytest.raises(CheckpointError, match="got 'else'"):
+        check(folder, tmp_path / MODEL.name)
