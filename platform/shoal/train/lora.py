@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from shoal.config import ModelConfig
 from shoal.machine import aside
 from shoal.model.cpu.parts import Matrix
 from shoal.model.linears import Linear
@@ -51,6 +52,14 @@ def adapt_(net: Net, rank: int, seed: int) -> None:
             for name, child in list(module.named_children()):
                 if type(child) is Linear:
                     setattr(module, name, LoraLinear(child, rank, generator))
+
+
+def count(config: ModelConfig, rank: int) -> int:
+    """How many numbers `adapt_` adds to a net of `config`."""
+    c = config
+    heads = (c.heads + 2 * c.kv_heads) * c.head_dim
+    sides = (c.width, heads), (c.heads * c.head_dim, c.width), (c.width, 2 * c.ffn), (c.ffn, c.width)
+    return c.layers * rank * sum(inputs + outputs for inputs, outputs in sides)
 
 
 def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -123,8 +123,9 @@ class LossModel(nn.Module):
         for place, e in enumerate(self.exits):
             if e not in run:
                 continue
-            states = hidden[e][rows, columns].split(ROWS_AT_ONCE)
-            for some, its, at in zip(states, wanted.split(ROWS_AT_ONCE), rows.split(ROWS_AT_ONCE), strict=True):
+            at_once = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // self.net.config.vocab))
+            states = hidden[e][rows, columns].split(at_once)
+            for some, its, at in zip(states, wanted.split(at_once), rows.split(at_once), strict=True):
                 nll = F.cross_entropy(_exact(self.teacher.head(some, e)), its, reduction="none")
                 found[place].index_add_(0, at, nll)
         return found

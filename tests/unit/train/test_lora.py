@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 
 from shoal import presets
+from shoal.model.cost import parameters
 from shoal.model.linears import Linear
+from shoal.model.model import Model
 from shoal.model.net import Net
-from shoal.train.lora import LoraLinear, adapt_, merged
+from shoal.train.lora import LoraLinear, adapt_, count, merged
+from shoal.train.plan import disk_needed, finetune_plan, memory_needed
 
 
 def test_the_merged_model_is_the_trained_one_at_every_exit() -> None:
@@ -36,6 +40,22 @@ def test_the_merged_model_is_the_trained_one_at_every_exit() -> None:
             got, wanted = written.head(ours[e], e), adapted.head(theirs[e], e)
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
             assert (wanted - base.head(old[e], e)).abs().max() > 0.01, "the thin matrices say something"
+
+
+def test_memory_and_disk_are_those_of_thin_matrices_beside_frozen_weights(tmp_path: Path) -> None:
+    """Weights once, and for what is trained a gradient and two moments; the estimate had them for every weight."""
+    model = Model.from_preset("test")
+    model.save(tmp_path / "base")
+    adapt_(model.net, rank=3, seed=0)
+    thin = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
+    assert count(model.config, 3) == thin
+    total = parameters(model.config).total
+    whole, lora = (
+        finetune_plan(str(tmp_path / "base"), "c.jsonl", str(tmp_path / "run"), **more)
+        for more in ({}, {"lora_rank": 3})
+    )
+    assert memory_needed(whole, 1) - memory_needed(lora, 1) == 16 * (total - thin) - 8 * thin
+    assert disk_needed(whole) - disk_needed(lora) == 4 * (whole.keep + 1) * (2 * total - 3 * thin)
 
 
 def test_what_is_added_is_twice_the_product_of_the_thin_matrices() -> None:
