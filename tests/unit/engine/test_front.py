@@ -287,7 +287,7 @@ def test_embeddings_that_may_wait_come_after_all_others_and_give_them_their_plac
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hold, order = threading.Event(), list[int]()
-    monkeypatch.setattr(front_module, "_embedded", lambda _, prompt, depth: order.append(prompt[0]) or [0.0])
+    monkeypatch.setattr(front_module, "_embedded", lambda _, prompt, *__: order.append(prompt[0]) or [0.0])
 
     async def work() -> None:
         async with front(model, max_queue=3) as engine:
