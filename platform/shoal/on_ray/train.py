@@ -33,7 +33,8 @@ from shoal.machine import need_disk
 from shoal.on_ray.resources import local_ray, worker_env
 from shoal.train.log import Record, Report, ignore, metrics_file, parse
 from shoal.train.loop import FitResult, fit
-from shoal.train.plan import FitPlan, check, disk_needed, located, memory_needed
+from shoal.train.needs import disk_needed, memory_needed
+from shoal.train.plan import FitPlan, check, located
 from shoal.train.run import COMMAND, LESS_MEMORY, stop_file
 
 STARTS = 3  # times that Ray may try to start the workers: its default retries an infeasible plan for ever

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import pytest
 
 from shoal import Engine, Model, Request, Sampling
-from shoal.engine import front as front_module
 from shoal.engine.events import LATER, Event, Finished, Token
 from shoal.engine.front import AsyncEngine, _Asked
 from shoal.errors import EngineDeadError, GenerationError, QueueFullError, RequestError
@@ -287,7 +286,7 @@ def test_embeddings_that_may_wait_come_after_all_others_and_give_them_their_plac
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hold, order = threading.Event(), list[int]()
-    monkeypatch.setattr(front_module, "_embedded", lambda _, prompt, *__: order.append(prompt[0]) or [0.0])
+    monkeypatch.setattr("shoal.engine.front._embedded", lambda _, prompt, *__: order.append(prompt[0]) or [0.0])
 
     async def work() -> None:
         async with front(model, max_queue=3) as engine:
@@ -316,7 +315,7 @@ def test_embeddings_that_may_wait_have_a_tenth_of_the_time_beside_answers_that_m
     engine = AsyncEngine(Engine(model))
     run(engine.close())  # and what its thread did is called here
     now = iter([10.0, 12.0] * 2)
-    monkeypatch.setattr(front_module.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr("shoal.engine.front.time.monotonic", lambda: next(now))
     monkeypatch.setattr(Engine, "urgent", urgent)
     engine._engine.ran = True
     engine._pooling_later.put(_Asked(lambda: [0.0]), "", "")

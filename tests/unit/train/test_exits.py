@@ -24,7 +24,8 @@ from shoal.open_weights.convert import export_model, import_model
 from shoal.train import exits, log
 from shoal.train.loop import FitResult, fit
 from shoal.train.loss import LossModel
-from shoal.train.plan import adapt_plan, disk_needed, finetune_plan, memory_needed
+from shoal.train.needs import disk_needed, memory_needed
+from shoal.train.plan import adapt_plan, finetune_plan
 from tests.corpus import NOUNS, VERBS
 
 DATA = Path(__file__).parents[2] / "data" / "open"

@@ -13,8 +13,9 @@ from shoal.errors import ConfigError, DataError, UsageError
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.train.feed import REPLAY_EVERY, open_feed, shard_tokenizer
+from shoal.train.needs import disk_needed, memory_needed
 from shoal.train.parallel import Ranks
-from shoal.train.plan import FitPlan, check, disk_needed, memory_needed, pretrain_plan, progress
+from shoal.train.plan import FitPlan, check, pretrain_plan, progress
 from tests.corpus import write_chats, write_corpus
 
 CPU = torch.device("cpu")

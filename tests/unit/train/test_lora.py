@@ -13,7 +13,8 @@ from shoal.model.linears import Linear
 from shoal.model.model import Model
 from shoal.model.net import Net
 from shoal.train.lora import LoraLinear, adapt_, count, merged
-from shoal.train.plan import disk_needed, finetune_plan, memory_needed
+from shoal.train.needs import disk_needed, memory_needed
+from shoal.train.plan import finetune_plan
 
 
 def test_the_merged_model_is_the_trained_one_at_every_exit() -> None:

@@ -22,7 +22,8 @@ from shoal.open_weights import adapter
 from shoal.open_weights.convert import export_model, import_model
 from shoal.train import log, lora
 from shoal.train.loop import fit
-from shoal.train.plan import FitPlan, finetune_plan, memory_needed, quantize_plan
+from shoal.train.needs import memory_needed
+from shoal.train.plan import FitPlan, finetune_plan, quantize_plan
 from shoal.train.step import preference_losses
 
 DATA = Path(__file__).parents[2] / "data" / "open"

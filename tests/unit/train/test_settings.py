@@ -9,8 +9,9 @@ import torch
 from shoal import Model
 from shoal.errors import ConfigError, ResourceError, UsageError
 from shoal.on_ray.train import parse_workers, preflight, train
+from shoal.train.needs import memory_needed
 from shoal.train.parallel import Ranks
-from shoal.train.plan import check, finetune_plan, memory_needed, pretrain_plan
+from shoal.train.plan import check, finetune_plan, pretrain_plan
 from shoal.train.run import enough_memory
 from shoal.train.settings import settings
 
