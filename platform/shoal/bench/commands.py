@@ -114,6 +114,24 @@ def serve(
     serve_bench(out, model=model, preset=preset, port=port, tokens=tokens, rounds=rounds, parts=chosen, out=page)
 
 
+@bench.command("batch")
+def batch(
+    model: Annotated[Path | None, typer.Option(help="Model directory [random weights of the preset].")] = None,
+    preset: Annotated[str, typer.Option(help="Whose shape the random weights have.")] = "mini",
+    requests: Annotated[
+        int, typer.Option(help="Lines of the shorter file; the longer one has three times as many.")
+    ] = 192,
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
+    rounds: Rounds = 3,
+) -> None:
+    """What `shoal batch` adds to an engine: tokens a second beside the engine's own. Takes some ten minutes."""
+    from shoal.bench.batch import batch_bench
+
+    if requests < 1 or tokens < 1:
+        raise UsageError("--requests and --tokens", got=min(requests, tokens), allowed="1 or more")
+    batch_bench(out, model=model, preset=preset, requests=requests, tokens=tokens, rounds=rounds)
+
+
 @bench.command("neighbours")
 def neighbours(
     model: Annotated[Path | None, typer.Option(help="Model directory [random weights of the preset].")] = None,
