@@ -1,4 +1,4 @@
-"""What one run is to do: `FitPlan`, the plans of the stages, and the arithmetic that refuses a run in time."""
+"""What one run is to do: `FitPlan`, the plans of the stages, and the checks that refuse a run in time."""
 
 from __future__ import annotations
 
