@@ -4,7 +4,8 @@ A policy is what it believes each prompt's gaps to be; it takes the exit of leas
 price, from 0 up, draws its curve. The router believes its predictions, `length` the mean gap of prompts as long, `domain` that
 of prompts of the same task, `oracle` the truth, which nobody has. `random` chooses blindly, and so lies between fixed exits.
 Two points of a curve can be mixed, so a curve is read along its lower hull. Each prompt counts once. Intervals are of a
-bootstrap over the documents and conversations that the prompts are of.
+bootstrap over the documents and conversations that the prompts are of; of two policies that are compared, the interval is of
+their difference on the same resamples.
 
 Letters: M prompts, A early exits, E = A + 1 exits, n points of a curve, R resamples.
 """
@@ -30,15 +31,20 @@ PRICES = (0.0, *(1e-3 * 1.35**power for power in range(36)))  # nats for all lay
 POLICIES = ("router", "length", "domain", "random", "oracle")
 
 
-def frontier(config: ModelConfig, router: Router, fit: Prompts, test: Prompts, *, seed: int = 0) -> dict[str, Any]:
+def frontier(
+    config: ModelConfig, router: Router, fit: Prompts, test: Prompts, *, lost: Tensor | None = None, seed: int = 0
+) -> dict[str, Any]:
     """For the report. ``fixed``: each exit by name with its `flops_share` and `gap`. ``curves``: policy -> points of a curve.
-    ``at``: policy -> for each of `BUDGETS` its gap and the 95 % interval of it, nats a token.
+    ``at``: policy -> for each of `BUDGETS` its gap and the 95 % interval of it, nats a token. ``behind``: of each policy but
+    the router how much more it loses than the router, mean over `BUDGETS`, and the 95 % interval of that.
 
-    `fit`: what `length` and `domain` learn from; `test`: what all are measured on, which nothing was fitted to.
+    `fit`: what `length` and `domain` learn from; `test`: what all are measured on, which nothing was fitted to. `lost` [M, A]:
+    what the early exits cost a prompt of `test`, where something else than its gaps is to be measured.
     """
     full = cost.flops_per_token(config, config.train_length)
     shares = torch.tensor([cost.flops_per_token(config, config.train_length, e) / full for e in config.exits])
-    truth = torch.cat([test.gaps, test.gaps.new_zeros(len(test.gaps), 1)], dim=1)  # [M, E]
+    lost = test.gaps if lost is None else lost
+    truth = torch.cat([lost, lost.new_zeros(len(lost), 1)], dim=1)  # [M, E]
     routing = torch.tensor([cost.routing_flops(config, n) / n / full for n in test.lengths.tolist()])  # [M], by token
     tasks = sorted({*fit.tasks, *test.tasks})  # one of few documents may be on one side alone
     beliefs: dict[str, Tensor] = {
@@ -51,22 +57,35 @@ def frontier(config: ModelConfig, router: Router, fit: Prompts, test: Prompts, *
     weights = torch.cat([torch.full((1, len(truth)), 1 / len(truth)), weights])  # the prompts as they are come first
     curves: dict[str, list[dict[str, float]]] = {}
     at: dict[str, list[dict[str, float]]] = {}
+    means: dict[str, Tensor] = {}  # of the budgets, [1 + R]
     for name in POLICIES:
         # what each prompt costs and loses at each point of the curve, [M, n]; a pick is shares of the exits, [E] or [M, E]
         picks = list(torch.eye(len(shares))) if name == "random" else _picks(beliefs[name], shares)
         costs = torch.stack([(pick * shares).sum(-1).expand(len(truth)) for pick in picks], dim=1)
         costs += routing[:, None] if name == "router" else 0.0
         gaps = torch.stack([(pick * truth).sum(-1) for pick in picks], dim=1)
-        means = zip((weights[0] @ costs).tolist(), (weights[0] @ gaps).tolist(), strict=True)
-        curves[name] = [{"flops_share": c, "gap": g} for c, g in sorted(set(means))]
-        at[name] = []
-        for budget in BUDGETS:
-            gap, *others = _at(budget, weights @ costs, weights @ gaps).tolist()
-            low, high = torch.quantile(torch.tensor(others), torch.tensor(INTERVAL)).tolist()
-            at[name].append({"flops_share": budget, "gap": gap, "low": low, "high": high})
+        points = zip((weights[0] @ costs).tolist(), (weights[0] @ gaps).tolist(), strict=True)
+        curves[name] = [{"flops_share": c, "gap": g} for c, g in sorted(set(points))]
+        found = [_at(budget, weights @ costs, weights @ gaps) for budget in BUDGETS]
+        at[name] = [{"flops_share": budget, **_figure(some)} for budget, some in zip(BUDGETS, found, strict=True)]
+        means[name] = torch.stack(found).mean(0)
     rows = zip(config.exit_names, shares.tolist(), truth.mean(0).tolist(), strict=True)
     fixed = [{"exit": exit_name, "flops_share": share, "gap": gap} for exit_name, share, gap in rows]
-    return {"prompts": len(truth), "groups": len(test.groups.unique()), "fixed": fixed, "curves": curves, "at": at}
+    behind = {name: _figure(some - means["router"]) for name, some in means.items() if name != "router"}
+    return {
+        "prompts": len(truth),
+        "groups": len(test.groups.unique()),
+        "fixed": fixed,
+        "curves": curves,
+        "at": at,
+        "behind": behind,
+    }
+
+
+def _figure(found: Tensor) -> dict[str, float]:
+    """Of the prompts as they are, and of their resamples, [1 + R]: the gap, and the interval of it."""
+    low, high = torch.quantile(found[1:], torch.tensor(INTERVAL)).tolist()
+    return {"gap": float(found[0]), "low": low, "high": high}
 
 
 def _resampled(groups: Tensor, draws: torch.Generator) -> Tensor:
@@ -109,12 +128,22 @@ def _at(budget: float, costs: Tensor, gaps: Tensor) -> Tensor:
 
 
 def sentence(found: Mapping[str, Any]) -> list[str]:
-    """What to say when choosing depth by task or by length alone does as well as the router, over all budgets."""
+    """What to say of choosing depth by task or by length alone, over all budgets, where that is not surely worse than the
+    router: that it is better where the whole interval of the difference says so, and else that the figures do not tell."""
     mean = {name: sum(row["gap"] for row in rows) / len(rows) for name, rows in found["at"].items()}
-    as_good = [name for name in ("length", "domain") if mean[name] <= mean["router"]]
-    if not as_good:
-        return []
-    return [
-        f"Routing by {' or '.join(as_good)} alone loses no more than the router does: "
-        f"{min(mean[name] for name in as_good):.3f} and {mean['router']:.3f} nats a token, mean over the compared budgets."
-    ]
+    said = []
+    for name in ("length", "domain"):
+        row = found["behind"][name]
+        if row["low"] > 0:
+            continue
+        figures = (
+            f"{mean[name]:.3f} and {mean['router']:.3f} nats a token, mean over the compared budgets; the difference is "
+            f"{row['gap']:.3f} (95 %: {row['low']:.3f} to {row['high']:.3f})."
+        )
+        less = row["high"] < 0
+        said.append(
+            f"Routing by {name} alone loses less than the router does: {figures}"
+            if less
+            else f"The router does not surely lose less than routing by {name} alone: {figures}"
+        )
+    return said

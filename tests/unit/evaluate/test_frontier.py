@@ -49,7 +49,53 @@ def test_who_knows_the_gaps_is_as_good_as_the_oracle_and_the_others_are_not(foun
             assert gaps[knows] == pytest.approx(gaps["oracle"], abs=0.08 if knows == "router" else 0.04), budget
         for blind in {"domain", "length", "router"} - {knows}:
             assert gaps[blind] > gaps["oracle"] + 0.02, (blind, budget)
-    assert bool(sentence(found)) == (found["by"] != "features")
+    said = " ".join(sentence(found))
+    assert bool(said) == (found["by"] != "features")
+    if said:
+        assert f"Routing by {knows} alone loses less than the router does" in said
+
+
+def test_how_far_a_policy_is_behind_is_its_mean_less_the_routers_and_its_interval_that_of_the_difference(
+    found: dict,
+) -> None:
+    mean = {name: sum(row["gap"] for row in rows) / len(BUDGETS) for name, rows in found["at"].items()}
+    assert set(found["behind"]) == set(mean) - {"router"}
+    for name, row in found["behind"].items():
+        assert row["gap"] == pytest.approx(mean[name] - mean["router"], abs=1e-6)
+        assert row["low"] <= row["gap"] <= row["high"]
+    # both see the same prompts: what these have in common is no doubt about which of two policies is better
+    apart = [sum(row["high"] - row["low"] for row in found["at"][name]) / len(BUDGETS) for name in ("router", "random")]
+    assert found["behind"]["random"]["high"] - found["behind"]["random"]["low"] < sum(apart)
+
+
+def test_another_loss_can_be_measured_and_the_policies_stay(found: dict) -> None:
+    """Twice the loss at every exit, for the same choices, is twice the gap."""
+    fit, test = prompts(1, by=found["by"]), prompts(2, by=found["by"])
+    router = fit_router(CONFIG, fit.features, fit.gaps)
+    twice = frontier(CONFIG, router, fit, test, lost=2 * test.gaps)
+    for name, rows in twice["at"].items():
+        for row, once in zip(rows, found["at"][name], strict=True):
+            assert row["gap"] == pytest.approx(2 * once["gap"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [
+        (0.001, 0.02, ""),
+        (-0.01, 0.02, "does not surely lose less than routing by domain"),
+        (-0.02, -0.001, "loses less"),
+    ],
+)
+def test_what_is_said_follows_from_the_interval(low: float, high: float, says: str) -> None:
+    """A difference whose interval holds 0 is no claim that one of the two is better."""
+    behind = {
+        "length": {"gap": 1.0, "low": 0.9, "high": 1.1},
+        "domain": {"gap": (low + high) / 2, "low": low, "high": high},
+    }
+    at = {"router": [{"gap": 0.05}], "domain": [{"gap": 0.05 + (low + high) / 2}], "length": [{"gap": 1.05}]}
+    said = sentence({"at": at, "behind": behind})
+    assert len(said) == bool(says) and all(says in one for one in said)
+    assert not said or f"95 %: {low:.3f} to {high:.3f}" in said[0]
 
 
 def test_fixed_exits_and_the_line_between_them_are_what_arithmetic_says(found: dict) -> None:
