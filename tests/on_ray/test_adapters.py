@@ -21,7 +21,7 @@ from shoal.api.serve_args import ENGINE, ServeArgs
 from shoal.on_ray import serve
 from shoal.on_ray.serve_config import GATEWAY, serve_config
 from tests.adapters import merged, write
-from tests.on_ray.test_serve import free_port, replicas, until
+from tests.on_ray.test_serve import free_port, replicas, scraped, until
 from tests.unit.engine.lively import lively
 
 pytestmark = pytest.mark.ray
@@ -127,11 +127,10 @@ def test_a_lost_replica_or_gateway_takes_no_adapter_with_it(served: Served) -> N
     before = {process.pid for process in replicas(ENGINE)}
     served.all_say("d", replicas(ENGINE)[0].kill)
     until(lambda: len({process.pid for process in replicas(ENGINE)} - before) == 1, 60)
-    until(lambda: served.http.get("/ready").status_code == 200)
-    for _ in range(2):
-        served.all_say("d")
-    write(place, served.model, 4)  # other weights in its place: the replica that has it goes on with it
-    served.all_say("d", replicas(ENGINE)[0].kill)
+    until(lambda: scraped(served.http.base_url.port or 0)["num_replicas"] == 2, 60)  # it serves, too
+    served.all_say("d")
+    write(place, served.model, 4)  # other weights in its place: who has started has the right ones
+    served.all_say("d", next(process for process in replicas(ENGINE) if process.pid in before).kill)
     replicas(GATEWAY)[0].kill()
     until(lambda: served.names() == ["fish", "a", "d"], 60)
     served.all_say("a")

@@ -35,7 +35,7 @@ def decode(
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32",
     tokens: Annotated[int, typer.Option(help="Tokens decoded a request.")] = 64,
     rounds: Rounds = 3,
-    parts: Annotated[str, typer.Option(help="Which tables.")] = "speed,split,context,pool,drafts",
+    parts: Annotated[str, typer.Option(help="Which tables.")] = "speed,split,context,pool,drafts,adapters",
     peer: Annotated[
         list[str],
         typer.Option(

@@ -2,7 +2,7 @@
 
 Parts: `speed` (tokens a second, beside the peers that were named), `split` (where a step's time goes), `context` (a step at
 two lengths, dense attention beside it), `pool` (how many requests fit), `drafts` (self-speculation where all drafts are
-right, and where few are).
+right, and where few are), `adapters` (four in one batch).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from shoal.errors import UsageError
 from shoal.evaluate.evaluation import decode_speed
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import slots
+from shoal.model.adapters import Adapter
+from shoal.model.linears import Int8Linear, Linear
 from shoal.model.model import Model
 from shoal.model.net import Net
 
@@ -41,6 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # our block in the peers' shapes (see doc
     "5m": {"layers": 4, "width": 256, "heads": 8, "kv_heads": 4, "head_dim": 32, "ffn": 768, "vocab": 8192},
 }
 DRAFTS = 4
+ADAPTERS, RANK = 4, 16
 Rows = list[dict[str, Any]]
 
 
@@ -239,12 +242,48 @@ def _drafts(bench: Bench) -> tuple[Table, Rows]:
     return table, rows
 
 
+def _adapters(bench: Bench) -> tuple[Table, Rows]:
+    """`ADAPTERS` of rank `RANK` beside all linears, in one batch, beside the same batch without any."""
+    full = _model(bench.config)
+    runs: dict[tuple[str, int, bool], Callable[[], float]] = {}
+    for label, model in {"fp32": full, "int8": full.quantized()}.items():
+        engine = Engine(model)
+        names = [engine.load_adapter(_adapter(model.net, number)) for number in range(ADAPTERS)]
+        for batch in [batch for batch in bench.batches if batch >= ADAPTERS]:
+            for on in (False, True):
+                held = names if on else [""]
+                runs[label, batch, on] = partial(decode_speed, engine, batch, bench.tokens, adapters=held)
+    if not runs:
+        raise UsageError("--batches", got=list(bench.batches), allowed=f"one of {ADAPTERS} or more, for adapters")
+    settle()
+    medians = in_turns(runs, bench.rounds)
+    title = f"{ADAPTERS} adapters of rank {RANK} in one batch"
+    table = Table("", "batch", "none tokens/s", f"{ADAPTERS} tokens/s", "ratio", title=title)
+    rows = []
+    for label, batch in dict.fromkeys((label, batch) for label, batch, _ in runs):
+        off, on_ = medians[label, batch, False], medians[label, batch, True]
+        table.add_row(label, str(batch), f"{off:.1f}", f"{on_:.1f}", f"{on_ / off:.2f}")
+        rows.append({"what": label, "batch": batch, "none": off, "adapters": on_, "ratio": on_ / off})
+    return table, rows
+
+
+def _adapter(net: Net, seed: int) -> Adapter:
+    draw, pairs = torch.Generator().manual_seed(seed), {}
+    for name, linear in net.named_modules():
+        if name.startswith("groups.") and isinstance(linear, (Linear, Int8Linear)):
+            outputs, inputs = linear.weight.shape
+            a, b = torch.randn(RANK, inputs, generator=draw), torch.randn(RANK, outputs, generator=draw)
+            pairs[name] = a / inputs**0.5, b / (10 * RANK)
+    return Adapter(f"adapter {seed}", pairs)
+
+
 PARTS: dict[str, Callable[[Bench], tuple[Table, Rows]]] = {
     "speed": _speed,
     "split": _split,
     "context": _context,
     "pool": _pool,
     "drafts": _drafts,
+    "adapters": _adapters,
 }
 
 

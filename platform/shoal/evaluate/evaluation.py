@@ -247,14 +247,24 @@ def interleaved_speed(models: dict[str, Model], *, tokens: int, rounds: int = 3)
 
 
 def decode_speed(
-    engine: Engine, batch: int, tokens: int, depth: str | int = "full", sampling: Sampling | None = None
+    engine: Engine,
+    batch: int,
+    tokens: int,
+    depth: str | int = "full",
+    sampling: Sampling | None = None,
+    adapters: Sequence[str] = ("",),
 ) -> float:
     """Tokens per second over a run of `tokens` tokens for each of `batch` requests, prefill of 16 tokens included; greedy
-    unless `sampling` is given."""
+    unless `sampling` is given, with `adapters` by turns."""
     sampling = sampling or Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     prompts = [[20 + (7 * i + j) % 200 for j in range(16)] for i in range(batch)]
     start = time.perf_counter()
-    done = engine.generate([Request(prompt, sampling, depth=depth) for prompt in prompts])
+    done = engine.generate(
+        [
+            Request(prompt, sampling, depth=depth, adapter=adapters[i % len(adapters)])
+            for i, prompt in enumerate(prompts)
+        ]
+    )
     return sum(len(c.tokens) for c in done) / (time.perf_counter() - start)
 
 

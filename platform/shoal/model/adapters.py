@@ -47,6 +47,11 @@ class Stack:
     first: np.ndarray  # int64
     last: np.ndarray
 
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """On the CPU, as the compiled loops take them."""
+        return self.a.numpy(), self.b.numpy(), self.first, self.last
+
 
 class Bank:
     """Adapters of one network, side by side."""
@@ -73,6 +78,16 @@ class Beside:
         """Of the first `rows` rows."""
         return self if rows == len(self._of) else Beside(self._stacks, self._of[:rows])
 
+    def arrays(self, linear: nn.Module) -> tuple[np.ndarray, ...]:
+        """What `cpu.floats.beside` takes for `linear`, without x and out."""
+        stack = self._stacks.get(linear)
+        return (*(self._none if stack is None else stack.arrays), self._of)
+
+    @cached_property
+    def _none(self) -> tuple[np.ndarray, ...]:
+        """Of a linear that no adapter changes."""
+        return nothing_beside(next(iter(self._stacks.values())))
+
     def add(self, linear: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """`y` [..., O], what `linear` gave for x [..., I], with what stands beside it; `y` itself is changed."""
         stack = self._stacks.get(linear)
@@ -80,7 +95,8 @@ class Beside:
             return y
         rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if len(rows) <= IN_LOOPS and fused.usable(x):
-            fused.beside(rows, stack.a, stack.b, stack.first, stack.last, self._of, out)
+            a, b, first, last = stack.arrays
+            fused.beside(rows, a, b, first, last, self._of, out)
             return y
         for start, end, k in self._runs:
             ranks = slice(stack.first[k], stack.last[k])
@@ -113,6 +129,12 @@ def nothing(net: Net) -> Adapter:
 def alone(net: nn.Module, adapter: Adapter | None, rows: int) -> Beside | None:
     """For `rows` rows, all of `adapter`."""
     return None if adapter is None else Bank(net, [adapter]).beside([adapter], [rows])
+
+
+def nothing_beside(stack: Stack) -> tuple[np.ndarray, ...]:
+    """As `Stack.arrays`, of so many adapters as `stack` has, none of which changes anything."""
+    a, none = stack.arrays[0], np.zeros_like(stack.first)
+    return np.zeros((1, 1), a.dtype), np.zeros((1, 1), a.dtype), none, none
 
 
 def _stack(name: str, adapters: Sequence[Adapter]) -> Stack:

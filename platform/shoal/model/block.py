@@ -205,6 +205,10 @@ class Block(nn.Module):
         attention, q, k, mlp = [norm._parameters["weight"] for norm in self._norms]
         return self._views.of(Layer(attention, qkv, q, k, out, mlp, up, down))  # type: ignore[arg-type]
 
+    def added(self, beside: Beside | None) -> tuple[Any, ...]:
+        """What `fused.layers` reads of what adapters add in this layer."""
+        return () if beside is None else tuple(beside.arrays(product) for product in self._products)
+
 
 class ExitMlp(nn.Module):
     """What an exit of its own width adds before its norm: the half of a layer that reads one row alone, so that it stores no
@@ -242,7 +246,8 @@ class Group(nn.Module):
         """x [N, D] after these layers; the new K/V are written to `cache` at ``step.slots``."""
         rope = step.rows.once("rope", lambda: rope_tables(step.positions, self.config, x.dtype))
         if parts := self._in_one_call(x, step):
-            return fused.layers(x, parts, self.config.norm_eps, rope, cache, step)
+            added = [block.added(step.beside) for block in self.blocks]  # type: ignore[operator]
+            return fused.layers(x, parts, self.config.norm_eps, rope, cache, step, added)
         for j, block in enumerate(self.blocks):
             x = block.paged(x, step, rope, cache.kv[j], cache.summaries[j])  # type: ignore[operator]
         return x
@@ -250,8 +255,7 @@ class Group(nn.Module):
     def _in_one_call(self, x: Tensor, step: PagedStep) -> list[tuple[tuple[Any, ...], Reach]]:
         """What `fused.layers` reads; empty where rows like those of `x` [N, D] take another way."""
         parts = []
-        whole = step.beside is None and step.rows.longest <= fused.SHORT  # adapters add to each product by itself
-        for block in self.blocks if whole and fused.usable(x) else ():
+        for block in self.blocks if step.rows.longest <= fused.SHORT and fused.usable(x) else ():
             arrays = block.arrays(len(x), x.dtype)  # type: ignore[operator]
             if arrays is None:
                 return []

@@ -31,6 +31,7 @@ from shoal.machine import threads
 from shoal.on_ray import calls
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
 from shoal.on_ray.failover import other_weights
+from shoal.on_ray.known_adapters import KnownAdapters
 from shoal.on_ray.loaded import LastLoaded
 from shoal.on_ray.routing import router_config
 from shoal.on_ray.scaling import KV_USE
@@ -150,6 +151,7 @@ class EngineReplica:
             raise CheckpointError(
                 f"{directory} changed while it was loaded", do="write a model beside it, and rename it"
             )
+        await self._load_known(engine)
         how = [info["quantization"] for info in await engine.info()]  # in fp32, say, where INT8 cannot be trusted
         before, old = self._engine, self._weights
         self._engine, self._told, self._reads = engine, told, told[0]
@@ -164,6 +166,15 @@ class EngineReplica:
             await asyncio.to_thread(self._last.put, directory)
         except Exception as error:  # they serve: one that starts later may have to take others
             log.error("it is not kept which weights were loaded last: %s", type(error).__name__)
+
+    async def _load_known(self, engine: AsyncEngine | VllmEngine) -> None:
+        """Loads the adapters that the service has, by what it started with and by what requests changed since."""
+        known = await asyncio.to_thread(KnownAdapters(self._args).get) if self._name else {}
+        for name, adapter in known.items():
+            try:
+                await cast("AsyncEngine", engine).load_adapter(adapter.directory, adapter.identity)
+            except ShoalError as error:  # it was there once: the others are served all the same
+                log.error("adapter %s is not loaded: %s", name, error.message)
 
     async def _leave(self, weights: str) -> None:
         """Ends the engine of `weights` when no stream is with it, at the latest when the longest request's time is over. Until
@@ -203,11 +214,6 @@ class EngineReplica:
             model.to("cuda")
         batch, queue, kv = args.max_batch, args.max_batch + args.max_queue, args.kv_cache_dtype
         own = Engine(model, max_batch=batch, max_queue=queue, kv_cache_dtype=kv)
-        for name, adapter in args.adapters.items():
-            try:
-                own.load_adapter(read(adapter, model))
-            except ShoalError as error:  # it was there when the service started: the others are served all the same
-                log.error("adapter %s is not loaded: %s", name, error.message)
         engine = AsyncEngine(own, read_adapter=read)
         settle()
         return engine

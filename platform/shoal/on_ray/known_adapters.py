@@ -1,4 +1,4 @@
-"""The adapters that a service has, kept by Ray for a gateway that takes the place of another.
+"""The adapters that a service has, kept by Ray for gateways and engines that start later.
 
 They are those that it was started with until requests load and drop some.
 """
@@ -23,7 +23,7 @@ from shoal.on_ray.loaded import NAMESPACE
 
 
 class KnownAdapters:
-    """Of the service of the gateway that makes this one, as long as it runs and starts with the same ones."""
+    """Of the service that this process is a replica of, as long as it runs and starts with the same ones."""
 
     def __init__(self, args: ServeArgs) -> None:
         self._started_with = args.adapters

@@ -56,6 +56,13 @@ def test_two_images_never_share_a_beginning() -> None:
     assert beginnings(Request(dark), PAGE) == beginnings(Request(picture(0)), PAGE)
 
 
+def test_the_same_prompt_begins_otherwise_with_each_adapter() -> None:
+    """As in the prefix cache, where nothing of one is found by another."""
+    ids = list(range(20, 60))
+    keys = [set(beginnings(Request(ids, adapter=name), PAGE)) for name in ("", "a", "b")]
+    assert not keys[0] & keys[1] and not keys[1] & keys[2] and not keys[0] & keys[2]
+
+
 @given(IDS, LOADS)
 def test_every_replica_is_reachable_and_those_past_the_bound_are_last(ids: list[int], loads: dict[str, int]) -> None:
     affinity, keys = Affinity(), beginnings(Request(ids), PAGE)

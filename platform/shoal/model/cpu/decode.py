@@ -17,8 +17,7 @@ from numba.extending import overload
 from shoal.model.cpu import integers
 from shoal.model.cpu.attention import attend, project_and_store
 from shoal.model.cpu.compiled import exact, exp, fast, inverse_rms
-from shoal.model.cpu.floats import beside as beside
-from shoal.model.cpu.floats import product
+from shoal.model.cpu.floats import beside, product
 from shoal.model.cpu.integers import peak
 from shoal.model.cpu.parts import Layer, Matrix, Rows, Sight
 
@@ -63,9 +62,10 @@ def scale_rows(x, top, tiny, out, scale):
 
 
 @fast
-def layer(x, weights, eps, rows, kv, summaries, sight):
+def layer(x, weights, eps, rows, kv, summaries, sight, beside):
     """x [N, D] after a whole layer, a new array; K/V and summaries as `project_and_store` leaves them. `weights`, `rows` and
-    `sight` are what `parts.Layer`, `parts.Rows` and `parts.Sight` name, as plain tuples."""
+    `sight` are what `parts.Layer`, `parts.Rows` and `parts.Sight` name, as plain tuples. `beside`: what adapters add to qkv,
+    out, up and down, each as `floats.beside` takes it without x and out; empty where no row has one."""
     w, r, look = Layer(*weights), Rows(*rows), Sight(*sight)
     qkv, back, up, down = Matrix(*w.qkv), Matrix(*w.out), Matrix(*w.up), Matrix(*w.down)
     count, width = x.shape
@@ -73,6 +73,7 @@ def layer(x, weights, eps, rows, kv, summaries, sight):
     out, normed, heads = np.empty_like(x), np.empty_like(x), np.empty((count, len(qkv.weight)), x.dtype)
     rms_norm(x, w.attention_norm, eps, normed)
     times(normed, qkv, heads)
+    plus(normed, beside, 0, heads)
     q = np.empty((count, len(qkv.weight) // dim - 2 * kv.shape[1], dim), x.dtype)
     project_and_store(heads, w.q_norm, w.k_norm, eps, r.keep, r.cross, r.positions, r.slots, r.block, kv, summaries, q)
     mixed = np.empty_like(q)
@@ -81,18 +82,37 @@ def layer(x, weights, eps, rows, kv, summaries, sight):
         look.window, look.top_k, look.sinks, look.gamma, mixed,
     )  # fmt: skip
     times(mixed.reshape(count, -1), back, normed)
+    plus(mixed.reshape(count, -1), beside, 1, normed)
     for n in range(count):
         for i in range(width):
             out[n, i] = x[n, i] + normed[n, i]
     rms_norm(out, w.mlp_norm, eps, normed)
     both, inner = np.empty((count, len(up.weight)), x.dtype), np.empty((count, len(up.weight) // 2), x.dtype)
     times(normed, up, both)
+    plus(normed, beside, 2, both)
     swiglu(both, inner)
     times(inner, down, normed)
+    plus(inner, beside, 3, normed)
     for n in range(count):
         for i in range(width):
             out[n, i] += normed[n, i]
     return out
+
+
+def plus(x, added, index, out):
+    """Adds to out [N, O] what adapters have beside x [N, D]."""
+
+
+@overload(plus)
+def _plus(x, added, index, out):
+    if not len(added):
+        return lambda x, added, index, out: None
+
+    def add(x, added, index, out):
+        a, b, first, last, of = added[index]
+        beside(x, a, b, first, last, of, out)
+
+    return add
 
 
 def times(x, matrix, out):

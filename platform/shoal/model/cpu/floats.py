@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils
@@ -200,15 +201,24 @@ def product(x, weight, out):
 @fast
 def beside(x, a, b, first, last, of, out):
     """Adds to each row of out [N, O] its row of x [N, I] times the transpose of A, times B: the rows first[k] .. last[k] - 1 of
-    `a` [R, I] and `b` [R, O], where k is the row's number in `of` [N]; nothing where that is below 0."""
-    width, outputs = x.shape[1], out.shape[1]
-    for n in range(len(of)):
-        k = of[n]
-        if k < 0:
-            continue
-        for r in range(first[k], last[k]):
-            total = x.dtype.type(0)
-            for i in range(width):
-                total += x[n, i] * a[r, i]
-            for o in range(outputs):
-                out[n, o] += total * b[r, o]
+    `a` [R, I] and `b` [R, O], where k is the row's number in `of` [N]; nothing where that is below 0. Rows of one number that
+    follow each other share what is read."""
+    outputs = out.shape[1]
+    whole = outputs % 2 == 0 and fits(outputs // 2, out.itemsize)
+    start = 0
+    while start < len(of):
+        k, end = of[start], start + 1
+        while end < len(of) and of[end] == k:
+            end += 1
+        if k >= 0 and first[k] < last[k]:
+            wide = b[first[k] : last[k]]
+            thin = np.empty((end - start, len(wide)), x.dtype)
+            product(x[start:end], a[first[k] : last[k]], thin)
+            for n in range(len(thin)):
+                if whole:
+                    weigh(thin[n], wide, 0, out[start + n])
+                else:
+                    for r in range(len(wide)):
+                        for o in range(outputs):
+                            out[start + n, o] += thin[n, r] * wide[r, o]
+        start = end

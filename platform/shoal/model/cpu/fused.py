@@ -64,7 +64,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def beside(x: Tensor, a: Tensor, b: Tensor, first: Any, last: Any, of: Any, out: Tensor) -> None:
+def beside(x: Tensor, a: Any, b: Any, first: Any, last: Any, of: Any, out: Tensor) -> None:
     """Add to out [N, O] what stands beside x [N, I] in the `adapters.Stack` of `a`, `b`, `first` and `last`; `of`: the adapter
     of each row."""
     _call("beside", x.contiguous(), a, b, first, last, of, out)
@@ -140,9 +140,11 @@ def layers(
     rope: Rope,
     cache: GroupCache,
     step: PagedStep,
+    beside: Sequence[tuple[Any, ...]],
 ) -> Tensor:
     """x [N, D] after the layers of a group, for requests of at most `SHORT` rows each. `parts`: the weights of each layer as
-    `Views` gives them, and how far it looks. K/V and summaries are written to `cache`."""
+    `Views` gives them, and how far it looks; `beside`: what adapters add in each, as `decode.layer` takes it. K/V and summaries
+    are written to `cache`."""
     run = _kernels().layer  # type: ignore[union-attr]
 
     def shared() -> list[Any]:
@@ -156,7 +158,7 @@ def layers(
     for j, (weights, reach) in enumerate(parts):
         gamma = _array(reach.gamma if reach.gamma is not None else x.new_empty(0))
         sight = tuple(Sight(_window(reach, step), reach.top_k, reach.sinks, gamma))
-        state = run(state, weights, eps, those, kv[j], summaries[j], sight)
+        state = run(state, weights, eps, those, kv[j], summaries[j], sight, beside[j])
     return torch.from_numpy(state)
 
 
