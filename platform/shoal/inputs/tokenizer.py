@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,11 @@ class Tokenizer:
         self.end: str | None = END if controls is None else self._names.get(self.ends[0])
         self.pad: str | None = PAD if controls is None else controls.names.get("pad_token")
         self._bytes: dict[int, bytes] = {}  # of the tokens that were asked for: every token of an answer is
+
+    def with_end(self, token: int) -> Tokenizer:
+        """This tokenizer of an open model, where the control token `token` ends an answer too."""
+        assert self.controls is not None
+        return Tokenizer(self._core, replace(self.controls, ends=(*self.controls.ends, token)))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab: int) -> Tokenizer:

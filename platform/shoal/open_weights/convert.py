@@ -25,6 +25,7 @@ from shoal.model.net import Net
 from shoal.open_weights import depths, families, known, proof, streams
 from shoal.open_weights.gguf import Gguf
 from shoal.open_weights.sources import DTYPES, Folder, Source, opened_weights
+from shoal.open_weights.vocabulary import closing
 
 FETCHED = "fetched"  # folder beside a model directory, with what pip fetched for it
 PRECISIONS = ("source", "float32", "bfloat16", "float16")
@@ -78,6 +79,7 @@ def import_model(
         tied = _tied(origin, there)
         config = families.shape_of(origin.config, there.keys(), tied=tied, context=context)
         tokenizer, template = origin.vocabulary(chat_template)
+        tokenizer = closing(tokenizer, template, config)
     if tied:
         there.pop(families.HEAD, None)
     table = dict(families.names(family, config))
@@ -92,8 +94,6 @@ def import_model(
     if len(tokenizer) > config.vocab:
         got = f"{len(tokenizer)} tokens"
         raise CheckpointError(f"tokenizer of {source}", got=got, allowed=f"at most vocab_size ({config.vocab})")
-    if odd := [end for end in tokenizer.ends if not 0 <= end < config.vocab]:
-        raise CheckpointError(f"{source}: eos_token_id", got=odd[0], allowed=f"0 to {config.vocab - 1}")
     generation = {**origin.generation, **known.names().get(str(source), {}).get("generation", {})}
     name = name or (str(source) if str(source) in known.names() else origin.name)
     planned = {ours: (kept, tuple(state[ours].shape)) for ours in table}

@@ -9,7 +9,9 @@ from typing import Any
 
 import tokenizers
 
-from shoal.errors import CheckpointError
+from shoal.config import ModelConfig
+from shoal.errors import CheckpointError, RequestError
+from shoal.inputs.chat import encode_chat
 from shoal.inputs.tokenizer import BYTE_OF, Controls, Tokenizer
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
@@ -38,13 +40,17 @@ def of_folder(
         raise CheckpointError(f"cannot read tokenizer {path}", got=str(error)[:160]) from error
     special = {**read_json(directory / "special_tokens_map.json", missing=True), **told}
     names = {key: text for key in special if key.endswith("_token") and (text := _content(special[key]))}
-    return made(core, names, _ends(core, config, generation, names), path), _template(directory, told, template)
+    return made(core, names, _ends(config, generation), path), _template(directory, told, template)
 
 
 def made(core: tokenizers.Tokenizer, names: Mapping[str, str], ends: tuple[int, ...], what: object) -> Tokenizer:
     """Our tokenizer over `core`, whose control tokens a template knows by `names`. Raises CheckpointError when it is not a
     byte-level BPE, or when nothing ends an answer."""
     _need_byte_level(core, what)
+    size = 1 + max(core.get_vocab(with_added_tokens=True).values())
+    named = core.token_to_id(names["eos_token"]) if "eos_token" in names else None
+    # a config.json may have the id of its class's own vocabulary
+    ends = tuple(end for end in ends if 0 <= end < size) or (() if named is None else (named,))
     if not ends:
         do = "give one whose generation_config.json or tokenizer_config.json has an eos_token"
         raise CheckpointError(f"tokenizer {what}", got="no token that ends an answer", do=do)
@@ -54,6 +60,21 @@ def made(core: tokenizers.Tokenizer, names: Mapping[str, str], ends: tuple[int, 
     if around[count:] != inside:
         raise CheckpointError(f"tokenizer {what}", got="tokens put behind a text", allowed="tokens put in front of it")
     return Tokenizer(core, Controls(ends, tuple(around[:count]), dict(names)))
+
+
+def closing(tokenizer: Tokenizer, template: str, config: ModelConfig) -> Tokenizer:
+    """`tokenizer` with what `template` closes an answer with as an end: a base model knows the end of a text alone, and
+    fine-tuned on chats it would learn to close its answer and then go on."""
+    chat = [{"role": role, "content": _PROBE} for role in ("user", "assistant")]
+    try:
+        row = encode_chat(chat, tokenizer, config, template=template, add_generation_prompt=False)
+    except RequestError:  # of a template that wants other chats
+        return tokenizer
+    written = [token for token, answer in zip(row.ids, row.answer, strict=True) if answer]
+    end = next((token for token in written if tokenizer.control(token) is not None), None)
+    if end is None or written[-1] in tokenizer.ends:
+        return tokenizer
+    return tokenizer.with_end(end)
 
 
 def _need_byte_level(core: tokenizers.Tokenizer, what: object) -> None:
@@ -72,12 +93,8 @@ def _content(token: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _ends(
-    core: tokenizers.Tokenizer, config: Mapping[str, Any], generation: Mapping[str, Any], names: Mapping[str, str]
-) -> tuple[int, ...]:
+def _ends(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
     told = next((found for said in (generation, config) if (found := said.get("eos_token_id")) not in (None, [])), None)
-    if told is None and "eos_token" in names:
-        told = core.token_to_id(names["eos_token"])
     ids = told if isinstance(told, list) else [told]
     return tuple(int(number) for number in ids if number is not None)
 

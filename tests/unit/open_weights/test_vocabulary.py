@@ -152,6 +152,21 @@ def test_an_end_of_the_source_ends_an_answer(checkpoint: Make, tmp_path: Path) -
     assert len(later.tokens) == 8 and stop not in later.tokens
 
 
+def test_what_a_template_closes_an_answer_with_ends_it(checkpoint: Make, tmp_path: Path) -> None:
+    """A base model's own end is that of a text: an answer was learned beyond its end, and never ended."""
+    source = checkpoint("qwen2")
+    core = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    of_text, of_answer = map(core.token_to_id, ("<|endoftext|>", "<|im_end|>"))
+    # a number beyond the vocabulary, as of its class, is none
+    edit(source / "generation_config.json", eos_token_id=[of_text, 151643])
+    model = Model.load(import_model(source, tmp_path / "model").out)
+    assert model.tokenizer.ends == (of_text, of_answer)
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "A fish."}]
+    row = encode_chat(turns, model.tokenizer, model.config, template=model.chat_template, add_generation_prompt=False)
+    written = [token for token, marked in zip(row.ids, row.answer, strict=True) if marked]
+    assert written == [*model.tokenizer.encode("A fish."), of_answer]
+
+
 def test_a_template_may_refuse(model: Model) -> None:
     model.chat_template = "{{ raise_exception('no system here') }}"
     with pytest.raises(RequestError, match="no system here"):
