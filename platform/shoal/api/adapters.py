@@ -13,8 +13,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from shoal.api.bodies import LoadAdapterRequest, UnloadAdapterRequest
@@ -191,8 +192,8 @@ def adapter_routes(service: Service, adapters: Adapters) -> APIRouter:
     @router.post(
         "/load_lora_adapter",
         openapi_extra=body_of(LoadAdapterRequest),
-        response_class=PlainTextResponse,
-        responses=refused(*POSTED),
+        response_class=Response,  # of PlainTextResponse the document would say that errors are text, too
+        responses=SAID | refused(*POSTED),
     )
     async def load_lora_adapter(request: Request) -> PlainTextResponse:
         """Serves a LoRA adapter of the first model under a name of its own, from the next request on."""
@@ -203,8 +204,8 @@ def adapter_routes(service: Service, adapters: Adapters) -> APIRouter:
     @router.post(
         "/unload_lora_adapter",
         openapi_extra=body_of(UnloadAdapterRequest),
-        response_class=PlainTextResponse,
-        responses=refused(*POSTED),
+        response_class=Response,  # of PlainTextResponse the document would say that errors are text, too
+        responses=SAID | refused(*POSTED),
     )
     async def unload_lora_adapter(request: Request) -> PlainTextResponse:
         """Serves it no more. Answers that have begun end with it."""

@@ -121,7 +121,7 @@ def test_the_engine_drafts_with_a_new_exit_and_loses_nothing(base: Path, adapted
         each.net.double()  # bf16 may round two ways to equal scores
     prompts = ["The shoal", "The tide waits. The reef", "x"]
     sampling = Sampling(max_tokens=24, temperature=0, ignore_eos=True, speculative=3)
-    engine = Engine(model, units=400, max_batch_tokens=48, speculative=3)
+    engine = Engine(model, units=400, max_batch_tokens=48, speculative=3, speculative_max_batch=8)
     answers = engine.generate([Request(prompt, sampling, depth="full") for prompt in prompts])
     plain = Engine(imported, units=400).generate([Request(prompt, sampling) for prompt in prompts])
     assert [a.tokens for a in answers] == [a.tokens for a in plain]
