@@ -5,6 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
 VLLM_READY = $(VLLM_VENV)/.ready
+GUIDELLM_VENV ?= .venv-guidellm
 APART = ray or alone or browser
 SUITE = $(BIN)/python -m pytest --ignore=tests/vllm
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -66,6 +67,13 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 
 clients: $(READY)  ## install clients, transformers and PEFT (450 MB) too: tests of them are skipped without
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,clients]'
+	@test -x $(GUIDELLM_VENV)/bin/guidellm || $(MAKE) --no-print-directory $(GUIDELLM_VENV)
+
+# guidellm pins click below ours, so it has an environment of its own, which sees the packages of .venv and adds a dozen.
+$(GUIDELLM_VENV):
+	@$(BIN)/python -m venv $@
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $@/lib/python3*/site-packages)/clients.pth
+	@$@/bin/python -m pip install --quiet 'guidellm==0.8.*'
 
 docs: $(READY)  ## the documentation as a site in site/, strictly: a link to nothing fails
 	@$(BIN)/python docs/make_site.py

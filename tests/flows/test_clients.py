@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from shoal import Model
 from shoal.inputs.tokenizer import END_ID
-from tests.extra import package
+from tests.extra import guidellm, package
 from tests.flows.conftest import KEY, Service, running
 
 MESSAGES: list[Any] = [{"role": "user", "content": "How deep is the sea?"}]
@@ -556,3 +558,22 @@ class TestPydanticAi:
         whole, streamed, objects = asyncio.run(ask())
         assert whole == streamed == expected.choices[0].message.content
         assert all(isinstance(each, Catch) for each in objects) and len(objects) == 2
+
+
+def test_guidellm_measures_every_request(service: Service, tmp_path: Path) -> None:
+    """It asks for the usage in each chunk of a stream, and counts tokens by it."""
+    command, data, out = guidellm(), tmp_path / "data.jsonl", tmp_path / "out.json"
+    data.write_text("".join(json.dumps({"prompt": f"How deep is sea {number}?"}) + "\n" for number in range(4)))
+    backend = f"kind=openai_http,target={service.url},model=fish,api_key={KEY},max_tokens=8"
+    words = [command, "run", "--backend", backend, "--profile", "kind=concurrent,streams=2"]
+    words += ["--constraint", "kind=max_requests,count=4", "--data", f"kind=json_file,path={data}"]
+    words += ["--output", f"kind=json,path={out}", "--disable-console"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=170, env=env, cwd=tmp_path)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    (told,) = json.loads(out.read_text())["benchmarks"]
+    assert told["metrics"]["request_totals"] == {"successful": 4, "errored": 0, "incomplete": 0, "total": 4}
+    for request in told["requests"]["successful"]:
+        assert (
+            '"continuous_usage_stats":true' in request["request_args"] and request["output_metrics"]["text_tokens"] <= 8
+        )

@@ -55,13 +55,19 @@ def test_a_file_is_answered_as_live_requests_are_and_goes_on_where_it_was_interr
     assert len(answers["v"]["response"]["body"]["data"]) == 1
     assert errors[None]["error"]["line"] == 41 and errors["0"]["error"]["code"] == "duplicate_custom_id"
     assert errors["deep"]["response"]["body"]["error"]["param"] == "depth"
-    with pytest.raises(DataError, match="exists"):
+    with pytest.raises(DataError, match=r"out.jsonl exists"):
         batch(source, out, tmp_path / "model", **given)
+    out.rename(tmp_path / "away")
+    with pytest.raises(DataError, match=r"out.jsonl.errors exists"):  # what failed would count as asked
+        batch(source, out, tmp_path / "model", **given)
+    (tmp_path / "away").rename(out)
     # interrupted in the middle of a line, after the errors had their name
     whole = out.read_text("utf-8").splitlines(keepends=True)
     out.unlink()
     partial = Path(f"{out}.partial")
     partial.write_text("".join(whole[:30]) + whole[30][:25], encoding="utf-8")
+    with pytest.raises(DataError, match="another model or name"):  # and its lines' refusals would stand
+        batch(source, out, tmp_path / "model", workers=2)
     assert batch(source, out, tmp_path / "model", **given) == {"answered": 41, "failed": 3, "kept": 33}
     assert {name: row["response"]["body"]["choices"] for name, row in read(out).items() if name != "v"} == {
         name: answers[name]["response"]["body"]["choices"] for name in names

@@ -47,15 +47,17 @@ def batch(
     """Answers the lines of `source` into `out`, in any order; those that are refused or fail stand in ``OUT.errors``. Returns
     how many were "answered", "failed", and of both how many were "kept" from an interrupted run. A Ray must be running.
 
-    Raises DataError for a source without lines, an `out` that exists, or a partial one of another command or request;
-    CheckpointError for a model that cannot be served; ResourceError for an engine that fails.
+    Raises DataError for a source without lines, an `out` that exists, errors of a run that ended, or a partial one of another
+    command or request; CheckpointError for a model that cannot be served; ResourceError for an engine that fails.
     """
     source, out, model = Path(source).resolve(), Path(out), Path(model).resolve()
     errors, partial = Path(f"{out}.errors"), Path(f"{out}.partial")
     if out.exists():
         raise DataError(f"{out} exists", do="choose another OUT")
-    mark = _mark(source, model)
+    mark = _mark(source, model, name)
     out.parent.mkdir(parents=True, exist_ok=True)
+    if errors.exists() and not partial.exists():  # of a run that ended: what failed in it is to be asked again
+        raise DataError(f"{errors} exists", do="move it away, or choose another OUT")
     with alone(partial):
         if out.exists():  # another command finished it since
             partial.unlink()
@@ -82,15 +84,15 @@ def batch(
     return {"answered": len(answers), "failed": len(failures), "kept": kept}
 
 
-def _mark(source: Path, model: Path) -> str:
-    """What answers to `source` by `model` have in their ids. Raises DataError, CheckpointError."""
+def _mark(source: Path, model: Path, name: str | None) -> str:
+    """What answers to `source` by `model`, asked for by `name`, have in their ids. Raises DataError, CheckpointError."""
     from shoal.model.files import weights_sha256
 
     try:
         text = sha256_of(source)
     except OSError as error:
         raise DataError(f"cannot read {source}", got=error.strerror, do="give a JSONL file of requests") from error
-    return hashlib.sha256(f"{text} {weights_sha256(model)}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{text} {weights_sha256(model)} {name}".encode()).hexdigest()[:16]
 
 
 def _must_be_ours(partial: Path, mark: str) -> None:
@@ -99,7 +101,7 @@ def _must_be_ours(partial: Path, mark: str) -> None:
         first = file.readline()
         if first.endswith(b"\n") and f'"id":"batch_req_{mark}_'.encode() not in first[:80]:
             do = "move it away, or choose another OUT"
-            raise DataError(f"{partial}", got="answers to another file, or of another model", do=do)
+            raise DataError(f"{partial}", got="answers to another file, or of another model or name", do=do)
 
 
 def _todo(source: Path, mark: str, answers: Log, failures: Log) -> tuple[list[tuple[int, int]], int]:
