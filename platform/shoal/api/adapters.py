@@ -31,6 +31,8 @@ from shoal.engine.metrics import Samples
 from shoal.errors import ConfigError, RequestError, ShoalError
 from shoal.model.adapter_files import CONFIG, WEIGHTS
 
+SAID: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
 _PATH = re.compile(r"/?[\w.-]+(/[\w.-]+)*/?", re.ASCII)
 
 

@@ -153,8 +153,7 @@ class ApiKeys:
         self._stamp: Stamp | None = None  # of the file when it was last read
         self._failed: Stamp | None = ()  # of the file that could not be read, as was told; (): none
         self._again = -math.inf  # when it may be tried again
-        # by digest, keys that the file does not have any more, and since when
-        self._gone: dict[str, tuple[float, Key]] = {}
+        self._gone: dict[str, tuple[float, Key]] = {}  # keys that the file has no more, by digest, and since when
 
     @classmethod
     def load(cls, path: str | Path | None = None, *, clock: Clock = time.monotonic) -> ApiKeys | None:

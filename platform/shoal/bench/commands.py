@@ -119,7 +119,7 @@ def batch(
     model: Annotated[Path | None, typer.Option(help="Model directory [random weights of the preset].")] = None,
     preset: Annotated[str, typer.Option(help="Whose shape the random weights have.")] = "mini",
     requests: Annotated[
-        int, typer.Option(help="Questions in the shorter file; the longer one has three times as many.")
+        int, typer.Option(help="Lines of the shorter of two runs; the longer one has three times as many.")
     ] = 192,
     tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
     rounds: Rounds = 3,
