@@ -189,6 +189,28 @@ def learn(
     run(out, text=text, steps=steps, seeds=seeds, models=chosen)
 
 
+@bench.command("route")
+def route(
+    shape: Annotated[str, typer.Option(help="narrow (4 layers, 0.2M parameters), tiny or mini.")] = "narrow",
+    seeds: Annotated[int, typer.Option(help="Seeds: of each a model is trained and measured.")] = 3,
+    steps: Annotated[int, typer.Option(help="Updates of each.")] = 900,
+    families: Annotated[
+        str, typer.Option(help="Which families of tasks.")
+    ] = "lookup,arithmetic,variables,parity,order",
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder for the trained models; a run that was cut off goes on there. [none]")
+    ] = None,
+) -> None:
+    """Tasks of known, hidden difficulty: exact match by level and exit, and whether the router sees it. Minutes a seed."""
+    from shoal.bench.route import route as run
+    from shoal.bench.route_tasks import FAMILIES
+
+    chosen = tuple(families.split(","))
+    if unknown := set(chosen) - set(FAMILIES):
+        raise UsageError("--families", got=sorted(unknown), allowed=sorted(FAMILIES))
+    run(out, shape=shape, seeds=seeds, steps=steps, families=chosen, keep=keep)
+
+
 @bench.command("data")
 def data(
     preset: Annotated[str, typer.Option(help="Whose vocabulary, row length and patches are used.")] = "tiny",

@@ -1,0 +1,206 @@
+"""`shoal bench route`: does the router see difficulty that neither a prompt's length nor its domain tells?
+
+A small model is trained on the mix of `route_tasks`, whose levels are known and hidden. Then: exact match by level and exit;
+what the router loses beside simpler policies at equal compute, inside each family, in nats and in exact match; and whether its
+calibration holds on prompts that it has not seen. All of it for each seed, with new prompts.
+
+Letters: M prompts, T tokens, E exits, A early exits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from shoal.bench.route_tasks import FAMILIES, LEVELS, prompts
+from shoal.bench.route_train import trained
+from shoal.bench.turns import show
+from shoal.evaluate.frontier import BUDGETS, POLICIES, frontier
+from shoal.evaluate.intervals import of_share
+from shoal.evaluate.prompts import Prompts
+from shoal.evaluate.tolerance import lost
+from shoal.model.net import Net
+from shoal.model.router import Router, features, fit_router, page_sums
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Prompts with what each exit makes of them."""
+
+    prompts: Prompts  # their tasks are the families; each is a group of its own
+    hits: Tensor  # bool [M, E]: is the likeliest token the answer?
+    levels: Tensor  # [M]
+
+
+def route(
+    console: Console,
+    *,
+    shape: str = "narrow",
+    seeds: int = 3,
+    steps: int = 900,
+    families: Sequence[str] = tuple(FAMILIES),
+    fit: int = 240,
+    test: int = 400,
+    keep: Path | None = None,
+) -> None:
+    """Train and measure each seed, on `fit` prompts of a family for the router and `test` for the figures. `keep`: a folder for
+    the trained models, from which a run that was cut off goes on."""
+    torch.set_num_threads(1)
+    runs = []
+    for seed in range(seeds):
+        start = time.process_time()
+        net = trained(shape, seed, steps, families, keep, lambda line: console.print(line, highlight=False))
+        run = measure(net, seed, families, fit, test)
+        run["cpu_seconds"] = time.process_time() - start  # of training, too, unless that was kept
+        runs.append(run)
+    config, count = net.config, sum(p.numel() for p in net.parameters())
+    title = f"{shape}: {config.layers} layers, {count:,} parameters, {steps} updates, {seeds} seed(s)"
+    show(
+        console,
+        [_matches(runs, title), _beside(runs), _calibration(runs)],
+        {"shape": shape, "parameters": count, "steps": steps, "seeds": seeds, "runs": runs},
+    )
+
+
+def measure(net: Net, seed: int, families: Sequence[str], fit: int, test: int) -> dict[str, Any]:
+    """The figures of one model."""
+    draws = np.random.default_rng((seed, 1_000_000))  # no update has that number
+    fitted, tested = (measured(net, draws, families, count) for count in (fit, test))
+    router = fit_router(net.config, fitted.prompts.features, fitted.prompts.gaps, seed=seed)
+    names = list(net.config.exit_names)
+    found: dict[str, Any] = {"exact_match": {}, "families": {}}
+    for family in families:
+        of = torch.tensor([task == family for task in tested.prompts.tasks])
+        found["exact_match"][family] = {
+            str(level): {
+                name: _share(tested.hits[of & (tested.levels == level), place]) for place, name in enumerate(names)
+            }
+            for level in range(1, LEVELS + 1)
+        }
+        found["families"][family] = policies(net, router, fitted, _chosen(tested, of))
+    found["families"]["all"] = policies(net, router, fitted, tested)
+    kept = lost(net.config, router, tested.prompts)
+    found["tolerance"], found["calibration"] = kept["tolerance"], {row["task"]: row for row in kept["by_task"]}
+    found["by_tolerance"] = kept["by_tolerance"]
+    return found
+
+
+def policies(net: Net, router: Router, fitted: Measured, tested: Measured) -> dict[str, Any]:
+    """At equal compute, mean over `BUDGETS`: the loss of each policy (nats a token above full depth) with how far it lies
+    behind the router's, and the same of exact match (what is missed that full depth hits)."""
+    nats = frontier(net.config, router, fitted.prompts, tested.prompts)
+    missed = (tested.hits[:, -1:].float() - tested.hits[:, :-1].float()).float()
+    match = frontier(net.config, router, fitted.prompts, tested.prompts, lost=missed)
+    return {
+        what: {
+            "mean": {name: mean(row["gap"] for row in some["at"][name]) for name in POLICIES},
+            "behind": some["behind"],
+            "fixed": some["fixed"],
+            "at": {name: [row["gap"] for row in some["at"][name]] for name in POLICIES},
+        }
+        for what, some in (("nats", nats), ("missed", match))
+    } | {"full_match": float(tested.hits[:, -1].float().mean())}
+
+
+@torch.inference_mode()
+def measured(net: Net, draws: np.random.Generator, families: Sequence[str], count: int) -> Measured:
+    """`count` prompts of each family, all of one length, with features, gaps and hits."""
+    exits, parts = net.config.exits, []
+    for family in families:
+        ids, answers, levels = (torch.from_numpy(some) for some in prompts(family, draws, count))
+        hidden = net(ids, exits=exits)
+        says = torch.stack([net.head(hidden[e][:, -1], e) for e in exits], dim=1)  # [count, E, V]
+        losses = F.cross_entropy(says.flatten(0, 1), answers.repeat_interleave(len(exits)), reduction="none")
+        losses = losses.view(count, len(exits))
+        seen = [
+            features(page_sums(net, state, row), state[-1], len(row))
+            for state, row in zip(hidden[exits[0]], ids, strict=True)
+        ]
+        lengths = torch.full((count,), ids.shape[1])
+        of = Prompts(
+            torch.stack(seen), losses[:, :-1] - losses[:, -1:], lengths, (family,) * count, torch.arange(count)
+        )
+        parts.append(Measured(of, says.argmax(-1) == answers[:, None], levels))
+    every = Prompts(
+        torch.cat([part.prompts.features for part in parts]),
+        torch.cat([part.prompts.gaps for part in parts]),
+        torch.cat([part.prompts.lengths for part in parts]),
+        tuple(task for part in parts for task in part.prompts.tasks),
+        torch.arange(count * len(parts)),
+    )
+    return Measured(every, torch.cat([part.hits for part in parts]), torch.cat([part.levels for part in parts]))
+
+
+def _chosen(some: Measured, of: Tensor) -> Measured:
+    """Those prompts of `some` for which `of` [M] holds."""
+    p = some.prompts
+    tasks = tuple(task for task, keep in zip(p.tasks, of.tolist(), strict=True) if keep)
+    return Measured(
+        replace(p, features=p.features[of], gaps=p.gaps[of], lengths=p.lengths[of], tasks=tasks, groups=p.groups[of]),
+        some.hits[of],
+        some.levels[of],
+    )
+
+
+def _share(hits: Tensor) -> dict[str, Any]:
+    figure = of_share(hits.tolist(), list(range(len(hits))))
+    return {"share": figure.value, "interval": list(figure.interval), "prompts": figure.rows}
+
+
+def _matches(runs: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Exact match by family, exit and level, mean over seeds."""
+    table = Table(
+        "family", "exit", *(f"level {level}" for level in range(1, LEVELS + 1)), title=f"exact match; {title}"
+    )
+    for family, levels in runs[0]["exact_match"].items():
+        for name in levels["1"]:
+            shares = [
+                mean(run["exact_match"][family][str(level)][name]["share"] for run in runs)
+                for level in range(1, LEVELS + 1)
+            ]
+            table.add_row(family, name, *(f"{share:.2f}" for share in shares))
+    return table
+
+
+def _beside(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """Loss by policy, mean over seeds, and how far domain lies behind the router in each seed."""
+    title = f"nats a token above full depth, mean over {BUDGETS[0]:.0%} to {BUDGETS[-1]:.0%} of the FLOPs"
+    table = Table("family", *POLICIES, "domain behind, by seed (95 %)", "missed: router", "domain", title=title)
+    for family in runs[0]["families"]:
+        of = [run["families"][family] for run in runs]
+        behind = [some["nats"]["behind"]["domain"] for some in of]
+        table.add_row(
+            family,
+            *(f"{mean(some['nats']['mean'][name] for some in of):.3f}" for name in POLICIES),
+            ", ".join(f"{row['gap']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in behind),
+            *(f"{mean(some['missed']['mean'][name] for some in of):.3f}" for name in ("router", "domain")),
+        )
+    return table
+
+
+def _calibration(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """What the router promised at the default tolerance, and what came of it on new prompts."""
+    title = f"tolerance {runs[0]['tolerance']:g}: what is promised is the mean loss"
+    table = Table("seed", "prompts", "share of the layers", "loss (95 %)", "above (95 %)", title=title)
+    for seed, run in enumerate(runs):
+        row = run["calibration"]["all together"]
+        (low, high), (least, most) = row["loss_interval"], row["above_interval"]
+        table.add_row(
+            str(seed),
+            str(row["prompts"]),
+            f"{row['depth_share']:.2f}",
+            f"{row['loss']:.3f} ({low:.3f} to {high:.3f})",
+            f"{row['above']:.1%} ({least:.1%} to {most:.1%})",
+        )
+    return table

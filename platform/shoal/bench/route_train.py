@@ -1,0 +1,104 @@
+"""The model of `shoal bench route`: trained on the mix of all families by the updates and the losses of `shoal.train`.
+
+Every update takes as many rows of each family. What is drawn follows from seed and number of the update. A trained model is
+kept where a folder is given, and read from there again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from shoal import presets
+from shoal.bench.route_tasks import FAMILIES, VOCAB, Asked, rows
+from shoal.config import ModelConfig, TrainConfig
+from shoal.data.batches import Batch
+from shoal.errors import ConfigError
+from shoal.model.net import Net
+from shoal.train.loss import LossModel
+from shoal.train.optim import exit_weights, learning_rate, make_optimizer, trained_exits
+from shoal.train.parallel import Ranks
+from shoal.train.step import update
+
+ROWS = 24  # instances of a family in an update
+LENGTH = 64  # tokens that the model is made for: the longest row has 25
+_NARROW = {"layers": 4, "width": 64, "heads": 4, "kv_heads": 4, "head_dim": 16, "ffn": 128}
+SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+    "narrow": ("tiny", _NARROW),
+    "tiny": ("tiny", {}),
+    "mini": ("mini", {}),
+}
+TRAIN = TrainConfig(
+    learning_rate=4e-3,
+    optimizer="muon",
+    betas=(0.9, 0.98),
+    weight_decay=0.05,
+    batch_tokens=ROWS * LENGTH,
+    accumulate=1,
+    exit_weights=(0.4, 0.6, 1.0),
+    exit_warmup=0.0,
+)
+
+
+def config_of(shape: str) -> ModelConfig:
+    """`narrow`, or a preset's shape; dense attention and the tasks' vocabulary. Raises ConfigError for another."""
+    if shape not in SHAPES:
+        raise ConfigError("shape", got=shape, allowed=sorted(SHAPES))
+    preset, other = SHAPES[shape]
+    mine = {"vocab": VOCAB, "image_size": 0, "train_length": LENGTH, "window": 16, "block": 4, "page": 16, "top_k": 8}
+    return dataclasses.replace(presets.get(preset).model, attn_pattern="D", **mine, **other)  # type: ignore[arg-type]
+
+
+def trained(
+    shape: str, seed: int, steps: int, families: Sequence[str], keep: Path | None, say: Callable[[str], None]
+) -> Net:
+    """The model after `steps` updates on `families`."""
+    config = config_of(shape)
+    net, kept = Net(config).init_(seed), None
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        kept = keep / f"{shape}-{'-'.join(families)}-{steps}-{seed}.safetensors"
+        if kept.exists():
+            net.load_state_dict(load_file(kept))
+            return net.eval().requires_grad_(False)
+    train = dataclasses.replace(TRAIN, seed=seed)
+    model, ranks = LossModel(net, trained_exits(config.exits, train)), Ranks(0, 1, torch.device("cpu"))
+    optimizer = make_optimizer(model, train)
+    for step in range(steps):
+        draws, done = np.random.default_rng((seed, step)), (step + 1) / steps
+        batches = [batch(config, [FAMILIES[family](draws, ROWS) for family in families])]
+        rates = {"weights": exit_weights(done, train), "rate": learning_rate(done, train)}
+        report = update(model, optimizer, batches, config=train, ranks=ranks, **rates)  # type: ignore[arg-type]
+        if (step + 1) % 100 == 0:
+            say(f"seed {seed}, update {step + 1}: " + ", ".join(f"{loss:.3f}" for loss in report.ce) + " nats by exit")
+    net.eval().requires_grad_(False)
+    if kept is not None:
+        aside = kept.with_suffix(".part")
+        save_file(net.state_dict(), aside)
+        aside.rename(kept)
+    return net
+
+
+def batch(config: ModelConfig, asked: Sequence[Asked]) -> Batch:
+    """All questions about each instance, as one micro-batch; shorter rows are padded."""
+    made = [rows(some) for some in asked]
+    longest = max(tokens.shape[1] for tokens, _ in made)
+
+    def padded(some: np.ndarray, value: int) -> np.ndarray:
+        return np.pad(some, ((0, 0), (0, longest - some.shape[1])), constant_values=value)
+
+    tokens, targets, docs = (
+        torch.from_numpy(np.concatenate(parts))
+        for parts in (
+            [padded(tokens, 0) for tokens, _ in made],
+            [padded(targets, -1) for _, targets in made],
+            [padded(np.zeros_like(tokens), -1) for tokens, _ in made],
+        )
+    )
+    nothing = torch.zeros(0, config.patch_values, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.long)
+    return Batch(tokens, targets, docs, *nothing, torch.full((len(tokens),), longest), ("text",) * len(tokens))

@@ -1,0 +1,170 @@
+"""Tasks whose levels are known and hidden, and what `shoal bench route` makes of a model that is trained on them."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from shoal.bench import route_train
+from shoal.bench.route import measured, route
+from shoal.bench.route_tasks import FAMILIES, LEVELS, VOCAB, WORDS, prompts, rows
+from shoal.errors import ConfigError
+
+NAMED = {number: word for word, number in WORDS.items()}
+
+
+def said(ids: np.ndarray) -> list[str]:
+    return [NAMED[int(token)] for token in ids]
+
+
+def steps(family: str, words: list[str]) -> tuple[str, int]:
+    """The answer and the number of steps, worked out from the prompt's words alone."""
+    body, asked = [w for w in words[1:] if "?" not in w], [w[1] for w in words if "?" in w]
+    if family in ("lookup", "variables"):
+        table = dict(word.split("=") for word in body)
+        at, count = asked[0], 0
+        while at in table:
+            at, count = table[at], count + 1
+        return at, count
+    if family == "arithmetic":
+        at = next(place for place, word in enumerate(body) if word[0] == asked[0])
+        value = int(body[-1])
+        for word in reversed(body[at:-1]):
+            value = (int(word[2]) + (value if word[3] == "+" else -value)) % 3
+        return str(value), len(body) - 1 - at
+    if family == "parity":
+        marks = [word[2] for word in body if word[0] == asked[0] and word[2] != "_"]
+        return str(marks.count("1") % 2), len(marks)
+    after = dict(word.split("=") for word in body)
+
+    def way(one: str, other: str) -> int:
+        count = 0
+        while one != other:
+            if one not in after:
+                return 0
+            one, count = after[one], count + 1
+        return count
+
+    there, back = way(asked[0], asked[1]), way(asked[1], asked[0])
+    return "<" if there else ">", there or back
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_and_levels_are_what_the_words_say(family: str) -> None:
+    asked = FAMILIES[family](np.random.default_rng(3), 60)
+    for number in range(60):
+        for question, answer, level in zip(
+            asked.questions[number], asked.answers[number], asked.levels[number], strict=True
+        ):
+            words = said(np.concatenate([asked.instances[number], question]))
+            assert steps(family, words) == (NAMED[int(answer)], int(level)), words
+    assert set(asked.levels.flatten().tolist()) == set(range(1, LEVELS + 1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_have_the_answers_and_levels_that_their_words_say(family: str) -> None:
+    for row, answer, level in zip(*prompts(family, np.random.default_rng(6), 60), strict=True):
+        words = said(row)
+        if family == "variables":  # what is asked about is the last line
+            words = [*words, f"?{words[-1][0]}"]
+        assert steps(family, words) == (NAMED[int(answer)], int(level)), words
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neither_length_nor_wording_tells_the_level(family: str) -> None:
+    """One length; and at every level as many different words, of as many kinds, and the name that is asked about as often."""
+    ids, _, levels = prompts(family, np.random.default_rng(4), 600)
+    assert ids.shape == (600, ids.shape[1])
+    shapes: dict[int, set[tuple[object, ...]]] = {}
+    for row, level in zip(ids, levels.tolist(), strict=True):
+        some = said(row)
+        names = Counter(letter for word in some[1:] for letter in word if letter.isalpha())
+        asked = [names[word[1]] for word in some if word[0] == "?"] or [names[some[-1][0]]]
+        blanks = sum(word[-1] == "_" for word in some)
+        shapes.setdefault(level, set()).add((tuple(sorted(names.values())), tuple(asked), blanks))
+    assert len({frozenset(shape) for shape in shapes.values()}) == 1 and all(len(one) == 1 for one in shapes.values())
+    # how the words are shared out over levels is what it is over levels that are dealt anew
+    bags = np.stack([np.bincount(row, minlength=VOCAB) for row in ids])
+    draws = np.random.default_rng(0)
+    by_chance = [_spread(bags, draws.permutation(levels)) for _ in range(200)]
+    assert _spread(bags, levels) < np.mean(by_chance) + 4 * np.std(by_chance)
+
+
+def _spread(bags: np.ndarray, levels: np.ndarray) -> float:
+    """The chi-square of words [n, V] by level [n]."""
+    table = np.stack([bags[levels == level].sum(0) for level in range(1, LEVELS + 1)])
+    table = table[:, table.sum(0) > 0].astype(float)
+    expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()
+    return float(((table - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_rows_hold_questions_without_answers(family: str) -> None:
+    asked = FAMILIES[family](np.random.default_rng(5), 4)
+    tokens, targets = rows(asked)
+    assert tokens.shape == targets.shape and tokens.max() < VOCAB
+    for number in range(4):
+        inside = asked.instances.shape[1]
+        at = np.flatnonzero(targets[number] >= 0)
+        traced, at = at[at < inside], at[at >= inside]
+        if family == "variables":  # each line's value, from the lines before it
+            values: dict[str, str] = {}
+            for place, word in enumerate(said(tokens[number, 1:inside]), 1):
+                name, value = word.split("=")
+                values[name] = values.get(value, value)
+                assert NAMED[int(targets[number, place])] == values[name]
+        assert len(traced) == (inside - 1 if family == "variables" else 0)
+        assert targets[number, at].tolist() == asked.answers[number].tolist()
+        assert tokens[number, at].tolist() == asked.questions[number, :, -1].tolist()
+        assert not set(tokens[number, asked.instances.shape[1] :]) & set(asked.answers[number].tolist())
+
+
+def test_a_padded_batch_has_no_targets_and_no_documents_in_its_padding() -> None:
+    config = route_train.config_of("narrow")
+    made = [FAMILIES[family](np.random.default_rng(1), 3) for family in ("arithmetic", "order")]
+    batch = route_train.batch(config, made)
+    longest = rows(made[1])[0].shape[1]
+    assert batch.tokens.shape == (6, longest)
+    short = rows(made[0])[0].shape[1]
+    assert (batch.docs[:3, :short] == 0).all() and (batch.docs[:3, short:] == -1).all()
+    assert (batch.targets[:3, short:] == -1).all() and (batch.docs[3:] == 0).all()
+
+
+def test_an_unknown_shape_is_refused() -> None:
+    with pytest.raises(ConfigError, match="shape"):
+        route_train.config_of("huge")
+
+
+def test_the_benchmark_from_training_to_its_line_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    how = {"seeds": 1, "steps": 3, "families": ("lookup", "parity"), "fit": 30, "test": 30, "keep": tmp_path}
+    route(Console(), **how)
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (run,) = first["runs"]
+    assert set(run["exact_match"]) == {"lookup", "parity"} and set(run["families"]) == {"lookup", "parity", "all"}
+    counted = sum(row["full"]["prompts"] for row in run["exact_match"]["lookup"].values())
+    assert counted == 30
+    assert set(run["families"]["lookup"]["nats"]["behind"]) == {"length", "domain", "random", "oracle"}
+    assert run["tolerance"] == 0.05 and run["calibration"]["all together"]["prompts"] == 60
+    (kept,) = tmp_path.iterdir()
+    stamp = kept.stat().st_mtime_ns
+    route(Console(), **how)  # goes on from what is kept
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert kept.stat().st_mtime_ns == stamp and again["runs"][0]["families"] == run["families"]
+
+
+def test_hits_and_gaps_are_those_of_the_exits(tmp_path: Path) -> None:
+    net = route_train.trained("narrow", 0, 1, ("lookup",), tmp_path, print)
+    found = measured(net, np.random.default_rng(9), ("lookup",), 5)
+    ids, answers, levels = (torch.from_numpy(some) for some in prompts("lookup", np.random.default_rng(9), 5))
+    assert torch.equal(found.levels, levels)
+    losses = []
+    for place, layers in enumerate(net.config.exits):
+        says = net.head(net(ids, exits=[layers])[layers][:, -1], layers).log_softmax(-1)
+        assert torch.equal(found.hits[:, place], says.argmax(-1) == answers)
+        losses.append(-says[torch.arange(5), answers])
+    for place in range(2):
+        torch.testing.assert_close(found.prompts.gaps[:, place], losses[place] - losses[-1])
