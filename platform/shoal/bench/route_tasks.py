@@ -51,9 +51,8 @@ class Asked:
     questions: np.ndarray  # [n, Q, q]
     answers: np.ndarray  # [n, Q], one token each
     levels: np.ndarray  # [n, Q] 1..LEVELS
-    trace: np.ndarray | None = (
-        None  # [n, T] what an interpreter would say after each token, -1: nothing; taught, never shown
-    )
+    # [n, T] what an interpreter would say after each token, -1: nothing; it is taught and never shown
+    trace: np.ndarray | None = None
 
 
 def _shuffled(draws: np.random.Generator, n: int, count: int, of: int | None = None) -> np.ndarray:
