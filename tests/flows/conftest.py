@@ -20,6 +20,8 @@ from shoal.api.limits import Limits
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.engine.front import AsyncEngine
+from shoal.open_weights.served_adapter import read
+from tests.adapters import write
 from tests.serving import Thread, in_a_thread
 
 KEY = "a-key-for-this-test"
@@ -58,13 +60,15 @@ class Service:
 def running(model: Model, *, backlog: int = 256, limits: Limits | None = None, **options: Any) -> Iterator[Service]:
     """A service over an engine with `options`."""
     served = ServedModel("fish", model.config, model.tokenizer, model.chat_template)
-    engine = AsyncEngine(Engine(model, **options), backlog=backlog)
-    with TemporaryDirectory() as batches:
+    engine = AsyncEngine(Engine(model, **options), backlog=backlog, read_adapter=read)
+    with TemporaryDirectory() as batches, TemporaryDirectory() as adapters:
+        write(Path(adapters) / "one", model, 1)
         app = build_app(
             [Hosted(served, engine)],
             api_keys=ApiKeys([KEY]),
             limits=limits or Limits(seconds=60),
             batches=Path(batches),
+            adapters_from=Path(adapters),
         )
         with in_a_thread(app, [engine]) as thread:
             yield Service(thread, model, engine)
