@@ -136,8 +136,11 @@ class Answer(ABC):
             found["quality"] = {"spent": self._spent(), "allowed": allowed}
             done = [choice.finished for choice in self.choices if choice.finished is not None]
             if len(done) == len(self.choices) and all(end.mean_depth for end in done):
-                layers = sum(end.mean_depth * end.completion_tokens for end in done)
-                found["mean_depth"] = layers / max(1, sum(end.completion_tokens for end in done))
+                tokens = [
+                    max(1, end.completion_tokens) for end in done
+                ]  # the end of an empty answer took its time, too
+                layers = sum(end.mean_depth * count for end, count in zip(done, tokens, strict=True))
+                found["mean_depth"] = layers / sum(tokens)
         return found
 
     def _spent(self) -> float | None:

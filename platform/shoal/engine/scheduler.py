@@ -200,7 +200,8 @@ class Scheduler:
         for work, scores in zip(plan.scores, outcome.scores, strict=True):
             work.running.prompt_logprobs += scores
         for work, sampled in zip(plan.samples, outcome.samples, strict=True):
-            work.running.ran += work.running.layers + sampled.drafted * self.config.exits[0]
+            if work.running.told is None:
+                work.running.ran += work.running.layers + sampled.drafted * self.config.exits[0]
             self._append(work.running, sampled, now)
             if work.drafts:
                 self._take_drafts(work.running, sampled, now)

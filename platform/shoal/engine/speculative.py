@@ -102,7 +102,7 @@ class Switch:
     def price(self, batch: int) -> float | None:
         """What one more draft costs, as a share of a step without; None while that is not known."""
         with_, without = self._cost(batch, True), self._cost(batch, False)
-        if not with_.drafts or not without.count:
+        if not with_.drafts or not without.seconds:
             return None
         plain = without.seconds / without.count
         return max(0.0, with_.seconds - with_.count * plain) / (with_.drafts * plain)
@@ -149,15 +149,19 @@ class Drafting:
         self._counted: dict[Running, int] = {}  # who drafts how much; nobody else does, whatever comes into the step
         self._all, self._own = _Stood(), WeakKeyDictionary[Running, _Stood]()
         self._idle = AGAIN  # steps since the last that drafted; the first that may, does
+        self._could = False  # has somebody of the step room for drafts?
+        self._denied = 0  # answers that were not audited because drafts did not pay
 
     def stop(self) -> None:
         """Nobody drafts."""
-        self._counted = {}
+        self._counted, self._could = {}, False
 
     def start(self, decoding: Sequence[Running], rows: int) -> int:
         """Decide whether those of `decoding` that ask for drafts get them, and return the rows that it takes: none where it
         does not pay, or where all of `decoding` and the drafts would be more than `rows`."""
-        counted = {running: self._worth(running, self._room(running), len(decoding)) for running in decoding}
+        rooms = {running: self._room(running) for running in decoding}
+        self._could = any(rooms.values())
+        counted = {running: self._worth(running, room, len(decoding)) for running, room in rooms.items()}
         drafts = sum(counted.values())
         on = drafts > 0 and len(decoding) + drafts <= rows and self.switch.wants(len(decoding))
         self._counted = counted if on else {}
@@ -170,12 +174,18 @@ class Drafting:
 
     def audits(self, running: Running, batch: int) -> bool:
         """Is an answer with a tolerance to run at full depth with drafts, rather than as deep as the router says, now that
-        `batch` requests run?"""
-        drafts = self._able and running.sampling.speculative != 0 and running.sampling.max_tokens > 1
-        return drafts and self.switch.pays(batch)
+        `batch` requests run? Of those that it does not pay for one in `AGAIN` is all the same: where nobody drafts, nobody
+        would ever learn that it pays again."""
+        if not self._able or running.sampling.speculative == 0 or running.sampling.max_tokens < 2:
+            return False
+        if self.switch.pays(batch):
+            return True
+        self._denied += 1
+        return self.switch.max_batch is None and self._denied % AGAIN == 0
 
     def learn(self, plan: Plan, outcome: Outcome, seconds: float) -> None:
-        """Take in what a step gave; of its time, one that prefilled says nothing."""
+        """Take in what a step gave; of its time, one that prefilled says nothing, nor does one where nobody could have drafted:
+        it may be of shallow answers, beside which no draft would ever pay."""
         self._idle += 1
         for work, sampled in zip(plan.samples, outcome.samples, strict=True):
             if sampled.drafted:
@@ -184,7 +194,7 @@ class Drafting:
                 own = self._own.setdefault(work.running, _Stood())
                 own.good, own.tried = own.good + good, own.tried + tried
                 self._all.good, self._all.tried = FADE * self._all.good + good, FADE * self._all.tried + tried
-        if all(work.count == 1 and work.sample for work in plan.works):
+        if self._could and all(work.count == 1 and work.sample for work in plan.works):
             tokens = sum(1 + len(sampled.after) for sampled in outcome.samples)
             self.switch.learn(len(plan.works), max(work.drafts for work in plan.works), seconds, tokens)
 

@@ -2,8 +2,8 @@
 
 A draft of the first exit stands, as always, where full depth draws the same token: that costs nothing. Where full depth draws
 another one, the draft may stand all the same, at a price, as long as the answer has then spent at most its tolerance, in nats,
-times its tokens. So at every length an answer has spent at most that much a token, and full depth has looked at every token
-before it is told.
+times the tokens before. That one itself does not count, since it may be what ends the answer, which is no token of it. So at
+every length an answer has spent at most that much a token, and full depth has looked at every token before it is told.
 
 Price of a draft x where full depth, whose law is p, draws another token:
 
@@ -38,8 +38,8 @@ class Allowance:
     spent: float = 0.0  # nats
 
     def affords(self, price: float, tokens: int) -> bool:
-        """May the answer, of so many tokens with the next one, pay `price` nats for that? A price that is no number is none
-        that can be paid."""
+        """May the answer, of so many `tokens` yet, pay `price` nats for the next one? A price that is no number is none that
+        can be paid."""
         return self.spent + price <= self.tolerance * tokens
 
 
@@ -69,7 +69,7 @@ def settle(chain: Chain, drawn: list[int], price: Callable[[int, int], float]) -
         if drawn[row] < 0 or chain.tolerance == 0:
             break
         cost = price(row, place)
-        if not allowance.affords(cost, chain.answered + place + 1):
+        if not allowance.affords(cost, chain.answered + place):
             break
         allowance.spent += cost
         drawn[row], costs[row] = draft, cost

@@ -74,6 +74,12 @@ async def test_a_stream_of_several_choices_tells_their_mean_as_they_grow(measure
     assert usages[-1]["mean_depth"] < 4
 
 
+async def test_an_answer_without_a_word_took_its_layers_too(measured: httpx.AsyncClient) -> None:
+    asked = body("/v1/completions", stop_token_ids=list(range(300)), speculative=0)
+    usage = (await measured.post("/v1/completions", json=asked)).json()["usage"]
+    assert (usage["completion_tokens"], usage["mean_depth"]) == (0, 4)
+
+
 async def test_what_nobody_looked_at_is_null(http: httpx.AsyncClient) -> None:
     reply = await http.post("/v1/completions", json=body("/v1/completions"))
     assert reply.json()["usage"]["quality"] == {"spent": None, "allowed": 2.0}
