@@ -171,9 +171,9 @@ def test_what_ends_an_answer_is_no_token_that_could_pay_for_it() -> None:
 
 def test_an_answer_that_an_end_closes_spent_at_most_its_tolerance_a_token() -> None:
     ends, most = tuple(range(20, 260, 2)), 0.0
-    for seed in range(1, 25, 2):
-        request = ask(seed, 1.0, stop_token_ids=ends, min_tokens=2)
-        (answer,) = engine(PLAIN).generate([request])
+    for seed in (5, 19, 21, 33, 39):
+        request = ask(seed, 1.0, stop_token_ids=ends, min_tokens=seed % 4 + 1)
+        (answer,) = engine(LIVELY).generate([request])
         assert answer.finished is not None and answer.finished.spent is not None
         most = max(most, answer.finished.spent / len(answer.tokens))
     assert 0 < most <= 1.0
