@@ -24,10 +24,8 @@ from tests.adapters import merged, write
 from tests.on_ray.test_serve import free_port, replicas, scraped, until
 from tests.unit.engine.lively import lively
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.timeout(600),
-]  # each replica may have to compile, on what may be a busy machine
+# each replica may have to compile, on what may be a busy machine
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 LONG = 200  # tokens: so many that a replica is lost in the middle of them
 FIRST = range(20, 24)  # token that each prompt begins with: they go to both replicas

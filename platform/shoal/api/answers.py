@@ -136,9 +136,8 @@ class Answer(ABC):
             found["quality"] = {"spent": self._spent(), "allowed": allowed}
             done = [choice.finished for choice in self.choices if choice.finished is not None]
             if len(done) == len(self.choices) and all(end.mean_depth for end in done):
-                tokens = [
-                    max(1, end.completion_tokens) for end in done
-                ]  # the end of an empty answer took its time, too
+                # the end of an empty answer took its time, too
+                tokens = [max(1, end.completion_tokens) for end in done]
                 layers = sum(end.mean_depth * count for end, count in zip(done, tokens, strict=True))
                 found["mean_depth"] = layers / sum(tokens)
         return found
