@@ -1,4 +1,5 @@
-"""What LoRA has learned of an open model, as an adapter that PEFT loads beside the checkpoint that was imported.
+"""What LoRA has learned, as an adapter in PEFT's format: of an open model one that PEFT loads beside the checkpoint that was
+imported, of a model of our own one by the names of our network, which only we serve.
 
 Our layers join q, k, v and gate, up in one matrix; so their thin matrix A is one and the same, and B's rows are cut.
 """
@@ -26,17 +27,18 @@ def require_replaceable(to: Path) -> None:
 
 def write(lora: Path, model: Path, to: Path, *, alpha: float) -> None:
     """Write the adapter `to` a directory, in place of one that is there: `lora` is the file of thin matrices of a run that
-    fine-tuned an imported model to `model`, and `alpha` the scale times the rank. Raises CheckpointError for a model that was
-    not imported, and for a directory with something else in it."""
-    if not (model / described.SOURCE).exists():
-        raise CheckpointError(f"{model} was not imported", got=f"no {described.SOURCE}", do="use the model itself")
+    fine-tuned `model`, and `alpha` the scale times the rank. Raises CheckpointError for a directory with something else in
+    it."""
     require_replaceable(to)
-    _, config = described.read_config(model)
-    told = described.read_json(model / described.SOURCE)
+    base, config = described.read_config(model)
     thin = load_file(str(lora))
+    names = [(f"{name}.weight", (f"{name}.weight",)) for name in sorted({key.rpartition(".")[0] for key in thin})]
+    if (model / described.SOURCE).exists():
+        told = described.read_json(model / described.SOURCE)
+        base, names = told["name"], list(families.names(told["family"], config))
     tensors: dict[str, Tensor] = {}
     targets: set[str] = set()
-    for ours, theirs in families.names(told["family"], config):
+    for ours, theirs in names:
         name = ours.removesuffix(".weight")
         if f"{name}.lora_a" not in thin:
             continue
@@ -55,7 +57,7 @@ def write(lora: Path, model: Path, to: Path, *, alpha: float) -> None:
     write_json(
         aside / CONFIG,
         {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": told["name"], "r": rank,
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
             "lora_alpha": alpha, "target_modules": sorted(targets), "lora_dropout": 0.0, "bias": "none",
             "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "modules_to_save": None,
         },

@@ -147,8 +147,8 @@ class Pretrain(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Training):
-    """Stage 2: supervised training on chats, with loss on the answers only [2 epochs]. Of an open model, `--set lora_rank=16`
-    leaves an adapter for PEFT in OUT/adapter as well."""
+    """Stage 2: supervised training on chats, with loss on the answers only [2 epochs]. `--set lora_rank=16` leaves an adapter
+    in OUT/adapter as well, to be served beside the base; of an open model PEFT loads it, too."""
 
     model: ModelDir
     data: Annotated[
@@ -170,13 +170,13 @@ class Finetune(Training):
         from shoal.train import lora
 
         plan, to = self.plan(), self.out / "adapter"
-        adapts = plan.train.lora_rank > 0 and bool(plan.model.of_open_models)
+        adapts = plan.train.lora_rank > 0
         if adapts:
             adapter.require_replaceable(to)
         super().run()
         if adapts:
-            adapter.write(self.out / lora.FILE, plan.model_dir, to, alpha=lora.SCALE * plan.train.lora_rank)
-            say(f"adapter for PEFT in {to}")
+            adapter.write(self.out / lora.FILE, self.model, to, alpha=lora.SCALE * plan.train.lora_rank)
+            say(f"adapter{' for PEFT' if plan.model.of_open_models else ''} in {to}")
 
 
 @dataclass(frozen=True, kw_only=True)

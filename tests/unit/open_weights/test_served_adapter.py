@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,10 @@ from shoal.model.adapter_files import MOST_RANK
 from shoal.open_weights import adapter, convert, families
 from shoal.open_weights.served_adapter import check, read
 from shoal.train import lora
+from shoal.train.loop import fit
+from shoal.train.plan import finetune_plan
 from tests.adapters import linears, merged, save, write
+from tests.unit.engine.lively import lively
 from tests.unit.open_weights.conftest import FAMILIES, edit
 
 MODEL = Model.from_preset("test", seed=3)
@@ -199,3 +203,20 @@ def test_it_is_checked_and_known_without_the_models_weights(tmp_path: Path) -> N
     write(tmp_path / "adapter", MODEL, base_model_name_or_path="else")
     with pytest.raises(CheckpointError, match="got 'else'"):
         check(folder, tmp_path / MODEL.name)
+
+
+def test_what_lora_learned_of_a_model_of_our_own_is_served_beside_it(tmp_path: Path) -> None:
+    """By the names of our network; its tokens are those of the model that the run wrote."""
+    lively().save(tmp_path / "base")
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "A fish."}]}
+    (tmp_path / "chats.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    more = {"steps": 4, "lora_rank": 3, "learning_rate": 3e-2, "batch_tokens": 192}
+    plan = finetune_plan(str(tmp_path / "base"), str(tmp_path / "chats.jsonl"), str(tmp_path / "run"), **more)
+    fit(plan)
+    adapter.write(tmp_path / "run" / lora.FILE, tmp_path / "base", tmp_path / "run" / "adapter", alpha=3 * lora.SCALE)
+    base, written = Model.load(tmp_path / "base"), Model.load(plan.model_dir)
+    engine = Engine(base, units=400)
+    identity = engine.load_adapter(read(tmp_path / "run" / "adapter", base))
+    asked = Request(list(range(30, 60)), Sampling(temperature=0, max_tokens=12, ignore_eos=True), depth="full")
+    (plain,), (adapted,) = (engine.generate([dataclasses.replace(asked, adapter=name)]) for name in ("", identity))
+    assert adapted.tokens == written.generate_naive(asked.prompt, 12, "full", ignore_eos=True) != plain.tokens  # type: ignore[arg-type]
