@@ -32,7 +32,8 @@ def write(lora: Path, model: Path, to: Path, *, alpha: float) -> None:
     require_replaceable(to)
     base, config = described.read_config(model)
     thin = load_file(str(lora))
-    names = [(f"{name}.weight", (f"{name}.weight",)) for name in sorted({key.rpartition(".")[0] for key in thin})]
+    own = sorted(f"{key.removesuffix('.lora_a')}.weight" for key in thin if key.endswith(".lora_a"))
+    names: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in own]
     if (model / described.SOURCE).exists():
         told = described.read_json(model / described.SOURCE)
         base, names = told["name"], list(families.names(told["family"], config))
