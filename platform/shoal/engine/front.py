@@ -139,11 +139,13 @@ class AsyncEngine:
         *,
         backlog: int = 256,
         stall_seconds: float = 120.0,
+        gap: float = 0.0,
         read_adapter: Callable[[str, Model], Adapter] | None = None,
     ) -> None:
         """`backlog`: unread events after which a request waits for its reader. `stall_seconds`: a step that takes longer
-        means that the engine is stuck, and dead. `read_adapter` makes one of a directory, for `load_adapter`."""
-        self._engine, self._backlog, self._stall = engine, backlog, stall_seconds
+        means that the engine is stuck, and dead. `gap`: of `batches`, where its caller says none; a request that could fall
+        `backlog` events behind in that time would wait. `read_adapter` makes one of a directory, for `load_adapter`."""
+        self._engine, self._backlog, self._stall, self._gap = engine, backlog, stall_seconds, gap
         self._read_adapter = read_adapter
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._pooling: Turns[_Asked] = Turns()  # of `embed`; one is run between two steps
@@ -171,7 +173,7 @@ class AsyncEngine:
                     yield event
 
     async def batches(
-        self, request: Request, gap: Callable[[], float] = lambda: 0.0
+        self, request: Request, gap: Callable[[], float] | None = None
     ) -> AsyncGenerator[list[Event], None]:
         """The events of `generate` in lists: each holds what was ready when the list before it had been read. The first list
         and the last one come at once; `gap` says how many seconds are to lie between two others."""
@@ -196,7 +198,7 @@ class AsyncEngine:
                 if reader.paused and reader.sent - reader.taken <= self._backlog // 2:
                     reader.paused = False
                     self._inbox.put(lambda: self._engine.pause(running, False))
-                events = await reader.get(gap())
+                events = await reader.get(self._gap if gap is None else gap())
         except RequestError:
             ended = True
             raise

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -175,7 +176,8 @@ class _Engine:
         loaded = Model.load(model)
         if gpu:
             loaded.to("cuda")
-        engine = AsyncEngine(Engine(loaded, max_batch=max_batch))
+        # nobody reads an answer before it has ended, and each reader that is woken takes the time of a token
+        engine = AsyncEngine(Engine(loaded, max_batch=max_batch), backlog=sys.maxsize, gap=SECONDS)
         limits = Limits(seconds=SECONDS)
         self._source, self._mark, self._most = source, mark, limits.body_bytes
         self._inside = offline([Hosted(ServedModel.load(model, name), engine)], limits)

@@ -339,11 +339,14 @@ def test_closing_ends_what_is_live(model: Model) -> None:
     run(work())
 
 
-def test_lists_hold_every_event_in_order_and_wait_only_between_tokens(model: Model) -> None:
+@pytest.mark.parametrize("said_by", ["caller", "engine"])
+def test_lists_hold_every_event_in_order_and_wait_only_between_tokens(model: Model, said_by: str) -> None:
     """A gap longer than the test: but for the second list, which the last event cuts short, nothing would ever come."""
 
     async def work() -> None:
-        async with front(model) as engine, aclosing(engine.batches(ask(30), lambda: 10 * SECONDS)) as lists:
+        theirs = {"gap": 10 * SECONDS} if said_by == "engine" else {}
+        mine = (lambda: 10 * SECONDS) if said_by == "caller" else None
+        async with front(model, **theirs) as engine, aclosing(engine.batches(ask(30), mine)) as lists:
             first, second = [events async for events in lists]
         tokens = [event.token for event in [*first, *second] if isinstance(event, Token)]
         assert tokens == model.generate_naive([50, 51], 30, ignore_eos=True)
