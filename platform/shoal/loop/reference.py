@@ -1,0 +1,242 @@
+"""What a version's requests are compared with: a window of its own, measured once, written aside and renamed.
+
+    rows of one version  ─>  first of each conversation  ─>  of each slice and signal: mean and spread, by hour of the day where
+                             there are enough; block and scatter of its means; quantiles, to explain with
+
+It never grows with the stream, for what drifts slowly would grow into it. Live requests never look like a held-out set, so it
+is of live requests: the first of a version, or those that somebody accepted.
+
+Letters: n requests, F streams, H parts of the day.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shoal.errors import DataError
+from shoal.loop.detector import Stream
+from shoal.loop.watched import BY_NAME, WATCHED, texts
+from shoal.machine import write_aside
+
+FORMAT, VERSION = "shoal.reference", 1
+EVERY = "all"  # the slice of all requests
+REQUESTS = 2_000  # of a reference
+LEAST_VALUES = 200  # of a signal, that it is watched
+LEAST_SLICE = 300  # requests of a slice that is watched for itself
+MOST_SLICES = 8
+CLIP = (1.0, 99.0)  # percentiles
+BLOCKS = (10, 25, 50)  # values; the first whose means follow each other by less than LAG
+LAG = 0.2
+WIDER = 1.1  # of the scatter of block means, for it is an estimate
+HOURS, LEAST_HOUR = (24, 12, 8, 6, 4), 100  # parts of a day, and values in each
+QUANTILES = 201
+
+
+@dataclass(frozen=True)
+class Standard:
+    """What one signal of one slice is like."""
+
+    signal: str
+    slice: str
+    values: int
+    low: float
+    high: float  # values beyond `low` and `high` count as these
+    mean: list[float]  # [H]
+    spread: list[float]  # [H] standard deviations of a request
+    block: int
+    scatter: float
+    share: float | None = None  # of a signal of 0 and 1, or of one that is nearly always `usual`
+    usual: float | None = None
+    quantiles: list[float] = field(default_factory=list)
+
+    def standardised(self, values: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """`values` [n] as `detector` takes them, NaN where they are, of requests that came `at` [n], epoch seconds."""
+        known = ~np.isnan(values)
+        if self.share is not None:
+            return np.where(known, values if self.usual is None else values != self.usual, np.nan)
+        part = parts_of_day(at, len(self.mean))
+        mean, spread = np.array(self.mean)[part], np.array(self.spread)[part]
+        return np.where(known, (np.clip(values, self.low, self.high) - mean) / spread, np.nan)
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(self.signal, self.slice, self.block, self.scatter, self.share)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """All that a detector needs to know of requests as they were."""
+
+    weights: str  # of the version that answered them
+    began: float  # epoch seconds of the first
+    ended: float
+    requests: int
+    standards: tuple[Standard, ...]
+    why: str = ""  # somebody accepted it, and said so
+
+    @property
+    def streams(self) -> list[Stream]:
+        return [standard.stream for standard in self.standards]
+
+    @property
+    def hours(self) -> float:
+        return (self.ended - self.began) / 3600
+
+    def standardised(self, table: pa.Table) -> np.ndarray:
+        """[F, n] of captured rows, in their order; NaN where a row is of another slice, or has no value."""
+        at, slices = moments(table), np.array(texts(table, "slice"), dtype=object)
+        raw = {name: BY_NAME[name].of(table) for name in {standard.signal for standard in self.standards}}
+        found = np.full((len(self.standards), len(table)), np.nan)
+        for row, standard in enumerate(self.standards):
+            values = raw[standard.signal]
+            if standard.slice != EVERY:
+                values = np.where(slices == standard.slice, values, np.nan)
+            found[row] = standard.standardised(values, at)
+        return found
+
+    def write(self, path: Path) -> None:
+        told = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        write_aside(path, json.dumps(told, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Reference:
+        """Raises DataError for a file that is none, or of another version."""
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            form, version = told.pop("format"), told.pop("version")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is no reference", got=str(error), do="remove it, and it learns anew") from error
+        if (form, version) != (FORMAT, VERSION):
+            raise DataError(f"{path}", got=f"{form} {version}", allowed=f"{FORMAT} {VERSION}")
+        try:
+            return cls(**{**told, "standards": tuple(Standard(**one) for one in told["standards"])})
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path} is no reference", got=str(error), do="remove it, and it learns anew") from error
+
+
+def moments(table: pa.Table) -> np.ndarray:
+    """float64 [n], when each request ended, in epoch seconds."""
+    return np.asarray(table["at"].to_numpy(zero_copy_only=False), dtype=float) / 1000
+
+
+def parts_of_day(at: np.ndarray, parts: int) -> np.ndarray:
+    """Which of `parts` equal parts of the day, UTC, `at` [n] is in."""
+    return np.asarray(np.floor(at % 86400 / 86400 * parts), dtype=int) % parts
+
+
+def measured(table: pa.Table, weights: str, *, why: str = "") -> Reference:
+    """The reference that these rows make, one a conversation, in their order. Raises DataError where they have no signal that
+    could be watched."""
+    if not len(table):
+        raise DataError("a reference of no requests", do="capture some first")
+    at, slices = moments(table), np.array(texts(table, "slice"), dtype=object)
+    standards = []
+    for name in [EVERY, *_large(slices)]:
+        here = np.ones(len(table), bool) if name == EVERY else slices == name
+        for signal in WATCHED:
+            values = signal.of(table)[here]
+            known = ~np.isnan(values)
+            if known.sum() >= LEAST_VALUES:
+                standards.append(_standard(signal.name, name, values[known], at[here][known]))
+    if not standards:
+        wanted = f"{LEAST_VALUES} requests with one signal, such as prompt_tokens"
+        raise DataError("a reference without a signal", got=f"{len(table)} requests", allowed=wanted)
+    return Reference(weights, float(at.min()), float(at.max()), len(table), tuple(standards), why)
+
+
+def _large(slices: np.ndarray) -> list[str]:
+    """Slices that are watched for themselves: the largest, where there are several."""
+    names, counts = np.unique(slices.astype(str), return_counts=True)
+    order = sorted(zip(-counts, names.tolist(), strict=True))
+    return [name for count, name in order if -count >= LEAST_SLICE and name][:MOST_SLICES] if len(names) > 1 else []
+
+
+def _standard(signal: str, name: str, values: np.ndarray, at: np.ndarray) -> Standard:
+    low, high = (float(edge) for edge in np.percentile(values, CLIP))
+    quantiles = np.quantile(values, np.linspace(0, 1, QUANTILES)).tolist()
+    is_share = bool(np.isin(values, (0.0, 1.0)).all())
+    if is_share or low == high:
+        usual = None if is_share else low
+        ones = values if usual is None else values != usual
+        share = float((ones.sum() + 1) / (len(values) + 2))
+        return Standard(signal, name, len(values), low, high, [0.0], [1.0], BLOCKS[0], 1.0, share, usual, quantiles)
+    clipped = np.clip(values, low, high)
+    parts = next((count for count in HOURS if _enough(at, count)), 1)
+    part = parts_of_day(at, parts)
+    mean = np.array([clipped[part == each].mean() for each in range(parts)])
+    spread = np.array([clipped[part == each].std() for each in range(parts)])
+    spread = np.where(spread > 0, spread, clipped.std())
+    block, scatter = _scatter((clipped - mean[part]) / spread[part])
+    return Standard(
+        signal, name, len(values), low, high, mean.tolist(), spread.tolist(), block, scatter, quantiles=quantiles
+    )
+
+
+def _enough(at: np.ndarray, parts: int) -> bool:
+    return bool((np.bincount(parts_of_day(at, parts), minlength=parts) >= LEAST_HOUR).all())
+
+
+def _scatter(values: np.ndarray) -> tuple[int, float]:
+    """Values in a block so that the means of neighbours hardly follow each other, and the standard deviation of these means."""
+    for block in BLOCKS:
+        means = values[: len(values) // block * block].reshape(-1, block).mean(axis=1)
+        if len(means) < 4 or _follows(means) < LAG:
+            break
+    scatter = float(means.std(ddof=1)) if len(means) > 1 else 0.0
+    return block, max(WIDER * scatter, 1 / float(np.sqrt(block)))
+
+
+def _follows(means: np.ndarray) -> float:
+    """How much each of `means` is like the one before: lag-1 correlation."""
+    off = means - means.mean()
+    return float(off[1:] @ off[:-1] / max(float(off @ off), 1e-12))
+
+
+def first_turns(table: pa.Table, seen: Sequence[str], keep: int) -> tuple[pa.Table, list[str]]:
+    """The first row of each conversation that is not among the last ones `seen`, and the last `keep` then. Turns of one are not
+    independent; a row without a conversation is one of its own."""
+    known, wanted = dict.fromkeys(seen), []
+    for place, name in enumerate(texts(table, "conversation")):
+        if not name or name not in known:
+            wanted.append(place)
+        if name:
+            known.pop(name, None)
+            known[name] = None
+            if len(known) > keep:
+                known.pop(next(iter(known)))
+    return table.take(wanted), list(known)
+
+
+def explained(standard: Mapping[str, Any] | Standard, values: np.ndarray) -> dict[str, float]:
+    """To explain and never to alarm: PSI over tenths of the reference and the Kolmogorov-Smirnov distance of `values` [n], each
+    with the size that chance alone stays below in 99 % of all cases for so few values."""
+    one = standard if isinstance(standard, Standard) else Standard(**standard)
+    values = values[~np.isnan(values)]
+    count, before = len(values), one.values
+    if not count:
+        return {}
+    edges = np.unique(np.quantile(one.quantiles, np.linspace(0, 1, 11)[1:-1]))
+    old, new = (np.bincount(np.searchsorted(edges, some, side="right"), minlength=len(edges) + 1) / len(some)
+                for some in (np.array(one.quantiles), values))  # fmt: skip
+    floor = 0.5 / count
+    psi = float(((new - old) * np.log(np.maximum(new, floor) / np.maximum(old, floor))).sum())
+    grid = np.unique(np.concatenate([one.quantiles, values]))
+    apart = [np.searchsorted(np.sort(some), grid, side="right") / len(some) for some in (one.quantiles, values)]
+    chance = 1 / count + 1 / before
+    return {
+        "n": float(count), "psi": psi, "psi_chance": chance * _chi2_99(len(edges)),
+        "ks": float(np.abs(apart[0] - apart[1]).max()), "ks_chance": 1.628 * float(np.sqrt(chance)) + 0.5 / QUANTILES,
+    }  # fmt: skip
+
+
+def _chi2_99(degrees: int) -> float:
+    """99 % quantile of chi-squared (Wilson and Hilferty 1931), right to 0.5 % from 3 degrees on."""
+    part = 2 / (9 * max(1, degrees))
+    return max(1, degrees) * (1 - part + 2.3263479 * float(np.sqrt(part))) ** 3

@@ -1,0 +1,156 @@
+"""A reference holds what requests were like, and nothing that comes later."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from shoal.errors import DataError
+from shoal.loop.detector import Detector
+from shoal.loop.reference import EVERY, QUANTILES, Reference, explained, first_turns, measured
+
+DAY = 86_400
+
+
+def rows(
+    requests: int,
+    *,
+    seed: int = 0,
+    cycle: float = 0.0,
+    hours: float = 1.0,
+    follow: float = 0.0,
+    start: float = 1e9,
+    up: float = 0.0,
+) -> pa.Table:
+    """Requests in `hours`; their surprisal has a rhythm of `cycle` in a day, and each follows the one before by `follow`."""
+    rng = np.random.default_rng(seed)
+    at = start // DAY * DAY + np.arange(requests) * hours * 3600 / requests
+    noise = rng.normal(size=requests)
+    for place in range(1, requests):
+        noise[place] = follow * noise[place - 1] + np.sqrt(1 - follow**2) * noise[place]
+    surprisal = 3 + up + noise + cycle * np.sin(2 * np.pi * at / DAY)
+    return pa.table(
+        {
+            "at": (at * 1000).astype(np.int64),
+            "slice": ["shop" if place % 2 else "desk" for place in range(requests)],
+            "prompt_surprisal": surprisal,
+            "prompt_tokens": rng.integers(5, 40, requests),
+            "status": np.where(rng.random(requests) < 0.005, 500, 200),
+            "layers": np.full(requests, 8),
+        }
+    )
+
+
+def detected(reference: Reference, *tables: pa.Table) -> Detector:
+    detector = Detector(reference.streams)
+    for table in tables:
+        detector.update(reference.standardised(table), np.zeros(len(table)))
+    return detector
+
+
+def test_values_of_the_reference_have_mean_0_and_spread_1() -> None:
+    table = rows(2_000)
+    reference = measured(table, "w")
+    assert {(one.signal, one.slice) for one in reference.standards} >= {("prompt_surprisal", EVERY), ("layers", "desk")}
+    for standard, values in zip(reference.standards, reference.standardised(table), strict=True):
+        own = values[~np.isnan(values)]
+        assert len(own) == (2_000 if standard.slice == EVERY else 1_000)
+        if standard.share is None:
+            assert own.mean() == pytest.approx(0, abs=1e-9) and own.std() == pytest.approx(1, abs=1e-9)
+        else:
+            assert standard.share == pytest.approx((own.sum() + 1) / (len(own) + 2))
+
+
+def test_new_requests_of_the_same_kind_are_quiet_and_others_ring() -> None:
+    reference = measured(rows(2_000), "w")
+    assert detected(reference, rows(4_000, seed=1)).state == "quiet"
+    found = detected(reference, rows(600, seed=2, up=1.0))
+    assert found.state == "alarm" and found.moved()[0].signal == "prompt_surprisal"
+
+
+def test_a_signal_that_never_varied_rings_when_it_does() -> None:
+    reference = measured(rows(2_000), "w")
+    other = rows(400, seed=1)
+    place = other.column_names.index("layers")
+    found = detected(reference, other.set_column(place, "layers", pa.array([2] * 400)))
+    assert found.state == "alarm" and found.moved()[0].signal == "layers"
+
+
+def test_one_slice_of_many_rings() -> None:
+    reference = measured(rows(2_000), "w")
+    other = rows(1_600, seed=1)
+    moved = np.where(np.array(other["slice"].to_pylist()) == "desk", 0.9, 0.0) + other["prompt_surprisal"].to_numpy()
+    place = other.column_names.index("prompt_surprisal")
+    found = detected(reference, other.set_column(place, "prompt_surprisal", pa.array(moved)))
+    assert found.state == "alarm" and found.moved()[0].slice == "desk"
+
+
+def test_a_rhythm_of_the_day_is_no_drift_where_the_reference_has_a_day() -> None:
+    day = measured(rows(4_800, cycle=1.0, hours=24), "w")
+    assert len(day.standards[0].mean) > 1
+    tomorrow = rows(9_600, seed=1, cycle=1.0, hours=48, start=1e9 + DAY)
+    assert detected(day, tomorrow).state == "quiet"
+    # A reference of its first hours alone takes the afternoon for a drift.
+    morning = measured(rows(2_000, cycle=1.0, hours=3), "w")
+    assert len(morning.standards[0].mean) == 1
+    assert detected(morning, tomorrow).state == "alarm"
+
+
+def test_requests_that_follow_each_other_come_in_larger_blocks() -> None:
+    assert measured(rows(4_000), "w").standards[0].block == 10
+    close = measured(rows(4_000, follow=0.9), "w")
+    assert close.standards[0].block == 50
+    assert detected(close, rows(6_000, seed=5, follow=0.9)).state == "quiet"
+
+
+def test_a_file_of_it_is_the_same_and_no_longer_for_more_requests(tmp_path: Path) -> None:
+    small, large = measured(rows(2_000), "w", why="sale"), measured(rows(20_000), "w")
+    small.write(tmp_path / "small.json")
+    large.write(tmp_path / "large.json")
+    assert Reference.read(tmp_path / "small.json") == small
+    assert (tmp_path / "large.json").stat().st_size < 1.2 * (tmp_path / "small.json").stat().st_size
+    assert all(len(one.quantiles) == QUANTILES for one in large.standards)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large.json", "small.json"]
+
+
+def test_another_version_of_the_file_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "reference.json"
+    measured(rows(2_000), "w").write(path)
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({**told, "version": 9}))
+    with pytest.raises(DataError, match=r"shoal.reference 9.*shoal.reference 1"):
+        Reference.read(path)
+    for wrong in ("", "[]", "{}", json.dumps({**told, "streams": []})):
+        path.write_text(wrong)
+        with pytest.raises(DataError, match="is no reference"):
+            Reference.read(path)
+
+
+def test_too_few_requests_make_none() -> None:
+    for table in (rows(0), rows(199), rows(2_000).select(["at", "slice"])):
+        with pytest.raises(DataError, match="a reference"):
+            measured(table, "w")
+
+
+def test_of_a_conversation_its_first_turn_counts() -> None:
+    table = pa.table({"at": [1, 2, 3, 4, 5], "conversation": ["a", "b", "a", None, None]})
+    kept, seen = first_turns(table, ["x"], keep=2)
+    assert kept["at"].to_pylist() == [1, 2, 4, 5] and seen == ["b", "a"]
+    kept, _ = first_turns(table, seen, keep=2)
+    assert kept["at"].to_pylist() == [4, 5]
+
+
+@pytest.mark.parametrize("count", [50, 200, 1_000])
+def test_what_chance_does_to_psi_and_ks_is_said(count: int) -> None:
+    """Without drift 1 % are beyond it; with 1 SD both are, even of 50."""
+    rng = np.random.default_rng(1)
+    table = rows(2_000)
+    standard = measured(table, "w").standards[0]
+    same = [explained(standard, 3 + rng.normal(size=count)) for _ in range(300)]
+    for what in ("psi", "ks"):
+        assert np.mean([one[what] > one[f"{what}_chance"] for one in same]) <= 0.05
+        moved = explained(standard, 4 + rng.normal(size=count))
+        assert moved[what] > moved[f"{what}_chance"]
+    assert explained(standard, np.array([np.nan])) == {}
