@@ -1,0 +1,223 @@
+"""The folder in which a service keeps what it captures, and how it is read:
+
+    CAPTURE/capture.json                 format and version; another version is refused
+            salt                         what subjects are hashed with; without it they are nobody
+            rows/day=2026-11-27/part-JOURNAL.parquet      written aside and renamed
+            texts/day=.../               of requests that were stored; apart, for it has rights and days of its own
+            feedback/day=.../            votes and corrections
+            journal/JOURNAL.jsonl        a line a request, until its part is made (`writer`)
+            forgotten.jsonl              ids and subjects that no reader sees from now on
+
+Notable: a part has its journal's name, so what lies in both for a moment is read once. ``pyarrow.dataset`` and Ray Data read
+``rows/`` as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from shoal.errors import DataError, first_line
+from shoal.loop.rows import SCHEMA, table_of
+from shoal.machine import write_aside
+
+FORMAT, VERSION = "shoal.capture", 1
+ABOUT, SALT, ROWS, TEXTS, FEEDBACK, JOURNAL, FORGOTTEN = (
+    "capture.json",
+    "salt",
+    "rows",
+    "texts",
+    "feedback",
+    "journal",
+    "forgotten.jsonl",
+)
+DAY = re.compile(r"day=(\d{4}-\d\d-\d\d)")
+
+
+def day_of(at: int) -> str:
+    """The day of `at` (ms since 1970), in UTC: 2026-11-27."""
+    return datetime.fromtimestamp(at / 1000, UTC).date().isoformat()
+
+
+def now_ms() -> int:
+    """The present, in ms since 1970."""
+    return round(datetime.now(UTC).timestamp() * 1000)
+
+
+@dataclass
+class Forgotten:
+    """Whose rows no reader sees."""
+
+    ids: set[str] = field(default_factory=set)
+    subjects: set[str] = field(default_factory=set)
+
+    def hides(self, row: dict[str, Any]) -> bool:
+        """Whether what is kept of `row` belongs to one of them."""
+        return row.get("id") in self.ids or row.get("subject") in self.subjects
+
+    def seen(self, table: pa.Table) -> pa.Table:
+        """`table` without their rows; the table itself where it has none."""
+        if not (self.ids or self.subjects) or not table.num_rows:
+            return table
+        hidden = pc.is_in(table["id"], pa.array([*self.ids], pa.string()))
+        if "subject" in table.column_names:
+            hidden = pc.or_(hidden, pc.is_in(table["subject"], pa.array([*self.subjects], pa.string())))
+        return table.filter(pc.invert(hidden)) if pc.any(hidden).as_py() else table
+
+
+class Capture:
+    """A folder of captured rows."""
+
+    def __init__(self, folder: str | Path, *, create: bool = False) -> None:
+        """With `create` an empty or missing folder becomes one. Raises DataError for a folder that is none, is of another
+        version, or cannot be read or made."""
+        self.folder = Path(folder)
+        about = self.folder / ABOUT
+        try:
+            if create and not about.exists():
+                self._make(about)
+            found = json.loads(about.read_text("utf-8"))
+        except FileNotFoundError:
+            raise DataError(
+                "capture", got=f"{folder}: no {ABOUT}", do="give the folder of shoal serve --capture"
+            ) from None
+        except OSError as error:
+            raise DataError(
+                "capture", got=f"{folder}: {error.strerror}", allowed="a folder to read and write"
+            ) from error
+        except ValueError as error:
+            raise DataError("capture", got=f"{about}: not JSON", do="give another folder") from error
+        got = (found.get("format"), found.get("version")) if isinstance(found, dict) else (None, None)
+        if got != (FORMAT, VERSION):
+            told = f"{folder}: {got[0]} {got[1]}"
+            raise DataError(
+                "capture", got=told, allowed=f"{FORMAT} {VERSION}", do="give another folder, or that version of Shoal"
+            )
+
+    def _make(self, about: Path) -> None:
+        """An empty capture; what is there already stays. `capture.json` comes last: where it is, all is."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if any(
+            not path.name.startswith(".") for path in self.folder.iterdir() if path.name not in (SALT, ROWS, JOURNAL)
+        ):
+            raise DataError("capture", got=f"{self.folder} holds other files", do="give a folder of its own")
+        for name in (ROWS, JOURNAL):
+            (self.folder / name).mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(self.folder / SALT, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        except FileExistsError:  # another gateway that starts now
+            pass
+        else:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+        write_aside(about, json.dumps({"format": FORMAT, "version": VERSION}) + "\n")
+
+    @property
+    def salt(self) -> bytes:
+        """What subjects and conversations are hashed with. Raises DataError where it is lost."""
+        try:
+            return bytes.fromhex((self.folder / SALT).read_text("ascii").strip())
+        except (OSError, ValueError) as error:
+            raise DataError(
+                "capture", got=f"no {SALT} in {self.folder}", do="put it back: subjects are hashed with it"
+            ) from error
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def days(self, kind: str = ROWS) -> list[str]:
+        """The days that have parts of this kind, oldest first."""
+        folder = self.folder / kind
+        names = (DAY.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+        return sorted(found[1] for found in names if found)
+
+    def rows(
+        self, days: int | None = None, *, since: int | None = None, columns: Iterable[str] | None = None
+    ) -> pa.Table:
+        """The rows of the last `days` days that have any [all], those of `since` (ms, 1970) and later, by the time at which
+        they ended; those in journals too, and none that is forgotten. A table of `rows.SCHEMA`, or of its `columns`. Raises
+        DataError for a part that cannot be read."""
+        wanted = list(columns) if columns is not None else SCHEMA.names
+        needed = [*dict.fromkeys([*wanted, "id", "subject", "at"])]
+        journals = dict(self.journals())  # before the parts: what becomes a part meanwhile is known by its name
+        open_ = [table_of(lines).select(needed) for lines in journals.values()]
+        tables = [self._part(path, needed) for path in self.parts() if journal_of(path) not in journals]
+        table = self.forgotten().seen(pa.concat_tables([SCHEMA.empty_table().select(needed), *open_, *tables]))
+        if since is not None:
+            table = table.filter(pc.greater_equal(table["at"], since))
+        if days is not None and table.num_rows:
+            each = pc.divide(table["at"], 86_400_000)
+            kept = pc.unique(each).sort("descending")[:days]
+            table = table.filter(pc.is_in(each, kept))
+        return table.take(pc.sort_indices(table, [("at", "ascending")])).select(wanted)
+
+    def parts(self, kind: str = ROWS) -> list[Path]:
+        """The files of this kind, by day and name."""
+        return [
+            path
+            for day in self.days(kind)
+            for path in sorted((self.folder / kind / f"day={day}").glob("part-*.parquet"))
+        ]
+
+    def journals(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """Name and lines of each journal whose part is not made yet."""
+        for path in sorted((self.folder / JOURNAL).glob("*.jsonl")):
+            try:
+                yield path.stem, lines_of(path)
+            except FileNotFoundError:
+                continue  # it has become a part
+
+    def _part(self, path: Path, columns: list[str]) -> pa.Table:
+        """A part in the columns of today; those that it does not have are null."""
+        try:
+            file = pq.ParquetFile(path)
+            found = file.read([name for name in columns if name in file.schema_arrow.names])
+        except (OSError, pa.ArrowException) as error:
+            raise DataError("capture", got=f"{path}: {first_line(error)}", do="move that part away") from error
+        arrays = [
+            found[name].cast(SCHEMA.field(name).type)
+            if name in found.column_names
+            else pa.nulls(found.num_rows, SCHEMA.field(name).type)
+            for name in columns
+        ]
+        return pa.table(arrays, schema=pa.schema([SCHEMA.field(name) for name in columns]))
+
+    # --- forgetting ---------------------------------------------------------------------------------------------------
+
+    def forgotten(self) -> Forgotten:
+        """Whose rows no reader may see."""
+        found = Forgotten()
+        path = self.folder / FORGOTTEN
+        for line in lines_of(path) if path.exists() else ():
+            found.ids |= {line["id"]} if line.get("id") else set()
+            found.subjects |= {line["subject"]} if line.get("subject") else set()
+        return found
+
+
+def journal_of(part: Path) -> str:
+    """The name of the journal that a part was made of."""
+    return part.stem.removeprefix("part-")
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal. One that a machine was lost over, in the middle or at the end, is left out. Raises
+    FileNotFoundError."""
+    found = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            value = json.loads(line) if line else None
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found

@@ -1,0 +1,323 @@
+"""Rows to the disk, beside a service that must not wait for it.
+
+    put ──one write──> journal/NAME-000007.jsonl ──16 MiB or 5 minutes──> rows/day=.../part-NAME-000007.parquet
+     └─ while the disk is slow: a bounded queue ─ thread ─┘                                     thread
+
+Notable: a row is in the journal, and so in the kernel's hands, when `put` returns: a process that is killed loses none. Where
+one write took long, rows go through the queue for a while; when that is full they are dropped and counted, as where the disk is
+full. A journal is locked by the process that writes it; one that nobody holds was left by a dead one, and is adopted. A part is
+a function of its journal, under its name: made twice, it is the same.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shoal.errors import first_line
+from shoal.loop.capture import JOURNAL, ROWS, TEXTS, Capture, day_of, lines_of, now_ms
+from shoal.loop.rows import Row, table_of
+from shoal.machine import aside
+
+log = logging.getLogger("shoal.loop")
+
+QUEUED = 4096  # rows that wait for a slow disk
+SLOW_SECONDS = 0.05  # a write that took so long
+SLOW_FOR = 10.0  # seconds for which the disk counts as slow then
+HELD_SECONDS = 0.005  # that `put` waits for the thread to change journals
+LOOK_SECONDS, RETRY_SECONDS, TIDY_SECONDS = 0.5, 30.0, 3600.0
+JUMP_MS = 3_600_000  # between what two clocks say has passed: one of them was set
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much is kept, and for how long."""
+
+    keep_days: int = 90  # of numbers
+    keep_texts: int = 30  # days, of texts
+    max_bytes: int = 10 * 2**30  # of all: then the oldest day goes
+    journal_bytes: int = 16 * 2**20  # of one journal, which then becomes a part
+    journal_seconds: float = 300.0
+
+
+class Journal:
+    """An open journal: a file that this process holds."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """Raises OSError."""
+        hidden = folder / f".{name}"
+        self.path = folder / f"{name}.jsonl"
+        self.descriptor = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
+        self.size, self.torn = 0, False
+        self.began = time.monotonic()
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hidden.rename(self.path)  # only now can it be found by who adopts
+        except OSError:
+            os.close(self.descriptor)
+            hidden.unlink(missing_ok=True)
+            raise
+
+    def write(self, line: bytes) -> None:
+        """One line, in one write. Raises OSError where it did not go in whole; what did is ended by the next."""
+        line = b"\n" + line if self.torn else line
+        self.torn = True
+        if os.write(self.descriptor, line) < len(line):
+            raise OSError(28, "No space left on device")
+        self.torn = False
+        self.size += len(line)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class Writer:
+    """Puts rows into a capture. `put` is called by one thread, such as that of an event loop; `close` at the end."""
+
+    def __init__(
+        self, capture: Capture, bounds: Bounds | None = None, *, wall: Callable[[], int] = now_ms, start: bool = True
+    ) -> None:
+        """`wall`: the time in ms since 1970; `start`: with a thread of its own. Raises OSError where no journal can be made."""
+        self.capture, self.bounds, self._wall = capture, bounds or Bounds(), wall
+        self.rows, self.dropped, self.bytes = 0, Counter[str](), 0
+        self._folder = capture.folder / JOURNAL
+        host = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname())[:40]
+        self._name, self._number = f"{host}-{os.getpid()}-{secrets.token_hex(3)}", 0
+        self._queue = deque[tuple[float, bytes]]()
+        self._lock, self._slow_until = threading.Lock(), 0.0
+        self._closed: list[Journal] = []  # that have no part yet
+        self._failed_at = self._tidied_at = -1e9
+        self._over = False  # more is kept than may be, all of it of today
+        self._clocks = wall(), time.monotonic()
+        self._complained = set[str]()
+        self._forgotten = capture.forgotten()
+        self._journal = self._open()
+        self._end, self._wake = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="capture", daemon=True) if start else None
+        if self._thread is not None:
+            self._thread.start()
+
+    # --- the service's thread -----------------------------------------------------------------------------------------
+
+    def put(self, row: Row) -> None:
+        """Keep `row`, or drop and count it. Never raises, and never waits but for one write."""
+        if self._forgotten.subjects and row.subject in self._forgotten.subjects:
+            return
+        line = row.line()
+        now = time.monotonic()
+        if self._queue or now < self._slow_until or not self._lock.acquire(timeout=HELD_SECONDS):
+            self._put_later(now, line)
+            return
+        try:
+            self._write(line)
+        finally:
+            self._lock.release()
+        if time.monotonic() - now > SLOW_SECONDS:
+            self._slow_until = time.monotonic() + SLOW_FOR
+
+    @property
+    def lag(self) -> float:
+        """Seconds for which the oldest row has waited that is in no journal yet."""
+        queued = next(iter([*self._queue][:1]), None)
+        return 0.0 if queued is None else time.monotonic() - queued[0]
+
+    def close(self) -> None:
+        """Ends the thread; makes parts of what is left, where it can."""
+        self._end.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+        with self._lock:
+            self._drain()
+            self._closed.append(self._journal)
+        self._make_parts()
+        for journal in self._closed:
+            journal.close()
+        self._closed = []
+
+    def _put_later(self, now: float, line: bytes) -> None:
+        if len(self._queue) >= QUEUED:
+            self._drop("queue", "the disk is too slow for the rows that come")
+            return
+        self._queue.append((now, line))
+        self._wake.set()
+
+    def _write(self, line: bytes) -> None:
+        """`line` into the journal, with the lock."""
+        if self._over:
+            self._drop("bound", f"{self.bytes} bytes are kept, at most {self.bounds.max_bytes} may be")
+            return
+        try:
+            self._journal.write(line)
+        except OSError as error:
+            self._drop("disk", f"cannot write {self._journal.path}: {error.strerror}")
+            return
+        self.rows += 1
+        self._complained.discard("disk")
+
+    def _drop(self, reason: str, told: str) -> None:
+        self.dropped[reason] += 1
+        self._complain(reason, f"captured rows are dropped: {told}; they are counted until it has room again")
+
+    def _complain(self, about: str, line: str) -> None:
+        """Logs `line`, once until `about` is well again."""
+        if about not in self._complained:
+            self._complained.add(about)
+            log.error("%s", line)
+
+    # --- the writer's thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._end.is_set():
+            self._wake.wait(LOOK_SECONDS)
+            self._wake.clear()
+            self.look()
+
+    def look(self) -> None:
+        """One round of the writer's thread: drains, changes journals, makes parts, adopts, tidies."""
+        try:
+            with self._lock:
+                self._drain()
+            self._rotate()
+            if self._closed and time.monotonic() > self._failed_at + RETRY_SECONDS:
+                self._make_parts()
+            if time.monotonic() > self._tidied_at + TIDY_SECONDS:
+                self._tidied_at = time.monotonic()
+                self.adopt()
+                self.tidy()
+        except Exception as error:  # the service goes on, and rows with it
+            self._complain("thread", f"capture: {first_line(error)}; it is tried again")
+
+    def _drain(self) -> None:
+        while self._queue:
+            self._write(self._queue[0][1])
+            self._queue.popleft()
+
+    def _open(self) -> Journal:
+        self._number += 1
+        return Journal(self._folder, f"{self._name}-{self._number:06}")
+
+    def _rotate(self) -> None:
+        """Begin another journal where this one is large or old; an empty one stays."""
+        journal = self._journal
+        old = time.monotonic() > journal.began + self.bounds.journal_seconds
+        if not journal.size or not (old or journal.size >= self.bounds.journal_bytes):
+            return
+        try:
+            fresh = self._open()
+        except OSError as error:
+            self._complain("disk", f"capture: cannot begin a journal: {error.strerror}; rows go on in the one before")
+            return
+        with self._lock:
+            self._journal = fresh
+        self._closed.append(journal)
+
+    def _make_parts(self) -> None:
+        self._forgotten = self.capture.forgotten()
+        while self._closed:
+            journal = self._closed[0]
+            try:
+                make_parts(self.capture, journal.path)
+            except (OSError, pa.ArrowException) as error:
+                self._failed_at = time.monotonic()
+                self._complain(
+                    "parts", f"capture: no part of {journal.path.name}: {first_line(error)}; its rows stay in it"
+                )
+                return
+            self._complained.discard("parts")
+            self._closed.pop(0)
+            journal.close()
+
+    def adopt(self) -> int:
+        """Make parts of the journals that dead processes left; returns how many there were."""
+        found = 0
+        for path in sorted(self._folder.glob("*.jsonl")):
+            with suppress(FileNotFoundError):
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    make_parts(self.capture, path)
+                    found += 1
+                except BlockingIOError:
+                    pass  # its process lives
+                finally:
+                    os.close(descriptor)
+        return found
+
+    def tidy(self) -> None:
+        """Measures what is kept, and removes the oldest day, one at a time, where it is too old or all is too much."""
+        self.bytes = _size(self.capture.folder)
+        today = day_of(self._wall())
+        if self._clock_was_set():
+            return  # "today" may be any day
+        for kind, keep in ((ROWS, self.bounds.keep_days), (TEXTS, self.bounds.keep_texts)):
+            oldest = next(iter(self.capture.days(kind)), today)
+            if oldest < day_of(self._wall() - keep * 86_400_000):
+                self._remove(kind, oldest, f"older than {keep} days")
+        oldest = next(iter(self.capture.days()), today)
+        while self.bytes > self.bounds.max_bytes and oldest < today:
+            self._remove(ROWS, oldest, f"{self.bytes} bytes are kept, at most {self.bounds.max_bytes} may be")
+            self.bytes = _size(self.capture.folder)
+            oldest = next(iter(self.capture.days()), today)
+        self._over = self.bytes > self.bounds.max_bytes
+
+    def _clock_was_set(self) -> bool:
+        """Whether the clock was set since the start: then no day is removed for its age until the next start."""
+        wall, steady = self._clocks
+        jumped = self._wall() - wall - round(1000 * (time.monotonic() - steady))
+        if abs(jumped) < JUMP_MS:
+            return False
+        self._complain(
+            "clock", f"capture: the clock was set by {jumped / 3.6e6:+.1f} h; no day is removed until a restart"
+        )
+        return True
+
+    def _remove(self, kind: str, day: str, why: str) -> None:
+        log.warning("capture: removed %s of %s: %s", kind, day, why)
+        shutil.rmtree(self.capture.folder / kind / f"day={day}", ignore_errors=True)
+
+
+def make_parts(capture: Capture, journal: Path) -> None:
+    """The rows of a journal, a part for each of their days, and then without the journal. Rows that are forgotten are left
+    out. Raises OSError; the journal stays then."""
+    forgotten = capture.forgotten()
+    by_day: dict[str, list[dict[str, Any]]] = {}
+    for line in lines_of(journal):
+        if not forgotten.hides(line):
+            by_day.setdefault(day_of(line["at"]), []).append(line)
+    for day, lines in by_day.items():
+        write_part(capture.folder / ROWS / f"day={day}" / f"part-{journal.stem}.parquet", table_of(lines))
+    journal.unlink()
+
+
+def write_part(path: Path, table: pa.Table) -> None:
+    """`table` as the part `path`, there in full or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with aside(path) as beside:
+        pq.write_table(table, beside, compression="zstd")
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in `folder`."""
+    found = 0
+    for at, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found += os.stat(os.path.join(at, name)).st_size
+    return found
