@@ -46,7 +46,7 @@ from shoal.errors import EngineDeadError
 log = logging.getLogger("shoal.api")
 
 # of an engine in this process, which is one
-ALONE = {sample("num_replicas"): 1.0, sample("weights_update_refused"): 0.0}
+ALONE = {sample("num_replicas"): 1.0, sample("weights_update_refused"): 0.0, sample("weights_loading"): 0.0}
 
 
 def openai_routes(service: Service) -> APIRouter:

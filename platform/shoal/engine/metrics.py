@@ -98,6 +98,7 @@ _TABLE = (
     Family("num_replicas_starting", "gauge", "Replicas that are on their way."),
     Family("requests_resumed", "counter", "Answers that went on at another replica after their own was lost."),
     Family("weights_update_refused", "gauge", "Replicas that could not load the weights that they were told to."),
+    Family("weights_loading", "gauge", "Replicas that load other weights beside those that serve."),
     Family("model_info", "gauge", "Engines that compute so.", ("quantization",)),
     Family("replica_weights", "gauge", "Replicas that serve these weights.", ("weights",)),
     # of the HTTP side

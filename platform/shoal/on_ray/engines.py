@@ -109,6 +109,8 @@ class EngineReplica:
         self._leaving: dict[str, AsyncEngine | VllmEngine] = {}  # weights -> an engine whose last streams go on
         self._ending: set[asyncio.Task[None]] = set()
         self._running = Counter[str]()  # weights -> streams that are with their engine
+        self._asked: dict[str, Any] = {}  # the newest user config
+        self._changes: set[asyncio.Task[None]] = set()
         self._refused = False
         self._streams = 0  # that have begun and not ended
         self._changing, self._loading = asyncio.Lock(), asyncio.Lock()  # of weights, of adapters
@@ -117,17 +119,30 @@ class EngineReplica:
         self._name = "" if replica is None else replica.replica_id.unique_id
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serves the weights of the model directory in `user_config` from now on, loaded beside those that serve, so nothing
-        stops: streams that run end on the weights that they began with, and requests that come later get the new ones.
+        """Serves the weights of the model directory in `user_config`, loaded beside those that serve, so nothing stops: streams
+        that run end on the weights that they began with, and requests that come later get the new ones.
+
+        Returns at once where weights serve already, and loads them meanwhile: until it returns Serve sends a replica nothing,
+        and of one replica that would be nobody. `info` says which weights serve, `stats` whether others are on their way.
 
         What cannot be loaded changes nothing, and the log and `stats` say so: a slip in a new directory's name is no reason to
         end a service. A replica that starts then takes what the deployment loaded last. Raises CheckpointError and ConfigError
         in one that starts where nothing was loaded before.
         """
+        self._asked = user_config
+        if self._engine is None:
+            await self._change()
+            return
+        task = asyncio.create_task(self._change())
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+
+    async def _change(self) -> None:
+        """Takes the weights that were asked for last, when its turn comes."""
         async with self._changing:
             directory = ""
             try:
-                directory = config.load(Weights, user_config, "user_config").model
+                directory = config.load(Weights, self._asked, "user_config").model
                 await self._take(directory)
                 self._refused = False
             except Exception as error:
@@ -316,7 +331,8 @@ class EngineReplica:
                 raise refused from None
 
     async def stats(self) -> Samples:
-        return {**await self._serving.stats(), sample("weights_update_refused"): float(self._refused)}
+        told = {sample("weights_update_refused"): float(self._refused)}
+        return {**await self._serving.stats(), **told, sample("weights_loading"): float(bool(self._changes))}
 
     async def info(self) -> dict[str, str]:
         (info,) = await self._serving.info()

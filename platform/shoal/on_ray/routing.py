@@ -114,9 +114,12 @@ class AffinityRouter(FIFOMixin, RequestRouter):
         self._absence = Absence(may_be_none)
         self._pulse = pulse_of(self._deployment_id.app_name, self._deployment_id.name)
         self._watching: asyncio.Task[None] | None = None
+        self._free = 0  # places of the last replicas, while there is none
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve has decided on other replicas."""
+        if not replicas and self.curr_replicas:
+            self._free = self._places()
         super().update_replicas(replicas)
         self._pulse.present([replica.replica_id.unique_id for replica in replicas])
         if replicas and (self._watching is None or self._watching.done()):
@@ -156,12 +159,17 @@ class AffinityRouter(FIFOMixin, RequestRouter):
         return replica
 
     def _room(self) -> int:
-        """How many requests may be on their way to a replica: those that one would take now, and the queue."""
+        """How many requests may be on their way to a replica: those that one would take now, and the queue. While there is none
+        it is what the last would have taken: a replica that changes its weights is away for a moment, and no overload.
+        `Absence` ends the wait for one that does not come back."""
+        return self._queue + (self._places() if self.curr_replicas else self._free)
+
+    def _places(self) -> int:
         free = [
             replica.max_ongoing_requests - (self.replica_queue_len_cache.get(replica.replica_id) or 0)
             for replica in self.curr_replicas.values()
         ]
-        return self._queue + sum(max(0, places) for places in free)
+        return sum(max(0, places) for places in free)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

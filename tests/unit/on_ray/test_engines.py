@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import traceback
 from collections.abc import AsyncGenerator
 from typing import Any, cast
@@ -336,15 +337,58 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(root / name) for name in ("one", "two", "broken", "missing")}
 
 
+async def changed(replica: EngineReplica, directory: str) -> None:
+    """The weights of `directory` serve, or were refused."""
+    await replica.reconfigure({"model": directory})
+    while replica._changes:
+        await asyncio.wait(replica._changes)
+
+
+def test_a_replica_that_serves_is_told_of_other_weights_and_serves_on_while_they_load(
+    directories: dict[str, str],
+) -> None:
+    """Serve sends it nothing before `reconfigure` returns; of what it is told meanwhile the last counts."""
+    go_on, loaded = threading.Event(), list[str]()
+
+    class Slow(Changing):
+        def _load(self, directory: str) -> Any:
+            loaded.append(directory)
+            assert self._engine is None or go_on.wait(60)
+            return super()._load(directory)
+
+    async def answered_by(replica: EngineReplica) -> str:
+        (begun, *_), *_ = [events async for events in replica.generate(Request("x"), anything(replica))]
+        assert isinstance(begun, Begun)
+        return begun.weights
+
+    async def work() -> None:
+        replica = Slow(ServeArgs(model=directories["one"]), directories["one"])
+        await replica.reconfigure({"model": directories["one"]})
+        first = replica._weights
+        for name in ("two", "missing", "one", "two"):
+            await replica.reconfigure({"model": directories[name]})
+        assert await answered_by(replica) == first == (await replica.info())["weights"]
+        assert (await replica.stats())["weights_loading"] == 1
+        go_on.set()
+        while replica._changes:
+            await asyncio.wait(replica._changes)
+        assert await answered_by(replica) == replica._weights != first
+        stats = await replica.stats()
+        assert (stats["weights_loading"], stats["weights_update_refused"]) == (0, 0)
+        assert loaded == [directories["one"], directories["two"]]
+
+    asyncio.run(work())
+
+
 def test_a_change_that_fails_keeps_what_serves_and_is_told_until_it_is_mended(directories: dict[str, str]) -> None:
     async def work() -> None:
         replica = Changing(ServeArgs(model=directories["one"]), directories["one"])
-        await replica.reconfigure({"model": directories["one"]})
+        await changed(replica, directories["one"])
         first = replica._weights
         for slip in ("broken", "missing"):  # memory that is short raises no error of ours
-            await replica.reconfigure({"model": directories[slip]})
+            await changed(replica, directories[slip])
             assert (replica._weights, (await replica.stats())["weights_update_refused"]) == (first, 1)
-        await replica.reconfigure({"model": directories["one"]})  # what serves already
+        await changed(replica, directories["one"])  # what serves already
         assert (await replica.stats())["weights_update_refused"] == 0
 
     asyncio.run(work())
@@ -363,7 +407,7 @@ def test_a_replica_that_starts_takes_what_was_loaded_last(directories: dict[str,
     async def started(name: str) -> Changing:
         replica = Changing(ServeArgs(model=directories["one"]), directories["one"])
         replica._last = Kept()  # type: ignore[assignment]
-        await replica.reconfigure({"model": directories[name]})
+        await changed(replica, directories[name])
         return replica
 
     async def work() -> None:
@@ -380,11 +424,11 @@ def test_a_replica_that_starts_takes_what_was_loaded_last(directories: dict[str,
 def test_an_engine_that_leaves_takes_the_streams_that_began_with_its_weights(directories: dict[str, str]) -> None:
     async def work() -> None:
         replica = Changing(ServeArgs(model=directories["one"]), directories["one"])
-        await replica.reconfigure({"model": directories["one"]})
+        await changed(replica, directories["one"])
         old, running = Wanted("", replica._reads, replica._weights), replica.generate(Request("x"), anything(replica))
         ((begun, _),) = [await anext(running)]
         assert begun == Begun("", old.weights or "")
-        await replica.reconfigure({"model": directories["two"]})
+        await changed(replica, directories["two"])
         assert replica._weights != old.weights
         taken = [item async for events in replica.generate(Request("y"), old) for item in events]
         assert taken[0] == begun
@@ -417,10 +461,10 @@ def test_an_engine_that_leaves_ends_its_embeddings_first(directories: dict[str, 
 
     async def work() -> None:
         replica = Held(ServeArgs(model=directories["one"]), directories["one"])
-        await replica.reconfigure({"model": directories["one"]})
+        await changed(replica, directories["one"])
         asked = asyncio.create_task(replica.embed([[1], [2]], "full", anything(replica)))
         await begun.wait()
-        await replica.reconfigure({"model": directories["two"]})
+        await changed(replica, directories["two"])
         await asyncio.sleep(3 * LEAVE_SECONDS)
         assert replica._ending
         go_on.set()
@@ -443,10 +487,10 @@ def test_weights_that_could_not_be_kept_for_others_serve_all_the_same(directorie
 
     async def work() -> None:
         replica = Changing(ServeArgs(model=directories["one"]), directories["one"])
-        await replica.reconfigure({"model": directories["one"]})
+        await changed(replica, directories["one"])
         first, before = replica._weights, cast("Engine", replica._engine)
         replica._last = Lost()  # type: ignore[assignment]
-        await replica.reconfigure({"model": directories["two"]})
+        await changed(replica, directories["two"])
         assert replica._weights != first and (await replica.stats())["weights_update_refused"] == 0
         while replica._ending:
             await asyncio.sleep(0.01)

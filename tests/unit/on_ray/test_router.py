@@ -117,7 +117,7 @@ def test_a_call_goes_where_its_beginning_is_and_its_replica_is_known_so_that_it_
 def test_who_would_wait_behind_a_full_queue_is_refused_and_who_was_let_in_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where no replica is there, only the queue has places."""
+    """Where no replica was there, only the queue has places."""
 
     async def run() -> None:
         router, _ = made(queue=2)
@@ -131,6 +131,23 @@ def test_who_would_wait_behind_a_full_queue_is_refused_and_who_was_let_in_is_not
         monkeypatch.setattr("shoal.on_ray.absence.LEAST_SECONDS", 0.0)
         found = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), MINUTES)
         assert [type(each) for each in found] == [NoReplicaError] * 3
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_is_away_for_a_moment_makes_no_queue_full() -> None:
+    """One whose weights change is out of Serve's list, and what it would have taken waits for it."""
+
+    async def run() -> None:
+        router, (replica,) = made("a", queue=2)
+        router.update_replicas([])
+        asked = [asyncio.ensure_future(router._choose_replica_for_request(pending())) for _ in range(2 + 3)]
+        await until(lambda: len(router._pending_requests_to_fulfill) == 2 + 3)
+        with pytest.raises(BackPressureError):
+            await router._choose_replica_for_request(pending())
+        router.update_replicas([replica])  # type: ignore[list-item]
+        assert await asyncio.wait_for(asyncio.gather(*asked), MINUTES) == [replica] * 5
+        router._watching.cancel()
 
     asyncio.run(run())
 
