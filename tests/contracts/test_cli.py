@@ -15,7 +15,7 @@ from shoal import Model, cli
 from shoal.errors import ConfigError
 from tests.contracts.commands import commands
 
-UNITS = "seconds|minutes|tokens|passes|updates|workers|port|runs|seed|share|micro-batches|questions|CPUs|0 is greedy"
+UNITS = "seconds|hours|minutes|tokens|passes|updates|workers|port|runs|seed|share|micro-batches|questions|requests|CPUs|greedy"
 
 
 # Options that say by themselves what happens without them.

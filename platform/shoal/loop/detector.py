@@ -23,8 +23,7 @@ import numpy as np
 
 from shoal.errors import DataError
 
-# standard deviations of a request that a signal may move: too small to matter, and the reference's own error
-BAND = 0.2
+BAND = 0.2  # standard deviations of a request that a signal may move: too small to matter, or the reference's error
 BETS = np.array([0.5, 1.0, 2.0])  # standard deviations of a block's mean that a shift is bet to have
 AWAY = np.array([0.05, 0.2, 0.5])  # how far towards 1, or towards 0, a share is bet to have gone
 REQUESTS = 50_000  # mean requests to a false alarm
@@ -93,8 +92,7 @@ class Detector:
             raise DataError("nothing to watch", do="capture requests until some signal has values")
         self.streams, self.requests = tuple(streams), requests
         self.seen = 0  # requests
-        # its `at` in epoch seconds, `number` of the request, `evidence` then
-        self.alarm: dict[str, float] | None = None
+        self.alarm: dict[str, float] | None = None  # `at`, epoch seconds; `number` of the request; `evidence` then
         count = len(self.streams)
         self._sums = np.zeros((count, 2, 3))
         # of the middle bet, the likeliest time of a change: log of the largest product of e-values up to now, where it began

@@ -27,7 +27,7 @@ from shoal.machine import write_aside
 
 FORMAT, VERSION = "shoal.reference", 1
 EVERY = "all"  # the slice of all requests
-REQUESTS = 2_000  # of a reference
+LEARNED = 2_000  # requests of a reference
 LEAST_VALUES = 200  # of a signal, that it is watched
 LEAST_SLICE = 300  # requests of a slice that is watched for itself
 MOST_SLICES = 8
@@ -211,7 +211,7 @@ def first_turns(table: pa.Table, seen: Sequence[str], keep: int) -> tuple[pa.Tab
             known[name] = None
             if len(known) > keep:
                 known.pop(next(iter(known)))
-    return table.take(wanted), list(known)
+    return table.take(np.array(wanted, dtype=np.int64)), list(known)
 
 
 def explained(standard: Mapping[str, Any] | Standard, values: np.ndarray) -> dict[str, float]:

@@ -12,5 +12,17 @@ from shoal.stages.evaluate import Evaluate
 from shoal.stages.serve import Serve
 from shoal.stages.stage import Stage
 from shoal.stages.training import Adapt, Finetune, Pretrain, Quantize
+from shoal.stages.watch import Watch
 
-STAGES: tuple[type[Stage], ...] = (Prepare, Augment, Teach, Pretrain, Finetune, Adapt, Quantize, Evaluate, Serve)
+STAGES: tuple[type[Stage], ...] = (
+    Prepare,
+    Augment,
+    Teach,
+    Pretrain,
+    Finetune,
+    Adapt,
+    Quantize,
+    Evaluate,
+    Serve,
+    Watch,
+)

@@ -1,0 +1,175 @@
+"""What a detector has seen, for people: one sentence on top, then each signal, how far it moved, and since when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from shoal.errors import DataError
+from shoal.loop.detector import BAND, Detector, Moved
+from shoal.loop.reference import EVERY, Reference, explained
+from shoal.loop.watched import BY_NAME, meaning, texts
+from shoal.machine import write_aside
+
+STATES = ("learning", "quiet", "watching", "alarm")
+NAMED = 4  # signals in the sentence
+DAY_HOURS = 24.0
+MUCH_FAILURE = 0.02  # share of a reference that makes it one of a bad day
+
+
+@dataclass(frozen=True)
+class Report:
+    """How things are. `evidence` and `needed` are in requests, `signals` those that moved, the surest first."""
+
+    state: str  # learning, quiet, watching or alarm
+    sentence: str
+    weights: str = ""
+    requests: int = 0  # compared so far; while it learns, learned
+    evidence: float = 0.0
+    needed: int = 0  # evidence that is an alarm; while it learns, requests of a reference
+    since: str | None = None  # when the requests began to be different, where they are
+    found_after: int | None = None  # requests from then to the alarm
+    meaning: str = ""
+    do: str = ""
+    signals: list[dict[str, Any]] = field(default_factory=list)
+    reference: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)  # of what was asked, where texts are kept
+
+    @property
+    def lines(self) -> list[str]:
+        """What stands below the sentence."""
+        found = [f"  {_line(signal)}" for signal in self.signals]
+        found += [f"  asked: {text}" for text in self.examples]
+        found += [f"  what to do: {self.do}"] if self.do else []
+        return found + [f"  note: {warning}" for warning in self.warnings]
+
+
+def told(
+    reference: Reference | None,
+    detector: Detector | None,
+    *,
+    weights: str,
+    learned: int = 0,
+    wanted: int = 0,
+    ahead: int = 0,
+    recent: pa.Table | None = None,
+) -> Report:
+    """The report of a detector with its reference; of none while `learned` of the `wanted` requests of one have come. `recent`:
+    rows since the change began, to explain it with. `ahead`: rows from the future."""
+    warnings = [f"{ahead:,} requests say that they ended in the future: a gateway's clock is wrong"] if ahead else []
+    if reference is None or detector is None:
+        more = "" if learned < wanted else ", which do not span the hours that were asked for"
+        sentence = f"Learning: {learned:,} of the {wanted:,} requests of a reference have come{more}."
+        if not learned:
+            sentence = "Learning: no request has come yet."
+        return Report("learning", sentence, weights, learned, 0.0, wanted, warnings=warnings)
+    warnings += _of_reference(reference)
+    named = _named(detector)
+    first = named[0]
+    signals = [_signal(one, reference, recent) for one in named]
+    state, needed = detector.state, detector.requests
+    facts: dict[str, Any] = {
+        "weights": weights, "requests": detector.seen, "evidence": detector.evidence, "needed": needed,
+        "reference": {
+            "requests": reference.requests, "began": _iso(reference.began), "ended": _iso(reference.ended),
+            "hours": round(reference.hours, 2), "why": reference.why,
+        },
+        "warnings": warnings,
+    }  # fmt: skip
+    if state == "quiet":
+        return Report("quiet", f"Quiet: {detector.seen:,} requests are like the reference.", **facts)
+    kind, do = meaning([(one.signal, one.shift) for one in named])
+    since = _iso(first.since) if first.since is not None else None
+    how = ", ".join(f"{signal['words']} ({signal['shift']:+.1f} SD{signal['where']})" for signal in signals)
+    what: dict[str, Any] = {"since": since, "meaning": kind, "do": do, "signals": signals}
+    if state == "watching":
+        sentence = (
+            f"Watching: the evidence is {detector.evidence:,.0f} requests, an alarm has {needed:,}; most of it since "
+            f"{since or 'now'}: {how}."
+        )
+        return Report("watching", sentence, **facts, **what)
+    assert detector.alarm is not None
+    after = max(0, int(detector.alarm["number"]) - first.number + 1)
+    over = "" if detector.evidence >= needed else " It has grown less since."
+    sentence = (
+        f"Alarm: {kind} since {since or _iso(detector.alarm['at'])}, found after {after:,} requests: {how}.{over}"
+    )
+    return Report("alarm", sentence, **facts, **what, found_after=after)
+
+
+def _named(detector: Detector) -> list[Moved]:
+    """The streams to speak of, each signal once: the surest, and those that alone would be an alarm."""
+    found: dict[str, Moved] = {}
+    for one in detector.moved():
+        sure = one.evidence >= detector.requests and abs(one.shift) > BAND
+        if not found or (sure and one.signal not in found):
+            found[one.signal] = one
+    return list(found.values())[:NAMED]
+
+
+def _signal(one: Moved, reference: Reference, recent: pa.Table | None) -> dict[str, Any]:
+    signal = BY_NAME[one.signal]
+    told = {
+        "signal": one.signal, "slice": one.slice, "shift": round(one.shift, 3), "evidence": one.evidence,
+        "since": None if one.since is None else _iso(one.since), "requests": one.values,
+        "words": signal.more if one.shift >= 0 else signal.less,
+        "where": "" if one.slice == EVERY else f" in {one.slice}",
+    }  # fmt: skip
+    if recent is not None and len(recent):
+        if one.slice != EVERY:
+            recent = recent.filter(pa.array([name == one.slice for name in texts(recent, "slice")], pa.bool_()))
+        standard = next(s for s in reference.standards if (s.signal, s.slice) == (one.signal, one.slice))
+        told |= {name: round(value, 4) for name, value in explained(standard, signal.of(recent)).items()}
+    return told
+
+
+def _line(signal: dict[str, Any]) -> str:
+    """One signal as a line, with what chance alone would do to so few requests."""
+    line = f"{signal['signal']}{signal['where']}: {signal['shift']:+.2f} SD over {signal['requests']:,} requests"
+    if "psi" in signal:
+        line += f"; of the last {signal['n']:,.0f} PSI {signal['psi']:.2f} (chance {signal['psi_chance']:.2f}), "
+        line += f"KS {signal['ks']:.2f} (chance {signal['ks_chance']:.2f})"
+    return line
+
+
+def write_metrics(report: Report, path: Path) -> None:
+    """The report's figures in Prometheus's text format, written aside and renamed."""
+    values = {
+        "drift_state": ("0 learning, 1 quiet, 2 watching, 3 alarm", {"": float(STATES.index(report.state))}),
+        "drift_evidence_requests": ("Evidence of a drift, in requests.", {"": report.evidence}),
+        "drift_needed_requests": ("Evidence that is an alarm.", {"": float(report.needed)}),
+        "drift_requests": ("Requests that were compared with the reference.", {"": float(report.requests)}),
+        "drift_shift_sd": (
+            "How far a signal moved, in standard deviations of a request.",
+            {f'{{signal="{one["signal"]}"}}': one["shift"] for one in report.signals},
+        ),
+    }
+    lines = []
+    for name, (told, samples) in values.items():
+        lines += [f"# HELP shoal:{name} {told}", f"# TYPE shoal:{name} gauge"]
+        lines += [f"shoal:{name}{labels} {value:g}" for labels, value in samples.items()]
+    try:
+        write_aside(path, "\n".join(lines) + "\n")
+    except OSError as error:
+        raise DataError(f"cannot write {path}", got=error.strerror, do="give --metrics a file in a folder") from error
+
+
+def _of_reference(reference: Reference) -> list[str]:
+    """What is weak about a reference."""
+    found = []
+    if reference.hours < DAY_HOURS:
+        span = f"{reference.hours:.1f} h" if reference.hours >= 0.1 else f"{reference.hours * 60:.0f} minutes"
+        found.append(f"the reference spans {span}: where a day has its rhythm, learn one of 24 hours (--hours 24)")
+    for standard in reference.standards:
+        if standard.signal == "failed" and standard.slice == EVERY and (standard.share or 0) > MUCH_FAILURE:
+            found.append(f"{standard.share:.0%} of the reference's requests failed: accept another when that is mended")
+    return found
+
+
+def _iso(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")

@@ -1,0 +1,60 @@
+"""Captured rows, each once, whatever the clocks of those who wrote them say.
+
+What was read is known by the files' names: a part that was read whole is done, and of a journal that still grows the ids are
+kept until it is a part. So a row that comes late, or with the wrong time, is read like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from shoal.errors import DataError, first_line
+from shoal.loop.capture import Capture, journal_of
+from shoal.loop.rows import SCHEMA, table_of
+
+
+@dataclass(frozen=True)
+class Read:
+    """What of a capture was read."""
+
+    done: list[str] = field(default_factory=list)  # parts, as DAY/NAME
+    open: dict[str, list[str]] = field(default_factory=dict)  # journal -> ids of its rows
+
+
+def unread(capture: Capture, read: Read) -> tuple[pa.Table, Read]:
+    """The rows that are not in `read`, in the order of their times, and what was read then. Raises DataError for a part that
+    cannot be read."""
+    journals = dict(capture.journals())  # before the parts: what becomes a part meanwhile is known by its name
+    done, tables = [], [SCHEMA.empty_table()]
+    still_open = {name: [str(line.get("id")) for line in lines] for name, lines in journals.items()}
+    for name, lines in journals.items():
+        known = set(read.open.get(name, ()))
+        tables.append(table_of([line for line in lines if str(line.get("id")) not in known]))
+    before = set(read.done)
+    for path in capture.parts():
+        name, stem = f"{path.parent.name}/{path.stem}", journal_of(path)
+        if stem in journals:
+            continue
+        done.append(name)
+        if name not in before:
+            table, known = _part(path), set(read.open.get(stem, ()))
+            tables.append(table.filter(pa.array([one not in known for one in table["id"].to_pylist()], pa.bool_())))
+    found = capture.forgotten().seen(pa.concat_tables(tables))
+    return found.take(pc.sort_indices(found, [("at", "ascending")])), Read(done, still_open)
+
+
+def _part(path: object) -> pa.Table:
+    """A part in today's columns; those that it does not have are null."""
+    try:
+        found = pq.ParquetFile(path).read()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError("capture", got=f"{path}: {first_line(error)}", do="move that part away") from error
+    columns = [
+        found[column.name].cast(column.type) if column.name in found.column_names else pa.nulls(len(found), column.type)
+        for column in SCHEMA
+    ]
+    return pa.table(columns, schema=SCHEMA)

@@ -1,0 +1,244 @@
+"""What `shoal watch` knows of a capture: learning, quiet, watching or alarm, and why. Kept in CAPTURE/watch/:
+
+    watch.json            what was read, the detector's sums, the evidence over time, the last report; written aside and renamed
+    reference-*.json      what a version's requests are compared with
+    accepted.jsonl        who accepted other requests as the reference, and why
+
+Only rows of the stable version count. A version that takes its place is noticed by its weights, and learned anew: confidence
+moves because the model did.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shoal.errors import DataError
+from shoal.loop.capture import Capture
+from shoal.loop.detector import REQUESTS, Detector
+from shoal.loop.reference import LEARNED, Reference, first_turns, measured, moments
+from shoal.loop.tell import Report, told
+from shoal.loop.unread import Read, unread
+from shoal.loop.watched import texts
+from shoal.machine import write_aside
+
+FORMAT, VERSION = "shoal.watch", 1
+FOLDER, STATE, ACCEPTED = "watch", "watch.json", "accepted.jsonl"
+LEAST_LEARNED = 200  # requests of a reference, and to a false alarm
+TURNS = 20  # requests in a row of other weights, from which on these are the stable version's
+CONVERSATIONS = 1_024  # that are known to have had a turn
+POINTS = 500  # of the evidence over time
+AHEAD_S = 300.0  # seconds by which a clock may be ahead of ours
+MOST_RECENT = 2_000  # requests that an explanation looks at
+
+
+@dataclass
+class Known:
+    """What is kept between two looks."""
+
+    weights: str = ""
+    learn_from: float = 0.0  # epoch seconds: requests before do not count for the reference
+    why: str = ""  # of a reference that somebody accepted
+    reference: str = ""  # its file; "" while it learns
+    read: Read = field(default_factory=Read)
+    conversations: list[str] = field(default_factory=list)
+    detector: dict[str, Any] | None = None  # None while it learns
+    learned: int = 0  # requests, while it learns
+    other: dict[str, Any] = field(default_factory=dict)  # other weights: `weights`, `count` in a row, `at` of the first
+    ahead: int = 0  # requests that say they ended in the future
+    evidence: list[tuple[float, int, float]] = field(default_factory=list)  # when, requests seen, evidence
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class Watch:
+    """The one that watches a capture: nobody else may at the same time."""
+
+    def __init__(
+        self, folder: str | Path, *, learn: int = LEARNED, hours: float = 0.0, requests: int = REQUESTS
+    ) -> None:
+        """`learn`: requests of a reference, which spans at least `hours`; `requests`: mean number to a false alarm. Raises
+        DataError for a folder that is no capture of this version."""
+        self.capture = Capture(folder)
+        self.learn, self.hours, self.requests = learn, hours, requests
+        self._folder = Path(folder) / FOLDER
+
+    def look(self, now: float | None = None) -> Report:
+        """Read what came since the last look, and say how things are. Raises DataError while another one looks, and for files
+        that cannot be used."""
+        with self._alone():
+            return self._keep(self._follow(self._known(), time.time() if now is None else now))
+
+    def accept(self, why: str, *, who: str = "", now: float | None = None) -> Report:
+        """Take the requests since the drift began, or those from now on where nothing moved, as the reference. Raises
+        DataError without a reason."""
+        if not why.strip():
+            raise DataError("accept without a reason", do="say --why")
+        moment = time.time() if now is None else now
+        with self._alone():
+            known = self._known()
+            since = moment
+            if known.detector is not None:
+                detector = Detector.restored(known.detector)
+                first = detector.moved()[0].since
+                since = moment if detector.state == "quiet" or first is None else first
+            line = {"at": _iso(moment), "who": who, "why": why, "weights": known.weights, "since": _iso(since)}
+            with (self._folder / ACCEPTED).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            return self._keep(self._follow(Known(known.weights, since, why), moment))
+
+    # --- one look ---------------------------------------------------------------------------------------------------
+
+    def _follow(self, known: Known, now: float) -> Known:
+        """`known` after what came since; anew where other weights have taken the place of those that it was about."""
+        table, read = self._stable(Read() if known.detector is None else known.read)
+        known.ahead = (known.ahead if known.detector else 0) + int((moments(table) > now + AHEAD_S).sum())
+        if known.detector is None:
+            known.other = {}
+            return self._learned(known, table, read)
+        here, switched = _of_weights(known, table)
+        if switched:
+            return self._follow(Known(known.other["weights"], known.other["at"]), now)
+        self._detect(known, here)
+        known.read = read
+        return known
+
+    def _stable(self, read: Read) -> tuple[pa.Table, Read]:
+        """What is not in `read` of the version that is not on trial, and what was read then."""
+        table, read = unread(self.capture, read)
+        return table.filter(pa.array([role in ("", "stable") for role in texts(table, "role")], pa.bool_())), read
+
+    def _learned(self, known: Known, table: pa.Table, read: Read) -> Known:
+        """With a reference, where there are enough rows from `learn_from` on, and with what came after it compared with it."""
+        rest = table.filter(pa.array(moments(table) >= known.learn_from, pa.bool_()))
+        if not known.weights and len(rest):
+            known.weights = identities(rest)[0]
+        here, switched = _of_weights(known, rest)
+        while switched:
+            known = Known(known.other["weights"], known.other["at"], ahead=known.ahead)
+            rest = table.filter(pa.array(moments(table) >= known.learn_from, pa.bool_()))
+            here, switched = _of_weights(known, rest)
+        first, _ = first_turns(here, (), CONVERSATIONS)
+        known.learned, count = len(first), self._enough(moments(first))
+        if count is None:
+            return known
+        reference = measured(first.slice(0, count), known.weights, why=known.why)
+        known.reference = f"reference-{int(reference.began * 1000)}.json"
+        reference.write(self._folder / known.reference)
+        known.detector = Detector(reference.streams, requests=self.requests).saved()
+        known.read = read
+        _, known.conversations = first_turns(first.slice(0, count), (), CONVERSATIONS)
+        self._detect(known, first.slice(count))
+        return known
+
+    def _detect(self, known: Known, table: pa.Table) -> None:
+        table, known.conversations = first_turns(table, known.conversations, CONVERSATIONS)
+        reference, detector = self._reference(known), Detector.restored(known.detector or {})
+        detector.update(reference.standardised(table), moments(table))
+        known.detector = detector.saved()
+        if len(table):
+            known.evidence.append((float(moments(table)[-1]), detector.seen, detector.evidence))
+        if len(known.evidence) > POINTS:
+            known.evidence = known.evidence[::2]
+
+    def _enough(self, at: np.ndarray) -> int | None:
+        """How many of the requests make the reference; None as long as there are too few, or they span too little."""
+        if len(at) < self.learn:
+            return None
+        spans = np.flatnonzero(at - at[0] >= self.hours * 3600)
+        return max(self.learn, int(spans[0]) + 1) if len(spans) else None
+
+    def _reference(self, known: Known) -> Reference:
+        return Reference.read(self._folder / known.reference)
+
+    def _told(self, known: Known) -> Report:
+        if known.detector is None:
+            return told(None, None, weights=known.weights, learned=known.learned, wanted=self.learn, ahead=known.ahead)
+        reference, detector = self._reference(known), Detector.restored(known.detector)
+        since, recent = detector.moved()[0].since, None
+        if detector.state != "quiet" and since is not None:
+            recent = self.capture.rows(since=int(since * 1000))
+            recent = recent.filter(pa.array([one == known.weights for one in identities(recent)], pa.bool_()))
+            recent = recent.slice(max(0, len(recent) - MOST_RECENT))
+        return told(reference, detector, weights=known.weights, ahead=known.ahead, recent=recent)
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def _known(self) -> Known:
+        path = self._folder / STATE
+        if not path.exists():
+            return Known()
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            form = (saved.pop("format"), saved.pop("version"))
+            if form != (FORMAT, VERSION):
+                raise DataError(f"{path}", got=f"{form[0]} {form[1]}", allowed=f"{FORMAT} {VERSION}")
+            known = Known(**{**saved, "read": Read(**saved["read"])})
+            known.evidence = [(at, seen, evidence) for at, seen, evidence in known.evidence]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} cannot be read", got=str(error), do="remove it, and it learns anew") from error
+        return known
+
+    def _keep(self, known: Known) -> Report:
+        """Write `known` and its report, and remove references of others."""
+        report = self._told(known)
+        known.report = asdict(report)
+        told = {"format": FORMAT, "version": VERSION, **asdict(known)}
+        write_aside(self._folder / STATE, json.dumps(told, allow_nan=False) + "\n")
+        for path in self._folder.glob("reference-*.json"):
+            if path.name != known.reference:
+                path.unlink(missing_ok=True)
+        return report
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        try:
+            self._folder.mkdir(exist_ok=True)
+            file = (self._folder / ".lock").open("w")
+        except OSError as error:
+            raise DataError(
+                f"cannot write {self._folder}", got=error.strerror, do="watch where it may write"
+            ) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise DataError(f"{self._folder} is being watched", do="ask that one, or end it") from error
+            yield
+
+
+def _iso(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
+
+
+def identities(table: pa.Table) -> list[str]:
+    """The weights of each row, or its version where these are not known."""
+    return [one or other for one, other in zip(texts(table, "weights"), texts(table, "version"), strict=True)]
+
+
+def _of_weights(known: Known, table: pa.Table) -> tuple[pa.Table, bool]:
+    """The rows of the weights that are watched, up to where others take their place; whether these do."""
+    wanted, at = [], moments(table)
+    for place, weights in enumerate(identities(table)):
+        if weights == known.weights:
+            wanted.append(place)
+            known.other = {}
+        elif known.other.get("weights") != weights:
+            known.other = {"weights": weights, "count": 1, "at": float(at[place])}
+        else:
+            known.other["count"] += 1
+        if known.other.get("count", 0) >= TURNS and known.other["at"] > known.learn_from:
+            return table.take(np.array(wanted, dtype=np.int64)), True
+    return table.take(np.array(wanted, dtype=np.int64)), False

@@ -1,0 +1,267 @@
+"""A capture is watched: learning, quiet, watching, alarm; through kills, promotions, wrong clocks and other people's files."""
+
+import fcntl
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from shoal.cli import main
+from shoal.errors import DataError
+from shoal.loop.capture import JOURNAL, Capture
+from shoal.loop.rows import Row
+from shoal.loop.tell import write_metrics
+from shoal.loop.watch import FOLDER, STATE, Watch
+from shoal.loop.writer import make_parts
+
+START = 1_795_780_800.0  # epoch seconds
+
+
+class Service:
+    """Requests to a model, a second apart, into a real capture."""
+
+    def __init__(self, folder: Path) -> None:
+        self.capture = Capture(folder, create=True)
+        self.folder, self._count, self._rng = folder, 0, np.random.default_rng(0)
+        self.now = START
+
+    def serve(self, requests: int, *, up: float = 0.0, journal: str = "a", **more: object) -> None:
+        """Their surprisal is up by so many standard deviations."""
+        path = self.folder / JOURNAL / f"{journal}.jsonl"
+        with path.open("ab") as file:
+            for _ in range(requests):
+                self._count += 1
+                self.now += 1
+                values = {
+                    "weights": "aaaa", "status": 200, "finish": "stop", "layers": 8,
+                    "prompt_surprisal": 3 + up + self._rng.normal(), "prompt_tokens": int(self._rng.integers(5, 40)),
+                }  # fmt: skip
+                row = Row(f"chatcmpl-{self._count}", round(self.now * 1000), **{**values, **more})
+                file.write(row.line())
+
+    def part(self, journal: str = "a") -> None:
+        """What the journal holds becomes a part."""
+        make_parts(self.capture, self.folder / JOURNAL / f"{journal}.jsonl")
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    return Service(tmp_path / "capture")
+
+
+def watch(service: Service, **more: object) -> Watch:
+    return Watch(service.folder, **{"learn": 500, **more})
+
+
+def test_from_nothing_to_an_alarm_and_back_by_accepting(service: Service) -> None:
+    assert watch(service).look(service.now).sentence == "Learning: no request has come yet."
+    service.serve(300)
+    report = watch(service).look(service.now)
+    assert (report.state, report.requests, report.needed) == ("learning", 300, 500)
+    service.serve(700)
+    report = watch(service).look(service.now)
+    assert (report.state, report.requests) == ("quiet", 500)
+    moment = service.now
+    service.serve(300, up=1.2)
+    report = watch(service).look(service.now)
+    assert report.state == "alarm" and report.meaning == "a new domain" and "curate" in report.do
+    assert report.signals[0]["signal"] == "prompt_surprisal" and report.signals[0]["shift"] == pytest.approx(
+        1.2, abs=0.3
+    )
+    assert report.found_after is not None and report.found_after <= 80
+    assert abs(np.datetime64(report.since[:19]).astype(int) - moment) <= 30
+    assert report.signals[0]["psi"] > report.signals[0]["psi_chance"]
+    assert (
+        report.sentence.startswith("Alarm: a new domain since 2026-11-")
+        and "prompts more surprising" in report.sentence
+    )
+    service.serve(400)
+    again = watch(service).look(service.now)
+    assert again.state == "alarm", "it stays until somebody says what it was"
+    service.serve(600, up=1.2)
+    report = watch(service).accept("the new catalogue", who="ann", now=service.now)
+    assert report.state in ("quiet", "watching") and report.reference["why"] == "the new catalogue"
+    line = json.loads((service.folder / FOLDER / "accepted.jsonl").read_text())
+    assert (line["who"], line["why"], line["weights"]) == ("ann", "the new catalogue", "aaaa")
+
+
+def test_rows_are_read_once_from_journals_and_parts_and_whatever_happens_between(service: Service) -> None:
+    service.serve(700)
+    watch(service).look(service.now)
+    service.serve(100)
+    watch(service).look(service.now)
+    service.part()
+    service.serve(50, journal="b")
+    watch(service).look(service.now)
+    service.part("b")
+    report = watch(service).look(service.now)
+    assert report.requests == 700 + 100 + 50 - 500
+    assert watch(service).look(service.now) == report, "nothing new, nothing changed"
+
+
+def test_a_look_that_was_killed_is_made_again(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any write: before and after, the same rows come to the same report."""
+    service.serve(900, up=0.0)
+    service.serve(100, up=1.5)
+    wanted = watch(service).look(service.now)
+    for path in (service.folder / FOLDER).iterdir():
+        path.unlink()
+    calls = 0
+
+    def fail(path: Path, text: str) -> None:
+        nonlocal calls
+        calls += 1
+        raise OSError("disk full")
+
+    monkeypatch.setattr("shoal.loop.watch.write_aside", fail)
+    with pytest.raises(OSError, match="disk full"):
+        watch(service).look(service.now)
+    monkeypatch.undo()
+    assert calls == 1 and watch(service).look(service.now) == wanted
+
+
+def test_another_version_is_learned_anew_and_late_rows_of_the_old_one_do_no_harm(service: Service) -> None:
+    service.serve(800)
+    old = watch(service).look(service.now)
+    service.serve(10, weights="bbbb", up=2)
+    service.serve(5)
+    service.serve(300, weights="bbbb", up=2)
+    report = watch(service).look(service.now)
+    assert old.weights == "aaaa" and (report.state, report.weights) == ("learning", "bbbb")
+    service.serve(400, weights="bbbb", up=2)
+    report = watch(service).look(service.now)
+    assert report.state == "quiet" and report.reference["requests"] == 500
+    assert len(list((service.folder / FOLDER).glob("reference-*.json"))) == 1
+    service.serve(300, up=0)  # taken back
+    report = watch(service).look(service.now)
+    assert (report.state, report.weights) == ("learning", "aaaa")
+
+
+def test_an_old_capture_is_learned_from_its_last_version(service: Service) -> None:
+    service.serve(600, up=3)
+    service.serve(900, weights="bbbb")
+    report = watch(service).look(service.now)
+    assert (report.weights, report.state, report.requests) == ("bbbb", "quiet", 400)
+
+
+def test_a_canary_and_a_shadow_do_not_count(service: Service) -> None:
+    service.serve(800)
+    watch(service).look(service.now)
+    service.serve(300, up=3, role="canary", weights="bbbb")
+    service.serve(300, up=3, role="shadow", weights="bbbb")
+    report = watch(service).look(service.now)
+    assert (report.state, report.requests, report.weights) == ("quiet", 300, "aaaa")
+
+
+def test_turns_of_a_conversation_count_once(service: Service) -> None:
+    service.serve(800)
+    watch(service).look(service.now)
+    service.serve(400, up=3, conversation="one")
+    report = watch(service).look(service.now)
+    assert (report.state, report.requests) == ("quiet", 301)
+
+
+def test_a_clock_that_jumps_loses_nothing(service: Service) -> None:
+    """Back by a day, then far ahead: all rows are looked at, and it is said."""
+    service.serve(700)
+    watch(service).look(service.now)
+    before = service.now
+    service.now -= 86_400
+    service.serve(50)
+    assert watch(service).look(before).requests == 250
+    service.now = before + 10 * 365 * 86_400
+    service.serve(50)
+    report = watch(service).look(before)
+    assert report.requests == 300 and any("clock is wrong" in warning for warning in report.warnings)
+    service.now = before
+    service.serve(200, up=1.5)
+    report = watch(service).look(service.now)
+    assert report.requests == 500 and report.state == "alarm"
+
+
+def test_a_reference_waits_for_its_hours(service: Service) -> None:
+    service.serve(3_000)
+    assert watch(service, hours=1.0).look(service.now).state == "learning"
+    service.serve(1_000)
+    report = watch(service, hours=1.0).look(service.now)
+    assert report.state == "quiet" and report.reference["requests"] >= 3_600
+
+
+def test_a_bad_day_as_a_reference_is_said(service: Service) -> None:
+    service.serve(450)
+    service.serve(100, status=500)
+    report = watch(service).look(service.now)
+    assert any("requests failed" in warning for warning in report.warnings)
+
+
+def test_errors_are_operations_and_no_training(service: Service) -> None:
+    service.serve(900)
+    watch(service).look(service.now)
+    service.serve(60, status=503)
+    report = watch(service).look(service.now)
+    assert report.state == "alarm" and report.meaning == "operations" and "nothing to train" in report.do
+
+
+def test_what_is_forgotten_is_not_looked_at(service: Service) -> None:
+    service.serve(800)
+    watch(service).look(service.now)
+    service.serve(200, up=2, subject="gone")
+    (service.folder / "forgotten.jsonl").write_text('{"subject": "gone"}\n')
+    assert watch(service).look(service.now).state == "quiet"
+
+
+def test_two_at_once_are_refused(service: Service) -> None:
+    watch(service).look(service.now)
+    with (service.folder / FOLDER / ".lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="is being watched"):
+            watch(service).look(service.now)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "shoal.watch", "version": 2}', '{"format": "x"}'])
+def test_a_state_that_is_none_is_one_line(service: Service, text: str) -> None:
+    watch(service).look(service.now)
+    (service.folder / FOLDER / STATE).write_text(text)
+    with pytest.raises(DataError, match=r"watch\.json"):
+        watch(service).look(service.now)
+
+
+def test_the_alert_rules_ask_for_figures_that_are_written(service: Service, tmp_path: Path) -> None:
+    rules = yaml.safe_load((Path(__file__).parents[3] / "docs" / "alerts.yaml").read_text())
+    asked = {
+        name for group in rules["groups"] for rule in group["rules"] for name in re.findall(r"shoal:\w+", rule["expr"])
+    }
+    write_metrics(watch(service).look(service.now), tmp_path / "drift.prom")
+    assert asked and asked <= set(re.findall(r"^(shoal:\w+)", (tmp_path / "drift.prom").read_text(), re.MULTILINE))
+
+
+def test_the_command(service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    service.serve(800)
+    service.serve(200, up=1.5)
+    words = ["watch", "--capture", str(service.folder), "--once", "--learn", "500"]
+    assert main([*words, "--json", "--metrics", str(tmp_path / "drift.prom")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["state"] == "alarm" and report["signals"][0]["signal"] == "prompt_surprisal"
+    lines = (tmp_path / "drift.prom").read_text().splitlines()
+    assert "shoal:drift_state 3" in lines and any(
+        line.startswith('shoal:drift_shift_sd{signal="prompt_s') for line in lines
+    )
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("Alarm: a new domain since") and "what to do: curate" in said.err
+    for wrong, code, says in (
+        (["watch", "--capture", str(tmp_path)], 1, "capture.json"),
+        (["watch", "accept", "--capture", str(service.folder)], 2, "--why"),
+        (["watch", "acept", "--capture", str(service.folder)], 2, "acept"),
+        (["watch", "--capture", str(service.folder), "--every", "0"], 2, "--every"),
+        (["watch", "--capture", str(service.folder), "--learn", "5"], 2, "--learn"),
+        ([*words, "--metrics", str(tmp_path / "no" / "x.prom")], 1, "cannot write"),
+    ):
+        assert main(wrong) == code
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and says in lines[0], lines
+    assert main(["watch", "accept", "--capture", str(service.folder), "--why", "new shop", "--learn", "500"]) == 0
+    assert capsys.readouterr().out.startswith("Learning: ")
