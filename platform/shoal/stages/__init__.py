@@ -8,7 +8,7 @@ command.
 from __future__ import annotations
 
 from shoal.stages.corpus import Augment, Prepare, Teach
-from shoal.stages.evaluate import Evaluate
+from shoal.stages.evaluate import Evaluate, Gate
 from shoal.stages.serve import Serve
 from shoal.stages.stage import Stage
 from shoal.stages.training import Adapt, Finetune, Pretrain, Quantize
@@ -25,4 +25,5 @@ STAGES: tuple[type[Stage], ...] = (
     Evaluate,
     Serve,
     Watch,
+    Gate,
 )

@@ -1,4 +1,4 @@
-"""The stage that says what a model is worth."""
+"""The stages that say what a model is worth, and whether it may take another's place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from shoal.stages.stage import ModelDir, Stage, out
+from shoal.errors import UsageError
+from shoal.stages.stage import Json, ModelDir, Stage, out, print_result, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +47,72 @@ class Evaluate(Stage):
         if self.report is not None:
             write_report(self.report, {"title": " and ".join(models), "corpus": {}, "stages": [], **found})
             out.print(f"report in {self.report} and {self.report.with_suffix('.html')}", highlight=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(Stage):
+    """Whether a candidate may take the place of the stable version: asked the same, compared question by question. Exits with 1
+    where it may not."""
+
+    suites: Annotated[
+        Path, typer.Option(help="Folder of frozen suites: *.jsonl of chats, safety-*.jsonl, recent-*.jsonl.")
+    ]
+    model: Annotated[Path | None, typer.Option(help="Candidate's model directory. [required, but with --freeze]")] = (
+        None
+    )
+    against: Annotated[
+        Path | None, typer.Option(help="Stable version's model directory. [required, but with --freeze]")
+    ] = None
+    freeze: Annotated[bool, typer.Option("--freeze", help="Freeze the files in the folder as they are, and end.")] = (
+        False
+    )
+    data: Annotated[
+        Path | None, typer.Option(help="Corpus whose held-out rows bits per byte are measured on. [not measured]")
+    ] = None
+    margin: Annotated[float, typer.Option(help="Share of right answers that each task may lose.")] = 0.03
+    recent: Annotated[bool, typer.Option(help="Must it be better at a recent suite?")] = True
+    out: Annotated[Path | None, typer.Option(help="File for the verdict as JSON. [none]")] = None
+    as_json: Json = False
+
+    def run(self) -> None:
+        from shoal.loop import suites
+
+        if self.freeze:
+            made = suites.freeze(self.suites)
+            told = {"suites": [{"name": suite.name, "kind": suite.kind, "sha256": suite.sha256} for suite in made]}
+            names = ", ".join(f"{suite.name} ({suite.kind})" for suite in made)
+            print_result(told, self.as_json, f"frozen in {self.suites}: {names}")
+            return
+        if self.model is None or self.against is None:
+            raise UsageError("shoal gate", do="give --model and --against, or --freeze")
+        if not 0 < self.margin < 1:
+            raise UsageError("--margin", got=self.margin, allowed="above 0, below 1")
+        self._judge(self.model, self.against)
+
+    def _judge(self, model: Path, against: Path) -> None:
+        import json
+
+        from shoal.evaluate.evaluation import leave_a_core
+        from shoal.loop.gate import gate, lines
+        from shoal.machine import write_aside
+        from shoal.progress import progress
+
+        leave_a_core()
+        with progress("gate") as tell:
+            found = gate(
+                model,
+                against,
+                self.suites,
+                data=self.data,
+                margin=self.margin,
+                need_recent=self.recent,
+                on_progress=tell,
+            )
+        told = found.told()
+        if self.out is not None:
+            write_aside(self.out, json.dumps(told, indent=1, allow_nan=False) + "\n")
+        print_result(told, self.as_json, found.sentence)
+        for line in () if self.as_json else lines(told):
+            say(line)
+        if not found.passed:
+            raise typer.Exit(1)

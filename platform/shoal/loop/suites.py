@@ -1,0 +1,85 @@
+"""Frozen suites: files of held-out chats that every candidate is asked, and nobody may change.
+
+SUITES/  suites.json    {"format": "shoal.suites", "suites": [{"name", "file", "sha256", "kind"}, ...]}
+         *.jsonl        chats with answers; safety-*.jsonl may lose no item, recent-*.jsonl must be won
+         uses.jsonl     a line each time that they were asked: what is asked often is learned by those who choose
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import DataError
+from shoal.machine import sha256_of, write_aside
+
+FORMAT, VERSION = "shoal.suites", 1
+MANIFEST, USES = "suites.json", "uses.jsonl"
+FROZEN, SAFETY, RECENT = "frozen", "safety", "recent"
+TIRED = 50  # uses from which on a suite should be drawn anew
+
+
+@dataclass(frozen=True)
+class Suite:
+    name: str
+    file: str
+    sha256: str
+    kind: str
+
+
+def freeze(folder: Path) -> list[Suite]:
+    """Make the suites of the .jsonl files in `folder`: their hashes are what they must have from then on. Raises DataError
+    where they are frozen already, and where there is no file."""
+    manifest = folder / MANIFEST
+    if manifest.exists():
+        raise DataError(f"{folder} is frozen", do="take a new folder: figures of two suites are not comparable")
+    files = [path for path in sorted(folder.glob("*.jsonl")) if path.name != USES] if folder.is_dir() else []
+    if not files:
+        raise DataError(f"{folder} holds no suite", allowed="files of chats with answers, NAME.jsonl")
+    suites = [Suite(path.stem, path.name, sha256_of(path), _kind(path.stem)) for path in files]
+    told = {"format": FORMAT, "version": VERSION, "suites": [asdict(suite) for suite in suites]}
+    write_aside(manifest, json.dumps(told, indent=1) + "\n")
+    return suites
+
+
+def read(folder: Path) -> list[Suite]:
+    """The suites of a folder, their files as they were frozen. Raises DataError for a folder that is none, and names a
+    file that changed or is gone."""
+    try:
+        told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        form = (told["format"], told["version"])
+        suites = [Suite(**one) for one in told["suites"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder} holds no frozen suites", got=str(error), do="freeze them: shoal gate --freeze"
+        ) from error
+    if form != (FORMAT, VERSION):
+        raise DataError(f"{folder}", got=f"{form[0]} {form[1]}", allowed=f"{FORMAT} {VERSION}")
+    for suite in suites:
+        path = folder / suite.file
+        if not path.is_file():
+            raise DataError(f"suite {suite.name}: {path} is gone", do="put it back")
+        if (found := sha256_of(path)) != suite.sha256:
+            do = "put it back, or freeze a new folder: a suite that changes compares nothing"
+            raise DataError(f"suite {suite.name} has changed", got=found[:12], allowed=suite.sha256[:12], do=do)
+    return suites
+
+
+def use(folder: Path, told: Mapping[str, Any]) -> int:
+    """Note that the suites were asked, and return how often they have been."""
+    path = folder / USES
+    line = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **told}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def _kind(name: str) -> str:
+    return next((kind for kind in (SAFETY, RECENT) if name.startswith(kind)), FROZEN)

@@ -1,0 +1,197 @@
+"""The gate on real models that really answer: what a good candidate passes, and what each bad one is stopped by.
+
+The models are random and say nonsense. The suites take what one of them answers as right, so it is right in everything.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal import Model, presets
+from shoal.cli import main
+from shoal.engine.engine import Engine
+from shoal.engine.events import Request, Sampling
+from shoal.errors import DataError
+from shoal.inputs.chat import encode_chat
+from shoal.inputs.tokenizer import Tokenizer
+from shoal.loop.gate import Verdict, gate
+from shoal.loop.suites import USES, freeze, read
+from tests.corpus import write_corpus
+
+MOST_TOKENS = 8  # of an answer; more of it says no more here
+ASKED = [f"{word} {number}?" for number in range(70) for word in ("Where is", "Who has", "What costs", "How long")]
+
+
+def saved(folder: Path, model: Model) -> Path:
+    model.save(folder)
+    return folder
+
+
+def changed(noise: float, seed: int = 1) -> Model:
+    """The stable model with something added to all weights."""
+    model, draws = Model.from_preset("test"), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.net.parameters():
+            weight.add_(noise * weight.std().nan_to_num() * torch.randn(weight.shape, generator=draws))
+    return model
+
+
+def answers(model: Model, asked: list[str]) -> list[str]:
+    sampling = Sampling(temperature=0.0, max_tokens=MOST_TOKENS)
+    prompts = [
+        encode_chat([{"role": "user", "content": text}], model.tokenizer, model.config, template=model.chat_template)
+        for text in asked
+    ]
+    return [done.text for done in Engine(model).generate([Request(prompt, sampling) for prompt in prompts])]
+
+
+def write(path: Path, asked: list[str], right: list[str]) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": said}]}
+        for text, said in zip(asked, right, strict=True)
+        if said.strip()
+    ]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.loop.gate.MOST_TOKENS", MOST_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stable, better (that answers another way), and suites: shop and safety, in which stable is right where both agree or
+    all through, and recent, in which better is."""
+    folder = tmp_path_factory.mktemp("gate")
+    stable, other = Model.from_preset("test"), changed(0.3)
+    saved(folder / "stable", stable)
+    saved(folder / "better", other)
+    old, new = answers(stable, ASKED), answers(other, ASKED)
+    write(folder / "kept" / "shop.jsonl", ASKED, old)
+    write(folder / "kept" / "safety-shop.jsonl", ASKED[:40], old[:40])
+    freeze(folder / "kept")
+    write(folder / "won" / "recent-shop.jsonl", ASKED, new)
+    freeze(folder / "won")
+    write(folder / "few" / "shop.jsonl", ASKED[:30], old[:30])
+    freeze(folder / "few")
+    return folder
+
+
+def judged(place: Path, candidate: Path, suites: str, **more: object) -> tuple[Verdict, dict[str, str]]:
+    found = gate(candidate, place / "stable", place / suites, **more)
+    return found, {check.name: check.status for check in found.checks}
+
+
+def test_the_same_model_loses_nothing_and_has_no_reason_to_be_released(place: Path) -> None:
+    found, checks = judged(place, place / "stable", "kept", need_recent=False)
+    assert found.passed and found.verdict == "pass"
+    assert checks["shop, chat"] == checks["safety-shop, chat"] == checks["tokens an answer"] == "pass"
+    found, checks = judged(place, place / "stable", "kept")
+    assert not found.passed and found.verdict == "inconclusive" and checks["recent"] == "inconclusive"
+    found, checks = judged(place, place / "stable", "won")
+    assert found.verdict == "fail" and checks["recent-shop, chat"] == "fail"
+
+
+def test_one_that_is_better_at_what_is_new_passes_there(place: Path) -> None:
+    found, checks = judged(place, place / "better", "won")
+    assert found.passed and checks["recent-shop, chat"] == "pass"
+    (check,) = (check for check in found.checks if check.name.startswith("recent"))
+    assert check.low is not None and check.low > 0 and check.items >= 200
+
+
+def test_one_that_forgot_is_refused_by_name(place: Path) -> None:
+    """It answers otherwise what the stable version answered right."""
+    found, checks = judged(place, place / "better", "kept", need_recent=False)
+    assert found.verdict == "fail" and checks["shop, chat"] == "fail" and checks["safety-shop, chat"] == "fail"
+    assert "shop, chat" in found.sentence
+
+
+def test_too_few_questions_are_said_with_how_many_it_takes(place: Path) -> None:
+    found, checks = judged(place, place / "stable", "few", need_recent=False)
+    assert found.verdict == "inconclusive" and not found.passed and checks["shop, chat"] == "inconclusive"
+    (check,) = (check for check in found.checks if check.name == "shop, chat")
+    assert check.needed is not None and check.needed > 90 and f"{check.needed:,} are needed" in check.told
+
+
+@pytest.mark.parametrize("what", ["shape", "tokenizer", "chat template"])
+def test_another_kind_of_model_is_refused_before_it_is_asked(place: Path, tmp_path: Path, what: str) -> None:
+    model = Model.from_preset("test" if what != "shape" else "tiny")
+    folder = saved(tmp_path / "other", model)
+    if what == "tokenizer":
+        model.tokenizer = Tokenizer.train(["the shop has a lamp"] * 50, model.config.vocab)
+        folder = saved(tmp_path / "another", model)
+    if what == "chat template":
+        model.chat_template += "\n{# #}"
+        folder = saved(tmp_path / "another", model)
+    found, checks = judged(place, folder, "kept")
+    assert found.verdict == "refused" and list(checks) == ["shape"] and what in found.sentence
+
+
+def test_broken_weights_are_stopped(place: Path, tmp_path: Path) -> None:
+    model = Model.from_preset("test")
+    with torch.no_grad():
+        for norm in model.net.exit_norms.values():
+            next(norm.parameters()).fill_(float("nan"))
+    found, _ = judged(place, saved(tmp_path / "nan", model), "kept", need_recent=False)
+    assert found.verdict == "fail" and not found.passed
+
+
+def test_bits_per_byte_may_rise_by_one_percent(place: Path, tmp_path: Path) -> None:
+    """Of a model whose last norm is 30 times as large, and so as sure of its nonsense, they rise."""
+    corpus = write_corpus(tmp_path / "data", presets.get("test"))
+    with pytest.raises(DataError, match="another tokenizer"):
+        judged(place, place / "stable", "few", data=corpus)
+    for name, factor in (("stable", 1.0), ("same", 1.0005), ("sure", 30.0)):
+        model = Model.from_preset("test")
+        model.tokenizer = Tokenizer.load(corpus / "tokenizer.json")
+        with torch.no_grad():
+            next(model.net.exit_norms[str(model.config.layers)].parameters()).mul_(factor)
+        saved(tmp_path / name, model)
+    for name, status in (("same", "pass"), ("sure", "fail")):
+        found = gate(tmp_path / name, tmp_path / "stable", place / "few", data=corpus, need_recent=False)
+        bits = {check.name: check for check in found.checks if check.name.startswith("bits")}
+        assert {check.status for check in bits.values()} == {status} and len(bits) == 2
+
+
+def test_a_directory_that_is_none_and_one_that_was_damaged_are_refused(place: Path, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "damaged", Model.from_preset("test"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8] + b"\xff" * 8)
+    for candidate in (folder, tmp_path / "nowhere"):
+        found, _ = judged(place, candidate, "kept")
+        assert found.verdict == "refused" and "cannot be loaded" in found.sentence
+
+
+def test_a_suite_that_changed_stops_everything(place: Path, tmp_path: Path) -> None:
+    write(tmp_path / "suites" / "shop.jsonl", ASKED[:5], ["a"] * 5)
+    with pytest.raises(DataError, match="holds no frozen suites"):
+        read(tmp_path / "suites")
+    freeze(tmp_path / "suites")
+    with pytest.raises(DataError, match="is frozen"):
+        freeze(tmp_path / "suites")
+    write(tmp_path / "suites" / "shop.jsonl", ASKED[:5], ["b"] * 5)
+    with pytest.raises(DataError, match="suite shop has changed"):
+        gate(place / "stable", place / "stable", tmp_path / "suites")
+    (tmp_path / "suites" / "shop.jsonl").unlink()
+    with pytest.raises(DataError, match="is gone"):
+        read(tmp_path / "suites")
+    with pytest.raises(DataError, match="holds no suite"):
+        freeze(tmp_path / "nowhere")
+
+
+def test_the_command_says_it_and_exits_so(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["gate", "--suites", str(place / "few"), "--against", str(place / "stable"), "--no-recent"]
+    before = len((place / "few" / USES).read_text().splitlines()) if (place / "few" / USES).exists() else 0
+    assert main([*words, "--model", str(place / "stable"), "--json", "--out", str(tmp_path / "gate.json")]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told == json.loads((tmp_path / "gate.json").read_text())
+    assert told["format"] == "shoal.gate" and told["passed"] is False and told["uses"] == before + 1
+    assert main([*words, "--model", str(place / "stable"), "--margin", "0.2"]) == 0
+    assert capsys.readouterr().out.startswith("Pass: ")
+    for wrong, says in ((words, "--model and --against"), ([*words, "--model", "m", "--margin", "0"], "--margin")):
+        assert main(wrong) == 2
+        assert says in capsys.readouterr().err
