@@ -26,6 +26,8 @@ from shoal.evaluate import measures
 from shoal.evaluate.evaluation import MOST_TOKENS, TASKS, Progress, generate
 from shoal.evaluate.measures import Answer, HeldoutRows
 from shoal.loop import suites
+from shoal.loop.cut import RECENT as RECENT_FILE
+from shoal.loop.cut import read
 from shoal.loop.paired import FAIL, INCONCLUSIVE, MARGIN, PASS, SKIPPED, better, not_worse, paired
 from shoal.loop.suites import FROZEN, RECENT, SAFETY, TIRED, Suite
 from shoal.model.files import weights_sha256
@@ -80,15 +82,20 @@ def gate(
     stable: Path,
     folder: Path,
     *,
+    cut: Path | None = None,
     data: Path | None = None,
     margin: float = MARGIN,
     need_recent: bool = True,
     on_progress: Progress | None = None,
 ) -> Verdict:
-    """The verdict on `candidate` beside `stable`, by the frozen suites in `folder` and what the corpus `data` holds out. Raises
+    """The verdict on `candidate` beside `stable`, by the frozen suites in `folder`, what a `cut` holds out and what the corpus
+    `data` does. Raises
     DataError for suites that changed or hold no question, CheckpointError for a stable version that cannot be loaded."""
     began, tell = time.monotonic(), on_progress or (lambda what, done, total: None)
-    frozen = suites.read(folder)
+    frozen = [(suite, folder) for suite in suites.read(folder)]
+    if cut is not None:
+        frozen.append((Suite("recent", RECENT_FILE, read(cut)["sha256"][RECENT_FILE], RECENT), cut))
+    of = [suite for suite, _ in frozen]
     known = Model.load(stable)
     names = [{"path": str(path), "weights_sha256": _sha(path)} for path in (candidate, stable)]
     try:
@@ -97,24 +104,24 @@ def gate(
     except ShoalError as error:
         model, wrong = None, f"it cannot be loaded: {error}"
     if model is None or wrong:
-        return _verdict([Check(SHAPE, FAIL, wrong)], names, frozen, 0, began)
+        return _verdict([Check(SHAPE, FAIL, wrong)], names, of, 0, began)
     checks = [Check(SHAPE, PASS, "shape, tokenizer and chat template are the stable version's")]
     steps, total = 0, len(frozen) + 1
     tell("bits per byte", steps, total)
     checks += _bits(model, known, data)
     longer: list[tuple[int, int]] = []
-    for suite in frozen:
+    for suite, place in frozen:
         steps += 1
         tell(suite.name, steps, total)
-        checks += _asked(suite, folder, model, known, margin, longer)
+        checks += _asked(suite, place, model, known, margin, longer)
     checks += _lengths(longer)
-    if not any(suite.kind == SAFETY for suite in frozen):
+    if not any(suite.kind == SAFETY for suite in of):
         checks.append(Check("safety", SKIPPED, "there is no safety suite"))
-    if not any(suite.kind == RECENT for suite in frozen):
+    if not any(suite.kind == RECENT for suite in of):
         status = INCONCLUSIVE if need_recent else SKIPPED
         checks.append(Check("recent", status, "no recent suite: nothing says that the candidate is better at anything"))
     uses = suites.use(folder, {"candidate": names[0]["weights_sha256"], "stable": names[1]["weights_sha256"]})
-    return _verdict(checks, names, frozen, uses, began)
+    return _verdict(checks, names, of, uses, began)
 
 
 def _verdict(

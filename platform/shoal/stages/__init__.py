@@ -7,7 +7,7 @@ command.
 
 from __future__ import annotations
 
-from shoal.stages.corpus import Augment, Prepare, Teach
+from shoal.stages.corpus import Augment, Curate, Prepare, Teach
 from shoal.stages.evaluate import Evaluate, Gate
 from shoal.stages.serve import Serve
 from shoal.stages.stage import Stage
@@ -26,4 +26,5 @@ STAGES: tuple[type[Stage], ...] = (
     Serve,
     Watch,
     Gate,
+    Curate,
 )

@@ -1,15 +1,19 @@
-"""The stages that make what is trained on: prepare, augment, teach."""
+"""The stages that make what is trained on: prepare, augment, teach, curate."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoal import presets
+from shoal.errors import DataError, UsageError
 from shoal.stages.stage import Json, Stage, print_result
+
+if TYPE_CHECKING:
+    from shoal.loop.labels import Ask
 
 Chats = Annotated[Path, typer.Option(help='JSONL of {"messages": [{"role", "content"}, ...]}.')]
 
@@ -116,3 +120,80 @@ class Teach(Stage):
             )
         told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items() if count)
         print_result({"out": str(self.out), **counts}, self.as_json, f"{told}; in {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curate(Stage):
+    """What a served model should learn from what it was asked: texts that were kept, with labels from people or a teacher.
+
+    $SHOAL_TEACHER_KEY is the teacher's API key, if it wants one.
+    """
+
+    capture: Annotated[Path, typer.Option(help="Folder of `shoal serve --capture --capture-texts`.")]
+    out: Annotated[Path, typer.Option(help="Cut to write: a folder with train.jsonl, recent.jsonl and cut.json.")]
+    imports: Annotated[
+        list[Path] | None,
+        typer.Option("--import", help="Labels from elsewhere: Label Studio, Argilla, or chats; repeat. [none]"),
+    ] = None
+    teacher: Annotated[
+        str | None, typer.Option(help="API of a teacher, ending in /v1, for what has no label. [none]")
+    ] = None
+    teacher_model: Annotated[str | None, typer.Option(help="Name of the model there. [required with --teacher]")] = None
+    replay: Annotated[Path | None, typer.Option(help="Chats of the old mix, so that it stays learned. [none]")] = None
+    suites: Annotated[Path | None, typer.Option(help="Frozen suites, whose questions are left out. [none]")] = None
+    never: Annotated[
+        list[Path] | None, typer.Option(help="Held-out chats (JSONL), such as an earlier cut's; repeat. [none]")
+    ] = None
+    heldout: Annotated[float, typer.Option(help="Share of the people that are held out.")] = 0.2
+    liked: Annotated[float, typer.Option(help="Share of the rows that may be the model's own answers, liked.")] = 0.2
+    replay_share: Annotated[float, typer.Option(help="Share of old rows: so many for each new one.")] = 1.0
+    seed: Annotated[int, typer.Option(help="Seed of the split and of what is replayed.")] = 0
+    as_json: Json = False
+
+    def run(self) -> None:
+        from shoal.loop import cut, labels
+        from shoal.loop.capture import Capture
+
+        settings = cut.Settings(self.heldout, self.liked, self.replay_share, self.seed)
+        if self.out.exists():
+            raise DataError(f"{self.out} exists", do="choose another --out: a cut is never changed")
+        capture = Capture(self.capture)
+        never = cut.forbidden(self.suites, self.never or ())
+        by_id: dict[str, str] = {}
+        more: list[labels.Labelled] = []
+        for path in self.imports or ():
+            known, chats = labels.read_imports(path)
+            by_id |= known
+            more += chats
+        found = labels.labelled(labels.kept_texts(capture), labels.votes(capture), by_id, self._ask())
+        found.rows += more
+        told = {"capture": str(self.capture), "days": capture.days("texts"), "imports": len(by_id) + len(more)}
+        made = cut.cut(found, self.out, settings, replay=self.replay, never=never, told=told)
+        of = ", ".join(f"{count} {label}" for label, count in made["labels"].items())
+        line = f"{made['train']} rows ({of}), {made['replay']} replayed, {made['recent']} held out; in {self.out}"
+        print_result({"out": str(self.out), **made}, self.as_json, line)
+
+    def _ask(self) -> Ask | None:
+        """Asks the teacher; None without one."""
+        import os
+
+        import httpx
+
+        from shoal.clients.teacher import Ask as Asked
+        from shoal.clients.teacher import answered
+
+        if self.teacher is None:
+            return None
+        if not self.teacher_model:
+            raise UsageError("--teacher", do="say which model there: --teacher-model")
+        key = os.environ.get("SHOAL_TEACHER_KEY")
+        http = httpx.Client(headers={"Authorization": f"Bearer {key}"} if key else {})
+        how = Asked(self.teacher, self.teacher_model)
+
+        def ask(messages: list[dict[str, object]]) -> str | None:
+            try:
+                return str(answered(http, messages, how)["messages"][-1]["content"])
+            except DataError:  # it refused this one, or said nothing that could be learned
+                return None
+
+        return ask

@@ -66,6 +66,9 @@ class Gate(Stage):
     freeze: Annotated[bool, typer.Option("--freeze", help="Freeze the files in the folder as they are, and end.")] = (
         False
     )
+    cut: Annotated[
+        Path | None, typer.Option(help="Cut of `shoal curate` whose held-out rows must be won. [recent-*.jsonl]")
+    ] = None
     data: Annotated[
         Path | None, typer.Option(help="Corpus whose held-out rows bits per byte are measured on. [not measured]")
     ] = None
@@ -100,14 +103,9 @@ class Gate(Stage):
         leave_a_core()
         with progress("gate") as tell:
             found = gate(
-                model,
-                against,
-                self.suites,
-                data=self.data,
-                margin=self.margin,
-                need_recent=self.recent,
-                on_progress=tell,
-            )
+                model, against, self.suites,
+                cut=self.cut, data=self.data, margin=self.margin, need_recent=self.recent, on_progress=tell,
+            )  # fmt: skip
         told = found.told()
         if self.out is not None:
             write_aside(self.out, json.dumps(told, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,259 @@
+"""A cut: what one retraining learns from, and what it is measured on afterwards; written once, and never changed.
+
+    CUT/  train.jsonl      labelled chats, then as many of the old mix (replay), so that what was learned stays
+          recent.jsonl     chats of other people, held out: a suite for the gate ("recent-...")
+          cut.json         last: counts, hashes of both files, of the requests and of the people in them, settings
+
+People are split, never rows: two wordings of one person's question are on one side. What a suite asks, or an earlier cut held
+out, is not trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from shoal.data.chats.augment import asked
+from shoal.data.chats.rows import lines
+from shoal.data.documents import Document
+from shoal.data.operators.decontaminate import GRAM, LEAST
+from shoal.data.operators.grams import grams, words
+from shoal.data.operators.near import BANDS, LEAST_WORDS, WIDTH, nearly_equal, signature
+from shoal.errors import DataError, UsageError
+from shoal.loop import suites
+from shoal.loop.labels import LABELS, UP, Found, Labelled
+from shoal.machine import sha256_of, write_json
+
+FORMAT, VERSION = "shoal.cut", 1
+TRAIN, RECENT, MANIFEST = "train.jsonl", "recent.jsonl", "cut.json"
+REPLAY = "replay"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a cut is made."""
+
+    heldout: float = 0.2  # share of the people that are held out
+    up: float = 0.2  # share of the rows to train on that may be the model's own answers, liked
+    replay: float = 1.0  # rows of the old mix for each new one
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, most in (
+            ("--heldout", self.heldout, 0.9),
+            ("--up", self.up, 1.0),
+            ("--replay", self.replay, 100),
+        ):
+            if not 0 <= value <= most:
+                raise UsageError(name, got=value, allowed=f"0 to {most:g}")
+
+
+@dataclass
+class Asked:
+    """Questions that nobody may be trained on: what a suite or a held-out file asks."""
+
+    whole: set[str] = field(default_factory=set)
+    runs: dict[int, set[int]] = field(default_factory=dict)  # words in a run -> hashes
+
+    def add(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        self.whole.add(asked(list(messages)))  # type: ignore[arg-type]
+        found = words(_user(messages))
+        if len(found) >= LEAST:
+            size = min(GRAM, len(found))
+            self.runs.setdefault(size, set()).update(grams(found, size).tolist())
+
+    def holds(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        if asked(list(messages)) in self.whole:  # type: ignore[arg-type]
+            return True
+        found = words(_user(messages))
+        return any(not known.isdisjoint(grams(found, size).tolist()) for size, known in self.runs.items())
+
+
+def forbidden(folder: Path | None, files: Iterable[Path]) -> Asked:
+    """What the frozen suites in `folder`, and these files of chats, ask. Raises DataError for what cannot be read."""
+    paths = [folder / suite.file for suite in suites.read(folder)] if folder is not None else []
+    found = Asked()
+    for path in [*paths, *files]:
+        for line in lines(path):
+            try:
+                found.add([one for one in json.loads(line)["messages"] if one.get("role") != "assistant"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DataError(f"{path} holds a row that is no chat", got=str(error), do="mend it") from error
+    return found
+
+
+def cut(
+    found: Found,
+    out: Path,
+    settings: Settings,
+    *,
+    replay: Path | None = None,
+    never: Asked | None = None,
+    told: Any = None,
+) -> dict[str, Any]:
+    """Write the cut of the labelled rows in `found` to the folder `out`, and return its manifest. `replay`: the chats of the
+    old mix; `never`: what may not be trained on; `told`: what is kept in the manifest beside. Raises DataError where `out`
+    exists, and where nothing is left to train on."""
+    if out.exists():
+        raise DataError(f"{out} exists", do="choose another --out: a cut is never changed")
+    if not found.rows:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items()) or "no text was kept"
+        do = "collect corrections, or give --teacher or --import"
+        raise DataError("no row with a label", got=f"{found.texts} texts: {reasons}", do=do)
+    rows = _distinct(found)
+    train, recent = _split(rows, settings, found, never or Asked())
+    train = _few_liked(train, settings, found)
+    for name, some in (("to train on", train), ("held out", recent)):
+        if not some and (name == "to train on" or settings.heldout):
+            people = len({row.person for row in rows})
+            raise DataError(
+                f"no row {name}", got=f"{len(rows)} rows of {people} people", do="collect more, of more people"
+            )
+    old = _replayed(replay, round(settings.replay * len(train)), settings.seed, never or Asked()) if replay else []
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write(partial / TRAIN, [*map(_line, train), *old])
+        _write(partial / RECENT, map(_line, recent))
+        manifest = _manifest(partial, train, recent, len(old), found, settings) | {"of": told or {}}
+        write_json(partial / MANIFEST, manifest)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def read(out: Path) -> dict[str, Any]:
+    """The manifest of a cut. Raises DataError for a folder that is none, and for files that are not as they were."""
+    try:
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        form, hashes = (manifest["format"], manifest["version"]), manifest["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{out} is no cut", got=str(error), do="make one: shoal curate") from error
+    if form != (FORMAT, VERSION):
+        raise DataError(f"{out}", got=f"{form[0]} {form[1]}", allowed=f"{FORMAT} {VERSION}")
+    for name, wanted in hashes.items():
+        if not (out / name).is_file() or sha256_of(out / name) != wanted:
+            raise DataError(f"{out / name} is not what it was when the cut was made", do="make another: shoal curate")
+    return dict(manifest)
+
+
+def name_of(text: str) -> str:
+    """The hash under which a manifest knows a request or a person."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _distinct(found: Found) -> list[Labelled]:
+    """The rows without copies: the same question with the same answer, and near copies of longer ones; the newest of each."""
+    kept, seen = [], set[tuple[str, str]]()
+    buckets: dict[tuple[int, bytes], list[np.ndarray]] = {}
+    for row in sorted(found.rows, key=lambda row: (LABELS.index(row.label), -row.at)):
+        key = (row.question, row.answer)
+        if key in seen:
+            found.leave("a copy of another")
+            continue
+        seen.add(key)
+        text = f"{_user(row.messages)}\n{row.answer}"
+        mark = signature(Document(row.id, row.person, "", "", "text", "", text))
+        of = words(text)
+        bands = [] if mark is None else [(i, mark[1 + i * WIDTH : 1 + (i + 1) * WIDTH].tobytes()) for i in range(BANDS)]
+        if len(of) >= LEAST_WORDS and any(nearly_equal(of, other) for band in bands for other in buckets.get(band, ())):
+            found.leave("nearly a copy of another")
+            continue
+        for band in bands:
+            buckets.setdefault(band, []).append(of)
+        kept.append(row)
+    return kept
+
+
+def _split(
+    rows: Sequence[Labelled], settings: Settings, found: Found, never: Asked
+) -> tuple[list[Labelled], list[Labelled]]:
+    """Rows to train on and rows that are held out, of other people; neither asks what is forbidden, and what is held out is
+    nothing that is asked in training."""
+    train: list[Labelled] = []
+    recent: list[Labelled] = []
+    for row in rows:
+        if never.holds(row.messages[:-1]):
+            found.leave("asked by a suite, or held out before")
+            continue
+        draw = xxhash.xxh3_64_intdigest(row.person.encode("utf-8", "surrogatepass"), seed=settings.seed) / 2**64
+        (recent if draw < settings.heldout else train).append(row)
+    known = {row.question for row in train}
+    for row in [row for row in recent if row.question in known]:
+        recent.remove(row)
+        found.leave("held out, but asked in training by another person")
+    # what the model said itself measures nothing
+    return train, [row for row in recent if row.label != UP]
+
+
+def _few_liked(train: list[Labelled], settings: Settings, found: Found) -> list[Labelled]:
+    """At most so many of the model's own answers; the newest."""
+    own = [row for row in train if row.label == UP]
+    others = len(train) - len(own)
+    most = len(own) if settings.up >= 1 else int(settings.up * others / (1 - settings.up))
+    dropped = {id(row) for row in own[most:]}
+    for _ in dropped:
+        found.leave("liked, but too many of these")
+    return [row for row in train if id(row) not in dropped]
+
+
+def _replayed(path: Path, count: int, seed: int, never: Asked) -> list[str]:
+    """`count` rows of the old mix, or all of them, drawn by `seed`."""
+    every = []
+    for line in lines(path):
+        try:
+            row = json.loads(line)
+            if never.holds([one for one in row.get("messages", ()) if one.get("role") != "assistant"]):
+                continue
+        except (ValueError, AttributeError, TypeError) as error:
+            raise DataError(f"{path} holds a row that is no chat", got=str(error), do="mend it") from error
+        every.append(json.dumps({**row, "label": REPLAY}, ensure_ascii=False))
+    order = np.random.default_rng(seed).permutation(len(every))[:count]
+    return [every[place] for place in sorted(order.tolist())]
+
+
+def _line(row: Labelled) -> str:
+    told = {"messages": row.messages, "task": "recent", "group": name_of(row.person), "label": row.label}
+    return json.dumps(told | ({"id": row.id} if row.id else {}), ensure_ascii=False)
+
+
+def _write(path: Path, rows: Iterable[str]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(row + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _manifest(
+    folder: Path, train: Sequence[Labelled], recent: Sequence[Labelled], old: int, found: Found, settings: Settings
+) -> dict[str, Any]:
+    both = [*train, *recent]
+    return {
+        "format": FORMAT, "version": VERSION, "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "train": len(train), "replay": old, "recent": len(recent), "people": len({row.person for row in both}),
+        "labels": dict(Counter(row.label for row in train)), "left_out": dict(sorted(found.left_out.items())),
+        "texts": found.texts, "sha256": {name: sha256_of(folder / name) for name in (TRAIN, RECENT)},
+        "requests": sorted({name_of(row.id) for row in both if row.id}),
+        "persons": sorted({name_of(row.person) for row in both}),
+        "settings": {name: getattr(settings, name) for name in ("heldout", "up", "replay", "seed")},
+    }  # fmt: skip
+
+
+def _user(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What the user said, in order."""
+    said = (message.get("content") for message in messages if message.get("role") == "user")
+    return "\n".join(text for text in said if isinstance(text, str))

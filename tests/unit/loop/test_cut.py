@@ -1,0 +1,262 @@
+"""A cut: right answers only, people on one side, nothing that a suite asks, and files that nobody changes."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.cli import main
+from shoal.errors import DataError
+from shoal.loop.capture import Capture
+from shoal.loop.cut import MANIFEST, RECENT, TRAIN, Settings, cut, forbidden, name_of, read
+from shoal.loop.labels import Found, Kept, Labelled, Vote, kept_texts, labelled, read_imports, votes
+from shoal.loop.suites import freeze
+
+
+def chat(question: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": question}]
+
+
+def kept(count: int, people: int = 20) -> list[Kept]:
+    return [
+        Kept(f"id-{i}", chat(f"Where is my order number {i}?"), "I know", f"p{i % people}", at=i) for i in range(count)
+    ]
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def corrected(count: int, people: int = 20) -> Found:
+    return labelled(kept(count, people), {f"id-{i}": Vote("down", f"It is in box {i}.") for i in range(count)}, {})
+
+
+# --- labels -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_label_counts_and_an_unrated_answer_is_never_one() -> None:
+    given_votes = {
+        "id-0": Vote("down", "corrected"), "id-1": Vote("up"), "id-2": Vote("down"), "id-4": Vote("up", "corrected too"),
+    }  # fmt: skip
+    found = labelled(kept(6), given_votes, {"id-0": "imported", "id-3": "imported"})
+    assert {(row.id, row.label, row.answer) for row in found.rows} == {
+        ("id-0", "correction", "corrected"), ("id-1", "up", "I know"), ("id-3", "imported", "imported"),
+        ("id-4", "correction", "corrected too"),
+    }  # fmt: skip
+    assert found.left_out == {"disliked, and nobody said what is right": 1, "unrated": 1} and found.texts == 6
+    taught = labelled(kept(6), given_votes, {"id-3": "imported"}, lambda messages: f"taught {messages[-1]['content']}")
+    assert [row.label for row in taught.rows] == [
+        "correction",
+        "teacher",
+        "teacher",
+        "imported",
+        "correction",
+        "teacher",
+    ]
+
+
+def test_what_would_teach_wrong_is_left_out() -> None:
+    scrubbed = Kept("a", chat("Who?"), "Ask [email]", "p", scrubbed=True)
+    mixed = Kept("b", chat("Who is it?"), "two authors", "p", resumed=True)
+    twice = [Kept(name, chat("Where is it?"), "there", "p") for name in ("c", "d")]
+    found = labelled([scrubbed, mixed, *twice], {name: Vote("up") for name in "abcd"}, {})
+    assert [row.id for row in found.rows] == ["c"] and sum(found.left_out.values()) == 3
+    # A person's own words have nothing of the answer that was scrubbed.
+    assert labelled([scrubbed], {"a": Vote("down", "Ask us")}, {}).rows[0].answer == "Ask us"
+
+
+def test_labels_of_label_studio_argilla_and_chats_are_read(tmp_path: Path) -> None:
+    studio = [
+        {"data": {"id": "a", "text": "q"}, "annotations": [{"result": [{"value": {"text": ["one"]}}]}]},
+        {"data": {"text": "new q"}, "annotations": [{"result": [{"value": {"text": ["new a"]}}]}]},
+        {"data": {"id": "no"}, "annotations": [{"was_cancelled": True, "result": [{"value": {"text": ["x"]}}]}]},
+    ]
+    (tmp_path / "studio.json").write_text(json.dumps(studio))
+    by_id, chats = read_imports(tmp_path / "studio.json")
+    assert by_id == {"a": "one"} and [(row.messages[0]["content"], row.answer) for row in chats] == [("new q", "new a")]
+    argilla = [
+        {
+            "fields": {"prompt": "q"},
+            "metadata": {"id": name},
+            "responses": {"answer": [{"value": said, "status": status}]},
+        }
+        for name, said, status in (("b", "two", "submitted"), ("c", "x", "discarded"))
+    ]
+    (tmp_path / "argilla.jsonl").write_text("".join(json.dumps(row) + "\n" for row in argilla))
+    assert read_imports(tmp_path / "argilla.jsonl")[0] == {"b": "two"}
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"instruction": "Do it.", "output": "Done."}) + "\n")
+    assert read_imports(tmp_path / "chats.jsonl")[1][0].answer == "Done."
+    for text in ("nonsense", '{"messages": []}\n', '{"annotations": 3}\n', json.dumps({"messages": chat("q")})):
+        (tmp_path / "wrong.jsonl").write_text(text)
+        with pytest.raises(DataError, match=r"wrong\.jsonl"):
+            read_imports(tmp_path / "wrong.jsonl")
+
+
+# --- cuts ---------------------------------------------------------------------------------------------------------------
+
+
+@given(people=st.integers(2, 40), seed=st.integers(0, 1_000))
+def test_a_person_is_on_one_side(people: int, seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    out = tmp_path_factory.mktemp("cut") / "cut"
+    try:
+        made = cut(corrected(80, people), out, Settings(heldout=0.4, seed=seed))
+    except DataError as error:  # with so few people one side may be empty: that is said, and nothing is written
+        assert "no row" in error.message and not out.exists()
+        return
+    sides = [{row["group"] for row in rows(out / name)} for name in (TRAIN, RECENT)]
+    assert not sides[0] & sides[1] and made["train"] + made["recent"] == 80
+    assert set(made["persons"]) == sides[0] | sides[1] and name_of("id-3") in made["requests"]
+
+
+def test_nothing_that_a_suite_asks_is_trained_on(tmp_path: Path) -> None:
+    """Whatever the case and the signs, and where 13 words are the same."""
+    long = "I would like to know on which day of next week the blue kettle that I ordered in May arrives"
+    asked = ["where is MY order, number 3", f"Hello! {long}, please"]
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "suites" / "shop.jsonl").write_text(
+        "".join(json.dumps({"messages": [*chat(text), {"role": "assistant", "content": "x"}]}) + "\n" for text in asked)
+    )
+    freeze(tmp_path / "suites")
+    found = corrected(60)
+    found.rows.append(
+        Labelled([*chat(f"Tell me: {long}"), {"role": "assistant", "content": "Monday."}], "correction", "z")
+    )
+    made = cut(found, tmp_path / "cut", Settings(), never=forbidden(tmp_path / "suites", []))
+    said = (tmp_path / "cut" / TRAIN).read_text() + (tmp_path / "cut" / RECENT).read_text()
+    assert "number 3?" not in said and "kettle" not in said and "number 30?" in said
+    assert made["left_out"]["asked by a suite, or held out before"] == 2
+    second = cut(
+        corrected(60), tmp_path / "second", Settings(seed=5), never=forbidden(None, [tmp_path / "cut" / RECENT])
+    )
+    held = {row["messages"][0]["content"] for row in rows(tmp_path / "cut" / RECENT)}
+    assert second["train"] and not held & {row["messages"][0]["content"] for row in rows(tmp_path / "second" / TRAIN)}
+
+
+def test_copies_and_near_copies_count_once(tmp_path: Path) -> None:
+    words = "The parcel with the blue kettle and the two red cups that I ordered last May from your shop in the old town has"
+    found = corrected(40)
+    for i in range(3):
+        more = [*chat(f"{words} not come yet, day {i}."), {"role": "assistant", "content": "It comes today."}]
+        found.rows.append(Labelled(more, "correction", f"q{i}"))
+    found.rows.append(found.rows[0])
+    made = cut(found, tmp_path / "cut", Settings())
+    assert made["left_out"] == {"a copy of another": 1, "nearly a copy of another": 2}
+
+
+def test_of_its_own_answers_it_learns_few_and_is_measured_on_none(tmp_path: Path) -> None:
+    found = labelled(kept(200, 50), {f"id-{i}": Vote("up") if i % 2 else Vote("down", "no") for i in range(200)}, {})
+    made = cut(found, tmp_path / "cut", Settings(up=0.2))
+    assert made["labels"]["up"] <= 0.2 * made["train"] < made["labels"]["up"] + 1
+    assert {row["label"] for row in rows(tmp_path / "cut" / RECENT)} == {"correction"}
+
+
+def test_the_old_mix_is_replayed_one_to_one(tmp_path: Path) -> None:
+    old = tmp_path / "old.jsonl"
+    answer = {"role": "assistant", "content": "a"}
+    old.write_text("".join(json.dumps({"messages": [*chat(f"old {i}"), answer]}) + "\n" for i in range(500)))
+    made = cut(corrected(60), tmp_path / "cut", Settings(), replay=old)
+    assert made["replay"] == made["train"] == sum(row["label"] == "replay" for row in rows(tmp_path / "cut" / TRAIN))
+    again = cut(corrected(60), tmp_path / "again", Settings(), replay=old)
+    assert again["sha256"] == made["sha256"], "the same rows, the same cut"
+
+
+def test_a_cut_without_labels_says_what_there_was(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no row with a label: got '5 texts: 5 unrated'; collect corrections"):
+        cut(labelled(kept(5), {}, {}), tmp_path / "cut", Settings())
+    with pytest.raises(DataError, match="of more people"):
+        cut(corrected(20, people=1), tmp_path / "cut", Settings())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cut_that_changed_is_refused(tmp_path: Path) -> None:
+    made = cut(corrected(60), tmp_path / "cut", Settings())
+    assert {key: read(tmp_path / "cut")[key] for key in ("train", "sha256")} == {
+        key: made[key] for key in ("train", "sha256")
+    }
+    with pytest.raises(DataError, match="exists"):
+        cut(corrected(60), tmp_path / "cut", Settings())
+    with (tmp_path / "cut" / TRAIN).open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(DataError, match="not what it was"):
+        read(tmp_path / "cut")
+    (tmp_path / "cut" / MANIFEST).unlink()
+    with pytest.raises(DataError, match="is no cut"):
+        read(tmp_path / "cut")
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+
+def captured(folder: Path, texts: list[Kept], said: list[dict[str, Any]]) -> Capture:
+    """A capture with these texts and votes, as parts."""
+    capture = Capture(folder, create=True)
+    told = [
+        {"id": one.id, "at": one.at, "subject": one.subject, "messages": json.dumps(one.messages), "answer": one.answer}
+        for one in texts
+    ]
+    for kind, some in (("texts", told), ("feedback", said)):
+        (folder / kind / "day=2026-11-27").mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(some), folder / kind / "day=2026-11-27" / "part-a.parquet")
+    return capture
+
+
+def test_votes_and_texts_of_a_capture_are_read_and_the_forgotten_are_not(tmp_path: Path) -> None:
+    said = [
+        {"id": "id-1", "at": 5, "rating": "down", "correction": None},
+        {"id": "id-1", "at": 6, "rating": None, "correction": "better"},
+        {"id": "id-2", "at": 5, "rating": "up", "correction": None},
+        {"id": "id-2", "at": 9, "rating": None, "correction": None},
+    ]
+    capture = captured(tmp_path / "capture", kept(6, 3), said)
+    assert votes(capture) == {"id-1": Vote("down", "better"), "id-2": Vote()}
+    (tmp_path / "capture" / "forgotten.jsonl").write_text('{"subject": "p1"}\n{"id": "id-2"}\n')
+    assert [one.id for one in kept_texts(capture)] == ["id-0", "id-3", "id-5"]
+
+
+class Teacher(BaseHTTPRequestHandler):
+    """Answers what it is asked, but for number 7, which it refuses."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][-1]["content"]
+        refused = "number 7?" in question
+        message = {"role": "assistant", "content": f"taught: {question}"}
+        answer = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {}, "model": body["model"]}
+        data = json.dumps({"error": "no"} if refused else answer).encode()
+        self.send_response(400 if refused else 200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_the_command_with_a_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captured(tmp_path / "capture", kept(60), [{"id": "id-1", "at": 5, "rating": "down", "correction": "In box 1."}])
+    words = ["curate", "--capture", str(tmp_path / "capture"), "--out", str(tmp_path / "cut"), "--json"]
+    assert main([*words, "--teacher", "http://127.0.0.1:9/v1"]) == 2
+    assert main(words) == 1
+    assert "no row" in capsys.readouterr().err
+    server = HTTPServer(("127.0.0.1", 0), Teacher)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        assert main([*words, "--teacher", url, "--teacher-model", "large"]) == 0
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    told = json.loads(capsys.readouterr().out)
+    assert told["train"] + told["recent"] == 59 and told["left_out"] == {"unrated": 1}
+    assert told["labels"]["correction"] == 1 or told["labels"] == {"teacher": told["train"]}
+    assert main(words) == 1
+    assert "exists" in capsys.readouterr().err
