@@ -15,7 +15,10 @@ from shoal import Model, cli
 from shoal.errors import ConfigError
 from tests.contracts.commands import commands
 
-UNITS = "seconds|hours|minutes|tokens|passes|updates|workers|port|runs|seed|share|micro-batches|questions|requests|CPUs|greedy"
+UNITS = (
+    "days|hours|seconds|minutes|tokens|passes|updates|workers|port|runs|seed|share|micro-batches|questions|requests|CPUs|"
+    "0 is greedy"
+)
 
 
 # Options that say by themselves what happens without them.

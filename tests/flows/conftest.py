@@ -16,6 +16,7 @@ import pytest
 from shoal import Engine, Model
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
+from shoal.api.capture import CaptureArgs
 from shoal.api.limits import Limits
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
@@ -61,13 +62,14 @@ def running(model: Model, *, backlog: int = 256, limits: Limits | None = None, *
     """A service over an engine with `options`."""
     served = ServedModel("fish", model.config, model.tokenizer, model.chat_template)
     engine = AsyncEngine(Engine(model, **options), backlog=backlog, read_adapter=read)
-    with TemporaryDirectory() as batches, TemporaryDirectory() as adapters:
+    with TemporaryDirectory() as batches, TemporaryDirectory() as adapters, TemporaryDirectory() as captured:
         write(Path(adapters) / "one", model, 1)
         app = build_app(
             [Hosted(served, engine)],
             api_keys=ApiKeys([KEY]),
             limits=limits or Limits(seconds=60),
             batches=Path(batches),
+            capture=CaptureArgs(captured),
             adapters_from=Path(adapters),
         )
         with in_a_thread(app, [engine]) as thread:

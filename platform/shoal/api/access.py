@@ -14,7 +14,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -51,6 +51,8 @@ class Access:
     seconds_left: float | None = None  # in place of the longest time of a request
     served: str = ""  # the model it was for, once that is known to exist
     facts: dict[str, Any] = field(default_factory=dict)  # user, model, depth, prompt_tokens, completion_tokens
+    columns: dict[str, Any] = field(default_factory=dict)  # of its captured row, that others know: version, role, ...
+    ended: Callable[[Access], None] | None = None  # told when it has ended, before its line
     began: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
 
@@ -103,6 +105,8 @@ def told(access: Access, headers: Mapping[bytes, str]) -> Iterator[None]:
     try:
         yield
     finally:
+        if access.ended is not None:
+            access.ended(access)
         known = access.attributes()
         time_ = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         if shown:

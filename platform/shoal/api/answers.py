@@ -83,10 +83,16 @@ class Answer(ABC):
     """The answer to one HTTP request, filled from `events`. A streamed one and a whole one differ only in packing."""
 
     prefix: str
+    id: str
 
     def __init__(self, call: EngineCall, served: ServedModel) -> None:
         self.choices = [Choice(call.reader(), call.silent, served.tokenizer.stream()) for _ in call.requests]
         self._call, self._served = call, served
+
+    @property
+    def served(self) -> ServedModel:
+        """The model that gives it."""
+        return self._served
 
     async def whole(self, events: Events) -> dict[str, Any]:
         """The complete answer."""

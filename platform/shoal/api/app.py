@@ -23,6 +23,7 @@ from shoal.api.batches.inside import Inside, Open
 from shoal.api.batches.routes import Kept, batch_routes
 from shoal.api.batches.store import Store
 from shoal.api.batches.worker import Worker
+from shoal.api.capture import CaptureArgs, Recorder
 from shoal.api.document import Documented
 from shoal.api.drain import Drain
 from shoal.api.lifespan import beside
@@ -55,6 +56,7 @@ def build_app(
     runs: Path | None = None,
     batches: Path | None = None,
     at_once: int = AT_ONCE,
+    capture: CaptureArgs | None = None,
     adapters: Mapping[str, Known] | None = None,
     adapters_from: Path | None = None,
     on_adapters: OnChange | None = None,
@@ -66,12 +68,12 @@ def build_app(
 
     `metrics`: answer /metrics; `cors`: origins (``https://a.example``, or ``*`` for any) whose pages may call the API;
     `runs`: a folder of training runs to show, read only; `batches`: a folder that keeps files and batches, which are run while
-    the app is, `at_once` of their lines at a time; `adapters`, `adapters_from` and `on_adapters` are as `Adapters` takes them;
-    `ui_mount` may add a page to the finished app; `answer_request_id` is false behind a proxy that sends ``X-Request-Id``
-    itself; `drain` is how the caller ends it. Raises ConfigError for a name given twice, or an origin that is none.
+    the app is, `at_once` of their lines at a time; `capture`: what is kept of requests; `adapters`, `adapters_from` and
+    `on_adapters` are as `Adapters` takes them; `ui_mount` may add a page; `answer_request_id` is false behind a proxy that has
+    its own; `drain` is how the caller ends it. Raises ConfigError for bad names or origins, DataError for a bad capture.
     """
     limits = limits or Limits()
-    service, drain = Service(models, limits), drain or Drain(OPEN_PATHS)
+    drain = drain or Drain(OPEN_PATHS)
     app = Documented(
         title="Shoal",
         version=__version__,
@@ -82,11 +84,11 @@ def build_app(
         keyed=api_keys is not None,
         open_paths=OPEN_PATHS,
     )
+    service = Service(models, limits, _recorder(app, capture))
     for routes in (openai_routes, responses_routes, messages_routes, score_routes, tokenizer_routes):
         app.include_router(routes(service))
     app.include_router(batch_routes(service, _kept(app, service, batches, api_keys, at_once, drain)))
-    beside = Adapters(service, adapters or {}, adapters_from, on_adapters)
-    app.include_router(adapter_routes(service, beside))
+    app.include_router(adapter_routes(service, Adapters(service, adapters or {}, adapters_from, on_adapters)))
     app.include_router(status_routes(service, metrics=metrics))
     if runs is not None:
         app.include_router(runs_routes(runs))
@@ -116,6 +118,15 @@ def offline(models: Sequence[Hosted], limits: Limits) -> Inside:
     app.add_middleware(Open, take=inside.take)
     app.middleware_stack = app.build_middleware_stack()
     return inside
+
+
+def _recorder(app: FastAPI, given: CaptureArgs | None) -> Recorder | None:
+    """What captures rows while `app` runs; none unless it is asked for."""
+    if given is None:
+        return None
+    recorder = Recorder(given)
+    beside(app, recorder.run, asyncio.Task.cancel)
+    return recorder
 
 
 def _kept(

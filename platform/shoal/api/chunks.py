@@ -38,8 +38,9 @@ class ChunkAnswer(Answer):
     ) -> None:
         super().__init__(call, served)
         self._with_logprobs, self._options = logprobs, options or NO_OPTIONS
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._head: dict[str, Any] = {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "id": self.id,
             "created": int(time.time()),
             "model": served.name,
             "system_fingerprint": f"shoal-{__version__}",

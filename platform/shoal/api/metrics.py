@@ -28,23 +28,24 @@ class Metrics:
         """Counts one HTTP request for `model` (empty: for none that exists) that ended in an error."""
         self._failed.labels(model_name=model, code=code).inc()
 
-    def text(self, stats: Mapping[str, Samples]) -> bytes:
-        """The exposition, with what the engines of each model say."""
+    def text(self, stats: Mapping[str, Samples], own: Samples | None = None) -> bytes:
+        """The exposition, with what the engines of each model say, and the gateway of its `own`."""
         scrape = CollectorRegistry()
-        scrape.register(_Stats(stats))
+        scrape.register(_Stats(stats, own or {}))
         return generate_latest(self.registry) + generate_latest(scrape)
 
 
 class _Stats:
-    def __init__(self, stats: Mapping[str, Samples]) -> None:
-        self._stats = stats
+    def __init__(self, stats: Mapping[str, Samples], own: Samples) -> None:
+        self._stats, self._own = stats, own
 
     def collect(self) -> Iterator[Metric]:
         metrics: dict[str, Metric] = {}
-        for model, samples in self._stats.items():
+        told = [({"model_name": model}, samples) for model, samples in self._stats.items()]
+        for beside, samples in [*told, ({}, self._own)]:
             for key, value in samples.items():
                 if key.name not in metrics:
                     metrics[key.name] = Metric(PREFIX + key.name, key.family.help, key.family.kind)
-                labels = {"model_name": model, **key.labels}
+                labels = {**beside, **key.labels}
                 metrics[key.name].add_sample(PREFIX + key.name + key.ending, labels, value)
         yield from metrics.values()

@@ -58,6 +58,7 @@ class EngineCall:
     guided_by: str = "guided"  # field that the grammar comes from
     token_ids: bool = False  # the answer tells them
     prompt_logprobs: bool = False  # and these
+    offered: tuple[str, ...] = ()  # names of the tools that may be called
     unused: tuple[str, ...] = ()  # fields of the body that change nothing for this model
     reader: Callable[[], Reader] = Plain
 
@@ -128,7 +129,8 @@ def _chat_call(body: ChatRequest, served: ServedModel, limits: Limits) -> Engine
     depth = EFFORT_DEPTH[body.reasoning_effort] if body.reasoning_effort else body.depth
     call = _call(body, [encoded], sampling, max_tokens, depth, served, limits)
     call = replace(call, unused=tuple(f"chat_template_kwargs.{name}"[:80] for name in unused if name.isidentifier()))
-    return replace(call, guided_by=guided_by, reader=partial(offer.reader, formatted=formatted))
+    offered = tuple(offer.tools) if offer.told else ()
+    return replace(call, guided_by=guided_by, offered=offered, reader=partial(offer.reader, formatted=formatted))
 
 
 def completion_call(body: CompletionRequest, served: ServedModel, limits: Limits) -> EngineCall:

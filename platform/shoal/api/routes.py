@@ -202,7 +202,8 @@ def status_routes(service: Service, *, metrics: bool) -> APIRouter:
                 stats[hosted.served.name] = {**ALONE, **found, **infos(info if isinstance(info, list) else ())}
             else:  # a scrape must still show what this side saw
                 log.warning("no engine stats: %s", found or type(found).__name__)
-        return Response(service.metrics.text(stats), media_type="text/plain; version=0.0.4; charset=utf-8")
+        own = {} if service.recorder is None else service.recorder.samples()
+        return Response(service.metrics.text(stats, own), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
 

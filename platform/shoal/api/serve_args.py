@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shoal.api import stock
+from shoal.api.capture import CaptureArgs
 from shoal.api.page import MOUNT
 from shoal.api.served import MODEL_NAME, MOST_ADAPTERS, ServedModel
 from shoal.config import KvCacheDtype
@@ -43,6 +44,11 @@ class ServeArgs:
     runs: str | None = None  # folder of training runs to show, on the gateway's node; None: none
     # folder that keeps files and batches, on a file system that all gateways see; None: they are switched off
     batches: str | None = None
+    # folder that keeps numbers of requests (docs/how-to/capture-requests.md); None: nothing is kept
+    capture: str | None = None
+    capture_texts: bool = False  # also texts of requests with `store: true`, of keys with texts=yes
+    capture_days: int = 90  # for which numbers are kept
+    capture_texts_days: int = 30  # and texts
     adapters: dict[str, str] = field(default_factory=dict)  # LoRA adapters of the model, name -> directory
     adapters_from: str | None = None  # folder whose adapters requests may load; None: they may not
     ui: bool = False  # show the pages at /ui
@@ -81,8 +87,18 @@ class ServeArgs:
         for name in ("cpus", "gpus"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"args.{name}", got=getattr(self, name), allowed="0 or more")
+        if self.capture is None and self.capture_texts:
+            raise ConfigError("args.capture_texts", do="give args.capture as well, or leave it out")
+        self.captured  # noqa: B018  # its days are checked now
         if self.seconds <= 0:
             raise ConfigError("args.seconds", got=self.seconds, allowed="above 0")
+
+    @property
+    def captured(self) -> CaptureArgs | None:
+        """What is kept of requests; None: nothing. Raises ConfigError."""
+        if self.capture is None:
+            return None
+        return CaptureArgs(self.capture, self.capture_texts, self.capture_days, self.capture_texts_days)
 
     def deployments(self) -> dict[str, str]:
         """Deployment of each model -> its directory, the default model's first; empty while no model is given."""

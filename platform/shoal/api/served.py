@@ -29,6 +29,7 @@ class ServedModel:
     created: int = 0  # Unix seconds
     aliases: tuple[str, ...] = ()  # other names for it
     parent: str | None = None  # of an adapter: the model that it stands beside
+    weights: str = ""  # the first 16 hexadecimal digits of their sha256, where that is known
     sampling: Mapping[str, Any] = field(default_factory=dict)  # of `described.DRAWN`, where a request is silent
 
     @property
@@ -56,7 +57,10 @@ class ServedModel:
         except RequestError as error:
             where = f"{Path(directory) / described.SOURCE}: generation_config.{error.message}"
             raise CheckpointError(where, do="mend it there, and import the model again") from error
-        return cls(own, it.config, it.tokenizer, it.chat_template, created, tuple(aliases), sampling=drawn)
+        known = described.known_weights(directory)
+        return cls(
+            own, it.config, it.tokenizer, it.chat_template, created, tuple(aliases), weights=known, sampling=drawn
+        )
 
     def fixed_depth(self, depth: str | int) -> str | None:
         """Exit name of a depth that was asked for; None where the router decides."""

@@ -80,6 +80,7 @@ def run_local(
             runs=Path(args.runs) if args.runs else None,
             batches=Path(args.batches) if args.batches else None,
             at_once=args.max_batch,
+            capture=args.captured,
             adapters=adapters,
             adapters_from=Path(args.adapters_from) if args.adapters_from else None,
             ui_mount=page,

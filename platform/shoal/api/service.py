@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from shoal.api.access import Access
 from shoal.api.answers import Answer
+from shoal.api.capture import Recorder
 from shoal.api.client import ClientGone, EngineClient, Events, gather, while_connected
 from shoal.api.entry import Entry
 from shoal.api.fresh import Fresh
@@ -78,9 +79,9 @@ class Hosted:
 class Service:
     """What the routes share."""
 
-    def __init__(self, models: Sequence[Hosted], limits: Limits) -> None:
+    def __init__(self, models: Sequence[Hosted], limits: Limits, recorder: Recorder | None = None) -> None:
         """The first of `models` is meant where a request may leave its name out. Raises ConfigError for a name given twice."""
-        self.models, self.limits = tuple(models), limits
+        self.models, self.limits, self.recorder = tuple(models), limits, recorder
         self.names = {name: hosted for hosted in models for name in hosted.served.names}
         if not models or len(self.names) < sum(len(hosted.served.names) for hosted in models):
             got = [name for hosted in models for name in hosted.served.names]
@@ -100,6 +101,8 @@ class Service:
 
     async def read_body(self, request: Request, kind: type[W]) -> W:
         """The request's body as `kind`. Raises MediaTypeError, or RequestError from `wire.parse`."""
+        if self.recorder is not None and "stream" in kind.model_fields:
+            self.recorder.refused(request.state.access)
         kind_given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind_given != "application/json":
             raise MediaTypeError("Content-Type", got=kind_given[:80], allowed="application/json")
@@ -140,7 +143,10 @@ class Service:
         Raises ModelNotFoundError, ClientGone, and what `to_call` and the engine raise."""
         hosted = self.hosted(request, body.model)
         call = await self.prepared(request, partial(to_call, body, hosted.served, self.limits))
-        return await self._answer(request, hosted.client, call, kind(call, hosted.served), stream=body.stream)
+        answer = kind(call, hosted.served)
+        if self.recorder is not None:
+            self.recorder.answered(request.state.access, body, call, answer)
+        return await self._answer(request, hosted.client, call, answer, stream=body.stream)
 
     async def _answer(
         self, request: Request, client: EngineClient, call: EngineCall, answer: Answer, *, stream: bool

@@ -222,6 +222,19 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Signals:
+    """What a request's own numbers said of it, where the engine had them anyway; losses in nats a token."""
+
+    prompt_nll: float | None = None  # of the prompt's tokens at the first exit
+    predicted_gaps: tuple[float, ...] = ()  # [A], of each early exit, by the router
+    router_bound: float | None = None  # its predicted 0.8-quantile of the gap at the exit that it chose; 0: full depth
+    router_distance: float | None = None  # mean of ((x - center) / spread)^2 over its features x
+    answer_nll: float | None = None  # of a sample of the answer's tokens at its depth: mean
+    answer_nll_max: float | None = None  # and most
+    drafts_accepted: int = 0
+
+
+@dataclass(frozen=True)
 class Finished:
     """The end of a request, sent exactly once. `text` is the last piece that was held back for a possible stop string."""
 
@@ -239,6 +252,7 @@ class Finished:
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # if asked for, one a token of the prompt; the first is None
     spent: float | None = None  # nats that the whole answer lost, where it has a tolerance and was verified
     mean_depth: float = 0.0  # layers that ran one after the other for a token: with drafts fewer than `depth`
+    signals: Signals | None = None  # where the engine has any
 
 
 Event = Token | Finished

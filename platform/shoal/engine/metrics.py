@@ -102,6 +102,10 @@ _TABLE = (
     Family("model_info", "gauge", "Engines that compute so.", ("quantization",)),
     Family("replica_weights", "gauge", "Replicas that serve these weights.", ("weights",)),
     # of the HTTP side
+    Family("capture_rows", "counter", "Rows that the gateway captured."),
+    Family("capture_dropped", "counter", "Rows that it dropped.", ("reason",)),
+    Family("capture_lag_seconds", "gauge", "For how long the oldest row has waited for the disk."),
+    Family("capture_bytes", "gauge", "Bytes of what is captured, as of the last hour."),
     Family("request_errors", "counter", "Requests answered with an error.", ("model_name", "code")),
 )
 FAMILIES = {family.name: family for family in _TABLE}

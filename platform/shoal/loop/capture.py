@@ -14,6 +14,8 @@ Notable: a part has its journal's name, so what lies in both for a moment is rea
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import os
 import re
@@ -53,6 +55,16 @@ def day_of(at: int) -> str:
 def now_ms() -> int:
     """The present, in ms since 1970."""
     return round(datetime.now(UTC).timestamp() * 1000)
+
+
+def keyed(salt: bytes, text: str) -> str:
+    """A hash of `text` that nobody makes without the `salt`: 32 hexadecimal digits."""
+    return hmac.new(salt, text.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()[:32]
+
+
+def subject(salt: bytes, key: str | None, user: str | None) -> str | None:
+    """Who asked: the `user` that requests of the key of this name give; None where neither is known."""
+    return None if key is None and user is None else keyed(salt, f"{key or ''}\0{user or ''}")
 
 
 @dataclass

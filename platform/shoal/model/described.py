@@ -3,6 +3,8 @@ loads the weights too (`checkpoint`) and for who does not (`api.served`), so tha
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +82,16 @@ def sampling(directory: str | Path) -> dict[str, Any]:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise CheckpointError(f"{path}: generation_config.{name}", got=value, allowed="a number")
     return numbers | ({"temperature": 0} if told.get("do_sample") is False else {})
+
+
+def known_weights(directory: str | Path) -> str:
+    """The first 16 hexadecimal digits of `files.weights_sha256`, where a manifest lists all weights; else empty."""
+    try:
+        listed = read_json(Path(directory) / "manifest.json")["files"]
+        found = {name: entry["sha256"] for name, entry in listed.items() if name.endswith(".safetensors")}
+    except (CheckpointError, LookupError, TypeError, AttributeError):
+        return ""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16] if found else ""
 
 
 def is_ours(directory: Path) -> bool:

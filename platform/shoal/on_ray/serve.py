@@ -83,6 +83,8 @@ def app(args: dict[str, Any]) -> serve.Application:
     given = replace(given, api_keys=keys.referred(given.api_keys))
     if given.engine == "vllm":
         options.check(given.vllm)  # a slip is refused now as well
+    if given.captured is not None:
+        given.captured.open()
     from shoal.model.files import check
     from shoal.open_weights import served_adapter
 
@@ -294,6 +296,7 @@ class Gateway:
             runs=Path(args.runs) if args.runs else None,
             batches=Path(args.batches) if args.batches else None,
             at_once=args.max_batch * args.max_replicas * len(models),  # so that idle replicas are used
+            capture=args.captured,
             adapters=self._known,
             adapters_from=Path(args.adapters_from) if args.adapters_from else None,
             on_adapters=self._adapters.put,

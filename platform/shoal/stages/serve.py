@@ -59,6 +59,21 @@ class Serve(Stage):
     batches: Annotated[
         Path | None, typer.Option(help="Folder that keeps files and batches (docs/api.md). [both switched off]")
     ] = None
+    capture: Annotated[
+        Path | None, typer.Option(help="Folder that keeps numbers of each request, never its text. [nothing is kept]")
+    ] = None
+    capture_texts: Annotated[
+        bool | None,
+        typer.Option(
+            help="Keep texts too, where a request has store: true and its key texts=yes. [no, or the config's]"
+        ),
+    ] = None
+    capture_days: Annotated[int | None, typer.Option(help="Days for which numbers are kept [90, or the config's].")] = (
+        None
+    )
+    capture_texts_days: Annotated[
+        int | None, typer.Option(help="Days for which texts are kept [30, or the config's].")
+    ] = None
     adapters: Annotated[
         list[str] | None, typer.Option(help="NAME=DIR of a LoRA adapter of the model, served as NAME; repeat. [none]")
     ] = None
@@ -96,6 +111,10 @@ class Serve(Stage):
             "kv_cache_dtype": self.kv_cache_dtype,
             "runs": self.runs and str(self.runs.absolute()),
             "batches": self.batches and str(self.batches.absolute()),
+            "capture": self.capture and str(self.capture.absolute()),
+            "capture_texts": self.capture_texts,
+            "capture_days": self.capture_days,
+            "capture_texts_days": self.capture_texts_days,
             "adapters": parse_adapters(self.adapters) if self.adapters else None,
             "adapters_from": self.adapters_from and str(self.adapters_from.absolute()),
             "ui": self.ui,

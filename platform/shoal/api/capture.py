@@ -1,0 +1,259 @@
+"""A captured row of each request that is answered by generated tokens, made where its access line is written.
+
+Numbers of all requests, whichever engine runs them; never a text, nor a key. How they lie on the disk: `loop.capture`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, cast
+
+import numpy as np
+
+from shoal.api.access import Access
+from shoal.api.answers import Answer
+from shoal.api.requests import EngineCall
+from shoal.api.served import ServedModel
+from shoal.engine.events import Signals
+from shoal.engine.metrics import Samples, sample
+from shoal.errors import ConfigError
+from shoal.inputs.chat import Encoded
+from shoal.loop.capture import Capture, keyed, now_ms, subject
+from shoal.loop.rows import Row
+from shoal.loop.writer import Bounds, Writer
+
+log = logging.getLogger("shoal.api")
+
+BEGINS = 4096  # characters of a text, or ids of a prompt, that tell its conversation
+SLICES, OTHER = 8, "other"  # names of slices that are kept apart: each costs the detector power
+
+
+@dataclass(frozen=True)
+class CaptureArgs:
+    """What a service captures, and where."""
+
+    folder: str  # of the capture
+    texts: bool = False  # also the text of requests that ask for it, with keys that may
+    keep_days: int = 90  # of numbers
+    texts_days: int = 30
+
+    def __post_init__(self) -> None:
+        for name in ("keep_days", "texts_days"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"capture {name}", got=getattr(self, name), allowed="1 or more")
+
+    def open(self) -> Capture:
+        """The folder, made where it is not there. Raises DataError."""
+        return Capture(self.folder, create=True)
+
+
+class Recorder:
+    """Makes rows and gives them to a writer, which it owns."""
+
+    def __init__(self, given: CaptureArgs) -> None:
+        """Raises DataError for a folder that cannot be used."""
+        self.given, self.capture = given, given.open()
+        self._salt = self.capture.salt
+        bounds = Bounds(keep_days=given.keep_days, keep_texts=given.texts_days)
+        try:
+            self.writer = Writer(self.capture, bounds)
+        except OSError as error:
+            raise ConfigError(
+                "capture", got=f"{given.folder}: {error.strerror}", allowed="a folder to write"
+            ) from error
+        self._slices: set[str] = set()
+        self._models: dict[str, _Model] = {}
+
+    async def run(self) -> None:
+        """Until it is cancelled; then what was captured is closed."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.to_thread(self.writer.close)
+
+    def samples(self) -> Samples:
+        """What is said of the capture at a scrape."""
+        found = {
+            sample("capture_rows"): float(self.writer.rows),
+            sample("capture_lag_seconds"): self.writer.lag,
+            sample("capture_bytes"): float(self.writer.bytes),
+        }
+        reasons = {"queue": 0, "disk": 0, "bound": 0, **self.writer.dropped}
+        return found | {sample("capture_dropped", reason=reason): float(n) for reason, n in reasons.items()}
+
+    # --- whose it is --------------------------------------------------------------------------------------------------
+
+    def subject(self, key: str | None, user: str | None) -> str | None:
+        """Who asks, as `loop.forget` finds them again; None for nobody in particular."""
+        return subject(self._salt, key, user)
+
+    def _conversation(self, whose: str | None, begins: str) -> str | None:
+        return keyed(self._salt, f"{whose}\0{begins}")[:16] if begins else None
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def refused(self, access: Access) -> None:
+        """Keep the request though it never ran; `answered` takes its place where it does."""
+        access.ended = self._guarded(self._keep)
+
+    def answered(self, access: Access, body: Any, call: EngineCall, answer: Answer) -> None:
+        """Keep the request when it has ended, with what it has then of its `answer`."""
+        access.ended = self._guarded(partial(self._keep, body=body, call=call, answer=answer))
+
+    def _guarded(self, keep: Callable[[Access], None]) -> Callable[[Access], None]:
+        def ended(access: Access) -> None:
+            try:
+                keep(access)
+            except Exception:  # a row is worth less than the request
+                self.writer.dropped["fault"] += 1
+                log.exception("no row was captured of request %s", access.id)
+
+        return ended
+
+    def _keep(
+        self, access: Access, body: Any = None, call: EngineCall | None = None, answer: Answer | None = None
+    ) -> None:
+        key = None if access.key is None else access.key.name
+        whose = self.subject(key, access.facts.get("user"))
+        row = Row(
+            id=access.id if answer is None else answer.id,
+            at=now_ms(),
+            request_id=access.id,
+            model=access.served or None,
+            route=access.path[:64],
+            subject=whose,
+            slice=self._slice(access, body),
+            status=access.status,
+            error=access.error,
+            stream=getattr(body, "stream", None),
+            total_s=access.seconds,
+            first_s=None if access.first_token is None else access.first_token - access.began,
+        )
+        if call is not None and answer is not None:
+            for name, value in self._of_call(call, answer.served).items():
+                setattr(row, name, value)
+            for name, value in _of_answer(call, answer).items():
+                setattr(row, name, value)
+            row.conversation = self._conversation(whose, _beginning(body))
+        for name, value in access.columns.items():
+            setattr(row, name, value)
+        self.writer.put(row)
+
+    def _slice(self, access: Access, body: Any) -> str | None:
+        """What `metadata.workload` says, else the key's name; past `SLICES` of them, "other"."""
+        given = getattr(body, "metadata", None)
+        name = given.get("workload") if isinstance(given, dict) else None
+        name = name or (None if access.key is None else access.key.name)
+        if name is None or name in self._slices:
+            return name
+        if len(self._slices) >= SLICES:
+            return OTHER
+        self._slices.add(name)
+        return cast(str, name)
+
+    def _of_call(self, call: EngineCall, served: ServedModel) -> dict[str, Any]:
+        """What was asked."""
+        first = call.requests[0]
+        prompts = [cast(Encoded, request.prompt) for request in call.requests[:: call.n]]
+        known = self._models.get(served.name)
+        if known is None or known.served is not served:
+            known = self._models[served.name] = _Model(served)
+        return {
+            "weights": served.weights or None,
+            "depth_asked": served.fixed_depth(first.depth) or "auto",
+            "tolerance": first.quality_tolerance,
+            "temperature": first.sampling.temperature,
+            "max_tokens": first.sampling.max_tokens,
+            "guided": first.sampling.guided is not None,
+            "tools": len(call.offered),
+            "images": sum(len(prompt.images) for prompt in prompts),
+            "prompt_tokens": call.prompt_tokens,
+            "prompt_bytes": sum(known.bytes_of(prompt.ids) for prompt in prompts),
+        }
+
+
+class _Model:
+    """What is known of a model's tokens."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self.served = served
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """Bytes that each token stands for."""
+        tokenizer = self.served.tokenizer
+        return np.array([len(tokenizer.token_bytes(token)) for token in range(len(tokenizer))], np.int64)
+
+    def bytes_of(self, ids: Sequence[int]) -> int:
+        """Of the text that `ids` stand for."""
+        known = np.asarray(ids, np.int64)
+        return int(self._lengths[known[known < len(self._lengths)]].sum())
+
+
+def _beginning(body: Any) -> str:
+    """What stays the same of a conversation as it goes on: its texts up to the user's first; of a prompt its first."""
+    turns: Any = getattr(body, "messages", None) or getattr(body, "input", None) or getattr(body, "prompt", "")
+    if isinstance(turns, str):
+        return turns[:BEGINS]
+    if turns and not hasattr(turns[0], "role"):
+        return str(turns[:BEGINS] if isinstance(turns[0], int) else turns[0])[:BEGINS]
+    found: list[str] = []
+    for turn in turns:
+        content = getattr(turn, "content", None)
+        parts = [content] if isinstance(content, str) else [getattr(part, "text", "") for part in content or ()]
+        found += [part[:BEGINS] for part in parts if isinstance(part, str)]
+        if getattr(turn, "role", None) == "user":
+            break
+    return "\0".join(found)
+
+
+def _of_answer(call: EngineCall, answer: Answer) -> dict[str, Any]:
+    """What became of it, as far as it came: over several choices sums of what is counted, means of what is measured."""
+    ends = [choice.finished for choice in answer.choices if choice.finished is not None]
+    depths = [choice.depth for choice in answer.choices if choice.depth]
+    found: dict[str, Any] = {
+        "answer_tokens": 0 if call.silent else sum(choice.count for choice in answer.choices),
+        "layers": round(sum(depths) / len(depths)) if depths else None,
+        "finish": answer.choices[0].reason,
+    }
+    if ends:
+        found["cached_tokens"] = sum(end.cached_tokens for end in ends)
+        found["queue_s"] = max(end.queue_seconds for end in ends)
+        found |= _signals([end.signals for end in ends if end.signals is not None])
+    calls = [each for choice in answer.choices for each in choice.calls]
+    if call.offered:
+        found["tool_calls"] = len(calls)
+        found["tool_valid"] = all(_is_valid(each, call.offered) for each in calls) if calls else None
+    return found
+
+
+def _signals(told: Sequence[Signals]) -> dict[str, Any]:
+    """What the engines said of several choices, as one."""
+    if not told:
+        return {}
+    gaps = [each.predicted_gaps for each in told if each.predicted_gaps]
+    means = ("prompt_nll", "router_bound", "router_distance", "answer_nll")
+    found: dict[str, Any] = {name: _mean([getattr(each, name) for each in told]) for name in means}
+    return found | {
+        "answer_nll_max": max((e.answer_nll_max for e in told if e.answer_nll_max is not None), default=None),
+        "predicted_gaps": [sum(column) / len(gaps) for column in zip(*gaps, strict=True)] or None,
+        "drafts_accepted": sum(each.drafts_accepted for each in told),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _is_valid(call: Mapping[str, Any], offered: Sequence[str]) -> bool:
+    function = call["function"]
+    try:
+        return function["name"] in offered and isinstance(json.loads(function["arguments"]), dict)
+    except ValueError:
+        return False

@@ -1,0 +1,92 @@
+"""`shoal serve --capture` as an operator starts it: a real process over a real engine, killed while it answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from shoal.loop.capture import Capture
+from shoal.loop.writer import Writer
+from tests.unit.engine.lively import lively
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model") / "lively"
+    lively().save(directory)
+    return directory
+
+
+@contextmanager
+def service(model: Path, *options: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-m", "shoal.cli", "serve", "--no-ray", "--no-ui", "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--name", "fish", "--model", str(model), *map(str, options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            assert said.startswith("API "), process.communicate()
+            yield process, said.split()[1].removesuffix("/v1")
+        finally:
+            process.kill()
+
+
+def test_a_service_that_is_killed_loses_no_row_of_a_request_that_had_ended(model: Path, tmp_path: Path) -> None:
+    """A request has ended when its line is in the log. Some run when the kill comes; their clients are cut off."""
+    folder = tmp_path / "capture"
+
+    def ask(url: str, number: int) -> None:
+        body = {
+            "model": "fish",
+            "prompt": f"{number} fish",
+            "max_tokens": 4,
+            "ignore_eos": True,
+            "stream": number % 2 > 0,
+        }
+        try:
+            httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+        except httpx.TransportError:
+            assert number >= 40
+
+    with service(model, "--capture", folder) as (process, url), ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask, url, number) for number in range(60)]
+        assert process.stderr is not None
+        lines = [process.stderr.readline() for _ in range(40)]
+        process.kill()
+        for one in asked:
+            one.result()
+        lines += process.stderr.readlines()
+    ended = {json.loads(line)["id"] for line in lines if line.startswith("{") and line.endswith("}\n")}
+    found = Capture(folder).rows()
+    assert len(ended) >= 40 and ended <= set(found["request_id"].to_pylist())
+    assert found.num_rows == len(set(found["id"].to_pylist())) <= len(ended) + 4
+    after = Writer(Capture(folder), start=False)
+    assert after.adopt() == 1
+    after.close()
+    assert Capture(folder).rows().num_rows == found.num_rows
+
+
+def test_a_capture_of_another_version_is_refused_in_one_line(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "capture.json").write_text('{"format": "shoal.capture", "version": 9}')
+    command = [sys.executable, "-m", "shoal.cli", "serve", "--no-ray", "--model", str(model)]
+    done = subprocess.run(
+        [*command, "--port", "0", "--capture", str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    told = " ".join(done.stderr.split())
+    assert done.returncode == 1 and "shoal.capture 9" in told and "allowed: shoal.capture 1" in told
+    assert "Traceback" not in done.stderr
