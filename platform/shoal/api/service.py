@@ -156,10 +156,16 @@ class Service:
         access.read(call.prompt_tokens)
         access.unused += call.unused
         payer, of = _shares(request, access)
+        told = self.recorder is not None
         # each choice has a turn of its own
         requests = [
             replace(
-                each, payer=payer, client=of, priority=access.priority, deadline=access.seconds_left or each.deadline
+                each,
+                payer=payer,
+                client=of,
+                priority=access.priority,
+                deadline=access.seconds_left or each.deadline,
+                signals=told,
             )
             for each in call.requests
         ]

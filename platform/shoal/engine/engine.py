@@ -171,6 +171,7 @@ class Engine:
             layers=layers or 0,
             tolerance=request.quality_tolerance if layers else None,
             spent=request.spent,
+            watched=request.signals,
             end_ids=self.model.tokenizer.ends,
         )
         if request.answer:

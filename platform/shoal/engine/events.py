@@ -178,6 +178,7 @@ class Request:
     answer: Sequence[int] = ()  # the first tokens of its answer, given by another engine: this one goes on after them
     spent: float = 0.0  # nats of its tolerance, on those
     adapter: str = ""  # identity of a loaded adapter that it is answered with; "": none
+    signals: bool = False  # its `Finished` tells them
     beside: str = ""  # the same in all requests of one answer, which several replicas then run with the same weights
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.engine.events import TokenLogprob
+from shoal.engine.events import Signals, TokenLogprob
 from shoal.engine.running import Running
 from shoal.errors import RequestError
 
@@ -103,6 +103,7 @@ class Sampled:
     error: RequestError | None = None
     after: tuple[Sampled, ...] = ()  # the tokens that follow it, where drafts were right
     drafted: int = 0  # how many drafts there were
+    nll: float | None = None  # of the token, where it was looked at (`signals.py`)
     spent: float = 0.0  # nats, where it is a draft that full depth would not have said (`tolerance.py`)
 
 
@@ -112,6 +113,7 @@ class Decision:
 
     layers: int
     notes: Sequence[Any] = ()
+    signals: Signals | None = None  # what the router saw and predicted
 
 
 @dataclass(frozen=True)

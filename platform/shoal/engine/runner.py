@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shoal.config import GROUPS, ModelConfig
 from shoal.engine import speculative
-from shoal.engine.events import TokenLogprob
+from shoal.engine.events import Signals, TokenLogprob
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
@@ -31,7 +31,7 @@ from shoal.model.cache import GroupCache, PagedStep, Rows, read_rows, write_rows
 from shoal.model.cpu import fused
 from shoal.model.linears import prepack_
 from shoal.model.model import Model
-from shoal.model.router import features, page_sums
+from shoal.model.router import NLL, Router, features, page_sums
 
 SCORED_ROWS = 64  # rows of a prompt whose logits exist at once
 
@@ -248,10 +248,25 @@ class Runner:
             # each by itself: the prefix cache may keep one for long, and a view would keep those of the whole prompt
             fresh = [sums.clone() for sums in page_sums(self.net, states[known - holding.states_from :], ids)]
         x = features(torch.stack(sums + fresh), states[-1], len(running.tokens))
-        return Decision(router.choose(x, running.request.quality_tolerance, self.compute_budget), fresh)
+        layers = router.choose(x, running.request.quality_tolerance, self.compute_budget)
+        return Decision(layers, fresh, _seen(router, x, layers) if running.watched else None)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def _seen(router: Router, x: Tensor, layers: int) -> Signals:
+    """What `router` saw and predicted of a prompt with the features `x` [2D + 3] that is to run through `layers`."""
+    if not torch.isfinite(x).all():
+        return Signals()
+    mean, quantile = (y.tolist() for y in router(x))
+    nll = float(x[NLL])
+    return Signals(
+        prompt_nll=nll or None,  # a prompt of a few tokens has no place where it is taken
+        predicted_gaps=tuple(mean),
+        router_bound=0.0 if layers == router.exits[-1] else quantile[router.exits.index(layers)],
+        router_distance=router.distance(x),
+    )
 
 
 @dataclass

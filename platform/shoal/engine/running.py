@@ -9,6 +9,7 @@ from shoal.engine.events import Finished, FinishReason, Request, Sampling, Token
 from shoal.engine.guided import Grammar
 from shoal.engine.holding import Holding
 from shoal.engine.images import PromptImages
+from shoal.engine.signals import Heard
 from shoal.engine.text import TextStream
 from shoal.errors import RequestError
 from shoal.inputs.tokenizer import END_ID
@@ -41,6 +42,8 @@ class Running:
     spent: float = 0.0  # nats so far
     ran: int = 0  # layers that ran one after the other for its answer's tokens that were drawn here: its time
     drawn: int = 0  # as many tokens
+    watched: bool = False  # its signals are asked for
+    heard: Heard = field(default_factory=Heard)  # of them, so far
     paused: bool = False  # its reader is behind
     cached_tokens: int = 0
     admitted_at: float | None = None
@@ -117,4 +120,5 @@ class Running:
             prompt_logprobs=() if self.scoring else tuple(self.prompt_logprobs),
             spent=None if self.tolerance is None else self.spent,
             mean_depth=self.ran / self.drawn if self.drawn else 0.0,
+            signals=self.heard.all() if self.watched else None,
         )

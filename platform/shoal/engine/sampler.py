@@ -26,6 +26,7 @@ from torch import Tensor
 from shoal.engine.events import Sampling, TokenLogprob
 from shoal.engine.guided import Grammar, GrammarError, StrayError
 from shoal.engine.plan import Sampled
+from shoal.engine.signals import Logits
 from shoal.engine.tolerance import Chain, greedy_price, sampled_price, settle
 from shoal.errors import GenerationError, RequestError
 from shoal.inputs.tokenizer import END_ID
@@ -40,6 +41,7 @@ class Draw(Protocol):
     tokens: list[int]  # the prompt, then the answer
     prompt_len: int
     seed: int
+    watched: bool
 
     @property
     def sampling(self) -> Sampling: ...
@@ -63,6 +65,7 @@ class Sampler:
         """One token for each row of `logits` [R, V], which become those that it is drawn from. Where `chains` have drafts in
         some rows and a tolerance, such a draft may be the token."""
         self._close(logits)
+        watched = Logits.of(logits, draws)
         reported = {r: logits[r].clone() for r, draw in enumerate(draws) if draw.sampling.logprobs is not None}
         masks, stuck = _follow_grammars(logits, draws)
         _adjust(logits, draws, self._ends)
@@ -78,11 +81,12 @@ class Sampler:
         costs: dict[int, float] = {}
         for chain in chains:
             costs |= settle(chain, tokens, lambda row, place, c=chain: self._price(logits[row], draws[row], c, place))  # type: ignore[misc]
+        nll = watched.nll(tokens) if watched else {}
         logprobs = _logprobs(reported, draws, tokens) if reported else {}
         return [
             Sampled(0, error=stuck.get(r) or self._why_none(draws[r], best[r], masks.get(r)))
             if token < 0 or r in stuck
-            else Sampled(token, logprobs.get(r), spent=costs.get(r, 0.0))
+            else Sampled(token, logprobs.get(r), nll=nll.get(r), spent=costs.get(r, 0.0))
             for r, token in enumerate(tokens)
         ]
 

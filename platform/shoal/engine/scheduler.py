@@ -350,7 +350,7 @@ class Scheduler:
 
     def _decide(self, running: Running, decision: Decision) -> None:
         """Fix the depth, and look for the prompt in the deeper groups' prefix cache."""
-        running.layers = decision.layers
+        running.layers, running.heard.decided = decision.layers, decision.signals
         tolerance = running.request.quality_tolerance
         if tolerance is not None and self._audits and self._drafting.audits(running, len(self.running)):
             running.layers, running.tolerance = self.config.layers, tolerance
@@ -368,6 +368,7 @@ class Scheduler:
         if told is None:
             running.spent += sampled.spent
             running.drawn += 1
+            running.heard.token(sampled.nll)
             self.metrics.measured += running.tolerance is not None
             self.metrics.spent += sampled.spent
         if running.ends(token):
@@ -395,6 +396,7 @@ class Scheduler:
         were written to."""
         self.metrics.drafts += sampled.drafted
         self.metrics.drafts_accepted += len(sampled.after)
+        running.heard.drafts_accepted += len(sampled.after)
         for following in sampled.after:
             if self._live.get(running.id) is not running:
                 return

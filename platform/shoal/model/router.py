@@ -37,6 +37,7 @@ TOLERANCES = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # n
 NEVER = -1e9  # a bound that no predicted gap is within; JSON has no word for minus infinity
 HIGHEST_PRICE = 100.0  # nats for all layers: every prompt takes the first exit
 LEAST_PROMPTS = 8  # to fit, calibrate and test on
+NLL = -3  # place of the mean exit-1 NLL among the features
 EXTRA = 3  # columns of a page's sums beside the hidden state: NLL sum, NLL count, patch count
 
 
@@ -113,6 +114,12 @@ class Router(nn.Module):
         """Mean and 0.8-quantile of the gap, each [..., A] in nats a token, for features [..., 2D + 3]."""
         z = torch.tanh(self.hidden((x.float() - self.center) / self.spread))
         return self.mean(z), self.quantile(z)
+
+    @torch.no_grad()
+    def distance(self, x: Tensor) -> float:
+        """How far the features `x` [2D + 3] are from those it was fitted to: the mean over them of ((x - center) / spread)^2,
+        which is 1 in the mean over those."""
+        return float(((x.float() - self.center) / self.spread).square().mean())
 
     @torch.no_grad()
     def choose(self, x: Tensor, tolerance: float | None = None, budget: float | None = None) -> int:

@@ -27,6 +27,7 @@ class Draw:
     prompt_len: int
     seed: int = 0
     grammar: None = None
+    watched: bool = False
 
 
 @given(

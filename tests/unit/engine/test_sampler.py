@@ -26,6 +26,7 @@ class Draw:
     prompt_len: int = 2
     seed: int = 0
     grammar: Grammar | None = None
+    watched: bool = False
 
 
 def sampler() -> Sampler:

@@ -254,6 +254,7 @@ class Draw:
     tokens: list[int] = dataclasses.field(default_factory=lambda: [50, 51])
     prompt_len: int = 2
     grammar: Grammar | None = None
+    watched: bool = False
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_p=0.9), Sampling(top_k=5)])

@@ -1,0 +1,82 @@
+"""How sure the model was of what it says: the NLL of a sample of an answer's tokens, taken from logits that are there anyway.
+
+Notable: every fourth token of a request whose signals are asked for, its first among them, by position and not by time: so they
+are the same in any batch. They come from the model's own logits, before penalties, grammars and filters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.engine.events import Signals
+
+EVERY = 4  # tokens of an answer; the router samples its NLL as sparsely (decision 0003)
+
+
+class Watched(Protocol):
+    """What is needed of a request here."""
+
+    tokens: list[int]
+    prompt_len: int
+    watched: bool  # its signals are asked for
+
+
+@dataclass
+class Logits:
+    """Rows of a step that are watched, with their logits [rows, V] as the model gave them."""
+
+    rows: list[int]
+    logits: np.ndarray
+
+    @classmethod
+    def of(cls, logits: Tensor, draws: Sequence[Watched]) -> Logits | None:
+        """Those of `logits` [R, V] whose token is to be looked at; None for none. They stay as they are now."""
+        rows = [r for r, draw in enumerate(draws) if draw.watched and not (len(draw.tokens) - draw.prompt_len) % EVERY]
+        return cls(rows, _exact(logits[rows]).cpu().numpy()) if rows else None
+
+    def nll(self, tokens: Sequence[int]) -> dict[int, float]:
+        """Row -> nats that its token costs, for the tokens [R] that were chosen. None where the model gave no number."""
+        most = self.logits.max(-1, keepdims=True)
+        with np.errstate(invalid="ignore", over="ignore"):
+            total = np.log(np.exp(self.logits - most).sum(-1)) + most[:, 0]
+            found = total - self.logits[np.arange(len(self.rows)), [tokens[r] for r in self.rows]]
+        told = zip(self.rows, found.tolist(), strict=True)
+        return {row: nats for row, nats in told if math.isfinite(nats) and tokens[row] >= 0}
+
+
+def _exact(logits: Tensor) -> Tensor:
+    """`logits` in fp32 at least, which is what numpy has."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@dataclass
+class Heard:
+    """What has been heard of one request so far."""
+
+    decided: Signals | None = None  # by its router
+    total: float = 0.0  # nats of `count` tokens
+    count: int = 0
+    most: float = 0.0
+    drafts_accepted: int = 0
+
+    def token(self, nats: float | None) -> None:
+        """One more token of the answer, and its NLL where it was looked at."""
+        if nats is not None:
+            self.total, self.count, self.most = self.total + nats, self.count + 1, max(self.most, nats)
+
+    def all(self) -> Signals:
+        """It as the event of the request's end tells it."""
+        known = self.count > 0
+        return replace(
+            self.decided or Signals(),
+            answer_nll=self.total / self.count if known else None,
+            answer_nll_max=self.most if known else None,
+            drafts_accepted=self.drafts_accepted,
+        )
