@@ -211,6 +211,25 @@ def route(
     run(out, shape=shape, seeds=seeds, steps=steps, families=chosen, keep=keep)
 
 
+@bench.command("loop")
+def loop(
+    model: Annotated[Path, typer.Option(help="Model directory that knows the shop: the quickstart's model-int8.")],
+    requests: Annotated[
+        int, typer.Option(help="Requests of the old shop that are answered: 2,000 are learned.")
+    ] = 7000,
+    seeds: Annotated[int, typer.Option(help="Seeds, one stream of each kind with each.")] = 20,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder for the captured rows; the same command goes on there. [none]")
+    ] = None,
+) -> None:
+    """How soon a drift is noticed in a model's own signals, and how often wrongly. Some fifteen minutes, then a minute."""
+    from shoal.bench.loop import loop as run
+
+    if seeds < 1:
+        raise UsageError("--seeds", got=seeds, allowed="1 or more")
+    run(out, model=model, rows=requests, seeds=seeds, keep=keep)
+
+
 @bench.command("data")
 def data(
     preset: Annotated[str, typer.Option(help="Whose vocabulary, row length and patches are used.")] = "tiny",

@@ -128,11 +128,11 @@ def labelled(
 # --- of a capture -------------------------------------------------------------------------------------------------------
 
 
-def kept_texts(capture: Capture) -> list[Kept]:
-    """The requests of which texts were kept, and nobody is forgotten; oldest first. Raises DataError for a part that cannot be
-    read."""
+def kept_texts(capture: Capture, since: str = "") -> list[Kept]:
+    """The requests of which texts were kept, and nobody is forgotten; oldest first. `since`: the day that they begin with, as
+    2026-11-27 [the first]. Raises DataError for a part that cannot be read."""
     found = []
-    for row in _rows(capture, TEXTS):
+    for row in _rows(capture, TEXTS, since):
         try:
             messages = row["messages"] if isinstance(row["messages"], list) else json.loads(row["messages"])
             answer = str(row["answer"] or "")
@@ -159,9 +159,11 @@ def votes(capture: Capture) -> dict[str, Vote]:
     return found
 
 
-def _rows(capture: Capture, kind: str) -> Iterator[dict[str, Any]]:
+def _rows(capture: Capture, kind: str, since: str = "") -> Iterator[dict[str, Any]]:
     forgotten = capture.forgotten()
     for path in capture.parts(kind):
+        if path.parent.name < f"day={since}":
+            continue
         try:
             table = pq.ParquetFile(path).read()
         except (OSError, pa.ArrowException) as error:

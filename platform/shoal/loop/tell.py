@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,9 +59,10 @@ def told(
     wanted: int = 0,
     ahead: int = 0,
     recent: pa.Table | None = None,
+    examples: Sequence[str] = (),
 ) -> Report:
     """The report of a detector with its reference; of none while `learned` of the `wanted` requests of one have come. `recent`:
-    rows since the change began, to explain it with. `ahead`: rows from the future."""
+    rows since the change began, to explain it with, and `examples` of what was asked in them. `ahead`: rows from the future."""
     warnings = [f"{ahead:,} requests say that they ended in the future: a gateway's clock is wrong"] if ahead else []
     if reference is None or detector is None:
         more = "" if learned < wanted else ", which do not span the hours that were asked for"
@@ -86,7 +88,7 @@ def told(
     kind, do = meaning([(one.signal, one.shift) for one in named])
     since = _iso(first.since) if first.since is not None else None
     how = ", ".join(f"{signal['words']} ({signal['shift']:+.1f} SD{signal['where']})" for signal in signals)
-    what: dict[str, Any] = {"since": since, "meaning": kind, "do": do, "signals": signals}
+    what: dict[str, Any] = {"since": since, "meaning": kind, "do": do, "signals": signals, "examples": list(examples)}
     if state == "watching":
         sentence = (
             f"Watching: the evidence is {detector.evidence:,.0f} requests, an alarm has {needed:,}; most of it since "

@@ -25,9 +25,10 @@ import numpy as np
 import pyarrow as pa
 
 from shoal.errors import DataError
-from shoal.loop.capture import Capture
+from shoal.loop.capture import TEXTS, Capture
 from shoal.loop.detector import REQUESTS, Detector
-from shoal.loop.reference import LEARNED, Reference, first_turns, measured, moments
+from shoal.loop.labels import kept_texts
+from shoal.loop.reference import EVERY, LEARNED, Reference, first_turns, measured, moments
 from shoal.loop.tell import Report, told
 from shoal.loop.unread import Read, unread
 from shoal.loop.watched import texts
@@ -40,6 +41,7 @@ TURNS = 20  # requests in a row of other weights, from which on these are the st
 CONVERSATIONS = 1_024  # that are known to have had a turn
 POINTS = 500  # of the evidence over time
 AHEAD_S = 300.0  # seconds by which a clock may be ahead of ours
+EXAMPLES, SHOWN = 3, 100  # of what was asked, and characters of each
 MOST_RECENT = 2_000  # requests that an explanation looks at
 
 
@@ -172,7 +174,21 @@ class Watch:
             recent = self.capture.rows(since=int(since * 1000))
             recent = recent.filter(pa.array([one == known.weights for one in identities(recent)], pa.bool_()))
             recent = recent.slice(max(0, len(recent) - MOST_RECENT))
-        return told(reference, detector, weights=known.weights, ahead=known.ahead, recent=recent)
+        examples = () if recent is None else self._examples(reference, detector.moved()[0].signal, recent)
+        return told(
+            reference, detector, weights=known.weights, ahead=known.ahead, recent=recent, examples=examples
+        )  # fmt: skip
+
+    def _examples(self, reference: Reference, signal: str, recent: pa.Table) -> list[str]:
+        """What was asked in the requests in which `signal` is furthest from the reference, where their texts were kept."""
+        if not len(recent) or not self.capture.days(TEXTS):
+            return []
+        kept = {one.id: one for one in kept_texts(self.capture, since=_iso(float(moments(recent)[0]))[:10])}
+        row = next(i for i, one in enumerate(reference.standards) if one.signal == signal and one.slice == EVERY)
+        far = np.nan_to_num(np.abs(reference.standardised(recent)[row]))
+        names = [recent["id"][place].as_py() for place in np.argsort(-far, kind="stable").tolist()]
+        asked = [kept[name].messages[-1]["content"] for name in names if name in kept]
+        return [" ".join(text.split())[:SHOWN] for text in asked if isinstance(text, str)][:EXAMPLES]
 
     # --- files ------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -211,6 +213,29 @@ def test_what_is_forgotten_is_not_looked_at(service: Service) -> None:
     service.serve(200, up=2, subject="gone")
     (service.folder / "forgotten.jsonl").write_text('{"subject": "gone"}\n')
     assert watch(service).look(service.now).state == "quiet"
+
+
+def test_what_was_asked_is_shown_where_texts_are_kept(service: Service) -> None:
+    """Of the requests that are furthest from the reference, and of nobody who is forgotten."""
+    service.serve(800)
+    service.serve(200, up=4)
+    day = service.folder / "texts" / "day=2026-11-27"
+    day.mkdir(parents=True)
+    told = [
+        {
+            "id": f"chatcmpl-{i}",
+            "at": 1,
+            "messages": json.dumps([{"role": "user", "content": f"What   is {i}?"}]),
+            "answer": "a",
+        }
+        for i in range(700, 1_001)
+    ]
+    pq.write_table(pa.Table.from_pylist(told), day / "part-a.parquet")
+    report = watch(service).look(service.now)
+    numbers = [int(re.sub(r"What is (\d+)\?", r"\1", text)) for text in report.examples]
+    assert len(numbers) == 3 and all(number > 800 for number in numbers)
+    (service.folder / "forgotten.jsonl").write_text(json.dumps({"id": f"chatcmpl-{numbers[0]}"}) + "\n")
+    assert f"What is {numbers[0]}?" not in watch(service).look(service.now).examples
 
 
 def test_two_at_once_are_refused(service: Service) -> None:
