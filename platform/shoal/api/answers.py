@@ -107,6 +107,10 @@ class Answer(ABC):
         """SSE events, joined as they are to be sent: those of events that were ready together go together, since a send costs
         every process on the way to the client as much as a long one. The first comes with the engine's first event."""
 
+    def complete(self) -> dict[str, Any]:
+        """The complete answer, once all of it has come, streamed or not."""
+        return self._whole()
+
     def failed(self, envelope: dict[str, Any]) -> bytes:
         """The event that ends a stream in which an error came: its `envelope` as it is."""
         return sse(envelope)

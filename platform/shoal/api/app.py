@@ -26,6 +26,7 @@ from shoal.api.batches.worker import Worker
 from shoal.api.capture import CaptureArgs, Recorder
 from shoal.api.document import Documented
 from shoal.api.drain import Drain
+from shoal.api.feedback import feedback_routes
 from shoal.api.lifespan import beside
 from shoal.api.limits import Limits
 from shoal.api.messages.routes import messages_routes
@@ -87,6 +88,7 @@ def build_app(
     service = Service(models, limits, _recorder(app, capture))
     for routes in (openai_routes, responses_routes, messages_routes, score_routes, tokenizer_routes):
         app.include_router(routes(service))
+    app.include_router(feedback_routes(service, service.storing))
     app.include_router(batch_routes(service, _kept(app, service, batches, api_keys, at_once, drain)))
     app.include_router(adapter_routes(service, Adapters(service, adapters or {}, adapters_from, on_adapters)))
     app.include_router(status_routes(service, metrics=metrics))

@@ -278,8 +278,15 @@ class ChatRequest(GenerationRequest):
     continue_final_message: bool = Field(
         False, description="the answer goes on with the last message, which is the assistant's"
     )
-    store: bool = Field(False, description=_HINT + "nothing is stored here")
-    metadata: Metadata = Field(default_factory=dict, max_length=16, description=_HINT + "nothing is stored here")
+    store: bool = Field(
+        False,
+        description=_HINT + "unless server and key allow texts to be kept: then both are, without usual personal data",
+    )
+    metadata: Metadata = Field(
+        default_factory=dict,
+        max_length=16,
+        description=_HINT + "unless texts are stored; where numbers are captured, `workload` names their slice",
+    )
     service_tier: str = Field("auto", max_length=64, description=_HINT + "there is one tier")
     verbosity: Literal["low", "medium", "high"] = Field("medium", description=_HINT + "the model has no such setting")
     prompt_cache_key: str | None = Field(None, max_length=1024, description=_HINT + "the prefix cache needs no key")
@@ -334,6 +341,25 @@ class CompletionRequest(GenerationRequest):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"model": "shoal", "prompt": "def f(x):", "max_tokens": 32, "temperature": 0}]}
     )
+
+
+class FeedbackRequest(Wire):
+    id: str = Field(pattern=r"^[!-~]{1,100}$", description="of the answer")
+    rating: Literal["up", "down"] | None = Field(None, description="without any of these four a vote is withdrawn")
+    score: float | None = Field(None, ge=-1, le=1, description="from -1 to 1")
+    correction: str | None = Field(None, min_length=1, max_length=2**16, description="the better answer")
+    comment: str | None = Field(None, min_length=1, max_length=2**12)
+    user: str | None = Field(None, max_length=256, description="who says so, as in the request that was answered")
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"id": "chatcmpl-0123456789abcdef0123456789abcdef", "rating": "up"}]}
+    )
+
+
+class StoredUpdate(Wire):
+    metadata: Metadata = Field(
+        max_length=16, description="in place of what is there; `rating` up or down is a vote too"
+    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"metadata": {"rating": "up"}}]})
 
 
 class EmbeddingRequest(Wire):

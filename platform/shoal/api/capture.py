@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -68,6 +69,7 @@ class Recorder:
             ) from error
         self._slices: set[str] = set()
         self._models: dict[str, _Model] = {}
+        self.feedback = Counter[str]()  # votes, by rating
 
     async def run(self) -> None:
         """Until it is cancelled; then what was captured is closed."""
@@ -84,6 +86,8 @@ class Recorder:
             sample("capture_bytes"): float(self.writer.bytes),
         }
         reasons = {"queue": 0, "disk": 0, "bound": 0, **self.writer.dropped}
+        votes = {"up": 0, "down": 0, **self.feedback}
+        found |= {sample("feedback", rating=rating): float(n) for rating, n in votes.items()}
         return found | {sample("capture_dropped", reason=reason): float(n) for reason, n in reasons.items()}
 
     # --- whose it is --------------------------------------------------------------------------------------------------

@@ -20,7 +20,9 @@ from shoal.api.bodies import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    FeedbackRequest,
     LoadAdapterRequest,
+    StoredUpdate,
     TokenizeRequest,
     UnloadAdapterRequest,
 )
@@ -48,6 +50,8 @@ BODIES: tuple[type[Wire], ...] = (
     BatchRequest,
     LoadAdapterRequest,
     UnloadAdapterRequest,
+    FeedbackRequest,
+    StoredUpdate,
 )
 CHUNKS: tuple[Any, ...] = (ChatChunk, MessageEvent, ResponseEvent)  # of streams, that no whole answer is of
 

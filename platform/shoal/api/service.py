@@ -10,7 +10,7 @@ import asyncio
 import copy
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from shoal.api.access import Access
 from shoal.api.answers import Answer
+from shoal.api.bodies import ChatRequest
 from shoal.api.capture import Recorder
 from shoal.api.client import ClientGone, EngineClient, Events, gather, while_connected
 from shoal.api.entry import Entry
@@ -31,11 +32,13 @@ from shoal.api.messages import errors
 from shoal.api.metrics import Metrics
 from shoal.api.requests import EngineCall
 from shoal.api.served import ServedModel
-from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, dumps, envelope, parse, unused
+from shoal.api.storing import Storing
+from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, Wire, dumps, envelope, parse, unused
 from shoal.engine.events import Token
 from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError, frames
 
 T = TypeVar("T")
+Store = Callable[[], Awaitable[None]]  # keeps the texts of an answer that is complete
 
 
 class Generates(Protocol):
@@ -82,6 +85,7 @@ class Service:
     def __init__(self, models: Sequence[Hosted], limits: Limits, recorder: Recorder | None = None) -> None:
         """The first of `models` is meant where a request may leave its name out. Raises ConfigError for a name given twice."""
         self.models, self.limits, self.recorder = tuple(models), limits, recorder
+        self.storing = None if recorder is None else Storing(recorder)
         self.names = {name: hosted for hosted in models for name in hosted.served.names}
         if not models or len(self.names) < sum(len(hosted.served.names) for hosted in models):
             got = [name for hosted in models for name in hosted.served.names]
@@ -123,8 +127,16 @@ class Service:
             "user": getattr(body, "user", None),
             "model": (getattr(body, "model", None) or "")[:100] or None,
         }
-        access.unused = unused(body)
+        access.unused = [name for name in unused(body) if not self._is_used(name, body, access)]
         return body
+
+    def _is_used(self, name: str, body: Wire, access: Access) -> bool:
+        """Whether a field that changes nothing elsewhere does here, where texts are kept."""
+        stores = isinstance(body, ChatRequest) and body.store and self._stores(access)
+        return stores and name in ("store", "metadata")
+
+    def _stores(self, access: Access) -> bool:
+        return self.storing is not None and self.storing.may_store(access)
 
     async def prepared(self, request: Request, work: Callable[[], T]) -> T:
         """What `work` gives, in a thread, when it is the turn of who asks; the body must have been read. Raises ClientGone."""
@@ -146,12 +158,30 @@ class Service:
         answer = kind(call, hosted.served)
         if self.recorder is not None:
             self.recorder.answered(request.state.access, body, call, answer)
-        return await self._answer(request, hosted.client, call, answer, stream=body.stream)
+        if self.storing is not None:
+            self.storing.votes.saw(answer.id)
+        store = None
+        if (
+            self.storing is not None
+            and isinstance(body, ChatRequest)
+            and body.store
+            and self._stores(request.state.access)
+        ):
+            store = partial(self.storing.store, request.state.access, body, answer)
+        return await self._answer(request, hosted.client, call, answer, store, stream=body.stream)
 
     async def _answer(
-        self, request: Request, client: EngineClient, call: EngineCall, answer: Answer, *, stream: bool
+        self,
+        request: Request,
+        client: EngineClient,
+        call: EngineCall,
+        answer: Answer,
+        store: Store | None,
+        *,
+        stream: bool,
     ) -> Response:
-        """Runs `call` and sends `answer` whole or as a stream; a client that leaves cancels it at any point."""
+        """Runs `call` and sends `answer` whole or as a stream, `store` before its end; a client that leaves cancels it at any
+        point."""
         access: Access = request.state.access
         access.read(call.prompt_tokens)
         access.unused += call.unused
@@ -173,8 +203,10 @@ class Service:
         if not stream:
             whole = await while_connected(request.receive, answer.whole(events))
             access.facts["depth"] = answer.depth()
+            if store is not None:
+                await store()
             return Response(dumps(whole), media_type="application/json", headers={"X-Shoal-Depth": answer.depth()})
-        chunks = answer.chunks(events)
+        chunks = answer.chunks(events) if store is None else _stored(answer.chunks(events), answer, store)
         first = await while_connected(request.receive, anext(chunks))  # until here an error has its own status
         return _EventStream(self._guarded(first, chunks, answer, access), answer.early_depth(), access)
 
@@ -231,6 +263,17 @@ class Service:
         access.facts["param"] = body["error"]["param"]
         self.metrics.failed(access.served, body["error"]["code"] or str(status))
         return status, errors.as_theirs(body, status, access.id) if errors.is_theirs(access.path) else body
+
+
+async def _stored(chunks: AsyncGenerator[bytes, None], answer: Answer, store: Store) -> AsyncGenerator[bytes, None]:
+    """`chunks`, the last of which waits until the answer is stored: who has read it will find it."""
+    async with aclosing(chunks):
+        waits = True
+        async for chunk in chunks:
+            if waits and all(choice.finished is not None for choice in answer.choices):
+                waits = False
+                await store()
+            yield chunk
 
 
 def _shares(request: Request, access: Access) -> tuple[str, str]:

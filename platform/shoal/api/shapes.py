@@ -210,6 +210,47 @@ class Version(TypedDict):
     model: str
 
 
+class StoredCompletion(ChatCompletion):
+    metadata: dict[str, str]
+
+
+class StoredList(TypedDict):
+    object: Literal["list"]
+    data: list[StoredCompletion]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class StoredMessage(TypedDict):
+    id: str
+    role: str
+    content: NotRequired[str | list[dict[str, str]] | None]
+    tool_calls: NotRequired[list[Call]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+
+
+class StoredMessages(TypedDict):
+    object: Literal["list"]
+    data: list[StoredMessage]
+    first_id: str
+    last_id: str
+    has_more: bool
+
+
+class Deleted(TypedDict):
+    object: Literal["chat.completion.deleted"]
+    id: str
+    deleted: Literal[True]
+
+
+class FeedbackTaken(TypedDict):
+    object: Literal["shoal.feedback"]
+    id: str
+    rating: Literal["up", "down"] | None
+
+
 class Error(TypedDict):
     message: str  # what, got, allowed, and what to do
     type: str

@@ -106,6 +106,9 @@ _TABLE = (
     Family("capture_dropped", "counter", "Rows that it dropped.", ("reason",)),
     Family("capture_lag_seconds", "gauge", "For how long the oldest row has waited for the disk."),
     Family("capture_bytes", "gauge", "Bytes of what is captured, as of the last hour."),
+    Family(
+        "feedback", "counter", "Votes on answers; of other than up and down: text, or none (withdrawn).", ("rating",)
+    ),
     Family("request_errors", "counter", "Requests answered with an error.", ("model_name", "code")),
 )
 FAMILIES = {family.name: family for family in _TABLE}

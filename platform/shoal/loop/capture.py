@@ -14,6 +14,7 @@ Notable: a part has its journal's name, so what lies in both for a moment is rea
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import json
@@ -214,6 +215,29 @@ class Capture:
             found.ids |= {line["id"]} if line.get("id") else set()
             found.subjects |= {line["subject"]} if line.get("subject") else set()
         return found
+
+
+def held(path: Path) -> int:
+    """A descriptor of the file `path`, to append to, which nobody else holds until it is closed. Raises OSError."""
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+            return descriptor
+        os.close(descriptor)  # another file took its name while it was waited for
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """One more line of JSON in `path`, whole, whoever else appends. Raises OSError."""
+    data = (json.dumps(line, separators=(",", ":")) + "\n").encode()
+    descriptor = held(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        if os.write(descriptor, data) < len(data):
+            os.ftruncate(descriptor, size)
+            raise OSError(28, "No space left on device")
+    finally:
+        os.close(descriptor)
 
 
 def journal_of(part: Path) -> str:

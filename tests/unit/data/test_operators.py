@@ -14,7 +14,7 @@ from shoal.data.documents import Document, Skipped, SourceSpec
 from shoal.data.operators.clean import GENERATED
 from shoal.data.operators.decontaminate import Decontaminate, collect
 from shoal.data.operators.language import Language
-from shoal.data.operators.pii import scrub
+from shoal.data.operators.pii import ALL, scrub, scrubbed
 from shoal.data.operators.pipeline import Operators, Pipeline
 from shoal.data.settings import PrepareConfig, prepare_config
 from shoal.data.sources.files import list_files
@@ -87,6 +87,36 @@ def test_personal_data_is_replaced_and_counted(document, text: str, clean: str, 
 )  # fmt: skip
 def test_what_is_no_personal_data_is_left(document, text: str) -> None:
     assert scrub(document(text), ("email", "ip", "phone"), Counter()).text == text
+
+
+@pytest.mark.parametrize(
+    ("text", "clean", "kind"),
+    [
+        ("key sk-proj-abcDEF1234567890abcd.", "key [secret].", "secret"),
+        ("sk_live_51Habcdefghijklmnop", "[secret]", "secret"),
+        ("id=AKIAIOSFODNN7EXAMPLE;", "id=[secret];", "secret"),
+        ("token ghp_abcdefghijklmnopqrstuvwxyz0123456789", "token [secret]", "secret"),
+        ("pay with 4111 1111 1111 1111, please", "pay with [card], please", "card"),
+        ("5500-0000-0000-0004", "[card]", "card"),
+        ("to DE89 3704 0044 0532 0130 00 today", "to [iban] today", "iban"),
+        ("GB82WEST12345698765432", "[iban]", "iban"),
+    ],
+)
+def test_secrets_and_numbers_of_cards_and_accounts_are_replaced(text: str, clean: str, kind: str) -> None:
+    counts: Counter[str] = Counter()
+    assert scrubbed(text, ALL, counts) == clean and counts == {kind: 1}
+    assert scrubbed(text, tuple(k for k in ("secret", "iban", "card") if k != kind), counts) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "4111 1111 1111 1112", "DE88 3704 0044 0532 0130 00", "0000 0000 0000 0000", "sk-learn", "task-force-of-the-north-sea",
+        "AKIA", "x = 1234567890123", "order 12345678901234567890", "978-0-306-40615-7", "risk-assessment-2024-of-the-board",
+    ],
+)  # fmt: skip
+def test_numbers_whose_check_digits_are_wrong_and_words_are_left(text: str) -> None:
+    assert scrubbed(text, ("secret", "iban", "card"), Counter()) == text
 
 
 def test_questions_and_their_text_are_scrubbed_alike(document) -> None:

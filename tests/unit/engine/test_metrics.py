@@ -58,7 +58,14 @@ def test_every_row_of_the_table_is_told_by_somebody() -> None:
     told = {key.family.name for key in engine.stats()}
     told |= {key.family.name for key in infos([{**engine.info(), "weights": "ab"}])}
     of_deployments = {"num_replicas", "num_replicas_starting", "requests_resumed", "weights_update_refused"}
-    of_gateways = {"request_errors", "capture_rows", "capture_dropped", "capture_lag_seconds", "capture_bytes"}
+    of_gateways = {
+        "request_errors",
+        "capture_rows",
+        "capture_dropped",
+        "capture_lag_seconds",
+        "capture_bytes",
+        "feedback",
+    }
     assert told | of_deployments | of_gateways == set(FAMILIES)
     assert all(family.help.endswith(".") for family in FAMILIES.values())
 

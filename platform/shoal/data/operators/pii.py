@@ -1,4 +1,5 @@
-"""Personal data taken out of texts: e-mail addresses become ``[email]``, public IP addresses ``[ip]``, telephones ``[phone]``.
+"""Personal data taken out of texts: e-mail addresses become ``[email]``, public IP addresses ``[ip]``, telephones ``[phone]``;
+where it is asked for also keys that services give out ``[secret]``, payment cards ``[card]`` and bank accounts ``[iban]``.
 
 Notable: rules find what is written in a usual form and nothing else; names and postal addresses stay. Code stays code: what
 ``@`` joins is an address only below a domain that is given out, so ``x@self.weight`` and ``q@k.mT`` are left.
@@ -14,7 +15,8 @@ from typing import Literal
 
 from shoal.data.documents import Document
 
-Kind = Literal["email", "ip", "phone"]
+Kind = Literal["email", "ip", "phone", "secret", "card", "iban"]
+ALL: tuple[Kind, ...] = ("secret", "iban", "card", "email", "ip", "phone")  # longer forms first: a card is no telephone
 
 # Top domains: those of countries, and the others in which people have mail.
 _TOP = """ac ad ae af ag ai al am ao aq ar as at au aw ax az ba bb bd be bf bg bh bi bj bm bn bo br bs bt bw by bz ca cc cd cf
@@ -53,16 +55,25 @@ _PHONE = re.compile(
 )
 
 
+_SECRET = re.compile(
+    r"(?<![\w-])(?:(?:sk|pk|rk)[-_](?:[A-Za-z]+[-_]){0,3}[A-Za-z0-9_-]{16,}|(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36,}"
+    r"|xox[abprs]-[A-Za-z0-9-]{10,}|AIza[0-9A-Za-z_-]{35}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})(?![\w-])"
+)
+_CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-]|\.\d)")
+_IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
+
+
 def scrub(document: Document, kinds: Sequence[Kind], counts: Counter[str]) -> Document:
     """The document without the personal data of these `kinds`; what was taken out is added to `counts`, by kind."""
+    return document.mended(lambda text: scrubbed(text, kinds, counts))
 
-    def mend(text: str) -> str:
-        for kind in kinds:
-            pattern, holds = _RULES[kind]
-            text = pattern.sub(lambda m, k=kind, h=holds: _replace(m, k, h, counts), text)  # type: ignore[misc]
-        return text
 
-    return document.mended(mend)
+def scrubbed(text: str, kinds: Sequence[Kind], counts: Counter[str]) -> str:
+    """`text` without the personal data of these `kinds`; what was taken out is added to `counts`, by kind."""
+    for kind in kinds:
+        pattern, holds = _RULES[kind]
+        text = pattern.sub(lambda m, k=kind, h=holds: _replace(m, k, h, counts), text)  # type: ignore[misc]
+    return text
 
 
 def _replace(match: re.Match[str], kind: str, holds: Callable[[re.Match[str]], bool], counts: Counter[str]) -> str:
@@ -88,8 +99,24 @@ def _is_public(found: re.Match[str]) -> bool:
         return False
 
 
+def _is_card(found: re.Match[str]) -> bool:
+    """Whether its last digit is the check digit of the others (Luhn)."""
+    digits = [int(letter) for letter in found[0] if letter.isdigit()][::-1]
+    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[1::2]]
+    return len(set(digits)) > 1 and (sum(digits[::2]) + sum(doubled)) % 10 == 0
+
+
+def _is_iban(found: re.Match[str]) -> bool:
+    """Whether its check digits are right: 1 modulo 97, letters as numbers and the first four characters last."""
+    bare = found[0].replace(" ", "")
+    return len(bare) >= 15 and int("".join(str(int(letter, 36)) for letter in bare[4:] + bare[:4])) % 97 == 1
+
+
 _RULES: dict[Kind, tuple[re.Pattern[str], Callable[[re.Match[str]], bool]]] = {
     "email": (_EMAIL, _is_mail),
     "ip": (_IP, _is_public),
+    "secret": (_SECRET, lambda found: True),
+    "card": (_CARD, _is_card),
+    "iban": (_IBAN, _is_iban),
     "phone": (_PHONE, lambda found: sum(map(str.isdigit, found[0])) >= 9),
 }

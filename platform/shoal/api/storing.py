@@ -1,0 +1,86 @@
+"""What of a request is kept in words: its texts where three allow it, and votes on its answer.
+
+A text is kept where the operator (``--capture-texts``), the key (``texts=yes``; without keys everybody's) and the request
+(``store: true``) allow it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from shoal.api.access import Access
+from shoal.api.answers import Answer
+from shoal.api.bodies import ChatRequest
+from shoal.api.capture import Recorder
+from shoal.api.wire import NotFoundError
+from shoal.errors import RequestError
+from shoal.loop.texts import Texts
+from shoal.loop.votes import Vote, Votes
+
+T = TypeVar("T")
+STORE_SECONDS = 5.0  # that the end of an answer waits for its text to be stored
+
+
+class Storing:
+    """What the routes have of one capture."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self.texts, self.votes = Texts(recorder.capture), Votes(recorder.capture)
+        self.counts = recorder.feedback
+
+    def may_store(self, access: Access) -> bool:
+        """Whether operator and key allow texts."""
+        return self._recorder.given.texts and (access.key is None or access.key.texts)
+
+    def owner(self, access: Access) -> str:
+        """Whose texts a request sees."""
+        return self._recorder.subject(None if access.key is None else access.key.name, None) or ""
+
+    def voter(self, access: Access, user: str | None) -> str | None:
+        """Who votes."""
+        return self._recorder.subject(None if access.key is None else access.key.name, user)
+
+    async def store(self, access: Access, body: ChatRequest, answer: Answer) -> None:
+        """Keep the texts of an answer that is complete; one that cannot be kept is counted, and its row says so."""
+        messages = [_plain(message.model_dump(mode="json", exclude_unset=True)) for message in body.messages]
+        whose = self.voter(access, body.user)
+        put = partial(self.texts.put, self.owner(access), whose, messages, answer.complete(), body.metadata)
+        try:
+            async with asyncio.timeout(STORE_SECONDS):
+                await asyncio.to_thread(put)
+        except (OSError, TimeoutError):
+            self._recorder.writer.dropped["texts"] += 1
+        else:
+            access.columns["stored"] = True
+
+    async def vote(self, vote: Vote) -> None:
+        """Raises NotFoundError for an answer that nobody captured."""
+        if not await asyncio.to_thread(self.votes.knows, vote.id):
+            do = "give the id of an answer that this service captured"
+            raise NotFoundError("no such answer", param="id", got=vote.id[:100], do=do)
+        await kept(partial(self.votes.put, vote))
+        self.counts[vote.rating or ("none" if vote.empty else "text")] += 1
+
+
+async def kept(work: Callable[[], T]) -> T:
+    """What `work` gives, in a thread. Raises RequestError where the disk does not take it."""
+    try:
+        return await asyncio.to_thread(work)
+    except OSError as error:
+        refusal = RequestError("the capture cannot be written", got=error.strerror, do="make room on the server's disk")
+        refusal.status, refusal.code = 507, "no_room"
+        raise refusal from error
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without its images, which are not kept."""
+    if isinstance(message.get("content"), list):
+        parts = [
+            part if part.get("type") == "text" else {"type": "text", "text": "[image]"} for part in message["content"]
+        ]
+        message["content"] = parts
+    return message
