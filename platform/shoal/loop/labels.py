@@ -12,18 +12,17 @@ The first that there is counts.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from shoal.data.chats import forms
 from shoal.data.chats.augment import asked
 from shoal.errors import DataError, first_line
-from shoal.loop.capture import FEEDBACK, TEXTS, Capture
+from shoal.loop.capture import Capture
+from shoal.loop.texts import Texts
+from shoal.loop.votes import Votes
 
 CORRECTION, IMPORTED, TEACHER, UP = "correction", "imported", "teacher", "up"
 LABELS = (CORRECTION, IMPORTED, TEACHER, UP)
@@ -52,8 +51,8 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Vote:
-    """The newest that a person said of an answer."""
+class Said:
+    """What people said of an answer."""
 
     rating: str = ""  # up or down
     correction: str = ""
@@ -91,7 +90,7 @@ class Found:
 
 
 def labelled(
-    kept: Iterable[Kept], votes: Mapping[str, Vote], imported: Mapping[str, str], ask: Ask | None = None
+    kept: Iterable[Kept], votes: Mapping[str, Said], imported: Mapping[str, str], ask: Ask | None = None
 ) -> Found:
     """The best label of each of the requests in `kept`, by what was voted and imported of their ids; `ask` is asked what has no
     better one."""
@@ -101,7 +100,7 @@ def labelled(
         if one.resumed:
             found.leave("begun by one version and ended by another")
             continue
-        vote = votes.get(one.id, Vote())
+        vote = votes.get(one.id, Said())
         label, answer = CORRECTION, vote.correction
         if not answer.strip():
             label, answer = IMPORTED, imported.get(one.id, "")
@@ -128,47 +127,30 @@ def labelled(
 # --- of a capture -------------------------------------------------------------------------------------------------------
 
 
-def kept_texts(capture: Capture, since: str = "") -> list[Kept]:
-    """The requests of which texts were kept, and nobody is forgotten; oldest first. `since`: the day that they begin with, as
-    2026-11-27 [the first]. Raises DataError for a part that cannot be read."""
+def kept_texts(capture: Capture) -> list[Kept]:
+    """The requests of which texts are stored, but for the forgotten; oldest first. Raises DataError for what cannot be read."""
+    rows = capture.rows(columns=["id", "conversation", "resumed"])
+    of = {row["id"]: row for row in rows.to_pylist()}
     found = []
-    for row in _rows(capture, TEXTS, since):
-        try:
-            messages = row["messages"] if isinstance(row["messages"], list) else json.loads(row["messages"])
-            answer = str(row["answer"] or "")
-        except (KeyError, ValueError, TypeError):
-            continue
+    for one in Texts(capture).all():
+        choices, row = one["completion"].get("choices") or [{}], of.get(one["id"], {})
         found.append(
             Kept(
-                str(row["id"]), messages, answer, row.get("subject") or "", row.get("conversation") or "",
-                int(row.get("at") or 0), bool(row.get("scrubbed")), bool(row.get("resumed")),
+                one["id"], one["messages"], str((choices[0].get("message") or {}).get("content") or ""),
+                one.get("subject") or "", row.get("conversation") or "", int(one["at"]),
+                bool((one.get("scrubbed") or {}).get("answer")), bool(row.get("resumed")),
             )
         )  # fmt: skip
-    return sorted(found, key=lambda one: one.at)
-
-
-def votes(capture: Capture) -> dict[str, Vote]:
-    """id of a request -> the newest vote on it; nothing where the newest withdraws."""
-    found: dict[str, Vote] = {}
-    for row in sorted(_rows(capture, FEEDBACK), key=lambda row: row.get("at") or 0):
-        before, rating, correction = found.get(str(row["id"]), Vote()), row.get("rating"), row.get("correction")
-        if rating is None and not correction:
-            found[str(row["id"])] = Vote()
-        else:
-            found[str(row["id"])] = Vote(rating or before.rating, correction or before.correction)
     return found
 
 
-def _rows(capture: Capture, kind: str, since: str = "") -> Iterator[dict[str, Any]]:
-    forgotten = capture.forgotten()
-    for path in capture.parts(kind):
-        if path.parent.name < f"day={since}":
-            continue
-        try:
-            table = pq.ParquetFile(path).read()
-        except (OSError, pa.ArrowException) as error:
-            raise DataError("capture", got=f"{path}: {first_line(error)}", do="move that part away") from error
-        yield from (row for row in table.to_pylist() if not forgotten.hides(row))
+def said(capture: Capture) -> dict[str, Said]:
+    """id of a request -> what people said of its answer; of several the newest, but no correction is lost to a mere thumb."""
+    found: dict[str, Said] = {}
+    for vote in Votes(capture).all():
+        before = found.get(vote.id, Said())
+        found[vote.id] = Said(vote.rating or before.rating, vote.correction or before.correction)
+    return found
 
 
 # --- from elsewhere -----------------------------------------------------------------------------------------------------

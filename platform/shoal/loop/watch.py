@@ -27,9 +27,9 @@ import pyarrow as pa
 from shoal.errors import DataError
 from shoal.loop.capture import TEXTS, Capture
 from shoal.loop.detector import REQUESTS, Detector
-from shoal.loop.labels import kept_texts
 from shoal.loop.reference import EVERY, LEARNED, Reference, first_turns, measured, moments
 from shoal.loop.tell import Report, told
+from shoal.loop.texts import Texts
 from shoal.loop.unread import Read, unread
 from shoal.loop.watched import texts
 from shoal.machine import write_aside
@@ -183,11 +183,11 @@ class Watch:
         """What was asked in the requests in which `signal` is furthest from the reference, where their texts were kept."""
         if not len(recent) or not self.capture.days(TEXTS):
             return []
-        kept = {one.id: one for one in kept_texts(self.capture, since=_iso(float(moments(recent)[0]))[:10])}
+        kept = {one["id"]: one for one in Texts(self.capture).all()}
         row = next(i for i, one in enumerate(reference.standards) if one.signal == signal and one.slice == EVERY)
         far = np.nan_to_num(np.abs(reference.standardised(recent)[row]))
         names = [recent["id"][place].as_py() for place in np.argsort(-far, kind="stable").tolist()]
-        asked = [kept[name].messages[-1]["content"] for name in names if name in kept]
+        asked = [kept[name]["messages"][-1]["content"] for name in names if name in kept]
         return [" ".join(text.split())[:SHOWN] for text in asked if isinstance(text, str)][:EXAMPLES]
 
     # --- files ------------------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ class Curate(Stage):
             known, chats = labels.read_imports(path)
             by_id |= known
             more += chats
-        found = labels.labelled(labels.kept_texts(capture), labels.votes(capture), by_id, self._ask())
+        found = labels.labelled(labels.kept_texts(capture), labels.said(capture), by_id, self._ask())
         found.rows += more
         told = {"capture": str(self.capture), "days": capture.days("texts"), "imports": len(by_id) + len(more)}
         made = cut.cut(found, self.out, settings, replay=self.replay, never=never, told=told)

@@ -2,12 +2,11 @@
 
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,8 +15,10 @@ from shoal.cli import main
 from shoal.errors import DataError
 from shoal.loop.capture import Capture
 from shoal.loop.cut import MANIFEST, RECENT, TRAIN, Settings, cut, forbidden, name_of, read
-from shoal.loop.labels import Found, Kept, Labelled, Vote, kept_texts, labelled, read_imports, votes
+from shoal.loop.labels import Found, Kept, Labelled, Said, kept_texts, labelled, read_imports, said
 from shoal.loop.suites import freeze
+from shoal.loop.texts import Texts
+from shoal.loop.votes import Vote, Votes
 
 
 def chat(question: str) -> list[dict[str, Any]]:
@@ -35,7 +36,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def corrected(count: int, people: int = 20) -> Found:
-    return labelled(kept(count, people), {f"id-{i}": Vote("down", f"It is in box {i}.") for i in range(count)}, {})
+    return labelled(kept(count, people), {f"id-{i}": Said("down", f"It is in box {i}.") for i in range(count)}, {})
 
 
 # --- labels -------------------------------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ def corrected(count: int, people: int = 20) -> Found:
 
 def test_the_best_label_counts_and_an_unrated_answer_is_never_one() -> None:
     given_votes = {
-        "id-0": Vote("down", "corrected"), "id-1": Vote("up"), "id-2": Vote("down"), "id-4": Vote("up", "corrected too"),
+        "id-0": Said("down", "corrected"), "id-1": Said("up"), "id-2": Said("down"), "id-4": Said("up", "corrected too"),
     }  # fmt: skip
     found = labelled(kept(6), given_votes, {"id-0": "imported", "id-3": "imported"})
     assert {(row.id, row.label, row.answer) for row in found.rows} == {
@@ -66,10 +67,10 @@ def test_what_would_teach_wrong_is_left_out() -> None:
     scrubbed = Kept("a", chat("Who?"), "Ask [email]", "p", scrubbed=True)
     mixed = Kept("b", chat("Who is it?"), "two authors", "p", resumed=True)
     twice = [Kept(name, chat("Where is it?"), "there", "p") for name in ("c", "d")]
-    found = labelled([scrubbed, mixed, *twice], {name: Vote("up") for name in "abcd"}, {})
+    found = labelled([scrubbed, mixed, *twice], {name: Said("up") for name in "abcd"}, {})
     assert [row.id for row in found.rows] == ["c"] and sum(found.left_out.values()) == 3
     # A person's own words have nothing of the answer that was scrubbed.
-    assert labelled([scrubbed], {"a": Vote("down", "Ask us")}, {}).rows[0].answer == "Ask us"
+    assert labelled([scrubbed], {"a": Said("down", "Ask us")}, {}).rows[0].answer == "Ask us"
 
 
 def test_labels_of_label_studio_argilla_and_chats_are_read(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_copies_and_near_copies_count_once(tmp_path: Path) -> None:
 
 
 def test_of_its_own_answers_it_learns_few_and_is_measured_on_none(tmp_path: Path) -> None:
-    found = labelled(kept(200, 50), {f"id-{i}": Vote("up") if i % 2 else Vote("down", "no") for i in range(200)}, {})
+    found = labelled(kept(200, 50), {f"id-{i}": Said("up") if i % 2 else Said("down", "no") for i in range(200)}, {})
     made = cut(found, tmp_path / "cut", Settings(up=0.2))
     assert made["labels"]["up"] <= 0.2 * made["train"] < made["labels"]["up"] + 1
     assert {row["label"] for row in rows(tmp_path / "cut" / RECENT)} == {"correction"}
@@ -194,30 +195,32 @@ def test_a_cut_that_changed_is_refused(tmp_path: Path) -> None:
 # --- the command --------------------------------------------------------------------------------------------------------
 
 
-def captured(folder: Path, texts: list[Kept], said: list[dict[str, Any]]) -> Capture:
-    """A capture with these texts and votes, as parts."""
-    capture = Capture(folder, create=True)
-    told = [
-        {"id": one.id, "at": one.at, "subject": one.subject, "messages": json.dumps(one.messages), "answer": one.answer}
-        for one in texts
-    ]
-    for kind, some in (("texts", told), ("feedback", said)):
-        (folder / kind / "day=2026-11-27").mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(some), folder / kind / "day=2026-11-27" / "part-a.parquet")
-    return capture
+def captured(folder: Path, texts: list[Kept], votes: list[Vote]) -> tuple[Capture, list[str]]:
+    """A capture with these texts and votes (of "id-N"), and the ids that they have there."""
+    capture, ids = Capture(folder, create=True), [f"chatcmpl-{number:032x}" for number in range(len(texts))]
+    for name, one in zip(ids, texts, strict=True):
+        choices = [{"message": {"role": "assistant", "content": one.answer}}]
+        Texts(capture).put("key", one.subject, one.messages, {"id": name, "choices": choices}, {})
+    for vote in votes:
+        Votes(capture).put(replace(vote, id=ids[int(vote.id.removeprefix("id-"))]))
+    return capture, ids
 
 
 def test_votes_and_texts_of_a_capture_are_read_and_the_forgotten_are_not(tmp_path: Path) -> None:
-    said = [
-        {"id": "id-1", "at": 5, "rating": "down", "correction": None},
-        {"id": "id-1", "at": 6, "rating": None, "correction": "better"},
-        {"id": "id-2", "at": 5, "rating": "up", "correction": None},
-        {"id": "id-2", "at": 9, "rating": None, "correction": None},
-    ]
-    capture = captured(tmp_path / "capture", kept(6, 3), said)
-    assert votes(capture) == {"id-1": Vote("down", "better"), "id-2": Vote()}
-    (tmp_path / "capture" / "forgotten.jsonl").write_text('{"subject": "p1"}\n{"id": "id-2"}\n')
-    assert [one.id for one in kept_texts(capture)] == ["id-0", "id-3", "id-5"]
+    texts = kept(6, 3)
+    texts[4] = replace(texts[4], answer="Write to ann@example.com for it.")
+    votes = [
+        Vote("id-1", "p1", rating="down"), Vote("id-1", "p1", rating="down", correction="better"),
+        Vote("id-2", "p2", rating="up"), Vote("id-2", "p2"), Vote("id-3", "p0", correction="so"), Vote("id-3", "other", rating="down"),
+    ]  # fmt: skip
+    capture, ids = captured(tmp_path / "capture", texts, votes)
+    assert said(capture) == {ids[1]: Said("down", "better"), ids[3]: Said("down", "so")}
+    found = kept_texts(capture)
+    assert [one.answer for one in found[:1]] == ["I know"] and found[1].messages == texts[1].messages
+    assert [one.scrubbed for one in found] == [False, False, False, False, True, False]
+    assert [one.person for one in found[:3]] == ["p0", "p1", "p2"]
+    (tmp_path / "capture" / "forgotten.jsonl").write_text(f'{{"subject": "p1"}}\n{{"id": "{ids[2]}"}}\n')
+    assert [one.id for one in kept_texts(capture)] == [ids[0], ids[3], ids[5]]
 
 
 class Teacher(BaseHTTPRequestHandler):
@@ -240,7 +243,7 @@ class Teacher(BaseHTTPRequestHandler):
 
 
 def test_the_command_with_a_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    captured(tmp_path / "capture", kept(60), [{"id": "id-1", "at": 5, "rating": "down", "correction": "In box 1."}])
+    captured(tmp_path / "capture", kept(60), [Vote("id-1", "p1", "down", correction="In box 1.")])
     words = ["curate", "--capture", str(tmp_path / "capture"), "--out", str(tmp_path / "cut"), "--json"]
     assert main([*words, "--teacher", "http://127.0.0.1:9/v1"]) == 2
     assert main(words) == 1

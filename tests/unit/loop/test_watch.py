@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -16,6 +14,7 @@ from shoal.errors import DataError
 from shoal.loop.capture import JOURNAL, Capture
 from shoal.loop.rows import Row
 from shoal.loop.tell import write_metrics
+from shoal.loop.texts import Texts
 from shoal.loop.watch import FOLDER, STATE, Watch
 from shoal.loop.writer import make_parts
 
@@ -219,18 +218,11 @@ def test_what_was_asked_is_shown_where_texts_are_kept(service: Service) -> None:
     """Of the requests that are furthest from the reference, and of nobody who is forgotten."""
     service.serve(800)
     service.serve(200, up=4)
-    day = service.folder / "texts" / "day=2026-11-27"
-    day.mkdir(parents=True)
-    told = [
-        {
-            "id": f"chatcmpl-{i}",
-            "at": 1,
-            "messages": json.dumps([{"role": "user", "content": f"What   is {i}?"}]),
-            "answer": "a",
-        }
-        for i in range(700, 1_001)
-    ]
-    pq.write_table(pa.Table.from_pylist(told), day / "part-a.parquet")
+    texts = Texts(service.capture)
+    for number in range(750, 1_001):
+        choices = [{"message": {"role": "assistant", "content": "a"}}]
+        asked = [{"role": "user", "content": f"What   is {number}?"}]
+        texts.put("key", None, asked, {"id": f"chatcmpl-{number}", "choices": choices}, {})
     report = watch(service).look(service.now)
     numbers = [int(re.sub(r"What is (\d+)\?", r"\1", text)) for text in report.examples]
     assert len(numbers) == 3 and all(number > 800 for number in numbers)
