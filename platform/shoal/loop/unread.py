@@ -1,7 +1,8 @@
 """Captured rows, each once, whatever the clocks of those who wrote them say.
 
 What was read is known by the files' names: a part that was read whole is done, and of a journal that still grows the ids are
-kept until it is a part. So a row that comes late, or with the wrong time, is read like any other.
+kept until it is a part. So a row that comes late, or with the wrong time, is read like any other. A vote is a row of its own,
+with the version of the answer that it is on and the column ``down``, for it may come days after the answer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import pyarrow.parquet as pq
 from shoal.errors import DataError, first_line
 from shoal.loop.capture import Capture, journal_of
 from shoal.loop.rows import SCHEMA, table_of
+from shoal.loop.votes import Votes
+
+OF = ("weights", "version", "role", "slice")  # columns of an answer that a vote on it has as well
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Read:
 
     done: list[str] = field(default_factory=list)  # parts, as DAY/NAME
     open: dict[str, list[str]] = field(default_factory=dict)  # journal -> ids of its rows
+    voted: int = 0  # votes up to then, in ms since 1970
 
 
 def unread(capture: Capture, read: Read) -> tuple[pa.Table, Read]:
@@ -44,7 +49,22 @@ def unread(capture: Capture, read: Read) -> tuple[pa.Table, Read]:
             table, known = _part(path), set(read.open.get(stem, ()))
             tables.append(table.filter(pa.array([one not in known for one in table["id"].to_pylist()], pa.bool_())))
     found = capture.forgotten().seen(pa.concat_tables(tables))
-    return found.take(pc.sort_indices(found, [("at", "ascending")])), Read(done, still_open)
+    votes = _votes(capture, read.voted)
+    voted = max([read.voted, *votes["at"].to_pylist()])
+    found = pa.concat_tables([found, votes], promote_options="default")
+    return found.take(pc.sort_indices(found, [("at", "ascending")])), Read(done, still_open, voted)
+
+
+def _votes(capture: Capture, since: int) -> pa.Table:
+    """Thumbs after `since` on answers that were captured, with nothing of the row of these but its version and slice."""
+    votes = [vote for vote in Votes(capture).all() if vote.rating is not None and vote.at > since]
+    if not votes:
+        return SCHEMA.empty_table().append_column("down", pa.array([], pa.float64()))
+    of = {row["id"]: row for row in capture.rows(columns=["id", *OF]).to_pylist()}
+    known = [vote for vote in votes if vote.id in of]
+    lines = [{"id": f"vote-{vote.id}", "at": vote.at, **{name: of[vote.id][name] for name in OF}} for vote in known]
+    down = pa.array([float(vote.rating == "down") for vote in known], pa.float64())
+    return table_of(lines).append_column("down", down)
 
 
 def _part(path: object) -> pa.Table:

@@ -209,10 +209,9 @@ def captured(folder: Path, texts: list[Kept], votes: list[Vote]) -> tuple[Captur
 def test_votes_and_texts_of_a_capture_are_read_and_the_forgotten_are_not(tmp_path: Path) -> None:
     texts = kept(6, 3)
     texts[4] = replace(texts[4], answer="Write to ann@example.com for it.")
-    votes = [
-        Vote("id-1", "p1", rating="down"), Vote("id-1", "p1", rating="down", correction="better"),
-        Vote("id-2", "p2", rating="up"), Vote("id-2", "p2"), Vote("id-3", "p0", correction="so"), Vote("id-3", "other", rating="down"),
-    ]  # fmt: skip
+    votes = [Vote("id-1", "p1", rating="down"), Vote("id-1", "p1", rating="down", correction="better")]
+    votes += [Vote("id-2", "p2", rating="up"), Vote("id-2", "p2")]
+    votes += [Vote("id-3", "p0", correction="so"), Vote("id-3", "other", rating="down")]
     capture, ids = captured(tmp_path / "capture", texts, votes)
     assert said(capture) == {ids[1]: Said("down", "better"), ids[3]: Said("down", "so")}
     found = kept_texts(capture)

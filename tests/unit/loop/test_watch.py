@@ -15,6 +15,7 @@ from shoal.loop.capture import JOURNAL, Capture
 from shoal.loop.rows import Row
 from shoal.loop.tell import write_metrics
 from shoal.loop.texts import Texts
+from shoal.loop.votes import Vote, Votes
 from shoal.loop.watch import FOLDER, STATE, Watch
 from shoal.loop.writer import make_parts
 
@@ -204,6 +205,29 @@ def test_errors_are_operations_and_no_training(service: Service) -> None:
     service.serve(60, status=503)
     report = watch(service).look(service.now)
     assert report.state == "alarm" and report.meaning == "operations" and "nothing to train" in report.do
+
+
+def test_thumbs_down_alone_are_a_world_that_changed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Votes come after the answers; one in ten is down, then two in three."""
+    votes, rng = Votes(service.capture, lambda: round(service.now * 1000)), np.random.default_rng(0)
+
+    def vote(first: int, last: int, share: float) -> None:
+        for number in range(first, last):
+            service.now += 0.01
+            votes.put(Vote(f"chatcmpl-{number}", "ann", rating="down" if rng.random() < share else "up"))
+
+    service.serve(700)
+    vote(1, 300, 0.1)
+    assert watch(service, learn=900).look(service.now).state == "quiet"
+    vote(300, 500, 0.1)
+    report = watch(service).look(service.now)
+    assert report.state == "quiet" and report.requests == 99 + 200
+    assert watch(service).look(service.now).requests == 99 + 200, "each once"
+    vote(500, 600, 0.67)
+    vote(9_000, 9_100, 1.0)
+    report = watch(service).look(service.now)
+    assert report.state == "alarm" and report.signals[0]["signal"] == "down" and report.requests == 99 + 300
+    assert report.meaning == "a world that changed" and "labels" in report.do
 
 
 def test_what_is_forgotten_is_not_looked_at(service: Service) -> None:
