@@ -126,7 +126,7 @@ class Watch:
         """With a reference, where there are enough rows from `learn_from` on, and with what came after it compared with it."""
         rest = table.filter(pa.array(moments(table) >= known.learn_from, pa.bool_()))
         if not known.weights and len(rest):
-            known.weights = identities(rest)[0]
+            known.weights = next((one for one in identities(rest) if one), "")
         here, switched = _of_weights(known, rest)
         while switched:
             known = Known(known.other["weights"], known.other["at"], ahead=known.ahead)
@@ -172,7 +172,7 @@ class Watch:
         since, recent = detector.moved()[0].since, None
         if detector.state != "quiet" and since is not None:
             recent = self.capture.rows(since=int(since * 1000))
-            recent = recent.filter(pa.array([one == known.weights for one in identities(recent)], pa.bool_()))
+            recent = recent.filter(pa.array([one in ("", known.weights) for one in identities(recent)], pa.bool_()))
             recent = recent.slice(max(0, len(recent) - MOST_RECENT))
         examples = () if recent is None else self._examples(reference, detector.moved()[0].signal, recent)
         return told(
@@ -248,9 +248,9 @@ def _of_weights(known: Known, table: pa.Table) -> tuple[pa.Table, bool]:
     """The rows of the weights that are watched, up to where others take their place; whether these do."""
     wanted, at = [], moments(table)
     for place, weights in enumerate(identities(table)):
-        if weights == known.weights:
+        if weights in ("", known.weights):  # a request that was refused has reached no weights
             wanted.append(place)
-            known.other = {}
+            known.other = {} if weights else known.other
         elif known.other.get("weights") != weights:
             known.other = {"weights": weights, "count": 1, "at": float(at[place])}
         else:

@@ -230,6 +230,19 @@ def test_thumbs_down_alone_are_a_world_that_changed(service: Service, monkeypatc
     assert report.meaning == "a world that changed" and "labels" in report.do
 
 
+def test_requests_that_were_refused_have_no_weights_and_are_no_other_version(service: Service) -> None:
+    service.serve(1, status=400, weights=None, finish=None, prompt_surprisal=None)
+    service.serve(900)
+    watch(service).look(service.now)
+    service.serve(80, status=400, weights=None, finish=None, prompt_surprisal=None)
+    report = watch(service).look(service.now)
+    assert (report.state, report.weights, report.meaning) == ("alarm", "aaaa", "operations")
+    service.serve(12, weights="bbbb")
+    service.serve(5, status=400, weights=None)
+    service.serve(12, weights="bbbb")
+    assert watch(service).look(service.now).weights == "bbbb"
+
+
 def test_what_is_forgotten_is_not_looked_at(service: Service) -> None:
     service.serve(800)
     watch(service).look(service.now)
