@@ -18,6 +18,7 @@ from shoal import __version__, presets
 from shoal.bench.commands import bench
 from shoal.errors import ShoalError, UsageError, first_line
 from shoal.stages import STAGES
+from shoal.stages.release import release
 from shoal.stages.stage import Json, ModelDir, command_of, out, print_result
 
 app = typer.Typer(
@@ -173,6 +174,7 @@ def export(
 
 
 app.add_typer(bench, name="bench")
+app.add_typer(release, name="release")
 
 
 @app.command("show-config")

@@ -1,0 +1,199 @@
+"""The evidence of a canary: what it and the stable version did at the same time, and whether that is enough to go on or back.
+
+    step     share of the conversations
+    0        shadow: copies of requests, whose answers nobody reads
+    1, 2, 3  5, 25, 50 %
+
+Each check is Wald's sequential test of a share (failures, invalid answers, slow answers, thumbs down): it may be looked at
+after every request, and condemns a good version in `ALPHA` of the cases and clears a bad one in `BETA`. What is tolerated is
+the share of the stable version at the same time: where both fail, the machine is at fault. A step ends when enough requests
+were seen and all checks are clear, never by the clock. Votes are given by whom it pleases: they condemn, and clear nothing.
+
+Slow is an answer beyond 1.25 times the 95th percentile of what the stable version's latest answers took.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+SHARES = (0.0, 0.05, 0.25, 0.5)
+SHADOWS, REQUESTS = 200, 300  # that a step takes at least
+ALPHA, BETA = 0.01, 0.05
+SLOW = 1.25  # times the stable version's 95th percentile
+LEAST_TIMES = 20  # answers of the stable version before any is called slow
+
+Decision = Literal["wait", "next", "back", "done"]
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A version on trial, as ``release.json`` keeps it."""
+
+    version: int
+    step: int  # index into `SHARES`
+    since: str  # time of the step, ISO 8601
+    shadows: int = SHADOWS
+    requests: int = REQUESTS
+
+    @property
+    def share(self) -> float:
+        return SHARES[self.step]
+
+    @property
+    def enough(self) -> int:
+        """Requests that its step takes at least."""
+        return self.requests if self.step else self.shadows
+
+
+@dataclass
+class Tally:
+    """What one version did."""
+
+    requests: int = 0
+    failures: int = 0  # that were not the client's fault
+    invalid: int = 0  # answers of nothing, or of one token again and again
+    timed: int = 0  # answers whose times were compared
+    slow: int = 0  # of them: late first token, or slow tokens
+    votes: int = 0
+    down: int = 0  # thumbs
+
+    def share(self, what: str, of: str) -> float:
+        """Of `of`, with one of each kind added, so that it is never certain."""
+        return (getattr(self, what) + 1) / (getattr(self, of) + 2)
+
+
+@dataclass
+class Evidence:
+    """Of one canary, over all its steps."""
+
+    canary: Tally = field(default_factory=Tally)
+    stable: Tally = field(default_factory=Tally)
+    step: int = 0  # requests of the canary in its present step
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check, as it stands."""
+
+    name: str
+    count: int
+    of: int
+    tolerated: float  # share
+    evidence: float  # log likelihood ratio; up to `CONDEMNED`, down to `CLEARED`
+    needed: bool  # for a step to end
+
+    @property
+    def condemned(self) -> bool:
+        return self.evidence >= CONDEMNED
+
+    @property
+    def cleared(self) -> bool:
+        return self.evidence <= CLEARED
+
+
+CONDEMNED = math.log((1 - BETA) / ALPHA)  # 4.55
+CLEARED = math.log(BETA / (1 - ALPHA))  # -2.99
+
+# name, counted, of which, least share that is tolerated, how much more is too much, whether a step needs it cleared
+KINDS = (
+    ("failures", "failures", "requests", 0.005, 0.025, True),
+    ("invalid answers", "invalid", "requests", 0.005, 0.05, True),
+    ("slow answers", "slow", "timed", 0.05, 0.2, True),
+    ("thumbs down", "down", "votes", 0.05, 0.2, False),
+)
+
+
+def sprt(count: int, of: int, tolerated: float, more: float) -> float:
+    """Log likelihood ratio of `count` in `of` for a share of `tolerated + more` against `tolerated`.
+
+    Examples:
+        >>> from shoal.loop.canary import CLEARED, CONDEMNED, sprt
+        >>> [sprt(k, k, 0.005, 0.025) > CONDEMNED for k in (2, 3)]
+        [False, True]
+        >>> sprt(0, 120, 0.005, 0.025) < CLEARED
+        True
+    """
+    high = tolerated + more
+    return count * math.log(high / tolerated) + (of - count) * math.log((1 - high) / (1 - tolerated))
+
+
+def checks(evidence: Evidence) -> list[Check]:
+    """All of them."""
+    found = []
+    for name, count, of, least, more, needed in KINDS:
+        told = evidence.stable
+        tolerated = least if getattr(told, of) < LEAST_TIMES else max(least, min(0.5, _rate(told, count, of)))
+        here, total = getattr(evidence.canary, count), getattr(evidence.canary, of)
+        found.append(Check(name, here, total, tolerated, sprt(here, total, tolerated, more), needed))
+    return found
+
+
+def _rate(tally: Tally, count: str, of: str) -> float:
+    """The stable version's share, less what chance may have added: half of a standard error."""
+    total: int = getattr(tally, of)
+    share = getattr(tally, count) / total
+    return float(share - 0.5 * math.sqrt(share * (1 - share) / total))
+
+
+def judged(canary: Canary, evidence: Evidence) -> tuple[Decision, str]:
+    """What is to become of a canary, and why, in words."""
+    found = checks(evidence)
+    bad = next((check for check in found if check.condemned), None)
+    if bad is not None:
+        return "back", f"{bad.name}: {bad.count} of {bad.of} requests, where {bad.tolerated:.1%} is tolerated"
+    if evidence.step < canary.enough:
+        return "wait", f"{evidence.step} of {canary.enough} requests"
+    open_ = next((check for check in found if check.needed and not check.cleared), None)
+    if open_ is not None:
+        return "wait", f"{open_.name} not clear yet: {open_.count} of {open_.of}"
+    if canary.step + 1 < len(SHARES):
+        return "next", f"{evidence.step} requests, all checks clear"
+    return "done", f"{evidence.canary.requests} requests over all steps, all checks clear"
+
+
+def advanced(canary: Canary, since: str) -> Canary:
+    """The next step."""
+    return replace(canary, step=canary.step + 1, since=since)
+
+
+class Pace:
+    """How long the stable version's latest answers took, which says what is slow."""
+
+    def __init__(self, keep: int = 200) -> None:
+        self._keep = keep
+        self._first: list[float] = []
+        self._token: list[float] = []
+
+    def observe(self, first: float, token: float | None) -> None:
+        """Seconds to the first token, and of each after it."""
+        for kept, seconds in ((self._first, first), (self._token, token)):
+            if seconds is not None:
+                kept.append(seconds)
+                del kept[: -self._keep]
+
+    def is_slow(self, first: float, token: float | None) -> bool | None:
+        """Of an answer; None where too little is known."""
+        if len(self._first) < LEAST_TIMES:
+            return None
+        late = first > SLOW * percentile(self._first)
+        return late or (
+            token is not None and len(self._token) >= LEAST_TIMES and token > SLOW * percentile(self._token)
+        )
+
+    def patience(self, least: float, times: float) -> float:
+        """Seconds to wait for a token of a canary before it counts as one that does not come."""
+        known = [*self._first[-self._keep :]]
+        return max(least, times * percentile(known)) if len(known) >= LEAST_TIMES else math.inf
+
+
+def percentile(values: list[float], share: float = 0.95) -> float:
+    """The smallest of `values` that so many are not above.
+
+    Examples:
+        >>> from shoal.loop.canary import percentile
+        >>> percentile([float(n) for n in range(1, 21)])
+        19.0
+    """
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

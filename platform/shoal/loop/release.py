@@ -1,0 +1,316 @@
+"""A release: a folder that says which version of a model serves, which served before, and which may take its place.
+
+    RELEASE/  release.json   the truth: stable, previous, candidate, canary; written aside and renamed
+              audit.jsonl    who changed what, when, from what to what, and why (`audit`)
+              versions/      what can serve, never changed (`versions`)
+
+A change writes its line of the audit log first, with all that ``release.json`` will say, and then that file: what was
+interrupted between the two is finished by the next change. One change at a time: a second one is refused.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from shoal import config
+from shoal.data.alone import alone
+from shoal.errors import ConfigError, DataError, ResourceError, UsageError
+from shoal.loop import versions
+from shoal.loop.audit import Audit
+from shoal.loop.canary import Canary
+from shoal.loop.versions import Version
+from shoal.machine import write_aside
+
+STATE, AUDIT, LOCK = "release.json", "audit.jsonl", ".lock"
+FORMAT, VERSION = "shoal.release", 1
+
+# how far a candidate goes without a person: not even its making, its making, its canary, all
+Auto = Literal["off", "candidate", "canary", "promote"]
+
+
+@dataclass(frozen=True)
+class State:
+    """What serves. Versions go by number."""
+
+    number: int = 0  # of the change that made it so
+    stable: int | None = None
+    previous: int | None = None  # what a rollback goes back to
+    candidate: int | None = None  # the newest that is to be decided on
+    canary: Canary | None = None  # what part of the traffic a candidate has
+    held: str | None = None  # why nothing goes on by itself
+    auto: Auto = "candidate"
+    audit: str = ""  # sha256 of the last line of the audit log
+
+
+class Release:
+    """The release in `directory`."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.audit = Audit(self.directory / AUDIT)
+
+    def state(self) -> State:
+        """What serves now. Raises UsageError for a folder that is no release, DataError for one of another format."""
+        path = self.directory / STATE
+        if not path.exists():
+            what = f"{self.directory} is not a release"
+            raise UsageError(what, got=f"no {STATE}", do="make one: shoal release add --release DIR --model MODEL")
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            kind, version = told.pop("format"), told.pop("version")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise DataError(f"cannot read {path}", got=type(error).__name__, do="look at what is there") from error
+        if (kind, version) != (FORMAT, VERSION):
+            raise DataError(f"{path}: format", got=f"{kind} version {version}", allowed=f"{FORMAT} version {VERSION}")
+        return config.load(State, told, str(path))
+
+    def versions(self) -> list[Version]:
+        """All there are, the oldest first."""
+        folder = self.directory / versions.FOLDER
+        return [versions.read(each) for each in sorted(folder.glob("[0-9]*"))] if folder.is_dir() else []
+
+    def version(self, name: int | str) -> Version:
+        """By number, or by what ``X-Shoal-Version`` says. Raises UsageError for one that is not there."""
+        number, _, digest = str(name).partition(".")
+        folder = self.directory / versions.FOLDER / f"{int(number):06d}" if number.isdecimal() else None
+        if folder is None or not (folder / versions.MANIFEST).exists():
+            there = [each.number for each in self.versions()]
+            raise UsageError("version", got=name, allowed=there or "none is there")
+        found = versions.read(folder)
+        if digest and not found.sha256.startswith(digest):
+            raise UsageError("version", got=name, allowed=f"{found.label} in this release")
+        return found
+
+    def stable(self) -> Version:
+        """Raises UsageError where none is there yet."""
+        state = self.state()
+        if state.stable is None:
+            raise UsageError(f"{self.directory} has no stable version", do="add one: shoal release add")
+        return self.version(state.stable)
+
+    def add(
+        self,
+        model: str | Path,
+        *,
+        fp32: str | Path | None = None,
+        lineage: dict[str, Any] | None = None,
+        verdict: dict[str, Any] | None = None,
+        why: str = "added",
+        who: str | None = None,
+    ) -> Version:
+        """A model directory as a new version: the candidate, or the stable one where there is none. A release that is not there
+        is made. Raises CheckpointError for a broken model, or one that could not take the place of the stable version."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with self._changing() as before:
+            if before.stable is not None:
+                versions.need_same(Path(model), self.version(before.stable).served)
+            made = versions.write(
+                self.directory / versions.FOLDER,
+                max((each.number for each in self.versions()), default=0) + 1,
+                Path(model),
+                fp32=None if fp32 is None else Path(fp32),
+                lineage={"parent": before.stable, **(lineage or {})},
+                verdict=verdict,
+                made=now(),
+            )
+            role = {"stable": made.number} if before.stable is None else {"candidate": made.number}
+            self._change(before, "add", why, who, made.number, **role)
+        return made
+
+    def promote(
+        self, name: int | str | None = None, *, why: str, force: bool = False, who: str | None = None, **figures: Any
+    ) -> Version:
+        """Makes a version (None: the candidate) the stable one. Raises UsageError for one that the gate did not let pass,
+        unless `force` is set, which the audit log then says; for one that is stable already; and CheckpointError for one
+        that was changed since."""
+        with self._changing() as before:
+            chosen = self._chosen(name, before)
+            if chosen.number == before.stable:
+                raise UsageError("version", got=chosen.number, do="it is the stable one already")
+            self._need_passed(chosen, before, force)
+            chosen.verify()
+            if before.stable is not None:
+                versions.need_same(chosen.served, self.version(before.stable).served)
+            left = before.candidate if before.candidate != chosen.number else None
+            roles = {
+                "stable": chosen.number,
+                "previous": before.stable,
+                "candidate": left,
+                "canary": None,
+                "held": None,
+            }
+            figures = {**figures, **({"forced": True} if force else {})}
+            self._change(before, "promote", why, who, chosen.number, figures, **roles)
+        return chosen
+
+    def rollback(self, *, why: str, who: str | None = None, **figures: Any) -> Version:
+        """Takes back what was done last: a canary that runs, else the last promotion. Returns the version that serves then.
+        Raises UsageError where there is neither."""
+        with self._changing() as before:
+            if before.canary is not None:
+                taken = before.canary.version
+                self._change(before, "rollback", why, who, taken, figures, canary=None, candidate=None)
+                assert before.stable is not None
+                return self.version(before.stable)
+            if before.previous is None:
+                raise UsageError(
+                    "nothing to roll back", do="promote the version that is to serve: shoal release promote N"
+                )
+            back = self.version(before.previous)
+            back.verify()
+            self._change(before, "rollback", why, who, before.stable, figures, stable=back.number, previous=None)
+        return back
+
+    def hold(self, *, why: str, who: str | None = None) -> None:
+        """Nothing goes on by itself from now on: a canary keeps its share, and no version is promoted but by a person."""
+        with self._changing() as before:
+            self._change(before, "hold", why, who, before.candidate, held=why)
+
+    def begin(self, name: int | str | None = None, *, why: str, force: bool = False, who: str | None = None) -> Version:
+        """Starts the canary of a version (None: the candidate), or lets one that is held go on. Raises as `promote`."""
+        with self._changing() as before:
+            chosen = self._chosen(name, before)
+            if before.canary is not None and before.canary.version == chosen.number and before.held is not None:
+                self._change(before, "canary", why, who, chosen.number, held=None)
+                return chosen
+            if before.canary is not None:
+                raise UsageError("a canary runs already", got=before.canary.version, do="roll it back, or promote it")
+            if chosen.number == before.stable:
+                raise UsageError("version", got=chosen.number, do="it is the stable one already")
+            self._need_passed(chosen, before, force)
+            chosen.verify()
+            assert before.stable is not None
+            versions.need_same(chosen.served, self.version(before.stable).served)
+            figures = {"forced": True} if force else {}
+            canary = Canary(chosen.number, 0, now())
+            self._change(before, "canary", why, who, chosen.number, figures, canary=canary, held=None)
+        return chosen
+
+    def step(self, canary: Canary, *, why: str, **figures: Any) -> None:
+        """The canary's next step, by evidence. Raises UsageError where another or none runs."""
+        with self._changing(wait=2.0) as before:
+            if before.canary is None or before.canary.version != canary.version:
+                raise UsageError("another canary runs", got=before.canary and before.canary.version)
+            self._change(before, "step", why, "shoal", canary.version, figures, canary=canary)
+
+    def set_auto(self, auto: Auto, *, why: str, who: str | None = None) -> None:
+        """How far a candidate goes without a person."""
+        with self._changing() as before:
+            self._change(before, "auto", why, who, before.candidate, {"auto": auto}, auto=auto)
+
+    def check(self) -> int:
+        """How many lines the audit log has, none of which was changed. Raises DataError, and CheckpointError for a version
+        that was changed."""
+        count = self.audit.check(self.state().audit)
+        for version in self.versions():
+            version.verify()
+        return count
+
+    def served_hours(self, until: datetime | None = None) -> dict[int, list[tuple[str, str | None]]]:
+        """For each version from when to when it was the stable one; None: it still is."""
+        found: dict[int, list[tuple[str, str | None]]] = {}
+        stable: int | None = None
+        for entry in self.audit.entries():
+            after = entry["state"]["stable"]
+            if after == stable:
+                continue
+            if stable is not None:
+                found[stable][-1] = (found[stable][-1][0], entry["at"])
+            if after is not None:
+                found.setdefault(after, []).append((entry["at"], None))
+            stable = after
+        return found
+
+    def _chosen(self, name: int | str | None, state: State) -> Version:
+        name = state.candidate if name is None else name
+        if name is None:
+            raise UsageError("there is no candidate", do="name a version, or add one: shoal release add")
+        return self.version(name)
+
+    def _need_passed(self, version: Version, state: State, force: bool) -> None:
+        if version.passed or force or version.number == state.previous:
+            return
+        failed = [
+            check.get("name", "?") for check in (version.verdict or {}).get("checks", ()) if not check.get("passed")
+        ]
+        got = (
+            "it was not asked"
+            if version.passed is None
+            else f"refused: {', '.join(map(str, failed)) or 'no reason given'}"
+        )
+        do = "ask it first (shoal gate), or give --force with the reason as --why"
+        raise UsageError(f"the gate did not let version {version.number} pass", got=got, do=do)
+
+    @contextmanager
+    def _changing(self, wait: float = 0.0) -> Iterator[State]:
+        """The state before a change, while nobody else may change it."""
+        do = "wait for it, and look at shoal release list"
+        busy = ResourceError(f"{self.directory} is being changed by another command", do=do)
+        with alone(self.directory / LOCK, busy, wait=wait):
+            yield self._finished()
+
+    def _finished(self) -> State:
+        """The state, after what an interrupted change had still to write."""
+        entries = self.audit.entries()
+        if not (self.directory / STATE).exists() and not entries:
+            return State()
+        last = config.load(State, entries[-1]["state"], str(self.audit.path)) if entries else State()
+        known = self.state() if (self.directory / STATE).exists() else State()
+        if last.number == known.number + 1:
+            known = replace(last, audit=self.audit.head())
+            self._write(known)
+        return known
+
+    def _change(
+        self,
+        before: State,
+        what: str,
+        why: str,
+        who: str | None,
+        version: int | None,
+        figures: dict[str, Any] | None = None,
+        /,
+        **changed: Any,
+    ) -> None:
+        if not why.strip():
+            raise ConfigError("why", got=why, do="give the reason: it is what the audit log is for")
+        after = replace(before, number=before.number + 1, audit="", **changed)
+        entry = {
+            "number": after.number,
+            "at": now(),
+            "who": who or _user(),
+            "what": what,
+            "version": version,
+            "from": before.stable,
+            "to": after.stable,
+            "why": why,
+            "figures": figures or {},
+            "state": config.dump(after),
+        }
+        head = self.audit.append(entry)
+        self._write(replace(after, audit=head))
+
+    def _write(self, state: State) -> None:
+        told = {"format": FORMAT, "version": VERSION, **config.dump(state)}
+        write_aside(self.directory / STATE, json.dumps(told, indent=1) + "\n")
+
+
+def _user() -> str:
+    """Whose process this is, as the system says."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return f"user {os.getuid()}"
+
+
+def now() -> str:
+    """UTC, ISO 8601, in milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,113 @@
+"""What the evidence of a canary decides: the test of a share by its definition, and by simulation what it promises."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from shoal.loop.canary import (
+    ALPHA,
+    CLEARED,
+    CONDEMNED,
+    LEAST_TIMES,
+    SHARES,
+    Canary,
+    Evidence,
+    Pace,
+    Tally,
+    advanced,
+    checks,
+    judged,
+    sprt,
+)
+
+START = Canary(2, 0, "2026-11-27T12:00:00+00:00", shadows=200, requests=300)
+
+
+def good(requests: int) -> Tally:
+    return Tally(requests=requests, timed=requests)
+
+
+def test_the_evidence_is_the_likelihood_ratio_of_each_request() -> None:
+    outcomes = [True, False, False, True, False]
+    by_hand = sum(math.log(0.03 / 0.005) if bad else math.log(0.97 / 0.995) for bad in outcomes)
+    assert sprt(2, 5, 0.005, 0.025) == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_a_step_ends_by_requests_that_went_well_and_the_last_one_ends_the_canary() -> None:
+    canary, evidence = START, Evidence(good(0), good(500))
+    for step in range(len(SHARES)):
+        assert judged(canary, evidence)[0] == "wait"
+        evidence.canary.requests += canary.enough
+        evidence.canary.timed += canary.enough
+        evidence.step = canary.enough
+        decision, _ = judged(canary, evidence)
+        assert decision == ("done" if step + 1 == len(SHARES) else "next")
+        if decision == "next":
+            canary, evidence.step = advanced(canary, "later"), 0
+    assert canary.share == SHARES[-1]
+
+
+@pytest.mark.parametrize("what", ["failures", "invalid", "slow"])
+def test_one_that_always_fails_is_taken_back_within_twenty_requests(what: str) -> None:
+    for requests in range(1, 21):
+        tally = good(requests)
+        setattr(tally, what, requests)
+        decision, why = judged(START, Evidence(tally, good(100), requests))
+        if decision == "back":
+            assert str(requests) in why
+            return
+    raise AssertionError("twenty bad answers")
+
+
+def test_what_fails_at_the_stable_version_too_is_not_the_canarys_fault() -> None:
+    half = Tally(requests=400, failures=200, timed=0)
+    assert judged(START, Evidence(Tally(requests=20, failures=10), half, 20))[0] == "wait"
+    assert judged(START, Evidence(Tally(requests=20, failures=10), good(400), 20))[0] == "back"
+
+
+def test_votes_condemn_and_clear_nothing() -> None:
+    evidence = Evidence(good(300), good(300), 300)
+    assert judged(START, evidence)[0] == "next", "without a vote"
+    evidence.canary.votes = evidence.canary.down = 8
+    assert judged(START, evidence)[0] == "back"
+
+
+def test_a_good_canary_is_condemned_as_seldom_as_promised_and_a_bad_one_soon() -> None:
+    """1,000 canaries each of 2,000 requests. Of Wald's test the promise is that of each error, within what it oversteps."""
+    draws = random.Random(1)
+
+    def ends(rate: float) -> tuple[str, int]:
+        count = 0
+        for of in range(1, 2001):
+            count += draws.random() < rate
+            evidence = sprt(count, of, 0.005, 0.025)
+            if evidence >= CONDEMNED or evidence <= CLEARED:
+                return ("back" if evidence >= CONDEMNED else "clear"), of
+        return "wait", 2000
+
+    found = [ends(0.005) for _ in range(1000)]
+    assert sum(end == "back" for end, _ in found) <= 1000 * ALPHA * 2
+    bad = sorted(of for end, of in (ends(0.5) for _ in range(1000)) if end == "back")
+    assert len(bad) >= 990 and bad[len(bad) // 2] <= 8
+
+
+def test_slow_is_measured_against_the_stable_versions_latest_answers() -> None:
+    pace = Pace(keep=40)
+    assert pace.is_slow(9.0, 9.0) is None and pace.patience(1.0, 10.0) == math.inf
+    for _ in range(LEAST_TIMES):
+        pace.observe(0.1, 0.01)
+    assert [pace.is_slow(*times) for times in ((0.1, 0.01), (0.2, 0.01), (0.1, 0.02), (0.12, None))] == [
+        False, True, True, False,
+    ]  # fmt: skip
+    assert pace.patience(0.5, 10.0) == pytest.approx(1.0) and pace.patience(5.0, 10.0) == 5.0
+    for _ in range(40):
+        pace.observe(1.0, 0.1)
+    assert pace.is_slow(1.1, 0.1) is False, "the machine is slow now"
+
+
+def test_every_check_has_a_name_of_its_own() -> None:
+    names = [check.name for check in checks(Evidence())]
+    assert len({*names}) == len(names) == 4
