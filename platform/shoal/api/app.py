@@ -27,10 +27,12 @@ from shoal.api.capture import CaptureArgs, Recorder
 from shoal.api.document import Documented
 from shoal.api.drain import Drain
 from shoal.api.feedback import feedback_routes
+from shoal.api.follow import Follower
 from shoal.api.lifespan import beside
 from shoal.api.limits import Limits
 from shoal.api.messages.routes import messages_routes
 from shoal.api.middleware import OPEN_PATHS, Gate, Headed
+from shoal.api.releases import release_routes
 from shoal.api.responses.routes import responses_routes
 from shoal.api.routes import openai_routes, status_routes, tokenizer_routes
 from shoal.api.runs import runs_routes
@@ -61,6 +63,7 @@ def build_app(
     adapters: Mapping[str, Known] | None = None,
     adapters_from: Path | None = None,
     on_adapters: OnChange | None = None,
+    follower: Follower | None = None,
     ui_mount: UiMount | None = None,
     answer_request_id: bool = True,
     drain: Drain | None = None,
@@ -70,8 +73,9 @@ def build_app(
     `metrics`: answer /metrics; `cors`: origins (``https://a.example``, or ``*`` for any) whose pages may call the API;
     `runs`: a folder of training runs to show, read only; `batches`: a folder that keeps files and batches, which are run while
     the app is, `at_once` of their lines at a time; `capture`: what is kept of requests; `adapters`, `adapters_from` and
-    `on_adapters` are as `Adapters` takes them; `ui_mount` may add a page; `answer_request_id` is false behind a proxy that has
-    its own; `drain` is how the caller ends it. Raises ConfigError for bad names or origins, DataError for a bad capture.
+    `on_adapters` are as `Adapters` takes them; `follower` follows a release as long as the app runs; `ui_mount` may add a page;
+    `answer_request_id` is false behind a proxy that has its own; `drain` is how the caller ends it. Raises ConfigError for bad
+    names or origins, DataError for a bad capture.
     """
     limits = limits or Limits()
     drain = drain or Drain(OPEN_PATHS)
@@ -90,7 +94,11 @@ def build_app(
         app.include_router(routes(service))
     app.include_router(feedback_routes(service, service.storing))
     app.include_router(batch_routes(service, _kept(app, service, batches, api_keys, at_once, drain)))
-    app.include_router(adapter_routes(service, Adapters(service, adapters or {}, adapters_from, on_adapters)))
+    known = Adapters(service, adapters or {}, adapters_from, on_adapters)
+    app.include_router(adapter_routes(service, known))
+    if follower is not None:
+        app.include_router(release_routes(service, follower.release))
+        beside(app, follower.run, asyncio.Task.cancel)
     app.include_router(status_routes(service, metrics=metrics))
     if runs is not None:
         app.include_router(runs_routes(runs))

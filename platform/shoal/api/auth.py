@@ -7,6 +7,7 @@ its SHA-256 digest may stand:
     sk-3kf9...  name=search  requests=60  tokens=20000        a minute; tokens are those of prompt and answer
     sk-81hc...  name=shop  texts=yes                          its requests may have their texts stored
     sha256:b0b2d9...  name=batch  at_once=8                   requests that run at the same time
+    sk-9x1ab...  name=ann  admin=yes                          may change which version of a release serves
 
 Notable: a service that was told to have keys never becomes open. A file that changes is read again with the next request; a new
 one that cannot be read changes nothing, and the log says so. One that is read while somebody writes over it is without some of
@@ -31,7 +32,9 @@ from shoal.errors import ConfigError, did_you_mean
 
 ENVIRONMENT = "SHOAL_API_KEYS"  # as in a file, with commas in place of line ends
 RATES = ("requests", "tokens")  # a minute
-SETTINGS = ("name", *RATES, "at_once", "texts")
+MAY = ("texts", "admin")  # what a key is allowed only where its line says yes
+COUNTS = (*RATES, "at_once")
+SETTINGS = ("name", *COUNTS, *MAY)
 AGAIN_SECONDS = 1.0  # between two tries to read a file that cannot be read
 GRACE_SECONDS = 10.0  # a key that came back within them was never gone
 
@@ -89,6 +92,7 @@ class Key:
     tokens: Bucket | None = None
     places: Places | None = None
     texts: bool = False  # may its requests have their texts stored?
+    admin: bool = False  # may change what is served
 
     def admit(self) -> None:
         """Counts a request, until `leave`. Raises RateLimitError for one too many, or when its tokens are spent."""
@@ -137,7 +141,7 @@ class Key:
         """It as a line of a file, by its digest."""
         limits = [f"{what}={bucket.per_minute}" for what, bucket in self._buckets()]
         limits += [] if self.places is None else [f"at_once={self.places.most}"]
-        limits += ["texts=yes"] if self.texts else []
+        limits += [f"{what}=yes" for what in MAY if getattr(self, what)]
         return " ".join([f"sha256:{self.digest.hex()}", f"name={self.name}", *limits])
 
     def _buckets(self) -> list[tuple[str, Bucket]]:
@@ -273,12 +277,15 @@ def _key(line: str, number: int, clock: Clock) -> Key:
         if name not in SETTINGS or name in given or not value:
             hint = did_you_mean(name, SETTINGS)  # the setting itself may be part of a key
             raise ConfigError(
-                f"{where}: a setting", allowed="name=TEXT requests=N tokens=N at_once=N texts=yes, each once", do=hint
+                f"{where}: a setting",
+                allowed="name=TEXT requests=N tokens=N at_once=N texts=yes admin=yes, each once",
+                do=hint,
             )
         given[name] = value
-    if given.get("texts", "yes") not in ("yes", "no"):
-        raise ConfigError(f"{where}: texts", allowed="yes, or no")
-    wrong = next((n for n in (*RATES, "at_once") if n in given and not _is_count(given[n])), None)
+    wrong = next((n for n in MAY if given.get(n, "yes") not in ("yes", "no")), None)
+    if wrong is not None:
+        raise ConfigError(f"{where}: {wrong}", allowed="yes or no")
+    wrong = next((n for n in COUNTS if n in given and not _is_count(given[n])), None)
     if wrong is not None:
         raise ConfigError(f"{where}: {wrong}", allowed="a whole number above 0" + ", a minute" * (wrong in RATES))
     known = _DIGEST.fullmatch(secret)
@@ -287,8 +294,8 @@ def _key(line: str, number: int, clock: Clock) -> Key:
     digest = bytes.fromhex(known[1]) if known else _digest(secret)
     requests, tokens = (Bucket(int(given[name][:12]), clock) if name in given else None for name in RATES)
     places = Places(int(given["at_once"][:12])) if "at_once" in given else None
-    name, texts = given.get("name", f"key-{digest.hex()[:6]}"), given.get("texts") == "yes"
-    return Key(name, digest, requests, tokens, places, texts)
+    may = {what: given.get(what) == "yes" for what in MAY}
+    return Key(given.get("name", f"key-{digest.hex()[:6]}"), digest, requests, tokens, places, **may)
 
 
 def _is_count(text: str) -> bool:

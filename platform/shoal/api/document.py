@@ -26,6 +26,7 @@ from shoal.api.bodies import (
     TokenizeRequest,
     UnloadAdapterRequest,
 )
+from shoal.api.changes import ReleaseRequest
 from shoal.api.messages.bodies import CountRequest, MessagesRequest
 from shoal.api.messages.shapes import MessageEvent
 from shoal.api.responses.bodies import ResponsesRequest
@@ -52,6 +53,7 @@ BODIES: tuple[type[Wire], ...] = (
     UnloadAdapterRequest,
     FeedbackRequest,
     StoredUpdate,
+    ReleaseRequest,
 )
 CHUNKS: tuple[Any, ...] = (ChatChunk, MessageEvent, ResponseEvent)  # of streams, that no whole answer is of
 

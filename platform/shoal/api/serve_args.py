@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from shoal.api import stock
@@ -12,6 +12,7 @@ from shoal.api.page import MOUNT
 from shoal.api.served import MODEL_NAME, MOST_ADAPTERS, ServedModel
 from shoal.config import KvCacheDtype
 from shoal.errors import ConfigError
+from shoal.loop.release import Release
 
 ENGINE = "EngineReplica"  # deployment of the engine; of several models each has one of its own
 
@@ -21,6 +22,7 @@ class ServeArgs:
     """The ``args`` of a Shoal application in a Serve config, and what `run_local` serves."""
 
     model: str | None = None  # model directory, the same path on every node; None: $SHOAL_MODEL
+    release: str | None = None  # instead: folder of a release, whose stable version is served, and followed
     # instead: several, name -> directory, each with its own replicas
     models: dict[str, str] = field(default_factory=dict)
     name: str | None = None  # what requests call the model, commas between several; None: its own name
@@ -66,6 +68,12 @@ class ServeArgs:
         if (self.adapters or self.adapters_from) and (self.models or self.engine == "vllm"):
             what = "adapters" if self.adapters else "adapters_from"
             raise ConfigError(f"args.{what}", do="serve one model with them (args.model), with args.engine shoal")
+        others = ("models", "adapters", "adapters_from")
+        if self.release and (beside := next((name for name in others if getattr(self, name)), None)):
+            do = "a release is one model: leave out one of the two"
+            raise ConfigError(f"args.release and args.{beside}", do=do)
+        if self.release and self.engine == "vllm":
+            raise ConfigError("args.release", do="serve it with args.engine shoal: vLLM holds the memory of one model")
         if len(self.adapters) > MOST_ADAPTERS:
             raise ConfigError("args.adapters", got=len(self.adapters), allowed=f"at most {MOST_ADAPTERS}")
         if self.engine != "vllm" and self.vllm:
@@ -99,6 +107,16 @@ class ServeArgs:
         if self.capture is None:
             return None
         return CaptureArgs(self.capture, self.capture_texts, self.capture_days, self.capture_texts_days)
+
+    def at_stable(self) -> ServeArgs:
+        """With the stable version of `release` as the model; itself without a release. Raises UsageError where there is none,
+        ConfigError where another model is given as well."""
+        if not self.release:
+            return self
+        model = str(Release(self.release).stable().served)
+        if self.model not in (None, model):
+            raise ConfigError("args.model and args.release", do="leave out args.model: the release says which serves")
+        return replace(self, model=model)
 
     def deployments(self) -> dict[str, str]:
         """Deployment of each model -> its directory, the default model's first; empty while no model is given."""

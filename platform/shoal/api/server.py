@@ -8,12 +8,12 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,17 +22,24 @@ from shoal.api.access import log_to_stderr
 from shoal.api.adapters import loaded
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
+from shoal.api.client import EngineClient
 from shoal.api.drain import STREAM_SECONDS, Drain
+from shoal.api.follow import Follower
 from shoal.api.limits import Limits
+from shoal.api.local import Changing, Here
 from shoal.api.middleware import OPEN_PATHS
 from shoal.api.page import chat_page
 from shoal.api.serve_args import ServeArgs
 from shoal.api.service import Hosted
+from shoal.api.split import Split
 from shoal.errors import ConfigError, ResourceError
+from shoal.loop.release import Release
 from shoal.machine import threads
 
 if TYPE_CHECKING:
     from shoal.engine.front import AsyncEngine
+
+Ends = Callable[[], Coroutine[Any, Any, None]]
 
 # fields of ServeArgs that only Ray Serve can follow: here are one engine, its queue, and the cores of this process
 ON_RAY = ("models", "min_replicas", "max_replicas", "max_queue", "cpus", "gpus", "engine", "vllm")
@@ -55,6 +62,7 @@ def run_local(
     """
     from shoal.engine.front import settle
 
+    args = args.at_stable()
     model = _one_model(args)
     port = port or _free_port(host)  # now, since the page is told where the API is
     page = chat_page(args.ui_api or f"http://{host}:{port}/v1", mount=args.ui_mount) if args.ui else None
@@ -71,8 +79,14 @@ def run_local(
         except BaseException:
             await engine.close()
             raise
+        client: EngineClient = engine
+        follower: Follower | None = None
+        ends: Ends = engine.close
+        if args.release:
+            client, follower, ends = _followed(args, engine)
         app = build_app(
-            [Hosted(served, engine)],
+            [Hosted(served, client)],
+            follower=follower,
             api_keys=keys,
             limits=Limits(seconds=args.seconds),
             metrics=args.metrics,
@@ -92,9 +106,9 @@ def run_local(
                 if on_ready:
                     on_ready(running.url)
                 await _any(running.stopped, first.wait())
-                await _leave(running, drain, engine, second)
+                await _leave(running, drain, ends, second)
         finally:
-            await engine.close()
+            await ends()
         return second.is_set()
 
     if asyncio.run(serve()):
@@ -134,11 +148,23 @@ def _engine(model: str, args: ServeArgs) -> AsyncEngine:
     return AsyncEngine(engine, read_adapter=read)
 
 
-async def _leave(running: Running, drain: Drain, engine: AsyncEngine, second: asyncio.Event) -> None:
-    """Takes no new work, lets what runs end, and ends the engine and the server; each wait is over with a `second` signal."""
+def _followed(args: ServeArgs, engine: AsyncEngine) -> tuple[Split, Follower, Ends]:
+    """`engine`, which serves the stable version of a release, as a client that others can take the place of; who follows the
+    release; and what ends all of its engines."""
+    release = Release(str(args.release))
+    stable = release.stable()
+    serving = Changing(engine, stable.label)
+    split = Split(serving)
+    here = Here(serving, partial(_engine, args=args))
+    return split, Follower(release, split, here, serves=stable.number), here.close
+
+
+async def _leave(running: Running, drain: Drain, ends: Ends, second: asyncio.Event) -> None:
+    """Takes no new work, lets what runs end, `ends` the engines, and ends the server; each wait is over with a `second`
+    signal."""
     drain.close()
     await _any(running.stopped, drain.ended(STREAM_SECONDS), second.wait())
-    await engine.close()  # what is left is told
+    await ends()  # what is left is told
     await _any(drain.ended(CLOSE_SECONDS), second.wait())
     running.end(at_once=second.is_set())
 

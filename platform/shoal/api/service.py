@@ -32,6 +32,7 @@ from shoal.api.messages import errors
 from shoal.api.metrics import Metrics
 from shoal.api.requests import EngineCall
 from shoal.api.served import ServedModel
+from shoal.api.split import Note, Split
 from shoal.api.storing import Storing
 from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, Wire, dumps, envelope, parse, unused
 from shoal.engine.events import Token
@@ -56,6 +57,7 @@ BODY_SECONDS = 60.0  # for a body to arrive
 SHORT_BODY = 2**15  # bytes, which take at most 10 ms to parse; one of 16 MiB takes up to 5 s
 # requests that are parsed (longer ones) and encoded at once, short and long ones each: more share Python's lock
 AT_ONCE = 2
+LONGEST_SAID = 4096  # characters of a message that tell its chat from others
 SEND_SECONDS = 60.0  # for a client to read what fills the buffers up to it; the request's deadline bounds its units
 
 
@@ -168,7 +170,11 @@ class Service:
             and self._stores(request.state.access)
         ):
             store = partial(self.storing.store, request.state.access, body, answer)
-        return await self._answer(request, hosted.client, call, answer, store, stream=body.stream)
+        client, note = hosted.client, Note()
+        if isinstance(client, Split):
+            note.conversation = _conversation(request, body) if client.trial else b""
+            client = client.asked(note)
+        return await self._answer(request, client, call, answer, note, store, stream=body.stream)
 
     async def _answer(
         self,
@@ -176,12 +182,13 @@ class Service:
         client: EngineClient,
         call: EngineCall,
         answer: Answer,
+        note: Note,
         store: Store | None,
         *,
         stream: bool,
     ) -> Response:
         """Runs `call` and sends `answer` whole or as a stream, `store` before its end; a client that leaves cancels it at any
-        point."""
+        point. `note` is filled meanwhile."""
         access: Access = request.state.access
         access.read(call.prompt_tokens)
         access.unused += call.unused
@@ -199,16 +206,17 @@ class Service:
             )
             for each in call.requests
         ]
-        events = _counted(gather(client, requests), call, access)
+        events = _counted(gather(client, requests), call, access, note)
         if not stream:
             whole = await while_connected(request.receive, answer.whole(events))
             access.facts["depth"] = answer.depth()
             if store is not None:
                 await store()
-            return Response(dumps(whole), media_type="application/json", headers={"X-Shoal-Depth": answer.depth()})
+            return Response(dumps(whole), media_type="application/json", headers=_told_of(answer.depth(), note))
         chunks = answer.chunks(events) if store is None else _stored(answer.chunks(events), answer, store)
         first = await while_connected(request.receive, anext(chunks))  # until here an error has its own status
-        return _EventStream(self._guarded(first, chunks, answer, access), answer.early_depth(), access)
+        headers = _told_of(answer.early_depth(), note)
+        return _EventStream(self._guarded(first, chunks, answer, access), headers, access)
 
     async def embed(
         self, request: Request, client: EngineClient, ids: list[list[int]], depth: str | int
@@ -285,9 +293,26 @@ def _shares(request: Request, access: Access) -> tuple[str, str]:
     return later + access.key.digest.hex()[:16], access.facts.get("user") or ""
 
 
-async def _counted(events: Events, call: EngineCall, access: Access) -> Events:
-    """`events`, their tokens counted. An error names a field of the body, where the engine has another name for it: the field
-    that a grammar came from, and none for a deadline, which the server sets."""
+def _conversation(request: Request, body: object) -> bytes:
+    """What tells a chat from others, the same at each of its turns: who asks, and all up to the first thing that a user said;
+    empty where `body` is no chat."""
+    said = [*_shares(request, request.state.access)]
+    for message in getattr(body, "messages", ()):
+        said.append(repr(message)[:LONGEST_SAID])
+        if getattr(message, "role", None) == "user":
+            return "\0".join(said).encode("utf-8", "surrogatepass")
+    return b""
+
+
+def _told_of(depth: str | None, note: Note) -> dict[str, str]:
+    """Headers of an answer: what is known of it when they are sent."""
+    told = {"X-Shoal-Depth": depth, "X-Shoal-Version": note.version}
+    return {name: value for name, value in told.items() if value}
+
+
+async def _counted(events: Events, call: EngineCall, access: Access, note: Note) -> Events:
+    """`events`, their tokens counted, and what `note` says kept for the log. An error names a field of the body, where the
+    engine has another name for it: the field that a grammar came from, and none for a deadline, which the server sets."""
     async with aclosing(events):
         try:
             async for index, ready in events:
@@ -298,6 +323,8 @@ async def _counted(events: Events, call: EngineCall, access: Access) -> Events:
                 error.param or "", error.param
             )
             raise
+        finally:
+            access.facts |= note.facts()
 
 
 def _retry_after(error: Exception) -> str:
@@ -311,9 +338,9 @@ class _EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], depth: str | None, access: Access) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes, None], known: dict[str, str], access: Access) -> None:
+        """`known`: headers beside its own."""
         self.status_code, self.background = 200, None
-        known = {} if depth is None else {"X-Shoal-Depth": depth}
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **known})
         self._chunks, self._access = chunks, access
 

@@ -36,6 +36,11 @@ class UnauthorizedError(RequestError):
     code = "invalid_api_key"
 
 
+class ForbiddenError(RequestError):
+    status = 403
+    code = "insufficient_permissions"
+
+
 class NotFoundError(RequestError):
     status = 404
     code = "not_found"
@@ -69,7 +74,13 @@ class RateLimitError(RequestError):
         self.retry_after = retry_after
 
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+}
 
 
 def envelope(message: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -126,11 +126,17 @@ class Release:
         return made
 
     def promote(
-        self, name: int | str | None = None, *, why: str, force: bool = False, who: str | None = None, **figures: Any
+        self,
+        name: int | str | None = None,
+        *,
+        why: str,
+        force: bool = False,
+        who: str | None = None,
+        figures: dict[str, Any] | None = None,
     ) -> Version:
-        """Makes a version (None: the candidate) the stable one. Raises UsageError for one that the gate did not let pass,
-        unless `force` is set, which the audit log then says; for one that is stable already; and CheckpointError for one
-        that was changed since."""
+        """Makes a version (None: the candidate) the stable one; `figures` are for the audit log. Raises UsageError for one that
+        the gate did not let pass, unless `force` is set, which the audit log then says; for one that is stable already; and
+        CheckpointError for one that was changed since."""
         with self._changing() as before:
             chosen = self._chosen(name, before)
             if chosen.number == before.stable:
@@ -147,11 +153,11 @@ class Release:
                 "canary": None,
                 "held": None,
             }
-            figures = {**figures, **({"forced": True} if force else {})}
+            figures = {**(figures or {}), **_forced(chosen, force)}
             self._change(before, "promote", why, who, chosen.number, figures, **roles)
         return chosen
 
-    def rollback(self, *, why: str, who: str | None = None, **figures: Any) -> Version:
+    def rollback(self, *, why: str, who: str | None = None, figures: dict[str, Any] | None = None) -> Version:
         """Takes back what was done last: a canary that runs, else the last promotion. Returns the version that serves then.
         Raises UsageError where there is neither."""
         with self._changing() as before:
@@ -189,12 +195,12 @@ class Release:
             chosen.verify()
             assert before.stable is not None
             versions.need_same(chosen.served, self.version(before.stable).served)
-            figures = {"forced": True} if force else {}
+            figures = _forced(chosen, force)
             canary = Canary(chosen.number, 0, now())
             self._change(before, "canary", why, who, chosen.number, figures, canary=canary, held=None)
         return chosen
 
-    def step(self, canary: Canary, *, why: str, **figures: Any) -> None:
+    def step(self, canary: Canary, *, why: str, figures: dict[str, Any] | None = None) -> None:
         """The canary's next step, by evidence. Raises UsageError where another or none runs."""
         with self._changing(wait=2.0) as before:
             if before.canary is None or before.canary.version != canary.version:
@@ -301,6 +307,10 @@ class Release:
     def _write(self, state: State) -> None:
         told = {"format": FORMAT, "version": VERSION, **config.dump(state)}
         write_aside(self.directory / STATE, json.dumps(told, indent=1) + "\n")
+
+
+def _forced(version: Version, force: bool) -> dict[str, Any]:
+    return {"forced": True} if force and not version.passed else {}
 
 
 def _user() -> str:

@@ -56,6 +56,11 @@ def weights(directory: str | Path, args: ServeArgs) -> str:
     computed with. Equal for copies of one model directory. Raises CheckpointError for a manifest that cannot be read."""
     from shoal.model.files import weights_sha256
 
+    return weights_of(weights_sha256(directory), args)
+
+
+def weights_of(sha256: str, args: ServeArgs) -> str:
+    """As `weights`, of those whose `weights_sha256` is known."""
     how: list[Any] = [args.engine, args.kv_cache_dtype, args.gpus > 0, args.vllm]
-    told = json.dumps([weights_sha256(directory), *how], sort_keys=True, default=str)
+    told = json.dumps([sha256, *how], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any, cast
 from weakref import WeakValueDictionary
@@ -52,15 +52,19 @@ class ReplicaClient:
         self._asking: set[asyncio.Task[Any]] = set()
         self._resumed = 0  # streams that went on at another replica
 
-    def batches(self, request: Request) -> AsyncGenerator[list[Event], None]:
-        """Raises QueueFullError when all replicas and the queue are full. A request whose replica is lost goes on at another
-        (`failover`); EngineDeadError says that several were lost, OtherModelError that no other has its weights."""
+    def batches(
+        self, request: Request, on_begun: Callable[[str], None] | None = None
+    ) -> AsyncGenerator[list[Event], None]:
+        """`on_begun` is told the weights that answer, before the first events. Raises QueueFullError when all replicas and the
+        queue are full. A request whose replica is lost goes on at another (`failover`); EngineDeadError says that several were
+        lost, OtherModelError that no other has its weights."""
 
         def count() -> None:
             self._resumed += 1
 
         pin = self._pins.setdefault(request.beside, Pin()) if request.beside else Pin()
-        return unbroken(self._open, request, reads=self._reads, pin=pin, on_resume=count)
+        lists = unbroken(self._open, request, reads=self._reads, pin=pin, on_resume=count)
+        return lists if on_begun is None else _told(lists, pin, on_begun)
 
     async def _open(self, request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
         wanted = replace(wanted, adapter=self._place(request.adapter))
@@ -239,6 +243,19 @@ class ReplicaClient:
         self._asking.discard(task)
         if not task.cancelled():
             task.exception()  # it is read, so that nobody tells of it
+
+
+async def _told(
+    lists: AsyncGenerator[list[Event], None], pin: Pin, on_begun: Callable[[str], None]
+) -> AsyncGenerator[list[Event], None]:
+    """`lists`, once `on_begun` has been told the weights of their `pin`."""
+    begun = False
+    async with aclosing(lists):
+        async for events in lists:
+            if not begun:
+                begun = True
+                on_begun(pin.weights or "")
+            yield events
 
 
 async def _answers(asked: set[asyncio.Task[Any]], enough: int) -> tuple[list[Any], list[BaseException]]:

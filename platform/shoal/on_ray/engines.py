@@ -31,6 +31,7 @@ from shoal.machine import threads
 from shoal.on_ray import calls
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
 from shoal.on_ray.failover import other_weights
+from shoal.on_ray.following import follow, stable
 from shoal.on_ray.known_adapters import KnownAdapters
 from shoal.on_ray.loaded import LastLoaded
 from shoal.on_ray.routing import router_config
@@ -111,6 +112,7 @@ class EngineReplica:
         self._running = Counter[str]()  # weights -> streams that are with their engine
         self._asked: dict[str, Any] = {}  # the newest user config
         self._changes: set[asyncio.Task[None]] = set()
+        self._following: asyncio.Task[None] | None = None
         self._refused = False
         self._streams = 0  # that have begun and not ended
         self._changing, self._loading = asyncio.Lock(), asyncio.Lock()  # of weights, of adapters
@@ -130,6 +132,10 @@ class EngineReplica:
         in one that starts where nothing was loaded before.
         """
         self._asked = user_config
+        if self._args.release and self._following is None:
+            release = self._args.release
+            self._asked = {"model": await asyncio.to_thread(stable, release)}
+            self._following = asyncio.create_task(follow(release, self._asked["model"], self._take_stable))
         if self._engine is None:
             await self._change()
             return
@@ -154,6 +160,9 @@ class EngineReplica:
                 self._refused = True
                 if before is not None:
                     await self._take(before)
+
+    async def _take_stable(self, directory: str) -> None:
+        await self.reconfigure({"model": directory})
 
     async def _take(self, directory: str) -> None:
         """Loads the weights of `directory` and gives new requests to them. Nothing has changed when it raises."""

@@ -33,16 +33,20 @@ from shoal import config
 from shoal.api.access import log_to_stderr
 from shoal.api.app import build_app
 from shoal.api.drain import STREAM_SECONDS, Drain
+from shoal.api.follow import Follower
 from shoal.api.limits import Limits
 from shoal.api.middleware import OPEN_PATHS
 from shoal.api.page import chat_page_later
 from shoal.api.serve_args import ServeArgs
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
+from shoal.api.split import Split
 from shoal.errors import ConfigError, ResourceError
+from shoal.loop.release import Release
 from shoal.machine import need_free_port
 from shoal.on_ray import keys
 from shoal.on_ray.calls import reads
+from shoal.on_ray.canary import OnServe
 from shoal.on_ray.clients import ReplicaClient
 from shoal.on_ray.ending import end_by_signals, need_ray, running
 from shoal.on_ray.ending import stop as stop
@@ -180,6 +184,8 @@ def _environment(deploy: ServeDeploySchema) -> dict[str, str]:
 def _with_model(args: ServeArgs) -> ServeArgs:
     if args.models:
         return args
+    if args.release:
+        return args.at_stable()
     model = args.model or os.environ.get(MODEL_VARIABLE)
     if not model:
         raise ConfigError("args.model", got="nothing", do=f"give a model directory, there or in ${MODEL_VARIABLE}")
@@ -196,7 +202,11 @@ def _at_home(args: dict[str, Any], url: str) -> dict[str, Any]:
     given = _with_model(config.load(ServeArgs, args, "args"))
     for directory in given.deployments().values():
         given.served(directory)
-    absolute: dict[str, Any] = {"model": str(Path(given.model).resolve())} if given.model else {}
+    absolute: dict[str, Any] = {}
+    if given.release:
+        absolute["release"] = str(Path(given.release).resolve())
+    elif given.model:
+        absolute["model"] = str(Path(given.model).resolve())
     absolute |= {"api_keys": keys.referred(given.api_keys)}
     if given.models:
         absolute["models"] = {name: str(Path(path).resolve()) for name, path in given.models.items()}
@@ -284,6 +294,13 @@ class Gateway:
         log_to_stderr()
         args = self._args
         models = [Hosted(served, client) for served, client in self._models]
+        follower: Follower | None = None
+        if args.release:
+            release, (served, client) = Release(args.release), self._models[0]
+            split = Split(client)
+            models = [Hosted(served, split)]
+            deploys = OnServe(args, serve.get_replica_context().app_name)
+            follower = Follower(release, split, deploys, serves=release.stable().number)
         default = models[0].served.name
         at = args.ui_api or "http://127.0.0.1:8000/v1"
         page = chat_page_later(at, default, args.ui_mount) if args.ui else None
@@ -300,6 +317,7 @@ class Gateway:
             adapters=self._known,
             adapters_from=Path(args.adapters_from) if args.adapters_from else None,
             on_adapters=self._adapters.put,
+            follower=follower,
             ui_mount=page,
             answer_request_id=False,  # Serve's proxy does
             drain=self._drain,

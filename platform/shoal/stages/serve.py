@@ -23,6 +23,9 @@ class Serve(Stage):
     """The OpenAI-compatible API at http://HOST:PORT/v1, and the pages at /ui, until Ctrl-C."""
 
     model: Annotated[Path | None, typer.Option(help="Model directory [the config's].")] = None
+    release: Annotated[
+        Path | None, typer.Option(help="Folder of a release: its stable version is served, and followed. [none]")
+    ] = None
     config: Annotated[Path | None, typer.Option(help="Serve config, such as serve_configs/local.yaml.")] = None
     name: Annotated[
         str | None, typer.Option(help="Name that requests use; commas between several [the model's own].")
@@ -102,6 +105,7 @@ class Serve(Stage):
 
         given: dict[str, Any] = {
             "model": self.model and str(self.model),
+            "release": self.release and str(self.release.absolute()),
             "name": self.name,
             "api_keys": self.api_keys and str(self.api_keys),
             "metrics": self.metrics,
@@ -123,8 +127,10 @@ class Serve(Stage):
         return {key: value for key, value in given.items() if value is not None} | replicas
 
     def _check(self) -> None:
-        if self.model is None and self.config is None:
-            raise UsageError("what to serve", do="give --model DIR or --config FILE")
+        if self.model is None and self.config is None and self.release is None:
+            raise UsageError("what to serve", do="give --model DIR, --release DIR or --config FILE")
+        if self.model is not None and self.release is not None:
+            raise UsageError("--model and --release", do="leave out --model: the release says which version serves")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in (None, *allowed):
                 raise UsageError(f"--{name.replace('_', '-')}", got=getattr(self, name), allowed=allowed)
@@ -132,8 +138,12 @@ class Serve(Stage):
             raise UsageError("--seconds", got=self.seconds, allowed="a number above 0")
         if self.logs is not None and (not self.ray or os.environ.get("RAY_ADDRESS")):
             raise UsageError("--logs", do="leave it out: no Ray is started that would delete its logs")
-        if not self.ray and (self.model is None or self.config is not None or self.replicas is not None):
-            raise UsageError("--no-ray serves one model from this process", do="give --model DIR, and no --config")
+        if not self.ray and (
+            (self.model or self.release) is None or self.config is not None or self.replicas is not None
+        ):
+            raise UsageError(
+                "--no-ray serves one model from this process", do="give --model DIR or --release DIR, and no --config"
+            )
 
     def _here(self) -> None:
         from shoal.api.serve_args import ServeArgs

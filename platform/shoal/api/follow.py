@@ -1,0 +1,215 @@
+"""A service follows a release: it serves the stable version, gives a canary its share, and takes it back by its evidence.
+
+`Follower` looks at ``release.json`` once a second, and writes what the evidence of a canary decides: each step, its rollback,
+and its promotion where the release says so. Where engines run is for `Deploys` to know: another Serve application, or this
+process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from typing import Protocol
+
+from shoal.api.split import Split, Trial, Weighed
+from shoal.config import load
+from shoal.errors import ConfigError, ShoalError, frames
+from shoal.loop.canary import Canary, Evidence, advanced, checks
+from shoal.loop.release import Release, State, now
+from shoal.loop.versions import Version
+from shoal.machine import write_aside
+
+EVIDENCE = "canary.json"  # of the release's folder: what the pages and people read of a canary
+LOOK_SECONDS = 1.0
+DEAD_LOOKS = 3  # in a row at a canary that is not well
+HELD_AFTER = timedelta(hours=24)  # a step without enough traffic
+LEAVE_SECONDS = 30.0  # for a canary's streams to end before its engine does
+READY = "all steps are clear: promote it, or roll it back"
+
+log = logging.getLogger("shoal.api")
+
+
+class Deploys(Protocol):
+    """Where the engines of a release run."""
+
+    async def serve(self, version: Version) -> None:
+        """New requests get `version`, now or as soon as it is loaded; returns when it is."""
+
+    async def begin(self, version: Version) -> Weighed:
+        """A canary of `version` that is well, beside what serves. Raises ShoalError where it does not start."""
+
+    async def end(self) -> None:
+        """No canary is there any more."""
+
+    def weights(self, version: Version) -> str:
+        """How what its engines call their weights begins."""
+
+
+class Follower:
+    """Of one service."""
+
+    def __init__(self, release: Release, split: Split, deploys: Deploys, *, serves: int) -> None:
+        """`serves`: the version that serves already."""
+        self.release, self._split, self._deploys = release, split, deploys
+        self._serves = serves
+        self._seen = -1  # number of the state that is followed
+        self._unwell = 0
+        self._written = ""
+
+    async def run(self) -> None:
+        """Follows until it is cancelled; what cannot be read is looked at again."""
+        said = ""
+        while True:
+            try:
+                await self.look()
+                said = ""
+            except Exception as error:
+                what = error.message if isinstance(error, ShoalError) else frames(error)
+                if what != said:
+                    log.error("the release is not followed: %s", what)
+                said = what
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def look(self) -> None:
+        """Does what the release says now, and tells it what was seen."""
+        state = await asyncio.to_thread(self.release.state)
+        if state.number != self._seen:
+            await self._take(state)
+            self._seen = state.number
+        if self._split.trial is not None:
+            await self._judge(self._split.trial, state)
+        elif state.held is None and state.canary is None and state.auto in ("canary", "promote"):
+            await self._begin_by_itself(state)
+
+    async def _take(self, state: State) -> None:
+        known = [number for number in (state.stable, state.previous, state.candidate) if number is not None]
+        found = [await asyncio.to_thread(self.release.version, number) for number in known]
+        labels = {self._deploys.weights(version): version.label for version in found}
+        self._split.labels = {**self._split.labels, **labels}  # streams go on with versions of before
+        stable = next(version for version in found if version.number == state.stable)
+        if stable.number != self._serves:
+            try:
+                await self._deploys.serve(stable)
+                self._serves = stable.number
+                log.warning("version %s serves", stable.label)
+            except Exception as error:  # a slip is no reason to end a service, nor to load for ever
+                what = error.message if isinstance(error, ShoalError) else frames(error)
+                log.error("version %s does not serve, what served goes on: %s", stable.label, what)
+        trial, canary = self._split.trial, state.canary
+        if trial is not None and (canary is None or canary.version != trial.canary.version):
+            await self._end(trial)
+            trial = None
+        if canary is None:
+            return
+        if trial is None:
+            await self._begin(canary)
+        elif canary.step != trial.canary.step:
+            trial.go_on(canary)
+
+    async def _begin(self, canary: Canary) -> None:
+        version = await asyncio.to_thread(self.release.version, canary.version)
+        self._split.labels = {**self._split.labels, self._deploys.weights(version): version.label}
+        try:
+            client = await self._deploys.begin(version)
+        except Exception as error:
+            what = error.message if isinstance(error, ShoalError) else type(error).__name__
+            await self._deploys.end()
+            await self._back(canary, f"it did not start: {what}")
+            return
+        self._unwell = 0
+        self._split.trial = Trial(client, version.label, canary, self._split.pace, self._kept(canary))
+
+    async def _end(self, trial: Trial) -> None:
+        """It gets nothing more, its streams end, and then it goes."""
+        self._split.trial = None
+        if trial.shadowing is not None:
+            trial.shadowing.cancel()
+        until = asyncio.get_running_loop().time() + LEAVE_SECONDS
+        while trial.running and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0.05)
+        await self._deploys.end()
+
+    async def _judge(self, trial: Trial, state: State) -> None:
+        await asyncio.to_thread(self._write, trial)
+        decision, why = trial.decided
+        if decision == "back" or await self._is_dead(trial):
+            # nobody waits for it to go: what is condemned gets nothing more already
+            await self._back(trial.canary, why if decision == "back" else "its engine is dead", trial)
+            return
+        if state.held is not None:
+            return
+        canary = trial.canary
+        if decision == "next":
+            step = advanced(canary, now())
+            await asyncio.to_thread(self.release.step, step, why=why, figures=_figures(trial))
+            trial.go_on(step)
+        elif decision == "done" and state.auto == "promote":
+            work = self.release.promote
+            await asyncio.to_thread(work, canary.version, why=why, force=True, who="shoal", figures=_figures(trial))
+        elif decision == "done":
+            await asyncio.to_thread(self.release.hold, why=READY, who="shoal")
+        elif datetime.now(UTC) - datetime.fromisoformat(canary.since) > HELD_AFTER:
+            what = f"too little traffic in {HELD_AFTER.days} d: {why}"
+            await asyncio.to_thread(self.release.hold, why=what, who="shoal")
+
+    async def _is_dead(self, trial: Trial) -> bool:
+        try:
+            await trial.client.check_health()
+            self._unwell = 0
+        except ShoalError:
+            self._unwell += 1
+        return self._unwell >= DEAD_LOOKS
+
+    async def _back(self, canary: Canary, why: str, trial: Trial | None = None) -> None:
+        log.error("the canary of version %s is taken back: %s", canary.version, why)
+        if trial is not None:
+            self._split.trial = None
+        state = await asyncio.to_thread(self.release.state)
+        if state.canary is not None and state.canary.version == canary.version:
+            figures = {} if trial is None else _figures(trial)
+            await asyncio.to_thread(self.release.rollback, why=why, who="shoal", figures=figures)
+        if trial is not None:
+            await self._end(trial)
+
+    async def _begin_by_itself(self, state: State) -> None:
+        if state.candidate is None or state.candidate == state.stable:
+            return
+        version = await asyncio.to_thread(self.release.version, state.candidate)
+        if version.passed:
+            await asyncio.to_thread(self.release.begin, version.number, why=f"auto: {state.auto}", who="shoal")
+
+    def _write(self, trial: Trial) -> None:
+        """What was seen of the canary, for people and for a gateway that starts again."""
+        told = {
+            "version": trial.canary.version,
+            "step": trial.canary.step,
+            "evidence": asdict(trial.evidence),
+            "decision": trial.decided,
+            "checks": [
+                {**asdict(each), "condemned": each.condemned, "cleared": each.cleared}
+                for each in checks(trial.evidence)
+            ],
+        }
+        text = json.dumps(told, indent=1)
+        if text != self._written:
+            write_aside(self.release.directory / EVIDENCE, text + "\n")
+            self._written = text
+
+    def _kept(self, canary: Canary) -> Evidence:
+        """What a gateway before this one saw of the same step of the same canary."""
+        path = self.release.directory / EVIDENCE
+        try:
+            told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if (told.get("version"), told.get("step")) == (canary.version, canary.step):
+                return load(Evidence, told["evidence"], str(path))
+        except (OSError, ValueError, KeyError, AttributeError, ConfigError) as error:
+            log.error("the evidence of the canary is lost: %s", type(error).__name__)
+        return Evidence()
+
+
+def _figures(trial: Trial) -> dict[str, dict[str, int]]:
+    """For the audit log."""
+    return {"canary": asdict(trial.evidence.canary), "stable": asdict(trial.evidence.stable)}

@@ -1,0 +1,361 @@
+"""Two versions of one model behind one name: the stable one, and while there is one a canary that has a share of the
+conversations.
+
+    chosen    by a hash of the conversation: a talk stays where it is, and whom 5 % reach, 25 % reach as well
+    shadow    at share 0 copies of requests go to the canary, one at a time; nobody reads the answers
+    failed    what fails at the canary and is not the client's fault goes on at the stable version with the tokens that were
+              sent (`Request.answer`, decision 0012): a text of two authors, marked so, and counted against the canary
+    late      a token that the canary does not give in many times what the stable version takes counts as failed
+
+The evidence is looked at after each request of the canary: one that is condemned gets nothing more from that moment on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from array import array
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from shoal.api.client import EngineClient
+from shoal.config import FULL
+from shoal.engine.events import LATER, Event, Finished, Request, Token
+from shoal.engine.metrics import Samples
+from shoal.errors import DeadlineError, EngineDeadError, QueueFullError, RequestError
+from shoal.inputs.chat import Encoded
+from shoal.loop.canary import Canary, Decision, Evidence, Pace, Tally, judged
+
+LATE_SECONDS, LATE_TIMES = (
+    2.0,
+    10.0,
+)  # least patience with a canary, and how many times the stable version's 95th percentile
+UNKNOWN_SECONDS = 30.0  # the patience while nothing is known of the stable version
+FIRST_TOKENS = 64  # of a prompt: what tells conversations apart where nothing better does
+ENDLESS = 16  # times the same token at the end of an answer that is none
+
+OnBegun = Callable[[str], None]
+
+
+class Weighed(EngineClient, Protocol):
+    """An engine that says with which weights it answers."""
+
+    def batches(self, request: Request, on_begun: OnBegun | None = None) -> AsyncIterator[list[Event]]:
+        """As `EngineClient`; `on_begun` is called before the first events, with what the engine's `info` calls its weights."""
+
+
+@dataclass
+class Note:
+    """What is known of one answer, filled while it is given."""
+
+    version: str = ""  # label of the version that it began with
+    role: str = ""  # stable or canary
+    resumed: str = ""  # "canary->stable" where it went on with other weights
+    conversation: bytes = b""  # what tells it from others; empty: by its first tokens
+
+    def facts(self) -> dict[str, str]:
+        """What is known, for the log and the captured row."""
+        told = {"version": self.version, "role": self.role, "resumed": self.resumed}
+        return {name: value for name, value in told.items() if value}
+
+
+@dataclass
+class Meter:
+    """One request as it went at one version."""
+
+    began: float = field(default_factory=time.monotonic)
+    first: float | None = None
+    last: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    depth: int = 0
+    spent: float | None = None
+    left: float = 0.0  # when it went on at another version
+
+    def take(self, events: list[Event]) -> None:
+        self.last = time.monotonic()
+        for event in events:
+            if isinstance(event, Token):
+                self.first = self.first or self.last
+                self.tokens.append(event.token)
+                self.depth, self.spent = event.depth, event.spent
+
+    @property
+    def times(self) -> tuple[float, float | None] | None:
+        """Seconds to the first token, and of each after it; None without one."""
+        if self.first is None:
+            return None
+        more = len(self.tokens) - 1
+        return self.first - self.began, (self.last - self.first) / more if more > 0 else None
+
+    @property
+    def invalid(self) -> bool:
+        """No token at all, or one that goes on and on."""
+        return not self.tokens or (len(self.tokens) >= ENDLESS and len({*self.tokens[-ENDLESS:]}) == 1)
+
+    def rest(self, request: Request) -> Request:
+        """What is left to do of `request`. Raises DeadlineError when its time is over."""
+        left = None if request.deadline is None else request.deadline - (time.monotonic() - self.began)
+        if left is not None and left <= 0:
+            raise DeadlineError("the request ran out of its time", param="deadline", got=request.deadline)
+        again = replace(request, id=f"{request.id}.stable", deadline=left, priority=request.priority - 1)
+        self.left = time.monotonic()
+        if not self.tokens:
+            return again
+        tolerance = None if self.spent is None else request.quality_tolerance
+        return replace(
+            again, answer=tuple(self.tokens), depth=self.depth, quality_tolerance=tolerance, spent=self.spent or 0.0
+        )
+
+    def ours(self, event: Event, request: Request) -> Event:
+        """An event of `rest` as one of `request`."""
+        if isinstance(event, Token):
+            return replace(event, request=request.id)
+        before = self.left - self.began
+        first = event.first_token_seconds + before if self.first is None else self.first - self.began
+        return replace(event, request=request.id, first_token_seconds=first, total_seconds=event.total_seconds + before)
+
+
+class Trial:
+    """A canary as the gateway sees it: where it is, and what it has done so far."""
+
+    def __init__(
+        self, client: Weighed, label: str, canary: Canary, pace: Pace, evidence: Evidence | None = None
+    ) -> None:
+        """`pace`: of the stable version; `evidence`: what was seen of the canary before."""
+        self.client, self.label, self.canary, self.pace = client, label, canary, pace
+        self.evidence = evidence or Evidence()
+        self.running = 0  # requests that are with it
+        self.decided: tuple[Decision, str] = ("wait", "")
+        self.shadowing: asyncio.Task[None] | None = None
+
+    def takes(self, conversation: bytes) -> bool:
+        """Whether a conversation is the canary's."""
+        drawn = int.from_bytes(
+            hashlib.blake2b(conversation, digest_size=8, key=self.label.encode()[:64]).digest(), "big"
+        )
+        return drawn < self.canary.share * 2**64
+
+    def go_on(self, canary: Canary) -> None:
+        """Another step."""
+        self.canary, self.evidence.step, self.decided = canary, 0, ("wait", "")
+
+    def count(self, meter: Meter, *, stable: bool, failed: bool = False) -> None:
+        """A request has ended at one of the two versions."""
+        tally = self.evidence.stable if stable else self.evidence.canary
+        tally.requests += 1
+        tally.failures += failed
+        if not failed:
+            self._count_answer(tally, meter)
+        if not stable:
+            self.evidence.step += 1
+            self.decided = judged(self.canary, self.evidence)
+
+    def _count_answer(self, tally: Tally, meter: Meter) -> None:
+        tally.invalid += meter.invalid
+        if meter.times is None:
+            return
+        slow = self.pace.is_slow(*meter.times)
+        if slow is not None:
+            tally.timed += 1
+            tally.slow += slow
+
+    async def patient(self, request: Request) -> AsyncGenerator[list[Event], None]:
+        """The canary's events. Raises EngineDeadError when one is late."""
+        self.running += 1
+        lists = self.client.batches(request)
+        try:
+            while True:
+                patience = min(self.pace.patience(LATE_SECONDS, LATE_TIMES), UNKNOWN_SECONDS)
+                try:
+                    async with asyncio.timeout(patience):
+                        events = await anext(lists, None)
+                except TimeoutError:
+                    raise EngineDeadError("the canary is late", got=f"silence for {patience:.1f} s") from None
+                if events is None:
+                    return
+                yield events
+        finally:
+            self.running -= 1
+            if isinstance(lists, AsyncGenerator):
+                await lists.aclose()
+
+
+class Split:
+    """The stable version and its canary, as one `EngineClient`."""
+
+    def __init__(self, stable: Weighed) -> None:
+        self.stable = stable
+        self.trial: Trial | None = None
+        self.pace = Pace()
+        self.labels: Mapping[str, str] = {}  # beginning of what engines call their weights -> label of the version
+
+    def asked(self, note: Note) -> EngineClient:
+        """It for one answer, of which `note` is told."""
+        return _Noted(self, note)
+
+    def condemned(self) -> Trial | None:
+        """The trial, if its evidence says that it is to end; then it gets nothing more."""
+        trial = self.trial
+        return trial if trial is not None and trial.decided[0] == "back" else None
+
+    def batches(self, request: Request, note: Note | None = None) -> AsyncIterator[list[Event]]:
+        note = note or Note()
+        trial = None if self.condemned() else self.trial
+        if trial is not None and trial.takes(note.conversation or _beginning(request)):
+            return self._on_trial(trial, request, note)
+        return self._on_stable(trial, request, note)
+
+    async def _on_stable(self, trial: Trial | None, request: Request, note: Note) -> AsyncGenerator[list[Event], None]:
+        note.role = "stable"
+        meter = Meter()
+        if trial is not None and not trial.canary.step:
+            self._shadow(trial, request)
+        try:
+            async with aclosing(self._of_stable(request, note)) as lists:
+                async for events in lists:
+                    meter.take(events)
+                    if isinstance(events[-1], Finished):
+                        self._ended(trial, meter, failed=_fault(events[-1]) is not None)
+                    yield events
+        except Exception as error:
+            if trial is not None and not _clients_fault(error):
+                trial.count(meter, stable=True, failed=True)
+            raise
+
+    def _ended(self, trial: Trial | None, meter: Meter, *, failed: bool) -> None:
+        """An answer of the stable version has ended."""
+        if trial is not None:
+            trial.count(meter, stable=True, failed=failed)
+        if not failed and meter.times is not None:
+            self.pace.observe(*meter.times)
+
+    async def _of_stable(self, request: Request, note: Note) -> AsyncGenerator[list[Event], None]:
+        def begun(weights: str) -> None:
+            known = self.labels.get(weights.partition("-")[0], "")
+            note.version = note.version or known
+
+        lists = self.stable.batches(request, begun)
+        try:
+            async for events in lists:
+                yield events
+        finally:
+            if isinstance(lists, AsyncGenerator):
+                await lists.aclose()
+
+    async def _on_trial(self, trial: Trial, request: Request, note: Note) -> AsyncGenerator[list[Event], None]:
+        if request.sampling.seed is None:  # with which another engine can go on
+            request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
+        note.role = "canary"
+        meter = Meter()
+        try:
+            async with aclosing(trial.patient(request)) as lists:
+                async for events in lists:
+                    error = _fault(events[-1])
+                    good = events if error is None else events[:-1]
+                    meter.take(good)
+                    if error is None and isinstance(events[-1], Finished):
+                        trial.count(meter, stable=False)
+                    if good:
+                        note.version = trial.label
+                        yield good
+                    if error is not None:
+                        raise error
+                    if isinstance(events[-1], Finished):
+                        return
+            raise EngineDeadError("the canary ended the request without finishing it")
+        except Exception as error:
+            if _clients_fault(error):
+                raise
+            if not isinstance(error, QueueFullError):  # that it has fewer replicas is no fault of its weights
+                trial.count(meter, stable=False, failed=True)
+        note.resumed = "canary->stable"
+        async with aclosing(self._of_stable(meter.rest(request), note)) as rest:
+            async for events in rest:
+                yield [meter.ours(event, request) for event in events]
+
+    def _shadow(self, trial: Trial, request: Request) -> None:
+        """Sends a copy to the canary, where none is there; it waits for whatever else there is."""
+        if trial.shadowing is not None and not trial.shadowing.done():
+            return
+        copy = replace(request, id=f"{request.id}.shadow", priority=LATER, payer="shadow", client="", beside="")
+        trial.shadowing = asyncio.create_task(self._copied(trial, copy))
+
+    async def _copied(self, trial: Trial, request: Request) -> None:
+        meter, failed = Meter(), False
+        try:
+            async with aclosing(trial.patient(request)) as lists:
+                async for events in lists:
+                    meter.take(events)
+                    failed = _fault(events[-1]) is not None
+        except Exception as error:
+            if _clients_fault(error) or isinstance(error, QueueFullError):
+                return
+            failed = True
+        trial.count(meter, stable=False, failed=failed)
+
+    async def embed(
+        self,
+        prompts: list[list[int]],
+        depth: str | int = FULL,
+        *,
+        payer: str = "",
+        client: str = "",
+        priority: int = 0,
+        adapter: str = "",
+    ) -> list[list[float]]:
+        """By the stable version: vectors of two cannot be compared."""
+        return await self.stable.embed(prompts, depth, payer=payer, client=client, priority=priority, adapter=adapter)
+
+    async def load_adapter(self, directory: str) -> str:
+        return await self.stable.load_adapter(directory)
+
+    async def keep_adapters(self, known: Mapping[str, str]) -> None:
+        await self.stable.keep_adapters(known)
+
+    async def stats(self) -> Samples:
+        return await self.stable.stats()
+
+    async def info(self) -> list[dict[str, str]]:
+        return await self.stable.info()
+
+    async def check_health(self) -> None:
+        await self.stable.check_health()
+
+
+class _Noted(Split):
+    """A `Split` for one answer."""
+
+    def __init__(self, whole: Split, note: Note) -> None:
+        self._whole, self._note = whole, note
+        self.stable = whole.stable
+
+    def batches(self, request: Request, note: Note | None = None) -> AsyncIterator[list[Event]]:
+        return self._whole.batches(request, note or self._note)
+
+
+def _beginning(request: Request) -> bytes:
+    """Of a prompt, with who sent it."""
+    whose = f"{request.payer}\0{request.client}\0".encode()
+    if isinstance(request.prompt, str):
+        return whose + request.prompt[:FIRST_TOKENS].encode("utf-8", "surrogatepass")
+    ids = request.prompt.ids if isinstance(request.prompt, Encoded) else request.prompt
+    return whose + array("q", ids[:FIRST_TOKENS]).tobytes()
+
+
+def _clients_fault(error: Exception) -> bool:
+    """Whether any version would have said so."""
+    kinds = (QueueFullError, DeadlineError)
+    return isinstance(error, RequestError) and error.status < 500 and not isinstance(error, kinds)
+
+
+def _fault(event: Event) -> Exception | None:
+    """What was wrong with an answer that ended so, where it did not end well; never where the client left."""
+    if not isinstance(event, Finished) or event.reason in ("stop", "length"):
+        return None
+    if event.reason == "deadline":
+        return DeadlineError("the request ran out of its time", do="ask for fewer tokens or try again")
+    return event.error or EngineDeadError(f"the request was {event.reason} by the server", do="try again")
