@@ -1,4 +1,4 @@
-"""All pages as one Gradio app: chats, the comparison, training runs and the service."""
+"""All pages as one Gradio app: chats, the comparison, training runs, releases and the service."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 import openai
 
-from ui import compare, guard, service, talk, training
+from ui import compare, guard, releases, service, talk, training
 from ui.assistants import ASSISTANTS, PICTURES
 from ui.chat import AT_ONCE, build_chat
 from ui.site import Site
@@ -19,7 +19,13 @@ MAX_FILE_SIZE = "8mb"  # the API's own limit for an image
 def build(base_url: str, model: str | None, root: str, api: openai.AsyncOpenAI) -> gr.Blocks:
     """The pages over the API at `base_url` (which ends in /v1), which they ask through `api`. `model` is named first (None: the
     server's first); `root` is the path that browsers find the first page at."""
-    places = [*(assistant.place for assistant in ASSISTANTS), compare.PLACE, training.PLACE, service.PLACE]
+    places = [
+        *(assistant.place for assistant in ASSISTANTS),
+        compare.PLACE,
+        training.PLACE,
+        releases.PLACE,
+        service.PLACE,
+    ]
     first, *others = ASSISTANTS
     page = gr.Blocks(
         title="Shoal", analytics_enabled=False, fill_height=True, delete_cache=(guard.LOOKED_EVERY, guard.KEPT_SECONDS)
@@ -30,7 +36,7 @@ def build(base_url: str, model: str | None, root: str, api: openai.AsyncOpenAI) 
     for assistant in others:
         with page.route(assistant.place.name, assistant.place.path, show_in_navbar=False):
             build_chat(at, assistant)
-    for module in (compare, training, service):
+    for module in (compare, training, releases, service):
         with page.route(module.PLACE.name, module.PLACE.path, show_in_navbar=False):
             module.build(at)
     gr.set_static_paths([talk.LOST_PICTURE, *(Path(file) for file in PICTURES)])

@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from shoal import Model
+from shoal.loop.release import Release
 from tests.browser.driving import SECONDS
 from tests.browser.runs import LIVE, write_runs
 from tests.browser.site import Site, site
@@ -20,6 +22,19 @@ from tests.neighbours import lend
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page
+
+
+CHECK = {"name": "exact, frozen", "passed": True, "difference": -0.012, "low": -0.02, "high": -0.004}
+
+
+def written_release(folder: Path) -> Release:
+    """Version 1 serves, 2 was refused by the gate, and 3 passed it."""
+    made = Release(folder / "release")
+    for seed in (3, 4, 5):
+        Model.from_preset("test", seed=seed).save(folder / str(seed))
+        passed = seed != 4
+        made.add(folder / str(seed), verdict={"passed": passed, "checks": [{**CHECK, "passed": passed}]})
+    return made
 
 
 @contextmanager
@@ -74,9 +89,11 @@ def runs_folder(written_runs: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def open_site(request: pytest.FixtureRequest, strangers: list[str], runs_folder: Path) -> Site:
+def open_site(
+    request: pytest.FixtureRequest, strangers: list[str], runs_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Site:
     pytest.importorskip("gradio")
-    return lend(request, site(runs=runs_folder))
+    return lend(request, site(runs=runs_folder, release=written_release(tmp_path_factory.mktemp("release"))))
 
 
 @pytest.fixture(scope="module")

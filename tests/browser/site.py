@@ -8,18 +8,24 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from shoal import Engine, Model, Request
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.drain import Drain
+from shoal.api.follow import Follower
 from shoal.api.middleware import OPEN_PATHS
 from shoal.api.page import chat_page
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
+from shoal.api.split import Split
 from shoal.engine.events import Event
 from shoal.engine.front import AsyncEngine
 from shoal.engine.metrics import FAMILIES, Samples
+from shoal.errors import ConfigError
+from shoal.loop.release import Release
+from shoal.loop.versions import Version
 from tests.serving import Thread, in_a_thread
 
 SECONDS_A_TOKEN = 0.02
@@ -96,6 +102,22 @@ class Site:
             self.client.most = None
 
 
+class Unmoved:
+    """Engines of a release that are there already, whatever is promoted."""
+
+    async def serve(self, version: Version) -> None:
+        pass
+
+    async def begin(self, version: Version) -> Any:
+        raise ConfigError("no room for a canary")
+
+    async def end(self) -> None:
+        pass
+
+    def weights(self, version: Version) -> str:
+        return version.label
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -110,8 +132,10 @@ def site(
     lost: bool = False,
     beside: Model | None = None,
     port: int | None = None,
+    release: Release | None = None,
 ) -> Iterator[Site]:
-    """`lost`: the pages look for the API where there is none. `beside`: a second model. `port`: None for a free one."""
+    """`release`: is followed, by engines that change nothing. `lost`: the pages look for the API where there is none. `beside`:
+    a second model. `port`: None for a free one."""
     models = {"fish": Model.from_preset("test", seed=3)} | ({"minnow": beside} if beside else {})
     port = port or free_port()
     clients = [Readable(AsyncEngine(Engine(model)), model) for model in models.values()]
@@ -121,6 +145,8 @@ def site(
     ]
     page = chat_page(f"http://127.0.0.1:{1 if lost else port}/v1", "fish")
     drain = Drain(OPEN_PATHS)
-    app = build_app(hosted, api_keys=keys, runs=runs, ui_mount=page, drain=drain)
+    split = Split(clients[0])  # type: ignore[arg-type]
+    follower = None if release is None else Follower(release, split, Unmoved(), serves=1)
+    app = build_app(hosted, api_keys=keys, runs=runs, ui_mount=page, drain=drain, follower=follower)
     with in_a_thread(app, [client.engine for client in clients], port) as thread:
         yield Site(thread, clients[0], clients[-1], drain)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from shoal import Model
+from shoal.api.auth import ApiKeys
+from tests.browser.conftest import written_release
 from tests.browser.driving import ask, most_tokens, until, visit
 from tests.browser.runs import START, evaluation, say, step
 from tests.browser.site import Site, site
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.browser, pytest.mark.drill]
 
-CHATS, TOOLS = ("", "customer-service", "code", "medicine"), ("compare", "training", "service")
+CHATS, TOOLS = ("", "customer-service", "code", "medicine"), ("compare", "training", "releases", "service")
 TAGS = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa")
 NAME = """() => {
   const at = document.activeElement;
@@ -103,6 +105,37 @@ def test_axe_finds_none_beside_an_answer_and_in_what_is_folded_away(page: Page, 
     page.get_by_role("button", name="Compare").click()
     page.locator("#answer-B .facts").wait_for()
     assert in_both_schemes(page) == []
+
+
+def test_a_release_is_changed_on_its_page_where_axe_finds_nothing(
+    page: Page, strangers: list[str], tmp_path: Path
+) -> None:
+    """Only with a key that may, with a reason, and not against the gate unless it is said."""
+    release = written_release(tmp_path)
+    with site(ApiKeys(["reader", "secret name=ann admin=yes"]), release=release) as locked:
+        page.goto(f"{locked.url}/ui/releases")
+        page.get_by_label("API key").fill("reader")
+        page.get_by_label("API key").press("Enter")
+        page.get_by_text("Version 1 serves; version 3 is to be decided on.").wait_for()
+        assert page.get_by_role("button", name="Promote").count() == 0
+        page.get_by_label("API key").fill("secret")
+        page.get_by_label("API key").press("Enter")
+        promote = page.get_by_role("button", name="Promote")
+        promote.click()
+        page.get_by_role("alert").get_by_text("Write the reason first.").wait_for()
+        assert in_both_schemes(page) == []
+        page.get_by_label("Version", exact=True).click()
+        page.get_by_role("option", name=release.version(2).label).click()
+        page.get_by_label("Reason").fill("it looks good")
+        promote.click()
+        page.get_by_role("alert").get_by_text("the gate did not let version 2 pass").wait_for()
+        page.get_by_label("Also against the gate").check()
+        promote.click()
+        page.get_by_text("New requests get version 2 within some seconds.").wait_for()
+        page.get_by_role("row", name="promote 2, against the gate").get_by_text("it looks good").wait_for()
+        state, last = release.state(), release.audit.entries()[-1]
+        assert (state.stable, last["who"], last["figures"]) == (2, "ann", {"forced": True})
+        page.goto("about:blank")
 
 
 def test_a_chat_needs_no_mouse_and_every_stop_on_the_way_has_a_name(page: Page, open_site: Site) -> None:

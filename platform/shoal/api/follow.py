@@ -106,7 +106,7 @@ class Follower:
             return
         if trial is None:
             await self._begin(canary)
-        elif canary.step != trial.canary.step:
+        elif canary != trial.canary:
             trial.go_on(canary)
 
     async def _begin(self, canary: Canary) -> None:

@@ -140,8 +140,10 @@ class Trial:
         return drawn < self.canary.share * 2**64
 
     def go_on(self, canary: Canary) -> None:
-        """Another step."""
-        self.canary, self.evidence.step, self.decided = canary, 0, ("wait", "")
+        """Another step, or the same with other bounds."""
+        if canary.step != self.canary.step:
+            self.evidence.step = 0
+        self.canary, self.decided = canary, ("wait", "")
 
     def count(self, meter: Meter, *, stable: bool, failed: bool = False) -> None:
         """A request has ended at one of the two versions."""

@@ -1,0 +1,221 @@
+"""Which version gets a request, and what becomes of one that fails at a canary: with engines that do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from shoal.api.split import Meter, Note, Split, Trial
+from shoal.engine.events import LATER, Event, Finished, Request, Token
+from shoal.errors import (
+    ContextLengthError,
+    DeadlineError,
+    EngineDeadError,
+    GenerationError,
+    QueueFullError,
+    RequestError,
+)
+from shoal.loop.canary import LEAST_TIMES, SHARES, Canary
+
+SECONDS = 60.0
+
+
+class Engine:
+    """Answers four tokens, of `first` on; raises `error` before the token `at`, or hangs there; ends with `end` instead."""
+
+    def __init__(self, first: int, error: Exception | None = None, at: int = 0, end: Finished | None = None) -> None:
+        self.first, self.error, self.at, self.end = first, error, at, end
+        self.hangs = False
+        self.asked: list[Request] = []
+        self.open = 0
+
+    async def batches(self, request: Request, on_begun: Any = None) -> AsyncGenerator[list[Event], None]:
+        self.asked.append(request)
+        self.open += 1
+        try:
+            if on_begun is not None:
+                on_begun("stableweights-none")
+            for place in range(len(request.answer), 4):
+                if place == self.at and (self.error or self.hangs):
+                    if self.hangs:
+                        await asyncio.Event().wait()
+                    assert self.error is not None
+                    raise self.error
+                yield [Token(request.id, self.first + place, "x", depth=2)]
+            yield [self.end or Finished(request.id, "length", depth=2, completion_tokens=4, total_seconds=1.0)]
+        finally:
+            self.open -= 1
+
+
+def split(canary: Engine, step: int = 3, share: float | None = 1.0) -> Split:
+    """Over a stable engine of tokens from 100 on; a canary of `share` of the conversations."""
+    made = Split(Engine(100))  # type: ignore[arg-type]
+    made.labels = {"stableweights": "1.stable"}
+    made.trial = Trial(canary, "2.canary", Canary(2, step, "now"), made.pace)  # type: ignore[arg-type]
+    if share is not None:
+        made.trial.takes = lambda conversation: made.trial.canary.step > 0  # type: ignore[method-assign,union-attr]
+    return made
+
+
+async def read(made: Split, request: Request, note: Note) -> list[Event]:
+    async with asyncio.timeout(SECONDS):
+        return [event async for events in made.asked(note).batches(request) for event in events]
+
+
+def tokens(events: list[Event]) -> list[int]:
+    assert isinstance(events[-1], Finished) and all(isinstance(event, Token) for event in events[:-1])
+    assert {event.request for event in events} == {"r"}
+    return [event.token for event in events if isinstance(event, Token)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [GenerationError("NaN"), EngineDeadError("lost"), KeyError("a bug"), QueueFullError("full"), DeadlineError("late")],
+)
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_what_fails_at_the_canary_goes_on_at_the_stable_version(error: Exception, at: int) -> None:
+    async def work() -> None:
+        canary, note = Engine(0, error, at), Note()
+        made = split(canary)
+        events = await read(made, Request([5, 6], id="r"), note)
+        assert tokens(events) == [*range(at), *range(100 + at, 104)]
+        assert note.resumed == "canary->stable"
+        assert note.version == ("2.canary" if at else "1.stable")
+        (rest,) = made.stable.asked  # type: ignore[attr-defined]
+        assert (rest.answer, rest.prompt) == (tuple(range(at)), [5, 6])
+        assert rest.depth == (2 if at else "auto") and rest.id != "r"
+        assert rest.sampling.seed == canary.asked[0].sampling.seed is not None, "the same draws"
+        trial = made.trial
+        assert trial is not None and trial.running == canary.open == 0
+        full = isinstance(error, QueueFullError)
+        assert (trial.evidence.canary.failures, trial.evidence.canary.requests) == (0 if full else 1,) * 2
+
+    asyncio.run(work())
+
+
+def test_an_end_that_is_an_error_goes_on_as_well() -> None:
+    async def work() -> None:
+        made, note = split(Engine(0, end=Finished("r", "error", error=GenerationError("NaN")))), Note()
+        assert tokens(await read(made, Request([5], id="r"), note)) == [0, 1, 2, 3]
+        assert note.resumed
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("error", [ContextLengthError("too long"), RequestError("top_p", param="top_p")])
+def test_the_clients_own_fault_is_told_and_counted_against_nobody(error: Exception) -> None:
+    async def work() -> None:
+        made = split(Engine(0, error))
+        with pytest.raises(type(error)):
+            await read(made, Request([5], id="r"), Note())
+        assert made.trial is not None and made.trial.evidence.canary.requests == 0
+        assert made.stable.asked == []  # type: ignore[attr-defined]
+
+    asyncio.run(work())
+
+
+def test_a_canary_that_is_late_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.api.split.LATE_SECONDS", 0.05)
+
+    async def work() -> None:
+        canary = Engine(0, at=2)
+        canary.hangs = True
+        made, note = split(canary), Note()
+        for _ in range(LEAST_TIMES):
+            made.pace.observe(0.001, 0.001)
+        assert tokens(await read(made, Request([5], id="r"), note)) == [0, 1, 102, 103]
+        assert note.resumed and canary.open == 0
+
+    asyncio.run(work())
+
+
+def test_one_that_is_condemned_gets_nothing_more_from_that_moment_on() -> None:
+    async def work() -> None:
+        canary = Engine(0, GenerationError("NaN"))
+        made = split(canary)
+        for _ in range(20):
+            await read(made, Request([5], id="r"), Note())
+        assert len(canary.asked) == 3
+        assert made.condemned() is made.trial and made.trial is not None
+        assert "failures: 3 of 3" in made.trial.decided[1]
+
+    asyncio.run(work())
+
+
+def test_a_shadow_is_one_copy_at_a_time_that_nobody_reads() -> None:
+    async def work() -> None:
+        canary = Engine(0, at=1)
+        canary.hangs = True
+        made = split(canary, step=0)
+        for _ in range(3):
+            note = Note()
+            assert tokens(await read(made, Request([5], id="r", payer="ann", beside="b"), note)) == [100, 101, 102, 103]
+            assert (note.role, note.version, note.resumed) == ("stable", "1.stable", "")
+            await asyncio.sleep(0)
+        (copy,) = canary.asked
+        assert (copy.priority, copy.payer, copy.beside, copy.prompt) == (LATER, "shadow", "", [5])
+        trial = made.trial
+        assert trial is not None and trial.shadowing is not None
+        canary.hangs = False
+        trial.shadowing.cancel()
+        await asyncio.wait({trial.shadowing})
+        await read(made, Request([5], id="r"), Note())
+        assert trial.shadowing is not None
+        await trial.shadowing
+        assert (trial.evidence.canary.requests, trial.evidence.canary.failures, trial.evidence.stable.requests) == (
+            1,
+            0,
+            4,
+        )
+
+    asyncio.run(work())
+
+
+def test_who_leaves_ends_the_canarys_work_and_counts_against_nobody() -> None:
+    async def work() -> None:
+        canary = Engine(0)
+        made = split(canary)
+        lists = made.asked(Note()).batches(Request([5], id="r"))
+        async with aclosing(lists):  # type: ignore[type-var]
+            await anext(lists)
+        trial = made.trial
+        assert trial is not None and (canary.open, trial.running, trial.evidence.canary.requests) == (0, 0, 0)
+
+    asyncio.run(work())
+
+
+def test_a_conversation_stays_and_whom_few_reach_many_reach_as_well() -> None:
+    talks = [f"talk {number}".encode() for number in range(4000)]
+    before: set[bytes] = set()
+    for step, share in enumerate(SHARES):
+        trial = Trial(None, "2.canary", Canary(2, step, "now"), Split(None).pace)  # type: ignore[arg-type]
+        taken = {talk for talk in talks if trial.takes(talk)}
+        assert before <= taken and abs(len(taken) / len(talks) - share) < 0.03
+        before = taken
+    other = Trial(None, "3.other", Canary(3, 1, "now"), Split(None).pace)  # type: ignore[arg-type]
+    first = {talk for talk in talks if Trial(None, "2.canary", Canary(2, 1, "now"), other.pace).takes(talk)}  # type: ignore[arg-type]
+    assert len(first & {talk for talk in talks if other.takes(talk)}) < len(first) / 2, "another canary, other people"
+
+
+@pytest.mark.parametrize(
+    ("said", "invalid"), [([], True), ([7] * 15, False), ([1, *[7] * 16], True), ([*range(20)], False)]
+)
+def test_an_answer_of_nothing_or_of_one_token_for_ever_is_none(said: list[int], invalid: bool) -> None:
+    meter = Meter()
+    meter.take([Token("r", token, "x") for token in said])
+    assert meter.invalid is invalid
+
+
+def test_time_that_was_spent_at_the_canary_is_the_requests() -> None:
+    meter = Meter()
+    meter.began -= 5.0
+    assert meter.rest(Request([5], id="r", deadline=9.0)).deadline == pytest.approx(4.0, abs=0.5)
+    with pytest.raises(DeadlineError):
+        meter.rest(Request([5], id="r", deadline=4.0))
+    end = meter.ours(Finished("r.stable", "length", first_token_seconds=1.0, total_seconds=2.0), Request([5], id="r"))
+    assert isinstance(end, Finished)
+    assert (end.request, end.total_seconds > 6.9, end.first_token_seconds > 5.9) == ("r", True, True)

@@ -1,0 +1,205 @@
+"""The release that a service follows: versions and what the gate said of them, the canary's evidence, the audit log; and the
+changes, for keys that may. Read from the API's /v1/shoal/release, which is there when it was started with ``--release DIR``."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import gradio as gr
+import httpx
+import openai
+
+from ui import look, site, talk
+from ui.look import UNKNOWN, Place
+from ui.site import QUIET, Component, Key, Site
+
+PLACE = Place("Releases", "releases", "tools")
+EVERY = 3.0  # seconds between two readings
+NO_ROUTE = look.empty(
+    "No release to show",
+    "This service follows none. Start it with <code>shoal serve --release DIR</code>; "
+    "<code>shoal release add</code> makes one.",
+)
+# name of the button, last part of the route, what is said once it is done
+CHANGES = (
+    ("Promote", "promote", "New requests get version {stable} within some seconds."),
+    ("Start canary", "canary", "Version {version} is on trial."),
+    ("Roll back", "rollback", "Version {stable} serves."),
+    ("Hold", "hold", "Nothing goes on by itself."),
+)
+GATE = {True: "passed", False: "refused", None: "not asked"}
+
+Told = dict[str, Any]
+
+
+def build(at: Site) -> None:
+    """The page, inside the Blocks that are open."""
+    head = at.head(PLACE)
+    key = Key.ask()
+    body = gr.HTML(look.empty("Reading the release…", "One moment."), elem_id="release")
+    with gr.Column(visible=False, elem_id="changes") as changes:
+        with gr.Row(equal_height=True):
+            version = site.judged_by_the_api(
+                gr.Dropdown([], label="Version", elem_id="version", scale=1, min_width=180)
+            )
+            why = gr.Textbox(label="Reason", info="It is kept in the audit log.", elem_id="why", scale=3, min_width=260)
+            force = gr.Checkbox(label="Also against the gate", elem_id="force", scale=1, min_width=160)
+        with gr.Row():
+            buttons = [gr.Button(name, elem_id=path) for name, path, _ in CHANGES]
+        done = gr.HTML("", elem_id="done")
+
+    async def refresh(given: str, picked: str | None) -> tuple[Any, ...]:
+        try:
+            told = await _get(at, given)
+        except openai.NotFoundError:
+            return at.header(PLACE), NO_ROUTE, gr.update(visible=False), gr.skip(), Key.shown(given)
+        except openai.OpenAIError as error:
+            said = at.header(PLACE, talk.reason(error), fault=True)
+            return said, look.nothing(EVERY), gr.update(visible=False), gr.skip(), Key.shown(given, error)
+        labels = [each["label"] for each in reversed(told["versions"])]
+        chosen = picked if picked in labels else labels[0] if labels else None
+        choices = gr.update(choices=labels, value=chosen)
+        return at.header(PLACE, sentence(told)), show(told), gr.update(visible=told["may_change"]), choices, gr.skip()
+
+    outputs: list[Component] = [head, body, changes, version, key.box]
+    key.then(at, refresh, [version], outputs)
+    gr.Timer(EVERY).tick(refresh, [key.box, version], outputs, **QUIET)
+    for button, (_, path, said) in zip(buttons, CHANGES, strict=True):
+        pressed = button.click(_changes(at, path, said), [key.box, version, why, force], [done, why], **QUIET)
+        pressed.then(refresh, [key.box, version], outputs, **QUIET)
+
+
+def _changes(at: Site, path: str, said: str) -> Callable[..., Awaitable[tuple[Any, Any]]]:
+    async def change(given: str, version: str | None, why: str, force: bool) -> tuple[Any, Any]:
+        """What is said below the buttons, and the reason: it stays where the change was refused."""
+        if not why.strip():
+            return talk.fault("Write the reason first."), gr.skip()
+        body: dict[str, Any] = {"why": why.strip()}
+        if path in ("promote", "canary"):
+            body |= {"version": version, "force": bool(force)}
+        try:
+            answer: httpx.Response = await at.client(given).post(
+                f"/shoal/release/{path}", body=body, cast_to=httpx.Response
+            )
+        except openai.OpenAIError as error:
+            return talk.fault(talk.reason(error)), gr.skip()
+        line = said.format(stable=answer.json()["stable"], version=version)
+        return f'<p class="note" role="status">{html.escape(line)}</p>', ""
+
+    return change
+
+
+async def _get(at: Site, key: str) -> Told:
+    answer: httpx.Response = await at.client(key).get("/shoal/release", cast_to=httpx.Response)
+    told: Told = answer.json()
+    return told
+
+
+def sentence(told: Told) -> str:
+    """What there is to know first."""
+    canary = told["canary"]
+    if told["held"]:
+        return f"Held: {told['held']}"
+    if canary is not None:
+        share = "gets copies of requests" if not told["share"] else f"answers {told['share']:.0%} of the conversations"
+        return f"Version {told['stable']} serves; version {canary['version']} {share}."
+    if told["candidate"] is not None:
+        return f"Version {told['stable']} serves; version {told['candidate']} is to be decided on."
+    return f"Version {told['stable']} serves."
+
+
+def show(told: Told) -> str:
+    """The whole page as HTML."""
+    parts = [look.tiles(_facts(told)), '<div class="figures">', _versions(told)]
+    if told["canary"] is not None:
+        parts.append(_canary(told))
+    parts += [_gate(version) for version in reversed(told["versions"]) if version["checks"]][:2]
+    parts += [_log(told), "</div>"]
+    return "".join(parts)
+
+
+def _facts(told: Told) -> list[tuple[str, str]]:
+    names = ("stable", "previous", "candidate")
+    share = "none" if told["canary"] is None else "shadow" if not told["share"] else f"{told['share']:.0%}"
+    shown = [(name.capitalize(), "none" if told[name] is None else str(told[name])) for name in names]
+    return [*shown, ("Canary", share), ("By itself", told["auto"])]
+
+
+def _versions(told: Told) -> str:
+    rows = [
+        (
+            version["label"],
+            _role(version, told),
+            GATE[version["passed"]],
+            version["made"][:16].replace("T", " "),
+            _hours(version),
+        )
+        for version in reversed(told["versions"])
+    ]
+    cuts = {version["label"]: f"cut {version['cut'][:12]}" for version in told["versions"] if version["cut"]}
+    return look.table("Versions", ("version", "role", "gate", "made", "served"), rows, cuts)
+
+
+def _role(version: Told, told: Told) -> str:
+    roles = {name: told[name] for name in ("stable", "previous", "candidate")}
+    roles["canary"] = told["canary"] and told["canary"]["version"]
+    return ", ".join(name for name, number in roles.items() if number == version["number"]) or "none"
+
+
+def _hours(version: Told) -> str:
+    times = [
+        f"{begin[5:16].replace('T', ' ')} to {end[5:16].replace('T', ' ') if end else 'now'}"
+        for begin, end in version["served"]
+    ]
+    return "; ".join(times) or "never"
+
+
+def _canary(told: Told) -> str:
+    """Its checks, each with what was counted and how far it is from its end on either side."""
+    caption = f"Canary: version {told['canary']['version']}, step {told['canary']['step'] + 1} of {len(told['shares'])}"
+    evidence = told["evidence"]
+    if evidence is None or evidence["version"] != told["canary"]["version"]:
+        return look.remark(caption, "Nothing was seen of it yet.")
+    rows = [
+        (
+            check["name"], f"{check['count']} of {check['of']}", f"{check['tolerated']:.1%}",
+            "condemned" if check["condemned"] else "clear" if check["cleared"] else "open",
+        )
+        for check in evidence["checks"]
+    ]  # fmt: skip
+    return look.table(caption, ("check", "counted", "tolerated", "state"), rows)
+
+
+def _gate(version: Told) -> str:
+    """What the gate measured of a version."""
+    rows = [
+        (
+            str(check.get("name", UNKNOWN)),
+            _number(check, "difference"),
+            _interval(check),
+            GATE[bool(check.get("passed"))],
+        )
+        for check in version["checks"]
+    ]
+    return look.table(f"Gate: version {version['label']}", ("check", "difference", "95 %", "verdict"), rows)
+
+
+def _number(check: Told, name: str) -> str:
+    value = check.get(name)
+    return f"{value:.4g}" if isinstance(value, (int, float)) else UNKNOWN
+
+
+def _interval(check: Told) -> str:
+    return UNKNOWN if check.get("low") is None else f"{_number(check, 'low')} to {_number(check, 'high')}"
+
+
+def _log(told: Told) -> str:
+    rows = []
+    for entry in told["log"]:
+        forced = ", against the gate" if entry["figures"].get("forced") else ""
+        version = "" if entry["version"] is None else f" {entry['version']}"
+        when = f"{entry['number']}. {entry['at'][:16].replace('T', ' ')}"
+        rows.append((when, entry["who"], f"{entry['what']}{version}{forced}", entry["why"]))
+    return look.table("Audit log", ("when", "who", "what", "why"), rows)
