@@ -85,7 +85,8 @@ class Follower:
             await self._begin_by_itself(state)
 
     async def _take(self, state: State) -> None:
-        known = [number for number in (state.stable, state.previous, state.candidate) if number is not None]
+        # of equal weights the stable version's name counts
+        known = [number for number in (state.candidate, state.previous, state.stable) if number is not None]
         found = [await asyncio.to_thread(self.release.version, number) for number in known]
         labels = {self._deploys.weights(version): version.label for version in found}
         self._split.labels = {**self._split.labels, **labels}  # streams go on with versions of before

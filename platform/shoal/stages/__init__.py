@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from shoal.stages.corpus import Augment, Curate, Prepare, Teach
 from shoal.stages.evaluate import Evaluate, Gate
+from shoal.stages.retrain import Retrain
 from shoal.stages.serve import Serve
 from shoal.stages.stage import Stage
 from shoal.stages.training import Adapt, Finetune, Pretrain, Quantize
@@ -27,4 +28,5 @@ STAGES: tuple[type[Stage], ...] = (
     Watch,
     Gate,
     Curate,
+    Retrain,
 )

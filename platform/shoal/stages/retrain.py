@@ -1,0 +1,148 @@
+"""The stage that makes a candidate for a release: its router alone, or a fine-tuning of its fp32 parent, on a cut."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shoal.errors import DataError, ResourceError, UsageError
+from shoal.stages.stage import Stage, print_result, say
+from shoal.stages.training import Finetune, Quantize, Replay
+
+KINDS = ("auto", "router", "finetune")
+ROUTERS_OWN = {"regret", "predicted_gap"}  # signals that a router answers for alone
+TRAIN, HELDOUT = "train.jsonl", "heldout.jsonl"  # of a cut
+WORK, LOCK = "retrain", ".retrain.lock"  # below the folder of the release
+LORA_BYTES, LORA_RANK = 120_000_000, 8  # from fp32 weights of this size on thin matrices are trained, of this rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrain(Stage):
+    """A candidate for a release, of its stable version and a cut of new rows: the router alone where only that lags, else
+    a fine-tuning of the fp32 parent, rounded again. The same command goes on where an interrupted one stopped."""
+
+    release: Annotated[Path, typer.Option(help="Folder of the release.")]
+    cut: Annotated[Path, typer.Option(help="Folder of the cut: cut.json, train.jsonl, heldout.jsonl.")]
+    kind: Annotated[str, typer.Option(help="auto, router or finetune.")] = "auto"
+    minutes: Annotated[float, typer.Option(help="Most minutes of the fine-tuning.")] = 10.0
+    budget: Annotated[float, typer.Option(help="Most minutes of all retrainings in 24 hours.")] = 60.0
+    cooldown: Annotated[float, typer.Option(help="Least minutes between two candidates.")] = 360.0
+    replay: Replay = None
+    workers: Annotated[str, typer.Option(help="Training workers, one process each.")] = "1"
+    verdict: Annotated[Path | None, typer.Option(help="What `shoal gate --json` wrote of it. [not asked]")] = None
+    why: Annotated[str, typer.Option(help="The reason, for the audit log.")] = "retrained"
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")] = False
+
+    def run(self) -> None:
+        from shoal.data.alone import alone
+
+        if self.kind not in KINDS:
+            raise UsageError("--kind", got=self.kind, allowed=KINDS)
+        for name in ("minutes", "budget", "cooldown"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"--{name}", got=getattr(self, name), allowed="a number of minutes, 0 or more")
+        do = "wait for it: two at once would answer the same question twice"
+        with alone(self.release / LOCK, ResourceError(f"another retraining of {self.release} runs", do=do)):
+            self._make()
+
+    def _make(self) -> None:
+        from shoal.loop.release import Release
+        from shoal.loop.versions import cut_lineage
+        from shoal.model.described import read_json
+
+        release = Release(self.release)
+        stable = release.stable()
+        told = cut_lineage(self.cut)
+        spent = self._need_room(release.versions())
+        kind = self._chosen()
+        verdict = None if self.verdict is None else read_json(self.verdict)
+        began = time.monotonic()
+        work = self.release / WORK / f"{told['cut']['sha256'][:12]}-{kind}-{stable.number}"
+        if kind == "router":
+            model, fp32 = self._router(stable.served, work), stable.parent if stable.parent != stable.served else None
+        else:
+            model, fp32 = self._finetune(stable.parent, stable.served, work)
+        minutes = (time.monotonic() - began) / 60
+        lineage = {**told, "kind": kind, "minutes": round(minutes, 2), "parent": stable.number, "workers": self.workers}
+        made = release.add(model, fp32=fp32, lineage=lineage, verdict=verdict, why=self.why)
+        shutil.rmtree(work)
+        result: dict[str, Any] = {"version": made.number, "label": made.label, "kind": kind, "minutes": minutes}
+        left = f"{minutes:.1f} min of it, {max(0.0, self.budget - spent - minutes):.0f} left today"
+        print_result(result, self.as_json, f"version {made.label} is the candidate ({kind}, {left}); ask the gate next")
+
+    def _need_room(self, versions: list[Any]) -> float:
+        """Minutes that the retrainings of the last day took. Raises UsageError for one too soon, or too much."""
+        now = datetime.now(UTC)
+        made = [(now - datetime.fromisoformat(each.made), each.lineage) for each in versions if "kind" in each.lineage]
+        since = min((age for age, _ in made), default=timedelta.max)
+        if since < timedelta(minutes=self.cooldown):
+            got = f"one {since.total_seconds() / 60:.0f} minutes ago"
+            raise UsageError(
+                "the cooldown of retraining", got=got, allowed=f"after {self.cooldown:g}", do="wait, or set --cooldown"
+            )
+        spent = sum(float(lineage["minutes"]) for age, lineage in made if age < timedelta(days=1))
+        if spent + self.minutes > self.budget:
+            got = f"{spent:.0f} spent, {self.minutes:g} asked for"
+            raise UsageError(
+                "the budget of retraining",
+                got=got,
+                allowed=f"{self.budget:g} minutes a day",
+                do="wait, or set --budget",
+            )
+        return spent
+
+    def _chosen(self) -> str:
+        """The kind that is asked for; of "auto" by which signals the cut says to have moved. Raises DataError for a cut without
+        rows to learn from."""
+        told = json.loads((self.cut / "cut.json").read_text(encoding="utf-8"))
+        moved = {*told.get("moved", ())}
+        kind = self.kind
+        if kind == "auto":
+            kind = "router" if moved and moved <= ROUTERS_OWN else "finetune"
+        needed = [HELDOUT] if kind == "router" else [TRAIN, HELDOUT]
+        for name in needed:
+            path = self.cut / name
+            if not path.exists() or not path.read_text(encoding="utf-8").strip():
+                do = "collect corrections, votes or a teacher's answers first (shoal curate)"
+                raise DataError(f"{path}: rows with labels", got="none", do=do)
+        return kind
+
+    def _router(self, served: Path, work: Path) -> Path:
+        """A copy of what is served, with a router of the cut's held-out rows."""
+        from shoal.evaluate import routing
+
+        shutil.rmtree(work, ignore_errors=True)
+        model = work / "model"
+        shutil.copytree(served, model, copy_function=shutil.copyfile)  # versions are read-only, copies are not
+        report = routing.refit(model, self.cut / HELDOUT)
+        say(f"router: it runs {report['depth_share']:.0%} of the layers and loses {report['regret']:.3f} nats a token")
+        return model
+
+    def _finetune(self, parent: Path, served: Path, work: Path) -> tuple[Path, Path | None]:
+        """The model to serve, and its fp32 parent where it was rounded."""
+        from shoal.model.described import read_config
+        from shoal.model.files import weight_bytes
+
+        rounded = read_config(served)[1].quantization != "none"
+        if rounded and parent == served:
+            raise UsageError(
+                "the stable version has no fp32 parent", do="add it with its parent: shoal release add --fp32 DIR"
+            )
+        lora = [f"lora_rank={LORA_RANK}"] if weight_bytes(parent) > LORA_BYTES else None
+        shared: dict[str, Any] = {"heldout": self.cut / HELDOUT, "replay": self.replay, "workers": self.workers}
+        tune = Finetune(
+            model=parent, data=self.cut / TRAIN, out=work / "run", minutes=self.minutes, settings=lora, **shared
+        )
+        tune.run()
+        if not rounded:
+            return work / "run" / "model", None
+        Quantize(model=work / "run" / "model", data=str(self.cut / TRAIN), out=work / "int8", **shared).run()
+        return work / "int8", work / "run" / "model"
