@@ -94,11 +94,8 @@ def build_app(
         app.include_router(routes(service))
     app.include_router(feedback_routes(service, service.storing))
     app.include_router(batch_routes(service, _kept(app, service, batches, api_keys, at_once, drain)))
-    known = Adapters(service, adapters or {}, adapters_from, on_adapters)
-    app.include_router(adapter_routes(service, known))
-    if follower is not None:
-        app.include_router(release_routes(service, follower.release))
-        beside(app, follower.run, asyncio.Task.cancel)
+    app.include_router(adapter_routes(service, Adapters(service, adapters or {}, adapters_from, on_adapters)))
+    _follow(app, service, follower)
     app.include_router(status_routes(service, metrics=metrics))
     if runs is not None:
         app.include_router(runs_routes(runs))
@@ -113,8 +110,7 @@ def build_app(
         answer_id=answer_request_id,
         longer={"/v1/files": limits.file_bytes + FORM_BYTES} if batches else {},
     )
-    if cors:
-        _open_to(app, cors)
+    _open_to(app, cors)
     return ui_mount(app) if ui_mount else app
 
 
@@ -139,6 +135,13 @@ def _recorder(app: FastAPI, given: CaptureArgs | None) -> Recorder | None:
     return recorder
 
 
+def _follow(app: FastAPI, service: Service, follower: Follower | None) -> None:
+    """The release that `follower` follows while `app` runs, where there is one."""
+    if follower is not None:
+        app.include_router(release_routes(service, follower.release))
+        beside(app, follower.run, asyncio.Task.cancel)
+
+
 def _kept(
     app: FastAPI, service: Service, folder: Path | None, keys: ApiKeys | None, at_once: int, drain: Drain
 ) -> Kept:
@@ -153,7 +156,9 @@ def _kept(
 
 
 def _open_to(app: FastAPI, cors: Sequence[str]) -> None:
-    """Let pages of the origins `cors` call `app`."""
+    """Let pages of the origins `cors`, where there are any, call `app`."""
+    if not cors:
+        return
     app.add_middleware(
         CORSMiddleware,
         allow_origins=_origins(cors),

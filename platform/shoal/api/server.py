@@ -79,11 +79,7 @@ def run_local(
         except BaseException:
             await engine.close()
             raise
-        client: EngineClient = engine
-        follower: Follower | None = None
-        ends: Ends = engine.close
-        if args.release:
-            client, follower, ends = _followed(args, engine)
+        client, follower, ends = _followed(args, engine)
         app = build_app(
             [Hosted(served, client)],
             follower=follower,
@@ -148,10 +144,12 @@ def _engine(model: str, args: ServeArgs) -> AsyncEngine:
     return AsyncEngine(engine, read_adapter=read)
 
 
-def _followed(args: ServeArgs, engine: AsyncEngine) -> tuple[Split, Follower, Ends]:
-    """`engine`, which serves the stable version of a release, as a client that others can take the place of; who follows the
-    release; and what ends all of its engines."""
-    release = Release(str(args.release))
+def _followed(args: ServeArgs, engine: AsyncEngine) -> tuple[EngineClient, Follower | None, Ends]:
+    """`engine` as a client; who follows the release, where `args` name one, and puts other versions in its place; and what ends
+    all engines."""
+    if not args.release:
+        return engine, None, engine.close
+    release = Release(args.release)
     stable = release.stable()
     serving = Changing(engine, stable.label)
     split = Split(serving)

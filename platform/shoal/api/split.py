@@ -30,10 +30,8 @@ from shoal.errors import DeadlineError, EngineDeadError, QueueFullError, Request
 from shoal.inputs.chat import Encoded
 from shoal.loop.canary import Canary, Decision, Evidence, Pace, Tally, judged
 
-LATE_SECONDS, LATE_TIMES = (
-    2.0,
-    10.0,
-)  # least patience with a canary, and how many times the stable version's 95th percentile
+LATE_SECONDS = 2.0  # least patience with a canary
+LATE_TIMES = 10.0  # the patience, in times of the stable version's 95th percentile to a first token
 UNKNOWN_SECONDS = 30.0  # the patience while nothing is known of the stable version
 FIRST_TOKENS = 64  # of a prompt: what tells conversations apart where nothing better does
 ENDLESS = 16  # times the same token at the end of an answer that is none

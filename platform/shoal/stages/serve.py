@@ -128,7 +128,7 @@ class Serve(Stage):
 
     def _check(self) -> None:
         if self.model is None and self.config is None and self.release is None:
-            raise UsageError("what to serve", do="give --model DIR, --release DIR or --config FILE")
+            raise UsageError("what to serve", do="give --model DIR or --config FILE, or --release DIR")
         if self.model is not None and self.release is not None:
             raise UsageError("--model and --release", do="leave out --model: the release says which version serves")
         for name, allowed in CHOICES.items():
