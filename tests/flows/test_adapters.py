@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,6 +39,7 @@ class Served:
     model: Model
     folder: Path  # that requests may load from
     thread: Thread
+    engine: Engine
 
     def load(self, name: str, path: str, **more: Any) -> httpx.Response:
         return self.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path, **more})
@@ -71,13 +74,14 @@ def served(root: Path, *names: str, loads: bool = True, keys: ApiKeys | None = N
     """A lively model with the adapters `names` of seeds 1, 2 ..."""
     model, folder = lively(), root / "open"
     folder.mkdir()
-    engine = AsyncEngine(Engine(model, units=600), read_adapter=read)
+    own = Engine(model, units=600)
+    engine = AsyncEngine(own, read_adapter=read)
     fish = ServedModel("fish", model.config, model.tokenizer, model.chat_template, aliases=("carp",))
     directories = {name: str(write(root / name, model, seed)) for seed, name in enumerate(names, 1)}
     adapters = asyncio.run(loaded(engine, directories))
     app = build_app([Hosted(fish, engine)], adapters=adapters, adapters_from=folder if loads else None, api_keys=keys)
     with in_a_thread(app, [engine]) as thread, httpx.Client(base_url=thread.url, timeout=60) as http:
-        yield Served(http, model, folder, thread)
+        yield Served(http, model, folder, thread, own)
 
 
 def wanted(service: Served, directory: Path, tokens: int = 8) -> list[int]:
@@ -182,6 +186,53 @@ def test_a_stream_ends_with_the_adapter_that_it_began_with(tmp_path: Path) -> No
         assert service.http.post("/v1/completions", json={"model": "a", "prompt": "x"}).status_code == 404
 
 
+def test_requests_that_come_while_a_name_is_given_other_weights_get_some_of_them(tmp_path: Path) -> None:
+    with served(tmp_path) as service:
+        answers = []
+        for seed in (1, 2):
+            directory = write(service.folder / f"{seed}", service.model, seed)
+            answers.append(wanted(service, directory, 2))
+        assert service.load("new", "1").status_code == 200
+        over = threading.Event()
+
+        def reload() -> int:
+            times = 0
+            while not over.is_set():
+                times += 1
+                assert service.load("new", f"{1 + times % 2}", load_inplace=True).status_code == 200
+            return times
+
+        with ThreadPoolExecutor(7) as pool:
+            reloaded = pool.submit(reload)
+            said = [*pool.map(lambda _: service.tokens("new", max_tokens=2), range(90))]
+            over.set()
+            assert reloaded.result() > 2
+        assert answers[0] != answers[1]
+        assert all(tokens in answers for tokens in said)
+
+
+def test_an_engine_keeps_what_is_dropped_until_the_last_answer_with_it_is_over(tmp_path: Path) -> None:
+    with served(tmp_path, "a", "b") as service:
+
+        def kept() -> set[str]:
+            return {*service.engine.adapters}
+
+        body = {"model": "a", "prompt": PROMPT, "max_tokens": 60, "ignore_eos": True, "stream": True}
+        refused = service.http.post("/v1/completions", json={**body, "max_tokens": 10**6})
+        with service.http.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            first = kept()
+            assert (refused.status_code, answer.status_code) == (400, 200)
+            assert service.unload("a").status_code == 200
+            assert kept() == first and len(first) == 2
+        deadline = time.monotonic() + 60
+        while len(kept()) > 1:
+            assert time.monotonic() < deadline, "it is kept for good"
+            time.sleep(0.1)
+        assert service.tokens("b") == wanted(service, tmp_path / "b")
+
+
 def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
     with served(tmp_path) as service:
         outside = write(tmp_path / "outside", service.model, 1)
@@ -190,6 +241,7 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
         (inside / "adapter_model.safetensors").unlink()
         (inside / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
         shutil.copytree(outside, service.folder / "good")
+        (service.folder / "itself").symlink_to("itself")
         for path in (
             "../outside",
             str(outside),
@@ -202,6 +254,8 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
             "nothing",
             "a\0b",
             "x" * 5000,
+            "x" * 300,
+            "itself",
         ):
             refused = service.load("new", path)
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, "lora_path"), path

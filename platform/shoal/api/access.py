@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 from shoal.api.auth import Key
 
@@ -32,6 +32,12 @@ def _installed(name: str) -> Any:
 
 propagate, trace = _installed("opentelemetry.propagate"), _installed("opentelemetry.trace")  # None: no spans
 log = logging.getLogger("shoal.access")
+
+
+class Held(Protocol):
+    """What counts the requests that have it."""
+
+    held: int
 
 
 @dataclass
@@ -50,6 +56,7 @@ class Access:
     priority: int = 0  # as of an engine's request
     seconds_left: float | None = None  # in place of the longest time of a request
     served: str = ""  # the model it was for, once that is known to exist
+    holds: list[Held] = field(default_factory=list)  # what it is answered by, until it ends
     facts: dict[str, Any] = field(default_factory=dict)  # user, model, depth, prompt_tokens, completion_tokens
     columns: dict[str, Any] = field(default_factory=dict)  # of its captured row, that others know: version, role, ...
     ended: Callable[[Access], None] | None = None  # told when it has ended, before its line
@@ -94,7 +101,8 @@ class Access:
 
 @contextmanager
 def told(access: Access, headers: Mapping[bytes, str]) -> Iterator[None]:
-    """Logs `access` when the block ends, however it ends, and spans it; a ``traceparent`` header makes it a child."""
+    """Logs `access` when the block ends, however it ends, and spans it; a ``traceparent`` header makes it a child. What it
+    holds is let go of then."""
     shown = not log.disabled
     if trace is None:
         span = None
@@ -107,6 +115,8 @@ def told(access: Access, headers: Mapping[bytes, str]) -> Iterator[None]:
     finally:
         if access.ended is not None:
             access.ended(access)
+        while access.holds:
+            access.holds.pop().held -= 1
         known = access.attributes()
         time_ = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         if shown:

@@ -2,7 +2,8 @@
 and drop them, which are vLLM's.
 
 A name stands for an identity, which engines know the weights by; so requests that have begun end with what they began with,
-whatever the name comes to mean. What a request may load lies below one folder that the operator names.
+whatever the name comes to mean: engines keep an adapter as long as a request holds it. What a request may load lies below one
+folder that the operator names.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from shoal.api.bodies import LoadAdapterRequest, UnloadAdapterRequest
 from shoal.api.client import EngineClient
 from shoal.api.document import POSTED, body_of, refused
 from shoal.api.served import MODEL_NAME, MOST_ADAPTERS
-from shoal.api.service import Service
+from shoal.api.service import Hosted, Service
 from shoal.api.wire import ModelNotFoundError, NotFoundError
 from shoal.config import FULL
 from shoal.engine.events import Event
@@ -32,6 +34,10 @@ from shoal.errors import ConfigError, RequestError, ShoalError
 from shoal.model.adapter_files import CONFIG, WEIGHTS
 
 SAID: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+LOOK_SECONDS = (
+    1.0  # how often it is looked whether the last request is over that holds an adapter which is served no more
+)
 
 _PATH = re.compile(r"/?[\w.-]+(/[\w.-]+)*/?", re.ASCII)
 
@@ -105,6 +111,8 @@ class Adapters:
         self._folder = folder.resolve() if folder else None
         self._on_change = on_change
         self._known: dict[str, Known] = {}
+        self._left: list[tuple[Known, Hosted]] = []  # shown no more, and held by requests when that was looked at last
+        self._clearing: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
         for name, adapter in known.items():
             if problem := self._wrong(name):
@@ -144,7 +152,7 @@ class Adapters:
                 raise ModelNotFoundError(
                     "no such adapter", param="lora_name", got=name[:100], allowed=[*self._known] or "none is loaded"
                 )
-            del self._known[name], self._service.names[name]
+            self._hide(name)
             await self._told()
 
     def _root(self) -> Path:
@@ -164,16 +172,38 @@ class Adapters:
         return None
 
     def _show(self, name: str, known: Known) -> None:
-        self._known[name] = known
+        if name in self._known:
+            self._hide(name)
         base = self._base
         served = replace(base.served, name=name, aliases=(), created=known.created, parent=base.served.name)
+        self._known[name] = known
         self._service.names[name] = base.beside(served, WithAdapter(base.client, known.identity))
+
+    def _hide(self, name: str) -> None:
+        self._left.append((self._known.pop(name), self._service.names.pop(name)))
 
     async def _told(self) -> None:
         """Tell the engine, and whoever else wants to know, of all there are now."""
-        await self._base.client.keep_adapters({each.identity: each.directory for each in self._known.values()})
+        await self._keep()
+        if self._left and (self._clearing is None or self._clearing.done()):
+            self._clearing = asyncio.create_task(self._clear())
         if self._on_change is not None:
             await self._on_change(dict(self._known))
+
+    async def _keep(self) -> None:
+        """Have the engine drop what is neither shown nor held."""
+        self._left = [(known, hosted) for known, hosted in self._left if hosted.held]
+        kept = [*(known for known, _ in self._left), *self._known.values()]
+        await self._base.client.keep_adapters({each.identity: each.directory for each in kept})
+
+    async def _clear(self) -> None:
+        """Have those dropped that are held no more, until there are none."""
+        while self._left:
+            await asyncio.sleep(LOOK_SECONDS)
+            async with self._changing:
+                if not all(hosted.held for _, hosted in self._left):
+                    with suppress(ShoalError):  # an engine that is dead keeps nothing
+                        await self._keep()
 
 
 def _below(root: Path, path: str) -> Path:
@@ -181,9 +211,13 @@ def _below(root: Path, path: str) -> Path:
     allowed = "a directory below the folder of --adapters-from"
     if len(path) > 1000 or not _PATH.fullmatch(path) or ".." in path.split("/"):
         raise RequestError("lora_path", param="lora_path", got=path[:100], allowed=allowed)
-    directory = (root / path).resolve()
-    places = [directory, *((directory / name).resolve() for name in (CONFIG, WEIGHTS))]
-    if directory == root or not all(place.is_relative_to(root) for place in places) or not directory.is_dir():
+    try:
+        directory = (root / path).resolve()
+        places = [directory, *((directory / name).resolve() for name in (CONFIG, WEIGHTS))]
+        lies = directory != root and all(place.is_relative_to(root) for place in places) and directory.is_dir()
+    except (OSError, RuntimeError):  # a name that is too long, a link to itself, a folder that may not be read
+        lies = False
+    if not lies:
         raise RequestError("lora_path", param="lora_path", got=path[:100], allowed=allowed)
     return directory
 

@@ -66,6 +66,7 @@ class Hosted:
 
     def __init__(self, served: ServedModel, client: EngineClient) -> None:
         self.served, self.client = served, client
+        self.held = 0  # requests that are answered by it
         self.stats = Fresh(lambda: client.stats())
         self.info = Fresh(lambda: client.info())
         self.health = Fresh(self._healthy)
@@ -73,7 +74,7 @@ class Hosted:
     def beside(self, served: ServedModel, client: EngineClient) -> Hosted:
         """An adapter of it: `served` over `client`, on the same engine."""
         adapter = copy.copy(self)
-        adapter.served, adapter.client = served, client
+        adapter.served, adapter.client, adapter.held = served, client, 0
         return adapter
 
     async def _healthy(self) -> str:
@@ -102,7 +103,10 @@ class Service:
             raise ModelNotFoundError(
                 f"model {(name or '')[:100]!r} does not exist", param="model", allowed=[*self.names]
             )
-        request.state.access.served = hosted.served.parent or hosted.served.name
+        access: Access = request.state.access
+        access.served = hosted.served.parent or hosted.served.name
+        hosted.held += 1
+        access.holds.append(hosted)
         return hosted
 
     async def read_body(self, request: Request, kind: type[W]) -> W:

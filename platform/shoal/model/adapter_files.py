@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from shoal.model.described import read_json
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 PREFIX = "base_model.model."  # of every tensor's name
 MOST_RANK = 64
-# keys of the config that would change what is computed: the values that mean "off"
+# keys of the config that would change what is computed, or the base beside which it is: the values that mean "off"
 _OFF: Mapping[str, tuple[Any, ...]] = {
     "bias": (None, "none"),
     "fan_in_fan_out": (None, False),
@@ -30,12 +31,18 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
     "use_bdlora": (None, False),
+    "use_qalora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
 }
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
     base: str | None  # what it says that it was trained from
+    rank: int
     scale: float  # of B A
     data: bytes  # of the safetensors
 
@@ -59,11 +66,11 @@ def read(directory: str | Path, most: int | None = None) -> AdapterFiles:
     rank, alpha = told.get("r"), told.get("lora_alpha")
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MOST_RANK:
         raise CheckpointError(f"{path}: r", got=rank, allowed=f"1 to {MOST_RANK}")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
         raise CheckpointError(f"{path}: lora_alpha", got=alpha, allowed="a number")
     scale = alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
     base = told.get("base_model_name_or_path")
-    return AdapterFiles(None if base is None else str(base), scale, _bytes(Path(directory) / WEIGHTS, most))
+    return AdapterFiles(None if base is None else str(base), rank, scale, _bytes(Path(directory) / WEIGHTS, most))
 
 
 def _bytes(path: Path, most: int | None) -> bytes:

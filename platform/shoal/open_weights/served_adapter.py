@@ -55,7 +55,7 @@ def read(directory: str | Path, model: Model) -> Adapter:
         if any(found):
             shapes = [(count, linears[ours][1]) for count in rows]
             for name, piece, shape in zip(theirs, found, shapes, strict=True):
-                _need_shape(directory / WEIGHTS, name, piece, shape)
+                _need_shape(directory / WEIGHTS, name, piece, shape, files.rank)
             a, b = _joined(found, rows)
             pairs[ours] = a.to(model.net.dtype), (files.scale * b.T).to(model.net.dtype).contiguous()
     if thin:
@@ -109,7 +109,8 @@ def _thin(path: Path, data: bytes) -> Thin:
             raise CheckpointError(
                 f"{path}: tensor {name}", got=f"{tensor.dtype} {list(tensor.shape)}", allowed="a float matrix"
             )
-        thin.setdefault(module, {})[side] = tensor
+        # torch compares no numbers of one byte
+        thin.setdefault(module, {})[side] = tensor if tensor.element_size() > 1 else tensor.float()
     return thin
 
 
@@ -125,7 +126,7 @@ def _modules(model: Model, linears: Mapping[str, tuple[int, int]]) -> list[Modul
     return made
 
 
-def _need_shape(path: Path, name: str, piece: Mapping[str, Tensor] | None, shape: tuple[int, int]) -> None:
+def _need_shape(path: Path, name: str, piece: Mapping[str, Tensor] | None, shape: tuple[int, int], rank: int) -> None:
     if piece is None:
         return
     for side in ("A", "B"):
@@ -137,8 +138,8 @@ def _need_shape(path: Path, name: str, piece: Mapping[str, Tensor] | None, shape
         raise CheckpointError(
             f"{path}: {name}", got=got, allowed=f"[r, {shape[1]}] and [{shape[0]}, r]", do="give its own base"
         )
-    if not 1 <= len(a) <= MOST_RANK:
-        raise CheckpointError(f"{path}: rank of {name}", got=len(a), allowed=f"1 to {MOST_RANK}")
+    if len(a) != rank:  # the scale is of the rank that the config says
+        raise CheckpointError(f"{path}: rank of {name}", got=len(a), allowed=f"{rank}, which {CONFIG} says")
 
 
 def _joined(pieces: Sequence[Mapping[str, Tensor] | None], rows: Sequence[int]) -> tuple[Tensor, Tensor]:

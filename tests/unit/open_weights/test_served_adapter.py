@@ -145,10 +145,13 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     "another width": (_put(A, torch.zeros(3, 7)), "lora_A [3, 7]"),
     "another output": (_put(B, torch.zeros(7, 3)), "lora_B [7, 3]"),
     "ranks that differ": (_put(A, torch.zeros(2, 48)), "lora_A [2, 48]"),
-    "a rank beyond what it says": (
-        _thin(lambda t: t.update({A: torch.zeros(MOST_RANK + 1, 48), B: torch.zeros(len(t[B]), MOST_RANK + 1)})),
-        f"rank of {FIRST}: got {MOST_RANK + 1}",
+    "another rank than it says": (
+        _thin(lambda t: t.update({A: torch.zeros(2, 48), B: torch.zeros(len(t[B]), 2)})), f"rank of {FIRST}: got 2; allowed: 3",
     ),
+    "an alpha that no float holds": (_told(lora_alpha=10**400), "lora_alpha: got a whole number of 401 digits"),
+    "a base that it was taken out of": (_told(init_lora_weights="pissa"), "init_lora_weights: got 'pissa'"),
+    "pooled inputs": (_told(use_qalora=True), "use_qalora: got True"),
+    "a choice among several": (_told(arrow_config={"top_k": 2}), "arrow_config"),
     "half a pair": (_thin(lambda tensors: tensors.pop(B) is None), "no lora_B"),
     "NaN": (_put(A, torch.full((3, 48), torch.nan)), "NaN or infinity"),
     "infinity": (_put(A, torch.full((3, 48), torch.inf)), "NaN or infinity"),
@@ -179,6 +182,15 @@ def test_what_cannot_be_served_is_refused_in_one_line(what: str, tmp_path: Path)
     with pytest.raises(CheckpointError) as caught:
         read(folder, MODEL)
     assert says in caught.value.message and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])
+def test_floats_of_any_kind_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", MODEL, dtype=dtype)
+    tensors = load_file(str(folder / "adapter_model.safetensors"))
+    a, b = read(folder, MODEL).pairs[FIRST]
+    torch.testing.assert_close(a, tensors[A].float(), rtol=0, atol=0)
+    torch.testing.assert_close(b, 2 * tensors[B].float().T, rtol=0, atol=1e-6)  # alpha 6, rank 3
 
 
 def test_a_file_beyond_what_any_adapter_takes_is_not_read(tmp_path: Path) -> None:
