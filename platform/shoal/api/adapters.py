@@ -35,9 +35,7 @@ from shoal.model.adapter_files import CONFIG, WEIGHTS
 
 SAID: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
-LOOK_SECONDS = (
-    1.0  # how often it is looked whether the last request is over that holds an adapter which is served no more
-)
+LOOK_SECONDS = 1.0  # how often it is looked who still holds an adapter that is served no more
 
 _PATH = re.compile(r"/?[\w.-]+(/[\w.-]+)*/?", re.ASCII)
 
