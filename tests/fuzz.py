@@ -3,13 +3,14 @@
     python -m tests.fuzz --minutes 10 --seed 1
 
 One round: two engines over a tight pool each, in INT8 or fp32, beside threads that compress. Requests of any depth, with
-drafts, guides, pictures and several choices of one prompt come, are cancelled, paused, preempted, and taken from one engine to
-the other as a lost replica's are. Then every answer must be the oracle's (or its beginning, where it was cancelled), each
-request must have ended once, and every unit must be back. A round is a function of its seed but for what the busy threads do to
-memory and time: `--seed N --rounds 1` runs round N again.
+drafts, guides, pictures, adapters, tolerances and several choices of one prompt come, are cancelled, paused, preempted, and
+taken from one engine to the other as a lost replica's are, while adapters are loaded and dropped. Then every answer must be the
+oracle's (or its beginning, where it was cancelled), each request must have ended once, and every unit must be back. A round is
+a function of its seed but for what the busy threads do to memory and time: `--seed N --rounds 1` runs round N again.
 
 The oracle, `naive.generate`, has answered before, with nothing beside it. It computes in another order, so that where two
-tokens are nearly equal it may say the other: a request stays only if its answer is the same with noise on all logits.
+tokens are nearly equal it may say the other: a request stays only if its answer is the same with noise on all logits. What an
+answer with a tolerance says also depends on what was drafted: of those it is looked at what each token costs, by full depth.
 """
 
 from __future__ import annotations
@@ -39,12 +40,16 @@ from shoal.engine.events import Completion, Event, Finished, Guide, Token
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import Patches
 from shoal.inputs.tokenizer import END_ID
+from shoal.model.adapters import Adapter
+from tests.adapters import linears
 from tests.unit.engine.lively import lively
 
 Kind = Literal["fp32", "int8"]
 KINDS: tuple[Kind, ...] = ("fp32", "int8")
 PAGES = (8, 16)  # in a page of 16 stand patches of several pictures
 ASKED = 12  # prompts that are drawn for each kind and page size
+BESIDE = (lambda name: True, lambda name: "qkv" in name, lambda name: ".mlp." in name and "groups.0" not in name)
+TOLERANCES = (0.0, 0.5, 3.0)  # nats a token
 NOISE = {"fp32": 1e-3, "int8": 0.1}  # on logits that lie some ten apart
 STEPS = 3000  # within which a round's requests end; it takes some hundred
 SCHEMA = {
@@ -62,6 +67,20 @@ def model(kind: Kind, page: int) -> Model:
     made = lively()
     made = Model(dataclasses.replace(made.config, page=page), made.net.to(torch.float32), made.tokenizer)
     return made.quantized() if kind == "int8" else made
+
+
+@cache
+def adapters(kind: Kind, page: int) -> list[Adapter | None]:
+    """None, and one for each of `BESIDE`, of different ranks."""
+    draw, made = torch.Generator().manual_seed(page), list[Adapter | None]([None])
+    for number, has in enumerate(BESIDE, 1):
+        pairs = {}
+        for name, linear in linears(model(kind, page)).items():
+            outputs, inputs = linear.weight.shape  # type: ignore[union-attr,misc]
+            a, b = torch.randn(2 * number, inputs, generator=draw), torch.randn(2 * number, outputs, generator=draw)
+            pairs |= {name: (a / inputs**0.5, b / (4 * number) ** 0.5)} if has(name) else {}
+        made.append(Adapter(f"adapter {number}", pairs))
+    return made
 
 
 class Noisy:
@@ -85,12 +104,21 @@ def asked(kind: Kind, page: int, count: int = ASKED) -> list[list[tuple[Request,
     rng, found = random.Random(page), list[list[tuple[Request, Completion]]]()
     for _ in range(count):
         made, prompt = model(kind, page), _prompt(rng, model(kind, page))
+        beside = rng.choice([None, *adapters(kind, page)])
         depth, base, answers = rng.choice(["shallow", "middle", "full", "auto"]), _sampling(rng), []
+        tolerance = rng.choice([None, *TOLERANCES]) if depth in ("full", "auto") else None
+        if tolerance is not None:
+            base = Sampling(
+                temperature=0, max_tokens=base.max_tokens, ignore_eos=base.ignore_eos, speculative=rng.choice([2, 7])
+            )
         for choice in range(rng.choice([1, 1, 3])):
-            request = Request(prompt, dataclasses.replace(base, seed=choice), depth=depth)
-            answer = naive.generate(made, request)
-            shaken = naive.generate(Noisy(made, NOISE[kind]), request)  # type: ignore[arg-type]
-            if shaken.tokens == answer.tokens and answer.finish_reason != "error":
+            request = Request(
+                prompt, dataclasses.replace(base, seed=choice), depth=depth, quality_tolerance=tolerance,
+                adapter=beside.identity if beside else "",
+            )  # fmt: skip
+            answer = naive.generate(made, request, beside)
+            shaken = naive.generate(Noisy(made, NOISE[kind]), request, beside)  # type: ignore[arg-type]
+            if (tolerance or shaken.tokens == answer.tokens) and answer.finish_reason != "error":
                 answers.append((request, answer))
         found += [answers] if answers else []
     return found
@@ -131,6 +159,7 @@ class Asked:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     depth: int = 0
+    spent: list[float | None] = field(default_factory=list)  # after each token
     end: Finished | None = None
 
 
@@ -140,6 +169,8 @@ class Round:
     def __init__(self, kind: Kind, seed: int, count: int = ASKED) -> None:
         self.rng, self.seen = random.Random(seed), Counter[str]()
         rng, page = self.rng, self.rng.choice(PAGES)
+        self.kind, self.model = kind, model(kind, page)
+        self.adapters = {each.identity: each for each in adapters(kind, page) if each}
         self.choices = asked(kind, page, count)
         longest = max(
             len(request.prompt.ids) + request.sampling.max_tokens for group in self.choices for request, _ in group
@@ -147,7 +178,7 @@ class Round:
         need = 4 * -(-longest // page)
         self.engines = [
             Engine(
-                model(kind, page),
+                self.model,
                 units=1 + need + rng.choice([0, 1, 2, rng.randint(0, 2 * need)]),
                 max_batch=rng.randint(1, 6),
                 max_batch_tokens=rng.randint(22, 60),
@@ -161,9 +192,9 @@ class Round:
 
     def run(self, count: int = 60) -> Counter[str]:
         """`count` things that may happen, and then all requests to their ends."""
-        what = ["submit", "step", "cancel", "pause", "preempt", "move", "again"]
+        what = ["submit", "step", "cancel", "pause", "preempt", "move", "again", "drop"]
         for _ in range(count):
-            getattr(self, self.rng.choices(what, [6, 16, 1, 3, 2, 3, 2])[0])()
+            getattr(self, self.rng.choices(what, [6, 16, 1, 3, 2, 3, 2, 2])[0])()
             for engine in self.engines:
                 engine.scheduler.check_integrity()
         for _ in range(STEPS):
@@ -213,6 +244,10 @@ class Round:
         if scheduler.running:
             scheduler._preempt(self.rng.choice(scheduler.running))
 
+    def drop(self) -> None:
+        """Some adapters, or none; requests that have one end with it."""
+        self.rng.choice(self.engines).keep_adapters([name for name in self.adapters if self.rng.random() < 0.5])
+
     def move(self) -> None:
         """What `on_ray.failover` does: what was told goes with the request, ahead of the others."""
         for name in self._some():
@@ -224,12 +259,22 @@ class Round:
 
     def _send(self, one: Asked, priority: int) -> None:
         name = str(next(self.names))
-        begun: dict[str, Any] = {"answer": tuple(one.tokens), "depth": one.depth} if one.tokens else {}
+        begun: dict[str, Any] = {}
+        if one.tokens:
+            tolerance, spent = one.request.quality_tolerance, one.spent[-1]
+            begun = {"answer": tuple(one.tokens), "depth": one.depth, "spent": spent or 0.0}
+            begun |= {"quality_tolerance": None if spent is None else tolerance}
         one.request = dataclasses.replace(one.request, id=name, priority=priority, **begun)
         self.live[name] = one
-        self.engines[one.at].submit(one.request)
+        engine, beside = self.engines[one.at], one.request.adapter
+        if beside and beside not in engine.adapters:
+            engine.load_adapter(self.adapters[beside])
+        engine.submit(one.request)
         self.seen.update(
-            requests=1, guided=one.request.sampling.guided is not None, images=bool(one.request.prompt.images)
+            requests=1,
+            adapted=bool(beside),
+            guided=one.request.sampling.guided is not None,
+            images=bool(one.request.prompt.images),
         )  # type: ignore[union-attr]
 
     def _some(self) -> list[str]:
@@ -244,6 +289,7 @@ class Round:
             if isinstance(event, Token):
                 one.tokens.append(event.token)
                 one.depth = event.depth
+                one.spent.append(event.spent)
             else:
                 del self.live[event.request]
                 self._check(one, event)
@@ -251,13 +297,34 @@ class Round:
     def _check(self, one: Asked, end: Finished) -> None:
         self.seen[end.reason] += 1
         wanted, told = one.wanted, (one.request, end)
-        if end.reason in ("stop", "length"):
+        if one.request.quality_tolerance:
+            self._check_spent(one, end)
+        elif end.reason in ("stop", "length"):
             assert one.tokens == wanted.tokens, ("other tokens than the oracle's", one.tokens, wanted.tokens, told)
             assert (one.text, end.reason) == (wanted.text, wanted.finish_reason), (one.text, wanted.text, told)
             assert end.completion_tokens == len(wanted.tokens), told
         else:
             assert end.reason == "cancelled", told
             assert one.tokens == wanted.tokens[: len(one.tokens)], (one.tokens, wanted.tokens, told)
+
+    def _check_spent(self, one: Asked, end: Finished) -> None:
+        """What each token costs by full depth is what the answer says that it spent, and at most what it may."""
+        request, told = one.request, (one.request, one.tokens, one.spent, end)
+        assert isinstance(request.prompt, Encoded) and request.quality_tolerance
+        assert end.reason in ("stop", "length", "cancelled"), told
+        assert end.reason != "length" or len(one.tokens) == request.sampling.max_tokens, told
+        ids, images = request.prompt.ids, request.prompt.images
+        rows = self.model.logits([*ids, *one.tokens], "full", images, self.adapters.get(request.adapter)).clone()
+        closed = self.model.forbidden().clone()
+        closed[END_ID] |= request.sampling.ignore_eos
+        rows[:, closed] = -torch.inf
+        spent, near = 0.0, 2 * NOISE[self.kind]
+        for count, (token, after) in enumerate(zip(one.tokens, one.spent, strict=True)):
+            row = rows[len(ids) - 1 + count]
+            assert after is not None and abs(after - spent - float(row.max() - row[token])) <= near, (count, told)
+            assert after <= request.quality_tolerance * count + 1e-9, (count, told)
+            self.seen["paid"] += after > spent
+            spent = after
 
 
 @contextmanager

@@ -19,6 +19,18 @@ def test_whatever_happens_the_engines_say_what_the_oracle_says(kind: fuzz.Kind) 
     with fuzz.busy(2):
         for seed in range(ROUNDS):
             seen += fuzz.Round(kind, seed, 6).run()
-    for what in ("stop", "length", "preempted", "cached", "accepted", "rejected", "begun", "guided", "images"):
+    for what in (
+        "stop",
+        "length",
+        "preempted",
+        "cached",
+        "accepted",
+        "rejected",
+        "begun",
+        "guided",
+        "images",
+        "adapted",
+        "paid",
+    ):
         assert seen[what] >= 10, (what, seen)
     assert seen["cancelled"]
