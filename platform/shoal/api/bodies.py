@@ -59,18 +59,30 @@ def _prompt_tag(value: Any) -> str | None:
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 
+class CacheControl(Wire):
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] = "5m"
+
+
+class Cached(Wire):
+    """What a client may mark as worth caching."""
+
+    cache_control: CacheControl | None = Field(None, description=_HINT + "every prompt's beginning is cached")
+    hints: ClassVar[Hints] = {"cache_control": (None,)}
+
+
 class ImageUrl(Wire):
     url: str = Field(description="data:image/png;base64,... ; URLs are not fetched")
     detail: Literal["auto", "low", "high", "original"] = Field("auto", description=_HINT + "images have one size")
     hints: ClassVar[Hints] = {"detail": ("auto",)}
 
 
-class TextPart(Wire):
+class TextPart(Cached):
     type: Literal["text"]
     text: str
 
 
-class ImagePart(Wire):
+class ImagePart(Cached):
     type: Literal["image_url"]
     image_url: ImageUrl
 

@@ -54,11 +54,12 @@ class TestHints:
             *image(png(), detail="high"),
             {"role": "user", "content": "hi", "name": "ann"},
             {"role": "assistant", "content": "hm", "name": "bob"},
-            {"role": "user", "content": "so?"},
+            {"role": "user", "content": [{"type": "text", "text": "so?", "cache_control": {"type": "ephemeral"}}]},
         ]
         options = {"include_obfuscation": True}
         reply = await http.post(URL, json={**BODY, "messages": messages, "stream": True, "stream_options": options})
-        told = "messages[].content[].image_url.detail, messages[].name, stream_options.include_obfuscation"
+        told = "messages[].content[].cache_control, messages[].content[].image_url.detail, messages[].name, "
+        told += "stream_options.include_obfuscation"
         assert reply.status_code == 200
         assert set(reply.headers["x-shoal-unused"].split(", ")) == set(told.split(", "))
 

@@ -6,22 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, Tag
 
-from shoal.api.bodies import NAME, Hints, Refused, by_type, tagged, text_or_list
+from shoal.api.bodies import NAME, Cached, Hints, Refused, by_type, tagged, text_or_list
 from shoal.api.wire import Wire
 
 _HINT = "taken, changes nothing: "
-
-
-class CacheControl(Wire):
-    type: Literal["ephemeral"]
-    ttl: Literal["5m", "1h"] = "5m"
-
-
-class Cached(Wire):
-    """What a client may mark as worth caching."""
-
-    cache_control: CacheControl | None = Field(None, description=_HINT + "every prompt's beginning is cached")
-    hints: ClassVar[Hints] = {"cache_control": ()}
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
