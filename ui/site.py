@@ -86,13 +86,28 @@ def of(cards: Sequence[Card], name: str | None) -> Card:
 
 def depths(card: Card) -> list[tuple[str, str]]:
     """Choices of depth: (label, value), the shallowest first."""
-    named = [(f"{name}, {layers} of {card.layers} layers", name) for name, layers in card.depths.items()]
+    named = [
+        (f"{name}, {layers} of {card.layers} layers{_agrees(card, name)}", name) for name, layers in card.depths.items()
+    ]
     return [("auto, by the question", "auto"), *named]
+
+
+def _agrees(card: Card, name: str) -> str:
+    shares = card.adapted.get("agreement", {})
+    return f", full depth's word at {shares[name]:.0%} of places" if name in shares else ""
+
+
+def _worth(card: Card) -> str:
+    """What the early exits of an imported model are worth, and what would make them more; "" where nobody measured it."""
+    if not card.adapted:
+        return ""
+    learned = f"The early exits learned for {card.adapted['minutes']:g} minutes"
+    return f"{learned}: they draft for full depth, and answer badly. shoal adapt teaches them for longer."
 
 
 def depths_of(card: Card, chosen: str) -> Any:
     """A control of depth for another model: what was `chosen` stays where this one has it."""
-    return gr.update(choices=depths(card), value=chosen if chosen in card.depths else "auto")
+    return gr.update(choices=depths(card), value=chosen if chosen in card.depths else "auto", info=_worth(card))
 
 
 def about(card: Card) -> str:

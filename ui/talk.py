@@ -12,9 +12,9 @@ import html
 import math
 import mimetypes
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +47,7 @@ class Card:
     context: int  # tokens of prompt and answer together
     depths: dict[str, int]  # exit name -> layers, shallowest first
     quantization: str
+    adapted: Mapping[str, Any] = field(default_factory=dict)  # what its exits are worth, as the API says it
 
     @property
     def layers(self) -> int:
@@ -118,7 +119,11 @@ async def read_cards(api: openai.AsyncOpenAI, first: str | None) -> list[Card]:
     """The cards of the server's models, that of `first` before the others; a model is named once, whatever aliases it has.
     Raises openai.OpenAIError."""
     listed = [(card.id, card.model_extra or {}) for card in (await api.models.list()).data]
-    cards = [_card(name, said) for name, said in listed if said.get("root", name) == name]
+    cards = [
+        Card(name, said["max_model_len"], said["depths"], said["quantization"], said.get("adapted") or {})
+        for name, said in listed
+        if said.get("root", name) == name
+    ]
     return sorted(cards, key=lambda card: card.name != first)
 
 
@@ -359,10 +364,6 @@ def facts(depth: str, tokens: int, card: Card, times: str, total: float, usage: 
         else ""
     )
     return f"{ran}{tokens} token{'s' * (tokens != 1)}{speed}{lost} · {times} after {total:.2f} s"
-
-
-def _card(name: str, said: dict[str, Any]) -> Card:
-    return Card(name, said["max_model_len"], said["depths"], said["quantization"])
 
 
 def _parts(new: Message) -> list[Any]:

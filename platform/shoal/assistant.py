@@ -1,18 +1,21 @@
-"""A small chat model of other people's on this machine: fetched, imported, rounded to INT8, served with the pages, and asked
-three questions.
+"""A small chat model of other people's on this machine: fetched, imported, given early exits, rounded to INT8, served with the
+pages, and asked three questions.
 
 Each step leaves a result whose presence means complete, so a second call goes on where the first stopped. The steps are what
-`shoal import`, `shoal quantize --no-train` and `shoal serve --no-ray` do; nothing here is a special path.
+`shoal import`, `shoal adapt`, `shoal quantize --no-train` and `shoal serve --no-ray` do; nothing here is a special path. The
+exits learn from chats of the model with itself, since nothing else is at hand.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -20,11 +23,16 @@ from shoal.api.access import no_lines
 from shoal.api.serve_args import ServeArgs
 from shoal.api.server import run_local
 from shoal.clients import samples
+from shoal.errors import UsageError
+from shoal.evaluate import own_words
 from shoal.evaluate.rounding import rounded
 from shoal.machine import need_disk, need_free_port
+from shoal.model.described import ADAPTED, adapted
 from shoal.model.model import Model
 from shoal.open_weights.convert import import_model
 from shoal.progress import duration
+from shoal.train.loop import fit
+from shoal.train.plan import adapt_plan
 
 NAME = "smollm2-135m-instruct"  # of `open_weights.known`
 QUESTIONS = (
@@ -33,31 +41,104 @@ QUESTIONS = (
     "Why is the sky blue? Answer in one sentence.",
 )
 MOST_TOKENS = 96  # of an answer
-DISK = 3 * 2**29  # bytes: the package, what is in it, the model in fp32 and in INT8, with room to spare
+DISK = 2**31  # bytes: the package, what is in it, the model in fp32, with exits and in INT8, with room to spare
 HOST = "127.0.0.1"
+ADAPT = 2.0  # minutes that the exits learn
+CHATS = 12  # for each minute of learning; 24 are some 5,000 tokens, which the exits' start is solved on (`train.exits`)
+ASIDE = 4  # of so many chats one is not learned from, and the exits are measured on it
+UPDATE = 512  # tokens: minutes are better spent on many small updates
+HOUR = 60
 
 
-def run(root: Path, *, stay: bool, port: int, console: Console, source: str = NAME) -> None:
+def run(root: Path, *, stay: bool, port: int, console: Console, source: str = NAME, adapt: float = ADAPT) -> None:
     """Do what is missing under `root`, serve the INT8 model and print its answers to `QUESTIONS`; with `stay`, serve until
-    Ctrl-C. `source`: what is imported, as `shoal import --from` takes it. Raises ResourceError before work begins where the
-    disk is full or the port taken, and what the import raises."""
+    Ctrl-C. `source`: what is imported, as `shoal import --from` takes it; `adapt`: minutes that early exits learn, 0 for none.
+    Raises UsageError for another number, ResourceError before work begins where the disk is full or the port taken, and what
+    the import raises."""
     began = time.monotonic()
+    if not 0 <= adapt <= 10_000:
+        raise UsageError("--adapt", got=adapt, allowed="minutes, 0 for no early exits")
     need_disk(root, DISK)
     need_free_port(HOST, port)
-    model, int8 = root / "model", root / "int8"
-    steps: list[tuple[str, Path, Callable[[], object]]] = [
-        ("import", model, lambda: import_model(source, model)),
-        ("quantize", int8, lambda: rounded(Model.load(model)).save(int8)),
+    model, exits, int8 = root / "model", root / "exits", root / "int8"
+    whole = exits if adapt else model
+    steps: list[tuple[str, str, Path, Callable[[], bool], Callable[[], object]]] = [
+        ("import", source, model, lambda: _complete(model), lambda: import_model(source, model)),
+        ("quantize", "to INT8", int8, lambda: _is_of(int8, whole), lambda: rounded(Model.load(whole)).save(int8)),
     ]
-    for number, (name, result, step) in enumerate(steps, 1):
-        head, start = f"[{number}/{len(steps) + 1}] {name:9s}", time.monotonic()
-        if (result / "config.json").exists():
+    if adapt:
+        told = f"early exits learn for {adapt:g} minutes, from what the model says to itself (ADAPT=0 leaves them out)"
+        steps.insert(
+            1, ("adapt", told, exits, lambda: _learned(exits) >= adapt, lambda: _adapt(model, root, exits, adapt))
+        )
+    count = len(steps) + 1
+    for number, (name, what, result, is_done, step) in enumerate(steps, 1):
+        head, start = f"[{number}/{count}] {name:9s}", time.monotonic()
+        if is_done():
             _say(console, f"{head} done before -> {result}")
-            continue
-        _say(console, f"{head} {source if name == 'import' else 'to INT8'} ...")
-        step()
-        _say(console, f"{head} {duration(time.monotonic() - start)} -> {result}")
-    _serve(int8, port, stay=stay, console=console, began=began, head=f"[{len(steps) + 1}/{len(steps) + 1}] serve    ")
+        else:
+            _say(console, f"{head} {what} ...")
+            step()
+            _say(console, f"{head} {duration(time.monotonic() - start)} -> {result}")
+        if name == "adapt":
+            _say(console, worth(exits, root))
+    _serve(int8, port, stay=stay, console=console, began=began, head=f"[{count}/{count}] serve    ")
+
+
+def worth(exits: Path, root: Path) -> str:
+    """What the adapted exits in `exits` are worth, and the command that teaches them for an hour, in two lines."""
+    told = _known(exits) or {"minutes": 0.0, "agreement": {}}
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in told["agreement"].items())
+    return (
+        f"  after {told['minutes']:g} minutes an exit's likeliest word is full depth's at so many places of answers that it "
+        f"did not learn from: {shares}.\n  That is worth drafts, which full depth checks, and no answers. "
+        f"An hour of it: shoal assistant --root {root} --adapt {HOUR}"
+    )
+
+
+def _complete(directory: Path) -> bool:
+    return (directory / "config.json").exists()
+
+
+def _known(directory: Path) -> dict[str, Any] | None:
+    """What is known of the exits of a model; None where there are none, or no model."""
+    return adapted(directory) if _complete(directory) else None
+
+
+def _learned(exits: Path) -> float:
+    """Minutes that the exits in `exits` have learned."""
+    return float((_known(exits) or {}).get("minutes", 0.0))
+
+
+def _is_of(int8: Path, whole: Path) -> bool:
+    """Was `int8` rounded from what lies in `whole`?"""
+    return _complete(int8) and _known(int8) == _known(whole)
+
+
+def _adapt(model: Path, root: Path, out: Path, minutes: float) -> None:
+    """Let `model` talk to itself, teach its exits by three quarters of that, and write it to `out` with their `agreement` on
+    the rest. What `shoal adapt --data ROOT/own.jsonl` would do."""
+    base = Model.load(model)
+    said = own_words.chats(base, max(2 * CHATS, round(CHATS * minutes)))
+    learned = [chat for number, chat in enumerate(said) if number % ASIDE]
+    _own(root).write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in learned), encoding="utf-8")
+    plan = adapt_plan(
+        str(model), str(_own(root)), str(out), run=str(root / "exits.run"), minutes=minutes, batch_tokens=UPDATE,
+        eval_every=0, resume="never",
+    )  # fmt: skip
+    fit(plan)
+    given = Model.load(out)
+    aside = own_words.ids(given, said[::ASIDE])
+    given.source = {
+        **(given.source or {}),
+        ADAPTED: {"minutes": minutes, "agreement": own_words.agreement(given, aside)},
+    }
+    given.save(out)
+
+
+def _own(root: Path) -> Path:
+    """The chats that exits learn from."""
+    return root / "own.jsonl"
 
 
 def _serve(model: Path, port: int, *, stay: bool, console: Console, began: float, head: str) -> None:

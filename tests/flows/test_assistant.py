@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
@@ -9,13 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 
 from shoal import Model, assistant
-from shoal.errors import ResourceError
+from shoal.errors import ResourceError, UsageError
+from shoal.evaluate import own_words
+from shoal.model import described
 from shoal.stages.stage import out
 
 DATA = Path(__file__).parents[1] / "data" / "open"
-SECONDS = 300  # after which a process that should have ended is ended
+SECONDS = 600  # after which a process that should have ended is ended
 CODE = """
 import io, os, signal, sys
 from pathlib import Path
@@ -29,9 +34,10 @@ class Impatient(Console):
             os.kill(os.getpid(), signal.SIGINT)
 
 root, port, source = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-assistant.run(root, stay=False, port=port, console=Console(width=999), source=source)
+given = {"port": port, "source": source}
+assistant.run(root, stay=False, console=Console(width=999), adapt=0.01, **given)
 print("once more")
-assistant.run(root, stay=True, port=port, console=Impatient(width=999), source=source)
+assistant.run(root, stay=True, console=Impatient(width=999), adapt=0.01, **given)
 """
 
 
@@ -46,14 +52,59 @@ def test_open_weights_become_an_assistant_and_a_second_call_goes_on(tmp_path: Pa
     command = [sys.executable, "-c", CODE, str(root), str(port), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.split("once more\n")
-    for text in (first, second):
+    first, second = texts = done.stdout.split("once more\n")
+    for text in texts:
         assert text.count("tokens/s") == len(assistant.QUESTIONS) and text.endswith("The service has stopped.\n")
         assert all(question in text for question in assistant.QUESTIONS)
     assert '"path":' not in done.stderr, "lines of requests stood between the answers"
-    assert "done before" not in first and second.count("done before") == 2
+    assert "done before" not in first and second.count("done before") == 3
     assert "Ctrl-C" not in first and f"http://127.0.0.1:{port}/ui" in second
-    assert Model.load(root / "int8", verify=True).config.quantization == "w8a8"
+    worth = "after 0.01 minutes an exit's likeliest word is full depth's"
+    assert worth in first and worth in second and f"shoal assistant --root {root} --adapt 60" in first
+    assert Model.load(root / "int8", verify=True).config.exit_names == {"shallow": 2, "middle": 4, "full": 6}
+
+
+def test_exits_that_learn_for_longer_or_are_left_out_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, root = tmp_path / "from", tmp_path / "run"
+    shutil.copytree(DATA / "smollm2", source)
+    shutil.copytree(DATA / "tokenizer", source, dirs_exist_ok=True)
+    monkeypatch.setattr(assistant, "_serve", lambda *_, **__: None)
+
+    def made(adapt: float) -> str:
+        assistant.run(root, stay=False, port=0, console=Console(width=999), source=str(source), adapt=adapt)
+        return capsys.readouterr().out
+
+    for adapt, done in ((0.01, 0), (0.02, 1), (0.01, 3), (0, 1)):
+        text = made(adapt)
+        assert text.count("done before") == done, (adapt, text)
+        worth = "after 0.02 minutes an exit" if done else "after 0.01 minutes an exit"
+        assert (worth in text) == (adapt > 0) and ("--adapt 60" in text) == (adapt > 0)
+        exits = {"shallow": 2, "middle": 4, "full": 6} if adapt else {"full": 6}
+        assert Model.load(root / "int8", verify=True).config.exit_names == exits
+    given, base = Model.load(root / "exits", verify=True), Model.load(root / "model")
+    assert given.source is not None and given.source["adapted"]["minutes"] == 0.02
+    assert set(given.source["adapted"]["agreement"]) == {"shallow", "middle"}
+    assert described.adapted(root / "exits") == given.source["adapted"] and described.adapted(root / "model") is None
+    ids = base.tokenizer.encode("The tide waits.")
+    assert torch.equal(base.logits(ids), given.logits(ids)), "full depth is what was imported"
+    learned = [json.loads(line)["messages"] for line in (root / "own.jsonl").read_text().splitlines()]
+    assert 6 <= len(learned) <= 18 and all([m["role"] for m in chat] == ["user", "assistant"] for chat in learned)
+
+
+def test_agreement_is_the_share_of_places_where_an_exit_would_say_the_same(tmp_path: Path) -> None:
+    model, rows = Model.from_preset("test"), [list(range(20, 60)), list(range(90, 50, -1))]
+    shares = own_words.agreement(model, rows)
+    for name, share in shares.items():
+        same = [model.logits(row, name).argmax(-1) == model.logits(row).argmax(-1) for row in rows]
+        assert share == pytest.approx(float(torch.cat(same).float().mean()), abs=1e-6), name
+    assert list(shares) == [name for name in model.config.exit_names if name != "full"]
+
+
+def test_a_number_of_minutes_below_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--adapt"):
+        assistant.run(tmp_path / "run", stay=False, port=1, console=out, adapt=-1)
 
 
 def test_a_port_in_use_is_told_before_anything_is_fetched(tmp_path: Path) -> None:

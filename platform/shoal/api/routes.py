@@ -7,6 +7,7 @@ import base64
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 import numpy as np
 import pydantic_core
@@ -27,6 +28,7 @@ from shoal.api.document import ASKED, POSTED, answered, body_of, refused
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted, Service
 from shoal.api.shapes import (
+    Adapted,
     ChatChunk,
     ChatCompletion,
     Detokenized,
@@ -217,7 +219,7 @@ async def _quantizations(models: Sequence[Hosted]) -> list[str]:
 
 
 def _card(served: ServedModel, name: str, quantization: str) -> ModelCard:
-    return {
+    card: ModelCard = {
         "id": name,
         "object": "model",
         "created": served.created,
@@ -228,6 +230,9 @@ def _card(served: ServedModel, name: str, quantization: str) -> ModelCard:
         "depths": served.config.exit_names,
         "quantization": quantization,
     }
+    if served.adapted is not None:
+        card["adapted"] = cast(Adapted, dict(served.adapted))
+    return card
 
 
 def _encoded(vector: Sequence[float], encoding: str) -> list[float] | str:

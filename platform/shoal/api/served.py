@@ -31,6 +31,7 @@ class ServedModel:
     parent: str | None = None  # of an adapter: the model that it stands beside
     weights: str = ""  # the first 16 hexadecimal digits of their sha256, where that is known
     sampling: Mapping[str, Any] = field(default_factory=dict)  # of `described.DRAWN`, where a request is silent
+    adapted: Mapping[str, Any] | None = None  # of exits that an imported model was given: `described.adapted`
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -57,9 +58,10 @@ class ServedModel:
         except RequestError as error:
             where = f"{Path(directory) / described.SOURCE}: generation_config.{error.message}"
             raise CheckpointError(where, do="mend it there, and import the model again") from error
-        known = described.known_weights(directory)
+        known, told = described.known_weights(directory), described.adapted(directory)
+        names = tuple(aliases)
         return cls(
-            own, it.config, it.tokenizer, it.chat_template, created, tuple(aliases), weights=known, sampling=drawn
+            own, it.config, it.tokenizer, it.chat_template, created, names, weights=known, sampling=drawn, adapted=told
         )
 
     def fixed_depth(self, depth: str | int) -> str | None:

@@ -166,6 +166,11 @@ class EmbeddingList(TypedDict):
     usage: EmbeddingUsage
 
 
+class Adapted(TypedDict):
+    minutes: float  # that the early exits learned
+    agreement: dict[str, float]  # exit name -> share of places at which its likeliest token is full depth's
+
+
 class ModelCard(TypedDict):
     id: str
     object: Literal["model"]
@@ -176,6 +181,7 @@ class ModelCard(TypedDict):
     max_model_len: int  # tokens of prompt and answer together
     depths: dict[str, int]  # exit name -> layers, shallowest first
     quantization: str  # what is computed with: none or w8a8; both, comma-separated, where engines differ
+    adapted: NotRequired[Adapted]  # where an imported model was given early exits, and it was measured what they say
 
 
 class ModelList(TypedDict):

@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
 SOURCE = "source.json"  # what an open model was imported from: family, what describes it, sha256 of its weights
+ADAPTED = "adapted"  # there: see `adapted`
 # how an answer is drawn: what a source may have a say in where a request is silent
 DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 FORMAT, VERSION = "shoal-model", 1
@@ -92,6 +93,14 @@ def known_weights(directory: str | Path) -> str:
     except (CheckpointError, LookupError, TypeError, AttributeError):
         return ""
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16] if found else ""
+
+
+def adapted(directory: str | Path) -> dict[str, Any] | None:
+    """What is known of the early exits that an imported model was given: ``minutes`` of training, and the ``agreement`` of each
+    by name; None where nobody measured it. Raises CheckpointError for a file that cannot be read."""
+    path = Path(directory) / SOURCE
+    told: dict[str, Any] | None = read_json(path).get(ADAPTED) if path.exists() else None
+    return told
 
 
 def is_ours(directory: Path) -> bool:

@@ -1,21 +1,31 @@
 """Early exits beside a backbone that stays as it is to the bit: how they begin, and what shows that nothing else changed.
 
 An exit is a SwiGLU and a norm of its own in front of the shared head. It begins as a copy of what stands behind the last
-layer's attention, and learns to say what full depth says (`TrainConfig.trains`, `cross_entropy` 0).
+layer's attention, whose last matrix is then solved for: ridge regression of full depth's states (decision 0044). From there it
+learns to say what full depth says (`TrainConfig.trains`, `cross_entropy` 0).
+
+Letters: M tokens, F inner width of an exit, D width.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from shoal.config import GROUPS, ModelConfig
+from shoal.data.batches import Batch
 from shoal.errors import CheckpointError
+from shoal.model.block import ExitMlp
 from shoal.model.net import Net
+from shoal.train.parallel import Ranks
+
+SOLVED_ON = 2.7  # tokens for each inner channel of an exit that its last matrix is solved on
+RIDGE = 3e-3  # of the mean channel's energy, added to each: the best of 3e-4 to 1 for SmolLM2-135M (docs/log.md)
 
 
 def with_exits(config: ModelConfig) -> ModelConfig:
@@ -42,6 +52,88 @@ def added(net: Net, config: ModelConfig) -> Net:
         state[name] = there[name] if name in there else there[copied].clone()
     whole.load_state_dict(state, assign=True)
     return whole
+
+
+JUDGED_ON = 512  # tokens that say whether the solution is kept
+
+
+def begins_solved(before: ModelConfig, after: ModelConfig) -> bool:
+    """Can the exits that `after` has more be solved for? Not those that had a norm of their own, which reads other states, and
+    not where the norm behind the matrix makes the sum no linear one."""
+    return not before.early_exits and after.exit_ffn > 0 and after.norm_place == "before"
+
+
+def updates_solved_on(config: ModelConfig, batch_tokens: int, most: int) -> int:
+    """Of how many updates, of `most`, the batches are read to `solve_`."""
+    return min(most, math.ceil(SOLVED_ON * config.exit_ffn / batch_tokens))
+
+
+@torch.no_grad()
+def solve_(net: Net, batches: Sequence[Batch], ranks: Ranks) -> None:
+    """Set the last matrix of each early exit, in place and alike on all ranks, to what brings its states closest to those of
+    full depth over `batches`, those of this rank; or leave it, where what it says is closer as it is. Each token weighs the
+    inverse square of its state's length at full depth, since the norm that comes next takes lengths away."""
+    c = net.config
+    sums = {e: _Sums(c.exit_ffn, c.width, ranks.device) for e in c.exits[:-1]}
+    for batch in batches[:-1] or batches:
+        states = _states(net, batch)
+        full = states[c.layers].double()
+        weight = 1 / full.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        for e, each in sums.items():
+            read = _channels(net.exit_mlps[str(e)], states[e])  # type: ignore[arg-type]
+            each.add(weight * read.double(), weight * (full - states[e].double()))
+    judged = _states(net, batches[-1])  # which was not solved on, where there are others
+    for e, each in sums.items():
+        weights, found = net.exit_mlps[str(e)].mlp.down.weight, each.solved(ranks)  # type: ignore[union-attr]
+        before, copied = _apart(net, judged, e, ranks), weights.clone()  # type: ignore[operator]
+        weights.copy_(found)  # type: ignore[operator]
+        if not _apart(net, judged, e, ranks) < before:
+            weights.copy_(copied)  # type: ignore[operator]
+
+
+def _states(net: Net, batch: Batch) -> dict[int, Tensor]:
+    """Hidden states [M, D] of the tokens of `batch` at each exit."""
+    found = net(batch.tokens, batch.patches, batch.grid, batch.docs, exits=net.config.exits)
+    return {e: states[batch.docs >= 0] for e, states in found.items()}
+
+
+def _apart(net: Net, states: Mapping[int, Tensor], exit_: int, ranks: Ranks) -> float:
+    """KL(full depth || exit), nats, summed over some tokens of all ranks."""
+    some = {e: states[e][:JUDGED_ON] for e in (exit_, net.config.layers)}
+    theirs, ours = (net.head(some[e], e).float().log_softmax(-1) for e in (net.config.layers, exit_))
+    return float(ranks.sum((theirs.exp() * (theirs - ours)).sum().double()))
+
+
+def _channels(exit_mlp: ExitMlp, states: Tensor) -> Tensor:
+    """[M, F]: what the last matrix of an exit reads of `states` [M, D]."""
+    seen: list[Tensor] = []
+    hook = exit_mlp.mlp.down.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        exit_mlp(states)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+class _Sums:
+    """What a regression of wanted on read values needs of them, over all tokens, in float64."""
+
+    def __init__(self, read: int, wanted: int, device: torch.device) -> None:
+        self.squares = torch.zeros(read, read, dtype=torch.float64, device=device)
+        self.products = torch.zeros(read, wanted, dtype=torch.float64, device=device)
+
+    def add(self, read: Tensor, wanted: Tensor) -> None:
+        """Take in `read` [M, F] and what they are to give, `wanted` [M, D]."""
+        self.squares += read.T @ read
+        self.products += read.T @ wanted
+
+    def solved(self, ranks: Ranks) -> Tensor:
+        """The matrix [D, F], rank 0's on all of them."""
+        squares, products = ranks.sum(self.squares), ranks.sum(self.products)
+        energy = squares.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)  # of zeros where nothing was read
+        squares.diagonal().add_(RIDGE * energy)
+        found = torch.linalg.solve(squares, products).T
+        return ranks.sum(found if ranks.first else torch.zeros_like(found))
 
 
 def freeze_(net: Net) -> None:

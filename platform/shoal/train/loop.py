@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
+from shoal.config import ModelConfig
 from shoal.errors import CheckpointError, ConfigError, DataError
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.model import checkpoint
+from shoal.model import checkpoint, smooth
 from shoal.model.cost import parameters
 from shoal.model.linears import export_int8, fake_quantize_
 from shoal.model.net import Net
@@ -47,6 +48,8 @@ from shoal.train.parallel import Ranks, shard_
 from shoal.train.plan import FitPlan, located, progress
 from shoal.train.run import Clock, Run, StoppedError, enough_memory, only_writer, stop_file
 from shoal.train.step import update
+
+SMOOTHED_BY = 2  # updates whose rows say how large the activations become
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,10 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker) -> FitResult:
         feed = open_feed(plan, start.tokenizer, start.template, ranks)
         if plan.keep_best and not feed.heldout:
             raise DataError("keep_best", got="no held-out rows", do="give --heldout, or leave it out")
+    start.prepare(plan, feed, ranks)
     state.parts = ranks.world * plan.train.accumulate
     teacher = copy.deepcopy(start.net) if plan.has_teacher else None
-    trained = trained_exits(plan.model.exits, plan.train)
-    model = LossModel(start.net, trained, teacher, trained_only=plan.exits_only)
+    model = LossModel(start.net, trained_exits(plan.model.exits, plan.train), teacher, trained_only=plan.exits_only)
     shard_(model, ranks, replicas=plan.replicas, recompute=plan.recompute, compiled=plan.compile)
     optimizer = make_optimizer(model, plan.train)
     rounded = _rounded(plan, model, feed, ranks)  # before a checkpoint takes the place of the weights
@@ -137,6 +140,35 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker) -> FitResult:
     result_ = FitResult(*count, final.bpb, rounded, backbone)
     say("end", asdict(result_), step=state.step)
     return result_
+
+
+def _smooth(net: Net, feed: Feed, ranks: Ranks) -> None:
+    """Move what single channels of the activations have too much of, for some rows of the data, into the weights, in place and
+    alike on all ranks: a model of other people's has not learned to live with the rounding (decision 0041)."""
+    net.to(ranks.device)
+    batches = [batch for step in range(min(SMOOTHED_BY, feed.steps_in_epoch)) for batch in feed.at(step)]
+    rows = [
+        tokens[docs >= 0].to(ranks.device)
+        for batch in batches
+        for tokens, docs in zip(batch.tokens, batch.docs, strict=True)
+    ]
+    by = smooth.factors(net, smooth.largest(net, [row for row in rows if len(row)]))
+    by = ranks.agree({name: factor.cpu() for name, factor in by.items()})
+    net.load_state_dict(
+        smooth.smoothed(net.state_dict(), {name: factor.to(ranks.device) for name, factor in by.items()})
+    )
+
+
+def _untied(net: Net, config: ModelConfig) -> Net:
+    """`net` under `config`, whose head is a matrix of its own. Raises CheckpointError where they differ in more."""
+    if dataclasses.replace(net.config, tied=False) != config:
+        raise CheckpointError("the model to quantise is of another configuration", do="plan with the model's own")
+    with torch.device("meta"):
+        whole = Net(config)
+    state = smooth.smoothed(net.state_dict(), {})
+    state[f"{smooth.HEAD}.weight"] = state[f"{smooth.HEAD}.weight"].clone()  # no longer the memory of the token table
+    whole.load_state_dict(state, assign=True)
+    return whole
 
 
 def _weights(plan: FitPlan, at: float, step: int) -> tuple[float, ...]:
@@ -204,6 +236,7 @@ class _Start:
     base: dict[str, str]  # sha256 of what was read of the plan's model directory, by name; empty for fresh weights
     source: dict[str, Any] | None = None  # what an open model was imported from
     backbone: str = ""  # sha256 of what stays as it is, where exits alone are trained
+    solves: bool = False  # are there new exits whose last matrix is to be solved for?
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the tensors then: training is in fp32
 
     @classmethod
@@ -213,11 +246,14 @@ class _Start:
             parts = checkpoint.read(plan.init)
             source = parts.source
             digest, backbone, dtypes = exits.digest(parts.net.state_dict()), "", dict[str, torch.dtype]()
+            solves = plan.exits_only and exits.begins_solved(parts.config, plan.model)
             if plan.exits_only:
                 backbone = exits.digest(exits.backbone(parts.net.state_dict(), parts.config))
                 parts.net, parts.config = exits.added(parts.net, plan.model), plan.model
                 dtypes = {name: tensor.dtype for name, tensor in parts.net.state_dict().items()}
                 exits.freeze_(parts.net)
+            if plan.quantize and source is not None:
+                parts.net, parts.config = _untied(parts.net, plan.model), plan.model
             if parts.config != plan.model:
                 raise CheckpointError(f"{plan.init} is of another configuration", do="plan with the model's own")
             net, tokenizer, template = parts.net.float(), parts.tokenizer, parts.chat_template
@@ -234,12 +270,21 @@ class _Start:
                 shard_tokenizer(plan.data),
                 DEFAULT_TEMPLATE,
             )
-            base, source, backbone, dtypes = {}, None, "", {}
+            base, source, backbone, solves, dtypes = {}, None, "", False, {}
         if len(tokenizer) > plan.model.vocab:
             raise ConfigError(
                 "model.vocab", got=plan.model.vocab, allowed=f"at least {len(tokenizer)}, the tokenizer's"
             )
-        return cls(net, tokenizer, template, base, source, backbone, dtypes)
+        return cls(net, tokenizer, template, base, source, backbone, solves, dtypes)
+
+    def prepare(self, plan: FitPlan, feed: Feed, ranks: Ranks) -> None:
+        """What is done to the weights, in place, once the data are known."""
+        if self.solves:
+            updates = exits.updates_solved_on(plan.model, plan.train.batch_tokens, feed.steps_in_epoch)
+            batches = [batch.to(ranks.device) for step in range(updates) for batch in feed.at(step)]
+            exits.solve_(self.net.to(ranks.device), batches, ranks)
+        if plan.quantize and self.source is not None:
+            _smooth(self.net, feed, ranks)
 
     def export(self, plan: FitPlan, model: LossModel, ranks: Ranks) -> str:
         """Gather the model and write its directory, INT8 when the plan quantises. Returns the sha256 of what stayed as it was,

@@ -207,6 +207,8 @@ def quantize_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
     """INT8 from a model directory: a short, gentle run with INT8 rounding in the forward pass, held to what the model said
     before (decision 0018), then export."""
     name, config = described.read_config(model)
+    if (Path(model) / described.SOURCE).exists():  # it is smoothed first, which makes a tied head a matrix of its own
+        config = dataclasses.replace(config, tied=False)
     train = TrainConfig(
         learning_rate=5e-5,
         distill=30.0,

@@ -37,6 +37,15 @@ async def test_models(http: httpx.AsyncClient) -> None:
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
 
+async def test_a_model_s_card_tells_what_its_adapted_exits_are_worth(served: ServedModel, engine: Any) -> None:
+    worth = {"minutes": 2.0, "agreement": {"shallow": 0.3, "middle": 0.4}}
+    for told in (worth, None):
+        app = build_app([Hosted(replace(served, adapted=told), engine)])
+        http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+        cards = [(await http.get("/v1/models")).json()["data"][0], (await http.get("/v1/models/fish")).json()]
+        assert [card.get("adapted") for card in cards] == [told, told]
+
+
 async def test_a_model_s_card_tells_what_is_computed_with_and_not_what_is_stored(
     served: ServedModel, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

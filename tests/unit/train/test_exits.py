@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,21 @@ from shoal.config import TrainConfig, load
 from shoal.data.chats.whole import read_whole
 from shoal.errors import CheckpointError, ConfigError, DataError
 from shoal.evaluate import routing
+from shoal.inputs.chat import encode_chat
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.net import Net
 from shoal.open_weights.convert import export_model, import_model
 from shoal.train import exits, log
+from shoal.train.feed import open_feed
 from shoal.train.loop import FitResult, fit
 from shoal.train.loss import LossModel
 from shoal.train.needs import disk_needed, memory_needed
+from shoal.train.parallel import Ranks
 from shoal.train.plan import adapt_plan, finetune_plan
 from tests.corpus import NOUNS, VERBS
 
 DATA = Path(__file__).parents[2] / "data" / "open"
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +86,12 @@ def kl_at(model: Model, ids: list[int]) -> dict[str, float]:
     }
 
 
-def test_full_depth_is_the_base_to_the_bit_and_exits_learned(base: Path, adapted: FitResult) -> None:
+def chat_ids(model: Model, heldout: Path) -> list[int]:
+    messages = json.loads(heldout.read_text().splitlines()[-1])["messages"]
+    return encode_chat(messages, model.tokenizer, model.config, template=model.chat_template).ids
+
+
+def test_full_depth_is_the_base_to_the_bit_and_exits_learned(base: Path, adapted: FitResult, heldout: Path) -> None:
     before, after = Model.load(base), Model.load(adapted.out, verify=True)
     assert (
         after.config.exit_names == {"shallow": 2, "middle": 4, "full": 6} and after.config.exit_ffn == before.config.ffn
@@ -92,7 +103,7 @@ def test_full_depth_is_the_base_to_the_bit_and_exits_learned(base: Path, adapted
     more = now.keys() - was.keys()
     assert more and all(exits.is_exits(name, after.config) for name in more)
     assert adapted.backbone == exits.digest(was) == exits.digest(exits.backbone(now, after.config))
-    ids = before.tokenizer.encode("The shoal turns. The tide waits.")
+    ids = chat_ids(before, heldout)
     assert torch.equal(before.logits(ids), after.logits(ids))
 
     begun = Model(after.config, exits.added(before.net, after.config), before.tokenizer)
@@ -113,6 +124,96 @@ def test_an_exit_begins_as_what_stands_behind_the_last_layers_attention(base: Pa
     assert torch.equal(whole.exit(h, 6), net.exit(h, 6))
     again = exits.added(whole, whole.config)
     assert again.config == whole.config and again.state_dict().keys() == whole.state_dict().keys()
+
+
+@pytest.mark.parametrize("solved_is", ["closer", "farther"])
+def test_the_last_matrix_of_a_new_exit_is_the_ridge_regression_of_full_depths_states(
+    base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, solved_is: str
+) -> None:
+    """Where it is closer; and what it was before where it is not."""
+    net = Model.load(base).net.double()
+    whole = exits.added(net, exits.with_exits(net.config))
+    wanted = plan(base, rows, base.parent / "never")
+    model = Model.load(base)
+    feed = open_feed(wanted, model.tokenizer, model.chat_template, ALONE)
+    batches = [batch for step in range(3) for batch in feed.at(step)]
+    said = itertools.cycle([2.0, 1.0] if solved_is == "closer" else [1.0, 1.0])
+    monkeypatch.setattr(exits, "_apart", lambda *_: next(said))
+    exits.solve_(whole, batches, ALONE)
+    c, plain = whole.config, exits.added(net, whole.config)
+    for e in (2, 4):
+        read, target = [], []
+        for batch in batches[:-1]:
+            told = batch.docs >= 0
+            states = plain(batch.tokens, batch.patches, batch.grid, batch.docs, exits=(e, 6))
+            here, full = states[e][told], states[6][told]
+            part = plain.exit_mlps[str(e)]
+            gate, up = part.mlp.up(part.norm(here)).chunk(2, dim=-1)  # type: ignore[operator, union-attr]
+            weight = 1 / full.norm(dim=-1, keepdim=True)
+            read.append((torch.nn.functional.silu(gate) * up * weight).detach())
+            target.append(((full - here) * weight).detach())
+        a, y = torch.cat(read), torch.cat(target)
+        ridge = (exits.RIDGE * a.square().sum() / c.exit_ffn).sqrt() * torch.eye(c.exit_ffn, dtype=torch.float64)
+        solution = torch.linalg.lstsq(torch.cat([a, ridge]), torch.cat([y, y.new_zeros(c.exit_ffn, c.width)])).solution
+        wanted_is = solution.T if solved_is == "closer" else plain.exit_mlps[str(e)].mlp.down.weight  # type: ignore[union-attr]
+        torch.testing.assert_close(whole.exit_mlps[str(e)].mlp.down.weight, wanted_is)  # type: ignore[union-attr]
+    untouched = {name: tensor for name, tensor in whole.state_dict().items() if not name.endswith("mlp.down.weight")}
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in untouched.items())
+
+
+def test_of_the_copy_and_the_solution_the_one_stays_that_says_more_of_what_full_depth_says(
+    base: Path, rows: Path
+) -> None:
+    """On what was not solved on. Scaled up, the copy says nothing of the kind."""
+    model = Model.load(base)
+    net = model.net.double()
+    whole = exits.added(net, exits.with_exits(net.config))
+    feed = open_feed(plan(base, rows, base.parent / "never"), model.tokenizer, model.chat_template, ALONE)
+    batches = [batch for step in range(4) for batch in feed.at(step)]
+    with torch.no_grad():
+        whole.exit_mlps["2"].mlp.down.weight.mul_(100)  # type: ignore[union-attr, operator]
+
+    def apart() -> dict[int, float]:
+        told = batches[-1].docs >= 0
+        with torch.no_grad():
+            hidden = whole(batches[-1].tokens, docs=batches[-1].docs, exits=(2, 4, 6))
+            full, *early = (whole.head(hidden[e][told], e).log_softmax(-1) for e in (6, 2, 4))
+        return {e: float((full.exp() * (full - each)).sum(-1).mean()) for e, each in zip((2, 4), early, strict=True)}
+
+    before = apart()
+    exits.solve_(whole, batches, ALONE)
+    after = apart()
+    assert after[2] < 0.8 * before[2] and after[4] <= before[4], (before, after)
+
+
+def test_workers_solve_for_the_same_matrix_as_one_that_reads_all(base: Path, rows: Path) -> None:
+    """Two ranks as two threads, whose sums meet."""
+    model, met, there = Model.load(base), threading.Barrier(2, timeout=60), [torch.empty(0)] * 2
+    feed = open_feed(plan(base, rows, base.parent / "never"), model.tokenizer, model.chat_template, ALONE)
+    first, second, last = (feed.at(step)[0] for step in range(3))  # the last is judged on
+
+    class Two(Ranks):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            there[self.rank] = values
+            met.wait()
+            both = there[0] + there[1]
+            met.wait()
+            return both
+
+    net = model.net.double()
+    nets = [exits.added(net, exits.with_exits(net.config)) for _ in range(3)]
+    threads = [
+        threading.Thread(target=exits.solve_, args=(nets[r], [mine, last], Two(r, 2, torch.device("cpu"))))
+        for r, mine in enumerate((first, second))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    exits.solve_(nets[2], [first, second, last], ALONE)
+    for name, tensor in nets[2].state_dict().items():
+        assert torch.equal(nets[0].state_dict()[name], nets[1].state_dict()[name]), name
+        torch.testing.assert_close(nets[0].state_dict()[name], tensor)
 
 
 def test_the_engine_drafts_with_a_new_exit_and_loses_nothing(base: Path, adapted: FitResult) -> None:
