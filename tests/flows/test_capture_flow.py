@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from shoal.loop.capture import Capture
-from shoal.loop.writer import Writer
+from shoal.loop.writer import adopt
 from tests.unit.engine.lively import lively
 
 ROOT = Path(__file__).parents[2]
@@ -75,9 +75,7 @@ def test_a_service_that_is_killed_loses_no_row_of_a_request_that_had_ended(model
     found = Capture(folder).rows()
     assert len(ended) >= 40 and ended <= set(found["request_id"].to_pylist())
     assert found.num_rows == len(set(found["id"].to_pylist())) <= len(ended) + 4
-    after = Writer(Capture(folder), start=False)
-    assert after.adopt() == 1
-    after.close()
+    assert adopt(Capture(folder)) == 1
     assert Capture(folder).rows().num_rows == found.num_rows
 
 

@@ -90,9 +90,8 @@ def build_app(
         open_paths=OPEN_PATHS,
     )
     service = Service(models, limits, _recorder(app, capture))
-    for routes in (openai_routes, responses_routes, messages_routes, score_routes, tokenizer_routes):
+    for routes in (openai_routes, responses_routes, messages_routes, score_routes, feedback_routes, tokenizer_routes):
         app.include_router(routes(service))
-    app.include_router(feedback_routes(service, service.storing))
     app.include_router(batch_routes(service, _kept(app, service, batches, api_keys, at_once, drain)))
     app.include_router(adapter_routes(service, Adapters(service, adapters or {}, adapters_from, on_adapters)))
     _follow(app, service, follower)

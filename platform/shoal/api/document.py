@@ -20,9 +20,7 @@ from shoal.api.bodies import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
-    FeedbackRequest,
     LoadAdapterRequest,
-    StoredUpdate,
     TokenizeRequest,
     UnloadAdapterRequest,
 )
@@ -33,6 +31,7 @@ from shoal.api.responses.bodies import ResponsesRequest
 from shoal.api.responses.shapes import ResponseEvent
 from shoal.api.scores.bodies import RerankRequest, ScoreRequest
 from shoal.api.shapes import ChatChunk, ErrorEnvelope
+from shoal.api.storing import FeedbackRequest, StoredUpdate
 from shoal.api.wire import Wire
 
 POSTED = (400, 401, 404, 408, 413, 415, 429, 500, 503)  # what a request with a body may be refused with

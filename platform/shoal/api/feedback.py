@@ -11,11 +11,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from shoal.api.bodies import FeedbackRequest, StoredUpdate
 from shoal.api.document import ASKED, POSTED, answered, body_of, refused
 from shoal.api.service import Service
 from shoal.api.shapes import Deleted, FeedbackTaken, StoredCompletion, StoredList, StoredMessages
-from shoal.api.storing import Storing, kept
+from shoal.api.storing import FeedbackRequest, StoredUpdate, Storing, kept
 from shoal.api.wire import NotFoundError, dumps
 from shoal.errors import RequestError
 from shoal.loop.texts import Stored, clean
@@ -32,9 +31,9 @@ _QUERY = {"parameters": [{"name": name, "in": "query", "schema": schema} for nam
 HERE = "/chat/completions/{id}"
 
 
-def feedback_routes(service: Service, storing: Storing | None) -> APIRouter:
+def feedback_routes(service: Service) -> APIRouter:
     """Where nothing is captured each says so."""
-    router = APIRouter(prefix="/v1", tags=["feedback"])
+    router, storing = APIRouter(prefix="/v1", tags=["feedback"]), service.storing
 
     def there() -> Storing:
         if storing is None:

@@ -9,19 +9,40 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field
 
 from shoal.api.access import Access
 from shoal.api.answers import Answer
-from shoal.api.bodies import ChatRequest
+from shoal.api.bodies import ChatRequest, Metadata
 from shoal.api.capture import Recorder
-from shoal.api.wire import NotFoundError
+from shoal.api.wire import NotFoundError, Wire
 from shoal.errors import RequestError
 from shoal.loop.texts import Texts
 from shoal.loop.votes import Vote, Votes
 
 T = TypeVar("T")
 STORE_SECONDS = 5.0  # that the end of an answer waits for its text to be stored
+
+
+class FeedbackRequest(Wire):
+    id: str = Field(pattern=r"^[!-~]{1,100}$", description="of the answer")
+    rating: Literal["up", "down"] | None = Field(None, description="without any of these four a vote is withdrawn")
+    score: float | None = Field(None, ge=-1, le=1, description="from -1 to 1")
+    correction: str | None = Field(None, min_length=1, max_length=2**16, description="the better answer")
+    comment: str | None = Field(None, min_length=1, max_length=2**12)
+    user: str | None = Field(None, max_length=256, description="who says so, as in the request that was answered")
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"id": "chatcmpl-0123456789abcdef0123456789abcdef", "rating": "up"}]}
+    )
+
+
+class StoredUpdate(Wire):
+    metadata: Metadata = Field(
+        max_length=16, description="in place of what is there; `rating` up or down is a vote too"
+    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"metadata": {"rating": "up"}}]})
 
 
 class Storing:

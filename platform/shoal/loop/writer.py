@@ -199,7 +199,7 @@ class Writer:
                 self._make_parts()
             if time.monotonic() > self._tidied_at + TIDY_SECONDS:
                 self._tidied_at = time.monotonic()
-                self.adopt()
+                adopt(self.capture)
                 self.tidy()
         except Exception as error:  # the service goes on, and rows with it
             self._complain("thread", f"capture: {first_line(error)}; it is tried again")
@@ -244,22 +244,6 @@ class Writer:
             self._closed.pop(0)
             journal.close()
 
-    def adopt(self) -> int:
-        """Make parts of the journals that dead processes left; returns how many there were."""
-        found = 0
-        for path in sorted(self._folder.glob("*.jsonl")):
-            with suppress(FileNotFoundError):
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    make_parts(self.capture, path)
-                    found += 1
-                except BlockingIOError:
-                    pass  # its process lives
-                finally:
-                    os.close(descriptor)
-        return found
-
     def tidy(self) -> None:
         """Measures what is kept, and removes the oldest day, one at a time, where it is too old or all is too much."""
         self.bytes = _size(self.capture.folder)
@@ -291,6 +275,23 @@ class Writer:
     def _remove(self, kind: str, day: str, why: str) -> None:
         log.warning("capture: removed %s of %s: %s", kind, day, why)
         shutil.rmtree(self.capture.folder / kind / f"day={day}", ignore_errors=True)
+
+
+def adopt(capture: Capture) -> int:
+    """Make parts of the journals that dead processes left; returns how many there were. Raises OSError."""
+    found = 0
+    for path in sorted((capture.folder / JOURNAL).glob("*.jsonl")):
+        with suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                make_parts(capture, path)
+                found += 1
+            except BlockingIOError:
+                pass  # its process lives
+            finally:
+                os.close(descriptor)
+    return found
 
 
 def make_parts(capture: Capture, journal: Path) -> None:

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from shoal import __version__
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
+from shoal.api.capture import CaptureArgs
 from shoal.api.drain import Drain
 from shoal.api.middleware import OPEN_PATHS
 from shoal.api.page import chat_page
@@ -201,7 +202,10 @@ async def test_the_document_s_examples_name_the_served_model_and_are_answered(
     connect: Callable[..., httpx.AsyncClient], tmp_path: Path
 ) -> None:
     (tmp_path / "adapters" / "runs" / "support" / "adapter").mkdir(parents=True)
-    http = connect(batches=tmp_path, adapters_from=tmp_path / "adapters")
+    capture = CaptureArgs(str(tmp_path / "capture"), texts=True)
+    http = connect(batches=tmp_path / "batches", adapters_from=tmp_path / "adapters", capture=capture)
+    chat = {"model": "fish", "messages": [{"role": "user", "content": "?"}], "max_tokens": 3, "store": True}
+    stored = (await http.post("/v1/chat/completions", json=chat)).json()["id"]
     document = (await http.get("/openapi.json")).json()
     asked, file = 0, ""
     for path, operations in document["paths"].items():
@@ -218,7 +222,8 @@ async def test_the_document_s_examples_name_the_served_model_and_are_answered(
                     assert example.get("model", "fish") == "fish"
                     if "input_file_id" in example:
                         example["input_file_id"] = file
-                    reply = await http.post(path, json=example)
+                    example |= {"id": stored} if "id" in example else {}
+                    reply = await http.post(path.replace("{id}", stored), json=example)
                     assert (reply.status_code, asked := asked + 1)[0] == 200, reply.text
     assert asked >= 5
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from shoal.errors import DataError
 from shoal.loop.capture import ABOUT, FORGOTTEN, JOURNAL, Capture, day_of
 from shoal.loop.rows import SCHEMA, Row, table_of
-from shoal.loop.writer import Bounds, Writer
+from shoal.loop.writer import Bounds, Writer, adopt
 
 NOON = 1_795_780_800_000  # 2026-11-27 12:00, UTC
 DAY = 86_400_000
@@ -97,9 +97,7 @@ def test_a_part_whose_journal_is_still_there_is_not_read_twice(capture: Capture)
     writer.close()
     journal.write_bytes(kept)
     assert len(capture.parts()) == 1 and ids(capture) == ["chatcmpl-1"]
-    other = Writer(capture, start=False)
-    assert other.adopt() == 1 and not journal.exists() and ids(capture) == ["chatcmpl-1"]
-    other.close()
+    assert adopt(capture) == 1 and not journal.exists() and ids(capture) == ["chatcmpl-1"]
 
 
 def test_rows_go_to_the_day_on_which_they_ended(capture: Capture) -> None:
@@ -200,16 +198,14 @@ def test_a_process_that_is_killed_loses_no_row(capture: Capture) -> None:
     last = int([line for line in told if line.endswith("\n")][-1])
     found = {int(each) for each in ids(capture)}
     assert found >= set(range(last + 1)) and len(found) == capture.rows().num_rows <= last + 2
-    other = Writer(capture, start=False)
-    assert other.adopt() >= 1
-    other.close()
+    assert adopt(capture) >= 1
     assert {int(each) for each in ids(capture)} == found and [*capture.journals()] == []
 
 
 def test_the_journal_of_a_process_that_lives_is_not_adopted(capture: Capture) -> None:
     writer, other = Writer(capture, start=False), Writer(capture, start=False)
     writer.put(row(1))
-    assert other.adopt() == 0 and capture.parts() == []
+    assert adopt(capture) == 0 and capture.parts() == []
     writer.put(row(2))
     writer.close()
     other.close()

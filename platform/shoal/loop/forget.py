@@ -1,0 +1,123 @@
+"""Forgetting a person, or one answer: out of rows, texts, votes and cuts; and which models were trained on them.
+
+    forgotten.jsonl first: from that line on no reader sees anything of them, whatever happens to what follows
+    parts, texts, votes     written anew without them, aside and renamed
+    journals                of dead processes at once; one that is written now loses them when it becomes a part
+    cuts                    by who makes them: `cuts` are called with what was forgotten, and say which they changed
+
+Notable: what is forgotten stays so: of a subject nothing is captured again. The weights of a model cannot forget; so it is
+said which versions were trained on them, by whoever keeps those.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from shoal.errors import DataError, first_line
+from shoal.loop.capture import FEEDBACK, FORGOTTEN, TEXTS, Capture, Forgotten, append, held, lines_of, now_ms
+from shoal.loop.writer import adopt, write_part
+from shoal.machine import write_aside
+
+# what was forgotten -> what was changed of it, or was made of it, in words: one line each
+Elsewhere = Callable[[Forgotten], list[str]]
+
+
+@dataclass
+class Report:
+    """What was removed."""
+
+    rows: int = 0
+    texts: int = 0
+    votes: int = 0
+    journals: int = 0  # that are written now, and hold rows of them until they become parts
+    elsewhere: list[str] = field(default_factory=list)  # lines of cuts and versions
+
+
+def forget(
+    capture: Capture, *, subject: str | None = None, id_: str | None = None, elsewhere: Sequence[Elsewhere] = ()
+) -> Report:
+    """Forget all of `subject` (of `capture.subject`), or the answer `id_`. `elsewhere`: whoever made something of the rows,
+    such as cuts and versions. Twice does no harm. Raises DataError where a file cannot be written: do it again then."""
+    line = {"subject": subject} if subject else {"id": id_}
+    try:
+        append(capture.folder / FORGOTTEN, {**line, "at": now_ms()})
+        who = Forgotten({id_} if id_ else set(), {subject} if subject else set())
+        ids = _ids(capture, who)
+        whole = Forgotten(who.ids | ids, who.subjects)
+        adopt(capture)
+        report = Report(rows=_rows(capture, who), texts=_texts(capture, whole), votes=_votes(capture, whole))
+        report.journals = sum(any(map(who.hides, lines)) for _, lines in capture.journals())
+    except (OSError, pa.ArrowException) as error:
+        do = "make room, and do it again: no reader sees them from now on"
+        raise DataError("forget", got=first_line(error), do=do) from error
+    for each in elsewhere:
+        report.elsewhere += each(whole)
+    return report
+
+
+def _ids(capture: Capture, who: Forgotten) -> set[str]:
+    """The answers that `who` asked for: votes of others are on these too."""
+    found = {line["id"] for _, lines in capture.journals() for line in lines if who.hides(line)}
+    for path in capture.parts():
+        table = pq.read_table(path, columns=["id", "subject"], partitioning=None)
+        found |= set(table.filter(_hidden(table, who))["id"].to_pylist())
+    return found
+
+
+def _rows(capture: Capture, who: Forgotten) -> int:
+    """Parts without the rows of `who`; how many there were."""
+    gone = 0
+    for path in capture.parts():
+        some = pq.read_table(path, columns=["id", "subject"], partitioning=None)
+        count = pc.sum(_hidden(some, who)).as_py() or 0
+        if count:
+            whole = pq.read_table(path, partitioning=None)
+            kept = whole.filter(pc.invert(_hidden(whole, who)))
+            if kept.num_rows:
+                write_part(path, kept)
+            else:
+                path.unlink()
+            gone += count
+    return gone
+
+
+def _hidden(table: pa.Table, who: Forgotten) -> pa.ChunkedArray:
+    by_id = pc.is_in(table["id"], pa.array([*who.ids], pa.string()))
+    return pc.or_(by_id, pc.is_in(table["subject"], pa.array([*who.subjects], pa.string())))
+
+
+def _texts(capture: Capture, who: Forgotten) -> int:
+    gone = 0
+    for path in (capture.folder / TEXTS).glob("day=*/chatcmpl-*.json"):
+        if path.stem in who.ids or json.loads(path.read_text("utf-8")).get("subject") in who.subjects:
+            path.unlink(missing_ok=True)
+            gone += 1
+    return gone
+
+
+def _votes(capture: Capture, who: Forgotten) -> int:
+    gone = 0
+    for path in (capture.folder / FEEDBACK).glob("day=*/*.jsonl"):
+        descriptor = held(path)  # so that nobody votes meanwhile
+        try:
+            lines = lines_of(path)
+            kept = [line for line in lines if not who.hides(line)]
+            if len(kept) < len(lines):
+                _replace(path, kept)
+                gone += len(lines) - len(kept)
+        finally:
+            os.close(descriptor)
+    return gone
+
+
+def _replace(path: Path, lines: list[dict[str, Any]]) -> None:
+    write_aside(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
