@@ -29,6 +29,7 @@ from shoal.api.fresh import EVERY_SECONDS
 from shoal.api.serve_args import ServeArgs
 from shoal.errors import CheckpointError, ResourceError
 from shoal.inputs.chat import encode_chat
+from shoal.loop.capture import Capture
 from shoal.model.cost import kv_bytes_stored
 from shoal.on_ray import serve
 from shoal.on_ray.serve_config import check_serve_config, serve_config
@@ -66,8 +67,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def service(shared_ray: None, models: dict[str, Path]) -> Iterator[Service]:
-    args = ServeArgs(models={name: str(directory) for name, directory in models.items()})
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("captured") / "rows"
+
+
+@pytest.fixture(scope="module")
+def service(shared_ray: None, models: dict[str, Path], captured: Path) -> Iterator[Service]:
+    args = ServeArgs(models={name: str(directory) for name, directory in models.items()}, capture=str(captured))
     values = serve_config(args, port=free_port()).model_dump(mode="json", exclude_unset=True)
     values["applications"][0]["route_prefix"] = "/sea"
     deploy = check_serve_config(values, "below a path")
@@ -170,6 +176,15 @@ def test_the_depth_field_is_respected_and_reported(service: Service) -> None:
             texts.add(reply.json()["choices"][0]["message"]["content"])
         assert service.metric("int8", f"requests_depth_{layers}_total") == ran + 2
     assert len(texts) > 1
+
+
+def test_each_request_leaves_a_captured_row_with_what_its_replica_said(service: Service, captured: Path) -> None:
+    answer = service.client.completions.create(model=NAMES[0], prompt="the deep sea", max_tokens=9, temperature=0)
+    until(lambda: answer.id in Capture(captured).rows()["id"].to_pylist())
+    row = next(row for row in Capture(captured).rows().to_pylist() if row["id"] == answer.id)
+    assert answer.usage is not None and row["model"] == NAMES[0] and row["status"] == 200
+    assert row["answer_tokens"] == answer.usage.completion_tokens and row["weights"] and row["layers"]
+    assert row["answer_nll"] > 0 and row["answer_nll_max"] >= row["answer_nll"]
 
 
 def test_a_stream_has_the_shape_that_openai_gives_it(service: Service) -> None:

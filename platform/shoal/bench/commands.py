@@ -132,6 +132,20 @@ def batch(
     batch_bench(out, model=model, preset=preset, requests=requests, tokens=tokens, rounds=rounds)
 
 
+@bench.command("capture")
+def capture(
+    model: Annotated[Path, typer.Option(help="Model directory.")],
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Number of runs of each, in turns; the median counts.")] = 21,
+) -> None:
+    """What capturing costs a service: tokens a second and processor time with and without. Takes some two minutes."""
+    from shoal.bench.capture import capture_bench
+
+    if rounds < 2 or tokens < 1:
+        raise UsageError("--rounds and --tokens", got=min(rounds, tokens), allowed="2 rounds, 1 token, or more")
+    capture_bench(out, model=model, tokens=tokens, rounds=rounds)
+
+
 @bench.command("neighbours")
 def neighbours(
     model: Annotated[Path | None, typer.Option(help="Model directory [random weights of the preset].")] = None,

@@ -1,0 +1,106 @@
+"""`shoal bench capture`: what it costs a service to capture its requests, signals of the engine included.
+
+Two apps over one engine in this process, one that captures and one that does not, asked in turns by the same clients on real
+sockets. Beside tokens a second stand the process's own seconds of processor time, which a busy machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from fastapi import FastAPI
+from rich.console import Console
+from rich.table import Table
+
+from shoal.api.app import build_app
+from shoal.api.capture import CaptureArgs
+from shoal.api.served import ServedModel
+from shoal.api.server import serving
+from shoal.api.service import Hosted
+from shoal.bench.turns import show
+from shoal.engine.engine import Engine
+from shoal.engine.front import AsyncEngine
+from shoal.loop.capture import Capture
+from shoal.machine import threads
+from shoal.model.model import Model
+
+CLIENTS, REQUESTS = 8, 2  # of each client in a turn, one after the other
+OFF, ON = "off", "on"
+
+
+def capture_bench(console: Console, *, model: Path, tokens: int, rounds: int) -> None:
+    """Prints a table, and the result as JSON in the last line."""
+    torch.set_num_threads(threads())
+    served = ServedModel.load(model)
+    with tempfile.TemporaryDirectory() as kept:
+        found = asyncio.run(_measured(model, served, Path(kept) / "capture", tokens, rounds))
+    table = Table(
+        "capture", "tokens/s", "ms of processor time a token", title=f"{CLIENTS} clients, {tokens} tokens an answer"
+    )
+    for name in (OFF, ON):
+        table.add_row(name, f"{found['tokens_per_second'][name]:.0f}", f"{found['cpu_ms_per_token'][name]:.4f}")
+    result = {**found, "model": served.name, "tokens": tokens, "rounds": rounds}
+    show(console, [table], result)
+
+
+async def _measured(model: Path, served: ServedModel, kept: Path, tokens: int, rounds: int) -> dict[str, Any]:
+    """Medians of both, and the median over pairs of turns of captured over not."""
+    engine = AsyncEngine(Engine(Model.load(model), max_batch=CLIENTS))
+    turns: dict[str, list[tuple[float, float]]] = {OFF: [], ON: []}
+    apps = {OFF: _app(engine, served, None), ON: _app(engine, served, kept)}
+    try:
+        async with serving(apps[OFF]) as off, serving(apps[ON]) as on, httpx.AsyncClient(timeout=120) as client:
+            urls = {OFF: off.url, ON: on.url}
+            for each in (OFF, ON):  # what is made once
+                await _turn(client, urls[each], served.name, tokens)
+            for number in range(rounds):
+                for each in (OFF, ON) if number % 2 else (ON, OFF):
+                    turns[each].append(await _turn(client, urls[each], served.name, tokens))
+    finally:
+        await engine.close()
+    rows = Capture(kept).rows().num_rows
+    speed, cpu = (
+        _ratio([one for one, _ in turns[ON]], [one for one, _ in turns[OFF]]),
+        _ratio([one for _, one in turns[ON]], [one for _, one in turns[OFF]]),
+    )
+    return {
+        "tokens_per_second": {name: statistics.median(one for one, _ in some) for name, some in turns.items()},
+        "cpu_ms_per_token": {name: 1000 * statistics.median(one for _, one in some) for name, some in turns.items()},
+        "throughput_ratio": speed,
+        "cpu_ratio": cpu,
+        "rows": rows,
+        "lost": (rounds + 1) * CLIENTS * REQUESTS - rows,
+    }
+
+
+def _app(engine: AsyncEngine, served: ServedModel, kept: Path | None) -> FastAPI:
+    return build_app([Hosted(served, engine)], capture=None if kept is None else CaptureArgs(str(kept)))
+
+
+async def _turn(client: httpx.AsyncClient, url: str, name: str, tokens: int) -> tuple[float, float]:
+    """Tokens a second, and this process's seconds a token."""
+    body = {"model": name, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+
+    async def ask(number: int) -> None:
+        for again in range(REQUESTS):
+            prompt = f"Where is order {number * REQUESTS + again}, and when does it come?"
+            (await client.post(f"{url}/v1/completions", json={**body, "prompt": prompt})).raise_for_status()
+
+    began, worked = time.perf_counter(), time.process_time()
+    await asyncio.gather(*(ask(number) for number in range(CLIENTS)))
+    made = CLIENTS * REQUESTS * tokens
+    return made / (time.perf_counter() - began), (time.process_time() - worked) / made
+
+
+def _ratio(on: Sequence[float], off: Sequence[float]) -> dict[str, float]:
+    """Of pairs of turns: the median, and the quartiles."""
+    low, middle, high = statistics.quantiles([one / other for one, other in zip(on, off, strict=True)], n=4)
+    return {"median": middle, "low": low, "high": high}
