@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shoal.config import GROUPS, ModelConfig
 from shoal.engine import speculative
-from shoal.engine.events import Signals, TokenLogprob
+from shoal.engine.events import Sampling, Signals, TokenLogprob
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
@@ -44,17 +44,17 @@ class Runner:
         self.model, self.config, self.net = model, model.config, model.net
         self.device, self.compute_budget = model.device, compute_budget
         self.cache = GroupCache.zeros(self.config, units, self.net.dtype, self.device, kv_dtype)
+        self.sampler = Sampler(model.forbidden(), model.tokenizer.ends)
         with fused.compiling():
             prepack_(self.net)
             self._compile()
-        self.sampler = Sampler(model.forbidden(), model.tokenizer.ends)
         self.adapters: Mapping[str, Adapter] = {}  # by identity; replaced as a whole
         self._bank = Bank(self.net, [])
 
     @torch.inference_mode()
     def _compile(self) -> None:
-        """Run steps of few requests, of more, and of a prompt over the null unit, so that no request waits for what they
-        compile (numba takes half a minute without its cache)."""
+        """Run steps of few requests, of more, and of a prompt over the null unit, and draw a token, so that no request waits
+        for what they compile (numba takes half a minute without its cache)."""
         adapter = nothing(self.net)
         beside = Bank(self.net, [adapter]).beside([adapter], [1])  # a row with an adapter takes another way
         steps = (
@@ -69,7 +69,8 @@ class Runner:
             tables = torch.zeros(len(starts) - 1, 1, dtype=torch.long, device=self.device)
             step = PagedStep(at, at - 1, tables, list(starts), self.config.page, self.config.block, beside=added)
             x = torch.zeros(rows, self.config.width, dtype=self.net.dtype, device=self.device)
-            self.net.head(self.net.groups[0].paged(x, step, self.cache), self.config.exits[0])  # type: ignore[operator]
+            logits = self.net.head(self.net.groups[0].paged(x, step, self.cache), self.config.exits[0])  # type: ignore[operator]
+        self.sampler.sample(logits[:1], [_Anybody()])
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Outcome:
@@ -267,6 +268,17 @@ def _seen(router: Router, x: Tensor, layers: int) -> Signals:
         router_bound=0.0 if layers == router.exits[-1] else quantile[router.exits.index(layers)],
         router_distance=router.distance(x),
     )
+
+
+@dataclass
+class _Anybody:
+    """Whom `Runner._compile` draws a token for."""
+
+    sampling: Sampling = field(default_factory=lambda: Sampling(top_p=0.5))
+    tokens: list[int] = field(default_factory=list)
+    prompt_len: int = 0
+    seed: int = 0
+    grammar: None = None
 
 
 @dataclass

@@ -7,7 +7,8 @@ logit (equal logits are kept or dropped together), so neither batch mates nor a 
 
 Random tokens are drawn by a race: token v, of weight w_v, arrives at the time E_v / w_v with E_v exponential noise, and the
 first is taken, which is v with probability w_v / sum w. The noise is the same whatever the weights are, so two similar
-distributions mostly draw the same token: that is what self-speculation verifies by (`speculative.py`).
+distributions mostly draw the same token: that is what self-speculation verifies by (`speculative.py`). On a CPU compiled
+loops find the same tokens (`model/cpu/draw.py`).
 
 Letters: R rows (requests), V vocabulary, C candidates looked at by top-k and top-p.
 """
@@ -30,6 +31,7 @@ from shoal.engine.signals import Logits
 from shoal.engine.tolerance import Chain, greedy_price, sampled_price, settle
 from shoal.errors import GenerationError, RequestError
 from shoal.inputs.tokenizer import END_ID
+from shoal.model.cpu import fused
 
 STUCK = "a grammar that cannot be followed any further"
 CANDIDATES = 128  # how many of the likeliest tokens top-p looks at before it sorts all
@@ -72,11 +74,8 @@ class Sampler:
         choice = _argmax(logits)
         best = logits.gather(-1, choice[:, None])[:, 0].tolist()  # NaN wins a max: one look here finds every bad row
         random = [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0]
-        if len(random) == len(draws):
-            choice = self._race(logits, draws)
-        elif random:
-            at = torch.tensor(random, device=logits.device)
-            choice[at] = self._race(logits[at], [draws[r] for r in random])
+        if random:
+            choice[random] = self._drawn(logits, choice, draws, random)
         tokens = [token if math.isfinite(highest) else -1 for token, highest in zip(choice.tolist(), best, strict=True)]
         costs: dict[int, float] = {}
         for chain in chains:
@@ -101,6 +100,25 @@ class Sampler:
         for start, end in self._closed:
             logits[..., start:end] = -math.inf
 
+    def _drawn(self, logits: Tensor, likeliest: Tensor, draws: Sequence[Draw], rows: list[int]) -> Tensor:
+        """Sampled tokens [D] of `rows` [D] of `logits` [R, V], whose `likeliest` [R] token is known: those of `_race`, most of
+        them without it where the compiled loops may be used."""
+        drawn = [draws[r] for r in rows]
+        if not fused.usable(logits):
+            return self._race(logits[rows], drawn)
+        heat = _heat(logits, drawn)
+        lowest = torch.full([len(rows)], -math.inf, dtype=torch.double)
+        filtered = [d for d, draw in enumerate(drawn) if _filters(draw.sampling)]
+        if filtered:
+            limits = _limits(logits, [drawn[d].sampling for d in filtered])
+            at = [rows[d] for d in filtered]
+            lowest[filtered] = fused.thresholds(logits, at, likeliest, heat[filtered], *limits)
+        keys = _keys([draw.seed for draw in drawn], [len(draw.tokens) for draw in drawn])
+        found, ties = fused.race(logits, rows, likeliest, heat, lowest, self._ids, keys)
+        if ties:
+            found[ties] = self._race(logits[[rows[d] for d in ties]], [drawn[d] for d in ties])
+        return found
+
     def _race(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         """Sampled tokens [R]: of those that each row's filters keep, the first to arrive."""
         noise = self.noise([draw.seed for draw in draws], [len(draw.tokens) for draw in draws])
@@ -109,14 +127,10 @@ class Sampler:
     def _kept(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         """[R, V]: logarithms of what tokens weigh at each row's temperature, the likeliest at 0, and -inf where its filters
         leave them out."""
-        exact, device = torch.promote_types(logits.dtype, torch.float32), logits.device
-        heat = torch.tensor([draw.sampling.temperature for draw in draws], dtype=exact, device=device)
-        # less is 0 in fp32, and 0 / 0 would stand for the likeliest token
-        heat = heat.clamp(min=torch.finfo(exact).tiny)
-        z = (logits - logits.amax(-1, keepdim=True)) / heat[:, None]  # the likeliest token is at 0
+        z = (logits - logits.amax(-1, keepdim=True)) / _heat(logits, draws)[:, None]  # the likeliest token is at 0
         filtered = [r for r, draw in enumerate(draws) if _filters(draw.sampling)]
         if filtered:
-            at = torch.tensor(filtered, device=device)
+            at = torch.tensor(filtered, device=logits.device)
             kept = z[at].double()
             lowest = _thresholds(kept, [draws[r].sampling for r in filtered])
             z[at] = z[at].masked_fill(kept < lowest[:, None], -math.inf)
@@ -132,9 +146,7 @@ class Sampler:
     def noise(self, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Exponential noise of each token at each (seed, position), fp32 [R, V]: a hash of the three, so that it needs no
         state. The key is splitmix64 of seed and position; the token is mixed in with 32 bits, which a CPU does fastest."""
-        mixed = _mix64(np.array([seed % 2**64 for seed in seeds], dtype=np.uint64))
-        keys = _mix64(mixed + np.array(positions, dtype=np.uint64)).view(np.int32).reshape(len(seeds), 2)
-        low, high = torch.from_numpy(keys).to(self._ids.device).unbind(-1)
+        low, high = torch.from_numpy(_keys(seeds, positions)).to(self._ids.device).unbind(-1)
         return exponential(_scramble(self._ids ^ low[:, None], high[:, None]))
 
     def _why_none(self, draw: Draw, highest: float, mask: np.ndarray | None) -> RequestError:
@@ -188,6 +200,12 @@ def _mix64(x: np.ndarray) -> np.ndarray:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
+
+
+def _keys(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+    """Two int32 [R, 2] of each seed and position, for `Sampler.noise`."""
+    mixed = _mix64(np.array([seed % 2**64 for seed in seeds], dtype=np.uint64))
+    return _mix64(mixed + np.array(positions, dtype=np.uint64)).view(np.int32).reshape(len(seeds), 2)
 
 
 def _scramble(x: Tensor, key: Tensor | int = 0) -> Tensor:
@@ -294,8 +312,24 @@ def _banned(draw: Draw) -> tuple[list[int], list[float]]:
     return ends, [-math.inf] * len(ends)
 
 
+def _heat(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Temperatures [R]. Less than the least is 0 in fp32, and 0 / 0 would stand for the likeliest token."""
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    heat = torch.tensor([draw.sampling.temperature for draw in draws], dtype=exact, device=logits.device)
+    return heat.clamp(min=torch.finfo(exact).tiny)
+
+
 def _filters(s: Sampling) -> bool:
     return s.top_k > 0 or s.top_p < 1 or s.min_p > 0
+
+
+def _limits(logits: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row [R], for `logits` [R, V]: how many tokens top-k keeps (V: all), top-p's share, and the logarithm of
+    min-p's, both fp64."""
+    vocab, device = logits.shape[-1], logits.device
+    top_k = torch.tensor([min(s.top_k or vocab, vocab) for s in samplings], device=device)
+    top_p = torch.tensor([s.top_p for s in samplings], dtype=torch.double, device=device)
+    return top_k, top_p, torch.tensor([s.min_p for s in samplings], dtype=torch.double, device=device).log()
 
 
 def _thresholds(z: Tensor, samplings: Sequence[Sampling]) -> Tensor:
@@ -304,13 +338,10 @@ def _thresholds(z: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     top-k keeps the k likeliest; top-p, of those, the fewest with that share of their mass; min-p what is at least that
     share of the likeliest.
     """
-    vocab, device = z.shape[-1], z.device
-    top_k = [min(s.top_k or vocab, vocab) for s in samplings]
-    k = torch.tensor(top_k, device=device)
-    top_p = torch.tensor([s.top_p for s in samplings], dtype=z.dtype, device=device)
-    min_p = torch.tensor([s.min_p for s in samplings], dtype=z.dtype, device=device)
+    vocab = z.shape[-1]
+    k, top_p, floor = _limits(z, samplings)
     mass = z.exp().sum(-1)
-    wanted = max((kk for kk, s in zip(top_k, samplings, strict=True) if kk < vocab), default=1)
+    wanted = max((kk for kk in k.tolist() if kk < vocab), default=1)
     nucleus = any(s.top_p < 1 for s in samplings)
     count = min(vocab, max(wanted, CANDIDATES if nucleus else 1))
     while True:
@@ -324,7 +355,7 @@ def _thresholds(z: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     of_p = (summed < goal[:, None]).sum(-1, keepdim=True).clamp(max=count - 1)
     at_k = ordered.gather(-1, of_k)[:, 0].masked_fill(k == vocab, -math.inf)
     at_p = ordered.gather(-1, of_p)[:, 0].masked_fill(top_p >= 1, -math.inf)
-    return torch.stack([at_k, at_p, min_p.log()]).amax(0)
+    return torch.stack([at_k, at_p, floor]).amax(0)
 
 
 def _logprobs(reported: dict[int, Tensor], draws: Sequence[Draw], tokens: Sequence[int]) -> dict[int, TokenLogprob]:

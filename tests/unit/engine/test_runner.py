@@ -82,10 +82,10 @@ COMPILING = """
 import sys
 from dataclasses import replace
 from shoal import Engine, Model, Request, Sampling
-from shoal.model.cpu import attention, decode, floats, integers, tiles
+from shoal.model.cpu import attention, decode, draw, floats, integers, tiles
 
 def compiled():
-    modules = (attention, decode, floats, integers, tiles)
+    modules = (attention, decode, draw, floats, integers, tiles)
     functions = {f"{function.__module__}.{name}": function for module in modules for name, function in vars(module).items()
                  if hasattr(function, "signatures")}
     return {f"{name}{signature}" for name, function in functions.items() for signature in function.signatures}
@@ -97,6 +97,8 @@ sampling = Sampling(max_tokens=6, temperature=0, ignore_eos=True)
 for lengths in ((5,), (40,), (5, 40, 7), (15,) * 10):
     engine.generate([Request(list(range(20, 20 + length)), sampling, depth="full") for length in lengths])
 engine.generate([Request(list(range(30, 40)), replace(sampling, speculative=2), depth="full")])
+for more in ({}, {"top_k": 5, "top_p": 0.5}):
+    engine.generate([Request(list(range(40, 50)), replace(sampling, temperature=1.0, **more), depth="full")])
 print(len(before), sorted(compiled() - before))
 """
 
@@ -104,8 +106,8 @@ print(len(before), sorted(compiled() - before))
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_no_request_waits_for_a_compiler(precision: str) -> None:
-    """Prompts short and long, alone and together, drafts: all run what was compiled when the engine was made, in a process
-    that has compiled nothing before."""
+    """Prompts short and long, alone and together, drafts, tokens drawn with filters and without: all run what was compiled when
+    the engine was made, in a process that has compiled nothing before."""
     pytest.importorskip("numba")
     done = subprocess.run(
         [sys.executable, "-c", COMPILING, precision], capture_output=True, text=True, timeout=500, check=True

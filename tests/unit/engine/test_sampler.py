@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shoal.engine.events import Sampling
 from shoal.engine.guided import Grammar
-from shoal.engine.sampler import Sampler, exponential
+from shoal.engine.sampler import Sampler, _keys, exponential
 from shoal.errors import GenerationError
 from shoal.inputs.tokenizer import END_ID
+from shoal.model.cpu import fused
 
 VOCAB = 300
 CLOSED = 5  # a token that may never be chosen
@@ -259,3 +263,79 @@ def test_each_row_reports_as_many_alternatives_as_it_asked_for() -> None:
     found = sampler().sample(rows, [Draw(Sampling(temperature=0, logprobs=count)) for count in (1, 4, 0)])
     tops = [[token for token, _ in each.logprob.top] for each in found if each.logprob]
     assert tops == [likeliest[0][:1], likeliest[1], []]
+
+
+def test_compiled_loops_draw_the_tokens_of_the_race() -> None:
+    """Of any rows of a batch, greedy ones among them, filtered or not; also where many tokens are equal, closed or broken."""
+    pytest.importorskip("numba")
+
+    @settings(max_examples=150)
+    @given(
+        st.integers(0, 2**31),
+        st.sampled_from([torch.float32, torch.float64]),
+        st.sampled_from([0.0, 0.05, 1.0, 8.0, 60.0]),
+        st.lists(
+            st.builds(
+                Sampling,
+                temperature=st.sampled_from([0.0, 1e-44, 0.3, 1.0, 2.0]),
+                top_k=st.sampled_from([0, 1, 7, 250, 299, 5000]),
+                top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 1e-6]),
+                min_p=st.sampled_from([0.0, 0.02, 1.0]),
+            ),
+            min_size=1,
+            max_size=6,
+        ),
+        st.sampled_from(["plain", "few values", "closed", "broken", "one"]),
+    )
+    def same(seed: int, dtype: torch.dtype, spread: float, samplings: list[Sampling], what: str) -> None:
+        vocab = 300 + seed % 400
+        rows = torch.randn(len(samplings), vocab, generator=torch.Generator().manual_seed(seed), dtype=dtype) * spread
+        if what == "few values":
+            rows = rows.round()
+        if what == "closed":
+            rows[rows < rows.quantile(0.9)] = -math.inf
+        if what == "broken":
+            rows[seed % len(rows), seed % vocab] = math.nan
+            rows[-1, (seed + 1) % vocab] = math.inf
+        if what == "one":
+            rows[:, : vocab - 1] = -math.inf
+        forbidden = torch.zeros(vocab, dtype=torch.bool)
+        forbidden[CLOSED] = True
+        draws = [Draw(each, seed=seed + r) for r, each in enumerate(samplings)]
+        plain = Sampler(forbidden).sample(rows.clone(), draws)
+        with torch.inference_mode():
+            compiled = Sampler(forbidden).sample(rows.clone(), draws)
+        assert [s.token for s in compiled] == [s.token for s in plain]
+        assert [type(s.error) for s in compiled] == [type(s.error) for s in plain]
+
+    same()
+
+
+def test_a_race_that_rounding_decides_is_run_as_it_is_defined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a slack that makes every race such a one."""
+    draw = pytest.importorskip("shoal.model.cpu.draw")
+    rows, draws = logits(40, seed=3), [Draw(Sampling(), seed=seed) for seed in range(40)]
+    plain = [s.token for s in sampler().sample(rows.clone(), draws)]
+    run, close = fused.race, list[int]()
+
+    def all_close(*args: Any) -> tuple[torch.Tensor, list[int]]:
+        found, ties = run(*args)
+        close.extend(ties)
+        return torch.zeros_like(found), list(range(len(found)))
+
+    assert draw.SLACK < 1e-3
+    monkeypatch.setattr(fused, "race", all_close)
+    with torch.inference_mode():
+        assert [s.token for s in sampler().sample(rows.clone(), draws)] == plain
+    assert not close  # chance does not make one in 40
+
+
+def test_equal_tokens_race_by_their_noise_and_a_tie_is_told() -> None:
+    pytest.importorskip("numba")
+    rows = torch.zeros(1, VOCAB)
+    ids, keys = sampler()._ids.clone(), _keys([7], [3])
+    ids[:] = ids[9]  # all have the same noise
+    with torch.inference_mode():
+        heat, lowest = torch.ones(1), torch.full([1], -math.inf, dtype=torch.double)
+        found, ties = fused.race(rows, [0], torch.tensor([4]), heat, lowest, ids, keys)
+    assert ties == [0] and 0 <= int(found) < VOCAB

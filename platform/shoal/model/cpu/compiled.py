@@ -23,7 +23,7 @@ from numba.extending import overload
 config: Any = numbas  # its names are made when it is imported
 PATIENCE = 120.0  # all of it takes half a minute
 _HERE = Path(__file__).parent
-_LOOPS = ("attention.py", "decode.py", "floats.py", "integers.py", "tiles.py")
+_LOOPS = ("attention.py", "decode.py", "draw.py", "floats.py", "integers.py", "tiles.py")
 _SOURCES = (*_LOOPS, "compiled.py", "parts.py", "../slots.py")
 
 

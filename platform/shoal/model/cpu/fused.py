@@ -15,6 +15,7 @@ from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -104,6 +105,29 @@ def project_and_store(
         step.block, kv, summaries, q,
     )  # fmt: skip
     return q
+
+
+def race(
+    logits: Tensor, rows: Sequence[int], likeliest: Tensor, heat: Tensor, lowest: Tensor, ids: Tensor, keys: Any
+) -> tuple[Tensor, list[int]]:
+    """The token [D] that comes first in each of the `rows` [D] of `logits` [R, V], and the places of those that rounding
+    decides; all as of `draw.race`. `lowest` is fp64, and may be what no number of the logits' type is."""
+    least = lowest.to(logits.dtype)
+    least = torch.where(least < lowest, torch.nextafter(least, torch.full_like(least, torch.inf)), least)
+    found, ties = torch.empty(len(rows), dtype=torch.long), torch.empty(len(rows), dtype=torch.bool)
+    at, likely, ids = np.array(rows), likeliest[rows], ids.view(torch.uint32)
+    _call("race", logits.contiguous(), at, likely, heat, least, ids, keys.view(np.uint32), found, ties)
+    return found, ties.nonzero()[:, 0].tolist()
+
+
+def thresholds(
+    logits: Tensor, rows: Sequence[int], likeliest: Tensor, heat: Tensor, top_k: Tensor, top_p: Tensor, floor: Tensor
+) -> Tensor:
+    """The least z [D], fp64, that each of the `rows` [D] of `logits` [R, V] keeps; all as of `draw.thresholds`."""
+    lowest = torch.empty(len(rows), dtype=torch.double)
+    at, likely = np.array(rows), likeliest[rows]
+    _call("thresholds", logits.contiguous(), at, likely, heat, top_k, top_p, floor, lowest)
+    return lowest
 
 
 def attend(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach, out: Tensor) -> None:
