@@ -166,6 +166,7 @@ class Follower:
 
     async def _back(self, canary: Canary, why: str, trial: Trial | None = None) -> None:
         log.error("the canary of version %s is taken back: %s", canary.version, why)
+        self._split.rollbacks += 1
         if trial is not None:
             self._split.trial = None
         state = await asyncio.to_thread(self.release.state)

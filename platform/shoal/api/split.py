@@ -17,6 +17,7 @@ import hashlib
 import secrets
 import time
 from array import array
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from typing import Protocol
 from shoal.api.client import EngineClient
 from shoal.config import FULL
 from shoal.engine.events import LATER, Event, Finished, Request, Token
-from shoal.engine.metrics import Samples
+from shoal.engine.metrics import Samples, sample
 from shoal.errors import DeadlineError, EngineDeadError, QueueFullError, RequestError
 from shoal.inputs.chat import Encoded
 from shoal.loop.canary import Canary, Decision, Evidence, Pace, Tally, judged
@@ -191,6 +192,8 @@ class Split:
         self.stable = stable
         self.trial: Trial | None = None
         self.pace = Pace()
+        self.rollbacks = 0  # of canaries, by themselves
+        self._counts: Counter[tuple[str, str]] = Counter()  # (label of a version, outcome)
         self.labels: Mapping[str, str] = {}  # beginning of what engines call their weights -> label of the version
 
     def asked(self, note: Note) -> EngineClient:
@@ -219,15 +222,16 @@ class Split:
                 async for events in lists:
                     meter.take(events)
                     if isinstance(events[-1], Finished):
-                        self._ended(trial, meter, failed=_fault(events[-1]) is not None)
+                        self._ended(trial, meter, note, failed=_fault(events[-1]) is not None)
                     yield events
         except Exception as error:
-            if trial is not None and not _clients_fault(error):
-                trial.count(meter, stable=True, failed=True)
+            if not _clients_fault(error):
+                self._ended(trial, meter, note, failed=True)
             raise
 
-    def _ended(self, trial: Trial | None, meter: Meter, *, failed: bool) -> None:
+    def _ended(self, trial: Trial | None, meter: Meter, note: Note, *, failed: bool) -> None:
         """An answer of the stable version has ended."""
+        self._counts[note.version, "failed" if failed else "ok"] += 1
         if trial is not None:
             trial.count(meter, stable=True, failed=failed)
         if not failed and meter.times is not None:
@@ -259,6 +263,7 @@ class Split:
                     meter.take(good)
                     if error is None and isinstance(events[-1], Finished):
                         trial.count(meter, stable=False)
+                        self._counts[trial.label, "ok"] += 1
                     if good:
                         note.version = trial.label
                         yield good
@@ -272,6 +277,7 @@ class Split:
                 raise
             if not isinstance(error, QueueFullError):  # that it has fewer replicas is no fault of its weights
                 trial.count(meter, stable=False, failed=True)
+        self._counts[trial.label, "failed"] += 1
         note.resumed = "canary->stable"
         async with aclosing(self._of_stable(meter.rest(request), note)) as rest:
             async for events in rest:
@@ -317,7 +323,12 @@ class Split:
         await self.stable.keep_adapters(known)
 
     async def stats(self) -> Samples:
-        return await self.stable.stats()
+        told = {sample("release_rollbacks"): float(self.rollbacks)}
+        for (version, outcome), count in self._counts.items():
+            told[sample("version_requests", version=version, outcome=outcome)] = float(count)
+        if self.trial is not None:
+            told[sample("release_share", version=self.trial.label)] = self.trial.canary.share
+        return {**await self.stable.stats(), **told}
 
     async def info(self) -> list[dict[str, str]]:
         return await self.stable.info()

@@ -101,6 +101,10 @@ _TABLE = (
     Family("weights_loading", "gauge", "Replicas that load other weights beside those that serve."),
     Family("model_info", "gauge", "Engines that compute so.", ("quantization",)),
     Family("replica_weights", "gauge", "Replicas that serve these weights.", ("weights",)),
+    # of a release that is followed
+    Family("release_share", "gauge", "Share of the conversations that a version answers.", ("version",)),
+    Family("version_requests", "counter", "Requests that a version answered, or failed at.", ("version", "outcome")),
+    Family("release_rollbacks", "counter", "Canaries that were taken back by themselves."),
     # of the HTTP side
     Family("capture_rows", "counter", "Rows that the gateway captured."),
     Family("capture_dropped", "counter", "Rows that it dropped.", ("reason",)),

@@ -279,6 +279,7 @@ class _Anybody:
     prompt_len: int = 0
     seed: int = 0
     grammar: None = None
+    watched: bool = False
 
 
 @dataclass

@@ -11,6 +11,7 @@ import pytest
 
 from shoal.api.split import Meter, Note, Split, Trial
 from shoal.engine.events import LATER, Event, Finished, Request, Token
+from shoal.engine.metrics import Samples, sample
 from shoal.errors import (
     ContextLengthError,
     DeadlineError,
@@ -49,6 +50,9 @@ class Engine:
             yield [self.end or Finished(request.id, "length", depth=2, completion_tokens=4, total_seconds=1.0)]
         finally:
             self.open -= 1
+
+    async def stats(self) -> Samples:
+        return {}
 
 
 def split(canary: Engine, step: int = 3, share: float | None = 1.0) -> Split:
@@ -91,6 +95,9 @@ def test_what_fails_at_the_canary_goes_on_at_the_stable_version(error: Exception
         assert rest.sampling.seed == canary.asked[0].sampling.seed is not None, "the same draws"
         trial = made.trial
         assert trial is not None and trial.running == canary.open == 0
+        stats = await made.stats()
+        assert stats[sample("version_requests", version="2.canary", outcome="failed")] == 1
+        assert stats[sample("release_share", version="2.canary")] == SHARES[3]
         full = isinstance(error, QueueFullError)
         assert (trial.evidence.canary.failures, trial.evidence.canary.requests) == (0 if full else 1,) * 2
 

@@ -58,6 +58,7 @@ def test_every_row_of_the_table_is_told_by_somebody() -> None:
     told = {key.family.name for key in engine.stats()}
     told |= {key.family.name for key in infos([{**engine.info(), "weights": "ab"}])}
     of_deployments = {"num_replicas", "num_replicas_starting", "requests_resumed", "weights_update_refused"}
+    of_deployments |= {"weights_loading"}
     of_gateways = {
         "request_errors",
         "capture_rows",
@@ -66,7 +67,8 @@ def test_every_row_of_the_table_is_told_by_somebody() -> None:
         "capture_bytes",
         "feedback",
     }
-    assert told | of_deployments | of_gateways == set(FAMILIES)
+    of_releases = {"release_share", "version_requests", "release_rollbacks"}
+    assert told | of_deployments | of_gateways | of_releases == set(FAMILIES)
     assert all(family.help.endswith(".") for family in FAMILIES.values())
 
 
