@@ -40,7 +40,7 @@ from shoal.engine.events import Completion, Event, Finished, Guide, Token
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import Patches
 from shoal.inputs.tokenizer import END_ID
-from shoal.model.adapters import Adapter
+from shoal.model.adapters import Adapter, kept
 from tests.adapters import linears
 from tests.unit.engine.lively import lively
 
@@ -78,7 +78,7 @@ def adapters(kind: Kind, page: int) -> list[Adapter | None]:
         for name, linear in linears(model(kind, page)).items():
             outputs, inputs = linear.weight.shape  # type: ignore[union-attr,misc]
             a, b = torch.randn(2 * number, inputs, generator=draw), torch.randn(2 * number, outputs, generator=draw)
-            pairs |= {name: (a / inputs**0.5, b / (4 * number) ** 0.5)} if has(name) else {}
+            pairs |= {name: kept(linear, a / inputs**0.5, b / (4 * number) ** 0.5)} if has(name) else {}
         made.append(Adapter(f"adapter {number}", pairs))
     return made
 

@@ -33,7 +33,7 @@ from shoal.errors import UsageError
 from shoal.evaluate.evaluation import decode_speed
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import slots
-from shoal.model.adapters import Adapter
+from shoal.model.adapters import Adapter, kept
 from shoal.model.linears import Int8Linear, Linear
 from shoal.model.model import Model
 from shoal.model.net import Net
@@ -273,7 +273,7 @@ def _adapter(net: Net, seed: int) -> Adapter:
         if name.startswith("groups.") and isinstance(linear, (Linear, Int8Linear)):
             outputs, inputs = linear.weight.shape
             a, b = torch.randn(RANK, inputs, generator=draw), torch.randn(RANK, outputs, generator=draw)
-            pairs[name] = a / inputs**0.5, b / (10 * RANK)
+            pairs[name] = kept(linear, a / inputs**0.5, b / (10 * RANK))
     return Adapter(f"adapter {seed}", pairs)
 
 

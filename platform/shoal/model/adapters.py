@@ -1,6 +1,9 @@
 """LoRA adapters beside the linears of a network's layers: what one is, and products of rows that have different ones.
 
-    y [N, O] = what the linear gives, in INT8 as well  +  (x A^T) B      A, B: of the row's adapter, in the network's own float
+    y [N, O] = what the linear gives, in INT8 as well  +  (x A^T) B      A, B: of the row's adapter
+
+A and B are kept in the network's own float, and in bfloat16 beside an INT8 linear, whose rounding is coarser: they are read for
+every token. Products and sums are in the network's float either way.
 
 A few rows, such as a decoding step has, are computed in one compiled loop over all adapters; more of them in two products for
 each run of rows of one adapter.
@@ -38,6 +41,13 @@ class Adapter:
     pairs: Mapping[str, Pair]
 
 
+def kept(linear: nn.Module, a: Tensor, b: Tensor) -> Pair:
+    """The matrices that stand beside `linear` in the form that they are kept in, where they are."""
+    weight = linear.weight
+    dtype = torch.bfloat16 if weight.dtype == torch.int8 else weight.dtype
+    return a.to(dtype).contiguous(), b.to(dtype).contiguous()  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Stack:
     """The matrices of all adapters beside one linear; those of adapter k are the rows first[k] .. last[k] - 1."""
@@ -49,8 +59,12 @@ class Stack:
 
     @cached_property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """On the CPU, as the compiled loops take them."""
-        return self.a.numpy(), self.b.numpy(), self.first, self.last
+        """On the CPU, as the compiled loops take them: of bfloat16, which numpy has not, the bits."""
+        return (*(_array(matrix) for matrix in (self.a, self.b)), self.first, self.last)
+
+    def reads(self, dtype: torch.dtype) -> bool:
+        """Do the compiled loops take these matrices beside rows in `dtype`?"""
+        return self.a.dtype == dtype or (self.a.dtype == torch.bfloat16 and dtype == torch.float32)
 
 
 class Bank:
@@ -94,14 +108,15 @@ class Beside:
         if stack is None:
             return y
         rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if len(rows) <= IN_LOOPS and fused.usable(x):
+        if len(rows) <= IN_LOOPS and fused.usable(x) and stack.reads(x.dtype):
             a, b, first, last = stack.arrays
             fused.beside(rows, a, b, first, last, self._of, out)
             return y
         for start, end, k in self._runs:
             ranks = slice(stack.first[k], stack.last[k])
             if stack.first[k] < stack.last[k]:
-                out[start:end].addmm_(rows[start:end] @ stack.a[ranks].T, stack.b[ranks])
+                thin = rows[start:end] @ stack.a[ranks].to(x.dtype).T
+                out[start:end].addmm_(thin, stack.b[ranks].to(x.dtype))
         return y
 
     @cached_property
@@ -122,8 +137,7 @@ def nothing(net: Net) -> Adapter:
     """An adapter that adds nothing."""
     name, linear = next((name, each) for name, each in net.named_modules() if name.endswith("attention.qkv"))
     outputs, inputs = linear.weight.shape
-    a, b = (torch.zeros(1, width, dtype=net.dtype, device=net.device) for width in (inputs, outputs))
-    return Adapter("", {name: (a, b)})
+    return Adapter("", {name: kept(linear, *(torch.zeros(1, width, device=net.device) for width in (inputs, outputs)))})
 
 
 def alone(net: nn.Module, adapter: Adapter | None, rows: int) -> Beside | None:
@@ -135,6 +149,13 @@ def nothing_beside(stack: Stack) -> tuple[np.ndarray, ...]:
     """As `Stack.arrays`, of so many adapters as `stack` has, none of which changes anything."""
     a, none = stack.arrays[0], np.zeros_like(stack.first)
     return np.zeros((1, 1), a.dtype), np.zeros((1, 1), a.dtype), none, none
+
+
+def _array(matrix: Tensor) -> np.ndarray:
+    if matrix.dtype != torch.bfloat16:
+        return matrix.numpy()
+    bits: np.ndarray = matrix.view(torch.int16).numpy().view(np.uint16)
+    return bits
 
 
 def _stack(name: str, adapters: Sequence[Adapter]) -> Stack:

@@ -21,7 +21,7 @@ from shoal.errors import CheckpointError, first_line
 from shoal.machine import need_memory
 from shoal.model import adapter_files, described
 from shoal.model.adapter_files import CONFIG, MOST_RANK, PREFIX, WEIGHTS
-from shoal.model.adapters import Adapter, Pair
+from shoal.model.adapters import Adapter, Pair, kept
 from shoal.model.linears import Int8Linear, Linear
 from shoal.model.model import Model
 from shoal.model.net import Net
@@ -57,7 +57,7 @@ def read(directory: str | Path, model: Model) -> Adapter:
             for name, piece, shape in zip(theirs, found, shapes, strict=True):
                 _need_shape(directory / WEIGHTS, name, piece, shape, files.rank)
             a, b = _joined(found, rows)
-            pairs[ours] = a.to(model.net.dtype), (files.scale * b.T).to(model.net.dtype).contiguous()
+            pairs[ours] = kept(model.net.get_submodule(ours), a, files.scale * b.T)
     if thin:
         name = sorted(thin)[0]
         raise CheckpointError(

@@ -127,19 +127,24 @@ def int8() -> Model:
     return model
 
 
-def test_beside_an_int8_linear_the_float_product_is_added_to_what_it_gives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, IN_LOOPS, IN_LOOPS + 6])
+def test_beside_an_int8_linear_the_float_product_is_added_to_what_it_gives(rows: int, tmp_path: Path) -> None:
+    """Of matrices in bfloat16, multiplied and added in fp32."""
     model = int8()
-    held = read(write(tmp_path, model), model)
-    bank = Bank(model.net, [held])
+    held = read(write(tmp_path, model, rank=5), model)
+    bank, others = Bank(model.net, [held]), rows // 4
     with torch.inference_mode():
         for name, linear in linears(model).items():
             assert isinstance(linear, Int8Linear)
-            x = torch.randn(7, linear.weight.shape[1], generator=torch.Generator().manual_seed(1))
-            a, b = held.pairs[name]
-            wanted = int8_linear_reference(x, linear.weight, linear.weight_scale) + x @ a.T @ b
-            got = product(linear, x, bank.beside([held, None], [5, 2]))
-            torch.testing.assert_close(got[:5], wanted[:5], rtol=1e-5, atol=1e-5)
-            assert torch.equal(got[5:], int8_linear_reference(x, linear.weight, linear.weight_scale)[5:])
+            x = torch.randn(rows, linear.weight.shape[1], generator=torch.Generator().manual_seed(1))
+            assert {matrix.dtype for matrix in held.pairs[name]} == {torch.bfloat16}
+            a, b = (matrix.float() for matrix in held.pairs[name])
+            plain = int8_linear_reference(x, linear.weight, linear.weight_scale)
+            got = product(linear, x, bank.beside([held, None], [rows - others, others]))
+            torch.testing.assert_close(
+                got[: rows - others], (plain + x @ a.T @ b)[: rows - others], rtol=1e-5, atol=1e-5
+            )
+            assert torch.equal(got[rows - others :], plain[rows - others :])
 
 
 def test_greedy_tokens_over_an_int8_base(tmp_path: Path) -> None:

@@ -42,12 +42,13 @@ def _multiply_add(builder: ir.IRBuilder, sums: ir.Value, x: ir.Value, w: ir.Valu
 
 def _tile(rows: int, outputs: int) -> Any:
     """A function of the arrays x, w and out; of the first row of x, the first of w, the column of its result, and the bytes to
-    fetch ahead: it fills `rows` x `outputs` results. Of wider rows of w it reads as many numbers as x has."""
+    fetch ahead: it fills `rows` x `outputs` results. Of wider rows of w it reads as many numbers as x has. Uint16 in w are
+    bfloat16's bits."""
 
     @intrinsic
     def tile(_typing: Any, x: Any, w: Any, out: Any, row: Any, output: Any, column: Any, ahead: Any) -> Any:
         kinds = [tiles.rows_of(kind) for kind in (x, w, out)]
-        vector = _vector(x.dtype)
+        vector, narrow = _vector(x.dtype), w.dtype == types.uint16
 
         def code(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
             *arrays, row, output, column, ahead = args
@@ -57,7 +58,8 @@ def _tile(rows: int, outputs: int) -> Any:
             )
             size, apart, stride = (tiles.apart(context, builder, *pair) for pair in zip(kinds, arrays, strict=True))
             sums = tiles.sums(
-                builder, x, w, size, rows, outputs, loaded=vector, held=vector, step=_multiply_add, apart=apart, ahead=ahead
+                builder, x, w, size, rows, outputs, loaded=vector, held=vector, step=_multiply_add, apart=apart, ahead=ahead,
+                narrow=narrow,
             )  # fmt: skip
             for m in range(rows):
                 total = tiles.totals(builder, sums[m * outputs : (m + 1) * outputs], builder.fadd)
@@ -77,11 +79,14 @@ _single = _tile(1, 1)
 @intrinsic
 def _weigh(_typing: Any, weights: Any, x: Any, out: Any, column: Any, to: Any) -> Any:
     """A function of the arrays weights, x and out; of a column of x, and of a place in out: it adds the sum of the rows of x
-    from that column on, each times its weight, over COLUMNS vectors, to what is there. There is a row of x at least."""
+    from that column on, each times its weight, over COLUMNS vectors, to what is there. There is a row of x at least; of uint16
+    they are bfloat16's bits."""
     kinds = [tiles.rows_of(kind) for kind in (weights, x, out)]
-    number = weights.dtype
+    number, item = weights.dtype, x.dtype.bitwidth // 8
     vector = _vector(number)
     size = vector.count * number.bitwidth // 8
+    places = ir.VectorType(tiles.I32, vector.count)
+    read = tiles.load_wide if x.dtype == types.uint16 else tiles.load
 
     def code(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
         *arrays, column, to = args
@@ -100,8 +105,8 @@ def _weigh(_typing: Any, weights: Any, x: Any, out: Any, column: Any, to: Any) -
         at, old = builder.phi(tiles.I64), [builder.phi(vector) for _ in first]
         weight = tiles.load(builder, vector.element, weights, builder.mul(at, I64(number.bitwidth // 8)))
         one = builder.insert_element(ir.Constant(vector, ir.Undefined), weight, tiles.I32(0))
-        all_ = builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(tiles.I32, vector.count), [0] * vector.count))
-        rows = [tiles.load(builder, vector, x, builder.mul(at, stride), I64(c * size)) for c in range(COLUMNS)]
+        all_ = builder.shuffle_vector(one, one, ir.Constant(places, [0] * vector.count))
+        rows = [read(builder, vector, x, builder.mul(at, stride), I64(c * vector.count * item)) for c in range(COLUMNS)]
         new = [_multiply_add(builder, sums, all_, row) for sums, row in zip(old, rows, strict=True)]
         next_ = builder.add(at, I64(1))
         for phi, start, then in ((at, I64(0), next_), *zip(old, first, new, strict=True)):
@@ -169,7 +174,7 @@ def dots(x, w, out, column, ahead):
 def weigh(weights, x, column, out):
     """Add the sum of the rows of x [N, ...] from `column` on, each times its weight [N], to out [D]. Half of D is such that it
     `fits`."""
-    step = COLUMNS * max(_BYTES // x.itemsize, 4)
+    step = COLUMNS * max(_BYTES // out.itemsize, 4)
     for c in range(0, len(out), step):
         _weigh(weights, x, out, column + c, c)
 
@@ -198,11 +203,48 @@ def product(x, weight, out):
             out[rows - 1, o] = last
 
 
+def widened(x):
+    """x itself, or in fp32 where it is of bfloat16's bits."""
+
+
+@extending.overload(widened)
+def _widened(x):
+    if x.dtype != types.uint16:
+        return lambda x: x
+
+    def wide(x):
+        bits = np.empty(x.shape, np.uint32)
+        for r in range(len(x)):
+            for o in range(x.shape[1]):
+                bits[r, o] = np.uint32(x[r, o]) << np.uint32(16)
+        return bits.view(np.float32)
+
+    return wide
+
+
+def thinned(x, a, out):
+    """As `product`, with a of bfloat16's bits as well."""
+
+
+@extending.overload(thinned)
+def _thinned(x, a, out):
+    if a.dtype != types.uint16:
+        return lambda x, a, out: product(x, a, out)
+
+    def thin(x, a, out):
+        if fits(x.shape[1], x.itemsize):
+            dots(x, a, out, 0, _AHEAD)
+        else:
+            product(x, widened(a), out)
+
+    return thin
+
+
 @fast
 def beside(x, a, b, first, last, of, out):
     """Adds to each row of out [N, O] its row of x [N, I] times the transpose of A, times B: the rows first[k] .. last[k] - 1 of
-    `a` [R, I] and `b` [R, O], where k is the row's number in `of` [N]; nothing where that is below 0. Rows of one number that
-    follow each other share what is read."""
+    `a` [R, I] and `b` [R, O], of x's numbers or bfloat16's bits, where k is the row's number in `of` [N]; nothing where that
+    is below 0. Rows of one number that follow each other share what is read."""
     outputs = out.shape[1]
     whole = outputs % 2 == 0 and fits(outputs // 2, out.itemsize)
     start = 0
@@ -213,12 +255,13 @@ def beside(x, a, b, first, last, of, out):
         if k >= 0 and first[k] < last[k]:
             wide = b[first[k] : last[k]]
             thin = np.empty((end - start, len(wide)), x.dtype)
-            product(x[start:end], a[first[k] : last[k]], thin)
+            thinned(x[start:end], a[first[k] : last[k]], thin)
             for n in range(len(thin)):
                 if whole:
                     weigh(thin[n], wide, 0, out[start + n])
                 else:
-                    for r in range(len(wide)):
+                    full = widened(wide)
+                    for r in range(len(full)):
                         for o in range(outputs):
-                            out[start + n, o] += thin[n, r] * wide[r, o]
+                            out[start + n, o] += thin[n, r] * full[r, o]
         start = end

@@ -72,6 +72,13 @@ def load(builder: ir.IRBuilder, kind: ir.Type, start: ir.Value, *offsets: ir.Val
     return builder.load(place(builder, kind, start, *offsets), align=1)
 
 
+def load_wide(builder: ir.IRBuilder, kind: ir.VectorType, start: ir.Value, *offsets: ir.Value) -> ir.Value:
+    """The fp32 vector `kind` of the bfloat16 that lie there: the upper halves of its numbers."""
+    bits = ir.VectorType(I32, kind.count)
+    found = builder.zext(load(builder, ir.VectorType(ir.IntType(16), kind.count), start, *offsets), bits)
+    return builder.bitcast(builder.shl(found, ir.Constant(bits, [16] * kind.count)), kind)
+
+
 def place(builder: ir.IRBuilder, kind: ir.Type, start: ir.Value, *offsets: ir.Value) -> ir.Value:
     """A pointer to it."""
     for offset in offsets:
@@ -88,10 +95,12 @@ def fetch(builder: ir.IRBuilder, start: ir.Value, *offsets: ir.Value) -> None:
 def sums(
     builder: ir.IRBuilder, x: ir.Value, w: ir.Value, size: ir.Value, rows: int, outputs: int, *,
     loaded: ir.VectorType, held: ir.VectorType, step: Step, apart: ir.Value | None = None, ahead: ir.Value | None = None,
+    narrow: bool = False,
 ) -> Values:  # fmt: skip
     """The vectors of sums of each row with each output, row after row, once the loop over a row's `size` bytes is through.
     `loaded`: what is read at once, whose bytes divide `size`; `held`: what it is added to, by `step`; `apart`: bytes from
-    one output's row of `w` to the next [`size`]; `ahead`: bytes to fetch ahead [nothing is]."""
+    one output's row of `w` to the next [`size`]; `ahead`: bytes to fetch ahead [nothing is]; `narrow`: `w` is of
+    bfloat16 beside fp32."""
     apart = size if apart is None else apart
     stride, zero = loaded.count * _BYTES[str(loaded.element)], ir.Constant(held, [0] * held.count)
     before, loop = builder.block, builder.append_basic_block("loop")
@@ -100,9 +109,10 @@ def sums(
     builder.position_at_end(loop)
     at = builder.phi(I64)
     old = [builder.phi(held) for _ in range(rows * outputs)]
-    weights = [load(builder, loaded, w, builder.mul(I64(o), apart), at) for o in range(outputs)]
+    there, read = (builder.lshr(at, I64(1)), load_wide) if narrow else (at, load)
+    weights = [read(builder, loaded, w, builder.mul(I64(o), apart), there) for o in range(outputs)]
     for o in range(outputs) if ahead is not None else ():
-        fetch(builder, w, builder.mul(I64(outputs), at), ahead, I64(o * stride))
+        fetch(builder, w, builder.mul(I64(outputs), there), ahead, I64(o * stride // (2 if narrow else 1)))
     new = []
     for m in range(rows):
         value = load(builder, loaded, x, builder.mul(I64(m), size), at)
