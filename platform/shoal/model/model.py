@@ -54,6 +54,8 @@ class Model:
     ) -> None:
         """`source`: what an open model was imported from."""
         self.source = source
+        # were channels moved between its weights before rounding (`smooth`)? Then an adapter of its source does not fit
+        self.smoothed = source is not None and config.quantization == "w8a8"
         self.config, self.net, self.tokenizer = config, net.eval().requires_grad_(False), tokenizer
         self.name, self.chat_template, self.router = name, chat_template, router
 
@@ -75,6 +77,7 @@ class Model:
         with the directory, ResourceError for the machine.
         """
         parts = checkpoint.read(directory, verify=verify)
+        smoothed = parts.source is not None and parts.config.quantization == "w8a8"
         if parts.config.quantization == "w8a8":
             try:
                 int8.trusted(torch.device("cpu"))
@@ -84,7 +87,7 @@ class Model:
                 on_fallback(error.message)
                 parts.config = dataclasses.replace(parts.config, quantization="none")
                 parts.net = dequantized(parts.net, parts.config)
-        return cls(
+        made = cls(
             parts.config,
             parts.net,
             parts.tokenizer,
@@ -93,6 +96,8 @@ class Model:
             router=parts.router,
             source=parts.source,
         )
+        made.smoothed = smoothed  # in fp32 as well
+        return made
 
     def save(self, directory: str | Path, *, card: str = "") -> None:
         """Write a model directory (written aside, then renamed)."""
@@ -114,12 +119,6 @@ class Model:
         if self.router is not None:
             self.router.to(device)
         return self
-
-    @property
-    def smoothed(self) -> bool:
-        """Were channels moved between its weights before they were rounded (`smooth`), so that an adapter of its source does
-        not fit it?"""
-        return self.source is not None and self.config.quantization == "w8a8"
 
     @property
     def device(self) -> torch.device:

@@ -37,7 +37,7 @@ def read(directory: str | Path, model: Model) -> Adapter:
     directory = Path(directory)
     if model.smoothed:
         raise CheckpointError(
-            f"{directory}: the base is INT8 whose channels were moved, and does not say how",
+            f"{directory}: the base was INT8 whose channels were moved, and does not say how",
             do="serve the fp32 model, or quantize it again",
         )
     linears = {

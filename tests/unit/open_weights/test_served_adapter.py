@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from shoal import Engine, Model, Request, Sampling
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, ResourceError
 from shoal.model import adapter_files
 from shoal.model.adapter_files import MOST_RANK
 from shoal.open_weights import adapter, convert, families
@@ -204,6 +204,24 @@ def test_a_file_beyond_what_any_adapter_takes_is_not_read(tmp_path: Path) -> Non
 def test_an_int8_twin_takes_the_adapters_of_its_base(tmp_path: Path) -> None:
     folder = write(tmp_path / "adapter", MODEL)
     assert read(folder, MODEL.quantized()).identity == read(folder, MODEL).identity
+
+
+def test_a_smoothed_base_takes_none_in_whatever_it_is_computed(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its channels stay where they were moved to when the machine cannot be trusted with INT8."""
+    model = imported(checkpoint, tmp_path, "qwen2")
+    folder = write(tmp_path / "adapter", model)
+    model.net.float()
+    model.quantized([list(range(5, 40))]).save(tmp_path / "int8")
+
+    def not_trusted(_: torch.device) -> None:
+        raise ResourceError("no")
+
+    monkeypatch.setattr("shoal.model.int8.trusted", not_trusted)
+    for held in (Model.load(tmp_path / "int8", on_fallback=lambda why: None), model.quantized()):
+        with pytest.raises(CheckpointError, match="channels were moved"):
+            read(folder, held)
 
 
 def test_it_is_checked_and_known_without_the_models_weights(tmp_path: Path) -> None:
