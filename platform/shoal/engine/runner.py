@@ -11,6 +11,7 @@ Letters: N rows, R works (one request each), G layer groups, M pages of the long
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -249,24 +250,24 @@ class Runner:
             # each by itself: the prefix cache may keep one for long, and a view would keep those of the whole prompt
             fresh = [sums.clone() for sums in page_sums(self.net, states[known - holding.states_from :], ids)]
         x = features(torch.stack(sums + fresh), states[-1], len(running.tokens))
-        layers = router.choose(x, running.request.quality_tolerance, self.compute_budget)
-        return Decision(layers, fresh, _seen(router, x, layers) if running.watched else None)
+        told = router.predicted(x)
+        layers = router.choose(x, running.request.quality_tolerance, self.compute_budget, told)
+        return Decision(layers, fresh, _seen(router, x, layers, *told) if running.watched else None)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
 
-def _seen(router: Router, x: Tensor, layers: int) -> Signals:
-    """What `router` saw and predicted of a prompt with the features `x` [2D + 3] that is to run through `layers`."""
-    if not torch.isfinite(x).all():
+def _seen(router: Router, x: Tensor, layers: int, mean: list[float], quantile: list[float]) -> Signals:
+    """What `router` saw of a prompt with the features `x` [2D + 3] that is to run through `layers`, and what it predicted."""
+    nll, distance = float(x[NLL]), router.distance(x)
+    if not math.isfinite(distance):
         return Signals()
-    mean, quantile = (y.tolist() for y in router(x))
-    nll = float(x[NLL])
     return Signals(
         prompt_nll=nll or None,  # a prompt of a few tokens has no place where it is taken
         predicted_gaps=tuple(mean),
         router_bound=0.0 if layers == router.exits[-1] else quantile[router.exits.index(layers)],
-        router_distance=router.distance(x),
+        router_distance=distance,
     )
 
 

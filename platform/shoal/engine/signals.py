@@ -39,21 +39,22 @@ class Logits:
     def of(cls, logits: Tensor, draws: Sequence[Watched]) -> Logits | None:
         """Those of `logits` [R, V] whose token is to be looked at; None for none. They stay as they are now."""
         rows = [r for r, draw in enumerate(draws) if draw.watched and not (len(draw.tokens) - draw.prompt_len) % EVERY]
-        return cls(rows, _exact(logits[rows]).cpu().numpy()) if rows else None
+        return cls(rows, _numbers(logits)[rows]) if rows else None
 
     def nll(self, tokens: Sequence[int]) -> dict[int, float]:
         """Row -> nats that its token costs, for the tokens [R] that were chosen. None where the model gave no number."""
-        most = self.logits.max(-1, keepdims=True)
-        with np.errstate(invalid="ignore", over="ignore"):
-            total = np.log(np.exp(self.logits - most).sum(-1)) + most[:, 0]
-            found = total - self.logits[np.arange(len(self.rows)), [tokens[r] for r in self.rows]]
-        told = zip(self.rows, found.tolist(), strict=True)
-        return {row: nats for row, nats in told if math.isfinite(nats) and tokens[row] >= 0}
+        with np.errstate(invalid="ignore"):
+            z = self.logits - self.logits.max(-1, keepdims=True)
+            total = np.log(np.exp(z).sum(-1)).tolist()
+        found = {row: total[i] - float(z[i, tokens[row]]) for i, row in enumerate(self.rows) if tokens[row] >= 0}
+        return {row: nats for row, nats in found.items() if math.isfinite(nats)}
 
 
-def _exact(logits: Tensor) -> Tensor:
-    """`logits` in fp32 at least, which is what numpy has."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _numbers(logits: Tensor) -> np.ndarray:
+    """`logits` in fp32 at least, as numpy has them; on a CPU the same memory where that is so already."""
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
+    return logits.numpy() if logits.device.type == "cpu" else logits.cpu().numpy()
 
 
 @dataclass

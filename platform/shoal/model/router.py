@@ -122,16 +122,29 @@ class Router(nn.Module):
         return float(((x.float() - self.center) / self.spread).square().mean())
 
     @torch.no_grad()
-    def choose(self, x: Tensor, tolerance: float | None = None, budget: float | None = None) -> int:
+    def predicted(self, x: Tensor) -> tuple[list[float], list[float]]:
+        """`forward` of one prompt's features, as numbers."""
+        mean, quantile = self(x)
+        return mean.tolist(), quantile.tolist()
+
+    @torch.no_grad()
+    def choose(
+        self,
+        x: Tensor,
+        tolerance: float | None = None,
+        budget: float | None = None,
+        predicted: tuple[list[float], list[float]] | None = None,
+    ) -> int:
         """The depth in layers for one prompt's features [2D + 3].
 
         With `tolerance` (nats/token), the smallest exit whose calibrated bound is within it; else with `budget` in (0, 1],
         the exit of least predicted gap plus priced cost; else by the calibration's default tolerance. A tolerance of 0
-        and a budget of 1 are full depth by definition, and features that are not finite are given it to be safe.
+        and a budget of 1 are full depth by definition, and features that are not finite are given it to be safe. `predicted`:
+        what it is to decide by, where that is known already.
         """
         if not torch.isfinite(x).all():
             return self.exits[-1]
-        mean, quantile = (y.tolist() for y in self(x))
+        mean, quantile = self.predicted(x) if predicted is None else predicted
         if tolerance is None and budget is not None:
             if budget >= 1:
                 return self.exits[-1]
