@@ -19,6 +19,8 @@ from shoal.engine.events import Finished, Signals
 from shoal.errors import GenerationError
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop.capture import Capture, subject
+from shoal.model.files import weights_sha256
+from shoal.model.model import Model
 
 pytestmark = pytest.mark.anyio
 Connect = Callable[..., httpx.AsyncClient]
@@ -162,6 +164,13 @@ async def test_slices_are_few(connect: Connect, folder: Path) -> None:
             await http.post("/v1/chat/completions", json=body, headers={"Authorization": "Bearer k1"})
         await http.post("/v1/chat/completions", json=CHAT, headers={"Authorization": "Bearer wrong"})
     assert [row["slice"] for row in rows(folder)] == ["shop", *(f"w{n}" for n in range(1, 8)), "other", "other"]
+
+
+def test_weights_are_known_by_their_manifest_as_the_engines_know_them(tmp_path: Path) -> None:
+    Model.from_preset("test").save(tmp_path / "model")
+    assert ServedModel.load(tmp_path / "model").weights == weights_sha256(tmp_path / "model")[:16]
+    (tmp_path / "model" / "manifest.json").unlink()
+    assert ServedModel.load(tmp_path / "model").weights == ""
 
 
 async def test_prometheus_is_told(connect: Connect, folder: Path) -> None:
