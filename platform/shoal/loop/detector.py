@@ -42,6 +42,7 @@ class Stream:
     block: int  # values in a block
     scatter: float = 1.0  # of a mean: standard deviation of a block's mean of standardised values
     share: float | None = None  # of values 0 and 1: how often the reference has 1; None for a mean
+    tail: str = ""  # above or below: its values say whether the signal is so far out as 1 % of the reference
 
     def e_values(self, blocks: np.ndarray) -> np.ndarray:
         """[B, 2 signs, 3 bets] of `blocks` [B, b]."""
@@ -76,6 +77,7 @@ class Moved:
 
     signal: str
     slice: str
+    tail: str
     evidence: float  # mean of R over its signs and bets; alone an alarm from `Detector.requests` on
     shift: float  # standard deviations of a request, since `since`; + is more
     since: float | None  # epoch seconds of the first request that is likely to have been different; None: nothing moved
@@ -146,7 +148,7 @@ class Detector:
             mean = self._total[index, side] / count if count else float("nan")
             found.append(
                 Moved(
-                    stream.signal, stream.slice, float(self._sums[index].mean()),
+                    stream.signal, stream.slice, stream.tail, float(self._sums[index].mean()),
                     stream.shift(float(mean)) if began else 0.0,
                     float(self._since[index, side]) if began else None, int(self._number[index, side]), count,
                 )

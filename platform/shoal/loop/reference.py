@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ LEAST_VALUES = 200  # of a signal, that it is watched
 LEAST_SLICE = 300  # requests of a slice that is watched for itself
 MOST_SLICES = 8
 CLIP = (1.0, 99.0)  # percentiles
+ABOVE, BELOW = "above", "below"  # beyond them
 BLOCKS = (10, 25, 50)  # values; the first whose means follow each other by less than LAG
 LAG = 0.2
 WIDER = 1.1  # of the scatter of block means, for it is an estimate
@@ -55,10 +56,13 @@ class Standard:
     share: float | None = None  # of a signal of 0 and 1, or of one that is nearly always `usual`
     usual: float | None = None
     quantiles: list[float] = field(default_factory=list)
+    tail: str = ""  # above, below: how often values are beyond `high`, or `low`; "": what they are
 
     def standardised(self, values: np.ndarray, at: np.ndarray) -> np.ndarray:
         """`values` [n] as `detector` takes them, NaN where they are, of requests that came `at` [n], epoch seconds."""
         known = ~np.isnan(values)
+        if self.tail:
+            return np.where(known, values > self.high if self.tail == ABOVE else values < self.low, np.nan)
         if self.share is not None:
             return np.where(known, values if self.usual is None else values != self.usual, np.nan)
         part = parts_of_day(at, len(self.mean))
@@ -67,7 +71,7 @@ class Standard:
 
     @property
     def stream(self) -> Stream:
-        return Stream(self.signal, self.slice, self.block, self.scatter, self.share)
+        return Stream(self.signal, self.slice, self.block, self.scatter, self.share, self.tail)
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def measured(table: pa.Table, weights: str, *, why: str = "") -> Reference:
             values = signal.of(table)[here]
             known = ~np.isnan(values)
             if known.sum() >= LEAST_VALUES:
-                standards.append(_standard(signal.name, name, values[known], at[here][known]))
+                standards += _with_tails(_standard(signal.name, name, values[known], at[here][known]), values[known])
     if not standards:
         wanted = f"{LEAST_VALUES} requests with one signal, such as prompt_tokens"
         raise DataError("a reference without a signal", got=f"{len(table)} requests", allowed=wanted)
@@ -177,6 +181,21 @@ def _standard(signal: str, name: str, values: np.ndarray, at: np.ndarray) -> Sta
     return Standard(
         signal, name, len(values), low, high, mean.tolist(), spread.tolist(), block, scatter, quantiles=quantiles
     )
+
+
+def _with_tails(whole: Standard, values: np.ndarray) -> list[Standard]:
+    """It, and of a mean how often values are far out: of the few requests that are new among many old ones this tells more."""
+    if whole.share is not None or whole.block != BLOCKS[0]:  # what follows each other is far out in rows, too
+        return [whole]
+    found = [whole]
+    for tail, ones in ((ABOVE, values > whole.high), (BELOW, values < whole.low)):
+        share = float((ones.sum() + 1) / (len(values) + 2))
+        found.append(
+            replace(
+                whole, mean=[0.0], spread=[1.0], block=BLOCKS[0], scatter=1.0, share=share, quantiles=[], tail=tail
+            )
+        )  # fmt: skip
+    return found
 
 
 def _enough(at: np.ndarray, parts: int) -> bool:

@@ -12,11 +12,12 @@ import pyarrow as pa
 
 from shoal.errors import DataError
 from shoal.loop.detector import BAND, Detector, Moved
-from shoal.loop.reference import EVERY, Reference, explained
+from shoal.loop.reference import BELOW, EVERY, Reference, explained
 from shoal.loop.watched import BY_NAME, meaning, texts
 from shoal.machine import write_aside
 
 STATES = ("learning", "quiet", "watching", "alarm")
+FAR = ", far out, in some"
 NAMED = 4  # signals in the sentence
 DAY_HOURS = 24.0
 MUCH_FAILURE = 0.02  # share of a reference that makes it one of a bad day
@@ -85,7 +86,7 @@ def told(
     }  # fmt: skip
     if state == "quiet":
         return Report("quiet", f"Quiet: {detector.seen:,} requests are like the reference.", **facts)
-    kind, do = meaning([(one.signal, one.shift) for one in named])
+    kind, do = meaning([(one.signal, -one.shift if one.tail == BELOW else one.shift) for one in named])
     since = _iso(first.since) if first.since is not None else None
     how = ", ".join(f"{signal['words']} ({signal['shift']:+.1f} SD{signal['where']})" for signal in signals)
     what: dict[str, Any] = {"since": since, "meaning": kind, "do": do, "signals": signals, "examples": list(examples)}
@@ -119,13 +120,14 @@ def _signal(one: Moved, reference: Reference, recent: pa.Table | None) -> dict[s
     told = {
         "signal": one.signal, "slice": one.slice, "shift": round(one.shift, 3), "evidence": one.evidence,
         "since": None if one.since is None else _iso(one.since), "requests": one.values,
-        "words": signal.more if one.shift >= 0 else signal.less,
+        "words": (signal.more if (one.shift >= 0) != (one.tail == BELOW) else signal.less) + (FAR if one.tail else ""),
+        "tail": one.tail,
         "where": "" if one.slice == EVERY else f" in {one.slice}",
     }  # fmt: skip
     if recent is not None and len(recent):
         if one.slice != EVERY:
             recent = recent.filter(pa.array([name == one.slice for name in texts(recent, "slice")], pa.bool_()))
-        standard = next(s for s in reference.standards if (s.signal, s.slice) == (one.signal, one.slice))
+        standard = next(s for s in reference.standards if (s.signal, s.slice, s.tail) == (one.signal, one.slice, ""))
         told |= {name: round(value, 4) for name, value in explained(standard, signal.of(recent)).items()}
     return told
 

@@ -57,6 +57,8 @@ def test_values_of_the_reference_have_mean_0_and_spread_1() -> None:
     for standard, values in zip(reference.standards, reference.standardised(table), strict=True):
         own = values[~np.isnan(values)]
         assert len(own) == (2_000 if standard.slice == EVERY else 1_000)
+        if standard.tail:
+            assert own.mean() <= 0.011
         if standard.share is None:
             assert own.mean() == pytest.approx(0, abs=1e-9) and own.std() == pytest.approx(1, abs=1e-9)
         else:
@@ -76,6 +78,18 @@ def test_a_signal_that_never_varied_rings_when_it_does() -> None:
     place = other.column_names.index("layers")
     found = detected(reference, other.set_column(place, "layers", pa.array([2] * 400)))
     assert found.state == "alarm" and found.moved()[0].signal == "layers"
+
+
+def test_a_few_new_requests_among_many_old_ones_ring(tmp_path: Path) -> None:
+    """One in ten is 4 standard deviations up: 0.24 of them in the mean, clipped, which the band nearly allows."""
+    reference = measured(rows(2_000), "w")
+    other = rows(1_500, seed=1)
+    up = np.where(np.random.default_rng(0).random(1_500) < 0.1, 4.0, 0.0) + other["prompt_surprisal"].to_numpy()
+    found = detected(
+        reference, other.set_column(other.column_names.index("prompt_surprisal"), "prompt_surprisal", pa.array(up))
+    )
+    first = found.moved()[0]
+    assert found.state == "alarm" and (first.signal, first.tail) == ("prompt_surprisal", "above") and first.shift > 0.5
 
 
 def test_one_slice_of_many_rings() -> None:
@@ -111,7 +125,7 @@ def test_a_file_of_it_is_the_same_and_no_longer_for_more_requests(tmp_path: Path
     large.write(tmp_path / "large.json")
     assert Reference.read(tmp_path / "small.json") == small
     assert (tmp_path / "large.json").stat().st_size < 1.2 * (tmp_path / "small.json").stat().st_size
-    assert all(len(one.quantiles) == QUANTILES for one in large.standards)
+    assert all(len(one.quantiles) == (0 if one.tail else QUANTILES) for one in large.standards)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large.json", "small.json"]
 
 
