@@ -21,6 +21,7 @@ from rich.table import Table
 
 from shoal.bench.loop_shop import questions
 from shoal.bench.turns import show
+from shoal.data.chats.customer_service import chats
 from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.errors import UsageError
@@ -28,6 +29,7 @@ from shoal.inputs.chat import encode_chat
 from shoal.loop.detector import REQUESTS, Detector
 from shoal.loop.reference import LEARNED, measured
 from shoal.loop.rows import Row, table_of
+from shoal.loop.surprisal import Surprisal
 from shoal.machine import aside
 from shoal.model.model import Model
 
@@ -55,11 +57,15 @@ def loop(
     began = time.monotonic()
     pools = {}
     loaded = Model.load(model)
+    known = (chat.messages[0]["content"] for chat in chats("train"))
+    table = Surprisal.counted(map(loaded.tokenizer.encode, known), loaded.config.vocab)
     for domain in DOMAINS:
         path = None if keep is None else keep / f"{domain}.parquet"
         asked = questions(domain)
         order = np.random.default_rng(0).permutation(len(asked))[: rows if domain == "old" else LATE]
-        pools[domain] = captured(loaded, [asked[i] for i in order.tolist()], path, lambda line: console.print(line))
+        some = [asked[i] for i in order.tolist()]
+        rows_of = captured(loaded, some, path, lambda line: console.print(line))
+        pools[domain] = _with_surprisal(rows_of, [table.of(loaded.tokenizer.encode(text)) for text in some])
     found = detection(pools, seeds)
     result = {"model": str(loaded.name), "rows": {name: len(table) for name, table in pools.items()}, "seeds": seeds}
     show(console, [_table(found, seeds)], result | {"detection": found, "seconds": round(time.monotonic() - began)})
@@ -99,6 +105,13 @@ def captured(model: Model, asked: Sequence[str], path: Path | None, say: Callabl
         with aside(path) as beside:
             pq.write_table(table, beside)
     return table
+
+
+def _with_surprisal(rows: pa.Table, values: Sequence[float | None]) -> pa.Table:
+    """The rows with what a gateway that knows the model's training chats would have said of the prompts."""
+    return rows.set_column(
+        rows.column_names.index("prompt_surprisal"), "prompt_surprisal", pa.array(values, pa.float32())
+    )
 
 
 def detection(pools: dict[str, pa.Table], seeds: int) -> dict[str, dict[str, Any]]:

@@ -129,6 +129,7 @@ def test_another_version_is_learned_anew_and_late_rows_of_the_old_one_do_no_harm
     service.serve(800)
     old = watch(service).look(service.now)
     service.serve(10, weights="bbbb", up=2)
+    assert watch(service).look(service.now).weights == "aaaa", "a few in a row are no promotion"
     service.serve(5)
     service.serve(300, weights="bbbb", up=2)
     report = watch(service).look(service.now)
