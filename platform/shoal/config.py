@@ -257,7 +257,9 @@ class TrainConfig:
     # DPO (arXiv 2305.18290) on preference pairs in place of cross-entropy, against the model that the run starts from: how much
     # a nat more between the two answers weighs (0.1). 0: off
     dpo: float = 0.0
-    trains: Literal["all", "exits"] = "all"  # exits: the early ones alone, beside weights that stay as they are
+    # exits: the early ones alone, beside weights that stay as they are; tuned: these with the backbone, or, where there is a
+    # lora_rank, with thin matrices beside it
+    trains: Literal["all", "exits", "tuned"] = "all"
     # chance that an update leaves out the last layer; layer l: (2^(l/(L-1)) - 1) of it; 0: off
     layer_dropout: float = 0.0
     lora_rank: int = 0  # train thin matrices of this rank beside the layers' frozen ones; 0: train all weights
@@ -274,14 +276,14 @@ class TrainConfig:
             ("decay_shape", ("linear", "cosine")),
             ("optimizer", ("adamw", "muon")),
             ("rotate_exits", ("auto", "on", "off")),
-            ("trains", ("all", "exits")),
+            ("trains", ("all", "exits", "tuned")),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"train.{name}", got=getattr(self, name), allowed=allowed)
         for name in ("weight_decay", "patch_weight", "distill", "dpo", "cross_entropy", "lora_rank"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"train.{name}", got=getattr(self, name), allowed="0 or more")
-        if self.dpo and (self.distill or self.trains == "exits"):
+        if self.dpo and (self.distill or self.trains != "all"):
             raise ConfigError("train.dpo", got=self.dpo, allowed="0 beside distill, and where exits alone are trained")
         if not self.distill and not self.cross_entropy:
             raise ConfigError("train.distill", got=0.0, allowed="above 0 where train.cross_entropy is 0")

@@ -119,10 +119,12 @@ class Training(Stage):
             report["rounded"] = result.rounded
             if not self.as_json:
                 out.print(_rounding_table(result.rounded, result.bpb))
-        if result.backbone:
-            begun = result.rounded["begun"]
-            report |= {"begun": begun, "backbone": {"before": result.backbone, "after": result.backbone}}
-            say(f"full depth is equal to the bit: sha256 {result.backbone[:16]} of all that it reads, before and after")
+        if result.backbone[0]:
+            begun, (before, after) = result.rounded["begun"], result.backbone
+            report |= {"begun": begun, "backbone": {"before": before, "after": after}}
+            same = f"full depth is equal to the bit: sha256 {before[:16]} of all that it reads, before and after"
+            other = f"full depth was tuned, and is another model: sha256 {before[:16]} of all that it read, now {after[:16]}"
+            say(same if before == after else other)
             if not self.as_json and result.bpb:
                 out.print(_exits_table(begun, result.bpb))
         report["router"] = routing.finish(plan.model_dir, plan.router_data, say)
@@ -181,7 +183,8 @@ class Finetune(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Adapt(Training):
-    """Early exits for a model that has none: each learns what full depth says, which stays equal to the bit [10 minutes]."""
+    """Early exits for a model that has none: each learns what full depth says, which stays equal to the bit [10 minutes]; but
+    with --tune, which lets the rest learn with them."""
 
     model: ModelDir
     data: Annotated[
@@ -192,11 +195,16 @@ class Adapt(Training):
     ]
     out: Annotated[Path, typer.Option(help="Directory to write; made when the work is complete.")]
     heldout: Heldout = None
+    tune: Annotated[
+        str,
+        typer.Option(help="What else learns: none; lora, thin matrices beside all layers; all. Full depth changes."),
+    ] = "none"
 
     def plan(self) -> FitPlan:
         from shoal.train.plan import adapt_plan
 
-        return adapt_plan(str(self.model), self.data, str(self.out), **self.given(heldout=self.heldout))
+        more = self.given(heldout=self.heldout)
+        return adapt_plan(str(self.model), self.data, str(self.out), tune=self.tune, **more)
 
 
 @dataclass(frozen=True, kw_only=True)

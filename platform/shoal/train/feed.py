@@ -139,7 +139,7 @@ def _chats(plan: FitPlan, tokenizer: Tokenizer, template: str, ranks: Ranks) -> 
         world=ranks.world,
         template=template,
         max_length=plan.row_length,
-        whole=plan.train.trains == "exits",
+        whole=plan.adapts,
         pairs=plan.train.dpo > 0,
     )
     return Feed(batches, parts)

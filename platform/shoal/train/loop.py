@@ -62,10 +62,10 @@ class FitResult:
     seconds: float  # of training, over all sittings
     bpb: Bpb  # held-out bits a byte: modality -> exit name -> value
     # what it starts from, measured likewise: of a quantising run as it is ("fp32") and rounded without training
-    # ("post-training"), of one that trains early exits alone with these as they begin ("begun")
+    # ("post-training"), of one that trains early exits with these as they begin ("begun")
     rounded: dict[str, Bpb] = field(default_factory=dict)
-    # of one that trains early exits alone: sha256 of all that full depth reads, the same before and after
-    backbone: str = ""
+    # of one that trains early exits: sha256 of all that full depth reads, before and after; the same where these are all
+    backbone: tuple[str, str] = ("", "")
 
 
 def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
@@ -137,7 +137,7 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker) -> FitResult:
     final = _last(plan, run, state, done)
     backbone = start.export(plan, model, ranks)
     count = str(plan.model_dir), state.step, state.tokens, state.seconds
-    result_ = FitResult(*count, final.bpb, rounded, backbone)
+    result_ = FitResult(*count, final.bpb, rounded, (start.backbone, backbone))
     say("end", asdict(result_), step=state.step)
     return result_
 
@@ -218,7 +218,7 @@ def _as_begun(plan: FitPlan, state: TrainState, ranks: Ranks, say: Speaker) -> F
 def _rounded(plan: FitPlan, model: LossModel, feed: Feed, ranks: Ranks) -> dict[str, Bpb]:
     """Held-out bits a byte that a run starts from, see `FitResult`; leaves the model rounding where it quantises."""
     if not plan.quantize:
-        return {"begun": measure(model, feed.heldout, ranks).bpb} if plan.exits_only else {}
+        return {"begun": measure(model, feed.heldout, ranks).bpb} if plan.adapts else {}
     found = {}
     for name, on in (("fp32", False), ("post-training", True)):
         fake_quantize_(model.net, on)
@@ -246,11 +246,12 @@ class _Start:
             parts = checkpoint.read(plan.init)
             source = parts.source
             digest, backbone, dtypes = exits.digest(parts.net.state_dict()), "", dict[str, torch.dtype]()
-            solves = plan.exits_only and exits.begins_solved(parts.config, plan.model)
-            if plan.exits_only:
+            solves = plan.adapts and exits.begins_solved(parts.config, plan.model)
+            if plan.adapts:
                 backbone = exits.digest(exits.backbone(parts.net.state_dict(), parts.config))
                 parts.net, parts.config = exits.added(parts.net, plan.model), plan.model
                 dtypes = {name: tensor.dtype for name, tensor in parts.net.state_dict().items()}
+            if plan.exits_only:
                 exits.freeze_(parts.net)
             if plan.quantize and source is not None:
                 parts.net, parts.config = _untied(parts.net, plan.model), plan.model
@@ -264,6 +265,9 @@ class _Start:
             }
             if plan.train.lora_rank:
                 lora.adapt_(net, plan.train.lora_rank, plan.train.seed)
+                for name, parameter in net.named_parameters():
+                    if plan.adapts and exits.is_exits(name, plan.model):
+                        parameter.requires_grad_(True)
         else:
             net, tokenizer, template = (
                 Net(plan.model).init_(plan.train.seed),
@@ -287,8 +291,8 @@ class _Start:
             _smooth(self.net, feed, ranks)
 
     def export(self, plan: FitPlan, model: LossModel, ranks: Ranks) -> str:
-        """Gather the model and write its directory, INT8 when the plan quantises. Returns the sha256 of what stayed as it was,
-        "" where that was nothing. Raises CheckpointError, and writes nothing, where it should have stayed and did not."""
+        """Gather the model and write its directory, INT8 when the plan quantises. Returns the sha256 of the backbone where
+        exits were taught, else "". Raises CheckpointError, and writes nothing, where it should have stayed and did not."""
         model.trained_only = False
         state = {name.removeprefix("net."): tensor for name, tensor in full_state(model).items()}
         with ranks.alike():
@@ -300,6 +304,7 @@ class _Start:
             if plan.train.lora_rank:
                 lora.save(plan.run, state)
                 state = lora.merged(state)
+            after = exits.digest(exits.backbone(state, config)) if plan.adapts else ""
             if plan.quantize:
                 whole = Net(config)
                 whole.load_state_dict(state)
@@ -313,8 +318,7 @@ class _Start:
                 chat_template=self.template,
                 source=self.source,
             )
-        ranks.wait()
-        return self.backbone
+        return str(ranks.agree(self.backbone if plan.exits_only else after if ranks.first else ""))
 
 
 def _summary(plan: FitPlan, ranks: Ranks, meter: Meter) -> dict[str, Any]:

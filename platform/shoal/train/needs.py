@@ -19,7 +19,7 @@ def disk_needed(plan: FitPlan) -> int:
 def trained_parameters(plan: FitPlan) -> int:
     """How many numbers have gradients and moments."""
     if plan.train.lora_rank:
-        return lora.count(plan.model, plan.train.lora_rank)
+        return lora.count(plan.model, plan.train.lora_rank) + (parameters(plan.model).exits if plan.adapts else 0)
     return parameters(plan.model).exits if plan.exits_only else parameters(plan.model).total
 
 

@@ -25,6 +25,7 @@ from shoal.train import exits, log
 
 COMPILER = os.environ.get("CXX", "g++")  # what torch.compile runs on a CPU
 ROW = 1024  # tokens of a row at most, where exits learn, and of an open model, whose training length is all of its context
+TUNES, TUNED_RANK = ("none", "lora", "all"), 16  # what of a backbone learns with its exits
 OPEN_ROWS, OPEN_RATE, OPEN_LORA_RATE = 4, 5e-5, 2e-4  # of an open model: `ROW`s in an update, and rates of learning
 CHAT_ROWS = 16  # training lengths in an update of stages 2 and 3: chats are short, and more updates beat larger ones
 
@@ -79,11 +80,11 @@ class FitPlan:
         check_exits(self.model, self.train)
         if self.model.quantization != "none":
             raise ConfigError("model.quantization", got=self.model.quantization, allowed="none: train the fp32 model")
-        if self.train.trains == "exits" and (not self.init or self.quantize or self.train.lora_rank):
-            raise ConfigError("train.trains", got="exits", allowed="all but in `shoal adapt`")
-        if self.train.trains == "exits" and not self.model.exit_ffn:
+        if self.adapts and (not self.init or self.quantize or (self.exits_only and self.train.lora_rank)):
+            raise ConfigError("train.trains", got=self.train.trains, allowed="all but in `shoal adapt`")
+        if self.adapts and not self.model.exit_ffn:
             raise ConfigError(
-                "train.trains", got="exits", allowed="all for a model without exits that could be trained"
+                "train.trains", got=self.train.trains, allowed="all for a model without exits that could be trained"
             )
         if self.train.dpo and (not self.init or self.quantize or self.replay or Path(self.data).is_dir()):
             raise ConfigError("train.dpo", got=self.train.dpo, allowed="0 but in fine-tuning on pairs, without replay")
@@ -114,9 +115,14 @@ class FitPlan:
         return self.train.trains == "exits"
 
     @property
+    def adapts(self) -> bool:
+        """Are early exits added where there are none, and taught?"""
+        return self.train.trains != "all"
+
+    @property
     def row_length(self) -> int:
         """Tokens of the longest row that is trained on."""
-        cut = (self.exits_only or bool(self.model.of_open_models)) and not Path(self.data).is_dir()
+        cut = (self.adapts or bool(self.model.of_open_models)) and not Path(self.data).is_dir()
         return self.row_tokens or (min(self.model.train_length, ROW) if cut else self.model.train_length)
 
     @property
@@ -222,8 +228,11 @@ def quantize_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
     return _plan(config, _batched(train, config), values | {"quantize": True}, steps=100)
 
 
-def adapt_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
-    """Early exits beside the frozen weights of a model directory, held to what full depth says."""
+def adapt_plan(model: str, data: str, out: str, *, tune: str = "none", **more: Any) -> FitPlan:
+    """Early exits beside the frozen weights of a model directory, held to what full depth says. With `tune` "lora" or "all" the
+    backbone learns, too: by cross-entropy at all exits, since nothing else holds full depth then. Raises UsageError."""
+    if tune not in TUNES:
+        raise UsageError("--tune", got=tune, allowed=TUNES)
     name, config = described.read_config(model)
     adapted = exits.with_exits(config)
     train = TrainConfig(
@@ -242,6 +251,15 @@ def adapt_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
         exit_weights=(1.0,) * len(adapted.exits),
         rotate_exits="off",  # a forward pass of the backbone is most of an update, and all exits learn from one
     )
+    if tune != "none":
+        train = dataclasses.replace(
+            _batched(train, config),
+            trains="tuned",
+            cross_entropy=1.0,
+            learning_rate=OPEN_LORA_RATE if tune == "lora" else OPEN_RATE,
+            lora_rank=TUNED_RANK if tune == "lora" else 0,
+            exit_weights=_exit_weights(adapted),
+        )
     values = {"name": name, "data": data, "run": f"{out}.run", "out": out, "init": model, **more}
     return _plan(adapted, train, values, minutes=10.0)
 

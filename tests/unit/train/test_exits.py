@@ -18,17 +18,17 @@ from safetensors.torch import load_file
 from shoal import Engine, Model, Request, Sampling, presets
 from shoal.config import TrainConfig, load
 from shoal.data.chats.whole import read_whole
-from shoal.errors import CheckpointError, ConfigError, DataError
+from shoal.errors import CheckpointError, ConfigError, DataError, UsageError
 from shoal.evaluate import routing
 from shoal.inputs.chat import encode_chat
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.net import Net
 from shoal.open_weights.convert import export_model, import_model
-from shoal.train import exits, log
+from shoal.train import exits, log, lora
 from shoal.train.feed import open_feed
 from shoal.train.loop import FitResult, fit
 from shoal.train.loss import LossModel
-from shoal.train.needs import disk_needed, memory_needed
+from shoal.train.needs import disk_needed, memory_needed, trained_parameters
 from shoal.train.parallel import Ranks
 from shoal.train.plan import adapt_plan, finetune_plan
 from tests.corpus import NOUNS, VERBS
@@ -102,7 +102,8 @@ def test_full_depth_is_the_base_to_the_bit_and_exits_learned(base: Path, adapted
         assert now[name].dtype == tensor.dtype == torch.bfloat16 and torch.equal(now[name], tensor), name
     more = now.keys() - was.keys()
     assert more and all(exits.is_exits(name, after.config) for name in more)
-    assert adapted.backbone == exits.digest(was) == exits.digest(exits.backbone(now, after.config))
+    digest = exits.digest(was)
+    assert adapted.backbone == (digest, digest) and digest == exits.digest(exits.backbone(now, after.config))
     ids = chat_ids(before, heldout)
     assert torch.equal(before.logits(ids), after.logits(ids))
 
@@ -111,6 +112,34 @@ def test_full_depth_is_the_base_to_the_bit_and_exits_learned(base: Path, adapted
     assert last["full"] == 0 and all(last[name] < 0.9 * first[name] for name in ("shallow", "middle")), (first, last)
     assert adapted.rounded["begun"]["chat"]["full"] == adapted.bpb["chat"]["full"]
     assert adapted.rounded["begun"]["chat"]["shallow"] != adapted.bpb["chat"]["shallow"]
+
+
+@pytest.mark.parametrize("tune", ["lora", "all"])
+def test_a_tuned_backbone_is_another_model_and_the_report_says_so(
+    base: Path, rows: Path, heldout: Path, tmp_path: Path, tune: str
+) -> None:
+    wanted = plan(base, rows, tmp_path / "out", tune=tune, steps=6, heldout=str(heldout), learning_rate=5e-3)
+    result = fit(wanted)
+    before, after = Model.load(base), Model.load(result.out, verify=True)
+    was = exits.digest(load_file(str(base / "model.safetensors")))
+    now = exits.digest(exits.backbone(load_file(str(Path(result.out, "model.safetensors"))), after.config))
+    assert result.backbone == (was, now) and was != now
+    assert after.config == wanted.model and after.source == before.source
+    state, begun = after.net.state_dict(), exits.added(before.net.float(), after.config).state_dict()
+    moved = {name for name in begun if not torch.equal(begun[name], state[name])}
+    assert {name for name in begun if exits.is_exits(name, after.config)} <= moved, "the exits learned"
+    assert {name for name in begun if name.endswith("attention.qkv.weight")} <= moved, "and the layers"
+    assert ("embed.weight" in moved) == (tune == "all"), "LoRA is beside the layers alone"
+    assert result.bpb["chat"]["full"] != result.rounded["begun"]["chat"]["full"]
+    last_norm = after.config.width if tune == "lora" else 0  # is counted among the exits
+    assert trained_parameters(wanted) == last_norm + sum(
+        tensor.numel() for name, tensor in begun.items() if tune == "all" or exits.is_exits(name, after.config)
+    ) + (lora.count(after.config, 16) if tune == "lora" else 0)
+
+
+def test_what_is_tuned_is_one_of_three(base: Path, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--tune: got 'some'; allowed: none, lora, all"):
+        plan(base, rows, tmp_path / "out", tune="some")
 
 
 def test_an_exit_begins_as_what_stands_behind_the_last_layers_attention(base: Path) -> None:
@@ -303,7 +332,7 @@ def test_our_own_model_is_adapted_from_its_shards(shards: Path, tmp_path: Path) 
     after = Model.load(done.out)
     ids = own.tokenizer.encode("The shoal turns.")
     assert torch.equal(after.logits(ids), own.logits(ids))
-    assert set(done.bpb) == {"text", "code", "image"} and len(done.backbone) == 64
+    assert set(done.bpb) == {"text", "code", "image"} and [len(each) for each in done.backbone] == [64, 64]
     assert not torch.equal(after.net.exit_norms["1"].weight, own.net.exit_norms["1"].weight)
 
 
