@@ -24,10 +24,11 @@ from shoal.api.local import Changing, Here
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.api.split import Split
+from shoal.data.alone import alone
 from shoal.engine.events import Event, Request
 from shoal.engine.front import AsyncEngine
-from shoal.errors import ConfigError
-from shoal.loop.release import Release
+from shoal.errors import ConfigError, ResourceError
+from shoal.loop.release import LOCK, Release
 from tests.serving import in_a_thread
 from tests.unit.engine.lively import lively
 
@@ -298,6 +299,23 @@ def test_a_canary_that_does_not_start_is_taken_back(models: dict[str, Path], tmp
         service.release.promote(2, why="try again")
         until(lambda: service.release.state().stable == 2)
         assert service.ask(0)[1] == service.release.version(1).label, "what served goes on, and says who it is"
+
+
+def test_a_rollback_that_meets_another_command_is_done_after_it(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile the condemned canary gets nothing."""
+    monkeypatch.setattr("shoal.loop.release.WAIT_SECONDS", 0.0)
+    with serving(tmp_path, models, "nan") as service:
+        service.try_out(3, requests=300)
+        trial = service.split.trial
+        assert trial is not None
+        with alone(service.release.directory / LOCK, ResourceError("")):
+            until(lambda: bool(service.many(4)) and service.split.condemned() is not None)
+            seen = trial.evidence.canary.requests
+            assert {version for _, version, _ in service.many(8)} == {service.release.version(1).label}
+            assert trial.evidence.canary.requests == seen and service.release.state().canary is not None
+        until(lambda: service.release.state().canary is None and service.split.trial is None)
 
 
 def test_what_was_seen_outlives_a_gateway(models: dict[str, Path], tmp_path: Path) -> None:

@@ -137,8 +137,8 @@ class Follower:
         await asyncio.to_thread(self._write, trial)
         decision, why = trial.decided
         if decision == "back" or await self._is_dead(trial):
-            # nobody waits for it to go: what is condemned gets nothing more already
-            await self._back(trial.canary, why if decision == "back" else "its engine is dead", trial)
+            trial.decided = "back", why if decision == "back" else "its engine is dead"
+            await self._back(trial.canary, trial.decided[1], trial)
             return
         if state.held is not None:
             return
@@ -165,14 +165,14 @@ class Follower:
         return self._unwell >= DEAD_LOOKS
 
     async def _back(self, canary: Canary, why: str, trial: Trial | None = None) -> None:
-        log.error("the canary of version %s is taken back: %s", canary.version, why)
-        self._split.rollbacks += 1
-        if trial is not None:
-            self._split.trial = None
+        """Writes that it is taken back, and ends it. What is condemned gets nothing more already, so that where the release is
+        busy the next look may do it."""
         state = await asyncio.to_thread(self.release.state)
         if state.canary is not None and state.canary.version == canary.version:
             figures = {} if trial is None else _figures(trial)
             await asyncio.to_thread(self.release.rollback, why=why, who="shoal", figures=figures)
+            self._split.rollbacks += 1
+            log.error("the canary of version %s is taken back: %s", canary.version, why)
         if trial is not None:
             await self._end(trial)
 

@@ -31,6 +31,7 @@ from shoal.machine import write_aside
 
 STATE, AUDIT, LOCK = "release.json", "audit.jsonl", ".lock"
 FORMAT, VERSION = "shoal.release", 1
+WAIT_SECONDS = 2.0  # for another change to end
 
 # how far a candidate goes without a person: not even its making, its making, its canary, all
 Auto = Literal["off", "candidate", "canary", "promote"]
@@ -202,7 +203,7 @@ class Release:
 
     def step(self, canary: Canary, *, why: str, figures: dict[str, Any] | None = None) -> None:
         """The canary's next step, by evidence. Raises UsageError where another or none runs."""
-        with self._changing(wait=2.0) as before:
+        with self._changing() as before:
             if before.canary is None or before.canary.version != canary.version:
                 raise UsageError("another canary runs", got=before.canary and before.canary.version)
             self._change(before, "step", why, "shoal", canary.version, figures, canary=canary)
@@ -256,11 +257,12 @@ class Release:
         raise UsageError(f"the gate did not let version {version.number} pass", got=got, do=do)
 
     @contextmanager
-    def _changing(self, wait: float = 0.0) -> Iterator[State]:
-        """The state before a change, while nobody else may change it."""
+    def _changing(self) -> Iterator[State]:
+        """The state before a change, while nobody else may change it. A change takes milliseconds, but for the copy of a new
+        version: who comes meanwhile waits a little, and is refused then."""
         do = "wait for it, and look at shoal release list"
         busy = ResourceError(f"{self.directory} is being changed by another command", do=do)
-        with alone(self.directory / LOCK, busy, wait=wait):
+        with alone(self.directory / LOCK, busy, wait=WAIT_SECONDS):
             yield self._finished()
 
     def _finished(self) -> State:

@@ -152,7 +152,8 @@ def test_it_is_known_when_a_version_served(release: Release) -> None:
     }
 
 
-def test_a_second_command_at_once_is_refused(release: Release) -> None:
+def test_a_second_command_at_once_is_refused(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.loop.release.WAIT_SECONDS", 0.1)
     with alone(release.directory / LOCK, ResourceError("")), pytest.raises(ResourceError, match="another command"):
         release.promote(2, why="x")
     release.promote(2, why="x")
