@@ -66,10 +66,10 @@ def running(model: Model, *, backlog: int = 256, limits: Limits | None = None, *
         write(Path(adapters) / "one", model, 1)
         app = build_app(
             [Hosted(served, engine)],
-            api_keys=ApiKeys([KEY]),
+            api_keys=ApiKeys([f"{KEY} texts=yes"]),
             limits=limits or Limits(seconds=60),
             batches=Path(batches),
-            capture=CaptureArgs(captured),
+            capture=CaptureArgs(captured, texts=True),
             adapters_from=Path(adapters),
         )
         with in_a_thread(app, [engine]) as thread:
