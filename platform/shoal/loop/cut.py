@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,8 +32,9 @@ from shoal.data.operators.grams import grams, words
 from shoal.data.operators.near import BANDS, LEAST_WORDS, WIDTH, nearly_equal, signature
 from shoal.errors import DataError, UsageError
 from shoal.loop import suites
+from shoal.loop.capture import Forgotten
 from shoal.loop.labels import LABELS, UP, Found, Labelled
-from shoal.machine import sha256_of, write_json
+from shoal.machine import sha256_of, write_aside, write_json
 
 FORMAT, VERSION = "shoal.cut", 1
 TRAIN, RECENT, MANIFEST = "train.jsonl", "recent.jsonl", "cut.json"
@@ -148,6 +149,34 @@ def read(out: Path) -> dict[str, Any]:
         if not (out / name).is_file() or sha256_of(out / name) != wanted:
             raise DataError(f"{out / name} is not what it was when the cut was made", do="make another: shoal curate")
     return dict(manifest)
+
+
+def forget(out: Path, who: Forgotten) -> list[str]:
+    """Take what is of `who` out of a cut, the one change that it may see, and return a line that says so, or none. The hashes
+    that it was made with stay in its manifest, for versions were trained on that. Killed in the middle, it is done again."""
+    try:
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        requests, people = {name_of(one) for one in who.ids}, {name_of(one) for one in who.subjects}
+        if not (requests & set(manifest["requests"]) or people & set(manifest["persons"])):
+            return []
+        gone = 0
+        for name in (TRAIN, RECENT):
+            rows = [line for line in (out / name).read_text(encoding="utf-8").split("\n") if line]
+            kept = [line for line in rows if not _is_of(json.loads(line), who.ids, people)]
+            gone += len(rows) - len(kept)
+            write_aside(out / name, "".join(line + "\n" for line in kept))
+        made = manifest.get("sha256_made", manifest["sha256"])
+        manifest |= {"sha256_made": made, "sha256": {name: sha256_of(out / name) for name in (TRAIN, RECENT)}}
+        manifest["requests"] = [one for one in manifest["requests"] if one not in requests]
+        manifest["persons"] = [one for one in manifest["persons"] if one not in people]
+        write_aside(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{out} is no cut", got=str(error), do="make one: shoal curate") from error
+    return [f"{out}: {gone} rows taken out; what was trained on {made[TRAIN][:12]} has learned from them"]
+
+
+def _is_of(row: Mapping[str, Any], ids: Collection[str], people: Collection[str]) -> bool:
+    return row.get("label") != REPLAY and (row.get("id") in ids or row.get("group") in people)
 
 
 def name_of(text: str) -> str:
