@@ -16,7 +16,6 @@ from typing import Any
 
 import httpx
 import torch
-from fastapi import FastAPI
 from rich.console import Console
 from rich.table import Table
 
@@ -81,7 +80,7 @@ async def _measured(model: Path, served: ServedModel, kept: Path, tokens: int, r
     }
 
 
-def _app(engine: AsyncEngine, served: ServedModel, kept: Path | None) -> FastAPI:
+def _app(engine: AsyncEngine, served: ServedModel, kept: Path | None) -> Any:
     return build_app([Hosted(served, engine)], capture=None if kept is None else CaptureArgs(str(kept)))
 
 
