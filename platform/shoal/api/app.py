@@ -70,15 +70,13 @@ def build_app(
 ) -> FastAPI:
     """The HTTP surface of `models`, found by their names; the first is meant where a request may leave its name out.
 
-    `metrics`: answer /metrics; `cors`: origins (``https://a.example``, or ``*`` for any) whose pages may call the API;
-    `runs`: a folder of training runs to show, read only; `batches`: a folder that keeps files and batches, which are run while
-    the app is, `at_once` of their lines at a time; `capture`: what is kept of requests; `adapters`, `adapters_from` and
-    `on_adapters` are as `Adapters` takes them; `follower` follows a release as long as the app runs; `ui_mount` may add a page;
-    `answer_request_id` is false behind a proxy that has its own; `drain` is how the caller ends it. Raises ConfigError for bad
-    names or origins, DataError for a bad capture.
+    `metrics`: answer /metrics; `cors`: origins, or ``*`` for any, whose pages may call the API; `runs`: a folder of training
+    runs to show, read only; `batches`: a folder of files and batches, run while the app is, `at_once` of their lines at a time;
+    `capture`: what is kept of requests; `adapters`, `adapters_from` and `on_adapters` are as `Adapters` takes them; `follower`
+    follows a release as long as the app runs; `ui_mount` may add a page; `answer_request_id` is false behind a proxy that has
+    its own; `drain` is how the caller ends it. Raises ConfigError for bad names or origins, DataError for a bad capture.
     """
-    limits = limits or Limits()
-    drain = drain or Drain(OPEN_PATHS)
+    limits, drain = limits or Limits(), drain or Drain(OPEN_PATHS)
     app = Documented(
         title="Shoal",
         version=__version__,
