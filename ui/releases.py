@@ -177,13 +177,13 @@ def _gate(version: Told) -> str:
     rows = [
         (
             str(check.get("name", UNKNOWN)),
-            _number(check, "difference"),
+            _number(check, "value"),
             _interval(check),
-            GATE[bool(check.get("passed"))],
+            str(check.get("status", UNKNOWN)),
         )
         for check in version["checks"]
     ]
-    return look.table(f"Gate: version {version['label']}", ("check", "difference", "95 %", "verdict"), rows)
+    return look.table(f"Gate: version {version['label']}", ("check", "value", "95 %", "verdict"), rows)
 
 
 def _number(check: Told, name: str) -> str:

@@ -7,6 +7,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -14,6 +15,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from shoal import Model
+from shoal.loop.gate import Check
+from shoal.loop.paired import FAIL, PASS
 from shoal.loop.release import Release
 from tests.browser.driving import SECONDS
 from tests.browser.runs import LIVE, write_runs
@@ -24,7 +27,11 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page
 
 
-CHECK = {"name": "exact, frozen", "passed": True, "difference": -0.012, "low": -0.02, "high": -0.004}
+CHECK = Check("exact, frozen", PASS, "1 in 80 fewer", -0.012, -0.02, -0.004)
+
+
+def verdict(passed: bool) -> dict[str, Any]:
+    return {"passed": passed, "checks": [asdict(replace(CHECK, status=PASS if passed else FAIL))]}
 
 
 def written_release(folder: Path) -> Release:
@@ -33,7 +40,7 @@ def written_release(folder: Path) -> Release:
     for seed in (3, 4, 5):
         Model.from_preset("test", seed=seed).save(folder / str(seed))
         passed = seed != 4
-        made.add(folder / str(seed), verdict={"passed": passed, "checks": [{**CHECK, "passed": passed}]})
+        made.add(folder / str(seed), verdict=verdict(passed))
     return made
 
 

@@ -19,6 +19,7 @@ import pytest
 from shoal import Engine, Model
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
+from shoal.api.capture import CaptureArgs
 from shoal.api.follow import EVIDENCE, Follower
 from shoal.api.local import Changing, Here
 from shoal.api.served import ServedModel
@@ -28,6 +29,7 @@ from shoal.data.alone import alone
 from shoal.engine.events import Event, Request
 from shoal.engine.front import AsyncEngine
 from shoal.errors import ConfigError, ResourceError
+from shoal.loop.capture import Capture
 from shoal.loop.release import LOCK, Release
 from tests.serving import in_a_thread
 from tests.unit.engine.lively import lively
@@ -158,6 +160,7 @@ def serving(
     app = build_app(
         [Hosted(ServedModel.load(first.served, "fish"), split)],
         api_keys=ApiKeys(["admin name=ann admin=yes", "reader name=bob"]),
+        capture=CaptureArgs(str(root / "captured")),
         follower=Follower(release, split, here, serves=1),
     )
     with in_a_thread(app, [here]) as thread:  # type: ignore[list-item]
@@ -185,6 +188,8 @@ def test_a_promotion_is_followed_while_streams_run_and_each_answer_is_one_versio
         texts[labels[1]] = service.ask(0)[0]
         assert texts[labels[0]] != texts[labels[1]]
         assert all(text == texts[version] for text, version, _ in found)
+        rows = Capture(tmp_path / "captured").rows().to_pylist()
+        assert {row["version"] for row in rows} == {*labels} and {row["role"] for row in rows} == {"stable"}
         assert service.change("rollback", why="worse").json()["stable"] == 1
         until(lambda: service.ask(0)[1] == labels[0])
         assert service.ask(0)[0] == texts[labels[0]]

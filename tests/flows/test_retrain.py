@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,29 @@ import torch
 
 from shoal import Model, cli
 from shoal.data.alone import alone
-from shoal.errors import ResourceError
+from shoal.errors import ResourceError, UsageError
+from shoal.loop import cut as cuts
+from shoal.loop.labels import CORRECTION, Found, Labelled
 from shoal.loop.release import Release
+from shoal.loop.suites import freeze
 from shoal.machine import sha256_of
 from shoal.stages.retrain import LOCK, WORK
 from shoal.train.loop import fit
 
 
-def chat(number: int) -> str:
-    said = [
+def chat(number: int) -> list[dict[str, Any]]:
+    return [
         {"role": "user", "content": f"item {number}?"},
         {"role": "assistant", "content": f"shelf {number * 7 % 10}"},
     ]
-    return json.dumps({"messages": said, "task": "shop"})
 
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cut")
-    (folder / "train.jsonl").write_text("".join(f"{chat(number)}\n" for number in range(40)))
-    (folder / "heldout.jsonl").write_text("".join(f"{chat(number)}\n" for number in range(40, 160)))
-    (folder / "cut.json").write_text(json.dumps({"parts": ["day=2026-11-27"], "rows": 40, "moved": ["regret"]}))
+    """As `shoal curate` makes it; the watch saw the router's signal alone move."""
+    folder = tmp_path_factory.mktemp("cuts") / "1"
+    rows = [Labelled(chat(number), CORRECTION, f"person {number}", f"chatcmpl-{number}") for number in range(300)]
+    cuts.cut(Found(rows, len(rows)), folder, cuts.Settings(heldout=0.6), told={"moved": ["router_bound"]})
     return folder
 
 
@@ -77,7 +80,11 @@ def test_where_only_regret_moved_the_router_is_fitted_alone(
     assert (made.parent / "model.safetensors").read_bytes() == (stable.parent / "model.safetensors").read_bytes()
     assert {path.name: path.read_bytes() for path in stable.served.iterdir()} == before
     lineage = made.lineage
-    assert (lineage["parent"], lineage["kind"], lineage["cut"]["parts"]) == (1, "router", ["day=2026-11-27"])
+    assert (lineage["parent"], lineage["kind"], lineage["cut"]["labels"]) == (
+        1,
+        "router",
+        {CORRECTION: lineage["cut"]["train"]},
+    )
     assert lineage["cut"]["sha256"] == sha256_of(cut / "cut.json")
     assert not any((release.directory / WORK).iterdir()) and release.check() == 2
 
@@ -85,20 +92,25 @@ def test_where_only_regret_moved_the_router_is_fitted_alone(
 def test_a_fine_tuning_starts_from_the_parent_and_is_rounded_as_what_serves(
     release: Release, cut: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "gate.json").write_text(json.dumps({"passed": True, "checks": []}))
-    assert (
-        retrain(release, cut, "--kind", "finetune", "--minutes", "0.05", "--verdict", str(tmp_path / "gate.json")) == 0
-    )
-    assert told(capsys)["kind"] == "finetune"
+    suites = tmp_path / "suites"
+    suites.mkdir()
+    rows = [json.dumps({"messages": chat(number), "task": "shop", "group": str(number)}) for number in range(400, 430)]
+    (suites / "shop.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    freeze(suites)
+    assert retrain(release, cut, "--kind", "finetune", "--minutes", "0.05", "--suites", str(suites)) == 0
+    result = told(capsys)
+    assert result["kind"] == "finetune" and result["passed"] is False  # few questions, and nothing was learned in 3 s
     made, stable = release.version(2), release.version(1)
     served, parent = Model.load(made.served), Model.load(made.parent)
     assert served.config == Model.load(stable.served).config and parent.config.quantization == "none"
-    assert made.passed and made.parent != made.served
+    assert made.failed and made.parent != made.served
     before = Model.load(stable.parent)
     assert any(
         not torch.equal(tensor, before.net.state_dict()[name]) for name, tensor in parent.net.state_dict().items()
     )
-    release.promote(why="in a test")
+    with pytest.raises(UsageError, match="did not let version 2 pass"):
+        release.promote(why="in a test")
+    release.promote(why="in a test", force=True)
     assert release.stable().number == 2
 
 
@@ -121,11 +133,17 @@ def test_a_retraining_that_cannot_be_says_so_before_it_begins(
 def test_a_cut_without_labels_teaches_nothing(
     release: Release, cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("cut.json", "heldout.jsonl"):
-        (tmp_path / name).write_text((cut / name).read_text())
-    (tmp_path / "train.jsonl").write_text("")
-    assert retrain(release, tmp_path, "--kind", "finetune") == 1
+    bare = tmp_path / "bare"
+    shutil.copytree(cut, bare)
+    manifest = json.loads((bare / "cut.json").read_text())
+    (bare / "train.jsonl").write_text("")
+    manifest["sha256"]["train.jsonl"] = sha256_of(bare / "train.jsonl")
+    (bare / "cut.json").write_text(json.dumps(manifest))
+    assert retrain(release, bare, "--kind", "finetune") == 1
     assert "rows with labels" in capsys.readouterr().err
+    (bare / "train.jsonl").write_text((cut / "recent.jsonl").read_text())
+    assert retrain(release, bare, "--kind", "finetune") == 1
+    assert "not what it was" in capsys.readouterr().err
     assert retrain(release, tmp_path / "none") == 2
     assert "is not a cut" in capsys.readouterr().err
 

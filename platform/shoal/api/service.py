@@ -315,8 +315,9 @@ def _told_of(depth: str | None, note: Note) -> dict[str, str]:
 
 
 async def _counted(events: Events, call: EngineCall, access: Access, note: Note) -> Events:
-    """`events`, their tokens counted, and what `note` says kept for the log. An error names a field of the body, where the
-    engine has another name for it: the field that a grammar came from, and none for a deadline, which the server sets."""
+    """`events`, their tokens counted, and what `note` says kept for the log and the captured row. An error names a field of the
+    body, where the engine has another name for it: the field that a grammar came from, and none for a deadline, which the
+    server sets."""
     async with aclosing(events):
         try:
             async for index, ready in events:
@@ -329,6 +330,7 @@ async def _counted(events: Events, call: EngineCall, access: Access, note: Note)
             raise
         finally:
             access.facts |= note.facts()
+            access.columns |= note.facts()
 
 
 def _retry_after(error: Exception) -> str:

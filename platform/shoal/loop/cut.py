@@ -153,7 +153,7 @@ def read(out: Path) -> dict[str, Any]:
 
 def forget(out: Path, who: Forgotten) -> list[str]:
     """Take what is of `who` out of a cut, the one change that it may see, and return a line that says so, or none. The hashes
-    that it was made with stay in its manifest, for versions were trained on that. Killed in the middle, it is done again."""
+    that it had stay in its manifest, for versions were trained on that. Killed in the middle, it is done again."""
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         requests, people = {name_of(one) for one in who.ids}, {name_of(one) for one in who.subjects}
@@ -165,14 +165,19 @@ def forget(out: Path, who: Forgotten) -> list[str]:
             kept = [line for line in rows if not _is_of(json.loads(line), who.ids, people)]
             gone += len(rows) - len(kept)
             write_aside(out / name, "".join(line + "\n" for line in kept))
-        made = manifest.get("sha256_made", manifest["sha256"])
-        manifest |= {"sha256_made": made, "sha256": {name: sha256_of(out / name) for name in (TRAIN, RECENT)}}
+        manifest["before"] = [*manifest.get("before", ()), manifest["sha256"]]
+        manifest["sha256"] = {name: sha256_of(out / name) for name in (TRAIN, RECENT)}
         manifest["requests"] = [one for one in manifest["requests"] if one not in requests]
         manifest["persons"] = [one for one in manifest["persons"] if one not in people]
         write_aside(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out} is no cut", got=str(error), do="make one: shoal curate") from error
-    return [f"{out}: {gone} rows taken out; what was trained on {made[TRAIN][:12]} has learned from them"]
+    return [f"{out}: {gone} rows taken out"]
+
+
+def before(out: Path) -> list[str]:
+    """sha256 of the rows to train on, as they were before each time that some were taken out."""
+    return [str(hashes[TRAIN]) for hashes in read(out).get("before", ())]
 
 
 def _is_of(row: Mapping[str, Any], ids: Collection[str], people: Collection[str]) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -242,17 +242,15 @@ class Release:
             raise UsageError("there is no candidate", do="name a version, or add one: shoal release add")
         return self.version(name)
 
+    def learned_from(self, rows: Collection[str]) -> list[Version]:
+        """The versions that were made of a cut whose rows to train on had one of these sha256."""
+        return [each for each in self.versions() if (each.lineage.get("cut") or {}).get("rows") in rows]
+
     def _need_passed(self, version: Version, state: State, force: bool) -> None:
         if version.passed or force or version.number == state.previous:
             return
-        failed = [
-            check.get("name", "?") for check in (version.verdict or {}).get("checks", ()) if not check.get("passed")
-        ]
-        got = (
-            "it was not asked"
-            if version.passed is None
-            else f"refused: {', '.join(map(str, failed)) or 'no reason given'}"
-        )
+        refused = f"refused: {', '.join(version.failed) or 'no reason given'}"
+        got = "it was not asked" if version.passed is None else refused
         do = "ask it first (shoal gate), or give --force with the reason as --why"
         raise UsageError(f"the gate did not let version {version.number} pass", got=got, do=do)
 

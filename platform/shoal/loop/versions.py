@@ -19,12 +19,13 @@ from typing import Any
 
 from shoal import __version__
 from shoal.errors import CheckpointError, DataError, UsageError
+from shoal.loop.paired import PASS, SKIPPED
 from shoal.machine import need_disk, sha256_of, write_json
 from shoal.model import described
 
 FOLDER, SERVED, PARENT = "versions", "served", "fp32"
 LINEAGE, VERDICT, MANIFEST = "lineage.json", "gate.json", "version.json"
-CUT = "cut.json"  # the manifest of a cut
+CUT, TRAIN = "cut.json", "train.jsonl"  # of a cut: its manifest, and what is trained on
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ class Version:
     def passed(self) -> bool | None:
         """Whether the gate let it pass; None: it was not asked."""
         return None if self.verdict is None else bool(self.verdict.get("passed"))
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the gate's checks that it did not pass."""
+        checks = (self.verdict or {}).get("checks", ())
+        return [str(check["name"]) for check in checks if check["status"] not in (PASS, SKIPPED)]
 
     def verify(self) -> None:
         """Raises CheckpointError where a file is not what it was when the version was made."""
@@ -144,8 +151,8 @@ def write(
 
 
 def cut_lineage(cut: Path | None) -> dict[str, Any]:
-    """What a lineage says of the cut in a folder: its path, the sha256 of its manifest, and the parts that this names. Raises
-    UsageError for a folder that is no cut."""
+    """What a lineage says of the cut in a folder: its path, the sha256 of its manifest and of its rows to train on, and how
+    many of what. Raises UsageError for a folder that is no cut."""
     if cut is None:
         return {}
     manifest = cut / CUT
@@ -155,5 +162,6 @@ def cut_lineage(cut: Path | None) -> dict[str, Any]:
         raise UsageError(
             f"{cut} is not a cut", got=f"no {CUT} that can be read", do="make one: shoal curate"
         ) from error
-    kept = {name: told[name] for name in ("parts", "rows", "counts") if name in told}
-    return {"cut": {"path": str(cut), "sha256": sha256_of(manifest), **kept}}
+    kept = {name: told[name] for name in ("train", "replay", "recent", "people", "labels") if name in told}
+    rows = told.get("sha256", {}).get(TRAIN)  # the cut itself may lose some later
+    return {"cut": {"path": str(cut), "sha256": sha256_of(manifest), "rows": rows, **kept}}

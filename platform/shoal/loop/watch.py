@@ -235,6 +235,15 @@ class Watch:
             yield
 
 
+def moved(folder: Path) -> list[str]:
+    """Names of the signals that moved, by the last look at the capture in `folder`; none where nobody has looked."""
+    try:
+        report = json.loads((folder / FOLDER / STATE).read_text(encoding="utf-8"))["report"]
+        return [str(signal["signal"]) for signal in report["signals"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def _iso(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
 

@@ -83,6 +83,11 @@ INPUTS = {"prompt_surprisal", "prompt_nll", "router_distance"}
 USE = {"layers", "prompt_tokens", "answer_tokens", "cut"}
 
 
+def for_router(moved: Collection[str]) -> bool:
+    """Whether a router that is fitted again is all that the signals which `moved` ask for."""
+    return "router_bound" in moved and INPUTS.isdisjoint(moved)
+
+
 def meaning(moved: Collection[tuple[str, float]]) -> tuple[str, str]:
     """What it is, and what to do, of the signals that moved, each with its shift in standard deviations."""
     names, fewer = {name for name, _ in moved}, {name for name, shift in moved if shift < 0}

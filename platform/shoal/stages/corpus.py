@@ -153,6 +153,7 @@ class Curate(Stage):
     def run(self) -> None:
         from shoal.loop import cut, labels
         from shoal.loop.capture import Capture
+        from shoal.loop.watch import moved
 
         settings = cut.Settings(self.heldout, self.liked, self.replay_share, self.seed)
         if self.out.exists():
@@ -167,7 +168,12 @@ class Curate(Stage):
             more += chats
         found = labels.labelled(labels.kept_texts(capture), labels.said(capture), by_id, self._ask())
         found.rows += more
-        told = {"capture": str(self.capture), "days": capture.days("texts"), "imports": len(by_id) + len(more)}
+        told = {
+            "capture": str(self.capture),
+            "days": capture.days("texts"),
+            "imports": len(by_id) + len(more),
+            "moved": moved(self.capture),
+        }
         made = cut.cut(found, self.out, settings, replay=self.replay, never=never, told=told)
         of = ", ".join(f"{count} {label}" for label, count in made["labels"].items())
         line = f"{made['train']} rows ({of}), {made['replay']} replayed, {made['recent']} held out; in {self.out}"

@@ -198,5 +198,4 @@ def _gate(version: Version) -> str:
     if version.verdict is None:
         return "not asked"
     checks = version.verdict.get("checks", ())
-    failed = [str(check.get("name")) for check in checks if not check.get("passed")]
-    return f"passed, {len(checks)} checks" if version.passed else f"refused: {', '.join(failed)}"
+    return f"passed, {len(checks)} checks" if version.passed else f"refused: {', '.join(version.failed)}"

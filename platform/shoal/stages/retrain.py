@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -18,8 +17,6 @@ from shoal.stages.stage import Stage, print_result, say
 from shoal.stages.training import Finetune, Quantize, Replay
 
 KINDS = ("auto", "router", "finetune")
-ROUTERS_OWN = {"regret", "predicted_gap"}  # signals that a router answers for alone
-TRAIN, HELDOUT = "train.jsonl", "heldout.jsonl"  # of a cut
 WORK, LOCK = "retrain", ".retrain.lock"  # below the folder of the release
 LORA_BYTES, LORA_RANK = 120_000_000, 8  # from fp32 weights of this size on thin matrices are trained, of this rank
 
@@ -30,14 +27,20 @@ class Retrain(Stage):
     a fine-tuning of the fp32 parent, rounded again. The same command goes on where an interrupted one stopped."""
 
     release: Annotated[Path, typer.Option(help="Folder of the release.")]
-    cut: Annotated[Path, typer.Option(help="Folder of the cut: cut.json, train.jsonl, heldout.jsonl.")]
+    cut: Annotated[Path, typer.Option(help="What to learn from: a folder of `shoal curate`.")]
     kind: Annotated[str, typer.Option(help="auto, router or finetune.")] = "auto"
     minutes: Annotated[float, typer.Option(help="Most minutes of the fine-tuning.")] = 10.0
     budget: Annotated[float, typer.Option(help="Most minutes of all retrainings in 24 hours.")] = 60.0
     cooldown: Annotated[float, typer.Option(help="Least minutes between two candidates.")] = 360.0
     replay: Replay = None
     workers: Annotated[str, typer.Option(help="Training workers, one process each.")] = "1"
-    verdict: Annotated[Path | None, typer.Option(help="What `shoal gate --json` wrote of it. [not asked]")] = None
+    suites: Annotated[
+        Path | None,
+        typer.Option(help="Frozen suites, by which the gate judges it beside the stable version. [not judged]"),
+    ] = None
+    data: Annotated[
+        Path | None, typer.Option(help="Corpus on whose held-out rows the gate measures bits per byte. [not measured]")
+    ] = None
     why: Annotated[str, typer.Option(help="The reason, for the audit log.")] = "retrained"
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")] = False
 
@@ -56,14 +59,12 @@ class Retrain(Stage):
     def _make(self) -> None:
         from shoal.loop.release import Release
         from shoal.loop.versions import cut_lineage
-        from shoal.model.described import read_json
 
         release = Release(self.release)
         stable = release.stable()
         told = cut_lineage(self.cut)
         spent = self._need_room(release.versions())
         kind = self._chosen()
-        verdict = None if self.verdict is None else read_json(self.verdict)
         began = time.monotonic()
         work = self.release / WORK / f"{told['cut']['sha256'][:12]}-{kind}-{stable.number}"
         if kind == "router":
@@ -72,11 +73,14 @@ class Retrain(Stage):
             model, fp32 = self._finetune(stable.parent, stable.served, work)
         minutes = (time.monotonic() - began) / 60
         lineage = {**told, "kind": kind, "minutes": round(minutes, 2), "parent": stable.number, "workers": self.workers}
+        verdict = self._judged(model, stable.served)
         made = release.add(model, fp32=fp32, lineage=lineage, verdict=verdict, why=self.why)
         shutil.rmtree(work)
         result: dict[str, Any] = {"version": made.number, "label": made.label, "kind": kind, "minutes": minutes}
+        result["passed"] = made.passed
+        next_ = "it was not judged: give --suites" if verdict is None else verdict["sentence"]
         left = f"{minutes:.1f} min of it, {max(0.0, self.budget - spent - minutes):.0f} left today"
-        print_result(result, self.as_json, f"version {made.label} is the candidate ({kind}, {left}); ask the gate next")
+        print_result(result, self.as_json, f"version {made.label} is the candidate ({kind}, {left}); {next_}")
 
     def _need_room(self, versions: list[Any]) -> float:
         """Minutes that the retrainings of the last day took. Raises UsageError for one too soon, or too much."""
@@ -99,16 +103,27 @@ class Retrain(Stage):
             )
         return spent
 
+    def _judged(self, model: Path, stable: Path) -> dict[str, Any] | None:
+        """The gate's verdict on `model`; None where there are no suites to ask."""
+        if self.suites is None:
+            return None
+        from shoal.loop.gate import gate
+        from shoal.progress import progress
+
+        with progress("gate") as tell:
+            return gate(model, stable, self.suites, cut=self.cut, data=self.data, on_progress=tell).told()
+
     def _chosen(self) -> str:
         """The kind that is asked for; of "auto" by which signals the cut says to have moved. Raises DataError for a cut without
         rows to learn from."""
-        told = json.loads((self.cut / "cut.json").read_text(encoding="utf-8"))
-        moved = {*told.get("moved", ())}
+        from shoal.loop import cut
+        from shoal.loop.watched import for_router
+
+        told = cut.read(self.cut)
         kind = self.kind
         if kind == "auto":
-            kind = "router" if moved and moved <= ROUTERS_OWN else "finetune"
-        needed = [HELDOUT] if kind == "router" else [TRAIN, HELDOUT]
-        for name in needed:
+            kind = "router" if for_router(told["of"].get("moved", ())) else "finetune"
+        for name in [cut.RECENT] if kind == "router" else [cut.TRAIN, cut.RECENT]:
             path = self.cut / name
             if not path.exists() or not path.read_text(encoding="utf-8").strip():
                 do = "collect corrections, votes or a teacher's answers first (shoal curate)"
@@ -118,16 +133,18 @@ class Retrain(Stage):
     def _router(self, served: Path, work: Path) -> Path:
         """A copy of what is served, with a router of the cut's held-out rows."""
         from shoal.evaluate import routing
+        from shoal.loop.cut import RECENT
 
         shutil.rmtree(work, ignore_errors=True)
         model = work / "model"
         shutil.copytree(served, model, copy_function=shutil.copyfile)  # versions are read-only, copies are not
-        report = routing.refit(model, self.cut / HELDOUT)
+        report = routing.refit(model, self.cut / RECENT)
         say(f"router: it runs {report['depth_share']:.0%} of the layers and loses {report['regret']:.3f} nats a token")
         return model
 
     def _finetune(self, parent: Path, served: Path, work: Path) -> tuple[Path, Path | None]:
         """The model to serve, and its fp32 parent where it was rounded."""
+        from shoal.loop.cut import RECENT, TRAIN
         from shoal.model.described import read_config
         from shoal.model.files import weight_bytes
 
@@ -137,7 +154,7 @@ class Retrain(Stage):
                 "the stable version has no fp32 parent", do="add it with its parent: shoal release add --fp32 DIR"
             )
         lora = [f"lora_rank={LORA_RANK}"] if weight_bytes(parent) > LORA_BYTES else None
-        shared: dict[str, Any] = {"heldout": self.cut / HELDOUT, "replay": self.replay, "workers": self.workers}
+        shared: dict[str, Any] = {"heldout": self.cut / RECENT, "replay": self.replay, "workers": self.workers}
         tune = Finetune(
             model=parent, data=self.cut / TRAIN, out=work / "run", minutes=self.minutes, settings=lora, **shared
         )

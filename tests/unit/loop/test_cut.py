@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shoal.cli import main
 from shoal.errors import DataError
 from shoal.loop.capture import Capture, Forgotten
-from shoal.loop.cut import MANIFEST, RECENT, TRAIN, Settings, cut, forbidden, forget, name_of, read
+from shoal.loop.cut import MANIFEST, RECENT, TRAIN, Settings, before, cut, forbidden, forget, name_of, read
 from shoal.loop.labels import Found, Kept, Labelled, Said, kept_texts, labelled, read_imports, said
 from shoal.loop.suites import freeze
 from shoal.loop.texts import Texts
@@ -199,10 +199,10 @@ def test_who_is_forgotten_goes_from_a_cut_and_it_is_said(tmp_path: Path) -> None
         (out / MANIFEST).read_text()
     )
     (line,) = forget(out, Forgotten({"id-5"}, {"p3"}))
-    assert "4 rows" in line and made["sha256"][TRAIN][:12] in line
+    assert "4 rows" in line
     left = rows(out / TRAIN) + rows(out / RECENT)
     assert len(left) == 56 and not {row["id"] for row in left} & {"id-3", "id-5", "id-23", "id-43"}
-    assert read(out)["sha256_made"] == made["sha256"] and name_of("p3") not in read(out)["persons"]
+    assert before(out) == [made["sha256"][TRAIN]] and name_of("p3") not in read(out)["persons"]
     (out / MANIFEST).unlink()
     with pytest.raises(DataError, match="is no cut"):
         forget(out, Forgotten({"id-7"}, set()))

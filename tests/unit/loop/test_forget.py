@@ -8,12 +8,16 @@ from pathlib import Path
 import pyarrow.dataset as ds
 import pytest
 
-from shoal import cli
+from shoal import Model, cli
 from shoal.errors import DataError
 from shoal.loop.capture import Capture, Forgotten, subject
+from shoal.loop.cut import Settings, cut
 from shoal.loop.forget import forget
+from shoal.loop.labels import CORRECTION, Found, Labelled
+from shoal.loop.release import Release
 from shoal.loop.rows import Row
 from shoal.loop.texts import Texts
+from shoal.loop.versions import cut_lineage
 from shoal.loop.votes import Vote, Votes
 from shoal.loop.writer import Bounds, Writer
 
@@ -120,3 +124,31 @@ def test_the_command_forgets_who_a_key_s_requests_named(tmp_path: Path, capsys: 
     for wrong in ([], ["--id", "x", "--user", "u"]):
         assert cli.main(["forget", "--capture", str(tmp_path), *wrong]) == 2
         assert "whom to forget" in capsys.readouterr().err
+
+
+def test_a_cut_loses_them_as_well_and_the_versions_that_learned_from_it_are_named(
+    capture: Capture, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whose = [subject(capture.salt, "shop", f"u{number}") or "" for number in range(40)]
+    said = [{"role": "user", "content": "when?"}, {"role": "assistant", "content": "soon"}]
+    rows = [
+        Labelled([{**said[0], "content": f"when, {number}?"}, said[1]], CORRECTION, who)
+        for number, who in enumerate(whose)
+    ]
+    cut(Found(rows, len(rows)), tmp_path / "cut", Settings())
+    release = Release(tmp_path / "release")
+    for seed in (0, 1):
+        Model.from_preset("test", seed=seed).save(tmp_path / str(seed))
+    release.add(tmp_path / "0")
+    learned = release.add(tmp_path / "1", lineage=cut_lineage(tmp_path / "cut"))
+    command = ["forget", "--capture", str(capture.folder), "--key", "shop", "--cut", str(tmp_path / "cut")]
+    assert cli.main([*command, "--user", "u7", "--release", str(release.directory)]) == 0
+    printed = capsys.readouterr().out
+    assert "1 rows taken out" in printed and f"version {learned.label} has learned" in printed
+    later = release.add(tmp_path / "1", lineage=cut_lineage(tmp_path / "cut"))
+    assert cli.main([*command, "--user", "u8", "--release", str(release.directory)]) == 0
+    assert later.label in (printed := capsys.readouterr().out) and learned.label in printed
+    assert cli.main([*command, "--user", "u7", "--release", str(release.directory)]) == 0
+    assert "learned" not in capsys.readouterr().out
+    assert cli.main([*command[:-1], str(tmp_path / "none"), "--user", "u9"]) == 1
+    assert "is no cut" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from shoal import Model, cli
 from shoal.data.alone import alone
 from shoal.errors import CheckpointError, DataError, ResourceError, ShoalError, UsageError
 from shoal.loop import versions
+from shoal.loop.gate import Check
+from shoal.loop.paired import FAIL, PASS
 from shoal.loop.release import LOCK, STATE, Release
 from shoal.loop.versions import cut_lineage
 
-PASSED = {"passed": True, "checks": [{"name": "frozen", "passed": True}]}
-REFUSED = {"passed": False, "checks": [{"name": "frozen", "passed": True}, {"name": "recent", "passed": False}]}
+PASSED: dict[str, Any] = {"passed": True, "checks": [asdict(Check("frozen", PASS, ""))]}
+REFUSED = {"passed": False, "checks": [*PASSED["checks"], asdict(Check("recent", FAIL, ""))]}
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +132,12 @@ def test_an_answers_header_leads_to_its_cut_in_one_command(
 ) -> None:
     cut = tmp_path / "cut"
     cut.mkdir()
-    (cut / versions.CUT).write_text(json.dumps({"parts": ["day=2026-11-26"], "rows": 7, "ids": ["a"]}))
+    (cut / versions.CUT).write_text(json.dumps({"train": 7, "sha256": {"train.jsonl": "ab"}, "ids": ["a"]}))
     made = release.add(models["two"], lineage=cut_lineage(cut), verdict=PASSED)
     assert cli.main(["release", "show", made.label, "--release", str(release.directory), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["cut"] == cut_lineage(cut)["cut"]["sha256"] and shown["lineage"]["cut"]["parts"] == ["day=2026-11-26"]
+    assert shown["cut"] == cut_lineage(cut)["cut"]["sha256"] and shown["lineage"]["cut"]["train"] == 7
+    assert release.learned_from(["ab", "cd"]) == [made] and not release.learned_from(["cd"])
     assert shown["lineage"]["parent"] == 1
     with pytest.raises(UsageError, match="in this release"):
         release.version(f"{made.number}.000000000000")

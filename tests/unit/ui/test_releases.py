@@ -49,9 +49,13 @@ def test_what_people_wrote_is_text_and_what_was_forced_is_marked() -> None:
 
 
 def test_what_the_gate_did_not_measure_is_not_known_and_never_zero() -> None:
-    check = {"name": "exact", "passed": False, "difference": -0.05, "low": -0.08, "high": -0.02}
+    check = {"name": "exact", "status": "fail", "value": -0.05, "low": -0.08, "high": -0.02}
     page = releases.show(
-        told(versions=[{**VERSION, "passed": False, "checks": [check, {"name": "loads", "passed": True}]}])
+        told(
+            versions=[
+                {**VERSION, "passed": False, "checks": [check, {"name": "shape", "status": "pass", "value": None}]}
+            ]
+        )
     )
     assert "-0.08 to -0.02" in page and page.count("not known") == 2
 
