@@ -13,7 +13,7 @@ import torch
 from shoal import Model, cli
 from shoal.data.alone import alone
 from shoal.errors import ResourceError, UsageError
-from shoal.loop import cut as cuts
+from shoal.loop.cut import Settings, cut
 from shoal.loop.labels import CORRECTION, Found, Labelled
 from shoal.loop.release import Release
 from shoal.loop.suites import freeze
@@ -30,11 +30,11 @@ def chat(number: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `shoal curate` makes it; the watch saw the router's signal alone move."""
     folder = tmp_path_factory.mktemp("cuts") / "1"
     rows = [Labelled(chat(number), CORRECTION, f"person {number}", f"chatcmpl-{number}") for number in range(300)]
-    cuts.cut(Found(rows, len(rows)), folder, cuts.Settings(heldout=0.6), told={"moved": ["router_bound"]})
+    cut(Found(rows, len(rows)), folder, Settings(heldout=0.6), told={"moved": ["router_bound"]})
     return folder
 
 
@@ -55,8 +55,8 @@ def release(tmp_path: Path) -> Release:
     return made
 
 
-def retrain(release: Release, cut: Path, *more: str) -> int:
-    return cli.main(["retrain", "--release", str(release.directory), "--cut", str(cut), "--json", *more])
+def retrain(release: Release, folder: Path, *more: str) -> int:
+    return cli.main(["retrain", "--release", str(release.directory), "--cut", str(folder), "--json", *more])
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -65,10 +65,10 @@ def told(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def test_where_only_regret_moved_the_router_is_fitted_alone(
-    release: Release, cut: Path, capsys: pytest.CaptureFixture[str]
+    release: Release, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path.name: path.read_bytes() for path in release.version(1).served.iterdir()}
-    assert retrain(release, cut) == 0
+    assert retrain(release, folder) == 0
     result = told(capsys)
     assert (result["version"], result["kind"]) == (2, "router")
     made, stable = release.version(2), release.version(1)
@@ -85,19 +85,19 @@ def test_where_only_regret_moved_the_router_is_fitted_alone(
         "router",
         {CORRECTION: lineage["cut"]["train"]},
     )
-    assert lineage["cut"]["sha256"] == sha256_of(cut / "cut.json")
+    assert lineage["cut"]["sha256"] == sha256_of(folder / "cut.json")
     assert not any((release.directory / WORK).iterdir()) and release.check() == 2
 
 
 def test_a_fine_tuning_starts_from_the_parent_and_is_rounded_as_what_serves(
-    release: Release, cut: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    release: Release, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     suites = tmp_path / "suites"
     suites.mkdir()
     rows = [json.dumps({"messages": chat(number), "task": "shop", "group": str(number)}) for number in range(400, 430)]
     (suites / "shop.jsonl").write_text("".join(f"{row}\n" for row in rows))
     freeze(suites)
-    assert retrain(release, cut, "--kind", "finetune", "--minutes", "0.05", "--suites", str(suites)) == 0
+    assert retrain(release, folder, "--kind", "finetune", "--minutes", "0.05", "--suites", str(suites)) == 0
     result = told(capsys)
     assert result["kind"] == "finetune" and result["passed"] is False  # few questions, and nothing was learned in 3 s
     made, stable = release.version(2), release.version(1)
@@ -123,25 +123,25 @@ def test_a_fine_tuning_starts_from_the_parent_and_is_rounded_as_what_serves(
     ],
 )
 def test_a_retraining_that_cannot_be_says_so_before_it_begins(
-    release: Release, cut: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    release: Release, folder: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert retrain(release, cut, *more) == 2
+    assert retrain(release, folder, *more) == 2
     assert said in capsys.readouterr().err
     assert len(release.versions()) == 1
 
 
 def test_a_cut_without_labels_teaches_nothing(
-    release: Release, cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    release: Release, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bare = tmp_path / "bare"
-    shutil.copytree(cut, bare)
+    shutil.copytree(folder, bare)
     manifest = json.loads((bare / "cut.json").read_text())
     (bare / "train.jsonl").write_text("")
     manifest["sha256"]["train.jsonl"] = sha256_of(bare / "train.jsonl")
     (bare / "cut.json").write_text(json.dumps(manifest))
     assert retrain(release, bare, "--kind", "finetune") == 1
     assert "rows with labels" in capsys.readouterr().err
-    (bare / "train.jsonl").write_text((cut / "recent.jsonl").read_text())
+    (bare / "train.jsonl").write_text((folder / "recent.jsonl").read_text())
     assert retrain(release, bare, "--kind", "finetune") == 1
     assert "not what it was" in capsys.readouterr().err
     assert retrain(release, tmp_path / "none") == 2
@@ -149,13 +149,13 @@ def test_a_cut_without_labels_teaches_nothing(
 
 
 def test_two_at_once_and_one_too_soon_are_refused(
-    release: Release, cut: Path, capsys: pytest.CaptureFixture[str]
+    release: Release, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with alone(release.directory / LOCK, ResourceError("")):
-        assert retrain(release, cut) == 1
+        assert retrain(release, folder) == 1
     assert "another retraining" in capsys.readouterr().err
-    assert retrain(release, cut) == 0
-    assert retrain(release, cut) == 2
+    assert retrain(release, folder) == 0
+    assert retrain(release, folder) == 2
     assert "the cooldown of retraining" in capsys.readouterr().err
-    assert retrain(release, cut, "--cooldown", "0") == 0
+    assert retrain(release, folder, "--cooldown", "0") == 0
     assert len(release.versions()) == 3

@@ -6,12 +6,14 @@ Numbers of all requests, whichever engine runs them; never a text, nor a key. Ho
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +28,7 @@ from shoal.errors import ConfigError
 from shoal.inputs.chat import Encoded
 from shoal.loop.capture import Capture, keyed, now_ms, subject
 from shoal.loop.rows import Row
+from shoal.loop.surprisal import Learned
 from shoal.loop.writer import Bounds, Writer
 
 log = logging.getLogger("shoal.api")
@@ -166,7 +169,7 @@ class Recorder:
         prompts = [cast(Encoded, request.prompt) for request in call.requests[:: call.n]]
         known = self._models.get(served.name)
         if known is None or known.served is not served:
-            known = self._models[served.name] = _Model(served)
+            known = self._models[served.name] = _Model(served, self.capture.folder)
         return {
             "weights": served.weights or None,
             "depth_asked": served.fixed_depth(first.depth) or "auto",
@@ -178,20 +181,19 @@ class Recorder:
             "images": sum(len(prompt.images) for prompt in prompts),
             "prompt_tokens": call.prompt_tokens,
             "prompt_bytes": sum(known.bytes_of(prompt.ids) for prompt in prompts),
+            "prompt_surprisal": _mean([known.surprisal.of(prompt.ids) for prompt in prompts]),
         }
 
 
 class _Model:
-    """What is known of a model's tokens."""
+    """What is known of a model's tokens. Models of one tokenizer, such as the versions of a release, share a table."""
 
-    def __init__(self, served: ServedModel) -> None:
+    def __init__(self, served: ServedModel, folder: Path) -> None:
         self.served = served
-
-    @cached_property
-    def _lengths(self) -> np.ndarray:
-        """Bytes that each token stands for."""
-        tokenizer = self.served.tokenizer
-        return np.array([len(tokenizer.token_bytes(token)) for token in range(len(tokenizer))], np.int64)
+        tokens = [served.tokenizer.token_bytes(token) for token in range(len(served.tokenizer))]
+        self._lengths = np.array([len(token) for token in tokens], np.int64)  # bytes that each token stands for
+        name = hashlib.blake2b(b"\0".join(tokens), digest_size=8).hexdigest()
+        self.surprisal = Learned(folder / f"tokens-{name}.npz", len(tokens))
 
     def bytes_of(self, ids: Sequence[int]) -> int:
         """Of the text that `ids` stand for."""

@@ -1,13 +1,17 @@
 """How surprising a prompt's tokens are to one who has only counted: the signal of new words and new languages.
 
-A table of how often tokens, and pairs of them, stood in the chats that a model was trained on. One number of a prompt, and no
-histogram of it: that of a short prompt *is* the prompt.
+A table of how often tokens, and pairs of them, stood in a thousand prompts; a service learns it from the first that come. One
+number of a prompt is kept, and no histogram of it: that of a short prompt *is* the prompt.
 
 Letters: V tokens in the vocabulary, n tokens of a prompt.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import secrets
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +20,10 @@ import numpy as np
 from shoal.errors import DataError
 from shoal.machine import aside
 
+log = logging.getLogger("shoal.loop")
+
+WANTED = 1_000  # prompts that a service learns a table from
+EVERY = 50  # prompts between two looks for one that another process has made
 PAIRS = 1 << 16  # places that pairs are counted in, by a hash
 UNSEEN = 0.5  # of a token that never stood there
 TRUST = 5.0  # times that a token must have stood there until its pairs count for half
@@ -27,17 +35,24 @@ class Surprisal:
 
     def __init__(self, single: np.ndarray, followed: np.ndarray, pairs: np.ndarray) -> None:
         self._single, self._followed, self._pairs = single, followed, pairs
+        self._total = float(single.sum())
 
     @classmethod
     def counted(cls, prompts: Iterable[Sequence[int]], vocab: int) -> Surprisal:
         """Of prompts as token ids, each below `vocab`."""
-        single, followed, pairs = np.zeros(vocab), np.zeros(vocab), np.zeros(PAIRS)
+        table = cls(np.zeros(vocab), np.zeros(vocab), np.zeros(PAIRS))
         for prompt in prompts:
-            ids = np.asarray(prompt, dtype=np.int64)
-            np.add.at(single, ids, 1)
-            np.add.at(followed, ids[:-1], 1)
-            np.add.at(pairs, _places(ids), 1)
-        return cls(single, followed, pairs)
+            table.add(prompt)
+        return table
+
+    def add(self, prompt: Sequence[int]) -> None:
+        """Count a prompt as well; ids beyond the vocabulary are left out."""
+        ids = np.asarray(prompt, dtype=np.int64)
+        ids = ids[ids < len(self._single)]
+        np.add.at(self._single, ids, 1)
+        np.add.at(self._followed, ids[:-1], 1)
+        np.add.at(self._pairs, _places(ids), 1)
+        self._total += len(ids)
 
     def of(self, prompt: Sequence[int]) -> float | None:
         """Mean nats a token of a prompt; None for an empty one. Ids beyond the vocabulary are as good as unseen."""
@@ -47,7 +62,7 @@ class Surprisal:
         vocab = len(self._single)
         known = np.minimum(ids, vocab - 1)
         counts = np.where(ids < vocab, self._single[known], 0.0)
-        alone = (counts + UNSEEN) / (self._single.sum() + UNSEEN * vocab)
+        alone = (counts + UNSEEN) / (self._total + UNSEEN * vocab)
         before = np.where(ids[:-1] < vocab, self._followed[known[:-1]], 0.0)
         trust = before / (before + TRUST)
         # a place that other pairs share counts too many: no more than always
@@ -70,6 +85,57 @@ class Surprisal:
         if found[0].shape != found[1].shape or found[2].shape != (PAIRS,):
             raise DataError(f"{path} is no table of tokens", got=[one.shape for one in found], do="count one anew")
         return cls(*found)
+
+
+class Learned:
+    """The table in the file `path`: counted from the first `wanted` prompts that come, and never changed after. Of several
+    processes that learn it the first to be done is the one whose table all take."""
+
+    def __init__(self, path: Path, vocab: int, wanted: int = WANTED) -> None:
+        self._path, self._wanted = path, wanted
+        self._counts, self._seen, self._calls = Surprisal.counted([], vocab), 0, 0
+        self._making = threading.Lock()
+        self._table: Surprisal | None = None
+        self._look()
+
+    def of(self, prompt: Sequence[int]) -> float | None:
+        """As `Surprisal.of`; None as long as there is no table, which then learns from `prompt`."""
+        if self._table is not None:
+            return self._table.of(prompt)
+        if self._seen < self._wanted:
+            self._counts.add(prompt)
+            self._seen += 1
+        self._calls += 1
+        if self._seen == self._wanted or self._calls % EVERY == 0:
+            self._look()
+        return None
+
+    def _look(self) -> None:
+        """Take the table that is there, or write it, beside whoever calls."""
+        done = self._seen == self._wanted
+        if (done or self._path.exists()) and self._making.acquire(blocking=False):
+            threading.Thread(target=self._take, args=[done], name="surprisal", daemon=True).start()
+
+    def _take(self, done: bool) -> None:
+        try:
+            if done and not self._path.exists():
+                beside = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
+                try:
+                    self._counts.write(beside)
+                    os.link(beside, self._path)  # another's stays
+                finally:
+                    beside.unlink(missing_ok=True)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            log.error("no table of tokens can be written: %s: %s", self._path, error.strerror)
+        try:
+            if self._path.exists():
+                self._table = Surprisal.read(self._path)
+        except DataError as error:
+            log.error("%s", error)
+        if self._table is not None or not done:
+            self._making.release()  # else it stays as it is until a restart
 
 
 def _places(ids: np.ndarray) -> np.ndarray:

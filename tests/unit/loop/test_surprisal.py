@@ -1,6 +1,9 @@
 """Surprisal against its formula, and as what it is for: new words are more surprising than known ones."""
 
 import math
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import DataError
-from shoal.loop.surprisal import PAIRS, TRUST, UNSEEN, Surprisal
+from shoal.loop.surprisal import EVERY, PAIRS, TRUST, UNSEEN, Learned, Surprisal
 
 KNOWN = [[1, 2, 3], [1, 2, 4], [1, 2, 3]]
 
@@ -48,3 +51,47 @@ def test_a_file_of_it_says_the_same(tmp_path: Path) -> None:
     for name in ("wrong.npz", "none.npz", "absent.npz"):
         with pytest.raises(DataError, match="no table of tokens"):
             Surprisal.read(tmp_path / name)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+def test_a_service_learns_its_table_once_and_all_its_processes_take_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.npz"
+    first, second = Learned(path, 10, wanted=3), Learned(path, 10, wanted=60)
+    assert [second.of([9, 9]) for _ in range(EVERY - 1)] == [None] * (EVERY - 1)
+    assert [first.of(prompt) for prompt in KNOWN] == [None] * 3
+    wanted = Surprisal.counted(KNOWN, 10).of([1, 2, 4])
+    until(lambda: first.of([1, 2, 4]) == wanted)
+    assert second.of([9, 9]) is None  # and it looks
+    until(lambda: second.of([1, 2, 4]) == wanted)
+    later = Learned(path, 10, wanted=3)
+    until(lambda: later.of([1, 2, 4]) == wanted)
+    assert first.of([1, 2, 4]) == wanted, "what comes later changes nothing"
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_ids_that_no_token_has_are_not_counted(tmp_path: Path) -> None:
+    table = Surprisal.counted([[1, 2, 99]], 10)
+    assert table.of([1, 2]) == Surprisal.counted([[1, 2]], 10).of([1, 2])
+
+
+@pytest.mark.parametrize("wrong", ["a folder that is not there", "a table that cannot be read"])
+def test_a_table_that_cannot_be_had_is_said_and_costs_its_number_alone(
+    tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "tokens.npz"
+    if wrong == "a table that cannot be read":
+        path.write_text("no")
+    else:
+        path = tmp_path / "none" / "tokens.npz"
+    table = Learned(path, 10, wanted=2)
+    for _ in range(300):
+        assert table.of([1, 2]) is None
+    until(lambda: not any(thread.name == "surprisal" for thread in threading.enumerate()))
+    assert 1 <= len(caplog.records) <= 20
