@@ -129,7 +129,7 @@ def run(
     With `blocking` it stays until Ctrl-C (or SIGTERM) and stops Serve; without, `stop` does. Raises ResourceError for a port in
     use, a Serve that runs already, or an application that does not start; CheckpointError for a broken model.
     """
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it tells, this function tells
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what it tells, this function tells
     options = deploy.http_options
     url = f"http://{'127.0.0.1' if options.host == '0.0.0.0' else options.host}:{options.port}"
     deploy = deploy.model_copy(deep=True)
