@@ -145,7 +145,6 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker) -> FitResult:
 def _smooth(net: Net, feed: Feed, ranks: Ranks) -> None:
     """Move what single channels of the activations have too much of, for some rows of the data, into the weights, in place and
     alike on all ranks: a model of other people's has not learned to live with the rounding (decision 0041)."""
-    net.to(ranks.device)
     batches = [batch for step in range(min(SMOOTHED_BY, feed.steps_in_epoch)) for batch in feed.at(step)]
     rows = [
         tokens[docs >= 0].to(ranks.device)
@@ -286,8 +285,9 @@ class _Start:
         if self.solves:
             updates = exits.updates_solved_on(plan.model, plan.train.batch_tokens, feed.steps_in_epoch)
             batches = [batch.to(ranks.device) for step in range(updates) for batch in feed.at(step)]
-            exits.solve_(self.net.to(ranks.device), batches, ranks)
+            exits.solve_(ranks.place(self.net), batches, ranks)
         if plan.quantize and self.source is not None:
+            ranks.place(self.net)
             _smooth(self.net, feed, ranks)
 
     def export(self, plan: FitPlan, model: LossModel, ranks: Ranks) -> str:

@@ -11,11 +11,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from shoal.errors import ShoalError
 from shoal.model.cost import parameters
 from shoal.train.loss import LossModel
+
+M = TypeVar("M", bound=nn.Module)
 
 STAYS_GATHERED = 2**28  # parameters (1 GiB in fp32): a smaller model is gathered once an update, not at each use
 
@@ -53,6 +55,10 @@ class Ranks:
     def first(self) -> bool:
         """Is this the process that writes files and speaks?"""
         return self.rank == 0
+
+    def place(self, network: M) -> M:
+        """`network`, which is no part of a model yet, moved to this rank's device whole, before it is sharded."""
+        return network.to(self.device)
 
     def sum(self, values: Tensor) -> Tensor:
         """`values` added up over all ranks, on every rank."""
