@@ -169,7 +169,7 @@ class _Engine:
         from shoal.api.served import ServedModel
         from shoal.api.service import Hosted
         from shoal.engine.engine import Engine
-        from shoal.engine.front import AsyncEngine
+        from shoal.engine.front import AsyncEngine, settle
         from shoal.model.model import Model
 
         torch.set_num_threads(threads(None) if workers == 1 else 1)
@@ -182,6 +182,7 @@ class _Engine:
         self._source, self._mark, self._most = source, mark, limits.body_bytes
         self._inside = offline([Hosted(ServedModel.load(model, name), engine)], limits)
         self._loop = asyncio.new_event_loop()
+        settle()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def __call__(self, lot: dict[str, Any]) -> list[dict[str, Any]]:
