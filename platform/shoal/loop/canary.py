@@ -9,7 +9,8 @@ after every request, and condemns a good version in `ALPHA` of the cases and cle
 the share of the stable version at the same time: where both fail, the machine is at fault. A step ends when enough requests
 were seen and all checks are clear, never by the clock. Votes are given by whom it pleases: they condemn, and clear nothing.
 
-Slow is an answer beyond 1.25 times the 95th percentile of what the stable version's latest answers took.
+Slow is an answer beyond 1.25 times the 95th percentile of what the stable version's latest answers took; none is condemned for
+it before some of the stable version's were timed beside its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ SHADOWS, REQUESTS = 200, 300  # that a step takes at least
 ALPHA, BETA = 0.01, 0.05
 SLOW = 1.25  # times the stable version's 95th percentile
 LEAST_TIMES = 20  # answers of the stable version before any is called slow
+
+FEW = 4  # of its answers at the same time, before a canary is too slow beside them
 
 Decision = Literal["wait", "next", "back", "done"]
 
@@ -124,10 +127,18 @@ def checks(evidence: Evidence) -> list[Check]:
     found = []
     for name, count, of, least, more, needed in KINDS:
         told = evidence.stable
-        tolerated = least if getattr(told, of) < LEAST_TIMES else max(least, min(0.5, _rate(told, count, of)))
+        tolerated = least if getattr(told, of) < _least(count) else max(least, min(0.5, _rate(told, count, of)))
         here, total = getattr(evidence.canary, count), getattr(evidence.canary, of)
-        found.append(Check(name, here, total, tolerated, sprt(here, total, tolerated, more), needed))
+        ratio = sprt(here, total, tolerated, more)
+        if count == "slow" and getattr(told, of) < _least(count):
+            ratio = min(ratio, 0.0)  # slow beside what? a canary that has just been loaded slows both
+        found.append(Check(name, here, total, tolerated, ratio, needed))
     return found
+
+
+def _least(count: str) -> int:
+    """Answers of the stable version at the same time, before its share is tolerated."""
+    return FEW if count == "slow" else LEAST_TIMES
 
 
 def _rate(tally: Tally, count: str, of: str) -> float:

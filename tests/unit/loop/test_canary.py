@@ -111,3 +111,12 @@ def test_slow_is_measured_against_the_stable_versions_latest_answers() -> None:
 def test_every_check_has_a_name_of_its_own() -> None:
     names = [check.name for check in checks(Evidence())]
     assert len({*names}) == len(names) == 4
+
+
+def test_what_slows_both_condemns_nobody() -> None:
+    """A canary that has just been loaded, on a machine that has not the cores for two."""
+    three = Tally(requests=3, timed=3, slow=3)
+    for stable in (Tally(), Tally(requests=4, timed=4, slow=3), Tally(requests=3, timed=3)):
+        assert judged(START, Evidence(three, stable, 3))[0] == "wait"
+    eight = Tally(requests=8, timed=8, slow=8)
+    assert judged(START, Evidence(eight, Tally(requests=8, timed=8), 8))[0] == "back"
