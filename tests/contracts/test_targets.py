@@ -36,7 +36,7 @@ def selects(words: list[str], file: str, marks: set[str]) -> bool:
     for word in take:
         if word == "-m":
             wanted = next(take)
-        elif word in ("-n", "--dist"):
+        elif word in ("-n", "--dist", "--timeout"):
             next(take)
         elif word.startswith("--ignore="):
             without.append(word.removeprefix("--ignore="))
