@@ -139,7 +139,9 @@ def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(
             assert process.wait(120) == 0
             _, left = psutil.wait_procs(children, timeout=10)
             assert left == []
-            assert process.stdout.read().splitlines()[-1] == "The service has stopped."
+            said_last = process.stdout.read().splitlines()
+            assert said_last[-1] == "The service has stopped."
+            assert [line for line in said_last if "raylet" in line] == []
             logs = [path for path in tmp_path.glob("logs/*/*") if path.name.startswith("worker-")]
             told = [line for path in logs for line in path.read_text().splitlines()]
             assert "--no-ray" in how or any('"path": "/v1/chat/completions", "status": 200' in line for line in told)

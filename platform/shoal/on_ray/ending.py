@@ -53,6 +53,7 @@ def stop() -> None:
     client = running()
     if client is None:
         return
+    worker.print_to_stdstream = _print_but_for_polls
     try:
         _drain(time.monotonic() + STREAM_SECONDS)
         # `serve.shutdown` waits inside a call that the controller's own end breaks off, which Ray prints as a failure
@@ -67,6 +68,15 @@ def stop() -> None:
         raise
     finally:
         _disconnect()  # type: ignore[no-untyped-call]  # forgets the Serve that was
+
+
+_print = worker.print_to_stdstream
+
+
+def _print_but_for_polls(data: dict[str, Any], ignore_prefix: bool) -> None:
+    """Prints what Ray has to say, but not that polls of a controller that has ended "failed", on stdout."""
+    if not any("listen_for_change" in line for line in data["lines"]):
+        _print(data, ignore_prefix)
 
 
 def running() -> ServeControllerClient | None:
