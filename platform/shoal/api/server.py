@@ -23,6 +23,7 @@ from shoal.api.adapters import loaded
 from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.client import EngineClient
+from shoal.api.door import Door
 from shoal.api.drain import STREAM_SECONDS, Drain
 from shoal.api.follow import Follower
 from shoal.api.limits import Limits
@@ -222,7 +223,7 @@ async def serving(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> Async
     Raises ResourceError when the port is in use.
     """
     config = uvicorn.Config(
-        app,
+        Door(app),
         host=host,
         port=port,
         http="h11",  # httptools keeps headers of any length, and loses the body of a request that asks for h2c
