@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -26,8 +27,9 @@ def sha256_of(path: Path) -> str:
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
     """Where to write what is to be `path`: a file beside it, which takes its name when the block ends, and is removed when the
-    block raises."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    block raises. Whoever writes the same `path` at the same time has another: threads have one process, and processes of
+    several machines may have one number."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{os.getpid()}.tmp")
     try:
         yield beside
         beside.replace(path)

@@ -20,7 +20,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -221,17 +222,23 @@ def held(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-            return descriptor
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
         os.close(descriptor)  # another file took its name while it was waited for
 
 
-def append(path: Path, line: dict[str, Any]) -> None:
-    """One more line of JSON in `path`, whole, whoever else appends. Raises OSError."""
+def append(path: Path, line: dict[str, Any], unless: Callable[[], bool] = lambda: False) -> None:
+    """One more line of JSON in `path`, whole, whoever else appends; none where `unless`, asked while nobody else writes there,
+    says so. Raises OSError."""
     data = (json.dumps(line, separators=(",", ":")) + "\n").encode()
     descriptor = held(path)
     try:
+        if unless():
+            return
         size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            data = b"\n" + data  # a line that a machine was lost over ends here: this one is not lost with it
         if os.write(descriptor, data) < len(data):
             os.ftruncate(descriptor, size)
             raise OSError(28, "No space left on device")

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 
 from shoal.errors import DataError, first_line
 from shoal.loop.capture import FEEDBACK, FORGOTTEN, TEXTS, Capture, Forgotten, append, held, lines_of, now_ms
-from shoal.loop.writer import adopt, write_part
+from shoal.loop.writer import adopt, sweep, write_part
 from shoal.machine import write_aside
 
 # what was forgotten -> what was changed of it, or was made of it, in words: one line each
@@ -54,13 +55,16 @@ def forget(
         ids = _ids(capture, who)
         whole = Forgotten(who.ids | ids, who.subjects)
         adopt(capture)
-        report = Report(rows=_rows(capture, who), texts=_texts(capture, whole), votes=_votes(capture, whole))
+        before = capture.forgotten()  # answers that were deleted, and what somebody was interrupted at
+        gone = Forgotten(before.ids | whole.ids, before.subjects | whole.subjects)
+        report = Report(rows=_rows(capture, gone), texts=_texts(capture, gone), votes=_votes(capture, gone))
         report.journals = sum(any(map(who.hides, lines)) for _, lines in capture.journals())
-    except (OSError, pa.ArrowException) as error:
+        sweep(capture.folder, [*gone.ids, *gone.subjects])
+    except (OSError, ValueError, pa.ArrowException) as error:
         do = "make room, and do it again: no reader sees them from now on"
         raise DataError("forget", got=first_line(error), do=do) from error
     for each in elsewhere:
-        report.elsewhere += each(whole)
+        report.elsewhere += each(gone)
     return report
 
 
@@ -70,7 +74,7 @@ def _ids(capture: Capture, who: Forgotten) -> set[str]:
     for path in capture.parts():
         table = pq.read_table(path, columns=["id", "subject"], partitioning=None)
         found |= set(table.filter(_hidden(table, who))["id"].to_pylist())
-    return found
+    return found | {path.stem for path in _stored(capture, who)}  # of some of these no row was kept, or not for so long
 
 
 def _rows(capture: Capture, who: Forgotten) -> int:
@@ -96,12 +100,17 @@ def _hidden(table: pa.Table, who: Forgotten) -> pa.ChunkedArray:
 
 
 def _texts(capture: Capture, who: Forgotten) -> int:
-    gone = 0
+    gone = [*_stored(capture, who)]
+    for path in gone:
+        path.unlink(missing_ok=True)
+    return len(gone)
+
+
+def _stored(capture: Capture, who: Forgotten) -> Iterator[Path]:
     for path in (capture.folder / TEXTS).glob("day=*/chatcmpl-*.json"):
-        if path.stem in who.ids or json.loads(path.read_text("utf-8")).get("subject") in who.subjects:
-            path.unlink(missing_ok=True)
-            gone += 1
-    return gone
+        with suppress(FileNotFoundError):  # it is deleted meanwhile
+            if path.stem in who.ids or json.loads(path.read_text("utf-8")).get("subject") in who.subjects:
+                yield path
 
 
 def _votes(capture: Capture, who: Forgotten) -> int:

@@ -88,6 +88,8 @@ class Row:
         return (json.dumps(known, separators=(",", ":")) + "\n").encode()
 
 
+# what pyarrow raises for a number that is too large, another kind of value, and half of a surrogate pair
+UNFIT = (pa.ArrowException, ValueError, TypeError, OverflowError)
 NAMES = tuple(field.name for field in dataclasses.fields(Row))
 SCHEMA = pa.schema([(field.name, field.metadata["type"]) for field in dataclasses.fields(Row)])
 
@@ -100,5 +102,23 @@ def _plain(value: Any) -> Any:
 
 
 def table_of(lines: list[dict[str, Any]]) -> pa.Table:
-    """Lines of a journal, read from JSON, as a table of `SCHEMA`. Keys that it does not have are left out."""
-    return pa.Table.from_pylist(lines, SCHEMA)
+    """Lines of a journal, read from JSON, as a table of `SCHEMA`. Keys that it does not have are left out, and a value that its
+    column cannot hold is not known: no row may keep those beside it from being read."""
+    try:
+        return pa.Table.from_pylist(lines, SCHEMA)
+    except UNFIT:
+        columns = [_fitting([line.get(column.name) for line in lines], column.type) for column in SCHEMA]
+        return pa.table(columns, schema=SCHEMA)
+
+
+def _fitting(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """`values` as a column, null where one does not fit."""
+
+    def fits(value: Any) -> bool:
+        try:
+            pa.array([value], kind)
+        except UNFIT:
+            return False
+        return True
+
+    return pa.array([value if fits(value) else None for value in values], kind)

@@ -14,6 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Texts:
             "owner": owner,
             "subject": subject,
             "messages": _scrubbed(messages, asked),
-            "completion": {**completion, "choices": _scrubbed(completion["choices"], answered)},
+            "completion": {**_worded(completion), "choices": _scrubbed(_worded(completion)["choices"], answered)},
             "metadata": _scrubbed(dict(metadata), asked),
             "scrubbed": {"messages": dict(asked), "answer": dict(answered)},
         }
@@ -71,6 +72,9 @@ class Texts:
             return None
         found["metadata"] = _scrubbed(dict(metadata), Counter())
         write_aside(path, json.dumps(found) + "\n")
+        if self._capture.forgotten().hides(found):  # deleted meanwhile: what was written brought it back
+            path.unlink(missing_ok=True)
+            return None
         return found
 
     def delete(self, owner: str, id_: str) -> bool:
@@ -104,13 +108,37 @@ def clean(text: str, counts: Counter[str] | None = None) -> str:
     return pii.scrubbed(text, pii.ALL, Counter() if counts is None else counts)
 
 
+def _worded(completion: Mapping[str, Any]) -> dict[str, Any]:
+    """A completion without its tokens: a text that is cut into tokens, or told as ids, cannot be cleaned."""
+    choices = [{name: None if name == "logprobs" else value for name, value in one.items() if name != "token_ids"}
+               for one in completion["choices"]]  # fmt: skip
+    kept = {name: value for name, value in completion.items() if name not in ("prompt_token_ids", "prompt_logprobs")}
+    return kept | {"choices": choices}
+
+
 def _scrubbed(value: Any, counts: Counter[str]) -> Any:
     """`value`, JSON, with all of its texts clean."""
     if isinstance(value, str):
         return clean(value, counts)
     if isinstance(value, list):
-        return [_scrubbed(each, counts) for each in value]
-    return {name: _scrubbed(each, counts) for name, each in value.items()} if isinstance(value, dict) else value
+        return [_scrubbed(each, counts) for each in _joined(value)]
+    return (
+        {clean(name, counts): _scrubbed(each, counts) for name, each in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
+
+
+def _joined(parts: list[Any]) -> list[Any]:
+    """The parts of a message; texts beside each other are one where it takes them together to see what must not stay: the model
+    reads them as one."""
+    found: list[Any] = []
+    for is_text, run in groupby(parts, lambda part: isinstance(part, dict) and isinstance(part.get("text"), str)):
+        some = [*run]
+        texts = [part["text"] for part in some] if is_text else []
+        apart = clean("".join(texts)) != "".join(map(clean, texts))
+        found += [{**some[0], "text": "".join(texts)}] if apart else some
+    return found
 
 
 def _read(path: Path) -> Stored | None:

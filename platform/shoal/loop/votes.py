@@ -48,14 +48,14 @@ class Votes:
         self._known: dict[str, None] = {}  # ids that are there, the newest last
 
     def put(self, vote: Vote) -> None:
-        """Keep `vote`. Raises OSError."""
+        """Keep `vote`, unless it is of somebody, or on an answer, that was forgotten. Raises OSError."""
         at = self._wall()
         folder = self._capture.folder / FEEDBACK
         folder.mkdir(exist_ok=True, mode=0o700)
         folder = folder / f"day={day_of(at)}"
         folder.mkdir(exist_ok=True, mode=0o700)
         told = {name: value for name, value in asdict(vote).items() if value is not None}
-        append(folder / FILE, {**told, "at": at})
+        append(folder / FILE, {**told, "at": at}, unless=lambda: self._capture.forgotten().hides(told))
 
     def all(self) -> list[Vote]:
         """What counts, by time: the newest of each person on each answer, without those that were withdrawn or forgotten."""

@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shoal.errors import first_line
-from shoal.loop.capture import JOURNAL, ROWS, TEXTS, Capture, day_of, lines_of, now_ms
+from shoal.loop.capture import FEEDBACK, JOURNAL, ROWS, TEXTS, Capture, day_of, lines_of, now_ms
 from shoal.loop.rows import Row, table_of
 from shoal.machine import aside
 
@@ -42,6 +42,7 @@ SLOW_SECONDS = 0.05  # a write that took so long
 SLOW_FOR = 10.0  # seconds for which the disk counts as slow then
 HELD_SECONDS = 0.005  # that `put` waits for the thread to change journals
 LOOK_SECONDS, RETRY_SECONDS, TIDY_SECONDS = 0.5, 30.0, 3600.0
+LEFT_SECONDS = 60.0  # after which a file that was to get another name is one that nobody writes any more
 JUMP_MS = 3_600_000  # between what two clocks say has passed: one of them was set
 
 
@@ -50,7 +51,7 @@ class Bounds:
     """How much is kept, and for how long."""
 
     keep_days: int = 90  # of numbers
-    keep_texts: int = 30  # days, of texts
+    keep_texts: int = 30  # days, of texts, and of votes, which have some
     max_bytes: int = 10 * 2**30  # of all: then the oldest day goes
     journal_bytes: int = 16 * 2**20  # of one journal, which then becomes a part
     journal_seconds: float = 300.0
@@ -104,6 +105,7 @@ class Writer:
         self._closed: list[Journal] = []  # that have no part yet
         self._failed_at = self._tidied_at = -1e9
         self._over = False  # more is kept than may be, all of it of today
+        self._ended = False  # the journal is a part, or about to be one
         self._clocks = wall(), time.monotonic()
         self._complained = set[str]()
         self._forgotten = capture.forgotten()
@@ -138,20 +140,27 @@ class Writer:
         return 0.0 if queued is None else time.monotonic() - queued[0]
 
     def close(self) -> None:
-        """Ends the thread; makes parts of what is left, where it can."""
+        """Ends the thread; makes parts of what is left, where it can. A row that comes later is dropped and counted."""
         self._end.set()
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
         with self._lock:
             self._drain()
-            self._closed.append(self._journal)
+            if not self._ended:
+                self._closed.append(self._journal)
+            self._ended = True
         self._make_parts()
         for journal in self._closed:
             journal.close()
         self._closed = []
+        with self._lock:
+            self._drain()  # what came meanwhile is counted
 
     def _put_later(self, now: float, line: bytes) -> None:
+        if self._ended:
+            self._drop("end", "the capture was closed")
+            return
         if len(self._queue) >= QUEUED:
             self._drop("queue", "the disk is too slow for the rows that come")
             return
@@ -160,6 +169,9 @@ class Writer:
 
     def _write(self, line: bytes) -> None:
         """`line` into the journal, with the lock."""
+        if self._ended:  # the descriptor may be another file's by now
+            self._drop("end", "the capture was closed")
+            return
         if self._over:
             self._drop("bound", f"{self.bytes} bytes are kept, at most {self.bounds.max_bytes} may be")
             return
@@ -246,11 +258,13 @@ class Writer:
 
     def tidy(self) -> None:
         """Measures what is kept, and removes the oldest day, one at a time, where it is too old or all is too much."""
+        sweep(self.capture.folder)
         self.bytes = _size(self.capture.folder)
         today = day_of(self._wall())
         if self._clock_was_set():
             return  # "today" may be any day
-        for kind, keep in ((ROWS, self.bounds.keep_days), (TEXTS, self.bounds.keep_texts)):
+        keep_texts = self.bounds.keep_texts
+        for kind, keep in ((ROWS, self.bounds.keep_days), (TEXTS, keep_texts), (FEEDBACK, keep_texts)):
             oldest = next(iter(self.capture.days(kind)), today)
             if oldest < day_of(self._wall() - keep * 86_400_000):
                 self._remove(kind, oldest, f"older than {keep} days")
@@ -296,14 +310,19 @@ def adopt(capture: Capture) -> int:
 
 def make_parts(capture: Capture, journal: Path) -> None:
     """The rows of a journal, a part for each of their days, and then without the journal. Rows that are forgotten are left
-    out. Raises OSError; the journal stays then."""
-    forgotten = capture.forgotten()
-    by_day: dict[str, list[dict[str, Any]]] = {}
-    for line in lines_of(journal):
-        if not forgotten.hides(line):
-            by_day.setdefault(day_of(line["at"]), []).append(line)
-    for day, lines in by_day.items():
-        write_part(capture.folder / ROWS / f"day={day}" / f"part-{journal.stem}.parquet", table_of(lines))
+    out, those that are meanwhile too: who forgets them has looked for parts before. Raises OSError; the journal stays then."""
+    forgotten, made = None, set[Path]()
+    while forgotten != (now := capture.forgotten()):
+        forgotten, by_part = now, dict[Path, list[dict[str, Any]]]()
+        for line in lines_of(journal):
+            if not forgotten.hides(line):
+                part = capture.folder / ROWS / f"day={day_of(line['at'])}" / f"part-{journal.stem}.parquet"
+                by_part.setdefault(part, []).append(line)
+        for part in made - by_part.keys():
+            part.unlink(missing_ok=True)
+        for part, lines in by_part.items():
+            write_part(part, table_of(lines))
+        made = {*by_part}
     journal.unlink()
 
 
@@ -312,6 +331,16 @@ def write_part(path: Path, table: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with aside(path) as beside:
         pq.write_table(table, beside, compression="zstd")
+
+
+def sweep(folder: Path, of: Collection[str] = ()) -> None:
+    """Removes what processes that were killed have left beside what they wrote: it may hold anybody's words. What is younger
+    than `LEFT_SECONDS` may be about to get its name, and goes only where one of these texts is in it. Raises OSError."""
+    for path in folder.rglob(".*.tmp"):
+        with suppress(FileNotFoundError):
+            old = time.time() - path.stat().st_mtime > LEFT_SECONDS
+            if old or any(text.encode() in path.read_bytes() for text in of):
+                path.unlink()
 
 
 def _size(folder: Path) -> int:

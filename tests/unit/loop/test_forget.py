@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_nothing_is_seen_any_mor
     for path in capture.parts():  # one part of both, that is to be written anew
         path.unlink()
     writer = Writer(capture, start=False)
-    for number, whose in enumerate((ANN, BOB)):
+    for number, whose in enumerate((BOB, ANN)):
         writer.put(Row(name(number), NOON, subject=whose))
     writer.close()
     with pytest.raises(DataError, match=r"No space left on device.*; make room, and do it again"):
