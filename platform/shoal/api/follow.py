@@ -12,6 +12,7 @@ import json
 import logging
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Protocol
 
 from shoal.api.split import Split, Trial, Weighed
@@ -58,6 +59,7 @@ class Follower:
         self._seen = -1  # number of the state that is followed
         self._unwell = 0
         self._written = ""
+        self._left = True  # a canary may still be there that nobody wants, such as a gateway's before this one
 
     async def run(self) -> None:
         """Follows until it is cancelled; what cannot be read is looked at again."""
@@ -104,6 +106,9 @@ class Follower:
             await self._end(trial)
             trial = None
         if canary is None:
+            if self._left:
+                await self._deploys.end()
+                self._left = False
             return
         if trial is None:
             await self._begin(canary)
@@ -113,12 +118,18 @@ class Follower:
     async def _begin(self, canary: Canary) -> None:
         version = await asyncio.to_thread(self.release.version, canary.version)
         self._split.labels = {**self._split.labels, self._deploys.weights(version): version.label}
+        self._left = True
         try:
             client = await self._deploys.begin(version)
         except Exception as error:
             what = error.message if isinstance(error, ShoalError) else type(error).__name__
             await self._deploys.end()
             await self._back(canary, f"it did not start: {what}")
+            return
+        wanted = (await asyncio.to_thread(self.release.state)).canary
+        if wanted is None or wanted.version != canary.version:  # it was taken back while it was loaded
+            await self._deploys.end()
+            self._left = False
             return
         self._unwell = 0
         self._split.trial = Trial(client, version.label, canary, self._split.pace, self._kept(canary))
@@ -132,6 +143,7 @@ class Follower:
         while trial.running and asyncio.get_running_loop().time() < until:
             await asyncio.sleep(0.05)
         await self._deploys.end()
+        self._left = False
 
     async def _judge(self, trial: Trial, state: State) -> None:
         await asyncio.to_thread(self._write, trial)
@@ -145,16 +157,16 @@ class Follower:
         canary = trial.canary
         if decision == "next":
             step = advanced(canary, now())
-            await asyncio.to_thread(self.release.step, step, why=why, figures=_figures(trial))
+            await asyncio.to_thread(self.release.step, step, why=why, figures=_figures(trial), seen=state.number)
             trial.go_on(step)
         elif decision == "done" and state.auto == "promote":
-            work = self.release.promote
-            await asyncio.to_thread(work, canary.version, why=why, force=True, who="shoal", figures=_figures(trial))
+            work = partial(self.release.promote, canary.version, why=why, force=True, who="shoal", seen=state.number)
+            await asyncio.to_thread(work, figures=_figures(trial))
         elif decision == "done":
-            await asyncio.to_thread(self.release.hold, why=READY, who="shoal")
+            await asyncio.to_thread(self.release.hold, why=READY, who="shoal", seen=state.number)
         elif datetime.now(UTC) - datetime.fromisoformat(canary.since) > HELD_AFTER:
             what = f"too little traffic in {HELD_AFTER.days} d: {why}"
-            await asyncio.to_thread(self.release.hold, why=what, who="shoal")
+            await asyncio.to_thread(self.release.hold, why=what, who="shoal", seen=state.number)
 
     async def _is_dead(self, trial: Trial) -> bool:
         try:
@@ -170,7 +182,8 @@ class Follower:
         state = await asyncio.to_thread(self.release.state)
         if state.canary is not None and state.canary.version == canary.version:
             figures = {} if trial is None else _figures(trial)
-            await asyncio.to_thread(self.release.rollback, why=why, who="shoal", figures=figures)
+            work = partial(self.release.rollback, why=why, who="shoal", figures=figures, seen=state.number)
+            await asyncio.to_thread(work)
             self._split.rollbacks += 1
             log.error("the canary of version %s is taken back: %s", canary.version, why)
         if trial is not None:
@@ -181,13 +194,17 @@ class Follower:
             return
         version = await asyncio.to_thread(self.release.version, state.candidate)
         if version.passed:
-            await asyncio.to_thread(self.release.begin, version.number, why=f"auto: {state.auto}", who="shoal")
+            work = partial(
+                self.release.begin, version.number, why=f"auto: {state.auto}", who="shoal", seen=state.number
+            )
+            await asyncio.to_thread(work)
 
     def _write(self, trial: Trial) -> None:
         """What was seen of the canary, for people and for a gateway that starts again."""
         told = {
             "version": trial.canary.version,
             "step": trial.canary.step,
+            "since": trial.canary.since,
             "evidence": asdict(trial.evidence),
             "decision": trial.decided,
             "checks": [
@@ -205,7 +222,11 @@ class Follower:
         path = self.release.directory / EVIDENCE
         try:
             told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            if (told.get("version"), told.get("step")) == (canary.version, canary.step):
+            if (told.get("version"), told.get("step"), told.get("since")) == (
+                canary.version,
+                canary.step,
+                canary.since,
+            ):
                 return load(Evidence, told["evidence"], str(path))
         except (OSError, ValueError, KeyError, AttributeError, ConfigError) as error:
             log.error("the evidence of the canary is lost: %s", type(error).__name__)

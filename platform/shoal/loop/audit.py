@@ -49,10 +49,11 @@ class Audit:
         lines = self.lines()
         return digest(lines[-1]) if lines else FIRST
 
-    def append(self, entry: dict[str, Any]) -> str:
-        """Adds a line and returns its sha256. Written aside, so a line is never half there; one writer at a time."""
+    def append(self, entry: dict[str, Any], before: str) -> str:
+        """Adds a line after the one whose sha256 is `before`, and returns its own. Where the last line is another, somebody
+        changed the log, and `check` says so for good. Written aside, so a line is never half there; one writer at a time."""
         lines = self.lines()
-        line = json.dumps({**entry, "before": digest(lines[-1]) if lines else FIRST}, sort_keys=True)
+        line = json.dumps({**entry, "before": before}, sort_keys=True)
         write_aside(self.path, "".join(f"{each}\n" for each in (*lines, line)))
         return digest(line)
 

@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 from shoal import config
 from shoal.data.alone import alone
-from shoal.errors import ConfigError, DataError, ResourceError, UsageError
+from shoal.errors import CheckpointError, ConfigError, DataError, ResourceError, UsageError
 from shoal.loop import versions
-from shoal.loop.audit import Audit
+from shoal.loop.audit import FIRST, Audit
 from shoal.loop.canary import Canary
 from shoal.loop.versions import Version
 from shoal.machine import write_aside
@@ -113,6 +113,7 @@ class Release:
         with self._changing() as before:
             if before.stable is not None:
                 versions.need_same(Path(model), self.version(before.stable).served)
+            versions.need_asked(verdict, Path(model))
             made = versions.write(
                 self.directory / versions.FOLDER,
                 max((each.number for each in self.versions()), default=0) + 1,
@@ -123,7 +124,7 @@ class Release:
                 made=now(),
             )
             role = {"stable": made.number} if before.stable is None else {"candidate": made.number}
-            self._change(before, "add", why, who, made.number, **role)
+            self._change(before, "add", why, who, made.number, {"sha256": made.sha256}, **role)
         return made
 
     def promote(
@@ -134,16 +135,17 @@ class Release:
         force: bool = False,
         who: str | None = None,
         figures: dict[str, Any] | None = None,
+        seen: int | None = None,
     ) -> Version:
         """Makes a version (None: the candidate) the stable one; `figures` are for the audit log. Raises UsageError for one that
         the gate did not let pass, unless `force` is set, which the audit log then says; for one that is stable already; and
-        CheckpointError for one that was changed since."""
-        with self._changing() as before:
+        CheckpointError for one that was changed since. `seen`: as of `step`."""
+        with self._changing(seen) as before:
             chosen = self._chosen(name, before)
             if chosen.number == before.stable:
                 raise UsageError("version", got=chosen.number, do="it is the stable one already")
             self._need_passed(chosen, before, force)
-            chosen.verify()
+            self._need_unchanged(chosen)
             if before.stable is not None:
                 versions.need_same(chosen.served, self.version(before.stable).served)
             left = before.candidate if before.candidate != chosen.number else None
@@ -158,10 +160,12 @@ class Release:
             self._change(before, "promote", why, who, chosen.number, figures, **roles)
         return chosen
 
-    def rollback(self, *, why: str, who: str | None = None, figures: dict[str, Any] | None = None) -> Version:
+    def rollback(
+        self, *, why: str, who: str | None = None, figures: dict[str, Any] | None = None, seen: int | None = None
+    ) -> Version:
         """Takes back what was done last: a canary that runs, else the last promotion. Returns the version that serves then.
-        Raises UsageError where there is neither."""
-        with self._changing() as before:
+        Raises UsageError where there is neither. `seen`: as of `step`."""
+        with self._changing(seen) as before:
             if before.canary is not None:
                 taken = before.canary.version
                 self._change(before, "rollback", why, who, taken, figures, canary=None, candidate=None)
@@ -172,18 +176,27 @@ class Release:
                     "nothing to roll back", do="promote the version that is to serve: shoal release promote N"
                 )
             back = self.version(before.previous)
-            back.verify()
+            self._need_unchanged(back)
             self._change(before, "rollback", why, who, before.stable, figures, stable=back.number, previous=None)
         return back
 
-    def hold(self, *, why: str, who: str | None = None) -> None:
-        """Nothing goes on by itself from now on: a canary keeps its share, and no version is promoted but by a person."""
-        with self._changing() as before:
+    def hold(self, *, why: str, who: str | None = None, seen: int | None = None) -> None:
+        """Nothing goes on by itself from now on: a canary keeps its share, and no version is promoted but by a person. `seen`:
+        as of `step`."""
+        with self._changing(seen) as before:
             self._change(before, "hold", why, who, before.candidate, held=why)
 
-    def begin(self, name: int | str | None = None, *, why: str, force: bool = False, who: str | None = None) -> Version:
+    def begin(
+        self,
+        name: int | str | None = None,
+        *,
+        why: str,
+        force: bool = False,
+        who: str | None = None,
+        seen: int | None = None,
+    ) -> Version:
         """Starts the canary of a version (None: the candidate), or lets one that is held go on. Raises as `promote`."""
-        with self._changing() as before:
+        with self._changing(seen) as before:
             chosen = self._chosen(name, before)
             if before.canary is not None and before.canary.version == chosen.number and before.held is not None:
                 self._change(before, "canary", why, who, chosen.number, held=None)
@@ -193,7 +206,7 @@ class Release:
             if chosen.number == before.stable:
                 raise UsageError("version", got=chosen.number, do="it is the stable one already")
             self._need_passed(chosen, before, force)
-            chosen.verify()
+            self._need_unchanged(chosen)
             assert before.stable is not None
             versions.need_same(chosen.served, self.version(before.stable).served)
             figures = _forced(chosen, force)
@@ -201,9 +214,11 @@ class Release:
             self._change(before, "canary", why, who, chosen.number, figures, canary=canary, held=None)
         return chosen
 
-    def step(self, canary: Canary, *, why: str, figures: dict[str, Any] | None = None) -> None:
-        """The canary's next step, by evidence. Raises UsageError where another or none runs."""
-        with self._changing() as before:
+    def step(self, canary: Canary, *, why: str, figures: dict[str, Any] | None = None, seen: int | None = None) -> None:
+        """The canary's next step, by evidence. Raises UsageError where another or none runs. `seen`: number of the state that
+        it was decided by; where there is another UsageError says so, for what goes on by itself must not undo what a person,
+        or another gateway, did meanwhile: two who take back one canary would take back what served before it as well."""
+        with self._changing(seen) as before:
             if before.canary is None or before.canary.version != canary.version:
                 raise UsageError("another canary runs", got=before.canary and before.canary.version)
             self._change(before, "step", why, "shoal", canary.version, figures, canary=canary)
@@ -218,7 +233,7 @@ class Release:
         that was changed."""
         count = self.audit.check(self.state().audit)
         for version in self.versions():
-            version.verify()
+            self._need_unchanged(version)
         return count
 
     def served_hours(self, until: datetime | None = None) -> dict[int, list[tuple[str, str | None]]]:
@@ -242,12 +257,31 @@ class Release:
             raise UsageError("there is no candidate", do="name a version, or add one: shoal release add")
         return self.version(name)
 
+    def _need_unchanged(self, version: Version) -> None:
+        """Raises CheckpointError where its files are not those that were added, by themselves or by the audit log."""
+        version.verify()
+        added = [
+            entry for entry in self.audit.entries() if (entry["what"], entry["version"]) == ("add", version.number)
+        ]
+        for entry in added:
+            known = entry["figures"].get("sha256", version.sha256)  # logs of before do not say
+            if known != version.sha256:
+                what = f"version {version.number} was changed, and its sha256 with it"
+                raise CheckpointError(what, got=version.sha256[:12], allowed=known[:12], do="promote another")
+
     def learned_from(self, rows: Collection[str]) -> list[Version]:
         """The versions that were made of a cut whose rows to train on had one of these sha256."""
         return [each for each in self.versions() if (each.lineage.get("cut") or {}).get("rows") in rows]
 
     def _need_passed(self, version: Version, state: State, force: bool) -> None:
-        if version.passed or force or version.number == state.previous:
+        if force or version.number == state.previous:
+            return
+        beside = ((version.verdict or {}).get("stable") or {}).get("weights_sha256")
+        if version.passed and beside and state.stable is not None and beside != self.version(state.stable).weights:
+            what = f"the gate held version {version.number} against another than the stable one"
+            do = "ask it again (shoal gate), and add it with that verdict; or give --force with the reason as --why"
+            raise UsageError(what, got=beside[:12], allowed=self.version(state.stable).weights[:12], do=do)
+        if version.passed:
             return
         refused = f"refused: {', '.join(version.failed) or 'no reason given'}"
         got = "it was not asked" if version.passed is None else refused
@@ -255,23 +289,29 @@ class Release:
         raise UsageError(f"the gate did not let version {version.number} pass", got=got, do=do)
 
     @contextmanager
-    def _changing(self) -> Iterator[State]:
+    def _changing(self, seen: int | None = None) -> Iterator[State]:
         """The state before a change, while nobody else may change it. A change takes milliseconds, but for the copy of a new
-        version: who comes meanwhile waits a little, and is refused then."""
+        version: who comes meanwhile waits a little, and is refused then. Raises UsageError where it is not the state `seen`."""
         do = "wait for it, and look at shoal release list"
         busy = ResourceError(f"{self.directory} is being changed by another command", do=do)
         with alone(self.directory / LOCK, busy, wait=WAIT_SECONDS):
-            yield self._finished()
+            state = self._finished()
+            if seen not in (None, state.number):
+                raise UsageError("the release was changed meanwhile", got=f"change {state.number}", allowed=seen)
+            yield state
 
     def _finished(self) -> State:
-        """The state, after what an interrupted change had still to write."""
+        """The state, after what an interrupted change had still to write; by the audit log where its file is gone."""
         entries = self.audit.entries()
         if not (self.directory / STATE).exists() and not entries:
             return State()
-        last = config.load(State, entries[-1]["state"], str(self.audit.path)) if entries else State()
-        known = self.state() if (self.directory / STATE).exists() else State()
-        if last.number == known.number + 1:
-            known = replace(last, audit=self.audit.head())
+        lost = not (self.directory / STATE).exists()
+        known = State() if lost else self.state()
+        last = entries[-1] if entries else {}
+        # a line that does not follow from what is known was not written here, whatever its number
+        follows = (last.get("number"), last.get("before")) == (known.number + 1, known.audit or FIRST)
+        if follows or lost:
+            known = replace(config.load(State, last["state"], str(self.audit.path)), audit=self.audit.head())
             self._write(known)
         return known
 
@@ -301,7 +341,7 @@ class Release:
             "figures": figures or {},
             "state": config.dump(after),
         }
-        head = self.audit.append(entry)
+        head = self.audit.append(entry, before.audit or FIRST)
         self._write(replace(after, audit=head))
 
     def _write(self, state: State) -> None:

@@ -112,6 +112,18 @@ def need_same(model: Path, stable: Path) -> None:
             raise CheckpointError(f"{model}: {what}", got="another", allowed=f"that of {stable}", do=do)
 
 
+def need_asked(verdict: dict[str, Any] | None, model: Path) -> None:
+    """Raises UsageError where a gate's verdict is on other weights than `model` has."""
+    asked = ((verdict or {}).get("candidate") or {}).get("weights_sha256")
+    if not asked:
+        return
+    from shoal.model.files import weights_sha256  # torch, which who reads a release does not need
+
+    if asked != (found := weights_sha256(model)):
+        do = "ask the gate about this one (shoal gate)"
+        raise UsageError("the verdict is on another model", got=asked[:12], allowed=found[:12], do=do)
+
+
 def write(
     folder: Path,
     number: int,

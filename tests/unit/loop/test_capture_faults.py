@@ -13,9 +13,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
-from shoal.loop import capture as captures
 from shoal.loop import texts, writer
 from shoal.loop.capture import FORGOTTEN, Capture, append, lines_of, now_ms
 from shoal.loop.forget import forget
@@ -186,7 +186,7 @@ def test_what_was_deleted_is_gone_from_the_disk_with_the_next_that_is_forgotten(
     left = [path for path in capture.folder.rglob("*") if path.is_file() and path.name != FORGOTTEN]
     assert not any(ID.encode() in path.read_bytes() or b"better" in path.read_bytes() for path in left)
     (part,) = capture.parts()
-    assert captures.pq.read_table(part)["id"].to_pylist() == ["another"]
+    assert pq.read_table(part)["id"].to_pylist() == ["another"]
 
 
 def test_votes_on_an_answer_whose_row_is_gone_go_with_who_asked_for_it(capture: Capture) -> None:

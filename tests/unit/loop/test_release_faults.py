@@ -1,0 +1,143 @@
+"""What went wrong once in a release: two who change it at once, a log that was cut and written on, a version that was changed
+with its own sum, and verdicts on something else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal import Model
+from shoal.errors import CheckpointError, DataError, UsageError
+from shoal.loop import versions
+from shoal.loop.canary import advanced
+from shoal.loop.release import STATE, Release
+from shoal.machine import write_json
+from shoal.model.files import weights_sha256
+
+PASSED: dict[str, Any] = {"passed": True, "checks": []}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("models")
+    for seed in range(3):
+        Model.from_preset("test", seed=seed).save(root / str(seed))
+    return [root / str(seed) for seed in range(3)]
+
+
+@pytest.fixture
+def release(tmp_path: Path, models: list[Path]) -> Release:
+    """Version 2 serves, 1 did before; 3 is a candidate."""
+    made = Release(tmp_path / "release")
+    made.add(models[0])
+    made.add(models[1], verdict=PASSED)
+    made.promote(why="better")
+    made.add(models[2], verdict=PASSED)
+    return made
+
+
+def test_two_who_take_back_one_canary_at_once_leave_what_serves(release: Release) -> None:
+    release.begin(why="try")
+    seen = release.state().number
+    release.rollback(why="bad", seen=seen)
+    with pytest.raises(UsageError, match="changed meanwhile"):
+        release.rollback(why="bad, says another gateway", seen=seen)
+    assert release.state().stable == 2
+
+
+@pytest.mark.parametrize("done", ["rollback", "hold"])
+def test_what_goes_on_by_itself_undoes_nothing_that_a_person_did_meanwhile(release: Release, done: str) -> None:
+    release.begin(why="try")
+    state = release.state()
+    assert state.canary is not None
+    getattr(release, done)(why="a person says so")
+    after = release.state()
+    for go_on in (
+        lambda: release.step(advanced(state.canary, "now"), why="clear", seen=state.number),  # type: ignore[arg-type]
+        lambda: release.promote(3, why="clear", force=True, seen=state.number),
+        lambda: release.hold(why="clear", seen=state.number),
+        lambda: release.begin(3, why="auto", seen=state.number),
+    ):
+        with pytest.raises(UsageError, match="changed meanwhile"):
+            go_on()
+    assert release.state() == after
+
+
+def test_a_log_whose_end_was_cut_off_is_found_out_after_further_changes_too(release: Release) -> None:
+    release.promote(3, why="in secret", force=True)
+    lines = release.audit.lines()
+    release.audit.path.write_text("".join(f"{line}\n" for line in lines[:-1]))
+    release.hold(why="to see")
+    with pytest.raises(DataError, match="does not follow"):
+        release.check()
+    release.set_auto("off", why="to see")
+    with pytest.raises(DataError, match="does not follow"):
+        release.check()
+    assert release.state().stable == 3
+
+
+def test_a_line_that_was_put_in_with_the_next_number_is_no_change_that_was_interrupted(release: Release) -> None:
+    lines, state = release.audit.lines(), release.state()
+    forged = {**json.loads(lines[-1]), "number": state.number + 1, "before": versions.hashlib.sha256().hexdigest()}
+    forged["state"] = {**forged["state"], "number": state.number + 1, "stable": 1}
+    release.audit.path.write_text("".join(f"{line}\n" for line in (*lines, json.dumps(forged))))
+    release.hold(why="to see")
+    assert release.state().stable == 2
+    with pytest.raises(DataError, match="does not follow"):
+        release.check()
+
+
+def test_a_state_that_is_gone_is_what_the_audit_log_says(release: Release, models: list[Path]) -> None:
+    before = release.state()
+    (release.directory / STATE).unlink()
+    made = release.add(models[0])
+    after = release.state()
+    assert (after.stable, after.previous, after.candidate, after.number) == (2, 1, made.number, before.number + 1)
+    assert release.check() == after.number
+
+
+def test_a_version_that_was_changed_with_its_sum_is_not_served(release: Release, models: list[Path]) -> None:
+    version = release.version(3)
+    shutil.rmtree(version.served)
+    shutil.copytree(models[0], version.served)
+    sha256 = versions.content_sha256(version.directory)
+    (version.directory / versions.MANIFEST).chmod(0o644)
+    write_json(version.directory / versions.MANIFEST, {"number": 3, "sha256": sha256, "made": version.made})
+    for work in (lambda: release.promote(3, why="x"), lambda: release.begin(3, why="x"), release.check):
+        with pytest.raises(CheckpointError, match="version 3 was changed, and its sha256 with it"):
+            work()
+    assert release.state().stable == 2
+
+
+def verdict(candidate: Path, stable: Path) -> dict[str, Any]:
+    of = {
+        name: {"weights_sha256": weights_sha256(path)} for name, path in (("candidate", candidate), ("stable", stable))
+    }
+    return PASSED | of
+
+
+def test_a_verdict_on_another_model_is_none_on_this_one(release: Release, models: list[Path]) -> None:
+    count = len(release.versions())
+    with pytest.raises(UsageError, match="the verdict is on another model"):
+        release.add(models[2], verdict=verdict(models[0], models[1]))
+    assert len(release.versions()) == count
+    release.add(models[2], verdict=verdict(models[2], models[1]))
+
+
+def test_a_verdict_beside_another_version_than_the_stable_one_is_to_be_given_anew(
+    release: Release, models: list[Path]
+) -> None:
+    old = release.add(models[2], verdict=verdict(models[2], models[0])).number
+    with pytest.raises(UsageError, match="against another than the stable one"):
+        release.promote(old, why="x")
+    with pytest.raises(UsageError, match="against another than the stable one"):
+        release.begin(old, why="x")
+    release.promote(old, why="I know", force=True)
+    assert release.state().stable == old
+    release.rollback(why="worse")
+    new = release.add(models[2], verdict=verdict(models[2], models[1])).number
+    assert release.promote(new, why="better").number == new
