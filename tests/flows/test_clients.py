@@ -213,13 +213,32 @@ class TestResponses:
         last = client.responses.create(**{**fields, "input": history, "max_output_tokens": 12}, tool_choice="none")
         assert last.output[0].type == "message"
 
-    def test_what_would_need_kept_texts_is_refused(self, client: openai.OpenAI) -> None:
-        fields: tuple[dict[str, Any], ...] = ({"store": True}, {"previous_response_id": "resp_1"})
-        for given in fields:
-            with pytest.raises(openai.BadRequestError, match="not kept"):
-                client.responses.create(**RESPONSE, **given)
-        with pytest.raises(openai.NotFoundError, match="none is kept"):
-            client.responses.retrieve("resp_1")
+    def test_a_stored_answer_is_gone_on_from_read_listed_and_deleted(self, client: openai.OpenAI) -> None:
+        """With a real engine: what a chain is told and counted is what the whole talk is."""
+        first = client.responses.create(**RESPONSE, store=True)
+        second = client.responses.create(
+            **{**RESPONSE, "input": "And wide?"}, previous_response_id=first.id, store=True
+        )
+        talk: Any = [*MESSAGES, *(item.to_dict() for item in first.output), {"role": "user", "content": "And wide?"}]
+        whole = client.responses.create(**{**RESPONSE, "input": talk})
+        assert second.output_text == whole.output_text and second.usage is not None and whole.usage is not None
+        assert second.usage.input_tokens == whole.usage.input_tokens
+        assert client.responses.retrieve(second.id).to_dict() == second.to_dict()
+        *_, end = client.responses.create(**RESPONSE, previous_response_id=second.id, store=True, stream=True)
+        assert end.type == "response.incomplete"
+        last = end.response
+        items = [*client.responses.input_items.list(last.id, limit=2, order="asc")]
+        told = ["How deep is the sea?", first.output_text, "And wide?", second.output_text, "How deep is the sea?"]
+        assert [item.content[0].text for item in items if item.type == "message"] == told  # type: ignore[union-attr]
+        for answer in (client.responses.retrieve(last.id), *items):
+            type(answer).model_validate(answer.model_dump(warnings="error", by_alias=True), strict=False)
+        with pytest.raises(openai.BadRequestError, match="cannot cancel a synchronous response"):
+            client.responses.cancel(last.id)
+        client.responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError, match="no such response"):
+            client.responses.retrieve(first.id)
+        with pytest.raises(openai.BadRequestError, match="a response before it is stored no more"):
+            client.responses.create(**RESPONSE, previous_response_id=second.id)
 
 
 @pytest.fixture(scope="module")
@@ -527,6 +546,32 @@ class TestAgents:
         kinds = [type(item).__name__ for item in result.new_items]
         assert kinds[:2] == ["ToolCallItem", "ToolCallOutputItem"] and len(caught) == 2
         assert isinstance(result.final_output, Catch)
+
+    @pytest.mark.parametrize("agent", ["OpenAIResponsesModel"], indirect=True)
+    def test_turns_go_on_from_stored_answers_as_from_the_whole_talk(self, agent: Any) -> None:
+        """Each turn sends what is new in it, the result of a tool too; the prompt is that of who sends all."""
+
+        def log_catch(fish: Literal["cod", "eel"], deep: bool) -> str:
+            """Logs one."""
+            return "noted"
+
+        def talk(**chained: Any) -> list[tuple[Any, int]]:
+            run = package("agents").Runner.run
+            tool = package("agents").function_tool(log_catch)
+            more = {"tool_choice": "required", "store": bool(chained)}
+            made, others = agent(tools=[tool], more=more, tokens=100, output_type=Catch)
+
+            async def turns() -> list[Any]:
+                async with others:
+                    one = await run(made, "A cod?", max_turns=3, **chained)
+                    if chained:
+                        return [one, await run(made, "An eel?", previous_response_id=one.last_response_id)]
+                    asked = [*one.to_input_list(), {"role": "user", "content": "An eel?"}]
+                    return [one, await run(made, asked, max_turns=3)]
+
+            return [(turn.final_output, turn.context_wrapper.usage.input_tokens) for turn in asyncio.run(turns())]
+
+        assert talk(auto_previous_response_id=True) == talk()
 
 
 class TestPydanticAi:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,11 +79,16 @@ class Choice:
                 self.calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
 
 
+Store = Callable[["Answer"], Awaitable[bool]]  # keeps the texts of an answer that is complete; whether it did
+
+
 class Answer(ABC):
     """The answer to one HTTP request, filled from `events`. A streamed one and a whole one differ only in packing."""
 
     prefix: str
     id: str
+    store: Store | None = None
+    stored = False
 
     def __init__(self, call: EngineCall, served: ServedModel) -> None:
         self.choices = [Choice(call.reader(), call.silent, served.tokenizer.stream()) for _ in call.requests]
@@ -100,7 +105,14 @@ class Answer(ABC):
             async for index, ready in events:
                 for event in ready:
                     self.choices[index].take(event)
+        await self.ended()
         return self._whole()
+
+    async def ended(self) -> None:
+        """Stores it, where that is wanted and all of it has come: before its end is told, so that who has read it finds it."""
+        if self.store is not None and all(choice.finished is not None for choice in self.choices):
+            store, self.store = self.store, None
+            self.stored = await store(self)
 
     @abstractmethod
     def chunks(self, events: Events) -> AsyncGenerator[bytes, None]:

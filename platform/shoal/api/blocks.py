@@ -96,6 +96,7 @@ class BlockAnswer(Answer):
                     if isinstance(event, Finished):
                         for moment in self.blocks.end():
                             sent += self._block(*moment)
+                        await self.ended()
                         sent += self._end()
                 if sent:
                     yield b"".join(sent)

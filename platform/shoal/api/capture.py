@@ -99,8 +99,13 @@ class Recorder:
         """Who asks, as `loop.forget` finds them again; None for nobody in particular."""
         return subject(self._salt, key, user)
 
-    def _conversation(self, whose: str | None, begins: str) -> str | None:
+    def conversation(self, access: Access, body: Any) -> str | None:
+        """Which talk a request belongs to: the same at each turn that has the texts of those before; None where none tells."""
+        whose, begins = self._whose(access), _beginning(body)
         return keyed(self._salt, f"{whose}\0{begins}")[:16] if begins else None
+
+    def _whose(self, access: Access) -> str | None:
+        return self.subject(None if access.key is None else access.key.name, access.facts.get("user"))
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
@@ -125,15 +130,13 @@ class Recorder:
     def _keep(
         self, access: Access, body: Any = None, call: EngineCall | None = None, answer: Answer | None = None
     ) -> None:
-        key = None if access.key is None else access.key.name
-        whose = self.subject(key, access.facts.get("user"))
         row = Row(
             id=access.id if answer is None else answer.id,
             at=now_ms(),
             request_id=access.id,
             model=access.served or None,
             route=access.path[:64],
-            subject=whose,
+            subject=self._whose(access),
             slice=self._slice(access, body),
             status=access.status,
             error=access.error,
@@ -146,7 +149,7 @@ class Recorder:
                 setattr(row, name, value)
             for name, value in _of_answer(call, answer).items():
                 setattr(row, name, value)
-            row.conversation = self._conversation(whose, _beginning(body))
+            row.conversation = self.conversation(access, body)
         for name, value in access.columns.items():
             setattr(row, name, value)
         self.writer.put(row)

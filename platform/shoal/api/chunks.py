@@ -57,6 +57,7 @@ class ChunkAnswer(Answer):
                 started |= {index} if ready else set()
                 sent = [self._sse(chunk) for chunk in opening]
                 sent += [self._sse(chunk) for event in ready for chunk in self._chunks(index, event)]
+                await self.ended()
                 if sent:  # else part of a character, or of a call
                     yield b"".join(sent)
         usage = {**self._head, "object": self._chunk_object, "choices": [], "usage": self.usage()}

@@ -10,7 +10,7 @@ import asyncio
 import copy
 import logging
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from shoal.api.access import Access
-from shoal.api.answers import Answer
+from shoal.api.answers import Answer, Store
 from shoal.api.bodies import ChatRequest
 from shoal.api.capture import Recorder
 from shoal.api.client import ClientGone, EngineClient, Events, gather, while_connected
@@ -31,6 +31,7 @@ from shoal.api.limits import Limits
 from shoal.api.messages import errors
 from shoal.api.metrics import Metrics
 from shoal.api.requests import EngineCall
+from shoal.api.responses.bodies import ResponsesRequest
 from shoal.api.served import ServedModel
 from shoal.api.split import Note, Split
 from shoal.api.storing import Storing
@@ -39,7 +40,6 @@ from shoal.engine.events import Token
 from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError, frames
 
 T = TypeVar("T")
-Store = Callable[[], Awaitable[None]]  # keeps the texts of an answer that is complete
 
 
 class Generates(Protocol):
@@ -138,11 +138,13 @@ class Service:
 
     def _is_used(self, name: str, body: Wire, access: Access) -> bool:
         """Whether a field that changes nothing elsewhere does here, where texts are kept."""
-        stores = isinstance(body, ChatRequest) and body.store and self._stores(access)
-        return stores and name in ("store", "metadata")
+        return name in ("store", "metadata") and isinstance(body, ChatRequest) and bool(self._store_of(body, access))
 
-    def _stores(self, access: Access) -> bool:
-        return self.storing is not None and self.storing.may_store(access)
+    def _store_of(self, body: object, access: Access) -> Store | None:
+        """What keeps the texts of a request and its answer; None unless it says so, and may."""
+        if isinstance(body, (ChatRequest, ResponsesRequest)) and body.store and self.storing is not None:
+            return partial(self.storing.store, access, body) if self.storing.may_store(access) else None
+        return None
 
     async def prepared(self, request: Request, work: Callable[[], T]) -> T:
         """What `work` gives, in a thread, when it is the turn of who asks; the body must have been read. Raises ClientGone."""
@@ -166,19 +168,12 @@ class Service:
             self.recorder.answered(request.state.access, body, call, answer)
         if self.storing is not None:
             self.storing.votes.saw(answer.id)
-        store = None
-        if (
-            self.storing is not None
-            and isinstance(body, ChatRequest)
-            and body.store
-            and self._stores(request.state.access)
-        ):
-            store = partial(self.storing.store, request.state.access, body, answer)
+        answer.store = self._store_of(body, request.state.access)
         client, note = hosted.client, Note()
         if isinstance(client, Split):
             note.conversation = _conversation(request, body) if client.trial else b""
             client = client.asked(note)
-        return await self._answer(request, client, call, answer, note, store, stream=body.stream)
+        return await self._answer(request, client, call, answer, note, stream=body.stream)
 
     async def _answer(
         self,
@@ -187,12 +182,11 @@ class Service:
         call: EngineCall,
         answer: Answer,
         note: Note,
-        store: Store | None,
         *,
         stream: bool,
     ) -> Response:
-        """Runs `call` and sends `answer` whole or as a stream, `store` before its end; a client that leaves cancels it at any
-        point. `note` is filled meanwhile."""
+        """Runs `call` and sends `answer` whole or as a stream; a client that leaves cancels it at any point. `note` is filled
+        meanwhile."""
         access: Access = request.state.access
         access.read(call.prompt_tokens)
         access.unused += call.unused
@@ -214,10 +208,8 @@ class Service:
         if not stream:
             whole = await while_connected(request.receive, answer.whole(events))
             access.facts["depth"] = answer.depth()
-            if store is not None:
-                await store()
             return Response(dumps(whole), media_type="application/json", headers=_told_of(answer.depth(), note))
-        chunks = answer.chunks(events) if store is None else _stored(answer.chunks(events), answer, store)
+        chunks = answer.chunks(events)
         first = await while_connected(request.receive, anext(chunks))  # until here an error has its own status
         headers = _told_of(answer.early_depth(), note)
         return _EventStream(self._guarded(first, chunks, answer, access), headers, access)
@@ -275,17 +267,6 @@ class Service:
         access.facts["param"] = body["error"]["param"]
         self.metrics.failed(access.served, body["error"]["code"] or str(status))
         return status, errors.as_theirs(body, status, access.id) if errors.is_theirs(access.path) else body
-
-
-async def _stored(chunks: AsyncGenerator[bytes, None], answer: Answer, store: Store) -> AsyncGenerator[bytes, None]:
-    """`chunks`, the last of which waits until the answer is stored: who has read it will find it."""
-    async with aclosing(chunks):
-        waits = True
-        async for chunk in chunks:
-            if waits and all(choice.finished is not None for choice in answer.choices):
-                waits = False
-                await store()
-            yield chunk
 
 
 def _shares(request: Request, access: Access) -> tuple[str, str]:

@@ -17,9 +17,11 @@ from shoal.api.access import Access
 from shoal.api.answers import Answer
 from shoal.api.bodies import ChatRequest, Metadata
 from shoal.api.capture import Recorder
+from shoal.api.responses.bodies import ResponsesRequest
+from shoal.api.responses.items import kept_items
 from shoal.api.wire import NotFoundError, Wire
 from shoal.errors import RequestError
-from shoal.loop.texts import Texts
+from shoal.loop.texts import Responses, Texts
 from shoal.loop.votes import Vote, Votes
 
 T = TypeVar("T")
@@ -51,6 +53,7 @@ class Storing:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self.texts, self.votes = Texts(recorder.capture), Votes(recorder.capture)
+        self.responses = Responses(recorder.capture)
         self.counts = recorder.feedback
 
     def may_store(self, access: Access) -> bool:
@@ -65,18 +68,35 @@ class Storing:
         """Who votes."""
         return self._recorder.subject(None if access.key is None else access.key.name, user)
 
-    async def store(self, access: Access, body: ChatRequest, answer: Answer) -> None:
-        """Keep the texts of an answer that is complete; one that cannot be kept is counted, and its row says so."""
-        messages = [_plain(message.model_dump(mode="json", exclude_unset=True)) for message in body.messages]
-        whose = self.voter(access, body.user)
-        put = partial(self.texts.put, self.owner(access), whose, messages, answer.complete(), body.metadata)
+    async def store(self, access: Access, body: ChatRequest | ResponsesRequest, answer: Answer) -> bool:
+        """Keep the texts of an answer that is complete, and whether that was done; one that cannot be kept is counted, and its
+        row says so."""
+        put = self._chat if isinstance(body, ChatRequest) else self._response
         try:
             async with asyncio.timeout(STORE_SECONDS):
-                await asyncio.to_thread(put)
+                stored = await asyncio.to_thread(put, access, body, answer.complete())  # type: ignore[arg-type]
         except (OSError, TimeoutError):
             self._recorder.writer.dropped["texts"] += 1
-        else:
+            return False
+        if stored:
             access.columns["stored"] = True
+        return stored
+
+    def _chat(self, access: Access, body: ChatRequest, answer: dict[str, Any]) -> bool:
+        messages = [_plain(message.model_dump(mode="json", exclude_unset=True)) for message in body.messages]
+        whose = self.voter(access, body.user)
+        return self.texts.put(self.owner(access), whose, messages, answer, body.metadata)
+
+    def _response(self, access: Access, body: ResponsesRequest, answer: dict[str, Any]) -> bool:
+        talk = access.columns.get("conversation") or self._recorder.conversation(access, body)
+        return self.responses.put_response(
+            self.owner(access),
+            self.voter(access, body.user),
+            kept_items(body, answer["id"]),
+            answer,
+            previous=body.previous_response_id,
+            conversation=talk,
+        )
 
     async def vote(self, vote: Vote) -> None:
         """Raises NotFoundError for an answer that nobody captured."""

@@ -107,7 +107,7 @@ def _texts(capture: Capture, who: Forgotten) -> int:
 
 
 def _stored(capture: Capture, who: Forgotten) -> Iterator[Path]:
-    for path in (capture.folder / TEXTS).glob("day=*/chatcmpl-*.json"):
+    for path in (capture.folder / TEXTS).glob("day=*/*.json"):
         with suppress(FileNotFoundError):  # it is deleted meanwhile
             if path.stem in who.ids or json.loads(path.read_text("utf-8")).get("subject") in who.subjects:
                 yield path

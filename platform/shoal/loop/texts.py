@@ -2,6 +2,11 @@
 
     CAPTURE/texts/day=2026-11-27/chatcmpl-....json
         {"id", "at", "owner", "subject", "messages", "completion", "metadata", "scrubbed"}
+    CAPTURE/texts/day=2026-11-27/resp_....json
+        {"id", "at", "owner", "subject", "previous", "conversation", "items", "response", "scrubbed"}
+
+A response has the items of its own turn alone, and the id of the one before it: each text lies in one place, and is gone when
+that is.
 
 Notable: personal data is taken out before the disk (`data.operators.pii`); `scrubbed` says how often, by kind, of the messages
 and of the answer. What was written in another form stays: names and postal addresses do, always. A row whose answer was
@@ -19,16 +24,18 @@ from pathlib import Path
 from typing import Any
 
 from shoal.data.operators import pii
-from shoal.errors import DataError
+from shoal.errors import DataError, RequestError
 from shoal.loop.capture import FORGOTTEN, TEXTS, Capture, append, day_of, now_ms
 from shoal.machine import write_aside
 
-ID = re.compile(r"chatcmpl-[0-9a-f]{32}", re.ASCII)
+HEX = re.compile(r"[0-9a-f]{32}", re.ASCII)
 Stored = dict[str, Any]
 
 
 class Texts:
-    """What is stored in a capture."""
+    """The chats that are stored in a capture."""
+
+    prefix = "chatcmpl-"  # of their ids
 
     def __init__(self, capture: Capture, wall: Callable[[], int] = now_ms) -> None:
         self._capture, self._wall = capture, wall
@@ -41,29 +48,34 @@ class Texts:
         messages: list[Any],
         completion: Mapping[str, Any],
         metadata: Mapping[str, str],
-    ) -> None:
-        """Store one, for `owner` alone to see. Raises OSError."""
-        at, asked, answered = self._wall(), Counter[str](), Counter[str]()
+    ) -> bool:
+        """Store one, for `owner` alone to see; false of a `subject` that was forgotten. Raises OSError."""
+        asked, answered = Counter[str](), Counter[str]()
         found = {
-            "id": completion["id"],
-            "at": at,
-            "owner": owner,
-            "subject": subject,
             "messages": _scrubbed(messages, asked),
             "completion": {**_worded(completion), "choices": _scrubbed(_worded(completion)["choices"], answered)},
             "metadata": _scrubbed(dict(metadata), asked),
             "scrubbed": {"messages": dict(asked), "answer": dict(answered)},
         }
+        return self._write(completion["id"], owner, subject, found)
+
+    def _write(self, id_: str, owner: str, subject: str | None, texts: Stored) -> bool:
+        at = self._wall()
+        found = {"id": id_, "at": at, "owner": owner, "subject": subject, **texts}
+        if self._capture.forgotten().hides(found):
+            return False
         folder = self._folder / f"day={day_of(at)}"
         self._folder.mkdir(exist_ok=True, mode=0o700)
         folder.mkdir(exist_ok=True, mode=0o700)
-        write_aside(folder / f"{completion['id']}.json", json.dumps(found) + "\n")
+        write_aside(folder / f"{id_}.json", json.dumps(found) + "\n")
+        return True
 
     def get(self, owner: str, id_: str) -> Stored | None:
-        """The one with this id, where `owner` has it."""
+        """The one with this id, where `owner` has it, and nobody forgot it."""
         path = self._path(id_)
         found = None if path is None else _read(path)
-        return found if found is not None and found["owner"] == owner else None
+        there = found is not None and found["owner"] == owner and not self._capture.forgotten().hides(found)
+        return found if there else None
 
     def tag(self, owner: str, id_: str, metadata: Mapping[str, str]) -> Stored | None:
         """Give it this metadata in place of what it has; returns it. Raises OSError."""
@@ -91,16 +103,60 @@ class Texts:
         """All that `owner` has [anybody], by the time at which they were stored; none that is forgotten."""
         forgotten = self._capture.forgotten()
         for day in sorted(self._capture.days(TEXTS), reverse=newest):
-            some = [_read(path) for path in (self._folder / f"day={day}").glob("chatcmpl-*.json")]
+            some = [_read(path) for path in (self._folder / f"day={day}").glob(f"{self.prefix}*.json")]
             kept = [one for one in some if one is not None and not forgotten.hides(one)]
             for one in sorted(kept, key=lambda one: (one["at"], one["id"]), reverse=newest):
                 if owner is None or one["owner"] == owner:
                     yield one
 
     def _path(self, id_: str) -> Path | None:
-        if not ID.fullmatch(id_):
+        if not (id_.startswith(self.prefix) and HEX.fullmatch(id_.removeprefix(self.prefix))):
             return None
         return next(iter(self._folder.glob(f"day=*/{id_}.json")), None)
+
+
+class Responses(Texts):
+    """The responses that are stored in a capture."""
+
+    prefix = "resp_"
+
+    def put_response(
+        self,
+        owner: str,
+        subject: str | None,
+        items: list[Any],
+        response: Mapping[str, Any],
+        *,
+        previous: str | None,
+        conversation: str | None,
+    ) -> bool:
+        """As `put`: the `items` of this turn's input, and what was answered; `conversation` is that of the captured rows."""
+        asked, answered = Counter[str](), Counter[str]()
+        output = _scrubbed(response["output"], answered)
+        found = {
+            "previous": previous,
+            "conversation": conversation,
+            "items": _scrubbed(items, asked),
+            "response": {**_scrubbed({**response, "output": []}, asked), "output": output},
+            "scrubbed": {"messages": dict(asked), "answer": dict(answered)},
+        }
+        return self._write(response["id"], owner, subject, found)
+
+    def back(self, owner: str, id_: str, most: int) -> Iterator[Stored | None]:
+        """The response `id_`, the one before it, and so on to the first; None in place of one that is not there, or not of
+        `owner`. Raises RequestError before more than `most` bytes are read."""
+        size, name = 0, id_
+        while name is not None:
+            found = self.get(owner, name)
+            if found is None:
+                yield None
+                return
+            size += len(json.dumps(found))
+            if size > most:
+                do = "send the items that matter as `input`, without previous_response_id"
+                raise RequestError("the turns before are too long", got=f"{size} bytes", allowed=f"{most}", do=do)
+            yield found
+            name = found["previous"]
 
 
 def clean(text: str, counts: Counter[str] | None = None) -> str:
@@ -122,11 +178,14 @@ def _scrubbed(value: Any, counts: Counter[str]) -> Any:
         return clean(value, counts)
     if isinstance(value, list):
         return [_scrubbed(each, counts) for each in _joined(value)]
-    return (
-        {clean(name, counts): _scrubbed(each, counts) for name, each in value.items()}
-        if isinstance(value, dict)
-        else value
-    )
+    if not isinstance(value, dict):
+        return value
+    return {
+        clean(name, counts): _arguments(each, counts)
+        if name == "arguments" and isinstance(each, str)
+        else _scrubbed(each, counts)
+        for name, each in value.items()
+    }
 
 
 def _joined(parts: list[Any]) -> list[Any]:
@@ -139,6 +198,27 @@ def _joined(parts: list[Any]) -> list[Any]:
         apart = clean("".join(texts)) != "".join(map(clean, texts))
         found += [{**some[0], "text": "".join(texts)}] if apart else some
     return found
+
+
+def _arguments(text: str, counts: Counter[str]) -> str:
+    """The arguments of a call, clean, and JSON where they were JSON: a number that is somebody's becomes a text."""
+    try:
+        value = json.loads(text)
+        kept = _clean_json(value, counts)
+    except (ValueError, RecursionError):
+        return clean(text, counts)
+    return text if kept == value else json.dumps(kept, ensure_ascii=False)
+
+
+def _clean_json(value: Any, counts: Counter[str]) -> Any:
+    if isinstance(value, list):
+        return [_clean_json(each, counts) for each in value]
+    if isinstance(value, dict):
+        return {clean(name, counts): _clean_json(each, counts) for name, each in value.items()}
+    if isinstance(value, bool) or value is None:
+        return value
+    kept = clean(str(value), counts)
+    return value if kept == str(value) else kept
 
 
 def _read(path: Path) -> Stored | None:

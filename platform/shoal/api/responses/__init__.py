@@ -1,1 +1,1 @@
-"""``/v1/responses``: OpenAI's newer protocol over the same engine call as a chat. Nothing is kept between requests."""
+"""``/v1/responses``: OpenAI's newer protocol over the same engine call as a chat. Kept is what is stored, in a capture."""

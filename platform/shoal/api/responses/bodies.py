@@ -11,6 +11,7 @@ from shoal.api.wire import Wire
 
 _HINT = "taken, changes nothing: "
 KEPT = "texts are not kept here: send the items of the turns before as `input`"
+NO_TALKS = "there are none here: go on by previous_response_id, or send the items of the turns before as `input`"
 
 
 # ---- input -----------------------------------------------------------------------------------------------------------
@@ -164,8 +165,18 @@ class ResponseStreamOptions(Wire):
 
 class ResponsesRequest(Wire):
     model: str = Field(description="a name that /v1/models lists")
-    input: Input = Field(description="a text, or the items of all turns so far")
-    instructions: str | None = Field(None, description="the system text")
+    input: Input = Field(description="a text, or items: of all turns so far, or of those after previous_response_id")
+    instructions: str | None = Field(None, description="the system text; that of turns before does not count")
+    store: bool = Field(
+        False,
+        description="keep input and answer, without usual personal data and images, to be gone on from and read: where server "
+        "and key allow it, else 400",
+    )
+    previous_response_id: str | None = Field(
+        None,
+        max_length=256,
+        description="a stored response: what was said up to it comes before `input`, as it is stored",
+    )
     max_output_tokens: int | None = Field(None, ge=1, description="default: what the prompt leaves of the context")
     temperature: float = Field(1.0, description="0 is greedy")
     top_p: float = 1.0
@@ -200,9 +211,7 @@ class ResponsesRequest(Wire):
         "safety_identifier": (),
     }
     refused: ClassVar[Refused] = {
-        "store": ((False,), KEPT),
-        "previous_response_id": ((), KEPT),
-        "conversation": ((), KEPT),
+        "conversation": ((), NO_TALKS),
         "background": ((False,), "an answer is sent to who asks for it"),
         "prompt": ((), "no prompts are kept here"),
         "truncation": (("disabled",), "leave out items yourself: no more than the context holds is read"),

@@ -10,6 +10,7 @@ from shoal.api.bodies import ChatRequest
 from shoal.api.limits import Limits, at_most
 from shoal.api.requests import EngineCall, chat_call, said, told_as
 from shoal.api.responses.bodies import (
+    AnyItem,
     CallItem,
     Format,
     InputImage,
@@ -25,14 +26,17 @@ from shoal.errors import RequestError
 NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}  # of a chat's fields
 
 
-def responses_call(body: ResponsesRequest, served: ServedModel, limits: Limits) -> EngineCall:
-    """Raises RequestError naming the field that cannot be served; ContextLengthError."""
+def responses_call(
+    body: ResponsesRequest, served: ServedModel, limits: Limits, before: Sequence[AnyItem] = ()
+) -> EngineCall:
+    """The call of `body`, whose input comes after the items `before` it. Raises RequestError naming the field that cannot be
+    served; ContextLengthError."""
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options", param="stream_options", do="set stream to true as well")
     effort = body.reasoning.effort if body.reasoning else None
     if effort is not None and body.depth is not None:
         raise RequestError("reasoning.effort and depth", param="depth", do="give one of them")
-    messages, sources = _chat(body, limits)
+    messages, sources = _chat(body, limits, before)
     choice: Any = body.tool_choice
     if isinstance(choice, NamedFunction):
         choice = {"type": "function", "function": {"name": choice.name}}
@@ -55,7 +59,7 @@ def responses_call(body: ResponsesRequest, served: ServedModel, limits: Limits) 
     return replace(call, guided_by=NAMES.get(call.guided_by, call.guided_by))
 
 
-def _chat(body: ResponsesRequest, limits: Limits) -> tuple[list[dict[str, Any]], list[str]]:
+def _chat(body: ResponsesRequest, limits: Limits, before: Sequence[AnyItem]) -> tuple[list[dict[str, Any]], list[str]]:
     """The messages of a chat, and where each comes from. A call belongs to the assistant's message before it."""
     chat: list[dict[str, Any]] = []
     sources: list[str] = []
@@ -63,11 +67,12 @@ def _chat(body: ResponsesRequest, limits: Limits) -> tuple[list[dict[str, Any]],
     if body.instructions:
         chat.append({"role": "system", "content": body.instructions})
         sources.append("instructions")
-    if isinstance(body.input, str):
-        return [*chat, {"role": "user", "content": body.input}], [*sources, "input"]
-    at_most("input", len(body.input), limits.messages, "items")
-    for index, item in enumerate(body.input):
-        where = f"input[{index}]"
+    new: Sequence[AnyItem] = [] if isinstance(body.input, str) else body.input
+    at_most(
+        "input", len(new) + len(before), limits.messages, "items with those of the turns before" if before else "items"
+    )
+    places = [(item, "previous_response_id") for item in before]
+    for item, where in (*places, *((item, f"input[{index}]") for index, item in enumerate(new))):
         if isinstance(item, CallItem):
             called.add(item.call_id)
             function = {"name": item.name, "arguments": item.arguments}
@@ -81,6 +86,8 @@ def _chat(body: ResponsesRequest, limits: Limits) -> tuple[list[dict[str, Any]],
         else:
             chat.append(_message(item, where))
         sources.append(where)
+    if isinstance(body.input, str):
+        return [*chat, {"role": "user", "content": body.input}], [*sources, "input"]
     return chat, sources
 
 

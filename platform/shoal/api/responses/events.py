@@ -20,6 +20,8 @@ class ResponseAnswer(BlockAnswer):
     def __init__(self, call: EngineCall, served: ServedModel, body: ResponsesRequest) -> None:
         super().__init__(call, served)
         self._created, self._sent = int(time.time()), 0
+        self._completed: int | None = None
+        self._previous, self.stored = body.previous_response_id, body.store  # what may not be stored never comes here
         text = body.text.format if body.text and body.text.format else None
         choice, drawn = body.tool_choice, call.requests[0].sampling
         shape = {"type": "text"} if text is None else text.model_dump(by_alias=True, exclude_none=True)
@@ -38,6 +40,7 @@ class ResponseAnswer(BlockAnswer):
         }
 
     def failed(self, envelope: dict[str, Any]) -> bytes:
+        self.stored = False
         error = {"code": "server_error", "message": envelope["error"]["message"]}
         return self._event("response.failed", response=self._response("failed", error=error))
 
@@ -83,18 +86,20 @@ class ResponseAnswer(BlockAnswer):
 
     def _response(self, status: str, *, error: dict[str, Any] | None = None) -> dict[str, Any]:
         ended = status in ("completed", "incomplete")
+        if status == "completed" and self._completed is None:
+            self._completed = int(time.time())
         return {
             "id": self.id,
             "object": "response",
             "created_at": self._created,
-            "completed_at": int(time.time()) if status == "completed" else None,
+            "completed_at": self._completed,
             "status": status,
             "error": error,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "model": self._served.name,
             "output": [self._item(block) for block in self.blocks.all] if ended else [],
-            "previous_response_id": None,
-            "store": False,
+            "previous_response_id": self._previous,
+            "store": self.stored,
             "background": False,
             "truncation": "disabled",
             "usage": self._usage() if ended else None,

@@ -11,8 +11,8 @@ from shoal.api.responses import calls
 from shoal.api.responses.bodies import ResponsesRequest
 from shoal.api.responses.events import ResponseAnswer
 from shoal.api.responses.shapes import ResponseEvent, ResponseOut
+from shoal.api.responses.stored import add_stored, items_before
 from shoal.api.service import Service
-from shoal.api.wire import NotFoundError
 
 
 def responses_routes(service: Service) -> APIRouter:
@@ -24,19 +24,11 @@ def responses_routes(service: Service) -> APIRouter:
         responses=answered(ResponseOut, *POSTED, chunk=ResponseEvent),
     )
     async def responses(request: Request) -> Response:
-        """An answer to all turns so far; with `stream`, the events of it. Nothing of it is kept."""
+        """An answer to all turns so far; with `stream`, the events of it. Kept with `store` alone, where that is allowed."""
         body = await service.read_body(request, ResponsesRequest)
-        return await service.generated(request, body, calls.responses_call, partial(ResponseAnswer, body=body))
+        before = await items_before(service, request.state.access, body)
+        to_call = partial(calls.responses_call, before=before)
+        return await service.generated(request, body, to_call, partial(ResponseAnswer, body=body))
 
-    async def kept(response_id: str) -> Response:
-        """Always 404: answers are not kept."""
-        got = response_id[:80]
-        raise NotFoundError(
-            "no such response", got=got, do="send the items of the turns before as `input`: none is kept"
-        )
-
-    for path, methods in (("", ["GET", "DELETE"]), ("/cancel", ["POST"]), ("/input_items", ["GET"])):
-        router.add_api_route(
-            "/{response_id}" + path, kept, methods=methods, response_model=None, include_in_schema=False
-        )
+    add_stored(router, service)
     return router

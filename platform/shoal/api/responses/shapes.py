@@ -72,8 +72,8 @@ class ResponseOut(TypedDict):
     incomplete_details: IncompleteDetails | None
     model: str
     output: list[MessageItemOut | CallItemOut]
-    previous_response_id: None
-    store: Literal[False]
+    previous_response_id: str | None
+    store: bool  # whether it is kept; in the first events of a stream, whether it is to be
     background: Literal[False]
     truncation: Literal["disabled"]
     usage: ResponseUsage | None
@@ -88,6 +88,41 @@ class ResponseOut(TypedDict):
     tools: list[dict[str, Any]]
     top_p: float
     user: str | None
+
+
+class InputTextOut(TypedDict):
+    type: Literal["input_text"]
+    text: str  # "[image]" for an image
+
+
+class InputMessageOut(TypedDict):
+    id: str
+    type: Literal["message"]
+    role: Literal["user", "system", "developer"]
+    status: str
+    content: list[InputTextOut]
+
+
+class CallOutputOut(TypedDict):
+    id: str
+    type: Literal["function_call_output"]
+    status: str
+    call_id: str
+    output: str | list[InputTextOut]
+
+
+class InputItems(TypedDict):
+    object: Literal["list"]
+    data: list[InputMessageOut | MessageItemOut | CallItemOut | CallOutputOut]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class ResponseDeleted(TypedDict):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
 
 
 @with_config(ConfigDict(extra="allow"))
