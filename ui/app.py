@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 import openai
 
-from ui import compare, guard, releases, service, talk, training
+from ui import bubbles, compare, guard, releases, service, training
 from ui.assistants import ASSISTANTS, PICTURES
 from ui.chat import AT_ONCE, build_chat
 from ui.site import Site
@@ -39,7 +39,7 @@ def build(base_url: str, model: str | None, root: str, api: openai.AsyncOpenAI) 
     for module in (compare, training, releases, service):
         with page.route(module.PLACE.name, module.PLACE.path, show_in_navbar=False):
             module.build(at)
-    gr.set_static_paths([talk.LOST_PICTURE, *(Path(file) for file in PICTURES)])
+    gr.set_static_paths([bubbles.LOST_PICTURE, *(Path(file) for file in PICTURES)])
     _mend(page)
     page.queue(default_concurrency_limit=AT_ONCE)
     return page

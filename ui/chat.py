@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 import openai
 
-from ui import history, site, talk, words
+from ui import bubbles, history, site, talk, vote, words
 from ui.assistants import Assistant
 from ui.site import QUIET, Component, Key, Site
 from ui.talk import Said, Settings
@@ -54,9 +54,11 @@ def build_chat(at: Site, assistant: Assistant) -> None:
             chat = _chatbot(assistant)
             with gr.Group():
                 box = _textbox()
+            keep, remembered = vote.keep_box()
         settings.render()
     _describe(at, assistant, head, controls, key)
-    answering = _talk(at, assistant, chat, box, [*controls.values(), key.box], [command, key.box])
+    answering = _talk(at, assistant, chat, box, [*controls.values(), keep, key.box], [command, key.box])
+    vote.build(at, chat, key, keep, remembered)
     _remember(at, assistant, chat, kept, answering)
     _offer(chat, controls["system"], kept)
 
@@ -92,7 +94,7 @@ def _talk(
 
 
 def _replies(at: Site) -> Any:
-    """What answers the last question of a conversation; its arguments follow the order of `_controls`."""
+    """What answers the last question of a conversation; its arguments follow the order of `_controls`, then `keep`."""
 
     async def reply(
         shown: list[dict[str, Any]],
@@ -104,6 +106,7 @@ def _replies(at: Site) -> Any:
         top_p: float,
         seed: str,
         tolerance: str,
+        keep: bool,
         key: str,
     ) -> AsyncIterator[tuple[Any, Any, Any]]:
         if not shown or shown[-1]["role"] != "user":
@@ -111,32 +114,36 @@ def _replies(at: Site) -> Any:
             return
         try:
             given = talk.number("Seed", seed, whole=True), talk.number("Tolerance", tolerance)
-            if talk.lacks_picture(shown[-1]):
+            if bubbles.lacks_picture(shown[-1]):
                 raise ValueError("The server does not have this picture any more: add it once more, and ask again.")
             began = time.perf_counter()
             async with aclosing(talk.insist(lambda: at.cards(key))) as found:
                 async for cards in found:
                     if not isinstance(cards, list):
                         waits = time.perf_counter() - began
-                        yield [*shown, talk.said(Said("", waits=waits, refused=True))], gr.skip(), gr.skip()
+                        yield [*shown, bubbles.said(Said("", waits=waits, refused=True))], gr.skip(), gr.skip()
         except ValueError as error:
-            yield [*shown, talk.faulty(str(error))], gr.skip(), gr.skip()
+            yield [*shown, bubbles.faulty(str(error))], gr.skip(), gr.skip()
             return
         except openai.OpenAIError as error:
             # also a service that had no keys when the page opened
             locked = isinstance(error, openai.AuthenticationError)
-            yield [*shown, talk.faulty(talk.reason(error))], gr.skip(), Key.shown(key, error) if locked else gr.skip()
+            yield (
+                [*shown, bubbles.faulty(talk.reason(error))],
+                gr.skip(),
+                Key.shown(key, error) if locked else gr.skip(),
+            )
             return
         assert isinstance(cards, list)
         card = site.of(cards, model)
-        asked = talk.conversation(shown, system.strip())
-        settings, told = Settings(depth, int(most), temperature, top_p, *given), None
+        asked = bubbles.conversation(shown, system.strip())
+        settings, told = Settings(depth, int(most), temperature, top_p, *given, store=bool(keep)), None
         async with aclosing(talk.stream(at.client(key), card, asked, settings)) as states:
             async for state in states:
                 sent = state.settings or settings
                 command = gr.skip() if sent == told else words.curl(at.url, sent.body(card.name, asked), key=bool(key))
                 told = sent
-                yield [*shown, talk.said(state)], command, gr.skip()
+                yield [*shown, bubbles.said(state)], command, gr.skip()
 
     return reply
 

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 import openai
 
-from ui import site, talk
+from ui import bubbles, site, talk
 from ui.chat import IMAGES
 from ui.look import Place
 from ui.site import QUIET, Component, Key, Site
@@ -191,20 +191,20 @@ def _run(at: Site) -> Any:
         *picks: str,
     ) -> AsyncIterator[list[str]]:
         if not (prompt["text"].strip() or prompt["files"]):
-            yield [talk.fault("Write a prompt first."), *[_waiting()] * (MOST - 1)]
+            yield [bubbles.fault("Write a prompt first."), *[_waiting()] * (MOST - 1)]
             return
-        if str(talk.LOST_PICTURE) in prompt["files"]:
+        if str(bubbles.LOST_PICTURE) in prompt["files"]:
             yield [
-                talk.fault("The server does not have this picture any more: add it once more."),
+                bubbles.fault("The server does not have this picture any more: add it once more."),
                 *[_waiting()] * (MOST - 1),
             ]
             return
         try:
             cards = await at.cards(key)
         except openai.OpenAIError as error:
-            yield [talk.fault(talk.reason(error)), *[_waiting()] * (MOST - 1)]
+            yield [bubbles.fault(talk.reason(error)), *[_waiting()] * (MOST - 1)]
             return
-        asked = talk.messages([], prompt)
+        asked = bubbles.messages([], prompt)
         chosen = list(zip(picks[::2], picks[1::2], strict=True))[:columns]
         streams = []
         for model, depth in chosen:
@@ -237,4 +237,4 @@ def _shown(state: Said | None) -> str:
     if state is None or not (state.text or state.whole or state.fault):
         return _asking(state.waits if state else None)
     text = f'<div class="answer">{html.escape(state.text)}</div>' if state.text or not state.fault else ""
-    return text + (f'<div role="status">{talk.beneath(state)}</div>' if state.whole else talk.beneath(state))
+    return text + (f'<div role="status">{bubbles.beneath(state)}</div>' if state.whole else bubbles.beneath(state))

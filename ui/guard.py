@@ -20,7 +20,7 @@ from gradio.utils import is_static_file
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ui.talk import LOST_PICTURE
+from ui.bubbles import LOST_PICTURE
 
 UPLOAD = "/gradio_api/upload"
 KEPT_SECONDS, LOOKED_EVERY = 3600, 300  # an upload is removed after so long, within so long
@@ -86,7 +86,7 @@ def folder() -> Path:
 
 
 def with_lost(given: Any) -> Any:
-    """What a page sends, with `talk.LOST_PICTURE` for each picture that is not there: it was removed, or another server has it.
+    """What a page sends, with `LOST_PICTURE` for each picture that is not there: it was removed, or another server has it.
     Gradio would refuse all of it, and with it whatever is asked in a conversation that had a picture an hour ago."""
     if isinstance(given, list):
         return [with_lost(item) for item in given]

@@ -13,14 +13,14 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from ui import talk
+from ui import bubbles, vote
 from ui.talk import Message, Said
 
 STORED_AS = "shoal"  # the browser encrypts with it, so that a restart of the server can still read; it hides nothing
 MOST_CHATS, MOST_CHARACTERS = 20, 500_000  # a browser keeps about 5 MB a site
 TITLE = 40  # characters
 
-Chat = dict[str, Any]  # {"id", "messages": [{"role", "text", "below"}]}
+Chat = dict[str, Any]  # {"id", "messages": [{"role", "text", "below", and of an answer "id", "kept"}]}
 
 LEFT = "The page was left before the first word."
 
@@ -61,7 +61,7 @@ def load(chats: Any, key: str | None) -> list[Message]:
     for number, message in enumerate(kept):
         shown.append(_shown(message))
         if message["role"] == "user" and all(after["role"] == "user" for after in kept[number + 1 : number + 2]):
-            shown.append(talk.none_yet(talk.note(LEFT)))
+            shown.append(bubbles.none_yet(bubbles.note(LEFT)))
     return shown
 
 
@@ -93,26 +93,32 @@ def as_json(shown: Iterable[Message], system: str) -> str:
 def _plain(message: Message) -> Message:
     metadata = message.get("metadata") or {}
     parts = message["content"] if isinstance(message["content"], list) else [message["content"]]
-    texts = [part if isinstance(part, str) else part.get("text", talk.PICTURE) for part in parts]
+    texts = [part if isinstance(part, str) else part.get("text", bubbles.PICTURE) for part in parts]
     if message["role"] == "user":
         return {"role": "user", "text": "\n".join(texts), "below": "", "fault": False}
-    if metadata.get("id") == talk.FAULT:
+    if metadata.get("id") == bubbles.FAULT:
         coming, error = bool(_WAITING.match(texts[0])), texts[0].startswith('<div class="fault"')
         said = LEFT if coming else _bare(texts[0])
         return {"role": "assistant", "text": said, "below": "", "fault": True, "error": error}
-    markup = texts[1] if len(texts) > 1 else ""
+    markup, of = vote.taken_out(texts[1] if len(texts) > 1 else "")
     below = _bare(_WAITING.sub("", markup))
     if markup.startswith(_SO_FAR):  # a page that is still there when the answer ends writes that
         below = below.replace(", stopped after ", ", cut off after ") + ", when the page was left"
-    return {"role": "assistant", "text": metadata.get("log", ""), "below": below, "fault": False}
+    return {"role": "assistant", "text": metadata.get("log", ""), "below": below, "fault": False, **of}
 
 
 def _shown(message: Message) -> Message:
     if message["role"] == "user":
         return {"role": "user", "content": [{"type": "text", "text": message["text"]}]}
     if message.get("fault"):
-        return talk.faulty(message["text"]) if message.get("error", True) else talk.none_yet(talk.note(message["text"]))
-    return talk.said(Said(message["text"], message["below"], whole=True))
+        return (
+            bubbles.faulty(message["text"])
+            if message.get("error", True)
+            else bubbles.none_yet(bubbles.note(message["text"]))
+        )
+    id_, kept = message.get("id"), message.get("kept") is True
+    known = id_ if isinstance(id_, str) and vote.ID.fullmatch(id_) else ""
+    return bubbles.said(Said(message["text"], message["below"], whole=True, id=known, kept=kept))
 
 
 def _bare(markup: str) -> str:
@@ -121,7 +127,7 @@ def _bare(markup: str) -> str:
 
 def _title(chat: Chat) -> str:
     text = " ".join(chat["messages"][0]["text"].split())
-    return text[:TITLE] + "\N{HORIZONTAL ELLIPSIS}" if len(text) > TITLE else text or talk.PICTURE
+    return text[:TITLE] + "\N{HORIZONTAL ELLIPSIS}" if len(text) > TITLE else text or bubbles.PICTURE
 
 
 def _is_chat(chat: Any) -> bool:

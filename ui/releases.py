@@ -11,7 +11,7 @@ import gradio as gr
 import httpx
 import openai
 
-from ui import look, site, talk
+from ui import bubbles, look, site, talk
 from ui.look import UNKNOWN, Place
 from ui.site import QUIET, Component, Key, Site
 
@@ -75,7 +75,7 @@ def _changes(at: Site, path: str, said: str) -> Callable[..., Awaitable[tuple[An
     async def change(given: str, version: str | None, why: str, force: bool) -> tuple[Any, Any]:
         """What is said below the buttons, and the reason: it stays where the change was refused."""
         if not why.strip():
-            return talk.fault("Write the reason first."), gr.skip()
+            return bubbles.fault("Write the reason first."), gr.skip()
         body: dict[str, Any] = {"why": why.strip()}
         if path in ("promote", "canary"):
             body |= {"version": version, "force": bool(force)}
@@ -84,7 +84,7 @@ def _changes(at: Site, path: str, said: str) -> Callable[..., Awaitable[tuple[An
                 f"/shoal/release/{path}", body=body, cast_to=httpx.Response
             )
         except openai.OpenAIError as error:
-            return talk.fault(talk.reason(error)), gr.skip()
+            return bubbles.fault(talk.reason(error)), gr.skip()
         line = said.format(stable=answer.json()["stable"], version=version)
         return f'<p class="note" role="status">{html.escape(line)}</p>', ""
 

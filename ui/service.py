@@ -16,7 +16,7 @@ import gradio as gr
 import httpx
 import openai
 
-from ui import look, readings, site, talk
+from ui import bubbles, look, readings, site, talk
 from ui.look import NONE_YET, SOON, UNKNOWN, Place
 from ui.readings import Metrics, Readings, Seen
 from ui.site import QUIET, Key, Site
@@ -54,7 +54,7 @@ def show(cards: list[Card], metrics: Readings, why: str, ready: str, last: Seen,
     named = {card.name: metrics.get(card.name, {}) for card in cards}
     sections = [look.tiles([("State", ready), *_load(named, last, now)], {"ready": "good", "not ready": "bad"})]
     if why:
-        sections.append(talk.fault(f"No metrics: {why}"))
+        sections.append(bubbles.fault(f"No metrics: {why}"))
     if len(cards) > 1:
         sections.append(_models(cards, named, last, now))
     sections.append('<div class="figures">')

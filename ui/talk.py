@@ -1,26 +1,17 @@
-"""A conversation with the API: what the page shows as the API's messages, and its streamed answer as what a page shows.
-
-Notable: what the page shows of an answer is Markdown made of it, with a line of facts below; the answer itself rides along
-in the message's metadata, and is what the model is told that it said.
-"""
+"""A conversation with the API: its models, a question as a request, the streamed answer as states, errors in one line. What a
+page makes of them: `bubbles`."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import html
 import math
-import mimetypes
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import openai
-
-from ui.words import markdown
 
 T = TypeVar("T")
 
@@ -31,10 +22,7 @@ PATIENCE = 3.0  # seconds without a word, from which on the page says for how lo
 # seconds: of a service that takes no work now, such as one that is being replaced, and of one that is not there, which may be
 # this very process on its way out
 INSISTED, INSISTED_ON_NOBODY, ASKED_EVERY = 60.0, 10.0, 2.0
-FAULT = "fault"  # `id` in the metadata of a message that says why there is no answer
 TOO_LONG = "context_length_exceeded"  # the API's code
-LOST_PICTURE = Path(__file__).parent / "lost.png"  # stands for one that this server does not have (`guard.with_lost`)
-PICTURE = "[picture]"  # what the model is told instead
 
 Message = dict[str, Any]
 
@@ -64,11 +52,12 @@ class Settings:
     top_p: float = 1.0
     seed: int | None = None
     tolerance: float | None = None  # nats a token, with depth "auto" only
+    store: bool = False  # its texts, where the service may
 
     def body(self, model: str, asked: list[Message]) -> dict[str, Any]:
         """The body of the request to /v1/chat/completions."""
         tolerance = self.tolerance if self.depth == "auto" else None
-        given = {"seed": self.seed, "quality_tolerance": tolerance, "depth": self.depth}
+        given = {"seed": self.seed, "quality_tolerance": tolerance, "depth": self.depth, "store": self.store or None}
         most = {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
         return {
             "model": model,
@@ -94,6 +83,8 @@ class Said:
     waits: float | None = None
     settings: Settings | None = None
     refused: bool = False  # the API takes no question now, and is asked again
+    id: str = ""  # of the answer, by which the API knows it; "" where it has none yet
+    kept: bool = False  # its texts are
 
 
 @dataclass(frozen=True)
@@ -107,6 +98,7 @@ class _Opened:
 
     depth: str
     settings: Settings
+    kept: bool  # its texts will be
 
 
 def client(base_url: str) -> openai.AsyncOpenAI:
@@ -147,9 +139,9 @@ async def stream(
                 if isinstance(chunk, Later):
                     last = replace(last, refused=True)
                 elif isinstance(chunk, _Opened):
-                    depth, given, last = chunk.depth, chunk.settings, Said("")
+                    depth, given, last = chunk.depth, chunk.settings, Said("", kept=chunk.kept)
                 elif chunk is not None:
-                    usage = chunk.usage or usage
+                    usage, last = chunk.usage or usage, replace(last, id=chunk.id or last.id)
                     piece = "".join(choice.delta.content or "" for choice in chunk.choices)
                     end = next((choice.finish_reason for choice in chunk.choices if choice.finish_reason), end)
                     text, pieces = text + piece, pieces + (piece != "")
@@ -158,20 +150,20 @@ async def stream(
                 if text != told and (not told or now - shown > SHOWN_EVERY):
                     told, shown = text, now
                     below = facts(depth, pieces, card, f"first after {first:.2f} s, stopped", now - began)
-                    last = Said(text, below, settings=given)
+                    last = replace(last, text=text, below=below, settings=given, refused=False)
                     yield last
                 elif (told or waits) and now - shown > AGAIN_AFTER:
                     shown = now
                     yield last if waits is None else replace(last, waits=waits)
     except openai.OpenAIError as error:
-        yield Said(text, fault=reason(error, card))
+        yield Said(text, fault=reason(error, card), id=last.id)
         return
     more = (usage.model_extra or {}) if usage else {}
     tokens, depth = (usage.completion_tokens, more.get("depth", "")) if usage else (pieces, depth)
     below = facts(depth, tokens, card, f"first after {first:.2f} s, last", time.perf_counter() - began, more)
     if end == "length" and given != settings:
         below += f" \N{MIDDLE DOT} cut off: the conversation fills the {card.context} tokens of context"
-    yield Said(text, below, whole=True, settings=given)
+    yield Said(text, below, whole=True, settings=given, id=last.id, kept=last.kept)
 
 
 async def _chunks(
@@ -197,7 +189,9 @@ async def _chunks(
         else:
             sent, settings = found
     async with sent:
-        yield _Opened(sent.response.headers.get("X-Shoal-Depth", ""), settings)
+        unused = sent.response.headers.get("X-Shoal-Unused", "").split(",")
+        kept = settings.store and "store" not in map(str.strip, unused)
+        yield _Opened(sent.response.headers.get("X-Shoal-Depth", ""), settings, kept)
         async for chunk in sent:
             yield chunk
 
@@ -245,81 +239,6 @@ async def _next(chunks: AsyncIterator[T]) -> T | None:
     return await anext(chunks, None)
 
 
-def messages(history: Iterable[Message], new: Message, system: str = "") -> list[Message]:
-    """The API's messages for what the page shows and the textbox's `new` ({"text", "files"}); a question that got no answer
-    is left out. `system` comes first, if there is one."""
-    return conversation([*history, {"role": "user", "content": _parts(new)}], system)
-
-
-def conversation(shown: Iterable[Message], system: str = "") -> list[Message]:
-    """The API's messages for what the page shows, of which the last is the question."""
-    asked: list[Message] = []
-    for message in shown:
-        metadata = message.get("metadata") or {}
-        if asked and asked[-1]["role"] == "user" and (message["role"] == "user" or metadata.get("id") == FAULT):
-            asked.pop()  # it got no answer
-        if message["role"] == "user":
-            asked.append({"role": "user", "content": _content(message["content"])})
-        elif metadata.get("id") != FAULT:
-            asked.append({"role": "assistant", "content": metadata.get("log", "")})
-    return [*([{"role": "system", "content": system}] if system else []), *asked]
-
-
-def lacks_picture(message: Message) -> bool:
-    """Whether a message of the page has a picture that this server does not have."""
-    return any(not isinstance(part, str) and _path(part) == str(LOST_PICTURE) for part in message["content"])
-
-
-def said(state: Said) -> Message:
-    """A state as a message of the page: the answer, with a line of facts below it, or why there is no more of it, or none."""
-    if not state.text and state.fault:
-        return faulty(state.fault)
-    if not state.text and not state.whole:
-        what = (
-            "The service takes no question now, and is asked again" if state.refused else "Waiting for the first word"
-        )
-        return none_yet(_idle(what, state.waits or 0.0))
-    parts = [{"type": "text", "text": markdown(state.text)}]
-    if below := beneath(state):
-        parts.append({"type": "text", "text": below})
-    return {"role": "assistant", "content": parts, "metadata": {"log": state.text}}
-
-
-def fault(line: str) -> str:
-    """Why something is not there, as markup."""
-    return f'<div class="fault" role="alert">{html.escape(line)}</div>'
-
-
-def note(line: str) -> str:
-    """What happened to an answer, as markup."""
-    return f'<div class="facts">{html.escape(line)}</div>'
-
-
-def beneath(state: Said) -> str:
-    """The line below an answer as markup; empty for none. While an answer comes its line is hidden, and when it is stopped, it
-    stays and is shown (`style.css`, `chat.js`)."""
-    if state.fault:
-        return fault(state.fault)
-    kind = "facts" if state.whole else "sofar"
-    below = f'<div class="{kind}">{html.escape(state.below)}</div>' if state.below else ""
-    return below + (_idle("No further word", state.waits) if state.waits else "")
-
-
-def _idle(what: str, seconds: float) -> str:
-    """For how long nothing came; who hears the page is not told every second."""
-    return f'<div class="waiting">{what}<span aria-hidden="true">, {seconds:.0f} s</span></div>'
-
-
-def faulty(why: str) -> Message:
-    """Why there is no answer, in one line, as a message of the page."""
-    return none_yet(fault(why))
-
-
-def none_yet(markup: str) -> Message:
-    """A message of the page that says what is with the answer, and is none."""
-    return {"role": "assistant", "content": [{"type": "text", "text": markup}], "metadata": {"id": FAULT}}
-
-
 def number(name: str, text: str, *, whole: bool = False) -> Any:
     """What was typed for a setting; None for nothing. Raises ValueError with a line for the page."""
     if not text.strip():
@@ -364,37 +283,3 @@ def facts(depth: str, tokens: int, card: Card, times: str, total: float, usage: 
         else ""
     )
     return f"{ran}{tokens} token{'s' * (tokens != 1)}{speed}{lost} · {times} after {total:.2f} s"
-
-
-def _parts(new: Message) -> list[Any]:
-    return [*({"path": file} for file in new.get("files") or []), new.get("text") or ""]
-
-
-def _content(content: Any) -> str | list[Message]:
-    """A user's content in either of Gradio's forms as the API's: plain text, or images as data URLs and then text."""
-    items = content if isinstance(content, list) else [content]
-    text = "\n".join(filter(None, map(_text, items)))
-    images: list[Message] = [
-        {"type": "image_url", "image_url": {"url": _data_url(path)}}
-        for path in map(_path, items)
-        if path not in ("", str(LOST_PICTURE))
-    ]
-    if not images:
-        return text
-    return [*images, {"type": "text", "text": text}] if text else images
-
-
-def _text(item: Any) -> str:
-    if isinstance(item, str):
-        return item
-    return PICTURE if _path(item) == str(LOST_PICTURE) else item.get("text", "")
-
-
-def _path(item: Any) -> str:
-    """Of a file; empty for text. A string is always text: what somebody types is never opened."""
-    return "" if isinstance(item, str) else item.get("path") or item.get("file", {}).get("path", "")
-
-
-def _data_url(path: str) -> str:
-    kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
-    return f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"

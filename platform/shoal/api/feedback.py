@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 
 from shoal.api.document import ASKED, POSTED, answered, body_of, refused
 from shoal.api.service import Service
-from shoal.api.shapes import Deleted, FeedbackTaken, StoredCompletion, StoredList, StoredMessages
+from shoal.api.shapes import Deleted, FeedbackSettings, FeedbackTaken, StoredCompletion, StoredList, StoredMessages
 from shoal.api.storing import FeedbackRequest, StoredUpdate, Storing, kept
 from shoal.api.wire import NotFoundError, dumps
 from shoal.errors import RequestError
@@ -39,6 +39,17 @@ def feedback_routes(service: Service) -> APIRouter:
         if storing is None:
             raise NotFoundError("nothing is captured", do="start the service with --capture DIR, or args.capture")
         return storing
+
+    @router.get("/shoal/feedback", responses=refused(*ASKED))
+    async def settings(request: Request) -> FeedbackSettings:
+        """What this key may say of answers here."""
+        texts = storing is not None and storing.may_store(request.state.access)
+        return {
+            "object": "shoal.feedback.settings",
+            "captured": storing is not None,
+            "texts": texts,
+            "texts_days": storing.texts_days if storing is not None and texts else None,
+        }
 
     @router.post("/shoal/feedback", openapi_extra=body_of(FeedbackRequest), responses=answered(FeedbackTaken, *POSTED))
     async def give(request: Request) -> Response:

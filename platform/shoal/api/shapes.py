@@ -251,6 +251,13 @@ class Deleted(TypedDict):
     deleted: Literal[True]
 
 
+class FeedbackSettings(TypedDict):
+    object: Literal["shoal.feedback.settings"]
+    captured: bool  # without it no vote is taken
+    texts: bool  # whether better answers are, of this key, and `store` keeps texts
+    texts_days: int | None  # for how long
+
+
 class FeedbackTaken(TypedDict):
     object: Literal["shoal.feedback"]
     id: str

@@ -60,6 +60,11 @@ class Storing:
         """Whether operator and key allow texts."""
         return self._recorder.given.texts and (access.key is None or access.key.texts)
 
+    @property
+    def texts_days(self) -> int:
+        """For how long texts are kept."""
+        return self._recorder.given.texts_days
+
     def owner(self, access: Access) -> str:
         """Whose texts a request sees."""
         return self._recorder.subject(None if access.key is None else access.key.name, None) or ""

@@ -126,6 +126,23 @@ async def test_without_keys_the_operator_alone_decides(connect: Connect, folder:
         assert (await http.get(f"/v1/chat/completions/{answer.json()['id']}")).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("texts", "key", "days"), [(True, "shop-key", 7), (True, "plain-key", None), (False, "shop-key", None)]
+)
+async def test_a_key_is_told_what_it_may_say_of_answers(
+    connect: Connect, folder: Path, texts: bool, key: str, days: int | None
+) -> None:
+    given = CaptureArgs(str(folder), texts=texts, texts_days=7)
+    async with connect({"Authorization": f"Bearer {key}"}, capture=given, api_keys=KEYS) as http:
+        told = (await http.get("/v1/shoal/feedback")).raise_for_status().json()
+    assert (told["captured"], told["texts"], told["texts_days"]) == (True, days is not None, days)
+
+
+async def test_who_captures_nothing_takes_no_feedback(http: httpx.AsyncClient) -> None:
+    told = (await http.get("/v1/shoal/feedback")).raise_for_status().json()
+    assert (told["captured"], told["texts"], told["texts_days"]) == (False, False, None)
+
+
 async def test_where_nothing_is_captured_each_route_says_so(http: httpx.AsyncClient) -> None:
     for answer in (
         await http.get("/v1/chat/completions"),

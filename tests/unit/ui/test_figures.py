@@ -9,7 +9,7 @@ from typing import Any
 from shoal.api.metrics import Metrics as Exposition
 from shoal.engine.metrics import Metrics as Engine
 from shoal.engine.metrics import Samples, sample
-from ui import look, readings, service, talk, training
+from ui import bubbles, look, readings, service, training
 from ui.readings import Readings, Seen
 from ui.talk import Card
 
@@ -177,7 +177,7 @@ def test_names_cannot_write_markup() -> None:
         look.table(bad, (bad,) * 9, [(bad, bad)], {bad: bad}),
         look.bars(bad, {bad: 1.0}, {bad: bad}, bad),
         look.curves(bad, bad, {bad: [(0, 1), (1, 2)]}),
-        talk.fault(bad),
+        bubbles.fault(bad),
         look.remark(bad, bad),
     ):
         assert bad not in made and "&lt;script&gt;" in made

@@ -8,21 +8,21 @@ import re
 import gradio as gr
 import pytest
 
-from ui import history, talk
+from ui import bubbles, history, talk
 from ui.app import build
 from ui.assistants import ASSISTANTS
 from ui.talk import Said
 
 SHOWN = [
     {"role": "user", "content": [{"type": "text", "text": "a < b?"}]},
-    talk.said(Said("yes & no", "depth full · 3 tokens", whole=True)),
+    bubbles.said(Said("yes & no", "depth full · 3 tokens", whole=True)),
 ]
 
 
 def test_a_conversation_comes_back_as_it_was_shown() -> None:
     chats = history.save([], "a", SHOWN)
     assert history.load(json.loads(json.dumps(chats)), "a") == SHOWN
-    assert talk.messages(history.load(chats, "a"), {"text": "and?"})[:2] == [
+    assert bubbles.messages(history.load(chats, "a"), {"text": "and?"})[:2] == [
         {"role": "user", "content": "a < b?"},
         {"role": "assistant", "content": "yes & no"},
     ]
@@ -59,6 +59,16 @@ def test_pictures_are_not_kept_and_no_file_can_be_named() -> None:
     assert history.load(chats, "a")[0] == {"role": "user", "content": [{"type": "text", "text": "[picture]\nsee"}]}
 
 
+def test_of_which_answer_a_vote_is_comes_back_and_a_made_up_one_does_not() -> None:
+    shown = [SHOWN[0], bubbles.said(Said("yes", "depth full", whole=True, id="chatcmpl-1", kept=True))]
+    chats = history.save([], "a", shown)
+    assert "Write the better answer" not in json.dumps(chats) and history.load(chats, "a") == shown
+    assert ' kept answer-chatcmpl-1"' in shown[1]["content"][1]["text"]
+    for wrong in ('1" onclick="x', "a b", "", 7, None, ["a"]):
+        chats[0]["messages"][1]["id"] = wrong
+        assert "votes" not in json.dumps(history.load(chats, "a")), wrong
+
+
 def line(message: talk.Message) -> str:
     return re.sub("<[^>]*>", "", message["content"][-1]["text"])
 
@@ -66,9 +76,9 @@ def line(message: talk.Message) -> str:
 def test_what_a_page_was_left_with_is_not_said_to_have_been_stopped() -> None:
     """As `chat.js` marks an answer that the user has stopped."""
     asked = {"role": "user", "content": [{"type": "text", "text": "Go on."}]}
-    coming = talk.said(Said("Well", "depth full · 1 token · first after 0.10 s, stopped after 1.20 s", waits=7.0))
+    coming = bubbles.said(Said("Well", "depth full · 1 token · first after 0.10 s, stopped after 1.20 s", waits=7.0))
     stopped = json.loads(json.dumps(coming).replace('sofar\\"', 'sofar stopped\\"'))
-    waiting = talk.said(Said("", waits=4.0))
+    waiting = bubbles.said(Said("", waits=4.0))
     loaded = [history.load(history.save([], "a", [asked, answer]), "a")[1] for answer in (coming, stopped, waiting)]
     assert line(loaded[0]) == (
         "depth full · 1 token · first after 0.10 s, cut off after 1.20 s, when the page was left"
@@ -76,7 +86,7 @@ def test_what_a_page_was_left_with_is_not_said_to_have_been_stopped() -> None:
     assert line(loaded[1]).endswith("first after 0.10 s, stopped after 1.20 s")
     assert line(loaded[2]) == "The page was left before the first word."
     assert line(history.load(history.save([], "a", [asked]), "a")[1]) == "The page was left before the first word."
-    assert talk.conversation([*history.load(history.save([], "a", [asked]), "a"), asked]) == [
+    assert bubbles.conversation([*history.load(history.save([], "a", [asked]), "a"), asked]) == [
         {"role": "user", "content": "Go on."}
     ], "a question without an answer is not heard"
 
@@ -105,7 +115,7 @@ def test_markup_in_what_comes_back_is_shown_and_not_obeyed() -> None:
 
 
 def test_the_export_reads_well_and_trains_well() -> None:
-    shown = [*SHOWN, {"role": "user", "content": "lost"}, talk.faulty("the server is gone")]
+    shown = [*SHOWN, {"role": "user", "content": "lost"}, bubbles.faulty("the server is gone")]
     assert history.as_markdown(SHOWN) == "**You**\n\na < b?\n\n**Shoal**\n\nyes & no\n\n*depth full · 3 tokens*\n"
     assert json.loads(history.as_json(shown, "Be kind."))["messages"] == [
         {"role": "system", "content": "Be kind."},

@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from ui import talk, words
+from ui import bubbles, talk, vote, words
 from ui.talk import Said
 
 CARD = talk.Card("fish", 384, {"shallow": 1, "middle": 2, "full": 4}, "w8a8")
@@ -27,8 +27,8 @@ def user(*content: object) -> talk.Message:
 
 
 def test_the_model_hears_its_own_words_and_not_what_the_page_shows() -> None:
-    history = [user("hi"), talk.said(Said("a < b", "depth full · 3 tokens", whole=True))]
-    assert talk.messages(history, {"text": "and?", "files": []}) == [
+    history = [user("hi"), bubbles.said(Said("a < b", "depth full · 3 tokens", whole=True))]
+    assert bubbles.messages(history, {"text": "and?", "files": []}) == [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "a < b"},
         {"role": "user", "content": "and?"},
@@ -36,10 +36,10 @@ def test_the_model_hears_its_own_words_and_not_what_the_page_shows() -> None:
 
 
 def test_a_question_without_an_answer_is_left_out() -> None:
-    history = [user("too long"), talk.faulty("the server is gone")]
-    assert talk.messages(history, {"text": "short"}) == [{"role": "user", "content": "short"}]
-    assert talk.messages([user("stopped before the first word")], {"text": "short"})[0]["content"] == "short"
-    assert len(talk.messages([user("hi"), talk.said(Said("yes")), talk.faulty("gone")], {"text": "and?"})) == 3
+    history = [user("too long"), bubbles.faulty("the server is gone")]
+    assert bubbles.messages(history, {"text": "short"}) == [{"role": "user", "content": "short"}]
+    assert bubbles.messages([user("stopped before the first word")], {"text": "short"})[0]["content"] == "short"
+    assert len(bubbles.messages([user("hi"), bubbles.said(Said("yes")), bubbles.faulty("gone")], {"text": "and?"})) == 3
 
 
 def test_pictures_go_as_data_urls_before_the_text_in_both_forms_that_gradio_uses(tmp_path: Path) -> None:
@@ -47,16 +47,16 @@ def test_pictures_go_as_data_urls_before_the_text_in_both_forms_that_gradio_uses
     path.write_bytes(b"png")
     url = "data:image/png;base64," + base64.b64encode(b"png").decode()
     wanted = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}]
-    assert talk.messages([], {"text": "what?", "files": [str(path)]})[0]["content"] == wanted
+    assert bubbles.messages([], {"text": "what?", "files": [str(path)]})[0]["content"] == wanted
     after = user({"type": "file", "file": {"path": str(path)}}, {"type": "text", "text": "what?"})
-    assert talk.messages([after, talk.said(Said("red"))], {"text": "x"})[0]["content"] == wanted
-    assert talk.messages([], {"text": "", "files": [str(path)]})[0]["content"] == wanted[:1]
+    assert bubbles.messages([after, bubbles.said(Said("red"))], {"text": "x"})[0]["content"] == wanted
+    assert bubbles.messages([], {"text": "", "files": [str(path)]})[0]["content"] == wanted[:1]
 
 
 def test_what_somebody_types_is_never_opened(tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
     secret.write_bytes(b"secret")
-    said = talk.messages([user(str(secret)), talk.said(Said("no"))], {"text": str(secret)})
+    said = bubbles.messages([user(str(secret)), bubbles.said(Said("no"))], {"text": str(secret)})
     assert [message["content"] for message in said] == [str(secret), "no", str(secret)]
 
 
@@ -80,6 +80,16 @@ def test_what_somebody_types_is_never_opened(tmp_path: Path) -> None:
 )
 def test_an_answer_is_shown_as_it_is(text: str, shown: str) -> None:
     assert words.markdown(text) == shown
+
+
+def test_below_an_answer_are_its_votes_and_its_words_make_no_button() -> None:
+    forged = '<div class="votes kept answer-x" role="group"><button class="up">'
+    assert "<div" not in bubbles.said(Said(forged, "1 token", whole=True))["content"][0]["text"]
+    below = bubbles.said(Said("yes", "1 token", whole=True, id="chatcmpl-1"))["content"][1]["text"]
+    assert '<div class="votes answer-chatcmpl-1" role="group">' in below and vote.taken_out(below) == (
+        '<div class="facts">1 token</div>', {"id": "chatcmpl-1", "kept": False}
+    )  # fmt: skip
+    assert "votes" not in json.dumps(bubbles.said(Said("yes", "1 token", whole=True)))
 
 
 def test_the_facts_below_an_answer() -> None:
@@ -137,15 +147,15 @@ def test_an_answer_that_is_stopped_keeps_what_was_known_of_it(monkeypatch: pytes
     assert first.below.startswith("depth middle (2 of 4 layers) · 1 token · ")
     assert second.below.startswith("depth middle (2 of 4 layers) · 2 tokens · ") and ", stopped after" in second.below
     assert (last.text, last.whole) == ("one two", True) and "9 tokens" in last.below and "stopped" not in last.below
-    lines = [talk.said(state)["content"][1]["text"] for state in (second, last)]
+    lines = [bubbles.said(state)["content"][1]["text"] for state in (second, last)]
     assert lines == [f'<div class="sofar">{second.below}</div>', f'<div class="facts">{last.below}</div>']
-    assert talk.messages([user("hi"), talk.said(second)], {"text": "and?"})[1]["content"] == "one two"
+    assert bubbles.messages([user("hi"), bubbles.said(second)], {"text": "and?"})[1]["content"] == "one two"
 
 
 def test_an_answer_that_is_cut_off_keeps_its_words_beside_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     *_, last = states(Server(["one", " two"], cut=True), monkeypatch)
     assert (last.text, last.fault) == ("one two", "the engine replica was lost.")
-    words, why = [part["text"] for part in talk.said(last)["content"]]
+    words, why = [part["text"] for part in bubbles.said(last)["content"]]
     assert words == "one two" and 'role="alert"' in why and "the engine replica was lost" in why
 
 
@@ -253,7 +263,7 @@ def test_an_error_is_the_api_s_own_sentence_or_what_to_do_on_the_page() -> None:
 
 
 def test_a_request_holds_what_was_set_and_leaves_the_rest_to_the_server() -> None:
-    asked = talk.messages([], {"text": "hi"}, "Be kind.")
+    asked = bubbles.messages([], {"text": "hi"}, "Be kind.")
     assert asked == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]
     settings = talk.Settings("auto", 9, 0.5, 0.9, seed=7, tolerance=0.1)
     body = settings.body("fish", asked)
@@ -278,7 +288,7 @@ def test_the_curl_command_sends_the_very_request(tmp_path: Path, picture: bool) 
     (tmp_path / "curl").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" > sent.args\ncat > sent.json\n")
     (tmp_path / "curl").chmod(0o755)
     text = 'it\'s $HOME `id` \\n "q"\nJSON\n$(id) ¿'
-    asked = talk.messages([], {"text": text, "files": [str(tmp_path / "picture-1.png")] * picture})
+    asked = bubbles.messages([], {"text": text, "files": [str(tmp_path / "picture-1.png")] * picture})
     body = talk.Settings("shallow", 5).body("fish", asked)
     command = words.curl("http://127.0.0.1:1/v1", body, key=True)
     assert "base64,YSBw" not in command  # the picture itself would fill the page

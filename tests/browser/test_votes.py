@@ -1,0 +1,167 @@
+"""Votes and better answers on the chat page, in Debian's chromium: from the button to what `shoal curate` makes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from shoal.api.capture import CaptureArgs
+from shoal.cli import main
+from shoal.loop.capture import Capture
+from shoal.loop.votes import Votes
+from tests.browser.driving import ask, most_tokens, until, visit
+from tests.browser.site import Site, site
+from tests.browser.test_access import in_both_schemes
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytestmark = pytest.mark.browser
+
+KEEP = "Keep what is written here, so that the model can learn from it"
+BETTER = "Write the better answer"
+FORGED = """<div class="votes kept answer-chatcmpl-1" role="group"><button class="up" title="Good answer">x</button></div>
+<dialog open id="better-answer">y</dialog>"""
+
+
+def answered(page: Page, text: str, count: int = 1) -> None:
+    ask(page, text)
+    page.locator(".facts").nth(count - 1).wait_for()
+    page.get_by_label("Submit").wait_for()
+
+
+def test_a_better_answer_is_written_without_a_mouse_and_becomes_a_row_to_learn_from(
+    page: Page, strangers: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "captured"
+    with site(capture=CaptureArgs(str(folder), texts=True)) as here:
+        visit(page, here)
+        most_tokens(page, 4)
+        page.get_by_label(KEEP).check()
+        with here.saying("It is lost."):
+            answered(page, "Where is my kettle?")
+        votes = Votes(Capture(folder))
+        down = page.get_by_label("Bad answer")
+        down.focus()
+        page.keyboard.press("Space")
+        page.get_by_role("status").get_by_text("Thank you.").wait_for()
+        assert down.get_attribute("aria-pressed") == "true" and [one.rating for one in votes.all()] == ["down"]
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        dialog = page.get_by_role("dialog", name=BETTER)
+        text = dialog.get_by_label("The better answer")
+        assert text.input_value() == "It is lost."
+        assert in_both_schemes(page) == []
+        page.keyboard.press("Escape")
+        dialog.wait_for(state="hidden")
+        assert page.evaluate("() => document.activeElement.className") == "better", "where the focus was"
+        page.keyboard.press("Enter")
+        text.fill("It comes tomorrow, <b>by</b> noon.")
+        dialog.get_by_role("button", name="Send").press("Enter")
+        page.get_by_role("button", name="Change your better answer").wait_for()
+        until(page, lambda: any(one.correction for one in votes.all()))
+        (vote,) = votes.all()
+        assert (vote.rating, vote.correction) == ("down", "It comes tomorrow, <b>by</b> noon.")
+        page.wait_for_function("() => document.querySelector('#earlier input').value === 'Where is my kettle?'")
+        visit(page, here)
+        page.get_by_role("button", name="Change your better answer").click()
+        assert text.input_value() == "It comes tomorrow, <b>by</b> noon."
+        page.keyboard.press("Escape")
+        assert page.get_by_label(KEEP).is_checked() and down.get_attribute("aria-pressed") == "true"
+        page.goto("about:blank")
+        corrected_by_somebody_else(here)
+    cut = tmp_path / "cut"
+    assert main(["curate", "--capture", str(folder), "--out", str(cut), "--json"]) == 0, capsys.readouterr().err
+    rows = [json.loads(line) for path in sorted(cut.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    wanted = [
+        {"role": "user", "content": "Where is my kettle?"},
+        {"role": "assistant", "content": "It comes tomorrow, <b>by</b> noon."},
+    ]
+    assert len(rows) == 2 and wanted in [row["messages"] for row in rows]
+
+
+@pytest.mark.drill
+def test_of_a_service_that_keeps_no_texts_there_are_thumbs_alone_and_a_vote_that_is_not_taken_says_why(
+    page: Page, strangers: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "captured"
+    with site(capture=CaptureArgs(str(folder))) as here:
+        visit(page, here)
+        most_tokens(page, 4)
+        with here.saying(FORGED):
+            answered(page, "Hello?")
+        assert page.locator(".votes").count() == page.locator(".votes button:visible").count() - 1 == 1
+        assert page.locator("#better-answer").count() == 0, "what a model says is no part of the page"
+        assert not page.get_by_label(KEEP).is_visible() and not page.get_by_text(BETTER).is_visible()
+        votes, up = Votes(Capture(folder)), page.get_by_label("Good answer")
+        up.click()
+        page.get_by_label("Bad answer").click()
+        page.get_by_label("Good answer").click()  # before any was taken
+        until(page, lambda: [one.rating for one in votes.all()] == ["up"] and feedback(here) == 3)
+        up.click()
+        page.get_by_text("Taken back.").wait_for()
+        assert votes.all() == [] and up.get_attribute("aria-pressed") == "false"
+        (answer,) = Capture(folder).rows()["id"].to_pylist()
+        (folder / "forgotten.jsonl").write_text(json.dumps({"id": answer}) + "\n")
+        up.click()
+        page.get_by_role("status").get_by_text("The service does not know this answer any more.").wait_for()
+        assert up.get_attribute("aria-pressed") == "false", "what was not taken is not shown as taken"
+        page.goto("about:blank")
+
+
+@pytest.mark.drill
+def test_what_was_asked_without_leave_to_keep_it_is_not_kept_and_the_page_says_how_it_would_be(
+    page: Page, strangers: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "captured"
+    with site(capture=CaptureArgs(str(folder), texts=True)) as here:
+        visit(page, here)
+        most_tokens(page, 4)
+        assert not page.get_by_label(KEEP).is_checked(), "nobody's words are kept unasked"
+        answered(page, "A secret.")
+        page.get_by_role("button", name=BETTER).click()
+        dialog = page.get_by_role("dialog", name=BETTER)
+        dialog.get_by_text("was not kept").wait_for()
+        assert not dialog.get_by_label("The better answer").is_visible()
+        dialog.get_by_role("button", name="Close").click()
+        assert not list(folder.glob("texts/**/*.json"))
+        page.get_by_label(KEEP).check()
+        answered(page, "No secret.", 2)
+        assert len(list(folder.glob("texts/**/*.json"))) == 1
+        page.get_by_role("button", name=BETTER).last.click()
+        dialog.get_by_role("button", name="Send").click()  # nothing was changed
+        dialog.wait_for(state="hidden")
+        page.get_by_label("Bad answer").last.click()
+        page.get_by_text("Thank you.").wait_for()
+        assert [one.correction for one in Votes(Capture(folder)).all()] == [None], (
+            "the model's words are no better answer"
+        )
+        page.goto("about:blank")
+
+
+@pytest.mark.drill
+def test_of_a_service_that_captures_nothing_there_are_no_buttons(page: Page, open_site: Site) -> None:
+    visit(page, open_site)
+    most_tokens(page, 4)
+    answered(page, "Hello?")
+    page.wait_for_load_state("networkidle")
+    assert page.locator(".votes").count() == 1 and page.locator(".votes button:visible").count() == 0
+    assert httpx.get(f"{open_site.url}/v1/shoal/feedback").json()["captured"] is False
+
+
+def corrected_by_somebody_else(here: Site) -> None:
+    """A cut is of two people at least: one is held out."""
+    asked = {"messages": [{"role": "user", "content": "Where is my lamp?"}], "max_tokens": 4, "store": True}
+    answer = httpx.post(f"{here.url}/v1/chat/completions", json={"model": "fish", **asked}, timeout=60).json()
+    said = {"id": answer["id"], "correction": "It is here."}
+    httpx.post(f"{here.url}/v1/shoal/feedback", json=said, timeout=60).raise_for_status()
+
+
+def feedback(here: Site) -> float:
+    """Votes that were taken."""
+    lines = httpx.get(f"{here.url}/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("shoal:feedback_total{"))

@@ -1,0 +1,135 @@
+"""What stands in the bubbles of a conversation: a state of an answer as a message of the page, and the page's messages as the
+API's.
+
+Notable: what the page shows of an answer is Markdown made of it, with a line of facts below; the answer itself rides along
+in the message's metadata, and is what the model is told that it said.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import mimetypes
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ui import vote
+from ui.talk import Message, Said
+from ui.words import markdown
+
+FAULT = "fault"  # `id` in the metadata of a message that says why there is no answer
+LOST_PICTURE = Path(__file__).parent / "lost.png"  # stands for one that this server does not have (`guard.with_lost`)
+PICTURE = "[picture]"  # what the model is told instead
+
+
+def messages(history: Iterable[Message], new: Message, system: str = "") -> list[Message]:
+    """The API's messages for what the page shows and the textbox's `new` ({"text", "files"}); a question that got no answer
+    is left out. `system` comes first, if there is one."""
+    return conversation([*history, {"role": "user", "content": _parts(new)}], system)
+
+
+def conversation(shown: Iterable[Message], system: str = "") -> list[Message]:
+    """The API's messages for what the page shows, of which the last is the question."""
+    asked: list[Message] = []
+    for message in shown:
+        metadata = message.get("metadata") or {}
+        if asked and asked[-1]["role"] == "user" and (message["role"] == "user" or metadata.get("id") == FAULT):
+            asked.pop()  # it got no answer
+        if message["role"] == "user":
+            asked.append({"role": "user", "content": _content(message["content"])})
+        elif metadata.get("id") != FAULT:
+            asked.append({"role": "assistant", "content": metadata.get("log", "")})
+    return [*([{"role": "system", "content": system}] if system else []), *asked]
+
+
+def lacks_picture(message: Message) -> bool:
+    """Whether a message of the page has a picture that this server does not have."""
+    return any(not isinstance(part, str) and _path(part) == str(LOST_PICTURE) for part in message["content"])
+
+
+def said(state: Said) -> Message:
+    """A state as a message of the page: the answer, with a line of facts below it, or why there is no more of it, or none."""
+    if not state.text and state.fault:
+        return faulty(state.fault)
+    if not state.text and not state.whole:
+        what = (
+            "The service takes no question now, and is asked again" if state.refused else "Waiting for the first word"
+        )
+        return none_yet(_idle(what, state.waits or 0.0))
+    parts = [{"type": "text", "text": markdown(state.text)}]
+    below = beneath(state)
+    if below and state.id:
+        below += vote.buttons(state.id, kept=state.kept)
+    if below:
+        parts.append({"type": "text", "text": below})
+    return {"role": "assistant", "content": parts, "metadata": {"log": state.text}}
+
+
+def fault(line: str) -> str:
+    """Why something is not there, as markup."""
+    return f'<div class="fault" role="alert">{html.escape(line)}</div>'
+
+
+def note(line: str) -> str:
+    """What happened to an answer, as markup."""
+    return f'<div class="facts">{html.escape(line)}</div>'
+
+
+def beneath(state: Said) -> str:
+    """The line below an answer as markup; empty for none. While an answer comes its line is hidden, and when it is stopped, it
+    stays and is shown (`style.css`, `chat.js`)."""
+    if state.fault:
+        return fault(state.fault)
+    kind = "facts" if state.whole else "sofar"
+    below = f'<div class="{kind}">{html.escape(state.below)}</div>' if state.below else ""
+    return below + (_idle("No further word", state.waits) if state.waits else "")
+
+
+def _idle(what: str, seconds: float) -> str:
+    """For how long nothing came; who hears the page is not told every second."""
+    return f'<div class="waiting">{what}<span aria-hidden="true">, {seconds:.0f} s</span></div>'
+
+
+def faulty(why: str) -> Message:
+    """Why there is no answer, in one line, as a message of the page."""
+    return none_yet(fault(why))
+
+
+def none_yet(markup: str) -> Message:
+    """A message of the page that says what is with the answer, and is none."""
+    return {"role": "assistant", "content": [{"type": "text", "text": markup}], "metadata": {"id": FAULT}}
+
+
+def _parts(new: Message) -> list[Any]:
+    return [*({"path": file} for file in new.get("files") or []), new.get("text") or ""]
+
+
+def _content(content: Any) -> str | list[Message]:
+    """A user's content in either of Gradio's forms as the API's: plain text, or images as data URLs and then text."""
+    items = content if isinstance(content, list) else [content]
+    text = "\n".join(filter(None, map(_text, items)))
+    images: list[Message] = [
+        {"type": "image_url", "image_url": {"url": _data_url(path)}}
+        for path in map(_path, items)
+        if path not in ("", str(LOST_PICTURE))
+    ]
+    if not images:
+        return text
+    return [*images, {"type": "text", "text": text}] if text else images
+
+
+def _text(item: Any) -> str:
+    if isinstance(item, str):
+        return item
+    return PICTURE if _path(item) == str(LOST_PICTURE) else item.get("text", "")
+
+
+def _path(item: Any) -> str:
+    """Of a file; empty for text. A string is always text: what somebody types is never opened."""
+    return "" if isinstance(item, str) else item.get("path") or item.get("file", {}).get("path", "")
+
+
+def _data_url(path: str) -> str:
+    kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+    return f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
