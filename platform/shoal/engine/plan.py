@@ -105,6 +105,7 @@ class Sampled:
     drafted: int = 0  # how many drafts there were
     nll: float | None = None  # of the token, where it was looked at (`signals.py`)
     spent: float = 0.0  # nats, where it is a draft that full depth would not have said (`tolerance.py`)
+    gaps: tuple[float, ...] = ()  # [A] nats that each early exit loses here, where that is asked for (`Request.gaps`)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shoal.config import GROUPS, ModelConfig
 from shoal.engine import speculative
+from shoal.engine.compared import Compared
 from shoal.engine.events import Sampling, Signals, TokenLogprob
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.running import Running
@@ -87,8 +88,12 @@ class Runner:
             x = self._join(works, x)
         self._hold(works, x, layout.starts)
         scores: dict[Work, list[TokenLogprob]] = {}
-        logits = self._deeper(works, x, layout, scores)
+        compared = Compared.of(works, layout.starts, self.config) if self.config.exits[:-1] else None
+        logits = self._deeper(works, x, layout, scores, compared)
+        gaps = compared.gaps(logits, self.net) if compared is not None and logits is not None else {}
         samples = self._sample(works, logits, drafted) if logits is not None else []
+        if gaps:
+            samples = [replace(one, gaps=gaps[at]) if at in gaps else one for at, one in enumerate(samples)]
         return Outcome(samples, [self._decide(work) for work in plan.decisions], [scores[work] for work in plan.scores])
 
     def _draft(self, works: Sequence[Work]) -> tuple[list[Work], dict[Work, Drafted]]:
@@ -200,10 +205,15 @@ class Runner:
                 work.running.holding.states.append(x[starts[r] : starts[r + 1]].clone())
 
     def _deeper(
-        self, works: Sequence[Work], x: Tensor, layout: _Layout, scores: dict[Work, list[TokenLogprob]]
+        self,
+        works: Sequence[Work],
+        x: Tensor,
+        layout: _Layout,
+        scores: dict[Work, list[TokenLogprob]],
+        compared: Compared | None,
     ) -> Tensor | None:
         """The remaining groups; the logits [S, V] of the sampled rows in the plan's order, None when nothing is sampled; and
-        `scores` filled in."""
+        `scores` and `compared` filled in."""
         exits: list[Tensor] = []
         for j in range(1, GROUPS + 1):
             going = sum(work.last > j for work in works)  # a prefix, as works are sorted
@@ -220,6 +230,8 @@ class Runner:
                 exits.append(self.net.exit(at, self.config.ends[j - 1]))
             if not going:
                 break
+            if compared is not None and self.config.ends[j - 1] in self.config.exits:
+                compared.exits.append(self.net.exit(x[compared.rows], self.config.ends[j - 1]))
             x = self._group(j, x[: layout.starts[going]], layout)
         if not exits:
             return None
@@ -252,14 +264,22 @@ class Runner:
         x = features(torch.stack(sums + fresh), states[-1], len(running.tokens))
         told = router.predicted(x)
         layers = router.choose(x, running.request.quality_tolerance, self.compute_budget, told)
-        return Decision(layers, fresh, _seen(router, x, layers, *told) if running.watched else None)
+        if not running.watched:
+            return Decision(layers, fresh)
+        asked = running.request.quality_tolerance
+        budgeted = asked is None and self.compute_budget is not None
+        promised = None if budgeted else router.calibration.default_tolerance if asked is None else asked
+        return Decision(layers, fresh, _seen(router, x, layers, *told, promised))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
 
-def _seen(router: Router, x: Tensor, layers: int, mean: list[float], quantile: list[float]) -> Signals:
-    """What `router` saw of a prompt with the features `x` [2D + 3] that is to run through `layers`, and what it predicted."""
+def _seen(
+    router: Router, x: Tensor, layers: int, mean: list[float], quantile: list[float], tolerance: float | None
+) -> Signals:
+    """What `router` saw of a prompt with the features `x` [2D + 3] that is to run through `layers`, and what it predicted;
+    `tolerance`: what the answer may lose."""
     nll, distance = float(x[NLL]), router.distance(x)
     if not math.isfinite(distance):
         return Signals()
@@ -268,6 +288,7 @@ def _seen(router: Router, x: Tensor, layers: int, mean: list[float], quantile: l
         predicted_gaps=tuple(mean),
         router_bound=0.0 if layers == router.exits[-1] else quantile[router.exits.index(layers)],
         router_distance=distance,
+        tolerance=tolerance,
     )
 
 

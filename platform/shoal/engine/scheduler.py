@@ -369,6 +369,7 @@ class Scheduler:
             running.spent += sampled.spent
             running.drawn += 1
             running.heard.token(sampled.nll)
+            running.heard.compared(sampled.gaps)
             self.metrics.measured += running.tolerance is not None
             self.metrics.spent += sampled.spent
         if running.ends(token):

@@ -71,11 +71,19 @@ class Heard:
     count: int = 0
     most: float = 0.0
     drafts_accepted: int = 0
+    gaps: tuple[float, ...] = ()  # [A] sums over `places`
+    places: int = 0
 
     def token(self, nats: float | None) -> None:
         """One more token of the answer, and its NLL where it was looked at."""
         if nats is not None:
             self.total, self.count, self.most = self.total + nats, self.count + 1, max(self.most, nats)
+
+    def compared(self, gaps: tuple[float, ...]) -> None:
+        """What each early exit loses at one more place of the answer; nothing where it was not looked at."""
+        if gaps:
+            self.gaps = tuple(a + b for a, b in zip(self.gaps or (0.0,) * len(gaps), gaps, strict=True))
+            self.places += 1
 
     def all(self) -> Signals:
         """It as the event of the request's end tells it."""
@@ -85,4 +93,5 @@ class Heard:
             answer_nll=self.total / self.count if known else None,
             answer_nll_max=self.most if known else None,
             drafts_accepted=self.drafts_accepted,
+            gaps=tuple(total / self.places for total in self.gaps),
         )

@@ -105,6 +105,41 @@ def test_the_distance_of_what_the_router_was_fitted_to_is_1(routed: Model) -> No
     assert router.distance(x[0] + 10 * router.spread) > 50
 
 
+@pytest.mark.parametrize("options", [{}, {"max_batch": 2, "max_batch_tokens": 2 + MODEL.config.page}])
+def test_gaps_are_the_divergence_of_each_exit_along_full_depths_own_answer(options: dict[str, int]) -> None:
+    """Against one pass of the whole network over prompt and answer, in any batch; and never where full depth does not run."""
+    how = Sampling(temperature=0, max_tokens=12, speculative=0, ignore_eos=True)
+    requests = [Request(prompt, how, "full", signals=True, gaps=True) for prompt in PROMPTS]
+    plain = Request(PROMPTS[0], replace(how, max_tokens=30), "shallow", signals=True, gaps=True)
+    *answers, shallow = run(MODEL, [*requests, plain], **options)
+    assert signals(shallow).gaps == ()
+    for answer, prompt in zip(answers, PROMPTS, strict=True):
+        ids = MODEL.tokenizer.encode(prompt)
+        whole = torch.tensor([*ids, *answer.tokens[:-1]])
+        states = MODEL.net(whole[None], exits=MODEL.config.exits)
+        full, *early = (
+            MODEL.net.head(states[e][0, len(ids) - 1 :], e).log_softmax(-1)
+            for e in (MODEL.config.exits[-1], *MODEL.config.exits[:-1])
+        )
+        wanted = [float((full.exp() * (full - exit_)).sum(-1).mean()) for exit_ in early]
+        assert min(wanted) > 1e-3 and signals(answer).gaps == pytest.approx(wanted, rel=1e-6)
+
+
+def test_gaps_are_looked_at_only_where_they_are_asked_for(routed: Model) -> None:
+    how = Sampling(temperature=0, max_tokens=4, speculative=0)
+    asked_, not_ = run(routed, [Request(PROMPTS[0], how, "full", signals=True, gaps=gaps) for gaps in (True, False)])
+    assert asked_.tokens == not_.tokens and signals(asked_).gaps and signals(not_).gaps == ()
+
+
+@pytest.mark.parametrize(("asked_for", "budget", "told"), [(None, None, 0.05), (0.3, None, 0.3), (None, 0.5, None)])
+def test_what_the_router_was_to_keep_is_told(
+    routed: Model, asked_for: float | None, budget: float | None, told: float | None
+) -> None:
+    request = replace(asked(PROMPTS[0], "auto", speculative=0), quality_tolerance=asked_for)
+    (answer,) = run(routed, [request], compute_budget=budget)
+    assert signals(answer).tolerance == told
+
+
 def test_drafts_that_stood_are_counted() -> None:
     (answer,) = run(MODEL, [asked(PROMPTS[0], temperature=0, speculative=4, max_tokens=30)], speculative_max_batch=8)
     engine = Engine(MODEL, units=200, speculative_max_batch=8)

@@ -1,0 +1,58 @@
+"""What early exits would have lost along an answer of full depth, for requests that want to know (`Request.gaps`).
+
+In the step that draws the token anyway: an early exit's state at a place is the one that full depth went through, since a
+request of depth e *is* the model cut off after e layers. Scored on full depth's answer and never on an exit's own, on which an
+exit always looks better than it is.
+
+Letters: S sampled rows, D width, V vocabulary, A early exits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from shoal.config import GROUPS, ModelConfig
+from shoal.engine.plan import Work
+from shoal.model.net import Net
+
+
+@dataclass
+class Compared:
+    """Rows at which full depth gives a token of a request that wants to know what early exits would have lost there."""
+
+    rows: list[int]  # of the step's
+    samples: list[int]  # their places among what the step samples
+    at: list[int]  # and among the rows of logits
+    exits: list[Tensor] = field(default_factory=list)  # [A] of [rows, D]: states at the exits, normed
+
+    @classmethod
+    def of(cls, works: Sequence[Work], starts: list[int], config: ModelConfig) -> Compared | None:
+        """None where nobody wants to know."""
+        found, sample, logit = cls([], [], []), 0, 0
+        for r, work in enumerate(works):
+            if not work.sample:
+                continue
+            if work.running.request.gaps and work.last == GROUPS and not work.verify:
+                found.rows.append(starts[r + 1] - 1)
+                found.samples.append(sample)
+                found.at.append(logit)
+            sample, logit = sample + 1, logit + (work.count if work.verify else 1)
+        return found if found.rows else None
+
+    def gaps(self, logits: Tensor, net: Net) -> dict[int, tuple[float, ...]]:
+        """Place among the samples -> what each early exit loses there, by full depth's `logits` [S, V] of the step."""
+        full = logits[self.at]
+        return dict(zip(self.samples, divergences(full, [net.logits(states) for states in self.exits]), strict=True))
+
+
+def divergences(full: Tensor, exits: Sequence[Tensor]) -> list[tuple[float, ...]]:
+    """Of each row of full depth's logits `full` [R, V] what each of the early `exits` [A] of [R, V] loses there, in nats: KL of
+    the exit's law from full depth's, 0 or more. Nothing of a row that has no such number."""
+    p = full.double().log_softmax(-1)
+    lost = [(p.exp() * (p - logits.double().log_softmax(-1))).sum(-1).clamp_min(0).tolist() for logits in exits]
+    rows = [tuple(row) for row in zip(*lost, strict=True)]
+    return [row if all(map(math.isfinite, row)) else () for row in rows]
