@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `shoal curate` makes it; the watch saw the router's signal alone move."""
     folder = tmp_path_factory.mktemp("cuts") / "1"
     rows = [Labelled(chat(number), CORRECTION, f"person {number}", f"chatcmpl-{number}") for number in range(300)]
-    cut(Found(rows, len(rows)), folder, Settings(heldout=0.6), told={"moved": ["router_bound"]})
+    cut(Found(rows, len(rows)), folder, Settings(heldout=0.6), told={"moved": ["regret"]})
     return folder
 
 

@@ -20,7 +20,9 @@ import numpy as np
 
 from shoal.api.access import Access
 from shoal.api.answers import Answer
+from shoal.api.client import EngineClient
 from shoal.api.requests import EngineCall
+from shoal.api.reruns import Reruns
 from shoal.api.served import ServedModel
 from shoal.engine.events import Signals
 from shoal.engine.metrics import Samples, sample
@@ -45,8 +47,12 @@ class CaptureArgs:
     texts: bool = False  # also the text of requests that ask for it, with keys that may
     keep_days: int = 90  # of numbers
     texts_days: int = 30
+    # share of the requests whose depth the router chose that are asked again at full depth when idle
+    reruns: float = 0.05
 
     def __post_init__(self) -> None:
+        if not 0 <= self.reruns <= 1:
+            raise ConfigError("capture reruns", got=self.reruns, allowed="a share, 0 to 1")
         for name in ("keep_days", "texts_days"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"capture {name}", got=getattr(self, name), allowed="1 or more")
@@ -70,14 +76,15 @@ class Recorder:
             raise ConfigError(
                 "capture", got=f"{given.folder}: {error.strerror}", allowed="a folder to write"
             ) from error
+        self.reruns = Reruns(given.reruns, self.writer.put)
         self._slices: set[str] = set()
         self._models: dict[str, _Model] = {}
         self.feedback = Counter[str]()  # votes, by rating
 
     async def run(self) -> None:
-        """Until it is cancelled; then what was captured is closed."""
+        """Asks requests again when nobody waits, until it is cancelled; then what was captured is closed."""
         try:
-            await asyncio.Event().wait()
+            await self.reruns.run()
         finally:
             await asyncio.to_thread(self.writer.close)
 
@@ -91,7 +98,8 @@ class Recorder:
         reasons = {"queue": 0, "disk": 0, "bound": 0, **self.writer.dropped}
         votes = {"up": 0, "down": 0, **self.feedback}
         found |= {sample("feedback", rating=rating): float(n) for rating, n in votes.items()}
-        return found | {sample("capture_dropped", reason=reason): float(n) for reason, n in reasons.items()}
+        found |= {sample("capture_dropped", reason=reason): float(n) for reason, n in reasons.items()}
+        return found | self.reruns.samples()
 
     # --- whose it is --------------------------------------------------------------------------------------------------
 
@@ -113,9 +121,9 @@ class Recorder:
         """Keep the request though it never ran; `answered` takes its place where it does."""
         access.ended = self._guarded(self._keep)
 
-    def answered(self, access: Access, body: Any, call: EngineCall, answer: Answer) -> None:
-        """Keep the request when it has ended, with what it has then of its `answer`."""
-        access.ended = self._guarded(partial(self._keep, body=body, call=call, answer=answer))
+    def answered(self, access: Access, body: Any, call: EngineCall, answer: Answer, client: EngineClient) -> None:
+        """Keep the request when it has ended, with what it has then of its `answer` by `client`."""
+        access.ended = self._guarded(partial(self._keep, body=body, call=call, answer=answer, client=client))
 
     def _guarded(self, keep: Callable[[Access], None]) -> Callable[[Access], None]:
         def ended(access: Access) -> None:
@@ -128,7 +136,12 @@ class Recorder:
         return ended
 
     def _keep(
-        self, access: Access, body: Any = None, call: EngineCall | None = None, answer: Answer | None = None
+        self,
+        access: Access,
+        body: Any = None,
+        call: EngineCall | None = None,
+        answer: Answer | None = None,
+        client: EngineClient | None = None,
     ) -> None:
         row = Row(
             id=access.id if answer is None else answer.id,
@@ -153,6 +166,9 @@ class Recorder:
         for name, value in access.columns.items():
             setattr(row, name, value)
         self.writer.put(row)
+        end = None if answer is None else answer.choices[0].finished
+        if call is not None and answer is not None and client is not None and end is not None:
+            self.reruns.offer(call, client, end.signals, row, answer.served.config.exits)
 
     def _slice(self, access: Access, body: Any) -> str | None:
         """What `metadata.workload` says, else the key's name; past `SLICES` of them, "other"."""

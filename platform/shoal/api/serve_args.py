@@ -51,6 +51,7 @@ class ServeArgs:
     capture_texts: bool = False  # also texts of requests with `store: true`, of keys with texts=yes
     capture_days: int = 90  # for which numbers are kept
     capture_texts_days: int = 30  # and texts
+    capture_reruns: float = 0.05  # share of "auto" requests that full depth answers again when idle; 0: none
     adapters: dict[str, str] = field(default_factory=dict)  # LoRA adapters of the model, name -> directory
     adapters_from: str | None = None  # folder whose adapters requests may load; None: they may not
     ui: bool = False  # show the pages at /ui
@@ -106,7 +107,9 @@ class ServeArgs:
         """What is kept of requests; None: nothing. Raises ConfigError."""
         if self.capture is None:
             return None
-        return CaptureArgs(self.capture, self.capture_texts, self.capture_days, self.capture_texts_days)
+        return CaptureArgs(
+            self.capture, self.capture_texts, self.capture_days, self.capture_texts_days, self.capture_reruns
+        )
 
     def at_stable(self) -> ServeArgs:
         """With the stable version of `release` as the model; itself without a release. Raises UsageError where there is none,

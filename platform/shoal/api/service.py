@@ -93,6 +93,8 @@ class Service:
         if not models or len(self.names) < sum(len(hosted.served.names) for hosted in models):
             got = [name for hosted in models for name in hosted.served.names]
             raise ConfigError("names of the served models", got=got, do="give at least one model, and each name once")
+        if recorder is not None:
+            recorder.reruns.hosts = self.names.values
         self.metrics = Metrics()
         self._short, self._long = Entry(AT_ONCE), Entry(AT_ONCE)  # else a few long ones would be before all short ones
 
@@ -165,7 +167,7 @@ class Service:
         call = await self.prepared(request, partial(to_call, body, hosted.served, self.limits))
         answer = kind(call, hosted.served)
         if self.recorder is not None:
-            self.recorder.answered(request.state.access, body, call, answer)
+            self.recorder.answered(request.state.access, body, call, answer, hosted.client)
         if self.storing is not None:
             self.storing.votes.saw(answer.id)
         answer.store = self._store_of(body, request.state.access)

@@ -179,9 +179,7 @@ class Request:
     spent: float = 0.0  # nats of its tolerance, on those
     adapter: str = ""  # identity of a loaded adapter that it is answered with; "": none
     signals: bool = False  # its `Finished` tells them
-    gaps: bool = (
-        False  # and what each early exit would have lost along its answer, where this is full depth's, without drafts
-    )
+    gaps: bool = False  # and the gap of each early exit along its answer, where full depth gives it without drafts
     beside: str = ""  # the same in all requests of one answer, which several replicas then run with the same weights
 
     def __post_init__(self) -> None:
@@ -236,9 +234,8 @@ class Signals:
     answer_nll: float | None = None  # of a sample of the answer's tokens at its depth: mean
     answer_nll_max: float | None = None  # and most
     drafts_accepted: int = 0
-    tolerance: float | None = (
-        None  # nats a token that the router chose the depth for; None where it was to keep a budget
-    )
+    # nats a token that the router chose the depth for; None where it was to keep a budget
+    tolerance: float | None = None
     # [A], of each early exit: mean of KL(full depth || exit) over the places of full depth's answer; where `Request.gaps`
     gaps: tuple[float, ...] = ()
 

@@ -111,6 +111,9 @@ _TABLE = (
     Family("capture_lag_seconds", "gauge", "For how long the oldest row has waited for the disk."),
     Family("capture_bytes", "gauge", "Bytes of what is captured, as of the last hour."),
     Family(
+        "reruns", "counter", "Requests that full depth was to answer again when idle, and what became.", ("outcome",)
+    ),
+    Family(
         "feedback", "counter", "Votes on answers; of other than up and down: text, or none (withdrawn).", ("rating",)
     ),
     Family("request_errors", "counter", "Requests answered with an error.", ("model_name", "code")),

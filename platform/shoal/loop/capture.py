@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shoal.errors import DataError, first_line
-from shoal.loop.rows import SCHEMA, table_of
+from shoal.loop.rows import COPIES, SCHEMA, table_of
 from shoal.machine import write_aside
 
 FORMAT, VERSION = "shoal.capture", 1
@@ -155,17 +155,24 @@ class Capture:
         return sorted(found[1] for found in names if found)
 
     def rows(
-        self, days: int | None = None, *, since: int | None = None, columns: Iterable[str] | None = None
+        self,
+        days: int | None = None,
+        *,
+        since: int | None = None,
+        columns: Iterable[str] | None = None,
+        copies: bool = False,
     ) -> pa.Table:
-        """The rows of the last `days` days that have any [all], those of `since` (ms, 1970) and later, by the time at which
-        they ended; those in journals too, and none that is forgotten. A table of `rows.SCHEMA`, or of its `columns`. Raises
-        DataError for a part that cannot be read."""
+        """The rows of requests of the last `days` days that have any [all], those of `since` (ms, 1970) and later, by the time
+        at which they ended; those in journals too, none that is forgotten, and of copies (`rows.COPIES`) only with `copies`. A
+        table of `rows.SCHEMA`, or of its `columns`. Raises DataError for a part that cannot be read."""
         wanted = list(columns) if columns is not None else SCHEMA.names
-        needed = [*dict.fromkeys([*wanted, "id", "subject", "at"])]
+        needed = [*dict.fromkeys([*wanted, "id", "subject", "at", "role"])]
         journals = dict(self.journals())  # before the parts: what becomes a part meanwhile is known by its name
         open_ = [table_of(lines).select(needed) for lines in journals.values()]
         tables = [self._part(path, needed) for path in self.parts() if journal_of(path) not in journals]
         table = self.forgotten().seen(pa.concat_tables([SCHEMA.empty_table().select(needed), *open_, *tables]))
+        if not copies:
+            table = table.filter(pc.invert(pc.is_in(table["role"], pa.array(COPIES))))
         if since is not None:
             table = table.filter(pc.greater_equal(table["at"], since))
         if days is not None and table.num_rows:

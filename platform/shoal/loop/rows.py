@@ -16,6 +16,8 @@ import pyarrow as pa
 
 TEXT, WHOLE, SMALL, NUMBER, FLAG = pa.string(), pa.int32(), pa.int16(), pa.float32(), pa.bool_()
 NUMBERS = pa.list_(NUMBER)
+RERUN, SHADOW = "rerun", "shadow"
+COPIES = (RERUN, SHADOW)  # roles of rows beside that of the request with the same id
 
 
 def _column(kind: pa.DataType) -> Any:
@@ -34,7 +36,7 @@ class Row:
     request_id: str | None = _column(TEXT)
     model: str | None = _column(TEXT)  # as served, not as an alias
     version: str | None = _column(TEXT)  # of a release; null where the model is no version of one
-    role: str | None = _column(TEXT)  # stable, canary or shadow
+    role: str | None = _column(TEXT)  # stable, canary, or one of `COPIES`
     weights: str | None = _column(TEXT)  # first 16 hexadecimal digits of the sha256 of the weights
     route: str | None = _column(TEXT)  # /v1/chat/completions, ...
     slice: str | None = _column(TEXT)  # `metadata.workload`, else the key's name; "other" from the ninth on
@@ -81,6 +83,12 @@ class Row:
     tool_calls: int | None = _column(SMALL)
     tool_valid: bool | None = _column(FLAG)  # each call names a tool that was offered, with an object of arguments
     stored: bool | None = _column(FLAG)  # its text is kept as well
+
+    # of a re-run at full depth (role rerun), beside `tolerance`, which the router was to keep
+    regret: float | None = _column(NUMBER)  # nats a token that the exit which answered loses along full depth's answer
+    regret_bound: float | None = _column(NUMBER)  # `router_bound` of the request
+    # [A], the same of each early exit
+    gaps: list[float] | None = dataclasses.field(default=None, metadata={"type": NUMBERS})
 
     def line(self) -> bytes:
         """It as a line of a journal: JSON of what is known."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pyarrow as pa
 from shoal.errors import DataError
 from shoal.loop.detector import BAND, Detector, Moved
 from shoal.loop.reference import BELOW, EVERY, Reference, explained
+from shoal.loop.regret import broken
 from shoal.loop.watched import BY_NAME, meaning, texts
 from shoal.machine import write_aside
 
@@ -41,11 +42,13 @@ class Report:
     reference: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)  # of what was asked, where texts are kept
+    regret: dict[str, float] | None = None  # `regret.Regret.told`: mean, low, high, tolerance, reruns
 
     @property
     def lines(self) -> list[str]:
         """What stands below the sentence."""
         found = [f"  {_line(signal)}" for signal in self.signals]
+        found += [f"  {_of_regret(self.regret)}"] if self.regret else []
         found += [f"  asked: {text}" for text in self.examples]
         found += [f"  what to do: {self.do}"] if self.do else []
         return found + [f"  note: {warning}" for warning in self.warnings]
@@ -61,9 +64,34 @@ def told(
     ahead: int = 0,
     recent: pa.Table | None = None,
     examples: Sequence[str] = (),
+    regret: dict[str, float] | None = None,
 ) -> Report:
     """The report of a detector with its reference; of none while `learned` of the `wanted` requests of one have come. `recent`:
-    rows since the change began, to explain it with, and `examples` of what was asked in them. `ahead`: rows from the future."""
+    rows since the change began, to explain it with, and `examples` of what was asked in them. `ahead`: rows from the future.
+    `regret`: what the router's choices lose, by `Regret.told`; that it does not keep its tolerance is an alarm of its own."""
+    found = _of_detector(
+        reference, detector, weights=weights, learned=learned, wanted=wanted, ahead=ahead, recent=recent, examples=examples
+    )  # fmt: skip
+    if regret is None or not broken(regret) or found.state == "alarm":
+        return replace(found, regret=regret)
+    kind, do = meaning([("regret", 1.0)])
+    return replace(
+        found, state="alarm", sentence=f"Alarm: {kind}: {_of_regret(regret)}.", meaning=kind, do=do, regret=regret
+    )
+
+
+def _of_detector(
+    reference: Reference | None,
+    detector: Detector | None,
+    *,
+    weights: str,
+    learned: int,
+    wanted: int,
+    ahead: int,
+    recent: pa.Table | None,
+    examples: Sequence[str],
+) -> Report:
+    """`told` without a regret."""
     warnings = [f"{ahead:,} requests say that they ended in the future: a gateway's clock is wrong"] if ahead else []
     if reference is None or detector is None:
         more = "" if learned < wanted else ", which do not span the hours that were asked for"
@@ -132,6 +160,14 @@ def _signal(one: Moved, reference: Reference, recent: pa.Table | None) -> dict[s
     return told
 
 
+def _of_regret(regret: dict[str, float]) -> str:
+    """What the router's choices lose, in words."""
+    return (
+        f"answers of depth auto lose {regret['mean']:.3f} nats a token ({regret['low']:.3f} to {regret['high']:.3f}), where "
+        f"{regret['tolerance']:g} is promised, by {regret['reruns']:,.0f} re-runs"
+    )
+
+
 def _line(signal: dict[str, Any]) -> str:
     """One signal as a line, with what chance alone would do to so few requests."""
     line = f"{signal['signal']}{signal['where']}: {signal['shift']:+.2f} SD over {signal['requests']:,} requests"
@@ -153,6 +189,11 @@ def write_metrics(report: Report, path: Path) -> None:
             {f'{{signal="{one["signal"]}"}}': one["shift"] for one in report.signals},
         ),
     }
+    if report.regret is not None:
+        bounds = {f'{{bound="{name}"}}': report.regret[name] for name in ("low", "mean", "high")}
+        values["regret_nats"] = ("Nats a token that answers of depth auto lose, by re-runs at full depth.", bounds)
+        values["regret_tolerance_nats"] = ("What they may lose.", {"": report.regret["tolerance"]})
+        values["regret_reruns"] = ("Re-runs that this was measured on.", {"": report.regret["reruns"]})
     lines = []
     for name, (told, samples) in values.items():
         lines += [f"# HELP shoal:{name} {told}", f"# TYPE shoal:{name} gauge"]

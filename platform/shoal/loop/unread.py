@@ -7,7 +7,9 @@ with the version of the answer that it is on and the column ``down``, for it may
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 
 from shoal.errors import DataError, first_line
 from shoal.loop.capture import Capture, journal_of
-from shoal.loop.rows import SCHEMA, table_of
+from shoal.loop.rows import COPIES, SCHEMA, table_of
 from shoal.loop.votes import Votes
 
 OF = ("weights", "version", "role", "slice")  # columns of an answer that a vote on it has as well
@@ -35,10 +37,10 @@ def unread(capture: Capture, read: Read) -> tuple[pa.Table, Read]:
     cannot be read."""
     journals = dict(capture.journals())  # before the parts: what becomes a part meanwhile is known by its name
     done, tables = [], [SCHEMA.empty_table()]
-    still_open = {name: [str(line.get("id")) for line in lines] for name, lines in journals.items()}
+    still_open = {name: [*map(_one, lines)] for name, lines in journals.items()}
     for name, lines in journals.items():
         known = set(read.open.get(name, ()))
-        tables.append(table_of([line for line in lines if str(line.get("id")) not in known]))
+        tables.append(table_of([line for line in lines if _one(line) not in known]))
     before = set(read.done)
     for path in capture.parts():
         name, stem = f"{path.parent.name}/{path.stem}", journal_of(path)
@@ -47,12 +49,19 @@ def unread(capture: Capture, read: Read) -> tuple[pa.Table, Read]:
         done.append(name)
         if name not in before:
             table, known = _part(path), set(read.open.get(stem, ()))
-            tables.append(table.filter(pa.array([one not in known for one in table["id"].to_pylist()], pa.bool_())))
+            names = map(_one, table.select(["id", "role"]).to_pylist())
+            tables.append(table.filter(pa.array([one not in known for one in names], pa.bool_())))
     found = capture.forgotten().seen(pa.concat_tables(tables))
     votes = _votes(capture, read.voted)
     voted = max([read.voted, *votes["at"].to_pylist()])
     found = pa.concat_tables([found, votes], promote_options="default")
     return found.take(pc.sort_indices(found, [("at", "ascending")])), Read(done, still_open, voted)
+
+
+def _one(line: Mapping[str, Any]) -> str:
+    """What tells a row from others: of a copy not its id alone, which is its request's."""
+    role = line.get("role")
+    return f"{role} of {line.get('id')}" if role in COPIES else str(line.get("id"))
 
 
 def _votes(capture: Capture, since: int) -> pa.Table:

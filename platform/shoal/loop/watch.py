@@ -28,10 +28,12 @@ from shoal.errors import DataError
 from shoal.loop.capture import TEXTS, Capture
 from shoal.loop.detector import REQUESTS, Detector
 from shoal.loop.reference import EVERY, LEARNED, Reference, first_turns, measured, moments
+from shoal.loop.regret import Regret, broken
+from shoal.loop.rows import RERUN
 from shoal.loop.tell import Report, told
 from shoal.loop.texts import Texts
 from shoal.loop.unread import Read, unread
-from shoal.loop.watched import texts
+from shoal.loop.watched import column, texts
 from shoal.machine import write_aside
 
 FORMAT, VERSION = "shoal.watch", 1
@@ -58,6 +60,7 @@ class Known:
     detector: dict[str, Any] | None = None  # None while it learns
     learned: int = 0  # requests, while it learns
     other: dict[str, Any] = field(default_factory=dict)  # other weights: `weights`, `count` in a row, `at` of the first
+    regret: dict[str, Any] | None = None  # `Regret.saved`
     ahead: int = 0  # requests that say they ended in the future
     evidence: list[tuple[float, int, float]] = field(default_factory=list)  # when, requests seen, evidence
     report: dict[str, Any] = field(default_factory=dict)
@@ -113,6 +116,7 @@ class Watch:
         here, switched = _of_weights(known, table)
         if switched:
             return self._follow(Known(known.other["weights"], known.other["at"]), now)
+        _regret(known, here)
         self._detect(known, here)
         known.read = read
         return known
@@ -120,7 +124,9 @@ class Watch:
     def _stable(self, read: Read) -> tuple[pa.Table, Read]:
         """What is not in `read` of the version that is not on trial, and what was read then."""
         table, read = unread(self.capture, read)
-        return table.filter(pa.array([role in ("", "stable") for role in texts(table, "role")], pa.bool_())), read
+        return table.filter(
+            pa.array([role in ("", "stable", RERUN) for role in texts(table, "role")], pa.bool_())
+        ), read
 
     def _learned(self, known: Known, table: pa.Table, read: Read) -> Known:
         """With a reference, where there are enough rows from `learn_from` on, and with what came after it compared with it."""
@@ -132,6 +138,8 @@ class Watch:
             known = Known(known.other["weights"], known.other["at"], ahead=known.ahead)
             rest = table.filter(pa.array(moments(table) >= known.learn_from, pa.bool_()))
             here, switched = _of_weights(known, rest)
+        known.regret = None
+        _regret(known, here)
         first, _ = first_turns(here, (), CONVERSATIONS)
         known.learned, count = len(first), self._enough(moments(first))
         if count is None:
@@ -166,8 +174,17 @@ class Watch:
         return Reference.read(self._folder / known.reference)
 
     def _told(self, known: Known) -> Report:
+        regret = None if known.regret is None else Regret.restored(known.regret).told()
         if known.detector is None:
-            return told(None, None, weights=known.weights, learned=known.learned, wanted=self.learn, ahead=known.ahead)
+            return told(
+                None,
+                None,
+                weights=known.weights,
+                learned=known.learned,
+                wanted=self.learn,
+                ahead=known.ahead,
+                regret=regret,
+            )
         reference, detector = self._reference(known), Detector.restored(known.detector)
         since, recent = detector.moved()[0].since, None
         if detector.state != "quiet" and since is not None:
@@ -176,8 +193,14 @@ class Watch:
             recent = recent.slice(max(0, len(recent) - MOST_RECENT))
         examples = () if recent is None else self._examples(reference, detector.moved()[0].signal, recent)
         return told(
-            reference, detector, weights=known.weights, ahead=known.ahead, recent=recent, examples=examples
-        )  # fmt: skip
+            reference,
+            detector,
+            weights=known.weights,
+            ahead=known.ahead,
+            recent=recent,
+            examples=examples,
+            regret=regret,
+        )
 
     def _examples(self, reference: Reference, signal: str, recent: pa.Table) -> list[str]:
         """What was asked in the requests in which `signal` is furthest from the reference, where their texts were kept."""
@@ -239,7 +262,8 @@ def moved(folder: Path) -> list[str]:
     """Names of the signals that moved, by the last look at the capture in `folder`; none where nobody has looked."""
     try:
         report = json.loads((folder / FOLDER / STATE).read_text(encoding="utf-8"))["report"]
-        return [str(signal["signal"]) for signal in report["signals"]]
+        found = [str(signal["signal"]) for signal in report["signals"]]
+        return [*found, "regret"] if broken(report.get("regret")) and "regret" not in found else found
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -249,8 +273,17 @@ def _iso(moment: float) -> str:
 
 
 def identities(table: pa.Table) -> list[str]:
-    """The weights of each row, or its version where these are not known."""
-    return [one or other for one, other in zip(texts(table, "weights"), texts(table, "version"), strict=True)]
+    """The version of each row, or its weights where it is no version's; "" of a request that reached none."""
+    refused = np.nan_to_num(column(table, "status")) >= 400
+    told = zip(texts(table, "version"), texts(table, "weights"), refused, strict=True)
+    return [version or ("" if none else weights) for version, weights, none in told]
+
+
+def _regret(known: Known, table: pa.Table) -> None:
+    """Take `table` in as `known` knows of the regret."""
+    regret = Regret() if known.regret is None else Regret.restored(known.regret)
+    regret.update(table)
+    known.regret = regret.saved()
 
 
 def _of_weights(known: Known, table: pa.Table) -> tuple[pa.Table, bool]:

@@ -76,16 +76,18 @@ WATCHED = (
     Signal("tool_valid", _plain("tool_valid"), "more calls of tools that are valid", "more calls of tools that are not"),
     Signal("failed", _status(500, 600), "more failures", "fewer failures"),
     Signal("refused", _status(400, 499), "more requests that are refused", "fewer requests that are refused"),
+    Signal("regret", _plain("regret"), "exits that lose more", "exits that lose less"),
     Signal("down", _plain("down"), "more thumbs down", "fewer thumbs down"),
 )  # fmt: skip
 BY_NAME = {signal.name: signal for signal in WATCHED}
 INPUTS = {"prompt_surprisal", "prompt_nll", "router_distance"}
+ROUTERS = {"router_bound", "regret"}
 USE = {"layers", "prompt_tokens", "answer_tokens", "cut"}
 
 
 def for_router(moved: Collection[str]) -> bool:
     """Whether a router that is fitted again is all that the signals which `moved` ask for."""
-    return "router_bound" in moved and INPUTS.isdisjoint(moved)
+    return not ROUTERS.isdisjoint(moved) and INPUTS.isdisjoint(moved)
 
 
 def meaning(moved: Collection[tuple[str, float]]) -> tuple[str, str]:
@@ -97,7 +99,7 @@ def meaning(moved: Collection[tuple[str, float]]) -> tuple[str, str]:
         return "a script or language that the tokenizer does not fit", "prepare and pretrain: another service"
     if names & INPUTS:
         return "a new domain", "curate, then retrain"
-    if "router_bound" in names:
+    if names & ROUTERS:
         return "the router out of its calibration", "fit the router again"
     if "down" in names:
         return "a world that changed", "get new labels first"

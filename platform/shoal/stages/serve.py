@@ -77,6 +77,13 @@ class Serve(Stage):
     capture_texts_days: Annotated[
         int | None, typer.Option(help="Days for which texts are kept [30, or the config's].")
     ] = None
+    capture_reruns: Annotated[
+        float | None,
+        typer.Option(
+            help='Share of the requests of depth "auto" that full depth answers again when idle, to measure what the '
+            "router loses; 0: none [0.05, or the config's]."
+        ),
+    ] = None
     adapters: Annotated[
         list[str] | None, typer.Option(help="NAME=DIR of a LoRA adapter of the model, served as NAME; repeat. [none]")
     ] = None
@@ -119,6 +126,7 @@ class Serve(Stage):
             "capture_texts": self.capture_texts,
             "capture_days": self.capture_days,
             "capture_texts_days": self.capture_texts_days,
+            "capture_reruns": self.capture_reruns,
             "adapters": parse_adapters(self.adapters) if self.adapters else None,
             "adapters_from": self.adapters_from and str(self.adapters_from.absolute()),
             "ui": self.ui,

@@ -66,6 +66,7 @@ def test_every_row_of_the_table_is_told_by_somebody() -> None:
         "capture_lag_seconds",
         "capture_bytes",
         "feedback",
+        "reruns",
     }
     of_releases = {"release_share", "version_requests", "release_rollbacks"}
     assert told | of_deployments | of_gateways | of_releases == set(FAMILIES)

@@ -12,11 +12,12 @@ import yaml
 from shoal.cli import main
 from shoal.errors import DataError
 from shoal.loop.capture import JOURNAL, Capture
-from shoal.loop.rows import Row
+from shoal.loop.rows import RERUN, Row
 from shoal.loop.tell import write_metrics
 from shoal.loop.texts import Texts
+from shoal.loop.unread import Read, unread
 from shoal.loop.votes import Vote, Votes
-from shoal.loop.watch import FOLDER, STATE, Watch
+from shoal.loop.watch import FOLDER, STATE, Watch, moved
 from shoal.loop.writer import make_parts
 
 START = 1_795_780_800.0  # epoch seconds
@@ -56,6 +57,59 @@ def service(tmp_path: Path) -> Service:
 
 def watch(service: Service, **more: object) -> Watch:
     return Watch(service.folder, **{"learn": 500, **more})
+
+
+def reran(service: Service, regret: float, requests: int) -> None:
+    """Requests whose depth the router chose, each asked again."""
+    for _ in range(requests):
+        service.serve(1, router_bound=0.02)
+        row = Row(
+            f"chatcmpl-{service._count}", round(service.now * 1000), weights="aaaa", role=RERUN, tolerance=0.05,
+            regret=regret * float(service._rng.gamma(2, 0.5)), regret_bound=0.02,
+        )  # fmt: skip
+        with (service.folder / JOURNAL / "a.jsonl").open("ab") as file:
+            file.write(row.line())
+
+
+def test_a_router_that_does_not_keep_its_tolerance_is_an_alarm_though_no_request_changed(
+    service: Service, tmp_path: Path
+) -> None:
+    """Before there is a reference too; and nothing else is said to have moved."""
+    reran(service, 0.02, 150)
+    report = watch(service).look(service.now)
+    assert report.state == "learning" and report.regret is not None and report.regret["high"] < 0.05
+    assert moved(service.folder) == []
+    reran(service, 0.2, 300)
+    report = watch(service).look(service.now)
+    assert report.state == "alarm" and report.do == "fit the router again" and "re-runs" in report.sentence
+    assert moved(service.folder) == ["regret"] and report.regret["low"] > 0.05
+    assert watch(service).look(service.now).regret == report.regret, "each row counts once"
+    write_metrics(report, tmp_path / "drift.prom")
+    told = (tmp_path / "drift.prom").read_text()
+    assert f'shoal:regret_nats{{bound="low"}} {report.regret["low"]:g}' in told
+    assert "shoal:regret_tolerance_nats 0.05" in told and "shoal:drift_state 3" in told
+    assert len(service.capture.rows()) == 450 and len(service.capture.rows(copies=True)) == 900
+
+
+def test_a_re_run_that_comes_after_its_request_was_looked_at_is_read(service: Service) -> None:
+    """Both have the same id, and may lie in one journal."""
+    service.serve(5)
+    _, read = unread(service.capture, Read())
+    with (service.folder / JOURNAL / "a.jsonl").open("ab") as file:
+        file.write(Row("chatcmpl-3", 1, role=RERUN, regret=0.5).line())
+    table, read = unread(service.capture, read)
+    assert table["regret"].to_pylist() == [0.5]
+    service.part()
+    assert len(unread(service.capture, read)[0]) == 0
+
+
+def test_a_version_of_equal_weights_is_another_and_a_refused_request_none(service: Service) -> None:
+    """As where the router alone was fitted again."""
+    service.serve(500, version="1.aa")
+    service.serve(30, version=None, status=503)
+    service.serve(60, version="2.aa")
+    report = watch(service).look(service.now)
+    assert (report.weights, report.state, report.requests) == ("2.aa", "learning", 60)
 
 
 def test_from_nothing_to_an_alarm_and_back_by_accepting(service: Service) -> None:
@@ -289,6 +343,7 @@ def test_the_alert_rules_ask_for_figures_that_are_written(service: Service, tmp_
     asked = {
         name for group in rules["groups"] for rule in group["rules"] for name in re.findall(r"shoal:\w+", rule["expr"])
     }
+    reran(service, 0.02, 100)  # without re-runs there is no regret to tell
     write_metrics(watch(service).look(service.now), tmp_path / "drift.prom")
     assert asked and asked <= set(re.findall(r"^(shoal:\w+)", (tmp_path / "drift.prom").read_text(), re.MULTILINE))
 
