@@ -3,6 +3,7 @@
     shape, tokenizer, template  ─>  bits per byte  ─>  frozen suites, each task for itself: no worse by more than 3 points
       the same, or refused           at most +1 %       safety suites: no item newly failed
                                                         recent suites: better, or there is no reason to release
+                                    answers no longer, the router as good, no more layers, no more time a token (`costs`)
 
 All must pass. Where too few questions were asked to say, it says so, and how many it takes: that is no pass either.
 """
@@ -25,11 +26,12 @@ from shoal.errors import CheckpointError, DataError, ShoalError
 from shoal.evaluate import measures
 from shoal.evaluate.evaluation import MOST_TOKENS, TASKS, Progress, generate
 from shoal.evaluate.measures import Answer, HeldoutRows
-from shoal.loop import suites
+from shoal.loop import costs, suites
 from shoal.loop.cut import RECENT as RECENT_FILE
 from shoal.loop.cut import read
-from shoal.loop.paired import FAIL, INCONCLUSIVE, MARGIN, PASS, SKIPPED, better, not_worse, paired
+from shoal.loop.paired import FAIL, INCONCLUSIVE, MARGIN, PASS, SKIPPED, Check, better, not_worse, paired
 from shoal.loop.suites import FROZEN, RECENT, SAFETY, TIRED, Suite
+from shoal.loop.versions import AnotherShapeError, need_same
 from shoal.model.files import weights_sha256
 from shoal.model.model import Model
 
@@ -40,23 +42,6 @@ BPB_ROWS = 96  # packed rows of a modality
 LEAST_RECENT = 200  # questions
 MOST_LONGER = 1.10  # tokens of the answers to frozen suites
 SHAPE = "shape"  # the check that refuses
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was held against the stable version. `value` with its bounds `low` and `high`, and `limit`, which it must
-    keep; `needed`: questions that it would take to say."""
-
-    name: str
-    status: str  # pass, fail, inconclusive or skipped
-    told: str
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    limit: float | None = None
-    items: int = 0
-    groups: int = 0
-    needed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +60,14 @@ class Verdict:
 
     def told(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+
+@dataclass
+class _Seen:
+    """Of the suites so far: tokens of both answers to what is frozen, and questions that both answered, by task."""
+
+    longer: list[tuple[int, int]] = field(default_factory=list)
+    answered: dict[str, list[Question]] = field(default_factory=dict)
 
 
 def gate(
@@ -100,21 +93,22 @@ def gate(
     names = [{"path": str(path), "weights_sha256": _sha(path)} for path in (candidate, stable)]
     try:
         model = Model.load(candidate)
-        wrong = _another_shape(model, known)
+        need_same(candidate, stable)
+    except AnotherShapeError as error:
+        return _verdict([Check(SHAPE, FAIL, str(error))], names, of, 0, began)
     except ShoalError as error:
-        model, wrong = None, f"it cannot be loaded: {error}"
-    if model is None or wrong:
-        return _verdict([Check(SHAPE, FAIL, wrong)], names, of, 0, began)
+        return _verdict([Check(SHAPE, FAIL, f"it cannot be loaded: {error}")], names, of, 0, began)
     checks = [Check(SHAPE, PASS, "shape, tokenizer and chat template are the stable version's")]
-    steps, total = 0, len(frozen) + 1
+    steps, total = 0, len(frozen) + 2
     tell("bits per byte", steps, total)
     checks += _bits(model, known, data)
-    longer: list[tuple[int, int]] = []
+    seen = _Seen()
     for suite, place in frozen:
         steps += 1
         tell(suite.name, steps, total)
-        checks += _asked(suite, place, model, known, margin, longer)
-    checks += _lengths(longer)
+        checks += _asked(suite, place, model, known, margin, seen)
+    tell("router and speed", total - 1, total)
+    checks += _lengths(seen.longer) + _costs(model, known, seen)
     if not any(suite.kind == SAFETY for suite in of):
         checks.append(Check("safety", SKIPPED, "there is no safety suite"))
     if not any(suite.kind == RECENT for suite in of):
@@ -152,18 +146,6 @@ def _sha(path: Path) -> str:
         return ""
 
 
-def _another_shape(model: Model, known: Model) -> str:
-    """What of a candidate cannot take the stable version's place while it serves; "" for nothing."""
-    for what, same in (
-        ("shape", model.config == known.config),
-        ("tokenizer", model.tokenizer.sha256 == known.tokenizer.sha256),
-        ("chat template", model.chat_template == known.chat_template),
-    ):
-        if not same:
-            return f"its {what} is another than the stable version's: serve it as a service of its own"
-    return ""
-
-
 def _bits(model: Model, known: Model, data: Path | None) -> list[Check]:
     """Bits per byte of text and code beside the stable version's."""
     if data is None:
@@ -196,10 +178,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _asked(
-    suite: Suite, folder: Path, model: Model, known: Model, margin: float, longer: list[tuple[int, int]]
-) -> list[Check]:
-    """The checks of one suite, one a task. `longer` is told the tokens of both answers to what is frozen."""
+def _asked(suite: Suite, folder: Path, model: Model, known: Model, margin: float, seen: _Seen) -> list[Check]:
+    """The checks of one suite, one a task; what later checks need of it goes to `seen`."""
     by_task = questions(folder / suite.file, known.tokenizer, known.config, known.chat_template)
     if not by_task:
         raise DataError(f"suite {suite.name} holds no question")
@@ -217,9 +197,21 @@ def _asked(
             found.append(Check(name, FAIL, f"it does not answer: {error}"))
             continue
         if suite.kind == FROZEN:
-            longer += [(one.tokens, other.tokens) for one, other in zip(new, old, strict=True)]
+            seen.longer += [(one.tokens, other.tokens) for one, other in zip(new, old, strict=True)]
+        if suite.kind != SAFETY:
+            seen.answered.setdefault(task, []).extend(asked)
         found.append(_compared(suite.kind, name, scores(task, new, asked), scores(task, old, asked), asked, margin))
     return found
+
+
+def _costs(model: Model, known: Model, seen: _Seen) -> list[Check]:
+    """The checks of the router and of speed, on what both have answered."""
+    if not seen.answered:
+        return []
+    try:
+        return [*costs.router(model, known, seen.answered), costs.speed(model, known, seen.answered)]
+    except ShoalError as error:
+        return [Check("router", FAIL, f"it does not answer: {error}")]
 
 
 def _compared(

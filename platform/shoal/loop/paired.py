@@ -22,6 +22,23 @@ PASS, FAIL, INCONCLUSIVE, SKIPPED = "pass", "fail", "inconclusive", "skipped"
 
 
 @dataclass(frozen=True)
+class Check:
+    """One thing that was held against the stable version. `value` with its bounds `low` and `high`, and `limit`, which it must
+    keep; `needed`: questions that it would take to say."""
+
+    name: str
+    status: str  # pass, fail, inconclusive or skipped
+    told: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    limit: float | None = None
+    items: int = 0
+    groups: int = 0
+    needed: int | None = None
+
+
+@dataclass(frozen=True)
 class Paired:
     """The mean difference of a candidate's scores from the other's, with its bounds."""
 

@@ -67,7 +67,7 @@ class Row:
     resumed: str | None = _column(TEXT)  # "canary->stable", where it went on with other weights
 
     # confidence
-    prompt_surprisal: float | None = _column(NUMBER)  # nats a token, under the table of `surprisal.Learned`
+    prompt_surprisal: float | None = _column(NUMBER)  # nats of the most surprising tokens, see `surprisal.Learned`
     prompt_nll: float | None = _column(NUMBER)  # of its tokens, at the first exit
     answer_nll: float | None = _column(NUMBER)  # of a sample of the answer's tokens, at its depth: mean
     answer_nll_max: float | None = _column(NUMBER)  # and most

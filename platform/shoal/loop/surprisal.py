@@ -1,7 +1,8 @@
 """How surprising a prompt's tokens are to one who has only counted: the signal of new words and new languages.
 
 A table of how often tokens, and pairs of them, stood in a thousand prompts; a service learns it from the first that come. One
-number of a prompt is kept, and no histogram of it: that of a short prompt *is* the prompt.
+number of a prompt is kept, and no histogram of it: that of a short prompt *is* the prompt. It is of the most surprising tokens
+alone, since a new thing is asked for in old words: the mean of all would bury it.
 
 Letters: V tokens in the vocabulary, n tokens of a prompt.
 """
@@ -9,6 +10,7 @@ Letters: V tokens in the vocabulary, n tokens of a prompt.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import threading
@@ -26,6 +28,7 @@ WANTED = 1_000  # prompts that a service learns a table from
 EVERY = 50  # prompts between two looks for one that another process has made
 PAIRS = 1 << 16  # places that pairs are counted in, by a hash
 UNSEEN = 0.5  # of a token that never stood there
+TAIL, LEAST_TAIL = 0.1, 3  # share of a prompt's tokens that count, the most surprising, and how many at least
 TRUST = 5.0  # times that a token must have stood there until its pairs count for half
 _FIRST, _SECOND = np.uint64(2654435761), np.uint64(40503)
 
@@ -55,7 +58,8 @@ class Surprisal:
         self._total += len(ids)
 
     def of(self, prompt: Sequence[int]) -> float | None:
-        """Mean nats a token of a prompt; None for an empty one. Ids beyond the vocabulary are as good as unseen."""
+        """Mean nats of the most surprising tenth of a prompt's tokens, of three at least; None for an empty one. Ids beyond the
+        vocabulary are as good as unseen."""
         ids = np.asarray(prompt, dtype=np.int64)
         if not len(ids):
             return None
@@ -68,7 +72,8 @@ class Surprisal:
         # a place that other pairs share counts too many: no more than always
         after = np.minimum(self._pairs[_places(ids)] / np.maximum(before, 1.0), 1.0)
         chance = np.concatenate([alone[:1], trust * after + (1 - trust) * alone[1:]])
-        return float(-np.log(chance).mean())
+        count = max(LEAST_TAIL, math.ceil(TAIL * len(ids)))
+        return float(-np.log(np.sort(chance)[:count]).mean())
 
     def write(self, path: Path) -> None:
         with aside(path) as beside, beside.open("wb") as file:

@@ -28,6 +28,10 @@ LINEAGE, VERDICT, MANIFEST = "lineage.json", "gate.json", "version.json"
 CUT, TRAIN = "cut.json", "train.jsonl"  # of a cut: its manifest, and what is trained on
 
 
+class AnotherShapeError(CheckpointError):
+    """A model that cannot take the stable version's place while it serves."""
+
+
 @dataclass(frozen=True)
 class Version:
     """One version, as its files say."""
@@ -97,7 +101,7 @@ def read(directory: Path) -> Version:
 
 
 def need_same(model: Path, stable: Path) -> None:
-    """Raises CheckpointError where `model` is of another shape, tokenizer or chat template than `stable`: it cannot take its
+    """Raises AnotherShapeError where `model` is of another shape, tokenizer or chat template than `stable`: it cannot take its
     place while it serves."""
     new, known = described.read(model), described.read(stable)
     # the configuration says how weights are rounded, too
@@ -109,7 +113,7 @@ def need_same(model: Path, stable: Path) -> None:
     for what, (given, wanted) in pairs.items():
         if given != wanted:
             do = "serve it as another release: the gateway encodes for all versions of one"
-            raise CheckpointError(f"{model}: {what}", got="another", allowed=f"that of {stable}", do=do)
+            raise AnotherShapeError(f"{model}: {what}", got="another", allowed=f"that of {stable}", do=do)
 
 
 def need_asked(verdict: dict[str, Any] | None, model: Path) -> None:

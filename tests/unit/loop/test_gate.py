@@ -11,13 +11,17 @@ import torch
 
 from shoal import Model, presets
 from shoal.cli import main
+from shoal.data.chats.heldout import questions
 from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.errors import DataError
-from shoal.inputs.chat import encode_chat
+from shoal.evaluate.prompts import Heldout, measured
+from shoal.inputs.chat import DEFAULT_TEMPLATE, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
+from shoal.loop import costs
 from shoal.loop.gate import Verdict, gate
 from shoal.loop.suites import USES, freeze, read
+from shoal.model.router import NEVER, fit_router
 from tests.corpus import write_corpus
 
 MOST_TOKENS = 8  # of an answer; more of it says no more here
@@ -129,6 +133,58 @@ def test_another_kind_of_model_is_refused_before_it_is_asked(place: Path, tmp_pa
         folder = saved(tmp_path / "another", model)
     found, checks = judged(place, folder, "kept")
     assert found.verdict == "refused" and list(checks) == ["shape"] and what in found.sentence
+
+
+def with_router(folder: Path, name: str, *, deep: bool = False) -> Path:
+    """The stable model with a router that gives all prompts the first exit, or full depth: its calibration lets it."""
+    model = Model.from_preset("test")
+    router = fit_router(model.config, torch.randn(40, 2 * model.config.width + 3), torch.zeros(40, 2))
+    router.calibration.thresholds = [(0.0, NEVER)] if deep else [(0.0, 1e9)]
+    model.router = router
+    return saved(folder / name, model)
+
+
+def test_a_router_that_loses_more_runs_deeper_or_is_gone_is_stopped(place: Path, tmp_path: Path) -> None:
+    """`shallow` takes the first exit, which in a random model loses nothing that its calibration would not allow."""
+    shallow, deep = with_router(tmp_path, "shallow"), with_router(tmp_path, "deep", deep=True)
+    known = {name: Model.load(path) for name, path in (("shallow", shallow), ("deep", deep))}
+    asked = questions(place / "kept" / "shop.jsonl", known["deep"].tokenizer, known["deep"].config, DEFAULT_TEMPLATE)
+
+    def status(candidate: Model, stable: Model) -> dict[str, tuple[str, float | None]]:
+        return {check.name: (check.status, check.value) for check in costs.router(candidate, stable, asked)}
+
+    assert {status for status, _ in status(known["shallow"], known["shallow"]).values()} == {"pass"}
+    same = status(known["deep"], known["deep"])
+    assert same == {"router, loss": ("pass", 0.0), "router, layers": ("pass", 1.0)}
+    deeper = status(known["deep"], known["shallow"])
+    first = known["deep"].config.exits[0] / known["deep"].config.layers
+    assert deeper["router, layers"] == ("fail", pytest.approx(1 / first)) and deeper["router, loss"][0] == "pass"
+    lost = status(known["shallow"], known["deep"])["router, loss"]
+    rows = {task: [Heldout(one.row, one.group) for one in some[:100]] for task, some in asked.items()}
+    wanted = measured(known["shallow"].net, rows).gaps[:, 0].mean()
+    assert lost[1] is not None and abs(lost[1] - float(wanted)) < 0.05 and (lost[0] == "fail") == (lost[1] > 0.05)
+    bare = Model.load(place / "stable")
+    assert (
+        status(bare, known["deep"]) == {"router": ("fail", None)}
+        and status(known["deep"], bare)["router"][0] == "skipped"
+    )
+    few = {task: some[:10] for task, some in asked.items()}
+    assert [check.status for check in costs.router(known["deep"], known["deep"], few)] == ["inconclusive"]
+
+
+def test_one_that_takes_longer_for_a_token_is_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock of the processor, which is made to say what a token takes."""
+    model, known = Model.load(place / "stable"), Model.load(place / "stable")
+    asked = questions(place / "kept" / "shop.jsonl", model.tokenizer, model.config, DEFAULT_TEMPLATE)
+    for takes, status, turns in ((1.0, "pass", 7), (1.05, "pass", 7), (1.3, "fail", 7)):
+        monkeypatch.setattr(
+            costs, "_seconds", lambda engine, prompts, takes=takes: takes if engine.model is model else 1.0
+        )
+        check = costs.speed(model, known, asked)
+        assert (check.status, check.value, check.items) == (status, pytest.approx(takes), turns)
+    monkeypatch.undo()
+    check = costs.speed(model, known, asked)
+    assert check.value is not None and 0.2 < check.value < 5 and 7 <= check.items <= 25
 
 
 def test_broken_weights_are_stopped(place: Path, tmp_path: Path) -> None:

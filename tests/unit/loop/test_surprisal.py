@@ -28,6 +28,20 @@ def test_it_is_what_its_formula_gives() -> None:
     assert Surprisal.counted(KNOWN, 10).of([1, 2, 4]) == pytest.approx(wanted, rel=1e-12)
 
 
+def test_of_a_longer_prompt_the_most_surprising_tenth_counts() -> None:
+    """Four new words among 36 that are known are as surprising as they are alone."""
+    table = Surprisal.counted([[1] * 100], 10)
+    alone = -math.log((0 + UNSEEN) / (100 + UNSEEN * 10))
+    mixed = [1] * 35 + [5, 6, 5, 6, 1]
+    trust = 99 / (99 + TRUST)
+    after_one = -math.log((1 - trust) * math.exp(-alone))  # the first of them follows a word with which others go
+    assert table.of(mixed) == pytest.approx((after_one + 3 * alone) / 4, rel=1e-9)
+    few = table.of([1, 1, 1, 1, 5])
+    usual = -math.log(trust + (1 - trust) * (100 + UNSEEN) / (100 + UNSEEN * 10))
+    first = -math.log((100 + UNSEEN) / (100 + UNSEEN * 10))
+    assert few == pytest.approx((after_one + first + usual) / 3, rel=1e-9)
+
+
 def test_new_words_surprise_more_than_old_words_in_another_order_and_these_more_than_old_ones() -> None:
     table = Surprisal.counted(KNOWN * 20, 1_000)
     old, turned, new = (table.of(prompt) for prompt in ([1, 2, 3], [3, 2, 1], [7, 8, 9]))
