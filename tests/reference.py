@@ -96,10 +96,10 @@ def turned(x: Array, theta: float) -> Array:
     return out
 
 
-def chosen(q: Array, keys: Array, t: int, c: Mapping[str, Any]) -> list[int]:
-    """The blocks that a group's queries q [G, d] at `t` read of keys [n, d]: the sinks, then the best, top_k in all."""
+def chosen(q: Array, keys: Array, visible: int, c: Mapping[str, Any]) -> list[int]:
+    """Which of the first `visible` blocks of keys [n, d] a group's queries q [G, d] read: the sinks, then the best, top_k in
+    all."""
     size, d = c["block"], q.shape[-1]
-    visible = (t + 1) // size
     wanted = []
     for block in range(visible):
         some = keys[block * size : (block + 1) * size]
@@ -117,20 +117,32 @@ def chosen(q: Array, keys: Array, t: int, c: Mapping[str, Any]) -> list[int]:
 
 
 def attention(x: Array, w: Tensors, name: str, kind: str, c: Mapping[str, Any]) -> Array:
-    """o = gamma softmax(window) V + (1 - gamma) softmax(tail and chosen blocks) V for each head; x [n, D], normed."""
+    """o = gamma softmax(window) V + (1 - gamma) softmax(tail and chosen blocks) V for each head; x [n, D], normed. In sparse
+    layers, S, one softmax over the window, with the gate added to its scores, and the blocks chosen before it; in dense ones,
+    D, and in sparse ones before a position, over all."""
     heads, kv_heads, d, n = c["heads"], c["kv_heads"], c["head_dim"], len(x)
     qkv = product(x, w, f"{name}.qkv").reshape(n, heads + 2 * kv_heads, d)
     q, k, v = np.split(qkv, [heads, heads + kv_heads], axis=1)
     q = turned(rms(q, w[f"{name}.q_norm.weight"], c["norm_eps"]), c["rope_theta"])
     k = turned(rms(k, w[f"{name}.k_norm.weight"], c["norm_eps"]), c["rope_theta"])
     learned = c["mix_mode"] == "per_head"
-    gamma = 1 / (1 + np.exp(-w[f"{name}.gate"])) if learned else np.full(heads, c["local_weight"])
+    gate = w.get(f"{name}.gate", np.zeros(heads))
+    gamma = 1 / (1 + np.exp(-gate)) if learned else np.full(heads, c["local_weight"])
     out, share, size = np.zeros((n, heads, d)), heads // kv_heads, c["block"]
     for t in range(n):
         near = list(range(max(0, t - c["window"] + 1), t + 1))
         for g in range(kv_heads):
             mine = range(g * share, (g + 1) * share)
-            blocks = chosen(q[t, list(mine)], k[:, g], t, c) if kind == "H" else []
+            if kind in "SD":
+                all_ = kind == "D" or t < c["dense_length"]
+                far = [] if all_ else chosen(q[t, list(mine)], k[:, g], -(-near[0] // size), c)
+                to = [j for b in far for j in range(b * size, (b + 1) * size) if j < near[0]] + near
+                to = list(range(t + 1)) if all_ else to
+                for h in mine:
+                    more = np.array([0 if all_ or j < near[0] else gate[h] for j in to])
+                    out[t, h] = softmax(k[to, g] @ q[t, h] / math.sqrt(d) + more) @ v[to, g]
+                continue
+            blocks = chosen(q[t, list(mine)], k[:, g], (t + 1) // size, c) if kind == "H" else []
             read = [j for b in blocks for j in range(b * size, (b + 1) * size)] + list(
                 range((t + 1) // size * size, t + 1)
             )

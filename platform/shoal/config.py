@@ -24,6 +24,8 @@ from shoal.errors import ConfigError, RequestError, did_you_mean, first_line
 
 T = TypeVar("T")
 
+# numbers of a ModelConfig that may be 0
+MAY_BE_ZERO = ("sinks", "max_length", "rope_dims", "image_size", "exit_ffn", "dense_length")
 GROUPS = 4  # layer groups of a model; a unit of KV memory is one page of one group
 # what keys and values are stored as, in vLLM's words; auto: in the model's precision
 KvCacheDtype = Literal["auto", "int8"]
@@ -99,7 +101,10 @@ class ModelConfig(Exits):
     summary: Literal["mean", "mean_var"] = "mean"  # what a block is scored by; mean_var for long contexts at S >= 16
     mix_mode: Literal["fixed", "per_head"] = "per_head"  # is the gate between the branches learned?
     local_weight: float = 0.7  # gamma, the local branch's share (its start value when learned)
-    attn_pattern: str = "H"  # repeated over the layers: H hybrid, L local only, D dense: all of the context
+    # repeated over the layers: H hybrid, L local only, D dense (all of the context), S sparse (one softmax over the window and
+    # the best blocks before it; all of the context for a query before `dense_length`)
+    attn_pattern: str = "H"
+    dense_length: int = 0  # of S layers; a multiple of `page`
     rope_theta: float = 10_000.0
     rope_dims: int = 0  # leading dims of a head that rope turns; 0: half of them
     rope_rates: tuple[float, ...] = ()  # radians a token of each pair of those; none: rope_theta^(-i / pairs)
@@ -124,7 +129,7 @@ class ModelConfig(Exits):
 
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.type == "int" and f.name not in ("sinks", "max_length", "rope_dims", "image_size", "exit_ffn"):
+            if f.type == "int" and f.name not in MAY_BE_ZERO:
                 need(value > 0, f.name, value, "a positive integer")
         need(self.layers >= GROUPS, "layers", self.layers, f"{GROUPS} or more, one layer group each")
         need(self.heads % self.kv_heads == 0, "heads", self.heads, f"a multiple of kv_heads ({self.kv_heads})")
@@ -133,9 +138,13 @@ class ModelConfig(Exits):
         need(0 <= self.sinks <= self.top_k, "sinks", self.sinks, f"0 to top_k ({self.top_k})")
         need(0.0 <= self.local_weight <= 1.0, "local_weight", self.local_weight, "0 to 1")
         need(
-            bool(self.attn_pattern) and set(self.attn_pattern) <= {"H", "L", "D"},
-            "attn_pattern", self.attn_pattern, "letters H (hybrid), L (local only) and D (dense)",
+            bool(self.attn_pattern) and set(self.attn_pattern) <= {"H", "L", "D", "S"},
+            "attn_pattern", self.attn_pattern, "letters H (hybrid), L (local only), D (dense) and S (sparse)",
         )  # fmt: skip
+        dense = self.dense_length >= 0 and self.dense_length % self.page == 0
+        need(dense, "dense_length", self.dense_length, f"0 or more, a multiple of page ({self.page})")
+        holds_tail = "S" not in self.attn_pattern or self.window >= self.block
+        need(holds_tail, "window", self.window, f"at least block ({self.block}) where layers are sparse")
         rope = bool(self.rope_pattern) and set(self.rope_pattern) <= {"R", "N"}
         need(rope, "rope_pattern", self.rope_pattern, "letters R (turned) and N (without positions)")
         dims = 0 <= self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0
@@ -222,7 +231,7 @@ class ModelConfig(Exits):
         return 3 * self.patch**2
 
     def attention_kind(self, layer: int) -> str:
-        """``H``, ``L`` or ``D`` for a layer, from `attn_pattern`."""
+        """``H``, ``L``, ``D`` or ``S`` for a layer, from `attn_pattern`."""
         return self.attn_pattern[layer % len(self.attn_pattern)]
 
     def turned(self, layer: int) -> bool:

@@ -11,6 +11,10 @@ follows NSA (arXiv 2502.11089, eq. 10). `reference.py` writes the same out witho
 Letters: B rows, T new tokens (queries), X stored tokens (keys), H query heads, Hk KV heads, G = H/Hk, d head dim,
 w window, S block, K blocks read, s sinks, N blocks that exist, m values of a summary (d, or 2d with the variance).
 
+Dense layers read all up to the query. Sparse ones, which are made of dense ones, have one softmax over L_t U R_t, with b_h
+added to the scores of L_t, and R_t chosen from the blocks that begin before L_t: where those are K or fewer and b_h is 0, this
+is dense attention. A query before a given position reads all.
+
 One `select` serves training, prefill and decoding, and one `attend` all but short and long decoding (`paged.py`): they
 differ only in the `Layout` they are given.
 """
@@ -25,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoal.model.reach import Reach
+
 Summary = Literal["mean", "mean_var"]
 
 CLOSED = 1e30  # taken from the score of a block that may not be read: finite, so that where none may, nothing is NaN
@@ -36,7 +42,7 @@ class Layout:
     """Who may see whom; the same for every layer of one forward.
 
     local, tail, past [B, T, X] bool, `past` of every key up to the query; eligible [B, T, N] bool: complete blocks before the
-    query; sink [B, 1 or T, N] bool;
+    query; beyond [B, T, N] bool: those that begin before its window; sink [B, 1 or T, N] bool;
     block_of [B, X]: the block of each key; positions [B, T]: of the queries, in their document (for rope).
     band [B, T/b, b, w + b] bool: `local` again, as each b queries see their own and the previous w keys; None where a row
     does not divide so. It is what makes the local branch cost T w and not T T.
@@ -46,6 +52,7 @@ class Layout:
     tail: Tensor
     past: Tensor
     eligible: Tensor
+    beyond: Tensor
     sink: Tensor
     block_of: Tensor
     positions: Tensor
@@ -81,6 +88,7 @@ class Layout:
             tail=past & (position[:, None, :] >= complete[..., None]),
             past=past,
             eligible=eligible,
+            beyond=eligible & ((index * block)[:, None] + window <= position[..., None]),
             sink=(index < sinks)[:, None],
             block_of=block_of,
             positions=position,
@@ -100,6 +108,7 @@ class Layout:
             tail=past & (at >= (complete * block)[..., None]),
             past=past,
             eligible=blocks < complete[..., None],
+            beyond=(blocks * block + window <= positions[..., None]) & (blocks < complete[..., None]),
             sink=(blocks < sinks)[None, None],
             block_of=(at // block).expand(positions.shape[0], -1),
             positions=positions,
@@ -131,28 +140,40 @@ def hybrid_attention(
     ids = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device) if docs is None else docs
     layout = Layout.packed(ids, window=window, block=block, sinks=sinks)
     gamma = torch.as_tensor(local_weight, dtype=q.dtype, device=q.device).expand(q.shape[2])
-    return attend(q, k, v, block_summaries(k, layout, summary), layout, top_k, gamma)
+    return attend(q, k, v, block_summaries(k, layout, summary), layout, Reach(window, top_k, sinks, gamma))
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, summaries: Tensor | None, layout: Layout, top_k: int, gamma: Tensor | None
-) -> Tensor:
-    """[B, T, H, d]: both branches by masked attention, mixed by gamma [H]; gamma None reads the window only.
+def attend(q: Tensor, k: Tensor, v: Tensor, summaries: Tensor | None, layout: Layout, reach: Reach) -> Tensor:
+    """[B, T, H, d]: what a layer of this `reach` reads, by masked attention. `layout` is of its window, sinks and blocks.
 
-    q [B, T, H, d]; k, v [B, X, Hk, d]; summaries [B, N, Hk, m], which the window alone does without.
+    q [B, T, H, d]; k, v [B, X, Hk, d]; summaries [B, N, Hk, m], which the window alone and dense layers do without.
     """
+    if layout.past.shape[-1] <= reach.dense:
+        return _masked(q, k, v, layout.past[:, None])
+    if reach.bias is not None and summaries is not None:
+        return _one_softmax(q, k, v, summaries, layout, reach, reach.bias)
     local = _banded(q, k, v, layout.band) if layout.band is not None else _masked(q, k, v, layout.local[:, None])
-    if gamma is None or summaries is None:
+    if reach.gamma is None or summaries is None:
         return local
+    chosen = _chosen(q, summaries, layout.eligible, layout, reach)
+    far = _by_strips(q, k, v, chosen, layout, layout.tail)
+    return torch.addcmul(far, reach.gamma[:, None], local - far)
+
+
+def _one_softmax(
+    q: Tensor, k: Tensor, v: Tensor, summaries: Tensor, layout: Layout, reach: Reach, bias: Tensor
+) -> Tensor:
+    """A sparse layer's, [B, T, H, d]."""
+    chosen = _chosen(q, summaries, layout.beyond, layout, reach)
+    early = (layout.positions < reach.dense)[..., None]
+    always = layout.local | (layout.past & early)
+    return _by_strips(q, k, v, chosen, layout, always, (bias, layout.local & ~early))
+
+
+def _chosen(q: Tensor, summaries: Tensor, among: Tensor, layout: Layout, reach: Reach) -> Tensor:
+    """`select` among some blocks, by their scores."""
     with torch.autocast(q.device.type, enabled=False):  # scored in bf16, training would choose otherwise than decoding
-        chosen = select(block_scores(q, summaries, layout.eligible), layout.eligible, layout.sink, top_k)
-    far = _far(q, k, v, chosen, layout)
-    return torch.addcmul(far, gamma[:, None], local - far)
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """[B, T, H, d]: attention to every key up to the query, q [B, T, H, d] and k, v [B, X, Hk, d]."""
-    return _masked(q, k, v, layout.past[:, None])
+        return select(block_scores(q, summaries, among), among, layout.sink, reach.top_k)
 
 
 @torch.no_grad()
@@ -204,22 +225,34 @@ def select(score: Tensor, eligible: Tensor, sink: Tensor, top_k: int) -> Tensor:
     return above | (tied & (tied.cumsum(-1) <= room))
 
 
-def _far(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, layout: Layout) -> Tensor:
-    """The global branch, [B, T, H, d]; chosen [B, Hk, T, N]. Where the queries are the keys (training), each STRIP of
-    queries is spared the keys after it."""
+def _by_strips(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    layout: Layout,
+    always: Tensor,
+    favour: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Attention [B, T, H, d] to the `chosen` blocks [B, Hk, T, N] and to what is `always` read [B, T, X]; `favour`: [H], added
+    to the scores of [B, T, X]. Where the queries are the keys (training), each STRIP of queries is spared the keys after
+    it."""
     queries, keys = q.shape[1], k.shape[1]
     out, end = [], 0
-    for strip in q.split(STRIP, dim=1) if queries == keys else (q,):
+    # scores of each head need as many biases, so that these are made for few queries at a time
+    for strip in q.split(STRIP, dim=1) if queries == keys or favour else (q,):
         start, end = end, end + strip.shape[1]
         read = end if queries == keys else keys
         block_of = layout.block_of[:, None, None, :read].expand(*chosen.shape[:2], end - start, -1)
-        mask = chosen[:, :, start:end].gather(-1, block_of) | layout.tail[:, None, start:end, :read]
-        out.append(_masked(strip, k[:, :read], v[:, :read], mask))
+        mask = chosen[:, :, start:end].gather(-1, block_of) | always[:, None, start:end, :read]
+        more = favour[0][:, None, None] * favour[1][:, None, start:end, :read] if favour else None
+        out.append(_masked(strip, k[:, :read], v[:, :read], mask, more))
     return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
 
-def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention [B, T, H, d] under `mask` [B, 1 or Hk, T, X]; q [B, T, H, d], k and v [B, X, Hk, d].
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, more: Tensor | None = None) -> Tensor:
+    """Softmax attention [B, T, H, d] under `mask` [B, 1 or Hk, T, X], with `more` [B, H, T, X] added to the scores; q
+    [B, T, H, d], k and v [B, X, Hk, d].
 
     A row and a KV head are one element of the batch, so that its query heads share k, v and the mask without a copy for each.
     """
@@ -227,6 +260,8 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     grouped = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B * Hk, G, T, d]
     k, v = (x.transpose(1, 2).flatten(0, 1)[:, None].expand(-1, grouped.shape[1], -1, -1) for x in (k, v))
     bias = _bias(mask, q.dtype).expand(-1, kv_heads, -1, -1).flatten(0, 1)[:, None]
+    if more is not None:
+        bias = bias + more.to(q.dtype).unflatten(1, (kv_heads, -1)).flatten(0, 1)
     out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=bias)
     return out.unflatten(0, (rows, kv_heads)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shoal.config import ModelConfig
 from shoal.model.adapters import Beside, product
-from shoal.model.attention import Layout, attend, block_summaries, dense
+from shoal.model.attention import Layout, attend, block_summaries
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.cpu import fused
 from shoal.model.cpu.parts import Layer
@@ -71,7 +71,7 @@ class Norm(nn.Module):
 
 class Attention(nn.Module):
     """q, k, v from one product, QK-norm, rope, and by `kind` both branches with the learned gate between them, the window
-    alone, or all of the context."""
+    alone, all of the context, or one softmax over what both branches read."""
 
     def __init__(self, config: ModelConfig, kind: str, turned: bool = True) -> None:
         super().__init__()
@@ -88,12 +88,15 @@ class Attention(nn.Module):
         self.mix_local: float | None = None  # overrides the gate at run time
         if kind == "D":
             return
+        if kind == "S":  # added to the scores of the window
+            self.gate = nn.Parameter(torch.zeros(config.heads))
+            return
         share = min(max(config.local_weight, 1e-6), 1 - 1e-6)
         start = math.log(share / (1 - share))
         self.gate = nn.Parameter(torch.full((config.heads,), start), requires_grad=config.mix_mode == "per_head")
 
     def gamma(self) -> Tensor | None:
-        """The local branch's share a head, [H]; None for a layer that reads the window only, or all."""
+        """The local branch's share a head, [H]; None for a layer without two branches."""
         if self.kind != "H":
             return None
         if self.mix_local is not None:
@@ -105,7 +108,9 @@ class Attention(nn.Module):
     def reach(self) -> Reach:
         """How far this layer looks in pages."""
         c = self.config
-        return Reach(ALL if self.kind == "D" else c.window, c.top_k, c.sinks, self.gamma())
+        bias = self.gate if self.kind == "S" else None
+        dense = {"D": ALL, "S": c.dense_length}.get(self.kind, 0)
+        return Reach(c.window, c.top_k, c.sinks, self.gamma(), bias, dense)
 
     def project(self, x: Tensor, rope: Rope, beside: Beside | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q [..., H, d] and k, v [..., Hk, d], normed and turned."""
@@ -130,12 +135,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, rope: Rope, beside: Beside | None = None) -> Tensor:
         q, k, v = self.project(x, rope, beside)
-        if self.kind == "D":
-            return product(self.out, dense(q, k, v, layout).flatten(-2), beside)
-        gamma = self.gamma()
-        summaries = block_summaries(k, layout, self.config.summary) if gamma is not None else None
-        y = attend(q, k, v, summaries, layout, self.config.top_k, gamma)
-        return product(self.out, y.flatten(-2), beside)
+        reach = self.reach()
+        summaries = block_summaries(k, layout, self.config.summary) if reach.chooses else None
+        return product(self.out, attend(q, k, v, summaries, layout, reach).flatten(-2), beside)
 
     def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
         c = self.config

@@ -107,6 +107,13 @@ class Rows:
         rows = self.single_rows
         return Rows(self.positions[rows], list(range(len(rows) + 1)), self.page, self.block)
 
+    def parted(self, position: int) -> tuple[tuple[Tensor, Rows], tuple[Tensor, Rows]]:
+        """Of one row a request: which stand before a position, and which do not, each with these alone."""
+        before = self.positions < position
+        places = [each.nonzero().flatten() for each in (before, ~before)]
+        early, late = ((at, Rows(self.positions[at], list(range(len(at) + 1)), self.page, self.block)) for at in places)
+        return early, late
+
     def of(self, request: int) -> Rows:
         """One of `chunks` alone."""
         start, end = self.starts[request], self.starts[request + 1]

@@ -69,8 +69,10 @@ def flops_per_token(config: ModelConfig, length: int, depth: int | None = None) 
 
 def _attention_flops(c: ModelConfig, length: int, kind: str) -> int:
     """Scores and sums over what one query reads; a block's summary is scored and not summed."""
-    keys, summaries = length if kind == "D" else min(length, c.window), 0
-    if kind == "H":
+    if kind == "D" or (kind == "S" and length <= c.dense_length):
+        return 4 * c.heads * length * c.head_dim
+    keys, summaries = min(length, c.window), 0
+    if kind in "HS":
         keys += min(length, (c.top_k + 1) * c.block)
         summaries = length // c.block * c.summary_values
     return 2 * c.heads * (2 * keys * c.head_dim + summaries)
@@ -119,11 +121,11 @@ def vectors_read(config: ModelConfig, length: int, kind: str = "H") -> int:
 
 def _reads(c: ModelConfig, length: int, kind: str) -> tuple[int, int]:
     """Tokens and summaries that decoding reads of pages with `length` tokens; whole pages where it reads all."""
-    hybrid, slots = kind == "H", -(-length // c.page) * c.page
-    window = ALL if kind == "D" else c.window
-    how = way(slots, window=window, block=c.block, top_k=c.top_k, hybrid=hybrid)
-    tokens = c.window + (c.top_k + 1) * c.block * hybrid if how == "chosen" else slots
-    return tokens, slots // c.block if hybrid and how != "whole" else 0
+    chooses, slots = kind in "HS", -(-length // c.page) * c.page
+    dense = {"D": ALL, "S": c.dense_length}.get(kind, 0)
+    how = way(slots, window=c.window, block=c.block, top_k=c.top_k, chooses=chooses, dense=dense)
+    tokens = c.window + (c.top_k + 1) * c.block * chooses if how == "chosen" else slots
+    return tokens, slots // c.block if chooses and how != "whole" else 0
 
 
 def _exact(bytes_each: int) -> int:

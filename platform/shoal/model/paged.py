@@ -51,12 +51,25 @@ def paged_attention(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, r
         return _chunks(q, kv, summaries, step, reach, out, least=fused.SHORT + 1)
     reads = step.read(kv.shape[1])
     if not rows.chunks:
-        return _attend(q[:, None], kv, summaries, reads, rows, reach)[:, 0]
+        return _alone(q, kv, summaries, reads, rows, reach)
     out = torch.empty_like(q)
     if rows.singles:
         at = rows.single_rows
-        out[at] = _attend(q[at][:, None], kv, summaries, reads[rows.singles], rows.single, reach)[:, 0]
+        out[at] = _alone(q[at], kv, summaries, reads[rows.singles], rows.single, reach)
     return _chunks(q, kv, summaries, step, reach, out, least=2)
+
+
+def _alone(q: Tensor, kv: Tensor, summaries: Tensor, reads: Tensor, rows: Rows, reach: Reach) -> Tensor:
+    """[R, H, d] for one query a request. Those that read all by their position go apart from the others, so that a long request
+    beside them costs them nothing, nor they that one."""
+    if not 0 < reach.dense < reads.shape[-1] * rows.page:
+        return _attend(q[:, None], kv, summaries, reads, rows, reach)[:, 0]
+    out = torch.empty_like(q)
+    early, late = rows.once(("parted", reach.dense), lambda: rows.parted(reach.dense))
+    for at, some, pages in ((*early, reach.dense // rows.page), (*late, reads.shape[-1])):
+        if len(at):
+            out[at] = _attend(q[at][:, None], kv, summaries, reads[at, :, :pages], some, reach)[:, 0]
+    return out
 
 
 def _chunks(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach, out: Tensor, least: int) -> Tensor:
@@ -88,8 +101,8 @@ def _attend(q: Tensor, kv: Tensor, summaries: Tensor, reads: Tensor, rows: Rows,
         ("layout", keys, reach.window, reach.sinks),
         lambda: Layout.causal(positions, keys, window=reach.window, block=rows.block, sinks=reach.sinks),
     )
-    found = _summaries(summaries, reads) if reach.gamma is not None else None
-    return attend(q, k.transpose(1, 2), v.transpose(1, 2), found, layout, reach.top_k, reach.gamma)
+    found = _summaries(summaries, reads) if reach.chooses else None
+    return attend(q, k.transpose(1, 2), v.transpose(1, 2), found, layout, reach)
 
 
 def _all(kv: Tensor, reads: Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -142,27 +155,43 @@ def _sparse(q: Tensor, kv: Tensor, summaries: Tensor, reads: Tensor, rows: Rows,
     grouped = q.view(len(q), kv_heads, -1, q.shape[-1])  # [R, Hk, G, d]
     memory = kv.view(-1, wide)
 
-    def branch(at: Tensor) -> Tensor:
-        """Attention to the tokens at positions `at` [R, Hk, Y]; those before the first or after the query are left out."""
+    def branch(at: Tensor, more: Tensor | None = None) -> Tensor:
+        """Attention to the tokens at positions `at` [R, Hk, Y]; those before the first or after the query are left out. `more`
+        [Hk, G, Y] is added to their scores."""
         valid = (at >= 0) & (at <= positions[:, None, None])
         at = at.clamp(min=0).minimum(positions[:, None, None])
         stored = memory[reads.gather(2, at // page) * page + at % page]  # [R, Hk, Y, W]
         k, v = slots.decode(stored.masked_fill_(~valid[..., None], 0), q.dtype)
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=valid[:, :, None])
+        mask = valid[:, :, None]
+        if more is not None:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf) + more
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
 
     near = positions[:, None] - torch.arange(reach.window - 1, -1, -1, device=kv.device)
-    local = branch(near[:, None].expand(-1, kv_heads, -1))
-    if reach.gamma is None:
+    near = near[:, None].expand(-1, kv_heads, -1)
+    far = _chosen_tokens(q, _summaries(summaries, reads), rows, reach) if reach.chooses else None
+    if reach.bias is not None and far is not None:
+        far = torch.where(far < near[..., :1], far, -1)
+        bias = reach.bias.to(q.dtype).view(kv_heads, -1, 1)
+        more = torch.cat(
+            [bias.new_zeros(1, 1, far.shape[-1]).expand(*bias.shape[:2], -1), bias.expand(-1, -1, near.shape[-1])], -1
+        )
+        return branch(torch.cat([far, near], dim=-1), more).flatten(1, 2)
+    local = branch(near)
+    if reach.gamma is None or far is None:
         return local.flatten(1, 2)
-    far = branch(_chosen_tokens(q, _summaries(summaries, reads), rows, reach))
+    far = branch(far)
     return torch.lerp(far, local, reach.gamma.view(kv_heads, -1, 1)).flatten(1, 2)
 
 
 def _chosen_tokens(q: Tensor, summaries: Tensor, rows: Rows, reach: Reach) -> Tensor:
-    """Positions of the tokens that the global branch reads, [R, Hk, (K+1) S]: the chosen blocks in order, then the tail; an
-    empty place holds positions after the query's. q [R, H, d], summaries [R, B, Hk, m]."""
+    """Positions of the tokens that the global branch reads, [R, Hk, (K+1) S]: the chosen blocks in order, then the tail, which
+    is in the window where there is one softmax; an empty place holds positions after the query's. q [R, H, d], summaries
+    [R, B, Hk, m]."""
     blocks = torch.arange(summaries.shape[1], device=q.device)
     complete = (rows.positions + 1) // rows.block
+    if reach.bias is not None:  # those that begin before the window
+        complete = (rows.positions - reach.window + rows.block).clamp(min=0) // rows.block
     eligible = (blocks < complete[:, None])[:, None]  # [R, 1, B]
     scores = block_scores(q[:, None], summaries, eligible)
     chosen = select(scores, eligible, (blocks < reach.sinks)[None, None], reach.top_k)[:, :, 0]  # [R, Hk, B]

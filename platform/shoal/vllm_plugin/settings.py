@@ -155,7 +155,7 @@ def _need_ours(hf: ShoalConfig) -> None:
     """Raises ConfigError for a depth that is no exit, and for a model that was imported: these layers do not have all that open
     models do."""
     shape, _ = hf.shape, hf.layers  # which raises for a depth that is none
-    dense = "D" in shape.attn_pattern or not shape.image_size
+    dense = not set(shape.attn_pattern) <= set("HL") or not shape.image_size
     if other := shape.of_open_models or (("attn_pattern",) if dense else ()):
         do = "serve it with Shoal's own engine, or its source with vLLM alone"
         raise ConfigError("an imported model in vLLM", got=f"{other[0]} of an open model", do=do)

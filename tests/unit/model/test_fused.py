@@ -179,11 +179,14 @@ def test_what_is_not_a_number_stays_so():
 def configs(data):
     base = presets.get("test").model
     block, page = data.draw(st.sampled_from([(1, 8), (2, 8), (4, 8), (8, 8), (1, 1)]))
+    pattern = data.draw(st.sampled_from(["H", "HL", "SD", "HS"]))
+    window = data.draw(st.sampled_from([1, 3, 16, 40]))
     return dataclasses.replace(
         base, head_dim=data.draw(st.sampled_from([4, 16])), block=block, page=page,
         kv_heads=data.draw(st.sampled_from([1, 3])), top_k=data.draw(st.integers(1, 5)),
-        sinks=data.draw(st.integers(0, 1)), window=data.draw(st.sampled_from([1, 3, 16, 40])),
-        summary=data.draw(st.sampled_from(["mean", "mean_var"])), attn_pattern=data.draw(st.sampled_from(["H", "HL"])),
+        sinks=data.draw(st.integers(0, 1)), window=max(window, block if "S" in pattern else 1),
+        summary=data.draw(st.sampled_from(["mean", "mean_var"])), attn_pattern=pattern,
+        dense_length=data.draw(st.sampled_from([0, 16, 32])),
     )  # fmt: skip
 
 
@@ -254,7 +257,8 @@ def test_a_layer_group_equals_its_torch_form(data):
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         group = Net(config).init_(data.draw(st.integers(0, 9))).double().groups[1]
         for block in group.blocks:
-            block.attention.gate.copy_(normal(3, config.heads))
+            if block.attention.kind != "D":
+                block.attention.gate.copy_(normal(3, config.heads))
             block.attention.k_norm.weight.mul_(data.draw(st.sampled_from([1.0, 30.0])))  # scores far apart, too
         length = data.draw(st.integers(1, 90))
         chunks = []

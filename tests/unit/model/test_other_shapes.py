@@ -23,6 +23,7 @@ OPEN: dict[str, Any] = {"attn_pattern": "D", "early_exits": False, "image_size":
 SHAPES: dict[str, dict[str, Any]] = {
     "dense": {"attn_pattern": "D"},
     "dense beside the others": {"attn_pattern": "DLH"},
+    "sparse beside the others": {"attn_pattern": "SDLH", "dense_length": 32, "window": 8, "top_k": 2},
     "six layers": {"layers": 6},
     "full depth alone": {"early_exits": False},
     "no images": {"image_size": 0},
@@ -39,6 +40,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "OLMo2": {**OPEN, "qk_norm": "all", "norm_place": "after", "layers": 5},
     "SmolLM3": {**OPEN, "qk_norm": "none", "rope_pattern": "RRRN", "layers": 7},
     "Llama, adapted": {**OPEN, "qk_norm": "none", "layers": 6, "early_exits": True, "exit_ffn": 40},
+    "Llama, sparse": {
+        **OPEN,
+        "qk_norm": "none",
+        "attn_pattern": "DSSD",
+        "dense_length": 32,
+        "window": 8,
+        "summary": "mean_var",
+    },
     "OLMo2, adapted": {
         **OPEN,
         "qk_norm": "all",

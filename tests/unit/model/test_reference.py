@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from shoal import presets
 from shoal.model import reference
-from shoal.model.attention import Layout, hybrid_attention, select
+from shoal.model.attention import Layout, attend, block_summaries, hybrid_attention, select
 from shoal.model.block import rope_tables
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.net import Net
-from shoal.model.reference import reference_attention
+from shoal.model.reach import Reach
+from shoal.model.reference import reference_attention, reference_sparse
 
 F64 = torch.float64
 SUMMARIES = ["mean", "mean_var"]
@@ -144,6 +145,24 @@ def test_training_rows_equal_the_reference(data):
     assert (hybrid_attention(q, k, v, **how) - reference_attention(q, k, v, **how)).abs().max() < 1e-9
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_sparse_rows_equal_the_reference(data):
+    """As above, for one softmax over window and chosen blocks, and rows of which a part is dense."""
+    heads, kv_heads = data.draw(st.sampled_from([(2, 2), (4, 2), (3, 1)]))
+    length, seed = data.draw(st.sampled_from([1, 7, 24, 36, 72])), data.draw(st.integers(0, 10**6))
+    q, k, v = (drawn(i, seed, 1, length, n, 8) for i, n in enumerate((heads, kv_heads, kv_heads)))
+    top_k, block = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([1, 2, 4, 8]))
+    how = {"window": block + data.draw(st.integers(0, 9)), "block": block, "sinks": data.draw(st.integers(0, top_k))}
+    docs, summary = rows_of_documents(data, length), data.draw(st.sampled_from(SUMMARIES))
+    dense, bias = data.draw(st.sampled_from([0, 8, 24, 96])), torch.linspace(-1.0, 2.0, heads, dtype=F64)
+    layout = Layout.packed(torch.zeros(1, length, dtype=torch.long) if docs is None else docs, **how)
+    reach = Reach(how["window"], top_k, how["sinks"], None, bias, dense)
+    ours = attend(q, k, v, block_summaries(k, layout, summary), layout, reach)
+    more = {"top_k": top_k, "bias": bias, "dense_length": dense, "docs": docs, "summary": summary}
+    assert (ours - reference_sparse(q, k, v, **how, **more)).abs().max() < 1e-9
+
+
 def reference_group(group, x):
     """A layer group over x [T, D] with its attention by the oracle."""
     rope = rope_tables(torch.arange(len(x)), group.config, x.dtype)
@@ -151,10 +170,12 @@ def reference_group(group, x):
     for block in group.blocks:
         attention, gamma = block.attention, block.attention.gamma()
         q, k, v = attention.project(block.attention_norm(x), rope)
-        y = reference_attention(
-            q[None], k[None], v[None], window=c.window, block=c.block, top_k=c.top_k, sinks=c.sinks, summary=c.summary,
-            local_weight=1.0 if gamma is None else gamma,
-        )  # fmt: skip
+        how = {"window": c.window, "block": c.block, "top_k": c.top_k, "sinks": c.sinks, "summary": c.summary}
+        if attention.kind == "S":
+            more = {"bias": attention.gate, "dense_length": c.dense_length}
+            y = reference_sparse(q[None], k[None], v[None], **how, **more)
+        else:
+            y = reference_attention(q[None], k[None], v[None], **how, local_weight=1.0 if gamma is None else gamma)
         x = x + attention.out(y[0].flatten(-2))
         x = x + block.mlp(block.mlp_norm(x))
     return x
@@ -168,10 +189,13 @@ def test_pages_equal_the_reference(data):
     block, page = data.draw(st.sampled_from([(1, 8), (2, 8), (4, 8), (8, 8), (1, 1)]))
     c = dataclasses.replace(
         base, block=block, page=page, window=8, top_k=3, kv_heads=data.draw(st.sampled_from([1, 3])),
-        attn_pattern=data.draw(st.sampled_from(["H", "L"])), summary=data.draw(st.sampled_from(SUMMARIES)),
+        attn_pattern=data.draw(st.sampled_from(["H", "L", "S"])), summary=data.draw(st.sampled_from(SUMMARIES)),
+        dense_length=data.draw(st.sampled_from([0, 16, 64])),
     )  # fmt: skip
     seed, t = data.draw(st.integers(0, 99)), data.draw(st.integers(1, 90))
     group = Net(c).init_(seed).double().requires_grad_(False).groups[0]
+    for layer in group.blocks:
+        layer.attention.gate += torch.linspace(-1.0, 2.0, c.heads)
     x = drawn(0, 2 * seed, t, c.width)
     pages = -(-t // page)
     units = torch.randperm(pages + 3, generator=torch.Generator().manual_seed(seed))[:pages] + 1

@@ -31,6 +31,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "block": 1,
         "top_k": 7,
     },
+    "sparse and dense layers in turn": {
+        "attn_pattern": "SD",
+        "dense_length": 16,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 12,
+    },
+    "sparse beside hybrid, mean and variance": {"attn_pattern": "SSH", "summary": "mean_var"},
     "one KV head, two sinks": {"heads": 4, "kv_heads": 1, "head_dim": 8, "sinks": 2, "norm_eps": 1e-3},
 }
 EXITS = (1, 2, 4)

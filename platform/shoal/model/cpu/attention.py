@@ -43,35 +43,38 @@ def project_and_store(qkv, q_weight, k_weight, eps, keep, cross, positions, slot
 
 
 @fast
-def attend(q, kv, summaries, tables, rows, requests, positions, block, window, top_k, sinks, gamma, out):
+def attend(q, kv, summaries, tables, rows, requests, positions, block, window, top_k, sinks, gamma, bias, dense, out):
     """The `rows` of out [N, H, d]: both branches for the query at `positions` [N], over the pages of its request's row of
-    `tables` [R, M]; `requests` goes with `rows`. `gamma` [H], or of length 0 for a layer that reads the window only. The
-    equations stand in `attention`."""
+    `tables` [R, M]; `requests` goes with `rows`. `gamma` [H], or of length 0 for a layer without two branches; `bias` [H],
+    or of length 0 but for one softmax over both. A query before position `dense` reads all. The equations stand in
+    `attention`."""
     heads, dim = q.shape[1:]
     kv_heads, page = kv.shape[1:3]
     group = heads // kv_heads
     hybrid = len(gamma) > 0
     one, zero = q.dtype.type(1), q.dtype.type(0)
     scale = one / np.sqrt(q.dtype.type(dim))
-    most = window + (top_k + 1) * block
+    most = max(dense, window + (top_k + 1) * block)
     runs = np.empty((most, 3), np.int64)  # of tokens that lie side by side: unit, first slot, how many
     near, far = np.empty(most, q.dtype), np.empty(most, q.dtype)  # 1 where a token is in that branch, else 0
     weight, room = np.empty((group, most), q.dtype), np.empty((page, 2 * dim), q.dtype)
     for n, request in zip(rows, requests):  # noqa: B905, numba has no strict
         position, table = positions[n], tables[request]
+        whole, mixed = position < dense, hybrid and position >= dense
         complete = (position + 1) // block
-        first = max(0, position - window + 1)
+        first = 0 if whole else max(0, position - window + 1)
+        eligible = complete if mixed else 0
+        if len(bias) and not whole:  # the blocks that begin before the window
+            eligible = (first + block - 1) // block
         for g in range(kv_heads):
             mine, result = q[n, g * group : (g + 1) * group], out[n, g * group : (g + 1) * group]
-            blocks = _none()
-            if hybrid:
-                blocks = _choose(mine, summaries, table, g, complete, page // block, top_k, sinks, scale)
+            blocks = _choose(mine, summaries, table, g, eligible, page // block, top_k, sinks, scale)
             count = used = 0
             for b in blocks:
                 end = max(b * block, min((b + 1) * block, first))
                 used = _place(b * block, end, table, page, runs, used)
                 count += end - b * block
-            if hybrid:
+            if mixed:
                 used = _place(complete * block, first, table, page, runs, used)
                 count += max(0, first - complete * block)
             near[:count], far[:count] = zero, one
@@ -79,14 +82,18 @@ def attend(q, kv, summaries, tables, rows, requests, positions, block, window, t
             used = _place(first, position + 1, table, page, runs, used)
             count += position + 1 - first
             near[here + first : count], far[here + first : count] = one, zero
-            for b in blocks:
-                far[here + max(b * block, first) : here + max((b + 1) * block, first)] = one
-            if hybrid:
+            if mixed:
+                for b in blocks:
+                    far[here + max(b * block, first) : here + max((b + 1) * block, first)] = one
                 far[here + max(complete * block, first) : count] = one
             _score(mine, kv, g, runs[:used], scale, weight, room)
+            if len(bias) and not whole:
+                for h in range(group):
+                    weight[h, here + first : count] += bias[g * group + h]
+                near[:count] = one
             for h in range(group):
-                share = gamma[g * group + h] if hybrid else one
-                _mix(weight[h, :count], near, far, share, hybrid)
+                share = gamma[g * group + h] if mixed else one
+                _mix(weight[h, :count], near, far, share, mixed)
             _gather(weight, kv, g, runs[:used], result, room)
 
 
@@ -332,8 +339,3 @@ def _norm_and_turn(x, weight, eps, keep, cross, out):
         out[quarter + i] = b * keep[quarter + i] + a * cross[quarter + i]
     for i in range(2 * quarter, len(x)):
         out[i] = x[i] * scale * weight[i]
-
-
-@fast
-def _none():
-    return np.arange(0)

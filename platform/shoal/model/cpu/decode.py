@@ -80,7 +80,7 @@ def layer(x, weights, eps, rows, kv, summaries, sight, beside):
     mixed = np.empty_like(q)
     attend(
         q, kv, summaries, r.tables, r.short, r.requests, r.positions, r.block,
-        look.window, look.top_k, look.sinks, look.gamma, mixed,
+        look.window, look.top_k, look.sinks, look.gamma, look.bias, look.dense, mixed,
     )  # fmt: skip
     times(mixed.reshape(count, -1), back, normed)
     plus(mixed.reshape(count, -1), beside, 1, normed)

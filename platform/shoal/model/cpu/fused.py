@@ -134,10 +134,9 @@ def attend(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Rea
     """Fill the rows of `out` [N, H, d] that belong to requests of at most `SHORT` new tokens: each row reads its window, its
     chosen blocks and its tail only, what is in two of them once. q [N, H, d]."""
     rows, requests = step.rows.once("short", lambda: _short(step.starts))
-    gamma = reach.gamma if reach.gamma is not None else q.new_empty(0)
     _call(
         "attend", q.contiguous(), kv, summaries, step.tables.contiguous(), rows, requests, step.positions, step.block,
-        _window(reach, step), reach.top_k, reach.sinks, gamma, out,
+        *_sight(reach, step, q), out,
     )  # fmt: skip
 
 
@@ -180,8 +179,7 @@ def layers(
     state = _array(x.contiguous())
     those = tuple(Rows(keep, cross, positions, slots, tables, rows, requests, step.block))
     for j, (weights, reach) in enumerate(parts):
-        gamma = _array(reach.gamma if reach.gamma is not None else x.new_empty(0))
-        sight = tuple(Sight(_window(reach, step), reach.top_k, reach.sinks, gamma))
+        sight = tuple(_array(part) if isinstance(part, Tensor) else part for part in _sight(reach, step, x))
         state = run(state, weights, eps, those, kv[j], summaries[j], sight, beside[j])
     return torch.from_numpy(state)
 
@@ -190,9 +188,11 @@ def _arrays(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(_arrays(part) if isinstance(part, tuple) else _array(part) for part in tensors)
 
 
-def _window(reach: Reach, step: PagedStep) -> int:
-    """The window, as far as there are pages: the loops make room for as much."""
-    return min(reach.window, step.tables.shape[1] * step.page)
+def _sight(reach: Reach, step: PagedStep, like: Tensor) -> Sight:
+    """How far a layer looks, as far as there are pages: the loops make room for as much."""
+    most = step.tables.shape[1] * step.page
+    gamma, bias = (like.new_empty(0) if each is None else each for each in (reach.gamma, reach.bias))
+    return Sight(min(reach.window, most), reach.top_k, reach.sinks, gamma, bias, min(reach.dense, most))
 
 
 def _short(starts: list[int]) -> tuple[Tensor, Tensor]:

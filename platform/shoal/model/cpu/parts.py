@@ -54,4 +54,6 @@ class Sight(NamedTuple):
     window: int
     top_k: int
     sinks: int
-    gamma: Any  # [H]; of length 0 for a layer that reads the window only
+    gamma: Any  # [H]; of length 0 for a layer without two branches
+    bias: Any  # [H]; of length 0 but where there is one softmax over both
+    dense: int
