@@ -129,7 +129,9 @@ def forget_(
     capture: Annotated[Path, typer.Option(help="Folder of `shoal serve --capture`.")],
     user: Annotated[str | None, typer.Option(help="Who, as requests gave it in `user` [nobody in particular].")] = None,
     key: Annotated[str | None, typer.Option(help="Name of the key that the requests came with [no key].")] = None,
-    id_: Annotated[str | None, typer.Option("--id", help="One answer instead: chatcmpl-..., or resp_... [none]")] = None,
+    id_: Annotated[
+        str | None, typer.Option("--id", help="One answer instead: chatcmpl-..., or resp_... [none]")
+    ] = None,
     cuts: Annotated[
         list[Path] | None, typer.Option("--cut", help="Folder of `shoal curate` that loses them, too; repeat. [none]")
     ] = None,
