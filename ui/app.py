@@ -1,4 +1,4 @@
-"""All pages as one Gradio app: chats, the comparison, training runs, releases and the service."""
+"""All pages as one Gradio app: chats, the comparison, training runs, drift, releases and the service."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 import openai
 
-from ui import bubbles, compare, guard, releases, service, training
+from ui import bubbles, compare, drift, guard, releases, service, training
 from ui.assistants import ASSISTANTS, PICTURES
 from ui.chat import AT_ONCE, build_chat
 from ui.site import Site
@@ -23,6 +23,7 @@ def build(base_url: str, model: str | None, root: str, api: openai.AsyncOpenAI) 
         *(assistant.place for assistant in ASSISTANTS),
         compare.PLACE,
         training.PLACE,
+        drift.PLACE,
         releases.PLACE,
         service.PLACE,
     ]
@@ -36,7 +37,7 @@ def build(base_url: str, model: str | None, root: str, api: openai.AsyncOpenAI) 
     for assistant in others:
         with page.route(assistant.place.name, assistant.place.path, show_in_navbar=False):
             build_chat(at, assistant)
-    for module in (compare, training, releases, service):
+    for module in (compare, training, drift, releases, service):
         with page.route(module.PLACE.name, module.PLACE.path, show_in_navbar=False):
             module.build(at)
     gr.set_static_paths([bubbles.LOST_PICTURE, *(Path(file) for file in PICTURES)])

@@ -10,17 +10,19 @@ from __future__ import annotations
 import base64
 import html
 import mimetypes
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ui import vote
 from ui.talk import Message, Said
 from ui.words import markdown
 
 FAULT = "fault"  # `id` in the metadata of a message that says why there is no answer
 LOST_PICTURE = Path(__file__).parent / "lost.png"  # stands for one that this server does not have (`guard.with_lost`)
 PICTURE = "[picture]"  # what the model is told instead
+ID = re.compile(r"[\w.:-]{1,100}")  # of an answer
+_GROUP = re.compile(r'<div class="votes( kept)? answer-([\w.:-]{1,100})" role="group">.*?</div>')
 
 
 def messages(history: Iterable[Message], new: Message, system: str = "") -> list[Message]:
@@ -60,10 +62,32 @@ def said(state: Said) -> Message:
     parts = [{"type": "text", "text": markdown(state.text)}]
     below = beneath(state)
     if below and state.id:
-        below += vote.buttons(state.id, kept=state.kept)
+        below += votes(state.id, kept=state.kept)
     if below:
         parts.append({"type": "text", "text": below})
     return {"role": "assistant", "content": parts, "metadata": {"log": state.text}}
+
+
+def votes(id_: str, *, kept: bool) -> str:
+    """What stands below the answer `id_`, as markup; `kept`: so are its texts, and a better answer can be learned from."""
+    if not ID.fullmatch(id_):
+        return ""
+    # of classes and titles, since Gradio lets no other attributes through; `vote.js` adds those for readers of the screen
+    return (
+        f'<div class="votes{" kept" if kept else ""} answer-{html.escape(id_)}" role="group">'
+        '<button type="button" class="up" title="Good answer"></button>'
+        '<button type="button" class="down" title="Bad answer"></button>'
+        '<button type="button" class="better">Write the better answer</button>'
+        '<span class="told" role="status"></span></div>'
+    )
+
+
+def without_votes(markup: str) -> tuple[str, dict[str, Any]]:
+    """`markup` without buttons, and of which answer they were: `id`, and whether it is `kept`."""
+    found = _GROUP.search(markup)
+    if found is None:
+        return markup, {}
+    return markup.replace(found[0], ""), {"id": found[2], "kept": found[1] is not None}
 
 
 def fault(line: str) -> str:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from ui import bubbles, vote
+from ui import bubbles
 from ui.talk import Message, Said
 
 STORED_AS = "shoal"  # the browser encrypts with it, so that a restart of the server can still read; it hides nothing
@@ -100,7 +100,7 @@ def _plain(message: Message) -> Message:
         coming, error = bool(_WAITING.match(texts[0])), texts[0].startswith('<div class="fault"')
         said = LEFT if coming else _bare(texts[0])
         return {"role": "assistant", "text": said, "below": "", "fault": True, "error": error}
-    markup, of = vote.taken_out(texts[1] if len(texts) > 1 else "")
+    markup, of = bubbles.without_votes(texts[1] if len(texts) > 1 else "")
     below = _bare(_WAITING.sub("", markup))
     if markup.startswith(_SO_FAR):  # a page that is still there when the answer ends writes that
         below = below.replace(", stopped after ", ", cut off after ") + ", when the page was left"
@@ -117,7 +117,7 @@ def _shown(message: Message) -> Message:
             else bubbles.none_yet(bubbles.note(message["text"]))
         )
     id_, kept = message.get("id"), message.get("kept") is True
-    known = id_ if isinstance(id_, str) and vote.ID.fullmatch(id_) else ""
+    known = id_ if isinstance(id_, str) and bubbles.ID.fullmatch(id_) else ""
     return bubbles.said(Said(message["text"], message["below"], whole=True, id=known, kept=kept))
 
 

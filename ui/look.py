@@ -113,10 +113,15 @@ def tiles(facts: Iterable[tuple[str, str]], kinds: Mapping[str, str] | None = No
 
 
 def table(
-    caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], below: Mapping[str, str] | None = None
+    caption: str,
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    below: Mapping[str, str] | None = None,
+    *,
+    words: bool = False,
 ) -> str:
     """A table whose first column names its rows, and the others are numbers. `head` may be empty; `below`: name of a row ->
-    what stands small below it."""
+    what stands small below it; `words`: the others are no numbers, and lines may break between words."""
     top = "".join(f'<th scope="col">{html.escape(name)}</th>' if name else "<td></td>" for name in head)
     small = {name: f"<small>{html.escape(text)}</small>" for name, text in (below or {}).items()}
     body = "".join(
@@ -128,7 +133,7 @@ def table(
     # a wide table scrolls on a phone, which a keyboard can do only where the focus can be
     scrolls = f' tabindex="0" role="region" aria-label="{name}"' if len(head) > WIDE else ""
     return (
-        f'<div class="figure numbers"><div class="aside"{scrolls}><table><caption>{name}</caption>'
+        f'<div class="figure {"words" if words else "numbers"}"><div class="aside"{scrolls}><table><caption>{name}</caption>'
         f"{f'<thead><tr>{top}</tr></thead>' if head else ''}<tbody>{body}</tbody></table></div></div>"
     )
 

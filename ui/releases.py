@@ -112,11 +112,11 @@ def sentence(told: Told) -> str:
 
 def show(told: Told) -> str:
     """The whole page as HTML."""
-    parts = [look.tiles(_facts(told)), '<div class="figures">', _versions(told)]
+    parts = [look.tiles(_facts(told)), _versions(told), '<div class="figures">']
     if told["canary"] is not None:
         parts.append(_canary(told))
     parts += [_gate(version) for version in reversed(told["versions"]) if version["checks"]][:2]
-    parts += [_log(told), "</div>"]
+    parts += ["</div>", _log(told)]
     return "".join(parts)
 
 
@@ -139,7 +139,7 @@ def _versions(told: Told) -> str:
         for version in reversed(told["versions"])
     ]
     cuts = {version["label"]: f"cut {version['cut'][:12]}" for version in told["versions"] if version["cut"]}
-    return look.table("Versions", ("version", "role", "gate", "made", "served"), rows, cuts)
+    return look.table("Versions", ("version", "role", "gate", "made", "served"), rows, cuts, words=True)
 
 
 def _role(version: Told, told: Told) -> str:
@@ -202,4 +202,4 @@ def _log(told: Told) -> str:
         version = "" if entry["version"] is None else f" {entry['version']}"
         when = f"{entry['number']}. {entry['at'][:16].replace('T', ' ')}"
         rows.append((when, entry["who"], f"{entry['what']}{version}{forced}", entry["why"]))
-    return look.table("Audit log", ("when", "who", "what", "why"), rows)
+    return look.table("Audit log", ("when", "who", "what", "why"), rows, words=True)

@@ -1,14 +1,12 @@
-"""Votes on answers, and better answers: the buttons below an answer, and the API's /v1/shoal/feedback, by which they reach what
-a service captures. `vote.js` does what they do; of a service that captures nothing they are hidden.
+"""Votes on answers, and better answers: what becomes of the buttons below an answer (`bubbles.votes`). `vote.js` hears them
+and gives each vote to the API's /v1/shoal/feedback through here; of a service that captures nothing they are hidden.
 
 Notable: what was voted is kept in the browser, by the answer's id, and so is there again with the conversation.
 """
 
 from __future__ import annotations
 
-import html
 import json
-import re
 from typing import Any
 
 import gradio as gr
@@ -18,32 +16,8 @@ import openai
 from ui import history, talk
 from ui.site import QUIET, Component, Key, Site
 
-ID = re.compile(r"[\w.:-]{1,100}")  # of an answer
 CALLED = "(...given) => vote.{}(...given)"  # a function of vote.js
 NAMES = {"rating", "correction"}
-_GROUP = re.compile(r'<div class="votes( kept)? answer-([\w.:-]{1,100})" role="group">.*?</div>')
-
-
-def buttons(id_: str, *, kept: bool) -> str:
-    """What stands below the answer `id_`, as markup; `kept`: so are its texts, and a better answer can be learned from."""
-    if not ID.fullmatch(id_):
-        return ""
-    # of classes and titles, since Gradio lets no other attributes through; `vote.js` adds those for readers of the screen
-    return (
-        f'<div class="votes{" kept" if kept else ""} answer-{html.escape(id_)}" role="group">'
-        '<button type="button" class="up" title="Good answer"></button>'
-        '<button type="button" class="down" title="Bad answer"></button>'
-        '<button type="button" class="better">Write the better answer</button>'
-        '<span class="told" role="status"></span></div>'
-    )
-
-
-def taken_out(markup: str) -> tuple[str, dict[str, Any]]:
-    """`markup` without buttons, and of which answer they were: `id`, and whether it is `kept`."""
-    found = _GROUP.search(markup)
-    if found is None:
-        return markup, {}
-    return markup.replace(found[0], ""), {"id": found[2], "kept": found[1] is not None}
 
 
 def keep_box() -> tuple[Component, Component]:

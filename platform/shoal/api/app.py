@@ -26,6 +26,7 @@ from shoal.api.batches.worker import Worker
 from shoal.api.capture import CaptureArgs, Recorder
 from shoal.api.document import Documented
 from shoal.api.drain import Drain
+from shoal.api.drift import drift_routes
 from shoal.api.feedback import feedback_routes
 from shoal.api.follow import Follower
 from shoal.api.lifespan import beside
@@ -43,6 +44,11 @@ from shoal.errors import ConfigError, RequestError
 
 AT_ONCE = 32  # lines of batches
 FORM_BYTES = 2**16  # what a form has beside its file
+
+# of every service
+ROUTES = (
+    openai_routes, responses_routes, messages_routes, score_routes, feedback_routes, drift_routes, tokenizer_routes,
+)  # fmt: skip
 
 UiMount = Callable[[FastAPI], FastAPI]
 
@@ -88,7 +94,7 @@ def build_app(
         open_paths=OPEN_PATHS,
     )
     service = Service(models, limits, _recorder(app, capture))
-    for routes in (openai_routes, responses_routes, messages_routes, score_routes, feedback_routes, tokenizer_routes):
+    for routes in ROUTES:
         app.include_router(routes(service))
     app.include_router(batch_routes(service, _kept(app, service, batches, api_keys, at_once, drain)))
     app.include_router(adapter_routes(service, Adapters(service, adapters or {}, adapters_from, on_adapters)))

@@ -205,6 +205,7 @@ def status_routes(service: Service, *, metrics: bool) -> APIRouter:
             else:  # a scrape must still show what this side saw
                 log.warning("no engine stats: %s", found or type(found).__name__)
         own = {} if service.recorder is None else service.recorder.samples()
+        own |= {} if service.last_look is None else await service.last_look.samples()
         return Response(service.metrics.text(stats, own), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router

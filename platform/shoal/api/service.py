@@ -27,6 +27,7 @@ from shoal.api.capture import Recorder
 from shoal.api.client import ClientGone, EngineClient, Events, gather, while_connected
 from shoal.api.entry import Entry
 from shoal.api.fresh import Fresh
+from shoal.api.last_look import LastLook
 from shoal.api.limits import Limits
 from shoal.api.messages import errors
 from shoal.api.metrics import Metrics
@@ -89,6 +90,7 @@ class Service:
         """The first of `models` is meant where a request may leave its name out. Raises ConfigError for a name given twice."""
         self.models, self.limits, self.recorder = tuple(models), limits, recorder
         self.storing = None if recorder is None else Storing(recorder)
+        self.last_look = None if recorder is None else LastLook(recorder)
         self.names = {name: hosted for hosted in models for name in hosted.served.names}
         if not models or len(self.names) < sum(len(hosted.served.names) for hosted in models):
             got = [name for hosted in models for name in hosted.served.names]

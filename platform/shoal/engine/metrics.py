@@ -116,6 +116,13 @@ _TABLE = (
     Family(
         "feedback", "counter", "Votes on answers; of other than up and down: text, or none (withdrawn).", ("rating",)
     ),
+    # of what `shoal watch` has found, where it watches what the gateway captures (`tell.write_metrics` writes the same)
+    Family("drift_state", "gauge", "0 learning, 1 quiet, 2 watching, 3 alarm."),
+    Family("drift_evidence_requests", "gauge", "Evidence of a drift, in requests."),
+    Family("drift_needed_requests", "gauge", "Evidence that is an alarm."),
+    Family("drift_requests", "gauge", "Requests that were compared with the reference."),
+    Family("drift_shift_sd", "gauge", "How far a signal moved, in standard deviations of a request.", ("signal",)),
+    Family("drift_looked_timestamp_seconds", "gauge", "When it was looked last, in Unix time."),
     Family("request_errors", "counter", "Requests answered with an error.", ("model_name", "code")),
 )
 FAMILIES = {family.name: family for family in _TABLE}

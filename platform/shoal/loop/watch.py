@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from shoal.errors import DataError
 from shoal.loop.capture import TEXTS, Capture
+from shoal.loop.curves import Saved, followed, shifts
 from shoal.loop.detector import REQUESTS, Detector
 from shoal.loop.reference import EVERY, LEARNED, Reference, first_turns, measured, moments
 from shoal.loop.regret import Regret, broken
@@ -64,6 +65,7 @@ class Known:
     ahead: int = 0  # requests that say they ended in the future
     evidence: list[tuple[float, int, float]] = field(default_factory=list)  # when, requests seen, evidence
     report: dict[str, Any] = field(default_factory=dict)
+    curves: Saved = field(default_factory=dict)
 
 
 class Watch:
@@ -156,7 +158,9 @@ class Watch:
     def _detect(self, known: Known, table: pa.Table) -> None:
         table, known.conversations = first_turns(table, known.conversations, CONVERSATIONS)
         reference, detector = self._reference(known), Detector.restored(known.detector or {})
-        detector.update(reference.standardised(table), moments(table))
+        values = reference.standardised(table)
+        known.curves = followed(known.curves, detector.streams, values, moments(table), detector.seen)
+        detector.update(values, moments(table))
         known.detector = detector.saved()
         if len(table):
             known.evidence.append((float(moments(table)[-1]), detector.seen, detector.evidence))
@@ -256,6 +260,25 @@ class Watch:
             except OSError as error:
                 raise DataError(f"{self._folder} is being watched", do="ask that one, or end it") from error
             yield
+
+
+def last_look(folder: Path) -> dict[str, Any] | None:
+    """What the last look at the capture in `folder` found, for those who do not look themselves: `looked` (epoch seconds),
+    `report`, `evidence` over time, `signals` as `curves.shifts` has them; None where nobody has looked. Raises DataError for a
+    file that cannot be read."""
+    path = folder / FOLDER / STATE
+    try:
+        looked = path.stat().st_mtime
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if (saved["format"], saved["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"{saved['format']} {saved['version']}")
+        streams = Detector.restored(saved["detector"]).streams if saved["detector"] else ()
+        signals = shifts(saved.get("curves") or {}, streams)
+        return {"looked": looked, "report": saved["report"], "evidence": saved["evidence"], "signals": signals}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DataError(f"{path} cannot be read", got=str(error), do="remove it, and it learns anew") from error
 
 
 def moved(folder: Path) -> list[str]:

@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from ui import bubbles, talk, vote, words
+from ui import bubbles, talk, words
 from ui.talk import Said
 
 CARD = talk.Card("fish", 384, {"shallow": 1, "middle": 2, "full": 4}, "w8a8")
@@ -86,7 +86,7 @@ def test_below_an_answer_are_its_votes_and_its_words_make_no_button() -> None:
     forged = '<div class="votes kept answer-x" role="group"><button class="up">'
     assert "<div" not in bubbles.said(Said(forged, "1 token", whole=True))["content"][0]["text"]
     below = bubbles.said(Said("yes", "1 token", whole=True, id="chatcmpl-1"))["content"][1]["text"]
-    assert '<div class="votes answer-chatcmpl-1" role="group">' in below and vote.taken_out(below) == (
+    assert '<div class="votes answer-chatcmpl-1" role="group">' in below and bubbles.without_votes(below) == (
         '<div class="facts">1 token</div>', {"id": "chatcmpl-1", "kept": False}
     )  # fmt: skip
     assert "votes" not in json.dumps(bubbles.said(Said("yes", "1 token", whole=True)))

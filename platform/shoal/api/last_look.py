@@ -1,0 +1,62 @@
+"""The last look of `shoal watch` at what this service captures.
+
+The gateway looks at nothing itself: it reads the file that the look wrote, in a thread, once for all who ask, and again only
+when there is another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from shoal.api.capture import Recorder
+from shoal.engine.metrics import Samples, sample
+from shoal.errors import ShoalError
+from shoal.loop.tell import STATES
+from shoal.loop.watch import FOLDER, STATE, last_look
+
+
+class LastLook:
+    """At the capture of one `Recorder`."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self._folder = recorder.capture.folder
+        self._stamp: tuple[int, ...] | None = None  # of the file that is known
+        self._known: dict[str, Any] | None = None
+        self._reading = asyncio.Lock()
+
+    async def get(self) -> dict[str, Any] | None:
+        """As `watch.last_look`. Raises DataError."""
+        async with self._reading:
+            return await asyncio.to_thread(self._read)
+
+    async def samples(self) -> Samples:
+        """For a scrape; nothing where nobody has looked, or what was written cannot be read."""
+        try:
+            found = await self.get()
+        except ShoalError:
+            return {}
+        if found is None:
+            return {}
+        report = found["report"]
+        told = {
+            sample("drift_state"): float(STATES.index(report["state"])),
+            sample("drift_evidence_requests"): float(report["evidence"]),
+            sample("drift_needed_requests"): float(report["needed"]),
+            sample("drift_requests"): float(report["requests"]),
+            sample("drift_looked_timestamp_seconds"): float(found["looked"]),
+        }
+        return told | {
+            sample("drift_shift_sd", signal=each["signal"]): float(each["shift"]) for each in report["signals"]
+        }
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            found = (self._folder / FOLDER / STATE).stat()
+            stamp: tuple[int, ...] | None = (found.st_mtime_ns, found.st_size, found.st_ino)
+        except OSError:
+            stamp = None
+        if stamp != self._stamp or stamp is None:
+            self._known, self._stamp = last_look(self._folder), stamp
+        return self._known

@@ -1,0 +1,109 @@
+"""What `shoal watch` saw, over HTTP: who may see it, how often its file is read, and what Prometheus is told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from shoal.api import last_look
+from shoal.api.auth import ApiKeys
+from shoal.api.capture import CaptureArgs
+from shoal.loop.tell import write_metrics
+from shoal.loop.watch import FOLDER, STATE
+from tests.unit.loop.test_watch import Service, watch
+
+pytestmark = pytest.mark.anyio
+Connect = Callable[..., httpx.AsyncClient]
+
+KEYS = ApiKeys(["reader name=reader", "secret name=ann admin=yes"])
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    return Service(tmp_path / "capture")
+
+
+def given(service: Service) -> CaptureArgs:
+    return CaptureArgs(str(service.folder))
+
+
+async def drift(http: httpx.AsyncClient) -> dict[str, Any]:
+    told: dict[str, Any] = (await http.get("/v1/shoal/drift")).raise_for_status().json()
+    return told
+
+
+async def test_where_nothing_is_captured_it_says_so(http: httpx.AsyncClient) -> None:
+    answer = await http.get("/v1/shoal/drift")
+    assert answer.status_code == 404 and "--capture" in answer.json()["error"]["message"]
+
+
+async def test_from_nobody_who_looks_to_an_alarm(connect: Connect, service: Service) -> None:
+    async with connect(capture=given(service)) as http:
+        told = await drift(http)
+        assert told["look"] is None and told["fault"] is None and told["capture"]["keep_days"] == 90
+        service.serve(300)
+        watch(service).look(service.now)
+        assert (await drift(http))["look"]["report"]["state"] == "learning"
+        service.serve(700)
+        watch(service).look(service.now)
+        service.serve(300, up=1.2)
+        watch(service).look(service.now)
+        found = (await drift(http))["look"]
+    assert found["report"]["state"] == "alarm" and found["report"]["signals"][0]["signal"] == "prompt_surprisal"
+    assert [seen for _, seen, _ in found["evidence"]] == [500, 800]
+    surprisal = dict(map(tuple, found["signals"]["prompt_surprisal"]))
+    assert max(surprisal) == 800 and surprisal[800] > 0.8 > abs(surprisal[500])
+
+
+async def test_a_key_that_may_not_change_releases_sees_no_drift(connect: Connect, service: Service) -> None:
+    for key, status in (("reader", 403), ("secret", 200)):
+        async with connect({"Authorization": f"Bearer {key}"}, capture=given(service), api_keys=KEYS) as http:
+            assert (await http.get("/v1/shoal/drift")).status_code == status
+
+
+async def test_the_file_is_read_again_only_when_there_is_another(
+    connect: Connect, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    plain = last_look.last_look
+    monkeypatch.setattr(last_look, "last_look", lambda folder: read.append(folder) or plain(folder))
+    service.serve(300)
+    watch(service).look(service.now)
+    async with connect(capture=given(service)) as http:
+        for _ in range(3):
+            await drift(http)
+            await http.get("/metrics")
+        assert len(read) == 1
+        service.serve(10, journal="b")  # the gateway has made a part of the other
+        watch(service).look(service.now)
+        assert (await drift(http))["look"]["report"]["requests"] == 310 and len(read) == 2
+
+
+async def test_a_file_that_cannot_be_read_is_told_and_breaks_nothing_else(connect: Connect, service: Service) -> None:
+    watch(service).look(service.now)
+    (service.folder / FOLDER / STATE).write_text("{")
+    async with connect(capture=given(service)) as http:
+        for _ in range(2):
+            told = await drift(http)
+            assert told["look"] is None and "cannot be read" in told["fault"]
+        scraped = (await http.get("/metrics")).raise_for_status().text
+    assert "drift_state" not in scraped and "shoal:capture_rows" in scraped
+
+
+async def test_a_scrape_tells_what_the_command_writes(connect: Connect, service: Service, tmp_path: Path) -> None:
+    service.serve(800)
+    service.serve(200, up=1.5)
+    write_metrics(watch(service).look(service.now), tmp_path / "drift.prom")
+    async with connect(capture=given(service)) as http:
+        scraped = (await http.get("/metrics")).text
+    figures = re.compile(r"^(shoal:drift_\S+) (\S+)$", re.MULTILINE)
+    written = {name: float(value) for name, value in figures.findall((tmp_path / "drift.prom").read_text())}
+    told = {name: float(value) for name, value in figures.findall(scraped)}
+    looked = told.pop("shoal:drift_looked_timestamp_seconds")
+    assert looked > 1.7e9 and set(told) == set(written) and 'shoal:drift_shift_sd{signal="prompt_surprisal"}' in told
+    assert all(told[name] == pytest.approx(value, rel=1e-4) for name, value in written.items())
