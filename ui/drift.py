@@ -109,7 +109,7 @@ def show(told: Told) -> str:
     report = found["report"]
     parts = [_headline(report), look.tiles(_facts(found), KINDS)]
     if report["state"] in ("watching", "alarm"):
-        parts += [_to_do(report), _moved(report)]
+        parts += [_to_do(report), _moved(report) if report["signals"] else ""]
     parts.append('<div class="figures">')
     if report["state"] == "learning":
         share = min(1.0, report["requests"] / max(1, report["needed"]))
@@ -139,6 +139,9 @@ def _facts(found: Told) -> list[tuple[str, str]]:
         facts.append(("Since, UTC", _moment(report["since"])))
     if report["found_after"] is not None:
         facts.append(("Requests to the alarm", f"{report['found_after']:,}"))
+    if regret := report.get("regret"):
+        lost = f"{regret['mean']:.3f} of {regret['tolerance']:g}"
+        facts.append(("Lost by depth auto, nats a token", lost))
     facts.append(("Looked", f"{_span(max(0.0, time.time() - found['looked']))} ago"))
     return facts
 

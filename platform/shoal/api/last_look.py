@@ -47,6 +47,10 @@ class LastLook:
             sample("drift_requests"): float(report["requests"]),
             sample("drift_looked_timestamp_seconds"): float(found["looked"]),
         }
+        if regret := report.get("regret"):
+            told |= {sample("regret_nats", bound=name): float(regret[name]) for name in ("low", "mean", "high")}
+            told[sample("regret_tolerance_nats")] = float(regret["tolerance"])
+            told[sample("regret_reruns")] = float(regret["reruns"])
         return told | {
             sample("drift_shift_sd", signal=each["signal"]): float(each["shift"]) for each in report["signals"]
         }

@@ -122,6 +122,9 @@ _TABLE = (
     Family("drift_needed_requests", "gauge", "Evidence that is an alarm."),
     Family("drift_requests", "gauge", "Requests that were compared with the reference."),
     Family("drift_shift_sd", "gauge", "How far a signal moved, in standard deviations of a request.", ("signal",)),
+    Family("regret_nats", "gauge", "Nats a token that answers of depth auto lose, by re-runs.", ("bound",)),
+    Family("regret_tolerance_nats", "gauge", "What they may lose."),
+    Family("regret_reruns", "gauge", "Re-runs that this was measured on."),
     Family("drift_looked_timestamp_seconds", "gauge", "When it was looked last, in Unix time."),
     Family("request_errors", "counter", "Requests answered with an error.", ("model_name", "code")),
 )

@@ -16,9 +16,8 @@ from shoal.loop.reference import EVERY
 BUCKET = 25  # requests of the first buckets; twice as many each time that there are more than MOST
 MOST = 120
 
-Saved = dict[
-    str, Any
-]  # {"size", "signals": [S], "ends": [seen], "at": [seconds], "sums": [[S]...], "counts": [[S]...]}
+# {"size", "signals": [S], "ends": [seen], "at": [seconds], "sums": [[S]...], "counts": [[S]...]}
+Saved = dict[str, Any]
 
 
 def followed(saved: Saved, streams: Sequence[Stream], values: np.ndarray, at: np.ndarray, seen: int) -> Saved:

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from shoal.cli import main
 from shoal.errors import DataError
 from shoal.loop.capture import JOURNAL, Capture
 from shoal.loop.rows import RERUN, Row
-from shoal.loop.tell import write_metrics
 from shoal.loop.texts import Texts
 from shoal.loop.unread import Read, unread
 from shoal.loop.votes import Vote, Votes
@@ -336,16 +334,6 @@ def test_a_state_that_is_none_is_one_line(service: Service, text: str) -> None:
     (service.folder / FOLDER / STATE).write_text(text)
     with pytest.raises(DataError, match=r"watch\.json"):
         watch(service).look(service.now)
-
-
-def test_the_alert_rules_ask_for_figures_that_are_written(service: Service, tmp_path: Path) -> None:
-    rules = yaml.safe_load((Path(__file__).parents[3] / "docs" / "alerts.yaml").read_text())
-    asked = {
-        name for group in rules["groups"] for rule in group["rules"] for name in re.findall(r"shoal:\w+", rule["expr"])
-    }
-    reran(service, 0.02, 100)  # without re-runs there is no regret to tell
-    write_metrics(watch(service).look(service.now), tmp_path / "drift.prom")
-    assert asked and asked <= set(re.findall(r"^(shoal:\w+)", (tmp_path / "drift.prom").read_text(), re.MULTILINE))
 
 
 def test_the_command(service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
