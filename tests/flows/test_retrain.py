@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from shoal import Model, cli
+from shoal import Model, cli, presets
 from shoal.data.alone import alone
 from shoal.errors import ResourceError, UsageError
+from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop.cut import Settings, cut
 from shoal.loop.labels import CORRECTION, Found, Labelled
 from shoal.loop.release import Release
 from shoal.loop.suites import freeze
 from shoal.machine import sha256_of
+from shoal.model.router import fit_router
 from shoal.stages.retrain import LOCK, WORK
 from shoal.train.loop import fit
+from tests.corpus import write_corpus
 
 
 def chat(number: int) -> list[dict[str, Any]]:
@@ -112,6 +115,30 @@ def test_a_fine_tuning_starts_from_the_parent_and_is_rounded_as_what_serves(
         release.promote(why="in a test")
     release.promote(why="in a test", force=True)
     assert release.stable().number == 2
+
+
+def test_what_is_replayed_says_how_far_to_go_and_too_few_rows_leave_the_router_that_there_is(
+    release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Thirty new rows and no old chats: the depth router could not be fitted to so few."""
+    corpus = write_corpus(tmp_path / "data", presets.get("test"))
+    parent = Model.from_preset("test", seed=3)
+    parent.tokenizer = Tokenizer.load(corpus / "tokenizer.json")
+    parent.save(tmp_path / "parent")
+    served = parent.quantized()
+    served.router = fit_router(served.config, torch.randn(40, 2 * served.config.width + 3), torch.rand(40, 2))
+    served.save(tmp_path / "served")
+    made = Release(tmp_path / "another")
+    made.add(tmp_path / "served", fp32=tmp_path / "parent")
+    rows = [Labelled(chat(number), CORRECTION, f"person {number}", f"chatcmpl-{number}") for number in range(30)]
+    cut(Found(rows, len(rows)), tmp_path / "few", Settings(heldout=0.3))
+    more = ["--kind", "finetune", "--minutes", "0.05", "--replay", str(corpus)]
+    assert retrain(made, tmp_path / "few", *more) == 0
+    err = capsys.readouterr().err
+    assert "of the way from the parent" in err and "the one of before is kept" in err
+    router, before = Model.load(made.version(2).served).router, served.router
+    assert router is not None and router.calibration == before.calibration
+    assert all(torch.equal(one, other) for one, other in zip(router.parameters(), before.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

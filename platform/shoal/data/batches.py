@@ -235,9 +235,11 @@ def heldout_batches(
         yield _packed_batch(part, (modality,) * len(part), lengths)
 
 
-def heldout_groups(directory: str | Path, modality: str, *, limit: int | None = None) -> Iterator[list[int]]:
+def heldout_groups(
+    directory: str | Path, modality: str, *, split: str = "heldout", limit: int | None = None
+) -> Iterator[list[int]]:
     """Of each row that `heldout_batches` reads, the group of each of its documents."""
-    rows = Rows(directory, open_index(directory), "heldout", modality)
+    rows = Rows(directory, open_index(directory), split, modality)
     return (rows.groups(row) for row in spaced(len(rows), limit))
 
 

@@ -50,11 +50,14 @@ class HeldoutRows:
     modality: str
     limit: int | None = None  # of more rows, as many, evenly spaced
     batch_rows: int = 8
+    split: str = "heldout"  # or train
 
     def __iter__(self) -> Iterator[tuple[Batch, np.ndarray]]:
         """Batches, and the group of each place, int64 [B, T] (of padding: any)."""
-        groups = heldout_groups(self.directory, self.modality, limit=self.limit)
-        for batch in heldout_batches(self.directory, self.modality, self.batch_rows, limit=self.limit):
+        groups = heldout_groups(self.directory, self.modality, split=self.split, limit=self.limit)
+        for batch in heldout_batches(
+            self.directory, self.modality, self.batch_rows, split=self.split, limit=self.limit
+        ):
             rows = [np.asarray([*next(groups), 0])[docs] for docs in batch.docs.numpy()]
             yield batch, np.stack(rows)
 

@@ -48,6 +48,18 @@ def finish(directory: str | Path, heldout: str | Path, say: Callable[[str], None
     return report
 
 
+def take_over(directory: str | Path, of: str | Path, say: Callable[[str], None]) -> None:
+    """Give the model in `directory` the router of the one in `of`, from which it was trained, if that has one. Nothing of it is
+    fitted anew: the gate looks whether its promise still holds. Raises CheckpointError."""
+    router = Model.load(of).router
+    if router is None:
+        return
+    model = Model.load(directory)
+    model.router = router
+    model.save(directory, card=(Path(directory) / "README.md").read_text(encoding="utf-8"))
+    say("router: the one of before is kept, fitted to the model that this one was trained from")
+
+
 def refit(directory: str | Path, heldout: str | Path, *, seed: int = 0) -> dict[str, float]:
     """Fit and store the router of the model in `directory`; returns its calibration report.
 

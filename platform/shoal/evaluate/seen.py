@@ -8,8 +8,7 @@ from pathlib import Path
 from shoal.data.batches import PretrainBatches
 from shoal.errors import DataError
 from shoal.train.checkpoint import CheckpointStore, read_state
-from shoal.train.feed import REPLAY_EVERY
-from shoal.train.plan import fingerprint
+from shoal.train.plan import REPLAY_EVERY, fingerprint
 
 
 def rows_read(runs: Iterable[str | Path], data: Path) -> dict[str, list[int]]:
@@ -32,7 +31,8 @@ def rows_read(runs: Iterable[str | Path], data: Path) -> dict[str, list[int]]:
         length, train = trained["model"]["train_length"], trained["train"]
         batch_rows = max(1, train["batch_tokens"] // length)
         order = PretrainBatches(data, mix=trained.get("mix"), seed=train["seed"], batch_rows=batch_rows)
-        for step in range(state.step // REPLAY_EVERY if replays else state.step):
+        every = state.trained.get("replay_every", REPLAY_EVERY) if replays else 1
+        for step in range(state.step // every):
             for modality, row in order.rows(step):
                 found.setdefault(modality, set()).add(row)
     if asked and not found:

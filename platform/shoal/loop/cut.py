@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 
 from shoal.data.chats.augment import asked
-from shoal.data.chats.rows import lines
+from shoal.data.chats.rows import is_augmented, lines
 from shoal.data.documents import Document
 from shoal.data.operators.decontaminate import GRAM, LEAST
 from shoal.data.operators.grams import grams, words
@@ -47,7 +47,8 @@ class Settings:
 
     heldout: float = 0.2  # share of the people that are held out
     up: float = 0.2  # share of the rows to train on that may be the model's own answers, liked
-    replay: float = 1.0  # rows of the old mix for each new one
+    # rows of the old mix for each new one; fewer are known by heart before they hold anything back
+    replay: float = 10.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -149,6 +150,36 @@ def read(out: Path) -> dict[str, Any]:
         if not (out / name).is_file() or sha256_of(out / name) != wanted:
             raise DataError(f"{out / name} is not what it was when the cut was made", do="make another: shoal curate")
     return dict(manifest)
+
+
+def mixed(out: Path, to: Path, share: float) -> int:
+    """Write to the file `to` what a cut holds to train on, its new rows as often as it takes for `share` of all characters to
+    be theirs; returns how often. Some hundred rows are soon learned, and as many old ones hold back nothing."""
+    new, old = _new_and_old(out)
+    long, longer = (max(1, sum(map(len, rows))) for rows in (new, old))
+    times = max(1, round(share / (1 - share) * longer / long)) if old else 1
+    write_aside(to, "".join(line + "\n" for line in [*new * times, *old]))
+    return times
+
+
+def asked_of_both(out: Path, to: Path) -> None:
+    """Write to the file `to` what depth "auto" is fitted to after a training on a cut: what it holds out, and its old rows, for
+    a service goes on to be asked these."""
+    recent = [line for line in (out / RECENT).read_text(encoding="utf-8").split("\n") if line]
+    old = [line for line in _new_and_old(out)[1] if _can_be_asked(json.loads(line))]
+    write_aside(to, "".join(line + "\n" for line in [*recent, *old]))
+
+
+def _new_and_old(out: Path) -> tuple[list[str], list[str]]:
+    """The lines to train on that have a label of their own, and those of the old mix."""
+    rows = [line for line in (out / TRAIN).read_text(encoding="utf-8").split("\n") if line]
+    is_old = [json.loads(line).get("label") == REPLAY for line in rows]
+    both = list(zip(rows, is_old, strict=True))
+    return [line for line, old in both if not old], [line for line, old in both if old]
+
+
+def _can_be_asked(row: Mapping[str, Any]) -> bool:
+    return not is_augmented(row) and any(one.get("role") == "assistant" for one in row.get("messages") or ())
 
 
 def forget(out: Path, who: Forgotten) -> list[str]:

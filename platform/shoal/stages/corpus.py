@@ -146,7 +146,7 @@ class Curate(Stage):
     ] = None
     heldout: Annotated[float, typer.Option(help="Share of the people that are held out.")] = 0.2
     liked: Annotated[float, typer.Option(help="Share of the rows that may be the model's own answers, liked.")] = 0.2
-    replay_share: Annotated[float, typer.Option(help="Share of old rows: so many for each new one.")] = 1.0
+    replay_share: Annotated[float, typer.Option(help="Share of old rows: so many for each new one.")] = 10.0
     seed: Annotated[int, typer.Option(help="Seed of the split and of what is replayed.")] = 0
     as_json: Json = False
 

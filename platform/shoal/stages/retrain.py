@@ -19,6 +19,10 @@ from shoal.stages.training import Finetune, Quantize, Replay
 KINDS = ("auto", "router", "finetune")
 WORK, LOCK = "retrain", ".retrain.lock"  # below the folder of the release
 LORA_BYTES, LORA_RANK = 120_000_000, 8  # from fp32 weights of this size on thin matrices are trained, of this rank
+# against forgetting (docs/log.md): half of the rate of a first fine-tuning, and of the tokens of an update ...
+RATE, ROWS = 7e-4, 8  # rows of the training length
+NEW_SHARE = 0.25  # ... of what chats are read, by characters, is new ...
+REPLAY_EVERY = 3  # ... and of so many updates the last reads packed rows of the old corpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,7 @@ class Retrain(Stage):
     release: Annotated[Path, typer.Option(help="Folder of the release.")]
     cut: Annotated[Path, typer.Option(help="What to learn from: a folder of `shoal curate`.")]
     kind: Annotated[str, typer.Option(help="auto, router or finetune.")] = "auto"
-    minutes: Annotated[float, typer.Option(help="Most minutes of the fine-tuning.")] = 10.0
+    minutes: Annotated[float, typer.Option(help="Minutes of the fine-tuning.")] = 3.0
     budget: Annotated[float, typer.Option(help="Most minutes of all retrainings in 24 hours.")] = 60.0
     cooldown: Annotated[float, typer.Option(help="Least minutes between two candidates.")] = 360.0
     replay: Replay = None
@@ -144,22 +148,49 @@ class Retrain(Stage):
 
     def _finetune(self, parent: Path, served: Path, work: Path) -> tuple[Path, Path | None]:
         """The model to serve, and its fp32 parent where it was rounded."""
-        from shoal.loop.cut import RECENT, TRAIN
+        from shoal.evaluate import routing
+        from shoal.loop.cut import asked_of_both, mixed
         from shoal.model.described import read_config
         from shoal.model.files import weight_bytes
 
-        rounded = read_config(served)[1].quantization != "none"
+        config = read_config(served)[1]
+        rounded = config.quantization != "none"
         if rounded and parent == served:
             raise UsageError(
                 "the stable version has no fp32 parent", do="add it with its parent: shoal release add --fp32 DIR"
             )
-        lora = [f"lora_rank={LORA_RANK}"] if weight_bytes(parent) > LORA_BYTES else None
-        shared: dict[str, Any] = {"heldout": self.cut / RECENT, "replay": self.replay, "workers": self.workers}
-        tune = Finetune(
-            model=parent, data=self.cut / TRAIN, out=work / "run", minutes=self.minutes, settings=lora, **shared
+        work.mkdir(parents=True, exist_ok=True)
+        mix, asked = work / "mix.jsonl", work / "asked.jsonl"
+        times = mixed(self.cut, mix, NEW_SHARE)
+        say(f"mix: each new row {times} times among the old ones of the cut")
+        more: dict[str, Any] = (
+            {} if config.of_open_models else {"learning_rate": RATE, "batch_tokens": ROWS * config.train_length}
         )
-        tune.run()
-        if not rounded:
-            return work / "run" / "model", None
-        Quantize(model=work / "run" / "model", data=str(self.cut / TRAIN), out=work / "int8", **shared).run()
-        return work / "int8", work / "run" / "model"
+        given = [f"lora_rank={LORA_RANK}"] if weight_bytes(parent) > LORA_BYTES else []
+        given += [f"replay_every={REPLAY_EVERY}"] if self.replay else []
+        shared: dict[str, Any] = {"replay": self.replay, "workers": self.workers, "settings": given}
+        Finetune(model=parent, data=mix, out=work / "run", minutes=self.minutes, **shared, **more).run()
+        tuned = self._blended(parent, work / "run" / "model", work / "fp32")
+        model = tuned
+        if rounded:
+            model, shared["settings"] = work / "int8", given[-1:] if self.replay else []
+            Quantize(model=tuned, data=str(mix), out=model, **shared).run()
+        asked_of_both(self.cut, asked)
+        if routing.finish(model, asked, say) is None:
+            routing.take_over(model, served, say)
+        return model, tuned if rounded else None
+
+    def _blended(self, parent: Path, tuned: Path, out: Path) -> Path:
+        """Where the model is that is as near to `tuned` as what `parent` knew allows, by the corpus that is replayed."""
+        if not self.replay:
+            say("weights: as they were trained; with --replay they would go as far as text and code allow")
+            return tuned
+        from shoal.data.remote import local
+        from shoal.evaluate.blend import blended
+        from shoal.model.model import Model
+
+        found = blended(Model.load(parent), Model.load(tuned), local(self.replay))
+        rises = ", ".join(f"{name} {rise:+.1%}" for name, rise in found.rises[found.way].items())
+        say(f"weights: {found.way:.0%} of the way from the parent to what was trained; bits per byte {rises}")
+        found.model.save(out)
+        return out

@@ -27,24 +27,24 @@ from shoal.train.plan import FitPlan
 
 EVAL_ROWS = 8  # rows of one held-out micro-batch
 EVAL_TOKENS = 4096  # a held-out micro-batch of chats, padding included
-REPLAY_EVERY = 4  # updates of a run with replay, the last of which reads packed rows
 
 
 @dataclass(frozen=True)
 class Replay:
-    """Chats, and every `REPLAY_EVERY`-th update packed rows: without them, what pretraining taught is forgotten."""
+    """Chats, and every `every`-th update packed rows: without them, what pretraining taught is forgotten."""
 
     chats: ChatBatches
     rows: PretrainBatches
+    every: int
 
     @property
     def steps_in_epoch(self) -> int:
         """Updates that read all chats once."""
-        return -(-self.chats.steps_in_epoch * REPLAY_EVERY // (REPLAY_EVERY - 1))
+        return -(-self.chats.steps_in_epoch * self.every // (self.every - 1))
 
     def at(self, step: int) -> list[Batch]:
-        rounds, place = divmod(step, REPLAY_EVERY)
-        return self.rows.at(rounds) if place == REPLAY_EVERY - 1 else self.chats.at(step - rounds)
+        rounds, place = divmod(step, self.every)
+        return self.rows.at(rounds) if place == self.every - 1 else self.chats.at(step - rounds)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ def open_feed(plan: FitPlan, tokenizer: Tokenizer, template: str, ranks: Ranks) 
         return dataclasses.replace(chats, heldout=heldout)
     rows = _shards(plan, plan.replay, tokenizer, ranks)
     assert isinstance(chats.batches, ChatBatches) and isinstance(rows.batches, PretrainBatches)
-    return Feed(Replay(chats.batches, rows.batches), chats.batch_samples, {**heldout, **rows.heldout})
+    return Feed(
+        Replay(chats.batches, rows.batches, plan.replay_every), chats.batch_samples, {**heldout, **rows.heldout}
+    )
 
 
 def shard_tokenizer(data: str | Path) -> Tokenizer:

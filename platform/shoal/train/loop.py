@@ -119,7 +119,7 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker) -> FitResult:
         # never back, where a clock goes faster than before
         at = followed.get(state.step + 1, max(state.schedule, share))
         done = max(share, at)
-        rate, weights = learning_rate(at, plan.train), _weights(plan, at, state.step)
+        rate, weights = _rate(plan, at), _weights(plan, at, state.step)
         skip = left_out(plan.model, plan.train, state.step)
         # Rounding begins when the rate has warmed up: AdamW's moments are empty until then, and rounding is noise to them.
         fake_quantize_(model.net, plan.quantize and at > plan.train.warmup)
@@ -168,6 +168,12 @@ def _untied(net: Net, config: ModelConfig) -> Net:
     state[f"{smooth.HEAD}.weight"] = state[f"{smooth.HEAD}.weight"].clone()  # no longer the memory of the token table
     whole.load_state_dict(state, assign=True)
     return whole
+
+
+def _rate(plan: FitPlan, at: float) -> float:
+    """The learning rate with the share `at` of the run done. By the clock nobody knows how long the first update takes, so that
+    it is at 0: it has the lowest rate, and not none."""
+    return learning_rate(at, plan.train) or plan.train.learning_rate * plan.train.min_lr_ratio
 
 
 def _weights(plan: FitPlan, at: float, step: int) -> tuple[float, ...]:

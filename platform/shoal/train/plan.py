@@ -27,6 +27,7 @@ COMPILER = os.environ.get("CXX", "g++")  # what torch.compile runs on a CPU
 ROW = 1024  # tokens of a row at most, where exits learn, and of an open model, whose training length is all of its context
 TUNES, TUNED_RANK = ("none", "lora", "all"), 16  # what of a backbone learns with its exits
 OPEN_ROWS, OPEN_RATE, OPEN_LORA_RATE = 4, 5e-5, 2e-4  # of an open model: `ROW`s in an update, and rates of learning
+REPLAY_EVERY = 4  # updates of a fine-tuning with replay, the last of which reads packed rows
 CHAT_ROWS = 16  # training lengths in an update of stages 2 and 3: chats are short, and more updates beat larger ones
 
 
@@ -46,6 +47,7 @@ class FitPlan:
     epochs: float | None = None  # passes over the data
     minutes: float | None = None  # of wall clock, evaluations included, start-up left out
     replay: str = ""  # folder of shards that a run on chats goes back to now and then, against forgetting
+    replay_every: int = REPLAY_EVERY  # updates, the last of which reads packed rows of `replay`; 2 or more
     heldout: str = ""  # .jsonl of chats to measure a fine-tuning run on; shards bring their own held-out rows
     row_tokens: int = 0  # longest row of chats that is read; 0: the training length, of an open model at most `ROW`
     mix: Mapping[str, float] | None = None  # share of each modality by token; default: what the shards were made for
@@ -71,7 +73,7 @@ class FitPlan:
             raise UsageError("how long to train", do="give --steps, --tokens, --epochs or --minutes")
         if not all(limit is None or 0 < limit < math.inf for limit in limits):
             raise UsageError("length of the run", got=limits, allowed="positive numbers")
-        least = {"keep": 1, "replicas": 1, "eval_every": 0, "eval_rows": 0, "checkpoint_minutes": 0}
+        least = {"replay_every": 2, "keep": 1, "replicas": 1, "eval_every": 0, "eval_rows": 0, "checkpoint_minutes": 0}
         for name, value in least.items():
             if not value <= getattr(self, name) < math.inf:
                 raise ConfigError(name, got=getattr(self, name), allowed=f"{value} or more")
@@ -182,6 +184,7 @@ class FitPlan:
             "quantize": self.quantize,
             "base": dict(base or {}),
             **({"row_tokens": self.row_tokens} if self.row_tokens else {}),
+            **({"replay_every": self.replay_every} if self.replay_every != REPLAY_EVERY else {}),
         }
 
 

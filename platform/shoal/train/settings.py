@@ -14,6 +14,7 @@ from shoal.train.plan import FitPlan
 
 SETTABLE = (
     "eval_every", "eval_rows", "checkpoint_minutes", "keep", "keep_best", "replicas", "recompute", "compile", "row_tokens",
+    "replay_every",
 )  # fmt: skip  # fields of FitPlan that `settings` may set
 
 

@@ -14,7 +14,20 @@ from hypothesis import strategies as st
 from shoal.cli import main
 from shoal.errors import DataError
 from shoal.loop.capture import Capture, Forgotten
-from shoal.loop.cut import MANIFEST, RECENT, TRAIN, Settings, before, cut, forbidden, forget, name_of, read
+from shoal.loop.cut import (
+    MANIFEST,
+    RECENT,
+    TRAIN,
+    Settings,
+    asked_of_both,
+    before,
+    cut,
+    forbidden,
+    forget,
+    mixed,
+    name_of,
+    read,
+)  # fmt: skip
 from shoal.loop.labels import Found, Kept, Labelled, Said, kept_texts, labelled, read_imports, said
 from shoal.loop.suites import freeze
 from shoal.loop.texts import Texts
@@ -158,13 +171,40 @@ def test_of_its_own_answers_it_learns_few_and_is_measured_on_none(tmp_path: Path
     assert {row["label"] for row in rows(tmp_path / "cut" / RECENT)} == {"correction"}
 
 
+def test_new_rows_come_as_often_as_their_share_asks_for_and_old_ones_are_asked_as_well(tmp_path: Path) -> None:
+    def chat(text: str, **more: object) -> dict[str, object]:
+        said = [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
+        return {"messages": said, "task": "chat", **more}
+
+    old = tmp_path / "old.jsonl"
+    several = [chat(f"what is number {number}?") for number in range(400)] + [chat("and?", augmented="wording")]
+    old.write_text("".join(json.dumps(row) + "\n" for row in several))
+    folder = tmp_path / "cut"
+    made = cut(corrected(60), folder, Settings(), replay=old)
+    assert made["replay"] == 401
+    times = mixed(folder, tmp_path / "mix.jsonl", 0.25)
+    lines = (tmp_path / "mix.jsonl").read_text().splitlines()
+    new = [line for line in lines if json.loads(line)["label"] != "replay"]
+    assert len(new) == times * made["train"] and len(lines) - len(new) == 401 and len(set(new)) == made["train"]
+    share = sum(map(len, new)) / sum(map(len, lines))
+    assert times > 1 and abs(share - 0.25) < 0.25 / times
+    asked_of_both(folder, tmp_path / "asked.jsonl")
+    kept = (tmp_path / "asked.jsonl").read_text().splitlines()
+    assert kept[: made["recent"]] == (folder / RECENT).read_text().splitlines()
+    assert len(kept) == made["recent"] + 400 and not any("augmented" in line for line in kept)
+    bare = tmp_path / "bare"
+    cut(corrected(60), bare, Settings())
+    assert mixed(bare, tmp_path / "mix.jsonl", 0.25) == 1
+    assert (tmp_path / "mix.jsonl").read_text() == (bare / TRAIN).read_text()
+
+
 def test_the_old_mix_is_replayed_one_to_one(tmp_path: Path) -> None:
     old = tmp_path / "old.jsonl"
     answer = {"role": "assistant", "content": "a"}
     old.write_text("".join(json.dumps({"messages": [*chat(f"old {i}"), answer]}) + "\n" for i in range(500)))
-    made = cut(corrected(60), tmp_path / "cut", Settings(), replay=old)
+    made = cut(corrected(60), tmp_path / "cut", Settings(replay=1.0), replay=old)
     assert made["replay"] == made["train"] == sum(row["label"] == "replay" for row in rows(tmp_path / "cut" / TRAIN))
-    again = cut(corrected(60), tmp_path / "again", Settings(), replay=old)
+    again = cut(corrected(60), tmp_path / "again", Settings(replay=1.0), replay=old)
     assert again["sha256"] == made["sha256"], "the same rows, the same cut"
 
 

@@ -12,10 +12,10 @@ from shoal.data.batches import Batch
 from shoal.errors import ConfigError, DataError, UsageError
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.train.feed import REPLAY_EVERY, open_feed, shard_tokenizer
+from shoal.train.feed import open_feed, shard_tokenizer
 from shoal.train.needs import disk_needed, memory_needed
 from shoal.train.parallel import Ranks
-from shoal.train.plan import FitPlan, check, pretrain_plan, progress
+from shoal.train.plan import REPLAY_EVERY, FitPlan, check, pretrain_plan, progress
 from tests.corpus import write_chats, write_corpus
 
 CPU = torch.device("cpu")
@@ -167,6 +167,13 @@ def test_replay_puts_packed_rows_between_the_chats(shards: Path, chats: Path) ->
     read = [rows(feed.at(step)) for step in range(2 * REPLAY_EVERY)]
     chat, packed = (iter([rows(other.at(step)) for step in range(8)]) for other in (only_chats, only_rows))
     assert read == [next(packed if step % REPLAY_EVERY == REPLAY_EVERY - 1 else chat) for step in range(len(read))]
+    oftener = open_feed(plan(chats, replay=str(shards), replay_every=2), tokenizer, DEFAULT_TEMPLATE, ranks)
+    alone = [[rows(other.at(step)) for step in range(2)] for other in (only_chats, only_rows)]
+    assert [rows(oftener.at(step)) for step in range(4)] == [alone[0][0], alone[1][0], alone[0][1], alone[1][1]]
+    assert oftener.steps_in_epoch == 2 * only_chats.steps_in_epoch
+    assert plan(chats, replay=str(shards), replay_every=2).identity() != mixed.identity()
+    with pytest.raises(ConfigError, match="replay_every"):
+        plan(chats, replay=str(shards), replay_every=1)
     assert {"text", "code", "image"} <= set(feed.heldout)
     assert only_rows.chats is None and feed.chats == only_chats.chats
     assert feed.chats is not None and feed.chats["padding"] < feed.chats["naive_padding"]

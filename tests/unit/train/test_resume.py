@@ -206,7 +206,9 @@ def test_a_run_by_the_clock_is_followed_to_the_bit(shards: Path, tmp_path: Path)
     """Rates, exit weights and all: what the clock decided once is recorded, and `rates_of` goes by the record."""
     first = short(shards, tmp_path / "first", steps=None, minutes=0.02)
     fit(first)
-    steps = len(said(first.run, "step", "step"))
+    rates = [rate for (rate,) in said(first.run, "step", "rate")]
+    assert all(rate > 0 for rate in rates), "by the clock, too, each update learns something"
+    steps = len(rates)
     again = pretrain_plan("test", str(shards), str(tmp_path / "again"), rates_of=first.run, checkpoint_minutes=0.0)
     assert again.steps == steps
     check(again, 1)
