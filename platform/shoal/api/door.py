@@ -18,9 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.api.middleware import Present
 
-LEFT_SECONDS = (
-    0.1  # a request that is left within them, or before its answer begins, was left at once; and what the door costs
-)
+# a request that is left within them, or before its answer begins, was left at once; and what the door costs
+LEFT_SECONDS = 0.1
 MEMORY_SECONDS = 1.0  # in which what was counted fades to a third
 MANY = 20.0  # of a caller's requests that were left at once, counted so: of fewer there is little to win
 MOST = 0.75  # and their share of all that it sent: who cancels as one types comes to less

@@ -31,9 +31,8 @@ KEPT = 4  # windows
 LEAST = 4  # batches, before a window says anything: its errors are estimates
 BEST = 16  # batches at which its bounds are narrowest
 WRONG = 0.05
-LEAST_SPREAD = (
-    0.5  # standard deviation of a regret, in tolerances, that is reckoned with at least: 25 zeros are not certain
-)
+# standard deviation of a regret, in tolerances, that is reckoned with at least: 25 zeros are not certain
+LEAST_SPREAD = 0.5
 
 
 @dataclass
@@ -72,9 +71,8 @@ class Regret:
 
     tolerance: float = 0.0  # nats a token that its router was fitted to keep
     reruns: int = 0
-    requests: list[float] = field(
-        default_factory=lambda: [0.0, 0.0, 0.0]
-    )  # since the last batch: n, sum, sum of squares
+    # since the last batch: n, sum, sum of squares
+    requests: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     pending: list[list[float]] = field(default_factory=list)  # [regret, bound] of re-runs that make no batch yet
     # of all batches: n, and sums of regret, bound, regret x bound, bound^2
     sums: list[float] = field(default_factory=lambda: [0.0] * 5)

@@ -15,7 +15,7 @@ from shoal.api.auth import ApiKeys
 from shoal.api.capture import CaptureArgs
 from shoal.loop.tell import write_metrics
 from shoal.loop.watch import FOLDER, STATE
-from tests.unit.loop.test_watch import Service, watch
+from tests.unit.loop.test_watch import Service, reran, watch
 
 pytestmark = pytest.mark.anyio
 Connect = Callable[..., httpx.AsyncClient]
@@ -98,12 +98,14 @@ async def test_a_file_that_cannot_be_read_is_told_and_breaks_nothing_else(connec
 async def test_a_scrape_tells_what_the_command_writes(connect: Connect, service: Service, tmp_path: Path) -> None:
     service.serve(800)
     service.serve(200, up=1.5)
+    reran(service, 0.02, 100)
     write_metrics(watch(service).look(service.now), tmp_path / "drift.prom")
     async with connect(capture=given(service)) as http:
         scraped = (await http.get("/metrics")).text
-    figures = re.compile(r"^(shoal:drift_\S+) (\S+)$", re.MULTILINE)
+    figures = re.compile(r"^(shoal:(?:drift|regret)_\S+) (\S+)$", re.MULTILINE)
     written = {name: float(value) for name, value in figures.findall((tmp_path / "drift.prom").read_text())}
     told = {name: float(value) for name, value in figures.findall(scraped)}
     looked = told.pop("shoal:drift_looked_timestamp_seconds")
     assert looked > 1.7e9 and set(told) == set(written) and 'shoal:drift_shift_sd{signal="prompt_surprisal"}' in told
+    assert 'shoal:regret_nats{bound="low"}' in told
     assert all(told[name] == pytest.approx(value, rel=1e-4) for name, value in written.items())

@@ -12,6 +12,7 @@ from shoal.cli import main
 from shoal.errors import DataError
 from shoal.loop.capture import JOURNAL, Capture
 from shoal.loop.rows import RERUN, Row
+from shoal.loop.tell import write_metrics
 from shoal.loop.texts import Texts
 from shoal.loop.unread import Read, unread
 from shoal.loop.votes import Vote, Votes
