@@ -35,22 +35,39 @@ def decode(
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32",
     tokens: Annotated[int, typer.Option(help="Tokens decoded a request.")] = 64,
     rounds: Rounds = 3,
-    parts: Annotated[str, typer.Option(help="Which tables.")] = "speed,split,context,pool,drafts,adapters",
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            help="Which tables. [speed,prefill,split,context,pool,drafts,adapters; of a --model speed,prefill,split,drafts]"
+        ),
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt, where prefill is measured.")] = 512,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Directory of a model in fp32 or bf16, in place of --shape; also in INT8. [none]"),
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(help="The same weights as a GGUF file, for llama.cpp. [random ones of the shape]")
+    ] = None,
     peer: Annotated[
         list[str],
         typer.Option(
             help="Another server in the same turns, as KIND=PYTHON: vllm, vllm-eager, vllm-shoal (this very checkpoint in"
-            " vLLM), llama.cpp-q8_0, llama.cpp-f32."
+            " vLLM), transformers, llama.cpp (--gguf as it comes), llama.cpp-q8_0, llama.cpp-f32."
         ),
     ] = [],  # noqa: B006
 ) -> None:
-    """Tokens per second (beside other servers), a step's stages, short and long contexts, requests in a pool, drafts."""
+    """Tokens per second of answers and of prompts (beside other servers), a step's stages, contexts, a pool, drafts."""
     from shoal.bench import peers
+    from shoal.bench.decode import OF_A_MODEL, PARTS
     from shoal.bench.decode import decode as run
 
-    sizes = _numbers("--batches", batches, int, "1,8,32")
-    chosen, tables = peers.parse(peer), tuple(parts.split(","))
-    run(out, shape=shape, batches=sizes, tokens=tokens, rounds=rounds, parts=tables, peer=chosen)
+    sizes, chosen = _numbers("--batches", batches, int, "1,8,32"), peers.parse(peer)
+    tables = tuple(parts.split(",")) if parts is not None else tuple(PARTS) if model is None else OF_A_MODEL
+    run(
+        out, shape=shape, batches=sizes, tokens=tokens, rounds=rounds, parts=tables, peer=chosen, prompt=prompt, model=model,
+        gguf=gguf,
+    )  # fmt: skip
 
 
 @bench.command("quant")

@@ -1,8 +1,8 @@
-"""`shoal bench decode`: what decoding takes, by precision, batch, depth, length and drafts, on random weights.
+"""`shoal bench decode`: what decoding takes, by precision, batch, depth, length and drafts, on random weights or on a model.
 
-Parts: `speed` (tokens a second, beside the peers that were named), `split` (where a step's time goes), `context` (a step at
-two lengths, dense attention beside it), `pool` (how many requests fit), `drafts` (self-speculation where all drafts are
-right, and where few are), `adapters` (four in one batch).
+Parts: `speed` and `prefill` (tokens a second of answers and of prompts, beside the peers that were named), `split` (where a
+step's time goes), `context` (a step at two lengths, dense attention beside it), `pool` (how many requests fit), `drafts`
+(self-speculation where all drafts are right, and where few are; of a model, as many as are), `adapters` (four in one batch).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sysconfig
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal.bench import peers
+from shoal.bench.drafts import drafts_of
+from shoal.bench.speed import Bench, Rows, prefill, speed
 from shoal.bench.turns import in_turns, show
 from shoal.config import GROUPS, ModelConfig
 from shoal.engine.engine import Engine
@@ -44,64 +46,40 @@ SHAPES: dict[str, dict[str, Any]] = {  # our block in the peers' shapes (see doc
 }
 DRAFTS = 4
 ADAPTERS, RANK = 4, 16
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Bench:
-    config: ModelConfig
-    batches: tuple[int, ...]
-    tokens: int  # decoded a request
-    rounds: int
-    peers: dict[str, str]  # kind: the Python that runs it
 
 
 def decode(
     console: Console, *, shape: str, batches: tuple[int, ...], tokens: int, rounds: int, parts: tuple[str, ...],
-    peer: dict[str, str],
+    peer: dict[str, str], prompt: int = 512, model: Path | None = None, gguf: Path | None = None,
 ) -> None:  # fmt: skip
-    """The tables of `parts`, and all rows as JSON."""
-    unknown = [part for part in parts if part not in PARTS]
+    """The tables of `parts`, and all rows as JSON: of `shape`, or of the `model` in a directory. `peer` and `gguf` as
+    `peers.running` takes them. Raises UsageError for what does not go together."""
+    unknown = [part for part in parts if part not in (PARTS if model is None else OF_A_MODEL)]
     if unknown or not parts:
-        raise UsageError("--parts", got=",".join(unknown), allowed=list(PARTS))
-    bench = Bench(_config(shape), batches, tokens, rounds, peer)
-    result: dict[str, Any] = {"bench": "decode", "shape": shape, "tokens": tokens, "rounds": rounds}
+        raise UsageError("--parts", got=",".join(unknown), allowed=list(PARTS if model is None else OF_A_MODEL))
+    if gguf is None and peers.AS_IT_COMES in peer:
+        raise UsageError(f"--peer {peers.AS_IT_COMES}", got="no --gguf", allowed="beside --gguf FILE")
+    if gguf is not None and not gguf.is_file():
+        raise UsageError("--gguf", got=str(gguf), allowed="a file")
+    if prompt < 1:
+        raise UsageError("--prompt", got=prompt, allowed="1 or more tokens")
+    full = _model(_config(shape)) if model is None else _loaded(model)
+    told = shape if model is None else full.name
+    result: dict[str, Any] = {"bench": "decode", "shape": told, "tokens": tokens, "rounds": rounds}
+    imported = model if model is not None and full.source is not None else None
     tables = []
-    for part in parts:
-        table, result[part] = PARTS[part](bench)
-        table.title = f"{table.title}, {shape}"
-        tables.append(table)
+    with peers.running(peer if {"speed", "prefill"} & {*parts} else {}, full, imported, gguf) as others:
+        bench = Bench(full, batches, tokens, prompt, rounds, tuple(others), trained=model is not None)
+        for part in parts:
+            table, result[part] = PARTS[part](bench)
+            table.title = f"{table.title}, {told}"
+            tables.append(table)
     show(console, tables, result)
-
-
-def _speed(bench: Bench) -> tuple[Table, Rows]:
-    full = _model(bench.config)
-    runs: dict[tuple[str, int, str], Callable[[], float]] = {}
-    for label, model in {"fp32": full, "int8": full.quantized()}.items():
-        engine = Engine(model)
-        decode_speed(engine, 1, 8)  # packs the kernels
-        for depth in ("full", "shallow"):
-            for batch in bench.batches:
-                runs[label, batch, depth] = lambda e=engine, b=batch, d=depth: decode_speed(e, b, bench.tokens, d)  # type: ignore[misc]
-    settle()  # as a server does
-    with peers.running(bench.peers, full) as others:
-        for peer in others:
-            for batch in bench.batches:
-                runs[peer.name, batch, "full"] = lambda p=peer, b=batch: p.speed(b, bench.tokens)  # type: ignore[misc]
-        medians = in_turns(runs, bench.rounds)
-    beside = {"fp32": "x fp32 full", **{name: f"x {name}" for name in bench.peers}}
-    table = Table("", "batch", "depth", "tokens/s", *beside.values(), title=f"decode, {bench.tokens} tokens a request")
-    rows = []
-    for (label, batch, depth), speed in medians.items():
-        ratios = {name: speed / medians[name, batch, "full"] for name in beside}
-        table.add_row(label, str(batch), depth, f"{speed:.1f}", *(f"{ratio:.2f}" for ratio in ratios.values()))
-        rows.append({"what": label, "batch": batch, "depth": depth, "tokens_per_s": speed, "ratios": ratios})
-    return table, rows
 
 
 def _split(bench: Bench) -> tuple[Table, Rows]:
     """Milliseconds of a step's stages; model is `runner.run` without the sampler, overhead all the others' share."""
-    engine = Engine(_model(bench.config))
+    engine = Engine(bench.model)
     decode_speed(engine, 1, 8)
     settle()  # as a server does
     stages = ("plan", "model", "sample", "commit")
@@ -192,7 +170,7 @@ def _step(model: Model, length: int, tokens: int, kv_dtype: torch.dtype | None) 
 def _pool(bench: Bench) -> tuple[Table, Rows]:
     """Requests that run at once in a pool of eight full-depth requests' units."""
     config = bench.config
-    model = _model(config)
+    model = bench.model
     length, fit = 4 * config.page, 8
     table = Table("depth", "requests at once", "units each", title=f"requests of {length} tokens in one pool")
     rows = []
@@ -216,6 +194,8 @@ def _pool(bench: Bench) -> tuple[Table, Rows]:
 def _drafts(bench: Bench) -> tuple[Table, Rows]:
     """Drafting on and off at batch 1, sampled, on weights that bound what a trained model can gain: groups 2.. that add
     nothing, so that every draft is right, and groups that add far too much, so that few are."""
+    if bench.trained:
+        return drafts_of(bench)
     runs: dict[tuple[str, bool], Callable[[], float]] = {}
     engines: dict[str, Engine] = {}
     sampling = Sampling(temperature=0.1, seed=0, max_tokens=bench.tokens, ignore_eos=True)  # random logits are flat
@@ -244,9 +224,8 @@ def _drafts(bench: Bench) -> tuple[Table, Rows]:
 
 def _adapters(bench: Bench) -> tuple[Table, Rows]:
     """`ADAPTERS` of rank `RANK` beside all linears, in one batch, beside the same batch without any."""
-    full = _model(bench.config)
     runs: dict[tuple[str, int, bool], Callable[[], float]] = {}
-    for label, model in {"fp32": full, "int8": full.quantized()}.items():
+    for label, model in bench.both.items():
         engine = Engine(model)
         names = [engine.load_adapter(_adapter(model.net, number)) for number in range(ADAPTERS)]
         for batch in [batch for batch in bench.batches if batch >= ADAPTERS]:
@@ -278,19 +257,30 @@ def _adapter(net: Net, seed: int) -> Adapter:
 
 
 PARTS: dict[str, Callable[[Bench], tuple[Table, Rows]]] = {
-    "speed": _speed,
+    "speed": speed,
+    "prefill": prefill,
     "split": _split,
     "context": _context,
     "pool": _pool,
     "drafts": _drafts,
     "adapters": _adapters,
 }
+OF_A_MODEL = ("speed", "prefill", "split", "drafts")  # the others need weights that are made for them
 
 
 def _config(shape: str) -> ModelConfig:
     if shape not in SHAPES:
         raise UsageError("--shape", got=shape, allowed=sorted(SHAPES))
     return ModelConfig(**SHAPES[shape], train_length=2048, window=256, block=16, page=16, top_k=16)
+
+
+def _loaded(directory: Path) -> Model:
+    """The model of a directory, in fp32. Raises UsageError for one in INT8."""
+    model = Model.load(directory)
+    if model.config.quantization != "none":
+        raise UsageError("--model", got=f"{directory}, which is in INT8", allowed="the model that it was made from")
+    model.net.float()
+    return model
 
 
 def _model(config: ModelConfig) -> Model:

@@ -1,5 +1,6 @@
 """llama.cpp as a peer of `shoal bench decode`; run by a Python that has llama-cpp-python and gguf (see `peers.py`)."""
 
+import ctypes
 import json
 import os
 import sys
@@ -16,13 +17,26 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     path = os.path.join(told["folder"], "model.gguf")
-    write(path, told)
     llama_cpp.llama_backend_init()
+    if told["gguf"] is None:
+        write(path, told)
+    elif told["weights"] is None:
+        path = told["gguf"]
+    else:
+        requantize(told["gguf"], path, told)
     model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
     print("ready", file=answers)
     for line in sys.stdin:
-        batch, tokens = map(int, line.split())
-        print(speed(model, told, batch, tokens), file=answers)
+        print(seconds(model, told, *map(int, line.split())), file=answers)
+
+
+def requantize(given: str, path: str, told: dict[str, Any]) -> None:
+    """The weights of a file in another form, head and token table too."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = {"F32": llama_cpp.LLAMA_FTYPE_ALL_F32, "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}[told["weights"]]
+    params.allow_requantize, params.nthread = True, told["threads"]
+    if code := llama_cpp.llama_model_quantize(given.encode(), path.encode(), ctypes.byref(params)):
+        raise RuntimeError(f"llama_model_quantize gave {code}")
 
 
 def write(path: str, told: dict[str, Any]) -> None:
@@ -66,14 +80,14 @@ def write(path: str, told: dict[str, Any]) -> None:
     file.close()
 
 
-def speed(model: Any, told: dict[str, Any], batch: int, tokens: int) -> float:
-    """Tokens a second of `batch` sequences decoded together, greedily; their memory is made before the clock starts."""
+def seconds(model: Any, told: dict[str, Any], batch: int, prompt: int, tokens: int) -> float:
+    """What `batch` sequences take that are decoded together, greedily; their memory is made before the clock starts."""
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_seq_max = (16 + tokens) * batch, batch
-    params.n_batch = params.n_ubatch = 512
+    params.n_ctx, params.n_seq_max = (prompt + tokens) * batch, batch
+    params.n_batch, params.n_ubatch = max(512, prompt * batch), 512
     params.n_threads = params.n_threads_batch = told["threads"]
     context = llama_cpp.llama_init_from_model(model, params)
-    rows = llama_cpp.llama_batch_init(16 * batch, 0, 1)
+    rows = llama_cpp.llama_batch_init(prompt * batch, 0, 1)
 
     def decode(entries: list[tuple[int, int, int, bool]]) -> None:
         rows.n_tokens = len(entries)
@@ -87,12 +101,12 @@ def speed(model: Any, told: dict[str, Any], batch: int, tokens: int) -> float:
         return int(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, row), (told["vocab"],)).argmax())
 
     start = time.perf_counter()
-    decode([(20 + (7 * s + i) % 200, i, s, i == 15) for s in range(batch) for i in range(16)])
-    last = [likeliest(16 * s + 15) for s in range(batch)]
-    for place in range(16, 16 + tokens - 1):
+    decode([(20 + (7 * s + i) % 200, i, s, i == prompt - 1) for s in range(batch) for i in range(prompt)])
+    last = [likeliest(prompt * s + prompt - 1) for s in range(batch)]
+    for place in range(prompt, prompt + tokens - 1):
         decode([(token, place, s, True) for s, token in enumerate(last)])
         last = [likeliest(row) for row in range(batch)]
-    found = batch * tokens / (time.perf_counter() - start)
+    found = time.perf_counter() - start
     llama_cpp.llama_batch_free(rows)
     llama_cpp.llama_free(context)
     return found

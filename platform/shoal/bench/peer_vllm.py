@@ -33,20 +33,26 @@ def main() -> None:
     model = Path(told["folder"])
     (model / "config.json").write_text(json.dumps(config))
     options = {"model": str(model), "load_format": "dummy", "skip_tokenizer_init": True}
+    if told["checkpoint"]:
+        options = {"model": told["checkpoint"], "skip_tokenizer_init": True}
     if told.get("shoal"):  # a model directory, which the plugin of its environment's own Shoal loads
         options = {"model": str(model / "model")}
 
     from vllm import LLM, SamplingParams
 
-    llm = LLM(**options, dtype="float32", max_model_len=2048, enforce_eager=told["eager"])
+    llm = LLM(
+        **options, dtype="float32", max_model_len=2048, enforce_eager=told["eager"], enable_prefix_caching=False
+    )  # fmt: skip
     print("ready", file=answers)
     for line in sys.stdin:
-        batch, tokens = map(int, line.split())
+        batch, prompt, tokens = map(int, line.split())
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        prompts = [{"prompt_token_ids": [20 + (7 * i + j) % 200 for j in range(16)]} for i in range(batch)]
+        prompts = [{"prompt_token_ids": [20 + (7 * i + j) % 200 for j in range(prompt)]} for i in range(batch)]
         start = time.perf_counter()
         done = llm.generate(prompts, sampling, use_tqdm=False)
-        print(sum(len(o.outputs[0].token_ids) for o in done) / (time.perf_counter() - start), file=answers)
+        spent = time.perf_counter() - start
+        assert all(len(o.outputs[0].token_ids) == tokens for o in done)
+        print(spent, file=answers)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Other servers in the turns of `shoal bench decode`: each in a process and an environment of its own, asleep when it is
-not its turn, with random weights of our block's shape or with the very checkpoint.
+not its turn, with random weights of our block's shape, with the same weights, or with the very checkpoint.
 
-A peer is a script that another Python runs (`peer_vllm.py`, `peer_llama_cpp.py`). It gets the shape as JSON in its first
-argument, writes one line when it is ready, and then answers each line `BATCH TOKENS` by the tokens a second of that many
-requests with prompts of 16 tokens, prefill included, which is what `evaluate.evaluation.decode_speed` times.
+A peer is a script that another Python runs (`peer_vllm.py`, `peer_llama_cpp.py`, `peer_transformers.py`). It gets the shape as
+JSON in its first argument, writes one line when it is ready, and then answers each line `BATCH PROMPT TOKENS` by the seconds
+that so many requests take, with prompts of so many tokens and answers of so many, prefill included, which is what
+`evaluate.evaluation.decode_speed` times.
 """
 
 from __future__ import annotations
@@ -24,14 +25,18 @@ import torch
 
 from shoal.errors import ShoalError, UsageError
 from shoal.model.model import Model
+from shoal.open_weights.convert import export_model
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # name: script and what it is told
     "vllm": ("peer_vllm.py", {"eager": False}),  # its default: compiled, where a C++ compiler is
     "vllm-eager": ("peer_vllm.py", {"eager": True}),
     "vllm-shoal": ("peer_vllm.py", {"eager": True, "shoal": True}),  # the very checkpoint, through `vllm_plugin`
+    "transformers": ("peer_transformers.py", {}),
+    "llama.cpp": ("peer_llama_cpp.py", {"weights": None}),  # a GGUF file as it comes
     "llama.cpp-q8_0": ("peer_llama_cpp.py", {"weights": "Q8_0"}),
     "llama.cpp-f32": ("peer_llama_cpp.py", {"weights": "F32"}),
 }
+AS_IT_COMES = "llama.cpp"
 START, ANSWER = 600.0, 300.0  # seconds: vLLM may compile at its start
 
 
@@ -43,12 +48,12 @@ class Peer:
     process: subprocess.Popen[str]
     log: Path
 
-    def speed(self, batch: int, tokens: int) -> float:
-        """Tokens a second of `batch` requests of `tokens` tokens each. The peer sleeps before and after, so that threads which
-        wait by spinning take nothing from others' turns. Raises ShoalError as `answer`."""
+    def seconds(self, batch: int, prompt: int, tokens: int) -> float:
+        """What `batch` requests with prompts of `prompt` and answers of `tokens` tokens take. The peer sleeps before and after,
+        so that threads which wait by spinning take nothing from others' turns. Raises ShoalError as `answer`."""
         assert self.process.stdin
         self.process.send_signal(signal.SIGCONT)
-        print(batch, tokens, file=self.process.stdin, flush=True)
+        print(batch, prompt, tokens, file=self.process.stdin, flush=True)
         try:
             return float(self.answer(ANSWER))
         finally:
@@ -67,13 +72,20 @@ class Peer:
 
 
 @contextlib.contextmanager
-def running(chosen: dict[str, str], model: Model) -> Iterator[list[Peer]]:
+def running(
+    chosen: dict[str, str], model: Model, imported: Path | None = None, gguf: Path | None = None
+) -> Iterator[list[Peer]]:
     """The peers of `chosen` (kind: the Python that has it), ready and asleep; ended on leaving. They get the shape of `model`;
-    one that runs Shoal's own checkpoints gets `model` itself. Raises ShoalError for one that does not start."""
+    one that runs Shoal's own checkpoints gets `model` itself. With the directory of an `imported` model, vLLM and transformers
+    have its weights, and with `gguf` llama.cpp has those of that file. Raises ShoalError for one that does not start."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        there: dict[str, str | None] = {"gguf": str(gguf.resolve()) if gguf else None, "checkpoint": None}
+        if imported is not None and any(not name.startswith("llama.cpp") for name in chosen):
+            there["checkpoint"] = str(Path(folder) / "checkpoint")
+            export_model(imported, Path(folder) / "checkpoint", check=False)
         peers = []
         for name, python in chosen.items():
-            peers.append(_start(name, python, model, Path(folder)))
+            peers.append(_start(name, python, model, Path(folder), there))
             stack.callback(peers[-1].process.wait)
             stack.callback(peers[-1].process.kill)
         yield peers
@@ -88,20 +100,20 @@ def parse(options: list[str]) -> dict[str, str]:
             raise UsageError("--peer", got=option, allowed=[f"{kind}=PYTHON" for kind in KINDS])
         if not os.access(python, os.X_OK):
             raise UsageError("--peer", got=option, allowed="the path of a Python that has it installed")
-        chosen[name] = python
+        chosen[name] = os.path.abspath(python)  # it runs in a folder of its own; a link is what makes an environment
     return chosen
 
 
-def _start(name: str, python: str, model: Model, folder: Path) -> Peer:
+def _start(name: str, python: str, model: Model, folder: Path, there: dict[str, str | None]) -> Peer:
     script, told = KINDS[name]
     config = model.config
-    shape = {key: getattr(config, key) for key in ("layers", "width", "heads", "kv_heads", "ffn", "vocab")}
+    shape = {key: getattr(config, key) for key in ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab")}
     threads = torch.get_num_threads()
     work, log = folder / name, folder / f"{name}.log"
     work.mkdir()
     if told.get("shoal"):
         model.save(work / "model")
-    told = {**shape, **told, "threads": threads, "folder": str(work)}
+    told = {**shape, **there, **told, "threads": threads, "folder": str(work)}
     with log.open("w") as said:
         process = subprocess.Popen(
             [python, str(Path(__file__).parent / script), json.dumps(told)],

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config import ModelConfig
+from shoal.model import linears
 from shoal.model.adapters import Beside, product
 from shoal.model.attention import Layout, attend, block_summaries
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.cpu import fused
-from shoal.model.cpu.parts import Layer
+from shoal.model.cpu.parts import Form, Layer
 from shoal.model.linears import Int8Linear, Linear
 from shoal.model.paged import paged_attention, write_kv
 from shoal.model.reach import ALL, Reach
@@ -84,7 +85,7 @@ class Attention(nn.Module):
             whole = config.qk_norm == "all"
             self.q_norm = Norm(config.head_dim * (config.heads if whole else 1), config.norm_eps)
             self.k_norm = Norm(config.head_dim * (config.kv_heads if whole else 1), config.norm_eps)
-        self.in_loops = config.qk_norm == "head" and not (config.qkv_bias or config.rope_dims) and turned
+        self.form = Form(config.norm_eps, pairs(config) if turned else 0, config.norm_place == "after")
         self.mix_local: float | None = None  # overrides the gate at run time
         if kind == "D":
             return
@@ -139,12 +140,18 @@ class Attention(nn.Module):
         summaries = block_summaries(k, layout, self.config.summary) if reach.chooses else None
         return product(self.out, attend(q, k, v, summaries, layout, reach).flatten(-2), beside)
 
+    def beside_qkv(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The bias, and the weights of the norms of q and k; of length 0 where there are none."""
+        parameters, none = self._parameters, fused.none(dtype)  # `self.q_norm` takes a search: 0.6 us
+        bias = parameters.get("qkv_bias")
+        norms = [self._modules[name] for name in ("q_norm", "k_norm") if name in self._modules]
+        q, k = [norm._parameters["weight"] for norm in norms] or (none, none)  # type: ignore[union-attr]
+        return none if bias is None else bias, q, k  # type: ignore[return-value]
+
     def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
-        c = self.config
-        if self.in_loops and fused.usable(x):
-            weights = self.q_norm.weight, self.k_norm.weight
+        if fused.usable(x):
             heads = product(self.qkv, x, step.beside)
-            q = fused.project_and_store(heads, *weights, c.norm_eps, rope, kv, summaries, step)
+            q = fused.project_and_store(heads, *self.beside_qkv(x.dtype), self.form, rope, kv, summaries, step)
         else:
             q, k, v = self.project(x, rope, step.beside)
             write_kv(k, v, kv, summaries, step)
@@ -178,8 +185,6 @@ class Block(nn.Module):
         self.before = config.norm_place == "before"
         a, m = self.attention, self.mlp
         self._products = a.qkv, a.out, m.up, m.down  # `self.mlp.down` takes two searches: 1 us, at every step
-        self.in_loops = a.in_loops and self.before
-        self._norms = (self.attention_norm, a.q_norm, a.k_norm, self.mlp_norm) if self.in_loops else ()
         self._views = fused.Views()
 
     def forward(self, x: Tensor, layout: Layout, rope: Rope, beside: Beside | None = None) -> Tensor:
@@ -198,14 +203,14 @@ class Block(nn.Module):
 
     def arrays(self, rows: int, dtype: torch.dtype) -> tuple[Any, ...] | None:
         """What `fused.layers` reads of this layer; None where `rows` rows take another way through one of its products."""
-        if not self.in_loops:
-            return None
         matrices = [each.matrix(rows, dtype) for each in self._products]
         if None in matrices:
             return None
         qkv, out, up, down = matrices
-        attention, q, k, mlp = [norm._parameters["weight"] for norm in self._norms]
-        return self._views.of(Layer(attention, qkv, q, k, out, mlp, up, down))  # type: ignore[arg-type]
+        modules = self._modules
+        bias, q, k = modules["attention"].beside_qkv(dtype)  # type: ignore[union-attr, operator]
+        first, second = (modules[name]._parameters["weight"] for name in ("attention_norm", "mlp_norm"))  # type: ignore[union-attr]
+        return self._views.of(Layer(first, qkv, bias, q, k, out, second, up, down))  # type: ignore[arg-type]
 
     def added(self, beside: Beside | None) -> tuple[Any, ...]:
         """What `fused.layers` reads of what adapters add in this layer."""
@@ -234,6 +239,9 @@ class Group(nn.Module):
         self.config = config
         self.first, end = (0, *config.ends)[index : index + 2]
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(self.first, end))
+        self._weights = linears.Held(self.blocks)
+        self._seen: list[object] = []
+        self._parts: dict[tuple[Any, ...], list[tuple[Any, ...]] | None] = {}
 
     def forward(
         self, x: Tensor, layout: Layout, rope: Rope, skip: Collection[int] = (), beside: Beside | None = None
@@ -249,17 +257,22 @@ class Group(nn.Module):
         rope = step.rows.once("rope", lambda: rope_tables(step.positions, self.config, x.dtype))
         if parts := self._in_one_call(x, step):
             added = [block.added(step.beside) for block in self.blocks]  # type: ignore[operator]
-            return fused.layers(x, parts, self.config.norm_eps, rope, cache, step, added)
+            return fused.layers(x, parts, rope, cache, step, added)
         for j, block in enumerate(self.blocks):
             x = block.paged(x, step, rope, cache.kv[j], cache.summaries[j])  # type: ignore[operator]
         return x
 
-    def _in_one_call(self, x: Tensor, step: PagedStep) -> list[tuple[tuple[Any, ...], Reach]]:
-        """What `fused.layers` reads; empty where rows like those of `x` [N, D] take another way."""
-        parts = []
-        for block in self.blocks if step.rows.longest <= fused.SHORT and fused.usable(x) else ():
-            arrays = block.arrays(len(x), x.dtype)  # type: ignore[operator]
-            if arrays is None:
-                return []
-            parts.append((arrays, block.attention.reach()))  # type: ignore[operator, union-attr]
-        return parts
+    def _in_one_call(self, x: Tensor, step: PagedStep) -> list[tuple[tuple[Any, ...], Form, Reach]]:
+        """What `fused.layers` reads; empty where rows like those of `x` [N, D] take another way. What it is made of is looked
+        for once, and again when a weight has changed: a step of 30 layers would spend a third of its time on that."""
+        if step.rows.longest > fused.SHORT or not fused.usable(x):
+            return []
+        now = self._weights.state()
+        if now != self._seen:
+            self._seen, self._parts = now, {}
+        key = len(x), x.dtype, torch.get_num_threads()
+        if key not in self._parts:
+            arrays = [block.arrays(len(x), x.dtype) for block in self.blocks]  # type: ignore[operator]
+            self._parts[key] = None if None in arrays else arrays
+        attentions: list[Any] = [block.attention for block in self.blocks]
+        return [(part, each.form, each.reach()) for part, each in zip(self._parts[key] or (), attentions, strict=False)]

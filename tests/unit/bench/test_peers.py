@@ -16,8 +16,8 @@ import json, sys
 told = json.loads(sys.argv[1])
 print("ready", flush=True)
 for line in sys.stdin:
-    batch, tokens = map(int, line.split())
-    print(told["width"] * 1000 + batch * tokens, flush=True)
+    batch, prompt, tokens = map(int, line.split())
+    print(told["width"] * 1000 + batch * tokens + prompt / 64, flush=True)
 """
 MODEL = Model.from_preset("test")
 ENDS = "import sys; print('ready', flush=True); sys.stdin.readline(); sys.exit('no memory left')"
@@ -34,7 +34,8 @@ def test_a_peer_answers_in_its_turn_and_sleeps_else(tmp_path: Path, monkeypatch:
     config = MODEL.config
     with peers.running(_kind(monkeypatch, tmp_path, GOOD), MODEL) as found:
         process = psutil.Process(found[0].process.pid)
-        assert [found[0].speed(8, n) for n in (3, 4)] == [config.width * 1000 + 24, config.width * 1000 + 32]
+        told = [found[0].seconds(8, 16, n) for n in (3, 4)]
+        assert told == [config.width * 1000 + 24.25, config.width * 1000 + 32.25]
         until = time.monotonic() + 10  # a signal takes a moment
         while process.status() != psutil.STATUS_STOPPED and time.monotonic() < until:
             time.sleep(0.01)
@@ -52,7 +53,7 @@ def test_a_peer_that_ends_is_told_by_its_last_words(
         pytest.raises(ShoalError, match=words),
         peers.running(_kind(monkeypatch, tmp_path, text), MODEL) as found,
     ):
-        found[0].speed(1, 1)
+        found[0].seconds(1, 1, 1)
 
 
 def test_a_silent_peer_is_not_waited_for_longer_than_its_deadline(
@@ -64,6 +65,12 @@ def test_a_silent_peer_is_not_waited_for_longer_than_its_deadline(
         peers.running(_kind(monkeypatch, tmp_path, "import time; time.sleep(60)"), MODEL),
     ):
         pass
+
+
+def test_a_peers_python_may_be_told_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    assert peers.parse(["llama.cpp=./python"]) == {"llama.cpp": str(tmp_path / "python")}
 
 
 @pytest.mark.parametrize("option", ["vllm=/no/such/python", "sglang=python", "vllm"])

@@ -18,23 +18,28 @@ KEY, VALUE = 0, 1  # which of the two in a slot
 
 
 @fast
-def project_and_store(qkv, q_weight, k_weight, eps, keep, cross, positions, slots, block, kv, summaries, q):
-    """q [N, H, d], normed and turned by `keep` and `cross` [N, d] (`block.rope_tables`), of `qkv` [N, (H + 2 Hk) d]; k and v
-    to their `slots` [N] (-1: stored already) of kv [U, Hk, P, W], and the summary of every block that they complete to
-    `summaries` [U, Hk, P/S, d or 2d]."""
+def project_and_store(
+    qkv, bias, q_weight, k_weight, eps, half, keep, cross, positions, slots, block, kv, summaries, q
+):  # fmt: skip
+    """q [N, H, d], normed and its first 2 `half` dims turned by `keep` and `cross` [N, d] (`block.rope_tables`), of `qkv`
+    [N, (H + 2 Hk) d], to which `bias` is added in place; k and v to their `slots` [N] (-1: stored already) of kv [U, Hk, P, W],
+    and the summary of every block that they complete to `summaries` [U, Hk, P/S, d or 2d]. `bias`, `q_weight` and `k_weight`
+    as in `parts.Layer`."""
     rows, heads, dim = q.shape
     kv_heads, page = kv.shape[1:3]
     key, room = np.empty(dim, q.dtype), np.empty((block, 2 * dim), q.dtype)
     for n in range(rows):
+        for i in range(len(bias)):
+            qkv[n, i] += bias[i]
+        first, second = qkv[n, : heads * dim], qkv[n, heads * dim : (heads + kv_heads) * dim]
         for h in range(heads):
-            _norm_and_turn(qkv[n, h * dim : (h + 1) * dim], q_weight, eps, keep[n], cross[n], q[n, h])
+            _norm_and_turn(first, h, q_weight, eps, half, keep[n], cross[n], q[n, h])
         if slots[n] < 0:
             continue
         unit, offset = slots[n] // page, slots[n] % page
         for g in range(kv_heads):
-            at = (heads + g) * dim
-            _norm_and_turn(qkv[n, at : at + dim], k_weight, eps, keep[n], cross[n], key)
-            at += kv_heads * dim
+            _norm_and_turn(second, g, k_weight, eps, half, keep[n], cross[n], key)
+            at = (heads + kv_heads + g) * dim
             _store(key, kv[unit, g, offset], KEY)
             _store(qkv[n, at : at + dim], kv[unit, g, offset], VALUE)
             if (positions[n] + 1) % block == 0:
@@ -328,14 +333,23 @@ def _summarise(keys, summary, dim):
 
 
 @fast
-def _norm_and_turn(x, weight, eps, keep, cross, out):
-    """One head [d], normed, its first half turned."""
-    scale = inverse_rms(x, eps)
-    quarter = len(x) // 4
-    for i in range(quarter):
-        a = x[i] * scale * weight[i]
-        b = x[quarter + i] * scale * weight[quarter + i]
+def _norm_and_turn(heads, h, weight, eps, half, keep, cross, out):
+    """Head h [d] of `heads` [H d], normed as `weight` is long, its first 2 `half` dims turned."""
+    dim = len(out)
+    x = heads[h * dim : (h + 1) * dim]
+    if len(weight) == dim:
+        _times(x, inverse_rms(x, eps), weight, out)
+    elif len(weight):
+        _times(x, inverse_rms(heads, eps), weight[h * dim : (h + 1) * dim], out)
+    else:
+        out[:] = x
+    for i in range(half):
+        a, b = out[i], out[half + i]
         out[i] = a * keep[i] + b * cross[i]
-        out[quarter + i] = b * keep[quarter + i] + a * cross[quarter + i]
-    for i in range(2 * quarter, len(x)):
+        out[half + i] = b * keep[half + i] + a * cross[half + i]
+
+
+@fast
+def _times(x, scale, weight, out):
+    for i in range(len(x)):
         out[i] = x[i] * scale * weight[i]

@@ -20,7 +20,7 @@ from shoal.model.cpu.compiled import exact, exp, fast, inverse_rms
 from shoal.model.cpu.draw import race, thresholds  # noqa: F401, `fused` calls all by this file
 from shoal.model.cpu.floats import beside, product
 from shoal.model.cpu.integers import peak
-from shoal.model.cpu.parts import Layer, Matrix, Rows, Sight
+from shoal.model.cpu.parts import Form, Layer, Matrix, Rows, Sight
 
 
 @fast
@@ -63,20 +63,26 @@ def scale_rows(x, top, tiny, out, scale):
 
 
 @fast
-def layer(x, weights, eps, rows, kv, summaries, sight, beside):
-    """x [N, D] after a whole layer, a new array; K/V and summaries as `project_and_store` leaves them. `weights`, `rows` and
-    `sight` are what `parts.Layer`, `parts.Rows` and `parts.Sight` name, as plain tuples. `beside`: what adapters add to qkv,
-    out, up and down, each as `floats.beside` takes it without x and out; empty where no row has one."""
-    w, r, look = Layer(*weights), Rows(*rows), Sight(*sight)
+def layer(x, weights, form, rows, kv, summaries, sight, beside):
+    """x [N, D] after a whole layer, a new array; K/V and summaries as `project_and_store` leaves them. `weights`, `form`,
+    `rows` and `sight` are what `parts.Layer`, `parts.Form`, `parts.Rows` and `parts.Sight` name, as plain tuples. `beside`:
+    what adapters add to qkv, out, up and down, each as `floats.beside` takes it without x and out; empty where no row has
+    one."""
+    w, f, r, look = Layer(*weights), Form(*form), Rows(*rows), Sight(*sight)
     qkv, back, up, down = Matrix(*w.qkv), Matrix(*w.out), Matrix(*w.up), Matrix(*w.down)
     count, width = x.shape
-    dim = len(w.q_norm)
+    dim = r.keep.shape[1]
     out, normed, heads = np.empty_like(x), np.empty_like(x), np.empty((count, len(qkv.weight)), x.dtype)
-    rms_norm(x, w.attention_norm, eps, normed)
+    if f.after:
+        normed[:] = x
+    else:
+        rms_norm(x, w.attention_norm, f.eps, normed)
     times(normed, qkv, heads)
     plus(normed, beside, 0, heads)
     q = np.empty((count, len(qkv.weight) // dim - 2 * kv.shape[1], dim), x.dtype)
-    project_and_store(heads, w.q_norm, w.k_norm, eps, r.keep, r.cross, r.positions, r.slots, r.block, kv, summaries, q)
+    project_and_store(
+        heads, w.bias, w.q_norm, w.k_norm, f.eps, f.half, r.keep, r.cross, r.positions, r.slots, r.block, kv, summaries, q
+    )  # fmt: skip
     mixed = np.empty_like(q)
     attend(
         q, kv, summaries, r.tables, r.short, r.requests, r.positions, r.block,
@@ -84,16 +90,23 @@ def layer(x, weights, eps, rows, kv, summaries, sight, beside):
     )  # fmt: skip
     times(mixed.reshape(count, -1), back, normed)
     plus(mixed.reshape(count, -1), beside, 1, normed)
+    if f.after:
+        rms_norm(normed, w.attention_norm, f.eps, normed)
     for n in range(count):
         for i in range(width):
             out[n, i] = x[n, i] + normed[n, i]
-    rms_norm(out, w.mlp_norm, eps, normed)
+    if f.after:
+        normed[:] = out
+    else:
+        rms_norm(out, w.mlp_norm, f.eps, normed)
     both, inner = np.empty((count, len(up.weight)), x.dtype), np.empty((count, len(up.weight) // 2), x.dtype)
     times(normed, up, both)
     plus(normed, beside, 2, both)
     swiglu(both, inner)
     times(inner, down, normed)
     plus(inner, beside, 3, normed)
+    if f.after:
+        rms_norm(normed, w.mlp_norm, f.eps, normed)
     for n in range(count):
         for i in range(width):
             out[n, i] += normed[n, i]

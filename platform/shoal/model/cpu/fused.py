@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from shoal.model.cache import GroupCache, PagedStep
-from shoal.model.cpu.parts import Layer, Rows, Sight
+from shoal.model.cpu.parts import Form, Layer, Rows, Sight
 from shoal.model.reach import Reach
 
 Rope = tuple[Tensor, Tensor]
@@ -39,6 +39,12 @@ def usable(x: Tensor) -> bool:
         return False
     plain = x.device.type == "cpu" and x.dtype in _TYPES and torch.is_inference_mode_enabled()
     return plain and not is_in_torch_dispatch_mode() and _kernels() is not None
+
+
+@cache
+def none(dtype: torch.dtype) -> Tensor:
+    """In place of what a layer does not have."""
+    return torch.empty(0, dtype=dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -88,21 +94,23 @@ def scale_rows(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
 def project_and_store(
     qkv: Tensor,
+    bias: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    eps: float,
+    form: Form,
     rope: Rope,
     kv: Tensor,
     summaries: Tensor,
     step: PagedStep,
 ) -> Tensor:
-    """q [N, H, d] of `qkv` [N, (H + 2 Hk) d], normed and turned; k and v are written as `paged.write_kv` writes them."""
-    dim = len(q_weight)
+    """q [N, H, d] of `qkv` [N, (H + 2 Hk) d], normed and turned; k and v are written as `paged.write_kv` writes them. `qkv`
+    itself may be changed; `bias` and weights are as in `parts.Layer`."""
+    dim = rope[0].shape[-1]
     q = torch.empty(len(qkv), qkv.shape[-1] // dim - 2 * kv.shape[1], dim, dtype=qkv.dtype)
     keep, cross = (table.view(-1, dim) for table in rope)
     _call(
-        "project_and_store", qkv.contiguous(), q_weight, k_weight, eps, keep, cross, step.positions, step.slots,
-        step.block, kv, summaries, q,
+        "project_and_store", qkv.contiguous(), bias, q_weight, k_weight, form.eps, form.half, keep, cross, step.positions,
+        step.slots, step.block, kv, summaries, q,
     )  # fmt: skip
     return q
 
@@ -141,7 +149,7 @@ def attend(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Rea
 
 
 class Views:
-    """The tensors of a layer as numpy arrays, kept: to make the 16 takes 15 us, and its products in INT8 some 300. They are
+    """The tensors of a layer as numpy arrays, kept: to make the 17 takes 15 us, and its products in INT8 some 300. They are
     made anew when one of the tensors lies elsewhere; what is changed in place is seen through them."""
 
     def __init__(self) -> None:
@@ -158,16 +166,15 @@ class Views:
 
 def layers(
     x: Tensor,
-    parts: Sequence[tuple[tuple[Any, ...], Reach]],
-    eps: float,
+    parts: Sequence[tuple[tuple[Any, ...], Form, Reach]],
     rope: Rope,
     cache: GroupCache,
     step: PagedStep,
     beside: Sequence[tuple[Any, ...]],
 ) -> Tensor:
     """x [N, D] after the layers of a group, for requests of at most `SHORT` rows each. `parts`: the weights of each layer as
-    `Views` gives them, and how far it looks; `beside`: what adapters add in each, as `decode.layer` takes it. K/V and summaries
-    are written to `cache`."""
+    `Views` gives them, its form, and how far it looks; `beside`: what adapters add in each, as `decode.layer` takes it. K/V and
+    summaries are written to `cache`."""
     run = _kernels().layer  # type: ignore[union-attr]
 
     def shared() -> list[Any]:
@@ -178,9 +185,9 @@ def layers(
     kv, summaries, slots, tables = map(_array, (cache.kv, cache.summaries, step.slots, step.tables.contiguous()))
     state = _array(x.contiguous())
     those = tuple(Rows(keep, cross, positions, slots, tables, rows, requests, step.block))
-    for j, (weights, reach) in enumerate(parts):
+    for j, (weights, form, reach) in enumerate(parts):
         sight = tuple(_array(part) if isinstance(part, Tensor) else part for part in _sight(reach, step, x))
-        state = run(state, weights, eps, those, kv[j], summaries[j], sight, beside[j])
+        state = run(state, weights, tuple(form), those, kv[j], summaries[j], sight, beside[j])
     return torch.from_numpy(state)
 
 
@@ -191,7 +198,7 @@ def _arrays(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
 def _sight(reach: Reach, step: PagedStep, like: Tensor) -> Sight:
     """How far a layer looks, as far as there are pages: the loops make room for as much."""
     most = step.tables.shape[1] * step.page
-    gamma, bias = (like.new_empty(0) if each is None else each for each in (reach.gamma, reach.bias))
+    gamma, bias = (none(like.dtype) if each is None else each for each in (reach.gamma, reach.bias))
     return Sight(min(reach.window, most), reach.top_k, reach.sinks, gamma, bias, min(reach.dense, most))
 
 

@@ -22,8 +22,9 @@ class Layer(NamedTuple):
 
     attention_norm: Any  # [D]
     qkv: Matrix  # [(H + 2 Hk) d, D]
-    q_norm: Any  # [d]
-    k_norm: Any  # [d]
+    bias: Any  # [(H + 2 Hk) d]; of length 0 for none
+    q_norm: Any  # [d] for each head; [H d] for all heads together; of length 0 for none
+    k_norm: Any  # [d], [Hk d] or of length 0
     out: Matrix  # [D, H d]
     mlp_norm: Any  # [D]
     up: Matrix  # [2F, D], gate first
@@ -31,8 +32,16 @@ class Layer(NamedTuple):
 
     def flat(self) -> tuple[Any, ...]:
         """All of its tensors, in order."""
-        norm, qkv, q, k, out, between, up, down = self
-        return (norm, *qkv, q, k, *out, between, *up, *down)
+        norm, qkv, bias, q, k, out, between, up, down = self
+        return (norm, *qkv, bias, q, k, *out, between, *up, *down)
+
+
+class Form(NamedTuple):
+    """What else a layer is, beside its weights."""
+
+    eps: float  # of its norms
+    half: int  # pairs of dims of a head that rope turns, dim i with dim i + half; 0 for none
+    after: bool  # its norms stand behind attention and MLP, not before them
 
 
 class Rows(NamedTuple):

@@ -1,0 +1,41 @@
+"""transformers as a peer of `shoal bench decode`; run by a Python that has transformers and torch (see `peers.py`)."""
+
+import json
+import os
+import sys
+import time
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+
+def main() -> None:
+    told = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    torch.set_num_threads(told["threads"])
+    if told["checkpoint"]:
+        model = AutoModelForCausalLM.from_pretrained(told["checkpoint"], dtype=torch.float32)
+    else:
+        shape = LlamaConfig(
+            hidden_size=told["width"], num_hidden_layers=told["layers"], num_attention_heads=told["heads"],
+            num_key_value_heads=told["kv_heads"], head_dim=told["head_dim"], intermediate_size=told["ffn"],
+            vocab_size=told["vocab"], max_position_embeddings=2048, tie_word_embeddings=True,
+        )  # fmt: skip
+        model = LlamaForCausalLM(shape).float()
+    model.eval()
+    print("ready", file=answers)
+    for line in sys.stdin:
+        batch, prompt, tokens = map(int, line.split())
+        ids = torch.tensor([[20 + (7 * s + i) % 200 for i in range(prompt)] for s in range(batch)])
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+                pad_token_id=0,
+            )  # fmt: skip
+        print(time.perf_counter() - start, file=answers)
+
+
+if __name__ == "__main__":
+    main()
