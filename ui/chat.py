@@ -224,48 +224,42 @@ def _describe(at: Site, assistant: Assistant, head: Component, controls: dict[st
 def _remember(
     at: Site, assistant: Assistant, chat: Component, kept: dict[str, Component], answering: list[Any]
 ) -> None:
-    """Keeps the conversations of this page in the browser, and brings the last one back when the page opens. Another one ends
-    what is `answering`, whose words would come into it."""
-    chats = gr.BrowserState([], storage_key=f"shoal-chats-{assistant.place.path}", secret=history.STORED_AS)
-    # key of the conversation that is shown, and what the list was last made of: the page sends both with what it shows. From
-    # the server's memory came that of the next one: a page that opened on a busy machine took a conversation for an empty one
-    current, known = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
+    """Keeps the conversations of this page in the browser (`kept.js`), and brings the last one back when the page opens.
+    Another one ends what is `answering`, whose words would come into it."""
+    path = assistant.place.path
+    # what earlier versions kept in one piece, which two tabs overwrote for each other
+    before = gr.BrowserState([], storage_key=f"shoal-chats-{path}", secret=history.STORED_AS)
+    # key of the conversation that is shown: the page sends it with what it shows. From the server came that of the next
+    # one: a page that opened on a busy machine took a conversation for an empty one
+    current, made = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
     earlier = kept["earlier"]
 
-    def listed(stored: Any, key: str) -> Any:
-        choices = history.titles(stored)
-        return gr.update(choices=choices, value=key if key in dict(choices).values() else None)
+    def called(name: str) -> str:
+        return f"(...given) => kept.{name}({json.dumps(path)}, ...given)"
 
-    def shown(stored: Any, key: str) -> tuple[Any, ...]:
-        return history.load(stored, key), key, listed(stored, key)
+    def opened(chosen: Any, key: str) -> tuple[Any, ...]:
+        shown = history.load(chosen)
+        # a message sent meanwhile must not be wiped out; what was taken over is kept no more
+        return shown or gr.skip(), key, [] if shown else gr.skip()
 
-    def opened(stored: Any) -> tuple[Any, ...]:
-        titles = history.titles(stored)
-        if titles:
-            return shown(stored, titles[0][1])
-        return gr.skip(), history.new_key(), gr.skip()  # a message sent meanwhile must not be wiped out
+    def picked(chosen: Any, key: str) -> tuple[Any, ...]:
+        return history.load(chosen), key
 
-    async def save(stored: Any, key: str, messages: list[dict[str, Any]]) -> Any:
+    async def save(key: str, messages: list[dict[str, Any]]) -> str:
         await asyncio.sleep(SAVED_EVERY)
-        now = history.save(stored, key, messages) if key else stored
-        # a page that only shows what is kept must not write it: meanwhile another tab may have written more
-        return gr.skip() if now == stored else now
+        return history.made(key, messages) if key else ""
 
-    def placed(stored: Any, key: str, before: str) -> tuple[Any, Any]:
-        now = json.dumps([key, *history.titles(stored)])
-        if not key or now == before:  # a list that is open is not drawn anew while an answer comes
-            return gr.skip(), gr.skip()
-        return listed(stored, key), now
-
-    conversation = [chat, current, earlier]
-    saved = chat.change(save, [chats, current, chat], chats, trigger_mode="always_last", **QUIET)
-    # which of them is shown may have changed while it was saved
-    saved.then(placed, [chats, current, known], [earlier, known], **QUIET)
-    at.page.load(opened, chats, conversation, **QUIET)
+    listed = {"js": called("show"), **QUIET}
+    saved = chat.change(save, [current, chat], made, trigger_mode="always_last", **QUIET)
+    saved.then(None, [made, current], [current, earlier], js=called("save"), **QUIET)
+    begun = at.page.load(opened, [before, current], [chat, current, before], js=called("opened"), **QUIET)
+    begun.then(None, current, earlier, **listed)
     leave = {"js": CALLED.format("leave"), "cancels": answering, **QUIET}
-    earlier.input(None, None, None, **leave).then(shown, [chats, earlier], conversation, **QUIET)
+    left = earlier.input(None, None, None, **leave)
+    left = left.then(picked, [made, earlier], [chat, current], js=called("choose"), **QUIET)
+    left.then(None, current, earlier, **listed)
     left = kept["new"].click(None, None, None, **leave)
-    left.then(lambda stored: shown(stored, history.new_key()), chats, conversation, **QUIET)
+    left.then(None, None, [chat, current, earlier], js=called("anew"), **QUIET)
 
 
 def _offer(chat: Component, system: Component, kept: dict[str, Component]) -> None:

@@ -1,4 +1,4 @@
-"""Conversations as the browser keeps them: text only, the newest first, a few. Also how one is exported.
+"""Conversations as the browser keeps them (`kept.js`): text only. Also how one is exported.
 
 What comes back from a browser may be anything, and a page's message can name a file of this machine: so `load` makes messages
 anew, of text alone. Pictures are not kept.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,10 +16,6 @@ from ui import bubbles
 from ui.talk import Message, Said
 
 STORED_AS = "shoal"  # the browser encrypts with it, so that a restart of the server can still read; it hides nothing
-MOST_CHATS, MOST_CHARACTERS = 20, 500_000  # a browser keeps about 5 MB a site
-TITLE = 40  # characters
-
-Chat = dict[str, Any]  # {"id", "messages": [{"role", "text", "below", and of an answer "id", "kept"}]}
 
 LEFT = "The page was left before the first word."
 
@@ -29,45 +24,24 @@ _WAITING = re.compile(r'<div class="waiting">.*?</div>')
 _SO_FAR = '<div class="sofar">'  # of an answer that comes; `chat.js` marks one that was stopped
 
 
-def new_key() -> str:
-    return f"{time.time_ns():x}"
+def made(key: str, shown: Iterable[Message]) -> str:
+    """What the page shows as a conversation with `key`, in JSON for `kept.js`."""
+    return json.dumps({"id": key, "messages": [_plain(message) for message in shown]})
 
 
-def save(chats: Any, key: str, shown: Iterable[Message]) -> list[Chat]:
-    """`chats` with what the page shows as the first, instead of the one with `key`.
-
-    Without messages the one with `key` is left out.
-    """
-    others = [chat for chat in checked(chats) if chat["id"] != key]
-    messages = [_plain(message) for message in shown]
-    if not messages:
-        return others
-    kept = [{"id": key, "messages": messages}, *others][:MOST_CHATS]
-    while len(kept) > 1 and sum(len(m["text"]) for chat in kept for m in chat["messages"]) > MOST_CHARACTERS:
-        kept.pop()
-    return kept
-
-
-def checked(chats: Any) -> list[Chat]:
-    """Those of `chats` that look as `save` made them."""
-    return [chat for chat in chats if _is_chat(chat)] if isinstance(chats, list) else []
-
-
-def load(chats: Any, key: str | None) -> list[Message]:
-    """The messages of the chat with `key`, for the page; none if there is no such chat."""
-    chat = next((chat for chat in checked(chats) if chat["id"] == key), None)
-    kept = chat["messages"] if chat else []
+def load(stored: Any) -> list[Message]:
+    """The messages of a conversation in JSON, as `made` gives it, for the page; none where it is no such thing."""
+    try:
+        chat = json.loads(stored)
+    except (TypeError, ValueError):
+        return []
+    kept = chat["messages"] if _is_chat(chat) else []
     shown: list[Message] = []
     for number, message in enumerate(kept):
         shown.append(_shown(message))
         if message["role"] == "user" and all(after["role"] == "user" for after in kept[number + 1 : number + 2]):
             shown.append(bubbles.none_yet(bubbles.note(LEFT)))
     return shown
-
-
-def titles(chats: Any) -> list[tuple[str, str]]:
-    """(title, key) of each chat, the newest first."""
-    return [(_title(chat), chat["id"]) for chat in checked(chats)]
 
 
 def as_markdown(shown: Iterable[Message]) -> str:
@@ -123,11 +97,6 @@ def _shown(message: Message) -> Message:
 
 def _bare(markup: str) -> str:
     return html.unescape(_TAG.sub("", markup))
-
-
-def _title(chat: Chat) -> str:
-    text = " ".join(chat["messages"][0]["text"].split())
-    return text[:TITLE] + "\N{HORIZONTAL ELLIPSIS}" if len(text) > TITLE else text or bubbles.PICTURE
 
 
 def _is_chat(chat: Any) -> bool:

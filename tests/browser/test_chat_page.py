@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.browser
 
 KEY = "a-key-for-this-test"
+CONVERSATIONS = """() => Object.keys(localStorage).filter((name) => name.startsWith('shoal-chat-:'))
+  .map((name) => JSON.parse(localStorage.getItem(name)))"""
 WRITTEN = """
   window.written = [];
   const write = Storage.prototype.setItem;
@@ -285,6 +287,61 @@ def test_conversations_are_kept_in_the_browser_and_exported(page: Page, open_sit
 
 
 @pytest.mark.drill
+def test_two_tabs_keep_what_each_says_also_of_one_conversation(page: Page, open_site: Site) -> None:
+    def answered(tab: Page, text: str, count: int) -> None:
+        tab.bring_to_front()  # behind another tab a page draws, and keeps, nothing
+        most_tokens(tab, 4)
+        ask(tab, text)
+        tab.locator(".facts").nth(count - 1).wait_for()
+        tab.get_by_label("Submit").wait_for()
+        until(tab, lambda: any(each[-2:-1] == [text] for each in kept(tab)))
+
+    def kept(tab: Page) -> list[list[str]]:
+        """The texts of each conversation, answers as they are."""
+        return [[message["text"] for message in chat["messages"]] for chat in tab.evaluate(CONVERSATIONS)]
+
+    other = page.context.new_page()
+    visit(page, open_site)
+    visit(other, open_site)
+    answered(page, "Of the first tab.", 1)
+    answered(other, "Of the second.", 1)
+    assert sorted(each[0] for each in kept(page)) == ["Of the first tab.", "Of the second."]
+    visit(page, open_site)  # now it shows what the second shows
+    page.locator(".message.user").get_by_text("Of the second.").wait_for()
+    answered(page, "On here.", 2)
+    answered(other, "On there.", 2)
+    answered(other, "And on.", 3)
+    asked = sorted(each[::2] for each in kept(page))
+    first, here, there = (
+        ["Of the first tab."],
+        ["Of the second.", "On here."],
+        ["Of the second.", "On there.", "And on."],
+    )
+    assert asked == [first, here, there]
+    page.bring_to_front()
+    page.get_by_role("button", name="New chat").click()
+    page.locator("#chat .example").first.wait_for()
+    other.close()
+    visit(page, open_site)
+    assert sorted(each[::2] for each in kept(page)) == asked
+    assert told(open_site).count("Of the second.") == 1
+
+
+@pytest.mark.drill
+def test_what_an_earlier_version_kept_is_taken_over_and_only_so_many_are_kept(page: Page, open_site: Site) -> None:
+    visit(page, open_site)
+    messages = [{"role": "user", "text": "x" * 60, "below": ""}]
+    page.evaluate("chats => kept.opened('', chats)", [{"id": f"{n}", "messages": messages} for n in range(25)])
+    chats = page.evaluate(CONVERSATIONS)
+    assert len(chats) == 20 and {"0", "19"} <= {chat["id"] for chat in chats}, "the newest, which come first"
+    visit(page, open_site)
+    page.locator(".message.user").get_by_text("x" * 60).wait_for()
+    until(page, lambda: page.get_by_label("Conversations").input_value() == "x" * 40 + "\N{HORIZONTAL ELLIPSIS}")
+    page.evaluate("text => kept.opened('', [{id: 'long', messages: [{role: 'user', text, below: ''}]}])", "y" * 499_980)
+    assert len(page.evaluate(CONVERSATIONS)) == 1, "of so many characters"
+
+
+@pytest.mark.drill
 def test_a_page_that_opens_writes_no_conversations(page: Page, open_site: Site) -> None:
     visit(page, open_site)
     most_tokens(page, 4)
@@ -293,7 +350,7 @@ def test_a_page_that_opens_writes_no_conversations(page: Page, open_site: Site) 
     page.add_init_script(WRITTEN)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url) if "/queue/join" in request.url else None)
-    for path, events in (("", 6), ("code", 4)):  # with a conversation, and without
+    for path, events in (("", 5), ("code", 4)):  # with a conversation, and without
         asked.clear()
         visit(page, open_site, path)
         until(page, lambda events=events: len(asked) >= events)  # type: ignore[misc]
