@@ -31,11 +31,13 @@ from shoal.inputs.chat import Encoded
 from shoal.loop.capture import Capture, keyed, now_ms, subject
 from shoal.loop.rows import Row
 from shoal.loop.surprisal import Learned
+from shoal.loop.texts import clean
 from shoal.loop.writer import Bounds, Writer
 
 log = logging.getLogger("shoal.api")
 
 BEGINS = 4096  # characters of a text, or ids of a prompt, that tell its conversation
+SLICE = 64  # characters of a slice's name
 SLICES, OTHER = 8, "other"  # names of slices that are kept apart: each costs the detector power
 
 
@@ -173,14 +175,15 @@ class Recorder:
     def _slice(self, access: Access, body: Any) -> str | None:
         """What `metadata.workload` says, else the key's name; past `SLICES` of them, "other"."""
         given = getattr(body, "metadata", None)
-        name = given.get("workload") if isinstance(given, dict) else None
+        # what a client says may be anything, and a row holds nobody's words
+        name = clean(given.get("workload", ""))[:SLICE] if isinstance(given, dict) else None
         name = name or (None if access.key is None else access.key.name)
         if name is None or name in self._slices:
             return name
         if len(self._slices) >= SLICES:
             return OTHER
         self._slices.add(name)
-        return cast(str, name)
+        return name
 
     def _of_call(self, call: EngineCall, served: ServedModel) -> dict[str, Any]:
         """What was asked."""

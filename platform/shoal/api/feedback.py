@@ -62,6 +62,7 @@ def feedback_routes(service: Service) -> APIRouter:
         texts = {
             name: given and clean(given) for name, given in (("correction", body.correction), ("comment", body.comment))
         }
+        await to.need_own(access, body.id)
         whose = to.voter(access, body.user)
         await to.vote(Vote(body.id, whose, body.rating, body.score, texts["correction"], texts["comment"]))
         return _json({"object": "shoal.feedback", "id": body.id, "rating": body.rating})

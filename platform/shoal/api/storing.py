@@ -73,6 +73,14 @@ class Storing:
         """Who votes."""
         return self._recorder.subject(None if access.key is None else access.key.name, user)
 
+    async def need_own(self, access: Access, id_: str) -> None:
+        """Raises NotFoundError for an answer whose text is stored for another key: a model may be trained on what is said of
+        it."""
+        of = self.responses if id_.startswith(Responses.prefix) else self.texts
+        owner = await kept(partial(of.owner_of, id_))
+        if owner not in (None, self.owner(access)):
+            raise _unknown(id_)
+
     async def store(self, access: Access, body: ChatRequest | ResponsesRequest, answer: Answer) -> bool:
         """Keep the texts of an answer that is complete, and whether that was done; one that cannot be kept is counted, and its
         row says so."""
@@ -106,10 +114,14 @@ class Storing:
     async def vote(self, vote: Vote) -> None:
         """Raises NotFoundError for an answer that nobody captured."""
         if not await asyncio.to_thread(self.votes.knows, vote.id):
-            do = "give the id of an answer that this service captured"
-            raise NotFoundError("no such answer", param="id", got=vote.id[:100], do=do)
+            raise _unknown(vote.id)
         await kept(partial(self.votes.put, vote))
         self.counts[vote.rating or ("none" if vote.empty else "text")] += 1
+
+
+def _unknown(id_: str) -> NotFoundError:
+    do = "give the id of an answer that this service captured"
+    return NotFoundError("no such answer", param="id", got=id_[:100], do=do)
 
 
 async def kept(work: Callable[[], T]) -> T:

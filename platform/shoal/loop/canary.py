@@ -6,7 +6,8 @@
 
 Each check is Wald's sequential test of a share (failures, invalid answers, slow answers, thumbs down): it may be looked at
 after every request, and condemns a good version in `ALPHA` of the cases and clears a bad one in `BETA`. What is tolerated is
-the share of the stable version at the same time: where both fail, the machine is at fault. A step ends when enough requests
+the share of the stable version at the same time: where both fail, the machine is at fault. That is an estimate, so none is
+condemned before its share is larger for sure (`surely_more`). A step ends when enough requests
 were seen and all checks are clear, never by the clock. Votes are given by whom it pleases: they condemn, and clear nothing.
 
 Slow is an answer beyond 1.25 times the 95th percentile of what the stable version's latest answers took; none is condemned for
@@ -98,6 +99,8 @@ class Check:
 
 CONDEMNED = math.log((1 - BETA) / ALPHA)  # 4.55
 CLEARED = math.log(BETA / (1 - ALPHA))  # -2.99
+SUSPECTED = CONDEMNED - 0.01  # as far as a check goes beside a stable version that may be as bad
+EVEN, RARE = (1.0, 1.0), (0.5, 9.5)  # of which shares are: a bad canary's, and those of what serves well
 
 # name, counted, of which, least share that is tolerated, how much more is too much, whether a step needs it cleared
 KINDS = (
@@ -122,6 +125,32 @@ def sprt(count: int, of: int, tolerated: float, more: float) -> float:
     return count * math.log(high / tolerated) + (of - count) * math.log((1 - high) / (1 - tolerated))
 
 
+def surely_more(canary: tuple[int, int], stable: tuple[int, int]) -> bool:
+    """Whether (count, of) of a canary has a larger share than that of the stable version, by a Bayes factor of 1 / `ALPHA`: the
+    stable version's share is an estimate, and what is tolerated by it alone condemns many a good canary where both fail.
+
+    Examples:
+        >>> from shoal.loop.canary import surely_more
+        >>> surely_more((3, 3), (0, 3)), surely_more((5, 20), (1, 19)), surely_more((30, 120), (19, 2000))
+        (True, False, True)
+    """
+    (count, total), (known, of) = canary, stable
+    if count * of <= known * total and of:
+        return False
+    apart = _chance(count, total, EVEN) + _chance(known, of, RARE)
+    return apart - _chance(count + known, total + of, RARE) >= math.log(1 / ALPHA)
+
+
+def _chance(count: int, of: int, prior: tuple[float, float]) -> float:
+    """Log of the chance of `count` in `of`, in one order, of a share that is Beta distributed."""
+    a, b = prior
+    return _beta(a + count, b + of - count) - _beta(a, b)
+
+
+def _beta(a: float, b: float) -> float:
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+
 def checks(evidence: Evidence) -> list[Check]:
     """All of them."""
     found = []
@@ -132,6 +161,8 @@ def checks(evidence: Evidence) -> list[Check]:
         ratio = sprt(here, total, tolerated, more)
         if count == "slow" and getattr(told, of) < _least(count):
             ratio = min(ratio, 0.0)  # slow beside what? a canary that has just been loaded slows both
+        if not surely_more((here, total), (getattr(told, count), getattr(told, of))):
+            ratio = min(ratio, SUSPECTED)
         found.append(Check(name, here, total, tolerated, ratio, needed))
     return found
 

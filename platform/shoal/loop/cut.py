@@ -131,7 +131,12 @@ def cut(
         _write(partial / RECENT, map(_line, recent))
         manifest = _manifest(partial, train, recent, len(old), found, settings) | {"of": told or {}}
         write_json(partial / MANIFEST, manifest)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except OSError as error:
+            raise DataError(
+                f"{out} exists", got=error.strerror, do="choose another --out: another was quicker"
+            ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
@@ -184,7 +189,10 @@ def _can_be_asked(row: Mapping[str, Any]) -> bool:
 
 def forget(out: Path, who: Forgotten) -> list[str]:
     """Take what is of `who` out of a cut, the one change that it may see, and return a line that says so, or none. The hashes
-    that it had stay in its manifest, for versions were trained on that. Killed in the middle, it is done again."""
+    that it had stay in its manifest, for versions were trained on that. Killed in the middle, it is done again. What one that
+    was killed while it wrote `out` has left goes as a whole."""
+    for partial in out.parent.glob(f".{out.name}.*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         requests, people = {name_of(one) for one in who.ids}, {name_of(one) for one in who.subjects}

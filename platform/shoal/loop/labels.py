@@ -136,12 +136,21 @@ def kept_texts(capture: Capture) -> list[Kept]:
         choices, row = one["completion"].get("choices") or [{}], of.get(one["id"], {})
         found.append(
             Kept(
-                one["id"], one["messages"], str((choices[0].get("message") or {}).get("content") or ""),
+                one["id"], [_told(message) for message in one["messages"]],
+                str((choices[0].get("message") or {}).get("content") or ""),
                 one.get("subject") or "", row.get("conversation") or "", int(one["at"]),
                 bool((one.get("scrubbed") or {}).get("answer")), bool(row.get("resumed")),
             )
         )  # fmt: skip
     return found
+
+
+def _told(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose parts are one text, as the model read them: what compares questions knows texts alone."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": "".join(str(part.get("text") or "") for part in content)}
 
 
 def said(capture: Capture) -> dict[str, Said]:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from shoal.errors import DataError
-from shoal.loop.detector import Stream
+from shoal.loop.detector import BETS, Stream
 from shoal.loop.watched import BY_NAME, WATCHED, texts
 from shoal.machine import write_aside
 
@@ -38,6 +38,7 @@ LAG = 0.2
 WIDER = 1.1  # of the scatter of block means, for it is an estimate
 HOURS, LEAST_HOUR = (24, 12, 8, 6, 4), 100  # parts of a day, and values in each
 QUANTILES = 201
+MOST_LOG, HALVINGS = 300.0, 12  # of an exponential that is still a number; of a search
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,8 @@ def _standard(signal: str, name: str, values: np.ndarray, at: np.ndarray) -> Sta
     part = parts_of_day(at, parts)
     mean = np.array([clipped[part == each].mean() for each in range(parts)])
     spread = np.array([clipped[part == each].std() for each in range(parts)])
-    spread = np.where(spread > 0, spread, clipped.std())
+    # the few values of a part may have missed what is rare: beside a spread that is too small it would be far out
+    spread = np.maximum(spread, float((clipped - mean[part]).std()))
     block, scatter = _scatter((clipped - mean[part]) / spread[part])
     return Standard(
         signal, name, len(values), low, high, mean.tolist(), spread.tolist(), block, scatter, quantiles=quantiles
@@ -203,13 +205,34 @@ def _enough(at: np.ndarray, parts: int) -> bool:
 
 
 def _scatter(values: np.ndarray) -> tuple[int, float]:
-    """Values in a block so that the means of neighbours hardly follow each other, and the standard deviation of these means."""
+    """Values in a block so that the means of neighbours hardly follow each other, and the standard deviation of these means; or
+    more than that, where few values are far from all others: what is bet on a mean of those is no e-value by its standard
+    deviation alone."""
     for block in BLOCKS:
         means = values[: len(values) // block * block].reshape(-1, block).mean(axis=1)
         if len(means) < 4 or _follows(means) < LAG:
             break
     scatter = float(means.std(ddof=1)) if len(means) > 1 else 0.0
-    return block, max(WIDER * scatter, 1 / float(np.sqrt(block)))
+    return block, max(WIDER * scatter, 1 / float(np.sqrt(block)), WIDER * _honest(values, block))
+
+
+def _honest(values: np.ndarray, block: int) -> float:
+    """The least scatter with which no bet on the mean of `block` independent ones of these `values`, of mean 0, has more than 1
+    in the mean: then the mean of exp(l v / (block scatter)), to the power of `block`, is at most exp(l^2 / 2)."""
+    bets = np.concatenate([BETS, -BETS])[:, None] / block
+
+    def honest(scatter: float) -> bool:
+        most = np.abs(bets).max() * float(np.abs(values).max()) / scatter
+        logs = block * np.log(np.exp(bets * values / scatter).mean(axis=1)) if most < MOST_LOG else np.inf
+        return bool(np.all(logs <= (bets[:, 0] * block) ** 2 / 2))
+
+    low, high = 0.5 / float(np.sqrt(block)), 1 / float(np.sqrt(block))
+    while not honest(high):
+        low, high = high, 2 * high
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if honest(middle) else (middle, high)
+    return high
 
 
 def _follows(means: np.ndarray) -> float:

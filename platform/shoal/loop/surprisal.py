@@ -16,6 +16,7 @@ import secrets
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -85,7 +86,7 @@ class Surprisal:
         try:
             with np.load(path) as stored:
                 found = [np.asarray(stored[name], dtype=float) for name in ("single", "followed", "pairs")]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise DataError(f"{path} is no table of tokens", got=str(error), do="count one anew") from error
         if found[0].shape != found[1].shape or found[2].shape != (PAIRS,):
             raise DataError(f"{path} is no table of tokens", got=[one.shape for one in found], do="count one anew")

@@ -77,6 +77,12 @@ class Texts:
         there = found is not None and found["owner"] == owner and not self._capture.forgotten().hides(found)
         return found if there else None
 
+    def owner_of(self, id_: str) -> str | None:
+        """Whose the one with this id is; None where there is none."""
+        path = self._path(id_)
+        found = None if path is None else _read(path)
+        return None if found is None else str(found["owner"])
+
     def tag(self, owner: str, id_: str, metadata: Mapping[str, str]) -> Stored | None:
         """Give it this metadata in place of what it has; returns it. Raises OSError."""
         path, found = self._path(id_), self.get(owner, id_)

@@ -1,13 +1,15 @@
 """Captured rows, each once, whatever the clocks of those who wrote them say.
 
 What was read is known by the files' names: a part that was read whole is done, and of a journal that still grows the ids are
-kept until it is a part. So a row that comes late, or with the wrong time, is read like any other. A vote is a row of its own,
-with the version of the answer that it is on and the column ``down``, for it may come days after the answer.
+kept until it is a part; several rows may have one id, such as those of a client that tries a refused request again. So a row
+that comes late, or with the wrong time, is read like any other. A vote is a row of its own, with the version of the answer that
+it is on and the column ``down``, for it may come days after the answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +18,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shoal.errors import DataError, first_line
-from shoal.loop.capture import Capture, journal_of
+from shoal.loop.capture import Capture, journal_of, now_ms
 from shoal.loop.rows import COPIES, SCHEMA, table_of
 from shoal.loop.votes import Votes
 
+AHEAD_MS = 300_000  # by which a clock may be ahead of ours
 OF = ("weights", "version", "role", "slice")  # columns of an answer that a vote on it has as well
 
 
@@ -32,15 +35,14 @@ class Read:
     voted: int = 0  # votes up to then, in ms since 1970
 
 
-def unread(capture: Capture, read: Read) -> tuple[pa.Table, Read]:
-    """The rows that are not in `read`, in the order of their times, and what was read then. Raises DataError for a part that
-    cannot be read."""
+def unread(capture: Capture, read: Read, now: float | None = None) -> tuple[pa.Table, Read]:
+    """The rows that are not in `read`, in the order of their times, and what was read then. `now`: epoch seconds. Raises
+    DataError for a part that cannot be read."""
     journals = dict(capture.journals())  # before the parts: what becomes a part meanwhile is known by its name
     done, tables = [], [SCHEMA.empty_table()]
     still_open = {name: [*map(_one, lines)] for name, lines in journals.items()}
     for name, lines in journals.items():
-        known = set(read.open.get(name, ()))
-        tables.append(table_of([line for line in lines if _one(line) not in known]))
+        tables.append(table_of(lines).filter(_beyond(still_open[name], read.open.get(name, ()))))
     before = set(read.done)
     for path in capture.parts():
         name, stem = f"{path.parent.name}/{path.stem}", journal_of(path)
@@ -48,11 +50,11 @@ def unread(capture: Capture, read: Read) -> tuple[pa.Table, Read]:
             continue
         done.append(name)
         if name not in before:
-            table, known = _part(path), set(read.open.get(stem, ()))
-            names = map(_one, table.select(["id", "role"]).to_pylist())
-            tables.append(table.filter(pa.array([one not in known for one in names], pa.bool_())))
+            table = _part(path)
+            names = [*map(_one, table.select(["id", "role"]).to_pylist())]
+            tables.append(table.filter(_beyond(names, read.open.get(stem, ()))))
     found = capture.forgotten().seen(pa.concat_tables(tables))
-    votes = _votes(capture, read.voted)
+    votes = _votes(capture, read.voted, (now_ms() if now is None else round(now * 1000)) + AHEAD_MS)
     voted = max([read.voted, *votes["at"].to_pylist()])
     found = pa.concat_tables([found, votes], promote_options="default")
     return found.take(pc.sort_indices(found, [("at", "ascending")])), Read(done, still_open, voted)
@@ -64,9 +66,19 @@ def _one(line: Mapping[str, Any]) -> str:
     return f"{role} of {line.get('id')}" if role in COPIES else str(line.get("id"))
 
 
-def _votes(capture: Capture, since: int) -> pa.Table:
-    """Thumbs after `since` on answers that were captured, with nothing of the row of these but its version and slice."""
-    votes = [vote for vote in Votes(capture).all() if vote.rating is not None and vote.at > since]
+def _beyond(names: Sequence[str], known: Iterable[str]) -> pa.Array:
+    """Which of the rows with these names (`_one`) are not among those that are `known`, each of which is one row."""
+    left, wanted = Counter(known), list[bool]()
+    for one in names:
+        wanted.append(not left[one])
+        left[one] -= not wanted[-1]
+    return pa.array(wanted, pa.bool_())
+
+
+def _votes(capture: Capture, since: int, until: int) -> pa.Table:
+    """Thumbs after `since` on answers that were captured, with nothing of the row of these but its version and slice. One that
+    says it comes from the future waits until then: those that come meanwhile are not behind it."""
+    votes = [vote for vote in Votes(capture).all() if vote.rating is not None and since < vote.at <= until]
     if not votes:
         return SCHEMA.empty_table().append_column("down", pa.array([], pa.float64()))
     of = {row["id"]: row for row in capture.rows(columns=["id", *OF]).to_pylist()}

@@ -147,7 +147,8 @@ def write(
     need_disk(folder, sum(path.stat().st_size for source in sources.values() for path in source.iterdir()))
     directory = folder / f"{number:06d}"
     beside = folder / f".{directory.name}.{os.getpid()}"
-    shutil.rmtree(beside, ignore_errors=True)
+    for left in folder.glob(".[0-9]*.*"):  # of others that were killed: one at a time writes here
+        shutil.rmtree(left, ignore_errors=True)
     try:
         for name, source in sources.items():
             shutil.copytree(source, beside / name)

@@ -110,7 +110,7 @@ class Watch:
 
     def _follow(self, known: Known, now: float) -> Known:
         """`known` after what came since; anew where other weights have taken the place of those that it was about."""
-        table, read = self._stable(Read() if known.detector is None else known.read)
+        table, read = self._stable(Read() if known.detector is None else known.read, now)
         known.ahead = (known.ahead if known.detector else 0) + int((moments(table) > now + AHEAD_S).sum())
         if known.detector is None:
             known.other = {}
@@ -123,9 +123,9 @@ class Watch:
         known.read = read
         return known
 
-    def _stable(self, read: Read) -> tuple[pa.Table, Read]:
+    def _stable(self, read: Read, now: float) -> tuple[pa.Table, Read]:
         """What is not in `read` of the version that is not on trial, and what was read then."""
-        table, read = unread(self.capture, read)
+        table, read = unread(self.capture, read, now)
         return table.filter(
             pa.array([role in ("", "stable", RERUN) for role in texts(table, "role")], pa.bool_())
         ), read

@@ -25,10 +25,11 @@ class Signal:
 
 
 def column(table: pa.Table, name: str) -> np.ndarray:
-    """float64 [n] of a column of numbers or truths; NaN where it is null, or not there."""
+    """float64 [n] of a column of numbers or truths; NaN where it is null, infinite (too large for the column), or not there."""
     if name not in table.column_names:
         return np.full(len(table), np.nan)
-    return np.asarray(table[name].cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=float)
+    found = np.asarray(table[name].cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=float)
+    return np.where(np.isfinite(found), found, np.nan)
 
 
 def texts(table: pa.Table, name: str) -> list[str]:

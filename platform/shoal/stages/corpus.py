@@ -10,7 +10,7 @@ import typer
 
 from shoal import presets
 from shoal.errors import DataError, UsageError
-from shoal.stages.stage import Json, Stage, print_result
+from shoal.stages.stage import Json, Stage, print_result, say
 
 if TYPE_CHECKING:
     from shoal.loop.labels import Ask
@@ -175,6 +175,9 @@ class Curate(Stage):
             "moved": moved(self.capture),
         }
         made = cut.cut(found, self.out, settings, replay=self.replay, never=never, told=told)
+        for line in cut.forget(self.out, capture.forgotten()):  # meanwhile: who forgot them did not find this cut yet
+            say(line)
+            made = cut.read(self.out)
         of = ", ".join(f"{count} {label}" for label, count in made["labels"].items())
         line = f"{made['train']} rows ({of}), {made['replay']} replayed, {made['recent']} held out; in {self.out}"
         print_result({"out": str(self.out), **made}, self.as_json, line)

@@ -192,3 +192,10 @@ async def test_a_row_that_cannot_be_made_costs_nobody_an_answer(
         assert (await http.post("/v1/chat/completions", json=CHAT)).status_code == 200
         assert 'capture_dropped_total{reason="fault"} 1.0' in (await http.get("/metrics")).text
     assert rows(folder) == [] and json.dumps(SECRET) not in caplog.text
+
+
+async def test_the_name_of_a_slice_holds_nobody_s_words(connect: Connect, folder: Path) -> None:
+    async with connect(capture=CaptureArgs(str(folder))) as http:
+        for name in ("orders of jo@sea.com", "w" * 512):
+            (await http.post("/v1/chat/completions", json={**CHAT, "metadata": {"workload": name}})).raise_for_status()
+    assert [row["slice"] for row in rows(folder)] == ["orders of [email]", "w" * 64]

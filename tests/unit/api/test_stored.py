@@ -233,3 +233,19 @@ def test_a_vote_is_read_as_it_was_given(tmp_path: Path) -> None:
     Votes(capture, lambda: 5).put(Vote("a", "s", "up", 0.5, "b", "c"))
     assert Votes(capture).all() == [Vote("a", "s", "up", 0.5, "b", "c", 5)]
     assert json.loads((tmp_path / "feedback/day=1970-01-01/votes.jsonl").read_text())["rating"] == "up"
+
+
+async def test_of_an_answer_whose_text_is_stored_its_own_key_alone_says_what_is_right(
+    client: Any, folder: Path
+) -> None:
+    """A model may be trained on it."""
+    one = await client("shop-key").chat.completions.create(**CHAT)
+    for key, status in (("other-key", 404), ("plain-key", 404), ("shop-key", 200)):
+        for said in ({"rating": "up"}, {"correction": f"by {key}"}):
+            if key == "plain-key" and "correction" in said:
+                continue  # which may say nothing in words anyway
+            answer = await client(key)._client.post(
+                "/v1/shoal/feedback", json={"id": one.id, **said}, headers={"Authorization": f"Bearer {key}"}
+            )
+            assert answer.status_code == status
+    assert [vote.correction for vote in Votes(Capture(folder)).all()] == ["by shop-key"]

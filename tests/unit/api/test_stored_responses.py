@@ -203,6 +203,16 @@ async def test_a_key_sees_what_it_stored_and_nothing_else(client: Any) -> None:
     assert (await client("shop-key").responses.retrieve(mine.id)).id == mine.id
 
 
+async def test_another_key_says_nothing_of_a_response_that_is_stored(client: Any) -> None:
+    one = await client("shop-key").responses.create(model="fish", input="the sea", store=True)
+    for key, status in (("other-key", 404), ("shop-key", 200)):
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = await client(key)._client.post(
+            "/v1/shoal/feedback", json={"id": one.id, "rating": "up"}, headers=headers
+        )
+        assert answer.status_code == status
+
+
 async def test_a_chat_is_no_response_and_a_response_no_chat(shop: openai.AsyncOpenAI) -> None:
     chat = await shop.chat.completions.create(model="fish", messages=[{"role": "user", "content": "a"}], store=True)
     mine = await shop.responses.create(**ASK)
