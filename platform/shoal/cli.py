@@ -126,7 +126,7 @@ def batch(
 
 @app.command("forget")
 def forget_(
-    capture: Annotated[Path, typer.Option(help="Folder of `shoal serve --capture`.")],
+    capture: Annotated[str, typer.Option(help="Folder of `shoal serve --capture`, or its s3://BUCKET/PREFIX.")],
     user: Annotated[str | None, typer.Option(help="Who, as requests gave it in `user` [nobody in particular].")] = None,
     key: Annotated[str | None, typer.Option(help="Name of the key that the requests came with [no key].")] = None,
     id_: Annotated[

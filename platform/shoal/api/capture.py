@@ -96,6 +96,7 @@ class Recorder:
             sample("capture_rows"): float(self.writer.rows),
             sample("capture_lag_seconds"): self.writer.lag,
             sample("capture_bytes"): float(self.writer.bytes),
+            sample("capture_waiting_files"): float(self.writer.waiting),
         }
         reasons = {"queue": 0, "disk": 0, "bound": 0, **self.writer.dropped}
         votes = {"up": 0, "down": 0, **self.feedback}

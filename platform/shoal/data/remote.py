@@ -31,6 +31,11 @@ def is_remote(place: str | Path) -> bool:
     return str(place).startswith(s3.SCHEME)
 
 
+def absolute(place: str | Path) -> str:
+    """`place` wherever it is read from: a URI as it is, a path from the root on."""
+    return str(place) if is_remote(place) else str(Path(place).absolute())
+
+
 def cache() -> Path:
     """The folder of copies."""
     return Path(os.environ.get("SHOAL_CACHE") or Path.home() / ".cache" / "shoal")
@@ -44,7 +49,7 @@ def staging(uri: str) -> Path:
 def exists(uri: str, service: S3) -> bool:
     """Whether a finished corpus lies at `uri`. Raises DataError where that cannot be found out."""
     bucket, key = _split(uri)
-    with _told(uri):
+    with told(uri):
         client = service.client()
         client.head_bucket(Bucket=bucket)
         found = client.list_objects_v2(Bucket=bucket, Prefix=f"{key}{INDEX}", MaxKeys=1)
@@ -58,7 +63,7 @@ def upload(folder: Path, uri: str, service: S3, on_progress: Progress = lambda w
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     names.sort(key=lambda name: name == INDEX)
     sizes = [(folder / name).stat().st_size for name in names]
-    with _told(uri):
+    with told(uri):
         client, done = service.client(), 0
         for name, size in zip(names, sizes, strict=True):
             on_progress("upload", done, sum(sizes))
@@ -78,7 +83,7 @@ def local(place: str | Path, service: S3 | None = None) -> Path:
     bucket, key = _split(uri)
     if not exists(uri, service):
         raise DataError(f"{uri} holds no prepared corpus", do="run `shoal prepare --out` on it")
-    with _told(uri):
+    with told(uri):
         client = service.client()
         index = client.get_object(Bucket=bucket, Key=f"{key}{INDEX}")["Body"].read()
         folder = cache() / "corpora" / hashlib.sha256(index).hexdigest()[:32]
@@ -133,7 +138,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _told(uri: str) -> Iterator[None]:
+def told(uri: str) -> Iterator[None]:
     """Faults of boto3 become a DataError of one line."""
     try:
         from boto3.exceptions import Boto3Error

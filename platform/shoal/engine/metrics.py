@@ -109,6 +109,7 @@ _TABLE = (
     Family("capture_rows", "counter", "Rows that the gateway captured."),
     Family("capture_dropped", "counter", "Rows that it dropped.", ("reason",)),
     Family("capture_lag_seconds", "gauge", "For how long the oldest row has waited for the disk."),
+    Family("capture_waiting_files", "gauge", "Files that the bucket does not have yet, where rows go to one."),
     Family("capture_bytes", "gauge", "Bytes of what is captured, as of the last hour."),
     Family(
         "reruns", "counter", "Requests that full depth was to answer again when idle, and what became.", ("outcome",)

@@ -9,7 +9,7 @@
             forgotten.jsonl              ids and subjects that no reader sees from now on
 
 Notable: a part has its journal's name, so what lies in both for a moment is read once. ``pyarrow.dataset`` and Ray Data read
-``rows/`` as it is.
+``rows/`` as it is. Of a capture in S3 that folder is a copy (`bucket`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from shoal.data.remote import is_remote
 from shoal.errors import DataError, first_line
+from shoal.loop.bucket import Bucket
 from shoal.loop.rows import COPIES, SCHEMA, table_of
 from shoal.machine import write_aside
 
@@ -95,8 +97,11 @@ class Capture:
     def __init__(self, folder: str | Path, *, create: bool = False) -> None:
         """With `create` an empty or missing folder becomes one. Raises DataError for a folder that is none, is of another
         version, or cannot be read or made."""
-        self.folder = Path(folder)
+        self.bucket = Bucket(str(folder)) if is_remote(folder) else None
+        self.folder = Path(folder) if self.bucket is None else self.bucket.folder
         about = self.folder / ABOUT
+        if self.bucket is not None:
+            self.bucket.begin((SALT, ABOUT), _first if create else None)
         try:
             if create and not about.exists():
                 self._make(about)
@@ -117,6 +122,20 @@ class Capture:
             raise DataError(
                 "capture", got=told, allowed=f"{FORMAT} {VERSION}", do="give another folder, or that version of Shoal"
             )
+        for name in (ROWS, JOURNAL) if self.bucket is not None else ():
+            (self.folder / name).mkdir(exist_ok=True)
+        if not create:
+            self.fresh()
+
+    def fresh(self) -> None:
+        """See what others have sent, where it is in S3. Raises DataError where the bucket does not answer."""
+        if self.bucket is not None:
+            self.bucket.pull()
+
+    def sent(self) -> None:
+        """Send what was changed here, where it is in S3. Raises DataError where the bucket does not answer."""
+        if self.bucket is not None:
+            self.bucket.push()
 
     def _make(self, about: Path) -> None:
         """An empty capture; what is there already stays. `capture.json` comes last: where it is, all is."""
@@ -133,8 +152,8 @@ class Capture:
             pass
         else:
             with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_hex(32))
-        write_aside(about, json.dumps({"format": FORMAT, "version": VERSION}) + "\n")
+                file.write(_first()[SALT].decode())
+        write_aside(about, _first()[ABOUT].decode())
 
     @property
     def salt(self) -> bytes:
@@ -217,11 +236,17 @@ class Capture:
     def forgotten(self) -> Forgotten:
         """Whose rows no reader may see."""
         found = Forgotten()
-        path = self.folder / FORGOTTEN
-        for line in lines_of(path) if path.exists() else ():
+        paths = (self.folder / FORGOTTEN, *self.folder.glob("forgotten-*.jsonl"))  # and of other machines
+        for line in (line for path in paths if path.exists() for line in lines_of(path)):
             found.ids |= {line["id"]} if line.get("id") else set()
             found.subjects |= {line["subject"]} if line.get("subject") else set()
         return found
+
+
+def _first() -> dict[str, bytes]:
+    """The files of a capture that nobody has begun."""
+    about = json.dumps({"format": FORMAT, "version": VERSION}) + "\n"
+    return {SALT: secrets.token_hex(32).encode(), ABOUT: about.encode()}
 
 
 def held(path: Path) -> int:

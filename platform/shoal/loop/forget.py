@@ -60,6 +60,7 @@ def forget(
         report = Report(rows=_rows(capture, gone), texts=_texts(capture, gone), votes=_votes(capture, gone))
         report.journals = sum(any(map(who.hides, lines)) for _, lines in capture.journals())
         sweep(capture.folder, [*gone.ids, *gone.subjects])
+        capture.sent()
     except (OSError, ValueError, pa.ArrowException) as error:
         do = "make room, and do it again: no reader sees them from now on"
         raise DataError("forget", got=first_line(error), do=do) from error

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from shoal.errors import DataError, RequestError
 from shoal.loop.capture import FORGOTTEN, TEXTS, Capture, append, day_of, now_ms
 from shoal.machine import write_aside
 
+PULL_SECONDS = 1.0
 HEX = re.compile(r"[0-9a-f]{32}", re.ASCII)
 Stored = dict[str, Any]
 
@@ -38,7 +41,7 @@ class Texts:
     prefix = "chatcmpl-"  # of their ids
 
     def __init__(self, capture: Capture, wall: Callable[[], int] = now_ms) -> None:
-        self._capture, self._wall = capture, wall
+        self._capture, self._wall, self._pull_again = capture, wall, 0.0
         self._folder = capture.folder / TEXTS
 
     def put(
@@ -118,7 +121,14 @@ class Texts:
     def _path(self, id_: str) -> Path | None:
         if not (id_.startswith(self.prefix) and HEX.fullmatch(id_.removeprefix(self.prefix))):
             return None
-        return next(iter(self._folder.glob(f"day=*/{id_}.json")), None)
+        found = next(iter(self._folder.glob(f"day=*/{id_}.json")), None)
+        # another machine may have stored it; who asks for what there is not has the bucket listed no more often than that
+        if found is None and self._capture.bucket is not None and time.monotonic() > self._pull_again:
+            self._pull_again = time.monotonic() + PULL_SECONDS
+            with suppress(DataError):
+                self._capture.bucket.pull("texts/")
+            found = next(iter(self._folder.glob(f"day=*/{id_}.json")), None)
+        return found
 
 
 class Responses(Texts):

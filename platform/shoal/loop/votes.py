@@ -9,12 +9,14 @@ one. Votes are given by those who want to: they may raise an alarm, and never pr
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from shoal.errors import DataError
 from shoal.loop.capture import FEEDBACK, Capture, append, day_of, lines_of, now_ms
 
 FILE = "votes.jsonl"
@@ -61,8 +63,9 @@ class Votes:
         """What counts, by time: the newest of each person on each answer, without those that were withdrawn or forgotten."""
         forgotten, found = self._capture.forgotten(), dict[tuple[str, str | None], Vote]()
         for day in self._capture.days(FEEDBACK):
-            path = self._capture.folder / FEEDBACK / f"day={day}" / FILE
-            for line in lines_of(path) if path.exists() else ():
+            folder = self._capture.folder / FEEDBACK / f"day={day}"
+            paths = folder.glob("votes*.jsonl")  # of this machine, and of others
+            for line in sorted((line for path in paths for line in lines_of(path)), key=lambda line: line["at"]):
                 said: dict[str, Any] = {name: line.get(name) for name in NAMES}
                 vote = Vote(**said)
                 if not forgotten.hides(line):
@@ -81,9 +84,17 @@ class Votes:
         thread."""
         if id_ in self._capture.forgotten().ids:
             return False
-        if id_ not in self._known and (self._in_journals(id_) or self._in_parts(id_)):
+        if id_ not in self._known and (self._in_journals(id_) or self._in_parts(id_) or self._elsewhere(id_)):
             self.saw(id_)
         return id_ in self._known
+
+    def _elsewhere(self, id_: str) -> bool:
+        """Whether another machine has captured it, where the capture is in S3."""
+        if self._capture.bucket is None:
+            return False
+        with suppress(DataError):  # nobody can tell now
+            self._capture.bucket.pull("rows/")
+        return self._in_parts(id_)
 
     def _in_journals(self, id_: str) -> bool:
         return any(line.get("id") == id_ for _, lines in self._capture.journals() for line in lines)

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -78,11 +78,17 @@ class Watch:
         DataError for a folder that is no capture of this version."""
         self.capture = Capture(folder)
         self.learn, self.hours, self.requests = learn, hours, requests
-        self._folder = Path(folder) / FOLDER
+        self._folder = self.capture.folder / FOLDER
+        self._unseen = ""  # why what others sent is not seen
 
     def look(self, now: float | None = None) -> Report:
         """Read what came since the last look, and say how things are. Raises DataError while another one looks, and for files
         that cannot be used."""
+        try:
+            self.capture.fresh()
+            self._unseen = ""
+        except DataError as error:
+            self._unseen = f"{error.message}; what was fetched before was looked at"
         with self._alone():
             return self._keep(self._follow(self._known(), time.time() if now is None else now))
 
@@ -237,6 +243,8 @@ class Watch:
     def _keep(self, known: Known) -> Report:
         """Write `known` and its report, and remove references of others."""
         report = self._told(known)
+        if self._unseen:
+            report = replace(report, warnings=[*report.warnings, self._unseen])
         known.report = asdict(report)
         told = {"format": FORMAT, "version": VERSION, **asdict(known)}
         write_aside(self._folder / STATE, json.dumps(told, allow_nan=False) + "\n")

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shoal.errors import first_line
-from shoal.loop.capture import FEEDBACK, JOURNAL, ROWS, TEXTS, Capture, day_of, lines_of, now_ms
+from shoal.loop.capture import FEEDBACK, FORGOTTEN, JOURNAL, ROWS, TEXTS, Capture, day_of, lines_of, now_ms
 from shoal.loop.rows import Row, table_of
 from shoal.machine import aside
 
@@ -41,6 +41,7 @@ QUEUED = 4096  # rows that wait for a slow disk
 SLOW_SECONDS = 0.05  # a write that took so long
 SLOW_FOR = 10.0  # seconds for which the disk counts as slow then
 HELD_SECONDS = 0.005  # that `put` waits for the thread to change journals
+SEND_SECONDS, SEND_AT_END_SECONDS = 30.0, 10.0  # between two times that the bucket gets what is new; for the last one
 LOOK_SECONDS, RETRY_SECONDS, TIDY_SECONDS = 0.5, 30.0, 3600.0
 LEFT_SECONDS = 60.0  # after which a file that was to get another name is one that nobody writes any more
 JUMP_MS = 3_600_000  # between what two clocks say has passed: one of them was set
@@ -110,10 +111,13 @@ class Writer:
         self._complained = set[str]()
         self._forgotten = capture.forgotten()
         self._journal = self._open()
-        self._end, self._wake = threading.Event(), threading.Event()
+        self._end, self._wake, self._parted = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True) if start else None
+        self._sender = threading.Thread(target=self._send, name="capture-bucket", daemon=True)
         if self._thread is not None:
             self._thread.start()
+            if capture.bucket is not None:
+                self._sender.start()
 
     # --- the service's thread -----------------------------------------------------------------------------------------
 
@@ -156,6 +160,9 @@ class Writer:
         self._closed = []
         with self._lock:
             self._drain()  # what came meanwhile is counted
+        self._parted.set()
+        if self._sender.is_alive():
+            self._sender.join(SEND_AT_END_SECONDS)  # it sends once more
 
     def _put_later(self, now: float, line: bytes) -> None:
         if self._ended:
@@ -216,6 +223,31 @@ class Writer:
         except Exception as error:  # the service goes on, and rows with it
             self._complain("thread", f"capture: {first_line(error)}; it is tried again")
 
+    def _send(self) -> None:
+        """The thread that keeps the bucket as the copy is. It may wait for the bucket as long as it likes."""
+        while True:
+            over = self._end.wait(SEND_SECONDS)
+            if over and self._thread is not None:
+                self._thread.join()
+            if over:
+                self._parted.wait()
+            try:
+                self.capture.sent()
+                if self.capture.bucket is not None:
+                    self.capture.bucket.pull(FORGOTTEN.partition(".")[0])
+                self._complained.discard("bucket")
+            except Exception as error:  # tried again, for as long as it takes
+                self._complain(
+                    "bucket", f"capture: {first_line(error)}; rows stay on this disk until the bucket takes them"
+                )
+            if over:
+                return
+
+    @property
+    def waiting(self) -> int:
+        """Files that the bucket does not have yet."""
+        return 0 if self.capture.bucket is None else self.capture.bucket.waiting
+
     def _drain(self) -> None:
         while self._queue:
             self._write(self._queue[0][1])
@@ -270,6 +302,10 @@ class Writer:
                 self._remove(kind, oldest, f"older than {keep} days")
         oldest = next(iter(self.capture.days()), today)
         while self.bytes > self.bounds.max_bytes and oldest < today:
+            if self.capture.bucket is not None and not self.capture.bucket.leave(
+                self.capture.folder / ROWS / f"day={oldest}"
+            ):
+                break  # what the bucket does not have yet stays
             self._remove(ROWS, oldest, f"{self.bytes} bytes are kept, at most {self.bounds.max_bytes} may be")
             self.bytes = _size(self.capture.folder)
             oldest = next(iter(self.capture.days()), today)

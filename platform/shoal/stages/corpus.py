@@ -129,7 +129,7 @@ class Curate(Stage):
     $SHOAL_TEACHER_KEY is the teacher's API key, if it wants one.
     """
 
-    capture: Annotated[Path, typer.Option(help="Folder of `shoal serve --capture --capture-texts`.")]
+    capture: Annotated[str, typer.Option(help="Folder or s3:// of `shoal serve --capture --capture-texts`.")]
     out: Annotated[Path, typer.Option(help="Cut to write: a folder with train.jsonl, recent.jsonl and cut.json.")]
     imports: Annotated[
         list[Path] | None,
@@ -169,10 +169,10 @@ class Curate(Stage):
         found = labels.labelled(labels.kept_texts(capture), labels.said(capture), by_id, self._ask())
         found.rows += more
         told = {
-            "capture": str(self.capture),
+            "capture": self.capture,
             "days": capture.days("texts"),
             "imports": len(by_id) + len(more),
-            "moved": moved(self.capture),
+            "moved": moved(capture.folder),
         }
         made = cut.cut(found, self.out, settings, replay=self.replay, never=never, told=told)
         for line in cut.forget(self.out, capture.forgotten()):  # meanwhile: who forgot them did not find this cut yet

@@ -63,7 +63,10 @@ class Serve(Stage):
         Path | None, typer.Option(help="Folder that keeps files and batches (docs/api.md). [both switched off]")
     ] = None
     capture: Annotated[
-        Path | None, typer.Option(help="Folder that keeps numbers of each request, never its text. [nothing is kept]")
+        str | None,
+        typer.Option(
+            help="Folder, or s3://BUCKET/PREFIX, that keeps numbers of each request, never its text. [nothing is kept]"
+        ),
     ] = None
     capture_texts: Annotated[
         bool | None,
@@ -109,6 +112,7 @@ class Serve(Stage):
     def args(self) -> dict[str, Any]:
         """The fields of ServeArgs that are given."""
         from shoal.api.serve_args import parse_adapters, parse_replicas
+        from shoal.data.remote import absolute
 
         given: dict[str, Any] = {
             "model": self.model and str(self.model),
@@ -122,7 +126,7 @@ class Serve(Stage):
             "kv_cache_dtype": self.kv_cache_dtype,
             "runs": self.runs and str(self.runs.absolute()),
             "batches": self.batches and str(self.batches.absolute()),
-            "capture": self.capture and str(self.capture.absolute()),
+            "capture": self.capture and absolute(self.capture),
             "capture_texts": self.capture_texts,
             "capture_days": self.capture_days,
             "capture_texts_days": self.capture_texts_days,

@@ -17,7 +17,7 @@ from shoal.stages.stage import Json, Stage, print_result, say
 if TYPE_CHECKING:
     from shoal.loop.tell import Report
 
-CaptureDir = Annotated[Path, typer.Option(help="Folder of `shoal serve --capture`.")]
+CaptureDir = Annotated[str, typer.Option(help="Folder of `shoal serve --capture`, or its s3://BUCKET/PREFIX.")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,7 @@ def test_every_row_of_the_table_is_told_by_somebody() -> None:
         "capture_dropped",
         "capture_lag_seconds",
         "capture_bytes",
+        "capture_waiting_files",
         "feedback",
         "reruns",
     }

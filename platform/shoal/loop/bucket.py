@@ -1,0 +1,217 @@
+"""A capture in S3: the same folders and names in a bucket, and a copy on this machine's disk in which all work is done.
+
+    gateway    journal ─> part, text, vote, on the disk as ever ─> thread: `push`, again and again until the bucket takes it
+    reader     `pull`: what others pushed, and without what they removed ─> reads the copy as any capture
+
+Notable: no request waits for the bucket. A part has the name of its gateway's journal, and of files that several append to,
+each machine has its own in the bucket (``forgotten-NAME.jsonl``, ``votes-NAME.jsonl``): so nobody writes over another's. What
+was sent is known by size and time of the file and by the bucket's tag, in ``.bucket.json``. Copies lie in SHOAL_CACHE, or
+~/.cache/shoal.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shoal.data.remote import cache, told
+from shoal.data.sources import s3
+from shoal.errors import DataError
+from shoal.machine import aside, write_aside
+
+STATE, LOCK = ".bucket.json", ".bucket.lock"
+OURS = re.compile(
+    r"(?:(?:rows|texts|feedback)/day=\d{4}-\d\d-\d\d/[A-Za-z0-9][\w.-]*|forgotten-[\w-]+\.jsonl|tokens-\w+\.npz)",
+    re.ASCII,
+)
+APPENDED = re.compile(r"(.*/)?(forgotten|votes)\.jsonl")  # on the disk; in the bucket with the name of its machine
+SAVED = 50  # files after which it is noted what was sent
+
+
+class Bucket:
+    """The bucket of one capture, and its copy in `folder`."""
+
+    def __init__(self, uri: str, service: s3.S3 | None = None) -> None:
+        """Raises ConfigError for what is no URI."""
+        self.uri = uri.rstrip("/")
+        self._bucket, key = s3.split(self.uri)
+        self._prefix = f"{key.strip('/')}/" if key.strip("/") else ""
+        self.folder = cache() / "captures" / hashlib.sha256(self.uri.encode()).hexdigest()[:32]
+        self.waiting = 0  # files that the bucket does not have yet, as of the last `push`
+        self._service, self._made = service or s3.S3(), None
+
+    @property
+    def _client(self) -> Any:
+        self._made = self._made or self._service.client()
+        return self._made
+
+    def begin(self, names: tuple[str, ...], make: Callable[[], dict[str, bytes]] | None) -> None:
+        """See that the copy has the files `names`, of which the first is the bucket's once and for all. Where there are none,
+        those that `make` gives, if anything does. Needs no bucket where the copy has them. Raises DataError."""
+        if all((self.folder / name).is_file() for name in names):
+            return
+        with told(self.uri):
+            found = self._get(names[0])
+            if found is None and make is None:
+                return
+            made = make() if make is not None else {}
+            if found is None:
+                found = made[names[0]] if self._put_first(names[0], made[names[0]]) else self._get(names[0])
+            files = {name: found if name == names[0] else self._get(name) or made.get(name) for name in names}
+            for name in names[1:] if make is not None else ():
+                self._put_first(name, files[name] or b"")
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name, data in files.items():
+            if data is not None:
+                with aside(self.folder / name) as beside:
+                    beside.touch(0o600)
+                    beside.write_bytes(data)
+
+    def push(self) -> int:
+        """Send what the bucket does not have, and remove there what was removed here; returns how many files that were. Raises
+        DataError at the first that the bucket does not take; what was sent stays sent."""
+        with self._alone() as state, told(self.uri):
+            sent, count = state["sent"], 0
+            here = {self._named(path, state): path for path in self._files()}
+            wait = [name for name, path in here.items() if sent.get(name, [])[:2] != _stamp(path)]
+            gone = [name for name in sent if name not in here]
+            self.waiting = len(wait) + len(gone)
+            for name in wait:
+                if (path := here[name]).is_file():
+                    stamp = _stamp(path)  # before it is read: what is appended meanwhile is sent the next time
+                    answer = self._client.put_object(
+                        Bucket=self._bucket, Key=self._prefix + name, Body=path.read_bytes()
+                    )
+                    sent[name] = [*stamp, answer["ETag"]]
+                self.waiting, count = self.waiting - 1, count + 1
+                if count % SAVED == 0:
+                    self._save(state)
+            for name in gone:
+                self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+                del sent[name]
+                self.waiting, count = self.waiting - 1, count + 1
+            return count
+
+    def pull(self, begins: str = "") -> int:
+        """Fetch what others sent whose name `begins` so, and remove what they removed; returns how many files that were. Raises
+        DataError."""
+        with self._alone() as state, told(self.uri):
+            sent, count = state["sent"], 0
+            there = {
+                name: tag
+                for name, tag in self._listed(begins)
+                if OURS.fullmatch(name) and not self._is_own(name, state)
+            }
+            for name in sorted(
+                there, key=lambda name: not name.startswith("forgotten")
+            ):  # who is hidden is known first
+                path = self.folder / name
+                if name in sent and sent[name][2] == there[name] and path.is_file():
+                    continue
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                data = self._get(name)
+                if data is None:
+                    continue
+                with aside(path) as beside:
+                    beside.touch(0o600)
+                    beside.write_bytes(data)
+                sent[name], count = [*_stamp(path), there[name]], count + 1
+            for name in [name for name in sent if name.startswith(begins) and name not in there]:
+                path = self.folder / name
+                if not self._is_own(name, state) and (not path.is_file() or _stamp(path) == sent[name][:2]):
+                    path.unlink(missing_ok=True)
+                    del sent[name]
+                    count += 1
+            return count
+
+    def leave(self, folder: Path) -> bool:
+        """Whether the bucket has all that lies in `folder`, which is below the copy; then it keeps it, though it is removed
+        here."""
+        with self._alone() as state:
+            paths = [path for path in self._files() if folder in path.parents]
+            names = [self._named(path, state) for path in paths]
+            if any(state["sent"].get(name, [])[:2] != _stamp(path) for name, path in zip(names, paths, strict=True)):
+                return False
+            for name in names:
+                del state["sent"][name]
+            return True
+
+    # --- names --------------------------------------------------------------------------------------------------------
+
+    def _files(self) -> list[Path]:
+        """What of the copy belongs into the bucket."""
+        found = [path for kind in ("rows", "texts", "feedback") for path in (self.folder / kind).glob("day=*/[!.]*")]
+        return [*found, *self.folder.glob("forgotten*.jsonl"), *self.folder.glob("tokens-*.npz")]
+
+    def _named(self, path: Path, state: dict[str, Any]) -> str:
+        name = path.relative_to(self.folder).as_posix()
+        appended = APPENDED.fullmatch(name)
+        return f"{appended[1] or ''}{appended[2]}-{state['name']}.jsonl" if appended else name
+
+    def _is_own(self, name: str, state: dict[str, Any]) -> bool:
+        return name.endswith(f"-{state['name']}.jsonl")
+
+    # --- what was sent ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self) -> Iterator[dict[str, Any]]:
+        """What was sent, kept at the end however it ends; one process at a time."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self.folder / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                state = json.loads((self.folder / STATE).read_text("utf-8"))
+            except FileNotFoundError:
+                state = {"name": secrets.token_hex(6), "sent": {}}
+            except ValueError as error:
+                raise DataError(f"{self.folder / STATE} cannot be read", do="remove it: all is sent again") from error
+            try:
+                yield state
+            finally:
+                self._save(state)
+
+    def _save(self, state: dict[str, Any]) -> None:
+        write_aside(self.folder / STATE, json.dumps(state) + "\n")
+
+    # --- the bucket ---------------------------------------------------------------------------------------------------
+
+    def _listed(self, begins: str) -> Iterator[tuple[str, str]]:
+        pages = self._client.get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + begins):
+            for item in page.get("Contents", ()):
+                yield item["Key"][len(self._prefix) :], item["ETag"]
+
+    def _get(self, name: str) -> bytes | None:
+        try:
+            data: bytes = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read()
+            return data
+        except self._client.exceptions.NoSuchKey:
+            return None
+
+    def _put_first(self, name: str, data: bytes) -> bool:
+        """Put it there unless something is; whether it was put."""
+        from botocore.exceptions import ClientError
+
+        try:
+            self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=data, IfNoneMatch="*")
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict"):
+                return False
+            raise
+        return True
+
+
+def _stamp(path: Path) -> list[int]:
+    """What tells whether a file has changed; of none nothing does."""
+    try:
+        known = path.stat()
+    except FileNotFoundError:
+        return []
+    return [known.st_size, known.st_mtime_ns]
