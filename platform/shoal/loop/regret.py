@@ -71,7 +71,7 @@ class Regret:
 
     tolerance: float = 0.0  # nats a token that its router was fitted to keep
     reruns: int = 0
-    # since the last batch: n, sum, sum of squares
+    # of what the router predicted of requests since the last batch: n, sum, sum of squares
     requests: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     pending: list[list[float]] = field(default_factory=list)  # [regret, bound] of re-runs that make no batch yet
     # of all batches: n, and sums of regret, bound, regret x bound, bound^2
