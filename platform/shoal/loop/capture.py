@@ -47,6 +47,7 @@ ABOUT, SALT, ROWS, TEXTS, FEEDBACK, JOURNAL, FORGOTTEN = (
     "journal",
     "forgotten.jsonl",
 )
+SALT_BYTES = 32
 DAY = re.compile(r"day=(\d{4}-\d\d-\d\d)")
 
 
@@ -140,26 +141,33 @@ class Capture:
     def _make(self, about: Path) -> None:
         """An empty capture; what is there already stays. `capture.json` comes last: where it is, all is."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if any(
-            not path.name.startswith(".") for path in self.folder.iterdir() if path.name not in (SALT, ROWS, JOURNAL)
-        ):
+        others = [path.name for path in self.folder.iterdir() if path.name not in (SALT, ROWS, JOURNAL)]
+        if about.exists():  # another gateway that starts now was quicker
+            return
+        if any(not name.startswith(".") for name in others):
             raise DataError("capture", got=f"{self.folder} holds other files", do="give a folder of its own")
         for name in (ROWS, JOURNAL):
             (self.folder / name).mkdir(exist_ok=True)
+        beside = self.folder / f".{SALT}.{secrets.token_hex(4)}"
         try:
-            descriptor = os.open(self.folder / SALT, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        except FileExistsError:  # another gateway that starts now
-            pass
-        else:
+            descriptor = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             with os.fdopen(descriptor, "w") as file:
                 file.write(_first()[SALT].decode())
+            os.link(beside, self.folder / SALT)  # in full or not at all; another's stays
+        except FileExistsError:
+            pass
+        finally:
+            beside.unlink(missing_ok=True)
         write_aside(about, _first()[ABOUT].decode())
 
     @property
     def salt(self) -> bytes:
         """What subjects and conversations are hashed with. Raises DataError where it is lost."""
         try:
-            return bytes.fromhex((self.folder / SALT).read_text("ascii").strip())
+            found = bytes.fromhex((self.folder / SALT).read_text("ascii").strip())
+            if len(found) != SALT_BYTES:  # a hash with nothing is anybody's to make
+                raise ValueError(f"{len(found)} bytes")
+            return found
         except (OSError, ValueError) as error:
             raise DataError(
                 "capture", got=f"no {SALT} in {self.folder}", do="put it back: subjects are hashed with it"

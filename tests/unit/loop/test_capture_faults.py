@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from shoal.errors import DataError
 from shoal.loop import texts, writer
 from shoal.loop.capture import FORGOTTEN, Capture, append, lines_of, now_ms
 from shoal.loop.forget import forget
@@ -226,3 +227,36 @@ def test_votes_have_their_days_as_texts_do(capture: Capture) -> None:
     made.tidy()
     made.close()
     assert [vote.correction for vote in Votes(capture).all()] == ["newer"]
+
+
+def test_a_salt_is_there_in_full_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed, or without room, while it is written."""
+
+    def full(size: int) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shoal.loop.capture.secrets.token_hex", lambda size: "beside" if size == 4 else full(size))
+    with pytest.raises(DataError, match="No space left"):
+        Capture(tmp_path / "capture", create=True)
+    monkeypatch.undo()
+    made = Capture(tmp_path / "capture", create=True)
+    assert len(made.salt) == 32 and not [*made.folder.glob(".*")]
+    (made.folder / "salt").write_text("")
+    with pytest.raises(DataError, match="no salt"):
+        _ = made.salt
+
+
+def test_two_gateways_that_begin_one_capture_at_once_both_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Capture._make
+
+    def late(self: Capture, about: Path) -> None:
+        monkeypatch.undo()
+        other = Capture(tmp_path / "capture", create=True)
+        Votes(other).put(Vote(ID, ANN, "up"))
+        real(self, about)
+
+    monkeypatch.setattr(Capture, "_make", late)
+    made = Capture(tmp_path / "capture", create=True)
+    assert made.salt == Capture(tmp_path / "capture").salt
