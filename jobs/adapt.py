@@ -2,6 +2,7 @@
 
     python jobs/adapt.py --model models/smol --data chats.jsonl --heldout heldout.jsonl --out models/smol-exits
     python jobs/adapt.py --model models/smol --data texts.jsonl --out models/smol-exits --minutes 60 --workers 2
+    python jobs/adapt.py --model models/smol --sparse --data long-texts.jsonl --out models/smol-long
     ray job submit --working-dir . --runtime-env-json '{"env_vars": {"PYTHONPATH": "platform"}}' -- \\
         python jobs/adapt.py --model /shared/smol --data /shared/chats.jsonl --out /shared/smol-exits --minutes 60
 

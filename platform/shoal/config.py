@@ -267,8 +267,8 @@ class TrainConfig:
     # a nat more between the two answers weighs (0.1). 0: off
     dpo: float = 0.0
     # exits: the early ones alone, beside weights that stay as they are; tuned: these with the backbone, or, where there is a
-    # lora_rank, with thin matrices beside it
-    trains: Literal["all", "exits", "tuned"] = "all"
+    # lora_rank, with thin matrices beside it; biases: those of sparse layers alone
+    trains: Literal["all", "exits", "tuned", "biases"] = "all"
     # chance that an update leaves out the last layer; layer l: (2^(l/(L-1)) - 1) of it; 0: off
     layer_dropout: float = 0.0
     lora_rank: int = 0  # train thin matrices of this rank beside the layers' frozen ones; 0: train all weights
@@ -285,7 +285,7 @@ class TrainConfig:
             ("decay_shape", ("linear", "cosine")),
             ("optimizer", ("adamw", "muon")),
             ("rotate_exits", ("auto", "on", "off")),
-            ("trains", ("all", "exits", "tuned")),
+            ("trains", ("all", "exits", "tuned", "biases")),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"train.{name}", got=getattr(self, name), allowed=allowed)

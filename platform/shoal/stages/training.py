@@ -87,6 +87,10 @@ class Training(Stage):
     ] = None
     as_json: Json = False
 
+    def of_sparse(self) -> dict[str, Any]:
+        """What the report says of layers that were made sparse."""
+        return {}
+
     @abstractmethod
     def plan(self) -> FitPlan:
         """What is asked for, as the loop takes it. Raises UsageError, CheckpointError."""
@@ -119,7 +123,9 @@ class Training(Stage):
             report["rounded"] = result.rounded
             if not self.as_json:
                 out.print(_rounding_table(result.rounded, result.bpb))
-        if result.backbone[0]:
+        if plan.biases_only:
+            report |= self.of_sparse()
+        elif result.backbone[0]:
             begun, (before, after) = result.rounded["begun"], result.backbone
             report |= {"begun": begun, "backbone": {"before": before, "after": after}}
             same = f"full depth is equal to the bit: sha256 {before[:16]} of all that it reads, before and after"
@@ -184,7 +190,7 @@ class Finetune(Training):
 @dataclass(frozen=True, kw_only=True)
 class Adapt(Training):
     """Early exits for a model that has none: each learns what full depth says, which stays equal to the bit [10 minutes]; but
-    with --tune, which lets the rest learn with them."""
+    with --tune, which lets the rest learn with them. With --sparse no exits: attention that reads a part of a long context."""
 
     model: ModelDir
     data: Annotated[
@@ -199,12 +205,63 @@ class Adapt(Training):
         str,
         typer.Option(help="What else learns: none; lora, thin matrices beside all layers; all. Full depth changes."),
     ] = "none"
+    sparse: Annotated[
+        bool,
+        typer.Option(
+            "--sparse",
+            help="Instead of exits: dense layers read window and best blocks, where measuring says that they may.",
+        ),
+    ] = False
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="What sparse layers may cost together: nats of KL, the mean over tokens beyond the dense length [0.01]."
+        ),
+    ] = None
+    dense_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens up to which sparse layers read all [a quarter of the context, at most 8192]."),
+    ] = None
 
     def plan(self) -> FitPlan:
         from shoal.train.plan import adapt_plan
 
+        if self.sparse:
+            return self._sparse_plan()
+        for name in ("tolerance", "dense_length"):
+            if getattr(self, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')}", got=getattr(self, name), do="give --sparse with it")
         more = self.given(heldout=self.heldout)
         return adapt_plan(str(self.model), self.data, str(self.out), tune=self.tune, **more)
+
+    def _sparse_plan(self) -> FitPlan:
+        from shoal.evaluate import sparsity
+        from shoal.progress import progress
+        from shoal.train.sparse import sparse_plan
+
+        if self.tune != "none":
+            raise UsageError("--tune with --sparse", got=self.tune, do="leave one of them out")
+        tolerance = sparsity.TOLERANCE if self.tolerance is None else self.tolerance
+        model, run, length = str(self.model), f"{self.out}.run", self.dense_length or 0
+        with progress("sparse layers") as tell:
+            found = sparsity.chosen(model, self.data, run, tolerance=tolerance, dense_length=length, tell=tell)
+        say(
+            f"{found['layers']} of {len(found['pattern'])} layers sparse beyond {found['dense_length']:,} tokens, for "
+            f"{found['kl']:.4f} nats a token there: {found['pattern']}"
+        )
+        return sparse_plan(model, self.data, str(self.out), found, **self.given(heldout=self.heldout))
+
+    def of_sparse(self) -> dict[str, Any]:
+        from shoal.evaluate import sparsity
+        from shoal.model.described import read_json
+
+        found = read_json(Path(f"{self.out}.run") / sparsity.FILE)
+        found |= {"learned": sparsity.beyond(self.out, self.data), "asked": None}
+        say(
+            f"KL beyond {found['dense_length']:,} tokens: {found['kl']:.4f} nats a token, {found['learned']:.4f} learned"
+        )
+        say("all weights are equal to the bit, and up to that length so is what the model says")
+        return {"sparse": {key: value for key, value in found.items() if key != "asked"}}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,12 +162,12 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def need_unchanged(before: str, state: Mapping[str, Tensor], config: ModelConfig) -> str:
-    """The `digest` of the backbone in `state`. Raises CheckpointError where it is not the one from `before`."""
-    after = digest(backbone(state, config))
+def need_unchanged(before: str, backbone: Mapping[str, Tensor]) -> str:
+    """The `digest` of the `backbone`. Raises CheckpointError where it is not the one from `before`."""
+    after = digest(backbone)
     if after != before:
         raise CheckpointError(
-            "training the exits changed the backbone, so nothing is written", got=after[:16], allowed=before[:16],
-            do="report it: full depth must stay as it was",
+            "training changed the backbone, so nothing is written", got=after[:16], allowed=before[:16],
+            do="report it: it must stay as it was",
         )  # fmt: skip
     return after

@@ -14,11 +14,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shoal.config import ModelConfig
 from shoal.errors import CheckpointError, ConfigError, DataError
@@ -28,7 +30,7 @@ from shoal.model import checkpoint, smooth
 from shoal.model.cost import parameters
 from shoal.model.linears import export_int8, fake_quantize_
 from shoal.model.net import Net
-from shoal.train import exits, lora
+from shoal.train import exits, lora, sparse
 from shoal.train.checkpoint import TrainState, full_state
 from shoal.train.feed import Feed, open_feed, shard_tokenizer
 from shoal.train.heldout import Bpb, HeldoutReport, measure
@@ -64,7 +66,8 @@ class FitResult:
     # what it starts from, measured likewise: of a quantising run as it is ("fp32") and rounded without training
     # ("post-training"), of one that trains early exits with these as they begin ("begun")
     rounded: dict[str, Bpb] = field(default_factory=dict)
-    # of one that trains early exits: sha256 of all that full depth reads, before and after; the same where these are all
+    # of one that adds early exits: sha256 of all that full depth reads, before and after; the same where these are all that was
+    # trained. Of one that adds biases: of all but these
     backbone: tuple[str, str] = ("", "")
 
 
@@ -95,8 +98,8 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker) -> FitResult:
             raise DataError("keep_best", got="no held-out rows", do="give --heldout, or leave it out")
     start.prepare(plan, feed, ranks)
     state.parts = ranks.world * plan.train.accumulate
-    teacher = copy.deepcopy(start.net) if plan.has_teacher else None
-    model = LossModel(start.net, trained_exits(plan.model.exits, plan.train), teacher, trained_only=plan.exits_only)
+    exits_, teacher = trained_exits(plan.model.exits, plan.train), start.teacher(plan)
+    model = LossModel(start.net, exits_, teacher, trained_only=plan.frozen)
     shard_(model, ranks, replicas=plan.replicas, recompute=plan.recompute, compiled=plan.compile)
     optimizer = make_optimizer(model, plan.train)
     rounded = _rounded(plan, model, feed, ranks)  # before a checkpoint takes the place of the weights
@@ -240,7 +243,7 @@ class _Start:
     template: str
     base: dict[str, str]  # sha256 of what was read of the plan's model directory, by name; empty for fresh weights
     source: dict[str, Any] | None = None  # what an open model was imported from
-    backbone: str = ""  # sha256 of what stays as it is, where exits alone are trained
+    backbone: str = ""  # sha256 of what stays as it is, where what is new alone is trained
     solves: bool = False  # are there new exits whose last matrix is to be solved for?
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the tensors then: training is in fp32
 
@@ -251,13 +254,15 @@ class _Start:
             parts = checkpoint.read(plan.init)
             source = parts.source
             digest, backbone, dtypes = exits.digest(parts.net.state_dict()), "", dict[str, torch.dtype]()
-            solves = plan.adapts and exits.begins_solved(parts.config, plan.model)
+            solves = plan.adapts and not plan.biases_only and exits.begins_solved(parts.config, plan.model)
             if plan.adapts:
-                backbone = exits.digest(exits.backbone(parts.net.state_dict(), parts.config))
-                parts.net, parts.config = exits.added(parts.net, plan.model), plan.model
+                backbone = exits.digest(_backbone(plan, parts.net.state_dict(), parts.config))
+                grown = sparse.made if plan.biases_only else exits.added
+                parts.net, parts.config = grown(parts.net, plan.model), plan.model
                 dtypes = {name: tensor.dtype for name, tensor in parts.net.state_dict().items()}
-            if plan.exits_only:
-                exits.freeze_(parts.net)
+            if plan.frozen:
+                freeze_ = sparse.freeze_ if plan.biases_only else exits.freeze_
+                freeze_(parts.net)
             if plan.quantize and source is not None:
                 parts.net, parts.config = _untied(parts.net, plan.model), plan.model
             if parts.config != plan.model:
@@ -296,21 +301,29 @@ class _Start:
             ranks.place(self.net)
             _smooth(self.net, feed, ranks)
 
+    def teacher(self, plan: FitPlan) -> Net | None:
+        """What the net is held to, before it changes: itself, with its sparse layers dense where their biases learn."""
+        if not plan.has_teacher:
+            return None
+        net = copy.deepcopy(self.net)
+        return sparse.dense_(net) if plan.biases_only else net
+
     def export(self, plan: FitPlan, model: LossModel, ranks: Ranks) -> str:
         """Gather the model and write its directory, INT8 when the plan quantises. Returns the sha256 of the backbone where
-        exits were taught, else "". Raises CheckpointError, and writes nothing, where it should have stayed and did not."""
+        something was added to it, else "". Raises CheckpointError, and writes nothing, where it should have stayed and did
+        not."""
         model.trained_only = False
         state = {name.removeprefix("net."): tensor for name, tensor in full_state(model).items()}
         with ranks.alike():
-            if ranks.first and plan.exits_only:
+            if ranks.first and plan.frozen:
                 state = {name: tensor.to(self.dtypes[name]) for name, tensor in state.items()}
-                exits.need_unchanged(self.backbone, state, plan.model)
+                exits.need_unchanged(self.backbone, _backbone(plan, state, plan.model))
         if ranks.first:
             config = plan.model
             if plan.train.lora_rank:
                 lora.save(plan.run, state)
                 state = lora.merged(state)
-            after = exits.digest(exits.backbone(state, config)) if plan.adapts else ""
+            after = exits.digest(_backbone(plan, state, config)) if plan.adapts else ""
             if plan.quantize:
                 whole = Net(config)
                 whole.load_state_dict(state)
@@ -324,7 +337,12 @@ class _Start:
                 chat_template=self.template,
                 source=self.source,
             )
-        return str(ranks.agree(self.backbone if plan.exits_only else after if ranks.first else ""))
+        return str(ranks.agree(self.backbone if plan.frozen else after if ranks.first else ""))
+
+
+def _backbone(plan: FitPlan, state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a net of `config` to which `plan` adds others."""
+    return (sparse if plan.biases_only else exits).backbone(state, config)
 
 
 def _summary(plan: FitPlan, ranks: Ranks, meter: Meter) -> dict[str, Any]:

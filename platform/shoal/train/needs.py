@@ -20,6 +20,8 @@ def trained_parameters(plan: FitPlan) -> int:
     """How many numbers have gradients and moments."""
     if plan.train.lora_rank:
         return lora.count(plan.model, plan.train.lora_rank) + (parameters(plan.model).exits if plan.adapts else 0)
+    if plan.biases_only:
+        return plan.model.heads * plan.model.layers
     return parameters(plan.model).exits if plan.exits_only else parameters(plan.model).total
 
 

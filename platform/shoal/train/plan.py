@@ -82,9 +82,9 @@ class FitPlan:
         check_exits(self.model, self.train)
         if self.model.quantization != "none":
             raise ConfigError("model.quantization", got=self.model.quantization, allowed="none: train the fp32 model")
-        if self.adapts and (not self.init or self.quantize or (self.exits_only and self.train.lora_rank)):
+        if self.adapts and (not self.init or self.quantize or (self.frozen and self.train.lora_rank)):
             raise ConfigError("train.trains", got=self.train.trains, allowed="all but in `shoal adapt`")
-        if self.adapts and not self.model.exit_ffn:
+        if self.adapts and not (self.biases_only or self.model.exit_ffn):
             raise ConfigError(
                 "train.trains", got=self.train.trains, allowed="all for a model without exits that could be trained"
             )
@@ -108,8 +108,9 @@ class FitPlan:
 
     @property
     def has_teacher(self) -> bool:
-        """Is the model that the run starts from kept beside it? INT8 is to stand in for that one, DPO to prefer more."""
-        return (self.quantize and self.train.distill > 0) or self.train.dpo > 0
+        """Is the model that the run starts from kept beside it? INT8 and sparse layers are to stand in for that one, DPO to
+        prefer more."""
+        return (self.quantize and self.train.distill > 0) or self.train.dpo > 0 or self.biases_only
 
     @property
     def exits_only(self) -> bool:
@@ -117,8 +118,18 @@ class FitPlan:
         return self.train.trains == "exits"
 
     @property
+    def biases_only(self) -> bool:
+        """Do all weights stay as they are but the biases of sparse layers?"""
+        return self.train.trains == "biases"
+
+    @property
+    def frozen(self) -> bool:
+        """Is what is trained new, and all that was there before left as it is?"""
+        return self.exits_only or self.biases_only
+
+    @property
     def adapts(self) -> bool:
-        """Are early exits added where there are none, and taught?"""
+        """Is something added to a model, and taught?"""
         return self.train.trains != "all"
 
     @property
@@ -191,7 +202,7 @@ class FitPlan:
 def pretrain_plan(preset: str, data: str, run: str, **more: Any) -> FitPlan:
     """Stage 1 from a preset. `more`: fields of FitPlan, and of TrainConfig to change."""
     base = presets.get(preset)
-    return _plan(base.model, base.train, {"name": preset, "data": data, "run": run, **more})
+    return planned(base.model, base.train, {"name": preset, "data": data, "run": run, **more})
 
 
 def finetune_plan(model: str, data: str, run: str, **more: Any) -> FitPlan:
@@ -209,7 +220,7 @@ def finetune_plan(model: str, data: str, run: str, **more: Any) -> FitPlan:
         train = dataclasses.replace(train, learning_rate=rate, weight_decay=0.0)
     if more.get("dpo"):  # it moves a model that answers already
         train = dataclasses.replace(train, learning_rate=train.learning_rate / 10, patch_weight=0.0)
-    return _plan(config, train, {"name": name, "data": data, "run": run, "init": model, **more}, epochs=2.0)
+    return planned(config, train, {"name": name, "data": data, "run": run, "init": model, **more}, epochs=2.0)
 
 
 def quantize_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
@@ -228,7 +239,7 @@ def quantize_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
         exit_weights=_exit_weights(config),
     )
     values = {"name": f"{name}-int8", "data": data, "run": f"{out}.run", "out": out, "init": model, **more}
-    return _plan(config, _batched(train, config), values | {"quantize": True}, steps=100)
+    return planned(config, _batched(train, config), values | {"quantize": True}, steps=100)
 
 
 def adapt_plan(model: str, data: str, out: str, *, tune: str = "none", **more: Any) -> FitPlan:
@@ -264,7 +275,7 @@ def adapt_plan(model: str, data: str, out: str, *, tune: str = "none", **more: A
             exit_weights=_exit_weights(adapted),
         )
     values = {"name": name, "data": data, "run": f"{out}.run", "out": out, "init": model, **more}
-    return _plan(adapted, train, values, minutes=10.0)
+    return planned(adapted, train, values, minutes=10.0)
 
 
 def fingerprint(data: str) -> str:
@@ -355,8 +366,9 @@ def _check_chats(plan: FitPlan, workers: int) -> None:
         )
 
 
-def _plan(model: ModelConfig, train: TrainConfig, values: dict[str, Any], **length: float) -> FitPlan:
-    """`length`: where the values say nothing of it; a run that follows another's schedule is as long as that one."""
+def planned(model: ModelConfig, train: TrainConfig, values: dict[str, Any], **length: float) -> FitPlan:
+    """`values`: of FitPlan, and of TrainConfig to change in `train`. `length`: where these say nothing of it; a run that
+    follows another's schedule is as long as that one."""
     own = {f.name for f in dataclasses.fields(FitPlan)}
     if not any(values.get(limit) for limit in ("steps", "tokens", "epochs", "minutes")):
         values |= {"steps": len(log.schedule(values["rates_of"])) or 1} if values.get("rates_of") else length
