@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -136,11 +137,30 @@ def _paths(spec: dict[str, Any]) -> Iterator[str]:
             if body := operation.get("requestBody"):
                 for kind, content in body["content"].items():
                     yield from (f"Body, `{kind}`: {_type(content['schema'])}", "")
+            yield from ("```sh", curl(spec, path, method), "```", "")
             yield from ("| status | answer | |", "|---|---|---|")
             for status, answer in operation["responses"].items():
                 kinds = [f"`{kind}`: {_type(c.get('schema', {}))}" for kind, c in answer.get("content", {}).items()]
                 yield _row(status, "; ".join(kinds), answer.get("description", ""))
             yield ""
+
+
+def curl(spec: dict[str, Any], path: str, method: str) -> str:
+    """A command that asks `path` with the example of its body; what a path's braces name is in capitals."""
+    address = "http://127.0.0.1:8000" + re.sub(r"\{(\w+)(:path)?\}", lambda name: name[1].upper(), path)
+    words = ["curl", *([] if method in ("get", "post") else ["-X", method.upper()]), address]
+    body = spec["paths"][path][method].get("requestBody")
+    if body is None:
+        return " ".join([*words, *(["-X", "POST"] if method == "post" else [])])
+    ((kind, content),) = body["content"].items()
+    schema = content["schema"]
+    if "$ref" in schema:
+        schema = spec["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    example = schema["examples"][0]
+    if kind == "multipart/form-data":
+        fields = {**example, "file": "@in.jsonl"}
+        return " ".join([*words, *(f"-F {name}={value}" for name, value in fields.items())])
+    return " ".join([*words, f"-H 'Content-Type: {kind}'", "-d", shlex.quote(json.dumps(example))])
 
 
 def _shapes(spec: dict[str, Any]) -> Iterator[str]:

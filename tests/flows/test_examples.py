@@ -1,16 +1,21 @@
-"""The scripts of examples/, each run as a user runs it, with a real engine on random weights behind a real socket."""
+"""The scripts of examples/, and the commands and code of the API's pages, each run as a user runs it, with a real engine on
+random weights behind a real socket."""
 
 from __future__ import annotations
 
 import json
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
+from docs.make_site import curl
 from shoal import Engine, Model, Request, Sampling
 from tests.flows.conftest import KEY, Service, running
 
@@ -84,3 +89,72 @@ def test_depths_names_the_layers_that_each_ran(run: Run, service: Service) -> No
     names = service.model.config.exit_names
     assert [match[1] for match in said if match] == ["shallow", "middle", "full", "auto"]
     assert [match[2] for match in said if match] == [*names, "full"], json.dumps(lines)
+
+
+def test_each_command_of_the_http_reference_is_answered(service: Service) -> None:
+    """All routes of the document, with an id of each kind where a path or a body wants one; what is deleted comes last."""
+    with httpx.Client(base_url=service.url, headers=service.headers, timeout=60) as http, service.openai() as client:
+        document = http.get("/openapi.json").json()
+        asked: Any = {"model": "fish", "messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "store": True}
+        line = (
+            b'{"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {"model": "fish", "input": "sea"}}'
+        )
+        chat = client.chat.completions.create(**asked).id
+        file = client.files.create(file=("in.jsonl", line), purpose="batch").id
+        batch = client.batches.create(input_file_id=file, endpoint="/v1/embeddings", completion_window="24h").id
+        response = client.responses.create(model="fish", input="a", max_output_tokens=3, store=True).id
+        known = {"/RESPONSE_ID": f"/{response}", "/FILE_ID": f"/{file}", "/BATCH_ID": f"/{batch}", "/ID": f"/{chat}",
+                 "/NAME": "/fish", "runs/support/adapter": "one"}  # fmt: skip
+        known |= {"chatcmpl-0123456789abcdef0123456789abcdef": chat}
+        routes = [(path, method) for path, operations in document["paths"].items() for method in operations]
+        for path, method in sorted(routes, key=lambda route: route[1] == "delete"):
+            command = curl(document, path, method)
+            for name, value in known.items():
+                command = command.replace(name, value)
+            command = re.sub(r'"input_file_id": "[^"]*"', f'"input_file_id": "{file}"', command)
+            status = run_curl(http, command, line)
+            assert status == 200 or (status == 400 and path.endswith("/cancel")), (command, status)
+
+
+def run_curl(http: httpx.Client, command: str, file: bytes) -> int:
+    """The status of what curl would ask."""
+    first, *words = shlex.split(command)
+    assert first == "curl"
+    method, body, form, address = None, None, dict[str, str](), ""
+    while words:
+        word = words.pop(0)
+        if word == "-X":
+            method = words.pop(0)
+        elif word == "-d":
+            body = words.pop(0)
+        elif word == "-F":
+            name, _, value = words.pop(0).partition("=")
+            form[name] = value
+        elif word == "-H":
+            assert words.pop(0) == "Content-Type: application/json"
+        else:
+            assert word.startswith("http://127.0.0.1:8000/") and not address
+            address = word.removeprefix("http://127.0.0.1:8000")
+    if form:
+        assert form.pop("file") == "@in.jsonl"
+        return http.post(address, data=form, files={"file": ("in.jsonl", file)}).status_code
+    if body is not None:
+        return http.post(address, content=body, headers={"Content-Type": "application/json"}).status_code
+    return http.request(method or "GET", address).status_code
+
+
+PAGE = (ROOT / "docs/api.md").read_text("utf-8")
+BLOCKS = [part.partition("```")[0] for part in PAGE.split("```python\n")[1:]]
+
+
+def test_the_code_of_the_page_about_the_api_runs_from_its_top_to_its_end(
+    service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one would paste it: with the address and the name of a service that is there."""
+    pytest.importorskip("anthropic", reason="of the extra `clients`")
+    names: dict[str, Any] = {}
+    for block in BLOCKS:
+        code = block.replace("http://127.0.0.1:8000", service.url).replace('"tiny"', '"fish"')
+        exec(code.replace('api_key="none"', f'api_key="{KEY}"'), names)
+    said = capsys.readouterr().out
+    assert len(BLOCKS) == 4 and "And how wide?" in said and "completed BatchRequestCounts" in said

@@ -73,7 +73,8 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(shared_ray: None, models: dict[str, Path], captured: Path) -> Iterator[Service]:
-    args = ServeArgs(models={name: str(directory) for name, directory in models.items()}, capture=str(captured))
+    served = {name: str(directory) for name, directory in models.items()}
+    args = ServeArgs(models=served, capture=str(captured), capture_texts=True)
     values = serve_config(args, port=free_port()).model_dump(mode="json", exclude_unset=True)
     values["applications"][0]["route_prefix"] = "/sea"
     deploy = check_serve_config(values, "below a path")
@@ -187,6 +188,22 @@ def test_each_request_leaves_a_captured_row_with_what_its_replica_said(service: 
     assert answer.usage is not None and row["model"] == NAMES[0] and row["status"] == 200
     assert row["answer_tokens"] == answer.usage.completion_tokens and row["weights"] and row["layers"]
     assert row["answer_nll"] > 0 and row["answer_nll_max"] >= row["answer_nll"]
+
+
+def test_a_stored_response_is_gone_on_from_and_what_was_deleted_is_not(service: Service) -> None:
+    ask: dict[str, Any] = {"model": NAMES[0], "temperature": 0, "max_output_tokens": 9, "store": True}
+    first = service.client.responses.create(**ask, input="the deep sea")
+    *_, end = service.client.responses.create(**ask, input="so", previous_response_id=first.id, stream=True)
+    assert end.type in ("response.incomplete", "response.completed")
+    second = end.response
+    talk: Any = [{"role": "user", "content": "the deep sea"}, *(item.to_dict() for item in first.output)]
+    whole = service.client.responses.create(**ask, input=[*talk, {"role": "user", "content": "so"}])
+    assert second.output_text == whole.output_text
+    assert service.client.responses.retrieve(second.id).to_dict() == second.to_dict()
+    assert len([*service.client.responses.input_items.list(second.id)]) == 3
+    service.client.responses.delete(first.id)
+    with pytest.raises(openai.BadRequestError, match="is stored no more"):
+        service.client.responses.create(**ask, input="so", previous_response_id=second.id)
 
 
 def test_a_stream_has_the_shape_that_openai_gives_it(service: Service) -> None:

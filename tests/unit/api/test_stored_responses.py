@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -88,8 +90,11 @@ def to_dict(answer: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_what_was_answered_is_found_as_soon_as_its_end_is_read(
-    shop: openai.AsyncOpenAI, engine: Any, stream: bool
+    shop: openai.AsyncOpenAI, engine: Any, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where a second passes between the two."""
+    seconds = itertools.count(1_795_780_800)
+    monkeypatch.setattr("shoal.api.responses.events.time", SimpleNamespace(time=lambda: next(seconds)))
     engine.reply, fields = f"so {CALL}", {**ASK, "tools": [LOG], "metadata": {"run": "7"}}
     if not stream:
         whole = await shop.responses.create(**fields)
@@ -147,7 +152,10 @@ async def test_input_items_are_those_of_all_turns_a_page_at_a_time(shop: openai.
     for limit in (1, 2, 100):
         for order in ("asc", "desc"):
             pages = shop.responses.input_items.list(third.id, order=order, limit=limit)  # type: ignore[arg-type]
-            found = [item async for item in pages]
+            found: list[Any] = []
+            async for item in pages:
+                found.append(item)
+                assert len(found) <= len(expected)  # else a page comes again, and the client asks without end
             assert [shown(item) for item in found] == (expected if order == "asc" else expected[::-1])
             assert len({item.id for item in found}) == len(found)
     newest = await shop.responses.input_items.list(third.id, limit=1)
