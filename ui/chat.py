@@ -239,8 +239,7 @@ def _remember(
 
     def opened(chosen: Any, key: str) -> tuple[Any, ...]:
         shown = history.load(chosen)
-        # a message sent meanwhile must not be wiped out; what was taken over is kept no more
-        return shown or gr.skip(), key, [] if shown else gr.skip()
+        return shown or gr.skip(), key  # a message sent meanwhile must not be wiped out
 
     def picked(chosen: Any, key: str) -> tuple[Any, ...]:
         return history.load(chosen), key
@@ -252,7 +251,7 @@ def _remember(
     listed = {"js": called("show"), **QUIET}
     saved = chat.change(save, [current, chat], made, trigger_mode="always_last", **QUIET)
     saved.then(None, [made, current], [current, earlier], js=called("save"), **QUIET)
-    begun = at.page.load(opened, [before, current], [chat, current, before], js=called("opened"), **QUIET)
+    begun = at.page.load(opened, [before, current], [chat, current], js=called("opened"), **QUIET)
     begun.then(None, current, earlier, **listed)
     leave = {"js": CALLED.format("leave"), "cancels": answering, **QUIET}
     left = earlier.input(None, None, None, **leave)

@@ -75,6 +75,7 @@ window.kept = (() => {
   const opened = (path, earlier) => {
     const old = Array.isArray(earlier) ? earlier.filter((chat) => typeof chat?.id === 'string' && Array.isArray(chat.messages)) : [];
     old.forEach((chat, number) => { if (!read(path, chat.id)) write(path, chat.id, chat.messages, Date.now() - number); });
+    if (old.length) localStorage.removeItem(`shoal-chats-${path}`);
     const last = all(path)[0];
     know(last);
     return [last ? JSON.stringify(last) : '', last?.id ?? fresh()];
