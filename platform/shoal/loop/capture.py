@@ -229,6 +229,8 @@ class Capture:
         try:
             file = pq.ParquetFile(path)
             found = file.read([name for name in columns if name in file.schema_arrow.names])
+        except FileNotFoundError:  # its day went since it was listed, or all that it had was forgotten
+            return SCHEMA.empty_table().select(columns)
         except (OSError, pa.ArrowException) as error:
             raise DataError("capture", got=f"{path}: {first_line(error)}", do="move that part away") from error
         arrays = [

@@ -73,8 +73,9 @@ def _ids(capture: Capture, who: Forgotten) -> set[str]:
     """The answers that `who` asked for: votes of others are on these too."""
     found = {line["id"] for _, lines in capture.journals() for line in lines if who.hides(line)}
     for path in capture.parts():
-        table = pq.read_table(path, columns=["id", "subject"], partitioning=None)
-        found |= set(table.filter(_hidden(table, who))["id"].to_pylist())
+        with suppress(FileNotFoundError):  # its day went since it was listed
+            table = pq.read_table(path, columns=["id", "subject"], partitioning=None)
+            found |= set(table.filter(_hidden(table, who))["id"].to_pylist())
     return found | {path.stem for path in _stored(capture, who)}  # of some of these no row was kept, or not for so long
 
 
@@ -82,16 +83,17 @@ def _rows(capture: Capture, who: Forgotten) -> int:
     """Parts without the rows of `who`; how many there were."""
     gone = 0
     for path in capture.parts():
-        some = pq.read_table(path, columns=["id", "subject"], partitioning=None)
-        count = pc.sum(_hidden(some, who)).as_py() or 0
-        if count:
-            whole = pq.read_table(path, partitioning=None)
-            kept = whole.filter(pc.invert(_hidden(whole, who)))
-            if kept.num_rows:
-                write_part(path, kept)
-            else:
-                path.unlink()
-            gone += count
+        with suppress(FileNotFoundError):  # its day went since it was listed
+            some = pq.read_table(path, columns=["id", "subject"], partitioning=None)
+            count = pc.sum(_hidden(some, who)).as_py() or 0
+            if count:
+                whole = pq.read_table(path, partitioning=None)
+                kept = whole.filter(pc.invert(_hidden(whole, who)))
+                if kept.num_rows:
+                    write_part(path, kept)
+                else:
+                    path.unlink()
+                gone += count
     return gone
 
 

@@ -92,6 +92,8 @@ def _part(path: object) -> pa.Table:
     """A part in today's columns; those that it does not have are null."""
     try:
         found = pq.ParquetFile(path).read()
+    except FileNotFoundError:  # its day went since it was listed, or all that it had was forgotten
+        return SCHEMA.empty_table()
     except (OSError, pa.ArrowException) as error:
         raise DataError("capture", got=f"{path}: {first_line(error)}", do="move that part away") from error
     columns = [

@@ -100,10 +100,11 @@ class Votes:
         return any(line.get("id") == id_ for _, lines in self._capture.journals() for line in lines)
 
     def _in_parts(self, id_: str) -> bool:
-        return any(
-            pc.any(pc.equal(pq.read_table(path, columns=["id"])["id"], id_)).as_py()
-            for path in reversed(self._capture.parts())
-        )
+        for path in reversed(self._capture.parts()):
+            with suppress(FileNotFoundError):  # its day went since it was listed
+                if pc.any(pc.equal(pq.read_table(path, columns=["id"], partitioning=None)["id"], id_)).as_py():
+                    return True
+        return False
 
 
 NAMES: Any = tuple(field.name for field in fields(Vote))

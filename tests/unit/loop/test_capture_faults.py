@@ -22,6 +22,7 @@ from shoal.loop.capture import FORGOTTEN, Capture, append, lines_of, now_ms
 from shoal.loop.forget import forget
 from shoal.loop.rows import Row
 from shoal.loop.texts import Texts
+from shoal.loop.unread import Read, unread
 from shoal.loop.votes import FILE, Vote, Votes
 from shoal.loop.writer import Bounds, Writer
 from shoal.machine import write_aside
@@ -260,3 +261,15 @@ def test_two_gateways_that_begin_one_capture_at_once_both_have_it(
     monkeypatch.setattr(Capture, "_make", late)
     made = Capture(tmp_path / "capture", create=True)
     assert made.salt == Capture(tmp_path / "capture").salt
+
+
+def test_a_day_that_goes_while_it_is_read_is_no_fault(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Writer(capture, start=False)
+    made.put(Row("one", NOON, subject=ANN))
+    made.close()
+    gone = capture.folder / "rows" / "day=2026-01-01" / "part-gone.parquet"
+    there = capture.parts()
+    monkeypatch.setattr(Capture, "parts", lambda self, kind="rows": [gone, *there])
+    assert capture.rows()["id"].to_pylist() == unread(capture, Read())[0]["id"].to_pylist() == ["one"]
+    assert Votes(capture).knows("one") and not Votes(capture).knows("two")
+    assert forget(capture, subject=ANN).rows == 1
