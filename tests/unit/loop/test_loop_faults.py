@@ -16,10 +16,9 @@ import pytest
 
 from shoal import Model, cli
 from shoal.errors import DataError
-from shoal.loop import cut as cuts
 from shoal.loop.canary import Canary, Evidence, Tally, advanced, judged
 from shoal.loop.capture import Capture, Forgotten
-from shoal.loop.cut import MANIFEST, RECENT, TRAIN, Settings, cut, forbidden, forget
+from shoal.loop.cut import MANIFEST, RECENT, TRAIN, Settings, _manifest, cut, forbidden, forget, read
 from shoal.loop.forget import forget as forget_all
 from shoal.loop.labels import CORRECTION, Found, Labelled, kept_texts, labelled, said
 from shoal.loop.reference import measured
@@ -144,34 +143,33 @@ def test_who_is_forgotten_while_a_cut_is_made_is_not_in_it(
         answer = {"id": id_, "model": "fish", "choices": [{"message": {"content": "?"}}]}
         Texts(capture).put("shop", whose, [{"role": "user", "content": f"secret {number}?"}], answer, {})
         Votes(capture).put(Vote(id_, whose, correction="It is there."))
-    real = cuts.cut
 
     def meanwhile(*given: Any, **more: Any) -> Any:
         forget_all(capture, subject=f"{7:032x}")
-        return real(*given, **more)
+        return cut(*given, **more)
 
-    monkeypatch.setattr(cuts, "cut", meanwhile)
+    monkeypatch.setattr("shoal.loop.cut.cut", meanwhile)
     assert cli.main(["curate", "--capture", str(capture.folder), "--out", str(tmp_path / "cut"), "--json"]) == 0
     files = {name: (tmp_path / "cut" / name).read_text() for name in (TRAIN, RECENT, MANIFEST)}
     assert "secret 7?" not in files[TRAIN] + files[RECENT] and "secret 8?" in files[TRAIN] + files[RECENT]
-    assert cuts.read(tmp_path / "cut")["sha256"] == json.loads(files[MANIFEST])["sha256"]
+    assert read(tmp_path / "cut")["sha256"] == json.loads(files[MANIFEST])["sha256"]
 
 
 def test_the_second_of_two_that_make_one_cut_is_told_so_and_the_first_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, out = cuts._manifest, tmp_path / "cut"
+    out = tmp_path / "cut"
 
     def meanwhile(*given: Any) -> Any:
         monkeypatch.undo()
         cut(corrected(50), out, Settings(seed=1))
-        return real(*given)
+        return _manifest(*given)
 
-    monkeypatch.setattr(cuts, "_manifest", meanwhile)
-    monkeypatch.setattr(cuts.os, "getpid", lambda: 1)  # of another process
+    monkeypatch.setattr("shoal.loop.cut._manifest", meanwhile)
+    monkeypatch.setattr("shoal.loop.cut.os.getpid", lambda: 1)  # of another process
     with pytest.raises(DataError, match="exists"):
         cut(corrected(50), out, Settings())
-    assert cuts.read(out)["settings"]["seed"] == 1 and [path.name for path in tmp_path.iterdir()] == ["cut"]
+    assert read(out)["settings"]["seed"] == 1 and [path.name for path in tmp_path.iterdir()] == ["cut"]
 
 
 def test_what_a_killed_curate_left_goes_when_somebody_is_forgotten(tmp_path: Path) -> None:
