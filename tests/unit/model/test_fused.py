@@ -238,14 +238,28 @@ def drawn(config, seed):
 @torch.inference_mode()
 def two_rows(net):
     """States after the second group of two requests' first rows, which layers in one call compute where they can."""
-    config = net.config
-    x = normal(1, 2, config.width, dtype=torch.float32)
-    cache = GroupCache.zeros(config, 3)
+    x, step = beginning(net.config)
+    assert bool(net.groups[1]._in_one_call(x, step)) == fused.usable(x)
+    return net.groups[1].paged(x, step, GroupCache.zeros(net.config, 3))
+
+
+def beginning(config):
+    """Two rows of two requests, and their step."""
     at = torch.tensor([0, 2])
     slots = torch.tensor([1, 2]) * config.page + at
     step = PagedStep(at, slots, torch.tensor([[1], [2]]), [0, 1, 2], config.page, config.block)
-    assert bool(net.groups[1]._in_one_call(x, step)) == fused.usable(x)
-    return net.groups[1].paged(x, step, cache)
+    return normal(1, 2, config.width, dtype=torch.float32), step
+
+
+@torch.inference_mode()
+def test_layers_that_are_rounded_as_in_training_do_not_run_in_one_call():
+    """Told before each step, though what else they are made of is looked for once."""
+    net = Net(presets.get("test").model).init_(0)
+    found = []
+    for on in (False, True, False):
+        linears.fake_quantize_(net, on)
+        found.append(bool(net.groups[1]._in_one_call(*beginning(net.config))))
+    assert found == [True, False, True]
 
 
 @pytest.mark.parametrize("quantization", ["none", "w8a8"])

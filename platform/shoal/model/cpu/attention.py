@@ -10,7 +10,7 @@ import numba as nb
 import numpy as np
 from numba.extending import overload
 
-from shoal.model.cpu.compiled import exp, fast, inverse_rms
+from shoal.model.cpu.compiled import exp, fast, finite, inverse_rms
 from shoal.model.cpu.floats import dots, fetch, fits, weigh
 from shoal.model.slots import TOP
 
@@ -82,23 +82,24 @@ def attend(q, kv, summaries, tables, rows, requests, positions, block, window, t
             if mixed:
                 used = _place(complete * block, first, table, page, runs, used)
                 count += max(0, first - complete * block)
-            near[:count], far[:count] = zero, one
-            here = count - first
+            here, before = count - first, count
             used = _place(first, position + 1, table, page, runs, used)
             count += position + 1 - first
-            near[here + first : count], far[here + first : count] = one, zero
             if mixed:
+                near[:before], far[:before] = zero, one
+                near[before:count], far[before:count] = one, zero
                 for b in blocks:
                     far[here + max(b * block, first) : here + max((b + 1) * block, first)] = one
                 far[here + max(complete * block, first) : count] = one
             _score(mine, kv, g, runs[:used], scale, weight, room)
             if len(bias) and not whole:
                 for h in range(group):
-                    weight[h, here + first : count] += bias[g * group + h]
-                near[:count] = one
+                    weight[h, before:count] += bias[g * group + h]
             for h in range(group):
-                share = gamma[g * group + h] if mixed else one
-                _mix(weight[h, :count], near, far, share, mixed)
+                if mixed:
+                    _mix(weight[h, :count], near, far, gamma[g * group + h])
+                else:
+                    _softmax(weight[h, :count])
             _gather(weight, kv, g, runs[:used], result, room)
 
 
@@ -259,7 +260,7 @@ def _place(start, end, table, page, runs, used):
 
 
 @fast
-def _mix(weight, near, far, share, hybrid):
+def _mix(weight, near, far, share):
     """Scores to the weights of both softmaxes together, in place.
 
     One exponential serves both branches. Where it would underflow in one of them (their largest scores lie far apart), each
@@ -272,7 +273,7 @@ def _mix(weight, near, far, share, hybrid):
             top_near = weight[i]
         if far[i] > zero and not weight[i] <= top_far:
             top_far = weight[i]
-    if hybrid and abs(top_near - top_far) > 60:
+    if abs(top_near - top_far) > 60:
         _mix_apart(weight, near, far, share, top_near, top_far)
         return
     top = max(top_near, top_far)
@@ -283,7 +284,7 @@ def _mix(weight, near, far, share, hybrid):
         sum_near += e * near[i]
         sum_far += e * far[i]
     a = share / sum_near
-    b = (one - share) / sum_far if hybrid else zero
+    b = (one - share) / sum_far
     for i in range(len(weight)):
         weight[i] *= a * near[i] + b * far[i]
 
@@ -303,16 +304,21 @@ def _mix_apart(weight, near, far, share, top_near, top_far):
 
 @fast
 def _softmax(z):
-    top = z[0]
-    for i in range(len(z)):
-        if not z[i] <= top:
-            top = z[i]
-    total = z.dtype.type(0)
+    top, total = _largest(z), z.dtype.type(0)
     for i in range(len(z)):
         z[i] = exp(z[i] - top)
         total += z[i]
     for i in range(len(z)):
         z[i] /= total
+
+
+@finite
+def _largest(z):
+    """The largest of z; where one is not a number anything, and the softmax gives none by that one itself."""
+    top = z[0]
+    for i in range(len(z)):
+        top = max(top, z[i])
+    return top
 
 
 @fast
@@ -337,19 +343,26 @@ def _norm_and_turn(heads, h, weight, eps, half, keep, cross, out):
     """Head h [d] of `heads` [H d], normed as `weight` is long, its first 2 `half` dims turned."""
     dim = len(out)
     x = heads[h * dim : (h + 1) * dim]
-    if len(weight) == dim:
-        _times(x, inverse_rms(x, eps), weight, out)
-    elif len(weight):
-        _times(x, inverse_rms(heads, eps), weight[h * dim : (h + 1) * dim], out)
+    if len(weight) == 0:
+        for i in range(half):
+            a, b = x[i], x[half + i]
+            out[i] = a * keep[i] + b * cross[i]
+            out[half + i] = b * keep[half + i] + a * cross[half + i]
+        for i in range(2 * half, dim):
+            out[i] = x[i]
+    elif len(weight) == dim:
+        _times_and_turn(x, inverse_rms(x, eps), weight, half, keep, cross, out)
     else:
-        out[:] = x
-    for i in range(half):
-        a, b = out[i], out[half + i]
-        out[i] = a * keep[i] + b * cross[i]
-        out[half + i] = b * keep[half + i] + a * cross[half + i]
+        own = weight[h * dim : (h + 1) * dim]
+        _times_and_turn(x, inverse_rms(heads, eps), own, half, keep, cross, out)
 
 
 @fast
-def _times(x, scale, weight, out):
-    for i in range(len(x)):
+def _times_and_turn(x, scale, weight, half, keep, cross, out):
+    for i in range(half):
+        a = x[i] * scale * weight[i]
+        b = x[half + i] * scale * weight[half + i]
+        out[i] = a * keep[i] + b * cross[i]
+        out[half + i] = b * keep[half + i] + a * cross[half + i]
+    for i in range(2 * half, len(x)):
         out[i] = x[i] * scale * weight[i]

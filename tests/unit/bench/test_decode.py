@@ -1,0 +1,58 @@
+"""`shoal bench decode`, of prompts and of a model: what is counted, and what does not go together."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from shoal import Model, presets
+from shoal.bench.decode import decode
+from shoal.bench.drafts import QUESTIONS, drafts_of
+from shoal.bench.speed import Bench, prefill
+from shoal.errors import UsageError
+from shoal.inputs.tokenizer import Tokenizer
+from shoal.model.net import Net
+
+
+def bench(**changed: Any) -> Bench:
+    config = dataclasses.replace(presets.get("test").model, **changed)
+    return Bench(Model(config, Net(config).init_(0), Tokenizer.bytes_only()), (1,), tokens=6, prompt=24, rounds=1)
+
+
+def test_prompts_are_computed_anew_in_each_round() -> None:
+    of = bench()
+    _, rows = prefill(of)
+    assert [(row["what"], row["prompt"]) for row in rows] == [("fp32", 24), ("int8", 24)]
+    assert all(row["tokens_per_s"] > 0 and row["ratios"]["fp32"] > 0 for row in rows)
+    for engine in of.engines.values():
+        assert engine.scheduler.metrics.prefix_hits == 0
+
+
+def test_drafts_of_a_model_change_no_token_and_are_counted() -> None:
+    _, rows = drafts_of(bench())
+    assert [(row["what"], row["drafts"]) for row in rows] == [
+        (what, n) for what in ("fp32", "int8") for n in (0, 1, 2, 4)
+    ]
+    assert all(row["same"] and 0 <= row["accepted"] <= 1 for row in rows) and len(QUESTIONS) == 3
+    with pytest.raises(UsageError, match="without early exits"):
+        drafts_of(bench(early_exits=False))
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+    Model.from_preset("test").quantized().save(tmp_path / "int8")
+    given = {"shape": "5m", "batches": (1,), "tokens": 1, "rounds": 1, "peer": {}}
+
+    def refused(words: str, parts: tuple[str, ...] = ("prefill",), **told: object) -> None:
+        with pytest.raises(UsageError, match=words):
+            decode(Console(), parts=parts, **{**given, **told})  # type: ignore[arg-type]
+
+    refused("--parts", parts=("context",), model=tmp_path / "int8")
+    refused("--parts", parts=("no such part",))
+    refused("in INT8", model=tmp_path / "int8")
+    refused("--gguf", peer={"llama.cpp": "python"})
+    refused("--gguf", gguf=tmp_path / "no.gguf")
+    refused("--prompt", prompt=0)
