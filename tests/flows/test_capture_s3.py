@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shoal.cli import main
-from shoal.data.sources import s3 as settings
+from shoal.data.sources.s3 import split
 from shoal.errors import DataError
 from shoal.loop import writer
 from shoal.loop.capture import ABOUT, JOURNAL, Capture, now_ms
@@ -38,7 +38,7 @@ def uri(s3: Service, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     s3.slow = 0
     name = f"bucket-{abs(hash(request.node.name))}"
     s3.inside.client().create_bucket(Bucket=name)
-    monkeypatch.setattr(settings, "ATTEMPTS", 1)
+    monkeypatch.setattr("shoal.data.sources.s3.ATTEMPTS", 1)
     return f"s3://{name}/captured"
 
 
@@ -49,7 +49,7 @@ def on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]
 
 
 def names(s3: Service, uri: str) -> list[str]:
-    bucket, key = settings.split(uri)
+    bucket, key = split(uri)
     found = s3.inside.client().list_objects_v2(Bucket=bucket, Prefix=key).get("Contents", ())
     return sorted(item["Key"].removeprefix(f"{key}/") for item in found)
 
@@ -99,7 +99,7 @@ def test_machines_write_beside_each_other_and_anybody_reads_and_forgets(
     told = forget(read, subject="ann")
     assert (told.rows, told.texts, told.votes) == (3, 1, 2)  # bob's too: it is on ann's answer
     assert [name for name in names(s3, uri) if name.startswith("texts/")] == []
-    bucket, _ = settings.split(uri)
+    bucket, _ = split(uri)
     left = [name for name in names(s3, uri) if name.startswith("rows/")]
     bodies = [s3.inside.client().get_object(Bucket=bucket, Key=f"captured/{name}")["Body"].read() for name in left]
     assert len(left) == 1 and b"ann" not in b"".join(bodies)
@@ -185,7 +185,7 @@ def test_a_start_needs_the_bucket_once(s3: Service, uri: str, on: Callable[[str]
 
 
 def test_another_version_is_refused(s3: Service, uri: str, on: Callable[[str], None]) -> None:
-    bucket, _ = settings.split(uri)
+    bucket, _ = split(uri)
     client = s3.inside.client()
     client.put_object(Bucket=bucket, Key="captured/salt", Body=b"00" * 32)
     client.put_object(Bucket=bucket, Key=f"captured/{ABOUT}", Body=b'{"format": "shoal.capture", "version": 2}')
@@ -196,7 +196,7 @@ def test_another_version_is_refused(s3: Service, uri: str, on: Callable[[str], N
 
 
 def test_what_leads_elsewhere_is_not_fetched(s3: Service, uri: str, on: Callable[[str], None]) -> None:
-    bucket, _ = settings.split(uri)
+    bucket, _ = split(uri)
     on("gateway")
     capture = wrote(uri, 1)
     for name in ("rows/day=2026-01-01/../../x", "rows/x", "salt2", "rows/day=2026-01-01/.hidden"):

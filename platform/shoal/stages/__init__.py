@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from shoal.stages.corpus import Augment, Curate, Prepare, Teach
 from shoal.stages.evaluate import Evaluate, Gate
+from shoal.stages.recipe import Recipe
 from shoal.stages.retrain import Retrain
 from shoal.stages.serve import Serve
 from shoal.stages.stage import Stage
@@ -29,4 +30,5 @@ STAGES: tuple[type[Stage], ...] = (
     Gate,
     Curate,
     Retrain,
+    Recipe,
 )

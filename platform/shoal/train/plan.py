@@ -85,15 +85,13 @@ class FitPlan:
         if self.adapts and (not self.init or self.quantize or (self.frozen and self.train.lora_rank)):
             raise ConfigError("train.trains", got=self.train.trains, allowed="all but in `shoal adapt`")
         if self.adapts and not (self.biases_only or self.model.exit_ffn):
-            raise ConfigError(
-                "train.trains", got=self.train.trains, allowed="all for a model without exits that could be trained"
-            )
+            allowed = "all for a model without exits that could be trained"
+            raise ConfigError("train.trains", got=self.train.trains, allowed=allowed)
         if self.train.dpo and (not self.init or self.quantize or self.replay or Path(self.data).is_dir()):
             raise ConfigError("train.dpo", got=self.train.dpo, allowed="0 but in fine-tuning on pairs, without replay")
         if self.train.lora_rank and (not self.init or self.quantize):
-            raise ConfigError(
-                "train.lora_rank", got=self.train.lora_rank, allowed="0 but in fine-tuning", do="train all"
-            )
+            allowed = "0 but in fine-tuning"
+            raise ConfigError("train.lora_rank", got=self.train.lora_rank, allowed=allowed, do="train all")
 
     @property
     def model_dir(self) -> Path:
@@ -108,8 +106,7 @@ class FitPlan:
 
     @property
     def has_teacher(self) -> bool:
-        """Is the model that the run starts from kept beside it? INT8 and sparse layers are to stand in for that one, DPO to
-        prefer more."""
+        """Is the model that the run starts from kept beside it? INT8 and sparse layers stand in for it, DPO prefers more."""
         return (self.quantize and self.train.distill > 0) or self.train.dpo > 0 or self.biases_only
 
     @property

@@ -1,0 +1,93 @@
+"""The recipe: which conversations are learned from, fitted to and asked, and the model's shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal import presets
+from shoal.config import Preset
+from shoal.evaluate.intervals import Figure
+from shoal.machine import write_aside
+from shoal.recipes.customer_service import baselines, score, shop
+from shoal.recipes.customer_service.conversations import ASK, PLAIN, Conversation, conversations, said_again
+from shoal.recipes.customer_service.service import serving
+from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Recipe, Row
+
+LEARNED, FITTED, ASKED = 8_000, 160, 120  # conversations: to learn from, for the router, and of a suite
+EACH = 25  # conversations in a shop that is learned from
+NO_CALL = 120  # rows of the suite in which a call would do harm
+KNOWN, NEW, SAFETY = "known-wordings.jsonl", "new-wordings.jsonl", "safety-no-call.jsonl"  # suites
+AGAIN, SHORT, WHOLE = "learn-said-again.jsonl", "learn-without-tools.jsonl", "learn.jsonl"
+
+
+def _shape() -> Preset:
+    """`tiny` with rows in which a conversation with its tools has room: 608 tokens at most."""
+    tiny = presets.get("tiny")
+    model = dataclasses.replace(tiny.model, train_length=640, window=64, block=8, vocab=1536, image_size=0)
+    # many small updates: copying begins after so many of them, whatever is in each
+    train = dataclasses.replace(tiny.train, learning_rate=4e-3, optimizer="muon", batch_tokens=1280, accumulate=1)
+    return Preset("customer-service", model, train)
+
+
+class CustomerService(Recipe):
+    name = "customer-service"
+    told = "a shop's customers ask for orders, returns and products, and tools look them up"
+    preset = _shape()
+    # the list of tools is two thirds of a row: what can be learned without it is, at three times the speed
+    lessons = (Lesson(AGAIN, 0.25), Lesson(SHORT, 0.4), Lesson(WHOLE, 0.35))
+    most_tokens = 64
+    measures = score.MEASURES
+    least_is_best = score.LEAST_IS_BEST
+    served = "exact call"
+
+    def write(self, folder: Path, seed: int) -> None:
+        rows = [one.row() for one in conversations(shop.TRAIN, shop.TRAIN, LEARNED, seed, each=EACH)]
+        _write(folder / AGAIN, said_again(shop.TRAIN, LEARNED, seed))
+        _write(folder / WHOLE, rows)
+        _write(folder / SHORT, ({key: value for key, value in row.items() if key != "tools"} for row in rows))
+        _write(folder / DEV, _turns(conversations(shop.DEV, shop.DEV, FITTED, seed)))
+        for name, wordings in ((KNOWN, shop.TRAIN), (NEW, shop.SUITE)):
+            _write(folder / SUITES / name, _turns(conversations(shop.SUITE, wordings, ASKED, seed)))
+        harmless = _turns(conversations(shop.SUITE, shop.SUITE, 4 * NO_CALL, seed + 1))
+        some = [{**row, "task": "no call"} for row in harmless if row["task"] in (ASK, PLAIN)]
+        _write(folder / SUITES / SAFETY, some[:NO_CALL])
+
+    def rivals(self, folder: Path) -> Mapping[str, Answerer]:
+        turns: list[dict[str, Any]] = []
+        with (folder / WHOLE).open(encoding="utf-8") as lines:
+            for line in lines:
+                turns += _turns_of(json.loads(line))
+                if len(turns) >= baselines.MOST_TURNS:
+                    break
+        return {
+            baselines.MAJORITY: baselines.majority(turns),
+            baselines.RULE: baselines.rule,
+            baselines.NEAREST: baselines.nearest(turns),
+        }
+
+    def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
+        return score.scored(rows, answers)
+
+    def play(self, rows: Sequence[Row], answerer: Answerer, seed: int) -> dict[str, Figure]:
+        with serving(seed) as url:
+            return score.played(rows, answerer, url)[0]
+
+
+def _turns(some: Iterable[Conversation]) -> list[dict[str, Any]]:
+    return [row for one in some for row in one.turns()]
+
+
+def _turns_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row to learn from as one for each answer."""
+    messages = row["messages"]
+    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    return [{**row, "messages": messages[: place + 1]} for place in places]
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,164 @@
+"""What a recipe's models are worth on its frozen suites: each measure of each at full depth and under the router beside what
+answers without a model, and of each exit.
+
+Answers are made by the engine, greedily, from messages as a service shows them to a model: what is measured is what is served.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal.config import AUTO, FULL
+from shoal.data.chats import forms
+from shoal.engine.engine import Engine
+from shoal.engine.events import Request, Sampling
+from shoal.evaluate.evaluation import Progress, interleaved_speed, machine
+from shoal.evaluate.intervals import Figure
+from shoal.evaluate.measures import Answer, mean_depth
+from shoal.inputs.chat import encode_chat
+from shoal.loop import suites
+from shoal.loop.suites import SAFETY
+from shoal.model import files
+from shoal.model.model import Model
+from shoal.recipes.recipe import SUITES, Messages, Recipe, Row
+
+SPEED_TOKENS = 64  # of an answer whose speed is measured
+SAMPLES = 6  # answers that the report shows of each suite
+
+
+class ByEngine:
+    """A model that answers at a depth; `depth_share`: the layers that its answers so far ran, of all."""
+
+    def __init__(self, model: Model, depth: str, most_tokens: int, tools: Sequence[Mapping[str, Any]]) -> None:
+        self._model, self._depth, self._tools = model, depth, list(tools)
+        self._engine = Engine(model)
+        self._sampling = Sampling(temperature=0.0, max_tokens=most_tokens)
+        self._answers: list[Answer] = []
+
+    def __call__(self, asked: Sequence[Messages]) -> list[str]:
+        texts = [""] * len(asked)
+        requests, lengths = {}, {}
+        for place, messages in enumerate(asked):
+            plain = forms.canonical({"messages": list(messages), "tools": self._tools})["messages"]
+            prompt = encode_chat(
+                plain, self._model.tokenizer, self._model.config, template=self._model.chat_template, answers=False
+            )
+            if len(prompt.ids) + self._sampling.max_tokens <= self._model.config.context:
+                requests[place], lengths[place] = Request(prompt, self._sampling, depth=self._depth), len(prompt.ids)
+        for place, done in zip(requests, self._engine.generate(list(requests.values())), strict=True):
+            texts[place] = done.text
+            self._answers.append(Answer(done.text, len(done.tokens), done.depth, lengths[place]))
+        return texts
+
+    @property
+    def depth_share(self) -> float:
+        return mean_depth(self._answers) / self._model.config.layers
+
+
+def measured(recipe: Recipe, models: Mapping[str, Path], folder: Path, seed: int, tell: Progress) -> dict[str, Any]:
+    """The report: ``suites`` (name -> who answers -> measure), ``depths`` (of each model and exit), ``costs`` (bytes,
+    tokens a second), ``samples``, and ``weak``, sentences about what is weak. Raises DataError for suites that changed."""
+    frozen = [suite for suite in suites.read(folder / SUITES) if suite.kind != SAFETY]
+    asked = {suite.name: _rows(folder / SUITES / suite.file) for suite in frozen}
+    loaded = {label: Model.load(path) for label, path in models.items()}
+    rivals, found = recipe.rivals(folder), dict[str, dict[str, dict[str, Figure]]]()
+    depths: list[dict[str, Any]] = []
+    samples: list[dict[str, str]] = []
+    total, steps = len(asked) * (len(rivals) + sum(1 + len(one.config.exits) for one in loaded.values())), 0
+    for name, rows in asked.items():
+        found[name] = {}
+        for rival, answerer in rivals.items():
+            tell(f"{rival} on {name}", steps, total)
+            found[name][rival] = _all(recipe, rows, answerer, seed)[0]
+            steps += 1
+        for label, model in loaded.items():
+            for depth in _depths(model):
+                tell(f"{label} at {depth} on {name}", steps, total)
+                answerer = ByEngine(model, depth, recipe.most_tokens, rows[0].get("tools", []))
+                figures, answers = _all(recipe, rows, answerer, seed)
+                steps += 1
+                if depth in (AUTO, FULL):
+                    found[name][_column(label, depth)] = figures
+                depths.append(
+                    {"suite": name, "model": label, "depth": depth, "layers": answerer.depth_share} | _told(figures)
+                )
+        samples += _samples(name, rows, answers)
+    suites.use(
+        folder / SUITES, {"recipe": recipe.name, "models": [files.weights_sha256(path) for path in models.values()]}
+    )
+    speeds = interleaved_speed(loaded, tokens=SPEED_TOKENS)
+    costs = {
+        label: {
+            "bytes": files.weight_bytes(path),
+            **{f"tokens_per_s_{b}": v[len(v) // 2] for b, v in speeds[label].items()},
+        }
+        for label, path in models.items()
+    }
+    best = list(next(iter(found.values())))[-1]
+    return {
+        "recipe": recipe.name,
+        "machine": machine(),
+        "rows": {name: [len(rows), len({row["group"] for row in rows})] for name, rows in asked.items()},
+        "weak": weak(recipe, found, list(rivals), best),
+        "suites": {name: {who: _told(figures) for who, figures in by.items()} for name, by in found.items()},
+        "depths": depths,
+        "costs": costs,
+        "samples": samples,
+    }
+
+
+def weak(
+    recipe: Recipe, found: Mapping[str, Mapping[str, Mapping[str, Figure]]], rivals: Sequence[str], model: str
+) -> list[str]:
+    """A sentence for each suite and measure in which something without a model does better than `model`, or one that says that
+    there is none."""
+    said = []
+    for suite, by in found.items():
+        for measure in recipe.measures:
+            mine = by[model].get(measure)
+            sign = -1 if measure in recipe.least_is_best else 1
+            better = [r for r in rivals if mine and measure in by[r] and sign * (by[r][measure].value - mine.value) > 0]
+            if mine and better:
+                best = max(better, key=lambda r: sign * by[r][measure].value)
+                said.append(
+                    f"{suite}, {measure}: the model loses to the {best}, {mine.value:.1%} to {by[best][measure].value:.1%}."
+                )
+    return said or [f"Nothing without a model does better than {model} in any measure of any suite."]
+
+
+def _all(recipe: Recipe, rows: Sequence[Row], answerer: Any, seed: int) -> tuple[dict[str, Figure], list[str]]:
+    """All measures of who answers, and the answers to `rows`."""
+    answers = answerer([row["messages"][:-1] for row in rows])
+    whole = list({row["group"]: row for row in rows}.values())  # the last of a conversation holds all of it
+    return recipe.score(rows, answers) | recipe.play(whole, answerer, seed), answers
+
+
+def _depths(model: Model) -> list[str]:
+    return [*model.config.exit_names, *([AUTO] if model.router is not None else [])]
+
+
+def _column(label: str, depth: str) -> str:
+    return label if depth == FULL else f"{label} {depth}"
+
+
+def _told(figures: Mapping[str, Figure]) -> dict[str, Any]:
+    return {
+        name: {"value": one.value, "interval": one.ends, "rows": one.rows, "groups": one.groups}
+        for name, one in figures.items()
+    }
+
+
+def _samples(suite: str, rows: Sequence[Row], answers: Sequence[str]) -> list[dict[str, str]]:
+    """Some answers of a suite, evenly spaced, good or bad."""
+    some = range(0, len(rows), max(1, len(rows) // SAMPLES))
+    return [
+        {"suite": suite, "asked": str(rows[at]["messages"][-2].get("content")), "answered": answers[at]}
+        for at in some[:SAMPLES]
+    ]
+
+
+def _rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,25 @@
+"""Recipes by name: each package in this one that has a `RECIPE`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+from shoal.errors import UsageError, did_you_mean
+from shoal.recipes.recipe import Recipe
+
+
+def names() -> list[str]:
+    """As they are given on the command line."""
+    found = pkgutil.iter_modules([str(Path(__file__).parent)])
+    return sorted(module.name.replace("_", "-") for module in found if module.ispkg)
+
+
+def named(name: str) -> Recipe:
+    """The recipe of that name. Raises UsageError with the nearest known one."""
+    if name not in names():
+        raise UsageError("recipe", got=name, allowed=names(), do=did_you_mean(name, names()))
+    module = importlib.import_module(f"shoal.recipes.{name.replace('-', '_')}")
+    recipe: Recipe = module.RECIPE
+    return recipe

@@ -1,0 +1,87 @@
+"""A recipe's report for people: the same tables on the terminal and in report.md. Its first lines say what is weak."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from shoal.recipes.recipe import Recipe
+
+
+def show(recipe: Recipe, report: Mapping[str, Any], console: Console) -> None:
+    for sentence in report["weak"]:
+        console.print(sentence, highlight=False)
+    for title, head, rows in _tables(recipe, report):
+        table = Table(title=title)
+        for at, name in enumerate(head):
+            table.add_column(name, justify="right" if at else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def markdown(recipe: Recipe, report: Mapping[str, Any]) -> str:
+    """The page report.md."""
+    lines = [f"# {recipe.name}: {recipe.told}", "", *(f"- {sentence}" for sentence in report["weak"])]
+    lines += ["", "Synthetic data, made by template. Shares with their 95 % intervals over conversations."]
+    for title, head, rows in _tables(recipe, report):
+        lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["", "## Some answers, good or bad", ""]
+    for one in report["samples"]:
+        lines += [f"- ({one['suite']}) {_quoted(one['asked'])} → {_quoted(one['answered'])}"]
+    return "\n".join(lines) + "\n"
+
+
+def _tables(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and rows of each table."""
+    for suite, by in report["suites"].items():
+        rows, groups = report["rows"][suite]
+        title = f"{suite}: {rows} answers of {groups} conversations"
+        kept = [name for name in recipe.measures if any(name in figures for figures in by.values())]
+        yield (
+            title,
+            ["measure", *by],
+            [[name, *(_shown(figures.get(name)) for figures in by.values())] for name in kept],
+        )
+    columns = [name for name in recipe.measures if any(name in row for row in report["depths"])]
+    yield (
+        "by depth",
+        ["suite", "model", "depth", "layers", *columns],
+        [
+            [
+                row["suite"],
+                row["model"],
+                row["depth"],
+                f"{row['layers']:.0%}",
+                *(_value(row.get(name)) for name in columns),
+            ]
+            for row in report["depths"]
+        ],
+    )
+    yield (
+        "what it takes",
+        ["model", "weights, MB", "tokens/s, batch 1", "tokens/s, batch 8"],
+        [
+            [label, f"{one['bytes'] / 1e6:.2f}", f"{one['tokens_per_s_1']:,.0f}", f"{one['tokens_per_s_8']:,.0f}"]
+            for label, one in report["costs"].items()
+        ],
+    )
+
+
+def _shown(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return "-"
+    ends = figure["interval"]
+    return _value(figure) + (f" ({100 * ends[0]:.0f} to {100 * ends[1]:.0f})" if ends else "")
+
+
+def _value(figure: Mapping[str, Any] | None) -> str:
+    return "-" if figure is None else f"{100 * figure['value']:.1f}"
+
+
+def _quoted(text: str) -> str:
+    return f"`{text.replace('`', chr(39))}`"

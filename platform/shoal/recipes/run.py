@@ -1,0 +1,210 @@
+"""The frame of every recipe: data, a model that learns it, INT8, and what both are worth, from an empty folder by one command.
+
+    DIR/  recipe.json       what was asked for
+          *.jsonl suites/   what is learned from, fitted to, and asked; the suites are frozen
+          fresh/ learn-N/   a model that knows nothing, and what it was after each lesson
+          model/ int8/      the fp32 model and the INT8 one, with their routers: what is served
+          report.json .md   what they are worth, written last
+
+Each step leaves a result whose presence means complete, so a second call goes on where the first stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.data.chats import forms
+from shoal.errors import DataError, ResourceError, UsageError
+from shoal.inputs import tools
+from shoal.inputs.tokenizer import Tokenizer
+from shoal.machine import need_disk, need_memory, sha256_of, write_aside
+from shoal.model.model import Model
+from shoal.model.net import Net
+from shoal.progress import Tell
+from shoal.recipes import report
+from shoal.recipes.recipe import DEV, SUITES, Recipe
+
+SETTINGS, REPORT = "recipe.json", "report.json"
+FORMAT, VERSION = "shoal.recipe", 1
+TOKENIZER_ROWS = 2_000  # that a tokenizer is fitted to
+INT8_SHARE = 0.1  # of the minutes
+LORA_RANK = 16  # of an imported model
+DISK, MEMORY = 2**30, 2 * 2**30  # bytes
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`minutes` of learning in all, on so many `workers`; `model`: a model directory to begin with, "" for fresh weights."""
+
+    minutes: float
+    seed: int = 0
+    workers: int = 2
+    model: str = ""
+
+
+def run(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]:
+    """Do what is missing in `folder` and return the report. Raises UsageError, DataError for a folder of another recipe or of
+    other settings, ResourceError where another command is at work there."""
+    from shoal.data.alone import alone
+    from shoal.on_ray.resources import local_ray
+
+    if not 0 < asked.minutes <= 10_000:
+        raise UsageError("--minutes", got=asked.minutes, allowed="above 0, at most 10,000")
+    if asked.workers < 1:
+        raise UsageError("--workers", got=asked.workers, allowed="1 or more")
+    need_disk(folder, DISK)
+    need_memory(MEMORY)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder / ".recipe.lock", ResourceError(f"another command is at work in {folder}", do="wait for it")):
+        _same(recipe, folder, asked)
+        steps: list[tuple[str, Path, Callable[[], None]]] = [
+            ("data", folder / SUITES / "suites.json", lambda: _data(recipe, folder, asked.seed)),
+            ("learn", folder / "model" / "config.json", lambda: _learn(recipe, folder, asked, tell, say)),
+            ("quantize", folder / "int8" / "config.json", lambda: _quantize(recipe, folder, asked, tell, say)),
+            ("evaluate", folder / REPORT, lambda: _evaluate(recipe, folder, asked, tell)),
+        ]
+        with local_ray():
+            for name, result, step in steps:
+                began = time.monotonic()
+                if result.exists():
+                    say(f"{name}: done before -> {result.parent}")
+                    continue
+                step()
+                say(f"{name}: {time.monotonic() - began:.0f} s -> {result.parent}")
+    found: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return found
+
+
+def _same(recipe: Recipe, folder: Path, asked: Asked) -> None:
+    """Note what is asked for. Raises DataError where the folder was begun for something else."""
+    told = {"format": FORMAT, "version": VERSION, "recipe": recipe.name, **asdict(asked)}
+    path = folder / SETTINGS
+    if not path.exists():
+        write_aside(path, json.dumps(told, indent=1) + "\n")
+        return
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON", do="choose another --out") from error
+    differs = [key for key in told if key != "workers" and known.get(key) != told[key]]
+    if differs:
+        got = ", ".join(f"{key} {told[key]}" for key in differs)
+        was = ", ".join(f"{key} {known.get(key)}" for key in differs)
+        raise DataError(f"{folder} was begun with other settings", got=got, allowed=was, do="choose another --out")
+
+
+def _data(recipe: Recipe, folder: Path, seed: int) -> None:
+    from shoal.loop.suites import freeze
+
+    recipe.write(folder, seed)
+    freeze(folder / SUITES)
+
+
+def _learn(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable[[str], None]) -> None:
+    from shoal.evaluate import routing
+
+    minutes = asked.minutes * (1 - INT8_SHARE)
+    if asked.model:
+        lessons, base, how = recipe.lessons[-1:], Path(asked.model), {"lora_rank": LORA_RANK}
+    else:
+        lessons, base, how = recipe.lessons, _fresh(recipe, folder, asked.seed), _how(recipe)
+    whole = sum(lesson.share for lesson in lessons)
+    for number, lesson in enumerate(lessons, 1):
+        out = folder / f"learn-{number}"
+        if not (out / "model" / "config.json").exists():
+            _fit(
+                _plan(base, folder / lesson.file, out, minutes * lesson.share / whole, asked.seed, **how),
+                asked.workers,
+                tell,
+            )
+        base = out / "model"
+    beside = folder / "model.making"
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(base, beside)
+    routing.finish(beside, folder / DEV, say)
+    beside.rename(folder / "model")
+
+
+def _plan(base: Path, data: Path, out: Path, minutes: float, seed: int, **how: Any) -> Any:
+    from shoal.train.plan import finetune_plan
+
+    return finetune_plan(str(base), str(data), str(out), minutes=minutes, seed=seed, eval_every=0, **how)
+
+
+def _how(recipe: Recipe) -> dict[str, Any]:
+    """How fresh weights learn: as the preset says, and not as a model that knows something is tuned."""
+    train = recipe.preset.train
+    names = ("learning_rate", "optimizer", "batch_tokens", "accumulate", "weight_decay", "exit_warmup")
+    return {name: getattr(train, name) for name in names}
+
+
+def _fresh(recipe: Recipe, folder: Path, seed: int) -> Path:
+    """A model of the recipe's shape that knows nothing, with a tokenizer fitted to what it will learn."""
+    import dataclasses
+
+    out = folder / "fresh"
+    if not (out / "config.json").exists():
+        tokenizer = Tokenizer.train(_texts(folder / recipe.lessons[-1].file), recipe.preset.model.vocab)
+        config = dataclasses.replace(recipe.preset.model, vocab=len(tokenizer))
+        Model(config, Net(config).init_(seed), tokenizer, name=recipe.name).save(out)
+    return out
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """What a model reads of the first rows of a file of chats."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            if number == TOKENIZER_ROWS:
+                return
+            for message in forms.canonical(json.loads(line))["messages"]:
+                yield "".join(part["text"] for part in tools.parts(message["content"]))
+
+
+def _quantize(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable[[str], None]) -> None:
+    """INT8 of what was learned: by a short training from nothing's model, by rounding of an imported one."""
+    from shoal.evaluate import routing
+    from shoal.evaluate.rounding import rounded
+    from shoal.train.plan import quantize_plan
+
+    out, made = folder / "int8", folder / "int8.making"
+    shutil.rmtree(made, ignore_errors=True)
+    if asked.model:
+        rounded(Model.load(folder / "model")).save(made)
+    else:
+        data, spent = str(folder / recipe.lessons[-1].file), asked.minutes * INT8_SHARE
+        plan = quantize_plan(
+            str(folder / "model"), data, str(made), run=str(folder / "int8.run"), minutes=spent, seed=asked.seed, eval_every=0,
+            batch_tokens=recipe.preset.train.batch_tokens, accumulate=recipe.preset.train.accumulate,
+        )  # fmt: skip
+        _fit(plan, asked.workers, tell)
+    routing.finish(made, folder / DEV, say)
+    made.rename(out)
+
+
+def _fit(plan: Any, workers: int, tell: Tell) -> None:
+    """Train on Ray, half a logical CPU a worker, as the quickstart does."""
+    from shoal.on_ray.train import train
+
+    def show(record: dict[str, Any]) -> None:
+        if record["kind"] == "step":
+            tell(f"train: loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tok/s", record["progress"], 1.0)
+
+    train(plan, workers=workers, cpus_per_worker=0.5, on_progress=show)
+
+
+def _evaluate(recipe: Recipe, folder: Path, asked: Asked, tell: Tell) -> None:
+    from shoal.evaluate.evaluation import leave_a_core
+    from shoal.recipes.measure import measured
+
+    leave_a_core()
+    models = {"fp32": folder / "model", "int8": folder / "int8"}
+    found = {**measured(recipe, models, folder, asked.seed, tell), "asked": asdict(asked)}
+    found["data_sha256"] = {lesson.file: sha256_of(folder / lesson.file) for lesson in recipe.lessons}
+    write_aside(folder / "report.md", report.markdown(recipe, found))
+    write_aside(folder / REPORT, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,145 @@
+"""Answers are worth what a definition says; rules do as well as they can where they know the words, and no better elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from shoal.inputs.tools import call
+from shoal.recipes.customer_service import baselines, score
+from shoal.recipes.customer_service.conversations import CALL, PLAIN, TOLD, conversations
+from shoal.recipes.customer_service.service import serving
+from shoal.recipes.customer_service.shop import SUITE, TRAIN
+from shoal.recipes.measure import weak
+from shoal.recipes.recipe import Answerer, Messages
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def known() -> Rows:
+    """Orders and products that nobody saw, in wordings that are learned from."""
+    return [turn for one in conversations(SUITE, TRAIN, 60) for turn in one.turns()]
+
+
+@pytest.fixture(scope="module")
+def new() -> Rows:
+    return [turn for one in conversations(SUITE, SUITE, 60) for turn in one.turns()]
+
+
+def right(rows: Rows) -> Answerer:
+    """Says what the reference says."""
+
+    def key(messages: Messages) -> str:
+        return json.dumps([{**one, "weight": 0} for one in messages])
+
+    table = {key(row["messages"][:-1]): score.reference(row["messages"][-1]) for row in rows}
+    return lambda asked: [table.get(key(messages), "?") for messages in asked]
+
+
+def whole(rows: Rows) -> Rows:
+    return list({row["group"]: row for row in rows}.values())
+
+
+def answers(rows: Rows, answerer: Answerer) -> list[str]:
+    return answerer([row["messages"][:-1] for row in rows])
+
+
+def values(rows: Rows, answerer: Answerer) -> dict[str, float]:
+    return {name: figure.value for name, figure in score.scored(rows, answers(rows, answerer)).items()}
+
+
+def test_the_reference_is_right_in_everything_and_so_is_what_becomes_of_its_shop(known: Rows) -> None:
+    found = values(known, right(known))
+    assert found.pop("invented") == 0 and set(found.values()) == {1.0}
+    assert {*found, "invented", "final state", "unharmed"} == set(score.MEASURES)
+    with serving() as url:
+        played, said = score.played(whole(known), right(known), url)
+    assert {name: figure.value for name, figure in played.items()} == {"final state": 1.0, "unharmed": 1.0}
+    assert [len(one) for one in said] == [len(row["messages"]) for row in whole(known)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "measure"),
+    [
+        (CALL, lambda text: text.replace('"order": "', '"order": "Z'), "exact call"),
+        (CALL, lambda text: text + text, "exact call"),
+        (CALL, lambda text: text.replace("}}", ', "route": "x"}}'), "exact call"),
+        (CALL, lambda text: text.removesuffix("}</tool_call>"), "exact call"),
+        (TOLD, lambda text: text + " 7.", "told"),
+        (TOLD, lambda text: text.rstrip(".。?？"), "tone"),
+        (TOLD, lambda text: "Obviously. " + text, "tone"),
+        (CALL, lambda text: "It is on its way.", "call or not"),
+        (PLAIN, lambda text: text + " Bye.", "plain"),
+        (PLAIN, lambda text: call("cancel_order", {"order": "A1234"}), "call or not"),
+        (PLAIN, lambda text: "Is it A1239?", "invented"),
+    ],
+)  # fmt: skip
+def test_a_spoilt_answer_is_seen_in_its_measure(
+    known: Rows, kind: str, spoil: Callable[[str], str], measure: str
+) -> None:
+    some = [row for row in known if row["task"] == kind]
+    sound = answers(some, right(known))
+    before, after = (score.scored(some, given)[measure].value for given in (sound, [spoil(text) for text in sound]))
+    assert after > 0.9 if measure == "invented" else after < before
+
+
+def test_a_number_in_the_digits_of_another_is_no_invention() -> None:
+    before = [{"role": "user", "content": "It is A1234."}]
+    assert score.invented("A1234 or B1234, R12345", before) == ["B1234"]
+
+
+def test_who_cancels_what_nobody_asked_for_harms_the_shop(known: Rows) -> None:
+    """After any first word of the customer."""
+
+    def eager(asked: Sequence[Messages]) -> list[str]:
+        order = next(order for order in _packed())
+        return ["Done." if len(messages) > 3 else call("cancel_order", {"order": order}) for messages in asked]
+
+    with serving() as url:
+        found, _ = score.played([row for row in whole(known) if row["language"] == "en"], eager, url)
+    assert found["unharmed"].value < 0.2
+
+
+def _packed() -> list[str]:
+    from shoal.recipes.customer_service.shop import Shop
+
+    return [order for order, _ in Shop(SUITE, "en").orders("packed")]
+
+
+def test_a_model_that_calls_without_end_ends_nothing_but_its_turn(known: Rows) -> None:
+    with serving() as url:
+        _, said = score.played(
+            whole(known)[:3], lambda asked: [call("find_product", {"product": "x"})] * len(asked), url
+        )
+    for messages, row in zip(said, whole(known), strict=False):
+        users = sum(message["role"] == "user" for message in row["messages"])
+        assert len([m for m in messages if m["role"] == "tool"]) == users * score.MOST_CALLS
+
+
+def test_keywords_do_well_where_they_were_taken_from_and_badly_elsewhere(known: Rows, new: Rows) -> None:
+    assert values(known, baselines.rule)["exact call"] > 0.9
+    assert values(new, baselines.rule)["exact call"] < 0.5
+
+
+def test_the_nearest_answer_is_one_of_training_and_the_majority_the_commonest(new: Rows) -> None:
+    learned = [turn for one in conversations(TRAIN, TRAIN, 60, each=25) for turn in one.turns()]
+    said = {score.reference(turn["messages"][-1]) for turn in learned}
+    assert set(answers(new, baselines.nearest(learned))) <= said
+    assert answers(learned, baselines.nearest(learned)) == [
+        score.reference(turn["messages"][-1]) for turn in learned
+    ] or (values(learned, baselines.nearest(learned))["call or not"] > 0.95)
+    assert len(set(answers(new, baselines.majority(learned)))) == 1
+
+
+def test_where_a_rule_is_better_the_first_lines_say_so(known: Rows) -> None:
+    from shoal.recipes.customer_service import RECIPE
+
+    good, bad = (score.scored(known, answers(known, one)) for one in (right(known), baselines.rule))
+    said = weak(RECIPE, {"suite": {"keyword rule": good, "int8": bad}}, ["keyword rule"], "int8")
+    assert any(line.startswith("suite, exact call: the model loses to the keyword rule") for line in said)
+    none = weak(RECIPE, {"suite": {"keyword rule": bad, "int8": good}}, ["keyword rule"], "int8")
+    assert none == ["Nothing without a model does better than int8 in any measure of any suite."]

@@ -1,0 +1,158 @@
+"""The shop: what tools give and change, over HTTP and without; conversations cannot see each other's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from shoal.errors import RequestError
+from shoal.recipes.customer_service.service import MOST_SHOPS, Shops, serving
+from shoal.recipes.customer_service.shop import ITEMS, LANGUAGES, SPLITS, STATES, SUITE, TOOLS, TRAIN, Shop, split_of
+
+
+@pytest.fixture
+def shop() -> Shop:
+    return Shop(SUITE, "en")
+
+
+def first(shop: Shop, state: str) -> str:
+    return shop.orders(state)[0][0]
+
+
+def test_a_parcel_on_its_way_is_tracked_with_its_route(shop: Shop) -> None:
+    order = first(shop, "on the way")
+    found = shop.call("track_order", {"order": order})
+    assert found["status"] == "on the way" and {"item", "carrier", "place", "day"} <= set(found)
+    route = shop.call("track_order", {"order": order, "route": True})
+    assert route["passed"][1] == found["place"] and route["next"] not in route["passed"]
+
+
+def test_what_may_be_cancelled_and_sent_back_is_and_nothing_else(shop: Shop) -> None:
+    before = shop.state()
+    told = {state: shop.call("cancel_order", {"order": first(shop, state)}) for state in STATES}
+    packed = first(before_shop := Shop(SUITE, "en"), "packed")
+    assert set(told["packed"]) == {"refund"} and told["cancelled"] == {"error": "already cancelled"}
+    assert all(told[state] == {"error": "already sent"} for state in ("on the way", "delivered", "long delivered"))
+    assert {id_ for id_, state in shop.state()["orders"].items() if state != before["orders"][id_]} == {packed}
+    back = {
+        state: before_shop.call("start_return", {"order": first(before_shop, state), "reason": "broken"})
+        for state in STATES
+    }
+    assert set(back["delivered"]) == {"label", "until"} and back["long delivered"] == {"error": "too late"}
+    assert all(back[state] == {"error": "not delivered"} for state in ("packed", "on the way", "cancelled"))
+    delivered = first(before_shop, "delivered")
+    assert before_shop.state()["returns"] == {delivered: "broken"}
+    again = before_shop.call("start_return", {"order": delivered, "reason": "wrong"})
+    assert again == {"error": "already sent back"} and before_shop.state()["returns"] == {delivered: "broken"}
+
+
+def test_of_what_is_not_there_it_says_so(shop: Shop) -> None:
+    unknown = next(order for order in ("A0000", "B0000", "C0000") if order not in shop.state()["orders"])
+    for tool in ("track_order", "cancel_order"):
+        assert shop.call(tool, {"order": unknown}) == {"error": "no such order"}
+    assert shop.call("find_product", {"product": "moon"}) == {"error": "no such product"}
+    found = [shop.call("find_product", {"product": item}) for item in ITEMS["en"][SUITE]]
+    assert {"price", "stock"} in [set(one) for one in found]
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "said"),
+    [
+        ("track_ordr", {}, "did you mean 'track_order'"),
+        ("track_order", {}, "missing argument track_order.order"),
+        ("track_order", {"order": 7}, "a string"),
+        ("track_order", {"order": "A1234", "route": "yes"}, "a boolean"),
+        ("track_order", {"order": "A1234", "rute": True}, "unknown argument track_order.rute"),
+        ("start_return", {"order": "A1234", "reason": "ugly"}, "broken"),
+    ],
+)
+def test_a_call_that_is_wrong_is_refused_by_name(
+    shop: Shop, tool: str, arguments: dict[str, object], said: str
+) -> None:
+    with pytest.raises(RequestError, match=said):
+        shop.call(tool, arguments)
+
+
+def test_a_shop_is_its_seed_s() -> None:
+    for language in LANGUAGES:
+        one, same, other = (Shop(TRAIN, language, seed) for seed in (3, 3, 4))
+        assert one.state() == same.state() != other.state()
+
+
+def test_splits_share_no_order_no_product_and_no_city() -> None:
+    for language in LANGUAGES:
+        shops = {split: Shop(split, language) for split in SPLITS}
+        for split, shop in shops.items():
+            assert {split_of(order) for order in shop.state()["orders"]} == {split}
+        items = [set(ITEMS[language][split]) for split in SPLITS]
+        assert sum(map(len, items)) == len(set.union(*items))
+
+
+# --- over HTTP --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def http() -> Iterator[httpx.Client]:
+    with serving() as url, httpx.Client(base_url=url, timeout=30) as client:
+        yield client
+
+
+def test_over_http_it_gives_what_it_gives_without(http: httpx.Client, shop: Shop) -> None:
+    assert http.get("/tools").json() == TOOLS
+    order = first(shop, "packed")
+    for tool in ("track_order", "cancel_order", "cancel_order"):
+        assert http.post(f"/shops/en-1/{tool}", json={"order": order}).json() == shop.call(tool, {"order": order})
+    assert http.get("/shops/en-1").json() == shop.state()
+
+
+def test_shops_of_other_names_are_untouched_and_a_forgotten_one_is_new(http: httpx.Client, shop: Shop) -> None:
+    fresh, order = shop.state(), first(shop, "packed")
+    http.post("/shops/a/cancel_order", json={"order": order})
+    assert http.get("/shops/b").json() == fresh != http.get("/shops/a").json()
+    assert http.delete("/shops/a").status_code == 200 and http.delete("/shops/a").status_code == 404
+    assert http.get("/shops/a").json() == fresh
+    chinese = http.get("/shops/zh-train-7").json()
+    assert chinese == Shop(TRAIN, "zh").state()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status"),
+    [
+        ("POST", "/shops/a/track_order", b"{", 400),
+        ("POST", "/shops/a/track_order", b"[1]", 400),
+        ("POST", "/shops/a/track_order", b"[" * 50_000, 400),
+        ("POST", "/shops/a/track_order", b"{}" + b" " * 200_000, 400),
+        ("POST", "/shops/a/open_door", b"{}", 400),
+        ("POST", "/elsewhere", b"{}", 404),
+        ("GET", "/", b"", 404),
+    ],
+)
+def test_what_it_cannot_read_it_refuses_and_goes_on(
+    http: httpx.Client, method: str, path: str, content: bytes, status: int
+) -> None:
+    answer = http.request(method, path, content=content)
+    assert answer.status_code == status and set(answer.json()) == {"error"}
+    assert http.get("/tools").status_code == 200
+
+
+def test_callers_at_once_each_get_a_true_answer(http: httpx.Client, shop: Shop) -> None:
+    """One of them cancels; all others are told that it is done."""
+    order = first(shop, "packed")
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(http.post, "/shops/a/cancel_order", json={"order": order}) for _ in range(24)]
+        said = [json.dumps(each.result().json()) for each in asked]
+    assert said.count('{"error": "already cancelled"}') == 23
+
+
+def test_the_number_of_shops_is_bounded() -> None:
+    shops = Shops()
+    order = first(shops.get("kept"), "packed")
+    shops.get("kept").call("cancel_order", {"order": order})
+    for number in range(MOST_SHOPS):
+        shops.get(f"shop {number}")
+    assert shops.get("kept").state()["orders"][order] == "packed", "the oldest went"
+    shops.close()
