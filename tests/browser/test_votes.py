@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from shoal.api.capture import CaptureArgs
-from shoal.cli import main
 from shoal.loop.capture import Capture
+from shoal.loop.labels import CORRECTION, kept_texts, labelled, said
 from shoal.loop.votes import Votes
 from tests.browser.driving import ask, most_tokens, until, visit
 from tests.browser.site import Site, site
@@ -35,7 +35,7 @@ def answered(page: Page, text: str, count: int = 1) -> None:
 
 
 def test_a_better_answer_is_written_without_a_mouse_and_becomes_a_row_to_learn_from(
-    page: Page, strangers: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    page: Page, strangers: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "captured"
     with site(capture=CaptureArgs(str(folder), texts=True)) as here:
@@ -73,15 +73,12 @@ def test_a_better_answer_is_written_without_a_mouse_and_becomes_a_row_to_learn_f
         page.keyboard.press("Escape")
         assert page.get_by_label(KEEP).is_checked() and down.get_attribute("aria-pressed") == "true"
         page.goto("about:blank")
-        corrected_by_somebody_else(here)
-    cut = tmp_path / "cut"
-    assert main(["curate", "--capture", str(folder), "--out", str(cut), "--json"]) == 0, capsys.readouterr().err
-    rows = [json.loads(line) for path in sorted(cut.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    wanted = [
+    capture = Capture(folder)
+    (row,) = labelled(kept_texts(capture), said(capture), {}).rows  # what `shoal curate` makes a cut of
+    assert row.label == CORRECTION and row.messages == [
         {"role": "user", "content": "Where is my kettle?"},
         {"role": "assistant", "content": "It comes tomorrow, <b>by</b> noon."},
     ]
-    assert len(rows) == 2 and wanted in [row["messages"] for row in rows]
 
 
 @pytest.mark.drill
@@ -151,14 +148,6 @@ def test_of_a_service_that_captures_nothing_there_are_no_buttons(page: Page, ope
     page.wait_for_load_state("networkidle")
     assert page.locator(".votes").count() == 1 and page.locator(".votes button:visible").count() == 0
     assert httpx.get(f"{open_site.url}/v1/shoal/feedback").json()["captured"] is False
-
-
-def corrected_by_somebody_else(here: Site) -> None:
-    """A cut is of two people at least: one is held out."""
-    asked = {"messages": [{"role": "user", "content": "Where is my lamp?"}], "max_tokens": 4, "store": True}
-    answer = httpx.post(f"{here.url}/v1/chat/completions", json={"model": "fish", **asked}, timeout=60).json()
-    said = {"id": answer["id"], "correction": "It is here."}
-    httpx.post(f"{here.url}/v1/shoal/feedback", json=said, timeout=60).raise_for_status()
 
 
 def feedback(here: Site) -> float:
