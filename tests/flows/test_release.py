@@ -219,6 +219,12 @@ def test_a_canary_goes_up_by_evidence_and_is_promoted_where_the_release_says_so(
         first, second = (version.label for version in service.release.versions())
         assert {version for _, version, _ in service.many(8)} == {first}, "a shadow answers nobody"
         until(lambda: trial.evidence.canary.requests > 0)
+        captured = Capture(tmp_path / "captured")
+        until(lambda: len(captured.rows(copies=True)) > len(captured.rows()))
+        rows = captured.rows(copies=True).to_pylist()
+        copies = [row for row in rows if row["role"] == "shadow"]
+        assert {row["version"] for row in copies} == {second} and copies[0]["answer_tokens"] == TOKENS
+        assert {row["id"] for row in copies} <= {row["id"] for row in rows if row["role"] == "stable"}
         service.release.step(replace(trial.canary, shadows=3, requests=6), why="in a test")
         asked = 0
         while service.release.state().canary is not None:
@@ -242,6 +248,18 @@ def test_a_person_decides_where_nothing_else_was_said(models: dict[str, Path], t
         told = service.told()
         assert (told["share"], told["canary"]["version"], told["may_change"]) == (0.5, 2, False)
         assert {check["name"] for check in told["evidence"]["checks"]} >= {"failures", "slow answers"}
+        rows = Capture(tmp_path / "captured").rows().to_pylist()
+        for role in ("canary", "stable"):
+            answer = next(row for row in reversed(rows) if row["role"] == role and not row["resumed"])
+            vote = {"id": answer["id"], "rating": "down", "user": "u7"}
+            httpx.post(f"{service.url}/v1/shoal/feedback", json=vote, headers=READER, timeout=60).raise_for_status()
+        evidence = service.split.trial.evidence  # type: ignore[union-attr]
+        assert (evidence.canary.votes, evidence.canary.down, evidence.stable.votes, evidence.stable.down) == (
+            1,
+            1,
+            1,
+            1,
+        )
         assert service.change("promote", why="all clear").json()["stable"] == 2
 
 

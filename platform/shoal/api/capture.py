@@ -21,15 +21,16 @@ import numpy as np
 from shoal.api.access import Access
 from shoal.api.answers import Answer
 from shoal.api.client import EngineClient
+from shoal.api.meter import Meter
 from shoal.api.requests import EngineCall
 from shoal.api.reruns import Reruns
 from shoal.api.served import ServedModel
-from shoal.engine.events import Signals
+from shoal.engine.events import Finished, Signals
 from shoal.engine.metrics import Samples, sample
 from shoal.errors import ConfigError
 from shoal.inputs.chat import Encoded
 from shoal.loop.capture import Capture, keyed, now_ms, subject
-from shoal.loop.rows import Row
+from shoal.loop.rows import SHADOW, Row
 from shoal.loop.surprisal import Learned
 from shoal.loop.texts import clean
 from shoal.loop.writer import Bounds, Writer
@@ -127,6 +128,31 @@ class Recorder:
     def answered(self, access: Access, body: Any, call: EngineCall, answer: Answer, client: EngineClient) -> None:
         """Keep the request when it has ended, with what it has then of its `answer` by `client`."""
         access.ended = self._guarded(partial(self._keep, body=body, call=call, answer=answer, client=client))
+
+    def shadowed(
+        self,
+        access: Access,
+        call: EngineCall,
+        answer: Answer,
+        version: str,
+        meter: Meter,
+        end: Finished | None,
+        failed: bool,
+    ) -> None:
+        """Keep the copy of a request that went to a canary: a row beside that of its request, with the same id."""
+        key = None if access.key is None else access.key.name
+        row = Row(
+            id=answer.id, at=now_ms(), request_id=access.id, model=access.served or None, version=version, role=SHADOW,
+            route=access.path[:64], subject=self.subject(key, access.facts.get("user")), layers=meter.depth or None,
+            answer_tokens=len(meter.tokens), first_s=None if meter.times is None else meter.times[0],
+            total_s=max(0.0, meter.last - meter.began), finish=None if end is None else end.reason,
+            status=500 if failed else 200, error="shadow_failed" if failed else None,
+        )  # fmt: skip
+        told = self._of_call(call, answer.served) | _signals([end.signals] if end is not None and end.signals else [])
+        for name, value in told.items():
+            setattr(row, name, value)
+        row.weights = None  # the version says which
+        self.writer.put(row)
 
     def _guarded(self, keep: Callable[[Access], None]) -> Callable[[Access], None]:
         def ended(access: Access) -> None:

@@ -39,6 +39,7 @@ from shoal.api.storing import Storing
 from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, Wire, dumps, envelope, parse, unused
 from shoal.engine.events import Token
 from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError, frames
+from shoal.loop.votes import Vote
 
 T = TypeVar("T")
 
@@ -97,8 +98,16 @@ class Service:
             raise ConfigError("names of the served models", got=got, do="give at least one model, and each name once")
         if recorder is not None:
             recorder.reruns.hosts = self.names.values
+        if self.storing is not None:
+            self.storing.heard = self._voted
         self.metrics = Metrics()
         self._short, self._long = Entry(AT_ONCE), Entry(AT_ONCE)  # else a few long ones would be before all short ones
+
+    def _voted(self, vote: Vote) -> None:
+        """What a canary on trial is judged by, too."""
+        for hosted in self.models:
+            if isinstance(hosted.client, Split) and (vote.rating is not None or vote.empty):
+                hosted.client.voted(vote.id, vote.subject, vote.rating)
 
     def hosted(self, request: Request, name: str | None) -> Hosted:
         """The model that `request` asks for by `name`. Raises ModelNotFoundError."""
@@ -175,7 +184,9 @@ class Service:
         answer.store = self._store_of(body, request.state.access)
         client, note = hosted.client, Note()
         if isinstance(client, Split):
-            note.conversation = _conversation(request, body) if client.trial else b""
+            note.conversation, note.id = _conversation(request, body) if client.trial else b"", answer.id
+            if self.recorder is not None:
+                note.shadowed = partial(self.recorder.shadowed, request.state.access, call, answer)
             client = client.asked(note)
         return await self._answer(request, client, call, answer, note, stream=body.stream)
 

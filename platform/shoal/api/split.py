@@ -15,17 +15,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-import time
 from array import array
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from shoal.api.client import EngineClient
+from shoal.api.meter import Meter
 from shoal.config import FULL
-from shoal.engine.events import LATER, Event, Finished, Request, Token
+from shoal.engine.events import LATER, Event, Finished, Request
 from shoal.engine.metrics import Samples, sample
 from shoal.errors import DeadlineError, EngineDeadError, QueueFullError, RequestError
 from shoal.inputs.chat import Encoded
@@ -34,8 +34,8 @@ from shoal.loop.canary import Canary, Decision, Evidence, Pace, Tally, judged
 LATE_SECONDS = 2.0  # least patience with a canary
 LATE_TIMES = 10.0  # the patience, in times of the stable version's 95th percentile to a first token
 UNKNOWN_SECONDS = 30.0  # the patience while nothing is known of the stable version
+REMEMBERED = 10_000  # answers that may be voted on
 FIRST_TOKENS = 64  # of a prompt: what tells conversations apart where nothing better does
-ENDLESS = 16  # times the same token at the end of an answer that is none
 
 OnBegun = Callable[[str], None]
 
@@ -55,67 +55,14 @@ class Note:
     role: str = ""  # stable or canary
     resumed: str = ""  # "canary->stable" where it went on with other weights
     conversation: bytes = b""  # what tells it from others; empty: by its first tokens
+    id: str = ""  # of the answer, by which votes name it
+    # told of a copy at a canary: the version's label, how it went, its end where it came to one, and whether it failed
+    shadowed: Callable[[str, Meter, Finished | None, bool], None] | None = None
 
     def facts(self) -> dict[str, str]:
         """What is known, for the log and the captured row."""
         told = {"version": self.version, "role": self.role, "resumed": self.resumed}
         return {name: value for name, value in told.items() if value}
-
-
-@dataclass
-class Meter:
-    """One request as it went at one version."""
-
-    began: float = field(default_factory=time.monotonic)
-    first: float | None = None
-    last: float = 0.0
-    tokens: list[int] = field(default_factory=list)
-    depth: int = 0
-    spent: float | None = None
-    left: float = 0.0  # when it went on at another version
-
-    def take(self, events: list[Event]) -> None:
-        self.last = time.monotonic()
-        for event in events:
-            if isinstance(event, Token):
-                self.first = self.first or self.last
-                self.tokens.append(event.token)
-                self.depth, self.spent = event.depth, event.spent
-
-    @property
-    def times(self) -> tuple[float, float | None] | None:
-        """Seconds to the first token, and of each after it; None without one."""
-        if self.first is None:
-            return None
-        more = len(self.tokens) - 1
-        return self.first - self.began, (self.last - self.first) / more if more > 0 else None
-
-    @property
-    def invalid(self) -> bool:
-        """No token at all, or one that goes on and on."""
-        return not self.tokens or (len(self.tokens) >= ENDLESS and len({*self.tokens[-ENDLESS:]}) == 1)
-
-    def rest(self, request: Request) -> Request:
-        """What is left to do of `request`. Raises DeadlineError when its time is over."""
-        left = None if request.deadline is None else request.deadline - (time.monotonic() - self.began)
-        if left is not None and left <= 0:
-            raise DeadlineError("the request ran out of its time", param="deadline", got=request.deadline)
-        again = replace(request, id=f"{request.id}.stable", deadline=left, priority=request.priority - 1)
-        self.left = time.monotonic()
-        if not self.tokens:
-            return again
-        tolerance = None if self.spent is None else request.quality_tolerance
-        return replace(
-            again, answer=tuple(self.tokens), depth=self.depth, quality_tolerance=tolerance, spent=self.spent or 0.0
-        )
-
-    def ours(self, event: Event, request: Request) -> Event:
-        """An event of `rest` as one of `request`."""
-        if isinstance(event, Token):
-            return replace(event, request=request.id)
-        before = self.left - self.began
-        first = event.first_token_seconds + before if self.first is None else self.first - self.began
-        return replace(event, request=request.id, first_token_seconds=first, total_seconds=event.total_seconds + before)
 
 
 class Trial:
@@ -130,6 +77,7 @@ class Trial:
         self.running = 0  # requests that are with it
         self.decided: tuple[Decision, str] = ("wait", "")
         self.shadowing: asyncio.Task[None] | None = None
+        self._votes: dict[tuple[str, str | None], str] = {}  # (answer, person) -> the newest rating
 
     def takes(self, conversation: bytes) -> bool:
         """Whether a conversation is the canary's."""
@@ -154,6 +102,18 @@ class Trial:
         if not stable:
             self.evidence.step += 1
             self.decided = judged(self.canary, self.evidence)
+
+    def vote(self, label: str, by: tuple[str, str | None], rating: str | None) -> None:
+        """A person rates an answer that the version `label` gave during the trial, `by` (answer, person), or withdraws that:
+        the newest counts."""
+        tally = self.evidence.canary if label == self.label else self.evidence.stable
+        for one, sign in ((self._votes.pop(by, None), -1), (rating, 1)):
+            if one is not None:
+                tally.votes += sign
+                tally.down += sign * (one == "down")
+        if rating is not None:
+            self._votes[by] = rating
+        self.decided = judged(self.canary, self.evidence)
 
     def _count_answer(self, tally: Tally, meter: Meter) -> None:
         tally.invalid += meter.invalid
@@ -194,11 +154,24 @@ class Split:
         self.pace = Pace()
         self.rollbacks = 0  # of canaries, by themselves
         self._counts: Counter[tuple[str, str]] = Counter()  # (label of a version, outcome)
+        self._answered: dict[str, str] = {}  # answers during the trial, the newest last -> label of the version
         self.labels: Mapping[str, str] = {}  # beginning of what engines call their weights -> label of the version
 
     def asked(self, note: Note) -> EngineClient:
         """It for one answer, of which `note` is told."""
         return _Noted(self, note)
+
+    def voted(self, answer: str, who: str | None, rating: str | None) -> None:
+        """`who` rates an answer: evidence, where one of the two versions gave it during the trial."""
+        label = self._answered.get(answer)
+        if self.trial is not None and label is not None:
+            self.trial.vote(label, (answer, who), rating)
+
+    def _remember(self, note: Note) -> None:
+        if note.id and note.version:
+            self._answered[note.id] = note.version
+            if len(self._answered) > REMEMBERED:
+                del self._answered[next(iter(self._answered))]
 
     def condemned(self) -> Trial | None:
         """The trial, if its evidence says that it is to end; then it gets nothing more."""
@@ -216,7 +189,7 @@ class Split:
         note.role = "stable"
         meter = Meter()
         if trial is not None and not trial.canary.step:
-            self._shadow(trial, request)
+            self._shadow(trial, request, note)
         try:
             async with aclosing(self._of_stable(request, note)) as lists:
                 async for events in lists:
@@ -234,6 +207,7 @@ class Split:
         self._counts[note.version, "failed" if failed else "ok"] += 1
         if trial is not None:
             trial.count(meter, stable=True, failed=failed)
+            self._remember(note)
         if not failed and meter.times is not None:
             self.pace.observe(*meter.times)
 
@@ -266,6 +240,8 @@ class Split:
                         self._counts[trial.label, "ok"] += 1
                     if good:
                         note.version = trial.label
+                        if isinstance(good[-1], Finished):
+                            self._remember(note)
                         yield good
                     if error is not None:
                         raise error
@@ -283,25 +259,28 @@ class Split:
             async for events in rest:
                 yield [meter.ours(event, request) for event in events]
 
-    def _shadow(self, trial: Trial, request: Request) -> None:
+    def _shadow(self, trial: Trial, request: Request, note: Note) -> None:
         """Sends a copy to the canary, where none is there; it waits for whatever else there is."""
         if trial.shadowing is not None and not trial.shadowing.done():
             return
         copy = replace(request, id=f"{request.id}.shadow", priority=LATER, payer="shadow", client="", beside="")
-        trial.shadowing = asyncio.create_task(self._copied(trial, copy))
+        trial.shadowing = asyncio.create_task(self._copied(trial, copy, note))
 
-    async def _copied(self, trial: Trial, request: Request) -> None:
-        meter, failed = Meter(), False
+    async def _copied(self, trial: Trial, request: Request, note: Note) -> None:
+        meter, failed, end = Meter(), False, None
         try:
             async with aclosing(trial.patient(request)) as lists:
                 async for events in lists:
                     meter.take(events)
                     failed = _fault(events[-1]) is not None
+                    end = events[-1] if isinstance(events[-1], Finished) else None
         except Exception as error:
             if _clients_fault(error) or isinstance(error, QueueFullError):
                 return
             failed = True
         trial.count(meter, stable=False, failed=failed)
+        if note.shadowed is not None:
+            note.shadowed(trial.label, meter, end, failed)
 
     async def embed(
         self,

@@ -55,6 +55,7 @@ class Storing:
         self.texts, self.votes = Texts(recorder.capture), Votes(recorder.capture)
         self.responses = Responses(recorder.capture)
         self.counts = recorder.feedback
+        self.heard: Callable[[Vote], None] = lambda vote: None  # told of each vote that is kept
 
     def may_store(self, access: Access) -> bool:
         """Whether operator and key allow texts."""
@@ -117,6 +118,7 @@ class Storing:
             raise _unknown(vote.id)
         await kept(partial(self.votes.put, vote))
         self.counts[vote.rating or ("none" if vote.empty else "text")] += 1
+        self.heard(vote)
 
 
 def _unknown(id_: str) -> NotFoundError:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from shoal.api.split import Meter, Note, Split, Trial
+from shoal.api.meter import Meter
+from shoal.api.split import Note, Split, Trial
 from shoal.engine.events import LATER, Event, Finished, Request, Token
 from shoal.engine.metrics import Samples, sample
 from shoal.errors import (
@@ -226,3 +227,51 @@ def test_time_that_was_spent_at_the_canary_is_the_requests() -> None:
     end = meter.ours(Finished("r.stable", "length", first_token_seconds=1.0, total_seconds=2.0), Request([5], id="r"))
     assert isinstance(end, Finished)
     assert (end.request, end.total_seconds > 6.9, end.first_token_seconds > 5.9) == ("r", True, True)
+
+
+def test_thumbs_on_answers_of_the_trial_are_evidence_and_the_newest_of_a_person_counts() -> None:
+    async def work() -> None:
+        made = split(Engine(0))
+        trial = made.trial
+        assert trial is not None
+        await read(made, Request([5], id="r"), Note(id="a"))
+        trial.takes = lambda conversation: False  # type: ignore[method-assign]
+        await read(made, Request([5], id="r"), Note(id="b"))
+        made.voted("a", "ann", "down")
+        made.voted("a", "ann", "down")
+        made.voted("a", "bob", "up")
+        made.voted("b", "ann", "down")
+        made.voted("b", "ann", "up")
+        made.voted("before the trial", "ann", "down")
+        tally, stable = trial.evidence.canary, trial.evidence.stable
+        assert (tally.votes, tally.down, stable.votes, stable.down) == (2, 1, 1, 0)
+        made.voted("a", "ann", None)
+        assert (tally.votes, tally.down) == (1, 0)
+        for person in range(40):
+            made.voted("a", str(person), "down")
+        assert made.condemned() is trial and "thumbs down" in trial.decided[1]
+
+    asyncio.run(work())
+
+
+def test_an_answer_of_two_authors_is_no_evidence_of_either() -> None:
+    async def work() -> None:
+        made = split(Engine(0, GenerationError("NaN"), 2))
+        await read(made, Request([5], id="r"), Note(id="a"))
+        made.voted("a", "ann", "down")
+        assert made.trial is not None and made.trial.evidence.canary.votes == made.trial.evidence.stable.votes == 0
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_copy_is_told_with_the_version_that_it_went_to(fails: bool) -> None:
+    async def work() -> None:
+        made, told = split(Engine(0, GenerationError("NaN") if fails else None, 2), step=0, share=None), list[Any]()
+        await read(made, Request([5], id="r"), Note(shadowed=lambda *what: told.append(what)))
+        assert made.trial is not None and made.trial.shadowing is not None
+        await made.trial.shadowing
+        ((label, meter, end, failed),) = told
+        assert (label, failed, len(meter.tokens), end is None) == ("2.canary", fails, 2 if fails else 4, fails)
+
+    asyncio.run(work())
