@@ -109,8 +109,8 @@ class Bucket:
                 for name, tag in self._listed(begins)
                 if OURS.fullmatch(name) and not self._is_own(name, state)
             }
-            # who is hidden is known first
-            for name in sorted(there, key=lambda name: not name.startswith("forgotten")):
+            hiding_first = sorted(there, key=lambda name: not name.startswith("forgotten"))
+            for name in hiding_first:
                 path = self.folder / name
                 if name in sent and sent[name][2] == there[name] and path.is_file():
                     continue
