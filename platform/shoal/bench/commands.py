@@ -252,13 +252,24 @@ def loop(
     keep: Annotated[
         Path | None, typer.Option(help="Folder for the captured rows; the same command goes on there. [none]")
     ] = None,
+    parts: Annotated[str, typer.Option(help="Of detect, teach, refuse and serve, with commas.")] = "detect",
+    fp32: Annotated[
+        Path | None, typer.Option(help="The model's fp32 parent, for teach and refuse: the quickstart's model. [none]")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Its corpus with chats, for teach and refuse: the quickstart's data. [none]")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Of fine-tuning, in teach.")] = 3.0,
 ) -> None:
-    """How soon a drift is noticed in a model's own signals, and how often wrongly. Some fifteen minutes, then a minute."""
+    """The closed loop: how soon a drift is noticed, what is learned of it, what the gate refuses, and a canary's way under
+    traffic. Detection takes some fifteen minutes, and three where its rows are kept; all else twenty."""
     from shoal.bench.loop import loop as run
 
     if seeds < 1:
         raise UsageError("--seeds", got=seeds, allowed="1 or more")
-    run(out, model=model, rows=requests, seeds=seeds, keep=keep)
+    chosen = tuple(part.strip() for part in parts.split(",") if part.strip())
+    more = {"rows": requests, "seeds": seeds, "keep": keep}
+    run(out, model=model, parts=chosen, fp32=fp32, data=data, minutes=minutes, **more)  # type: ignore[arg-type]
 
 
 @bench.command("data")
