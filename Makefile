@@ -26,7 +26,7 @@ test: $(READY)  ## set up, then all tests but the drills, ten minutes on two cor
 	exit $$status
 
 drills: $(READY)  ## set up, then kills, lost nodes, jobs and long browser runs, 17 minutes on two cores
-	$(SUITE) -n 2 --dist loadfile --timeout 600 -m "drill" tests/on_ray tests/browser tests/contracts
+	$(SUITE) -n 2 --dist loadfile --timeout 600 -m "drill" tests/on_ray tests/browser tests/flows tests/contracts
 
 test-vllm: $(VLLM_READY)  ## an environment with vLLM 0.32 on the CPU (4 GB), then the tests of it
 	$(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/vllm

@@ -35,11 +35,9 @@ from shoal.model.model import Model
 
 Say = Callable[[str], None]
 
-QUIET, CORRECTED, EVERY = (
-    300,
-    1_200,
-    40,
-)  # old questions after the reference; new ones that are corrected; between two looks
+QUIET = 300  # old questions after the reference
+CORRECTED = 1_200  # new questions that are corrected
+EVERY = 40  # questions between two looks
 FROZEN, HELD = 1_000, 300  # questions of the frozen suite, and of each domain that is scored
 ANSWER = 48  # tokens
 SHOP = "shop.jsonl"
