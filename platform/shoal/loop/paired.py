@@ -74,6 +74,8 @@ def paired(candidate: Sequence[float], other: Sequence[float], groups: Sequence[
         alone = max(1.0, scatter / (count * float(off.var())))
     effective = count / alone
     spread = math.sqrt(max(0.0, apart + Z95**2 / effective - mean**2) / effective)
+    if kinds == 1 < count:  # nothing says how much alike the answers to one person's questions are
+        return Paired(mean, -1.0, 1.0, count, kinds, apart, alone)
     return Paired(mean, max(-1.0, mean - Z95 * spread), min(1.0, mean + Z95 * spread), count, kinds, apart, alone)
 
 

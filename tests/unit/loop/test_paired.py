@@ -75,3 +75,8 @@ def test_worse_is_worse_and_too_little_is_too_little() -> None:
     assert better(drawn(60, 60, 300), 200)[0] == FAIL
     status, needed = better(drawn(10, 14, 300), 200)
     assert status == INCONCLUSIVE and needed is not None and needed > 300
+
+
+def test_one_person_says_nothing_of_others() -> None:
+    found = paired([1.0] * 300, [0.0] * 300, [7] * 300)
+    assert (found.low, found.high) == (-1, 1) and better(found, 200)[0] == INCONCLUSIVE
