@@ -259,7 +259,7 @@ def loop(
     data: Annotated[
         Path | None, typer.Option(help="Its corpus with chats, for teach and refuse: the quickstart's data. [none]")
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Of fine-tuning, in teach.")] = 3.0,
+    minutes: Annotated[float, typer.Option(help="Minutes of fine-tuning, in teach.")] = 3.0,
 ) -> None:
     """The closed loop: how soon a drift is noticed, what is learned of it, what the gate refuses, and a canary's way under
     traffic. Detection takes some fifteen minutes, and three where its rows are kept; all else twenty."""
