@@ -23,7 +23,7 @@ from shoal.loop import suites
 from shoal.loop.suites import SAFETY
 from shoal.model import files
 from shoal.model.model import Model
-from shoal.recipes.recipe import SUITES, Messages, Recipe, Row
+from shoal.recipes.recipe import SUITES, Answerer, Messages, Recipe, Row
 
 SPEED_TOKENS = 64  # of an answer whose speed is measured
 SAMPLES = 6  # answers that the report shows of each suite
@@ -78,7 +78,7 @@ def measured(recipe: Recipe, models: Mapping[str, Path], folder: Path, seed: int
             for depth in _depths(model):
                 tell(f"{label} at {depth} on {name}", steps, total)
                 answerer = ByEngine(model, depth, recipe.most_tokens, rows[0].get("tools", []))
-                figures, answers = _all(recipe, rows, answerer, seed)
+                figures, answers = _all(recipe, rows, answerer, seed, play=depth in (AUTO, FULL))
                 steps += 1
                 if depth in (AUTO, FULL):
                     found[name][_column(label, depth)] = figures
@@ -129,11 +129,15 @@ def weak(
     return said or [f"Nothing without a model does better than {model} in any measure of any suite."]
 
 
-def _all(recipe: Recipe, rows: Sequence[Row], answerer: Any, seed: int) -> tuple[dict[str, Figure], list[str]]:
-    """All measures of who answers, and the answers to `rows`."""
+def _all(
+    recipe: Recipe, rows: Sequence[Row], answerer: Answerer, seed: int, *, play: bool = True
+) -> tuple[dict[str, Figure], list[str]]:
+    """All measures of who answers, of whole conversations too where they are to `play`, and the answers to `rows`."""
     answers = answerer([row["messages"][:-1] for row in rows])
-    whole = list({row["group"]: row for row in rows}.values())  # the last of a conversation holds all of it
-    return recipe.score(rows, answers) | recipe.play(whole, answerer, seed), answers
+    whole = (
+        list({row["group"]: row for row in rows}.values()) if play else []
+    )  # the last of a conversation holds all of it
+    return recipe.score(rows, answers) | (recipe.play(whole, answerer, seed) if whole else {}), answers
 
 
 def _depths(model: Model) -> list[str]:
