@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PLANES = ("inputs", "model", "data", "train", "engine", "open_weights", "evaluate", "clients", "api")
+PLANES = ("inputs", "model", "data", "train", "engine", "open_weights", "evaluate", "clients", "api", "recipes")
 
 # Imports every module of the planes named, with some packages made impossible to import, and prints what was loaded.
 IMPORT_ALL = """
