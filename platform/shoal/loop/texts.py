@@ -70,7 +70,11 @@ class Texts:
         folder = self._folder / f"day={day_of(at)}"
         self._folder.mkdir(exist_ok=True, mode=0o700)
         folder.mkdir(exist_ok=True, mode=0o700)
-        write_aside(folder / f"{id_}.json", json.dumps(found) + "\n")
+        path = folder / f"{id_}.json"
+        write_aside(path, json.dumps(found) + "\n")
+        if self._capture.forgotten().hides(found):  # by somebody who looked before it was there
+            path.unlink(missing_ok=True)
+            return False
         return True
 
     def get(self, owner: str, id_: str) -> Stored | None:

@@ -21,6 +21,7 @@ from shoal.stages.training import Adapt
 from shoal.train import sparse
 from shoal.train.loop import FitResult, fit
 from shoal.train.needs import memory_needed, trained_parameters
+from shoal.train.plan import adapt_plan
 from shoal.train.sparse import sparse_plan
 from tests.corpus import NOUNS, VERBS
 
@@ -209,3 +210,22 @@ def test_a_plan_for_biases_keeps_a_teacher_and_asks_for_no_moments_of_the_rest(
     other = sparse.with_sparse(Model.load(base).config, 96)
     with pytest.raises(CheckpointError, match="another configuration"):
         sparse.made(Model.from_preset("test").net, other)
+
+
+def test_a_sparse_model_is_given_exits_and_one_with_exits_is_made_sparse(
+    base: Path, texts: Path, healed: FitResult
+) -> None:
+    folder = base.parent
+    given = fit(adapt_plan(str(healed.out), str(texts), str(folder / "sparse-exits"), steps=2, eval_every=0))
+    was, now = (load_file(str(Path(out, "model.safetensors"))) for out in (healed.out, given.out))
+    assert all(torch.equal(now[name], tensor) for name, tensor in was.items())
+    exits = fit(adapt_plan(str(base), str(texts), str(folder / "exits"), steps=2, eval_every=0))
+    found = sparsity.chosen(str(exits.out), str(texts), f"{folder}/exits-sparse.run", tolerance=1e9)
+    made = fit(sparse_plan(str(exits.out), str(texts), str(folder / "exits-sparse"), found, steps=2, eval_every=0))
+    prompt = tuple(int(n) for n in torch.randint(9, 280, (100,), generator=torch.Generator().manual_seed(0)))
+    for out in (given.out, made.out):
+        model = Model.load(str(out), verify=True)
+        assert "S" in model.config.attn_pattern and [*model.config.exit_names] == ["shallow", "middle", "full"]
+        for depth in model.config.exit_names:
+            (answer,) = Engine(model).generate([Request(prompt, Sampling(max_tokens=4, ignore_eos=True), depth)])
+            assert len(answer.tokens) == 4
