@@ -134,9 +134,8 @@ def _all(
 ) -> tuple[dict[str, Figure], list[str]]:
     """All measures of who answers, of whole conversations too where they are to `play`, and the answers to `rows`."""
     answers = answerer([row["messages"][:-1] for row in rows])
-    whole = (
-        list({row["group"]: row for row in rows}.values()) if play else []
-    )  # the last of a conversation holds all of it
+    # the last row of a conversation holds all of it
+    whole = list({row["group"]: row for row in rows}.values()) if play else []
     return recipe.score(rows, answers) | (recipe.play(whole, answerer, seed) if whole else {}), answers
 
 
