@@ -35,7 +35,7 @@ from shoal.api.service import Hosted
 from shoal.api.split import Split
 from shoal.errors import ConfigError, ResourceError
 from shoal.loop.release import Release
-from shoal.machine import threads
+from shoal.machine import need_free_port, threads
 
 if TYPE_CHECKING:
     from shoal.engine.front import AsyncEngine
@@ -65,6 +65,8 @@ def run_local(
 
     args = args.at_stable()
     model = _one_model(args)
+    if port:
+        need_free_port(host, port)  # before a model is loaded
     port = port or _free_port(host)  # now, since the page is told where the API is
     page = chat_page(args.ui_api or f"http://{host}:{port}/v1", mount=args.ui_mount) if args.ui else None
     keys = ApiKeys.load(args.api_keys)
