@@ -126,11 +126,11 @@ window.vote = (() => {
       <p class="row"><button type="button" value="cancel">Cancel</button><button type="submit" value="send">Send</button></p></form>`;
     box.querySelector('[value=cancel]').addEventListener('click', () => box.close());
     box.addEventListener('close', () => {
+      if (box.open) return; // the event comes some time after the end, and the box may be open again by then
       const id = writing;
       const text = box.querySelector('textarea').value.trim();
       const sent = box.returnValue === 'send';
       box.returnValue = '';
-      writing = undefined;
       groupOf(id)?.querySelector('.better').focus(); // also where it was drawn anew meanwhile
       if (!sent || text === before.trim()) return; // the model's own words, which nobody changed, are no better answer
       // who writes a better one says that this one is not good, unless it was said to be

@@ -52,14 +52,15 @@ def build(at: Site, chat: Component, key: Key, keep: Component, remembered: Comp
     async def vote(ballot: str, given: str) -> str:
         """Gives it to the API; why it was not taken, as JSON."""
         said: dict[str, Any] = json.loads(ballot)
-        body = {"id": str(said.get("id"))} | {name: said[name] for name in NAMES if said.get(name)}
+        id_ = str(said.get("id"))
+        body = {"id": id_} | {name: said[name] for name in NAMES if said.get(name)}
         try:
             await at.client(given).post("/shoal/feedback", body=body, cast_to=httpx.Response)
         except openai.NotFoundError:
-            return json.dumps({"id": said["id"], "fault": "The service does not know this answer any more."})
+            return json.dumps({"id": id_, "fault": "The service does not know this answer any more."})
         except openai.OpenAIError as error:
-            return json.dumps({"id": said["id"], "fault": talk.reason(error)})
-        return json.dumps({"id": said["id"], "fault": ""})
+            return json.dumps({"id": id_, "fault": talk.reason(error)})
+        return json.dumps({"id": id_, "fault": ""})
 
     key.then(at, look, [remembered], [takes, keep])
     keep.input(lambda on: "yes" if on else "no", keep, remembered, **QUIET)

@@ -66,7 +66,7 @@ def running(model: Model, *, backlog: int = 256, limits: Limits | None = None, *
         write(Path(adapters) / "one", model, 1)
         app = build_app(
             [Hosted(served, engine)],
-            api_keys=ApiKeys([f"{KEY} texts=yes"]),
+            api_keys=ApiKeys([f"{KEY} texts=yes admin=yes"]),
             limits=limits or Limits(seconds=60),
             batches=Path(batches),
             capture=CaptureArgs(captured, texts=True),
