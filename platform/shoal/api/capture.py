@@ -32,7 +32,7 @@ from shoal.inputs.chat import Encoded
 from shoal.loop.capture import Capture, keyed, now_ms, subject
 from shoal.loop.rows import SHADOW, Row
 from shoal.loop.surprisal import Learned
-from shoal.loop.texts import clean
+from shoal.loop.texts import clean, one_line
 from shoal.loop.writer import Bounds, Writer
 
 log = logging.getLogger("shoal.api")
@@ -203,7 +203,7 @@ class Recorder:
         """What `metadata.workload` says, else the key's name; past `SLICES` of them, "other"."""
         given = getattr(body, "metadata", None)
         # what a client says may be anything, and a row holds nobody's words
-        name = clean(given.get("workload", ""))[:SLICE] if isinstance(given, dict) else None
+        name = one_line(clean(given.get("workload", "")))[:SLICE] if isinstance(given, dict) else None
         name = name or (None if access.key is None else access.key.name)
         if name is None or name in self._slices:
             return name

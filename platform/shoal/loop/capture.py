@@ -123,6 +123,7 @@ class Capture:
             raise DataError(
                 "capture", got=told, allowed=f"{FORMAT} {VERSION}", do="give another folder, or that version of Shoal"
             )
+        self._hidden: tuple[list[Any], Forgotten] = [], Forgotten()  # what was read, and of which files
         for name in (ROWS, JOURNAL) if self.bucket is not None else ():
             (self.folder / name).mkdir(exist_ok=True)
         if not create:
@@ -244,12 +245,16 @@ class Capture:
     # --- forgetting ---------------------------------------------------------------------------------------------------
 
     def forgotten(self) -> Forgotten:
-        """Whose rows no reader may see."""
-        found = Forgotten()
-        paths = (self.folder / FORGOTTEN, *self.folder.glob("forgotten-*.jsonl"))  # and of other machines
-        for line in (line for path in paths if path.exists() for line in lines_of(path)):
-            found.ids |= {line["id"]} if line.get("id") else set()
-            found.subjects |= {line["subject"]} if line.get("subject") else set()
+        """Whose rows no reader may see. Read again where the files have changed: each text that is found asks for it."""
+        paths = (self.folder / FORGOTTEN, *sorted(self.folder.glob("forgotten-*.jsonl")))  # and of other machines
+        files = [(path, stamp) for path in paths if (stamp := _stamp(path))]  # before they are read
+        known, found = self._hidden
+        if files == known:
+            return found
+        lines = [line for path, _ in files for line in lines_of(path)]
+        found = Forgotten({str(line["id"]) for line in lines if line.get("id")},
+                          {str(line["subject"]) for line in lines if line.get("subject")})  # fmt: skip
+        self._hidden = files, found
         return found
 
 
@@ -286,6 +291,15 @@ def append(path: Path, line: dict[str, Any], unless: Callable[[], bool] = lambda
             raise OSError(28, "No space left on device")
     finally:
         os.close(descriptor)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What tells that a file, which only grows or is replaced, has changed; of none nothing does."""
+    try:
+        known = path.stat()
+    except FileNotFoundError:
+        return ()
+    return known.st_ino, known.st_size, known.st_mtime_ns
 
 
 def journal_of(part: Path) -> str:

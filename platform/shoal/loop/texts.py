@@ -162,19 +162,24 @@ class Responses(Texts):
         }
         return self._write(response["id"], owner, subject, found)
 
-    def back(self, owner: str, id_: str, most: int) -> Iterator[Stored | None]:
+    def back(self, owner: str, id_: str, most: int, most_items: int) -> Iterator[Stored | None]:
         """The response `id_`, the one before it, and so on to the first; None in place of one that is not there, or not of
-        `owner`. Raises RequestError before more than `most` bytes are read."""
-        size, name = 0, id_
+        `owner`. Raises RequestError before more than `most` bytes are read, or than `most_items` items up to the answer of
+        `id_`: each turn is a file, and thousands of tiny ones are few bytes."""
+        size, items, name = 0, 0, id_
         while name is not None:
             found = self.get(owner, name)
             if found is None:
                 yield None
                 return
             size += len(json.dumps(found))
+            items += len(found["items"]) + (len(found["response"]["output"]) if name != id_ else 0)
+            do = "send the items that matter as `input`, without previous_response_id"
             if size > most:
-                do = "send the items that matter as `input`, without previous_response_id"
                 raise RequestError("the turns before are too long", got=f"{size} bytes", allowed=f"{most}", do=do)
+            if items > most_items:
+                what = "too many items with those of the turns before"
+                raise RequestError(what, got=items, allowed=f"at most {most_items}", do=do)
             yield found
             name = found["previous"]
 
@@ -182,6 +187,11 @@ class Responses(Texts):
 def clean(text: str, counts: Counter[str] | None = None) -> str:
     """`text` without personal data, as it may lie on the disk."""
     return pii.scrubbed(text, pii.ALL, Counter() if counts is None else counts)
+
+
+def one_line(text: str) -> str:
+    """`text` on one line, without what a terminal obeys: what a client says is printed where an operator watches."""
+    return "".join(filter(str.isprintable, " ".join(text.split())))
 
 
 def _worded(completion: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from shoal.loop.reference import EVERY, LEARNED, Reference, first_turns, measure
 from shoal.loop.regret import Regret, broken
 from shoal.loop.rows import RERUN
 from shoal.loop.tell import Report, told
-from shoal.loop.texts import Texts
+from shoal.loop.texts import Texts, one_line
 from shoal.loop.unread import Read, unread
 from shoal.loop.watched import column, texts
 from shoal.machine import write_aside
@@ -221,7 +221,7 @@ class Watch:
         far = np.nan_to_num(np.abs(reference.standardised(recent)[row]))
         names = [recent["id"][place].as_py() for place in np.argsort(-far, kind="stable").tolist()]
         asked = [kept[name]["messages"][-1]["content"] for name in names if name in kept]
-        return [" ".join(text.split())[:SHOWN] for text in asked if isinstance(text, str)][:EXAMPLES]
+        return [one_line(text)[:SHOWN] for text in asked if isinstance(text, str)][:EXAMPLES]
 
     # --- files ------------------------------------------------------------------------------------------------------
 

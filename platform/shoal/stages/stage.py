@@ -18,7 +18,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-out = Console(width=None if sys.stdout.isatty() else 110)
+# what is printed may be somebody's words, such as the name of a slice: "[/x]" is no markup, nor ":x:" a picture
+out = Console(width=None if sys.stdout.isatty() else 110, markup=False, emoji=False)
 
 ModelDir = Annotated[Path, typer.Option("--model", help="Model directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]

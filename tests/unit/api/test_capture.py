@@ -196,6 +196,6 @@ async def test_a_row_that_cannot_be_made_costs_nobody_an_answer(
 
 async def test_the_name_of_a_slice_holds_nobody_s_words(connect: Connect, folder: Path) -> None:
     async with connect(capture=CaptureArgs(str(folder))) as http:
-        for name in ("orders of jo@sea.com", "w" * 512):
+        for name in ("orders of jo@sea.com", "w" * 512, "\x1b]0;calm\x07a\nAlarm: \u202eb"):
             (await http.post("/v1/chat/completions", json={**CHAT, "metadata": {"workload": name}})).raise_for_status()
-    assert [row["slice"] for row in rows(folder)] == ["orders of [email]", "w" * 64]
+    assert [row["slice"] for row in rows(folder)] == ["orders of [email]", "w" * 64, "]0;calma Alarm: b"]

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,7 @@ Connect = Callable[..., httpx.AsyncClient]
 KEYS = ApiKeys(["shop-key name=shop texts=yes", "other-key name=other texts=yes", "plain-key name=plain"])
 ASK: dict[str, Any] = {"model": "fish", "input": "How deep?", "store": True}
 URL = "/v1/responses"
+CHAINED = {"texts": "_read", "capture": "lines_of"}  # module of `loop` -> what reads a file there
 
 
 @pytest.fixture(scope="module")
@@ -374,6 +376,37 @@ async def test_a_chain_longer_than_may_be_read_is_one_clear_line(
             error = answer.json()["error"]
             assert answer.status_code == 400 and told in error["message"], error
             assert error["param"] in ("input", "previous_response_id") and id_ is not None
+
+
+async def test_of_a_chain_no_more_is_read_than_an_answer_may_be_given_to(
+    connect: Connect, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of tiny turns are few bytes, and a file each; and deletions are many lines, read for each of them."""
+    read: list[Path] = []
+
+    def reading(name: str) -> None:
+        old = getattr(import_module(f"shoal.loop.{name}"), CHAINED[name])
+        monkeypatch.setattr(f"shoal.loop.{name}.{CHAINED[name]}", lambda path: (read.append(path), old(path))[1])
+
+    async with connect(capture=CaptureArgs(str(folder), texts=True), limits=Limits(messages=7)) as http:
+        one = (await http.post(URL, json=ASK)).json()
+        await http.delete(f"{URL}/{one['id']}")
+        responses, ids = Responses(Capture(folder)), [f"resp_{turn:032x}" for turn in range(40)]
+        item = {"id": "msg_0", "type": "message", "role": "user", "status": "completed",
+                "content": [{"type": "input_text", "text": "a"}]}  # fmt: skip
+        for id_, previous in zip(ids, [None, *ids], strict=False):
+            told = {**one, "id": id_, "previous_response_id": previous}
+            responses.put_response("", None, [item], told, previous=previous, conversation=None)
+        for name in CHAINED:
+            reading(name)
+        for turn, status in ((2, 200), (3, 400), (39, 400)):
+            read.clear()
+            answer = await http.post(URL, json={**ASK, "store": False, "previous_response_id": ids[turn]})
+            assert answer.status_code == status and len(read) <= 5
+        error = answer.json()["error"]
+        assert "too many items with those of the turns before" in error["message"] and "got 9" in error["message"]
+        listed = await http.get(f"{URL}/{ids[3]}/input_items")
+        assert len(listed.json()["data"]) == 7  # as many as it may have been given to
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,24 @@ def test_what_was_asked_is_shown_where_texts_are_kept(service: Service) -> None:
     assert f"What is {numbers[0]}?" not in watch(service).look(service.now).examples
 
 
+def test_what_clients_say_is_no_markup_and_nothing_that_a_terminal_obeys(
+    service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for up in (0, 1):
+        for _ in range(500):
+            service.serve(1, slice="[/x] :x:", up=up)
+            service.serve(1)
+        watch(service, learn=800).look(service.now)
+    texts = Texts(service.capture)
+    for number in range(1_001, 2_001):
+        choices = [{"message": {"role": "assistant", "content": "a"}}]
+        asked = [{"role": "user", "content": "\x1b]0;calm\x07What\u202e\n is it?"}]
+        texts.put("key", None, asked, {"id": f"chatcmpl-{number}", "choices": choices}, {})
+    assert main(["watch", "--capture", str(service.folder), "--once"]) == 0
+    said = capsys.readouterr()
+    assert "in [/x] :x:" in " ".join(said.out.split()) and "asked: ]0;calmWhat is it?\n" in said.err
+
+
 def test_two_at_once_are_refused(service: Service) -> None:
     watch(service).look(service.now)
     with (service.folder / FOLDER / ".lock").open() as held:

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 
 from shoal.api.access import Access
 from shoal.api.document import ASKED, answered, refused
+from shoal.api.limits import Limits
 from shoal.api.responses.bodies import KEPT, AnyItem, ResponsesRequest
 from shoal.api.responses.items import read_items
 from shoal.api.responses.shapes import InputItems, ResponseDeleted, ResponseOut
@@ -52,7 +53,7 @@ async def items_before(service: Service, access: Access, body: ResponsesRequest)
             raise RequestError(f"{name}: not supported; {KEPT}", param=name)
     if storing is None or body.previous_response_id is None:
         return []
-    work = partial(_chain, storing, storing.owner(access), body.previous_response_id, service.limits.body_bytes)
+    work = partial(_chain, storing, storing.owner(access), body.previous_response_id, service.limits)
     try:
         chain, whole = await kept(work)
     except RequestError as long:
@@ -66,12 +67,16 @@ async def items_before(service: Service, access: Access, body: ResponsesRequest)
         raise error
     if chain[0]["conversation"] is not None:
         access.columns["conversation"] = chain[0]["conversation"]
-    return [item for one in chain for item in read_items([*one["items"], *one["response"]["output"]])]
+    return await kept(lambda: read_items([item for one in chain for item in _items(one)]))  # a thousand take a while
 
 
-def _chain(storing: Storing, owner: str, id_: str, most: int) -> tuple[list[Stored], bool]:
+def _items(one: Stored) -> list[Any]:
+    return [*one["items"], *one["response"]["output"]]
+
+
+def _chain(storing: Storing, owner: str, id_: str, limits: Limits) -> tuple[list[Stored], bool]:
     """The response `id_` after those before it, oldest first, as far as they are there; and whether all are."""
-    found = list(storing.responses.back(owner, id_, most))
+    found = list(storing.responses.back(owner, id_, limits.body_bytes, limits.messages))
     return [one for one in reversed(found) if one is not None], None not in found
 
 
@@ -104,10 +109,10 @@ def add_stored(router: APIRouter, service: Service) -> None:
         """What a stored response was given to: the items of the turns before it that are stored, and those of its own input."""
         after, limit, order = _page(_asked(request, _LIST))
         to = there(response_id)
-        owner, most = to.owner(request.state.access), service.limits.body_bytes
-        chain, _ = await kept(partial(_chain, to, owner, response_id, most))
+        owner = to.owner(request.state.access)
+        chain, _ = await kept(partial(_chain, to, owner, response_id, service.limits))
         *earlier, last = chain or [_there(None, response_id)]
-        items = [item for one in earlier for item in (*one["items"], *one["response"]["output"])] + last["items"]
+        items = [item for one in earlier for item in _items(one)] + last["items"]
         items = items[::-1] if order == "desc" else items
         at = next((at + 1 for at, item in enumerate(items) if item["id"] == after), None) if after else 0
         if at is None:
