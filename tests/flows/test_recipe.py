@@ -20,7 +20,8 @@ from shoal.recipes.customer_service.customers import CustomerService
 from shoal.recipes.named import named, names
 from shoal.train.loop import fit
 
-pytestmark = pytest.mark.timeout(600)  # the first test trains, rounds and measures, on what may be a busy machine
+# a drill: the first test trains, rounds and measures, on what may be a busy machine
+pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module", autouse=True)
