@@ -79,7 +79,8 @@ class Head:
     def wait(self) -> None:
         """Until the job API answers."""
         command = [RAY, "job", "list", "--address", f"http://127.0.0.1:{self.dashboard}"]
-        for _ in range(20):
+        until = time.monotonic() + SECONDS
+        while time.monotonic() < until:
             asked = subprocess.run(command, env=self.env, capture_output=True, timeout=SECONDS, check=False)
             if asked.returncode == 0:
                 return
