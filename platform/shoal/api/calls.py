@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shoal.api.bodies import Function
-from shoal.inputs.tools import CLOSE, OPEN
+from shoal.inputs.tools import CLOSE, OPEN, written
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*:\s*')  # names hold no quotes (`bodies.NAME`)
 
@@ -147,8 +147,9 @@ def _parsed(text: str, tools: Mapping[str, Function]) -> tuple[str, str] | None:
     """(name, arguments) of a call, or None when it is no call of one of `tools`."""
     try:
         call = json.loads(text)
+        json.dumps(call, allow_nan=False)  # NaN and 1e999, which Python reads, are no JSON
     except (ValueError, RecursionError):
         return None
     if not isinstance(call, dict) or call.get("name") not in tools or not isinstance(call.get("arguments"), dict):
         return None
-    return call["name"], json.dumps(call["arguments"], ensure_ascii=False)
+    return call["name"], written(call["arguments"])

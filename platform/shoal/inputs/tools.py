@@ -38,7 +38,18 @@ def call(name: str, arguments: Any) -> str:
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
-    return OPEN + json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False) + CLOSE
+    return OPEN + written({"name": name, "arguments": arguments}) + CLOSE
+
+
+def written(value: Any) -> str:
+    """`value` as JSON with its letters as they are; all as escapes where it has half of a surrogate pair, which a model may
+    have written as an escape and no UTF-8 can hold."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
 
 
 def result(name: str, content: str) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 
 from shoal.data.operators import pii
 from shoal.errors import DataError, RequestError
+from shoal.inputs.tools import written
 from shoal.loop.capture import FORGOTTEN, TEXTS, Capture, append, day_of, now_ms
 from shoal.machine import write_aside
 
@@ -237,7 +238,7 @@ def _arguments(text: str, counts: Counter[str]) -> str:
         kept = _clean_json(value, counts)
     except (ValueError, RecursionError):
         return clean(text, counts)
-    return text if kept == value else json.dumps(kept, ensure_ascii=False)
+    return text if kept == value else written(kept)
 
 
 def _clean_json(value: Any, counts: Counter[str]) -> Any:

@@ -283,6 +283,16 @@ async def test_a_later_turn_sees_what_is_stored_without_personal_data(
     assert found["scrubbed"] == {"messages": {"email": 2, "card": 1}, "answer": {"card": 1}}
 
 
+async def test_a_call_with_half_a_letter_is_read_and_gone_on_from(shop: openai.AsyncOpenAI, engine: Any) -> None:
+    engine.reply = CALL.replace("7", '"\\ud83d jo@sea.com"')
+    first = await shop.responses.create(**ASK, tools=[LOG])  # type: ignore[list-item]
+    found = (await shop.responses.retrieve(first.id)).output[0]
+    assert found.type == "function_call" and json.loads(found.arguments) == {"n": "\ud83d [email]"}
+    result: Any = {"type": "function_call_output", "call_id": found.call_id, "output": "done"}
+    second = await shop.responses.create(**{**ASK, "input": [result]}, previous_response_id=first.id)
+    assert second.previous_response_id == first.id
+
+
 async def test_any_gateway_finds_what_another_answered(connect: Connect, folder: Path) -> None:
     options: dict[str, Any] = {"capture": CaptureArgs(str(folder), texts=True)}
     async with connect(**options) as one, connect(**options) as other:

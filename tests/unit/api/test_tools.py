@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from typing import Any
 
 import httpx
@@ -421,3 +422,35 @@ def test_a_row_to_learn_from_is_what_the_service_shows(served: ServedModel) -> N
     row = canonical({"messages": [*messages, {"role": "assistant", "content": "Five."}], "tools": [add, bare]})
     learned = encode_chat(row["messages"], served.tokenizer, served.config, add_generation_prompt=False)
     assert learned.ids[: len(prompt.ids)] == prompt.ids and "Five." in served.tokenizer.decode(learned.ids)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("odd", ['"\\ud83d!"', "1e999", "NaN"])
+async def test_a_call_with_what_json_or_utf_8_cannot_hold_is_an_answer_in_each_protocol(
+    http: httpx.AsyncClient, engine: Any, odd: str, stream: bool
+) -> None:
+    """Half of a surrogate pair, as an escape, is JSON, and a call that can be sent back; NaN is none, and so the text it is."""
+    engine.reply = CALL.replace("7", odd)
+    plain = {"type": "function", **LOG["function"]}
+    claude = {"name": "log", "input_schema": LOG["function"]["parameters"]}
+    for url, body in (
+        (URL, {**BODY, "tools": [LOG]}),
+        ("/v1/responses", {"model": "fish", "input": "hi", "tools": [plain]}),
+        ("/v1/messages", {**BODY, "tools": [claude], "max_tokens": 100}),
+    ):
+        reply = await http.post(url, json={**body, "stream": stream})
+        assert reply.status_code == 200 and "internal" not in reply.text, reply.text
+        assert ("tool_call>" in reply.text) == ("ud83d" not in odd)
+    if "ud83d" in odd and not stream:
+        said = (await http.post(URL, json={**BODY, "tools": [LOG]})).json()["choices"][0]["message"]
+        call = said["tool_calls"][0]
+        assert json.loads(call["function"]["arguments"]) == {"n": "\ud83d!"} and call["function"]["arguments"].isascii()
+        result = {"role": "tool", "tool_call_id": call["id"], "content": "done"}
+        assert await ask(http, messages=[*BODY["messages"], said, result], tools=[LOG])
+
+
+async def test_a_named_tool_may_be_given_what_no_value_of_json_is(http: httpx.AsyncClient, engine: Any) -> None:
+    engine.reply = '{"n": "\\ud83d", "m": -1e999}'
+    body = {**BODY, "max_tokens": 100, "tools": [{"name": "log", "input_schema": {"type": "object"}}]}
+    reply = await http.post("/v1/messages", json={**body, "tool_choice": {"type": "tool", "name": "log"}})
+    assert reply.json()["content"][0]["input"] == {"n": "?", "m": -sys.float_info.max}

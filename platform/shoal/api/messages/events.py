@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from shoal.api.messages.bodies import MessagesRequest
 from shoal.api.requests import EngineCall
 from shoal.api.served import ServedModel
 from shoal.api.wire import named_sse
+
+_MOST = sys.float_info.max
 
 
 class MessageAnswer(BlockAnswer):
@@ -87,11 +90,17 @@ class MessageAnswer(BlockAnswer):
 
 
 def _shown(block: Block) -> dict[str, Any]:
-    """A block as it stands; what was cut in its middle is no JSON, and so no input."""
+    """A block as it stands."""
     if block.call is None:
         return {"type": "text", "text": block.text, "citations": None}
+    return {"type": "tool_use", "id": block.call, "name": block.name, "input": _input(block.text)}
+
+
+def _input(arguments: str) -> Any:
+    """Arguments as a value that can be sent: half of a surrogate pair becomes "?", a number that is too large the largest. What
+    was cut in its middle is no JSON, and so no input."""
     try:
-        arguments = json.loads(block.text)
-    except ValueError:
-        arguments = {}
-    return {"type": "tool_use", "id": block.call, "name": block.name, "input": arguments}
+        value = json.loads(arguments, parse_float=lambda number: max(-_MOST, min(_MOST, float(number))))
+        return json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return {}
