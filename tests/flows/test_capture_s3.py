@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_rows_go_to_the_bucket_by_themselves_and_wait_where_it_does_not_answer(
     s3.slow = 10**9
     for number in range(50):
         made.put(Row(f"a{number}", now_ms()))
-    until(lambda: made.waiting > 0 and any("until the bucket takes them" in each.message for each in caplog.records))
+    until(lambda: made.waiting > 0 and "until the bucket takes them" in caplog.text)
     assert made.rows == 50 and not made.dropped and names(s3, uri) == [ABOUT, "salt"]
     assert len(capture.rows()) == 50
     s3.slow = 0
@@ -226,3 +227,48 @@ def test_watch_and_the_commands_read_it(
     assert len(Capture(uri).rows()) == 29 and not [*Path(Capture(uri).folder / JOURNAL).glob("*")]
     part = next((Capture(uri).folder / "rows").rglob("*.parquet"))
     assert "a3" not in pq.read_table(part, partitioning=None)["id"].to_pylist()
+
+
+@pytest.mark.parametrize("what", ["[!.]*", "rows", "rows/*", "feedback/*", "texts", "forgotten.jsonl"])
+def test_what_somebody_removed_from_the_copy_to_make_room_stays_in_the_bucket(
+    s3: Service, uri: str, on: Callable[[str], None], what: str
+) -> None:
+    """All of the copy but its hidden files, a kind, its days, or a file that several append to."""
+    on("gateway")
+    capture = wrote(uri, 3)
+    Votes(capture).put(Vote("a0", "ann", "up"))
+    for number in "12":
+        Texts(capture).put("", "ann", [], {"id": ID + number, **COMPLETION}, {})
+    Texts(capture).delete("", ID + "1")
+    capture.sent()
+    assert len(names(s3, uri)) == 6
+    for path in capture.folder.glob(what):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = wrote(uri, 1, "bob", "b")
+    Votes(again).put(Vote("b0", "bob", "down"))
+    Texts(again).put("", "bob", [], {"id": ID + "3", **COMPLETION}, {})
+    Texts(again).delete("", ID + "3")
+    again.sent()
+    on("reader")
+    read = Capture(uri)
+    assert sorted(read.rows()["id"].to_pylist()) == ["a0", "a1", "a2", "b0"]
+    assert sorted(vote.id for vote in Votes(read).all()) == ["a0", "b0"]
+    assert read.forgotten().ids == {ID + "1", ID + "3"}, "else what was deleted would be seen again"
+    assert Texts(read).get("", ID + "2") is not None and len(names(s3, uri)) >= 7
+    on("gateway")
+    assert Capture(uri).forgotten().ids == {ID + "1", ID + "3"}
+
+
+def test_a_text_that_was_deleted_is_not_fetched_back_before_the_bucket_has_heard_of_it(
+    s3: Service, uri: str, on: Callable[[str], None]
+) -> None:
+    on("gateway")
+    capture = Capture(uri, create=True)
+    for number in "12":
+        Texts(capture).put("", "ann", [], {"id": ID + number, **COMPLETION}, {})
+    capture.sent()
+    assert Texts(capture).delete("", ID + "1")
+    assert Texts(capture).get("", ID + "9") is None, "the bucket is looked at for it"
+    assert [path.stem for path in capture.folder.rglob("chatcmpl-*")] == [ID + "2"]
+    capture.sent()
+    assert [name for name in names(s3, uri) if ID in name] == [name for name in names(s3, uri) if ID + "2" in name]

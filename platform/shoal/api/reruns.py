@@ -86,6 +86,8 @@ class Reruns:
             return
         if row.status != 200 or row.resumed or row.role == "canary" or first.adapter or call.silent:
             return
+        if len(call.requests) > call.n:  # its row has means over several prompts
+            return
         if row.layers not in exits or not _among(row.id, self.share):
             return
         tokens = min(TOKENS, first.sampling.max_tokens)

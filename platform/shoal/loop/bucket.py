@@ -5,8 +5,9 @@
 
 Notable: no request waits for the bucket. A part has the name of its gateway's journal, and of files that several append to,
 each machine has its own in the bucket (``forgotten-NAME.jsonl``, ``votes-NAME.jsonl``): so nobody writes over another's. What
-was sent is known by size and time of the file and by the bucket's tag, in ``.bucket.json``. Copies lie in SHOAL_CACHE, or
-~/.cache/shoal.
+was sent is known by size and time of the file and by the bucket's tag, in ``.bucket.json``. A file that was sent, and is not
+there though its day has its ``.sent``, was deleted, and goes from the bucket; to remove days, kinds or all of the copy costs a
+download. Copies lie in SHOAL_CACHE, or ~/.cache/shoal.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from shoal.errors import DataError
 from shoal.machine import aside, write_aside
 
 STATE, LOCK = ".bucket.json", ".bucket.lock"
+MARK = ".sent"  # in the folder of a day: what is not there any more was deleted, and not removed with the folder
 OURS = re.compile(
     r"(?:(?:rows|texts|feedback)/day=\d{4}-\d\d-\d\d/[A-Za-z0-9][\w.-]*|forgotten-[\w-]+\.jsonl|tokens-\w+\.npz)",
     re.ASCII,
@@ -112,7 +114,9 @@ class Bucket:
             hiding_first = sorted(there, key=lambda name: not name.startswith("forgotten"))
             for name in hiding_first:
                 path = self.folder / name
-                if name in sent and sent[name][2] == there[name] and path.is_file():
+                # a text that is not there was deleted, which the bucket has not heard of
+                is_here = path.is_file() or (name.startswith("texts/") and (path.parent / MARK).is_file())
+                if name in sent and sent[name][2] == there[name] and is_here:
                     continue
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 data = self._get(name)
@@ -171,12 +175,30 @@ class Bucket:
                 state = {"name": secrets.token_hex(6), "sent": {}}
             except ValueError as error:
                 raise DataError(f"{self.folder / STATE} cannot be read", do="remove it: all is sent again") from error
+            self._take_stock(state)
             try:
                 yield state
             finally:
                 self._save(state)
 
+    def _take_stock(self, state: dict[str, Any]) -> None:
+        """Forget that was sent what somebody removed to make room, so that the bucket keeps it. Where that was of what this
+        machine appends to, it has another name from then on: what it begins anew takes the place of nothing there."""
+        own, lost = f"-{state['name']}.jsonl", list[str]()
+        for name in state["sent"]:
+            path = self.folder / name
+            path = path.with_name(path.name.removesuffix(own) + ".jsonl") if name.endswith(own) else path
+            if not ((path.parent / MARK).is_file() or path.is_file()):
+                lost.append(name)
+        for name in lost:
+            del state["sent"][name]
+        if any(self._is_own(name, state) for name in lost):
+            state["name"] = secrets.token_hex(6)
+
     def _save(self, state: dict[str, Any]) -> None:
+        for folder in {(self.folder / name).parent for name in state["sent"]} - {self.folder}:
+            if folder.is_dir():
+                (folder / MARK).touch(0o600)
         write_aside(self.folder / STATE, json.dumps(state) + "\n")
 
     # --- the bucket ---------------------------------------------------------------------------------------------------

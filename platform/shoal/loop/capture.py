@@ -180,7 +180,7 @@ class Capture:
         """The days that have parts of this kind, oldest first."""
         folder = self.folder / kind
         names = (DAY.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
-        return sorted(found[1] for found in names if found)
+        return sorted(found[1] for found in names if found and any((folder / found[0]).glob("[!.]*")))
 
     def rows(
         self,

@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shoal.errors import first_line
+from shoal.loop.bucket import MARK
 from shoal.loop.capture import FEEDBACK, FORGOTTEN, JOURNAL, ROWS, TEXTS, Capture, day_of, lines_of, now_ms
 from shoal.loop.rows import Row, table_of
 from shoal.machine import aside
@@ -299,7 +300,7 @@ class Writer:
         for kind, keep in ((ROWS, self.bounds.keep_days), (TEXTS, keep_texts), (FEEDBACK, keep_texts)):
             oldest = next(iter(self.capture.days(kind)), today)
             if oldest < day_of(self._wall() - keep * 86_400_000):
-                self._remove(kind, oldest, f"older than {keep} days")
+                self._remove(kind, oldest, f"older than {keep} days", everywhere=True)
         oldest = next(iter(self.capture.days()), today)
         while self.bytes > self.bounds.max_bytes and oldest < today:
             if self.capture.bucket is not None and not self.capture.bucket.leave(
@@ -322,9 +323,16 @@ class Writer:
         )
         return True
 
-    def _remove(self, kind: str, day: str, why: str) -> None:
+    def _remove(self, kind: str, day: str, why: str, *, everywhere: bool = False) -> None:
+        """`everywhere`: from the bucket as well, which is told by what is left of the folder."""
         log.warning("capture: removed %s of %s: %s", kind, day, why)
-        shutil.rmtree(self.capture.folder / kind / f"day={day}", ignore_errors=True)
+        folder = self.capture.folder / kind / f"day={day}"
+        if not (everywhere and (folder / MARK).is_file()):
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        for path in folder.glob("[!.]*"):
+            with suppress(OSError):
+                path.unlink()
 
 
 def adopt(capture: Capture) -> int:

@@ -137,9 +137,9 @@ class Offered:
         self.reruns = Reruns(share, self.rows.append)
         self.reruns.hosts = lambda: [self.host]  # type: ignore[list-item]
 
-    def offer(self, id_: str = "a", **row: Any) -> None:
+    def offer(self, id_: str = "a", prompts: int = 1, **row: Any) -> None:
         first = Request([1, 2, 3], Sampling(max_tokens=500, min_tokens=100, seed=7, logprobs=2), "auto")
-        call: Any = SimpleNamespace(requests=[first], silent=False)
+        call: Any = SimpleNamespace(requests=[first] * 2 * prompts, n=2, silent=False)
         told = Signals(router_bound=0.02, tolerance=0.05)
         self.reruns.offer(call, self.client, told, Row(id_, 1, **{"status": 200, "layers": 2, **row}), EXITS)  # type: ignore[arg-type]
 
@@ -217,6 +217,15 @@ async def test_what_fails_is_counted_and_the_next_goes_on() -> None:
 async def test_only_what_the_router_decided_and_the_stable_version_answered_is_asked_again(row: dict[str, Any]) -> None:
     it = Offered()
     it.offer(**row)
+    assert not it.reruns._waiting
+    it.offer()
+    assert len(it.reruns._waiting) == 1
+
+
+async def test_of_several_prompts_whose_row_has_means_none_is_asked_again() -> None:
+    """Prompts that ran to 1 and 4 layers would make one of 2, at which the first would be said to lose what it never did."""
+    it = Offered()
+    it.offer(prompts=2)
     assert not it.reruns._waiting
     it.offer()
     assert len(it.reruns._waiting) == 1
