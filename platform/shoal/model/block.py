@@ -240,8 +240,8 @@ class Group(nn.Module):
         self.first, end = (0, *config.ends)[index : index + 2]
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(self.first, end))
         self._weights = linears.Held(self.blocks)
-        self._seen: list[object] = []
-        self._parts: dict[tuple[Any, ...], list[tuple[Any, ...]] | None] = {}
+        # what the weights were, and what is made of these; together, as engines in other threads may share this
+        self._seen: tuple[list[object], dict[tuple[Any, ...], list[tuple[Any, ...]] | None]] = [], {}
 
     def forward(
         self, x: Tensor, layout: Layout, rope: Rope, skip: Collection[int] = (), beside: Beside | None = None
@@ -267,12 +267,12 @@ class Group(nn.Module):
         for once, and again when a weight has changed: a step of 30 layers would spend a third of its time on that."""
         if step.rows.longest > fused.SHORT or not fused.usable(x):
             return []
-        now = self._weights.state()
-        if now != self._seen:
-            self._seen, self._parts = now, {}
+        now, (seen, parts) = self._weights.state(), self._seen
+        if now != seen:
+            self._seen = now, (parts := {})
         key = len(x), x.dtype, torch.get_num_threads()
-        if key not in self._parts:
+        if key not in parts:
             arrays = [block.arrays(len(x), x.dtype) for block in self.blocks]  # type: ignore[operator]
-            self._parts[key] = None if None in arrays else arrays
+            parts[key] = None if None in arrays else arrays
         attentions: list[Any] = [block.attention for block in self.blocks]
-        return [(part, each.form, each.reach()) for part, each in zip(self._parts[key] or (), attentions, strict=False)]
+        return [(part, each.form, each.reach()) for part, each in zip(parts[key] or (), attentions, strict=False)]

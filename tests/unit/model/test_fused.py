@@ -292,6 +292,28 @@ def test_layers_in_one_call_read_their_tensors_where_they_lie_now(quantization, 
     assert (found[0] - found[1]).abs().max() > 0.1 < (found[1] - found[2]).abs().max()
 
 
+@torch.inference_mode()
+def test_weights_that_change_while_another_thread_looks_for_them_are_seen():
+    """The other's step falls between the look of this one at its layers and what it keeps of it, as a thread's may."""
+    net = Net(presets.get("test").model).init_(1).requires_grad_(False)
+    group, step = net.groups[1], beginning(net.config)
+    block, calls = group.blocks[0], []
+    honest, norm = block.arrays, block.attention_norm.weight
+
+    def interrupted(*args):
+        found = honest(*args)
+        calls.append(1)
+        if len(calls) == 1:
+            norm.data = norm * 2
+            group._in_one_call(*step)
+        return found
+
+    block.arrays = interrupted
+    group._in_one_call(*step)
+    weights, _, _ = group._in_one_call(*step)[0]
+    assert (weights[0] == norm.numpy()).all(), "else those of before are read for ever"
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_layer_group_equals_its_torch_form(data):
