@@ -35,25 +35,9 @@ class LastLook:
         """For a scrape; nothing where nobody has looked, or what was written cannot be read."""
         try:
             found = await self.get()
-        except ShoalError:
+            return {} if found is None else _told(found)
+        except (ShoalError, KeyError, TypeError, ValueError):  # one file is not to cost a scrape all the rest
             return {}
-        if found is None:
-            return {}
-        report = found["report"]
-        told = {
-            sample("drift_state"): float(STATES.index(report["state"])),
-            sample("drift_evidence_requests"): float(report["evidence"]),
-            sample("drift_needed_requests"): float(report["needed"]),
-            sample("drift_requests"): float(report["requests"]),
-            sample("drift_looked_timestamp_seconds"): float(found["looked"]),
-        }
-        if regret := report.get("regret"):
-            told |= {sample("regret_nats", bound=name): float(regret[name]) for name in ("low", "mean", "high")}
-            told[sample("regret_tolerance_nats")] = float(regret["tolerance"])
-            told[sample("regret_reruns")] = float(regret["reruns"])
-        return told | {
-            sample("drift_shift_sd", signal=each["signal"]): float(each["shift"]) for each in report["signals"]
-        }
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -64,3 +48,19 @@ class LastLook:
         if stamp != self._stamp or stamp is None:
             self._known, self._stamp = last_look(self._folder), stamp
         return self._known
+
+
+def _told(found: dict[str, Any]) -> Samples:
+    report = found["report"]
+    told = {
+        sample("drift_state"): float(STATES.index(report["state"])),
+        sample("drift_evidence_requests"): float(report["evidence"]),
+        sample("drift_needed_requests"): float(report["needed"]),
+        sample("drift_requests"): float(report["requests"]),
+        sample("drift_looked_timestamp_seconds"): float(found["looked"]),
+    }
+    if regret := report.get("regret"):
+        told |= {sample("regret_nats", bound=name): float(regret[name]) for name in ("low", "mean", "high")}
+        told[sample("regret_tolerance_nats")] = float(regret["tolerance"])
+        told[sample("regret_reruns")] = float(regret["reruns"])
+    return told | {sample("drift_shift_sd", signal=each["signal"]): float(each["shift"]) for each in report["signals"]}

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from shoal.loop.detector import REQUESTS, Detector
 from shoal.loop.reference import EVERY, LEARNED, Reference, first_turns, measured, moments
 from shoal.loop.regret import Regret, broken
 from shoal.loop.rows import RERUN
-from shoal.loop.tell import Report, told
+from shoal.loop.tell import STATES, Report, told
 from shoal.loop.texts import Texts, one_line
 from shoal.loop.unread import Read, unread
 from shoal.loop.watched import column, texts
@@ -282,10 +282,14 @@ def last_look(folder: Path) -> dict[str, Any] | None:
             raise ValueError(f"{saved['format']} {saved['version']}")
         streams = Detector.restored(saved["detector"]).streams if saved["detector"] else ()
         signals = shifts(saved.get("curves") or {}, streams)
-        return {"looked": looked, "report": saved["report"], "evidence": saved["evidence"], "signals": signals}
+        names = {each.name for each in fields(Report)}  # a watch of another version may tell more, or less
+        report = asdict(Report(**{name: value for name, value in saved["report"].items() if name in names}))
+        if report["state"] not in STATES:
+            raise ValueError(f"a state {report['state']}")
+        return {"looked": looked, "report": report, "evidence": saved["evidence"], "signals": signals}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DataError(f"{path} cannot be read", got=str(error), do="remove it, and it learns anew") from error
 
 

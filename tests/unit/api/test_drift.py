@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -84,15 +85,44 @@ async def test_the_file_is_read_again_only_when_there_is_another(
         assert (await drift(http))["look"]["report"]["requests"] == 310 and len(read) == 2
 
 
-async def test_a_file_that_cannot_be_read_is_told_and_breaks_nothing_else(connect: Connect, service: Service) -> None:
+def of_report(saved: str, **fields: object) -> str:
+    """A file with other fields in its report."""
+    told = json.loads(saved)
+    return json.dumps(told | {"report": told["report"] | fields})
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda saved: "{",
+        lambda saved: "[" * 200_000,
+        lambda saved: json.dumps(json.loads(saved) | {"report": {}}),
+        lambda saved: of_report(saved, state="asleep"),
+    ],
+)
+async def test_a_file_that_cannot_be_read_is_told_and_breaks_nothing_else(
+    connect: Connect, service: Service, write: Callable[[str], str]
+) -> None:
     watch(service).look(service.now)
-    (service.folder / FOLDER / STATE).write_text("{")
+    path = service.folder / FOLDER / STATE
+    path.write_text(write(path.read_text()))
     async with connect(capture=given(service)) as http:
         for _ in range(2):
             told = await drift(http)
             assert told["look"] is None and "cannot be read" in told["fault"]
         scraped = (await http.get("/metrics")).raise_for_status().text
     assert "drift_state" not in scraped and "shoal:capture_rows" in scraped
+
+
+async def test_of_a_file_by_another_version_what_is_known_is_told(connect: Connect, service: Service) -> None:
+    watch(service).look(service.now)
+    path = service.folder / FOLDER / STATE
+    path.write_text(of_report(path.read_text(), mood="calm"))
+    async with connect(capture=given(service)) as http:
+        assert (await drift(http))["look"]["report"]["state"] == "learning"
+        assert "shoal:drift_state 0.0" in (await http.get("/metrics")).text
+        path.write_text(of_report(path.read_text(), needed=None))
+        assert "drift_state" not in (await http.get("/metrics")).raise_for_status().text
 
 
 async def test_a_scrape_tells_what_the_command_writes(connect: Connect, service: Service, tmp_path: Path) -> None:
