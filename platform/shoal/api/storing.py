@@ -7,6 +7,7 @@ A text is kept where the operator (``--capture-texts``), the key (``texts=yes``;
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -86,10 +87,19 @@ class Storing:
         """Keep the texts of an answer that is complete, and whether that was done; one that cannot be kept is counted, and its
         row says so."""
         put = self._chat if isinstance(body, ChatRequest) else self._response
+        whole, late = answer.complete(), threading.Event()
+
+        def work() -> bool:
+            stored = put(access, body, whole)  # type: ignore[arg-type]
+            if stored and late.is_set():  # its answer has said that it is not stored
+                (self.texts if put == self._chat else self.responses).drop(whole["id"])
+            return stored
+
         try:
             async with asyncio.timeout(STORE_SECONDS):
-                stored = await asyncio.to_thread(put, access, body, answer.complete())  # type: ignore[arg-type]
+                stored = await asyncio.to_thread(work)
         except (OSError, TimeoutError):
+            late.set()
             self._recorder.writer.dropped["texts"] += 1
             return False
         if stored:

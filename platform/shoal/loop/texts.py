@@ -113,6 +113,11 @@ class Texts:
         path.unlink(missing_ok=True)
         return True
 
+    def drop(self, id_: str) -> None:
+        """Take back what was stored a moment ago: its row stays. Raises OSError."""
+        if (path := self._path(id_)) is not None:
+            path.unlink(missing_ok=True)
+
     def all(self, owner: str | None = None, *, newest: bool = False) -> Iterator[Stored]:
         """All that `owner` has [anybody], by the time at which they were stored; none that is forgotten."""
         forgotten = self._capture.forgotten()

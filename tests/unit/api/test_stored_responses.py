@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +33,7 @@ from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop.capture import Capture
 from shoal.loop.forget import forget
 from shoal.loop.texts import Responses, Texts
+from shoal.machine import write_aside
 from tests.unit.api.test_chat import png
 from tests.unit.api.test_responses import LOG
 from tests.unit.api.test_tools import CALL
@@ -325,6 +328,25 @@ async def test_a_text_that_the_disk_does_not_take_costs_nobody_an_answer(connect
         first, *_, last = [json.loads(line[6:]) for line in events.splitlines() if line.startswith("data: ")]
         assert (first["response"]["store"], last["response"]["store"]) == (True, False)
         assert 'capture_dropped_total{reason="texts"} 2.0' in (await http.get("/metrics")).text
+
+
+async def test_what_a_slow_disk_stores_after_its_answer_said_no_is_taken_back(
+    shop: openai.AsyncOpenAI, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, wrote, plain = threading.Event(), threading.Event(), Responses.drop
+
+    def slow(*given: Any) -> None:
+        told.wait(60)
+        write_aside(*given)
+
+    monkeypatch.setattr("shoal.api.storing.STORE_SECONDS", 0.01)
+    monkeypatch.setattr("shoal.loop.texts.write_aside", slow)
+    monkeypatch.setattr(Responses, "drop", lambda self, id_: (plain(self, id_), wrote.set()))
+    answer = await shop.responses.create(**ASK)
+    told.set()
+    assert to_dict(answer)["store"] is False and await asyncio.to_thread(wrote.wait, 60)
+    with pytest.raises(openai.NotFoundError):
+        await shop.responses.retrieve(answer.id)
 
 
 async def test_what_failed_is_not_stored(shop: openai.AsyncOpenAI, engine: Any, folder: Path) -> None:
