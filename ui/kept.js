@@ -74,7 +74,8 @@ window.kept = (() => {
   // The page opens: the last conversation, its key, and what an earlier version kept, which is taken over.
   const opened = (path, earlier) => {
     const old = Array.isArray(earlier) ? earlier.filter((chat) => typeof chat?.id === 'string' && Array.isArray(chat.messages)) : [];
-    old.forEach((chat, number) => { if (!read(path, chat.id)) write(path, chat.id, chat.messages, Date.now() - number); });
+    const now = Date.now(); // once: their order is what tells the newest
+    old.forEach((chat, number) => { if (!read(path, chat.id)) write(path, chat.id, chat.messages, now - number); });
     if (old.length) localStorage.removeItem(`shoal-chats-${path}`);
     const last = all(path)[0];
     know(last);
