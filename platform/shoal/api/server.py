@@ -65,9 +65,7 @@ def run_local(
 
     args = args.at_stable()
     model = _one_model(args)
-    if port:
-        need_free_port(host, port)  # before a model is loaded
-    port = port or _free_port(host)  # now, since the page is told where the API is
+    port = _free_port(host, port)  # now, since the page is told where the API is
     page = chat_page(args.ui_api or f"http://{host}:{port}/v1", mount=args.ui_mount) if args.ui else None
     keys = ApiKeys.load(args.api_keys)
     served = args.served(model, args.name)
@@ -114,7 +112,11 @@ def run_local(
         raise KeyboardInterrupt
 
 
-def _free_port(host: str) -> int:
+def _free_port(host: str, port: int) -> int:
+    """`port`, or of 0 one that is free. Raises ResourceError for one that is not, before a model is loaded."""
+    if port:
+        need_free_port(host, port)
+        return port
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
