@@ -15,7 +15,7 @@ those that rose; not for each that ends: a thousand that leave at once cost what
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
 
 from shoal.engine.events import LATER
@@ -23,6 +23,8 @@ from shoal.engine.plan import Work
 from shoal.engine.running import Running
 
 TOLERATED = 0.5  # of a step: who share it evenly are not to have steps of their own for nothing
+KEPT = 4.0  # steps of all requests that who asked for less than its share may have before others
+REMEMBERED = 4096  # payers that have no work now
 
 Group = tuple[int, str]  # priority and payer
 
@@ -84,27 +86,44 @@ class Seconds:
     """The engine's seconds that payers have had, of those that have work: each is to have as many as the others.
 
     A payer that comes starts with as many as the one that has had least, less a step of all requests, for which it may have
-    waited. A payer without work is forgotten, whether it had more than others or less.
+    waited. One that comes again and has left its share to others may have `KEPT` of these steps before them: so the next
+    request of who asks for little, now and then, is done in steps of its own. What it has had is remembered while others have
+    work: else who asks again at once would have as many each time. Who had more than others owes nothing when it comes again.
 
-    Nor does a payer that comes start with less, by more than that step, than an even share since the last step that all had
+    Nor does a payer that comes start with less, by more than these steps, than an even share since the last step that all had
     part in: where one came before the other had ended, each started with less than that one had, and who was there before
     them had nothing for as long as they came.
     """
 
     def __init__(self) -> None:
         self._had: dict[str, float] = {}
+        self._away = OrderedDict[str, float]()  # what those had, with the same zero, that have no work now
         self._full = 0.0  # of the last step that all had part in
         self._even = 0.0  # what who had most then would have by now, had all shared evenly since
 
     def behind(self, payers: Collection[str]) -> Collection[str]:
         """Those of `payers`, who have work now, that have had less than another by more than `TOLERATED` of a step of all."""
-        least = min((had for payer, had in self._had.items() if payer in payers), default=0.0)
-        start = max(least, self._even) - self._full
-        self._had = {payer: self._had.get(payer, start) for payer in payers}
+        self._come_and_go(payers)
         if len(payers) < 2:
             return ()
         limit = max(self._had.values()) - TOLERATED * self._full
         return {payer for payer, had in self._had.items() if had < limit}
+
+    def _come_and_go(self, payers: Collection[str]) -> None:
+        gone = [payer for payer in self._had if payer not in payers]
+        if len(gone) == len(self._had):
+            self._had.clear()
+            self._away.clear()
+            gone = []
+        for payer in gone:
+            self._away[payer] = self._had.pop(payer)
+            if len(self._away) > REMEMBERED:
+                self._away.popitem(last=False)
+        fair, most = max(min(self._had.values(), default=0.0), self._even), max(self._had.values(), default=0.0)
+        for payer in payers:
+            if payer not in self._had:
+                had = max(self._away.pop(payer, fair - self._full), fair - KEPT * self._full)
+                self._had[payer] = min(had, max(most, fair))
 
     def took(self, works: Sequence[Work], seconds: float) -> None:
         """A step of `works` took so many seconds."""

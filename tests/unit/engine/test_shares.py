@@ -12,7 +12,7 @@ import pytest
 from shoal.engine.events import LATER, Finished, Request, Sampling, Token
 from shoal.engine.pace import WARM_UP
 from shoal.engine.plan import Work
-from shoal.engine.shares import Seconds, Shares, clearly_before
+from shoal.engine.shares import KEPT, REMEMBERED, TOLERATED, Seconds, Shares, clearly_before
 from shoal.errors import DeadlineError, QueueFullError
 from tests.unit.engine.test_scheduler import Harness, end, next_token
 
@@ -194,9 +194,9 @@ def test_those_that_leave_at_once_cost_what_they_are() -> None:
     assert calls(400) < 2.5 * calls(200)
 
 
-def seconds_of(neighbours: int, *, prompt: int = 1) -> list[float]:
-    """Virtual seconds that each of some small requests takes, sent one after the other, beside as many that decode of another
-    payer, with prompts of `prompt` tokens. A step costs 1 ms, and 1 ms for each row."""
+def seconds_of(neighbours: int, *, prompt: int = 1, pause: int = 0, tokens: int = 8) -> list[float]:
+    """Virtual seconds that each of some small requests takes, sent one after the other, `pause` steps between two, beside as
+    many that decode of another payer, with prompts of `prompt` tokens. A step costs 1 ms, and 1 ms for each row."""
     h = Harness(4000, cost=(0.25e-3, 0.25e-3), max_batch=40, max_queue=200, max_batch_tokens=128)
     endless = Sampling(max_tokens=400, ignore_eos=True)
     for i in range(neighbours):
@@ -208,8 +208,10 @@ def seconds_of(neighbours: int, *, prompt: int = 1) -> list[float]:
     h.run() if not neighbours else None
     found = []
     for number in range(12):
+        for _ in range(pause if neighbours else 0):
+            h.step()
         began = h.now
-        small = h.submit([70, number], sampling=Sampling(max_tokens=8, ignore_eos=True), payer="b")
+        small = h.submit([70, number], sampling=Sampling(max_tokens=tokens, ignore_eos=True), payer="b")
         while not any(isinstance(event, Finished) and event.request == small for event in h.step()):
             pass
         found.append(h.now - began)
@@ -222,6 +224,13 @@ def test_small_requests_take_at_most_twice_as_long_beside_a_full_batch() -> None
     assert alone < 0.02
     beside = seconds_of(31)
     assert sorted(beside)[6] <= 2 * alone + 0.032, (alone, beside)  # and a step that runs when one comes
+
+
+def test_small_requests_that_come_now_and_then_take_as_long_as_alone() -> None:
+    """They ask for less than half of the time."""
+    alone = max(seconds_of(0, tokens=24))
+    beside = seconds_of(31, pause=4, tokens=24)
+    assert max(beside[2:]) < 1.2 * alone, (alone, beside)
 
 
 def test_payers_that_share_steps_evenly_have_none_of_their_own() -> None:
@@ -295,7 +304,61 @@ def test_seconds_are_shared_by_the_rows_of_a_step() -> None:
     assert seconds.behind({"a", "b", "c"}) == {"b", "c"}, "who comes has had a step less than the least"
     seconds.took([work("b", 9)], 10.0)
     assert seconds.behind({"a", "b", "c"}) == {"c"}, "12 s and 14 s; a step of one alone is none of all"
-    assert not seconds.behind({"b"}) and seconds.behind({"a", "b"}) == {"a"}, "who has no work is forgotten"
+    assert not seconds.behind({"b"}) and not seconds.behind({"a", "b"}), (
+        "12 s and 14 s: who comes again has had what it had"
+    )
+    assert seconds.behind({"a", "b", "d"}) == {"d"}, "12 s less a step"
+
+
+def decoding(payer: str, rows: int) -> Any:
+    return Work(Asked(payer, ""), 0, rows, 0, 4)  # type: ignore[arg-type]
+
+
+def test_who_left_its_share_to_others_has_four_steps_before_them_and_no_more() -> None:
+    seconds = Seconds()
+    seconds.took([decoding("much", 15), decoding("little", 1)], 1.0)
+    for _ in range(100):
+        seconds.behind({"much"})
+        seconds.took([decoding("much", 16)], 1.0)
+    steps = 0
+    while seconds.behind({"much", "little"}) == {"little"}:
+        seconds.took([decoding("little", 1)], 0.125)
+        steps += 1
+    assert steps == (KEPT - TOLERATED) / 0.125, "to within half of a step of all"
+    for _ in range(20):  # it goes and comes again at once: after one step of the other's it has one of its own time
+        seconds.behind({"much"})
+        seconds.took([decoding("much", 16)], 1.0)
+        again = 0
+        while seconds.behind({"much", "little"}) == {"little"}:
+            seconds.took([decoding("little", 1)], 0.125)
+            again += 1
+        assert again == 8
+
+
+def test_who_had_more_than_others_owes_nothing_when_it_comes_again() -> None:
+    seconds = Seconds()
+    seconds.took([decoding("much", 3), decoding("little", 1)], 1.0)
+    for _ in range(50):
+        seconds.behind({"much"})
+        seconds.took([decoding("much", 4)], 1.0)
+    seconds.behind({"much", "little"})
+    for _ in range(5):
+        seconds.behind({"little"})
+        seconds.took([decoding("little", 1)], 0.125)
+    assert not seconds.behind({"much", "little"})
+    seconds.behind({"much"})
+    assert seconds.behind(set()) == () and not seconds.behind({"much"})
+    assert not seconds.behind({"much", "little"}), "nobody was there in between: all begin anew"
+
+
+def test_payers_that_are_away_are_remembered_up_to_a_number() -> None:
+    seconds = Seconds()
+    seconds.took([decoding("much", 3)], 1.0)
+    for number in range(REMEMBERED + 50):
+        seconds.behind({"much", str(number)})
+        seconds.took([decoding("much", 3), decoding(str(number), 1)], 1.0)
+    seconds.behind({"much"})
+    assert len(seconds._away) == REMEMBERED and "49" not in seconds._away and "50" in seconds._away
 
 
 def test_a_payer_goes_on_however_many_others_come_one_after_the_other() -> None:
