@@ -36,7 +36,8 @@ from shoal.model.model import Model
 Say = Callable[[str], None]
 
 QUIET = 300  # old questions after the reference
-CORRECTED = 1_200  # new questions that are corrected
+# new questions that are corrected: of these some 600 are no near copies of others, and of them 200 are held out
+CORRECTED = 1_800
 EVERY = 40  # questions between two looks
 FROZEN, HELD = 1_000, 300  # questions of the frozen suite, and of each domain that is scored
 ANSWER = 48  # tokens

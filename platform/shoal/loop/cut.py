@@ -25,15 +25,17 @@ import numpy as np
 import xxhash
 
 from shoal.data.chats.augment import asked
-from shoal.data.chats.rows import is_augmented, lines
+from shoal.data.chats.rows import group_of, is_augmented, lines
 from shoal.data.documents import Document
 from shoal.data.operators.decontaminate import GRAM, LEAST
 from shoal.data.operators.grams import grams, words
 from shoal.data.operators.near import BANDS, LEAST_WORDS, WIDTH, nearly_equal, signature
 from shoal.errors import DataError, UsageError
+from shoal.evaluate.halves import asked_groups
 from shoal.loop import suites
 from shoal.loop.capture import Forgotten
 from shoal.loop.labels import LABELS, UP, Found, Labelled
+from shoal.loop.paired import LEAST_RECENT
 from shoal.machine import sha256_of, write_aside, write_json
 
 FORMAT, VERSION = "shoal.cut", 1
@@ -45,7 +47,9 @@ REPLAY = "replay"
 class Settings:
     """How a cut is made."""
 
-    heldout: float = 0.2  # share of the people that are held out
+    heldout: float | None = (
+        None  # share of the people that are held out; None: a fifth, or what the gate asks (`_share`)
+    )
     up: float = 0.2  # share of the rows to train on that may be the model's own answers, liked
     # rows of the old mix for each new one; fewer are known by heart before they hold anything back
     replay: float = 10.0
@@ -53,7 +57,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value, most in (
-            ("--heldout", self.heldout, 0.9),
+            ("--heldout", self.heldout or 0.0, 0.9),
             ("--up", self.up, 1.0),
             ("--replay", self.replay, 100),
         ):
@@ -89,7 +93,7 @@ def forbidden(folder: Path | None, files: Iterable[Path]) -> Asked:
     for path in [*paths, *files]:
         for line in lines(path):
             try:
-                found.add([one for one in json.loads(line)["messages"] if one.get("role") != "assistant"])
+                found.add(_asked_in(json.loads(line)))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"{path} holds a row that is no chat", got=str(error), do="mend it") from error
     return found
@@ -117,7 +121,7 @@ def cut(
     train, recent = _split(rows, settings, found, never or Asked())
     train = _few_liked(train, settings, found)
     for name, some in (("to train on", train), ("held out", recent)):
-        if not some and (name == "to train on" or settings.heldout):
+        if not some and (name == "to train on" or settings.heldout != 0):
             people = len({row.person for row in rows})
             raise DataError(
                 f"no row {name}", got=f"{len(rows)} rows of {people} people", do="collect more, of more people"
@@ -167,12 +171,24 @@ def mixed(out: Path, to: Path, share: float) -> int:
     return times
 
 
-def asked_of_both(out: Path, to: Path) -> None:
-    """Write to the file `to` what depth "auto" is fitted to after a training on a cut: what it holds out, and its old rows, for
-    a service goes on to be asked these."""
+def asked_of_both(out: Path, to: Path, *, held: Path | None = None, never: Asked | None = None) -> None:
+    """Write to the file `to` what depth "auto" is fitted to after a training on a cut: what it holds out, and old chats, for a
+    service goes on to be asked these. `held`: chats that the old corpus holds out; of these the half that evaluation does not
+    ask, and nothing that is in `never`. Where there are none, the cut's own old rows, which were trained on: at what it knows
+    by heart a model loses less by leaving out layers than at what it will be asked."""
     recent = [line for line in (out / RECENT).read_text(encoding="utf-8").split("\n") if line]
-    old = [line for line in _new_and_old(out)[1] if _can_be_asked(json.loads(line))]
+    old = _fitted_to(held, never or Asked()) if held is not None and held.is_file() else []
+    old = old or [line for line in _new_and_old(out)[1] if _can_be_asked(json.loads(line))]
     write_aside(to, "".join(line + "\n" for line in [*recent, *old]))
+
+
+def _fitted_to(held: Path, never: Asked) -> list[str]:
+    half, found = asked_groups(held), []
+    for line in lines(held):
+        row = json.loads(line)
+        if _can_be_asked(row) and group_of(row) not in half and not never.holds(_asked_in(row)):
+            found.append(json.dumps(row, ensure_ascii=False))
+    return found
 
 
 def _new_and_old(out: Path) -> tuple[list[str], list[str]]:
@@ -181,6 +197,10 @@ def _new_and_old(out: Path) -> tuple[list[str], list[str]]:
     is_old = [json.loads(line).get("label") == REPLAY for line in rows]
     both = list(zip(rows, is_old, strict=True))
     return [line for line, old in both if not old], [line for line, old in both if old]
+
+
+def _asked_in(row: Mapping[str, Any]) -> list[Any]:
+    return [one for one in row["messages"] if one.get("role") != "assistant"]
 
 
 def _can_be_asked(row: Mapping[str, Any]) -> bool:
@@ -256,20 +276,31 @@ def _split(
 ) -> tuple[list[Labelled], list[Labelled]]:
     """Rows to train on and rows that are held out, of other people; neither asks what is forbidden, and what is held out is
     nothing that is asked in training."""
+    allowed: list[Labelled] = []
     train: list[Labelled] = []
     recent: list[Labelled] = []
     for row in rows:
         if never.holds(row.messages[:-1]):
             found.leave("asked by a suite, or held out before")
             continue
+        allowed.append(row)
+    share = _share(len(allowed)) if settings.heldout is None else settings.heldout
+    for row in allowed:
         draw = xxhash.xxh3_64_intdigest(row.person.encode("utf-8", "surrogatepass"), seed=settings.seed) / 2**64
-        (recent if draw < settings.heldout else train).append(row)
+        (recent if draw < share else train).append(row)
     known = {row.question for row in train}
     for row in [row for row in recent if row.question in known]:
         recent.remove(row)
         found.leave("held out, but asked in training by another person")
     # what the model said itself measures nothing
     return train, [row for row in recent if row.label != UP]
+
+
+def _share(rows: int) -> float:
+    """Of the people, where there are so many rows: with fewer held out than it asks for the gate can say nothing, however much
+    was learned. Where even half of them would not do, the next cut will."""
+    wanted = 1.1 * LEAST_RECENT / max(1, rows)
+    return wanted if 0.2 < wanted <= 0.5 else 0.2
 
 
 def _few_liked(train: list[Labelled], settings: Settings, found: Found) -> list[Labelled]:
@@ -289,7 +320,7 @@ def _replayed(path: Path, count: int, seed: int, never: Asked) -> list[str]:
     for line in lines(path):
         try:
             row = json.loads(line)
-            if never.holds([one for one in row.get("messages", ()) if one.get("role") != "assistant"]):
+            if never.holds(_asked_in({"messages": (), **row})):
                 continue
         except (ValueError, AttributeError, TypeError) as error:
             raise DataError(f"{path} holds a row that is no chat", got=str(error), do="mend it") from error

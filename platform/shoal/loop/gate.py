@@ -29,7 +29,7 @@ from shoal.evaluate.measures import Answer, HeldoutRows
 from shoal.loop import costs, suites
 from shoal.loop.cut import RECENT as RECENT_FILE
 from shoal.loop.cut import read
-from shoal.loop.paired import FAIL, INCONCLUSIVE, MARGIN, PASS, SKIPPED, Check, better, not_worse, paired
+from shoal.loop.paired import FAIL, INCONCLUSIVE, LEAST_RECENT, MARGIN, PASS, SKIPPED, Check, better, not_worse, paired
 from shoal.loop.suites import FROZEN, RECENT, SAFETY, TIRED, Suite
 from shoal.loop.versions import AnotherShapeError, need_same
 from shoal.model.files import weights_sha256
@@ -39,7 +39,6 @@ FORMAT, VERSION = "shoal.gate", 1
 REFUSED = "refused"
 MOST_RISE = 0.01  # of bits per byte
 BPB_ROWS = 96  # packed rows of a modality
-LEAST_RECENT = 200  # questions
 MOST_LONGER = 1.10  # tokens of the answers to frozen suites
 SHAPE = "shape"  # the check that refuses
 

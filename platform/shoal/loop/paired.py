@@ -17,6 +17,7 @@ import numpy as np
 
 Z95, Z90 = 1.644854, 1.281552  # one-sided 95 %; and 90 % power
 MARGIN = 0.03  # a share that may be lost
+LEAST_RECENT = 200  # questions on which a candidate must be better
 
 PASS, FAIL, INCONCLUSIVE, SKIPPED = "pass", "fail", "inconclusive", "skipped"
 

@@ -144,7 +144,9 @@ class Curate(Stage):
     never: Annotated[
         list[Path] | None, typer.Option(help="Held-out chats (JSONL), such as an earlier cut's; repeat. [none]")
     ] = None
-    heldout: Annotated[float, typer.Option(help="Share of the people that are held out.")] = 0.2
+    heldout: Annotated[
+        float | None, typer.Option(help="Share of the people that are held out. [a fifth, or as many as 200 rows take]")
+    ] = None
     liked: Annotated[float, typer.Option(help="Share of the rows that may be the model's own answers, liked.")] = 0.2
     replay_share: Annotated[float, typer.Option(help="Share of old rows: so many for each new one.")] = 10.0
     seed: Annotated[int, typer.Option(help="Seed of the split and of what is replayed.")] = 0

@@ -148,8 +148,10 @@ class Retrain(Stage):
 
     def _finetune(self, parent: Path, served: Path, work: Path) -> tuple[Path, Path | None]:
         """The model to serve, and its fp32 parent where it was rounded."""
+        from shoal.data.chats.rows import HELDOUT
+        from shoal.data.remote import local
         from shoal.evaluate import routing
-        from shoal.loop.cut import asked_of_both, mixed
+        from shoal.loop.cut import asked_of_both, forbidden, mixed
         from shoal.model.described import read_config
         from shoal.model.files import weight_bytes
 
@@ -175,7 +177,8 @@ class Retrain(Stage):
         if rounded:
             model, shared["settings"] = work / "int8", given[-1:] if self.replay else []
             Quantize(model=tuned, data=str(mix), out=model, **shared).run()
-        asked_of_both(self.cut, asked)
+        held = local(self.replay) / HELDOUT if self.replay else None
+        asked_of_both(self.cut, asked, held=held, never=forbidden(self.suites, []))
         if routing.finish(model, asked, say) is None:
             routing.take_over(model, served, say)
         return model, tuned if rounded else None

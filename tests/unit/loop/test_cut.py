@@ -12,12 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.cli import main
+from shoal.data.chats.rows import group_of
 from shoal.errors import DataError
+from shoal.evaluate.halves import asked_groups
 from shoal.loop.capture import Capture, Forgotten
 from shoal.loop.cut import (
     MANIFEST,
     RECENT,
     TRAIN,
+    Asked,
     Settings,
     asked_of_both,
     before,
@@ -29,6 +32,7 @@ from shoal.loop.cut import (
     read,
 )  # fmt: skip
 from shoal.loop.labels import Found, Kept, Labelled, Said, kept_texts, labelled, read_imports, said
+from shoal.loop.paired import LEAST_RECENT
 from shoal.loop.suites import freeze
 from shoal.loop.texts import Texts
 from shoal.loop.votes import Vote, Votes
@@ -192,10 +196,35 @@ def test_new_rows_come_as_often_as_their_share_asks_for_and_old_ones_are_asked_a
     kept = (tmp_path / "asked.jsonl").read_text().splitlines()
     assert kept[: made["recent"]] == (folder / RECENT).read_text().splitlines()
     assert len(kept) == made["recent"] + 400 and not any("augmented" in line for line in kept)
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(chat(f"held {number}, of the old?")) + "\n" for number in range(40)))
+    never = Asked()
+    never.add([{"role": "user", "content": "Held 7, of the old"}])
+    half = asked_groups(held)
+    asked_of_both(folder, tmp_path / "asked.jsonl", held=held, never=never)
+    kept = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()][made["recent"] :]
+    assert all(group_of(row) not in half for row in kept), "what evaluation asks is left to it"
+    ours = {f"held {number}, of the old?" for number in range(40)}
+    said = {row["messages"][0]["content"] for row in kept}
+    fits = {text for text in ours if group_of(chat(text)) not in half}
+    assert said == fits - {"held 7, of the old?"} and len(fits) == 20
+    asked_of_both(folder, tmp_path / "asked.jsonl", held=tmp_path / "none.jsonl")
+    assert len((tmp_path / "asked.jsonl").read_text().splitlines()) == made["recent"] + 400
     bare = tmp_path / "bare"
     cut(corrected(60), bare, Settings())
     assert mixed(bare, tmp_path / "mix.jsonl", 0.25) == 1
     assert (tmp_path / "mix.jsonl").read_text() == (bare / TRAIN).read_text()
+
+
+@pytest.mark.parametrize(("count", "share"), [(100, 0.2), (430, 0.2), (450, 0.49), (600, 0.37), (1_200, 0.2)])
+def test_as_many_people_are_held_out_as_the_gate_asks_for_where_there_are_so_many(
+    count: int, share: float, tmp_path: Path
+) -> None:
+    made = cut(corrected(count, people=count), tmp_path / "cut", Settings())
+    assert made["recent"] / count == pytest.approx(share, abs=0.07)
+    assert made["recent"] >= LEAST_RECENT or share == 0.2
+    told = cut(corrected(count, people=count), tmp_path / "another", Settings(heldout=0.3))
+    assert told["recent"] / count == pytest.approx(0.3, abs=0.1)
 
 
 def test_the_old_mix_is_replayed_one_to_one(tmp_path: Path) -> None:

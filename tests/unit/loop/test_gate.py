@@ -160,9 +160,9 @@ def test_a_router_that_loses_more_runs_deeper_or_is_gone_is_stopped(place: Path,
     first = known["deep"].config.exits[0] / known["deep"].config.layers
     assert deeper["router, layers"] == ("fail", pytest.approx(1 / first)) and deeper["router, loss"][0] == "pass"
     lost = status(known["shallow"], known["deep"])["router, loss"]
-    rows = {task: [Heldout(one.row, one.group) for one in some[:100]] for task, some in asked.items()}
+    rows = {task: [Heldout(one.row, one.group) for one in some[: costs.MOST]] for task, some in asked.items()}
     wanted = measured(known["shallow"].net, rows).gaps[:, 0].mean()
-    assert lost[1] is not None and abs(lost[1] - float(wanted)) < 0.05 and (lost[0] == "fail") == (lost[1] > 0.05)
+    assert lost[1] is not None and abs(lost[1] - float(wanted)) < 0.05
     bare = Model.load(place / "stable")
     assert (
         status(bare, known["deep"]) == {"router": ("fail", None)}
@@ -170,6 +170,22 @@ def test_a_router_that_loses_more_runs_deeper_or_is_gone_is_stopped(place: Path,
     )
     few = {task: some[:10] for task, some in asked.items()}
     assert [check.status for check in costs.router(known["deep"], known["deep"], few)] == ["inconclusive"]
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "status"),
+    [
+        (0.042, 0.049, 0.056, "pass"),  # calibrated to 0.05: most of its like are within a fifth above it
+        (0.045, 0.052, 0.059, "pass"),
+        (0.030, 0.049, 0.068, "inconclusive"),
+        (0.051, 0.055, 0.059, "fail"),  # above it for sure
+        (0.040, 0.061, 0.082, "fail"),
+    ],
+)
+def test_a_router_s_promise_is_broken_where_it_is_shown_to_be(
+    low: float, value: float, high: float, status: str
+) -> None:
+    assert costs.kept(low, value, high, 0.05) == status
 
 
 def test_one_that_takes_longer_for_a_token_is_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
