@@ -29,7 +29,7 @@ class Watched(Protocol):
 
 
 class Logits:
-    """Rows of a step that are watched, as the model gave them: of each its log-sum and a copy."""
+    """Rows of a step that are watched, as the model gave them less their largest: of each its log-sum and a copy."""
 
     def __init__(self, rows: dict[int, tuple[float, np.ndarray]]) -> None:
         self._rows = rows
@@ -46,7 +46,8 @@ class Logits:
             row = numbers[r]
             most = float(row.max())
             if math.isfinite(most):
-                found[r] = most + math.log(np.exp(row - most).sum()), row.copy()
+                below = row - most
+                found[r] = math.log(np.exp(below).sum()), below
         return cls(found)
 
     def nll(self, tokens: Sequence[int]) -> dict[int, float]:
