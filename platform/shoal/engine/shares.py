@@ -131,9 +131,10 @@ class Seconds:
         for work in works:
             rows[work.running.request.payer] += (work.count + work.drafts) * (work.last - work.first)
         for payer, count in rows.items():
-            self._had[payer] = self._had.get(payer, 0.0) + seconds * count / max(1, rows.total())
+            of = self._away if payer in self._away else self._had  # what may wait runs beside those that share
+            of[payer] = of.get(payer, 0.0) + seconds * count / max(1, rows.total())
         self._even += seconds / max(1, len(self._had))
-        if len(rows) == len(self._had):
+        if self._had.keys() <= rows.keys():
             self._full, self._even = seconds, max(self._had.values(), default=0.0)
 
 

@@ -351,6 +351,19 @@ def test_who_had_more_than_others_owes_nothing_when_it_comes_again() -> None:
     assert not seconds.behind({"much", "little"}), "nobody was there in between: all begin anew"
 
 
+def test_what_may_wait_and_runs_beside_those_that_share_is_counted_to_itself() -> None:
+    """It is in their steps, and not among those that are asked about."""
+    seconds = Seconds()
+    seconds.behind({"later"})
+    seconds.took([decoding("later", 1)], 1.0)
+    seconds.behind({"later", "a"})
+    for _ in range(8):
+        seconds.behind({"a", "b"})
+        seconds.took([decoding("a", 1), decoding("b", 1), decoding("later", 2)], 4.0)
+    assert not seconds.behind({"a", "b"}) and seconds._full == 4.0
+    assert seconds._away["later"] == 17.0 and seconds._had == {"a": 8.0, "b": 8.0}
+
+
 def test_payers_that_are_away_are_remembered_up_to_a_number() -> None:
     seconds = Seconds()
     seconds.took([decoding("much", 3)], 1.0)
