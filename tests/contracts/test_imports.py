@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PLANES = ("inputs", "model", "data", "train", "engine", "open_weights", "evaluate", "clients", "api", "recipes")
+PLANES = (
+    "inputs",
+    "model",
+    "data",
+    "train",
+    "engine",
+    "open_weights",
+    "evaluate",
+    "clients",
+    "api",
+    "recipes",
+    "sandbox",
+)
 
 # Imports every module of the planes named, with some packages made impossible to import, and prints what was loaded.
 IMPORT_ALL = """
