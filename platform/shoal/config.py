@@ -415,6 +415,9 @@ def typed(hint: Any, value: Any, where: str) -> Any:
             return value
         raise ConfigError(where, got=value, allowed=args)
     elif origin in (typing.Union, types.UnionType):
+        known = [option for option in args if dataclasses.is_dataclass(option)]
+        if len(known) == 1 and isinstance(value, Mapping):
+            return typed(known[0], value, where)  # whose error names the key within
         for option in args:
             try:
                 return typed(option, value, where)

@@ -203,7 +203,7 @@ class TextAnswer(ChunkAnswer):
         choices = [
             {
                 "index": index,
-                "text": self._call.echo[index] + choice.text,
+                "text": self._call.echo[index] + choice.content,
                 "logprobs": self._all_logprobs(index) if self._with_logprobs else None,
                 "finish_reason": choice.reason,
                 **({"token_ids": choice.tokens} if self._call.token_ids else {}),
@@ -235,7 +235,9 @@ class TextAnswer(ChunkAnswer):
         return {"index": index, "text": "", "logprobs": None, "finish_reason": self.choices[index].reason}
 
     def _logprobs(self, tokens: list[tuple[TokenLogprob, int]], index: int) -> TextLogprobs:
-        at = len(self._call.echo[index])
+        choice = self.choices[index]
+        # what a policy put before the answer has no tokens
+        at = len(self._call.echo[index]) + max(0, len(choice.content) - len(choice.text))
         return self._columns([(entry.token, entry, at + offset) for entry, offset in tokens])
 
     def _all_logprobs(self, index: int) -> TextLogprobs:

@@ -25,6 +25,8 @@ from shoal.api.bodies import (
 )
 from shoal.api.calls import Plain, Reader
 from shoal.api.limits import Limits, at_most
+from shoal.api.noticed import Notice, by_policy, depth_by_policy, is_json, noticed
+from shoal.api.policy import WORKLOAD
 from shoal.api.prompts import check_ids, encode_messages, fit, prompt_ids, prompts_of, template_settings, truncated
 from shoal.api.served import ServedModel
 from shoal.api.tools import Offer
@@ -103,6 +105,7 @@ def _chat_call(body: ChatRequest, served: ServedModel, limits: Limits) -> Engine
         raise RequestError("reasoning_effort and depth", param="depth", do="give one of them")
     at_most("tools", len(body.tools), limits.tools)
     _check_choices(1, body.n, limits)
+    body, notice = by_policy(body, served)
     offer = Offer(body)
     guide, guided_by = _chat_guide(body, offer)
     told = "\n\n".join(text for text in (offer.system(), _format_told(body.response_format)) if text)
@@ -127,10 +130,13 @@ def _chat_call(body: ChatRequest, served: ServedModel, limits: Limits) -> Engine
     if offer.single and not offer.forced and not formatted:
         sampling = replace(sampling, stop=(*sampling.stop, CLOSE))
     depth = EFFORT_DEPTH[body.reasoning_effort] if body.reasoning_effort else body.depth
+    depth = depth_by_policy(depth, body, served, body.metadata.get(WORKLOAD))
     call = _call(body, [encoded], sampling, max_tokens, depth, served, limits)
     call = replace(call, unused=tuple(f"chat_template_kwargs.{name}"[:80] for name in unused if name.isidentifier()))
     offered = tuple(offer.tools) if offer.told else ()
-    return replace(call, guided_by=guided_by, offered=offered, reader=partial(offer.reader, formatted=formatted))
+    whole = not offer.forced and (formatted or is_json(guide))
+    reader = noticed(partial(offer.reader, formatted=formatted), notice, whole=whole)
+    return replace(call, guided_by=guided_by, offered=offered, reader=reader)
 
 
 def completion_call(body: CompletionRequest, served: ServedModel, limits: Limits) -> EngineCall:
@@ -155,8 +161,13 @@ def completion_call(body: CompletionRequest, served: ServedModel, limits: Limits
         if body.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs with echo and logprobs", param="prompt_logprobs", do="give one of them")
         sampling = replace(sampling, prompt_logprobs=body.logprobs)
-    call = _call(body, read, sampling, max_tokens, body.depth, served, limits)
+    depth = depth_by_policy(body.depth, body, served, None)
+    call = _call(body, read, sampling, max_tokens, depth, served, limits)
     call = replace(call, silent=silent, guided_by=guided_by)
+    if served.policy is not None and served.policy.notice and not silent:
+        asked = [p if isinstance(p, str) else served.tokenizer.decode(p) for p in prompts]
+        notice = Notice(served.policy, asked)
+        call = replace(call, reader=noticed(Plain, notice, whole=is_json(sampling.guided)))
     if not body.echo:
         return call
     texts = [

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from shoal.api import stock
 from shoal.api.capture import CaptureArgs
 from shoal.api.page import MOUNT
+from shoal.api.policy import Policy
 from shoal.api.served import MODEL_NAME, MOST_ADAPTERS, ServedModel
 from shoal.config import KvCacheDtype
 from shoal.errors import ConfigError
@@ -54,6 +55,8 @@ class ServeArgs:
     capture_reruns: float = 0.05  # share of "auto" requests that full depth answers again when idle; 0: none
     adapters: dict[str, str] = field(default_factory=dict)  # LoRA adapters of the model, name -> directory
     adapters_from: str | None = None  # folder whose adapters requests may load; None: they may not
+    # file of what the operator adds to answers (docs/api.md, "Policy"), the same path wherever a gateway runs; None: nothing
+    policy: str | None = None
     ui: bool = False  # show the pages at /ui
     ui_mount: str = MOUNT  # what puts it there, ``module:function``
     ui_api: str | None = None  # where the page finds the API; None: this server
@@ -129,8 +132,13 @@ class ServeArgs:
 
     def served(self, directory: str, name: str | None = None) -> ServedModel:
         """The model in `directory` as the routes see it, under `name` (default: its own). Raises CheckpointError for one that
-        the engine cannot serve."""
-        return stock.load(directory, name) if self.engine == "vllm" else ServedModel.load(directory, name)
+        the engine cannot serve, ConfigError for a `policy` that is none of this model's."""
+        found = stock.load(directory, name) if self.engine == "vllm" else ServedModel.load(directory, name)
+        if self.policy is None:
+            return found
+        policy = Policy.load(self.policy)
+        policy.check(found.config)
+        return replace(found, policy=policy)
 
 
 def parse_replicas(text: str) -> dict[str, int]:

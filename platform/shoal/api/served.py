@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from shoal.api.policy import Policy
 from shoal.config import ModelConfig
 from shoal.engine.events import Sampling
 from shoal.errors import CheckpointError, ConfigError, RequestError
@@ -32,6 +33,7 @@ class ServedModel:
     weights: str = ""  # the first 16 hexadecimal digits of their sha256, where that is known
     sampling: Mapping[str, Any] = field(default_factory=dict)  # of `described.DRAWN`, where a request is silent
     adapted: Mapping[str, Any] | None = None  # of exits that an imported model was given: `described.adapted`
+    policy: Policy | None = None  # what its operator adds to its answers
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ from shoal.api.last_look import LastLook
 from shoal.api.limits import Limits
 from shoal.api.messages import errors
 from shoal.api.metrics import Metrics
+from shoal.api.policy import WORKLOAD
 from shoal.api.requests import EngineCall
 from shoal.api.responses.bodies import ResponsesRequest
 from shoal.api.served import ServedModel
@@ -150,8 +151,14 @@ class Service:
         return body
 
     def _is_used(self, name: str, body: Wire, access: Access) -> bool:
-        """Whether a field that changes nothing elsewhere does here, where texts are kept."""
-        return name in ("store", "metadata") and isinstance(body, ChatRequest) and bool(self._store_of(body, access))
+        """Whether a field that changes nothing elsewhere does here, where texts are kept, or a policy knows the workload."""
+        if not isinstance(body, ChatRequest):
+            return False
+        hosted = self.names.get(body.model)
+        known = hosted.served.policy.workloads if hosted is not None and hosted.served.policy is not None else {}
+        if name == "metadata" and body.metadata.get(WORKLOAD) in known:
+            return True
+        return name in ("store", "metadata") and bool(self._store_of(body, access))
 
     def _store_of(self, body: object, access: Access) -> Store | None:
         """What keeps the texts of a request and its answer; None unless it says so, and may."""

@@ -210,6 +210,8 @@ def _at_home(args: dict[str, Any], url: str) -> dict[str, Any]:
     absolute |= {"api_keys": keys.referred(given.api_keys)}
     if given.models:
         absolute["models"] = {name: str(Path(path).resolve()) for name, path in given.models.items()}
+    if given.policy:
+        absolute["policy"] = str(Path(given.policy).resolve())
     if given.adapters:
         absolute["adapters"] = {name: str(Path(path).resolve()) for name, path in given.adapters.items()}
     return {**args, **absolute, "ui_api": given.ui_api or f"{url}/v1"}

@@ -93,6 +93,12 @@ class Serve(Stage):
     adapters_from: Annotated[
         Path | None, typer.Option(help="Folder whose adapters requests may load (docs/api.md). [they may not]")
     ] = None
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of what is added to every answer, and of depths by workload (docs/api.md). [nothing is]"
+        ),
+    ] = None
     ui: Annotated[bool | None, typer.Option(help="Show the pages at /ui [yes, or the config's].")] = None
     logs: Annotated[
         Path | None,
@@ -133,6 +139,7 @@ class Serve(Stage):
             "capture_reruns": self.capture_reruns,
             "adapters": parse_adapters(self.adapters) if self.adapters else None,
             "adapters_from": self.adapters_from and str(self.adapters_from.absolute()),
+            "policy": self.policy and str(self.policy.absolute()),
             "ui": self.ui,
         }
         replicas = parse_replicas(self.replicas) if self.replicas else {}

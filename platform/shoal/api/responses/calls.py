@@ -44,6 +44,7 @@ def responses_call(
         "model": body.model,
         "messages": messages,
         "max_tokens": body.max_output_tokens,
+        "metadata": body.metadata,
         **said(body, "temperature", "top_p"),
         "seed": body.seed,
         "depth": body.depth,
