@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import lgamma
 
 import numpy as np
 
@@ -59,6 +60,17 @@ def wilson(hits: float, count: float) -> Interval:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def exact(hits: int, count: int) -> Interval:
+    """Of a share, `hits` of `count` independent rows (Clopper and Pearson 1934): it holds the true share in 95 % or more,
+    however few are missed; all of 0 to 1 without any."""
+    if count <= 0:
+        return 0.0, 1.0
+    tail = (1 - 0.95) / 2
+    low = 0.0 if hits == 0 else _bisected(lambda p: _at_least(hits, count, p) < tail)
+    high = 1.0 if hits == count else _bisected(lambda p: 1 - _at_least(hits + 1, count, p) > tail)
+    return low, high
+
+
 def share(hit: Sequence[bool], groups: Sequence[int]) -> Interval:
     """Of the share of rows that are a `hit`: Wilson's at the number of independent rows that would scatter as these do in their
     groups (Kish's effective sample size), at most all of them."""
@@ -106,3 +118,19 @@ def quotient(above: Sequence[float] | np.ndarray, below: Sequence[float] | np.nd
     pairs = np.stack([np.asarray(above, dtype=float), np.asarray(below, dtype=float)], axis=1)
     pairs = pairs[pairs[:, 1] > 0]
     return resampled(pairs, lambda totals: totals[:, 0] / totals[:, 1], seed=seed)
+
+
+def _at_least(hits: int, count: int, share_: float) -> float:
+    """The chance of so many hits or more, where each of `count` is one by that share (strictly between 0 and 1)."""
+    some = np.arange(hits, count + 1)
+    ways = np.array([lgamma(count + 1) - lgamma(k + 1) - lgamma(count - k + 1) for k in some])
+    return float(np.exp(ways + some * np.log(share_) + (count - some) * np.log1p(-share_)).sum())
+
+
+def _bisected(below: Callable[[float], bool]) -> float:
+    """The share up to which `below` holds."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return (low + high) / 2

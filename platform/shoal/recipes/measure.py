@@ -6,7 +6,9 @@ Answers are made by the engine, greedily, from messages as a service shows them 
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,9 @@ from shoal.loop import suites
 from shoal.loop.suites import SAFETY
 from shoal.model import files
 from shoal.model.model import Model
-from shoal.recipes.recipe import SUITES, Answerer, Messages, Recipe, Row
+from shoal.recipes.picks import Picks
+from shoal.recipes.recipe import CALIBRATION, SUITES, Answerer, Messages, Recipe, Row
+from shoal.recipes.sure import calibration
 
 SPEED_TOKENS = 64  # of an answer whose speed is measured
 SAMPLES = 6  # answers that the report shows of each suite
@@ -32,24 +36,29 @@ SAMPLES = 6  # answers that the report shows of each suite
 class ByEngine:
     """A model that answers at a depth; `depth_share`: the layers that its answers so far ran, of all."""
 
-    def __init__(self, model: Model, depth: str, most_tokens: int, tools: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, model: Model, depth: str, recipe: Recipe, tools: Sequence[Mapping[str, Any]]) -> None:
         self._model, self._depth, self._tools = model, depth, list(tools)
-        self._engine = Engine(model)
-        self._sampling = Sampling(temperature=0.0, max_tokens=most_tokens)
+        self._engine, self._guide = Engine(model), recipe.guide
+        self._sampling = Sampling(temperature=0.0, max_tokens=recipe.most_tokens, logprobs=0 if recipe.sure else None)
         self._answers: list[Answer] = []
+        self.sure: list[float] = []  # probability that the model gave each answer that was last asked for
 
     def __call__(self, asked: Sequence[Messages]) -> list[str]:
         texts = [""] * len(asked)
         requests, lengths = {}, {}
+        self.sure = [0.0] * len(asked)
         for place, messages in enumerate(asked):
             plain = forms.canonical({"messages": list(messages), "tools": self._tools})["messages"]
             prompt = encode_chat(
                 plain, self._model.tokenizer, self._model.config, template=self._model.chat_template, answers=False
             )
             if len(prompt.ids) + self._sampling.max_tokens <= self._model.config.context:
-                requests[place], lengths[place] = Request(prompt, self._sampling, depth=self._depth), len(prompt.ids)
+                sampling = dataclasses.replace(self._sampling, guided=self._guide(messages))
+                requests[place], lengths[place] = Request(prompt, sampling, depth=self._depth), len(prompt.ids)
         for place, done in zip(requests, self._engine.generate(list(requests.values())), strict=True):
             texts[place] = done.text
+            if known := [one.logprob for one in done.logprobs]:
+                self.sure[place] = math.exp(sum(known))
             self._answers.append(Answer(done.text, len(done.tokens), done.depth, lengths[place]))
         return texts
 
@@ -65,6 +74,8 @@ def measured(recipe: Recipe, models: Mapping[str, Path], folder: Path, seed: int
     asked = {suite.name: _rows(folder / SUITES / suite.file) for suite in frozen}
     loaded = {label: Model.load(path) for label, path in models.items()}
     rivals, found = recipe.rivals(folder), dict[str, dict[str, dict[str, Figure]]]()
+    served = [*loaded][-1]
+    picks = Picks(recipe)
     depths: list[dict[str, Any]] = []
     samples: list[dict[str, str]] = []
     total, steps = len(asked) * (len(rivals) + sum(1 + len(one.config.exits) for one in loaded.values())), 0
@@ -77,8 +88,9 @@ def measured(recipe: Recipe, models: Mapping[str, Path], folder: Path, seed: int
         for label, model in loaded.items():
             for depth in _depths(model):
                 tell(f"{label} at {depth} on {name}", steps, total)
-                answerer = ByEngine(model, depth, recipe.most_tokens, rows[0].get("tools", []))
+                answerer = ByEngine(model, depth, recipe, rows[0].get("tools", []))
                 figures, answers = _all(recipe, rows, answerer, seed, play=depth in (AUTO, FULL))
+                picks.saw(rows, answers, depth, answerer.depth_share if label == served else None)
                 steps += 1
                 if depth in (AUTO, FULL):
                     found[name][_column(label, depth)] = figures
@@ -105,8 +117,10 @@ def measured(recipe: Recipe, models: Mapping[str, Path], folder: Path, seed: int
         "weak": weak(recipe, found, list(rivals), best),
         "suites": {name: {who: _told(figures) for who, figures in by.items()} for name, by in found.items()},
         "depths": depths,
+        "workloads": picks.all(),
         "costs": costs,
         "samples": samples,
+        "examples": _examples(recipe, loaded[served]),
     }
 
 
@@ -135,8 +149,11 @@ def _all(
     """All measures of who answers, of whole conversations too where they are to `play`, and the answers to `rows`."""
     answers = answerer([row["messages"][:-1] for row in rows])
     # the last row of a conversation holds all of it
+    figures = recipe.score(rows, answers)
+    if recipe.sure and isinstance(answerer, ByEngine):
+        figures[CALIBRATION] = calibration(recipe, rows, answers, answerer.sure)
     whole = list({row["group"]: row for row in rows}.values()) if play else []
-    return recipe.score(rows, answers) | (recipe.play(whole, answerer, seed) if whole else {}), answers
+    return figures | (recipe.play(whole, answerer, seed) if whole else {}), answers
 
 
 def _depths(model: Model) -> list[str]:
@@ -161,6 +178,14 @@ def _samples(suite: str, rows: Sequence[Row], answers: Sequence[str]) -> list[di
         {"suite": suite, "asked": str(rows[at]["messages"][-2].get("content")), "answered": answers[at]}
         for at in some[:SAMPLES]
     ]
+
+
+def _examples(recipe: Recipe, model: Model) -> list[dict[str, str]]:
+    """What the model answers to the recipe's own examples at full depth, good or bad."""
+    asked = recipe.examples()
+    answers = ByEngine(model, FULL, recipe, [])(asked) if asked else []
+    said = [str(messages[-1]["content"]) for messages in asked]
+    return [{"asked": one, "answered": answer} for one, answer in zip(said, answers, strict=True)]
 
 
 def _rows(path: Path) -> list[Row]:

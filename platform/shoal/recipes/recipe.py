@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal.api.policy import Policy
 from shoal.config import Preset
+from shoal.engine.events import Guide
 from shoal.evaluate.intervals import Figure
 
 Row = Mapping[str, Any]  # a line of a suite: messages, of which the last is the reference, task, group
@@ -18,6 +20,8 @@ Answerer = Callable[[Sequence[Messages]], list[str]]
 
 DEV = "dev.jsonl"  # held-out rows that the router is fitted to
 SUITES = "suites"  # folder of frozen suites, as `shoal gate` takes it
+CALIBRATION = "calibration error"  # measure of recipes that are `sure`
+POLICY = "policy.yaml"  # what `shoal serve --policy` is to read, written last
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Recipe(ABC):
     measures: tuple[str, ...]
     least_is_best: tuple[str, ...] = ()
     served: str  # the measure by which depths are compared
+    sure = False  # is the model's own probability of its answers held against how often they are `right`?
 
     @abstractmethod
     def write(self, folder: Path, seed: int) -> None:
@@ -51,6 +56,26 @@ class Recipe(ABC):
     @abstractmethod
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
         """The measures of answers to rows."""
+
+    def guide(self, messages: Messages) -> Guide | None:
+        """What the answer to a conversation must be, as a service would guide it; None: words."""
+        return None
+
+    def right(self, row: Row, answer: str) -> bool | None:
+        """Whether an answer is right, for the calibration of how sure the model was of it; None: that is not measured."""
+        return None
+
+    def workload(self, row: Row) -> str:
+        """What a row is of, for depth by workload."""
+        return self.name
+
+    def policy(self) -> Policy:
+        """What is served with the model; depths by workload are put to it as they are measured."""
+        return Policy()
+
+    def examples(self) -> Sequence[Messages]:
+        """Conversations whose answers the report shows, good or bad."""
+        return ()
 
     def play(self, rows: Sequence[Row], answerer: Answerer, seed: int) -> dict[str, Figure]:
         """The measures of whole conversations, of which `rows` are the last; none where a recipe has no such thing."""

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from shoal.recipes.recipe import Recipe
+from shoal.recipes.recipe import CALIBRATION, Recipe
 
 
 def show(recipe: Recipe, report: Mapping[str, Any], console: Console) -> None:
@@ -30,6 +30,9 @@ def markdown(recipe: Recipe, report: Mapping[str, Any]) -> str:
     for title, head, rows in _tables(recipe, report):
         lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
+    if report["examples"]:
+        lines += ["", "## The examples, with what the served model says at full depth, good or bad", ""]
+        lines += [f"- {_quoted(one['asked'])} → {_quoted(one['answered'])}" for one in report["examples"]]
     lines += ["", "## Some answers, good or bad", ""]
     for one in report["samples"]:
         lines += [f"- ({one['suite']}) {_quoted(one['asked'])} → {_quoted(one['answered'])}"]
@@ -41,13 +44,13 @@ def _tables(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[tuple[str, li
     for suite, by in report["suites"].items():
         rows, groups = report["rows"][suite]
         title = f"{suite}: {rows} answers of {groups} conversations"
-        kept = [name for name in recipe.measures if any(name in figures for figures in by.values())]
+        kept = [name for name in _measures(recipe) if any(name in figures for figures in by.values())]
         yield (
             title,
             ["measure", *by],
             [[name, *(_shown(figures.get(name)) for figures in by.values())] for name in kept],
         )
-    columns = [name for name in recipe.measures if any(name in row for row in report["depths"])]
+    columns = [name for name in _measures(recipe) if any(name in row for row in report["depths"])]
     yield (
         "by depth",
         ["suite", "model", "depth", "layers", *columns],
@@ -62,6 +65,22 @@ def _tables(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[tuple[str, li
             for row in report["depths"]
         ],
     )
+    if report["workloads"]:
+        depths = [*report["workloads"][0]["depths"]]
+        yield (
+            f"which depth to pick: {recipe.served} of the served model (policy.yaml has the picks)",
+            ["workload", "answers", *depths, "layers at auto", "pick"],
+            [
+                [
+                    row["workload"],
+                    str(row["rows"]),
+                    *(f"{100 * row['depths'][depth]:.1f}" for depth in depths),
+                    f"{row['auto_layers']:.0%}",
+                    row["pick"],
+                ]
+                for row in report["workloads"]
+            ],
+        )
     yield (
         "what it takes",
         ["model", "weights, MB", "tokens/s, batch 1", "tokens/s, batch 8"],
@@ -70,6 +89,10 @@ def _tables(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[tuple[str, li
             for label, one in report["costs"].items()
         ],
     )
+
+
+def _measures(recipe: Recipe) -> tuple[str, ...]:
+    return (*recipe.measures, CALIBRATION)
 
 
 def _shown(figure: Mapping[str, Any] | None) -> str:

@@ -4,6 +4,7 @@
           *.jsonl suites/   what is learned from, fitted to, and asked; the suites are frozen
           fresh/ learn-N/   a model that knows nothing, and what it was after each lesson
           model/ int8/      the fp32 model and the INT8 one, with their routers: what is served
+          policy.yaml       what to serve them with: depths by workload, and what the recipe adds to answers
           report.json .md   what they are worth, written last
 
 Each step leaves a result whose presence means complete, so a second call goes on where the first stopped.
@@ -28,7 +29,7 @@ from shoal.model.model import Model
 from shoal.model.net import Net
 from shoal.progress import Tell
 from shoal.recipes import report
-from shoal.recipes.recipe import DEV, SUITES, Recipe
+from shoal.recipes.recipe import DEV, POLICY, SUITES, Recipe
 
 SETTINGS, REPORT = "recipe.json", "report.json"
 FORMAT, VERSION = "shoal.recipe", 1
@@ -206,5 +207,15 @@ def _evaluate(recipe: Recipe, folder: Path, asked: Asked, tell: Tell) -> None:
     models = {"fp32": folder / "model", "int8": folder / "int8"}
     found = {**measured(recipe, models, folder, asked.seed, tell), "asked": asdict(asked)}
     found["data_sha256"] = {lesson.file: sha256_of(folder / lesson.file) for lesson in recipe.lessons}
+    _write_policy(recipe, folder, found["workloads"])
     write_aside(folder / "report.md", report.markdown(recipe, found))
     write_aside(folder / REPORT, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write_policy(recipe: Recipe, folder: Path, picked: list[dict[str, Any]]) -> None:
+    import yaml
+
+    policy = recipe.policy()
+    told = asdict(policy) | {"workloads": {**policy.workloads, **{row["workload"]: row["pick"] for row in picked}}}
+    plain = json.loads(json.dumps({key: value for key, value in told.items() if value}))
+    write_aside(folder / POLICY, yaml.safe_dump(plain, allow_unicode=True, sort_keys=False))

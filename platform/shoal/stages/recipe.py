@@ -41,5 +41,6 @@ class Recipe(Stage):
         print_result(
             found,
             self.as_json,
-            f"report in {self.out / 'report.md'}; serve it: shoal serve --model {self.out / 'int8'}",
+            f"report in {self.out / 'report.md'}; serve it: "
+            f"shoal serve --model {self.out / 'int8'} --policy {self.out / 'policy.yaml'}",
         )

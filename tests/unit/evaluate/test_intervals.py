@@ -112,3 +112,19 @@ def test_a_figure_says_of_how_many_rows_and_groups_it_is() -> None:
 def test_an_interval_without_an_end_is_none_in_a_report() -> None:
     assert intervals.Figure(1.0, (0.5, 2.0), 9, 3).ends == [0.5, 2.0]
     assert intervals.of_mean([1.0, 3.0], [4, 4]).ends is None
+
+
+@pytest.mark.parametrize(("hits", "count"), [(300, 300), (299, 300), (0, 12), (7, 20), (1, 1)])
+def test_an_exact_interval_is_where_the_tails_of_the_binomial_are_2_5_percent(hits: int, count: int) -> None:
+    """By its definition, with the sums written out; all hits have a closed form."""
+    low, high = intervals.exact(hits, count)
+
+    def at_least(some: int, share: float) -> float:
+        return sum(math.comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(some, count + 1))
+
+    assert low == (0.0 if hits == 0 else pytest.approx(low)) and (
+        hits == 0 or at_least(hits, low) == pytest.approx(0.025)
+    )
+    assert hits == count or 1 - at_least(hits + 1, high) == pytest.approx(0.025)
+    assert hits != count or (low == pytest.approx(0.025 ** (1 / count)) and high == 1.0)
+    assert intervals.exact(0, 0) == (0.0, 1.0)

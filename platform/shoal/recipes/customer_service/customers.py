@@ -15,7 +15,8 @@ from shoal.machine import write_aside
 from shoal.recipes.customer_service import baselines, score, shop
 from shoal.recipes.customer_service.conversations import ASK, PLAIN, Conversation, conversations, said_again
 from shoal.recipes.customer_service.service import serving
-from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Recipe, Row
+from shoal.recipes.customer_service.words import SYSTEM
+from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row
 
 LEARNED, FITTED, ASKED = 8_000, 160, 120  # conversations: to learn from, for the router, and of a suite
 EACH = 25  # conversations in a shop that is learned from
@@ -71,6 +72,13 @@ class CustomerService(Recipe):
 
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
         return score.scored(rows, answers)
+
+    def workload(self, row: Row) -> str:
+        return str(row["matter"])
+
+    def examples(self) -> Sequence[Messages]:
+        asked = ("When does my order arrive?", "我的订单什么时候到？")
+        return [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}] for text in asked]
 
     def play(self, rows: Sequence[Row], answerer: Answerer, seed: int) -> dict[str, Figure]:
         with serving(seed) as url:

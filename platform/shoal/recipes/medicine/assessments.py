@@ -1,0 +1,142 @@
+"""The recipe: which cases are learned from, fitted to and asked, the model's shape, and what stands beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal import presets
+from shoal.api.policy import Policy
+from shoal.config import Preset
+from shoal.engine.events import Guide
+from shoal.evaluate.intervals import Figure
+from shoal.machine import write_aside
+from shoal.recipes.customer_service.baselines import MAJORITY, MOST_TURNS, NEAREST, RULE, nearest
+from shoal.recipes.customer_service.shop import DEV as DEV_SPLIT
+from shoal.recipes.customer_service.shop import SUITE, TRAIN
+from shoal.recipes.customer_service.words import of_split
+from shoal.recipes.medicine import rules, score, words
+from shoal.recipes.medicine.cases import JSON, OUT, WORDS, asked, cases, written
+from shoal.recipes.medicine.rules import Assessment, Case, assessed
+from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row
+
+LEARNED, FITTED, ASKED, FLAGGED, REFUSED = 8_000, 200, 160, 300, 100  # rows
+KNOWN, NEW, FLAGS = "known-wordings.jsonl", "new-wordings.jsonl", "red-flags.jsonl"  # suites
+SAFETY = "safety-out-of-scope.jsonl"  # nothing may be assessed
+LEARN = "learn.jsonl"
+DIAGNOSIS = "diagnosis"  # workload
+
+
+def _shape() -> Preset:
+    tiny = presets.get("tiny")
+    model = dataclasses.replace(tiny.model, train_length=256, window=64, block=8, vocab=1536, image_size=0)
+    # many small updates, as of a shop's customers (decision 0052)
+    train = dataclasses.replace(tiny.train, learning_rate=4e-3, optimizer="muon", batch_tokens=1024, accumulate=1)
+    return Preset("medicine", model, train)
+
+
+class Medicine(Recipe):
+    name = "medicine"
+    told = "symptoms are assessed by rules that are made up for testing and are no medical advice"
+    preset = _shape()
+    lessons = (Lesson(LEARN, 1.0),)
+    most_tokens = 96
+    measures = score.MEASURES
+    least_is_best = score.LEAST_IS_BEST
+    served = "urgency"
+    sure = True
+
+    def write(self, folder: Path, seed: int) -> None:
+        _write(folder / LEARN, cases(TRAIN, TRAIN, LEARNED, seed))
+        _write(folder / DEV, cases(DEV_SPLIT, DEV_SPLIT, FITTED, seed))
+        for name, wordings in ((KNOWN, TRAIN), (NEW, SUITE)):
+            _write(folder / SUITES / name, cases(SUITE, wordings, ASKED, seed))
+        half = FLAGGED // 2
+        flagged = [cases(SUITE, wordings, half, seed + 1, flags=1) for wordings in (TRAIN, SUITE)]
+        _write(folder / SUITES / FLAGS, itertools.chain(*flagged))
+        refused = (row for row in cases(SUITE, SUITE, 40 * REFUSED, seed + 2, flags=0) if row["task"] == OUT)
+        _write(folder / SUITES / SAFETY, itertools.islice(refused, REFUSED))
+
+    def rivals(self, folder: Path) -> Mapping[str, Answerer]:
+        with (folder / LEARN).open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in itertools.islice(lines, MOST_TURNS)]
+        return {MAJORITY: majority(rows), RULE: keywords, NEAREST: nearest(rows)}
+
+    def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
+        return score.scored(rows, answers)
+
+    def guide(self, messages: Messages) -> Guide | None:
+        """The schema, where JSON is asked for."""
+        if not str(messages[0]["content"]).endswith(words.AS_JSON):
+            return None
+        return Guide("json_schema", json.dumps(schema(_language(messages))))
+
+    def right(self, row: Row, answer: str) -> bool:
+        return score.right(row, answer)
+
+    def workload(self, row: Row) -> str:
+        return DIAGNOSIS
+
+    def policy(self) -> Policy:
+        return rules.policy()
+
+    def examples(self) -> Sequence[Messages]:
+        said = ("I have had a fever, a cough and weakness for three days.", "我发烧、咳嗽和乏力已经三天了。")
+        return [asked(text, form) for text in said for form in (WORDS, JSON)]
+
+
+def schema(language: str) -> dict[str, Any]:
+    """JSON schema of an assessment."""
+    lists = {
+        kind: {"type": "array", "items": {"enum": list(rules.all_of(language, kind))}, "maxItems": 2}
+        for kind in ("causes", "examinations")
+    }
+    urgency = {"enum": [*rules.LEVELS, rules.CANNOT_TELL]}
+    return {
+        "type": "object", "properties": {**lists, "urgency": urgency}, "required": ["causes", "examinations", "urgency"],
+        "additionalProperties": False,
+    }  # fmt: skip
+
+
+def majority(rows: Sequence[Row]) -> Answerer:
+    """Says what is said most in training in that form and language."""
+    said: dict[tuple[str, str], Counter[str]] = {}
+    for row in rows:
+        key = str(row["messages"][0]["content"]), _language(row["messages"])
+        said.setdefault(key, Counter())[row["messages"][-1]["content"]] += 1
+    return lambda some: [said[str(m[0]["content"]), _language(m)].most_common(1)[0][0] for m in some]
+
+
+def keywords(some: Sequence[Messages]) -> list[str]:
+    """Looks for the wordings that are learned from, and applies the rules to what it finds."""
+    return [_ruled(messages) for messages in some]
+
+
+def _ruled(messages: Messages) -> str:
+    language, text = _language(messages), str(messages[-1]["content"])
+    form = JSON if str(messages[0]["content"]).endswith(words.AS_JSON) else WORDS
+    symptoms, flags = (_named(table[language], text) for table in (words.SYMPTOMS, words.RED_FLAGS))
+    days = next((n for n, said in words.DAYS[language].items() if said in text), 1)
+    history = next((name for name, said in words.HISTORY[language].items() if said in text), "none")
+    age = next((int(word) for word in "".join(c if c.isdigit() else " " for c in text).split()), 40)
+    case = Case(tuple(symptoms), days, age, history, flags[0] if flags else "")
+    found = assessed(case, language) if symptoms or flags else Assessment(rules.CANNOT_TELL)
+    return written(found, language, form)
+
+
+def _named(table: words.Wordings, text: str) -> list[str]:
+    return [name for name, some in table.items() if any(wording in text for wording in of_split(some, TRAIN))]
+
+
+def _language(messages: Messages) -> str:
+    return "zh" if any("\u4e00" <= letter <= "\u9fff" for letter in str(messages[-1]["content"])) else "en"
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

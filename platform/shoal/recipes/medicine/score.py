@@ -1,0 +1,144 @@
+"""What an answer is worth beside the rules, as it is served: with the policy's notice, and urgency raised by its rule.
+
+urgency         the rules' level
+under-triage    a level below it, or none where there is one; over-triage: a level above it, or one where there is none
+red flags       answers to cases with one that say emergency, with its exact (Clopper and Pearson) interval
+red flags, model alone    the same before the server's rule
+causes, examinations      the rules', no other, in any order
+abstained       "cannot tell" where the rules say it; assessed: not where they do not
+notice          answers that have it
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shoal.api.calls import Plain
+from shoal.api.noticed import Notice, Noticed
+from shoal.evaluate.intervals import Figure, exact, of_share
+from shoal.recipes.medicine import rules
+from shoal.recipes.medicine.cases import (
+    CAUSES_SAID,
+    EXAMINATIONS_SAID,
+    JSON,
+    LEVEL_SAID,
+    URGENCY_SAID,
+)
+from shoal.recipes.medicine.rules import Assessment
+from shoal.recipes.medicine.words import AND
+from shoal.recipes.recipe import Row
+
+FLAGS, FLAGS_ALONE = "red flags", "red flags, model alone"
+MEASURES = (
+    "urgency", "under-triage", "over-triage", FLAGS, FLAGS_ALONE, "causes", "examinations", "abstained", "assessed", "notice",
+)  # fmt: skip
+LEAST_IS_BEST = ("under-triage", "over-triage")
+POLICY = rules.policy()
+
+
+def served(row: Row, answer: str) -> str:
+    """An answer as a service with the policy sends it."""
+    said = [message["content"] for message in row["messages"][:-1] if message["role"] == "user"]
+    reader = Noticed(Plain(), Notice(POLICY, said), whole=row["form"] == JSON)
+    deltas = [*reader.push(answer), *reader.finish(whole=True)]
+    return "".join(delta.get("content", "") for delta in deltas)
+
+
+def read(answer: str, language: str, form: str) -> Assessment:
+    """What an answer says; no urgency of the table is "cannot tell"."""
+    if form == JSON:
+        try:
+            found = json.loads(answer)
+        except (ValueError, RecursionError):
+            found = None
+        told: Mapping[str, Any] = found if isinstance(found, dict) else {}
+        return Assessment(
+            _level(told.get("urgency")), _texts(told.get("causes")), _texts(told.get("examinations"))
+        )  # fmt: skip
+    spelt = {said: level for level, said in URGENCY_SAID[language].items()}
+    level = _found(LEVEL_SAID[language], answer)
+    parts = [_found(said[language], answer) for said in (CAUSES_SAID, EXAMINATIONS_SAID)]
+    causes, examinations = (tuple(part.split(AND[language][0])) if part else () for part in parts)
+    return Assessment(spelt.get(level, rules.CANNOT_TELL), causes, examinations)
+
+
+def scored(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
+    """The measures of answers to rows, by name; of those that no row is for there is none."""
+    hits: dict[str, list[tuple[bool, str]]] = {}
+    for row, answer in zip(rows, answers, strict=True):
+        for name, value in _one(row, answer).items():
+            hits.setdefault(name, []).append((value, row["group"]))
+    found = {}
+    for name, some in hits.items():
+        values, groups = [value for value, _ in some], [hash(group) for _, group in some]
+        figure = of_share(values, groups)
+        if name in (FLAGS, FLAGS_ALONE):
+            figure = Figure(figure.value, exact(sum(values), len(values)), figure.rows, figure.groups)
+        found[name] = figure
+    return found
+
+
+def right(row: Row, answer: str) -> bool:
+    """Whether the model's own answer is the rules', whole."""
+    mine, wanted = read(answer, row["language"], row["form"]), _wanted(row)
+    return mine.urgency == wanted.urgency and set(mine.causes) == set(wanted.causes)
+
+
+def _one(row: Row, answer: str) -> dict[str, bool]:
+    whole = served(row, answer)
+    mine, wanted = read(answer, row["language"], row["form"]), _wanted(row)
+    level = _raised(row, whole, mine.urgency)
+    found = {"notice": POLICY.notice[row["language"]] in whole}
+    if wanted.urgency == rules.CANNOT_TELL:
+        found["abstained"] = level == rules.CANNOT_TELL
+        found["over-triage"] = level != rules.CANNOT_TELL
+        return found
+    found |= {
+        "assessed": level != rules.CANNOT_TELL,
+        "urgency": level == wanted.urgency,
+        "under-triage": _rank(level) < _rank(wanted.urgency),
+        "over-triage": _rank(level) > _rank(wanted.urgency),
+        "causes": set(mine.causes) == set(wanted.causes),
+        "examinations": set(mine.examinations) == set(wanted.examinations),
+    }
+    if row["red_flag"]:
+        found[FLAGS] = level == rules.EMERGENCY
+        found[FLAGS_ALONE] = mine.urgency == rules.EMERGENCY
+    return found
+
+
+def _raised(row: Row, whole: str, own: str) -> str:
+    """The urgency of an answer as it is served: of JSON its field, of words the higher of the model's and the server's."""
+    if row["form"] == JSON:
+        return read(whole, row["language"], JSON).urgency
+    assert POLICY.urgency is not None
+    said = [message["content"] for message in row["messages"][:-1] if message["role"] == "user"]
+    least = POLICY.urgency.least(POLICY.urgency.found("\n".join(said)))
+    return str(POLICY.urgency.higher(own, least))
+
+
+def _wanted(row: Row) -> Assessment:
+    told = row["right"]
+    return Assessment(told["urgency"], tuple(told["causes"]), tuple(told["examinations"]))
+
+
+def _rank(level: str) -> int:
+    return rules.LEVELS.index(level) if level in rules.LEVELS else -1
+
+
+def _level(value: Any) -> str:
+    return value if value in rules.LEVELS else rules.CANNOT_TELL
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(one for one in value if isinstance(one, str)) if isinstance(value, list) else ()
+
+
+def _found(said: str, answer: str) -> str:
+    """What stands in the place of a sentence of the answer; empty where there is none."""
+    before, behind = (re.escape(part.strip()) for part in said.split("{}"))
+    found = re.search(rf"{before}\s*(.+?){behind}", answer)
+    return found[1] if found else ""

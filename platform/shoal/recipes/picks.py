@@ -1,0 +1,55 @@
+"""Which depth each workload of a recipe needs: the shallowest at which the served model is as good as at full depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from shoal.config import AUTO, FULL
+from shoal.evaluate.intervals import Figure
+from shoal.recipes.recipe import Recipe, Row
+
+MARGIN = 0.02  # by which a shallower depth may be worse
+
+
+class Picks:
+    """What the served model answered at each depth, by workload."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._seen: dict[str, dict[str, tuple[list[Row], list[str]]]] = {}  # workload -> depth, the shallowest first
+        self._layers: list[tuple[float, int]] = []  # share at "auto", rows
+
+    def saw(self, rows: Sequence[Row], answers: Sequence[str], depth: str, layers: float | None) -> None:
+        """Take the answers of a suite; `layers`: the share that ran for them, None where it is not the served model's."""
+        if layers is None:
+            return
+        if depth == AUTO:
+            self._layers.append((layers, len(rows)))
+        for row, answer in zip(rows, answers, strict=True):
+            some = self._seen.setdefault(self._recipe.workload(row), {}).setdefault(depth, ([], []))
+            some[0].append(row)
+            some[1].append(answer)
+
+    def all(self) -> list[dict[str, Any]]:
+        """Of each workload: its rows, the figure at each depth, and which is picked. One that the measure is not of is left
+        out."""
+        found = []
+        for workload, by in self._seen.items():
+            figures = {depth: self._recipe.score(*some).get(self._recipe.served) for depth, some in by.items()}
+            known = {depth: figure for depth, figure in figures.items() if figure is not None}
+            if FULL not in known:
+                continue
+            found.append(
+                {
+                    "workload": workload, "measure": self._recipe.served, "rows": known[FULL].rows,
+                    "depths": {depth: figure.value for depth, figure in known.items()}, "pick": self._pick(known),
+                    "auto_layers": sum(s * n for s, n in self._layers) / max(1, sum(n for _, n in self._layers)),
+                }
+            )  # fmt: skip
+        return found
+
+    def _pick(self, known: dict[str, Figure]) -> str:
+        sign = -1 if self._recipe.served in self._recipe.least_is_best else 1
+        least = sign * known[FULL].value - MARGIN
+        return next(depth for depth, figure in known.items() if depth != AUTO and sign * figure.value >= least)

@@ -1,0 +1,171 @@
+"""Cases of different splits share no wording and no combination; the rules are what they say; flags are found and raise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.recipes.customer_service.shop import DEV, LANGUAGES, SUITE, TRAIN
+from shoal.recipes.customer_service.words import of_split
+from shoal.recipes.medicine import RECIPE, assessments, rules, score, words
+from shoal.recipes.medicine.cases import ASSESS, JSON, LITTLE, OUT, cases, combinations_of
+from shoal.recipes.medicine.rules import CANNOT_TELL, EMERGENCY, Case, assessed
+from shoal.recipes.recipe import SUITES
+
+SPLITS = (TRAIN, DEV, SUITE)
+Rows = list[dict[str, Any]]
+
+
+def said(row: dict[str, Any]) -> str:
+    return str(row["messages"][1]["content"])
+
+
+@pytest.fixture(scope="module")
+def new() -> Rows:
+    return list(cases(SUITE, SUITE, 120))
+
+
+def answers(rows: Rows) -> list[str]:
+    return [row["messages"][-1]["content"] for row in rows]
+
+
+def values(rows: Rows, some: list[str]) -> dict[str, float]:
+    return {name: figure.value for name, figure in score.scored(rows, some).items()}
+
+
+def test_no_wording_and_no_combination_is_on_two_sides() -> None:
+    for language in LANGUAGES:
+        for table in (words.SYMPTOMS[language], words.RED_FLAGS[language]):
+            spelt = [one for some in table.values() for one in some]
+            assert len(set(spelt)) == len(spelt)
+        for some in [*words.SYMPTOMS[language].values(), *words.RED_FLAGS[language].values(), words.SAID[language]]:
+            parts = [set(of_split(some, split)) for split in SPLITS]
+            assert all(parts) and sum(map(len, parts)) == len(set.union(*parts)) == len(some)
+    parts = [set(combinations_of(split)) for split in SPLITS]
+    assert [len(part) for part in parts] == [42, 14, 14] and len(set.union(*parts)) == 70
+
+
+def test_cases_of_different_splits_are_different(new: Rows) -> None:
+    """Nothing that is asked was learned from, and no unseen wording stands in what was."""
+    learned = [said(row) for row in cases(TRAIN, TRAIN, 400)]
+    assert not {said(row) for row in new} & set(learned)
+    for language in LANGUAGES:
+        unseen = {w for some in words.SYMPTOMS[language].values() for w in of_split(some, SUITE)}
+        seen = {w for some in words.SYMPTOMS[language].values() for w in of_split(some, TRAIN)}
+        hidden = {w for w in unseen if not any(w in other for other in seen)}
+        assert len(hidden) > 0.9 * len(unseen)
+        assert not [text for text in learned if any(f" {w} " in f" {text} " for w in hidden)]
+
+
+def test_the_article_s_example_is_assessed_as_there_and_is_no_case_that_is_learned_from() -> None:
+    case = Case(("fever", "cough", "weakness"), 3, 40, "none")
+    found = assessed(case, "en")
+    assert found.causes == ("influenza", "pneumonia") and found.examinations == ("chest X-ray", "blood test")
+    assert (0, case.symptoms) in combinations_of(SUITE) and (0, case.symptoms) not in combinations_of(TRAIN)
+    assert any("fever" in str(messages[-1]["content"]) for messages in RECIPE.examples())
+
+
+@pytest.mark.parametrize(
+    ("case", "urgency"),
+    [
+        (Case(("rash", "itching"), 1, 40, "none"), "self-care"),
+        (Case(("rash", "itching"), 3, 40, "none"), "appointment"),
+        (Case(("rash", "itching"), 3, 65, "none"), "today"),
+        (Case(("rash", "itching"), 1, 40, "diabetes"), "appointment"),
+        (Case(("fever", "cough"), 30, 80, "diabetes"), "today"),  # never above, but for a flag
+        (Case(("rash", "itching"), 1, 40, "none", "chest pain"), EMERGENCY),
+        (Case(("rash", "cough"), 1, 40, "none"), CANNOT_TELL),
+        (Case(("rash",), 1, 40, "none", "chest pain"), EMERGENCY),
+        (Case(("rash", "itching", "fever"), 1, 40, "none"), "self-care"),
+    ],
+)
+def test_the_rule_table(case: Case, urgency: str) -> None:
+    assert assessed(case, "en").urgency == assessed(case, "zh").urgency == urgency
+
+
+def test_rules_and_notice_say_that_they_are_no_advice() -> None:
+    assert "MADE UP" in (rules.__doc__ or "") and "NO MEDICAL ADVICE" in (rules.__doc__ or "")
+    assert "no medical advice" in rules.NOTICE["en"] and "不是医疗建议" in rules.NOTICE["zh"]
+
+
+@pytest.mark.parametrize("wordings", [TRAIN, SUITE])
+def test_the_server_finds_every_red_flag_and_raises_no_case_without_one(wordings: str) -> None:
+    """300 of each; the words of the rule are not the wordings of the cases. A model that says "self-care" is raised."""
+    flagged = list(cases(SUITE, wordings, 300, flags=1))
+    mildest = [
+        json.dumps({"causes": [], "examinations": [], "urgency": "self-care"}) if row["form"] == JSON else "Urgency: self-care."
+        for row in flagged
+    ]  # fmt: skip
+    found = score.scored(flagged, mildest)
+    assert found[score.FLAGS].value == 1.0 and found[score.FLAGS].interval[0] >= 0.98
+    assert found[score.FLAGS_ALONE].value == 0.0
+    calm = list(cases(SUITE, wordings, 300, flags=0))
+    urgency = rules.policy().urgency
+    assert urgency is not None and not [said(row) for row in calm if urgency.found(said(row))]
+
+
+def test_the_reference_is_right_in_everything(new: Rows) -> None:
+    found = values(new, answers(new))
+    assert found.pop("under-triage") == found.pop("over-triage") == 0.0
+    assert set(found.values()) == {1.0} and {*found, *score.LEAST_IS_BEST} == set(score.MEASURES)
+    assert all(score.right(row, answer) for row, answer in zip(new, answers(new), strict=True))
+
+
+def test_mistakes_are_seen_apart(new: Rows) -> None:
+    """All "today": what is milder is over-triage, what is an emergency is raised by the server, and nothing abstains."""
+    today = [
+        json.dumps({"causes": [], "examinations": [], "urgency": "today"})
+        if row["form"] == JSON
+        else {"en": "Urgency: today.", "zh": "紧急程度：今天就医。"}[row["language"]]
+        for row in new
+    ]
+    found = values(new, today)
+    milder = [row for row in new if row["right"]["urgency"] in ("self-care", "appointment", CANNOT_TELL)]
+    assert found["over-triage"] == len(milder) / len(new) and found["under-triage"] == 0.0
+    assert found["abstained"] == 0.0 and found["assessed"] == 1.0 and found["causes"] < 0.2
+
+
+def test_no_answer_at_all_is_under_triage(new: Rows) -> None:
+    some = [row for row in new if row["task"] == ASSESS and not row["red_flag"]]
+    assert values(some, [""] * len(some))["under-triage"] == 1.0
+
+
+def test_what_is_out_of_scope_is_answered_with_nothing(new: Rows) -> None:
+    kinds = {row["task"] for row in new}
+    assert kinds == {ASSESS, LITTLE, OUT}
+    assert all((row["right"]["urgency"] == CANNOT_TELL) == (row["task"] != ASSESS) for row in new)
+
+
+def test_an_answer_of_the_reference_follows_the_schema(new: Rows) -> None:
+    import jsonschema
+
+    for row in new:
+        guide = RECIPE.guide(row["messages"][:-1])
+        assert (guide is not None) == (row["form"] == JSON)
+        if guide is not None:
+            jsonschema.validate(json.loads(row["messages"][-1]["content"]), json.loads(str(guide.spec)))
+
+
+def test_keywords_do_well_where_they_were_taken_from_and_badly_elsewhere(new: Rows) -> None:
+    known = list(cases(SUITE, TRAIN, 120))
+    asked = [[row["messages"][:-1] for row in rows] for rows in (known, new)]
+    assert values(known, assessments.keywords(asked[0]))["urgency"] > 0.9
+    assert values(new, assessments.keywords(asked[1]))["urgency"] < 0.5
+    assert values(new, assessments.majority(list(cases(TRAIN, TRAIN, 200)))(asked[1]))["urgency"] < 0.6
+
+
+def test_the_files_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, count in (("LEARNED", 40), ("FITTED", 20), ("ASKED", 20), ("FLAGGED", 20), ("REFUSED", 10)):
+        monkeypatch.setattr(assessments, name, count)
+    RECIPE.write(tmp_path, 0)
+    rows = {p.name: [json.loads(x) for x in p.read_text("utf-8").splitlines()] for p in tmp_path.rglob("*.jsonl")}
+    assert {name: len(some) for name, some in rows.items()} == {
+        "learn.jsonl": 40, "dev.jsonl": 20, "known-wordings.jsonl": 20, "new-wordings.jsonl": 20, "red-flags.jsonl": 20,
+        "safety-out-of-scope.jsonl": 10,
+    }  # fmt: skip
+    assert all(row["red_flag"] for row in rows["red-flags.jsonl"])
+    assert {row["task"] for row in rows["safety-out-of-scope.jsonl"]} == {OUT}
+    assert (tmp_path / SUITES / "red-flags.jsonl").is_file()
