@@ -7,7 +7,6 @@ chat_template.jinja, with the libraries that our own models use, and no code of 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,13 @@ import tokenizers
 from shoal import config
 from shoal.api.served import ServedModel, names_of
 from shoal.errors import CheckpointError, RequestError
-from shoal.inputs.tokenizer import BYTE_OF, StreamDecoder
+from shoal.inputs.tokenizer import BYTE_OF, StreamDecoder, spaced_bytes
 from shoal.model.described import FORMAT
 
 PLAIN = (  # for a checkpoint without a chat template
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how tokenizers that are not byte-level spell a byte
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,7 @@ class StockTokenizer:
             return b""
         if self._byte_level and all(c in BYTE_OF for c in piece):
             return bytes(BYTE_OF[c] for c in piece)
-        byte = _BYTE.fullmatch(piece)
-        return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
+        return spaced_bytes(piece)
 
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")

@@ -1,10 +1,11 @@
-"""Byte-level BPE: any string to token ids and back, byte for byte.
+"""BPE over bytes: any string to token ids and back, byte for byte.
 
 Notable: special tokens are never read out of text. A user who types ``<|assistant|>`` gets those characters, not the
 control token; only `special` and the chat template place control tokens.
 
 Which tokens are control tokens, and what they are for, is data (`Controls`): ours are ids 0 to 8; an open model's are its
-source's, under their ids, and stand in ``tokenizer.json`` beside what Hugging Face knows.
+source's, under their ids, and stand in ``tokenizer.json`` beside what Hugging Face knows. An open model's may also be of
+sentencepiece's alphabet: a mark for each space, and for what it has no piece for a token a byte.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ PROBES = (
 )
 
 
+SPACE = "\u2581"  # sentencepiece's mark
+_BYTE = re.compile("<0x([0-9A-F]{2})>")  # and its tokens of a byte
+
+
 @dataclass(frozen=True)
 class Controls:
     """What the control tokens of an open model's tokenizer are for. Which they are, the tokenizer's added tokens say."""
@@ -74,6 +79,7 @@ class Tokenizer:
         self.ends = (END_ID,) if controls is None else controls.ends
         self.end: str | None = END if controls is None else self._names.get(self.ends[0])
         self.pad: str | None = PAD if controls is None else controls.names.get("pad_token")
+        self._spaced = controls is not None and is_spaced(core)
         self._bytes: dict[int, bytes] = {}  # of the tokens that were asked for: every token of an answer is
 
     def with_end(self, token: int) -> Tokenizer:
@@ -182,6 +188,16 @@ class Tokenizer:
         return cls(tokenizers.Tokenizer.from_str(text), None if controls is None else load(Controls, controls))
 
     @cached_property
+    def _inside(self) -> tokenizers.Tokenizer:
+        """The core for what does not begin a text, where it puts a space in front of what does and of nothing else."""
+        text, first = self.plain_json if self._spaced else "", '"prepend_scheme":"first"'
+        if first not in text:
+            return self._core
+        core = tokenizers.Tokenizer.from_str(text.replace(first, '"prepend_scheme":"never"'))
+        core.encode_special_tokens = True
+        return core
+
+    @cached_property
     def sha256(self) -> str:
         """Fingerprint of the whole tokenizer: shards and models that disagree refuse each other by it."""
         return hashlib.sha256(self.json.encode()).hexdigest()
@@ -205,11 +221,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; control tokens spelt in it are plain characters. Raises RequestError for half a surrogate pair,
         which JSON can spell and UTF-8 cannot."""
-        try:
-            # as a batch of one: `encode` would hold the interpreter's lock, for seconds where the text is long
-            return self._core.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        except TypeError as error:
-            raise RequestError("text is not valid Unicode", got=text[:40]) from error
+        return _ids(self._core, text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -241,7 +253,8 @@ class Tokenizer:
             before, after = self._spelt[match.group()] if match else (False, False)
             run = run.lstrip() if strips else run
             run = run.rstrip() if before else run
-            ids += self.encode(run.replace(mark, "") if mark else run)
+            run = run.replace(mark, "") if mark else run
+            ids += self.encode(run) if not at else _ids(self._inside, run)
             if match:
                 ids.append(self.special(match.group()))
                 at, strips = match.end(), after
@@ -258,8 +271,10 @@ class Tokenizer:
             piece = self._core.id_to_token(token) if token >= 0 and token not in self._names else None
             if token in self._added:
                 known = self._added[token].encode()
+            elif piece is None:
+                known = b""
             else:
-                known = bytes(BYTE_OF[c] for c in piece) if piece is not None else b""
+                known = spaced_bytes(piece) if self._spaced else bytes(BYTE_OF[c] for c in piece)
             self._bytes[token] = known
         return known
 
@@ -284,6 +299,28 @@ class StreamDecoder:
     def finish(self) -> str:
         """What is left; an incomplete character becomes U+FFFD."""
         return self._utf8.decode(b"", final=True)
+
+
+def _ids(core: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        # as a batch of one: `encode` would hold the interpreter's lock, for seconds where the text is long
+        ids: list[int] = core.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    except TypeError as error:
+        raise RequestError("text is not valid Unicode", got=text[:40]) from error
+    return ids
+
+
+def is_spaced(core: tokenizers.Tokenizer) -> bool:
+    """Are the pieces of a tokenizer of sentencepiece's alphabet, with a token for every byte?"""
+    return bool(getattr(core.model, "byte_fallback", False)) and all(
+        core.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256)
+    )
+
+
+def spaced_bytes(piece: str) -> bytes:
+    """The bytes that a piece of sentencepiece's alphabet stands for."""
+    byte = _BYTE.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
 
 
 def _empty_core() -> tokenizers.Tokenizer:

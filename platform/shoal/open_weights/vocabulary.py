@@ -12,7 +12,7 @@ import tokenizers
 from shoal.config import ModelConfig
 from shoal.errors import CheckpointError, RequestError
 from shoal.inputs.chat import encode_chat
-from shoal.inputs.tokenizer import BYTE_OF, Controls, Tokenizer
+from shoal.inputs.tokenizer import BYTE_OF, Controls, Tokenizer, is_spaced
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 _PROBE = "a"  # a text to see what a tokenizer puts around one
@@ -26,7 +26,7 @@ def of_folder(
     template: str | None,
 ) -> tuple[Tokenizer, str]:
     """Tokenizer and chat template of a Hugging Face directory; `told` is its tokenizer_config.json. Raises CheckpointError for
-    what is missing, and for a tokenizer that is not a byte-level BPE."""
+    what is missing, and for a tokenizer whose tokens do not stand for bytes."""
     path = directory / TOKENIZER
     if not path.is_file():
         others = [name for name in ("tokenizer.model", "vocab.json") if (directory / name).exists()]
@@ -44,8 +44,8 @@ def of_folder(
 
 
 def made(core: tokenizers.Tokenizer, names: Mapping[str, str], ends: tuple[int, ...], what: object) -> Tokenizer:
-    """Our tokenizer over `core`, whose control tokens a template knows by `names`. Raises CheckpointError when it is not a
-    byte-level BPE, or when nothing ends an answer."""
+    """Our tokenizer over `core`, whose control tokens a template knows by `names`. Raises CheckpointError where tokens do
+    not stand for bytes, or when nothing ends an answer."""
     _need_byte_level(core, what)
     size = 1 + max(core.get_vocab(with_added_tokens=True).values())
     named = core.token_to_id(names["eos_token"]) if "eos_token" in names else None
@@ -83,9 +83,9 @@ def _need_byte_level(core: tokenizers.Tokenizer, what: object) -> None:
     added = {token.content for token in core.get_added_tokens_decoder().values()}
     pieces = [piece for piece in core.get_vocab(with_added_tokens=False) if piece not in added]
     strange = next((piece for piece in pieces if not all(char in BYTE_OF for char in piece)), None)
-    if kind != "BPE" or strange is not None:
-        got = f"token {strange!r}, as of a sentencepiece" if kind == "BPE" else kind
-        raise CheckpointError(f"tokenizer {what}", got=got, allowed="a byte-level BPE")
+    if kind != "BPE" or (strange is not None and not is_spaced(core)):
+        got = f"token {strange!r}, and not one for each byte" if kind == "BPE" else kind
+        raise CheckpointError(f"tokenizer {what}", got=got, allowed="a BPE over bytes, or one that falls back on them")
 
 
 def _content(token: object) -> str | None:

@@ -1,5 +1,5 @@
 """Makes what lies beside it, with transformers: for each family a tiny checkpoint of random weights, what it says to some
-tokens, and 64 tokens that it goes on with, of those that the tokenizer has; and one tokenizer with the ids of some chats.
+tokens, and 64 tokens that it goes on with, of those that the tokenizer has; and two tokenizers with the ids of some chats.
 `python tests/data/open/make.py`.
 
 The weights are drawn wider than a real model's, so that every part of the network shows in the logits; they lie in bfloat16,
@@ -85,6 +85,63 @@ def tokenizer() -> tokenizers.Tokenizer:
     return core
 
 
+SPACED = """\
+{{- bos_token }}{% for message in messages %}
+    {%- if message.role == 'assistant' %}{{ ' ' + message.content + ' ' + eos_token }}
+    {%- else %}{{ '[INST] ' + message.content + ' [/INST]' }}{% endif %}
+{%- endfor %}
+"""
+FIRST: dict[str, Any] = {  # the newer of the two ways of putting a space in front of a text
+    "normalizer": None,
+    "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False},
+}
+
+
+def spaced() -> dict[str, Any]:
+    """The tokenizer.json of one as Llama 2 has it: of sentencepiece's alphabet, with tokens for bytes."""
+    core = tokenizers.Tokenizer(models.BPE())
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    trainer = trainers.BpeTrainer(vocab_size=29, limit_alphabet=20, show_progress=False)
+    core.train_from_iterator([SPACED, *(message["content"] for chat in CHATS for message in chat)] * 3, trainer)
+    values = json.loads(core.to_str())
+    pieces = sorted(values["model"]["vocab"], key=values["model"]["vocab"].__getitem__)
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    values["model"] |= {"vocab": {name: number for number, name in enumerate(names)}, "unk_token": "<unk>"}
+    values["model"] |= {"fuse_unk": True, "byte_fallback": True}
+    whole = tokenizers.Tokenizer.from_str(json.dumps(values))
+    whole.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names[:3]])
+    whole.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    whole.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    found: dict[str, Any] = json.loads(whole.to_str())
+    return found
+
+
+def spaced_ids(values: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """What transformers makes of `CHATS` and a text with it; saved in `folder` where there is one."""
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(values)),
+        bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+    )  # fmt: skip
+    fast.chat_template = SPACED
+    if folder is not None:
+        fast.save_pretrained(folder)
+    told = [
+        {"messages": chat, "ids": list(fast.apply_chat_template(chat, tokenize=True, return_dict=False))}
+        for chat in CHATS
+    ]
+    return {"chats": told, "text": fast(" Hello, 12 fish").input_ids}
+
+
+def write_spaced() -> None:
+    values = spaced()
+    told = {"prepended": spaced_ids(values, HERE / "spaced"), "first": spaced_ids({**values, **FIRST}, None)}
+    (HERE / "spaced.json").write_text(json.dumps({**told, "changes": FIRST}, indent=1) + "\n")
+
+
 def weights(model: torch.nn.Module, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -112,6 +169,7 @@ def main() -> None:
     (HERE / "chats.json").write_text(
         json.dumps({"chats": told, "text": fast("Hello, 12 fish").input_ids}, indent=1) + "\n"
     )
+    write_spaced()
     end = core.token_to_id("<|im_end|>")
     for number, (name, (kind, changes)) in enumerate(FAMILIES.items()):
         config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **changes})

@@ -26,6 +26,19 @@ Make = Callable[[str], Path]
 TOLD = json.loads((DATA / "chats.json").read_text())
 
 
+SPACED = json.loads((DATA / "spaced.json").read_text())
+
+
+def spaced(checkpoint: Make, way: str) -> Path:
+    """A checkpoint whose tokenizer is of sentencepiece's alphabet, in one of the two `way`s that a space is put in front."""
+    source = checkpoint("llama")
+    shutil.copytree(DATA / "spaced", source, dirs_exist_ok=True)
+    (source / "generation_config.json").unlink()
+    if way == "first":
+        edit(source / "tokenizer.json", **SPACED["changes"])
+    return source
+
+
 @pytest.fixture
 def model(checkpoint: Make, tmp_path: Path) -> Model:
     import_model(checkpoint("qwen2"), tmp_path / "model", dtype="float32")
@@ -181,12 +194,42 @@ def test_images_are_refused_by_name(model: Model) -> None:
         encode_chat([{"role": "user", "content": parts}], model.tokenizer, model.config, template=model.chat_template)
 
 
-def test_what_is_no_byte_level_bpe_is_refused(checkpoint: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["prepended", "first"])
+def test_a_sentencepiece_tokenizer_gives_the_ids_of_transformers(checkpoint: Make, tmp_path: Path, way: str) -> None:
+    """As Llama 2, Mistral 7B and Phi-3-mini have it: a space in front of every run between control tokens, or of the first."""
+    source = spaced(checkpoint, way)
+    model = Model.load(import_model(source, tmp_path / "model").out)
+    assert (model.tokenizer.ends, model.tokenizer.prompt("")) == ((2,), [1])
+    for told in SPACED[way]["chats"]:
+        assert chat(model, told["messages"], False) == told["ids"], told["messages"]
+    assert model.encode(" Hello, 12 fish").ids == SPACED[way]["text"]
+    plain = chat(model, [{"role": "user", "content": "x </s> y"}])
+    assert plain.count(2) == 0 and "x </s> y" in model.tokenizer.decode(plain)
+
+
+@pytest.mark.parametrize("way", ["prepended", "first"])
+def test_a_sentencepiece_tokenizer_gives_every_text_back_and_streams_it(
+    checkpoint: Make, tmp_path: Path, way: str
+) -> None:
+    """With the space that is put in front of it; what it has no piece for comes a byte a token, and never half."""
+    tokenizer = Model.load(import_model(spaced(checkpoint, way), tmp_path / "model").out).tokenizer
+    for text in ("Hello", "  two  spaces\n\n", "caf\u00e9 \U0001f41f\u200d", "<0x41> <unk>"):
+        ids = tokenizer.encode(text)
+        given = text if way == "first" and text.startswith(" ") else f" {text}"
+        assert tokenizer.decode(ids) == given
+        stream = tokenizer.stream()
+        pieces = [*map(stream.push, ids), stream.finish()]
+        assert "".join(pieces) == given and "\ufffd" not in "".join(pieces)
+    assert len(tokenizer.encode("\U0001f41f")) == 5 and tokenizer.token_bytes(3 + 0x41) == b"A"
+    assert Tokenizer.from_json(tokenizer.json).decode(tokenizer.encode("a b")) == " a b"
+
+
+def test_what_has_no_token_for_a_byte_is_refused(checkpoint: Make, tmp_path: Path) -> None:
     source = checkpoint("qwen2")
     core = tokenizers.Tokenizer(models.BPE(vocab={"\u2581a": 0, "b": 1}, merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     core.save(str(source / "tokenizer.json"))
-    with pytest.raises(CheckpointError, match="token '\u2581a', as of a sentencepiece"):
+    with pytest.raises(CheckpointError, match="token '\u2581a', and not one for each byte"):
         import_model(source, tmp_path / "model")
     assert not (tmp_path / "model").exists()
     (source / "tokenizer.json").unlink()
