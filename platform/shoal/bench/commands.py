@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -240,6 +241,35 @@ def route(
     if unknown := set(chosen) - set(FAMILIES):
         raise UsageError("--families", got=sorted(unknown), allowed=sorted(FAMILIES))
     run(out, shape=shape, seeds=seeds, steps=steps, families=chosen, keep=keep)
+
+
+@bench.command("open")
+def open_(
+    data: Annotated[Path, typer.Option(help="Directory of shards, made by `shoal prepare`: the quickstart's data.")],
+    parts: Annotated[
+        str,
+        typer.Option(
+            help="A plain, B imported, C exits, D exits from the start, E router, F drafts, G a depth, H sparse, I INT8."
+        ),
+    ] = "ABCDEFGHI",
+    seeds: Annotated[int, typer.Option(help="Seeds, one run of all parts with each.")] = 3,
+    steps: Annotated[int, typer.Option(help="Updates of the plain model; the others' follow from these.")] = 300,
+    transformers: Annotated[
+        str, typer.Option(help="Python of an environment with transformers [this one; left out where it has none].")
+    ] = sys.executable,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder for the models; what is there is not trained again. [none]")
+    ] = None,
+) -> None:
+    """A model imported, given exits, exported, made sparse and rounded, beside one with exits from the start."""
+    from shoal.bench.open import PARTS
+    from shoal.bench.open import open_bench as run
+
+    if not parts or set(parts) - set(PARTS):
+        raise UsageError("--parts", got=parts, allowed=f"letters of {PARTS}")
+    if seeds < 1 or steps < 4:
+        raise UsageError("--seeds and --steps", got=min(seeds, steps), allowed="1 seed, 4 updates, or more")
+    run(out, data=data, parts=parts, seeds=seeds, steps=steps, python=transformers, keep=keep)
 
 
 @bench.command("loop")
