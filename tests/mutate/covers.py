@@ -38,6 +38,7 @@ GROUPS = {
     "frontier": Group(["evaluate/frontier"], _tests("evaluate", "frontier")),
     "near": Group(["data/operators/near"], _tests("data", "near")),
     "parts": Group(_in("data", "parts batches"), _tests("data", "parts batches")),
+    "identities": Group(_in("data", "identities tables"), _tests("data", "identities")),
     "router": Group(
         ["model/router"],
         [*_tests("model", "router whole"), *_tests("evaluate", "routing"), "flows/test_golden"],

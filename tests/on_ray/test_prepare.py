@@ -67,9 +67,12 @@ def corpus(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     )
     assert [what for what, done, total in told if done == total] == [
         "read and clean",
-        "find near copies",
+        "find copies",
+        "compare near copies",
+        "draw the held-out side",
         "fit the tokenizer",
         "encode and pack",
+        "draw chats",
     ]
     return out, report
 

@@ -29,10 +29,11 @@ from rich.table import Table
 
 from shoal import presets
 from shoal.bench.turns import in_turns, show
-from shoal.data import parts
+from shoal.data import identities, parts
 from shoal.data.documents import SourceSpec
 from shoal.data.shards import TOKENIZER
 from shoal.data.sources.files import list_files
+from shoal.data.tables import Parts
 from shoal.inputs.tokenizer import Tokenizer
 
 MB = 10**6
@@ -120,9 +121,10 @@ def _size(preset: str, size: str) -> dict[str, float]:
             written += (raw / f"{number:06}.txt").write_bytes(text.encode())
         start, cpu = time.perf_counter(), time.process_time()
         plan = parts.split_files(list_files(SourceSpec("bench", str(raw))))
-        paths = [out / f"{number:05}.part" for number in range(len(plan))]
-        found = [parts.read_part(files, path).identities for files, path in zip(plan, paths, strict=True)]
-        splits, _ = parts.choose(found, 0)
+        paths = Parts(out, len(plan))
+        for files, path in zip(plan, paths, strict=True):
+            parts.read_part(files, path)
+        splits, _ = identities.choose(paths)
         Tokenizer.train(parts.sample(paths, splits), model.vocab).save(out / TOKENIZER)
         for number, (path, of) in enumerate(zip(paths, splits, strict=True)):
             parts.pack_part(path, of, out, model, number)
@@ -183,7 +185,7 @@ def _packing(folder: Path, preset: str) -> tuple[Callable[[], object], list[str]
     found = parts.read_part(list_files(SourceSpec("bench", str(folder))), part)
     texts = [document.text for document in parts.documents(part)]
     Tokenizer.train(_some(iter(texts), SAMPLE), model.vocab).save(folder / TOKENIZER)
-    return lambda: parts.pack_part(part, ["train"] * len(found.identities), folder, model, 0), texts
+    return lambda: parts.pack_part(part, ["train"] * found.documents, folder, model, 0), texts
 
 
 def _texts() -> Iterator[str]:

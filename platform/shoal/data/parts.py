@@ -1,8 +1,8 @@
-"""A corpus prepared in parts, so that many processes can work on it: each part is read and cleaned alone, then one look at
-the identities of all documents decides what is kept and on which side of the held-out split, then each part is packed alone.
+"""A corpus prepared in parts, so that many processes can work on it: each part is read and cleaned alone, then it is decided
+over all documents what is kept and on which side of the held-out split (`identities`), then each part is packed alone.
 
 Notable: what comes out depends on the sources, the seed and the tokenizer alone, not on how many processes there were.
-Between the two passes the cleaned documents of a part lie in one Arrow file.
+Between the two passes the cleaned documents of a part lie in one Arrow file, with its tables beside it.
 """
 
 from __future__ import annotations
@@ -18,45 +18,40 @@ import pyarrow as pa
 import xxhash
 
 from shoal.config import ModelConfig
-from shoal.data.chats.recipes import Chat, chats_of, fits
+from shoal.data.chats.recipes import ChatFiles, chats_of, fits
 from shoal.data.documents import Document, Modality, Skipped
 from shoal.data.encode import encode
+from shoal.data.identities import Drops, Identities, Identity
 from shoal.data.operators.clean import fingerprint
-from shoal.data.operators.near import Signatures
+from shoal.data.operators.near import SIGNATURES, Signatures
 from shoal.data.operators.pipeline import Operators, Pipeline
 from shoal.data.pack import Packer
-from shoal.data.shards import SPLITS, TOKENIZER, Shard, ShardWriter, group_number, token_bytes
+from shoal.data.shards import TOKENIZER, Shard, ShardWriter, group_number, token_bytes
 from shoal.data.sources.files import File
 from shoal.data.sources.read import read
 from shoal.inputs.tokenizer import Tokenizer
+from shoal.machine import aside
 
-PART_BYTES = 32 * 2**20  # of source files in a part, at most ...
+PART_BYTES = 32 * 2**20  # of source files in a part, at most, but that a corpus has ...
+MOST_PARTS = 8192  # ... about so many parts at most, since spans of keys are read out of every one ...
 LEAST_PARTS = 12  # ... and of a corpus, so that several processes have work to the end
 PART_FILES = 2048
-HELDOUT = 0.05  # share of the groups
 BATCH = 256  # documents encoded at once ...
 BATCH_SIZE = 2**20  # ... and characters and image bytes of them: encoding holds some 250 bytes a token (docs/log.md)
-SAMPLE_BYTES = 4 * 2**20  # of each modality, that the tokenizer is fitted to
+SAMPLE_BYTES = 4 * 2**20  # of each modality, that the tokenizer is fitted to; of a corpus of more parts than ...
+SAMPLED_WHOLE = 64  # ... these, whose openings would say little, characters are drawn in the parts (decision 0056):
+SAMPLE_A_TOKEN = 2**14  # for each token of the vocabulary, at most ...
+SAMPLE_TEXT = 2**16  # ... and of one document
 
 Item = TypeVar("Item")
-Drops = dict[str, Counter[str]]  # operator -> reason -> documents
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What deciding about a document takes."""
-
-    fingerprint: bytes
-    group: str
-    modality: Modality
-    heldout: bool | None  # where its source says so
 
 
 @dataclass
 class Found:
-    """What reading a part gave, beside the documents in its file."""
+    """What reading a part gave, beside the documents in its file and their identities."""
 
-    identities: list[Identity] = field(default_factory=list)  # of the documents, in order
+    characters: Counter[str] = field(default_factory=Counter)  # of the texts, by modality
+    documents: int = 0
     drops: Drops = field(default_factory=dict)
     changes: Drops = field(default_factory=dict)  # operator -> what it changed -> times
     # file -> other files that its rows name -> their stamps
@@ -77,7 +72,6 @@ class Packed:
     documents: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
     packing: Counter[str] = field(default_factory=Counter)  # tokens, cut, padded, as in `Packer`
     lengths: Counter[tuple[str, int]] = field(default_factory=Counter)  # by modality and bits of the length in tokens
-    chats: list[tuple[str, Chat]] = field(default_factory=list)  # with their split
     changes: Drops = field(default_factory=dict)
 
     def dropped(self, drops: Mapping[str, Counter[str]]) -> None:
@@ -89,7 +83,7 @@ class Packed:
             self.changes.setdefault(operator, Counter()).update(what)
 
     def add(self, part: Packed) -> None:
-        """Count `part` in; its chats are left to the caller, since all of them may be too many to hold."""
+        """Count `part` in."""
         self.shards += part.shards
         self.dropped(part.drops)
         self.documents.update(part.documents)
@@ -100,7 +94,7 @@ class Packed:
 def split_files(files: Sequence[File]) -> list[list[File]]:
     """The files in parts of about equal size, in order."""
     sizes = [file.size for file in files]
-    most = min(PART_BYTES, sum(sizes) // LEAST_PARTS + 1)
+    most = max(min(PART_BYTES, sum(sizes) // LEAST_PARTS + 1), sum(sizes) // MOST_PARTS)
     parts: list[list[File]] = []
     room = 0
     for file, size in zip(files, sizes, strict=True):
@@ -113,14 +107,14 @@ def split_files(files: Sequence[File]) -> list[list[File]]:
 
 
 def read_part(
-    files: Sequence[File], path: Path, pipeline: Pipeline | None = None, signatures: Path | None = None
+    files: Sequence[File], path: Path, pipeline: Pipeline | None = None, *, seed: int = 0, near_copies: bool = True
 ) -> Found:
-    """Read the files of a part and run the operators [the default ones]; the documents go to `path`, what near copies are
-    found by to `signatures`."""
+    """Read the files of a part and run the operators [the default ones]; the documents go to `path`, and beside it their
+    identities, drawn by `seed`, and what near copies are found by, where they are looked for."""
     pipeline = pipeline or Pipeline(Operators())
-    found, near = Found(), Signatures()
+    found, identities, near = Found(), Identities(seed), Signatures()
     pipeline.take_changes()  # of a part that failed
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+    with aside(path) as beside, pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
 
         def kept() -> Iterator[Document]:
             for heldout, item in ((file.spec.heldout, item) for file in files for item in read(file)):
@@ -128,63 +122,21 @@ def read_part(
                 if isinstance(document, Skipped):
                     found.drops.setdefault(document.operator, Counter())[document.reason] += 1
                     continue
-                if signatures is not None:
-                    near.add(len(found.identities), document)
-                identity = Identity(fingerprint(document), document.group, document.modality, heldout)
-                found.identities.append(identity)
+                if near_copies:
+                    near.add(len(identities), document)
+                identities.add(Identity(fingerprint(document), document.group, document.modality, heldout))
+                found.characters[document.modality] += len(document.text)
                 yield document
 
         for some in batched(kept(), _size):
             writer.write_batch(_batch(some))
-    if signatures is not None:
-        near.write(signatures)
+    if near_copies:
+        near.write(path.with_suffix(SIGNATURES))
+    identities.write(path)
+    found.documents = len(identities)
     found.changes = pipeline.take_changes()
     found.named = {number: dict(file.named) for number, file in enumerate(files) if file.named}
     return found
-
-
-def choose(
-    parts: Iterable[Sequence[Identity]],
-    seed: int,
-    copies: Iterable[tuple[int, int]] = (),
-    operators: Operators = Operators(),
-) -> tuple[list[list[str | None]], Drops]:
-    """For each document its split, or None where an equal one came before or it is one of the near `copies` (part and row); and
-    how many were left out so.
-
-    All documents of a group are on one side. A modality that no group was held out of gives the one drawn first, as long as
-    it has two.
-    """
-    seen: set[bytes] = set()
-    near = set(copies)
-    drops: Drops = {}
-    kept: list[list[Identity | None]] = []
-    for number, part in enumerate(parts):
-        kept.append([])
-        for row, identity in enumerate(part):
-            fault = None
-            if operators.dedup and identity.fingerprint in seen:
-                fault = ("dedup", "equal to an earlier one")
-            elif (number, row) in near:
-                fault = ("near dedup", "nearly equal to an earlier one")
-            if fault:
-                drops.setdefault(fault[0], Counter())[fault[1]] += 1
-            kept[-1].append(None if fault else identity)
-            seen.add(identity.fingerprint)
-    return _split(kept, seed), drops
-
-
-def _split(kept: Sequence[Sequence[Identity | None]], seed: int) -> list[list[str | None]]:
-    groups: dict[str, dict[str, bool | None]] = defaultdict(dict)  # modality -> group -> what its source says
-    for identity in (i for part in kept for i in part if i):
-        groups[identity.modality][identity.group] = identity.heldout
-    draws = {group: _draw(group, seed) for of in groups.values() for group in of}
-    heldout = {group for of in groups.values() for group, said in of.items() if _is_heldout(said, draws[group])}
-    for of in groups.values():
-        free = [group for group, said in of.items() if said is None]
-        if len(of) > 1 and free and not heldout & of.keys():
-            heldout.add(min(free, key=lambda group: (draws[group], group)))
-    return [[SPLITS[i.group in heldout] if i else None for i in part] for part in kept]
 
 
 def sample(paths: Iterable[Path], splits: Iterable[Sequence[str | None]]) -> list[str]:
@@ -203,9 +155,42 @@ def sample(paths: Iterable[Path], splits: Iterable[Sequence[str | None]]) -> lis
     return texts
 
 
-def pack_part(path: Path, splits: Sequence[str | None], directory: Path, config: ModelConfig, number: int) -> Packed:
+def draw_sample(
+    path: Path, splits: Sequence[str | None], shares: Mapping[str, float], seed: int, out: Path
+) -> Counter[str]:
+    """Write to `out` the texts of a part that a tokenizer is fitted to, where the corpus is too large to be read for it: of the
+    training documents of each modality the share that is given, drawn by a hash of the document, so that it is the same
+    whoever draws. Characters by modality."""
+    drawn: Counter[str] = Counter()
+    with aside(out) as beside, pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, _TEXTS) as writer:
+
+        def texts() -> Iterator[str]:
+            for document, split in zip(documents(path), splits, strict=True):
+                draw = xxhash.xxh3_64_intdigest(document.id.encode(), seed=seed) / 2**64
+                if split == "train" and document.text and draw < shares.get(document.modality, 0):
+                    drawn[document.modality] += len(document.text[:SAMPLE_TEXT])
+                    yield document.text[:SAMPLE_TEXT]
+
+        for some in batched(texts(), len):
+            writer.write_batch(pa.record_batch([pa.array(some, pa.large_string())], _TEXTS))
+    return drawn
+
+
+def sampled(paths: Iterable[Path]) -> Iterator[str]:
+    """The texts that `draw_sample` wrote to files."""
+    for path in paths:
+        with pa.memory_map(str(path)) as source:
+            for batch in pa.ipc.open_stream(source):
+                yield from batch.column("text").to_pylist()
+
+
+def pack_part(
+    path: Path, splits: Sequence[str | None], directory: Path, config: ModelConfig, number: int, seed: int = 0
+) -> Packed:
     """Encode and pack the kept documents of a part into shards in `directory`, where the tokenizer lies; and make chats of
-    the documents that a recipe fits. `number` sets the part's files apart."""
+    the documents that a recipe fits, of which some are drawn by `seed` and saved beside `path`. `number` sets the part's files
+    apart."""
+    chats = ChatFiles(seed)
     out, tokenizer = Packed(), _tokenizer((directory / TOKENIZER).read_text(encoding="utf-8"))
     lengths, licenses = token_bytes(tokenizer), _licenses(path)
     packers: dict[tuple[str, Modality], tuple[Packer, ShardWriter]] = {}
@@ -223,7 +208,7 @@ def pack_part(path: Path, splits: Sequence[str | None], directory: Path, config:
         out.documents[(*key, document.source, document.license)] += 1
         for chat in chats_of(document, split):
             if fits(chat, tokenizer, config):
-                out.chats.append((split, chat))
+                chats.add(split, [chat])
             else:
                 out.dropped({"recipe": Counter(["too long"])})
     for (_, modality), (packer, writer) in packers.items():
@@ -233,6 +218,7 @@ def pack_part(path: Path, splits: Sequence[str | None], directory: Path, config:
         out.shards += writer.shards
         out.packing.update(tokens=packer.tokens, cut=packer.cut, padded=packer.padded)
         out.lengths.update({(modality, bits): count for bits, count in packer.lengths.items()})
+    chats.save(path)
     return out
 
 
@@ -284,6 +270,7 @@ def _licenses(path: Path) -> dict[str, str]:
     return {source: ", ".join(sorted(names)) for source, names in found.items()}
 
 
+_TEXTS = pa.schema({"text": pa.large_string()})
 _SCHEMA = pa.schema({
     **{name: pa.large_string() for name in ("id", "group", "source", "license", "modality", "origin", "text")},
     "image": pa.large_binary(),
@@ -299,11 +286,3 @@ def _batch(some: Sequence[Document]) -> pa.RecordBatch:
 
 def _size(document: Document) -> int:
     return len(document.text) + len(document.image or b"")
-
-
-def _draw(group: str, seed: int) -> float:
-    return xxhash.xxh3_64_intdigest(group.encode(), seed=seed) / 2**64
-
-
-def _is_heldout(said: bool | None, draw: float) -> bool:
-    return draw < HELDOUT if said is None else said

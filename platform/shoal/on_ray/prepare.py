@@ -1,49 +1,51 @@
-"""Raw documents to shards on Ray Data: two passes of the plain functions of `shoal.data.parts`, one task a part.
+"""Raw documents to shards on Ray Data: the plain functions of `shoal.data.parts` and `shoal.data.identities` in tasks.
 
-    files -> read, operators -> identities, signatures -> what is kept, and where -> encode, pack, write -> index.json
-                             -> a sample               -> the tokenizer           ->
+    a part   files -> read, operators -> documents, identities, signatures
+    a span   identities               -> documents that equal earlier ones    signatures -> candidates for near copies
+    a part   both                     -> what is dropped
+    a span   groups                   -> what is held out
+    a part   documents                -> a sample -> the tokenizer            encode, pack, write -> index.json
 
-Only identities and counts pass through this process. Documents go through files, so on several nodes the corpus folder must
-be on a file system that all of them share. Nothing is there under its final name before it is complete, and ``index.json``
-comes last. A run that was killed goes on where it was: each task's result lies in the work folder, and is taken again while
-the sources, the request and the code are the same (`data.kept`).
+Only counts pass through this process, whatever the corpus holds (`corpus_tasks`). The rest goes through files, so on several
+nodes the corpus folder must be on a file system that all of them share. Nothing is there under its final name before it is
+complete, and ``index.json`` comes last. A run that was killed goes on where it was: each task's result lies in the work folder,
+and is taken again while the sources, the request and the code are the same (`data.kept`).
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ray.data
-from ray.exceptions import RayError
-
 from shoal.config import ModelConfig, Preset, dump
-from shoal.data import card, parts, remote
+from shoal.data import card, identities, parts, remote
 from shoal.data.alone import alone
 from shoal.data.chats import customer_service
-from shoal.data.chats.recipes import ChatFiles, fits
+from shoal.data.chats.recipes import ChatFiles, fits, write_chats
 from shoal.data.documents import SourceSpec
-from shoal.data.kept import code_digest, digest, kept
-from shoal.data.operators import decontaminate, near
-from shoal.data.operators.pipeline import Operators, Pipeline
+from shoal.data.kept import code_digest, digest
+from shoal.data.operators import decontaminate
+from shoal.data.operators.pipeline import Operators
 from shoal.data.order import Mix
-from shoal.data.parts import Found, Packed
+from shoal.data.parts import Packed
 from shoal.data.shards import INDEX, SPLITS, TOKENIZER, Index, clear, open_index, write_index
 from shoal.data.sources import demo
 from shoal.data.sources.files import File, list_files, local_path, store_of
 from shoal.data.sources.s3 import S3
-from shoal.errors import ConfigError, DataError, ShoalError
+from shoal.data.tables import Parts
+from shoal.errors import ConfigError, DataError
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.machine import aside, need_disk, write_aside
+from shoal.machine import need_disk, write_aside
+from shoal.on_ray.corpus_tasks import Decision, Reader, draw, fit_drawn, fit_whole, pack
+from shoal.on_ray.each import Progress, each, quiet_data
 
 __all__ = ["SourceSpec", "prepare"]
 
@@ -51,11 +53,7 @@ SOURCES = "sources"  # folder in the corpus folder: what the demo corpus fetched
 # folder there, until the corpus is finished: the cleaned documents, and the results of finished tasks
 WORK = ".prepare"
 NAMED = "named.json"  # file there: the files that rows name, with their stamps; an edited one is noticed
-SIGNATURES = ".near.npy"  # suffix of a part's file beside its documents
-TASKS_OF_BANDS = 8
 DISK = 5  # bytes wanted for each byte of source: cleaned documents, shards, and room
-
-Progress = Callable[[str, int, int], None]  # what, done, total
 
 
 def prepare(
@@ -94,7 +92,7 @@ def prepare(
     if (out / INDEX).exists():
         return _finished(job)
     need_disk(out, DISK * sum(job.sizes))
-    with _alone(out / WORK), _quiet_data():
+    with _alone(out / WORK), quiet_data():
         # Looked at again, since another command may have finished it before it let go of the lock.
         report = _finished(job) if (out / INDEX).exists() else _make(job, start, on_progress)
         shutil.rmtree(out / WORK, ignore_errors=True)
@@ -125,7 +123,7 @@ class _Job:
     @cached_property
     def keys(self) -> list[str]:
         """What each part follows from."""
-        code = digest(code_digest(), dump(self.operators), _stamps(self.evaluation))
+        code = digest(code_digest(), dump(self.operators), _stamps(self.evaluation), self.seed)
         return [digest(code, _stamps(files)) for files in self.plan]
 
     @cached_property
@@ -148,40 +146,33 @@ class _Job:
 
 def _make(job: _Job, start: float, on_progress: Progress) -> dict[str, Any]:
     """The corpus itself, and its report; `start`: when it was asked for."""
-    out, work, model, sizes = job.out, job.out / WORK, job.preset.model, job.sizes
-    packed, named, identities, keys = Packed(), defaultdict[str, dict[str, str]](dict), [], []
-    paths = [work / f"{number:05}.arrow" for number in range(len(job.plan))]
-    reads = zip(job.plan, paths, job.keys, strict=True)
-    reader = _Reader(job.operators, _evaluation(job.evaluation, work))
+    out, work, model = job.out, job.out / WORK, job.preset.model
+    packed, named, keys, characters = Packed(), defaultdict[str, dict[str, str]](dict), [], Counter[str]()
+    places, documents = Parts(work, len(job.plan)), 0
+    reads = zip(job.plan, places, job.keys, strict=True)
+    reader = Reader(job.operators, _evaluation(job.evaluation, work), job.seed)
     for key, files, found in zip(
-        job.keys, job.plan, _each(reader, reads, sizes, "read and clean", on_progress), strict=True
+        job.keys, job.plan, each(reader, reads, job.sizes, "read and clean", on_progress), strict=True
     ):
-        identities.append(found.identities)
+        documents += found.documents
+        characters.update(found.characters)
         packed.dropped(found.drops)
         packed.changed(found.changes)
         keys.append(digest(key, found.named))
         for number, of in found.named.items():
             named[files[number].spec.name].update(of)
-    copies = _copies(paths, on_progress) if job.operators.near_dedup else []
-    splits, drops = parts.choose(identities, job.seed, copies, job.operators)
-    packed.dropped(drops)
-    on_progress("fit the tokenizer", 0, 0)
-    used = job.given or _tokenizer(paths, splits, model.vocab, work, digest(keys, splits, model.vocab))
+    decision = Decision(places, digest(keys), job.operators, documents)
+    besides = _decide(decision, job.sizes, packed, on_progress)
+    used = job.given or _tokenizer(decision, besides, characters, job, on_progress)
     write_aside(out / TOKENIZER, used.json)
-    chats = ChatFiles(job.seed)
     packs = [
-        (path, of, out, model, number, digest(key, of, used.sha256, dump(model)))
-        for number, (path, of, key) in enumerate(zip(paths, splits, keys, strict=True))
+        (decision, number, besides, out, model, job.seed, digest(key, used.sha256)) for number, key in enumerate(keys)
     ]
-    for part in _each(_pack, packs, sizes, "encode and pack", on_progress):
+    for part in each(pack, packs, job.sizes, "encode and pack", on_progress):
         packed.add(part)
-        for split, chat in part.chats:
-            chats.add(split, [chat])
-    if job.demo:
-        for split in SPLITS:
-            chats.add(split, (chat for chat in customer_service.chats(split) if fits(chat, used, model)))
+    chats = _chats(job, places, used, on_progress)
     index = _index(packed, job.request, model, used)
-    report = card.report(out, index, packed, used, chats.write(out), time.monotonic() - start)
+    report = card.report(out, index, packed, used, chats, time.monotonic() - start)
     card.write(out, report)
     clear(out, keep={shard.file for shard in index.shards})  # of other requests, and what was half written
     (out / NAMED).unlink(missing_ok=True)
@@ -189,6 +180,48 @@ def _make(job: _Job, start: float, on_progress: Progress) -> dict[str, Any]:
         write_aside(out / NAMED, json.dumps(named, sort_keys=True) + "\n")
     write_index(out, index)
     return report
+
+
+def _decide(decision: Decision, sizes: list[int], packed: Packed, on_progress: Progress) -> list[int]:
+    """Which documents are dropped, counted in `packed`, and which are held out; the groups held out besides."""
+    looks, numbers = decision.looks, [(number,) for number in range(len(decision.parts))]
+    for _ in each(decision.look, looks, [1] * len(looks), "find copies", on_progress):
+        pass
+    for drops in each(decision.settle, numbers, sizes, "compare near copies", on_progress):
+        packed.dropped(drops)
+    spans = [(span,) for span in decision.spans]
+    sides = each(decision.hold_out, spans, [1] * len(spans), "draw the held-out side", on_progress)
+    return identities.drawn_besides(list(sides))
+
+
+def _tokenizer(
+    decision: Decision, besides: list[int], characters: Counter[str], job: _Job, on_progress: Progress
+) -> Tokenizer:
+    """Fitted to a sample of the training documents, which the tasks draw. `characters`: of each modality."""
+    vocab = job.preset.model.vocab
+    if len(decision.parts) <= parts.SAMPLED_WHOLE:
+        (text,) = each(fit_whole, [(decision, besides, vocab)], [1], "fit the tokenizer", on_progress)
+        return Tokenizer.from_json(text)
+    most = max(parts.SAMPLE_BYTES, vocab * parts.SAMPLE_A_TOKEN)
+    shares = {modality: min(1.0, most / count) for modality, count in characters.items() if count}
+    draws = [(decision, number, besides, shares, job.seed) for number in range(len(decision.parts))]
+    drawn = sum(each(draw, draws, job.sizes, "draw a sample", on_progress))
+    key = digest(decision.key, besides, shares, job.seed, drawn)
+    (text,) = each(fit_drawn, [(decision, vocab, key)], [1], "fit the tokenizer", on_progress)
+    return Tokenizer.from_json(text)
+
+
+def _chats(job: _Job, places: Parts, used: Tokenizer, on_progress: Progress) -> dict[str, dict[str, int]]:
+    """Write the fine-tuning files, out of what the parts drew; split -> task -> rows."""
+    saved: list[Path] = list(places)
+    if job.demo:
+        templates = ChatFiles(job.seed)
+        for split in SPLITS:
+            templates.add(split, (chat for chat in customer_service.chats(split) if fits(chat, used, job.preset.model)))
+        saved.append(places.folder / "templates")
+        templates.save(saved[-1])
+    (counts,) = each(write_chats, [(saved, job.out)], [1], "draw chats", on_progress)
+    return counts
 
 
 def _prepare_remote(out: str, s3: S3, ask: Mapping[str, Any], on_progress: Progress) -> dict[str, Any]:
@@ -202,32 +235,6 @@ def _prepare_remote(out: str, s3: S3, ask: Mapping[str, Any], on_progress: Progr
     return report
 
 
-class _Reader:
-    """`parts.read_part`, unless it is done. What its operators hold, a model or a set, each process loads once."""
-
-    def __init__(self, operators: Operators, evaluation: Path | None) -> None:
-        self._operators, self._evaluation = operators, evaluation
-        self.holds_state = bool(operators.languages or evaluation)
-
-    @cached_property
-    def _pipeline(self) -> Pipeline:
-        return Pipeline(self._operators, self._evaluation)
-
-    def __call__(self, files: Sequence[File], path: Path, key: str) -> Found:
-        signatures = path.with_suffix(SIGNATURES) if self._operators.near_dedup else None
-        made = [path, signatures] if signatures else [path]
-
-        def read() -> Found:
-            with ExitStack() as stack:
-                beside = [stack.enter_context(aside(file)) for file in made]
-                return parts.read_part(files, beside[0], self._pipeline, beside[1] if signatures else None)
-
-        def holds(found: Found) -> bool:
-            return found.holds(files)
-
-        return kept(path.with_suffix(".read.json"), key, Found, read, lambda _: made, holds)
-
-
 def _evaluation(files: Sequence[File], work: Path) -> Path | None:
     """A file with what the evaluation sets hold; None where none is named."""
     if not files:
@@ -235,32 +242,6 @@ def _evaluation(files: Sequence[File], work: Path) -> Path | None:
     path = work / "evaluation.npz"
     decontaminate.collect(files, path)
     return path
-
-
-def _copies(paths: Sequence[Path], on_progress: Progress) -> list[tuple[int, int]]:
-    """Part and row of the documents that are near copies of earlier ones, some bands a task."""
-    pairs = [(path, path.with_suffix(SIGNATURES)) for path in paths]
-    jobs = [(pairs, bands) for bands in near.shares(TASKS_OF_BANDS)]
-    found = _each(near.copies, jobs, [1] * len(jobs), "find near copies", on_progress)
-    return sorted({(int(part), int(row)) for some in found for part, row in some})
-
-
-def _tokenizer(paths: list[Path], splits: list[list[str | None]], vocab: int, work: Path, key: str) -> Tokenizer:
-    """Fitted to a sample of the training documents, unless it is done."""
-
-    def fit() -> str:
-        return Tokenizer.train(parts.sample(paths, splits), vocab).json
-
-    return Tokenizer.from_json(kept(work / "tokenizer.json", key, str, fit, lambda _: []))
-
-
-def _pack(path: Path, splits: Sequence[str | None], out: Path, model: ModelConfig, number: int, key: str) -> Packed:
-    """`parts.pack_part`, unless it is done."""
-
-    def pack() -> Packed:
-        return parts.pack_part(path, splits, out, model, number)
-
-    return kept(path.with_suffix(".pack.json"), key, Packed, pack, lambda part: [out / s.file for s in part.shards])
 
 
 def _made_in(out: Path, file: File) -> bool:
@@ -278,64 +259,6 @@ def _alone(work: Path) -> Iterator[None]:
     """Raises DataError while another prepare works there: the shards of two requests would be mixed."""
     with alone(work / "lock", DataError(f"another prepare is writing to {work.parent}", do="wait for it, or stop it")):
         yield
-
-
-def _each(
-    task: Callable[..., Any],
-    jobs: Iterable[tuple[Any, ...]],
-    sizes: list[int],
-    what: str,
-    on_progress: Progress,
-) -> Iterator[Any]:
-    """What `task` gives for the arguments of each job, in order, from as many processes as there are CPUs for.
-
-    A task that holds state goes to a pool of actors, so that each process builds it once.
-    """
-
-    def run(row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": task(*row["job"])}
-
-    class Worker:
-        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-            return run(row)
-
-    rows = [{"job": job} for job in jobs]
-    done, total = 0, sum(sizes)
-    on_progress(what, done, total)
-    try:
-        data = ray.data.from_items(rows, override_num_blocks=len(rows))
-        pool = ray.data.ActorPoolStrategy(size=max(1, min(len(rows), _cpus())))
-        actors = getattr(task, "holds_state", False)
-        results = data.map(Worker, compute=pool) if actors else data.map(run)  # type: ignore[arg-type]
-        for row, size in zip(results.iter_rows(), sizes, strict=True):
-            done += size
-            on_progress(what, done, total)
-            yield row["result"]
-    except RayError as error:  # of a task, or of a process that was killed too often
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, ShoalError):
-            raise cause from error
-        said = str(cause or error).strip() or type(cause or error).__name__
-        raise DataError(f"cannot {what}", got=said.splitlines()[-1][:200]) from error
-
-
-def _cpus() -> int:
-    """Of the whole cluster; 0 where an autoscaler has yet to start its nodes."""
-    return int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def _quiet_data() -> Iterator[None]:
-    """Ray Data in the order of its input, so that equal requests give equal corpora, and without its own reports."""
-    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before = context.execution_options.preserve_order, context.enable_progress_bars, logger.level
-    context.execution_options.preserve_order, context.enable_progress_bars = True, False
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        context.execution_options.preserve_order, context.enable_progress_bars, level = before
-        logger.setLevel(level)
 
 
 def _named_apart(specs: Sequence[SourceSpec]) -> list[SourceSpec]:

@@ -17,12 +17,14 @@ import pytest
 import torch
 
 from shoal.config import ModelConfig
-from shoal.data import parts
+from shoal.data import identities, parts
 from shoal.data.batches import ChatBatches, PretrainBatches, heldout_batches, spaced, text_of
 from shoal.data.documents import SourceSpec
+from shoal.data.operators.pipeline import Operators
 from shoal.data.order import permutation
 from shoal.data.shards import TOKENIZER, Index, open_index, write_index
 from shoal.data.sources.files import list_files
+from shoal.data.tables import Parts
 from shoal.errors import ConfigError, DataError
 from shoal.inputs.tokenizer import END_ID, PATCH_ID, Tokenizer
 
@@ -41,10 +43,11 @@ def corpus(tmp_path_factory, png, config: ModelConfig) -> Path:
         (raw / f"{number}.py").write_text(body)
         (raw / f"p{number}.png").write_bytes(png((number, 4 * number, 9)))
     files = list_files(SourceSpec("raw", str(raw)))
-    found = parts.read_part(files, out / "part")
-    (splits,), _ = parts.choose([found.identities], 0)
+    work = Parts(tmp_path_factory.mktemp("work"), 1)
+    parts.read_part(files, work[0])
+    (splits,), _ = identities.choose(work, Operators(near_dedup=False))
     Tokenizer.bytes_only().save(out / TOKENIZER)
-    packed = parts.pack_part(out / "part", splits, out, config, 0)
+    packed = parts.pack_part(work[0], splits, out, config, 0)
     write_index(out, Index(
         length=config.train_length, vocab=265, patch=config.patch, image_size=config.image_size, tokenizer_sha256="",
         seed=0, mix=MIX, request={}, documents={}, drops={}, shards=tuple(packed.shards),

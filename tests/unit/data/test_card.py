@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 from shoal.config import ModelConfig
-from shoal.data import card, parts
+from shoal.data import card, identities, parts
 from shoal.data.documents import SourceSpec
+from shoal.data.operators.pipeline import Operators
 from shoal.data.shards import TOKENIZER, Index
 from shoal.data.sources.files import list_files
+from shoal.data.tables import Parts
 from shoal.inputs.tokenizer import Tokenizer
 
 EVIL = '"><script src="http://evil.example/x.js">alert(1)</script><img src=x onerror=alert(2)>'
@@ -30,11 +32,12 @@ def made(tmp_path_factory, png, config: ModelConfig) -> tuple[Path, Index, dict]
         (raw / f"{n}.png").write_bytes(png((n, 200, 8 * n)))
     (raw / "x.bin").write_bytes(b"?")
     spec = SourceSpec("<b>raw</b>", str(raw), "<u>MIT</u>")
-    found = parts.read_part(list_files(spec), out / "part")
-    (splits,), drops = parts.choose([found.identities], 0)
+    work = Parts(tmp_path_factory.mktemp("work"), 1)
+    found = parts.read_part(list_files(spec), work[0])
+    (splits,), drops = identities.choose(work, Operators(near_dedup=False))
     tokenizer = Tokenizer.bytes_only()
     tokenizer.save(out / TOKENIZER)
-    packed = parts.pack_part(out / "part", splits, out, config, 0)
+    packed = parts.pack_part(work[0], splits, out, config, 0)
     packed.dropped(found.drops)
     packed.dropped(drops)
     documents: dict[str, dict[str, int]] = {"train": {}, "heldout": {}}

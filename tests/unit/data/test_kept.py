@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -9,20 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.data.chats.recipes import Chat, turns
+from shoal.data.identities import Side
 from shoal.data.kept import _plain, _typed, code_digest, digest, kept
-from shoal.data.parts import Identity, Packed
+from shoal.data.parts import Packed
 from shoal.data.shards import Shard
 
 SHARD = Shard("a.arrow", "train", "text", 3, 90, 400, 1234, "ab", {"s": 90}, ("MIT", "CC0"))
-CHAT = Chat(turns([{"type": "text", "text": "q"}], "a"), "code", "s", "MIT", "g", synthetic=True)
 PACKED = Packed(
     shards=[SHARD],
     drops={"read": Counter({"empty": 2})},
     documents=Counter({("train", "text", "s", "MIT"): 3}),
     packing=Counter(cut=1),
     lengths=Counter({("text", 5): 3}),
-    chats=[("train", CHAT)],
 )
 
 
@@ -75,15 +74,14 @@ def test_results_survive_a_moved_folder(tmp_path: Path) -> None:
     assert make(tmp_path / "b") == (["data"], False)
 
 
-@given(
-    st.lists(
-        st.builds(Identity, st.binary(max_size=16), st.text(max_size=9), st.just("code"), st.none() | st.booleans())
-    )
-)
-def test_identities_come_back_as_they_were(found: list[Identity]) -> None:
+PLACES = st.lists(st.integers(0, 2**64 - 1), max_size=3).map(tuple)
+
+
+@given(st.lists(st.builds(Side, st.integers(0), st.integers(0), PLACES, PLACES)))
+def test_counts_come_back_as_they_were(found: list[Side]) -> None:
     value = (found, {"quality": Counter({"too short": 1})})
-    kind = tuple[list[Identity], dict[str, Counter[str]]]
-    assert _typed(kind, _plain(value)) == value
+    kind = tuple[list[Side], dict[str, Counter[str]]]
+    assert _typed(kind, json.loads(json.dumps(_plain(value)))) == value
 
 
 def test_a_packed_part_comes_back_as_it_was() -> None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import random
 import re
 import sysconfig
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal.data import parts
 from shoal.data.documents import Document
 from shoal.data.operators import near
 from shoal.data.operators.grams import grams, words
 from shoal.data.sources import pysource
+from shoal.data.tables import Parts, Span
 
 EDITS = 0.1  # of the words
 LICENSE = (
@@ -35,25 +40,34 @@ def edited(text: str, rng: random.Random, vocabulary: list[str]) -> str:
     return re.sub(r"\S+", edit, text)
 
 
-def written(some: list[Document], folder: Path, count: int) -> list[tuple[Path, Path]]:
+def written(some: list[Document], folder: Path, count: int) -> Parts:
     """The documents as `count` parts, with their signatures."""
-    places = []
-    for number in range(count):
+    places = Parts(folder, count)
+    for number, path in enumerate(places):
         share = some[len(some) * number // count : len(some) * (number + 1) // count]
-        signatures, path = near.Signatures(), folder / f"{number}.arrow"
+        signatures = near.Signatures()
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, parts._SCHEMA) as writer:
             for row, document in enumerate(share):
                 signatures.add(row, document)
             for start in range(0, len(share), 100):
                 writer.write_batch(parts._batch(share[start : start + 100]))
-        signatures.write(path.with_suffix(".near.npy"))
-        places.append((path, path.with_suffix(".near.npy")))
+        signatures.write(path.with_suffix(near.SIGNATURES))
     return places
 
 
-def numbers(found: np.ndarray, total: int, count: int) -> set[int]:
-    """Part and row as numbers of documents."""
-    return {total * part // count + row for part, row in found.tolist()}
+def copies(places: Parts, total: int, tasks: int = 1, spans: int = 1, dropped: Collection[int] = ()) -> set[int]:
+    """The numbers of the documents that are found, of `total`; candidates by so many tasks for each of `spans`."""
+    pairs = []
+    for span in (Span(number, spans) for number in range(spans)):
+        for bands in near.shares(tasks):
+            pairs.append(places.folder / f"pairs{len(pairs)}")
+            near.candidates(places, bands, span, pairs[-1])
+    found: set[int] = set()
+    for number in range(len(places)):
+        start, end = (total * n // len(places) for n in (number, number + 1))
+        gone = np.array([n in dropped for n in range(start, end)], dtype=bool)
+        found |= {start + row for row in near.confirmed(places, number, pairs, gone).tolist()}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -80,23 +94,25 @@ def test_planted_copies_are_found_and_real_documents_stay(library, document, tmp
         for n in copied
     ]
     some = real + planted
-    found = numbers(near.copies(written(some, tmp_path, 5), range(near.BANDS)), len(some), 5)
+    found = copies(written(some, tmp_path, 5), len(some))
     hits = sum(n >= len(real) for n in found)
     assert len(real) > 300
     assert hits >= 0.95 * len(planted)
     assert len(found) - hits < 0.01 * len(real)
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 4])
-def test_what_is_found_does_not_depend_on_how_many_tasks_or_parts(tasks: int, document, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tasks", "spans"), [(1, 1), (2, 3), (8, 1), (1, 16)])
+def test_what_is_found_does_not_depend_on_how_many_tasks_spans_or_parts(
+    tasks: int, spans: int, document, tmp_path: Path
+) -> None:
     rng = random.Random(1)
     vocabulary = [f"word{n}" for n in range(3000)]
     texts = [" ".join(rng.choices(vocabulary, k=80)) for _ in range(60)]
     texts += [edited(text, rng, vocabulary) for text in texts[:30]]
     some = [document(text, id=f"s/{n}") for n, text in enumerate(texts)]
     places = written(some, tmp_path, tasks + 1)
-    found = [numbers(near.copies(places, bands), len(some), tasks + 1) for bands in near.shares(tasks)]
-    assert set().union(*found) == set(range(60, 90))
+    assert copies(places, len(some), tasks, spans) == set(range(60, 90))
+    assert copies(places, len(some), tasks, spans, dropped={61, 3}) == set(range(60, 90)) - {61}, "a dropped one is not"
 
 
 def test_a_shared_header_or_a_template_makes_no_copy(document, tmp_path: Path) -> None:
@@ -107,7 +123,7 @@ def test_a_shared_header_or_a_template_makes_no_copy(document, tmp_path: Path) -
         f"Note {n}: the crew of boat {n} mended net {n + 7} before tide {n}, and slept {n} hours." for n in range(60)
     ]
     some = [document(text, id=f"s/{n}") for n, text in enumerate(headed + notes)]
-    assert near.copies(written(some, tmp_path, 3), range(near.BANDS)).tolist() == []
+    assert copies(written(some, tmp_path, 3), len(some)) == set()
 
 
 def test_what_is_short_or_asked_is_not_compared_and_code_is_no_copy_of_text(document, png, tmp_path: Path) -> None:
@@ -116,11 +132,11 @@ def test_what_is_short_or_asked_is_not_compared_and_code_is_no_copy_of_text(docu
     assert near.signature(document(text, "image", image=png())) is None
     assert near.signature(document(text, questions=(("a", "b"),))) is None
     some = [document(text), document(text, "code", id="s/b"), document(text, id="s/c")]
-    assert near.copies(written(some, tmp_path, 1), range(near.BANDS)).tolist() == [[0, 2]]
+    assert copies(written(some, tmp_path, 1), len(some)) == {2}
 
 
 def test_a_corpus_without_words_has_no_copies(document, tmp_path: Path) -> None:
-    assert near.copies(written([document("short")] * 3, tmp_path, 2), range(near.BANDS)).tolist() == []
+    assert copies(written([document("short")] * 3, tmp_path, 2), 3) == set()
 
 
 def test_words_and_grams() -> None:
@@ -156,10 +172,19 @@ def test_tasks_share_the_bands(count: int) -> None:
 
 def test_each_document_of_a_bucket_is_compared_with_the_sixteen_before_it() -> None:
     """Of a length that near copies may have; those of another bucket, between them, count for nothing."""
-    table = np.full((2 + 80, 40), 7, dtype=np.uint32)
-    table[2, 1::2] = 8  # of the first band: every second document is in another bucket
-    table[1] = 100
-    table[1, 0] = 50  # words of the first document: too few beside 100
-    pairs = near._candidates([table[:, :13], table[:, 13:]], 0, table[1])
+    keys, lengths = np.full(40, 7, dtype=np.uint64), np.full(40, 100, dtype=np.uint32)
+    keys[1::2] = 8
+    lengths[0] = 50  # too few beside 100
+    pairs = near._pairs(keys, lengths).T.tolist()
     expected = {(i, j) for i in range(40) for j in range(1, i) if (i - j) % 2 == 0 and (i - j) // 2 <= 16}
-    assert {(later, earlier) for later, earlier in pairs.tolist()} == expected and len(pairs) == len(expected)
+    assert set(map(tuple, pairs)) == expected and len(pairs) == len(expected)
+
+
+@given(st.lists(st.integers(0, 30), max_size=60), st.lists(st.integers(0, 30), max_size=60))
+def test_words_in_common_are_counted_as_they_stand(one: list[int], other: list[int]) -> None:
+    """Two texts are near copies by the definition, in Python's own counters."""
+    a, b = (np.array(of, dtype=np.uint64) for of in (one, other))
+    common = sum((Counter(one) & Counter(other)).values())
+    runs = [{tuple(of[i : i + 5]) for i in range(len(of) - 4)} for of in (one, other)]
+    enough = len(runs[0] & runs[1]) >= 0.2 * len(runs[0] | runs[1])
+    assert near.nearly_equal(a, b) == (2 * common >= 0.8 * (len(one) + len(other)) and enough)

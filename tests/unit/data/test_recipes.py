@@ -6,9 +6,12 @@ import ast
 import json
 from pathlib import Path
 
+import pytest
+import xxhash
+
 from shoal.config import ModelConfig
 from shoal.data.chats import customer_service, recipes
-from shoal.data.chats.recipes import Chat, ChatFiles, chats_of, fits, turns
+from shoal.data.chats.recipes import Chat, ChatFiles, chats_of, fits, turns, write_chats
 from shoal.data.chats.rows import read_chats
 from shoal.data.sources.pysource import functions
 from shoal.inputs.tokenizer import Tokenizer
@@ -113,26 +116,48 @@ def chat(question: str, task: str = "t") -> Chat:
     return Chat(turns(question, "yes"), task, "s", "MIT", "g")
 
 
+def saved(folder: Path, *some: dict[str, list[Chat]], seed: int = 0) -> list[Path]:
+    """Parts with these chats by split."""
+    paths = [folder / f"{number}.part" for number in range(len(some))]
+    for path, of in zip(paths, some, strict=True):
+        files = ChatFiles(seed)
+        for split, chats in of.items():
+            files.add(split, chats)
+        files.save(path)
+    return paths
+
+
 def test_equal_rows_are_kept_once_and_never_on_both_sides(tmp_path: Path) -> None:
-    files = ChatFiles(seed=0)
-    files.add("heldout", [chat("a"), chat("b")])
-    files.add("train", [chat("a"), chat("a"), chat("c", "u")])
-    assert files.write(tmp_path) == {"train": {"t": 1, "u": 1}, "heldout": {"t": 1}}
-    (row,) = (tmp_path / "sft-heldout.jsonl").read_text().splitlines()
+    (tmp_path / "out").mkdir()
+    one = {"heldout": [chat("a"), chat("b"), chat("d")], "train": [chat("a"), chat("a")]}
+    paths = saved(tmp_path, one, {"train": [chat("a"), chat("c", "u"), chat("d")]})
+    assert write_chats(paths, tmp_path / "out") == {"train": {"t": 2, "u": 1}, "heldout": {"t": 1}}
+    (row,) = (tmp_path / "out" / "sft-heldout.jsonl").read_text().splitlines()
     assert json.loads(row)["messages"][0]["content"] == "b"
 
 
-def test_of_too_many_rows_some_are_drawn_whatever_order_they_came_in(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_of_too_many_rows_some_are_drawn_whatever_part_they_came_in(tmp_path: Path, monkeypatch, count: int) -> None:
+    """Those whose draws are smallest, in the order of their draws; of equal ones the first."""
     monkeypatch.setitem(recipes.MOST, "train", 10)
-    written = []
-    for order in (range(50), reversed(range(50))):
-        files = ChatFiles(seed=3)
-        files.add("train", [chat(f"question {n}") for n in order])
-        assert files.write(tmp_path) == {"train": {"t": 10}}
-        written.append((tmp_path / "sft-train.jsonl").read_text())
-    assert written[0] == written[1]
+    monkeypatch.setattr(recipes, "OPENED", 2)
+    (tmp_path / "out").mkdir()
+    some = [chat(f"question {n % 40}") for n in range(50)]
+    given = [{"train": some[50 * n // count : 50 * (n + 1) // count]} for n in range(count)]
+    assert write_chats(saved(tmp_path, *given, seed=3), tmp_path / "out") == {"train": {"t": 10}}
+    draws = sorted((xxhash.xxh3_64_intdigest(json.dumps(c.messages).encode(), seed=3), c.json) for c in some[:40])
+    assert (tmp_path / "out" / "sft-train.jsonl").read_text().splitlines() == [row for _, row in draws[:10]]
+
+
+def test_a_heldout_row_that_training_asks_is_left_out_though_training_draws_others(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(recipes.MOST, "train", 1)
+    (tmp_path / "out").mkdir()
+    asked = [chat(f"question {n}") for n in range(6)]
+    paths = saved(tmp_path, {"heldout": asked}, {"train": asked[:3]}, {"train": asked[3:5]})
+    assert write_chats(paths, tmp_path / "out") == {"train": {"t": 1}, "heldout": {"t": 1}}
 
 
 def test_no_rows_no_file_not_even_an_older_one(tmp_path: Path) -> None:
-    (tmp_path / "sft-train.jsonl").write_text("of an interrupted run\n")
-    assert ChatFiles(seed=0).write(tmp_path) == {} and not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sft-train.jsonl").write_text("of an interrupted run\n")
+    assert write_chats(saved(tmp_path, {}), tmp_path / "out") == {} and not list((tmp_path / "out").iterdir())

@@ -28,7 +28,7 @@ def in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
             yield task(*job)
             on_progress(what, 1, 1)
 
-    monkeypatch.setattr("shoal.on_ray.prepare._each", each)
+    monkeypatch.setattr("shoal.on_ray.prepare.each", each)
 
 
 @pytest.fixture

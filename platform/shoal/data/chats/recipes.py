@@ -15,24 +15,30 @@ from __future__ import annotations
 import base64
 import heapq
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import xxhash
 
 from shoal.config import ModelConfig
+from shoal.data import tables
 from shoal.data.chats.rows import HELDOUT
 from shoal.data.documents import Document
 from shoal.data.sources import pysource
 from shoal.errors import RequestError
 from shoal.inputs.chat import encode_chat
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.machine import write_aside
+from shoal.machine import aside
 
 MOST = {"train": 20_000, "heldout": 1_000}  # rows of one task; of more, some drawn by their hash
 FILES = {"train": "sft-train.jsonl", "heldout": HELDOUT}
+CHATS, ASKED = ".chats", ".asked"  # suffixes of a part's tables
+OPENED = 64  # of them at once
 
 Messages = list[dict[str, Any]]
 
@@ -112,10 +118,8 @@ def _functions(document: Document) -> Iterator[Chat]:
 
 @dataclass
 class ChatFiles:
-    """The fine-tuning files of a corpus: at most `MOST` rows of a task, drawn by hash, in an order drawn likewise.
-
-    Equal chats are kept once, and never on both sides: functions are copied between files, and would be asked as seen.
-    """
+    """The chats of one part that may come into the fine-tuning files of its corpus: at most `MOST` of a task, drawn by hash.
+    Equal ones are kept once: functions are copied between files."""
 
     seed: int
     _drawn: dict[str, set[int]] = field(default_factory=lambda: {split: set() for split in FILES})
@@ -131,18 +135,53 @@ class ChatFiles:
             heap = self._kept.setdefault((split, chat.task), [])
             (heapq.heappush if len(heap) < MOST[split] else heapq.heappushpop)(heap, (-draw, chat.json))
 
-    def write(self, directory: Path) -> dict[str, dict[str, int]]:
-        """Write the files of the splits that have rows, and remove older ones of the others; split -> task -> rows."""
-        counts: dict[str, dict[str, int]] = {}
-        for split, name in FILES.items():
-            seen = self._drawn["train"] if split == "heldout" else set()
-            kept = {
-                task: [r for r in heap if -r[0] not in seen] for (of, task), heap in self._kept.items() if of == split
-            }
-            rows = sorted((row for some in kept.values() for row in some), reverse=True)
-            if not rows:
-                (directory / name).unlink(missing_ok=True)
-            else:
-                write_aside(directory / name, "\n".join(row for _, row in rows) + "\n")
-                counts[split] = {task: len(some) for task, some in sorted(kept.items()) if some}
-        return counts
+    def save(self, path: Path) -> None:
+        """Write what was drawn beside `path`, and the draws of all that training may be asked."""
+        rows = sorted((*of, -draw, row) for of, heap in self._kept.items() for draw, row in heap)
+        split, task, draw, row = zip(*rows, strict=True) if rows else ((),) * 4
+        strings = {"split": split, "task": task, "row": row}
+        columns = {name: pa.array(values, pa.large_string()) for name, values in strings.items()}
+        columns["draw"] = pa.array(draw, pa.uint64())
+        tables.write_batch(path.with_suffix(CHATS), pa.record_batch(columns))
+        tables.write(path.with_suffix(ASKED), {"draw": np.array(sorted(self._drawn["train"]), dtype=np.uint64)})
+
+
+def write_chats(paths: Sequence[Path], directory: Path) -> dict[str, dict[str, int]]:
+    """Write the fine-tuning files of the splits that have rows, and remove older ones of the others; split -> task -> rows.
+    `paths`: what chats were saved beside, part after part.
+
+    At most `MOST` rows of a task, drawn by hash, in an order drawn likewise; equal chats are kept once, the first of them, and
+    never on both sides. One part is open at a time, and what is held is a few numbers for each row that stays.
+    """
+    kept: dict[tuple[str, str], np.ndarray] = {}  # (split, task) -> draw, part, place; in the order of the draws
+    for part, path in enumerate(paths):
+        for of, found in _saved(path, part).items():
+            both = np.concatenate([kept[of], found]) if of in kept else found
+            kept[of] = both[np.unique(both[:, 0], return_index=True)[1]][: MOST[of[0]]]
+    for of in [of for of in kept if of[0] == "heldout"]:
+        for path in paths:
+            asked = tables.read(path.with_suffix(ASKED))["draw"]
+            kept[of] = kept[of][~np.isin(kept[of][:, 0], asked)]
+    opened = lru_cache(OPENED)(lambda part: tables.read_batch(paths[part].with_suffix(CHATS)).column("row"))
+    counts: dict[str, dict[str, int]] = {}
+    for split, name in FILES.items():
+        some = {task: found for (of, task), found in sorted(kept.items()) if of == split and len(found)}
+        if not some:
+            (directory / name).unlink(missing_ok=True)
+            continue
+        rows = np.concatenate(list(some.values()))
+        with aside(directory / name) as beside, beside.open("w", encoding="utf-8") as file:
+            for _, part, place in rows[np.argsort(rows[:, 0], kind="stable")].tolist():
+                file.write(opened(part)[place].as_py() + "\n")
+        counts[split] = {task: len(found) for task, found in some.items()}
+    return counts
+
+
+def _saved(path: Path, part: int) -> dict[tuple[str, str], np.ndarray]:
+    """Of each split and task the draw, part and place of the chats that were saved beside `path`; uint64 [rows, 3]."""
+    batch = tables.read_batch(path.with_suffix(CHATS))
+    found: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
+    columns = (batch.column(name).to_pylist() for name in ("split", "task", "draw"))
+    for place, (split, task, draw) in enumerate(zip(*columns, strict=True)):
+        found.setdefault((split, task), []).append((draw, part, place))
+    return {of: np.array(rows, dtype=np.uint64) for of, rows in found.items()}

@@ -6,25 +6,25 @@ words, counted, agree to 80 %, and a fifth of their 5-grams too, so that neither
 vocabulary makes a copy.
 
 Notable: a document is dropped when an *earlier* one is nearly equal. So there is no union of sets to hold in one memory: a
-band is looked at alone, by one task, which holds some 40 bytes a document (100 million documents: 4 GB).
+band is looked at alone, a span of its keys a task, and a part's candidates are compared by a task of its own.
 Letters: D documents with a signature.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from datasketch import MinHash
 
+from shoal.data import tables
 from shoal.data.documents import Document
 from shoal.data.operators.grams import grams, words
+from shoal.data.tables import Parts, Span
 
 GRAM = 5  # words
 # of a signature: at 42 % of common 5-grams, every tenth word changed, 0.05 % of the copies are not found
@@ -34,6 +34,8 @@ MOST_APART = 16  # documents of one bucket that each is compared with: the ones 
 SAME_WORDS = 0.8  # share of the words, counted, that near copies have in common ...
 SAME_GRAMS = 0.2  # ... and of the 5-grams: every changed word breaks five
 CHUNK = 4096  # 5-grams hashed at once
+SIGNATURES = ".near"  # suffix of a part's table
+WORDS_HELD = 256  # texts whose words are held: neighbours in a bucket come again and again
 
 _APART = {"text": 0, "code": 0x5BD1E995}  # a module and the page of its docstrings are no copies of each other
 _START = MinHash(num_perm=BANDS * WIDTH, seed=1, hashfunc=int, scheme="affine32")
@@ -55,7 +57,8 @@ def signature(document: Document) -> np.ndarray | None:
 
 
 class Signatures:
-    """Collects the signatures of one part and writes them: uint32 [2 + BANDS * WIDTH, D], the row in the part first."""
+    """Collects the signatures of one part and writes them as a table: the row of each document and its number of words, and
+    for each band its key of every document, sorted, and which document that is."""
 
     def __init__(self) -> None:
         self._rows: list[np.ndarray] = []
@@ -66,27 +69,56 @@ class Signatures:
             self._rows.append(np.concatenate([np.array([row], dtype=np.uint32), of]))
 
     def write(self, path: Path) -> None:
-        table = np.stack(self._rows, axis=1) if self._rows else np.empty((2 + BANDS * WIDTH, 0), dtype=np.uint32)
-        with path.open("wb") as out:
-            np.save(out, np.ascontiguousarray(table))
+        empty = np.empty((2 + BANDS * WIDTH, 0), dtype=np.uint32)
+        table = np.ascontiguousarray(np.stack(self._rows, axis=1)) if self._rows else empty
+        columns = {"rows": table[0], "words": table[1]}
+        for band in range(BANDS):
+            first = 2 + band * WIDTH
+            keys = table[first].astype(np.uint64) << np.uint64(32) | table[first + 1]
+            order = np.argsort(keys, kind="stable")  # within a bucket the documents stay in their order
+            columns |= {f"key{band}": keys[order], f"at{band}": order.astype(np.uint32)}
+        tables.write(path, columns)
 
 
-def copies(parts: Sequence[tuple[Path, Path]], bands: Iterable[int]) -> np.ndarray:
-    """int64 [copies, 2]: part and row of every document that is a near copy of an earlier one, by some of the bands.
+def candidates(parts: Parts, bands: Iterable[int], span: Span, out: Path) -> int:
+    """Write the pairs of documents, as part and row of the later and of the earlier one, that agree in one of `bands` in a key
+    of `span` and could be near copies by their lengths; how many."""
+    pairs = [_agreeing(parts, band, span) for band in bands]
+    later, earlier = np.concatenate(pairs, axis=1) if pairs else np.empty((2, 0), dtype=np.uint64)
+    order = np.lexsort((earlier, later))
+    later, earlier = later[order], earlier[order]
+    first = np.ones(len(later), dtype=bool)
+    first[1:] = (later[1:] != later[:-1]) | (earlier[1:] != earlier[:-1])
+    columns = zip(("part", "row", "other_part", "other_row"), (*_place(later), *_place(earlier)), strict=True)
+    tables.write(out, {name: column[first] for name, column in columns})
+    return int(first.sum())
 
-    `parts`: the documents' file and the signatures' file of each part, in order.
+
+def confirmed(parts: Parts, number: int, candidates: Iterable[Path], dropped: np.ndarray) -> np.ndarray:
+    """int64: the rows of part `number` that are near copies of earlier documents, of those that are not `dropped` (bool [D])
+    anyhow. `candidates`: the pairs of all bands and spans.
+
+    One other part after the other is opened, and a row that is found is not compared again.
     """
-    tables = [np.load(path, mmap_mode="r") for _, path in parts]
-    starts = np.cumsum([0, *(table.shape[1] for table in tables)])
-    lengths = np.concatenate([table[1] for table in tables])
-    pairs = [_candidates(tables, band, lengths) for band in bands]
-    later, earlier = np.unique(np.concatenate(pairs), axis=0).T if pairs else ((), ())
-    texts = _Texts([path for path, _ in parts], tables, starts)
+    names = ("row", "other_part", "other_row")
+    pairs = tables.gathered((tables.of_part(path, number) for path in candidates), names)
+    row, other, other_row = (pairs[name] for name in names)
+    left = ~dropped[row]
+    row, other, other_row = row[left], other[left], other_row[left]
+    order = np.lexsort((other_row, row, other))
     found: set[int] = set()
-    for one, other in zip(map(int, later), map(int, earlier), strict=True):
-        if one not in found and nearly_equal(texts.words(one), texts.words(other)):
+    ours = lru_cache(WORDS_HELD)(Texts(parts[number]).words)
+    before: tuple[int, ...] = ()
+    for one, part, place in zip(row[order].tolist(), other[order].tolist(), other_row[order].tolist(), strict=True):
+        if not before or before[0] != part:
+            theirs = lru_cache(WORDS_HELD)(Texts(parts[part]).words)
+            before = (part,)
+        elif before == (part, one, place):  # of two bands
+            continue
+        before = (part, one, place)
+        if one not in found and alike(ours(one), theirs(place)):
             found.add(one)
-    return np.array([texts.place(number) for number in sorted(found)], dtype=np.int64).reshape(-1, 2)
+    return np.array(sorted(found), dtype=np.int64)
 
 
 def shares(count: int) -> list[range]:
@@ -96,53 +128,77 @@ def shares(count: int) -> list[range]:
 
 def nearly_equal(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two texts, as their words, are near copies."""
-    common = sum((Counter(one.tolist()) & Counter(other.tolist())).values())
-    if 2 * common < SAME_WORDS * (len(one) + len(other)):
+    return alike(Counted.of(one), Counted.of(other))
+
+
+class Counted(NamedTuple):
+    """What comparing a text takes: its words and how often each stands there, and its 5-grams, each sorted and once."""
+
+    words: np.ndarray
+    times: np.ndarray
+    grams: np.ndarray
+    total: int  # words
+
+    @classmethod
+    def of(cls, words: np.ndarray) -> Counted:
+        return cls(*np.unique(words, return_counts=True), np.unique(grams(words, GRAM)), len(words))
+
+
+def alike(one: Counted, other: Counted) -> bool:
+    """Whether two texts are near copies."""
+    _, here, there = np.intersect1d(one.words, other.words, assume_unique=True, return_indices=True)
+    common = int(np.minimum(one.times[here], other.times[there]).sum())
+    if 2 * common < SAME_WORDS * (one.total + other.total):
         return False
-    a, b = (np.unique(grams(of, GRAM)) for of in (one, other))
-    shared = len(np.intersect1d(a, b, assume_unique=True))
-    return shared >= SAME_GRAMS * (len(a) + len(b) - shared)
+    shared = len(np.intersect1d(one.grams, other.grams, assume_unique=True))
+    return shared >= SAME_GRAMS * (len(one.grams) + len(other.grams) - shared)
 
 
-def _candidates(tables: Sequence[np.ndarray], band: int, lengths: np.ndarray) -> np.ndarray:
-    """int64 [pairs, 2]: later and earlier documents that agree in a band and could be near copies by their lengths."""
-    first = 2 + band * WIDTH
-    keys = np.concatenate([table[first].astype(np.uint64) << np.uint64(32) | table[first + 1] for table in tables])
-    order = np.argsort(keys, kind="stable")  # within a bucket the documents stay in their order
+def _agreeing(parts: Parts, band: int, span: Span) -> np.ndarray:
+    """uint64 [2, pairs]: places of later and earlier documents that agree in a band."""
+
+    def of(number: int, path: Path) -> tables.Table:
+        table = tables.read(path.with_suffix(SIGNATURES))
+        at = span.of(table[f"key{band}"])
+        place = table[f"at{band}"][at]
+        rows = table["rows"][place].astype(np.uint64) | np.uint64(number << 32)
+        return {"key": table[f"key{band}"][at], "place": rows, "words": table["words"][place]}
+
+    found = tables.gathered((of(*each) for each in enumerate(parts)), ("key", "place", "words"))
+    return found["place"][_pairs(found["key"], found["words"])]
+
+
+def _pairs(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int64 [2, pairs]: later and earlier documents that have equal `keys` (uint64 [D], in the documents' order) and could be
+    near copies by their `lengths` in words."""
+    order = np.argsort(keys, kind="stable")
     keys = keys[order]
-    pairs = [np.empty((0, 2), dtype=np.int64)]
+    pairs = [np.empty((2, 0), dtype=np.int64)]
     for apart in range(1, MOST_APART + 1):
         same = np.flatnonzero(keys[apart:] == keys[:-apart])
         if not len(same):
             break
-        pair = np.stack([order[same + apart], order[same]], axis=1)
-        short, long = np.sort(lengths[pair].astype(np.float64), axis=1).T
-        pairs.append(pair[2 * short >= SAME_WORDS * (short + long)])
-    return np.concatenate(pairs)
+        pair = np.stack([order[same + apart], order[same]])
+        short, long = np.sort(lengths[pair].astype(np.float64), axis=0)
+        pairs.append(pair[:, 2 * short >= SAME_WORDS * (short + long)])
+    return np.concatenate(pairs, axis=1)
 
 
-class _Texts:
-    """The texts of all parts by document number, mapped and not held."""
-
-    def __init__(self, paths: Sequence[Path], tables: Sequence[np.ndarray], starts: np.ndarray) -> None:
-        self._paths, self._tables, self._starts = paths, tables, starts.tolist()
-        self._columns = lru_cache(64)(self._open)
-        self.words = lru_cache(256)(self._words)  # neighbours in a bucket come again and again
-
-    def place(self, number: int) -> tuple[int, int]:
-        """Part and row."""
-        part = bisect_right(self._starts, number) - 1
-        return part, int(self._tables[part][0, number - self._starts[part]])
-
-    def _words(self, number: int) -> np.ndarray:
-        part, row = self.place(number)
-        return words(self._columns(part)[row].as_py())
-
-    def _open(self, part: int) -> Any:
-        return pa.chunked_array(list(_text_columns(self._paths[part])), pa.large_string())
+def _place(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Part and row of documents, uint32, out of both in one number."""
+    return (numbers >> np.uint64(32)).astype(np.uint32), (numbers & np.uint64(0xFFFFFFFF)).astype(np.uint32)
 
 
-def _text_columns(path: Path) -> Iterator[pa.Array]:
-    with pa.memory_map(str(path)) as source:
-        for batch in pa.ipc.open_stream(source):
-            yield batch.column("text")
+class Texts:
+    """The texts of a part by row, mapped and not held; opened when the first is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @cached_property
+    def _column(self) -> Any:
+        with pa.memory_map(str(self._path)) as source:
+            return pa.chunked_array([batch.column("text") for batch in pa.ipc.open_stream(source)], pa.large_string())
+
+    def words(self, row: int) -> Counted:
+        return Counted.of(words(self._column[row].as_py()))

@@ -7,7 +7,7 @@ it drops or changes.
     pii              e-mail and public IP addresses, phone numbers: replaced         `pii`            off
     image            format, pixels, sides, by the header                            `images`
     decontamination  texts that share 13 words with an evaluation set                `decontaminate`  off: none is named
-    dedup            equal to an earlier document                                    `parts.choose`
+    dedup            equal to an earlier document                                    `identities`
     near dedup       nearly equal to an earlier document                             `near`
 
 What is on by default drops what nobody would miss. Languages, evaluation sets and personal data depend on what the corpus is

@@ -1,0 +1,69 @@
+"""One task for each of many jobs, on Ray Data: in the order of the jobs, whatever ran where."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray.data
+from ray.exceptions import RayError
+
+from shoal.errors import DataError, ShoalError
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+def each(
+    task: Callable[..., Any],
+    jobs: Iterable[tuple[Any, ...]],
+    sizes: list[int],
+    what: str,
+    on_progress: Progress,
+) -> Iterator[Any]:
+    """What `task` gives for the arguments of each job, in order, from as many processes as there are CPUs for.
+
+    A task that holds state goes to a pool of actors, so that each process builds it once.
+    """
+
+    def run(row: dict[str, Any]) -> dict[str, Any]:
+        return {"result": task(*row["job"])}
+
+    class Worker:
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            return run(row)
+
+    rows = [{"job": job} for job in jobs]
+    done, total = 0, sum(sizes)
+    on_progress(what, done, total)
+    try:
+        data = ray.data.from_items(rows, override_num_blocks=len(rows))
+        # It grows as there is work and room: on a cluster that an autoscaler has yet to fill, a pool of one would stay one.
+        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, len(rows)))
+        actors = getattr(task, "holds_state", False)
+        results = data.map(Worker, compute=pool) if actors else data.map(run)  # type: ignore[arg-type]
+        for row, size in zip(results.iter_rows(), sizes, strict=True):
+            done += size
+            on_progress(what, done, total)
+            yield row["result"]
+    except RayError as error:  # of a task, or of a process that was killed too often
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ShoalError):
+            raise cause from error
+        said = str(cause or error).strip() or type(cause or error).__name__
+        raise DataError(f"cannot {what}", got=said.splitlines()[-1][:200]) from error
+
+
+@contextmanager
+def quiet_data() -> Iterator[None]:
+    """Ray Data in the order of its input, so that equal requests give equal corpora, and without its own reports."""
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    before = context.execution_options.preserve_order, context.enable_progress_bars, logger.level
+    context.execution_options.preserve_order, context.enable_progress_bars = True, False
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.execution_options.preserve_order, context.enable_progress_bars, level = before
+        logger.setLevel(level)

@@ -1,0 +1,136 @@
+"""What is decided over all documents, by spans of keys: what one look at the list of all of them gives, at any number of spans
+and parts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.data import identities, tables
+from shoal.data.identities import HELDOUT, Drops, Identities, Identity, choose
+from shoal.data.operators.pipeline import Operators
+from shoal.data.shards import SPLITS
+from shoal.data.tables import Parts, Span, spans
+from shoal.errors import DataError
+
+EXACT = Operators(near_dedup=False)
+IDENTITIES = st.builds(
+    Identity,
+    st.integers(0, 20).map(lambda content: xxhash.xxh3_128_digest(bytes([content]))),
+    st.integers(0, 12).map("group {}".format),
+    st.sampled_from(["text", "code", "image"]),
+    st.sampled_from([None, None, None, True, False]),
+)
+
+
+def looked_at(parts: Sequence[Sequence[Identity]], seed: int, dedup: bool) -> tuple[list[list[str | None]], Drops]:
+    """The definition: one look at all documents in their order."""
+    seen: set[bytes] = set()
+    kept: list[list[Identity | None]] = []
+    drops: Drops = {}
+    for part in parts:
+        kept.append([])
+        for identity in part:
+            again = dedup and identity.fingerprint in seen
+            if again:
+                drops.setdefault("dedup", Counter())["equal to an earlier one"] += 1
+            kept[-1].append(None if again else identity)
+            seen.add(identity.fingerprint)
+    groups: dict[str, dict[str, bool | None]] = defaultdict(dict)  # modality -> group -> what its source says
+    for identity in (i for part in kept for i in part if i):
+        groups[identity.modality][identity.group] = identity.heldout
+    draws = {g: xxhash.xxh3_64_intdigest(g.encode(), seed=seed) / 2**64 for of in groups.values() for g in of}
+    heldout = {g for of in groups.values() for g, s in of.items() if (draws[g] < HELDOUT if s is None else s)}
+    for of in groups.values():
+        free = [group for group, said in of.items() if said is None]
+        if len(of) > 1 and free and not heldout & of.keys():
+            heldout.add(min(free, key=lambda group: draws[group]))
+    return [[SPLITS[i.group in heldout] if i else None for i in part] for part in kept], drops
+
+
+def written(folder: Path, found: Sequence[Sequence[Identity]], seed: int = 0) -> Parts:
+    parts = Parts(folder, len(found))
+    for path, some in zip(parts, found, strict=True):
+        tables_of_part = Identities(seed)
+        for identity in some:
+            tables_of_part.add(identity)
+        tables_of_part.write(path)
+    return parts
+
+
+@given(
+    st.lists(st.lists(IDENTITIES, max_size=25), min_size=1, max_size=4), st.integers(0, 5), st.booleans(),
+    st.sampled_from([1, 2, 7]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=150)
+def test_what_is_chosen_is_what_one_look_at_all_documents_chooses(
+    found: list[list[Identity]], seed: int, dedup: bool, count: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        parts = written(Path(folder), found, seed)
+        assert choose(parts, Operators(dedup=dedup, near_dedup=False), count) == looked_at(found, seed, dedup)
+
+
+def of(pairs: Sequence[tuple[int, int]], modality: str = "text", heldout: bool | None = None) -> list[Identity]:
+    """Documents of such contents and groups."""
+    return [Identity(content.to_bytes(2), f"g{group}", modality, heldout) for content, group in pairs]
+
+
+def test_about_as_many_groups_are_held_out_as_said_and_the_seed_chooses_them(tmp_path: Path) -> None:
+    chosen = []
+    for seed in (0, 1):
+        ((splits,), _) = choose(written(tmp_path, [of([(n, n) for n in range(4000)])], seed), EXACT)
+        chosen.append({i for i, split in enumerate(splits) if split == "heldout"})
+    assert all(abs(len(some) / 4000 - HELDOUT) < 0.02 for some in chosen)
+    assert chosen[0] != chosen[1]
+
+
+def test_a_source_that_says_its_side_has_it(tmp_path: Path) -> None:
+    found = [of([(1, 1), (2, 2)], "image", False), of([(3, 3)], "image", True), of([(4, 4)])]
+    assert choose(written(tmp_path, found), EXACT)[0] == [["train", "train"], ["heldout"], ["train"]]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_where_nobody_is_held_out_one_group_is_but_none_whose_source_says_otherwise(seed: int, tmp_path: Path) -> None:
+    """And none more where a source says that one of its own is. None of these draws is below the share that is held out."""
+
+    def chosen(*found: list[Identity]) -> list[list[str | None]]:
+        return choose(written(tmp_path, found, seed), EXACT, 3)[0]
+
+    says, free = of([(n, n) for n in range(1, 9)], "image", False), of([(9, 9)], "image")
+    assert chosen(says, free) == [["train"] * 8, ["heldout"]]
+    held, free = of([(1, 1)], "image", True), of([(n, n) for n in (20, 21, 22)], "image")
+    assert chosen(held, free) == [["heldout"], ["train"] * 3]
+    assert chosen(of([(1, 1)], "image"), of([(2, 2)], "text")) == [["train"], ["train"]]
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=50), st.integers(1, 9))
+def test_every_key_is_in_one_span(keys: list[int], count: int) -> None:
+    some = np.array(sorted([*keys, 0, 2**64 - 1]), dtype=np.uint64)
+    found = [some[Span(number, count).of(some)] for number in range(count)]
+    assert np.concatenate(found).tolist() == some.tolist()
+
+
+def test_there_are_as_many_spans_as_leave_each_few_documents() -> None:
+    assert [len(spans(documents, 100)) for documents in (0, 1, 100, 101, 1000)] == [1, 1, 1, 2, 10]
+
+
+def test_a_table_that_is_gone_or_cut_off_is_one_line(tmp_path: Path) -> None:
+    parts = written(tmp_path, [of([(1, 1)])])
+    path = parts[0].with_suffix(identities.FINGERPRINTS)
+    for data in (path.read_bytes()[:-30], b""):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match="cannot be read") as caught:
+            tables.read(path)
+        assert "\n" not in str(caught.value)
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        choose(parts, EXACT)
