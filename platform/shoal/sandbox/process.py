@@ -132,8 +132,12 @@ class _Process:
                         pipes.unregister(key.fileobj)
                 if self._left() <= 0:
                     self._how = TIME
-        if self._how:
-            self._process.kill()
+        if not self._how:
+            try:
+                self._process.wait(max(0.0, self._left()))  # one may close its pipes and go on
+            except subprocess.TimeoutExpired:
+                self._how = TIME
+        self._process.kill()
         self._process.wait()
 
     def _left(self) -> float:

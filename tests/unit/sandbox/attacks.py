@@ -130,6 +130,8 @@ ENDLESS = {
     "an expression that looks back": "import re\nre.match(r'(a+)+b', 'a' * 64)",
     "a great number": "x = 3 ** (5 * 10**7)",
     "sleep": "import time\ntime.sleep(10**6)",
+    "sleep without a pipe": "import io, time\nfor number in range(16):\n    for mode in 'rw':\n        try:\n"
+    "            io.FileIO(number, mode).close()\n        except (OSError, ValueError):\n            pass\ntime.sleep(10**6)",
     "a lock": "import _thread\nlock = _thread.allocate_lock()\nlock.acquire()\nlock.acquire()",
     "an end that never comes": "class Slow:\n    def __del__(self):\n        while True:\n            pass\nSlow()",
 }
