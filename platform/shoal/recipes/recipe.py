@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from shoal.api.policy import Policy
 from shoal.config import Preset
 from shoal.engine.events import Guide
 from shoal.evaluate.intervals import Figure
+from shoal.machine import write_aside
 
 Row = Mapping[str, Any]  # a line of a suite: messages, of which the last is the reference, task, group
 Messages = Sequence[dict[str, Any]]
@@ -80,3 +82,9 @@ class Recipe(ABC):
     def play(self, rows: Sequence[Row], answerer: Answerer, seed: int) -> dict[str, Figure]:
         """The measures of whole conversations, of which `rows` are the last; none where a recipe has no such thing."""
         return {}
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write a file of rows, a line each, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -16,7 +16,9 @@ class Recipe(Stage):
     """An application whole: made-up data, a model that learns it, INT8, and what both are worth beside simple rules. The same
     command goes on where an interrupted one stopped."""
 
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Which recipe, by its name: customer-service.")]
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Which recipe, by its name: customer-service, medicine, law.")
+    ]
     out: Annotated[Path, typer.Option(help="Folder to write; empty, or of the same recipe.")]
     minutes: Annotated[float, typer.Option(help="Minutes of learning in all.")] = 9.0
     seed: Annotated[int, typer.Option(help="Seed of the data and of fresh weights.")] = 0

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from shoal.api.policy import Policy
 from shoal.config import Preset
 from shoal.engine.events import Guide
 from shoal.evaluate.intervals import Figure
-from shoal.machine import write_aside
 from shoal.recipes.customer_service.baselines import MAJORITY, MOST_TURNS, NEAREST, RULE, nearest
 from shoal.recipes.customer_service.shop import DEV as DEV_SPLIT
 from shoal.recipes.customer_service.shop import SUITE, TRAIN
@@ -23,7 +22,7 @@ from shoal.recipes.customer_service.words import of_split
 from shoal.recipes.medicine import rules, score, words
 from shoal.recipes.medicine.cases import JSON, OUT, WORDS, asked, cases, written
 from shoal.recipes.medicine.rules import Assessment, Case, assessed
-from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row
+from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, write_rows
 
 LEARNED, FITTED, ASKED, FLAGGED, REFUSED = 8_000, 200, 160, 300, 100  # rows
 KNOWN, NEW, FLAGS = "known-wordings.jsonl", "new-wordings.jsonl", "red-flags.jsonl"  # suites
@@ -52,15 +51,15 @@ class Medicine(Recipe):
     sure = True
 
     def write(self, folder: Path, seed: int) -> None:
-        _write(folder / LEARN, cases(TRAIN, TRAIN, LEARNED, seed))
-        _write(folder / DEV, cases(DEV_SPLIT, DEV_SPLIT, FITTED, seed))
+        write_rows(folder / LEARN, cases(TRAIN, TRAIN, LEARNED, seed))
+        write_rows(folder / DEV, cases(DEV_SPLIT, DEV_SPLIT, FITTED, seed))
         for name, wordings in ((KNOWN, TRAIN), (NEW, SUITE)):
-            _write(folder / SUITES / name, cases(SUITE, wordings, ASKED, seed))
+            write_rows(folder / SUITES / name, cases(SUITE, wordings, ASKED, seed))
         half = FLAGGED // 2
         flagged = [cases(SUITE, wordings, half, seed + 1, flags=1) for wordings in (TRAIN, SUITE)]
-        _write(folder / SUITES / FLAGS, itertools.chain(*flagged))
+        write_rows(folder / SUITES / FLAGS, itertools.chain(*flagged))
         refused = (row for row in cases(SUITE, SUITE, 40 * REFUSED, seed + 2, flags=0) if row["task"] == OUT)
-        _write(folder / SUITES / SAFETY, itertools.islice(refused, REFUSED))
+        write_rows(folder / SUITES / SAFETY, itertools.islice(refused, REFUSED))
 
     def rivals(self, folder: Path) -> Mapping[str, Answerer]:
         with (folder / LEARN).open(encoding="utf-8") as lines:
@@ -135,8 +134,3 @@ def _named(table: words.Wordings, text: str) -> list[str]:
 
 def _language(messages: Messages) -> str:
     return "zh" if any("\u4e00" <= letter <= "\u9fff" for letter in str(messages[-1]["content"])) else "en"
-
-
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

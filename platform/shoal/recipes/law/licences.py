@@ -1,0 +1,117 @@
+"""The recipe: which questions are learned from, fitted to and asked, the model's shape, and what stands beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from shoal import presets
+from shoal.config import Preset
+from shoal.evaluate.intervals import Figure
+from shoal.recipes.customer_service.baselines import MAJORITY, MOST_TURNS, NEAREST, RULE, nearest
+from shoal.recipes.customer_service.shop import DEV as DEV_SPLIT
+from shoal.recipes.customer_service.shop import SUITE, TRAIN
+from shoal.recipes.law import score, words
+from shoal.recipes.law.questions import SILENT, asked, questions, said_again
+from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, write_rows
+
+LEARNED, FITTED, ASKED, UNSAID = 8_000, 200, 200, 60  # rows
+KNOWN, NEW = "known-licences.jsonl", "new-licences.jsonl"  # suites, both in wordings that nobody saw
+SAFETY = "safety-not-said.jsonl"  # nothing may be quoted
+AGAIN, LEARN = "learn-said-again.jsonl", "learn.jsonl"
+
+_MATTERS = (  # keywords of the wordings that are learned from -> words of a clause, and what it says then
+    ("notice|copyright line|声明|版权", r"notice|retain|statement", False),
+    ("sue|liable|damages|索赔|负责|赔偿", r"liable", False),
+    ("warrant|担保|保证", r"warrant|disclaim", False),
+    ("advertise|trademark|endorse|名字|商标|支持", r"endorse|trademark|trade name", False),
+    ("hide|unmarked|without saying|隐瞒|标明|说明", r"changed the files|summary of the changes|marked", False),
+    ("patent|专利", r"patent", True),
+    ("terms|sublicense|another licence|条款|再许可|许可证", r"sublicense|license terms|terms of this", True),
+    ("sell|money|卖|收费|出售", r"sell|commercial|fee", True),
+    ("change|modify|修改|改代码", r"modif|derivative|alter", True),
+)
+
+
+def _shape() -> Preset:
+    tiny = presets.get("tiny")
+    model = dataclasses.replace(tiny.model, train_length=384, window=64, block=8, vocab=1536, image_size=0)
+    # many small updates, as of a shop's customers (decision 0052)
+    train = dataclasses.replace(tiny.train, learning_rate=4e-3, optimizer="muon", batch_tokens=1536, accumulate=1)
+    return Preset("law", model, train)
+
+
+class Law(Recipe):
+    name = "law"
+    told = "questions about licence texts, answered with the clause; no legal advice"
+    preset = _shape()
+    # a quote is copied, and copying begins with values said again
+    lessons = (Lesson(AGAIN, 0.25), Lesson(LEARN, 0.75))
+    most_tokens = 96
+    measures = score.MEASURES
+    least_is_best = score.LEAST_IS_BEST
+    served = "right"
+    sure = True
+
+    def write(self, folder: Path, seed: int) -> None:
+        write_rows(folder / AGAIN, said_again(LEARNED, seed))
+        write_rows(folder / LEARN, questions(TRAIN, TRAIN, LEARNED, seed))
+        write_rows(folder / DEV, questions(DEV_SPLIT, DEV_SPLIT, FITTED, seed))
+        for name, split in ((KNOWN, TRAIN), (NEW, SUITE)):
+            write_rows(folder / SUITES / name, questions(split, SUITE, ASKED, seed))
+        unsaid = (row for row in questions(SUITE, SUITE, 6 * UNSAID, seed + 1) if row["task"] == SILENT)
+        write_rows(folder / SUITES / SAFETY, itertools.islice(unsaid, UNSAID))
+
+    def rivals(self, folder: Path) -> Mapping[str, Answerer]:
+        with (folder / LEARN).open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in itertools.islice(lines, MOST_TURNS)]
+        return {MAJORITY: majority(rows), RULE: keywords, NEAREST: nearest(rows)}
+
+    def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
+        return score.scored(rows, answers)
+
+    def right(self, row: Row, answer: str) -> bool:
+        return score.right(row, answer)
+
+    def examples(self) -> Sequence[Messages]:
+        (row,) = questions(SUITE, SUITE, 1)
+        text = 'THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED'
+        return [row["messages"][:-1], asked([text], "Is there a warranty?")]
+
+
+def majority(rows: Sequence[Row]) -> Answerer:
+    """Says what is said most in training in that language."""
+    said = {
+        language: Counter(row["messages"][-1]["content"] for row in rows if row["language"] == language).most_common(1)[
+            0
+        ][0]
+        for language in {row["language"] for row in rows}
+    }
+    return lambda some: [said[_language(messages)] for messages in some]
+
+
+def keywords(some: Sequence[Messages]) -> list[str]:
+    """Looks for keywords of the wordings that are learned from, and for a clause with words of that matter."""
+    return [_ruled(messages) for messages in some]
+
+
+def _ruled(messages: Messages) -> str:
+    *clauses, question = str(messages[-1]["content"]).split("\n")
+    language = _language(messages)
+    for keys, pattern, permitted in _MATTERS:
+        if re.search(keys, question, re.I):
+            clause = next((one for one in clauses if re.search(pattern, one, re.I)), None)
+            if clause is None:
+                break
+            verdict = words.PERMITTED if permitted else words.FORBIDDEN
+            return f"{verdict[language]}: {clause}"
+    return words.SILENT[language]
+
+
+def _language(messages: Messages) -> str:
+    return "zh" if re.search(r"[\u4e00-\u9fff]", str(messages[-1]["content"])) else "en"

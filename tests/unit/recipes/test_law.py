@@ -1,0 +1,129 @@
+"""Clauses are what licences say, word for word; licences and wordings are of one split; answers are worth what they say."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.recipes.customer_service.shop import DEV, LANGUAGES, SUITE, TRAIN
+from shoal.recipes.customer_service.words import of_split
+from shoal.recipes.law import RECIPE, licences, score, words
+from shoal.recipes.law.clauses import LICENCES, OF_SPLIT
+from shoal.recipes.law.questions import ANSWER, SILENT, questions, said_again
+from shoal.recipes.recipe import SUITES
+
+SPLITS = (TRAIN, DEV, SUITE)
+Rows = list[dict[str, Any]]
+# packages that Shoal needs, or its tests do, and Shoal itself
+HOLDERS = {
+    "MIT": "anyio", "BSD-3-Clause": "click", "PSF-2.0": "typing_extensions", "ISC": "shellingham", "Zlib": "numpy",
+    "BSL-1.0": "pyarrow", "MPL-2.0": "hypothesis",
+}  # fmt: skip
+
+
+def texts_of(licence: str) -> str:
+    if licence == "Apache-2.0":
+        files = [Path(__file__).parents[3] / "LICENSE"]
+    else:
+        held = metadata.files(HOLDERS[licence]) or []
+        files = [Path(str(one.locate())) for one in held if re.search(r"LICEN|COPYING", str(one), re.I)]
+    return "\n".join(path.read_text("utf-8", errors="replace") for path in files if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def new() -> Rows:
+    return list(questions(SUITE, SUITE, 120))
+
+
+def answers(rows: Rows) -> list[str]:
+    return [row["messages"][-1]["content"] for row in rows]
+
+
+def values(rows: Rows, some: list[str]) -> dict[str, float]:
+    return {name: figure.value for name, figure in score.scored(rows, some).items()}
+
+
+@pytest.mark.parametrize("licence", LICENCES)
+def test_each_clause_stands_in_a_text_that_is_installed(licence: str) -> None:
+    text = " ".join(texts_of(licence).split())
+    missing = [clause.text for clause in LICENCES[licence] if clause.text not in text]
+    assert not missing
+
+
+def test_licences_and_wordings_are_of_one_split() -> None:
+    named = [name for split in SPLITS for name in OF_SPLIT[split]]
+    assert sorted(named) == sorted(LICENCES)
+    spelt = [{clause.text for name in OF_SPLIT[split] for clause in LICENCES[name]} for split in SPLITS]
+    assert sum(map(len, spelt)) == len(set.union(*spelt))
+    for language in LANGUAGES:
+        every = [one for some in words.ASKED[language].values() for one in some]
+        assert len(set(every)) == len(every)
+        for some in words.ASKED[language].values():
+            parts = [set(of_split(some, split)) for split in SPLITS]
+            assert all(parts) and sum(map(len, parts)) == len(some)
+
+
+def test_no_matter_is_both_permitted_and_not_by_what_is_shown(new: Rows) -> None:
+    """One clause alone answers a question, or none."""
+    for row in new:
+        shown = row["messages"][1]["content"].split("\n")[:-1]
+        known = {clause.text: clause for clause in LICENCES[row["licence"]]}
+        on_it = [text for text in shown if row["matter"] in known[text].matters]
+        assert len(on_it) == (row["task"] == ANSWER)
+
+
+def test_the_reference_is_right_in_everything(new: Rows) -> None:
+    found = values(new, answers(new))
+    assert found.pop("invented") == 0.0 and set(found.values()) == {1.0} and {*found, "invented"} == set(score.MEASURES)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "measure", "better"),
+    [
+        (lambda text: text.replace("ermitted", "ermited"), "verdict", False),
+        (lambda text: text.lower(), "quote", False),
+        (lambda text: text + " ", "quote", True),
+        (lambda text: text + " and more", "quote", False),
+        (lambda text: text + " and more", "invented", True),
+        (lambda text: words.SILENT["en"], "answered", False),
+        (lambda text: "Permitted: x", "abstained", False),
+    ],
+)
+def test_a_spoilt_answer_is_seen_in_its_measure(new: Rows, spoil: Any, measure: str, better: bool) -> None:
+    some = [row for row in new if row["language"] == "en"]
+    before, after = values(some, answers(some)), values(some, [spoil(text) for text in answers(some)])
+    assert after[measure] >= before[measure] if better else after[measure] < before[measure]
+
+
+def test_keywords_do_better_where_they_were_taken_from() -> None:
+    known, new = list(questions(TRAIN, TRAIN, 120)), list(questions(SUITE, SUITE, 120))
+    asked = [[row["messages"][:-1] for row in rows] for rows in (known, new)]
+    right = [values(rows, licences.keywords(some))["right"] for rows, some in zip((known, new), asked, strict=True)]
+    assert right[0] > 0.8 and right[1] < right[0] - 0.2
+    assert values(new, licences.majority(known)(asked[1]))["right"] < 0.5
+
+
+def test_what_is_said_again_is_of_what_is_learned_from() -> None:
+    spelt = {word.lower() for name in OF_SPLIT[TRAIN] for clause in LICENCES[name] for word in clause.text.split()}
+    for row in said_again(40):
+        user, assistant = row["messages"]
+        assert user["content"] == assistant["content"] and {w.lower() for w in user["content"].split()} <= spelt
+
+
+def test_the_files_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, count in (("LEARNED", 40), ("FITTED", 20), ("ASKED", 20), ("UNSAID", 10)):
+        monkeypatch.setattr(licences, name, count)
+    RECIPE.write(tmp_path, 0)
+    rows = {p.name: [json.loads(x) for x in p.read_text("utf-8").splitlines()] for p in tmp_path.rglob("*.jsonl")}
+    assert {name: len(some) for name, some in rows.items()} == {
+        "learn-said-again.jsonl": 40, "learn.jsonl": 40, "dev.jsonl": 20, "known-licences.jsonl": 20, "new-licences.jsonl": 20,
+        "safety-not-said.jsonl": 10,
+    }  # fmt: skip
+    assert {row["task"] for row in rows["safety-not-said.jsonl"]} == {SILENT}
+    assert not {row["licence"] for row in rows["new-licences.jsonl"]} & {row["licence"] for row in rows["learn.jsonl"]}
+    assert (tmp_path / SUITES / "new-licences.jsonl").is_file() and len(RECIPE.examples()) == 2
