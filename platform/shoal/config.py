@@ -108,6 +108,7 @@ class ModelConfig(Exits):
     rope_theta: float = 10_000.0
     rope_dims: int = 0  # leading dims of a head that rope turns; 0: half of them
     rope_rates: tuple[float, ...] = ()  # radians a token of each pair of those; none: rope_theta^(-i / pairs)
+    rope_scale: float = 1.0  # what turned dims are multiplied by, of queries and of keys
     rope_pattern: str = "R"  # repeated over the layers: R turned, N without positions
     norm_eps: float = 1e-6
     norm_place: Literal["before", "after"] = "before"  # where the norms of attention and MLP stand
@@ -162,6 +163,7 @@ class ModelConfig(Exits):
         )  # fmt: skip
         need(self.max_length >= 0, "max_length", self.max_length, "0 or more")
         need(0 < self.rope_theta < math.inf, "rope_theta", self.rope_theta, "a positive number")
+        need(0 < self.rope_scale < math.inf, "rope_scale", self.rope_scale, "a positive number")
         need(0 < self.norm_eps < 1, "norm_eps", self.norm_eps, "above 0, below 1")
         if self.top_k * self.block >= self.train_length:
             warnings.warn(
@@ -208,8 +210,8 @@ class ModelConfig(Exits):
     def of_open_models(self) -> tuple[str, ...]:
         """Names of the settings that models of our own leave as they are, and this one does not."""
         names = (
-            "rope_dims", "rope_rates", "rope_pattern", "norm_place", "qk_norm", "qkv_bias", "tied", "embed_scale",
-            "early_exits", "exit_ffn",
+            "rope_dims", "rope_rates", "rope_scale", "rope_pattern", "norm_place", "qk_norm", "qkv_bias", "tied",
+            "embed_scale", "early_exits", "exit_ffn",
         )  # fmt: skip
         plain = {f.name: f.default for f in dataclasses.fields(self)}
         return tuple(name for name in names if getattr(self, name) != plain[name])

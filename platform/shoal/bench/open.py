@@ -162,6 +162,19 @@ class Trial:
 
         return self._model("adapted", make)
 
+    def _norms(self) -> Model:
+        """C, but for exits that are a norm alone."""
+
+        def make(where: Path) -> None:
+            net = lens(self.imported().net)
+            for name, parameter in net.named_parameters():
+                parameter.requires_grad_(exits.is_exits(name, net.config))
+            weights = (1.0,) * len(net.config.exits)
+            steps = self.steps // 2
+            self._save(trained(net.config, self.texts, seed=self.seed, steps=steps, weights=weights, start=net), where)
+
+        return self._model("norms", make)
+
     def joint(self) -> Model:
         """D: exits from the start, for as much computing as A and C took."""
         steps = self.joint_steps()
@@ -221,12 +234,7 @@ class Trial:
     def _adapted(self) -> dict[str, Any]:
         base, model = self.imported(), self.adapted()
         begun = exits.added(base.net, exits.with_exits(base.config))
-        alone = lens(base.net)
-        for name, parameter in alone.named_parameters():
-            parameter.requires_grad_(exits.is_exits(name, alone.config))
-        norms = trained(
-            alone.config, self.texts, seed=self.seed, steps=self.steps // 2, weights=(1.0, 1.0, 1.0), start=alone
-        )
+        norms = self._norms().net
         ids = self.texts.rows(most=1)[0, :-1].tolist()
         same = torch.equal(base.logits(ids), model.logits(ids))
         kept = exits.digest(base.net.state_dict()) == exits.digest(exits.backbone(model.net.state_dict(), model.config))

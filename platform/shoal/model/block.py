@@ -40,7 +40,7 @@ def rope_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> R
     else:
         rates = config.rope_theta ** -(torch.arange(half, dtype=torch.float64, device=positions.device) / half)
     angles = positions[..., None, None].double() * rates
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = ((part * config.rope_scale).to(dtype) for part in (angles.cos(), angles.sin()))
     rest = cos.new_ones(*cos.shape[:-1], config.head_dim - 2 * half)
     return torch.cat([cos, cos, rest], dim=-1), torch.cat([-sin, sin, rest * 0], dim=-1)
 

@@ -156,7 +156,7 @@ def shape_of(config: Mapping[str, Any], tensors: Collection[str], *, tied: bool,
         (told.get("rope_parameters") or {}).get("partial_rotary_factor") or told.get("partial_rotary_factor") or 1
     )
     dims = int(head_dim * share)
-    rates, most = rope.rates(told, dims, float(told["rope_theta"]))
+    rates, most, scale = rope.rates(told, dims, float(told["rope_theta"]), context)
     length = min(n for n in (whole("max_position_embeddings"), most, context) if n)
     kinds = _kinds(told, family, layers)
     window = int(told["sliding_window"]) if "L" in kinds else length
@@ -168,9 +168,10 @@ def shape_of(config: Mapping[str, Any], tensors: Collection[str], *, tied: bool,
         "ffn": whole("intermediate_size"), "train_length": length, "max_length": length, "window": window, "block": PAGE,
         "page": PAGE, "top_k": 1, "sinks": 0, "mix_mode": "fixed", "attn_pattern": _short(kinds),
         "rope_theta": float((told.get("rope_parameters") or {}).get("rope_theta") or told["rope_theta"]), "rope_dims": dims,
-        "rope_rates": rates, "rope_pattern": _short(_turned(told, layers)), "norm_eps": float(told["rms_norm_eps"]),
-        "qk_norm": "none", "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in tensors, "tied": tied, "embed_scale": 1.0,
-        "early_exits": False, "image_size": 0,
+        "rope_rates": rates, "rope_scale": scale, "rope_pattern": _short(_turned(told, layers)),
+        "norm_eps": float(told["rms_norm_eps"]), "qk_norm": "none",
+        "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in tensors, "tied": tied, "embed_scale": 1.0, "early_exits": False,
+        "image_size": 0,
     }  # fmt: skip
     try:
         return ModelConfig(**{**values, **family.settings})

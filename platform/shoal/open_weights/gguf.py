@@ -217,7 +217,7 @@ class Gguf:
         elif kind not in ("none", "", None):
             raise CheckpointError(f"{self._path}: rope.scaling.type", got=kind, allowed=["none", "linear"])
         if _FACTORS in self._places:
-            plain, _ = rope.rates(config, config["head_dim"], config["rope_theta"])
+            plain, *_ = rope.rates(config, config["head_dim"], config["rope_theta"])
             factors = self._numbers(_FACTORS).float()
             config["rope_scaling"] = {"rope_type": "rates", "rates": (torch.tensor(plain) / factors).tolist()}
         return config

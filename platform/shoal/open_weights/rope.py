@@ -14,23 +14,32 @@ from torch import Tensor
 
 from shoal.errors import CheckpointError
 
-KINDS = ("default", "linear", "llama3", "dynamic")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 _RATES = "rates"  # a GGUF holds llama3's as they come out
 
 
-def rates(config: Mapping[str, Any], dims: int, theta: float) -> tuple[tuple[float, ...], int]:
-    """Radians a token of each pair of the `dims` that are turned, and up to which position they hold (0: any), by a
-    ``config.json``, whose own theta is taken where it has one. Raises CheckpointError for another scheme than `KINDS`."""
-    told = config.get("rope_parameters") or config.get("rope_scaling") or {}
+def rates(config: Mapping[str, Any], dims: int, theta: float, context: int = 0) -> tuple[tuple[float, ...], int, float]:
+    """Radians a token of each pair of the `dims` that are turned, up to which position they hold (0: any), and what is turned
+    is multiplied by, by a ``config.json``, whose own theta is taken where it has one. `context`: a length in tokens that the
+    model is to have; beyond the original one longrope has other rates, for all positions. Raises CheckpointError for another
+    scheme than `KINDS`, and for numbers that it lacks."""
+    told = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = told.get("rope_type", told.get("type", "default"))
+    kind = "longrope" if kind == "su" else kind  # as older checkpoints call it
     base = float(told.get("rope_theta") or config.get("rope_theta") or theta)
     plain = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.int64).float() / dims)
-    made, most = plain, 0
+    made, most, scale = plain, 0, 1.0
+    if told and config.get("original_max_position_embeddings"):  # of Phi-3, and it counts
+        told["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     try:
         if kind == "linear":
             made = plain / float(told["factor"])
         elif kind == "llama3":
             made = _llama3(plain, told)
+        elif kind == "yarn":
+            made, scale = _yarn(base, dims, told, config)
+        elif kind == "longrope":
+            made, most, scale = _longrope(base, dims, told, config, context)
         elif kind == _RATES:
             made = torch.tensor(told["rates"])
         elif kind == "dynamic":  # it turns faster beyond this length, so that one request would have two tables
@@ -41,7 +50,57 @@ def rates(config: Mapping[str, Any], dims: int, theta: float) -> tuple[tuple[flo
         raise CheckpointError(f"config.json: rope scaling of type {kind}", got=f"no {error.args[0]}") from error
     if not torch.isfinite(made).all():
         raise CheckpointError(f"config.json: rope scaling of type {kind}", got="rates that are not finite")
-    return tuple(made.tolist()), most
+    if len(made) != len(plain):
+        got, allowed = f"{len(made)} rates", f"{len(plain)}, one for each turned pair of dims"
+        raise CheckpointError(f"config.json: rope scaling of type {kind}", got=got, allowed=allowed)
+    return tuple(made.tolist()), most, scale
+
+
+def _stretch(told: Mapping[str, Any], config: Mapping[str, Any]) -> float:
+    """How many times the original context the model's is."""
+    return float(told.get("factor") or config["max_position_embeddings"] / told["original_max_position_embeddings"])
+
+
+def _yarn(base: float, dims: int, told: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Tensor, float]:
+    """Pairs that turn more than `beta_fast` times in the original context stay, those below `beta_slow` turns are slower by the
+    factor, and those between go over from one to the other (arXiv 2309.00071); the scale grows with its logarithm."""
+    factor, length = _stretch(told, config), float(told["original_max_position_embeddings"])
+
+    def grown(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    def pair(turns: float) -> float:
+        return dims * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = pair(told.get("beta_fast") or 32), pair(told.get("beta_slow") or 1)
+    if told.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    kept = 1 - ((torch.arange(dims // 2).float() - low) / ((high - low) or 0.001)).clamp(0, 1)
+    turns = base ** (torch.arange(0, dims, 2).float() / dims)
+    made = 1.0 / (factor * turns) * (1 - kept) + 1.0 / turns * kept
+    scale = told.get("attention_factor")
+    if scale is None:
+        both = told.get("mscale"), told.get("mscale_all_dim")
+        scale = grown(both[0]) / grown(both[1]) if both[0] and both[1] else grown(1)
+    return made, float(scale)
+
+
+def _longrope(
+    base: float, dims: int, told: Mapping[str, Any], config: Mapping[str, Any], context: int
+) -> tuple[Tensor, int, float]:
+    """One factor a pair, of two tables: up to the original context, and beyond it. A request that grew from one to the other
+    would have keys of both, so that a model has one."""
+    factor, length = _stretch(told, config), int(told["original_max_position_embeddings"])
+    long = context > length
+    factors = torch.tensor(told["long_factor" if long else "short_factor"], dtype=torch.float32)
+    if len(factors) != dims // 2:
+        return factors, 0, 1.0  # which is refused
+    made = 1.0 / (factors * base ** (torch.arange(0, dims, 2, dtype=torch.int64).float() / dims))
+    scale = told.get("attention_factor")
+    if scale is None:
+        scale = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
+    return made, 0 if long else length, float(scale)
 
 
 def _llama3(plain: Tensor, told: Mapping[str, Any]) -> Tensor:

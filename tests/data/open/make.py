@@ -29,6 +29,10 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64, "rope_theta": 500.0,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 500.0}
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0], "rope_theta": 500.0,
+}  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True, "head_dim": 8, "rope_parameters": LLAMA3}),
     "smollm2": ("Llama", {"tie_word_embeddings": True, "num_hidden_layers": 6}),
@@ -38,6 +42,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2", {"tie_word_embeddings": False, "rms_norm_eps": 1e-5}),
     "phi3": ("Phi3", {"tie_word_embeddings": False, "partial_rotary_factor": 0.5, "hidden_size": 32}),
     "smollm3": ("SmolLM3", {"tie_word_embeddings": True, "num_hidden_layers": 5}),
+    "qwen3-yarn": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 12, "rope_parameters": YARN}),
+    "phi3-longrope": (
+        "Phi3",
+        {
+            "tie_word_embeddings": False,
+            "partial_rotary_factor": 0.5,
+            "hidden_size": 32,
+            "rope_parameters": LONGROPE,
+            "original_max_position_embeddings": 192,
+        },
+    ),
 }
 TEMPLATE = """\
 {%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou help.<|im_end|>\\n' }}{% endif %}
@@ -170,31 +185,37 @@ def main() -> None:
         json.dumps({"chats": told, "text": fast("Hello, 12 fish").input_ids}, indent=1) + "\n"
     )
     write_spaced()
-    end = core.token_to_id("<|im_end|>")
-    for number, (name, (kind, changes)) in enumerate(FAMILIES.items()):
-        config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **changes})
-        model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().float()
-        weights(model, number)
-        model.tie_weights()
-        tokens = torch.randint(0, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(number))
-        with torch.no_grad():
-            logits = model(tokens).logits[0]
-            prompt = tokens[:, :16]
-            model.generation_config.eos_token_id = None
-            answer = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=False,
-                max_new_tokens=ANSWER,
-                pad_token_id=0,
-                suppress_tokens=list(range(core.get_vocab_size(), VOCAB)),
-            )[0, 16:]
-        out = HERE / name
-        model.bfloat16().save_pretrained(out)
-        (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [end], "temperature": 0.7}) + "\n")
-        expected = {"tokens": tokens[0], "logits": logits[:, ::8].contiguous(), "answer": answer.contiguous()}
-        save_file(expected, str(HERE / f"{name}.safetensors"))
-        print(name, answer.tolist()[:12], float(logits.abs().max()))
+    for name in FAMILIES:
+        write_family(name, core)
+
+
+def write_family(name: str, core: tokenizers.Tokenizer) -> None:
+    """The checkpoint of a family, and what it says."""
+    end, number = core.token_to_id("<|im_end|>"), list(FAMILIES).index(name)
+    kind, changes = FAMILIES[name]
+    config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **changes})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().float()
+    weights(model, number)
+    model.tie_weights()
+    tokens = torch.randint(0, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(number))
+    with torch.no_grad():
+        logits = model(tokens).logits[0]
+        prompt = tokens[:, :16]
+        model.generation_config.eos_token_id = None
+        answer = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=ANSWER,
+            pad_token_id=0,
+            suppress_tokens=list(range(core.get_vocab_size(), VOCAB)),
+        )[0, 16:]
+    out = HERE / name
+    model.bfloat16().save_pretrained(out)
+    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [end], "temperature": 0.7}) + "\n")
+    expected = {"tokens": tokens[0], "logits": logits[:, ::8].contiguous(), "answer": answer.contiguous()}
+    save_file(expected, str(HERE / f"{name}.safetensors"))
+    print(name, answer.tolist()[:12], float(logits.abs().max()))
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def test_what_is_not_a_number_stays_so():
 FORMS = [  # of layers: ours, and those of open models
     {},
     {"qk_norm": "none", "rope_dims": 4},
-    {"qk_norm": "none", "rope_dims": 4, "qkv_bias": True, "rope_rates": (1.0, 0.3)},
+    {"qk_norm": "none", "rope_dims": 4, "qkv_bias": True, "rope_rates": (1.0, 0.3), "rope_scale": 1.4},
     {"qk_norm": "head", "rope_dims": 4, "rope_theta": 100.0},
     {"qk_norm": "all", "rope_dims": 4, "norm_place": "after"},
     {"qk_norm": "none", "rope_dims": 2, "rope_pattern": "RN"},

@@ -101,7 +101,17 @@ def test_a_tensor_that_is_wrong_is_named(
             {"quantization_config": {"quant_method": "awq"}},
             "quantised: give the checkpoint that it was made from",
         ),
-        ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type: got 'yarn'; allowed: default"),
+        ("qwen2", {"rope_parameters": {"rope_type": "ntk", "factor": 4.0}}, "rope_type: got 'ntk'; allowed: default"),
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "type yarn: got 'no original_max_position_embeddings'",
+        ),
+        (
+            "phi3-longrope",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "type longrope: got '1 rates'; allowed: 2, one for each",
+        ),
         ("qwen2", {"rope_parameters": {"rope_type": "linear"}}, "rope scaling of type linear: got 'no factor'"),
         ("qwen2", {"layer_types": ["linear_attention"] * 5}, "layer_types: got 'linear_attention'"),
         ("qwen2", {"num_hidden_layers": 3, "layer_types": None}, "model.layers: got 3; allowed: 4 or more"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from shoal.open_weights.convert import export_model, import_model
 from tests.unit.open_weights.conftest import DATA, FAMILIES, edit
 
 PROMPT = 16
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 500.0}
 Make = Callable[[str], Path]
 
 
@@ -85,12 +87,16 @@ def test_the_fixtures_can_tell_settings_apart(checkpoint: Make, tmp_path: Path) 
         ("smollm3", {"no_rope_layers": [1] * 5}),
         ("phi3", {"partial_rotary_factor": 1.0, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
         ("qwen3", {"rms_norm_eps": 0.01}),
+        ("qwen3-yarn", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+        ("qwen3-yarn", {"rope_parameters": {**YARN, "attention_factor": 1.0}}),
+        ("phi3-longrope", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     ):
+        shutil.rmtree(tmp_path / f"{family}-source", ignore_errors=True)
         source = checkpoint(family)
         config = source / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
         told = load_file(str(DATA / f"{family}.safetensors"))
-        logits = imported(source, tmp_path / family, dtype="float32").logits(told["tokens"])
+        logits = imported(source, tmp_path / f"{family}-model", dtype="float32").logits(told["tokens"])
         assert (logits[:, ::8] - told["logits"]).abs().max() > 1e-2, family
 
 
