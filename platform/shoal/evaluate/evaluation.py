@@ -32,6 +32,7 @@ from shoal.evaluate.intervals import Figure
 from shoal.evaluate.measures import Answer, HeldoutRows, row_of
 from shoal.evaluate.routing import heldout_prompts
 from shoal.evaluate.seen import rows_read
+from shoal.evaluate.texts import modalities, rows_of
 from shoal.evaluate.weak import weaknesses
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import Tokenizer
@@ -79,7 +80,7 @@ def compare(
 ) -> dict[str, Any]:
     """The report's ``quality``, ``depth``, ``tolerance`` and ``frontier`` (both empty without a router), ``gates``, ``int8``
     (empty unless an fp32 model comes first and an INT8 one last) and ``weak`` for the models (label -> directory), measured on
-    the held-out shards and chat rows of `data`. All but ``quality`` are the last model's, the one that is served.
+    held-out shards and chat rows of `data`, or on a JSONL of texts and chats. All but ``quality`` are the last model's.
 
     `runs`: folders of the runs that made the last model: baselines are fitted to the rows that these read [to all rows that
     are not held out]. Raises DataError when `data` was made with another tokenizer than a model's.
@@ -150,6 +151,8 @@ def _not_asked(quality: Quality, context: int) -> list[str]:
 
 def _same_tokenizer(models: Mapping[str, Model], data: Path) -> None:
     """Bits a byte of ids that mean something else to a model would be a figure of nothing."""
+    if data.is_file():  # which each model reads by its own
+        return
     made = open_index(data).tokenizer_sha256
     for label, model in models.items():
         if model.tokenizer.sha256 != made:
@@ -167,25 +170,19 @@ def _chats(data: Path) -> Path:
     return data / HELDOUT
 
 
-def _modalities(data: Path) -> list[str]:
-    """What rows the corpus holds out."""
-    index = open_index(data)
-    return [modality for modality in ("text", "code", "image") if index.total("rows", "heldout", modality)]
-
-
 def bits(model: Model, data: Path, sizes: Sizes) -> dict[str, dict[int, Figure]]:
     """Bits per byte of what `data` holds out, by modality and exit."""
     lengths, exits = token_bytes(model.tokenizer), model.config.exits
     found = {
-        modality: measures.bits_per_byte(model.net, HeldoutRows(data, modality, sizes.heldout_rows), exits, lengths)
-        for modality in _modalities(data)
+        modality: measures.bits_per_byte(model.net, rows_of(data, modality, model, sizes.heldout_rows), exits, lengths)
+        for modality in modalities(data)
     }
     return {modality: by_exit for modality, by_exit in found.items() if by_exit}
 
 
 def _patches(model: Model, data: Path, sizes: Sizes) -> dict[str, Figure]:
     """The next-patch error of a model and of always saying zero; nothing without images of more than a patch."""
-    if "image" not in _modalities(data):
+    if "image" not in modalities(data):
         return {}
     return measures.patch_error(model.net, HeldoutRows(data, "image", sizes.heldout_rows))
 
@@ -273,8 +270,10 @@ def text_baselines(
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """`baselines` on the held-out text and code that the models are measured on, fitted to the training rows in `read` [all];
     and a sentence about what they were fitted to."""
+    if data.is_file():
+        return {"text": {}}, {"text": f"texts, and answers of chats, in {data.name}; beside it nothing was fitted"}
     found, fitted = {}, {}
-    for modality in [modality for modality in _modalities(data) if modality != "image"]:
+    for modality in [modality for modality in modalities(data) if modality != "image"]:
         only = read.get(modality, []) if read else None
         train = batches.text_of(data, modality, "train", tokenizer, limit_bytes=BASELINE_BYTES, only=only)
         heldout = batches.text_of(data, modality, "heldout", tokenizer, limit_rows=sizes.heldout_rows)

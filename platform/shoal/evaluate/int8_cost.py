@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shoal.data.shards import open_index, token_bytes
-from shoal.evaluate.measures import HeldoutRows, beside
+from shoal.data.shards import token_bytes
+from shoal.evaluate.measures import beside
 from shoal.evaluate.rounding import rounded
+from shoal.evaluate.texts import modalities, rows_of
 from shoal.model.model import Model
 
 TEXTS = ("text", "code")
@@ -15,15 +16,13 @@ AGREEMENT = 0.95  # share of places in which INT8 should say the token that fp32
 
 
 def int8_cost(fp32: Model, int8: Model, data: Path, *, rows: int) -> list[dict[str, Any]]:
-    """For text and code, on at most `rows` held-out rows of the shards in `data` at full depth: bits per byte of `fp32`, of it
-    rounded without training (``rounded``) and of `int8`, and how often both say the token that `fp32` finds likeliest; with
-    95 % intervals over documents, and how many places and documents there were."""
+    """For text and code, on at most `rows` held-out rows of the shards in `data`, or on those of a file, at full depth: bits
+    per byte of `fp32`, of it rounded without training (``rounded``) and of `int8`, and how often both say the token that
+    `fp32` finds likeliest; with 95 % intervals over documents, and how many places and documents there were."""
     nets = [fp32.net, rounded(fp32).net, int8.net]
-    index, found, lengths = open_index(data), [], token_bytes(fp32.tokenizer)
-    for modality in TEXTS:
-        if not index.total("rows", "heldout", modality):
-            continue
-        exact, alone, trained = beside(nets, HeldoutRows(data, modality, rows), lengths)
+    found, lengths = [], token_bytes(fp32.tokenizer)
+    for modality in (each for each in modalities(data) if each in TEXTS):
+        exact, alone, trained = beside(nets, rows_of(data, modality, fp32, rows), lengths)
         found.append(
             {
                 "modality": modality,

@@ -85,7 +85,9 @@ class _Sums:
 
 
 @torch.inference_mode()
-def bits_per_byte(net: Net, rows: HeldoutRows, exits: Sequence[int], lengths: np.ndarray) -> dict[int, Figure]:
+def bits_per_byte(
+    net: Net, rows: Iterable[tuple[Batch, np.ndarray]], exits: Sequence[int], lengths: np.ndarray
+) -> dict[int, Figure]:
     """Bits per byte of the predicted text at each of `exits`: cross-entropy over every valid target, over its bytes; nothing
     where no text is predicted, as by images without any. `lengths` [vocab]: bytes of each token."""
     sums = _Sums()
@@ -112,7 +114,7 @@ class Beside:
 
 
 @torch.inference_mode()
-def beside(nets: Sequence[Net], rows: HeldoutRows, lengths: np.ndarray) -> list[Beside]:
+def beside(nets: Sequence[Net], rows: Iterable[tuple[Batch, np.ndarray]], lengths: np.ndarray) -> list[Beside]:
     """Each of `nets` at full depth beside the first. `lengths` [vocab]: bytes of each token."""
     sums = _Sums()
     for batch, groups in rows:

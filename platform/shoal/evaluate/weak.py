@@ -41,7 +41,7 @@ def weaknesses(rows: Sequence[Mapping[str, Any]], by_depth: Sequence[Mapping[str
                 "on matrices this small there is little for INT8 to save."
             )
     exits = [row for row in by_depth if row["exit"] != "auto"]
-    if exits[0]["bpb text"] is not None and exits[0]["bpb text"] - exits[-1]["bpb text"] < NEAR:
+    if len(exits) > 1 and exits[0]["bpb text"] is not None and exits[0]["bpb text"] - exits[-1]["bpb text"] < NEAR:
         said.append(f"Depth hardly matters yet: the shallow exit is within {NEAR} bits per byte of full depth on text.")
     for modality in ("bpb text", "bpb code"):
         for near, deep in itertools.pairwise(exits):

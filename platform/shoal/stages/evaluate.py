@@ -17,7 +17,13 @@ class Evaluate(Stage):
     """Quality, speed and size of one model or two, on what neither was trained on."""
 
     model: ModelDir
-    data: Annotated[Path, typer.Option(help="Directory of shards with held-out rows, made by `shoal prepare`.")]
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Directory of shards with held-out rows, made by `shoal prepare`; or a .jsonl of texts and chats, as imported"
+            " models read it."
+        ),
+    ]
     against: Annotated[Path | None, typer.Option(help="A second model directory, shown beside the first.")] = None
     runs: Annotated[
         list[Path] | None,

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 
 from shoal import presets
-from shoal.bench import open as bench_open
 from shoal.bench import open_parts
 from shoal.bench.open import PARTS, open_bench
 from shoal.errors import DataError
@@ -22,10 +21,9 @@ from tests.corpus import write_corpus
 def test_every_part_runs_and_what_is_exact_is_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = ((open_parts, {"MEASURED": 4}), (bench_open, {"PROMPTS": 80, "BIASES": 2, "BATCH": 2, "TOKENS": 8}))
-    for module, values in small:
-        for name, value in values.items():
-            monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(open_parts, "MEASURED", 4)
+    for name, small in {"PROMPTS": 80, "BIASES": 2, "BATCH": 2, "TOKENS": 8}.items():
+        monkeypatch.setattr(f"shoal.bench.open.{name}", small)
     data = write_corpus(tmp_path / "data", presets.get("test"))
     open_bench(
         Console(file=sys.stderr),

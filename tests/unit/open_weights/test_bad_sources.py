@@ -91,6 +91,7 @@ def test_a_tensor_that_is_wrong_is_named(
         ),
         ("qwen2", {"architectures": ["Qwen3NextForCausalLM"]}, "linear attention"),
         ("qwen2", {"architectures": ["Gemma2ForCausalLM"]}, "soft-capped scores"),
+        ("qwen2", {"architectures": ["Gemma3ForCausalLM"]}, "Gemma3ForCausalLM: norms around each part, and GeGLU"),
         (
             "qwen2",
             {"architectures": ["BertModel"]},
