@@ -13,12 +13,19 @@ import yaml
 
 from shoal.api.metrics import PREFIX
 from shoal.engine.metrics import FAMILIES
+from shoal.on_ray import train_metrics
+from shoal.train.metrics import FAMILIES as TRAINING
 from tests.flows.conftest import Service
 
 DOCS = Path(__file__).parents[2] / "docs"
 BOARD = json.loads((DOCS / "grafana.json").read_text())
 RULES = [rule for group in yaml.safe_load((DOCS / "alerts.yaml").read_text())["groups"] for rule in group["rules"]]
-NAME = r"shoal:\w+(?:\[0-9\]\+\w+)?"  # a metric, or a pattern of those that are one a depth
+NAME = r"(?:shoal:|ray_shoal_train_)\w+(?:\[0-9\]\+\w+)?"  # a metric, or a pattern of those that are one a depth
+# what Ray says of a run: that it does is shown where one runs on it (`test_train.py`)
+OF_TRAINING = {
+    f"ray_{train_metrics.PREFIX}{name}" + "_total" * (family.kind == "counter"): family.labels
+    for name, family in TRAINING.items()
+}
 ASKED = [target["expr"] for panel in BOARD["panels"] for target in panel["targets"]]
 
 
@@ -32,7 +39,7 @@ def said(service: Service) -> set[str]:
     lines = httpx.get(f"{service.url}/metrics", timeout=30).text.splitlines()
     others = {name for name in FAMILIES if name.startswith(("drift_", "regret_", "release_", "version_"))}
     found = {PREFIX + name + ("_total" if FAMILIES[name].kind == "counter" else "") for name in others}
-    return found | {re.split("[{ ]", line)[0] for line in lines if not line.startswith("#")}
+    return found | OF_TRAINING.keys() | {re.split("[{ ]", line)[0] for line in lines if not line.startswith("#")}
 
 
 @pytest.mark.parametrize("expression", ASKED)
@@ -58,7 +65,21 @@ def test_every_alert_can_ring_and_says_what_to_do(rule: dict[str, Any], said: se
     )
     assert set(sections) == {each["alert"] for each in RULES}, "a section an alert, and none for none"
     for label in re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]):
-        assert any(label in family.labels for name, family in FAMILIES.items() if PREFIX + name in names[0]), label
+        labels = {PREFIX + name: family.labels for name, family in FAMILIES.items()}
+        labels |= {name: (*known, train_metrics.RUN) for name, known in OF_TRAINING.items()}
+        assert any(label in known for name, known in labels.items() if name in names[0]), label
+
+
+@pytest.mark.parametrize("expression", [rule["expr"] for rule in RULES] + ASKED)
+def test_what_is_asked_of_training_has_its_labels(expression: str) -> None:
+    """A label that no metric has matches nothing, and an alert on it never rings."""
+    for name, wanted in re.findall(r"(ray_shoal_train_\w+)\{([^}]*)\}", expression):
+        for label in re.findall(r"(\w+)\s*=~?", wanted):
+            assert label in (*OF_TRAINING[name], train_metrics.RUN)
+    for group in re.findall(r"by \(([^)]*)\) \((?:\w+\()*ray_shoal_train_", expression):
+        names = [name for name in re.findall(NAME, expression) if name in OF_TRAINING]
+        known = {train_metrics.RUN, *(label for name in names for label in OF_TRAINING[name])}
+        assert set(group.replace(" ", "").split(",")) <= known
 
 
 def test_every_counter_and_latency_of_the_engine_is_on_it(said: set[str]) -> None:

@@ -1,7 +1,7 @@
 """Rows to batches of tensors: packed rows for pretraining, chats for fine-tuning, held-out rows for evaluation.
 
 Notable: a batch is a pure function of (seed, step, rank, world). The global batch of a step is the same at any world size,
-rank r takes its positions r, r + W, ..., and a run resumes from one integer, its step.
+rank r takes its positions r, r + W, ... (one less than others where they do not divide), and a run resumes from its step.
 Letters: B rows, T tokens, N patches of the batch, V numbers in a patch, W world size.
 """
 
@@ -28,6 +28,7 @@ from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import PAD_ID, PATCH_ID, Tokenizer
 
 NO_TARGET = -1  # target where no loss is taken
+BLANK = 8  # places of a row that only keeps a rank in step with the others
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,8 @@ class PretrainBatches:
         self.index = open_index(directory, length=length)
         self.batch_rows, self.rank, self.world = batch_rows, rank, world
         self.micro_rows = micro_rows or max(1, batch_rows // world)
-        if batch_rows % (world * self.micro_rows):
-            raise ConfigError(
-                f"{batch_rows} rows a batch do not divide over {world} worker(s) x {self.micro_rows} row(s)",
-                do=f"use a multiple of {world * self.micro_rows}",
-            )
+        if batch_rows < world:
+            raise ConfigError(f"{batch_rows} rows a batch", allowed=f"{world} or more, one a worker")
         wanted = order.Mix(mix if mix is not None else self.index.mix).shares
         self._rows = {name: Rows(directory, self.index, split, name) for name in wanted}
         for name, rows in self._rows.items():
@@ -114,10 +112,11 @@ class PretrainBatches:
         return self.rows(step)[self.rank :: self.world]
 
     def at(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of a step."""
+        """This rank's micro-batches of a step, as many on every rank: blank ones fill up."""
         mine = self.mine(step)
         parts = (mine[i : i + self.micro_rows] for i in range(0, len(mine), self.micro_rows))
-        return [self._batch(part) for part in parts]
+        most = -(-self.batch_rows // self.world)  # rows that a rank has
+        return _filled([self._batch(part) for part in parts], -(-most // self.micro_rows))
 
     def _batch(self, rows: Sequence[tuple[str, int]]) -> Batch:
         read = [self._rows[name][row] for name, row in rows]
@@ -127,8 +126,8 @@ class PretrainBatches:
 class ChatBatches:
     """Fine-tuning rows in groups of similar length, padded only to the longest of the group; targets in answers only.
 
-    A global batch is `parts` groups (micro-batches), of which each rank takes every W-th. World sizes that divide the same
-    `parts` see the same global batches.
+    A global batch is `parts` groups (micro-batches), of which each rank takes every W-th. All world sizes up to `parts` see the
+    same global batches.
     """
 
     def __init__(
@@ -151,9 +150,9 @@ class ChatBatches:
         """`batch_tokens`: tokens of a global batch, padding included; `max_length`: longest row kept (default: the training
         length); `heldout`: to measure on, so augmented rows are refused; `whole`: targets everywhere, and rows of texts
         too, longer ones cut (`read_whole`); `pairs`: of preferences, whose two rows stay together, the preferred one
-        first. Raises DataError when no row can be used, ConfigError when `parts` does not divide by `world`."""
-        if parts % world:
-            raise ConfigError(f"{parts} micro-batches do not divide over {world} worker(s)", do=f"use {world} x n")
+        first. Raises DataError when no row can be used, ConfigError when `parts` are fewer than `world`."""
+        if parts < world:
+            raise ConfigError(f"{parts} micro-batches", allowed=f"{world} or more, one a worker")
         if pairs:
             self.chats = read_pairs(path, tokenizer, config, template=template, limit=max_length or 0)
         elif whole:
@@ -194,8 +193,9 @@ class ChatBatches:
         return [[self._each * place + side for place in group for side in range(self._each)] for group in groups]
 
     def at(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of a step, as many on every rank."""
-        return [self._batch(group) for group in self.rows(step)[self.rank :: self.world]]
+        """This rank's micro-batches of a step, as many on every rank: blank ones fill up."""
+        mine = [self._batch(group) for group in self.rows(step)[self.rank :: self.world]]
+        return _filled(mine, -(-self.parts // self.world))
 
     def _group(self, index: int) -> np.ndarray:
         """A group by its number in the endless sequence of epochs."""
@@ -275,6 +275,25 @@ def spaced(count: int, limit: int | None) -> list[int]:
     if limit is None or limit >= count:
         return list(range(count))
     return [place * count // limit for place in range(limit)]
+
+
+def _filled(batches: list[Batch], count: int) -> list[Batch]:
+    """`batches` and as many blank ones as make `count`, since a rank that runs one less would hang the others: two rows, as a
+    pair has, of a few places of padding, in which nothing is predicted."""
+    if len(batches) == count:
+        return batches
+    first = batches[0]
+    padding = torch.full((2, min(BLANK, first.tokens.shape[1])), PADDING)
+    blank = Batch(
+        tokens=torch.full_like(padding, PAD_ID),
+        targets=torch.full_like(padding, NO_TARGET),
+        docs=padding,
+        patches=first.patches[:0],
+        grid=first.grid[:0],
+        row_bytes=torch.zeros(2, dtype=torch.int64),
+        modalities=first.modalities[:1] * 2,
+    )
+    return batches + [blank] * (count - len(batches))
 
 
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, docs, patches of a row, as `Rows` gives them

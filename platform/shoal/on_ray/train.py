@@ -31,11 +31,14 @@ from shoal.data.remote import is_remote
 from shoal.errors import ResourceError, ShoalError, UsageError, first_line, last_line
 from shoal.machine import need_disk
 from shoal.on_ray.resources import local_ray, worker_env
+from shoal.on_ray.train_metrics import Exported
 from shoal.train.log import Record, Report, ignore, metrics_file, parse
 from shoal.train.loop import FitResult, fit
-from shoal.train.needs import disk_needed, memory_needed
-from shoal.train.plan import FitPlan, check, located
+from shoal.train.needs import disk_needed, memory_needed, saved_at_once
+from shoal.train.plan import FitPlan, located
+from shoal.train.refusal import check, need_groups
 from shoal.train.run import COMMAND, LESS_MEMORY, stop_file
+from shoal.train.trackers import together
 
 STARTS = 3  # times that Ray may try to start the workers: its default retries an infeasible plan for ever
 COLLECTIVE_TIMEOUT = 300  # seconds that one exchange between workers may take
@@ -69,14 +72,18 @@ def train(
     Of (least, most) workers Ray takes as many as the cluster has room for, and starts all of them anew from the newest
     checkpoint when that changes; the plan is then made for the most, and its updates are the same with fewer.
     `cpus_per_worker`: logical CPUs that each worker reserves; `gpus`: one GPU a worker (default: when the cluster has
-    enough); `max_failures`: restarts of all workers from the newest checkpoint. `on_progress` gets rank 0's records as they
-    come. SIGTERM ends the run with a checkpoint. Raises DataError, ConfigError or ResourceError within seconds when the plan
-    cannot be followed (a cluster with an autoscaler is waited for), and what `fit` raises.
+    enough); `max_failures`: restarts of all workers from the newest checkpoint, -1 for no end of them; workers of a node that
+    is given back with notice (a preempted spot machine) are not counted. `on_progress` gets rank 0's records as they come.
+    SIGTERM ends the run with a checkpoint. Raises DataError, ConfigError or ResourceError within seconds when the plan cannot
+    be followed (a cluster with an autoscaler is waited for), and what `fit` raises.
     """
     plan = _absolute(plan)
     least, most = (workers, workers) if isinstance(workers, int) else workers
-    for world in range(least, most + 1):
-        check(located(plan.at_world(most, world)), world)
+    if max_failures < -1:
+        raise UsageError("--max-failures", got=max_failures, allowed="0 or more, or -1 for no end of them")
+    check(located(plan.at_world(most, most)), most)  # fewer share the same micro-batches
+    for world in range(least, most):
+        need_groups(plan, world)
     need_disk(plan.run, disk_needed(plan))
     busy = ResourceError(f"another command is training in {plan.run}", do="wait for it, stop it, or give another --out")
     with alone(Path(plan.run) / COMMAND, busy), local_ray():
@@ -87,7 +94,8 @@ def train(
         start = ELASTIC_START_SECONDS if least < most else START_SECONDS if room else NODE_START_SECONDS
         trainer = _trainer(plan, (least, most), cpus_per_worker, use_gpu, max_failures)
         ours = {**RAY_SETTINGS, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start}
-        with _following(plan, on_progress), _sigint_restored(), _sigterm_stops(plan), _defaults(ours):
+        reports = together(on_progress, Exported(plan.run))
+        with _following(plan, reports), _sigint_restored(), _sigterm_stops(plan), _defaults(ours):
             try:
                 result: Any = trainer.fit()
             except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:  # the latter: its controller died
@@ -120,10 +128,11 @@ def preflight(plan: FitPlan, workers: int, cpus: float, use_gpu: bool, resources
                 got=f"{have:g} in the cluster",
                 do=f"use at most {room} worker(s), or add nodes" if room else "add nodes that have some",
             )
-    need, have = workers * memory_needed(plan, workers), resources.get("memory", float("inf"))
-    if not use_gpu and need > have:
+    host = saved_at_once(plan, workers) + (0 if use_gpu else memory_needed(plan, workers))
+    need, have = workers * host, resources.get("memory", float("inf"))
+    if need > have:
         raise ResourceError(
-            f"{workers} worker(s) x {memory_needed(plan, workers) / 2**30:.1f} GiB = {need / 2**30:.1f} GiB of memory",
+            f"{workers} worker(s) x {host / 2**30:.1f} GiB = {need / 2**30:.1f} GiB of memory",
             got=f"{have / 2**30:.1f} GiB in the cluster",
             do="use a smaller preset, shorter micro-batches (more --accumulate), or more memory",
         )
@@ -162,7 +171,9 @@ def _trainer(plan: FitPlan, workers: tuple[int, int], cpus: float, use_gpu: bool
         run_config=RunConfig(
             storage_path=plan.run,
             name=CHECKPOINTS,  # where CheckpointStore writes: Ray refuses to be told of checkpoints elsewhere
-            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=STARTS),  # type: ignore[call-arg]
+            failure_config=FailureConfig(  # type: ignore[call-arg]  # Ray's older annotation
+                max_failures=max_failures, max_preemption_failures=-1, controller_failure_limit=STARTS
+            ),
             worker_runtime_env={"env_vars": worker_env() | KEEP_MEMORY},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),

@@ -31,7 +31,7 @@ Replay = Annotated[
 ]
 OF_PLAN = (
     "minutes", "tokens", "epochs", "steps", "accumulate", "batch_tokens", "learning_rate", "seed", "resume", "rates_of",
-    "mirror",
+    "mirror", "profile",
 )  # fmt: skip  # fields of `Training` that a plan takes as they are
 
 
@@ -55,6 +55,12 @@ class Training(Stage):
     gpu: Annotated[
         bool | None, typer.Option("--gpu/--no-gpu", help="One GPU a worker [where the cluster has them now].")
     ] = None
+    max_failures: Annotated[
+        int,
+        typer.Option(
+            help="Times that all workers start again after one died; -1: always. Preempted nodes do not count.",
+        ),
+    ] = 2
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens in an update [stage's].")] = None
     accumulate: Annotated[
         int | None, typer.Option(help="Micro-batches that a worker merges into an update [stage's].")
@@ -77,6 +83,9 @@ class Training(Stage):
         typer.Option(
             help="Folder or s3://BUCKET/PREFIX that checkpoints are copied to as well, and fetched from. [none]"
         ),
+    ] = None
+    profile: Annotated[
+        int | None, typer.Option(help="Updates to trace, for ui.perfetto.dev: OUT/traces has a file a worker. [0]")
     ] = None
     track: Annotated[
         list[str] | None, typer.Option(help="Show the run in tensorboard, mlflow or wandb as well; repeat. [none]")
@@ -115,7 +124,12 @@ class Training(Stage):
         if not 0 < self.cpus_per_worker < math.inf:
             raise UsageError("--cpus-per-worker", got=self.cpus_per_worker, allowed="a number above 0")
         shown = trackers(self.track or (), plan.run, plan.name)
-        how: dict[str, Any] = {"workers": workers, "cpus_per_worker": self.cpus_per_worker, "gpus": self.gpu}
+        how: dict[str, Any] = {
+            "workers": workers,
+            "cpus_per_worker": self.cpus_per_worker,
+            "gpus": self.gpu,
+            "max_failures": self.max_failures,
+        }
         with log.Console(plan.name, stream=sys.stderr) as console:
             result = train(plan, **how, on_progress=together(console, *shown))
         report = {"out": result.out, "steps": result.steps, "tokens": result.tokens, "bpb": result.bpb}

@@ -2,45 +2,50 @@
 Exact: to the bit where rates follow the number of the step, or a schedule that was recorded (`Run.schedule`).
 
     RUN/checkpoints/step-00000120/
-        shard-0000R-model-*.safetensors   model and optimizer, each rank its own shards (torch.distributed.checkpoint, in
-                                          safetensors: nothing is pickled, and any number of ranks can read it back)
-        rng-0000R.safetensors             random state of each rank
-        state.json                        step, tokens, cursor, seconds trained, what was trained, in how many micro-batches an
-                                          update, by which code
-        manifest.json                     size and sha256 of every file; written last
+        shard-0000R.safetensors   model and optimizer, each rank its own shards (torch.distributed.checkpoint reads them, at any
+                                  number of ranks; nothing is pickled)
+        rng-0000R.safetensors     random state of each rank
+        state.json                step, tokens, cursor, seconds trained, what was trained, in how many micro-batches an
+                                  update, by which code
+        manifest.json             size and sha256 of every file, as the rank that wrote it says; written last
 
-A directory named step-NNNNNNNN was renamed after its manifest was written, so it is whole unless the disk lies; `newest` reads
-the hashes anyway and falls back to the one before. Where the run has a `Mirror`, what is missing here is fetched from there.
+Between two updates each rank copies its share (`begin`), and a thread of its own writes it while training goes on (`Snapshot`);
+when all ranks have (`ready`), rank 0 writes the manifest and gives the directory its name (`publish`). So one named
+step-NNNNNNNN is whole unless the disk lies; `newest` reads the hashes anyway and falls back to the one before. What is missing
+here is fetched from the run's `Mirror`, if it has one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
+import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException as DcpError
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
 from shoal.config import load as load_config
 from shoal.config import read_file
 from shoal.errors import CheckpointError, last_line
 from shoal.machine import write_json
-from shoal.train.manifest import MANIFEST, STATE, STEP, damage, manifest
+from shoal.train.manifest import MANIFEST, STATE, STEP, damage, entry
 from shoal.train.mirror import Mirror
 from shoal.train.parallel import Ranks
+from shoal.train.snapshot import Snapshot, set_random_state
 
 FORMAT, VERSION = "shoal-training", 1
 _MODEL, _OPTIMIZER = "model.", "optimizer."
@@ -65,8 +70,22 @@ class TrainState:
     measured_on: str = ""  # what `best` was measured on: another set of rows begins anew
 
 
+@dataclass
+class Saved:
+    """A checkpoint that is being written, or was."""
+
+    state: TrainState  # as it was when it was begun
+    path: Path  # where it is, or will be
+    keep_best: bool
+    aside: Path  # where it is written
+    began: float  # by this process's clock
+    stalled: float = 0.0  # seconds that training stood still for it
+    took: float = 0.0  # seconds from its beginning to its name
+    busy: float = 0.0  # seconds of a processor that the slowest rank wrote and hashed for
+
+
 class CheckpointStore:
-    """The checkpoints of one run, in ``RUN/checkpoints``. `save` and `load` are called by all ranks together."""
+    """The checkpoints of one run, in ``RUN/checkpoints``. What takes `ranks` is called by all of them together."""
 
     def __init__(self, run: str | Path, keep: int = 2, mirror: Mirror | None = None) -> None:
         """`mirror`: copies elsewhere; on rank 0 only, which alone asks for it."""
@@ -74,6 +93,8 @@ class CheckpointStore:
         self.keep, self.mirror = keep, mirror
         self._best: list[Path] = []  # the best one, if any is to stay
         self._last: Path | None = None  # the one that was saved last, here
+        self._snapshot: Snapshot | None = None  # made at the first save, since its memory stays
+        self.pending: Saved | None = None  # what is being written
 
     def steps(self) -> list[Path]:
         """Published checkpoints, oldest first."""
@@ -86,46 +107,93 @@ class CheckpointStore:
     def save(
         self, model: nn.Module, optimizer: Optimizer, state: TrainState, ranks: Ranks, *, keep_best: bool = False
     ) -> Path:
-        """Write and publish a checkpoint; the oldest beyond `keep` are removed, but for the best one with `keep_best`. Returns
-        its directory. Raises CheckpointError, on all ranks and with nothing left behind, when one of them cannot write."""
-        final = self.at(state.step)
-        aside = self.directory / f".{final.name}.tmp"
+        """`begin` and `publish`, with training standing still; returns the checkpoint's directory."""
+        self.begin(model, optimizer, state, ranks, keep_best=keep_best)
+        return self.publish(ranks).path
 
-        def make_room() -> None:
+    def begin(
+        self, model: nn.Module, optimizer: Optimizer, state: TrainState, ranks: Ranks, *, keep_best: bool = False
+    ) -> bool:
+        """Copy what a checkpoint of `state` is made of and begin to write it, when the one before is published or given up. May
+        training go on meanwhile? Not where a rank has no memory for a copy: then `publish` comes next. `keep_best`: the best
+        one stays besides the newest. Raises CheckpointError, on all ranks and with nothing left behind, when one cannot."""
+        assert self.pending is None, "one checkpoint is written at a time"
+        began, final = time.perf_counter(), self.at(state.step)
+        # What a killed run left writing must not write into this one.
+        aside = self.directory / f".{final.name}.{ranks.agree(secrets.token_hex(4))}.tmp"
+        snapshot = self._snapshot = self._snapshot or Snapshot(ranks)
+        copied = True
+
+        def copy() -> None:
+            nonlocal copied
             if ranks.first:
-                shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
-
-        def write_shards() -> None:
-            writer = HuggingFaceStorageWriter(path=str(aside), save_distributed=True)
-            with _alone(ranks):
-                dcp_save(_tensors(model, optimizer), storage_writer=writer, no_dist=ranks.world == 1)
-
-        def write_random_state() -> None:
-            save_file(_rng(ranks), str(aside / f"rng-{ranks.rank:05d}.safetensors"))
-
-        def publish() -> None:
-            if ranks.first:
-                write_json(aside / STATE, {"format": FORMAT, "version": VERSION, **asdict(state)})
-                write_json(aside / MANIFEST, manifest(aside))
-                shutil.rmtree(final, ignore_errors=True)
-                aside.rename(final)
+            copied = snapshot.take(_tensors(model, optimizer))
 
         try:
-            for part in (make_room, write_shards, write_random_state, publish):
-                _together(ranks, part, f"cannot write checkpoint {final}")
+            _together(ranks, copy, f"cannot write checkpoint {final}")
         except CheckpointError:
             if ranks.first:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
+        copied = not int(ranks.sum(torch.tensor([float(not copied)])))
+        self.pending = Saved(dataclasses.replace(state), final, keep_best, aside, began)
+        snapshot.write(aside)
+        self.pending.stalled = time.perf_counter() - began
+        return copied
+
+    def ready(self, ranks: Ranks) -> bool:
+        """Have all ranks written what was begun? So `publish` would not wait."""
+        running = self._snapshot is not None and self._snapshot.running
+        return not int(ranks.sum(torch.tensor([float(running)])))
+
+    def publish(self, ranks: Ranks) -> Saved:
+        """Wait until all ranks have written what was begun, then publish it; the oldest beyond `keep` are removed. Raises
+        CheckpointError, on all ranks and with nothing left behind, when one of them could not write."""
+        saved, self.pending = self.pending, None
+        assert saved is not None and self._snapshot is not None, "nothing was begun"
+        came = time.perf_counter()
+        problem, met, mine = "", None, {}
+        try:
+            mine = self._snapshot.result()
+        except Exception as error:
+            problem, met = last_line(error), error
+        found = ranks.gather((problem, mine, self._snapshot.seconds))
+        problem = problem or next((f"worker {rank}: {each[0]}" for rank, each in enumerate(found) if each[0]), "")
+        files = {name: values for _, entries, _ in found for name, values in entries.items()}
+
+        def name_it() -> None:
+            if ranks.first:
+                _publish(saved, files)
+
+        what = f"cannot write checkpoint {saved.path}"
+        try:
+            if problem:
+                raise CheckpointError(what, got=problem) from met
+            _together(ranks, name_it, what)
+        except CheckpointError:
+            if ranks.first:
+                shutil.rmtree(saved.aside, ignore_errors=True)
+            raise
         if ranks.first:
-            self._last, self._best = final, [self.at(state.best_step)] if keep_best and state.best is not None else []
+            best = saved.keep_best and saved.state.best is not None
+            self._last, self._best = saved.path, [self.at(saved.state.best_step)] if best else []
             if self.mirror is not None:
                 self.mirror.best = self._best[0].name if self._best else ""
-                self.mirror.offer(final)
+                self.mirror.offer(saved.path)
             self.tidy()
-        ranks.wait()
-        return final
+        now = time.perf_counter()
+        saved.busy = max(seconds for *_, seconds in found)
+        saved.stalled, saved.took = ranks.agree((saved.stalled + now - came, now - saved.began))
+        return saved
+
+    def abandon(self, ranks: Ranks) -> None:
+        """Give up what is being written, if anything is; every rank by itself, since another may be gone."""
+        saved, self.pending = self.pending, None
+        if saved is not None and self._snapshot is not None:
+            self._snapshot.stop()
+            if ranks.first:
+                shutil.rmtree(saved.aside, ignore_errors=True)
 
     def tidy(self) -> None:
         """Remove checkpoints that nobody needs: neither new, nor best, nor still to be copied; none before the first was saved
@@ -161,6 +229,8 @@ class CheckpointStore:
         return chosen
 
     def _newest(self, warn: Callable[[str], None]) -> Path | None:
+        for left in self.directory.glob(".step-*.tmp"):  # by a run that was killed while it saved
+            shutil.rmtree(left, ignore_errors=True)
         here = {path.name for path in self.steps()}
         copies: set[str] = set()
         if self.mirror is not None:
@@ -229,7 +299,7 @@ class CheckpointStore:
         def draw_on() -> None:
             rng = path / f"rng-{ranks.rank:05d}.safetensors"
             if rng.exists():
-                _set_rng(load_file(str(rng)))
+                set_random_state(load_file(str(rng)))
 
         for part in (find, fill, draw_on):
             _together(ranks, part, f"cannot load checkpoint {path}")
@@ -260,9 +330,8 @@ def require_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """The whole state of `model` on the CPU, gathered from all ranks; empty on all but rank 0."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = get_model_state_dict(model, options=options)
-    return state
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast("dict[str, Tensor]", get_model_state_dict(model, options=whole))
 
 
 def code_version(package: Path = Path(__file__).parent.parent) -> str:
@@ -284,6 +353,18 @@ def _together(ranks: Ranks, work: Callable[[], None], what: str) -> None:
     failed = int(ranks.sum(torch.tensor([float(bool(problem))])))
     if failed:
         raise CheckpointError(what, got=problem or f"an error on {failed} other worker(s)") from met
+
+
+def _publish(saved: Saved, files: Mapping[str, Any]) -> None:
+    """Give what was written its name, once all of it is seen to be there. Raises OSError."""
+    for name, values in files.items():
+        size = (saved.aside / name).stat().st_size
+        if size != values["bytes"]:  # on a file system of many machines, say
+            raise OSError(f"{name} has {size} bytes here, and {values['bytes']} where it was written")
+    write_json(saved.aside / STATE, {"format": FORMAT, "version": VERSION, **asdict(saved.state)})
+    write_json(saved.aside / MANIFEST, {**files, STATE: entry(saved.aside / STATE)})
+    shutil.rmtree(saved.path, ignore_errors=True)
+    saved.aside.rename(saved.path)
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer, saved: list[str] | None = None) -> dict[str, Tensor]:
@@ -310,17 +391,6 @@ def _alone(ranks: Ranks) -> Iterator[None]:
         if ranks.world == 1:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _rng(ranks: Ranks) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(ranks.device)} if ranks.device.type == "cuda" else {})
-
-
-def _set_rng(state: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _shards(plan: FitPlan, data: str, tokenizer: Tokenizer, ranks: Ranks) -> Fee
 
 
 def _chats(plan: FitPlan, tokenizer: Tokenizer, template: str, ranks: Ranks) -> Feed:
-    parts = ranks.world * plan.train.accumulate
+    parts = plan.parts_at(ranks.world)
     batches = ChatBatches(
         plan.data,
         tokenizer,

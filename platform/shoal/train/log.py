@@ -1,9 +1,9 @@
 """What a run says: records (plain dicts) in ``RUN/metrics.jsonl``, and the same records as lines for people.
 
-A record has a ``kind`` (start, chats, step, eval, checkpoint, copied, best, warning, end) and the ``step`` it follows. The file
-is what the report and the driver of a Ray job read; lines and the progress bar are made from records alone, so they look the
-same wherever the loop runs. A crash or a full disk may tear a line: every reader goes by `parse`, passes over what is no record
-and counts it.
+A record has a ``kind`` (start, chats, step, eval, checkpoint, copied, trace, best, warning, end) and the ``step`` it follows.
+The file is what the report and the driver of a Ray job read; lines and the progress bar are made from records alone, so they
+look the same wherever the loop runs. A crash or a full disk may tear a line: every reader goes by `parse`, passes over what is
+no record and counts it.
 """
 
 from __future__ import annotations
@@ -165,9 +165,12 @@ def line(record: Record) -> str:
         case "warning":
             return f"warning: {r['text']}"
         case "checkpoint":
-            return f"saved {r['path']} in {r['took']:.1f} s"
+            still = f", {r['stalled']:.2f} s of which training stood still" if "stalled" in r else ""
+            return f"saved {r['path']} in {r['took']:.1f} s{still}"
         case "copied":
             return f"copied {r['path']} ({r['bytes'] / 2**20:.1f} MiB) in {r['took']:.1f} s"
+        case "trace":
+            return f"traced updates up to {r['step']}: open {r['path']} in ui.perfetto.dev"
         case "best":
             return f"best: step {r['best_step']}, {r['bpb']:.4f} held-out bits a byte; the model is written from it"
         case "end":

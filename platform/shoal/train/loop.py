@@ -11,6 +11,7 @@ All ranks decide together: whatever depends on a clock or a disk is read on rank
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -50,6 +51,7 @@ from shoal.train.parallel import Ranks, shard_
 from shoal.train.plan import FitPlan, located, progress
 from shoal.train.run import Clock, Run, StoppedError, enough_memory, only_writer, stop_file
 from shoal.train.step import update
+from shoal.train.timing import Tracer, Watch
 
 SMOOTHED_BY = 2  # updates whose rows say how large the activations become
 
@@ -79,17 +81,18 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
     ShoalError when the loss is not finite; what was saved stays resumable.
     """
     ranks = Ranks.join()
-    with enough_memory(plan, ranks), only_writer(plan, ranks):
-        return _fit(plan, ranks, Speaker(plan.run, ranks.first, report))
+    with enough_memory(plan, ranks), only_writer(plan, ranks), contextlib.ExitStack() as at_end:
+        return _fit(plan, ranks, Speaker(plan.run, ranks.first, report), at_end)
 
 
-def _fit(plan: FitPlan, ranks: Ranks, say: Speaker) -> FitResult:
+def _fit(plan: FitPlan, ranks: Ranks, say: Speaker, at_end: contextlib.ExitStack) -> FitResult:
     with ranks.alike():
         checkpoint.require_replaceable(plan.model_dir)  # where its model goes is looked at before it is trained
         plan = located(plan)
         start = _Start.of(plan)
         identity = plan.identity(start.base)
     run = Run(plan, ranks, say)
+    at_end.callback(run.abandon)
     state = run.begin(identity)
     with ranks.alike():
         plan = _as_begun(plan, state, ranks, say)
@@ -97,7 +100,7 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker) -> FitResult:
         if plan.keep_best and not feed.heldout:
             raise DataError("keep_best", got="no held-out rows", do="give --heldout, or leave it out")
     start.prepare(plan, feed, ranks)
-    state.parts = ranks.world * plan.train.accumulate
+    state.parts = plan.parts_at(ranks.world)
     exits_, teacher = trained_exits(plan.model.exits, plan.train), start.teacher(plan)
     model = LossModel(start.net, exits_, teacher, trained_only=plan.frozen)
     shard_(model, ranks, replicas=plan.replicas, recompute=plan.recompute, compiled=plan.compile)
@@ -111,11 +114,28 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker) -> FitResult:
     if chats := feed.chats:
         say("chats", chats, step=state.step)
 
+    done = _updates(plan, run, state, meter, followed)
+    final = _last(plan, run, state, done)
+    backbone = start.export(plan, model, ranks)
+    count = str(plan.model_dir), state.step, state.tokens, state.seconds
+    result_ = FitResult(*count, final.bpb, rounded, (start.backbone, backbone))
+    say("end", asdict(result_), step=state.step)
+    return result_
+
+
+def _updates(plan: FitPlan, run: Run, state: TrainState, meter: Meter, followed: Mapping[int, float]) -> float:
+    """Update after update, with what is due between them, until the run is done; `state` goes along. Returns the share that is
+    done. `followed`: as of `Run.schedule`."""
+    ranks, say, feed, model = run.ranks, run.say, run.feed, run.model
     clock = Clock(ranks, state.seconds, stop_file(plan.run))
+    tracer = Tracer(plan.run, plan.profile, ranks)
     share = progress(plan, step=state.step, seconds=state.seconds, steps_in_epoch=feed.steps_in_epoch)
     done = max(share, state.schedule)
     while done < 1.0:
-        batches = [batch.to(ranks.device) for batch in feed.at(state.step)]
+        tracer.before()
+        watch = Watch()
+        with watch("data"):
+            batches = [batch.to(ranks.device) for batch in feed.at(state.step)]
         # The schedules are read at the end of this update, so that the first has a rate and the last has the lowest.
         end = state.seconds + clock.last_step
         share = progress(plan, step=state.step + 1, seconds=end, steps_in_epoch=feed.steps_in_epoch)
@@ -126,23 +146,19 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker) -> FitResult:
         skip = left_out(plan.model, plan.train, state.step)
         # Rounding begins when the rate has warmed up: AdamW's moments are empty until then, and rounding is noise to them.
         fake_quantize_(model.net, plan.quantize and at > plan.train.warmup)
-        result = update(
-            model, optimizer, batches, config=plan.train, weights=weights, rate=rate, ranks=ranks, skip=skip
-        )
+        how: dict[str, Any] = {"config": plan.train, "weights": weights, "rate": rate, "ranks": ranks, "skip": skip}
+        result = update(model, run.optimizer, batches, watch=watch, **how)
         state.step, state.tokens = state.step + 1, state.tokens + result.tokens
         state.cursor, state.seconds, state.schedule = feed.cursor(state.step), clock.step(), at
         meter.add(result.tokens, clock.last_step)
-        shown = {"progress": done, "schedule": at, "rate": rate, "eta": clock.eta(done)}
-        say("step", meter.read() | asdict(result) | shown, step=state.step)
+        shown = {"progress": done, "schedule": at, "rate": rate, "eta": clock.eta(done), "seconds": clock.last_step}
+        told = watch.told(ranks, clock.last_step)
+        say("step", meter.read() | asdict(result) | shown | told, step=state.step)
+        if traced := (tracer.after(state.step) if done < 1.0 else tracer.close(state.step)):
+            say("trace", step=state.step, path=str(traced))
         fake_quantize_(model.net, plan.quantize)  # what is measured is what will be served
         _between(plan, run, state, done, stopped=clock.stopped)
-
-    final = _last(plan, run, state, done)
-    backbone = start.export(plan, model, ranks)
-    count = str(plan.model_dir), state.step, state.tokens, state.seconds
-    result_ = FitResult(*count, final.bpb, rounded, (start.backbone, backbone))
-    say("end", asdict(result_), step=state.step)
-    return result_
+    return done
 
 
 def _smooth(net: Net, feed: Feed, ranks: Ranks) -> None:
@@ -188,10 +204,11 @@ def _weights(plan: FitPlan, at: float, step: int) -> tuple[float, ...]:
 def _between(plan: FitPlan, run: Run, state: TrainState, done: float, *, stopped: bool) -> None:
     """What is due between two updates: an evaluation, a checkpoint, word of what was copied. Raises StoppedError, with a
     checkpoint, for a run that was `stopped`. Nothing is due when all is `done`: that is the end's."""
+    run.look(state)
     if plan.eval_every and state.step % plan.eval_every == 0 and done < 1.0:
         run.evaluate(state, done)
-    if (stopped or state.seconds - run.saved_at >= 60 * plan.checkpoint_minutes) and done < 1.0:
-        run.save(state, done, must=stopped)
+    if (stopped or run.due(state.seconds)) and done < 1.0:
+        run.save(state, done, must=stopped, beside=plan.checkpoint_minutes > 0 and not stopped)
     run.tell_copies(state)
     if stopped and done < 1.0:
         run.close(state)
@@ -210,9 +227,9 @@ def _last(plan: FitPlan, run: Run, state: TrainState, done: float) -> HeldoutRep
 
 def _as_begun(plan: FitPlan, state: TrainState, ranks: Ranks, say: Speaker) -> FitPlan:
     """`plan` with as many micro-batches in a global batch as the run began with, where its order hangs on that: chats are cut
-    into groups of so many tokens, and another number would read some rows twice and others never. Raises ConfigError when
-    they do not divide over the ranks."""
-    if Path(plan.data).is_dir() or state.parts in (0, ranks.world * plan.train.accumulate):
+    into groups of so many tokens, and another number would read some rows twice and others never. Raises ConfigError where
+    they are fewer than ranks."""
+    if Path(plan.data).is_dir() or state.parts in (0, plan.parts_at(ranks.world)):
         return plan
     kept = plan.in_parts(state.parts, ranks.world)
     text = (

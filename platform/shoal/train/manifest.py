@@ -14,10 +14,9 @@ MANIFEST, STATE = "manifest.json", "state.json"
 STEP = re.compile(r"step-[0-9]{8}")  # names of checkpoints; anything else is not ours
 
 
-def manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """Name -> ``bytes`` and ``sha256`` of the files that are in `directory` now."""
-    files = sorted(p for p in directory.iterdir() if p.is_file())
-    return {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
+def entry(file: Path) -> dict[str, Any]:
+    """What a manifest says of `file`: ``bytes`` and ``sha256``."""
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 def damage(path: Path) -> str | None:
@@ -26,13 +25,13 @@ def damage(path: Path) -> str | None:
         manifest = read_file(path / MANIFEST)
         if STATE not in manifest:
             return f"{MANIFEST} does not list {STATE}"
-        for name, entry in manifest.items():
+        for name, listed in manifest.items():
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != entry["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-            if sha256_of(file) != entry["sha256"]:
+            if file.stat().st_size != listed["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, not {listed['bytes']}"
+            if sha256_of(file) != listed["sha256"]:
                 return f"{name} does not match its sha256"
     except (ShoalError, OSError, KeyError, TypeError, AttributeError) as error:
         return str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shoal.model.cost import parameters
 from shoal.train import lora
+from shoal.train.loss import LOGITS_AT_ONCE
 from shoal.train.parallel import STAYS_GATHERED
 from shoal.train.plan import FitPlan
 
@@ -11,9 +12,13 @@ from shoal.train.plan import FitPlan
 def disk_needed(plan: FitPlan) -> int:
     """Bytes that a run writes at most: the checkpoints it keeps and the one being written, of weights and two moments each,
     and the model, likewise beside the one it replaces."""
-    total, trained = parameters(plan.model).total, trained_parameters(plan)
-    frozen = total if plan.train.lora_rank else 0  # they are in the checkpoints of thin matrices, of exits they are not
-    return 4 * ((frozen + 3 * trained) * (plan.keep + plan.keep_best + 1) + 2 * total)
+    return checkpoint_bytes(plan) * (plan.keep + plan.keep_best + 1) + 8 * parameters(plan.model).total
+
+
+def checkpoint_bytes(plan: FitPlan) -> int:
+    """Of one checkpoint, over all workers: weights and two moments."""
+    frozen = parameters(plan.model).total if plan.train.lora_rank else 0  # of exits what is frozen is not in them
+    return 4 * (frozen + 3 * trained_parameters(plan))
 
 
 def trained_parameters(plan: FitPlan) -> int:
@@ -25,23 +30,56 @@ def trained_parameters(plan: FitPlan) -> int:
     return parameters(plan.model).exits if plan.exits_only else parameters(plan.model).total
 
 
-def memory_needed(plan: FitPlan, world: int) -> int:
-    """Bytes that one worker needs, estimated: sharded weights, gradients and moments, what is gathered of them, what
-    backward keeps of a micro-batch, and the logits of all exits."""
+def saved_at_once(plan: FitPlan, world: int) -> int:
+    """Bytes of its share of a checkpoint that one worker copies to the host, to write them while it trains."""
+    return checkpoint_bytes(plan) * plan.replicas // world
+
+
+def memory_needed(plan: FitPlan, world: int, *, low: int = 4) -> int:
+    """The sum of `memory_parts`."""
+    return sum(memory_parts(plan, world, low=low).values())
+
+
+def memory_parts(plan: FitPlan, world: int, *, low: int = 4) -> dict[str, int]:
+    """Bytes that one of `world` workers needs where it computes, estimated, by part: its shards of `weights`, `gradients` and
+    `moments`; what is `gathered` of weights and added up of gradients; the `activations` that backward keeps of a micro-batch,
+    and the `logits`. `low`: bytes of a number in gathered weights and activations, 2 on a GPU. On processors `saved_at_once`
+    comes on top."""
     c, count, trained = plan.model, parameters(plan.model), trained_parameters(plan)
     weights = count.total + (trained if plan.train.lora_rank else 0)
-    teacher = 4 if plan.has_teacher else 0  # bytes a weight, beside the trained one
-    # what is frozen has neither gradients nor moments
-    sharded = ((4 + teacher) * weights + 12 * trained) * plan.replicas // world
-    at_once = weights if count.total <= STAYS_GATHERED else count.blocks // 4 + count.embedding
-    gathered = (4 + teacher) * at_once + 4 * min(at_once, trained)
+    sets = 1 + plan.has_teacher  # of weights: what is trained, and what it is held to
+    mine = plan.replicas / world
     length = plan.row_length
-    tokens = max(1, plan.train.batch_tokens // length // (world * plan.train.accumulate)) * length
-    branches = max(2 if c.attention_kind(layer) == "H" else 1 for layer in range(c.layers))
-    scores = branches * c.heads * length  # attention weights, a token
-    layer = 12 * c.width + 4 * c.heads * c.head_dim + 4 * c.ffn + scores
-    layers = c.layers * c.width + layer if plan.recompute else c.layers * layer
+    tokens = max(1, plan.train.batch_tokens // length // plan.parts_at(world)) * length
+    kept = min(tokens, max(1, LOGITS_AT_ONCE // c.vocab))  # places whose logits are there at once
+    return {
+        "weights": int(4 * sets * weights * mine),
+        "gradients": int(4 * trained * mine),
+        "moments": int(8 * trained * mine),
+        "gathered": _gathered(plan, world, low, weights, trained),
+        "activations": low * tokens * _activations(plan),
+        "logits": 4 * 3 * c.vocab * len(c.exits) * kept,
+    }
+
+
+def _gathered(plan: FitPlan, world: int, low: int, weights: int, trained: int) -> int:
+    count, sets = parameters(plan.model), 1 + plan.has_teacher
+    if world == 1:  # a GPU alone keeps what it computes with, in bf16, beside the weights
+        return low * weights * (low < 4)
+    at_once = weights if count.total <= STAYS_GATHERED else count.blocks // 4 + count.embedding
+    # Gradients are exchanged once an update: of several micro-batches they are added up whole.
+    whole = trained if plan.train.accumulate > 1 else min(at_once, trained)
+    return low * sets * at_once + 4 * whole
+
+
+def _activations(plan: FitPlan) -> int:
+    """Numbers that backward keeps of one token: what each layer multiplies, and its masks."""
+    c, length = plan.model, plan.row_length
+    kinds = [c.attention_kind(layer) for layer in range(c.layers)]
+    # Masks become biases, one a KV head: of bands of the window, and of what comes before a query, half of a row on average.
+    band, before = 3 * min(c.window, length) // 2, length // 2
+    masks = max(c.kv_heads * (before * (kind in "HSD") + band * (kind in "HSL")) for kind in kinds)
+    layer = 12 * c.width + 4 * c.heads * c.head_dim + 4 * c.ffn + masks
     if plan.exits_only:
-        layers = len(c.exits) * (c.width + 4 * c.exit_ffn) + layer
-    logits = 3 * c.vocab * len(c.exits)
-    return sharded + gathered + 4 * tokens * (layers + logits)
+        return len(c.exits) * (c.width + 4 * c.exit_ffn) + layer
+    return c.layers * c.width + layer if plan.recompute else c.layers * layer

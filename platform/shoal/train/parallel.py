@@ -25,6 +25,7 @@ from shoal.model.cost import parameters
 from shoal.train.loss import LossModel
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 STAYS_GATHERED = 2**28  # parameters (1 GiB in fp32): a smaller model is gathered once an update, not at each use
 
@@ -75,6 +76,13 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value` (as of `agree`), in the order of the ranks, on every rank."""
+        found = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     @contextlib.contextmanager
     def alike(self) -> Iterator[None]:
         """An error of ours that one rank meets in this block is raised on all of them: those that went on would wait for it."""
@@ -83,11 +91,7 @@ class Ranks:
             yield
         except ShoalError as error:
             problem = error
-        found = [problem]
-        if self.world > 1:
-            found *= self.world
-            dist.all_gather_object(found, problem)
-        problem = next((met for met in found if met is not None), None)
+        problem = next((met for met in self.gather(problem) if met is not None), None)
         if problem is not None:
             raise problem
 

@@ -1,29 +1,22 @@
-"""What one run is to do: `FitPlan`, the plans of the stages, and the checks that refuse a run in time."""
+"""What one run is to do: `FitPlan`, and the plans of the stages."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from shoal import presets
 from shoal.config import ModelConfig, TrainConfig, check_exits, dump
 from shoal.data import remote
-from shoal.data.shards import open_index
 from shoal.errors import ConfigError, DataError, UsageError
 from shoal.machine import sha256_of
 from shoal.model import described
-from shoal.model.checkpoint import require_replaceable
 from shoal.train import exits, log
 
-COMPILER = os.environ.get("CXX", "g++")  # what torch.compile runs on a CPU
 ROW = 1024  # tokens of a row at most, where exits learn, and of an open model, whose training length is all of its context
 TUNES, TUNED_RANK = ("none", "lora", "all"), 16  # what of a backbone learns with its exits
 OPEN_ROWS, OPEN_RATE, OPEN_LORA_RATE = 4, 5e-5, 2e-4  # of an open model: `ROW`s in an update, and rates of learning
@@ -61,9 +54,11 @@ class FitPlan:
     replicas: int = 1  # groups of workers that each hold a whole sharded model (HSDP)
     recompute: bool = False  # activation checkpointing: less memory, a third more work
     compile: bool = False  # torch.compile each layer; pays on a GPU only
+    profile: int = 0  # updates that are traced, for Perfetto
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest whole checkpoint of the run
     # folder of a run whose schedule, as it was recorded, is followed again: the same rates at each step
     rates_of: str = ""
+    parts: int = 0  # micro-batches of a global batch, over all workers; 0: `accumulate` on each of them
 
     def __post_init__(self) -> None:
         if self.resume not in ("auto", "never"):
@@ -73,7 +68,8 @@ class FitPlan:
             raise UsageError("how long to train", do="give --steps, --tokens, --epochs or --minutes")
         if not all(limit is None or 0 < limit < math.inf for limit in limits):
             raise UsageError("length of the run", got=limits, allowed="positive numbers")
-        least = {"replay_every": 2, "keep": 1, "replicas": 1, "eval_every": 0, "eval_rows": 0, "checkpoint_minutes": 0}
+        least = {"replay_every": 2, "keep": 1, "replicas": 1}
+        least |= dict.fromkeys(("eval_every", "eval_rows", "checkpoint_minutes", "parts", "profile"), 0)
         for name, value in least.items():
             if not value <= getattr(self, name) < math.inf:
                 raise ConfigError(name, got=getattr(self, name), allowed=f"{value} or more")
@@ -152,31 +148,38 @@ class FitPlan:
         """Rows of one global batch."""
         return max(1, self.train.batch_tokens // self.model.train_length)
 
+    def parts_at(self, world: int) -> int:
+        """Micro-batches of a global batch, over `world` workers."""
+        return self.parts or world * self.train.accumulate
+
     def micro_rows(self, world: int) -> int:
         """Rows of one micro-batch of one worker. Raises ConfigError when the batch does not divide evenly."""
-        parts = world * self.train.accumulate
+        parts = self.parts_at(world)
         if self.batch_rows % parts:
+            fits = [n for n in range(1, self.train.accumulate + 1) if not self.batch_rows % (world * n)]
+            do = f"use --accumulate {fits[-1]}, or " if fits else ""
             raise ConfigError(
                 f"train.batch_tokens / train_length = {self.train.batch_tokens} / {self.model.train_length} = "
                 f"{self.batch_rows} rows do not divide over {world} worker(s) x {self.train.accumulate} micro-batch(es)",
-                do=f"make train.batch_tokens a multiple of {parts * self.model.train_length}",
+                do=f"{do}make train.batch_tokens a multiple of {parts * self.model.train_length}",
             )
         return self.batch_rows // parts
 
     def at_world(self, most: int, world: int) -> FitPlan:
         """This plan, made for `most` workers, for `world` of them: as many micro-batches in all, so that an update is the same
-        one and needs no more memory. Raises ConfigError when they do not divide."""
+        one and needs no more memory. Raises ConfigError where there are fewer than workers."""
         return self.in_parts(most * self.train.accumulate, world)
 
     def in_parts(self, parts: int, world: int) -> FitPlan:
-        """This plan with `parts` micro-batches in a global batch, over `world` workers. Raises ConfigError when they do not
-        divide."""
-        if parts % world:
+        """This plan with `parts` micro-batches in a global batch, over `world` workers; where they do not divide, some have one
+        less and go through an empty one. Raises ConfigError where there are fewer than workers."""
+        if parts < world:
             raise ConfigError(
-                f"{parts} micro-batch(es) of a global batch do not divide over {world} worker(s)",
-                do=f"use as many workers as divide {parts}, or begin a run with another --accumulate",
+                f"{parts} micro-batch(es) of a global batch are too few for {world} worker(s)",
+                do=f"use at most {parts} worker(s), or begin a run with another --accumulate",
             )
-        return dataclasses.replace(self, train=dataclasses.replace(self.train, accumulate=parts // world))
+        each = -(-parts // world)
+        return dataclasses.replace(self, parts=parts, train=dataclasses.replace(self.train, accumulate=each))
 
     def identity(self, base: Mapping[str, str] | None = None) -> dict[str, Any]:
         """What a resumed run must share with the checkpoint; `base`: sha256 of what it starts from, by name. How the batch is
@@ -294,31 +297,6 @@ def located(plan: FitPlan) -> FitPlan:
     return dataclasses.replace(plan, **here)
 
 
-def check(plan: FitPlan, workers: int) -> None:
-    """Refuse, before any worker starts, a plan that could not be followed: DataError when the data is missing, too short or
-    made for another model, ConfigError when the batch does not divide, CheckpointError when something lies where the model is
-    to go."""
-    require_replaceable(plan.model_dir)
-    if plan.rates_of:
-        recorded(plan)
-    if plan.compile and not torch.cuda.is_available() and not shutil.which(COMPILER):
-        raise ConfigError(
-            "compile", got=f"no {COMPILER}, which torch.compile needs", do=f"install {COMPILER}, or leave it out"
-        )
-    if workers % plan.replicas:
-        raise ConfigError("replicas", got=plan.replicas, allowed=f"a divisor of the number of workers, {workers}")
-    if Path(plan.data).is_dir():
-        if plan.replay:
-            raise ConfigError(
-                "replay", got=plan.replay, allowed="a run on chats", do="leave it out: the data are shards"
-            )
-        _check_shards(plan, plan.data, workers)
-    else:
-        _check_chats(plan, workers)
-        if plan.replay:
-            _check_shards(plan, plan.replay, workers)
-
-
 def recorded(plan: FitPlan) -> dict[int, float]:
     """The schedule of the run that `plan` follows: for each step the share of that run at which it took its rates. Raises
     DataError where it is not known for all of the plan's steps."""
@@ -328,39 +306,6 @@ def recorded(plan: FitPlan) -> dict[int, float]:
             f"{plan.rates_of}: learning rates", got=f"{len(known)} steps", allowed=f"{plan.steps or 'as many'} or more"
         )
     return known
-
-
-def _check_shards(plan: FitPlan, data: str, workers: int) -> None:
-    plan.micro_rows(workers)
-    index = open_index(data, length=plan.model.train_length)
-    if index.vocab > plan.model.vocab:
-        raise DataError(f"{data}: vocabulary", got=index.vocab, allowed=f"at most {plan.model.vocab}, the model's")
-    shares = plan.mix if plan.mix is not None else index.mix
-    rows = {name: index.total("rows", "train", name) for name, share in shares.items() if share > 0}
-    empty = [name for name, count in rows.items() if not count]
-    if empty:
-        raise DataError(f"{data} has no rows of {empty[0]}", got=dict(shares), do="leave it out of the mix")
-    if sum(rows.values()) < plan.batch_rows:
-        raise DataError(
-            f"{data} is too short for one update",
-            got=f"{sum(rows.values())} rows of {index.length} tokens",
-            allowed=f"{plan.batch_rows} or more",
-            do=f"add data, or lower train.batch_tokens (now {plan.train.batch_tokens})",
-        )
-
-
-def _check_chats(plan: FitPlan, workers: int) -> None:
-    parts = workers * plan.train.accumulate
-    fingerprint(plan.data)
-    with Path(plan.data).open("rb") as lines:
-        rows = sum(1 for line in lines if line.strip())
-    if rows < parts:
-        raise DataError(
-            f"{plan.data} is too short for one update",
-            got=f"{rows} rows",
-            allowed=f"{parts} or more, one for each of {workers} worker(s) x {plan.train.accumulate} micro-batch(es)",
-            do="add rows, or use fewer workers or micro-batches",
-        )
 
 
 def planned(model: ModelConfig, train: TrainConfig, values: dict[str, Any], **length: float) -> FitPlan:

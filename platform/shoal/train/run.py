@@ -30,6 +30,7 @@ from shoal.train.plan import FitPlan, recorded
 
 # in the run's folder: held by the command, and by rank 0 of its workers
 COMMAND, WRITER = ".command.lock", ".writer.lock"
+SHARE = 0.02  # of a run's time that checkpoints may cost: where they cost more, they are further apart
 LEFT_BEHIND = 60.0  # seconds that the workers of a command that was killed may take to end
 LESS_MEMORY = "use more --accumulate, --set recompute=true, fewer workers on a machine, or a smaller preset"
 
@@ -44,8 +45,10 @@ class Run:
     model: LossModel = field(init=False)
     optimizer: Optimizer = field(init=False)
     feed: Feed = field(init=False)
-    saved_at: float = 0.0  # seconds of training at the last checkpoint
+    saved_at: float = 0.0  # seconds of training when the last checkpoint was written, or could not be
+    cost: float = 0.0  # seconds that the last checkpoint took from training
     _saved_step: int = -1
+    _done: float = 0.0  # share of the run that was done when what is being saved was begun
     _path: Path | None = None  # the checkpoint to go on from
 
     def __post_init__(self) -> None:
@@ -116,33 +119,56 @@ class Run:
                 state.best, state.best_step = better.best, better.best_step
         return report
 
-    def save(self, state: TrainState, done: float, *, must: bool = False) -> bool:
-        """Write a checkpoint of `state`, unless its step has one; is there one now? When that fails the run goes on and tries
-        again a period later; with `must` it raises CheckpointError."""
+    def due(self, seconds: float) -> bool:
+        """Is it time for a checkpoint, after so many `seconds` of training? `checkpoint_minutes` after the last one was there,
+        and later where it cost more than SHARE of that time; 0 is after every update, whatever it costs."""
+        if not self.plan.checkpoint_minutes:
+            return True
+        apart = max(60 * self.plan.checkpoint_minutes, self.cost / SHARE)
+        return self.store.pending is None and seconds - self.saved_at >= apart
+
+    def save(self, state: TrainState, done: float, *, must: bool = False, beside: bool = False) -> bool:
+        """Write a checkpoint of `state`, unless its step has one; is there one now? With `beside` the run goes on, and `look`
+        publishes it. When it fails the run goes on and tries again a period later; with `must` it raises CheckpointError."""
+        self.look(state, wait=True)  # never two at a time
         if state.step == self._saved_step:
             return True
-        began = time.perf_counter()
-        self.saved_at = state.seconds
+        self._done = done
+        keep_best = self.plan.keep_best
         try:
-            path = self.store.save(self.model, self.optimizer, state, self.ranks, keep_best=self.plan.keep_best)
+            go_on = self.store.begin(self.model, self.optimizer, state, self.ranks, keep_best=keep_best)
         except CheckpointError as error:
-            if must:
-                raise
-            newest = f"step {self._saved_step}" if self._saved_step >= 0 else "none"
-            self.say("warning", step=state.step, text=f"{error}; training goes on, the newest checkpoint is {newest}")
+            return self._failed(error, state, must=must)
+        return False if beside and go_on else self.look(state, wait=True, must=must)
+
+    def look(self, state: TrainState, *, wait: bool = False, must: bool = False) -> bool:
+        """Publish the checkpoint that is being written if all ranks have written it, or, with `wait`, once they have; was one
+        published? `must`: as of `save`."""
+        if self.store.pending is None or not (wait or self.store.ready(self.ranks)):
             return False
-        self._saved_step = state.step
-        took = time.perf_counter() - began
-        self.say(
-            "checkpoint",
-            everywhere=True,
-            step=state.step,
-            progress=done,
-            tokens=state.tokens,
-            path=str(path),
-            took=took,
-        )
+        try:
+            saved = self.store.publish(self.ranks)
+        except CheckpointError as error:
+            return self._failed(error, state, must=must)
+        self._saved_step, self.saved_at = saved.state.step, saved.state.seconds + saved.took
+        # A processor that writes and hashes is one that does not train, where processors train.
+        self.cost = saved.stalled + (saved.busy if self.ranks.device.type == "cpu" else 0.0)
+        values = {"tokens": saved.state.tokens, "path": str(saved.path), "took": saved.took, "stalled": saved.stalled}
+        self.say("checkpoint", values, everywhere=True, step=saved.state.step, progress=self._done)
         return True
+
+    def _failed(self, error: CheckpointError, state: TrainState, *, must: bool) -> bool:
+        """False, with a warning; raises `error` for a checkpoint that there `must` be."""
+        if must:
+            raise error
+        self.saved_at = state.seconds
+        newest = f"step {self._saved_step}" if self._saved_step >= 0 else "none"
+        self.say("warning", step=state.step, text=f"{error}; training goes on, the newest checkpoint is {newest}")
+        return False
+
+    def abandon(self) -> None:
+        """Give up what is being written, for a run that ends by an error."""
+        self.store.abandon(self.ranks)
 
     def take_best(self, state: TrainState, final: HeldoutReport) -> HeldoutReport:
         """Put the weights of the best evaluation in place of the last ones; returns its report. Where there is no whole
@@ -200,7 +226,7 @@ def enough_memory(plan: FitPlan, ranks: Ranks) -> Iterator[None]:
             raise
         cuda = ranks.device.type == "cuda"
         held = torch.cuda.memory_allocated(ranks.device) if cuda else psutil.Process().memory_info().rss
-        tokens = plan.train.batch_tokens // (ranks.world * plan.train.accumulate)
+        tokens = plan.train.batch_tokens // plan.parts_at(ranks.world)
         traceback.clear_frames(error.__traceback__)  # what they hold is needed to say anything at all
         raise ResourceError(
             f"worker {ranks.rank} is out of memory",

@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 from shoal.config import TrainConfig
 from shoal.data.batches import Batch
 from shoal.errors import DataError, ShoalError
-from shoal.train.loss import LossModel, predicted_patches
+from shoal.train.loss import LossModel, Sums, predicted_patches
 from shoal.train.parallel import Ranks, precision, sync_gradients
+from shoal.train.timing import Watch
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Counts:
     patches: int
     tokens: int
     text_bytes: int  # UTF-8 bytes that the rows of text, code and chats predict
-    rows: int
+    rows: int  # that hold something
 
 
 def count(batches: Sequence[Batch], ranks: Ranks, way: object = ()) -> Counts:
@@ -57,7 +58,7 @@ def count(batches: Sequence[Batch], ranks: Ranks, way: object = ()) -> Counts:
     for b in batches:
         targets, patches = (b.targets >= 0).sum(), predicted_patches(b.tokens, b.docs, b.patches).sum()
         tokens, text = (b.docs >= 0).sum(), b.row_bytes[text_rows(b)].sum()
-        local[:6] += torch.tensor([1, targets, patches, tokens, text, len(b.tokens)])
+        local[:6] += torch.tensor([1, targets, patches, tokens, text, filled(b).sum()])
     local[6:] = torch.tensor([mark, mark**2], dtype=torch.float64)
     micro, *rest, marks, squares = (int(value) for value in ranks.sum(local).tolist())
     if micro != len(batches) * ranks.world:
@@ -69,6 +70,11 @@ def count(batches: Sequence[Batch], ranks: Ranks, way: object = ()) -> Counts:
             "workers would leave out different layers or exits", got=way, do="report it: it must be one choice"
         )
     return Counts(*rest)
+
+
+def filled(batch: Batch) -> Tensor:
+    """bool [B]: rows that hold something. Those of a blank micro-batch, which keeps a rank in step with the others, do not."""
+    return (batch.docs >= 0).any(1)
 
 
 def text_rows(batch: Batch) -> Tensor:
@@ -86,46 +92,49 @@ def update(
     rate: float,
     ranks: Ranks,
     skip: Collection[int] = (),
+    watch: Watch | None = None,
 ) -> StepReport:
     """Train on one global batch, of which `batches` are this rank's micro-batches (on its device).
 
     `weights`: share of each of the model's exits in the loss, 0 for one that this update leaves out; `rate`: learning rate;
-    `skip`: layers that it leaves out. Raises ShoalError, on every rank and before anything is written, when the loss or a
-    gradient is not finite.
+    `skip`: layers that it leaves out; `watch`: is told where time goes. Raises ShoalError, on every rank and before anything is
+    written, when the loss or a gradient is not finite.
     """
-    run = [e for e, weight in zip(model.exits, weights, strict=True) if weight > 0]
-    counts = count(batches, ranks, (run, sorted(skip)))
+    run, watch = [e for e, weight in zip(model.exits, weights, strict=True) if weight > 0], watch or Watch()
+    with watch("waiting"):
+        counts = count(batches, ranks, (run, sorted(skip)))
     shares = torch.tensor(weights, device=ranks.device)
     how = {"exits": run, "skip": skip, "distill": config.distill > 0, "reference": config.dpo > 0}
     divisor = max(1, counts.rows // 2 if config.dpo else counts.targets)  # pairs, or tokens
-    optimizer.zero_grad(set_to_none=True)
-    totals = torch.zeros(2 * len(model.exits) + 3, dtype=torch.float64, device=ranks.device)
-    for index, batch in enumerate(batches):
-        sync_gradients(model, index == len(batches) - 1)
-        with precision(model, ranks):
-            sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, **how)
-        if sums.reference is not None:
-            by_exit = preference_losses(sums.ce, sums.reference, config.dpo)
-        else:
-            by_exit = config.cross_entropy * sums.ce.sum(1) + config.distill * sums.kl
-        by_patch = sums.patch + config.distill * sums.patch_apart
-        on_tokens = (shares.to(sums.ce.dtype) @ by_exit) / divisor
-        (on_tokens + config.patch_weight * by_patch / max(counts.patches, 1)).backward()
-        text = sums.ce[-1][text_rows(batch)].sum()
-        totals += torch.cat([sums.ce.sum(1), by_exit, torch.stack([sums.patch, by_patch, text])]).detach()
-    *means, patch, on_patches, text_nats = ranks.sum(totals).tolist()
-    ce_means = [value / max(counts.targets, 1) for value in means[: len(weights)]]
+    with watch("compute"):
+        optimizer.zero_grad(set_to_none=True)
+        totals = torch.zeros(2 * len(model.exits) + 3, dtype=torch.float64, device=ranks.device)
+        for index, batch in enumerate(batches):
+            sync_gradients(model, index == len(batches) - 1)
+            with precision(model, ranks):
+                sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, **how)
+            by_exit = _by_exit(sums, batch, config)
+            by_patch = sums.patch + config.distill * sums.patch_apart
+            on_tokens = (shares.to(sums.ce.dtype) @ by_exit) / divisor
+            (on_tokens + config.patch_weight * by_patch / max(counts.patches, 1)).backward()
+            text = sums.ce[-1][text_rows(batch)].sum()
+            totals += torch.cat([sums.ce.sum(1), by_exit, torch.stack([sums.patch, by_patch, text])]).detach()
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize(ranks.device)  # the next line would wait for it
+    with watch("waiting"):
+        *means, patch, on_patches, text_nats = ranks.sum(totals).tolist()
+    ce = (nats / max(counts.targets, 1) if share > 0 else math.nan for nats, share in zip(means, weights, strict=False))
     minimised = [value / divisor for value in means[len(weights) :]]
     patch, on_patches = (value / max(counts.patches, 1) for value in (patch, on_patches))
-    loss = (
-        sum(share * value for share, value in zip(weights, minimised, strict=True)) + config.patch_weight * on_patches
-    )
-    _fill_gradients(model)
-    norm = gradient_norm(model)
-    write(optimizer, model, loss=loss, norm=norm, rate=rate, clip=config.clip)
+    loss = sum(share * value for share, value in zip(weights, minimised, strict=True))
+    loss += config.patch_weight * on_patches
+    with watch("write"):
+        _fill_gradients(model)
+        norm = gradient_norm(model)
+        write(optimizer, model, loss=loss, norm=norm, rate=rate, clip=config.clip)
     return StepReport(
         loss=loss,
-        ce=tuple(value if weight > 0 else math.nan for value, weight in zip(ce_means, weights, strict=True)),
+        ce=tuple(ce),
         patch=patch,
         bpb=text_nats / math.log(2) / counts.text_bytes if counts.text_bytes else math.nan,
         grad_norm=norm,
@@ -135,11 +144,19 @@ def update(
     )
 
 
-def preference_losses(ce: Tensor, reference: Tensor, beta: float) -> Tensor:
+def _by_exit(sums: Sums, batch: Batch, config: TrainConfig) -> Tensor:
+    """[E]: what is minimised at each exit, summed over the targets or pairs of `batch`."""
+    if sums.reference is not None:
+        return preference_losses(sums.ce, sums.reference, config.dpo, filled(batch)[::2])
+    return config.cross_entropy * sums.ce.sum(1) + config.distill * sums.kl
+
+
+def preference_losses(ce: Tensor, reference: Tensor, beta: float, counted: Tensor) -> Tensor:
     """[E]: the losses of DPO, -log sigmoid(`beta` times how much more the preferred answer has gained on the reference than the
-    other), nats, summed over pairs. `ce` and `reference` [E, B]: rows 2i and 2i + 1 are a pair, the preferred one first."""
+    other), nats, summed over the pairs that are `counted`, bool [B / 2]. `ce` and `reference` [E, B]: rows 2i and 2i + 1 are a
+    pair, the preferred one first."""
     gained = reference - ce  # log of how much likelier each answer has become
-    return -F.logsigmoid(beta * (gained[:, ::2] - gained[:, 1::2])).sum(1)
+    return -(F.logsigmoid(beta * (gained[:, ::2] - gained[:, 1::2])) * counted).sum(1)
 
 
 def _fill_gradients(model: LossModel) -> None:

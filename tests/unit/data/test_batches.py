@@ -59,6 +59,21 @@ def make(corpus: Path, **options: int) -> PretrainBatches:
     return PretrainBatches(corpus, seed=1, batch_rows=12, **options)
 
 
+@pytest.mark.parametrize("world", [5, 7, 11, 12])
+def test_ranks_with_fewer_rows_are_filled_up_with_blanks(corpus: Path, world: int) -> None:
+    """All rows once, as many micro-batches on every rank, and nothing to learn in those that are blank."""
+    for micro_rows in (1, 2):
+        ranks = [make(corpus, rank=r, world=world, micro_rows=micro_rows).at(3) for r in range(world)]
+        assert len({len(batches) for batches in ranks}) == 1
+        rows = sorted(tuple(row.tolist()) for each in ranks for b in each for row in b.tokens if (b.docs >= 0).any())
+        assert rows == sorted(tuple(row.tolist()) for row in make(corpus).at(3)[0].tokens)
+        blanks = [b for each in ranks for b in each if not (b.docs >= 0).any()]
+        assert len(blanks) == sum(map(len, ranks)) - sum(
+            -(-len(range(r, 12, world)) // micro_rows) for r in range(world)
+        )
+        assert all((b.targets < 0).all() and not len(b.patches) and not b.n_bytes for b in blanks)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_a_global_batch_is_the_same_at_any_world_size(corpus: Path, world: int) -> None:
     for step in (0, 5, 31):
@@ -167,9 +182,9 @@ def test_a_target_is_the_next_token_of_the_same_document_and_never_a_patch(corpu
         assert torch.equal(batch.row_bytes, (targets >= 9).sum(1)) and batch.n_bytes == (targets >= 9).sum()
 
 
-def test_a_batch_that_does_not_divide_is_refused(corpus: Path) -> None:
-    with pytest.raises(ConfigError, match="do not divide"):
-        make(corpus, world=5)
+def test_a_batch_of_fewer_rows_than_workers_is_refused(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match="12 rows a batch: allowed: 13 or more"):
+        make(corpus, world=13)
 
 
 def test_a_modality_without_rows_is_refused_by_name(corpus: Path) -> None:

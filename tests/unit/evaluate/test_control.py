@@ -10,7 +10,8 @@ from shoal.evaluate import report
 from shoal.evaluate.control import control_plan, exit_tax, too_high
 from shoal.train import log
 from shoal.train.loop import fit
-from shoal.train.plan import FitPlan, check, pretrain_plan
+from shoal.train.plan import FitPlan, pretrain_plan
+from shoal.train.refusal import check
 
 DEPTHS = ("shallow", "middle", "full")
 

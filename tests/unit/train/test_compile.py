@@ -13,7 +13,8 @@ from shoal.train.feed import open_feed, shard_tokenizer
 from shoal.train.loss import LossModel
 from shoal.train.optim import make_optimizer
 from shoal.train.parallel import Ranks, shard_
-from shoal.train.plan import check, pretrain_plan
+from shoal.train.plan import pretrain_plan
+from shoal.train.refusal import check
 from shoal.train.step import update
 
 
@@ -48,7 +49,7 @@ def test_compiled_layers_train_alike_and_in_one_graph_each(
 
 
 def test_a_machine_without_a_compiler_is_told_before_training(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.train.plan.COMPILER", "no-such-compiler")
+    monkeypatch.setattr("shoal.train.refusal.COMPILER", "no-such-compiler")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"compile: got 'no no-such-compiler.*leave it out"):
         check(pretrain_plan("test", str(shards), "run", steps=1, compile=True), 1)

@@ -15,7 +15,8 @@ from shoal.inputs.tokenizer import Tokenizer
 from shoal.train.feed import open_feed, shard_tokenizer
 from shoal.train.needs import disk_needed, memory_needed
 from shoal.train.parallel import Ranks
-from shoal.train.plan import REPLAY_EVERY, FitPlan, check, pretrain_plan, progress
+from shoal.train.plan import REPLAY_EVERY, FitPlan, pretrain_plan, progress
+from shoal.train.refusal import check
 from tests.corpus import write_chats, write_corpus
 
 CPU = torch.device("cpu")

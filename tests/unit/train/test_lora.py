@@ -55,7 +55,7 @@ def test_memory_and_disk_are_those_of_thin_matrices_beside_frozen_weights(tmp_pa
         finetune_plan(str(tmp_path / "base"), "c.jsonl", str(tmp_path / "run"), **more)
         for more in ({}, {"lora_rank": 3})
     )
-    assert memory_needed(whole, 1) - memory_needed(lora, 1) == 16 * (total - thin) - 8 * thin
+    assert memory_needed(whole, 1) - memory_needed(lora, 1) == 12 * (total - thin) - 4 * thin
     assert disk_needed(whole) - disk_needed(lora) == 4 * (whole.keep + 1) * (2 * total - 3 * thin)
 
 

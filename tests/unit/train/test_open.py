@@ -220,7 +220,10 @@ def test_preferences_are_learned_against_the_frozen_base(more: dict[str, Any], t
 def test_the_losses_of_preferences_are_those_of_the_definition() -> None:
     ce, reference = torch.tensor([[3.0, 5.0, 2.0, 2.5]]), torch.tensor([[4.0, 4.5, 2.0, 2.0]])
     by_hand = sum(math.log1p(math.exp(-0.1 * margin)) for margin in ((4 - 3) - (4.5 - 5), (2 - 2) - (2 - 2.5)))
-    assert preference_losses(ce, reference, 0.1).tolist() == [pytest.approx(by_hand, rel=1e-6)]
+    both = torch.tensor([True, True])
+    assert preference_losses(ce, reference, 0.1, both).tolist() == [pytest.approx(by_hand, rel=1e-6)]
+    first = math.log1p(math.exp(-0.1 * 1.5))
+    assert preference_losses(ce, reference, 0.1, torch.tensor([True, False])).tolist() == [pytest.approx(first)]
 
 
 def test_preferences_are_for_fine_tuning_alone(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +25,7 @@ from shoal.train import log, parallel
 from shoal.train.feed import open_feed, shard_tokenizer
 from shoal.train.loop import fit
 from shoal.train.loss import LossModel
+from shoal.train.manifest import damage
 from shoal.train.optim import left_out, make_optimizer, rotates
 from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan
 from shoal.train.step import count, update
@@ -45,12 +47,19 @@ WORLD_OF_RUN = {
     "hsdp": (4, 0, {"replicas": 2}),
     "less-memory": (2, 0, {"recompute": True}),
     "muon": (2, 0, {"optimizer": "muon"}),
+    "uneven": (3, 0, {"parts": 4, "accumulate": 2}),
     "int8": (2, 0, INT8),
 }
 
 LORA = {"lora_rank": 4}
 # name, world, fields
-TUNED = [("chats", 2, {}), ("chats", 4, {}), ("chats", 8, {}), ("lora", 2, LORA), ("lora", 4, LORA)]
+TUNED = [
+    ("chats", 2, {}),
+    ("chats", 3, {"parts": 8, "accumulate": 3}),
+    ("chats", 8, {}),
+    ("lora", 2, LORA),
+    ("lora", 4, LORA),
+]
 
 
 def plan(shards: Path, run: Path, world: int = 1, **more: Any) -> FitPlan:
@@ -228,6 +237,7 @@ def history(run: Path, kind: str, key: str) -> list:
         ("once", "alone"),
         ("hsdp", "alone"),
         ("less-memory", "alone"),
+        ("uneven", "alone"),
         ("odd", "alone-odd"),
         ("int8", "alone-int8"),
     ],
@@ -276,7 +286,8 @@ def test_a_run_goes_on_at_another_world_size(played: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "world"), [(kind, world) for kind, world, _ in TUNED])
 def test_masked_rows_are_one_update_however_they_are_dealt(played: Path, kind: str, world: int) -> None:
-    """(8 x 1) = (4 x 2) = (2 x 4) = (1 x 8), with chats of 1 to 3 sentences; also where most weights are frozen."""
+    """(8 x 1) = (4 x 2) = (2 x 4) = (1 x 8), and 3, 3 and 2, with chats of 1 to 3 sentences; also where most weights are
+    frozen."""
     found, want = (history(played / run, "step", "loss") for run in (f"{kind}-{world}", f"alone-{kind}"))
     assert found == pytest.approx(want, abs=1e-6 * max(want))
 
@@ -288,6 +299,21 @@ def test_lora_changes_the_layers_alone_and_leaves_a_model_of_the_same_shape(play
     assert all(
         (".blocks." in name and name.endswith((".qkv.weight", ".out.weight"))) or ".mlp." in name for name in changed
     )
+
+
+@pytest.mark.parametrize("run", ["each-use", "hsdp", "uneven"])
+def test_ranks_write_each_tensor_once(played: Path, run: str) -> None:
+    """Their files together hold as many numbers as one rank's; of groups that hold the same, one writes."""
+
+    def held(name: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for path in (played / name / "checkpoints" / "step-00000004").glob("shard-*"):
+            for key, tensor in load_file(path).items():
+                found[key] = found.get(key, 0) + tensor.numel()
+        return found
+
+    assert held(run) == held("alone") and held("alone")
+    assert damage(played / run / "checkpoints" / "step-00000004") is None
 
 
 def test_a_full_disk_costs_checkpoints_and_no_step(played: Path) -> None:

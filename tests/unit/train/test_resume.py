@@ -19,7 +19,8 @@ from shoal.train import log
 from shoal.train.checkpoint import CheckpointStore
 from shoal.train.loop import fit
 from shoal.train.parallel import Ranks
-from shoal.train.plan import FitPlan, check, finetune_plan, pretrain_plan
+from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan
+from shoal.train.refusal import check
 from shoal.train.run import COMMAND, stop_file
 
 
@@ -100,14 +101,14 @@ def test_a_best_checkpoint_that_cannot_be_written_is_none(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full while the best evaluation is saved, here the last: the run ends with the last weights."""
-    save = CheckpointStore.save
+    begin = CheckpointStore.begin
 
     def full(self: CheckpointStore, model, optimizer, state, ranks, **more):
         if state.best is not None:
             raise CheckpointError("cannot write checkpoint", got="No space left on device")
-        return save(self, model, optimizer, state, ranks, **more)
+        return begin(self, model, optimizer, state, ranks, **more)
 
-    monkeypatch.setattr(CheckpointStore, "save", full)
+    monkeypatch.setattr(CheckpointStore, "begin", full)
     result = fit(short(shards, tmp_path / "run", steps=2, eval_every=1, keep_best=True))
     assert result.steps == 2 and weights(tmp_path / "run")
     texts = [text for (text,) in said(tmp_path / "run", "warning", "text")]
@@ -194,9 +195,9 @@ def spy_on_rows(read: Counter[int]) -> Callable:
 
 def test_a_global_batch_that_cannot_be_kept_is_refused() -> None:
     plan = pretrain_plan("test", "data", "run", steps=1)
-    assert [plan.in_parts(8, world).train.accumulate for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
-    with pytest.raises(ConfigError, match=r"8 micro-batch\(es\) of a global batch do not divide over 3 worker\(s\)"):
-        plan.in_parts(8, 3)
+    assert [plan.in_parts(8, world).train.accumulate for world in (1, 2, 3, 4, 5, 8)] == [8, 4, 3, 2, 2, 1]
+    with pytest.raises(ConfigError, match=r"8 micro-batch\(es\) of a global batch are too few for 9 worker\(s\)"):
+        plan.in_parts(8, 9)
 
 
 # ---- the schedule

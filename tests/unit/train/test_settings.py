@@ -9,9 +9,10 @@ import torch
 from shoal import Model
 from shoal.errors import ConfigError, ResourceError, UsageError
 from shoal.on_ray.train import parse_workers, preflight, train
-from shoal.train.needs import memory_needed
+from shoal.train.needs import memory_needed, saved_at_once
 from shoal.train.parallel import Ranks
-from shoal.train.plan import check, finetune_plan, pretrain_plan
+from shoal.train.plan import finetune_plan, pretrain_plan
+from shoal.train.refusal import check
 from shoal.train.run import enough_memory
 from shoal.train.settings import settings
 
@@ -49,9 +50,16 @@ def test_workers_are_a_number_or_two() -> None:
 
 def test_micro_batches_stay_as_many_at_any_world() -> None:
     plan = pretrain_plan("test", "data", "run", steps=1, accumulate=2)
-    assert [plan.at_world(4, world).train.accumulate for world in (1, 2, 4)] == [8, 4, 2]
-    with pytest.raises(ConfigError, match="do not divide over 3"):
-        plan.at_world(4, 3)
+    assert [plan.at_world(4, world).train.accumulate for world in (1, 2, 3, 4)] == [8, 4, 3, 2]
+    assert {plan.at_world(4, world).micro_rows(world) for world in (1, 2, 3, 4)} == {1}
+    large = pretrain_plan("7b", "data", "run", steps=1, accumulate=2)
+    assert {large.at_world(128, world).parts_at(world) for world in range(120, 129)} == {256}
+
+
+def test_what_does_not_divide_says_what_would() -> None:
+    """The preset's 16 micro-batches of 128 workers are more than there are rows."""
+    with pytest.raises(ConfigError, match=r"256 rows do not divide over 128 worker\(s\) x 16.*use --accumulate 2, or"):
+        pretrain_plan("7b", "data", "run", steps=1).micro_rows(128)
 
 
 def test_lora_needs_a_base_and_replicas_divide_the_workers(shards: Path, tmp_path: Path) -> None:
@@ -72,7 +80,7 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = pretrain_plan("mini", str(shards), "run", steps=1)
-    each = memory_needed(plan, 2) / 2**30
+    each = (memory_needed(plan, 2) + saved_at_once(plan, 2)) / 2**30
     with pytest.raises(
         ResourceError, match=rf"2 worker\(s\) x {each:.1f} GiB = {2 * each:.1f} GiB.*0.5 GiB in the cluster"
     ):

@@ -152,7 +152,7 @@ def test_whatever_a_rank_meets_while_it_saves_is_told_to_all(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access")
 
-    monkeypatch.setattr("shoal.train.checkpoint.save_file", fail)
+    monkeypatch.setattr("shoal.train.snapshot.write_file", fail)
     store = CheckpointStore(tmp_path)
     with pytest.raises(CheckpointError, match=r"cannot write checkpoint .* illegal memory access"):
         store.save(*trained(seed=1), state(1), alone)

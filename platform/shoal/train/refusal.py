@@ -1,0 +1,79 @@
+"""What refuses a plan that could not be followed, before any worker starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from shoal.data.shards import open_index
+from shoal.errors import ConfigError, DataError
+from shoal.model.checkpoint import require_replaceable
+from shoal.train.plan import FitPlan, fingerprint, recorded
+
+COMPILER = os.environ.get("CXX", "g++")  # what torch.compile runs on a CPU
+
+
+def check(plan: FitPlan, workers: int) -> None:
+    """Refuse, before any worker starts, a plan that could not be followed: DataError when the data is missing, too short or
+    made for another model, ConfigError when the batch does not divide, CheckpointError when something lies where the model is
+    to go."""
+    require_replaceable(plan.model_dir)
+    if plan.rates_of:
+        recorded(plan)
+    if plan.compile and not torch.cuda.is_available() and not shutil.which(COMPILER):
+        raise ConfigError(
+            "compile", got=f"no {COMPILER}, which torch.compile needs", do=f"install {COMPILER}, or leave it out"
+        )
+    need_groups(plan, workers)
+    if Path(plan.data).is_dir():
+        if plan.replay:
+            raise ConfigError(
+                "replay", got=plan.replay, allowed="a run on chats", do="leave it out: the data are shards"
+            )
+        _check_shards(plan, plan.data, workers)
+    else:
+        _check_chats(plan, workers)
+        if plan.replay:
+            _check_shards(plan, plan.replay, workers)
+
+
+def need_groups(plan: FitPlan, workers: int) -> None:
+    """Raises ConfigError where so many workers do not divide into the plan's groups (HSDP)."""
+    if workers % plan.replicas:
+        raise ConfigError("replicas", got=plan.replicas, allowed=f"a divisor of the number of workers, {workers}")
+
+
+def _check_shards(plan: FitPlan, data: str, workers: int) -> None:
+    plan.micro_rows(workers)
+    index = open_index(data, length=plan.model.train_length)
+    if index.vocab > plan.model.vocab:
+        raise DataError(f"{data}: vocabulary", got=index.vocab, allowed=f"at most {plan.model.vocab}, the model's")
+    shares = plan.mix if plan.mix is not None else index.mix
+    rows = {name: index.total("rows", "train", name) for name, share in shares.items() if share > 0}
+    empty = [name for name, count in rows.items() if not count]
+    if empty:
+        raise DataError(f"{data} has no rows of {empty[0]}", got=dict(shares), do="leave it out of the mix")
+    if sum(rows.values()) < plan.batch_rows:
+        raise DataError(
+            f"{data} is too short for one update",
+            got=f"{sum(rows.values())} rows of {index.length} tokens",
+            allowed=f"{plan.batch_rows} or more",
+            do=f"add data, or lower train.batch_tokens (now {plan.train.batch_tokens})",
+        )
+
+
+def _check_chats(plan: FitPlan, workers: int) -> None:
+    parts = plan.parts_at(workers)
+    fingerprint(plan.data)
+    with Path(plan.data).open("rb") as lines:
+        rows = sum(1 for line in lines if line.strip())
+    if rows < parts:
+        raise DataError(
+            f"{plan.data} is too short for one update",
+            got=f"{rows} rows",
+            allowed=f"{parts} or more, one for each micro-batch of {workers} worker(s)",
+            do="add rows, or use fewer workers or micro-batches",
+        )
