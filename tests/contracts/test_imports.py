@@ -37,7 +37,11 @@ sys.meta_path.insert(0, Blocker())
 for name in names:
     module = importlib.import_module(name)
     for found in pkgutil.walk_packages(getattr(module, "__path__", []), name + "."):
-        importlib.import_module(found.name)
+        try:
+            importlib.import_module(found.name)
+        except ModuleNotFoundError as error:
+            if error.name != "triton" or not found.name.startswith("shoal.model.gpu."):
+                raise  # kernels alone may need Triton, which is imported where a GPU asks for them
 print(json.dumps(sorted(sys.modules)))
 """
 
@@ -53,7 +57,7 @@ def loaded(*names: str, blocked: tuple[str, ...] = ()) -> set[str]:
 def test_the_arrows_point_down() -> None:
     lint = str(Path(sys.executable).with_name("lint-imports"))
     done = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0 and "5 kept, 0 broken" in done.stdout, done.stdout
+    assert done.returncode == 0 and "6 kept, 0 broken" in done.stdout, done.stdout
 
 
 def test_all_planes_but_one_work_where_ray_is_not_installed() -> None:

@@ -11,7 +11,7 @@ import pytest
 from _pytest.mark.expression import Expression
 
 ROOT = Path(__file__).parents[2]
-TARGETS = ("test", "drills", "test-vllm")
+TARGETS = ("test", "drills", "test-vllm", "test-triton")
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
 
 

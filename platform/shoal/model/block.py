@@ -20,12 +20,14 @@ from shoal.model.attention import Layout, attend, block_summaries
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.cpu import fused
 from shoal.model.cpu.parts import Form, Layer
+from shoal.model.gpu import launch
 from shoal.model.linears import Int8Linear, Linear
 from shoal.model.paged import paged_attention, write_kv
 from shoal.model.reach import ALL, Reach
 
 # what x, and x with the dims of each turned pair swapped, are multiplied by, [..., T, 1, d]
 Rope = tuple[Tensor, Tensor]
+CPU = torch.device("cpu")
 
 
 def linear(config: ModelConfig, inputs: int, outputs: int) -> Linear | Int8Linear:
@@ -67,6 +69,8 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if fused.usable(x):
             return fused.rms_norm(x, self.weight, self.eps)
+        if launch.usable(x):
+            return launch.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -140,18 +144,19 @@ class Attention(nn.Module):
         summaries = block_summaries(k, layout, self.config.summary) if reach.chooses else None
         return product(self.out, attend(q, k, v, summaries, layout, reach).flatten(-2), beside)
 
-    def beside_qkv(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def beside_qkv(self, dtype: torch.dtype, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor]:
         """The bias, and the weights of the norms of q and k; of length 0 where there are none."""
-        parameters, none = self._parameters, fused.none(dtype)  # `self.q_norm` takes a search: 0.6 us
+        parameters, none = self._parameters, fused.none(dtype, device)  # `self.q_norm` takes a search: 0.6 us
         bias = parameters.get("qkv_bias")
         norms = [self._modules[name] for name in ("q_norm", "k_norm") if name in self._modules]
         q, k = [norm._parameters["weight"] for norm in norms] or (none, none)  # type: ignore[union-attr]
         return none if bias is None else bias, q, k  # type: ignore[return-value]
 
     def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
-        if fused.usable(x):
+        if (on_cpu := fused.usable(x)) or launch.usable(x):
             heads = product(self.qkv, x, step.beside)
-            q = fused.project_and_store(heads, *self.beside_qkv(x.dtype), self.form, rope, kv, summaries, step)
+            store = fused.project_and_store if on_cpu else launch.project_and_store
+            q = store(heads, *self.beside_qkv(x.dtype, x.device), self.form, rope, kv, summaries, step)
         else:
             q, k, v = self.project(x, rope, step.beside)
             write_kv(k, v, kv, summaries, step)
@@ -171,6 +176,8 @@ class Mlp(nn.Module):
         both = product(self.up, x, beside)
         if fused.usable(both):
             return product(self.down, fused.swiglu(both), beside)
+        if launch.usable(both):
+            return product(self.down, launch.swiglu(both), beside)
         gate, up = both.chunk(2, dim=-1)
         return product(self.down, F.silu(gate) * up, beside)
 
@@ -196,8 +203,14 @@ class Block(nn.Module):
     def _around(self, x: Tensor, attention: Callable[[Tensor], Tensor], beside: Beside | None) -> Tensor:
         """x after `attention` and the MLP, each added to what went in, with its norm before or after it."""
         if self.before:
-            x = x + attention(self.attention_norm(x))
-            return x + self.mlp(self.mlp_norm(x), beside)
+            if launch.usable(x):
+                x, normed = launch.add_norm(
+                    x, attention(self.attention_norm(x)), self.mlp_norm.weight, self.mlp_norm.eps
+                )
+            else:
+                x = x + attention(self.attention_norm(x))
+                normed = self.mlp_norm(x)
+            return x + self.mlp(normed, beside)
         x = x + self.attention_norm(attention(x))
         return x + self.mlp_norm(self.mlp(x, beside))
 
@@ -254,7 +267,8 @@ class Group(nn.Module):
 
     def paged(self, x: Tensor, step: PagedStep, cache: GroupCache) -> Tensor:
         """x [N, D] after these layers; the new K/V are written to `cache` at ``step.slots``."""
-        rope = step.rows.once("rope", lambda: rope_tables(step.positions, self.config, x.dtype))
+        kind = launch.fp(x.dtype) if launch.usable(x) else x.dtype
+        rope = step.rows.once("rope", lambda: rope_tables(step.positions, self.config, kind))
         if parts := self._in_one_call(x, step):
             added = [block.added(step.beside) for block in self.blocks]  # type: ignore[operator]
             return fused.layers(x, parts, rope, cache, step, added)

@@ -4,6 +4,7 @@ fp32 result to the bit, so which one runs decides the speed and nothing else.
     numba      levels, product and scales in one call over the weight as it is stored (`cpu.integers`)
     fbgemm     torch's, with a packed copy of the weight; takes quantised dtypes, which are deprecated (pytorch #184982)
     onednn     torch's, with a packed copy; plain int8
+    triton     levels in one launch, product and scales in another, for CUDA (`gpu.integers`)
     int_mm     `torch._int_mm`, for CUDA (on a CPU without VNNI tens of times slower than fp32)
     float      levels multiplied as floats, on any device
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from shoal.errors import ResourceError, first_line
 from shoal.model.cpu import fused
 from shoal.model.cpu.parts import Matrix
+from shoal.model.gpu import launch
 from shoal.model.quant import (
     TOP,
     WEIGHT_TOP,
@@ -244,10 +246,11 @@ KERNELS: dict[str, Build] = {
     "numba": Numba,
     "fbgemm": _fbgemm,
     "onednn": _onednn,
+    "triton": launch.int8_product,
     "int_mm": _int_mm,
     "float": _float,
 }
-_ON_CPU, _ON_CUDA = ("numba", "fbgemm", "onednn", "float"), ("int_mm", "float")
+_ON_CPU, _ON_CUDA = ("numba", "fbgemm", "onednn", "float"), ("triton", "int_mm", "float")
 
 
 @cache

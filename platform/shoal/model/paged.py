@@ -20,6 +20,7 @@ from shoal.model import slots
 from shoal.model.attention import Layout, attend, block_scores, select
 from shoal.model.cache import PagedStep, Rows
 from shoal.model.cpu import fused
+from shoal.model.gpu import launch
 from shoal.model.reach import Reach
 
 
@@ -49,6 +50,8 @@ def paged_attention(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, r
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         fused.attend(q, kv, summaries, step, reach, out)
         return _chunks(q, kv, summaries, step, reach, out, least=fused.SHORT + 1)
+    if launch.usable(q) and launch.attends(step, reach):
+        return launch.attend(q, kv, summaries, step, reach)
     reads = step.read(kv.shape[1])
     if not rows.chunks:
         return _alone(q, kv, summaries, reads, rows, reach)

@@ -41,6 +41,7 @@ def encode(k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != torch.int8:
         return torch.cat([k, v], dim=-1)
     both = torch.stack([k, v], dim=-2)  # [..., 2, d]
+    both = both.to(torch.promote_types(both.dtype, torch.float32))  # in bf16 the largest of a token could get level 128
     scale = (both.abs().amax(-1) / TOP).float().clamp(min=torch.finfo(torch.float32).tiny)
     upper = (scale.view(torch.int32) + 0xFFFF) >> 16  # the next bfloat16 that is not smaller
     rounded = (upper << 16).view(torch.float32).to(both.dtype)

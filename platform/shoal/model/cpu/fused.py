@@ -42,9 +42,9 @@ def usable(x: Tensor) -> bool:
 
 
 @cache
-def none(dtype: torch.dtype) -> Tensor:
+def none(dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """In place of what a layer does not have."""
-    return torch.empty(0, dtype=dtype)
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

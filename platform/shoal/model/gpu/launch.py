@@ -1,0 +1,273 @@
+"""A decoding step's operators in a few launches each, for CUDA: the torch side of the Triton kernels beside it.
+
+`usable` says where they stand in for the torch operators: on a CUDA device, without gradients, with Triton installed (the
+extra ``gpu``; torch for CUDA brings it). Everything works without them, and to the same results within rounding. No kernel was
+run on a GPU yet: tests/triton runs them in Triton's interpreter, and compiles them for sm_80 and sm_90.
+
+Letters: N rows (a token each), R requests, H query heads, Hk KV heads, G = H/Hk, d head dim, S block, P page, M units of a
+table, K blocks read.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from shoal.model.cache import PagedStep
+from shoal.model.cpu.parts import Form
+from shoal.model.reach import Reach
+
+ON = {"cuda"}  # devices; tests add the CPU, where Triton's interpreter runs
+TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+PROGRAMS = 264  # that fill a device: two for each of 132 multiprocessors; what a row reads is cut into as many pieces
+TILE = 64  # keys of a step of the attention's loop, blocks that a program scores
+SCORED = 2**24  # scores that exist at once (fp32: 64 MB)
+MOST_BLOCKS = 2**14  # that one program chooses among
+MOST_LAST = 2**31 - 1
+LONG = 16  # new tokens of a request beyond which reading all of the context is left to torch, where queries share keys
+
+
+def usable(x: Tensor) -> bool:
+    """May the functions below be used on `x`?"""
+    if x.device.type not in ON or torch.compiler.is_compiling():
+        return False
+    return x.dtype in TYPES and not torch.is_grad_enabled() and not is_in_torch_dispatch_mode() and installed()
+
+
+@cache
+def installed() -> bool:
+    """Is Triton there?"""
+    return find_spec("triton") is not None
+
+
+def fp(dtype: torch.dtype) -> torch.dtype:
+    """What norms, rotation and softmax compute in for activations of `dtype`: fp32 or fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis."""
+    from shoal.model.gpu import pointwise
+
+    x = x.contiguous()
+    out, width = torch.empty_like(x), x.shape[-1]
+    if rows := x.numel() // width:
+        pointwise._norm[(rows,)](
+            x, x, weight, x, out, eps, D=width, WIDE=_power(width), ADDS=False, EXACT=_exact(x), num_warps=_warps(width)
+        )
+    return out
+
+
+def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + added, and its rms norm."""
+    from shoal.model.gpu import pointwise
+
+    x, added = x.contiguous(), added.contiguous()
+    total, out, width = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
+    if rows := x.numel() // width:
+        pointwise._norm[(rows,)](
+            x, added, weight, total, out, eps,
+            D=width, WIDE=_power(width), ADDS=True, EXACT=_exact(x), num_warps=_warps(width),
+        )  # fmt: skip
+    return total, out
+
+
+def swiglu(both: Tensor) -> Tensor:
+    """silu(gate) * up, [..., F] for [..., 2F], gate first."""
+    from shoal.model.gpu import pointwise
+
+    inner = both.shape[-1] // 2
+    both, tile = both.contiguous(), min(1024, _power(inner))
+    out = both.new_empty(*both.shape[:-1], inner)
+    if rows := out.numel() // inner:
+        pointwise._swiglu[(rows, -(-inner // tile))](both, out, F=inner, TILE=tile, EXACT=_exact(both))
+    return out
+
+
+def project_and_store(
+    qkv: Tensor,
+    bias: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    form: Form,
+    rope: tuple[Tensor, Tensor],
+    kv: Tensor,
+    summaries: Tensor,
+    step: PagedStep,
+) -> Tensor:
+    """q [N, H, d] of `qkv` [N, (H + 2 Hk) d], normed and turned; k and v are written as `paged.write_kv` writes them, but that
+    rows without a slot write nothing. `bias` and weights are as in `cpu.parts.Layer`."""
+    from shoal.model.gpu import store
+
+    dim, kv_heads, page = rope[0].shape[-1], kv.shape[1], kv.shape[2]
+    heads = qkv.shape[-1] // dim - 2 * kv_heads
+    q = qkv.new_empty(len(qkv), heads, dim)
+    if not len(qkv):
+        return q
+    kind = store.NONE if not len(q_weight) else store.HEAD if len(q_weight) == dim else store.ALL
+    wide, eight = _power(dim), kv.dtype == torch.int8
+    store._store[(len(qkv), heads + 2 * kv_heads)](
+        qkv.contiguous(), bias, q_weight, k_weight, rope[0].contiguous(), rope[1].contiguous(), step.slots, q, kv,
+        kv.stride(0), kv.stride(1), kv.stride(2), form.eps,
+        HEADS=heads, KV_HEADS=kv_heads, D=dim, WIDE=wide, HALF=form.half, P=page, BIASED=len(bias) > 0, NORM=kind,
+        TOTAL=_power(dim * heads) if kind == store.ALL else wide, INT8=eight, EXACT=_exact(qkv), num_warps=1,
+    )  # fmt: skip
+    store._summarise[(len(qkv), kv_heads)](
+        kv, summaries, step.positions, step.slots, *kv.stride()[:3], *summaries.stride()[:3],
+        D=dim, WIDE=wide, P=page, S=step.block, TALL=_power(step.block), VARIANCE=summaries.shape[-1] > dim, INT8=eight,
+        num_warps=1 if step.block * wide <= 1024 else 4,
+    )  # fmt: skip
+    return q
+
+
+def attends(step: PagedStep, reach: Reach) -> bool:
+    """Is `attend` for all rows of `step`? Not for a request of many new tokens that read all of the context, nor for more
+    blocks than one program chooses among."""
+    keys = step.tables.shape[1] * step.page
+    if reach.chooses and keys // step.block > MOST_BLOCKS:
+        return False
+    return step.rows.longest <= LONG or (not reach.dense and reach.way(keys, step.block) != "whole")
+
+
+def attend(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Reach) -> Tensor:
+    """[N, H, d] for q [N, H, d] over pages, as `paged.paged_attention`, each row by its own position: kv [U, Hk, P, W],
+    summaries [U, Hk, P/S, m]."""
+    q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
+    requests = step.rows.once("requests", lambda: _requests(step.starts, q.device))
+    blocks = step.tables.shape[1] * step.page // step.block
+    most = max(1, SCORED // (q.shape[1] * max(1, blocks))) if reach.chooses else len(q)
+    for first in range(0, len(q), most):
+        some = slice(first, first + most)
+        _attend(q[some], kv, summaries, step, reach, step.positions[some], requests[some], out[some])
+    return out
+
+
+def choose(q: Tensor, summaries: Tensor, step: PagedStep, reach: Reach, positions: Tensor, requests: Tensor) -> Tensor:
+    """int32 [N, Hk, K]: the blocks that the rows `q` [N, H, d] at `positions` of `requests` read, in ascending order; -1 where
+    there are fewer."""
+    from shoal.model.gpu import attention
+
+    rows, heads, dim = q.shape
+    kv_heads, per_page, exact = summaries.shape[1], summaries.shape[2], _exact(q)
+    group, blocks, top_k = heads // kv_heads, step.tables.shape[1] * per_page, reach.top_k
+    shape = {
+        "G": group,
+        "HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "S": step.block,
+        "K": top_k,
+        "BEYOND": reach.bias is not None,
+    }
+    sizes = min(reach.window, MOST_LAST), min(reach.dense, MOST_LAST)
+    chosen = torch.empty(rows, kv_heads, top_k, dtype=torch.int32, device=q.device)
+    z = q.new_empty((rows, heads, blocks) if blocks > top_k else (1,), dtype=fp(q.dtype))
+    if blocks > top_k:
+        attention._score[(rows, kv_heads, -(-blocks // TILE))](
+            q, summaries, step.tables, positions, requests, z,
+            step.tables.stride(0), *summaries.stride()[:3], *sizes, 1 / math.sqrt(dim), blocks,
+            **shape, ROWS=_power(group, 1 if exact else 16), D=dim, WIDE=_power(dim), PAGED=per_page,
+            VARIANCE=summaries.shape[-1] > dim, TILE=TILE, EXACT=exact,
+        )  # fmt: skip
+    attention._choose[(rows, kv_heads)](
+        z, positions, chosen, *sizes, blocks,
+        **shape, SINKS=reach.sinks, TILE=_power(blocks), WIDE=_power(top_k, 1), EXACT=exact, num_warps=_warps(blocks),
+    )  # fmt: skip
+    return chosen
+
+
+def _attend(
+    q: Tensor,
+    kv: Tensor,
+    summaries: Tensor,
+    step: PagedStep,
+    reach: Reach,
+    positions: Tensor,
+    requests: Tensor,
+    out: Tensor,
+) -> None:
+    """Fill `out` for the rows `q` [N, H, d] at `positions` [N] of `requests` [N]."""
+    from shoal.model.gpu import attention
+
+    rows, heads, dim = q.shape
+    kv_heads, page, exact, most = kv.shape[1], kv.shape[2], _exact(q), step.tables.shape[1] * kv.shape[2]
+    group, beyond, top_k = heads // kv_heads, reach.bias is not None, reach.top_k if reach.chooses else 0
+    chosen = choose(q, summaries, step, reach, positions, requests) if top_k else positions
+    window, dense = min(reach.window, MOST_LAST), min(reach.dense, MOST_LAST)
+    near, far = _pieces(rows * kv_heads, min(most, max(window, dense)), (top_k + 1) * step.block if top_k else 0)
+    part = q.new_empty(rows, heads, near + far, dim, dtype=fp(q.dtype))
+    stats = q.new_empty(rows, heads, near + far, 2, dtype=fp(q.dtype))
+    attention._attend[(rows, kv_heads, near + far)](
+        q, kv, step.tables, positions, requests, chosen, reach.bias if beyond else q, part, stats,
+        step.tables.stride(0), *kv.stride()[:3], window, dense, 1 / math.sqrt(dim),
+        G=group, HEADS=heads, KV_HEADS=kv_heads, D=dim, WIDE=_power(dim), P=page, S=step.block, K=top_k, BEYOND=beyond,
+        INT8=kv.dtype == torch.int8, ROWS=_power(group, 1 if exact else 16), TILE=TILE, NEAR=near, PIECES=near + far,
+        PRECISION=_precision(q), EXACT=exact,
+    )  # fmt: skip
+    gated = reach.gamma is not None and far > 0
+    attention._join[(rows, heads)](
+        part, stats, reach.gamma if gated else q, out,
+        HEADS=heads, D=dim, WIDE=_power(dim), NEAR=near, PIECES=near + far, PADDED=_power(near + far, 1), GATED=gated,
+    )  # fmt: skip
+
+
+def int8_product(weight: Tensor, scale: Tensor) -> Any:
+    """A function x [M, I] fp32 -> [M, O] fp32 for int8 `weight` [O, I] and `scale` [O, 1] (`int8.Build`)."""
+    from shoal.model.gpu import integers
+    from shoal.model.quant import TOP, ZERO
+
+    outputs, inputs = weight.shape
+    weight, scales = weight.contiguous(), scale.view(-1)
+
+    def run(x: Tensor) -> Tensor:
+        rows, x = len(x), x.contiguous()
+        levels = torch.empty(rows, inputs, dtype=torch.int8, device=x.device)
+        of, out = x.new_empty(rows), x.new_empty(rows, outputs)
+        integers._levels[(rows,)](
+            x, levels, of, I=inputs, WIDE=_power(inputs), TOP=TOP, ZERO=ZERO, num_warps=_warps(inputs)
+        )
+        tall, columns = (16, 32) if rows <= 16 else (64, 64)
+        integers._product[(-(-outputs // columns), -(-rows // tall))](
+            levels, weight, of, scales, out, rows, outputs, I=inputs, ROWS=tall, COLUMNS=columns, DEEP=128
+        )
+        return out
+
+    return run
+
+
+def _pieces(programs: int, near: int, far: int) -> tuple[int, int]:
+    """Into how many pieces the keys of window and chosen blocks are cut, for so many rows and KV heads: enough to fill a
+    device."""
+    each = max(TILE, -(-(near + far) * programs // PROGRAMS))
+    return max(1, -(-near // each)), -(-far // each)
+
+
+def _requests(starts: list[int], device: torch.device) -> Tensor:
+    """The request of each row, [N]."""
+    counts = torch.tensor(starts).diff()
+    return torch.repeat_interleave(torch.arange(len(counts)), counts).to(torch.int32).to(device)
+
+
+def _precision(x: Tensor) -> str:
+    if not x.is_cuda:
+        return "wide"
+    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _exact(x: Tensor) -> bool:
+    return x.dtype == torch.float64
+
+
+def _power(size: int, least: int = 16) -> int:
+    """The power of two that is not below `size`."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def _warps(size: int) -> int:
+    """Warps for a program that holds so many numbers."""
+    return min(16, max(1, _power(size) // 512))

@@ -1,0 +1,179 @@
+"""Attention over pages in Triton against the definition in float64 (`reference.py`), and the choice of blocks for itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shoal.model import paged, reference
+from shoal.model.gpu import launch
+from shoal.model.reach import ALL, Reach
+from tests.triton.stored import Stored, store
+
+# of the largest value: rounding of sums in fp32; in bf16 each weight and the result are of 8 bits, and lose at most 2^-8 each,
+# which the interpreter cuts where a GPU rounds
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}
+MARGIN = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}  # scores are fp32 in bf16 too
+
+
+@torch.no_grad()
+def attended(case: Stored, reach: Reach) -> Tensor:
+    return launch.attend(case.q, case.kv, case.summaries, case.step, reach)
+
+
+def whole(case: Stored, request: int) -> tuple[Tensor, Tensor, Tensor, slice]:
+    """q, k and v [1, n, heads, d] of a request in float64, with noise for other queries than those that the slice names."""
+    n, span = len(case.k[request]), slice(*case.step.starts[request : request + 2])
+    q = torch.randn(n, *case.q.shape[1:], dtype=torch.float64)
+    asked = slice(n - (span.stop - span.start), n)
+    q[asked] = case.q[span].double()
+    return q[None], case.k[request].double()[None], case.v[request].double()[None], asked
+
+
+def margin(case: Stored, request: int, reach: Reach, block: int) -> Tensor:
+    """How far the K-th best score of each row of a request is from the next, relative, the least of all KV heads [n]."""
+    q, k, _, asked = whole(case, request)
+    scores = reference.block_scores(q[0].transpose(0, 1), k[0].transpose(0, 1), block, "mean")[
+        :, asked, reach.sinks :
+    ].exp()
+    if scores.shape[-1] <= (most := reach.top_k - reach.sinks):
+        return torch.ones(scores.shape[1])
+    best = scores.sort(-1, descending=True).values
+    return ((best[..., most - 1] - best[..., most]) / best[..., most - 1].clamp(min=1e-300)).amin(0)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=3),
+    heads=st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 4)]),
+    sizes=st.sampled_from([(8, 4), (8, 8), (4, 1), (16, 4)]),
+    window=st.integers(1, 40),
+    top_k=st.integers(1, 6),
+    dim=st.sampled_from([8, 16, 24]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    programs=st.sampled_from([1, 264]),
+    new=st.integers(1, 3),
+)
+def test_both_branches_are_the_definition(
+    seed: int,
+    lengths: list[int],
+    heads: tuple[int, int],
+    sizes: tuple[int, int],
+    window: int,
+    top_k: int,
+    dim: int,
+    dtype: torch.dtype,
+    programs: int,
+    new: int,
+) -> None:
+    """Ragged lengths, groups, pages and blocks, one piece or many; several rows a request, as in verification and prefill."""
+    (page, block), (kv_heads, group) = sizes, heads
+    case = store(
+        seed, lengths, [min(new, n) for n in lengths],
+        kv_heads=kv_heads, group=group, dim=dim, page=page, block=block, dtype=dtype,
+    )  # fmt: skip
+    gamma = torch.rand(kv_heads * group, dtype=torch.float64)
+    reach = Reach(window, top_k, min(1, top_k), gamma)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "PROGRAMS", programs)
+        patch.setattr(launch, "TILE", 16)
+        got = attended(case, dataclasses.replace(reach, gamma=gamma.to(launch.fp(dtype)))).double()
+    for r in range(len(lengths)):
+        q, k, v, asked = whole(case, r)
+        want = reference.reference_attention(
+            q, k, v, window=window, block=block, top_k=top_k, sinks=reach.sinks, local_weight=gamma
+        )[0, asked]
+        sure = margin(case, r, reach, block) > MARGIN[dtype]
+        off = (got[slice(*case.step.starts[r : r + 2])] - want).abs().amax((1, 2))[sure]
+        assert (off <= BOUNDS[dtype] * v.abs().max().clamp(min=1)).all()
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    length=st.integers(20, 120),
+    heads=st.sampled_from([(2, 1), (1, 4)]),
+    top_k=st.integers(1, 5),
+    sinks=st.integers(0, 1),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    equal=st.booleans(),
+)
+def test_the_chosen_blocks_are_those_of_the_definition(
+    seed: int, length: int, heads: tuple[int, int], top_k: int, sinks: int, dtype: torch.dtype, equal: bool
+) -> None:
+    """Wherever scores differ by more than rounding; and where all are equal, to the bit, the lower blocks."""
+    case = store(seed, [length], [2], kv_heads=heads[0], group=heads[1], dtype=dtype)
+    if equal:
+        case.q.zero_()
+    reach = Reach(5, top_k, sinks, torch.ones(heads[0] * heads[1]))
+    with torch.no_grad():
+        found = launch.choose(case.q, case.summaries, case.step, reach, case.step.positions, case.requests)
+    q, k, _, asked = whole(case, 0)
+    scores = reference.block_scores(q[0].transpose(0, 1), k[0].transpose(0, 1), 4, "mean")
+    if equal:
+        scores = torch.where(scores.isfinite(), 0.0, scores)
+    want = reference.chosen_blocks(scores, 4, top_k, sinks)[:, asked]  # [Hk, n, N]
+    sure = margin(case, 0, reach, 4) > MARGIN[dtype]
+    for row in range(2):
+        for head in range(heads[0]):
+            blocks = [int(b) for b in found[row, head] if b >= 0]
+            assert blocks == sorted(set(blocks)) and len(blocks) == min(top_k, (int(case.step.positions[row]) + 1) // 4)
+            if sure[row] or equal:
+                assert blocks == want[head, row].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("dense", [0, 40])
+@pytest.mark.parametrize("kv_dtype", [torch.float64, torch.int8])
+def test_one_softmax_is_the_definition(dense: int, kv_dtype: torch.dtype) -> None:
+    """Sparse layers, by the torch path that `test_sparse` holds against their equations: some rows before the dense length."""
+    case = store(3, [70, 38, 41, 1], [3, 2, 1, 1], kv_dtype=kv_dtype)
+    reach = Reach(10, 3, 1, None, torch.randn(4, dtype=torch.float64), dense)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(launch, "ON", set())
+        want = paged.paged_attention(case.q, case.kv, case.summaries, case.step, reach)
+    torch.testing.assert_close(attended(case, reach), want, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("window", "dense"), [(7, 0), (ALL, ALL)])
+def test_the_window_alone_and_all_of_the_context(window: int, dense: int) -> None:
+    case = store(4, [50, 9], [1, 4])
+    got = attended(case, Reach(window, 0, 0, None, dense=dense))
+    for r in range(2):
+        q, k, v, asked = whole(case, r)
+        want = reference.reference_attention(q, k, v, window=window, block=4, top_k=1, sinks=0, local_weight=1.0)[
+            0, asked
+        ]
+        torch.testing.assert_close(got[slice(*case.step.starts[r : r + 2])], want, atol=1e-12, rtol=0)
+
+
+def test_the_variance_is_scored() -> None:
+    case = store(5, [90], [2], variance=True)
+    gamma = torch.full((4,), 0.3, dtype=torch.float64)
+    q, k, v, asked = whole(case, 0)
+    how = {"window": 6, "block": 4, "top_k": 3, "sinks": 1, "local_weight": gamma}
+    want = reference.reference_attention(q, k, v, **how, summary="mean_var")[0, asked]
+    torch.testing.assert_close(attended(case, Reach(6, 3, 1, gamma)), want, atol=1e-12, rtol=0)
+    other = reference.reference_attention(q, k, v, **how)[0, asked]
+    assert (other - want).abs().max() > 1e-3
+
+
+def test_rows_are_attended_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the scores of a long prompt never exist at once."""
+    case, reach = store(6, [60, 44], [3, 2]), Reach(6, 3, 1, torch.full((4,), 0.5, dtype=torch.float64))
+    want = attended(case, reach)
+    monkeypatch.setattr(launch, "SCORED", 2 * 4 * case.step.tables.shape[1] * 2)
+    assert torch.equal(attended(case, reach), want)
+
+
+def test_long_prompts_in_dense_layers_share_their_keys() -> None:
+    """A row that reads all of the context by itself would read it as often as there are rows."""
+    case = store(7, [60], [launch.LONG + 1])
+    dense, local = Reach(ALL, 0, 0, None, dense=ALL), Reach(9, 0, 0, None)
+    assert not launch.attends(case.step, dense) and launch.attends(case.step, local)
+    assert launch.attends(store(7, [60], [launch.LONG]).step, dense)
