@@ -47,9 +47,8 @@ REPLAY = "replay"
 class Settings:
     """How a cut is made."""
 
-    heldout: float | None = (
-        None  # share of the people that are held out; None: a fifth, or what the gate asks (`_share`)
-    )
+    # share of the people that are held out; None: a fifth, or what the gate asks for (`_share`)
+    heldout: float | None = None
     up: float = 0.2  # share of the rows to train on that may be the model's own answers, liked
     # rows of the old mix for each new one; fewer are known by heart before they hold anything back
     replay: float = 10.0
