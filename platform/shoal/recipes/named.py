@@ -1,4 +1,4 @@
-"""Recipes by name: each package in this one that has a `RECIPE`."""
+"""Recipes by name: each package in this one that has a `RECIPE`, and folders that `shoal recipe new` made."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pkgutil
 from pathlib import Path
 
 from shoal.errors import UsageError, did_you_mean
+from shoal.recipes import own
 from shoal.recipes.recipe import Recipe
 
 
@@ -17,9 +18,12 @@ def names() -> list[str]:
 
 
 def named(name: str) -> Recipe:
-    """The recipe of that name. Raises UsageError with the nearest known one."""
+    """The recipe of that name, or the one in a folder. Raises UsageError with the nearest known one."""
+    if (Path(name) / own.SETTINGS).is_file():
+        return own.Own(Path(name))
     if name not in names():
-        raise UsageError("recipe", got=name, allowed=names(), do=did_you_mean(name, names()))
+        allowed = [*names(), "new", f"a folder with a {own.SETTINGS}"]
+        raise UsageError("recipe", got=name, allowed=allowed, do=did_you_mean(name, names()))
     module = importlib.import_module(f"shoal.recipes.{name.replace('-', '_')}")
     recipe: Recipe = module.RECIPE
     return recipe

@@ -1,4 +1,5 @@
-"""Which depth each workload of a recipe needs: the shallowest at which the served model is as good as at full depth."""
+"""Which depth each workload of a recipe needs: the shallowest at which the served model is as good as at full depth,
+unless the recipe says that it is always full."""
 
 from __future__ import annotations
 
@@ -43,13 +44,15 @@ class Picks:
             found.append(
                 {
                     "workload": workload, "measure": self._recipe.served, "rows": known[FULL].rows,
-                    "depths": {depth: figure.value for depth, figure in known.items()}, "pick": self._pick(known),
+                    "depths": {depth: figure.value for depth, figure in known.items()}, "pick": self._pick(workload, known),
                     "auto_layers": sum(s * n for s, n in self._layers) / max(1, sum(n for _, n in self._layers)),
                 }
             )  # fmt: skip
         return found
 
-    def _pick(self, known: dict[str, Figure]) -> str:
+    def _pick(self, workload: str, known: dict[str, Figure]) -> str:
+        if workload in self._recipe.always_full:
+            return FULL
         sign = -1 if self._recipe.served in self._recipe.least_is_best else 1
         least = sign * known[FULL].value - MARGIN
         return next(depth for depth, figure in known.items() if depth != AUTO and sign * figure.value >= least)

@@ -45,6 +45,7 @@ class Recipe(ABC):
     measures: tuple[str, ...]
     least_is_best: tuple[str, ...] = ()
     served: str  # the measure by which depths are compared
+    always_full: tuple[str, ...] = ()  # workloads whose depth is full, whatever is measured
     sure = False  # is the model's own probability of its answers held against how often they are `right`?
 
     @abstractmethod

@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from shoal.errors import UsageError
 from shoal.stages.stage import Stage, out, print_result, say
+
+NEW = "new"  # what stands in place of a name to begin one of a user's own data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +20,16 @@ class Recipe(Stage):
     command goes on where an interrupted one stopped."""
 
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Which recipe, by its name: customer-service, medicine, law.")
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Which recipe: customer-service, medicine, law; a folder of `new`; or new, to begin one.",
+        ),
     ]
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", help="With NAME new: a .jsonl of chats, or a folder of .txt and .md. [none is begun]"),
+    ] = None
     out: Annotated[Path, typer.Option(help="Folder to write; empty, or of the same recipe.")]
     minutes: Annotated[float, typer.Option(help="Minutes of learning in all.")] = 9.0
     seed: Annotated[int, typer.Option(help="Seed of the data and of fresh weights.")] = 0
@@ -30,6 +41,14 @@ class Recipe(Stage):
 
     def run(self) -> None:
         from shoal.progress import progress
+
+        if (self.name == NEW) != (self.from_ is not None):
+            raise UsageError(
+                "--from", do=f"give it with {NEW}, and only there: shoal recipe {NEW} --from FILE --out DIR"
+            )
+        if self.from_ is not None:
+            self._begin(self.from_)
+            return
         from shoal.recipes import report
         from shoal.recipes.named import named
         from shoal.recipes.run import Asked, run
@@ -46,3 +65,10 @@ class Recipe(Stage):
             f"report in {self.out / 'report.md'}; serve it: "
             f"shoal serve --model {self.out / 'int8'} --policy {self.out / 'policy.yaml'}",
         )
+
+    def _begin(self, source: Path) -> None:
+        from shoal.recipes.own import begun
+
+        found = begun(source, self.out)
+        said = ", ".join(f"{count} {name}" for name, count in found.items())
+        print_result(found, self.as_json, f"rows: {said}; run it: shoal recipe {self.out} --out {self.out}-run")

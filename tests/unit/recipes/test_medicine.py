@@ -169,3 +169,8 @@ def test_the_files_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(row["red_flag"] for row in rows["red-flags.jsonl"])
     assert {row["task"] for row in rows["safety-out-of-scope.jsonl"]} == {OUT}
     assert (tmp_path / SUITES / "red-flags.jsonl").is_file()
+
+
+def test_words_where_json_was_asked_for_are_raised_as_well() -> None:
+    flagged = [row for row in cases(SUITE, SUITE, 40, flags=1) if row["form"] == JSON]
+    assert values(flagged, ["Urgency: today."] * len(flagged))[score.FLAGS] == 1.0

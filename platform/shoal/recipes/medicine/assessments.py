@@ -47,7 +47,8 @@ class Medicine(Recipe):
     most_tokens = 96
     measures = score.MEASURES
     least_is_best = score.LEAST_IS_BEST
-    served = "urgency"
+    served = "causes"  # urgency is raised by the server's rule as well
+    always_full = (DIAGNOSIS,)  # a wrong answer costs more than time
     sure = True
 
     def write(self, folder: Path, seed: int) -> None:

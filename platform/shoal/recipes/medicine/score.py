@@ -111,8 +111,8 @@ def _one(row: Row, answer: str) -> dict[str, bool]:
 
 
 def _raised(row: Row, whole: str, own: str) -> str:
-    """The urgency of an answer as it is served: of JSON its field, of words the higher of the model's and the server's."""
-    if row["form"] == JSON:
+    """The urgency of an answer as it is served: of an object its field, of words the higher of the model's and the server's."""
+    if row["form"] == JSON and whole.startswith("{"):
         return read(whole, row["language"], JSON).urgency
     assert POLICY.urgency is not None
     said = [message["content"] for message in row["messages"][:-1] if message["role"] == "user"]

@@ -1,0 +1,189 @@
+"""A recipe of a user's own data: `begun` makes its folder of rows or of documents, and `Own` is the recipe in such a folder.
+
+FOLDER/recipe.yaml    its name, what it is in a sentence, tokens of an answer, length of a row; to be edited
+       learn.jsonl    eight of ten groups, by a hash of the group: rows that ask the same are on one side
+       dev.jsonl      one of ten: what the router is fitted to
+       asked.jsonl    one of ten: the frozen suite
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal import config, presets
+from shoal.config import Preset
+from shoal.data.chats import forms
+from shoal.data.chats.rows import group_of, is_augmented, numbered, unusable
+from shoal.errors import DataError, UsageError
+from shoal.evaluate.intervals import Figure, of_mean, of_share
+from shoal.inputs import tools
+from shoal.machine import write_aside
+from shoal.recipes.customer_service.baselines import MAJORITY, MOST_TURNS, NEAREST, RULE, majority, nearest
+from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, write_rows
+
+SETTINGS, LEARN, ASKED = "recipe.yaml", "learn.jsonl", "asked.jsonl"
+LEAST_GROUPS = 60  # fewer leave nothing to measure on
+LENGTHS = (256, 384, 640, 1024)  # tokens of a row
+BYTES_A_TOKEN = 2  # at least, in most texts of the kind that the tokenizer is fitted to
+DOCUMENTS = (".txt", ".md")
+_WORD = re.compile(r"[\u3400-\u9fff]|\w+")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
+
+
+@dataclass(frozen=True)
+class Settings:
+    name: str
+    told: str
+    most_tokens: int
+    row_tokens: int
+
+
+class Own(Recipe):
+    lessons = (Lesson(LEARN, 1.0),)
+    measures = ("exact", "overlap", "answered")
+    served = "overlap"
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ConfigError for settings that are not whole, naming the key."""
+        values = config.read_file(folder / SETTINGS)
+        told = config.load(Settings, values, str(folder / SETTINGS))
+        self._folder = folder
+        self.name, self.told, self.most_tokens = told.name, told.told, told.most_tokens
+        tiny = presets.get("tiny")
+        shape = dataclasses.replace(
+            tiny.model, train_length=told.row_tokens, window=64, block=8, vocab=1536, image_size=0
+        )
+        # many small updates, as of a shop's customers (decision 0052)
+        train = dataclasses.replace(
+            tiny.train, learning_rate=4e-3, optimizer="muon", batch_tokens=max(1024, 2 * told.row_tokens), accumulate=1
+        )
+        self.preset = Preset(told.name, shape, train)
+
+    def write(self, folder: Path, seed: int) -> None:
+        (folder / SUITES).mkdir(parents=True, exist_ok=True)
+        for name, to in ((LEARN, folder), (DEV, folder), (ASKED, folder / SUITES)):
+            shutil.copyfile(self._folder / name, to / name)
+
+    def rivals(self, folder: Path) -> Mapping[str, Answerer]:
+        rows = []
+        for _, line in numbered(folder / LEARN):
+            rows.append(json.loads(line))
+            if len(rows) == MOST_TURNS:
+                break
+        return {MAJORITY: majority(rows), RULE: keywords(rows), NEAREST: nearest(rows)}
+
+    def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
+        """exact: the reference, letter by letter; overlap: F1 of words, or of characters of Chinese; answered: anything."""
+        groups = [hash(row["group"]) for row in rows]
+        right = [str(row["messages"][-1]["content"]).strip() for row in rows]
+        said = [answer.strip() for answer in answers]
+        return {
+            "exact": of_share([mine == wanted for mine, wanted in zip(said, right, strict=True)], groups),
+            "overlap": of_mean([overlap(mine, wanted) for mine, wanted in zip(said, right, strict=True)], groups),
+            "answered": of_share([bool(mine) for mine in said], groups),
+        }
+
+    def workload(self, row: Row) -> str:
+        return str(row.get("task") or self.name)
+
+
+def overlap(said: str, right: str) -> float:
+    """F1 of the words that both have, as often as both have them."""
+    mine, wanted = Counter(_WORD.findall(said.lower())), Counter(_WORD.findall(right.lower()))
+    both = sum((mine & wanted).values())
+    return 2 * both / max(1, sum(mine.values()) + sum(wanted.values()))
+
+
+def keywords(rows: Sequence[Row]) -> Answerer:
+    """Says what was said in training to the rarest word of what is asked now."""
+    told: dict[str, Counter[str]] = {}
+    for row in rows:
+        for word in set(_WORD.findall(str(row["messages"][-2]["content"]).lower())):
+            told.setdefault(word, Counter())[str(row["messages"][-1]["content"])] += 1
+    usual = Counter(str(row["messages"][-1]["content"]) for row in rows).most_common(1)[0][0]
+
+    def one(messages: Messages) -> str:
+        known = [word for word in _WORD.findall(str(messages[-1]["content"]).lower()) if word in told]
+        rarest = min(known, key=lambda word: sum(told[word].values()), default=None)
+        return usual if rarest is None else told[rarest].most_common(1)[0][0]
+
+    return lambda asked: [one(messages) for messages in asked]
+
+
+def begun(source: Path, folder: Path) -> dict[str, int]:
+    """Make a recipe's folder of a JSONL of chats, or of a folder of documents, and return how many rows each part has, and how
+    many were dropped. Raises UsageError for a folder that is there, DataError for what cannot be read, or is too little."""
+    if folder.exists():
+        raise UsageError("--out", got=str(folder), allowed="a folder that is not there yet")
+    if not source.exists():
+        raise UsageError("--from", got=str(source), allowed="a .jsonl of chats, or a folder of .txt and .md")
+    parts: dict[str, list[Row]] = {LEARN: [], DEV: [], ASKED: []}
+    dropped, longest, groups = 0, 0, set[int]()
+    for row in _of_documents(source) if source.is_dir() else _of_rows(source):
+        group = group_of(row)
+        part = _part(group)
+        size = len("".join(str(message["content"]) for message in row["messages"]).encode())
+        if (part != LEARN and is_augmented(row)) or size > BYTES_A_TOKEN * LENGTHS[-1]:
+            dropped += 1
+            continue
+        longest = max(longest, size)
+        groups.add(group)
+        parts[part].append({**row, "group": str(row.get("group") or group)})
+    if len(groups) < LEAST_GROUPS or not all(parts.values()):
+        do = "give more: what is asked is measured on what is not learned from"
+        raise DataError(f"{source}: questions that differ", got=len(groups), allowed=f"{LEAST_GROUPS} or more", do=do)
+    answers = max(len(str(row["messages"][-1]["content"]).encode()) for some in parts.values() for row in some)
+    row_tokens = next(length for length in LENGTHS if longest <= BYTES_A_TOKEN * length)
+    name = re.sub(r"[^a-z0-9-]+", "-", folder.name.lower()).strip("-") or "own"
+    told = Settings(name, f"made of {source.name}", min(256, max(16, answers // BYTES_A_TOKEN)), row_tokens)
+    for part, rows in parts.items():
+        write_rows(folder / part, rows)
+    write_aside(folder / SETTINGS, "".join(f"{key}: {json.dumps(value)}\n" for key, value in asdict(told).items()))
+    return {**{Path(part).stem: len(rows) for part, rows in parts.items()}, "dropped": dropped}
+
+
+def _part(group: int) -> str:
+    """Of every ten groups eight are learned from, one is what the router is fitted to, and one is asked."""
+    return {8: DEV, 9: ASKED}.get(group % 10, LEARN)
+
+
+def _of_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Chats that end with an answer, with texts alone."""
+    for number, line in numbered(path):
+        try:
+            row = json.loads(line)
+            messages = forms.canonical(row).get("messages")
+        except (ValueError, DataError) as error:
+            raise unusable(path, number, str(error)) from error
+        if not messages or len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise unusable(path, number, "no chat that ends with an answer")
+        plain = [
+            {**one, "content": "".join(p.get("text", "") for p in tools.parts(one["content"]))} for one in messages
+        ]
+        yield {**{key: row[key] for key in ("task", "group", "augmented") if row.get(key)}, "messages": plain}
+
+
+def _of_documents(folder: Path) -> Iterator[dict[str, Any]]:
+    """Of each paragraph what it begins with, and as the answer how it goes on; a document is a group."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in DOCUMENTS and path.is_file())
+    if not found:
+        raise DataError(f"{folder} holds no documents", allowed=" and ".join(DOCUMENTS))
+    for path in found:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {path}", got=str(error), do="give UTF-8, or take it away") from error
+        for paragraph in re.split(r"\n\s*\n", text):
+            sentences = [one for one in _SENTENCE.split(" ".join(paragraph.split())) if one]
+            if len(sentences) > 1:
+                turns = [("user", f"{path.stem}: {sentences[0]}"), ("assistant", " ".join(sentences[1:]))]
+                messages = [{"role": role, "content": said} for role, said in turns]
+                yield {"messages": messages, "task": "documents", "group": str(path.relative_to(folder))}

@@ -1,0 +1,157 @@
+"""A recipe of a user's rows or documents: what is asked is of groups that nothing else has; a slip is refused in a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal import cli
+from shoal.data.chats.rows import group_of
+from shoal.errors import ConfigError, DataError, UsageError
+from shoal.recipes.named import named
+from shoal.recipes.own import ASKED, LEARN, SETTINGS, Own, begun, keywords, overlap
+from shoal.recipes.recipe import DEV, SUITES
+
+PARTS = (LEARN, DEV, ASKED)
+
+
+def chat(asked: str, answer: str, **more: Any) -> dict[str, Any]:
+    return {
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], **more,
+    }  # fmt: skip
+
+
+def file_of(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Each of 200 questions is asked twice."""
+    some = [chat(f"What is {n}?", f"It is {n}, {again}.", task="count") for n in range(200) for again in range(2)]
+    return file_of(tmp_path / "rows.jsonl", some)
+
+
+def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return {name: [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()] for name in PARTS}
+
+
+def test_rows_that_ask_the_same_are_on_one_side(rows: Path, tmp_path: Path) -> None:
+    found = begun(rows, tmp_path / "own")
+    parts = read(tmp_path / "own")
+    assert sum(found.values()) == sum(map(len, parts.values())) == 400 and found["dropped"] == 0
+    asked = [{row["messages"][0]["content"] for row in some} for some in parts.values()]
+    assert all(asked) and sum(map(len, asked)) == len(set.union(*asked)) == 200
+    assert len(parts[LEARN]) > 250
+
+
+def test_the_same_rows_are_split_the_same_in_any_order(rows: Path, tmp_path: Path) -> None:
+    begun(rows, tmp_path / "one")
+    turned = tmp_path / "turned.jsonl"
+    turned.write_text("\n".join(reversed(rows.read_text("utf-8").splitlines())), "utf-8")
+    begun(turned, tmp_path / "two")
+    one, two = (
+        {name: sorted(map(json.dumps, some)) for name, some in read(tmp_path / f).items()} for f in ("one", "two")
+    )
+    assert one == two
+
+
+def test_documents_are_groups(tmp_path: Path) -> None:
+    for n in range(100):
+        (tmp_path / "docs").mkdir(exist_ok=True)
+        (tmp_path / "docs" / f"d{n}.md").write_text(f"First {n}. Then it goes on.\n\n# Head\n\n一 {n}。二。", "utf-8")
+    begun(tmp_path / "docs", tmp_path / "own")
+    parts = read(tmp_path / "own")
+    groups = [{row["group"] for row in some} for some in parts.values()]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 100
+    first = [row["messages"] for some in parts.values() for row in some if row["group"] == "d3.md"]
+    assert [message["content"] for message in first[0]] == ["d3: First 3.", "Then it goes on."]
+
+
+def test_augmented_rows_are_never_asked(tmp_path: Path) -> None:
+    some = [chat(f"What is {n}?", "It is.", augmented="typo" if n % 2 else None) for n in range(400)]
+    found = begun(file_of(tmp_path / "rows.jsonl", some), tmp_path / "own")
+    parts = read(tmp_path / "own")
+    assert found["dropped"] > 0 and not [row for name in (DEV, ASKED) for row in parts[name] if row.get("augmented")]
+    assert [row for row in parts[LEARN] if row.get("augmented")]
+
+
+def test_other_forms_are_read(tmp_path: Path) -> None:
+    some = [{"instruction": f"What is {n}?", "output": "It is."} for n in range(200)]
+    begun(file_of(tmp_path / "rows.jsonl", some), tmp_path / "own")
+    assert read(tmp_path / "own")[ASKED][0]["messages"][-1] == {"role": "assistant", "content": "It is."}
+
+
+def test_the_folder_is_a_recipe(rows: Path, tmp_path: Path) -> None:
+    begun(rows, tmp_path / "My data")
+    recipe = named(str(tmp_path / "My data"))
+    assert isinstance(recipe, Own) and recipe.name == "my-data" and recipe.preset.model.train_length == 256
+    recipe.write(tmp_path / "run", 0)
+    assert (tmp_path / "run" / SUITES / ASKED).is_file() and (tmp_path / "run" / LEARN).is_file()
+    asked = read(tmp_path / "My data")[ASKED]
+    right = [row["messages"][-1]["content"] for row in asked]
+    found = {name: figure.value for name, figure in recipe.score(asked, right).items()}
+    assert set(found) == set(recipe.measures) and set(found.values()) == {1.0}
+    assert recipe.score(asked, [""] * len(asked))["answered"].value == 0.0
+    assert set(recipe.rivals(tmp_path / "run")) == {"majority", "keyword rule", "nearest"}
+    assert {recipe.workload(row) for row in asked} == {"count"}
+
+
+def test_keywords_go_by_the_rarest_word() -> None:
+    learned = [chat("the cat sits", "cat"), chat("the dog sits", "dog"), chat("the dog runs", "dog")]
+    answers = keywords(learned)([chat("a cat and the dog", "")["messages"][:1], chat("nothing", "")["messages"][:1]])
+    assert answers == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "value"),
+    [
+        ("a b", "a b", 1.0), ("a", "a b c", 0.5), ("x", "a", 0.0), ("A, b!", "b a", 1.0), ("", "", 0.0),
+        ("你好", "你", 2 / 3),
+    ],
+)  # fmt: skip
+def test_overlap_is_f1_of_words(said: str, right: str, value: float) -> None:
+    assert overlap(said, right) == pytest.approx(value)
+
+
+def test_what_cannot_be_used_is_refused(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="got 20; allowed: 60 or more"):
+        begun(file_of(tmp_path / "few.jsonl", [chat(f"{n}", "x") for n in range(20)]), tmp_path / "own")
+    with pytest.raises(DataError, match=r"odd.jsonl.*line 2"):
+        begun(file_of(tmp_path / "odd.jsonl", [chat("a", "b"), {"x": 1}]), tmp_path / "own")
+    with pytest.raises(DataError, match="ends with an answer"):
+        begun(file_of(tmp_path / "text.jsonl", [{"text": "x"}]), tmp_path / "own")
+    with pytest.raises(UsageError, match="--from"):
+        begun(tmp_path / "none", tmp_path / "own")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no documents"):
+        begun(tmp_path / "empty", tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+    begun(rows, tmp_path / "own")
+    with pytest.raises(UsageError, match="not there yet"):
+        begun(rows, tmp_path / "own")
+    (tmp_path / "own" / SETTINGS).write_text("name: x\n", "utf-8")
+    with pytest.raises(ConfigError, match="missing key"):
+        named(str(tmp_path / "own"))
+
+
+def test_the_command_begins_one_and_refuses_half_of_it(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "own"
+    assert cli.main(["recipe", "new", "--from", str(rows), "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["learn"] > 250 and (out / SETTINGS).is_file()
+    assert cli.main(["recipe", "new", "--out", str(tmp_path / "x")]) == 2
+    assert cli.main(["recipe", "law", "--from", str(rows), "--out", str(tmp_path / "x")]) == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_group_is_what_the_rows_say(tmp_path: Path) -> None:
+    some = [chat(f"What is {n}?", "x", group=f"g{n // 4}") for n in range(400)]
+    begun(file_of(tmp_path / "rows.jsonl", some), tmp_path / "own")
+    for name, part in read(tmp_path / "own").items():
+        assert all(group_of(row) % 10 in {LEARN: range(8), DEV: (8,), ASKED: (9,)}[name] for row in part)
