@@ -8,6 +8,7 @@ Letters: B rows, T tokens, N patches of the batch, V numbers in a patch, W world
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from shoal.inputs.tokenizer import PAD_ID, PATCH_ID, Tokenizer
 
 NO_TARGET = -1  # target where no loss is taken
 BLANK = 8  # places of a row that only keeps a rank in step with the others
+ASKED = 16  # rows that are asked for at once of a corpus in S3
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class PretrainBatches:
                     got=f"mix {wanted}",
                     do="leave it out of the mix, or add a source that has some",
                 )
+        remote = any(rows.remote for rows in self._rows.values())
+        self._askers = ThreadPoolExecutor(ASKED, thread_name_prefix="rows") if remote else None
         counts = {name: len(rows) for name, rows in self._rows.items()}
         # by token the shares are `wanted`
         self._order = order.RowOrder(self.index.row_mix(split, wanted), counts, seed)
@@ -112,14 +116,22 @@ class PretrainBatches:
         return self.rows(step)[self.rank :: self.world]
 
     def at(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of a step, as many on every rank: blank ones fill up."""
+        """This rank's micro-batches of a step, as many on every rank: blank ones fill up. Of a corpus that stays in S3 the rows
+        are asked for at once, and those of the next step already, while this one is computed."""
         mine = self.mine(step)
         parts = (mine[i : i + self.micro_rows] for i in range(0, len(mine), self.micro_rows))
+        batches = [self._batch(part) for part in parts]
+        if self._askers is not None:
+            for row in self.mine(step + 1):
+                self._askers.submit(self._row, row)  # a fault is told when the row is read
         most = -(-self.batch_rows // self.world)  # rows that a rank has
-        return _filled([self._batch(part) for part in parts], -(-most // self.micro_rows))
+        return _filled(batches, -(-most // self.micro_rows))
+
+    def _row(self, row: tuple[str, int]) -> Packed:
+        return self._rows[row[0]][row[1]]
 
     def _batch(self, rows: Sequence[tuple[str, int]]) -> Batch:
-        read = [self._rows[name][row] for name, row in rows]
+        read = list((self._askers.map if self._askers is not None else map)(self._row, rows))
         return _packed_batch(read, tuple(name for name, _ in rows), self._bytes)
 
 

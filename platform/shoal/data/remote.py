@@ -1,4 +1,5 @@
-"""Finished corpora in S3: made on disk and copied out whole; copied in whole before they are read, as shards are mapped.
+"""Finished corpora in S3: made on disk and copied out whole; copied in before they are read, as shards are mapped. Of one that
+is larger than the cache may be (SHOAL_CACHE_BYTES, 64 GiB), the shards stay there and are read by range (`ranged`).
 
     prepare --out s3://...   staging(uri) ─> a corpus like any other ─> upload: index.json last
     pretrain --data s3://... local(uri):  index.json first, then what it lists, checked by sha256; index.json is written last
@@ -12,13 +13,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shoal.data.shards import INDEX, TOKENIZER, Index, open_index, read_index
+from shoal.data.ranged import ORIGIN, cache, cache_bytes, write_origin
+from shoal.data.shards import INDEX, TOKENIZER, open_index, read_index
 from shoal.data.sources import s3
 from shoal.data.sources.s3 import S3
 from shoal.errors import DataError
@@ -34,11 +35,6 @@ def is_remote(place: str | Path) -> bool:
 def absolute(place: str | Path) -> str:
     """`place` wherever it is read from: a URI as it is, a path from the root on."""
     return str(place) if is_remote(place) else str(Path(place).absolute())
-
-
-def cache() -> Path:
-    """The folder of copies."""
-    return Path(os.environ.get("SHOAL_CACHE") or Path.home() / ".cache" / "shoal")
 
 
 def staging(uri: str) -> Path:
@@ -93,27 +89,33 @@ def local(place: str | Path, service: S3 | None = None) -> Path:
                 with aside(folder / INDEX) as beside:
                     beside.write_bytes(index)
                     listed = read_index(beside)
-                    _fetch(client, bucket, key, folder)
-                    _check(folder, listed, uri)
+                    here = {shard.file: shard.sha256 for shard in listed.shards}
+                    if sum(shard.size for shard in listed.shards) > cache_bytes():
+                        write_origin(folder, uri, service)
+                        left, here = set(here), {}
+                    else:
+                        left = {ORIGIN}
+                        (folder / ORIGIN).unlink(missing_ok=True)
+                    _fetch(client, bucket, key, folder, left)
+                    _check(folder, here | {TOKENIZER: listed.tokenizer_sha256}, uri)
     return folder
 
 
-def _fetch(client: Any, bucket: str, key: str, folder: Path) -> None:
-    """All files of a corpus but its index; it has no folders."""
+def _fetch(client: Any, bucket: str, key: str, folder: Path, left: Collection[str]) -> None:
+    """All files of a corpus but its index and those `left` there; it has no folders."""
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
         for item in page.get("Contents", ()):
             name = item["Key"][len(key) :]
             target = folder / name
-            if name in ("", INDEX) or name != PurePosixPath(name).name or name.startswith("."):
+            if name in ("", INDEX) or name in left or name != PurePosixPath(name).name or name.startswith("."):
                 continue
             if not target.is_file() or target.stat().st_size != item["Size"]:
                 client.download_file(bucket, item["Key"], str(target))  # renamed when it is complete
 
 
-def _check(folder: Path, index: Index, uri: str) -> None:
-    """Raises DataError when a shard, or the tokenizer, is not the one that was made: it is removed, and fetched again next
-    time."""
-    made = {shard.file: shard.sha256 for shard in index.shards} | {TOKENIZER: index.tokenizer_sha256}
+def _check(folder: Path, made: Mapping[str, str], uri: str) -> None:
+    """Raises DataError when one of the files `made`, which have these sha256, is not the one that was made: it is removed, and
+    fetched again next time."""
     for name, sha256 in made.items():
         if not (folder / name).is_file():
             raise DataError(f"{uri}: {name} is missing", do="upload it again")

@@ -14,9 +14,9 @@ Letters: T row length, V numbers in a patch, n patches.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,18 @@ import xxhash
 from shoal.config import ModelConfig, load
 from shoal.data.documents import Modality
 from shoal.data.pack import Row
+from shoal.data.ranged import RangedBatch, RangedShard, origin_of
+from shoal.data.shard_file import RowBatch, ShardFile
 from shoal.errors import ConfigError, DataError
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.machine import aside, sha256_of, write_aside
+from shoal.machine import write_aside
 
 SCHEMA = 2  # of the shards and the index; raised when either changes so that old readers must refuse
 SPLITS = ("train", "heldout")
-SHARD_BYTES = 32 * 2**20  # of one file, about
+SHARD_BYTES = 256 * 2**20  # of one file, about
+BATCH_BYTES = 32 * 2**20  # of the rows that are written at once, which a writer holds
+OPENED = 256  # batches of each split and modality that are mapped at once
+STATED = 1024  # shards whose sizes are looked at when a corpus is opened; of more, each when it is first read
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
 
 
@@ -119,10 +124,10 @@ def write_index(directory: Path, index: Index) -> None:
 
 
 def open_index(directory: str | Path, *, length: int | None = None) -> Index:
-    """The index of a finished corpus whose files are all there in full size.
+    """The index of a finished corpus, whose files are there in full size (of many, the first `STATED`).
 
     Raises DataError when there is none, when it is of another schema, row length than `length`, or when a shard is missing
-    or truncated.
+    or truncated. In one process a file is read once, while it is the same.
     """
     path = Path(directory) / INDEX
     if not path.is_file():
@@ -132,19 +137,24 @@ def open_index(directory: str | Path, *, length: int | None = None) -> Index:
         raise DataError(
             f"{path}: row length", got=index.length, allowed=length, do="prepare it with the preset that you train"
         )
-    for shard in index.shards:
-        file = path.parent / shard.file
-        size = file.stat().st_size if file.is_file() else None
-        if size != shard.size:
-            raise DataError(
-                f"shard {file}", got=f"{size} bytes", allowed=shard.size, do="remove the folder and prepare again"
-            )
+    for shard in index.shards[:STATED] if origin_of(path.parent) is None else ():
+        need_size(path.parent / shard.file, shard)
     return index
 
 
 def read_index(path: Path) -> Index:
     """The index in a file; its shards are not looked at. Raises DataError where it is none, of another schema, or names files
     outside its folder."""
+    try:
+        stats = path.stat()
+    except OSError as error:
+        raise DataError(f"{path} is not an index of ours", got=str(error)[:160], do="prepare again") from error
+    return _read_index(path, stats.st_ino, stats.st_mtime_ns, stats.st_size)
+
+
+@lru_cache(maxsize=4)
+def _read_index(path: Path, *stamp: int) -> Index:
+    """`read_index` of the file that has this `stamp`."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         schema = values.get("schema")
@@ -184,132 +194,141 @@ class ShardWriter:
     part: int = 0  # of the corpus: parts are written by different processes
     shard_bytes: int = SHARD_BYTES
     shards: list[Shard] = field(default_factory=list)
-    _held: _Held | None = None
+    _held: RowBatch | None = None
+    _open: ShardFile | None = None
 
     def add(self, row: Row) -> None:
         if self._held is None:
-            self._held = _Held.of(row, self.shard_bytes)
+            self._held = RowBatch.of(row, min(BATCH_BYTES, self.shard_bytes))
         self._held.add(row, self.token_bytes)
-        if self._held.size >= self.shard_bytes:
+        if self._held.size >= min(BATCH_BYTES, self.shard_bytes):
+            self._write()
+        if self._open is not None and self._open.size >= self.shard_bytes:
             self.close()
 
     def close(self) -> None:
         """Write out what is held."""
-        held, self._held = self._held, None
-        if held is None:
+        self._write()
+        shard, self._open = self._open, None
+        if shard is None:
             return
-        name = f"{self.split}-{self.modality}-{self.part:05}-{len(self.shards):03}.arrow"
-        batch, path = held.record_batch(), self.directory / name
-        with aside(path) as beside:
-            with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-                writer.write_batch(batch)
-            digest = sha256_of(beside)
+        digest = shard.finish()
         self.shards.append(
             Shard(
-                file=name,
+                file=shard.path.name,
                 split=self.split,
                 modality=self.modality,
-                rows=len(held.patches),
-                tokens=held.sources.total(),
-                text_bytes=held.text_bytes,
-                size=path.stat().st_size,
+                rows=shard.rows,
+                tokens=shard.sources.total(),
+                text_bytes=shard.text_bytes,
+                size=shard.path.stat().st_size,
                 sha256=digest,
-                sources=dict(sorted(held.sources.items())),
-                licenses=tuple(sorted({self.licenses[source] for source in held.sources})),
+                sources=dict(sorted(shard.sources.items())),
+                licenses=tuple(sorted({self.licenses[source] for source in shard.sources})),
             )
         )
 
-
-@dataclass
-class _Held:
-    """The rows of a shard that is not written yet. They are copied into two blocks: kept one by one, their small arrays lay
-    between what encoding allocates for a moment, and the heap grew from part to part (docs/log.md)."""
-
-    tokens: np.ndarray  # int32 [rows that there is room for, T]
-    docs: np.ndarray  # int16, likewise
-    patches: list[bytes] = field(default_factory=list)  # of each row
-    groups: list[list[int]] = field(default_factory=list)  # of each row
-    sources: Counter[str] = field(default_factory=Counter)
-    text_bytes: int = 0
-    size: int = 0  # bytes
-
-    @classmethod
-    def of(cls, row: Row, shard_bytes: int) -> _Held:
-        """Room for as many rows like `row` as a shard of `shard_bytes` may get."""
-        room = shard_bytes // (row.tokens.nbytes + row.docs.nbytes) + 1
-        return cls(np.empty((room, len(row.tokens)), np.int32), np.empty((room, len(row.docs)), np.int16))
-
-    def add(self, row: Row, token_bytes: np.ndarray) -> None:
-        at = len(self.patches)
-        self.tokens[at], self.docs[at] = row.tokens, row.docs
-        self.patches.append(row.patches.tobytes() if row.patches is not None else b"")
-        self.groups.append(row.groups)
-        self.sources.update(row.sources)
-        self.text_bytes += int(token_bytes[row.tokens].sum())
-        self.size += row.tokens.nbytes + row.docs.nbytes + len(self.patches[-1])
-
-    def record_batch(self) -> pa.RecordBatch:
-        rows, length = len(self.patches), self.tokens.shape[1]
-        columns = {"tokens": self.tokens, "docs": self.docs}
-        return pa.record_batch(
-            {
-                **{
-                    name: pa.FixedSizeListArray.from_arrays(pa.array(block[:rows].reshape(-1)), length)
-                    for name, block in columns.items()
-                },
-                "patches": pa.array(self.patches, pa.large_binary()),
-                "groups": pa.array(self.groups, pa.list_(pa.int64())),
-            }
-        )
+    def _write(self) -> None:
+        held, self._held = self._held, None
+        if held is None:
+            return
+        if self._open is None:
+            name = f"{self.split}-{self.modality}-{self.part:05}-{len(self.shards):03}.arrow"
+            self._open = ShardFile(self.directory / name)
+        self._open.add(held)
 
 
 class Rows:
-    """The rows of some shards as one sequence, memory-mapped: opening is instant and reading touches only what is asked."""
+    """The rows of some shards as one sequence, memory-mapped: opening is instant and reading touches only what is asked. The
+    shards that were used last stay open, `OPENED` of them; of a corpus that is too large for this machine they stay in S3."""
 
     def __init__(self, directory: str | Path, index: Index, split: str, modality: str) -> None:
         self._directory, self._index = Path(directory), index
+        self._origin = origin_of(self._directory)
         self._shards = index.of(split, modality)
         self._ends = np.cumsum([shard.rows for shard in self._shards])
-        self._open: dict[int, tuple[np.ndarray, np.ndarray, pa.Array, pa.Array]] = {}
+        self._batches = lru_cache(OPENED)(self._opened)
+
+    @property
+    def remote(self) -> bool:
+        """Whether the shards stay in S3, so that reading a row may take an answer of the service."""
+        return self._origin is not None
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._shards else 0
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """tokens int32 [T], docs int16 [T], patches uint8 [n, V]; views of the file."""
-        (tokens, docs, patches, _), inside = self._at(row)
-        raw = np.frombuffer(patches[inside].as_buffer(), dtype=np.uint8)
-        return tokens[inside], docs[inside], raw.reshape(-1, self._index.patch_values)
+        """tokens int32 [T], docs int16 [T], patches uint8 [n, V]; views of the file, where that is here."""
+        batch, inside = self._at(row)
+        tokens, docs, patches = batch.row(inside)
+        return tokens, docs, patches.reshape(-1, self._index.patch_values)
 
     def groups(self, row: int) -> list[int]:
         """Which group each document of a row is of, by its number in the row's docs."""
-        (*_, groups), inside = self._at(row)
-        return groups[inside].as_py()
+        batch, inside = self._at(row)
+        return batch.groups(inside)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         return (self[row] for row in range(len(self)))
 
-    def _at(self, row: int) -> tuple[tuple[np.ndarray, np.ndarray, pa.Array, pa.Array], int]:
-        """The shard that holds a row, and the row's place in it."""
+    def _at(self, row: int) -> tuple[_Mapped | RangedBatch, int]:
+        """The batch that holds a row, and the row's place in it."""
         if not 0 <= row < len(self):
             raise IndexError(row)
         at = int(np.searchsorted(self._ends, row, side="right"))
-        return self._shard(at), row - (int(self._ends[at - 1]) if at else 0)
+        inside = row - (int(self._ends[at - 1]) if at else 0)
+        for batch in self._batches(at):
+            if inside < batch.rows:
+                return batch, inside
+            inside -= batch.rows
+        raise AssertionError("a shard has as many rows as its index says, which is looked at when it is opened")
 
-    def _shard(self, at: int) -> tuple[np.ndarray, np.ndarray, pa.Array, pa.Array]:
-        if at not in self._open:
-            path = self._directory / self._shards[at].file
-            try:
-                batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-            except (OSError, pa.ArrowException) as error:
-                raise DataError(f"shard {path} cannot be read", got=str(error)[:160], do="prepare again") from error
-            tokens, docs = (batch.column(name).flatten().to_numpy() for name in ("tokens", "docs"))
-            shape = (self._shards[at].rows, self._index.length)
-            if len(batch) != shape[0] or tokens.size != docs.size or tokens.size != shape[0] * shape[1]:
-                raise DataError(f"shard {path}: rows", got=len(batch), allowed=shape[0], do="prepare again")
-            rest = batch.column("patches"), batch.column("groups")
-            self._open[at] = (tokens.reshape(shape), docs.reshape(shape), *rest)
-        return self._open[at]
+    def _opened(self, at: int) -> Sequence[_Mapped | RangedBatch]:
+        """The batches of a shard."""
+        shard, path = self._shards[at], self._directory / self._shards[at].file
+        try:
+            if self._origin is not None:
+                there = RangedShard(self._origin, shard.file, shard.size, self._directory)
+                return list(there.batches(shard.rows, self._index.length))
+            need_size(path, shard)
+            file = pa.ipc.open_file(pa.memory_map(str(path)))
+            batches = [file.get_batch(number) for number in range(file.num_record_batches)]
+        except (OSError, EOFError, pa.ArrowException) as error:
+            raise DataError(f"shard {path} cannot be read", got=str(error)[:160], do="prepare again") from error
+        rows = sum(map(len, batches))
+        if rows != shard.rows:
+            raise DataError(f"shard {path}: rows", got=rows, allowed=shard.rows, do="prepare again")
+        return [_Mapped(batch, self._index.length, path) for batch in batches]
+
+
+class _Mapped:
+    """One batch of rows of a shard that is here."""
+
+    def __init__(self, batch: pa.RecordBatch, length: int, path: Path) -> None:
+        self.rows = len(batch)
+        tokens, docs = (batch.column(name).flatten().to_numpy() for name in ("tokens", "docs"))
+        shape = (self.rows, length)
+        if tokens.size != docs.size or tokens.size != self.rows * length:
+            raise DataError(f"shard {path}: tokens", got=tokens.size, allowed=shape, do="prepare again")
+        self._tokens, self._docs = tokens.reshape(shape), docs.reshape(shape)
+        self._patches, self._groups = batch.column("patches"), batch.column("groups")
+
+    def row(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """tokens int32 [T], docs int16 [T], patches as bytes."""
+        patches = np.frombuffer(self._patches[number].as_buffer(), dtype=np.uint8)
+        return self._tokens[number], self._docs[number], patches
+
+    def groups(self, number: int) -> list[int]:
+        return self._groups[number].as_py()
+
+
+def need_size(path: Path, shard: Shard) -> None:
+    """Raises DataError where a shard is not there in full size."""
+    size = path.stat().st_size if path.is_file() else None
+    if size != shard.size:
+        raise DataError(
+            f"shard {path}", got=f"{size} bytes", allowed=shard.size, do="remove the folder and prepare again"
+        )
 
 
 def group_number(group: str) -> int:

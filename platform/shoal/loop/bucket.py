@@ -22,7 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shoal.data.remote import cache, told
+from shoal.data.ranged import cache
+from shoal.data.remote import told
 from shoal.data.sources import s3
 from shoal.errors import DataError
 from shoal.machine import aside, write_aside

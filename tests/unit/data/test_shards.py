@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from shoal.data import shards
@@ -132,3 +133,33 @@ def test_a_file_that_cannot_be_written_whole_is_not_there(tmp_path: Path) -> Non
     with pytest.raises(UnicodeEncodeError):
         write_aside(tmp_path / "x.json", "\ud800")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_of_several_batches_is_read_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer holds a batch, and a file is as long as it may be; few are open at once."""
+    monkeypatch.setattr(shards, "BATCH_BYTES", 300)
+    monkeypatch.setattr(shards, "OPENED", 1)
+    index, made = corpus(tmp_path, shard_bytes=2000)
+    assert 1 < len(index.shards) < 8
+    files = [pa.ipc.open_file(str(tmp_path / shard.file)) for shard in index.shards]
+    assert all(file.num_record_batches > 3 for file in files[:-1])
+    read = Rows(tmp_path, index, "train", "image")
+    for place in [*range(len(made)), *reversed(range(len(made)))]:
+        tokens, docs, patches = read[place]
+        assert (tokens == made[place].tokens).all() and (docs == made[place].docs).all()
+        assert (patches == (made[place].patches if made[place].patches is not None else np.zeros((0, V)))).all()
+        assert read.groups(place) == made[place].groups
+    assert read._batches.cache_info().currsize == 1
+
+
+def test_of_many_shards_one_that_is_damaged_is_found_when_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "STATED", 1)
+    index, made = corpus(tmp_path)
+    path = tmp_path / index.shards[-1].file
+    path.write_bytes(path.read_bytes()[:-9])
+    read = Rows(tmp_path, open_index(tmp_path), "train", "image")
+    assert (read[0][0] == made[0].tokens).all()
+    with pytest.raises(DataError, match=path.name):
+        read[len(made) - 1]

@@ -1,0 +1,137 @@
+"""A corpus in S3 that is larger than this machine may hold: the same rows and the same updates, by ranges."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from shoal import presets
+from shoal.data import ranged, remote
+from shoal.data.batches import PretrainBatches
+from shoal.data.documents import MODALITIES
+from shoal.data.shards import SPLITS, Rows, open_index
+from shoal.errors import DataError, ResourceError
+from shoal.train.loop import fit
+from shoal.train.plan import located, pretrain_plan
+from tests.corpus import write_corpus
+from tests.s3 import Service, service
+
+BLOCK = 1024  # bytes
+URI = "s3://corpora/large"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "data", presets.get("test"), documents=40, heldout=8)
+
+
+@pytest.fixture(scope="module")
+def s3(corpus: Path) -> Iterator[Service]:
+    with service() as made:
+        made.s3.client().create_bucket(Bucket="corpora")
+        remote.upload(corpus, URI, made.s3)
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def cache(s3: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of 64 KB: less than the corpus."""
+    monkeypatch.setattr(ranged, "BLOCK", BLOCK)
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SHOAL_CACHE_BYTES", str(64 * BLOCK))
+    return tmp_path / "cache"
+
+
+def blocks(cache: Path) -> list[Path]:
+    return [path for path in cache.glob("blocks/*/*/*") if not path.name.startswith(".")]
+
+
+def test_every_row_is_what_it_is_in_a_copy_and_the_cache_has_a_bound(corpus: Path, cache: Path) -> None:
+    folder, index = remote.local(URI), open_index(corpus)
+    assert sum(shard.size for shard in index.shards) > 64 * BLOCK
+    assert open_index(folder) == index and not list(folder.glob("*.arrow")) and (folder / "tokenizer.json").is_file()
+    for split in SPLITS:
+        for modality in MODALITIES:
+            here, there = (Rows(of, index, split, modality) for of in (corpus, folder))
+            assert len(here) == len(there) > 0
+            for number in range(len(here)):
+                for one, other in zip(here[number], there[number], strict=True):
+                    assert one.dtype == other.dtype and one.shape == other.shape and (one == other).all()
+                assert here.groups(number) == there.groups(number)
+            assert 0 < sum(path.stat().st_size for path in blocks(cache)) <= 64 * BLOCK
+
+
+def test_a_run_reads_the_same_updates(corpus: Path, cache: Path, tmp_path: Path) -> None:
+    plan = located(pretrain_plan("test", URI, str(tmp_path / "run"), steps=1))
+    here, there = (PretrainBatches(of, batch_rows=8, seed=3).at(5)[0] for of in (corpus, plan.data))
+    assert all((getattr(here, name) == getattr(there, name)).all() for name in ("tokens", "targets", "docs", "patches"))
+    assert fit(plan).steps == 1 and blocks(cache)
+
+
+def test_what_is_in_the_cache_is_not_asked_for_again(s3: Service, corpus: Path) -> None:
+    rows = Rows(remote.local(URI), open_index(corpus), "train", "text")
+    first = rows[0][0].tolist()
+    s3.slow, s3.refused = 10**6, 0
+    try:
+        assert rows[0][0].tolist() == first and s3.refused == 0
+    finally:
+        s3.slow = 0
+
+
+@contextmanager
+def put(s3: Service, name: str, data: bytes | None) -> Iterator[None]:
+    """Another object, or none, in the place of a shard."""
+    client, key = s3.s3.client(), f"large/{name}"
+    was = client.get_object(Bucket="corpora", Key=key)["Body"].read()
+    client.delete_object(Bucket="corpora", Key=key)
+    if data is not None:
+        client.put_object(Bucket="corpora", Key=key, Body=data)
+    yield
+    client.put_object(Bucket="corpora", Key=key, Body=was)
+
+
+def test_a_shard_that_is_not_what_its_index_says_is_one_line(s3: Service, corpus: Path) -> None:
+    shard = open_index(corpus).of("train", "text")[0]
+    data = (corpus / shard.file).read_bytes()
+    folder = remote.local(URI)
+    for other, said in [(data + b"x", "bytes, as its index says"), (data[:100], "as its index says"), (None, "missing"),
+                        (b"\0" * len(data), "cannot be read")]:  # fmt: skip
+        with put(s3, shard.file, other), pytest.raises(DataError, match=said) as caught:
+            Rows(folder, open_index(folder), "train", "text")[0]
+        assert shard.file in str(caught.value) and "\n" not in str(caught.value)
+        for path in ranged.cache().glob(f"blocks/*/{shard.file}/*"):
+            path.unlink()
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_no_half_of_a_block(
+    corpus: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def full(path: Path) -> Iterator[Path]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield path
+
+    folder = remote.local(URI)
+    monkeypatch.setattr(ranged, "aside", full)
+    with pytest.raises(ResourceError, match=r"disk of the cache at .*full.*SHOAL_CACHE_BYTES lower") as caught:
+        Rows(folder, open_index(folder), "train", "text")[0]
+    assert "\n" not in str(caught.value) and not blocks(cache)
+
+
+@pytest.mark.parametrize("said", ["many", "1000", "-1"])
+def test_a_bound_of_the_cache_that_is_none_is_one_line(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_CACHE_BYTES", said)
+    with pytest.raises(ResourceError, match="SHOAL_CACHE_BYTES"):
+        remote.local(URI)
+
+
+def test_a_bucket_that_is_gone_while_a_run_reads_is_one_line(corpus: Path, tmp_path: Path, cache: Path) -> None:
+    folder = remote.local(URI)
+    (folder / ranged.ORIGIN).write_text((folder / ranged.ORIGIN).read_text().replace("corpora/", "nobody-made-this/"))
+    with pytest.raises(DataError, match="the bucket does not exist"):
+        Rows(folder, open_index(folder), "train", "text")[0]
