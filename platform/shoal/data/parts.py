@@ -27,7 +27,7 @@ from shoal.data.operators.near import SIGNATURES, Signatures
 from shoal.data.operators.pipeline import Operators, Pipeline
 from shoal.data.pack import Packer
 from shoal.data.shards import TOKENIZER, Shard, ShardWriter, group_number, token_bytes
-from shoal.data.sources.files import File
+from shoal.data.sources.files import File, cut
 from shoal.data.sources.read import read
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.machine import aside
@@ -92,7 +92,8 @@ class Packed:
 
 
 def split_files(files: Sequence[File]) -> list[list[File]]:
-    """The files in parts of about equal size, in order."""
+    """The files in parts of about equal size, in order; the largest ones cut."""
+    files = [piece for file in files for piece in cut(file)]
     sizes = [file.size for file in files]
     most = max(min(PART_BYTES, sum(sizes) // LEAST_PARTS + 1), sum(sizes) // MOST_PARTS)
     parts: list[list[File]] = []

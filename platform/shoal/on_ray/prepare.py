@@ -251,7 +251,7 @@ def _made_in(out: Path, file: File) -> bool:
 
 def _stamps(files: Iterable[File]) -> list[list[Any]]:
     """What tells whether files, and the captions beside them, are still what was read."""
-    return [[dump(file.spec), file.name, file.stamp] for file in files]
+    return [[dump(file.spec), file.name, file.stamp, *([file.start] if file.end else [])] for file in files]
 
 
 @contextmanager

@@ -12,9 +12,9 @@ import posixpath
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, Protocol, cast
 
@@ -23,10 +23,11 @@ import pyarrow.fs as pafs
 
 from shoal.data.documents import Document, Modality, Skipped, SourceSpec
 from shoal.data.sources import s3
-from shoal.data.sources.kinds import Kind, kind_of
+from shoal.data.sources.kinds import PARQUET, PLAIN, TABLES, Kind, kind_of
 from shoal.data.sources.s3 import S3
 from shoal.errors import DataError
 
+CUT_BYTES = 2**28  # of a piece; larger files of lines or row groups are cut
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 # bytes read, or decompressed, at once: of a compressed file that is cut off, as much before the cut is lost
 BUFFER = 2**17
@@ -71,6 +72,9 @@ class File:
     store: Store
     caption: str | None = None  # of an image: the path of the .txt beside it
     fault: str = ""  # why it cannot be read, where the listing says so
+    # of a large file that is cut: the bytes in which the lines, or the row groups, of this piece begin; else 0 and 0
+    start: int = 0
+    end: int = 0
     # the other files that its rows name, with their stamps
     named: dict[str, str] = field(default_factory=dict, compare=False)
 
@@ -86,7 +90,12 @@ class File:
             self.store.open(self.path) as raw,
             decompressed(raw, self.kind.compression) as stream,
         ):
-            yield stream
+            yield stream if not self.end or self.kind.suffix == PARQUET else lines_between(stream, self.start, self.end)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the number of a line or of a piece of text: of a file that is cut, where this piece starts."""
+        return f"{self.start}/" if self.end else ""
 
     def beside(self, name: str, most: int, fault: str) -> bytes:
         """All bytes of another file of the source, named from this one's folder; `fault`: what is said of one that has more
@@ -149,6 +158,50 @@ def list_files(spec: SourceSpec, s3: S3 | None = None) -> list[File]:
     if not own:
         raise DataError(f"source {spec.name}: {spec.uri} holds no file", do="point it at a folder with documents")
     return [_file(entry, captions.get(entry.path), spec, store) for entry in own]
+
+
+def cut(file: File) -> list[File]:
+    """A large file in pieces, which are read by themselves, where lines or row groups are what it is made of; else the file."""
+    count = -(-file.size // CUT_BYTES)
+    kind = file.kind
+    whole = count < 2 or file.fault or kind.compression or file.spec.reader != "files"
+    if whole or kind.suffix not in PLAIN | TABLES:
+        return [file]
+    ends = [file.size * number // count for number in range(count + 1)]
+    return [replace(file, size=end - start, start=start, end=end, named={}) for start, end in pairwise(ends)]
+
+
+def lines_between(stream: IO[bytes], start: int, end: int) -> IO[bytes]:
+    """The lines that begin at `start` or after it, and before `end`."""
+    first, last = (_line_at(stream, at) for at in (start, end))
+    stream.seek(first)
+    return io.BufferedReader(cast(Any, _Window(stream, last - first)), BUFFER)
+
+
+def _line_at(stream: IO[bytes], at: int) -> int:
+    """Where the first line begins that begins at `at` or after it; the end of the stream where none does."""
+    if not at:
+        return 0
+    stream.seek(at - 1)
+    while (some := stream.readline(BUFFER)) and not some.endswith(b"\n"):
+        pass
+    return stream.tell()
+
+
+class _Window(io.RawIOBase):
+    """The next `left` bytes of a stream."""
+
+    def __init__(self, stream: IO[bytes], left: int) -> None:
+        self._stream, self._left = stream, left
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(min(len(buffer), self._left))
+        buffer[: len(data)] = data
+        self._left -= len(data)
+        return len(data)
 
 
 def _file(entry: Entry, caption: Entry | None, spec: SourceSpec, store: Store) -> File:

@@ -28,7 +28,8 @@ CODE_NAMES = frozenset({
     "justfile", "makefile", "rakefile", "vagrantfile", "workspace",
 })  # fmt: skip
 IMAGES = frozenset({".jpeg", ".jpg", ".png", ".webp"})
-TABLES = frozenset({".jsonl", ".ndjson", ".parquet"})
+PARQUET = ".parquet"
+TABLES = frozenset({".jsonl", ".ndjson", PARQUET})
 ARCHIVE = ".tar"
 COMPRESSED = frozenset({".gz", ".zst"})
 

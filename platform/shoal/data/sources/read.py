@@ -15,7 +15,7 @@ import pyarrow as pa
 from shoal.data.documents import Document, Skipped
 from shoal.data.sources import archive, pysource, rows
 from shoal.data.sources.files import File, Unusable, decoded, decompressed, filled, reading, whole
-from shoal.data.sources.kinds import ARCHIVE, HTML, PLAIN, TABLES, Kind, kind_of
+from shoal.data.sources.kinds import ARCHIVE, HTML, PARQUET, PLAIN, TABLES, Kind, kind_of
 from shoal.data.sources.webpage import html_text
 from shoal.errors import DataError
 from shoal.inputs import media
@@ -58,7 +58,11 @@ def _documents(file: File) -> Iterator[Document | Skipped]:
             yield from _picture(file, stream)
     elif kind.suffix in TABLES:
         with file.open() as stream:
-            yield from _rows(file, rows.jsonl(stream) if kind.suffix != ".parquet" else rows.parquet(stream))
+            if kind.suffix == PARQUET:
+                within = (file.start, file.end) if file.end else None
+                yield from _rows(file, rows.parquet(stream, within=within))
+            else:
+                yield from _rows(file, ((file.prefix + number, row) for number, row in rows.jsonl(stream)))
     elif kind.suffix == ARCHIVE:
         with file.open() as stream:
             yield from _archive(file, stream)
@@ -87,15 +91,15 @@ def _plain(file: File, stream: IO[bytes], row: str) -> Iterator[Document | Skipp
     """Plain text: one document, or one for each piece of a long file."""
     number, long = 0, False
     for number, piece in enumerate(_pieces(stream), 1):
-        long = long or piece is None or len(piece) >= PIECE
-        place = "/".join(filter(None, (row, str(number) if long else "")))
+        long = bool(long or piece is None or len(piece) >= PIECE or file.prefix)
+        place = "/".join(filter(None, (row, f"{file.prefix}{number}" if long else "")))
         try:
             if piece is None:
                 raise Unusable(f"line longer than {PIECE >> 20} MiB")
             yield file.document("text", row=place, text=decoded(piece))
         except Unusable as error:
             yield file.skipped(str(error), place)
-    if not number:
+    if not number and not file.start:
         raise Unusable("empty")
 
 
@@ -144,7 +148,7 @@ def _rows(file: File, found: rows.Numbered) -> Iterator[Document | Skipped]:
     for number, row in found:
         seen = True
         yield from _tried(file, number, _row(file, number, row))
-    if not seen:
+    if not seen and not file.start:
         raise Unusable("empty")
 
 

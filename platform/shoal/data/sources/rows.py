@@ -161,44 +161,58 @@ def parsed(line: bytes) -> Fields | Unusable:
     return row if isinstance(row, dict) else Unusable("row is not an object")
 
 
-def parquet(stream: IO[bytes], wanted: Collection[str] | None = KNOWN) -> Numbered:
-    """The rows of a Parquet file, by number, with the `wanted` columns (None: all).
+def parquet(
+    stream: IO[bytes], wanted: Collection[str] | None = KNOWN, within: tuple[int, int] | None = None
+) -> Numbered:
+    """The rows of a Parquet file, by number, with the `wanted` columns (None: all); with `within`, of the row groups that begin
+    between these bytes, and a fault of the whole file where the first of them is 0.
 
     It is read from its end, so a compressed one is unpacked on disk first.
     """
     if stream.seekable():
-        yield from _table(stream, wanted)
+        yield from _table(stream, wanted, within or (0, stream.seek(0, io.SEEK_END)))
         return
     with tempfile.TemporaryFile() as whole:
         while whole.tell() <= MAX_TABLE and (block := stream.read(2**20)):
             whole.write(block)
         if whole.tell() > MAX_TABLE:
             raise Unusable(f"larger than {MAX_TABLE >> 30} GiB")
-        yield from _table(whole, wanted)
+        yield from _table(whole, wanted, (0, whole.tell()))
 
 
-def _table(stream: IO[bytes], wanted: Collection[str] | None) -> Numbered:
+def _table(stream: IO[bytes], wanted: Collection[str] | None, within: tuple[int, int]) -> Numbered:
     """The rows, a row group at a time: one that is broken leaves the others."""
+    fault = ""
     try:
         table = pq.ParquetFile(stream, metadata=_metadata(stream))
         columns = [name for name in table.schema_arrow.names if wanted is None or name in wanted]
     except (pa.ArrowException, OSError) as error:
         if is_fault(error):
             raise
-        yield "", Unusable("broken Parquet")
-        return
-    if wanted is not None and not {*TEXTS, "image", "question"} & set(columns):
-        yield "", Unusable("no text or image column")
+        fault = "broken Parquet"
+    else:
+        if wanted is not None and not {*TEXTS, "image", "question"} & set(columns):
+            fault = "no text or image column"
+    if fault:
+        if not within[0]:
+            yield "", Unusable(fault)
         return
     first = 1  # row of the group
     for group in range(table.num_row_groups):
         try:
-            yield from _group(table, group, columns, first)
+            if within[0] <= _begin(table.metadata.row_group(group)) < within[1]:
+                yield from _group(table, group, columns, first)
         except (pa.ArrowException, OSError) as error:
             if is_fault(error):
                 raise
             yield f"{first}-", Unusable("broken Parquet")
         first += table.metadata.row_group(group).num_rows
+
+
+def _begin(group: pq.RowGroupMetaData) -> int:
+    """Where a row group begins in its file."""
+    chunks = (group.column(at) for at in range(group.num_columns))
+    return min((chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks), default=0)
 
 
 def _metadata(stream: IO[bytes]) -> pq.FileMetaData:
