@@ -76,6 +76,8 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
     else:
         moved = torch.device(asked).type == "cuda" if asked is not None else bool(there)
     args, kwargs = _held((args, kwargs))
+    if function is _aten.mm.dtype:  # there is none on a CPU
+        function, args = _aten.mm.default, tuple(x.to(args[2]) for x in args[:2])
 
     def placed(x: Any) -> Any:
         if not (isinstance(x, Tensor) and moved):
@@ -95,6 +97,7 @@ def pretended() -> Iterator[torch.device]:
     """The device, within which tensors can be made and moved."""
     with pytest.MonkeyPatch.context() as patch, _Mode():
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # it would stay
         # parameters that move are made anew: put into the old ones, they would be none of these
         patch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
         # inference mode keeps views from tensors of a class of one's own

@@ -29,6 +29,7 @@ MAY_BE_ZERO = ("sinks", "max_length", "rope_dims", "image_size", "exit_ffn", "de
 GROUPS = 4  # layer groups of a model; a unit of KV memory is one page of one group
 # what keys and values are stored as, in vLLM's words; auto: in the model's precision
 KvCacheDtype = Literal["auto", "int8"]
+Dtype = Literal["auto", "bfloat16", "float32"]  # of weights and activations on a GPU
 
 AUTO = "auto"  # the depth of a request that leaves it to the router
 FULL = "full"  # the name of the last exit

@@ -14,6 +14,7 @@ from PIL import Image
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine.events import Guide
+from shoal.errors import ConfigError
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import to_patches
 from shoal.model.router import Router
@@ -77,7 +78,26 @@ def test_nothing_moves_a_part_of_a_model() -> None:
     """The engine's replicas moved the network alone, and the default request ended the engine."""
     parts = re.compile(r"\b(?:net|router)\.(?:to|cuda)\(")
     found = [path.name for path in PLATFORM.rglob("*.py") for _ in parts.findall(path.read_text(encoding="utf-8"))]
-    assert found == ["model.py", "model.py"]
+    assert found == ["model.py"] * 3
+
+
+def test_on_a_gpu_a_model_is_bf16_and_what_decides_is_fp32() -> None:
+    """Weights, activations, keys and values in bf16; the router, scores of blocks and logits in fp32; INT8 stays as it is."""
+    with pretended():
+        model = model_of("fp32").on_gpu()
+        engine = Engine(model, units=200, max_batch_tokens=48)
+        logits = list[torch.dtype]()
+        draw = engine.runner.sampler.sample
+        engine.runner.sampler.sample = lambda z, *rest: (logits.append(z.dtype), draw(z, *rest))[1]  # type: ignore[method-assign]
+        answers = engine.generate(requests(model))
+        assert model.router is not None and {p.dtype for p in model.router.parameters()} == {torch.float32}
+        assert {p.dtype for p in model.net.parameters()} == {engine.runner.cache.kv.dtype} == {torch.bfloat16}
+        assert engine.runner.cache.summaries.dtype == torch.float32 and set(logits) == {torch.float32}
+        assert all(answer.tokens for answer in answers)
+        rounded = model_of("int8").on_gpu()
+        assert torch.bfloat16 not in {t.dtype for t in rounded.net.state_dict().values()}
+        with pytest.raises(ConfigError, match="dtype: got 'bfloat16'; allowed: auto or float32"):
+            rounded.on_gpu("bfloat16")
 
 
 def test_the_pretended_gpu_refuses_what_a_gpu_refuses() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from shoal.api import stock
 from shoal.api.capture import CaptureArgs
 from shoal.api.page import MOUNT
 from shoal.api.policy import Policy
 from shoal.api.served import MODEL_NAME, MOST_ADAPTERS, ServedModel
-from shoal.config import KvCacheDtype
+from shoal.config import Dtype, KvCacheDtype
 from shoal.errors import ConfigError
 from shoal.loop.release import Release
 
@@ -32,6 +32,9 @@ class ServeArgs:
     cpus: float = 1.0  # cores that Ray reserves for one engine replica
     gpus: float = 0.0  # GPUs of one engine replica; above 0 the model runs on it
     precision: Literal["stored", "auto"] = "stored"  # auto: fp32 where INT8 cannot be trusted, which else is refused
+    dtype: Dtype = "auto"  # on a GPU: auto is bfloat16, and float32 where weights are INT8
+    # of a GPU's memory, for weights, keys and values; None: 0.9, or 0.45 where a release is followed, so that two versions fit
+    gpu_share: float | None = None
     kv_cache_dtype: KvCacheDtype = "auto"  # int8: keys and values rounded, three to four times as many fit
     # vllm: vLLM 0.32 behind the same gateway, for checkpoints of others as well
     engine: Literal["shoal", "vllm"] = "shoal"
@@ -84,6 +87,13 @@ class ServeArgs:
             raise ConfigError("args.vllm", do="set args.engine to vllm, or leave it out")
         if self.engine == "vllm" and self.precision != "stored":
             raise ConfigError("args.precision", got=self.precision, allowed="stored, where args.engine is vllm")
+        if self.gpu_share is not None and not 0 < self.gpu_share <= 1:
+            raise ConfigError("args.gpu_share", got=self.gpu_share, allowed="above 0, at most 1")
+        if self.dtype not in get_args(Dtype):
+            raise ConfigError("args.dtype", got=self.dtype, allowed=list(get_args(Dtype)))
+        if self.dtype != "auto" and (self.engine == "vllm" or not self.gpus):
+            where = "auto, where args.gpus is 0, or args.engine is vllm (args.vllm has its own)"
+            raise ConfigError("args.dtype", got=self.dtype, allowed=where)
         if self.engine == "vllm" and self.kv_cache_dtype != "auto":
             where = "auto, where args.engine is vllm: args.vllm has its own"
             raise ConfigError("args.kv_cache_dtype", got=self.kv_cache_dtype, allowed=where)

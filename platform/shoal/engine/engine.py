@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # failed steps in a row after which the engine is dead
 MEMORY_SHARE = 0.25  # of the free memory, for K/V, unless `units` says otherwise
+STEP_ROWS = {"cpu": 512, "cuda": 8192}  # of a step: a GPU needs thousands to be busy with products
 
 
 class Engine:
@@ -82,30 +83,33 @@ class Engine:
         model: Model,
         *,
         units: int | None = None,
-        max_batch_tokens: int = 512,
+        max_batch_tokens: int | None = None,
         max_batch: int = 32,
         max_queue: int = 1024,
         compute_budget: float | None = None,
         speculative: int = 0,
         speculative_max_batch: int | None = None,
         kv_cache_dtype: KvCacheDtype = "auto",
+        gpu_share: float = 0.9,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`units`: KV units, the null unit included (default: what a quarter of the free memory holds, at most what
-        `max_batch` requests of full context need). A step runs at most `max_batch_tokens` rows of at most `max_batch`
+        `max_batch` requests of full context need). A step runs at most `max_batch_tokens` rows [`STEP_ROWS`] of `max_batch`
         requests; `max_queue` more may wait. `compute_budget` in (0, 1]: mean share of the layers that requests of depth
         "auto" are to use. `speculative`: tokens that requests deeper than group 1 draft ahead unless they say otherwise, in
         steps of at most `speculative_max_batch` requests (default: as far as it is measured to pay). `kv_cache_dtype`: "auto",
         keys and values in the model's precision, or "int8", rounded with a scale each, in a third to a fourth of
-        fp32's memory (`model.slots`). Raises ConfigError for values that cannot work together.
+        fp32's memory (`model.slots`). `gpu_share`: of a GPU's memory, what weights leave of it is for keys and values, the rest
+        for what a step needs. Raises ConfigError for values that cannot work together.
         """
-        config = model.config
+        config, device = model.config, model.device
+        max_batch_tokens = max_batch_tokens or STEP_ROWS.get(device.type, STEP_ROWS["cpu"])
         _check_limits(model, max_batch_tokens, max_batch, max_queue, compute_budget)
         if not 0 <= speculative <= MAX_DRAFTS:
             raise ConfigError("speculative", got=speculative, allowed=f"0 to {MAX_DRAFTS}")
         kv_dtype = stored_as(kv_cache_dtype, model.net.dtype)
         self._unit_bytes = kv_bytes_stored(config, 1, config.group_layers, model.net.dtype, kv_dtype)
-        units = default_units(config, max_batch, self._unit_bytes, model.device) if units is None else units
+        units = default_units(config, max_batch, self._unit_bytes, device, gpu_share) if units is None else units
         if units < 2:
             raise ConfigError("units", got=units, allowed="2 or more (the null unit and one that holds tokens)")
         self.model, self.config, self._clock = model, config, clock
@@ -318,18 +322,24 @@ class Engine:
             self.die(f"{self._failures} steps failed in a row, the last with {type(error).__name__}")
 
 
-def default_units(config: ModelConfig, max_batch: int, unit_bytes: int, device: torch.device) -> int:
-    """Units for `max_batch` requests of full context at full depth, or what `MEMORY_SHARE` of the free memory holds, but
-    never less than one such request needs. Raises ResourceError, with the arithmetic, where the memory does not hold one."""
+def default_units(
+    config: ModelConfig, max_batch: int, unit_bytes: int, device: torch.device, gpu_share: float = 0.9
+) -> int:
+    """Units for `max_batch` requests of full context at full depth, or what `MEMORY_SHARE` of the free memory holds; on a GPU
+    what is left of `gpu_share` of its memory, whatever the batch, as later requests find again what fits. Never less than one
+    request of full context needs. Raises ResourceError, with the arithmetic, where the memory does not hold one."""
     one = GROUPS * -(-config.context // config.page)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free, on_gpu = psutil.virtual_memory().available, device.type == "cuda"
+    if on_gpu:
+        free, total = torch.cuda.mem_get_info(device)
+        free = max(0, free - int((1 - gpu_share) * total))
     if one * unit_bytes > free:
         raise ResourceError(
             f"keys and values of one text of {config.context} tokens in {config.layers} layers do not fit the memory",
             got=f"{one * unit_bytes / 1e9:.1f} GB", allowed=f"{free / 1e9:.1f} GB that are free",
             do="store them in int8 (kv_cache_dtype), or import the model with a shorter --context",
         )  # fmt: skip
-    return 1 + max(one, min(one * max_batch, int(free * MEMORY_SHARE) // unit_bytes))
+    return 1 + max(one, free // unit_bytes if on_gpu else min(one * max_batch, int(free * MEMORY_SHARE) // unit_bytes))
 
 
 def _check_limits(model: Model, batch_tokens: int, batch: int, queue: int, budget: float | None) -> None:

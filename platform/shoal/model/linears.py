@@ -45,6 +45,13 @@ class Weight(nn.Module):
             return out
         return F.linear(x, self.weight)
 
+    def product_in_fp32(self, x: Tensor) -> Tensor:
+        """`product`, for logits: on a GPU the sums of a model in bf16 are not rounded to 8 bits."""
+        if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or torch.is_grad_enabled():
+            return self.product(x)
+        found = torch.mm(x.reshape(-1, x.shape[-1]), self.weight.T, out_dtype=torch.float32)
+        return found.view(*x.shape[:-1], -1)
+
     def matrix(self, rows: int, dtype: torch.dtype) -> Matrix | None:
         """What `cpu.decode.layer` reads for `rows` rows in `dtype`; None where a call of its own computes the product
         faster."""
@@ -143,7 +150,7 @@ class Embedding(Weight):
         return F.embedding(tokens, fake_weight(self.weight) if self.fake else self.weight)
 
     def logits(self, h: Tensor) -> Tensor:
-        return self.product(h)
+        return self.product_in_fp32(h)
 
 
 class Int8Embedding(Int8Linear):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from shoal import presets
-from shoal.config import FULL, ModelConfig
-from shoal.errors import ContextLengthError, RequestError, ResourceError
+from shoal.config import FULL, Dtype, ModelConfig
+from shoal.errors import ConfigError, ContextLengthError, RequestError, ResourceError
 from shoal.inputs import media
 from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded
 from shoal.inputs.tokenizer import IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID, Tokenizer
@@ -119,6 +119,18 @@ class Model:
         if self.router is not None:
             self.router.to(device)
         return self
+
+    def on_gpu(self, dtype: Dtype = "auto") -> Model:
+        """This model on the GPU, its weights and activations in `dtype`; auto: bf16, and fp32 where weights are INT8, whose
+        scales and norms stay as they are. Norms, softmax, scores of blocks, the router and logits are fp32 in either, and
+        matrices in fp32 are multiplied in TF32. Raises ConfigError for another precision than an INT8 model has."""
+        rounded = self.config.quantization != "none"
+        if rounded and dtype == "bfloat16":
+            raise ConfigError("dtype", got=dtype, allowed="auto or float32, where weights are INT8")
+        if not rounded and dtype != "float32":
+            self.net.to(torch.bfloat16)
+        torch.set_float32_matmul_precision("high")
+        return self.to("cuda:0")
 
     @property
     def device(self) -> torch.device:

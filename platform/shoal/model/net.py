@@ -20,7 +20,7 @@ from shoal.inputs.tokenizer import PATCH_ID
 from shoal.model.adapters import Adapter, alone
 from shoal.model.attention import Layout
 from shoal.model.block import ExitMlp, Group, Norm, linear, rope_tables
-from shoal.model.linears import Embedding, Int8Embedding
+from shoal.model.linears import Embedding, Int8Embedding, Weight
 
 
 class Net(nn.Module):
@@ -138,7 +138,11 @@ class Net(nn.Module):
 
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [..., V] of what `exit` gives, [..., D]."""
-        return self.embed.logits(normed) if self.output is None else self.output(normed)
+        if self.output is None:
+            return self.embed.logits(normed)
+        if isinstance(self.output, Weight) and normed.is_cuda and not torch.is_grad_enabled():
+            return self.output.product_in_fp32(normed)
+        return self.output(normed)
 
 
 def unit_pixels(patches: Tensor, dtype: torch.dtype) -> Tensor:

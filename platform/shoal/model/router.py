@@ -52,11 +52,12 @@ def page_sums(net: Net, hidden: Tensor, tokens: Tensor) -> Tensor:
     stride = sample_stride(page)
     sampled = at[(at % stride == stride - 2) & (at + 1 < len(tokens))]
     sampled = sampled[tokens[sampled + 1] != PATCH_ID]
-    sums = hidden.new_zeros(-(-len(tokens) // page), hidden.shape[1] + EXTRA)
-    sums[:, :-EXTRA].index_add_(0, at // page, hidden)
+    kind = torch.promote_types(hidden.dtype, torch.float32)  # a sum of a page in bf16 would lose what is small
+    sums = hidden.new_zeros(-(-len(tokens) // page), hidden.shape[1] + EXTRA, dtype=kind)
+    sums[:, :-EXTRA].index_add_(0, at // page, hidden.to(kind))
     if len(sampled):
         logits = net.head(hidden[sampled], net.config.exits[0])
-        nll = F.cross_entropy(logits, tokens[sampled + 1], reduction="none").to(sums.dtype)
+        nll = F.cross_entropy(logits.to(kind), tokens[sampled + 1], reduction="none")
         sums[:, -3].index_add_(0, sampled // page, nll)
         sums[:, -2].index_add_(0, sampled // page, torch.ones_like(nll))
     sums[:, -1].index_add_(0, at // page, (tokens == PATCH_ID).to(sums.dtype))

@@ -175,7 +175,7 @@ class _Engine:
         torch.set_num_threads(threads(None) if workers == 1 else 1)
         loaded = Model.load(model)
         if gpu:
-            loaded.to("cuda")
+            loaded.on_gpu()
         # nobody reads an answer before it has ended, and each reader that is woken takes the time of a token
         engine = AsyncEngine(Engine(loaded, max_batch=max_batch), backlog=sys.maxsize, gap=SECONDS)
         limits = Limits(seconds=SECONDS)

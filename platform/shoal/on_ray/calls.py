@@ -61,6 +61,6 @@ def weights(directory: str | Path, args: ServeArgs) -> str:
 
 def weights_of(sha256: str, args: ServeArgs) -> str:
     """As `weights`, of those whose `weights_sha256` is known."""
-    how: list[Any] = [args.engine, args.kv_cache_dtype, args.gpus > 0, args.vllm]
+    how: list[Any] = [args.engine, args.kv_cache_dtype, args.gpus > 0, args.dtype, args.vllm]
     told = json.dumps([sha256, *how], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:16]

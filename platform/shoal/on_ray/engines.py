@@ -235,9 +235,10 @@ class EngineReplica:
         say = log.warning
         model = Model.load(directory, on_fallback=say if args.precision == "auto" else None)
         if args.gpus > 0:
-            model.to("cuda")
+            model.on_gpu(args.dtype)
         batch, queue, kv = args.max_batch, args.max_batch + args.max_queue, args.kv_cache_dtype
-        own = Engine(model, max_batch=batch, max_queue=queue, kv_cache_dtype=kv)
+        share = args.gpu_share or (0.45 if args.release else 0.9)
+        own = Engine(model, max_batch=batch, max_queue=queue, kv_cache_dtype=kv, gpu_share=share)
         engine = AsyncEngine(own, read_adapter=read)
         settle()
         return engine

@@ -7,15 +7,16 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
+from shoal.config import Dtype
 from shoal.errors import UsageError
 from shoal.stages.stage import Stage, out
 
 LOOPBACK, PORT = "127.0.0.1", 8000
-CHOICES = {"precision": ("stored", "auto"), "kv_cache_dtype": ("auto", "int8")}
+CHOICES = {"precision": ("stored", "auto"), "kv_cache_dtype": ("auto", "int8"), "dtype": get_args(Dtype)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,12 @@ class Serve(Stage):
         typer.Option(
             help="stored: as the model was written, refused where INT8 fails its self-test; auto: fp32 there, "
             "and the reason is said [stored, or the config's]."
+        ),
+    ] = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of weights and activations on a GPU. auto: bfloat16; float32 for INT8 [auto, or the config's]."
         ),
     ] = None
     kv_cache_dtype: Annotated[
@@ -129,6 +136,7 @@ class Serve(Stage):
             "cors": self.cors and tuple(self.cors),
             "seconds": self.seconds,
             "precision": self.precision,
+            "dtype": self.dtype,
             "kv_cache_dtype": self.kv_cache_dtype,
             "runs": self.runs and str(self.runs.absolute()),
             "batches": self.batches and str(self.batches.absolute()),

@@ -14,7 +14,7 @@ from shoal import Engine, Request, Sampling, presets
 from shoal.engine import naive
 from shoal.engine.engine import default_units
 from shoal.engine.events import Completion, Event
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, ResourceError
 from shoal.model import slots
 from shoal.model.block import Attention
 from shoal.model.cost import kv_bytes_stored
@@ -94,6 +94,15 @@ def test_the_engine_says_what_the_rounded_model_says(
     assert engines[0].stats()["prefix_cache_hits_total"] > 0
     assert engines[1].stats()["num_preemptions_total"] > 0
     assert engines[2].stats()["spec_decode_num_draft_tokens_total"] > 0
+
+
+def test_on_a_gpu_keys_and_values_take_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nine tenths of its memory, whatever the batch; where one text does not fit, that is said."""
+    one, gpu = 4 * -(-MODEL.config.context // MODEL.config.page), torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50_000_000, 100_000_000))
+    assert [default_units(MODEL.config, batch, 1000, gpu) for batch in (1, 64)] == [1 + 40_000] * 2
+    with pytest.raises(ResourceError, match=r"40\.\d GB.*0\.0 GB that are free"):
+        default_units(MODEL.config, 1, 40_100_000_000 // one, gpu)
 
 
 def test_a_unit_is_smaller_and_so_more_of_them_fit() -> None:
