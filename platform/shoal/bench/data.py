@@ -31,13 +31,16 @@ from shoal import presets
 from shoal.bench.turns import in_turns, show
 from shoal.data import identities, parts
 from shoal.data.documents import SourceSpec
+from shoal.data.operators.pipeline import Operators
 from shoal.data.shards import TOKENIZER
 from shoal.data.sources.files import list_files
-from shoal.data.tables import Parts
+from shoal.data.tables import Parts, spans
 from shoal.inputs.tokenizer import Tokenizer
 
 MB = 10**6
 SPEED_TEXT = 4 * MB  # text of a speed run
+DOCUMENTS = (10**5, 10**6, 10**7)  # synthetic ones, of which only the identities exist ...
+PARTS = 16  # ... in so many parts
 IMAGES = 400  # beside it
 IMAGE_SIZE = 256  # pixels on a side
 SAMPLE = MB  # text that the tokenizer is fitted to
@@ -63,11 +66,30 @@ def data(console: Console, *, preset: str, sizes: tuple[int, ...], rounds: int) 
         row["s_per_mb"] = row["cpu_seconds"] / row["mb"]
         memory = (f"{row[key]:.0f}" for key in ("peak_rss_mb", "rss_before_mb"))
         cost.add_row(f"{row['mb']:.0f}", f"{row['seconds']:.1f}", f"{row['s_per_mb']:.3f}", *memory)
+    driver = Table(
+        "documents", "peak RSS of the driver, MB", "of one task", title="deciding over synthetic documents, on Ray"
+    )
+    by_documents = [_decide(count) for count in DOCUMENTS]
+    for row in by_documents:
+        driver.add_row(f"{row['documents']:,}", f"{row['driver_mb']:.0f}", f"{row['task_mb']:.0f}")
     beside = _beside_images(preset, rounds)
     images = Table("text MB/s alone", "beside images", "images/s", title="one process packs text, another images")
     images.add_row(*(f"{beside[key]:.2f}" for key in ("alone", "beside", "images_per_s")))
-    result = {"bench": "data", "preset": preset, "rounds": rounds, "speed": speeds, "size": by_size, "images": beside}
-    show(console, [table, cost, images], result)
+    result = {"bench": "data", "preset": preset, "rounds": rounds, "speed": speeds, "size": by_size, "documents": by_documents,
+              "images": beside}  # fmt: skip
+    show(console, [table, cost, driver, images], result)
+
+
+def _decide(documents: int) -> dict[str, float]:
+    """Peak memory of the process that has it decided over so many documents what is kept, and of a task that looks at a
+    span."""
+    with tempfile.TemporaryDirectory() as folder:
+        _child("identities", folder, str(documents))
+        return {
+            "documents": documents,
+            **_child("driver", folder, str(documents)),
+            **_child("task", folder, str(documents)),
+        }
 
 
 def _child(what: str, *arguments: str) -> dict[str, Any]:
@@ -132,6 +154,41 @@ def _size(preset: str, size: str) -> dict[str, float]:
     return {"mb": written / MB, **spent, "rss_before_mb": before, "peak_rss_mb": _peak_rss()}
 
 
+def _identities(folder: str, documents: str) -> dict[str, float]:
+    """Writes the tables of synthetic documents; one in ten is equal to another."""
+    for number, path in enumerate(Parts(Path(folder), PARTS)):
+        some = np.random.default_rng(number)
+        count = int(documents) * (number + 1) // PARTS - int(documents) * number // PARTS
+        keys = some.integers(0, 2**64, (count, 2), dtype=np.uint64)
+        keys[: count // 10] = keys[count // 10 : 2 * (count // 10)]
+        zeros = np.zeros(count)
+        groups = {"key": keys[:, 0], "draw": keys[:, 1], "modality": zeros, "said": zeros + identities.UNSAID}
+        identities.write_tables(path, keys, groups)
+    return {}
+
+
+def _driver(folder: str, documents: str) -> dict[str, float]:
+    from shoal.on_ray.corpus_tasks import Decision
+    from shoal.on_ray.prepare import decide
+    from shoal.on_ray.resources import local_ray
+
+    packed = parts.Packed()
+    decision = Decision(Parts(Path(folder), PARTS), "bench", Operators(near_dedup=False), int(documents))
+    with local_ray():
+        decide(decision, [1] * PARTS, packed, lambda what, done, total: None)
+    dropped = packed.drops["dedup"].total()
+    return {"driver_mb": _peak_rss(), "dropped": dropped}
+
+
+def _task(folder: str, documents: str) -> dict[str, float]:
+    """One span of fingerprints, and one of groups."""
+    some, out = Parts(Path(folder), PARTS), Path(folder, "span")
+    span = spans(int(documents))[0]
+    identities.equal(some, span, out)
+    identities.hold_out(some, span, out)
+    return {"task_mb": _peak_rss()}
+
+
 def _images(preset: str) -> dict[str, float]:
     """Packs images again and again until its input closes; images a second. Says when it is at work."""
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +205,8 @@ def _images(preset: str) -> dict[str, float]:
 
 
 _RUNS: dict[str, Callable[..., dict[str, float]]] = {
-    "speed": _speed, "text": _text, "size": _size, "images": _images,
+    "speed": _speed, "text": _text, "size": _size, "images": _images, "identities": _identities, "driver": _driver,
+    "task": _task,
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ Letters: D documents.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,8 @@ HELDOUT = 0.05  # share of the groups
 FINGERPRINTS, GROUPS, DROPPED = ".fingerprints", ".groups", ".dropped"  # suffixes of a part's tables
 KEPT, EQUAL, NEAR = range(3)  # what the table of dropped documents says of each
 REASONS = {EQUAL: ("dedup", "equal to an earlier one"), NEAR: ("near dedup", "nearly equal to an earlier one")}
+# Of a document: a hash of its group's name, another by the seed, its modality, and what its source says of its side.
+KINDS = {"key": np.uint64, "draw": np.uint64, "modality": np.uint8, "said": np.int8}
 UNSAID = -1  # where a source does not say which side it is on
 
 Drops = dict[str, Counter[str]]  # operator -> reason -> documents
@@ -71,15 +73,20 @@ class Identities:
     def write(self, path: Path) -> None:
         """The tables beside a part's documents in `path`."""
         halves = np.frombuffer(b"".join(self._prints), dtype=">u8").astype(np.uint64).reshape(-1, 2)
-        order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal ones stay in their order
-        rows = np.arange(len(halves), dtype=np.uint32)
-        prints = {"key": halves[order, 0], "rest": halves[order, 1], "row": rows[order]}
-        tables.write(path.with_suffix(FINGERPRINTS), prints)
         columns = zip(*self._groups, strict=True) if self._groups else ((),) * 4
-        kinds = {"key": np.uint64, "draw": np.uint64, "modality": np.uint8, "said": np.int8}
-        groups = {n: np.array(c, dtype=kind) for (n, kind), c in zip(kinds.items(), columns, strict=True)}
-        order = np.argsort(groups["key"], kind="stable")
-        tables.write(path.with_suffix(GROUPS), {**{n: c[order] for n, c in groups.items()}, "row": rows[order]})
+        write_tables(path, halves, dict(zip(KINDS, columns, strict=True)))
+
+
+def write_tables(path: Path, prints: np.ndarray, groups: Mapping[str, Sequence[int] | np.ndarray]) -> None:
+    """The tables of the part in `path`, of documents in order: `prints` uint64 [D, 2], the halves of their fingerprints;
+    `groups`: the columns in KINDS."""
+    rows = np.arange(len(prints), dtype=np.uint32)
+    order = np.lexsort((prints[:, 1], prints[:, 0]))  # stable: equal ones stay in their order
+    columns = {"key": prints[order, 0], "rest": prints[order, 1], "row": rows[order]}
+    tables.write(path.with_suffix(FINGERPRINTS), columns)
+    of = {name: np.asarray(groups[name], dtype=kind) for name, kind in KINDS.items()}
+    order = np.argsort(of["key"], kind="stable")
+    tables.write(path.with_suffix(GROUPS), {**{name: column[order] for name, column in of.items()}, "row": rows[order]})
 
 
 def tables_of(path: Path) -> list[Path]:

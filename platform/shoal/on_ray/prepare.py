@@ -162,7 +162,7 @@ def _make(job: _Job, start: float, on_progress: Progress) -> dict[str, Any]:
         for number, of in found.named.items():
             named[files[number].spec.name].update(of)
     decision = Decision(places, digest(keys), job.operators, documents)
-    besides = _decide(decision, job.sizes, packed, on_progress)
+    besides = decide(decision, job.sizes, packed, on_progress)
     used = job.given or _tokenizer(decision, besides, characters, job, on_progress)
     write_aside(out / TOKENIZER, used.json)
     packs = [
@@ -182,7 +182,7 @@ def _make(job: _Job, start: float, on_progress: Progress) -> dict[str, Any]:
     return report
 
 
-def _decide(decision: Decision, sizes: list[int], packed: Packed, on_progress: Progress) -> list[int]:
+def decide(decision: Decision, sizes: list[int], packed: Packed, on_progress: Progress) -> list[int]:
     """Which documents are dropped, counted in `packed`, and which are held out; the groups held out besides."""
     looks, numbers = decision.looks, [(number,) for number in range(len(decision.parts))]
     for _ in each(decision.look, looks, [1] * len(looks), "find copies", on_progress):

@@ -3,6 +3,8 @@ and parts."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -70,7 +72,7 @@ def written(folder: Path, found: Sequence[Sequence[Identity]], seed: int = 0) ->
     st.lists(st.lists(IDENTITIES, max_size=25), min_size=1, max_size=4), st.integers(0, 5), st.booleans(),
     st.sampled_from([1, 2, 7]),
 )  # fmt: skip
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 def test_what_is_chosen_is_what_one_look_at_all_documents_chooses(
     found: list[list[Identity]], seed: int, dedup: bool, count: int
 ) -> None:
@@ -134,3 +136,44 @@ def test_a_table_that_is_gone_or_cut_off_is_one_line(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DataError, match="cannot be read"):
         choose(parts, EXACT)
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from shoal.data import identities, tables
+from shoal.data.tables import Parts, spans
+
+what, folder, documents = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+parts = Parts(folder, 8)
+if what == "write":
+    for number, path in enumerate(parts):
+        keys = np.random.default_rng(number).integers(0, 2**64, (documents // 8, 2), dtype=np.uint64)
+        keys[: documents // 80] = keys[documents // 80 : 2 * (documents // 80)]
+        groups = {"key": keys[:, 0], "draw": keys[:, 1], "modality": keys[:, 0] % 2, "said": np.full(len(keys), -1)}
+        identities.write_tables(path, keys, groups)
+else:
+    some = spans(documents, 2**14)
+    equals = [folder / f"equal{span.number}" for span in some]
+    dropped = sum(identities.equal(parts, span, out) for span, out in zip(some, equals))
+    for number in range(len(parts)):
+        identities.settle(parts, number, equals, [])
+    found = [identities.hold_out(parts, span, folder / "heldout") for span in some]
+    groups = sum(side.groups for sides in found for side in sides)
+    print(dropped, groups, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_what_a_process_holds_does_not_grow_with_the_documents(tmp_path: Path) -> None:
+    """Sixteen times as many documents, each of which 50 bytes would be seen."""
+    found = []
+    for size in (40_000, 640_000):
+        (tmp_path / str(size)).mkdir()
+        for what in ("write", "look"):
+            command = [sys.executable, "-c", MEMORY, what, str(tmp_path / str(size)), str(size)]
+            told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        dropped, groups, held = map(int, told.split())
+        assert dropped == size // 10 and groups == size - dropped
+        found.append(held)
+    assert found[1] - found[0] < 30 * 10**6
