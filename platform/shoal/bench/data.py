@@ -169,12 +169,13 @@ def _identities(folder: str, documents: str) -> dict[str, float]:
 
 def _driver(folder: str, documents: str) -> dict[str, float]:
     from shoal.on_ray.corpus_tasks import Decision
+    from shoal.on_ray.each import quiet_data
     from shoal.on_ray.prepare import decide
     from shoal.on_ray.resources import local_ray
 
     packed = parts.Packed()
     decision = Decision(Parts(Path(folder), PARTS), "bench", Operators(near_dedup=False), int(documents))
-    with local_ray():
+    with local_ray(), quiet_data():
         decide(decision, [1] * PARTS, packed, lambda what, done, total: None)
     dropped = packed.drops["dedup"].total()
     return {"driver_mb": _peak_rss(), "dropped": dropped}
