@@ -227,6 +227,31 @@ def show_config(preset: Annotated[str, typer.Argument(help="Preset, or a model d
     out.print(yaml.safe_dump(values, sort_keys=False).rstrip(), highlight=False)
 
 
+@app.command()
+def scale(
+    preset: Annotated[list[str] | None, typer.Option(help="Preset to train and serve; repeat. [1b and 7b]")] = None,
+    gpus: Annotated[list[int] | None, typer.Option(help="GPUs to train on; repeat. [8, 64 and 512]")] = None,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: a100, h100 or h200.")] = "h100",
+    utilisation: Annotated[
+        float, typer.Option(help="Share of the GPU's operations that training reaches: an assumption, 0 to 1.")
+    ] = 0.1,
+    terabytes: Annotated[float, typer.Option(help="Text to prepare, 10^12 bytes: a share of it, or more.")] = 10.0,
+    streams: Annotated[int, typer.Option(help="Requests at once, of 4,096 tokens each, at 5 tokens a second.")] = 10000,
+    as_json: Json = False,
+) -> None:
+    """What training, preparing and serving at a size take, on paper: memory, bytes, seconds, tokens a day, replicas."""
+    from shoal import scale as arithmetic
+
+    if not 0 < utilisation <= 1 or terabytes <= 0 or streams < 1 or min(gpus or [1]) < 1:
+        raise UsageError("shoal scale", got=(utilisation, terabytes, streams, gpus), allowed="numbers above 0")
+    how = {"utilisation": utilisation, "disk": 2e9, "size": terabytes * 1e12, "streams": streams}
+    found = arithmetic.report(preset or ["1b", "7b"], gpus or [8, 64, 512], arithmetic.gpu(gpu), **how)  # type: ignore[arg-type]
+    if as_json:
+        print_result(found, True, "")
+    else:
+        out.print(arithmetic.tables(found), markup=False, highlight=False, soft_wrap=True)
+
+
 def read_text(path: Path) -> str:
     """What a file holds. Raises UsageError when it cannot be read."""
     try:

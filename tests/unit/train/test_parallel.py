@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shoal import scale
 from shoal.errors import DataError, ShoalError
 from shoal.model import checkpoint
 from shoal.train import log, parallel
@@ -117,6 +118,7 @@ def play(rank: int, root: Path, shards: Path, chats: Path, model: Path) -> None:
         scene(run.name, world, lambda w=world, r=run, m=more: fit(tune(chats, model, r, w, **m)))  # type: ignore[misc]
     scene("not-finite", 2, lambda: one_rank_is_not_finite(shards, rank))
     scene("sync", 2, lambda: gradients_are_exchanged_once(shards, rank))
+    scene("exchanged", 2, lambda: as_much_is_exchanged_as_is_said(shards, rank))
     scene("depth", 2, lambda: ranks_differ_in_depth(shards, rank))
     scene("alone-in-error", 2, lambda: an_error_of_one_rank_is_every_ranks(shards, root, rank))
     scene("full-disk", 2, lambda: fit(plan(shards, root / "full-disk", 2, eval_every=0), fill_the_disk()))
@@ -179,6 +181,27 @@ def gradients_are_exchanged_once(shards: Path, rank: int) -> None:
     with Scattered() as seen:
         update(model, optimizer, batches, config=todo.train, weights=(0.2, 0.3, 0.5), rate=1e-3, ranks=ranks)
     assert len(batches) == 2 and seen.count == len(model.net.groups) + 1
+
+
+class Received(TorchDispatchMode):
+    """Bytes that this rank of two receives: half of all that is gathered, and half of what is scattered."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "allgather_base" in str(func) or "reduce_scatter_base" in str(func):
+            self.total += max(args[0].nbytes, args[1].nbytes) // 2
+        return func(*args, **(kwargs or {}))
+
+
+def as_much_is_exchanged_as_is_said(shards: Path, rank: int) -> None:
+    """By FSDP, of a model that is gathered at each use and of one that is gathered once."""
+    for gathered in (0, 2**28):
+        parallel.STAYS_GATHERED = scale.STAYS_GATHERED = gathered
+        todo, model, optimizer, batches, ranks = prepared(shards, rank)
+        with Received() as seen:
+            update(model, optimizer, batches, config=todo.train, weights=(0.2, 0.3, 0.5), rate=1e-3, ranks=ranks)
+        assert scale.exchanged(todo, 2, low=4) == pytest.approx(seen.total, rel=0.2), gathered
 
 
 def ranks_differ_in_depth(shards: Path, rank: int) -> None:
