@@ -1,20 +1,26 @@
 """Training on Ray Train: one local cluster, the `test` preset, two workers, and what may happen to them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
+import ray
 
 from shoal import Model, cli, presets
 from shoal.errors import CheckpointError, ConfigError, DataError, ResourceError, ShoalError
 from shoal.on_ray.train import train
+from shoal.on_ray.train_metrics import PREFIX
 from shoal.train import log
 from shoal.train.loop import fit
+from shoal.train.metrics import FAMILIES
 from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan
 from tests.corpus import write_chats, write_corpus
 
@@ -90,6 +96,27 @@ def test_two_workers_train_as_one_process_does(calm: Path, data: Path, tmp_path:
     end = log.read(calm)[-1]
     assert end["tokens"] == alone.tokens
     assert end["bpb"]["text"] == pytest.approx(alone.bpb["text"], abs=1e-3)
+
+
+def test_a_run_tells_ray_its_numbers(calm: Path) -> None:
+    """All of the table but warnings and evaluations between updates, under the names that the dashboard asks for. The agent of
+    the node hears of them within seconds."""
+    wanted = {
+        f"ray_{PREFIX}{name}" + "_total" * (family.kind == "counter")
+        for name, family in FAMILIES.items()
+        if name not in ("warnings", "heldout_bpb")
+    }
+    (node,) = ray.nodes()
+    found: set[str] = set()
+    end = time.monotonic() + 90
+    while not wanted <= found and time.monotonic() < end:
+        text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=30).text
+        mine = [line for line in text.splitlines() if f'run="{calm}"' in line]
+        found = {re.split("[{ ]", line)[0] for line in mine}
+        time.sleep(0.5)
+    assert wanted <= found, wanted - found
+    (step,) = [line for line in mine if line.startswith("ray_shoal_train_step{")]
+    assert float(step.split()[-1]) == STEPS
 
 
 @pytest.mark.drill

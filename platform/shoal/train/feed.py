@@ -120,8 +120,9 @@ def _shards(plan: FitPlan, data: str, tokenizer: Tokenizer, ranks: Ranks) -> Fee
     for what in ("patch", "image_size"):
         if getattr(index, what) != getattr(plan.model, what):
             raise DataError(f"{data}: {what}", got=getattr(index, what), allowed=getattr(plan.model, what))
+    at_once = max(1, min(EVAL_ROWS, plan.eval_rows // ranks.world))  # so that many ranks share what there is
     heldout: dict[str, list[Batch]] = {
-        modality: _dealt(heldout_batches(data, modality, EVAL_ROWS, limit=plan.eval_rows), ranks)
+        modality: _dealt(heldout_batches(data, modality, at_once, limit=plan.eval_rows), ranks)
         for modality in MODALITIES
         if index.total("rows", "heldout", modality)
     }

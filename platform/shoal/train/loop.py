@@ -49,6 +49,7 @@ from shoal.train.optim import (
 )
 from shoal.train.parallel import Ranks, shard_
 from shoal.train.plan import FitPlan, located, progress
+from shoal.train.refusal import need_memory_of_gpu
 from shoal.train.run import Clock, Run, StoppedError, enough_memory, only_writer, stop_file
 from shoal.train.step import update
 from shoal.train.timing import Tracer, Watch
@@ -91,6 +92,8 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker, at_end: contextlib.ExitStack
         plan = located(plan)
         start = _Start.of(plan)
         identity = plan.identity(start.base)
+        if ranks.device.type == "cuda":
+            need_memory_of_gpu(plan, ranks.world, torch.cuda.get_device_properties(ranks.device).total_memory)
     run = Run(plan, ranks, say)
     at_end.callback(run.abandon)
     state = run.begin(identity)

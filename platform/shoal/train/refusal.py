@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import torch
 
 from shoal.data.shards import open_index
-from shoal.errors import ConfigError, DataError
+from shoal.errors import ConfigError, DataError, ResourceError
 from shoal.model.checkpoint import require_replaceable
+from shoal.train.needs import memory_needed
 from shoal.train.plan import FitPlan, fingerprint, recorded
 
 COMPILER = os.environ.get("CXX", "g++")  # what torch.compile runs on a CPU
+DOUBT = 0.8  # an estimate is refused by where a fifth less would not fit either
 
 
 def check(plan: FitPlan, workers: int) -> None:
@@ -38,6 +41,33 @@ def check(plan: FitPlan, workers: int) -> None:
         _check_chats(plan, workers)
         if plan.replay:
             _check_shards(plan, plan.replay, workers)
+
+
+def need_memory_of_gpu(plan: FitPlan, world: int, memory: int) -> None:
+    """Raises ResourceError, with how many would do, where a GPU with so many bytes of `memory` cannot hold what is estimated:
+    by more than a fifth, which the estimate may be wrong by."""
+    need = memory_needed(plan, world, low=2)
+    if need <= memory / DOUBT:
+        return
+    less = dataclasses.replace(plan, recompute=True)
+    if memory_needed(less, world, low=2) <= memory / DOUBT:
+        do = "use --set recompute=true"
+    else:
+        more = (world * 2**n for n in range(1, 11) if less.batch_rows >= world * 2**n)
+        alone = (
+            dataclasses.replace(less, parts=0, train=dataclasses.replace(less.train, accumulate=1)),
+            "--accumulate 1 and ",
+        )
+        ways = [(size, one, text) for size in more for one, text in ((less, ""), alone)]
+        fits = ((size, text) for size, one, text in ways if memory_needed(one, size, low=2) <= memory / DOUBT)
+        size, text = next(fits, (0, ""))
+        do = f"use --set recompute=true, {text}{size} GPUs" if size else "use a smaller preset, or larger GPUs"
+    raise ResourceError(
+        f"{plan.name} on {world} GPU(s)",
+        got=f"{need / 2**30:.1f} GiB a GPU",
+        allowed=f"{memory / 2**30:.1f} GiB",
+        do=do,
+    )
 
 
 def need_groups(plan: FitPlan, workers: int) -> None:

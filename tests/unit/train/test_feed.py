@@ -55,6 +55,20 @@ def test_two_ranks_read_what_one_reads(shards: Path, chats: Path, kind: str) -> 
         )
 
 
+def test_held_out_rows_are_shared_by_as_many_ranks_as_there_are_rows(shards: Path) -> None:
+    """Eight at a time would leave most of many ranks with nothing but blanks."""
+    tokenizer = shard_tokenizer(shards)
+    feeds = [
+        open_feed(plan(shards, eval_rows=8, accumulate=1).at_world(8, 8), tokenizer, "", Ranks(r, 8, CPU))
+        for r in range(8)
+    ]
+    for modality, batches in open_feed(plan(shards, eval_rows=8), tokenizer, "", Ranks(0, 1, CPU)).heldout.items():
+        dealt = [feed.heldout[modality] for feed in feeds]
+        busy = sum(any((b.docs >= 0).any() for b in each) for each in dealt)
+        assert busy == min(8, sum(len(b.tokens) for b in batches))
+        assert sum(b.n_bytes for each in dealt for b in each) == sum(b.n_bytes for b in batches)
+
+
 def test_a_step_reads_the_same_whenever_it_is_asked(shards: Path) -> None:
     """So that a resumed run repeats and loses nothing."""
     tokenizer = shard_tokenizer(shards)

@@ -1,5 +1,6 @@
 """``--set KEY=VALUE``: what may be set, and how wrong ones are told; plans that cannot be."""
 
+import dataclasses
 import weakref
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from shoal.on_ray.train import parse_workers, preflight, train
 from shoal.train.needs import memory_needed, saved_at_once
 from shoal.train.parallel import Ranks
 from shoal.train.plan import finetune_plan, pretrain_plan
-from shoal.train.refusal import check
+from shoal.train.refusal import check, need_memory_of_gpu
 from shoal.train.run import enough_memory
 from shoal.train.settings import settings
 
@@ -54,6 +55,19 @@ def test_micro_batches_stay_as_many_at_any_world() -> None:
     assert {plan.at_world(4, world).micro_rows(world) for world in (1, 2, 3, 4)} == {1}
     large = pretrain_plan("7b", "data", "run", steps=1, accumulate=2)
     assert {large.at_world(128, world).parts_at(world) for world in range(120, 129)} == {256}
+
+
+def test_a_gpu_that_is_too_small_is_told_what_would_do() -> None:
+    one = pretrain_plan("7b", "data", "run", steps=1, recompute=True)
+    need_memory_of_gpu(one, 8, 80 * 10**9)
+    with pytest.raises(
+        ResourceError, match=r"^7b on 8 GPU\(s\): got '.* GiB a GPU'; allowed: 74.5 GiB; .*recompute=true$"
+    ):
+        need_memory_of_gpu(dataclasses.replace(one, recompute=False), 8, 80 * 10**9)
+    with pytest.raises(ResourceError, match="use --set recompute=true, --accumulate 1 and 256 GPUs"):
+        need_memory_of_gpu(one, 8, 24 * 10**9)
+    with pytest.raises(ResourceError, match="use a smaller preset, or larger GPUs"):
+        need_memory_of_gpu(one, 1, 10**9)
 
 
 def test_what_does_not_divide_says_what_would() -> None:
