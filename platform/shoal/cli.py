@@ -240,16 +240,16 @@ def scale(
     as_json: Json = False,
 ) -> None:
     """What training, preparing and serving at a size take, on paper: memory, bytes, seconds, tokens a day, replicas."""
-    from shoal import scale as arithmetic
+    from shoal.scale import gpu_named, report, tables
 
     if not 0 < utilisation <= 1 or terabytes <= 0 or streams < 1 or min(gpus or [1]) < 1:
         raise UsageError("shoal scale", got=(utilisation, terabytes, streams, gpus), allowed="numbers above 0")
     how = {"utilisation": utilisation, "disk": 2e9, "size": terabytes * 1e12, "streams": streams}
-    found = arithmetic.report(preset or ["1b", "7b"], gpus or [8, 64, 512], arithmetic.gpu(gpu), **how)  # type: ignore[arg-type]
+    found = report(preset or ["1b", "7b"], gpus or [8, 64, 512], gpu_named(gpu), **how)  # type: ignore[arg-type]
     if as_json:
         print_result(found, True, "")
     else:
-        out.print(arithmetic.tables(found), markup=False, highlight=False, soft_wrap=True)
+        out.print(tables(found), markup=False, highlight=False, soft_wrap=True)
 
 
 def read_text(path: Path) -> str:

@@ -54,7 +54,7 @@ GPUS = {
 }
 
 
-def gpu(name: str) -> Gpu:
+def gpu_named(name: str) -> Gpu:
     """The GPU called `name`. Raises ConfigError."""
     if name not in GPUS:
         raise ConfigError("gpu", got=name, allowed=list(GPUS), do=did_you_mean(name, GPUS))

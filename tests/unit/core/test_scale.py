@@ -125,7 +125,7 @@ def test_what_gpus_exchange_follows_the_definition() -> None:
 @pytest.mark.parametrize("world", [8, 64, 512])
 @pytest.mark.parametrize("preset", ["1b", "7b"])
 def test_more_gpus_need_less_memory_and_train_more_tokens(preset: str, world: int) -> None:
-    one, more = (scale.training(preset, size, scale.gpu("h100"), 0.1, 2e9) for size in (world, 2 * world))
+    one, more = (scale.training(preset, size, scale.gpu_named("h100"), 0.1, 2e9) for size in (world, 2 * world))
     assert one.fits and more.fits
     assert sum(more.memory.values()) <= sum(one.memory.values()) and one.tokens_a_day < more.tokens_a_day
     assert one.checkpoint_bytes == more.checkpoint_bytes > 12 * 1e9
@@ -139,14 +139,14 @@ def test_a_plan_on_paper_is_one_that_can_be_followed() -> None:
 
 
 def test_streams_fill_replicas_by_their_keys_and_values() -> None:
-    found = scale.serving("7b", 10_000, 4096, scale.gpu("h100"), tokens_a_second=5.0, replica_tokens=1800.0)
+    found = scale.serving("7b", 10_000, 4096, scale.gpu_named("h100"), tokens_a_second=5.0, replica_tokens=1800.0)
     each = kv_bytes_stored(presets.get("7b").model, 4096, dtype=torch.float32)
     weights = 4 * parameters(presets.get("7b").model).total
     assert found.kv_bytes == each and weights + found.a_replica * each <= 72e9 < weights + (found.a_replica + 1) * each
     assert (found.replicas_for_memory - 1) * found.a_replica < 10_000 <= found.replicas_for_memory * found.a_replica
     assert (found.replicas_for_tokens, found.gateways) == (28, 14)
     with pytest.raises(ConfigError, match="7b with 10,000,000 tokens on one h100: got"):
-        scale.serving("7b", 1, 10_000_000, scale.gpu("h100"), tokens_a_second=1.0, replica_tokens=1.0)
+        scale.serving("7b", 1, 10_000_000, scale.gpu_named("h100"), tokens_a_second=1.0, replica_tokens=1.0)
 
 
 def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
