@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +188,15 @@ def _card(name: str, family: str, origin: Source) -> str:
     return f"# {name}\n\nImported from {origin.name} ({family}). Its licence holds for these weights too.\n"
 
 
+def _generation(told: Mapping[str, Any], ends: Sequence[int], vocab: int) -> dict[str, Any]:
+    """The source's generation config, which also says what ends an answer where the source did not, or not all: where there is
+    one, nobody looks into config.json, and to a base model its chat template has added an end. Else others never stop."""
+    found = dict(told.get("generation_config") or {})
+    said = (found or told["config"]).get("eos_token_id")
+    known = {end for end in (said if isinstance(said, list) else [said]) if end is not None and 0 <= end < vocab}
+    return found if known == set(ends) else {**found, "eos_token_id": list(ends)}
+
+
 def export_model(
     directory: str | Path, to: str | Path, *, depth: str = FULL, check: bool = True, shard_bytes: int = files.SHARD
 ) -> int:
@@ -235,9 +244,10 @@ def export_model(
         dtype = str(kept).removeprefix("torch.")
         config_json = depths.described(told["config"], layers, cut)
         write_json(aside / "config.json", {**config_json, "dtype": dtype, "torch_dtype": dtype})
-        for key in ("generation_config", "tokenizer_config"):
-            if told.get(key):
-                write_json(aside / f"{key}.json", told[key])
+        generation = _generation(told, loaded.tokenizer.ends, config.vocab)
+        for key, values in (("generation_config", generation), ("tokenizer_config", told.get("tokenizer_config"))):
+            if values:
+                write_json(aside / f"{key}.json", values)
         (aside / described.TOKENIZER).write_text(loaded.tokenizer.plain_json, encoding="utf-8")
         (aside / described.TEMPLATE).write_text(loaded.chat_template, encoding="utf-8")
         for licence in files.licences(directory):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -15,8 +16,9 @@ from safetensors.torch import load_file
 
 from shoal import Model
 from shoal.errors import CheckpointError
-from shoal.open_weights.convert import import_model
+from shoal.open_weights.convert import export_model, import_model
 from shoal.open_weights.gguf import Gguf
+from tests.unit.open_weights.conftest import edit
 
 Make = Callable[[str], Path]
 U32, F32, STRING, ARRAY, I32 = 4, 6, 8, 9, 5
@@ -154,6 +156,23 @@ def test_its_tokenizer_knows_controls_and_ends(checkpoint: Make, tmp_path: Path)
     assert tokenizer.specials == ("<|im_start|>", "<|im_end|>", "<|endoftext|>") and tokenizer.ends == (286,)
     assert tokenizer.decode(tokenizer.encode("12 fish<|im_end|>")) == "12 fish<|im_end|>"
     assert tokenizer.encode("12") == [tokenizer.encode("1")[0], tokenizer.encode("2")[0]], "digits one by one"
+
+
+def test_an_export_says_what_ends_an_answer(checkpoint: Make, tmp_path: Path) -> None:
+    """Others read generation_config.json where there is one, and never stopped: beside a GGUF it said a temperature alone, and
+    of a base model the end of a text."""
+    import_model(gguf_of(checkpoint("smollm2"), tmp_path / "tiny.gguf"), tmp_path / "model")
+    edit(tmp_path / "model" / "source.json", generation_config={"temperature": 0.2})
+    (tmp_path / "model" / "manifest.json").unlink()
+    export_model(tmp_path / "model", tmp_path / "back", check=False)
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["eos_token_id"] == [286]
+    source = checkpoint("qwen2")
+    edit(source / "generation_config.json", eos_token_id=278, temperature=0.7)
+    import_model(source, tmp_path / "base")
+    ends = Model.load(tmp_path / "base").tokenizer.ends
+    export_model(tmp_path / "base", tmp_path / "again", check=False)
+    told = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert len(ends) == 2 and told == {"temperature": 0.7, "eos_token_id": list(ends)}
 
 
 @pytest.mark.parametrize(
