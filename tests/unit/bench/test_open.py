@@ -53,7 +53,7 @@ def test_texts_are_cut_and_counted(tmp_path: Path) -> None:
         open_parts.Texts(tmp_path)
     texts = open_parts.Texts(write_corpus(tmp_path / "data", presets.get("test")))
     batch = texts.batch(0, 0, 256)
-    assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1]) and batch.tokens.shape == (16, 256)
+    assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1]) and batch.tokens.shape == (8, 256)
     assert not torch.equal(texts.batch(0, 1, 256).tokens, batch.tokens)
     assert torch.equal(texts.batch(0, 0, 256).tokens, batch.tokens)
     for held in texts.prompts(0, 4):
