@@ -11,7 +11,7 @@ SUITE = $(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/triton
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL = help
-.PHONY: quickstart assistant test drills test-vllm test-triton mutate check lint bench setup clients docs docs-serve wheel help
+.PHONY: quickstart assistant test drills test-vllm test-triton gpu mutate check lint bench setup clients docs docs-serve wheel help
 
 quickstart: $(READY)  ## set up, then corpus to chat on this machine, about 15 minutes (EXIT=1 stops after the samples)
 	@$(BIN)/shoal quickstart $(if $(EXIT),--exit)
@@ -33,6 +33,9 @@ test-vllm: $(VLLM_READY)  ## an environment with vLLM 0.32 on the CPU (4 GB), th
 
 test-triton: $(READY)  ## set up, then the CUDA kernels in Triton's interpreter, on this CPU; skipped without the extra gpu (200 MB)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton
+
+gpu: $(READY)  ## on a machine with a GPU: its tests, decoding and training beside the device's limits, and docs/benchmarks/gpu.md
+	$(BIN)/python -m tests.gpu.measured
 
 mutate: $(READY)  ## small mistakes in the core, one at a time: do tests notice? (ARGS="model/router --sample 60"; goes on where it was)
 	@nice -n 19 $(BIN)/python -m tests.mutate $(ARGS)

@@ -6,6 +6,7 @@ pays for the length of another. `launch.attend` says what each is given.
     _attend    window and chosen blocks, each cut into pieces of equal length, a piece a program
     _join      the pieces of each branch, and the branches by gamma
 
+A number that is no constant would be handed over in fp32, so SCALE, 1 / sqrt d, is one.
 Sums, scores and softmax are fp32; under EXACT (fp64 models, which tests use) all is fp64 and no tensor core is asked.
 
 Letters: N rows (a token each), H query heads, Hk KV heads, G = H/Hk, d head dim, S block, P page, B blocks of the longest
@@ -41,10 +42,10 @@ def _complete(t, window, S: tl.constexpr, BEYOND: tl.constexpr):
 @triton.jit
 def _score(
     q, summaries, tables, positions, requests, z,
-    table_step, unit_step, head_step, block_step, window, dense, scale, count,
+    table_step, unit_step, head_step, block_step, window, dense, count,
     G: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, PAGED: tl.constexpr,
     S: tl.constexpr, K: tl.constexpr, BEYOND: tl.constexpr, VARIANCE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    EXACT: tl.constexpr,
+    SCALE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """z [N, H, B]: q.mean / sqrt d (+ q^2.var / 2d) for each block that the row may choose, where it has more than K."""
     row, head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -66,9 +67,9 @@ def _score(
         if VARIANCE:
             spread = tl.load(summaries + place[None, :] + D + at[:, None], mask=there, other=0)
             spread = tl.where(tl.abs(spread) < float("inf"), spread, 0.0)
-            found += _product(own * own * (scale / 2), spread, "ieee", EXACT)
+            found += _product(own * own * (SCALE / 2), spread, "ieee", EXACT)
         to = (row * HEADS + head * G + group[:, None]) * count + b[None, :]
-        tl.store(z + to, found * scale, mask=(group < G)[:, None] & (b < many)[None, :])
+        tl.store(z + to, found * SCALE, mask=(group < G)[:, None] & (b < many)[None, :])
 
 
 @triton.jit
@@ -134,10 +135,10 @@ def _scales(at, mask):
 @triton.jit
 def _attend(
     q, kv, tables, positions, requests, chosen, bias, part, stats,
-    table_step, unit_step, head_step, slot_step, window, dense, scale,
+    table_step, unit_step, head_step, slot_step, window, dense,
     G: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
     S: tl.constexpr, K: tl.constexpr, BEYOND: tl.constexpr, INT8: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    NEAR: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    NEAR: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """part [N, H, Y, d] and stats [N, H, Y, 2]: a sum of values that is not yet divided, its largest score and its divisor, for
     each piece of what a row reads. The first NEAR are of the window, the others of the chosen blocks (and the tail,
@@ -194,7 +195,7 @@ def _attend(
             k = k.to(tl.float32) * _scales(slot + 2 * D, valid)[:, None]
             v = v.to(tl.float32) * _scales(slot + 2 * D + 2, valid)[:, None]
         k, v = k.to(own.dtype), v.to(own.dtype)
-        s = _product(own, tl.trans(k), PRECISION, EXACT) * scale + more[:, None]
+        s = _product(own, tl.trans(k), PRECISION, EXACT) * SCALE + more[:, None]
         s = tl.where(valid[None, :], s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)

@@ -170,9 +170,9 @@ def choose(q: Tensor, summaries: Tensor, step: PagedStep, reach: Reach, position
     if blocks > top_k:
         attention._score[(rows, kv_heads, -(-blocks // TILE))](
             q, summaries, step.tables, positions, requests, z,
-            step.tables.stride(0), *summaries.stride()[:3], *sizes, 1 / math.sqrt(dim), blocks,
+            step.tables.stride(0), *summaries.stride()[:3], *sizes, blocks,
             **shape, ROWS=_power(group, 1 if exact else 16), D=dim, WIDE=_power(dim), PAGED=per_page,
-            VARIANCE=summaries.shape[-1] > dim, TILE=TILE, EXACT=exact,
+            VARIANCE=summaries.shape[-1] > dim, TILE=TILE, SCALE=1 / math.sqrt(dim), EXACT=exact,
         )  # fmt: skip
     attention._choose[(rows, kv_heads)](
         z, positions, chosen, *sizes, blocks,
@@ -204,10 +204,10 @@ def _attend(
     stats = q.new_empty(rows, heads, near + far, 2, dtype=fp(q.dtype))
     attention._attend[(rows, kv_heads, near + far)](
         q, kv, step.tables, positions, requests, chosen, reach.bias if beyond else q, part, stats,
-        step.tables.stride(0), *kv.stride()[:3], window, dense, 1 / math.sqrt(dim),
+        step.tables.stride(0), *kv.stride()[:3], window, dense,
         G=group, HEADS=heads, KV_HEADS=kv_heads, D=dim, WIDE=_power(dim), P=page, S=step.block, K=top_k, BEYOND=beyond,
         INT8=kv.dtype == torch.int8, ROWS=_power(group, 1 if exact else 16), TILE=TILE, NEAR=near, PIECES=near + far,
-        PRECISION=_precision(q), EXACT=exact,
+        PRECISION=_precision(q), SCALE=1 / math.sqrt(dim), EXACT=exact,
     )  # fmt: skip
     gated = reach.gamma is not None and far > 0
     attention._join[(rows, heads)](

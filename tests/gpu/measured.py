@@ -1,0 +1,141 @@
+"""What `make gpu` runs on a machine with a GPU: its tests, then decoding and training beside what the device could do at most,
+and the page of results, docs/benchmarks/gpu.md. On a machine without one it says so and changes nothing.
+
+Decoding must read each weight and what attention reads of keys, values and summaries (`cost.kv_bytes_read`) once a step: those
+bytes over the measured bandwidth are the least that a step can take. Training is held against the measured rate of products.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from shoal import presets
+from shoal.errors import ShoalError
+from shoal.model import cost
+from shoal.model.cache import GroupCache, PagedStep
+from shoal.model.gpu import launch
+from shoal.model.net import Net
+from shoal.train.meter import matmul_rate, training_flops
+
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "gpu.md"
+DECODING = [(name, batch, length) for name in ("350m", "1b") for batch in (1, 8, 64) for length in (1024, 8192, 16384)]
+TRAINING = [("350m", 4096), ("1b", 8192)]
+ROUNDS = 20
+
+
+def seconds(run: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
+    """Of one `run`: the median; the first three are not counted."""
+    took = []
+    for _ in range(3 + rounds):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took.append(time.perf_counter() - start)
+    return statistics.median(took[3:])
+
+
+def bandwidth(device: torch.device, size: int = 2**30) -> float:
+    """Bytes a second that a copy reads and writes."""
+    a = torch.zeros(size, dtype=torch.int8, device=device)
+    b = torch.empty_like(a)
+    return 2 * size / seconds(lambda: b.copy_(a), device)
+
+
+def bytes_of_step(net: Net, batch: int, length: int) -> int:
+    """What a decoding step of `batch` requests of `length` tokens must read."""
+    weights = sum(p.numel() * p.element_size() for p in net.parameters())
+    return weights + batch * cost.kv_bytes_read(net.config, length, bytes_each=net.dtype.itemsize)
+
+
+@torch.inference_mode()
+def decoding(name: str, batch: int, length: int, device: torch.device, rounds: int = ROUNDS) -> tuple[float, int]:
+    """Seconds of a step at full depth through all groups and the head, and the bytes that it must read."""
+    config = presets.get(name).model
+    net = Net(config).init_(0).to(device, torch.bfloat16).eval().requires_grad_(False)
+    pages = -(-length // config.page)
+    caches = [GroupCache.zeros(config, 1 + batch * pages, net.dtype, device) for _ in net.groups]
+    tables = 1 + torch.arange(batch * pages, device=device).view(batch, pages)
+    positions = torch.full((batch,), length - 1, device=device)
+    slots = tables[:, -1] * config.page + positions % config.page
+    tokens = torch.zeros(batch, dtype=torch.long, device=device)
+
+    def run() -> None:
+        step = PagedStep(positions, slots, tables, list(range(batch + 1)), config.page, config.block)
+        x = net.embed_inputs(tokens)
+        for group, cache in zip(net.groups, caches, strict=True):
+            x = group.paged(x, step, cache)  # type: ignore[operator]
+        net.head(x, config.layers)
+
+    return seconds(run, device, rounds), bytes_of_step(net, batch, length)
+
+
+def training(name: str, length: int, device: torch.device, rounds: int = 5) -> float:
+    """Floating-point operations a second of forward and backward over a row of `length` tokens, full depth's loss alone."""
+    config = presets.get(name).model
+    net = Net(config).init_(0).to(device)
+    tokens = torch.randint(9, config.vocab, (1, length), device=device)
+
+    def run() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            logits = net.head(net(tokens)[config.layers], config.layers)
+        torch.nn.functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:]).backward()
+        net.zero_grad(set_to_none=True)
+
+    return length * training_flops(config, heads=1) / seconds(run, device, rounds)
+
+
+def page(device: str, tests: str, limits: tuple[float, float], decoded: list[str], trained: list[str]) -> str:
+    """docs/benchmarks/gpu.md."""
+    triton = "there" if launch.installed() else "missing"
+    moved, multiplied = limits[0] / 1e9, limits[1] / 1e12
+    lines = [
+        f"# On a GPU\n\nWritten by `make gpu` on {time.strftime('%Y-%m-%d')}: {device}, torch {torch.__version__}, Triton {triton}.",
+        f"Tests: {tests}\n",
+        f"A copy moves {moved:,.0f} GB/s, products of 4,096 x 4,096 in bf16 reach {multiplied:,.0f} TFLOP/s.\n",
+        "| decoding, bf16 | batch | context | ms a step | tokens/s | share of bandwidth |\n|---|---|---|---|---|---|",
+        *decoded,
+        "\n| training, bf16, forward and backward | tokens | share of the rate of products |\n|---|---|---|",
+        *trained,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        raise ShoalError("make gpu", got="no CUDA device", do="run it on a machine with a GPU; nothing was changed")
+    device = torch.device("cuda")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/gpu"], capture_output=True, text=True, check=False
+    )
+    print(done.stdout, flush=True)
+    limits = bandwidth(device), matmul_rate(device, 1.0)
+    decoded, trained = [], []
+    for name, batch, length in DECODING:
+        took, must = decoding(name, batch, length, device)
+        share = must / limits[0] / took
+        decoded.append(f"| {name} | {batch} | {length:,} | {took * 1e3:.2f} | {batch / took:,.0f} | {share:.0%} |")
+        print(decoded[-1], flush=True)
+        torch.cuda.empty_cache()
+    for name, length in TRAINING:
+        trained.append(f"| {name} | {length:,} | {training(name, length, device) / limits[1]:.0%} |")
+        print(trained[-1], flush=True)
+        torch.cuda.empty_cache()
+    PAGE.write_text(
+        page(torch.cuda.get_device_name(device), done.stdout.strip().splitlines()[-1], limits, decoded, trained)
+    )
+    print(f"written: {PAGE.name}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ShoalError as error:
+        sys.exit(str(error))

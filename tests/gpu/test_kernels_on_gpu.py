@@ -1,0 +1,64 @@
+"""The Triton kernels on a GPU against the torch operators in float64: what tests/triton holds in the interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from shoal.model import int8, paged
+from shoal.model.gpu import launch
+from shoal.model.reach import ALL, Reach
+from tests.triton.stored import Stored, store
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(not launch.installed(), reason="needs Triton"),
+]
+
+
+def on_gpu(case: Stored) -> Stored:
+    step = dataclasses.replace(
+        case.step,
+        positions=case.step.positions.cuda(),
+        slots=case.step.slots.cuda(),
+        tables=case.step.tables.cuda(),
+    )
+    return dataclasses.replace(case, q=case.q.cuda(), kv=case.kv.cuda(), summaries=case.summaries.cuda(), step=step)
+
+
+@pytest.mark.parametrize("kv", [None, torch.int8])
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 2**-6)])
+@pytest.mark.parametrize("kind", ["H", "S", "L", "D"])
+@torch.no_grad()
+def test_attention_is_that_of_torch_in_float64(
+    kind: str, dtype: torch.dtype, off: float, kv: torch.dtype | None
+) -> None:
+    """The same memory read by both; most rows, as one block of many may be chosen otherwise where scores tie in fp32."""
+    case = store(0, [3000, 700, 65, 1], [3, 1, 2, 1], group=4, dim=64, page=32, block=16, dtype=dtype, kv_dtype=kv)
+    gamma, bias = torch.rand(8).to(dtype), torch.randn(8).to(dtype)
+    reach = Reach(128, 8 * (kind in "HS"), 1, gamma if kind == "H" else None, bias if kind == "S" else None)
+    reach = dataclasses.replace(reach, dense=ALL * (kind == "D"))
+    exact = dataclasses.replace(
+        reach,
+        gamma=None if reach.gamma is None else gamma.double(),
+        bias=None if reach.bias is None else bias.double(),
+    )
+    want = paged.paged_attention(case.q.double(), case.kv, case.summaries, case.step, exact)
+    there, moved = (
+        on_gpu(case),
+        dataclasses.replace(
+            reach,
+            gamma=None if reach.gamma is None else gamma.cuda(),
+            bias=None if reach.bias is None else bias.cuda(),
+        ),
+    )
+    got = launch.attend(there.q, there.kv, there.summaries, there.step, moved)
+    errors = (got.double().cpu() - want).abs().amax((1, 2)) / want.abs().max()
+    assert errors.median() <= off and (errors <= off).double().mean() >= 0.85
+
+
+def test_int8_passes_its_self_test() -> None:
+    assert int8.self_test(int8.KERNELS["triton"], "cuda") is None

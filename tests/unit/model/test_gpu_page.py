@@ -1,0 +1,44 @@
+"""What `make gpu` measures with, on a CPU: that it runs, and what a step must read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal import presets
+from shoal.model.net import Net
+from tests.gpu import measured
+
+CPU = torch.device("cpu")
+
+
+def test_a_step_must_read_its_weights_and_what_attention_reads() -> None:
+    net, c = Net(presets.get("test").model).bfloat16(), presets.get("test").model
+    weights = sum(p.numel() for p in net.parameters())
+    near = c.layers * c.kv_heads * 2 * 8 * c.head_dim  # a page of keys and values, all of it in the window
+    assert measured.bytes_of_step(net, 3, 8) == 2 * (weights + 3 * near)
+
+
+def test_it_measures_and_writes_a_page() -> None:
+    took, must = measured.decoding("test", 2, 40, CPU, rounds=1)
+    assert took > 0 and must > 0 and measured.training("test", 24, CPU, rounds=1) > 0
+    text = measured.page("a device", "1 passed", (2e12, 9e14), ["| 1b | 1 | 1,024 |"], ["| 1b | 4,096 |"])
+    assert "2,000 GB/s" in text and "900 TFLOP/s" in text and "| 1b | 4,096 |" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_changes_nothing() -> None:
+    before = measured.PAGE.read_text()
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.measured"],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "no CUDA device" in done.stderr and "Traceback" not in done.stderr
+    assert measured.PAGE.read_text() == before
