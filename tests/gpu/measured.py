@@ -97,7 +97,8 @@ def page(device: str, tests: str, limits: tuple[float, float], decoded: list[str
     triton = "there" if launch.installed() else "missing"
     moved, multiplied = limits[0] / 1e9, limits[1] / 1e12
     lines = [
-        f"# On a GPU\n\nWritten by `make gpu` on {time.strftime('%Y-%m-%d')}: {device}, torch {torch.__version__}, Triton {triton}.",
+        f"# On a GPU\n\nWritten by `make gpu` on {time.strftime('%Y-%m-%d')}: {device}, torch {torch.__version__},",
+        f"Triton {triton}.",
         f"Tests: {tests}\n",
         f"A copy moves {moved:,.0f} GB/s, products of 4,096 x 4,096 in bf16 reach {multiplied:,.0f} TFLOP/s.\n",
         "| decoding, bf16 | batch | context | ms a step | tokens/s | share of bandwidth |\n|---|---|---|---|---|---|",

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 from shoal import presets
 from shoal.model.block import Block, rope_tables
 from shoal.model.cache import GroupCache, PagedStep
-from shoal.model.gpu import launch
+from shoal.model.gpu import launch, sparse
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int8: "i8", torch.int32: "i32"}
 launched: list[str] = []
@@ -60,10 +60,23 @@ def layer(name: str, dtype: torch.dtype, eight: bool) -> None:
     launch.int8_product(torch.zeros(64, config.width, dtype=torch.int8), torch.ones(64, 1))(x.float())
 
 
+def trained(name: str, dtype: torch.dtype) -> None:
+    """The global branch of a layer in training, forward and backward, over a row of a few blocks."""
+    c = presets.get(name).model
+    positions = torch.arange(4 * c.block)[None]
+    q, k, v = (
+        torch.zeros(1, 4 * c.block, heads, c.head_dim, dtype=dtype) for heads in (c.heads, c.kv_heads, c.kv_heads)
+    )
+    chosen = (torch.arange(4) < (positions[..., None] + 1) // c.block)[:, None].expand(-1, c.kv_heads, -1, -1)
+    out = sparse.attend(q.requires_grad_(), k, v, chosen, positions // c.block, positions, c.block, c.top_k)
+    out.sum().backward()
+
+
 if __name__ == "__main__":
     target = GPUTarget("cuda", int(sys.argv[3]), 32)
     JITFunction.run = compiled
     launch.ON.add("cpu")
     launch._precision = lambda x: "ieee"  # as of a tensor on a GPU
     layer(sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[4:] == ["int8"])
+    trained(sys.argv[1], getattr(torch, sys.argv[2]))
     print(json.dumps(launched))

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoal.model.gpu import sparse
 from shoal.model.reach import Reach
 
 Summary = Literal["mean", "mean_var"]
@@ -156,7 +157,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, summaries: Tensor | None, layout: La
     if reach.gamma is None or summaries is None:
         return local
     chosen = _chosen(q, summaries, layout.eligible, layout, reach)
-    far = _by_strips(q, k, v, chosen, layout, layout.tail)
+    if sparse.usable(q, k.shape[1], (reach.top_k + 1) * layout.block):
+        far = sparse.attend(q, k, v, chosen, layout.block_of, layout.positions, layout.block, reach.top_k)
+    else:
+        far = _by_strips(q, k, v, chosen, layout, layout.tail)
     return torch.addcmul(far, reach.gamma[:, None], local - far)
 
 

@@ -1,0 +1,139 @@
+"""The global branch of training in Triton, forward and backward: each query reads the blocks that `select` chose for it and
+its tail, and nothing else, so that time follows K S and not T (NSA's way, arXiv 2502.11089: heads of a group share blocks).
+
+    _forward   a query and a KV head a program
+    _to_q      the same loop again, for the gradient of q
+    _to_kv     a block and a KV head a program, over the queries that chose it, in their order: nothing is added atomically
+
+Letters: B rows, T tokens, H query heads, Hk KV heads, G = H/Hk, d head dim, S block, K blocks read, N blocks of a row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from shoal.model.gpu.attention import _product
+
+
+@triton.jit
+def _key(e, t, runs, tail, S: tl.constexpr, K: tl.constexpr):
+    """Place in the row of the e-th number of keys that the query at t reads, and whether there is one."""
+    place = e // S
+    run = tl.load(runs + place, mask=place < K, other=0)
+    key = tl.where(place < K, run, tail - K * S) + tl.where(place < K, e % S, e)
+    return key, tl.where(place < K, run >= 0, key <= t)
+
+
+@triton.jit
+def _forward(
+    q, k, v, runs, tails, out, lse,
+    T, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """out [B, T, H, d], and lse [B, T, H]: log of the sum of exp of the scores."""
+    at, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    kind: tl.constexpr = tl.float64 if EXACT else tl.float32
+    group, dim, step = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, TILE)
+    row, t = at // T, (at % T).to(tl.int32)
+    heads = (at * HEADS + head * G + group)[:, None] * D + dim[None, :]
+    mine = (group < G)[:, None] & (dim < D)[None, :]
+    own = tl.load(q + heads, mask=mine, other=0)
+    mine_runs = runs + ((row * KV_HEADS + head) * T + t) * K
+    tail = tl.load(tails + at)
+    top = tl.full([ROWS], float("-inf"), kind)
+    total = tl.zeros([ROWS], kind)
+    sums = tl.zeros([ROWS, WIDE], kind)
+    for begin in range(0, (K + 1) * S, TILE):
+        e = begin + step
+        key, valid = _key(e, t, mine_runs, tail, S, K)
+        valid = valid & (e < (K + 1) * S)
+        place = ((row * T + key) * KV_HEADS + head)[:, None] * D + dim[None, :]
+        there = valid[:, None] & (dim < D)[None, :]
+        s = _product(own, tl.trans(tl.load(k + place, mask=there, other=0)), PRECISION, EXACT) * SCALE
+        s = tl.where(valid[None, :], s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        p, shrink = tl.exp(s - base[:, None]), tl.exp(top - base)
+        total = total * shrink + tl.sum(p, 1)
+        sums = sums * shrink[:, None]
+        sums += _product(p.to(own.dtype), tl.load(v + place, mask=there, other=0), PRECISION, EXACT)
+        top = higher
+    tl.store(out + heads, (sums / total[:, None]).to(out.dtype.element_ty), mask=mine)
+    tl.store(lse + at * HEADS + head * G + group, top + tl.log(total), mask=group < G)
+
+
+@triton.jit
+def _to_q(
+    q, k, v, runs, tails, lse, delta, gradient, to,
+    T, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """to [B, T, H, d]: the gradient of q. delta [B, T, H]: sum of output times its `gradient`."""
+    at, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    kind: tl.constexpr = tl.float64 if EXACT else tl.float32
+    group, dim, step = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, TILE)
+    row, t = at // T, (at % T).to(tl.int32)
+    heads = (at * HEADS + head * G + group)[:, None] * D + dim[None, :]
+    mine = (group < G)[:, None] & (dim < D)[None, :]
+    own, given = tl.load(q + heads, mask=mine, other=0), tl.load(gradient + heads, mask=mine, other=0)
+    log = tl.load(lse + at * HEADS + head * G + group, mask=group < G, other=0)
+    less = tl.load(delta + at * HEADS + head * G + group, mask=group < G, other=0)
+    mine_runs = runs + ((row * KV_HEADS + head) * T + t) * K
+    tail = tl.load(tails + at)
+    sums = tl.zeros([ROWS, WIDE], kind)
+    for begin in range(0, (K + 1) * S, TILE):
+        e = begin + step
+        key, valid = _key(e, t, mine_runs, tail, S, K)
+        valid = valid & (e < (K + 1) * S)
+        place = ((row * T + key) * KV_HEADS + head)[:, None] * D + dim[None, :]
+        there = valid[:, None] & (dim < D)[None, :]
+        keys = tl.load(k + place, mask=there, other=0)
+        s = _product(own, tl.trans(keys), PRECISION, EXACT) * SCALE
+        p = tl.where(valid[None, :], tl.exp(s - log[:, None]), 0.0)
+        back = _product(given, tl.trans(tl.load(v + place, mask=there, other=0)), PRECISION, EXACT)
+        sums += _product((p * (back - less[:, None]) * SCALE).to(own.dtype), keys, PRECISION, EXACT)
+    tl.store(to + heads, sums.to(to.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+def _to_kv(
+    q, k, v, lse, delta, gradient, starts, sizes, order, offsets, to_k, to_v,
+    T, N, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    S: tl.constexpr, TALL: tl.constexpr, ROWS: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """to_k, to_v [B, T, Hk, d]: the gradients of k and v in a block of `sizes` [B, N] tokens from `starts` [B, N] on. The
+    queries that chose it are `order` from `offsets` [B, Hk, N] on; those inside that do not complete it read it as their
+    tail."""
+    block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    kind: tl.constexpr = tl.float64 if EXACT else tl.float32
+    r, dim, slot = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, TALL)
+    start, size = tl.load(starts + row * N + block), tl.load(sizes + row * N + block)
+    list_at = (row * KV_HEADS + head) * N + block
+    first, end = tl.load(offsets + list_at), tl.load(offsets + list_at + 1)
+    held = (slot < size)[:, None] & (dim < D)[None, :]
+    place = ((row * T + start + slot) * KV_HEADS + head)[:, None] * D + dim[None, :]
+    keys, values = tl.load(k + place, mask=held, other=0), tl.load(v + place, mask=held, other=0)
+    sum_k, sum_v = tl.zeros([TALL, WIDE], kind), tl.zeros([TALL, WIDE], kind)
+    inside = tl.minimum(size, S - 1)  # of its own tokens, those that read it as their tail
+    each: tl.constexpr = ROWS // G  # queries at a time
+    for i in range(0, end - first + inside, each):
+        n = i + r // G
+        there = (n < end - first + inside) & (r < each * G)
+        chose = n < end - first
+        t = tl.load(order + first + n, mask=there & chose, other=0)
+        t = tl.where(chose, t, start + n - (end - first))
+        at = (row * T + t) * HEADS + head * G + r % G
+        mine = there[:, None] & (dim < D)[None, :]
+        own = tl.load(q + at[:, None] * D + dim[None, :], mask=mine, other=0)
+        given = tl.load(gradient + at[:, None] * D + dim[None, :], mask=mine, other=0)
+        log, less = tl.load(lse + at, mask=there, other=0), tl.load(delta + at, mask=there, other=0)
+        reads = there[:, None] & (slot < size)[None, :] & (chose[:, None] | (start + slot[None, :] <= t[:, None]))
+        s = _product(own, tl.trans(keys), PRECISION, EXACT) * SCALE
+        p = tl.where(reads, tl.exp(s - log[:, None]), 0.0)
+        back = _product(given, tl.trans(values), PRECISION, EXACT)
+        pull = p * (back - less[:, None]) * SCALE
+        sum_v += _product(tl.trans(p.to(own.dtype)), given, PRECISION, EXACT)
+        sum_k += _product(tl.trans(pull.to(own.dtype)), own, PRECISION, EXACT)
+    tl.store(to_k + place, sum_k.to(to_k.dtype.element_ty), mask=held)
+    tl.store(to_v + place, sum_v.to(to_v.dtype.element_ty), mask=held)
