@@ -15,6 +15,8 @@ from shoal.model.gpu import launch
 from shoal.model.reach import ALL, Reach
 from tests.triton.stored import Stored, store
 
+pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a busy machine
+
 # of the largest value: rounding of sums in fp32; in bf16 each weight and the result are of 8 bits, and lose at most 2^-8 each,
 # which the interpreter cuts where a GPU rounds
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}

@@ -12,6 +12,8 @@ from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.gpu import launch
 from shoal.model.net import Net
 
+pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a busy machine
+
 
 @pytest.mark.parametrize("pattern", ["H", "SDL"])
 def test_answers_are_those_of_the_oracle(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:

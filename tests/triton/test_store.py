@@ -20,6 +20,8 @@ from shoal.model.paged import write_kv
 from shoal.model.quant import int8_linear_reference, quantize_rows
 from tests.triton.stored import step_of, store
 
+pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a busy machine
+
 # of q, k and v: rounding of sums; in bf16 that of what is stored, which the interpreter cuts where a GPU rounds
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}
 

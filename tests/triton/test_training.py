@@ -10,6 +10,8 @@ from shoal.model.attention import hybrid_attention
 from shoal.model.gpu import sparse
 from shoal.model.reference import reference_attention
 
+pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a busy machine
+
 HOW = {"window": 4, "top_k": 2, "sinks": 1}
 
 
