@@ -31,7 +31,7 @@ drills: $(READY)  ## set up, then kills, lost nodes, jobs and long browser runs,
 test-vllm: $(VLLM_READY)  ## an environment with vLLM 0.32 on the CPU (4 GB), then the tests of it
 	$(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/vllm
 
-test-triton: $(READY)  ## set up, then the CUDA kernels in Triton's interpreter, on this CPU; skipped without the extra gpu (200 MB)
+test-triton: $(READY)  ## set up, then the CUDA kernels in Triton's interpreter, on this CPU; skipped without the extra gpu (1 GB)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton
 
 gpu: $(READY)  ## on a machine with a GPU: its tests, decoding and training beside the device's limits, and docs/benchmarks/gpu.md
