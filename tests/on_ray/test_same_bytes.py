@@ -36,6 +36,14 @@ CATCH = {
     "required": ["fish", "deep"], "additionalProperties": False,
 }  # fmt: skip
 LOG = {"type": "function", "function": {"name": "log", "parameters": CATCH}}
+POLICY = {  # says something before every answer
+    "notice": {"en": "Beware."},
+    "workloads": {"tracking": "shallow"},
+    "urgency": {
+        "field": "urgency", "levels": ["calm", "swim"], "told": {"swim": {"en": "Swim: {words}."}},
+        "flags": [{"name": "shark", "level": "swim", "words": ["shark"]}],
+    },
+}  # fmt: skip
 VOLATILE = {"date", "server", "openai-processing-ms", "x-ratelimit-reset-requests"}
 NEW = re.compile(rb'"id":"(chatcmpl|cmpl|call)[-_][0-9a-f]+"|"created":\d{10},"model"')  # of each answer anew
 
@@ -107,6 +115,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "no-json": raw(b"a=b", **{"content-type": "text/plain"}),
     "coded": raw(b"{}", **{"content-encoding": "gzip"}),
     "large": raw(b" " * (17 * 2**20)),
+    "raised": chat(messages=[{"role": "user", "content": "Sharks!"}], metadata={"workload": "tracking"}),
+    "raised-stream": chat(**STREAM, messages=[{"role": "user", "content": "Sharks!"}]),
     "unknown-field": chat(depht="full"),
     "unknown-field-of-a-stream": chat(depht="full", stream=True),
     "too-long": chat(max_tokens=100_000),
@@ -135,11 +145,18 @@ def ask(url: str, request: dict[str, Any]) -> Answer:
 
 @pytest.fixture(scope="module")
 def urls(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """Of both services, each with the same INT8 model, the same keys, and no metrics."""
+    """Of both services, each with the same INT8 model, the same keys and policy, and no metrics."""
     root = tmp_path_factory.mktemp("same")
     Model.from_preset("test", seed=3).quantized().save(root / "model")
     (root / "keys").write_text("rich\npoor requests=1\n")
-    args = ServeArgs(model=str(root / "model"), name="fish,pike", api_keys=str(root / "keys"), metrics=False)
+    (root / "policy.json").write_text(json.dumps(POLICY))
+    args = ServeArgs(
+        model=str(root / "model"),
+        name="fish,pike",
+        api_keys=str(root / "keys"),
+        metrics=False,
+        policy=str(root / "policy.json"),
+    )
     with without_ray(root) as local:
         try:
             yield local, serve.run(serve_config(args, port=free_port()), blocking=False)
@@ -152,6 +169,7 @@ def without_ray(root: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "shoal.cli", "serve", "--no-ray", "--no-ui", "--no-metrics", "--name", "fish,pike"]
     command += ["--model", str(root / "model"), "--api-keys", str(root / "keys"), "--port", url.rpartition(":")[2]]
+    command += ["--policy", str(root / "policy.json")]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ
     ) as process:
@@ -174,6 +192,15 @@ def free_port() -> int:
 def test_the_same_bytes_with_ray_and_without(urls: tuple[str, str], request_: dict[str, Any]) -> None:
     without, behind = (ask(url, request_) for url in urls)
     assert without == behind
+
+
+@pytest.mark.parametrize("name", ["chat", "stream", "raised", "text", "text-stream", "json"])
+def test_both_services_say_what_the_policy_adds(urls: tuple[str, str], name: str) -> None:
+    for url in urls:
+        answer = ask(url, REQUESTS[name])
+        assert answer.status == 200 and b"Beware." in answer.body
+        assert (b"Swim: shark." in answer.body) == (name == "raised")
+        assert (answer.headers.get("x-shoal-depth") == "shallow") == (name == "raised")
 
 
 @pytest.mark.parametrize(
