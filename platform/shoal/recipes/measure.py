@@ -120,7 +120,7 @@ def measured(recipe: Recipe, models: Mapping[str, Path], folder: Path, seed: int
         "workloads": picks.all(),
         "costs": costs,
         "samples": samples,
-        "examples": _examples(recipe, loaded[served]),
+        "examples": _examples(recipe, loaded[served], next(iter(asked.values()))[0].get("tools", [])),
     }
 
 
@@ -180,10 +180,10 @@ def _samples(suite: str, rows: Sequence[Row], answers: Sequence[str]) -> list[di
     ]
 
 
-def _examples(recipe: Recipe, model: Model) -> list[dict[str, str]]:
+def _examples(recipe: Recipe, model: Model, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """What the model answers to the recipe's own examples at full depth, good or bad."""
     asked = recipe.examples()
-    answers = ByEngine(model, FULL, recipe, [])(asked) if asked else []
+    answers = ByEngine(model, FULL, recipe, tools)(asked) if asked else []
     said = [str(messages[-1]["content"]) for messages in asked]
     return [{"asked": one, "answered": answer} for one, answer in zip(said, answers, strict=True)]
 

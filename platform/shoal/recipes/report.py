@@ -107,4 +107,5 @@ def _value(figure: Mapping[str, Any] | None) -> str:
 
 
 def _quoted(text: str) -> str:
-    return f"`{text.replace('`', chr(39))}`"
+    """In one line of a list."""
+    return f"`{text.replace('`', chr(39)).replace(chr(10), ' / ')}`"
