@@ -23,7 +23,7 @@ class Recipe(Stage):
         str,
         typer.Argument(
             metavar="NAME",
-            help="Which recipe: customer-service, code, medicine, law; a folder of `new`; or new, to begin one.",
+            help="Which recipe, by its name: customer-service, code, medicine, law; a folder of new; or new.",
         ),
     ]
     from_: Annotated[
