@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 import openai
 
-from ui import bubbles, history, site, talk, vote, words
+from ui import bubbles, history, program, site, talk, vote, words
 from ui.assistants import Assistant
 from ui.site import QUIET, Component, Key, Site
 from ui.talk import Said, Settings
@@ -59,6 +59,7 @@ def build_chat(at: Site, assistant: Assistant) -> None:
     _describe(at, assistant, head, controls, key)
     answering = _talk(at, assistant, chat, box, [*controls.values(), keep, key.box], [command, key.box])
     vote.build(at, chat, key, keep, remembered)
+    program.build(at, key)
     _remember(at, assistant, chat, kept, answering)
     _offer(chat, controls["system"], kept)
 

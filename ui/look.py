@@ -14,7 +14,14 @@ from shoal import page
 
 HERE = Path(__file__).parent
 CSS, ICON = HERE / "style.css", HERE / "icon.svg"
-SCRIPTS = HERE / "mend.js", HERE / "stream.js", HERE / "chat.js", HERE / "kept.js", HERE / "vote.js"
+SCRIPTS = (
+    HERE / "mend.js",
+    HERE / "stream.js",
+    HERE / "chat.js",
+    HERE / "kept.js",
+    HERE / "vote.js",
+    HERE / "program.js",
+)
 # not in `CSS`, which Gradio binds to the middle of the page, and reads when it has shown its own list of pages
 FIRST = """<style>.nav-holder { display: none !important; }
 #away { position: sticky; top: 0; z-index: 100; padding: 8px 16px; text-align: center; font: 0.92rem system-ui, sans-serif;

@@ -135,9 +135,10 @@ def site(
     port: int | None = None,
     release: Release | None = None,
     capture: CaptureArgs | None = None,
+    run_code: bool = False,
 ) -> Iterator[Site]:
     """`release`: is followed, by engines that change nothing. `lost`: the pages look for the API where there is none. `beside`:
-    a second model. `capture`: what is kept of requests. `port`: None for a free one."""
+    a second model. `capture`: what is kept of requests. `run_code`: programs are run. `port`: None for a free one."""
     models = {"fish": Model.from_preset("test", seed=3)} | ({"minnow": beside} if beside else {})
     port = port or free_port()
     clients = [Readable(AsyncEngine(Engine(model)), model) for model in models.values()]
@@ -149,6 +150,15 @@ def site(
     drain = Drain(OPEN_PATHS)
     split = Split(clients[0])  # type: ignore[arg-type]
     follower = None if release is None else Follower(release, split, Unmoved(), serves=1)
-    app = build_app(hosted, api_keys=keys, runs=runs, capture=capture, ui_mount=page, drain=drain, follower=follower)
+    app = build_app(
+        hosted,
+        api_keys=keys,
+        runs=runs,
+        capture=capture,
+        run_code=run_code,
+        ui_mount=page,
+        drain=drain,
+        follower=follower,
+    )
     with in_a_thread(app, [client.engine for client in clients], port) as thread:
         yield Site(thread, clients[0], clients[-1], drain)

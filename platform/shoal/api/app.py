@@ -33,6 +33,7 @@ from shoal.api.lifespan import beside
 from shoal.api.limits import Limits
 from shoal.api.messages.routes import messages_routes
 from shoal.api.middleware import OPEN_PATHS, Gate, Headed
+from shoal.api.programs import program_routes
 from shoal.api.releases import release_routes
 from shoal.api.responses.routes import responses_routes
 from shoal.api.routes import openai_routes, status_routes, tokenizer_routes
@@ -70,6 +71,7 @@ def build_app(
     adapters_from: Path | None = None,
     on_adapters: OnChange | None = None,
     follower: Follower | None = None,
+    run_code: bool = False,
     ui_mount: UiMount | None = None,
     answer_request_id: bool = True,
     drain: Drain | None = None,
@@ -77,10 +79,10 @@ def build_app(
     """The HTTP surface of `models`, found by their names; the first is meant where a request may leave its name out.
 
     `metrics`: answer /metrics; `cors`: origins, or ``*`` for any, whose pages may call the API; `runs`: a folder of training
-    runs to show, read only; `batches`: a folder of files and batches, run while the app is, `at_once` of their lines at a time;
-    `capture`: what is kept of requests; `adapters`, `adapters_from` and `on_adapters` are as `Adapters` takes them; `follower`
-    follows a release as long as the app runs; `ui_mount` may add a page; `answer_request_id` is false behind a proxy that has
-    its own; `drain` is how the caller ends it. Raises ConfigError for bad names or origins, DataError for a bad capture.
+    runs to show; `batches`: a folder of files and batches, run while the app is, `at_once` of their lines at a time; `capture`:
+    what is kept of requests; `adapters`, `adapters_from`, `on_adapters`: as `Adapters` takes them; `follower` follows a release
+    as long as the app runs; `run_code`: clients may run programs in the sandbox; `ui_mount` may add a page; `answer_request_id`
+    is false behind a proxy that has its own; `drain`: how the caller ends it. Raises ConfigError, DataError, ResourceError.
     """
     limits, drain = limits or Limits(), drain or Drain(OPEN_PATHS)
     app = Documented(
@@ -100,8 +102,7 @@ def build_app(
     app.include_router(adapter_routes(service, Adapters(service, adapters or {}, adapters_from, on_adapters)))
     _follow(app, service, follower)
     app.include_router(status_routes(service, metrics=metrics))
-    if runs is not None:
-        app.include_router(runs_routes(runs))
+    _read_or_run(app, service, runs, run_code)
     app.add_exception_handler(HTTPException, partial(_http_failed, service))
     app.add_middleware(Headed)
     app.add_middleware(drain.guard, failed=service.failed)
@@ -115,6 +116,14 @@ def build_app(
     )
     _open_to(app, cors)
     return ui_mount(app) if ui_mount else app
+
+
+def _read_or_run(app: FastAPI, service: Service, runs: Path | None, run_code: bool) -> None:
+    """The routes of training runs and of programs, each where it is wanted."""
+    if runs is not None:
+        app.include_router(runs_routes(runs))
+    if run_code:
+        app.include_router(program_routes(service))
 
 
 def offline(models: Sequence[Hosted], limits: Limits) -> Inside:

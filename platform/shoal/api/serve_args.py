@@ -60,6 +60,7 @@ class ServeArgs:
     adapters_from: str | None = None  # folder whose adapters requests may load; None: they may not
     # file of what the operator adds to answers (docs/api.md, "Policy"), the same path wherever a gateway runs; None: nothing
     policy: str | None = None
+    run_code: bool = False  # run programs of clients, as the page's Run does, in the sandbox (shoal.sandbox)
     ui: bool = False  # show the pages at /ui
     ui_mount: str = MOUNT  # what puts it there, ``module:function``
     ui_api: str | None = None  # where the page finds the API; None: this server

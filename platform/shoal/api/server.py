@@ -94,6 +94,7 @@ def run_local(
             capture=args.captured,
             adapters=adapters,
             adapters_from=Path(args.adapters_from) if args.adapters_from else None,
+            run_code=args.run_code,
             ui_mount=page,
             drain=drain,
         )

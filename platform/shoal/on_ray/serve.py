@@ -320,6 +320,7 @@ class Gateway:
             adapters_from=Path(args.adapters_from) if args.adapters_from else None,
             on_adapters=self._adapters.put,
             follower=follower,
+            run_code=args.run_code,
             ui_mount=page,
             answer_request_id=False,  # Serve's proxy does
             drain=self._drain,

@@ -106,6 +106,14 @@ class Serve(Stage):
             help="File of what is added to every answer, and of depths by workload (docs/api.md). [nothing is]"
         ),
     ] = None
+    run_code: Annotated[
+        bool | None,
+        typer.Option(
+            "--run-code",
+            help="Let whoever may ask the service run Python in a sandbox, by Run on the chat page (docs/pages.md). "
+            "[no, or the config's]",
+        ),
+    ] = None
     ui: Annotated[bool | None, typer.Option(help="Show the pages at /ui [yes, or the config's].")] = None
     logs: Annotated[
         Path | None,
@@ -148,6 +156,7 @@ class Serve(Stage):
             "adapters": parse_adapters(self.adapters) if self.adapters else None,
             "adapters_from": self.adapters_from and str(self.adapters_from.absolute()),
             "policy": self.policy and str(self.policy.absolute()),
+            "run_code": self.run_code,
             "ui": self.ui,
         }
         replicas = parse_replicas(self.replicas) if self.replicas else {}
