@@ -50,7 +50,7 @@ SECRETS = {
     "environment by C": C + "libc.getenv.restype = ctypes.c_char_p\nprint(libc.getenv(b'SECRET').decode())",
     "own memory": "text = b'sec' + b'ret' * 9\nwith open('/proc/self/mem', 'rb') as mem:\n"
     "    mem.seek(id(text) + 32)\n    print(mem.read(6).decode())",
-    "an inherited descriptor": "import os\nfor number in range(3, 64):\n    try:\n        os.lseek(number, 0, 0)\n"
+    "an inherited descriptor": "import os\nfor number in range(3, 999):\n    try:\n        os.lseek(number, 0, 0)\n"
     "        print(os.read(number, 99))\n    except OSError:\n        pass",
     "standard input": "import os\nprint(os.read(0, 99))",
 }
@@ -130,7 +130,7 @@ ENDLESS = {
     "an expression that looks back": "import re\nre.match(r'(a+)+b', 'a' * 64)",
     "a great number": "x = 3 ** (5 * 10**7)",
     "sleep": "import time\ntime.sleep(10**6)",
-    "sleep without a pipe": "import io, time\nfor number in range(16):\n    for mode in 'rw':\n        try:\n"
+    "sleep without a pipe": "import io, time\nfor number in range(999):\n    for mode in 'rw':\n        try:\n"
     "            io.FileIO(number, mode).close()\n        except (OSError, ValueError):\n            pass\ntime.sleep(10**6)",
     "a lock": "import _thread\nlock = _thread.allocate_lock()\nlock.acquire()\nlock.acquire()",
     "an end that never comes": "class Slow:\n    def __del__(self):\n        while True:\n            pass\nSlow()",
@@ -138,7 +138,7 @@ ENDLESS = {
 CHATTER = {
     "printed": "while True:\n    print('x' * 1000)",
     "as errors": "import sys\nwhile True:\n    sys.stderr.write('x' * 1000)",
-    "on all descriptors": "import os\nwhile True:\n    for number in range(1, 16):\n        try:\n"
+    "on all descriptors": "import os\nwhile True:\n    for number in range(1, 999):\n        try:\n"
     "            os.write(number, b'x' * 1000)\n        except OSError:\n            pass",
     "one long line": "print('x' * 10_000_000)",
 }
