@@ -47,11 +47,10 @@ def program_routes(service: Service) -> APIRouter:
             full.retry_after = LIMITS.wall
             raise full
         running.add(mark)
-        try:
-            ran = await asyncio.to_thread(run, body.program, (), LIMITS)
-        finally:
-            running.discard(mark)
-        told = asdict(ran)
+        # whose client has left runs on, and is counted, until it has ended
+        task = asyncio.ensure_future(asyncio.to_thread(run, body.program, (), LIMITS))
+        task.add_done_callback(lambda _: running.discard(mark))
+        told = asdict(await asyncio.shield(task))
         del told["values"]
         return {"object": "shoal.program", **told}
 
