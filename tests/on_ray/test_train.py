@@ -152,7 +152,7 @@ def test_a_worker_out_of_memory_says_so_in_a_line(
 ) -> None:
     """The allocator refuses 844 TB of thin matrices, which the preflight is kept from refusing. A limit on the process instead
     would also take from Ray's own threads, which then stand still."""
-    for need in ("disk_needed", "memory_needed"):
+    for need in ("disk_needed", "memory_needed", "saved_at_once"):
         monkeypatch.setattr(f"shoal.on_ray.train.{need}", lambda *_: 0)
     Model.from_preset("test").save(tmp_path / "base")
     base, chats = str(tmp_path / "base"), str(write_chats(tmp_path / "chats.jsonl"))
