@@ -8,6 +8,8 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal.engine.events import LATER, Finished, Request, Sampling, Token
 from shoal.engine.pace import WARM_UP
@@ -362,6 +364,25 @@ def test_what_may_wait_and_runs_beside_those_that_share_is_counted_to_itself() -
         seconds.took([decoding("a", 1), decoding("b", 1), decoding("later", 2)], 4.0)
     assert not seconds.behind({"a", "b"}) and seconds._full == 4.0
     assert seconds._away["later"] == 17.0 and seconds._had == {"a": 8.0, "b": 8.0}
+
+
+@given(own=st.sampled_from([0.05, 0.1, 0.5, 0.9]), on=st.integers(1, 60), off=st.integers(0, 4))
+def test_however_another_comes_and_goes_a_payer_has_half_of_the_time_and_waits_four_steps(
+    own: float, on: int, off: int
+) -> None:
+    """A step of both takes 1 s, one of the other alone `own`; the other works for `on` steps and is away for `off`."""
+    seconds = Seconds()
+    mine = total = waits = longest = 0.0
+    for step in range(600):
+        payers = {"mine"} | ({"other"} if step % (on + off) < on else set())
+        run = seconds.behind(payers) or payers
+        took = 1.0 if "mine" in run else own
+        seconds.took([decoding(payer, 15 if payer == "mine" else 1) for payer in run], took)
+        total += took
+        mine += took * (15 / 16 if "other" in run else 1) if "mine" in run else 0
+        waits = 0 if "mine" in run else waits + took
+        longest = max(longest, waits)
+    assert mine > 0.48 * total and longest < KEPT + own
 
 
 def test_payers_that_are_away_are_remembered_up_to_a_number() -> None:
