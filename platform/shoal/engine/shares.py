@@ -92,22 +92,43 @@ class Seconds:
 
     Nor does a payer that comes start with less, by more than these steps, than an even share since the last step that all had
     part in: where one came before the other had ended, each started with less than that one had, and who was there before
-    them had nothing for as long as they came.
+    them had nothing for as long as they came. And who is behind and cannot run, since it waits for a place or for memory,
+    falls back by no more than these steps: else it took all that time back at once when it was let in.
     """
 
     def __init__(self) -> None:
-        self._had: dict[str, float] = {}
-        self._away = OrderedDict[str, float]()  # what those had, with the same zero, that have no work now
-        self._full = 0.0  # of the last step that all had part in
+        self._had: dict[str, float] = {}  # of those that share; what may wait beside them has no part in it
+        self._away = OrderedDict[str, float]()  # what the others had, with the same zero
+        self._behind: set[str] = set()
+        self._full = 0.0  # of the last step that all had part in who could
         self._even = 0.0  # what who had most then would have by now, had all shared evenly since
 
     def behind(self, payers: Collection[str]) -> Collection[str]:
         """Those of `payers`, who have work now, that have had less than another by more than `TOLERATED` of a step of all."""
         self._come_and_go(payers)
-        if len(payers) < 2:
-            return ()
-        limit = max(self._had.values()) - TOLERATED * self._full
-        return {payer for payer, had in self._had.items() if had < limit}
+        limit = self._most - TOLERATED * self._full
+        self._behind = {payer for payer, had in self._had.items() if had < limit}
+        return self._behind
+
+    def took(self, works: Sequence[Work], seconds: float) -> None:
+        """A step of `works`, planned by what `behind` said, took so many seconds."""
+        rows = Counter[str]()
+        for work in works:
+            rows[work.running.request.payer] += (work.count + work.drafts) * (work.last - work.first)
+        before = self._most
+        for payer, count in rows.items():
+            share = seconds * count / max(1, rows.total())
+            if payer in self._had:
+                self._had[payer] += share
+            else:  # what may wait runs beside those that share
+                self._remember(payer, self._away.pop(payer, self._fair - self._full) + share)
+        self._even += seconds / max(1, len(self._had))
+        unable = self._behind - rows.keys()
+        for payer in unable:
+            had = self._had[payer]
+            self._had[payer] = max(had, min(had + self._most - before, self._most - KEPT * self._full))
+        if self._had.keys() - unable <= rows.keys():
+            self._full, self._even = seconds, self._most
 
     def _come_and_go(self, payers: Collection[str]) -> None:
         gone = [payer for payer in self._had if payer not in payers]
@@ -116,26 +137,26 @@ class Seconds:
             self._away.clear()
             gone = []
         for payer in gone:
-            self._away[payer] = self._had.pop(payer)
-            if len(self._away) > REMEMBERED:
-                self._away.popitem(last=False)
-        fair, most = max(min(self._had.values(), default=0.0), self._even), max(self._had.values(), default=0.0)
+            self._remember(payer, self._had.pop(payer))
+        fair, most = self._fair, self._most
         for payer in payers:
             if payer not in self._had:
                 had = max(self._away.pop(payer, fair - self._full), fair - KEPT * self._full)
                 self._had[payer] = min(had, max(most, fair))
 
-    def took(self, works: Sequence[Work], seconds: float) -> None:
-        """A step of `works` took so many seconds."""
-        rows = Counter[str]()
-        for work in works:
-            rows[work.running.request.payer] += (work.count + work.drafts) * (work.last - work.first)
-        for payer, count in rows.items():
-            of = self._away if payer in self._away else self._had  # what may wait runs beside those that share
-            of[payer] = of.get(payer, 0.0) + seconds * count / max(1, rows.total())
-        self._even += seconds / max(1, len(self._had))
-        if self._had.keys() <= rows.keys():
-            self._full, self._even = seconds, max(self._had.values(), default=0.0)
+    def _remember(self, payer: str, had: float) -> None:
+        self._away[payer] = had
+        if len(self._away) > REMEMBERED:
+            self._away.popitem(last=False)
+
+    @property
+    def _most(self) -> float:
+        return max(self._had.values(), default=0.0)
+
+    @property
+    def _fair(self) -> float:
+        """What who comes is measured by."""
+        return max(min(self._had.values(), default=0.0), self._even)
 
 
 def clearly_before(running: Running, other: Running) -> bool:

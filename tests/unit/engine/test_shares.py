@@ -299,6 +299,7 @@ def test_seconds_are_shared_by_the_rows_of_a_step() -> None:
         return Work(Asked(payer, ""), 0, count, *groups, drafts=drafts)  # type: ignore[arg-type]
 
     seconds = Seconds()
+    assert not seconds.behind({"a", "b"})
     seconds.took([work("a", 2, drafts=1), work("b", 2, groups=(2, 4))], 8.0)  # 12 rows and 4: 6 s and 2 s
     assert not seconds.behind({"a", "b"}), "4 s less is half of a step of both, and no more than that"
     seconds.took([work("a", 3), work("b", 1)], 8.0)
@@ -318,6 +319,7 @@ def decoding(payer: str, rows: int) -> Any:
 
 def test_who_left_its_share_to_others_has_four_steps_before_them_and_no_more() -> None:
     seconds = Seconds()
+    seconds.behind({"much", "little"})
     seconds.took([decoding("much", 15), decoding("little", 1)], 1.0)
     for _ in range(100):
         seconds.behind({"much"})
@@ -339,6 +341,7 @@ def test_who_left_its_share_to_others_has_four_steps_before_them_and_no_more() -
 
 def test_who_had_more_than_others_owes_nothing_when_it_comes_again() -> None:
     seconds = Seconds()
+    seconds.behind({"much", "little"})
     seconds.took([decoding("much", 3), decoding("little", 1)], 1.0)
     for _ in range(50):
         seconds.behind({"much"})
@@ -349,7 +352,7 @@ def test_who_had_more_than_others_owes_nothing_when_it_comes_again() -> None:
         seconds.took([decoding("little", 1)], 0.125)
     assert not seconds.behind({"much", "little"})
     seconds.behind({"much"})
-    assert seconds.behind(set()) == () and not seconds.behind({"much"})
+    assert not seconds.behind(set()) and not seconds.behind({"much"})
     assert not seconds.behind({"much", "little"}), "nobody was there in between: all begin anew"
 
 
@@ -387,12 +390,64 @@ def test_however_another_comes_and_goes_a_payer_has_half_of_the_time_and_waits_f
 
 def test_payers_that_are_away_are_remembered_up_to_a_number() -> None:
     seconds = Seconds()
-    seconds.took([decoding("much", 3)], 1.0)
     for number in range(REMEMBERED + 50):
         seconds.behind({"much", str(number)})
         seconds.took([decoding("much", 3), decoding(str(number), 1)], 1.0)
     seconds.behind({"much"})
     assert len(seconds._away) == REMEMBERED and "49" not in seconds._away and "50" in seconds._away
+
+
+def test_what_may_wait_of_a_payer_gives_its_next_request_no_more_than_anybody_s() -> None:
+    """It runs beside those that share, unknown to them until now: it has not had nothing of all that they ever had."""
+    seconds = Seconds()
+    for _ in range(100):
+        seconds.behind({"a", "b"})
+        seconds.took([decoding("a", 1), decoding("b", 1)], 1.0)
+    seconds.behind({"a", "b"})
+    seconds.took([decoding("a", 1), decoding("b", 1), decoding("new", 1)], 1.0)
+    steps = 0
+    while seconds.behind({"a", "b", "new"}) == {"new"}:
+        seconds.took([decoding("new", 1)], 0.125)
+        steps += 1
+    assert steps <= KEPT / 0.125
+
+
+@pytest.mark.parametrize("blocked", [1, 5, 100])
+def test_who_waits_for_a_place_takes_back_no_more_than_four_steps_when_it_has_one(blocked: int) -> None:
+    seconds = Seconds()
+    seconds.behind({"a", "b"})
+    seconds.took([decoding("a", 1), decoding("b", 1)], 1.0)
+    for _ in range(blocked):
+        seconds.behind({"a", "b"})
+        seconds.took([decoding("a", 1)], 1.0)
+    steps = 0
+    while seconds.behind({"a", "b"}) == {"b"}:
+        seconds.took([decoding("b", 1)], 0.125)
+        steps += 1
+    assert steps == (min(blocked, KEPT) - TOLERATED) / 0.125
+
+
+def test_who_waits_while_another_has_one_long_step_has_as_much_after_it() -> None:
+    """It was not behind before that step, and is owed all of it: else long prompts had the engine beside short answers."""
+    seconds = Seconds()
+    seconds.behind({"prompts", "mine"})
+    seconds.took([decoding("prompts", 1), decoding("mine", 1)], 0.5)
+    mine = total = 0.0
+    for _ in range(400):
+        run = seconds.behind({"prompts", "mine"}) or {"prompts"}  # a step of those of least depth
+        took = 20.0 if "prompts" in run else 0.25
+        seconds.took([decoding(payer, 1) for payer in run], took)
+        total += took
+        mine += took if "mine" in run else 0.0
+    assert mine > 0.45 * total
+
+
+def test_what_may_wait_is_remembered_up_to_a_number_too() -> None:
+    seconds = Seconds()
+    for number in range(REMEMBERED + 50):
+        seconds.behind({"a"})
+        seconds.took([decoding("a", 1), decoding(str(number), 1)], 1.0)
+    assert len(seconds._away) == REMEMBERED and seconds._had.keys() == {"a"}
 
 
 def test_a_payer_goes_on_however_many_others_come_one_after_the_other() -> None:
