@@ -290,6 +290,7 @@ def loop(
         Path | None, typer.Option(help="Its corpus with chats, for teach and refuse: the quickstart's data. [none]")
     ] = None,
     minutes: Annotated[float, typer.Option(help="Minutes of fine-tuning, in teach.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Of the order of the questions, in teach: who asks which.")] = 0,
 ) -> None:
     """The closed loop: how soon a drift is noticed, what is learned of it, what the gate refuses, and a canary's way under
     traffic. Detection takes some fifteen minutes, and three where its rows are kept; all else twenty."""
@@ -298,7 +299,7 @@ def loop(
     if seeds < 1:
         raise UsageError("--seeds", got=seeds, allowed="1 or more")
     chosen = tuple(part.strip() for part in parts.split(",") if part.strip())
-    more = {"rows": requests, "seeds": seeds, "keep": keep}
+    more = {"rows": requests, "seeds": seeds, "keep": keep, "seed": seed}
     run(out, model=model, parts=chosen, fp32=fp32, data=data, minutes=minutes, **more)  # type: ignore[arg-type]
 
 

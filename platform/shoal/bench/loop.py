@@ -41,11 +41,12 @@ def loop(
     fp32: Path | None = None,
     data: Path | None = None,
     minutes: float = 3.0,
+    seed: int = 0,
 ) -> None:
     """Measure `parts`. `model` is what is served, `fp32` its parent, `data` the corpus of both; the last two for "teach" and
     "refuse". Of "detect": `seeds` streams of each kind, from `rows` answered questions of the old shop and as many as there are
     of the others, at most; `keep`: a folder for the captured rows, from which the same command goes on. `minutes` of
-    fine-tuning. Raises UsageError."""
+    fine-tuning, and `seed`, of "teach". Raises UsageError."""
     if not parts or set(parts) - set(PARTS):
         raise UsageError("--parts", got=list(parts), allowed=PARTS)
     if {"teach", "refuse"} & set(parts) and (fp32 is None or data is None):
@@ -69,7 +70,7 @@ def loop(
         if {"teach", "serve"} & set(parts):
             release.add(model, fp32=fp32, why="the benchmark")
         if "teach" in parts and data is not None:
-            result["teach"] = asyncio.run(loop_teach.teach(release, data, work / "teach", minutes, say))
+            result["teach"] = asyncio.run(loop_teach.teach(release, data, work / "teach", minutes, say, seed=seed))
             tables.append(loop_teach.shown(result["teach"]))
         if "refuse" in parts and fp32 is not None and data is not None:
             result["refuse"] = loop_refuse.refuse(fp32, data, work / "refuse", say)
