@@ -1,4 +1,4 @@
-"""What is logged of a request: a JSON line, and a span where OpenTelemetry is installed. Never its text, nor its key.
+"""What is logged of a request: a JSON line, and its spans (`spans`). Never its text, nor its key.
 
     {"time": "2026-11-25T10:00:00.123Z", "id": "...", "method": "POST", "path": "/v1/chat/completions", "status": 200,
      "seconds": 0.412, "first_token_seconds": 0.031, "key": "search", "user": "u7", "model": "shoal", "depth": "shallow",
@@ -9,7 +9,6 @@ What is not known of a request is left out.
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import sys
@@ -20,17 +19,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
+from shoal.api import spans
 from shoal.api.auth import Key
+from shoal.engine.events import Finished
 
-
-def _installed(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
-
-
-propagate, trace = _installed("opentelemetry.propagate"), _installed("opentelemetry.trace")  # None: no spans
 log = logging.getLogger("shoal.access")
 
 
@@ -61,10 +53,13 @@ class Access:
     columns: dict[str, Any] = field(default_factory=dict)  # of its captured row, that others know: version, role, ...
     ended: Callable[[Access], None] | None = None  # told when it has ended, before its line
     began: float = field(default_factory=time.perf_counter)
+    accepted: float | None = None  # when its prompt was, and went to the engine
     first_token: float | None = None
+    ends: list[tuple[int, float, Finished]] = field(default_factory=list)  # choice, when it was told, what
 
     def read(self, tokens: int) -> None:
         """The prompt is accepted: its tokens count, to the key's limit too."""
+        self.accepted = time.perf_counter()
         self.facts |= {"prompt_tokens": tokens, "completion_tokens": 0}
         if self.key is not None:
             self.key.spend(tokens)
@@ -104,12 +99,7 @@ def told(access: Access, headers: Mapping[bytes, str]) -> Iterator[None]:
     """Logs `access` when the block ends, however it ends, and spans it; a ``traceparent`` header makes it a child. What it
     holds is let go of then."""
     shown = not log.disabled
-    if trace is None:
-        span = None
-    else:
-        context = propagate.extract({name.decode("latin-1"): value for name, value in headers.items()})
-        tracer = trace.get_tracer("shoal.api")
-        span = tracer.start_span(access.method, context=context, kind=trace.SpanKind.SERVER)
+    span = spans.begun(access.method, headers)
     try:
         yield
     finally:
@@ -122,12 +112,9 @@ def told(access: Access, headers: Mapping[bytes, str]) -> Iterator[None]:
         if shown:
             log.info("%s", json.dumps({"time": time_, **known}))
         if span is not None:
-            for name, value in known.items():
-                span.set_attribute(_SEMANTIC.get(name, f"shoal.{name}"), value)
-            if access.status >= 500:
-                span.set_status(trace.StatusCode.ERROR)
-            span.update_name(f"{access.method} {access.route or ''}".strip())
-            span.end()
+            name = f"{access.method} {access.route or ''}".strip()
+            stages = spans.stages(access.began, access.accepted, access.ends)
+            spans.ended(span, name, known, stages, failed=access.status >= 500)
 
 
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # generic for the type checker alone
@@ -161,14 +148,3 @@ def no_lines() -> Iterator[None]:
         yield
     finally:
         log.disabled = False
-
-
-_SEMANTIC = {  # OpenTelemetry's names, where it has one
-    "method": "http.request.method",
-    "path": "url.path",
-    "status": "http.response.status_code",
-    "error": "error.type",
-    "model": "gen_ai.request.model",
-    "prompt_tokens": "gen_ai.usage.input_tokens",
-    "completion_tokens": "gen_ai.usage.output_tokens",
-}

@@ -10,6 +10,7 @@ import asyncio
 import copy
 import logging
 import math
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -38,7 +39,7 @@ from shoal.api.served import ServedModel
 from shoal.api.split import Note, Split
 from shoal.api.storing import Storing
 from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, Wire, dumps, envelope, parse, unused
-from shoal.engine.events import Token
+from shoal.engine.events import Finished, Token
 from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError, frames
 from shoal.loop.votes import Vote
 
@@ -325,6 +326,7 @@ async def _counted(events: Events, call: EngineCall, access: Access, note: Note)
         try:
             async for index, ready in events:
                 access.wrote(sum(isinstance(event, Token) for event in ready))
+                access.ends += [(index, time.perf_counter(), end) for end in ready if isinstance(end, Finished)]
                 yield index, ready
         except RequestError as error:
             error.param = {"guided": call.guided_by, "banned": "bad_words", "deadline": None}.get(

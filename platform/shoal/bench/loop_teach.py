@@ -100,8 +100,8 @@ async def command(*words: str) -> dict[str, Any]:
 
 
 async def teach(release: Release, data: Path, work: Path, minutes: float, say: Say, *, seed: int = 0) -> dict[str, Any]:
-    """The figures; the candidate is in `release` then. `data`: the corpus that the model was trained on, with its chats; `seed`:
-    of the order in which the questions are asked, and so of who asks which, and what is held out."""
+    """The figures; the candidate is in `release` then. `data`: the corpus that the model was trained on, with its chats;
+    `seed`: of the order in which the questions are asked, and so of who asks which, and what is held out."""
     old, new = shuffled("old", seed), shuffled("catalogue", seed)
     write(work / "suites" / SHOP, old[-FROZEN:])
     write(work / "held" / "old.jsonl", old[-FROZEN - HELD : -FROZEN])
@@ -137,7 +137,8 @@ async def teach(release: Release, data: Path, work: Path, minutes: float, say: S
         for domain in ("old", "new")
     }
     return {
-        **alarm, "seed": seed, "cut": {name: made[name] for name in ("train", "replay", "recent", "people")}, "minutes": candidate["minutes"],
+        **alarm, "seed": seed, "cut": {name: made[name] for name in ("train", "replay", "recent", "people")},
+        "minutes": candidate["minutes"],
         "alarm_to_verdict_seconds": round(seconds, 1), "passed": version.passed, "sentence": verdict.get("sentence"),
         "checks": verdict.get("checks"), "scores": found, "asked_beside": asked, "faults": service.faults(),
     }  # fmt: skip

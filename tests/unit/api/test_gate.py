@@ -252,7 +252,10 @@ async def test_a_request_is_a_span_of_the_caller_s_trace(http: httpx.AsyncClient
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "get_tracer", provider.get_tracer)
         await http.post(URL, json={**BODY, "max_tokens": 4}, headers={"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"})
-    (span,) = spans.get_finished_spans()
+    *parts, span = spans.get_finished_spans()
+    assert [part.name for part in parts] == ["prepare", "queue", "prefill", "decode"]
+    assert {part.parent.span_id for part in parts} == {span.context.span_id}
+    assert span.start_time <= parts[0].start_time + 1_000_000 and parts[-1].end_time <= span.end_time + 1_000_000
     assert (span.name, f"{span.context.trace_id:x}", f"{span.parent.span_id:x}") == (f"POST {URL}", "ab" * 16, "cd" * 8)
     assert span.attributes["http.response.status_code"] == 200
     assert (span.attributes["gen_ai.usage.output_tokens"], span.attributes["shoal.depth"]) == (4, "full")
