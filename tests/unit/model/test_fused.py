@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,28 @@ def test_compiled_code_is_kept_by_what_is_in_all_of_its_sources():
     }
     assert loops and {*loops, "compiled.py"} <= set(compiled._SOURCES)
     assert decode.layer.stats.cache_path.startswith(compiled._KEPT) and compiled._digest() in compiled._KEPT
+
+
+def test_what_two_processes_keep_at_once_has_two_names(monkeypatch, tmp_path):
+    from numba.core.caching import IndexDataCacheFile
+
+    from shoal.model.cpu import compiled
+
+    def double(x):
+        return x + x
+
+    written = IndexDataCacheFile._save_index
+
+    def slowly(file, names):
+        time.sleep(0.2)
+        written(file, names)
+
+    monkeypatch.setattr(compiled, "_KEPT", str(tmp_path))
+    monkeypatch.setattr(IndexDataCacheFile, "_save_index", slowly)
+    files = [compiled.exact(double)._cache._cache_file for _ in range(4)]  # as each process has its own
+    with ThreadPoolExecutor(4) as pool:
+        [*pool.map(lambda number: files[number].save(number, f"code {number}"), range(4))]
+    assert [files[0].load(number) for number in range(4)] == [f"code {number}" for number in range(4)]
 
 
 def test_one_at_a_time_compiles_and_nobody_waits_for_ever(monkeypatch, tmp_path):

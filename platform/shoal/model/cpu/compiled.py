@@ -22,6 +22,7 @@ from numba.extending import overload
 
 config: Any = numbas  # its names are made when it is imported
 PATIENCE = 120.0  # all of it takes half a minute
+INDEX_PATIENCE = 10.0  # milliseconds are enough
 _HERE = Path(__file__).parent
 _LOOPS = ("attention.py", "decode.py", "draw.py", "floats.py", "integers.py", "tiles.py")
 _SOURCES = (*_LOOPS, "compiled.py", "parts.py", "../slots.py")
@@ -36,8 +37,8 @@ _KEPT = str(Path(config.CACHE_DIR or _HERE / "__pycache__") / f"numba-{_digest()
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Only one process at a time compiles: the others find it done. Two at once may leave each other's code under one name.
-    Where it takes more than `PATIENCE` seconds, or the folder cannot be written, each goes on by itself."""
+    """Only one process at a time compiles: the others find it done. Where it takes more than `PATIENCE` seconds, or the folder
+    cannot be written, each goes on by itself."""
     lock = FileLock(f"{_KEPT}.lock", timeout=PATIENCE)
     with suppress(Timeout, OSError):
         lock.acquire()
@@ -51,9 +52,24 @@ def _compiled(function, **options):
     """`function` compiled at its first call, or as it was kept; where the folder cannot be written, numba takes the user's."""
     before, config.CACHE_DIR = config.CACHE_DIR, _KEPT
     try:
-        return nb.njit(error_model="numpy", nogil=True, cache=True, **options)(function)
+        made = nb.njit(error_model="numpy", nogil=True, cache=True, **options)(function)
     finally:
         config.CACHE_DIR = before
+    if not config.DISABLE_JIT:
+        _kept_one_by_one(made._cache._cache_file)
+    return made
+
+
+def _kept_one_by_one(file):
+    """numba reads an index, writes it with one more name, and then what has the name: of two processes that do so at once, one
+    would find its code to be the other's. So each waits for the other; what cannot wait is used, and not kept."""
+    save = file.save
+
+    def alone_with_the_index(key, data):
+        with suppress(Timeout, OSError), FileLock(Path(file._cache_path) / "index.lock", timeout=INDEX_PATIENCE):
+            save(key, data)
+
+    file.save = alone_with_the_index
 
 
 def fast(function):
