@@ -65,7 +65,7 @@ def interrupt(record: log.Record) -> None:
         raise Interrupted
 
 
-def copied(place: str, name: str, seconds: float = 20.0) -> None:
+def copied(place: str, name: str, seconds: float = 120.0) -> None:
     """Waits until a copy is whole."""
     end = time.monotonic() + seconds
     while name not in Mirror(place, keep=2).names():

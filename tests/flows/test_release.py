@@ -188,8 +188,9 @@ def test_a_promotion_is_followed_while_streams_run_and_each_answer_is_one_versio
         texts[labels[1]] = service.ask(0)[0]
         assert texts[labels[0]] != texts[labels[1]]
         assert all(text == texts[version] for text, version, _ in found)
-        rows = Capture(tmp_path / "captured").rows().to_pylist()
-        assert {row["version"] for row in rows} == {*labels} and {row["role"] for row in rows} == {"stable"}
+        captured = Capture(tmp_path / "captured")
+        until(lambda: {row["version"] for row in captured.rows().to_pylist()} == {*labels})  # after the answer, a row
+        assert {row["role"] for row in captured.rows(copies=True).to_pylist()} == {"stable"}
         assert service.change("rollback", why="worse").json()["stable"] == 1
         until(lambda: service.ask(0)[1] == labels[0])
         assert service.ask(0)[0] == texts[labels[0]]
@@ -250,10 +251,15 @@ def test_a_person_decides_where_nothing_else_was_said(models: dict[str, Path], t
         told = service.told()
         assert (told["share"], told["canary"]["version"], told["may_change"]) == (0.5, 2, False)
         assert {check["name"] for check in told["evidence"]["checks"]} >= {"failures", "slow answers"}
-        rows = Capture(tmp_path / "captured").rows().to_pylist()
+        captured = Capture(tmp_path / "captured")
+
+        def whole(role: str) -> list[str]:
+            return [row["id"] for row in captured.rows().to_pylist() if row["role"] == role and not row["resumed"]]
+
         for role in ("canary", "stable"):
-            answer = next(row for row in reversed(rows) if row["role"] == role and not row["resumed"])
-            vote = {"id": answer["id"], "rating": "down", "user": "u7"}
+            until(lambda role=role: bool(whole(role)))  # type: ignore[misc]
+            *_, answer = whole(role)
+            vote = {"id": answer, "rating": "down", "user": "u7"}
             httpx.post(f"{service.url}/v1/shoal/feedback", json=vote, headers=READER, timeout=60).raise_for_status()
         evidence = service.split.trial.evidence  # type: ignore[union-attr]
         assert (evidence.canary.votes, evidence.canary.down, evidence.stable.votes, evidence.stable.down) == (

@@ -27,12 +27,11 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from shoal import Model
-from shoal.api.fresh import EVERY_SECONDS
 from shoal.api.serve_args import ENGINE, ServeArgs
 from shoal.engine.engine import MAX_FAILURES
 from shoal.on_ray import serve
 from shoal.on_ray.serve_config import check_serve_config, serve_config
-from tests.on_ray.test_serve import free_port, replicas, until
+from tests.on_ray.test_serve import free_port, replicas, samples, until
 from tests.unit.engine.lively import lively
 
 pytestmark = [pytest.mark.ray, pytest.mark.drill]
@@ -66,10 +65,7 @@ class Service:
         client.deploy_apps(check_serve_config(values, "again"))
 
     def stats(self) -> dict[str, float]:
-        time.sleep(EVERY_SECONDS)  # what is told is as old as that
-        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
-        pairs = [line.rpartition(" ") for line in lines if line.startswith("shoal:")]
-        return {name.removeprefix("shoal:").partition("{")[0]: float(value) for name, _, value in pairs}
+        return samples(self.url)
 
 
 @pytest.fixture(scope="module")

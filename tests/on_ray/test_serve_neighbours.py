@@ -17,11 +17,10 @@ from typing import Any
 import httpx
 import pytest
 
-from shoal.api.fresh import EVERY_SECONDS
 from shoal.api.serve_args import ServeArgs
 from shoal.on_ray import serve
 from shoal.on_ray.serve_config import check_serve_config, serve_config
-from tests.on_ray.test_serve import free_port, replicas, until
+from tests.on_ray.test_serve import free_port, replicas, samples, until
 from tests.unit.engine.lively import lively
 
 pytestmark = [pytest.mark.ray, pytest.mark.drill, pytest.mark.timeout(600)]  # also where a Ray takes minutes to start
@@ -42,10 +41,7 @@ class Service:
         return httpx.post(f"{self.url}/v1/completions", json=body, headers=headers, timeout=300)
 
     def stats(self) -> dict[str, float]:
-        time.sleep(EVERY_SECONDS)  # what is told is as old as that
-        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
-        pairs = [line.rpartition(" ") for line in lines if line.startswith("shoal:")]
-        return {name.removeprefix("shoal:").partition("{")[0]: float(value) for name, _, value in pairs}
+        return samples(self.url)
 
     def streams(self, count: int, buffer: int = 2**16, **more: Any) -> Iterator[socket.socket]:
         """So many streams of `MANY` that nobody reads; the kernel keeps `buffer` bytes of each."""

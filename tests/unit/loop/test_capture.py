@@ -180,9 +180,11 @@ def test_a_process_that_is_killed_loses_no_row(capture: Capture) -> None:
     """Each row that `put` has returned for is told on stdout; the kill comes while rows are written and parts are made."""
     script = """
         import sys
+        from shoal.loop import writer as slow
         from shoal.loop.capture import Capture
         from shoal.loop.rows import Row
         from shoal.loop.writer import Bounds, Writer
+        slow.SLOW_SECONDS = slow.HELD_SECONDS = 60.0  # else a busy machine is a slow disk, and rows wait in a queue
         writer = Writer(Capture(sys.argv[1]), Bounds(journal_bytes=20_000))
         for number in range(10**9):
             writer.put(Row(str(number), 1_795_780_800_000 + number))
@@ -216,9 +218,11 @@ def test_a_full_disk_drops_and_counts_and_what_is_written_stays_whole(capture: C
     """The kernel cuts the journal off at 20,000 bytes, within a line; then it has room again."""
     script = """
         import resource, signal, sys
+        from shoal.loop import writer as slow
         from shoal.loop.capture import Capture
         from shoal.loop.rows import Row
         from shoal.loop.writer import Bounds, Writer
+        slow.SLOW_SECONDS = slow.HELD_SECONDS = 60.0  # else a busy machine is a slow disk, and rows wait in a queue
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         writer = Writer(Capture(sys.argv[1]), start=False)
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -250,6 +254,7 @@ def test_a_disk_that_is_slow_makes_nobody_wait(capture: Capture, monkeypatch: py
         return write(descriptor, data)
 
     monkeypatch.setattr("shoal.loop.writer.os.write", stuck)
+    monkeypatch.setattr("shoal.loop.writer.SLOW_SECONDS", 0.05)
     monkeypatch.setattr("shoal.loop.writer.QUEUED", 5)
     for number in range(8):
         writer.put(row(number))
