@@ -87,6 +87,7 @@ def import_model(
     kept = (
         _dtype(there) if dtype == "source" else DTYPES[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]]
     )
+    exactly = dtype == "source"
     with torch.device("meta"):
         state = Net(config).state_dict()
     assert state.keys() == table.keys(), state.keys() ^ table.keys()
@@ -98,7 +99,7 @@ def import_model(
     name = name or (str(source) if str(source) in known.names() else origin.name)
     planned = {ours: (kept, tuple(state[ours].shape)) for ours in table}
     with checkpoint.replacing(Path(out)) as aside:
-        streams.write(aside, planned, _pieces(origin, table, state, kept), shard_bytes)
+        streams.write(aside, planned, _pieces(origin, table, state, kept, exactly=exactly), shard_bytes)
         digest = files.weights_sha256(aside)
         told = {"family": family, "name": origin.name, "config": dict(origin.config), "weights_sha256": digest}
         told |= {
@@ -127,14 +128,31 @@ def _readable(source: str | Path) -> Iterator[None]:
 
 
 def _pieces(
-    origin: Source, table: Mapping[str, tuple[str, ...]], state: Mapping[str, Tensor], kept: torch.dtype
+    origin: Source,
+    table: Mapping[str, tuple[str, ...]],
+    state: Mapping[str, Tensor],
+    kept: torch.dtype,
+    *,
+    exactly: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of ours, a piece for each of theirs."""
+    """Each tensor of ours, a piece for each of theirs. Raises CheckpointError as `_cast`."""
     for ours, theirs in table.items():
         if not theirs:
             yield ours, torch.zeros(state[ours].shape, dtype=kept)
         for name in theirs:
-            yield ours, streams.need_finite(name, origin.read(name).to(kept))
+            yield ours, _cast(name, origin.read(name), kept, exactly=exactly)
+
+
+def _cast(name: str, tensor: Tensor, kept: torch.dtype, *, exactly: bool) -> Tensor:
+    """A tensor of the source in the dtype that is written. Raises CheckpointError where it is not finite, or no longer, and
+    where numbers would change although it is to be written `exactly`."""
+    cast = streams.need_finite(name, tensor).to(kept)
+    lost = not torch.equal(cast.to(tensor.dtype), tensor) if exactly else not torch.isfinite(cast).all()
+    if lost:
+        got = f"numbers of {str(tensor.dtype).removeprefix('torch.')} beyond it"
+        allowed = f"those of {str(kept).removeprefix('torch.')}"
+        raise CheckpointError(f"tensor {name}", got=got, allowed=allowed, do="import it with --dtype float32")
+    return cast
 
 
 def _tied(origin: Source, there: Mapping[str, Any]) -> bool:

@@ -9,23 +9,22 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 import torch
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from shoal.errors import CheckpointError
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import files
-from shoal.open_weights import rope
+from shoal.open_weights import gguf_tokens, rope
 from shoal.open_weights.families import EMBEDDING, HEAD, LAST_NORM
+from shoal.open_weights.vocabulary import made
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -47,30 +46,6 @@ _LAYER = {
 }  # fmt: skip
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _FACTORS = "rope_freqs.weight"  # by which each pair turns slower
-_CONTROL, _USER_DEFINED = 3, 4  # kinds of tokens
-
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def _split(digits: str) -> pre_tokenizers.PreTokenizer:
-    """The pieces of Llama 3's and Qwen's vocabularies, which differ in how many `digits` stay together."""
-    pieces = pre_tokenizers.Split(Regex(_LETTERS + digits + _REST), behavior="isolated", invert=False)
-    return pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _digits() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-
-
-_PIECES: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "smollm": _digits,
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "llama-bpe": lambda: _split(r"\p{N}{1,3}"),
-    "qwen2": lambda: _split(r"\p{N}"),
-}
 
 
 @dataclass(frozen=True)
@@ -200,13 +175,17 @@ class Gguf:
         heads, width = told("attention.head_count"), told("embedding_length")
         if told("expert_count", 0):
             raise CheckpointError(f"{self._path}: expert_count", got="a mixture of experts", do="choose a dense model")
+        head_dim, context = told("attention.key_length", width // heads), told("context_length")
+        for key, plain in _plain(head_dim, context).items():
+            if (found := told(key, plain[0])) not in plain:
+                raise CheckpointError(f"{self._path}: {arch}.{key}", got=found, allowed=plain[0])
         config = {
             "architectures": [_ARCHITECTURES[arch]], "model_type": arch, "hidden_act": "silu", "hidden_size": width,
             "num_attention_heads": heads,
             "num_hidden_layers": told("block_count"), "num_key_value_heads": told("attention.head_count_kv", heads),
-            "head_dim": told("attention.key_length", width // heads), "intermediate_size": told("feed_forward_length"),
+            "head_dim": head_dim, "intermediate_size": told("feed_forward_length"),
             "rms_norm_eps": _short(told("attention.layer_norm_rms_epsilon")), "rope_theta": told("rope.freq_base", 10_000.0),
-            "max_position_embeddings": told("context_length"), "vocab_size": len(self._meta.get("tokenizer.ggml.tokens", [])),
+            "max_position_embeddings": context, "vocab_size": len(self._meta.get("tokenizer.ggml.tokens", [])),
             "tie_word_embeddings": "output.weight" not in self._places,
             "eos_token_id": self._meta.get("tokenizer.ggml.eos_token_id"),
             "bos_token_id": self._meta.get("tokenizer.ggml.bos_token_id"),
@@ -244,7 +223,7 @@ class Gguf:
 
     def read(self, name: str) -> Tensor:
         found = self._numbers(self._theirs[name])
-        permuted = self._meta["general.architecture"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight"))
+        permuted = self._meta["general.architecture"] == "llama" and name.split(".")[-2] in ("q_proj", "k_proj")
         return _unpermuted(found, self.config["head_dim"]) if permuted else found
 
     # --- the tokenizer ------------------------------------------------------------------------------------------------
@@ -254,56 +233,41 @@ class Gguf:
         tokens, found = self._meta.get("tokenizer.ggml.tokens", []), {}
         for short, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
             number = self._meta.get(f"tokenizer.ggml.{key}_token_id")
-            if number is not None and number < len(tokens):
+            if number is not None and 0 <= number < len(tokens):
                 found[f"{short}_token"] = tokens[number]
         return found
 
     def vocabulary(self, template: str | None) -> tuple[Tokenizer, str]:
-        from shoal.open_weights.vocabulary import made
-
-        def told(key: str) -> Any:
-            return self._meta.get(f"tokenizer.ggml.{key}")
-
-        tokens, merges, kind, pre = told("tokens"), told("merges"), told("model"), told("pre")
-        if not tokens:
-            raise CheckpointError(f"{self._path} has no tokenizer", do="import the Hugging Face checkpoint")
-        if kind != "gpt2" or pre not in _PIECES:
-            got = f"{kind} {pre}" if kind == "gpt2" else kind
-            raise CheckpointError(f"tokenizer of {self._path}", got=got, allowed=[f"gpt2 {name}" for name in _PIECES])
+        names = self._token_names()
+        core = gguf_tokens.core_of(self._meta, names, self._path)
         chat = template or self._meta.get("tokenizer.chat_template")
         if not isinstance(chat, str) or not chat:
             raise CheckpointError(f"{self._path} has no chat template", do="give one with --chat-template FILE")
-        pairs = [tuple(merge.split(" ")) for merge in merges or []]
-        vocab = {token: number for number, token in enumerate(tokens)}
-        core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe"))
-        core.normalizer = normalizers.NFC() if pre == "qwen2" else None
-        core.pre_tokenizer, core.decoder = _PIECES[pre](), decoders.ByteLevel()
-        kinds = told("token_type") or []
-        core.add_special_tokens([_added(token) for token, n in zip(tokens, kinds, strict=False) if n == _CONTROL])
-        own = [token for token, n in zip(tokens, kinds, strict=False) if n == _USER_DEFINED]
-        core.add_tokens([AddedToken(token, normalized=False) for token in own])
-        names = self._token_names()
-        if told("add_bos_token") and "bos_token" in names:
-            bos = names["bos_token"]
-            core.post_processor = tokenizers.processors.TemplateProcessing(
-                single=[bos, "$A"], special_tokens=[(bos, core.token_to_id(bos))]
-            )
-        ends = [number for key in ("eos", "eot") if (number := told(f"{key}_token_id")) is not None]
-        return made(core, names, tuple(dict.fromkeys(ends)), self._path), chat
+        told = (self._meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot"))
+        return made(core, names, tuple(dict.fromkeys(end for end in told if end is not None)), self._path), chat
 
     def licences(self) -> Sequence[Path]:
         return files.licences(self._path.parent) or files.licences(*self._path.parent.parent.glob("*.dist-info"))
 
 
+def _plain(head_dim: int, context: int) -> dict[str, tuple[float, ...]]:
+    """Keys that say that a model computes something else than ours does, and their values that say nothing."""
+    scales = ("logit_scale", "residual_scale", "embedding_scale", "rope.scale_linear")
+    none = ("attn_logit_softcapping", "final_logit_softcapping", "attention.clamp_kqv", "attention.max_alibi_bias")
+    dims = ("rope.dimension_count", "attention.value_length")
+    usual = head_dim**-0.5, struct.unpack("<f", struct.pack("<f", head_dim**-0.5))[0], 0
+    return {
+        **dict.fromkeys(dims, (head_dim,)), **dict.fromkeys(scales, (1, 0)), **dict.fromkeys(none, (0,)),
+        "attention.scale": usual, "attention.causal": (True,), "attention.sliding_window": (0, context),
+    }  # fmt: skip
+
+
 def _unpermuted(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of q or k [H d, D] in the order in which dim i turns with dim i + d/2, of the one in which 2i turns with 2i + 1."""
-    return weight.view(-1, head_dim // 2, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+    """Rows of q or k [H d, D], or their bias [H d], in the order in which dim i turns with dim i + d/2, of the one in which 2i
+    turns with 2i + 1."""
+    return weight.view(-1, head_dim // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def _short(number: float) -> float:
     """A number that was kept in fp32 as it was written down: 1e-05, and not 9.99999974e-06."""
     return float(f"{number:.6g}")
-
-
-def _added(token: str) -> AddedToken:
-    return AddedToken(token, special=True, normalized=False)

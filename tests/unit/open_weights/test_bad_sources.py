@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,24 @@ def test_only_what_was_imported_is_exported(tmp_path: Path) -> None:
     Model.from_preset("test").save(tmp_path / "ours")
     with pytest.raises(ShoalError, match=r"cannot be exported: got 'no source\.json'"):
         export_model(tmp_path / "ours", tmp_path / "out")
+
+
+def test_numbers_that_the_written_dtype_has_not_are_named_and_not_rounded(checkpoint: Make, tmp_path: Path) -> None:
+    """Most of a checkpoint may be bf16, and a norm of it fp32; and what fp32 can hold is infinite in fp16."""
+    source = checkpoint("qwen2")
+    whole = load_file(str(source / "model.safetensors"))
+    name = "model.norm.weight"
+    for number, dtype, says in (
+        (1.5, "source", None),
+        (1.0001, "source", "numbers of float32 beyond it'; allowed: those of bfloat16"),
+        (1e6, "float16", "numbers of float32 beyond it'; allowed: those of float16"),
+        (1.0001, "float32", None),
+    ):
+        save_file(whole | {name: torch.full_like(whole[name].float(), number)}, str(source / "model.safetensors"))
+        if says is None:
+            import_model(source, tmp_path / "model", dtype=dtype)
+            shutil.rmtree(tmp_path / "model")
+            continue
+        with pytest.raises(CheckpointError, match=rf"tensor {name}: got '{says}; import it with --dtype float32"):
+            import_model(source, tmp_path / "model", dtype=dtype)
+        assert not (tmp_path / "model").exists()

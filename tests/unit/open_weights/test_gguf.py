@@ -35,8 +35,8 @@ def value(told: Any) -> bytes:
     if isinstance(told, float):
         return struct.pack("<If", F32, told)
     if isinstance(told, list):
-        kind = STRING if isinstance(told[0], str) else I32
-        items = b"".join(text(each) if kind == STRING else struct.pack("<i", each) for each in told)
+        kind = STRING if isinstance(told[0], str) else F32 if isinstance(told[0], float) else I32
+        items = b"".join(text(e) if kind == STRING else struct.pack("<f" if kind == F32 else "<i", e) for e in told)
         return struct.pack("<IIQ", ARRAY, kind, len(told)) + items
     return struct.pack("<II", U32, told)
 
@@ -137,6 +137,17 @@ def test_a_gguf_of_plain_numbers_is_the_checkpoint_that_it_was_made_from(checkpo
     assert half.dtype in ("float16", "float32")
 
 
+def test_biases_of_q_and_k_lie_as_their_rows_do(checkpoint: Make, tmp_path: Path) -> None:
+    """llama.cpp's converter moves both; a bias left as it lay belonged to other rows."""
+    path = gguf_of(checkpoint("smollm2"), tmp_path / "tiny.gguf")
+    x = np.arange(16, dtype=np.float32)
+    moved = x.reshape(-1, 2, 2).swapaxes(1, 2).reshape(-1)  # heads, halves, d/2 = 2
+    tensors = {f"blk.0.attn_{name}.bias": ("F32", [16], moved.tobytes()) for name in "qkv"}
+    it = Gguf(written(path, Gguf(path)._meta, tensors))
+    for name, told in (("q", x), ("k", x), ("v", moved)):
+        assert it.read(f"model.layers.0.self_attn.{name}_proj.bias").tolist() == told.tolist()
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 def test_blocks_stand_for_what_their_definition_says(kind: str, checkpoint: Make, tmp_path: Path) -> None:
     x = np.random.default_rng(3).normal(size=(6, 64)).astype(np.float32)
@@ -182,7 +193,12 @@ def test_an_export_says_what_ends_an_answer(checkpoint: Make, tmp_path: Path) ->
         ({"llama.expert_count": 8}, "a mixture of experts"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type: got 'yarn'"),
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer of .*: got 'llama'; allowed: gpt2 smollm"),
+        ({"tokenizer.ggml.model": "t5"}, "tokenizer of .*: got 't5'; allowed: llama, gpt2 smollm"),
+        ({"llama.rope.dimension_count": 2}, "llama.rope.dimension_count: got 2; allowed: 4"),
+        ({"llama.attention.sliding_window": 16}, "llama.attention.sliding_window: got 16; allowed: 0"),
+        ({"llama.final_logit_softcapping": 30.0}, "llama.final_logit_softcapping: got 30.0; allowed: 0"),
+        ({"llama.logit_scale": 0.5}, "llama.logit_scale: got 0.5; allowed: 1"),
+        ({"llama.attention.value_length": 8}, "llama.attention.value_length: got 8; allowed: 4"),
         ({"tokenizer.ggml.tokens": None}, "vocab_size"),
         ({"tokenizer.chat_template": None}, "has no chat template"),
         ({"tokenizer.chat_template": 5}, "has no chat template"),
