@@ -71,11 +71,15 @@ def directory(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of Llama's shape as Hugging Face lays it out, with a byte-level tokenizer."""
+    return write_llama(tmp_path_factory.mktemp("models") / "llama", layers=2)
+
+
+def write_llama(path: Path, *, layers: int) -> Path:
+    """One of so many `layers`, in the folder `path`, which is made."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer as Core
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    path = tmp_path_factory.mktemp("models") / "llama"
     path.mkdir()
     core = Core(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -96,7 +100,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "chat_template": template,
     }
     (path / "tokenizer_config.json").write_text(json.dumps(named))
-    width, layers, heads, kv_heads, dim, inner, vocab = 128, 2, 4, 2, 32, 256, 258
+    width, heads, kv_heads, dim, inner, vocab = 128, 4, 2, 32, 256, 258
     shape: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim, "intermediate_size": inner,

@@ -57,18 +57,43 @@ def decode(
             " vLLM), transformers, llama.cpp (--gguf as it comes), llama.cpp-q8_0, llama.cpp-f32."
         ),
     ] = [],  # noqa: B006
+    threads: Annotated[
+        str | None,
+        typer.Option(help="Numbers of compute threads, one after the other: 1,2. [OMP_NUM_THREADS, or all cores]"),
+    ] = None,
 ) -> None:
     """Tokens per second of answers and of prompts (beside other servers), a step's stages, contexts, a pool, drafts."""
     from shoal.bench import peers
-    from shoal.bench.decode import OF_A_MODEL, PARTS
     from shoal.bench.decode import decode as run
 
     sizes, chosen = _numbers("--batches", batches, int, "1,8,32"), peers.parse(peer)
-    tables = tuple(parts.split(",")) if parts is not None else tuple(PARTS) if model is None else OF_A_MODEL
+    counts = _numbers("--threads", threads, int, "1,2") if threads is not None else ()
+    tables = tuple(parts.split(",")) if parts is not None else None
     run(
         out, shape=shape, batches=sizes, tokens=tokens, rounds=rounds, parts=tables, peer=chosen, prompt=prompt, model=model,
-        gguf=gguf,
+        gguf=gguf, threads=counts,
     )  # fmt: skip
+
+
+@bench.command("quality")
+def quality(
+    model: Annotated[Path, typer.Option(help="Directory of a model in fp32 or bf16, with early exits or without.")],
+    data: Annotated[Path, typer.Option(help="Held-out texts and chats, .jsonl, as of `shoal evaluate`.")],
+    against: Annotated[Path | None, typer.Option(help="The same in INT8. [none]")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="The same weights as a GGUF file, for llama.cpp. [none]")] = None,
+    peer: Annotated[
+        list[str],
+        typer.Option(
+            help="Whose own logprobs of the same ids, as KIND=PYTHON: llama.cpp (--gguf as it comes), llama.cpp-q8_0,"
+            " llama.cpp-f32, transformers."
+        ),
+    ] = [],  # noqa: B006
+) -> None:
+    """Bits a byte, KL and same tokens of every exit, in INT8, and with int8 keys and values; beside others' logprobs."""
+    from shoal.bench import peers
+    from shoal.bench.quality import quality as run
+
+    run(out, model=model, against=against, data=data, peer=peers.parse(peer), gguf=gguf)
 
 
 @bench.command("quant")

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal.bench import peers
-from shoal.bench.drafts import drafts_of
+from shoal.bench.drafts import drafts_of, need_exits
 from shoal.bench.speed import Bench, Rows, prefill, speed
 from shoal.bench.turns import in_turns, show
 from shoal.config import GROUPS, ModelConfig
@@ -49,31 +49,41 @@ ADAPTERS, RANK = 4, 16
 
 
 def decode(
-    console: Console, *, shape: str, batches: tuple[int, ...], tokens: int, rounds: int, parts: tuple[str, ...],
+    console: Console, *, shape: str, batches: tuple[int, ...], tokens: int, rounds: int, parts: tuple[str, ...] | None,
     peer: dict[str, str], prompt: int = 512, model: Path | None = None, gguf: Path | None = None,
+    threads: tuple[int, ...] = (),
 ) -> None:  # fmt: skip
-    """The tables of `parts`, and all rows as JSON: of `shape`, or of the `model` in a directory. `peer` and `gguf` as
-    `peers.running` takes them. Raises UsageError for what does not go together."""
-    unknown = [part for part in parts if part not in (PARTS if model is None else OF_A_MODEL)]
-    if unknown or not parts:
-        raise UsageError("--parts", got=",".join(unknown), allowed=list(PARTS if model is None else OF_A_MODEL))
-    if gguf is None and peers.AS_IT_COMES in peer:
-        raise UsageError(f"--peer {peers.AS_IT_COMES}", got="no --gguf", allowed="beside --gguf FILE")
-    if gguf is not None and not gguf.is_file():
-        raise UsageError("--gguf", got=str(gguf), allowed="a file")
+    """The tables of `parts` [all that there are], and all rows as JSON: of `shape`, or of the `model` in a directory, with each
+    number of `threads` [as many as there are]. `peer` and `gguf` as `peers.running` takes them. Raises UsageError for what does
+    not go together."""
+    known = PARTS if model is None else OF_A_MODEL
+    unknown = [part for part in parts or () if part not in known]
+    if unknown or parts == ():
+        raise UsageError("--parts", got=",".join(unknown), allowed=list(known))
+    if not all(threads):
+        raise UsageError("--threads", got=threads, allowed="1 or more")
+    peers.need_gguf(peer, gguf)
     if prompt < 1:
         raise UsageError("--prompt", got=prompt, allowed="1 or more tokens")
     full = _model(_config(shape)) if model is None else _loaded(model)
+    if parts is None:
+        parts = tuple(part for part in known if part != "drafts" or len(full.config.exits) > 1)
+    elif "drafts" in parts:
+        need_exits(full)
     told = shape if model is None else full.name
     result: dict[str, Any] = {"bench": "decode", "shape": told, "tokens": tokens, "rounds": rounds}
+    result |= {part: [] for part in parts}
     imported = model if model is not None and full.source is not None else None
     tables = []
-    with peers.running(peer if {"speed", "prefill"} & {*parts} else {}, full, imported, gguf) as others:
-        bench = Bench(full, batches, tokens, prompt, rounds, tuple(others), trained=model is not None)
-        for part in parts:
-            table, result[part] = PARTS[part](bench)
-            table.title = f"{table.title}, {told}"
-            tables.append(table)
+    for count in threads or (torch.get_num_threads(),):
+        torch.set_num_threads(count)
+        with peers.running(peer if {"speed", "prefill"} & {*parts} else {}, full, imported, gguf) as others:
+            bench = Bench(full, batches, tokens, prompt, rounds, tuple(others), trained=model is not None)
+            for part in parts:
+                table, rows = PARTS[part](bench)
+                table.title = f"{table.title}, {told}, {count} thread{'s' * (count > 1)}"
+                tables.append(table)
+                result[part] += [{"threads": count, **row} for row in rows]
     show(console, tables, result)
 
 

@@ -21,11 +21,16 @@ AHEAD = (0, 1, 2, 4)  # drafts a step
 QUESTIONS = ("What is the capital of France?", "Give me three tips for a good night's sleep.", "Why is the sky blue?")
 
 
+def need_exits(model: Model) -> None:
+    """Raises UsageError for a model that has no early exit to draft at."""
+    if len(model.config.exits) == 1:
+        raise UsageError("--parts", got="drafts", allowed="others, of a model without early exits; see `shoal adapt`")
+
+
 def drafts_of(bench: Bench) -> tuple[Table, Rows]:
     """Tokens a second of greedy answers to `QUESTIONS`, one after the other, without drafts and with some; by precision. Raises
     UsageError for a model that has no early exit to draft at."""
-    if len(bench.config.exits) == 1:
-        raise UsageError("--parts", got="drafts", allowed="others, of a model without early exits; see `shoal adapt`")
+    need_exits(bench.model)
     runs: dict[tuple[str, int], Callable[[], float]] = {}
     asked = {}
     for label, model in bench.both.items():

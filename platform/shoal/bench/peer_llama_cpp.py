@@ -11,6 +11,8 @@ import gguf
 import llama_cpp
 import numpy as np
 
+STEP = 256  # tokens whose logits are there at once
+
 
 def main() -> None:
     told = json.loads(sys.argv[1])
@@ -27,7 +29,10 @@ def main() -> None:
     model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
     print("ready", file=answers)
     for line in sys.stdin:
-        print(seconds(model, told, *map(int, line.split())), file=answers)
+        if line.startswith("["):
+            print(json.dumps(said(model, told, json.loads(line))), file=answers)
+        else:
+            print(seconds(model, told, *map(int, line.split())), file=answers)
 
 
 def requantize(given: str, path: str, told: dict[str, Any]) -> None:
@@ -110,6 +115,31 @@ def seconds(model: Any, told: dict[str, Any], batch: int, prompt: int, tokens: i
     llama_cpp.llama_batch_free(rows)
     llama_cpp.llama_free(context)
     return found
+
+
+def said(model: Any, told: dict[str, Any], ids: list[int]) -> dict[str, list[Any]]:
+    """Nats of each of `ids` after those before it, and the likeliest id there."""
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = len(ids), STEP, STEP
+    params.n_threads = params.n_threads_batch = told["threads"]
+    context = llama_cpp.llama_init_from_model(model, params)
+    rows, nats, likeliest = llama_cpp.llama_batch_init(STEP, 0, 1), [], []
+    for start in range(0, len(ids) - 1, STEP):
+        places = range(start, min(start + STEP, len(ids) - 1))
+        rows.n_tokens = len(places)
+        for i, place in enumerate(places):
+            rows.token[i], rows.pos[i], rows.n_seq_id[i], rows.logits[i] = ids[place], place, 1, True
+            rows.seq_id[i][0] = 0
+        if code := llama_cpp.llama_decode(context, rows):
+            raise RuntimeError(f"llama_decode gave {code}")
+        for i, place in enumerate(places):
+            found = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), (told["vocab"],)).astype(float)
+            top = found.max()
+            nats.append(float(top + np.log(np.exp(found - top).sum()) - found[ids[place + 1]]))
+            likeliest.append(int(found.argmax()))
+    llama_cpp.llama_batch_free(rows)
+    llama_cpp.llama_free(context)
+    return {"nats": nats, "likeliest": likeliest}
 
 
 if __name__ == "__main__":

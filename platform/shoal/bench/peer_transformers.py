@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -26,6 +27,9 @@ def main() -> None:
     model.eval()
     print("ready", file=answers)
     for line in sys.stdin:
+        if line.startswith("["):
+            print(json.dumps(said(model, json.loads(line))), file=answers)
+            continue
         batch, prompt, tokens = map(int, line.split())
         ids = torch.tensor([[20 + (7 * s + i) % 200 for i in range(prompt)] for s in range(batch)])
         start = time.perf_counter()
@@ -35,6 +39,15 @@ def main() -> None:
                 pad_token_id=0,
             )  # fmt: skip
         print(time.perf_counter() - start, file=answers)
+
+
+def said(model: Any, ids: list[int]) -> dict[str, list[Any]]:
+    """Nats of each of `ids` after those before it, and the likeliest id there."""
+    row = torch.tensor([ids])
+    with torch.inference_mode():
+        logits = model(row[:, :-1]).logits[0].float()
+    nats = torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none")
+    return {"nats": nats.tolist(), "likeliest": logits.argmax(-1).tolist()}
 
 
 if __name__ == "__main__":

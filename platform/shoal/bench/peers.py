@@ -4,7 +4,8 @@ not its turn, with random weights of our block's shape, with the same weights, o
 A peer is a script that another Python runs (`peer_vllm.py`, `peer_llama_cpp.py`, `peer_transformers.py`). It gets the shape as
 JSON in its first argument, writes one line when it is ready, and then answers each line `BATCH PROMPT TOKENS` by the seconds
 that so many requests take, with prompts of so many tokens and answers of so many, prefill included, which is what
-`evaluate.evaluation.decode_speed` times.
+`evaluate.evaluation.decode_speed` times. Those that `shoal bench quality` takes answer a line of ids, a list in JSON, by what
+they say of it.
 """
 
 from __future__ import annotations
@@ -51,11 +52,20 @@ class Peer:
     def seconds(self, batch: int, prompt: int, tokens: int) -> float:
         """What `batch` requests with prompts of `prompt` and answers of `tokens` tokens take. The peer sleeps before and after,
         so that threads which wait by spinning take nothing from others' turns. Raises ShoalError as `answer`."""
+        return float(self._asked(f"{batch} {prompt} {tokens}"))
+
+    def said(self, ids: list[int]) -> tuple[list[float], list[int]]:
+        """Of each of `ids` but the first, the nats that it costs after those before it, and the id that is likeliest there.
+        Only llama.cpp and transformers are asked that. Raises ShoalError as `answer`."""
+        told = json.loads(self._asked(json.dumps(ids)))
+        return told["nats"], told["likeliest"]
+
+    def _asked(self, line: str) -> str:
         assert self.process.stdin
         self.process.send_signal(signal.SIGCONT)
-        print(batch, prompt, tokens, file=self.process.stdin, flush=True)
+        print(line, file=self.process.stdin, flush=True)
         try:
-            return float(self.answer(ANSWER))
+            return self.answer(ANSWER)
         finally:
             self.process.send_signal(signal.SIGSTOP)
 
@@ -102,6 +112,14 @@ def parse(options: list[str]) -> dict[str, str]:
             raise UsageError("--peer", got=option, allowed="the path of a Python that has it installed")
         chosen[name] = os.path.abspath(python)  # it runs in a folder of its own; a link is what makes an environment
     return chosen
+
+
+def need_gguf(chosen: dict[str, str], gguf: Path | None) -> None:
+    """Raises UsageError where a peer has no file to run, or the file is none."""
+    if gguf is None and AS_IT_COMES in chosen:
+        raise UsageError(f"--peer {AS_IT_COMES}", got="no --gguf", allowed="beside --gguf FILE")
+    if gguf is not None and not gguf.is_file():
+        raise UsageError("--gguf", got=str(gguf), allowed="a file")
 
 
 def _start(name: str, python: str, model: Model, folder: Path, there: dict[str, str | None]) -> Peer:

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from shoal import Model, presets
+from shoal.bench import peers
 from shoal.bench.decode import decode
 from shoal.bench.drafts import QUESTIONS, drafts_of
 from shoal.bench.speed import Bench, prefill
 from shoal.errors import UsageError
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.net import Net
+
+PEER = """
+import json, sys
+told = json.loads(sys.argv[1])
+print("ready", flush=True)
+for line in sys.stdin:
+    print(float(told["threads"]), flush=True)
+"""
 
 
 def bench(**changed: Any) -> Bench:
@@ -56,3 +68,29 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     refused("--gguf", peer={"llama.cpp": "python"})
     refused("--gguf", gguf=tmp_path / "no.gguf")
     refused("--prompt", prompt=0)
+    refused("--threads", threads=(1, 0))
+    config = dataclasses.replace(presets.get("test").model, early_exits=False)
+    Model(config, Net(config).init_(0), Tokenizer.bytes_only()).save(tmp_path / "plain")
+    refused("without early exits", parts=("speed", "drafts"), model=tmp_path / "plain")
+
+
+def test_each_number_of_threads_has_its_own_peers_and_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A peer that takes as many seconds as it was told to take threads."""
+    script = tmp_path / "peer.py"
+    script.write_text(PEER)
+    monkeypatch.setitem(peers.KINDS, "mine", (str(script), {}))
+    Model.from_preset("test").save(tmp_path / "model")
+    before, given = torch.get_num_threads(), {"tokens": 2, "rounds": 1, "prompt": 8, "model": tmp_path / "model"}
+    try:
+        decode(
+            Console(width=200), shape="5m", batches=(1,), parts=("speed", "prefill"), peer={"mine": sys.executable},
+            threads=(2, 1), **given,  # type: ignore[arg-type]
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    mine = [row for row in told["prefill"] if row["what"] == "mine"]
+    assert [(row["threads"], row["tokens_per_s"]) for row in mine] == [(2, 4.0), (1, 8.0)]
+    assert {row["threads"] for row in told["speed"]} == {1, 2}
