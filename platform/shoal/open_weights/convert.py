@@ -22,7 +22,7 @@ from shoal.machine import write_json
 from shoal.model import checkpoint, described, files
 from shoal.model.model import Model
 from shoal.model.net import Net
-from shoal.open_weights import depths, families, known, proof, streams
+from shoal.open_weights import depths, families, known, proof, rope, streams
 from shoal.open_weights.gguf import Gguf
 from shoal.open_weights.sources import DTYPES, Folder, Source, opened_weights
 from shoal.open_weights.vocabulary import closing
@@ -230,6 +230,12 @@ def export_model(
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise CheckpointError(f"{to}", got="something that is there", do="choose a place that is empty")
     told = described.read_json(directory / described.SOURCE)
+    if (told["config"].get("rope_scaling") or {}).get("rope_type") == rope.RATES:
+        got = "rates of a GGUF that no scheme of Hugging Face's is known to give"
+        raise CheckpointError(
+            f"{directory} cannot be exported", got=got, do="import the checkpoint that the GGUF was made from"
+        )
+    config_json = families.confirmed(told["family"], told["config"], tied=config.tied, biased=config.qkv_bias)
     files.check(directory)
     held = {path: opened_weights(path) for path in files.weight_files(directory)}
     at = {name: opened for opened in held.values() for name in opened.keys()}  # noqa: SIM118, no mapping
@@ -260,7 +266,7 @@ def export_model(
     with checkpoint.replacing(to) as aside:
         streams.write(aside, planned, ((name, part(*where)) for name, where in cuts.items()), shard_bytes)
         dtype = str(kept).removeprefix("torch.")
-        config_json = depths.described(told["config"], layers, cut)
+        config_json = depths.described(config_json, layers, cut)
         write_json(aside / "config.json", {**config_json, "dtype": dtype, "torch_dtype": dtype})
         generation = _generation(told, loaded.tokenizer.ends, config.vocab)
         for key, values in (("generation_config", generation), ("tokenizer_config", told.get("tokenizer_config"))):

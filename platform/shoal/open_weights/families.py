@@ -95,6 +95,10 @@ _MODEL_TYPES = {
     "olmo2": "Olmo2ForCausalLM", "phi3": "Phi3ForCausalLM", "smollm3": "SmolLM3ForCausalLM",
 }  # fmt: skip
 
+# Classes of transformers with biases of q, k, v: always, and where `attention_bias` says so.
+BIASED = ("Qwen2ForCausalLM",)
+MAY_BE_BIASED = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Olmo2ForCausalLM", "SmolLM3ForCausalLM")
+
 # What is known and cannot be had: a word in the name of the architecture, and the reason.
 REFUSED = (
     ("Moe", "a mixture of experts"), ("Mixtral", "a mixture of experts"), ("Deepseek", "a mixture of experts"),
@@ -123,6 +127,21 @@ def family_of(config: Mapping[str, Any]) -> str:
         if config.get(key):
             raise CheckpointError(f"config.json: {key}", got=why, do="choose a dense checkpoint of plain weights")
     return name
+
+
+def confirmed(family: str, config: Mapping[str, Any], *, tied: bool, biased: bool) -> dict[str, Any]:
+    """A ``config.json`` with the flags that its tensors say, where it says others: who reads them with transformers would get a
+    head that is the table, or no biases of q, k, v. Raises CheckpointError where transformers' class can have none."""
+    found = dict(config)
+    if says_tied(config) != tied:
+        found["tie_word_embeddings"] = tied
+    if biased and family not in BIASED:
+        if family not in MAY_BE_BIASED:
+            raise CheckpointError(
+                f"biases of q, k and v in a {family}", got="no flag for them", do="serve it here alone"
+            )
+        found["attention_bias"] = True
+    return found
 
 
 def says_tied(config: Mapping[str, Any]) -> bool:
@@ -156,6 +175,12 @@ def shape_of(config: Mapping[str, Any], tensors: Collection[str], *, tied: bool,
         (told.get("rope_parameters") or {}).get("partial_rotary_factor") or told.get("partial_rotary_factor") or 1
     )
     dims = int(head_dim * share)
+    if dims < 2:  # 0 would be a form of our own
+        raise CheckpointError(
+            "config.json: partial_rotary_factor", got=share, allowed=f"two dims of {head_dim}, or more"
+        )
+    if float(told.get("rope_theta") or 0) <= 0 or float((told.get("rope_parameters") or {}).get("rope_theta", 1)) <= 0:
+        raise CheckpointError("config.json: rope_theta", got=told.get("rope_theta"), allowed="a number above 0")
     rates, most, scale = rope.rates(told, dims, float(told["rope_theta"]), context)
     length = min(n for n in (whole("max_position_embeddings"), most, context) if n)
     kinds = _kinds(told, family, layers)

@@ -196,9 +196,10 @@ class Gguf:
         elif kind not in ("none", "", None):
             raise CheckpointError(f"{self._path}: rope.scaling.type", got=kind, allowed=["none", "linear"])
         if _FACTORS in self._places:
-            plain, *_ = rope.rates(config, config["head_dim"], config["rope_theta"])
-            factors = self._numbers(_FACTORS).float()
-            config["rope_scaling"] = {"rope_type": "rates", "rates": (torch.tensor(plain) / factors).tolist()}
+            factors, given = self._numbers(_FACTORS).float(), (config["head_dim"], config["rope_theta"])
+            known = rope.as_llama3(factors, config, *given) if kind != "linear" else None
+            made = torch.tensor(rope.rates(config, *given)[0]) / factors
+            config["rope_scaling"] = known or {"rope_type": rope.RATES, "rates": made.tolist()}
         return config
 
     @cached_property

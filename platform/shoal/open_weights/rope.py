@@ -15,7 +15,7 @@ from torch import Tensor
 from shoal.errors import CheckpointError
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
-_RATES = "rates"  # a GGUF holds llama3's as they come out
+RATES = "rates"  # of a GGUF, as they come out, where no scheme is known to give them
 
 
 def rates(config: Mapping[str, Any], dims: int, theta: float, context: int = 0) -> tuple[tuple[float, ...], int, float]:
@@ -40,7 +40,7 @@ def rates(config: Mapping[str, Any], dims: int, theta: float, context: int = 0) 
             made, scale = _yarn(base, dims, told, config)
         elif kind == "longrope":
             made, most, scale = _longrope(base, dims, told, config, context)
-        elif kind == _RATES:
+        elif kind == RATES:
             made = torch.tensor(told["rates"])
         elif kind == "dynamic":  # it turns faster beyond this length, so that one request would have two tables
             most = int(told.get("original_max_position_embeddings") or config["max_position_embeddings"])
@@ -48,12 +48,23 @@ def rates(config: Mapping[str, Any], dims: int, theta: float, context: int = 0) 
             raise CheckpointError("config.json: rope_type", got=kind, allowed=KINDS)
     except KeyError as error:
         raise CheckpointError(f"config.json: rope scaling of type {kind}", got=f"no {error.args[0]}") from error
-    if not torch.isfinite(made).all():
-        raise CheckpointError(f"config.json: rope scaling of type {kind}", got="rates that are not finite")
+    if not (torch.isfinite(made) & (made > 0)).all():
+        raise CheckpointError(
+            f"config.json: rope scaling of type {kind}", got="rates that are not finite, or not above 0"
+        )
     if len(made) != len(plain):
         got, allowed = f"{len(made)} rates", f"{len(plain)}, one for each turned pair of dims"
         raise CheckpointError(f"config.json: rope scaling of type {kind}", got=got, allowed=allowed)
     return tuple(made.tolist()), most, scale
+
+
+def as_llama3(factors: Tensor, plain: Mapping[str, Any], dims: int, theta: float) -> dict[str, Any] | None:
+    """The rope scaling `llama3` whose slower turns the `factors` of a GGUF are, as a ``config.json`` says it; None where they
+    are none of it. `plain`: a config.json without it. Files do not keep its settings; those are of every Llama 3 so far."""
+    told = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    told["original_max_position_embeddings"] = 8192
+    before, after = (torch.tensor(rates({**plain, **more}, dims, theta)[0]) for more in ({}, {"rope_scaling": told}))
+    return told if len(factors) == len(before) and torch.allclose(before / factors, after, rtol=1e-6) else None
 
 
 def _stretch(told: Mapping[str, Any], config: Mapping[str, Any]) -> float:

@@ -128,7 +128,14 @@ def test_a_tensor_that_is_wrong_is_named(
             "cannot read .*: got \"AttributeError: 'int' object has no attribute 'get'\"",
         ),
         ("qwen2", {"rms_norm_eps": "x"}, 'cannot read .*: got "ValueError: could not convert string'),
-        ("qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "got 'rates that are not finite'"),
+        ("qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "got 'rates that are not finite"),
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_type": "yarn", "factor": -4.0, "original_max_position_embeddings": 64}},
+            "type yarn: got 'rates that are not finite, or not above 0'",
+        ),
+        ("qwen2", {"rope_parameters": {"rope_theta": 0}}, "rope_theta: .*; allowed: a number above 0"),
+        ("phi3", {"partial_rotary_factor": 0.1, "rope_parameters": {"rope_theta": 500.0}}, "two dims of 8, or more"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: got '1 numbers'; allowed: 5"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -146,6 +147,44 @@ def test_biases_of_q_and_k_lie_as_their_rows_do(checkpoint: Make, tmp_path: Path
     it = Gguf(written(path, Gguf(path)._meta, tensors))
     for name, told in (("q", x), ("k", x), ("v", moved)):
         assert it.read(f"model.layers.0.self_attn.{name}_proj.bias").tolist() == told.tolist()
+
+
+def with_factors(source: Path, path: Path, factors: np.ndarray, **changes: Any) -> Path:
+    """The "smollm2" of tests/data/open with a tensor of `factors` by which each pair turns slower."""
+    it = Gguf(gguf_of(source, path, **changes))
+    kinds = {0: "F32"}
+    tensors = {
+        name: (kinds[place.kind], list(place.shape), it._numbers(name).numpy().tobytes())
+        for name, place in it._places.items()
+    }
+    tensors["rope_freqs.weight"] = ("F32", [len(factors)], factors.astype(np.float32).tobytes())
+    return written(path, it._meta, tensors)
+
+
+def test_factors_of_llama_3_are_its_scaling_again_and_others_stay_rates(checkpoint: Make, tmp_path: Path) -> None:
+    """Transformers knows the scheme and no list of rates: what was imported of a Llama 3 can be exported, of others not."""
+    theta, factor = 1e9, 8.0
+    turn = 2 * math.pi * theta ** (np.arange(0, 4, 2) / 4)  # tokens of a turn of each pair
+    share = np.clip((8192 / turn - 1) / 3, 0, 1)
+    made = 1 / ((1 - share) / factor + share)
+    assert made[-1] == factor
+    source = checkpoint("smollm2")
+    more = {"llama.rope.freq_base": theta, "llama.context_length": 16384}
+    import_model(with_factors(source, tmp_path / "three.gguf", made, **more), tmp_path / "three")
+    told = json.loads((tmp_path / "three" / "source.json").read_text())["config"]["rope_scaling"]
+    assert told == {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    export_model(tmp_path / "three", tmp_path / "back")
+    plain = 1 / theta ** (np.arange(0, 4, 2) / 4)
+    for name, factors in (("three", made), ("odd", np.array([1.5, 3.0]))):
+        if name == "odd":
+            import_model(with_factors(source, tmp_path / "odd.gguf", factors, **more), tmp_path / "odd")
+        assert Model.load(tmp_path / name).config.rope_rates == pytest.approx(plain / factors, rel=1e-6)
+    with pytest.raises(CheckpointError, match="rates of a GGUF that no scheme"):
+        export_model(tmp_path / "odd", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shoal import Model
+from shoal.errors import CheckpointError
 from shoal.inputs.chat import encode_chat
 from shoal.open_weights import adapter
 from shoal.open_weights.convert import export_model, import_model
@@ -18,7 +20,7 @@ from shoal.train import lora
 from shoal.train.loop import fit
 from shoal.train.plan import finetune_plan
 from tests.extra import package
-from tests.unit.open_weights.conftest import DATA
+from tests.unit.open_weights.conftest import DATA, edit
 
 transformers = package("transformers")
 KINDS = {
@@ -98,6 +100,32 @@ def test_peft_reads_what_lora_has_learned(kind: str, tmp_path: Path) -> None:
     scale = max(1.0, float(told.abs().max()))
     assert (Model.load(plan.model_dir).logits(tokens) - told).abs().max() < 1e-5 * scale
     assert (before - told).abs().max() > 1e-2 * scale, "the adapter says something"
+
+
+def test_flags_that_the_tensors_contradict_are_put_right_in_an_export(tmp_path: Path) -> None:
+    """A head of its own where the flag says tied, and biases where it says none: transformers left both out."""
+    theirs = made("Llama", {"tie_word_embeddings": False, "attention_bias": True})
+    for layer in theirs.model.layers:
+        layer.self_attn.o_proj.bias.data.zero_()
+    theirs.save_pretrained(tmp_path / "source")
+    shutil.copytree(DATA / "tokenizer", tmp_path / "source", dirs_exist_ok=True)
+    edit(tmp_path / "source" / "config.json", tie_word_embeddings=True, attention_bias=False)
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "o_proj.bias" not in name}
+    save_file(kept, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    import_model(tmp_path / "source", tmp_path / "model")
+    tokens = torch.arange(1, 61)[None] * 7 % 300
+    with torch.no_grad():
+        told = theirs(tokens).logits
+    assert (Model.load(tmp_path / "model").logits(tokens) - told).abs().max() < 1e-5 * float(told.abs().max())
+    export_model(tmp_path / "model", tmp_path / "back")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, told)
+    edit(tmp_path / "model" / "source.json", family="MistralForCausalLM")
+    (tmp_path / "model" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="biases of q, k and v in a MistralForCausalLM"):
+        export_model(tmp_path / "model", tmp_path / "none")
 
 
 @pytest.mark.parametrize("kind", KINDS)
