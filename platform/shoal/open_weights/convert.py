@@ -215,14 +215,9 @@ def _generation(told: Mapping[str, Any], ends: Sequence[int], vocab: int) -> dic
     return found if known == set(ends) else {**found, "eos_token_id": list(ends)}
 
 
-def export_model(
-    directory: str | Path, to: str | Path, *, depth: str = FULL, check: bool = True, shard_bytes: int = files.SHARD
-) -> int:
-    """Write an imported model as a checkpoint of its family again, its tensors equal to the bit where its dtype was kept; or an
-    early `depth` of an adapted one, which has a layer more than it runs. With `check` it is read again and compared, in the
-    memory of one model. Returns how many tensors. Raises CheckpointError for a model that was not imported, or is quantised,
-    and where the comparison fails; ConfigError for a depth that it has not. Then nothing is written."""
-    directory, to = Path(directory), Path(to)
+def _exportable(directory: Path, to: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The configuration of an imported model, and what its source said. Raises CheckpointError where it cannot be exported, or
+    not to that place."""
     _, config = described.read_config(directory)
     if not (directory / described.SOURCE).exists() or config.quantization != "none":
         got = "a quantised model" if config.quantization != "none" else f"no {described.SOURCE}"
@@ -235,6 +230,18 @@ def export_model(
         raise CheckpointError(
             f"{directory} cannot be exported", got=got, do="import the checkpoint that the GGUF was made from"
         )
+    return config, told
+
+
+def export_model(
+    directory: str | Path, to: str | Path, *, depth: str = FULL, check: bool = True, shard_bytes: int = files.SHARD
+) -> int:
+    """Write an imported model as a checkpoint of its family again, its tensors equal to the bit where its dtype was kept; or an
+    early `depth` of an adapted one, which has a layer more than it runs. With `check` it is read again and compared, in the
+    memory of one model. Returns how many tensors. Raises CheckpointError for a model that was not imported, or is quantised,
+    and where the comparison fails; ConfigError for a depth that it has not. Then nothing is written."""
+    directory, to = Path(directory), Path(to)
+    config, told = _exportable(directory, to)
     config_json = families.confirmed(told["family"], told["config"], tied=config.tied, biased=config.qkv_bias)
     files.check(directory)
     held = {path: opened_weights(path) for path in files.weight_files(directory)}
