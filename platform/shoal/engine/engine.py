@@ -16,10 +16,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
-import psutil
-import torch
 
-from shoal.config import AUTO, GROUPS, KvCacheDtype, ModelConfig
+from shoal.config import AUTO, KvCacheDtype
 from shoal.engine.events import MAX_DRAFTS, Completion, Event, Finished, Request, Token
 from shoal.engine.guided import Grammars
 from shoal.engine.images import PromptImages
@@ -29,6 +27,7 @@ from shoal.engine.runner import Runner
 from shoal.engine.running import Running
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.shares import may_wait
+from shoal.engine.sizes import default_rows, default_units
 from shoal.engine.speculative import Switch
 from shoal.engine.text import TextStream
 from shoal.errors import (
@@ -37,7 +36,6 @@ from shoal.errors import (
     ContextLengthError,
     EngineDeadError,
     RequestError,
-    ResourceError,
     again,
     frames,
     of_request,
@@ -52,8 +50,6 @@ from shoal.model.slots import stored_as
 log = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # failed steps in a row after which the engine is dead
-MEMORY_SHARE = 0.25  # of the free memory, for K/V, unless `units` says otherwise
-STEP_ROWS = {"cpu": 512, "cuda": 8192}  # of a step: a GPU needs thousands to be busy with products
 
 
 class Engine:
@@ -91,19 +87,21 @@ class Engine:
         speculative_max_batch: int | None = None,
         kv_cache_dtype: KvCacheDtype = "auto",
         gpu_share: float = 0.9,
+        graphs: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`units`: KV units, the null unit included (default: what a quarter of the free memory holds, at most what
-        `max_batch` requests of full context need). A step runs at most `max_batch_tokens` rows [`STEP_ROWS`] of `max_batch`
+        `max_batch` requests of full context need). A step runs at most `max_batch_tokens` rows [`default_rows`] of `max_batch`
         requests; `max_queue` more may wait. `compute_budget` in (0, 1]: mean share of the layers that requests of depth
         "auto" are to use. `speculative`: tokens that requests deeper than group 1 draft ahead unless they say otherwise, in
         steps of at most `speculative_max_batch` requests (default: as far as it is measured to pay). `kv_cache_dtype`: "auto",
         keys and values in the model's precision, or "int8", rounded with a scale each, in a third to a fourth of
         fp32's memory (`model.slots`). `gpu_share`: of a GPU's memory, what weights leave of it is for keys and values, the rest
-        for what a step needs. Raises ConfigError for values that cannot work together.
+        for what a step needs. `graphs`: decoding steps on a GPU are recorded once and replayed (`engine.graphs`). Raises
+        ConfigError for values that cannot work together.
         """
         config, device = model.config, model.device
-        max_batch_tokens = max_batch_tokens or STEP_ROWS.get(device.type, STEP_ROWS["cpu"])
+        max_batch_tokens = max_batch_tokens or default_rows(config, device, model.net.dtype, gpu_share)
         _check_limits(model, max_batch_tokens, max_batch, max_queue, compute_budget)
         if not 0 <= speculative <= MAX_DRAFTS:
             raise ConfigError("speculative", got=speculative, allowed=f"0 to {MAX_DRAFTS}")
@@ -126,7 +124,7 @@ class Engine:
         )
         self._grammars = Grammars(model.tokenizer, config.vocab)
         self._said = (~model.forbidden()).tolist()  # of each id: may an answer hold it?
-        self.runner = Runner(model, units, compute_budget, kv_dtype)
+        self.runner = Runner(model, units, compute_budget, kv_dtype, max_batch * graphs)
         self.dead: EngineDeadError | None = None
         self.ran = False  # did the last step run any row?
         self._failures = 0
@@ -320,26 +318,6 @@ class Engine:
         self._failures += 1
         if self._failures >= MAX_FAILURES:
             self.die(f"{self._failures} steps failed in a row, the last with {type(error).__name__}")
-
-
-def default_units(
-    config: ModelConfig, max_batch: int, unit_bytes: int, device: torch.device, gpu_share: float = 0.9
-) -> int:
-    """Units for `max_batch` requests of full context at full depth, or what `MEMORY_SHARE` of the free memory holds; on a GPU
-    what is left of `gpu_share` of its memory, whatever the batch, as later requests find again what fits. Never less than one
-    request of full context needs. Raises ResourceError, with the arithmetic, where the memory does not hold one."""
-    one = GROUPS * -(-config.context // config.page)
-    free, on_gpu = psutil.virtual_memory().available, device.type == "cuda"
-    if on_gpu:
-        free, total = torch.cuda.mem_get_info(device)
-        free = max(0, free - int((1 - gpu_share) * total))
-    if one * unit_bytes > free:
-        raise ResourceError(
-            f"keys and values of one text of {config.context} tokens in {config.layers} layers do not fit the memory",
-            got=f"{one * unit_bytes / 1e9:.1f} GB", allowed=f"{free / 1e9:.1f} GB that are free",
-            do="store them in int8 (kv_cache_dtype), or import the model with a shorter --context",
-        )  # fmt: skip
-    return 1 + max(one, free // unit_bytes if on_gpu else min(one * max_batch, int(free * MEMORY_SHARE) // unit_bytes))
 
 
 def _check_limits(model: Model, batch_tokens: int, batch: int, queue: int, budget: float | None) -> None:

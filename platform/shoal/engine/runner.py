@@ -11,38 +11,51 @@ Letters: N rows, R works (one request each), G layer groups, M pages of the long
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.config import GROUPS, ModelConfig
-from shoal.engine import speculative
+from shoal.config import GROUPS
+from shoal.engine import graphs, speculative
 from shoal.engine.compared import Compared
 from shoal.engine.events import Sampling, Signals, TokenLogprob
+from shoal.engine.graphs import Graphs
+from shoal.engine.layout import StepLayout
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
 from shoal.engine.tolerance import Chain
+from shoal.errors import first_line
 from shoal.model.adapters import Adapter, Bank, Beside, nothing
-from shoal.model.cache import GroupCache, PagedStep, Rows, read_rows, write_rows
+from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.cpu import fused
 from shoal.model.linears import prepack_
 from shoal.model.model import Model
 from shoal.model.router import NLL, Router, features, page_sums
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SCORED_ROWS = 64  # rows of a prompt whose logits exist at once
 
 
 class Runner:
     def __init__(
-        self, model: Model, units: int, compute_budget: float | None = None, kv_dtype: torch.dtype | None = None
+        self,
+        model: Model,
+        units: int,
+        compute_budget: float | None = None,
+        kv_dtype: torch.dtype | None = None,
+        graph_rows: int = 0,
     ) -> None:
-        """K/V memory for `units` units (the null unit included) in `kv_dtype` [the model's], on its device."""
+        """K/V memory for `units` units (the null unit included) in `kv_dtype` [the model's], on its device. There, decoding
+        steps of up to `graph_rows` requests are replayed as graphs, where that can be done."""
         self.model, self.config, self.net = model, model.config, model.net
         self.device, self.compute_budget = model.device, compute_budget
         self.cache = GroupCache.zeros(self.config, units, self.net.dtype, self.device, kv_dtype)
@@ -52,6 +65,21 @@ class Runner:
             self._compile()
         self.adapters: Mapping[str, Adapter] = {}  # by identity; replaced as a whole
         self._bank = Bank(self.net, [])
+        self.graphs = graphs.of_device(self.net, self.cache, graph_rows) if graph_rows else None
+        self._replay(Graphs.prepare)
+
+    @torch.inference_mode()
+    def _replay(self, call: Callable[[Graphs], T]) -> T | None:
+        """What `call` of the graphs gives; None where there are none, or none any more: a device that refuses to record takes
+        the other way from then on."""
+        if self.graphs is None:
+            return None
+        try:
+            return call(self.graphs)
+        except RuntimeError as error:
+            log.warning("decoding goes on without graphs: %s", first_line(error))
+            self.graphs = None
+            return None
 
     @torch.inference_mode()
     def _compile(self) -> None:
@@ -79,7 +107,11 @@ class Runner:
         """Run one step: write its K/V, decide depths, sample tokens. Nothing here outlives a failure but K/V slots that
         no request counts as computed."""
         works, drafted = self._draft(plan.works)
-        layout = _Layout(works, self.config, self.device, self._beside)
+        if self.graphs is not None and self.graphs.takes(works):
+            replayed = self._replay(lambda graphs: graphs.run(works))
+            if replayed is not None:
+                return Outcome(self._sample(works, replayed, {}))
+        layout = StepLayout(works, self.config, self.device, self._beside)
         fresh = [work for work in works if work.first == 0]
         x = self._embed(fresh)
         if fresh:
@@ -108,7 +140,7 @@ class Runner:
         going = list(ahead)
         while going:
             rows = [Work(ahead[i], len(ahead[i].tokens) - 1, 1, 0, 1) for i in going]
-            x = self._group(0, self._embed(rows), _Layout(rows, self.config, self.device, self._beside))
+            x = self._group(0, self._embed(rows), StepLayout(rows, self.config, self.device, self._beside))
             for at, i in enumerate(going):
                 ahead[i].holding.states.append(x[at : at + 1])
             more = [at for at, i in enumerate(going) if len(ahead[i].holding.states) <= works[i].drafts]
@@ -180,7 +212,7 @@ class Runner:
             self._bank = Bank(self.net, [*{**self.adapters, **held}.values()])
         return self._bank.beside(adapters, [work.count for work in works])
 
-    def _group(self, index: int, x: Tensor, layout: _Layout) -> Tensor:
+    def _group(self, index: int, x: Tensor, layout: StepLayout) -> Tensor:
         out: Tensor = self.net.groups[index].paged(x, layout.step(index, len(x)), self.cache)  # type: ignore[operator]
         return out
 
@@ -208,7 +240,7 @@ class Runner:
         self,
         works: Sequence[Work],
         x: Tensor,
-        layout: _Layout,
+        layout: StepLayout,
         scores: dict[Work, list[TokenLogprob]],
         compared: Compared | None,
     ) -> Tensor | None:
@@ -316,67 +348,3 @@ class Drafted:
         running = work.running
         answered = work.start + 1 - running.prompt_len
         return Chain(first, self.tokens, self.exits, running.tolerance or 0.0, running.spent, answered)
-
-
-class _Layout:
-    """Where the rows of `works` stand, for every layer group: built once a step, in numpy, and sliced for each group."""
-
-    def __init__(
-        self,
-        works: Sequence[Work],
-        config: ModelConfig,
-        device: torch.device,
-        beside: Callable[[Sequence[Work]], Beside | None],
-    ) -> None:
-        self._config, self._device, page = config, device, config.page
-        self._adapted, self._beside = beside, beside(works)
-        counts = [work.count for work in works]
-        self.starts = [0, *np.cumsum(counts).tolist()]
-        row_of = np.repeat(np.arange(len(works)), counts)
-        begin = np.array([work.start for work in works])
-        positions = np.arange(self.starts[-1]) + (begin - self.starts[:-1])[row_of]
-        holdings = [work.running.holding for work in works]
-        longest = max(holding.pages_for(work.end) for holding, work in zip(holdings, works, strict=True))
-        tables = np.zeros((GROUPS, len(works), longest), dtype=np.int64)
-        for r, holding in enumerate(holdings):
-            own = holding.tables[:, :longest]
-            tables[:, r, : own.shape[1]] = own
-        computed = np.array([holding.computed for holding in holdings]).T  # [G, R]
-        # numpy may interleave the rows of its result, and the compiled loops take only arrays whose rows lie in order
-        slots = np.ascontiguousarray(tables[:, row_of, positions // page]) * page + positions % page
-        slots[positions < computed[:, row_of]] = -1  # stored already: run for its state, not written again
-        self._tables, self._slots, self._positions = (
-            torch.from_numpy(array).to(device) for array in (tables, slots, positions)
-        )
-        self._rows: dict[int, Rows] = {}
-
-    @cached_property
-    def _writes(self) -> Tensor:
-        return write_rows(self._slots, self._config.kv_heads, self._config.page)
-
-    @cached_property
-    def _reads(self) -> Tensor:
-        return read_rows(self._tables, self._config.kv_heads)
-
-    def of(self, works: Sequence[Work]) -> _Layout:
-        """The layout of some of the works only."""
-        return _Layout(works, self._config, self._device, self._adapted)
-
-    def step(self, group: int, rows: int) -> PagedStep:
-        """The first `rows` rows as `group` sees them; they end where a request ends."""
-        count = self.starts.index(rows)
-        starts = self.starts[: count + 1]
-        if rows not in self._rows:
-            self._rows[rows] = Rows(self._positions[:rows], starts, self._config.page, self._config.block)
-        return PagedStep(
-            positions=self._positions[:rows],
-            slots=self._slots[group, :rows],
-            tables=self._tables[group, :count],
-            starts=starts,
-            page=self._config.page,
-            block=self._config.block,
-            shared=self._rows[rows],
-            writes=lambda: self._writes[group, : rows * self._config.kv_heads],
-            reads=lambda: self._reads[group, :count],
-            beside=self._beside and self._beside.first(rows),
-        )

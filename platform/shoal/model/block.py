@@ -34,13 +34,20 @@ def linear(config: ModelConfig, inputs: int, outputs: int) -> Linear | Int8Linea
     return (Int8Linear if config.quantization == "w8a8" else Linear)(inputs, outputs)
 
 
-def rope_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
-    """The factors of `rotate` [..., 1, d] for each position, from angles computed in float64."""
-    half = pairs(config)
+def rope_rates(config: ModelConfig, device: torch.device) -> Tensor:
+    """Of each pair of dims, float64: radians a position."""
     if config.rope_rates:
-        rates = torch.tensor(config.rope_rates, dtype=torch.float64, device=positions.device)
-    else:
-        rates = config.rope_theta ** -(torch.arange(half, dtype=torch.float64, device=positions.device) / half)
+        return torch.tensor(config.rope_rates, dtype=torch.float64, device=device)
+    half = pairs(config)
+    return config.rope_theta ** -(torch.arange(half, dtype=torch.float64, device=device) / half)
+
+
+def rope_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype, rates: Tensor | None = None) -> Rope:
+    """The factors of `rotate` [..., 1, d] for each position, from angles computed in float64. `rates`: `rope_rates`, where they
+    are there already."""
+    half = pairs(config)
+    if rates is None:
+        rates = rope_rates(config, positions.device)
     angles = positions[..., None, None].double() * rates
     cos, sin = ((part * config.rope_scale).to(dtype) for part in (angles.cos(), angles.sin()))
     rest = cos.new_ones(*cos.shape[:-1], config.head_dim - 2 * half)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from shoal import Engine, Request, Sampling, presets
 from shoal.engine import naive
-from shoal.engine.engine import default_units
 from shoal.engine.events import Completion, Event
+from shoal.engine.sizes import default_units
 from shoal.errors import ConfigError, ResourceError
 from shoal.model import slots
 from shoal.model.block import Attention

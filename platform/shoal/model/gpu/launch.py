@@ -242,13 +242,15 @@ def int8_product(weight: Tensor, scale: Tensor) -> Any:
 
 def _pieces(programs: int, near: int, far: int) -> tuple[int, int]:
     """Into how many pieces the keys of window and chosen blocks are cut, for so many rows and KV heads: enough to fill a
-    device."""
+    device. Powers of two, as each other number is a kernel that must be compiled first."""
     each = max(TILE, -(-(near + far) * programs // PROGRAMS))
-    return max(1, -(-near // each)), -(-far // each)
+    return _power(max(1, -(-near // each)), 1), _power(-(-far // each), 1) if far else 0
 
 
 def _requests(starts: list[int], device: torch.device) -> Tensor:
     """The request of each row, [N]."""
+    if starts[-1] == len(starts) - 1:  # one row a request: nothing is copied to the device
+        return torch.arange(starts[-1], dtype=torch.int32, device=device)
     counts = torch.tensor(starts).diff()
     return torch.repeat_interleave(torch.arange(len(counts)), counts).to(torch.int32).to(device)
 

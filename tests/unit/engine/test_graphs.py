@@ -1,0 +1,223 @@
+"""Decoding steps as graphs, on a CPU: `tests.recorded` stands in for the device. In tests/triton they are recorded as strictly
+as a device does."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shoal import Engine, Request, Sampling
+from shoal.engine import graphs
+from shoal.engine.engine import Completion
+from shoal.engine.events import Guide
+from shoal.engine.graphs import Graphs, buckets
+from shoal.engine.plan import Outcome, Plan
+from shoal.model.adapters import nothing
+from shoal.model.cpu import fused
+from tests.recorded import Again
+from tests.unit.engine.lively import lively
+
+MODEL = lively()
+
+
+@pytest.fixture(autouse=True)
+def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled loops of a CPU are no part of it."""
+    monkeypatch.setattr(fused, "usable", lambda x: False)
+    monkeypatch.setattr(fused, "few", lambda rows: False)
+    monkeypatch.setattr(graphs, "LEAST_TOKENS", 16)  # so that tables of several widths are recorded
+
+
+def replaying(record: Any, most: int = 6, **more: Any) -> Engine:
+    engine = Engine(MODEL, units=200, max_batch=most, max_batch_tokens=32, **more)
+    engine.runner.graphs = Graphs(MODEL.net, engine.runner.cache, most, record)
+    return engine
+
+
+def asked(seed: int, count: int) -> list[Request]:
+    """Requests of all depths and lengths, among them some that take the other way."""
+    rng = random.Random(seed)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0}, {"temperature": 0.8, "top_p": 0.9}, {"temperature": 1.0, "top_k": 7, "logprobs": 2},
+        {"temperature": 0, "frequency_penalty": 0.7, "repetition_penalty": 1.3}, {"temperature": 0, "speculative": 2},
+        {"temperature": 0.5, "guided": Guide("regex", "[a-f]{2,9}"), "ignore_eos": False},
+    ]  # fmt: skip
+    return [
+        Request(
+            [rng.randrange(20, 260) for _ in range(rng.randrange(1, 40))],
+            Sampling(**{"max_tokens": rng.randrange(1, 14), "ignore_eos": True, "seed": 1, **rng.choice(kinds)}),
+            depth=rng.choice(("shallow", "middle", "full")),
+            gaps=rng.random() < 0.1,
+            id=str(i),
+        )
+        for i in range(count)
+    ]
+
+
+def said(answers: list[Completion]) -> list[Any]:
+    return [(answer.tokens, answer.finish_reason, answer.depth) for answer in answers]
+
+
+def test_buckets_are_few_and_less_than_a_third_of_one_is_too_many() -> None:
+    assert buckets(1) == [1] and buckets(6) == [1, 2, 4, 6]
+    assert buckets(256) == [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    for most in range(1, 300):
+        sizes = buckets(most)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == most
+        for rows in range(9, most + 1):
+            assert 1 - rows / min(size for size in sizes if size >= rows) < 1 / 3
+
+
+@settings(max_examples=4, deadline=None)
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 9))
+def test_answers_are_those_without_graphs_as_requests_join_and_leave(seed: int, count: int) -> None:
+    record = Again()
+    engine = replaying(record)
+    want = Engine(MODEL, units=200, max_batch=6, max_batch_tokens=32).generate(asked(seed, count))
+    assert said(engine.generate(asked(seed, count))) == said(want)
+    engine.scheduler.check_integrity()
+
+
+class Compared:
+    """In place of the `run` of `engine.runner`: each step that graphs are for is taken in three ways, from the same memory, and
+    what each leaves is kept: logits, keys and values, summaries."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.runner, self.run, self.works = engine.runner, engine.runner.run, list[list[tuple[int, set[int]]]]()
+        self.left: list[tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]] = []
+        self.runner.run = self  # type: ignore[assignment, method-assign]
+
+    def __call__(self, plan: Plan) -> Outcome:
+        kept, cache = self.runner.graphs, self.runner.cache
+        if kept is not None and kept.takes(plan.works):
+            before = [cache.kv.clone(), cache.summaries.clone()]
+
+            def left(how: Callable[[], Tensor]) -> list[Tensor]:
+                cache.kv.copy_(before[0])
+                cache.summaries.copy_(before[1])
+                return [how().clone(), cache.kv.clone(), cache.summaries.clone()]
+
+            with torch.inference_mode():
+                mine = left(lambda: kept.run(plan.works))
+                alone = left(lambda: Graphs(MODEL.net, cache, 6, Again()).run(plan.works))
+                self.left.append((before, mine, alone, left(lambda: self._plainly(plan))))
+            at = [(w.running.holding, w.start // w.running.holding.page, w.last) for w in plan.works]
+            self.works.append([(last, {*held.tables[:last, page].tolist()}) for held, page, last in at])
+        return self.run(plan)
+
+    def _plainly(self, plan: Plan) -> Tensor:
+        given, sample, kept = list[Tensor](), self.runner._sample, self.runner.graphs
+        self.runner.graphs = None
+        self.runner._sample = lambda works, z, drafted: (given.append(z.clone()), sample(works, z, drafted))[1]  # type: ignore[method-assign]
+        self.run(plan)
+        self.runner.graphs, self.runner._sample = kept, sample  # type: ignore[method-assign]
+        return given[0]
+
+
+def test_a_step_writes_and_gives_what_graphs_made_for_it_alone_do() -> None:
+    """Bit for bit, logits and memory: nothing of an earlier step is left in what stays. And what the other way does, to
+    rounding; in memory nothing changes but the null unit and the units of the step's rows."""
+    record = Again()
+    engine = replaying(record)
+    seen = Compared(engine)
+    for seed in range(4):
+        assert all(answer.finish_reason != "error" for answer in engine.generate(asked(seed, 9)))
+    for works, (before, mine, alone, other) in zip(seen.works, seen.left, strict=True):
+        assert torch.equal(mine[0], alone[0])
+        assert all(torch.equal(a[:, 1:], b[:, 1:]) for a, b in zip(mine[1:], alone[1:], strict=True))
+        assert torch.allclose(mine[0], other[0], rtol=0, atol=1e-9)
+        for a, b in zip(mine[1:], other[1:], strict=True):
+            assert torch.allclose(a[:, 1:], b[:, 1:], rtol=0, atol=1e-9)
+        changed = (mine[1] != before[0]).flatten(2).any(-1).any(0).nonzero().flatten().tolist()
+        assert {*changed} <= {0}.union(*(own for _, own in works))
+    depths = [[last for last, _ in works] for works in seen.works]
+    assert len(depths) > 20 and len({len(each) for each in depths}) >= 4
+    assert any(len({*each}) == 3 for each in depths), "three depths in a step"
+    assert record.replayed > record.made > 10
+
+
+def test_a_change_of_weights_ends_what_was_recorded() -> None:
+    """In place, or others in their place, or a layer told to mix otherwise; a grammar or a penalty does not."""
+    model, record = lively(), Again()
+    engine = Engine(model, units=100, max_batch=2)
+    engine.runner.graphs = Graphs(model.net, engine.runner.cache, 2, record)
+    one = [Request([30, 31], Sampling(temperature=0, max_tokens=3, ignore_eos=True), depth="full") for _ in range(9)]
+
+    def recorded(more: Sampling | None = None) -> int:
+        before = record.made
+        request = one.pop()
+        engine.generate([request if more is None else Request([40], more, depth="full")])
+        return record.made - before
+
+    first = recorded()
+    assert first > 0 and recorded() == 0
+    assert recorded(Sampling(max_tokens=3, guided=Guide("regex", "[a-f]{5}"), presence_penalty=0.3)) == 0
+    model.net.exit_norms["4"].weight.mul_(2)  # type: ignore[operator, union-attr]
+    assert recorded() == first and recorded() == 0
+    model.net.load_state_dict({name: each.clone() for name, each in model.net.state_dict().items()}, assign=True)
+    assert recorded() == first and recorded() == 0
+    model.net.groups[3].blocks[0].attention.mix_local = 0.5  # type: ignore[index, union-attr, assignment]
+    assert recorded() == first
+
+
+def test_prompts_drafts_adapters_and_compared_exits_take_the_other_way() -> None:
+    record = Again()
+    engine = replaying(record)
+    plain = Sampling(temperature=0, max_tokens=1, ignore_eos=True)
+    more = Sampling(temperature=0, max_tokens=4, ignore_eos=True)
+    drafts = Sampling(temperature=0, max_tokens=4, ignore_eos=True, speculative=3)
+    engine.generate([Request([30] * 20, plain, depth="full")])
+    assert record.made == 0, "a prompt alone"
+    adapter = nothing(MODEL.net)
+    adapter = type(adapter)("thin", adapter.pairs)
+    name = engine.load_adapter(adapter)
+    engine.generate([Request([30] * 5, more, depth="full", adapter=name)])
+    engine.generate([Request([30] * 5, more, depth="full", gaps=True)])
+    assert record.made == 0
+    engine.generate([Request([30] * 5, drafts, depth="full")])
+    engine.generate([Request([30] * 5, more, depth="shallow")])
+    assert record.made > 0
+
+
+def test_a_device_that_refuses_to_record_goes_on_without(caplog: pytest.LogCaptureFixture) -> None:
+    """All of a request is answered, by the step in which it happened too, and it is not tried again."""
+    tries = []
+
+    def refuse(run: graphs.Run) -> graphs.Run:
+        run()
+        tries.append(run)
+        if len(tries) == 3:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return run
+
+    engine = replaying(refuse)
+    want = Engine(MODEL, units=200, max_batch=6, max_batch_tokens=32).generate(asked(1, 5))
+    with caplog.at_level(logging.WARNING):
+        assert said(engine.generate(asked(1, 5))) == said(want)
+    assert len(tries) == 3 and engine.runner.graphs is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "decoding goes on without graphs: operation not permitted when stream is capturing"
+    ]
+
+
+def test_all_that_a_short_step_replays_is_recorded_before() -> None:
+    record = Again()
+    engine = replaying(record, most=4)
+    assert engine.runner.graphs is not None
+    with torch.inference_mode():
+        before = engine.runner.cache.kv[:, 1:].clone()
+        engine.runner.graphs.prepare()
+    assert torch.equal(engine.runner.cache.kv[:, 1:], before)
+    assert record.made == 3 * (4 + 3 + 1)  # buckets of 1, 2 and 4 rows; four groups, three exits, the head
+    engine.generate([Request([30 + i], Sampling(temperature=0, max_tokens=3, ignore_eos=True)) for i in range(4)])
+    assert record.made == 24
+    engine.generate([Request([30] * 40, Sampling(temperature=0, max_tokens=3, ignore_eos=True), depth="full")])
+    assert record.made == 28, "a wider table, of four groups"
