@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,13 +36,15 @@ SAMPLES = 6  # answers that the report shows of each suite
 
 
 class ByEngine:
-    """A model that answers at a depth; `depth_share`: the layers that its answers so far ran, of all."""
+    """A model that answers at a depth; `depth_share`: the layers that its answers so far ran, of all; `too_long`: how many of
+    the questions so far do not fit the context, and are answered by nothing."""
 
     def __init__(self, model: Model, depth: str, recipe: Recipe, tools: Sequence[Mapping[str, Any]]) -> None:
         self._model, self._depth, self._tools = model, depth, list(tools)
         self._engine, self._guide = Engine(model), recipe.guide
         self._sampling = Sampling(temperature=0.0, max_tokens=recipe.most_tokens, logprobs=0 if recipe.sure else None)
         self._answers: list[Answer] = []
+        self.too_long = 0
         self.sure: list[float] = []  # probability that the model gave each answer that was last asked for
 
     def __call__(self, asked: Sequence[Messages]) -> list[str]:
@@ -55,6 +59,8 @@ class ByEngine:
             if len(prompt.ids) + self._sampling.max_tokens <= self._model.config.context:
                 sampling = dataclasses.replace(self._sampling, guided=self._guide(messages))
                 requests[place], lengths[place] = Request(prompt, sampling, depth=self._depth), len(prompt.ids)
+            else:
+                self.too_long += 1
         for place, done in zip(requests, self._engine.generate(list(requests.values())), strict=True):
             texts[place] = done.text
             if known := [one.logprob for one in done.logprobs]:
@@ -66,12 +72,22 @@ class ByEngine:
     def depth_share(self) -> float:
         return mean_depth(self._answers) / self._model.config.layers
 
+    @property
+    def chosen(self) -> dict[str, float]:
+        """The share of the answers so far that each exit gave, the shallowest first."""
+        exits = dict(zip(self._model.config.exits, self._model.config.exit_names, strict=True))
+        counts = Counter(exits[answer.depth] for answer in self._answers)
+        return {name: counts[name] / max(1, len(self._answers)) for name in exits.values()}
 
-def measured(recipe: Recipe, models: Mapping[str, Path], folder: Path, seed: int, tell: Progress) -> dict[str, Any]:
-    """The report: ``suites`` (name -> who answers -> measure), ``depths`` (of each model and exit), ``costs`` (bytes,
-    tokens a second), ``samples``, and ``weak``, sentences about what is weak. Raises DataError for suites that changed."""
-    frozen = [suite for suite in suites.read(folder / SUITES) if suite.kind != SAFETY]
-    asked = {suite.name: _rows(folder / SUITES / suite.file) for suite in frozen}
+
+def measured(
+    recipe: Recipe, models: Mapping[str, Path], folder: Path, seed: int, tell: Progress, *, most_rows: int = 0
+) -> dict[str, Any]:
+    """The report: ``suites`` (name -> who answers -> measure), ``depths`` (of each model and exit; of "auto" which it chose),
+    ``costs`` (bytes, tokens a second), ``samples``, ``weak``, sentences about what is weak, and ``notes``, about what was not
+    asked. The last of `models` is the one that is served. `most_rows`: of a suite, whole conversations; 0: all. Raises
+    DataError for suites that changed."""
+    asked, notes = _asked(folder, most_rows)
     loaded = {label: Model.load(path) for label, path in models.items()}
     rivals, found = recipe.rivals(folder), dict[str, dict[str, dict[str, Figure]]]()
     served = [*loaded][-1]
@@ -94,33 +110,67 @@ def measured(recipe: Recipe, models: Mapping[str, Path], folder: Path, seed: int
                 steps += 1
                 if depth in (AUTO, FULL):
                     found[name][_column(label, depth)] = figures
-                depths.append(
-                    {"suite": name, "model": label, "depth": depth, "layers": answerer.depth_share} | _told(figures)
-                )
+                row = {"suite": name, "model": label, "depth": depth, "layers": answerer.depth_share}
+                depths.append(row | ({"chosen": answerer.chosen} if depth == AUTO else {}) | _told(figures))
+                if answerer.too_long and depth == FULL:
+                    notes.append(
+                        f"{name}: {answerer.too_long} prompts do not fit {label}'s context, and have no answer."
+                    )
         samples += _samples(name, rows, answers)
     suites.use(
         folder / SUITES, {"recipe": recipe.name, "models": [files.weights_sha256(path) for path in models.values()]}
     )
+    return {
+        "recipe": recipe.name,
+        "machine": machine(),
+        "rows": {name: [len(rows), len({row["group"] for row in rows})] for name, rows in asked.items()},
+        "weak": weak(recipe, found, list(rivals), _column(served, _depths(loaded[served])[-1])),
+        "notes": notes,
+        "suites": {name: {who: _told(figures) for who, figures in by.items()} for name, by in found.items()},
+        "depths": depths,
+        "workloads": picks.all(),
+        "costs": _costs(loaded, models),
+        "samples": samples,
+        "examples": _examples(recipe, loaded[served], next(iter(asked.values()))[0].get("tools", [])),
+    }
+
+
+def _asked(folder: Path, most_rows: int) -> tuple[dict[str, Sequence[Row]], list[str]]:
+    """The rows of each suite that are asked, and a sentence for each of which that is not all."""
+    frozen = [suite for suite in suites.read(folder / SUITES) if suite.kind != SAFETY]
+    every = {suite.name: _rows(folder / SUITES / suite.file) for suite in frozen}
+    asked = {name: some_of(rows, most_rows) for name, rows in every.items()}
+    notes = [
+        f"{name}: {len(asked[name])} of {len(rows)} answers are asked for, of conversations drawn by chance."
+        for name, rows in every.items()
+        if len(asked[name]) < len(rows)
+    ]
+    return asked, notes
+
+
+def some_of(rows: Sequence[Row], most: int) -> Sequence[Row]:
+    """At most so many rows of a suite, whole conversations, always the same ones and in order; `most` 0, or fewer rows: all."""
+    if not most or len(rows) <= most:
+        return rows
+    sizes = Counter(row["group"] for row in rows)
+    drawn = random.Random(0).sample([*sizes], len(sizes))
+    left, kept = most, set()
+    for group in drawn:
+        if sizes[group] <= left:
+            kept.add(group)
+            left -= sizes[group]
+    return [row for row in rows if row["group"] in kept]
+
+
+def _costs(loaded: dict[str, Model], models: Mapping[str, Path]) -> dict[str, Any]:
+    """Of each model the bytes of its weights, and tokens a second at batch 1 and 8."""
     speeds = interleaved_speed(loaded, tokens=SPEED_TOKENS)
-    costs = {
+    return {
         label: {
             "bytes": files.weight_bytes(path),
             **{f"tokens_per_s_{b}": v[len(v) // 2] for b, v in speeds[label].items()},
         }
         for label, path in models.items()
-    }
-    best = list(next(iter(found.values())))[-1]
-    return {
-        "recipe": recipe.name,
-        "machine": machine(),
-        "rows": {name: [len(rows), len({row["group"] for row in rows})] for name, rows in asked.items()},
-        "weak": weak(recipe, found, list(rivals), best),
-        "suites": {name: {who: _told(figures) for who, figures in by.items()} for name, by in found.items()},
-        "depths": depths,
-        "workloads": picks.all(),
-        "costs": costs,
-        "samples": samples,
-        "examples": _examples(recipe, loaded[served], next(iter(asked.values()))[0].get("tools", [])),
     }
 
 
@@ -181,11 +231,12 @@ def _samples(suite: str, rows: Sequence[Row], answers: Sequence[str]) -> list[di
 
 
 def _examples(recipe: Recipe, model: Model, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """What the model answers to the recipe's own examples at full depth, good or bad."""
-    asked = recipe.examples()
-    answers = ByEngine(model, FULL, recipe, tools)(asked) if asked else []
-    said = [str(messages[-1]["content"]) for messages in asked]
-    return [{"asked": one, "answered": answer} for one, answer in zip(said, answers, strict=True)]
+    """What the model answers to the recipe's own examples at full depth, good or bad, and what comes of that."""
+    answerer = ByEngine(model, FULL, recipe, tools)
+    return [
+        {"asked": str(messages[-1]["content"]), "answered": recipe.shown(messages, answerer)}
+        for messages in recipe.examples()
+    ]
 
 
 def _rows(path: Path) -> list[Row]:

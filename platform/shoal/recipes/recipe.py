@@ -80,6 +80,10 @@ class Recipe(ABC):
         """Conversations whose answers the report shows, good or bad."""
         return ()
 
+    def shown(self, messages: Messages, answerer: Answerer) -> str:
+        """What the report shows of the answer to an example: as it is served, with what came of it."""
+        return answerer([messages])[0]
+
     def play(self, rows: Sequence[Row], answerer: Answerer, seed: int) -> dict[str, Figure]:
         """The measures of whole conversations, of which `rows` are the last; none where a recipe has no such thing."""
         return {}

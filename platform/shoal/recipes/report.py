@@ -10,10 +10,15 @@ from rich.table import Table
 
 from shoal.recipes.recipe import CALIBRATION, Recipe
 
+_TAKEN = [
+    "model", "weights, MB", "tokens/s, batch 1", "tokens/s, batch 8", "folder, MB", "served by --no-ray: resident, MB",
+    "ready, s",
+]  # fmt: skip
+
 
 def show(recipe: Recipe, report: Mapping[str, Any], console: Console) -> None:
-    for sentence in report["weak"]:
-        console.print(sentence, highlight=False)
+    for sentence in (*report["weak"], *report["notes"]):
+        console.print(sentence, highlight=False, soft_wrap=True)
     for title, head, rows in _tables(recipe, report):
         table = Table(title=title)
         for at, name in enumerate(head):
@@ -27,6 +32,7 @@ def markdown(recipe: Recipe, report: Mapping[str, Any]) -> str:
     """The page report.md."""
     lines = [f"# {recipe.name}: {recipe.told}", "", *(f"- {sentence}" for sentence in report["weak"])]
     lines += ["", "Synthetic data, made by template. Shares with their 95 % intervals over conversations."]
+    lines += ["", *report["notes"]] if report["notes"] else []
     for title, head, rows in _tables(recipe, report):
         lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
@@ -53,13 +59,14 @@ def _tables(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[tuple[str, li
     columns = [name for name in _measures(recipe) if any(name in row for row in report["depths"])]
     yield (
         "by depth",
-        ["suite", "model", "depth", "layers", *columns],
+        ["suite", "model", "depth", "layers", "router's choice", *columns],
         [
             [
                 row["suite"],
                 row["model"],
                 row["depth"],
                 f"{row['layers']:.0%}",
+                ", ".join(f"{exit} {share:.0%}" for exit, share in row.get("chosen", {}).items()) or "-",
                 *(_value(row.get(name)) for name in columns),
             ]
             for row in report["depths"]
@@ -75,20 +82,26 @@ def _tables(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[tuple[str, li
                     row["workload"],
                     str(row["rows"]),
                     *(f"{100 * row['depths'][depth]:.1f}" for depth in depths),
-                    f"{row['auto_layers']:.0%}",
+                    f"{row['auto_layers']:.0%}" if row["auto_layers"] else "no router",
                     row["pick"],
                 ]
                 for row in report["workloads"]
             ],
         )
-    yield (
-        "what it takes",
-        ["model", "weights, MB", "tokens/s, batch 1", "tokens/s, batch 8"],
-        [
-            [label, f"{one['bytes'] / 1e6:.2f}", f"{one['tokens_per_s_1']:,.0f}", f"{one['tokens_per_s_8']:,.0f}"]
-            for label, one in report["costs"].items()
-        ],
-    )
+    yield "what it takes", _TAKEN, [_taken(label, one) for label, one in report["costs"].items()]
+
+
+def _taken(label: str, cost: Mapping[str, Any]) -> list[str]:
+    """A row of what a model takes; its folder served is not known of one that could not be served."""
+    alone = cost["served"]
+    return [
+        label, f"{cost['bytes'] / 1e6:.2f}", f"{cost['tokens_per_s_1']:,.0f}", f"{cost['tokens_per_s_8']:,.0f}",
+        *(
+            [f"{alone['disk_bytes'] / 1e6:.1f}", f"{alone['resident_bytes'] / 1e6:.0f}", f"{alone['ready_s']:.1f}"]
+            if "ready_s" in alone
+            else [alone["failed"], "-", "-"]
+        ),
+    ]  # fmt: skip
 
 
 def _measures(recipe: Recipe) -> tuple[str, ...]:

@@ -35,18 +35,24 @@ SETTINGS, REPORT = "recipe.json", "report.json"
 FORMAT, VERSION = "shoal.recipe", 1
 TOKENIZER_ROWS = 2_000  # that a tokenizer is fitted to
 INT8_SHARE = 0.1  # of the minutes
-LORA_RANK = 16  # of an imported model
+# of an imported model: thin matrices, and many small updates, of which minutes hold a hundred
+OPEN_HOW = {"lora_rank": 16, "learning_rate": 1e-3, "batch_tokens": 1024, "accumulate": 1}
+OPEN_ROWS = 100  # of a suite that an imported model is asked: it is a hundred times the size, and as much slower
+FP32, INT8 = "fp32", "int8"  # columns of the report; of imported models `OPEN` stands before them
+OPEN = "open"
 DISK, MEMORY = 2**30, 2 * 2**30  # bytes
 
 
 @dataclass(frozen=True)
 class Asked:
-    """`minutes` of learning in all, on so many `workers`; `model`: a model directory to begin with, "" for fresh weights."""
+    """`minutes` of learning in all, on so many `workers`; `model`: an imported model directory to begin with, "" for fresh
+    weights; `beside`: folder of a run from fresh weights, whose models are measured beside an imported one."""
 
     minutes: float
     seed: int = 0
     workers: int = 2
     model: str = ""
+    beside: str = ""
 
 
 def run(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]:
@@ -61,9 +67,12 @@ def run(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable[[s
         raise UsageError("--workers", got=asked.workers, allowed="1 or more")
     need_disk(folder, DISK)
     need_memory(MEMORY)
+    _check_open(recipe, asked)
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder / ".recipe.lock", ResourceError(f"another command is at work in {folder}", do="wait for it")):
         _same(recipe, folder, asked)
+        if _reported(folder).get("asked", {}).get("beside", "") != asked.beside:
+            (folder / REPORT).unlink(missing_ok=True)  # it has another column
         steps: list[tuple[str, Path, Callable[[], None]]] = [
             ("data", folder / SUITES / "suites.json", lambda: _data(recipe, folder, asked.seed)),
             ("learn", folder / "model" / "config.json", lambda: _learn(recipe, folder, asked, tell, say)),
@@ -78,8 +87,36 @@ def run(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable[[s
                     continue
                 step()
                 say(f"{name}: {time.monotonic() - began:.0f} s -> {result.parent}")
-    found: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return _reported(folder)
+
+
+def _reported(folder: Path) -> dict[str, Any]:
+    """The report of a run; nothing where there is none yet."""
+    path = folder / REPORT
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
+
+
+def _check_open(recipe: Recipe, asked: Asked) -> None:
+    """Raises CheckpointError for a model to begin with that is none, UsageError for one that was not imported, and for a run
+    beside it that is not of the same recipe, seed and data from fresh weights, or is not done."""
+    from shoal.model import described
+
+    if asked.model:
+        described.read_config(asked.model)
+        if not (Path(asked.model) / described.SOURCE).exists():
+            raise UsageError("--model", got=asked.model, allowed="an imported model", do="import one: shoal import")
+    if not asked.beside:
+        return
+    if not asked.model:
+        raise UsageError("--beside", do="give --model as well: it stands beside a run of imported weights")
+    began = Path(asked.beside) / SETTINGS
+    known = json.loads(began.read_text(encoding="utf-8")) if began.exists() else {}
+    wanted = {"recipe": recipe.name, "seed": asked.seed, "model": ""}
+    got = {name: known.get(name) for name in wanted}
+    if got != wanted or not _reported(Path(asked.beside)):
+        allowed = f"a run of {recipe.name} from fresh weights with seed {asked.seed} that has its report"
+        raise UsageError("--beside", got=asked.beside, allowed=allowed)
 
 
 def _same(recipe: Recipe, folder: Path, asked: Asked) -> None:
@@ -93,7 +130,7 @@ def _same(recipe: Recipe, folder: Path, asked: Asked) -> None:
         known = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is no JSON", do="choose another --out") from error
-    differs = [key for key in told if key != "workers" and known.get(key) != told[key]]
+    differs = [key for key in told if key not in ("workers", "beside") and known.get(key) != told[key]]
     if differs:
         got = ", ".join(f"{key} {told[key]}" for key in differs)
         was = ", ".join(f"{key} {known.get(key)}" for key in differs)
@@ -112,7 +149,7 @@ def _learn(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable
 
     minutes = asked.minutes * (1 - INT8_SHARE)
     if asked.model:
-        lessons, base, how = recipe.lessons[-1:], Path(asked.model), {"lora_rank": LORA_RANK}
+        lessons, base, how = recipe.lessons[-1:], Path(asked.model), OPEN_HOW
     else:
         lessons, base, how = recipe.lessons, _fresh(recipe, folder, asked.seed), _how(recipe)
     whole = sum(lesson.share for lesson in lessons)
@@ -204,12 +241,41 @@ def _evaluate(recipe: Recipe, folder: Path, asked: Asked, tell: Tell) -> None:
     from shoal.recipes.measure import measured
 
     leave_a_core()
-    models = {"fp32": folder / "model", "int8": folder / "int8"}
-    found = {**measured(recipe, models, folder, asked.seed, tell), "asked": asdict(asked)}
+    models = {FP32: folder / "model", INT8: folder / "int8"}
+    if asked.model:
+        models = {f"{OPEN} {label}": path for label, path in models.items()}
+    if asked.beside:
+        _same_suites(folder, Path(asked.beside))
+        beside = Path(asked.beside)
+        models = {FP32: beside / "model", INT8: beside / "int8", **models}
+    tell("a service of each model alone", 0, 1)
+    served = {label: _footprint(path) for label, path in models.items()}
+    found = measured(recipe, models, folder, asked.seed, tell, most_rows=OPEN_ROWS if asked.model else 0)
+    found["asked"] = asdict(asked)
+    found["costs"] = {label: {**cost, "served": served[label]} for label, cost in found["costs"].items()}
     found["data_sha256"] = {lesson.file: sha256_of(folder / lesson.file) for lesson in recipe.lessons}
     _write_policy(recipe, folder, found["workloads"])
     write_aside(folder / "report.md", report.markdown(recipe, found))
     write_aside(folder / REPORT, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _footprint(model: Path) -> dict[str, Any]:
+    """What serving a model alone takes, or why that is not known: of a machine, and no reason to lose the answers' figures."""
+    from shoal.recipes.footprint import footprint
+
+    try:
+        return footprint(model)
+    except ResourceError as error:
+        return {"failed": str(error)}
+
+
+def _same_suites(folder: Path, beside: Path) -> None:
+    """Raises DataError where two runs ask different things."""
+    from shoal.loop import suites
+
+    mine, others = ({one.name: one.sha256 for one in suites.read(some / SUITES)} for some in (folder, beside))
+    if mine != others:
+        raise DataError(f"{beside} asks other suites", do="run it anew with this version, or leave --beside out")
 
 
 def _write_policy(recipe: Recipe, folder: Path, picked: list[dict[str, Any]]) -> None:

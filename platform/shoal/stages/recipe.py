@@ -37,6 +37,12 @@ class Recipe(Stage):
     model: Annotated[
         Path | None, typer.Option(help="Imported model directory to tune by thin matrices. [fresh weights]")
     ] = None
+    beside: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --model: folder of a run from fresh weights, reported beside it on the same rows. [none]"
+        ),
+    ] = None
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, for programs.")] = False
 
     def run(self) -> None:
@@ -54,7 +60,8 @@ class Recipe(Stage):
         from shoal.recipes.run import Asked, run
 
         recipe = named(self.name)
-        asked = Asked(self.minutes, self.seed, self.workers, str(self.model) if self.model else "")
+        model, beside = (str(given) if given else "" for given in (self.model, self.beside))
+        asked = Asked(self.minutes, self.seed, self.workers, model, beside)
         with progress(self.name) as tell:
             found = run(recipe, self.out, asked, tell, say)
         if not self.as_json:

@@ -270,3 +270,18 @@ def test_without_a_sandbox_nothing_is_made(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ResourceError, match="without a sandbox"):
         Code().write(tmp_path, 0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_mission_s_quicksort_is_shown_with_what_became_of_it() -> None:
+    (messages,) = RECIPE.examples()
+    right = next(one for one in ALGORITHMS if one.name == "quicksort")
+    cases = len(right.given)
+    good = f"{fenced(right.source)}\n{right.explained}"
+    assert (
+        RECIPE.shown(messages, lambda asked: [good])
+        == f"{good}\n(run in the sandbox: {cases} of {cases} cases come out)"
+    )
+    wrong = fenced("def quicksort(numbers):\n    return []")
+    empty = sum(one.right(*given) == [] for one in [right] for given in right.given)
+    assert f"{empty} of {cases} cases" in RECIPE.shown(messages, lambda asked: [wrong])
+    assert f"0 of {cases} cases" in RECIPE.shown(messages, lambda asked: ["I cannot."])

@@ -174,3 +174,12 @@ def test_the_files_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_words_where_json_was_asked_for_are_raised_as_well() -> None:
     flagged = [row for row in cases(SUITE, SUITE, 40, flags=1) if row["form"] == JSON]
     assert values(flagged, ["Urgency: today."] * len(flagged))[score.FLAGS] == 1.0
+
+
+def test_the_mission_s_example_is_shown_as_it_is_served() -> None:
+    """By the keyword rule: the notice first, then influenza or pneumonia, and today, in words and as JSON."""
+    english, as_json, chinese, _ = (RECIPE.shown(messages, assessments.keywords) for messages in RECIPE.examples())
+    assert english.startswith(rules.NOTICE["en"]) and "influenza, pneumonia" in english and "Urgency: today." in english
+    assert json.loads(as_json)["causes"] == ["influenza", "pneumonia"]
+    assert json.loads(as_json)["notice"] == rules.NOTICE["en"]
+    assert chinese.startswith(rules.NOTICE["zh"]) and "流感" in chinese

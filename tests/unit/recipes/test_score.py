@@ -13,7 +13,7 @@ from shoal.recipes.customer_service import baselines, score
 from shoal.recipes.customer_service.conversations import CALL, PLAIN, TOLD, conversations
 from shoal.recipes.customer_service.service import serving
 from shoal.recipes.customer_service.shop import SUITE, TRAIN
-from shoal.recipes.measure import weak
+from shoal.recipes.measure import some_of, weak
 from shoal.recipes.recipe import Answerer, Messages
 
 Rows = list[dict[str, Any]]
@@ -143,3 +143,27 @@ def test_where_a_rule_is_better_the_first_lines_say_so(known: Rows) -> None:
     assert any(line.startswith("suite, exact call: the model loses to the keyword rule") for line in said)
     none = weak(RECIPE, {"suite": {"keyword rule": bad, "int8": good}}, ["keyword rule"], "int8")
     assert none == ["Nothing without a model does better than int8 in any measure of any suite."]
+
+
+def test_the_mission_s_example_is_played_in_the_shop() -> None:
+    """By the keyword rule: the parcel is looked up, the route offered and then looked up as well; nothing known, it asks."""
+    from shoal.recipes.customer_service import RECIPE
+
+    signed_in, chinese, unknown = (RECIPE.shown(messages, baselines.rule) for messages in RECIPE.examples())
+    lines = signed_in.split("\n")
+    assert [line.partition(":")[0] for line in lines] == [
+        "it calls", "the shop gives", "it says", "the customer", "it calls", "the shop gives", "it says",
+    ]  # fmt: skip
+    given = json.loads(lines[1].partition(": ")[2])
+    assert given["day"] in lines[2] and lines[2].endswith("Shall I look up the route?")
+    assert '"route": true' in lines[4] and "the next stop is" in lines[6]
+    assert "要我查路线吗" in chinese and "下一站是" in chinese
+    assert unknown == "it says: Gladly. What is the number of your order?"
+
+
+def test_some_of_a_suite_are_whole_conversations_and_always_the_same(new: Rows) -> None:
+    some = some_of(new, 40)
+    groups = {row["group"] for row in some}
+    assert 30 < len(some) <= 40 and some == [row for row in new if row["group"] in groups] == some_of(new, 40)
+    assert {row["language"] for row in some} == {"en", "zh"} and some != new[: len(some)]
+    assert some_of(new, 0) is new and some_of(new, len(new)) is new

@@ -15,7 +15,7 @@ from shoal.errors import ResourceError
 from shoal.evaluate.intervals import Figure
 from shoal.machine import write_aside
 from shoal.recipes.code import baselines, score, words
-from shoal.recipes.code.exercises import EXPLAIN, REPAIR, WRITE, exercises, said_again
+from shoal.recipes.code.exercises import EXPLAIN, REPAIR, WRITE, code_of, exercises, named, said_again
 from shoal.recipes.customer_service.baselines import MAJORITY, NEAREST, RULE, majority, nearest
 from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row
 from shoal.sandbox import refused
@@ -75,6 +75,15 @@ class Code(Recipe):
 
     def examples(self) -> Sequence[Messages]:
         return [[{"role": "user", "content": EXAMPLE}]]
+
+    def shown(self, messages: Messages, answerer: Answerer) -> str:
+        """The answer, and how many cases of quicksort come out when it is run."""
+        answer = answerer([messages])[0]
+        row = named("quicksort")
+        (became,) = score.ran([row], [code_of(answer)])
+        right = [wanted for _, wanted in row["cases"]]
+        passed = sum(one == wanted for one, wanted in zip(became.values, right, strict=False))
+        return f"{answer}\n(run in the sandbox: {passed} of {len(right)} cases come out)"
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -50,6 +50,13 @@ def exercises(split: str, wordings: str, count: int, seed: int = 0, kinds: Seque
         yield makers[kinds[at % len(kinds)]](split, wordings, draws)
 
 
+def named(name: str) -> Row:
+    """What an answer to the named function's description is judged by: a row without messages."""
+    known = next(one for one in ALGORITHMS if one.name == name)
+    row = _row(WRITE, "", "", known)
+    return {key: row[key] for key in ("task", "function", "cases", "slots")}
+
+
 def said_again(split: str, count: int, seed: int = 0) -> Iterator[Row]:
     """Rows in which the assistant says names, numbers and lines of code again ([decision 0052](docs/decisions))."""
     draws = random.Random(f"said again {split} {seed}")

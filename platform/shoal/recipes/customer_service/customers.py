@@ -15,13 +15,15 @@ from shoal.machine import write_aside
 from shoal.recipes.customer_service import baselines, score, shop
 from shoal.recipes.customer_service.conversations import ASK, PLAIN, Conversation, conversations, said_again
 from shoal.recipes.customer_service.service import serving
-from shoal.recipes.customer_service.words import SYSTEM
+from shoal.recipes.customer_service.words import ASKED as SAID_BY_CUSTOMERS
+from shoal.recipes.customer_service.words import ORDERS, SYSTEM, of_split
 from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row
 
 LEARNED, FITTED, ASKED = 8_000, 160, 120  # conversations: to learn from, for the router, and of a suite
 EACH = 25  # conversations in a shop that is learned from
 NO_CALL = 120  # rows of the suite in which a call would do harm
 KNOWN, NEW, SAFETY = "known-wordings.jsonl", "new-wordings.jsonl", "safety-no-call.jsonl"  # suites
+EXAMPLES = {"en": "When does my order arrive?", "zh": "我的订单什么时候到？"}  # the mission's
 AGAIN, SHORT, WHOLE = "learn-said-again.jsonl", "learn-without-tools.jsonl", "learn.jsonl"
 
 
@@ -77,12 +79,35 @@ class CustomerService(Recipe):
         return str(row["matter"])
 
     def examples(self) -> Sequence[Messages]:
-        asked = ("When does my order arrive?", "我的订单什么时候到？")
-        return [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}] for text in asked]
+        """The mission's, of somebody who is signed in and has an order on its way, and of somebody of whom nothing is known."""
+        found = []
+        for language, text in EXAMPLES.items():
+            order, item = shop.Shop(shop.SUITE, language).orders("on the way")[0]
+            system = SYSTEM + ORDERS.format(orders=f"{order} {item}")
+            found.append([{"role": "system", "content": system}, {"role": "user", "content": text}])
+        return [*found, [{"role": "system", "content": SYSTEM}, {"role": "user", "content": EXAMPLES["en"]}]]
+
+    def shown(self, messages: Messages, answerer: Answerer) -> str:
+        """The conversation that follows in the seeded shop, where one who is signed in says "yes" to whatever is said."""
+        system, asked = messages
+        language = next(name for name, text in EXAMPLES.items() if text == asked["content"])
+        yes = {"role": "user", "content": of_split(SAID_BY_CUSTOMERS[language]["yes"], shop.TRAIN)[0]}
+        asks = [asked, yes] if system["content"] != SYSTEM else [asked]
+        row = {"messages": [system, *asks], "group": f"{language}-{shop.SUITE}-example"}
+        with serving() as url:
+            talk = score.played([row], answerer, url)[1][0]
+        return "\n".join(_line(message) for message in talk[2:])
 
     def play(self, rows: Sequence[Row], answerer: Answerer, seed: int) -> dict[str, Figure]:
         with serving(seed) as url:
             return score.played(rows, answerer, url)[0]
+
+
+def _line(message: Mapping[str, Any]) -> str:
+    """A message as a line of a report."""
+    calls = [f"{one['function']['name']} {one['function']['arguments']}" for one in message.get("tool_calls", ())]
+    who = {"assistant": "it calls" if calls else "it says", "tool": "the shop gives", "user": "the customer"}
+    return f"{who[message['role']]}: {', '.join(calls) or message['content']}"
 
 
 def _turns(some: Iterable[Conversation]) -> list[dict[str, Any]]:

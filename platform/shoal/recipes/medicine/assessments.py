@@ -72,7 +72,7 @@ class Medicine(Recipe):
 
     def guide(self, messages: Messages) -> Guide | None:
         """The schema, where JSON is asked for."""
-        if not str(messages[0]["content"]).endswith(words.AS_JSON):
+        if _form(messages) != JSON:
             return None
         return Guide("json_schema", json.dumps(schema(_language(messages))))
 
@@ -88,6 +88,11 @@ class Medicine(Recipe):
     def examples(self) -> Sequence[Messages]:
         said = ("I have had a fever, a cough and weakness for three days.", "我发烧、咳嗽和乏力已经三天了。")
         return [asked(text, form) for text in said for form in (WORDS, JSON)]
+
+    def shown(self, messages: Messages, answerer: Answerer) -> str:
+        """The answer as a service with the policy sends it."""
+        row = {"messages": [*messages, {}], "form": _form(messages)}
+        return score.served(row, answerer([messages])[0])
 
 
 def schema(language: str) -> dict[str, Any]:
@@ -119,7 +124,7 @@ def keywords(some: Sequence[Messages]) -> list[str]:
 
 def _ruled(messages: Messages) -> str:
     language, text = _language(messages), str(messages[-1]["content"])
-    form = JSON if str(messages[0]["content"]).endswith(words.AS_JSON) else WORDS
+    form = _form(messages)
     symptoms, flags = (_named(table[language], text) for table in (words.SYMPTOMS, words.RED_FLAGS))
     days = next((n for n, said in words.DAYS[language].items() if said in text), 1)
     history = next((name for name, said in words.HISTORY[language].items() if said in text), "none")
@@ -131,6 +136,11 @@ def _ruled(messages: Messages) -> str:
 
 def _named(table: words.Wordings, text: str) -> list[str]:
     return [name for name, some in table.items() if any(wording in text for wording in of_split(some, TRAIN))]
+
+
+def _form(messages: Messages) -> str:
+    """Whether JSON is asked for, or words."""
+    return JSON if str(messages[0]["content"]).endswith(words.AS_JSON) else WORDS
 
 
 def _language(messages: Messages) -> str:
