@@ -42,7 +42,7 @@ from shoal.engine.pace import Pace
 from shoal.engine.pages import Pages
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work, next_work
 from shoal.engine.running import Running
-from shoal.engine.shares import Seconds, Shares, clearly_before, may_wait
+from shoal.engine.shares import Account, Seconds, Shares, account, clearly_before, may_wait
 from shoal.engine.speculative import Drafting, Switch
 from shoal.errors import DeadlineError, RequestError, again
 
@@ -173,10 +173,8 @@ class Scheduler:
         self._give_place()
         next_ = next((running for running in self.waiting if not running.paused), None)
         can = [running for running in self.running if not running.paused] + ([next_] if next_ else [])
-        payers = {running.request.payer for running in can}
-        # what may wait has no steps of its own
-        urgent = {running.request.payer for running in can if not may_wait(running)}
-        if (behind := self._seconds.behind(urgent or payers)) and (works := self._works(behind)):
+        payers = {account(running) for running in can}
+        if (behind := self._seconds.behind(payers)) and (works := self._works(behind)):
             return Plan(works)
         works = self._rows(self._shallow_only(), 0)
         if works:
@@ -242,10 +240,10 @@ class Scheduler:
                 room -= 0 if running.decoding else work.count
         return works
 
-    def _works(self, payers: Collection[str]) -> list[Work]:
+    def _works(self, payers: Collection[Account]) -> list[Work]:
         """The next rows of all that can run of `payers`, and of those that can enter, deepest first, those of an adapter in a
         row."""
-        mine = [running for running in self.running if running.request.payer in payers]
+        mine = [running for running in self.running if account(running) in payers]
         decoding = [running for running in mine if running.decoding and not running.paused]
         drafts = self._drafting.start(decoding, self.max_batch_tokens - self.config.page)  # prefill keeps its page
         room = self.max_batch_tokens - len(decoding) - drafts  # rows for prefill
@@ -282,7 +280,7 @@ class Scheduler:
             running.holding.take(self.pages, work.reach, work.last)
         return True
 
-    def _admit(self, payers: Collection[str]) -> Running | None:
+    def _admit(self, payers: Collection[Account]) -> Running | None:
         """The next waiting request, moved to running with what the prefix cache has of it; None when it must wait, or is of
         none of `payers`.
 
@@ -290,7 +288,7 @@ class Scheduler:
         preempted at once. Requests behind the first never overtake it, so a long one is not starved by short ones.
         """
         running = next((running for running in self.waiting if not running.paused), None)
-        if running is None or running.request.payer not in payers:
+        if running is None or account(running) not in payers:
             return None
         while len(self.running) >= self.max_batch or self._needed(running) > self.pages.available:
             victim = self._paused_victim()

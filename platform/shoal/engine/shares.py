@@ -27,6 +27,7 @@ KEPT = 4.0  # steps of all requests that who asked for less than its share may h
 REMEMBERED = 4096  # payers that have no work now
 
 Group = tuple[int, str]  # priority and payer
+Account = str | None  # of seconds: a payer's, or None, that of all that may wait
 
 
 class Shares:
@@ -88,66 +89,65 @@ class Seconds:
     A payer that comes starts with as many as the one that has had least, less a step of all requests, for which it may have
     waited. One that comes again and has left its share to others may have `KEPT` of these steps before them: so the next
     request of who asks for little, now and then, is done in steps of its own. What it has had is remembered while others have
-    work: else who asks again at once would have as many each time. Who had more than others owes nothing when it comes again.
+    work: else who asks again at once would have as many each time, and who goes after each long step would owe nothing for it.
+    Who had more than others when it went owes no more than that when it comes again, whoever else came and went meanwhile.
 
     Nor does a payer that comes start with less, by more than these steps, than an even share since the last step that all had
     part in: where one came before the other had ended, each started with less than that one had, and who was there before
     them had nothing for as long as they came. And who is behind and cannot run, since it waits for a place or for memory,
     falls back by no more than these steps: else it took all that time back at once when it was let in.
+
+    What may wait is one payer, whoever it is of: else a batch of thirty rows, which none is behind, took thirty times as long
+    from a key with one row in each of its steps. It falls back as those do that cannot run, since it has no steps of its own.
     """
 
     def __init__(self) -> None:
-        self._had: dict[str, float] = {}  # of those that share; what may wait beside them has no part in it
-        self._away = OrderedDict[str, float]()  # what the others had, with the same zero
-        self._behind: set[str] = set()
+        self._had: dict[Account, float] = {}  # of those that share
+        # what the others had, with the same zero, and by how much that was more than any of those that stayed had
+        self._away = OrderedDict[Account, tuple[float, float]]()
+        self._behind: set[Account] = set()
         self._full = 0.0  # of the last step that all had part in who could
         self._even = 0.0  # what who had most then would have by now, had all shared evenly since
 
-    def behind(self, payers: Collection[str]) -> Collection[str]:
-        """Those of `payers`, who have work now, that have had less than another by more than `TOLERATED` of a step of all."""
+    def behind(self, payers: Collection[Account]) -> Collection[Account]:
+        """Those of `payers`, who have work now, that have had less than another by more than `TOLERATED` of a step of all, and
+        are to have steps of their own."""
         self._come_and_go(payers)
         limit = self._most - TOLERATED * self._full
         self._behind = {payer for payer, had in self._had.items() if had < limit}
-        return self._behind
+        return self._behind - {None}
 
     def took(self, works: Sequence[Work], seconds: float) -> None:
         """A step of `works`, planned by what `behind` said, took so many seconds."""
-        rows = Counter[str]()
+        rows = Counter[Account]()
         for work in works:
-            rows[work.running.request.payer] += (work.count + work.drafts) * (work.last - work.first)
+            rows[account(work.running)] += (work.count + work.drafts) * (work.last - work.first)
         before = self._most
         for payer, count in rows.items():
-            share = seconds * count / max(1, rows.total())
-            if payer in self._had:
-                self._had[payer] += share
-            else:  # what may wait runs beside those that share
-                self._remember(payer, self._away.pop(payer, self._fair - self._full) + share)
+            self._had[payer] += seconds * count / max(1, rows.total())
         self._even += seconds / max(1, len(self._had))
-        unable = self._behind - rows.keys()
-        for payer in unable:
+        for payer in self._behind:
             had = self._had[payer]
             self._had[payer] = max(had, min(had + self._most - before, self._most - KEPT * self._full))
-        if self._had.keys() - unable <= rows.keys():
+        if self._had.keys() - self._behind <= rows.keys():
             self._full, self._even = seconds, self._most
 
-    def _come_and_go(self, payers: Collection[str]) -> None:
+    def _come_and_go(self, payers: Collection[Account]) -> None:
         gone = [payer for payer in self._had if payer not in payers]
         if len(gone) == len(self._had):
             self._had.clear()
             self._away.clear()
             gone = []
-        for payer in gone:
-            self._remember(payer, self._had.pop(payer))
+        leave = [(payer, self._had.pop(payer)) for payer in gone]
         fair, most = self._fair, self._most
+        for payer, had in leave:
+            self._away[payer] = had, max(0.0, had - most)
+            if len(self._away) > REMEMBERED:
+                self._away.popitem(last=False)
         for payer in payers:
             if payer not in self._had:
-                had = max(self._away.pop(payer, fair - self._full), fair - KEPT * self._full)
-                self._had[payer] = min(had, max(most, fair))
-
-    def _remember(self, payer: str, had: float) -> None:
-        self._away[payer] = had
-        if len(self._away) > REMEMBERED:
-            self._away.popitem(last=False)
+                had, lead = self._away.pop(payer, (fair - self._full, 0.0))
+                self._had[payer] = max(min(had, max(most, fair) + lead), fair - KEPT * self._full)
 
     @property
     def _most(self) -> float:
@@ -167,6 +167,11 @@ def clearly_before(running: Running, other: Running) -> bool:
 def may_wait(running: Running) -> bool:
     """Is it of a priority that gives its place to any other?"""
     return running.order[0] >= LATER
+
+
+def account(running: Running) -> Account:
+    """Whose seconds it has."""
+    return None if may_wait(running) else running.request.payer
 
 
 def _group(running: Running) -> Group:

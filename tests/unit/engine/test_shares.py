@@ -196,13 +196,17 @@ def test_those_that_leave_at_once_cost_what_they_are() -> None:
     assert calls(400) < 2.5 * calls(200)
 
 
-def seconds_of(neighbours: int, *, prompt: int = 1, pause: int = 0, tokens: int = 8) -> list[float]:
+def seconds_of(
+    neighbours: int, *, prompt: int = 1, pause: int = 0, tokens: int = 8, payers: int = 1, priority: int = 0
+) -> list[float]:
     """Virtual seconds that each of some small requests takes, sent one after the other, `pause` steps between two, beside as
-    many that decode of another payer, with prompts of `prompt` tokens. A step costs 1 ms, and 1 ms for each row."""
+    many of `priority` that decode of other `payers`, with prompts of `prompt` tokens. A step costs 1 ms, and 1 ms a row."""
     h = Harness(4000, cost=(0.25e-3, 0.25e-3), max_batch=40, max_queue=200, max_batch_tokens=128)
     endless = Sampling(max_tokens=400, ignore_eos=True)
     for i in range(neighbours):
-        h.submit([*range(50, 50 + prompt), i], sampling=endless, payer="a", client=str(i))
+        h.submit(
+            [*range(50, 50 + prompt), i], sampling=endless, payer=f"a{i % payers}", client=str(i), priority=priority
+        )
     for _ in range(WARM_UP + 4):
         if not neighbours:
             h.submit([40, _], sampling=SHORT)
@@ -233,6 +237,12 @@ def test_small_requests_that_come_now_and_then_take_as_long_as_alone() -> None:
     alone = max(seconds_of(0, tokens=24))
     beside = seconds_of(31, pause=4, tokens=24)
     assert max(beside[2:]) < 1.2 * alone, (alone, beside)
+
+
+def test_small_requests_take_no_longer_beside_what_may_wait_than_beside_one_payer_however_many_have_some() -> None:
+    """They were never behind it, and took 0.265 s where they take 0.048 beside what does not wait for them."""
+    equal, later = seconds_of(31), seconds_of(31, payers=8, priority=LATER)
+    assert sorted(later)[6] <= sorted(equal)[6] and max(later) <= max(equal), (equal, later)
 
 
 def test_payers_that_share_steps_evenly_have_none_of_their_own() -> None:
@@ -313,8 +323,8 @@ def test_seconds_are_shared_by_the_rows_of_a_step() -> None:
     assert seconds.behind({"a", "b", "d"}) == {"d"}, "12 s less a step"
 
 
-def decoding(payer: str, rows: int) -> Any:
-    return Work(Asked(payer, ""), 0, rows, 0, 4)  # type: ignore[arg-type]
+def decoding(payer: str, rows: int, priority: int = 0) -> Any:
+    return Work(Asked(payer, "", priority), 0, rows, 0, 4)  # type: ignore[arg-type]
 
 
 def test_who_left_its_share_to_others_has_four_steps_before_them_and_no_more() -> None:
@@ -339,34 +349,44 @@ def test_who_left_its_share_to_others_has_four_steps_before_them_and_no_more() -
         assert again == 8
 
 
-def test_who_had_more_than_others_owes_nothing_when_it_comes_again() -> None:
+@pytest.mark.parametrize("away", [1, 2, 8])
+def test_who_goes_after_each_of_its_long_steps_has_half_of_the_time_all_the_same(away: int) -> None:
+    """It owed nothing when it came again, and so had 16 times as much as who stayed."""
     seconds = Seconds()
-    seconds.behind({"much", "little"})
-    seconds.took([decoding("much", 3), decoding("little", 1)], 1.0)
-    for _ in range(50):
+    mine = total = 0.0
+    gone = 0
+    for _ in range(600):
+        payers = {"mine"} if gone else {"mine", "prompts"}
+        run = seconds.behind(payers) or payers
+        took = 4.0 if "prompts" in run else 0.125
+        seconds.took([decoding(payer, 31 if payer == "prompts" else 1) for payer in run], took)
+        total += took
+        mine += took / 32 if "prompts" in run else took
+        gone = away if "prompts" in run else max(0, gone - 1)
+    assert mine > 0.48 * total
+
+
+def test_who_had_more_when_it_went_owes_no_more_when_it_comes_again_whoever_came_and_went() -> None:
+    """Of others each has left its share to those before it, and the one that stays has had least."""
+    seconds = Seconds()
+    names = [str(number) for number in range(20)]
+    seconds.behind({"much", *names})
+    seconds.took([decoding(name, 1) for name in ("much", *names)], 1.0)
+    for _ in range(100):
         seconds.behind({"much"})
-        seconds.took([decoding("much", 4)], 1.0)
-    seconds.behind({"much", "little"})
-    for _ in range(5):
-        seconds.behind({"little"})
-        seconds.took([decoding("little", 1)], 0.125)
-    assert not seconds.behind({"much", "little"})
-    seconds.behind({"much"})
-    assert not seconds.behind(set()) and not seconds.behind({"much"})
-    assert not seconds.behind({"much", "little"}), "nobody was there in between: all begin anew"
-
-
-def test_what_may_wait_and_runs_beside_those_that_share_is_counted_to_itself() -> None:
-    """It is in their steps, and not among those that are asked about."""
-    seconds = Seconds()
-    seconds.behind({"later"})
-    seconds.took([decoding("later", 1)], 1.0)
-    seconds.behind({"later", "a"})
-    for _ in range(8):
-        seconds.behind({"a", "b"})
-        seconds.took([decoding("a", 1), decoding("b", 1), decoding("later", 2)], 4.0)
-    assert not seconds.behind({"a", "b"}) and seconds._full == 4.0
-    assert seconds._away["later"] == 17.0 and seconds._had == {"a": 8.0, "b": 8.0}
+        seconds.took([decoding("much", 1)], 1.0)
+    before = "much"
+    for name in names:
+        seconds.behind({before, name})
+        seconds.took([decoding(name, 1)], 0.125)
+        seconds.behind({name})
+        seconds.took([decoding(name, 1)], 1.0)
+        before = name
+    steps = 0
+    while seconds.behind({"much", before}) == {before}:
+        seconds.took([decoding(before, 1)], 1.0)
+        steps += 1
+    assert steps <= KEPT
 
 
 @given(own=st.sampled_from([0.05, 0.1, 0.5, 0.9]), on=st.integers(1, 60), off=st.integers(0, 4))
@@ -395,21 +415,6 @@ def test_payers_that_are_away_are_remembered_up_to_a_number() -> None:
         seconds.took([decoding("much", 3), decoding(str(number), 1)], 1.0)
     seconds.behind({"much"})
     assert len(seconds._away) == REMEMBERED and "49" not in seconds._away and "50" in seconds._away
-
-
-def test_what_may_wait_of_a_payer_gives_its_next_request_no_more_than_anybody_s() -> None:
-    """It runs beside those that share, unknown to them until now: it has not had nothing of all that they ever had."""
-    seconds = Seconds()
-    for _ in range(100):
-        seconds.behind({"a", "b"})
-        seconds.took([decoding("a", 1), decoding("b", 1)], 1.0)
-    seconds.behind({"a", "b"})
-    seconds.took([decoding("a", 1), decoding("b", 1), decoding("new", 1)], 1.0)
-    steps = 0
-    while seconds.behind({"a", "b", "new"}) == {"new"}:
-        seconds.took([decoding("new", 1)], 0.125)
-        steps += 1
-    assert steps <= KEPT / 0.125
 
 
 @pytest.mark.parametrize("blocked", [1, 5, 100])
@@ -442,12 +447,28 @@ def test_who_waits_while_another_has_one_long_step_has_as_much_after_it() -> Non
     assert mine > 0.45 * total
 
 
-def test_what_may_wait_is_remembered_up_to_a_number_too() -> None:
+def test_what_may_wait_has_no_steps_of_its_own_and_is_owed_four_at_most_for_that() -> None:
     seconds = Seconds()
-    for number in range(REMEMBERED + 50):
-        seconds.behind({"a"})
-        seconds.took([decoding("a", 1), decoding(str(number), 1)], 1.0)
-    assert len(seconds._away) == REMEMBERED and seconds._had.keys() == {"a"}
+    for _ in range(100):
+        assert not seconds.behind({"a", None})
+        seconds.took([decoding("a", 15), decoding("x", 1, LATER)], 1.0)
+    steps = 0
+    while seconds.behind({"a", None}) != {"a"}:  # now a batch of it has come
+        seconds.took([decoding("a", 1), decoding("y", 15, LATER)], 1.0)
+        steps += 1
+    assert steps <= KEPT + 2
+
+
+def test_what_may_wait_of_a_payer_is_none_of_its_own_seconds() -> None:
+    h = Harness(4000, cost=(0.25e-3, 0.25e-3), max_batch=16, max_queue=200, max_batch_tokens=128)
+    endless = Sampling(max_tokens=400, ignore_eos=True)
+    whose = {h.submit([40 + i], sampling=endless, payer=payer): payer for i, payer in enumerate("aabb")}
+    for i in range(12):
+        h.submit([60, i], sampling=endless, payer="a", priority=LATER)
+    for _ in range(WARM_UP):
+        h.step()
+    got = Counter(whose.get(e.request) for _ in range(200) for e in h.step() if isinstance(e, Token))
+    assert got["a"] == got["b"], got
 
 
 def test_a_payer_goes_on_however_many_others_come_one_after_the_other() -> None:
