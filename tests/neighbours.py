@@ -7,11 +7,12 @@ something else would take their memory, and be found by those that look for what
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 T = TypeVar("T")
+SHARING = ("tests/browser/", "tests/on_ray/")
 _LENT = pytest.StashKey[dict[str, tuple[AbstractContextManager[object], object]]]()
 
 
@@ -35,3 +36,19 @@ def end_what_is_not_asked_for(item: pytest.Item, nextitem: pytest.Item | None) -
     for name in [name for name in reversed(lent) if name not in wanted]:
         made, _ = lent.pop(name)
         made.__exit__(None, None, None)
+
+
+def scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of pytest-xdist with ``--dist loadgroup``, as `make test` asks for: a file's tests go to one process, and so do all of a
+    folder whose files share what is slow to start. In their order: few of those that take long come last."""
+    if config.getoption("dist") != "loadgroup":
+        return None  # xdist's own
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Neighbours(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return next((folder for folder in SHARING if file.startswith(folder)), file)
+
+    config.option.loadscopereorder = False
+    return Neighbours(config, log)
