@@ -23,7 +23,7 @@ from shoal.api.service import Hosted
 from shoal.engine.front import AsyncEngine
 from shoal.open_weights.served_adapter import read
 from tests.adapters import write
-from tests.serving import Thread, in_a_thread
+from tests.serving import Thread, in_a_thread, one_validator_of_a_kind  # noqa: F401
 
 KEY = "a-key-for-this-test"
 
@@ -45,7 +45,7 @@ class Service:
     def stats(self) -> dict[str, float]:
         return self.thread.run(self.engine.stats())
 
-    def until_idle(self, seconds: float = 5.0) -> None:
+    def until_idle(self, seconds: float = 60.0) -> None:
         """Waits until no request holds anything; the units are then back, or `check_integrity` kills the engine."""
         end = time.monotonic() + seconds
         while (stats := self.stats())["num_requests_running"] + stats["num_requests_waiting"]:

@@ -100,9 +100,11 @@ def test_a_fine_tuning_starts_from_the_parent_and_is_rounded_as_what_serves(
     rows = [json.dumps({"messages": chat(number), "task": "shop", "group": str(number)}) for number in range(400, 430)]
     (suites / "shop.jsonl").write_text("".join(f"{row}\n" for row in rows))
     freeze(suites)
-    assert retrain(release, folder, "--kind", "finetune", "--minutes", "0.05", "--suites", str(suites)) == 0
+    assert retrain(release, folder, "--kind", "finetune", "--minutes", "0.01", "--suites", str(suites)) == 0
     result = told(capsys)
-    assert result["kind"] == "finetune" and result["passed"] is False  # few questions, and nothing was learned in 3 s
+    assert (
+        result["kind"] == "finetune" and result["passed"] is False
+    )  # few questions, and nothing was learned in a second
     made, stable = release.version(2), release.version(1)
     served, parent = Model.load(made.served), Model.load(made.parent)
     assert served.config == Model.load(stable.served).config and parent.config.quantization == "none"
@@ -132,7 +134,7 @@ def test_what_is_replayed_says_how_far_to_go_and_too_few_rows_leave_the_router_t
     made.add(tmp_path / "served", fp32=tmp_path / "parent")
     rows = [Labelled(chat(number), CORRECTION, f"person {number}", f"chatcmpl-{number}") for number in range(30)]
     cut(Found(rows, len(rows)), tmp_path / "few", Settings(heldout=0.3))
-    more = ["--kind", "finetune", "--minutes", "0.05", "--replay", str(corpus)]
+    more = ["--kind", "finetune", "--minutes", "0.01", "--replay", str(corpus)]
     assert retrain(made, tmp_path / "few", *more) == 0
     err = capsys.readouterr().err
     assert "of the way from the parent" in err and "the one of before is kept" in err

@@ -36,7 +36,7 @@ PROCESSES = 8
 # What an update may leave out or add: all ranks must leave out and add the same, or they wait for each other for ever
 ODD = {"layer_dropout": 0.9, "rotate_exits": "on", "distill": 0.5, "exit_warmup": 0.0, "seed": 2}
 INT8 = {"quantize": True, "distill": 30.0, "warmup": 0.3}  # with a teacher; rounding begins after the first update
-LONG = {"steps": 50, "eval_every": 0, "checkpoint_minutes": 1.0}
+LONG = {"steps": 50, "batch_tokens": 384, "eval_every": 0, "checkpoint_minutes": 1.0}
 MOVED = {"steps": 12, "eval_every": 0}  # 2 ranks to step 4, 1 to step 8, 4 to the end
 # name: world, STAYS_GATHERED, fields of the plan
 WORLD_OF_RUN = {
