@@ -164,7 +164,7 @@ def test_run_local_serves_a_directory_until_interrupted(tmp_path: Path) -> None:
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
             assert client.completions.create(model="fish", prompt="x", max_tokens=2).usage is not None
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
             said = json.loads(process.stderr.read().splitlines()[-1])
             assert (said["path"], said["status"], said["completion_tokens"]) == ("/v1/completions", 200, 2)
         finally:
@@ -197,7 +197,7 @@ def test_the_command_s_switches_reach_the_service(tmp_path: Path) -> None:
                 statuses = [http.post("/v1/completions", json=body, headers=headers).status_code for _ in range(3)]
                 assert statuses == [408, 408, 429]
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
             assert process.stdout.read() == "The service has stopped.\n"
             lines = process.stderr.read()
             assert "secret" not in lines

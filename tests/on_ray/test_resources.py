@@ -94,7 +94,7 @@ def test_our_own_ray_listens_on_loopback_alone_and_leaves_nothing(monkeypatch: p
         assert hosts <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"} and hosts
         folder = Path(ray._private.worker._global_node.get_session_dir_path()).parent
     assert not ray.is_initialized() and not folder.exists()
-    psutil.wait_procs(processes, timeout=20)
+    psutil.wait_procs(processes, timeout=60)
     assert not [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == environment.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
 

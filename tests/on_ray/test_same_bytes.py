@@ -179,7 +179,7 @@ def without_ray(root: Path) -> Iterator[str]:
             yield url
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(60)
 
 
 def free_port() -> int:
@@ -220,9 +220,11 @@ def test_the_gateway_too_writes_a_line_a_request_and_no_text(urls: tuple[str, st
     logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
 
     def lines() -> list[str]:
-        return [line for file in logs.glob("worker-*") for line in file.read_text(errors="replace").splitlines()]
+        """That are whole."""
+        texts = [file.read_text(errors="replace") for file in logs.glob("worker-*")]
+        return [line for text in texts for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not any('"id": "line-1"' in line for line in lines()):
         assert time.monotonic() < end
         time.sleep(0.1)

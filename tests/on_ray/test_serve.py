@@ -151,7 +151,7 @@ def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGINT)
             assert process.wait(120) == 0
-            _, left = psutil.wait_procs(children, timeout=10)
+            _, left = psutil.wait_procs(children, timeout=60)
             assert left == []
             said_last = process.stdout.read().splitlines()
             assert said_last[-1] == "The service has stopped."

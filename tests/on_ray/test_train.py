@@ -237,7 +237,7 @@ def test_ctrl_c_ends_a_run_as_interrupted_and_leaves_nothing(data: Path, tmp_pat
             process.send_signal(signal.SIGINT)
             assert process.stderr.read().splitlines()[-1].startswith("shoal: interrupted")
             assert process.wait(60) == 130
-            assert psutil.wait_procs(children, timeout=10)[1] == []
+            assert psutil.wait_procs(children, timeout=60)[1] == []
         finally:
             process.kill()
     assert not (tmp_path / "run" / "model").exists()

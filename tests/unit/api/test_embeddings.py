@@ -59,13 +59,13 @@ async def test_embeddings_that_wait_are_bounded(model: Model, monkeypatch: pytes
 
     def slow(prompt: list[int], depth: object, adapter: object) -> np.ndarray:
         began.set()
-        go_on.wait(10)
+        go_on.wait(60)
         return np.zeros(2)
 
     monkeypatch.setattr(model, "embed", slow)
     try:
         waiting = [asyncio.create_task(engine.embed([[70]])) for _ in range(3)]  # one runs
-        assert await asyncio.to_thread(began.wait, 10)
+        assert await asyncio.to_thread(began.wait, 60)
         with pytest.raises(QueueFullError):
             await engine.embed([[70]])
         waiting[-1].cancel()  # one that leaves while it waits
@@ -85,13 +85,13 @@ async def in_turn(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, calls: l
 
     def embed(prompt: list[int], depth: object, adapter: object) -> np.ndarray:
         began.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         done.append(prompt[0])
         return np.zeros(2)
 
     monkeypatch.setattr(engine._engine.model, "embed", embed)
     first = asyncio.create_task(engine.embed([[0]]))
-    assert await asyncio.to_thread(began.wait, 10)
+    assert await asyncio.to_thread(began.wait, 60)
     tasks = []
     for payer, client, number in calls:
         tasks.append(asyncio.create_task(engine.embed([[number], [number + 1]], payer=payer, client=client)))

@@ -41,7 +41,7 @@ async def test_payers_take_turns_and_who_leaves_costs_nothing() -> None:
 
     def start(name: str, payer: str, wait: bool = False) -> asyncio.Task[str]:
         def work() -> str:
-            assert not wait or go_on.wait(30)
+            assert not wait or go_on.wait(60)
             order.append(name)
             return name
 
@@ -72,7 +72,7 @@ async def test_work_that_raises_and_a_caller_that_leaves_give_their_places_back(
         with pytest.raises(KeyError):
             await entry.run("a", "", client.receive, fail)
     go_on = threading.Event()
-    running = asyncio.create_task(entry.run("a", "", client.receive, lambda: go_on.wait(30)))
+    running = asyncio.create_task(entry.run("a", "", client.receive, lambda: go_on.wait(60)))
     await asyncio.sleep(0.05)
     waits = asyncio.create_task(entry.run("a", "", client.receive, lambda: None))
     await asyncio.sleep(0)
@@ -81,7 +81,7 @@ async def test_work_that_raises_and_a_caller_that_leaves_give_their_places_back(
     await asyncio.wait({running})
     waits.cancel()
     await asyncio.wait({waits})
-    assert await asyncio.wait_for(entry.run("b", "", client.receive, lambda: 7), 30) == 7
+    assert await asyncio.wait_for(entry.run("b", "", client.receive, lambda: 7), 60) == 7
 
 
 async def through(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -132,9 +132,9 @@ async def test_long_bodies_hold_up_no_short_ones(served: ServedModel, engine: Sc
         return await service.prepared(request, work)
 
     long = json.dumps({"prompt": "x" * SHORT_BODY}).encode()
-    waiting = [asyncio.create_task(asked(long, partial(go_on.wait, 30))) for _ in range(4)]
+    waiting = [asyncio.create_task(asked(long, partial(go_on.wait, 60))) for _ in range(4)]
     await asyncio.sleep(0.1)
-    assert await asyncio.wait_for(asked(b'{"prompt": "x"}', lambda: 7), 20) == 7
+    assert await asyncio.wait_for(asked(b'{"prompt": "x"}', lambda: 7), 60) == 7
     assert not any(task.done() for task in waiting)
     go_on.set()
     assert await asyncio.gather(*waiting) == [True] * 4
@@ -154,5 +154,5 @@ async def test_a_request_whose_body_does_not_come_passes_and_is_told_so_behind()
         said.set()
         heard.append(await receive())
 
-    await asyncio.wait_for(Present(app, seconds=0.05)({"type": "http"}, receive, None), 20)  # type: ignore[arg-type]
+    await asyncio.wait_for(Present(app, seconds=0.05)({"type": "http"}, receive, None), 60)  # type: ignore[arg-type]
     assert heard == [{"type": "http.request", "body": b"{}", "more_body": False}]

@@ -36,7 +36,7 @@ async def test_the_api_answers_before_the_pages_are_made_and_they_come_to_who_wa
     go_on, lives = threading.Event(), list[str]()
 
     def put(app: FastAPI) -> FastAPI:
-        assert go_on.wait(30)
+        assert go_on.wait(60)
         before = app.router.lifespan_context
 
         @asynccontextmanager

@@ -333,18 +333,25 @@ async def test_a_text_that_the_disk_does_not_take_costs_nobody_an_answer(connect
 async def test_what_a_slow_disk_stores_after_its_answer_said_no_is_taken_back(
     shop: openai.AsyncOpenAI, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told, wrote, plain = threading.Event(), threading.Event(), Responses.drop
+    told, plain, dropped, begun = threading.Event(), Responses.drop, list[str](), list[str]()
 
-    def slow(*given: Any) -> None:
+    def slow(path: Path, *given: Any) -> None:
+        begun.append(path.name)
         told.wait(60)
-        write_aside(*given)
+        write_aside(path, *given)
 
     monkeypatch.setattr("shoal.api.storing.STORE_SECONDS", 0.01)
     monkeypatch.setattr("shoal.loop.texts.write_aside", slow)
-    monkeypatch.setattr(Responses, "drop", lambda self, id_: (plain(self, id_), wrote.set()))
-    answer = await shop.responses.create(**ASK)
+    monkeypatch.setattr(Responses, "drop", lambda self, id_: (plain(self, id_), dropped.append(id_)))
+    answers: list[Any] = []
+    while not (late := [answer for answer in answers if any(answer.id in name for name in begun)]):
+        answers.append(await shop.responses.create(**ASK))  # where no thread had begun with one, it will not be stored
+    answer = late[0]
     told.set()
-    assert to_dict(answer)["store"] is False and await asyncio.to_thread(wrote.wait, 60)
+    assert to_dict(answer)["store"] is False
+    async with asyncio.timeout(60):
+        while answer.id not in dropped:
+            await asyncio.sleep(0.01)
     with pytest.raises(openai.NotFoundError):
         await shop.responses.retrieve(answer.id)
 

@@ -85,7 +85,7 @@ def loaded(*replicas: Do) -> tuple[str | Exception, Handle, ReplicaClient]:
         except Exception as error:
             return error
 
-    return asyncio.run(asyncio.wait_for(load(), 30)), handle, client
+    return asyncio.run(asyncio.wait_for(load(), 60)), handle, client
 
 
 def test_every_replica_loads_it_before_it_is_known() -> None:

@@ -151,7 +151,7 @@ class Called:
 
 def embedded(handle: Embedder) -> list[list[float]]:
     client = ReplicaClient(handle, may_be_none=False, reads="r")  # type: ignore[arg-type]
-    return asyncio.run(asyncio.wait_for(client.embed([[1, 2], [3]]), 10))
+    return asyncio.run(asyncio.wait_for(client.embed([[1, 2], [3]]), 60))
 
 
 def test_an_embedding_whose_replica_is_lost_is_asked_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
