@@ -6,7 +6,8 @@ READY = $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
 VLLM_READY = $(VLLM_VENV)/.ready
 GUIDELLM_VENV ?= .venv-guidellm
-SUITE = $(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/triton
+# Python starts hundreds of times in the tests, and reads what it compiled once, whatever the environment says of that
+SUITE = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/triton
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL = help

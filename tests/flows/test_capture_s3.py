@@ -38,7 +38,7 @@ def uri(s3: Service, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     """A bucket of its own, asked once and not again: what does not answer is told at once."""
     s3.slow = 0
     name = f"bucket-{abs(hash(request.node.name))}"
-    s3.inside.client().create_bucket(Bucket=name)
+    s3.client.create_bucket(Bucket=name)
     monkeypatch.setattr("shoal.data.sources.s3.ATTEMPTS", 1)
     return f"s3://{name}/captured"
 
@@ -51,7 +51,7 @@ def on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]
 
 def names(s3: Service, uri: str) -> list[str]:
     bucket, key = split(uri)
-    found = s3.inside.client().list_objects_v2(Bucket=bucket, Prefix=key).get("Contents", ())
+    found = s3.client.list_objects_v2(Bucket=bucket, Prefix=key).get("Contents", ())
     return sorted(item["Key"].removeprefix(f"{key}/") for item in found)
 
 
@@ -102,7 +102,7 @@ def test_machines_write_beside_each_other_and_anybody_reads_and_forgets(
     assert [name for name in names(s3, uri) if name.startswith("texts/")] == []
     bucket, _ = split(uri)
     left = [name for name in names(s3, uri) if name.startswith("rows/")]
-    bodies = [s3.inside.client().get_object(Bucket=bucket, Key=f"captured/{name}")["Body"].read() for name in left]
+    bodies = [s3.client.get_object(Bucket=bucket, Key=f"captured/{name}")["Body"].read() for name in left]
     assert len(left) == 1 and b"ann" not in b"".join(bodies)
     on("one")
     again = Capture(uri)
@@ -186,7 +186,7 @@ def test_a_start_needs_the_bucket_once(s3: Service, uri: str, on: Callable[[str]
 
 def test_another_version_is_refused(s3: Service, uri: str, on: Callable[[str], None]) -> None:
     bucket, _ = split(uri)
-    client = s3.inside.client()
+    client = s3.client
     client.put_object(Bucket=bucket, Key="captured/salt", Body=b"00" * 32)
     client.put_object(Bucket=bucket, Key=f"captured/{ABOUT}", Body=b'{"format": "shoal.capture", "version": 2}')
     on("gateway")
@@ -200,7 +200,7 @@ def test_what_leads_elsewhere_is_not_fetched(s3: Service, uri: str, on: Callable
     on("gateway")
     capture = wrote(uri, 1)
     for name in ("rows/day=2026-01-01/../../x", "rows/x", "salt2", "rows/day=2026-01-01/.hidden"):
-        s3.inside.client().put_object(Bucket=bucket, Key=f"captured/{name}", Body=b"x")
+        s3.client.put_object(Bucket=bucket, Key=f"captured/{name}", Body=b"x")
     on("reader")
     read = Capture(uri)
     assert len(read.rows()) == 1 and capture.folder != read.folder

@@ -32,7 +32,7 @@ PRESET = presets.get("test")
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Service]:
     with service() as made:
-        made.s3.client().create_bucket(Bucket="runs")
+        made.client.create_bucket(Bucket="runs")
         yield made
 
 
@@ -125,7 +125,7 @@ def test_a_half_written_copy_and_a_damaged_one_are_passed_over(s3: Service, plac
         store.save(model, optimizer, TrainState(step=step), ALONE)
         copies.close()
         copies = store.mirror = Mirror(place, keep=5)
-    client, prefix = s3.s3.client(), place.removeprefix("s3://runs/")
+    client, prefix = s3.client, place.removeprefix("s3://runs/")
     client.delete_object(Bucket="runs", Key=f"{prefix}/step-00000003/manifest.json")
     client.put_object(Bucket="runs", Key=f"{prefix}/step-00000002/rng-00000.safetensors", Body=b"not what was written")
     shutil.rmtree(tmp_path / "run" / "checkpoints")

@@ -26,7 +26,7 @@ from tests.s3 import Service, service
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Service]:
     with service() as made:
-        made.s3.client().create_bucket(Bucket="corpora")
+        made.client.create_bucket(Bucket="corpora")
         yield made
 
 
@@ -47,9 +47,9 @@ def test_a_prefix_is_read_like_a_folder(s3: Service, tmp_path: Path) -> None:
         "b.py": b"x = 1\n", "a.md": b"# Title\n", "in/c.jsonl": b'{"image": "d.png", "text": "a box"}\n{broken\n',
         "in/bad.txt": b"\xff", ".hidden/e.txt": b"no", "skip/f.txt": b"no", "empty.txt": b"",
     }.items():  # fmt: skip
-        s3.s3.client().put_object(Bucket="corpora", Key=f"raw/{name}", Body=data)
+        s3.client.put_object(Bucket="corpora", Key=f"raw/{name}", Body=data)
     Image.new("RGB", (24, 24)).save(tmp_path / "d.png")
-    s3.s3.client().upload_file(str(tmp_path / "d.png"), "corpora", "raw/in/d.png")
+    s3.client.upload_file(str(tmp_path / "d.png"), "corpora", "raw/in/d.png")
     spec = SourceSpec("s", "s3://corpora/raw", exclude=("skip",))
     found = [item for file in list_files(spec) for item in read(file)]
     kept = {d.origin: d.modality for d in found if isinstance(d, Document)}
@@ -62,8 +62,8 @@ def test_a_prefix_is_read_like_a_folder(s3: Service, tmp_path: Path) -> None:
 
 def test_an_image_in_s3_has_the_caption_beside_it(s3: Service, tmp_path: Path) -> None:
     Image.new("RGB", (24, 24)).save(tmp_path / "d.png")
-    s3.s3.client().upload_file(str(tmp_path / "d.png"), "corpora", "pictures/in/d.png")
-    s3.s3.client().put_object(Bucket="corpora", Key="pictures/in/d.txt", Body=b"a black square\n")
+    s3.client.upload_file(str(tmp_path / "d.png"), "corpora", "pictures/in/d.png")
+    s3.client.put_object(Bucket="corpora", Key="pictures/in/d.txt", Body=b"a black square\n")
     (image,) = (item for file in list_files(SourceSpec("s", "s3://corpora/pictures")) for item in read(file))
     assert isinstance(image, Document) and (image.modality, image.text) == ("image", "a black square")
 
@@ -83,7 +83,7 @@ def test_a_missing_bucket_or_prefix_is_one_line(s3: Service, uri: str, said: str
 
 
 def test_slow_down_for_a_while_costs_time_and_nothing_else(s3: Service) -> None:
-    s3.s3.client().put_object(Bucket="corpora", Key="slow/a.txt", Body=b"still here\n")
+    s3.client.put_object(Bucket="corpora", Key="slow/a.txt", Body=b"still here\n")
     s3.slow, s3.refused = 2, 0
     (file,) = list_files(SourceSpec("s", "s3://corpora/slow"))
     s3.slow = 2
@@ -103,7 +103,7 @@ def test_a_good_file_that_s3_does_not_give_ends_the_run_and_is_not_left_out(
 ) -> None:
     monkeypatch.setattr("shoal.data.sources.s3.ATTEMPTS", 2)
     for name in ("a.txt", "b.parquet"):
-        s3.s3.client().put_object(Bucket="corpora", Key=f"given/{name}", Body=b"good\n")
+        s3.client.put_object(Bucket="corpora", Key=f"given/{name}", Body=b"good\n")
     files = list_files(SourceSpec("s", "s3://corpora/given"), S3(s3.endpoint, "eu-north-1"))
     s3.slow = 10**6
     for file in files:
@@ -132,13 +132,13 @@ def test_a_corpus_without_its_index_or_with_another_shard_is_refused(s3: Service
     shard = open_index(corpus).shards[0]
     broken = bytearray((corpus / shard.file).read_bytes())
     broken[len(broken) // 2] ^= 1
-    s3.s3.client().put_object(Bucket="corpora", Key=f"made/two/{shard.file}", Body=bytes(broken))
+    s3.client.put_object(Bucket="corpora", Key=f"made/two/{shard.file}", Body=bytes(broken))
     shutil.rmtree(remote.cache(), ignore_errors=True)
     with pytest.raises(DataError, match=f"sha256 of {shard.file}"):
         remote.local(uri)
     remote.upload(corpus, uri, S3())
     assert open_index(remote.local(uri)) == open_index(corpus)  # what was refused is not taken again
-    s3.s3.client().delete_object(Bucket="corpora", Key=f"made/two/{INDEX}")
+    s3.client.delete_object(Bucket="corpora", Key=f"made/two/{INDEX}")
     with pytest.raises(DataError, match="holds no prepared corpus"):
         remote.local(uri)
     with pytest.raises(DataError, match="the bucket does not exist"):
@@ -155,11 +155,11 @@ def test_a_run_trains_on_its_own_copy_of_a_corpus_in_s3(s3: Service, corpus: Pat
 
 def test_the_empty_object_that_a_console_makes_of_a_folder_is_no_file(s3: Service, corpus: Path) -> None:
     for key in ("made/four/", "made/four/in/", "made/four/.hidden"):
-        s3.s3.client().put_object(Bucket="corpora", Key=key, Body=b"")
+        s3.client.put_object(Bucket="corpora", Key=key, Body=b"")
     remote.upload(corpus, "s3://corpora/made/four", S3())
     assert open_index(remote.local("s3://corpora/made/four")) == open_index(corpus)
-    s3.s3.client().put_object(Bucket="corpora", Key="console/", Body=b"")
-    s3.s3.client().put_object(Bucket="corpora", Key="console/a.txt", Body=b"fine\n")
+    s3.client.put_object(Bucket="corpora", Key="console/", Body=b"")
+    s3.client.put_object(Bucket="corpora", Key="console/a.txt", Body=b"fine\n")
     (file,) = list_files(SourceSpec("s", "s3://corpora/console"))
     assert [item.text for item in read(file) if isinstance(item, Document)] == ["fine\n"]
 
@@ -172,7 +172,7 @@ def test_a_fetch_that_is_killed_while_it_checks_leaves_nothing_to_be_taken(
     shard = open_index(corpus).shards[0]
     broken = bytearray((corpus / shard.file).read_bytes())
     broken[len(broken) // 2] ^= 1
-    s3.s3.client().put_object(Bucket="corpora", Key=f"made/five/{shard.file}", Body=bytes(broken))
+    s3.client.put_object(Bucket="corpora", Key=f"made/five/{shard.file}", Body=bytes(broken))
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -188,7 +188,7 @@ def test_a_fetch_that_is_killed_while_it_checks_leaves_nothing_to_be_taken(
 
 def test_another_tokenizer_beside_the_shards_is_refused(s3: Service, corpus: Path) -> None:
     remote.upload(corpus, "s3://corpora/made/six", S3())
-    s3.s3.client().put_object(Bucket="corpora", Key="made/six/tokenizer.json", Body=b"{}")
+    s3.client.put_object(Bucket="corpora", Key="made/six/tokenizer.json", Body=b"{}")
     with pytest.raises(DataError, match=r"sha256 of tokenizer\.json"):
         remote.local("s3://corpora/made/six")
 
@@ -200,7 +200,7 @@ def test_an_index_that_names_files_elsewhere_is_refused_and_nothing_is_touched(
     outside.write_text("keep me")
     remote.upload(corpus, "s3://corpora/made/seven", S3())
     index = (corpus / INDEX).read_text().replace(open_index(corpus).shards[0].file, str(outside))
-    s3.s3.client().put_object(Bucket="corpora", Key=f"made/seven/{INDEX}", Body=index.encode())
+    s3.client.put_object(Bucket="corpora", Key=f"made/seven/{INDEX}", Body=index.encode())
     with pytest.raises(DataError, match="names of files in its folder"):
         remote.local("s3://corpora/made/seven")
     assert outside.read_text() == "keep me"

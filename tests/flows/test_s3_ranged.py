@@ -33,7 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def s3(corpus: Path) -> Iterator[Service]:
     with service() as made:
-        made.s3.client().create_bucket(Bucket="corpora")
+        made.client.create_bucket(Bucket="corpora")
         remote.upload(corpus, URI, made.s3)
         yield made
 
@@ -86,7 +86,7 @@ def test_what_is_in_the_cache_is_not_asked_for_again(s3: Service, corpus: Path) 
 @contextmanager
 def put(s3: Service, name: str, data: bytes | None) -> Iterator[None]:
     """Another object, or none, in the place of a shard."""
-    client, key = s3.s3.client(), f"large/{name}"
+    client, key = s3.client, f"large/{name}"
     was = client.get_object(Bucket="corpora", Key=key)["Body"].read()
     client.delete_object(Bucket="corpora", Key=key)
     if data is not None:
