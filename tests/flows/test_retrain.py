@@ -102,9 +102,7 @@ def test_a_fine_tuning_starts_from_the_parent_and_is_rounded_as_what_serves(
     freeze(suites)
     assert retrain(release, folder, "--kind", "finetune", "--minutes", "0.01", "--suites", str(suites)) == 0
     result = told(capsys)
-    assert (
-        result["kind"] == "finetune" and result["passed"] is False
-    )  # few questions, and nothing was learned in a second
+    assert result["kind"] == "finetune" and result["passed"] is False  # few questions, and nothing was learned in 1 s
     made, stable = release.version(2), release.version(1)
     served, parent = Model.load(made.served), Model.load(made.parent)
     assert served.config == Model.load(stable.served).config and parent.config.quantization == "none"
