@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
 def main() -> None:
@@ -30,6 +30,9 @@ def main() -> None:
         if line.startswith("["):
             print(json.dumps(said(model, json.loads(line))), file=answers)
             continue
+        if line.startswith("{"):
+            print(json.dumps(answered(model, told["checkpoint"], **json.loads(line))), file=answers)
+            continue
         batch, prompt, tokens = map(int, line.split())
         ids = torch.tensor([[20 + (7 * s + i) % 200 for i in range(prompt)] for s in range(batch)])
         start = time.perf_counter()
@@ -39,6 +42,25 @@ def main() -> None:
                 pad_token_id=0,
             )  # fmt: skip
         print(time.perf_counter() - start, file=answers)
+
+
+def answered(
+    model: Any, checkpoint: str, messages: list[dict[str, str]], ids: list[int], tokens: int
+) -> dict[str, list[int]]:
+    """The ids of a chat by the checkpoint's own template, and the greedy answer to `ids`, its end left out."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    row = torch.tensor([ids])
+    with torch.inference_mode():
+        found = model.generate(
+            row, attention_mask=torch.ones_like(row), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+        )  # fmt: skip
+    ends = model.generation_config.eos_token_id
+    said = found[0, len(ids) :].tolist()
+    stop = next(
+        (at for at, token in enumerate(said) if token in (ends if isinstance(ends, list) else [ends])), len(said)
+    )
+    return {"chat": list(chat), "answer": said[:stop]}
 
 
 def said(model: Any, ids: list[int]) -> dict[str, list[Any]]:

@@ -60,6 +60,12 @@ class Peer:
         told = json.loads(self._asked(json.dumps(ids)))
         return told["nats"], told["likeliest"]
 
+    def answered(self, messages: list[dict[str, str]], ids: list[int], tokens: int) -> tuple[list[int], list[int]]:
+        """The ids that transformers writes a chat in, and its greedy answer to `ids`, of at most so many `tokens`. Raises
+        ShoalError as `answer`."""
+        told = json.loads(self._asked(json.dumps({"messages": messages, "ids": ids, "tokens": tokens})))
+        return told["chat"], told["answer"]
+
     def _asked(self, line: str) -> str:
         assert self.process.stdin
         self.process.send_signal(signal.SIGCONT)

@@ -28,10 +28,13 @@ from shoal.engine.events import Request, Sampling
 from shoal.errors import UsageError
 from shoal.evaluate.intervals import of_mean, of_quotient
 from shoal.evaluate.texts import TextRows
+from shoal.inputs.chat import encode_chat
 from shoal.model.model import Model
+from shoal.open_weights import proof
 from shoal.progress import progress
 
 SCORERS = ("llama.cpp", "llama.cpp-q8_0", "llama.cpp-f32", "transformers")
+ANSWER = 24  # tokens of a greedy answer, at most
 INT8_KV = "full, int8 K/V"
 
 
@@ -74,10 +77,34 @@ def quality(
     imported = model if models["fp32"].source is not None else None
     with peers.running(peer, models["fp32"], imported, gguf) as others:
         found = said_of(models, rows, others)
+        asked = [peer for peer in others if peer.name == "transformers" and imported]
+        chats = same_chats(models["fp32"], Engine(models["fp32"], max_batch=1), asked[0]) if asked else {}
     lengths = token_bytes(models["fp32"].tokenizer)
     table, told = table_of(found, rows, lengths)
     table.title = f"{sum(len(row.places) for row in rows):,} tokens of {data.name}, {models['fp32'].name}"
-    show(console, [table], {"bench": "quality", "data": data.name, "rows": told})
+    result = {"bench": "quality", "data": data.name, "rows": told, "chats": chats}
+    for what, (same, of) in chats.items():
+        console.print(f"{what} the same as transformers': {same} of {of}", highlight=False)
+    show(console, [table], result)
+
+
+def same_chats(model: Model, engine: Engine, peer: peers.Peer) -> dict[str, tuple[int, int]]:
+    """Of the twenty chats by which exports are compared, how many are the same token ids as transformers', those with control
+    tokens that a user spells apart, which are not meant to be; and of how many the greedy answers are."""
+    found = {"chats": [0, 0], "chats with spelt control tokens": [0, 0], "greedy answers in fp32": [0, 0]}
+    greedy = Sampling(temperature=0.0, max_tokens=ANSWER)
+    for messages in proof.chats():
+        row = encode_chat(messages, model.tokenizer, model.config, template=model.chat_template, answers=False)
+        written, answer = peer.answered(messages, row.ids, ANSWER)
+        spelt = any(name in message["content"] for message in messages for name in model.tokenizer.specials)
+        (ours,) = engine.generate([Request(row, greedy, depth=FULL)])
+        for what, same in (
+            ("chats with spelt control tokens" if spelt else "chats", written == row.ids),
+            ("greedy answers in fp32", ours.tokens == answer),
+        ):
+            found[what][0] += same
+            found[what][1] += 1
+    return {what: (same, of) for what, (same, of) in found.items() if of}
 
 
 def rows_of(model: Model, data: Path) -> list[Row]:

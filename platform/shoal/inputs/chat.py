@@ -249,6 +249,15 @@ def _compiled(template: str) -> Template:
     return _environment.from_string(template)
 
 
+def why_broken(template: str) -> str:
+    """What keeps a chat template from being rendered, whatever the chat; "" where nothing does."""
+    try:
+        _compiled(template)
+    except TemplateError as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+    return "" if template.strip() else "nothing in it"
+
+
 class _Generation(Extension):
     """The block with which some templates frame what the model writes; it is shown as it is."""
 

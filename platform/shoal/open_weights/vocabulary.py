@@ -11,7 +11,7 @@ import tokenizers
 
 from shoal.config import ModelConfig
 from shoal.errors import CheckpointError, RequestError
-from shoal.inputs.chat import encode_chat
+from shoal.inputs.chat import encode_chat, why_broken
 from shoal.inputs.tokenizer import BYTE_OF, Controls, Tokenizer, is_spaced
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
@@ -64,7 +64,11 @@ def made(core: tokenizers.Tokenizer, names: Mapping[str, str], ends: tuple[int, 
 
 def closing(tokenizer: Tokenizer, template: str, config: ModelConfig) -> Tokenizer:
     """`tokenizer` with what `template` closes an answer with as an end: a base model knows the end of a text alone, and
-    fine-tuned on chats it would learn to close its answer and then go on."""
+    fine-tuned on chats it would learn to close its answer and then go on. Raises CheckpointError for a template that no chat
+    can be written with."""
+    broken = why_broken(template)
+    if broken:
+        raise CheckpointError("the chat template", got=broken, do="mend it, or give one with --chat-template FILE")
     chat = [{"role": role, "content": _PROBE} for role in ("user", "assistant")]
     try:
         row = encode_chat(chat, tokenizer, config, template=template, add_generation_prompt=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from shoal.data.shards import token_bytes
 from shoal.errors import UsageError
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.net import Net
+from shoal.open_weights.convert import import_model
+from tests.extra import package
 
+OPEN = Path(__file__).parents[2] / "data" / "open"
 TEXTS = ["The tide turns. " * 3, "x = 12\n", "\U0001f41f " * 4]
 CHAT = [{"role": "user", "content": "What is a reef?"}, {"role": "assistant", "content": "A home of fish."}]
 PEER = """
@@ -100,6 +104,24 @@ def test_a_peers_own_logprobs_stand_beside(
     other.save(tmp_path / "other")
     with pytest.raises(UsageError, match="of another tokenizer"):
         quality(Console(), peer={}, **{**given, "against": tmp_path / "other"})  # type: ignore[arg-type]
+
+
+def test_transformers_says_the_same_of_an_imported_model(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The peer as it is, on the export of the weights: bits, chats and greedy answers."""
+    package("transformers")
+    shutil.copytree(OPEN / "qwen2", tmp_path / "from")
+    shutil.copytree(OPEN / "tokenizer", tmp_path / "from", dirs_exist_ok=True)
+    import_model(tmp_path / "from", tmp_path / "model", dtype="float32")
+    peer = {"transformers": sys.executable}
+    quality(Console(width=200), model=tmp_path / "model", against=None, data=data, gguf=None, peer=peer)
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ours, _, theirs = told["rows"]
+    assert theirs["bits"] == pytest.approx(ours["bits"], rel=1e-5) and theirs["same"] == 1
+    assert told["chats"] == {
+        "chats": [16, 16], "chats with spelt control tokens": [0, 4], "greedy answers in fp32": [20, 20],
+    }  # fmt: skip
 
 
 def test_intervals_are_over_documents() -> None:

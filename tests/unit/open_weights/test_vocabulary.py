@@ -188,6 +188,25 @@ def test_a_template_may_refuse(model: Model) -> None:
     assert model.tokenizer.decode(chat(model, [{"role": "user", "content": "x"}])) == '{"a": "<\u00e9>"}!'
 
 
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for %}", "TemplateSyntaxError"),
+        ("{{ x | nosuch }}", "TemplateAssertionError: No filter named"),
+        (" \n", "nothing in it"),
+    ],
+)
+def test_a_template_that_no_chat_can_be_written_with_is_refused(
+    template: str, says: str, checkpoint: Make, tmp_path: Path
+) -> None:
+    source = checkpoint("qwen2")
+    (source / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointError, match=f"the chat template: got .{says}.*--chat-template FILE"):
+        import_model(source, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    import_model(source, tmp_path / "model", chat_template="{{ messages[0].content }}")
+
+
 def test_images_are_refused_by_name(model: Model) -> None:
     parts = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
     with pytest.raises(RequestError, match="reads no images"):
