@@ -147,6 +147,8 @@ def _cast(name: str, tensor: Tensor, kept: torch.dtype, *, exactly: bool) -> Ten
     """A tensor of the source in the dtype that is written. Raises CheckpointError where it is not finite, or no longer, and
     where numbers would change although it is to be written `exactly`."""
     cast = streams.need_finite(name, tensor).to(kept)
+    if kept == tensor.dtype:
+        return cast
     lost = not torch.equal(cast.to(tensor.dtype), tensor) if exactly else not torch.isfinite(cast).all()
     if lost:
         got = f"numbers of {str(tensor.dtype).removeprefix('torch.')} beyond it"
