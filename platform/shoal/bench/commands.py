@@ -328,6 +328,25 @@ def loop(
     run(out, model=model, parts=chosen, fp32=fp32, data=data, minutes=minutes, **more)  # type: ignore[arg-type]
 
 
+@bench.command("augment")
+def augment(
+    run: Annotated[list[Path], typer.Option(help="Folder of a recipe's run from nothing, medicine or law; repeat.")],
+    teacher: Annotated[
+        list[Path],
+        typer.Option(
+            help="Model directory that answers more questions, one for each --run. [the run's own fp32 model]"
+        ),
+    ] = [],  # noqa: B006
+    seeds: Annotated[int, typer.Option(help="Seeds, one model of each arm with each.")] = 3,
+    steps: Annotated[int, typer.Option(help="Updates of each model.")] = 150,
+) -> None:
+    """What `shoal augment` and a teacher add to a recipe in wordings that nobody saw, beside going on without. Of two runs some
+    twelve minutes on two cores; --steps sets it."""
+    from shoal.bench.augment import augment_bench
+
+    augment_bench(out, runs=run, teachers=teacher, seeds=seeds, steps=steps)
+
+
 @bench.command("data")
 def data(
     preset: Annotated[str, typer.Option(help="Whose vocabulary, row length and patches are used.")] = "tiny",

@@ -7,6 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,18 @@ ANSWERS, TOKENS = 8, 32  # at once, and in each: what memory is read after
 KEYS = "SHOAL_API_KEYS"  # of whoever measures: this service is asked without
 
 
-def footprint(model: Path, policy: Path | None = None) -> dict[str, Any]:
-    """``disk_bytes`` of the folder, ``ready_s`` from the start of the process to its first line, and ``resident_bytes`` of it
-    and what it started, once it has given `ANSWERS` answers at once. Raises ResourceError for one that does not get ready."""
+@dataclass(frozen=True)
+class Alone:
+    """A service in a process of its own: its address, which ends in /v1, its process, and seconds until it was ready."""
+
+    url: str
+    pid: int
+    ready_s: float
+
+
+@contextmanager
+def alone(model: Path, policy: Path | None = None) -> Iterator[Alone]:
+    """`model` served until the end of the block. Raises ResourceError for one that does not get ready."""
     command = [sys.executable, "-m", "shoal.cli", "serve", "--no-ray", "--no-ui", "--model", str(model), "--port", "0"]
     command += ["--policy", str(policy)] if policy is not None else []
     environment = {name: value for name, value in os.environ.items() if name != KEYS}
@@ -35,15 +47,21 @@ def footprint(model: Path, policy: Path | None = None) -> dict[str, Any]:
         try:
             assert service.stdout is not None
             words = service.stdout.readline().split()
-            ready = time.monotonic() - began
+            late.cancel()
             if len(words) < 2:
                 raise ResourceError(f"serving {model}", got="no service", do=f"see what `{' '.join(command[2:])}` says")
-            _ask(words[1])
-            found = {"disk_bytes": _on_disk(model), "ready_s": ready, "resident_bytes": _resident(service.pid)}
+            yield Alone(words[1], service.pid, time.monotonic() - began)
         finally:
             late.cancel()
             _end(service)
-    return found
+
+
+def footprint(model: Path, policy: Path | None = None) -> dict[str, Any]:
+    """``disk_bytes`` of the folder, ``ready_s`` from the start of the process to its first line, and ``resident_bytes`` of it
+    and what it started, once it has given `ANSWERS` answers at once. Raises ResourceError for one that does not get ready."""
+    with alone(model, policy) as service:
+        _ask(service.url)
+        return {"disk_bytes": _on_disk(model), "ready_s": service.ready_s, "resident_bytes": _resident(service.pid)}
 
 
 def _ask(url: str) -> None:

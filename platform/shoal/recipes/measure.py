@@ -137,8 +137,7 @@ def measured(
 
 def _asked(folder: Path, most_rows: int) -> tuple[dict[str, Sequence[Row]], list[str]]:
     """The rows of each suite that are asked, and a sentence for each of which that is not all."""
-    frozen = [suite for suite in suites.read(folder / SUITES) if suite.kind != SAFETY]
-    every = {suite.name: _rows(folder / SUITES / suite.file) for suite in frozen}
+    every = rows_of(folder)
     asked = {name: some_of(rows, most_rows) for name, rows in every.items()}
     notes = [
         f"{name}: {len(asked[name])} of {len(rows)} answers are asked for, of conversations drawn by chance."
@@ -239,5 +238,10 @@ def _examples(recipe: Recipe, model: Model, tools: Sequence[Mapping[str, Any]]) 
     ]
 
 
-def _rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def rows_of(folder: Path) -> dict[str, list[Row]]:
+    """The rows of a run's frozen suites but the safety ones, which the gate asks. Raises DataError for one that changed."""
+    frozen = [suite for suite in suites.read(folder / SUITES) if suite.kind != SAFETY]
+    return {
+        suite.name: [json.loads(line) for line in (folder / SUITES / suite.file).read_text("utf-8").splitlines()]
+        for suite in frozen
+    }

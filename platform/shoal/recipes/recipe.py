@@ -46,6 +46,7 @@ class Recipe(ABC):
     least_is_best: tuple[str, ...] = ()
     served: str  # the measure by which depths are compared
     always_full: tuple[str, ...] = ()  # workloads whose depth is full, whatever is measured
+    synonyms: Mapping[str, Sequence[str]] = {}  # of the wordings that are learned from, for `shoal augment`
     sure = False  # is the model's own probability of its answers held against how often they are `right`?
 
     @abstractmethod
@@ -78,6 +79,10 @@ class Recipe(ABC):
 
     def examples(self) -> Sequence[Messages]:
         """Conversations whose answers the report shows, good or bad."""
+        return ()
+
+    def unlabelled(self, count: int, seed: int) -> Iterable[Messages]:
+        """Questions in wordings that are neither learned from nor asked in a suite, for a teacher; may be none."""
         return ()
 
     def shown(self, messages: Messages, answerer: Answerer) -> str:

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from shoal import presets
@@ -18,6 +18,7 @@ from shoal.recipes.customer_service.shop import DEV as DEV_SPLIT
 from shoal.recipes.customer_service.shop import SUITE, TRAIN
 from shoal.recipes.law import score, words
 from shoal.recipes.law.questions import SILENT, asked, questions, said_again
+from shoal.recipes.law.synonyms import SYNONYMS
 from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, write_rows
 
 LEARNED, FITTED, ASKED, UNSAID = 8_000, 200, 200, 60  # rows
@@ -57,6 +58,7 @@ class Law(Recipe):
     least_is_best = score.LEAST_IS_BEST
     served = "right"
     sure = True
+    synonyms = SYNONYMS
 
     def write(self, folder: Path, seed: int) -> None:
         write_rows(folder / AGAIN, said_again(LEARNED, seed))
@@ -77,6 +79,9 @@ class Law(Recipe):
 
     def right(self, row: Row, answer: str) -> bool:
         return score.right(row, answer)
+
+    def unlabelled(self, count: int, seed: int) -> Iterable[Messages]:
+        return (row["messages"][:-1] for row in questions(TRAIN, DEV_SPLIT, count, seed))
 
     def examples(self) -> Sequence[Messages]:
         (row,) = questions(SUITE, SUITE, 1)

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from shoal.recipes.customer_service.words import of_split
 from shoal.recipes.medicine import rules, score, words
 from shoal.recipes.medicine.cases import JSON, OUT, WORDS, asked, cases, written
 from shoal.recipes.medicine.rules import Assessment, Case, assessed
+from shoal.recipes.medicine.synonyms import SYNONYMS
 from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, write_rows
 
 LEARNED, FITTED, ASKED, FLAGGED, REFUSED = 8_000, 200, 160, 300, 100  # rows
@@ -50,6 +51,7 @@ class Medicine(Recipe):
     served = "causes"  # urgency is raised by the server's rule as well
     always_full = (DIAGNOSIS,)  # a wrong answer costs more than time
     sure = True
+    synonyms = SYNONYMS
 
     def write(self, folder: Path, seed: int) -> None:
         write_rows(folder / LEARN, cases(TRAIN, TRAIN, LEARNED, seed))
@@ -88,6 +90,9 @@ class Medicine(Recipe):
     def examples(self) -> Sequence[Messages]:
         said = ("I have had a fever, a cough and weakness for three days.", "我发烧、咳嗽和乏力已经三天了。")
         return [asked(text, form) for text in said for form in (WORDS, JSON)]
+
+    def unlabelled(self, count: int, seed: int) -> Iterable[Messages]:
+        return (row["messages"][:-1] for row in cases(TRAIN, DEV_SPLIT, count, seed))
 
     def shown(self, messages: Messages, answerer: Answerer) -> str:
         """The answer as a service with the policy sends it."""

@@ -1,0 +1,123 @@
+"""What augmentation adds is counted in pairs, over seeds and answers; its words are none that are asked; wrong runs fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shoal import cli
+from shoal.bench import augment
+from shoal.bench.augment import AUGMENTED, PLAIN, TAUGHT, Job, bootstrapped, compared, prepare, recipe_of, verdict
+from shoal.errors import DataError
+from shoal.loop.suites import freeze
+from shoal.recipes import law, medicine
+from shoal.recipes.customer_service.shop import DEV, SUITE, TRAIN
+from shoal.recipes.customer_service.words import of_split
+from shoal.recipes.law import words as law_words
+from shoal.recipes.medicine import words as medicine_words
+from shoal.recipes.recipe import SUITES
+
+TABLES = {
+    "medicine": [medicine_words.SYMPTOMS["en"], medicine_words.RED_FLAGS["en"]], "law": [law_words.ASKED["en"]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [medicine.RECIPE, law.RECIPE], ids=["medicine", "law"])
+def test_synonyms_are_of_what_is_learned_from_and_of_nothing_that_is_asked(recipe: Any) -> None:
+    split = {
+        name: [one.lower() for table in TABLES[recipe.name] for some in table.values() for one in of_split(some, name)]
+        for name in (TRAIN, DEV, SUITE)
+    }
+    for word, others in recipe.synonyms.items():
+        assert any(word in wording for wording in split[TRAIN]), f"{word} is in no row"
+        for other in map(str.lower, others):
+            assert not any(other in wording or wording in other for wording in split[SUITE] + split[DEV]), other
+
+
+def jobs() -> list[Job]:
+    return [Job("", arm, seed, "", "", 1) for seed in range(3) for arm in augment.ARMS]
+
+
+def told(plain: list[bool], augmented: list[bool], taught: list[bool]) -> dict[str, Any]:
+    by = {PLAIN: plain, AUGMENTED: augmented, TAUGHT: taught}
+    return compared(jobs(), [{"new": by[job.arm]} for job in jobs()])["new"]
+
+
+def test_what_an_arm_adds_is_a_difference_in_pairs_with_an_interval() -> None:
+    half, all_, none = [True, False] * 50, [True] * 100, [False] * 100
+    found = told(half, all_, half)
+    assert (
+        found[AUGMENTED]["right"] == 1.0 and found[AUGMENTED]["added"] == 0.5 and found[AUGMENTED]["each"] == [0.5] * 3
+    )
+    low, high = found[AUGMENTED]["interval"]
+    assert 0.37 < low < 0.43 and 0.57 < high < 0.63, "a share of a half of 100: 1.96 * 0.05"
+    assert found[TAUGHT]["interval"] == (0.0, 0.0)
+    assert [verdict(found[arm]) for arm in (AUGMENTED, TAUGHT)] == ["adds", "not shown"]
+    assert verdict(told(half, none, half)[AUGMENTED]) == "takes away"
+
+
+def test_seeds_that_disagree_widen_an_interval() -> None:
+    """The same mean: once of the same answers in all seeds, once of seeds of which one gains all and two lose."""
+    alike = np.tile(np.array([1.0] + [0.0] * 9), (3, 20))
+    apart = np.stack([np.full(200, 0.5), np.full(200, -0.1), np.full(200, -0.1)])
+    (low, high), (lower, higher) = bootstrapped(alike), bootstrapped(apart)
+    assert low > 0 and lower < 0 and higher - lower > 4 * (high - low)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of medicine as far as data go."""
+    for name, count in (("LEARNED", 60), ("FITTED", 8), ("ASKED", 8), ("FLAGGED", 8), ("REFUSED", 4)):
+        monkeypatch.setattr(f"shoal.recipes.medicine.assessments.{name}", count)
+    medicine.RECIPE.write(tmp_path / "run", 0)
+    freeze(tmp_path / "run" / SUITES)
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps({"recipe": "medicine", "model": ""}))
+    (tmp_path / "run" / "model").mkdir()
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    return tmp_path / "run"
+
+
+def test_each_arm_has_the_recipes_rows_and_its_own(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def answers_of(teacher: Path, some: Any) -> list[dict[str, Any]]:
+        asked.extend(some)
+        return [{"messages": [*asked[0], {"role": "assistant", "content": "yes"}]}]
+
+    monkeypatch.setattr(augment, "answers_of", answers_of)
+    counts = prepare(recipe_of(run), run, run / "model", tmp_path, lambda line: None)
+    rows = {arm: (tmp_path / f"{arm}.jsonl").read_text("utf-8").splitlines() for arm in augment.ARMS}
+    assert rows[PLAIN] == (run / "learn.jsonl").read_text("utf-8").splitlines() and len(rows[PLAIN]) == 60
+    assert set(rows[PLAIN]) < set(rows[AUGMENTED]) and len(rows[AUGMENTED]) == 60 + counts["copies"] > 90
+    assert rows[TAUGHT][:60] == rows[PLAIN] and len(rows[TAUGHT]) == 61
+    copies = [row for row in map(json.loads, rows[AUGMENTED]) if row.get("augmented")]
+    others = [other for some in medicine.RECIPE.synonyms.values() for other in some]
+    assert any(other in row["messages"][1]["content"] for row in copies for other in others)
+    suites = [
+        json.loads(line)
+        for path in (run / SUITES).glob("[!us]*.jsonl")
+        for line in path.read_text("utf-8").splitlines()
+    ]
+    known = {row["messages"][1]["content"] for row in suites}
+    assert suites and not known & {messages[1]["content"] for messages in asked}
+    wordings = [one for some in medicine_words.SYMPTOMS["en"].values() for one in of_split(some, SUITE)]
+    assert asked and not any(one in messages[1]["content"] for messages in asked for one in wordings)
+
+
+def test_what_cannot_be_measured_is_refused(run: Path, tmp_path: Path) -> None:
+    assert recipe_of(run) is medicine.RECIPE
+    with pytest.raises(DataError, match="no run of a recipe"):
+        recipe_of(tmp_path)
+    for told_, said in (
+        ({"recipe": "code", "model": ""}, "medicine, law"),
+        ({"recipe": "law", "model": "x"}, "from nothing"),
+    ):
+        (run / "recipe.json").write_text(json.dumps(told_))
+        with pytest.raises(DataError, match=said):
+            recipe_of(run)
+    assert cli.main(["bench", "augment", "--run", str(run), "--seeds", "1"]) == 2
+    assert cli.main(["bench", "augment", "--run", str(run), "--teacher", "a", "--teacher", "b"]) == 2
