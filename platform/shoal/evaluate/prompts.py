@@ -63,9 +63,9 @@ class Prompts:
     groups: Tensor  # [M] the group of each
 
 
-def heldout_rows(model: Model, heldout: str | Path, most: int, *, asked: bool) -> ByTask:
-    """The rows of `heldout` that `model` can read, of those groups that are `asked` (`halves`), or of the others: at most
-    `most` a task, evenly spaced. Raises DataError when `heldout` cannot be read."""
+def heldout_rows(model: Model, heldout: str | Path, most: int, *, asked: bool | None) -> ByTask:
+    """The rows of `heldout` that `model` can read, of those groups that are `asked` (`halves`), or of the others; None: of all.
+    At most `most` a task, evenly spaced. Raises DataError when `heldout` cannot be read."""
     heldout = remote.local(heldout)
     if heldout.is_dir():
         return _documents(model, heldout, most, asked)
@@ -75,7 +75,7 @@ def heldout_rows(model: Model, heldout: str | Path, most: int, *, asked: bool) -
         task: [
             Heldout(q.row, q.group)
             for q in some
-            if (q.group in half) == asked and any(q.row.answer) and len(q.row.ids) <= model.config.context
+            if asked in (None, q.group in half) and any(q.row.answer) and len(q.row.ids) <= model.config.context
         ]
         for task, some in found.items()
     }
@@ -120,7 +120,7 @@ def _patch_tensors(row: Encoded) -> tuple[Tensor | None, Tensor | None]:
     return torch.from_numpy(values), torch.from_numpy(media.grid(row.ids))
 
 
-def _documents(model: Model, directory: Path, most: int, asked: bool) -> ByTask:
+def _documents(model: Model, directory: Path, most: int, asked: bool | None) -> ByTask:
     index = open_index(directory)
     if index.tokenizer_sha256 != model.tokenizer.sha256:
         raise DataError(
@@ -132,7 +132,7 @@ def _documents(model: Model, directory: Path, most: int, asked: bool) -> ByTask:
         rows, draws = Rows(directory, index, "heldout", modality), random.Random(f"prompts of {modality}")
         looked_at = spaced(len(rows), LOOKED_AT * most)
         every = (held for place in looked_at for held in _cut(*rows[place], rows.groups(place), draws))
-        cut = [held for held in every if (held.group in half) == asked]
+        cut = [held for held in every if asked in (None, held.group in half)]
         if cut:
             found[modality] = [cut[place] for place in spaced(len(cut), most)]
     return found

@@ -27,7 +27,9 @@ class TooFewRowsError(DataError):
     """There is too little held-out data to fit a router to."""
 
 
-def finish(directory: str | Path, heldout: str | Path, say: Callable[[str], None]) -> dict[str, float] | None:
+def finish(
+    directory: str | Path, heldout: str | Path, say: Callable[[str], None], *, whole: bool = False
+) -> dict[str, float] | None:
     """`refit` where there is something held out, and enough of it; else None, and the model stays as it is. `say` is told in a
     line how it went."""
     if not heldout:
@@ -36,7 +38,7 @@ def finish(directory: str | Path, heldout: str | Path, say: Callable[[str], None
         say("no router: the model has full depth alone, so there is nothing to choose")
         return None
     try:
-        report = refit(directory, heldout)
+        report = refit(directory, heldout, whole=whole)
     except TooFewRowsError as error:
         say(f'no router, so depth "auto" is full depth: {error}')
         return None
@@ -60,16 +62,16 @@ def take_over(directory: str | Path, of: str | Path, say: Callable[[str], None])
     say("router: the one of before is kept, fitted to the model that this one was trained from")
 
 
-def refit(directory: str | Path, heldout: str | Path, *, seed: int = 0) -> dict[str, float]:
+def refit(directory: str | Path, heldout: str | Path, *, seed: int = 0, whole: bool = False) -> dict[str, float]:
     """Fit and store the router of the model in `directory`; returns its calibration report.
 
     `heldout`: a .jsonl of chats, or a folder of shards. Of each task at most `MOST_ROWS` are taken, of the half of the groups
-    that evaluation does not ask (`halves`). Raises TooFewRowsError, DataError when `heldout` cannot be read, and
-    CheckpointError when `directory` holds what is not the model's.
+    that evaluation does not ask (`halves`); `whole`: of all groups, for who gives it that half alone. Raises TooFewRowsError,
+    DataError when `heldout` cannot be read, and CheckpointError when `directory` holds what is not the model's.
     """
     checkpoint.require_replaceable(directory)
     model = Model.load(directory)
-    fit = heldout_rows(model, heldout, MOST_ROWS, asked=False)
+    fit = heldout_rows(model, heldout, MOST_ROWS, asked=None if whole else False)
     count, groups = sum(map(len, fit.values())), len({held.group for some in fit.values() for held in some})
     if count < LEAST_ROWS or groups < LEAST_GROUPS:
         raise TooFewRowsError(

@@ -79,7 +79,9 @@ class Asked:
             self.runs.setdefault(size, set()).update(grams(found, size).tolist())
 
     def holds(self, messages: Sequence[Mapping[str, Any]]) -> bool:
-        if asked(list(messages)) in self.whole:  # type: ignore[arg-type]
+        """Whether these ask it, all together or in one of their turns."""
+        turns = [[message] for message in messages if message.get("role") == "user"]
+        if any(asked(list(some)) in self.whole for some in (messages, *turns)):  # type: ignore[arg-type]
             return True
         found = words(_user(messages))
         return any(not known.isdisjoint(grams(found, size).tolist()) for size, known in self.runs.items())
@@ -125,7 +127,8 @@ def cut(
             raise DataError(
                 f"no row {name}", got=f"{len(rows)} rows of {people} people", do="collect more, of more people"
             )
-    old = _replayed(replay, round(settings.replay * len(train)), settings.seed, never or Asked()) if replay else []
+    apart = [never or Asked(), _asked_by(recent)]
+    old = _replayed(replay, round(settings.replay * len(train)), settings.seed, apart) if replay else []
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -171,11 +174,12 @@ def mixed(out: Path, to: Path, share: float) -> int:
 
 
 def asked_of_both(out: Path, to: Path, *, held: Path | None = None, never: Asked | None = None) -> None:
-    """Write to the file `to` what depth "auto" is fitted to after a training on a cut: what it holds out, and old chats, for a
-    service goes on to be asked these. `held`: chats that the old corpus holds out; of these the half that evaluation does not
-    ask, and nothing that is in `never`. Where there are none, the cut's own old rows, which were trained on: at what it knows
-    by heart a model loses less by leaving out layers than at what it will be asked."""
-    recent = [line for line in (out / RECENT).read_text(encoding="utf-8").split("\n") if line]
+    """Write to the file `to` what depth "auto" is fitted to after a training on a cut: of what it holds out the half that the
+    gate does not ask about the router, and old chats, for a service goes on to be asked these. `held`: chats that the old
+    corpus holds out; of these the half that evaluation does not ask, and nothing that is in `never`. Where there are none, the
+    cut's own old rows, which were trained on: at what it knows by heart a model loses less by leaving out layers than at what
+    it will be asked."""
+    recent = _fitted_to(out / RECENT, Asked())
     old = _fitted_to(held, never or Asked()) if held is not None and held.is_file() else []
     old = old or [line for line in _new_and_old(out)[1] if _can_be_asked(json.loads(line))]
     write_aside(to, "".join(line + "\n" for line in [*recent, *old]))
@@ -287,12 +291,19 @@ def _split(
     for row in allowed:
         draw = xxhash.xxh3_64_intdigest(row.person.encode("utf-8", "surrogatepass"), seed=settings.seed) / 2**64
         (recent if draw < share else train).append(row)
-    known = {row.question for row in train}
-    for row in [row for row in recent if row.question in known]:
+    known = _asked_by(train)
+    for row in [row for row in recent if known.holds(row.messages[:-1])]:
         recent.remove(row)
         found.leave("held out, but asked in training by another person")
     # what the model said itself measures nothing
     return train, [row for row in recent if row.label != UP]
+
+
+def _asked_by(rows: Iterable[Labelled]) -> Asked:
+    found = Asked()
+    for row in rows:
+        found.add(row.messages[:-1])
+    return found
 
 
 def _share(rows: int) -> float:
@@ -313,13 +324,14 @@ def _few_liked(train: list[Labelled], settings: Settings, found: Found) -> list[
     return [row for row in train if id(row) not in dropped]
 
 
-def _replayed(path: Path, count: int, seed: int, never: Asked) -> list[str]:
-    """`count` rows of the old mix, or all of them, drawn by `seed`."""
+def _replayed(path: Path, count: int, seed: int, apart: Sequence[Asked]) -> list[str]:
+    """`count` rows of the old mix, or all of them, drawn by `seed`; none that asks what is kept `apart`."""
     every = []
     for line in lines(path):
         try:
             row = json.loads(line)
-            if never.holds(_asked_in({"messages": (), **row})):
+            messages = _asked_in({"messages": (), **row})
+            if any(some.holds(messages) for some in apart):
                 continue
         except (ValueError, AttributeError, TypeError) as error:
             raise DataError(f"{path} holds a row that is no chat", got=str(error), do="mend it") from error
@@ -329,7 +341,9 @@ def _replayed(path: Path, count: int, seed: int, never: Asked) -> list[str]:
 
 
 def _line(row: Labelled) -> str:
-    told = {"messages": row.messages, "task": "recent", "group": name_of(row.person), "label": row.label}
+    """Of a captured chat the last answer alone is labelled: what the model said before is read, and not learned."""
+    before = [{**one, "weight": 0} if row.id and one.get("role") == "assistant" else one for one in row.messages[:-1]]
+    told = {"messages": [*before, row.messages[-1]], "task": "recent", "group": name_of(row.person), "label": row.label}
     return json.dumps(told | ({"id": row.id} if row.id else {}), ensure_ascii=False)
 
 

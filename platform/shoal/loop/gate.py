@@ -25,6 +25,7 @@ from shoal.engine.engine import Engine
 from shoal.errors import CheckpointError, DataError, ShoalError
 from shoal.evaluate import measures
 from shoal.evaluate.evaluation import MOST_TOKENS, TASKS, Progress, generate
+from shoal.evaluate.halves import asked_groups
 from shoal.evaluate.measures import Answer, HeldoutRows
 from shoal.loop import costs, suites
 from shoal.loop.cut import RECENT as RECENT_FILE
@@ -182,6 +183,7 @@ def _asked(suite: Suite, folder: Path, model: Model, known: Model, margin: float
     by_task = questions(folder / suite.file, known.tokenizer, known.config, known.chat_template)
     if not by_task:
         raise DataError(f"suite {suite.name} holds no question")
+    fitted = _fitted(suite, folder, by_task)
     found = []
     for task, rows in by_task.items():
         most = TASKS.get(task, MOST_TOKENS)
@@ -198,9 +200,17 @@ def _asked(suite: Suite, folder: Path, model: Model, known: Model, margin: float
         if suite.kind == FROZEN:
             seen.longer += [(one.tokens, other.tokens) for one, other in zip(new, old, strict=True)]
         if suite.kind != SAFETY:
-            seen.answered.setdefault(task, []).extend(asked)
+            seen.answered.setdefault(task, []).extend(row for row in asked if row.group not in fitted)
         found.append(_compared(suite.kind, name, scores(task, new, asked), scores(task, old, asked), asked, margin))
     return found
+
+
+def _fitted(suite: Suite, folder: Path, by_task: Mapping[str, Sequence[Question]]) -> set[int]:
+    """Groups of what is new to which the candidate's router may be fitted (`cut.asked_of_both`): by these it shows nothing."""
+    if suite.kind != RECENT:
+        return set()
+    half = asked_groups(folder / suite.file)
+    return {row.group for rows in by_task.values() for row in rows} - half
 
 
 def _costs(model: Model, known: Model, seen: _Seen) -> list[Check]:

@@ -46,8 +46,9 @@ class Kept:
 
     @property
     def person(self) -> str:
-        """Who is held out together."""
-        return self.subject or self.conversation or self.id
+        """Who is held out together; of a talk that nothing else is known of, who begins one like that."""
+        users = (message for message in self.messages if message.get("role") == "user")
+        return self.subject or self.conversation or asked([next(users, {})]) or self.id
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def read_imports(path: Path) -> tuple[dict[str, str], list[Labelled]]:
             by_id[name] = answer
         elif answer and messages:
             whole = [*messages, {"role": "assistant", "content": answer}]
-            chats.append(Labelled(whole, IMPORTED, f"{path.name}: {asked(messages)}"))
+            chats.append(Labelled(whole, IMPORTED, f"{path.name}: {row.get('group') or asked(messages)}"))
     return by_id, chats
 
 

@@ -179,7 +179,7 @@ class Retrain(Stage):
             Quantize(model=tuned, data=str(mix), out=model, **shared).run()
         held = local(self.replay) / HELDOUT if self.replay else None
         asked_of_both(self.cut, asked, held=held, never=forbidden(self.suites, []))
-        if routing.finish(model, asked, say) is None:
+        if routing.finish(model, asked, say, whole=True) is None:
             routing.take_over(model, served, say)
         return model, tuned if rounded else None
 

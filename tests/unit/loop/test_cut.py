@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal import Model
 from shoal.cli import main
-from shoal.data.chats.rows import group_of
+from shoal.data.chats.rows import group_of, read_chats
 from shoal.errors import DataError
 from shoal.evaluate.halves import asked_groups
 from shoal.loop.capture import Capture, Forgotten
@@ -157,6 +158,69 @@ def test_nothing_that_a_suite_asks_is_trained_on(tmp_path: Path) -> None:
     assert second["train"] and not held & {row["messages"][0]["content"] for row in rows(tmp_path / "second" / TRAIN)}
 
 
+def test_of_a_talk_the_last_answer_alone_is_learned(tmp_path: Path) -> None:
+    """What the model said before it, and nobody rated, is only read."""
+    model = Model.from_preset("test")
+
+    def talk(number: int) -> list[dict[str, Any]]:
+        return [*chat(f"Is {number} there?"), {"role": "assistant", "content": "UNRATED"}, *chat("And its price?")]
+
+    texts = [Kept(f"id-{i}", talk(i), "I know", f"p{i}", at=i) for i in range(30)]
+    found = labelled(texts, {one.id: Said("down", f"It is {i}.") for i, one in enumerate(texts)}, {})
+    found.rows.append(Labelled([*talk(90), {"role": "assistant", "content": "Imported."}], "imported", "z"))
+    cut(found, tmp_path / "cut", Settings(heldout=0.3))
+    learned: list[str] = []
+    for name in (TRAIN, RECENT):
+        read = read_chats(tmp_path / "cut" / name, model.tokenizer, model.config, limit=10_000)
+        for ids, answer, _ in map(read.row, range(len(read))):
+            learned.append(model.tokenizer.decode(ids[answer].tolist()))
+    by_people = [text for text in learned if "Imported" in text]
+    assert len(learned) == 31 and all("UNRATED" in text for text in by_people), (
+        "of an import people vouch for the whole"
+    )
+    assert not any("UNRATED" in text for text in learned if text not in by_people)
+
+
+def test_what_is_held_out_is_not_trained_on_as_an_old_chat_or_in_almost_the_same_words(tmp_path: Path) -> None:
+    found, old = corrected(60), tmp_path / "old.jsonl"
+    answer = {"role": "assistant", "content": "an old answer"}
+    old.write_text(
+        "".join(json.dumps({"messages": [*chat(f"Where is my order number {i}"), answer]}) + "\n" for i in range(60))
+    )
+    near = "tell me when the blue kettle that I ordered from you in May arrives"
+    for i, begin in enumerate(["Please", "Hello", "Well", "So", "Hey", "Now", "Sorry", "Oh"]):
+        more = [*chat(f"{begin}, {near}!"), {"role": "assistant", "content": f"On day {i}."}]
+        found.rows.append(Labelled(more, "correction", f"q{i}", f"near-{i}"))
+    suite = Asked()
+    suite.add(chat("Where is my order number 3?"))
+    talk = [*chat("Hello"), {"role": "assistant", "content": "Hello!"}, *chat("where is my order, number 3?")]
+    found.rows.append(Labelled([*talk, {"role": "assistant", "content": "There."}], "correction", "z", "talk"))
+    made = cut(found, tmp_path / "cut", Settings(heldout=0.5), replay=old, never=suite)
+    train, recent = (rows(tmp_path / "cut" / name) for name in (TRAIN, RECENT))
+    held = [row["messages"][0]["content"] for row in recent]
+    asked_again = [row for row in train if row["messages"][0]["content"] + "?" in held]
+    assert held and not asked_again and 0 < made["replay"] < 60
+    both = [[row for row in some if "kettle" in str(row)] for some in (train, recent)]
+    assert bool(both[0]) != bool(both[1]), "thirteen words are the same"
+    assert "talk" not in {row.get("id") for row in [*train, *recent]}, "a later turn asks what the suite does"
+
+
+def test_turns_of_one_talk_are_on_one_side_where_nothing_else_is_known_of_it(tmp_path: Path) -> None:
+    """Its rows were dropped, or are kept for fewer days than texts are."""
+    texts = []
+    for i in range(30):
+        said = [chat(f"order {i}, turn {turn}")[0] for turn in range(3)]
+        texts += [Kept(f"{i}-{turn}", said[: turn + 1], "so", at=3 * i + turn) for turn in range(3)]
+    found = labelled(texts, {one.id: Said("down", f"right: {one.id}") for one in texts}, {})
+    cut(found, tmp_path / "cut", Settings(heldout=0.4))
+    sides = [{row["messages"][0]["content"] for row in rows(tmp_path / "cut" / name)} for name in (TRAIN, RECENT)]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+    imported = tmp_path / "imported.jsonl"
+    of = [{"messages": [*texts[turn].messages, {"role": "assistant", "content": "a"}], "group": "g"} for turn in (0, 1)]
+    imported.write_text("".join(json.dumps(one) + "\n" for one in of))
+    assert len({row.person for row in read_imports(imported)[1]}) == 1, "a group of the file's own is one as well"
+
+
 def test_copies_and_near_copies_count_once(tmp_path: Path) -> None:
     words = "The parcel with the blue kettle and the two red cups that I ordered last May from your shop in the old town has"
     found = corrected(40)
@@ -194,22 +258,24 @@ def test_new_rows_come_as_often_as_their_share_asks_for_and_old_ones_are_asked_a
     assert times > 1 and abs(share - 0.25) < 0.25 / times
     asked_of_both(folder, tmp_path / "asked.jsonl")
     kept = (tmp_path / "asked.jsonl").read_text().splitlines()
-    assert kept[: made["recent"]] == (folder / RECENT).read_text().splitlines()
-    assert len(kept) == made["recent"] + 400 and not any("augmented" in line for line in kept)
+    gated = asked_groups(folder / RECENT)
+    new = [line for line in (folder / RECENT).read_text().splitlines() if group_of(json.loads(line)) not in gated]
+    assert 0 < len(new) < made["recent"] and kept[: len(new)] == new, "the gate asks about the router what it never saw"
+    assert len(kept) == len(new) + 400 and not any("augmented" in line for line in kept)
     held = tmp_path / "held.jsonl"
     held.write_text("".join(json.dumps(chat(f"held {number}, of the old?")) + "\n" for number in range(40)))
     never = Asked()
     never.add([{"role": "user", "content": "Held 7, of the old"}])
     half = asked_groups(held)
     asked_of_both(folder, tmp_path / "asked.jsonl", held=held, never=never)
-    kept = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()][made["recent"] :]
+    kept = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()][len(new) :]
     assert all(group_of(row) not in half for row in kept), "what evaluation asks is left to it"
     ours = {f"held {number}, of the old?" for number in range(40)}
     said = {row["messages"][0]["content"] for row in kept}
     fits = {text for text in ours if group_of(chat(text)) not in half}
     assert said == fits - {"held 7, of the old?"} and len(fits) == 20
     asked_of_both(folder, tmp_path / "asked.jsonl", held=tmp_path / "none.jsonl")
-    assert len((tmp_path / "asked.jsonl").read_text().splitlines()) == made["recent"] + 400
+    assert len((tmp_path / "asked.jsonl").read_text().splitlines()) == len(new) + 400
     bare = tmp_path / "bare"
     cut(corrected(60), bare, Settings())
     assert mixed(bare, tmp_path / "mix.jsonl", 0.25) == 1

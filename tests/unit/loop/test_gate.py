@@ -11,10 +11,11 @@ import torch
 
 from shoal import Model, presets
 from shoal.cli import main
-from shoal.data.chats.heldout import questions
+from shoal.data.chats.heldout import Question, questions
 from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.errors import DataError
+from shoal.evaluate.halves import asked_groups
 from shoal.evaluate.prompts import Heldout, measured
 from shoal.inputs.chat import DEFAULT_TEMPLATE, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
@@ -180,6 +181,25 @@ def test_a_router_s_promise_is_kept_where_the_upper_end_of_its_loss_is_within_it
     value: float, high: float, status: str
 ) -> None:
     assert costs.kept(value, high, 0.05) == status
+
+
+def test_of_what_is_new_a_router_is_looked_at_on_what_it_was_not_fitted_to(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retrained one is fitted to the other half of the groups that a cut holds out."""
+    seen: list[int] = []
+
+    def router(model: Model, known: Model, asked: dict[str, list[Question]]) -> list[costs.Check]:
+        seen.extend(one.group for some in asked.values() for one in some)
+        return []
+
+    monkeypatch.setattr(costs, "router", router)
+    judged(place, place / "better", "won")
+    half = asked_groups(place / "won" / "recent-shop.jsonl")
+    assert set(seen) == half and len(seen) < len(ASKED)
+    seen.clear()
+    judged(place, place / "better", "few")
+    assert len(seen) == len((place / "few" / "shop.jsonl").read_text().splitlines()), "of a frozen suite on all"
 
 
 def test_one_that_takes_longer_for_a_token_is_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
