@@ -200,6 +200,37 @@ def test_a_promotion_is_followed_while_streams_run_and_each_answer_is_one_versio
         ]
 
 
+ROUTES: dict[str, dict[str, Any]] = {
+    "chat/completions": {"messages": [{"role": "user", "content": "the sea"}], "max_tokens": 2},
+    "completions": {"prompt": "the sea", "max_tokens": 2},
+    "messages": {"messages": [{"role": "user", "content": "the sea"}], "max_tokens": 2},
+    "responses": {"input": "the sea", "max_output_tokens": 16},
+    "embeddings": {"input": "the sea"},
+    "score": {"text_1": "the sea", "text_2": ["a fish", "a bird"]},
+    "rerank": {"query": "the sea", "documents": ["a fish", "a bird"]},
+}
+
+
+def test_every_answer_of_a_model_says_its_version(models: dict[str, Path], tmp_path: Path) -> None:
+    with serving(tmp_path, models) as service:
+
+        def versions() -> dict[str, str | None]:
+            return {route: ask(route).headers.get("x-shoal-version") for route in ROUTES}
+
+        def ask(route: str) -> httpx.Response:
+            body = {"model": "fish", **ROUTES[route]}
+            answer = httpx.post(f"{service.url}/v1/{route}", json=body, headers=READER, timeout=60)
+            assert answer.status_code == 200, answer.text
+            return answer
+
+        first, second = (version.label for version in service.release.versions())
+        before = ask("embeddings").json()["data"]
+        assert versions() == dict.fromkeys(ROUTES, first)
+        assert service.change("promote", why="better").status_code == 200
+        until(lambda: ask("embeddings").headers.get("x-shoal-version") == second)
+        assert versions() == dict.fromkeys(ROUTES, second) and ask("embeddings").json()["data"] != before
+
+
 @pytest.fixture
 def easily(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few good answers clear a check, and a busy machine makes none slow."""

@@ -60,6 +60,8 @@ def version(url: str, number: int = 0) -> str:
 def test_one_replica_follows_a_release_under_load_and_nobody_sees_an_error(url: str, release: Release) -> None:
     first, second, _ = (each.label for each in release.versions())
     assert version(url) == first
+    vector = httpx.post(f"{url}/v1/embeddings", json={"model": "fish", "input": "the sea"}, timeout=120)
+    assert vector.headers.get("x-shoal-version") == first
     with Load(url) as load:
         release.promote(2, why="better")
         until(lambda: version(url) == second, 120)

@@ -65,8 +65,11 @@ class Changing:
         client: str = "",
         priority: int = 0,
         adapter: str = "",
+        on_begun: OnBegun | None = None,
     ) -> list[list[float]]:
         engine = self._engine
+        if on_begun is not None:
+            on_begun(self._label)
         self._running[engine] += 1
         try:
             return await engine.embed(prompts, depth, payer=payer, client=client, priority=priority, adapter=adapter)

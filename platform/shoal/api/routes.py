@@ -83,7 +83,7 @@ def openai_routes(service: Service) -> APIRouter:
         hosted = service.hosted(request, body.model)
         work = partial(requests.embedding_ids, body, hosted.served, service.limits)
         ids = await service.prepared(request, work)
-        vectors = await service.embed(request, hosted.client, ids, body.pooled_at)
+        vectors, headers = await service.embed(request, hosted.client, ids, body.pooled_at)
         tokens = sum(map(len, ids))
         data = [
             {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
@@ -91,7 +91,7 @@ def openai_routes(service: Service) -> APIRouter:
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         whole = {"object": "list", "data": data, "model": hosted.served.name, "usage": usage}
-        return Response(dumps(whole), media_type="application/json")
+        return Response(dumps(whole), media_type="application/json", headers=headers)
 
     _add_models(router, service)
     return router

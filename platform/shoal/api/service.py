@@ -239,20 +239,25 @@ class Service:
 
     async def embed(
         self, request: Request, client: EngineClient, ids: list[list[int]], depth: str | int
-    ) -> list[list[float]]:
-        """A vector for each of `ids`; a client that leaves ends it. Raises DeadlineError."""
+    ) -> tuple[list[list[float]], dict[str, str]]:
+        """A vector for each of `ids`, and headers of the answer; a client that leaves ends it. Raises DeadlineError."""
         access: Access = request.state.access
         access.read(sum(map(len, ids)))
         payer, of = _shares(request, access)
+        note = Note()
+        client = client.asked(note) if isinstance(client, Split) else client
 
         async def vectors() -> list[list[float]]:
             async with asyncio.timeout(access.seconds_left or self.limits.seconds):
                 return await client.embed(ids, depth, payer=payer, client=of, priority=access.priority)
 
         try:
-            return await while_connected(request.receive, vectors())
+            found = await while_connected(request.receive, vectors())
         except TimeoutError:
             raise DeadlineError("the request ran out of its time", do="send fewer inputs") from None
+        access.facts |= note.facts()
+        access.columns |= note.facts()
+        return found, _told_of(None, note)
 
     def failed(self, error: Exception, access: Access) -> Response:
         """Any error as OpenAI's envelope with its status."""

@@ -20,7 +20,8 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 from shoal.api.client import EngineClient
 from shoal.api.meter import Meter
@@ -45,6 +46,19 @@ class Weighed(EngineClient, Protocol):
 
     def batches(self, request: Request, on_begun: OnBegun | None = None) -> AsyncIterator[list[Event]]:
         """As `EngineClient`; `on_begun` is called before the first events, with what the engine's `info` calls its weights."""
+
+    async def embed(
+        self,
+        prompts: list[list[int]],
+        depth: str | int = FULL,
+        *,
+        payer: str = "",
+        client: str = "",
+        priority: int = 0,
+        adapter: str = "",
+        on_begun: OnBegun | None = None,
+    ) -> list[list[float]]:
+        """As `EngineClient`; `on_begun` as of `batches`, before it returns."""
 
 
 @dataclass
@@ -212,17 +226,16 @@ class Split:
             self.pace.observe(*meter.times)
 
     async def _of_stable(self, request: Request, note: Note) -> AsyncGenerator[list[Event], None]:
-        def begun(weights: str) -> None:
-            known = self.labels.get(weights.partition("-")[0], "")
-            note.version = note.version or known
-
-        lists = self.stable.batches(request, begun)
+        lists = self.stable.batches(request, partial(self._begun, note))
         try:
             async for events in lists:
                 yield events
         finally:
             if isinstance(lists, AsyncGenerator):
                 await lists.aclose()
+
+    def _begun(self, note: Note, weights: str) -> None:
+        note.version = note.version or self.labels.get(weights.partition("-")[0], "")
 
     async def _on_trial(self, trial: Trial, request: Request, note: Note) -> AsyncGenerator[list[Event], None]:
         if request.sampling.seed is None:  # with which another engine can go on
@@ -291,9 +304,13 @@ class Split:
         client: str = "",
         priority: int = 0,
         adapter: str = "",
+        note: Note | None = None,
     ) -> list[list[float]]:
         """By the stable version: vectors of two cannot be compared."""
-        return await self.stable.embed(prompts, depth, payer=payer, client=client, priority=priority, adapter=adapter)
+        begun = partial(self._begun, note or Note())
+        return await self.stable.embed(
+            prompts, depth, payer=payer, client=client, priority=priority, adapter=adapter, on_begun=begun
+        )
 
     async def load_adapter(self, directory: str) -> str:
         return await self.stable.load_adapter(directory)
@@ -325,6 +342,9 @@ class _Noted(Split):
 
     def batches(self, request: Request, note: Note | None = None) -> AsyncIterator[list[Event]]:
         return self._whole.batches(request, note or self._note)
+
+    async def embed(self, *given: Any, note: Note | None = None, **more: Any) -> list[list[float]]:
+        return await self._whole.embed(*given, note=note or self._note, **more)
 
 
 def _beginning(request: Request) -> bytes:

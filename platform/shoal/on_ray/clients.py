@@ -92,14 +92,16 @@ class ReplicaClient:
         client: str = "",
         priority: int = 0,
         adapter: str = "",
+        on_begun: Callable[[str], None] | None = None,
     ) -> list[list[float]]:
-        """By one replica, since others may have other weights: the next begins anew. Raises as `batches`."""
+        """By one replica, since others may have other weights: the next begins anew. `on_begun` is told those that answered.
+        Raises as `batches`."""
         tries, call, refused = 0, uuid.uuid4().hex, frozenset[str]()
         while True:
             number = f"{call}.{tries}.{len(refused)}"
             wanted = Wanted(number, self._reads, avoid=refused, adapter=self._place(adapter))
             try:
-                return await self._embed(wanted, prompts, depth, wanted, payer, client, priority)
+                weights, vectors = await self._embed(wanted, prompts, depth, wanted, payer, client, priority)
             except OtherModelError as error:
                 if error.replica in refused:
                     raise
@@ -109,13 +111,17 @@ class ReplicaClient:
                 tries += 1
                 if tries == LOSSES:
                     raise
+            else:
+                if on_begun is not None:
+                    on_begun(weights)
+                return vectors
             await asyncio.sleep(PAUSES[tries])
 
-    async def _embed(self, wanted: Wanted, *given: Any) -> list[list[float]]:
+    async def _embed(self, wanted: Wanted, *given: Any) -> tuple[str, list[list[float]]]:
         answer = self._engine.embed.remote(*given)
         self._pulse.opened(wanted.call, answer.cancel)
         try:
-            return cast("list[list[float]]", await answer)
+            return cast("tuple[str, list[list[float]]]", await answer)
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and _cancelled():
                 answer.cancel()  # type: ignore[no-untyped-call]  # the caller left

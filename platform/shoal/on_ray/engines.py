@@ -295,14 +295,15 @@ class EngineReplica:
         payer: str = "",
         client: str = "",
         priority: int = 0,
-    ) -> list[list[float]]:
-        """A vector for each of `prompts`, all by one engine, which does not leave before the last."""
+    ) -> tuple[str, list[list[float]]]:
+        """The weights, and a vector for each of `prompts`, all by one engine, which does not leave before the last."""
         engine, weights = self._chosen(wanted)
         self._running[weights] += 1
         held = {"adapter": wanted.adapter[0]} if wanted.adapter[0] else {}  # vLLM's takes none
         try:
             await self._with_adapter(engine, *wanted.adapter)
-            return await engine.embed(prompts, depth, payer=payer, client=client, priority=priority, **held)
+            vectors = await engine.embed(prompts, depth, payer=payer, client=client, priority=priority, **held)
+            return weights, vectors
         except RequestError:
             raise
         except Exception as error:

@@ -124,7 +124,7 @@ class Embedder:
     def remote(self, prompts: list[list[int]], depth: str | int, wanted: Wanted, *whose: str) -> Called:
         return Called(self, asyncio.ensure_future(self._answer(len(prompts))))
 
-    async def _answer(self, count: int) -> list[list[float]]:
+    async def _answer(self, count: int) -> tuple[str, list[list[float]]]:
         end = self.ends[self.calls]
         self.calls += 1
         if end is None:
@@ -132,13 +132,13 @@ class Embedder:
         if isinstance(end, BaseException):
             raise end
         assert end is not None
-        return [end] * count
+        return "weights", [end] * count
 
 
 class Called:
     """What Serve gives of a call: to leave it does not end it, `cancel` does."""
 
-    def __init__(self, of: Embedder, answer: asyncio.Future[list[list[float]]]) -> None:
+    def __init__(self, of: Embedder, answer: asyncio.Future[tuple[str, list[list[float]]]]) -> None:
         self.of, self.answer = of, answer
 
     def __await__(self) -> Any:
@@ -151,7 +151,10 @@ class Called:
 
 def embedded(handle: Embedder) -> list[list[float]]:
     client = ReplicaClient(handle, may_be_none=False, reads="r")  # type: ignore[arg-type]
-    return asyncio.run(asyncio.wait_for(client.embed([[1, 2], [3]]), 60))
+    told: list[str] = []
+    vectors = asyncio.run(asyncio.wait_for(client.embed([[1, 2], [3]], on_begun=told.append), 60))
+    assert told == ["weights"], "who answered, and nobody that was lost"
+    return vectors
 
 
 def test_an_embedding_whose_replica_is_lost_is_asked_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,7 +471,8 @@ def test_an_engine_that_leaves_ends_its_embeddings_first(directories: dict[str, 
         await asyncio.sleep(3 * LEAVE_SECONDS)
         assert replica._ending
         go_on.set()
-        assert await asked == [[0.0], [0.0]]
+        weights, vectors = await asked
+        assert weights and vectors == [[0.0], [0.0]]
         await asyncio.wait(replica._ending)
         assert not +replica._running
 

@@ -57,16 +57,17 @@ class Reranked(TypedDict):
 def score_routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
-    async def vectors(
+    async def compared(
         request: Request, body: Compared, texts: dict[str, list[str]]
-    ) -> tuple[ServedModel, dict[str, np.ndarray], EmbeddingUsage]:
-        """The vectors of the `texts` of each field, all by the same weights."""
+    ) -> tuple[ServedModel, dict[str, np.ndarray], EmbeddingUsage, dict[str, str]]:
+        """The vectors of the `texts` of each field, all by the same weights, what they cost, and headers of the answer."""
         hosted = service.hosted(request, body.model)
         ids = await service.prepared(request, partial(_ids, texts, body, hosted.served, service.limits))
-        found = iter(np.asarray(await service.embed(request, hosted.client, ids, body.pooled_at), dtype=np.float64))
+        vectors, headers = await service.embed(request, hosted.client, ids, body.pooled_at)
+        found = iter(np.asarray(vectors, dtype=np.float64))
         tokens = sum(map(len, ids))
         split = {name: np.stack([next(found) for _ in given]) for name, given in texts.items()}
-        return hosted.served, split, {"prompt_tokens": tokens, "total_tokens": tokens}
+        return hosted.served, split, {"prompt_tokens": tokens, "total_tokens": tokens}, headers
 
     @router.post("/score", openapi_extra=body_of(ScoreRequest), responses=answered(ScoreList, *POSTED))
     async def score(request: Request) -> Response:
@@ -77,19 +78,21 @@ def score_routes(service: Service) -> APIRouter:
         if len(one) not in (1, len(many)):
             allowed = f"1, or {len(many)} as of text_2"
             raise RequestError("texts of text_1", param="text_1", got=len(one), allowed=allowed)
-        served, found, usage = await vectors(request, body, texts)
+        served, found, usage, headers = await compared(request, body, texts)
         scores = _cosines(found["text_1"], found["text_2"])
         data: list[Score] = [{"index": at, "object": "score", "score": value} for at, value in enumerate(scores)]
         whole: ScoreList = {
             "id": f"score-{uuid.uuid4().hex}", "object": "list", "model": served.name, "data": data, "usage": usage,
         }  # fmt: skip
-        return Response(dumps(whole), media_type="application/json")
+        return Response(dumps(whole), media_type="application/json", headers=headers)
 
     @router.post("/rerank", openapi_extra=body_of(RerankRequest), responses=answered(Reranked, *POSTED))
     async def rerank(request: Request) -> Response:
         """The documents by how near they are to the query, the nearest first."""
         body = await service.read_body(request, RerankRequest)
-        served, found, usage = await vectors(request, body, {"query": [body.query], "documents": body.documents})
+        served, found, usage, headers = await compared(
+            request, body, {"query": [body.query], "documents": body.documents}
+        )
         scores = _cosines(found["query"], found["documents"])
         order = sorted(range(len(scores)), key=lambda at: -scores[at])[: body.top_n or None]
         results: list[Ranked] = [
@@ -103,7 +106,7 @@ def score_routes(service: Service) -> APIRouter:
         whole: Reranked = {
             "id": f"rerank-{uuid.uuid4().hex}", "model": served.name, "results": results, "usage": usage,
         }  # fmt: skip
-        return Response(dumps(whole), media_type="application/json")
+        return Response(dumps(whole), media_type="application/json", headers=headers)
 
     return router
 
