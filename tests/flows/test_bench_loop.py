@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from shoal import Model, presets
 from shoal.bench import loop_refuse, loop_serve, loop_teach
@@ -17,6 +18,7 @@ from shoal.cli import main
 from shoal.engine.front import AsyncEngine
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop.release import Release
+from shoal.model.router import fit_router
 from tests.corpus import write_corpus
 from tests.unit.engine.lively import lively
 
@@ -71,11 +73,12 @@ def few(domain: str, seed: int = 0) -> list[Asked]:
 @pytest.mark.timeout(600)
 def test_each_of_ten_bad_candidates_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a model that is right in nothing: it says so of what is broken or of another kind, and of all that they are no
-    better."""
+    better; of none that it is without a router."""
     preset = presets.get("test")
     data = write_corpus(tmp_path / "data", preset)
     model = Model.from_preset("test")
     model.tokenizer = Tokenizer.load(data / "tokenizer.json")
+    model.router = fit_router(model.config, torch.randn(40, 2 * model.config.width + 3), torch.rand(40, 2))
     model.save(tmp_path / "model")
     monkeypatch.setattr(loop_refuse, "shuffled", few)
     for name, value in (("NEW", 20), ("OLD", 20), ("FROZEN", 30), ("RECENT", 20)):
@@ -89,6 +92,9 @@ def test_each_of_ten_bad_candidates_is_refused_by_name(tmp_path: Path, monkeypat
     assert all(found[kind] == {"verdict": "refused", "passed": False, "not_passed": ["shape"]} for kind in kinds)
     assert "bits per byte, text" in found["broken weights"]["not_passed"]
     assert any(name.startswith("recent") for name in found["no better at anything"]["not_passed"])
+    assert not any("router" in one["not_passed"] for one in found.values()), (
+        "each has one: it is refused for what it is"
+    )
     assert loop_refuse.shown(found).row_count == 10
 
 

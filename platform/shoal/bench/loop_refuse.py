@@ -1,8 +1,9 @@
 """Ten candidates that must not be released: does the gate refuse each, and for which of its checks?
 
 Four are badly trained, from the fp32 parent: without anything old, with the labels of other questions, with half of them
-wrong, and a few rows learned by heart. Six are bad as they lie there: of another tokenizer, shape or chat template, weights
-that are broken or noisy, and the stable version itself, which is no better at anything.
+wrong, and a few rows learned by heart. These have a router, as `shoal retrain` would give them: else they would be refused for
+the want of one alone. Six are bad as they lie there: of another tokenizer, shape or chat template, weights that are broken or
+noisy, and the stable version itself, which is no better at anything.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from rich.table import Table
 
 from shoal.bench.loop_shop import Asked
 from shoal.bench.loop_teach import shuffled, write
+from shoal.data.chats.rows import HELDOUT
+from shoal.evaluate import routing
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop import suites
 from shoal.loop.gate import gate
@@ -43,7 +46,10 @@ def refuse(parent: Path, data: Path, work: Path, say: Say, *, steps: int = STEPS
     write(folder / "recent-shop.jsonl", new[:RECENT], "recent")
     if not (folder / suites.MANIFEST).exists():
         suites.freeze(folder)
-    made = {**_as_they_lie(Model.load(parent), work), **_trained(parent, data, work, old[FROZEN:], new[RECENT:], steps)}
+    made = {
+        **_as_they_lie(Model.load(parent), work),
+        **_trained(parent, data, work, old[FROZEN:], new[RECENT:], steps, say),
+    }
     for name, make in made.items():
         verdict = gate(make(), parent, folder, data=data)
         names = [check.name for check in verdict.checks if check.status not in ("pass", "skipped")]
@@ -102,7 +108,7 @@ def _copied(model: Model) -> Model:
 
 
 def _trained(
-    parent: Path, data: Path, work: Path, old: list[Asked], new: list[Asked], steps: int
+    parent: Path, data: Path, work: Path, old: list[Asked], new: list[Asked], steps: int, say: Say
 ) -> dict[str, Callable[[], Path]]:
     """From rows that are wrong, at the rate of a first fine-tuning."""
 
@@ -112,7 +118,11 @@ def _trained(
             write(path, rows)
             shutil.rmtree(run, ignore_errors=True)
             plan = finetune_plan(str(parent), str(path), str(run), epochs=None, steps=steps, eval_every=0, **more)
-            return Path(fit(plan).out)
+            model = Path(fit(plan).out)
+            held = data / HELDOUT
+            if routing.finish(model, held if held.is_file() else "", say) is None:
+                routing.take_over(model, parent, say)
+            return model
 
         return make
 
