@@ -17,12 +17,12 @@ from shoal.loop.suites import freeze
 from shoal.recipes import law, medicine
 from shoal.recipes.customer_service.shop import DEV, SUITE, TRAIN
 from shoal.recipes.customer_service.words import of_split
-from shoal.recipes.law import words as law_words
-from shoal.recipes.medicine import words as medicine_words
+from shoal.recipes.law.words import ASKED
+from shoal.recipes.medicine.words import RED_FLAGS, SYMPTOMS
 from shoal.recipes.recipe import SUITES
 
 TABLES = {
-    "medicine": [medicine_words.SYMPTOMS["en"], medicine_words.RED_FLAGS["en"]], "law": [law_words.ASKED["en"]],
+    "medicine": [SYMPTOMS["en"], RED_FLAGS["en"]], "law": [ASKED["en"]],
 }  # fmt: skip
 
 
