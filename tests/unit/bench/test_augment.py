@@ -104,7 +104,7 @@ def test_each_arm_has_the_recipes_rows_and_its_own(run: Path, tmp_path: Path, mo
     ]
     known = {row["messages"][1]["content"] for row in suites}
     assert suites and not known & {messages[1]["content"] for messages in asked}
-    wordings = [one for some in medicine_words.SYMPTOMS["en"].values() for one in of_split(some, SUITE)]
+    wordings = [one for some in SYMPTOMS["en"].values() for one in of_split(some, SUITE)]
     assert asked and not any(one in messages[1]["content"] for messages in asked for one in wordings)
 
 
