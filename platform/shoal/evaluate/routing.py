@@ -28,7 +28,7 @@ class TooFewRowsError(DataError):
 
 
 def finish(
-    directory: str | Path, heldout: str | Path, say: Callable[[str], None], *, whole: bool = False
+    directory: str | Path, heldout: str | Path, say: Callable[[str], None], *, whole: bool = False, sure: bool = False
 ) -> dict[str, float] | None:
     """`refit` where there is something held out, and enough of it; else None, and the model stays as it is. `say` is told in a
     line how it went."""
@@ -38,7 +38,7 @@ def finish(
         say("no router: the model has full depth alone, so there is nothing to choose")
         return None
     try:
-        report = refit(directory, heldout, whole=whole)
+        report = refit(directory, heldout, whole=whole, sure=sure)
     except TooFewRowsError as error:
         say(f'no router, so depth "auto" is full depth: {error}')
         return None
@@ -62,12 +62,15 @@ def take_over(directory: str | Path, of: str | Path, say: Callable[[str], None])
     say("router: the one of before is kept, fitted to the model that this one was trained from")
 
 
-def refit(directory: str | Path, heldout: str | Path, *, seed: int = 0, whole: bool = False) -> dict[str, float]:
+def refit(
+    directory: str | Path, heldout: str | Path, *, seed: int = 0, whole: bool = False, sure: bool = False
+) -> dict[str, float]:
     """Fit and store the router of the model in `directory`; returns its calibration report.
 
     `heldout`: a .jsonl of chats, or a folder of shards. Of each task at most `MOST_ROWS` are taken, of the half of the groups
-    that evaluation does not ask (`halves`); `whole`: of all groups, for who gives it that half alone. Raises TooFewRowsError,
-    DataError when `heldout` cannot be read, and CheckpointError when `directory` holds what is not the model's.
+    that evaluation does not ask (`halves`); `whole`: of all groups, for who gives it that half alone; `sure` as of
+    `fit_router`. Raises TooFewRowsError, DataError when `heldout` cannot be read, and CheckpointError when `directory` holds
+    what is not the model's.
     """
     checkpoint.require_replaceable(directory)
     model = Model.load(directory)
@@ -81,7 +84,7 @@ def refit(directory: str | Path, heldout: str | Path, *, seed: int = 0, whole: b
         )
     with _a_core_left():
         prompts = measured(model.net, fit)
-        model.router = fit_router(model.config, prompts.features, prompts.gaps, prompts.groups, seed=seed)
+        model.router = fit_router(model.config, prompts.features, prompts.gaps, prompts.groups, seed=seed, sure=sure)
     card = (Path(directory) / "README.md").read_text(encoding="utf-8")
     model.save(directory, card=card)
     return model.router.calibration.report

@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 
 from shoal.data.chats.augment import asked
-from shoal.data.chats.rows import group_of, is_augmented, lines
+from shoal.data.chats.rows import group_of, is_augmented, lines, task_of
 from shoal.data.documents import Document
 from shoal.data.operators.decontaminate import GRAM, LEAST
 from shoal.data.operators.grams import grams, words
@@ -173,15 +173,19 @@ def mixed(out: Path, to: Path, share: float) -> int:
     return times
 
 
-def asked_of_both(out: Path, to: Path, *, held: Path | None = None, never: Asked | None = None) -> None:
+def asked_of_both(
+    out: Path, to: Path, *, held: Path | None = None, never: Asked | None = None, tasks: Collection[str] = ()
+) -> None:
     """Write to the file `to` what depth "auto" is fitted to after a training on a cut: of what it holds out the half that the
     gate does not ask about the router, and old chats, for a service goes on to be asked these. `held`: chats that the old
     corpus holds out; of these the half that evaluation does not ask, and nothing that is in `never`. Where there are none, the
     cut's own old rows, which were trained on: at what it knows by heart a model loses less by leaving out layers than at what
-    it will be asked."""
+    it will be asked. Of both only `tasks`, which say what the service is for, where there are any of these: what is promised is
+    a mean, and of another mix it says nothing."""
     recent = _fitted_to(out / RECENT, Asked())
     old = _fitted_to(held, never or Asked()) if held is not None and held.is_file() else []
     old = old or [line for line in _new_and_old(out)[1] if _can_be_asked(json.loads(line))]
+    old = [line for line in old if task_of(json.loads(line)) in tasks] or old
     write_aside(to, "".join(line + "\n" for line in [*recent, *old]))
 
 

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from shoal.data.chats.rows import labels
 from shoal.errors import DataError
 from shoal.machine import sha256_of, write_aside
 
@@ -68,6 +69,11 @@ def read(folder: Path) -> list[Suite]:
             do = "put it back, or freeze a new folder: a suite that changes compares nothing"
             raise DataError(f"suite {suite.name} has changed", got=found[:12], allowed=suite.sha256[:12], do=do)
     return suites
+
+
+def tasks(folder: Path) -> set[str]:
+    """Tasks of the chats in the suites of a folder that ask what is known. Raises DataError as `read`."""
+    return {task for suite in read(folder) if suite.kind == FROZEN for task, _ in labels(folder / suite.file)}
 
 
 def use(folder: Path, told: Mapping[str, Any]) -> int:

@@ -5,9 +5,9 @@
 
 The gap of an exit is its loss minus full depth's, in nats a token, on the *answer*. Its predictions are calibrated on
 held-out prompts, and what is promised is a mean: prompts like those lose at most the tolerance in the mean, in expectation
-over calibrations. Of one prompt, or of the share of prompts that lose more, nothing is promised. The calibration travels with
-the model (``router.json``). Features are sums over pages, written when a page is complete, so a prompt served from the prefix
-cache is routed exactly as a fresh one (docs/architecture.md, "Depth").
+over calibrations; where a router must be `sure`, in 95 % of them. Of one prompt, or of the share of prompts that lose more,
+nothing is promised. The calibration travels with the model (``router.json``). Features are sums over pages, written when a
+page is complete, so a prompt served from the prefix cache is routed exactly as a fresh one (docs/architecture.md, "Depth").
 
 Letters: n prompt tokens, D width, P page, A early exits (all but full depth), M calibration prompts.
 """
@@ -38,6 +38,7 @@ NEVER = -1e9  # a bound that no predicted gap is within; JSON has no word for mi
 HIGHEST_PRICE = 100.0  # nats for all layers: every prompt takes the first exit
 LEAST_PROMPTS = 8  # to fit, calibrate and test on
 NLL = -3  # place of the mean exit-1 NLL among the features
+SURE = 1.644854  # standard deviations above a mean, that 95 % of a normal distribution are below
 EXTRA = 3  # columns of a page's sums beside the hidden state: NLL sum, NLL count, patch count
 
 
@@ -162,12 +163,20 @@ class Router(nn.Module):
 
 
 def fit_router(
-    config: ModelConfig, x: Tensor, gaps: Tensor, groups: Tensor | None = None, *, seed: int = 0, steps: int = 400
+    config: ModelConfig,
+    x: Tensor,
+    gaps: Tensor,
+    groups: Tensor | None = None,
+    *,
+    seed: int = 0,
+    steps: int = 400,
+    sure: bool = False,
 ) -> Router:
     """A calibrated router from features `x` [M, 2D + 3] and measured gaps [M, A] of held-out prompts.
 
     Half of the prompts fit the weights, a quarter calibrates, a quarter tests (the calibration's report); those of one of
-    `groups` [M], whole numbers, do the same [each prompt is a group of its own]. Raises DataError for fewer than
+    `groups` [M], whole numbers, do the same [each prompt is a group of its own]. `sure`: the promise is to hold in 95 % of
+    calibrations, and not in expectation alone, as for who is judged by it. Raises DataError for fewer than
     `LEAST_PROMPTS` or three groups, and for features or gaps that are not finite.
     """
     if len(x) < LEAST_PROMPTS:
@@ -197,7 +206,8 @@ def fit_router(
         loss.backward()
         optimizer.step()
     router.requires_grad_(False)
-    _calibrate(router, x[half:three], gaps[half:three])
+    of = order if groups is None else groups[order]
+    _calibrate(router, x[half:three], gaps[half:three], of[half:three] if sure else None)
     table, held = router.calibration, (x[three:], gaps[three:])
     tested = order[three:] if groups is None else groups[order[three:]].unique()
     table.report = {**realised(router, *held), "groups": float(len(tested))}
@@ -252,9 +262,11 @@ def _spent(
 
 
 @torch.no_grad()
-def _calibrate(router: Router, x: Tensor, gaps: Tensor) -> None:
+def _calibrate(router: Router, x: Tensor, gaps: Tensor, groups: Tensor | None = None) -> None:
     """Fill the tables: for each tolerance the largest bound up to which the mean realised gap stays within it (conformal risk
-    control, arXiv 2208.02814, with its 1/(n+1) correction), and for each budget, in steps of 0.01, the price by bisection."""
+    control, arXiv 2208.02814, with its 1/(n+1) correction), and with `groups` also the upper bound of that mean, in 95 % of
+    draws of groups (risk-controlling prediction sets, arXiv 2101.02703, section 3.2); for each budget, in steps of 0.01, the
+    price by bisection."""
     mean, quantile = router(x)
     full = torch.cat([gaps, gaps.new_zeros(len(gaps), 1)], dim=1)
     cost = torch.tensor([e / router.exits[-1] for e in router.exits])
@@ -262,8 +274,9 @@ def _calibrate(router: Router, x: Tensor, gaps: Tensor) -> None:
 
     def regret(bound: float) -> float:
         within = torch.cat([quantile <= bound, torch.ones(len(x), 1, dtype=torch.bool)], dim=1)
-        picked = full[rows, within.float().argmax(1)]
-        return (float(picked.clamp(min=0).sum()) + worst) / (len(x) + 1)
+        picked = full[rows, within.float().argmax(1)].clamp(min=0)
+        expected = (float(picked.sum()) + worst) / (len(x) + 1)
+        return expected if groups is None else max(expected, _upper(picked, groups))
 
     bounds = sorted(quantile.flatten().tolist())
     regrets = [regret(bound) for bound in bounds]
@@ -281,6 +294,16 @@ def _calibrate(router: Router, x: Tensor, gaps: Tensor) -> None:
         fits = cost[(gap + middle[:, None, None] * cost).argmin(2)].mean(1) <= budgets
         low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
     router.calibration.prices = [(round(b, 2), p) for b, p in zip(budgets.tolist(), high.tolist(), strict=True)]
+
+
+def _upper(values: Tensor, groups: Tensor) -> float:
+    """The upper bound of a mean [M], with the scatter of the sums of `groups` [M] about it; infinite for fewer than two."""
+    kinds, of = groups.unique(return_inverse=True)
+    if len(kinds) < 2:
+        return math.inf
+    off = torch.zeros(len(kinds), dtype=torch.float64).index_add_(0, of, values.double() - values.double().mean())
+    scatter = float(off @ off) * len(kinds) / (len(kinds) - 1)
+    return float(values.double().mean()) + SURE * math.sqrt(scatter) / len(values)
 
 
 def _step_down(table: list[tuple[float, float]], at: float) -> float:

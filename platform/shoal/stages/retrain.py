@@ -135,23 +135,20 @@ class Retrain(Stage):
         return kind
 
     def _router(self, served: Path, work: Path) -> Path:
-        """A copy of what is served, with a router of the cut's held-out rows."""
+        """A copy of what is served, with a router of rows that are held out."""
         from shoal.evaluate import routing
-        from shoal.loop.cut import RECENT
 
         shutil.rmtree(work, ignore_errors=True)
         model = work / "model"
         shutil.copytree(served, model, copy_function=shutil.copyfile)  # versions are read-only, copies are not
-        report = routing.refit(model, self.cut / RECENT)
+        report = routing.refit(model, self._asked(work), whole=True, sure=True)
         say(f"router: it runs {report['depth_share']:.0%} of the layers and loses {report['regret']:.3f} nats a token")
         return model
 
     def _finetune(self, parent: Path, served: Path, work: Path) -> tuple[Path, Path | None]:
         """The model to serve, and its fp32 parent where it was rounded."""
-        from shoal.data.chats.rows import HELDOUT
-        from shoal.data.remote import local
         from shoal.evaluate import routing
-        from shoal.loop.cut import asked_of_both, forbidden, mixed
+        from shoal.loop.cut import mixed
         from shoal.model.described import read_config
         from shoal.model.files import weight_bytes
 
@@ -162,7 +159,7 @@ class Retrain(Stage):
                 "the stable version has no fp32 parent", do="add it with its parent: shoal release add --fp32 DIR"
             )
         work.mkdir(parents=True, exist_ok=True)
-        mix, asked = work / "mix.jsonl", work / "asked.jsonl"
+        mix = work / "mix.jsonl"
         times = mixed(self.cut, mix, NEW_SHARE)
         say(f"mix: each new row {times} times among the old ones of the cut")
         more: dict[str, Any] = (
@@ -177,11 +174,20 @@ class Retrain(Stage):
         if rounded:
             model, shared["settings"] = work / "int8", given[-1:] if self.replay else []
             Quantize(model=tuned, data=str(mix), out=model, **shared).run()
-        held = local(self.replay) / HELDOUT if self.replay else None
-        asked_of_both(self.cut, asked, held=held, never=forbidden(self.suites, []))
-        if routing.finish(model, asked, say, whole=True) is None:
+        if routing.finish(model, self._asked(work), say, whole=True, sure=True) is None:
             routing.take_over(model, served, say)
         return model, tuned if rounded else None
+
+    def _asked(self, work: Path) -> Path:
+        """What depth "auto" is fitted to, as a file in `work`."""
+        from shoal.data.chats.rows import HELDOUT
+        from shoal.data.remote import local
+        from shoal.loop.cut import asked_of_both, forbidden
+        from shoal.loop.suites import tasks
+
+        held, of = local(self.replay) / HELDOUT if self.replay else None, tasks(self.suites) if self.suites else ()
+        asked_of_both(self.cut, work / "asked.jsonl", held=held, never=forbidden(self.suites, []), tasks=of)
+        return work / "asked.jsonl"
 
     def _blended(self, parent: Path, tuned: Path, out: Path) -> Path:
         """Where the model is that is as near to `tuned` as what `parent` knew allows, by the corpus that is replayed."""

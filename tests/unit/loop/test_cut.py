@@ -242,7 +242,7 @@ def test_of_its_own_answers_it_learns_few_and_is_measured_on_none(tmp_path: Path
 def test_new_rows_come_as_often_as_their_share_asks_for_and_old_ones_are_asked_as_well(tmp_path: Path) -> None:
     def chat(text: str, **more: object) -> dict[str, object]:
         said = [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
-        return {"messages": said, "task": "chat", **more}
+        return {"messages": said, "task": "chat"} | more
 
     old = tmp_path / "old.jsonl"
     several = [chat(f"what is number {number}?") for number in range(400)] + [chat("and?", augmented="wording")]
@@ -276,6 +276,11 @@ def test_new_rows_come_as_often_as_their_share_asks_for_and_old_ones_are_asked_a
     assert said == fits - {"held 7, of the old?"} and len(fits) == 20
     asked_of_both(folder, tmp_path / "asked.jsonl", held=tmp_path / "none.jsonl")
     assert len((tmp_path / "asked.jsonl").read_text().splitlines()) == len(new) + 400
+    held.write_text("".join(json.dumps(chat(f"held {n}?", task="chat" if n % 2 else "code")) + "\n" for n in range(40)))
+    for tasks, asked_about in ({"code"}, {"code"}), ({"law"}, {"chat", "code"}):
+        asked_of_both(folder, tmp_path / "asked.jsonl", held=held, tasks=tasks)
+        kept = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+        assert {row["task"] for row in kept[len(new) :]} == asked_about and len(kept) > len(new)
     bare = tmp_path / "bare"
     cut(corrected(60), bare, Settings())
     assert mixed(bare, tmp_path / "mix.jsonl", 0.25) == 1

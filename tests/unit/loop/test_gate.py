@@ -21,7 +21,7 @@ from shoal.inputs.chat import DEFAULT_TEMPLATE, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop import costs
 from shoal.loop.gate import Verdict, gate
-from shoal.loop.suites import USES, freeze, read
+from shoal.loop.suites import USES, freeze, read, tasks
 from shoal.model.router import NEVER, fit_router
 from tests.corpus import write_corpus
 
@@ -113,6 +113,12 @@ def test_one_that_forgot_is_refused_by_name(place: Path) -> None:
     found, checks = judged(place, place / "better", "kept", need_recent=False)
     assert found.verdict == "fail" and checks["shop, chat"] == "fail" and checks["safety-shop, chat"] == "fail"
     assert "shop, chat" in found.sentence
+
+
+def test_tasks_are_those_of_what_is_known_and_not_of_what_is_new_or_must_be_safe(place: Path) -> None:
+    assert tasks(place / "kept") == {"chat"} and tasks(place / "won") == set()
+    with pytest.raises(DataError, match="no frozen suites"):
+        tasks(place)
 
 
 def test_too_few_questions_are_said_with_how_many_it_takes(place: Path) -> None:

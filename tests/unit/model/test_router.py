@@ -8,6 +8,7 @@ from shoal import Model, presets
 from shoal.config import dump, load
 from shoal.errors import DataError
 from shoal.model.router import (
+    NEVER,
     TOLERANCES,
     Calibration,
     Router,
@@ -84,6 +85,35 @@ def test_the_mean_regret_stays_within_the_tolerance(wide_router):
             regrets.append(realised(router, x[1200:1300], gaps[1200:1300], tolerance)["regret"])
     for tolerance, regrets in found.items():
         assert 0 < sum(regrets) / len(regrets) <= tolerance
+
+
+@pytest.mark.parametrize("kinds", [60, 12])
+def test_who_must_be_sure_keeps_the_promise_in_nineteen_calibrations_of_twenty(wide_router, kinds):
+    """The true mean of what it loses, not that of all calibrations, is within the tolerance; rows come in groups that share
+    half of what they lose. Calibrated to the expectation it is above in four of ten."""
+    wide, x, gaps = wide_router
+    tolerance, above = 0.1, {True: 0, False: 0}
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        groups = torch.arange(120) % kinds
+        at = torch.randint(0, len(x), (120,), generator=draws)
+        shared = torch.randint(0, len(x), (kinds,), generator=draws)[groups]
+        lost = (gaps[at] + gaps[shared]) / 2
+        for sure in above:
+            router = copy.deepcopy(wide)
+            router.calibration = Calibration()
+            _calibrate(router, x[at], lost, groups if sure else None)
+            above[sure] += realised(router, x, (gaps + gaps.mean(0)) / 2, tolerance)["regret"] > tolerance
+    assert above[True] <= 10 < 20 <= above[False], above
+
+
+def test_one_group_alone_makes_nobody_sure():
+    config, x, gaps = synthetic(40)
+    router = fit_router(config, x, gaps)
+    for groups, safe in ((torch.zeros(40, dtype=torch.long), False), (torch.arange(40), True)):
+        router.calibration = Calibration()
+        _calibrate(router, x, gaps, groups)
+        assert (max(bound for _, bound in router.calibration.thresholds) > NEVER) == safe
 
 
 def test_the_report_is_what_came_of_it_on_the_test_split():

@@ -189,7 +189,7 @@ def chats(
                 row = Encoded(ids, [], [True] * len(ids))
             if not any(row.answer):
                 raise DataError("no answer")
-            chat = Chat(line, messages, row, _task(values), group_of(values))
+            chat = Chat(line, messages, row, task_of(values), group_of(values))
         if chat is not None:
             yield chat
 
@@ -222,10 +222,10 @@ def labels(path: str | Path) -> Iterator[tuple[str, int]]:
         # who reads the rows themselves says what is wrong with them
         with refusing(line, Refused()):
             values = _values(text, heldout=False)
-            yield _task(values), group_of(values)
+            yield task_of(values), group_of(values)
 
 
-def _task(row: Mapping[str, Any]) -> str:
+def task_of(row: Mapping[str, Any]) -> str:
     """Raises UnicodeEncodeError for a name that no report could hold."""
     task = "chat" if row.get("task") is None else str(row["task"])
     task.encode()
