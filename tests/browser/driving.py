@@ -12,7 +12,7 @@ from tests.browser.site import Site
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-SECONDS = 60.0  # that anything may take, on a machine that does five other things
+SECONDS = 120.0  # that anything may take, on a machine that does five other things
 
 
 def visit(page: Page, site: Site, path: str = "") -> None:

@@ -61,7 +61,7 @@ class Served:
         with ThreadPoolExecutor(len(FIRST)) as pool:
             answers = [pool.submit(self._said, name, first, begun.release) for first in FIRST]
             for _ in answers:
-                assert begun.acquire(timeout=60)
+                assert begun.acquire(timeout=180)
             fault()
             assert [answer.result(timeout=120) for answer in answers] == self.wants[name]
 
@@ -92,14 +92,14 @@ def served(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     root, model = tmp_path_factory.mktemp("adapters"), lively()
     model.save(root / "model")
     (root / "open").mkdir()
-    held = Served(httpx.Client(timeout=90), root / "open", model, {})
+    held = Served(httpx.Client(timeout=180), root / "open", model, {})
     args = ServeArgs(
         model=str(root / "model"), name="fish", min_replicas=2, max_replicas=2, cpus=0.5,
         adapters={"a": str(held.make("a", 1, root))}, adapters_from=str(held.folder),
     )  # fmt: skip
     try:
         held.http.base_url = serve.run(serve_config(args, port=free_port()), blocking=False)  # type: ignore[assignment]
-        until(lambda: held.http.get("/ready").status_code == 200 and len(replicas(ENGINE)) == 2, 60)
+        until(lambda: held.http.get("/ready").status_code == 200 and len(replicas(ENGINE)) == 2, 180)
         yield held
     finally:
         held.http.close()
@@ -127,11 +127,11 @@ def test_a_lost_replica_or_gateway_takes_no_adapter_with_it(served: Served) -> N
     assert served.change("load", lora_name="d", lora_path="d") == 200
     before = {process.pid for process in replicas(ENGINE)}
     served.all_say("d", replicas(ENGINE)[0].kill)
-    until(lambda: len({process.pid for process in replicas(ENGINE)} - before) == 1, 60)
-    until(lambda: scraped(served.http.base_url.port or 0)["num_replicas"] == 2, 60)  # it serves, too
+    until(lambda: len({process.pid for process in replicas(ENGINE)} - before) == 1, 180)
+    until(lambda: scraped(served.http.base_url.port or 0)["num_replicas"] == 2, 180)  # it serves, too
     served.all_say("d")
     write(place, served.model, 4)  # other weights in its place: who has started has the right ones
     served.all_say("d", next(process for process in replicas(ENGINE) if process.pid in before).kill)
     replicas(GATEWAY)[0].kill()
-    until(lambda: served.names() == ["fish", "a", "d"], 60)
+    until(lambda: served.names() == ["fish", "a", "d"], 180)
     served.all_say("a")

@@ -47,7 +47,7 @@ class Service:
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     def metric(self, name: str, metric: str) -> float:
         """The value of one of the model's metrics now."""
@@ -89,7 +89,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(true: Callable[[], bool], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -101,7 +101,7 @@ def told(url: str) -> list[str]:
     answered within `PATIENCE_SECONDS`, what they said before is told once more."""
     for _ in range(3):
         time.sleep(EVERY_SECONDS)
-        reply = httpx.get(f"{url}/metrics", timeout=60)
+        reply = httpx.get(f"{url}/metrics", timeout=120)
         if reply.elapsed.total_seconds() < PATIENCE_SECONDS:
             break
     return reply.text.splitlines()
@@ -151,7 +151,7 @@ def test_shoal_serve_answers_until_ctrl_c_and_leaves_nothing(
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGINT)
             assert process.wait(120) == 0
-            _, left = psutil.wait_procs(children, timeout=60)
+            _, left = psutil.wait_procs(children, timeout=120)
             assert left == []
             said_last = process.stdout.read().splitlines()
             assert said_last[-1] == "The service has stopped."
@@ -187,7 +187,7 @@ def test_the_depth_field_is_respected_and_reported(service: Service) -> None:
         ran = service.metric("int8", f"requests_depth_{layers}_total")
         for given in (depth, layers):
             body = {"model": "int8", "messages": MESSAGES, "temperature": 0, "max_tokens": 12, "depth": given}
-            reply = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=60)
+            reply = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=120)
             assert (reply.headers["x-shoal-depth"], reply.json()["usage"]["depth"]) == (depth, depth)
             texts.add(reply.json()["choices"][0]["message"]["content"])
         until(lambda: service.metric("int8", f"requests_depth_{layers}_total") == ran + 2)  # noqa: B023
@@ -222,7 +222,7 @@ def test_a_stored_response_is_gone_on_from_and_what_was_deleted_is_not(service: 
 def test_a_stream_has_the_shape_that_openai_gives_it(service: Service) -> None:
     body = {"model": "fp32", "messages": MESSAGES, "temperature": 0, "max_tokens": 12, "stream": True}
     body |= {"stream_options": {"include_usage": True}, "depth": "middle"}
-    with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=body, timeout=60) as reply:
+    with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=body, timeout=120) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream")
         events = [line for line in reply.iter_lines() if line]
     assert all(event.startswith("data: ") for event in events)
@@ -255,7 +255,7 @@ def test_a_wrong_request_gets_the_openai_envelope(
     service: Service, more: dict[str, Any], status: int, param: str, says: str
 ) -> None:
     body = {"model": "fp32", "messages": MESSAGES, **more}
-    reply = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=60)
+    reply = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=120)
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (status, param)
     assert says in error["message"]
@@ -266,7 +266,7 @@ def test_a_client_that_leaves_frees_the_engine(service: Service) -> None:
     cancelled = service.metric("fp32", "requests_cancelled_total")
     body = {"model": "fp32", "messages": MESSAGES, "max_tokens": 350, "ignore_eos": True, "stream": True}
     for _ in range(3):
-        with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=body, timeout=60) as reply:
+        with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=body, timeout=120) as reply:
             next(reply.iter_lines())
     until(lambda: service.metric("fp32", "requests_cancelled_total") == cancelled + 3)
     until(lambda: service.metric("fp32", "num_requests_running") == service.metric("fp32", "kv_cache_usage_perc") == 0)
