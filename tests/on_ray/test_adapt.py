@@ -28,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(DATA / "smollm2", folder / "from")
     shutil.copytree(DATA / "tokenizer", folder / "from", dirs_exist_ok=True)
     import_model(folder / "from", folder / "model", dtype="float32")
-    for name, count in (("rows", 90), ("heldout", 24)):
+    for name, count in (("rows", 90), ("heldout", 80)):
         with (folder / f"{name}.jsonl").open("w") as file:
             for number in range(count):
                 draw = random.Random(f"{name} {number}")

@@ -45,8 +45,8 @@ def test_vllm_says_of_an_exported_depth_what_the_exit_says(
     prompts = [Encoded([draw.randrange(2, 258) for _ in range(tokens)]) for tokens in (5, 33, 100, 300)]
     expected = ours(model, prompts, [depth] * len(prompts))
     export_model(adapted, tmp_path / depth, depth=depth)
-    engine = vllm(tmp_path / depth)
+    engine = vllm(tmp_path / depth, block_size=32)  # of its own attention
     assert engine.llm_engine.model_config.hf_config.architectures == ["LlamaForCausalLM"]
-    assert_same(expected, theirs(model, engine, prompts))
+    assert_same(expected, theirs(model, engine, prompts), within=5e-4)  # their order of sums is another
     told = engine.get_tokenizer().apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     assert told == "<s>[user]Hello[assistant]"
