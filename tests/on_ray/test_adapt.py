@@ -57,7 +57,8 @@ def test_two_workers_teach_exits_as_one_process_does(
     ids = before.tokenizer.encode("The tide waits, and the net is full.")
     assert torch.equal(before.logits(ids), after.logits(ids)) and after.router is not None
     fit(adapt_plan(
-        str(base), str(rows), str(tmp_path / "one"), steps=STEPS, batch_tokens=512, learning_rate=1e-2, eval_every=0
+        str(base), str(rows), str(tmp_path / "one"), steps=STEPS, batch_tokens=512, learning_rate=1e-2, eval_every=0,
+        accumulate=2,
     ))  # fmt: skip
     assert losses(tmp_path / "two.run") == pytest.approx(losses(tmp_path / "one.run"), abs=1e-4)
     alone = Model.load(tmp_path / "one")

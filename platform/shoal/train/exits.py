@@ -64,25 +64,27 @@ def begins_solved(before: ModelConfig, after: ModelConfig) -> bool:
 
 
 def updates_solved_on(config: ModelConfig, batch_tokens: int, most: int) -> int:
-    """Of how many updates, of `most`, the batches are read to `solve_`."""
-    return min(most, math.ceil(SOLVED_ON * config.exit_ffn / batch_tokens))
+    """Of how many updates, of `most`, the batches are read to `solve_`; the last is judged on."""
+    return min(most, max(2, math.ceil(SOLVED_ON * config.exit_ffn / batch_tokens)))
 
 
 @torch.no_grad()
-def solve_(net: Net, batches: Sequence[Batch], ranks: Ranks) -> None:
+def solve_(net: Net, updates: Sequence[Sequence[Batch]], ranks: Ranks) -> None:
     """Set the last matrix of each early exit, in place and alike on all ranks, to what brings its states closest to those of
-    full depth over `batches`, those of this rank; or leave it, where what it says is closer as it is. Each token weighs the
-    inverse square of its state's length at full depth, since the norm that comes next takes lengths away."""
+    full depth over `updates`, each the batches of this rank; or leave it, where what it says of the last, which was not solved
+    on, is closer as it is: however many workers and batches an update is cut into. Each token weighs the inverse square of its
+    state's length at full depth, since the norm that comes next takes lengths away."""
     c = net.config
     sums = {e: _Sums(c.exit_ffn, c.width, ranks.device) for e in c.exits[:-1]}
-    for batch in batches[:-1] or batches:
+    for batch in (batch for update in updates[:-1] or updates for batch in update):
         states = _states(net, batch)
         full = states[c.layers].double()
         weight = 1 / full.norm(dim=-1, keepdim=True).clamp(min=1e-6)
         for e, each in sums.items():
             read = _channels(net.exit_mlps[str(e)], states[e])  # type: ignore[arg-type]
             each.add(weight * read.double(), weight * (full - states[e].double()))
-    judged = _states(net, batches[-1])  # which was not solved on, where there are others
+    said = [_states(net, batch) for batch in updates[-1]]
+    judged = {e: torch.cat([states[e] for states in said]) for e in c.exits}
     for e, each in sums.items():
         weights, found = net.exit_mlps[str(e)].mlp.down.weight, each.solved(ranks)  # type: ignore[union-attr]
         before, copied = _apart(net, judged, e, ranks), weights.clone()  # type: ignore[operator]

@@ -315,8 +315,8 @@ class _Start:
         """What is done to the weights, in place, once the data are known."""
         if self.solves:
             updates = exits.updates_solved_on(plan.model, plan.train.batch_tokens, feed.steps_in_epoch)
-            batches = [batch.to(ranks.device) for step in range(updates) for batch in feed.at(step)]
-            exits.solve_(ranks.place(self.net), batches, ranks)
+            read = [[batch.to(ranks.device) for batch in feed.at(step)] for step in range(updates)]
+            exits.solve_(ranks.place(self.net), read, ranks)
         if plan.quantize and self.source is not None:
             ranks.place(self.net)
             _smooth(self.net, feed, ranks)

@@ -168,7 +168,7 @@ def test_the_last_matrix_of_a_new_exit_is_the_ridge_regression_of_full_depths_st
     batches = [batch for step in range(3) for batch in feed.at(step)]
     said = itertools.cycle([2.0, 1.0] if solved_is == "closer" else [1.0, 1.0])
     monkeypatch.setattr(exits, "_apart", lambda *_: next(said))
-    exits.solve_(whole, batches, ALONE)
+    exits.solve_(whole, [[batch] for batch in batches], ALONE)
     c, plain = whole.config, exits.added(net, whole.config)
     for e in (2, 4):
         read, target = [], []
@@ -210,7 +210,7 @@ def test_of_the_copy_and_the_solution_the_one_stays_that_says_more_of_what_full_
         return {e: float((full.exp() * (full - each)).sum(-1).mean()) for e, each in zip((2, 4), early, strict=True)}
 
     before = apart()
-    exits.solve_(whole, batches, ALONE)
+    exits.solve_(whole, [[batch] for batch in batches], ALONE)
     after = apart()
     assert after[2] < 0.8 * before[2] and after[4] <= before[4], (before, after)
 
@@ -232,14 +232,14 @@ def test_workers_solve_for_the_same_matrix_as_one_that_reads_all(base: Path, row
     net = model.net.double()
     nets = [exits.added(net, exits.with_exits(net.config)) for _ in range(3)]
     threads = [
-        threading.Thread(target=exits.solve_, args=(nets[r], [mine, last], Two(r, 2, torch.device("cpu"))))
+        threading.Thread(target=exits.solve_, args=(nets[r], [[mine], [last]], Two(r, 2, torch.device("cpu"))))
         for r, mine in enumerate((first, second))
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    exits.solve_(nets[2], [first, second, last], ALONE)
+    exits.solve_(nets[2], [[first, second], [last]], ALONE)
     for name, tensor in nets[2].state_dict().items():
         assert torch.equal(nets[0].state_dict()[name], nets[1].state_dict()[name]), name
         torch.testing.assert_close(nets[0].state_dict()[name], tensor)
