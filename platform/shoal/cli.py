@@ -29,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 INTERRUPTED = 130  # exit code
+OF_RAY = ("ray", "grpc")  # packages that come with it
 
 
 def _print_version(asked: bool) -> None:
@@ -294,7 +295,11 @@ def main(args: list[str] | None = None, *, usage: str | None = None) -> int:
         if hasattr(error, "format_message"):  # the command-line parser's own errors
             print(f"shoal: {error.format_message()}", file=sys.stderr)
             return 2
-        print(f"shoal: {type(error).__name__}: {first_line(error)} (--debug shows where)", file=sys.stderr)
+        said = f"{type(error).__name__}: {first_line(error)} (--debug shows where)"
+        if isinstance(error, ModuleNotFoundError) and error.name in OF_RAY:
+            said = "this needs Ray, which is not installed: make setup, or pip install 'shoal[ray]'"
+            said += "; shoal serve --no-ray does without" if arguments[:1] == ["serve"] else ""
+        print(f"shoal: {said}", file=sys.stderr)
         return 1
 
 

@@ -185,6 +185,18 @@ def test_an_error_nobody_foresaw_is_one_line_too(
     assert code == 1 and type(error).__name__ in line and "--debug" in line
 
 
+@pytest.mark.parametrize(("command", "more"), [("show-config tiny", ""), ("serve --model m", "; shoal serve --no-ray")])
+def test_what_needs_ray_says_so_where_it_is_not_installed(
+    command: str, more: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after `make assistant`, which installs no Ray."""
+    error = ModuleNotFoundError("No module named 'ray'", name="ray")
+    for name in ("shoal.presets.get", "shoal.stages.serve.Serve.run"):
+        monkeypatch.setattr(name, lambda *_: (_ for _ in ()).throw(error))
+    code, line = fails(capsys, *command.split())
+    assert code == 1 and f"needs Ray, which is not installed: make setup, or pip install 'shoal[ray]'{more}" in line
+
+
 @pytest.mark.parametrize(
     ("words", "does", "says"),
     [
