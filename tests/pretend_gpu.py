@@ -20,7 +20,14 @@ GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 _aten = torch.ops.aten
 COPIES = {_aten.copy_.default, _aten._to_copy.default}  # from one device to another
 PLACES = {_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default}  # CUDA takes them from the CPU
+WAITS = {_aten.nonzero.default, _aten.masked_select.default, _aten.equal.default}  # for how many there are, or whether
 READS = {Tensor.tolist, Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__bool__, Tensor.__index__}
+
+
+waited: list[str] = []  # what the host waited for, in order: values that it read, and copies to its memory
+launched: list[str] = []  # operators that compute there, or copy
+NO_LAUNCH = ("empty", "new_empty", "view", "slice", "select", "expand", "transpose", "permute", "alias", "unbind", "split",
+             "detach", "t", "squeeze", "unsqueeze", "as_strided", "_unsafe_view", "lift_fresh", "_reshape_alias")  # fmt: skip
 
 
 class OnGpu(Tensor):
@@ -39,6 +46,7 @@ class OnGpu(Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in READS:
+            waited.append(function.__name__)
             return function(args[0].held)
         if function is Tensor.__setitem__:
             args[0].held[_held(args[1])] = _held(args[2])
@@ -75,6 +83,12 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
         moved = isinstance(args[0], OnGpu)
     else:
         moved = torch.device(asked).type == "cuda" if asked is not None else bool(there)
+    source = args[1] if function is _aten.copy_.default else args[0] if args else None
+    if function in WAITS or (function in COPIES and not moved and isinstance(source, OnGpu)):
+        waited.append(str(function))
+    name = function.name().removeprefix("aten::")
+    if (there or moved) and name.partition(".")[0] not in NO_LAUNCH:
+        launched.append(name)
     args, kwargs = _held((args, kwargs))
     if function is _aten.mm.dtype:  # there is none on a CPU
         function, args = _aten.mm.default, tuple(x.to(args[2]) for x in args[:2])

@@ -34,7 +34,7 @@ GROUPS = {
     "text": Group(["engine/text"], _tests("engine", "text stop_strings")),
     "turns": Group(_in("engine", "shares turns"), _tests("engine", "shares turns")),
     "pages": Group(["engine/pages"], _tests("engine", "pages")),
-    "sampler": Group(["engine/sampler"], _tests("engine", "sampler penalties guided")),
+    "sampler": Group(["engine/sampler", "engine/filters"], _tests("engine", "sampler penalties guided")),
     "frontier": Group(["evaluate/frontier"], _tests("evaluate", "frontier")),
     "near": Group(["data/operators/near"], _tests("data", "near")),
     "parts": Group(_in("data", "parts batches"), _tests("data", "parts batches")),

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from shoal.config import GROUPS
+from shoal.engine.device import sent
 from shoal.engine.plan import Work
 from shoal.model.block import rope_rates, rope_tables
 from shoal.model.cache import GroupCache, PagedStep, Rows
@@ -57,7 +58,8 @@ class Graphs:
         self._seen: list[object] = []
         self._made: dict[Hashable, Run] = {}
         # of each group how many rows go through it; ids, positions, and slots of each group; made in one memory, to be one copy
-        self._host = torch.zeros(GROUPS + (2 + GROUPS) * rows, dtype=torch.long, pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda" and torch.cuda.is_available()
+        self._host = torch.zeros(GROUPS + (2 + GROUPS) * rows, dtype=torch.long, pin_memory=pinned)
         self._numbers = self._host.to(device)
         self._going, self._rows = self._parts(self._numbers)
         going, numbers = self._parts(self._host)
@@ -153,9 +155,7 @@ class Graphs:
         rows[2:, :count] = np.where(written, slots, -1)
         self._numbers.copy_(self._host, non_blocking=True)
         if not np.array_equal(tables, self._filled):
-            there = torch.from_numpy(tables)
-            there = there.pin_memory() if self._tables.is_cuda and torch.cuda.is_available() else there
-            self._tables[:, :count, :longest].copy_(there, non_blocking=True)
+            self._tables[:, :count, :longest].copy_(sent(tables, self._tables.device))
             self._filled = tables
         return width
 

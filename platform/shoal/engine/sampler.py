@@ -10,7 +10,7 @@ first is taken, which is v with probability w_v / sum w. The noise is the same w
 distributions mostly draw the same token: that is what self-speculation verifies by (`speculative.py`). On a CPU compiled
 loops find the same tokens (`model/cpu/draw.py`).
 
-Letters: R rows (requests), V vocabulary, C candidates looked at by top-k and top-p.
+Letters: R rows (requests), V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.engine import filters
+from shoal.engine.device import fetched, sent
 from shoal.engine.events import Sampling, TokenLogprob
 from shoal.engine.guided import Grammar, GrammarError, StrayError
 from shoal.engine.plan import Sampled
-from shoal.engine.signals import Logits
+from shoal.engine.signals import Logits, looked_at
 from shoal.engine.tolerance import Chain, greedy_price, sampled_price, settle
 from shoal.errors import GenerationError, RequestError
 from shoal.inputs.tokenizer import END_ID
 from shoal.model.cpu import fused
 
 STUCK = "a grammar that cannot be followed any further"
-CANDIDATES = 128  # how many of the likeliest tokens top-p looks at before it sorts all
 
 
 class Draw(Protocol):
@@ -67,6 +68,8 @@ class Sampler:
         """One token for each row of `logits` [R, V], which become those that it is drawn from. Where `chains` have drafts in
         some rows and a tolerance, such a draft may be the token."""
         self._close(logits)
+        if logits.device.type != "cpu" and not chains:
+            return self._there(logits, draws)
         watched = Logits.of(logits, draws)
         reported = {r: logits[r].clone() for r, draw in enumerate(draws) if draw.sampling.logprobs is not None}
         masks, stuck = _follow_grammars(logits, draws)
@@ -89,6 +92,54 @@ class Sampler:
             for r, token in enumerate(tokens)
         ]
 
+    def _there(self, logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
+        """As `sample`, on a device: what the host must know comes in one copy. A second is taken where some row's top-p keeps
+        more than `filters.CANDIDATES_THERE` tokens."""
+        at = [r for r, draw in enumerate(draws) if draw.sampling.logprobs is not None or looked_at(draw)]
+        given = logits[sent(at, logits.device)].double() if at else None
+        masks, stuck = _follow_grammars(logits, draws)
+        _adjust(logits, draws, self._ends)
+        told = self._told(logits, draws, at, given, filters.CANDIDATES_THERE)
+        if not all(told[2]):
+            told = self._told(logits, draws, at, given, logits.shape[-1])
+        numbers, best, _, chosen, values, ids = told
+        tokens = [int(token) if math.isfinite(highest) else -1 for token, highest in zip(numbers, best, strict=True)]
+        most, found = len(ids) // max(1, len(at)), list[Sampled]()
+        for r, token in enumerate(tokens):
+            if token < 0 or r in stuck:
+                found.append(Sampled(0, error=stuck.get(r) or self._why_none(draws[r], best[r], masks.get(r))))
+                continue
+            entry, nll = None, None
+            if r in at:
+                i, count = at.index(r), draws[r].sampling.logprobs
+                if count is not None:
+                    span = slice(i * most, i * most + count)
+                    entry = TokenLogprob(token, chosen[i], tuple(zip(map(int, ids[span]), values[span], strict=True)))
+                if looked_at(draws[r]) and math.isfinite(chosen[i]):
+                    nll = -chosen[i]
+            found.append(Sampled(token, entry, nll=nll))
+        return found
+
+    def _told(
+        self, logits: Tensor, draws: Sequence[Draw], at: list[int], given: Tensor | None, candidates: int
+    ) -> list[list[float]]:
+        """What `_there` asks, in one copy: tokens [R], the largest logits [R], whether `candidates` were enough for the filters
+        of each row; and of the rows `at` [A], whose logits are `given` [A, V], the token's logprob [A], the best [A, most] and
+        which tokens have these."""
+        choice = logits.argmax(-1)
+        best, enough = logits.gather(-1, choice[:, None]), choice.new_ones(1)
+        if random := [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0]:
+            rows, drawn = sent(random, logits.device), [draws[r] for r in random]
+            z, enough = self._kept(logits[rows], drawn, candidates)
+            choice = choice.index_copy(0, rows, self._first(z, drawn))
+        none = best.new_zeros(0)
+        if given is None:
+            return fetched(choice, best, enough, none, none, none)
+        logprobs = torch.log_softmax(given, -1)
+        chosen = logprobs.gather(-1, choice[sent(at, logits.device)][:, None])
+        top = logprobs.topk(max([1, *(draws[r].sampling.logprobs or 0 for r in at)]), dim=-1)
+        return fetched(choice, best, enough, chosen, top.values, top.indices)
+
     def score(self, logits: Tensor, targets: Sequence[int], count: int) -> list[TokenLogprob]:
         """Logprob of each of `targets` [R] under its row of `logits` [R, V] (changed in place), with the `count` best. A
         control token that the prompt holds has the logprob -inf: the model is never asked for it."""
@@ -106,47 +157,58 @@ class Sampler:
         drawn = [draws[r] for r in rows]
         if not fused.usable(logits):
             return self._race(logits[rows], drawn)
-        heat = _heat(logits, drawn)
+        heats = filters.heat(logits, [draw.sampling for draw in drawn])
         lowest = torch.full([len(rows)], -math.inf, dtype=torch.double)
-        filtered = [d for d, draw in enumerate(drawn) if _filters(draw.sampling)]
+        filtered = [d for d, draw in enumerate(drawn) if filters.filtered(draw.sampling)]
         if filtered:
-            limits = _limits(logits, [drawn[d].sampling for d in filtered])
+            limits = filters.limits(logits, [drawn[d].sampling for d in filtered])
             at = [rows[d] for d in filtered]
-            lowest[filtered] = fused.thresholds(logits, at, likeliest, heat[filtered], *limits)
+            lowest[filtered] = fused.thresholds(logits, at, likeliest, heats[filtered], *limits)
         keys = _keys([draw.seed for draw in drawn], [len(draw.tokens) for draw in drawn])
-        found, ties = fused.race(logits, rows, likeliest, heat, lowest, self._ids, keys)
+        found, ties = fused.race(logits, rows, likeliest, heats, lowest, self._ids, keys)
         if ties:
             found[ties] = self._race(logits[[rows[d] for d in ties]], [drawn[d] for d in ties])
         return found
 
     def _race(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         """Sampled tokens [R]: of those that each row's filters keep, the first to arrive."""
-        noise = self.noise([draw.seed for draw in draws], [len(draw.tokens) for draw in draws])
-        return _argmax(self._kept(logits, draws).exp_().div_(noise))
+        return self._first(self._kept(logits, draws)[0], draws)
 
-    def _kept(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    def _first(self, z: Tensor, draws: Sequence[Draw]) -> Tensor:
+        """The first to arrive [R] of tokens whose weights are e^z [R, V]. In fp64, so that every device finds the same."""
+        noise = self.noise([draw.seed for draw in draws], [len(draw.tokens) for draw in draws])
+        return _argmax(z.double().exp_().div_(noise))
+
+    def _kept(self, logits: Tensor, draws: Sequence[Draw], candidates: int | None = None) -> tuple[Tensor, Tensor]:
         """[R, V]: logarithms of what tokens weigh at each row's temperature, the likeliest at 0, and -inf where its filters
-        leave them out."""
-        z = (logits - logits.amax(-1, keepdim=True)) / _heat(logits, draws)[:, None]  # the likeliest token is at 0
-        filtered = [r for r, draw in enumerate(draws) if _filters(draw.sampling)]
+        leave them out; and of rows with filters, whether `candidates` were enough to tell [None: as many as that takes]."""
+        enough = torch.ones(1, dtype=torch.bool, device=logits.device)
+        heats = filters.heat(logits, [draw.sampling for draw in draws])
+        z = (logits - logits.amax(-1, keepdim=True)) / heats[:, None]
+        filtered = [r for r, draw in enumerate(draws) if filters.filtered(draw.sampling)]
         if filtered:
-            at = torch.tensor(filtered, device=logits.device)
+            at, samplings = sent(filtered, logits.device), [draws[r].sampling for r in filtered]
             kept = z[at].double()
-            lowest = _thresholds(kept, [draws[r].sampling for r in filtered])
+            if candidates is None:
+                lowest = filters.thresholds(kept, samplings)
+            else:
+                lowest, enough = filters.lowest(
+                    kept, samplings, filters.candidates_of(samplings, kept.shape[-1], candidates)
+                )
             z[at] = z[at].masked_fill(kept < lowest[:, None], -math.inf)
-        return z
+        return z, enough
 
     def _price(self, logits: Tensor, draw: Draw, chain: Chain, place: int) -> float:
         """What it costs in nats that the draft at `place` of `chain` stands where `logits` [V] are those of full depth."""
         if draw.sampling.temperature == 0:
             return greedy_price(logits, int(logits.argmax()), chain.drafts[place])
-        full, exit_ = self._kept(torch.stack([logits, chain.exits[place]]), [draw, draw])
+        full, exit_ = self._kept(torch.stack([logits, chain.exits[place]]), [draw, draw])[0]
         return sampled_price(full, exit_)
 
     def noise(self, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Exponential noise of each token at each (seed, position), fp32 [R, V]: a hash of the three, so that it needs no
+        """Exponential noise of each token at each (seed, position), fp64 [R, V]: a hash of the three, so that it needs no
         state. The key is splitmix64 of seed and position; the token is mixed in with 32 bits, which a CPU does fastest."""
-        low, high = torch.from_numpy(_keys(seeds, positions)).to(self._ids.device).unbind(-1)
+        low, high = sent(_keys(seeds, positions), self._ids.device).unbind(-1)
         return exponential(_scramble(self._ids ^ low[:, None], high[:, None]))
 
     def _why_none(self, draw: Draw, highest: float, mask: np.ndarray | None) -> RequestError:
@@ -172,11 +234,11 @@ class Sampler:
 
 
 def exponential(bits: Tensor) -> Tensor:
-    """Exponential noise, fp32, of int32 `bits` (changed in place): -log of the middles of 2^23 equal parts of (0, 1).
+    """Exponential noise, fp64, of int32 `bits` (changed in place): -log of the middles of 2^23 equal parts of (0, 1).
 
     fp32 holds each of these middles as it is, so that none rounds to 1: noise of 0 would make 0 / 0 of a closed token's weight,
     and NaN wins a race. So noise is 6e-8 to 16.7, and a weight of 0 never comes first."""
-    return bits.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF).float().add_(0.5).mul_(2.0**-23).log_().neg_()
+    return bits.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF).double().add_(0.5).mul_(2.0**-23).log_().neg_()
 
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:
@@ -231,8 +293,7 @@ def _follow_grammars(logits: Tensor, draws: Sequence[Draw]) -> tuple[dict[int, n
             except GrammarError as error:
                 stuck[r] = RequestError(STUCK, param="guided", got=str(error), do="ask for a simpler one")
     if masks:
-        at = torch.tensor(list(masks), device=logits.device)
-        closed = torch.from_numpy(~np.stack(list(masks.values()))).to(logits.device)
+        at, closed = sent(list(masks), logits.device), sent(~np.stack(list(masks.values())), logits.device)
         logits[at] = logits[at].masked_fill(closed, -math.inf)
     return masks, stuck
 
@@ -268,8 +329,8 @@ def _update(
         tokens += ids
         values += amounts
     if rows:
-        where = torch.tensor([rows, tokens], device=logits.device)
-        value = torch.tensor(values, dtype=logits.dtype, device=logits.device)
+        where = sent([rows, tokens], logits.device)
+        value = sent(values, logits.device, logits.dtype)
         logits[where[0], where[1]] = change(logits[where[0], where[1]], value)
 
 
@@ -310,52 +371,6 @@ def _banned(draw: Draw) -> tuple[list[int], list[float]]:
     answer = draw.tokens[draw.prompt_len :] if draw.sampling.banned else []
     ends = [run[-1] for run in draw.sampling.banned if tuple(answer[len(answer) - len(run) + 1 :]) == run[:-1]]
     return ends, [-math.inf] * len(ends)
-
-
-def _heat(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Temperatures [R]. Less than the least is 0 in fp32, and 0 / 0 would stand for the likeliest token."""
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    heat = torch.tensor([draw.sampling.temperature for draw in draws], dtype=exact, device=logits.device)
-    return heat.clamp(min=torch.finfo(exact).tiny)
-
-
-def _filters(s: Sampling) -> bool:
-    return s.top_k > 0 or s.top_p < 1 or s.min_p > 0
-
-
-def _limits(logits: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row [R], for `logits` [R, V]: how many tokens top-k keeps (V: all), top-p's share, and the logarithm of
-    min-p's, both fp64."""
-    vocab, device = logits.shape[-1], logits.device
-    top_k = torch.tensor([min(s.top_k or vocab, vocab) for s in samplings], device=device)
-    top_p = torch.tensor([s.top_p for s in samplings], dtype=torch.double, device=device)
-    return top_k, top_p, torch.tensor([s.min_p for s in samplings], dtype=torch.double, device=device).log()
-
-
-def _thresholds(z: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """The lowest logit that each row keeps, [R], for z [R, V] with its largest at 0.
-
-    top-k keeps the k likeliest; top-p, of those, the fewest with that share of their mass; min-p what is at least that
-    share of the likeliest.
-    """
-    vocab = z.shape[-1]
-    k, top_p, floor = _limits(z, samplings)
-    mass = z.exp().sum(-1)
-    wanted = max((kk for kk in k.tolist() if kk < vocab), default=1)
-    nucleus = any(s.top_p < 1 for s in samplings)
-    count = min(vocab, max(wanted, CANDIDATES if nucleus else 1))
-    while True:
-        ordered = z.topk(count, dim=-1).values  # [R, C], falling
-        summed = ordered.exp().cumsum(-1)
-        of_k = (k.clamp(max=count) - 1)[:, None]
-        goal = top_p * torch.where(k < vocab, summed.gather(-1, of_k)[:, 0], mass)  # top-p's share of what top-k leaves
-        if count == vocab or bool(((summed[:, -1] >= goal) | (top_p >= 1)).all()):
-            break
-        count = vocab  # a flat distribution: sort it all
-    of_p = (summed < goal[:, None]).sum(-1, keepdim=True).clamp(max=count - 1)
-    at_k = ordered.gather(-1, of_k)[:, 0].masked_fill(k == vocab, -math.inf)
-    at_p = ordered.gather(-1, of_p)[:, 0].masked_fill(top_p >= 1, -math.inf)
-    return torch.stack([at_k, at_p, floor]).amax(0)
 
 
 def _logprobs(reported: dict[int, Tensor], draws: Sequence[Draw], tokens: Sequence[int]) -> dict[int, TokenLogprob]:

@@ -28,6 +28,11 @@ class Watched(Protocol):
     watched: bool  # its signals are asked for
 
 
+def looked_at(draw: Watched) -> bool:
+    """Is the next token of `draw` one of the sample?"""
+    return draw.watched and not (len(draw.tokens) - draw.prompt_len) % EVERY
+
+
 class Logits:
     """Rows of a step that are watched, as the model gave them less their largest: of each its log-sum and a copy."""
 
@@ -38,7 +43,7 @@ class Logits:
     def of(cls, logits: Tensor, draws: Sequence[Watched]) -> Logits | None:
         """Those of `logits` [R, V] whose token is to be looked at; None for none. One by one: there are few, and numpy is
         quicker over a row than over rows that are picked."""
-        rows = [r for r, draw in enumerate(draws) if draw.watched and not (len(draw.tokens) - draw.prompt_len) % EVERY]
+        rows = [r for r, draw in enumerate(draws) if looked_at(draw)]
         if not rows:
             return None
         numbers, found = _numbers(logits), dict[int, tuple[float, np.ndarray]]()

@@ -10,9 +10,8 @@ from shoal.errors import ResourceError
 from shoal.model.gpu import launch
 
 MEMORY_SHARE = 0.25  # of the free memory, for K/V
-CPU_ROWS, GPU_ROWS = 512, 8192  # of a step: a GPU needs thousands to be busy with products
-# of what a GPU has beside weights, keys and values: the rest is for graphs, logits and what lies between
-STEP_SHARE = 0.5
+CPU_ROWS, GPU_ROWS = 512, 8192  # of a step; a GPU needs thousands to be busy with products
+STEP_SHARE = 0.5  # of what a GPU has beside weights, keys and values; the rest is for graphs and logits
 
 
 def default_rows(config: ModelConfig, device: torch.device, dtype: torch.dtype, gpu_share: float = 0.9) -> int:
