@@ -21,6 +21,8 @@ from shoal import presets
 from shoal.model.block import Block, rope_tables
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.gpu import launch, sparse
+from shoal.model.gpu.sparse import Spans
+from shoal.model.reach import Reach
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int8: "i8", torch.int32: "i32"}
 launched: list[str] = []
@@ -61,22 +63,21 @@ def layer(name: str, dtype: torch.dtype, eight: bool) -> None:
 
 
 def trained(name: str, dtype: torch.dtype) -> None:
-    """The global branch of a layer in training, forward and backward, over a row of a few blocks."""
+    """Attention of a layer in training, forward and backward, over a row that is just long enough to choose."""
     c = presets.get(name).model
-    positions = torch.arange(4 * c.block)[None]
-    q, k, v = (
-        torch.zeros(1, 4 * c.block, heads, c.head_dim, dtype=dtype) for heads in (c.heads, c.kv_heads, c.kv_heads)
-    )
-    chosen = (torch.arange(4) < (positions[..., None] + 1) // c.block)[:, None].expand(-1, c.kv_heads, -1, -1)
-    out = sparse.attend(q.requires_grad_(), k, v, chosen, positions // c.block, positions, c.block, c.top_k)
-    out.sum().backward()
+    length = (c.top_k + 1) * c.block
+    q, k, v = (torch.zeros(1, length, heads, c.head_dim, dtype=dtype) for heads in (c.heads, c.kv_heads, c.kv_heads))
+    spans = Spans.packed(torch.zeros(1, length, dtype=torch.long), c.block)
+    reach = Reach(c.window, c.top_k, c.sinks, torch.full((c.heads,), 0.5))
+    sparse.attend(q.requires_grad_(), k, v, spans, reach).sum().backward()
 
 
 if __name__ == "__main__":
     target = GPUTarget("cuda", int(sys.argv[3]), 32)
     JITFunction.run = compiled
     launch.ON.add("cpu")
-    launch._precision = lambda x: "ieee"  # as of a tensor on a GPU
+    launch._precision, sparse._nearly_fp32 = (lambda x: "ieee"), (lambda x: "tf32x3")  # as of a tensor on a GPU
+    sparse._runs = lambda numbers, first: numbers  # which nothing has chosen here
     layer(sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[4:] == ["int8"])
     trained(sys.argv[1], getattr(torch, sys.argv[2]))
     print(json.dumps(launched))

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 LAYER = ["_norm", "_store", "_summarise", "_score", "_choose", "_attend", "_join", "_norm", "_swiglu"]
-TRAINING = ["_forward", "_to_q", "_to_kv"]
+TRAINING = ["_near", "_rate", "_pick", "_forward", "_to_q", "_to_pieces", "_to_kv", "_near_to_q", "_near_to_kv"]
 
 
 @pytest.mark.timeout(600)
@@ -18,7 +18,7 @@ TRAINING = ["_forward", "_to_q", "_to_kv"]
     ("1b", "bfloat16", "90", []), ("1b", "bfloat16", "80", ["int8"]), ("tiny", "float32", "90", []),
 ])  # fmt: skip
 def test_a_layer_compiles_and_launches_nine_kernels(preset: str, dtype: str, architecture: str, kv: list[str]) -> None:
-    """Beside four products and one sum; then those of INT8, and of the global branch in training."""
+    """Beside four products and one sum; then those of INT8, and of attention in training."""
     told = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.triton.ahead", preset, dtype, architecture, *kv]
     done = subprocess.run(command, env=told, capture_output=True, text=True, timeout=500, check=False)

@@ -1,18 +1,39 @@
-"""The global branch of training in Triton against the definition in float64, gradients too."""
+"""Attention over whole rows in Triton against the definition in float64: both branches, the choice, gradients too."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
-from shoal.model import attention
+from shoal import presets
+from shoal.model import reference
 from shoal.model.attention import hybrid_attention
 from shoal.model.gpu import sparse
+from shoal.model.gpu.sparse import Spans
+from shoal.model.net import Net
+from shoal.model.reach import ALL, Reach
 from shoal.model.reference import reference_attention
 
 pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a busy machine
 
 HOW = {"window": 4, "top_k": 2, "sinks": 1}
+DOCS = torch.tensor([[0] * 7 + [1] * 23, [0] + [1] * 14 + [2] * 15])
+
+
+def drawn(seed: int, heads: int, kv_heads: int, dtype: torch.dtype, length: int = 30, dim: int = 8) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(2, length, h, dim) for h in (heads, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def same(got: list[Tensor], want: list[Tensor], off: float) -> None:
+    """In the 2-norm: at a tie in bf16 a choice may differ."""
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b).norm() <= off * max(1, b.norm())
 
 
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 2**-4)])
@@ -20,30 +41,98 @@ HOW = {"window": 4, "top_k": 2, "sinks": 1}
 def test_outputs_and_gradients_are_those_of_the_definition(
     block: int, heads: tuple[int, int], dtype: torch.dtype, off: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Documents of other lengths in a row, groups, incomplete last blocks. In the 2-norm: at a tie in bf16 a choice may
-    differ."""
-    g = torch.Generator().manual_seed(block)
-    drawn = [
-        torch.randn(1, 30, h, 8, generator=g, dtype=torch.float64).to(dtype) for h in (heads[0], heads[1], heads[1])
-    ]
-    weight = torch.randn(1, 30, heads[0], 8, generator=g, dtype=torch.float64)
-    docs = torch.tensor([[0] * 7 + [1] * 23])
-    exact = [x.double().requires_grad_() for x in drawn]
-    want = reference_attention(*exact, block=block, **HOW, local_weight=0.4, docs=docs)
-    wanted = torch.autograd.grad((want * weight).sum(), exact)
-    calls, kernel = [], sparse.attend
-    monkeypatch.setattr(attention.sparse, "attend", lambda *args: (calls.append(1), kernel(*args))[1])
-    fast = [x.requires_grad_() for x in drawn]
-    got = hybrid_attention(*fast, block=block, **HOW, local_weight=0.4, docs=docs)
-    found = torch.autograd.grad((got * weight.to(dtype)).sum(), fast)
-    assert calls and got.dtype == dtype
-    for a, b in zip([got, *found], [want, *wanted], strict=True):
-        assert (a.double() - b).norm() <= off * b.norm()
+    """Documents of other lengths in a row, groups, incomplete last blocks; and blocks that more queries chose than one program
+    adds up."""
+    monkeypatch.setattr(sparse, "PIECE", 5)
+    given = drawn(block, *heads, dtype)
+    weight = torch.randn(2, 30, heads[0], 8, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    gamma = torch.linspace(0.2, 0.8, heads[0], dtype=torch.float64)
+    exact, share = [x.double().requires_grad_() for x in given], gamma.clone().requires_grad_()
+    want = reference_attention(*exact, block=block, **HOW, local_weight=share, docs=DOCS)
+    wanted = torch.autograd.grad((want * weight).sum(), [*exact, share])
+    fast, mine = [x.requires_grad_() for x in given], gamma.clone().requires_grad_()
+    got = hybrid_attention(*fast, block=block, **HOW, local_weight=mine, docs=DOCS)
+    found = torch.autograd.grad((got * weight.to(dtype)).sum(), [*fast, mine])
+    assert got.dtype == dtype
+    same([got, *found], [want, *wanted], off)
 
 
-def test_short_rows_are_left_to_torch() -> None:
-    """Where reading all costs little more."""
-    q = torch.zeros(1, 64, 2, 8)
-    assert sparse.usable(q, 64, 32) and not sparse.usable(q, 64, 33) and not sparse.usable(q, 65, 8)
-    with torch.no_grad():
-        assert not sparse.usable(q, 64, 8)
+@pytest.mark.parametrize("window", [1, 5, 16, 17, 40])
+def test_a_window_across_tiles_is_that_of_the_definition(window: int) -> None:
+    """Of layers that read the window alone; one of the length of a row reads all of each document."""
+    given = [x.requires_grad_() for x in drawn(0, 2, 1, torch.float64, length=40)]
+    docs = torch.tensor([[0] * 3 + [1] * 37, [0] * 25 + [1] * 15])
+    spans = Spans.packed(docs, 4)
+    for reach in (Reach(window, 0, 0, None), Reach(1, 0, 0, None, dense=ALL)):
+        out, want = sparse.attend(*given, spans, reach), torch.zeros(2, 40, 2, 8, dtype=torch.float64)
+        for row in range(2):
+            for start, end in reference.documents(docs[row].tolist()):
+                q, k, v = (x[row, start:end].transpose(0, 1) for x in given)
+                mask = reference.local_mask(end - start, 40 if reach.dense else window).expand(1, -1, -1)
+                want[row, start:end] = reference.masked_softmax(q, k, v, mask).transpose(0, 1)
+        pairs = [torch.autograd.grad(x.square().sum(), given) for x in (out, want)]
+        same([out, *pairs[0]], [want, *pairs[1]], 1e-12)
+
+
+@pytest.mark.parametrize("summary", ["mean", "mean_var"])
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (4, 2)])
+def test_the_choice_is_that_of_the_definition(
+    heads: tuple[int, int], summary: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In strips of a few queries; block by block in fp64, where no two scores are equal."""
+    monkeypatch.setattr(sparse, "SCORED", 2 * heads[1] * 15 * 16)
+    q, k, _ = drawn(1, *heads, torch.float64, length=45)
+    docs = torch.tensor([[0] * 9 + [1] * 36, [0] * 22 + [1] * 23])
+    spans, reach = Spans.packed(docs, 3), Reach(4, 4, 1, None)
+    numbers = sparse.choose(q, k, spans, reach, summary == "mean_var")
+    for row in range(2):
+        for start, end in reference.documents(docs[row].tolist()):
+            one = (x[row, start:end].transpose(0, 1) for x in (q, k))
+            chosen = reference.chosen_blocks(reference.block_scores(*one, 3, summary), 3, 4, 1)  # type: ignore[arg-type]
+            for head in range(heads[1]):
+                for t in range(start, end):
+                    got = numbers[row, head, t]
+                    places = [int(spans.first[row, n]) - start for n in got if n >= 0]
+                    assert places == (3 * chosen[head, t - start].nonzero().flatten()).tolist()
+
+
+def test_equal_scores_go_to_the_lower_block() -> None:
+    """Zero keys score all blocks alike, with one head (z itself) and with two (softmax)."""
+    for heads in (1, 2):
+        q, k = torch.ones(1, 12, heads, 8), torch.zeros(1, 12, 1, 8)
+        k[0, 4:6] = -0.0
+        numbers = sparse.choose(q, k, Spans.packed(torch.zeros(1, 12, dtype=torch.long), 2), Reach(2, 3, 1, None))
+        assert numbers[0, 0, 11].tolist() == [0, 1, 2] and numbers[0, 0, 2].tolist() == [0, -1, -1]
+
+
+def test_who_chose_each_block_is_listed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "PIECE", 2)
+    numbers = torch.tensor([[[[-1, -1], [0, -1], [0, 2], [0, 2]]]], dtype=torch.int32)
+    order, offsets, of, begins = sparse.lists(numbers, 3)
+    assert order[:5].tolist() == [1, 2, 3, 2, 3] and offsets.tolist() == [0, 3, 3, 5]
+    assert begins.tolist() == [0, 2, 2, 3] and of.tolist() == [0, 0, 2, -1, -1, -1, -1]
+
+
+def test_a_net_trains_through_the_kernels_as_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and all gradients in fp64; layers of both branches, of the window alone and of all of the context."""
+    config = dataclasses.replace(presets.get("test").model, attn_pattern="HLD")
+    docs = torch.tensor([[0] * 20 + [1] * 44])
+    tokens = torch.randint(20, 260, (1, 64), generator=torch.Generator().manual_seed(0))
+    found = []
+    for on in (True, False):
+        if not on:
+            monkeypatch.setattr(sparse.launch, "ON", set())
+        net = Net(config).init_(0).double()
+        hidden = net(tokens, docs=docs)[config.layers]
+        logits = net.head(hidden, config.layers)
+        (-logits.log_softmax(-1)[0, :-1].gather(1, tokens[0, 1:, None])).mean().backward()
+        found.append([logits.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12 * math.sqrt(b.numel()))
+
+
+def test_sparse_layers_and_endless_rows_stay_under_masks() -> None:
+    x = torch.zeros(1, 64, 8)
+    assert sparse.usable(x, "HLD", 4) and not sparse.usable(x, "HS", 4)
+    assert not sparse.usable(torch.zeros(1, 2**14 + 1, 1), "H", 1)

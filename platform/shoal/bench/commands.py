@@ -217,16 +217,28 @@ def model(rounds: Rounds = 5) -> None:
 
 @bench.command("train")
 def train(
-    preset: Annotated[str, typer.Option(help="Whose shape is trained.")] = "mini",
-    tokens: Annotated[int, typer.Option(help="Tokens of an update.")] = 8192,
+    preset: Annotated[
+        str | None, typer.Option(help="Whose shape is trained; several for mfu. [mini; of a GPU 350m,1b]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of an update, but in mfu.")] = 8192,
     steps: Annotated[int, typer.Option(help="Updates that are timed together where workers are measured.")] = 3,
     rounds: Rounds = 3,
-    parts: Annotated[str, typer.Option(help="Which measurements.")] = "rate,workers,checkpoint",
+    parts: Annotated[
+        str | None, typer.Option(help="Which measurements. [rate,workers,checkpoint; of a GPU mfu]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: utilisation (MFU) beside a plain GPT.")] = "cpu",
+    lengths: Annotated[str, typer.Option(help="Tokens of a row, in mfu.")] = "4096,16384",
 ) -> None:
     """Training: share of the matmul rate, beside a plain GPT, 2 workers against 2 threads, what a checkpoint costs."""
+    from shoal.bench.train import OF_GPU, PARTS
     from shoal.bench.train import train as run
 
-    run(out, preset=preset, tokens=tokens, steps=steps, rounds=rounds, parts=tuple(parts.split(",")))
+    shapes, chosen = ("350m,1b", OF_GPU) if device == "cuda" else ("mini", PARTS)
+    sizes = _numbers("--lengths", lengths, int, "4096,16384")
+    run(
+        out, preset=preset or shapes, tokens=tokens, steps=steps, rounds=rounds, device=device, lengths=sizes,
+        parts=tuple(parts.split(",")) if parts else chosen,
+    )  # fmt: skip
 
 
 @bench.command("learn")

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal import presets
+from shoal.bench.mfu import device_of, mfu
 from shoal.bench.plain import PlainGPT
 from shoal.bench.turns import in_turns, show
 from shoal.config import ModelConfig
@@ -44,21 +45,38 @@ from shoal.train.parallel import Ranks, shard_
 from shoal.train.plan import FitPlan, pretrain_plan
 from shoal.train.step import update
 
-PARTS = ("rate", "workers", "checkpoint")
+PARTS, OF_GPU = ("rate", "workers", "checkpoint"), ("mfu",)
 ROWS = 400  # of the corpus; more updates than that reads them again
 SAMPLE = 10**6  # characters that the tokenizer is fitted to
 WORKERS = {"1 worker x 2 threads": (1, 2), "2 workers x 1 thread": (2, 1)}
 SECONDS = 300  # that one exchange between workers may take
 
 
-def train(console: Console, *, preset: str, tokens: int, steps: int, rounds: int, parts: tuple[str, ...]) -> None:
+def train(
+    console: Console,
+    *,
+    preset: str,
+    tokens: int,
+    steps: int,
+    rounds: int,
+    parts: tuple[str, ...],
+    device: str = "cpu",
+    lengths: tuple[int, ...] = (),
+) -> None:
     """The tables of `parts`; an update has `tokens` tokens in as many micro-batches as the preset's, which workers share, and
-    `steps` of them are timed together for workers."""
-    if unknown := set(parts) - set(PARTS):
-        raise UsageError("--parts", got=sorted(unknown), allowed=PARTS)
+    `steps` of them are timed together for workers. `preset` and `lengths` may be several for "mfu", which alone runs on a
+    `device` that is no CPU. Raises UsageError for one that is not there."""
+    there, allowed = device_of(device), OF_GPU + (PARTS if device == "cpu" else ())
+    if unknown := set(parts) - set(allowed):
+        raise UsageError("--parts", got=sorted(unknown), allowed=allowed)
     result: dict[str, Any] = {"bench": "train", "preset": preset, "batch_tokens": tokens, "rounds": rounds}
     tables = []
     torch.set_num_threads(1)
+    if "mfu" in parts:
+        table, result["mfu"] = mfu(tuple(preset.split(",")), lengths, there, rounds)
+        tables.append(table)
+    if not set(parts) - set(OF_GPU):
+        return show(console, tables, result)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
         _corpus(data, presets.get(preset).model)

@@ -16,7 +16,7 @@ added to the scores of L_t, and R_t chosen from the blocks that begin before L_t
 is dense attention. A query before a given position reads all.
 
 One `select` serves training, prefill and decoding, and one `attend` all but short and long decoding (`paged.py`): they
-differ only in the `Layout` they are given.
+differ only in the `Layout` they are given. On a CUDA device whole rows go by kernels without masks (`gpu/sparse.py`).
 """
 
 from __future__ import annotations
@@ -139,9 +139,13 @@ def hybrid_attention(
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"query heads ({q.shape[2]}) must be a multiple of KV heads ({k.shape[2]})")
     ids = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device) if docs is None else docs
+    reach = Reach(
+        window, top_k, sinks, torch.as_tensor(local_weight, dtype=q.dtype, device=q.device).expand(q.shape[2])
+    )
+    if sparse.usable(q, "H", block):
+        return sparse.attend(q, k, v, sparse.Spans.packed(ids, block), reach, summary == "mean_var")
     layout = Layout.packed(ids, window=window, block=block, sinks=sinks)
-    gamma = torch.as_tensor(local_weight, dtype=q.dtype, device=q.device).expand(q.shape[2])
-    return attend(q, k, v, block_summaries(k, layout, summary), layout, Reach(window, top_k, sinks, gamma))
+    return attend(q, k, v, block_summaries(k, layout, summary), layout, reach)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, summaries: Tensor | None, layout: Layout, reach: Reach) -> Tensor:
@@ -156,11 +160,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, summaries: Tensor | None, layout: La
     local = _banded(q, k, v, layout.band) if layout.band is not None else _masked(q, k, v, layout.local[:, None])
     if reach.gamma is None or summaries is None:
         return local
-    chosen = _chosen(q, summaries, layout.eligible, layout, reach)
-    if sparse.usable(q, k.shape[1], (reach.top_k + 1) * layout.block):
-        far = sparse.attend(q, k, v, chosen, layout.block_of, layout.positions, layout.block, reach.top_k)
-    else:
-        far = _by_strips(q, k, v, chosen, layout, layout.tail)
+    far = _by_strips(q, k, v, _chosen(q, summaries, layout.eligible, layout, reach), layout, layout.tail)
     return torch.addcmul(far, reach.gamma[:, None], local - far)
 
 

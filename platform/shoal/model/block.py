@@ -20,7 +20,8 @@ from shoal.model.attention import Layout, attend, block_summaries
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.cpu import fused
 from shoal.model.cpu.parts import Form, Layer
-from shoal.model.gpu import launch
+from shoal.model.gpu import launch, sparse
+from shoal.model.gpu.sparse import Spans
 from shoal.model.linears import Int8Linear, Linear
 from shoal.model.paged import paged_attention, write_kv
 from shoal.model.reach import ALL, Reach
@@ -145,11 +146,15 @@ class Attention(nn.Module):
         q, k = qk.split([c.heads, c.kv_heads], dim=-2)
         return q, k, v
 
-    def forward(self, x: Tensor, layout: Layout, rope: Rope, beside: Beside | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | Spans, rope: Rope, beside: Beside | None = None) -> Tensor:
         q, k, v = self.project(x, rope, beside)
         reach = self.reach()
-        summaries = block_summaries(k, layout, self.config.summary) if reach.chooses else None
-        return product(self.out, attend(q, k, v, summaries, layout, reach).flatten(-2), beside)
+        if isinstance(layout, Spans):
+            read = sparse.attend(q, k, v, layout, reach, self.config.summary == "mean_var")
+        else:
+            summaries = block_summaries(k, layout, self.config.summary) if reach.chooses else None
+            read = attend(q, k, v, summaries, layout, reach)
+        return product(self.out, read.flatten(-2), beside)
 
     def beside_qkv(self, dtype: torch.dtype, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor]:
         """The bias, and the weights of the norms of q and k; of length 0 where there are none."""
@@ -201,7 +206,7 @@ class Block(nn.Module):
         self._products = a.qkv, a.out, m.up, m.down  # `self.mlp.down` takes two searches: 1 us, at every step
         self._views = fused.Views()
 
-    def forward(self, x: Tensor, layout: Layout, rope: Rope, beside: Beside | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | Spans, rope: Rope, beside: Beside | None = None) -> Tensor:
         return self._around(x, lambda y: self.attention(y, layout, rope, beside), beside)
 
     def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
@@ -264,7 +269,7 @@ class Group(nn.Module):
         self._seen: tuple[list[object], dict[tuple[Any, ...], list[tuple[Any, ...]] | None]] = [], {}
 
     def forward(
-        self, x: Tensor, layout: Layout, rope: Rope, skip: Collection[int] = (), beside: Beside | None = None
+        self, x: Tensor, layout: Layout | Spans, rope: Rope, skip: Collection[int] = (), beside: Beside | None = None
     ) -> Tensor:
         """x [B, T, D] after these layers, but for those in `skip`."""
         for layer, block in enumerate(self.blocks, self.first):

@@ -78,6 +78,14 @@ def _attention_flops(c: ModelConfig, length: int, kind: str) -> int:
     return 2 * c.heads * (2 * keys * c.head_dim + summaries)
 
 
+def scoring_flops(config: ModelConfig, length: int) -> int:
+    """Those of `flops_per_token` that score blocks, at full depth: they take no gradient."""
+    c = config
+    kinds = [c.attention_kind(layer) for layer in range(c.layers)]
+    layers = kinds.count("H") + kinds.count("S") * (length > c.dense_length)
+    return layers * 2 * c.heads * (length // c.block) * c.summary_values
+
+
 def routing_flops(config: ModelConfig, length: int) -> int:
     """Multiply-adds times two to route one prompt of `length` tokens: the head at the places that the router's loss is sampled
     at, and its two layers. Group 1 runs anyway."""

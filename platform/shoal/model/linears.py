@@ -46,10 +46,12 @@ class Weight(nn.Module):
         return F.linear(x, self.weight)
 
     def product_in_fp32(self, x: Tensor) -> Tensor:
-        """`product`, for logits: on a GPU the sums of a model in bf16 are not rounded to 8 bits."""
-        if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or torch.is_grad_enabled():
+        """`product`, for logits: on a GPU the sums of a model in bf16 are not rounded to 8 bits, in training neither."""
+        cast = torch.is_autocast_enabled(x.device.type)
+        kind = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+        if self.fake or not x.is_cuda or kind not in (torch.bfloat16, torch.float16):
             return self.product(x)
-        found = torch.mm(x.reshape(-1, x.shape[-1]), self.weight.T, out_dtype=torch.float32)
+        found: Tensor = _Fp32Product.apply(x.reshape(-1, x.shape[-1]).to(kind), self.weight.to(kind))  # type: ignore[no-untyped-call]
         return found.view(*x.shape[:-1], -1)
 
     def matrix(self, rows: int, dtype: torch.dtype) -> Matrix | None:
@@ -67,6 +69,21 @@ class Weight(nn.Module):
 
     def _state(self) -> tuple[int, int]:
         return self.weight.data_ptr(), _version(self.weight)
+
+
+class _Fp32Product(torch.autograd.Function):
+    """x [M, I] times the transpose of weight [O, I], summed and left in fp32; gradients are products in the dtype of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        given = gradients[0].to(x.dtype)
+        return given @ weight, given.T @ x
 
 
 class Linear(Weight):

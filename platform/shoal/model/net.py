@@ -20,6 +20,7 @@ from shoal.inputs.tokenizer import PATCH_ID
 from shoal.model.adapters import Adapter, alone
 from shoal.model.attention import Layout
 from shoal.model.block import ExitMlp, Group, Norm, linear, rope_tables
+from shoal.model.gpu.sparse import Spans, usable
 from shoal.model.linears import Embedding, Int8Embedding, Weight
 
 
@@ -110,8 +111,12 @@ class Net(nn.Module):
         c = self.config
         if docs is None:
             docs = torch.zeros_like(tokens)
-        layout = Layout.packed(docs, window=c.window, block=c.block, sinks=c.sinks)
         x = self.embed_inputs(tokens, patches, grid)
+        layout: Layout | Spans
+        if usable(x, c.attn_pattern, c.block):
+            layout = Spans.packed(docs, c.block)
+        else:
+            layout = Layout.packed(docs, window=c.window, block=c.block, sinks=c.sinks)
         rope = rope_tables(layout.positions, c, x.dtype)
         beside = alone(self, adapter, tokens.numel())
         hidden: dict[int, Tensor] = {}
@@ -140,7 +145,7 @@ class Net(nn.Module):
         """Logits [..., V] of what `exit` gives, [..., D]."""
         if self.output is None:
             return self.embed.logits(normed)
-        if isinstance(self.output, Weight) and normed.is_cuda and not torch.is_grad_enabled():
+        if isinstance(self.output, Weight) and normed.is_cuda:
             return self.output.product_in_fp32(normed)
         return self.output(normed)
 

@@ -106,6 +106,7 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker, at_end: contextlib.ExitStack
     state.parts = plan.parts_at(ranks.world)
     exits_, teacher = trained_exits(plan.model.exits, plan.train), start.teacher(plan)
     model = LossModel(start.net, exits_, teacher, trained_only=plan.frozen)
+    model.low = plan.dtype != "float32"
     shard_(model, ranks, replicas=plan.replicas, recompute=plan.recompute, compiled=plan.compile)
     optimizer = make_optimizer(model, plan.train)
     rounded = _rounded(plan, model, feed, ranks)  # before a checkpoint takes the place of the weights
@@ -138,7 +139,7 @@ def _updates(plan: FitPlan, run: Run, state: TrainState, meter: Meter, followed:
         tracer.before()
         watch = Watch()
         with watch("data"):
-            batches = [batch.to(ranks.device) for batch in feed.at(state.step)]
+            batches = feed.at(state.step)
         # The schedules are read at the end of this update, so that the first has a rate and the last has the lowest.
         end = state.seconds + clock.last_step
         share = progress(plan, step=state.step + 1, seconds=end, steps_in_epoch=feed.steps_in_epoch)

@@ -27,6 +27,7 @@ from shoal.inputs.tokenizer import PATCH_ID
 from shoal.model.net import Net, unit_pixels
 
 LOGITS_AT_ONCE = 2**25  # logits held at a time (128 MiB in fp32); beyond it they are computed again in backward
+LOGITS_OF_GPU = 2**27  # the same on a GPU, where each part casts the table to bf16 again
 ROWS_AT_ONCE = 1024  # of a CPU, whose cache holds their logits: 4,088 rows of 2,048 logits take 144 ms in place of 179
 PATCH_EPS = 1e-2  # added to a patch's variance: blank patches must not turn into noise
 
@@ -39,6 +40,31 @@ class Sums(NamedTuple):
     patch: Tensor  # [] squared error of the predicted patches, each the mean over its values
     patch_apart: Tensor  # [] the same, from what the teacher predicts; 0 without a teacher
     reference: Tensor | None = None  # [E, B] as `ce`, of the teacher; where it was asked for
+
+
+class Places(NamedTuple):
+    """Where a micro-batch takes losses. They are found where the batch lies before it is moved: a device that is asked how many
+    there are is waited for."""
+
+    rows: Tensor  # [M] of what takes a cross-entropy
+    columns: Tensor  # [M]
+    patch_rows: Tensor  # [m] of the token before each patch that is predicted
+    patch_columns: Tensor  # [m]
+    patches: Tensor  # [m]: the number of that patch in the batch
+
+    @classmethod
+    def of(cls, tokens: Tensor, targets: Tensor, docs: Tensor, patches: Tensor) -> Places:
+        """For a batch as `LossModel.forward` takes it."""
+        predicted = predicted_patches(tokens, docs, patches)
+        before = F.pad(predicted[:, 1:], (0, 1)).nonzero(
+            as_tuple=True
+        )  # the place that predicts stands one to the left
+        rows, columns = (targets >= 0).nonzero(as_tuple=True)
+        return cls(rows, columns, before[0], before[1], predicted[tokens == PATCH_ID].nonzero()[:, 0])
+
+    def to(self, device: torch.device) -> Places:
+        """The same on `device`."""
+        return Places(*(each.to(device, non_blocking=True) for each in self))
 
 
 class Taught(NamedTuple):
@@ -59,6 +85,7 @@ class LossModel(nn.Module):
     ) -> None:
         super().__init__()
         self.trained_only = trained_only
+        self.low = True  # may a GPU compute in bf16?
         self.net = net
         self.exits = tuple(net.config.exits if exits is None else exits)
         self.teacher = None if teacher is None else teacher.requires_grad_(False)
@@ -76,15 +103,17 @@ class LossModel(nn.Module):
         skip: Collection[int] = (),
         distill: bool = False,
         reference: bool = False,
+        places: Places | None = None,
     ) -> Sums:
         """tokens, targets (-1: no loss) and docs (-1: padding) [B, T]; patches [n, 3p^2] uint8 in the order of their
         tokens, grid [n, 2]. `exits`: those of the model's whose loss is taken (default: all); `skip`: layers to leave out;
         `distill`: also compare each exit with the teacher's, or without a teacher the early exits with full depth; `reference`:
-        also take the teacher's own losses. All ranks must be given the same."""
+        also take the teacher's own losses. All ranks must be given the same. `places`: of this batch [looked for here]."""
         net, last = self.net, self.net.config.layers
         wanted_exits = {*self.exits, last}
         hidden = net(tokens, patches, grid, docs, exits=wanted_exits, skip=skip)
-        rows, columns = (targets >= 0).nonzero(as_tuple=True)  # the head is a large part of the work: only where needed
+        places = places or Places.of(tokens, targets, docs, patches)
+        rows, columns = places.rows, places.columns  # the head is a large part of the work: only where needed
         wanted, at = targets[rows, columns], {e: h[rows, columns] for e, h in hidden.items()}
         taught: dict[int, Taught] = {}
         teacher_hidden = None
@@ -103,21 +132,20 @@ class LossModel(nn.Module):
             if e in run:
                 parts[place] = parts[place].index_add(1, rows, losses[e])
         ce, kl = (torch.stack([part[kind] for part in parts]) for kind in (0, 1))  # views would lose FSDP's hooks
-        theirs = self._of_teacher((tokens, patches, grid, docs), targets, run) if reference else None
+        theirs = self._of_teacher((tokens, patches, grid, docs), targets, places, run) if reference else None
         if not net.config.image_size:
             return Sums(ce, kl.sum(1), ce.new_zeros(()), ce.new_zeros(()), theirs)
-        patch, patch_apart = self._patch_errors(hidden[last], teacher_hidden, tokens, docs, patches)
+        patch, patch_apart = self._patch_errors(hidden[last], teacher_hidden, places, patches)
         # A micro-batch without images must still give the patch parameters a gradient (of zero): under FSDP a rank
         # that leaves some out would make the others wait for ever.
         nothing = net.embed_patches(patches[:0], grid[:0]).sum()
         return Sums(ce, kl.sum(1), patch + nothing, patch_apart + nothing, theirs)
 
     @torch.no_grad()
-    def _of_teacher(self, inputs: tuple[Tensor, ...], targets: Tensor, run: Collection[int]) -> Tensor:
+    def _of_teacher(self, inputs: tuple[Tensor, ...], targets: Tensor, places: Places, run: Collection[int]) -> Tensor:
         """[E, B]: the teacher's cross-entropy of each row of `inputs`, as a net takes them; 0 at exits not in `run`."""
         assert self.teacher is not None
-        hidden = self.teacher(*inputs, exits=run)
-        rows, columns = (targets >= 0).nonzero(as_tuple=True)
+        hidden, rows, columns = self.teacher(*inputs, exits=run), places.rows, places.columns
         wanted = targets[rows, columns]
         found = _exact(hidden[max(run)].new_zeros(len(self.exits), len(targets)))
         for place, e in enumerate(self.exits):
@@ -132,7 +160,7 @@ class LossModel(nn.Module):
 
     def _losses(self, hidden: Tensor, wanted: Tensor, layers: int, taught: Taught | None) -> Tensor:
         """[2, M]: cross-entropy of `hidden` [M, D] against `wanted` [M], and KL(`taught` || this exit) where it is given."""
-        at_once = max(1, LOGITS_AT_ONCE // self.net.config.vocab)
+        at_once = max(1, logits_at_once(hidden.device.type) // self.net.config.vocab)
         again = len(wanted) > at_once
         if hidden.device.type == "cpu":
             at_once = min(at_once, ROWS_AT_ONCE)
@@ -158,7 +186,7 @@ class LossModel(nn.Module):
     def _from_full_depth(self, at: Mapping[int, Tensor], wanted: Tensor, early: Sequence[int]) -> dict[int, Tensor]:
         """For each of `early` and for full depth [2, M], as `_losses`; `at`: hidden states [M, D] of each."""
         order = (*early, self.net.config.layers)
-        at_once = max(1, LOGITS_AT_ONCE // (self.net.config.vocab * len(order)))
+        at_once = max(1, logits_at_once(wanted.device.type) // (self.net.config.vocab * len(order)))
         again = len(wanted) > at_once
         if wanted.device.type == "cpu":
             at_once = min(at_once, ROWS_AT_ONCE)
@@ -185,12 +213,12 @@ class LossModel(nn.Module):
         return torch.stack(found)
 
     def _patch_errors(
-        self, hidden: Tensor, taught: Tensor | None, tokens: Tensor, docs: Tensor, patches: Tensor
+        self, hidden: Tensor, taught: Tensor | None, places: Places, patches: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Squared errors against the patches that come, and against what the teacher says of them, whose states at full depth
         are `taught`."""
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        where, target = patch_targets(tokens, docs, unit_pixels(patches, exact))
+        where, target = (places.patch_rows, places.patch_columns), _centred(unit_pixels(patches, exact)[places.patches])
         guess = _guessed(self.net, hidden[where]).to(exact)
         error = (guess - target).square().mean(-1).sum()
         if taught is None or self.teacher is None:
@@ -198,6 +226,11 @@ class LossModel(nn.Module):
         with torch.no_grad():
             theirs = _guessed(self.teacher, taught[where]).to(exact)
         return error, (guess - theirs).square().mean(-1).sum()
+
+
+def logits_at_once(device: str) -> int:
+    """How many logits are held at a time on a device of this type."""
+    return LOGITS_OF_GPU if device == "cuda" else LOGITS_AT_ONCE
 
 
 def _guessed(net: Net, hidden: Tensor) -> Tensor:
@@ -228,7 +261,9 @@ def patch_targets(tokens: Tensor, docs: Tensor, pixels: Tensor) -> tuple[Tensor,
     """Where the next patch is predicted, bool [B, T], and the targets there, [m, 3p^2]: `pixels` [n, 3p^2] in -1..1 (in
     the order of their tokens), each patch with its own mean and variance removed."""
     predicted = predicted_patches(tokens, docs, pixels)
-    chosen = pixels[predicted[tokens == PATCH_ID]]
+    return F.pad(predicted[:, 1:], (0, 1)), _centred(pixels[predicted[tokens == PATCH_ID]])
+
+
+def _centred(chosen: Tensor) -> Tensor:
     centred = chosen - chosen.mean(-1, keepdim=True)
-    target = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + PATCH_EPS)
-    return F.pad(predicted[:, 1:], (0, 1)), target  # the place that predicts stands one to the left
+    return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + PATCH_EPS)

@@ -7,15 +7,17 @@ import time
 import torch
 
 from shoal.config import ModelConfig
-from shoal.model.cost import flops_per_token
+from shoal.model.cost import flops_per_token, scoring_flops
 
 BACKWARD = 2  # a backward pass costs twice its forward
 
 
 def training_flops(config: ModelConfig, heads: int | None = None) -> int:
-    """Floating-point operations to train on one token, at the training length, with `heads` exits' losses (default: all)."""
+    """Floating-point operations to train on one token, at the training length, with `heads` exits' losses (default: all).
+    Blocks are scored forward alone."""
     early = 2 * config.vocab * config.width * ((len(config.exits) if heads is None else heads) - 1)
-    return (1 + BACKWARD) * (flops_per_token(config, config.train_length) + early)
+    scoring = scoring_flops(config, config.train_length)
+    return (1 + BACKWARD) * (flops_per_token(config, config.train_length) + early) - BACKWARD * scoring
 
 
 def matmul_rate(device: torch.device, seconds: float = 0.1, size: int = 512) -> float:

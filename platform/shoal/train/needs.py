@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shoal.model.cost import parameters
 from shoal.train import lora
-from shoal.train.loss import LOGITS_AT_ONCE
+from shoal.train.loss import logits_at_once
 from shoal.train.parallel import STAYS_GATHERED
 from shoal.train.plan import FitPlan
 
@@ -51,13 +51,14 @@ def memory_parts(plan: FitPlan, world: int, *, low: int = 4) -> dict[str, int]:
     mine = plan.replicas / world
     length = plan.row_length
     tokens = max(1, plan.train.batch_tokens // length // plan.parts_at(world)) * length
-    kept = min(tokens, max(1, LOGITS_AT_ONCE // c.vocab))  # places whose logits are there at once
+    at_once = logits_at_once("cuda" if low < 4 else "cpu")
+    kept = min(tokens, max(1, at_once // c.vocab))  # places whose logits are there at once
     return {
         "weights": int(4 * sets * weights * mine),
         "gradients": int(4 * trained * mine),
         "moments": int(8 * trained * mine),
         "gathered": _gathered(plan, world, low, weights, trained),
-        "activations": low * tokens * _activations(plan),
+        "activations": low * tokens * _activations(plan, on_gpu=low < 4),
         "logits": 4 * 3 * c.vocab * len(c.exits) * kept,
     }
 
@@ -72,13 +73,16 @@ def _gathered(plan: FitPlan, world: int, low: int, weights: int, trained: int) -
     return low * sets * at_once + 4 * whole
 
 
-def _activations(plan: FitPlan) -> int:
-    """Numbers that backward keeps of one token: what each layer multiplies, and its masks."""
+def _activations(plan: FitPlan, *, on_gpu: bool) -> int:
+    """Numbers that backward keeps of one token: what each layer multiplies, and its masks; on a GPU which blocks it chose."""
     c, length = plan.model, plan.row_length
     kinds = [c.attention_kind(layer) for layer in range(c.layers)]
     # Masks become biases, one a KV head: of bands of the window, and of what comes before a query, half of a row on average.
     band, before = 3 * min(c.window, length) // 2, length // 2
-    masks = max(c.kv_heads * (before * (kind in "HSD") + band * (kind in "HSL")) for kind in kinds)
+    if on_gpu and "S" not in kinds:
+        masks = 2 * c.kv_heads * c.top_k  # whole numbers of 4 bytes
+    else:
+        masks = max(c.kv_heads * (before * (kind in "HSD") + band * (kind in "HSL")) for kind in kinds)
     layer = 12 * c.width + 4 * c.heads * c.head_dim + 4 * c.ffn + masks
     if plan.exits_only:
         return len(c.exits) * (c.width + 4 * c.exit_ffn) + layer

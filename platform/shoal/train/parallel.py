@@ -128,16 +128,17 @@ def shard_(
     if replicas > 1:
         shape, names = (replicas, ranks.world // replicas), ("replicate", "shard")  # type: ignore[assignment]
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
-    policy, whole = mixed_precision(ranks.device), _stays_gathered(model)
+    policy, whole = mixed_precision(ranks.device, low=model.low), _stays_gathered(model)
     for part in (*groups, model):
         sharded = fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=not whole)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no pre-scaled sum
 
 
-def mixed_precision(device: torch.device) -> MixedPrecisionPolicy:
-    """What FSDP gathers and computes in, and what it adds gradients up in; weights and moments stay fp32."""
-    if device.type == "cuda":
+def mixed_precision(device: torch.device, *, low: bool = True) -> MixedPrecisionPolicy:
+    """What FSDP gathers and computes in, and what it adds gradients up in; weights and moments stay fp32. `low`: bf16 on a
+    GPU."""
+    if device.type == "cuda" and low:
         return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return MixedPrecisionPolicy()  # bf16 on a CPU without AVX512 is 3 to 11 times slower than fp32
 
@@ -162,7 +163,7 @@ def _stays_gathered(model: LossModel) -> bool:
 
 @contextlib.contextmanager
 def precision(model: LossModel, ranks: Ranks) -> Iterator[None]:
-    """bf16 arithmetic on a GPU that trains alone; FSDP's own policy does it for many."""
-    alone = ranks.device.type == "cuda" and not isinstance(model, FSDPModule)
+    """bf16 arithmetic on a GPU that trains alone, unless fp32 was asked for; FSDP's own policy does it for many."""
+    alone = ranks.device.type == "cuda" and model.low and not isinstance(model, FSDPModule)
     with torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=alone):
         yield

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shoal import presets
-from shoal.config import ModelConfig, TrainConfig, check_exits, dump
+from shoal.config import Dtype, ModelConfig, TrainConfig, check_exits, dump
 from shoal.data import remote
 from shoal.errors import ConfigError, DataError, UsageError
 from shoal.machine import sha256_of
@@ -54,6 +54,8 @@ class FitPlan:
     replicas: int = 1  # groups of workers that each hold a whole sharded model (HSDP)
     recompute: bool = False  # activation checkpointing: less memory, a third more work
     compile: bool = False  # torch.compile each layer; pays on a GPU only
+    # what a GPU computes in; auto: bf16, with norms, softmax, scores of blocks and logits in fp32. float32: as TF32
+    dtype: Dtype = "auto"
     profile: int = 0  # updates that are traced, for Perfetto
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest whole checkpoint of the run
     # folder of a run whose schedule, as it was recorded, is followed again: the same rates at each step

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from shoal.config import TrainConfig
 from shoal.data.batches import Batch
 from shoal.errors import DataError, ShoalError
-from shoal.train.loss import LossModel, Sums, predicted_patches
+from shoal.train.loss import LossModel, Places, Sums, predicted_patches
 from shoal.train.parallel import Ranks, precision, sync_gradients
 from shoal.train.timing import Watch
 
@@ -94,7 +94,8 @@ def update(
     skip: Collection[int] = (),
     watch: Watch | None = None,
 ) -> StepReport:
-    """Train on one global batch, of which `batches` are this rank's micro-batches (on its device).
+    """Train on one global batch, of which `batches` are this rank's micro-batches, wherever they lie: each is moved to the
+    rank's device when its turn comes, and that is waited for once an update, before anything is written.
 
     `weights`: share of each of the model's exits in the loss, 0 for one that this update leaves out; `rate`: learning rate;
     `skip`: layers that it leaves out; `watch`: is told where time goes. Raises ShoalError, on every rank and before anything is
@@ -109,28 +110,30 @@ def update(
     with watch("compute"):
         optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(2 * len(model.exits) + 3, dtype=torch.float64, device=ranks.device)
-        for index, batch in enumerate(batches):
+        for index, given in enumerate(batches):
+            places = Places.of(given.tokens, given.targets, given.docs, given.patches).to(ranks.device)
+            batch = given.to(ranks.device)
             sync_gradients(model, index == len(batches) - 1)
             with precision(model, ranks):
-                sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, **how)
+                sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, places=places, **how)
             by_exit = _by_exit(sums, batch, config)
             by_patch = sums.patch + config.distill * sums.patch_apart
             on_tokens = (shares.to(sums.ce.dtype) @ by_exit) / divisor
             (on_tokens + config.patch_weight * by_patch / max(counts.patches, 1)).backward()
-            text = sums.ce[-1][text_rows(batch)].sum()
+            text = (sums.ce[-1] * text_rows(batch)).sum()
             totals += torch.cat([sums.ce.sum(1), by_exit, torch.stack([sums.patch, by_patch, text])]).detach()
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize(ranks.device)  # the next line would wait for it
-    with watch("waiting"):
-        *means, patch, on_patches, text_nats = ranks.sum(totals).tolist()
+        _fill_gradients(model)
+        norm_there = gradient_norm(model)
+        if ranks.device.type == "cuda" and ranks.world > 1:
+            torch.cuda.synchronize(ranks.device)  # so that it is not taken for waiting for others
+    with watch("waiting" if ranks.world > 1 else "compute"):
+        *means, patch, on_patches, text_nats, norm = read(torch.cat([ranks.sum(totals), norm_there.to(totals).view(1)]))
     ce = (nats / max(counts.targets, 1) if share > 0 else math.nan for nats, share in zip(means, weights, strict=False))
     minimised = [value / divisor for value in means[len(weights) :]]
     patch, on_patches = (value / max(counts.patches, 1) for value in (patch, on_patches))
     loss = sum(share * value for share, value in zip(weights, minimised, strict=True))
     loss += config.patch_weight * on_patches
     with watch("write"):
-        _fill_gradients(model)
-        norm = gradient_norm(model)
         write(optimizer, model, loss=loss, norm=norm, rate=rate, clip=config.clip)
     return StepReport(
         loss=loss,
@@ -142,6 +145,12 @@ def update(
         patches=counts.patches,
         tokens=counts.tokens,
     )
+
+
+def read(values: Tensor) -> list[float]:
+    """`values` on the host: the one wait of an update for its device."""
+    found: list[float] = values.tolist()
+    return found
 
 
 def _by_exit(sums: Sums, batch: Batch, config: TrainConfig) -> Tensor:
@@ -167,10 +176,10 @@ def _fill_gradients(model: LossModel) -> None:
             p.grad = torch.zeros_like(p)
 
 
-def gradient_norm(model: LossModel) -> float:
+def gradient_norm(model: LossModel) -> Tensor:
     """2-norm of all gradients, over all ranks and therefore equal on all of them."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def write(optimizer: Optimizer, model: LossModel, *, loss: float, norm: float, rate: float, clip: float) -> None:

@@ -1,90 +1,319 @@
-"""The global branch of training by the kernels of `training`, as one differentiable function: what `attention.attend` calls
-on a CUDA device where reading what was chosen is well below reading all.
+"""Attention over whole rows (training, and whatever else runs them at once) by the kernels of `window`, `choice` and
+`training`: what `net` and `attention.hybrid_attention` take on a CUDA device in place of masks. Nothing of T times T numbers is
+made, and nothing waits for the device.
 
-Letters: as in `training`.
+Each kernel is an operator of torch's, so that `torch.compile`, fake tensors and recomputation take it as one.
+
+Letters: as in `training`; t queries of a strip, m values of a summary.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from shoal.model.gpu import launch
+from shoal.model.reach import Reach
+
+SCORED = 2**25  # scores that exist at once (fp32: 128 MB)
+PIECE = 512  # queries of a block whose gradients one program adds up
+STRIDED = 64  # queries and keys of a tile; of fp64, which no tensor core multiplies, 16
 
 
-def usable(q: Tensor, keys: int, reads: int) -> bool:
-    """Is it for queries like `q` [B, T, H, d], each with its own key among `keys`, that read `reads` of them?"""
-    if q.device.type not in launch.ON or q.shape[1] != keys or keys < 2 * reads or torch.compiler.is_compiling():
+@dataclass
+class Spans:
+    """Where each query's document, and each complete block, lies in a row; the same for every layer of one forward.
+
+    starts [B, T]: place of the first token of each token's document; tails [B, T]: of the first token after its last complete
+    block; first [B, N]: of each complete block, in the order of the row. A query may choose the `many` [B, T] blocks before
+    number `ends` [B, T]; block_of [B, T]: the complete block of a token, or -1. All int32, but for positions [B, T], in the
+    document (for rope), int64.
+    """
+
+    starts: Tensor
+    tails: Tensor
+    first: Tensor
+    ends: Tensor
+    many: Tensor
+    block_of: Tensor
+    positions: Tensor
+    block: int
+
+    @classmethod
+    def packed(cls, docs: Tensor, block: int) -> Spans:
+        """For rows that hold several documents, as `attention.Layout.packed`."""
+        rows, length = docs.shape
+        new = torch.ones_like(docs, dtype=torch.bool)
+        new[:, 1:] = docs[:, 1:] != docs[:, :-1]
+        at = torch.arange(length, device=docs.device).expand_as(docs)
+        starts = torch.where(new, at, 0).cummax(1).values
+        position = at - starts
+        completes = position % block == block - 1
+        ends = completes.cumsum(1)
+        count = max(1, length // block)
+        first = torch.zeros(rows, count + 1, dtype=torch.long, device=docs.device)
+        first.scatter_(1, torch.where(completes, ends - 1, count), at - block + 1)
+        last = at - position % block + block - 1  # of the token's block
+        inside = last.clamp(max=length - 1)
+        whole = (last < length) & (starts.gather(1, inside) == starts)
+        block_of = torch.where(whole, ends.gather(1, inside) - 1, -1)
+        many = (position + 1) // block
+        spans = cls(starts, starts + many * block, first[:, :count], ends, many, block_of, position, block)
+        for name in ("starts", "tails", "first", "ends", "many", "block_of"):
+            setattr(spans, name, getattr(spans, name).to(torch.int32).contiguous())
+        return spans
+
+
+def usable(x: Tensor, kinds: str, block: int) -> bool:
+    """Is `attend` for rows like `x` [B, T, ...], with layers of these `kinds` (of `ModelConfig.attn_pattern`)? Sparse layers,
+    which are made of dense ones, stay under masks."""
+    if x.device.type not in launch.ON or x.dtype not in launch.TYPES or "S" in kinds:
         return False
-    return torch.is_grad_enabled() and not is_in_torch_dispatch_mode() and launch.installed()
+    return x.shape[1] // block <= launch.MOST_BLOCKS and launch.installed()
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block_of: Tensor, positions: Tensor, block: int, top_k: int
-) -> Tensor:
-    """[B, T, H, d]: attention of q [B, T, H, d] to the `chosen` blocks, bool [B, Hk, T, N], of k and v [B, T, Hk, d] and to the
-    tail; `block_of` and `positions` [B, T] as in `attention.Layout`. Differentiable in q, k and v."""
-    kind = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
-    blocks, at = chosen.shape[-1], torch.arange(q.shape[1], device=q.device).expand_as(block_of)
-    sizes = torch.zeros(len(q), blocks, dtype=torch.long, device=q.device).scatter_add_(
-        1, block_of, torch.ones_like(block_of)
-    )
-    starts = torch.full_like(sizes, q.shape[1]).scatter_reduce_(1, block_of, at, "amin")
-    numbers = torch.arange(blocks, device=q.device)
-    least = torch.where(chosen, numbers, blocks).topk(min(top_k, blocks), dim=-1, largest=False).values  # [B, Hk, T, K]
-    first = torch.cat([starts, torch.full_like(starts[:, :1], -1)], 1)  # the last: of a place without a block
-    runs = first[:, None, None].expand(*chosen.shape[:3], -1).gather(-1, least)
-    tails = at - positions + (positions + 1) // block * block
-    by_block = chosen.transpose(2, 3)
-    order = by_block.nonzero()[:, 3]
-    offsets = torch.cat([order.new_zeros(1), by_block.sum(-1).flatten().cumsum(0)])
-    lists = tuple(each.to(torch.int32).contiguous() for each in (runs, tails, starts, sizes, order, offsets))
-    out: Tensor = _Chosen.apply(q.to(kind), k.to(kind), v.to(kind), lists, block)  # type: ignore[no-untyped-call]
-    return out
+def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans, reach: Reach, variance: bool = False) -> Tensor:
+    """[B, T, H, d]: what a layer of this `reach` reads, of q [B, T, H, d], k and v [B, T, Hk, d]; `variance`: are blocks scored
+    by it, too? Differentiable in q, k, v and gamma, but for the choice."""
+    length, device = q.shape[1], q.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
+    own, keys, values = (each.to(kind).contiguous() for each in (q, k, v))
+    window = min(max(reach.window, reach.dense), length)
+    local: Tensor = torch.ops.shoal.near(own, keys, values, spans.starts, window)[0]
+    if reach.gamma is None:
+        return local
+    if length <= reach.top_k * spans.block:  # then all complete blocks are read
+        far = local if window == length else torch.ops.shoal.near(own, keys, values, spans.starts, length)[0]
+    else:
+        numbers = choose(q.detach(), k.detach(), spans, reach, variance)
+        lists = (numbers, spans.first, spans.tails, spans.block_of)
+        far = torch.ops.shoal.chosen(own, keys, values, *lists, spans.block)[0]
+    return torch.addcmul(far, reach.gamma[:, None], local - far)
 
 
-class _Chosen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lists: tuple[Tensor, ...], block: int) -> Tensor:
-        from shoal.model.gpu import training
-
-        q, k, v = (each.contiguous() for each in (q, k, v))
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=launch.fp(q.dtype))
-        grid, shape = _shape(q, k, block, lists[0].shape[-1])
-        training._forward[grid](q, k, v, *lists[:2], out, lse, q.shape[1], **shape)
-        ctx.save_for_backward(q, k, v, out, lse, *lists)
-        ctx.block = block
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        from shoal.model.gpu import training
-
-        q, k, v, out, lse, runs, tails, starts, sizes, order, offsets = ctx.saved_tensors
-        given = gradients[0].contiguous()
-        delta = (out.to(lse.dtype) * given.to(lse.dtype)).sum(-1)
-        to_q, to_k, to_v = (torch.empty_like(each) for each in (q, k, v))
-        grid, shape = _shape(q, k, ctx.block, runs.shape[-1])
-        training._to_q[grid](q, k, v, runs, tails, lse, delta, given, to_q, q.shape[1], **shape)
-        group = shape["G"]
-        del shape["K"], shape["TILE"]
-        shape |= {"TALL": launch._power(ctx.block), "ROWS": launch._power(group, 16)}
-        training._to_kv[(starts.shape[1], k.shape[2], len(q))](
-            q, k, v, lse, delta, given, starts, sizes, order, offsets, to_k, to_v, q.shape[1], starts.shape[1], **shape
+@torch.no_grad()
+def choose(q: Tensor, k: Tensor, spans: Spans, reach: Reach, variance: bool = False) -> Tensor:
+    """int32 [B, Hk, T, K]: the blocks that each query reads, in ascending order, -1 where there are fewer; scored in fp32 or
+    better, as decoding will."""
+    with torch.autocast(q.device.type, enabled=False):
+        exact = k.to(launch.fp(k.dtype))
+        places = spans.first[..., None] + torch.arange(spans.block, device=k.device)  # [B, N, S]
+        rows = torch.arange(len(k), device=k.device)[:, None, None]
+        held = exact[rows, places]
+        summaries = held.mean(2)
+        if variance:
+            summaries = torch.cat([summaries, held.var(2, correction=0)], dim=-1)
+        found: Tensor = torch.ops.shoal.choose(
+            q.contiguous(), summaries.contiguous(), spans.ends, spans.many, reach.top_k, reach.sinks
         )
-        return to_q, to_k, to_v, None, None
+        return found
 
 
-def _shape(q: Tensor, k: Tensor, block: int, top_k: int) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid of a program for each query and KV head, and the constants."""
+# ---- the operators
+
+
+@torch.library.custom_op("shoal::near", mutates_args=())
+def _near(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Attention to the last `window` tokens of the document, and the log of the sum of exp of the scores [B, T, H]."""
+    from shoal.model.gpu import window as kernels
+
+    out, lse = _like_near(q, k, v, starts, window)
+    rows, length, heads, _ = q.shape
+    shape = _shape(q, k)
+    kernels._near[(-(-length // shape["TALL"]), heads, rows)](q, k, v, starts, out, lse, length, window, **shape)
+    return out, lse
+
+
+@_near.register_fake
+def _like_near(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=launch.fp(q.dtype))
+
+
+@torch.library.custom_op("shoal::near_back", mutates_args=())
+def _near_back(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, out: Tensor, lse: Tensor, gradient: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v."""
+    from shoal.model.gpu import window as kernels
+
+    rows, length, heads, _ = q.shape
+    given, delta, shape = gradient.contiguous(), _delta(out, gradient, lse), _shape(q, k)
+    to_q, to_k, to_v = (torch.empty_like(each) for each in (q, k, v))
+    more = (q, k, v, starts, lse, delta, given)
+    kernels._near_to_q[(-(-length // shape["TALL"]), heads, rows)](*more, to_q, length, window, **shape)
+    kernels._near_to_kv[(-(-length // shape["TILE"]), k.shape[2], rows)](*more, to_k, to_v, length, window, **shape)
+    return to_q, to_k, to_v
+
+
+@_near_back.register_fake
+def _like_near_back(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(each) for each in (q, k, v))
+
+
+@torch.library.custom_op("shoal::choose", mutates_args=())
+def _choose(q: Tensor, summaries: Tensor, ends: Tensor, many: Tensor, top_k: int, sinks: int) -> Tensor:
+    """As `choose`, of summaries [B, N, Hk, m]. Scores of a strip of queries at a time, so that they are no more than SCORED."""
+    from shoal.model.gpu import choice
+
     rows, length, heads, dim = q.shape
-    group = heads // k.shape[2]
-    return (rows * length, k.shape[2]), {
-        "HEADS": heads, "KV_HEADS": k.shape[2], "G": group, "D": dim, "WIDE": launch._power(dim), "S": block, "K": top_k,
-        "ROWS": launch._power(group), "TILE": launch.TILE, "SCALE": 1 / math.sqrt(dim),
-        "PRECISION": launch._precision(q), "EXACT": launch._exact(q),
+    blocks, kv_heads = summaries.shape[1:3]
+    chosen = _like_choose(q, summaries, ends, many, top_k, sinks)
+    group, exact = heads // kv_heads, launch._exact(q)
+    padded = launch._power(group, 1)
+    each = max(1, (16 if exact else 64) // padded)
+    strip = min(length, max(each, SCORED // (rows * kv_heads * blocks) // each * each))
+    scores = q.new_empty(rows, kv_heads, strip, blocks, dtype=summaries.dtype)
+    for first in range(0, length, strip):
+        count = min(strip, length - first)
+        choice._rate[(-(-count // each), kv_heads, rows)](
+            q, summaries, ends, many, scores, length, blocks, first, count,
+            HEADS=heads, KV_HEADS=kv_heads, G=group, D=dim, WIDE=launch._power(dim), VARIANCE=summaries.shape[-1] > dim,
+            EACH=each, GROUP=padded, TILE=_tile(q), SCALE=1 / math.sqrt(dim), PRECISION=_nearly_fp32(q), EXACT=exact,
+        )  # fmt: skip
+        choice._pick[(count, kv_heads, rows)](
+            scores, ends, many, chosen, length, blocks, first, count,
+            KV_HEADS=kv_heads, K=top_k, SINKS=sinks, TILE=launch._power(blocks), WIDE=launch._power(top_k, 1), EXACT=exact,
+            num_warps=launch._warps(blocks),
+        )  # fmt: skip
+    return chosen
+
+
+@_choose.register_fake
+def _like_choose(q: Tensor, summaries: Tensor, ends: Tensor, many: Tensor, top_k: int, sinks: int) -> Tensor:
+    return torch.empty(len(q), summaries.shape[2], q.shape[1], top_k, dtype=torch.int32, device=q.device)
+
+
+@torch.library.custom_op("shoal::chosen", mutates_args=())
+def _chosen(
+    q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, first: Tensor, tails: Tensor, block_of: Tensor, block: int
+) -> tuple[Tensor, Tensor]:
+    """Attention to the blocks `numbers` [B, Hk, T, K] and to the tail; and the log of the sum of exp of scores [B, T, H]."""
+    from shoal.model.gpu import training
+
+    out, lse = _like_chosen(q, k, v, numbers, first, tails, block_of, block)
+    rows, length = q.shape[:2]
+    shape = _reads(q, k, numbers, block)
+    training._forward[(rows * length, k.shape[2])](q, k, v, _runs(numbers, first), tails, out, lse, length, **shape)
+    return out, lse
+
+
+@_chosen.register_fake
+def _like_chosen(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=launch.fp(q.dtype))
+
+
+@torch.library.custom_op("shoal::chosen_back", mutates_args=())
+def _chosen_back(
+    q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, first: Tensor, tails: Tensor, block_of: Tensor, out: Tensor,
+    lse: Tensor, gradient: Tensor, block: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k and v."""
+    from shoal.model.gpu import training
+
+    rows, length, _, dim = q.shape
+    kv_heads, blocks = k.shape[2], first.shape[1]
+    given, delta = gradient.contiguous(), _delta(out, gradient, lse)
+    to_q, to_k, to_v = (torch.empty_like(each) for each in (q, k, v))
+    training._to_q[(rows * length, kv_heads)](
+        q, k, v, _runs(numbers, first), tails, lse, delta, given, to_q, length, **_reads(q, k, numbers, block)
+    )
+    order, offsets, of, begins = lists(numbers, blocks)
+    pieces_k, pieces_v = (q.new_empty(len(of), block, dim, dtype=lse.dtype) for _ in range(2))
+    shape = _shape(q, k) | {"S": block}
+    group, tile = shape["G"], shape.pop("TILE")
+    training._to_pieces[(len(of),)](
+        q, k, v, lse, delta, given, first, order, offsets, of, begins, pieces_k, pieces_v, length, blocks,
+        **shape | {"TALL": launch._power(block)}, ROWS=max(tile, launch._power(group)), PIECE=PIECE,
+    )  # fmt: skip
+    training._to_kv[(-(-length // tile), kv_heads, rows)](
+        q, k, v, tails, lse, delta, given, block_of, first, begins, pieces_k, pieces_v, to_k, to_v, length, blocks,
+        **shape, TILE=tile,
+    )  # fmt: skip
+    return to_q, to_k, to_v
+
+
+@_chosen_back.register_fake
+def _like_chosen_back(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(each) for each in (q, k, v))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.last = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _near_gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    found = torch.ops.shoal.near_back(*ctx.saved_tensors, gradient, ctx.last)
+    return (*found, None, None)
+
+
+def _chosen_gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    found = torch.ops.shoal.chosen_back(*ctx.saved_tensors, gradient, ctx.last)
+    return (*found, *(None,) * 5)
+
+
+torch.library.register_autograd("shoal::near", _near_gradients, setup_context=_keep)
+torch.library.register_autograd("shoal::chosen", _chosen_gradients, setup_context=_keep)
+
+
+# ---- what they share
+
+
+def lists(numbers: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Who chose each block, by the `numbers` [B, Hk, T, K] of `blocks` in a row: the queries, block after block, ascending in
+    each (`order`); where each of the B Hk N blocks begins in that (`offsets`, and its end); the block of each piece of PIECE
+    queries, -1 where there is none (`of`: as many as there can be); where the pieces of each block begin (`begins`, and its
+    end)."""
+    rows, kv_heads, length, top_k = numbers.shape
+    count = rows * kv_heads * blocks
+    base = torch.arange(rows * kv_heads, dtype=torch.int32, device=numbers.device).view(rows, kv_heads, 1, 1) * blocks
+    keys, places = torch.where(numbers < 0, count, numbers + base).flatten().sort(stable=True)
+    edges = torch.arange(count + 1, dtype=torch.int32, device=numbers.device)
+    offsets = torch.searchsorted(keys, edges)
+    begins = torch.nn.functional.pad(((offsets.diff() + PIECE - 1) // PIECE).cumsum(0), (1, 0))
+    pieces = torch.arange(count + numbers.numel() // PIECE, device=numbers.device)
+    of = torch.searchsorted(begins, pieces, right=True) - 1
+    of = torch.where(pieces < begins[-1], of, -1)
+    order = places // top_k % length
+    return order.to(torch.int32), offsets.to(torch.int32), of.to(torch.int32), begins.to(torch.int32)
+
+
+def _runs(numbers: Tensor, first: Tensor) -> Tensor:
+    """[B, Hk, T, K]: the place of the first token of each block of `numbers`; -1 where there is none."""
+    rows = torch.arange(len(first), device=first.device)[:, None, None, None]
+    return torch.where(numbers < 0, -1, first[rows, numbers.clamp(min=0)])
+
+
+def _delta(out: Tensor, gradient: Tensor, lse: Tensor) -> Tensor:
+    """[B, T, H]: the sum of output times its gradient."""
+    return (out.to(lse.dtype) * gradient.to(lse.dtype)).sum(-1)
+
+
+def _nearly_fp32(q: Tensor) -> str:
+    """What scores of blocks are multiplied in: sums of three products in TF32, so that they are those of decoding."""
+    return "tf32x3" if q.is_cuda else "wide"
+
+
+def _tile(q: Tensor) -> int:
+    return 16 if launch._exact(q) else STRIDED
+
+
+def _shape(q: Tensor, k: Tensor) -> dict[str, Any]:
+    """The constants of all kernels of attention."""
+    heads, dim = q.shape[2:]
+    return {
+        "HEADS": heads, "KV_HEADS": k.shape[2], "G": heads // k.shape[2], "D": dim, "WIDE": launch._power(dim),
+        "TALL": _tile(q), "TILE": _tile(q), "SCALE": 1 / math.sqrt(dim), "PRECISION": launch._precision(q),
+        "EXACT": launch._exact(q),
     }  # fmt: skip
+
+
+def _reads(q: Tensor, k: Tensor, numbers: Tensor, block: int) -> dict[str, Any]:
+    """Those of a program that reads what one query chose."""
+    shape = _shape(q, k) | {"S": block, "K": numbers.shape[-1]}
+    del shape["TALL"]
+    return shape | {"ROWS": launch._power(shape["G"])}

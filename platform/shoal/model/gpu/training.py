@@ -1,11 +1,15 @@
 """The global branch of training in Triton, forward and backward: each query reads the blocks that `select` chose for it and
 its tail, and nothing else, so that time follows K S and not T (NSA's way, arXiv 2502.11089: heads of a group share blocks).
 
-    _forward   a query and a KV head a program
-    _to_q      the same loop again, for the gradient of q
-    _to_kv     a block and a KV head a program, over the queries that chose it, in their order: nothing is added atomically
+    _forward     a query and a KV head a program
+    _to_q        the same loop again, for the gradient of q
+    _to_pieces   up to PIECE of the queries that chose a block, and a KV head, a program: all queries choose a sink, and one
+                 program for it would take as long as T is
+    _to_kv       a tile of tokens and a KV head a program: who reads them as their tail, and the pieces, in their order:
+                 nothing is added atomically
 
-Letters: B rows, T tokens, H query heads, Hk KV heads, G = H/Hk, d head dim, S block, K blocks read, N blocks of a row.
+Letters: B rows, T tokens, H query heads, Hk KV heads, G = H/Hk, d head dim, S block, K blocks read, N complete
+blocks that a row may have, P pieces.
 """
 
 from __future__ import annotations
@@ -97,43 +101,88 @@ def _to_q(
 
 
 @triton.jit
-def _to_kv(
-    q, k, v, lse, delta, gradient, starts, sizes, order, offsets, to_k, to_v,
+def _to_pieces(
+    q, k, v, lse, delta, gradient, first, order, offsets, of, begins, to_k, to_v,
     T, N, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
-    S: tl.constexpr, TALL: tl.constexpr, ROWS: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    S: tl.constexpr, TALL: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr, SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """to_k, to_v [B, T, Hk, d]: the gradients of k and v in a block of `sizes` [B, N] tokens from `starts` [B, N] on. The
-    queries that chose it are `order` from `offsets` [B, Hk, N] on; those inside that do not complete it read it as their
-    tail."""
-    block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """to_k, to_v [P, S, d]: what PIECE of the queries that chose a block give to its keys and values. The block of a piece is
+    `of` [P], number (row, KV head, block) of B Hk N; its pieces stand from `begins` on, and its queries in `order` from
+    `offsets` on. `first` [B, N]: where blocks begin. A piece beyond all is not written."""
+    piece = tl.program_id(0).to(tl.int64)
+    list_at = tl.load(of + piece)
+    if list_at >= 0:
+        kind: tl.constexpr = tl.float64 if EXACT else tl.float32
+        head, row = list_at // N % KV_HEADS, list_at // N // KV_HEADS
+        r, dim, slot = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, TALL)
+        start = tl.load(offsets + list_at) + (piece - tl.load(begins + list_at)).to(tl.int32) * PIECE
+        end = tl.minimum(tl.load(offsets + list_at + 1), start + PIECE)
+        held = (slot < S)[:, None] & (dim < D)[None, :]
+        token = tl.load(first + row * N + list_at % N) + slot
+        place = ((row * T + token) * KV_HEADS + head)[:, None] * D + dim[None, :]
+        keys, values = tl.load(k + place, mask=held, other=0), tl.load(v + place, mask=held, other=0)
+        sum_k, sum_v = tl.zeros([TALL, WIDE], kind), tl.zeros([TALL, WIDE], kind)
+        each: tl.constexpr = ROWS // G  # queries at a time
+        for i in range(start, end, each):
+            n = i + r // G
+            there = (n < end) & (r < each * G)
+            at = (row * T + tl.load(order + n, mask=there, other=0)) * HEADS + head * G + r % G
+            mine = there[:, None] & (dim < D)[None, :]
+            own = tl.load(q + at[:, None] * D + dim[None, :], mask=mine, other=0)
+            given = tl.load(gradient + at[:, None] * D + dim[None, :], mask=mine, other=0)
+            log, less = tl.load(lse + at, mask=there, other=0), tl.load(delta + at, mask=there, other=0)
+            s = _product(own, tl.trans(keys), PRECISION, EXACT) * SCALE
+            p = tl.where(there[:, None] & (slot < S)[None, :], tl.exp(s - log[:, None]), 0.0)
+            back = _product(given, tl.trans(values), PRECISION, EXACT)
+            pull = p * (back - less[:, None]) * SCALE
+            sum_v += _product(tl.trans(p.to(own.dtype)), given, PRECISION, EXACT)
+            sum_k += _product(tl.trans(pull.to(own.dtype)), own, PRECISION, EXACT)
+        to = (piece * S + slot)[:, None] * D + dim[None, :]
+        tl.store(to_k + to, sum_k, mask=held)
+        tl.store(to_v + to, sum_v, mask=held)
+
+
+@triton.jit
+def _to_kv(
+    q, k, v, tails, lse, delta, gradient, block_of, first, begins, pieces_k, pieces_v, to_k, to_v,
+    T, N, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    S: tl.constexpr, TALL: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """to_k, to_v [B, T, Hk, d]: the gradients of k and v in a tile of tokens: of the queries that read them as their tail, then
+    of the pieces of the block, in their order. `block_of` [B, T]: the complete block of a token, or -1."""
+    tile, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kind: tl.constexpr = tl.float64 if EXACT else tl.float32
-    r, dim, slot = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, TALL)
-    start, size = tl.load(starts + row * N + block), tl.load(sizes + row * N + block)
-    list_at = (row * KV_HEADS + head) * N + block
-    first, end = tl.load(offsets + list_at), tl.load(offsets + list_at + 1)
-    held = (slot < size)[:, None] & (dim < D)[None, :]
-    place = ((row * T + start + slot) * KV_HEADS + head)[:, None] * D + dim[None, :]
+    key, dim, step = tile * TILE + tl.arange(0, TILE), tl.arange(0, WIDE), tl.arange(0, TALL)
+    held = (key < T)[:, None] & (dim < D)[None, :]
+    place = ((row * T + key) * KV_HEADS + head)[:, None] * D + dim[None, :]
     keys, values = tl.load(k + place, mask=held, other=0), tl.load(v + place, mask=held, other=0)
-    sum_k, sum_v = tl.zeros([TALL, WIDE], kind), tl.zeros([TALL, WIDE], kind)
-    inside = tl.minimum(size, S - 1)  # of its own tokens, those that read it as their tail
-    each: tl.constexpr = ROWS // G  # queries at a time
-    for i in range(0, end - first + inside, each):
-        n = i + r // G
-        there = (n < end - first + inside) & (r < each * G)
-        chose = n < end - first
-        t = tl.load(order + first + n, mask=there & chose, other=0)
-        t = tl.where(chose, t, start + n - (end - first))
-        at = (row * T + t) * HEADS + head * G + r % G
-        mine = there[:, None] & (dim < D)[None, :]
-        own = tl.load(q + at[:, None] * D + dim[None, :], mask=mine, other=0)
-        given = tl.load(gradient + at[:, None] * D + dim[None, :], mask=mine, other=0)
-        log, less = tl.load(lse + at, mask=there, other=0), tl.load(delta + at, mask=there, other=0)
-        reads = there[:, None] & (slot < size)[None, :] & (chose[:, None] | (start + slot[None, :] <= t[:, None]))
-        s = _product(own, tl.trans(keys), PRECISION, EXACT) * SCALE
-        p = tl.where(reads, tl.exp(s - log[:, None]), 0.0)
-        back = _product(given, tl.trans(values), PRECISION, EXACT)
-        pull = p * (back - less[:, None]) * SCALE
-        sum_v += _product(tl.trans(p.to(own.dtype)), given, PRECISION, EXACT)
-        sum_k += _product(tl.trans(pull.to(own.dtype)), own, PRECISION, EXACT)
+    sum_k, sum_v = tl.zeros([TILE, WIDE], kind), tl.zeros([TILE, WIDE], kind)
+    for begin in range(tile * TILE, tl.minimum(tile * TILE + TILE + S - 2, T), TALL):
+        t = begin + step
+        tail = tl.load(tails + row * T + t, mask=t < T, other=T)
+        reads = (key[None, :] <= t[:, None]) & (key[None, :] >= tail[:, None]) & (t < T)[:, None]
+        mine = (t < T)[:, None] & (dim < D)[None, :]
+        for g in range(G):
+            at = (row * T + t) * HEADS + head * G + g
+            own = tl.load(q + at[:, None] * D + dim[None, :], mask=mine, other=0)
+            given = tl.load(gradient + at[:, None] * D + dim[None, :], mask=mine, other=0)
+            log, less = tl.load(lse + at, mask=t < T, other=0), tl.load(delta + at, mask=t < T, other=0)
+            s = _product(own, tl.trans(keys), PRECISION, EXACT) * SCALE
+            p = tl.where(reads, tl.exp(s - log[:, None]), 0.0)
+            back = _product(given, tl.trans(values), PRECISION, EXACT)
+            pull = p * (back - less[:, None]) * SCALE
+            sum_v += _product(tl.trans(p.to(own.dtype)), given, PRECISION, EXACT)
+            sum_k += _product(tl.trans(pull.to(own.dtype)), own, PRECISION, EXACT)
+    block = tl.load(block_of + row * T + key, mask=key < T, other=-1)
+    slot = key - tl.load(first + row * N + block, mask=block >= 0, other=0)
+    list_at = (row * KV_HEADS + head) * N + block
+    begin_of = tl.load(begins + list_at, mask=block >= 0, other=0)
+    end_of = tl.load(begins + list_at + 1, mask=block >= 0, other=0)
+    for i in range(0, tl.max(end_of - begin_of, 0)):
+        there = (begin_of + i < end_of)[:, None] & (dim < D)[None, :]
+        at = ((begin_of + i).to(tl.int64) * S + slot)[:, None] * D + dim[None, :]
+        sum_k += tl.load(pieces_k + at, mask=there, other=0)
+        sum_v += tl.load(pieces_v + at, mask=there, other=0)
     tl.store(to_k + place, sum_k.to(to_k.dtype.element_ty), mask=held)
     tl.store(to_v + place, sum_v.to(to_v.dtype.element_ty), mask=held)

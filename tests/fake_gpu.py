@@ -1,0 +1,200 @@
+"""An update of training on a GPU that is not there: torch's fake tensors on `cuda:0`, with shapes, dtypes and devices but
+no values. So a model of any size is run, forward, backward and optimizer, in a few seconds; what mixes devices, or waits for a
+value, ends it. Of our operators the shapes alone are run: Triton's kernels have tests of their own, and need not be there.
+
+A torch for CPUs ends at the first backward of such a tensor, as it knows no streams of a GPU. `SOURCE` gives it one that does
+nothing, and must be loaded before torch: so this is a program of its own. It prints a line of JSON.
+
+    python -m tests.fake_gpu LIBRARY PRESET TOKENS [float32 | leak | sync]
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+SOURCE = """
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+namespace {
+using c10::Device, c10::Stream, c10::DeviceType;
+struct CUDAHooks : at::CUDAHooksInterface {
+  explicit CUDAHooks(at::CUDAHooksArgs) {}
+  bool isBuilt() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+};
+struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+  static Device there() { return {DeviceType::CUDA, 0}; }
+  static Stream only() { return Stream(Stream::DEFAULT, there()); }
+  Device exchangeDevice(Device) const override { return there(); }
+  Device getDevice() const override { return there(); }
+  Stream getStream(Device) const noexcept override { return only(); }
+  Stream getDefaultStream(Device) const override { return only(); }
+  Stream exchangeStream(Stream) const noexcept override { return only(); }
+  void record(void**, const Stream&, c10::DeviceIndex, c10::EventFlag) const override {}
+  void block(void*, const Stream&) const override {}
+};
+using at::CUDAHooksArgs, at::CUDAHooksRegistry, at::RegistererCUDAHooksRegistry;
+REGISTER_CUDA_HOOKS(CUDAHooks)
+C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+}
+"""
+TORCH = Path(importlib.util.find_spec("torch").submodule_search_locations[0])  # type: ignore[union-attr, index]
+FREE = (
+    "aten.detach", "aten.alias", "aten.lift_fresh", "aten.empty", "aten.new_empty", "aten.empty_like",
+    "aten.empty_strided", "aten.record_stream",
+)  # fmt: skip  # operators that launch nothing, beside views
+# what one of our operators launches itself; its operators of torch are counted apart, from its fake
+OURS = {"near": 1, "near_back": 3, "choose": 2, "chosen": 5, "chosen_back": 20}
+
+
+def build(folder: Path) -> Path:
+    """SOURCE as a library in `folder`; some four seconds."""
+    (folder / "streams.cpp").write_text(SOURCE, encoding="utf-8")
+    command = ["g++", "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{TORCH}/include", "streams.cpp", "-o", "streams.so"]
+    subprocess.run([*command, f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"], cwd=folder, check=True)
+    return folder / "streams.so"
+
+
+def main(library: str, preset: str, tokens: int, fault: str) -> dict[str, Any]:
+    for name in ("libc10", "libtorch_cpu"):
+        ctypes.CDLL(f"{TORCH}/lib/{name}.so", mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(library)
+    return _update(preset, tokens, fault)
+
+
+# long: everything that is imported here must come after the library
+def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from shoal import presets
+    from shoal.data.batches import Batch
+    from shoal.model.block import Attention, Block
+    from shoal.model.gpu import launch
+    from shoal.model.net import Net
+    from shoal.train import snapshot, step
+    from shoal.train.checkpoint import _tensors, full_state
+    from shoal.train.loss import LossModel, Places
+    from shoal.train.optim import make_optimizer
+    from shoal.train.parallel import Ranks, shard_
+
+    mode, device = FakeTensorMode(), torch.device("cuda:0")
+    c, train = presets.get(preset).model, presets.get(preset).train
+    found: dict[str, Any] = {"reads": 0, "largest": 0, "largest_of": "", "kinds": {}}
+    layer: list[str] = []  # in which part of a layer an operator is
+    launches: Counter[str] = Counter()
+
+    class Watched(TorchDispatchMode):
+        """What each operator gives: how large, in which dtype, on which device."""
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            name = str(function).rsplit(".", 1)[0]
+            there = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.device.type == "cuda"]
+            for x in there:
+                if x.numel() > found["largest"]:
+                    found["largest"], found["largest_of"] = x.numel(), f"{name} {list(x.shape)}"
+            if there and not function.is_view and name not in FREE:
+                launches[layer[-1] if layer else "rest"] += OURS.get(name.removeprefix("shoal."), 1)
+                given = [x.dtype for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.dim()]
+                seen = found["kinds"].setdefault(name, [])
+                pair = f"{given[0] if given else ''} -> {there[0].dtype}".replace("torch.", "")
+                seen.extend([pair] if pair not in seen else [])
+            return out
+
+    def outside(function: Any) -> Any:
+        def run(*args: Any) -> Any:
+            with unset_fake_temporarily():
+                return function(*args)
+
+        return run
+
+    def there(values: torch.Tensor) -> Any:
+        return mode.from_tensor(values).to(device)
+
+    def read(values: torch.Tensor) -> list[float]:
+        assert values.device == device
+        found["reads"] += 1
+        return [1.0] * len(values)
+
+    step.count, step.read = outside(step.count), read
+    Places.of = staticmethod(outside(Places.of))  # type: ignore[method-assign, assignment]
+    Places.to = lambda self, device: Places(*map(there, self))  # type: ignore[method-assign]
+    Batch.to = lambda self, device: Batch(*map(there, (getattr(self, name) for name in (  # type: ignore[method-assign]
+        "tokens", "targets", "docs", "patches", "grid", "row_bytes"))), self.modalities)  # fmt: skip
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # type: ignore[attr-defined]
+    torch.cuda.is_bf16_supported = lambda *_, **__: True  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    launch.installed = lambda: True  # type: ignore[assignment]
+    snapshot.random_state = lambda ranks: {}
+    if fault in ("leak", "sync"):
+        forward, wrong = Attention.forward, {
+            "leak": lambda x: x + torch.ones(x.shape), "sync": lambda x: x * bool(x.sum() > 0),
+        }  # fmt: skip
+        Attention.forward = lambda self, *args: wrong[fault](forward(self, *args))  # type: ignore[method-assign]
+
+    ids = torch.full((1, length), 300)
+    ids[0, 8:24] = 7
+    docs = (torch.arange(length) > length // 3).long()[None]
+    targets = ids.roll(-1, 1)
+    targets[:, -1] = -1
+    side = max(1, c.patch_values)
+    batch = Batch(ids, targets, docs, torch.zeros(0, side, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.long),
+                  torch.tensor([length]), ("text",))  # fmt: skip
+    ranks = Ranks(0, 1, device)
+
+    def marked(block: Block) -> None:
+        forward = block.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            layer.append("layer forward")
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                layer.pop()
+
+        block.forward = run  # type: ignore[method-assign]
+
+    with mode:
+        with torch.device("cuda:0"):
+            model = LossModel(Net(c))
+        model.low = fault != "float32"
+        model.to = lambda _: model  # type: ignore[method-assign, assignment]  # fake parameters cannot be moved in place
+        shard_(model, ranks)
+        for group in model.net.groups:
+            for block in group.blocks:  # type: ignore[union-attr]
+                marked(block)
+        optimizer = make_optimizer(model, train)
+        total = sum(train.exit_weights)
+        weights = [weight / total for weight in train.exit_weights]
+        given = {"config": train, "weights": weights, "rate": 1e-4, "ranks": ranks}
+        with Watched():
+            step.update(model, optimizer, [batch, batch], **given)  # type: ignore[arg-type]
+        found["devices"] = sorted(
+            {str(x.device) for p in model.parameters() for x in (p, p.grad, *optimizer.state[p].values())}
+        )
+        found["states"] = sorted(
+            {str(x.dtype) for p in model.parameters() for x in (p, p.grad, *optimizer.state[p].values())}
+        )
+        copied = snapshot.Snapshot(ranks)
+        copied.take(_tensors(model, optimizer))
+        found["saved"] = [sorted({str(piece.tensor.device) for piece in copied._pieces}), len(copied._pieces)]
+        exported = full_state(model)
+        found["exported"] = [sorted({str(x.device) for x in exported.values()}), len(exported)]
+        assert all(isinstance(x, FakeTensor) for x in exported.values())
+    found["forward"] = launches["layer forward"] // (2 * c.layers)
+    found["all"] = sum(launches.values())
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), (sys.argv[4:] or [""])[0])))

@@ -1,0 +1,100 @@
+"""`shoal bench train --parts mfu`: its operations are those that torch counts, and a tiny one runs on this CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from shoal import presets
+from shoal.bench import mfu
+from shoal.bench.plain import PlainGPT
+from shoal.bench.train import train
+from shoal.errors import UsageError
+from shoal.model.gpu import launch
+from shoal.model.net import Net
+from shoal.train.meter import training_flops
+
+
+def test_operations_of_the_plain_model_are_those_that_torch_counts() -> None:
+    """Which counts all pairs of tokens."""
+    model = PlainGPT(vocab=50, layers=2, width=16, heads=2, length=24)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.loss(torch.randint(50, (1, 24)), torch.randint(50, (1, 24))).backward()
+    assert counter.get_total_flops() == 24 * mfu.plain_flops(2, 16, 50, 24, causal=False)
+    half = mfu.plain_flops(2, 16, 50, 24, causal=False) - mfu.plain_flops(2, 16, 50, 24)
+    assert half == 3 * 2 * 2 * 24 * 16, "of scores and sums, forward and twice backward"
+
+
+@pytest.mark.parametrize("pattern", ["H", "HL", "D"])
+def test_operations_of_ours_are_those_that_torch_counts(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the way that a GPU takes, on fake tensors; of our operators by what each query reads."""
+    base = dataclasses.replace(presets.get("test").model, train_length=64, image_size=0, attn_pattern=pattern)
+    c, length = base, 64
+    monkeypatch.setattr(launch, "ON", {"cpu"})
+    monkeypatch.setattr(launch, "installed", lambda: True)
+
+    def near(q: Any, k: Any, v: Any, starts: Any, window: int, **_: Any) -> int:
+        return 4 * math.prod(q) * window
+
+    def chosen(q: Any, k: Any, v: Any, numbers: Any, *_: Any, **__: Any) -> int:
+        return 4 * math.prod(q) * (numbers[-1] + 1) * c.block
+
+    def scored(q: Any, summaries: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(q) * summaries[1]
+
+    ours = torch.ops.shoal
+    counts = {
+        ours.near: near, ours.chosen: chosen, ours.choose: scored,
+        ours.near_back: lambda q, k, v, starts, out, lse, gradient, window, **_: 2 * near(q, k, v, starts, window),
+        ours.chosen_back: lambda *given, **_: 2 * chosen(*given),
+    }  # fmt: skip
+    with FakeTensorMode(), FlopCounterMode(display=False, custom_mapping=counts) as counter:
+        net = Net(c)
+        hidden = net(torch.zeros(1, length, dtype=torch.long), exits=(c.layers,))[c.layers]
+        net.head(hidden, c.layers).sum().backward()
+    assert counter.get_total_flops() == length * training_flops(c, heads=1)
+
+
+def test_a_tiny_one_runs_on_this_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    said = io.StringIO()
+    how: dict[str, Any] = {"tokens": 0, "steps": 1, "rounds": 1, "parts": ("mfu",), "lengths": (64,)}
+    train(Console(file=said, width=200), preset="test", **how)
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["mfu"]
+    assert [(row["model"], row["preset"], row["length"], row["mfu"]) for row in rows] == [
+        ("ours", "test", 64, None), ("plain", "test", 64, None),
+    ]  # fmt: skip
+    c, _ = mfu.at("test", 64)
+    work = training_flops(c), mfu.plain_flops(c.layers, c.width, c.vocab, 64)
+    for row, each in zip(rows, work, strict=True):
+        assert row["flops"] == pytest.approx(row["tokens_per_s"] * each) and 0 < row["of_rate"] < 1
+        assert f"{row['tokens_per_s']:,.0f}" in said.getvalue() and not row["recomputed"]
+
+
+def test_what_does_not_fit_is_computed_again_in_backward() -> None:
+    asked = []
+
+    def prepare(again: bool) -> Any:
+        asked.append(again)
+        if not again:
+            raise torch.OutOfMemoryError
+        return (lambda: None), 10, 2, 3
+
+    assert mfu.measured(prepare, 1, torch.device("cpu"))["recomputed"] and asked == [False, True]
+
+
+def test_a_device_that_is_not_there_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="--device cuda: got 'no CUDA device'; run it on a machine with a GPU"):
+        mfu.device_of("cuda")
+    with pytest.raises(UsageError, match="--device: got 'tpu'; allowed"):
+        mfu.device_of("tpu")

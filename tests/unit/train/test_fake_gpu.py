@@ -1,0 +1,88 @@
+"""Training on a GPU that is not there (`tests/fake_gpu.py`): one device, one wait an update, no T x T, and the precisions."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.model.gpu import sparse
+from tests import fake_gpu
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("g++"), reason="streams of a GPU that is not there take a C++ compiler"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has streams of its own"),
+    pytest.mark.timeout(600),
+]
+LENGTH = 16_384
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_gpu.build(tmp_path_factory.mktemp("streams"))
+
+
+def run(library: Path, *asked: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.fake_gpu", str(library), *map(str, asked)]
+    told = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=told, capture_output=True, text=True, timeout=500, check=False)
+
+
+def found(library: Path, *asked: object) -> dict[str, Any]:
+    done = run(library, *asked)
+    assert done.returncode == 0, done.stderr
+    values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return values
+
+
+@pytest.fixture(scope="module")
+def long_row(library: Path) -> dict[str, Any]:
+    """An update of 350m on two rows of 16,384 tokens."""
+    return found(library, "350m", LENGTH)
+
+
+def test_an_update_stays_on_the_device_and_waits_for_it_once(long_row: dict[str, Any]) -> None:
+    """Forward, losses at all exits, backward, norm, clip and optimizer. Then a checkpoint's copy and the model for export, on
+    the host."""
+    assert long_row["reads"] == 1 and long_row["devices"] == ["cuda:0"]
+    assert long_row["saved"][0] == long_row["exported"][0] == ["cpu"]
+    assert long_row["exported"][1] == long_row["saved"][1] // 4, "weights, two moments and a count of each"
+
+
+def test_no_tensor_of_t_times_t_numbers_is_made(long_row: dict[str, Any]) -> None:
+    """The largest is a part of the logits; the scores of blocks, which are inside an operator, are made in strips."""
+    assert long_row["largest"] < LENGTH**2 and "mm" in long_row["largest_of"]
+    assert sparse.SCORED < LENGTH**2
+
+
+def test_products_are_bf16_and_what_decides_is_fp32(long_row: dict[str, Any]) -> None:
+    """Norms (rsqrt), softmax of logits, scores of blocks, logits, weights, gradients and moments in fp32."""
+    kinds = long_row["kinds"]
+    assert set(kinds["aten.mm"]) == {"bfloat16 -> bfloat16", "bfloat16 -> float32"}, "the last are logits"
+    assert set(kinds["shoal.near"]) == set(kinds["shoal.chosen"]) == {"bfloat16 -> bfloat16"}
+    for name in ("aten.rsqrt", "aten._log_softmax", "aten.nll_loss_forward", "aten._log_softmax_backward_data"):
+        assert kinds[name] == ["float32 -> float32"], name
+    assert kinds["shoal.choose"] == ["float32 -> int32"] and long_row["states"] == ["torch.float32"]
+
+
+def test_a_layer_launches_as_many_kernels_at_any_length(library: Path, long_row: dict[str, Any]) -> None:
+    """Before torch.compile, which joins most of them; docs/benchmarks/gpu.md says so."""
+    assert long_row["forward"] == found(library, "350m", 4096)["forward"] == 64
+
+
+def test_fp32_is_fp32_throughout(library: Path) -> None:
+    kinds = found(library, "test", 96, "float32")["kinds"]
+    assert kinds["aten.mm"] == kinds["shoal.near"] == ["float32 -> float32"]
+
+
+@pytest.mark.parametrize(("fault", "said"), [("leak", "FakeTensorDeviceMismatchError"), ("sync", "DataDependent")])
+def test_what_leaks_or_waits_is_found(library: Path, fault: str, said: str) -> None:
+    done = run(library, "test", 96, fault)
+    assert done.returncode != 0 and said in done.stderr
