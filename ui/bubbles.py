@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import mimetypes
 import re
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from ui.words import markdown
 
 FAULT = "fault"  # `id` in the metadata of a message that says why there is no answer
 LOST_PICTURE = Path(__file__).parent / "lost.png"  # stands for one that this server does not have (`guard.with_lost`)
+MARK = "\x1e"  # before and after the calls in what rides along with an answer
 PICTURE = "[picture]"  # what the model is told instead
 ID = re.compile(r"[\w.:-]{1,100}")  # of an answer
 _GROUP = re.compile(r'<div class="votes( kept)? answer-([\w.:-]{1,100})" role="group">.*?</div>')
@@ -41,7 +43,7 @@ def conversation(shown: Iterable[Message], system: str = "") -> list[Message]:
         if message["role"] == "user":
             asked.append({"role": "user", "content": _content(message["content"])})
         elif metadata.get("id") != FAULT:
-            asked.append({"role": "assistant", "content": metadata.get("log", "")})
+            asked += told(metadata.get("log", ""))
     return [*([{"role": "system", "content": system}] if system else []), *asked]
 
 
@@ -54,18 +56,66 @@ def said(state: Said) -> Message:
     """A state as a message of the page: the answer, with a line of facts below it, or why there is no more of it, or none."""
     if not state.text and state.fault:
         return faulty(state.fault)
-    if not state.text and not state.whole:
+    if not state.text and not state.whole and not state.before:
         what = (
             "The service takes no question now, and is asked again" if state.refused else "Waiting for the first word"
         )
         return none_yet(_idle(what, state.waits or 0.0))
-    parts = [{"type": "text", "text": markdown(state.text)}]
+    parts = [{"type": "text", "text": looked_up(state.before) + markdown(state.text)}]
     below = beneath(state)
     if below and state.id:
         below += votes(state.id, kept=state.kept)
     if below:
         parts.append({"type": "text", "text": below})
-    return {"role": "assistant", "content": parts, "metadata": {"log": state.text}}
+    return {"role": "assistant", "content": parts, "metadata": {"log": logged(state.text, state.before)}}
+
+
+def looked_up(before: Iterable[Message]) -> str:
+    """Calls and what they gave, as markup above an answer; empty without any."""
+    rows = []
+    for message in before:
+        if message["role"] == "tool":
+            rows.append(f'<div class="given">{html.escape(message["content"])}</div>')
+        for call in message.get("tool_calls") or ():
+            one = call["function"]
+            rows.append(f'<div class="call">{html.escape(one["name"])} {html.escape(one["arguments"])}</div>')
+    # in one line: Markdown would make paragraphs of several
+    return f'<div class="lookup">{"".join(rows)}</div>\n\n'.replace("`", "&#96;") if rows else ""
+
+
+def logged(text: str, before: Iterable[Message]) -> str:
+    """An answer with the calls before it, as it rides along with a message of the page."""
+    some = list(before)
+    return f"{MARK}{json.dumps(some)}{MARK}{text}" if some else text.lstrip(MARK)
+
+
+def told(log: str) -> list[Message]:
+    """What `logged` made as messages of the API, the answer last. From a browser may come anything: what is no call and no
+    result is left out."""
+    if not log.startswith(MARK):
+        return [{"role": "assistant", "content": log}]
+    calls, _, text = log[1:].partition(MARK)
+    try:
+        some = json.loads(calls)
+    except (ValueError, RecursionError):
+        some = []
+    before = [one for one in some if _is_call(one) or _is_result(one)] if isinstance(some, list) else []
+    return [*before, {"role": "assistant", "content": text}]
+
+
+def _is_call(one: Any) -> bool:
+    if not (isinstance(one, dict) and one.get("role") == "assistant" and isinstance(one.get("tool_calls"), list)):
+        return False
+    functions = [call.get("function") for call in one["tool_calls"] if isinstance(call, dict)]
+    texts = [function.get(key) for function in functions if isinstance(function, dict) for key in ("name", "arguments")]
+    return len(texts) == 2 * len(one["tool_calls"]) > 0 and all(isinstance(text, str) for text in texts)
+
+
+def _is_result(one: Any) -> bool:
+    texts = (
+        (one.get("content"), one.get("tool_call_id")) if isinstance(one, dict) and one.get("role") == "tool" else (0,)
+    )
+    return all(isinstance(text, str) for text in texts)
 
 
 def votes(id_: str, *, kept: bool) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 import openai
 
-from ui import bubbles, history, program, site, talk, vote, words
+from ui import bubbles, history, lookup, program, site, talk, vote, words
 from ui.assistants import Assistant
 from ui.site import QUIET, Component, Key, Site
 from ui.talk import Said, Settings
@@ -83,7 +83,7 @@ def _talk(
     ]
     chat.undo(None, chat, shown, js=CALLED.format("undo"), **QUIET)
     answering = [
-        event.success(_replies(at), [chat, *inputs], [chat, *more], concurrency_limit=AT_ONCE, **QUIET)
+        event.success(_replies(at, assistant), [chat, *inputs], [chat, *more], concurrency_limit=AT_ONCE, **QUIET)
         for event in asked
     ]
     for event in answering:
@@ -94,7 +94,7 @@ def _talk(
     return answering
 
 
-def _replies(at: Site) -> Any:
+def _replies(at: Site, assistant: Assistant) -> Any:
     """What answers the last question of a conversation; its arguments follow the order of `_controls`, then `keep`."""
 
     async def reply(
@@ -109,6 +109,7 @@ def _replies(at: Site) -> Any:
         tolerance: str,
         keep: bool,
         key: str,
+        request: gr.Request,
     ) -> AsyncIterator[tuple[Any, Any, Any]]:
         if not shown or shown[-1]["role"] != "user":
             yield gr.skip(), gr.skip(), gr.skip()
@@ -137,9 +138,13 @@ def _replies(at: Site) -> Any:
             return
         assert isinstance(cards, list)
         card = site.of(cards, model)
+        tools = await lookup.read(at.client(key)) if assistant.tools else None
+        if tools is not None and tools.system and system.strip() == assistant.system:
+            system = tools.system  # who asks is known there; what the user wrote stands
         asked = bubbles.conversation(shown, system.strip())
+        place = f"chat-{request.session_hash or 'none'}"  # a tab's tools change nothing for others
         settings, told = Settings(depth, int(most), temperature, top_p, *given, store=bool(keep)), None
-        async with aclosing(talk.stream(at.client(key), card, asked, settings)) as states:
+        async with aclosing(lookup.stream(at.client(key), card, asked, settings, tools, place)) as states:
             async for state in states:
                 sent = state.settings or settings
                 command = gr.skip() if sent == told else words.curl(at.url, sent.body(card.name, asked), key=bool(key))

@@ -47,9 +47,10 @@ def load(stored: Any) -> list[Message]:
 def as_markdown(shown: Iterable[Message]) -> str:
     lines = []
     for message in map(_plain, shown):
+        text = _answer(message["text"])
         who = "You" if message["role"] == "user" else "Shoal"
         below = f"\n\n*{message['below']}*" if message["below"] else ""
-        lines.append(f"**{who}**\n\n{message['text']}{below}\n")
+        lines.append(f"**{who}**\n\n{text}{below}\n")
     return "\n".join(lines)
 
 
@@ -60,7 +61,8 @@ def as_json(shown: Iterable[Message], system: str) -> str:
         if message["fault"]:
             del messages[-1:]
         else:
-            messages.append({"role": message["role"], "content": message["text"]})
+            said = bubbles.told(message["text"]) if message["role"] == "assistant" else []
+            messages += said or [{"role": message["role"], "content": message["text"]}]
     return json.dumps({"messages": messages}, ensure_ascii=False)
 
 
@@ -92,7 +94,13 @@ def _shown(message: Message) -> Message:
         )
     id_, kept = message.get("id"), message.get("kept") is True
     known = id_ if isinstance(id_, str) and bubbles.ID.fullmatch(id_) else ""
-    return bubbles.said(Said(message["text"], message["below"], whole=True, id=known, kept=kept))
+    *before, last = bubbles.told(message["text"])
+    return bubbles.said(Said(last["content"], message["below"], whole=True, id=known, kept=kept, before=tuple(before)))
+
+
+def _answer(text: str) -> str:
+    """The words of an answer, without calls before it."""
+    return str(bubbles.told(text)[-1]["content"])
 
 
 def _bare(markup: str) -> str:

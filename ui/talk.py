@@ -53,11 +53,18 @@ class Settings:
     seed: int | None = None
     tolerance: float | None = None  # nats a token, with depth "auto" only
     store: bool = False  # its texts, where the service may
+    tools: tuple[dict[str, Any], ...] = ()  # that the model may call
 
     def body(self, model: str, asked: list[Message]) -> dict[str, Any]:
         """The body of the request to /v1/chat/completions."""
         tolerance = self.tolerance if self.depth == "auto" else None
-        given = {"seed": self.seed, "quality_tolerance": tolerance, "depth": self.depth, "store": self.store or None}
+        given: Message = {
+            "seed": self.seed,
+            "quality_tolerance": tolerance,
+            "depth": self.depth,
+            "store": self.store or None,
+        }
+        given |= {"tools": list(self.tools) or None}
         most = {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
         return {
             "model": model,
@@ -85,6 +92,8 @@ class Said:
     refused: bool = False  # the API takes no question now, and is asked again
     id: str = ""  # of the answer, by which the API knows it; "" where it has none yet
     kept: bool = False  # its texts are
+    calls: tuple[Message, ...] = ()  # of tools, as the API gives them; of a whole answer
+    before: tuple[Message, ...] = ()  # calls before it, and what they gave: messages of the API
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,7 @@ async def stream(
     Closing the iterator closes the stream, which cancels the request in the engine.
     """
     text, told, usage, depth, pieces, first, end = "", "", None, "", 0, 0.0, ""
+    calls: dict[int, Message] = {}
     last, began, given = Said(""), time.perf_counter(), settings
     shown = moved = began  # when a state was told, and when a word came
     try:
@@ -143,6 +153,7 @@ async def stream(
                 elif chunk is not None:
                     usage, last = chunk.usage or usage, replace(last, id=chunk.id or last.id)
                     piece = "".join(choice.delta.content or "" for choice in chunk.choices)
+                    _take_calls(calls, chunk)
                     end = next((choice.finish_reason for choice in chunk.choices if choice.finish_reason), end)
                     text, pieces = text + piece, pieces + (piece != "")
                     first, moved = first or now - began, now if piece else moved
@@ -163,7 +174,21 @@ async def stream(
     below = facts(depth, tokens, card, f"first after {first:.2f} s, last", time.perf_counter() - began, more)
     if end == "length" and given != settings:
         below += f" \N{MIDDLE DOT} cut off: the conversation fills the {card.context} tokens of context"
-    yield Said(text, below, whole=True, settings=given, id=last.id, kept=last.kept)
+    made = tuple(calls[at] for at in sorted(calls))
+    yield Said(text, below, whole=True, settings=given, id=last.id, kept=last.kept, calls=made)
+
+
+def _take_calls(calls: dict[int, Message], chunk: Any) -> None:
+    """Put what a chunk says of calls to what is known of them, by their numbers."""
+    for choice in chunk.choices:
+        for part in choice.delta.tool_calls or ():
+            one = calls.setdefault(
+                part.index, {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
+            )
+            one["id"] = part.id or one["id"]
+            if part.function is not None:
+                one["function"]["name"] += part.function.name or ""
+                one["function"]["arguments"] += part.function.arguments or ""
 
 
 async def _chunks(

@@ -107,7 +107,7 @@ window.vote = (() => {
     box.querySelector('label').hidden = !may;
     box.querySelector('[type=submit]').hidden = !may;
     box.querySelector('[value=cancel]').textContent = may ? 'Cancel' : 'Close';
-    before = message.metadata?.log ?? '';
+    before = (message.metadata?.log ?? '').split('\x1e').pop();
     box.querySelector('textarea').value = of(writing).correction ?? before;
     box.showModal();
     box.querySelector(may ? 'textarea' : '[value=cancel]').focus();

@@ -18,6 +18,7 @@ from shoal.api.drain import Drain
 from shoal.api.follow import Follower
 from shoal.api.middleware import OPEN_PATHS
 from shoal.api.page import chat_page
+from shoal.api.policy import Policy
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.api.split import Split
@@ -41,7 +42,9 @@ class Readable:
     model: Model
     requests: list[Request] = field(default_factory=list)
     most: int | None = None  # tokens that any answer gets to for now
-    says: str = ""  # instead of the model's letters, a few characters a token
+    says: list[str] = field(
+        default_factory=list
+    )  # instead of the model's letters, an answer each; the last again and again
     told: dict[str, float] = field(default_factory=dict)  # beside what the engine counts, as engines on Ray tell it
 
     async def batches(self, request: Request) -> AsyncIterator[list[Event]]:
@@ -49,14 +52,15 @@ class Readable:
         letters = {i for i in range(self.model.config.vocab) if self.model.tokenizer.token_bytes(i).isalpha()}
         bias = {i: -100.0 for i in range(self.model.config.vocab) if i not in letters}
         letters_only = replace(request, sampling=replace(request.sampling, logit_bias=bias))
-        said, left = 0, self.says
+        said, says = 0, bool(self.says)
+        left = (self.says.pop(0) if len(self.says) > 1 else self.says[0]) if says else ""
         async with aclosing(self.engine.generate(letters_only)) as events:
             async for event in events:
                 while self.most is not None and said >= self.most:
                     await asyncio.sleep(SECONDS_A_TOKEN)
                 await asyncio.sleep(SECONDS_A_TOKEN)
                 piece, left = left[:PIECE], left[PIECE:]
-                yield [replace(event, text=piece) if self.says else event]
+                yield [replace(event, text=piece) if says else event]
                 said += 1
 
     async def stats(self) -> Samples:
@@ -85,13 +89,13 @@ class Site:
         return self.thread.run(self.client.stats())[name]
 
     @contextmanager
-    def saying(self, text: str) -> Iterator[None]:
-        """The model's answers are `text` meanwhile."""
-        self.client.says = text
+    def saying(self, *texts: str) -> Iterator[None]:
+        """The model's answers are `texts` meanwhile, one after another, and then the last."""
+        self.client.says = list(texts)
         try:
             yield
         finally:
-            self.client.says = ""
+            self.client.says = []
 
     @contextmanager
     def held(self, most: int) -> Iterator[None]:
@@ -136,15 +140,20 @@ def site(
     release: Release | None = None,
     capture: CaptureArgs | None = None,
     run_code: bool = False,
+    tools: str | None = None,
+    policy: Policy | None = None,
+    model: Model | None = None,
 ) -> Iterator[Site]:
     """`release`: is followed, by engines that change nothing. `lost`: the pages look for the API where there is none. `beside`:
-    a second model. `capture`: what is kept of requests. `run_code`: programs are run. `port`: None for a free one."""
-    models = {"fish": Model.from_preset("test", seed=3)} | ({"minnow": beside} if beside else {})
+    a second model. `capture`: what is kept of requests. `run_code`: programs are run.
+    `tools`: address of what executes some. `policy`: of the first model, which is `model` [a random one of four layers].
+    `port`: None for a free one."""
+    models = {"fish": model or Model.from_preset("test", seed=3)} | ({"minnow": beside} if beside else {})
     port = port or free_port()
-    clients = [Readable(AsyncEngine(Engine(model)), model) for model in models.values()]
+    clients = [Readable(AsyncEngine(Engine(one)), one) for one in models.values()]
     hosted = [
-        Hosted(ServedModel(name, model.config, model.tokenizer, model.chat_template), client)
-        for (name, model), client in zip(models.items(), clients, strict=True)
+        Hosted(ServedModel(name, one.config, one.tokenizer, one.chat_template, policy=policy), client)
+        for (name, one), client in zip(models.items(), clients, strict=True)
     ]
     page = chat_page(f"http://127.0.0.1:{1 if lost else port}/v1", "fish")
     drain = Drain(OPEN_PATHS)
@@ -156,6 +165,7 @@ def site(
         runs=runs,
         capture=capture,
         run_code=run_code,
+        tools=tools,
         ui_mount=page,
         drain=drain,
         follower=follower,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.browser, pytest.mark.drill]
 
-CHATS, TOOLS = ("", "customer-service", "code", "medicine"), ("compare", "training", "releases", "service")
+CHATS, TOOLS = ("", "customer-service", "code", "medicine", "law"), ("compare", "training", "releases", "service")
 TAGS = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa")
 NAME = """() => {
   const at = document.activeElement;

@@ -27,6 +27,7 @@ from shoal.api.capture import CaptureArgs, Recorder
 from shoal.api.document import Documented
 from shoal.api.drain import Drain
 from shoal.api.drift import drift_routes
+from shoal.api.executed import tool_routes
 from shoal.api.feedback import feedback_routes
 from shoal.api.follow import Follower
 from shoal.api.lifespan import beside
@@ -72,6 +73,7 @@ def build_app(
     on_adapters: OnChange | None = None,
     follower: Follower | None = None,
     run_code: bool = False,
+    tools: str | None = None,
     ui_mount: UiMount | None = None,
     answer_request_id: bool = True,
     drain: Drain | None = None,
@@ -81,8 +83,9 @@ def build_app(
     `metrics`: answer /metrics; `cors`: origins, or ``*`` for any, whose pages may call the API; `runs`: a folder of training
     runs to show; `batches`: a folder of files and batches, run while the app is, `at_once` of their lines at a time; `capture`:
     what is kept of requests; `adapters`, `adapters_from`, `on_adapters`: as `Adapters` takes them; `follower` follows a release
-    as long as the app runs; `run_code`: clients may run programs in the sandbox; `ui_mount` may add a page; `answer_request_id`
-    is false behind a proxy that has its own; `drain`: how the caller ends it. Raises ConfigError, DataError, ResourceError.
+    as long as the app runs; `run_code`: clients may run programs in the sandbox; `tools`: address of what
+    executes tools for the pages; `ui_mount` may add a page; `answer_request_id` is false behind a proxy that has its own;
+    `drain`: how the caller ends it. Raises ConfigError, DataError, ResourceError.
     """
     limits, drain = limits or Limits(), drain or Drain(OPEN_PATHS)
     app = Documented(
@@ -102,7 +105,7 @@ def build_app(
     app.include_router(adapter_routes(service, Adapters(service, adapters or {}, adapters_from, on_adapters)))
     _follow(app, service, follower)
     app.include_router(status_routes(service, metrics=metrics))
-    _read_or_run(app, service, runs, run_code)
+    _read_or_run(app, service, runs, run_code, tools)
     app.add_exception_handler(HTTPException, partial(_http_failed, service))
     app.add_middleware(Headed)
     app.add_middleware(drain.guard, failed=service.failed)
@@ -118,8 +121,10 @@ def build_app(
     return ui_mount(app) if ui_mount else app
 
 
-def _read_or_run(app: FastAPI, service: Service, runs: Path | None, run_code: bool) -> None:
-    """The routes of training runs and of programs, each where it is wanted."""
+def _read_or_run(app: FastAPI, service: Service, runs: Path | None, run_code: bool, tools: str | None) -> None:
+    """The routes of training runs, of programs and of tools, each where it is wanted."""
+    if tools is not None:
+        app.include_router(tool_routes(service, tools))
     if runs is not None:
         app.include_router(runs_routes(runs))
     if run_code:

@@ -95,6 +95,7 @@ def run_local(
             adapters=adapters,
             adapters_from=Path(args.adapters_from) if args.adapters_from else None,
             run_code=args.run_code,
+            tools=args.tools,
             ui_mount=page,
             drain=drain,
         )

@@ -321,6 +321,7 @@ class Gateway:
             on_adapters=self._adapters.put,
             follower=follower,
             run_code=args.run_code,
+            tools=args.tools,
             ui_mount=page,
             answer_request_id=False,  # Serve's proxy does
             drain=self._drain,

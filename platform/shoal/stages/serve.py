@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -16,6 +18,7 @@ from shoal.errors import UsageError
 from shoal.stages.stage import Stage, out
 
 LOOPBACK, PORT = "127.0.0.1", 8000
+SHOP = "shop"  # in place of an address of tools: the made-up shop of the recipe customer-service
 CHOICES = {"precision": ("stored", "auto"), "kv_cache_dtype": ("auto", "int8"), "dtype": get_args(Dtype)}
 
 
@@ -114,6 +117,13 @@ class Serve(Stage):
             "[no, or the config's]",
         ),
     ] = None
+    tools: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a service that executes tools on the page Customer service, or `shop`: the recipe's own, made up "
+            "(docs/pages.md). [none are, or the config's]"
+        ),
+    ] = None
     ui: Annotated[bool | None, typer.Option(help="Show the pages at /ui [yes, or the config's].")] = None
     logs: Annotated[
         Path | None,
@@ -124,10 +134,11 @@ class Serve(Stage):
 
     def run(self) -> None:
         self._check()
-        if self.ray:
-            self._on_ray()
-        else:
-            self._here()
+        with _shop(self) as stage:
+            if stage.ray:
+                stage._on_ray()
+            else:
+                stage._here()
         out.print("The service has stopped.")
 
     def args(self) -> dict[str, Any]:
@@ -157,6 +168,7 @@ class Serve(Stage):
             "adapters_from": self.adapters_from and str(self.adapters_from.absolute()),
             "policy": self.policy and str(self.policy.absolute()),
             "run_code": self.run_code,
+            "tools": self.tools,
             "ui": self.ui,
         }
         replicas = parse_replicas(self.replicas) if self.replicas else {}
@@ -204,6 +216,18 @@ class Serve(Stage):
         need_free_port(deploy.http_options.host, deploy.http_options.port)
         with local_ray(logs=self.logs):
             run(deploy, on_ready=partial(_ready, page=shows_page(deploy)))
+
+
+@contextmanager
+def _shop(stage: Serve) -> Iterator[Serve]:
+    """`stage` with the address of the recipe's shop, which answers until the end of the block, where that is asked for."""
+    if stage.tools != SHOP:
+        yield stage
+        return
+    from shoal.recipes.customer_service.service import serving
+
+    with serving() as url:
+        yield replace(stage, tools=url)
 
 
 def _ready(url: str, page: bool) -> None:

@@ -1,6 +1,7 @@
 """The shop over HTTP, on this machine alone: what executes a tool's call for an evaluation, a page or a program.
 
     GET    /tools               the tools, as a chat takes them
+    GET    /system              what a model is told of a customer who is signed in, with an order on its way
     POST   /shops/NAME/TOOL     call one in the shop NAME, with a JSON object of arguments; 400 says what was wrong with them
     GET    /shops/NAME          what calls have changed there
     DELETE /shops/NAME          forget it
@@ -21,6 +22,7 @@ from typing import Any
 
 from shoal.errors import RequestError
 from shoal.recipes.customer_service.shop import LANGUAGES, SPLITS, SUITE, TOOLS, Shop
+from shoal.recipes.customer_service.words import ORDERS, SYSTEM
 
 HOST = "127.0.0.1"
 MOST_SHOPS = 1_000  # of more, the one that was not used for longest goes
@@ -104,6 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
         match self._path():
             case ["tools"]:
                 self._answer(200, TOOLS)
+            case ["system"]:
+                order, item = self._shops.get("system").orders("on the way")[0]
+                self._answer(200, {"system": SYSTEM + ORDERS.format(orders=f"{order} {item}")})
             case ["shops", name]:
                 self._answer(200, self._shops.get(name).state())
             case _:

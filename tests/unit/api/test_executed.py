@@ -1,0 +1,62 @@
+"""Tools that a service of the operator's executes: their list, a call, its refusal, and a service that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+
+from shoal.api.executed import checked
+from shoal.errors import ConfigError
+from shoal.recipes.customer_service.service import serving
+from shoal.recipes.customer_service.shop import SUITE, TOOLS, Shop
+
+PATH = "/v1/shoal/tools"
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def shop() -> Iterator[str]:
+    with serving() as url:
+        yield url
+
+
+async def test_they_are_listed_with_what_a_model_is_told(connect: Callable[..., httpx.AsyncClient], shop: str) -> None:
+    told = (await connect(tools=f"{shop}/").get(PATH)).json()
+    order, item = Shop(SUITE, "en").orders("on the way")[0]
+    assert told["data"] == TOOLS and told["system"].endswith(f"Orders: {order} {item}.")
+    assert (await connect().get(PATH)).status_code == 404, "without the option there are none"
+
+
+async def test_a_call_is_made_in_the_chats_own_place(connect: Callable[..., httpx.AsyncClient], shop: str) -> None:
+    http = connect(tools=shop)
+    order = Shop(SUITE, "en").orders("packed")[0][0]
+    first, again, other = [
+        (await http.post(f"{PATH}/{chat}/cancel_order", json={"arguments": {"order": order}})).json()
+        for chat in ("chat-1", "chat-1", "chat-2")
+    ]
+    assert first["given"]["refund"] and again["given"] == {"error": "already cancelled"}
+    assert other["given"] == first["given"]
+
+
+async def test_what_is_no_call_is_refused(connect: Callable[..., httpx.AsyncClient], shop: str) -> None:
+    http = connect(tools=shop)
+    wrong = await http.post(f"{PATH}/chat/track_order", json={"arguments": {"number": "1"}})
+    assert wrong.status_code == 400 and "track_order.number" in wrong.json()["error"]["message"]
+    for path, body in (
+        ("chat/track_order", {"args": {}}), ("chat/track_order", {"arguments": "x"}), ("..%2Fx/track_order", {"arguments": {}}),
+        ("chat/a b", {"arguments": {}}),
+    ):  # fmt: skip
+        assert (await http.post(f"{PATH}/{path}", json=body)).status_code in (400, 404)
+
+
+async def test_a_service_that_does_not_answer_is_said_in_a_line(connect: Callable[..., httpx.AsyncClient]) -> None:
+    told = await connect(tools="http://127.0.0.1:9").get(PATH)
+    assert told.status_code == 503 and "--tools" in told.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("url", ["shop", "127.0.0.1:80", "ftp://x", "http://", "http://a b"])
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"args\.tools"):
+        checked(url)
