@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from sacrebleu.metrics.chrf import CHRF
 
 from shoal.data.chats.heldout import Question, questions
@@ -64,10 +65,14 @@ class Verdict:
 
 @dataclass
 class _Seen:
-    """Of the suites so far: tokens of both answers to what is frozen, and questions that both answered, by task."""
+    """Of the suites so far: tokens of both answers to what is frozen, and questions that both answered, by task; and whether
+    all that is new of the candidate is its router."""
+
+    alone: bool
 
     longer: list[tuple[int, int]] = field(default_factory=list)
     answered: dict[str, list[Question]] = field(default_factory=dict)
+    new: dict[str, list[Question]] = field(default_factory=dict)  # of recent suites
 
 
 def gate(
@@ -102,7 +107,7 @@ def gate(
     steps, total = 0, len(frozen) + 2
     tell("bits per byte", steps, total)
     checks += _bits(model, known, data)
-    seen = _Seen()
+    seen = _Seen(_router_alone(model, known))
     for suite, place in frozen:
         steps += 1
         tell(suite.name, steps, total)
@@ -200,8 +205,12 @@ def _asked(suite: Suite, folder: Path, model: Model, known: Model, margin: float
         if suite.kind == FROZEN:
             seen.longer += [(one.tokens, other.tokens) for one, other in zip(new, old, strict=True)]
         if suite.kind != SAFETY:
-            seen.answered.setdefault(task, []).extend(row for row in asked if row.group not in fitted)
-        found.append(_compared(suite.kind, name, scores(task, new, asked), scores(task, old, asked), asked, margin))
+            some = seen.new if suite.kind == RECENT else seen.answered
+            some.setdefault(task, []).extend(row for row in asked if row.group not in fitted)
+        kind = (
+            FROZEN if seen.alone and suite.kind == RECENT else suite.kind
+        )  # no router makes answers right that were not
+        found.append(_compared(kind, name, scores(task, new, asked), scores(task, old, asked), asked, margin))
     return found
 
 
@@ -213,12 +222,24 @@ def _fitted(suite: Suite, folder: Path, by_task: Mapping[str, Sequence[Question]
     return {row.group for rows in by_task.values() for row in rows} - half
 
 
+def _router_alone(model: Model, known: Model) -> bool:
+    """Whether the weights of both are the same, and their routers are not."""
+    if model.router is None or known.router is None or not _equal(model.net, known.net):
+        return False
+    return model.router.calibration != known.router.calibration or not _equal(model.router, known.router)
+
+
+def _equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
 def _costs(model: Model, known: Model, seen: _Seen) -> list[Check]:
     """The checks of the router and of speed, on what both have answered."""
-    if not seen.answered:
+    if not seen.answered and not seen.new:
         return []
     try:
-        return [*costs.router(model, known, seen.answered), costs.speed(model, known, seen.answered)]
+        return costs.checks(model, known, seen.answered, seen.new, alone=seen.alone)
     except ShoalError as error:
         return [Check("router", FAIL, f"it does not answer: {error}")]
 

@@ -11,18 +11,19 @@ import torch
 
 from shoal import Model, presets
 from shoal.cli import main
+from shoal.config import ModelConfig
 from shoal.data.chats.heldout import Question, questions
 from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.errors import DataError
 from shoal.evaluate.halves import asked_groups
-from shoal.evaluate.prompts import Heldout, measured
-from shoal.inputs.chat import DEFAULT_TEMPLATE, encode_chat
+from shoal.evaluate.prompts import Heldout, Prompts, measured
+from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop import costs
 from shoal.loop.gate import Verdict, gate
 from shoal.loop.suites import USES, freeze, read, tasks
-from shoal.model.router import NEVER, fit_router
+from shoal.model.router import NEVER, Router, fit_router
 from tests.corpus import write_corpus
 
 MOST_TOKENS = 8  # of an answer; more of it says no more here
@@ -181,12 +182,81 @@ def test_a_router_that_loses_more_runs_deeper_or_is_gone_is_stopped(place: Path,
 
 @pytest.mark.parametrize(
     ("value", "high", "status"),
-    [(0.040, 0.050, "pass"), (0.049, 0.056, "inconclusive"), (0.052, 0.059, "fail"), (0.061, 0.082, "fail")],
+    [
+        (0.040, 0.050, "pass"),
+        (0.049, 0.056, "inconclusive"),
+        (0.052, 0.059, "fail"),
+        (0.061, 0.082, "fail"),
+        (float("nan"), float("nan"), "fail"),
+    ],
 )
 def test_a_router_s_promise_is_kept_where_the_upper_end_of_its_loss_is_within_it(
     value: float, high: float, status: str
 ) -> None:
     assert costs.kept(value, high, 0.05) == status
+
+
+class Always(Router):
+    """Gives all prompts one depth."""
+
+    def __init__(self, config: ModelConfig, depth: int) -> None:
+        super().__init__(config)
+        self.depth = depth
+
+    def choose(self, *_: object) -> int:  # type: ignore[override]
+        return self.depth
+
+
+@pytest.mark.parametrize(
+    ("lost", "depths", "wanted"),
+    [
+        # the stable version beside itself, which breaks its promise: no worse, and no reason to be released
+        ((0.077, 0.02), (1, 1), {"loss": "pass", "better": "fail", "layers": "skipped"}),
+        ((0.03, 0.02), (1, 1), {"loss": "pass", "better": "fail", "layers": "pass"}),
+        # the router that mends it runs deeper, and one that loses more than it is none
+        ((0.12, 0.02), (2, 1), {"loss": "pass", "better": "pass", "layers": "skipped"}),
+        ((0.07, 0.09), (2, 1), {"loss": "fail", "better": "fail", "layers": "skipped"}),
+        # what keeps its promise is a measure
+        ((0.03, 0.02), (2, 1), {"loss": "pass", "better": "pass", "layers": "fail"}),
+        ((0.09, 0.02), (1, 2), {"loss": "fail", "better": "fail", "layers": "pass"}),
+        ((float("nan"), 0.02), (1, 2), {"loss": "fail", "better": "fail", "layers": "pass"}),
+    ],
+)
+def test_a_stable_version_that_breaks_its_promise_is_no_measure_of_what_it_costs(
+    lost: tuple[float, float], depths: tuple[int, int], wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`lost` at the two early exits, give or take 0.01 a question; a candidate of the first of the `depths`."""
+    models = [Model.from_preset("test") for _ in depths]
+    assert models[0].config.exits == (1, 2, 4)
+    for model, depth in zip(models, depths, strict=True):
+        model.router = Always(model.config, depth)
+
+    def measured(net: object, rows: dict[str, list[Heldout]]) -> Prompts:
+        (some,) = rows.values()
+        gaps = torch.tensor(lost) + 0.01 * torch.linspace(-1, 1, len(some))[:, None]
+        return Prompts(
+            torch.zeros(len(some), 1), gaps, torch.ones(len(some)), ("chat",) * len(some), torch.arange(len(some))
+        )
+
+    monkeypatch.setattr(costs, "measured", measured)
+    monkeypatch.setattr(costs, "_seconds", lambda *_: 1.0)
+    one = Encoded([1], [], [True])
+    asked = {"chat": [Question(one, one, "", "chat", 0)] * 80}
+    found = {check.name: check.status for check in costs.checks(*models, asked, asked, alone=True)}
+    assert found == {f"router, {name}": status for name, status in wanted.items()} | {
+        "time a token": "skipped" if wanted["layers"] == "skipped" else "pass"
+    }
+
+
+def test_a_router_alone_is_released_for_what_it_saves_the_answers(place: Path, tmp_path: Path) -> None:
+    """Its answers to what is new need be no more often right: that no router does."""
+    stable, candidate = with_router(tmp_path, "one"), with_router(tmp_path, "two", deep=True)
+    found = gate(candidate, stable, place / "won")
+    checks = {check.name: check.status for check in found.checks}
+    # the stable version loses nothing that it may not
+    assert checks["router, better"] != "pass" and checks["recent-shop, chat"] == "pass" and not found.passed
+    same = {check.name: check.status for check in gate(stable, stable, place / "won").checks}
+    assert "router, better" not in same and same["recent-shop, chat"] == "fail", "of the same router nothing is new"
 
 
 def test_of_what_is_new_a_router_is_looked_at_on_what_it_was_not_fitted_to(
@@ -195,11 +265,11 @@ def test_of_what_is_new_a_router_is_looked_at_on_what_it_was_not_fitted_to(
     """A retrained one is fitted to the other half of the groups that a cut holds out."""
     seen: list[int] = []
 
-    def router(model: Model, known: Model, asked: dict[str, list[Question]]) -> list[costs.Check]:
-        seen.extend(one.group for some in asked.values() for one in some)
+    def checks(model: Model, known: Model, *asked: dict[str, list[Question]], alone: bool) -> list[costs.Check]:
+        seen.extend(one.group for each in asked for some in each.values() for one in some)
         return []
 
-    monkeypatch.setattr(costs, "router", router)
+    monkeypatch.setattr(costs, "checks", checks)
     judged(place, place / "better", "won")
     half = asked_groups(place / "won" / "recent-shop.jsonl")
     assert set(seen) == half and len(seen) < len(ASKED)
