@@ -207,9 +207,8 @@ def _asked(suite: Suite, folder: Path, model: Model, known: Model, margin: float
         if suite.kind != SAFETY:
             some = seen.new if suite.kind == RECENT else seen.answered
             some.setdefault(task, []).extend(row for row in asked if row.group not in fitted)
-        kind = (
-            FROZEN if seen.alone and suite.kind == RECENT else suite.kind
-        )  # no router makes answers right that were not
+        # no router makes answers right that were not
+        kind = FROZEN if seen.alone and suite.kind == RECENT else suite.kind
         found.append(_compared(kind, name, scores(task, new, asked), scores(task, old, asked), asked, margin))
     return found
 
