@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shoal import Engine, Model
 from shoal.errors import ResourceError
 from shoal.open_weights.convert import import_model
+from shoal.open_weights.gguf import Gguf
+from shoal.open_weights.sources import Folder
+from tests.unit.open_weights.test_gguf import gguf_of
 
 Make = Callable[[str], Path]
 
@@ -34,3 +39,25 @@ def test_keys_and_values_beyond_the_memory_are_refused_with_the_arithmetic(check
     ):
         Engine(model)
     Engine(model, units=50)  # as many as one says
+
+
+@pytest.mark.parametrize("of_gguf", [False, True])
+def test_tensors_go_through_the_memory_one_at_a_time(
+    of_gguf: bool, checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a model may be larger than the memory that imports it: no more than the one that is written and the next."""
+    source = checkpoint("smollm2")
+    path = gguf_of(source, tmp_path / "tiny.gguf") if of_gguf else source
+    kind: Any = Gguf if of_gguf else Folder
+    read, held, most = kind.read, list[weakref.ref[Any]](), 0
+
+    def counted(self: Any, name: str) -> Any:
+        nonlocal most
+        tensor = read(self, name)
+        held.append(weakref.ref(tensor))
+        most = max(most, sum(each() is not None for each in held))
+        return tensor
+
+    monkeypatch.setattr(kind, "read", counted)
+    import_model(path, tmp_path / "model")
+    assert len(held) > 50 and 1 <= most <= 2
