@@ -47,6 +47,7 @@ def made(core: tokenizers.Tokenizer, names: Mapping[str, str], ends: tuple[int, 
     """Our tokenizer over `core`, whose control tokens a template knows by `names`. Raises CheckpointError where tokens do
     not stand for bytes, or when nothing ends an answer."""
     _need_byte_level(core, what)
+    _need_known_tokens(core, what)
     size = 1 + max(core.get_vocab(with_added_tokens=True).values())
     named = core.token_to_id(names["eos_token"]) if "eos_token" in names else None
     # a config.json may have the id of its class's own vocabulary
@@ -90,6 +91,18 @@ def _need_byte_level(core: tokenizers.Tokenizer, what: object) -> None:
     if kind != "BPE" or (strange is not None and not is_spaced(core)):
         got = f"token {strange!r}, and not one for each byte" if kind == "BPE" else kind
         raise CheckpointError(f"tokenizer {what}", got=got, allowed="a BPE over bytes, or one that falls back on them")
+
+
+def _need_known_tokens(core: tokenizers.Tokenizer, what: object) -> None:
+    """Raises CheckpointError for a token around texts that the list beside it lacks: the library would panic, and not raise."""
+    made = json.loads(core.to_str())["post_processor"] or {}
+    for each in made.get("processors", [made]):
+        pieces = [*each.get("single", []), *each.get("pair", [])] if each.get("type") == "TemplateProcessing" else []
+        for name in (piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece):
+            if name not in each["special_tokens"]:
+                raise CheckpointError(
+                    f"tokenizer {what}", got=f"{name!r} around texts, and no id of it", do="save it again"
+                )
 
 
 def _content(token: object) -> str | None:

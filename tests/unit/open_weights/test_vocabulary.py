@@ -207,6 +207,21 @@ def test_a_template_that_no_chat_can_be_written_with_is_refused(
     import_model(source, tmp_path / "model", chat_template="{{ messages[0].content }}")
 
 
+def test_a_token_around_texts_that_is_none_is_refused(checkpoint: Make, tmp_path: Path) -> None:
+    """The tokenizers library panicked, which is no Exception, and printed where."""
+    source = checkpoint("qwen2")
+    path = source / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["post_processor"]["single"][0]["SpecialToken"]["id"] = "<|endofText|>"
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"'<\|endofText\|>' around texts, and no id of it"):
+        import_model(source, tmp_path / "model")
+    values["post_processor"] = {"type": "Sequence", "processors": [values["post_processor"]]}
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="around texts, and no id of it"):
+        import_model(source, tmp_path / "model")
+
+
 def test_images_are_refused_by_name(model: Model) -> None:
     parts = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
     with pytest.raises(RequestError, match="reads no images"):
