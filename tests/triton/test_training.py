@@ -8,10 +8,12 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from shoal import presets
 from shoal.model import reference
 from shoal.model.attention import hybrid_attention
+from shoal.model.block import Block, rope_tables
 from shoal.model.gpu import sparse
 from shoal.model.gpu.sparse import Spans
 from shoal.model.net import Net
@@ -130,6 +132,28 @@ def test_a_net_trains_through_the_kernels_as_through_torch(monkeypatch: pytest.M
     assert len(found[0]) == len(found[1])
     for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12 * math.sqrt(b.numel()))
+
+
+def test_a_compiled_layer_is_one_graph() -> None:
+    """Its kernels in it as operators; the same output and gradients."""
+    config = dataclasses.replace(presets.get("test").model, attn_pattern="H")
+    docs = torch.tensor([[0] * 10 + [1] * 20])
+    spans = Spans.packed(docs, config.block)
+    rope = rope_tables(spans.positions, config, torch.float64)
+    block = Block(config, 0).double()
+    with torch.no_grad():
+        for p in block.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) / 8)
+    x = torch.randn(1, 30, config.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch._dynamo.reset()
+    counters.clear()
+    found = []
+    for forward in (block.forward, torch.compile(block.forward, backend="aot_eager")):
+        out = forward(x, spans, rope)
+        found.append([out, *torch.autograd.grad(out.square().sum(), list(block.parameters()))])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_sparse_layers_and_endless_rows_stay_under_masks() -> None:

@@ -31,7 +31,7 @@ Replay = Annotated[
 ]
 OF_PLAN = (
     "minutes", "tokens", "epochs", "steps", "accumulate", "batch_tokens", "learning_rate", "seed", "resume", "rates_of",
-    "mirror", "profile",
+    "mirror", "profile", "dtype",
 )  # fmt: skip  # fields of `Training` that a plan takes as they are
 
 
@@ -83,6 +83,10 @@ class Training(Stage):
         typer.Option(
             help="Folder or s3://BUCKET/PREFIX that checkpoints are copied to as well, and fetched from. [none]"
         ),
+    ] = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="What a GPU computes in: auto, which is bfloat16, or float32, which is TF32. [auto]"),
     ] = None
     profile: Annotated[
         int | None, typer.Option(help="Updates to trace, for ui.perfetto.dev: OUT/traces has a file a worker. [0]")

@@ -92,6 +92,8 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker, at_end: contextlib.ExitStack
         plan = located(plan)
         start = _Start.of(plan)
         identity = plan.identity(start.base)
+        if plan.dtype == "bfloat16" and ranks.device.type == "cpu":
+            raise ConfigError("dtype", got=plan.dtype, allowed="auto or float32 without a GPU")
         if ranks.device.type == "cuda":
             need_memory_of_gpu(plan, ranks.world, torch.cuda.get_device_properties(ranks.device).total_memory)
     run = Run(plan, ranks, say)

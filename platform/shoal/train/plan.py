@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from shoal import presets
 from shoal.config import Dtype, ModelConfig, TrainConfig, check_exits, dump
@@ -65,6 +65,8 @@ class FitPlan:
     def __post_init__(self) -> None:
         if self.resume not in ("auto", "never"):
             raise UsageError("resume", got=self.resume, allowed="auto, never")
+        if self.dtype not in get_args(Dtype):
+            raise ConfigError("dtype", got=self.dtype, allowed=get_args(Dtype))
         limits = (self.steps, self.tokens, self.epochs, self.minutes)
         if not any(limits):
             raise UsageError("how long to train", do="give --steps, --tokens, --epochs or --minutes")
