@@ -116,16 +116,13 @@ def update(
             sync_gradients(model, index == len(batches) - 1)
             with precision(model, ranks):
                 sums = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid, places=places, **how)
-            by_exit = _by_exit(sums, batch, config)
-            by_patch = sums.patch + config.distill * sums.patch_apart
+            by_exit, by_patch = _by_exit(sums, batch, config), sums.patch + config.distill * sums.patch_apart
             on_tokens = (shares.to(sums.ce.dtype) @ by_exit) / divisor
             (on_tokens + config.patch_weight * by_patch / max(counts.patches, 1)).backward()
-            text = (sums.ce[-1] * text_rows(batch)).sum()
-            totals += torch.cat([sums.ce.sum(1), by_exit, torch.stack([sums.patch, by_patch, text])]).detach()
+            totals += _totals(sums, by_exit, by_patch, batch)
         _fill_gradients(model)
         norm_there = gradient_norm(model)
-        if ranks.device.type == "cuda" and ranks.world > 1:
-            torch.cuda.synchronize(ranks.device)  # so that it is not taken for waiting for others
+        _settle(ranks)
     with watch("waiting" if ranks.world > 1 else "compute"):
         *means, patch, on_patches, text_nats, norm = read(torch.cat([ranks.sum(totals), norm_there.to(totals).view(1)]))
     ce = (nats / max(counts.targets, 1) if share > 0 else math.nan for nats, share in zip(means, weights, strict=False))
@@ -147,10 +144,22 @@ def update(
     )
 
 
+def _settle(ranks: Ranks) -> None:
+    """Wait for this rank's device where there are others: what it has to do is not taken for waiting for them then."""
+    if ranks.device.type == "cuda" and ranks.world > 1:
+        torch.cuda.synchronize(ranks.device)
+
+
 def read(values: Tensor) -> list[float]:
     """`values` on the host: the one wait of an update for its device."""
     found: list[float] = values.tolist()
     return found
+
+
+def _totals(sums: Sums, by_exit: Tensor, by_patch: Tensor, batch: Batch) -> Tensor:
+    """What a report is made of, [2E + 3]: losses and what is minimised, of each exit; of patches both; and of text."""
+    text = (sums.ce[-1] * text_rows(batch)).sum()
+    return torch.cat([sums.ce.sum(1), by_exit, torch.stack([sums.patch, by_patch, text])]).detach()
 
 
 def _by_exit(sums: Sums, batch: Batch, config: TrainConfig) -> Tensor:

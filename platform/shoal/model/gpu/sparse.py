@@ -119,12 +119,12 @@ def choose(q: Tensor, k: Tensor, spans: Spans, reach: Reach, variance: bool = Fa
 @torch.library.custom_op("shoal::near", mutates_args=())
 def _near(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Attention to the last `window` tokens of the document, and the log of the sum of exp of the scores [B, T, H]."""
-    from shoal.model.gpu import window as kernels
+    from shoal.model.gpu.window import _near as near
 
     out, lse = _like_near(q, k, v, starts, window)
     rows, length, heads, _ = q.shape
     shape = _shape(q, k)
-    kernels._near[(-(-length // shape["TALL"]), heads, rows)](q, k, v, starts, out, lse, length, window, **shape)
+    near[(-(-length // shape["TALL"]), heads, rows)](q, k, v, starts, out, lse, length, window, **shape)
     return out, lse
 
 
@@ -138,14 +138,14 @@ def _near_back(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, out: Tensor, lse: Tensor, gradient: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
-    from shoal.model.gpu import window as kernels
+    from shoal.model.gpu.window import _near_to_kv, _near_to_q
 
     rows, length, heads, _ = q.shape
     given, delta, shape = gradient.contiguous(), _delta(out, gradient, lse), _shape(q, k)
     to_q, to_k, to_v = (torch.empty_like(each) for each in (q, k, v))
     more = (q, k, v, starts, lse, delta, given)
-    kernels._near_to_q[(-(-length // shape["TALL"]), heads, rows)](*more, to_q, length, window, **shape)
-    kernels._near_to_kv[(-(-length // shape["TILE"]), k.shape[2], rows)](*more, to_k, to_v, length, window, **shape)
+    _near_to_q[(-(-length // shape["TALL"]), heads, rows)](*more, to_q, length, window, **shape)
+    _near_to_kv[(-(-length // shape["TILE"]), k.shape[2], rows)](*more, to_k, to_v, length, window, **shape)
     return to_q, to_k, to_v
 
 
