@@ -238,6 +238,8 @@ def test_what_is_set_reaches_the_engine_and_the_curl_command(page: Page, open_si
     top_p = page.get_by_label("number input for Top-p")
     top_p.fill("0.9")
     top_p.press("Tab")
+    # what was typed is the page's after its next frame, which on a busy machine may be long after the keys
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     ask(page, "Who are you?")
     page.locator(".facts").wait_for()
     request = open_site.client.requests[-1]
