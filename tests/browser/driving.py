@@ -26,6 +26,13 @@ def most_tokens(page: Page, count: int) -> None:
     box.press("Tab")
 
 
+def open_settings(page: Page) -> None:
+    """gradio gives what is opened its first values some frames later, over what was typed by then: on a busy machine, long."""
+    page.get_by_role("button", name="More settings").click()
+    page.get_by_label("Seed").wait_for()
+    page.evaluate("async () => { for (let i = 0; i < 5; i++) await new Promise(requestAnimationFrame) }")
+
+
 def ask(page: Page, text: str) -> None:
     page.get_by_label("Message", exact=True).fill(text)
     page.keyboard.press("Enter")

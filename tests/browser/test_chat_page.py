@@ -12,7 +12,7 @@ from PIL import Image
 
 from shoal.api.auth import ApiKeys
 from shoal.inputs.chat import Encoded
-from tests.browser.driving import ask, most_tokens, told, until, visit, wait_until_kept, words
+from tests.browser.driving import ask, most_tokens, open_settings, told, until, visit, wait_until_kept, words
 from tests.browser.site import Site, site
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def test_what_is_set_reaches_the_engine_and_the_curl_command(page: Page, open_si
     temperature = page.get_by_label("number input for Temperature")
     temperature.fill("0.7")
     temperature.press("Tab")
-    page.get_by_role("button", name="More settings").click()
+    open_settings(page)
     assert page.get_by_label("Seed").input_value() == page.get_by_label("Tolerance").input_value() == ""
     page.get_by_label("System prompt").fill("Speak like a fish.")
     page.get_by_label("Seed").fill("7")
@@ -238,8 +238,6 @@ def test_what_is_set_reaches_the_engine_and_the_curl_command(page: Page, open_si
     top_p = page.get_by_label("number input for Top-p")
     top_p.fill("0.9")
     top_p.press("Tab")
-    # what was typed is the page's after its next frame, which on a busy machine may be long after the keys
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     ask(page, "Who are you?")
     page.locator(".facts").wait_for()
     request = open_site.client.requests[-1]
@@ -376,7 +374,7 @@ def test_an_assistant_tells_the_model_who_it_is_and_medicine_tells_the_reader_wh
 @pytest.mark.drill
 def test_a_seed_that_is_no_number_is_refused_in_one_line(page: Page, open_site: Site) -> None:
     visit(page, open_site)
-    page.get_by_role("button", name="More settings").click()
+    open_settings(page)
     page.get_by_label("Seed").fill("seven")
     asked = len(open_site.client.requests)
     ask(page, "hello")
