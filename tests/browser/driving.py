@@ -27,7 +27,8 @@ def most_tokens(page: Page, count: int) -> None:
 
 
 def open_settings(page: Page) -> None:
-    """gradio gives what is opened its first values some frames later, over what was typed by then: on a busy machine, long."""
+    """Opens them, and lets the page draw. At a load of 58 what was typed at once did not reach the engine; gradio gives what is
+    opened its values a frame later, which may be why."""
     page.get_by_role("button", name="More settings").click()
     page.get_by_label("Seed").wait_for()
     page.evaluate("async () => { for (let i = 0; i < 5; i++) await new Promise(requestAnimationFrame) }")
