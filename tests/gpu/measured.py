@@ -1,82 +1,41 @@
 """What `make gpu` runs on a machine with a GPU: its tests, then decoding and training beside what the device could do at most,
 and the page of results, docs/benchmarks/gpu.md. On a machine without one it says so and changes nothing.
 
-Decoding must read each weight and what attention reads of keys, values and summaries (`cost.kv_bytes_read`) once a step: those
-bytes over the measured bandwidth are the least that a step can take. Training is held against the measured rate of products.
+Decoding is measured as `shoal bench decode --device cuda` does, which can show vLLM beside it. Training is held against the
+measured rate of products.
 """
 
 from __future__ import annotations
 
-import statistics
+import dataclasses
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shoal import presets
+from shoal.bench.device import BATCHES, CONTEXTS, bandwidth, bytes_of_step, model_of, step_seconds
 from shoal.bench.mfu import mfu
 from shoal.errors import ShoalError
-from shoal.model import cost
-from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.gpu import launch
-from shoal.model.net import Net
 from shoal.train.meter import matmul_rate
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "gpu.md"
-DECODING = [(name, batch, length) for name in ("350m", "1b") for batch in (1, 8, 64) for length in (1024, 8192, 16384)]
+DECODING = [(name, batch, length) for name in ("350m", "1b") for batch in BATCHES for length in CONTEXTS]
 TRAINING = ("350m", "1b"), (4096, 16_384)
 ROUNDS = 20
 
 
-def seconds(run: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
-    """Of one `run`: the median; the first three are not counted."""
-    took = []
-    for _ in range(3 + rounds):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        took.append(time.perf_counter() - start)
-    return statistics.median(took[3:])
-
-
-def bandwidth(device: torch.device, size: int = 2**30) -> float:
-    """Bytes a second that a copy reads and writes."""
-    a = torch.zeros(size, dtype=torch.int8, device=device)
-    b = torch.empty_like(a)
-    return 2 * size / seconds(lambda: b.copy_(a), device)
-
-
-def bytes_of_step(net: Net, batch: int, length: int) -> int:
-    """What a decoding step of `batch` requests of `length` tokens must read."""
-    weights = sum(p.numel() * p.element_size() for p in net.parameters())
-    return weights + batch * cost.kv_bytes_read(net.config, length, bytes_each=net.dtype.itemsize)
-
-
-@torch.inference_mode()
 def decoding(name: str, batch: int, length: int, device: torch.device, rounds: int = ROUNDS) -> tuple[float, int]:
-    """Seconds of a step at full depth through all groups and the head, and the bytes that it must read."""
+    """Seconds of a step at full depth, from the plan to the tokens, and the bytes that it must read."""
     config = presets.get(name).model
-    net = Net(config).init_(0).to(device, torch.bfloat16).eval().requires_grad_(False)
-    pages = -(-length // config.page)
-    caches = [GroupCache.zeros(config, 1 + batch * pages, net.dtype, device) for _ in net.groups]
-    tables = 1 + torch.arange(batch * pages, device=device).view(batch, pages)
-    positions = torch.full((batch,), length - 1, device=device)
-    slots = tables[:, -1] * config.page + positions % config.page
-    tokens = torch.zeros(batch, dtype=torch.long, device=device)
-
-    def run() -> None:
-        step = PagedStep(positions, slots, tables, list(range(batch + 1)), config.page, config.block)
-        x = net.embed_inputs(tokens)
-        for group, cache in zip(net.groups, caches, strict=True):
-            x = group.paged(x, step, cache)  # type: ignore[operator]
-        net.head(x, config.layers)
-
-    return seconds(run, device, rounds), bytes_of_step(net, batch, length)
+    config = dataclasses.replace(config, max_length=max(length, config.context))
+    model = model_of(config, device)
+    must = bytes_of_step(config, batch, length, model.net.dtype.itemsize)
+    return step_seconds(model, batch, length, rounds), must
 
 
 def trained(row: dict[str, Any]) -> str:
@@ -116,7 +75,11 @@ def main() -> None:
     limits = bandwidth(device), matmul_rate(device, 1.0)
     decoded = []
     for name, batch, length in DECODING:
-        took, must = decoding(name, batch, length, device)
+        try:
+            took, must = decoding(name, batch, length, device)
+        except torch.OutOfMemoryError:
+            decoded.append(f"| {name} | {batch} | {length:,} | does not fit | | |")
+            continue
         share = must / limits[0] / took
         decoded.append(f"| {name} | {batch} | {length:,} | {took * 1e3:.2f} | {batch / took:,.0f} | {share:.0%} |")
         print(decoded[-1], flush=True)

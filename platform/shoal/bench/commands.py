@@ -32,8 +32,10 @@ def _numbers(name: str, text: str, kind: Callable[[str], N], such_as: str) -> tu
 
 @bench.command("decode")
 def decode(
-    shape: Annotated[str, typer.Option(help="82m or 5m: the peers' shapes.")] = "5m",
-    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32",
+    shape: Annotated[
+        str | None, typer.Option(help="82m or 5m: the peers' shapes; on a GPU a preset. [5m; on a GPU 1b]")
+    ] = None,
+    batches: Annotated[str | None, typer.Option(help="Batch sizes. [1,8,32; on a GPU 1,8,64,256]")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens decoded a request.")] = 64,
     rounds: Rounds = 3,
     parts: Annotated[
@@ -61,12 +63,23 @@ def decode(
         str | None,
         typer.Option(help="Numbers of compute threads, one after the other: 1,2. [OMP_NUM_THREADS, or all cores]"),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="cuda: steps beside the bandwidth of a GPU, at contexts of 1k to 128k, and vLLM's.")
+    ] = "cpu",
 ) -> None:
     """Tokens per second of answers and of prompts (beside other servers), a step's stages, contexts, a pool, drafts."""
     from shoal.bench import peers
     from shoal.bench.decode import decode as run
 
-    sizes, chosen = _numbers("--batches", batches, int, "1,8,32"), peers.parse(peer)
+    chosen = peers.parse(peer)
+    if device != "cpu":
+        from shoal.bench.device import on_device
+
+        sizes = _numbers("--batches", batches or "1,8,64,256", int, "1,8,64,256")
+        on_device(out, device=device, shape=shape or "1b", batches=sizes, rounds=rounds, peer=chosen)
+        return
+    shape = shape or "5m"
+    sizes = _numbers("--batches", batches or "1,8,32", int, "1,8,32")
     counts = _numbers("--threads", threads, int, "1,2") if threads is not None else ()
     tables = tuple(parts.split(",")) if parts is not None else None
     run(

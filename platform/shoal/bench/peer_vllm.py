@@ -1,4 +1,4 @@
-"""vLLM on this CPU as a peer of `shoal bench decode`; run by a Python that has vLLM 0.32 (see `peers.py`)."""
+"""vLLM on this machine as a peer of `shoal bench decode`; run by a Python that has vLLM 0.32 (see `peers.py`)."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 def main() -> None:
     told = json.loads(sys.argv[1])
+    dtype, length = told.get("dtype", "float32"), told.get("length", 2048)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # vLLM prints to stdout
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, which can be put to sleep
@@ -24,11 +25,11 @@ def main() -> None:
         "num_key_value_heads": told["kv_heads"],
         "intermediate_size": told["ffn"],
         "vocab_size": told["vocab"],
-        "max_position_embeddings": 2048,
+        "max_position_embeddings": length,
         "tie_word_embeddings": True,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
     }
     model = Path(told["folder"])
     (model / "config.json").write_text(json.dumps(config))
@@ -41,7 +42,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        **options, dtype="float32", max_model_len=2048, enforce_eager=told["eager"], enable_prefix_caching=False
+        **options, dtype=dtype, max_model_len=length, enforce_eager=told["eager"], enable_prefix_caching=False
     )  # fmt: skip
     print("ready", file=answers)
     for line in sys.stdin:

@@ -89,13 +89,18 @@ class Peer:
 
 @contextlib.contextmanager
 def running(
-    chosen: dict[str, str], model: Model, imported: Path | None = None, gguf: Path | None = None
+    chosen: dict[str, str],
+    model: Model,
+    imported: Path | None = None,
+    gguf: Path | None = None,
+    more: dict[str, Any] | None = None,
 ) -> Iterator[list[Peer]]:
     """The peers of `chosen` (kind: the Python that has it), ready and asleep; ended on leaving. They get the shape of `model`;
     one that runs Shoal's own checkpoints gets `model` itself. With the directory of an `imported` model, vLLM and transformers
-    have its weights, and with `gguf` llama.cpp has those of that file. Raises ShoalError for one that does not start."""
+    have its weights, and with `gguf` llama.cpp has those of that file. `more`: what else vLLM is told. Raises ShoalError for
+    one that does not start."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        there: dict[str, str | None] = {"gguf": str(gguf.resolve()) if gguf else None, "checkpoint": None}
+        there: dict[str, Any] = {"gguf": str(gguf.resolve()) if gguf else None, "checkpoint": None, **(more or {})}
         if imported is not None and any(not name.startswith("llama.cpp") for name in chosen):
             there["checkpoint"] = str(Path(folder) / "checkpoint")
             export_model(imported, Path(folder) / "checkpoint", check=False)
@@ -128,7 +133,7 @@ def need_gguf(chosen: dict[str, str], gguf: Path | None) -> None:
         raise UsageError("--gguf", got=str(gguf), allowed="a file")
 
 
-def _start(name: str, python: str, model: Model, folder: Path, there: dict[str, str | None]) -> Peer:
+def _start(name: str, python: str, model: Model, folder: Path, there: dict[str, Any]) -> Peer:
     script, told = KINDS[name]
     config = model.config
     shape = {key: getattr(config, key) for key in ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab")}
