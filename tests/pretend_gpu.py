@@ -26,8 +26,10 @@ READS = {Tensor.tolist, Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__
 
 waited: list[str] = []  # what the host waited for, in order: values that it read, and copies to its memory
 launched: list[str] = []  # operators that compute there, or copy
-NO_LAUNCH = ("empty", "new_empty", "view", "slice", "select", "expand", "transpose", "permute", "alias", "unbind", "split",
-             "detach", "t", "squeeze", "unsqueeze", "as_strided", "_unsafe_view", "lift_fresh", "_reshape_alias")  # fmt: skip
+NO_LAUNCH = {
+    "empty", "empty_like", "new_empty", "view", "slice", "select", "expand", "transpose", "permute", "alias", "unbind", "split",
+    "detach", "t", "squeeze", "unsqueeze", "as_strided", "_unsafe_view", "lift_fresh", "_reshape_alias",
+}  # fmt: skip
 
 
 class OnGpu(Tensor):

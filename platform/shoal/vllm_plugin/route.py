@@ -1,7 +1,8 @@
 """Depth "auto" before vLLM sees the request: the router's own features, from the first group run over the prompt.
 
 vLLM allocates memory before any layer runs, so the decision cannot wait for its group 1. This runs that group once more, for
-the prompt alone, which costs a quarter of a full prefill; a request that says its depth costs nothing.
+the prompt alone, which costs a quarter of a full prefill; a request that says its depth costs nothing. It runs on a GPU where
+the replica has one, in bf16 as vLLM does, whose memory for keys and values must then leave room for a quarter of the weights.
 """
 
 from __future__ import annotations
@@ -25,20 +26,26 @@ class Forerunner:
 
     def __init__(self, net: Net, router: Router) -> None:
         self.net, self.router = net, router
-        del net.groups[1:]
 
     @classmethod
     def load(cls, directory: str | Path) -> Forerunner | None:
-        """None for a model without a router."""
+        """Where torch sees a GPU, on it. None for a model without a router."""
         model = Model.load(directory)
-        return None if model.router is None else cls(model.net, model.router)
+        if model.router is None:
+            return None
+        del model.net.groups[1:]
+        if torch.cuda.is_available():
+            model.on_gpu()
+        return cls(model.net, model.router)
 
     @torch.inference_mode()
     def __call__(self, prompt: Encoded, request: Request) -> int:
         """Layers for `prompt`, by the request's tolerance or the router's own."""
         first = self.net.config.exits[0]
-        tokens = torch.tensor(prompt.ids)
-        hidden = self.net(tokens[None], *_patches(prompt), exits=(first,))[first][0]
+        device = self.net.device
+        tokens = torch.tensor(prompt.ids, device=device)
+        patches, grid = (None if part is None else part.to(device) for part in _patches(prompt))
+        hidden = self.net(tokens[None], patches, grid, exits=(first,))[first][0]
         seen = features(page_sums(self.net, hidden, tokens), hidden[-1], len(tokens))
         return self.router.choose(seen, request.quality_tolerance)
 

@@ -16,6 +16,7 @@ from shoal.inputs.media import Patches
 from shoal.model.router import Calibration, Router
 from shoal.vllm_plugin import options
 from shoal.vllm_plugin.route import Forerunner
+from tests.pretend_gpu import pretended
 
 
 def test_a_prompt_is_routed_before_admission_as_our_engine_routes_it(tmp_path: Path) -> None:
@@ -40,6 +41,26 @@ def test_a_prompt_is_routed_before_admission_as_our_engine_routes_it(tmp_path: P
     ours = [done.depth for done in Engine(model).generate(asked)]
     assert len(set(ours)) > 1, "the tolerances must reach several exits"
     assert [forerunner(prompt, request) for request in asked for prompt in [request.prompt]] == ours  # type: ignore[arg-type]
+
+
+def test_where_there_is_a_gpu_a_prompt_is_routed_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first group and the router alone, in bf16 as vLLM, the router in fp32; pretended (`tests/pretend_gpu.py`)."""
+    model = Model.from_preset("test", seed=3)
+    torch.manual_seed(0)
+    model.router = Router(model.config).requires_grad_(False)
+    model.router.quantile.bias.copy_(torch.tensor([5.0, -5.0]))  # nats: so far apart that no rounding decides
+    model.router.calibration = Calibration(thresholds=[(0.01, 0.0)])
+    model.save(tmp_path / "m")
+    image = Patches(np.zeros((6, model.config.patch_values), dtype=np.uint8), 2, 3)
+    with pretended() as gpu:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        forerunner = Forerunner.load(tmp_path / "m")
+        monkeypatch.undo()
+        assert forerunner is not None and len(forerunner.net.groups) == 1
+        assert forerunner.net.device == gpu and forerunner.net.dtype == torch.bfloat16
+        assert {p.dtype for p in forerunner.router.parameters()} == {torch.float32}
+        for prompt in (Encoded([*range(30, 60)]), Encoded([20, *image.tokens(), 21], [image])):
+            assert forerunner(prompt, Request(prompt, Sampling(), depth="auto")) == model.config.exits[1]
 
 
 def test_a_model_without_a_router_has_no_forerunner(tmp_path: Path) -> None:
