@@ -42,9 +42,8 @@ class Readable:
     model: Model
     requests: list[Request] = field(default_factory=list)
     most: int | None = None  # tokens that any answer gets to for now
-    says: list[str] = field(
-        default_factory=list
-    )  # instead of the model's letters, an answer each; the last again and again
+    # instead of the model's letters, an answer each; the last again and again
+    says: list[str] = field(default_factory=list)
     told: dict[str, float] = field(default_factory=dict)  # beside what the engine counts, as engines on Ray tell it
 
     async def batches(self, request: Request) -> AsyncIterator[list[Event]]:

@@ -16,7 +16,7 @@ from shoal import Model, presets
 from shoal.inputs.tools import call
 from shoal.model.net import Net
 from shoal.recipes.customer_service.service import serving
-from shoal.recipes.law import words as law_words
+from shoal.recipes.law.words import SYSTEM
 from shoal.recipes.medicine import rules
 from tests.browser.driving import ask, most_tokens, told, visit
 from tests.browser.site import site
@@ -106,7 +106,7 @@ def test_medicine_has_the_servers_notice_and_its_red_flag_before_what_the_model_
 
 def test_law_has_a_notice_of_its_own_and_tells_the_model_what_the_recipe_does(page: Page, strangers: list[str]) -> None:
     law = next(one for one in ASSISTANTS if one.place.path == "law")
-    assert law.system == law_words.SYSTEM
+    assert law.system == SYSTEM
     with site(model=roomy()) as here:
         visit(page, here, "law")
         assert page.get_by_role("note").inner_text().startswith("This is no legal advice.")
@@ -116,6 +116,6 @@ def test_law_has_a_notice_of_its_own_and_tells_the_model_what_the_recipe_does(pa
             page.locator("#chat").get_by_text("Is there a warranty?").click()
             page.locator(".facts").wait_for()
         page.get_by_text(f"Not permitted: {clause}").wait_for()
-        assert law_words.SYSTEM in told(here) and told(here).count(clause) == 1
+        assert SYSTEM in told(here) and told(here).count(clause) == 1
         assert page.get_by_role("note").is_visible()
         page.goto("about:blank")

@@ -57,6 +57,7 @@ UiMount = Callable[[FastAPI], FastAPI]
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.-]+(:[0-9]+)?|[a-z]+://\[[0-9a-f:]+\](:[0-9]+)?")
 
 
+# long: its options, each with its word in the docstring
 def build_app(
     models: Sequence[Hosted],
     *,
@@ -83,9 +84,9 @@ def build_app(
     `metrics`: answer /metrics; `cors`: origins, or ``*`` for any, whose pages may call the API; `runs`: a folder of training
     runs to show; `batches`: a folder of files and batches, run while the app is, `at_once` of their lines at a time; `capture`:
     what is kept of requests; `adapters`, `adapters_from`, `on_adapters`: as `Adapters` takes them; `follower` follows a release
-    as long as the app runs; `run_code`: clients may run programs in the sandbox; `tools`: address of what
-    executes tools for the pages; `ui_mount` may add a page; `answer_request_id` is false behind a proxy that has its own;
-    `drain`: how the caller ends it. Raises ConfigError, DataError, ResourceError.
+    as long as the app runs; `run_code`: clients may run programs in the sandbox; `tools`: address of what executes some for the
+    pages; `ui_mount` may add a page; `answer_request_id` is false behind a proxy that has its own; `drain`: how the caller ends
+    it. Raises ConfigError, DataError, ResourceError.
     """
     limits, drain = limits or Limits(), drain or Drain(OPEN_PATHS)
     app = Documented(

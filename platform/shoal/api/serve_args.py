@@ -61,9 +61,8 @@ class ServeArgs:
     # file of what the operator adds to answers (docs/api.md, "Policy"), the same path wherever a gateway runs; None: nothing
     policy: str | None = None
     run_code: bool = False  # run programs of clients, as the page's Run does, in the sandbox (shoal.sandbox)
-    tools: str | None = (
-        None  # address of a service that executes tools for the chat pages (api/executed.py); None: none
-    )
+    # address of a service that executes tools for the chat pages (api/executed.py); None: none are
+    tools: str | None = None
     ui: bool = False  # show the pages at /ui
     ui_mount: str = MOUNT  # what puts it there, ``module:function``
     ui_api: str | None = None  # where the page finds the API; None: this server

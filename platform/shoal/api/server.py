@@ -58,8 +58,7 @@ def run_local(
     once with the base URL (port 0: a free one is taken). At the end it takes no new work and gives what runs `STREAM_SECONDS`;
     a second signal ends it at once, with KeyboardInterrupt.
 
-    Raises ConfigError for `args` that one process cannot follow, CheckpointError for a directory that cannot be served,
-    ResourceError for a port in use.
+    Raises ConfigError for `args` that one process cannot follow, CheckpointError, and ResourceError for a port in use.
     """
     from shoal.engine.front import settle
 

@@ -8,7 +8,6 @@ FOLDER/recipe.yaml    its name, what it is in a sentence, tokens of an answer, l
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -18,16 +17,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal import config, presets
-from shoal.config import Preset
+from shoal import config
 from shoal.data.chats import forms
 from shoal.data.chats.rows import group_of, is_augmented, numbered, unusable
 from shoal.errors import DataError, UsageError
 from shoal.evaluate.intervals import Figure, of_mean, of_share
 from shoal.inputs import tools
 from shoal.machine import write_aside
-from shoal.recipes.customer_service.baselines import MAJORITY, MOST_TURNS, NEAREST, RULE, majority, nearest
+from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, majority, nearest, rows_to_compare
 from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, write_rows
+from shoal.recipes.shape import shaped
 
 SETTINGS, LEARN, ASKED = "recipe.yaml", "learn.jsonl", "asked.jsonl"
 LEAST_GROUPS = 60  # fewer leave nothing to measure on
@@ -57,15 +56,7 @@ class Own(Recipe):
         told = config.load(Settings, values, str(folder / SETTINGS))
         self._folder = folder
         self.name, self.told, self.most_tokens = told.name, told.told, told.most_tokens
-        tiny = presets.get("tiny")
-        shape = dataclasses.replace(
-            tiny.model, train_length=told.row_tokens, window=64, block=8, vocab=1536, image_size=0
-        )
-        # many small updates, as of a shop's customers (decision 0052)
-        train = dataclasses.replace(
-            tiny.train, learning_rate=4e-3, optimizer="muon", batch_tokens=max(1024, 2 * told.row_tokens), accumulate=1
-        )
-        self.preset = Preset(told.name, shape, train)
+        self.preset = shaped(told.name, told.row_tokens, max(1024, 2 * told.row_tokens), vocab=1536)
 
     def write(self, folder: Path, seed: int) -> None:
         (folder / SUITES).mkdir(parents=True, exist_ok=True)
@@ -73,11 +64,7 @@ class Own(Recipe):
             shutil.copyfile(self._folder / name, to / name)
 
     def rivals(self, folder: Path) -> Mapping[str, Answerer]:
-        rows = []
-        for _, line in numbered(folder / LEARN):
-            rows.append(json.loads(line))
-            if len(rows) == MOST_TURNS:
-                break
+        rows = rows_to_compare(folder / LEARN)
         return {MAJORITY: majority(rows), RULE: keywords(rows), NEAREST: nearest(rows)}
 
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:

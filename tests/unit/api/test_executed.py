@@ -10,7 +10,8 @@ import pytest
 from shoal.api.executed import checked
 from shoal.errors import ConfigError
 from shoal.recipes.customer_service.service import serving
-from shoal.recipes.customer_service.shop import SUITE, TOOLS, Shop
+from shoal.recipes.customer_service.shop import TOOLS, Shop
+from shoal.recipes.splits import SUITE
 
 PATH = "/v1/shoal/tools"
 pytestmark = pytest.mark.anyio

@@ -15,11 +15,10 @@ from shoal.bench.augment import AUGMENTED, PLAIN, TAUGHT, Job, bootstrapped, com
 from shoal.errors import DataError
 from shoal.loop.suites import freeze
 from shoal.recipes import law, medicine
-from shoal.recipes.customer_service.shop import DEV, SUITE, TRAIN
-from shoal.recipes.customer_service.words import of_split
 from shoal.recipes.law.words import ASKED
 from shoal.recipes.medicine.words import RED_FLAGS, SYMPTOMS
 from shoal.recipes.recipe import SUITES
+from shoal.recipes.splits import DEV, SUITE, TRAIN, of_split
 
 TABLES = {
     "medicine": [SYMPTOMS["en"], RED_FLAGS["en"]], "law": [ASKED["en"]],

@@ -17,10 +17,11 @@ from shoal.loop.suites import freeze, read
 from shoal.recipes.customer_service.conversations import ASK, CALL, KINDS, PLAIN, Conversation, conversations
 from shoal.recipes.customer_service.customers import KNOWN, NEW, SAFETY, SHORT, WHOLE, CustomerService
 from shoal.recipes.customer_service.score import ID
-from shoal.recipes.customer_service.shop import CITIES, DEV, ITEMS, LANGUAGES, SPLITS, SUITE, TRAIN, split_of
-from shoal.recipes.customer_service.words import ASKED, of_split
+from shoal.recipes.customer_service.shop import CITIES, ITEMS, split_of
+from shoal.recipes.customer_service.words import ASKED
 from shoal.recipes.recipe import DEV as DEV_FILE
 from shoal.recipes.recipe import SUITES
+from shoal.recipes.splits import DEV, LANGUAGES, SPLITS, SUITE, TRAIN, of_split
 
 
 def test_no_wording_is_of_two_splits_whatever_it_is_for() -> None:

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from shoal.recipes.customer_service.shop import DEV, LANGUAGES, SUITE, TRAIN
-from shoal.recipes.customer_service.words import of_split
 from shoal.recipes.law import RECIPE, licences, score, words
 from shoal.recipes.law.clauses import LICENCES, OF_SPLIT
 from shoal.recipes.law.questions import ANSWER, SILENT, questions, said_again
 from shoal.recipes.recipe import SUITES
+from shoal.recipes.splits import DEV, LANGUAGES, SUITE, TRAIN, of_split
 
 SPLITS = (TRAIN, DEV, SUITE)
 Rows = list[dict[str, Any]]

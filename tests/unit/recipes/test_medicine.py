@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from shoal.recipes.customer_service.shop import DEV, LANGUAGES, SUITE, TRAIN
-from shoal.recipes.customer_service.words import of_split
 from shoal.recipes.medicine import RECIPE, assessments, rules, score, words
 from shoal.recipes.medicine.cases import ASSESS, JSON, LITTLE, OUT, cases, combinations_of
 from shoal.recipes.medicine.rules import CANNOT_TELL, EMERGENCY, Case, assessed
 from shoal.recipes.recipe import SUITES
+from shoal.recipes.splits import DEV, LANGUAGES, SUITE, TRAIN, of_split
 
 SPLITS = (TRAIN, DEV, SUITE)
 Rows = list[dict[str, Any]]

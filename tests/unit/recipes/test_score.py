@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from shoal.inputs.tools import call
+from shoal.recipes.baselines import majority, nearest, reference
 from shoal.recipes.customer_service import baselines, score
 from shoal.recipes.customer_service.conversations import CALL, PLAIN, TOLD, conversations
 from shoal.recipes.customer_service.service import serving
-from shoal.recipes.customer_service.shop import SUITE, TRAIN
 from shoal.recipes.measure import some_of, weak
 from shoal.recipes.recipe import Answerer, Messages
+from shoal.recipes.splits import SUITE, TRAIN
 
 Rows = list[dict[str, Any]]
 
@@ -36,7 +37,7 @@ def right(rows: Rows) -> Answerer:
     def key(messages: Messages) -> str:
         return json.dumps([{**one, "weight": 0} for one in messages])
 
-    table = {key(row["messages"][:-1]): score.reference(row["messages"][-1]) for row in rows}
+    table = {key(row["messages"][:-1]): reference(row["messages"][-1]) for row in rows}
     return lambda asked: [table.get(key(messages), "?") for messages in asked]
 
 
@@ -127,12 +128,12 @@ def test_keywords_do_well_where_they_were_taken_from_and_badly_elsewhere(known: 
 
 def test_the_nearest_answer_is_one_of_training_and_the_majority_the_commonest(new: Rows) -> None:
     learned = [turn for one in conversations(TRAIN, TRAIN, 60, each=25) for turn in one.turns()]
-    said = {score.reference(turn["messages"][-1]) for turn in learned}
-    assert set(answers(new, baselines.nearest(learned))) <= said
-    assert answers(learned, baselines.nearest(learned)) == [
-        score.reference(turn["messages"][-1]) for turn in learned
-    ] or (values(learned, baselines.nearest(learned))["call or not"] > 0.95)
-    assert len(set(answers(new, baselines.majority(learned)))) == 1
+    said = {reference(turn["messages"][-1]) for turn in learned}
+    assert set(answers(new, nearest(learned))) <= said
+    assert answers(learned, nearest(learned)) == [reference(turn["messages"][-1]) for turn in learned] or (
+        values(learned, nearest(learned))["call or not"] > 0.95
+    )
+    assert len(set(answers(new, majority(learned)))) == 1
 
 
 def test_where_a_rule_is_better_the_first_lines_say_so(known: Rows) -> None:

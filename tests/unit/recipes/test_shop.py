@@ -11,7 +11,8 @@ import pytest
 
 from shoal.errors import RequestError
 from shoal.recipes.customer_service.service import MOST_SHOPS, Shops, serving
-from shoal.recipes.customer_service.shop import ITEMS, LANGUAGES, SPLITS, STATES, SUITE, TOOLS, TRAIN, Shop, split_of
+from shoal.recipes.customer_service.shop import ITEMS, STATES, TOOLS, Shop, split_of
+from shoal.recipes.splits import LANGUAGES, SPLITS, SUITE, TRAIN
 
 
 @pytest.fixture

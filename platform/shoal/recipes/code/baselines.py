@@ -1,5 +1,5 @@
 """What a model is held against: the commonest answer, the answer to what was most like it in training
-(`recipes/customer_service/baselines.py` has both), and a rule.
+(`recipes/baselines.py` has both), and a rule.
 
 The rule knows the wordings that are learned from, and those alone: it looks for them in what is asked, for the lines of code in
 a function, and puts a function or an explanation together.

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from shoal import presets
-from shoal.config import Preset
 from shoal.errors import ResourceError
 from shoal.evaluate.intervals import Figure
-from shoal.machine import write_aside
+from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, majority, nearest, rows_to_compare
 from shoal.recipes.code import baselines, score, words
 from shoal.recipes.code.exercises import EXPLAIN, REPAIR, WRITE, code_of, exercises, named, said_again
-from shoal.recipes.customer_service.baselines import MAJORITY, NEAREST, RULE, majority, nearest
-from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row
+from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, write_rows
+from shoal.recipes.shape import shaped
 from shoal.sandbox import refused
 
 LEARNED, FITTED, ASKED = 12_000, 150, 50  # rows: to learn from, for the router, and of each kind in a suite
@@ -29,18 +23,10 @@ _JUDGED = ("function", "cases", "slots", "wrong")
 EXAMPLE = "Write quicksort in Python and explain."  # the mission's; its wording is not learned from
 
 
-def _shape() -> Preset:
-    """`tiny`, whose rows hold an exercise, with many small updates: copying begins after so many of them."""
-    tiny = presets.get("tiny")
-    model = dataclasses.replace(tiny.model, train_length=320, window=64, block=8, image_size=0)
-    train = dataclasses.replace(tiny.train, learning_rate=4e-3, optimizer="muon", batch_tokens=1280, accumulate=1)
-    return Preset("code", model, train)
-
-
 class Code(Recipe):
     name = "code"
     told = "functions from a description, explained and mended; programs are run in a sandbox"
-    preset = _shape()
+    preset = shaped("code", row_tokens=320, batch_tokens=1280)  # a row holds an exercise
     lessons = (Lesson(AGAIN, 0.2), Lesson(WHOLE, 0.8))
     most_tokens = 192
     measures = score.MEASURES
@@ -51,17 +37,16 @@ class Code(Recipe):
         """Raises ResourceError where programs could not be run later on."""
         if why := refused():
             raise ResourceError(why)
-        _write(folder / AGAIN, said_again(words.TRAIN, LEARNED, seed))
+        write_rows(folder / AGAIN, said_again(words.TRAIN, LEARNED, seed))
         rows = exercises(words.TRAIN, words.TRAIN, LEARNED, seed)
-        _write(folder / WHOLE, ({key: row[key] for key in row if key not in _JUDGED} for row in rows))
-        _write(folder / DEV, exercises(words.DEV, words.DEV, FITTED, seed, (WRITE, REPAIR, EXPLAIN)))
+        write_rows(folder / WHOLE, ({key: row[key] for key in row if key not in _JUDGED} for row in rows))
+        write_rows(folder / DEV, exercises(words.DEV, words.DEV, FITTED, seed, (WRITE, REPAIR, EXPLAIN)))
         for name, wordings in ((KNOWN, words.TRAIN), (NEW, words.SUITE)):
             some = [exercises(words.SUITE, wordings, ASKED, seed, (kind,)) for kind in (WRITE, REPAIR, EXPLAIN)]
-            _write(folder / SUITES / name, (row for kind in some for row in kind))
+            write_rows(folder / SUITES / name, (row for kind in some for row in kind))
 
     def rivals(self, folder: Path) -> Mapping[str, Answerer]:
-        with (folder / WHOLE).open(encoding="utf-8") as lines:
-            rows: list[dict[str, Any]] = [json.loads(line) for line in islice(lines, COMPARED)]
+        rows = rows_to_compare(folder / WHOLE, COMPARED)
         return {MAJORITY: majority(rows), RULE: baselines.rule, NEAREST: nearest(rows)}
 
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
@@ -84,8 +69,3 @@ class Code(Recipe):
         right = [wanted for _, wanted in row["cases"]]
         passed = sum(one == wanted for one, wanted in zip(became.values, right, strict=False))
         return f"{answer}\n(run in the sandbox: {passed} of {len(right)} cases come out)"
-
-
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,28 +1,19 @@
-"""What a model is held against: the commonest answer, twenty keywords, and the answer to what was most like it in training.
+"""The rule that a model is held against: twenty keywords, and regular expressions.
 
-Each is asked as a model is, and answers as a model does (`recipe.Answerer`). The rule knows the wordings that are learned from,
-and those alone: its keywords are words of theirs.
+It is asked as a model is, and answers as a model does (`recipe.Answerer`). It knows the wordings that are learned from, and
+those alone: its keywords are words of theirs.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
-import xxhash
 
 from shoal.inputs.tools import call
-from shoal.recipes.customer_service.score import ID, reference
+from shoal.recipes.customer_service.score import ID
 from shoal.recipes.customer_service.words import JOINED, SAID
-from shoal.recipes.recipe import Answerer, Messages
-
-MAJORITY, RULE, NEAREST = NAMES = ("majority", "keyword rule", "nearest")
-GRAMS, BUCKETS = 3, 4096  # characters that are compared at once, and numbers that they are counted under
-MOST_TURNS = 6_000  # of training that the nearest is looked for in
+from shoal.recipes.recipe import Messages
 
 _MATTERS = (  # the first that is in a text is what it is about
     ("cancel", re.compile(r"cancel|\bstop\b|取消|停止|作废", re.I)),
@@ -60,43 +51,9 @@ _PRODUCT = re.compile(
 )
 
 
-def majority(turns: Sequence[Mapping[str, Any]]) -> Answerer:
-    """Says what is said most in training."""
-    said = Counter(reference(turn["messages"][-1]) for turn in turns).most_common(1)[0][0]
-    return lambda asked: [said for _ in asked]
-
-
-def nearest(turns: Sequence[Mapping[str, Any]]) -> Answerer:
-    """Says what was said in training where the last two messages were most like these."""
-    some = turns[:MOST_TURNS]
-    known = np.stack([_counts(turn["messages"][:-1]) for turn in some])
-    rarity = np.log(len(known) / (1.0 + (known > 0).sum(0)))
-    known = _unit(known * rarity)
-
-    def answer(asked: Sequence[Messages]) -> list[str]:
-        given = _unit(np.stack([_counts(messages) for messages in asked]) * rarity)
-        return [reference(some[place]["messages"][-1]) for place in (given @ known.T).argmax(1).tolist()]
-
-    return answer
-
-
 def rule(asked: Sequence[Messages]) -> list[str]:
     """Says what keywords and regular expressions find."""
     return [_ruled(messages) for messages in asked]
-
-
-def _counts(messages: Messages) -> np.ndarray:
-    """How often each run of characters is in the last two messages, float32 [BUCKETS]."""
-    counts = np.zeros(BUCKETS, dtype=np.float32)
-    for message in messages[-2:]:
-        text = f"{message['role']}: {message.get('content') or reference(message)}"
-        for start in range(max(1, len(text) - GRAMS + 1)):
-            counts[xxhash.xxh3_64_intdigest(text[start : start + GRAMS].encode()) % BUCKETS] += 1
-    return counts
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
 
 
 def _ruled(messages: Messages) -> str:

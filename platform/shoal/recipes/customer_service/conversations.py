@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.recipes.customer_service.shop import CITIES, ITEMS, LANGUAGES, REASONS, STATES, TOOLS, Shop, number
-from shoal.recipes.customer_service.words import ASKED, JOINED, ORDERS, SAID, SYSTEM, of_split
+from shoal.recipes.customer_service.shop import CITIES, ITEMS, REASONS, STATES, TOOLS, Shop, number
+from shoal.recipes.customer_service.words import ASKED, JOINED, ORDERS, SAID, SYSTEM
+from shoal.recipes.splits import LANGUAGES, of_split
 
 CALL, ASK, TOLD, PLAIN = KINDS = ("call", "ask", "told", "plain")
 Message = dict[str, Any]

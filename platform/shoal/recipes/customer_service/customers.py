@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal import presets
-from shoal.config import Preset
 from shoal.evaluate.intervals import Figure
-from shoal.machine import write_aside
+from shoal.recipes.baselines import MAJORITY, MOST_TURNS, NEAREST, RULE, majority, nearest
 from shoal.recipes.customer_service import baselines, score, shop
 from shoal.recipes.customer_service.conversations import ASK, PLAIN, Conversation, conversations, said_again
 from shoal.recipes.customer_service.service import serving
 from shoal.recipes.customer_service.words import ASKED as SAID_BY_CUSTOMERS
-from shoal.recipes.customer_service.words import ORDERS, SYSTEM, of_split
-from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row
+from shoal.recipes.customer_service.words import ORDERS, SYSTEM
+from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, write_rows
+from shoal.recipes.shape import shaped
+from shoal.recipes.splits import DEV as DEV_SPLIT
+from shoal.recipes.splits import SUITE, TRAIN, of_split
 
 LEARNED, FITTED, ASKED = 8_000, 160, 120  # conversations: to learn from, for the router, and of a suite
 EACH = 25  # conversations in a shop that is learned from
@@ -27,19 +27,11 @@ EXAMPLES = {"en": "When does my order arrive?", "zh": "我的订单什么时候�
 AGAIN, SHORT, WHOLE = "learn-said-again.jsonl", "learn-without-tools.jsonl", "learn.jsonl"
 
 
-def _shape() -> Preset:
-    """`tiny` with rows in which a conversation with its tools has room: 608 tokens at most."""
-    tiny = presets.get("tiny")
-    model = dataclasses.replace(tiny.model, train_length=640, window=64, block=8, vocab=1536, image_size=0)
-    # many small updates: copying begins after so many of them, whatever is in each
-    train = dataclasses.replace(tiny.train, learning_rate=4e-3, optimizer="muon", batch_tokens=1280, accumulate=1)
-    return Preset("customer-service", model, train)
-
-
 class CustomerService(Recipe):
     name = "customer-service"
     told = "a shop's customers ask for orders, returns and products, and tools look them up"
-    preset = _shape()
+    # a conversation with its tools is 608 tokens at most
+    preset = shaped("customer-service", row_tokens=640, batch_tokens=1280, vocab=1536)
     # the list of tools is two thirds of a row: what can be learned without it is, at three times the speed
     lessons = (Lesson(AGAIN, 0.25), Lesson(SHORT, 0.4), Lesson(WHOLE, 0.35))
     most_tokens = 64
@@ -48,28 +40,28 @@ class CustomerService(Recipe):
     served = "exact call"
 
     def write(self, folder: Path, seed: int) -> None:
-        rows = [one.row() for one in conversations(shop.TRAIN, shop.TRAIN, LEARNED, seed, each=EACH)]
-        _write(folder / AGAIN, said_again(shop.TRAIN, LEARNED, seed))
-        _write(folder / WHOLE, rows)
-        _write(folder / SHORT, ({key: value for key, value in row.items() if key != "tools"} for row in rows))
-        _write(folder / DEV, _turns(conversations(shop.DEV, shop.DEV, FITTED, seed)))
-        for name, wordings in ((KNOWN, shop.TRAIN), (NEW, shop.SUITE)):
-            _write(folder / SUITES / name, _turns(conversations(shop.SUITE, wordings, ASKED, seed)))
-        harmless = _turns(conversations(shop.SUITE, shop.SUITE, 4 * NO_CALL, seed + 1))
+        rows = [one.row() for one in conversations(TRAIN, TRAIN, LEARNED, seed, each=EACH)]
+        write_rows(folder / AGAIN, said_again(TRAIN, LEARNED, seed))
+        write_rows(folder / WHOLE, rows)
+        write_rows(folder / SHORT, ({key: value for key, value in row.items() if key != "tools"} for row in rows))
+        write_rows(folder / DEV, _turns(conversations(DEV_SPLIT, DEV_SPLIT, FITTED, seed)))
+        for name, wordings in ((KNOWN, TRAIN), (NEW, SUITE)):
+            write_rows(folder / SUITES / name, _turns(conversations(SUITE, wordings, ASKED, seed)))
+        harmless = _turns(conversations(SUITE, SUITE, 4 * NO_CALL, seed + 1))
         some = [{**row, "task": "no call"} for row in harmless if row["task"] in (ASK, PLAIN)]
-        _write(folder / SUITES / SAFETY, some[:NO_CALL])
+        write_rows(folder / SUITES / SAFETY, some[:NO_CALL])
 
     def rivals(self, folder: Path) -> Mapping[str, Answerer]:
         turns: list[dict[str, Any]] = []
         with (folder / WHOLE).open(encoding="utf-8") as lines:
             for line in lines:
                 turns += _turns_of(json.loads(line))
-                if len(turns) >= baselines.MOST_TURNS:
+                if len(turns) >= MOST_TURNS:
                     break
         return {
-            baselines.MAJORITY: baselines.majority(turns),
-            baselines.RULE: baselines.rule,
-            baselines.NEAREST: baselines.nearest(turns),
+            MAJORITY: majority(turns),
+            RULE: baselines.rule,
+            NEAREST: nearest(turns),
         }
 
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
@@ -82,7 +74,7 @@ class CustomerService(Recipe):
         """The mission's, of somebody who is signed in and has an order on its way, and of somebody of whom nothing is known."""
         found = []
         for language, text in EXAMPLES.items():
-            order, item = shop.Shop(shop.SUITE, language).orders("on the way")[0]
+            order, item = shop.Shop(SUITE, language).orders("on the way")[0]
             system = SYSTEM + ORDERS.format(orders=f"{order} {item}")
             found.append([{"role": "system", "content": system}, {"role": "user", "content": text}])
         return [*found, [{"role": "system", "content": SYSTEM}, {"role": "user", "content": EXAMPLES["en"]}]]
@@ -91,9 +83,9 @@ class CustomerService(Recipe):
         """The conversation that follows in the seeded shop, where one who is signed in says "yes" to whatever is said."""
         system, asked = messages
         language = next(name for name, text in EXAMPLES.items() if text == asked["content"])
-        yes = {"role": "user", "content": of_split(SAID_BY_CUSTOMERS[language]["yes"], shop.TRAIN)[0]}
+        yes = {"role": "user", "content": of_split(SAID_BY_CUSTOMERS[language]["yes"], TRAIN)[0]}
         asks = [asked, yes] if system["content"] != SYSTEM else [asked]
-        row = {"messages": [system, *asks], "group": f"{language}-{shop.SUITE}-example"}
+        row = {"messages": [system, *asks], "group": f"{language}-{SUITE}-example"}
         with serving() as url:
             talk = score.played([row], answerer, url)[1][0]
         return "\n".join(_line(message) for message in talk[2:])
@@ -119,8 +111,3 @@ def _turns_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     messages = row["messages"]
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     return [{**row, "messages": messages[: place + 1]} for place in places]
-
-
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -27,7 +27,7 @@ import httpx
 from shoal.api.bodies import Function
 from shoal.api.calls import Tagged
 from shoal.evaluate.intervals import Figure, of_mean, of_share
-from shoal.inputs.tools import call as written
+from shoal.recipes.baselines import reference
 from shoal.recipes.customer_service.conversations import ASK, CALL, PLAIN, TOLD, Message, called
 from shoal.recipes.customer_service.shop import TOOLS
 from shoal.recipes.recipe import Answerer
@@ -74,12 +74,6 @@ def read(answer: str) -> Said:
             (one["function"]["name"], json.loads(one["function"]["arguments"])) for one in delta.get("tool_calls", ())
         ]
     return Said(text.strip(), tuple(calls))
-
-
-def reference(message: Message) -> str:
-    """A message of the assistant as a model would write it."""
-    calls = (one["function"] for one in message.get("tool_calls", ()))
-    return (message.get("content") or "") + "".join(written(one["name"], one["arguments"]) for one in calls)
 
 
 def invented(answer: str, before: Sequence[Message]) -> list[str]:

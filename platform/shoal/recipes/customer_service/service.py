@@ -21,8 +21,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from shoal.errors import RequestError
-from shoal.recipes.customer_service.shop import LANGUAGES, SPLITS, SUITE, TOOLS, Shop
+from shoal.recipes.customer_service.shop import TOOLS, Shop
 from shoal.recipes.customer_service.words import ORDERS, SYSTEM
+from shoal.recipes.splits import LANGUAGES, SPLITS, SUITE
 
 HOST = "127.0.0.1"
 MOST_SHOPS = 1_000  # of more, the one that was not used for longest goes

@@ -15,10 +15,8 @@ from datetime import date, timedelta
 from typing import Any
 
 from shoal.errors import RequestError, did_you_mean
+from shoal.recipes.splits import DEV, SUITE, TRAIN
 
-TRAIN, DEV, SUITE = "train", "dev", "suite"  # learned from; what the router is fitted to; what is asked
-SPLITS = (TRAIN, DEV, SUITE)
-LANGUAGES = ("en", "zh")
 REASONS = ("broken", "wrong", "unwanted")
 STATES = ("packed", "on the way", "delivered", "long delivered", "cancelled")  # of an order, as seeded
 TODAY = date(2026, 6, 10)

@@ -1,16 +1,14 @@
 """What customers say, in several wordings of each matter, and what is answered in each situation, in English and Chinese.
 
 Of each matter's wordings the last two are asked alone, the one before them is what the router is fitted to, and the rest is
-learned from (`of_split`): so no wording is on two sides, by construction. A wording may have places: an order's number, a
+learned from (`splits.py`): so no wording is on two sides, by construction. A wording may have places: an order's number, a
 product, why it goes back, digits that are no number.
 """
 
 # long: a table of wordings
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-from shoal.recipes.customer_service.shop import DEV, SUITE
+from collections.abc import Mapping
 
 SYSTEM = "You answer the customers of a shop."
 ORDERS = " Orders: {orders}."  # of who is signed in; each with its product
@@ -289,8 +287,3 @@ SAID: Mapping[str, Mapping[str, str]] = {
     },
 }  # fmt: skip
 JOINED = {"en": (" and ", " or "), "zh": ("和", "还是")}  # between two places, and between two of which one is meant
-
-
-def of_split(wordings: Sequence[str], split: str) -> Sequence[str]:
-    """Those of a matter's wordings that are of a split."""
-    return wordings[-2:] if split == SUITE else wordings[-3:-2] if split == DEV else wordings[:-3]

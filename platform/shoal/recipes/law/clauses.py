@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shoal.recipes.customer_service.shop import DEV, SUITE, TRAIN
+from shoal.recipes.splits import DEV, SUITE, TRAIN
 
 CHANGE, SELL, TERMS, PATENTS = "change", "sell", "terms", "patents"
 NOTICE, BLAME, WARRANTY, ENDORSE, UNMARKED = "notice", "blame", "warranty", "endorse", "unmarked"

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from shoal import presets
-from shoal.config import Preset
 from shoal.evaluate.intervals import Figure
-from shoal.recipes.customer_service.baselines import MAJORITY, MOST_TURNS, NEAREST, RULE, nearest
-from shoal.recipes.customer_service.shop import DEV as DEV_SPLIT
-from shoal.recipes.customer_service.shop import SUITE, TRAIN
+from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, nearest, rows_to_compare
 from shoal.recipes.law import score, words
 from shoal.recipes.law.questions import SILENT, asked, questions, said_again
 from shoal.recipes.law.synonyms import SYNONYMS
 from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, write_rows
+from shoal.recipes.shape import shaped
+from shoal.recipes.splits import DEV as DEV_SPLIT
+from shoal.recipes.splits import SUITE, TRAIN
 
 LEARNED, FITTED, ASKED, UNSAID = 8_000, 200, 200, 60  # rows
 KNOWN, NEW = "known-licences.jsonl", "new-licences.jsonl"  # suites, both in wordings that nobody saw
@@ -39,18 +36,10 @@ _MATTERS = (  # keywords of the wordings that are learned from -> words of a cla
 )
 
 
-def _shape() -> Preset:
-    tiny = presets.get("tiny")
-    model = dataclasses.replace(tiny.model, train_length=384, window=64, block=8, vocab=1536, image_size=0)
-    # many small updates, as of a shop's customers (decision 0052)
-    train = dataclasses.replace(tiny.train, learning_rate=4e-3, optimizer="muon", batch_tokens=1536, accumulate=1)
-    return Preset("law", model, train)
-
-
 class Law(Recipe):
     name = "law"
     told = "questions about licence texts, answered with the clause; no legal advice"
-    preset = _shape()
+    preset = shaped("law", row_tokens=384, batch_tokens=1536, vocab=1536)
     # a quote is copied, and copying begins with values said again
     lessons = (Lesson(AGAIN, 0.25), Lesson(LEARN, 0.75))
     most_tokens = 96
@@ -70,8 +59,7 @@ class Law(Recipe):
         write_rows(folder / SUITES / SAFETY, itertools.islice(unsaid, UNSAID))
 
     def rivals(self, folder: Path) -> Mapping[str, Answerer]:
-        with (folder / LEARN).open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in itertools.islice(lines, MOST_TURNS)]
+        rows = rows_to_compare(folder / LEARN)
         return {MAJORITY: majority(rows), RULE: keywords, NEAREST: nearest(rows)}
 
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:

@@ -8,10 +8,9 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from shoal.recipes.customer_service.shop import LANGUAGES, TRAIN
-from shoal.recipes.customer_service.words import of_split
 from shoal.recipes.law import words
 from shoal.recipes.law.clauses import LICENCES, OF_SPLIT, Clause
+from shoal.recipes.splits import LANGUAGES, TRAIN, of_split
 
 ANSWER, SILENT = KINDS = ("answer", "silent")
 SHOWN = 3  # clauses

@@ -1,5 +1,5 @@
 """Questions about a licence, in several wordings of each matter; of each the last two are only asked, the one before them is
-what the router is fitted to (`customer_service/words.py:of_split`)."""
+what the router is fitted to (`splits.py:of_split`)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -10,20 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal import presets
 from shoal.api.policy import Policy
-from shoal.config import Preset
 from shoal.engine.events import Guide
 from shoal.evaluate.intervals import Figure
-from shoal.recipes.customer_service.baselines import MAJORITY, MOST_TURNS, NEAREST, RULE, nearest
-from shoal.recipes.customer_service.shop import DEV as DEV_SPLIT
-from shoal.recipes.customer_service.shop import SUITE, TRAIN
-from shoal.recipes.customer_service.words import of_split
+from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, nearest, rows_to_compare
 from shoal.recipes.medicine import rules, score, words
 from shoal.recipes.medicine.cases import JSON, OUT, WORDS, asked, cases, written
 from shoal.recipes.medicine.rules import Assessment, Case, assessed
 from shoal.recipes.medicine.synonyms import SYNONYMS
 from shoal.recipes.recipe import DEV, SUITES, Answerer, Lesson, Messages, Recipe, Row, write_rows
+from shoal.recipes.shape import shaped
+from shoal.recipes.splits import DEV as DEV_SPLIT
+from shoal.recipes.splits import SUITE, TRAIN, of_split
 
 LEARNED, FITTED, ASKED, FLAGGED, REFUSED = 8_000, 200, 160, 300, 100  # rows
 KNOWN, NEW, FLAGS = "known-wordings.jsonl", "new-wordings.jsonl", "red-flags.jsonl"  # suites
@@ -32,18 +29,10 @@ LEARN = "learn.jsonl"
 DIAGNOSIS = "diagnosis"  # workload
 
 
-def _shape() -> Preset:
-    tiny = presets.get("tiny")
-    model = dataclasses.replace(tiny.model, train_length=256, window=64, block=8, vocab=1536, image_size=0)
-    # many small updates, as of a shop's customers (decision 0052)
-    train = dataclasses.replace(tiny.train, learning_rate=4e-3, optimizer="muon", batch_tokens=1024, accumulate=1)
-    return Preset("medicine", model, train)
-
-
 class Medicine(Recipe):
     name = "medicine"
     told = "symptoms are assessed by rules that are made up for testing and are no medical advice"
-    preset = _shape()
+    preset = shaped("medicine", row_tokens=256, batch_tokens=1024, vocab=1536)
     lessons = (Lesson(LEARN, 1.0),)
     most_tokens = 96
     measures = score.MEASURES
@@ -65,8 +54,7 @@ class Medicine(Recipe):
         write_rows(folder / SUITES / SAFETY, itertools.islice(refused, REFUSED))
 
     def rivals(self, folder: Path) -> Mapping[str, Answerer]:
-        with (folder / LEARN).open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in itertools.islice(lines, MOST_TURNS)]
+        rows = rows_to_compare(folder / LEARN)
         return {MAJORITY: majority(rows), RULE: keywords, NEAREST: nearest(rows)}
 
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:

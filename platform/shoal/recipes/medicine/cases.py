@@ -17,10 +17,9 @@ from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
-from shoal.recipes.customer_service.shop import DEV, LANGUAGES, SUITE, TRAIN
-from shoal.recipes.customer_service.words import of_split
 from shoal.recipes.medicine import rules, words
 from shoal.recipes.medicine.rules import Assessment, Case, assessed
+from shoal.recipes.splits import DEV, LANGUAGES, SUITE, TRAIN, of_split
 
 ASSESS, LITTLE, OUT = KINDS = ("assess", "little", "out")
 JSON, WORDS = FORMS = ("json", "words")

@@ -1,7 +1,7 @@
 """Everyday words for symptoms, red flags and what is out of scope, in English and Chinese, written for this test.
 
 Of each list the last two wordings are only asked, the one before them is what the router is fitted to, and the rest is learned
-from (`customer_service/words.py:of_split`): no wording is on two sides, by construction.
+from (`splits.py:of_split`): no wording is on two sides, by construction.
 """
 
 # long: a table of wordings

@@ -1,0 +1,70 @@
+"""What a model is held against in every recipe: the commonest answer, and the answer to what was most like it in training.
+Beside them stands a keyword rule of the recipe's own.
+
+Each is asked as a model is, and answers as a model does (`recipe.Answerer`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from shoal.inputs.tools import call as written
+from shoal.recipes.recipe import Answerer, Messages
+
+MAJORITY, RULE, NEAREST = NAMES = ("majority", "keyword rule", "nearest")
+GRAMS, BUCKETS = 3, 4096  # characters that are compared at once, and numbers that they are counted under
+MOST_TURNS = 6_000  # of training that the nearest is looked for in
+
+
+def rows_to_compare(path: Path, most: int = MOST_TURNS) -> list[dict[str, Any]]:
+    """The first rows of a file to learn from."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in islice(lines, most)]
+
+
+def reference(message: Mapping[str, Any]) -> str:
+    """A message of the assistant as a model would write it."""
+    calls = (one["function"] for one in message.get("tool_calls", ()))
+    return (message.get("content") or "") + "".join(written(one["name"], one["arguments"]) for one in calls)
+
+
+def majority(turns: Sequence[Mapping[str, Any]]) -> Answerer:
+    """Says what is said most in training."""
+    said = Counter(reference(turn["messages"][-1]) for turn in turns).most_common(1)[0][0]
+    return lambda asked: [said for _ in asked]
+
+
+def nearest(turns: Sequence[Mapping[str, Any]]) -> Answerer:
+    """Says what was said in training where the last two messages were most like these."""
+    some = turns[:MOST_TURNS]
+    known = np.stack([_counts(turn["messages"][:-1]) for turn in some])
+    rarity = np.log(len(known) / (1.0 + (known > 0).sum(0)))
+    known = _unit(known * rarity)
+
+    def answer(asked: Sequence[Messages]) -> list[str]:
+        given = _unit(np.stack([_counts(messages) for messages in asked]) * rarity)
+        return [reference(some[place]["messages"][-1]) for place in (given @ known.T).argmax(1).tolist()]
+
+    return answer
+
+
+def _counts(messages: Messages) -> np.ndarray:
+    """How often each run of characters is in the last two messages, float32 [BUCKETS]."""
+    counts = np.zeros(BUCKETS, dtype=np.float32)
+    for message in messages[-2:]:
+        text = f"{message['role']}: {message.get('content') or reference(message)}"
+        for start in range(max(1, len(text) - GRAMS + 1)):
+            counts[xxhash.xxh3_64_intdigest(text[start : start + GRAMS].encode()) % BUCKETS] += 1
+    return counts
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
