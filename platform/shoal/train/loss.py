@@ -56,9 +56,8 @@ class Places(NamedTuple):
     def of(cls, tokens: Tensor, targets: Tensor, docs: Tensor, patches: Tensor) -> Places:
         """For a batch as `LossModel.forward` takes it."""
         predicted = predicted_patches(tokens, docs, patches)
-        before = F.pad(predicted[:, 1:], (0, 1)).nonzero(
-            as_tuple=True
-        )  # the place that predicts stands one to the left
+        # the place that predicts stands one to the left
+        before = F.pad(predicted[:, 1:], (0, 1)).nonzero(as_tuple=True)
         rows, columns = (targets >= 0).nonzero(as_tuple=True)
         return cls(rows, columns, before[0], before[1], predicted[tokens == PATCH_ID].nonzero()[:, 0])
 
