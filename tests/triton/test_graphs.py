@@ -152,5 +152,6 @@ def test_a_decoding_step_on_a_gpu_waits_for_one_copy_and_its_launches_are_counte
     kernels = [name for name in LAYER if pattern == "H" or name not in ("_score", "_choose")]
     assert Counter(name for name in layers[1] if name in LAYER) == Counter(kernels), "a group is one layer"
     others = [name for name in layers[1] if name not in LAYER]
-    assert len(others) == 4 + 1 + (pattern == "H") + 1, others  # products, sum, sigmoid, and what the group leaves
+    # products, sum and sigmoid; what the group leaves is copied by a way that the pretended device does not count
+    assert len(others) == 4 + 1 + (pattern == "H"), others
     assert len(layers[0]) - len(layers[1]) <= 24, layers[0]
