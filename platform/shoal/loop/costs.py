@@ -61,29 +61,32 @@ def router(
         told = f"{count} questions are too few, {LEAST} are needed"
         return [Check("router", INCONCLUSIVE, told, items=count, needed=LEAST)]
     mine, its = (_routed(each, both) for each in (model, known))
-    limit = model.router.calibration.default_tolerance
-    found = [_loss(mine, its, limit)]
+    own, promised = (each.calibration.default_tolerance for each in (model.router, known.router))
+    found = [_loss(mine, its, min(own, promised), promised)]
     if alone:
         found.append(_gain(mine, its))
     bar = old or count
     before = of_mean(its.lost[:bar], its.groups[:bar])
-    if before.interval[0] > limit:
-        told = (
-            f"the stable version loses {before.value:.3f} where {limit:.3f} are promised: what it costs is no measure"
-        )
-        return [*found, Check(LAYERS, SKIPPED, told, items=bar)]
+    if before.interval[0] > promised:
+        told = f"the stable version loses {before.value:.3f} where {promised:.3f} are promised"
+        if min(mine.share) == 1:
+            return [
+                *found,
+                Check(LAYERS, FAIL, f"full depth for every question, as without a router; {told}", items=bar),
+            ]
+        return [*found, Check(LAYERS, SKIPPED, f"{told}: what it costs is no measure", items=bar)]
     ratio = sum(mine.share[:bar]) / sum(its.share[:bar])
     told = f"{sum(mine.share[:bar]) / bar:.0%} of the layers, {ratio:.2f} times the stable version's, at most {MOST_MORE:.2f}"
     return [*found, Check(LAYERS, PASS if ratio <= MOST_MORE else FAIL, told, ratio, limit=MOST_MORE, items=bar)]
 
 
-def _loss(mine: _Routed, its: _Routed, limit: float) -> Check:
-    """Whether the promise is kept, or, where the stable version does not keep it either, no more is lost than a tenth above
+def _loss(mine: _Routed, its: _Routed, limit: float, promised: float) -> Check:
+    """Whether no more than `limit` is lost, or, where the stable version loses more than it `promised`, at most a tenth above
     what that loses on the same questions."""
     loss, before, count = of_mean(mine.lost, mine.groups), of_mean(its.lost, its.groups), len(mine.lost)
     status = kept(loss.value, loss.interval[1], limit)
     told = f"loses {loss.value:.3f} nats a token ({loss.interval[0]:.3f} to {loss.interval[1]:.3f}), promised are {limit:.3f}"
-    if status != PASS and before.value > limit:
+    if status != PASS and before.value > promised:
         above = of_mean([one - MOST_MORE * other for one, other in zip(mine.lost, its.lost, strict=True)], mine.groups)
         status = kept(above.value, above.interval[1], 0.0)
         limit = MOST_MORE * before.value

@@ -208,28 +208,38 @@ class Always(Router):
 
 
 @pytest.mark.parametrize(
-    ("lost", "depths", "wanted"),
+    ("lost", "depths", "promised", "wanted"),
     [
         # the stable version beside itself, which breaks its promise: no worse, and no reason to be released
-        ((0.077, 0.02), (1, 1), {"loss": "pass", "better": "fail", "layers": "skipped"}),
-        ((0.03, 0.02), (1, 1), {"loss": "pass", "better": "fail", "layers": "pass"}),
+        ((0.077, 0.02), (1, 1), (0.05, 0.05), {"loss": "pass", "better": "fail", "layers": "skipped"}),
+        ((0.03, 0.02), (1, 1), (0.05, 0.05), {"loss": "pass", "better": "fail", "layers": "pass"}),
         # the router that mends it runs deeper, and one that loses more than it is none
-        ((0.12, 0.02), (2, 1), {"loss": "pass", "better": "pass", "layers": "skipped"}),
-        ((0.07, 0.09), (2, 1), {"loss": "fail", "better": "fail", "layers": "skipped"}),
+        ((0.12, 0.02), (2, 1), (0.05, 0.05), {"loss": "pass", "better": "pass", "layers": "skipped"}),
+        ((0.07, 0.09), (2, 1), (0.05, 0.05), {"loss": "fail", "better": "fail", "layers": "skipped"}),
         # what keeps its promise is a measure
-        ((0.03, 0.02), (2, 1), {"loss": "pass", "better": "pass", "layers": "fail"}),
-        ((0.09, 0.02), (1, 2), {"loss": "fail", "better": "fail", "layers": "pass"}),
-        ((float("nan"), 0.02), (1, 2), {"loss": "fail", "better": "fail", "layers": "pass"}),
+        ((0.03, 0.02), (2, 1), (0.05, 0.05), {"loss": "pass", "better": "pass", "layers": "fail"}),
+        ((0.09, 0.02), (1, 2), (0.05, 0.05), {"loss": "fail", "better": "fail", "layers": "pass"}),
+        ((float("nan"), 0.02), (1, 2), (0.05, 0.05), {"loss": "fail", "better": "fail", "layers": "pass"}),
+        # full depth for all mends nothing that a router is for, and a promise of one's own makes no other broken or kept
+        ((0.12, 0.02), (4, 1), (0.05, 0.05), {"loss": "pass", "better": "pass", "layers": "fail"}),
+        ((0.03, 0.02), (4, 1), (0.001, 0.05), {"loss": "pass", "better": "pass", "layers": "fail"}),
+        ((0.03, 0.02), (2, 1), (0.01, 0.05), {"loss": "fail", "better": "pass", "layers": "fail"}),
+        ((0.50, 0.02), (1, 2), (1.0, 0.05), {"loss": "fail", "better": "fail", "layers": "pass"}),
     ],
 )
 def test_a_stable_version_that_breaks_its_promise_is_no_measure_of_what_it_costs(
-    lost: tuple[float, float], depths: tuple[int, int], wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    lost: tuple[float, float],
+    depths: tuple[int, int],
+    promised: tuple[float, float],
+    wanted: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`lost` at the two early exits, give or take 0.01 a question; a candidate of the first of the `depths`."""
+    """`lost` at the two early exits, give or take 0.01 a question; a candidate of the first of the `depths` and `promised`."""
     models = [Model.from_preset("test") for _ in depths]
     assert models[0].config.exits == (1, 2, 4)
-    for model, depth in zip(models, depths, strict=True):
+    for model, depth, tolerance in zip(models, depths, promised, strict=True):
         model.router = Always(model.config, depth)
+        model.router.calibration.default_tolerance = tolerance
 
     def measured(net: object, rows: dict[str, list[Heldout]]) -> Prompts:
         (some,) = rows.values()
