@@ -15,7 +15,8 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,10 +94,8 @@ def forbidden(folder: Path | None, files: Iterable[Path]) -> Asked:
     found = Asked()
     for path in [*paths, *files]:
         for line in lines(path):
-            try:
+            with _chats_of(path):
                 found.add(_asked_in(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DataError(f"{path} holds a row that is no chat", got=str(error), do="mend it") from error
     return found
 
 
@@ -178,24 +177,49 @@ def asked_of_both(
 ) -> None:
     """Write to the file `to` what depth "auto" is fitted to after a training on a cut: of what it holds out the half that the
     gate does not ask about the router, and old chats, for a service goes on to be asked these. `held`: chats that the old
-    corpus holds out; of these the half that evaluation does not ask, and nothing that is in `never`. Where there are none, the
-    cut's own old rows, which were trained on: at what it knows by heart a model loses less by leaving out layers than at what
-    it will be asked. Of both only `tasks`, which say what the service is for, where there are any of these: what is promised is
-    a mean, and of another mix it says nothing."""
-    recent = _fitted_to(out / RECENT, Asked())
-    old = _fitted_to(held, never or Asked()) if held is not None and held.is_file() else []
-    old = old or [line for line in _new_and_old(out)[1] if _can_be_asked(json.loads(line))]
-    old = [line for line in old if task_of(json.loads(line)) in tasks] or old
-    write_aside(to, "".join(line + "\n" for line in [*recent, *old]))
+    corpus holds out; of these the half that evaluation does not ask. Where there are none, the cut's own old rows, which were
+    trained on: at what it knows by heart a model loses less by leaving out layers than at what it will be asked. Nothing of all
+    is in `never`, or asked by the gate's half. Of the old only `tasks`, which say what the service is for, where there are any
+    of these: what is promised is a mean, and of another mix it says nothing. Raises DataError for what is no chat."""
+    apart = [never or Asked(), _gated(out / RECENT)]
+    recent = _fitted_to(out / RECENT, apart)
+    old = _fitted_to(held, apart) if held is not None and held.is_file() else []
+    old = old or [row for row in map(json.loads, _new_and_old(out)[1]) if _can_be_asked(row) and not _asks(row, apart)]
+    old = [row for row in old if task_of(row) in tasks] or old
+    write_aside(to, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*recent, *old]))
 
 
-def _fitted_to(held: Path, never: Asked) -> list[str]:
+def _gated(recent: Path) -> Asked:
+    """What the gate asks about the router: another person may have asked the same."""
+    half, found = asked_groups(recent), Asked()
+    for line in lines(recent):
+        if group_of(row := json.loads(line)) in half:
+            found.add(_asked_in(row))
+    return found
+
+
+def _fitted_to(held: Path, apart: Sequence[Asked]) -> list[dict[str, Any]]:
     half, found = asked_groups(held), []
     for line in lines(held):
-        row = json.loads(line)
-        if _can_be_asked(row) and group_of(row) not in half and not never.holds(_asked_in(row)):
-            found.append(json.dumps(row, ensure_ascii=False))
+        with _chats_of(held):
+            row = json.loads(line)
+            json.dumps([row, task_of(row)], ensure_ascii=False).encode()
+            if _can_be_asked(row) and group_of(row) not in half and not _asks(row, apart):
+                found.append(row)
     return found
+
+
+def _asks(row: Mapping[str, Any], apart: Sequence[Asked]) -> bool:
+    return any(some.holds(_asked_in(row)) for some in apart)
+
+
+@contextmanager
+def _chats_of(path: Path) -> Iterator[None]:
+    """Raises DataError for a row of `path`, read in this block, that is none."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} holds a row that is no chat", got=str(error), do="mend it") from error
 
 
 def _new_and_old(out: Path) -> tuple[list[str], list[str]]:
@@ -332,14 +356,10 @@ def _replayed(path: Path, count: int, seed: int, apart: Sequence[Asked]) -> list
     """`count` rows of the old mix, or all of them, drawn by `seed`; none that asks what is kept `apart`."""
     every = []
     for line in lines(path):
-        try:
+        with _chats_of(path):
             row = json.loads(line)
-            messages = _asked_in({"messages": (), **row})
-            if any(some.holds(messages) for some in apart):
-                continue
-        except (ValueError, AttributeError, TypeError) as error:
-            raise DataError(f"{path} holds a row that is no chat", got=str(error), do="mend it") from error
-        every.append(json.dumps({**row, "label": REPLAY}, ensure_ascii=False))
+            if not _asks({"messages": (), **row}, apart):
+                every.append(json.dumps({**row, "label": REPLAY}, ensure_ascii=False).encode().decode())
     order = np.random.default_rng(seed).permutation(len(every))[:count]
     return [every[place] for place in sorted(order.tolist())]
 

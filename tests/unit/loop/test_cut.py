@@ -287,6 +287,49 @@ def test_new_rows_come_as_often_as_their_share_asks_for_and_old_ones_are_asked_a
     assert (tmp_path / "mix.jsonl").read_text() == (bare / TRAIN).read_text()
 
 
+def test_a_router_is_fitted_to_no_question_that_the_gate_asks_or_a_suite_does(tmp_path: Path) -> None:
+    """Two people may ask the same, and be answered otherwise; and a cut may be older than the suites."""
+    rows = [
+        Labelled(
+            [*chat(f"What costs {n % 60}?"), {"role": "assistant", "content": f"{n}"}], "correction", f"p{n}", at=n
+        )
+        for n in range(120)
+    ]
+    cut(Found(rows=rows, texts=120), tmp_path / "cut", Settings(heldout=0.9))
+    never = Asked()
+    for number in range(20):
+        never.add(chat(f"What costs {number}?"))
+    half = asked_groups(tmp_path / "cut" / RECENT)
+    recent = [json.loads(line) for line in (tmp_path / "cut" / RECENT).read_text().splitlines()]
+    gated = {row["messages"][0]["content"] for row in recent if group_of(row) in half}
+    both = [row for row in recent if group_of(row) not in half and row["messages"][0]["content"] in gated]
+    asked_of_both(tmp_path / "cut", tmp_path / "asked.jsonl", never=never)
+    kept = [json.loads(line)["messages"] for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    assert both and kept and not any(messages[0]["content"] in gated for messages in kept)
+    assert not any(never.holds(messages[:-1]) for messages in kept)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        b"{",
+        b"[1]",
+        b'{"messages": ["a"]}',
+        b'{"messages": "\xff"}',
+        json.dumps({"messages": [*chat("x"), {"role": "assistant", "content": "a"}], "task": "\ud800"}).encode(),
+        json.dumps({"messages": [*chat("\ud800"), {"role": "assistant", "content": "a"}]}).encode(),
+    ],
+)
+def test_a_held_out_row_that_is_no_chat_is_said_in_a_line(row: bytes, tmp_path: Path) -> None:
+    cut(corrected(60), tmp_path / "cut", Settings())
+    held = tmp_path / "held.jsonl"
+    held.write_bytes(row + b"\n")
+    with pytest.raises(DataError, match="no chat"):
+        asked_of_both(tmp_path / "cut", tmp_path / "asked.jsonl", held=held, tasks={"chat"})
+    with pytest.raises(DataError, match="no chat"):
+        cut(corrected(60), tmp_path / "another", Settings(), replay=held)
+
+
 @pytest.mark.parametrize(("count", "share"), [(100, 0.2), (430, 0.2), (450, 0.49), (600, 0.37), (1_200, 0.2)])
 def test_as_many_people_are_held_out_as_the_gate_asks_for_where_there_are_so_many(
     count: int, share: float, tmp_path: Path
