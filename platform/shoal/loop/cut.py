@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from shoal.data.chats.augment import asked
+from shoal.data.chats.augment import asked_about
 from shoal.data.chats.rows import group_of, is_augmented, lines, task_of
 from shoal.data.documents import Document
 from shoal.data.operators.decontaminate import GRAM, LEAST
@@ -73,7 +73,7 @@ class Asked:
     runs: dict[int, set[int]] = field(default_factory=dict)  # words in a run -> hashes
 
     def add(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        self.whole.add(asked(list(messages)))  # type: ignore[arg-type]
+        self.whole.add(asked_about(list(messages)))  # type: ignore[arg-type]
         found = words(_user(messages))
         if len(found) >= LEAST:
             size = min(GRAM, len(found))
@@ -82,7 +82,7 @@ class Asked:
     def holds(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether these ask it, all together or in one of their turns."""
         turns = [[message] for message in messages if message.get("role") == "user"]
-        if any(asked(list(some)) in self.whole for some in (messages, *turns)):  # type: ignore[arg-type]
+        if any(asked_about(list(some)) in self.whole for some in (messages, *turns)):  # type: ignore[arg-type]
             return True
         found = words(_user(messages))
         return any(not known.isdisjoint(grams(found, size).tolist()) for size, known in self.runs.items())

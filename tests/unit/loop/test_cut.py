@@ -309,6 +309,17 @@ def test_a_router_is_fitted_to_no_question_that_the_gate_asks_or_a_suite_does(tm
     assert not any(never.holds(messages[:-1]) for messages in kept)
 
 
+def test_the_same_words_about_another_image_are_another_question() -> None:
+    def about(image: str) -> list[dict[str, Any]]:
+        parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "Is there a circle?"}]
+        return [{"role": "user", "content": parts}]
+
+    never = Asked()
+    never.add(about("data:,one"))
+    assert never.holds(about("data:,one")) and not never.holds(about("data:,two"))
+    assert not never.holds(chat("Is there a circle?"))
+
+
 @pytest.mark.parametrize(
     "row",
     [

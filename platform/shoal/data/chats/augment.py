@@ -11,6 +11,7 @@ are never changed, and no copy asks what a held-out row asks.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -111,6 +112,13 @@ def questions(path: Path) -> frozenset[str]:
 def asked(messages: list[Row]) -> str:
     """The users' words of a chat, without case, spaces and punctuation: equal for what a reader would call the same."""
     return "".join(c for role, text in _texts(messages) if role == "user" for c in text.casefold() if c.isalnum())
+
+
+def asked_about(messages: list[Row]) -> str:
+    """`asked`, and of which images: the same words about another are another question."""
+    parts = (part for message in messages if isinstance(message.get("content"), list) for part in message["content"])
+    images = [part["image_url"] for part in parts if isinstance(part, dict) and "image_url" in part]
+    return asked(messages) + (hashlib.sha256(json.dumps(images).encode()).hexdigest() if images else "")
 
 
 def _row(line: bytes) -> Row | None:
