@@ -20,7 +20,7 @@ from shoal.loop.release import Release
 from shoal.loop.suites import freeze
 from shoal.machine import sha256_of
 from shoal.model.router import fit_router
-from shoal.stages.retrain import LOCK, WORK
+from shoal.stages.retrain import LOCK, WORK, Retrain
 from shoal.train.loop import fit
 from tests.corpus import write_corpus
 
@@ -173,6 +173,14 @@ def test_a_cut_without_labels_teaches_nothing(
     assert "not what it was" in capsys.readouterr().err
     assert retrain(release, tmp_path / "none") == 2
     assert "is not a cut" in capsys.readouterr().err
+
+
+def test_suites_that_are_not_frozen_are_told_of_before_it_is_trained(
+    release: Release, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Retrain, "_finetune", lambda *_: pytest.fail("it was trained"))
+    assert retrain(release, folder, "--kind", "finetune", "--suites", str(tmp_path)) == 1
+    assert "holds no frozen suites" in capsys.readouterr().err
 
 
 def test_two_at_once_and_one_too_soon_are_refused(

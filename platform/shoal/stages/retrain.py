@@ -61,12 +61,15 @@ class Retrain(Stage):
             self._make()
 
     def _make(self) -> None:
+        from shoal.loop import suites
         from shoal.loop.release import Release
         from shoal.loop.versions import cut_lineage
 
         release = Release(self.release)
         stable = release.stable()
         told = cut_lineage(self.cut)
+        if self.suites is not None:
+            suites.read(self.suites)  # what cannot judge is said before it is trained
         spent = self._need_room(release.versions())
         kind = self._chosen()
         began = time.monotonic()
