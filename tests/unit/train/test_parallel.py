@@ -108,7 +108,7 @@ def play(rank: int, root: Path, shards: Path, chats: Path, model: Path) -> None:
         parallel.STAYS_GATHERED = gathered
         scene(name, world, lambda w=world, n=name, m=more: fit(plan(shards, root / n, w, **m)))  # type: ignore[misc]
     parallel.STAYS_GATHERED = 2**28
-    fp32, parallel.mixed_precision = parallel.mixed_precision, lambda _: as_on_a_gpu(fp32)
+    fp32, parallel.mixed_precision = parallel.mixed_precision, lambda *_, **__: as_on_a_gpu(fp32)
     scene("bf16", 2, lambda: fit(plan(shards, root / "bf16", 2)))
     parallel.mixed_precision = fp32
     for world, end in ((2, 4), (1, 8), (4, 12)):
