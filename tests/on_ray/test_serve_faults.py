@@ -196,21 +196,27 @@ def test_a_killed_replica_takes_no_stream_with_it(service: Service, undisturbed:
 def test_a_stream_may_lose_the_replica_that_took_it_over_as_well(
     service: Service, undisturbed: list[dict[str, Any]]
 ) -> None:
-    before = service.stats()["requests_resumed_total"]
-    running = 0.0
+    """More go on than ran: some twice. On a busy machine many end between the two kills, so it is played up to three times."""
 
-    def kill_both() -> None:
-        nonlocal running
-        running = service.stats()["num_requests_running"]
-        (first, second) = replicas(ENGINE)
-        first.kill()
-        until(lambda: service.stats()["requests_resumed_total"] > before)
-        second.kill()
+    def went_on_twice() -> bool:
+        before = service.stats()["requests_resumed_total"]
+        running = 0.0
 
-    for answer, wanted in zip(under_load(service, kill_both), undisturbed, strict=True):
-        same(answer, wanted)
-    assert service.stats()["requests_resumed_total"] > before + running  # so some went on twice
-    until(lambda: len(replicas(ENGINE)) == 2 and service.stats().get("num_replicas") == 2, 60)
+        def kill_both() -> None:
+            nonlocal running
+            running = service.stats()["num_requests_running"]
+            (first, second) = replicas(ENGINE)
+            first.kill()
+            until(lambda: service.stats()["requests_resumed_total"] > before)
+            second.kill()
+
+        for answer, wanted in zip(under_load(service, kill_both), undisturbed, strict=True):
+            same(answer, wanted)
+        resumed = service.stats()["requests_resumed_total"] - before
+        until(lambda: len(replicas(ENGINE)) == 2 and service.stats().get("num_replicas") == 2, 60)
+        return resumed > running
+
+    assert any(went_on_twice() for _ in range(3))
 
 
 def test_an_engine_that_raises_is_replaced(service: Service, undisturbed: list[dict[str, Any]]) -> None:
