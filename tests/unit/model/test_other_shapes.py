@@ -228,7 +228,8 @@ def test_int8_keeps_a_bias_and_a_head_of_its_own() -> None:
     exact = model_of(SHAPES["Qwen2"] | {"tied": False}, torch.float32)
     near = torch.nn.functional.cosine_similarity(rounded.logits(ids), exact.logits(ids), dim=-1)
     assert near.mean() > 0.98
-    answer = Engine(rounded, units=200, kv_cache_dtype="int8").generate([Request(ids, Sampling(max_tokens=4))])[0]
+    sampling = Sampling(max_tokens=4, ignore_eos=True)
+    answer = Engine(rounded, units=200, kv_cache_dtype="int8").generate([Request(ids, sampling)])[0]
     assert len(answer.tokens) == 4
 
 
