@@ -29,7 +29,7 @@ from shoal.engine.events import Finished, Signals
 from shoal.engine.metrics import Samples, sample
 from shoal.errors import ConfigError
 from shoal.inputs.chat import Encoded
-from shoal.loop.capture import Capture, keyed, now_ms, subject
+from shoal.loop.capture import Capture, now_ms, subject, talk
 from shoal.loop.rows import SHADOW, Row
 from shoal.loop.surprisal import Learned
 from shoal.loop.texts import clean, one_line
@@ -113,8 +113,11 @@ class Recorder:
 
     def conversation(self, access: Access, body: Any) -> str | None:
         """Which talk a request belongs to: the same at each turn that has the texts of those before; None where none tells."""
-        whose, begins = self._whose(access), _beginning(body)
-        return keyed(self._salt, f"{whose}\0{begins}")[:16] if begins else None
+        return self._conversation(self._whose(access), _fields(body))
+
+    def _conversation(self, whose: str | None, fields: Mapping[str, Any]) -> str | None:
+        begins = _beginning(fields)
+        return talk(self._salt, f"{whose}\0{begins}") if begins else None
 
     def _whose(self, access: Access) -> str | None:
         return self.subject(None if access.key is None else access.key.name, access.facts.get("user"))
@@ -172,38 +175,36 @@ class Recorder:
         answer: Answer | None = None,
         client: EngineClient | None = None,
     ) -> None:
-        row = Row(
-            id=access.id if answer is None else answer.id,
-            at=now_ms(),
-            request_id=access.id,
-            model=access.served or None,
-            route=access.path[:64],
-            subject=self._whose(access),
-            slice=self._slice(access, body),
-            status=access.status,
-            error=access.error,
-            stream=getattr(body, "stream", None),
-            total_s=access.seconds,
-            first_s=None if access.first_token is None else access.first_token - access.began,
-        )
+        fields, subject = _fields(body), self._whose(access)
+        known: dict[str, Any] = {
+            "id": access.id if answer is None else answer.id,
+            "at": now_ms(),
+            "request_id": access.id,
+            "model": access.served or None,
+            "route": access.path[:64],
+            "subject": subject,
+            "slice": self._slice(access, fields),
+            "status": access.status,
+            "error": access.error,
+            "stream": fields.get("stream"),
+            "total_s": access.seconds,
+            "first_s": None if access.first_token is None else access.first_token - access.began,
+        }
         if call is not None and answer is not None:
-            for name, value in self._of_call(call, answer.served).items():
-                setattr(row, name, value)
-            for name, value in _of_answer(call, answer).items():
-                setattr(row, name, value)
-            row.conversation = self.conversation(access, body)
-        for name, value in access.columns.items():
-            setattr(row, name, value)
+            known |= self._of_call(call, answer.served) | _of_answer(call, answer)
+            known["conversation"] = self._conversation(subject, fields)
+        row = Row(**(known | access.columns))
         self.writer.put(row)
         end = None if answer is None else answer.choices[0].finished
         if call is not None and answer is not None and client is not None and end is not None:
             self.reruns.offer(call, client, end.signals, row, answer.served.config.exits)
 
-    def _slice(self, access: Access, body: Any) -> str | None:
+    def _slice(self, access: Access, fields: Mapping[str, Any]) -> str | None:
         """What `metadata.workload` says, else the key's name; past `SLICES` of them, "other"."""
-        given = getattr(body, "metadata", None)
+        given = fields.get("metadata")
         # what a client says may be anything, and a row holds nobody's words
-        name = one_line(clean(given.get("workload", "")))[:SLICE] if isinstance(given, dict) else None
+        said = given.get("workload") if isinstance(given, dict) else None
+        name = one_line(clean(said))[:SLICE] if said else None
         name = name or (None if access.key is None else access.key.name)
         if name is None or name in self._slices:
             return name
@@ -240,19 +241,24 @@ class _Model:
     def __init__(self, served: ServedModel, folder: Path) -> None:
         self.served = served
         tokens = [served.tokenizer.token_bytes(token) for token in range(len(served.tokenizer))]
-        self._lengths = np.array([len(token) for token in tokens], np.int64)  # bytes that each token stands for
+        # bytes that each token stands for; of any other, none
+        self._lengths = np.array([*map(len, tokens), 0], np.int64)
         name = hashlib.blake2b(b"\0".join(tokens), digest_size=8).hexdigest()
         self.surprisal = Learned(folder / f"tokens-{name}.npz", len(tokens))
 
     def bytes_of(self, ids: Sequence[int]) -> int:
         """Of the text that `ids` stand for."""
-        known = np.asarray(ids, np.int64)
-        return int(self._lengths[known[known < len(self._lengths)]].sum())
+        return int(self._lengths[np.minimum(np.asarray(ids, np.int64), len(self._lengths) - 1)].sum())
 
 
-def _beginning(body: Any) -> str:
+def _fields(body: Any) -> Mapping[str, Any]:
+    """A body's fields by name, none of no body. Asking pydantic for one that a body does not have costs twenty that it has."""
+    return {} if body is None else vars(body)
+
+
+def _beginning(fields: Mapping[str, Any]) -> str:
     """What stays the same of a conversation as it goes on: its texts up to the user's first; of a prompt its first."""
-    turns: Any = getattr(body, "messages", None) or getattr(body, "input", None) or getattr(body, "prompt", "")
+    turns: Any = fields.get("messages") or fields.get("input") or fields.get("prompt", "")
     if isinstance(turns, str):
         return turns[:BEGINS]
     if turns and not hasattr(turns[0], "role"):

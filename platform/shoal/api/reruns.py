@@ -124,9 +124,10 @@ class Reruns:
         """Returns when nobody was answered here for `QUIET_SECONDS`, or when the oldest has waited for too long."""
         until = time.monotonic() + QUIET_SECONDS
         while (now := time.monotonic()) < until and now < self._waiting[0].since + WAIT_SECONDS:
-            await asyncio.sleep(LOOK_SECONDS)
-            if self._busy:
-                until = time.monotonic() + QUIET_SECONDS
+            busy = self._busy
+            if busy:
+                until = time.monotonic() + 2 * QUIET_SECONDS
+            await asyncio.sleep(QUIET_SECONDS if busy else LOOK_SECONDS)  # a service that works is not asked often
 
     def _drop_old(self) -> None:
         while self._waiting and time.monotonic() >= self._waiting[0].since + WAIT_SECONDS:

@@ -1,7 +1,8 @@
 """`shoal bench capture`: what it costs a service to capture its requests, signals of the engine included.
 
-Two apps over one engine in this process, one that captures and one that does not, asked in turns by the same clients on real
-sockets. Beside tokens a second stand the process's own seconds of processor time, which a busy machine disturbs less.
+Two apps over one engine in this process, one that captures and one that does not, asked in turns by the same clients, which are
+a process of their own (`bench.asking`). Beside tokens a second stand the service's own seconds of processor time, which a busy
+machine disturbs less.
 
 Notable: answers have half to one and a half times the tokens that are asked for, the same in each turn. Of equal ones all
 clients' end in one step, and the engine is idle while their rows are made, one after the other: no service is asked like that.
@@ -11,13 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -27,14 +29,15 @@ from shoal.api.capture import CaptureArgs
 from shoal.api.served import ServedModel
 from shoal.api.server import serving
 from shoal.api.service import Hosted
+from shoal.bench.asking import CLIENTS, REQUESTS, length
 from shoal.bench.turns import show
 from shoal.engine.engine import Engine
 from shoal.engine.front import AsyncEngine
+from shoal.errors import GenerationError
 from shoal.loop.capture import Capture
 from shoal.machine import threads
 from shoal.model.model import Model
 
-CLIENTS, REQUESTS = 8, 4  # of each client in a turn, one after the other
 OFF, ON = "off", "on"
 
 
@@ -62,13 +65,13 @@ async def _measured(model: Path, served: ServedModel, kept: Path, tokens: int, r
     turns: dict[str, list[tuple[float, float]]] = {OFF: [], ON: []}
     apps = {OFF: _app(engine, served, None), ON: _app(engine, served, kept)}
     try:
-        async with serving(apps[OFF]) as off, serving(apps[ON]) as on, httpx.AsyncClient(timeout=120) as client:
+        async with serving(apps[OFF]) as off, serving(apps[ON]) as on, _clients(served.name, tokens) as asked:
             urls = {OFF: off.url, ON: on.url}
             for each in (OFF, ON):  # what is made once
-                await _turn(client, urls[each], served.name, tokens)
+                await _turn(asked, urls[each], tokens)
             for number in range(rounds):
                 for each in (OFF, ON) if number % 2 else (ON, OFF):
-                    turns[each].append(await _turn(client, urls[each], served.name, tokens))
+                    turns[each].append(await _turn(asked, urls[each], tokens))
     finally:
         await engine.close()
     rows = Capture(kept).rows().num_rows
@@ -90,26 +93,36 @@ def _app(engine: AsyncEngine, served: ServedModel, kept: Path | None) -> Any:
     return build_app([Hosted(served, engine)], capture=None if kept is None else CaptureArgs(str(kept)))
 
 
-async def _turn(client: httpx.AsyncClient, url: str, name: str, tokens: int) -> tuple[float, float]:
+@asynccontextmanager
+async def _clients(name: str, tokens: int) -> AsyncIterator[Callable[[str], Awaitable[float]]]:
+    """What takes a turn at a URL, and gives the seconds that it took."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "shoal.bench.asking", name, str(tokens),
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    write, read = process.stdin, process.stdout
+
+    async def asked(url: str) -> float:
+        write.write(f"{url}\n".encode())
+        line = await read.readline()
+        if not line:
+            raise GenerationError("the clients ended in the middle of a turn; their last words are above")
+        return float(line)
+
+    try:
+        yield asked
+    finally:
+        write.close()  # they read on until there is no more
+        await process.wait()
+
+
+async def _turn(asked: Callable[[str], Awaitable[float]], url: str, tokens: int) -> tuple[float, float]:
     """Tokens a second, and this process's seconds a token."""
-    body = {"model": name, "ignore_eos": True, "stream": True}
-
-    async def ask(number: int) -> None:
-        for place in range(number * REQUESTS, (number + 1) * REQUESTS):
-            prompt = f"Where is order {place}, and when does it come?"
-            asked = {**body, "prompt": prompt, "max_tokens": length(place, tokens)}
-            (await client.post(f"{url}/v1/completions", json=asked)).raise_for_status()
-
-    began, worked = time.perf_counter(), time.process_time()
-    await asyncio.gather(*(ask(number) for number in range(CLIENTS)))
+    worked = time.process_time()
+    seconds = await asked(url)
     made = sum(length(place, tokens) for place in range(CLIENTS * REQUESTS))
-    return made / (time.perf_counter() - began), (time.process_time() - worked) / made
-
-
-def length(place: int, tokens: int) -> int:
-    """Tokens of one of a turn's answers, `tokens` in the mean of all."""
-    count = CLIENTS * REQUESTS
-    return tokens // 2 + tokens * (2 * (place * 11 % count) + 1) // (2 * count)
+    return made / seconds, (time.process_time() - worked) / made
 
 
 def _ratio(on: Sequence[float], off: Sequence[float]) -> dict[str, float]:

@@ -333,7 +333,7 @@ class _Anybody:
     prompt_len: int = 0
     seed: int = 0
     grammar: None = None
-    watched: bool = False
+    watched: bool = True
 
 
 @dataclass

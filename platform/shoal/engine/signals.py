@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shoal.engine.events import Signals
+from shoal.model.cpu import fused
 
 EVERY = 16  # tokens of an answer: at 4 it cost a model of a million parameters 3 % of its time
 
@@ -34,38 +35,28 @@ def looked_at(draw: Watched) -> bool:
 
 
 class Logits:
-    """Rows of a step that are watched, as the model gave them less their largest: of each its log-sum and a copy."""
+    """Rows [D] of a step that are watched: a copy of each as the model gave it [D, V], and its log-sum [D]."""
 
-    def __init__(self, rows: dict[int, tuple[float, np.ndarray]]) -> None:
-        self._rows = rows
+    def __init__(self, rows: Sequence[int], kept: np.ndarray, totals: Sequence[float]) -> None:
+        self._rows, self._kept, self._totals = rows, kept, totals
 
     @classmethod
     def of(cls, logits: Tensor, draws: Sequence[Watched]) -> Logits | None:
-        """Those of `logits` [R, V] whose token is to be looked at; None for none. One by one: there are few, and numpy is
-        quicker over a row than over rows that are picked."""
-        rows = [r for r, draw in enumerate(draws) if looked_at(draw)]
+        """Those of `logits` [R, V] whose token is to be looked at; None for none."""
+        rows = [r for r, draw in enumerate(draws) if draw.watched and looked_at(draw)]
         if not rows:
             return None
-        numbers, found = _numbers(logits), dict[int, tuple[float, np.ndarray]]()
-        for r in rows:
-            row = numbers[r]
-            most = float(row.max())
-            if math.isfinite(most):
-                below = row - most
-                found[r] = math.log(np.exp(below).sum()), below
-        return cls(found)
+        if fused.usable(logits):
+            return cls(rows, *fused.log_sums(logits, rows))
+        some = logits[rows]
+        some = some if some.dtype in (torch.float32, torch.float64) else some.float()
+        return cls(rows, some.cpu().numpy(), some.logsumexp(-1).tolist())
 
     def nll(self, tokens: Sequence[int]) -> dict[int, float]:
         """Row -> nats that its token costs, for the tokens [R] that were chosen. None where the model gave no number."""
-        found = {r: total - float(row[tokens[r]]) for r, (total, row) in self._rows.items() if tokens[r] >= 0}
+        places = zip(self._rows, self._kept, self._totals, strict=True)
+        found = {r: total - float(row[tokens[r]]) for r, row, total in places if tokens[r] >= 0}
         return {r: nats for r, nats in found.items() if math.isfinite(nats)}
-
-
-def _numbers(logits: Tensor) -> np.ndarray:
-    """`logits` in fp32 at least, as numpy has them; on a CPU the same memory where that is so already."""
-    if logits.dtype not in (torch.float32, torch.float64):
-        logits = logits.float()
-    return logits.numpy() if logits.device.type == "cpu" else logits.cpu().numpy()
 
 
 @dataclass

@@ -15,6 +15,7 @@ Notable: a part has its journal's name, so what lies in both for a moment is rea
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import hmac
 import json
 import os
@@ -64,6 +65,11 @@ def now_ms() -> int:
 def keyed(salt: bytes, text: str) -> str:
     """A hash of `text` that nobody makes without the `salt`: 32 hexadecimal digits."""
     return hmac.digest(salt, text.encode("utf-8", "surrogateescape"), "sha256").hex()[:32]
+
+
+def talk(salt: bytes, text: str) -> str:
+    """Which talk it is that begins with `text`: as `keyed`, 16 digits, by a hash that takes a quarter of the time."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), key=salt, digest_size=8).hexdigest()
 
 
 def subject(salt: bytes, key: str | None, user: str | None) -> str | None:

@@ -93,13 +93,16 @@ class Row:
     def line(self) -> bytes:
         """It as a line of a journal: JSON of what is known."""
         known = {name: _plain(value) for name in NAMES if (value := getattr(self, name)) is not None}
-        return (json.dumps(known, separators=(",", ":")) + "\n").encode()
+        return (_encoded(known) + "\n").encode()
 
 
 # what pyarrow raises for a number that is too large, another kind of value, and half of a surrogate pair
 UNFIT = (pa.ArrowException, ValueError, TypeError, OverflowError)
 NAMES = tuple(field.name for field in dataclasses.fields(Row))
 SCHEMA = pa.schema([(field.name, field.metadata["type"]) for field in dataclasses.fields(Row)])
+
+
+_encoded = json.JSONEncoder(separators=(",", ":")).encode  # made once: `dumps` makes one for each line
 
 
 def _plain(value: Any) -> Any:

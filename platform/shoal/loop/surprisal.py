@@ -15,6 +15,7 @@ import os
 import secrets
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -34,12 +35,22 @@ TRUST = 5.0  # times that a token must have stood there until its pairs count fo
 _FIRST, _SECOND = np.uint64(2654435761), np.uint64(40503)
 
 
+@dataclass(frozen=True)
+class _Rates:
+    """What a prompt's chances are made of, of each token [V + 1]; the last is one beyond the vocabulary."""
+
+    alone: np.ndarray  # its chance where nothing is known of the one before
+    trust: np.ndarray  # how much its pairs count
+    share: np.ndarray  # `trust` for each of the times that something followed it
+
+
 class Surprisal:
     """Counts of tokens [V], of tokens that something follows [V], and of hashed pairs [PAIRS]."""
 
     def __init__(self, single: np.ndarray, followed: np.ndarray, pairs: np.ndarray) -> None:
         self._single, self._followed, self._pairs = single, followed, pairs
         self._total = float(single.sum())
+        self._known: _Rates | None = None  # of what is counted so far
 
     @classmethod
     def counted(cls, prompts: Iterable[Sequence[int]], vocab: int) -> Surprisal:
@@ -57,6 +68,7 @@ class Surprisal:
         np.add.at(self._followed, ids[:-1], 1)
         np.add.at(self._pairs, _places(ids), 1)
         self._total += len(ids)
+        self._known = None
 
     def of(self, prompt: Sequence[int]) -> float | None:
         """Mean nats of the most surprising tenth of a prompt's tokens, of three at least; None for an empty one. Ids beyond the
@@ -64,17 +76,20 @@ class Surprisal:
         ids = np.asarray(prompt, dtype=np.int64)
         if not len(ids):
             return None
-        vocab = len(self._single)
-        known = np.minimum(ids, vocab - 1)
-        counts = np.where(ids < vocab, self._single[known], 0.0)
-        alone = (counts + UNSEEN) / (self._total + UNSEEN * vocab)
-        before = np.where(ids[:-1] < vocab, self._followed[known[:-1]], 0.0)
-        trust = before / (before + TRUST)
+        rates = self._known = self._known or self._rates()
+        known = np.minimum(ids, len(self._single))
+        chance, before = rates.alone[known], known[:-1]
         # a place that other pairs share counts too many: no more than always
-        after = np.minimum(self._pairs[_places(ids)] / np.maximum(before, 1.0), 1.0)
-        chance = np.concatenate([alone[:1], trust * after + (1 - trust) * alone[1:]])
-        count = max(LEAST_TAIL, math.ceil(TAIL * len(ids)))
-        return float(-np.log(np.sort(chance)[:count]).mean())
+        after = np.minimum(self._pairs[_places(ids)] * rates.share[before], rates.trust[before])
+        chance[1:] = after + (1 - rates.trust[before]) * chance[1:]
+        count = min(len(ids), max(LEAST_TAIL, math.ceil(TAIL * len(ids))))
+        return float(-np.log(np.partition(chance, count - 1)[:count]).mean())
+
+    def _rates(self) -> _Rates:
+        alone = (np.append(self._single, 0.0) + UNSEEN) / (self._total + UNSEEN * len(self._single))
+        before = np.append(self._followed, 0.0)
+        trust = before / (before + TRUST)
+        return _Rates(alone, trust, trust / np.maximum(before, 1.0))
 
     def write(self, path: Path) -> None:
         with aside(path) as beside, beside.open("wb") as file:

@@ -126,9 +126,8 @@ class Writer:
         """Keep `row`, or drop and count it. Never raises, and never waits but for one write."""
         if self._forgotten.subjects and row.subject in self._forgotten.subjects:
             return
-        line = row.line()
-        now = time.monotonic()
-        if self._queue or now < self._slow_until or not self._lock.acquire(timeout=HELD_SECONDS):
+        line, now = row.line(), time.monotonic()
+        if self._queue or now < self._slow_until or not self._taken():
             self._put_later(now, line)
             return
         try:
@@ -164,6 +163,10 @@ class Writer:
         self._parted.set()
         if self._sender.is_alive():
             self._sender.join(SEND_AT_END_SECONDS)  # it sends once more
+
+    def _taken(self) -> bool:
+        """The lock, without letting another thread run where nobody has it: a wait, however short, does."""
+        return self._lock.acquire(blocking=False) or self._lock.acquire(timeout=HELD_SECONDS)
 
     def _put_later(self, now: float, line: bytes) -> None:
         if self._ended:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from shoal.bench.capture import CLIENTS, REQUESTS, capture_bench, length
+from shoal.bench.asking import CLIENTS, REQUESTS, length
+from shoal.bench.capture import capture_bench
 from shoal.model.model import Model
 
 

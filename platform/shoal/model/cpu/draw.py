@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from shoal.model.cpu.compiled import exact, exp, fast
+from shoal.model.cpu.compiled import exact, exp, fast, finite
 
 BLOCK = 256  # tokens whose bounds are made at once
 SLACK = 1e-5  # what numbers of a race may be off by, when torch's are compared with these: ten times what fp32 rounds
@@ -81,6 +81,34 @@ def race(logits, rows, likeliest, heat, lowest, ids, keys, found, ties):
         for c in range(count):
             near += scores[c] * (1 + SLACK) >= best
         found[d], ties[d] = at, near > 1
+
+
+@exact
+def log_sums(logits, rows, kept, totals):
+    """Into kept [D, V] the `rows` [D] of logits [R, V], and into totals [D] the log of each one's sum of exponentials; of a row
+    whose largest is no number that is NaN or infinite."""
+    for d, row in enumerate(rows):
+        kept[d] = logits[row]
+        most = _largest(kept[d])
+        totals[d] = most + math.log(_sum(kept[d], most))
+
+
+@finite
+def _largest(z):
+    """Of numbers; where one is NaN it may be any, and the sum that it is for is NaN."""
+    most = z[0]
+    for i in range(len(z)):
+        most = max(most, z[i])
+    return most
+
+
+@fast
+def _sum(z, most):
+    """Of e^(z - most)."""
+    total = np.float64(0)
+    for i in range(len(z)):
+        total += np.float64(exp(z[i] - most))
+    return total
 
 
 @exact

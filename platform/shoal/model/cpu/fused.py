@@ -128,6 +128,15 @@ def race(
     return found, ties.nonzero()[:, 0].tolist()
 
 
+def log_sums(logits: Tensor, rows: Sequence[int]) -> tuple[Any, list[float]]:
+    """A copy [D, V] of the `rows` [D] of `logits` [R, V] as numpy has it, and the log of each one's sum of exponentials, as of
+    `draw.log_sums`."""
+    numbers = _array(logits)
+    kept, totals = np.empty((len(rows), numbers.shape[1]), numbers.dtype), np.empty(len(rows))
+    _call("log_sums", numbers, np.array(rows), kept, totals)
+    return kept, totals.tolist()
+
+
 def thresholds(
     logits: Tensor, rows: Sequence[int], likeliest: Tensor, heat: Tensor, top_k: Tensor, top_p: Tensor, floor: Tensor
 ) -> Tensor:
