@@ -3,8 +3,9 @@
 The router's loss is measured, not predicted: the nats a token by which the exit that it chooses is worse than full depth on a
 question's reference answer. Time is the processor's, of both in turns: what else the machine does disturbs that least.
 
-A stable version that is shown to lose more than it promises is cheap for that: what it costs is no measure then, else the
-router that mends it, which runs deeper, could never be released.
+A stable version that is shown to lose more than it promises is cheap for that, and the router that mends it runs deeper. What
+mends it may cost what the stable version would if it kept its promise without a router: at the shallowest fixed depth that
+does, on the same questions (decision 0066).
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from shoal.data.batches import spaced
 from shoal.data.chats.heldout import Question
 from shoal.engine.engine import Engine
-from shoal.engine.events import Request, Sampling
+from shoal.engine.events import AUTO, Request, Sampling
 from shoal.evaluate.intervals import of_mean
 from shoal.evaluate.prompts import Heldout, measured
 from shoal.loop.paired import FAIL, INCONCLUSIVE, PASS, SKIPPED, Check
@@ -30,6 +31,7 @@ LEAST, MOST = 40, 160  # questions of a task that the router is looked at on
 TOKENS, BATCH = 32, 8  # of an answer, and answers at once, that are timed
 LAYERS, TIME = "router, layers", "time a token"
 Questions = Mapping[str, Sequence[Question]]  # by task
+Depth = str | int  # as of a request: "auto", or layers
 ROUNDS = (7, 25)  # turns of both that are timed, at least and at most
 
 
@@ -39,45 +41,79 @@ def checks(
     """Of the router and of time, on questions with answers by task: `asked` by frozen suites, and `new` ones, at which the
     stable version's costs are no measure where there are others, since it does not know them. `alone`: all that is new of the
     candidate is its router."""
-    found = router(model, known, asked, new, alone=alone)
-    dear = next((check for check in found if check.name == LAYERS and check.status == SKIPPED), None)
-    if dear is not None:
-        return [*found, Check(TIME, SKIPPED, dear.told)]
-    return [*found, speed(model, known, asked or new or {})]
+    found, depth = router(model, known, asked, new, alone=alone)
+    return [*found, speed(model, known, asked or new or {}, depth)]
 
 
 def router(
     model: Model, known: Model, asked: Questions, new: Questions | None = None, *, alone: bool = False
-) -> list[Check]:
-    """Whether depth "auto" still keeps its promise, and runs no more layers than it did; arguments as of `checks`."""
+) -> tuple[list[Check], Depth]:
+    """Whether depth "auto" still keeps its promise, and runs no more layers than it may, and the stable version's depth that
+    the candidate's layers, and so its time, are held to; arguments as of `checks`."""
     if known.router is None:
-        return [Check("router", SKIPPED, "the stable version has none")]
+        return [Check("router", SKIPPED, "the stable version has none")], AUTO
     both = [_looked_at(some) for some in (asked, new or {})]
     old, recent = (sum(map(len, rows.values())) for rows in both)
     count = old + recent
     if model.router is None:
-        return [Check("router", FAIL, 'it has none, so depth "auto" is full depth', items=count)]
+        return [Check("router", FAIL, 'it has none, so depth "auto" is full depth', items=count)], AUTO
     if count < LEAST:
         told = f"{count} questions are too few, {LEAST} are needed"
-        return [Check("router", INCONCLUSIVE, told, items=count, needed=LEAST)]
+        return [Check("router", INCONCLUSIVE, told, items=count, needed=LEAST)], AUTO
     mine, its = (_routed(each, both) for each in (model, known))
     own, promised = (each.calibration.default_tolerance for each in (model.router, known.router))
-    found = [_loss(mine, its, min(own, promised), promised)]
+    limit = min(own, promised)
+    found = [_loss(mine, its, limit, promised)]
     if alone:
         found.append(_gain(mine, its))
     bar = old or count
-    before = of_mean(its.lost[:bar], its.groups[:bar])
-    if before.interval[0] > promised:
-        told = f"the stable version loses {before.value:.3f} where {promised:.3f} are promised"
-        if min(mine.share) == 1:
-            return [
-                *found,
-                Check(LAYERS, FAIL, f"full depth for every question, as without a router; {told}", items=bar),
-            ]
-        return [*found, Check(LAYERS, SKIPPED, f"{told}: what it costs is no measure", items=bar)]
-    ratio = sum(mine.share[:bar]) / sum(its.share[:bar])
-    told = f"{sum(mine.share[:bar]) / bar:.0%} of the layers, {ratio:.2f} times the stable version's, at most {MOST_MORE:.2f}"
-    return [*found, Check(LAYERS, PASS if ratio <= MOST_MORE else FAIL, told, ratio, limit=MOST_MORE, items=bar)]
+    check, depth = _layers(mine.first(bar), its.first(bar), known.config.exits, limit, promised)
+    return [*found, check], depth
+
+
+def _layers(mine: _Routed, its: _Routed, exits: Sequence[int], limit: float, promised: float) -> tuple[Check, Depth]:
+    """Whether a candidate runs at most a tenth more layers than the stable version; or, beside one that is shown to lose more
+    than it `promised`, whether it keeps the promise of `limit` and runs at most a tenth more than the shallowest of the `exits`
+    at which the stable version would have kept its own. Also that exit, or "auto" where the router is what it was held to."""
+    share, count = of_mean(mine.share, mine.groups), len(mine.share)
+    its_share = sum(its.share) / count
+    ratio, before = share.value / its_share, of_mean(its.lost, its.groups)
+    told = f"{share.value:.0%} of the layers, {ratio:.2f} times the stable version's, at most {MOST_MORE:.2f}"
+    as_now = Check(LAYERS, PASS if ratio <= MOST_MORE else FAIL, told, ratio, limit=MOST_MORE, items=count)
+    if not before.interval[0] > promised:
+        return as_now, AUTO
+    told += f", or what mends it: it loses {before.value:.3f} where {promised:.3f} are promised"
+    if min(mine.share) == 1:
+        told = f"full depth for every question, as without a router; {told}"
+        return replace(as_now, status=FAIL, told=told), AUTO
+    if as_now.status == PASS:
+        return as_now, AUTO
+    may, sure = _shallowest(its, exits, promised)
+    most = [min(MOST_MORE * max(depth / exits[-1], its_share), 1.0) for depth in (may, sure)]
+    beside, lost = [kept(share.value, share.interval[1], each) for each in most], of_mean(mine.lost, mine.groups)
+    status = PASS if beside[0] == PASS else FAIL if beside[1] == FAIL else INCONCLUSIVE
+    keeps = kept(lost.value, lost.interval[1], limit)
+    status = min(status, keeps, key=(FAIL, INCONCLUSIVE, PASS).index)
+    told += f"; at {may} of {exits[-1]} layers for all it may not, " if may < sure else "; "
+    told += (
+        f"at {sure} of {exits[-1]} layers for all it does not"
+        if sure < exits[-1]
+        else "at full depth alone it does not"
+    )
+    told += f": at most {most[0]:.0%} of the layers"
+    if keeps != PASS:
+        told += f", of a candidate that is shown to keep its promise; this one loses {lost.value:.3f}"
+    low, high = (end / its_share for end in share.interval)
+    needed = count * 4 if status == INCONCLUSIVE else None
+    return Check(LAYERS, status, told, ratio, low, high, most[0] / its_share, count, share.groups, needed), may
+
+
+def _shallowest(its: _Routed, exits: Sequence[int], promised: float) -> tuple[int, int]:
+    """The shallowest fixed depth that is not shown to lose more than what is `promised`, and the shallowest that is shown not
+    to: 95 %, on the same questions. Full depth loses nothing."""
+    found = [of_mean([row[place] for row in its.gaps], its.groups).interval for place in range(len(exits))]
+    may = next(depth for depth, (low, _) in zip(exits, found, strict=True) if not low > promised)
+    return may, next((depth for depth, (_, high) in zip(exits, found, strict=True) if high <= promised), exits[-1])
 
 
 def _loss(mine: _Routed, its: _Routed, limit: float, promised: float) -> Check:
@@ -127,12 +163,16 @@ class _Routed:
     share: list[float]
     lost: list[float]
     groups: list[int]
+    gaps: list[list[float]]  # what each exit loses, full depth the last
+
+    def first(self, count: int) -> _Routed:
+        return _Routed(self.share[:count], self.lost[:count], self.groups[:count], self.gaps[:count])
 
 
 def _routed(model: Model, parts: Sequence[Mapping[str, Sequence[Heldout]]]) -> _Routed:
     """Of the questions of all `parts`, one after the other."""
     assert model.router is not None
-    found = _Routed([], [], [])
+    found = _Routed([], [], [], [])
     for rows in parts:
         if not rows:
             continue
@@ -142,36 +182,38 @@ def _routed(model: Model, parts: Sequence[Mapping[str, Sequence[Heldout]]]) -> _
         found.share.extend(depth / model.config.layers for depth in depths)
         found.lost.extend(float(row[model.config.exits.index(depth)]) for row, depth in zip(gaps, depths, strict=True))
         found.groups.extend(prompts.groups.tolist())
+        found.gaps.extend(gaps.tolist())
     return found
 
 
-def speed(model: Model, known: Model, asked: Questions) -> Check:
-    """Whether a token takes no more of the processor than of the stable version's, at depth "auto": the median of pairs of
-    turns, with as many as it takes to be sure of it."""
+def speed(model: Model, known: Model, asked: Questions, beside: Depth = AUTO) -> Check:
+    """Whether a token takes no more of the processor at depth "auto" than of the stable version at the depth `beside`: the
+    median of pairs of turns, with as many as it takes to be sure of it."""
     every = [question for some in asked.values() for question in some]
     prompts = [every[place].prompt for place in spaced(len(every), BATCH)]
-    engines = [Engine(each) for each in (model, known)]
-    for engine in engines:  # what is made once
-        _seconds(engine, prompts)
+    engines = [(Engine(model), AUTO), (Engine(known), beside)]
+    for engine, depth in engines:  # what is made once
+        _seconds(engine, prompts, depth)
     ratios: list[float] = []
     for number in range(ROUNDS[1]):
         both = [0.0, 0.0]
         for place in (0, 1) if number % 2 else (1, 0):
-            both[place] = _seconds(engines[place], prompts)
+            both[place] = _seconds(engines[place][0], prompts, engines[place][1])
         ratios.append(both[0] / max(both[1], 1e-9))
         low, high = _about_the_median(ratios)
         if number + 1 >= ROUNDS[0] and (high <= MOST_MORE or low > MOST_MORE):
             break
     middle = statistics.median(ratios)
-    told = f"{middle:.2f} times the stable version's ({low:.2f} to {high:.2f}), at most {MOST_MORE:.2f}"
+    at = "" if beside == AUTO else f" at {beside} of {known.config.layers} layers"
+    told = f"{middle:.2f} times the stable version's{at} ({low:.2f} to {high:.2f}), at most {MOST_MORE:.2f}"
     status = PASS if middle <= MOST_MORE else FAIL
     return Check(TIME, status, told, middle, low, high, MOST_MORE, items=len(ratios))
 
 
-def _seconds(engine: Engine, prompts: Sequence[object]) -> float:
+def _seconds(engine: Engine, prompts: Sequence[object], depth: Depth) -> float:
     """Of the processor, for answers of so many tokens each."""
     sampling = Sampling(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-    requests = [Request(prompt, sampling, depth="auto") for prompt in prompts]  # type: ignore[arg-type]
+    requests = [Request(prompt, sampling, depth=depth) for prompt in prompts]  # type: ignore[arg-type]
     began = time.process_time()
     engine.generate(requests)
     return time.process_time() - began
