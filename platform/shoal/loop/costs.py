@@ -23,6 +23,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.events import AUTO, Request, Sampling
 from shoal.evaluate.intervals import of_mean
 from shoal.evaluate.prompts import Heldout, measured
+from shoal.loop.margins import of_ratio
 from shoal.loop.paired import FAIL, INCONCLUSIVE, PASS, SKIPPED, Check
 from shoal.model.model import Model
 
@@ -80,6 +81,7 @@ def _layers(mine: _Routed, its: _Routed, exits: Sequence[int], limit: float, pro
     ratio, before = share.value / its_share, of_mean(its.lost, its.groups)
     told = f"{share.value:.0%} of the layers, {ratio:.2f} times the stable version's, at most {MOST_MORE:.2f}"
     as_now = Check(LAYERS, PASS if ratio <= MOST_MORE else FAIL, told, ratio, limit=MOST_MORE, items=count)
+    as_now = replace(as_now, used=of_ratio(ratio, MOST_MORE))
     if not before.interval[0] > promised:
         return as_now, AUTO
     told += f", or what mends it: it loses {before.value:.3f} where {promised:.3f} are promised"
@@ -122,14 +124,15 @@ def _loss(mine: _Routed, its: _Routed, limit: float, promised: float) -> Check:
     loss, before, count = of_mean(mine.lost, mine.groups), of_mean(its.lost, its.groups), len(mine.lost)
     status = kept(loss.value, loss.interval[1], limit)
     told = f"loses {loss.value:.3f} nats a token ({loss.interval[0]:.3f} to {loss.interval[1]:.3f}), promised are {limit:.3f}"
+    used = None
     if status != PASS and before.value > promised:
         above = of_mean([one - MOST_MORE * other for one, other in zip(mine.lost, its.lost, strict=True)], mine.groups)
         status = kept(above.value, above.interval[1], 0.0)
-        limit = MOST_MORE * before.value
+        limit, used = MOST_MORE * before.value, of_ratio(loss.value / before.value, MOST_MORE)
         told += f"; the stable version loses {before.value:.3f}, at most {MOST_MORE:.2f} times that"
     return Check(
         "router, loss", status, told, loss.value, _finite(loss.interval[0]), _finite(loss.interval[1]), limit, count,
-        loss.groups, count * 4 if status == INCONCLUSIVE else None,
+        loss.groups, count * 4 if status == INCONCLUSIVE else None, used,
     )  # fmt: skip
 
 

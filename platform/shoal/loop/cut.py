@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,11 +58,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, most in (
-            ("--heldout", self.heldout or 0.0, 0.9),
-            ("--up", self.up, 1.0),
-            ("--replay", self.replay, 100),
-        ):
+        given = (("--heldout", self.heldout or 0.0, 0.9), ("--up", self.up, 1.0), ("--replay", self.replay, 100))
+        for name, value, most in given:
             if not 0 <= value <= most:
                 raise UsageError(name, got=value, allowed=f"0 to {most:g}")
 
@@ -182,8 +181,8 @@ def asked_of_both(
     is in `never`, or asked by the gate's half. Of the old only `tasks`, which say what the service is for, where there are any
     of these: what is promised is a mean, and of another mix it says nothing. Raises DataError for what is no chat."""
     apart = [never or Asked(), _gated(out / RECENT)]
-    recent = _fitted_to(out / RECENT, apart)
-    old = _fitted_to(held, apart) if held is not None and held.is_file() else []
+    recent = _fitted_to(out / RECENT, suites.looked_at(out / RECENT), apart)
+    old = _fitted_to(held, asked_groups(held), apart) if held is not None and held.is_file() else []
     old = old or [row for row in map(json.loads, _new_and_old(out)[1]) if _can_be_asked(row) and not _asks(row, apart)]
     old = [row for row in old if task_of(row) in tasks] or old
     write_aside(to, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*recent, *old]))
@@ -191,15 +190,15 @@ def asked_of_both(
 
 def _gated(recent: Path) -> Asked:
     """What the gate asks about the router: another person may have asked the same."""
-    half, found = asked_groups(recent), Asked()
+    half, found = suites.looked_at(recent), Asked()
     for line in lines(recent):
         if group_of(row := json.loads(line)) in half:
             found.add(_asked_in(row))
     return found
 
 
-def _fitted_to(held: Path, apart: Sequence[Asked]) -> list[dict[str, Any]]:
-    half, found = asked_groups(held), []
+def _fitted_to(held: Path, half: Collection[int], apart: Sequence[Asked]) -> list[dict[str, Any]]:
+    found = []
     for line in lines(held):
         with _chats_of(held):
             row = json.loads(line)
@@ -307,24 +306,22 @@ def _split(
 ) -> tuple[list[Labelled], list[Labelled]]:
     """Rows to train on and rows that are held out, of other people; neither asks what is forbidden, and what is held out is
     nothing that is asked in training."""
-    allowed: list[Labelled] = []
-    train: list[Labelled] = []
-    recent: list[Labelled] = []
-    for row in rows:
-        if never.holds(row.messages[:-1]):
-            found.leave("asked by a suite, or held out before")
-            continue
-        allowed.append(row)
-    share = _share(len(allowed)) if settings.heldout is None else settings.heldout
-    for row in allowed:
-        draw = xxhash.xxh3_64_intdigest(row.person.encode("utf-8", "surrogatepass"), seed=settings.seed) / 2**64
-        (recent if draw < share else train).append(row)
-    known = _asked_by(train)
-    for row in [row for row in recent if known.holds(row.messages[:-1])]:
-        recent.remove(row)
-        found.leave("held out, but asked in training by another person")
+    allowed = [row for row in rows if not never.holds(row.messages[:-1])]
+    found.leave("asked by a suite, or held out before", len(rows) - len(allowed))
+    names = {row.person: row.person.encode("utf-8", "surrogatepass") for row in allowed}
+    draws = {person: xxhash.xxh3_64_intdigest(name, settings.seed) / 2**64 for person, name in names.items()}
+    share = _share(allowed, draws) if settings.heldout is None else settings.heldout
+    train, recent = _apart(allowed, draws, share)
+    found.leave("held out, but asked in training by another person", len(allowed) - len(train) - len(recent))
     # what the model said itself measures nothing
     return train, [row for row in recent if row.label != UP]
+
+
+def _apart(rows: Sequence[Labelled], draws: dict[str, float], share: float) -> tuple[list[Labelled], list[Labelled]]:
+    """The rows of people whose draw is `share` or more, and those of the others that ask nothing of these."""
+    train, held = ([row for row in rows if (draws[row.person] < share) == out] for out in (False, True))
+    known = _asked_by(train)
+    return train, [row for row in held if not known.holds(row.messages[:-1])]
 
 
 def _asked_by(rows: Iterable[Labelled]) -> Asked:
@@ -334,11 +331,15 @@ def _asked_by(rows: Iterable[Labelled]) -> Asked:
     return found
 
 
-def _share(rows: int) -> float:
-    """Of the people, where there are so many rows: with fewer held out than it asks for the gate can say nothing, however much
-    was learned. Where even half of them would not do, the next cut will."""
-    wanted = 1.1 * LEAST_RECENT / max(1, rows)
-    return wanted if 0.2 < wanted <= 0.5 else 0.2
+def _share(rows: Sequence[Labelled], draws: dict[str, float]) -> float:
+    """A fifth of the people, or as many more as leave a tenth more rows than the gate asks for: with fewer it can say nothing,
+    however much was learned. Where half of the rows would not do, a fifth: the next cut will."""
+    shares = [0.2, *sorted(above for draw in draws.values() if (above := math.nextafter(draw, 2)) > 0.2)]
+    place = bisect_left(
+        shares, 1.1 * LEAST_RECENT, key=lambda each: sum(row.label != UP for row in _apart(rows, draws, each)[1])
+    )
+    share = shares[min(place, len(shares) - 1)]
+    return share if 2 * sum(draws[row.person] < share for row in rows) <= len(rows) else 0.2
 
 
 def _few_liked(train: list[Labelled], settings: Settings, found: Found) -> list[Labelled]:
@@ -347,8 +348,7 @@ def _few_liked(train: list[Labelled], settings: Settings, found: Found) -> list[
     others = len(train) - len(own)
     most = len(own) if settings.up >= 1 else int(settings.up * others / (1 - settings.up))
     dropped = {id(row) for row in own[most:]}
-    for _ in dropped:
-        found.leave("liked, but too many of these")
+    found.leave("liked, but too many of these", len(dropped))
     return [row for row in train if id(row) not in dropped]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ from shoal.engine.engine import Engine
 from shoal.errors import CheckpointError, DataError, ShoalError
 from shoal.evaluate import measures
 from shoal.evaluate.evaluation import MOST_TOKENS, TASKS, Progress, generate
-from shoal.evaluate.halves import asked_groups
 from shoal.evaluate.measures import Answer, HeldoutRows
 from shoal.loop import costs, suites
 from shoal.loop.cut import RECENT as RECENT_FILE
 from shoal.loop.cut import read
+from shoal.loop.margins import of_difference, of_ratio, taken, together
 from shoal.loop.paired import FAIL, INCONCLUSIVE, LEAST_RECENT, MARGIN, PASS, SKIPPED, Check, better, not_worse, paired
 from shoal.loop.suites import FROZEN, RECENT, SAFETY, TIRED, Suite
 from shoal.loop.versions import AnotherShapeError, need_same
@@ -120,6 +120,7 @@ def gate(
         status = INCONCLUSIVE if need_recent else SKIPPED
         checks.append(Check("recent", status, "no recent suite: nothing says that the candidate is better at anything"))
     uses = suites.use(folder, {"candidate": names[0]["weights_sha256"], "stable": names[1]["weights_sha256"]})
+    checks = together(checks, taken(stable, names[1]["weights_sha256"], of))
     return _verdict(checks, names, of, uses, began)
 
 
@@ -171,11 +172,13 @@ def _bits(model: Model, known: Model, data: Path | None) -> list[Check]:
             continue
         status = PASS if high <= MOST_RISE else FAIL if rise > MOST_RISE else INCONCLUSIVE
         told = f"{rise:+.2%} ({low:+.2%} to {high:+.2%}), at most {MOST_RISE:+.0%}"
+        used = of_difference(rise, MOST_RISE)
         found.append(
             Check(
-                name, status, told, rise, _finite(low), _finite(high), MOST_RISE, beside.rise.rows, beside.rise.groups
+                name, status, told, rise, _finite(low), _finite(high), MOST_RISE,
+                beside.rise.rows, beside.rise.groups, used=used,
             )
-        )
+        )  # fmt: skip
     return found or [Check("bits per byte", SKIPPED, f"{data} holds out neither text nor code")]
 
 
@@ -209,7 +212,10 @@ def _asked(suite: Suite, folder: Path, model: Model, known: Model, margin: float
             some.setdefault(task, []).extend(row for row in asked if row.group not in fitted)
         # no router makes answers right that were not
         kind = FROZEN if seen.alone and suite.kind == RECENT else suite.kind
-        found.append(_compared(kind, name, scores(task, new, asked), scores(task, old, asked), asked, margin))
+        check = _compared(kind, name, scores(task, new, asked), scores(task, old, asked), asked, margin)
+        if suite.kind == FROZEN:  # what is new is another thing for each candidate
+            check = replace(check, used=of_difference(-(check.value or 0.0), margin))
+        found.append(check)
     return found
 
 
@@ -217,7 +223,7 @@ def _fitted(suite: Suite, folder: Path, by_task: Mapping[str, Sequence[Question]
     """Groups of what is new to which the candidate's router may be fitted (`cut.asked_of_both`): by these it shows nothing."""
     if suite.kind != RECENT:
         return set()
-    half = asked_groups(folder / suite.file)
+    half = suites.looked_at(folder / suite.file)
     return {row.group for rows in by_task.values() for row in rows} - half
 
 
@@ -280,6 +286,7 @@ def _lengths(longer: Sequence[tuple[int, int]]) -> list[Check]:
             ratio,
             limit=MOST_LONGER,
             items=len(longer),
+            used=of_ratio(ratio, MOST_LONGER),
         )
     ]
 

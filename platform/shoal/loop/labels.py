@@ -86,8 +86,9 @@ class Found:
     texts: int = 0  # requests whose text was kept
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> how many
 
-    def leave(self, reason: str) -> None:
-        self.left_out[reason] = self.left_out.get(reason, 0) + 1
+    def leave(self, reason: str, count: int = 1) -> None:
+        if count:
+            self.left_out[reason] = self.left_out.get(reason, 0) + count
 
 
 def labelled(

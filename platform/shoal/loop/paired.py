@@ -25,7 +25,7 @@ PASS, FAIL, INCONCLUSIVE, SKIPPED = "pass", "fail", "inconclusive", "skipped"
 @dataclass(frozen=True)
 class Check:
     """One thing that was held against the stable version. `value` with its bounds `low` and `high`, and `limit`, which it must
-    keep; `needed`: questions that it would take to say."""
+    keep; `needed`: questions that it would take to say; `used`: the share of its margin that is taken (`margins`)."""
 
     name: str
     status: str  # pass, fail, inconclusive or skipped
@@ -37,6 +37,7 @@ class Check:
     items: int = 0
     groups: int = 0
     needed: int | None = None
+    used: float | None = None
 
 
 @dataclass(frozen=True)

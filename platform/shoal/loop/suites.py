@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from shoal.data.chats.rows import labels
 from shoal.errors import DataError
 from shoal.machine import sha256_of, write_aside
@@ -74,6 +76,12 @@ def read(folder: Path) -> list[Suite]:
 def tasks(folder: Path) -> set[str]:
     """Tasks of the chats in the suites of a folder that ask what is known. Raises DataError as `read`."""
     return {task for suite in read(folder) if suite.kind == FROZEN for task, _ in labels(folder / suite.file)}
+
+
+def looked_at(recent: Path) -> frozenset[int]:
+    """The groups of what is new by which the gate looks at a router; a retrained one is fitted to the others. A group's side
+    follows from itself alone: whoever else is forgotten, it stays there. Raises DataError for a file that cannot be read."""
+    return frozenset(group for _, group in labels(recent) if xxhash.xxh3_64_intdigest(f"router {group}") % 2 == 0)
 
 
 def use(folder: Path, told: Mapping[str, Any]) -> int:
