@@ -21,11 +21,12 @@ from shoal.data.batches import spaced
 from shoal.data.chats.heldout import Question
 from shoal.engine.engine import Engine
 from shoal.engine.events import AUTO, Request, Sampling
-from shoal.evaluate.intervals import of_mean
+from shoal.evaluate.intervals import Figure, Z, of_mean
 from shoal.evaluate.prompts import Heldout, measured
 from shoal.loop.margins import of_ratio
-from shoal.loop.paired import FAIL, INCONCLUSIVE, PASS, SKIPPED, Check
+from shoal.loop.paired import FAIL, INCONCLUSIVE, PASS, SKIPPED, Check, student
 from shoal.model.model import Model
+from shoal.model.router import Calibration
 
 MOST_MORE = 1.10  # layers, and seconds a token, beside the stable version's
 LEAST, MOST = 40, 160  # questions of a task that the router is looked at on
@@ -51,23 +52,24 @@ def router(
 ) -> tuple[list[Check], Depth]:
     """Whether depth "auto" still keeps its promise, and runs no more layers than it may, and the stable version's depth that
     the candidate's layers, and so its time, are held to; arguments as of `checks`."""
-    if known.router is None:
-        return [Check("router", SKIPPED, "the stable version has none")], AUTO
+    if model.router is None and known.router is None:
+        return [Check("router", SKIPPED, "neither has one")], AUTO
     both = [_looked_at(some) for some in (asked, new or {})]
     old, recent = (sum(map(len, rows.values())) for rows in both)
-    count = old + recent
+    count, bar = old + recent, old or recent
     if model.router is None:
         return [Check("router", FAIL, 'it has none, so depth "auto" is full depth', items=count)], AUTO
-    if count < LEAST:
-        told = f"{count} questions are too few, {LEAST} are needed"
+    if bar < LEAST:
+        told = f"{bar} {'frozen ' if old else ''}questions are too few, {LEAST} are needed"
         return [Check("router", INCONCLUSIVE, told, items=count, needed=LEAST)], AUTO
     mine, its = (_routed(each, both) for each in (model, known))
-    own, promised = (each.calibration.default_tolerance for each in (model.router, known.router))
+    own, promised = (
+        (each.router.calibration if each.router else Calibration()).default_tolerance for each in (model, known)
+    )
     limit = min(own, promised)
-    found = [_loss(mine, its, limit, promised)]
+    found = [_loss(mine, its, bar, limit, promised)]
     if alone:
         found.append(_gain(mine, its))
-    bar = old or count
     check, depth = _layers(mine.first(bar), its.first(bar), known.config.exits, limit, promised)
     return [*found, check], depth
 
@@ -76,9 +78,9 @@ def _layers(mine: _Routed, its: _Routed, exits: Sequence[int], limit: float, pro
     """Whether a candidate runs at most a tenth more layers than the stable version; or, beside one that is shown to lose more
     than it `promised`, whether it keeps the promise of `limit` and runs at most a tenth more than the shallowest of the `exits`
     at which the stable version would have kept its own. Also that exit, or "auto" where the router is what it was held to."""
-    share, count = of_mean(mine.share, mine.groups), len(mine.share)
+    share, count = _mean(mine.share, mine.groups), len(mine.share)
     its_share = sum(its.share) / count
-    ratio, before = share.value / its_share, of_mean(its.lost, its.groups)
+    ratio, before = share.value / its_share, _mean(its.lost, its.groups)
     told = f"{share.value:.0%} of the layers, {ratio:.2f} times the stable version's, at most {MOST_MORE:.2f}"
     as_now = Check(LAYERS, PASS if ratio <= MOST_MORE else FAIL, told, ratio, limit=MOST_MORE, items=count)
     as_now = replace(as_now, used=of_ratio(ratio, MOST_MORE))
@@ -92,7 +94,7 @@ def _layers(mine: _Routed, its: _Routed, exits: Sequence[int], limit: float, pro
         return as_now, AUTO
     may, sure = _shallowest(its, exits, promised)
     most = [min(MOST_MORE * max(depth / exits[-1], its_share), 1.0) for depth in (may, sure)]
-    beside, lost = [kept(share.value, share.interval[1], each) for each in most], of_mean(mine.lost, mine.groups)
+    beside, lost = [kept(share.value, share.interval[1], each) for each in most], _mean(mine.lost, mine.groups)
     status = PASS if beside[0] == PASS else FAIL if beside[1] == FAIL else INCONCLUSIVE
     keeps = kept(lost.value, lost.interval[1], limit)
     status = min(status, keeps, key=(FAIL, INCONCLUSIVE, PASS).index)
@@ -113,20 +115,21 @@ def _layers(mine: _Routed, its: _Routed, exits: Sequence[int], limit: float, pro
 def _shallowest(its: _Routed, exits: Sequence[int], promised: float) -> tuple[int, int]:
     """The shallowest fixed depth that is not shown to lose more than what is `promised`, and the shallowest that is shown not
     to: 95 %, on the same questions. Full depth loses nothing."""
-    found = [of_mean([row[place] for row in its.gaps], its.groups).interval for place in range(len(exits))]
+    found = [_mean([row[place] for row in its.gaps], its.groups).interval for place in range(len(exits))]
     may = next(depth for depth, (low, _) in zip(exits, found, strict=True) if not low > promised)
     return may, next((depth for depth, (_, high) in zip(exits, found, strict=True) if high <= promised), exits[-1])
 
 
-def _loss(mine: _Routed, its: _Routed, limit: float, promised: float) -> Check:
-    """Whether no more than `limit` is lost, or, where the stable version loses more than it `promised`, at most a tenth above
-    what that loses on the same questions."""
-    loss, before, count = of_mean(mine.lost, mine.groups), of_mean(its.lost, its.groups), len(mine.lost)
+def _loss(mine: _Routed, its: _Routed, bar: int, limit: float, promised: float) -> Check:
+    """Whether no more than `limit` is lost, or, where the stable version loses more than it `promised` on the first `bar` of
+    the questions, at most a tenth above that: one by one on these, in the mean on the others, which it does not know."""
+    loss, count = _mean(mine.lost, mine.groups), len(mine.lost)
+    before, used = _mean(its.lost[:bar], its.groups[:bar]), None
     status = kept(loss.value, loss.interval[1], limit)
     told = f"loses {loss.value:.3f} nats a token ({loss.interval[0]:.3f} to {loss.interval[1]:.3f}), promised are {limit:.3f}"
-    used = None
     if status != PASS and before.value > promised:
-        above = of_mean([one - MOST_MORE * other for one, other in zip(mine.lost, its.lost, strict=True)], mine.groups)
+        known = [*its.lost[:bar], *[before.value] * (count - bar)]
+        above = _mean([one - MOST_MORE * other for one, other in zip(mine.lost, known, strict=True)], mine.groups)
         status = kept(above.value, above.interval[1], 0.0)
         limit, used = MOST_MORE * before.value, of_ratio(loss.value / before.value, MOST_MORE)
         told += f"; the stable version loses {before.value:.3f}, at most {MOST_MORE:.2f} times that"
@@ -138,11 +141,21 @@ def _loss(mine: _Routed, its: _Routed, limit: float, promised: float) -> Check:
 
 def _gain(mine: _Routed, its: _Routed) -> Check:
     """Whether less is lost than by the stable version, which is the reason to release a router alone."""
-    less = of_mean([one - other for one, other in zip(mine.lost, its.lost, strict=True)], mine.groups)
+    less = _mean([one - other for one, other in zip(mine.lost, its.lost, strict=True)], mine.groups)
     (low, high), count = less.interval, len(mine.lost)
     status = PASS if high < 0 else INCONCLUSIVE if less.value < 0 else FAIL
     told = f"loses {less.value:+.3f} nats a token more ({low:+.3f} to {high:+.3f}), must be below 0"
     return Check("router, better", status, told, less.value, _finite(low), _finite(high), 0.0, count, less.groups)
+
+
+def _mean(values: Sequence[float], groups: Sequence[int]) -> Figure:
+    """`of_mean`, whose interval is a little wider where questions are of few groups."""
+    found = of_mean(values, groups)
+    if not 1 < found.groups < found.rows:
+        return found
+    wider = student(Z, found.groups - 1) / Z
+    low, high = (found.value + wider * (end - found.value) for end in found.interval)
+    return replace(found, interval=(low, high))
 
 
 def kept(value: float, high: float, limit: float) -> str:
@@ -173,15 +186,14 @@ class _Routed:
 
 
 def _routed(model: Model, parts: Sequence[Mapping[str, Sequence[Heldout]]]) -> _Routed:
-    """Of the questions of all `parts`, one after the other."""
-    assert model.router is not None
+    """Of the questions of all `parts`, one after the other; without a router all run at full depth."""
     found = _Routed([], [], [], [])
     for rows in parts:
         if not rows:
             continue
         prompts = measured(model.net, rows)
         gaps = torch.cat([prompts.gaps, prompts.gaps.new_zeros(len(prompts.gaps), 1)], dim=1)
-        depths = [model.router.choose(x) for x in prompts.features]
+        depths = [model.router.choose(x) if model.router else model.config.layers for x in prompts.features]
         found.share.extend(depth / model.config.layers for depth in depths)
         found.lost.extend(float(row[model.config.exits.index(depth)]) for row, depth in zip(gaps, depths, strict=True))
         found.groups.extend(prompts.groups.tolist())

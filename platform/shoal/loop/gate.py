@@ -114,6 +114,8 @@ def gate(
         checks += _asked(suite, place, model, known, margin, seen)
     tell("router and speed", total - 1, total)
     checks += _lengths(seen.longer) + _costs(model, known, seen)
+    if not any(suite.kind == FROZEN for suite in of):
+        checks.append(Check("frozen", SKIPPED, "there is no frozen suite: nothing says that what it knew is kept"))
     if not any(suite.kind == SAFETY for suite in of):
         checks.append(Check("safety", SKIPPED, "there is no safety suite"))
     if not any(suite.kind == RECENT for suite in of):
@@ -209,7 +211,8 @@ def _asked(suite: Suite, folder: Path, model: Model, known: Model, margin: float
             seen.longer += [(one.tokens, other.tokens) for one, other in zip(new, old, strict=True)]
         if suite.kind != SAFETY:
             some = seen.new if suite.kind == RECENT else seen.answered
-            some.setdefault(task, []).extend(row for row in asked if row.group not in fitted)
+            if shows := [row for row in asked if row.group not in fitted]:
+                some.setdefault(task, []).extend(shows)
         # no router makes answers right that were not
         kind = FROZEN if seen.alone and suite.kind == RECENT else suite.kind
         check = _compared(kind, name, scores(task, new, asked), scores(task, old, asked), asked, margin)

@@ -96,4 +96,4 @@ def use(folder: Path, told: Mapping[str, Any]) -> int:
 
 
 def _kind(name: str) -> str:
-    return next((kind for kind in (SAFETY, RECENT) if name.startswith(kind)), FROZEN)
+    return next((kind for kind in (SAFETY, RECENT) if name == kind or name.startswith(f"{kind}-")), FROZEN)

@@ -1,4 +1,5 @@
-"""What a candidate may cost beside a stable version that breaks its promise: figures made up, verdicts by hand and by drawing.
+"""What a candidate's router may lose and run, beside a stable version that keeps its promise or breaks it: figures made up,
+verdicts by hand and by drawing.
 
 A model of four layers with exits at 1, 2 and 4, whose router promises 0.05 nats a token.
 """
@@ -7,9 +8,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+import torch
 
+from shoal import Model
+from shoal.config import ModelConfig
+from shoal.data.chats.heldout import Question
+from shoal.evaluate.prompts import Heldout, Prompts
+from shoal.inputs.chat import Encoded
 from shoal.loop import costs
 from shoal.loop.paired import FAIL, INCONCLUSIVE, PASS, Check
+from shoal.model.router import Router
 
 EXITS, PROMISED, COUNT, DRAWS = (1, 2, 4), 0.05, 200, 400
 
@@ -113,3 +121,138 @@ def test_one_in_forty_is_judged_by_a_depth_that_does_not_keep_the_promise_or_not
         return layers(mine, of(0.12, 0.02), gaps(rng, 0.0))
 
     assert drawn(deeper)[PASS] <= 0.085
+
+
+def test_what_is_lost_on_what_is_new_is_no_leave_to_lose_it_on_what_is_known() -> None:
+    """The stable version loses 0.5 on questions that it does not know, and on those that it does what it promises, or 0.08."""
+    for known, own, status in ((0.02, 0.02, FAIL), (0.08, 0.06, FAIL), (0.08, 0.08, FAIL)):
+        its = np.concatenate([of(known, 0.0), of(0.5, 0.0)])
+        mine = np.concatenate([of(own, 0.0), of(0.3, 0.0)])
+        assert loss(mine, its).status == status
+    same = np.concatenate([of(0.08, 0.0), of(0.08, 0.0)])
+    assert loss(same, same).status == PASS, "no worse than what serves"
+    assert loss(of(0.08, 0.0), of(0.08, 0.0), bar=COUNT).used == pytest.approx(0.0)
+    assert loss(of(0.02, 0.0), of(0.08, 0.0), bar=COUNT).used is None, "by its promise, and beside nobody"
+
+
+def loss(mine: np.ndarray, its: np.ndarray, bar: int = COUNT) -> Check:
+    return costs._loss(routed([1] * len(mine), mine), routed([1] * len(its), its), bar, PROMISED, PROMISED)
+
+
+def test_questions_of_two_people_show_little() -> None:
+    """Of 200 questions a half of each; one of them loses 0.04, the other 0.02."""
+    gaps = np.repeat([[0.04, 0.0], [0.02, 0.0]], 100, axis=0)
+    two = costs._Routed(
+        [0.25] * 200, gaps[:, 0].tolist(), [0] * 100 + [1] * 100, [[*row, 0.0] for row in gaps.tolist()]
+    )
+    assert costs._loss(two, two, 200, PROMISED, PROMISED).status == INCONCLUSIVE
+    each = routed([1] * 200, gaps)
+    assert costs._loss(each, each, 200, PROMISED, PROMISED).status == PASS
+
+
+@pytest.mark.parametrize(
+    ("value", "high", "status"),
+    [
+        (0.040, 0.050, "pass"),
+        (0.049, 0.056, "inconclusive"),
+        (0.052, 0.059, "fail"),
+        (0.061, 0.082, "fail"),
+        (float("nan"), float("nan"), "fail"),
+    ],
+)
+def test_a_router_s_promise_is_kept_where_the_upper_end_of_its_loss_is_within_it(
+    value: float, high: float, status: str
+) -> None:
+    assert costs.kept(value, high, 0.05) == status
+
+
+class Always(Router):
+    """Gives all prompts one depth."""
+
+    def __init__(self, config: ModelConfig, depth: int) -> None:
+        super().__init__(config)
+        self.depth = depth
+
+    def choose(self, *_: object) -> int:  # type: ignore[override]
+        return self.depth
+
+
+def losing(*lost: float) -> Callable[[object, dict[str, list[Heldout]]], Prompts]:
+    """Measures that `lost` is lost at the two early exits, give or take 0.01 a question."""
+
+    def measured(net: object, rows: dict[str, list[Heldout]]) -> Prompts:
+        (some,) = rows.values()
+        gaps = torch.tensor(lost) + 0.01 * torch.linspace(-1, 1, len(some))[:, None]
+        return Prompts(
+            torch.zeros(len(some), 1), gaps, torch.ones(len(some)), ("chat",) * len(some), torch.arange(len(some))
+        )
+
+    return measured
+
+
+def test_a_first_router_must_keep_its_promise_too_and_no_looser_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, model = Model.from_preset("test"), Model.from_preset("test")
+    model.router = Always(model.config, 1)
+    one = Encoded([1], [], [True])
+    asked = {"chat": [Question(one, one, "", "chat", 0)] * 80}
+    for lost, tolerance, status in ((0.02, 0.05, "pass"), (0.3, 0.05, "fail"), (0.3, 1.0, "fail")):
+        model.router.calibration.default_tolerance = tolerance
+        monkeypatch.setattr(costs, "measured", losing(lost, 0.0))
+        found = {check.name: check.status for check in costs.router(model, known, asked)[0]}
+        assert found == {"router, loss": status, "router, layers": "pass"}
+
+
+def test_a_handful_of_frozen_questions_is_no_measure_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [Model.from_preset("test") for _ in range(2)]
+    for model, depth in zip(models, (2, 1), strict=True):
+        model.router = Always(model.config, depth)
+    monkeypatch.setattr(costs, "measured", losing(0.02, 0.01))
+    one = Encoded([1], [], [True])
+    few, many = ({"chat": [Question(one, one, "", "chat", 0)] * count} for count in (3, 80))
+    (check,) = costs.router(models[0], models[1], few, many)[0]
+    assert check.status == "inconclusive" and check.needed == costs.LEAST and "3 frozen questions" in check.told
+    assert [check.status for check in costs.router(models[0], models[1], {}, many)[0]] == ["pass", "fail"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "depths", "promised", "wanted"),
+    [
+        # the stable version beside itself, which breaks its promise: no worse, and no reason to be released
+        ((0.077, 0.02), (1, 1), (0.05, 0.05), {"loss": "pass", "better": "fail", "layers": "pass"}),
+        ((0.03, 0.02), (1, 1), (0.05, 0.05), {"loss": "pass", "better": "fail", "layers": "pass"}),
+        # the router that mends it runs deeper, and one that loses more than it is none
+        ((0.12, 0.02), (2, 1), (0.05, 0.05), {"loss": "pass", "better": "pass", "layers": "pass"}),
+        ((0.07, 0.09), (2, 1), (0.05, 0.05), {"loss": "fail", "better": "fail", "layers": "fail"}),
+        # one that loses less, but more than is promised, mends nothing: it has no more layers than the stable version
+        ((0.12, 0.09), (2, 1), (0.05, 0.05), {"loss": "pass", "better": "pass", "layers": "fail"}),
+        # what keeps its promise is a measure
+        ((0.03, 0.02), (2, 1), (0.05, 0.05), {"loss": "pass", "better": "pass", "layers": "fail"}),
+        ((0.09, 0.02), (1, 2), (0.05, 0.05), {"loss": "fail", "better": "fail", "layers": "pass"}),
+        ((float("nan"), 0.02), (1, 2), (0.05, 0.05), {"loss": "fail", "better": "fail", "layers": "pass"}),
+        # full depth for all mends nothing that a router is for, and a promise of one's own makes no other broken or kept
+        ((0.12, 0.02), (4, 1), (0.05, 0.05), {"loss": "pass", "better": "pass", "layers": "fail"}),
+        ((0.03, 0.02), (4, 1), (0.001, 0.05), {"loss": "pass", "better": "pass", "layers": "fail"}),
+        ((0.03, 0.02), (2, 1), (0.01, 0.05), {"loss": "fail", "better": "pass", "layers": "fail"}),
+        ((0.50, 0.02), (1, 2), (1.0, 0.05), {"loss": "fail", "better": "fail", "layers": "pass"}),
+    ],
+)
+def test_beside_a_stable_version_that_breaks_its_promise_what_mends_it_alone_runs_deeper(
+    lost: tuple[float, float],
+    depths: tuple[int, int],
+    promised: tuple[float, float],
+    wanted: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`lost` at the two early exits, give or take 0.01 a question; a candidate of the first of the `depths` and `promised`."""
+    models = [Model.from_preset("test") for _ in depths]
+    assert models[0].config.exits == (1, 2, 4)
+    for model, depth, tolerance in zip(models, depths, promised, strict=True):
+        model.router = Always(model.config, depth)
+        model.router.calibration.default_tolerance = tolerance
+
+    monkeypatch.setattr(costs, "measured", losing(*lost))
+    monkeypatch.setattr(costs, "_seconds", lambda *_: 1.0)
+    one = Encoded([1], [], [True])
+    asked = {"chat": [Question(one, one, "", "chat", 0)] * 80}
+    found = {check.name: check.status for check in costs.checks(*models, asked, asked, alone=True)}
+    assert found == {f"router, {name}": status for name, status in wanted.items()} | {"time a token": "pass"}
