@@ -81,7 +81,9 @@ def tasks(folder: Path) -> set[str]:
 def looked_at(recent: Path) -> frozenset[int]:
     """The groups of what is new by which the gate looks at a router; a retrained one is fitted to the others. A group's side
     follows from itself alone: whoever else is forgotten, it stays there. Raises DataError for a file that cannot be read."""
-    return frozenset(group for _, group in labels(recent) if xxhash.xxh3_64_intdigest(f"router {group}") % 2 == 0)
+    return frozenset(
+        group for _, group in labels(recent) if xxhash.xxh3_64_intdigest(f"router {group}".encode()) % 2 == 0
+    )
 
 
 def use(folder: Path, told: Mapping[str, Any]) -> int:

@@ -363,7 +363,7 @@ def test_as_many_people_are_held_out_as_the_gate_asks_for_where_there_are_so_man
 ) -> None:
     """Surely so, whatever the draw: a person's rows are drawn together."""
     made = cut(corrected(count, people=count // 2), tmp_path / "cut", Settings(seed=seed))
-    assert made["recent"] / count == pytest.approx(share, abs=0.09 if share == 0.2 else 0.04)
+    assert made["recent"] / count == pytest.approx(share, abs=0.15 if share == 0.2 else 0.04)
     assert made["recent"] >= 1.1 * LEAST_RECENT or share == 0.2
     told = cut(corrected(count, people=count), tmp_path / "another", Settings(heldout=0.3, seed=seed))
     assert told["recent"] / count == pytest.approx(0.3, abs=0.15)

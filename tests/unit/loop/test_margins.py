@@ -105,7 +105,7 @@ def test_the_gate_adds_what_the_stable_version_took(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shoal.loop.gate.MOST_TOKENS", 8)
-    write(tmp_path / "suites" / "shop.jsonl", ASKED[:120], answers(Model.load(model), ASKED[:120]))
+    write(tmp_path / "suites" / "shop.jsonl", ASKED[:200], answers(Model.load(model), ASKED[:200]))
     (suite,) = freeze(tmp_path / "suites")
     told = verdict(version(tmp_path / "first", model, None).weights)
     told["suites"] = [{"name": suite.name, "sha256": suite.sha256}]
