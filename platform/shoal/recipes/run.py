@@ -50,7 +50,7 @@ class Asked:
 
     minutes: float
     seed: int = 0
-    workers: int = 2
+    workers: int = 1
     model: str = ""
     beside: str = ""
 
