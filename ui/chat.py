@@ -17,7 +17,7 @@ import openai
 from ui import bubbles, history, lookup, program, site, talk, vote, words
 from ui.assistants import Assistant
 from ui.site import QUIET, Component, Key, Site
-from ui.talk import Said, Settings
+from ui.talk import Card, Said, Settings, Words
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")  # what the API decodes
 AT_ONCE = 64  # answers that stream at once; the engine's queue bounds them further
@@ -56,7 +56,7 @@ def build_chat(at: Site, assistant: Assistant) -> None:
                 box = _textbox()
             keep, remembered = vote.keep_box()
         settings.render()
-    _describe(at, assistant, head, controls, key)
+    _describe(at, assistant, head, controls, key, chat)
     answering = _talk(at, assistant, chat, box, [*controls.values(), keep, key.box], [command, key.box])
     vote.build(at, chat, key, keep, remembered)
     program.build(at, key)
@@ -71,8 +71,9 @@ def _talk(
     with the question: a service that began anew meanwhile, or another one, remembers nothing."""
 
     def pick(example: gr.SelectData) -> tuple[Any, Any]:
-        parts = list(assistant.examples.values())[example.index]
-        content = [*({"path": file} for file in parts.get("files", [])), parts["text"]]
+        text = str(example.value["text"])  # one of the page's own, or of the model's
+        files = next((one.get("files", []) for one in assistant.examples.values() if one["text"] == text), [])
+        content = [*({"path": file} for file in files), text]
         return [{"role": "user", "content": content}], gr.update(interactive=False, submit_btn=False, stop_btn=True)
 
     shown = [chat, box]
@@ -139,8 +140,11 @@ def _replies(at: Site, assistant: Assistant) -> Any:
         assert isinstance(cards, list)
         card = site.of(cards, model)
         tools = await lookup.read(at.client(key)) if assistant.tools else None
-        if tools is not None and tools.system and system.strip() == assistant.system:
-            system = tools.system  # who asks is known there; what the user wrote stands
+        made = site.words_of(card, assistant.place.path)
+        if system.strip() in _unwritten(assistant, cards):  # what the user wrote stands
+            system = made.system if made else assistant.system
+            system = tools.system if tools is not None and tools.system else system  # who asks is known there
+        depth = "" if made and depth == "auto" else depth
         asked = bubbles.conversation(shown, system.strip())
         place = f"chat-{request.session_hash or 'none'}"  # a tab's tools change nothing for others
         settings, told = Settings(depth, int(most), temperature, top_p, *given, store=bool(keep)), None
@@ -152,6 +156,12 @@ def _replies(at: Site, assistant: Assistant) -> Any:
                 yield [*shown, bubbles.said(state)], command, gr.skip()
 
     return reply
+
+
+def _unwritten(assistant: Assistant, cards: list[Card]) -> set[str]:
+    """Systems' words that stand on a page without anybody having written them there."""
+    of = (site.words_of(card, assistant.place.path) for card in cards)
+    return {assistant.system.strip(), *(made.system.strip() for made in of if made)}
 
 
 def _controls(assistant: Assistant) -> dict[str, Component]:
@@ -197,10 +207,12 @@ def _kept() -> dict[str, Component]:
     return {"earlier": earlier, "new": new, "markdown": markdown, "json": as_json}
 
 
-def _describe(at: Site, assistant: Assistant, head: Component, controls: dict[str, Component], key: Key) -> None:
+def _describe(
+    at: Site, assistant: Assistant, head: Component, controls: dict[str, Component], key: Key, chat: Component
+) -> None:
     """What the page shows of the models, read when the page opens, when a key is given and when a model is picked."""
 
-    async def describe(given: str, picked: str | None, depth: str, most: float) -> tuple[Any, ...]:
+    async def describe(given: str, picked: str | None, depth: str, most: float, system: str) -> tuple[Any, ...]:
         try:
             cards = await at.cards(given)
         except openai.OpenAIError as error:
@@ -210,19 +222,26 @@ def _describe(at: Site, assistant: Assistant, head: Component, controls: dict[st
                 gr.skip(),
                 gr.skip(),
                 Key.shown(given, error),
+                gr.skip(),
+                gr.skip(),
             )
         card = site.of(cards, picked)
         names = [(site.label(card), card.name) for card in cards]
+        made = site.words_of(card, assistant.place.path)
+        any_made = any(site.words_of(one, assistant.place.path) for one in cards)
+        unwritten = system.strip() in _unwritten(assistant, cards)
         return (
             at.header(assistant.place, site.about(card)),
             gr.update(choices=names, value=card.name, visible=len(cards) > 1),
-            site.depths_of(card, depth),
+            site.depths_of(card, depth, made.depth if made else "auto"),
             gr.update(maximum=card.context - 1, value=min(most, card.context // 2)),
             Key.shown(given),
+            (made.system if made else assistant.system) if any_made and unwritten else gr.skip(),
+            gr.update(examples=_examples(assistant, made)) if any_made else gr.skip(),
         )
 
-    shown = [head, controls["model"], controls["depth"], controls["most"], key.box]
-    set_now = [controls["model"], controls["depth"], controls["most"]]
+    set_now = [controls[name] for name in ("model", "depth", "most", "system")]
+    shown = [head, controls["model"], controls["depth"], controls["most"], key.box, controls["system"], chat]
     key.then(at, describe, set_now, shown)
     controls["model"].input(describe, [key.box, *set_now], shown, **QUIET)
 
@@ -279,11 +298,17 @@ def _offer(chat: Component, system: Component, kept: dict[str, Component]) -> No
         made.then(None, text, None, js=DOWNLOAD.format(kind=kind, name=name))
 
 
-def _chatbot(assistant: Assistant) -> Component:
+def _examples(assistant: Assistant, made: Words | None = None) -> Any:
+    """First messages: of a model that was made for the page, or the page's own."""
+    if made and made.examples:
+        return [{"text": text, "display_text": text} for text in made.examples]
     # a copy, since Gradio writes into it
-    examples: Any = [{**copy.deepcopy(parts), "display_text": label} for label, parts in assistant.examples.items()]
+    return [{**copy.deepcopy(parts), "display_text": label} for label, parts in assistant.examples.items()]
+
+
+def _chatbot(assistant: Assistant) -> Component:
     return gr.Chatbot(
-        examples=examples,
+        examples=_examples(assistant),
         show_label=False,
         label="Conversation",
         elem_id="chat",

@@ -11,7 +11,7 @@ import openai
 
 from ui import history, look, talk
 from ui.look import Place
-from ui.talk import Card
+from ui.talk import Card, Words
 
 Component = Any  # of Gradio, which has no types
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}  # of every event
@@ -84,12 +84,20 @@ def of(cards: Sequence[Card], name: str | None) -> Card:
     return next((card for card in cards if card.name == name), cards[0])
 
 
-def depths(card: Card) -> list[tuple[str, str]]:
-    """Choices of depth: (label, value), the shallowest first."""
+def words_of(card: Card, path: str) -> Words | None:
+    """What the page at `path` says where this model was made for it; None elsewhere."""
+    return card.words if card.words is not None and card.words.path == path else None
+
+
+def depths(card: Card, picked: str = "auto") -> list[tuple[str, str]]:
+    """Choices of depth: (label, value), the shallowest first. `picked`: by the service, where nobody chooses."""
     named = [
         (f"{name}, {layers} of {card.layers} layers{_agrees(card, name)}", name) for name, layers in card.depths.items()
     ]
-    return [("auto, by the question", "auto"), *named]
+    return [
+        ("auto, by the question" if picked == "auto" else f"auto, {picked} by the service's policy", "auto"),
+        *named,
+    ]
 
 
 def _agrees(card: Card, name: str) -> str:
@@ -105,9 +113,9 @@ def _worth(card: Card) -> str:
     return f"{learned}: they draft for full depth, and answer badly. shoal adapt teaches them for longer."
 
 
-def depths_of(card: Card, chosen: str) -> Any:
+def depths_of(card: Card, chosen: str, picked: str = "auto") -> Any:
     """A control of depth for another model: what was `chosen` stays where this one has it."""
-    return gr.update(choices=depths(card), value=chosen if chosen in card.depths else "auto", info=_worth(card))
+    return gr.update(choices=depths(card, picked), value=chosen if chosen in card.depths else "auto", info=_worth(card))
 
 
 def about(card: Card) -> str:

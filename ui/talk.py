@@ -28,6 +28,16 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Words:
+    """What one of the pages says where a model is served that was made for it: the service's policy has them."""
+
+    path: str  # of the page
+    system: str  # may be empty
+    examples: tuple[str, ...] = ()  # first messages; none: the page's own
+    depth: str = "auto"  # of questions that name none
+
+
+@dataclass(frozen=True)
 class Card:
     """What /v1/models says of the model."""
 
@@ -36,6 +46,7 @@ class Card:
     depths: dict[str, int]  # exit name -> layers, shallowest first
     quantization: str
     adapted: Mapping[str, Any] = field(default_factory=dict)  # what its exits are worth, as the API says it
+    words: Words | None = None  # of the page that it was made for
 
     @property
     def layers(self) -> int:
@@ -46,22 +57,22 @@ class Card:
 class Settings:
     """Of one answer. None: the server decides."""
 
-    depth: str
+    depth: str  # "": as the service's policy has it
     max_tokens: int | None
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
-    tolerance: float | None = None  # nats a token, with depth "auto" only
+    tolerance: float | None = None  # nats a token, where no depth is picked
     store: bool = False  # its texts, where the service may
     tools: tuple[dict[str, Any], ...] = ()  # that the model may call
 
     def body(self, model: str, asked: list[Message]) -> dict[str, Any]:
         """The body of the request to /v1/chat/completions."""
-        tolerance = self.tolerance if self.depth == "auto" else None
+        tolerance = self.tolerance if self.depth in ("auto", "") else None
         given: Message = {
             "seed": self.seed,
             "quality_tolerance": tolerance,
-            "depth": self.depth,
+            "depth": self.depth or None,
             "store": self.store or None,
         }
         given |= {"tools": list(self.tools) or None}
@@ -121,11 +132,22 @@ async def read_cards(api: openai.AsyncOpenAI, first: str | None) -> list[Card]:
     Raises openai.OpenAIError."""
     listed = [(card.id, card.model_extra or {}) for card in (await api.models.list()).data]
     cards = [
-        Card(name, said["max_model_len"], said["depths"], said["quantization"], said.get("adapted") or {})
+        Card(
+            name,
+            said["max_model_len"],
+            said["depths"],
+            said["quantization"],
+            said.get("adapted") or {},
+            _words(said.get("page")),
+        )
         for name, said in listed
         if said.get("root", name) == name
     ]
     return sorted(cards, key=lambda card: card.name != first)
+
+
+def _words(page: Mapping[str, Any] | None) -> Words | None:
+    return None if page is None else Words(page["path"], page["system"], tuple(page["examples"]), str(page["depth"]))
 
 
 async def stream(

@@ -18,7 +18,8 @@ from shoal.model.net import Net
 from shoal.recipes.customer_service.service import serving
 from shoal.recipes.law.words import SYSTEM
 from shoal.recipes.medicine import rules
-from tests.browser.driving import ask, most_tokens, told, visit
+from shoal.recipes.medicine.words import SYSTEM as ASSESSES
+from tests.browser.driving import ask, most_tokens, open_settings, told, visit
 from tests.browser.site import site
 from tests.browser.test_access import in_both_schemes
 from ui.assistants import ASSISTANTS
@@ -101,6 +102,33 @@ def test_medicine_has_the_servers_notice_and_its_red_flag_before_what_the_model_
             answered(page, "And a runny nose?", 2)
         assert rules.NOTICE["en"] in page.locator(".bot").last.inner_text()
         assert rules.NOTICE["en"] not in told(here), "a model does not read its own notices"
+        page.goto("about:blank")
+
+
+def test_a_page_says_what_its_model_was_taught_and_offers_the_recipe_s_examples(
+    page: Page, strangers: list[str]
+) -> None:
+    """And leaves depth to the policy, until somebody picks one or writes another system prompt."""
+    medicine = next(one for one in ASSISTANTS if one.place.path == "medicine")
+    with site(policy=rules.policy()) as here:
+        visit(page, here, "medicine")
+        open_settings(page)
+        page.wait_for_function(
+            "words => [...document.querySelectorAll('textarea')].some(one => one.value === words)", arg=ASSESSES
+        )
+        most_tokens(page, 16)
+        with here.saying("Urgency: today."):
+            page.locator("#chat").get_by_text(rules.EXAMPLES[0]).click()
+            page.locator(".facts").wait_for()
+        assert ASSESSES in told(here) and medicine.system not in told(here) and rules.EXAMPLES[0] in told(here)
+        assert here.client.requests[-1].depth == "full"
+        page.get_by_label("System prompt").fill("You are a poet.")
+        page.locator("#depth").get_by_text("shallow").click()
+        with here.saying("A rose."):
+            answered(page, "And now?", 2)
+        assert "You are a poet." in told(here) and here.client.requests[-1].depth == "shallow"
+        visit(page, here, "law")
+        page.locator("#chat").get_by_text("May I sell it?").wait_for()
         page.goto("about:blank")
 
 

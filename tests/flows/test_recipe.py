@@ -61,6 +61,8 @@ def test_one_command_leaves_two_models_frozen_suites_and_a_report(folder: Path) 
     assert {(model, depth) for model in ("fp32", "int8") for depth in ("shallow", "middle", "full", "auto")} == depths
     assert Model.load(folder / "int8").config.quantization == "w8a8" and Model.load(folder / "model").router is not None
     assert report["costs"]["int8"]["bytes"] < report["costs"]["fp32"]["bytes"]
+    assert list(report["seconds"]) == ["data", "learn", "quantize", "evaluate"]
+    assert "From an empty folder to this page in" in (folder / "report.md").read_text("utf-8")
     uses = (folder / "suites" / "uses.jsonl").read_text("utf-8").splitlines()
     assert len(uses) == 1 and json.loads(uses[0])["recipe"] == "customer-service"
 

@@ -28,7 +28,7 @@ class Notice:
         texts, urgency = list(said), policy.urgency
         self._policy = policy
         self._language = language_of(texts[-1]) if texts else "en"
-        self.raised: Sequence[Raised] = urgency.found("\n".join(texts)) if urgency else ()
+        self.raised: Sequence[Raised] = urgency.found("\n\n".join(texts)) if urgency else ()
 
     @property
     def text(self) -> str:

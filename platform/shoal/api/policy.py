@@ -1,5 +1,6 @@
 """What an operator adds to a model's answers, whatever a client asks: a notice, urgency that a rule may only raise, and the
-depth of a workload. `shoal serve --policy FILE` reads it; `api/noticed.py` puts it to answers.
+depth of a workload; and what a chat page says to the model. `shoal serve --policy FILE` reads it; `api/noticed.py` puts it to
+answers.
 
     notice: {en: ..., zh: ...}      before every answer, in the language of who asks
     depth: full                     of requests that name none [auto]
@@ -10,9 +11,10 @@ depth of a workload. `shoal serve --policy FILE` reads it; `api/noticed.py` puts
       told: {emergency: {en: "Red flag: {words}. ...", zh: ...}}    before an answer with a flag of that level
       unless_after: {en: [no], zh: [没有]}    words that take back what stands right behind them
       flags: [{name: chest pain, level: emergency, words: [chest + pain, 胸痛]}]
+    page: {path: medicine, system: ..., examples: [...]}    words of the page that the model was made for
 
 Notable: a flag's words are beginnings of words, whatever their case, or parts of a sentence in a script without spaces; all
-that `+` joins must stand in one sentence, in any order.
+that `+` joins must stand in one sentence, in any order. A line that ends is no end of a sentence, nor is the point of 2.5.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ LANGUAGES = ("en", "zh")
 WORKLOAD = "workload"  # of `metadata`
 LOOK_BACK = 40  # characters before a word that may take it back
 _CJK = re.compile(r"[\u3400-\u9fff]")
-_SENTENCE = re.compile(r"[.!?;。\n]+")  # of text that is `plain`
+_SENTENCE = re.compile(r"[!?;。]+|\.+(?=\s|$)|\n\s*\n")  # ends one, of text that is `plain`
 _SPACE = re.compile(r"[^\S\n]+")
+_PATH = re.compile(r"[a-z0-9-]{0,64}")
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Urgency:
 
     def found(self, text: str) -> list[Raised]:
         """The flags in what somebody said, each once."""
-        sentences = [one for one in _SENTENCE.split(plain(text)) if one.strip()]
+        sentences = [" ".join(one.split()) for one in _SENTENCE.split(plain(text)) if one.strip()]
         found = [(flag, self._of(flag, sentences)) for flag in self.flags]
         return [Raised(flag, words.replace(" + ", " ")) for flag, words in found if words]
 
@@ -120,11 +123,30 @@ class Urgency:
 
 
 @dataclass(frozen=True)
+class Page:
+    """A chat page of this model: `path`, by which its address ends ("": the first page); `system`, what it says to the model
+    before a conversation, as the model was taught ("": nothing); first messages as `examples` [the page's own]."""
+
+    path: str
+    system: str = ""
+    examples: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _PATH.fullmatch(self.path):
+            raise ConfigError(
+                "page.path", got=self.path[:80], allowed="small letters, digits and -, as in customer-service"
+            )
+        if not all(one.strip() for one in self.examples):
+            raise ConfigError("page.examples", got=self.examples, allowed="texts that are not empty")
+
+
+@dataclass(frozen=True)
 class Policy:
     notice: dict[str, str] = made(default_factory=dict)
     depth: str | int = AUTO
     workloads: dict[str, str | int] = made(default_factory=dict)
     urgency: Urgency | None = None
+    page: Page | None = None
 
     def __post_init__(self) -> None:
         if self.notice:
@@ -163,8 +185,9 @@ class Policy:
 
 
 def plain(text: str) -> str:
-    """A text as flags are looked for in it: one form of each letter, small, one space between words."""
-    return _SPACE.sub(" ", unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'"))
+    """A text as flags are looked for in it: one form of each letter, small, one space between words, nothing unseen within."""
+    seen = "".join(one for one in unicodedata.normalize("NFKC", text) if unicodedata.category(one) != "Cf")
+    return _SPACE.sub(" ", seen.casefold().replace("\u2019", "'"))
 
 
 def language_of(text: str) -> str:

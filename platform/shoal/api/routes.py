@@ -233,6 +233,10 @@ def _card(served: ServedModel, name: str, quantization: str) -> ModelCard:
     }
     if served.adapted is not None:
         card["adapted"] = cast(Adapted, dict(served.adapted))
+    if served.policy is not None and (page := served.policy.page) is not None:
+        card["page"] = {
+            "path": page.path, "system": page.system, "examples": list(page.examples), "depth": served.policy.depth,
+        }  # fmt: skip
     return card
 
 

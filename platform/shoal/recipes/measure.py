@@ -124,7 +124,7 @@ def measured(
         "recipe": recipe.name,
         "machine": machine(),
         "rows": {name: [len(rows), len({row["group"] for row in rows})] for name, rows in asked.items()},
-        "weak": weak(recipe, found, list(rivals), _column(served, _depths(loaded[served])[-1])),
+        "weak": weak(recipe, found, list(rivals), _column(served, _served_at(recipe, loaded[served]))),
         "notes": notes,
         "suites": {name: {who: _told(figures) for who, figures in by.items()} for name, by in found.items()},
         "depths": depths,
@@ -207,6 +207,11 @@ def _all(
 
 def _depths(model: Model) -> list[str]:
     return [*model.config.exit_names, *([AUTO] if model.router is not None else [])]
+
+
+def _served_at(recipe: Recipe, model: Model) -> str:
+    """The depth at which questions that name none are answered: the policy's full depth, or the router's."""
+    return FULL if recipe.policy().depth == FULL else _depths(model)[-1]
 
 
 def _column(label: str, depth: str) -> str:

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from shoal import config
+from shoal.api.policy import Page, Policy
 from shoal.data.chats import forms
 from shoal.data.chats.rows import group_of, is_augmented, numbered, unusable
-from shoal.errors import DataError, UsageError
-from shoal.evaluate.intervals import Figure, of_mean, of_share
+from shoal.errors import ConfigError, DataError, ShoalError, UsageError
+from shoal.evaluate.intervals import Figure, of_share
 from shoal.inputs import tools
 from shoal.machine import write_aside
 from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, majority, nearest, rows_to_compare
@@ -43,6 +44,15 @@ class Settings:
     told: str
     most_tokens: int
     row_tokens: int
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what no model has."""
+        if not self.name.strip() or "/" in self.name:
+            raise ConfigError("name", got=self.name[:80], allowed="a name, without /")
+        if self.row_tokens not in LENGTHS:
+            raise ConfigError("row_tokens", got=self.row_tokens, allowed=LENGTHS)
+        if not 1 <= self.most_tokens < self.row_tokens:
+            raise ConfigError("most_tokens", got=self.most_tokens, allowed=f"1 to {self.row_tokens - 1}")
 
 
 class Own(Recipe):
@@ -74,9 +84,17 @@ class Own(Recipe):
         said = [answer.strip() for answer in answers]
         return {
             "exact": of_share([mine == wanted for mine, wanted in zip(said, right, strict=True)], groups),
-            "overlap": of_mean([overlap(mine, wanted) for mine, wanted in zip(said, right, strict=True)], groups),
+            "overlap": of_share([overlap(mine, wanted) for mine, wanted in zip(said, right, strict=True)], groups),
             "answered": of_share([bool(mine) for mine in said], groups),
         }
+
+    def policy(self) -> Policy:
+        """On the first chat page, what stands before most of what is learned from."""
+        systems = Counter(
+            str(row["messages"][0]["content"]) if row["messages"][0]["role"] == "system" else ""
+            for row in rows_to_compare(self._folder / LEARN)
+        )
+        return Policy(page=Page("", systems.most_common(1)[0][0]))
 
     def workload(self, row: Row) -> str:
         return str(row.get("task") or self.name)
@@ -113,17 +131,17 @@ def begun(source: Path, folder: Path) -> dict[str, int]:
     if not source.exists():
         raise UsageError("--from", got=str(source), allowed="a .jsonl of chats, or a folder of .txt and .md")
     parts: dict[str, list[Row]] = {LEARN: [], DEV: [], ASKED: []}
-    dropped, longest, groups = 0, 0, set[int]()
+    dropped = 0
     for row in _of_documents(source) if source.is_dir() else _of_rows(source):
         group = group_of(row)
         part = _part(group)
-        size = len("".join(str(message["content"]) for message in row["messages"]).encode())
-        if (part != LEARN and is_augmented(row)) or size > BYTES_A_TOKEN * LENGTHS[-1]:
+        if (part != LEARN and is_augmented(row)) or _size(row) > BYTES_A_TOKEN * LENGTHS[-1]:
             dropped += 1
             continue
-        longest = max(longest, size)
-        groups.add(group)
-        parts[part].append({**row, "group": str(row.get("group") or group)})
+        parts[part].append({**row, "group": str(row.get("group", group))})
+    dropped += _apart(parts)
+    groups = {row["group"] for some in parts.values() for row in some}
+    longest = max((_size(row) for some in parts.values() for row in some), default=0)
     if len(groups) < LEAST_GROUPS or not all(parts.values()):
         do = "give more: what is asked is measured on what is not learned from"
         raise DataError(f"{source}: questions that differ", got=len(groups), allowed=f"{LEAST_GROUPS} or more", do=do)
@@ -137,6 +155,23 @@ def begun(source: Path, folder: Path) -> dict[str, int]:
     return {**{Path(part).stem: len(rows) for part, rows in parts.items()}, "dropped": dropped}
 
 
+def _size(row: Row) -> int:
+    return len("".join(str(message["content"]) for message in row["messages"]).encode())
+
+
+def _apart(parts: dict[str, list[Row]]) -> int:
+    """Take what is learned from out of what is fitted to and asked, and what is fitted to out of what is asked: rows of
+    different groups may ask the same. Returns how many went."""
+    known, gone = set[int](), 0
+    for part in (LEARN, DEV, ASKED):
+        asked = [group_of({"messages": row["messages"]}) for row in parts[part]]
+        kept = [row for row, question in zip(parts[part], asked, strict=True) if question not in known]
+        gone += len(parts[part]) - len(kept)
+        known |= set(asked)
+        parts[part] = kept
+    return gone
+
+
 def _part(group: int) -> str:
     """Of every ten groups eight are learned from, one is what the router is fitted to, and one is asked."""
     return {8: DEV, 9: ASKED}.get(group % 10, LEARN)
@@ -147,15 +182,22 @@ def _of_rows(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in numbered(path):
         try:
             row = json.loads(line)
-            messages = forms.canonical(row).get("messages")
-        except (ValueError, DataError) as error:
-            raise unusable(path, number, str(error)) from error
-        if not messages or len(messages) < 2 or messages[-1]["role"] != "assistant":
+            messages = forms.canonical(row).get("messages") or []
+            parts = [tools.parts(one["content"]) for one in messages]
+            if any(part.get("type") != "text" for some in parts for part in some):
+                raise DataError("a part that is no text")
+            plain = [
+                {**one, "content": "".join(p["text"] for p in some)} for one, some in zip(messages, parts, strict=True)
+            ]
+            kept = {key: row[key] for key in ("task", "group", "augmented") if row.get(key) is not None}
+            json.dumps([plain, kept], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # half a surrogate
+            raise unusable(path, number, "text that is no Unicode") from error
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, ShoalError) as error:
+            raise unusable(path, number, str(error) or type(error).__name__) from error
+        if len(plain) < 2 or plain[-1]["role"] != "assistant" or not plain[-1]["content"].strip():
             raise unusable(path, number, "no chat that ends with an answer")
-        plain = [
-            {**one, "content": "".join(p.get("text", "") for p in tools.parts(one["content"]))} for one in messages
-        ]
-        yield {**{key: row[key] for key in ("task", "group", "augmented") if row.get(key)}, "messages": plain}
+        yield {**kept, "messages": plain}
 
 
 def _of_documents(folder: Path) -> Iterator[dict[str, Any]]:

@@ -74,7 +74,8 @@ class Recipe(ABC):
         return self.name
 
     def policy(self) -> Policy:
-        """What is served with the model; depths by workload are put to it as they are measured."""
+        """What is served with the model, the words of its page among it: those that it was taught. Depths by workload are put
+        to it as they are measured."""
         return Policy()
 
     def examples(self) -> Sequence[Messages]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from shoal.recipes.recipe import CALIBRATION, Recipe
 
@@ -17,14 +18,14 @@ _TAKEN = [
 
 
 def show(recipe: Recipe, report: Mapping[str, Any], console: Console) -> None:
-    for sentence in (*report["weak"], *report["notes"]):
-        console.print(sentence, highlight=False, soft_wrap=True)
+    for sentence in (*report["weak"], *report["notes"], *_took(report)):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     for title, head, rows in _tables(recipe, report):
-        table = Table(title=title)
+        table = Table(title=Text(title, style="table.title"))
         for at, name in enumerate(head):
             table.add_column(name, justify="right" if at else "left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # names are a user's own, and no markup
         console.print(table)
 
 
@@ -32,10 +33,10 @@ def markdown(recipe: Recipe, report: Mapping[str, Any]) -> str:
     """The page report.md."""
     lines = [f"# {recipe.name}: {recipe.told}", "", *(f"- {sentence}" for sentence in report["weak"])]
     lines += ["", "Synthetic data, made by template. Shares with their 95 % intervals over conversations."]
-    lines += ["", *report["notes"]] if report["notes"] else []
+    lines += ["", *report["notes"], *_took(report)]
     for title, head, rows in _tables(recipe, report):
         lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     if report["examples"]:
         lines += ["", "## The examples, with what the served model says at full depth, good or bad", ""]
         lines += [f"- {_quoted(one['asked'])} → {_quoted(one['answered'])}" for one in report["examples"]]
@@ -43,6 +44,13 @@ def markdown(recipe: Recipe, report: Mapping[str, Any]) -> str:
     for one in report["samples"]:
         lines += [f"- ({one['suite']}) {_quoted(one['asked'])} → {_quoted(one['answered'])}"]
     return "\n".join(lines) + "\n"
+
+
+def _took(report: Mapping[str, Any]) -> list[str]:
+    """A sentence on how long it took from an empty folder."""
+    steps: Mapping[str, float] = report.get("seconds", {})
+    each = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in steps.items())
+    return [f"From an empty folder to this page in {sum(steps.values()) / 60:.1f} minutes: {each}."] if steps else []
 
 
 def _tables(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -117,6 +125,11 @@ def _shown(figure: Mapping[str, Any] | None) -> str:
 
 def _value(figure: Mapping[str, Any] | None) -> str:
     return "-" if figure is None else f"{100 * figure['value']:.1f}"
+
+
+def _cell(text: str) -> str:
+    """In one cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _quoted(text: str) -> str:

@@ -5,6 +5,7 @@
           fresh/ learn-N/   a model that knows nothing, and what it was after each lesson
           model/ int8/      the fp32 model and the INT8 one, with their routers: what is served
           policy.yaml       what to serve them with: depths by workload, and what the recipe adds to answers
+          seconds.json      what each step took
           report.json .md   what they are worth, written last
 
 Each step leaves a result whose presence means complete, so a second call goes on where the first stopped.
@@ -31,7 +32,7 @@ from shoal.progress import Tell
 from shoal.recipes import report
 from shoal.recipes.recipe import DEV, POLICY, SUITES, Recipe
 
-SETTINGS, REPORT = "recipe.json", "report.json"
+SETTINGS, REPORT, TOOK = "recipe.json", "report.json", "seconds.json"
 FORMAT, VERSION = "shoal.recipe", 1
 TOKENIZER_ROWS = 2_000  # that a tokenizer is fitted to
 INT8_SHARE = 0.1  # of the minutes
@@ -86,13 +87,19 @@ def run(recipe: Recipe, folder: Path, asked: Asked, tell: Tell, say: Callable[[s
                     say(f"{name}: done before -> {result.parent}")
                     continue
                 step()
-                say(f"{name}: {time.monotonic() - began:.0f} s -> {result.parent}")
+                took = time.monotonic() - began
+                write_aside(folder / TOOK, json.dumps(_read(folder / TOOK) | {name: took}) + "\n")
+                say(f"{name}: {took:.0f} s -> {result.parent}")
     return _reported(folder)
 
 
 def _reported(folder: Path) -> dict[str, Any]:
     """The report of a run; nothing where there is none yet."""
-    path = folder / REPORT
+    return _read(folder / REPORT)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object of our own; empty where there is none yet."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
 
@@ -240,6 +247,7 @@ def _evaluate(recipe: Recipe, folder: Path, asked: Asked, tell: Tell) -> None:
     from shoal.evaluate.evaluation import leave_a_core
     from shoal.recipes.measure import measured
 
+    began = time.monotonic()
     leave_a_core()
     models = {FP32: folder / "model", INT8: folder / "int8"}
     if asked.model:
@@ -254,6 +262,7 @@ def _evaluate(recipe: Recipe, folder: Path, asked: Asked, tell: Tell) -> None:
     found["asked"] = asdict(asked)
     found["costs"] = {label: {**cost, "served": served[label]} for label, cost in found["costs"].items()}
     found["data_sha256"] = {lesson.file: sha256_of(folder / lesson.file) for lesson in recipe.lessons}
+    found["seconds"] = _read(folder / TOOK) | {"evaluate": time.monotonic() - began}
     _write_policy(recipe, folder, found["workloads"])
     write_aside(folder / "report.md", report.markdown(recipe, found))
     write_aside(folder / REPORT, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

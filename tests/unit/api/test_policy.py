@@ -17,7 +17,7 @@ from shoal import config
 from shoal.api.app import build_app
 from shoal.api.bodies import Message
 from shoal.api.noticed import Notice, without_notice
-from shoal.api.policy import Policy
+from shoal.api.policy import Page, Policy
 from shoal.api.serve_args import ServeArgs
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
@@ -213,6 +213,11 @@ def test_urgency_is_never_lowered(level: Any, said: list[str], named: Any) -> No
         ("我胸痛两天", ["chest pain"]),
         ("没有胸痛", []),
         ("high fever and chest pain", ["chest pain", "high fever"]),
+        ("A strong pain in the\nmiddle of my chest", ["chest pain"]),  # a line that ends is no end of a sentence
+        ("My chest has had 2.5 days of pain", ["chest pain"]),
+        ("My chest is fine\n\nPain in the knee", []),
+        ("che\u00adst pain", ["chest pain"]),  # a hyphen that is not seen, as copied text has them
+        ("I have no\nchest pain", []),
     ],
 )  # fmt: skip
 def test_a_flag_is_found_by_its_words(said: str, names: list[str]) -> None:
@@ -304,6 +309,17 @@ async def test_places_of_log_probabilities_leave_room_for_it(noticed: httpx.Asyn
     assert choice["text"][len(NOTICE) + 2 :] == "Hell"
 
 
+async def test_a_card_has_the_words_of_the_page_that_the_model_was_made_for(
+    engine: Scripted, served: ServedModel
+) -> None:
+    page = Page("medicine", "You assess.", ("I cough.",))
+    told = {"path": "medicine", "system": "You assess.", "examples": ["I cough."], "depth": "full"}
+    for one, wanted in ((Policy(depth="full", page=page), told), (Policy(), None)):
+        app = build_app([Hosted(dataclasses.replace(served, policy=one), engine)])
+        http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+        assert (await http.get("/v1/models")).json()["data"][0].get("page") == wanted
+
+
 async def test_a_policy_of_depths_alone_says_nothing(engine: Scripted, served: ServedModel) -> None:
     only = Policy(workloads={"tracking": "shallow"})
     app = build_app([Hosted(dataclasses.replace(served, policy=only), engine)])
@@ -329,6 +345,9 @@ def test_both_services_read_the_file(tmp_path: Path) -> None:
     ("wrong", "said"),
     [
         ({"notices": {}}, "unknown key notices"),
+        ({"page": {"path": "../x"}}, "page.path: got '../x'"),
+        ({"page": {"path": "law", "examples": [" "]}}, "page.examples"),
+        ({"page": {"path": "law", "notice": "x"}}, "page"),
         ({"notice": {"fr": "x"}}, "notice: got 'fr'"),
         ({"notice": {"en": "a\nb"}}, "notice.en"),
         ({"notice": {}}, "give a notice as well"),

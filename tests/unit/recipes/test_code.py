@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import random
 import re
@@ -73,6 +74,15 @@ def test_parts_and_names_are_of_one_split_and_every_part_is_learned_with_others(
     draws = random.Random(0)
     for split in SPLITS:
         assert {split_of(name(split, draws)) for _ in range(50)} == {split}
+
+
+def test_no_function_is_drawn_for_two_splits_whatever_its_parts_are_called() -> None:
+    """A number that 2 divides is even: what is the same to a computer is on one side."""
+    sources = {}
+    for split, count in ((TRAIN, 4000), (DEV, 1000), (SUITE, 2000)):
+        draws = random.Random(f"sources {split}")
+        sources[split] = {dataclasses.replace(chain(split, draws), name="f").source for _ in range(count)}
+    assert all(not sources[one] & sources[other] for one, other in combinations(SPLITS, 2))
 
 
 def test_drawn_exercises_share_neither_function_nor_name_nor_wording_with_what_is_learned() -> None:
@@ -202,6 +212,24 @@ def test_what_is_to_be_said_counts_only_outside_of_code(rows: Rows) -> None:
     one = next(row for row in rows if row["task"] == WRITE)
     assert score.explained(one, fenced("\n".join(f"# {slot}" for slot in one["slots"]))) == 0
     assert score.explained(one, " ".join(one["slots"])) == 1
+
+    assert score.explained(one, fenced("x") + "\n" + fenced("\n".join(f"# {slot}" for slot in one["slots"]))) == 0
+    bare = "\n".join(["def f(numbers):", *(f"    # {slot}" for slot in one["slots"])])
+    assert score.explained(one, bare) == 0
+
+
+def test_a_round_trip_is_made_by_words_alone(rows: Rows) -> None:
+    """Who gives the function back in place of an explanation has explained nothing."""
+    some = [row for row in rows if row["task"] == EXPLAIN]
+    sources = {row["messages"][0]["content"]: code_of(row["messages"][0]["content"]) for row in some}
+    for written_so in (fenced, str):
+
+        def echo(asked: Sequence[Messages], spelt: Callable[[str], str] = written_so) -> list[str]:
+            """Says the code again, of whatever it is asked."""
+            texts = [str(one[-1]["content"]) for one in asked]
+            return [spelt(sources[text]) if text in sources else text[text.find("def ") :] for text in texts]
+
+        assert score.round_trip(some, echo, 0)["round trip"].value == 0.0
 
 
 def test_code_is_the_first_block_whole_or_cut_or_all() -> None:

@@ -43,6 +43,10 @@ def test_no_wording_and_no_combination_is_on_two_sides() -> None:
         for some in [*words.SYMPTOMS[language].values(), *words.RED_FLAGS[language].values(), words.SAID[language]]:
             parts = [set(of_split(some, split)) for split in SPLITS]
             assert all(parts) and sum(map(len, parts)) == len(set.union(*parts)) == len(some)
+        for table in (words.SYMPTOMS[language], words.RED_FLAGS[language]):
+            seen = {one for some in table.values() for one in of_split(some, TRAIN)}
+            asked = {one for some in table.values() for one in of_split(some, SUITE)}
+            assert not [(one, other) for one in asked for other in seen if other in one]
     parts = [set(combinations_of(split)) for split in SPLITS]
     assert [len(part) for part in parts] == [42, 14, 14] and len(set.union(*parts)) == 70
 
@@ -104,6 +108,35 @@ def test_the_server_finds_every_red_flag_and_raises_no_case_without_one(wordings
     calm = list(cases(SUITE, wordings, 300, flags=0))
     urgency = rules.policy().urgency
     assert urgency is not None and not [said(row) for row in calm if urgency.found(said(row))]
+
+
+@pytest.mark.parametrize(
+    ("said", "flag"),
+    [
+        ("孩子不呼吸", "short of breath"), ("他没有呼吸了", "short of breath"), ("she is without breath", "short of breath"),
+        ("He has no consciousness.", "fainting"), ("He is not conscious", "fainting"), ("他没有意识了", "fainting"),
+        ("我胸好痛", "chest pain"), ("a strong pain in\nmy chest", "chest pain"),
+        ("I have no trouble breathing", "short of breath"),  # what is not right before the word takes nothing back
+    ],
+)  # fmt: skip
+def test_what_is_a_lack_is_not_taken_back_by_its_own_no(said: str, flag: str) -> None:
+    urgency = rules.policy().urgency
+    assert urgency is not None and [one.flag.name for one in urgency.found(said)] == [flag]
+
+
+@pytest.mark.parametrize(
+    "said", ["没有胸痛", "我没有呼吸困难", "no chest pain", "我没有意识到这个", "I have not fainted"]
+)
+def test_what_is_denied_right_before_it_is_no_flag(said: str) -> None:
+    urgency = rules.policy().urgency
+    assert urgency is not None and not urgency.found(said)
+
+
+def test_an_answer_with_other_examinations_is_not_right(new: Rows) -> None:
+    """What a model's certainty is held against is its whole answer."""
+    row = next(row for row in new if row["form"] == JSON and row["task"] == ASSESS)
+    told = json.loads(row["messages"][-1]["content"])
+    assert score.right(row, json.dumps(told)) and not score.right(row, json.dumps({**told, "examinations": []}))
 
 
 def test_the_reference_is_right_in_everything(new: Rows) -> None:

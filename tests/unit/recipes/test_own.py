@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from shoal import cli
 from shoal.data.chats.rows import group_of
 from shoal.errors import ConfigError, DataError, UsageError
+from shoal.recipes import report
 from shoal.recipes.named import named
 from shoal.recipes.own import ASKED, LEARN, SETTINGS, Own, begun, keywords, overlap
 from shoal.recipes.recipe import DEV, SUITES
@@ -148,6 +150,69 @@ def test_the_command_begins_one_and_refuses_half_of_it(
     assert cli.main(["recipe", "new", "--out", str(tmp_path / "x")]) == 2
     assert cli.main(["recipe", "law", "--from", str(rows), "--out", str(tmp_path / "x")]) == 2
     assert not (tmp_path / "x").exists()
+
+
+def test_what_asks_the_same_is_on_one_side_whatever_its_group_is_called(tmp_path: Path) -> None:
+    some = [chat(f"What is {n % 300}?", f"It is {n}.", group=f"g{n}") for n in range(400)]
+    found = begun(file_of(tmp_path / "rows.jsonl", some), tmp_path / "own")
+    asked = [{row["messages"][0]["content"] for row in part} for part in read(tmp_path / "own").values()]
+    assert sum(map(len, asked)) == len(set.union(*asked)) and found["dropped"] > 0
+    backwards = begun(file_of(tmp_path / "back.jsonl", some[::-1]), tmp_path / "back")
+    assert backwards == found
+
+
+def test_a_group_of_number_0_is_a_group(tmp_path: Path) -> None:
+    some = [chat(f"What is {n}?", "x", group=n // 4) for n in range(400)]
+    begun(file_of(tmp_path / "rows.jsonl", some), tmp_path / "own")
+    assert sorted(row["group"] for part in read(tmp_path / "own").values() for row in part).count("0") == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"messages": ' + "[" * 100_000, "line 1"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}', "no Unicode"),
+        (json.dumps({**chat("a", "b"), "task": "\ud800"}), "no Unicode"),
+        (json.dumps(chat("a", " ")), "ends with an answer"),
+        (json.dumps({"messages": [{"role": "user", "content": [
+            {"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}},
+        ]}, {"role": "assistant", "content": "A cat."}]}), "no text"),
+        (json.dumps({"messages": {"role": "user"}}), "line 1"), (json.dumps({"messages": [1, 2]}), "line 1"),
+        (json.dumps({"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": [None]}]}), "line 1"),
+        ("[]", "line 1"), ("null", "line 1"), ("\xff", "line 1"), ('{"messages": [], "group": 1e999}', "line 1"),
+    ],
+)  # fmt: skip
+def test_a_hostile_row_is_refused_with_its_line(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(line.encode("latin-1") + b"\n")
+    with pytest.raises(DataError, match=said):
+        begun(tmp_path / "rows.jsonl", tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("most_tokens", 0), ("most_tokens", 256), ("row_tokens", 7), ("name", "a/b"), ("name", " ")]
+)
+def test_settings_that_no_model_has_are_refused(rows: Path, tmp_path: Path, key: str, value: Any) -> None:
+    begun(rows, tmp_path / "own")
+    path = tmp_path / "own" / SETTINGS
+    lines = [line for line in path.read_text("utf-8").splitlines() if not line.startswith(f"{key}:")]
+    path.write_text("\n".join([*lines, f"{key}: {json.dumps(value)}"]), "utf-8")
+    with pytest.raises(ConfigError, match=key):
+        named(str(tmp_path / "own"))
+
+
+def test_names_of_a_user_s_are_no_markup_of_the_report(rows: Path, tmp_path: Path) -> None:
+    begun(rows, tmp_path / "own")
+    told: dict[str, Any] = {
+        "weak": ["[/x] is weak."], "notes": [], "suites": {}, "depths": [], "costs": {}, "examples": [], "samples": [],
+        "workloads": [
+            {"workload": "[/x] a|b\nc", "rows": 1, "depths": {"full": 1.0}, "pick": "full", "auto_layers": 1},
+        ],
+    }  # fmt: skip
+    console = Console(width=200, record=True)
+    report.show(named(str(tmp_path / "own")), told, console)
+    assert "[/x] is weak." in console.export_text()
+    assert "| [/x] a\\|b c | 1 |" in report.markdown(named(str(tmp_path / "own")), told)
 
 
 def test_a_group_is_what_the_rows_say(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from shoal.recipes.baselines import majority, nearest, reference
 from shoal.recipes.customer_service import baselines, score
 from shoal.recipes.customer_service.conversations import CALL, PLAIN, TOLD, conversations
 from shoal.recipes.customer_service.service import serving
+from shoal.recipes.customer_service.shop import Shop
 from shoal.recipes.measure import some_of, weak
 from shoal.recipes.recipe import Answerer, Messages
 from shoal.recipes.splits import SUITE, TRAIN
@@ -51,6 +52,20 @@ def answers(rows: Rows, answerer: Answerer) -> list[str]:
 
 def values(rows: Rows, answerer: Answerer) -> dict[str, float]:
     return {name: figure.value for name, figure in score.scored(rows, answers(rows, answerer)).items()}
+
+
+def test_every_call_of_an_answer_is_executed_as_on_the_page(known: Rows) -> None:
+    """A second call in the same answer does its harm as well."""
+    row = next(row for row in whole(known) if row["matter"] == "find" and row["language"] == "en")
+    shop = Shop(SUITE, "en")
+    order = shop.orders("packed")[0][0]
+    both = call("find_product", {"product": "drone"}) + call("cancel_order", {"order": order})
+    with serving() as url:
+        figures, talks = score.played([row], lambda asked: [both for _ in asked], url)
+    assert figures["unharmed"].value == 0.0
+    assert {one["tool_calls"][0]["function"]["name"] for one in talks[0] if one.get("tool_calls")} == {
+        "find_product", "cancel_order",
+    }  # fmt: skip
 
 
 def test_the_reference_is_right_in_everything_and_so_is_what_becomes_of_its_shop(known: Rows) -> None:

@@ -272,6 +272,8 @@ def test_a_request_holds_what_was_set_and_leaves_the_rest_to_the_server() -> Non
     plain = talk.Settings("auto", 9).body("fish", asked)
     assert "seed" not in plain and "quality_tolerance" not in plain
     assert "quality_tolerance" not in talk.Settings("full", 9, tolerance=0.1).body("fish", asked)  # the API takes one
+    by_policy = talk.Settings("", 9, tolerance=0.1).body("fish", asked)
+    assert "depth" not in by_policy and by_policy["quality_tolerance"] == 0.1
 
 
 def test_what_is_typed_for_a_number_is_one_or_nothing_or_refused() -> None:

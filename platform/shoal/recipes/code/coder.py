@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from shoal.api.policy import Page, Policy
 from shoal.errors import ResourceError
 from shoal.evaluate.intervals import Figure
 from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, majority, nearest, rows_to_compare
@@ -15,12 +16,23 @@ from shoal.recipes.shape import shaped
 from shoal.sandbox import refused
 
 LEARNED, FITTED, ASKED = 12_000, 150, 50  # rows: to learn from, for the router, and of each kind in a suite
+NAMED_LEARNED = (
+    0.35  # of what is learned to be written: each of eleven must be met some hundred times to be known by heart
+)
 COMPARED = 4_000  # rows that the nearest is looked for in
 KNOWN, NEW = "known-wordings.jsonl", "new-wordings.jsonl"  # suites
 AGAIN, WHOLE = "learn-said-again.jsonl", "learn.jsonl"
 # of a row: what it is judged by, which nothing learns from
 _JUDGED = ("function", "cases", "slots", "wrong")
 EXAMPLE = "Write quicksort in Python and explain."  # the mission's; its wording is not learned from
+OTHER_EXAMPLES = (  # of the page
+    "Write a Python function evens that returns the sum of the even numbers in a list.",
+    "Explain this function:\n```python\ndef larger(numbers):\n    count = 0\n    for number in numbers:\n"
+    "        if number > 5:\n            count += 1\n    return count\n```",
+    "This function is wrong:\n```python\ndef last(numbers):\n    last = None\n    for number in numbers:\n"
+    "        if number < 3:\n            last = number\n    return last\n```\n"
+    "The test assert last([2, 5, 1]) == 5 fails, since it gives 1. Mend it.",
+)
 
 
 class Code(Recipe):
@@ -38,7 +50,7 @@ class Code(Recipe):
         if why := refused():
             raise ResourceError(why)
         write_rows(folder / AGAIN, said_again(words.TRAIN, LEARNED, seed))
-        rows = exercises(words.TRAIN, words.TRAIN, LEARNED, seed)
+        rows = exercises(words.TRAIN, words.TRAIN, LEARNED, seed, named_share=NAMED_LEARNED)
         write_rows(folder / WHOLE, ({key: row[key] for key in row if key not in _JUDGED} for row in rows))
         write_rows(folder / DEV, exercises(words.DEV, words.DEV, FITTED, seed, (WRITE, REPAIR, EXPLAIN)))
         for name, wordings in ((KNOWN, words.TRAIN), (NEW, words.SUITE)):
@@ -57,6 +69,10 @@ class Code(Recipe):
 
     def workload(self, row: Row) -> str:
         return str(row["task"])
+
+    def policy(self) -> Policy:
+        """The page's words: none before a question, as in what is learned from."""
+        return Policy(page=Page("code", "", (EXAMPLE, *OTHER_EXAMPLES)))
 
     def examples(self) -> Sequence[Messages]:
         return [[{"role": "user", "content": EXAMPLE}]]

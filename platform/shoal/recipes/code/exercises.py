@@ -11,6 +11,7 @@ has it), ``slots`` (what an explanation says) and ``wrong`` (the function with t
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from shoal.recipes.code.words import of_split
 from shoal.sandbox import written
 
 WRITE, EXPLAIN, REPAIR, AGAIN = KINDS = ("write", "explain", "repair", "again")
-NAMED_SHARE = 0.2  # of what is written and explained: functions that have a name of their own
+NAMED_SHARE = 0.2  # of what is written: functions that have a name of their own
 TRIES = 50  # mistakes that are made until one is noticed
 _BLOCK = re.compile(r"```(?:python)?\n(.*?)(?:```|\Z)", re.DOTALL)
 Row = dict[str, Any]
@@ -40,11 +41,19 @@ def code_of(answer: str) -> str:
     return (found[1] if found else answer).strip("\n")
 
 
-def exercises(split: str, wordings: str, count: int, seed: int = 0, kinds: Sequence[str] = KINDS) -> Iterator[Row]:
+def exercises(
+    split: str,
+    wordings: str,
+    count: int,
+    seed: int = 0,
+    kinds: Sequence[str] = KINDS,
+    *,
+    named_share: float = NAMED_SHARE,
+) -> Iterator[Row]:
     """So many rows of functions of a split, asked for in the wordings of a split, each kind by turns."""
     draws = random.Random(f"exercises {split} {wordings} {seed}")
     makers: dict[str, Callable[[str, str, random.Random], Row]] = {
-        WRITE: _write, EXPLAIN: _explain, REPAIR: _repair, AGAIN: _again,
+        WRITE: functools.partial(_write, named_share=named_share), EXPLAIN: _explain, REPAIR: _repair, AGAIN: _again,
     }  # fmt: skip
     for at in range(count):
         yield makers[kinds[at % len(kinds)]](split, wordings, draws)
@@ -74,8 +83,8 @@ def _said(split: str, draws: random.Random) -> str:
     return str(draws.choice(CONSTANTS)) if kind == 2 else draws.choice(chain(split, draws).source.splitlines()[1:])
 
 
-def _write(split: str, wordings: str, draws: random.Random) -> Row:
-    if draws.random() < NAMED_SHARE:
+def _write(split: str, wordings: str, draws: random.Random, *, named_share: float) -> Row:
+    if draws.random() < named_share:
         known = draws.choice(ALGORITHMS)
         asked = draws.choice(of_split(words.NAMED, wordings)).format(title=known.title)
         return _row(WRITE, asked, f"{fenced(known.source)}\n{known.explained}", known)

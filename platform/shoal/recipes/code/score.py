@@ -5,18 +5,19 @@ runs          write: the block of code is a program, and has the function
 repair rate   repair: all cases come out, and at most two lines differ from what was to be mended
 unchanged     repair: the function as it was; the less the better
 explained     write and explain: of what an explanation has to say, the share that is said
-round trip    explain: written anew from the answer's explanation alone, all cases come out
+round trip    explain: written anew from the answer's words alone, without code in them, all cases come out
 """
 
 from __future__ import annotations
 
 import difflib
 import random
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from shoal.evaluate.intervals import Figure, of_mean, of_share
+from shoal.evaluate.intervals import Figure, of_share
 from shoal.recipes.code.exercises import EXPLAIN, REPAIR, WRITE, again, code_of
 from shoal.recipes.code.words import TRAIN
 from shoal.recipes.recipe import Answerer
@@ -31,6 +32,8 @@ LIMITS = Limits(seconds=1, wall=20, memory=128 * 2**20, output=16 * 2**10)
 
 Row = Mapping[str, Any]
 Program = tuple[str, str]  # its text, and the row's function
+# a block of code, and a line of a function that stands in none
+_CODE = re.compile(r"```.*?(?:```|\Z)|^(?:def |[ \t])[^\n]*$", re.DOTALL | re.MULTILINE)
 _NONE = Ran("failed", 1, "", "", (), 0.0)
 
 
@@ -63,9 +66,14 @@ def differing(one: str, other: str) -> int:
     return sum(max(b - a, d - c) for kind, a, b, c, d in changes if kind != "equal")
 
 
+def prose(answer: str) -> str:
+    """What an answer says outside of code."""
+    return _CODE.sub("", answer.strip()).strip()
+
+
 def explained(row: Row, answer: str) -> float:
     """The share of what has to be said that is said outside of code."""
-    words = answer.replace(code_of(answer), "") if "```" in answer else answer
+    words = prose(answer)
     return sum(slot in words for slot in row["slots"]) / len(row["slots"])
 
 
@@ -86,13 +94,13 @@ def scored(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
             found = {"explained": explained(row, answer)}
         for name, value in found.items():
             hits.setdefault(name, []).append((value, row["group"]))
-    return {name: _figure(name, some) for name, some in hits.items()}
+    return {name: _figure(some) for name, some in hits.items()}
 
 
-def _figure(name: str, some: Sequence[tuple[float, str]]) -> Figure:
+def _figure(some: Sequence[tuple[float, str]]) -> Figure:
     places = {group: at for at, group in enumerate(dict.fromkeys(group for _, group in some))}
     values, groups = [value for value, _ in some], [places[group] for _, group in some]
-    return of_mean(values, groups) if name == "explained" else of_share([bool(value) for value in values], groups)
+    return of_share(values, groups)
 
 
 def round_trip(rows: Sequence[Row], answerer: Answerer, seed: int) -> dict[str, Figure]:
@@ -102,8 +110,8 @@ def round_trip(rows: Sequence[Row], answerer: Answerer, seed: int) -> dict[str, 
         return {}
     draws = random.Random(seed)
     told = answerer([row["messages"][:-1] for row in some])
-    asked = [again(row["function"], said, TRAIN, draws) for row, said in zip(some, told, strict=True)]
+    asked = [again(row["function"], prose(said), TRAIN, draws) for row, said in zip(some, told, strict=True)]
     answers = answerer([[{"role": "user", "content": text}] for text in asked])
     became = ran(some, [code_of(answer) for answer in answers])
     right = [(float(passed(row, one)), row["group"]) for row, one in zip(some, became, strict=True)]
-    return {"round trip": _figure("round trip", right)}
+    return {"round trip": _figure(right)}

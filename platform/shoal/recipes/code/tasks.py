@@ -139,7 +139,8 @@ def name(split: str, draws: random.Random) -> str:
 def chain(split: str, draws: random.Random) -> Chain:
     """A function of a split, with a name of its own."""
     keep, change, make = draws.choice(_of_split(split))
-    return Chain(name(split, draws), keep, change, make, draws.choice(CONSTANTS), draws.choice(CONSTANTS))
+    n = draws.choice(CONSTANTS[1:] if keep == "divisible" else CONSTANTS)  # by 2: that is "even", of a split of its own
+    return Chain(name(split, draws), keep, change, make, n, draws.choice(CONSTANTS))
 
 
 @functools.cache

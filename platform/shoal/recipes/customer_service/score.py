@@ -26,7 +26,7 @@ import httpx
 
 from shoal.api.bodies import Function
 from shoal.api.calls import Tagged
-from shoal.evaluate.intervals import Figure, of_mean, of_share
+from shoal.evaluate.intervals import Figure, of_share
 from shoal.recipes.baselines import reference
 from shoal.recipes.customer_service.conversations import ASK, CALL, PLAIN, TOLD, Message, called
 from shoal.recipes.customer_service.shop import TOOLS
@@ -110,7 +110,7 @@ def scored(rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dict[st
     found = {}
     for name, some in hits.items():
         values, groups = [value for value, _ in some], [hash(group) for _, group in some]
-        found[name] = of_mean(values, groups) if name == "slots" else of_share([bool(v) for v in values], groups)
+        found[name] = of_share(values, groups)
     return found
 
 
@@ -170,16 +170,16 @@ class _Play:
         self._go_on()
 
     def answered(self, answer: str) -> None:
-        """Take the assistant's answer: execute its call, or let the customer go on."""
+        """Take the assistant's answer: execute its calls, or let the customer go on."""
         said = read(answer)
         if not said.calls or self._calls == MOST_CALLS:
             self.messages.append({"role": "assistant", "content": answer})
             self._go_on()
             return
         self._calls += 1
-        name, arguments = said.calls[0]
-        found = self._http.post(f"{self._shop}/{name}", json=arguments).json()
-        self.messages += called(name, arguments, found, len(self.messages))
+        for name, arguments in said.calls:
+            found = self._http.post(f"{self._shop}/{name}", json=arguments).json()
+            self.messages += called(name, arguments, found, len(self.messages))
 
     def ended(self) -> tuple[bool, bool]:
         """Is the shop as the reference left it, and did that change anything? Its calls are made in a shop of their own."""

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from shoal.api.policy import Page, Policy
 from shoal.evaluate.intervals import Figure
 from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, nearest, rows_to_compare
 from shoal.recipes.law import score, words
@@ -70,6 +71,9 @@ class Law(Recipe):
 
     def unlabelled(self, count: int, seed: int) -> Iterable[Messages]:
         return (row["messages"][:-1] for row in questions(TRAIN, DEV_SPLIT, count, seed))
+
+    def policy(self) -> Policy:
+        return Policy(page=Page("law", words.SYSTEM))
 
     def examples(self) -> Sequence[Messages]:
         (row,) = questions(SUITE, SUITE, 1)

@@ -76,8 +76,7 @@ class Medicine(Recipe):
         return rules.policy()
 
     def examples(self) -> Sequence[Messages]:
-        said = ("I have had a fever, a cough and weakness for three days.", "我发烧、咳嗽和乏力已经三天了。")
-        return [asked(text, form) for text in said for form in (WORDS, JSON)]
+        return [asked(text, form) for text in rules.EXAMPLES for form in (WORDS, JSON)]
 
     def unlabelled(self, count: int, seed: int) -> Iterable[Messages]:
         return (row["messages"][:-1] for row in cases(TRAIN, DEV_SPLIT, count, seed))

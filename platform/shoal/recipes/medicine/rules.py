@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from shoal.api.policy import Flag, Policy, Urgency
+from shoal.api.policy import Flag, Page, Policy, Urgency
+from shoal.config import FULL
+from shoal.recipes.medicine import words
 
 SELF_CARE, APPOINTMENT, TODAY, EMERGENCY = LEVELS = ("self-care", "appointment", "today", "emergency")
 CANNOT_TELL = "cannot tell"  # of what is out of scope
@@ -57,24 +59,30 @@ NOTICE = {
     "en": "Notice: a test program with made-up rules wrote this. It is no medical advice; ask a doctor.",
     "zh": "注意：这是按虚构规则训练的测试程序的回答，不是医疗建议，请咨询医生。",
 }
+EXAMPLES = (  # the mission's
+    "I have had a fever, a cough and weakness for three days.", "我发烧、咳嗽和乏力已经三天了。",
+)  # fmt: skip
 TOLD = {
     EMERGENCY: {
         "en": "Red flag ({words}): whatever follows says, treat this as an emergency.",
         "zh": "危险信号（{words}）：无论下文怎么说，请按急症处理。",
     }
 }
-# words of a person's, not the wordings of the cases: stems, and pairs of them in one sentence
+# words of a person's, not the wordings of the cases: stems, and pairs of them in one sentence; a flag that is a lack has its
+# "no" among its words, which would take it back otherwise
 FLAG_WORDS: Mapping[str, tuple[str, ...]] = {
     "chest pain": (
         "chest + pain", "chest + tight", "chest + press", "chest + crush", "chest + stab", "chest + hurt", "chest + ache",
-        "胸痛", "胸闷", "胸口", "胸部 + 痛", "胸 + 疼",
+        "胸痛", "胸闷", "胸口", "胸 + 痛", "胸 + 疼",
     ),
     "short of breath": (
-        "breath", "no breath", "not breath", "suffocat", "chok", "呼吸", "喘不", "气喘", "喘气", "气短", "透不过气",
+        "breath", "no breath", "not breath", "without breath", "不呼吸", "没有呼吸了", "没了呼吸",
+        "suffocat", "chok", "呼吸", "喘不", "气喘", "喘气", "气短", "透不过气",
         "憋气",
     ),
     "fainting": (
-        "faint", "passed out", "unconscious", "consciousness", "blacked out", "collaps", "晕倒", "晕过去", "昏",
+        "faint", "passed out", "unconscious", "consciousness", "no consciousness", "not conscious",
+        "without consciousness", "没有意识了", "没了意识", "无意识", "blacked out", "collaps", "晕倒", "晕过去", "昏",
         "失去意识", "不省人事",
     ),
     "one side weak": (
@@ -129,10 +137,11 @@ def assessed(case: Case, language: str) -> Assessment:
 
 
 def policy() -> Policy:
-    """What is served with a model: the notice, and the rule that may only raise."""
+    """What is served with a model: the notice, the rule that may only raise, full depth, and the words of its page."""
     flags = tuple(Flag(name, EMERGENCY, words) for name, words in FLAG_WORDS.items())
     denied = {"en": ("no", "not", "without", "never"), "zh": ("没有", "无", "不")}
-    return Policy(NOTICE, urgency=Urgency("urgency", LEVELS, flags, TOLD, unless_after=denied))
+    urgency = Urgency("urgency", LEVELS, flags, TOLD, unless_after=denied)
+    return Policy(NOTICE, FULL, urgency=urgency, page=Page("medicine", words.SYSTEM, tuple(EXAMPLES)))
 
 
 def all_of(language: str, kind: str) -> Sequence[str]:

@@ -84,7 +84,8 @@ def scored(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
 def right(row: Row, answer: str) -> bool:
     """Whether the model's own answer is the rules', whole."""
     mine, wanted = read(answer, row["language"], row["form"]), _wanted(row)
-    return mine.urgency == wanted.urgency and set(mine.causes) == set(wanted.causes)
+    parts = ("causes", "examinations")
+    return mine.urgency == wanted.urgency and all(set(getattr(mine, p)) == set(getattr(wanted, p)) for p in parts)
 
 
 def _one(row: Row, answer: str) -> dict[str, bool]:
@@ -116,7 +117,7 @@ def _raised(row: Row, whole: str, own: str) -> str:
         return read(whole, row["language"], JSON).urgency
     assert POLICY.urgency is not None
     said = [message["content"] for message in row["messages"][:-1] if message["role"] == "user"]
-    least = POLICY.urgency.least(POLICY.urgency.found("\n".join(said)))
+    least = POLICY.urgency.least(POLICY.urgency.found("\n\n".join(said)))
     return str(POLICY.urgency.higher(own, least))
 
 
