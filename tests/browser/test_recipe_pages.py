@@ -13,12 +13,16 @@ import httpx
 import pytest
 
 from shoal import Model, presets
+from shoal.data.chats import forms
+from shoal.inputs.chat import encode_chat
 from shoal.inputs.tools import call
 from shoal.model.net import Net
 from shoal.recipes.customer_service.service import serving
+from shoal.recipes.customer_service.shop import TOOLS
 from shoal.recipes.law.words import SYSTEM
 from shoal.recipes.medicine import rules
 from shoal.recipes.medicine.words import SYSTEM as ASSESSES
+from shoal.recipes.named import named
 from tests.browser.driving import ask, most_tokens, open_settings, told, visit
 from tests.browser.site import site
 from tests.browser.test_access import in_both_schemes
@@ -129,6 +133,30 @@ def test_a_page_says_what_its_model_was_taught_and_offers_the_recipe_s_examples(
         assert "You are a poet." in told(here) and here.client.requests[-1].depth == "shallow"
         visit(page, here, "law")
         page.locator("#chat").get_by_text("May I sell it?").wait_for()
+        page.goto("about:blank")
+
+
+@pytest.mark.parametrize("name", ["customer-service", "code", "law"])
+def test_what_a_page_asks_is_token_for_token_what_the_recipe_taught(
+    page: Page, strangers: list[str], name: str
+) -> None:
+    text = "When does my order arrive?"
+    with serving() as shop, site(policy=named(name).policy(), tools=shop, model=roomy()) as here:
+        signed_in = httpx.get(f"{shop}/system").json()["system"]
+        visit(page, here, name)
+        most_tokens(page, 16)
+        with here.saying("Well."):
+            answered(page, text, 1)
+        made = named(name).policy().page
+        assert made is not None
+        system = signed_in if name == "customer-service" else made.system
+        turns = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
+        row = {"messages": turns, "tools": TOOLS if name == "customer-service" else []}
+        model = here.client.model
+        taught = encode_chat(
+            forms.canonical(row)["messages"], model.tokenizer, model.config, template=model.chat_template, answers=False
+        )
+        assert told(here) == model.tokenizer.decode(taught.ids)
         page.goto("about:blank")
 
 
