@@ -82,10 +82,11 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
     from shoal.model.gpu import launch
     from shoal.model.net import Net
     from shoal.train import snapshot, step
-    from shoal.train.checkpoint import _tensors, full_state
+    from shoal.train.checkpoint import _tensors
     from shoal.train.loss import LossModel, Places
     from shoal.train.optim import make_optimizer
     from shoal.train.parallel import Ranks, shard_
+    from shoal.train.start import whole_tensors
 
     mode, device = FakeTensorMode(), torch.device("cuda:0")
     c, train = presets.get(preset).model, presets.get(preset).train
@@ -188,7 +189,7 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
         copied = snapshot.Snapshot(ranks)
         copied.take(_tensors(model, optimizer))
         found["saved"] = [sorted({str(piece.tensor.device) for piece in copied._pieces}), len(copied._pieces)]
-        exported = full_state(model)
+        exported = dict(whole_tensors(model, ranks))
         found["exported"] = [sorted({str(x.device) for x in exported.values()}), len(exported)]
         assert all(isinstance(x, FakeTensor) for x in exported.values())
     found["forward"] = launches["layer forward"] // (2 * c.layers)

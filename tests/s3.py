@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 from moto.server import ThreadedMotoServer
 
+from shoal.data.place import Bucket
 from shoal.data.sources.s3 import S3
 
 SLOW_DOWN = (
@@ -55,6 +57,14 @@ def service() -> Iterator[Service]:
     door.shutdown()
     door.server_close()
     moto.stop()
+
+
+def upload(folder: Path, uri: str, service: S3) -> None:
+    """Copy the complete corpus in `folder` to `uri`."""
+    bucket = Bucket(uri, service)
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            bucket.put(path, path.name)
 
 
 def _door(made: Service, behind: tuple[str, int]) -> type[BaseHTTPRequestHandler]:

@@ -20,7 +20,7 @@ from shoal.errors import DataError
 from shoal.train.loop import fit
 from shoal.train.plan import located, pretrain_plan
 from tests.corpus import write_corpus
-from tests.s3 import Service, service
+from tests.s3 import Service, service, upload
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +114,8 @@ def test_a_good_file_that_s3_does_not_give_ends_the_run_and_is_not_left_out(
 def test_a_corpus_goes_out_and_comes_in_whole(s3: Service, corpus: Path, cache: Path) -> None:
     uri = "s3://corpora/made/one"
     assert not remote.exists(uri, S3())
-    told: list[tuple[str, int, int]] = []
-    remote.upload(corpus, uri, S3(), lambda *line: told.append(line))
-    assert remote.exists(uri, S3()) and told[-1][1] == told[-1][2]
+    upload(corpus, uri, S3())
+    assert remote.exists(uri, S3())
     folder = remote.local(uri)
     assert folder.is_relative_to(cache) and open_index(folder) == open_index(corpus)
     for path in corpus.iterdir():
@@ -128,7 +127,7 @@ def test_a_corpus_goes_out_and_comes_in_whole(s3: Service, corpus: Path, cache: 
 
 def test_a_corpus_without_its_index_or_with_another_shard_is_refused(s3: Service, corpus: Path, tmp_path: Path) -> None:
     uri = "s3://corpora/made/two"
-    remote.upload(corpus, uri, S3())
+    upload(corpus, uri, S3())
     shard = open_index(corpus).shards[0]
     broken = bytearray((corpus / shard.file).read_bytes())
     broken[len(broken) // 2] ^= 1
@@ -136,18 +135,18 @@ def test_a_corpus_without_its_index_or_with_another_shard_is_refused(s3: Service
     shutil.rmtree(remote.cache(), ignore_errors=True)
     with pytest.raises(DataError, match=f"sha256 of {shard.file}"):
         remote.local(uri)
-    remote.upload(corpus, uri, S3())
+    upload(corpus, uri, S3())
     assert open_index(remote.local(uri)) == open_index(corpus)  # what was refused is not taken again
     s3.client.delete_object(Bucket="corpora", Key=f"made/two/{INDEX}")
     with pytest.raises(DataError, match="holds no prepared corpus"):
         remote.local(uri)
     with pytest.raises(DataError, match="the bucket does not exist"):
-        remote.upload(corpus, "s3://nobody-made-this/x", S3())
+        remote.local("s3://nobody-made-this/x")
 
 
 def test_a_run_trains_on_its_own_copy_of_a_corpus_in_s3(s3: Service, corpus: Path, tmp_path: Path) -> None:
     uri = "s3://corpora/made/three"
-    remote.upload(corpus, uri, S3())
+    upload(corpus, uri, S3())
     plan = located(pretrain_plan("test", uri, str(tmp_path / "run"), steps=1))
     assert plan.data == str(remote.local(uri)) and fit(plan).steps == 1
     assert located(plan) == plan
@@ -156,7 +155,7 @@ def test_a_run_trains_on_its_own_copy_of_a_corpus_in_s3(s3: Service, corpus: Pat
 def test_the_empty_object_that_a_console_makes_of_a_folder_is_no_file(s3: Service, corpus: Path) -> None:
     for key in ("made/four/", "made/four/in/", "made/four/.hidden"):
         s3.client.put_object(Bucket="corpora", Key=key, Body=b"")
-    remote.upload(corpus, "s3://corpora/made/four", S3())
+    upload(corpus, "s3://corpora/made/four", S3())
     assert open_index(remote.local("s3://corpora/made/four")) == open_index(corpus)
     s3.client.put_object(Bucket="corpora", Key="console/", Body=b"")
     s3.client.put_object(Bucket="corpora", Key="console/a.txt", Body=b"fine\n")
@@ -168,7 +167,7 @@ def test_a_fetch_that_is_killed_while_it_checks_leaves_nothing_to_be_taken(
     s3: Service, corpus: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = "s3://corpora/made/five"
-    remote.upload(corpus, uri, S3())
+    upload(corpus, uri, S3())
     shard = open_index(corpus).shards[0]
     broken = bytearray((corpus / shard.file).read_bytes())
     broken[len(broken) // 2] ^= 1
@@ -187,7 +186,7 @@ def test_a_fetch_that_is_killed_while_it_checks_leaves_nothing_to_be_taken(
 
 
 def test_another_tokenizer_beside_the_shards_is_refused(s3: Service, corpus: Path) -> None:
-    remote.upload(corpus, "s3://corpora/made/six", S3())
+    upload(corpus, "s3://corpora/made/six", S3())
     s3.client.put_object(Bucket="corpora", Key="made/six/tokenizer.json", Body=b"{}")
     with pytest.raises(DataError, match=r"sha256 of tokenizer\.json"):
         remote.local("s3://corpora/made/six")
@@ -198,7 +197,7 @@ def test_an_index_that_names_files_elsewhere_is_refused_and_nothing_is_touched(
 ) -> None:
     outside = tmp_path / "precious"
     outside.write_text("keep me")
-    remote.upload(corpus, "s3://corpora/made/seven", S3())
+    upload(corpus, "s3://corpora/made/seven", S3())
     index = (corpus / INDEX).read_text().replace(open_index(corpus).shards[0].file, str(outside))
     s3.client.put_object(Bucket="corpora", Key=f"made/seven/{INDEX}", Body=index.encode())
     with pytest.raises(DataError, match="names of files in its folder"):

@@ -19,7 +19,7 @@ from shoal.errors import DataError, ResourceError
 from shoal.train.loop import fit
 from shoal.train.plan import located, pretrain_plan
 from tests.corpus import write_corpus
-from tests.s3 import Service, service
+from tests.s3 import Service, service, upload
 
 BLOCK = 1024  # bytes
 URI = "s3://corpora/large"
@@ -34,7 +34,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def s3(corpus: Path) -> Iterator[Service]:
     with service() as made:
         made.client.create_bucket(Bucket="corpora")
-        remote.upload(corpus, URI, made.s3)
+        upload(corpus, URI, made.s3)
         yield made
 
 

@@ -70,7 +70,7 @@ def test_a_corpus_is_made_from_s3_to_s3_and_trained_on(s3: Service) -> None:
     assert dropped["read"] == {"not UTF-8": 1}
     assert dropped["decontamination"] == {"shares 13 words with an evaluation set": 1}
     assert dropped.keys() == {"read", "decontamination"} and sum(counts) == KEYS // 10
-    assert not list(remote.staging(out).parent.iterdir())
+    assert not list((remote.cache() / "prepare").iterdir())
     before = s3.s3.client().head_object(Bucket="ocean", Key="made/index.json")["LastModified"]
     assert prepare(out, sources=[source], **ASK, operators=operators) == report  # it is there
     assert s3.s3.client().head_object(Bucket="ocean", Key="made/index.json")["LastModified"] == before

@@ -11,6 +11,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from shoal.machine import write_aside
 
 REPORT, CARD = "report.json", "report.html"
 MIXED = 1000  # rows that the realised mix is counted over
+AT_ONCE = 16  # of them
 SAMPLES = 3  # of each modality
 SAMPLE_CHARACTERS = 600
 
@@ -67,13 +69,13 @@ def report(
     }
 
 
-def write(directory: Path, report: Mapping[str, Any]) -> None:
-    """Write ``report.json`` and ``report.html``."""
+def write(directory: Path, report: Mapping[str, Any], name: str = "") -> None:
+    """Write ``report.json`` and ``report.html``. `name`: of the corpus [the directory's]."""
     write_aside(directory / REPORT, json.dumps(report, indent=1) + "\n")
     page.write(
         Path(__file__).with_name("card.html"),
         directory / CARD,
-        r={"title": f"Data card of {directory.name}", **report},
+        r={"title": f"Data card of {name or directory.name}", **report},
         facts=_facts(report),
         modalities=[m for m in MODALITIES if m in report["mix"] or m in report["tokens"]["heldout"]],
         lengths=_length_rows(report["lengths"]),
@@ -85,9 +87,16 @@ def realised_mix(directory: Path, index: Index) -> dict[str, float]:
     rows = {modality: Rows(directory, index, "train", modality) for modality in index.mix}
     counts = {modality: len(of) for modality, of in rows.items()}
     order = RowOrder(index.row_mix("train", index.mix), counts, index.seed)
+
+    def held(at: tuple[str, int]) -> int:
+        modality, row = at
+        return int((rows[modality][row][1] != PADDING).sum())
+
+    read = [order.at(place) for place in range(MIXED)]
     tokens: Counter[str] = Counter()
-    for modality, row in map(order.at, range(MIXED)):
-        tokens[modality] += int((rows[modality][row][1] != PADDING).sum())
+    with ThreadPoolExecutor(AT_ONCE) as threads:  # where the shards are in S3, a row takes an answer
+        for (modality, _), count in zip(read, threads.map(held, read), strict=True):
+            tokens[modality] += count
     return {modality: count / tokens.total() for modality, count in sorted(tokens.items())}
 
 

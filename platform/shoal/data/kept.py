@@ -1,4 +1,5 @@
 """Results of finished tasks, so that a run that was killed goes on where it was: one JSON for each, beside the files it made.
+Of a corpus that is made in S3 both are put there, the result last, and looked for there (`place`).
 
 Notable: a result is taken again only under the same key, a digest of all that it follows from and that is known before; while
 what it came upon is the same; and while its files are byte for byte what they were. So nothing of another request, of changed
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from shoal import inputs
+from shoal.data import place
 from shoal.machine import write_aside
 
 T = TypeVar("T")
@@ -50,17 +52,36 @@ def kept(
     `kind`: type of the result, such as ``list[int]``; it is kept as JSON. `made`: the files that belong to a result.
     """
     try:
-        had = json.loads(path.read_bytes())
-        if had["key"] == key and all(_hash(path.parent / name) == was for name, was in had["files"].items()):
+        had = json.loads(_read(path))
+        if had["key"] == key and all(_stamp(path.parent / name) == was for name, was in had["files"].items()):
             result = _typed(kind, had["result"])
             if holds(result):
                 return result
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or not whole: do it (again)
     result = task()
-    files = {os.path.relpath(file, path.parent): _hash(file) for file in made(result)}
-    write_aside(path, json.dumps({"key": key, "files": files, "result": _plain(result)}))
+    files = {os.path.relpath(file, path.parent): place.put(file) or _hash(file) for file in made(result)}
+    _write(path, json.dumps({"key": key, "files": files, "result": _plain(result)}))
     return result
+
+
+def _read(path: Path) -> bytes:
+    there = place.bucket_of(path)
+    return path.read_bytes() if there is None else there[0].text(there[1]) or b""
+
+
+def _write(path: Path, text: str) -> None:
+    there = place.bucket_of(path)
+    if there is None:
+        write_aside(path, text)
+    else:
+        there[0].put_text(there[1], text.encode())
+
+
+def _stamp(path: Path) -> str | None:
+    """What changes with the bytes of a file, which need not be on this machine."""
+    there = place.bucket_of(path)
+    return _hash(path) if there is None else there[0].tag(there[1])
 
 
 def _hash(path: Path) -> str:

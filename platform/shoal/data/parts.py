@@ -26,6 +26,7 @@ from shoal.data.operators.clean import fingerprint
 from shoal.data.operators.near import SIGNATURES, Signatures
 from shoal.data.operators.pipeline import Operators, Pipeline
 from shoal.data.pack import Packer
+from shoal.data.place import here
 from shoal.data.shards import TOKENIZER, Shard, ShardWriter, group_number, token_bytes
 from shoal.data.sources.files import File, cut
 from shoal.data.sources.read import read
@@ -180,7 +181,7 @@ def draw_sample(
 def sampled(paths: Iterable[Path]) -> Iterator[str]:
     """The texts that `draw_sample` wrote to files."""
     for path in paths:
-        with pa.memory_map(str(path)) as source:
+        with pa.memory_map(str(here(path))) as source:
             for batch in pa.ipc.open_stream(source):
                 yield from batch.column("text").to_pylist()
 
@@ -192,7 +193,7 @@ def pack_part(
     the documents that a recipe fits, of which some are drawn by `seed` and saved beside `path`. `number` sets the part's files
     apart."""
     chats = ChatFiles(seed)
-    out, tokenizer = Packed(), _tokenizer((directory / TOKENIZER).read_text(encoding="utf-8"))
+    out, tokenizer = Packed(), _tokenizer(here(directory / TOKENIZER).read_text(encoding="utf-8"))
     lengths, licenses = token_bytes(tokenizer), _licenses(path)
     packers: dict[tuple[str, Modality], tuple[Packer, ShardWriter]] = {}
     for split, document, encoded in _encoded(path, splits, tokenizer, config):
@@ -225,7 +226,7 @@ def pack_part(
 
 def documents(path: Path) -> Iterator[Document]:
     """The documents of a part, in order."""
-    with pa.memory_map(str(path)) as source:
+    with pa.memory_map(str(here(path))) as source:
         for batch in pa.ipc.open_stream(source):
             for row in batch.to_pylist():
                 questions = tuple((q, a) for q, a in row.pop("questions"))
@@ -264,7 +265,7 @@ def _tokenizer(text: str) -> Tokenizer:
 def _licenses(path: Path) -> dict[str, str]:
     """Source -> the licences of its documents in this part, as text."""
     found: dict[str, set[str]] = defaultdict(set)
-    with pa.memory_map(str(path)) as stream:
+    with pa.memory_map(str(here(path))) as stream:
         for batch in pa.ipc.open_stream(stream):
             for source, license in zip(batch["source"].to_pylist(), batch["license"].to_pylist(), strict=True):
                 found[source].add(license)

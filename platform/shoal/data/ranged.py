@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import mmap
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -175,44 +176,46 @@ class _Blocks:
         except FileNotFoundError:
             pass
         data = _fetch(origin, name, size, number)
-        with self._room():
+        with room(self._folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             with aside(path) as beside:
                 beside.write_bytes(data)
         self._added += len(data)
         if self._added * LOOKS > self._most:
             self._added = 0
-            self._trim()
+            trim(self._folder.parent.glob("*/*/*"), self._most)  # of all corpora
         return data
 
-    @contextmanager
-    def _room(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise ResourceError(
-                f"disk of the cache at {self._folder}",
-                got=f"full, of {self._most} bytes that it may take",
-                do="free some, or set SHOAL_CACHE_BYTES lower, or SHOAL_CACHE to another disk",
-            ) from error
 
-    def _trim(self) -> None:
-        """Remove the oldest blocks, of all corpora, that are too many."""
-        found = []
-        for path in self._folder.parent.glob("*/*/*"):
-            try:
-                stats = path.stat()
-            except FileNotFoundError:
-                continue
+@contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """A disk that is full in this block, where `folder` is, becomes a ResourceError of one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceError(
+            f"disk of the cache at {folder}",
+            got=f"full, of {cache_bytes()} bytes that it may take",
+            do="free some, or set SHOAL_CACHE_BYTES lower, or SHOAL_CACHE to another disk",
+        ) from error
+
+
+def trim(paths: Iterable[Path], most: int, before: float = math.inf) -> None:
+    """Remove the oldest of these files that are too many for `most` bytes, with some to spare; none that was used since
+    `before`, seconds by the clock."""
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError):
+            stats = path.stat()
             found.append((stats.st_mtime_ns, stats.st_size, path))
-        over = sum(size for _, size, _ in found) - self._most * (LOOKS - 2) // LOOKS
-        for _, size, path in sorted(found):
-            if over <= 0:
-                return
-            path.unlink(missing_ok=True)
-            over -= size
+    over = sum(size for _, size, _ in found) - most * (LOOKS - 2) // LOOKS
+    for used, size, path in sorted(found):
+        if over <= 0 or used >= before * 1e9:
+            return
+        path.unlink(missing_ok=True)
+        over -= size
 
 
 def _fetch(origin: Origin, name: str, size: int, number: int) -> bytes:
@@ -237,7 +240,7 @@ def _fetch(origin: Origin, name: str, size: int, number: int) -> bytes:
 
 def _other(origin: Origin, name: str, got: str, size: int) -> DataError:
     return DataError(
-        f"{origin.uri}: shard {name}", got=got, allowed=f"{size} bytes, as its index says", do="upload it again"
+        f"{origin.uri}: shard {name}", got=got, allowed=f"{size} bytes, as its index says", do="prepare it again"
     )
 
 

@@ -1,7 +1,6 @@
-"""Finished corpora in S3: made on disk and copied out whole; copied in before they are read, as shards are mapped. Of one that
-is larger than the cache may be (SHOAL_CACHE_BYTES, 64 GiB), the shards stay there and are read by range (`ranged`).
+"""Finished corpora in S3: copied in before they are read, as shards are mapped. Of one that is larger than the cache may be
+(SHOAL_CACHE_BYTES, 64 GiB), the shards stay there and are read by range (`ranged`). How one is made there says `place`.
 
-    prepare --out s3://...   staging(uri) ─> a corpus like any other ─> upload: index.json last
     pretrain --data s3://... local(uri):  index.json first, then what it lists, checked by sha256; index.json is written last
 
 Notable: the local copy is named by the index's hash. So a corpus is fetched once by a machine, however many workers ask for
@@ -13,19 +12,17 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shoal.data.ranged import ORIGIN, cache, cache_bytes, write_origin
-from shoal.data.shards import INDEX, TOKENIZER, open_index, read_index
+from shoal.data.shards import INDEX, TOKENIZER, Index, read_index
 from shoal.data.sources import s3
 from shoal.data.sources.s3 import S3
 from shoal.errors import DataError
 from shoal.machine import aside, sha256_of
-
-Progress = Callable[[str, int, int], None]  # what, done, total
 
 
 def is_remote(place: str | Path) -> bool:
@@ -37,11 +34,6 @@ def absolute(place: str | Path) -> str:
     return str(place) if is_remote(place) else str(Path(place).absolute())
 
 
-def staging(uri: str) -> Path:
-    """The local folder in which the corpus of `uri` is made: always the same one, so that an interrupted run goes on."""
-    return cache() / "staging" / hashlib.sha256(uri.encode()).hexdigest()[:32]
-
-
 def exists(uri: str, service: S3) -> bool:
     """Whether a finished corpus lies at `uri`. Raises DataError where that cannot be found out."""
     bucket, key = _split(uri)
@@ -50,22 +42,6 @@ def exists(uri: str, service: S3) -> bool:
         client.head_bucket(Bucket=bucket)
         found = client.list_objects_v2(Bucket=bucket, Prefix=f"{key}{INDEX}", MaxKeys=1)
     return any(item["Key"] == f"{key}{INDEX}" for item in found.get("Contents", ()))
-
-
-def upload(folder: Path, uri: str, service: S3, on_progress: Progress = lambda what, done, total: None) -> None:
-    """Copy the finished corpus in `folder` to `uri`, its index last. Raises DataError."""
-    bucket, key = _split(uri)
-    open_index(folder)
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    names.sort(key=lambda name: name == INDEX)
-    sizes = [(folder / name).stat().st_size for name in names]
-    with told(uri):
-        client, done = service.client(), 0
-        for name, size in zip(names, sizes, strict=True):
-            on_progress("upload", done, sum(sizes))
-            client.upload_file(str(folder / name), bucket, key + name)
-            done += size
-    on_progress("upload", done, sum(sizes))
 
 
 def local(place: str | Path, service: S3 | None = None) -> Path:
@@ -88,7 +64,7 @@ def local(place: str | Path, service: S3 | None = None) -> Path:
             if not (folder / INDEX).is_file():
                 with aside(folder / INDEX) as beside:
                     beside.write_bytes(index)
-                    listed = read_index(beside)
+                    listed = index_of(uri, beside)
                     here = {shard.file: shard.sha256 for shard in listed.shards}
                     if sum(shard.size for shard in listed.shards) > cache_bytes():
                         write_origin(folder, uri, service)
@@ -99,6 +75,14 @@ def local(place: str | Path, service: S3 | None = None) -> Path:
                     _fetch(client, bucket, key, folder, left)
                     _check(folder, here | {TOKENIZER: listed.tokenizer_sha256}, uri)
     return folder
+
+
+def index_of(uri: str, path: Path) -> Index:
+    """The index of the corpus at `uri`, of which `path` is a copy. Raises DataError that names it there."""
+    try:
+        return read_index(path)
+    except DataError as error:
+        raise DataError(str(error).replace(str(path), f"{uri.rstrip('/')}/{INDEX}")) from error
 
 
 def _fetch(client: Any, bucket: str, key: str, folder: Path, left: Collection[str]) -> None:
@@ -118,11 +102,11 @@ def _check(folder: Path, made: Mapping[str, str], uri: str) -> None:
     fetched again next time."""
     for name, sha256 in made.items():
         if not (folder / name).is_file():
-            raise DataError(f"{uri}: {name} is missing", do="upload it again")
+            raise DataError(f"{uri}: {name} is missing", do="prepare it again")
         found = sha256_of(folder / name)
         if found != sha256:
             (folder / name).unlink()
-            raise DataError(f"{uri}: sha256 of {name}", got=found, allowed=sha256, do="upload it again")
+            raise DataError(f"{uri}: sha256 of {name}", got=found, allowed=sha256, do="prepare it again")
 
 
 def _split(uri: str) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from shoal.data.place import Place, here
 from shoal.errors import DataError
 from shoal.machine import aside
 
@@ -26,10 +27,15 @@ Table = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Parts(Sequence[Path]):
-    """The files of cleaned documents of a corpus, by the number of the part; its other files lie beside each."""
+    """The files of cleaned documents of a corpus, by the number of the part; its other files lie beside each. `root`: the work
+    folder that they lie in, or the place in S3 of which each machine has one."""
 
-    folder: Path
+    root: Path | Place
     total: int
+
+    @property
+    def folder(self) -> Path:
+        return self.root if isinstance(self.root, Path) else self.root.work
 
     def __len__(self) -> int:
         return self.total
@@ -84,7 +90,7 @@ def read(path: Path) -> Table:
 def read_batch(path: Path) -> pa.RecordBatch:
     """The same as Arrow has it."""
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        return pa.ipc.open_file(pa.memory_map(str(here(path)))).get_batch(0)
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"{path} cannot be read", got=str(error)[:160], do="remove the folder and prepare again"

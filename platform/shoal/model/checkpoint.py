@@ -8,10 +8,11 @@ are cut into files, and what is verified when they are read, is decided in `file
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def save(
     directory: str | Path,
     *,
     config: ModelConfig,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     tokenizer: Tokenizer,
     name: str,
     chat_template: str = DEFAULT_TEMPLATE,
@@ -68,17 +69,18 @@ def save(
     card: str = "",
     shard_bytes: int = files.SHARD,
 ) -> None:
-    """Write a model directory. `state` is the state of `Net(config)` on the CPU; `source`: what an open model was imported
-    from. Replaces an existing model directory.
+    """Write a model directory. `state` is the state of `Net(config)` on the CPU, or its tensors by name as they come, of which
+    a file's are held at a time; `source`: what an open model was imported from. Replaces an existing model directory.
 
     Weights of more than `shard_bytes` are cut into several files. Raises CheckpointError when something else is there
     (`require_replaceable`).
     """
     directory = Path(directory).resolve()  # where a link leads, the directory is replaced and not the link
     require_replaceable(directory)
-    tensors = {key: value.detach().contiguous() for key, value in state.items()}
-    if router is not None:
-        tensors |= {ROUTER + key: value.contiguous() for key, value in router.state_dict().items()}
+    named = state.items() if isinstance(state, Mapping) else state
+    routed = router.state_dict() if router is not None else {}
+    also = ((ROUTER + key, value) for key, value in routed.items())
+    tensors = ((key, value.detach().contiguous()) for key, value in itertools.chain(named, also))
     with replacing(directory) as aside:
         files.save_weights(aside, tensors, shard_bytes)
         describe(aside, config, name, tokenizer, chat_template, source, card)

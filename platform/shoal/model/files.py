@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -30,24 +31,33 @@ HASHED = SHARD  # bytes of weights, over all files, that are hashed at every loa
 READ = (".safetensors", ".json", ".jinja")  # kinds of files that loading reads: each must be listed
 
 
-def save_weights(directory: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    room = shard_bytes
-    for key, tensor in tensors.items():
-        if tensor.nbytes > room and shards[-1]:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][key] = tensor
-        room -= tensor.nbytes
-    if len(shards) == 1:
-        save_file(tensors, str(directory / WEIGHTS), metadata={"format": "pt"})
+def save_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """Write named tensors, which may be made as they are asked for: those of one file are held at a time."""
+    written: list[tuple[Path, list[str]]] = []  # files beside their names, which say how many there are
+    held: dict[str, Tensor] = {}
+    total = room = 0
+
+    def write() -> None:
+        beside = directory / f".weights-{len(written)}.tmp"
+        save_file(held, str(beside), metadata={"format": "pt"})
+        written.append((beside, list(held)))
+        held.clear()
+
+    for key, tensor in tensors:
+        if held and tensor.nbytes > room:
+            write()
+        room = (room if held else shard_bytes) - tensor.nbytes
+        total += tensor.nbytes
+        held[key] = tensor
+    write()
+    if len(written) == 1:
+        written[0][0].rename(directory / WEIGHTS)
         return
     places: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, str(directory / name), metadata={"format": "pt"})
-        places |= dict.fromkeys(shard, name)
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    for number, (beside, names) in enumerate(written, 1):
+        name = f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        beside.rename(directory / name)
+        places |= dict.fromkeys(names, name)
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 

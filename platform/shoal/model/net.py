@@ -10,7 +10,7 @@ Letters: B rows, T tokens, D width, V vocabulary, n patches, p patch side in pix
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +47,16 @@ class Net(nn.Module):
 
     @torch.no_grad()
     def init_(self, seed: int = 0) -> Net:
-        """Draw all weights from `seed`, on the CPU and before any sharding: drawn on shards, every shard would get the
-        same values (pytorch #138329). Output projections start smaller by 1/sqrt(2L), so that the residual stream
-        keeps its scale."""
+        """Give all weights the values of `drawn`."""
+        parameters = dict(self.named_parameters())
+        for name, values in self.drawn(seed):
+            parameters[name].copy_(values)
+        return self
+
+    def drawn(self, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """Names and fresh values of the weights, whole and on the CPU, one after the other, from `seed`; where they are sharded
+        each rank takes its part of each: drawn on shards, every shard would get the same values (pytorch #138329). Output
+        projections start smaller by 1/sqrt(2L), so that the residual stream keeps its scale."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -62,8 +69,7 @@ class Net(nn.Module):
                 std = 0.8 / math.sqrt(p.shape[1])
                 if name.endswith(("attention.out.weight", "mlp.down.weight")):
                     std /= math.sqrt(2 * self.config.layers)
-            p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
-        return self
+            yield name, torch.empty(p.shape).normal_(0.0, std, generator=generator)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,5 +1,7 @@
 """The tasks that a corpus is made by. Each result is kept in the work folder by a digest of what it follows from (`data.kept`),
 so that a run that was killed goes on where it was; a task gets a few numbers and gives counts, whatever the corpus holds.
+What files are called follows from these numbers in each process, since each machine has a folder of its own where the corpus is
+made in S3 (`data.place`).
 """
 
 from __future__ import annotations
@@ -11,33 +13,35 @@ from pathlib import Path
 
 from shoal.config import ModelConfig, dump
 from shoal.data import identities, parts
-from shoal.data.chats.recipes import ASKED, CHATS
+from shoal.data.chats.recipes import ASKED, CHATS, FILES, write_chats
 from shoal.data.identities import DROPPED, Drops, Side
 from shoal.data.kept import digest, kept
 from shoal.data.operators import near
 from shoal.data.operators.near import SIGNATURES
 from shoal.data.operators.pipeline import Operators, Pipeline
 from shoal.data.parts import Found, Packed
+from shoal.data.place import put
 from shoal.data.sources.files import File
 from shoal.data.tables import Parts, Span, spans
 from shoal.inputs.tokenizer import Tokenizer
 
 TASKS_OF_BANDS = 8  # that find candidates for near copies, of each span of keys
+EVALUATION = "evaluation.npz"  # file in the work folder: what evaluation sets hold
 
 
 class Reader:
     """`parts.read_part`, unless it is done. What its operators hold, a model or a set, each process loads once."""
 
-    def __init__(self, operators: Operators, evaluation: Path | None, seed: int) -> None:
-        self._operators, self._evaluation, self._seed = operators, evaluation, seed
-        self.holds_state = bool(operators.languages or evaluation)
+    def __init__(self, operators: Operators, places: Parts, seed: int) -> None:
+        self._operators, self._places, self._seed = operators, places, seed
+        self.holds_state = bool(operators.languages or operators.evaluation)
 
     @cached_property
     def _pipeline(self) -> Pipeline:
-        return Pipeline(self._operators, self._evaluation)
+        return Pipeline(self._operators, self._places.folder / EVALUATION if self._operators.evaluation else None)
 
-    def __call__(self, files: Sequence[File], path: Path, key: str) -> Found:
-        near_copies = self._operators.near_dedup
+    def __call__(self, files: Sequence[File], number: int, key: str) -> Found:
+        path, near_copies = self._places[number], self._operators.near_dedup
         made = [path, *identities.tables_of(path), *([path.with_suffix(SIGNATURES)] if near_copies else [])]
 
         def read() -> Found:
@@ -63,14 +67,15 @@ class Decision:
         return spans(self.documents)
 
     @property
-    def looks(self) -> list[tuple[Path, Span, range | None]]:
+    def looks(self) -> list[tuple[str, Span, range | None]]:
         """Jobs of `look`."""
-        equals = [(place, span, None) for place, span in zip(self._equals, self.spans, strict=False)]
+        equals = [(place.name, span, None) for place, span in zip(self._equals, self.spans, strict=False)]
         bands = [(span, some) for span in self.spans for some in near.shares(TASKS_OF_BANDS)]
-        return equals + [(place, span, some) for place, (span, some) in zip(self._pairs, bands, strict=False)]
+        return equals + [(place.name, span, some) for place, (span, some) in zip(self._pairs, bands, strict=False)]
 
-    def look(self, place: Path, span: Span, bands: range | None) -> int:
+    def look(self, name: str, span: Span, bands: range | None) -> int:
         """`identities.equal`, or of some bands `near.candidates`, unless it is done."""
+        place = self.parts.folder / name
 
         def find() -> int:
             if bands is None:
@@ -145,11 +150,10 @@ def fit_drawn(decision: Decision, vocab: int, key: str) -> str:
     return kept(decision.parts.folder / "tokenizer.json", digest(key, vocab), str, fit, lambda _: [])
 
 
-def pack(
-    decision: Decision, number: int, besides: Sequence[int], out: Path, model: ModelConfig, seed: int, key: str
-) -> Packed:
+def pack(decision: Decision, number: int, besides: Sequence[int], model: ModelConfig, seed: int, key: str) -> Packed:
     """`parts.pack_part`, unless it is done. `key`: what it follows from, but the splits."""
     path, of = decision.parts[number], decision.splits(number, besides)
+    out = decision.parts.folder.parent
 
     def pack() -> Packed:
         return parts.pack_part(path, of, out, model, number, seed)
@@ -158,3 +162,12 @@ def pack(
         return [*(out / shard.file for shard in part.shards), *(path.with_suffix(suffix) for suffix in (CHATS, ASKED))]
 
     return kept(path.with_suffix(".pack.json"), digest(key, of, dump(model), seed), Packed, pack, made)
+
+
+def chat_files(places: Parts, besides: Sequence[str]) -> dict[str, dict[str, int]]:
+    """`recipes.write_chats` of all parts, and of what was saved `besides` under names in the work folder."""
+    out = places.folder.parent
+    counts = write_chats([*places, *(places.folder / name for name in besides)], out)
+    for name in (FILES[split] for split in counts):
+        put(out / name)
+    return counts

@@ -1,18 +1,23 @@
-"""One task for each of many jobs, on Ray Data: in the order of the jobs, whatever ran where."""
+"""One task for each of many jobs, on Ray Data: in the order of the jobs, whatever ran where. And one on every machine."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ray
 import ray.data
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from shoal.errors import DataError, ShoalError
+from shoal.errors import DataError, ResourceError, ShoalError
 
 Progress = Callable[[str, int, int], None]  # what, done, total
+EVERYWHERE_SECONDS = 10.0  # that all machines may take for what is done on every one
 
 
 def each(
@@ -28,7 +33,13 @@ def each(
     """
 
     def run(row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": task(*row["job"])}
+        try:
+            return {"result": task(*row["job"])}
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            do = "free some there, or add machines"
+            raise ResourceError(f"the disk of {platform.node()} is full", got=str(error)[:160], do=do) from error
 
     class Worker:
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -53,6 +64,18 @@ def each(
             raise cause from error
         said = str(cause or error).strip() or type(cause or error).__name__
         raise DataError(f"cannot {what}", got=said.splitlines()[-1][:200]) from error
+
+
+def everywhere(task: Callable[[], None]) -> None:
+    """Run a small task on every machine that answers; what becomes of it is not looked at."""
+    run: Any = ray.remote(num_cpus=0, max_retries=0)(lambda: task())
+    try:
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        on = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+        asked = [run.options(scheduling_strategy=where).remote() for where in on]
+        ray.wait(asked, num_returns=len(asked), timeout=EVERYWHERE_SECONDS)
+    except (RayError, RuntimeError, ConnectionError):
+        pass  # a cluster that ends is no reason to hide what it ended by
 
 
 @contextmanager

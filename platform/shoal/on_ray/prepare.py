@@ -6,19 +6,20 @@
     a span   groups                   -> what is held out
     a part   documents                -> a sample -> the tokenizer            encode, pack, write -> index.json
 
-Only counts pass through this process, whatever the corpus holds (`corpus_tasks`). The rest goes through files, so on several
-nodes the corpus folder must be on a file system that all of them share. Nothing is there under its final name before it is
-complete, and ``index.json`` comes last. A run that was killed goes on where it was: each task's result lies in the work folder,
-and is taken again while the sources, the request and the code are the same (`data.kept`).
+Only counts pass through this process, whatever the corpus holds (`corpus_tasks`). The rest goes through files: into a folder
+that all nodes see, or into S3, where tasks put what they make and no folder is shared (`data.place`). Nothing is there under
+its final name before it is complete, and ``index.json`` comes last. A run that was killed goes on where it was: each task's
+result lies in the work folder, and is taken again while the sources, the request and the code are the same (`data.kept`).
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,34 +27,34 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config import ModelConfig, Preset, dump
-from shoal.data import card, identities, parts, remote
+from shoal.data import card, identities, parts, ranged, remote
 from shoal.data.alone import alone
 from shoal.data.chats import customer_service
-from shoal.data.chats.recipes import ChatFiles, fits, write_chats
+from shoal.data.chats.recipes import FILES, ChatFiles, fits
 from shoal.data.documents import SourceSpec
 from shoal.data.kept import code_digest, digest
+from shoal.data.lease import leased
 from shoal.data.operators import decontaminate
 from shoal.data.operators.pipeline import Operators
 from shoal.data.order import Mix
 from shoal.data.parts import Packed
+from shoal.data.place import WORK, Place, put
+from shoal.data.publish import NAMED, publish, published, sweep
 from shoal.data.shards import INDEX, SPLITS, TOKENIZER, Index, clear, open_index, write_index
 from shoal.data.sources import demo
 from shoal.data.sources.files import File, list_files, local_path, store_of
-from shoal.data.sources.s3 import S3
+from shoal.data.sources.s3 import S3, SCHEME
 from shoal.data.tables import Parts
 from shoal.errors import ConfigError, DataError
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.machine import need_disk, write_aside
-from shoal.on_ray.corpus_tasks import Decision, Reader, draw, fit_drawn, fit_whole, pack
-from shoal.on_ray.each import Progress, each, quiet_data
+from shoal.on_ray.corpus_tasks import EVALUATION, Decision, Reader, chat_files, draw, fit_drawn, fit_whole, pack
+from shoal.on_ray.each import Progress, each, everywhere, quiet_data
 
 __all__ = ["SourceSpec", "prepare"]
 
 SOURCES = "sources"  # folder in the corpus folder: what the demo corpus fetched
-# folder there, until the corpus is finished: the cleaned documents, and the results of finished tasks
-WORK = ".prepare"
-NAMED = "named.json"  # file there: the files that rows name, with their stamps; an edited one is noticed
-DISK = 5  # bytes wanted for each byte of source: cleaned documents, shards, and room
+DISK = 5  # bytes wanted for each byte of source, of one folder: cleaned documents, shards, and room
 
 
 def prepare(
@@ -68,42 +69,37 @@ def prepare(
     s3: S3 = S3(),
     on_progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Make the corpus in `out` for models of `preset` and return its report; a Ray must be running.
+    """Make the corpus in `out`, a folder or ``s3://...``, for models of `preset` and return its report; a Ray must be running.
 
     `sources` None: the demo corpus. `mix`: share of each modality by token; those without a document are left out.
     `tokenizer`: a ``tokenizer.json`` to use (default: one is fitted to a sample). A corpus that was finished for the same
     request is not made again. Raises DataError for a source that is missing, empty or of no
     use, and when `out` holds the corpus of another request; ResourceError when the disk is too small.
     """
+    start = time.monotonic()
+    place: Path | Place = Path(out).absolute()
     if remote.is_remote(out):
-        ask = {"sources": sources, "mix": mix, "preset": preset, "seed": seed, "operators": operators,
-               "tokenizer": tokenizer}  # fmt: skip
-        return _prepare_remote(str(out), s3, ask, on_progress)
-    out, start = Path(out).absolute(), time.monotonic()
+        place = Place(str(out), s3.resolved(), secrets.token_hex(8))
+    there = _is_there(place)  # asked first, so that hours of work do not end at a bucket that is not there
     given = Tokenizer.adopt(tokenizer, preset.model.vocab) if tokenizer is not None else None
-    if sources is None:
-        out.mkdir(parents=True, exist_ok=True)
-    specs = list(sources) if sources is not None else demo.sources(out / SOURCES, on_progress)
+    specs = list(sources) if sources is not None else demo.sources(_demo_folder(place), on_progress)
     specs = _named_apart(specs)
     sets = [SourceSpec("evaluation", uri) for uri in operators.evaluation]
-    plan = parts.split_files([file for spec in specs for file in list_files(spec, s3) if not _made_in(out, file)])
+    plan = parts.split_files([file for spec in specs for file in list_files(spec, s3) if not _made_in(place, file)])
     evaluation = [file for spec in sets for file in list_files(spec, s3)]
-    job = _Job(out, specs, plan, evaluation, given, mix, preset, seed, operators, s3, demo=sources is None)
-    if (out / INDEX).exists():
-        return _finished(job)
-    need_disk(out, DISK * sum(job.sizes))
-    with _alone(out / WORK), quiet_data():
+    job = _Job(place, specs, plan, evaluation, given, mix, preset, seed, operators, s3, demo=sources is None)
+    if there:
+        return _looked_at(job)
+    with _alone(job) as need, quiet_data():
         # Looked at again, since another command may have finished it before it let go of the lock.
-        report = _finished(job) if (out / INDEX).exists() else _make(job, start, on_progress)
-        shutil.rmtree(out / WORK, ignore_errors=True)
-    return report
+        return _finished(job) if _is_there(place) else _make(job, start, on_progress, need)
 
 
 @dataclass(frozen=True)
 class _Job:
     """What is asked for, and the files that it is made of, as they are now."""
 
-    out: Path
+    place: Path | Place
     specs: list[SourceSpec]
     plan: list[list[File]]  # the files in parts
     evaluation: list[File]
@@ -114,6 +110,21 @@ class _Job:
     operators: Operators
     s3: S3
     demo: bool
+
+    @property
+    def out(self) -> Path:
+        """The folder of the corpus; where it is made in S3, this machine's."""
+        return self.place if isinstance(self.place, Path) else self.place.folder
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return str(self.place) if isinstance(self.place, Path) else self.place.uri
+
+    @property
+    def parts(self) -> Parts:
+        """Where the parts lie."""
+        return Parts(self.place / WORK if isinstance(self.place, Path) else self.place, len(self.plan))
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -144,13 +155,16 @@ class _Job:
         return asked | ({"evaluation sets": digest(_stamps(self.evaluation))} if self.evaluation else {})
 
 
-def _make(job: _Job, start: float, on_progress: Progress) -> dict[str, Any]:
-    """The corpus itself, and its report; `start`: when it was asked for."""
-    out, work, model = job.out, job.out / WORK, job.preset.model
+def _make(job: _Job, start: float, on_progress: Progress, need: Callable[[], None]) -> dict[str, Any]:
+    """The corpus itself, and its report; `start`: when it was asked for. `need`: raises where another command took over."""
+    out, model = job.out, job.preset.model
     packed, named, keys, characters = Packed(), defaultdict[str, dict[str, str]](dict), [], Counter[str]()
-    places, documents = Parts(work, len(job.plan)), 0
-    reads = zip(job.plan, places, job.keys, strict=True)
-    reader = Reader(job.operators, _evaluation(job.evaluation, work), job.seed)
+    places, documents = job.parts, 0
+    if job.evaluation:
+        decontaminate.collect(job.evaluation, places.folder / EVALUATION)
+        put(places.folder / EVALUATION)
+    reads = zip(job.plan, range(len(places)), job.keys, strict=True)
+    reader = Reader(job.operators, places, job.seed)
     for key, files, found in zip(
         job.keys, job.plan, each(reader, reads, job.sizes, "read and clean", on_progress), strict=True
     ):
@@ -165,20 +179,24 @@ def _make(job: _Job, start: float, on_progress: Progress) -> dict[str, Any]:
     besides = decide(decision, job.sizes, packed, on_progress)
     used = job.given or _tokenizer(decision, besides, characters, job, on_progress)
     write_aside(out / TOKENIZER, used.json)
-    packs = [
-        (decision, number, besides, out, model, job.seed, digest(key, used.sha256)) for number, key in enumerate(keys)
-    ]
+    put(out / TOKENIZER)
+    packs = [(decision, number, besides, model, job.seed, digest(key, used.sha256)) for number, key in enumerate(keys)]
     for part in each(pack, packs, job.sizes, "encode and pack", on_progress):
         packed.add(part)
     chats = _chats(job, places, used, on_progress)
     index = _index(packed, job.request, model, used)
+    if isinstance(job.place, Place):
+        ranged.write_origin(out, job.place.uri, job.s3)  # its shards, which the report shows some of, are there
     report = card.report(out, index, packed, used, chats, time.monotonic() - start)
-    card.write(out, report)
-    clear(out, keep={shard.file for shard in index.shards})  # of other requests, and what was half written
+    card.write(out, report, out.name if isinstance(job.place, Path) else job.name)
     (out / NAMED).unlink(missing_ok=True)
     if named and not job.demo:
         write_aside(out / NAMED, json.dumps(named, sort_keys=True) + "\n")
-    write_index(out, index)
+    if isinstance(job.place, Place):
+        publish(job.place, index, [FILES[split] for split in chats], need)
+    else:
+        clear(out, keep={shard.file for shard in index.shards})  # of other requests, and what was half written
+        write_index(out, index)
     return report
 
 
@@ -213,40 +231,35 @@ def _tokenizer(
 
 def _chats(job: _Job, places: Parts, used: Tokenizer, on_progress: Progress) -> dict[str, dict[str, int]]:
     """Write the fine-tuning files, out of what the parts drew; split -> task -> rows."""
-    saved: list[Path] = list(places)
-    if job.demo:
+    besides = ["templates"] if job.demo else []
+    for name in besides:
         templates = ChatFiles(job.seed)
         for split in SPLITS:
             templates.add(split, (chat for chat in customer_service.chats(split) if fits(chat, used, job.preset.model)))
-        saved.append(places.folder / "templates")
-        templates.save(saved[-1])
-    (counts,) = each(write_chats, [(saved, job.out)], [1], "draw chats", on_progress)
+        for file in templates.save(places.folder / name):
+            put(file)
+    (counts,) = each(chat_files, [(places, besides)], [1], "draw chats", on_progress)
     return counts
 
 
-def _prepare_remote(out: str, s3: S3, ask: Mapping[str, Any], on_progress: Progress) -> dict[str, Any]:
-    """Made in a local folder, then copied; one that is there is looked at as a local one would be."""
-    there = remote.exists(out, s3)  # asked first, so that hours of work do not end at a bucket that is not there
-    folder = remote.local(out, s3) if there else remote.staging(out)
-    report = prepare(folder, **ask, s3=s3, on_progress=on_progress)
-    if not there:
-        remote.upload(folder, out, s3, on_progress)
-        shutil.rmtree(folder, ignore_errors=True)
-    return report
+def _is_there(place: Path | Place) -> bool:
+    """Whether a complete corpus is. Raises DataError where that cannot be found out."""
+    return (place / INDEX).exists() if isinstance(place, Path) else remote.exists(place.uri, place.service)
 
 
-def _evaluation(files: Sequence[File], work: Path) -> Path | None:
-    """A file with what the evaluation sets hold; None where none is named."""
-    if not files:
-        return None
-    path = work / "evaluation.npz"
-    decontaminate.collect(files, path)
-    return path
+def _demo_folder(place: Path | Place) -> Path:
+    """Where what the demo corpus fetches comes to lie."""
+    folder = (place if isinstance(place, Path) else ranged.cache()) / SOURCES
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
-def _made_in(out: Path, file: File) -> bool:
+def _made_in(place: Path | Place, file: File) -> bool:
     """Whether a file is of the corpus itself, which may lie inside a source."""
-    return Path(file.path).is_relative_to(out) and not Path(file.spec.uri).is_relative_to(out)
+    if isinstance(place, Path):
+        return Path(file.path).is_relative_to(place) and not Path(file.spec.uri).is_relative_to(place)
+    own = f"{place.uri.rstrip('/')}/"
+    return f"{SCHEME}{file.path}".startswith(own) and not f"{file.spec.uri}/".startswith(own)
 
 
 def _stamps(files: Iterable[File]) -> list[list[Any]]:
@@ -255,10 +268,23 @@ def _stamps(files: Iterable[File]) -> list[list[Any]]:
 
 
 @contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """Raises DataError while another prepare works there: the shards of two requests would be mixed."""
-    with alone(work / "lock", DataError(f"another prepare is writing to {work.parent}", do="wait for it, or stop it")):
-        yield
+def _alone(job: _Job) -> Iterator[Callable[[], None]]:
+    """Raises DataError while another prepare works there: the shards of two requests would be mixed. In the block, what raises
+    where another took over; nothing of the work is left after it, or on machines where S3 has it."""
+    place = job.place
+    if isinstance(place, Path):
+        need_disk(place, DISK * sum(job.sizes))
+        busy = DataError(f"another prepare is writing to {place}", do="wait for it, or stop it")
+        with alone(place / WORK / "lock", busy):
+            yield lambda: None
+            shutil.rmtree(place / WORK, ignore_errors=True)
+        return
+    with leased(place.bucket, place.run) as lease:
+        try:
+            yield lease.need
+        finally:
+            everywhere(place.leave)
+            place.leave()
 
 
 def _named_apart(specs: Sequence[SourceSpec]) -> list[SourceSpec]:
@@ -270,8 +296,22 @@ def _named_apart(specs: Sequence[SourceSpec]) -> list[SourceSpec]:
     return [replace(spec, uri=here.get(spec.uri, spec.uri)) for spec in specs]
 
 
+def _looked_at(job: _Job) -> dict[str, Any]:
+    """`_finished`, and what a command that was killed at the very end left in S3 goes."""
+    if isinstance(job.place, Path):
+        return _finished(job)
+    try:
+        report = _finished(job)
+        sweep(job.place)
+        return report
+    finally:
+        job.place.leave()
+
+
 def _finished(job: _Job) -> dict[str, Any]:
     """The report of the corpus in `out`, which must be of the same request and of the same files."""
+    if isinstance(job.place, Place):
+        published(job.place)
     had = open_index(job.out).request
     asked = json.loads(json.dumps(job.request))
     other = sorted(key for key in asked.keys() | had.keys() if asked.get(key) != had.get(key))
@@ -279,13 +319,13 @@ def _finished(job: _Job) -> dict[str, Any]:
         named = json.loads((job.out / NAMED).read_bytes()) if (job.out / NAMED).exists() else {}
         report: dict[str, Any] = json.loads((job.out / card.REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{job.out} is not whole", got=str(error)[:160], do="remove it and prepare again") from error
+        raise DataError(f"{job.name} is not whole", got=str(error)[:160], do="remove it and prepare again") from error
     stores = {spec.name: store_of(spec, job.s3) for spec in job.specs}
     if not other and any(stores[name].stamp(path) != was for name, of in named.items() for path, was in of.items()):
         other = ["files that rows name"]
     if other:
         raise DataError(
-            f"{job.out} holds a corpus of another request",
+            f"{job.name} holds a corpus of another request",
             got=f"other {', '.join(other)}",
             do="give another --out, or remove it",
         )

@@ -27,14 +27,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException as DcpError
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.optim import Optimizer
 
@@ -326,12 +325,6 @@ def require_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path
             got=", ".join(differ),
             do="resume with the same values, choose another --out, or pass --resume never",
         )
-
-
-def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """The whole state of `model` on the CPU, gathered from all ranks; empty on all but rank 0."""
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast("dict[str, Tensor]", get_model_state_dict(model, options=whole))
 
 
 def code_version(package: Path = Path(__file__).parent.parent) -> str:

@@ -1,8 +1,8 @@
 """Training, from a plan to a model directory: the same loop alone, under torchrun and under Ray Train.
 
-    join the ranks -> build the whole model -> find what to go on from -> open the data -> shard the model -> load
+    join the ranks -> build the model -> find what to go on from -> open the data -> shard the model -> draw or load
       -> (one update -> say so -> now and then: evaluate on held-out rows, save a checkpoint) until the run's share is done
-      -> evaluate, save, gather the model and write its directory
+      -> evaluate, save, write the model's directory, tensor by tensor
 
 A file RUN/stop asks for a checkpoint and an early end.
 
@@ -12,28 +12,20 @@ All ranks decide together: whatever depends on a clock or a disk is read on rank
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from shoal.config import ModelConfig
-from shoal.errors import CheckpointError, ConfigError, DataError
-from shoal.inputs.chat import DEFAULT_TEMPLATE
-from shoal.inputs.tokenizer import Tokenizer
-from shoal.model import checkpoint, smooth
+from shoal.errors import ConfigError, DataError
+from shoal.model import checkpoint
 from shoal.model.cost import parameters
-from shoal.model.linears import export_int8, fake_quantize_
-from shoal.model.net import Net
-from shoal.train import exits, lora, sparse
-from shoal.train.checkpoint import TrainState, full_state
-from shoal.train.feed import Feed, open_feed, shard_tokenizer
+from shoal.model.linears import fake_quantize_
+from shoal.train import fresh
+from shoal.train.checkpoint import TrainState
+from shoal.train.feed import Feed, open_feed
 from shoal.train.heldout import Bpb, HeldoutReport, measure
 from shoal.train.log import Report, Speaker, ignore
 from shoal.train.loss import LossModel
@@ -51,10 +43,9 @@ from shoal.train.parallel import Ranks, shard_
 from shoal.train.plan import FitPlan, located, progress
 from shoal.train.refusal import need_memory_of_gpu
 from shoal.train.run import Clock, Run, StoppedError, enough_memory, only_writer, stop_file
+from shoal.train.start import Start
 from shoal.train.step import update
 from shoal.train.timing import Tracer, Watch
-
-SMOOTHED_BY = 2  # updates whose rows say how large the activations become
 
 
 @dataclass(frozen=True)
@@ -90,7 +81,7 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker, at_end: contextlib.ExitStack
     with ranks.alike():
         checkpoint.require_replaceable(plan.model_dir)  # where its model goes is looked at before it is trained
         plan = located(plan)
-        start = _Start.of(plan)
+        start = Start.of(plan, ranks)
         identity = plan.identity(start.base)
         if plan.dtype == "bfloat16" and ranks.device.type == "cpu":
             raise ConfigError("dtype", got=plan.dtype, allowed="auto or float32 without a GPU")
@@ -110,6 +101,8 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker, at_end: contextlib.ExitStack
     model = LossModel(start.net, exits_, teacher, trained_only=plan.frozen)
     model.low = plan.dtype != "float32"
     shard_(model, ranks, replicas=plan.replicas, recompute=plan.recompute, compiled=plan.compile)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        fresh.fill_(model, start.net, plan.train.seed, ranks.device)
     optimizer = make_optimizer(model, plan.train)
     rounded = _rounded(plan, model, feed, ranks)  # before a checkpoint takes the place of the weights
     run.load(model, optimizer, feed)
@@ -165,34 +158,6 @@ def _updates(plan: FitPlan, run: Run, state: TrainState, meter: Meter, followed:
         fake_quantize_(model.net, plan.quantize)  # what is measured is what will be served
         _between(plan, run, state, done, stopped=clock.stopped)
     return done
-
-
-def _smooth(net: Net, feed: Feed, ranks: Ranks) -> None:
-    """Move what single channels of the activations have too much of, for some rows of the data, into the weights, in place and
-    alike on all ranks: a model of other people's has not learned to live with the rounding (decision 0041)."""
-    batches = [batch for step in range(min(SMOOTHED_BY, feed.steps_in_epoch)) for batch in feed.at(step)]
-    rows = [
-        tokens[docs >= 0].to(ranks.device)
-        for batch in batches
-        for tokens, docs in zip(batch.tokens, batch.docs, strict=True)
-    ]
-    by = smooth.factors(net, smooth.largest(net, [row for row in rows if len(row)]))
-    by = ranks.agree({name: factor.cpu() for name, factor in by.items()})
-    net.load_state_dict(
-        smooth.smoothed(net.state_dict(), {name: factor.to(ranks.device) for name, factor in by.items()})
-    )
-
-
-def _untied(net: Net, config: ModelConfig) -> Net:
-    """`net` under `config`, whose head is a matrix of its own. Raises CheckpointError where they differ in more."""
-    if dataclasses.replace(net.config, tied=False) != config:
-        raise CheckpointError("the model to quantise is of another configuration", do="plan with the model's own")
-    with torch.device("meta"):
-        whole = Net(config)
-    state = smooth.smoothed(net.state_dict(), {})
-    state[f"{smooth.HEAD}.weight"] = state[f"{smooth.HEAD}.weight"].clone()  # no longer the memory of the token table
-    whole.load_state_dict(state, assign=True)
-    return whole
 
 
 def _rate(plan: FitPlan, at: float) -> float:
@@ -255,117 +220,6 @@ def _rounded(plan: FitPlan, model: LossModel, feed: Feed, ranks: Ranks) -> dict[
         fake_quantize_(model.net, on)
         found[name] = measure(model, feed.heldout, ranks).bpb
     return found
-
-
-@dataclass
-class _Start:
-    """Where the weights come from, and with them the tokenizer and the chat template that the model will be written with."""
-
-    net: Net
-    tokenizer: Tokenizer
-    template: str
-    base: dict[str, str]  # sha256 of what was read of the plan's model directory, by name; empty for fresh weights
-    source: dict[str, Any] | None = None  # what an open model was imported from
-    backbone: str = ""  # sha256 of what stays as it is, where what is new alone is trained
-    solves: bool = False  # are there new exits whose last matrix is to be solved for?
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the tensors then: training is in fp32
-
-    @classmethod
-    def of(cls, plan: FitPlan) -> _Start:
-        """From the plan's model directory, or fresh with the tokenizer of its shards. Equal on every rank."""
-        if plan.init:
-            parts = checkpoint.read(plan.init)
-            source = parts.source
-            digest, backbone, dtypes = exits.digest(parts.net.state_dict()), "", dict[str, torch.dtype]()
-            solves = plan.adapts and not plan.biases_only and exits.begins_solved(parts.config, plan.model)
-            if plan.adapts:
-                backbone = exits.digest(_backbone(plan, parts.net.state_dict(), parts.config))
-                grown = sparse.made if plan.biases_only else exits.added
-                parts.net, parts.config = grown(parts.net, plan.model), plan.model
-                dtypes = {name: tensor.dtype for name, tensor in parts.net.state_dict().items()}
-            if plan.frozen:
-                freeze_ = sparse.freeze_ if plan.biases_only else exits.freeze_
-                freeze_(parts.net)
-            if plan.quantize and source is not None:
-                parts.net, parts.config = _untied(parts.net, plan.model), plan.model
-            if parts.config != plan.model:
-                raise CheckpointError(f"{plan.init} is of another configuration", do="plan with the model's own")
-            net, tokenizer, template = parts.net.float(), parts.tokenizer, parts.chat_template
-            base = {
-                "weights_sha256": digest,
-                "tokenizer_sha256": tokenizer.sha256,
-                "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
-            }
-            if plan.train.lora_rank:
-                lora.adapt_(net, plan.train.lora_rank, plan.train.seed)
-                for name, parameter in net.named_parameters():
-                    if plan.adapts and exits.is_exits(name, plan.model):
-                        parameter.requires_grad_(True)
-        else:
-            net, tokenizer, template = (
-                Net(plan.model).init_(plan.train.seed),
-                shard_tokenizer(plan.data),
-                DEFAULT_TEMPLATE,
-            )
-            base, source, backbone, solves, dtypes = {}, None, "", False, {}
-        if len(tokenizer) > plan.model.vocab:
-            raise ConfigError(
-                "model.vocab", got=plan.model.vocab, allowed=f"at least {len(tokenizer)}, the tokenizer's"
-            )
-        return cls(net, tokenizer, template, base, source, backbone, solves, dtypes)
-
-    def prepare(self, plan: FitPlan, feed: Feed, ranks: Ranks) -> None:
-        """What is done to the weights, in place, once the data are known."""
-        if self.solves:
-            updates = exits.updates_solved_on(plan.model, plan.train.batch_tokens, feed.steps_in_epoch)
-            read = [[batch.to(ranks.device) for batch in feed.at(step)] for step in range(updates)]
-            exits.solve_(ranks.place(self.net), read, ranks)
-        if plan.quantize and self.source is not None:
-            ranks.place(self.net)
-            _smooth(self.net, feed, ranks)
-
-    def teacher(self, plan: FitPlan) -> Net | None:
-        """What the net is held to, before it changes: itself, with its sparse layers dense where their biases learn."""
-        if not plan.has_teacher:
-            return None
-        net = copy.deepcopy(self.net)
-        return sparse.dense_(net) if plan.biases_only else net
-
-    def export(self, plan: FitPlan, model: LossModel, ranks: Ranks) -> str:
-        """Gather the model and write its directory, INT8 when the plan quantises. Returns the sha256 of the backbone where
-        something was added to it, else "". Raises CheckpointError, and writes nothing, where it should have stayed and did
-        not."""
-        model.trained_only = False
-        state = {name.removeprefix("net."): tensor for name, tensor in full_state(model).items()}
-        with ranks.alike():
-            if ranks.first and plan.frozen:
-                state = {name: tensor.to(self.dtypes[name]) for name, tensor in state.items()}
-                exits.need_unchanged(self.backbone, _backbone(plan, state, plan.model))
-        if ranks.first:
-            config = plan.model
-            if plan.train.lora_rank:
-                lora.save(plan.run, state)
-                state = lora.merged(state)
-            after = exits.digest(_backbone(plan, state, config)) if plan.adapts else ""
-            if plan.quantize:
-                whole = Net(config)
-                whole.load_state_dict(state)
-                config, state = dataclasses.replace(config, quantization="w8a8"), export_int8(whole)
-            checkpoint.save(
-                plan.model_dir,
-                config=config,
-                state=state,
-                tokenizer=self.tokenizer,
-                name=plan.name,
-                chat_template=self.template,
-                source=self.source,
-            )
-        return str(ranks.agree(self.backbone if plan.frozen else after if ranks.first else ""))
-
-
-def _backbone(plan: FitPlan, state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a net of `config` to which `plan` adds others."""
-    return (sparse if plan.biases_only else exits).backbone(state, config)
 
 
 def _summary(plan: FitPlan, ranks: Ranks, meter: Meter) -> dict[str, Any]:

@@ -108,13 +108,14 @@ def shard_(
 
     A model below STAYS_GATHERED is whole on every rank from the first use to the end of an update (ZeRO-2), which saves
     three quarters of the gathering; a larger one is gathered a group at a time, forward and backward. Every rank must hold
-    the same full weights: drawing them on shards would give each shard the same values. Gradients are summed, not averaged:
-    the loss is already divided by the counts of the whole batch.
+    the same full weights, or none yet (`fresh.meta`). Gradients are summed, not averaged: the loss is already divided by the
+    counts of the whole batch.
 
     `replicas`: that many groups of ranks each hold the whole model (HSDP), so that only gradients cross between them;
     `recompute`: layers keep their inputs alone and run again in backward; `compiled`: each layer by torch.compile.
     """
-    model.to(ranks.device)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        model.to(ranks.device)
     groups = [group for net in (model.net, model.teacher) if net is not None for group in net.groups]
     for group in groups:
         for block in group.blocks:  # type: ignore[union-attr]

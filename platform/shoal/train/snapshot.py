@@ -54,13 +54,20 @@ def share(tensors: Mapping[str, Tensor], ranks: Ranks) -> list[Piece]:
             copies = zip(tensor.placements, tensor.device_mesh.get_coordinate() or (), strict=True)
             if any(place.is_replicate() and at for place, at in copies):  # another group of ranks has the same (HSDP)
                 continue
-            _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
             local = tensor.to_local()
             if local.numel():
-                found.append(Piece(name, tuple(offsets), local))
+                found.append(Piece(name, offsets_of(tensor), local))
         elif zlib.crc32(name.encode()) % ranks.world == ranks.rank:
             found.append(Piece(name, (0,) * tensor.dim(), tensor))
     return found
+
+
+def offsets_of(tensor: Tensor) -> tuple[int, ...]:
+    """Where this rank's shard begins in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim()
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(offsets)
 
 
 class Snapshot:

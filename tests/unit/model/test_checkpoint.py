@@ -234,7 +234,7 @@ def test_weights_in_many_files_are_the_same_weights(model, cut):
 
 def test_one_large_tensor_has_a_file_of_its_own(model, tmp_path):
     """A limit below the largest tensor: no tensor is cut, and none is lost."""
-    files.save_weights(tmp_path, {"a": torch.ones(4), "b": torch.ones(100), "c": torch.ones(4)}, 32)
+    files.save_weights(tmp_path, {"a": torch.ones(4), "b": torch.ones(100), "c": torch.ones(4)}.items(), 32)
     assert [sorted(held) for held in files.weight_files(tmp_path).values()] == [["a"], ["b"], ["c"]]
     assert files.load_weights(tmp_path).keys() == {"a", "b", "c"}
 

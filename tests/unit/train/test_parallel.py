@@ -19,16 +19,17 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shoal import scale
-from shoal.errors import DataError, ShoalError
+from shoal import presets, scale
+from shoal.errors import CheckpointError, DataError, ShoalError
 from shoal.model import checkpoint
-from shoal.train import log, parallel
+from shoal.train import fresh, log, parallel
 from shoal.train.feed import open_feed, shard_tokenizer
 from shoal.train.loop import fit
 from shoal.train.loss import LossModel
 from shoal.train.manifest import damage
 from shoal.train.optim import left_out, make_optimizer, rotates
 from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan
+from shoal.train.start import whole_tensors
 from shoal.train.step import count, update
 
 pytestmark = pytest.mark.timeout(400)  # eight processes on what may be two busy cores
@@ -119,6 +120,9 @@ def play(rank: int, root: Path, shards: Path, chats: Path, model: Path) -> None:
     scene("not-finite", 2, lambda: one_rank_is_not_finite(shards, rank))
     scene("sync", 2, lambda: gradients_are_exchanged_once(shards, rank))
     scene("exchanged", 2, lambda: as_much_is_exchanged_as_is_said(shards, rank))
+    for world, replicas in ((3, 1), (4, 2)):
+        scene(f"fresh-{world}", world, lambda r=replicas: fresh_weights_are_those_of_one_process(r))  # type: ignore[misc]
+    scene("full-model", 2, lambda: the_disk_is_full_for_the_model(shards, root))
     scene("depth", 2, lambda: ranks_differ_in_depth(shards, rank))
     scene("alone-in-error", 2, lambda: an_error_of_one_rank_is_every_ranks(shards, root, rank))
     scene("full-disk", 2, lambda: fit(plan(shards, root / "full-disk", 2, eval_every=0), fill_the_disk()))
@@ -146,6 +150,37 @@ def prepared(shards: Path, rank: int) -> tuple[FitPlan, LossModel, torch.optim.O
         open_feed(todo, shard_tokenizer(shards), "", ranks).at(0),
         ranks,
     )
+
+
+def fresh_weights_are_those_of_one_process(replicas: int) -> None:
+    """To the bit, norms and gates too, where shards are uneven and where groups hold the same; none has the whole before."""
+    from shoal.model.net import Net
+
+    config, ranks = presets.get("test").model, parallel.Ranks.join()
+    net = fresh.meta(config)
+    assert all(parameter.is_meta == (parameter.dim() > 1) for parameter in net.parameters())
+    model = LossModel(net)
+    parallel.shard_(model, ranks, replicas=replicas)
+    fresh.fill_(model, net, 7, ranks.device)
+    wanted = Net(config).init_(7).state_dict()
+    found = {name.removeprefix("net."): tensor for name, tensor in whole_tensors(model, ranks)}
+    assert list(found) == list(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def the_disk_is_full_for_the_model(shards: Path, root: Path) -> None:
+    """Rank 0 cannot write it, in the middle of what all gather: both are told, and nobody waits."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def report(record: log.Record) -> None:
+        if record["kind"] == "checkpoint" and record["step"] == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 2**10, before[1]))
+
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*full-model/model: got"):
+            fit(plan(shards, root / "full-model", 2, eval_every=0, steps=1), report)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (root / "full-model" / "model").exists()
 
 
 def one_rank_is_not_finite(shards: Path, rank: int) -> None:

@@ -135,8 +135,8 @@ class ChatFiles:
             heap = self._kept.setdefault((split, chat.task), [])
             (heapq.heappush if len(heap) < MOST[split] else heapq.heappushpop)(heap, (-draw, chat.json))
 
-    def save(self, path: Path) -> None:
-        """Write what was drawn beside `path`, and the draws of all that training may be asked."""
+    def save(self, path: Path) -> list[Path]:
+        """Write what was drawn beside `path`, and the draws of all that training may be asked; the files."""
         rows = sorted((*of, -draw, row) for of, heap in self._kept.items() for draw, row in heap)
         split, task, draw, row = zip(*rows, strict=True) if rows else ((),) * 4
         strings = {"split": split, "task": task, "row": row}
@@ -144,6 +144,7 @@ class ChatFiles:
         columns["draw"] = pa.array(draw, pa.uint64())
         tables.write_batch(path.with_suffix(CHATS), pa.record_batch(columns))
         tables.write(path.with_suffix(ASKED), {"draw": np.array(sorted(self._drawn["train"]), dtype=np.uint64)})
+        return [path.with_suffix(suffix) for suffix in (CHATS, ASKED)]
 
 
 def write_chats(paths: Sequence[Path], directory: Path) -> dict[str, dict[str, int]]:

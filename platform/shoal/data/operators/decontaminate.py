@@ -14,6 +14,7 @@ import numpy as np
 
 from shoal.data.documents import Document, Skipped
 from shoal.data.operators.grams import grams, words
+from shoal.data.place import here
 from shoal.data.sources import rows
 from shoal.data.sources.files import File, Unusable
 from shoal.data.sources.kinds import TABLES
@@ -28,7 +29,7 @@ class Decontaminate:
     """The operator. `path`: what `collect` wrote."""
 
     def __init__(self, path: Path) -> None:
-        with np.load(path) as stored:
+        with np.load(here(path)) as stored:
             self._known = {int(n): stored[n] for n in stored.files}
 
     def __call__(self, document: Document) -> Document | Skipped:

@@ -24,6 +24,7 @@ from datasketch import MinHash
 from shoal.data import tables
 from shoal.data.documents import Document
 from shoal.data.operators.grams import grams, words
+from shoal.data.place import here
 from shoal.data.tables import Parts, Span
 
 GRAM = 5  # words
@@ -197,7 +198,7 @@ class Texts:
 
     @cached_property
     def _column(self) -> Any:
-        with pa.memory_map(str(self._path)) as source:
+        with pa.memory_map(str(here(self._path))) as source:
             return pa.chunked_array([batch.column("text") for batch in pa.ipc.open_stream(source)], pa.large_string())
 
     def words(self, row: int) -> Counted:

@@ -1,0 +1,246 @@
+"""Where a corpus is made: a folder, or a prefix of S3 of which each machine has a folder with what it made or opened there.
+
+    s3://BUCKET/PREFIX/            shards, tokenizer, chats, report; index.json last: its presence means complete
+    s3://BUCKET/PREFIX/.prepare/   each part's documents, tables and kept results, which say what it made; gone at the end
+    CACHE/prepare/CORPUS/RUN/      the same names on one machine, of one command
+
+Tasks read and write files as ever. What a task made is put (`put`) before its result is, and what is not on this machine is
+fetched when it is opened (`here`). So no folder is shared, and a machine that is lost takes nothing with it.
+
+Notable: a machine's folder is of one command, since the next may give the same names to other bytes. It has the bound of the
+cache (`SHOAL_CACHE_BYTES`): what was not used for a while goes, and is fetched again where it is wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import posixpath
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shoal.data import ranged
+from shoal.data.remote import told
+from shoal.data.sources import s3
+from shoal.data.sources.s3 import S3
+from shoal.errors import DataError, ResourceError
+
+WORK = ".prepare"  # folder there, until the corpus is finished
+SPARED = 600.0  # seconds after it was used in which a file stays on this machine, whatever the bound says
+_LOST = ("404", "NoSuchKey")  # what S3 answers where there is no such object
+
+T = TypeVar("T")
+_known: dict[Path, Place] = {}  # what folders of this process stand for
+
+
+@dataclass(frozen=True)
+class Place:
+    """A prefix of S3 where one command makes a corpus. `run`: a name that no other command has."""
+
+    uri: str
+    service: S3
+    run: str
+
+    @property
+    def folder(self) -> Path:
+        """This machine's folder of it, made when it is first asked for; those of earlier commands go. Raises ResourceError."""
+        return _folder(self, ranged.cache())
+
+    @property
+    def work(self) -> Path:
+        """The work folder in it."""
+        return self.folder / WORK
+
+    @property
+    def bucket(self) -> Bucket:
+        return _bucket(self.uri, self.service)
+
+    def leave(self) -> None:
+        """Remove what this machine has of it."""
+        folder = ranged.cache() / "prepare" / _digest(self.uri)
+        _known.pop(folder / self.run, None)
+        _folder.cache_clear()
+        shutil.rmtree(folder / self.run, ignore_errors=True)
+        shutil.rmtree(ranged.cache() / "blocks" / self.run, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another command's is there
+            folder.rmdir()
+
+
+class Bucket:
+    """Objects under a prefix, by their names after it. Whatever S3 says becomes a DataError of one line."""
+
+    def __init__(self, uri: str, service: S3) -> None:
+        self.uri, self._service = uri.rstrip("/"), service
+        self._bucket, key = s3.split(uri)
+        self._prefix = f"{key.strip('/')}/" if key.strip("/") else ""
+
+    @cached_property
+    def _client(self) -> Any:
+        return self._service.client()
+
+    def sizes(self, begins: str = "") -> Iterator[tuple[str, int]]:
+        """Name and bytes of the objects whose names begin so."""
+        with told(self.uri):
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + begins):
+                for item in page.get("Contents", ()):
+                    yield item["Key"][len(self._prefix) :], item["Size"]
+
+    def tag(self, name: str) -> str | None:
+        """What changes with the bytes of an object; None where there is none."""
+        head = self.head(name)
+        return None if head is None else str(head["ETag"])
+
+    def head(self, name: str) -> dict[str, Any] | None:
+        """What S3 says of an object; None where there is none."""
+        return self._unless_lost(lambda: self._client.head_object(Bucket=self._bucket, Key=self._prefix + name))
+
+    def put(self, file: Path, name: str) -> str:
+        """Copy a file there; its tag."""
+        with told(self.uri):
+            self._client.upload_file(str(file), self._bucket, self._prefix + name)
+        tag = self.tag(name)
+        if tag is None:
+            raise DataError(f"{self.uri}/{name} was put and is not there", do="see who else writes there")
+        return tag
+
+    def get(self, name: str, file: Path) -> None:
+        """Copy an object here; the file has its name once it is whole."""
+
+        def fetch() -> bool:
+            self._client.download_file(self._bucket, self._prefix + name, str(file))
+            return True
+
+        if not self._unless_lost(fetch):
+            raise DataError(
+                f"{self.uri}/{name} is missing", do="run the same command again: what is there is gone on with"
+            )
+
+    def text(self, name: str) -> bytes | None:
+        """What a small object holds; None where there is none."""
+
+        def read() -> bytes:
+            data: bytes = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read()
+            return data
+
+        return self._unless_lost(read)
+
+    def put_text(self, name: str, data: bytes, **only: str) -> str | None:
+        """Write a small object, `only` where S3 finds this so (IfMatch, IfNoneMatch); its tag, or None where it did not."""
+        from botocore.exceptions import ClientError
+
+        with told(self.uri):
+            try:
+                put = self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=data, **only)
+            except ClientError as error:
+                if only and _code(error) in ("PreconditionFailed", "ConditionalRequestConflict", *_LOST):
+                    return None
+                raise
+        return str(put["ETag"])
+
+    def remove(self, names: list[str]) -> None:
+        """Remove objects, where they are."""
+        with told(self.uri):
+            for at in range(0, len(names), 1000):  # as many as one request may name
+                keys = [{"Key": self._prefix + name} for name in names[at : at + 1000]]
+                self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": keys, "Quiet": True})
+
+    def _unless_lost(self, ask: Callable[[], T]) -> T | None:
+        from botocore.exceptions import ClientError
+
+        with told(self.uri):
+            try:
+                return ask()
+            except ClientError as error:
+                if _code(error) in _LOST:
+                    return None
+                raise
+
+
+def here(path: Path) -> Path:
+    """`path`, to be opened: where it is of a corpus that is made in S3, and not on this machine, it is fetched. Raises
+    DataError where it cannot be, ResourceError where the disk is full."""
+    place, name = _of(path)
+    if place is None:
+        return path
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ranged.room(place.folder):
+            place.bucket.get(name, path)
+        _added(place, path)
+    return path
+
+
+def put(path: Path) -> str | None:
+    """Where `path` is of a corpus that is made in S3, put it there; its tag. None where it is on its place already."""
+    place, name = _of(path)
+    if place is None:
+        return None
+    tag = place.bucket.put(path, name)
+    _added(place, path)
+    return tag
+
+
+def bucket_of(path: Path) -> tuple[Bucket, str] | None:
+    """Where `path` lies in S3: bucket and name there; None where it is a file and no more."""
+    place, name = _of(path)
+    return None if place is None else (place.bucket, name)
+
+
+def _of(path: Path) -> tuple[Place | None, str]:
+    """Of which place it is, and its name there."""
+    for folder, place in _known.items():
+        name = posixpath.normpath(os.path.relpath(path, folder))
+        if not name.startswith(".."):
+            return place, name
+    return None, ""
+
+
+@lru_cache(maxsize=16)
+def _folder(place: Place, cache: Path) -> Path:
+    root = cache / "prepare" / _digest(place.uri)
+    folder = root / place.run
+    try:
+        (folder / WORK).mkdir(parents=True, exist_ok=True)
+        others = [other for other in root.iterdir() if other != folder]
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write to {cache}", got=error.strerror, do="set SHOAL_CACHE to a folder that every machine has"
+        ) from error
+    for other in others:
+        shutil.rmtree(other, ignore_errors=True)
+    _known[folder] = place
+    return folder
+
+
+@lru_cache(maxsize=16)
+def _bucket(uri: str, service: S3) -> Bucket:
+    return Bucket(uri, service)
+
+
+def _digest(uri: str) -> str:
+    return hashlib.sha256(uri.encode()).hexdigest()[:32]
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code"))
+
+
+_size = {"added": 0}  # bytes since this process looked
+
+
+def _added(place: Place, path: Path) -> None:
+    """Count a file in, and now and then keep the bound."""
+    most = ranged.cache_bytes()
+    _size["added"] += path.stat().st_size
+    if _size["added"] * ranged.LOOKS > most:
+        _size["added"] = 0
+        ranged.trim(place.folder.rglob("*.*"), most, before=time.time() - SPARED)
