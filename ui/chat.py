@@ -72,7 +72,9 @@ def _talk(
 
     def pick(example: gr.SelectData) -> tuple[Any, Any]:
         text = str(example.value["text"])  # one of the page's own, or of the model's
-        files = next((one.get("files", []) for one in assistant.examples.values() if one["text"] == text), [])
+        files: list[str] = next(
+            (one.get("files", []) for one in assistant.examples.values() if one["text"] == text), []
+        )
         content = [*({"path": file} for file in files), text]
         return [{"role": "user", "content": content}], gr.update(interactive=False, submit_btn=False, stop_btn=True)
 
@@ -141,9 +143,8 @@ def _replies(at: Site, assistant: Assistant) -> Any:
         card = site.of(cards, model)
         tools = await lookup.read(at.client(key)) if assistant.tools else None
         made = site.words_of(card, assistant.place.path)
-        if system.strip() in _unwritten(assistant, cards):  # what the user wrote stands
-            system = made.system if made else assistant.system
-            system = tools.system if tools is not None and tools.system else system  # who asks is known there
+        if system.strip() in _unwritten(assistant, cards):  # what the user wrote stands; who asks, tools know
+            system = (tools and tools.system) or (made.system if made else assistant.system)
         depth = "" if made and depth == "auto" else depth
         asked = bubbles.conversation(shown, system.strip())
         place = f"chat-{request.session_hash or 'none'}"  # a tab's tools change nothing for others

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from shoal.config import AUTO
 from shoal.data.batches import spaced
 from shoal.data.chats.heldout import Question
 from shoal.engine.engine import Engine
-from shoal.engine.events import AUTO, Request, Sampling
+from shoal.engine.events import Request, Sampling
 from shoal.evaluate.intervals import Figure, Z, of_mean
 from shoal.evaluate.prompts import Heldout, measured
 from shoal.loop.margins import of_ratio

@@ -25,7 +25,6 @@ from shoal.data.place import WORK, Bucket
 from shoal.data.shards import INDEX, open_index
 from shoal.data.sources.s3 import S3
 from shoal.errors import DataError, ResourceError
-from shoal.on_ray import prepare as module
 from shoal.on_ray.prepare import prepare
 from tests.s3 import Service, service
 
@@ -106,8 +105,8 @@ class Machines:
 def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
     made = Machines(tmp_path, monkeypatch)
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "driver"))
-    monkeypatch.setattr(module, "each", made.each)
-    monkeypatch.setattr(module, "everywhere", made.everywhere)
+    monkeypatch.setattr("shoal.on_ray.prepare.each", made.each)
+    monkeypatch.setattr("shoal.on_ray.prepare.everywhere", made.everywhere)
     monkeypatch.setattr(lease, "SECONDS", 0.3)
     monkeypatch.setattr(lease, "LOOK", 0.05)
     monkeypatch.setattr(lease, "RENEWED", 10**6)
@@ -119,7 +118,7 @@ def undisturbed(ask: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     """What the same request makes in a folder."""
     with pytest.MonkeyPatch.context() as patch:
         made = Machines(tmp_path_factory.mktemp("machines"), patch)
-        patch.setattr(module, "each", made.each)
+        patch.setattr("shoal.on_ray.prepare.each", made.each)
         out = tmp_path_factory.mktemp("local")
         prepare(out, **ask)
     return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith("report.")}
@@ -208,7 +207,7 @@ def test_a_command_that_is_killed_while_it_completes_the_corpus_is_gone_on_with(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:  # all but what makes it complete
-        patch.setattr(module, "publish", lambda *args: (_ for _ in ()).throw(Killed))
+        patch.setattr("shoal.on_ray.prepare.publish", lambda *args: (_ for _ in ()).throw(Killed))
         patch.setattr(Lease, "end", lambda lease: lease._over.set())
         with pytest.raises(Killed):
             prepare(URI, **ask, s3=s3.inside)

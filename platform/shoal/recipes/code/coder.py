@@ -16,9 +16,8 @@ from shoal.recipes.shape import shaped
 from shoal.sandbox import refused
 
 LEARNED, FITTED, ASKED = 12_000, 150, 50  # rows: to learn from, for the router, and of each kind in a suite
-NAMED_LEARNED = (
-    0.35  # of what is learned to be written: each of eleven must be met some hundred times to be known by heart
-)
+# share of what is learned to be written: each of eleven must be met some hundred times to be known by heart
+NAMED_LEARNED = 0.35
 COMPARED = 4_000  # rows that the nearest is looked for in
 KNOWN, NEW = "known-wordings.jsonl", "new-wordings.jsonl"  # suites
 AGAIN, WHOLE = "learn-said-again.jsonl", "learn.jsonl"
