@@ -194,8 +194,11 @@ async def stream(
     more = (usage.model_extra or {}) if usage else {}
     tokens, depth = (usage.completion_tokens, more.get("depth", "")) if usage else (pieces, depth)
     below = facts(depth, tokens, card, f"first after {first:.2f} s, last", time.perf_counter() - began, more)
-    if end == "length" and given != settings:
-        below += f" \N{MIDDLE DOT} cut off: the conversation fills the {card.context} tokens of context"
+    if end == "length":
+        full = (
+            f": the conversation fills the {card.context} tokens of context" if given != settings else " at Most tokens"
+        )
+        below += f" \N{MIDDLE DOT} cut off{full}"
     made = tuple(calls[at] for at in sorted(calls))
     yield Said(text, below, whole=True, settings=given, id=last.id, kept=last.kept, calls=made)
 

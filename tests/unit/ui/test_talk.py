@@ -110,8 +110,9 @@ def test_the_facts_below_an_answer() -> None:
 class Server:
     """An API that streams `pieces` and then ends, or is cut off."""
 
-    def __init__(self, pieces: list[str], *, cut: bool = False) -> None:
-        self._pieces, self._cut = pieces, cut
+    def __init__(self, pieces: list[str], *, cut: bool = False, end: str | None = None) -> None:
+        """`end`: the reason that it gives."""
+        self._pieces, self._cut, self._end = pieces, cut, end
 
     def client(self) -> openai.AsyncOpenAI:
         http = httpx.AsyncClient(transport=httpx.MockTransport(self._answer))
@@ -124,6 +125,7 @@ class Server:
             events.append({"error": {"message": "the engine replica was lost", "code": "engine_dead"}})
         else:
             usage = {"prompt_tokens": 1, "completion_tokens": 9, "total_tokens": 10, "depth": "middle"}
+            events.append({"choices": [self._choice({}) | {"finish_reason": self._end}]})
             events.append({"choices": [], "usage": usage})
         lines = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
         lines += "" if self._cut else "data: [DONE]\n\n"
@@ -140,6 +142,15 @@ def states(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[Said]:
         return [state async for state in talk.stream(server.client(), CARD, [], talk.Settings("auto", 9))]
 
     return asyncio.run(all_of())
+
+
+@pytest.mark.parametrize(("end", "told"), [("length", True), ("stop", False), (None, False)])
+def test_an_answer_that_ends_in_the_middle_of_a_sentence_says_why(
+    end: str | None, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *_, last = states(Server(["one", " two"], end=end), monkeypatch)
+    assert last.below.endswith(" s · cut off at Most tokens") is told and last.whole
+    assert ("cut off" in last.below) is told
 
 
 def test_an_answer_that_is_stopped_keeps_what_was_known_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
