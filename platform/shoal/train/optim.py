@@ -9,7 +9,8 @@ import random
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Muon, Optimizer
 
 from shoal.config import ModelConfig, TrainConfig
@@ -44,7 +45,48 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     if not matrices:
         return adamw
     rate, decay = config.learning_rate, config.weight_decay
-    return Together(Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"), adamw)
+    return Together(WholeMuon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"), adamw)
+
+
+class WholeMuon(Muon):
+    """torch's Muon, which multiplies whole matrices: one that is sharded is gathered once an update, by every rank, and not at
+    each of its fifteen products. What all ranks do alike they do to the bit as one alone."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Write every matrix, by its own gradient and what is remembered of those before."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                state = self.state[matrix]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+                buffer = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+                update = orthogonal(
+                    matrix.grad.lerp(buffer, group["momentum"]), group["ns_coefficients"], group["ns_steps"]
+                )
+                rate = group["lr"] * 0.2 * math.sqrt(max(matrix.shape))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update, alpha=-rate)
+
+
+def orthogonal(update: Tensor, factors: tuple[float, float, float], times: int) -> Tensor:
+    """Near the orthogonal matrix that is nearest to `update`, in bf16: Newton and Schulz's iteration, `times`, with the
+    polynomial of these `factors` (kellerjordan.github.io/posts/muon). Sharded as `update` is."""
+    short = update.bfloat16()
+    whole = short.full_tensor() if isinstance(short, DTensor) else short
+    x = whole.T if len(whole) > whole.shape[1] else whole
+    x = x / x.norm().clamp(min=1e-7)
+    a, b, c = factors
+    for _ in range(times):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    x = x.T if len(whole) > whole.shape[1] else x
+    if not isinstance(update, DTensor):
+        return x
+    alike = [Replicate()] * update.device_mesh.ndim
+    return DTensor.from_local(x, update.device_mesh, alike, run_check=False).redistribute(placements=update.placements)
 
 
 class Together(Optimizer):

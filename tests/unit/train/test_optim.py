@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from shoal.config import TrainConfig
 from shoal.model.net import Net
 from shoal.train.loss import LossModel
 from shoal.train.optim import (
+    WholeMuon,
     exit_weights,
     learning_rate,
     left_out,
@@ -183,3 +185,19 @@ def test_muons_updates_are_of_the_size_of_adamws_and_decay_as_they_do() -> None:
     assert {group["lr"] for part in (muon, adamw) for group in part.param_groups} == {rate}
     assert muon.param_groups[0]["weight_decay"] == decay
     assert {group["betas"] for group in adamw.param_groups} == {config.betas}
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (8, 8)])
+def test_muon_of_whole_matrices_is_torchs_to_the_bit(shape: tuple[int, int]) -> None:
+    draws = torch.Generator().manual_seed(3)
+    first = torch.randn(shape, generator=draws)
+    ours, theirs = (torch.nn.Parameter(first.clone()) for _ in range(2))
+    settings: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    both = WholeMuon([ours], **settings), torch.optim.Muon([theirs], **settings)
+    for _ in range(4):
+        ours.grad = torch.randn(shape, generator=draws)
+        theirs.grad = ours.grad.clone()
+        for optimizer in both:
+            optimizer.step()
+        assert torch.equal(ours, theirs)
+    assert both[0].state_dict()["state"].keys() == both[1].state_dict()["state"].keys()

@@ -327,9 +327,10 @@ def test_bf16_as_on_gpus_is_near_fp32_and_keeps_fp32_weights(played: Path) -> No
 
 
 def test_muon_over_ranks_is_near_alone(played: Path) -> None:
-    """Its Newton-Schulz iteration runs in bf16, so not nearer than that."""
+    """Whole matrices are made orthogonal by every rank: in bf16, which rounds what sums in another order say, now and then the
+    other way."""
     assert history(played / "muon", "step", "loss") == pytest.approx(
-        history(played / "alone-muon", "step", "loss"), rel=5e-3
+        history(played / "alone-muon", "step", "loss"), rel=1e-3
     )
 
 
