@@ -13,6 +13,7 @@ import torch
 from shoal import Model
 from shoal.config import ModelConfig
 from shoal.data.chats.heldout import Question
+from shoal.engine.engine import Engine
 from shoal.evaluate.prompts import Heldout, Prompts
 from shoal.inputs.chat import Encoded
 from shoal.loop import costs
@@ -256,3 +257,21 @@ def test_beside_a_stable_version_that_breaks_its_promise_what_mends_it_alone_run
     asked = {"chat": [Question(one, one, "", "chat", 0)] * 80}
     found = {check.name: check.status for check in costs.checks(*models, asked, asked, alone=True)}
     assert found == {f"router, {name}": status for name, status in wanted.items()} | {"time a token": "pass"}
+
+
+@pytest.mark.parametrize(("lost", "status"), [((0.12, 0.02), PASS), ((0.03, 0.02), FAIL)])
+def test_time_is_held_to_the_depth_that_the_layers_are(
+    lost: tuple[float, float], status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [Model.from_preset("test") for _ in range(2)]
+    for model, depth in zip(models, (2, 1), strict=True):
+        model.router = Always(model.config, depth)
+    monkeypatch.setattr(costs, "measured", losing(*lost))
+
+    def seconds(engine: Engine, prompts: object, depth: costs.Depth) -> float:
+        return 1.5 if engine.model is models[0] else {"auto": 1.0, 2: 1.45}[depth]
+
+    monkeypatch.setattr(costs, "_seconds", seconds)
+    one = Encoded([1], [], [True])
+    check = costs.checks(models[0], models[1], {"chat": [Question(one, one, "", "chat", 0)] * 80})[-1]
+    assert check.status == status and ("at 2 of 4 layers" in check.told) == (status == PASS)
