@@ -47,6 +47,12 @@ def conversation(shown: Iterable[Message], system: str = "") -> list[Message]:
     return [*([{"role": "system", "content": system}] if system else []), *asked]
 
 
+def first(shown: Iterable[Message]) -> str:
+    """The words of the first question that the page shows."""
+    content = next((one["content"] for one in shown if one["role"] == "user"), "")
+    return "\n".join(filter(None, map(_text, content if isinstance(content, list) else [content])))
+
+
 def lacks_picture(message: Message) -> bool:
     """Whether a message of the page has a picture that this server does not have."""
     return any(not isinstance(part, str) and _path(part) == str(LOST_PICTURE) for part in message["content"])

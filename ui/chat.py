@@ -143,11 +143,13 @@ def _replies(at: Site, assistant: Assistant) -> Any:
         card = site.of(cards, model)
         tools = await lookup.read(at.client(key)) if assistant.tools else None
         made = site.words_of(card, assistant.place.path)
-        if system.strip() in _unwritten(assistant, cards):  # what the user wrote stands; who asks, tools know
-            system = (tools and tools.system) or (made.system if made else assistant.system)
+        signed_in, language = tools.place(bubbles.first(shown)) if tools is not None else ("", "")
+        if system.strip() in _unwritten(assistant, cards):  # what the user wrote stands
+            system = signed_in or (made.system if made else assistant.system)  # who asks is known to the tools
         depth = "" if made and depth == "auto" else depth
         asked = bubbles.conversation(shown, system.strip())
-        place = f"chat-{request.session_hash or 'none'}"  # a tab's tools change nothing for others
+        # a tab's tools change nothing for others
+        place = "-".join(filter(None, (language, "chat", request.session_hash or "none")))
         settings, told = Settings(depth, int(most), temperature, top_p, *given, store=bool(keep)), None
         async with aclosing(lookup.stream(at.client(key), card, asked, settings, tools, place)) as states:
             async for state in states:

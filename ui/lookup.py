@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -19,15 +19,23 @@ from ui.talk import Card, Message, Said, Settings
 
 MOST_CALLS = 4  # in a row: a model may go on for ever
 AT = "/shoal/tools"
+_CJK = re.compile(r"[\u3400-\u9fff]")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a service executes, as a chat takes it, and what the model is told of who asks."""
+    """What a service executes, as a chat takes it, and what the model is told of who asks, also by language."""
 
     listed: tuple[dict[str, Any], ...]
     system: str
+    systems: Mapping[str, str] = field(default_factory=dict)
+
+    def place(self, question: str) -> tuple[str, str]:
+        """Of a conversation that begins with this question: what the model is told, and the language that its place is named
+        after, empty where there is none of its own."""
+        language = "zh" if _CJK.search(question) else "en"
+        return (self.systems[language], language) if language in self.systems else (self.system, "")
 
 
 async def read(api: openai.AsyncOpenAI) -> Tools | None:
@@ -35,7 +43,7 @@ async def read(api: openai.AsyncOpenAI) -> Tools | None:
     try:
         answer: httpx.Response = await api.get(AT, cast_to=httpx.Response)
         told = answer.json()
-        return Tools(tuple(told["data"]), str(told["system"]))
+        return Tools(tuple(told["data"]), str(told["system"]), dict(told["systems"]))
     except (openai.OpenAIError, ValueError, LookupError, TypeError):
         return None
 

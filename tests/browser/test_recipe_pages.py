@@ -17,6 +17,7 @@ from shoal.data.chats import forms
 from shoal.inputs.chat import encode_chat
 from shoal.inputs.tools import call
 from shoal.model.net import Net
+from shoal.recipes.customer_service.customers import EXAMPLES
 from shoal.recipes.customer_service.service import serving
 from shoal.recipes.customer_service.shop import TOOLS
 from shoal.recipes.law.words import SYSTEM
@@ -136,13 +137,15 @@ def test_a_page_says_what_its_model_was_taught_and_offers_the_recipe_s_examples(
         page.goto("about:blank")
 
 
-@pytest.mark.parametrize("name", ["customer-service", "code", "law"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("customer-service", EXAMPLES["en"]), ("customer-service", EXAMPLES["zh"]), ("code", "x"), ("law", "y")],
+)
 def test_what_a_page_asks_is_token_for_token_what_the_recipe_taught(
-    page: Page, strangers: list[str], name: str
+    page: Page, strangers: list[str], name: str, text: str
 ) -> None:
-    text = "When does my order arrive?"
     with serving() as shop, site(policy=named(name).policy(), tools=shop, model=roomy()) as here:
-        signed_in = httpx.get(f"{shop}/system").json()["system"]
+        signed_in = httpx.get(f"{shop}/system").json()["systems"]["zh" if text == EXAMPLES["zh"] else "en"]
         visit(page, here, name)
         most_tokens(page, 16)
         with here.saying("Well."):

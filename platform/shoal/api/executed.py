@@ -1,7 +1,8 @@
 """Tools that the operator's own service executes for the chat pages (`shoal serve --tools URL`), each chat's apart.
 
     GET  URL/tools               the tools, as a chat takes them
-    GET  URL/system              {"system": what the model is told of who asks}; may be missing
+    GET  URL/system              {"system": what the model is told of who asks, "systems": {"zh": the same in a language}}; may
+                                 be missing, and `systems` too; a chat in one of these languages is named after it: zh-CHAT
     POST URL/shops/CHAT/NAME     call one, with a JSON object of arguments; what it gives is a JSON object
 
 `recipes/customer_service/service.py` is one. Of a client nothing goes into an address but names of letters, digits, _ and -.
@@ -50,11 +51,15 @@ def tool_routes(service: Service, url: str) -> APIRouter:
 
     @router.get("", responses=refused(*ASKED))
     async def listed() -> dict[str, Any]:
-        """The tools that this service executes, and what a model is told of who asks."""
+        """The tools that this service executes, and what a model is told of who asks, by language too."""
         async with httpx.AsyncClient(timeout=SECONDS) as http:
             tools = await _given(http.get(f"{at}/tools"))
             system = await _given(http.get(f"{at}/system"), missing={})
-        return {"object": "shoal.tools", "data": tools, "system": str(system.get("system", ""))}
+        systems = system.get("systems")
+        return {
+            "object": "shoal.tools", "data": tools, "system": str(system.get("system", "")),
+            "systems": systems if isinstance(systems, dict) else {},
+        }  # fmt: skip
 
     @router.post("/{chat}/{name}", responses=refused(*POSTED))
     async def call(chat: str, name: str, request: Request) -> dict[str, Any]:

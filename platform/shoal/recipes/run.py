@@ -51,7 +51,7 @@ class Asked:
 
     minutes: float
     seed: int = 0
-    workers: int = 1
+    workers: int = 2
     model: str = ""
     beside: str = ""
 

@@ -11,8 +11,6 @@ import typer
 from shoal.errors import UsageError
 from shoal.stages.stage import Stage, out, print_result, say
 
-# a small model is updated three to four times as often by one as by two, which gather each product that Muon makes
-WORKERS, OPEN_WORKERS = 1, 2
 NEW = "new"  # what stands in place of a name to begin one of a user's own data
 
 
@@ -35,7 +33,7 @@ class Recipe(Stage):
     out: Annotated[Path, typer.Option(help="Folder to write; empty, or of the same recipe.")]
     minutes: Annotated[float, typer.Option(help="Minutes of learning in all.")] = 9.0
     seed: Annotated[int, typer.Option(help="Seed of the data and of fresh weights.")] = 0
-    workers: Annotated[int | None, typer.Option(help="Training workers, one process each. [1, with --model 2]")] = None
+    workers: Annotated[int, typer.Option(help="Training workers, one process each.")] = 2
     model: Annotated[
         Path | None, typer.Option(help="Imported model directory to tune by thin matrices. [fresh weights]")
     ] = None
@@ -63,8 +61,7 @@ class Recipe(Stage):
 
         recipe = named(self.name)
         model, beside = (str(given) if given else "" for given in (self.model, self.beside))
-        workers = self.workers if self.workers is not None else OPEN_WORKERS if model else WORKERS
-        asked = Asked(self.minutes, self.seed, workers, model, beside)
+        asked = Asked(self.minutes, self.seed, self.workers, model, beside)
         with progress(self.name) as tell:
             found = run(recipe, self.out, asked, tell, say)
         if not self.as_json:

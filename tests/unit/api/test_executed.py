@@ -27,6 +27,8 @@ async def test_they_are_listed_with_what_a_model_is_told(connect: Callable[..., 
     told = (await connect(tools=f"{shop}/").get(PATH)).json()
     order, item = Shop(SUITE, "en").orders("on the way")[0]
     assert told["data"] == TOOLS and told["system"].endswith(f"Orders: {order} {item}.")
+    order, item = Shop(SUITE, "zh").orders("on the way")[0]
+    assert told["systems"]["zh"].endswith(f"Orders: {order} {item}.") and told["systems"]["en"] == told["system"]
     assert (await connect().get(PATH)).status_code == 404, "without the option there are none"
 
 
@@ -39,6 +41,15 @@ async def test_a_call_is_made_in_the_chats_own_place(connect: Callable[..., http
     ]
     assert first["given"]["refund"] and again["given"] == {"error": "already cancelled"}
     assert other["given"] == first["given"]
+
+
+async def test_a_chat_that_is_named_after_a_language_is_in_that_shop(
+    connect: Callable[..., httpx.AsyncClient], shop: str
+) -> None:
+    order, item = Shop(SUITE, "zh").orders("on the way")[0]
+    body = {"arguments": {"order": order}}
+    found = (await connect(tools=shop).post(f"{PATH}/zh-chat-1/track_order", json=body)).json()
+    assert found["given"]["item"] == item
 
 
 async def test_what_is_no_call_is_refused(connect: Callable[..., httpx.AsyncClient], shop: str) -> None:

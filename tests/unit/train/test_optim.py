@@ -1,17 +1,20 @@
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from shoal import presets
 from shoal.config import TrainConfig
 from shoal.model.net import Net
 from shoal.train.loss import LossModel
 from shoal.train.optim import (
+    MATCHED,
     WholeMuon,
     exit_weights,
     learning_rate,
@@ -20,6 +23,7 @@ from shoal.train.optim import (
     one_early_exit,
     rotates,
     trained_exits,
+    whole,
 )
 
 CONFIG = TrainConfig(learning_rate=2e-3, warmup=0.1, decay=0.4, min_lr_ratio=0.05)
@@ -187,17 +191,27 @@ def test_muons_updates_are_of_the_size_of_adamws_and_decay_as_they_do() -> None:
     assert {group["betas"] for group in adamw.param_groups} == {config.betas}
 
 
-@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (8, 8)])
-def test_muon_of_whole_matrices_is_torchs_to_the_bit(shape: tuple[int, int]) -> None:
-    draws = torch.Generator().manual_seed(3)
-    first = torch.randn(shape, generator=draws)
-    ours, theirs = (torch.nn.Parameter(first.clone()) for _ in range(2))
-    settings: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    both = WholeMuon([ours], **settings), torch.optim.Muon([theirs], **settings)
-    for _ in range(4):
-        ours.grad = torch.randn(shape, generator=draws)
-        theirs.grad = ours.grad.clone()
-        for optimizer in both:
-            optimizer.step()
-        assert torch.equal(ours, theirs)
-    assert both[0].state_dict()["state"].keys() == both[1].state_dict()["state"].keys()
+def test_muon_of_sharded_matrices_is_muon() -> None:
+    """On one rank: the same update but for one rounding (it is scaled before it is added), and the same moments after it."""
+    draws = torch.Generator().manual_seed(0)
+    shapes = ((6, 4), (4, 6), (5, 5))
+    values = [
+        [torch.randn(shape, generator=draws) for shape in shapes] for _ in range(4)
+    ]  # weights, and three gradients
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        found = []
+        for of in (lambda one: one.clone(), lambda one: distribute_tensor(one.clone(), mesh, [Shard(0)])):
+            weights = [torch.nn.Parameter(of(one)) for one in values[0]]
+            muon = WholeMuon(weights, lr=0.1, weight_decay=0.1, adjust_lr_fn=MATCHED)
+            for gradients in values[1:]:
+                for weight, gradient in zip(weights, gradients, strict=True):
+                    weight.grad = of(gradient)
+                muon.step()
+            found.append([whole(one.detach()) for w in weights for one in (w, muon.state[w]["momentum_buffer"])])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(found[0][0], values[0][0])
+    finally:
+        dist.destroy_process_group()

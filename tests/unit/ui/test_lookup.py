@@ -7,6 +7,7 @@ import json
 import pytest
 
 from ui import bubbles, history
+from ui.lookup import Tools
 from ui.talk import Said
 
 CALLED = (
@@ -25,6 +26,14 @@ def test_a_conversation_tells_the_model_again_what_it_looked_up() -> None:
         assert told[1:4] == [*CALLED, {"role": "assistant", "content": "On its way."}]
     assert json.loads(history.as_json(shown[:2], ""))["messages"][1:] == told[1:4]
     assert "On its way." in history.as_markdown(shown) and "call_1" not in history.as_markdown(shown)
+
+
+def test_a_conversation_is_in_the_place_of_its_language() -> None:
+    tools = Tools((), "Hello.", {"en": "Hello.", "zh": "您好。"})
+    assert tools.place("我的订单") == ("您好。", "zh") and tools.place("My order") == ("Hello.", "en")
+    assert Tools((), "Hello.").place("我的订单") == ("Hello.", "")
+    shown = [{"role": "user", "content": [{"type": "text", "text": "我的订单"}]}, {"role": "user", "content": "Yes"}]
+    assert bubbles.first(shown) == "我的订单" and bubbles.first([]) == ""
 
 
 def test_what_a_shop_gives_is_shown_and_never_obeyed() -> None:

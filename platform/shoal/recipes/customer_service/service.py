@@ -1,7 +1,7 @@
 """The shop over HTTP, on this machine alone: what executes a tool's call for an evaluation, a page or a program.
 
     GET    /tools               the tools, as a chat takes them
-    GET    /system              what a model is told of a customer who is signed in, with an order on its way
+    GET    /system              what a model is told of a customer who is signed in, with an order on its way; of each language
     POST   /shops/NAME/TOOL     call one in the shop NAME, with a JSON object of arguments; 400 says what was wrong with them
     GET    /shops/NAME          what calls have changed there
     DELETE /shops/NAME          forget it
@@ -108,8 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
             case ["tools"]:
                 self._answer(200, TOOLS)
             case ["system"]:
-                order, item = self._shops.get("system").orders("on the way")[0]
-                self._answer(200, {"system": SYSTEM + ORDERS.format(orders=f"{order} {item}")})
+                systems = {language: self._signed_in(language) for language in LANGUAGES}
+                self._answer(200, {"system": systems[LANGUAGES[0]], "systems": systems})
             case ["shops", name]:
                 self._answer(200, self._shops.get(name).state())
             case _:
@@ -135,6 +135,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: its lines would stand between those of the command."""
+
+    def _signed_in(self, language: str) -> str:
+        order, item = self._shops.get(f"{language}-system").orders("on the way")[0]
+        return SYSTEM + ORDERS.format(orders=f"{order} {item}")
 
     @property
     def _shops(self) -> Shops:
