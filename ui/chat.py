@@ -142,14 +142,12 @@ def _replies(at: Site, assistant: Assistant) -> Any:
         assert isinstance(cards, list)
         card = site.of(cards, model)
         tools = await lookup.read(at.client(key)) if assistant.tools else None
+        signed_in, place = lookup.place(tools, bubbles.first(shown), request.session_hash)
         made = site.words_of(card, assistant.place.path)
-        signed_in, language = tools.place(bubbles.first(shown)) if tools is not None else ("", "")
         if system.strip() in _unwritten(assistant, cards):  # what the user wrote stands
-            system = signed_in or (made.system if made else assistant.system)  # who asks is known to the tools
+            system = signed_in or _system(assistant, made)  # who asks is known to the tools
         depth = "" if made and depth == "auto" else depth
         asked = bubbles.conversation(shown, system.strip())
-        # a tab's tools change nothing for others
-        place = "-".join(filter(None, (language, "chat", request.session_hash or "none")))
         settings, told = Settings(depth, int(most), temperature, top_p, *given, store=bool(keep)), None
         async with aclosing(lookup.stream(at.client(key), card, asked, settings, tools, place)) as states:
             async for state in states:
@@ -159,6 +157,10 @@ def _replies(at: Site, assistant: Assistant) -> Any:
                 yield [*shown, bubbles.said(state)], command, gr.skip()
 
     return reply
+
+
+def _system(assistant: Assistant, made: Words | None) -> str:
+    return made.system if made else assistant.system
 
 
 def _unwritten(assistant: Assistant, cards: list[Card]) -> set[str]:
@@ -239,7 +241,7 @@ def _describe(
             site.depths_of(card, depth, made.depth if made else "auto"),
             gr.update(maximum=card.context - 1, value=min(most, card.context // 2)),
             Key.shown(given),
-            (made.system if made else assistant.system) if any_made and unwritten else gr.skip(),
+            _system(assistant, made) if any_made and unwritten else gr.skip(),
             gr.update(examples=_examples(assistant, made)) if any_made else gr.skip(),
         )
 

@@ -31,11 +31,14 @@ class Tools:
     system: str
     systems: Mapping[str, str] = field(default_factory=dict)
 
-    def place(self, question: str) -> tuple[str, str]:
-        """Of a conversation that begins with this question: what the model is told, and the language that its place is named
-        after, empty where there is none of its own."""
-        language = "zh" if _CJK.search(question) else "en"
-        return (self.systems[language], language) if language in self.systems else (self.system, "")
+
+def place(tools: Tools | None, question: str, tab: str | None) -> tuple[str, str]:
+    """Of a conversation of a tab that begins with this question: what the model is told of who asks, and the name of the place
+    of its calls, in its language where there is one. What a tab's calls change there changes nothing for others."""
+    name, language = f"chat-{tab or 'none'}", "zh" if _CJK.search(question) else "en"
+    if tools is None:
+        return "", name
+    return (tools.systems[language], f"{language}-{name}") if language in tools.systems else (tools.system, name)
 
 
 async def read(api: openai.AsyncOpenAI) -> Tools | None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ui import bubbles, history
-from ui.lookup import Tools
+from ui.lookup import Tools, place
 from ui.talk import Said
 
 CALLED = (
@@ -30,8 +30,12 @@ def test_a_conversation_tells_the_model_again_what_it_looked_up() -> None:
 
 def test_a_conversation_is_in_the_place_of_its_language() -> None:
     tools = Tools((), "Hello.", {"en": "Hello.", "zh": "您好。"})
-    assert tools.place("我的订单") == ("您好。", "zh") and tools.place("My order") == ("Hello.", "en")
-    assert Tools((), "Hello.").place("我的订单") == ("Hello.", "")
+    assert place(tools, "我的订单", "a") == ("您好。", "zh-chat-a")
+    assert place(tools, "My order", "a") == ("Hello.", "en-chat-a")
+    assert place(Tools((), "Hello."), "我的订单", None) == ("Hello.", "chat-none") and place(None, "x", "a") == (
+        "",
+        "chat-a",
+    )
     shown = [{"role": "user", "content": [{"type": "text", "text": "我的订单"}]}, {"role": "user", "content": "Yes"}]
     assert bubbles.first(shown) == "我的订单" and bubbles.first([]) == ""
 
