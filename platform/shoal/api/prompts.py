@@ -13,7 +13,8 @@ from shoal.api.limits import Limits, at_most
 from shoal.api.served import ServedModel
 from shoal.api.tools import as_plain
 from shoal.errors import ContextLengthError, RequestError
-from shoal.inputs.chat import GIVEN, Encoded, encode_chat, variables
+from shoal.inputs.chat import Encoded, encode_chat
+from shoal.inputs.templates import GIVEN, variables
 from shoal.inputs.tokenizer import IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID
 
 SETTINGS_CHARACTERS = 4096  # of a chat template's own, in all

@@ -8,27 +8,20 @@ transformers does it (`_rendered_whole`).
 
 from __future__ import annotations
 
-import datetime
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from jinja2 import Template, TemplateError, meta, nodes
-from jinja2.ext import Extension, LoopControlExtension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shoal.config import ModelConfig
 from shoal.errors import RequestError
 from shoal.inputs import media
+from shoal.inputs.templates import EndlessTemplateError, rendered
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 
-GIVEN = ("messages", "add_generation_prompt")  # to a template, by whoever encodes a chat
 ROLES = ("system", "user", "assistant")
 DEFAULT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 
@@ -80,7 +73,7 @@ def encode_chat(
     contents = [_content(message, index, tokenizer, config) for index, message in enumerate(messages)]
     shown = [{"role": m["role"], "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
     opened = add_generation_prompt and not continue_final
-    text = _rendered(template, messages=shown, add_generation_prompt=opened, **(settings or {}))
+    text = rendered(template, {"messages": shown, "add_generation_prompt": opened, **(settings or {})})
     ids: list[int] = []
     answer: list[bool] = []
     images: list[media.Patches] = []
@@ -103,15 +96,6 @@ def encode_chat(
                 answer.append(answered and token == END_ID)
                 answered = False
     return Encoded(ids, images, answer)
-
-
-def _rendered(template: str, **values: Any) -> str:
-    """What the template makes of `values`. Raises RequestError (param ``messages``) when it fails."""
-    try:
-        return _compiled(template).render(**values)
-    except Exception as error:  # of the template's own making, 1/0 included
-        got = f"{type(error).__name__}: {error}"[:160]
-        raise RequestError("chat template failed", param="messages", got=got) from error
 
 
 def _rendered_whole(
@@ -137,7 +121,7 @@ def _rendered_whole(
     shown = [{"role": message["role"], "content": marked(text)} for message, text in zip(messages, texts, strict=True)]
     more = {name: marked(value) for name, value in settings.items()}
     given = {"tools": None, "documents": None, **more, **tokenizer.controls.names}
-    text = _rendered(template, messages=shown, add_generation_prompt=add_generation_prompt, **given)
+    text = rendered(template, {"messages": shown, "add_generation_prompt": add_generation_prompt, **given})
     if continue_final:
         last = shown[-1]["content"].strip()
         if last not in text:
@@ -165,6 +149,8 @@ def _answers(
                 _rendered_whole(messages[: place + more], tokenizer, template, not more, settings, False)
                 for more in (0, 1)
             )
+        except EndlessTemplateError:  # again for each message
+            raise
         except RequestError:  # of a template that wants a user's message first
             continue
         start = len(before)
@@ -232,55 +218,3 @@ def _content(message: Mapping[str, Any], index: int, tokenizer: Tokenizer, confi
                 f"{where}.content part", param="messages", got=kind, allowed="text; image_url in a user message"
             )
     return Encoded(ids, images)
-
-
-@lru_cache(maxsize=8)
-def variables(template: str) -> frozenset[str]:
-    """The names that a chat template reads beside those that every one is given. Empty for one that is broken."""
-    try:
-        found = meta.find_undeclared_variables(_environment.parse(template))
-    except TemplateError:
-        return frozenset()
-    return frozenset(found - set(GIVEN) - set(_environment.globals))
-
-
-@lru_cache(maxsize=8)  # compiling takes longer than encoding a short chat
-def _compiled(template: str) -> Template:
-    return _environment.from_string(template)
-
-
-def why_broken(template: str) -> str:
-    """What keeps a chat template from being rendered, whatever the chat; "" where nothing does."""
-    try:
-        _compiled(template)
-    except TemplateError as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0][:160]
-    return "" if template.strip() else "nothing in it"
-
-
-class _Generation(Extension):
-    """The block with which some templates frame what the model writes; it is shown as it is."""
-
-    tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-_environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, autoescape=False, extensions=[LoopControlExtension, _Generation]
-)
-_environment.filters["tojson"] = _to_json  # jinja's own would escape HTML
-_environment.globals |= {
-    "raise_exception": _raise,
-    "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-}

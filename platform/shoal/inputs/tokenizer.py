@@ -24,7 +24,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from shoal.config import load
-from shoal.errors import CheckpointError, ConfigError, RequestError
+from shoal.errors import CheckpointError, ConfigError, RequestError, first_line
+from shoal.inputs.patterns import is_panic, need_bounded
 
 PAD, END = "<|pad|>", "<|end|>"  # END closes a document, and every message of a chat
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
@@ -132,6 +133,7 @@ class Tokenizer:
             core = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every malformed file
             raise CheckpointError(f"cannot read tokenizer {path}", got=str(error)[:160]) from error
+        need_bounded(core, path)
         ours = [core.token_to_id(name) for name in SPECIAL] == list(range(len(SPECIAL)))
         tokenizer = cls(core if ours else _with_control_tokens(core, path))
         if len(tokenizer) > vocab:
@@ -307,6 +309,11 @@ def _ids(core: tokenizers.Tokenizer, text: str) -> list[int]:
         ids: list[int] = core.encode_batch_fast([text], add_special_tokens=False)[0].ids
     except TypeError as error:
         raise RequestError("text is not valid Unicode", got=text[:40]) from error
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        got, do = first_line(error), "leave some of it out: a pattern of the model's tokenizer gives up at it"
+        raise RequestError("text cannot be cut into tokens", got=got, do=do) from None
     return ids
 
 

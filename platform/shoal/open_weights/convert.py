@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shoal.config import FULL, ModelConfig
 from shoal.errors import CheckpointError, ShoalError
+from shoal.inputs.patterns import is_panic
 from shoal.machine import write_json
 from shoal.model import checkpoint, described, files
 from shoal.model.model import Model
@@ -122,7 +123,9 @@ def _readable(source: str | Path) -> Iterator[None]:
         yield
     except (ShoalError, AssertionError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         got = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         raise CheckpointError(f"cannot read {source}", got=got, do="fetch it again, or mend what it says") from error
 

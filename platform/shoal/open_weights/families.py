@@ -50,6 +50,7 @@ class Family:
     layer: Names = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    partial: bool = False  # does its class read partial_rotary_factor?
     # a layer's, if layer_types is not given
     windowed: Callable[[Mapping[str, Any], int], bool] = lambda config, layer: False
 
@@ -66,11 +67,16 @@ def _late_windowed(config: Mapping[str, Any], layer: int) -> bool:
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(defaults={"max_position_embeddings": 2048}),
     "MistralForCausalLM": Family(
-        defaults={"max_position_embeddings": 131072, "sliding_window": 4096}, windowed=_all_windowed
+        defaults={"max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8},
+        windowed=_all_windowed,
     ),
-    "Qwen2ForCausalLM": Family(defaults={"max_position_embeddings": 32768}, windowed=_late_windowed),
+    "Qwen2ForCausalLM": Family(
+        defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32}, windowed=_late_windowed
+    ),
     "Qwen3ForCausalLM": Family(
-        settings={"qk_norm": "head"}, defaults={"max_position_embeddings": 32768}, windowed=_late_windowed
+        settings={"qk_norm": "head"},
+        defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+        windowed=_late_windowed,
     ),
     "Olmo2ForCausalLM": Family(
         layer=_NORMS_AFTER,
@@ -78,13 +84,17 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
     ),
     "Phi3ForCausalLM": Family(
-        layer=_FUSED, defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}, windowed=_all_windowed
+        layer=_FUSED,
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        partial=True,
+        windowed=_all_windowed,
     ),
     "SmolLM3ForCausalLM": Family(
         defaults={
             "max_position_embeddings": 32768,
             "rope_theta": 2_000_000.0,
             "no_rope_layer_interval": 4,
+            "num_key_value_heads": 4,
             "tie_word_embeddings": True,
         },
         windowed=_late_windowed,
@@ -157,8 +167,9 @@ def shape_of(config: Mapping[str, Any], tensors: Collection[str], *, tied: bool,
     family = FAMILIES[name]
     told: dict[str, Any] = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu"}
     told |= {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
-    if config.get("sliding_window", ...) is None:  # null is no window, and not the family's
-        told.pop("sliding_window", None)
+    for key in ("sliding_window", "num_key_value_heads", "head_dim"):  # null is no window, and not the family's
+        if config.get(key, ...) is None:
+            told.pop(key, None)
 
     def whole(key: str, most: int = MOST) -> int:
         value = told.get(key)
@@ -174,6 +185,8 @@ def shape_of(config: Mapping[str, Any], tensors: Collection[str], *, tied: bool,
     share = float(
         (told.get("rope_parameters") or {}).get("partial_rotary_factor") or told.get("partial_rotary_factor") or 1
     )
+    if share != 1 and not family.partial:  # its class turns all, whatever this says
+        raise CheckpointError(f"config.json of {name}: partial_rotary_factor", got=share, allowed=1)
     dims = int(head_dim * share)
     if dims < 2:  # 0 would be a form of our own
         raise CheckpointError(

@@ -127,13 +127,26 @@ class Gguf:
                 do = "take the file in one of these, or the checkpoint that it was quantised from"
                 allowed = [each for each, _, _ in _KINDS.values()]
                 raise CheckpointError(f"tensor {name}", got=got, allowed=allowed, do=do)
-            if name in found or math.prod(shape) % _KINDS[kind][1]:
+            if name in found or (shape[-1] if shape else 1) % _KINDS[kind][1]:  # a row is whole blocks
                 got = f"tensor {name} {'twice' if name in found else f'of {list(shape)}, in blocks'}"
                 raise CheckpointError(f"{self._path} is damaged", got=got, do="fetch it again")
             found[name] = _Place(kind, shape, begin + offset)
             if begin + offset + self._size(found[name]) > len(self._bytes):
                 raise self._cut()
+            if offset % align:
+                got = f"tensor {name} at byte {offset} of the tensors, which lie at multiples of {align}"
+                raise CheckpointError(f"{self._path} is damaged", got=got, do="fetch it again")
+        self._need_apart(found)
         return found
+
+    def _need_apart(self, places: Mapping[str, _Place]) -> None:
+        """Raises CheckpointError for two tensors that have bytes in common: one of them would be read out of the other."""
+        end, before = 0, ""
+        for name, place in sorted(places.items(), key=lambda each: each[1].start):
+            if place.start < end:
+                got = f"tensors {before} and {name} at the same bytes"
+                raise CheckpointError(f"{self._path} is damaged", got=got, do="fetch it again")
+            end, before = place.start + self._size(place), name
 
     @staticmethod
     def _size(place: _Place) -> int:

@@ -17,6 +17,7 @@ from shoal.errors import CheckpointError
 from shoal.inputs.tokenizer import SPACE, is_spaced
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # kinds of tokens
+_LONGEST = 512  # characters of a token that is made of two others, at each of its places
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -104,6 +105,8 @@ def _spaced(
             f"{what}: tokenizer.ggml.scores", got=got, allowed="one a token, as this form joins by them"
         )
     plain = {token: scores[number] for token, number in vocab.items() if kinds[number] == _NORMAL}
+    if (longest := max(map(len, plain), default=0)) > _LONGEST:
+        raise CheckpointError(f"tokenizer of {what}", got=f"a token of {longest} characters", allowed=f"{_LONGEST}")
     core = tokenizers.Tokenizer(
         models.BPE(
             vocab=dict(vocab),

@@ -35,7 +35,8 @@ class Told:
 
     def __init__(self, model: Model, depth: str) -> None:
         generator = torch.Generator().manual_seed(0)
-        count = min(TOKENS, model.config.context)
+        self.context = model.config.context
+        count = min(TOKENS, self.context)
         ids = torch.tensor(model.tokenizer.sayable)[
             torch.randint(len(model.tokenizer.sayable), (count,), generator=generator)
         ]
@@ -49,7 +50,7 @@ def hold(source: Told, exported: str | Path, beside: Path) -> float:
     from shoal.open_weights.convert import import_model
 
     with tempfile.TemporaryDirectory(dir=beside, prefix=".proof-") as folder:
-        import_model(exported, Path(folder) / "model")
+        import_model(exported, Path(folder) / "model", context=source.context)  # of longrope's tables the same one
         model = Model.load(Path(folder) / "model")
     again = Told(model, "full")
     apart = float((again.logits - source.logits).abs().max())

@@ -24,6 +24,9 @@ def rates(config: Mapping[str, Any], dims: int, theta: float, context: int = 0) 
     model is to have; beyond the original one longrope has other rates, for all positions. Raises CheckpointError for another
     scheme than `KINDS`, and for numbers that it lacks."""
     told = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if any(isinstance(each, Mapping) for each in told.values()):
+        got, allowed = "some for each kind of layer", "the same for all layers"
+        raise CheckpointError("config.json: rope_parameters", got=got, allowed=allowed)
     kind = told.get("rope_type", told.get("type", "default"))
     kind = "longrope" if kind == "su" else kind  # as older checkpoints call it
     base = float(told.get("rope_theta") or config.get("rope_theta") or theta)

@@ -11,9 +11,12 @@ import tokenizers
 
 from shoal.config import ModelConfig
 from shoal.errors import CheckpointError, RequestError
-from shoal.inputs.chat import encode_chat, why_broken
+from shoal.inputs.chat import encode_chat
+from shoal.inputs.patterns import need_bounded
+from shoal.inputs.templates import EndlessTemplateError, why_broken
 from shoal.inputs.tokenizer import BYTE_OF, Controls, Tokenizer, is_spaced
 
+LARGEST = 2**28  # bytes of a tokenizer.json; the largest that are known have an eighth of it
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 _PROBE = "a"  # a text to see what a tokenizer puts around one
 
@@ -34,6 +37,8 @@ def of_folder(
         raise CheckpointError(
             f"{path} is missing", got=got, do="save the tokenizer as tokenizer.json with transformers"
         )
+    if path.stat().st_size > LARGEST:
+        raise CheckpointError(f"tokenizer {path}", got=f"{path.stat().st_size} bytes", allowed=f"at most {LARGEST}")
     try:
         core = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every malformed file
@@ -48,6 +53,7 @@ def made(core: tokenizers.Tokenizer, names: Mapping[str, str], ends: tuple[int, 
     not stand for bytes, or when nothing ends an answer."""
     _need_byte_level(core, what)
     _need_known_tokens(core, what)
+    need_bounded(core, what)
     size = 1 + max(core.get_vocab(with_added_tokens=True).values())
     named = core.token_to_id(names["eos_token"]) if "eos_token" in names else None
     # a config.json may have the id of its class's own vocabulary
@@ -67,12 +73,14 @@ def closing(tokenizer: Tokenizer, template: str, config: ModelConfig) -> Tokeniz
     """`tokenizer` with what `template` closes an answer with as an end: a base model knows the end of a text alone, and
     fine-tuned on chats it would learn to close its answer and then go on. Raises CheckpointError for a template that no chat
     can be written with."""
-    broken = why_broken(template)
+    broken, do = why_broken(template), "mend it, or give one with --chat-template FILE"
     if broken:
-        raise CheckpointError("the chat template", got=broken, do="mend it, or give one with --chat-template FILE")
+        raise CheckpointError("the chat template", got=broken, do=do)
     chat = [{"role": role, "content": _PROBE} for role in ("user", "assistant")]
     try:
         row = encode_chat(chat, tokenizer, config, template=template, add_generation_prompt=False)
+    except EndlessTemplateError as error:
+        raise CheckpointError("the chat template", got="more than any chat needs: it does not end", do=do) from error
     except RequestError:  # of a template that wants other chats
         return tokenizer
     written = [token for token, answer in zip(row.ids, row.answer, strict=True) if answer]

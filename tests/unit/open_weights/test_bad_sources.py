@@ -137,6 +137,12 @@ def test_a_tensor_that_is_wrong_is_named(
         ("qwen2", {"rope_parameters": {"rope_theta": 0}}, "rope_theta: .*; allowed: a number above 0"),
         ("phi3", {"partial_rotary_factor": 0.1, "rope_parameters": {"rope_theta": 500.0}}, "two dims of 8, or more"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: got '1 numbers'; allowed: 5"),
+        ("llama", {"partial_rotary_factor": 0.5}, "LlamaForCausalLM: partial_rotary_factor: got 0.5; allowed: 1"),
+        (
+            "qwen2",
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}},
+            "rope_parameters: got 'some for each kind of layer'; allowed: the same for all layers",
+        ),
     ],
 )
 def test_a_configuration_that_contradicts_its_tensors_is_named(
@@ -240,3 +246,65 @@ def test_numbers_that_the_written_dtype_has_not_are_named_and_not_rounded(checkp
         with pytest.raises(CheckpointError, match=rf"tensor {name}: got '{says}; import it with --dtype float32"):
             import_model(source, tmp_path / "model", dtype=dtype)
         assert not (tmp_path / "model").exists()
+
+
+def test_a_template_or_a_pattern_that_would_not_end_is_refused_in_a_line(
+    checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each request of the service would have hung, and the import before them."""
+
+    def says(source: Path, *more: str) -> str:
+        code = main(["import", "--from", str(source), "--out", str(tmp_path / "model"), *more])
+        line = capsys.readouterr().err
+        assert code == 1 and line.count("\n") == 1 and not (tmp_path / "model").exists()
+        return line
+
+    source = checkpoint("qwen2")
+    for template, expected in (
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
+         "{% endfor %}{{ messages[0].content }}", "does not end"),
+        ("{{ 'a' * 10 ** 10 }}", "does not end"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),
+        ("{{ 1 }}" * 2**17, "characters, and at most"),
+    ):  # fmt: skip
+        (source / "chat_template.jinja").write_text(template)
+        line = says(source)
+        assert "the chat template: got " in line and expected in line and "--chat-template FILE" in line
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    whole = json.loads((source / "tokenizer.json").read_text())
+    cutting = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    edit(source / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [cutting]})
+    assert "with repeats of what repeats" in says(source)
+    growing = {"type": "Replace", "pattern": {"String": "x"}, "content": "x" * 10}
+    edit(
+        source / "tokenizer.json",
+        pre_tokenizer=whole["pre_tokenizer"],
+        normalizer={"type": "Sequence", "normalizers": [growing] * 9},
+    )
+    assert "a normalizer that makes a text 1e+09 times as long" in says(source)
+    edit(source / "tokenizer.json", normalizer=whole["normalizer"])
+    assert main(["import", "--from", str(source), "--out", str(tmp_path / "model")]) == 0, "as it came it is taken"
+
+
+def test_a_template_that_does_not_end_for_one_message_stops_that_request(checkpoint: Make, tmp_path: Path) -> None:
+    from shoal.errors import RequestError
+    from shoal.inputs.chat import encode_chat
+    from shoal.model import described
+
+    source = checkpoint("qwen2")
+    (source / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.content == 'go' %}{{ 'a' * 10 ** 10 }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    import_model(source, tmp_path / "model")
+    it = described.read(tmp_path / "model")
+
+    def ids(*texts: str, opened: bool = True) -> list[int]:
+        roles = ("user", "assistant")
+        chat = [{"role": roles[place % 2], "content": text} for place, text in enumerate(texts)]
+        return encode_chat(chat, it.tokenizer, it.config, template=it.chat_template, add_generation_prompt=opened).ids
+
+    assert it.tokenizer.decode(ids("Hello")) == "Hello"
+    for opened in (True, False):
+        with pytest.raises(RequestError, match="chat template stopped"):
+            ids("Hello", "x", "go", opened=opened)
+    assert it.tokenizer.decode(ids("Hello", "x", opened=False)) == "Hellox"

@@ -78,6 +78,28 @@ def test_what_a_config_json_leaves_out_is_its_familys(checkpoint: Make, tmp_path
     assert kinds("mistral", layer_types=..., sliding_window=None) == "D"
     assert kinds("qwen2", layer_types=..., use_sliding_window=True, sliding_window=None, max_window_layers=0) == "D"
 
+    def heads(family: str, **changes: object) -> tuple[int, int]:
+        wide = {"hidden_size": 1024, "num_attention_heads": 32, "sliding_window": None, "layer_types": None}
+        told = {**json.loads((DATA / family / "config.json").read_text()), **wide, "head_dim": ..., **changes}
+        told = {key: value for key, value in told.items() if value is not ...}
+        made = families.shape_of(told, (), tied=True)
+        return made.kv_heads, made.head_dim
+
+    none: dict[str, object] = {"num_key_value_heads": ...}
+    assert [heads(family, **none) for family in ("mistral", "qwen2", "qwen3", "smollm3", "llama")] == [
+        (8, 32), (32, 32), (32, 128), (4, 32), (32, 32),
+    ]  # fmt: skip
+    assert heads("smollm3", num_key_value_heads=None) == (32, 32), "null is as many as of queries"
+
+
+def test_an_export_of_the_longer_of_longropes_tables_is_held_against_the_same(checkpoint: Make, tmp_path: Path) -> None:
+    """It was read again with the shorter one, and said something else."""
+    source = checkpoint("phi3-longrope")
+    assert import_model(source, tmp_path / "model", context=256).config.context == 256
+    export_model(tmp_path / "model", tmp_path / "back")
+    one, two = (load_file(str(folder / "model.safetensors")) for folder in (source, tmp_path / "back"))
+    assert one.keys() == two.keys() and all(torch.equal(two[name], one[name]) for name in one)
+
 
 def test_the_fixtures_can_tell_settings_apart(checkpoint: Make, tmp_path: Path) -> None:
     """Else the tests above could pass with a window, a scaling or a layer without positions left out."""

@@ -288,10 +288,21 @@ def test_places_that_cannot_be_are_damage(checkpoint: Make, tmp_path: Path) -> N
     for name, kind, shape, says in (
         (None, "", [], "tensor a twice"),
         ("a", "Q8_0", [3, 16], r"tensor a of \[3, 16\], in blocks"),
+        ("a", "Q8_0", [2, 48], r"tensor a of \[2, 48\], in blocks"),  # whole blocks in all, and in no row
         ("a", "F32", [2**32, 2**32], "was cut short"),
     ):
         if name is not None:
             written(path, meta, {name: (kind, shape, b"\0" * 64)})
+        with pytest.raises(CheckpointError, match=says):
+            Gguf(path)
+    whole = written(path, meta, dict.fromkeys("ab", ("F32", [12], b"\0" * 48))).read_bytes()
+    for offset, says in (
+        (32, "tensors a and b at the same bytes"),
+        (68, "tensor b at byte 68 of the tensors, .* of 32"),
+    ):
+        place = text("b") + struct.pack("<IQI", 1, 12, 0)
+        assert whole.count(place + struct.pack("<Q", 64)) == 1
+        path.write_bytes(whole.replace(place + struct.pack("<Q", 64), place + struct.pack("<Q", offset)) + b"\0" * 32)
         with pytest.raises(CheckpointError, match=says):
             Gguf(path)
     lists = struct.pack("<I", ARRAY) + struct.pack("<IQ", ARRAY, 1) * 5000

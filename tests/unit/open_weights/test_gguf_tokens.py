@@ -99,6 +99,14 @@ def test_no_space_is_put_in_front_where_the_file_says_so(checkpoint: Make, tmp_p
     assert tokenizer.decode(tokenizer.encode("fish")) == "fish" and tokenizer.prompt("") == []
 
 
+def test_a_token_too_long_to_be_made_of_two_is_refused(checkpoint: Make, tmp_path: Path) -> None:
+    """Each of its places is tried: of a token of a megabyte that was a trillion characters."""
+    told = small()
+    told["tokenizer.ggml.tokens"][-1] = "x" * 10**6
+    with pytest.raises(CheckpointError, match="got 'a token of 1000000 characters'; allowed: 512"):
+        read(gguf_of(checkpoint("smollm2"), tmp_path / "tiny.gguf", **told))
+
+
 def test_transformers_reads_the_same_ids_of_the_same_file(checkpoint: Make, tmp_path: Path) -> None:
     transformers = package("transformers")
     for name, told in (("small", small()), ("large", large())):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -17,7 +18,8 @@ from shoal.api.limits import Limits
 from shoal.api.prompts import encode_messages
 from shoal.api.served import ServedModel
 from shoal.errors import CheckpointError, RequestError
-from shoal.inputs.chat import _rendered, encode_chat
+from shoal.inputs.chat import encode_chat
+from shoal.inputs.templates import rendered
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.open_weights.convert import import_model
 from tests.unit.open_weights.conftest import DATA, edit
@@ -97,13 +99,13 @@ def test_a_request_is_rendered_once_and_any_text_is_a_request(model: Model, monk
     characters that could mark a control token had no answer."""
     served = ServedModel("m", model.config, model.tokenizer, model.chat_template)
     turns = [Message(role=role, content="x") for _ in range(3) for role in ("user", "assistant")]
-    times, real = list[str](), _rendered
+    times = list[str]()
 
-    def rendered(template: str, **values: object) -> str:
+    def counted(template: str, values: Mapping[str, Any]) -> str:
         times.append(template)
-        return real(template, **values)
+        return rendered(template, values)
 
-    monkeypatch.setattr("shoal.inputs.chat._rendered", rendered)
+    monkeypatch.setattr("shoal.inputs.chat.rendered", counted)
     encoded = encode_messages(turns, served, Limits(), add_generation_prompt=False)
     assert len(times) == 1
     assert encoded.ids == chat(model, [{"role": turn.role, "content": "x"} for turn in turns], opened=False)

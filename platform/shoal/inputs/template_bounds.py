@@ -1,0 +1,417 @@
+"""A chat template is a program of other people's: what it does is counted, so that it ends, whatever it is.
+
+Jinja's sandbox keeps a template from the machine, not from taking forever: loops in loops, macros that call themselves, a text
+that is doubled again and again. Here all that takes longer for longer values is paid for in steps before it is done:
+
+    a loop, a macro, a block      what its body has of expressions, each time it runs     (`_Paying`, in the template's code)
+    printing, comparing, ``~``    all that a value holds, lists within lists too          (`size`)
+    operators, calls, filters     what they read, and what they make where that is more   (`BoundedEnvironment`, `paid_filter`)
+
+A step is some 100 ns. Memory follows, since nothing is made that was not paid for.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import wraps
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.runtime import BlockReference, Context, LoopContext, Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
+from jinja2.utils import Namespace, pass_context
+from jinja2.visitor import NodeTransformer
+from markupsafe import Markup
+
+STEPS, STEPS_EACH = 5_000_000, 64  # that a template may take, and more for each character that it is given
+TEXT, TEXT_EACH = 2**20, 8  # characters that it may write, and more for each that it is given
+_DEEPEST = 100  # lists within lists
+_BITS = 10_000  # of a whole number
+_CALL, _ITEM, _PART = 8, 4, 8  # steps of a call, of an item, of a character that may become a text of its own
+_WIDE = re.compile(r"\d{5}|%[-#0 +.\d]*\*")  # in a format: widths of 10,000 or more, and those that are given beside it
+_LEVELS = 16  # of what is written as JSON, each indented more
+
+_TEXT_METHODS = frozenset((
+    "capitalize", "casefold", "center", "count", "endswith", "find", "format", "index", "isalnum", "isalpha", "isascii",
+    "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper",
+    "join", "ljust", "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex",
+    "rjust", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase", "title",
+    "upper", "zfill",
+))  # fmt: skip
+_PADS, _SPLITS = ("center", "ljust", "rjust", "zfill"), ("split", "rsplit", "splitlines")
+
+# Filters: those that take as long for any value, that look at a value's items alone, and, left out, those for pages, whose
+# time follows from no length. All others read all that a value holds.
+_OWN = frozenset(["attr", "count", "d", "default", "first", "items", "last", "length"])
+_SHALLOW = frozenset(["batch", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr", "slice"])
+_LEFT_OUT = (
+    "filesizeformat",
+    "forceescape",
+    "pprint",
+    "random",
+    "striptags",
+    "urlencode",
+    "urlize",
+    "wordwrap",
+    "xmlattr",
+)
+_READING_TESTS = frozenset((
+    "!=", "<", "<=", "==", ">", ">=", "divisibleby", "eq", "equalto", "even", "ge", "greaterthan", "gt", "in", "le",
+    "lessthan", "lower", "lt", "ne", "odd", "upper",
+))  # fmt: skip
+_SPENT, _READ, _LOOKED, _EACH = " spent", " read", " looked", " each"  # filters whose names no template can spell
+_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+
+
+class TooMuch(Exception):
+    """A template that wants to do more than it may."""
+
+
+class _Left(threading.local):
+    steps = text = 0  # outside of a template there is nothing to spend
+
+
+_left = _Left()
+
+
+def begin(given: object) -> None:
+    """Let the template that this thread runs next have the steps for what it is `given`."""
+    _left.steps = 2**62
+    chars = size(given)
+    _left.steps, _left.text = STEPS + STEPS_EACH * chars, TEXT + TEXT_EACH * chars
+
+
+def end() -> None:
+    _left.steps = _left.text = 0
+
+
+def spend(steps: int) -> None:
+    """Raises TooMuch where so many `steps` are not left."""
+    _left.steps -= steps
+    if _left.steps < 0:
+        raise TooMuch
+
+
+def size(value: object) -> int:
+    """Characters and items of all that a `value` holds, as often as it would print them; spent as steps. Raises TooMuch, for
+    lists within lists beyond any use too, and for numbers of thousands of digits."""
+    total, waiting = 0, [(value, 0)]
+    while waiting:
+        item, depth = waiting.pop()
+        inner: Iterable[object] = ()
+        own = _items(item) + _ITEM
+        spend(own)  # before a list of them is made
+        total += own
+        if isinstance(item, dict):
+            inner = [*item, *item.values()]
+        elif isinstance(item, Namespace):
+            inner = [getattr(item, "_Namespace__attrs")]  # noqa: B009, mypy knows no such attribute
+        elif isinstance(item, (list, tuple, *_VIEWS)):
+            inner = item
+        elif isinstance(item, int) and item.bit_length() > _BITS:
+            raise TooMuch
+        if inner and depth >= _DEEPEST:
+            raise TooMuch
+        waiting += [(each, depth + 1) for each in inner]
+    return total
+
+
+def _items(value: object) -> int:
+    """Of the value itself alone."""
+    return 1 + len(value) if isinstance(value, (str, list, tuple, dict, range, *_VIEWS)) else 1
+
+
+def _ended(value: Any) -> Any:
+    """`value`, an iterator as a list of what it gives."""
+    return list(value) if hasattr(value, "__next__") else value
+
+
+def _paid(value: Any) -> Any:
+    """`value`, an iterator as one whose items are paid for."""
+
+    def items(iterator: Iterator[Any]) -> Iterator[Any]:
+        for item in iterator:
+            spend(_ITEM)
+            yield item
+
+    return items(value) if hasattr(value, "__next__") else value
+
+
+@pass_context  # so that none of these is done while a template is compiled
+def _spent(_: Context, steps: int) -> None:
+    spend(steps)
+
+
+@pass_context
+def _read(_: Context, value: Any) -> Any:
+    value = _ended(value)
+    size(value)
+    return value
+
+
+@pass_context
+def _looked(_: Context, value: Any) -> Any:
+    spend(_items(value))
+    return value
+
+
+@pass_context
+def _each(_: Context, value: Any, steps: int) -> Any:
+    spend(_items(value) * (_ITEM + steps))
+    return _paid(value)
+
+
+def _formatted(text: str, values: object) -> int:
+    """Steps of ``text % values``."""
+    if _WIDE.search(text):
+        raise TooMuch
+    return text.count("%") * (_CALL + size(values)) + sum(map(int, re.findall(r"\d+", text))) + len(text)
+
+
+def _replaced(text: str, more: Sequence[Any]) -> int:
+    """Steps of ``text.replace(*more)``."""
+    if len(more) < 2 or not all(isinstance(each, str) for each in more[:2]):
+        return 0
+    return (text.count(more[0]) if more[0] else len(text) + 1) * len(more[1])
+
+
+def paid_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that is called `name`, paid for."""
+    own = int(hasattr(function, "jinja_pass_arg"))  # arguments that are none of the template's
+
+    @wraps(function)
+    def paying(*args: Any, **kwargs: Any) -> Any:
+        value, more = args[own], [*args[own + 1 :], *kwargs.values()]
+        spend(_CALL)
+        if name in _SHALLOW:
+            value = _paid(value)
+            spend(_items(value) * (_PART if isinstance(value, str) else 1) * (1 + sum(map(_items, more)) // 8))
+            spend(sum(abs(each) for each in more if isinstance(each, int)) if name in ("batch", "slice") else 0)
+        elif name not in _OWN:
+            value = _ended(value)
+            spend(_price(name, value, more))
+        return _paid(function(*args[:own], value, *args[own + 1 :], **kwargs))
+
+    return paying
+
+
+def _price(name: str, value: Any, more: Sequence[Any]) -> int:
+    """Steps of a filter that reads all of its value, beside those for reading it."""
+    read = size(value) + sum(map(size, more))
+    numbers = sum(abs(each) for each in more if isinstance(each, int))
+    texts = sum(len(each) for each in more if isinstance(each, str))
+    if name == "round" and numbers > _DEEPEST:
+        raise TooMuch
+    if name == "center":
+        return numbers
+    if name in ("indent", "tojson"):
+        return read * (numbers + texts) * (_LEVELS if name == "tojson" else 1)
+    if name == "join":
+        return _items(value) * texts
+    if name == "replace":
+        return _replaced(str(value), more)
+    if name == "format":
+        return _formatted(str(value), more)
+    if name == "sum":  # of lists, which are copied for each
+        return _items(value) * read if any(isinstance(each, (list, tuple)) for each in more) else 0
+    return _LEVELS * read if name in ("dictsort", "groupby", "sort", "unique") else 0
+
+
+def _paid_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def paying(*args: Any, **kwargs: Any) -> Any:
+        spend(_CALL)
+        if name in _READING_TESTS:
+            args = tuple(_ended(each) for each in args)
+            for each in (*args, *kwargs.values()):
+                size(each)
+        return function(*args, **kwargs)
+
+    return paying
+
+
+class _Formatter(SandboxedFormatter):
+    """``"{}".format``, a field at a time."""
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        size(value)
+        return super().convert_field(value, conversion)
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        if _WIDE.search(format_spec):
+            raise TooMuch
+        spend(_CALL + size(value) + len(format_spec) + sum(map(int, re.findall(r"\d+", format_spec))))
+        return super().format_field(value, format_spec)
+
+
+class _Escaping(_Formatter, SandboxedEscapeFormatter):
+    pass
+
+
+class _Paying(NodeTransformer):
+    """Puts what is to be paid into a template's own code."""
+
+    def _through(self, name: str, node: Any, *args: nodes.Expr) -> nodes.Filter:
+        return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
+
+    def _read(self, node: Any) -> Any:
+        plain = isinstance(node, (nodes.Const, nodes.TemplateData))
+        return node if plain else self._through(_READ, node)
+
+    def _body(self, node: Any) -> Any:
+        """What is run again and again, with its length paid for first, each time."""
+        steps = _length(node.body)
+        self.generic_visit(node)
+        number = nodes.Const(steps, lineno=node.lineno)
+        node.body.insert(0, nodes.ExprStmt(self._through(_SPENT, number), lineno=node.lineno))
+        return node
+
+    visit_Macro = visit_CallBlock = visit_Block = _body
+
+    def visit_For(self, node: nodes.For) -> Any:
+        steps = _length([node.test] if node.test is not None else [])
+        self._body(node)
+        node.iter = self._through(_EACH, node.iter, nodes.Const(steps, lineno=node.lineno))
+        return node
+
+    def _all_read(self, node: Any) -> Any:
+        self.generic_visit(node)
+        node.nodes = [self._read(each) for each in node.nodes]
+        return node
+
+    visit_Output = visit_Concat = _all_read
+
+    def visit_Compare(self, node: nodes.Compare) -> Any:
+        self.generic_visit(node)
+        for each in (node, *node.ops):
+            each.expr = self._read(each.expr)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> Any:
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = self._through(_LOOKED, node.node)
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> Any:  # its key has a hash, for which all of it is read
+        self.generic_visit(node)
+        node.key = self._read(node.key)
+        return node
+
+    def visit_Tuple(self, node: nodes.Tuple) -> Any:  # it may become a key
+        self.generic_visit(node)
+        plain = node.ctx != "load" or all(isinstance(each, nodes.Const) for each in node.items)
+        return node if plain else self._through(_READ, node)
+
+
+def _length(body: Sequence[nodes.Node]) -> int:
+    """Nodes of a body, but for the bodies within it, which pay for themselves."""
+    count, waiting = 0, list(body)
+    while waiting:
+        node = waiting.pop()
+        count += 1
+        if isinstance(node, nodes.For):
+            waiting += [node.iter, *node.else_]
+        elif isinstance(node, nodes.CallBlock):
+            waiting.append(node.call)
+        elif not isinstance(node, (nodes.Macro, nodes.Block)):
+            waiting += node.iter_child_nodes()
+    return count
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which a template has so many steps between `begin` and `end`."""
+
+    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        kept = {name: each for name, each in self.filters.items() if name not in _LEFT_OUT}
+        self.filters = {name: paid_filter(name, each) for name, each in kept.items()}
+        self.filters |= {_SPENT: _spent, _READ: _read, _LOOKED: _looked, _EACH: _each}
+        self.tests = {name: _paid_test(name, each) for name, each in self.tests.items()}
+        self.globals.pop("lipsum")
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        tree = _Paying().visit(source)
+        tree.set_environment(self)
+        return super()._generate(tree, *args, **kwargs)
+
+    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+        made, room = list[str](), _left.text
+        for piece in pieces:
+            room -= len(piece)
+            if room < 0:
+                raise TooMuch
+            made.append(piece)
+        spend(1 + (_left.text - room) // _ITEM)
+        return "".join(made)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        spend(_CALL)
+        if operator == "%" and isinstance(left, str):
+            spend(_formatted(left, right))
+        elif operator == "+" and isinstance(left, (str, list, tuple)):
+            spend(
+                (_items(left) + _items(right)) // (_ITEM if isinstance(left, str) else 1)
+            )  # letters are copied at once
+        elif operator == "*" and isinstance(left, (str, list, tuple)) and isinstance(right, int):
+            spend(_items(left) * max(right, 1))
+        elif operator == "*" and isinstance(right, (str, list, tuple)) and isinstance(left, int):
+            spend(_items(right) * max(left, 1))
+        elif isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > _BITS:
+                raise TooMuch
+        return super().call_binop(context, operator, left, right)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(argument, tuple):  # its hash reads all of it
+            size(argument)
+        return super().getitem(obj, argument)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, str):
+            return attr in _TEXT_METHODS
+        return not isinstance(obj, (int, float, bytes)) and super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        text = getattr(value, "__self__", None)
+        if not isinstance(text, str) or value.__name__ != "format":
+            return None
+        kind, formatter = type(text), _Formatter(self)
+        if isinstance(text, Markup):
+            formatter = _Escaping(self, escape=text.escape)
+
+        def formatted(*args: Any, **kwargs: Any) -> str:
+            spend(len(text) * _ITEM)
+            return kind(formatter.vformat(text, args, kwargs))
+
+        return formatted
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        spend(_CALL + len(args) + len(kwargs))
+        if isinstance(obj, LoopContext):
+            spend(sum(map(_items, args)) * _ITEM)
+            args = tuple(map(_paid, args))
+        elif not isinstance(obj, (Macro, BlockReference)):  # what a macro does with a value it pays for itself
+            args = tuple(map(_ended, args))
+            for each in (*args, *kwargs.values()):
+                size(each)
+            _pay_for_method(getattr(obj, "__self__", None), getattr(obj, "__name__", ""), args)
+        return super().call(context, obj, *args, **kwargs)
+
+
+def _pay_for_method(owner: object, name: str, args: Sequence[Any]) -> None:
+    if isinstance(owner, str):
+        spend(len(owner) * (_PART if name in _SPLITS else 1))
+        if name in _PADS:
+            spend(sum(abs(each) for each in args if isinstance(each, int)))
+        elif name == "replace":
+            spend(_replaced(owner, args))
+        elif name == "join" and args:
+            spend(_items(args[0]) * len(owner))
+    elif isinstance(owner, (list, tuple)):
+        size(owner)
