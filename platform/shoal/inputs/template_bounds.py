@@ -62,7 +62,8 @@ _READING_TESTS = frozenset((
     "lessthan", "lower", "lt", "ne", "odd", "upper",
 ))  # fmt: skip
 _SPENT, _READ, _LOOKED, _EACH = " spent", " read", " looked", " each"  # filters whose names no template can spell
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_LISTS: Any = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+_COUNTED: Any = (str, dict, range, *_LISTS)
 
 
 class TooMuch(Exception):
@@ -97,7 +98,7 @@ def spend(steps: int) -> None:
 def size(value: object) -> int:
     """Characters and items of all that a `value` holds, as often as it would print them; spent as steps. Raises TooMuch, for
     lists within lists beyond any use too, and for numbers of thousands of digits."""
-    total, waiting = 0, [(value, 0)]
+    total, waiting = 0, list[tuple[Any, int]]([(value, 0)])
     while waiting:
         item, depth = waiting.pop()
         inner: Iterable[object] = ()
@@ -108,7 +109,7 @@ def size(value: object) -> int:
             inner = [*item, *item.values()]
         elif isinstance(item, Namespace):
             inner = [getattr(item, "_Namespace__attrs")]  # noqa: B009, mypy knows no such attribute
-        elif isinstance(item, (list, tuple, *_VIEWS)):
+        elif isinstance(item, _LISTS):
             inner = item
         elif isinstance(item, int) and item.bit_length() > _BITS:
             raise TooMuch
@@ -118,9 +119,9 @@ def size(value: object) -> int:
     return total
 
 
-def _items(value: object) -> int:
+def _items(value: Any) -> int:
     """Of the value itself alone."""
-    return 1 + len(value) if isinstance(value, (str, list, tuple, dict, range, *_VIEWS)) else 1
+    return 1 + len(value) if isinstance(value, _COUNTED) else 1
 
 
 def _ended(value: Any) -> Any:
@@ -285,8 +286,9 @@ class _Paying(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> Any:
         self.generic_visit(node)
-        for each in (node, *node.ops):
-            each.expr = self._read(each.expr)
+        node.expr = self._read(node.expr)
+        for operand in node.ops:
+            operand.expr = self._read(operand.expr)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> Any:
@@ -331,7 +333,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         kept = {name: each for name, each in self.filters.items() if name not in _LEFT_OUT}
         self.filters = {name: paid_filter(name, each) for name, each in kept.items()}
         self.filters |= {_SPENT: _spent, _READ: _read, _LOOKED: _looked, _EACH: _each}
-        self.tests = {name: _paid_test(name, each) for name, each in self.tests.items()}
+        tests: dict[str, Any] = dict(self.tests)
+        self.tests = {name: _paid_test(name, each) for name, each in tests.items()}
         self.globals.pop("lipsum")
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
@@ -339,7 +342,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         tree.set_environment(self)
         return super()._generate(tree, *args, **kwargs)
 
-    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, pieces: Iterable[str]) -> str:
         made, room = list[str](), _left.text
         for piece in pieces:
             room -= len(piece)
@@ -391,7 +394,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
         return formatted
 
-    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         spend(_CALL + len(args) + len(kwargs))
         if isinstance(obj, LoopContext):
             spend(sum(map(_items, args)) * _ITEM)
