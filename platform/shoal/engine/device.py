@@ -1,5 +1,5 @@
 """What the host sends to a device and asks of it, so that it waits for it once a step: what is sent lies in pinned memory and
-is not waited for, and all that is asked comes in one copy. On a CPU nothing is copied."""
+is not waited for, and all that is asked comes in one copy. On a CPU nothing is copied, and numpy sees what torch has."""
 
 from __future__ import annotations
 
@@ -27,4 +27,20 @@ def fetched(*tensors: Tensor) -> list[list[float]]:
     for each in tensors:
         found.append(numbers[at : at + each.numel()])
         at += each.numel()
+    return found
+
+
+def viewed(x: Tensor) -> np.ndarray | None:
+    """`x` on a CPU in fp32 or fp64 as numpy has it, the same memory; None for others. To find the largest of a row, or to fill
+    a part of it, takes numpy a tenth of torch's time, which is a few per cent of a small model's step."""
+    return x.detach().numpy() if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) else None
+
+
+def picked(x: Tensor, columns: Tensor) -> list[float]:
+    """The number of each row of x [R, V] in its column of `columns` [R]."""
+    numbers = viewed(x)
+    if numbers is None:
+        found: list[float] = x.gather(-1, columns[:, None])[:, 0].tolist()
+    else:
+        found = numbers[np.arange(len(numbers)), columns.numpy()].tolist()
     return found

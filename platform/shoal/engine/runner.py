@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from shoal.config import GROUPS
-from shoal.engine import graphs, speculative
+from shoal.engine import drafts, graphs, speculative
 from shoal.engine.compared import Compared
+from shoal.engine.drafts import Drafted, Drafter
 from shoal.engine.events import Sampling, Signals, TokenLogprob
 from shoal.engine.graphs import Graphs
 from shoal.engine.layout import StepLayout
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
-from shoal.engine.running import Running
-from shoal.engine.sampler import Sampler
+from shoal.engine.sampler import Draw, Sampler
 from shoal.engine.tolerance import Chain
 from shoal.errors import first_line
 from shoal.model.adapters import Adapter, Bank, Beside, nothing
@@ -113,7 +113,7 @@ class Runner:
                 return Outcome(self._sample(works, replayed, {}))
         layout = StepLayout(works, self.config, self.device, self._beside)
         fresh = [work for work in works if work.first == 0]
-        x = self._embed(fresh)
+        x = self._embed(fresh) if fresh else torch.empty(0, self.config.width, dtype=self.net.dtype, device=self.device)
         if fresh:
             x = self._group(0, x, layout if len(fresh) == len(works) else layout.of(fresh))
         if len(fresh) < len(works):
@@ -131,54 +131,55 @@ class Runner:
     def _draft(self, works: Sequence[Work]) -> tuple[list[Work], dict[Work, Drafted]]:
         """`works`, with those that may draft replaced by the verification of what they drafted; and what those with a tolerance
         drafted. The requests themselves do not change: their drafts stand in copies (`speculative.py`)."""
-        ahead = {
-            i: speculative.ahead_of(work.running, list(work.running.tokens))
+        drafting = {
+            i: Drafter(work, speculative.ahead_of(work.running, list(work.running.tokens)))
             for i, work in enumerate(works)
             if work.drafts
         }
-        drafted = {i: Drafted() for i in ahead if works[i].running.tolerance}
-        going = list(ahead)
+        if not drafting:
+            return list(works), {}
+        for each in drafting.values():
+            each.drafted = Drafted() if each.work.running.tolerance else None
+        if not drafts.draft(self.net, self.cache, self.sampler, list(drafting.values())):
+            self._draft_by_steps(list(drafting.values()))
+        works = [
+            speculative.verification(work, drafting[i].ahead) if i in drafting else work for i, work in enumerate(works)
+        ]
+        return works, {works[i]: each.drafted for i, each in drafting.items() if each.drafted is not None}
+
+    def _draft_by_steps(self, going: list[Drafter]) -> None:
+        """As `drafts.draft`, wherever that cannot be used."""
         while going:
-            rows = [Work(ahead[i], len(ahead[i].tokens) - 1, 1, 0, 1) for i in going]
+            rows = [Work(each.ahead, len(each.ahead.tokens) - 1, 1, 0, 1) for each in going]
             x = self._group(0, self._embed(rows), StepLayout(rows, self.config, self.device, self._beside))
-            for at, i in enumerate(going):
-                ahead[i].holding.states.append(x[at : at + 1])
-            more = [at for at, i in enumerate(going) if len(ahead[i].holding.states) <= works[i].drafts]
+            for at, each in enumerate(going):
+                each.ahead.holding.states.append(x[at : at + 1])
+            more = [at for at, each in enumerate(going) if len(each.ahead.holding.states) <= each.work.drafts]
             if not more:
-                break
-            asking = [going[at] for at in more]
+                return
+            going = [going[at] for at in more]
             logits = self.net.head(x[more], self.config.exits[0])
-            going = []
-            samples = self.sampler.sample(logits, [ahead[i] for i in asking])
-            for row, (i, sampled) in enumerate(zip(asking, samples, strict=True)):
-                if sampled.error is None and i in drafted:
-                    drafted[i].tokens.append(sampled.token)
-                    drafted[i].exits.append(logits[row])
-                if sampled.error is None and not ahead[i].ends(sampled.token):
-                    ahead[i].tokens.append(sampled.token)
-                    going.append(i)
-        works = [speculative.verification(work, ahead[i]) if i in ahead else work for i, work in enumerate(works)]
-        return works, {works[i]: of for i, of in drafted.items()}
+            samples = self.sampler.sample(logits, [each.ahead for each in going])
+            for row, (each, sampled) in enumerate(zip(going, samples, strict=True)):
+                each.take(sampled.token, sampled.error is None, logits[row])
+            going = [each for each in going if not each.over]
 
     def _sample(self, works: Sequence[Work], logits: Tensor, drafted: Mapping[Work, Drafted]) -> list[Sampled]:
         """What each sampled work of `works` gives, for logits [S, V] of their sampled rows."""
-        draws: list[Running] = []
+        draws: list[Draw] = []
         chains: list[Chain] = []
         for work in works:
             if work in drafted:
                 chains.append(drafted[work].chain(len(draws), work))
             if work.verify:
-                draws += [
-                    speculative.ahead_of(work.running, work.running.tokens[: work.start + 1 + i])
-                    for i in range(work.count)
-                ]
+                draws += [speculative.Place.of(work.running, work.start + 1 + i) for i in range(work.count)]
             elif work.sample:
                 draws.append(work.running)
         found, samples = iter(self.sampler.sample(logits, draws, chains)), list[Sampled]()
         for work in works:
             if work.verify:
-                drafts = work.running.tokens[work.start + 1 :]
-                samples.append(speculative.accept(drafts, [next(found) for _ in range(work.count)]))
+                proposed = work.running.tokens[work.start + 1 :]
+                samples.append(speculative.accept(proposed, [next(found) for _ in range(work.count)]))
             elif work.sample:
                 samples.append(next(found))
         return samples
@@ -334,17 +335,3 @@ class _Anybody:
     seed: int = 0
     grammar: None = None
     watched: bool = True
-
-
-@dataclass
-class Drafted:
-    """What a request with a tolerance drafted in a step: tokens [K], and the logits [V] that each was drawn from."""
-
-    tokens: list[int] = field(default_factory=list)
-    exits: list[Tensor] = field(default_factory=list)
-
-    def chain(self, first: int, work: Work) -> Chain:
-        """To be settled in the rows from `first` on of what is sampled, those of the verification `work`."""
-        running = work.running
-        answered = work.start + 1 - running.prompt_len
-        return Chain(first, self.tokens, self.exits, running.tolerance or 0.0, running.spent, answered)

@@ -18,14 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shoal.engine import filters
-from shoal.engine.device import fetched, sent
+from shoal.engine.device import fetched, picked, sent, viewed
 from shoal.engine.events import Sampling, TokenLogprob
 from shoal.engine.guided import Grammar, GrammarError, StrayError
 from shoal.engine.plan import Sampled
@@ -75,7 +75,7 @@ class Sampler:
         masks, stuck = _follow_grammars(logits, draws)
         _adjust(logits, draws, self._ends)
         choice = _argmax(logits)
-        best = logits.gather(-1, choice[:, None])[:, 0].tolist()  # NaN wins a max: one look here finds every bad row
+        best = picked(logits, choice)  # NaN wins a max: one look here finds every bad row
         random = [r for r, draw in enumerate(draws) if draw.sampling.temperature > 0]
         if random:
             choice[random] = self._drawn(logits, choice, draws, random)
@@ -147,9 +147,10 @@ class Sampler:
         return _entries(logits, targets, [count] * len(targets))
 
     def _close(self, logits: Tensor) -> None:
-        logits[..., self._known :] = -math.inf
+        rows: Any = logits if (numbers := viewed(logits)) is None else numbers
+        rows[..., self._known :] = -math.inf
         for start, end in self._closed:
-            logits[..., start:end] = -math.inf
+            rows[..., start:end] = -math.inf
 
     def _drawn(self, logits: Tensor, likeliest: Tensor, draws: Sequence[Draw], rows: list[int]) -> Tensor:
         """Sampled tokens [D] of `rows` [D] of `logits` [R, V], whose `likeliest` [R] token is known: those of `_race`, most of
@@ -248,11 +249,9 @@ def _runs(flags: list[bool]) -> list[tuple[int, int]]:
 
 
 def _argmax(x: Tensor) -> Tensor:
-    """The first largest of each row, [R] for [R, V]. On a CPU numpy's search takes a tenth of torch's time, which at V 8192
-    is a few per cent of a small model's step."""
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        return torch.from_numpy(x.numpy().argmax(-1))
-    return x.argmax(-1)
+    """The first largest of each row, [R] for [R, V]."""
+    numbers = viewed(x)
+    return x.argmax(-1) if numbers is None else torch.from_numpy(numbers.argmax(-1))
 
 
 def _mix64(x: np.ndarray) -> np.ndarray:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +31,8 @@ from shoal.model.reach import ALL, Reach
 # what x, and x with the dims of each turned pair swapped, are multiplied by, [..., T, 1, d]
 Rope = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")
+KNOWN = 4096  # positions whose rotation is kept
+Part = tuple[tuple[Any, ...], Form, Reach]  # what `fused.layers` reads of a layer
 
 
 def linear(config: ModelConfig, inputs: int, outputs: int) -> Linear | Int8Linear:
@@ -53,6 +57,21 @@ def rope_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype, rate
     cos, sin = ((part * config.rope_scale).to(dtype) for part in (angles.cos(), angles.sin()))
     rest = cos.new_ones(*cos.shape[:-1], config.head_dim - 2 * half)
     return torch.cat([cos, cos, rest], dim=-1), torch.cat([-sin, sin, rest * 0], dim=-1)
+
+
+def known_rope(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
+    """`rope_tables` of `positions` [N]; on a CPU in inference those of the first `KNOWN` are looked up: to make those of one
+    row takes as long as two layers of a small model."""
+    may = positions.device.type == "cpu" and torch.is_inference_mode_enabled() and len(positions) > 0
+    if not may or int(positions.max()) >= KNOWN:
+        return rope_tables(positions, config, dtype)
+    cos, sin = _first_ropes(config, dtype)
+    return cos[positions], sin[positions]
+
+
+@lru_cache(maxsize=8)
+def _first_ropes(config: ModelConfig, dtype: torch.dtype) -> Rope:
+    return rope_tables(torch.arange(KNOWN), config, dtype)
 
 
 def pairs(config: ModelConfig) -> int:
@@ -264,9 +283,10 @@ class Group(nn.Module):
         self.config = config
         self.first, end = (0, *config.ends)[index : index + 2]
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(self.first, end))
+        self._attentions: list[Attention] = [block.attention for block in self.blocks]  # type: ignore[misc]
         self._weights = linears.Held(self.blocks)
         # what the weights were, and what is made of these; together, as engines in other threads may share this
-        self._seen: tuple[list[object], dict[tuple[Any, ...], list[tuple[Any, ...]] | None]] = [], {}
+        self._seen: tuple[list[object], dict[tuple[Any, ...], list[Part]]] = [], {}
 
     def forward(
         self, x: Tensor, layout: Layout | Spans, rope: Rope, skip: Collection[int] = (), beside: Beside | None = None
@@ -280,7 +300,7 @@ class Group(nn.Module):
     def paged(self, x: Tensor, step: PagedStep, cache: GroupCache) -> Tensor:
         """x [N, D] after these layers; the new K/V are written to `cache` at ``step.slots``."""
         kind = launch.fp(x.dtype) if launch.usable(x) else x.dtype
-        rope = step.rows.once("rope", lambda: rope_tables(step.positions, self.config, kind))
+        rope = step.rows.once("rope", lambda: known_rope(step.positions, self.config, kind))
         if parts := self._in_one_call(x, step):
             added = [block.added(step.beside) for block in self.blocks]  # type: ignore[operator]
             return fused.layers(x, parts, rope, cache, step, added)
@@ -288,17 +308,36 @@ class Group(nn.Module):
             x = block.paged(x, step, rope, cache.kv[j], cache.summaries[j])  # type: ignore[operator]
         return x
 
-    def _in_one_call(self, x: Tensor, step: PagedStep) -> list[tuple[tuple[Any, ...], Form, Reach]]:
-        """What `fused.layers` reads; empty where rows like those of `x` [N, D] take another way. What it is made of is looked
-        for once, and again when a weight has changed: a step of 30 layers would spend a third of its time on that."""
+    def _in_one_call(self, x: Tensor, step: PagedStep) -> list[Part]:
+        """What `fused.layers` reads; empty where rows like those of `x` [N, D] take another way."""
         if step.rows.longest > fused.SHORT or not fused.usable(x):
             return []
+        return self._parts(len(x), x.dtype)
+
+    def _parts(self, rows: int, dtype: torch.dtype) -> list[Part]:
+        """What `fused.layers` reads for so many `rows`; empty where these take another way. What it is made of is looked for
+        once, and again when a weight has changed: a step of 30 layers would spend a third of its time on that."""
         now, (seen, parts) = self._weights.state(), self._seen
         if now != seen:
             self._seen = now, (parts := {})
-        key = len(x), x.dtype, torch.get_num_threads()
-        if key not in parts:
-            arrays = [block.arrays(len(x), x.dtype) for block in self.blocks]  # type: ignore[operator]
-            parts[key] = None if None in arrays else arrays
-        attentions: list[Any] = [block.attention for block in self.blocks]
-        return [(part, each.form, each.reach()) for part, each in zip(parts[key] or (), attentions, strict=False)]
+        key = rows, dtype, torch.get_num_threads(), *[each.mix_local for each in self._attentions]
+        found = parts.get(key)
+        if found is None:
+            arrays = [block.arrays(rows, dtype) for block in self.blocks]  # type: ignore[operator]
+            each = zip(arrays, self._attentions, strict=True)
+            found = [] if None in arrays else [(part, layer.form, layer.reach()) for part, layer in each]
+            # a gate that may change without a trace: what follows from it is not kept
+            gates = [layer._parameters.get("gate") for layer in self._attentions]
+            if not any(gate is not None and gate.is_inference() for gate in gates):
+                parts[key] = found
+        return found
+
+    def stretch(
+        self, positions: np.ndarray, slots: np.ndarray, tables: np.ndarray, cache: GroupCache, dtype: torch.dtype
+    ) -> fused.Stretch | None:
+        """To run one row of each of R requests through these layers, K times one after the other, at `positions` [K, R] and to
+        `slots` [K, R], with the pages `tables` [R, M]; int64 all. None where rows of `dtype` take another way."""
+        rope = known_rope(torch.from_numpy(positions.ravel()), self.config, dtype)
+        if not fused.usable(rope[0]) or not (parts := self._parts(positions.shape[1], dtype)):
+            return None
+        return fused.Stretch(parts, rope, cache, positions, slots, tables)

@@ -10,8 +10,9 @@ Letters: B rows, T tokens, D width, V vocabulary, n patches, p patch side in pix
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from shoal.inputs.tokenizer import PATCH_ID
 from shoal.model.adapters import Adapter, alone
 from shoal.model.attention import Layout
 from shoal.model.block import ExitMlp, Group, Norm, linear, rope_tables
+from shoal.model.cpu import fused
 from shoal.model.gpu.sparse import Spans, usable
 from shoal.model.linears import Embedding, Int8Embedding, Weight
 
@@ -93,6 +95,12 @@ class Net(nn.Module):
             x = x.masked_scatter((tokens == PATCH_ID)[..., None], self.embed_patches(patches, grid).to(x.dtype))
         return x
 
+    def embed_few(self, tokens: Sequence[int]) -> np.ndarray:
+        """[N, D], `embed_inputs` of `tokens` that are no patches, on a CPU: of one token torch's operators take longer."""
+        rows = self.embed.rows(tokens)
+        scaled: np.ndarray = rows * rows.dtype.type(self.config.embed_scale or math.sqrt(self.config.width))
+        return scaled
+
     def embed_patches(self, patches: Tensor, grid: Tensor) -> Tensor:
         """[n, D] for pixel values 0..255, [n, 3p^2], at (row, column) `grid` [n, 2]."""
         y: Tensor = self.patch_in(unit_pixels(patches, self.dtype))
@@ -146,6 +154,14 @@ class Net(nn.Module):
             hidden = self.exit_mlps[name](hidden)
         normed: Tensor = self.exit_norms[name](hidden)
         return normed
+
+    def head_of(self, layers: int, rows: int) -> fused.Head | None:
+        """`head` at the exit after `layers` layers, for steps of so many `rows` on a CPU; None where that takes another way."""
+        norm, name = self.exit_norms[str(layers)], str(layers)
+        matrix = (self.embed if self.output is None else self.output).matrix(rows, self.dtype)
+        if name in self.exit_mlps or matrix is None:
+            return None
+        return fused.Head(norm.weight, norm.eps, matrix)  # type: ignore[arg-type]
 
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [..., V] of what `exit` gives, [..., D]."""

@@ -25,7 +25,7 @@ from shoal.engine.events import Finished, Guide, Token
 from shoal.engine.plan import Outcome, Plan, Sampled, Work
 from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
-from shoal.engine.speculative import AGAIN, AHEAD, FEW, TRIALS, Drafting, Switch, worth
+from shoal.engine.speculative import AGAIN, FEW, Drafting, Switch, worth
 from shoal.engine.text import TextStream
 from shoal.engine.tolerance import Allowance, Chain, sampled_price, settle
 from shoal.errors import RequestError
@@ -347,25 +347,29 @@ def test_unmeasured_drafts_are_thought_to_pay_in_small_batches() -> None:
     switch = Switch()
     assert switch.pays(FEW) and not switch.pays(FEW + 1)
     for batch, with_, without, pays in ((1, 2.0, 1.0, False), (8, 1.0, 2.0, True)):
-        for drafts, seconds in ((3, with_), (0, without)):
-            switch.learn(batch, drafts, seconds, 1)
+        for drafts, seconds in ((3, with_), (0, without), (0, without)):
+            switch.at(batch).learn(drafts, seconds, batch)
         assert switch.pays(batch) == pays
+    assert [Switch(4).pays(batch) for batch in (4, 5)] == [True, False]
 
 
-def test_as_many_are_drafted_as_give_most_tokens_a_second() -> None:
+def test_what_drafts_are_worth_is_tokens_in_the_time_of_a_step_without() -> None:
     rng = random.Random(0)
     for _ in range(200):
-        share, price, most = rng.random(), rng.random(), rng.randint(0, 8)
-        rates = [sum(share**i for i in range(k + 1)) / (1 + k * price) for k in range(most + 1)]
-        assert rates[worth(share, price, most)] == pytest.approx(max(rates))
-    assert worth(0.99, 0.1, AHEAD) == AHEAD and worth(0.1, 0.3, AHEAD) == 0
+        answers = [(rng.random(), rng.randint(1, 8)) for _ in range(rng.randint(1, 3))]
+        costs = [1.0, *[1 + 3 * rng.random() for _ in range(rng.randint(1, 8))]]
+        rates = [
+            (2 + sum(share**i for share, room in answers for i in range(min(k, room) + 1))) / cost
+            for k, cost in enumerate(costs)
+        ]
+        assert worth(answers, costs, 2) == pytest.approx(rates)
 
 
 def test_a_batch_size_at_which_drafts_did_not_pay_once_is_tried_again() -> None:
     """One slow step would else end drafts for good: what is not audited does not draft, and nothing is learned."""
     drafting, asked = Drafting(0, Switch()), decoding(groups=None)
-    for drafts, seconds in ((3, 100.0), (0, 1.0)):
-        drafting.switch.learn(1, drafts, seconds, 1)
+    for drafts, seconds in ((3, 100.0), (0, 1.0), (0, 1.0)):
+        drafting.switch.at(1).learn(drafts, seconds, 1)
     assert sum(drafting.audits(asked, 1) for _ in range(3 * AGAIN)) == 3
     never = Drafting(0, Switch(0))
     assert not any(never.audits(asked, 1) for _ in range(3 * AGAIN)), "somebody said so"
@@ -373,21 +377,21 @@ def test_a_batch_size_at_which_drafts_did_not_pay_once_is_tried_again() -> None:
 
 def test_steps_of_shallow_answers_do_not_say_what_drafts_cost() -> None:
     drafting, shallow, deep = Drafting(0, Switch()), decoding(groups=1), decoding(tolerance=1.0)
-    for _ in range(2 * TRIALS):
+    for _ in range(8):
         drafting.start([shallow], 99)
         drafting.learn(Plan([Work(shallow, 2, 1, 0, 1, sample=True)]), Outcome([Sampled(5)]), 0.01)
-    for _ in range(2 * TRIALS):
+    for _ in range(12):
         drafting.start([deep], 99)
         drafts = drafting.drafts(deep)
         work = Work(deep, 2, 1, 0, 4, sample=True, drafts=drafts)
         good = tuple(Sampled(5) for _ in range(drafts))
         drafting.learn(Plan([work]), Outcome([Sampled(5, after=good, drafted=drafts)]), 1 + 0.25 * drafts)
-    assert drafting.switch.pays(1) and drafting.start([deep], 99) == 4
-    assert drafting.switch.price(1) == pytest.approx(0.25)
+    assert drafting.switch.pays(1) and drafting.start([deep], 99) == 4, "the fifth token is the last"
+    assert drafting.switch.at(1).costs(4, 0.25) == pytest.approx([1, 1.25, 1.5, 1.75, 2])
 
 
-def test_steps_that_no_clock_can_tell_apart_price_nothing() -> None:
-    switch = Switch()
-    for drafts in (3, 0):
-        switch.learn(1, drafts, 0.0, 1)
-    assert switch.price(1) is None
+def test_where_a_clock_stands_still_nobody_drafts() -> None:
+    drafting, deep = Drafting(0, Switch()), decoding(tolerance=1.0)
+    for drafts in (3, 0, 0):
+        drafting.switch.at(1).learn(drafts, 0.0, 1)
+    assert drafting.start([deep], 99) == 0

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from shoal.model.cache import GroupCache, PagedStep
-from shoal.model.cpu.parts import Form, Layer, Rows, Sight
+from shoal.model.cpu.parts import Form, Layer, Matrix, Rows, Sight
 from shoal.model.reach import Reach
 
 Rope = tuple[Tensor, Tensor]
@@ -153,7 +153,7 @@ def attend(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Rea
     rows, requests = step.rows.once("short", lambda: _short(step.starts))
     _call(
         "attend", q.contiguous(), kv, summaries, step.tables.contiguous(), rows, requests, step.positions, step.block,
-        *_sight(reach, step, q), out,
+        *_sight(reach, step.tables.shape[1] * step.page, q.dtype), out,
     )  # fmt: skip
 
 
@@ -194,20 +194,85 @@ def layers(
     kv, summaries, slots, tables = map(_array, (cache.kv, cache.summaries, step.slots, step.tables.contiguous()))
     state = _array(x.contiguous())
     those = tuple(Rows(keep, cross, positions, slots, tables, rows, requests, step.block))
+    most = step.tables.shape[1] * step.page
     for j, (weights, form, reach) in enumerate(parts):
-        sight = tuple(_array(part) if isinstance(part, Tensor) else part for part in _sight(reach, step, x))
-        state = run(state, weights, tuple(form), those, kv[j], summaries[j], sight, beside[j])
+        state = run(state, weights, tuple(form), those, kv[j], summaries[j], _seen(reach, most, x.dtype), beside[j])
     return torch.from_numpy(state)
+
+
+class Stretch:
+    """The layers of a group, for one row of each of R requests at a time and K times, at places that are known before the rows
+    are: so all else that `layers` is given is made once. Letters: K times, of which the last may be left out."""
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[tuple[Any, ...], Form, Reach]],
+        rope: Rope,
+        cache: GroupCache,
+        positions: np.ndarray,
+        slots: np.ndarray,
+        tables: np.ndarray,
+    ) -> None:
+        """Rows stand at `positions` [K, R], and their K/V are written to `slots` [K, R] of `cache`, -1 where they are stored
+        already; `tables` [R, M]: the pages of each request; `rope` of the K R positions, in order."""
+        page, blocks = cache.kv.shape[3], cache.summaries.shape[3]
+        kv, summaries = _array(cache.kv), _array(cache.summaries)
+        most, kind = tables.shape[1] * page, rope[0].dtype
+        self._keep, self._cross = (_array(table).reshape(*positions.shape, -1) for table in rope)
+        self._positions, self._slots, self._tables = positions, slots, tables
+        self._each, self._block = np.arange(positions.shape[1]), page // blocks
+        self._layers = [
+            (weights, tuple(form), kv[j], summaries[j], _seen(reach, most, kind))
+            for j, (weights, form, reach) in enumerate(parts)
+        ]
+        self._run = _kernels().layer  # type: ignore[union-attr]
+
+    def after(self, x: np.ndarray, time: int) -> np.ndarray:
+        """x [r, D] after the layers, for the rows that the first r requests have at this `time` of the K."""
+        count, state = len(x), x
+        each = self._each[:count]
+        rows = (
+            self._keep[time, :count], self._cross[time, :count], self._positions[time, :count], self._slots[time, :count],
+            self._tables[:count], each, each, self._block,
+        )  # fmt: skip
+        for weights, form, kv, summaries, sight in self._layers:
+            state = self._run(state, weights, form, rows, kv, summaries, sight, ())
+        return state
+
+
+class Head:
+    """What tokens are drawn from at an exit, for rows that follow each other: what does not change from row to row is looked up
+    once."""
+
+    def __init__(self, norm: Tensor, eps: float, matrix: Matrix) -> None:
+        """`norm` [D] and `eps` of the exit; the head's `matrix` [V, D]."""
+        self._norm, self._eps, self._matrix = _array(norm), eps, tuple(map(_array, matrix))
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """[r, V] of x [r, D], the states at the exit."""
+        normed, (weight, shift, scale) = np.empty_like(x), self._matrix
+        kernels: Any = _kernels()
+        kernels.rms_norm(x, self._norm, self._eps, normed)
+        out = np.empty((len(x), len(weight)), x.dtype)
+        if weight.dtype == np.int8:
+            kernels.integers.linear(normed, weight, shift, scale, out)
+        else:
+            kernels.product(normed, weight, out)
+        return out
 
 
 def _arrays(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(_arrays(part) if isinstance(part, tuple) else _array(part) for part in tensors)
 
 
-def _sight(reach: Reach, step: PagedStep, like: Tensor) -> Sight:
-    """How far a layer looks, as far as there are pages: the loops make room for as much."""
-    most = step.tables.shape[1] * step.page
-    gamma, bias = (none(like.dtype) if each is None else each for each in (reach.gamma, reach.bias))
+def _seen(reach: Reach, most: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """`_sight` as the loops are given it."""
+    return tuple(_array(part) if isinstance(part, Tensor) else part for part in _sight(reach, most, dtype))
+
+
+def _sight(reach: Reach, most: int, dtype: torch.dtype) -> Sight:
+    """How far a layer looks, over `most` token slots of its pages at most: the loops make room for as much."""
+    gamma, bias = (none(dtype) if each is None else each for each in (reach.gamma, reach.bias))
     return Sight(min(reach.window, most), reach.top_k, reach.sinks, gamma, bias, min(reach.dense, most))
 
 

@@ -1,0 +1,119 @@
+"""The drafts of a step: group 1 and its exit over one row of each request that drafts, again and again.
+
+What these rows are is not known before, but where they stand is. So on a CPU all that follows from their places is made once
+(`fused.Stretch`), and a draft costs its layers and the head, and little more. Where the compiled loops cannot be used, or a
+request has an adapter, the runner drafts by steps of its own instead.
+
+None of these rows is a patch of an image: a prompt ends with none, and no answer holds any.
+
+Letters: R requests, K rows of the one that drafts most, M pages of the longest, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.engine.plan import Work
+from shoal.engine.running import Running
+from shoal.engine.sampler import Sampler
+from shoal.engine.tolerance import Chain
+from shoal.model.cache import GroupCache
+from shoal.model.cpu.fused import Stretch
+from shoal.model.net import Net
+
+
+@dataclass
+class Drafted:
+    """What a request drafted in a step: tokens [K - 1], and the logits [V] that each was drawn from. The last token may be one
+    that ends the answer. Kept of a request with a tolerance alone."""
+
+    tokens: list[int] = field(default_factory=list)
+    exits: list[Tensor] = field(default_factory=list)
+
+    def chain(self, first: int, work: Work) -> Chain:
+        """To be settled in the rows from `first` on of what is sampled, those of the verification `work`."""
+        running = work.running
+        answered = work.start + 1 - running.prompt_len
+        return Chain(first, self.tokens, self.exits, running.tolerance or 0.0, running.spent, answered)
+
+
+@dataclass
+class Drafter:
+    """One request that drafts: its `work` in the step, and `ahead`, the copy of it that gets the drafts and the states after
+    group 1 (`speculative.ahead_of`)."""
+
+    work: Work
+    ahead: Running
+    drafted: Drafted | None = None  # filled in where it has a tolerance
+    over: bool = False  # nothing more is drafted: its last draft ends the answer, or none could be drawn
+
+    def take(self, token: int, drawn: bool, logits: Tensor) -> None:
+        """The next draft, from `logits` [V]; unless `drawn` there is none."""
+        if drawn and self.drafted is not None:
+            self.drafted.tokens.append(token)
+            self.drafted.exits.append(logits)
+        if drawn and not self.ahead.ends(token):
+            self.ahead.tokens.append(token)
+        else:
+            self.over = True
+
+
+@torch.inference_mode()
+def draft(net: Net, cache: GroupCache, sampler: Sampler, drafters: Sequence[Drafter]) -> bool:
+    """Let each of `drafters` draft what its work says. False, and nothing is done, where that takes another way."""
+    if any(each.work.running.adapter is not None for each in drafters):
+        return False
+    # those that draft most come first: whoever is done is behind all that go on
+    order = sorted(drafters, key=lambda each: -each.work.drafts)
+    stretch = _stretch(net, cache, order)
+    if stretch is None:
+        return False
+    first = net.config.exits[0]
+    head, states = net.head_of(first, len(order)), [list[np.ndarray]() for _ in order]
+    newest, going = [each.ahead.tokens[-1] for each in order], len(order)
+    for time in range(order[0].work.drafts + 1):
+        state = stretch.after(net.embed_few(newest[:going]), time)
+        for r in range(going):
+            if not order[r].over:  # of those that are over a row may run on, which nobody reads
+                states[r].append(state[r : r + 1])
+        while going and (order[going - 1].over or order[going - 1].work.drafts <= time):
+            going -= 1
+        if not going:
+            break
+        if head is not None:
+            logits = torch.from_numpy(head.logits(state[:going]))
+        else:
+            logits = net.head(torch.from_numpy(state[:going]), first)
+        for r, sampled in enumerate(sampler.sample(logits, [each.ahead for each in order[:going]])):
+            if not order[r].over:
+                newest[r] = sampled.token
+                order[r].take(sampled.token, sampled.error is None, logits[r])
+    for each, found in zip(order, states, strict=True):
+        each.ahead.holding.states = [torch.from_numpy(np.concatenate(found))]
+    return True
+
+
+def _stretch(net: Net, cache: GroupCache, order: Sequence[Drafter]) -> Stretch | None:
+    """The rows of `order` [R] at group 1; None where they take another way."""
+    if cache.kv.device.type != "cpu":
+        return None
+    page = cache.kv.shape[3]
+    holdings = [each.ahead.holding for each in order]
+    pages = max(-(-each.work.reach // page) for each in order)
+    tables = np.zeros((len(order), pages), dtype=np.int64)
+    for r, holding in enumerate(holdings):
+        own = holding.tables[0, :pages]
+        tables[r, : len(own)] = own
+    starts = np.array([each.work.start for each in order])
+    positions = starts + np.arange(order[0].work.drafts + 1)[:, None]
+    # past its own drafts a request runs no row: that may be beyond all pages
+    units = tables[np.arange(len(order)), np.minimum(positions // page, pages - 1)]
+    slots = units * page + positions % page
+    slots[positions < [holding.computed[0] for holding in holdings]] = -1  # stored already
+    found: Stretch | None = net.groups[0].stretch(positions, slots, tables, cache, net.dtype)  # type: ignore[operator]
+    return found
