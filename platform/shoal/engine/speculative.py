@@ -29,9 +29,11 @@ from shoal.engine.running import Running
 PLAIN = 2  # steps without drafts at a batch size, before there is anything to compare with
 ADVANCE = 4.0  # steps without drafts, whose time drafting at a batch size may lose before it is known
 LOSS = 0.01  # what it may lose beyond that, of the time of all steps
+CREDIT = 8.0  # steps, whose time it may lose at most after it has gained more
 AGAIN = 64  # every so many steps one that seems worse is run
 TRY = 2  # drafts of such a step, where none seem worth it
-FADE = 0.9  # weight of a step after the next one of its kind
+FADE = 0.9  # weight of a step, or of a draft, after the next one
+FASTER, SLOWER = 0.3, 0.1  # weight of a step that was, beside those before it
 SPIKE = 4.0  # a step counts as at most so many times as long as others of its kind: the machine paused
 AHEAD = 6  # tokens that an answer with a tolerance drafts at most, where nobody says otherwise
 FEW = 4  # requests of a step that nobody has measured yet: so many drafts are thought to pay
@@ -80,7 +82,8 @@ def accept(drafts: Sequence[int], verified: Sequence[Sampled]) -> Sampled:
 
 @dataclass
 class _Took:
-    """Seconds of the steps of one kind: their mean, in which older ones count less."""
+    """Seconds of the steps of one kind, as they are with little beside them: one that is slower than those before counts less,
+    since others' work on the machine takes time as well."""
 
     seconds: float = 0.0
     steps: int = 0
@@ -88,9 +91,10 @@ class _Took:
 
     def add(self, seconds: float, number: int) -> None:
         self.steps, self.last = self.steps + 1, number
-        if self.steps > 1:
-            seconds = min(seconds, SPIKE * self.seconds)
-        self.seconds += max(1 / self.steps, 1 - FADE) * (seconds - self.seconds)
+        if self.steps == 1:
+            self.seconds = seconds
+        weight = max(1 / self.steps, FASTER) if seconds < self.seconds else SLOWER
+        self.seconds += weight * (min(seconds, SPIKE * self.seconds) - self.seconds)
 
 
 class Pays:
@@ -112,8 +116,8 @@ class Pays:
         if drafts:
             self._seconds, self._tokens = FADE * self._seconds + seconds, FADE * self._tokens + tokens
             if plain := self.plain:
-                self.left += tokens / self._batch - min(seconds / plain, 1 + 2 * drafts)
-        self.left = min(self.left, ADVANCE)  # what it once gained buys nothing later
+                self.left += tokens / self._batch - min(self._took[drafts].seconds / plain, 1 + 2 * drafts)
+        self.left = min(self.left, CREDIT)
         if drafts or self.steps % (AGAIN // 4) == 0:
             self._costs = []
 

@@ -474,6 +474,7 @@ def test_what_a_step_costs_that_was_not_tried_lies_between_those_that_were() -> 
         size.learn(drafts, seconds, 1)
     assert size.costs(4, 0.25) == pytest.approx([1, 1.25, 1.5, 1.75, 2.0])
     size.learn(4, 5.0, 1)
+    size.learn(0, 2.0, 1)
     assert size.costs(4, 0.25) == pytest.approx([1, 1.25, 1.5, 2.0, 2.5])
 
 
