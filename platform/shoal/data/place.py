@@ -49,8 +49,16 @@ class Place:
 
     @property
     def folder(self) -> Path:
-        """This machine's folder of it, made when it is first asked for; those of earlier commands go. Raises ResourceError."""
-        return _folder(self, ranged.cache())
+        """This machine's folder of it, made where it is not there; those of earlier commands go. Raises ResourceError."""
+        cache = ranged.cache()
+        try:
+            folder = _folder(self, cache)
+            (folder / WORK).mkdir(parents=True, exist_ok=True)  # who empties a cache need not know who is at work
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write to {cache}", got=error.strerror, do="set SHOAL_CACHE to a folder that every machine has"
+            ) from error
+        return folder
 
     @property
     def work(self) -> Path:
@@ -206,17 +214,11 @@ def _of(path: Path) -> tuple[Place | None, str]:
 
 @lru_cache(maxsize=16)
 def _folder(place: Place, cache: Path) -> Path:
-    root = cache / "prepare" / _digest(place.uri)
-    folder = root / place.run
-    try:
-        (folder / WORK).mkdir(parents=True, exist_ok=True)
-        others = [other for other in root.iterdir() if other != folder]
-    except OSError as error:
-        raise ResourceError(
-            f"cannot write to {cache}", got=error.strerror, do="set SHOAL_CACHE to a folder that every machine has"
-        ) from error
-    for other in others:
-        shutil.rmtree(other, ignore_errors=True)
+    folder = cache / "prepare" / _digest(place.uri) / place.run
+    folder.mkdir(parents=True, exist_ok=True)
+    for other in folder.parent.iterdir():
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
     _known[folder] = place
     return folder
 

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,27 @@ def test_one_large_tensor_has_a_file_of_its_own(model, tmp_path):
     files.save_weights(tmp_path, {"a": torch.ones(4), "b": torch.ones(100), "c": torch.ones(4)}.items(), 32)
     assert [sorted(held) for held in files.weight_files(tmp_path).values()] == [["a"], ["b"], ["c"]]
     assert files.load_weights(tmp_path).keys() == {"a", "b", "c"}
+
+
+def test_of_tensors_that_come_one_by_one_those_of_a_file_are_held(tmp_path):
+    made: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def tensors():
+        nonlocal most
+        for number in range(20):
+            tensor = torch.full((25,), float(number))
+            made.append(weakref.ref(tensor))
+            most = max(most, sum(ref() is not None for ref in made))
+            yield f"t{number:02}", tensor
+
+    files.save_weights(tmp_path, tensors(), 250)
+    assert most <= 4 and len(files.weight_files(tmp_path)) == 10, (
+        "two in a file, and who makes and who writes has one each"
+    )
+    assert {name: tensor[0].item() for name, tensor in files.load_weights(tmp_path).items()} == {
+        f"t{number:02}": number for number in range(20)
+    }
 
 
 def test_an_index_names_files_of_its_directory_only(cut):

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from shoal import presets
-from shoal.data import lease, place, remote
+from shoal.data import lease, parts, place, remote
 from shoal.data.documents import SourceSpec
 from shoal.data.lease import Lease
 from shoal.data.operators.pipeline import Operators
@@ -30,6 +30,7 @@ from tests.s3 import Service, service
 
 ASK: dict[str, Any] = {"mix": {"text": 0.6, "image": 0.1, "code": 0.3}, "preset": presets.get("test"), "seed": 5}
 URI = "s3://ocean/made/here"
+PARTS = 4
 
 
 class Killed(BaseException):
@@ -104,6 +105,7 @@ class Machines:
 @pytest.fixture
 def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
     made = Machines(tmp_path, monkeypatch)
+    monkeypatch.setattr(parts, "LEAST_PARTS", PARTS)
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "driver"))
     monkeypatch.setattr("shoal.on_ray.prepare.each", made.each)
     monkeypatch.setattr("shoal.on_ray.prepare.everywhere", made.everywhere)
@@ -119,6 +121,7 @@ def undisturbed(ask: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     with pytest.MonkeyPatch.context() as patch:
         made = Machines(tmp_path_factory.mktemp("machines"), patch)
         patch.setattr("shoal.on_ray.prepare.each", made.each)
+        patch.setattr(parts, "LEAST_PARTS", PARTS)
         out = tmp_path_factory.mktemp("local")
         prepare(out, **ask)
     return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith("report.")}
@@ -198,7 +201,7 @@ def test_a_command_that_is_killed_at_any_write_is_gone_on_with_to_the_same_bytes
         assert bucket.tag(INDEX) is None or contents(bucket).keys() >= undisturbed.keys()
         for folder in machines.folders[: kills % 3]:
             shutil.rmtree(folder, ignore_errors=True)
-    assert kills > 3
+    assert kills > 2
     prepare(URI, **ask, s3=s3.inside)
     assert contents(bucket) == undisturbed
 
