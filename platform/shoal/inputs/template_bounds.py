@@ -10,6 +10,8 @@ that is doubled again and again. Here all that takes longer for longer values is
 A step is some 100 ns. Memory follows, since nothing is made that was not paid for.
 """
 
+# long: one price list, of which no part may lack
+
 from __future__ import annotations
 
 import re
@@ -47,16 +49,8 @@ _PADS, _SPLITS = ("center", "ljust", "rjust", "zfill"), ("split", "rsplit", "spl
 _OWN = frozenset(["attr", "count", "d", "default", "first", "items", "last", "length"])
 _SHALLOW = frozenset(["batch", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr", "slice"])
 _LEFT_OUT = (
-    "filesizeformat",
-    "forceescape",
-    "pprint",
-    "random",
-    "striptags",
-    "urlencode",
-    "urlize",
-    "wordwrap",
-    "xmlattr",
-)
+    "filesizeformat", "forceescape", "pprint", "random", "striptags", "urlencode", "urlize", "wordwrap", "xmlattr",
+)  # fmt: skip
 _READING_TESTS = frozenset((
     "!=", "<", "<=", "==", ">", ">=", "divisibleby", "eq", "equalto", "even", "ge", "greaterthan", "gt", "in", "le",
     "lessthan", "lower", "lt", "ne", "odd", "upper",
@@ -357,9 +351,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str):
             spend(_formatted(left, right))
         elif operator == "+" and isinstance(left, (str, list, tuple)):
-            spend(
-                (_items(left) + _items(right)) // (_ITEM if isinstance(left, str) else 1)
-            )  # letters are copied at once
+            each = _ITEM if isinstance(left, str) else 1  # letters are copied at once
+            spend((_items(left) + _items(right)) // each)
         elif operator == "*" and isinstance(left, (str, list, tuple)) and isinstance(right, int):
             spend(_items(left) * max(right, 1))
         elif operator == "*" and isinstance(right, (str, list, tuple)) and isinstance(left, int):

@@ -195,9 +195,8 @@ def test_muon_of_sharded_matrices_is_muon() -> None:
     """On one rank: the same update but for one rounding (it is scaled before it is added), and the same moments after it."""
     draws = torch.Generator().manual_seed(0)
     shapes = ((6, 4), (4, 6), (5, 5))
-    values = [
-        [torch.randn(shape, generator=draws) for shape in shapes] for _ in range(4)
-    ]  # weights, and three gradients
+    # weights, and three gradients
+    values = [[torch.randn(shape, generator=draws) for shape in shapes] for _ in range(4)]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
