@@ -123,7 +123,7 @@ class Urgency:
 
 
 @dataclass(frozen=True)
-class Page:
+class ChatPage:
     """A chat page of this model: `path`, by which its address ends ("": the first page); `system`, what it says to the model
     before a conversation, as the model was taught ("": nothing); first messages as `examples` [the page's own]."""
 
@@ -146,7 +146,7 @@ class Policy:
     depth: str | int = AUTO
     workloads: dict[str, str | int] = made(default_factory=dict)
     urgency: Urgency | None = None
-    page: Page | None = None
+    page: ChatPage | None = None
 
     def __post_init__(self) -> None:
         if self.notice:

@@ -171,7 +171,7 @@ class Adapted(TypedDict):
     agreement: dict[str, float]  # exit name -> share of places at which its likeliest token is full depth's
 
 
-class Page(TypedDict):
+class ChatPage(TypedDict):
     path: str  # of the chat page that the model was made for
     system: str  # what that page says before a conversation, as the model was taught; may be empty
     examples: list[str]  # first messages; none: the page's own
@@ -189,7 +189,7 @@ class ModelCard(TypedDict):
     depths: dict[str, int]  # exit name -> layers, shallowest first
     quantization: str  # what is computed with: none or w8a8; both, comma-separated, where engines differ
     adapted: NotRequired[Adapted]  # where an imported model was given early exits, and it was measured what they say
-    page: NotRequired[Page]  # where the policy has words of a page
+    page: NotRequired[ChatPage]  # where the policy has words of a page
 
 
 class ModelList(TypedDict):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal import config
-from shoal.api.policy import Page, Policy
+from shoal.api.policy import ChatPage, Policy
 from shoal.data.chats import forms
 from shoal.data.chats.rows import group_of, is_augmented, numbered, unusable
 from shoal.errors import ConfigError, DataError, ShoalError, UsageError
@@ -94,7 +94,7 @@ class Own(Recipe):
             str(row["messages"][0]["content"]) if row["messages"][0]["role"] == "system" else ""
             for row in rows_to_compare(self._folder / LEARN)
         )
-        return Policy(page=Page("", systems.most_common(1)[0][0]))
+        return Policy(page=ChatPage("", systems.most_common(1)[0][0]))
 
     def workload(self, row: Row) -> str:
         return str(row.get("task") or self.name)

@@ -17,7 +17,7 @@ from shoal import config
 from shoal.api.app import build_app
 from shoal.api.bodies import Message
 from shoal.api.noticed import Notice, without_notice
-from shoal.api.policy import Page, Policy
+from shoal.api.policy import ChatPage, Policy
 from shoal.api.serve_args import ServeArgs
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
@@ -312,7 +312,7 @@ async def test_places_of_log_probabilities_leave_room_for_it(noticed: httpx.Asyn
 async def test_a_card_has_the_words_of_the_page_that_the_model_was_made_for(
     engine: Scripted, served: ServedModel
 ) -> None:
-    page = Page("medicine", "You assess.", ("I cough.",))
+    page = ChatPage("medicine", "You assess.", ("I cough.",))
     told = {"path": "medicine", "system": "You assess.", "examples": ["I cough."], "depth": "full"}
     for one, wanted in ((Policy(depth="full", page=page), told), (Policy(), None)):
         app = build_app([Hosted(dataclasses.replace(served, policy=one), engine)])

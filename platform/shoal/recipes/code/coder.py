@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from shoal.api.policy import Page, Policy
+from shoal.api.policy import ChatPage, Policy
 from shoal.errors import ResourceError
 from shoal.evaluate.intervals import Figure
 from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, majority, nearest, rows_to_compare
@@ -71,7 +71,7 @@ class Code(Recipe):
 
     def policy(self) -> Policy:
         """The page's words: none before a question, as in what is learned from."""
-        return Policy(page=Page("code", "", (EXAMPLE, *OTHER_EXAMPLES)))
+        return Policy(page=ChatPage("code", "", (EXAMPLE, *OTHER_EXAMPLES)))
 
     def examples(self) -> Sequence[Messages]:
         return [[{"role": "user", "content": EXAMPLE}]]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.api.policy import Page, Policy
+from shoal.api.policy import ChatPage, Policy
 from shoal.evaluate.intervals import Figure
 from shoal.recipes.baselines import MAJORITY, MOST_TURNS, NEAREST, RULE, majority, nearest
 from shoal.recipes.customer_service import baselines, score, shop
@@ -73,7 +73,7 @@ class CustomerService(Recipe):
 
     def policy(self) -> Policy:
         """The page's words: of who is signed in the service of tools says more."""
-        return Policy(page=Page("customer-service", SYSTEM, tuple(EXAMPLES.values())))
+        return Policy(page=ChatPage("customer-service", SYSTEM, tuple(EXAMPLES.values())))
 
     def examples(self) -> Sequence[Messages]:
         """The mission's, of somebody who is signed in and has an order on its way, and of somebody of whom nothing is known."""

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from shoal.api.policy import Page, Policy
+from shoal.api.policy import ChatPage, Policy
 from shoal.evaluate.intervals import Figure
 from shoal.recipes.baselines import MAJORITY, NEAREST, RULE, nearest, rows_to_compare
 from shoal.recipes.law import score, words
@@ -73,7 +73,7 @@ class Law(Recipe):
         return (row["messages"][:-1] for row in questions(TRAIN, DEV_SPLIT, count, seed))
 
     def policy(self) -> Policy:
-        return Policy(page=Page("law", words.SYSTEM))
+        return Policy(page=ChatPage("law", words.SYSTEM))
 
     def examples(self) -> Sequence[Messages]:
         (row,) = questions(SUITE, SUITE, 1)

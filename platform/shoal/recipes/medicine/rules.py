@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from shoal.api.policy import Flag, Page, Policy, Urgency
+from shoal.api.policy import ChatPage, Flag, Policy, Urgency
 from shoal.config import FULL
 from shoal.recipes.medicine import words
 
@@ -141,7 +141,7 @@ def policy() -> Policy:
     flags = tuple(Flag(name, EMERGENCY, words) for name, words in FLAG_WORDS.items())
     denied = {"en": ("no", "not", "without", "never"), "zh": ("没有", "无", "不")}
     urgency = Urgency("urgency", LEVELS, flags, TOLD, unless_after=denied)
-    return Policy(NOTICE, FULL, urgency=urgency, page=Page("medicine", words.SYSTEM, tuple(EXAMPLES)))
+    return Policy(NOTICE, FULL, urgency=urgency, page=ChatPage("medicine", words.SYSTEM, tuple(EXAMPLES)))
 
 
 def all_of(language: str, kind: str) -> Sequence[str]:
