@@ -1,3 +1,4 @@
+# long: what costs steps, and how many, is one table that must have no gap
 """A chat template is a program of other people's: what it does is counted, so that it ends, whatever it is.
 
 Jinja's sandbox keeps a template from the machine, not from taking forever: loops in loops, macros that call themselves, a text
@@ -9,8 +10,6 @@ that is doubled again and again. Here all that takes longer for longer values is
 
 A step is some 100 ns. Memory follows, since nothing is made that was not paid for.
 """
-
-# long: one price list, of which no part may lack
 
 from __future__ import annotations
 
@@ -351,8 +350,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str):
             spend(_formatted(left, right))
         elif operator == "+" and isinstance(left, (str, list, tuple)):
-            each = _ITEM if isinstance(left, str) else 1  # letters are copied at once
-            spend((_items(left) + _items(right)) // each)
+            several = _ITEM if isinstance(left, str) else 1  # letters are copied at once
+            spend((_items(left) + _items(right)) // several)
         elif operator == "*" and isinstance(left, (str, list, tuple)) and isinstance(right, int):
             spend(_items(left) * max(right, 1))
         elif operator == "*" and isinstance(right, (str, list, tuple)) and isinstance(left, int):
