@@ -1,4 +1,3 @@
-# long: what costs steps, and how many, is one table that must have no gap
 """A chat template is a program of other people's: what it does is counted, so that it ends, whatever it is.
 
 Jinja's sandbox keeps a template from the machine, not from taking forever: loops in loops, macros that call themselves, a text
@@ -11,6 +10,7 @@ that is doubled again and again. Here all that takes longer for longer values is
 A step is some 100 ns. Memory follows, since nothing is made that was not paid for.
 """
 
+# long: what costs steps, and how many, is one table that must have no gap
 from __future__ import annotations
 
 import re
