@@ -84,7 +84,9 @@ def test_a_run_whose_folder_is_lost_goes_on_from_s3_to_the_bit(data: Path, place
     assert losses[0] == losses[1] and resumed.bpb == calm.bpb
     models = [Path(result.out, "model.safetensors").read_bytes() for result in (resumed, calm)]
     assert models[0] == models[1]
-    assert Mirror(place, keep=2).names() == ["step-00000005", "step-00000006"], "the newest, and the last for sure"
+    before, last = Mirror(place, keep=2).names()
+    # one that comes while another is copied is left out where a newer one is there by then
+    assert last == "step-00000006" and before in ("step-00000003", "step-00000004", "step-00000005")
     assert history(tmp_path / "hit", "copied", "path")[-1] == f"{place}/step-00000006"
 
 

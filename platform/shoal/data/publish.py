@@ -41,7 +41,7 @@ def publish(place: Place, index: Index, chats: Sequence[str], need: Callable[[],
     write_index(folder, index)
     need()
     bucket.put(folder / INDEX, INDEX)
-    sweep(place)
+    sweep(place, held=True)
 
 
 def _is_ours(name: str) -> bool:
@@ -61,7 +61,8 @@ def published(place: Place) -> None:
     write_origin(folder, place.uri, place.service)
 
 
-def sweep(place: Place) -> None:
-    """Remove the work folder of a complete corpus, but the lease."""
+def sweep(place: Place, *, held: bool) -> None:
+    """Remove the work folder of a complete corpus; where the lease is `held` by this command, it stays until that ends. Where
+    it is not, it is that of a command that was killed as it ended, or ends now: of a complete corpus nobody needs one."""
     bucket = place.bucket
-    bucket.remove([name for name, _ in bucket.sizes(f"{WORK}/") if name != lease.NAME])
+    bucket.remove([name for name, _ in bucket.sizes(f"{WORK}/") if not held or name != lease.NAME])

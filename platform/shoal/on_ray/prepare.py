@@ -302,7 +302,7 @@ def _looked_at(job: _Job) -> dict[str, Any]:
         return _finished(job)
     try:
         report = _finished(job)
-        sweep(job.place)
+        sweep(job.place, held=False)
         return report
     finally:
         job.place.leave()
