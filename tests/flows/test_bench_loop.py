@@ -81,7 +81,7 @@ def test_each_of_ten_bad_candidates_is_refused_by_name(tmp_path: Path, monkeypat
     model.router = fit_router(model.config, torch.randn(40, 2 * model.config.width + 3), torch.rand(40, 2))
     model.save(tmp_path / "model")
     monkeypatch.setattr(loop_refuse, "shuffled", few)
-    for name, value in (("NEW", 20), ("OLD", 20), ("FROZEN", 30), ("RECENT", 20)):
+    for name, value in (("NEW", 20), ("OLD", 20), ("FROZEN", 45), ("RECENT", 20)):
         monkeypatch.setattr(loop_refuse, name, value)
     monkeypatch.setattr("shoal.loop.gate.MOST_TOKENS", 4)
     monkeypatch.setattr("shoal.loop.gate.TASKS", {})
