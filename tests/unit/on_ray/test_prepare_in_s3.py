@@ -226,13 +226,14 @@ def test_a_command_that_is_killed_while_it_completes_the_corpus_is_gone_on_with(
     assert contents(bucket) == undisturbed
 
 
+def interrupt(what: str, done: int, total: int) -> None:
+    if what == "draw chats":
+        raise KeyboardInterrupt
+
+
 def test_what_another_request_left_is_not_mixed_in(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes]
 ) -> None:
-    def interrupt(what: str, done: int, total: int) -> None:
-        if what == "draw chats":
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         prepare(URI, **{**ask, "seed": 6}, s3=s3.inside, on_progress=interrupt)
     bucket.put_text("train-text-99999-000.arrow", b"of a larger corpus")
@@ -244,10 +245,6 @@ def test_what_another_request_left_is_not_mixed_in(
 def test_a_part_that_was_changed_there_is_made_again(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes]
 ) -> None:
-    def interrupt(what: str, done: int, total: int) -> None:
-        if what == "draw chats":
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         prepare(URI, **ask, s3=s3.inside, on_progress=interrupt)
     names = [name for name, _ in bucket.sizes()]

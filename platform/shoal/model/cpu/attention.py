@@ -10,7 +10,7 @@ import numba as nb
 import numpy as np
 from numba.extending import overload
 
-from shoal.model.cpu.compiled import exp, fast, finite, inverse_rms
+from shoal.model.cpu.compiled import exp, fast, inverse_rms, largest
 from shoal.model.cpu.floats import dots, fetch, fits, weigh
 from shoal.model.slots import TOP
 
@@ -304,21 +304,12 @@ def _mix_apart(weight, near, far, share, top_near, top_far):
 
 @fast
 def _softmax(z):
-    top, total = _largest(z), z.dtype.type(0)
+    top, total = largest(z), z.dtype.type(0)
     for i in range(len(z)):
         z[i] = exp(z[i] - top)
         total += z[i]
     for i in range(len(z)):
         z[i] /= total
-
-
-@finite
-def _largest(z):
-    """The largest of z; where one is not a number anything, and the softmax gives none by that one itself."""
-    top = z[0]
-    for i in range(len(z)):
-        top = max(top, z[i])
-    return top
 
 
 @fast

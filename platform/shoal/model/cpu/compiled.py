@@ -124,3 +124,12 @@ def inverse_rms(x, eps):
     for i in range(len(x)):
         total += x[i] * x[i]
     return x.dtype.type(1) / np.sqrt(total / x.dtype.type(len(x)) + x.dtype.type(eps))
+
+
+@finite
+def largest(z):
+    """The largest of z; where one is not a number anything, and the sum that it is for gives none by that one itself."""
+    top = z[0]
+    for i in range(len(z)):
+        top = max(top, z[i])
+    return top

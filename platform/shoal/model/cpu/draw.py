@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from shoal.model.cpu.compiled import exact, exp, fast, finite
+from shoal.model.cpu.compiled import exact, exp, fast, largest
 
 BLOCK = 256  # tokens whose bounds are made at once
 SLACK = 1e-5  # what numbers of a race may be off by, when torch's are compared with these: ten times what fp32 rounds
@@ -89,17 +89,8 @@ def log_sums(logits, rows, kept, totals):
     whose largest is no number that is NaN or infinite."""
     for d, row in enumerate(rows):
         kept[d] = logits[row]
-        most = _largest(kept[d])
+        most = largest(kept[d])
         totals[d] = most + math.log(_sum(kept[d], most))
-
-
-@finite
-def _largest(z):
-    """Of numbers; where one is NaN it may be any, and the sum that it is for is NaN."""
-    most = z[0]
-    for i in range(len(z)):
-        most = max(most, z[i])
-    return most
 
 
 @fast
