@@ -2,6 +2,7 @@
 
 import http.client
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ def service() -> Iterator[Service]:
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
+    with urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"", timeout=60):
+        pass  # all services of a process have one store: what an earlier one was given goes
     made = Service(inside=S3(f"http://{host}:{port}"))
     door = ThreadingHTTPServer(("127.0.0.1", 0), _door(made, (host, port)))
     threading.Thread(target=door.serve_forever, daemon=True).start()
