@@ -24,6 +24,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.evaluate.intervals import Figure, Z, of_mean
 from shoal.evaluate.prompts import Heldout, measured
+from shoal.inputs.chat import Encoded
 from shoal.loop.margins import of_ratio
 from shoal.loop.paired import FAIL, INCONCLUSIVE, PASS, SKIPPED, Check, student
 from shoal.model.model import Model
@@ -31,7 +32,7 @@ from shoal.model.router import Calibration
 
 MOST_MORE = 1.10  # layers, and seconds a token, beside the stable version's
 LEAST, MOST = 40, 160  # questions of a task that the router is looked at on
-TOKENS, BATCH = 32, 8  # of an answer, and answers at once, that are timed
+TOKENS, BATCH = 32, 8  # of an answer that is timed, and answers at once
 LAYERS, TIME = "router, layers", "time a token"
 Questions = Mapping[str, Sequence[Question]]  # by task
 Depth = str | int  # as of a request: "auto", or layers
@@ -165,12 +166,13 @@ def kept(value: float, high: float, limit: float) -> str:
     return PASS if high <= limit else INCONCLUSIVE if value <= limit else FAIL
 
 
+def _some(asked: Questions) -> dict[str, list[Question]]:
+    """The questions that are looked at, of each task."""
+    return {task: [some[place] for place in spaced(len(some), MOST)] for task, some in asked.items() if some}
+
+
 def _looked_at(asked: Questions) -> dict[str, list[Heldout]]:
-    return {
-        task: [Heldout(some[place].row, some[place].group) for place in spaced(len(some), MOST)]
-        for task, some in asked.items()
-        if some
-    }
+    return {task: [Heldout(one.row, one.group) for one in some] for task, some in _some(asked).items()}
 
 
 @dataclass(frozen=True)
@@ -204,9 +206,12 @@ def _routed(model: Model, parts: Sequence[Mapping[str, Sequence[Heldout]]]) -> _
 
 def speed(model: Model, known: Model, asked: Questions, beside: Depth = AUTO) -> Check:
     """Whether a token takes no more of the processor at depth "auto" than of the stable version at the depth `beside`: the
-    median of pairs of turns, with as many as it takes to be sure of it."""
-    every = [question for some in asked.values() for question in some]
-    prompts = [every[place].prompt for place in spaced(len(every), BATCH)]
+    median of pairs of turns, with as many as it takes to be sure of it. A turn answers up to `MOST` of the questions that
+    layers are counted on, some of each task at once: of a few the depths would be others (decision 0068)."""
+    counted = [question.prompt for some in _some(asked).values() for question in some]
+    every = [counted[place] for place in spaced(len(counted), MOST)]
+    batches = -(-len(every) // BATCH)
+    prompts = [every[first::batches] for first in range(batches)]
     engines = [(Engine(model), AUTO), (Engine(known), beside)]
     for engine, depth in engines:  # what is made once
         _seconds(engine, prompts, depth)
@@ -226,12 +231,13 @@ def speed(model: Model, known: Model, asked: Questions, beside: Depth = AUTO) ->
     return Check(TIME, status, told, middle, low, high, MOST_MORE, items=len(ratios))
 
 
-def _seconds(engine: Engine, prompts: Sequence[object], depth: Depth) -> float:
-    """Of the processor, for answers of so many tokens each."""
+def _seconds(engine: Engine, prompts: Sequence[Sequence[Encoded]], depth: Depth) -> float:
+    """Of the processor, for answers of so many tokens each, to each of `prompts` together."""
     sampling = Sampling(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-    requests = [Request(prompt, sampling, depth=depth) for prompt in prompts]  # type: ignore[arg-type]
+    batches = [[Request(prompt, sampling, depth=depth) for prompt in some] for some in prompts]
     began = time.process_time()
-    engine.generate(requests)
+    for batch in batches:
+        engine.generate(batch)
     return time.process_time() - began
 
 

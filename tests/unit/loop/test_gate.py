@@ -16,7 +16,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.errors import DataError
 from shoal.evaluate.prompts import Heldout, measured
-from shoal.inputs.chat import DEFAULT_TEMPLATE, encode_chat
+from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop import costs
 from shoal.loop.gate import Verdict, gate
@@ -216,7 +216,24 @@ def test_one_that_takes_longer_for_a_token_is_stopped(place: Path, monkeypatch: 
         monkeypatch.setattr(costs, "_seconds", lambda engine, *_, takes=takes: takes if engine.model is model else 1.0)
         check = costs.speed(model, known, asked)
         assert (check.status, check.value, check.items) == (status, pytest.approx(takes), turns)
+    seen: list[tuple[int, ...]] = []
+
+    def counts(engine: Engine, prompts: list[list[Encoded]], depth: costs.Depth) -> float:
+        assert all(len(batch) <= costs.BATCH for batch in prompts)
+        seen.extend(tuple(prompt.ids) for batch in prompts for prompt in batch)
+        return 1.0
+
+    monkeypatch.setattr(costs, "_seconds", counts)
+    costs.speed(model, known, asked)
+    turn = seen[: costs.MOST]
+    (some,) = costs._some(asked).values()
+    counted = [one.prompt for one in some]
+    assert sorted(turn) == sorted(tuple(prompt.ids) for prompt in counted), (
+        "those that layers are counted on, once each"
+    )
+    assert seen == turn * (2 + 2 * costs.ROUNDS[0])
     monkeypatch.undo()
+    monkeypatch.setattr(costs, "MOST", 16)  # it is the clock that is looked at here
     check = costs.speed(model, known, asked)
     assert check.value is not None and 0.2 < check.value < 5 and 7 <= check.items <= 25
 
