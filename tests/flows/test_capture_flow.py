@@ -19,14 +19,6 @@ from shoal.loop.writer import adopt
 from tests.unit.engine.lively import lively
 
 ROOT = Path(__file__).parents[2]
-# `shoal`, where a write may take its time: else a busy machine is a slow disk, whose rows wait in a queue
-SHOAL = """
-import sys
-from shoal.cli import main
-from shoal.loop import writer
-writer.SLOW_SECONDS = writer.HELD_SECONDS = 60.0
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def service(model: Path, *options: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-c", SHOAL, "serve", "--no-ray", "--no-ui", "--port", "0"]
+    command = [sys.executable, "-m", "shoal.cli", "serve", "--no-ray", "--no-ui", "--port", "0"]
     with subprocess.Popen(
         [*command, "--name", "fish", "--model", str(model), *map(str, options)],
         stdout=subprocess.PIPE,

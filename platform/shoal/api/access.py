@@ -51,7 +51,7 @@ class Access:
     holds: list[Held] = field(default_factory=list)  # what it is answered by, until it ends
     facts: dict[str, Any] = field(default_factory=dict)  # user, model, depth, prompt_tokens, completion_tokens
     columns: dict[str, Any] = field(default_factory=dict)  # of its captured row, that others know: version, role, ...
-    ended: Callable[[Access], None] | None = None  # told when it has ended, before its line
+    ended: Callable[[Access], None] | None = None  # told once when it ends, before its answer's last byte and its line
     began: float = field(default_factory=time.perf_counter)
     accepted: float | None = None  # when its prompt was, and went to the engine
     first_token: float | None = None
@@ -72,6 +72,12 @@ class Access:
         self.facts["completion_tokens"] += tokens
         if self.key is not None:
             self.key.spend(tokens)
+
+    def end(self) -> None:
+        """It ends now; called again it does nothing."""
+        ended, self.ended = self.ended, None
+        if ended is not None:
+            ended(self)
 
     @property
     def seconds(self) -> float:
@@ -103,8 +109,7 @@ def told(access: Access, headers: Mapping[bytes, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        if access.ended is not None:
-            access.ended(access)
+        access.end()
         while access.holds:
             access.holds.pop().held -= 1
         known = access.attributes()

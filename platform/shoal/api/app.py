@@ -148,7 +148,7 @@ def _recorder(app: FastAPI, given: CaptureArgs | None) -> Recorder | None:
     """What captures rows while `app` runs; none unless it is asked for."""
     if given is None:
         return None
-    recorder = Recorder(given)
+    app.state.recorder = recorder = Recorder(given)
     beside(app, recorder.run, asyncio.Task.cancel)
     return recorder
 

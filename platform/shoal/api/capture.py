@@ -1,6 +1,7 @@
-"""A captured row of each request that is answered by generated tokens, made where its access line is written.
+"""What is captured of each request that is answered by generated tokens, handed over before its answer's last byte leaves.
 
-Numbers of all requests, whichever engine runs them; never a text, nor a key. How they lie on the disk: `loop.capture`.
+Numbers of all requests, whichever engine runs them; never a text, nor a key. What costs time is done by the process that writes
+them (`loop.outbox`). How they lie on the disk: `loop.capture`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,13 @@ import asyncio
 import hashlib
 import json
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from operator import attrgetter
 from typing import Any, cast
-
-import numpy as np
 
 from shoal.api.access import Access
 from shoal.api.answers import Answer
@@ -25,21 +25,25 @@ from shoal.api.meter import Meter
 from shoal.api.requests import EngineCall
 from shoal.api.reruns import Reruns
 from shoal.api.served import ServedModel
-from shoal.engine.events import Finished, Signals
+from shoal.engine.events import Finished
 from shoal.engine.metrics import Samples, sample
 from shoal.errors import ConfigError
 from shoal.inputs.chat import Encoded
-from shoal.loop.capture import Capture, now_ms, subject, talk
+from shoal.loop.capture import JOURNAL, Capture, now_ms, subject, talk
+from shoal.loop.facts import Choice, Facts, row, signals
+from shoal.loop.outbox import Outbox
 from shoal.loop.rows import SHADOW, Row
-from shoal.loop.surprisal import Learned
 from shoal.loop.texts import clean, one_line
-from shoal.loop.writer import Bounds, Writer
+from shoal.loop.writer import Bounds
 
 log = logging.getLogger("shoal.api")
 
 BEGINS = 4096  # characters of a text, or ids of a prompt, that tell its conversation
 SLICE = 64  # characters of a slice's name
 SLICES, OTHER = 8, "other"  # names of slices that are kept apart: each costs the detector power
+MOST_IDS = 100_000  # of prompts, five bytes each in a pipe of 1 MiB: of more no surprisal is known
+SUBJECTS = 4096  # whose hashes are in memory
+LOOK_SECONDS = 1.0  # between two looks whether what writes the rows lives
 
 
 @dataclass(frozen=True)
@@ -66,50 +70,59 @@ class CaptureArgs:
 
 
 class Recorder:
-    """Makes rows and gives them to a writer, which it owns."""
+    """Hands over what requests were, through an outbox, which it owns."""
 
     def __init__(self, given: CaptureArgs) -> None:
-        """Raises DataError for a folder that cannot be used."""
+        """Raises DataError for a folder that cannot be used, ConfigError for one that nobody may write to."""
         self.given, self.capture = given, given.open()
-        self._salt = self.capture.salt
-        bounds = Bounds(keep_days=given.keep_days, keep_texts=given.texts_days)
+        salt = self.capture.salt
         try:
-            self.writer = Writer(self.capture, bounds)
+            with tempfile.TemporaryFile(dir=self.capture.folder / JOURNAL):
+                pass
         except OSError as error:
             raise ConfigError(
                 "capture", got=f"{given.folder}: {error.strerror}", allowed="a folder to write"
             ) from error
-        self.reruns = Reruns(given.reruns, self.writer.put)
+        self.outbox = Outbox(given.folder, Bounds(keep_days=given.keep_days, keep_texts=given.texts_days))
+        self.reruns = Reruns(given.reruns, self._put)
+        self.subject = lru_cache(SUBJECTS)(
+            partial(subject, salt)
+        )  # (key's name, user) -> who asks, as `forget` finds them
+        self._salt = salt
         self._slices: set[str] = set()
         self._models: dict[str, _Model] = {}
         self.feedback = Counter[str]()  # votes, by rating
 
     async def run(self) -> None:
         """Asks requests again when nobody waits, until it is cancelled; then what was captured is closed."""
+        looking = asyncio.create_task(self._look())
         try:
             await self.reruns.run()
         finally:
-            await asyncio.to_thread(self.writer.close)
+            looking.cancel()
+            await asyncio.to_thread(self.outbox.close)
+
+    async def _look(self) -> None:
+        while True:
+            self.outbox.look()
+            await asyncio.sleep(LOOK_SECONDS)
 
     def samples(self) -> Samples:
         """What is said of the capture at a scrape."""
         found = {
-            sample("capture_rows"): float(self.writer.rows),
-            sample("capture_lag_seconds"): self.writer.lag,
-            sample("capture_bytes"): float(self.writer.bytes),
-            sample("capture_waiting_files"): float(self.writer.waiting),
+            sample("capture_rows"): float(self.outbox.rows),
+            sample("capture_lag_seconds"): self.outbox.lag,
+            sample("capture_bytes"): float(self.outbox.bytes),
+            sample("capture_waiting_files"): float(self.outbox.waiting),
+            sample("capture_scribes"): float(self.outbox.scribes),
         }
-        reasons = {"queue": 0, "disk": 0, "bound": 0, **self.writer.dropped}
+        reasons = {"queue": 0, "disk": 0, "bound": 0, **self.outbox.dropped}
         votes = {"up": 0, "down": 0, **self.feedback}
         found |= {sample("feedback", rating=rating): float(n) for rating, n in votes.items()}
         found |= {sample("capture_dropped", reason=reason): float(n) for reason, n in reasons.items()}
         return found | self.reruns.samples()
 
     # --- whose it is --------------------------------------------------------------------------------------------------
-
-    def subject(self, key: str | None, user: str | None) -> str | None:
-        """Who asks, as `loop.forget` finds them again; None for nobody in particular."""
-        return subject(self._salt, key, user)
 
     def conversation(self, access: Access, body: Any) -> str | None:
         """Which talk a request belongs to: the same at each turn that has the texts of those before; None where none tells."""
@@ -143,26 +156,34 @@ class Recorder:
         failed: bool,
     ) -> None:
         """Keep the copy of a request that went to a canary: a row beside that of its request, with the same id."""
-        key = None if access.key is None else access.key.name
-        row = Row(
-            id=answer.id, at=now_ms(), request_id=access.id, model=access.served or None, version=version, role=SHADOW,
-            route=access.path[:64], subject=self.subject(key, access.facts.get("user")), layers=meter.depth or None,
-            answer_tokens=len(meter.tokens), first_s=None if meter.times is None else meter.times[0],
-            total_s=max(0.0, meter.last - meter.began), finish=None if end is None else end.reason,
-            status=500 if failed else 200, error="shadow_failed" if failed else None,
-        )  # fmt: skip
-        told = self._of_call(call, answer.served) | _signals([end.signals] if end is not None and end.signals else [])
-        for name, value in told.items():
-            setattr(row, name, value)
-        row.weights = None  # the version says which
-        self.writer.put(row)
+        columns = {
+            "id": answer.id,
+            "at": now_ms(),
+            "request_id": access.id,
+            "model": access.served or None,
+            "route": access.path[:64],
+            "subject": self._whose(access),
+            "status": 500 if failed else 200,
+            "error": "shadow_failed" if failed else None,
+            "first_s": None if meter.times is None else meter.times[0],
+            "total_s": max(0.0, meter.last - meter.began),
+            "answer_tokens": len(meter.tokens),
+            "finish": None if end is None else end.reason,
+            **self._of_call(call, answer.served),
+            "weights": None,  # the version says which
+            "version": version,
+            "role": SHADOW,
+            "layers": meter.depth or None,
+        }
+        told = [(0, 0, 0.0, signals(end.signals))] if end is not None and end.signals else []
+        self.outbox.put((columns, _ids(call), self._model(answer.served).vocabulary, told))
 
     def _guarded(self, keep: Callable[[Access], None]) -> Callable[[Access], None]:
         def ended(access: Access) -> None:
             try:
                 keep(access)
             except Exception:  # a row is worth less than the request
-                self.writer.dropped["fault"] += 1
+                self.outbox.drop("fault")
                 log.exception("no row was captured of request %s", access.id)
 
         return ended
@@ -176,7 +197,7 @@ class Recorder:
         client: EngineClient | None = None,
     ) -> None:
         fields, subject = _fields(body), self._whose(access)
-        known: dict[str, Any] = {
+        columns: dict[str, Any] = {
             "id": access.id if answer is None else answer.id,
             "at": now_ms(),
             "request_id": access.id,
@@ -190,14 +211,22 @@ class Recorder:
             "total_s": access.seconds,
             "first_s": None if access.first_token is None else access.first_token - access.began,
         }
-        if call is not None and answer is not None:
-            known |= self._of_call(call, answer.served) | _of_answer(call, answer)
-            known["conversation"] = self._conversation(subject, fields)
-        row = Row(**(known | access.columns))
-        self.writer.put(row)
-        end = None if answer is None else answer.choices[0].finished
-        if call is not None and answer is not None and client is not None and end is not None:
-            self.reruns.offer(call, client, end.signals, row, answer.served.config.exits)
+        if call is None or answer is None:
+            self.outbox.put((columns | access.columns, [], None, []))
+            return
+        columns |= self._of_call(call, answer.served)
+        columns |= _of_answer(call, answer)
+        columns["conversation"] = self._conversation(subject, fields)
+        columns |= access.columns
+        facts: Facts = columns, _ids(call), self._model(answer.served).vocabulary, _choices(answer)
+        self.outbox.put(facts)
+        end = answer.choices[0].finished
+        if client is not None and end is not None and self.reruns.wants(call, end.signals, answer.id):
+            self.reruns.offer(call, client, end.signals, row(facts, _unknown), answer.served.config.exits)
+
+    def _put(self, row: Row) -> None:
+        """A row that is made already."""
+        self.outbox.put(({name: value for name, value in asdict(row).items() if value is not None}, [], None, []))
 
     def _slice(self, access: Access, fields: Mapping[str, Any]) -> str | None:
         """What `metadata.workload` says, else the key's name; past `SLICES` of them, "other"."""
@@ -215,11 +244,8 @@ class Recorder:
 
     def _of_call(self, call: EngineCall, served: ServedModel) -> dict[str, Any]:
         """What was asked."""
-        first = call.requests[0]
+        first, model = call.requests[0], self._model(served)
         prompts = [cast(Encoded, request.prompt) for request in call.requests[:: call.n]]
-        known = self._models.get(served.name)
-        if known is None or known.served is not served:
-            known = self._models[served.name] = _Model(served, self.capture.folder)
         return {
             "weights": served.weights or None,
             "depth_asked": served.fixed_depth(first.depth) or "auto",
@@ -230,25 +256,57 @@ class Recorder:
             "tools": len(call.offered),
             "images": sum(len(prompt.images) for prompt in prompts),
             "prompt_tokens": call.prompt_tokens,
-            "prompt_bytes": sum(known.bytes_of(prompt.ids) for prompt in prompts),
-            "prompt_surprisal": _mean([known.surprisal.of(prompt.ids) for prompt in prompts]),
+            "prompt_bytes": sum(model.bytes_of(prompt.ids) for prompt in prompts),
         }
+
+    def _model(self, served: ServedModel) -> _Model:
+        known = self._models.get(served.name)
+        if known is None or known.served is not served:
+            known = self._models[served.name] = _Model(served)
+        return known
 
 
 class _Model:
-    """What is known of a model's tokens. Models of one tokenizer, such as the versions of a release, share a table."""
+    """What is known of a model's tokens. Models of one tokenizer, such as the versions of a release, share a vocabulary."""
 
-    def __init__(self, served: ServedModel, folder: Path) -> None:
+    def __init__(self, served: ServedModel) -> None:
         self.served = served
         tokens = [served.tokenizer.token_bytes(token) for token in range(len(served.tokenizer))]
-        # bytes that each token stands for; of any other, none
-        self._lengths = np.array([*map(len, tokens), 0], np.int64)
+        self._lengths = [len(token) for token in tokens]  # bytes that each stands for
         name = hashlib.blake2b(b"\0".join(tokens), digest_size=8).hexdigest()
-        self.surprisal = Learned(folder / f"tokens-{name}.npz", len(tokens))
+        self.vocabulary = name, len(tokens)
 
     def bytes_of(self, ids: Sequence[int]) -> int:
-        """Of the text that `ids` stand for."""
-        return int(self._lengths[np.minimum(np.asarray(ids, np.int64), len(self._lengths) - 1)].sum())
+        """Of the text that `ids` stand for; of one beyond the vocabulary none."""
+        try:
+            return sum(map(self._lengths.__getitem__, ids))
+        except IndexError:
+            return sum(self._lengths[token] for token in ids if token < len(self._lengths))
+
+
+def _ids(call: EngineCall) -> list[list[int]]:
+    """Of each prompt; none of so many that no pipe takes them."""
+    found = [cast(Encoded, request.prompt).ids for request in call.requests[:: call.n]]
+    return found if call.prompt_tokens <= MOST_IDS else []
+
+
+_of_end = attrgetter("cached_tokens", "queue_seconds", "signals")
+
+
+def _choices(answer: Answer) -> list[Choice]:
+    """What is known of each choice, as `facts` takes it."""
+    found: list[Choice] = []
+    for choice in answer.choices:
+        if choice.finished is None:
+            found.append((choice.depth, None, None, None))
+        else:
+            cached, queued, told = _of_end(choice.finished)
+            found.append((choice.depth, cached, queued, None if told is None else signals(told)))
+    return found
+
+
+def _unknown(vocabulary: tuple[str, int], prompt: list[int]) -> None:
+    """The surprisal of a prompt whose row is only to be compared with."""
 
 
 def _fields(body: Any) -> Mapping[str, Any]:
@@ -274,42 +332,16 @@ def _beginning(fields: Mapping[str, Any]) -> str:
 
 
 def _of_answer(call: EngineCall, answer: Answer) -> dict[str, Any]:
-    """What became of it, as far as it came: over several choices sums of what is counted, means of what is measured."""
-    ends = [choice.finished for choice in answer.choices if choice.finished is not None]
-    depths = [choice.depth for choice in answer.choices if choice.depth]
+    """What became of it, as far as it came."""
     found: dict[str, Any] = {
         "answer_tokens": 0 if call.silent else sum(choice.count for choice in answer.choices),
-        "layers": round(sum(depths) / len(depths)) if depths else None,
         "finish": answer.choices[0].reason,
     }
-    if ends:
-        found["cached_tokens"] = sum(end.cached_tokens for end in ends)
-        found["queue_s"] = max(end.queue_seconds for end in ends)
-        found |= _signals([end.signals for end in ends if end.signals is not None])
-    calls = [each for choice in answer.choices for each in choice.calls]
     if call.offered:
+        calls = [each for choice in answer.choices for each in choice.calls]
         found["tool_calls"] = len(calls)
         found["tool_valid"] = all(_is_valid(each, call.offered) for each in calls) if calls else None
     return found
-
-
-def _signals(told: Sequence[Signals]) -> dict[str, Any]:
-    """What the engines said of several choices, as one."""
-    if not told:
-        return {}
-    gaps = [each.predicted_gaps for each in told if each.predicted_gaps]
-    means = ("prompt_nll", "router_bound", "router_distance", "answer_nll")
-    found: dict[str, Any] = {name: _mean([getattr(each, name) for each in told]) for name in means}
-    return found | {
-        "answer_nll_max": max((e.answer_nll_max for e in told if e.answer_nll_max is not None), default=None),
-        "predicted_gaps": [sum(column) / len(gaps) for column in zip(*gaps, strict=True)] or None,
-        "drafts_accepted": sum(each.drafts_accepted for each in told),
-    }
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _is_valid(call: Mapping[str, Any], offered: Sequence[str]) -> bool:

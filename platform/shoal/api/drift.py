@@ -28,7 +28,7 @@ def drift_routes(service: Service) -> APIRouter:
             raise ForbiddenError("this key sees no drift", do="ask with a key of the key file that has admin=yes")
         if look is None:
             raise NotFoundError("nothing is captured", do=DO)
-        given, writer = look.recorder.given, look.recorder.writer
+        given, outbox = look.recorder.given, look.recorder.outbox
         fault, found = None, None
         try:
             found = await look.get()
@@ -39,10 +39,10 @@ def drift_routes(service: Service) -> APIRouter:
             "look": found,
             "fault": fault,
             "capture": {
-                "rows": writer.rows,
-                "dropped": {name: count for name, count in writer.dropped.items() if count},
-                "lag_seconds": writer.lag,
-                "bytes": writer.bytes,
+                "rows": outbox.rows,
+                "dropped": {name: count for name, count in outbox.dropped.items() if count},
+                "lag_seconds": outbox.lag,
+                "bytes": outbox.bytes,
                 "keep_days": given.keep_days,
                 "texts": given.texts,
                 "texts_days": given.texts_days,

@@ -153,6 +153,8 @@ class Gate:
                 seconds = 0.0 if access.status == 408 else DISCARD_SECONDS  # 408: it has been waited for
                 rest = [] if await body.read_out(seconds) else [(b"connection", b"close")]
                 message = {**message, "headers": [*message["headers"], *self._told(access), *rest]}
+            elif not message.get("more_body"):
+                access.end()  # who has read the answer to its end knows that its row is kept
             await send(message)
 
         body = _Body(receive, headers, self._longer.get(_path(scope), self._body_bytes), self._body_bytes)

@@ -76,19 +76,25 @@ class Reruns:
         """What is said of them at a scrape."""
         return {sample("reruns", outcome=outcome): float(self.counts[outcome]) for outcome in OUTCOMES}
 
+    def wants(self, call: EngineCall, told: Signals | None, id_: str) -> bool:
+        """Whether the router chose the depth within the tolerance that is promised to everybody, and the answer of this id is
+        among the ones that are asked again. `told` by the engine at its end."""
+        if told is None or told.tolerance is None or told.router_bound is None:
+            return False
+        return call.requests[0].quality_tolerance is None and _among(id_, self.share)
+
     def offer(
         self, call: EngineCall, client: EngineClient, told: Signals | None, row: Row, exits: tuple[int, ...]
     ) -> None:
-        """Take the request of `row`, where the router chose its depth within the tolerance that is promised to everybody, and
-        it is among the ones that are asked again. `told` by the engine at its end."""
+        """Take the request of `row`, if it is wanted, and one whose loss can be told."""
         first = call.requests[0]
-        if told is None or told.tolerance is None or told.router_bound is None or first.quality_tolerance is not None:
+        if told is None or told.tolerance is None or not self.wants(call, told, row.id):
             return
         if row.status != 200 or row.resumed or row.role == "canary" or first.adapter or call.silent:
             return
         if len(call.requests) > call.n:  # its row has means over several prompts
             return
-        if row.layers not in exits or not _among(row.id, self.share):
+        if row.layers not in exits:
             return
         tokens = min(TOKENS, first.sampling.max_tokens)
         how = replace(

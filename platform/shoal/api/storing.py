@@ -100,7 +100,7 @@ class Storing:
                 stored = await asyncio.to_thread(work)
         except (OSError, TimeoutError):
             late.set()
-            self._recorder.writer.dropped["texts"] += 1
+            self._recorder.outbox.drop("texts")
             return False
         if stored:
             access.columns["stored"] = True

@@ -2,7 +2,7 @@
 
 Two apps over one engine in this process, one that captures and one that does not, asked in turns by the same clients, which are
 a process of their own (`bench.asking`). Beside tokens a second stand the service's own seconds of processor time, which a busy
-machine disturbs less.
+machine disturbs less; with what the scribe took since the last turn that was captured, begun or ended in it or not.
 
 Notable: answers have half to one and a half times the tokens that are asked for, the same in each turn. Of equal ones all
 clients' end in one step, and the engine is idle while their rows are made, one after the other: no service is asked like that.
@@ -35,6 +35,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.front import AsyncEngine
 from shoal.errors import GenerationError
 from shoal.loop.capture import Capture
+from shoal.loop.outbox import Outbox
 from shoal.machine import threads
 from shoal.model.model import Model
 
@@ -64,14 +65,15 @@ async def _measured(model: Path, served: ServedModel, kept: Path, tokens: int, r
     engine = AsyncEngine(Engine(Model.load(model), max_batch=CLIENTS))
     turns: dict[str, list[tuple[float, float]]] = {OFF: [], ON: []}
     apps = {OFF: _app(engine, served, None), ON: _app(engine, served, kept)}
+    scribe = _Scribe(apps[ON].state.recorder.outbox)
     try:
         async with serving(apps[OFF]) as off, serving(apps[ON]) as on, _clients(served.name, tokens) as asked:
             urls = {OFF: off.url, ON: on.url}
             for each in (OFF, ON):  # what is made once
-                await _turn(asked, urls[each], tokens)
+                await _turn(asked, urls[each], tokens, scribe if each == ON else None)
             for number in range(rounds):
                 for each in (OFF, ON) if number % 2 else (ON, OFF):
-                    turns[each].append(await _turn(asked, urls[each], tokens))
+                    turns[each].append(await _turn(asked, urls[each], tokens, scribe if each == ON else None))
     finally:
         await engine.close()
     rows = Capture(kept).rows().num_rows
@@ -84,9 +86,26 @@ async def _measured(model: Path, served: ServedModel, kept: Path, tokens: int, r
         "cpu_ms_per_token": {name: 1000 * statistics.median(one for _, one in some) for name, some in turns.items()},
         "throughput_ratio": speed,
         "cpu_ratio": cpu,
+        "scribe_ms_per_row": 1000 * scribe.all / max(1, rows),
         "rows": rows,
         "lost": (rounds + 1) * CLIENTS * REQUESTS - rows,
     }
+
+
+class _Scribe:
+    """The processor time of an outbox's scribe."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox, self._told, self.all = outbox, 0.0, 0.0
+
+    async def seconds(self) -> float:
+        """Since they were last asked for, all rows that were handed over being in a journal; at first none, of its start."""
+        while self._outbox.lag:
+            await asyncio.sleep(0.01)
+        now = time.clock_gettime((~self._outbox.scribe << 3) | 2)  # Linux's clock of another process
+        spent, self._told = now - self._told if self._told else 0.0, now
+        self.all += spent
+        return spent
 
 
 def _app(engine: AsyncEngine, served: ServedModel, kept: Path | None) -> Any:
@@ -117,12 +136,15 @@ async def _clients(name: str, tokens: int) -> AsyncIterator[Callable[[str], Awai
         await process.wait()
 
 
-async def _turn(asked: Callable[[str], Awaitable[float]], url: str, tokens: int) -> tuple[float, float]:
-    """Tokens a second, and this process's seconds a token."""
+async def _turn(
+    asked: Callable[[str], Awaitable[float]], url: str, tokens: int, scribe: _Scribe | None
+) -> tuple[float, float]:
+    """Tokens a second, and seconds of processor time a token: this process's, and the scribe's where the turn is captured."""
     worked = time.process_time()
     seconds = await asked(url)
+    worked = time.process_time() - worked + (await scribe.seconds() if scribe is not None else 0.0)
     made = sum(length(place, tokens) for place in range(CLIENTS * REQUESTS))
-    return made / seconds, (time.process_time() - worked) / made
+    return made / seconds, worked / made
 
 
 def _ratio(on: Sequence[float], off: Sequence[float]) -> dict[str, float]:

@@ -108,6 +108,9 @@ _TABLE = (
     # of the HTTP side
     Family("capture_rows", "counter", "Rows that the gateway captured."),
     Family("capture_dropped", "counter", "Rows that it dropped.", ("reason",)),
+    Family(
+        "capture_scribes", "counter", "Processes that it began to write them: more than one says that one was killed."
+    ),
     Family("capture_lag_seconds", "gauge", "For how long the oldest row has waited for the disk."),
     Family("capture_waiting_files", "gauge", "Files that the bucket does not have yet, where rows go to one."),
     Family("capture_bytes", "gauge", "Bytes of what is captured, as of the last hour."),

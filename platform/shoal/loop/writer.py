@@ -1,16 +1,16 @@
-"""Rows to the disk, beside a service that must not wait for it.
+"""Rows to the disk, in the process of a scribe (`scribe`), which may wait for it.
 
     put ──one write──> journal/NAME-000007.jsonl ──16 MiB or 5 minutes──> rows/day=.../part-NAME-000007.parquet
-     └─ while the disk is slow: a bounded queue ─ thread ─┘                                     thread
+                                                                    thread
 
-Notable: a row is in the journal, and so in the kernel's hands, when `put` returns: a process that is killed loses none. Where
-one write took long, rows go through the queue for a while; when that is full they are dropped and counted, as where the disk is
-full. A journal is locked by the process that writes it; one that nobody holds was left by a dead one, and is adopted. A part is
-a function of its journal, under its name: made twice, it is the same.
+Notable: rows are in the journal, and so in the kernel's hands, when `put` returns: a process that is killed loses none of them.
+A journal is locked by the process that writes it; one that nobody holds was left by a dead one, and is adopted. A part is a
+function of its journal, under its name: made twice, it is the same.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -20,8 +20,8 @@ import shutil
 import socket
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +38,6 @@ from shoal.machine import aside
 
 log = logging.getLogger("shoal.loop")
 
-QUEUED = 4096  # rows that wait for a slow disk
-SLOW_SECONDS = 0.05  # a write that took so long
-SLOW_FOR = 10.0  # seconds for which the disk counts as slow then
-HELD_SECONDS = 0.005  # that `put` waits for the thread to change journals
 SEND_SECONDS, SEND_AT_END_SECONDS = 30.0, 10.0  # between two times that the bucket gets what is new; for the last one
 LOOK_SECONDS, RETRY_SECONDS, TIDY_SECONDS = 0.5, 30.0, 3600.0
 LEFT_SECONDS = 60.0  # after which a file that was to get another name is one that nobody writes any more
@@ -77,33 +73,40 @@ class Journal:
             hidden.unlink(missing_ok=True)
             raise
 
-    def write(self, line: bytes) -> None:
-        """One line, in one write. Raises OSError where it did not go in whole; what did is ended by the next."""
-        line = b"\n" + line if self.torn else line
-        self.torn = True
-        if os.write(self.descriptor, line) < len(line):
-            raise OSError(28, "No space left on device")
-        self.torn = False
-        self.size += len(line)
+    def write(self, lines: Sequence[bytes]) -> int:
+        """Lines, in one write; returns how many went in whole: where a part of one did, it is ended by the next. Raises OSError
+        where none did."""
+        data = b"\n" * self.torn + b"".join(lines)
+        wrote = os.write(self.descriptor, data)
+        whole = data[:wrote].count(b"\n") - (self.torn and wrote > 0)
+        self.torn = data[wrote - 1 : wrote] != b"\n" if wrote else self.torn
+        self.size += wrote
+        return whole
 
     def close(self) -> None:
         os.close(self.descriptor)
 
 
 class Writer:
-    """Puts rows into a capture. `put` is called by one thread, such as that of an event loop; `close` at the end."""
+    """Puts rows into a capture. `put` is called by one thread; `close` at the end."""
 
     def __init__(
-        self, capture: Capture, bounds: Bounds | None = None, *, wall: Callable[[], int] = now_ms, start: bool = True
+        self,
+        capture: Capture,
+        bounds: Bounds | None = None,
+        *,
+        wall: Callable[[], int] = now_ms,
+        start: bool = True,
+        service: str = "",
     ) -> None:
-        """`wall`: the time in ms since 1970; `start`: with a thread of its own. Raises OSError where no journal can be made."""
+        """`wall`: the time in ms since 1970; `start`: with a thread of its own; `service`: whose journals they are, by a name
+        of its own [none]. Raises OSError where no journal can be made."""
         self.capture, self.bounds, self._wall = capture, bounds or Bounds(), wall
         self.rows, self.dropped, self.bytes = 0, Counter[str](), 0
         self._folder = capture.folder / JOURNAL
         host = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname())[:40]
-        self._name, self._number = f"{host}-{os.getpid()}-{secrets.token_hex(3)}", 0
-        self._queue = deque[tuple[float, bytes]]()
-        self._lock, self._slow_until = threading.Lock(), 0.0
+        self._name, self._number = f"{host}-{os.getpid()}-{service}{secrets.token_hex(3)}", 0
+        self._lock = threading.Lock()
         self._closed: list[Journal] = []  # that have no part yet
         self._failed_at = self._tidied_at = -1e9
         self._over = False  # more is kept than may be, all of it of today
@@ -112,7 +115,7 @@ class Writer:
         self._complained = set[str]()
         self._forgotten = capture.forgotten()
         self._journal = self._open()
-        self._end, self._wake, self._parted = threading.Event(), threading.Event(), threading.Event()
+        self._end, self._parted = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True) if start else None
         self._sender = threading.Thread(target=self._send, name="capture-bucket", daemon=True)
         if self._thread is not None:
@@ -120,37 +123,29 @@ class Writer:
             if capture.bucket is not None:
                 self._sender.start()
 
-    # --- the service's thread -----------------------------------------------------------------------------------------
+    # --- the scribe's own thread ---------------------------------------------------------------------------------------
 
-    def put(self, row: Row) -> None:
-        """Keep `row`, or drop and count it. Never raises, and never waits but for one write."""
-        if self._forgotten.subjects and row.subject in self._forgotten.subjects:
+    def put(self, *rows: Row) -> None:
+        """Keep `rows`, in one write, or drop and count them. Raises what a row does that cannot be a line."""
+        forgotten = self._forgotten.subjects
+        lines = [row.line() for row in rows if not (forgotten and row.subject in forgotten)]
+        if not lines:
             return
-        line, now = row.line(), time.monotonic()
-        if self._queue or now < self._slow_until or not self._taken():
-            self._put_later(now, line)
-            return
-        try:
-            self._write(line)
-        finally:
-            self._lock.release()
-        if time.monotonic() - now > SLOW_SECONDS:
-            self._slow_until = time.monotonic() + SLOW_FOR
-
-    @property
-    def lag(self) -> float:
-        """Seconds for which the oldest row has waited that is in no journal yet."""
-        queued = next(iter([*self._queue][:1]), None)
-        return 0.0 if queued is None else time.monotonic() - queued[0]
+        with self._lock:
+            if self._ended:  # the descriptor may be another file's by now
+                self._drop("end", "the capture was closed", len(lines))
+            elif self._over:
+                told = f"{self.bytes} bytes are kept, at most {self.bounds.max_bytes} may be"
+                self._drop("bound", told, len(lines))
+            else:
+                self._write(lines)
 
     def close(self) -> None:
         """Ends the thread; makes parts of what is left, where it can. A row that comes later is dropped and counted."""
         self._end.set()
-        self._wake.set()
         if self._thread is not None:
             self._thread.join()
         with self._lock:
-            self._drain()
             if not self._ended:
                 self._closed.append(self._journal)
             self._ended = True
@@ -158,44 +153,24 @@ class Writer:
         for journal in self._closed:
             journal.close()
         self._closed = []
-        with self._lock:
-            self._drain()  # what came meanwhile is counted
         self._parted.set()
         if self._sender.is_alive():
             self._sender.join(SEND_AT_END_SECONDS)  # it sends once more
 
-    def _taken(self) -> bool:
-        """The lock, without letting another thread run where nobody has it: a wait, however short, does."""
-        return self._lock.acquire(blocking=False) or self._lock.acquire(timeout=HELD_SECONDS)
-
-    def _put_later(self, now: float, line: bytes) -> None:
-        if self._ended:
-            self._drop("end", "the capture was closed")
-            return
-        if len(self._queue) >= QUEUED:
-            self._drop("queue", "the disk is too slow for the rows that come")
-            return
-        self._queue.append((now, line))
-        self._wake.set()
-
-    def _write(self, line: bytes) -> None:
-        """`line` into the journal, with the lock."""
-        if self._ended:  # the descriptor may be another file's by now
-            self._drop("end", "the capture was closed")
-            return
-        if self._over:
-            self._drop("bound", f"{self.bytes} bytes are kept, at most {self.bounds.max_bytes} may be")
-            return
+    def _write(self, lines: Sequence[bytes]) -> None:
+        """`lines` into the journal, with the lock."""
         try:
-            self._journal.write(line)
+            whole, why = self._journal.write(lines), os.strerror(errno.ENOSPC)
         except OSError as error:
-            self._drop("disk", f"cannot write {self._journal.path}: {error.strerror}")
-            return
-        self.rows += 1
-        self._complained.discard("disk")
+            whole, why = 0, error.strerror or str(error)
+        self.rows += whole
+        if whole < len(lines):
+            self._drop("disk", f"cannot write {self._journal.path}: {why}", len(lines) - whole)
+        else:
+            self._complained.discard("disk")
 
-    def _drop(self, reason: str, told: str) -> None:
-        self.dropped[reason] += 1
+    def _drop(self, reason: str, told: str, count: int) -> None:
+        self.dropped[reason] += count
         self._complain(reason, f"captured rows are dropped: {told}; they are counted until it has room again")
 
     def _complain(self, about: str, line: str) -> None:
@@ -207,16 +182,12 @@ class Writer:
     # --- the writer's thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._end.is_set():
-            self._wake.wait(LOOK_SECONDS)
-            self._wake.clear()
+        while not self._end.wait(LOOK_SECONDS):
             self.look()
 
     def look(self) -> None:
-        """One round of the writer's thread: drains, changes journals, makes parts, adopts, tidies."""
+        """One round of the writer's thread: changes journals, makes parts, adopts, tidies."""
         try:
-            with self._lock:
-                self._drain()
             self._rotate()
             if self._closed and time.monotonic() > self._failed_at + RETRY_SECONDS:
                 self._make_parts()
@@ -251,11 +222,6 @@ class Writer:
     def waiting(self) -> int:
         """Files that the bucket does not have yet."""
         return 0 if self.capture.bucket is None else self.capture.bucket.waiting
-
-    def _drain(self) -> None:
-        while self._queue:
-            self._write(self._queue[0][1])
-            self._queue.popleft()
 
     def _open(self) -> Journal:
         self._number += 1

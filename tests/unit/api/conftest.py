@@ -19,8 +19,8 @@ from shoal.engine.events import Event, Finished, Request, Token, TokenLogprob
 from shoal.engine.metrics import Metrics, Samples, sample
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import Tokenizer
+from tests.capturing import rows_are_written_at_once  # noqa: F401
 from tests.serving import one_validator_of_a_kind  # noqa: F401
-from tests.unit.loop.conftest import rows_are_written_at_once  # noqa: F401
 
 
 @dataclass

@@ -256,4 +256,4 @@ async def test_requests_of_all_models_and_adapters_count_as_somebody(tmp_path: P
     assert not recorder.reruns._busy
     adapter.held = 1
     assert recorder.reruns._busy
-    recorder.writer.close()
+    recorder.outbox.close()

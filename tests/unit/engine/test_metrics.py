@@ -63,6 +63,7 @@ def test_every_row_of_the_table_is_told_by_somebody() -> None:
         "request_errors",
         "capture_rows",
         "capture_dropped",
+        "capture_scribes",
         "capture_lag_seconds",
         "capture_bytes",
         "capture_waiting_files",

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -180,11 +179,9 @@ def test_a_process_that_is_killed_loses_no_row(capture: Capture) -> None:
     """Each row that `put` has returned for is told on stdout; the kill comes while rows are written and parts are made."""
     script = """
         import sys
-        from shoal.loop import writer as slow
         from shoal.loop.capture import Capture
         from shoal.loop.rows import Row
         from shoal.loop.writer import Bounds, Writer
-        slow.SLOW_SECONDS = slow.HELD_SECONDS = 60.0  # else a busy machine is a slow disk, and rows wait in a queue
         writer = Writer(Capture(sys.argv[1]), Bounds(journal_bytes=20_000))
         for number in range(10**9):
             writer.put(Row(str(number), 1_795_780_800_000 + number))
@@ -218,11 +215,9 @@ def test_a_full_disk_drops_and_counts_and_what_is_written_stays_whole(capture: C
     """The kernel cuts the journal off at 20,000 bytes, within a line; then it has room again."""
     script = """
         import resource, signal, sys
-        from shoal.loop import writer as slow
         from shoal.loop.capture import Capture
         from shoal.loop.rows import Row
         from shoal.loop.writer import Bounds, Writer
-        slow.SLOW_SECONDS = slow.HELD_SECONDS = 60.0  # else a busy machine is a slow disk, and rows wait in a queue
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         writer = Writer(Capture(sys.argv[1]), start=False)
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -243,27 +238,21 @@ def test_a_full_disk_drops_and_counts_and_what_is_written_stays_whole(capture: C
     assert errors.count("captured rows are dropped") == 1, errors
 
 
-def test_a_disk_that_is_slow_makes_nobody_wait(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One write is waited for; after it rows go through the queue, and what it has no room for is counted."""
-    writer = Writer(capture, start=False)
-    write, slow = os.write, [True]
-
-    def stuck(descriptor: int, data: bytes) -> int:
-        if slow:
-            time.sleep(0.1)
-        return write(descriptor, data)
-
-    monkeypatch.setattr("shoal.loop.writer.os.write", stuck)
-    monkeypatch.setattr("shoal.loop.writer.SLOW_SECONDS", 0.05)
-    monkeypatch.setattr("shoal.loop.writer.QUEUED", 5)
-    for number in range(8):
-        writer.put(row(number))
-    assert writer.rows == 1 and writer.dropped == {"queue": 2} and writer.lag > 0
-    slow.clear()
-    writer.look()
-    assert writer.rows == 6 and writer.lag == 0
+def test_of_a_batch_that_the_disk_takes_in_part_the_whole_lines_are_kept_and_the_rest_is_counted(
+    capture: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, write = Writer(capture, start=False), os.write
+    line = len(row(1).line())
+    cuts = [2 * line + 5, 0, 1, 10_000]  # in a line; nothing; the line's end alone
+    monkeypatch.setattr("shoal.loop.writer.os.write", lambda descriptor, data: write(descriptor, data[: cuts.pop(0)]))
+    kept = []
+    for first in (1, 4, 5, 6):
+        batch = [row(number) for number in range(first, first + (3 if first in (1, 6) else 1))]
+        writer.put(*batch)
+        kept.append((writer.rows, writer.dropped["disk"]))
+    assert kept == [(2, 1), (2, 2), (2, 3), (5, 3)]
+    assert ids(capture) == [f"chatcmpl-{n}" for n in (1, 2, 6, 7, 8)]
     writer.close()
-    assert ids(capture) == [f"chatcmpl-{n}" for n in range(6)]
 
 
 def test_old_days_go_one_at_a_time_and_not_because_a_clock_was_set(

@@ -1,0 +1,140 @@
+"""The scribe: the process that makes rows of what a gateway hands over (`outbox`), and writes them (`writer`).
+
+    pipe ─ all that came in 50 ms ─> rows ─> one write to the journal ─> counts, in memory that the gateway sees
+
+It ends when the pipe does, and all is written: when its gateway has closed it or was killed. Where a child of the gateway has
+inherited the pipe, which then never ends, it ends when the gateway is gone and the pipe is empty.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import time
+from contextlib import suppress
+from typing import Any
+
+from shoal.errors import ShoalError
+from shoal.loop.capture import JOURNAL, Capture, lines_of
+from shoal.loop.facts import Frames, row
+from shoal.loop.outbox import DROPPED, Shared
+from shoal.loop.rows import Row
+from shoal.loop.surprisal import Learned
+from shoal.loop.writer import Bounds, Writer
+
+log = logging.getLogger("shoal.loop")
+
+PAUSE_SECONDS = 0.05  # after a read: what comes meanwhile is one batch, made while the code is warm
+LOOK_SECONDS = 0.5  # between two looks where nothing comes
+READ = 2**18  # bytes at a time
+NICE = 5  # answers come first
+
+
+class Scribe:
+    """Makes rows of frames and gives them to a writer, which it owns."""
+
+    def __init__(
+        self, capture: Capture, writer: Writer, shared: Shared, known: set[tuple[str, str | None]], again: int = 0
+    ) -> None:
+        """The first `again` frames were handed over to another before: rows of them that are `known` are in its journals."""
+        self._capture, self._writer, self._shared, self._known, self._again = capture, writer, shared, known, again
+        self._frames = Frames()
+        self._tables: dict[tuple[str, int], Learned] = {}
+        self._before = {name: shared[name] for name in ("taken", "rows", *DROPPED)}
+        self._taken = self._faults = self._found = 0
+
+    def take(self, data: bytes) -> None:
+        """What came out of the pipe."""
+        rows = []
+        for facts in self._frames.take(data):
+            self._taken += 1
+            try:
+                made = row(facts, self._surprisal)
+            except Exception as error:  # one row is worth less than those after it
+                self._fault(error)
+                continue
+            if self._taken <= self._again and (made.id, made.role) in self._known:
+                self._found += 1
+                continue
+            rows.append(made)
+        try:
+            self._writer.put(*rows)
+        except Exception:
+            for each in rows:
+                self._put_alone(each)
+        self.publish()
+
+    def _put_alone(self, each: Row) -> None:
+        try:
+            self._writer.put(each)
+        except Exception as error:
+            self._fault(error)
+
+    def _fault(self, error: Exception) -> None:
+        self._faults += 1
+        log.error("no row was captured of a request: %s", type(error).__name__)
+
+    def _surprisal(self, vocabulary: tuple[str, int], prompt: list[int]) -> float | None:
+        table = self._tables.get(vocabulary)
+        if table is None:
+            name, size = vocabulary
+            table = self._tables[vocabulary] = Learned(self._capture.folder / f"tokens-{name}.npz", size)
+        return table.of(prompt)
+
+    def publish(self) -> None:
+        """Tell the gateway; that frames are taken comes last, since it then forgets them."""
+        found = {"rows": self._writer.rows + self._found, **self._writer.dropped}
+        found["fault"] = self._faults
+        for name in ("rows", *DROPPED):
+            self._shared[name] = self._before[name] + found.get(name, 0)
+        self._shared["bytes"], self._shared["waiting"] = self._writer.bytes, self._writer.waiting
+        self._shared["taken"] = self._before["taken"] + self._taken
+
+
+def run(*, folder: str, bounds: dict[str, Any], service: str, pipe: int, shared: int, gateway: int, again: int) -> None:
+    """Until `pipe` ends, or the process of the descriptor `gateway` has ended and the pipe is empty. `service`: whose journals
+    are, by name; `again`: as a `Scribe` takes it."""
+    told = Shared(shared)
+    try:
+        capture = Capture(folder, create=True)
+        known = written(capture, service) if again else set()
+        scribe = Scribe(capture, writer := Writer(capture, Bounds(**bounds), service=service), told, known, again)
+    except (ShoalError, OSError) as error:
+        log.error("capture: %s", error)
+        return
+    os.set_blocking(pipe, False)
+    os.nice(NICE)
+    _read(scribe, pipe, gateway)
+    writer.close()
+    scribe.publish()
+    told["ended"] = 1
+
+
+def _read(scribe: Scribe, pipe: int, gone: int) -> None:
+    poll = select.poll()
+    for descriptor in (pipe, gone):
+        poll.register(descriptor, select.POLLIN)
+    while True:
+        ready = [descriptor for descriptor, _ in poll.poll(1000 * LOOK_SECONDS)]
+        try:
+            data = os.read(pipe, READ)
+        except BlockingIOError:
+            if gone in ready:
+                return
+            scribe.publish()
+            continue
+        if not data:
+            return
+        scribe.take(data)
+        if len(data) < READ and gone not in ready:
+            time.sleep(PAUSE_SECONDS)
+
+
+def written(capture: Capture, service: str) -> set[tuple[str, str | None]]:
+    """Id and role of each row in the journals of a service's scribes."""
+    found = set[tuple[str, str | None]]()
+    for path in (capture.folder / JOURNAL).glob(f"*-{service}*.jsonl"):
+        with suppress(FileNotFoundError):  # it has become a part
+            found |= {(str(line.get("id")), line.get("role")) for line in lines_of(path)}
+    return found
