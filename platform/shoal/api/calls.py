@@ -1,11 +1,10 @@
-"""Reading tool calls: the text of an answer, as it comes, as OpenAI's deltas. How a call is written: `inputs.tools`.
+"""Reading tool calls: the text of an answer, as it comes, as OpenAI's deltas. How a call is written: `inputs.call_formats`.
 
 Notable: a delta is never taken back, so text that may still become a call is held until it is one or cannot be.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import uuid
 from abc import ABC, abstractmethod
@@ -13,9 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shoal.api.bodies import Function
-from shoal.inputs.tools import CLOSE, OPEN, written
-
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*:\s*')  # names hold no quotes (`bodies.NAME`)
+from shoal.inputs.call_formats import OURS, CallFormat
 
 Delta = dict[str, Any]
 
@@ -62,94 +59,163 @@ class Named(Reader):
 
 
 class Whole(Reader):
-    """The whole answer is ``{"name": ..., "arguments": ...}``: the arguments pass, but for the brace after them."""
+    """The whole answer is one call, which a grammar has guided: its arguments pass as they come."""
 
-    def __init__(self) -> None:
-        self._held = ""
+    def __init__(self, written: CallFormat = OURS) -> None:
+        self._held, self._inside = "", _Inside()
+        before = rf"(?:{re.escape(written.open)})?\s*\[?\s*"
+        self._head = re.compile(  # names hold no quotes (`bodies.NAME`)
+            rf'\s*{before}\{{\s*"name"\s*:\s*"([^"]*)"\s*,\s*"{written.arguments}"\s*:\s*'
+        )
 
     def push(self, text: str) -> list[Delta]:
+        if self.calls:
+            return self._more(self._inside.take(text))
         self._held += text
-        opened: list[Delta] = []
-        if not self.calls:
-            head = _HEAD.match(self._held)
-            if head is None or head.end() == len(self._held):  # more white space may belong to it
-                return []
-            self._held = self._held[head.end() :]
-            opened = [self._call(json.loads(head[1]), "")]
-        sure = self._held.rstrip("} \t\r\n")
-        self._held = self._held[len(sure) :]
-        return opened + self._more(sure)
+        head = self._head.match(self._held)
+        if head is None or head.end() == len(self._held):  # more white space may belong to it
+            return []
+        rest, self._held = self._held[head.end() :], ""
+        return [self._call(head[1], ""), *self._more(self._inside.take(rest))]
 
     def finish(self, *, whole: bool) -> list[Delta]:
-        if not self.calls:  # cut off before its name was whole: nothing that was written is lost
-            return [{"content": self._held}] if self._held else []
-        return self._more(self._held.rstrip().removesuffix("}").rstrip() if whole else self._held)
+        # One that was cut off before its name was whole: nothing that was written is lost.
+        return [{"content": self._held}] if self._held else []
+
+
+class _Inside:
+    """Where in a JSON object a text is that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._depth, self._text, self._escaped, self._ended = 0, False, False, False
+
+    def take(self, text: str) -> str:
+        """`text` up to where the object ends; nothing of what comes after it."""
+        for at, char in enumerate("" if self._ended else text):
+            if self._text:
+                self._text = self._escaped or char != '"'
+                self._escaped = not self._escaped and char == "\\"
+                continue
+            self._text = char == '"'
+            self._depth += (char in "{[") - (char in "}]")
+            if char in "}]" and self._depth <= 0:
+                self._ended = True
+                return text[: at + 1]
+        return "" if self._ended else text
 
 
 class Tagged(Reader):
-    """Text with calls between ``<tool_call>`` and ``</tool_call>``, each sent whole. White space before a call is left out."""
+    """Text with calls as the model's format frames them, each sent whole: between ``<tool_call>`` and ``</tool_call>``, or
+    behind one tag up to the end. White space before a call is left out."""
 
-    def __init__(self, tools: Mapping[str, Function]) -> None:
-        self._tools, self._held = tools, ""
+    def __init__(self, tools: Mapping[str, Function], written: CallFormat = OURS, *, most: int | None = None) -> None:
+        """`most`: calls that are read; the others that come with them are left out."""
+        self._tools, self._written, self._most, self._held = tools, written, most, ""
 
     def push(self, text: str) -> list[Delta]:
         self._held += text
         deltas: list[Delta] = []
-        while True:
-            before, _, rest = self._held.partition(OPEN)
-            inner, closed, behind = rest.partition(CLOSE)
+        opened, close = self._written.open, self._written.close
+        while close:
+            before, _, rest = self._held.partition(opened)
+            inner, closed, behind = rest.partition(close)
             if not closed:
                 break
             self._held = behind
-            deltas += self._read(before, inner, OPEN + inner + CLOSE)
-        if OPEN not in self._held:
-            kept = next((k for k in range(len(OPEN) - 1, 0, -1) if self._held.endswith(OPEN[:k])), 0)
+            deltas += self._read(before, inner, opened + inner + close)
+        if opened not in self._held:
+            kept = next((k for k in range(len(opened) - 1, 0, -1) if self._held.endswith(opened[:k])), 0)
             sure = self._held[: len(self._held) - kept].rstrip()  # what follows may be a call
             self._held = self._held[len(sure) :]
             deltas += [{"content": sure}] if sure else []
         return deltas
 
     def finish(self, *, whole: bool) -> list[Delta]:
-        before, tag, inner = self._held.partition(OPEN)
+        before, tag, inner = self._held.partition(self._written.open)
+        self._held = ""
         return self._read(before, inner if tag else None, tag + inner)
 
     def _read(self, before: str, inner: str | None, spelt: str) -> list[Delta]:
-        call = None if inner is None else _parsed(inner, self._tools)
-        if call is None:
+        found = None if inner is None else self._written.read(inner, self._tools)
+        if found is None or (self._written.close and found[1].strip()):
             return [{"content": before + spelt}] if before + spelt else []
-        said = before.rstrip()
-        return [*([{"content": said}] if said else []), self._call(*call)]
+        said, (calls, behind) = before.rstrip(), found
+        left = len(calls) if self._most is None else max(self._most - self.calls, 0)
+        deltas: list[Delta] = [{"content": said}] if said else []
+        deltas += [self._call(*call) for call in calls[:left]]
+        return [*deltas, *([{"content": behind}] if behind.strip() else [])]
+
+
+class Bare(Tagged):
+    """As `Tagged`, and an answer that begins with JSON may be calls with nothing in front of them: it is held until it ends,
+    or, `formatted`, until it is other JSON."""
+
+    def __init__(
+        self,
+        tools: Mapping[str, Function],
+        written: CallFormat,
+        *,
+        most: int | None = None,
+        formatted: bool = False,
+    ) -> None:
+        super().__init__(tools, written, most=most)
+        self._begun, self._formatted = "", formatted
+        self._bare: bool | None = None  # not known yet
+
+    def push(self, text: str) -> list[Delta]:
+        self._begun += text
+        start = self._begun.lstrip()
+        if self._bare is None and start:
+            self._bare = start.startswith("{")
+        if self._bare and self._formatted and not self._may_be_call(start):
+            self._bare = False
+        if self._bare is not False:
+            return []
+        text, self._begun = self._begun, ""
+        return super().push(text)
+
+    def finish(self, *, whole: bool) -> list[Delta]:
+        text, self._begun = self._begun, ""
+        found = self._written.read(text, self._tools) if self._bare else None
+        if found is not None:
+            return self._read("", text, text)
+        return [*super().push(text), *super().finish(whole=whole)]
+
+    def _may_be_call(self, start: str) -> bool:
+        tight = re.sub(r"\s", "", start)
+        heads = (re.sub(r"\s", "", self._written.begin(name)) for name in self._tools)
+        return any(head.startswith(tight) or tight.startswith(head) for head in heads)
 
 
 class Either(Reader):
-    """Calls as of `Tagged`, or JSON, in which nothing is a call: how it begins says which."""
+    """Calls, or JSON, in which nothing is a call: how it begins says which."""
 
-    def __init__(self, tools: Mapping[str, Function]) -> None:
-        self._tools = tools
+    def __init__(self, tools: Mapping[str, Function], written: CallFormat = OURS, *, most: int | None = None) -> None:
+        self._tagged = Tagged(tools, written, most=most)
+        self._open, self._begun = written.open, ""
         self._inner: Reader | None = None
 
     def push(self, text: str) -> list[Delta]:
         if self._inner is None:
-            if not text:
+            self._begun += text
+            if not self._begun or (self._begun != self._open and self._open.startswith(self._begun)):
                 return []
-            self._inner = Tagged(self._tools) if text.startswith("<") else Plain()
+            self._inner = self._tagged if self._begun.startswith(self._open) else Plain()
+            text, self._begun = self._begun, ""
         return self._count(self._inner.push(text))
 
     def finish(self, *, whole: bool) -> list[Delta]:
-        return [] if self._inner is None else self._count(self._inner.finish(whole=whole))
+        if self._inner is None:
+            return [{"content": self._begun}] if self._begun else []
+        return self._count(self._inner.finish(whole=whole))
 
     def _count(self, deltas: list[Delta]) -> list[Delta]:
         self.calls = 0 if self._inner is None else self._inner.calls
         return deltas
 
 
-def _parsed(text: str, tools: Mapping[str, Function]) -> tuple[str, str] | None:
-    """(name, arguments) of a call, or None when it is no call of one of `tools`."""
-    try:
-        call = json.loads(text)
-        json.dumps(call, allow_nan=False)  # NaN and 1e999, which Python reads, are no JSON
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(call, dict) or call.get("name") not in tools or not isinstance(call.get("arguments"), dict):
-        return None
-    return call["name"], written(call["arguments"])
+def reader(tools: Mapping[str, Function], written: CallFormat, *, formatted: bool, most: int | None) -> Reader:
+    """What reads a free answer of a model that writes calls as `written`; `formatted`: one that is JSON where it is no call."""
+    if written.bare:
+        return Bare(tools, written, most=most, formatted=formatted)
+    return (Either if formatted else Tagged)(tools, written, most=most)

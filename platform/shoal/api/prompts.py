@@ -5,15 +5,15 @@ Notable: a text that no tokenisation could fit is refused before time is spent o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from shoal.api.bodies import DetokenizeRequest, Message, TokenizeRequest
 from shoal.api.limits import Limits, at_most
 from shoal.api.served import ServedModel
-from shoal.api.tools import as_plain
+from shoal.api.tools import as_native, as_plain
 from shoal.errors import ContextLengthError, RequestError
-from shoal.inputs.chat import Encoded, encode_chat
+from shoal.inputs.chat import Encoded, encode_chat, texts_in
 from shoal.inputs.templates import GIVEN, variables
 from shoal.inputs.tokenizer import IMG_END_ID, IMG_ID, PATCH_ID, ROW_ID
 
@@ -29,18 +29,21 @@ def encode_messages(
     *,
     add_generation_prompt: bool = True,
     system: str = "",
+    tools: Sequence[Mapping[str, Any]] | None = None,
     bounded: bool = False,
     settings: Mapping[str, Any] | None = None,
     continue_final: bool = False,
 ) -> Encoded:
-    """The chat as the model reads it, with `system` added to its system text. Raises RequestError with param ``messages`` for
+    """The chat as the model reads it, with `system` added to its system text, and `tools` as its own chat template shows them
+    where it knows any. Raises RequestError with param ``messages`` for
     too many parts, a bad image, or more text than `limits` let be tokenized; with `bounded` ContextLengthError, before it is
     encoded, for text that cannot fit."""
     at_most("messages", len(messages), limits.messages)
-    plain = as_plain(messages, system)
+    plain = (as_plain if getattr(served.tokenizer, "calls", None) is None else as_native)(messages, system)
     parts = [part for m in plain if isinstance(m["content"], list) for part in m["content"]]
     at_most("messages", sum(part["type"] == "image_url" for part in parts), limits.images, "images")
     texts = [m["content"] for m in plain if isinstance(m["content"], str)] + [p.get("text", "") for p in parts]
+    texts += texts_in([tools or [], *(m.get("tool_calls", []) for m in plain)])
     characters = sum(map(len, texts))
     if bounded:
         _may_fit(characters, served, "messages")
@@ -55,6 +58,7 @@ def encode_messages(
         settings=settings,
         continue_final=continue_final,
         answers=False,
+        tools=tools,
     )
 
 
@@ -62,11 +66,12 @@ def template_settings(given: Mapping[str, Any], served: ServedModel) -> tuple[di
     """Of `given` what the model's chat template reads, and the names of the rest. Raises RequestError (param
     ``chat_template_kwargs``) for what is given to it otherwise, and for a text that could spell a control token."""
     param = "chat_template_kwargs"
-    ours = next((name for name in given if name in GIVEN), None)
+    own = GIVEN if getattr(served.tokenizer, "calls", None) is None else (*GIVEN, "tools")
+    ours = next((name for name in given if name in own), None)
     if ours is not None:
         raise RequestError(f"{param}.{ours}"[:80], param=param, do="give it in the body itself")
     used = {name: value for name, value in given.items() if name in variables(served.chat_template)}
-    texts = list(_texts(used))
+    texts = list(texts_in(used))
     if any(mark in text for text in texts for mark in "<|>\ue000\ue001"):
         raise RequestError(param, param=param, allowed="texts without < | and >")
     at_most(param, sum(map(len, texts)), SETTINGS_CHARACTERS, "characters")
@@ -86,19 +91,6 @@ def truncated(prompt: Encoded, most: int | None, max_tokens: int | None, served:
     if prompt.images:
         raise RequestError(f"{param} with images", param=param, do="leave it out, or the images")
     return Encoded(prompt.ids[-keep:])
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in a JSON value, names of fields too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for name, each in value.items():
-            yield name
-            yield from _texts(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _texts(each)
 
 
 def tokenize(body: TokenizeRequest, served: ServedModel, limits: Limits) -> list[int]:

@@ -35,7 +35,6 @@ from shoal.config import AUTO, FULL
 from shoal.engine.events import Guide, Request, Sampling
 from shoal.errors import ContextLengthError, RequestError
 from shoal.inputs.chat import Encoded
-from shoal.inputs.tools import CLOSE
 from shoal.model.described import DRAWN
 
 EFFORT_DEPTH = {
@@ -106,7 +105,7 @@ def _chat_call(body: ChatRequest, served: ServedModel, limits: Limits) -> Engine
     at_most("tools", len(body.tools), limits.tools)
     _check_choices(1, body.n, limits)
     body, notice = by_policy(body, served)
-    offer = Offer(body)
+    offer = Offer(body, served.tokenizer)
     guide, guided_by = _chat_guide(body, offer)
     told = "\n\n".join(text for text in (offer.system(), _format_told(body.response_format)) if text)
     settings, unused = template_settings(body.chat_template_kwargs, served)
@@ -117,6 +116,7 @@ def _chat_call(body: ChatRequest, served: ServedModel, limits: Limits) -> Engine
         served,
         limits,
         system=told,
+        tools=offer.shown,
         bounded=body.truncate_prompt_tokens is None,
         settings=settings,
         add_generation_prompt=body.add_generation_prompt is not False,
@@ -127,8 +127,8 @@ def _chat_call(body: ChatRequest, served: ServedModel, limits: Limits) -> Engine
     top = (body.top_logprobs or 0) if body.logprobs else None
     sampling = replace(_sampling(body, served, limits, max_tokens, top), guided=guide)
     formatted = guided_by == "response_format"
-    if offer.single and not offer.forced and not formatted:
-        sampling = replace(sampling, stop=(*sampling.stop, CLOSE))
+    if offer.stop and not formatted:
+        sampling = replace(sampling, stop=(*sampling.stop, *offer.stop))
     depth = EFFORT_DEPTH[body.reasoning_effort] if body.reasoning_effort else body.depth
     depth = depth_by_policy(depth, body, served, body.metadata.get(WORKLOAD))
     call = _call(body, [encoded], sampling, max_tokens, depth, served, limits)

@@ -17,7 +17,8 @@ import tokenizers
 from shoal import config
 from shoal.api.served import ServedModel, names_of
 from shoal.errors import CheckpointError, RequestError
-from shoal.inputs.tokenizer import BYTE_OF, StreamDecoder, spaced_bytes
+from shoal.inputs.alphabets import BYTE_OF, spaced_bytes
+from shoal.inputs.tokenizer import StreamDecoder
 from shoal.model.described import FORMAT
 
 PLAIN = (  # for a checkpoint without a chat template

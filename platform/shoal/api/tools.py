@@ -1,6 +1,7 @@
 """Tools: how they are told to the model, and what guides its calls; `calls` reads them out of its answer.
 
-How they, their calls and their results are written is `inputs.tools`.
+How they, their calls and their results are written is `inputs.tools`, or what an open model's own chat template teaches
+(`inputs.call_formats`), which then is given them as they are.
 
 With tool_choice "auto" calls are looked for in free text, and what is not a whole call of a known tool stays text; where a tool
 is strict, a grammar guides what follows ``<tool_call>``. With "required", or a name, the whole answer is one call that a
@@ -10,25 +11,30 @@ grammar guides. Where the answer has a format, a grammar allows calls or JSON of
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llguidance import StructTag
 
 from shoal.api.bodies import ChatRequest, Function, Message, NamedTool
-from shoal.api.calls import Either, Named, Plain, Reader, Tagged, Whole
+from shoal.api.calls import Named, Plain, Reader, Whole, reader
 from shoal.engine.events import Guide
 from shoal.engine.guided import JSON_OPTIONS
 from shoal.errors import RequestError
 from shoal.inputs import tools
-from shoal.inputs.tools import CLOSE, OPEN
+from shoal.inputs.call_formats import OURS, offered
+from shoal.inputs.tokenizer import Tokenizer
 
 
 class Offer:
     """The tools of one chat request, and what its tool_choice makes of them."""
 
-    def __init__(self, body: ChatRequest) -> None:
-        """Raises RequestError naming the field when the parts of `body` contradict each other."""
+    def __init__(self, body: ChatRequest, tokenizer: Tokenizer | None = None) -> None:
+        """`tokenizer`: the model's, whose chat template may know tools. Raises RequestError naming the field when the parts of
+        `body` contradict each other."""
+        # None: tools are told as text; the tokenizer of another engine's model knows nothing of them
+        self._taught = getattr(tokenizer, "calls", None)
+        self.format, self._tokenizer = self._taught or OURS, tokenizer
         self.tools = {tool.function.name: tool.function for tool in body.tools}
         choice = body.tool_choice
         if len(self.tools) < len(body.tools):
@@ -54,57 +60,118 @@ class Offer:
         strict tools: text, with calls in it."""
         if not self.forced:
             return self._calls_in_text() if self.strict else None
+        if self._taught is not None:
+            return self._lark("call", strictly=True, names=list(self.tools) if self.named is None else [self.named])
         if self.named is not None:
             return Guide("json_schema", json.dumps(_arguments(self.tools[self.named])))
-        calls = [  # with an id, "#" in the references of a tool's schema is that schema, and its definitions are its own
+        return Guide("json_schema", json.dumps({"anyOf": self._schemas(_arguments)}))
+
+    def _schemas(self, arguments_of: Callable[[Function], dict[str, Any]]) -> list[dict[str, Any]]:
+        """A schema for a call of each tool. With an id, "#" in the references of a tool's schema is that schema, and its
+        definitions are its own."""
+        key = self.format.arguments
+        return [
             {
                 "type": "object",
-                "properties": {"name": {"const": name}, "arguments": {"$id": f"/{name}", **_arguments(tool)}},
-                "required": ["name", "arguments"],
+                "properties": {"name": {"const": name}, key: {"$id": f"/{name}", **arguments_of(tool)}},
+                "required": ["name", key],
                 "additionalProperties": False,
             }
             for name, tool in self.tools.items()
         ]
-        return Guide("json_schema", json.dumps({"anyOf": calls}))
 
     def or_answer(self, answer: Guide) -> Guide:
         """Of a free answer that has a format: calls, or JSON as `answer` guides it; one call where only one is wanted."""
         schema = json.loads(str(answer.spec)) if answer.spec else {"type": "object"}
-        calls = "call" if self.single else r'call ("\n"? call)*'
-        rules = [f"start: answer | {calls}", f"answer: %json {_inside(schema)}"]
-        rules += [f"call: {' | '.join(f'call_{at}' for at in range(len(self.tools)))}"]
-        for at, (name, tool) in enumerate(self.tools.items()):
-            rules.append(f"call_{at}: {json.dumps(_opening(name))} arguments_{at} {json.dumps('}' + CLOSE)}")
-            rules.append(f"arguments_{at}: %json {_inside(_guided(tool))}")
-        return Guide("lark", "\n".join(rules))
+        if self.format.bare:  # both are JSON, which one schema tells apart
+            answers = [{"$id": "/.answer", **schema}, *self._schemas(_guided)]
+            return Guide("json_schema", json.dumps({"anyOf": answers}))
+        many = not self.single and not self.format.listed
+        calls = r'call ("\n"? call)*' if many else "call"
+        return self._lark(f"answer | {calls}", f"answer: %json {_inside(schema)}")
 
     def _calls_in_text(self) -> Guide:
+        if self.format.bare:
+            return self._lark("call | free", r"free: /\s*/ | /\s*[^\s{](.|\n)*/")
+        if self._is_control(self.format.open):  # no text has it
+            return self._lark("free call?", r"free: /(.|\n)*/")
         tags = [
             StructTag(
-                trigger=OPEN,
-                begin=_opening(name),
+                trigger=self.format.open,
+                begin=self.format.begin(name),
                 grammar={**_guided(tool), "x-guidance": JSON_OPTIONS},
-                end="}" + CLOSE,
+                end=self.format.end,
             )
             for name, tool in self.tools.items()
         ]
         return Guide("lark", StructTag.to_grammar(tags, assume_special=False))
 
+    def _lark(self, start: str, *more: str, strictly: bool = False, names: Sequence[str] = ()) -> Guide:
+        """A grammar in which ``call`` is one of the tools `names` [all], `strictly`: with arguments as its parameters say."""
+        called = [*(names or self.tools)]
+        rules = [f"start: {start}", *more, f"call: {' | '.join(f'call_{at}' for at in range(len(called)))}"]
+        for at, name in enumerate(called):
+            tool = self.tools[name]
+            rules.append(
+                f"call_{at}: {self._literal(self.format.begin(name))} arguments_{at} {self._literal(self.format.end)}"
+            )
+            rules.append(f"arguments_{at}: %json {_inside(_arguments(tool) if strictly else _guided(tool))}")
+        return Guide("lark", "\n".join(rules))
+
+    def _literal(self, text: str) -> str:
+        """`text` as a part of a grammar, control tokens around a call as themselves."""
+        pieces = [text]
+        for mark in (self.format.open, self.format.close):
+            if mark and self._is_control(mark) and self._tokenizer is not None:
+                token = f"<[{self._tokenizer.special(mark)}]>"
+                pieces = [each for piece in pieces for each in _around(piece, mark, token)]
+        return " ".join(each if each.startswith("<[") else json.dumps(each) for each in pieces if each)
+
+    def _is_control(self, mark: str) -> bool:
+        return self._taught is not None and self._tokenizer is not None and mark in self._tokenizer.specials
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end a free answer which is to end with its first call."""
+        return (self.format.close,) if self.single and not self.forced and self.format.close else ()
+
     def reader(self, *, formatted: bool = False) -> Reader:
         """What reads one answer; `formatted`: one that is JSON where it is no call."""
-        if self.named is not None:
+        if self.named is not None and self._taught is None:
             return Named(self.named)
         if self.forced:
-            return Whole()
-        if self.told and formatted:
-            return Either(self.tools)
-        return Tagged(self.tools) if self.told else Plain()
+            return Whole(self.format)
+        if not self.told:
+            return Plain()
+        most = 1 if self.single and self._taught is not None else None
+        return reader(self.tools, self.format, formatted=formatted, most=most)
+
+    @property
+    def shown(self) -> list[dict[str, Any]] | None:
+        """The tools as the model's own chat template is given them; None where it is not."""
+        return offered(self._functions()) if self.told and self._taught is not None else None
 
     def system(self) -> str:
         """What the model is told; empty when there is nothing to tell."""
-        if not self.told:
-            return ""
-        return tools.told(tool.model_dump(exclude={"strict"}) for tool in self.tools.values())
+        return tools.told(self._functions()) if self.told and self._taught is None else ""
+
+    def _functions(self) -> list[dict[str, Any]]:
+        return [tool.model_dump(exclude={"strict"}) for tool in self.tools.values()]
+
+
+def as_native(messages: Sequence[Message], system: str = "") -> list[dict[str, Any]]:
+    """As `as_plain`, for a chat template that knows tools: calls and their results stay what they are."""
+    native: list[dict[str, Any]] = []
+    known: dict[str, str] = {}
+    for index, message in enumerate(messages):
+        _check(message, f"messages[{index}]", known)
+        known |= {call.id: call.function.name for call in message.tool_calls}
+        one = message.model_dump(include={"content", "tool_calls", "tool_call_id"})
+        if message.role == "tool":
+            one["content"] = _text(one["content"], f"messages[{index}]")
+        one = {name: value for name, value in one.items() if value or name == "content"}
+        native.append({**one, "role": "system" if message.role == "developer" else message.role})
+    return tools.with_system(native, system)
 
 
 def as_plain(messages: Sequence[Message], system: str = "") -> list[dict[str, Any]]:
@@ -153,9 +220,10 @@ def _text(content: Any, where: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _opening(name: str) -> str:
-    """How a call of the tool `name` begins, up to its arguments."""
-    return f'{OPEN}{{"name": "{name}", "arguments": '
+def _around(text: str, mark: str, token: str) -> list[str]:
+    """`text` in pieces, with `token` where it has the `mark`."""
+    before, found, behind = text.partition(mark)
+    return [before, token, behind] if found else [text]
 
 
 def _inside(schema: Mapping[str, Any]) -> str:

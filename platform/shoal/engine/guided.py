@@ -52,9 +52,8 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
         """`vocab`: ids that the model has, the tokenizer's or more."""
         self._source, self._vocab = tokenizer, vocab
-        self._never = [
-            tokenizer.special(name) for name in tokenizer.specials if tokenizer.special(name) not in tokenizer.ends
-        ]
+        control = [tokenizer.special(name) for name in tokenizer.specials]
+        self._never = [each for each in control if each not in tokenizer.ends and not tokenizer.token_bytes(each)]
 
     @cached_property
     def _tokenizer(self) -> llguidance.LLTokenizer:

@@ -3,13 +3,13 @@
 Notable: our template sees a placeholder for every piece of content, never the content itself, so neither a user's text
 nor an image can spell a control token. An open model's template may compute with the content, so it sees it, with a mark in
 front of each control token that is spelt there; what lies between the control tokens of the whole is encoded as one, as
-transformers does it (`_rendered_whole`).
+transformers does it (`_rendered_whole`). One that knows tools (`Tokenizer.calls`) sees them, calls and results as values.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,18 @@ import numpy as np
 from shoal.config import ModelConfig
 from shoal.errors import RequestError
 from shoal.inputs import media
+from shoal.inputs.call_formats import parsed
 from shoal.inputs.templates import EndlessTemplateError, rendered
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 
 ROLES = ("system", "user", "assistant")
+TOOL = "tool"  # a fourth, of what calls gave, where the chat template knows tools
 DEFAULT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 
 _PLACE = re.compile("\ue000([0-9]+)\ue001")  # private-use marks around a content's number
+# Of these one that is in no text marks control tokens: letters, which stay what they are where a template writes a value as
+# Python or JSON does. In a chat they are Yi.
+_MARKS = range(0xA000, 0xA48D)
 
 
 @dataclass(frozen=True)
@@ -57,19 +62,23 @@ def encode_chat(
     settings: Mapping[str, Any] | None = None,
     continue_final: bool = False,
     answers: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> Encoded:
     """Messages ``{"role", "content"}`` (content: text, or OpenAI parts of type text and image_url) as one prompt.
 
     With `add_generation_prompt` the assistant's turn is opened at the end; with `continue_final` the last message is left open
-    instead. `settings` are more that the template may read (`variables`); no text in them may spell a control token. Without
-    `answers` it may not be said which ids the assistant wrote, for which an open model's template is run again for each. Raises
-    RequestError (param ``messages``) for an unknown role, an unknown part, a broken image, or a template that fails.
+    instead. `tools` (as `call_formats.offered` has them), messages of role tool and ``tool_calls`` are for a tokenizer with
+    `calls` alone. `settings` are more that the template may read (`variables`); no text in them may spell a control token.
+    Without `answers` it may not be said which ids the assistant wrote, for which an open model's template is run again for
+    each. Raises RequestError (param ``messages``) for an unknown role, an unknown part, a broken image, or a template that
+    fails.
     """
     if getattr(tokenizer, "controls", None) is not None:
         opened = add_generation_prompt and not continue_final
-        whole = _rendered_whole(messages, tokenizer, template, opened, settings or {}, continue_final)
+        more = {**(settings or {}), **({"tools": list(tools)} if tools else {})}
+        whole = _rendered_whole(messages, tokenizer, template, opened, more, continue_final)
         marked = answers and not opened and not continue_final
-        return Encoded(whole, [], _answers(whole, messages, tokenizer, template, settings or {}) if marked else [])
+        return Encoded(whole, [], _answers(whole, messages, tokenizer, template, more) if marked else [])
     contents = [_content(message, index, tokenizer, config) for index, message in enumerate(messages)]
     shown = [{"role": m["role"], "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
     opened = add_generation_prompt and not continue_final
@@ -109,18 +118,20 @@ def _rendered_whole(
     """Ids of the chat as an open model's template writes it, with the content in its place: those that transformers gives,
     but that a control token which a user spells stays text."""
     assert tokenizer.controls is not None
-    texts = [_text(message, index) for index, message in enumerate(messages)]
-    spelt = set("".join(texts))
-    mark = next((char for char in map(chr, range(0xE000, 0xF900)) if char not in spelt), None)
-    if mark is None:
-        raise RequestError("messages", param="messages", got="every private-use character", do="leave some out")
-
-    def marked(value: Any) -> Any:
-        return re.sub(tokenizer.control_pattern, rf"{mark}\g<0>", value) if isinstance(value, str) else value
-
-    shown = [{"role": message["role"], "content": marked(text)} for message, text in zip(messages, texts, strict=True)]
-    more = {name: marked(value) for name, value in settings.items()}
-    given = {"tools": None, "documents": None, **more, **tokenizer.controls.names}
+    shown = [_shown(message, index, tokenizer) for index, message in enumerate(messages)]
+    try:
+        shown = shown if tokenizer.calls is None else tokenizer.calls.for_template(shown)
+        spelt = set("".join([template, *texts_in([*shown, settings])]))
+        mark = next((char for char in map(chr, _MARKS) if char not in spelt), None)
+        if mark is None:
+            raise RequestError("messages", param="messages", got="every letter of Yi", do="leave some out")
+        shown = [_marked_message(message, tokenizer, mark) for message in shown]
+        settings = _marked(settings, tokenizer.frame_pattern, mark)
+    except RecursionError:
+        raise RequestError(
+            "messages", param="messages", got="values in values, too deep", do="leave some out"
+        ) from None
+    given = {"tools": None, "documents": None, **settings, **tokenizer.controls.names}
     text = rendered(template, {"messages": shown, "add_generation_prompt": add_generation_prompt, **given})
     if continue_final:
         last = shown[-1]["content"].strip()
@@ -128,6 +139,48 @@ def _rendered_whole(
             raise RequestError("chat template", param="messages", do="it does not end with the last message")
         text = text[: text.rindex(last) + len(last)]
     return tokenizer.template_ids(text, mark)
+
+
+def _shown(message: Mapping[str, Any], index: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A message to an open model's template: its text, and the calls that it makes or the call that it answers."""
+    calls = message.get("tool_calls") if tokenizer.calls is not None else None
+    said = {**message, "content": ""} if calls and message.get("content") is None else message
+    shown = {"role": message.get("role"), "content": _text(said, index, tokenizer)}
+    if calls:
+        functions = [(call, call["function"]) for call in calls]
+        shown["tool_calls"] = [
+            {**call, "function": {"name": its["name"], "arguments": parsed(its.get("arguments", {}))}}
+            for call, its in functions
+        ]
+    if message.get("role") == TOOL:
+        shown["tool_call_id"] = message.get("tool_call_id")
+    return shown
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in a value, names of fields too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for each in (*value, *value.values()) if isinstance(value, Mapping) else value:
+            yield from texts_in(each)
+
+
+def _marked(value: Any, pattern: str, mark: str) -> Any:
+    """`value` with a `mark` in front of all that is spelt as `pattern` in its texts, names of fields too."""
+    if isinstance(value, str):
+        return re.sub(pattern, rf"{mark}\g<0>", value)
+    if isinstance(value, Mapping):
+        return {_marked(name, pattern, mark): _marked(each, pattern, mark) for name, each in value.items()}
+    return [_marked(each, pattern, mark) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _marked_message(message: Mapping[str, Any], tokenizer: Tokenizer, mark: str) -> dict[str, Any]:
+    """What the assistant said is in tokens of its own, and may be a call that was never read as one: there control tokens alone
+    are marked."""
+    pattern = tokenizer.control_pattern if message["role"] == "assistant" else tokenizer.frame_pattern
+    marked: dict[str, Any] = _marked({**message, "content": None}, tokenizer.frame_pattern, mark)
+    return {**marked, "content": _marked(message["content"], pattern, mark)}
 
 
 def _answers(
@@ -165,9 +218,9 @@ def _is_learned(message: Mapping[str, Any]) -> bool:
     return message.get("role") == "assistant" and message.get("weight") != 0
 
 
-def _text(message: Mapping[str, Any], index: int) -> str:
+def _text(message: Mapping[str, Any], index: int, tokenizer: Tokenizer) -> str:
     """The content of a message to a model that reads text alone."""
-    parts = _parts(message, index)
+    parts = _parts(message, index, ROLES if tokenizer.calls is None else (*ROLES, TOOL))
     odd = next((part.get("type") for part in parts if part.get("type") != "text"), None)
     if odd is not None or not all(isinstance(part.get("text"), str) for part in parts):
         where = f"messages[{index}].content part"
@@ -175,11 +228,11 @@ def _text(message: Mapping[str, Any], index: int) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _parts(message: Mapping[str, Any], index: int) -> Sequence[Mapping[str, Any]]:
+def _parts(message: Mapping[str, Any], index: int, roles: Sequence[str] = ROLES) -> Sequence[Mapping[str, Any]]:
     where = f"messages[{index}]"
     role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise RequestError(f"{where}.role", param="messages", got=role, allowed=ROLES)
+    if role not in roles:
+        raise RequestError(f"{where}.role", param="messages", got=role, allowed=roles)
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
         raise RequestError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from shoal.inputs import template_bounds
 from shoal.inputs.template_bounds import BoundedEnvironment, TooMuch, paid_filter
 
 GIVEN = ("messages", "add_generation_prompt")  # to a template, by whoever encodes a chat
+_HALF = re.compile("[\ud800-\udfff]")
 LONGEST = 2**17  # characters of a template; the longest that are known have a quarter of it
 
 
@@ -82,7 +84,9 @@ def _raise(message: str) -> None:
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    # Half of a surrogate pair, which no UTF-8 can hold, stays the escape that JSON has for it.
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return _HALF.sub(lambda half: f"\\u{ord(half.group()):04x}", text)
 
 
 _environment = BoundedEnvironment(

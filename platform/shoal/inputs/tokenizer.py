@@ -25,6 +25,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from shoal.config import load
 from shoal.errors import CheckpointError, ConfigError, RequestError, first_line
+from shoal.inputs.alphabets import BYTE_OF, is_spaced, spaced_bytes
+from shoal.inputs.call_formats import FORMATS, CallFormat
 from shoal.inputs.patterns import is_panic, need_bounded
 
 PAD, END = "<|pad|>", "<|end|>"  # END closes a document, and every message of a chat
@@ -44,10 +46,6 @@ PROBES = (
 )
 
 
-SPACE = "\u2581"  # sentencepiece's mark
-_BYTE = re.compile("<0x([0-9A-F]{2})>")  # and its tokens of a byte
-
-
 @dataclass(frozen=True)
 class Controls:
     """What the control tokens of an open model's tokenizer are for. Which they are, the tokenizer's added tokens say."""
@@ -55,6 +53,9 @@ class Controls:
     ends: tuple[int, ...]  # ids that end an answer
     before: tuple[int, ...] = ()  # ids in front of a text that is a prompt by itself; a chat template writes its own
     names: dict[str, str] = field(default_factory=dict)  # as the chat template calls them: bos_token, eos_token, ...
+    calls: str = (
+        ""  # how the chat template has calls of tools written, of `call_formats.FORMATS`; empty: it is not asked
+    )
 
 
 class Tokenizer:
@@ -81,12 +82,29 @@ class Tokenizer:
         self.end: str | None = END if controls is None else self._names.get(self.ends[0])
         self.pad: str | None = PAD if controls is None else controls.names.get("pad_token")
         self._spaced = controls is not None and is_spaced(core)
+        named = "" if controls is None else controls.calls
+        if named and named not in FORMATS:
+            raise CheckpointError("tokenizer: controls.calls", got=named, allowed=list(FORMATS))
+        self.calls: CallFormat | None = FORMATS.get(named)  # of a chat template that knows tools
+        around = () if self.calls is None else (self.calls.open, self.calls.close)
+        self._seen = {number for number, name in self._names.items() if name in around}  # in the text of an answer
+        # Tokens that frame tools, calls and results, and are no control tokens, as <tool_call> of Qwen.
+        self._frames = {} if self.calls is None else {
+            token.content: (token.lstrip, token.rstrip)
+            for token in added.values()
+            if token.content not in spelt and "tool" in token.content.lower()
+        }  # fmt: skip
         self._bytes: dict[int, bytes] = {}  # of the tokens that were asked for: every token of an answer is
 
     def with_end(self, token: int) -> Tokenizer:
         """This tokenizer of an open model, where the control token `token` ends an answer too."""
         assert self.controls is not None
         return Tokenizer(self._core, replace(self.controls, ends=(*self.controls.ends, token)))
+
+    def with_calls(self, name: str) -> Tokenizer:
+        """This tokenizer of an open model, whose chat template has calls written as `name` of `call_formats.FORMATS`."""
+        assert self.controls is not None
+        return Tokenizer(self._core, replace(self.controls, calls=name)) if name else self
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab: int) -> Tokenizer:
@@ -177,7 +195,9 @@ class Tokenizer:
     def json(self) -> str:
         if self.controls is None:
             return self.plain_json
-        return json.dumps({**json.loads(self.plain_json), "controls": asdict(self.controls)}, ensure_ascii=False)
+        # Without a format of calls as it was written before there was any, so that its fingerprint stays.
+        told = {name: value for name, value in asdict(self.controls).items() if value or name != "calls"}
+        return json.dumps({**json.loads(self.plain_json), "controls": told}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
@@ -196,6 +216,16 @@ class Tokenizer:
         if first not in text:
             return self._core
         core = tokenizers.Tokenizer.from_str(text.replace(first, '"prepend_scheme":"never"'))
+        core.encode_special_tokens = True
+        return core
+
+    @cached_property
+    def _letters(self) -> tokenizers.Tokenizer:
+        """The core for text in which what frames calls and results is spelt, and meant as the letters that it is."""
+        values = json.loads(self._inside.to_str())
+        for token in values["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in self._frames
+        core = tokenizers.Tokenizer.from_str(json.dumps(values))
         core.encode_special_tokens = True
         return core
 
@@ -241,24 +271,31 @@ class Tokenizer:
 
     @cached_property
     def control_pattern(self) -> str:
-        """Regular expression of all control tokens, of two that begin alike the longer first."""
-        return "|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or "(?!)"
+        """Regular expression of all control tokens."""
+        return _any_of(self.specials)
+
+    @cached_property
+    def frame_pattern(self) -> str:
+        """Regular expression of all control tokens, and of those that frame calls and results in a chat template's text."""
+        return _any_of((*self.specials, *self._frames))
 
     def template_ids(self, text: str, mark: str = "") -> list[int]:
-        """Ids of a chat template's own text, whose control tokens are meant; but for those that stand behind a `mark`, which
-        are plain characters. Marks are taken out."""
-        pattern = f"(?<!{re.escape(mark)})(?:{self.control_pattern})" if mark else self.control_pattern
+        """Ids of a chat template's own text, whose control tokens are meant; but for what of `frame_pattern` stands behind a
+        `mark`, which is plain characters. Marks are taken out."""
+        pattern = f"(?<!{re.escape(mark)})(?:{self.frame_pattern})" if mark else self.control_pattern
         ids: list[int] = []
         at, strips = 0, False
         for match in [*re.finditer(pattern, text), None]:
             run = text[at : match.start() if match else len(text)]
-            before, after = self._spelt[match.group()] if match else (False, False)
+            name = match.group() if match else ""
+            before, after = self._spelt.get(name) or self._frames.get(name) or (False, False)
             run = run.lstrip() if strips else run
             run = run.rstrip() if before else run
+            spelt = bool(mark) and mark in run and bool(self._frames)
             run = run.replace(mark, "") if mark else run
-            ids += self.encode(run) if not at else _ids(self._inside, run)
+            ids += _ids(self._letters if spelt else self._inside if at else self._core, run)
             if match:
-                ids.append(self.special(match.group()))
+                ids.append(self._core.token_to_id(name))
                 at, strips = match.end(), after
         return ids
 
@@ -267,12 +304,13 @@ class Tokenizer:
         return self._names.get(token)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes a token stands for; empty for control tokens and for ids that the tokenizer does not use."""
+        """The bytes a token stands for; empty for ids that the tokenizer does not use, and for control tokens but those around
+        calls."""
         known = self._bytes.get(token)
         if known is None:
             piece = self._core.id_to_token(token) if token >= 0 and token not in self._names else None
-            if token in self._added:
-                known = self._added[token].encode()
+            if token in self._added or token in self._seen:
+                known = (self._added.get(token) or self._names[token]).encode()
             elif piece is None:
                 known = b""
             else:
@@ -317,17 +355,9 @@ def _ids(core: tokenizers.Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def is_spaced(core: tokenizers.Tokenizer) -> bool:
-    """Are the pieces of a tokenizer of sentencepiece's alphabet, with a token for every byte?"""
-    return bool(getattr(core.model, "byte_fallback", False)) and all(
-        core.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256)
-    )
-
-
-def spaced_bytes(piece: str) -> bytes:
-    """The bytes that a piece of sentencepiece's alphabet stands for."""
-    byte = _BYTE.fullmatch(piece)
-    return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
+def _any_of(names: Iterable[str]) -> str:
+    """Regular expression of all `names`, of two that begin alike the longer first."""
+    return "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
 
 
 def _empty_core() -> tokenizers.Tokenizer:
@@ -353,13 +383,3 @@ def _with_control_tokens(core: tokenizers.Tokenizer, path: str | Path) -> tokeni
     made = tokenizers.Tokenizer.from_str(json.dumps(values))
     made.add_special_tokens(list(SPECIAL))
     return made
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE's printable stand-in for each byte (the mapping of GPT-2's tokenizer) -> the byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-BYTE_OF = _byte_alphabet()

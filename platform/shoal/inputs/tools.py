@@ -1,4 +1,5 @@
-"""How tools, their calls and their results are written for a model, in whose chat template there are three roles and no tools:
+"""How tools, their calls and their results are written for a model in whose chat template there are three roles and no tools,
+ours among them; `call_formats` has those of open models that know tools:
 
     system     <tools> and one line of JSON a function, after the caller's own system text
     assistant  <tool_call>{"name": ..., "arguments": {...}}</tool_call>, after what it says
@@ -23,14 +24,19 @@ with arguments that follow its parameters, which are a JSON schema.
 """
 
 
-def told(functions: Iterable[Mapping[str, Any]]) -> str:
-    """What a model is told of `functions`, each with ``name``, and ``description`` and ``parameters`` where it has them."""
+def told(given: Iterable[Mapping[str, Any]]) -> str:
+    """What a model is told of the functions `given`."""
+    return _INTRO + "\n".join(json.dumps(each, ensure_ascii=False) for each in functions(given)) + "\n</tools>"
+
+
+def functions(given: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a model may know of functions: ``name``, ``parameters``, and ``description`` where there is one."""
     shown = []
-    for function in functions:
+    for function in given:
         values = {"name": function["name"], "description": function.get("description")}
         values["parameters"] = NO_PARAMETERS if function.get("parameters") is None else function["parameters"]
         shown.append({key: value for key, value in values.items() if value is not None})
-    return _INTRO + "\n".join(json.dumps(each, ensure_ascii=False) for each in shown) + "\n</tools>"
+    return shown
 
 
 def call(name: str, arguments: Any) -> str:

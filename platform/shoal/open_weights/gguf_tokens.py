@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from shoal.errors import CheckpointError
-from shoal.inputs.tokenizer import SPACE, is_spaced
+from shoal.inputs.alphabets import SPACE, is_spaced
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # kinds of tokens
 _LONGEST = 512  # characters of a token that is made of two others, at each of its places

@@ -11,13 +11,16 @@ import tokenizers
 
 from shoal.config import ModelConfig
 from shoal.errors import CheckpointError, RequestError
+from shoal.inputs.alphabets import BYTE_OF, is_spaced
+from shoal.inputs.call_formats import format_of
 from shoal.inputs.chat import encode_chat
 from shoal.inputs.patterns import need_bounded
 from shoal.inputs.templates import EndlessTemplateError, why_broken
-from shoal.inputs.tokenizer import BYTE_OF, Controls, Tokenizer, is_spaced
+from shoal.inputs.tokenizer import Controls, Tokenizer
 
 LARGEST = 2**28  # bytes of a tokenizer.json; the largest that are known have an eighth of it
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+_MEND, _ENDLESS = "mend it, or give one with --chat-template FILE", "more than any chat needs: it does not end"
 _PROBE = "a"  # a text to see what a tokenizer puts around one
 
 
@@ -73,14 +76,14 @@ def closing(tokenizer: Tokenizer, template: str, config: ModelConfig) -> Tokeniz
     """`tokenizer` with what `template` closes an answer with as an end: a base model knows the end of a text alone, and
     fine-tuned on chats it would learn to close its answer and then go on. Raises CheckpointError for a template that no chat
     can be written with."""
-    broken, do = why_broken(template), "mend it, or give one with --chat-template FILE"
+    broken = why_broken(template)
     if broken:
-        raise CheckpointError("the chat template", got=broken, do=do)
+        raise CheckpointError("the chat template", got=broken, do=_MEND)
     chat = [{"role": role, "content": _PROBE} for role in ("user", "assistant")]
     try:
         row = encode_chat(chat, tokenizer, config, template=template, add_generation_prompt=False)
     except EndlessTemplateError as error:
-        raise CheckpointError("the chat template", got="more than any chat needs: it does not end", do=do) from error
+        raise CheckpointError("the chat template", got=_ENDLESS, do=_MEND) from error
     except RequestError:  # of a template that wants other chats
         return tokenizer
     written = [token for token, answer in zip(row.ids, row.answer, strict=True) if answer]
@@ -88,6 +91,16 @@ def closing(tokenizer: Tokenizer, template: str, config: ModelConfig) -> Tokeniz
     if end is None or written[-1] in tokenizer.ends:
         return tokenizer
     return tokenizer.with_end(end)
+
+
+def calling(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    """`tokenizer` with the way in which `template` has calls of tools written, where it knows tools. Raises CheckpointError for
+    a template that does not end with them."""
+    assert tokenizer.controls is not None
+    try:
+        return tokenizer.with_calls(format_of(template, tokenizer.controls.names))
+    except EndlessTemplateError as error:
+        raise CheckpointError("the chat template", got=f"{_ENDLESS}, given tools", do=_MEND) from error
 
 
 def _need_byte_level(core: tokenizers.Tokenizer, what: object) -> None:
@@ -131,7 +144,12 @@ def _template(directory: Path, told: Mapping[str, Any], given: str | None) -> st
     if path.is_file():
         return path.read_text(encoding="utf-8")
     if isinstance(found, list):  # several with names
-        found = next((each["template"] for each in found if each.get("name") == "default"), None)
+        named = {each.get("name"): each["template"] for each in found}
+        found = named.get("default")
+        told = isinstance(found, str) and isinstance(named.get("tool_use"), str) and not why_broken(named["tool_use"])
+        if told:  # with tools transformers takes that one
+            used, found = (each.removesuffix("\n") for each in (named["tool_use"], found))
+            found = f"{{% if tools %}}{used}{{% else %}}{found}{{% endif %}}"
     if not isinstance(found, str):
         do = "give one with --chat-template FILE, as for a base model"
         raise CheckpointError(

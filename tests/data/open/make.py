@@ -1,6 +1,7 @@
 """Makes what lies beside it, with transformers: for each family a tiny checkpoint of random weights, what it says to some
-tokens, and 64 tokens that it goes on with, of those that the tokenizer has; and two tokenizers with the ids of some chats.
-`python tests/data/open/make.py`.
+tokens, and 64 tokens that it goes on with, of those that the tokenizer has; two tokenizers with the ids of some chats; and
+what chat templates in the manner of the families', in tools/, make of chats with tools. `python tests/data/open/make.py`, with
+`tools` behind it for the last alone.
 
 The weights are drawn wider than a real model's, so that every part of the network shows in the logits; they lie in bfloat16,
 and the logits are those of the same numbers in fp32.
@@ -9,6 +10,7 @@ and the logits are those of the same numbers in fp32.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,102 @@ def write_spaced() -> None:
     (HERE / "spaced.json").write_text(json.dumps({**told, "changes": FIRST}, indent=1) + "\n")
 
 
+CHATML = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+FRAMES = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+TAUGHT: dict[str, dict[str, Any]] = {  # by template: how it calls control tokens; those; tokens that are none, as in its family
+    "qwen2": {"names": CHATML, "special": [], "added": FRAMES},
+    "qwen3": {"names": CHATML, "special": [], "added": FRAMES},
+    "smollm3": {"names": CHATML, "special": [], "added": []},
+    "llama3": {
+        "names": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+        "special": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"],
+        "added": [],
+    },
+    "mistral": {
+        "names": {"bos_token": "<s>", "eos_token": "</s>"},
+        "special": ["<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+                    "[/TOOL_RESULTS]", "[TOOL_CALLS]"],
+        "added": [],
+    },
+    "phi4": {
+        "names": {"bos_token": "<|endoftext|>", "eos_token": "<|end|>"},
+        "special": ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"],
+        "added": ["<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>"],
+    },
+}  # fmt: skip
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {
+        "name": "add_fish", "description": "Adds \u201cfish\u201d & <more>.",
+        "parameters": {"type": "object", "properties": {
+            "n": {"type": "integer", "description": "how many"},
+            "where": {"type": "object", "properties": {"sea": {"enum": ["a b", 1, None, True, 2.5]}}},
+        }, "required": ["n"]},
+    }},
+    {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}},
+]  # fmt: skip
+
+
+def called(number: int, name: str, arguments: Any) -> dict[str, Any]:
+    return {"id": f"call0000{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def gave(number: int, content: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": f"call0000{number}", "content": content}
+
+
+NESTED = {"n": 3, "where": {"sea": '\u6f6e \U0001f41f "q"\n', "list": [[], {}, None, True, -1.5e-3]}}
+ASK = {"role": "user", "content": "How many fish?"}
+FIRST_CALL = {"role": "assistant", "content": "", "tool_calls": [called(1, "add_fish", NESTED)]}
+WITH_TOOLS: list[list[dict[str, Any]]] = [
+    [ASK],
+    [{"role": "system", "content": "Be short."}, ASK],
+    [ASK, FIRST_CALL, gave(1, '{"fish": [1, "caf\u00e9"]}')],
+    [{"role": "system", "content": "Be short."}, ASK, FIRST_CALL, gave(1, "four"), {"role": "assistant", "content": "Four."},
+     {"role": "user", "content": "Look again!"}],
+    [ASK, {"role": "assistant", "content": "Let me look.",
+           "tool_calls": [called(1, "look", {}), called(2, "add_fish", {"n": 1})]},
+     gave(1, "a"), gave(2, "b\n"), {"role": "assistant", "content": "Done."}],
+]  # fmt: skip
+
+
+def in_text(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A chat for a template that shows no calls: with them in the texts."""
+    shown = []
+    for message in chat:
+        calls = [
+            f"<tool_call>\n{json.dumps({k: c['function'][k] for k in ('name', 'arguments')}, ensure_ascii=False)}\n</tool_call>"
+            for c in message.get("tool_calls", ())
+        ]
+        text = "\n".join([*([message["content"]] if message["content"] else []), *calls])
+        shown.append({**{k: v for k, v in message.items() if k != "tool_calls"}, "content": text})
+    return shown
+
+
+def write_tools() -> None:
+    """What transformers makes of `WITH_TOOLS` with each template in tools/; chats that a template refuses are left out."""
+    found: dict[str, Any] = {"tools": TOOLS}
+    for family, told in TAUGHT.items():
+        core = tokenizers.Tokenizer.from_file(str(HERE / "tokenizer" / "tokenizer.json"))
+        core.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in told["special"]])
+        core.add_tokens([AddedToken(name, special=False, normalized=False) for name in told["added"]])
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **told["names"])
+        fast.chat_template = (HERE / "tools" / f"{family}.jinja").read_text()
+        chats = []
+        for chat in WITH_TOOLS:
+            given = in_text(chat) if family == "smollm3" else chat
+            for tools in (TOOLS, None):
+                more = {"tools": tools, "add_generation_prompt": chat[-1]["role"] != "assistant"}
+                try:
+                    text = fast.apply_chat_template(given, tokenize=False, **more)
+                except Exception:  # of the template's own
+                    continue
+                ids = fast.apply_chat_template(given, tokenize=True, return_dict=False, **more)
+                chats.append({"messages": chat, "with_tools": tools is not None, "text": text, "ids": list(ids)})
+        found[family] = {**told, "chats": chats}
+    lines = (f"{json.dumps(name)}: {json.dumps(each)}" for name, each in found.items())
+    (HERE / "tools" / "chats.json").write_text("{" + ",\n".join(lines) + "}\n")
+
+
 def weights(model: torch.nn.Module, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -185,6 +283,7 @@ def main() -> None:
         json.dumps({"chats": told, "text": fast("Hello, 12 fish").input_ids}, indent=1) + "\n"
     )
     write_spaced()
+    write_tools()
     for name in FAMILIES:
         write_family(name, core)
 
@@ -219,4 +318,4 @@ def write_family(name: str, core: tokenizers.Tokenizer) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write_tools() if sys.argv[1:] == ["tools"] else main()

@@ -101,6 +101,7 @@ class TestReading:
             "<tool_call>7</tool_call>",
             '<tool_call>{"name": "other", "arguments": {}}</tool_call>',
             '<tool_call>{"name": "log"}</tool_call>',
+            '<tool_call>{"name": [], "arguments": {}}</tool_call>',
             '<tool_call>{"name": "log", "arguments": {"n": 7}}',
             "a < b <tool",
             "</tool_call> <tool_call>",

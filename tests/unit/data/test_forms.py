@@ -107,8 +107,8 @@ def test_one_row_of_odd_values_ends_no_run(tmp_path: Path, config: ModelConfig) 
 def test_a_row_that_nobody_thought_of_is_refused_by_every_reader(
     tmp_path: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(row: Any) -> Any:
-        return canonical(row) if row.get("text") != "odd" else row["gone"]
+    def broken(row: Any, **how: Any) -> Any:
+        return canonical(row, **how) if row.get("text") != "odd" else row["gone"]
 
     monkeypatch.setattr(forms, "canonical", broken)
     path = tmp_path / "odd.jsonl"

@@ -20,6 +20,7 @@ from shoal.train import lora
 from shoal.train.loop import fit
 from shoal.train.plan import finetune_plan
 from tests.extra import package
+from tests.unit.open_weights import taught
 from tests.unit.open_weights.conftest import DATA, edit
 
 transformers = package("transformers")
@@ -147,3 +148,22 @@ def test_both_say_the_same_and_transformers_reads_what_is_exported(kind: str, tm
     chat = [{"role": "user", "content": " What is 12 + 3?\n"}, {"role": "assistant", "content": "15"}]
     ids = fast.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert encode_chat(chat, ours.tokenizer, ours.config, template=ours.chat_template).ids == list(ids)
+
+
+@pytest.mark.parametrize("family", taught.FORMATS)
+def test_chats_with_tools_are_what_transformers_makes_of_them(family: str) -> None:
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=taught.core_of(family), **taught.TOLD[family]["names"])
+    fast.chat_template = taught.jinja(family)
+    ours, config = taught.tokenizer(family), taught.served(family).config
+    call = {"name": "look", "arguments": {"sea": ["\u6f6e", {"a": None, "b": -1.5e-7}], "\u00e9": ""}}
+    chat = [
+        {"role": "user", "content": "Well?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "a1b2c3d4e", "type": "function", "function": call}]},
+        {"role": "tool", "tool_call_id": "a1b2c3d4e", "content": '[1] "two"\n'},
+    ]
+    assert ours.calls is not None
+    given = ours.calls.for_template(chat) if ours.calls.as_text else chat
+    for tools in (taught.TOOLS, None):
+        more = {"tools": tools, "add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        ids = list(fast.apply_chat_template(given, **more))
+        assert encode_chat(chat, ours, config, template=taught.jinja(family), tools=tools).ids == ids

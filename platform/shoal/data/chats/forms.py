@@ -11,7 +11,8 @@ An answer whose message has ``weight`` 0 is read and not learned.
 
 A preference pair (`pair`) has two answers to the same, ``chosen`` and ``rejected``.
 
-Tools, calls and results are written as a service shows them (`inputs.tools`).
+Tools, calls and results are written as a service shows them (`inputs.tools`); `native`: for an open model whose own chat
+template knows them (`Tokenizer.calls`) they stay what they are, as OpenAI has them, and the tools are `offered`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from shoal.errors import DataError
-from shoal.inputs import tools
+from shoal.inputs import call_formats, tools
 
 PAIRS = "chosen and rejected, with a prompt or as whole chats"
 KNOWN = "messages; conversations; instruction and output; or text"
@@ -32,28 +33,32 @@ _SHAREGPT = {
 }  # fmt: skip
 
 
-def canonical(row: object) -> dict[str, Any]:
+def canonical(row: object, *, native: bool = False) -> dict[str, Any]:
     """A row of any form with its ``messages``, or with a ``text``; its other fields as they are. Raises DataError for one of no
     known form, naming its keys, and for one that is not as its form wants it."""
     if not isinstance(row, dict):
         raise DataError("no known form", got=type(row).__name__, allowed=KNOWN)
     for key, read in _FORMS.items():
         if row.get(key) is not None:
-            return {**row, **read(row)}
+            return {**row, **read(row, native)}
     raise DataError("no known form", got=f"keys {', '.join(map(str, row))}"[:100], allowed=KNOWN)
 
 
-def pair(row: object) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def offered(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The tools of a row as a chat template is given them; None where there are none. Raises DataError."""
+    return call_formats.offered(_functions(row.get("tools") or row.get("functions"))) or None
+
+
+def pair(row: object, *, native: bool = False) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The messages of a preference pair: with the answer that is preferred, and with the other. ``chosen`` and ``rejected`` are
     an answer each, after a ``prompt`` or what asks in a known form, or whole chats. Raises DataError for a row that is no pair,
     and for one whose two sides do not ask the same."""
     if not isinstance(row, dict) or row.get("chosen") is None or row.get("rejected") is None:
         got = f"keys {', '.join(map(str, row))}"[:100] if isinstance(row, dict) else type(row).__name__
         raise DataError("no preference pair", got=got, allowed=PAIRS)
-    asked = _asked(row)
+    asked, told = _asked(row, native), "" if native else _told(row.get("tools"))
     chosen, rejected = (
-        tools.with_system(_answered(asked, _answer(row[side])), _told(row.get("tools")))
-        for side in ("chosen", "rejected")
+        tools.with_system(_answered(asked, _answer(row[side], native)), told) for side in ("chosen", "rejected")
     )
     if chosen[:-1] != rejected[:-1] or len(chosen) < 2 or len(chosen) != len(rejected):
         raise DataError("a pair that does not ask the same")
@@ -62,11 +67,11 @@ def pair(row: object) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return chosen, rejected
 
 
-def _asked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _asked(row: Mapping[str, Any], native: bool) -> list[dict[str, Any]]:
     """What both sides of a pair answer; empty where they are whole chats."""
     prompt, plain = row.get("prompt"), {**row, "tools": None}
     if isinstance(prompt, list):
-        return list(canonical({"messages": prompt})["messages"])
+        return list(canonical({"messages": prompt}, native=native)["messages"])
     if isinstance(prompt, str):
         system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
         return [*system, {"role": "user", "content": prompt}]
@@ -74,16 +79,16 @@ def _asked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         return list(canonical({**plain, "messages": None, "conversations": None, "output": ""})["messages"][:-1])
     if row.get("messages") is None and row.get("conversations") is None:
         return []
-    return list(canonical(plain)["messages"])
+    return list(canonical(plain, native=native)["messages"])
 
 
-def _answer(given: object) -> list[dict[str, Any]]:
+def _answer(given: object, native: bool) -> list[dict[str, Any]]:
     """One side of a pair."""
     if isinstance(given, str):
         return [{"role": "assistant", "content": given}]
     turns = given if isinstance(given, list) else [given]
     shared = all(isinstance(turn, dict) and "from" in turn for turn in turns)
-    return list(canonical({"conversations" if shared else "messages": turns})["messages"])
+    return list(canonical({"conversations" if shared else "messages": turns}, native=native)["messages"])
 
 
 def _answered(asked: Sequence[dict[str, Any]], answer: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -92,7 +97,7 @@ def _answered(asked: Sequence[dict[str, Any]], answer: Sequence[dict[str, Any]])
     return [*(message for message in asked if not whole or message not in answer), *answer]
 
 
-def _of_messages(row: Mapping[str, Any]) -> dict[str, Any]:
+def _of_messages(row: Mapping[str, Any], native: bool) -> dict[str, Any]:
     messages, functions = row["messages"], row.get("tools") or row.get("functions")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise DataError("no messages")
@@ -102,38 +107,67 @@ def _of_messages(row: Mapping[str, Any]) -> dict[str, Any]:
     if functions or any(
         m.get("tool_calls") or m.get("function_call") or m.get("role") in (*_RESULTS, "developer") for m in messages
     ):
-        messages = tools.with_system(_without_tools(messages), _told(functions))
+        calls = _calls(messages)
+        told = "" if native else _told(functions)
+        messages = tools.with_system(calls if native else [_as_text(message) for message in calls], told)
     return {"messages": messages}
 
 
-def _without_tools(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """OpenAI's messages in the three roles, calls and results as text."""
-    plain: list[dict[str, Any]] = []
+def _calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """OpenAI's messages with calls and results as they are now; ``name`` of a result is its function's."""
+    found: list[dict[str, Any]] = []
     names: dict[str, str] = {}  # id of a call -> function
+    last: dict[str, str] = {}  # function -> id of its last call
     for message in messages:
         role, content = message.get("role"), message.get("content")
         calls = _list(message.get("tool_calls"), "tool_calls")
         if message.get("function_call"):
             calls = [{"function": message["function_call"]}]
-        for call in calls:
-            function = call.get("function") if isinstance(call, dict) else None
-            if role != "assistant" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-                raise DataError("tool_calls that are none")
-            names[str(call.get("id"))] = function["name"]
-            said = {"type": "text", "text": tools.call(function["name"], function.get("arguments", {}))}
-            content = [*tools.parts(content), said]
+        made = [_call(call, role, len(names) + at) for at, call in enumerate(calls)]
+        names |= {call["id"]: call["function"]["name"] for call in made}
+        last |= {call["function"]["name"]: call["id"] for call in made}
+        more: dict[str, Any] = {"tool_calls": made} if made else {}
         if role in _RESULTS:
             known = names.get(str(message.get("tool_call_id"))) or message.get("name")
             if not isinstance(known, str) or not isinstance(content, str):
                 raise DataError("a result of no call")
-            role, content = "user", tools.result(known, content)
+            given = message.get("tool_call_id") if str(message.get("tool_call_id")) in names else None
+            role, more = "tool", {"tool_call_id": str(given or last.get(known, "")), "name": known}
         kept = {"weight": message["weight"]} if "weight" in message else {}
-        plain.append({"role": "system" if role == "developer" else role, "content": content, **kept})
-    return plain
+        found.append({"role": "system" if role == "developer" else role, "content": content, **more, **kept})
+    return found
+
+
+def _call(call: object, role: object, number: int) -> dict[str, Any]:
+    """A call with an id, of its own or by its `number` in the chat."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if role != "assistant" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError("tool_calls that are none")
+    named = call.get("id") if isinstance(call, dict) else None
+    called = {"name": function["name"], "arguments": function.get("arguments", {})}
+    return {"id": f"call{number:05}" if named is None else str(named), "type": "function", "function": called}
+
+
+def _as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message in the three roles, with its calls, or what a call gave, as text."""
+    content: Any = message["content"]
+    kept = {name: value for name, value in message.items() if name not in ("tool_calls", "tool_call_id", "name")}
+    if message["role"] == "tool":
+        return {**kept, "role": "user", "content": tools.result(message["name"], content)}
+    for call in message.get("tool_calls", ()):
+        said = {"type": "text", "text": tools.call(call["function"]["name"], call["function"]["arguments"])}
+        content = [*tools.parts(content), said]
+    return {**kept, "content": content}
 
 
 def _told(given: object) -> str:
-    """What is told of the tools of a row, which may be JSON in a text; "" where there are none."""
+    """What is told of the tools of a row; "" where there are none."""
+    functions = _functions(given)
+    return tools.told(functions) if functions else ""
+
+
+def _functions(given: object) -> list[dict[str, Any]]:
+    """The functions among the tools of a row, which may be JSON in a text."""
     if isinstance(given, str):
         try:
             given = json.loads(given) if given.strip() else []
@@ -142,36 +176,40 @@ def _told(given: object) -> str:
     functions = [tool.get("function", tool) if isinstance(tool, dict) else tool for tool in _list(given, "tools")]
     if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
         raise DataError("tools without a name")
-    return tools.told(functions) if functions else ""
+    return functions
 
 
-def _of_conversations(row: Mapping[str, Any]) -> dict[str, Any]:
+def _of_conversations(row: Mapping[str, Any], native: bool) -> dict[str, Any]:
     messages: list[dict[str, Any]] = []
     if isinstance(row.get("system"), str) and row["system"]:
         messages.append({"role": "system", "content": row["system"]})
-    name = "function"
-    for turn in _list(row["conversations"], "conversations"):
+    name, last = "function", ""
+    for number, turn in enumerate(_list(row["conversations"], "conversations")):
         who = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
         text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
         role = _SHAREGPT.get(str(who).lower())
         if role is None or not isinstance(text, str):
             raise DataError("conversations of an unknown form")
+        message: dict[str, Any] = {"role": role, "content": text}
         if role == "call":
             try:
                 made = json.loads(text)
-                name, text = str(made["name"]), tools.call(str(made["name"]), made.get("arguments", {}))
+                name, function = str(made["name"]), {"name": str(made["name"]), "arguments": made.get("arguments", {})}
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise DataError("a function_call that is no JSON") from error
-            role = "assistant"
+            call = _call({"function": function}, "assistant", number)
+            last, message = call["id"], {"role": "assistant", "content": "", "tool_calls": [call]}
         elif role == "tool":
-            role, text = "user", tools.result(name, text)
-        messages.append({"role": role, "content": text})
+            message |= {"tool_call_id": last, "name": name}
+        messages.append(message)
     if not messages:
         raise DataError("no messages")
-    return {"messages": tools.with_system(messages, _told(row.get("tools")))}
+    if native:
+        return {"messages": messages}
+    return {"messages": tools.with_system([_as_text(message) for message in messages], _told(row.get("tools")))}
 
 
-def _of_instruction(row: Mapping[str, Any]) -> dict[str, Any]:
+def _of_instruction(row: Mapping[str, Any], native: bool) -> dict[str, Any]:
     instruction, more, output = row["instruction"], row.get("input") or "", row.get("output")
     if not all(isinstance(text, str) for text in (instruction, more, output)):
         raise DataError("an instruction without an output")
@@ -184,7 +222,7 @@ def _of_instruction(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"messages": messages}
 
 
-def _of_text(row: Mapping[str, Any]) -> dict[str, Any]:
+def _of_text(row: Mapping[str, Any], native: bool) -> dict[str, Any]:
     if not isinstance(row["text"], str) or not row["text"]:
         raise DataError("no text")
     return {"text": row["text"]}
@@ -198,6 +236,6 @@ def _list(given: object, what: str) -> list[Any]:
     return given
 
 
-_FORMS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+_FORMS: Mapping[str, Callable[[Mapping[str, Any], bool], dict[str, Any]]] = {
     "messages": _of_messages, "conversations": _of_conversations, "instruction": _of_instruction, "text": _of_text,
 }  # fmt: skip

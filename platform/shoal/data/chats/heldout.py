@@ -42,13 +42,24 @@ def questions(
         if limit is not None and len(found.get(chat.task, ())) >= limit:
             continue
         last = max(place for place, message in enumerate(chat.messages) if message["role"] == "assistant")
-        asked, reference = chat.messages[:last], _text(chat.messages[last]["content"])
-        whole = chat.messages[: last + 1]
+        asked, whole = chat.messages[:last], chat.messages[: last + 1]
         try:
-            prompt = encode_chat(asked, tokenizer, config, template=template)
-            row = encode_chat(whole, tokenizer, config, template=template, add_generation_prompt=False)
+            prompt = encode_chat(asked, tokenizer, config, template=template, tools=chat.tools)
+            row = encode_chat(
+                whole, tokenizer, config, template=template, add_generation_prompt=False, tools=chat.tools
+            )
         except RequestError as error:
             raise unusable(path, chat.line, error.message) from error
+        if whole[-1].get("tool_calls"):  # as the template has the model write them
+            reference = tokenizer.decode(
+                [
+                    token
+                    for token, said in zip(row.ids[len(prompt.ids) :], row.answer[len(prompt.ids) :], strict=True)
+                    if said
+                ]
+            )
+        else:
+            reference = _text(whole[-1]["content"])
         found.setdefault(chat.task, []).append(Question(prompt, row, reference, chat.task, chat.group))
     return found
 

@@ -99,9 +99,11 @@ def read_pairs(
     kept: list[Encoded] = []
     for line, text in numbered(Path(path)):
         with refusing(line, refused):
+            row, native = _parsed(text), tokenizer.calls is not None
+            told = forms.offered(row) if native and isinstance(row, dict) else None
             sides = [
-                encode_chat(messages, tokenizer, config, template=template, add_generation_prompt=False)
-                for messages in forms.pair(_parsed(text))
+                encode_chat(messages, tokenizer, config, template=template, add_generation_prompt=False, tools=told)
+                for messages in forms.pair(row, native=native)
             ]
             if not all(any(side.answer) for side in sides):
                 raise DataError("no answer")
@@ -164,6 +166,7 @@ class Chat:
     row: Encoded
     task: str
     group: int  # see `group_of`
+    tools: list[dict[str, Any]] | None = None  # that the chat template is given
 
 
 def chats(
@@ -180,16 +183,19 @@ def chats(
     for line, text in numbered(Path(path)):
         chat = None
         with refusing(line, refuse):
-            values = _values(text, heldout=heldout)
-            messages = values.get("messages") or []
+            native = tokenizer.calls is not None
+            values = _values(text, heldout=heldout, native=native)
+            messages, told = values.get("messages") or [], forms.offered(values) if native else None
             if messages:
-                row = encode_chat(messages, tokenizer, config, template=template, add_generation_prompt=False)
+                row = encode_chat(
+                    messages, tokenizer, config, template=template, add_generation_prompt=False, tools=told
+                )
             else:
                 ids = [*tokenizer.prompt(values["text"]), tokenizer.ends[0]]
                 row = Encoded(ids, [], [True] * len(ids))
             if not any(row.answer):
                 raise DataError("no answer")
-            chat = Chat(line, messages, row, task_of(values), group_of(values))
+            chat = Chat(line, messages, row, task_of(values), group_of(values), told)
         if chat is not None:
             yield chat
 
@@ -256,9 +262,9 @@ def _parsed(text: bytes) -> Any:
         raise DataError("broken JSON") from error
 
 
-def _values(text: bytes, *, heldout: bool) -> dict[str, Any]:
+def _values(text: bytes, *, heldout: bool, native: bool = False) -> dict[str, Any]:
     """The row in a line, with its ``messages``, or its ``text``."""
     row = _parsed(text)
     if heldout and isinstance(row, dict) and is_augmented(row):
         raise DataError(MADE)
-    return forms.canonical(row)
+    return forms.canonical(row, native=native)

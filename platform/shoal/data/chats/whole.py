@@ -43,11 +43,19 @@ def read_whole(
 def _encoded(text: bytes, tokenizer: Tokenizer, config: ModelConfig, template: str) -> Encoded:
     """Raises DataError or RequestError for a line that is of no form."""
     try:
-        row = forms.canonical(json.loads(text))
+        native = tokenizer.calls is not None
+        row = forms.canonical(json.loads(text), native=native)
     except (ValueError, RecursionError) as error:
         raise DataError("broken JSON") from error
     if row.get("messages"):
+        told = forms.offered(row) if native else None
         return encode_chat(
-            row["messages"], tokenizer, config, template=template, add_generation_prompt=False, answers=False
+            row["messages"],
+            tokenizer,
+            config,
+            template=template,
+            add_generation_prompt=False,
+            answers=False,
+            tools=told,
         )
     return Encoded([*tokenizer.prompt(row["text"]), tokenizer.ends[0]])
