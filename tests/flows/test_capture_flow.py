@@ -48,7 +48,8 @@ def service(model: Path, *options: object) -> Iterator[tuple[subprocess.Popen[st
 
 
 def test_a_service_that_is_killed_loses_no_row_of_a_request_that_had_ended(model: Path, tmp_path: Path) -> None:
-    """A request has ended when its line is in the log. Some run when the kill comes; their clients are cut off."""
+    """Nor of one whose answer somebody has read to its end. Some run when the kill comes; their clients are cut off. The log
+    ends when the scribe has ended too, which has made a part by then."""
     folder = tmp_path / "capture"
 
     def ask(url: str, number: int) -> None:
@@ -60,9 +61,9 @@ def test_a_service_that_is_killed_loses_no_row_of_a_request_that_had_ended(model
             "stream": number % 2 > 0,
         }
         with suppress(httpx.TransportError):  # of those that the kill cuts off
-            answered.append(httpx.post(f"{url}/v1/completions", json=body, timeout=120).status_code)
+            answered.append(httpx.post(f"{url}/v1/completions", json=body, timeout=120).raise_for_status())
 
-    answered: list[int] = []
+    answered: list[httpx.Response] = []
     with service(model, "--capture", folder) as (process, url), ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(ask, url, number) for number in range(60)]
         assert process.stderr is not None
@@ -73,11 +74,11 @@ def test_a_service_that_is_killed_loses_no_row_of_a_request_that_had_ended(model
         lines += process.stderr.readlines()
     ended = {json.loads(line)["id"] for line in lines if line.startswith("{") and line.endswith("}\n")}
     found = Capture(folder).rows()
-    assert len(answered) >= 36 and set(answered) == {200}  # four may have ended and not arrived
+    read = {answer.headers["x-request-id"] for answer in answered}
+    assert len(answered) >= 36 and read <= set(found["request_id"].to_pylist())  # four may have ended and not arrived
     assert len(ended) >= 40 and ended <= set(found["request_id"].to_pylist())
     assert found.num_rows == len(set(found["id"].to_pylist())) <= len(ended) + 4
-    assert adopt(Capture(folder)) == 1
-    assert Capture(folder).rows().num_rows == found.num_rows
+    assert adopt(Capture(folder)) == 0 and len(Capture(folder).parts()) == 1
 
 
 def test_a_capture_of_another_version_is_refused_in_one_line(model: Path, tmp_path: Path) -> None:

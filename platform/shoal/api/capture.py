@@ -175,7 +175,7 @@ class Recorder:
             "role": SHADOW,
             "layers": meter.depth or None,
         }
-        told = [(0, 0, 0.0, signals(end.signals))] if end is not None and end.signals else []
+        told: list[Choice] = [(0, 0, 0.0, signals(end.signals))] if end is not None and end.signals else []
         self.outbox.put((columns, _ids(call), self._model(answer.served).vocabulary, told))
 
     def _guarded(self, keep: Callable[[Access], None]) -> Callable[[Access], None]:

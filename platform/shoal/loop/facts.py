@@ -16,7 +16,7 @@ from typing import Any
 from shoal.loop.rows import Row
 
 # a choice: its layers, and of one that has ended cached tokens, seconds in the queue, and `signals` or None
-Choice = tuple[int, int | None, float | None, tuple[Any, ...] | None]
+Choice = tuple[int | None, int | None, float | None, tuple[Any, ...] | None]
 # columns; the prompts' ids; name and size of the vocabulary that they are of; choices
 Facts = tuple[dict[str, Any], list[list[int]], tuple[str, int] | None, list[Choice]]
 

@@ -77,10 +77,8 @@ class Outbox:
         self._shared = Shared(self._memory)
         self._pipe = -1
         self._kept = deque[tuple[float, bytes]]()  # frames that no journal has yet, and when they came
-        self._taken, self._unsent = (
-            0,
-            0,
-        )  # frames that were kept and are no more; of the kept, the last so many to be sent
+        self._taken = 0  # frames that were kept and are no more
+        self._unsent = 0  # of those that are, the last so many are in no pipe
         self._lock = threading.RLock()
         self._begun, self._again, self._short = 0.0, 0.0, 0
         self._forking: subprocess.Popen[bytes] | None = None
