@@ -68,12 +68,13 @@ def test_the_nll_of_an_answer_is_that_of_every_16th_token_by_the_model_alone(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("loops", [True, False], ids=["loops", "torch"])
+@pytest.mark.parametrize(("loops", "few"), [(True, 10**6), (True, 0), (False, 0)], ids=["few", "many", "torch"])
 def test_the_log_sum_of_a_row_is_its_definition_whatever_stands_in_it(
-    dtype: torch.dtype, loops: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, loops: bool, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens that are forbidden stand at minus infinity. A row without any number, or with one that is none, tells nothing."""
     monkeypatch.setattr(fused, "usable", lambda _: loops)
+    monkeypatch.setattr(fused, "FEW_NUMBERS", few)
     logits = 40 * torch.randn(7, 1000, generator=torch.Generator().manual_seed(2)).to(dtype)
     logits[1, 3:] = -torch.inf
     logits[2], logits[3, 5], logits[4, 5] = -torch.inf, torch.nan, torch.inf

@@ -52,7 +52,7 @@ def _compiled(function, **options):
     """`function` compiled at its first call, or as it was kept; where the folder cannot be written, numba takes the user's."""
     before, config.CACHE_DIR = config.CACHE_DIR, _KEPT
     try:
-        made = nb.njit(error_model="numpy", nogil=True, cache=True, **options)(function)
+        made = nb.njit(error_model="numpy", cache=True, **{"nogil": True, **options})(function)
     finally:
         config.CACHE_DIR = before
     if not config.DISABLE_JIT:
@@ -86,6 +86,11 @@ def finite(function):
 def exact(function):
     """Every operation rounds as written."""
     return _compiled(function)
+
+
+def brief(function):
+    """As `exact`, and holds the interpreter's lock: for what is over sooner than the lock comes back from another thread."""
+    return _compiled(function, nogil=False)
 
 
 def exp(x):

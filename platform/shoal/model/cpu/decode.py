@@ -17,7 +17,7 @@ from numba.extending import overload
 from shoal.model.cpu import integers
 from shoal.model.cpu.attention import attend, project_and_store
 from shoal.model.cpu.compiled import exact, exp, fast, inverse_rms
-from shoal.model.cpu.draw import log_sums, race, thresholds  # noqa: F401, `fused` calls all by this file
+from shoal.model.cpu.draw import few_log_sums, log_sums, race, thresholds  # noqa: F401, `fused` calls all by this file
 from shoal.model.cpu.floats import beside, product
 from shoal.model.cpu.integers import peak
 from shoal.model.cpu.parts import Form, Layer, Matrix, Rows, Sight

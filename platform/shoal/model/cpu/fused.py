@@ -28,6 +28,7 @@ Rope = tuple[Tensor, Tensor]
 PLAIN = torch.empty(0, dtype=torch.int32), torch.empty(0)  # shift and scale of a matrix in fp
 FEW = {1: 128, 2: 8}  # threads: rows up to which `product` in fp is faster than oneDNN (docs/log.md)
 SHORT = 16  # new tokens of a request that are attended one by one; longer chunks share what they read (`paged.py`)
+FEW_NUMBERS = 65_536  # logits whose sums are done sooner than the interpreter's lock would come back from another thread
 _TYPES = (torch.float32, torch.float64)
 
 
@@ -133,7 +134,7 @@ def log_sums(logits: Tensor, rows: Sequence[int]) -> tuple[Any, list[float]]:
     `draw.log_sums`."""
     numbers = _array(logits)
     kept, totals = np.empty((len(rows), numbers.shape[1]), numbers.dtype), np.empty(len(rows))
-    _call("log_sums", numbers, np.array(rows), kept, totals)
+    _call("few_log_sums" if kept.size <= FEW_NUMBERS else "log_sums", numbers, np.array(rows), kept, totals)
     return kept, totals.tolist()
 
 
