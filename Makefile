@@ -38,8 +38,8 @@ test-vllm: $(VLLM_READY)  ## an environment with vLLM 0.32 on the CPU (4 GB), th
 test-triton: $(READY)  ## set up, then the CUDA kernels in Triton's interpreter, on this CPU; skipped without the extra gpu (1 GB)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton
 
-gpu: $(READY)  ## on a machine with a GPU: its tests, decoding and training beside the device's limits, and docs/benchmarks/gpu.md
-	$(BIN)/python -m tests.gpu.measured
+gpu: $(READY)  ## on a machine with a GPU: its tests, decoding and training beside its limits, and docs/benchmarks/gpu.md (MINUTES=120 at most)
+	$(BIN)/python -m tests.gpu.measured $(MINUTES)
 
 mutate: $(READY)  ## small mistakes in the core, one at a time: do tests notice? (ARGS="model/router --sample 60"; goes on where it was)
 	@nice -n 19 $(BIN)/python -m tests.mutate $(ARGS)

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine.events import Guide
 from shoal.errors import ConfigError
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import to_patches
+from shoal.model.gpu import launch
 from shoal.model.router import Router
 from tests.pretend_gpu import OnGpu, pretended
 
@@ -98,6 +100,43 @@ def test_on_a_gpu_a_model_is_bf16_and_what_decides_is_fp32() -> None:
         assert torch.bfloat16 not in {t.dtype for t in rounded.net.state_dict().values()}
         with pytest.raises(ConfigError, match="dtype: got 'bfloat16'; allowed: auto or float32"):
             rounded.on_gpu("bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("capability", "fault", "said"),
+    [
+        ((9, 0), RuntimeError("Failed to find C compiler.\nPlease specify via CC"), "Failed to find C compiler"),
+        ((9, 0), type("OutOfResources", (Exception,), {})("out of resource: shared memory"), "out of resource"),
+        ((7, 5), None, "NVIDIA's devices from sm_80 on"),
+    ],
+)
+def test_a_gpu_that_cannot_run_the_kernels_goes_on_without(
+    capability: tuple[int, int],
+    fault: Exception | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """torch for CUDA brings Triton, and a slim container no C compiler: each request would end in its error."""
+
+    def norm(x: Tensor, *_: Any) -> Tensor:
+        if fault is not None:
+            raise fault
+        return x
+
+    monkeypatch.setattr(launch, "installed", lambda: True)
+    monkeypatch.setattr(launch, "rms_norm", norm)
+    monkeypatch.setattr(launch, "is_in_torch_dispatch_mode", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    launch.able.cache_clear()
+    try:
+        with pretended() as gpu:
+            engine = Engine(model_of("fp32").to(gpu), units=200, max_batch_tokens=48)
+            asked = [Request([40 + i] * 20, Sampling(temperature=0, max_tokens=2)) for i in range(2)]
+            assert all(answer.tokens for answer in engine.generate(asked))
+    finally:
+        launch.able.cache_clear()
+    assert [record.message.count(said) for record in caplog.records] == [1], "told once"
 
 
 def test_the_pretended_gpu_refuses_what_a_gpu_refuses() -> None:

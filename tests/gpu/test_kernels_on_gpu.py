@@ -12,8 +12,10 @@ from shoal.model.gpu import launch
 from shoal.model.reach import ALL, Reach
 from tests.triton.stored import Stored, store
 
+DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.timeout(1200),  # kernels of each shape are compiled first
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(not launch.installed(), reason="needs Triton"),
 ]
@@ -22,11 +24,12 @@ pytestmark = [
 def on_gpu(case: Stored) -> Stored:
     step = dataclasses.replace(
         case.step,
-        positions=case.step.positions.cuda(),
-        slots=case.step.slots.cuda(),
-        tables=case.step.tables.cuda(),
+        positions=case.step.positions.to(DEVICE),
+        slots=case.step.slots.to(DEVICE),
+        tables=case.step.tables.to(DEVICE),
     )
-    return dataclasses.replace(case, q=case.q.cuda(), kv=case.kv.cuda(), summaries=case.summaries.cuda(), step=step)
+    q, kv, summaries = (each.to(DEVICE) for each in (case.q, case.kv, case.summaries))
+    return dataclasses.replace(case, q=q, kv=kv, summaries=summaries, step=step)
 
 
 @pytest.mark.parametrize("kv", [None, torch.int8])
@@ -51,8 +54,8 @@ def test_attention_is_that_of_torch_in_float64(
         on_gpu(case),
         dataclasses.replace(
             reach,
-            gamma=None if reach.gamma is None else gamma.cuda(),
-            bias=None if reach.bias is None else bias.cuda(),
+            gamma=None if reach.gamma is None else gamma.to(DEVICE),
+            bias=None if reach.bias is None else bias.to(DEVICE),
         ),
     )
     got = launch.attend(there.q, there.kv, there.summaries, there.step, moved)
@@ -60,5 +63,10 @@ def test_attention_is_that_of_torch_in_float64(
     assert errors.median() <= off and (errors <= off).double().mean() >= 0.85
 
 
+def test_the_device_is_one_for_the_kernels() -> None:
+    """Else all the rest goes on by torch's operators, and nothing here would say so."""
+    assert launch.able(torch.device(DEVICE))
+
+
 def test_int8_passes_its_self_test() -> None:
-    assert int8.self_test(int8.KERNELS["triton"], "cuda") is None
+    assert int8.self_test(int8.KERNELS["triton"], DEVICE) is None

@@ -130,6 +130,20 @@ def test_the_chosen_blocks_are_those_of_the_definition(
                 assert blocks == want[head, row].nonzero().flatten().tolist()
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_both_zeros_are_one_score(heads: int) -> None:
+    """As in training and in torch, so that the lower block is read; a product that rounds to nothing may be either."""
+    from shoal.model.gpu import attention
+
+    z = torch.tensor([[5.0, -0.0, 0.0, 0.0, -0.0, 0.0]]).repeat(1, heads, 1)
+    chosen = torch.empty(1, 1, 3, dtype=torch.int32)
+    attention._choose[(1, 1)](
+        z, torch.tensor([11]), chosen, 4, 0, 6, G=heads, HEADS=heads, KV_HEADS=1, S=2, K=3, BEYOND=False, SINKS=1, TILE=16,
+        WIDE=4, EXACT=False,
+    )  # fmt: skip
+    assert chosen.tolist() == [[[0, 1, 2]]]
+
+
 @pytest.mark.parametrize("dense", [0, 40])
 @pytest.mark.parametrize("kv_dtype", [torch.float64, torch.int8])
 def test_one_softmax_is_the_definition(dense: int, kv_dtype: torch.dtype) -> None:

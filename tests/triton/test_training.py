@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from shoal.model.gpu import sparse
 from shoal.model.gpu.sparse import Spans
 from shoal.model.net import Net
 from shoal.model.reach import ALL, Reach
-from shoal.model.reference import reference_attention
+from shoal.model.reference import reference_attention, reference_sparse
 
 pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a busy machine
 
@@ -54,6 +56,35 @@ def test_outputs_and_gradients_are_those_of_the_definition(
     wanted = torch.autograd.grad((want * weight).sum(), [*exact, share])
     fast, mine = [x.requires_grad_() for x in given], gamma.clone().requires_grad_()
     got = hybrid_attention(*fast, block=block, **HOW, local_weight=mine, docs=DOCS)
+    found = torch.autograd.grad((got * weight.to(dtype)).sum(), [*fast, mine])
+    assert got.dtype == dtype
+    same([got, *found], [want, *wanted], off)
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 2**-4)])
+@pytest.mark.parametrize(("block", "window", "dense", "heads"), [
+    (4, 5, 0, (2, 1)), (3, 4, 9, (3, 1)), (2, 2, 14, (2, 2)), (1, 1, 6, (1, 1)),
+])  # fmt: skip
+def test_one_softmax_and_its_gradients_are_those_of_the_definition(
+    block: int, window: int, dense: int, heads: tuple[int, int], dtype: torch.dtype, off: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of sparse layers: blocks that the window cuts, queries before the dense length and at it, others that have no block yet
+    to choose, a document that is dense to its end, and a bias a head."""
+    monkeypatch.setattr(sparse, "PIECE", 5)
+    given = drawn(block, *heads, dtype)
+    weight = torch.randn(2, 30, heads[0], 8, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    bias = torch.linspace(-1, 2, heads[0], dtype=torch.float64)
+    exact, more = [x.double().requires_grad_() for x in given], bias.clone().requires_grad_()
+    how = {"window": window, "block": block, "top_k": 2, "sinks": 1, "dense_length": dense, "docs": DOCS}
+    want = reference_sparse(*exact, **how, bias=more)  # type: ignore[arg-type]
+    wanted = torch.autograd.grad((want * weight).sum(), [*exact, more])
+    fast, mine = [x.requires_grad_() for x in given], bias.clone().requires_grad_()
+    spans, reach = (
+        Spans.packed(DOCS, block, window, dense),
+        Reach(window, 2, 1, None, mine.to(sparse.launch.fp(dtype)), dense),
+    )
+    got = sparse.attend(*fast, spans, reach)
     found = torch.autograd.grad((got * weight.to(dtype)).sum(), [*fast, mine])
     assert got.dtype == dtype
     same([got, *found], [want, *wanted], off)
@@ -107,6 +138,29 @@ def test_equal_scores_go_to_the_lower_block() -> None:
         assert numbers[0, 0, 11].tolist() == [0, 1, 2] and numbers[0, 0, 2].tolist() == [0, -1, -1]
 
 
+def test_a_batch_of_more_numbers_than_32_bits_count_is_reached(tmp_path: Path) -> None:
+    """The gradient of a block of the second row, 2^31 numbers after the first one's: in a file that is nearly all holes, where
+    what 32 bits would make of that place is a hole, too."""
+    from shoal.model.gpu import training
+
+    length, dim = 2**24, 128
+    whole = torch.from_numpy(np.memmap(tmp_path / "holes", np.float32, "w+", shape=2**32 + 2 * dim))
+    x = whole[2**31 :]
+    x[length * dim : length * dim + dim] = torch.linspace(-1, 1, dim)
+    log, less = torch.zeros(length + 2), torch.zeros(length + 2)
+    log[length] = 43.0
+    numbers = [torch.tensor(each, dtype=torch.int32) for each in ([0, 0], [0], [0, 0, 1], [1], [0, 0, 1])]
+    to_k, to_v = torch.zeros(1, 2, dim), torch.zeros(1, 2, dim)
+    training._to_pieces[(1,)](
+        x, x, x, log, less, x, *numbers, to_k, to_v, length, 1, 0, HEADS=1, KV_HEADS=1, G=1, D=dim, WIDE=dim, S=2, TALL=16,
+        ROWS=16, PIECE=4, SCALE=1.0, PRECISION="ieee", EXACT=False,
+    )  # fmt: skip
+    own = x[length * dim : length * dim + dim]
+    weight = (own @ own - 43.0).exp()
+    torch.testing.assert_close(to_v[0], torch.stack([weight * own, 0 * own]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(to_k[0], torch.stack([weight * (own @ own) * own, 0 * own]), rtol=1e-4, atol=1e-4)
+
+
 def test_who_chose_each_block_is_listed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse, "PIECE", 2)
     numbers = torch.tensor([[[[-1, -1], [0, -1], [0, 2], [0, 2]]]], dtype=torch.int32)
@@ -116,8 +170,8 @@ def test_who_chose_each_block_is_listed_in_pieces(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_net_trains_through_the_kernels_as_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and all gradients in fp64; layers of both branches, of the window alone and of all of the context."""
-    config = dataclasses.replace(presets.get("test").model, attn_pattern="HLD")
+    """Loss and all gradients in fp64; layers of both branches, of the window alone, of all of the context, and sparse ones."""
+    config = dataclasses.replace(presets.get("test").model, attn_pattern="SHLD", dense_length=16, top_k=3)
     docs = torch.tensor([[0] * 20 + [1] * 44])
     tokens = torch.randint(20, 260, (1, 64), generator=torch.Generator().manual_seed(0))
     found = []
@@ -134,11 +188,12 @@ def test_a_net_trains_through_the_kernels_as_through_torch(monkeypatch: pytest.M
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12 * math.sqrt(b.numel()))
 
 
-def test_a_compiled_layer_is_one_graph() -> None:
+@pytest.mark.parametrize("kind", ["H", "S"])
+def test_a_compiled_layer_is_one_graph(kind: str) -> None:
     """Its kernels in it as operators; the same output and gradients."""
-    config = dataclasses.replace(presets.get("test").model, attn_pattern="H")
+    config = dataclasses.replace(presets.get("test").model, attn_pattern=kind, window=6, top_k=2)
     docs = torch.tensor([[0] * 10 + [1] * 20])
-    spans = Spans.packed(docs, config.block)
+    spans = Spans.packed(docs, config.block, config.window)
     rope = rope_tables(spans.positions, config, torch.float64)
     block = Block(config, 0).double()
     with torch.no_grad():
@@ -156,7 +211,5 @@ def test_a_compiled_layer_is_one_graph() -> None:
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
-def test_sparse_layers_and_endless_rows_stay_under_masks() -> None:
-    x = torch.zeros(1, 64, 8)
-    assert sparse.usable(x, "HLD", 4) and not sparse.usable(x, "HS", 4)
-    assert not sparse.usable(torch.zeros(1, 2**14 + 1, 1), "H", 1)
+def test_endless_rows_stay_under_masks() -> None:
+    assert sparse.usable(torch.zeros(1, 64, 8), 4) and not sparse.usable(torch.zeros(1, 2**14 + 1, 1), 1)

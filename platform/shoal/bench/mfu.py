@@ -9,6 +9,8 @@ formulas against torch's counter.
 from __future__ import annotations
 
 import dataclasses
+import gc
+import re
 import statistics
 import time
 import warnings
@@ -36,8 +38,11 @@ from shoal.train.step import update
 
 ROWS = 2  # micro-batches of an update, a row each
 WARM = 3  # updates that are not counted: they compile, and make the optimizer's moments
-# FLOP/s of dense products in bf16 as the vendor states them, by a part of the device's name
-STATED = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+# FLOP/s of dense products in bf16 as the vendor states them, by words of the device's name
+STATED = {
+    "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L40": 181e12, "L4": 121e12,
+}  # fmt: skip
 
 
 def device_of(name: str) -> torch.device:
@@ -51,13 +56,18 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
+def stated(device: str) -> float:
+    """FLOP/s that the vendor states of the device of that name; 0 where they are not in `STATED`."""
+    return next((rate for words, rate in STATED.items() if re.search(rf"\b{words}\b", device)), 0.0)
+
+
 def mfu(
     names: tuple[str, ...], lengths: tuple[int, ...], device: torch.device, rounds: int
 ) -> tuple[Table, list[dict[str, Any]]]:
-    """The table, a row a preset, row length and model, and its values."""
+    """The table, a row a preset, row length and model, and its values; these are None where it does not fit the memory."""
     rate = matmul_rate(device, 1.0)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-    peak = next((value for part, value in STATED.items() if part in kind), 0.0)
+    peak = stated(kind)
     told = f"; stated {peak / 1e12:,.0f}" if peak else ""
     table = Table(
         "preset", "tokens a row", "model", "parameters", "tokens/s", "of the products' rate", "MFU",
@@ -68,9 +78,16 @@ def mfu(
         for length in lengths:
             for model, prepare in (("ours", ours), ("plain", plain)):
                 row: dict[str, Any] = {"preset": name, "length": length, "model": model}
-                row |= measured(lambda again, p=prepare, n=name, t=length: p(n, t, device, again), rounds, device)  # type: ignore[misc]
-                row |= {"of_rate": row["flops"] / rate, "mfu": row["flops"] / peak if peak else None}
                 rows.append(row)
+                row |= measured(lambda again, p=prepare, n=name, t=length: p(n, t, device, again), rounds, device)  # type: ignore[misc]
+                fits = row["flops"] is not None
+                row |= {
+                    "of_rate": row["flops"] / rate if fits else None,
+                    "mfu": row["flops"] / peak if fits and peak else None,
+                }
+                if not fits:
+                    table.add_row(name, f"{length:,}", model, "", "does not fit", "", "")
+                    continue
                 shown = model + (", recomputed" if row["recomputed"] else "")
                 share = f"{row['mfu']:.1%}" if peak else "-"
                 speed = f"{row['tokens_per_s']:,.0f}"
@@ -84,8 +101,11 @@ def measured(
     prepare: Callable[[bool], tuple[Callable[[], object], int, int, int]], rounds: int, device: torch.device
 ) -> dict[str, Any]:
     """Tokens and operations a second of what `prepare` makes: an update, its tokens, the operations of one, and parameters. It
-    is told whether layers are to be computed again in backward: where they do not fit."""
+    is told whether layers are to be computed again in backward: where they do not fit. Where they do not fit either: None."""
     for again in (False, True):
+        gc.collect()  # a model whose layers are compiled holds itself: the next one would not fit beside it
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         try:
             run, tokens, work, count = prepare(again)
             took = []
@@ -98,11 +118,9 @@ def measured(
             break
         except torch.OutOfMemoryError:
             if again:
-                raise
+                return dict.fromkeys(("parameters", "tokens_per_s", "flops")) | {"recomputed": True}
         finally:
             run = None  # type: ignore[assignment]  # what it holds is large
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
     speed = tokens / statistics.median(took[WARM:])
     return {"parameters": count, "tokens_per_s": speed, "flops": speed * work, "recomputed": again}
 

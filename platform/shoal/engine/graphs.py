@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,24 +189,29 @@ class Graphs:
         self._logits[:b].copy_(self._net.logits(self._normed[:b]))
 
 
+_RECORDING = Lock()  # of the process: a recording begins with a wait for all of a device, which would end another one
+
+
 class Recorder:
     """`Record` on a CUDA device: the launches of each graph into a `torch.cuda.CUDAGraph`. All share their memory, as none is
-    replayed beside another, and nothing of it is read after a graph."""
+    replayed beside another, and nothing of it is read after a graph. Engines of a process record one after the other."""
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(self, run: Run) -> Run:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels are compiled, and workspaces made, before anything is recorded
-            run()
-            run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # of this thread alone: another one may load the weights of a version at this moment
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            run()
+        with _RECORDING:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            # kernels are compiled, and workspaces made, before anything is recorded
+            with torch.cuda.stream(self._stream):
+                run()
+                run()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            how: dict[str, Any] = {"pool": self._pool, "stream": self._stream}
+            # of this thread alone: another one may load the weights of a version at this moment
+            with torch.cuda.graph(graph, **how, capture_error_mode="thread_local"):
+                run()
         return graph.replay
 
 
@@ -212,6 +219,6 @@ def of_device(net: Net, cache: GroupCache, most: int) -> Graphs | None:
     """On a CUDA device with Triton, whose kernels wait for nothing; None elsewhere, and where contexts are so long that a row's
     blocks are not chosen by them."""
     c = net.config
-    if net.device.type != "cuda" or not torch.cuda.is_available() or not launch.installed():
+    if net.device.type != "cuda" or not torch.cuda.is_available() or not launch.able(net.device):
         return None
     return None if c.context // c.block > launch.MOST_BLOCKS else Graphs(net, cache, most, Recorder())

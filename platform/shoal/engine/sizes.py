@@ -21,7 +21,7 @@ def default_rows(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
         return CPU_ROWS
     _, total = torch.cuda.mem_get_info(device)
     room = int(STEP_SHARE * (1 - gpu_share) * total)
-    return max(CPU_ROWS, min(GPU_ROWS, room // row_bytes(config, dtype.itemsize, launch.installed())))
+    return max(CPU_ROWS, min(GPU_ROWS, room // row_bytes(config, dtype.itemsize, launch.able(device))))
 
 
 def row_bytes(config: ModelConfig, each: int, kernels: bool) -> int:

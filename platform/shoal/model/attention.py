@@ -142,7 +142,7 @@ def hybrid_attention(
     reach = Reach(
         window, top_k, sinks, torch.as_tensor(local_weight, dtype=q.dtype, device=q.device).expand(q.shape[2])
     )
-    if sparse.usable(q, "H", block):
+    if sparse.usable(q, block):
         return sparse.attend(q, k, v, sparse.Spans.packed(ids, block), reach, summary == "mean_var")
     layout = Layout.packed(ids, window=window, block=block, sinks=sinks)
     return attend(q, k, v, block_summaries(k, layout, summary), layout, reach)

@@ -127,8 +127,8 @@ class Net(nn.Module):
             docs = torch.zeros_like(tokens)
         x = self.embed_inputs(tokens, patches, grid)
         layout: Layout | Spans
-        if usable(x, c.attn_pattern, c.block):
-            layout = Spans.packed(docs, c.block)
+        if usable(x, c.block):
+            layout = Spans.packed(docs, c.block, c.window, c.dense_length)
         else:
             layout = Layout.packed(docs, window=c.window, block=c.block, sinks=c.sinks)
         rope = rope_tables(layout.positions, c, x.dtype)

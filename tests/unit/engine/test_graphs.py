@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,6 +209,52 @@ def test_a_device_that_refuses_to_record_goes_on_without(caplog: pytest.LogCaptu
     assert [record.getMessage() for record in caplog.records] == [
         "decoding goes on without graphs: operation not permitted when stream is capturing"
     ]
+
+
+def test_engines_of_a_process_record_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A canary's engine is made while another one serves. A recording begins with a wait for all of the device, which ends one
+    that is going on, and the engine would decode without graphs from then on."""
+    going, streams = list[object](), list[object]()
+
+    class Stream:
+        def wait_stream(self, other: object) -> None: ...
+
+    @contextmanager
+    def graph(made: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        if going:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        going.append(made)
+        streams.append(stream)
+        yield
+        going.remove(made)
+
+    there = {
+        "graph": graph, "Stream": Stream, "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "stream": lambda stream: nullcontext(), "current_stream": Stream, "graph_pool_handle": object,
+    }  # fmt: skip
+    for name, value in there.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    first, second = graphs.Recorder(), graphs.Recorder()
+    failed, began = list[RuntimeError](), Event()
+
+    def beside() -> None:
+        began.set()
+        try:
+            second(lambda: None)
+        except RuntimeError as error:
+            failed.append(error)
+
+    other = Thread(target=beside)
+
+    def run() -> None:
+        if going:
+            other.start()
+            began.wait()
+            other.join(0.3)  # it would be done by then, and have failed
+
+    first(run)
+    other.join()
+    assert not failed and len({*map(id, streams)}) == 2, "each has a stream of its own"
 
 
 def test_all_that_a_short_step_replays_is_recorded_before() -> None:

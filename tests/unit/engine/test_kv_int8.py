@@ -116,7 +116,7 @@ def test_on_a_gpu_a_step_has_8k_rows_or_what_its_memory_holds(monkeypatch: pytes
     assert row_bytes(c, 2, kernels=False) == plain + c.heads // c.kv_heads * c.context * 3
     dense = dataclasses.replace(c, attn_pattern="D")
     assert row_bytes(dense, 2, kernels=True) == row_bytes(c, 2, kernels=False)
-    monkeypatch.setattr(launch, "installed", lambda: True)
+    monkeypatch.setattr(launch, "able", lambda device: True)
     for total, rows in ((10**12, 8192), (20 * 2000 * row_bytes(c, 2, kernels=True), 2000), (10**6, 512)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, total=total: (0, total))
         assert default_rows(c, gpu, torch.bfloat16, 0.9) == pytest.approx(rows, abs=1)

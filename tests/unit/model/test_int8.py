@@ -108,6 +108,22 @@ def test_a_wrong_kernel_is_refused(monkeypatch):
         int8.trusted.__wrapped__(CPU)
 
 
+def test_a_kernel_that_cannot_be_built_here_is_left_out(monkeypatch):
+    """Whatever class its error has: Triton's have none in common with torch's."""
+
+    class OutOfResources(Exception):
+        pass
+
+    def missing(weight, scale):
+        raise OutOfResources("shared memory")
+
+    monkeypatch.setattr(int8, "KERNELS", {"fbgemm": missing, "float": int8.KERNELS["float"]})
+    assert int8.trusted.__wrapped__(CPU) == ["float"]
+    monkeypatch.setattr(int8, "KERNELS", {"fbgemm": missing})
+    with pytest.raises(ResourceError, match="got 'fbgemm: shared memory'"):
+        int8.trusted.__wrapped__(CPU)
+
+
 def test_choice_measures_and_prefers_what_needs_no_second_copy():
     assert set(int8.choice(96, 64, CPU, 1)) <= set(int8.trusted(CPU)) - {"float"}
     assert int8.choice(int8.MOST_INPUTS + 1, 4, CPU, 1) == ("float",) * 3

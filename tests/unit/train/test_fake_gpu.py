@@ -82,6 +82,14 @@ def test_fp32_is_fp32_throughout(library: Path) -> None:
     assert kinds["aten.mm"] == kinds["shoal.near"] == ["float32 -> float32"]
 
 
+def test_sparse_layers_make_no_t_times_t_either(library: Path) -> None:
+    """With the gradient of their biases; shares of both sums of exp in fp32."""
+    row = found(library, "350m", LENGTH, "sparse")
+    assert row["reads"] == 1 and row["devices"] == ["cuda:0"] and row["largest"] < LENGTH**2
+    assert "mm" in row["largest_of"] and row["kinds"]["aten.sigmoid_backward"] == ["float32 -> float32"]
+    assert row["kinds"]["shoal.chosen_back"] == ["bfloat16 -> bfloat16"]
+
+
 @pytest.mark.parametrize(("fault", "said"), [("leak", "FakeTensorDeviceMismatchError"), ("sync", "DataDependent")])
 def test_what_leaks_or_waits_is_found(library: Path, fault: str, said: str) -> None:
     done = run(library, "test", 96, fault)

@@ -73,6 +73,33 @@ def _score(
 
 
 @triton.jit
+def _best(score, b, many, K: tl.constexpr, SINKS: tl.constexpr, EXACT: tl.constexpr):
+    """Are the blocks `b`, of which there are `many` (more than K), read by their `score`? The sinks and the best of the rest, K
+    in all; of equal scores the lower block. The K-th is found a bit at a time, in whole numbers in the order of the scores."""
+    TOP: tl.constexpr = 62 if EXACT else 30
+    LEAST: tl.constexpr = -0x8000000000000000 if EXACT else -0x80000000
+    MOST: tl.constexpr = 0x7FFFFFFFFFFFFFFF if EXACT else 0x7FFFFFFF
+    there = b < many
+    score = score + 0.0  # one zero, not two
+    if EXACT:
+        bits = score.to(tl.int64, bitcast=True)
+        bits = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+    else:
+        bits = score.to(tl.int32, bitcast=True).to(tl.int64)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    bits = tl.where(b < SINKS, MOST, bits)
+    bits = tl.where(there, bits, LEAST)
+    kth = tl.where(tl.sum((bits >= 0).to(tl.int32), 0) >= K, 0, LEAST).to(tl.int64)
+    for i in range(TOP + 1):
+        higher = kth + (tl.full([], 1, tl.int64) << (TOP - i))
+        kth = tl.where(tl.sum((bits >= higher).to(tl.int32), 0) >= K, higher, kth)
+    above = (bits > kth).to(tl.int32)
+    tied = ((bits == kth) & there).to(tl.int32)
+    room = K - tl.sum(above, 0)
+    return (above > 0) | ((tied > 0) & (tl.cumsum(tied, 0) <= room))
+
+
+@triton.jit
 def _choose(
     z, positions, chosen, window, dense, count,
     G: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, S: tl.constexpr, K: tl.constexpr, SINKS: tl.constexpr,
@@ -84,9 +111,6 @@ def _choose(
     t = tl.load(positions + row)
     many = _complete(t, window, S, BEYOND)
     to = chosen + (row * KV_HEADS + head) * K
-    TOP: tl.constexpr = 62 if EXACT else 30
-    LEAST: tl.constexpr = -0x8000000000000000 if EXACT else -0x80000000
-    MOST: tl.constexpr = 0x7FFFFFFFFFFFFFFF if EXACT else 0x7FFFFFFF
     if (t >= dense) & (many > K):
         b = tl.arange(0, TILE)
         there = b < many
@@ -99,23 +123,7 @@ def _choose(
                 one = tl.load(ours + g * count, mask=there, other=float("-inf"))
                 one = tl.exp(one - tl.max(one, 0))
                 score += one / tl.sum(one, 0)
-        # as whole numbers in the order of the scores, so that the K-th is found a bit at a time
-        if EXACT:
-            bits = score.to(tl.int64, bitcast=True)
-            bits = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
-        else:
-            bits = score.to(tl.int32, bitcast=True).to(tl.int64)
-            bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        bits = tl.where(b < SINKS, MOST, bits)
-        bits = tl.where(there, bits, LEAST)
-        kth = tl.where(tl.sum((bits >= 0).to(tl.int32), 0) >= K, 0, LEAST).to(tl.int64)
-        for i in range(TOP + 1):
-            higher = kth + (tl.full([], 1, tl.int64) << (TOP - i))
-            kth = tl.where(tl.sum((bits >= higher).to(tl.int32), 0) >= K, higher, kth)
-        above = (bits > kth).to(tl.int32)
-        tied = ((bits == kth) & there).to(tl.int32)
-        room = K - tl.sum(above, 0)
-        taken = (above > 0) | ((tied > 0) & (tl.cumsum(tied, 0) <= room))
+        taken = _best(score, b, many, K, SINKS, EXACT)
         place = tl.cumsum(taken.to(tl.int32), 0) - 1
         tl.store(to + place, b, mask=taken)
     else:

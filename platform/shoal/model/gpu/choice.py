@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shoal.model.gpu.attention import _product
+from shoal.model.gpu.attention import _best, _product
 
 
 @triton.jit
@@ -94,31 +94,10 @@ def _pick(
     many = tl.load(manys + row * T + first + n)
     start = tl.load(ends + row * T + first + n) - many
     to = chosen + ((row * KV_HEADS + head) * T + first + n) * K
-    TOP: tl.constexpr = 62 if EXACT else 30
-    LEAST: tl.constexpr = -0x8000000000000000 if EXACT else -0x80000000
-    MOST: tl.constexpr = 0x7FFFFFFFFFFFFFFF if EXACT else 0x7FFFFFFF
     if many > K:
         b = tl.arange(0, TILE)
-        there = b < many
-        score = tl.load(scores + ((row * KV_HEADS + head) * count + n) * N + b, mask=there, other=0)
-        score = score + 0.0  # one zero, not two
-        # as whole numbers in the order of the scores, so that the K-th is found a bit at a time
-        if EXACT:
-            bits = score.to(tl.int64, bitcast=True)
-            bits = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
-        else:
-            bits = score.to(tl.int32, bitcast=True).to(tl.int64)
-            bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        bits = tl.where(b < SINKS, MOST, bits)
-        bits = tl.where(there, bits, LEAST)
-        kth = tl.where(tl.sum((bits >= 0).to(tl.int32), 0) >= K, 0, LEAST).to(tl.int64)
-        for i in range(TOP + 1):
-            higher = kth + (tl.full([], 1, tl.int64) << (TOP - i))
-            kth = tl.where(tl.sum((bits >= higher).to(tl.int32), 0) >= K, higher, kth)
-        above = (bits > kth).to(tl.int32)
-        tied = ((bits == kth) & there).to(tl.int32)
-        room = K - tl.sum(above, 0)
-        taken = (above > 0) | ((tied > 0) & (tl.cumsum(tied, 0) <= room))
+        score = tl.load(scores + ((row * KV_HEADS + head) * count + n) * N + b, mask=b < many, other=0)
+        taken = _best(score, b, many, K, SINKS, EXACT)
         place = tl.cumsum(taken.to(tl.int32), 0) - 1
         tl.store(to + place, start + b, mask=taken)
     else:

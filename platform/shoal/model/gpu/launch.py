@@ -10,6 +10,7 @@ table, K blocks read.
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import cache
 from importlib.util import find_spec
@@ -19,11 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from shoal.errors import first_line
 from shoal.model.cache import PagedStep
 from shoal.model.cpu.parts import Form
 from shoal.model.reach import Reach
 
+log = logging.getLogger(__name__)
 ON = {"cuda"}  # devices; tests add the CPU, where Triton's interpreter runs
+LEAST_CAPABILITY = (8, 0)
 TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PROGRAMS = 264  # that fill a device: two for each of 132 multiprocessors; what a row reads is cut into as many pieces
 TILE = 64  # keys of a step of the attention's loop, blocks that a program scores
@@ -37,13 +41,30 @@ def usable(x: Tensor) -> bool:
     """May the functions below be used on `x`?"""
     if x.device.type not in ON or torch.compiler.is_compiling():
         return False
-    return x.dtype in TYPES and not torch.is_grad_enabled() and not is_in_torch_dispatch_mode() and installed()
+    return x.dtype in TYPES and not torch.is_grad_enabled() and not is_in_torch_dispatch_mode() and able(x.device)
 
 
 @cache
 def installed() -> bool:
     """Is Triton there?"""
     return find_spec("triton") is not None
+
+
+@cache
+def able(device: torch.device) -> bool:
+    """Can the kernels run on `device`? Tried once with a small one, as Triton may be there and its C compiler not, or a device
+    older than those that they are compiled for in tests: the log says what is lacking, and torch's operators are used."""
+    if device.type != "cuda" or not installed():
+        return installed()
+    try:
+        if torch.version.hip or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+            raise RuntimeError("they are for NVIDIA's devices from sm_80 on")
+        with torch.no_grad():
+            rms_norm(torch.ones(1, 16, device=device), torch.ones(16, device=device), 0.0)
+    except Exception as error:  # Triton's errors have no class in common with torch's
+        log.warning("decoding and training on %s go on without Triton's kernels: %s", device, first_line(error))
+        return False
+    return True
 
 
 def fp(dtype: torch.dtype) -> torch.dtype:

@@ -30,8 +30,9 @@ class Spans:
 
     starts [B, T]: place of the first token of each token's document; tails [B, T]: of the first token after its last complete
     block; first [B, N]: of each complete block, in the order of the row. A query may choose the `many` [B, T] blocks before
-    number `ends` [B, T]; block_of [B, T]: the complete block of a token, or -1. All int32, but for positions [B, T], in the
-    document (for rope), int64.
+    number `ends` [B, T]; block_of [B, T]: the complete block of a token, or -1. With one softmax over both branches it reads
+    all from `low` [B, T] on, and chooses of the `few` [B, T] blocks before number `few_ends` [B, T], which begin before that.
+    All int32, but for positions [B, T], in the document (for rope), int64.
     """
 
     starts: Tensor
@@ -41,11 +42,15 @@ class Spans:
     many: Tensor
     block_of: Tensor
     positions: Tensor
+    low: Tensor
+    few: Tensor
+    few_ends: Tensor
     block: int
 
     @classmethod
-    def packed(cls, docs: Tensor, block: int) -> Spans:
-        """For rows that hold several documents, as `attention.Layout.packed`."""
+    def packed(cls, docs: Tensor, block: int, window: int = 1, dense: int = 0) -> Spans:
+        """For rows that hold several documents, as `attention.Layout.packed`. `window` and `dense` are those of layers with one
+        softmax over both branches, where there are any: a query before position `dense` reads all."""
         rows, length = docs.shape
         new = torch.ones_like(docs, dtype=torch.bool)
         new[:, 1:] = docs[:, 1:] != docs[:, :-1]
@@ -62,28 +67,39 @@ class Spans:
         whole = (last < length) & (starts.gather(1, inside) == starts)
         block_of = torch.where(whole, ends.gather(1, inside) - 1, -1)
         many = (position + 1) // block
-        spans = cls(starts, starts + many * block, first[:, :count], ends, many, block_of, position, block)
-        for name in ("starts", "tails", "first", "ends", "many", "block_of"):
+        early = position < dense
+        low = torch.where(early, starts, (at - window + 1).maximum(starts))
+        few = torch.where(early, 0, ((position - window + block).clamp(min=0) // block).minimum(many))
+        tails, first = starts + many * block, first[:, :count]
+        spans = cls(starts, tails, first, ends, many, block_of, position, low, few, ends - many + few, block)
+        for name in ("starts", "tails", "first", "ends", "many", "block_of", "low", "few", "few_ends"):
             setattr(spans, name, getattr(spans, name).to(torch.int32).contiguous())
         return spans
 
 
-def usable(x: Tensor, kinds: str, block: int) -> bool:
-    """Is `attend` for rows like `x` [B, T, ...], with layers of these `kinds` (of `ModelConfig.attn_pattern`)? Sparse layers,
-    which are made of dense ones, stay under masks."""
-    if x.device.type not in launch.ON or x.dtype not in launch.TYPES or "S" in kinds:
+def usable(x: Tensor, block: int) -> bool:
+    """Is `attend` for rows like `x` [B, T, ...]?"""
+    if x.device.type not in launch.ON or x.dtype not in launch.TYPES:
         return False
-    return x.shape[1] // block <= launch.MOST_BLOCKS and launch.installed()
+    return x.shape[1] // block <= launch.MOST_BLOCKS and launch.able(x.device)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans, reach: Reach, variance: bool = False) -> Tensor:
     """[B, T, H, d]: what a layer of this `reach` reads, of q [B, T, H, d], k and v [B, T, Hk, d]; `variance`: are blocks scored
-    by it, too? Differentiable in q, k, v and gamma, but for the choice."""
+    by it, too? Differentiable in q, k, v, gamma and bias, but for the choice."""
     length, device = q.shape[1], q.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
     own, keys, values = (each.to(kind).contiguous() for each in (q, k, v))
     window = min(max(reach.window, reach.dense), length)
-    local: Tensor = torch.ops.shoal.near(own, keys, values, spans.starts, window)[0]
+    if reach.bias is not None and window < length:
+        local, near = torch.ops.shoal.near(own, keys, values, spans.low, window)
+        numbers = choose(q.detach(), k.detach(), spans, reach, variance)
+        lists = (numbers, spans.first, spans.tails, spans.block_of)
+        far, other = torch.ops.shoal.chosen(own, keys, values, *lists, spans.block, reach.window)
+        # two softmaxes are one by the sums of exp that they were divided by
+        share = torch.sigmoid(near + reach.bias - other)[..., None]
+        return (far + share * (local - far)).to(kind)
+    local = torch.ops.shoal.near(own, keys, values, spans.starts, window)[0]
     if reach.gamma is None:
         return local
     if length <= reach.top_k * spans.block:  # then all complete blocks are read
@@ -91,7 +107,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans, reach: Reach, variance
     else:
         numbers = choose(q.detach(), k.detach(), spans, reach, variance)
         lists = (numbers, spans.first, spans.tails, spans.block_of)
-        far = torch.ops.shoal.chosen(own, keys, values, *lists, spans.block)[0]
+        far = torch.ops.shoal.chosen(own, keys, values, *lists, spans.block, 0)[0]
     return torch.addcmul(far, reach.gamma[:, None], local - far)
 
 
@@ -107,9 +123,8 @@ def choose(q: Tensor, k: Tensor, spans: Spans, reach: Reach, variance: bool = Fa
         summaries = held.mean(2)
         if variance:
             summaries = torch.cat([summaries, held.var(2, correction=0)], dim=-1)
-        found: Tensor = torch.ops.shoal.choose(
-            q.contiguous(), summaries.contiguous(), spans.ends, spans.many, reach.top_k, reach.sinks
-        )
+        among = (spans.ends, spans.many) if reach.bias is None else (spans.few_ends, spans.few)
+        found: Tensor = torch.ops.shoal.choose(q.contiguous(), summaries.contiguous(), *among, reach.top_k, reach.sinks)
         return found
 
 
@@ -135,13 +150,21 @@ def _like_near(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int) -> 
 
 @torch.library.custom_op("shoal::near_back", mutates_args=())
 def _near_back(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, out: Tensor, lse: Tensor, gradient: Tensor, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    gradient: Tensor,
+    to_lse: Tensor,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
+    """The gradients of q, k and v, of those of `out` and of `lse`."""
     from shoal.model.gpu.window import _near_to_kv, _near_to_q
 
     rows, length, heads, _ = q.shape
-    given, delta, shape = gradient.contiguous(), _delta(out, gradient, lse), _shape(q, k)
+    given, delta, shape = gradient.contiguous(), _delta(out, gradient, to_lse), _shape(q, k)
     to_q, to_k, to_v = (torch.empty_like(each) for each in (q, k, v))
     more = (q, k, v, starts, lse, delta, given)
     _near_to_q[(-(-length // shape["TALL"]), heads, rows)](*more, to_q, length, window, **shape)
@@ -189,15 +212,26 @@ def _like_choose(q: Tensor, summaries: Tensor, ends: Tensor, many: Tensor, top_k
 
 @torch.library.custom_op("shoal::chosen", mutates_args=())
 def _chosen(
-    q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, first: Tensor, tails: Tensor, block_of: Tensor, block: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    numbers: Tensor,
+    first: Tensor,
+    tails: Tensor,
+    block_of: Tensor,
+    block: int,
+    before: int,
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the blocks `numbers` [B, Hk, T, K] and to the tail; and the log of the sum of exp of scores [B, T, H]."""
+    """Attention to the blocks `numbers` [B, Hk, T, K] and to the tail; and the log of the sum of exp of scores [B, T, H]. Where
+    `before` is a window, to what of the blocks lies before it, and to no tail: 0, and some -1e30, where that is nothing."""
     from shoal.model.gpu import training
 
     out, lse = _like_chosen(q, k, v, numbers, first, tails, block_of, block)
     rows, length = q.shape[:2]
     shape = _reads(q, k, numbers, block)
-    training._forward[(rows * length, k.shape[2])](q, k, v, _runs(numbers, first), tails, out, lse, length, **shape)
+    training._forward[(rows * length, k.shape[2])](
+        q, k, v, _runs(numbers, first), tails, out, lse, length, before, **shape
+    )
     return out, lse
 
 
@@ -209,28 +243,28 @@ def _like_chosen(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("shoal::chosen_back", mutates_args=())
 def _chosen_back(
     q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, first: Tensor, tails: Tensor, block_of: Tensor, out: Tensor,
-    lse: Tensor, gradient: Tensor, block: int,
+    lse: Tensor, gradient: Tensor, to_lse: Tensor, block: int, before: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k and v."""
+    """The gradients of q, k and v, of those of `out` and of `lse`."""
     from shoal.model.gpu import training
 
     rows, length, _, dim = q.shape
     kv_heads, blocks = k.shape[2], first.shape[1]
-    given, delta = gradient.contiguous(), _delta(out, gradient, lse)
+    given, delta = gradient.contiguous(), _delta(out, gradient, to_lse)
     to_q, to_k, to_v = (torch.empty_like(each) for each in (q, k, v))
     training._to_q[(rows * length, kv_heads)](
-        q, k, v, _runs(numbers, first), tails, lse, delta, given, to_q, length, **_reads(q, k, numbers, block)
+        q, k, v, _runs(numbers, first), tails, lse, delta, given, to_q, length, before, **_reads(q, k, numbers, block)
     )
     order, offsets, of, begins = lists(numbers, blocks)
     pieces_k, pieces_v = (q.new_empty(len(of), block, dim, dtype=lse.dtype) for _ in range(2))
     shape = _shape(q, k) | {"S": block}
     group, tile = shape["G"], shape.pop("TILE")
     training._to_pieces[(len(of),)](
-        q, k, v, lse, delta, given, first, order, offsets, of, begins, pieces_k, pieces_v, length, blocks,
+        q, k, v, lse, delta, given, first, order, offsets, of, begins, pieces_k, pieces_v, length, blocks, before,
         **shape | {"TALL": launch._power(block)}, ROWS=max(tile, launch._power(group)), PIECE=PIECE,
     )  # fmt: skip
     training._to_kv[(-(-length // tile), kv_heads, rows)](
-        q, k, v, tails, lse, delta, given, block_of, first, begins, pieces_k, pieces_v, to_k, to_v, length, blocks,
+        q, k, v, tails, lse, delta, given, block_of, first, begins, pieces_k, pieces_v, to_k, to_v, length, blocks, before,
         **shape, TILE=tile,
     )  # fmt: skip
     return to_q, to_k, to_v
@@ -242,18 +276,19 @@ def _like_chosen_back(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tens
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.last = inputs
+    tensors = [each for each in inputs if isinstance(each, Tensor)]
+    ctx.last = inputs[len(tensors) :]
     ctx.save_for_backward(*tensors, *output)
 
 
-def _near_gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    found = torch.ops.shoal.near_back(*ctx.saved_tensors, gradient, ctx.last)
+def _near_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    found = torch.ops.shoal.near_back(*ctx.saved_tensors, *gradients, *ctx.last)
     return (*found, None, None)
 
 
-def _chosen_gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    found = torch.ops.shoal.chosen_back(*ctx.saved_tensors, gradient, ctx.last)
-    return (*found, *(None,) * 5)
+def _chosen_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    found = torch.ops.shoal.chosen_back(*ctx.saved_tensors, *gradients, *ctx.last)
+    return (*found, *(None,) * 6)
 
 
 torch.library.register_autograd("shoal::near", _near_gradients, setup_context=_keep)
@@ -288,9 +323,10 @@ def _runs(numbers: Tensor, first: Tensor) -> Tensor:
     return torch.where(numbers < 0, -1, first[rows, numbers.clamp(min=0)])
 
 
-def _delta(out: Tensor, gradient: Tensor, lse: Tensor) -> Tensor:
-    """[B, T, H]: the sum of output times its gradient."""
-    return (out.to(lse.dtype) * gradient.to(lse.dtype)).sum(-1)
+def _delta(out: Tensor, gradient: Tensor, to_lse: Tensor) -> Tensor:
+    """[B, T, H]: the sum of output times its gradient, less the gradient of the log of the sum of exp: what is taken from the
+    gradient of each score's weight."""
+    return (out.to(to_lse.dtype) * gradient.to(to_lse.dtype)).sum(-1) - to_lse
 
 
 def _nearly_fp32(q: Tensor) -> str:

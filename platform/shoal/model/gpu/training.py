@@ -1,5 +1,6 @@
 """The global branch of training in Triton, forward and backward: each query reads the blocks that `select` chose for it and
 its tail, and nothing else, so that time follows K S and not T (NSA's way, arXiv 2502.11089: heads of a group share blocks).
+With one softmax over both branches (BEFORE, its window, above 0) it reads what of them lies before the window, and no tail.
 
     _forward     a query and a KV head a program
     _to_q        the same loop again, for the gradient of q
@@ -21,19 +22,21 @@ from shoal.model.gpu.attention import _product
 
 
 @triton.jit
-def _key(e, t, runs, tail, S: tl.constexpr, K: tl.constexpr):
+def _key(e, t, runs, tail, BEFORE, S: tl.constexpr, K: tl.constexpr):
     """Place in the row of the e-th number of keys that the query at t reads, and whether there is one."""
     place = e // S
     run = tl.load(runs + place, mask=place < K, other=0)
     key = tl.where(place < K, run, tail - K * S) + tl.where(place < K, e % S, e)
-    return key, tl.where(place < K, run >= 0, key <= t)
+    until = tl.where(place < K, t - BEFORE, tl.where(BEFORE > 0, tail - 1, t))
+    return key, (key <= until) & ((place >= K) | (run >= 0))
 
 
 @triton.jit
 def _forward(
     q, k, v, runs, tails, out, lse,
-    T, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr,
-    K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    T, BEFORE, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """out [B, T, H, d], and lse [B, T, H]: log of the sum of exp of the scores."""
     at, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -50,7 +53,7 @@ def _forward(
     sums = tl.zeros([ROWS, WIDE], kind)
     for begin in range(0, (K + 1) * S, TILE):
         e = begin + step
-        key, valid = _key(e, t, mine_runs, tail, S, K)
+        key, valid = _key(e, t, mine_runs, tail, BEFORE, S, K)
         valid = valid & (e < (K + 1) * S)
         place = ((row * T + key) * KV_HEADS + head)[:, None] * D + dim[None, :]
         there = valid[:, None] & (dim < D)[None, :]
@@ -63,15 +66,18 @@ def _forward(
         sums = sums * shrink[:, None]
         sums += _product(p.to(own.dtype), tl.load(v + place, mask=there, other=0), PRECISION, EXACT)
         top = higher
+    none = total == 0.0
+    total = tl.where(none, 1.0, total)
     tl.store(out + heads, (sums / total[:, None]).to(out.dtype.element_ty), mask=mine)
-    tl.store(lse + at * HEADS + head * G + group, top + tl.log(total), mask=group < G)
+    tl.store(lse + at * HEADS + head * G + group, tl.where(none, -1e30, top + tl.log(total)), mask=group < G)
 
 
 @triton.jit
 def _to_q(
     q, k, v, runs, tails, lse, delta, gradient, to,
-    T, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr,
-    K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    T, BEFORE, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """to [B, T, H, d]: the gradient of q. delta [B, T, H]: sum of output times its `gradient`."""
     at, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -88,7 +94,7 @@ def _to_q(
     sums = tl.zeros([ROWS, WIDE], kind)
     for begin in range(0, (K + 1) * S, TILE):
         e = begin + step
-        key, valid = _key(e, t, mine_runs, tail, S, K)
+        key, valid = _key(e, t, mine_runs, tail, BEFORE, S, K)
         valid = valid & (e < (K + 1) * S)
         place = ((row * T + key) * KV_HEADS + head)[:, None] * D + dim[None, :]
         there = valid[:, None] & (dim < D)[None, :]
@@ -103,7 +109,7 @@ def _to_q(
 @triton.jit
 def _to_pieces(
     q, k, v, lse, delta, gradient, first, order, offsets, of, begins, to_k, to_v,
-    T, N, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    T, N, BEFORE, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
     S: tl.constexpr, TALL: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +120,7 @@ def _to_pieces(
     list_at = tl.load(of + piece)
     if list_at >= 0:
         kind: tl.constexpr = tl.float64 if EXACT else tl.float32
-        head, row = list_at // N % KV_HEADS, list_at // N // KV_HEADS
+        head, row = list_at // N % KV_HEADS, (list_at // N // KV_HEADS).to(tl.int64)
         r, dim, slot = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, TALL)
         start = tl.load(offsets + list_at) + (piece - tl.load(begins + list_at)).to(tl.int32) * PIECE
         end = tl.minimum(tl.load(offsets + list_at + 1), start + PIECE)
@@ -127,13 +133,15 @@ def _to_pieces(
         for i in range(start, end, each):
             n = i + r // G
             there = (n < end) & (r < each * G)
-            at = (row * T + tl.load(order + n, mask=there, other=0)) * HEADS + head * G + r % G
+            t = tl.load(order + n, mask=there, other=0)
+            at = (row * T + t) * HEADS + head * G + r % G
             mine = there[:, None] & (dim < D)[None, :]
             own = tl.load(q + at[:, None] * D + dim[None, :], mask=mine, other=0)
             given = tl.load(gradient + at[:, None] * D + dim[None, :], mask=mine, other=0)
             log, less = tl.load(lse + at, mask=there, other=0), tl.load(delta + at, mask=there, other=0)
             s = _product(own, tl.trans(keys), PRECISION, EXACT) * SCALE
-            p = tl.where(there[:, None] & (slot < S)[None, :], tl.exp(s - log[:, None]), 0.0)
+            reads = there[:, None] & (slot < S)[None, :] & (token[None, :] <= t[:, None] - BEFORE)
+            p = tl.where(reads, tl.exp(s - log[:, None]), 0.0)
             back = _product(given, tl.trans(values), PRECISION, EXACT)
             pull = p * (back - less[:, None]) * SCALE
             sum_v += _product(tl.trans(p.to(own.dtype)), given, PRECISION, EXACT)
@@ -146,10 +154,10 @@ def _to_pieces(
 @triton.jit
 def _to_kv(
     q, k, v, tails, lse, delta, gradient, block_of, first, begins, pieces_k, pieces_v, to_k, to_v,
-    T, N, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    T, N, BEFORE, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
     S: tl.constexpr, TALL: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """to_k, to_v [B, T, Hk, d]: the gradients of k and v in a tile of tokens: of the queries that read them as their tail, then
+    """to_k, to_v [B, T, Hk, d]: the gradients of k and v in a tile of tokens: of queries that read them as their tail, then
     of the pieces of the block, in their order. `block_of` [B, T]: the complete block of a token, or -1."""
     tile, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kind: tl.constexpr = tl.float64 if EXACT else tl.float32
@@ -158,7 +166,10 @@ def _to_kv(
     place = ((row * T + key) * KV_HEADS + head)[:, None] * D + dim[None, :]
     keys, values = tl.load(k + place, mask=held, other=0), tl.load(v + place, mask=held, other=0)
     sum_k, sum_v = tl.zeros([TILE, WIDE], kind), tl.zeros([TILE, WIDE], kind)
-    for begin in range(tile * TILE, tl.minimum(tile * TILE + TILE + S - 2, T), TALL):
+    last = tl.minimum(tile * TILE + TILE + S - 2, T)
+    if BEFORE > 0:
+        last = tile * TILE
+    for begin in range(tile * TILE, last, TALL):
         t = begin + step
         tail = tl.load(tails + row * T + t, mask=t < T, other=T)
         reads = (key[None, :] <= t[:, None]) & (key[None, :] >= tail[:, None]) & (t < T)[:, None]

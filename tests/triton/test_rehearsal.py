@@ -1,0 +1,55 @@
+"""The tests of a GPU on this CPU: whoever has one for an hour shall not find there that a test cannot run. One case of each, as
+the interpreter is slow; what takes long there is run without the kernels. What they hold is held more widely beside."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.model.gpu import launch
+from tests.gpu import test_engine_on_gpu, test_kernels_on_gpu, test_model_on_gpu
+
+pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a busy machine
+
+MODULES = test_engine_on_gpu, test_kernels_on_gpu, test_model_on_gpu
+KERNELS: list[tuple[Callable[..., None], dict[str, Any]]] = [
+    (test_kernels_on_gpu.test_attention_is_that_of_torch_in_float64,
+     {"kind": "H", "dtype": torch.bfloat16, "off": 2**-6, "kv": torch.int8}),
+    (test_kernels_on_gpu.test_the_device_is_one_for_the_kernels, {}),
+    (test_kernels_on_gpu.test_int8_passes_its_self_test, {}),
+    (test_model_on_gpu.test_forward_and_backward_equal_the_reference, {"dtype": torch.bfloat16, "summary": "mean"}),
+    (test_model_on_gpu.test_a_net_trains_as_on_the_cpu, {}),
+    (test_model_on_gpu.test_scores_stay_exact_under_autocast, {}),
+]  # fmt: skip
+TORCH: list[tuple[Callable[..., None], dict[str, Any]]] = [
+    (test_engine_on_gpu.test_answers_are_those_of_the_cpu, {"limits": {"units": 60, "max_batch": 6}}),
+    (test_engine_on_gpu.test_bfloat16_stays_near_float32, {}),
+    (test_model_on_gpu.test_logits_and_pages_are_those_of_the_cpu, {}),
+    (test_model_on_gpu.test_int8_on_a_gpu_is_the_arithmetic_of_the_cpu, {}),
+    (test_model_on_gpu.test_int8_kernels_of_a_gpu_give_the_reference_to_the_bit, {"name": "float"}),
+]
+
+
+@pytest.mark.parametrize(("test", "given"), KERNELS + TORCH, ids=lambda x: getattr(x, "__name__", ""))
+def test_a_test_of_a_gpu_can_run(
+    test: Callable[..., None], given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in MODULES:
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+    if test in dict(TORCH):
+        monkeypatch.setattr(launch, "ON", set())
+    test(**given)
+
+
+def test_each_of_them_is_rehearsed() -> None:
+    there = {
+        each
+        for module in MODULES
+        for name, each in inspect.getmembers(module, inspect.isfunction)
+        if name[:5] == "test_"
+    }
+    assert there == {*dict(KERNELS), *dict(TORCH)}
