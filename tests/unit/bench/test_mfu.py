@@ -58,7 +58,7 @@ def test_operations_of_ours_are_those_that_torch_counts(pattern: str, monkeypatc
     ours = torch.ops.shoal
     counts = {
         ours.near: near, ours.chosen: chosen, ours.choose: scored,
-        ours.near_back: lambda q, k, v, starts, out, lse, gradient, window, **_: 2 * near(q, k, v, starts, window),
+        ours.near_back: lambda q, k, v, starts, out, lse, gradient, to_lse, window, **_: 2 * near(q, k, v, starts, window),
         ours.chosen_back: lambda *given, **_: 2 * chosen(*given),
     }  # fmt: skip
     with FakeTensorMode(), FlopCounterMode(display=False, custom_mapping=counts) as counter:
