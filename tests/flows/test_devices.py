@@ -136,7 +136,7 @@ def test_a_gpu_that_cannot_run_the_kernels_goes_on_without(
             assert all(answer.tokens for answer in engine.generate(asked))
     finally:
         launch.able.cache_clear()
-    assert [record.message.count(said) for record in caplog.records] == [1], "told once"
+    assert [record.getMessage().count(said) for record in caplog.records] == [1], "told once"
 
 
 def test_the_pretended_gpu_refuses_what_a_gpu_refuses() -> None:
