@@ -31,7 +31,7 @@ def test_it_measures_and_writes_a_page() -> None:
 
 
 def test_what_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> float:
+    def full(*_: object, **__: object) -> float:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(measured, "step_seconds", full)
