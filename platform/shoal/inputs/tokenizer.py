@@ -53,9 +53,7 @@ class Controls:
     ends: tuple[int, ...]  # ids that end an answer
     before: tuple[int, ...] = ()  # ids in front of a text that is a prompt by itself; a chat template writes its own
     names: dict[str, str] = field(default_factory=dict)  # as the chat template calls them: bos_token, eos_token, ...
-    calls: str = (
-        ""  # how the chat template has calls of tools written, of `call_formats.FORMATS`; empty: it is not asked
-    )
+    calls: str = ""  # how the chat template has calls written, of `call_formats.FORMATS`; empty: it knows no tools
 
 
 class Tokenizer:
