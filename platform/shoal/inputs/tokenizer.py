@@ -293,7 +293,7 @@ class Tokenizer:
             run = run.replace(mark, "") if mark else run
             ids += _ids(self._letters if spelt else self._inside if at else self._core, run)
             if match:
-                ids.append(self._core.token_to_id(name))
+                ids.append(int(self._core.token_to_id(name) or 0))
                 at, strips = match.end(), after
         return ids
 

@@ -146,9 +146,10 @@ def _template(directory: Path, told: Mapping[str, Any], given: str | None) -> st
     if isinstance(found, list):  # several with names
         named = {each.get("name"): each["template"] for each in found}
         found = named.get("default")
-        told = isinstance(found, str) and isinstance(named.get("tool_use"), str) and not why_broken(named["tool_use"])
-        if told:  # with tools transformers takes that one
-            used, found = (each.removesuffix("\n") for each in (named["tool_use"], found))
+        with_tools = named.get("tool_use")
+        if isinstance(found, str) and isinstance(with_tools, str) and not why_broken(with_tools):
+            # With tools transformers takes that one.
+            used, found = (each.removesuffix("\n") for each in (with_tools, found))
             found = f"{{% if tools %}}{used}{{% else %}}{found}{{% endif %}}"
     if not isinstance(found, str):
         do = "give one with --chat-template FILE, as for a base model"
