@@ -19,7 +19,7 @@ from shoal.bench.commands import bench
 from shoal.errors import ShoalError, UsageError, first_line
 from shoal.stages import STAGES
 from shoal.stages.release import release
-from shoal.stages.stage import Json, ModelDir, command_of, out, print_result
+from shoal.stages.stage import Json, ModelPlace, command_of, out, print_result
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -95,7 +95,7 @@ def chat(
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN", help="JSONL, a request a line, as of /v1/batches.")],
     to: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL to write; OUT.errors has what was refused.")],
-    model: ModelDir,
+    model: ModelPlace,
     name: Annotated[str | None, typer.Option(help="Name that the requests use [the model's own].")] = None,
     workers: Annotated[int, typer.Option(help="Number of workers, each with an engine of its own.")] = 1,
     gpu: Annotated[bool, typer.Option(help="One GPU a worker.")] = False,
@@ -191,7 +191,7 @@ def import_(
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Option(help="Model directory that `shoal import` made.")],
+    model: Annotated[str, typer.Option(help="Model directory that `shoal import` made, or s3://BUCKET/PREFIX of one.")],
     to: Annotated[Path, typer.Option(help="Directory to write; empty, or not there.")],
     depth: Annotated[str, typer.Option(help="An exit's name, of a model that was adapted.")] = "full",
     check: Annotated[
@@ -201,9 +201,10 @@ def export(
     as_json: Json = False,
 ) -> None:
     """An imported model, or one depth of it, as a Hugging Face checkpoint of its family again."""
+    from shoal.data.models import here
     from shoal.open_weights.convert import export_model
 
-    count = export_model(model, to, depth=depth, check=check)
+    count = export_model(here(model), to, depth=depth, check=check)
     print_result({"out": str(to), "tensors": count}, as_json, f"{count} tensors in {to}")
 
 

@@ -15,13 +15,14 @@ from shoal import presets
 from shoal.errors import CheckpointError
 from shoal.model.net import Net
 from shoal.train import log, mirror
-from shoal.train.checkpoint import CheckpointStore, TrainState
+from shoal.train.checkpoint import CheckpointStore
 from shoal.train.loop import fit
 from shoal.train.loss import LossModel
 from shoal.train.mirror import Mirror
 from shoal.train.optim import make_optimizer
 from shoal.train.parallel import Ranks
 from shoal.train.plan import FitPlan, pretrain_plan
+from shoal.train.state import TrainState
 from tests.corpus import write_corpus
 from tests.s3 import Service, service
 

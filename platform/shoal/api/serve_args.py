@@ -12,6 +12,7 @@ from shoal.api.page import MOUNT
 from shoal.api.policy import Policy
 from shoal.api.served import MODEL_NAME, MOST_ADAPTERS, ServedModel
 from shoal.config import Dtype, KvCacheDtype
+from shoal.data import models
 from shoal.errors import ConfigError
 from shoal.loop.release import Release
 
@@ -22,7 +23,8 @@ ENGINE = "EngineReplica"  # deployment of the engine; of several models each has
 class ServeArgs:
     """The ``args`` of a Shoal application in a Serve config, and what `run_local` serves."""
 
-    model: str | None = None  # model directory, the same path on every node; None: $SHOAL_MODEL
+    # model directory, the same path on every node, or s3://BUCKET/PREFIX of one; None: $SHOAL_MODEL
+    model: str | None = None
     release: str | None = None  # instead: folder of a release, whose stable version is served, and followed
     # instead: several, name -> directory, each with its own replicas
     models: dict[str, str] = field(default_factory=dict)
@@ -144,9 +146,10 @@ class ServeArgs:
         return {ENGINE: self.model} if self.model else {}
 
     def served(self, directory: str, name: str | None = None) -> ServedModel:
-        """The model in `directory` as the routes see it, under `name` (default: its own). Raises CheckpointError for one that
-        the engine cannot serve, ConfigError for a `policy` that is none of this model's."""
-        found = stock.load(directory, name) if self.engine == "vllm" else ServedModel.load(directory, name)
+        """The model in `directory`, or at ``s3://...``, as the routes see it, under `name` (default: its own). Raises
+        CheckpointError for one that the engine cannot serve, ConfigError for a `policy` that is none of this model's."""
+        place = models.here(directory, weights=False)
+        found = stock.load(str(place), name) if self.engine == "vllm" else ServedModel.load(place, name)
         if self.policy is None:
             return found
         policy = Policy.load(self.policy)

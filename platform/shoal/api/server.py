@@ -33,6 +33,7 @@ from shoal.api.page import chat_page
 from shoal.api.serve_args import ServeArgs
 from shoal.api.service import Hosted
 from shoal.api.split import Split
+from shoal.data import models
 from shoal.errors import ConfigError, ResourceError
 from shoal.loop.release import Release
 from shoal.machine import need_free_port, threads
@@ -63,7 +64,7 @@ def run_local(
     from shoal.engine.front import settle
 
     args = args.at_stable()
-    model = _one_model(args)
+    model = str(models.here(_one_model(args)))
     port = _free_port(host, port)  # now, since the page is told where the API is
     page = chat_page(args.ui_api or f"http://{host}:{port}/v1", mount=args.ui_mount) if args.ui else None
     keys = ApiKeys.load(args.api_keys)

@@ -36,13 +36,14 @@ from shoal.errors import UsageError
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 from shoal.model.net import Net
-from shoal.train.checkpoint import CheckpointStore, TrainState
+from shoal.train.checkpoint import CheckpointStore
 from shoal.train.feed import Feed, open_feed, shard_tokenizer
 from shoal.train.loss import LossModel
 from shoal.train.meter import matmul_rate, training_flops
 from shoal.train.optim import make_optimizer
 from shoal.train.parallel import Ranks, shard_
 from shoal.train.plan import FitPlan, pretrain_plan
+from shoal.train.state import TrainState
 from shoal.train.step import update
 
 PARTS, OF_GPU = ("rate", "workers", "checkpoint"), ("mfu",)

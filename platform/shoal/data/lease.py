@@ -27,10 +27,11 @@ LOOK = 0.5  # seconds between two looks at another's
 
 
 class Lease:
-    """Says in `bucket` that the command called `run` works there."""
+    """Says in `bucket`, by the object `name`, that the `command` called `run` works there."""
 
-    def __init__(self, bucket: Bucket, run: str) -> None:
+    def __init__(self, bucket: Bucket, run: str, *, command: str = "prepare", name: str = NAME) -> None:
         self._bucket, self._run, self._count = bucket, run, 0
+        self._command, self._name = command, name
         self._who = f"process {os.getpid()} of {socket.gethostname()}"
         self._tag, self._lost = "", False
         self._over = threading.Event()
@@ -40,7 +41,7 @@ class Lease:
         """Raises DataError where another command works there: for `SECONDS` at most it is watched whether that one lives."""
         began, seen = time.monotonic(), ""
         while not self._put(IfNoneMatch="*"):
-            head = self._bucket.head(NAME)
+            head = self._bucket.head(self._name)
             if head is None:
                 continue  # it has just ended
             if seen and head["ETag"] != seen:
@@ -58,7 +59,7 @@ class Lease:
         self._renew_once()
         if self._lost:
             raise DataError(
-                f"another prepare took over {self._bucket.uri}",
+                f"another {self._command} took over {self._bucket.uri}",
                 got=f"no word of this one in {SECONDS:g} s",
                 do="let that one end, and give another --out",
             )
@@ -69,12 +70,12 @@ class Lease:
         if self._thread.is_alive():
             self._thread.join()
         if self._tag and not self._lost:
-            self._bucket.remove([NAME])
+            self._bucket.remove([self._name])
 
     def _put(self, **only: str) -> bool:
         self._count += 1
-        said = {"who": self._who, "run": self._run, "count": self._count}
-        tag = self._bucket.put_text(NAME, json.dumps(said).encode(), **only)
+        told = {"who": self._who, "run": self._run, "count": self._count}
+        tag = self._bucket.put_text(self._name, json.dumps(told).encode(), **only)
         self._tag = tag or self._tag
         return tag is not None
 
@@ -89,21 +90,23 @@ class Lease:
 
     def _ours(self) -> bool:
         """Whether it is this command's after all: an answer may be lost, and what was asked for done."""
-        head = self._bucket.head(NAME)
-        ours = head is not None and _said(self._bucket).get("run") == self._run
+        head = self._bucket.head(self._name)
+        ours = head is not None and said(self._bucket, self._name).get("run") == self._run
         if head is not None and ours:
             self._tag = head["ETag"]
         return ours
 
     def _busy(self) -> DataError:
-        who = _said(self._bucket).get("who", "one that has just begun")
-        return DataError(f"another prepare is writing to {self._bucket.uri}", got=who, do="wait for it, or stop it")
+        who = said(self._bucket, self._name).get("who", "one that has just begun")
+        return DataError(
+            f"another {self._command} is writing to {self._bucket.uri}", got=who, do="wait for it, or stop it"
+        )
 
 
 @contextmanager
-def leased(bucket: Bucket, run: str) -> Iterator[Lease]:
+def leased(bucket: Bucket, run: str, *, command: str = "prepare", name: str = NAME) -> Iterator[Lease]:
     """Hold the lease in this block."""
-    lease = Lease(bucket, run)
+    lease = Lease(bucket, run, command=command, name=name)
     try:
         lease.take()
         yield lease
@@ -111,12 +114,13 @@ def leased(bucket: Bucket, run: str) -> Iterator[Lease]:
         lease.end()
 
 
-def _said(bucket: Bucket) -> dict[str, Any]:
+def said(bucket: Bucket, name: str = NAME) -> dict[str, Any]:
+    """What the lease says, of whom it is: ``run`` and ``who``; empty where there is none."""
     try:
-        said = json.loads(bucket.text(NAME) or b"{}")
+        told = json.loads(bucket.text(name) or b"{}")
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
+    return told if isinstance(told, dict) else {}
 
 
 def _age(head: dict[str, Any]) -> float:

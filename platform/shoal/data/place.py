@@ -94,11 +94,16 @@ class Bucket:
 
     def sizes(self, begins: str = "") -> Iterator[tuple[str, int]]:
         """Name and bytes of the objects whose names begin so."""
+        for name, size, _ in self.listed(begins):
+            yield name, size
+
+    def listed(self, begins: str = "") -> Iterator[tuple[str, int, str]]:
+        """Name, bytes and tag of the objects whose names begin so."""
         with told(self.uri):
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + begins):
                 for item in page.get("Contents", ()):
-                    yield item["Key"][len(self._prefix) :], item["Size"]
+                    yield item["Key"][len(self._prefix) :], item["Size"], str(item["ETag"])
 
     def tag(self, name: str) -> str | None:
         """What changes with the bytes of an object; None where there is none."""
@@ -120,24 +125,51 @@ class Bucket:
 
     def get(self, name: str, file: Path) -> None:
         """Copy an object here; the file has its name once it is whole."""
+        if not self.get_if_there(name, file):
+            raise DataError(
+                f"{self.uri}/{name} is missing", do="run the same command again: what is there is gone on with"
+            )
+
+    def get_if_there(self, name: str, file: Path) -> bool:
+        """As `get`; False where there is no such object."""
 
         def fetch() -> bool:
             self._client.download_file(self._bucket, self._prefix + name, str(file))
             return True
 
-        if not self._unless_lost(fetch):
-            raise DataError(
-                f"{self.uri}/{name} is missing", do="run the same command again: what is there is gone on with"
-            )
+        return bool(self._unless_lost(fetch))
 
     def text(self, name: str) -> bytes | None:
         """What a small object holds; None where there is none."""
+        found = self.tagged(name)
+        return None if found is None else found[0]
 
-        def read() -> bytes:
-            data: bytes = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read()
-            return data
+    def tagged(self, name: str) -> tuple[bytes, str] | None:
+        """What a small object holds, and its tag; None where there is none."""
+
+        def read() -> tuple[bytes, str]:
+            found = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)
+            return found["Body"].read(), str(found["ETag"])
 
         return self._unless_lost(read)
+
+    def part(self, name: str, start: int, end: int, *, tag: str) -> bytes:
+        """Bytes of an object that has this `tag`. Raises DataError where it has another, or is not there."""
+        from botocore.exceptions import ClientError
+
+        with told(self.uri):
+            try:
+                found = self._client.get_object(
+                    Bucket=self._bucket, Key=self._prefix + name, Range=f"bytes={start}-{end - 1}", IfMatch=tag
+                )
+                data: bytes = found["Body"].read()
+            except ClientError as error:
+                if _code(error) in ("PreconditionFailed", "412", "InvalidRange", *_LOST):
+                    raise DataError(f"{self.uri}/{name} is not what its manifest says", got=_code(error)) from error
+                raise
+        if len(data) != end - start:
+            raise DataError(f"{self.uri}/{name} is cut short", got=f"{len(data)} bytes", allowed=end - start)
+        return data
 
     def put_text(self, name: str, data: bytes, **only: str) -> str | None:
         """Write a small object, `only` where S3 finds this so (IfMatch, IfNoneMatch); its tag, or None where it did not."""

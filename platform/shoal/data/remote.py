@@ -17,16 +17,23 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shoal.data.ranged import ORIGIN, cache, cache_bytes, write_origin
+from shoal.data.ranged import ORIGIN, cache, cache_bytes, room, write_origin
 from shoal.data.shards import INDEX, TOKENIZER, Index, read_index
 from shoal.data.sources import s3
 from shoal.data.sources.s3 import S3
 from shoal.errors import DataError
 from shoal.machine import aside, sha256_of
 
+FILES = (".jsonl",)  # what the names of files end in that are no corpora
+
 
 def is_remote(place: str | Path) -> bool:
     return str(place).startswith(s3.SCHEME)
+
+
+def is_corpus(place: str | Path) -> bool:
+    """Whether it is the prefix of a corpus in S3, and no file there."""
+    return is_remote(place) and not str(place).endswith(FILES)
 
 
 def absolute(place: str | Path) -> str:
@@ -45,13 +52,16 @@ def exists(uri: str, service: S3) -> bool:
 
 
 def local(place: str | Path, service: S3 | None = None) -> Path:
-    """A local folder or file as it is; of ``s3://...``, the folder of its copy, fetched when it is not there.
+    """A local folder or file as it is; of ``s3://...``, the folder of its copy, fetched when it is not there, or the copy of a
+    `.jsonl`.
 
-    Raises DataError when there is no finished corpus, or what came is not what its index says.
+    Raises DataError when there is no finished corpus or file, or what came is not what its index says.
     """
     if not is_remote(place):
         return Path(place)
     uri, service = str(place), service or S3()
+    if not is_corpus(place):
+        return _file(uri, service)
     bucket, key = _split(uri)
     if not exists(uri, service):
         raise DataError(f"{uri} holds no prepared corpus", do="run `shoal prepare --out` on it")
@@ -75,6 +85,25 @@ def local(place: str | Path, service: S3 | None = None) -> Path:
                     _fetch(client, bucket, key, folder, left)
                     _check(folder, here | {TOKENIZER: listed.tokenizer_sha256}, uri)
     return folder
+
+
+def _file(uri: str, service: S3) -> Path:
+    """The copy of a file, which has another place when the file is another."""
+    bucket, key = s3.split(uri)
+    with told(uri):
+        client = service.client()
+        found = client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
+        if not found or found[0]["Key"] != key:
+            raise DataError(f"{uri} is missing", do="give the address of a file that is there")
+        digest = hashlib.sha256("\0".join((service.resolved().endpoint, uri, found[0]["ETag"])).encode())
+        folder = cache() / "files" / digest.hexdigest()[:32]
+        copy = folder / PurePosixPath(key).name
+        with room(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with _alone(folder):
+                if not copy.is_file():
+                    client.download_file(bucket, key, str(copy))  # renamed when it is complete
+    return copy
 
 
 def index_of(uri: str, path: Path) -> Index:

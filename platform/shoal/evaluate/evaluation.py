@@ -74,7 +74,7 @@ def compare(
     models: dict[str, Path],
     data: Path,
     *,
-    runs: Sequence[Path] = (),
+    runs: Sequence[str | Path] = (),
     sizes: Sizes | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:

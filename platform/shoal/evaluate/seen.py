@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shoal.data.batches import PretrainBatches
 from shoal.errors import DataError
-from shoal.train.checkpoint import CheckpointStore, read_state
+from shoal.train.bucket import store_of
 from shoal.train.plan import REPLAY_EVERY, fingerprint
 
 
@@ -20,10 +20,11 @@ def rows_read(runs: Iterable[str | Path], data: Path) -> dict[str, list[int]]:
     found: dict[str, set[int]] = {}
     asked, whole = list(runs), fingerprint(str(data))
     for run in asked:
-        saved = CheckpointStore(run).steps()
+        store = store_of(run)
+        saved = store.steps()
         if not saved:
             raise DataError(f"{run} holds no checkpoint", do="give the folders of the runs that made the model")
-        state = read_state(saved[-1])
+        state = store.state(saved[-1])
         trained = state.trained
         replays = trained.get("replay_sha256") == whole
         if not replays and trained.get("data_sha256") != whole:

@@ -24,6 +24,8 @@ import ray.data
 from shoal.api.batches import lines
 from shoal.api.batches.lines import LineError, Log
 from shoal.api.limits import Limits
+from shoal.data.models import here
+from shoal.data.remote import is_remote
 from shoal.errors import DataError, ResourceError
 from shoal.machine import sha256_of, threads
 from shoal.on_ray.teach import alone
@@ -51,7 +53,8 @@ def batch(
     Raises DataError for a source without lines, an `out` that exists, errors of a run that ended, or a partial one of another
     command or request; CheckpointError for a model that cannot be served; ResourceError for an engine that fails.
     """
-    source, out, model = Path(source).resolve(), Path(out), Path(model).resolve()
+    source, out = Path(source).resolve(), Path(out)
+    model = model if is_remote(model) else Path(model).resolve()
     errors, partial = Path(f"{out}.errors"), Path(f"{out}.partial")
     if out.exists():
         raise DataError(f"{out} exists", do="choose another OUT")
@@ -85,7 +88,7 @@ def batch(
     return {"answered": len(answers), "failed": len(failures), "kept": kept}
 
 
-def _mark(source: Path, model: Path, name: str | None) -> str:
+def _mark(source: Path, model: str | Path, name: str | None) -> str:
     """What answers to `source` by `model`, asked for by `name`, have in their ids. Raises DataError, CheckpointError."""
     from shoal.model.files import weights_sha256
 
@@ -93,7 +96,7 @@ def _mark(source: Path, model: Path, name: str | None) -> str:
         text = sha256_of(source)
     except OSError as error:
         raise DataError(f"cannot read {source}", got=error.strerror, do="give a JSONL file of requests") from error
-    return hashlib.sha256(f"{text} {weights_sha256(model)} {name}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{text} {weights_sha256(here(model, weights=False))} {name}".encode()).hexdigest()[:16]
 
 
 def _must_be_ours(partial: Path, mark: str) -> None:
@@ -128,7 +131,7 @@ def _todo(source: Path, mark: str, answers: Log, failures: Log) -> tuple[list[tu
 def _answers(
     todo: list[tuple[int, int]],
     source: Path,
-    model: Path,
+    model: str | Path,
     name: str | None,
     mark: str,
     workers: int,
@@ -173,14 +176,15 @@ class _Engine:
         from shoal.model.model import Model
 
         torch.set_num_threads(threads(None) if workers == 1 else 1)
-        loaded = Model.load(model)
+        place = here(model)
+        loaded = Model.load(place)
         if gpu:
             loaded.on_gpu()
         # nobody reads an answer before it has ended, and each reader that is woken takes the time of a token
         engine = AsyncEngine(Engine(loaded, max_batch=max_batch), backlog=sys.maxsize, gap=SECONDS)
         limits = Limits(seconds=SECONDS)
         self._source, self._mark, self._most = source, mark, limits.body_bytes
-        self._inside = offline([Hosted(ServedModel.load(model, name), engine)], limits)
+        self._inside = offline([Hosted(ServedModel.load(place, name), engine)], limits)
         self._loop = asyncio.new_event_loop()
         settle()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()

@@ -15,6 +15,7 @@ from typing import Any
 from shoal import config
 from shoal.api.serve_args import ServeArgs
 from shoal.api.served import ServedModel
+from shoal.data import models
 from shoal.errors import EngineDeadError
 
 
@@ -47,7 +48,7 @@ def reads(served: ServedModel, directory: str | Path) -> str:
     """What tells apart models that are given other tokens for the same request: tokenizer, chat template and shape."""
     told = [json.dumps(config.dump(served.config), sort_keys=True), served.chat_template]
     digest = hashlib.sha256("\0".join(told).encode())
-    digest.update((Path(directory) / "tokenizer.json").read_bytes())
+    digest.update((models.here(directory, weights=False) / "tokenizer.json").read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -56,7 +57,7 @@ def weights(directory: str | Path, args: ServeArgs) -> str:
     computed with. Equal for copies of one model directory. Raises CheckpointError for a manifest that cannot be read."""
     from shoal.model.files import weights_sha256
 
-    return weights_of(weights_sha256(directory), args)
+    return weights_of(weights_sha256(models.here(directory, weights=False)), args)
 
 
 def weights_of(sha256: str, args: ServeArgs) -> str:

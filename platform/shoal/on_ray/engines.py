@@ -24,6 +24,7 @@ from ray.serve.schema import LoggingConfig
 
 from shoal import config
 from shoal.api.serve_args import ServeArgs
+from shoal.data import models
 from shoal.engine.events import Event, Finished, Request
 from shoal.engine.metrics import Samples, sample
 from shoal.errors import CheckpointError, ConfigError, EngineDeadError, RequestError, ShoalError, frames
@@ -215,6 +216,7 @@ class EngineReplica:
         settle()  # it was out of the collector's sight
 
     def _load(self, directory: str) -> AsyncEngine | VllmEngine:
+        place = str(models.here(directory))
         if self._args.engine == "vllm":
             if self._engine is not None:
                 raise ConfigError(
@@ -222,7 +224,7 @@ class EngineReplica:
                 )
             from shoal.vllm_plugin.start import start
 
-            return start(directory, self._args.served(directory), self._args)
+            return start(place, self._args.served(place), self._args)
         import torch
 
         from shoal.engine.engine import Engine
@@ -233,7 +235,7 @@ class EngineReplica:
         args = self._args
         torch.set_num_threads(threads(args.threads))
         say = log.warning
-        model = Model.load(directory, on_fallback=say if args.precision == "auto" else None)
+        model = Model.load(place, on_fallback=say if args.precision == "auto" else None)
         if args.gpus > 0:
             model.on_gpu(args.dtype)
         batch, queue, kv = args.max_batch, args.max_batch + args.max_queue, args.kv_cache_dtype

@@ -41,6 +41,8 @@ from shoal.api.serve_args import ServeArgs
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.api.split import Split
+from shoal.data.models import here
+from shoal.data.remote import is_remote
 from shoal.errors import ConfigError, ResourceError
 from shoal.loop.release import Release
 from shoal.machine import need_free_port
@@ -93,11 +95,11 @@ def app(args: dict[str, Any]) -> serve.Application:
     from shoal.open_weights import served_adapter
 
     for directory in given.adapters.values():
-        served_adapter.check(directory, str(given.model))
+        served_adapter.check(directory, str(here(str(given.model), weights=False)))
     engines = {}
     for name, directory in given.deployments().items():
         served = given.served(directory)  # refused now, in one line, and not by every replica again
-        if given.engine == "shoal":
+        if given.engine == "shoal" and not is_remote(directory):
             check(Path(directory))  # as each replica does: while what serves is whole
         chosen = engine_options(given, directory, served.config.page) | _surge(given)
         engines[name] = serve.deployment(name=name, **chosen)(EngineReplica).bind(given, directory)
@@ -206,15 +208,19 @@ def _at_home(args: dict[str, Any], url: str) -> dict[str, Any]:
     if given.release:
         absolute["release"] = str(Path(given.release).resolve())
     elif given.model:
-        absolute["model"] = str(Path(given.model).resolve())
+        absolute["model"] = _resolved(given.model)
     absolute |= {"api_keys": keys.referred(given.api_keys)}
     if given.models:
-        absolute["models"] = {name: str(Path(path).resolve()) for name, path in given.models.items()}
+        absolute["models"] = {name: _resolved(path) for name, path in given.models.items()}
     if given.policy:
         absolute["policy"] = str(Path(given.policy).resolve())
     if given.adapters:
         absolute["adapters"] = {name: str(Path(path).resolve()) for name, path in given.adapters.items()}
     return {**args, **absolute, "ui_api": given.ui_api or f"{url}/v1"}
+
+
+def _resolved(directory: str) -> str:
+    return directory if is_remote(directory) else str(Path(directory).resolve())
 
 
 def _wait_until_running(name: str, deadline: float) -> None:

@@ -2,7 +2,8 @@
 
 Ray starts and restarts the workers and makes their process group; everything else (data order, checkpoints, resume) is the
 loop's own. Checkpoints are written by the loop into the run's folder and reported to Ray where they lie, so nothing is copied;
-on several nodes the run's folder must therefore be on a file system that all of them share.
+on several nodes the run's folder must therefore be on a file system that all of them share. A run in S3 needs none: each rank
+puts its own files there (`train.bucket`), of which Ray knows nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,11 +28,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from shoal.config import dump, load
 from shoal.data.alone import alone
 from shoal.data.remote import is_remote
-from shoal.errors import ResourceError, ShoalError, UsageError, first_line, last_line
+from shoal.data.sources import s3
+from shoal.data.sources.s3 import S3
+from shoal.errors import DataError, ResourceError, ShoalError, UsageError, first_line, last_line
 from shoal.machine import need_disk
 from shoal.on_ray.resources import local_ray, worker_env
 from shoal.on_ray.train_metrics import Exported
-from shoal.train.log import Record, Report, ignore, metrics_file, parse
+from shoal.on_ray.train_records import following_actor, following_file, records, sent_to
+from shoal.train.bucket import ask_to_stop, bucket_of, commanding
+from shoal.train.log import Record, Report, ignore
 from shoal.train.loop import FitResult, fit
 from shoal.train.needs import disk_needed, memory_needed, saved_at_once
 from shoal.train.plan import FitPlan, located
@@ -44,7 +48,7 @@ STARTS = 3  # times that Ray may try to start the workers: its default retries a
 COLLECTIVE_TIMEOUT = 300  # seconds that one exchange between workers may take
 NODE_GROUP = "ray.io/node-group"  # label of nodes
 CHECKPOINTS = "checkpoints"  # folder of the run that CheckpointStore writes to
-POLL = 0.5  # seconds between our looks at a run's metrics
+OF_RAY = ".ray"  # what Ray notes of a run in S3, below its prefix
 ROOM_SECONDS = 30.0  # between Ray's looks whether there is room for more workers; it knows of a new node within 20
 RAY_SETTINGS = {  # defaults of ours, which the environment may change
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray's own 2 are felt on short runs
@@ -81,21 +85,20 @@ def train(
     least, most = (workers, workers) if isinstance(workers, int) else workers
     if max_failures < -1:
         raise UsageError("--max-failures", got=max_failures, allowed="0 or more, or -1 for no end of them")
-    check(located(plan.at_world(most, most)), most)  # fewer share the same micro-batches
+    check(located(plan.at_world(most, most), weights=False), most)  # fewer share the same micro-batches
     for world in range(least, most):
         need_groups(plan, world)
-    need_disk(plan.run, disk_needed(plan))
-    busy = ResourceError(f"another command is training in {plan.run}", do="wait for it, stop it, or give another --out")
-    with alone(Path(plan.run) / COMMAND, busy), local_ray():
-        stop_file(plan.run).unlink(missing_ok=True)
+    with _alone(plan) as plan, local_ray():
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         use_gpu = resources.get("GPU", 0) >= least if gpus is None else gpus
         room = _room(plan.at_world(most, least), least, cpus_per_worker, use_gpu, resources, on_progress)
         start = ELASTIC_START_SECONDS if least < most else START_SECONDS if room else NODE_START_SECONDS
-        trainer = _trainer(plan, (least, most), cpus_per_worker, use_gpu, max_failures)
+        actor = records() if is_remote(plan.run) else None
+        trainer = _trainer(plan, (least, most), cpus_per_worker, use_gpu, max_failures, actor)
         ours = {**RAY_SETTINGS, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start}
         reports = together(on_progress, Exported(plan.run))
-        with _following(plan, reports), _sigint_restored(), _sigterm_stops(plan), _defaults(ours):
+        following = following_file(plan.run, reports) if actor is None else following_actor(actor, reports)
+        with following, _sigint_restored(), _sigterm_stops(plan), _defaults(ours):
             try:
                 result: Any = trainer.fit()
             except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:  # the latter: its controller died
@@ -154,13 +157,43 @@ def _room(
     return True
 
 
-def _trainer(plan: FitPlan, workers: tuple[int, int], cpus: float, use_gpu: bool, max_failures: int) -> TorchTrainer:
+@contextlib.contextmanager
+def _alone(plan: FitPlan) -> Iterator[FitPlan]:
+    """This command alone trains in the plan's run; yields the plan as its workers get it. Raises ResourceError or DataError
+    where another does."""
+    if is_remote(plan.run):
+        with commanding(plan) as leased:
+            try:
+                yield leased
+            finally:
+                with contextlib.suppress(DataError):
+                    bucket = bucket_of(plan.run)
+                    bucket.remove([name for name, _ in bucket.sizes(f"{OF_RAY}/")])
+        return
+    need_disk(plan.run, disk_needed(plan))
+    busy = ResourceError(f"another command is training in {plan.run}", do="wait for it, stop it, or give another --out")
+    with alone(Path(plan.run) / COMMAND, busy):
+        stop_file(plan.run).unlink(missing_ok=True)
+        yield plan
+
+
+def _storage(plan: FitPlan) -> dict[str, Any]:
+    """Where Ray keeps what it notes of a run."""
+    if is_remote(plan.run):  # below a name of its own, since the loop tells it of no checkpoints there
+        bucket, key = s3.split(plan.run)
+        return {"storage_path": f"{bucket}/{key.strip('/')}/{OF_RAY}", "storage_filesystem": S3().filesystem()}
     # Ray's own memory of the run's checkpoints must not outlive it: CheckpointStore, which removes old ones, decides what
     # to resume from, and Ray refuses to start when a checkpoint it remembers is gone.
     (Path(plan.run) / CHECKPOINTS / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    return {"storage_path": plan.run}
+
+
+def _trainer(
+    plan: FitPlan, workers: tuple[int, int], cpus: float, use_gpu: bool, max_failures: int, actor: Any
+) -> TorchTrainer:
     return TorchTrainer(
         _worker,  # type: ignore[arg-type]  # Ray's older annotation: the result of rank 0 is kept
-        train_loop_config={"plan": dump(plan), "most": workers[1]},
+        train_loop_config={"plan": dump(plan), "most": workers[1], "records": actor},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT),
         scaling_config=ScalingConfig(
             num_workers=workers if workers[0] < workers[1] else workers[0],  # type: ignore[arg-type]  # Ray's older annotation
@@ -169,7 +202,7 @@ def _trainer(plan: FitPlan, workers: tuple[int, int], cpus: float, use_gpu: bool
             elastic_resize_monitor_interval_s=ROOM_SECONDS,  # type: ignore[call-arg]  # Ray's older annotation
         ),
         run_config=RunConfig(
-            storage_path=plan.run,
+            **_storage(plan),
             name=CHECKPOINTS,  # where CheckpointStore writes: Ray refuses to be told of checkpoints elsewhere
             failure_config=FailureConfig(  # type: ignore[call-arg]  # Ray's older annotation
                 max_failures=max_failures, max_preemption_failures=-1, controller_failure_limit=STARTS
@@ -184,8 +217,12 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | ShoalError:
     """Runs in each worker; rank 0's return value becomes the run's. An error of ours is returned, not raised, since it would be
     the same after a restart; but for what a machine lacks, which may have been this worker's alone."""
 
+    first, actor = ray.train.get_context().get_world_rank() == 0, config["records"]
+    send = sent_to(actor) if first and actor is not None else ignore
+
     def report(record: Record) -> None:
-        if record["kind"] == "checkpoint":
+        send(record)
+        if record["kind"] == "checkpoint" and actor is None:
             metrics = {key: record[key] for key in ("step", "progress", "tokens")}
             checkpoint = Checkpoint.from_directory(record["path"])
             ray.train.report(metrics, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
@@ -214,49 +251,6 @@ def _absolute(plan: FitPlan) -> FitPlan:
         key: str(Path(path).absolute()) for key, path in given.items() if path and not is_remote(path)
     }
     return dataclasses.replace(plan, **paths)
-
-
-@contextlib.contextmanager
-def _following(plan: FitPlan, on_progress: Report) -> Iterator[None]:
-    """Hand every record that rank 0 appends to the run's metrics file to `on_progress`, in a thread of this process. A line
-    that cannot be read, and a listener that fails, are told of and passed over."""
-    path, over = metrics_file(plan.run), threading.Event()
-    start = path.stat().st_size if path.exists() else 0
-
-    def tell(text: bytes) -> None:
-        record = parse(text)
-        if record is None and text.strip():
-            said = f"a line of {path} cannot be read: {text[:80]!r}"
-            record = {"kind": "warning", "time": time.time(), "step": 0, "text": said}
-        if record is not None:
-            try:
-                on_progress(record)
-            except Exception as error:  # whatever listens, the run and the records after this one must not feel it
-                print(f"warning: a {record['kind']} record was not shown: {error!r}"[:200], file=sys.stderr)
-
-    def follow() -> None:
-        at, rest = start, b""
-        while True:
-            last = over.is_set()  # read once more after the end, so that nothing is missed
-            if path.exists():
-                with path.open("rb") as file:
-                    file.seek(at)
-                    new = file.read()
-                at += len(new)
-                *lines, rest = (rest + new).split(b"\n")
-                for text in lines:
-                    tell(text)
-            if last:
-                return
-            over.wait(POLL)
-
-    thread = threading.Thread(target=follow, name="follow-metrics", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join(timeout=10)
 
 
 @contextlib.contextmanager
@@ -295,7 +289,10 @@ def _sigterm_stops(plan: FitPlan) -> Iterator[None]:
 
     def stop(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, before)
-        stop_file(plan.run).touch()
+        if is_remote(plan.run):  # by a thread, which may wait for the network
+            threading.Thread(target=ask_to_stop, args=(plan.run,)).start()
+        else:
+            stop_file(plan.run).touch()
 
     signal.signal(signal.SIGTERM, stop)
     try:

@@ -9,27 +9,28 @@ from typing import Annotated
 import typer
 
 from shoal.errors import UsageError
-from shoal.stages.stage import Json, ModelDir, Stage, out, print_result, say
+from shoal.stages.stage import Json, ModelPlace, Stage, out, print_result, say
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Stage):
     """Quality, speed and size of one model or two, on what neither was trained on."""
 
-    model: ModelDir
+    model: ModelPlace
     data: Annotated[
-        Path,
+        str,
         typer.Option(
-            help="Directory of shards with held-out rows, made by `shoal prepare`; or a .jsonl of texts and chats, as imported"
-            " models read it."
+            help="Directory of shards with held-out rows, made by `shoal prepare`, or s3://BUCKET/PREFIX of one; or a .jsonl"
+            " of texts and chats, as imported models read it."
         ),
     ]
-    against: Annotated[Path | None, typer.Option(help="A second model directory, shown beside the first.")] = None
+    against: Annotated[str | None, typer.Option(help="A second model, shown beside the first.")] = None
     runs: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             "--run",
-            help="Folder of a run that made the model; repeat. Baselines are fitted to what these read. [all of DATA]",
+            help="Folder of a run that made the model, or its s3://BUCKET/PREFIX; repeat. Baselines are fitted to what these"
+            " read. [all of DATA]",
         ),
     ] = None
     report: Annotated[
@@ -37,18 +38,20 @@ class Evaluate(Stage):
     ] = None
 
     def run(self) -> None:
+        from shoal.data.models import here
+        from shoal.data.remote import local
         from shoal.evaluate.evaluation import compare, leave_a_core
         from shoal.evaluate.report import write_report
         from shoal.evaluate.tables import print_tables
         from shoal.progress import progress
 
         leave_a_core()
-        models = {self.model.name: self.model}
+        models = {Path(self.model).name: here(self.model)}
         if self.against is not None:
-            same = self.against.name == self.model.name
-            models[str(self.against) if same else self.against.name] = self.against
+            name = Path(self.against).name
+            models[self.against if name in models else name] = here(self.against)
         with progress("evaluate") as tell:
-            found = compare(models, self.data, runs=self.runs or (), on_progress=tell)
+            found = compare(models, local(self.data), runs=self.runs or (), on_progress=tell)
         print_tables(found, out)
         if self.report is not None:
             write_report(self.report, {"title": " and ".join(models), "corpus": {}, "stages": [], **found})

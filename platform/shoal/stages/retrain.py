@@ -171,12 +171,12 @@ class Retrain(Stage):
         given = [f"lora_rank={LORA_RANK}"] if weight_bytes(parent) > LORA_BYTES else []
         given += [f"replay_every={REPLAY_EVERY}"] if self.replay else []
         shared: dict[str, Any] = {"replay": self.replay, "workers": self.workers, "settings": given}
-        Finetune(model=parent, data=mix, out=work / "run", minutes=self.minutes, **shared, **more).run()
+        Finetune(model=str(parent), data=str(mix), out=str(work / "run"), minutes=self.minutes, **shared, **more).run()
         tuned = self._blended(parent, work / "run" / "model", work / "fp32")
         model = tuned
         if rounded:
             model, shared["settings"] = work / "int8", given[-1:] if self.replay else []
-            Quantize(model=tuned, data=str(mix), out=model, **shared).run()
+            Quantize(model=str(tuned), data=str(mix), out=str(model), **shared).run()
         if routing.finish(model, self._asked(work), say, whole=True, sure=True) is None:
             routing.take_over(model, served, say)
         return model, tuned if rounded else None

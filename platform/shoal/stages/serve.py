@@ -26,7 +26,9 @@ CHOICES = {"precision": ("stored", "auto"), "kv_cache_dtype": ("auto", "int8"), 
 class Serve(Stage):
     """The OpenAI-compatible API at http://HOST:PORT/v1, and the pages at /ui, until Ctrl-C."""
 
-    model: Annotated[Path | None, typer.Option(help="Model directory [the config's].")] = None
+    model: Annotated[str | None, typer.Option(help="Model directory, or s3://BUCKET/PREFIX of one [the config's].")] = (
+        None
+    )
     release: Annotated[
         Path | None, typer.Option(help="Folder of a release: its stable version is served, and followed. [none]")
     ] = None
@@ -147,7 +149,7 @@ class Serve(Stage):
         from shoal.data.remote import absolute
 
         given: dict[str, Any] = {
-            "model": self.model and str(self.model),
+            "model": self.model,
             "release": self.release and str(self.release.absolute()),
             "name": self.name,
             "api_keys": self.api_keys and str(self.api_keys),

@@ -22,6 +22,10 @@ from typer.core import TyperCommand
 out = Console(width=None if sys.stdout.isatty() else 110, markup=False, emoji=False)
 
 ModelDir = Annotated[Path, typer.Option("--model", help="Model directory.")]
+ModelOut = Annotated[
+    str, typer.Option("--out", help="Directory to write, or s3://BUCKET/PREFIX; there when it is complete.")
+]
+ModelPlace = Annotated[str, typer.Option("--model", help="Model directory, or s3://BUCKET/PREFIX of one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
 

@@ -16,14 +16,16 @@ from rich.table import Table
 
 from shoal import presets
 from shoal.errors import UsageError
-from shoal.stages.stage import Json, ModelDir, Stage, out, print_result, say
+from shoal.stages.stage import Json, ModelOut, ModelPlace, Stage, out, print_result, say
 
 if TYPE_CHECKING:
     from shoal.train.plan import FitPlan
 
-RunDir = Annotated[Path, typer.Option("--out", help="Directory of the run; the model is written to OUT/model.")]
+RunPlace = Annotated[
+    str, typer.Option("--out", help="Directory of the run, or s3://BUCKET/PREFIX; the model is written to OUT/model.")
+]
 Heldout = Annotated[
-    Path | None,
+    str | None,
     typer.Option(help="Held-out chats (JSONL): measured on, and the depth router is fitted on them. [no router]"),
 ]
 Replay = Annotated[
@@ -119,15 +121,17 @@ class Training(Stage):
 
     def run(self) -> None:
         """Train on Ray, show the run's lines, and fit the router."""
+        from shoal.data.models import changed
         from shoal.evaluate import routing
         from shoal.on_ray.train import parse_workers, train
         from shoal.train import log
+        from shoal.train.bucket import folder_of
         from shoal.train.trackers import together, trackers
 
         plan, workers = self.plan(), parse_workers(self.workers)
         if not 0 < self.cpus_per_worker < math.inf:
             raise UsageError("--cpus-per-worker", got=self.cpus_per_worker, allowed="a number above 0")
-        shown = trackers(self.track or (), plan.run, plan.name)
+        shown = trackers(self.track or (), folder_of(plan.run), plan.name)
         how: dict[str, Any] = {
             "workers": workers,
             "cpus_per_worker": self.cpus_per_worker,
@@ -151,7 +155,8 @@ class Training(Stage):
             say(same if before == after else other)
             if not self.as_json and result.bpb:
                 out.print(_exits_table(begun, result.bpb))
-        report["router"] = routing.finish(plan.model_dir, plan.router_data, say)
+        with changed(plan.model_place) as folder:
+            report["router"] = routing.finish(folder, plan.router_data, say)
         print_result(report, self.as_json, f"model in {result.out}")
 
 
@@ -162,13 +167,13 @@ class Pretrain(Training):
     data: Annotated[
         str, typer.Option(help="Directory of shards, made by `shoal prepare`, or s3://BUCKET/PREFIX of one.")
     ]
-    out: RunDir
+    out: RunPlace
     preset: Annotated[str, typer.Option(help=f"One of: {', '.join(presets.NAMES)}.")] = "tiny"
 
     def plan(self) -> FitPlan:
         from shoal.train.plan import pretrain_plan
 
-        return pretrain_plan(self.preset, self.data, str(self.out), **self.given())
+        return pretrain_plan(self.preset, self.data, self.out, **self.given())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,12 +181,12 @@ class Finetune(Training):
     """Stage 2: supervised training on chats, with loss on the answers only [2 epochs]. `--set lora_rank=16` leaves an adapter
     in OUT/adapter as well, to be served beside the base; of an open model PEFT loads it, too."""
 
-    model: ModelDir
+    model: ModelPlace
     data: Annotated[
-        Path,
+        str,
         typer.Option(help='JSONL of chats: OpenAI\'s {"messages", "tools"}, ShareGPT\'s, Alpaca\'s, or {"text"}.'),
     ]
-    out: RunDir
+    out: RunPlace
     heldout: Heldout = None
     replay: Replay = None
 
@@ -189,19 +194,21 @@ class Finetune(Training):
         from shoal.train.plan import finetune_plan
 
         more = self.given(heldout=self.heldout, replay=self.replay)
-        return finetune_plan(str(self.model), str(self.data), str(self.out), **more)
+        return finetune_plan(self.model, self.data, self.out, **more)
 
     def run(self) -> None:
+        from shoal.data.models import here
         from shoal.open_weights import adapter
         from shoal.train import lora
 
-        plan, to = self.plan(), self.out / "adapter"
+        plan, to = self.plan(), Path(self.out) / "adapter"
         adapts = plan.train.lora_rank > 0
         if adapts:
             adapter.require_replaceable(to)
         super().run()
         if adapts:
-            adapter.write(self.out / lora.FILE, self.model, to, alpha=lora.SCALE * plan.train.lora_rank)
+            base = here(self.model, weights=False)
+            adapter.write(Path(self.out) / lora.FILE, base, to, alpha=lora.SCALE * plan.train.lora_rank)
             say(f"adapter{' for PEFT' if plan.model.of_open_models else ''} in {to}")
 
 
@@ -210,14 +217,14 @@ class Adapt(Training):
     """Early exits for a model that has none: each learns what full depth says, which stays equal to the bit [10 minutes]; but
     with --tune, which lets the rest learn with them. With --sparse no exits: attention that reads a part of a long context."""
 
-    model: ModelDir
+    model: ModelPlace
     data: Annotated[
         str,
         typer.Option(
             help='JSONL of chats or {"text"}, as of finetune, like what will be served; or a directory of shards.'
         ),
     ]
-    out: Annotated[Path, typer.Option(help="Directory to write; made when the work is complete.")]
+    out: ModelOut
     heldout: Heldout = None
     tune: Annotated[
         str,
@@ -250,31 +257,41 @@ class Adapt(Training):
             if getattr(self, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')}", got=getattr(self, name), do="give --sparse with it")
         more = self.given(heldout=self.heldout)
-        return adapt_plan(str(self.model), self.data, str(self.out), tune=self.tune, **more)
+        return adapt_plan(self.model, self.data, self.out, tune=self.tune, **more)
 
     def _sparse_plan(self) -> FitPlan:
+        from shoal.data.models import here
+        from shoal.data.remote import local
         from shoal.evaluate import sparsity
         from shoal.progress import progress
+        from shoal.train.bucket import folder_of
+        from shoal.train.plan import run_beside
         from shoal.train.sparse import sparse_plan
 
         if self.tune != "none":
             raise UsageError("--tune with --sparse", got=self.tune, do="leave one of them out")
         tolerance = sparsity.TOLERANCE if self.tolerance is None else self.tolerance
-        model, run, length = str(self.model), f"{self.out}.run", self.dense_length or 0
+        model, run, length = str(here(self.model)), str(folder_of(run_beside(self.out))), self.dense_length or 0
         with progress("sparse layers") as tell:
-            found = sparsity.chosen(model, self.data, run, tolerance=tolerance, dense_length=length, tell=tell)
+            found = sparsity.chosen(
+                model, str(local(self.data)), run, tolerance=tolerance, dense_length=length, tell=tell
+            )
         say(
             f"{found['layers']} of {len(found['pattern'])} layers sparse beyond {found['dense_length']:,} tokens, for "
             f"{found['kl']:.4f} nats a token there: {found['pattern']}"
         )
-        return sparse_plan(model, self.data, str(self.out), found, **self.given(heldout=self.heldout))
+        return sparse_plan(self.model, self.data, self.out, found, **self.given(heldout=self.heldout))
 
     def of_sparse(self) -> dict[str, Any]:
+        from shoal.data.models import here
+        from shoal.data.remote import local
         from shoal.evaluate import sparsity
         from shoal.model.described import read_json
+        from shoal.train.bucket import folder_of
+        from shoal.train.plan import run_beside
 
-        found = read_json(Path(f"{self.out}.run") / sparsity.FILE)
-        found |= {"learned": sparsity.beyond(self.out, self.data), "asked": None}
+        found = read_json(folder_of(run_beside(self.out)) / sparsity.FILE)
+        found |= {"learned": sparsity.beyond(here(self.out), str(local(self.data))), "asked": None}
         say(
             f"KL beyond {found['dense_length']:,} tokens: {found['kl']:.4f} nats a token, {found['learned']:.4f} learned"
         )
@@ -286,14 +303,14 @@ class Adapt(Training):
 class Quantize(Training):
     """INT8: a short quantisation-aware training [100 updates], then export; what rounding alone would have cost is shown."""
 
-    model: ModelDir
-    out: Annotated[Path, typer.Option(help="Directory to write; made when the work is complete.")]
+    model: ModelPlace
+    out: ModelOut
     data: Annotated[
         str | None,
         typer.Option(help="JSONL of chats, or a directory of shards, to train on [needed unless --no-train]."),
     ] = None
     heldout: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Held-out chats (JSONL): measured on, and the depth router is fitted on them. "
             "[after shards their held-out rows, else no router]"
@@ -308,7 +325,7 @@ class Quantize(Training):
         if self.data is None:
             raise UsageError("what to train on", do="give --data, or --no-train")
         more = self.given(heldout=self.heldout, replay=self.replay)
-        return quantize_plan(str(self.model), self.data, str(self.out), **more)
+        return quantize_plan(self.model, self.data, self.out, **more)
 
     def run(self) -> None:
         if self.train:
@@ -318,21 +335,23 @@ class Quantize(Training):
 
     def _round(self) -> None:
         """Write the model in INT8 as rounding alone makes it, with a router where there are rows to fit it on."""
+        from shoal.data.models import here, written
         from shoal.evaluate import routing
         from shoal.evaluate.rounding import rounded
         from shoal.model import checkpoint, described
         from shoal.model.model import Model
 
-        _, config = described.read_config(self.model)
-        checkpoint.require_replaceable(self.out)
+        _, config = described.read_config(here(self.model, weights=False))
         if config.quantization != "none":
             raise UsageError(
                 f"{self.model} is quantised", got=config.quantization, do="give the fp32 model that it was made from"
             )
         if useless := self._of_training():
             raise UsageError(f"--no-train with {useless[0]}", do="leave one of them out: nothing is trained")
-        rounded(Model.load(self.model)).save(self.out)
-        report = {"out": str(self.out), "router": routing.finish(self.out, str(self.heldout or ""), say)}
+        with written(self.out) as folder:
+            checkpoint.require_replaceable(folder)
+            rounded(Model.load(here(self.model))).save(folder)
+            report = {"out": self.out, "router": routing.finish(folder, self.heldout or "", say)}
         print_result(report, self.as_json, f"model in {self.out}")
 
     def _of_training(self) -> list[str]:

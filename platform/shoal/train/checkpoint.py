@@ -19,54 +19,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import secrets
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException as DcpError
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.optim import Optimizer
 
-from shoal.config import load as load_config
-from shoal.config import read_file
-from shoal.errors import CheckpointError, last_line
+from shoal.errors import CheckpointError, ShoalError, last_line
 from shoal.machine import write_json
 from shoal.train.manifest import MANIFEST, STATE, STEP, damage, entry
 from shoal.train.mirror import Mirror
 from shoal.train.parallel import Ranks
-from shoal.train.snapshot import Snapshot, set_random_state
+from shoal.train.snapshot import Entry, Snapshot, random_file, set_random_state
+from shoal.train.state import FORMAT, VERSION, TrainState, read_state
 
-FORMAT, VERSION = "shoal-training", 1
 _MODEL, _OPTIMIZER = "model.", "optimizer."
-
-
-@dataclass
-class TrainState:
-    """How far a run has come. The order of the data is a pure function of the cursor, so this is all there is to know."""
-
-    step: int = 0  # updates written
-    tokens: int = 0  # trained on, padding left out
-    cursor: int = 0  # position in the global order of samples: the first one not yet used
-    seconds: float = 0.0  # of training, over all sittings
-    world: int = 1  # ranks that wrote it
-    parts: int = 0  # micro-batches of a global batch, over all ranks; 0 while that is not known
-    limits: dict[str, Any] = field(default_factory=dict)  # how long the run was to be
-    schedule: float = 0.0  # share of that length at which the last update took its rates
-    code: str = ""  # fingerprint of the code that wrote it
-    trained: dict[str, Any] = field(default_factory=dict)  # what a resumed run must agree with, as plain values
-    best: float | None = None  # fewest held-out bits a byte that a checkpoint was written for, mean of what is measured
-    best_step: int = 0  # when that was
-    measured_on: str = ""  # what `best` was measured on: another set of rows begins anew
 
 
 @dataclass
@@ -81,6 +59,10 @@ class Saved:
     stalled: float = 0.0  # seconds that training stood still for it
     took: float = 0.0  # seconds from its beginning to its name
     busy: float = 0.0  # seconds of a processor that the slowest rank wrote and hashed for
+
+    def told(self) -> dict[str, Any]:
+        """What its state file says."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self.state)}
 
 
 class CheckpointStore:
@@ -125,19 +107,18 @@ class CheckpointStore:
 
         def copy() -> None:
             nonlocal copied
-            if ranks.first:
-                aside.mkdir(parents=True)
+            self._make_ready(aside, final, ranks)
             copied = snapshot.take(_tensors(model, optimizer))
 
         try:
-            _together(ranks, copy, f"cannot write checkpoint {final}")
+            _together(ranks, copy, f"cannot write checkpoint {self.shown(final)}")
         except CheckpointError:
             if ranks.first:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
         copied = not int(ranks.sum(torch.tensor([float(not copied)])))
         self.pending = Saved(dataclasses.replace(state), final, keep_best, aside, began)
-        snapshot.write(aside)
+        snapshot.write(aside, self._sender(final))
         self.pending.stalled = time.perf_counter() - began
         return copied
 
@@ -163,9 +144,9 @@ class CheckpointStore:
 
         def name_it() -> None:
             if ranks.first:
-                _publish(saved, files)
+                self._publish(saved, files)
 
-        what = f"cannot write checkpoint {saved.path}"
+        what = f"cannot write checkpoint {self.shown(saved.path)}"
         try:
             if problem:
                 raise CheckpointError(what, got=problem) from met
@@ -186,6 +167,59 @@ class CheckpointStore:
         saved.stalled, saved.took = ranks.agree((saved.stalled + now - came, now - saved.began))
         return saved
 
+    # ---- a folder; `bucket.BucketStore` has the same in S3
+
+    def shown(self, path: Path) -> str:
+        """The checkpoint `path` as people know it."""
+        return str(path)
+
+    def state(self, path: Path) -> TrainState:
+        """The state in checkpoint `path`. Raises CheckpointError when it is of another format."""
+        return read_state(path)
+
+    def leave(self, ranks: Ranks) -> None:
+        """The run ends, in whatever way."""
+
+    def _make_ready(self, aside: Path, final: Path, ranks: Ranks) -> None:
+        if ranks.first:
+            aside.mkdir(parents=True)
+
+    def _sender(self, final: Path) -> Callable[[Path], Entry] | None:
+        """What is done with each file of the checkpoint `final` once it is written, as of `Snapshot.write`."""
+        return None
+
+    def _publish(self, saved: Saved, files: Mapping[str, Any]) -> None:
+        """Give what was written its name, once all of it is seen to be there. Raises OSError."""
+        for name, values in files.items():
+            size = (saved.aside / name).stat().st_size
+            if size != values["bytes"]:  # on a file system of many machines, say
+                raise OSError(f"{name} has {size} bytes here, and {values['bytes']} where it was written")
+        write_json(saved.aside / STATE, saved.told())
+        write_json(saved.aside / MANIFEST, {**files, STATE: entry(saved.aside / STATE)})
+        shutil.rmtree(saved.path, ignore_errors=True)
+        saved.aside.rename(saved.path)
+
+    def _problem(self, path: Path) -> str | None:
+        """What is wrong with the checkpoint `path`, or None."""
+        return damage(path) if path.is_dir() else "it is not here"
+
+    def _remove(self, paths: set[Path]) -> None:
+        for path in paths:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _remove_all(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _reader(self, path: Path, ranks: Ranks) -> HuggingFaceStorageReader:
+        return HuggingFaceStorageReader(path=str(path))
+
+    def _random(self, path: Path, ranks: Ranks) -> bytes | None:
+        """The file of this rank's random state, where there is one."""
+        file = path / random_file(ranks)
+        return file.read_bytes() if file.exists() else None
+
+    # ---- a folder or S3
+
     def abandon(self, ranks: Ranks) -> None:
         """Give up what is being written, if anything is; every rank by itself, since another may be gone."""
         saved, self.pending = self.pending, None
@@ -202,30 +236,29 @@ class CheckpointStore:
             return
         new = [path for path in self.steps() if path <= self._last][-self.keep :]
         stay = {*self._best, *new, *(self.mirror.needed if self.mirror else ())}
-        for old in set(self.steps()) - stay:
-            shutil.rmtree(old, ignore_errors=True)
+        self._remove(set(self.steps()) - stay)
 
     def clear(self, ranks: Ranks) -> None:
         """Forget all checkpoints of the run, copies too. Raises CheckpointError, on all ranks, where the mirror fails."""
         with ranks.alike():
             if ranks.first:
-                shutil.rmtree(self.directory, ignore_errors=True)
+                self._remove_all()
                 if self.mirror is not None:
                     self.mirror.clear()
 
     def newest(self, ranks: Ranks, warn: Callable[[str], None]) -> Path | None:
         """The newest whole checkpoint, fetched when it is only in the mirror, or None, the same on all ranks. Damaged ones
         are passed over, with a warning. Raises CheckpointError when there is none here and the mirror does not answer."""
-        found: Path | CheckpointError | None = None
+        found: Path | ShoalError | None = None
         if ranks.first:
             try:
                 found = self._newest(warn)
-            except CheckpointError as error:
+            except ShoalError as error:
                 found = error
-        chosen: Path | CheckpointError | None = ranks.agree(found)
-        if isinstance(chosen, CheckpointError):
+        chosen: Path | ShoalError | None = ranks.agree(found)
+        if isinstance(chosen, ShoalError):
             raise chosen
-        return chosen
+        return None if chosen is None else self.directory / chosen.name
 
     def _newest(self, warn: Callable[[str], None]) -> Path | None:
         for left in self.directory.glob(".step-*.tmp"):  # by a run that was killed while it saved
@@ -273,13 +306,13 @@ class CheckpointStore:
         path = self.at(step)
 
         def bring() -> None:
-            problem = (damage(path) if path.is_dir() else "it is not here") if ranks.first else None
+            problem = self._problem(path) if ranks.first else None
             if problem and self.mirror is not None:
                 problem = self._fetch(self.mirror, path.name)
             if problem:
                 raise OSError(problem)
 
-        _together(ranks, bring, f"cannot read checkpoint {path}")
+        _together(ranks, bring, f"cannot read checkpoint {self.shown(path)}")
         return path
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
@@ -288,51 +321,19 @@ class CheckpointStore:
         tensors: dict[str, Tensor] = {}
 
         def find() -> None:
-            saved = HuggingFaceStorageReader(path=str(path)).read_metadata().state_dict_metadata
+            saved = self._reader(path, ranks).read_metadata().state_dict_metadata
             tensors.update(_tensors(model, optimizer, list(saved)))
 
         def fill() -> None:
             with _alone(ranks):
-                dcp_load(tensors, storage_reader=HuggingFaceStorageReader(path=str(path)), no_dist=ranks.world == 1)
+                dcp_load(tensors, storage_reader=self._reader(path, ranks), no_dist=ranks.world == 1)
 
         def draw_on() -> None:
-            rng = path / f"rng-{ranks.rank:05d}.safetensors"
-            if rng.exists():
-                set_random_state(load_file(str(rng)))
+            if (state := self._random(path, ranks)) is not None:
+                set_random_state(load_tensors(state))
 
         for part in (find, fill, draw_on):
-            _together(ranks, part, f"cannot load checkpoint {path}")
-
-
-def read_state(path: Path) -> TrainState:
-    """The state in checkpoint `path`. Raises CheckpointError when it is of another format."""
-    values = read_file(path / STATE)
-    kind = (values.pop("format", None), values.pop("version", None))
-    if kind != (FORMAT, VERSION):
-        raise CheckpointError(f"{path}", got=f"{kind[0]} version {kind[1]}", allowed=f"{FORMAT} version {VERSION}")
-    return load_config(TrainState, values, "state")
-
-
-def require_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError naming every key in which a checkpoint and the run that would resume it differ."""
-    old, new = _flat(saved), _flat(wanted)
-    differ = [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)
-    ]
-    if differ:
-        raise CheckpointError(
-            f"checkpoint {path} is of another configuration",
-            got=", ".join(differ),
-            do="resume with the same values, choose another --out, or pass --resume never",
-        )
-
-
-def code_version(package: Path = Path(__file__).parent.parent) -> str:
-    """Fingerprint of the package's sources: a bitwise resume is promised to the same code only."""
-    digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+            _together(ranks, part, f"cannot load checkpoint {self.shown(path)}")
 
 
 def _together(ranks: Ranks, work: Callable[[], None], what: str) -> None:
@@ -346,18 +347,6 @@ def _together(ranks: Ranks, work: Callable[[], None], what: str) -> None:
     failed = int(ranks.sum(torch.tensor([float(bool(problem))])))
     if failed:
         raise CheckpointError(what, got=problem or f"an error on {failed} other worker(s)") from met
-
-
-def _publish(saved: Saved, files: Mapping[str, Any]) -> None:
-    """Give what was written its name, once all of it is seen to be there. Raises OSError."""
-    for name, values in files.items():
-        size = (saved.aside / name).stat().st_size
-        if size != values["bytes"]:  # on a file system of many machines, say
-            raise OSError(f"{name} has {size} bytes here, and {values['bytes']} where it was written")
-    write_json(saved.aside / STATE, {"format": FORMAT, "version": VERSION, **asdict(saved.state)})
-    write_json(saved.aside / MANIFEST, {**files, STATE: entry(saved.aside / STATE)})
-    shutil.rmtree(saved.path, ignore_errors=True)
-    saved.aside.rename(saved.path)
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer, saved: list[str] | None = None) -> dict[str, Tensor]:
@@ -384,10 +373,3 @@ def _alone(ranks: Ranks) -> Iterator[None]:
         if ranks.world == 1:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat

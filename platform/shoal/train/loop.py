@@ -20,11 +20,10 @@ from typing import Any
 import torch
 
 from shoal.errors import ConfigError, DataError
-from shoal.model import checkpoint
 from shoal.model.cost import parameters
 from shoal.model.linears import fake_quantize_
 from shoal.train import fresh
-from shoal.train.checkpoint import TrainState
+from shoal.train.bucket import need_possible, placed
 from shoal.train.feed import Feed, open_feed
 from shoal.train.heldout import Bpb, HeldoutReport, measure
 from shoal.train.log import Report, Speaker, ignore
@@ -41,9 +40,10 @@ from shoal.train.optim import (
 )
 from shoal.train.parallel import Ranks, shard_
 from shoal.train.plan import FitPlan, located, progress
-from shoal.train.refusal import need_memory_of_gpu
+from shoal.train.refusal import need_memory_of_gpu, need_replaceable
 from shoal.train.run import Clock, Run, StoppedError, enough_memory, only_writer, stop_file
 from shoal.train.start import Start
+from shoal.train.state import TrainState
 from shoal.train.step import update
 from shoal.train.timing import Tracer, Watch
 
@@ -73,13 +73,15 @@ def fit(plan: FitPlan, report: Report = ignore) -> FitResult:
     ShoalError when the loss is not finite; what was saved stays resumable.
     """
     ranks = Ranks.join()
-    with enough_memory(plan, ranks), only_writer(plan, ranks), contextlib.ExitStack() as at_end:
+    plan = placed(plan)
+    with enough_memory(plan, ranks), only_writer(plan, ranks) as plan, contextlib.ExitStack() as at_end:
         return _fit(plan, ranks, Speaker(plan.run, ranks.first, report), at_end)
 
 
 def _fit(plan: FitPlan, ranks: Ranks, say: Speaker, at_end: contextlib.ExitStack) -> FitResult:
     with ranks.alike():
-        checkpoint.require_replaceable(plan.model_dir)  # where its model goes is looked at before it is trained
+        need_possible(plan)
+        need_replaceable(plan)  # where its model goes is looked at before it is trained
         plan = located(plan)
         start = Start.of(plan, ranks)
         identity = plan.identity(start.base)
@@ -88,6 +90,7 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker, at_end: contextlib.ExitStack
         if ranks.device.type == "cuda":
             need_memory_of_gpu(plan, ranks.world, torch.cuda.get_device_properties(ranks.device).total_memory)
     run = Run(plan, ranks, say)
+    at_end.callback(run.store.leave, ranks)
     at_end.callback(run.abandon)
     state = run.begin(identity)
     with ranks.alike():
@@ -116,7 +119,7 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker, at_end: contextlib.ExitStack
     done = _updates(plan, run, state, meter, followed)
     final = _last(plan, run, state, done)
     backbone = start.export(plan, model, ranks)
-    count = str(plan.model_dir), state.step, state.tokens, state.seconds
+    count = plan.model_place, state.step, state.tokens, state.seconds
     result_ = FitResult(*count, final.bpb, rounded, (start.backbone, backbone))
     say("end", asdict(result_), step=state.step)
     return result_

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from shoal import presets
 from shoal.config import Dtype, ModelConfig, TrainConfig, check_exits, dump
-from shoal.data import remote
+from shoal.data import models, remote
 from shoal.errors import ConfigError, DataError, UsageError
 from shoal.machine import sha256_of
 from shoal.model import described
@@ -31,10 +31,10 @@ class FitPlan:
     model: ModelConfig
     train: TrainConfig
     data: str  # folder of shards, or a .jsonl of chats
-    run: str  # folder of the run: checkpoints/, metrics.jsonl, model/
+    run: str  # folder of the run: checkpoints/, metrics.jsonl, model/; or s3://BUCKET/PREFIX of one
     name: str = "shoal"  # of the model
-    out: str = ""  # model directory to write; default: RUN/model
-    init: str = ""  # model directory to start from; default: fresh weights from train.seed
+    out: str = ""  # model directory to write, or s3://BUCKET/PREFIX; default: RUN/model
+    init: str = ""  # model directory to start from, or s3://BUCKET/PREFIX; default: fresh weights from train.seed
     steps: int | None = None  # the run ends at the first of these limits; at least one is set
     tokens: int | None = None  # padding included
     epochs: float | None = None  # passes over the data
@@ -60,6 +60,8 @@ class FitPlan:
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest whole checkpoint of the run
     # folder of a run whose schedule, as it was recorded, is followed again: the same rates at each step
     rates_of: str = ""
+    uri: str = ""  # of a run in S3, where `run` is this machine's folder of it
+    lease: str = ""  # of a run in S3: which command's its workers are (data/lease.py); "": it has none yet
     parts: int = 0  # micro-batches of a global batch, over all workers; 0: `accumulate` on each of them
 
     def __post_init__(self) -> None:
@@ -87,7 +89,7 @@ class FitPlan:
         if self.adapts and not (self.biases_only or self.model.exit_ffn):
             allowed = "all for a model without exits that could be trained"
             raise ConfigError("train.trains", got=self.train.trains, allowed=allowed)
-        if self.train.dpo and (not self.init or self.quantize or self.replay or Path(self.data).is_dir()):
+        if self.train.dpo and (not self.init or self.quantize or self.replay or self.on_shards):
             raise ConfigError("train.dpo", got=self.train.dpo, allowed="0 but in fine-tuning on pairs, without replay")
         if self.train.lora_rank and (not self.init or self.quantize):
             allowed = "0 but in fine-tuning"
@@ -95,14 +97,25 @@ class FitPlan:
 
     @property
     def model_dir(self) -> Path:
-        """Where the finished model goes."""
-        return Path(self.out or Path(self.run) / "model")
+        """Where the finished model goes, of a run in a folder."""
+        return Path(self.model_place)
+
+    @property
+    def model_place(self) -> str:
+        """Where the finished model goes: a folder, or ``s3://...``."""
+        run = self.uri or self.run
+        place = self.out or f"{run.rstrip('/')}/model"
+        return place if remote.is_remote(place) else str(Path(place))
 
     @property
     def router_data(self) -> str:
         """What the finished model's router is fitted on: held-out chats, or shards, which hold rows out; "" for chats alone."""
-        shards = remote.is_remote(self.data) or Path(self.data).is_dir()
-        return self.heldout or (self.data if shards else "")
+        return self.heldout or (self.data if self.on_shards else "")
+
+    @property
+    def on_shards(self) -> bool:
+        """Are the data a corpus, and no chats?"""
+        return remote.is_corpus(self.data) or Path(self.data).is_dir()
 
     @property
     def has_teacher(self) -> bool:
@@ -132,7 +145,7 @@ class FitPlan:
     @property
     def row_length(self) -> int:
         """Tokens of the longest row that is trained on."""
-        cut = (self.adapts or bool(self.model.of_open_models)) and not Path(self.data).is_dir()
+        cut = (self.adapts or bool(self.model.of_open_models)) and not self.on_shards
         return self.row_tokens or (min(self.model.train_length, ROW) if cut else self.model.train_length)
 
     @property
@@ -211,7 +224,7 @@ def pretrain_plan(preset: str, data: str, run: str, **more: Any) -> FitPlan:
 
 def finetune_plan(model: str, data: str, run: str, **more: Any) -> FitPlan:
     """Stage 2 from a model directory: a lower rate, all exits from the start, two passes unless told otherwise."""
-    name, config = described.read_config(model)
+    name, config = described.read_config(models.here(model, weights=False))
     train = TrainConfig(
         learning_rate=1.5e-3,
         weight_decay=0.01,
@@ -230,8 +243,9 @@ def finetune_plan(model: str, data: str, run: str, **more: Any) -> FitPlan:
 def quantize_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
     """INT8 from a model directory: a short, gentle run with INT8 rounding in the forward pass, held to what the model said
     before (decision 0018), then export."""
-    name, config = described.read_config(model)
-    if (Path(model) / described.SOURCE).exists():  # it is smoothed first, which makes a tied head a matrix of its own
+    name, config = described.read_config(models.here(model, weights=False))
+    if (models.here(model, weights=False) / described.SOURCE).exists():
+        # It is smoothed first, which makes a tied head a matrix of its own.
         config = dataclasses.replace(config, tied=False)
     train = TrainConfig(
         learning_rate=5e-5,
@@ -242,7 +256,7 @@ def quantize_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
         exit_warmup=0.0,
         exit_weights=_exit_weights(config),
     )
-    values = {"name": f"{name}-int8", "data": data, "run": f"{out}.run", "out": out, "init": model, **more}
+    values = {"name": f"{name}-int8", "data": data, "run": run_beside(out), "out": out, "init": model, **more}
     return planned(config, _batched(train, config), values | {"quantize": True}, steps=100)
 
 
@@ -251,7 +265,7 @@ def adapt_plan(model: str, data: str, out: str, *, tune: str = "none", **more: A
     backbone learns, too: by cross-entropy at all exits, since nothing else holds full depth then. Raises UsageError."""
     if tune not in TUNES:
         raise UsageError("--tune", got=tune, allowed=TUNES)
-    name, config = described.read_config(model)
+    name, config = described.read_config(models.here(model, weights=False))
     adapted = exits.with_exits(config)
     train = TrainConfig(
         trains="exits",
@@ -278,8 +292,13 @@ def adapt_plan(model: str, data: str, out: str, *, tune: str = "none", **more: A
             lora_rank=TUNED_RANK if tune == "lora" else 0,
             exit_weights=_exit_weights(adapted),
         )
-    values = {"name": name, "data": data, "run": f"{out}.run", "out": out, "init": model, **more}
+    values = {"name": name, "data": data, "run": run_beside(out), "out": out, "init": model, **more}
     return planned(adapted, train, values, minutes=10.0)
+
+
+def run_beside(out: str) -> str:
+    """Where the run is that writes the model `out`, of a stage that is asked for a model alone."""
+    return f"{out.rstrip('/')}.run"
 
 
 def fingerprint(data: str) -> str:
@@ -294,11 +313,13 @@ def fingerprint(data: str) -> str:
         ) from error
 
 
-def located(plan: FitPlan) -> FitPlan:
-    """The plan with shards in S3 as this machine's copy of them, fetched when it is not there."""
-    places = {key: getattr(plan, key) for key in ("data", "replay")}
+def located(plan: FitPlan, *, weights: bool = True) -> FitPlan:
+    """The plan with shards, chats and the model in S3 as this machine's copies of them, fetched when they are not there; the
+    model without its `weights` where nothing is trained."""
+    places = {key: getattr(plan, key) for key in ("data", "replay", "heldout")}
     here: dict[str, Any] = {key: str(remote.local(at)) for key, at in places.items() if remote.is_remote(at)}
-    return dataclasses.replace(plan, **here)
+    init = str(models.here(plan.init, weights=weights)) if remote.is_remote(plan.init) else plan.init
+    return dataclasses.replace(plan, init=init, **here)
 
 
 def recorded(plan: FitPlan) -> dict[int, float]:

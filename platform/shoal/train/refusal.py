@@ -9,9 +9,12 @@ from pathlib import Path
 
 import torch
 
+from shoal.data import models
+from shoal.data.remote import is_remote
 from shoal.data.shards import open_index
 from shoal.errors import ConfigError, DataError, ResourceError
 from shoal.model.checkpoint import require_replaceable
+from shoal.train.bucket import need_possible
 from shoal.train.needs import memory_needed
 from shoal.train.plan import FitPlan, fingerprint, recorded
 
@@ -23,7 +26,8 @@ def check(plan: FitPlan, workers: int) -> None:
     """Refuse, before any worker starts, a plan that could not be followed: DataError when the data is missing, too short or
     made for another model, ConfigError when the batch does not divide, CheckpointError when something lies where the model is
     to go."""
-    require_replaceable(plan.model_dir)
+    need_replaceable(plan)
+    need_possible(plan)
     if plan.rates_of:
         recorded(plan)
     if plan.compile and not torch.cuda.is_available() and not shutil.which(COMPILER):
@@ -41,6 +45,15 @@ def check(plan: FitPlan, workers: int) -> None:
         _check_chats(plan, workers)
         if plan.replay:
             _check_shards(plan, plan.replay, workers)
+
+
+def need_replaceable(plan: FitPlan) -> None:
+    """Raises CheckpointError where something else than a model lies where the plan's is to go; DataError for a bucket that
+    does not answer."""
+    if is_remote(plan.model_place):
+        models.need_replaceable(plan.model_place)
+    else:
+        require_replaceable(plan.model_place)
 
 
 def need_memory_of_gpu(plan: FitPlan, world: int, memory: int) -> None:

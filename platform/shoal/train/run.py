@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from shoal.data.alone import alone
 from shoal.errors import CheckpointError, ResourceError, ShoalError
 from shoal.train import log
-from shoal.train.checkpoint import CheckpointStore, TrainState, code_version, read_state, require_same
+from shoal.train.bucket import BucketStore, writing
+from shoal.train.checkpoint import CheckpointStore
 from shoal.train.feed import Feed
 from shoal.train.heldout import HeldoutReport, measure
 from shoal.train.log import Speaker
@@ -27,6 +28,7 @@ from shoal.train.loss import LossModel
 from shoal.train.mirror import Mirror
 from shoal.train.parallel import Ranks
 from shoal.train.plan import FitPlan, recorded
+from shoal.train.state import TrainState, code_version, require_same
 
 # in the run's folder: held by the command, and by rank 0 of its workers
 COMMAND, WRITER = ".command.lock", ".writer.lock"
@@ -54,7 +56,12 @@ class Run:
     def __post_init__(self) -> None:
         with self.ranks.alike():
             self.mirror = Mirror(self.plan.mirror, self.plan.keep) if self.plan.mirror and self.ranks.first else None
-        self.store = CheckpointStore(self.plan.run, self.plan.keep, self.mirror)
+        plan, keep = self.plan, self.plan.keep
+        self.store = (
+            BucketStore(plan.uri, plan.run, keep, plan.lease)
+            if plan.uri
+            else CheckpointStore(plan.run, keep, self.mirror)
+        )
 
     def begin(self, identity: dict[str, Any]) -> TrainState:
         """The state to go on from, whose weights `load` brings; a fresh one when there is no whole checkpoint. `identity`: what
@@ -75,10 +82,11 @@ class Run:
         if path is None:
             return now
         with self.ranks.alike():
-            saved = read_state(path)
-            require_same(saved.trained, now.trained, path)
+            saved = self.store.state(path)
+            require_same(saved.trained, now.trained, self.store.shown(path))
         if saved.code != now.code:
-            text = f"{path} was written by other code ({saved.code}, now {now.code}): the run may differ in rounding"
+            who = self.store.shown(path)
+            text = f"{who} was written by other code ({saved.code}, now {now.code}): the run may differ in rounding"
             self.say("warning", step=saved.step, text=text)
         self.saved_at, self._saved_step = saved.seconds, saved.step
         state = dataclasses.replace(saved, world=now.world, code=now.code, limits=now.limits)
@@ -153,7 +161,12 @@ class Run:
         self._saved_step, self.saved_at = saved.state.step, saved.state.seconds + saved.took
         # A processor that writes and hashes is one that does not train, where processors train.
         self.cost = saved.stalled + (saved.busy if self.ranks.device.type == "cpu" else 0.0)
-        values = {"tokens": saved.state.tokens, "path": str(saved.path), "took": saved.took, "stalled": saved.stalled}
+        values = {
+            "tokens": saved.state.tokens,
+            "path": self.store.shown(saved.path),
+            "took": saved.took,
+            "stalled": saved.stalled,
+        }
         self.say("checkpoint", values, everywhere=True, step=saved.state.step, progress=self._done)
         return True
 
@@ -205,15 +218,18 @@ class Run:
 
 
 @contextlib.contextmanager
-def only_writer(plan: FitPlan, ranks: Ranks) -> Iterator[None]:
-    """Rank 0 holds the run's folder in this block, once the processes that a killed command left behind have ended. Raises
-    ResourceError, on all ranks, where another run goes on writing there: their checkpoints would be mixed."""
+def only_writer(plan: FitPlan, ranks: Ranks) -> Iterator[FitPlan]:
+    """Rank 0 holds the run's folder in this block, once the processes that a killed command left behind have ended; yields the
+    plan, in S3 with the lease. Raises ResourceError or DataError, on all ranks, where another run goes on writing there: their
+    checkpoints would be mixed."""
     busy = ResourceError(f"another run is writing to {plan.run}", do="wait for it, stop it, or give another --out")
     with contextlib.ExitStack() as held:
         with ranks.alike():
-            if ranks.first:
+            if ranks.first and plan.uri:
+                plan = held.enter_context(writing(plan, stop_file(plan.run)))
+            elif ranks.first:
                 held.enter_context(alone(Path(plan.run) / WRITER, busy, wait=LEFT_BEHIND))
-        yield
+        yield plan
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,11 +108,13 @@ class Snapshot:
             self._buffers[piece.name] = buffer
         return buffer.copy_(source, non_blocking=True)
 
-    def write(self, folder: Path) -> None:
-        """Begin to write what was taken into `folder`."""
+    def write(self, folder: Path, send: Callable[[Path], Entry] | None = None) -> None:
+        """Begin to write what was taken into `folder`. `send`: what is done with each file then; it gives what a manifest is to
+        say of it besides."""
         self._stop.clear()
         self._entries, self._met = {}, None
-        self._thread = threading.Thread(target=self._work, args=(folder,), name="write-checkpoint", daemon=True)
+        how = {"target": self._work, "args": (folder, send), "name": "write-checkpoint", "daemon": True}
+        self._thread = threading.Thread(**how)  # type: ignore[arg-type]
         self._thread.start()
 
     @property
@@ -136,18 +138,17 @@ class Snapshot:
             self._thread.join()
         self._thread = None
 
-    def _work(self, folder: Path) -> None:
+    def _work(self, folder: Path, send: Callable[[Path], Entry] | None) -> None:
         with contextlib.suppress(OSError, AttributeError):  # on Linux a thread has a niceness of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             files = {
                 f"shard-{self._ranks.rank:05d}.safetensors": self._pieces,
-                f"rng-{self._ranks.rank:05d}.safetensors": [
-                    Piece(name, (0,), tensor) for name, tensor in self._random.items()
-                ],
+                random_file(self._ranks): [Piece(name, (0,), tensor) for name, tensor in self._random.items()],
             }
             for name, pieces in files.items():
-                self._entries[name] = write_file(folder / name, pieces, self._stop)
+                entry = write_file(folder / name, pieces, self._stop)
+                self._entries[name] = entry | (send(folder / name) if send is not None else {})
         except BaseException as error:  # `result` raises it where somebody hears it
             self._met = error
         self.seconds = time.thread_time()
@@ -190,6 +191,11 @@ def _blocks(pieces: list[Piece]) -> Iterator[memoryview]:
         view = memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's annotation
         for start in range(0, len(view), BLOCK):
             yield view[start : start + BLOCK]
+
+
+def random_file(ranks: Ranks) -> str:
+    """The name of the file of this rank's random state."""
+    return f"rng-{ranks.rank:05d}.safetensors"
 
 
 def random_state(ranks: Ranks) -> dict[str, Tensor]:

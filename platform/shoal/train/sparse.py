@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from shoal.config import ModelConfig, TrainConfig
+from shoal.data.models import here
 from shoal.errors import CheckpointError, UsageError
 from shoal.model import described
 from shoal.model.net import Net
-from shoal.train.plan import FitPlan, planned
+from shoal.train.plan import FitPlan, planned, run_beside
 
 DENSE_LENGTH = 8192  # tokens, where a quarter of the context is no less
 LONGER = 4  # dense lengths in the longest row that is measured and learned from
@@ -102,7 +103,7 @@ def longest(config: ModelConfig) -> int:
 def sparse_plan(model: str, data: str, out: str, found: Mapping[str, Any], **more: Any) -> FitPlan:
     """Biases of the layers that `evaluate.sparsity.chosen` has `found`, beside the frozen weights of a model directory, held to
     what the dense model says."""
-    name, config = described.read_config(model)
+    name, config = described.read_config(here(model, weights=False))
     whole = dataclasses.replace(with_sparse(config, found["dense_length"]), attn_pattern=found["pattern"])
     length = longest(whole)
     train = TrainConfig(
@@ -121,7 +122,7 @@ def sparse_plan(model: str, data: str, out: str, found: Mapping[str, Any], **mor
         exit_weights=(*(0.0 for _ in whole.exits[:-1]), 1.0),
         rotate_exits="off",
     )
-    own = {"name": name, "data": data, "run": f"{out}.run", "out": out, "init": model, "row_tokens": length}
+    own = {"name": name, "data": data, "run": run_beside(out), "out": out, "init": model, "row_tokens": length}
     return planned(whole, train, {**own, **more}, minutes=10.0)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shoal.config import ModelConfig
+from shoal.data.models import written
 from shoal.errors import CheckpointError, ConfigError, last_line
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
@@ -142,18 +143,19 @@ class Start:
 
     def _save(self, plan: FitPlan, config: ModelConfig, state: Iterable[tuple[str, Tensor]]) -> None:
         try:
-            checkpoint.save(
-                plan.model_dir,
-                config=config,
-                state=state,
-                tokenizer=self.tokenizer,
-                name=plan.name,
-                chat_template=self.template,
-                source=self.source,
-            )
+            with written(plan.model_place) as folder:
+                checkpoint.save(
+                    folder,
+                    config=config,
+                    state=state,
+                    tokenizer=self.tokenizer,
+                    name=plan.name,
+                    chat_template=self.template,
+                    source=self.source,
+                )
         except (OSError, SafetensorError) as error:
             do = "free some room; the same command goes on from its last checkpoint"
-            raise CheckpointError(f"cannot write {plan.model_dir}", got=last_line(error), do=do) from error
+            raise CheckpointError(f"cannot write {plan.model_place}", got=last_line(error), do=do) from error
 
 
 def whole_tensors(model: nn.Module, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:

@@ -16,12 +16,13 @@ from shoal.data.shards import open_index
 from shoal.errors import ConfigError
 from shoal.model.cost import kv_bytes_stored, parameters
 from shoal.model.net import Net
-from shoal.train.checkpoint import CheckpointStore, TrainState
+from shoal.train.checkpoint import CheckpointStore
 from shoal.train.loss import LossModel
 from shoal.train.needs import checkpoint_bytes, memory_parts
 from shoal.train.optim import make_optimizer
 from shoal.train.parallel import Ranks, shard_
 from shoal.train.plan import FitPlan, pretrain_plan
+from shoal.train.state import TrainState
 from tests.corpus import write_corpus
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

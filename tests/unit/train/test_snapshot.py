@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 
 from shoal.errors import CheckpointError
 from shoal.train import log, snapshot
-from shoal.train.checkpoint import CheckpointStore, damage, read_state
+from shoal.train.checkpoint import CheckpointStore, damage
 from shoal.train.loop import fit
 from shoal.train.parallel import Ranks
 from shoal.train.plan import FitPlan, pretrain_plan
 from shoal.train.run import SHARE, Run
+from shoal.train.state import read_state
 from tests.unit.train.test_training_checkpoint import state, trained
 
 KINDS = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8]

@@ -178,7 +178,7 @@ def test_the_command_chooses_once_trains_and_says_what_was_learned(
 ) -> None:
     """All but Ray, on which its plan is trained as any other's."""
     asked = Adapt(
-        model=base,
+        model=str(base),
         data=str(texts),
         out=tmp_path / "out",
         sparse=True,

@@ -9,9 +9,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from shoal.errors import UsageError
-from shoal.on_ray import train
+from shoal.on_ray.train_records import following_file
 from shoal.train import log
-from shoal.train.plan import pretrain_plan
 from shoal.train.trackers import scalars, together, trackers
 
 
@@ -131,8 +130,7 @@ def test_a_torn_line_or_a_listener_that_fails_ends_no_progress(tmp_path: Path, c
             raise ValueError("a tracker's own")
         heard.append(record)
 
-    plan = pretrain_plan("test", "unused", str(tmp_path), steps=1)
-    with train._following(plan, listen):
+    with following_file(str(tmp_path), listen):
         say = log.Speaker(tmp_path, True, log.ignore)
         say("start", step=0)
         with log.metrics_file(tmp_path).open("ab") as file:

@@ -17,11 +17,12 @@ from shoal import presets
 from shoal.errors import CheckpointError, ShoalError
 from shoal.model.net import Net
 from shoal.train import run
-from shoal.train.checkpoint import CheckpointStore, TrainState, code_version, damage, read_state, require_same
+from shoal.train.checkpoint import CheckpointStore, damage
 from shoal.train.loss import LossModel
 from shoal.train.mirror import Mirror
 from shoal.train.optim import make_optimizer
 from shoal.train.parallel import Ranks
+from shoal.train.state import TrainState, code_version, read_state, require_same
 
 PRESET = presets.get("test")
 

@@ -1,0 +1,250 @@
+"""A run in S3: what a lost machine takes with it (nothing), what a rank reads of a checkpoint, and what is refused. Machines
+are caches here."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException as DcpError
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from shoal.data import models, remote
+from shoal.data.lease import leased
+from shoal.data.place import Bucket
+from shoal.errors import CheckpointError, ConfigError, DataError
+from shoal.evaluate.seen import rows_read
+from shoal.train import bucket, log, ranges
+from shoal.train.bucket import LEASE, folder_of, need_possible, store_of
+from shoal.train.loop import fit
+from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan
+from shoal.train.ranges import RangedReader, cut, together
+from shoal.train.run import StoppedError
+from shoal.train.snapshot import Piece, write_file
+from tests.s3 import Service, service, upload
+from tests.unit.train.test_resume import Interrupted, said, stop_at, weights
+
+Machine = Callable[[str], Path]
+RUNS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Service]:
+    with service() as made:
+        made.client.create_bucket(Bucket="ocean")
+        yield made
+
+
+@pytest.fixture
+def uri(s3: Service) -> str:
+    """Of a run that no other test has."""
+    return f"s3://ocean/runs/{next(RUNS)}"
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    def begin(name: str) -> Path:
+        monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / name))
+        return tmp_path / name
+
+    begin("first")
+    bucket.bucket_of.cache_clear()
+    return begin
+
+
+def short(shards: str | Path, run: str | Path, **more: object) -> FitPlan:
+    values: dict[str, Any] = {"steps": 6, "eval_every": 0, "eval_rows": 4, "checkpoint_minutes": 0.0, **more}
+    return pretrain_plan("test", str(shards), str(run), **values)
+
+
+def objects(s3: Service, uri: str) -> list[str]:
+    return sorted(name for name, _ in Bucket(uri, s3.inside).sizes())
+
+
+def test_a_run_whose_machine_is_lost_goes_on_from_s3_on_another_to_the_bytes_of_one_in_a_folder(
+    s3: Service, uri: str, shards: Path, tmp_path: Path, machine: Machine
+) -> None:
+    fit(short(shards, tmp_path / "calm"))
+    with pytest.raises(Interrupted):
+        fit(short(shards, uri), stop_at(4, "checkpoint"))
+    lost = machine("second")
+    result = fit(short(shards, uri))
+    assert not (lost / "corpora").exists() and result.out == f"{uri}/model"
+    assert (models.here(result.out) / "model.safetensors").read_bytes() == weights(tmp_path / "calm")
+    folder = folder_of(uri)
+    assert said(folder, "start", "step") == [(0,), (4,)], "the metrics went along"
+    assert said(folder, "step", "step", "loss") == said(tmp_path / "calm", "step", "step", "loss")
+    assert Bucket(uri, s3.inside).text("metrics.jsonl") == log.metrics_file(folder).read_bytes()
+    kept = {name.split("/")[1] for name in objects(s3, uri) if name.startswith("checkpoints/")}
+    assert kept == {"step-00000005", "step-00000006"} and LEASE not in objects(s3, uri)
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["metrics.jsonl"], (
+        "nothing is left of what was put"
+    )
+    assert [path.name for path in store_of(uri).steps()] == sorted(kept)
+    assert rows_read([uri], shards) == rows_read([tmp_path / "calm"], shards)
+
+
+def test_a_checkpoint_of_other_bytes_or_half_put_is_passed_over(
+    s3: Service, uri: str, shards: Path, tmp_path: Path, machine: Machine
+) -> None:
+    fit(short(shards, tmp_path / "calm"))
+    with pytest.raises(Interrupted):
+        fit(short(shards, uri, keep=3), stop_at(4, "checkpoint"))
+    place = Bucket(uri, s3.inside)
+    place.put_text("checkpoints/step-00000004/shard-00000.safetensors", b"other")
+    place.remove(["checkpoints/step-00000003/manifest.json"])
+    machine("second")
+    fit(short(shards, uri, keep=3))
+    warned = [text for (text,) in said(folder_of(uri), "warning", "text")]
+    assert any(
+        f"{uri}/checkpoints/step-00000004 is damaged (shard-00000.safetensors has 5 bytes" in text for text in warned
+    )
+    assert said(folder_of(uri), "start", "step") == [(0,), (2,)]
+    assert (models.here(f"{uri}/model") / "model.safetensors").read_bytes() == weights(tmp_path / "calm")
+
+
+def test_who_puts_nothing_fails_at_the_end_alone_and_loses_nothing(
+    s3: Service, uri: str, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = Bucket.put
+
+    def refused(self: Bucket, file: Path, name: str) -> str:
+        if name.startswith("checkpoints/step-00000003/"):
+            raise DataError("S3 does not answer")
+        return put(self, file, name)
+
+    monkeypatch.setattr(Bucket, "put", refused)
+    fit(short(shards, uri, keep=9))
+    (warned,) = [text for (text,) in said(folder_of(uri), "warning", "text")]
+    assert f"cannot write checkpoint {uri}/checkpoints/step-00000003: got 'S3 does not answer'" in warned
+    assert [path.name[-1] for path in store_of(uri).steps()] == ["1", "2", "4", "5", "6"]
+    with pytest.raises(CheckpointError, match="step-00000003: got 'S3 does not answer'"):
+        fit(short(shards, uri, keep=9, steps=3, resume="never"))
+
+
+def test_one_command_trains_there_and_one_that_was_taken_over_publishes_nothing(
+    s3: Service, uri: str, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.data.lease.RENEWED", 0.05)
+    with (
+        leased(Bucket(uri, s3.inside), "another", command="run", name=LEASE),
+        pytest.raises(DataError, match=f"another run is writing to {uri}: got 'process"),
+    ):
+        fit(short(shards, uri))
+    assert objects(s3, uri) == []
+
+    def taken_over(record: log.Record) -> None:
+        if record["kind"] == "step" and record["step"] == 2:
+            Bucket(uri, s3.inside).put_text(LEASE, json.dumps({"run": "another", "who": "x"}).encode())
+
+    with pytest.raises(CheckpointError, match=f"another run took over {uri}"):
+        fit(short(shards, uri, lease="mine"), taken_over)
+    assert [path.name for path in store_of(uri).steps()] == []
+
+
+def test_an_object_called_stop_ends_a_run_with_a_checkpoint(
+    s3: Service, uri: str, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket, "LOOK", 0.01)
+    begun = threading.Event()
+
+    def ask(record: log.Record) -> None:
+        if record["kind"] == "step" and not begun.is_set():
+            begun.set()
+            Bucket(uri, s3.inside).put_text("stop", b"")
+
+    with pytest.raises(StoppedError):
+        fit(short(shards, uri, steps=100_000, checkpoint_minutes=60.0), ask)
+    assert len(store_of(uri).steps()) == 1 and "stop" not in objects(s3, uri)
+
+
+def test_what_needs_a_common_folder_is_refused_and_so_is_a_bucket_that_is_not_there(
+    uri: str, shards: Path, chats: Path, tmp_path: Path
+) -> None:
+    for more, what in (({"mirror": str(tmp_path)}, "mirror"), ({"profile": 2}, "profile")):
+        with pytest.raises(ConfigError, match=f"{what}: got .*{uri} is in S3"):
+            need_possible(short(shards, uri, **more))
+    need_possible(short(shards, tmp_path / "run", mirror=str(tmp_path)))
+    with pytest.raises(DataError, match=r"s3://nowhere/run.*: the bucket does not exist"):
+        fit(short(shards, "s3://nowhere/run"))
+    Bucket(f"{uri}/model", bucket.S3()).put_text("notes.txt", b"mine")
+    with pytest.raises(CheckpointError, match=r"model is not a model that may be replaced: got 'notes\.txt'"):
+        fit(short(shards, uri))
+
+
+def test_chats_corpus_and_model_are_read_from_s3_and_the_router_of_a_model_there_is_changed(
+    s3: Service, uri: str, shards: Path, chats: Path, tmp_path: Path
+) -> None:
+    upload(shards, f"{uri}-data", s3.inside)
+    Bucket(f"{uri}-chats", s3.inside).put(chats, "a.jsonl")
+    result = fit(short(f"{uri}-data", uri, steps=1))
+    rows = f"{uri}-chats/a.jsonl"
+    plan = finetune_plan(result.out, rows, f"{uri}-tuned", heldout=rows, steps=1, eval_every=0)
+    assert not plan.router_data.endswith("-data") and fit(plan).out == f"{uri}-tuned/model"
+    assert remote.local(rows).read_bytes() == chats.read_bytes()
+    with pytest.raises(DataError, match=r"b\.jsonl is missing"):
+        remote.local(f"{uri}-chats/b.jsonl")
+    with models.changed(result.out) as folder:
+        assert (folder / "manifest.json").is_file()
+
+
+def test_a_rank_fetches_the_headers_and_what_it_holds(
+    s3: Service, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "HEAD", 64)
+    monkeypatch.setattr(ranges, "APART", 0)
+    monkeypatch.setattr(ranges, "MOST", 1 << 10)
+    whole = {name: torch.randn(64, 32, dtype=torch.float64) for name in ("a", "b")} | {"step": torch.tensor([3.0])}
+    place, files = Bucket(uri, s3.inside), {}
+    for rank in range(2):
+        pieces = [Piece(name, (32 * rank, 0), whole[name][32 * rank : 32 * (rank + 1)]) for name in ("a", "b")]
+        pieces += [Piece("step", (0,), whole["step"])] * (1 - rank)
+        file = tmp_path / f"shard-{rank:05d}.safetensors"
+        files[file.name] = {**write_file(file, pieces), "tag": place.put(file, f"at/{file.name}")}
+    came, part = list[int](), Bucket.part
+
+    def counted(self: Bucket, name: str, start: int, end: int, *, tag: str) -> bytes:
+        came.append(end - start)
+        return part(self, name, start, end, tag=tag)
+
+    monkeypatch.setattr(Bucket, "part", counted)
+    reader = RangedReader(place, "at/", files, tmp_path / "read")
+    found = {"b": torch.zeros(64, 32, dtype=torch.float64), "step": torch.zeros(1)}
+    load(found, storage_reader=reader, no_dist=True)
+    assert torch.equal(found["b"], whole["b"]) and torch.equal(found["step"], whole["step"])
+    headers = sum(entry["bytes"] for entry in files.values()) - 2 * 64 * 32 * 8 - 4
+    assert sum(came) <= headers + 64 * 32 * 8 + 4 + 2 * 64 and max(came) <= 1 << 10
+    place.put(tmp_path / "shard-00001.safetensors", "at/shard-00000.safetensors")
+    with pytest.raises(DcpError, match=r"shard-00000\.safetensors is not what its manifest says"):
+        load(found, storage_reader=RangedReader(place, "at/", files, tmp_path / "again"), no_dist=True)
+    assert load_file(str(tmp_path / "shard-00001.safetensors"))["a"].shape == (32, 32)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 26), st.integers(1, 1 << 25)), max_size=12))
+def test_ranges_are_put_together_and_cut_so_that_all_bytes_come_and_none_twice(asked: list[tuple[int, int]]) -> None:
+    spans = [(start, start + size) for start, size in asked]
+    parts = list(cut(together(spans)))
+    assert all(0 < end - start <= ranges.MOST for start, end in parts)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(parts))
+    wanted = {edge for span in spans for edge in (span[0], span[1] - 1)}
+    assert all(any(start <= byte < end for start, end in parts) for byte in wanted)
+    beside = sum(end - start for start, end in parts) - len_of(spans)
+    assert 0 <= beside <= ranges.APART * max(0, len(spans) - 1)
+
+
+def len_of(spans: list[tuple[int, int]]) -> int:
+    """Bytes that are in any of `spans`."""
+    total = reached = 0
+    for start, end in sorted(spans):
+        total += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
