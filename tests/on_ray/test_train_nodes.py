@@ -1,4 +1,5 @@
-"""Training on nodes, raylets of this machine: one is lost, or one comes, and the run goes on where there is room."""
+"""Training on nodes, raylets of this machine: one is lost, or one comes, and the run goes on where there is room. In S3
+they share no folder: a cache of its own each."""
 
 from __future__ import annotations
 
@@ -11,19 +12,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from shoal import presets
+from shoal import Model, presets
+from shoal.api.serve_args import ServeArgs
+from shoal.data import models
+from shoal.data.place import Bucket
+from shoal.evaluate.rounding import rounded
+from shoal.model.files import weights_sha256
+from shoal.on_ray import serve
 from shoal.on_ray.resources import _loopback, worker_env
+from shoal.on_ray.serve_config import serve_config
 from shoal.on_ray.train import train
+from shoal.stages.training import Quantize
 from shoal.train import log
+from shoal.train.bucket import LEASE
 from shoal.train.loop import fit
 from shoal.train.plan import FitPlan, pretrain_plan
 from shoal.train.run import StoppedError, stop_file
+from shoal.train.trackers import together
 from tests.corpus import write_corpus
+from tests.on_ray.test_serve import free_port
+from tests.s3 import Service, service, upload
 
 pytestmark = [pytest.mark.ray, pytest.mark.drill]
 STEPS = 24
@@ -31,17 +45,26 @@ NODES = 3  # beside the head, of one CPU each
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    folder = tempfile.mkdtemp(prefix="ray-")
+def s3() -> Iterator[Service]:
+    with service() as made:
+        made.client.create_bucket(Bucket="ocean")
+        yield made
+
+
+@pytest.fixture(scope="module")
+def cluster(s3: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder, caches = tempfile.mkdtemp(prefix="ray-"), tmp_path_factory.mktemp("caches")
     with _loopback(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)  # where it also writes the address that other programs would take for theirs
         patch.setenv("RAY_NODE_TYPE_NAME", "pool")  # as an autoscaler starts its nodes
         patch.setenv("RAY_health_check_failure_threshold", "2")
         patch.setenv("RAY_health_check_period_ms", "500")
+        patch.setenv("SHOAL_CACHE", str(caches / "driver"))
         memory = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory})
-        for _ in range(NODES):
-            made.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        for number in range(NODES):
+            cache = {"SHOAL_CACHE": str(caches / f"node-{number}")}
+            made.add_node(num_cpus=1, object_store_memory=80 * 2**20, env_vars=cache)
         ray.init(address=made.address, log_to_driver=False, runtime_env={"env_vars": worker_env()})
         try:
             yield made
@@ -56,7 +79,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "data", presets.get("test"))
 
 
-def plan(data: Path, run: Path, **more: object) -> FitPlan:
+def plan(data: str | Path, run: str | Path, **more: object) -> FitPlan:
     values: dict[str, Any] = {"steps": STEPS, "eval_every": 0, "accumulate": 2, "checkpoint_minutes": 0.0, **more}
     return pretrain_plan("test", str(data), str(run), **values)
 
@@ -65,14 +88,15 @@ def history(run: Path, kind: str, key: str) -> list:
     return [record[key] for record in log.read(run) if record["kind"] == kind]
 
 
-def lose_a_node_that_trains(cluster: Cluster) -> None:
-    """Kill its raylet; its workers die with it."""
+def lose_a_node_with(cluster: Cluster, process: str, *, but: str = "no such process") -> None:
+    """Kill the raylet of a node that has a `process` and none of the other kind; its workers die with it."""
     for node in list(cluster.worker_nodes):
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        if any("RayTrainWorker" in " ".join([p.name(), *p.cmdline()]) for p in raylet.children()):
+        names = [" ".join([child.name(), *child.cmdline()]) for child in raylet.children()]
+        if any(process in name for name in names) and not any(but in name for name in names):
             cluster.remove_node(node, allow_graceful=False)
             return
-    raise AssertionError("no node trains")
+    raise AssertionError(f"no node has a {process}")
 
 
 class Lose:
@@ -84,19 +108,56 @@ class Lose:
     def __call__(self, record: log.Record) -> None:
         if record["kind"] == "step" and record["step"] >= 8 and not self.at:
             self.at = record["step"]
-            lose_a_node_that_trains(self.cluster)
+            lose_a_node_with(self.cluster, "RayTrainWorker")
 
 
-def test_a_lost_node_costs_no_step_and_no_bit(cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    """Two workers on two of three nodes; one node dies, and two workers go on, on the other two."""
+def test_a_lost_node_costs_no_step_and_no_bit_of_a_run_in_s3(
+    s3: Service, cluster: Cluster, data: Path, tmp_path: Path
+) -> None:
+    """Two workers on two of three nodes; one node dies, and two workers go on, on the other two. What they share is the bucket:
+    corpus, run and model. The calm run has a folder."""
     train(plan(data, tmp_path / "calm", checkpoint_minutes=1.0), workers=2)
-    lose = Lose(cluster)
-    train(plan(data, tmp_path / "hit"), workers=2, max_failures=3, on_progress=lose)
-    assert history(tmp_path / "hit", "start", "world") == [2, 2]
-    assert history(tmp_path / "hit", "start", "step")[1] >= lose.at - 1
-    assert history(tmp_path / "hit", "step", "loss") == history(tmp_path / "calm", "step", "loss")
-    models = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("hit", "calm")]
-    assert models[0] == models[1] and len(cluster.worker_nodes) == NODES - 1
+    upload(data, "s3://ocean/data", s3.inside)
+    run, lose = "s3://ocean/hit", Lose(cluster)
+    records = list[log.Record]()
+    result = train(plan("s3://ocean/data", run), workers=2, max_failures=3, on_progress=together(records.append, lose))
+    assert result.out == f"{run}/model" and len(cluster.worker_nodes) == NODES - 1
+    Bucket(run, s3.inside).get("metrics.jsonl", log.metrics_file(tmp_path))
+    assert history(tmp_path, "start", "world") == [2, 2]
+    assert history(tmp_path, "start", "step")[1] >= lose.at - 1
+    assert [record["kind"] for record in records if record["kind"] in ("start", "end")] == ["start", "start", "end"]
+    for key in ("step", "loss"):
+        assert history(tmp_path, "step", key) == history(tmp_path / "calm", "step", key)
+    calm = tmp_path / "calm" / "model"
+    assert (models.here(result.out) / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
+    assert not [name for name, _ in Bucket(run, s3.inside).sizes() if name.startswith((LEASE, ".ray"))]
+
+
+def test_nodes_serve_a_model_that_was_rounded_in_s3_and_one_is_lost(
+    s3: Service, cluster: Cluster, tmp_path: Path
+) -> None:
+    while len(cluster.worker_nodes) < 2:
+        cluster.add_node(num_cpus=1)
+    Model.from_preset("test", seed=3).save(tmp_path / "model")
+    models.put(tmp_path / "model", "s3://ocean/fish")
+    int8 = "s3://ocean/fish-int8"
+    Quantize(model="s3://ocean/fish", out=int8, train=False).run()
+    rounded(Model.load(tmp_path / "model")).save(tmp_path / "int8")
+    assert weights_sha256(models.here(int8)) == weights_sha256(tmp_path / "int8")
+    model = Model.load(tmp_path / "int8")
+    prompt = model.tokenizer.encode("def f1(a):")
+    wanted = model.tokenizer.decode(model.generate_naive(prompt, max_tokens=12))
+    args = ServeArgs(model=int8, name="fish", min_replicas=2, max_replicas=2)
+    url = serve.run(serve_config(args, port=free_port()), blocking=False)
+    try:
+        for lost in (False, True):
+            if lost:
+                lose_a_node_with(cluster, "EngineReplica", but="Gateway")
+            asked = {"model": "fish", "prompt": prompt, "temperature": 0, "max_tokens": 12, "depth": "full"}
+            reply = httpx.post(f"{url}/v1/completions", json=asked, timeout=120)
+            assert reply.status_code == 200 and reply.json()["choices"][0]["text"] == wanted, reply.text
+    finally:
+        serve.stop()
 
 
 def test_an_elastic_run_goes_on_with_the_worker_that_is_left_and_takes_another_when_it_comes(
@@ -129,7 +190,7 @@ def test_an_elastic_run_goes_on_with_the_worker_that_is_left_and_takes_another_w
         running = pool.submit(train, todo, workers=(1, 2), max_failures=3, on_progress=records.put)
         try:
             next_record("step", 8)
-            lose_a_node_that_trains(cluster)
+            lose_a_node_with(cluster, "RayTrainWorker")
             assert next_record("start")["world"] == 1
             cluster.add_node(num_cpus=1)
             grown = next_record("start")
