@@ -229,7 +229,10 @@ async def _left(http: httpx.AsyncClient) -> dict[str, float]:
     for _ in range(30):
         lines = (await http.get("/metrics")).text.splitlines()
         pairs = [line.removeprefix("shoal:").rpartition(" ") for line in lines if line.startswith("shoal:")]
-        stats = {name.partition("{")[0]: float(value) for name, _, value in pairs if "le=" not in name}
+        stats: dict[str, float] = {}
+        for name, _, value in pairs:
+            bare = name.partition("{")[0]  # of all replicas
+            stats[bare] = stats.get(bare, 0.0) + float(value)
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
         left = {name: stats.get(name, -1.0) for name in names if stats.get(name, -1.0) != 0}
         if not left:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from ui.site import Site
 
 PREFIX = "shoal:"
 MODEL = "model_name"  # the label that says whose sample it is
+NOT_OURS = (MODEL, "replica", "gateway")  # labels of who tells
 MOST_CHANGES = 20
 
 Metrics = dict[str, float]  # of one model: sample name, with its label if it has one, without the prefix -> value
@@ -50,14 +52,21 @@ def remembered(text: str) -> Seen:
 
 
 def parse(text: str) -> Readings:
-    """Prometheus' text by model, then by sample name: ``name{label="value"}`` where there is a label besides the model's."""
+    """Prometheus' text by model, then by sample name: ``name{label="value"}`` where there is a label besides the model's. What
+    several replicas or gateways tell is added up, and of shares the mean is taken."""
     found: Readings = {}
+    tellers = Counter[tuple[str, str]]()
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if MODEL in sample.labels:
-                inside = ",".join(f'{name}="{value}"' for name, value in sample.labels.items() if name != MODEL)
+                inside = ",".join(f'{name}="{value}"' for name, value in sample.labels.items() if name not in NOT_OURS)
                 name = sample.name.removeprefix(PREFIX) + (f"{{{inside}}}" if inside else "")
-                found.setdefault(sample.labels[MODEL], {})[name] = sample.value
+                metrics = found.setdefault(sample.labels[MODEL], {})
+                metrics[name] = metrics.get(name, 0.0) + sample.value
+                tellers[sample.labels[MODEL], name] += 1
+    for (model, name), number in tellers.items():
+        if name.endswith("_perc"):
+            found[model][name] /= number
     return found
 
 

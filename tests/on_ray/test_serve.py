@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,9 +52,8 @@ class Service:
 
     def metric(self, name: str, metric: str) -> float:
         """The value of one of the model's metrics now."""
-        lines = told(self.url)
-        sample = f'shoal:{metric}{{model_name="{name}"}}'
-        return next(float(line.split()[-1]) for line in lines if line.startswith(sample))
+        lines = [line for line in told(self.url) if line.startswith(f"shoal:{metric}{{")]
+        return sum(float(line.split()[-1]) for line in lines if f'model_name="{name}"' in line)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,10 @@ def told(url: str) -> list[str]:
 
 def samples(url: str) -> dict[str, float]:
     """What /metrics says now of the one model that is served at `url`."""
-    pairs = [line.rpartition(" ") for line in told(url) if line.startswith("shoal:")]
-    return {name.removeprefix("shoal:").partition("{")[0]: float(value) for name, _, value in pairs}
+    found = defaultdict[str, float](float)
+    for name, _, value in [line.rpartition(" ") for line in told(url) if line.startswith("shoal:")]:
+        found[name.removeprefix("shoal:").partition("{")[0]] += float(value)  # of all replicas and gateways
+    return dict(found)
 
 
 def scraped(port: int) -> dict[str, float]:

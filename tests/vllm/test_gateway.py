@@ -66,7 +66,8 @@ def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
 def metric(url: str, model: str, name: str) -> float:
     time.sleep(EVERY_SECONDS)  # what is told is as old as that
     lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
-    return next(float(line.split()[-1]) for line in lines if line.startswith(f'shoal:{name}{{model_name="{model}"}}'))
+    mine = [line for line in lines if line.startswith(f"shoal:{name}{{") and f'model_name="{model}"' in line]
+    return sum(float(line.split()[-1]) for line in mine)
 
 
 def with_an_image() -> list[Any]:

@@ -37,7 +37,7 @@ from shoal.api.middleware import OPEN_PATHS, Gate, Headed
 from shoal.api.programs import program_routes
 from shoal.api.releases import release_routes
 from shoal.api.responses.routes import responses_routes
-from shoal.api.routes import openai_routes, status_routes, tokenizer_routes
+from shoal.api.routes import Gateways, openai_routes, status_routes, tokenizer_routes
 from shoal.api.runs import runs_routes
 from shoal.api.scores.routes import score_routes
 from shoal.api.service import Hosted, Service
@@ -78,6 +78,7 @@ def build_app(
     ui_mount: UiMount | None = None,
     answer_request_id: bool = True,
     drain: Drain | None = None,
+    gateways: Gateways | None = None,
 ) -> FastAPI:
     """The HTTP surface of `models`, found by their names; the first is meant where a request may leave its name out.
 
@@ -86,7 +87,7 @@ def build_app(
     what is kept of requests; `adapters`, `adapters_from`, `on_adapters`: as `Adapters` takes them; `follower` follows a release
     as long as the app runs; `run_code`: clients may run programs in the sandbox; `tools`: address of what executes some for the
     pages; `ui_mount` may add a page; `answer_request_id` is false behind a proxy that has its own; `drain`: how the caller ends
-    it. Raises ConfigError, DataError, ResourceError.
+    it; `gateways`: what each of several has counted. Raises ConfigError, DataError, ResourceError.
     """
     limits, drain = limits or Limits(), drain or Drain(OPEN_PATHS)
     app = Documented(
@@ -105,7 +106,8 @@ def build_app(
     app.include_router(batch_routes(service, _kept(app, service, batches, api_keys, at_once, drain)))
     app.include_router(adapter_routes(service, Adapters(service, adapters or {}, adapters_from, on_adapters)))
     _follow(app, service, follower)
-    app.include_router(status_routes(service, metrics=metrics))
+    app.include_router(status_routes(service, metrics=metrics, gateways=gateways))
+    app.state.service = service
     _read_or_run(app, service, runs, run_code, tools)
     app.add_exception_handler(HTTPException, partial(_http_failed, service))
     app.add_middleware(Headed)

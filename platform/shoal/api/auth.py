@@ -25,7 +25,9 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from shoal.api.wire import RateLimitError, UnauthorizedError
 from shoal.errors import ConfigError, did_you_mean
@@ -57,6 +59,16 @@ class Bucket:
         self._refill()
         self._level -= amount
 
+    @property
+    def level(self) -> float:
+        """What is left; below 0 a debt."""
+        self._refill()
+        return self._level
+
+    @level.setter
+    def level(self, value: float) -> None:
+        self._level, self._at = value, self._clock()
+
     def wait(self, beside: float = 0.0) -> float:
         """Seconds until one more may be spent `beside` what is to stay; 0: now."""
         self._refill()
@@ -80,6 +92,25 @@ class Places:
 
     most: int
     taken: int = 0
+    elsewhere: int = 0  # taken at other gateways
+
+    @property
+    def all_taken(self) -> int:
+        """Here and elsewhere."""
+        return self.taken + self.elsewhere
+
+
+class Counts(Protocol):
+    """What counts a key's requests and tokens for several gateways together (`api.quotas`)."""
+
+    async def admit(self, key: Key) -> None:
+        """As `Key.admit`."""
+
+    def leave(self, key: Key) -> None:
+        """A request of `key` has ended."""
+
+    def spend(self, key: Key, tokens: int) -> None:
+        """`key` has read or written `tokens`."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +124,22 @@ class Key:
     places: Places | None = None
     texts: bool = False  # may its requests have their texts stored?
     admin: bool = False  # may change what is served
+    shared: Counts | None = None  # where several gateways serve it
+
+    async def admitted(self) -> None:
+        """`admit`, in the count of all gateways."""
+        if self.shared is None or not self.limited:
+            self.admit()
+        else:
+            await self.shared.admit(self)
+
+    @property
+    def limited(self) -> bool:
+        return self.places is not None or bool(self._buckets())
 
     def admit(self) -> None:
         """Counts a request, until `leave`. Raises RateLimitError for one too many, or when its tokens are spent."""
-        if self.places is not None and self.places.taken >= self.places.most:
+        if self.places is not None and self.places.all_taken >= self.places.most:
             what = "too many requests at once with this key"
             raise RateLimitError(what, retry_after=1.0, allowed=f"{self.places.most} at once")
         for what, bucket in self._buckets():
@@ -113,7 +156,7 @@ class Key:
     def spare(self, share: float) -> float:
         """Seconds to wait until more than `share` of each of its limits is free: what may wait takes no more than that, or one
         place, from what may not. 0: now."""
-        if self.places is not None and self.places.taken >= max(1, math.floor(self.places.most * (1 - share))):
+        if self.places is not None and self.places.all_taken >= max(1, math.floor(self.places.most * (1 - share))):
             return AGAIN_SECONDS
         return max((bucket.wait(bucket.per_minute * share) for _, bucket in self._buckets()), default=0.0)
 
@@ -121,11 +164,15 @@ class Key:
         """A request that was admitted has ended."""
         if self.places is not None:
             self.places.taken -= 1
+            if self.shared is not None:
+                self.shared.leave(self)
 
     def spend(self, tokens: int) -> None:
         """Counts tokens as they are read or written. A request that runs goes on; the next one waits for what it overdrew."""
         if self.tokens is not None:
             self.tokens.spend(tokens)
+            if self.shared is not None:
+                self.shared.spend(self, tokens)
 
     def headers(self) -> dict[str, str]:
         """What the key may still do now, in OpenAI's headers; and nothing about what is not limited."""
@@ -136,7 +183,7 @@ class Key:
             found |= {f"x-ratelimit-{which}-{what}": value for which, value in told.items()}
         return found
 
-    @property
+    @cached_property
     def line(self) -> str:
         """It as a line of a file, by its digest."""
         limits = [f"{what}={bucket.per_minute}" for what, bucket in self._buckets()]
@@ -151,11 +198,11 @@ class Key:
 class ApiKeys:
     """The accepted keys."""
 
-    def __init__(self, lines: Iterable[str], *, clock: Clock = time.monotonic) -> None:
-        """`lines` as in a file. Raises ConfigError when they hold no key, a key twice, or an unknown setting; the error names
-        the number of the line, never the key."""
-        self._clock = clock
-        self._keys = _keys(lines, clock)
+    def __init__(self, lines: Iterable[str], *, clock: Clock = time.monotonic, shared: Counts | None = None) -> None:
+        """`lines` as in a file; `shared`: what counts for several gateways. Raises ConfigError when they hold no key, a key
+        twice, or an unknown setting; the error names the number of the line, never the key."""
+        self._clock, self._shared = clock, shared
+        self._keys = _keys(lines, clock, shared)
         self._file: Path | None = None  # that they are read again from
         self._stamp: Stamp | None = None  # of the file when it was last read
         self._failed: Stamp | None = ()  # of the file that could not be read, as was told; (): none
@@ -163,18 +210,20 @@ class ApiKeys:
         self._gone: dict[str, tuple[float, Key]] = {}  # keys that the file has no more, by digest, and since when
 
     @classmethod
-    def load(cls, path: str | Path | None = None, *, clock: Clock = time.monotonic) -> ApiKeys | None:
+    def load(
+        cls, path: str | Path | None = None, *, clock: Clock = time.monotonic, shared: Counts | None = None
+    ) -> ApiKeys | None:
         """Keys of a file, which is read again when it changes, or else those of $SHOAL_API_KEYS; None when neither is given.
         Raises ConfigError when the file cannot be read, and when either holds no key."""
         if path is None:
-            return cls.from_environment(clock=clock)
+            return cls.from_environment(clock=clock, shared=shared)
         stamp = _stamp(Path(path))  # before the reading: what is written meanwhile is read again
-        keys = cls(_read(Path(path)), clock=clock)
+        keys = cls(_read(Path(path)), clock=clock, shared=shared)
         keys._file, keys._stamp = Path(path), stamp
         return keys
 
     @classmethod
-    def from_environment(cls, *, clock: Clock = time.monotonic) -> ApiKeys | None:
+    def from_environment(cls, *, clock: Clock = time.monotonic, shared: Counts | None = None) -> ApiKeys | None:
         """Keys of $SHOAL_API_KEYS; None where it is not set. Raises ConfigError when it is set and holds none: what filled it
         failed, and the service would be open."""
         given = os.environ.get(ENVIRONMENT)
@@ -182,7 +231,12 @@ class ApiKeys:
             return None
         if not given.strip(", "):
             raise ConfigError(f"${ENVIRONMENT}", got="no key", do="put keys into it, or unset it to be open to all")
-        return cls(given.split(","), clock=clock)
+        return cls(given.split(","), clock=clock, shared=shared)
+
+    @property
+    def limited(self) -> bool:
+        """Whether any key is."""
+        return any(key.limited for key in self._keys)
 
     @property
     def lines(self) -> list[str]:
@@ -218,7 +272,7 @@ class ApiKeys:
         if stamp == self._failed and self._clock() < self._again:
             return
         try:
-            keys = _keys(_read(self._file), self._clock)
+            keys = _keys(_read(self._file), self._clock, self._shared)
         except ConfigError as error:  # it may be for a moment, as where files are all in use: a key that went must go
             self._again = self._clock() + AGAIN_SECONDS
             if stamp != self._failed:
@@ -255,8 +309,8 @@ def _stamp(path: Path) -> Stamp | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _keys(lines: Iterable[str], clock: Clock) -> tuple[Key, ...]:
-    keys = [_key(line, number, clock) for number, line in enumerate(lines, 1) if _stripped(line)]
+def _keys(lines: Iterable[str], clock: Clock, shared: Counts | None) -> tuple[Key, ...]:
+    keys = [parsed(line, number, clock, shared) for number, line in enumerate(lines, 1) if _stripped(line)]
     if not keys:
         raise ConfigError("API keys", got="none", do="give at least one key, or none of the key options")
     if len({key.digest for key in keys}) < len(keys):
@@ -268,7 +322,8 @@ def _stripped(line: str) -> str:
     return "" if line.lstrip().startswith("#") else line.strip()
 
 
-def _key(line: str, number: int, clock: Clock) -> Key:
+def parsed(line: str, number: int, clock: Clock, shared: Counts | None = None) -> Key:
+    """The key of a line of a file, which is its `number`th. Raises ConfigError."""
     secret, *settings = line.split()
     where = f"API keys, line {number}"
     given: dict[str, str] = {}
@@ -295,7 +350,7 @@ def _key(line: str, number: int, clock: Clock) -> Key:
     requests, tokens = (Bucket(int(given[name][:12]), clock) if name in given else None for name in RATES)
     places = Places(int(given["at_once"][:12])) if "at_once" in given else None
     may = {what: given.get(what) == "yes" for what in MAY}
-    return Key(given.get("name", f"key-{digest.hex()[:6]}"), digest, requests, tokens, places, **may)
+    return Key(given.get("name", f"key-{digest.hex()[:6]}"), digest, requests, tokens, places, **may, shared=shared)
 
 
 def _is_count(text: str) -> bool:

@@ -6,33 +6,38 @@ The table of `engine.metrics` says which metrics there are. Their names end as v
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 
-from shoal.engine.metrics import FAMILIES, Samples
+from shoal.engine.metrics import Samples, sample
 
 PREFIX = "shoal:"
 
 
 class Metrics:
-    """One registry an app, so that two apps in one process do not mix."""
+    """Of one app."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        errors = FAMILIES["request_errors"]
-        self._failed = Counter(PREFIX + errors.name, errors.help, errors.labels, registry=self.registry)
+        self._failed = Counter[tuple[str, str]]()
 
     def failed(self, model: str, code: str) -> None:
         """Counts one HTTP request for `model` (empty: for none that exists) that ended in an error."""
-        self._failed.labels(model_name=model, code=code).inc()
+        self._failed[model, code] += 1
 
-    def text(self, stats: Mapping[str, Samples], own: Samples | None = None) -> bytes:
-        """The exposition, with what the engines of each model say, and the gateway of its `own`."""
-        scrape = CollectorRegistry()
-        scrape.register(_Stats(stats, own or {}))
-        return generate_latest(self.registry) + generate_latest(scrape)
+    def samples(self) -> Samples:
+        """What was counted."""
+        counts = self._failed.items()
+        return {sample("request_errors", model_name=model, code=code): float(count) for (model, code), count in counts}
+
+
+def text(stats: Mapping[str, Samples], own: Samples) -> bytes:
+    """The exposition of what the engines of each model say, and of what gateways say of themselves."""
+    scrape = CollectorRegistry()
+    scrape.register(_Stats(stats, own))
+    return generate_latest(scrape)
 
 
 class _Stats:

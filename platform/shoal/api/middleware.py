@@ -160,7 +160,7 @@ class Gate:
         body = _Body(receive, headers, self._longer.get(_path(scope), self._body_bytes), self._body_bytes)
         try:
             try:
-                self._check(scope, headers, access)
+                await self._check(scope, headers, access)
                 body.expect()
             except RequestError as refused:
                 await self._failed(refused, access)(scope, receive, named)
@@ -183,14 +183,14 @@ class Gate:
         path = _path(scope)
         return any(path == open_ or path.startswith(open_ + "/") for open_ in OPEN_PATHS)
 
-    def _check(self, scope: Scope, headers: dict[bytes, str], access: Access) -> None:
+    async def _check(self, scope: Scope, headers: dict[bytes, str], access: Access) -> None:
         if self._keys is not None and not self._open(scope):
             raw = headers.get(b"authorization")
             if raw is None and b"x-api-key" in headers:  # as Anthropic's clients send it
                 raw = f"Bearer {headers[b'x-api-key']}"
             given = None if raw is None else raw.encode("latin-1").decode("utf-8", "surrogateescape")
             access.key = self._keys.find(given)
-            access.key.admit()
+            await access.key.admitted()
             access.admitted = True
         coding = headers.get(b"content-encoding", "identity")
         if coding != "identity":

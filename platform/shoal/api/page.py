@@ -63,6 +63,12 @@ def chat_page_later(base_url: str, model: str | None = None, mount: str = MOUNT)
     return later(lambda app: chat_page(base_url, model, mount)(app))
 
 
+def chat_page_elsewhere(app: FastAPI) -> FastAPI:
+    """`app`, whose root leads to pages that another process answers below the same address."""
+    app.add_route("/", _into, include_in_schema=False)
+    return app
+
+
 def later(put: UiMount) -> UiMount:
     """`put`, done in a thread once the app has started, on an app of its own that answers what is below `PATHS`."""
 

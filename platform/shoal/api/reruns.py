@@ -25,7 +25,7 @@ from shoal.api.requests import EngineCall
 from shoal.api.split import Split
 from shoal.config import FULL
 from shoal.engine.events import LATER, Event, Finished, Request, Signals
-from shoal.engine.metrics import Samples, sample
+from shoal.engine.metrics import Samples, sample, summed
 from shoal.errors import ShoalError, frames
 from shoal.loop.capture import now_ms
 from shoal.loop.rows import RERUN, Row
@@ -146,7 +146,7 @@ class Reruns:
             told = await client.stats()
         except ShoalError:
             told = {sample("num_requests_waiting"): 1.0}
-        if told.get(sample("num_requests_running"), 0) + told.get(sample("num_requests_waiting"), 0):
+        if summed(told, "num_requests_running") + summed(told, "num_requests_waiting"):
             await asyncio.sleep(QUIET_SECONDS)
             return False
         return not self._busy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -25,6 +25,7 @@ from shoal.api.bodies import (
 )
 from shoal.api.chunks import ChatAnswer, TextAnswer
 from shoal.api.document import ASKED, POSTED, answered, body_of, refused
+from shoal.api.metrics import text
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted, Service
 from shoal.api.shapes import (
@@ -42,10 +43,12 @@ from shoal.api.shapes import (
     Version,
 )
 from shoal.api.wire import NotFoundError, dumps
-from shoal.engine.metrics import infos, sample
+from shoal.engine.metrics import Samples, infos, sample
 from shoal.errors import EngineDeadError
 
 log = logging.getLogger("shoal.api")
+
+Gateways = Callable[[], Awaitable[Mapping[str, Samples]]]
 
 # of an engine in this process, which is one
 ALONE = {sample("num_replicas"): 1.0, sample("weights_update_refused"): 0.0, sample("weights_loading"): 0.0}
@@ -161,7 +164,8 @@ def tokenizer_routes(service: Service) -> APIRouter:
     return router
 
 
-def status_routes(service: Service, *, metrics: bool) -> APIRouter:
+def status_routes(service: Service, *, metrics: bool, gateways: Gateways | None = None) -> APIRouter:
+    """`gateways` tells what each of several has counted, by its name."""
     router = APIRouter(tags=["status"])
 
     @router.get("/health", responses=refused(503))
@@ -201,14 +205,28 @@ def status_routes(service: Service, *, metrics: bool) -> APIRouter:
         said = await asyncio.gather(*(hosted.info.get() for hosted in service.models))
         for hosted, found, info in zip(service.models, told, said, strict=True):
             if isinstance(found, dict):
-                stats[hosted.served.name] = {**ALONE, **found, **infos(info if isinstance(info, list) else ())}
+                families = {key.family.name for key in found}
+                alone = {key: value for key, value in ALONE.items() if key.family.name not in families}
+                stats[hosted.served.name] = {**alone, **found, **infos(info if isinstance(info, list) else ())}
             else:  # a scrape must still show what this side saw
                 log.warning("no engine stats: %s", found or type(found).__name__)
-        own = {} if service.recorder is None else service.recorder.samples()
+        own = await _counted(service, gateways)
         own |= {} if service.last_look is None else await service.last_look.samples()
-        return Response(service.metrics.text(stats, own), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(text(stats, own), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
+
+
+async def _counted(service: Service, gateways: Gateways | None) -> Samples:
+    """What this gateway has counted; of several what each has, under its name: the next scrape may be another's."""
+    if gateways is not None:
+        try:
+            found = await gateways()
+        except Exception as error:  # what is not told is a gap, and no other number
+            log.warning("no counts of the gateways: %s", type(error).__name__)
+            return {}
+        return {key.beside(gateway=name): value for name, told in found.items() for key, value in told.items()}
+    return service.counted()
 
 
 async def _quantizations(models: Sequence[Hosted]) -> list[str]:

@@ -31,6 +31,8 @@ class ServeArgs:
     name: str | None = None  # what requests call the model, commas between several; None: its own name
     min_replicas: int = 1  # engine replicas; 0: none while nobody asks
     max_replicas: int = 1
+    min_gateways: int = 1  # processes that speak HTTP; between the two by their load
+    max_gateways: int = 1
     cpus: float = 1.0  # cores that Ray reserves for one engine replica
     gpus: float = 0.0  # GPUs of one engine replica; above 0 the model runs on it
     precision: Literal["stored", "auto"] = "stored"  # auto: fp32 where INT8 cannot be trusted, which else is refused
@@ -102,13 +104,15 @@ class ServeArgs:
         if self.engine == "vllm" and self.kv_cache_dtype != "auto":
             where = "auto, where args.engine is vllm: args.vllm has its own"
             raise ConfigError("args.kv_cache_dtype", got=self.kv_cache_dtype, allowed=where)
-        for name, least in {"min_replicas": 0, "max_replicas": 1, "max_batch": 1, "max_queue": 1}.items():
+        least_of = {"min_replicas": 0, "max_replicas": 1, "min_gateways": 1, "max_batch": 1, "max_queue": 1}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"args.{name}", got=getattr(self, name), allowed=f"{least} or more")
         if self.max_replicas < self.min_replicas:
             raise ConfigError(
                 "args.max_replicas", got=self.max_replicas, allowed=f"min_replicas ({self.min_replicas}) up"
             )
+        self._check_gateways()
         if self.threads is not None and self.threads < 1:
             raise ConfigError("args.threads", got=self.threads, allowed="1 or more")
         for name in ("cpus", "gpus"):
@@ -119,6 +123,15 @@ class ServeArgs:
         self.captured  # noqa: B018  # its days are checked now
         if self.seconds <= 0:
             raise ConfigError("args.seconds", got=self.seconds, allowed="above 0")
+
+    def _check_gateways(self) -> None:
+        if self.max_gateways < self.min_gateways:
+            allowed = f"min_gateways ({self.min_gateways}) up"
+            raise ConfigError("args.max_gateways", got=self.max_gateways, allowed=allowed)
+        alone = {"release": "follows it", "adapters_from": "knows what requests load"}
+        if self.max_gateways > 1 and (name := next((name for name in alone if getattr(self, name)), None)):
+            do = f"serve it with one gateway, which {alone[name]}"
+            raise ConfigError(f"args.{name} and args.max_gateways", got=self.max_gateways, do=do)
 
     @property
     def captured(self) -> CaptureArgs | None:
@@ -157,12 +170,13 @@ class ServeArgs:
         return replace(found, policy=policy)
 
 
-def parse_replicas(text: str) -> dict[str, int]:
-    """``2`` or ``1:4`` as the arguments min_replicas and max_replicas. Raises ConfigError."""
+def parse_replicas(text: str, what: str = "replicas") -> dict[str, int]:
+    """``2`` or ``1:4`` as the arguments min_replicas and max_replicas, or of `what` else there are so many. Raises
+    ConfigError."""
     low, colon, high = text.partition(":")
     if not low.isdecimal() or (colon and not high.isdecimal()):
-        raise ConfigError("replicas", got=text, allowed="A number, or MIN:MAX")
-    return {"min_replicas": int(low), "max_replicas": int(high or low)}
+        raise ConfigError(what, got=text, allowed="A number, or MIN:MAX")
+    return {f"min_{what}": int(low), f"max_{what}": int(high or low)}
 
 
 def parse_adapters(given: Sequence[str]) -> dict[str, str]:

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 Ends = Callable[[], Coroutine[Any, Any, None]]
 
 # fields of ServeArgs that only Ray Serve can follow: here are one engine, its queue, and the cores of this process
-ON_RAY = ("models", "min_replicas", "max_replicas", "max_queue", "cpus", "gpus", "engine", "vllm")
+ON_RAY = (
+    "models", "min_replicas", "max_replicas", "min_gateways", "max_gateways", "max_queue", "cpus", "gpus", "engine", "vllm",
+)  # fmt: skip
 # asyncio accepts as many connections in one go as it was told may wait: at uvicorn's two thousand, who connects and leaves
 # again and again would have the loop for seconds before anybody else's turn
 ACCEPTED = 2

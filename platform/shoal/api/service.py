@@ -40,6 +40,7 @@ from shoal.api.split import Note, Split
 from shoal.api.storing import Storing
 from shoal.api.wire import MediaTypeError, ModelNotFoundError, RateLimitError, W, Wire, dumps, envelope, parse, unused
 from shoal.engine.events import Finished, Token
+from shoal.engine.metrics import Samples
 from shoal.errors import ConfigError, DeadlineError, RequestError, ShoalError, frames
 from shoal.loop.votes import Vote
 
@@ -104,6 +105,10 @@ class Service:
             self.storing.heard = self._voted
         self.metrics = Metrics()
         self._short, self._long = Entry(AT_ONCE), Entry(AT_ONCE)  # else a few long ones would be before all short ones
+
+    def counted(self) -> Samples:
+        """What this process counts of what it does: errors, and captured rows."""
+        return self.metrics.samples() | ({} if self.recorder is None else self.recorder.samples())
 
     def _voted(self, vote: Vote) -> None:
         """What a canary on trial is judged by, too."""

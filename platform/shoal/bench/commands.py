@@ -1,5 +1,7 @@
 """The command line of the benchmarks; each imports its benchmark only when it runs."""
 
+# long: a function for each benchmark, which holds nothing but the options that it has
+
 from __future__ import annotations
 
 import math
@@ -168,6 +170,25 @@ def serve(
 
     chosen = tuple(parts.split(","))
     serve_bench(out, model=model, preset=preset, port=port, tokens=tokens, rounds=rounds, parts=chosen, out=page)
+
+
+@bench.command("gateways")
+def gateways(
+    numbers: Annotated[str, typer.Option(help="Of gateways, each in its turn; with commas.")] = "1,2",
+    clients: Annotated[int, typer.Option(help="Requests at once, each a stream.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer, each an event of its own.")] = 64,
+    seconds: Annotated[float, typer.Option(help="For which each number is measured.")] = 10.0,
+    rounds: Rounds = 3,
+    port: Annotated[int, typer.Option(help="HTTP port of the services that are measured.")] = 8124,
+    limited: Annotated[bool, typer.Option(help="Also for a key whose limits all gateways count together.")] = True,
+) -> None:
+    """What one gateway carries, and what two do, before a replica that costs nothing. Takes some five minutes."""
+    from shoal.bench.gateways import gateways_bench
+
+    several = _numbers("--numbers", numbers, int, "1,2")
+    gateways_bench(
+        out, numbers=several, clients=clients, tokens=tokens, seconds=seconds, rounds=rounds, port=port, limited=limited
+    )
 
 
 @bench.command("batch")

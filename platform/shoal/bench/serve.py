@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -73,10 +73,13 @@ class Bench:
         }  # fmt: skip
 
     def stats(self) -> dict[str, float]:
-        """The engine's own samples without labels, as /metrics shows them."""
+        """The engines' own samples without labels, as /metrics shows them, added up."""
         lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
         samples = [line.rpartition(" ") for line in lines if line.startswith("shoal:") and "le=" not in line]
-        return {name.removeprefix("shoal:").partition("{")[0]: float(value) for name, _, value in samples}
+        found = defaultdict[str, float](float)
+        for name, _, value in samples:
+            found[name.removeprefix("shoal:").partition("{")[0]] += float(value)
+        return dict(found)
 
 
 @dataclass(frozen=True)

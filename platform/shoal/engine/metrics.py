@@ -10,6 +10,7 @@ mappings, key by key; of a share it is the mean (`together`).
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -51,6 +52,10 @@ class Sample(str):
         made = super().__new__(cls, name + ending + (f"{{{inside}}}" if inside else ""))
         made.family, made.name, made.ending, made.labels = family, name, ending, dict(labels)
         return made
+
+    def beside(self, **labels: str) -> Sample:
+        """It with these labels before its own, which are none of its family: of whom it is, where several tell it."""
+        return Sample(self.family, self.name, self.ending, {**labels, **self.labels})
 
     def __reduce__(self) -> tuple[Any, ...]:  # replicas send their samples
         return _again, (self.family.name, self.name, self.ending, self.labels)
@@ -142,11 +147,17 @@ def sample(name: str, part: str = "", /, **labels: object) -> Sample:
 
 def together(told: Sequence[Mapping[Sample, float]]) -> Samples:
     """What several engines told, as one: sums, and means of shares."""
-    total: Samples = {}
+    found: Samples = {}
+    tellers = Counter(key for samples in told for key in samples)
     for samples in told:
         for key, value in samples.items():
-            total[key] = total.get(key, 0.0) + value / (len(told) if key.family.share else 1)
-    return total
+            found[key] = found.get(key, 0.0) + value / (tellers[key] if key.family.share else 1)
+    return found
+
+
+def summed(samples: Samples, name: str) -> float:
+    """The sum of all samples of the family `name`, whoever told them."""
+    return sum(value for key, value in samples.items() if key.family.name == name)
 
 
 def infos(told: Iterable[Mapping[str, str]]) -> Samples:

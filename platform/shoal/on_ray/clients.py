@@ -41,10 +41,11 @@ STATUS_SECONDS = 1.0  # for the controller to say what it is doing; one that res
 class ReplicaClient:
     """The engine replicas behind a handle, as an `EngineClient`."""
 
-    def __init__(self, engine: DeploymentHandle[Any], *, may_be_none: bool, reads: str) -> None:
+    def __init__(self, engine: DeploymentHandle[Any], *, may_be_none: bool, reads: str, several: bool = False) -> None:
         """`may_be_none`: the deployment may have no replica, until a request asks for one; `reads`: `calls.reads` of what
-        requests are encoded with."""
+        requests are encoded with; `several`: so are the gateways, each of which is asked what it has `resumed`."""
         self._engine, self._may_be_none, self._reads = engine, may_be_none, reads
+        self._several = several
         self._stream = engine.options(method_name="generate", stream=True, **DIRECT)
         self._pulse = pulse_of(engine.app_name, engine.deployment_name)
         self._adapters: dict[str, str] = {}  # identity -> directory
@@ -189,12 +190,12 @@ class ReplicaClient:
         """Of the replicas that answer, together. With ``num_replicas``, those that answered, and ``num_replicas_starting``,
         unless Serve's controller is busy with other things."""
         replies, starting = await asyncio.gather(self._ask_all("stats"), self._starting())
-        return {
-            **together(replies),
-            sample("num_replicas"): float(len(replies)),
-            **starting,
-            sample("requests_resumed"): float(self._resumed),
-        }
+        resumed = {} if self._several else self.resumed()
+        return {**together(replies), sample("num_replicas"): float(len(replies)), **starting, **resumed}
+
+    def resumed(self) -> Samples:
+        """What this process counts of them."""
+        return {sample("requests_resumed"): float(self._resumed)}
 
     async def info(self) -> list[dict[str, str]]:
         """What each replica that answers says of itself: ``quantization`` and ``weights``."""

@@ -24,7 +24,7 @@ from ray.serve.exceptions import RayServeException
 
 from shoal.api.drain import STREAM_SECONDS
 from shoal.errors import ResourceError
-from shoal.on_ray import keys
+from shoal.on_ray import keys, quotas
 from shoal.on_ray.serve_config import GATEWAY
 
 POLL_SECONDS = 0.25
@@ -61,10 +61,12 @@ def stop() -> None:
         _kill("replicas")  # whose time was over; the others have nothing to do
         _wait_for_the_controller()
         keys.forget()
+        quotas.end()
     except KeyboardInterrupt:
         need_ray()
         _kill("all")
         keys.forget()
+        quotas.end()
         raise
     finally:
         _disconnect()  # type: ignore[no-untyped-call]  # forgets the Serve that was

@@ -344,8 +344,10 @@ class EngineReplica:
                 raise refused from None
 
     async def stats(self) -> Samples:
+        """Each sample with this replica's name: one that goes takes its counters along, and no sum of others drops."""
         told = {sample("weights_update_refused"): float(self._refused)}
-        return {**await self._serving.stats(), **told, sample("weights_loading"): float(bool(self._changes))}
+        found = {**await self._serving.stats(), **told, sample("weights_loading"): float(bool(self._changes))}
+        return {key.beside(replica=self._name): value for key, value in found.items()} if self._name else found
 
     async def info(self) -> dict[str, str]:
         (info,) = await self._serving.info()

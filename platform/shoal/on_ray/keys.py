@@ -20,7 +20,7 @@ from typing import Any
 
 from ray.experimental import internal_kv
 
-from shoal.api.auth import ENVIRONMENT, ApiKeys
+from shoal.api.auth import ENVIRONMENT, ApiKeys, Counts
 from shoal.errors import ConfigError
 
 VARIABLE = f"${ENVIRONMENT}"
@@ -43,17 +43,17 @@ def referred(given: str | None) -> str | None:
     return str(Path(given).resolve())
 
 
-def keys_of(reference: str | None) -> ApiKeys | None:
-    """The keys, in the gateway. Without a reference those of its own environment: of a Ray that was started with them. Raises
-    ConfigError when there are none where there have to be."""
+def keys_of(reference: str | None, shared: Counts | None = None) -> ApiKeys | None:
+    """The keys, in the gateway, `shared` with the others there are. Without a reference those of its own environment: of a Ray
+    that was started with them. Raises ConfigError when there are none where there have to be."""
     if reference is None or not reference.startswith(KEPT):
-        return ApiKeys.load(reference)
+        return ApiKeys.load(reference, shared=shared)
     held = internal_kv._internal_kv_get(reference.removeprefix(KEPT), namespace=_PLACE)
     if held is None:
         raise ConfigError(
             "API keys", got="lost with the Ray that held them", do="start the service anew, with its keys"
         )
-    return ApiKeys(held.decode().splitlines())
+    return ApiKeys(held.decode().splitlines(), shared=shared)
 
 
 def forget() -> None:

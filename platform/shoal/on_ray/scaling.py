@@ -1,7 +1,7 @@
-"""How many engine replicas the load asks for. Ray Serve's controller runs this, so it imports nothing of ours.
+"""How many engine replicas, or gateways, the load asks for. Ray Serve's controller runs this, so it imports nothing of ours.
 
-    up      at once to what the requests (running and queued) or the K/V memory need, where a replica would have more than
-            its target
+    up      at once to what the requests (running and queued) need, or the K/V memory of engines, or the processor time of
+            gateways, where a replica would have more than its target
     down    only to as many replicas as would then be below `LOW` of their targets: between the two nothing changes, so a load
             that wavers by less than a quarter of its peak moves nothing
 
@@ -15,20 +15,23 @@ import logging
 import math
 from typing import Any
 
-KV_USE, KV_TARGET = "kv_use", 0.8  # the share of K/V memory in use at which another replica is wanted
+KV_USE, CPU_USE = "kv_use", "cpu_use"  # of an engine's K/V memory; of a core, by a gateway, which has but one thread
+KV_TARGET = 0.8  # the share in use at which another replica is wanted
+TARGETS = {KV_USE: ("memory", "K/V", KV_TARGET), CPU_USE: ("processor time", "cores", 0.6)}
 LOW = 0.75  # of both targets
 ROUNDING = 1e-9  # of a replica: not worth another
 
 log = logging.getLogger("ray.serve")
 
 
-def wanted(requests: float, target: float, kv_uses: list[float], replicas: int) -> tuple[int, str]:
-    """Replicas, and why. `requests`: running and queued, of all; `target`: of one replica; `kv_uses`: share of the K/V memory
-    in use, of each replica that told; `replicas`: as many as there are to be at present."""
-    memory = replicas * sum(kv_uses) / len(kv_uses) if kv_uses and requests else 0.0  # in replicas' worth
-    need = {"requests": requests / target, "memory": memory / KV_TARGET}
+def wanted(requests: float, target: float, uses: list[float], replicas: int, use: str = KV_USE) -> tuple[int, str]:
+    """Replicas, and why. `requests`: running and queued, of all; `target`: of one replica; `uses`: share in use of what `use`
+    names, of each replica that told; `replicas`: as many as there are to be at present."""
+    name, unit, most = TARGETS[use]
+    taken = replicas * sum(uses) / len(uses) if uses and requests else 0.0  # in replicas' worth
+    need = {"requests": requests / target, name: taken / most}
     cause = max(need, key=lambda name: need[name])
-    told = f"{requests:.1f} requests, {target:g} a replica; K/V of {memory:.2f} replicas in use"
+    told = f"{requests:.1f} requests, {target:g} a replica; {unit} of {taken:.2f} replicas in use"
     if (up := math.ceil(need[cause] - ROUNDING)) > replicas:
         return up, f"more for {cause}: {told}"
     if (down := math.ceil(need[cause] / LOW - ROUNDING)) < replicas:
@@ -38,9 +41,11 @@ def wanted(requests: float, target: float, kv_uses: list[float], replicas: int) 
 
 def by_load(context: Any) -> tuple[int, dict[str, Any]]:
     """`wanted` for Serve's AutoscalingContext; the state that Serve keeps for the next call holds the last number told."""
-    uses = list(((context.aggregated_metrics or {}).get(KV_USE) or {}).values())
+    metrics = context.aggregated_metrics or {}
+    use = CPU_USE if CPU_USE in metrics else KV_USE
+    uses = list((metrics.get(use) or {}).values())
     present = context.target_num_replicas
-    number, reason = wanted(context.total_num_requests, context.config.target_ongoing_requests, uses, present)
+    number, reason = wanted(context.total_num_requests, context.config.target_ongoing_requests, uses, present, use)
     if number != (context.policy_state or {}).get("told", present):
         log.info("%s: %d replicas to be %d, %s", context.deployment_name, present, number, reason)
     return number, {"told": number}

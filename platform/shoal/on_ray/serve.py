@@ -24,50 +24,45 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve._private.common import ReplicaState
-from ray.serve.config import BackpressureConfig, ControllerOptions, HTTPOptions, gRPCOptions
+from ray.serve.config import ControllerOptions, HTTPOptions, gRPCOptions
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeApplicationSchema, ServeDeploySchema
 
 from shoal import config
+from shoal.api import lifespan
 from shoal.api.access import log_to_stderr
-from shoal.api.app import build_app
-from shoal.api.drain import STREAM_SECONDS, Drain
+from shoal.api.app import UiMount, build_app
+from shoal.api.drain import Drain
 from shoal.api.follow import Follower
 from shoal.api.limits import Limits
 from shoal.api.middleware import OPEN_PATHS
-from shoal.api.page import chat_page_later
+from shoal.api.page import chat_page_elsewhere, chat_page_later
+from shoal.api.quotas import Shared
 from shoal.api.serve_args import ServeArgs
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.api.split import Split
 from shoal.data.models import here
 from shoal.data.remote import is_remote
+from shoal.engine.metrics import Samples
 from shoal.errors import ConfigError, ResourceError
 from shoal.loop.release import Release
 from shoal.machine import need_free_port
-from shoal.on_ray import keys
+from shoal.on_ray import keys, pages
 from shoal.on_ray.calls import reads
 from shoal.on_ray.canary import OnServe
 from shoal.on_ray.clients import ReplicaClient
 from shoal.on_ray.ending import end_by_signals, need_ray, running
 from shoal.on_ray.ending import stop as stop
-from shoal.on_ray.engines import HELD, LIFE, LOGGING, EngineReplica, engine_options
+from shoal.on_ray.engines import EngineReplica, engine_options
+from shoal.on_ray.gateways import CpuUse, counted, gateway_options
 from shoal.on_ray.known_adapters import KnownAdapters
+from shoal.on_ray.quotas import ActorLink
 from shoal.on_ray.serve_config import GATEWAY, IMPORT_PATH
 from shoal.vllm_plugin import options
 
 MODEL_VARIABLE = "SHOAL_MODEL"
-GATEWAY_OPTIONS: dict[str, Any] = {
-    "max_ongoing_requests": HELD,  # connections that the gateway holds; what the engines take is bounded by `ServeArgs`
-    "max_queued_requests": HELD,
-    "max_surge_percent": 100,  # in an update the new one serves before the old one goes
-    "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
-    "health_check_period_s": 1.0,  # one that has died is missed so soon; Serve's 10 were most of the time without it
-    **LIFE,
-    "logging_config": LOGGING,
-    "ray_actor_options": {"num_cpus": 0},
-}
 SERVE_SETTINGS = {  # environment of Serve's processes, where a config gives no other
     "RAY_SERVE_PROXY_USE_GRPC": "1",  # to the gateway, as the gateway does to engines (`clients.DIRECT`)
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # one that was killed is missed after three; Serve's 10 are half a minute
@@ -103,10 +98,8 @@ def app(args: dict[str, Any]) -> serve.Application:
             check(Path(directory))  # as each replica does: while what serves is whole
         chosen = engine_options(given, directory, served.config.page) | _surge(given)
         engines[name] = serve.deployment(name=name, **chosen)(EngineReplica).bind(given, directory)
-    # a gateway that goes has the time of the longest request: its streams cannot go on at another
-    gateway_options = {**GATEWAY_OPTIONS, "graceful_shutdown_timeout_s": max(given.seconds, STREAM_SECONDS)}
     ingress = serve.ingress()(Gateway)  # builds its app where it runs
-    return serve.deployment(name=GATEWAY, **gateway_options)(ingress).bind(engines, given)
+    return serve.deployment(name=GATEWAY, **gateway_options(given))(ingress).bind(engines, given)
 
 
 def _surge(args: ServeArgs) -> dict[str, Any]:
@@ -138,6 +131,8 @@ def run(
     ours = [application for application in deploy.applications if application.import_path == IMPORT_PATH]
     for application in ours:
         application.args = _at_home(application.args, url + _prefix(application))
+        if (its_pages := pages.beside(application, config.load(ServeArgs, application.args, "args"))) is not None:
+            deploy.applications.append(its_pages)
     need_free_port(options.host, options.port)
     if running() is not None:
         raise ResourceError(
@@ -271,7 +266,8 @@ Engines = tuple[ServedModel, ReplicaClient]  # of one model
 
 
 class Gateway:
-    """The HTTP surface. One replica: a chat page keeps its session in the process that made it."""
+    """The HTTP surface. Of several each holds for itself only what ends with its requests; what they share is in the count of
+    `on_ray.quotas`, on the disk, or asked of all (`counted`). A chat page keeps its session in the process that made it."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, engines: dict[str, DeploymentHandle[Any]], args: ServeArgs
@@ -281,12 +277,18 @@ class Gateway:
         In an update that changes what engines read it waits for one of the new engines: until then the gateway before it
         serves, and for good if they do not start.
         """
-        self._args, self._drain = args, Drain(OPEN_PATHS)
+        self._args, self._drain, self._cpu = args, Drain(OPEN_PATHS), CpuUse()
+        replica = serve.get_replica_context()
+        self._name, self._application = replica.replica_id.unique_id, replica.app_name
         names: list[str | None] = [*args.models] or [args.name]
         self._models = [
             _hosted(engines[deployment], directory, name, args)
             for name, (deployment, directory) in zip(names, args.deployments().items(), strict=True)
         ]
+        self._shared = Shared(ActorLink(self._application), self._name) if args.max_gateways > 1 else None
+        self._keys = keys.keys_of(args.api_keys, self._shared)
+        if self._shared is not None and self._keys is not None and self._keys.limited:
+            await self._shared.begin()
         self._adapters = KnownAdapters(args)
         self._known = await asyncio.to_thread(self._adapters.get)
         self._models[0][1].know({each.identity: each.directory for each in self._known.values()})
@@ -298,6 +300,25 @@ class Gateway:
         self._drain.close()
         return self._drain.running
 
+    def counted(self) -> tuple[str, Samples]:
+        """Its name, and what it has counted."""
+        resumed: Samples = {}
+        for served, client in self._models:
+            resumed |= {key.beside(model_name=served.name): value for key, value in client.resumed().items()}
+        return self._name, {**self._app.state.service.counted(), **resumed}
+
+    async def _all_counted(self) -> dict[str, Samples]:
+        """What each gateway has counted, and this one in any case."""
+        try:
+            others = await counted(self._application)
+        except Exception as error:  # of Ray, whose controller may be away
+            logging.getLogger("ray.serve").warning("the other gateways are not told of: %s", type(error).__name__)
+            others = {}
+        return others | dict([self.counted()])
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return self._cpu.told()
+
     def __serve_build_asgi_app__(self) -> FastAPI:
         log_to_stderr()
         args = self._args
@@ -307,14 +328,15 @@ class Gateway:
             release, (served, client) = Release(args.release), self._models[0]
             split = Split(client)
             models = [Hosted(served, split)]
-            deploys = OnServe(args, serve.get_replica_context().app_name)
+            deploys = OnServe(args, self._application)
             follower = Follower(release, split, deploys, serves=release.stable().number)
-        default = models[0].served.name
-        at = args.ui_api or "http://127.0.0.1:8000/v1"
-        page = chat_page_later(at, default, args.ui_mount) if args.ui else None
-        return build_app(
+        page: UiMount | None = chat_page_elsewhere if args.ui else None
+        if args.ui and self._shared is None:
+            at = args.ui_api or "http://127.0.0.1:8000/v1"
+            page = chat_page_later(at, models[0].served.name, args.ui_mount)
+        self._app = build_app(
             models,
-            api_keys=keys.keys_of(args.api_keys),
+            api_keys=self._keys,
             limits=Limits(seconds=args.seconds),
             metrics=args.metrics,
             cors=args.cors,
@@ -331,12 +353,21 @@ class Gateway:
             ui_mount=page,
             answer_request_id=False,  # Serve's proxy does
             drain=self._drain,
+            gateways=None if self._shared is None else self._all_counted,
         )
+        if self._shared is not None:
+            lifespan.beside(self._app, self._shared.run, asyncio.Task.cancel)
+        return self._app
 
 
 def _hosted(engine: DeploymentHandle[Any], directory: str, name: str | None, args: ServeArgs) -> Engines:
     served = args.served(directory, name)
-    return served, ReplicaClient(engine, may_be_none=args.min_replicas == 0, reads=reads(served, directory))
+    return served, ReplicaClient(
+        engine,
+        may_be_none=args.min_replicas == 0,
+        reads=reads(served, directory),
+        several=args.max_gateways > 1,
+    )
 
 
 async def _is_served_by_another() -> bool:

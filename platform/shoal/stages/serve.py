@@ -41,6 +41,9 @@ class Serve(Stage):
     api_keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line. [open to all]")] = None
     ray: Annotated[bool, typer.Option(help="On Ray Serve; --no-ray serves from this process.")] = True
     replicas: Annotated[str | None, typer.Option(help="Engine replicas, N or MIN:MAX [1, or the config's].")] = None
+    gateways: Annotated[
+        str | None, typer.Option(help="Processes that speak HTTP, N or MIN:MAX by their load [1, or the config's].")
+    ] = None
     metrics: Annotated[bool | None, typer.Option(help="Answer /metrics, to all [yes, or the config's].")] = None
     cors: Annotated[
         list[str] | None, typer.Option(help="Origin whose pages may call the API; repeat, or * for any. [none]")
@@ -174,6 +177,7 @@ class Serve(Stage):
             "ui": self.ui,
         }
         replicas = parse_replicas(self.replicas) if self.replicas else {}
+        replicas |= parse_replicas(self.gateways, "gateways") if self.gateways else {}
         return {key: value for key, value in given.items() if value is not None} | replicas
 
     def _check(self) -> None:
@@ -189,7 +193,7 @@ class Serve(Stage):
         if self.logs is not None and (not self.ray or os.environ.get("RAY_ADDRESS")):
             raise UsageError("--logs", do="leave it out: no Ray is started that would delete its logs")
         if not self.ray and (
-            (self.model or self.release) is None or self.config is not None or self.replicas is not None
+            (self.model or self.release) is None or self.config is not None or self.replicas or self.gateways
         ):
             raise UsageError(
                 "--no-ray serves one model from this process", do="give --model DIR or --release DIR, and no --config"

@@ -17,6 +17,7 @@ from shoal.errors import ConfigError
     [
         {"min_replicas": 0},
         {"max_replicas": 2},
+        {"max_gateways": 2},
         {"max_queue": 7},
         {"cpus": 2.0},
         {"gpus": 1.0},
@@ -29,6 +30,23 @@ def test_one_process_refuses_by_name_what_only_ray_can_follow(given: dict[str, A
     args = dataclasses.replace(ServeArgs(), **{"model": str(tmp_path), **given})
     with pytest.raises(ConfigError, match=rf"args\.{next(iter(given))}.*serve it on Ray"):
         run_local(args)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"min_gateways": 0}, "args.min_gateways: got 0; allowed: 1 or more"),
+        ({"min_gateways": 3, "max_gateways": 2}, r"args.max_gateways: got 2; allowed: min_gateways \(3\) up"),
+        ({"max_gateways": 2, "release": "r"}, "args.release and args.max_gateways.*one gateway, which follows it"),
+        (
+            {"max_gateways": 2, "adapters_from": "d"},
+            "args.adapters_from and args.max_gateways.*knows what requests load",
+        ),
+    ],
+)
+def test_what_several_gateways_cannot_do_is_refused_by_name(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        ServeArgs(**given)
 
 
 def test_one_process_needs_a_model() -> None:

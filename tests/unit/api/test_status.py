@@ -21,6 +21,7 @@ from shoal.api.middleware import OPEN_PATHS
 from shoal.api.page import chat_page
 from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
+from shoal.engine.metrics import Samples, sample
 from shoal.errors import ConfigError, EngineDeadError
 from tests.unit.api.conftest import Scripted
 
@@ -85,6 +86,32 @@ async def test_a_model_s_card_tells_what_is_computed_with_and_not_what_is_stored
                 "w8a8": set(),
             }[says]
         )
+
+
+async def test_a_scrape_tells_of_all_gateways_whichever_answers_it(served: ServedModel, engine: Any) -> None:
+    """Each under its name, so that no counter drops when another answers the next scrape, or when one is gone."""
+    others: dict[str, Samples] = {"b": {sample("request_errors", model_name="fish", code="429"): 7.0}}
+    fails = False
+
+    async def gateways() -> dict[str, Samples]:
+        if fails:
+            raise ConnectionError
+        return {"a": app.state.service.counted(), **others}
+
+    app = build_app([Hosted(served, engine)], gateways=gateways)
+    http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+    await http.post("/v1/completions", json={"model": "fish"})
+
+    async def told() -> set[str]:
+        lines = (await http.get("/metrics")).raise_for_status().text.splitlines()
+        return {line for line in lines if line.startswith("shoal:request_errors")}
+
+    of_b = 'shoal:request_errors_total{code="429",gateway="b",model_name="fish"} 7.0'
+    assert await told() == {'shoal:request_errors_total{code="400",gateway="a",model_name=""} 1.0', of_b}
+    del others["b"]
+    assert await told() == {'shoal:request_errors_total{code="400",gateway="a",model_name=""} 1.0'}
+    fails = True
+    assert await told() == set(), "a gap, and not the counts of one"
 
 
 async def test_health_is_about_death_and_readiness_about_now(

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from shoal import Engine, Request, Sampling
-from shoal.engine.metrics import FAMILIES, Family, Histogram, Metrics, infos, sample, together
+from shoal.engine.metrics import FAMILIES, Family, Histogram, Metrics, infos, sample, summed, together
 from tests.unit.engine.lively import lively
 
 
@@ -31,6 +31,18 @@ def test_the_sum_of_two_replicas_is_both() -> None:
     ]
     wanted = both.samples((1, 2, 4)) | {sample("kv_cache_usage_perc"): 0.3}
     assert together(told) == pytest.approx(wanted), "a share is the mean of both"
+
+
+def test_replicas_that_are_told_apart_are_not_added_up_and_their_shares_stay_what_they_are() -> None:
+    use, steps = sample("kv_cache_usage_perc"), sample("steps")
+    told = [{key.beside(replica=name): value for key in (use, steps)} for name, value in (("a", 0.25), ("b", 0.75))]
+    found = together(told)
+    assert {str(key): value for key, value in found.items()} == {
+        'kv_cache_usage_perc{replica="a"}': 0.25, 'steps_total{replica="a"}': 0.25,
+        'kv_cache_usage_perc{replica="b"}': 0.75, 'steps_total{replica="b"}': 0.75,
+    }  # fmt: skip
+    assert summed(found, "steps") == 1.0 and summed(found, "num_preemptions") == 0
+    assert pickle.loads(pickle.dumps(found)) == found
 
 
 def test_a_sample_s_name_has_all_labels_of_its_family_and_no_other() -> None:

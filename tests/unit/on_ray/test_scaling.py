@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,12 @@ from hypothesis import strategies as st
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 
 from shoal.api.serve_args import ServeArgs
+from shoal.on_ray import pages
 from shoal.on_ray.engines import engine_options
-from shoal.on_ray.scaling import KV_TARGET, KV_USE, LOW, by_load, wanted
+from shoal.on_ray.gateways import REQUESTS as REQUESTS_OF_ONE
+from shoal.on_ray.gateways import gateway_options
+from shoal.on_ray.scaling import CPU_USE, KV_TARGET, KV_USE, LOW, by_load, wanted
+from shoal.on_ray.serve_config import serve_config
 
 REQUESTS = st.one_of(st.just(0.0), st.floats(0.01, 500))
 TARGETS = st.sampled_from([1.0, 8.0, 24.0])
@@ -54,6 +59,44 @@ def test_a_load_that_wavers_moves_nothing(peak: float, target: float, n: int, sh
 @given(REQUESTS, st.floats(0, 100), TARGETS, REPLICAS)
 def test_more_load_never_asks_for_less(requests: float, more: float, target: float, n: int) -> None:
     assert wanted(requests + more, target, [], n)[0] >= wanted(requests, target, [], n)[0]
+
+
+def test_gateways_are_as_many_as_their_requests_or_their_processors_want() -> None:
+    """Whichever asks for more; one that holds nothing and takes time for itself is let be."""
+
+    def asked(requests: float, uses: list[float], present: int) -> int:
+        told = {str(place): use for place, use in enumerate(uses)}
+        config = SimpleNamespace(target_ongoing_requests=REQUESTS_OF_ONE)
+        context = SimpleNamespace(
+            aggregated_metrics={CPU_USE: told}, target_num_replicas=present, total_num_requests=requests, config=config,
+            policy_state=None, deployment_name="Gateway",
+        )  # fmt: skip
+        return by_load(context)[0]
+
+    assert [asked(requests, [0.1], 1) for requests in (1, 400, 401, 4000)] == [1, 1, 2, 10]
+    assert [asked(50, [use], 1) for use in (0.59, 0.61, 1.0)] == [1, 2, 2]
+    assert asked(50, [0.5, 0.4], 2) == 2 and asked(50, [0.3, 0.1], 2) == 1
+    assert asked(0, [0.9], 1) == 0, "Serve keeps the least"
+
+
+def test_a_service_has_as_many_gateways_as_it_is_told() -> None:
+    fixed = gateway_options(ServeArgs(model="m", min_gateways=2, max_gateways=2, seconds=900))
+    assert (fixed["num_replicas"], fixed["graceful_shutdown_timeout_s"]) == (2, 900)
+    assert gateway_options(ServeArgs(model="m"))["num_replicas"] == 1
+    scaled = gateway_options(ServeArgs(model="m", max_gateways=4))
+    found = scaled["autoscaling_config"]
+    assert "num_replicas" not in scaled and (found.min_replicas, found.max_replicas) == (1, 4)
+    assert found.target_ongoing_requests == REQUESTS_OF_ONE
+
+
+def test_pages_are_an_application_of_their_own_where_several_gateways_would_have_to_share_them() -> None:
+    args = ServeArgs(model="m", max_gateways=2, ui=True, ui_api="http://sea/v1")
+    (application,) = serve_config(args).applications
+    found = pages.beside(application.model_copy(update={"route_prefix": "/sea"}), args)
+    assert found is not None and (found.name, found.route_prefix) == ("shoal-pages", "/sea/ui")
+    assert (found.import_path, found.args["api"]) == ("shoal.on_ray.pages:app", "http://sea/v1")
+    assert pages.beside(application, replace(args, max_gateways=1)) is None
+    assert pages.beside(application, replace(args, ui=False)) is None
 
 
 def options(args: ServeArgs) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from shoal.api.metrics import Metrics as Exposition
+from shoal.api.metrics import text
 from shoal.engine.metrics import Metrics as Engine
 from shoal.engine.metrics import Samples, sample
 from ui import bubbles, look, readings, service, training
@@ -24,7 +24,7 @@ def engine(**gauges: float) -> Samples:
 
 
 def scrape(**models: Samples) -> Readings:
-    return readings.parse(Exposition().text(models).decode())
+    return readings.parse(text(models, {}).decode())
 
 
 def show(cards: list[Card], metrics: Readings, why: str = "") -> str:
@@ -112,6 +112,22 @@ def test_a_replica_that_is_lost_and_started_again_is_told_though_as_many_are_wan
     assert readings.observe(seen, again, 3.0, "10:00:07").changes == told, "it is told once"
     back = scrape(fish=engine(num_replicas=3, num_replicas_starting=0))
     assert readings.observe(seen, back, 4.0, "10:00:09").changes == told, "as it was told"
+
+
+def test_what_replicas_tell_under_their_names_is_one_number_of_their_model() -> None:
+    scraped = """
+# TYPE shoal:steps counter
+shoal:steps_total{model_name="fish",replica="a"} 3
+shoal:steps_total{model_name="fish",replica="b"} 4
+# TYPE shoal:kv_cache_usage_perc gauge
+shoal:kv_cache_usage_perc{model_name="fish",replica="a"} 0.25
+shoal:kv_cache_usage_perc{model_name="fish",replica="b"} 0.75
+# TYPE shoal:request_errors counter
+shoal:request_errors_total{code="429",gateway="x",model_name="fish"} 2
+shoal:request_errors_total{code="429",gateway="y",model_name="fish"} 3
+"""
+    told = {"steps_total": 7.0, "kv_cache_usage_perc": 0.5, 'request_errors_total{code="429"}': 5.0}
+    assert readings.parse(scraped) == {"fish": told}
 
 
 def test_what_a_page_remembers_of_its_readings_comes_back_and_anything_else_is_nothing() -> None:

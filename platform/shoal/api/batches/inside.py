@@ -109,7 +109,7 @@ class Inside:
         with told(access, {}):
             try:
                 if key is not None:
-                    key.admit()
+                    await key.admitted()
                     access.admitted = True
                 await self._app(scope, _receive(body), sent)
             except Exception as error:

@@ -1,0 +1,94 @@
+"""How many gateways a service has, and what each says of itself.
+
+A gateway is one process with one event loop, so it carries what one core does. Their number follows the requests that they
+hold, and the processor time that they take, whichever asks for more (`scaling`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import warnings
+from functools import cache
+from typing import Any
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
+from ray.serve.handle import DeploymentHandle
+
+from shoal.api.drain import STREAM_SECONDS
+from shoal.api.serve_args import ServeArgs
+from shoal.engine.metrics import Samples
+from shoal.on_ray.clients import ANSWER_SECONDS
+from shoal.on_ray.engines import HELD, LIFE, LOGGING
+from shoal.on_ray.scaling import CPU_USE
+from shoal.on_ray.serve_config import GATEWAY
+
+REQUESTS = 400  # that one is to hold: at the slowest cadence of events half a core
+OPTIONS: dict[str, Any] = {
+    "max_ongoing_requests": HELD,  # connections that the gateway holds; what the engines take is bounded by `ServeArgs`
+    "max_queued_requests": HELD,
+    "max_surge_percent": 100,  # in an update the new one serves before the old one goes
+    "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
+    "health_check_period_s": 1.0,  # one that has died is missed so soon; Serve's 10 were most of the time without it
+    **LIFE,
+    "logging_config": LOGGING,
+    "ray_actor_options": {"num_cpus": 0},
+}
+
+
+def gateway_options(args: ServeArgs) -> dict[str, Any]:
+    """Serve's options for the gateways that `args` ask for."""
+    # one that goes has the time of the longest request: its streams cannot go on at another
+    options = {**OPTIONS, "graceful_shutdown_timeout_s": max(args.seconds, STREAM_SECONDS)}
+    if args.min_gateways == args.max_gateways:
+        return {**options, "num_replicas": args.max_gateways}
+    with warnings.catch_warnings():
+        # what is to replace `metrics_interval_s` are variables of a whole cluster's environment
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scaling = AutoscalingConfig(
+            min_replicas=args.min_gateways,
+            max_replicas=args.max_gateways,
+            target_ongoing_requests=REQUESTS,
+            metrics_interval_s=2.0,
+            look_back_period_s=6.0,
+            upscale_delay_s=2.0,
+            downscale_delay_s=120.0,
+            policy=AutoscalingPolicy(policy_function="shoal.on_ray.scaling:by_load"),  # type: ignore[no-untyped-call]
+        )
+    return {**options, "autoscaling_config": scaling}
+
+
+class CpuUse:
+    """The share of a core that this process takes."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+
+    def since(self) -> float:
+        """Since the last call."""
+        wall, cpu = time.monotonic(), time.process_time()
+        use = (cpu - self._cpu) / max(1e-3, wall - self._wall)
+        self._wall, self._cpu = wall, cpu
+        return use
+
+    def told(self) -> dict[str, float]:
+        """For Serve's autoscaling."""
+        return {CPU_USE: self.since()}
+
+
+@cache
+def _all_of(application: str) -> DeploymentHandle[Any]:
+    """Its gateways. Each handle follows what becomes of them for as long as the process lives."""
+    return serve.get_deployment_handle(GATEWAY, application)
+
+
+async def counted(application: str) -> dict[str, Samples]:
+    """What each gateway of an application that answers has counted (`Gateway.counted`), by its name. Raises what Ray does."""
+    async with asyncio.timeout(ANSWER_SECONDS):
+        results = await _all_of(application).broadcast("counted")._fetch_replica_results_async()
+    asked = {asyncio.ensure_future(result.get_async()) for result in results}  # type: ignore[no-untyped-call]
+    done, late = await asyncio.wait(asked, timeout=ANSWER_SECONDS)
+    for task in late:
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # read, so that nobody tells of it
+    return dict(task.result() for task in done if task.exception() is None)
