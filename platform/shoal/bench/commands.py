@@ -175,9 +175,9 @@ def serve(
 @bench.command("gateways")
 def gateways(
     numbers: Annotated[str, typer.Option(help="Of gateways, each in its turn; with commas.")] = "1,2",
-    clients: Annotated[int, typer.Option(help="Requests at once, each a stream.")] = 32,
+    clients: Annotated[int, typer.Option(help="Requests at once, each one a stream.")] = 32,
     tokens: Annotated[int, typer.Option(help="Tokens of an answer, each an event of its own.")] = 64,
-    seconds: Annotated[float, typer.Option(help="For which each number is measured.")] = 10.0,
+    seconds: Annotated[float, typer.Option(help="Seconds for which each number is measured.")] = 10.0,
     rounds: Rounds = 3,
     port: Annotated[int, typer.Option(help="HTTP port of the services that are measured.")] = 8124,
     limited: Annotated[bool, typer.Option(help="Also for a key whose limits all gateways count together.")] = True,

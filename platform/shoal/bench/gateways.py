@@ -114,11 +114,11 @@ def gateways_bench(
                             _measure(port, clients, tokens, WARM_SECONDS, held)
                             found.setdefault(name, []).append(_measure(port, clients, tokens, seconds, held))
     rows = {name: _median(each) for name, each in found.items()}
-    table = Table("gateways", "streams/s", "tokens/s", *(f"{kind}, CPU s" for kind in (*KINDS, "clients")))
+    table = Table("gateways", "streams/s", "tokens/s", *KINDS, "clients")
     for name, row in rows.items():
         cpu = (f"{row['cpu'].get(kind, 0.0):.3f}" for kind in (*KINDS, "clients"))
         table.add_row(name, f"{row['streams_per_s']:.1f}", f"{row['tokens_per_s']:,.0f}", *cpu)
-    table.title = f"{clients} clients, answers of {tokens} tokens; CPU seconds for 1,000 tokens"
+    table.title = f"{clients} clients, answers of {tokens} tokens; CPU seconds of each for 1,000 tokens"
     given = {"clients": clients, "tokens": tokens, "seconds": seconds, "rounds": rounds}
     show(console, [table], {"bench": "gateways", **given, "gateways": rows})
 
