@@ -8,89 +8,33 @@ carry follows from that. With `limited` the same once more for a key whose limit
 
 from __future__ import annotations
 
-import asyncio
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
-from ray import serve as ray_serve
-from ray.serve._private.common import ReplicaState
 from rich.console import Console
 from rich.table import Table
 
-from shoal import config
 from shoal.api.serve_args import ENGINE, ServeArgs
 from shoal.bench.turns import show
-from shoal.engine.events import Event, Finished, Request, Token
-from shoal.engine.metrics import Samples
 from shoal.errors import ResourceError, UsageError
 from shoal.model.model import Model
 from shoal.on_ray import keys, serve
-from shoal.on_ray.calls import Begun, Wanted, reads
-from shoal.on_ray.engines import HELD, LOGGING
-from shoal.on_ray.gateways import gateway_options
+from shoal.on_ray.costless import IMPORT_PATH, wait_for
 from shoal.on_ray.resources import local_ray
-from shoal.on_ray.routing import router_config
 from shoal.on_ray.serve_config import GATEWAY, check_serve_config, serve_config
 
 KEY = "sk-bench"
-WORD = 65  # the token of all answers
 WAIT_SECONDS = 120.0  # for all gateways to be there
 WARM_SECONDS = 2.0
 KINDS = {"gateway": f":{GATEWAY}", "proxy": "ProxyActor", "replica": f":{ENGINE}", "count": "ray::Count"}
-
-
-class Costless:
-    """In the place of an engine: a token whenever it is asked for one, in a list of its own."""
-
-    def __init__(self, args: ServeArgs, model: str) -> None:
-        self._reads = reads(args.served(model), model)
-
-    async def generate(self, request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
-        """As `EngineReplica.generate`."""
-        most = request.sampling.max_tokens or 1
-        yield [Begun("costless", "none"), Token(request.id, WORD, "a", depth=1)]
-        for _ in range(most - 1):
-            await asyncio.sleep(0)  # others, and the end of a client that left
-            yield [Token(request.id, WORD, "a", depth=1)]
-        yield [Finished(request.id, "length", depth=1, prompt_tokens=4, completion_tokens=most)]
-
-    async def reads(self) -> str:
-        return self._reads
-
-    async def check_reads(self, reads: str) -> None:
-        """It reads all."""
-
-    async def stats(self) -> Samples:
-        return {}
-
-    async def info(self) -> dict[str, str]:
-        return {"quantization": "none", "weights": "none"}
-
-
-def app(args: dict[str, Any]) -> ray_serve.Application:
-    """The service of `on_ray.serve.app`, with `Costless` in the place of its engines."""
-    given = config.load(ServeArgs, args, "args")
-    directory = str(given.model)
-    page = given.served(directory).config.page
-    options: dict[str, Any] = {
-        "max_ongoing_requests": HELD,
-        "num_replicas": given.max_replicas,
-        "request_router_config": router_config(page, HELD, may_be_none=False),
-        "logging_config": LOGGING,
-        "ray_actor_options": {"num_cpus": 0},
-    }
-    engine = ray_serve.deployment(name=ENGINE, **options)(Costless).bind(given, directory)
-    ingress = ray_serve.ingress()(serve.Gateway)
-    return ray_serve.deployment(name=GATEWAY, **gateway_options(given))(ingress).bind({ENGINE: engine}, given)
 
 
 def gateways_bench(
@@ -127,26 +71,14 @@ def gateways_bench(
 def _service(args: ServeArgs, key_file: str | None, port: int) -> Iterator[None]:
     values = serve_config(args, port=port).model_dump(mode="json", exclude_unset=True)
     given = values["applications"][0]
-    given["import_path"] = "shoal.bench.gateways:app"
+    given["import_path"] = IMPORT_PATH
     given["args"] |= {"name": "bench", "metrics": False} | ({"api_keys": keys.referred(key_file)} if key_file else {})
     serve.run(check_serve_config(values, "bench"), blocking=False)
     try:
-        _wait_for(args.min_gateways)
+        wait_for(args.min_gateways, WAIT_SECONDS)
         yield
     finally:
         serve.stop()
-
-
-def _wait_for(number: int) -> None:
-    """All gateways are there."""
-    until = time.monotonic() + WAIT_SECONDS
-    while True:
-        deployments = ray_serve.status().applications["shoal"].deployments
-        if deployments[GATEWAY].replica_states.get(ReplicaState.RUNNING, 0) >= number:
-            return
-        if time.monotonic() > until:
-            raise ResourceError(f"{number} gateways did not start", got=f"silence for {WAIT_SECONDS:g} s")
-        time.sleep(0.25)
 
 
 def _measure(port: int, clients: int, tokens: int, seconds: float, key_file: str | None) -> dict[str, Any]:
