@@ -33,6 +33,7 @@ GROUPS = {
     "pace": Group(["engine/pace"], _tests("engine", "pace")),
     "text": Group(["engine/text"], _tests("engine", "text stop_strings")),
     "turns": Group(_in("engine", "shares turns"), _tests("engine", "shares turns")),
+    "drafting": Group(_in("engine", "acceptance drafting price"), _tests("engine", "drafting")),
     "pages": Group(["engine/pages"], _tests("engine", "pages")),
     "sampler": Group(["engine/sampler", "engine/filters"], _tests("engine", "sampler penalties guided")),
     "frontier": Group(["evaluate/frontier"], _tests("evaluate", "frontier")),

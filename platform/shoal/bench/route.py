@@ -2,7 +2,8 @@
 
 A small model is trained on the mix of `route_tasks`, whose levels are known and hidden. Then: exact match by level and exit;
 what the router loses beside simpler policies at equal compute, inside each family, in nats and in exact match; and whether its
-calibration holds on prompts that it has not seen. All of it for each seed, with new prompts.
+calibration holds on prompts that it has not seen. All of it for each seed, with new prompts. Beside it a router that looks
+again after group 2 and may only go deeper: by what that group says, and by how far its exit is from the first one.
 
 Letters: M prompts, T tokens, E exits, A early exits.
 """
@@ -26,12 +27,14 @@ from torch import Tensor
 from shoal.bench.route_tasks import FAMILIES, LEVELS, prompts
 from shoal.bench.route_train import trained
 from shoal.bench.turns import show
-from shoal.evaluate.frontier import BUDGETS, POLICIES, frontier
+from shoal.evaluate.frontier import BUDGETS, POLICIES, TWICE, frontier, looked_twice
 from shoal.evaluate.intervals import of_share
 from shoal.evaluate.prompts import Prompts
 from shoal.evaluate.tolerance import lost
 from shoal.model.net import Net
-from shoal.model.router import Router, features, fit_router, page_sums
+from shoal.model.router import NLL, Router, features, fit_router, page_sums
+
+_NAMES = (*POLICIES, TWICE)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Measured:
     prompts: Prompts  # their tasks are the families; each is a group of its own
     hits: Tensor  # bool [M, E]: is the likeliest token the answer?
     levels: Tensor  # [M]
+    seen: Tensor  # [M, 2D + 3]: features of the second look
 
 
 def route(
@@ -77,7 +81,9 @@ def measure(net: Net, seed: int, families: Sequence[str], fit: int, test: int) -
     """The figures of one model."""
     draws = np.random.default_rng((seed, 1_000_000))  # no update has that number
     fitted, tested = (measured(net, draws, families, count) for count in (fit, test))
-    router = fit_router(net.config, fitted.prompts.features, fitted.prompts.gaps, seed=seed)
+    router, second = (
+        fit_router(net.config, seen, fitted.prompts.gaps, seed=seed) for seen in (fitted.prompts.features, fitted.seen)
+    )
     names = list(net.config.exit_names)
     found: dict[str, Any] = {"exact_match": {}, "families": {}}
     for family in families:
@@ -88,26 +94,28 @@ def measure(net: Net, seed: int, families: Sequence[str], fit: int, test: int) -
             }
             for level in range(1, LEVELS + 1)
         }
-        found["families"][family] = policies(net, router, fitted, _chosen(tested, of))
-    found["families"]["all"] = policies(net, router, fitted, tested)
+        found["families"][family] = policies(net, router, second, fitted, _chosen(tested, of))
+    found["families"]["all"] = policies(net, router, second, fitted, tested)
     kept = lost(net.config, router, tested.prompts)
     found["tolerance"], found["calibration"] = kept["tolerance"], {row["task"]: row for row in kept["by_task"]}
     found["by_tolerance"] = kept["by_tolerance"]
     return found
 
 
-def policies(net: Net, router: Router, fitted: Measured, tested: Measured) -> dict[str, Any]:
+def policies(net: Net, router: Router, second: Router, fitted: Measured, tested: Measured) -> dict[str, Any]:
     """At equal compute, mean over `BUDGETS`: the loss of each policy (nats a token above full depth) with how far it lies
-    behind the router's, and the same of exact match (what is missed that full depth hits)."""
-    nats = frontier(net.config, router, fitted.prompts, tested.prompts)
+    behind the router's, and the same of exact match (what is missed that full depth hits). `second`: the router's second
+    look."""
+    looks = looked_twice(net.config, router(tested.prompts.features)[0], second(tested.seen)[0])
+    nats = frontier(net.config, router, fitted.prompts, tested.prompts, looks=looks)
     missed = (tested.hits[:, -1:].float() - tested.hits[:, :-1].float()).float()
-    match = frontier(net.config, router, fitted.prompts, tested.prompts, lost=missed)
+    match = frontier(net.config, router, fitted.prompts, tested.prompts, lost=missed, looks=looks)
     return {
         what: {
-            "mean": {name: mean(row["gap"] for row in some["at"][name]) for name in POLICIES},
+            "mean": {name: mean(row["gap"] for row in some["at"][name]) for name in _NAMES},
             "behind": some["behind"],
             "fixed": some["fixed"],
-            "at": {name: [row["gap"] for row in some["at"][name]] for name in POLICIES},
+            "at": {name: [row["gap"] for row in some["at"][name]] for name in _NAMES},
         }
         for what, some in (("nats", nats), ("missed", match))
     } | {"full_match": float(tested.hits[:, -1].float().mean())}
@@ -127,11 +135,18 @@ def measured(net: Net, draws: np.random.Generator, families: Sequence[str], coun
             features(page_sums(net, state, row), state[-1], len(row))
             for state, row in zip(hidden[exits[0]], ids, strict=True)
         ]
+        again = torch.stack(
+            [
+                features(page_sums(net, state, row), state[-1], len(row))
+                for state, row in zip(hidden[exits[1]], ids, strict=True)
+            ]
+        )
+        again[:, NLL] = _apart(net, hidden)  # the first exit says nothing of a later group's states
         lengths = torch.full((count,), ids.shape[1])
         of = Prompts(
             torch.stack(seen), losses[:, :-1] - losses[:, -1:], lengths, (family,) * count, torch.arange(count)
         )
-        parts.append(Measured(of, says.argmax(-1) == answers[:, None], levels))
+        parts.append(Measured(of, says.argmax(-1) == answers[:, None], levels, again))
     every = Prompts(
         torch.cat([part.prompts.features for part in parts]),
         torch.cat([part.prompts.gaps for part in parts]),
@@ -139,7 +154,13 @@ def measured(net: Net, draws: np.random.Generator, families: Sequence[str], coun
         tuple(task for part in parts for task in part.prompts.tasks),
         torch.arange(count * len(parts)),
     )
-    return Measured(every, torch.cat([part.hits for part in parts]), torch.cat([part.levels for part in parts]))
+    return Measured(every, *(torch.cat([getattr(part, name) for part in parts]) for name in ("hits", "levels", "seen")))
+
+
+def _apart(net: Net, hidden: Mapping[int, Tensor]) -> Tensor:
+    """KL of the second exit to the first at the end of each prompt, [M] nats, from states by exit, each [M, T, D]."""
+    first, second = (net.head(hidden[e][:, -1], e).log_softmax(-1) for e in net.config.exits[:2])
+    return (second.exp() * (second - first)).sum(-1)
 
 
 def _chosen(some: Measured, of: Tensor) -> Measured:
@@ -150,6 +171,7 @@ def _chosen(some: Measured, of: Tensor) -> Measured:
         replace(p, features=p.features[of], gaps=p.gaps[of], lengths=p.lengths[of], tasks=tasks, groups=p.groups[of]),
         some.hits[of],
         some.levels[of],
+        some.seen[of],
     )
 
 
@@ -176,15 +198,19 @@ def _matches(runs: Sequence[Mapping[str, Any]], title: str) -> Table:
 def _beside(runs: Sequence[Mapping[str, Any]]) -> Table:
     """Loss by policy, mean over seeds, and how far domain lies behind the router in each seed."""
     title = f"nats a token above full depth, mean over {BUDGETS[0]:.0%} to {BUDGETS[-1]:.0%} of the FLOPs"
-    table = Table("family", *POLICIES, "domain behind, by seed (95 %)", "missed: router", "domain", title=title)
+    apart = [f"{name} behind, by seed (95 %)" for name in ("domain", TWICE)]
+    table = Table("family", *_NAMES, *apart, "missed: router", "domain", TWICE, title=title)
     for family in runs[0]["families"]:
         of = [run["families"][family] for run in runs]
-        behind = [some["nats"]["behind"]["domain"] for some in of]
+        behind = [[some["nats"]["behind"][name] for some in of] for name in ("domain", TWICE)]
         table.add_row(
             family,
-            *(f"{mean(some['nats']['mean'][name] for some in of):.3f}" for name in POLICIES),
-            ", ".join(f"{row['gap']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in behind),
-            *(f"{mean(some['missed']['mean'][name] for some in of):.3f}" for name in ("router", "domain")),
+            *(f"{mean(some['nats']['mean'][name] for some in of):.3f}" for name in _NAMES),
+            *(
+                ", ".join(f"{row['gap']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows)
+                for rows in behind
+            ),
+            *(f"{mean(some['missed']['mean'][name] for some in of):.3f}" for name in ("router", "domain", TWICE)),
         )
     return table
 

@@ -28,7 +28,6 @@ from shoal.engine.running import Running
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.shares import may_wait
 from shoal.engine.sizes import default_rows, default_units
-from shoal.engine.speculative import Switch
 from shoal.engine.text import TextStream
 from shoal.errors import (
     AdapterGoneError,
@@ -118,7 +117,7 @@ class Engine:
             max_batch=max_batch,
             max_queue=max_queue,
             speculative=speculative,
-            switch=Switch(speculative_max_batch),
+            speculative_max_batch=speculative_max_batch,
             audits=compute_budget is None,
             clock=clock,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 
+from shoal.engine.acceptance import Record
 from shoal.engine.events import Finished, FinishReason, Request, Sampling, TokenLogprob
 from shoal.engine.guided import Grammar
 from shoal.engine.holding import Holding
@@ -40,6 +41,7 @@ class Running:
     told: int | None = None  # the answer's next token, where another engine gave it already: not told again
     tolerance: float | None = None  # nats a token that it may lose by drafts; None: full depth does not look at it
     spent: float = 0.0  # nats so far
+    acceptance: Record | None = None  # what is known of its drafts, once it decodes (`drafting`)
     ran: int = 0  # layers that ran one after the other for its answer's tokens that were drawn here: its time
     drawn: int = 0  # as many tokens
     watched: bool = False  # its signals are asked for

@@ -34,8 +34,9 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
-from shoal.config import ModelConfig
+from shoal.config import GROUPS, ModelConfig
 from shoal.engine.door import Door
+from shoal.engine.drafting import Drafting
 from shoal.engine.events import Event, Finished, FinishReason, Token
 from shoal.engine.metrics import Metrics
 from shoal.engine.pace import Pace
@@ -43,7 +44,6 @@ from shoal.engine.pages import Pages
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work, next_work
 from shoal.engine.running import Running
 from shoal.engine.shares import Account, Seconds, Shares, account, clearly_before, may_wait
-from shoal.engine.speculative import Drafting, Switch
 from shoal.errors import DeadlineError, RequestError, again
 
 
@@ -57,13 +57,14 @@ class Scheduler:
         max_batch: int,
         max_queue: int,
         speculative: int = 0,
-        switch: Switch | None = None,
+        speculative_max_batch: int | None = None,
         audits: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`max_batch_tokens` rows and `max_batch` requests a step, `max_queue` more may wait; `speculative` tokens are
-        drafted ahead by requests that do not say otherwise, where `switch` says that it pays. Where the router is to decide
-        and a request has a tolerance, it runs at full depth with drafts instead, if `audits` and that pays."""
+        drafted ahead by requests that do not say otherwise, where that is measured to pay, or with `speculative_max_batch` in
+        steps of so many requests. Where the router is to decide and a request has a tolerance, it runs at full depth with
+        drafts instead, if `audits` and that pays."""
         self.config, self.pages, self.clock = config, pages, clock
         self.max_batch_tokens, self.max_batch, self.max_queue = max_batch_tokens, max_batch, max_queue
         self.running: list[Running] = []  # both in order
@@ -72,7 +73,7 @@ class Scheduler:
         self.pace = Pace()
         self._door = Door(pages, self.pace, self.metrics, max_batch_tokens)
         self._drafting = Drafting(
-            speculative, switch or Switch(), able=len(config.exits) > 1, cheap=config.exits[0] / config.layers
+            speculative, speculative_max_batch, able=len(config.exits) > 1, cheap=config.exits[0] / config.layers
         )
         self._audits = audits
         self._began = 0.0  # when the step was planned
@@ -350,7 +351,7 @@ class Scheduler:
         """Fix the depth, and look for the prompt in the deeper groups' prefix cache."""
         running.layers, running.heard.decided = decision.layers, decision.signals
         tolerance = running.request.quality_tolerance
-        if tolerance is not None and self._audits and self._drafting.audits(running, len(self.running)):
+        if tolerance is not None and self._audits and self._drafting.audits(running, len(self.running), GROUPS):
             running.layers, running.tolerance = self.config.layers, tolerance
         running.groups = self.config.groups(running.layers)
         running.holding.deepen(self.pages, running.groups, running.scoring, decision.notes)

@@ -12,7 +12,7 @@ Letters: M prompts, A early exits, E = A + 1 exits, n points of a curve, R resam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,17 +29,26 @@ RESAMPLES = 500
 INTERVAL = (0.025, 0.975)
 PRICES = (0.0, *(1e-3 * 1.35**power for power in range(36)))  # nats for all layers
 POLICIES = ("router", "length", "domain", "random", "oracle")
+TWICE = "second look"
 
 
 def frontier(
-    config: ModelConfig, router: Router, fit: Prompts, test: Prompts, *, lost: Tensor | None = None, seed: int = 0
+    config: ModelConfig,
+    router: Router,
+    fit: Prompts,
+    test: Prompts,
+    *,
+    lost: Tensor | None = None,
+    looks: Sequence[Tensor] = (),
+    seed: int = 0,
 ) -> dict[str, Any]:
     """For the report. ``fixed``: each exit by name with its `flops_share` and `gap`. ``curves``: policy -> points of a curve.
     ``at``: policy -> for each of `BUDGETS` its gap and the 95 % interval of it, nats a token. ``behind``: of each policy but
     the router how much more it loses than the router, mean over `BUDGETS`, and the 95 % interval of that.
 
     `fit`: what `length` and `domain` learn from; `test`: what all are measured on, which nothing was fitted to. `lost` [M, A]:
-    what the early exits cost a prompt of `test`, where something else than its gaps is to be measured.
+    what the early exits cost a prompt of `test`, where something else than its gaps is to be measured. `looks`: what a router
+    that looks twice picks at each price, one-hot [M, E] (`looked_twice`); it is a policy of its own then, `TWICE`.
     """
     full = cost.flops_per_token(config, config.train_length)
     shares = torch.tensor([cost.flops_per_token(config, config.train_length, e) / full for e in config.exits])
@@ -58,11 +67,14 @@ def frontier(
     curves: dict[str, list[dict[str, float]]] = {}
     at: dict[str, list[dict[str, float]]] = {}
     means: dict[str, Tensor] = {}  # of the budgets, [1 + R]
-    for name in POLICIES:
+    for name in (*POLICIES, *((TWICE,) if looks else ())):
         # what each prompt costs and loses at each point of the curve, [M, n]; a pick is shares of the exits, [E] or [M, E]
-        picks = list(torch.eye(len(shares))) if name == "random" else _picks(beliefs[name], shares)
+        if name == TWICE:
+            picks = list(looks)
+        else:
+            picks = list(torch.eye(len(shares))) if name == "random" else _picks(beliefs[name], shares)
         costs = torch.stack([(pick * shares).sum(-1).expand(len(truth)) for pick in picks], dim=1)
-        costs += routing[:, None] if name == "router" else 0.0
+        costs += routing[:, None] * {"router": 1.0, TWICE: 2.0}.get(name, 0.0)
         gaps = torch.stack([(pick * truth).sum(-1) for pick in picks], dim=1)
         points = zip((weights[0] @ costs).tolist(), (weights[0] @ gaps).tolist(), strict=True)
         curves[name] = [{"flops_share": c, "gap": g} for c, g in sorted(set(points))]
@@ -100,6 +112,21 @@ def _picks(belief: Tensor, shares: Tensor) -> list[Tensor]:
     """For each price the exit of each prompt, one-hot [M, E]; believed gaps [M, A]."""
     gaps = torch.cat([belief, belief.new_zeros(len(belief), 1)], dim=1)
     chosen = {tuple((gaps + price * shares).argmin(1).tolist()) for price in PRICES}
+    return [torch.nn.functional.one_hot(torch.tensor(exits), len(shares)).float() for exits in sorted(chosen)]
+
+
+def looked_twice(config: ModelConfig, first: Tensor, second: Tensor) -> list[Tensor]:
+    """For each price what is picked of each prompt, one-hot [M, E], by a router that may stop at the first exit by the gaps
+    that it believes in there (`first` [M, A]), and chooses among the deeper ones by those it believes in after the second
+    group (`second` [M, A])."""
+    full = cost.flops_per_token(config, config.train_length)
+    shares = torch.tensor([cost.flops_per_token(config, config.train_length, e) / full for e in config.exits])
+    both = [torch.cat([gaps, gaps.new_zeros(len(gaps), 1)], dim=1) for gaps in (first, second)]
+    chosen: set[tuple[int, ...]] = set()
+    for price in PRICES:
+        stop = (both[0] + price * shares).argmin(1) == 0
+        deeper = 1 + (both[1] + price * shares)[:, 1:].argmin(1)
+        chosen.add(tuple(deeper.masked_fill(stop, 0).tolist()))
     return [torch.nn.functional.one_hot(torch.tensor(exits), len(shares)).float() for exits in sorted(chosen)]
 
 

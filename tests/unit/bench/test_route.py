@@ -147,7 +147,8 @@ def test_the_benchmark_from_training_to_its_line_of_json(tmp_path: Path, capsys:
     assert set(run["exact_match"]) == {"lookup", "parity"} and set(run["families"]) == {"lookup", "parity", "all"}
     counted = sum(row["full"]["prompts"] for row in run["exact_match"]["lookup"].values())
     assert counted == 30
-    assert set(run["families"]["lookup"]["nats"]["behind"]) == {"length", "domain", "random", "oracle"}
+    behind = run["families"]["lookup"]["nats"]["behind"]
+    assert set(behind) == {"length", "domain", "random", "oracle", "second look"}
     assert run["tolerance"] == 0.05 and run["calibration"]["all together"]["prompts"] == 60
     (kept,) = tmp_path.iterdir()
     stamp = kept.stat().st_mtime_ns
@@ -168,3 +169,10 @@ def test_hits_and_gaps_are_those_of_the_exits(tmp_path: Path) -> None:
         losses.append(-says[torch.arange(5), answers])
     for place in range(2):
         torch.testing.assert_close(found.prompts.gaps[:, place], losses[place] - losses[-1])
+    # the second look sees the states after group 2, and how far its exit is from the first
+    first, second = (net.head(net(ids, exits=[e])[e][:, -1], e).log_softmax(-1) for e in net.config.exits[:2])
+    apart = torch.nn.functional.kl_div(first, second, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(found.seen[:, -3], apart)
+    width, states = net.config.width, net(ids, exits=[net.config.exits[1]])[net.config.exits[1]]
+    torch.testing.assert_close(found.seen[:, :width], states.mean(1))
+    torch.testing.assert_close(found.seen[:, width : 2 * width], states[:, -1])

@@ -27,7 +27,7 @@ from shoal.engine.pages import Pages
 from shoal.engine.plan import Decision, Outcome, Plan, Sampled, Work
 from shoal.engine.running import Running
 from shoal.engine.scheduler import Scheduler
-from shoal.engine.speculative import Switch, accept
+from shoal.engine.speculative import accept
 from shoal.engine.text import TextStream
 from shoal.errors import DeadlineError, GenerationError, QueueFullError, RequestError
 from shoal.inputs.tokenizer import END_ID, Tokenizer
@@ -127,7 +127,7 @@ class Harness:
     def __init__(self, units: int = 40, cost: tuple[float, float] = (0, 0), **limits: Any) -> None:
         self.now = 0.0
         self.pages = Pages(units)
-        limits = {"max_batch_tokens": 12, "max_batch": 4, "max_queue": 8, "switch": Switch(8)} | limits
+        limits = {"max_batch_tokens": 12, "max_batch": 4, "max_queue": 8, "speculative_max_batch": 8} | limits
         self.scheduler = Scheduler(CONFIG, self.pages, clock=lambda: self.now, **limits)
         self.runner = FakeRunner(self.pages, self.elapse, cost)
         self.number = 0

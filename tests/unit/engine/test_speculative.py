@@ -16,21 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine import naive
 from shoal.engine.drafts import draft
 from shoal.engine.events import Completion, Finished, Guide, Token
 from shoal.engine.guided import Grammar
-from shoal.engine.plan import Outcome, Plan, Sampled, Work
-from shoal.engine.running import Running
+from shoal.engine.plan import Sampled
 from shoal.engine.sampler import Sampler
-from shoal.engine.speculative import ADVANCE, LOSS, Drafting, Switch, accept
-from shoal.engine.text import TextStream
+from shoal.engine.speculative import accept
 from shoal.errors import ConfigError, GenerationError, RequestError
-from shoal.inputs.tokenizer import END_ID, Tokenizer
+from shoal.inputs.tokenizer import END_ID
 
 
 def build(share: float) -> Model:
@@ -344,147 +340,14 @@ def test_accept_keeps_what_was_right_and_the_first_token_after_it() -> None:
     assert [s.error for s in accept([5, 0], broken).after] == [error]
 
 
-def decoding(asked: int | None = None, answered: int = 0, groups: int | None = 4, **more: Any) -> Running:
-    """A request that may answer with five tokens."""
-    return Running(
-        Request([50, 51], Sampling(max_tokens=5, speculative=asked)), [50, 51, *[60] * answered], prompt_len=2, page=4,
-        text=TextStream(Tokenizer.bytes_only(), ()), seed=0, order=(0, 0, 0), arrival=0.0, groups=groups, **more,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("running", "drafts"),
-    [
-        (decoding(), 3),
-        (decoding(asked=0), 0),
-        (decoding(asked=2), 2),
-        (decoding(asked=8), 4),  # the token that follows the drafts is the fifth
-        (decoding(answered=3), 1),
-        (decoding(answered=4), 0),
-        (decoding(groups=2), 3),
-        (decoding(groups=1), 0),
-        (decoding(groups=None), 0),
-        (decoding(told=70), 0),
-    ],
-)
-def test_a_request_drafts_what_it_asks_for_as_far_as_its_answer_has_room(running: Running, drafts: int) -> None:
-    drafting = Drafting(3, Switch(8))
-    assert drafting.drafts(running) == 0, "nobody was counted yet"
-    assert drafting.start([running], 99) == drafting.drafts(running) == drafts
-    assert drafting.start([running], 1 + drafts) == drafts, "one row and its drafts are all that may run"
-    assert drafting.drafts(decoding()) == 0, "nor was another one"
-    drafting.stop()
-    assert drafting.drafts(running) == 0
-    for none, rows in ((drafting, drafts), (Drafting(3, Switch(0)), 99), (Drafting(3, Switch(8), able=False), 99)):
-        assert none.start([running], rows) == none.drafts(running) == 0
-
-
-def test_who_waits_for_its_deeper_groups_drafts_nothing() -> None:
-    running, drafting = decoding(), Drafting(3, Switch(8))
-    running.holding.states_from = 0
-    assert drafting.start([running, other := decoding()], 99) == drafting.drafts(other) == 3
-    assert drafting.drafts(running) == 0
-
-
 def test_the_engine_measures_for_itself() -> None:
     e = Engine(EAGER, speculative=4)
     request = Request(prompt(1), Sampling(temperature=0, max_tokens=60, ignore_eos=True), depth="full")
     same(run(e, [request])[0], undrafted(request))
-    size = e.scheduler._drafting.switch.at(1)
-    assert size.plain > 0 and size.costs(4, 0.0)[1:] != [1.0] * 4, "steps of both kinds took time"
-    assert e.scheduler._drafting._all.tried > 0
-
-
-class Simulated:
-    """Steps of `batch` requests at once, by a clock of their own: one without drafts takes a second, one with drafts `fixed`
-    more and `price` for each, and a draft stands with the probability that its answer has."""
-
-    def __init__(self, price: float, fixed: float = 0.0, batch: int = 1) -> None:
-        self.price, self.fixed, self.batch = price, fixed, batch
-        self.rng, self.drafting = random.Random(0), Drafting(4, Switch())
-        self.seconds, self.steps, self.told = 0.0, 0, 0
-
-    def best(self, share: float) -> float:
-        """Tokens a second and answer, with as many drafts as are best where each stands with the probability `share`."""
-        costs = [1.0, *[1 + self.fixed + self.price * k for k in range(1, 5)]]
-        return max(sum(share**i for i in range(k + 1)) / cost for k, cost in enumerate(costs))
-
-    def speed(self, share: float, tokens: int = 200) -> float:
-        """Tokens a second and answer, of answers of so many `tokens` whose drafts stand with the probability `share`."""
-        running = [decoding() for _ in range(self.batch)]
-        for each in running:
-            each.request = Request([50], Sampling(max_tokens=10**6), depth="full")
-        before, told = self.seconds, 0
-        while told < tokens * self.batch:
-            self.drafting.start(running, 99)
-            works, samples = list[Work](), list[Sampled]()
-            for each in running:
-                drafts = self.drafting.drafts(each)
-                good = next((i for i in range(drafts) if self.rng.random() >= share), drafts)
-                samples.append(Sampled(5, after=tuple(Sampled(5) for _ in range(good)), drafted=drafts))
-                works.append(Work(each, 2, 1, 0, 4, sample=True, drafts=drafts))
-                told += 1 + good
-            most = max(work.drafts for work in works)
-            took = 1 + (self.fixed + self.price * most if most else 0.0)
-            self.drafting.learn(Plan(works), Outcome(samples), took)
-            self.seconds, self.steps = self.seconds + took, self.steps + 1
-        self.told += told
-        return told / (self.seconds - before) / self.batch
-
-
-@pytest.mark.parametrize(("fixed", "price"), [(0.0, 0.3), (0.5, 0.17), (0.7, 0.1)])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_an_answer_drafts_as_far_as_its_drafts_are_worth_it(fixed: float, price: float, batch: int) -> None:
-    """Also where the first draft costs more than the others: of few drafts each seems dear then."""
-    some = Simulated(price, fixed, batch)
-    for _ in range(6):
-        assert some.speed(0.0) > 0.96
-        assert some.speed(0.9, 600) > 0.75 * some.best(0.9), (
-            "each answer is judged by its own drafts, whatever came before"
-        )
-
-
-def test_what_costs_more_than_it_gives_is_left_alone() -> None:
-    dear = Simulated(2.0)
-    assert dear.speed(0.9) > 0.95, "it is tried"
-    assert min(dear.speed(0.9) for _ in range(4)) > 0.97
-    assert Simulated(2.0, batch=16).speed(0.9) > 0.95
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.floats(0, 1.5), st.floats(0, 1.5), st.integers(1, 6),
-    st.lists(st.tuples(st.floats(0, 1), st.integers(1, 150)), min_size=1, max_size=12),
-)  # fmt: skip
-def test_drafting_never_loses_more_than_its_share(
-    fixed: float, price: float, batch: int, answers: list[tuple[float, int]]
-) -> None:
-    """Whatever drafts cost, and however few stand: beside steps without, the time is at most `LOSS` more, what is advanced, and
-    the last step before it is found out."""
-    some = Simulated(price, fixed, batch)
-    for share, tokens in answers:
-        some.speed(share, tokens)
-    plain = some.told / batch
-    assert some.seconds <= plain + LOSS * some.steps + ADVANCE + fixed + 4 * price + 1e-6
-
-
-def test_what_a_step_costs_that_was_not_tried_lies_between_those_that_were() -> None:
-    size = Switch().at(1)
-    for drafts, seconds in ((0, 2.0), (0, 2.0), (2, 3.0)):
-        size.learn(drafts, seconds, 1)
-    assert size.costs(4, 0.25) == pytest.approx([1, 1.25, 1.5, 1.75, 2.0])
-    size.learn(4, 5.0, 1)
-    size.learn(0, 2.0, 1)
-    assert size.costs(4, 0.25) == pytest.approx([1, 1.25, 1.5, 2.0, 2.5])
-
-
-def test_a_step_in_which_the_machine_paused_counts_as_one_of_a_few() -> None:
-    size = Switch().at(1)
-    for _ in range(20):
-        size.learn(0, 1.0, 1)
-        size.learn(2, 1.5, 3)
-    size.learn(2, 1000.0, 3)
-    assert size.left > 0 and size.costs(2, 0.25)[2] < 3
+    drafting = e.scheduler._drafting
+    price = drafting.prices.at(1)
+    assert price.plain > 0 and price.shares()[:2] != (0.0, 0.25), "steps of both kinds took time"
+    assert sum(kind.tried for kind in drafting.kinds._kinds.values()) > 0
 
 
 def test_bad_values_are_named() -> None:

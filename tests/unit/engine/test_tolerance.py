@@ -22,17 +22,15 @@ from hypothesis import strategies as st
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine import naive
 from shoal.engine.events import Finished, Guide, Token
-from shoal.engine.plan import Outcome, Plan, Sampled, Work
 from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
-from shoal.engine.speculative import AGAIN, FEW, Drafting, Switch, worth
 from shoal.engine.text import TextStream
 from shoal.engine.tolerance import Allowance, Chain, sampled_price, settle
 from shoal.errors import RequestError
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.router import fit_router
 from tests.unit.engine.lively import lively
-from tests.unit.engine.test_speculative import EAGER, PLAIN, decoding, prompt
+from tests.unit.engine.test_speculative import EAGER, PLAIN, prompt
 
 LIVELY = lively()
 MODELS = {"eager": EAGER, "plain": PLAIN, "lively": LIVELY}
@@ -341,57 +339,3 @@ def test_the_first_exit_cannot_have_a_tolerance() -> None:
             RequestError, match=r"^quality_tolerance at the first exit: leave it out, or ask for a deeper one$"
         ):
             engine(EAGER).submit(dataclasses.replace(ask(0, 0.5), depth=depth))
-
-
-def test_unmeasured_drafts_are_thought_to_pay_in_small_batches() -> None:
-    switch = Switch()
-    assert switch.pays(FEW) and not switch.pays(FEW + 1)
-    for batch, with_, without, pays in ((1, 2.0, 1.0, False), (8, 1.0, 2.0, True)):
-        for drafts, seconds in ((3, with_), (0, without), (0, without)):
-            switch.at(batch).learn(drafts, seconds, batch)
-        assert switch.pays(batch) == pays
-    assert [Switch(4).pays(batch) for batch in (4, 5)] == [True, False]
-
-
-def test_what_drafts_are_worth_is_tokens_in_the_time_of_a_step_without() -> None:
-    rng = random.Random(0)
-    for _ in range(200):
-        answers = [(rng.random(), rng.randint(1, 8)) for _ in range(rng.randint(1, 3))]
-        costs = [1.0, *[1 + 3 * rng.random() for _ in range(rng.randint(1, 8))]]
-        rates = [
-            (2 + sum(share**i for share, room in answers for i in range(min(k, room) + 1))) / cost
-            for k, cost in enumerate(costs)
-        ]
-        assert worth(answers, costs, 2) == pytest.approx(rates)
-
-
-def test_a_batch_size_at_which_drafts_did_not_pay_once_is_tried_again() -> None:
-    """One slow step would else end drafts for good: what is not audited does not draft, and nothing is learned."""
-    drafting, asked = Drafting(0, Switch()), decoding(groups=None)
-    for drafts, seconds in ((3, 100.0), (0, 1.0), (0, 1.0)):
-        drafting.switch.at(1).learn(drafts, seconds, 1)
-    assert sum(drafting.audits(asked, 1) for _ in range(3 * AGAIN)) == 3
-    never = Drafting(0, Switch(0))
-    assert not any(never.audits(asked, 1) for _ in range(3 * AGAIN)), "somebody said so"
-
-
-def test_steps_of_shallow_answers_do_not_say_what_drafts_cost() -> None:
-    drafting, shallow, deep = Drafting(0, Switch()), decoding(groups=1), decoding(tolerance=1.0)
-    for _ in range(8):
-        drafting.start([shallow], 99)
-        drafting.learn(Plan([Work(shallow, 2, 1, 0, 1, sample=True)]), Outcome([Sampled(5)]), 0.01)
-    for _ in range(12):
-        drafting.start([deep], 99)
-        drafts = drafting.drafts(deep)
-        work = Work(deep, 2, 1, 0, 4, sample=True, drafts=drafts)
-        good = tuple(Sampled(5) for _ in range(drafts))
-        drafting.learn(Plan([work]), Outcome([Sampled(5, after=good, drafted=drafts)]), 1 + 0.25 * drafts)
-    assert drafting.switch.pays(1) and drafting.start([deep], 99) == 4, "the fifth token is the last"
-    assert drafting.switch.at(1).costs(4, 0.25) == pytest.approx([1, 1.25, 1.5, 1.75, 2])
-
-
-def test_where_a_clock_stands_still_nobody_drafts() -> None:
-    drafting, deep = Drafting(0, Switch()), decoding(tolerance=1.0)
-    for drafts in (3, 0, 0):
-        drafting.switch.at(1).learn(drafts, 0.0, 1)
-    assert drafting.start([deep], 99) == 0

@@ -9,7 +9,7 @@ import torch
 
 from shoal import presets
 from shoal.evaluate import report
-from shoal.evaluate.frontier import BUDGETS, frontier, sentence
+from shoal.evaluate.frontier import BUDGETS, TWICE, frontier, looked_twice, sentence
 from shoal.evaluate.prompts import Prompts
 from shoal.model import cost
 from shoal.model.router import fit_router
@@ -117,6 +117,30 @@ def test_the_router_pays_for_reading_each_prompt(found: dict) -> None:
     least = {name: min(point["flops_share"] for point in points) for name, points in found["curves"].items()}
     assert look > 0.01 and least["router"] == pytest.approx(found["fixed"][0]["flops_share"] + look)
     assert least["length"] == least["oracle"] == pytest.approx(found["fixed"][0]["flops_share"])
+
+
+def test_who_looks_twice_stops_at_the_first_exit_or_goes_as_deep_as_the_second_look_says() -> None:
+    first = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+    second = torch.tensor([[9.0, 9.0], [-9.0, 1.0], [-9.0, 0.0]])
+    picks = [tuple(pick.argmax(1).tolist()) for pick in looked_twice(CONFIG, first, second)]
+    assert (0, 2, 1) in picks, "what the second look believes in the first exit is too late"
+    assert all(pick[1] == 0 or pick[1] >= pick[2] for pick in picks)
+    assert picks[0] == picks[-1] or (0, 0, 0) in picks, "at the highest price all stop"
+
+
+def test_a_second_look_that_knows_more_loses_less_than_the_first_alone() -> None:
+    """Of what loses at the first exit the first look cannot tell what loses at the second, too; the second can."""
+    fit, test = prompts(1, by="features"), prompts(2, by="features")
+    twice = [dataclasses.replace(some, gaps=some.gaps.clone()) for some in (fit, test)]
+    for some in twice:
+        some.gaps[1::4, 1], some.gaps[3::4, 1] = 1.0, 0.0
+    router = fit_router(CONFIG, twice[0].features, twice[0].gaps)
+    looks = looked_twice(CONFIG, router(test.features)[0], twice[1].gaps)
+    found = frontier(CONFIG, router, *twice, looks=looks)
+    once, again = (found["at"][name] for name in ("router", TWICE))
+    assert again[2]["high"] < once[2]["low"] and found["behind"][TWICE]["gap"] < 0, "at 60 % of the FLOPs"
+    assert again[-1]["gap"] < 0.01 and len(again) == len(BUDGETS)
+    assert TWICE not in frontier(CONFIG, router, *twice)["at"]
 
 
 def test_a_task_of_which_nothing_is_on_the_routers_side_is_routed_by_what_holds_for_all() -> None:

@@ -1,0 +1,119 @@
+"""How often drafts stand, learned over answers: what an answer's own drafts have not told yet, those of answers like it have.
+
+Alike are answers of one way (depth, greedy or drawn, guided or not, tolerance), and more so those whose prompts begin alike:
+by the first few tokens a task is told, and by some more an application's instructions.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+BEGINNINGS = (4, 16)  # tokens of a prompt that tell a kind: of a task, and of an application
+KINDS = 1024  # that are remembered, those that were asked for last
+START = 0.75  # share of drafts that is thought to stand where nothing is known
+SEEN = 3.0  # drafts that count as much as all that is known of wider kinds
+WINDOW = 20.0  # drafts of a kind that are remembered
+TRIES = 0.004  # share of the time that a kind's tries lose, each being waited for as long as makes it so
+CREDIT = 1.0  # steps, whose time the answers of a task may lose at most after they have gained more
+SHARED = 1.0  # steps, whose time all others may lose at most of what is gained beyond that
+
+
+class Stood:
+    """Of drafts that were verified, how many stood. The last failed or was the last of its step: of those behind it nothing is
+    known."""
+
+    __slots__ = ("good", "tried")
+
+    def __init__(self) -> None:
+        self.good = self.tried = 0.0
+
+    def add(self, good: int, tried: int) -> None:
+        self.good, self.tried = self.good + good, self.tried + tried
+
+    def share(self, before: float, without: Stood | None = None) -> float:
+        """The share that stands, where `before` is what is known beside these, `without` those that are among them."""
+        good, tried = self.good, self.tried
+        if without is not None:
+            tried = max(0.0, tried - without.tried)
+            good = min(tried, max(0.0, good - without.good))
+        return (good + SEEN * before) / (tried + SEEN)
+
+
+class Kind(Stood):
+    """Drafts of answers that are alike, the last `WINDOW` of them, and what they have gained."""
+
+    __slots__ = ("again", "left")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = 0.0  # steps without drafts: what drafting has gained here and may lose again
+        self.again = 0  # the step from which on a try may be made
+
+    def add(self, good: int, tried: int) -> None:
+        super().add(good, tried)
+        if self.tried > WINDOW:
+            self.good, self.tried = self.good * WINDOW / self.tried, WINDOW
+
+
+class Record:
+    """What is known of one answer's drafts."""
+
+    __slots__ = ("kinds", "most", "own", "task")
+
+    def __init__(self, most: int, kinds: Sequence[Kind]) -> None:
+        """`most` tokens are drafted ahead; `kinds`: from the widest to the narrowest, the second being its task's."""
+        self.most, self.kinds, self.task, self.own = most, kinds, kinds[1], Stood()
+
+    def add(self, good: int, tried: int) -> None:
+        """Take in a step: of its drafts `tried` were looked at, of which `good` stood."""
+        self.own.add(good, tried)
+        for kind in self.kinds:
+            kind.add(good, tried)
+
+    def earn(self, steps: float, now: int) -> float:
+        """Take in that drafts of the step `now` gained the time of so many `steps`, or lost it. Returns what they lost beyond
+        what had been gained: a number of steps, at most 0."""
+        all_, task = self.kinds[0], self.task
+        task.again = now + int(max(0.0, -steps) / TRIES)
+        task.left += steps
+        if task.left > CREDIT:
+            all_.left = min(SHARED, all_.left + task.left - CREDIT)
+            task.left = CREDIT
+        elif task.left < 0:
+            all_.left, task.left = all_.left + task.left, 0.0
+        beyond = min(0.0, all_.left)
+        all_.left -= beyond
+        return beyond
+
+    @property
+    def credit(self) -> bool:
+        """May its drafts lose something that has been gained?"""
+        return self.task.left > 0 or self.kinds[0].left > 0
+
+    @property
+    def share(self) -> float:
+        """The share of its drafts that will stand."""
+        share = START
+        for kind in self.kinds:
+            share = kind.share(share, self.own)
+        return self.own.share(share)
+
+
+class Kinds:
+    """All kinds that are remembered."""
+
+    def __init__(self) -> None:
+        self._kinds: OrderedDict[Hashable, Kind] = OrderedDict()
+
+    def of(self, way: Hashable, prompt: Sequence[int]) -> list[Kind]:
+        """Those of an answer, from the widest to the narrowest: of its `way`, then with more and more of its `prompt`."""
+        return [self._kind((way, count, *prompt[:count])) for count in (0, *BEGINNINGS)]
+
+    def _kind(self, key: Hashable) -> Kind:
+        if (found := self._kinds.get(key)) is None:
+            found = self._kinds[key] = Kind()
+            if len(self._kinds) > KINDS:
+                self._kinds.popitem(last=False)
+        self._kinds.move_to_end(key)
+        return found

@@ -1,0 +1,431 @@
+"""Who drafts how much, in steps by a clock of their own: what it loses is bounded whatever drafts cost and however few stand,
+and most of what it may gain is gained, in streams of short answers whose drafts stand, do not, and change.
+
+The cost of a step: `plain` a request more than the first, `fixed` where somebody drafts, `each` for every draft of the longest,
+`row` for every draft of all; a step of one request without drafts takes a second.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal import Request, Sampling
+from shoal.engine.acceptance import CREDIT, KINDS, SEEN, SHARED, START, TRIES, WINDOW, Kinds, Record
+from shoal.engine.drafting import ADVANCE, AGAIN, AHEAD, FEW, LOSS, TRY, Drafting, best
+from shoal.engine.plan import Outcome, Plan, Sampled, Work
+from shoal.engine.price import Price, Prices
+from shoal.engine.running import Running
+from shoal.engine.text import TextStream
+from shoal.inputs.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.bytes_only()
+
+
+def decoding(
+    asked: int | None = None,
+    answered: int = 0,
+    groups: int | None = 4,
+    prompt: list[int] | None = None,
+    most: int = 5,
+    **more: Any,
+) -> Running:
+    """A request that may answer with `most` tokens."""
+    prompt = prompt or [50, 51]
+    request = Request(prompt, Sampling(max_tokens=most, speculative=asked))
+    return Running(
+        request, [*prompt, *[60] * answered], prompt_len=len(prompt), page=4, text=TextStream(TOKENIZER, ()), seed=0,
+        order=(0, 0, 0), arrival=0.0, groups=groups, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("running", "drafts"),
+    [
+        (decoding(), 3),
+        (decoding(asked=0), 0),
+        (decoding(asked=2), 2),
+        (decoding(asked=8), 4),  # the token that follows the drafts is the fifth
+        (decoding(answered=3), 1),
+        (decoding(answered=4), 0),
+        (decoding(groups=2), 3),
+        (decoding(groups=1), 0),
+        (decoding(groups=None), 0),
+        (decoding(told=70), 0),
+    ],
+)
+def test_a_request_drafts_what_it_asks_for_as_far_as_its_answer_has_room(running: Running, drafts: int) -> None:
+    drafting = Drafting(3, 8)
+    assert drafting.drafts(running) == 0, "nobody was counted yet"
+    assert drafting.start([running], 99) == drafting.drafts(running) == drafts
+    assert drafting.start([running], 1 + drafts) == drafts, "one row and its drafts are all that may run"
+    assert drafting.drafts(decoding()) == 0, "nor was another one"
+    drafting.stop()
+    assert drafting.drafts(running) == 0
+    for none, rows in ((drafting, drafts), (Drafting(3, 0), 99)):
+        assert none.start([running], rows) == none.drafts(running) == 0
+
+
+def test_a_model_without_early_exits_has_nothing_to_draft_with() -> None:
+    running, unable = decoding(), Drafting(3, 8, able=False)
+    assert unable.start([running], 99) == unable.drafts(running) == 0 and not unable.audits(running, 1, 4)
+
+
+def test_who_waits_for_its_deeper_groups_drafts_nothing() -> None:
+    running, drafting = decoding(), Drafting(3, 8)
+    running.holding.states_from = 0
+    assert drafting.start([running, other := decoding()], 99) == drafting.drafts(other) == 3
+    assert drafting.drafts(running) == 0
+
+
+# --- what is chosen --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.integers(1, 3)), min_size=1, max_size=3), st.integers(0, 3), st.floats(0, 1),
+    st.floats(0, 0.5), st.floats(0, 0.5),
+)  # fmt: skip
+def test_what_is_chosen_gives_most_tokens_a_second_of_all_choices(
+    answers: list[tuple[float, int]], others: int, fixed: float, each: float, row: float
+) -> None:
+    batch = len(answers) + others
+
+    def rate(drafts: tuple[int, ...]) -> float:
+        tokens = batch + sum(
+            sum(share**i for i in range(1, k + 1)) for (share, _), k in zip(answers, drafts, strict=True)
+        )
+        return tokens / batch / (1 + (fixed + each * max(drafts) + row * sum(drafts) if any(drafts) else 0))
+
+    most = max(map(rate, itertools.product(*(range(room + 1) for _, room in answers))))
+    found, drafts = best(answers, batch, (fixed, each, row))
+    assert found == pytest.approx(rate(tuple(drafts))) == pytest.approx(most)
+
+
+def test_one_answer_of_a_step_drafts_and_another_does_not() -> None:
+    """Its first draft gives 0.3 tokens, and costs 0.2 in steps without drafts, and more at the rate that the other reaches."""
+    rate, drafts = best([(0.95, 6), (0.3, 6)], 2, (0.1, 0.1, 0.1))
+    assert rate > 1.5 and drafts[0] > 2 and drafts[1] == 0
+
+
+# --- what steps cost -------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_step_with_drafts_costs_is_found_from_a_few() -> None:
+    rng = random.Random(0)
+    for batch in (1, 4, 16):
+        price = Price(batch, 0.25)
+        assert not price.plain
+        for _ in range(3):
+            price.learn_plain(2.0)
+        for _ in range(60):
+            most = rng.randint(1, 6)
+            rows = most if batch == 1 else rng.randint(most, most * batch)
+            price.learn(most, rows, 2.0 * (1 + 0.4 + 0.1 * most + 0.05 * rows))
+        for most, rows in ((1, 1), (3, 3 * batch), (6, 6 * batch)):
+            assert price.extra(most, rows) == pytest.approx(0.4 + 0.1 * most + 0.05 * rows, rel=0.1)
+
+
+def test_the_first_draft_is_thought_to_cost_what_others_do_not() -> None:
+    """After four drafts that cost far more than four first groups, a fifth does not seem to cost a fourth of that."""
+    price = Price(1, 0.2)
+    for _ in range(2):
+        price.learn_plain(1.0)
+    price.learn(2, 2, 2.4)
+    assert price.extra(2, 2) == pytest.approx(1.4, rel=0.05) and price.extra(3, 3) - price.extra(2, 2) < 0.55
+
+
+def test_a_step_in_which_the_machine_paused_counts_as_one_of_a_few() -> None:
+    price = Price(1, 0.25)
+    for _ in range(20):
+        price.learn_plain(1.0)
+        price.learn(2, 2, 1.5)
+    price.learn(2, 2, 1000.0)
+    assert price.extra(2, 2) < 0.8
+    price.learn_plain(1000.0)
+    assert price.plain < 1.5
+
+
+def test_another_batch_size_begins_with_what_the_nearest_costs() -> None:
+    prices = Prices(0.25)
+    for batch, extra in ((1, 0.4), (8, 4.0)):
+        for _ in range(4):
+            prices.at(batch).learn_plain(1.0)
+            prices.at(batch).learn(2, 2, 1.0 + extra)
+    for batch, extra in ((2, 0.4), (7, 4.0)):
+        for _ in range(2):
+            prices.at(batch).learn_plain(1.0)
+        assert prices.at(batch).extra(2, 2) == pytest.approx(extra, rel=0.05)
+
+
+# --- what stands -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_stands_is_learned_over_answers_of_a_task() -> None:
+    kinds = Kinds()
+
+    def record(*beginning: int) -> Record:
+        return Record(6, kinds.of("way", [*beginning, *range(40, 60)]))
+
+    assert record(1, 1, 1, 1).share == START
+    for _ in range(8):
+        record(1, 1, 1, 1).add(0, 1)
+        record(2, 2, 2, 2).add(6, 6)
+    assert record(1, 1, 1, 1).share < 0.2 and record(2, 2, 2, 2).share > 0.9
+    assert 0.3 < record(3, 3, 3, 3).share < 0.9, "of another task what is known of all"
+    assert Record(6, kinds.of("another way", [1, 1, 1, 1])).share == START
+    mine = record(2, 2, 2, 2)
+    before = mine.share
+    mine.add(0, 1)
+    # its own failure counts once: not again as one of its application's, which nobody else is of
+    assert SEEN * (before - 0.1) / (1 + SEEN) < mine.share < before
+    for _ in range(5):
+        mine.add(0, 1)
+    assert mine.share < 0.4 < 0.5 < record(2, 2, 2, 2).share, "its own soon say more than those of others"
+
+
+def test_of_a_kind_the_last_drafts_count_and_of_kinds_the_last() -> None:
+    kinds = Kinds()
+    (wide, *_) = kinds.of("way", [1])
+    wide.add(100, 100)
+    assert (wide.good, wide.tried) == (WINDOW, WINDOW)
+    for _ in range(3):
+        wide.add(0, 20)
+    assert wide.good < 0.2 * WINDOW
+    for number in range(KINDS):
+        kinds.of("way", [number])
+    assert len(kinds._kinds) == KINDS
+    assert kinds.of("way", [1])[0] is wide, "all have asked for it"
+    assert kinds.of("way", [KINDS - 1])[1].tried == 0
+
+
+def test_what_a_task_gains_it_may_lose_again_and_others_little_of_it() -> None:
+    kinds = Kinds()
+    one, other = (Record(6, kinds.of("way", [task] * 4)) for task in (1, 2))
+    assert not one.credit and other.earn(-0.5, 10) == -0.5, "nothing has been gained"
+    assert other.task.again == 10 + int(0.5 / TRIES)
+    assert one.earn(CREDIT / 2, 10) == 0 and one.credit and not other.credit
+    assert one.earn(100.0, 11) == 0 and other.credit
+    assert other.earn(-SHARED - 1, 12) == pytest.approx(-1.0)
+    assert one.earn(-CREDIT, 13) == 0 and not one.credit and one.earn(-0.25, 14) == -0.25
+
+
+# --- over many steps -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stream:
+    """Answers one after the other, `batch` at once, whose steps take what the module's docstring says."""
+
+    batch: int
+    fixed: float
+    each: float
+    row: float
+    plain: float = 0.2
+    unique: bool = False  # no prompt begins as another does
+    drafting: Drafting = field(default_factory=lambda: Drafting(0))
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+    live: dict[Running, float] = field(default_factory=dict)  # and the share of its drafts that stands
+    seconds: float = 0.0
+    steps: int = 0
+    without: float = 0.0  # seconds that its tokens would have taken without drafts
+
+    def run(self, task: int, share: float, tokens: int, length: tuple[int, int] = (10, 30)) -> float:
+        """Tokens a second beside those without drafts, of so many `tokens` of each of its requests, in answers of `length`."""
+        before, told = (self.seconds, self.without), 0
+        while told < tokens * self.batch:
+            while len(self.live) < self.batch:
+                own = [self.rng.randrange(10**6) for _ in range(20)]
+                head = own[:4] if self.unique else [task] * 4
+                most = self.rng.randint(*length)
+                self.live[decoding(prompt=head + own, answered=1, most=most, tolerance=0.0)] = share
+            told += self.step()
+        return (self.without - before[1]) / (self.seconds - before[0])
+
+    def step(self) -> int:
+        """Run one, and return its tokens."""
+        running = list(self.live)
+        self.drafting.start(running, 10**6)
+        works, samples = list[Work](), list[Sampled]()
+        for each in running:
+            drafts = self.drafting.drafts(each)
+            good = next((i for i in range(drafts) if self.rng.random() >= self.live[each]), drafts)
+            works.append(Work(each, len(each.tokens) - 1, 1, 0, 4, sample=True, drafts=drafts))
+            samples.append(Sampled(5, after=tuple(Sampled(5) for _ in range(good)), drafted=drafts))
+        most, rows, plain = max(work.drafts for work in works), sum(work.drafts for work in works), self.of(len(works))
+        seconds = plain + (self.fixed + self.each * most + self.row * rows if rows else 0)
+        self.drafting.learn(Plan(works), Outcome(samples), seconds)
+        self.seconds, self.steps = self.seconds + seconds, self.steps + 1
+        tokens = 0
+        for each, sampled in zip(running, samples, strict=True):
+            got = min(1 + len(sampled.after), each.sampling.max_tokens - each.answered)
+            each.tokens += [5] * got
+            tokens += got
+            if each.answered == each.sampling.max_tokens:
+                del self.live[each]
+        self.without += tokens * plain / len(running)
+        return tokens
+
+    def of(self, batch: int) -> float:
+        """Seconds of a step without drafts."""
+        return 1 + self.plain * (batch - 1)
+
+
+# batch size, fixed, each and row: as on a CPU, where a row costs, and as on a GPU, where it does not
+COSTS = [
+    (1, 0.5, 0.1, 0.07),
+    (1, 0.0, 0.25, 0.05),
+    (4, 0.5, 0.1, 0.12),
+    (4, 0.3, 0.2, 0.02),
+    (16, 0.5, 0.1, 0.15),
+    (16, 0.3, 0.2, 0.02),
+]
+
+
+@pytest.mark.parametrize("costs", COSTS)
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize("length", [(10, 30), (60, 120)])
+def test_where_few_drafts_stand_at_most_three_hundredths_are_lost(
+    costs: tuple[int, float, float, float], unique: bool, length: tuple[int, int]
+) -> None:
+    """From the first answer on, and once others of it are known, beside a task that gains, and after one."""
+    for share in (0.0, 0.2, 0.4):
+        stream = Stream(*costs, unique=unique)
+        assert stream.run(1, share, 200, length) > 0.97
+        assert stream.run(1, share, 200, length) > 0.97
+        for _ in range(2):
+            stream.run(2, 0.95, 60, length)
+            assert stream.run(1, share, 200, length) > 0.97
+
+
+@pytest.mark.parametrize("costs", COSTS)
+def test_an_answer_that_changes_its_mind_loses_little_more(costs: tuple[int, float, float, float]) -> None:
+    """Prompts that begin alike whose drafts stand no longer: nobody could know."""
+    stream = Stream(*costs)
+    for _ in range(3):
+        stream.run(1, 0.95, 200)
+        assert stream.run(1, 0.1, 200) > 0.965
+
+
+def always(costs: tuple[int, float, float, float], share: float, length: tuple[int, int]) -> float:
+    """The speed of who always drafts as many as turn out best."""
+    found = []
+    for most in range(1, AHEAD + 1):
+        stream = Stream(*costs, drafting=Drafting(most, 99))
+        found.append(stream)
+        stream.drafting._record = lambda running, *_, most=most: Record(most, Kinds().of("", []))  # type: ignore
+    return max(stream.run(1, share, 200, length) for stream in found)
+
+
+@pytest.mark.parametrize("costs", COSTS)
+@pytest.mark.parametrize("length", [(10, 30), (60, 120)])
+def test_where_all_drafts_stand_nine_tenths_of_the_gain_are_had(
+    costs: tuple[int, float, float, float], length: tuple[int, int]
+) -> None:
+    """Or all but five hundredths of the speed, where there is little to gain."""
+    stream, most = Stream(*costs), always(costs, 0.97, length)
+    stream.run(1, 0.97, 60, length)
+    least = most - max(0.1 * (most - 1), 0.05)
+    assert stream.run(1, 0.97, 400, length) > least
+    few = Stream(*costs)
+    few.run(2, 0.1, 200, length)
+    few.run(1, 0.97, 200, length)
+    few.run(2, 0.1, 100, length)
+    while min(few.live.values(), default=1.0) < 0.5:
+        few.run(1, 0.97, 1, length)
+    assert few.run(1, 0.97, 400, length) > least, "whatever another task's do"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([1, 2, 4, 16]), st.floats(0, 1.5), st.floats(0, 1.0), st.floats(0, 0.5), st.booleans(),
+    st.lists(st.tuples(st.integers(1, 3), st.floats(0, 1), st.integers(1, 100)), min_size=1, max_size=8),
+)  # fmt: skip
+def test_drafting_never_loses_more_than_its_share(
+    batch: int, fixed: float, each: float, row: float, unique: bool, answers: list[tuple[int, float, int]]
+) -> None:
+    """Whatever drafts cost, and however few stand: beside steps without, the time is at most `LOSS` more, what is advanced, and
+    the last step before it is found out."""
+    stream = Stream(batch, fixed, each, row, unique=unique)
+    for task, share, tokens in answers:
+        stream.run(task, share, tokens)
+    plain = stream.of(batch)
+    last = fixed + AHEAD * (each + batch * row)
+    assert stream.seconds <= stream.without + (LOSS * stream.steps + ADVANCE) * plain * 1.05 + last + 1e-6
+
+
+def test_what_a_step_beside_a_prefill_took_is_no_price_but_what_stood_counts() -> None:
+    drafting, running = Drafting(0), decoding(most=99, tolerance=0.0)
+    for _ in range(3):
+        drafting.start([running], 99)
+        work = Work(running, 2, 1, 0, 4, sample=True)
+        drafting.learn(Plan([work]), Outcome([Sampled(5)]), 1.0)
+    before = drafting.prices.at(1).shares()
+    for _ in range(3):
+        drafts = drafting.start([running], 99)
+        assert drafts > 0
+        work = Work(running, 2, 1, 0, 4, sample=True, drafts=drafts)
+        beside = Work(decoding(groups=None), 0, 40, 0, 1)
+        good = tuple(Sampled(5) for _ in range(drafts))
+        drafting.learn(Plan([work, beside]), Outcome([Sampled(5, after=good, drafted=drafts)]), 50.0)
+    assert drafting.prices.at(1).shares() == before and running.acceptance is not None
+    assert running.acceptance.own.good >= 3 * TRY and running.acceptance.credit
+
+
+def test_steps_of_shallow_answers_do_not_say_what_drafts_cost() -> None:
+    drafting, shallow = Drafting(0), decoding(groups=1)
+    for _ in range(8):
+        drafting.start([shallow], 99)
+        drafting.learn(Plan([Work(shallow, 2, 1, 0, 1, sample=True)]), Outcome([Sampled(5)]), 0.01)
+    assert not drafting.prices.at(1).plain
+
+
+def test_where_a_clock_stands_still_nobody_drafts() -> None:
+    drafting, deep = Drafting(0), decoding(tolerance=1.0)
+    for _ in range(4):
+        assert drafting.start([deep], 99) == 0
+        drafting.learn(Plan([Work(deep, 2, 1, 0, 4, sample=True)]), Outcome([Sampled(5)]), 0.0)
+
+
+# --- audits ----------------------------------------------------------------------------------------------------------------
+
+
+def asking(**more: Any) -> Running:
+    request = Request([50, 51], Sampling(max_tokens=more.pop("most", 20), **more), quality_tolerance=0.1)
+    running = decoding(groups=None)
+    running.request = request
+    return running
+
+
+def test_unmeasured_drafts_are_thought_to_pay_in_small_batches() -> None:
+    drafting = Drafting(0)
+    assert drafting.audits(asking(), FEW, 4) and not drafting.audits(asking(), FEW + 1, 4)
+    assert not drafting.audits(asking(speculative=0), 1, 4) and not drafting.audits(asking(most=1), 1, 4)
+    assert [Drafting(0, 4).audits(asking(), batch, 4) for batch in (4, 5)] == [True, False]
+
+
+def test_what_is_audited_follows_from_what_drafts_cost_and_how_many_stand() -> None:
+    for extra, stood, pays in ((0.2, 6, True), (0.2, 0, False), (4.0, 6, False)):
+        drafting = Drafting(0)
+        for _ in range(4):
+            drafting.prices.at(8).learn_plain(1.0)
+            drafting.prices.at(8).learn(6, 48, 1 + extra * 6)
+        for kind in drafting.kinds.of((4, "", False, True, 2), [50, 51]):
+            kind.add(stood, max(stood, 6))
+        assert drafting.audits(asking(), 8, 4) == pays
+
+
+def test_a_batch_size_at_which_drafts_did_not_pay_once_is_tried_again() -> None:
+    """One slow step would else end drafts for good: what is not audited does not draft, and nothing is learned."""
+    drafting = Drafting(0)
+    for _ in range(2):
+        drafting.prices.at(1).learn_plain(1.0)
+    drafting.prices.at(1).learn(3, 3, 100.0)
+    assert sum(drafting.audits(asking(), 1, 4) for _ in range(3 * AGAIN)) == 3
+    assert not any(Drafting(0, 0).audits(asking(), 1, 4) for _ in range(3 * AGAIN)), "somebody said so"
