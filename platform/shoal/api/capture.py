@@ -85,9 +85,8 @@ class Recorder:
             ) from error
         self.outbox = Outbox(given.folder, Bounds(keep_days=given.keep_days, keep_texts=given.texts_days))
         self.reruns = Reruns(given.reruns, self._put)
-        self.subject = lru_cache(SUBJECTS)(
-            partial(subject, salt)
-        )  # (key's name, user) -> who asks, as `forget` finds them
+        # (key's name, user) -> who asks, as `forget` finds them
+        self.subject = lru_cache(SUBJECTS)(partial(subject, salt))
         self._salt = salt
         self._slices: set[str] = set()
         self._models: dict[str, _Model] = {}
@@ -305,7 +304,7 @@ def _choices(answer: Answer) -> list[Choice]:
     return found
 
 
-def _unknown(vocabulary: tuple[str, int], prompt: list[int]) -> None:
+def _unknown(vocabulary: tuple[str, int], prompt: Sequence[int]) -> None:
     """The surprisal of a prompt whose row is only to be compared with."""
 
 

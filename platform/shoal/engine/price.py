@@ -20,11 +20,8 @@ SPIKE = 4.0  # a step counts as at most so many times as long as was expected: t
 SEEN, RARE = 8, 2.0  # after so many steps with drafts it counts as at most so many times as long
 NOISE = 0.05  # deviation of a step from what it costs, in steps without drafts; thrice that where it was slower
 DRIFT = 0.001  # as much of what is not known at first is forgotten with every step
-UNKNOWN = (
-    1.0,
-    0.15,
-    0.3,
-)  # deviation of `fixed`, `each` and (a `batch`-th of it) `row` at first, in steps without drafts
+# deviation of `fixed`, `each` and (a `batch`-th of it) `row` at first, in steps without drafts
+UNKNOWN = 1.0, 0.15, 0.3
 AGAIN = 128  # steps with drafts, after which one is without
 ROW = 0.1  # what a draft's row is thought to cost, in shares of what a row of a step without drafts does
 

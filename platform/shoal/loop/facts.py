@@ -2,23 +2,24 @@
 
     gateway: columns as they are known, ids of prompts, a tuple a choice ─ `packed` ─> frame ─ pipe ─> `Frames` ─ `row` ─> Row
 
-Notable: the bytes are `marshal`'s, a tenth of what JSON takes; both ends are one interpreter's, and neither keeps them. Ids of
-a prompt are in the pipe, which is memory, and never on a disk.
+Notable: the bytes are msgpack's, of plain values, a tenth of the time that JSON takes. Ids of a prompt are in the pipe, which is
+memory, and never on a disk.
 """
 
 from __future__ import annotations
 
-import marshal
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
+
+import msgpack
 
 from shoal.loop.rows import Row
 
 # a choice: its layers, and of one that has ended cached tokens, seconds in the queue, and `signals` or None
 Choice = tuple[int | None, int | None, float | None, tuple[Any, ...] | None]
 # columns; the prompts' ids; name and size of the vocabulary that they are of; choices
-Facts = tuple[dict[str, Any], list[list[int]], tuple[str, int] | None, list[Choice]]
+Facts = tuple[dict[str, Any], Sequence[Sequence[int]], tuple[str, int] | None, Sequence[Choice]]
 
 MEANS = ("prompt_nll", "router_bound", "router_distance", "answer_nll")
 signals: Callable[[Any], tuple[Any, ...]] = attrgetter(*MEANS, "answer_nll_max", "predicted_gaps", "drafts_accepted")
@@ -26,9 +27,9 @@ SIZE = 4  # bytes before a frame that tell how long it is
 
 
 def packed(facts: Facts) -> bytes:
-    """`facts`, all of it of Python's own types, as a frame. Raises ValueError for most others; a number of numpy's becomes
-    bytes, of which no row can be made."""
-    data = marshal.dumps(facts)
+    """`facts`, all of it of Python's own types, as a frame. Raises TypeError for others, OverflowError for an integer of more
+    than 64 bits."""
+    data: bytes = msgpack.packb(facts, unicode_errors="surrogatepass")  # what clients send may hold half a character
     return len(data).to_bytes(SIZE, "little") + data
 
 
@@ -45,12 +46,12 @@ class Frames:
             end = at + SIZE + int.from_bytes(data[at : at + SIZE], "little")
             if len(data) < end:
                 break
-            yield marshal.loads(data[at + SIZE : end])
+            yield msgpack.unpackb(data[at + SIZE : end], use_list=False, unicode_errors="surrogatepass")
             at = end
         self._rest = data[at:]
 
 
-def row(facts: Facts, surprisal: Callable[[tuple[str, int], list[int]], float | None]) -> Row:
+def row(facts: Facts, surprisal: Callable[[tuple[str, int], Sequence[int]], float | None]) -> Row:
     """The row of a request; `surprisal` of a prompt's ids, by the vocabulary that they are of. What the columns say themselves
     holds; of several choices sums of what is counted and means of what is measured."""
     columns, prompts, vocabulary, choices = facts

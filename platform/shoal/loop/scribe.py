@@ -12,6 +12,7 @@ import logging
 import os
 import select
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -75,7 +76,7 @@ class Scribe:
         self._faults += 1
         log.error("no row was captured of a request: %s", type(error).__name__)
 
-    def _surprisal(self, vocabulary: tuple[str, int], prompt: list[int]) -> float | None:
+    def _surprisal(self, vocabulary: tuple[str, int], prompt: Sequence[int]) -> float | None:
         table = self._tables.get(vocabulary)
         if table is None:
             name, size = vocabulary

@@ -73,7 +73,7 @@ def gone(process: int) -> None:
 
 @given(st.lists(st.lists(st.integers(0, 2**31)), max_size=9), st.lists(st.integers(1, 40), min_size=1, max_size=50))
 def test_frames_are_cut_out_of_what_comes_wherever_reads_end(prompts: list[list[int]], reads: list[int]) -> None:
-    sent = [({"id": str(n), "at": n}, [ids], ("v", 7), []) for n, ids in enumerate(prompts)]
+    sent = [({"id": str(n), "at": n}, (tuple(ids),), ("v", 7), ()) for n, ids in enumerate(prompts)]
     data, frames, found, place = b"".join(map(packed, sent)), Frames(), [], 0
     while data:
         size = reads[place % len(reads)]
@@ -82,14 +82,13 @@ def test_frames_are_cut_out_of_what_comes_wherever_reads_end(prompts: list[list[
     assert found == sent
 
 
-@pytest.mark.parametrize("odd", [np.float32(0.5), np.float64(0.5), np.int64(1), object()])
+@pytest.mark.parametrize("odd", [np.float32(0.5), np.int64(1), object(), 2**64])
 def test_what_is_no_number_of_python_s_is_no_row_and_never_another_number(odd: Any) -> None:
-    """`marshal` takes what has a buffer for its bytes."""
     told = (1.5, None, None, None, None, (0.5, 0.25), 0)
     for choice in [(2, 1, 0.5, (odd, *told[1:])), (2, 1, 0.5, (*told[:5], (odd,), 0)), (2, odd, 0.5, None)]:
-        with pytest.raises((TypeError, ValueError)):
+        with pytest.raises((TypeError, OverflowError)):
             row(next(Frames().take(packed(({"id": "a", "at": NOON}, [], None, [choice])))), lambda *of: None)  # type: ignore[list-item]
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises((TypeError, OverflowError)):
         row(next(Frames().take(packed(({"id": "a", "at": odd}, [], None, [])))), lambda *of: None).line()
 
 
