@@ -2,8 +2,8 @@
 
     gateway: columns as they are known, ids of prompts, a tuple a choice ─ `packed` ─> frame ─ pipe ─> `Frames` ─ `row` ─> Row
 
-Notable: the bytes are msgpack's, of plain values, a tenth of the time that JSON takes. Ids of a prompt are in the pipe, which is
-memory, and never on a disk.
+Notable: the bytes are msgpack's, of plain values, a tenth of the time that JSON takes. Ids of a prompt are in the pipe, which
+is memory, and never on a disk.
 """
 
 from __future__ import annotations
