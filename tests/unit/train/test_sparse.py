@@ -180,7 +180,7 @@ def test_the_command_chooses_once_trains_and_says_what_was_learned(
     asked = Adapt(
         model=str(base),
         data=str(texts),
-        out=tmp_path / "out",
+        out=str(tmp_path / "out"),
         sparse=True,
         tolerance=9.0,
         steps=2,
