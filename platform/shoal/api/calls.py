@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from shoal.api.bodies import Function
 from shoal.inputs.call_formats import OURS, CallFormat
+from shoal.inputs.tools import call
 
 Delta = dict[str, Any]
 
@@ -63,7 +64,7 @@ class Whole(Reader):
 
     def __init__(self, written: CallFormat = OURS) -> None:
         self._held, self._inside = "", _Inside()
-        before = rf"(?:{re.escape(written.open)})?\s*\[?\s*"
+        before = rf"(?:{re.escape(written.open)}\s*)?(?:\[\s*)?"  # no white space that two parts could take
         self._head = re.compile(  # names hold no quotes (`bodies.NAME`)
             rf'\s*{before}\{{\s*"name"\s*:\s*"([^"]*)"\s*,\s*"{written.arguments}"\s*:\s*'
         )
@@ -104,6 +105,14 @@ class _Inside:
         return "" if self._ended else text
 
 
+_TEXT = re.compile(r'"(?:[^"\\]|\\.?)*("|\Z)', re.DOTALL)  # of JSON; the last may have no end
+
+
+def _is_in_text(json_text: str) -> bool:
+    """Does what begins as JSON break off in a text?"""
+    return json_text.lstrip()[:1] in ("{", "[") and any(not found[1] for found in _TEXT.finditer(json_text))
+
+
 class Tagged(Reader):
     """Text with calls as the model's format frames them, each sent whole: between ``<tool_call>`` and ``</tool_call>``, or
     behind one tag up to the end. White space before a call is left out."""
@@ -111,18 +120,12 @@ class Tagged(Reader):
     def __init__(self, tools: Mapping[str, Function], written: CallFormat = OURS, *, most: int | None = None) -> None:
         """`most`: calls that are read; the others that come with them are left out."""
         self._tools, self._written, self._most, self._held = tools, written, most, ""
+        self._seen = 0  # characters behind the tag that opens, up to which what closes is in a text of the arguments
 
     def push(self, text: str) -> list[Delta]:
         self._held += text
-        deltas: list[Delta] = []
-        opened, close = self._written.open, self._written.close
-        while close:
-            before, _, rest = self._held.partition(opened)
-            inner, closed, behind = rest.partition(close)
-            if not closed:
-                break
-            self._held = behind
-            deltas += self._read(before, inner, opened + inner + close)
+        opened = self._written.open
+        deltas = self._closed(ended=False)
         if opened not in self._held:
             kept = next((k for k in range(len(opened) - 1, 0, -1) if self._held.endswith(opened[:k])), 0)
             sure = self._held[: len(self._held) - kept].rstrip()  # what follows may be a call
@@ -131,9 +134,34 @@ class Tagged(Reader):
         return deltas
 
     def finish(self, *, whole: bool) -> list[Delta]:
+        deltas = self._closed(ended=True)
         before, tag, inner = self._held.partition(self._written.open)
         self._held = ""
-        return self._read(before, inner if tag else None, tag + inner)
+        return deltas + self._read(before, inner if tag else None, tag + inner)
+
+    def _closed(self, *, ended: bool) -> list[Delta]:
+        """What is in front of, and in, the calls in what is held that have come to their end."""
+        deltas: list[Delta] = []
+        opened, close = self._written.open, self._written.close
+        while close:
+            before, _, rest = self._held.partition(opened)
+            end = self._end(rest, ended)
+            if end < 0:
+                break
+            inner, self._held, self._seen = rest[:end], rest[end + len(close) :], 0
+            deltas += self._read(before, inner, opened + inner + close)
+        return deltas
+
+    def _end(self, rest: str, ended: bool) -> int:
+        """Where in `rest`, behind what opens a call, it is closed: not in a text of its arguments, unless it is no call then
+        either. -1 where that is not known yet."""
+        close = self._written.close
+        while (end := rest.find(close, self._seen)) >= 0 and _is_in_text(rest[:end]):
+            self._seen = end + len(close)
+        if self._seen and (end >= 0 or ended):
+            found = self._written.read(rest[:end] if end >= 0 else rest, self._tools)
+            return end if found is not None and not found[1].strip() else rest.find(close)
+        return end
 
     def _read(self, before: str, inner: str | None, spelt: str) -> list[Delta]:
         found = None if inner is None else self._written.read(inner, self._tools)
@@ -167,8 +195,8 @@ class Bare(Tagged):
         start = self._begun.lstrip()
         if self._bare is None and start:
             self._bare = start.startswith("{")
-        if self._bare and self._formatted and not self._may_be_call(start):
-            self._bare = False
+        if self._bare and self._formatted:
+            self._bare = self._may_be_call(start)
         if self._bare is not False:
             return []
         text, self._begun = self._begun, ""
@@ -183,8 +211,10 @@ class Bare(Tagged):
 
     def _may_be_call(self, start: str) -> bool:
         tight = re.sub(r"\s", "", start)
-        heads = (re.sub(r"\s", "", self._written.begin(name)) for name in self._tools)
-        return any(head.startswith(tight) or tight.startswith(head) for head in heads)
+        heads = [re.sub(r"\s", "", self._written.begin(name)) for name in self._tools]
+        # Once it is one it is not asked again: a long call comes in thousands of pieces.
+        self._formatted = not any(tight.startswith(head) for head in heads)
+        return not self._formatted or any(head.startswith(tight) for head in heads)
 
 
 class Either(Reader):
@@ -212,6 +242,16 @@ class Either(Reader):
     def _count(self, deltas: list[Delta]) -> list[Delta]:
         self.calls = 0 if self._inner is None else self._inner.calls
         return deltas
+
+
+def rewritten(text: str, tools: Iterable[Mapping[str, Any]], written: CallFormat) -> str:
+    """The whole answer `text` to an offer of `tools` (as a chat has them) with its calls in our words."""
+    offered = {one["name"]: Function(**one) for one in (tool["function"] for tool in tools)}
+    its = reader(offered, written, formatted=False, most=None)
+    deltas = [*its.push(text), *its.finish(whole=True)]
+    calls = [one["function"] for delta in deltas for one in delta.get("tool_calls", ())]
+    said = "".join(delta.get("content", "") for delta in deltas)
+    return said + "".join(call(one["name"], one["arguments"]) for one in calls)
 
 
 def reader(tools: Mapping[str, Function], written: CallFormat, *, formatted: bool, most: int | None) -> Reader:

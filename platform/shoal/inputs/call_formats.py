@@ -60,9 +60,9 @@ class CallFormat:
             try:
                 value, end = json.JSONDecoder().raw_decode(rest)
                 json.dumps(value, allow_nan=False)  # NaN and 1e999, which Python reads, are no JSON
-            except (ValueError, RecursionError):
+                found = [self._called(each, known) for each in (value if isinstance(value, list) else [value])]
+            except (ValueError, RecursionError):  # of what is written, too: it may be one level too deep for that alone
                 return None
-            found = [self._called(each, known) for each in (value if isinstance(value, list) else [value])]
             if not found or None in found:
                 return None
             calls += [each for each in found if each is not None]

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shoal.api.calls import rewritten
 from shoal.config import AUTO, FULL
 from shoal.data.chats import forms
 from shoal.engine.engine import Engine
@@ -22,7 +23,7 @@ from shoal.engine.events import Request, Sampling
 from shoal.evaluate.evaluation import Progress, interleaved_speed, machine
 from shoal.evaluate.intervals import Figure
 from shoal.evaluate.measures import Answer, mean_depth
-from shoal.inputs.chat import encode_chat
+from shoal.inputs.chat import Encoded, encode_chat
 from shoal.loop import suites
 from shoal.loop.suites import SAFETY
 from shoal.model import files
@@ -52,21 +53,36 @@ class ByEngine:
         requests, lengths = {}, {}
         self.sure = [0.0] * len(asked)
         for place, messages in enumerate(asked):
-            plain = forms.canonical({"messages": list(messages), "tools": self._tools})["messages"]
-            prompt = encode_chat(
-                plain, self._model.tokenizer, self._model.config, template=self._model.chat_template, answers=False
-            )
+            prompt = self._prompt(messages)
             if len(prompt.ids) + self._sampling.max_tokens <= self._model.config.context:
                 sampling = dataclasses.replace(self._sampling, guided=self._guide(messages))
                 requests[place], lengths[place] = Request(prompt, sampling, depth=self._depth), len(prompt.ids)
             else:
                 self.too_long += 1
         for place, done in zip(requests, self._engine.generate(list(requests.values())), strict=True):
-            texts[place] = done.text
+            texts[place] = self._in_our_words(done.text)
             if known := [one.logprob for one in done.logprobs]:
                 self.sure[place] = math.exp(sum(known))
             self._answers.append(Answer(done.text, len(done.tokens), done.depth, lengths[place]))
         return texts
+
+    def _prompt(self, messages: Messages) -> Encoded:
+        """As a service shows it: by a chat template that knows tools, or with tools in our words."""
+        tokenizer, row = self._model.tokenizer, {"messages": list(messages), "tools": self._tools}
+        native = tokenizer.calls is not None
+        return encode_chat(
+            forms.canonical(row, native=native)["messages"],
+            tokenizer,
+            self._model.config,
+            template=self._model.chat_template,
+            answers=False,
+            tools=forms.offered(row) if native else None,
+        )
+
+    def _in_our_words(self, text: str) -> str:
+        """An answer with its calls as all others who are asked write them, however the model was taught to."""
+        form = self._model.tokenizer.calls
+        return text if form is None or not self._tools else rewritten(text, self._tools, form)
 
     @property
     def depth_share(self) -> float:
