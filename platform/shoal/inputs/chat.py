@@ -158,12 +158,16 @@ def _shown(message: Mapping[str, Any], index: int, tokenizer: Tokenizer) -> dict
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """All texts in a value, names of fields too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for each in (*value, *value.values()) if isinstance(value, Mapping) else value:
-            yield from texts_in(each)
+    """All texts in a value, however deep, in no order, names of fields too."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, Mapping):
+            waiting += (*each, *each.values())
+        elif isinstance(each, (list, tuple)):
+            waiting += each
 
 
 def _marked(value: Any, pattern: str, mark: str) -> Any:

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from shoal.api import calls
+from shoal.api.bodies import ChatRequest
+from shoal.api.limits import Limits
+from shoal.api.requests import chat_call
+from shoal.data.chats.rows import read_chats
+from shoal.errors import RequestError
 from shoal.inputs.call_formats import FORMATS
+from shoal.inputs.chat import texts_in
 from shoal.recipes import measure
 from shoal.recipes.customer_service import score, shop
 from tests.unit.open_weights.taught import TOOLS, served
@@ -113,3 +119,35 @@ def test_our_words_of_an_answer_are_its_text_and_its_calls() -> None:
     told = 'Well.<tool_call>{"name": "look", "arguments": {}}</tool_call>'
     assert calls.rewritten(said, TOOLS, form) == told
     assert calls.rewritten("Well. {", TOOLS, form) == "Well. {"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama3"])
+def test_rows_are_read_as_the_service_takes_them(family: str, tmp_path: Any) -> None:
+    """A result in parts; and a text, whose other fields offer nothing."""
+    its, path = served(family), tmp_path / "rows.jsonl"
+    call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+
+    def row(content: Any) -> dict[str, Any]:
+        turns = [{"role": "user", "content": "Look."}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        gave = {"role": "tool", "tool_call_id": "a", "content": content}
+        return {"messages": [*turns, gave, {"role": "assistant", "content": "Two."}], "tools": TOOLS}
+
+    parts = [{"type": "text", "text": "t"}, {"type": "text", "text": "wo"}]
+    image = [{"type": "image_url", "image_url": {"url": "x"}}]
+    rows = [row("two"), row(parts), {"text": "Hello.", "tools": "hammer, saw"}, row(image), row(None)]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    read_rows = read_chats(path, its.tokenizer, its.config, template=its.chat_template, limit=4000)
+    assert len(read_rows) == 3 and read_rows.refused == {"a result that is no text": 2}
+    assert read_rows.row(0)[0].tolist() == read_rows.row(1)[0].tolist()
+
+
+def test_tools_at_the_depth_that_python_just_reads_are_refused_in_one_line() -> None:
+    for depth in (500, sys.getrecursionlimit() - 15, 5000):
+        deep: Any = []
+        for _ in range(depth):
+            deep = [deep]
+        assert list(texts_in({"a": [deep, "b"]})) == ["b", "a"]
+        tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "x": deep}}}
+        body = {"model": "fish", "messages": [{"role": "user", "content": "Look."}], "tools": [tool]}
+        with pytest.raises(RequestError, match=r"too deep|chat template stopped"):
+            chat_call(ChatRequest.model_validate(body), served("qwen2"), Limits())

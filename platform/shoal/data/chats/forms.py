@@ -129,13 +129,22 @@ def _calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         more: dict[str, Any] = {"tool_calls": made} if made else {}
         if role in _RESULTS:
             known = names.get(str(message.get("tool_call_id"))) or message.get("name")
-            if not isinstance(known, str) or not isinstance(content, str):
+            if not isinstance(known, str):
                 raise DataError("a result of no call")
+            content = _said(content)
             given = message.get("tool_call_id") if str(message.get("tool_call_id")) in names else None
             role, more = "tool", {"tool_call_id": str(given or last.get(known, "")), "name": known}
         kept = {"weight": message["weight"]} if "weight" in message else {}
         found.append({"role": "system" if role == "developer" else role, "content": content, **more, **kept})
     return found
+
+
+def _said(content: object) -> str:
+    """What a call gave, a text or parts of it, as a service takes it."""
+    parts = tools.parts(content)
+    if not parts or not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        raise DataError("a result that is no text")
+    return "".join(part["text"] for part in parts)
 
 
 def _call(call: object, role: object, number: int) -> dict[str, Any]:

@@ -185,7 +185,8 @@ def chats(
         with refusing(line, refuse):
             native = tokenizer.calls is not None
             values = _values(text, heldout=heldout, native=native)
-            messages, told = values.get("messages") or [], forms.offered(values) if native else None
+            messages = values.get("messages") or []
+            told = forms.offered(values) if native and messages else None
             if messages:
                 row = encode_chat(
                     messages, tokenizer, config, template=template, add_generation_prompt=False, tools=told
