@@ -27,6 +27,7 @@ from shoal.loop.votes import Vote, Votes
 
 T = TypeVar("T")
 STORE_SECONDS = 5.0  # that the end of an answer waits for its text to be stored
+LOOKS, LOOK_SECONDS = 4, 0.25  # for the row of an answer that is voted on as soon as it is read, at another gateway
 
 
 class FeedbackRequest(Wire):
@@ -124,7 +125,13 @@ class Storing:
 
     async def vote(self, vote: Vote) -> None:
         """Raises NotFoundError for an answer that nobody captured."""
-        if not await asyncio.to_thread(self.votes.knows, vote.id):
+        known = await asyncio.to_thread(self.votes.knows, vote.id)
+        for _ in range(LOOKS):
+            if known:
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+            known = await asyncio.to_thread(self.votes.comes, vote.id)
+        if not known:
             raise _unknown(vote.id)
         await kept(partial(self.votes.put, vote))
         self.counts[vote.rating or ("none" if vote.empty else "text")] += 1

@@ -1,6 +1,7 @@
 """``python -m shoal.loop``: a scribe, begun by an `outbox`. Leaves the process that began it before it imports anything.
 
-Notable: a signal to the service's group, such as Ctrl-C, ends the service, and the scribe with it when it has read the rest.
+Notable: it is in a session of its own, and ignores the signals that a supervisor sends to all processes of a service: these end
+the service, and the scribe with it when it has read the rest.
 """
 
 from __future__ import annotations

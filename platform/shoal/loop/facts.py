@@ -33,20 +33,34 @@ def packed(facts: Facts) -> bytes:
     return len(data).to_bytes(SIZE, "little") + data
 
 
+def unpacked(frame: bytes) -> Facts:
+    """What was `packed`, with tuples for its lists. Raises ValueError for what is no frame."""
+    found: Facts = msgpack.unpackb(frame[SIZE:], use_list=False, unicode_errors="surrogatepass")
+    return found
+
+
+def lighter(frame: bytes, room: int) -> bytes:
+    """`frame` without its prompts, of whose row no surprisal is known; where it has more than `room` bytes still, without what
+    its choices say too."""
+    columns, _, _, choices = unpacked(frame)
+    found = packed((columns, [], None, choices))
+    return found if len(found) <= room else packed((columns, [], None, []))
+
+
 class Frames:
-    """Cuts what comes out of a pipe into facts, wherever a read has ended."""
+    """Cuts what comes out of a pipe into frames, wherever a read has ended."""
 
     def __init__(self) -> None:
         self._rest = b""
 
-    def take(self, data: bytes) -> Iterator[Facts]:
-        """Those that are whole with `data`."""
+    def take(self, data: bytes) -> Iterator[bytes]:
+        """Those that are whole with `data`, each for `unpacked`."""
         data, at = self._rest + data, 0
         while len(data) >= at + SIZE:
             end = at + SIZE + int.from_bytes(data[at : at + SIZE], "little")
             if len(data) < end:
                 break
-            yield msgpack.unpackb(data[at + SIZE : end], use_list=False, unicode_errors="surrogatepass")
+            yield data[at:end]
             at = end
         self._rest = data[at:]
 

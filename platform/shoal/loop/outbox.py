@@ -9,6 +9,7 @@ that is dropped and counted. The scribe is no child of this process: a worker of
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -27,7 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import shoal
-from shoal.loop.facts import Facts, packed
+from shoal.loop.facts import Facts, lighter, packed
 from shoal.loop.writer import Bounds
 
 log = logging.getLogger("shoal.loop")
@@ -82,6 +83,7 @@ class Outbox:
         self._lock = threading.RLock()
         self._begun, self._again, self._short = 0.0, 0.0, 0
         self._forking: subprocess.Popen[bytes] | None = None
+        self._left = set[int]()  # scribes that have ended, and may be this process's to reap
         self._ended = False
         self._complained = set[str]()
 
@@ -101,6 +103,7 @@ class Outbox:
                 self._put_later(now, frame)
                 return
             try:
+                frame = self._fitting(frame)
                 self._send(frame)
             except BlockingIOError:
                 self.drop("queue", "the scribe is too slow for the rows that come")
@@ -141,15 +144,27 @@ class Outbox:
             raise BrokenPipeError  # what comes after half a frame would be read wrong
 
     def _fits(self, size: int) -> bool:
-        """Whether the pipe surely takes so many bytes at once: its pages may be half full, its first and last nearly empty."""
+        """Whether the pipe surely takes so many bytes at once: its pages may be half full."""
         used = int.from_bytes(fcntl.ioctl(self._pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
-        return 2 * used + size + 3 * mmap.PAGESIZE <= fcntl.fcntl(self._pipe, fcntl.F_GETPIPE_SZ)
+        return 2 * used + size <= self._room()
+
+    def _room(self) -> int:
+        """Bytes that the pipe takes when it is empty: its first and last pages may be nearly so."""
+        return fcntl.fcntl(self._pipe, fcntl.F_GETPIPE_SZ) - 3 * mmap.PAGESIZE
+
+    def _fitting(self, frame: bytes) -> bytes:
+        """`frame`, or so much of it as this pipe ever takes: all rows would wait behind one that it never does."""
+        if self._pipe < 0 or len(frame) <= WHOLE or len(frame) <= self._room():
+            return frame
+        return lighter(frame, max(WHOLE, self._room()))
 
     def _sent_rest(self) -> bool:
         """Send what waits for a scribe, as far as it goes; whether all of it went."""
         while self._unsent:
+            came, frame = self._kept[-self._unsent]
             try:
-                self._send(self._kept[-self._unsent][1])
+                self._kept[-self._unsent] = came, (frame := self._fitting(frame))
+                self._send(frame)
             except OSError:
                 return False
             self._unsent -= 1
@@ -163,9 +178,10 @@ class Outbox:
             self._forget_taken()
             if self._forking is not None and self._forking.poll() is not None:
                 self._forking = None
+            self._reap()
             if self._ended:
                 return
-            if self._pipe >= 0 and self._is_broken():
+            if self._pipe >= 0 and (self._is_broken() or self._is_gone()):
                 self._lose()
             elif self._pipe < 0:
                 self._begin()
@@ -177,11 +193,26 @@ class Outbox:
         poll.register(self._pipe, 0)
         return any(event & select.POLLERR for _, event in poll.poll(0))
 
+    def _is_gone(self) -> bool:
+        """Whether the scribe has ended, though its end of the pipe is open: in a process that was forked while it was begun."""
+        return not self._lives() if self._shared["pid"] else self._forking is None
+
+    def _reap(self) -> None:
+        """A process that has no parent is the first one's of its container, which this may be."""
+        for pid in [*self._left]:
+            try:
+                done, _ = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                done = pid
+            if done:
+                self._left.discard(pid)
+
     def _lose(self) -> None:
         """The scribe has ended, and nobody told it to: begin another, with what no journal has."""
         if self._pipe < 0:
             return
         self._forget_taken()
+        self._left |= {self._shared["pid"]} - {0}
         os.close(self._pipe)
         self._pipe, lived = -1, time.monotonic() - self._begun
         self._short = 0 if lived > LIVED_SECONDS else self._short + 1
@@ -226,6 +257,7 @@ class Outbox:
                 stdout=subprocess.DEVNULL,
                 pass_fds=(read, self._memory, gateway),
                 env={**os.environ, **one},
+                start_new_session=True,  # who kills the group of this process loses no row
             )
         finally:
             os.close(gateway)
@@ -242,23 +274,28 @@ class Outbox:
                 return
             self._ended = True
             self._forget_taken()
+            lost = len(self._kept)
             if self._pipe >= 0:
                 os.close(self._pipe)
-            if self._unsent:  # what is in the pipe is still read
-                self.counts["end"] += self._unsent
-                log.error("capture: %d rows are lost: no process to write them could be begun", self._unsent)
+                lost = self._unsent  # what is in the pipe is still read
+            if lost:
+                self.counts["end"] += lost
+                log.error("capture: %d rows are lost: no process to write them could be begun", lost)
             begun, self._pipe = self._pipe >= 0, -1
         if self._forking is not None:
-            self._forking.wait()
+            with suppress(subprocess.TimeoutExpired):
+                self._forking.wait(max(0.0, until - time.monotonic()))
         while begun and not self._shared["ended"] and time.monotonic() < until and self._lives():
             time.sleep(WAIT_SECONDS)
+        self._left |= {self._shared["pid"]} - {0}
+        self._reap()
         os.close(self._memory)
 
     def _lives(self) -> bool:
         try:
             gone = os.pidfd_open(self._shared["pid"])
-        except OSError:
-            return False
+        except OSError as error:  # the number is nobody's, or by now a thread's
+            return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
         poll = select.poll()
         poll.register(gone, select.POLLIN)
         try:

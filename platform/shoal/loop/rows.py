@@ -90,9 +90,10 @@ class Row:
     # [A], the same of each early exit
     gaps: list[float] | None = dataclasses.field(default=None, metadata={"type": NUMBERS})
 
-    def line(self) -> bytes:
-        """It as a line of a journal: JSON of what is known."""
+    def line(self, frame: int = 0) -> bytes:
+        """It as a line of a journal: JSON of what is known; with which `frame` of its gateway's it is [none]."""
         known = {name: _plain(value) for name in NAMES if (value := getattr(self, name)) is not None}
+        known |= {"frame": frame} if frame else {}
         return (_encoded(known) + "\n").encode()
 
 

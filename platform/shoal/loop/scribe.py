@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from shoal.data.remote import is_remote
 from shoal.errors import ShoalError
 from shoal.loop.capture import JOURNAL, Capture, lines_of
-from shoal.loop.facts import Frames, row
+from shoal.loop.facts import Frames, row, unpacked
 from shoal.loop.outbox import DROPPED, Shared
 from shoal.loop.rows import Row
 from shoal.loop.surprisal import Learned
@@ -35,11 +36,9 @@ NICE = 5  # answers come first
 class Scribe:
     """Makes rows of frames and gives them to a writer, which it owns."""
 
-    def __init__(
-        self, capture: Capture, writer: Writer, shared: Shared, known: set[tuple[str, str | None]], again: int = 0
-    ) -> None:
-        """The first `again` frames were handed over to another before: rows of them that are `known` are in its journals."""
-        self._capture, self._writer, self._shared, self._known, self._again = capture, writer, shared, known, again
+    def __init__(self, capture: Capture, writer: Writer, shared: Shared, known: set[int]) -> None:
+        """`known`: frames that were handed over to another before, and whose rows are in its journals."""
+        self._capture, self._writer, self._shared, self._known = capture, writer, shared, known
         self._frames = Frames()
         self._tables: dict[tuple[str, int], Learned] = {}
         self._before = {name: shared[name] for name in ("taken", "rows", *DROPPED)}
@@ -47,28 +46,27 @@ class Scribe:
 
     def take(self, data: bytes) -> None:
         """What came out of the pipe."""
-        rows = []
-        for facts in self._frames.take(data):
+        rows = dict[int, Row]()
+        for frame in self._frames.take(data):
             self._taken += 1
-            try:
-                made = row(facts, self._surprisal)
-            except Exception as error:  # one row is worth less than those after it
-                self._fault(error)
-                continue
-            if self._taken <= self._again and (made.id, made.role) in self._known:
+            number = self._before["taken"] + self._taken
+            if number in self._known:
                 self._found += 1
                 continue
-            rows.append(made)
+            try:
+                rows[number] = row(unpacked(frame), self._surprisal)
+            except Exception as error:  # one row is worth less than those after it
+                self._fault(error)
         try:
-            self._writer.put(*rows)
+            self._writer.put(*rows.values(), frames=[*rows])
         except Exception:
-            for each in rows:
-                self._put_alone(each)
+            for number, each in rows.items():
+                self._put_alone(number, each)
         self.publish()
 
-    def _put_alone(self, each: Row) -> None:
+    def _put_alone(self, number: int, each: Row) -> None:
         try:
-            self._writer.put(each)
+            self._writer.put(each, frames=[number])
         except Exception as error:
             self._fault(error)
 
@@ -95,12 +93,13 @@ class Scribe:
 
 def run(*, folder: str, bounds: dict[str, Any], service: str, pipe: int, shared: int, gateway: int, again: int) -> None:
     """Until `pipe` ends, or the process of the descriptor `gateway` has ended and the pipe is empty. `service`: whose journals
-    are, by name; `again`: as a `Scribe` takes it."""
+    are, by name; `again`: of the frames that come first, so many were handed over to another before."""
     told = Shared(shared)
     try:
-        capture = Capture(folder, create=True)
-        known = written(capture, service) if again else set()
-        scribe = Scribe(capture, writer := Writer(capture, Bounds(**bounds), service=service), told, known, again)
+        # one that was removed is not made anew: with another salt nobody would find whose the rows are, to forget them
+        capture = Capture(folder, create=is_remote(folder))
+        known = written(capture, service, told.taken) if again else set()
+        scribe = Scribe(capture, writer := Writer(capture, Bounds(**bounds), service=service), told, known)
     except (ShoalError, OSError) as error:
         log.error("capture: %s", error)
         return
@@ -132,10 +131,11 @@ def _read(scribe: Scribe, pipe: int, gone: int) -> None:
             time.sleep(PAUSE_SECONDS)
 
 
-def written(capture: Capture, service: str) -> set[tuple[str, str | None]]:
-    """Id and role of each row in the journals of a service's scribes."""
-    found = set[tuple[str, str | None]]()
+def written(capture: Capture, service: str, taken: int) -> set[int]:
+    """Frames after the first `taken` whose rows are in the journals of a service's scribes. By number and not by id: of a
+    request that was refused the id is the client's, who may have asked again with it."""
+    found = set[int]()
     for path in (capture.folder / JOURNAL).glob(f"*-{service}*.jsonl"):
         with suppress(FileNotFoundError):  # it has become a part
-            found |= {(str(line.get("id")), line.get("role")) for line in lines_of(path)}
+            found |= {number for line in lines_of(path) if (number := line.get("frame", 0)) > taken}
     return found

@@ -88,6 +88,13 @@ class Votes:
             self.saw(id_)
         return id_ in self._known
 
+    def comes(self, id_: str) -> bool:
+        """Whether it has come into a journal since it was not known: of an answer by another gateway, whose scribe writes its
+        row a moment after it was read. Call it in a thread."""
+        if id_ not in self._capture.forgotten().ids and self._in_journals(id_):
+            self.saw(id_)
+        return id_ in self._known
+
     def _elsewhere(self, id_: str) -> bool:
         """Whether another machine has captured it, where the capture is in S3."""
         if self._capture.bucket is None:

@@ -125,10 +125,11 @@ class Writer:
 
     # --- the scribe's own thread ---------------------------------------------------------------------------------------
 
-    def put(self, *rows: Row) -> None:
-        """Keep `rows`, in one write, or drop and count them. Raises what a row does that cannot be a line."""
-        forgotten = self._forgotten.subjects
-        lines = [row.line() for row in rows if not (forgotten and row.subject in forgotten)]
+    def put(self, *rows: Row, frames: Sequence[int] = ()) -> None:
+        """Keep `rows`, in one write, or drop and count them; `frames`: as a line has it, of each [none]. Raises what a row does
+        that cannot be a line."""
+        forgotten, each = self._forgotten.subjects, zip(rows, frames or [0] * len(rows), strict=True)
+        lines = [row.line(frame) for row, frame in each if not (forgotten and row.subject in forgotten)]
         if not lines:
             return
         with self._lock:

@@ -17,9 +17,11 @@ from shoal.api.capture import CaptureArgs
 from shoal.api.served import ServedModel
 from shoal.errors import ConfigError
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.loop.capture import Capture
+from shoal.loop.capture import Capture, now_ms
+from shoal.loop.rows import Row
 from shoal.loop.texts import Texts
 from shoal.loop.votes import Vote, Votes
+from shoal.loop.writer import Writer
 
 pytestmark = pytest.mark.anyio
 Connect = Callable[..., httpx.AsyncClient]
@@ -179,6 +181,23 @@ async def test_a_vote_for_an_answer_that_nobody_gave_is_404(connect: Connect, fo
         answer = await http.post("/v1/shoal/feedback", json={"id": "chatcmpl-nobody", "rating": "up"})
     assert answer.status_code == 404 and answer.json()["error"]["param"] == "id"
     assert not (folder / "feedback").exists()
+
+
+async def test_a_vote_on_an_answer_of_another_gateway_waits_for_its_row(
+    connect: Connect, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which that one's scribe writes a moment after the answer was read."""
+    knows = Votes.knows
+
+    def too_early(self: Votes, id_: str) -> bool:
+        found = knows(self, id_)
+        other = Writer(Capture(folder), start=False)
+        other.put(Row("chatcmpl-elsewhere", now_ms()))
+        return found
+
+    monkeypatch.setattr(Votes, "knows", too_early)
+    async with connect(capture=CaptureArgs(str(folder))) as http:
+        (await http.post("/v1/shoal/feedback", json={"id": "chatcmpl-elsewhere", "rating": "up"})).raise_for_status()
 
 
 async def test_an_answer_of_before_a_restart_can_be_voted_on(connect: Connect, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,11 @@ from hypothesis import strategies as st
 
 from shoal.loop import outbox
 from shoal.loop.capture import JOURNAL, Capture
-from shoal.loop.facts import Facts, Frames, packed, row
-from shoal.loop.outbox import Outbox
+from shoal.loop.facts import Facts, Frames, packed, row, unpacked
+from shoal.loop.outbox import Outbox, Shared
 from shoal.loop.rows import SHADOW
+from shoal.loop.scribe import Scribe
+from shoal.loop.writer import Writer
 
 NOON = 1_795_780_800_000  # 2026-11-27 12:00, UTC
 
@@ -77,7 +80,7 @@ def test_frames_are_cut_out_of_what_comes_wherever_reads_end(prompts: list[list[
     data, frames, found, place = b"".join(map(packed, sent)), Frames(), [], 0
     while data:
         size = reads[place % len(reads)]
-        found += frames.take(data[:size])
+        found += map(unpacked, frames.take(data[:size]))
         data, place = data[size:], place + 1
     assert found == sent
 
@@ -87,9 +90,9 @@ def test_what_is_no_number_of_python_s_is_no_row_and_never_another_number(odd: A
     told = (1.5, None, None, None, None, (0.5, 0.25), 0)
     for choice in [(2, 1, 0.5, (odd, *told[1:])), (2, 1, 0.5, (*told[:5], (odd,), 0)), (2, odd, 0.5, None)]:
         with pytest.raises((TypeError, OverflowError)):
-            row(next(Frames().take(packed(({"id": "a", "at": NOON}, [], None, [choice])))), lambda *of: None)  # type: ignore[list-item]
+            row(unpacked(packed(({"id": "a", "at": NOON}, [], None, [choice]))), lambda *of: None)  # type: ignore[list-item]
     with pytest.raises((TypeError, OverflowError)):
-        row(next(Frames().take(packed(({"id": "a", "at": odd}, [], None, [])))), lambda *of: None).line()
+        row(unpacked(packed(({"id": "a", "at": odd}, [], None, []))), lambda *of: None).line()
 
 
 # ---- the scribe ------------------------------------------------------------------------------------------------------
@@ -129,13 +132,14 @@ GATEWAY = """
 
 
 def gateway(folder: Path, before: str = "") -> subprocess.Popen[str]:
-    """A process that hands over rows as fast as it can, and tells each on stdout when it has."""
+    """A process that hands over rows as fast as it can, and tells each on stdout when it has. Alone in its group."""
     script = textwrap.dedent(GATEWAY.format(before=before))
     return subprocess.Popen(
         [sys.executable, "-c", script, str(folder)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        start_new_session=True,
     )
 
 
@@ -327,3 +331,140 @@ def test_a_row_after_the_end_is_counted_and_a_box_that_was_never_used_begins_not
     unused.close()
     unused.put(facts(1))
     assert unused.scribes == 0 and unused.dropped == {"end": 1} and ids(capture) == []
+
+
+# ---- what was lost or doubled once -----------------------------------------------------------------------------------
+
+
+def killed(box: Outbox) -> None:
+    """Its scribe is."""
+    scribe = box.scribe
+    os.kill(scribe, signal.SIGKILL)
+    gone(scribe)
+
+
+def test_a_client_that_was_refused_and_asks_again_with_its_own_id_is_two_rows_over_the_end_of_a_scribe(
+    capture: Capture, box: Outbox
+) -> None:
+    box.put(facts(1, status=429))
+    until(lambda: box.lag == 0)
+    os.kill(box.scribe, signal.SIGSTOP)
+    box.put(facts(1, status=429))
+    box.put(facts(2))
+    killed(box)
+    until(lambda: box.lag == 0, box.look)
+    assert ids(capture) == ["chatcmpl-1", "chatcmpl-1", "chatcmpl-2"] and box.rows == 3
+
+
+def test_rows_do_not_wait_for_ever_behind_one_that_a_smaller_pipe_never_takes(
+    capture: Capture, box: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second pipe is small, as all are of a user who has many."""
+    box.put(facts(0))
+    until(lambda: box.lag == 0)
+    os.kill(box.scribe, signal.SIGSTOP)
+    many = [(2, 1, 0.5, None)] * 20_000
+    for number, choices in enumerate((many[:2], many), 1):
+        told = {"id": f"chatcmpl-{number}", "at": NOON + number}
+        box.put((told, [[2**20 + number] * 30_000], ("v", 9), choices))
+    box.put(facts(3))
+    monkeypatch.setattr(outbox, "PIPE_BYTES", 2**16)
+    killed(box)
+    until(lambda: box.lag == 0, box.look)
+    box.put(({"id": "chatcmpl-4", "at": NOON + 4}, [[2**20] * 30_000], ("v", 9), []))
+    until(lambda: box.lag == 0, box.look)
+    found = capture.rows(columns=["id", "layers"]).to_pydict()
+    assert found["id"] == [f"chatcmpl-{number}" for number in range(5)] and not box.dropped
+    assert found["layers"] == [None, 2, None, None, None], "of so many choices nothing is known"
+
+
+def test_a_scribe_whose_end_of_the_pipe_somebody_inherited_is_missed_none_the_less(
+    capture: Capture, box: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a process that was forked while the scribe was begun has it."""
+    began, heirs = box._started, list[int]()
+    monkeypatch.setattr(box, "_started", lambda read: (heirs.append(os.dup(read)), began(read))[1])
+    box.put(facts(1))
+    until(lambda: box.lag == 0, box.look)
+    killed(box)
+    box.put(facts(2))
+    until(lambda: box.lag == 0, box.look)
+    for heir in heirs:
+        os.close(heir)
+    assert ids(capture) == ["chatcmpl-1", "chatcmpl-2"] and box.scribes == 2
+
+
+def test_rows_that_no_scribe_takes_before_the_end_are_counted(
+    capture: Capture, box: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those too that were in the pipe of one that ended."""
+    (capture.folder / "capture.json").write_text("{}")
+    monkeypatch.setattr(outbox, "CLOSE_SECONDS", 0.2)
+    box.put(facts(1))
+    until(lambda: box._pipe < 0, box.look)
+    box.close()
+    assert box.dropped == {"end": 1}
+
+
+def test_a_folder_that_was_removed_is_not_made_anew_with_another_salt(capture: Capture, box: Outbox) -> None:
+    box.put(facts(1))
+    until(lambda: box.lag == 0)
+    shutil.rmtree(capture.folder)
+    killed(box)
+    box.put(facts(2))
+    until(lambda: box._pipe < 0 and box.scribes > 1, box.look)
+    assert not capture.folder.exists()
+    box._kept.clear()
+
+
+def test_what_kills_the_gateway_s_group_leaves_the_scribe_to_read_the_rest(capture: Capture) -> None:
+    process = gateway(capture.folder)
+    assert process.stdout is not None
+    told = [process.stdout.readline() for _ in range(100)]
+    until(lambda: bool(scribes(capture.folder)))
+    os.killpg(process.pid, signal.SIGKILL)
+    told += process.stdout.readlines()
+    process.wait()
+    until(lambda: not scribes(capture.folder))
+    last = int([line for line in told if line.endswith("\n")][-1])
+    assert set(ids(capture)) >= {f"chatcmpl-{number}" for number in range(last + 1)}
+
+
+REAPS = """
+    import ctypes, os, signal, sys, time
+    from pathlib import Path
+    from shoal.loop.outbox import Outbox
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # who has no parent is its, as the first process's of a container
+    box = Outbox(sys.argv[1])
+    box.put(({"id": "chatcmpl-1", "at": 1_795_780_800_000}, [], None, []))
+    while not box.scribe:
+        time.sleep(0.01)
+    scribe = box.scribe
+    os.kill(scribe, signal.SIGKILL)
+    for _ in range(6000):
+        box.look()
+        if not Path(f"/proc/{scribe}").exists():
+            print("reaped")
+            break
+        time.sleep(0.01)
+    box.close()
+"""
+
+
+def test_the_first_process_of_a_container_reaps_its_scribes(capture: Capture) -> None:
+    """It is the parent of all that have none: each scribe that ended would stay as a zombie."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(REAPS), str(capture.folder)],
+        stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.stdout == "reaped\n" and ids(capture) == ["chatcmpl-1"]
+
+
+def test_a_frame_that_cannot_be_read_is_one_row_less_and_not_the_end_of_the_scribe(capture: Capture) -> None:
+    memory = os.memfd_create("counts")
+    os.ftruncate(memory, Shared.SIZE)
+    shared, written = Shared(memory), Writer(capture, start=False)
+    Scribe(capture, written, shared, set()).take(packed(facts(1)) + b"\1\0\0\0\xc1" + packed(facts(2)))
+    written.close()
+    os.close(memory)
+    assert ids(capture) == ["chatcmpl-1", "chatcmpl-2"] and shared["fault"] == 1 and shared.taken == 3
