@@ -16,6 +16,7 @@ import bisect
 from collections.abc import Sequence
 
 from shoal.engine.acceptance import Kinds, Record
+from shoal.engine.events import MAX_DRAFTS
 from shoal.engine.plan import Outcome, Plan
 from shoal.engine.price import Prices
 from shoal.engine.running import Running
@@ -43,30 +44,32 @@ def best(
     fixed, each, row = shares
     chosen, rate, better = [0] * len(answers), 1.0, True
     while better:
-        better, reached, price = False, rate, rate * row * batch
-        gains = [_gains(share, room, price) for share, room in answers]
-        for ahead in range(1, max(map(len, gains), default=1)):
-            gained, rows = 0.0, 0
-            for sums in gains:
-                drafts = min(ahead, len(sums) - 1)
-                gained, rows = gained + sums[drafts], rows + drafts
+        better, reached, most, price = False, rate, 0, rate * row * batch
+        limits, gains = _gains(answers, price)
+        gained, rows = 0.0, 0
+        for ahead, (tokens, count) in enumerate(gains, 1):
+            gained, rows = gained + tokens, rows + count
             found = (1 + gained / batch) / (1 + max(0.0, fixed + each * ahead + row * rows))
             if found > reached * (1 + 1e-9):
-                reached, better = found, True
-                chosen = [min(ahead, len(sums) - 1) for sums in gains]
+                reached, most, better = found, ahead, True
+        if better:
+            chosen = [min(most, limit) for limit in limits]
         rate = reached
     return rate, chosen
 
 
-def _gains(share: float, room: int, price: float) -> list[float]:
-    """Tokens that 0, 1, .. drafts give, up to `room`, and as far as the last gives more than `price`."""
-    sums, stands = [0.0], 1.0
-    for _ in range(room):
-        stands *= share
-        if stands <= price:
-            break
-        sums.append(sums[-1] + stands)
-    return sums
+def _gains(answers: Sequence[tuple[float, int]], price: float) -> tuple[list[int], list[tuple[float, int]]]:
+    """How many drafts of each answer give more than `price`, and of the first, second, .. drafts of all together: how many
+    tokens they give, and how many those are."""
+    limits, tokens, counts = [], [0.0] * MAX_DRAFTS, [0] * MAX_DRAFTS
+    for share, room in answers:
+        stands, drafts = share, 0
+        while drafts < room and stands > price:
+            tokens[drafts] += stands
+            counts[drafts] += 1
+            stands, drafts = stands * share, drafts + 1
+        limits.append(drafts)
+    return limits, list(zip(tokens, counts, strict=True))[: max(limits, default=0)]
 
 
 class Drafting:

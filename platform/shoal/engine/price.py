@@ -12,6 +12,7 @@ be told what two cost, and hardly what the first does; until that is seen, it co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 PLAIN = 2  # steps without drafts at a batch size, before there is anything to compare with
@@ -46,17 +47,20 @@ class Price:
 
     def learn_plain(self, seconds: float) -> None:
         """Take in a step without drafts. One that is slower than those before counts less: others' work on the machine takes
-        time as well."""
+        time as well. Of the first ones the fastest counts: the very first may have been waiting for kernels."""
         self._steps, self._drafted = self._steps + 1, 0
         if self._steps == 1:
             self._plain = seconds
-        weight = max(1 / self._steps, FASTER) if seconds < self._plain else SLOWER
+        faster = 1.0 if self._steps <= PLAIN else FASTER
+        weight = faster if seconds < self._plain else SLOWER
         self._plain += weight * (min(seconds, SPIKE * self._plain) - self._plain)
 
     def learn(self, most: int, rows: int, seconds: float) -> None:
         """Take in a step whose requests drafted `rows` tokens, one of them as many as `most`."""
         if not self.plain:
             return
+        if seconds < self._plain:  # one without takes less still, so those that were measured were not alone
+            self._plain += FASTER * (seconds - self._plain)
         costs, x = self._known(), (1.0, float(most), float(rows))
         expected = self.plain + sum(a * b for a, b in zip(costs, x, strict=True))
         self._seen += 1
@@ -69,7 +73,13 @@ class Price:
             costs[i] += towards[i] * off / whole
             for j in range(3):
                 doubt[i][j] -= towards[i] * towards[j] / whole
-            doubt[i][i] = min(unknown, doubt[i][i] + DRIFT * unknown)
+            doubt[i][i] += DRIFT * unknown
+        for i, unknown in enumerate(self._unknown()):
+            # the whole line and column: of a bound on the deviation alone no covariance would be left where `plain` fell
+            share = min(1.0, math.sqrt(unknown / doubt[i][i]))
+            for j in range(3):
+                doubt[i][j] *= share
+                doubt[j][i] *= share
 
     def look(self) -> bool:
         """Is it time for a step without drafts, since that is what all are compared with?"""

@@ -152,6 +152,39 @@ def test_a_step_in_which_the_machine_paused_counts_as_one_of_a_few() -> None:
     assert price.plain < 1.5
 
 
+def test_a_machine_that_got_faster_leaves_no_wrong_sense_in_what_is_doubted() -> None:
+    """What steps cost is found again: bounds on the deviations alone left a covariance that was none, and costs of hundreds."""
+    for seed in range(3):
+        draw, price = random.Random(seed), Price(8, cheap=0.25)
+        for step in range(2006):
+            plain = 1.0 if step < 6 else 0.05
+            if (step - 6) % 128 < 2 or not price.plain:
+                price.learn_plain(plain * draw.uniform(0.97, 1.1))
+                continue
+            most = draw.choice([2, 2, 2, 4])
+            rows = most * draw.randint(1, 8)
+            price.learn(most, rows, plain * (1.05 + 0.2 * most + 0.05 * rows / 8) * draw.uniform(0.97, 1.1))
+            for x in ((1.0, 2.0, 2.0), (1.0, 2.0, 16.0), (1.0, 4.0, 4.0), (1.0, 4.0, 32.0)):
+                assert sum(x[i] * price._doubt[i][j] * x[j] for i in range(3) for j in range(3)) >= 0
+            assert max(map(abs, price.shares())) < 12
+
+
+@pytest.mark.parametrize("first", [[0.3, 0.01], [0.3, 0.3]])
+def test_first_steps_that_waited_for_kernels_do_not_make_drafts_free(first: list[float]) -> None:
+    """What a step without drafts takes is at most what one with drafts does."""
+    price, free = Price(1, cheap=0.25), 0
+    for seconds in first:
+        price.learn_plain(seconds)
+    for _ in range(1000):
+        if price.look():
+            price.learn_plain(0.01)
+            continue
+        price.learn(2, 2, 0.016)
+        free += price.extra(2, 2) < 0.3
+    assert price.plain < 0.0115
+    assert free < 500 and (first[0] == first[1] or not free)
+
+
 def test_another_batch_size_begins_with_what_the_nearest_costs() -> None:
     prices = Prices(0.25)
     for batch, extra in ((1, 0.4), (8, 4.0)):
