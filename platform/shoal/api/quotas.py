@@ -167,6 +167,7 @@ class Shared:
         self._spent = Counter[str]()  # tokens that it has not been told of
         self._joins = 0
         self._joining = asyncio.Lock()
+        self._left = Counter[str]()  # requests that ended while we joined with them
         self._alone = False  # the count does not answer
         self._told = -BEAT_SECONDS
 
@@ -195,7 +196,9 @@ class Shared:
             raise refusal
 
     def leave(self, key: Key) -> None:
-        if self._joins and not self._alone:
+        if self._joining.locked():
+            self._left[key.line] += 1
+        elif self._joins and not self._alone:
             self._link.leave(self._gateway, key.line)
 
     def spend(self, key: Key, tokens: int) -> None:
@@ -258,6 +261,7 @@ class Shared:
             except RateLimitError as error:
                 return error
             return None
+        self._known[key.line] = key  # A report may have dropped it meanwhile.
         self._take(key, left)
         if left.refusal is None and key.places is not None:
             key.places.taken += 1
@@ -281,8 +285,11 @@ class Shared:
             if self._joins == joins:
                 held = {line: _held(key) for line, key in self._known.items()}
                 self._spent.clear()  # what is left here is without it
+                self._left.clear()  # and without these
                 await self._link.join(self._gateway, held)
                 self._joins += 1
+                for line in self._left.elements():
+                    self._link.leave(self._gateway, line)
 
     def _lost(self, error: BaseException) -> None:
         if not self._alone:

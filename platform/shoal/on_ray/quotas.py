@@ -42,9 +42,13 @@ class ActorLink:
     def __init__(self, application: str) -> None:
         self._name = PREFIX + application
         self._actor: Any = None
+        self._finding: asyncio.Task[Any] | None = None
 
     async def join(self, gateway: str, held: Mapping[str, Held]) -> None:
-        self._actor = await asyncio.to_thread(self._found)
+        # Of tries that are given up one waits for Ray at a time: a thread each would soon leave none for anything else.
+        if self._finding is None or self._finding.done():
+            self._finding = asyncio.create_task(asyncio.to_thread(self._found))
+        self._actor = await asyncio.shield(self._finding)
         await self._actor.join.remote(gateway, dict(held))
 
     async def admit(self, gateway: str, line: str) -> Left | None:

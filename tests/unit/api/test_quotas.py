@@ -272,3 +272,43 @@ async def test_a_lasting_load_is_told_of_by_the_task_beside_the_gateway(monkeypa
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
+
+
+async def test_what_ends_while_its_gateway_joins_holds_no_place_for_ever() -> None:
+    """Whether the count forgot the gateway, or did not answer for a while: its place is free once it has joined."""
+    for cut in (False, True):
+        gateways = Gateways("alpha at_once=1")
+        one, other = gateways.keys
+        await gateways.report()
+        assert await admitted(one) == 1
+        if cut:
+            gateways.wire.cut = True
+            await gateways.report()
+            gateways.wire.cut = False
+        else:
+            gateways.wire.count = Quotas(gateways.clock)
+
+        def ends(shared: Shared = gateways.shared[0], key: Key = one) -> None:
+            if shared._joining.locked() and key.places is not None and key.places.taken:
+                key.leave()
+
+        gateways.wire.meanwhile = ends
+        await gateways.report()
+        assert gateways.running == 0
+        await gateways.report()
+        assert await admitted(other) == 1
+
+
+async def test_a_report_that_crosses_a_request_does_not_make_it_unknown() -> None:
+    """A count that starts anew is told of it."""
+    gateways = Gateways("alpha at_once=1")
+    one, other = gateways.keys
+    await gateways.report()
+    assert await admitted(one) == 1
+    one.leave()
+    gateways.shared[0]._told = -1000.0
+    reported, asked = asyncio.create_task(gateways.shared[0].report()), asyncio.create_task(one.admitted())
+    await asyncio.gather(reported, asked)
+    gateways.wire.count = Quotas(gateways.clock)
+    await gateways.report()
+    assert await admitted(other) == 0
