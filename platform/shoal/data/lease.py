@@ -70,6 +70,8 @@ class Lease:
         if self._thread.is_alive():
             self._thread.join()
         if self._tag and not self._lost:
+            self._renew_once()  # it may be another's since, where this process stood still
+        if self._tag and not self._lost:
             self._bucket.remove([self._name])
 
     def _put(self, **only: str) -> bool:

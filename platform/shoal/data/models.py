@@ -95,8 +95,9 @@ def written(place: str | Path, service: S3 | None = None) -> Iterator[Path]:
     with room(models):
         models.mkdir(parents=True, exist_ok=True)
         for left in models.glob(f"{NEW}*"):
-            if left.stat().st_mtime < time.time() - LEFT_BEHIND:
-                shutil.rmtree(left, ignore_errors=True)
+            with suppress(FileNotFoundError):  # its command has just ended
+                if left.stat().st_mtime < time.time() - LEFT_BEHIND:
+                    shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=models, prefix=NEW) as folder:
             yield Path(folder) / "model"
             put(Path(folder) / "model", str(place), service)
@@ -143,10 +144,11 @@ def put(folder: Path, uri: str, service: S3 | None = None) -> None:
     for name in files:
         bucket.put(folder / name, f"{version}/{name}")
     root = _text({name: {"at": f"{version}/{name}", **values} for name, values in files.items()}).encode()
+    # listed now: what is put after ours is the model is of a command that may take our place
+    gone = {entry.at for entry in replaced.values()} | {name for name, _ in bucket.sizes() if VERSION.fullmatch(name)}
     only = {"IfNoneMatch": "*"} if before is None else {"IfMatch": before[1]}
     if bucket.put_text(MANIFEST, root, **only) is None and bucket.text(MANIFEST) != root:  # an answer may be lost
         raise CheckpointError(f"another command wrote a model to {uri}", do="choose another place, and run it again")
-    gone = {entry.at for entry in replaced.values()} | {name for name, _ in bucket.sizes() if VERSION.fullmatch(name)}
     bucket.remove([name for name in gone if not name.startswith(f"{version}/")])
 
 
@@ -170,12 +172,12 @@ def _entries(bucket: Bucket, root: bytes) -> Entries:
             str(name): Entry(str(values.get("at", name)), int(values["bytes"]), str(values["sha256"]))
             for name, values in json.loads(root)["files"].items()
         }
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{bucket.uri}/{MANIFEST} lists no files with bytes and sha256", do="give the address of a model"
         ) from error
     for name in found:
-        if Path(name).name != name or name.startswith("."):
+        if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
             raise CheckpointError(f"{bucket.uri}/{MANIFEST}: file", got=name, allowed="names of files, without folders")
     return found
 
@@ -250,7 +252,7 @@ def _make_room(uri: str, folder: Path, need: int) -> None:
         if over <= 0 or used > time.time() - SPARED:
             return
         busy = ResourceError(f"{path} is being written")
-        with suppress(ResourceError), alone(path.with_suffix(".lock"), busy):
-            if path != folder:
+        with suppress(ResourceError, FileNotFoundError), alone(path.with_suffix(".lock"), busy):
+            if path != folder and path.stat().st_mtime == used:  # else another process has used it meanwhile
                 shutil.rmtree(path, ignore_errors=True)
                 over -= size

@@ -163,7 +163,8 @@ class BucketStore(CheckpointStore):
             return super().publish(ranks)
         except CheckpointError:
             if saved is not None and ranks.first:
-                with contextlib.suppress(DataError):  # the next run removes it
+                with contextlib.suppress(ShoalError):  # the next run removes it
+                    self._need_lease()  # else it may be another's
                     self._remove({saved.path})
             raise
         finally:
@@ -243,6 +244,7 @@ class BucketStore(CheckpointStore):
     def _make_ready(self, aside: Path, final: Path, ranks: Ranks) -> None:
         aside.mkdir(parents=True, exist_ok=True)
         if ranks.first:
+            self._need_lease()
             # Of one that was damaged: it is not whole while it is replaced.
             self._bucket.remove([f"{_at(final)}{MANIFEST}"])
 

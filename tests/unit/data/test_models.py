@@ -178,6 +178,29 @@ def test_of_two_commands_that_write_there_one_is_told(
     assert files(models.here(URI)) == files(other)
 
 
+def test_who_has_just_put_a_model_removes_nothing_of_who_takes_its_place(
+    s3: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next command begins as soon as the first one's manifest is there."""
+    mine, other = directory(tmp_path / "mine", 1), directory(tmp_path / "other", 2)
+    text, put = Bucket.put_text, Bucket.put
+    first: list[str] = []
+
+    def crossed(bucket: Bucket, name: str, data: bytes, **only: str) -> str | None:
+        tag = text(bucket, name, data, **only)
+        monkeypatch.setattr(Bucket, "put_text", text)
+        for file in sorted(other.iterdir()):
+            if file.name != "manifest.json":
+                first.append(f"{'a' * 16}/{file.name}")
+                put(bucket, file, first[-1])
+        return tag
+
+    monkeypatch.setattr(Bucket, "put_text", crossed)
+    models.put(mine, URI)
+    there = {name for name, _ in Bucket(URI, s3.inside).sizes()}
+    assert first and set(first) <= there
+
+
 def test_an_answer_that_was_lost_and_the_same_model_again_change_nothing(
     s3: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
