@@ -285,7 +285,7 @@ class Shared:
             if self._joins == joins:
                 held = {line: _held(key) for line, key in self._known.items()}
                 self._spent.clear()  # what is left here is without it
-                self._left.clear()  # and without these
+                self._left.clear()
                 await self._link.join(self._gateway, held)
                 self._joins += 1
                 for line in self._left.elements():
