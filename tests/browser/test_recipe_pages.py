@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.browser, pytest.mark.drill]
 
+KEPT = "(said) => Object.values(localStorage).some((kept) => kept.includes(said))"  # a moment after it is shown
+
 
 def answered(page: Page, text: str, count: int) -> None:
     ask(page, text)
@@ -74,6 +76,7 @@ def test_the_shop_executes_what_the_model_calls_and_the_page_shows_call_and_resu
         assert json.loads(shown.nth(1).locator(".given").first.inner_text())["next"]
         assert "error" in json.loads(shown.nth(1).locator(".given").last.inner_text())
         assert given["day"] in told(here), "what was looked up before is still known"
+        page.wait_for_function(KEPT, arg="It passed two cities.")
         page.reload()
         page.get_by_text("It passed two cities.").wait_for()
         assert page.locator(".lookup .call").count() == 3, "a conversation that was kept has its calls"

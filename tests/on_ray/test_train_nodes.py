@@ -189,7 +189,9 @@ def test_an_elastic_run_goes_on_with_the_worker_that_is_left_and_takes_another_w
         todo = plan(data, run, steps=10_000, **constant)
         running = pool.submit(train, todo, workers=(1, 2), max_failures=3, on_progress=records.put)
         try:
-            next_record("step", 8)
+            while (started := next_record("start"))["world"] == 1:  # where the machine is busy, two are tried again later
+                pass
+            next_record("step", started["step"] + 8)
             lose_a_node_with(cluster, "RayTrainWorker")
             assert next_record("start")["world"] == 1
             cluster.add_node(num_cpus=1)
@@ -199,8 +201,8 @@ def test_an_elastic_run_goes_on_with_the_worker_that_is_left_and_takes_another_w
             stop_file(run).touch()
         with pytest.raises(StoppedError):
             running.result(timeout=60)
-    assert history(run, "start", "world") == [2, 1, 2]
-    assert history(run, "start", "micro_batches") == [2, 4, 2], "as many in all: one needs no more memory"
+    assert history(run, "start", "world")[-3:] == [2, 1, 2]
+    assert history(run, "start", "micro_batches")[-3:] == [2, 4, 2], "as many in all: one needs no more memory"
     steps = history(run, "step", "step")
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= grown["step"] + 6
     end = {"steps": len(steps), "accumulate": 4, "checkpoint_minutes": 1.0, **constant}
