@@ -91,9 +91,10 @@ class Votes:
     def comes(self, id_: str) -> bool:
         """Whether it has come into a journal since it was not known: of an answer by another gateway, whose scribe writes its
         row a moment after it was read. Call it in a thread."""
-        if id_ not in self._capture.forgotten().ids and self._in_journals(id_):
+        found = id_ not in self._capture.forgotten().ids and self._in_journals(id_)
+        if found:
             self.saw(id_)
-        return id_ in self._known
+        return found
 
     def _elsewhere(self, id_: str) -> bool:
         """Whether another machine has captured it, where the capture is in S3."""
