@@ -189,10 +189,9 @@ def test_an_elastic_run_goes_on_with_the_worker_that_is_left_and_takes_another_w
         todo = plan(data, run, steps=10_000, **constant)
         running = pool.submit(train, todo, workers=(1, 2), max_failures=3, on_progress=records.put)
         try:
-            while (started := next_record("start"))[
-                "world"
-            ] == 1:  # where the machine is busy, two are tried again later
-                pass
+            started = next_record("start")
+            while started["world"] == 1:  # where the machine is busy, two are tried again later
+                started = next_record("start")
             next_record("step", started["step"] + 8)
             lose_a_node_with(cluster, "RayTrainWorker")
             assert next_record("start")["world"] == 1
