@@ -200,7 +200,9 @@ async def test_a_vote_on_an_answer_of_another_gateway_waits_for_its_row(
         (await http.post("/v1/shoal/feedback", json={"id": "chatcmpl-elsewhere", "rating": "up"})).raise_for_status()
 
 
-async def test_an_answer_that_was_just_given_and_is_forgotten_cannot_be_voted_on(connect: Connect, folder: Path) -> None:
+async def test_an_answer_that_was_just_given_and_is_forgotten_cannot_be_voted_on(
+    connect: Connect, folder: Path
+) -> None:
     async with connect(capture=CaptureArgs(str(folder))) as http:
         id_ = (await http.post("/v1/chat/completions", json={**CHAT, "store": False})).json()["id"]
         (folder / "forgotten.jsonl").write_text(json.dumps({"id": id_}) + "\n")
