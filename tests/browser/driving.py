@@ -77,3 +77,8 @@ def wait_until_kept(page: Page, site: Site, facts: str) -> None:
     until(tab, shows)
     tab.close()
     page.bring_to_front()
+
+
+def kept(page: Page, said: str) -> None:
+    """Wait until the browser has kept a conversation in which that was said, a moment after it is shown."""
+    page.wait_for_function("(said) => Object.values(localStorage).some((one) => one.includes(said))", arg=said)

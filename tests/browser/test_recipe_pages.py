@@ -24,7 +24,7 @@ from shoal.recipes.law.words import SYSTEM
 from shoal.recipes.medicine import rules
 from shoal.recipes.medicine.words import SYSTEM as ASSESSES
 from shoal.recipes.named import named
-from tests.browser.driving import ask, most_tokens, open_settings, told, visit
+from tests.browser.driving import ask, kept, most_tokens, open_settings, told, visit
 from tests.browser.site import site
 from tests.browser.test_access import in_both_schemes
 from ui.assistants import ASSISTANTS
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 pytestmark = [pytest.mark.browser, pytest.mark.drill]
-
-KEPT = "(said) => Object.values(localStorage).some((kept) => kept.includes(said))"  # a moment after it is shown
 
 
 def answered(page: Page, text: str, count: int) -> None:
@@ -76,7 +74,7 @@ def test_the_shop_executes_what_the_model_calls_and_the_page_shows_call_and_resu
         assert json.loads(shown.nth(1).locator(".given").first.inner_text())["next"]
         assert "error" in json.loads(shown.nth(1).locator(".given").last.inner_text())
         assert given["day"] in told(here), "what was looked up before is still known"
-        page.wait_for_function(KEPT, arg="It passed two cities.")
+        kept(page, "It passed two cities.")
         page.reload()
         page.get_by_text("It passed two cities.").wait_for()
         assert page.locator(".lookup .call").count() == 3, "a conversation that was kept has its calls"

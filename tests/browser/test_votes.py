@@ -13,7 +13,7 @@ from shoal.api.capture import CaptureArgs
 from shoal.loop.capture import Capture
 from shoal.loop.labels import CORRECTION, kept_texts, labelled, said
 from shoal.loop.votes import Votes
-from tests.browser.driving import ask, most_tokens, until, visit
+from tests.browser.driving import ask, kept, most_tokens, until, visit
 from tests.browser.site import Site, site
 from tests.browser.test_access import in_both_schemes
 
@@ -67,6 +67,7 @@ def test_a_better_answer_is_written_without_a_mouse_and_becomes_a_row_to_learn_f
         (vote,) = votes.all()
         assert (vote.rating, vote.correction) == ("down", "It comes tomorrow, <b>by</b> noon.")
         page.wait_for_function("() => document.querySelector('#earlier input').value === 'Where is my kettle?'")
+        kept(page, "It comes tomorrow")
         visit(page, here)
         page.get_by_role("button", name="Change your better answer").click()
         assert text.input_value() == "It comes tomorrow, <b>by</b> noon."
