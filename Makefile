@@ -10,8 +10,6 @@ GUIDELLM_VENV ?= .venv-guidellm
 # Python starts hundreds of times in the tests, and reads what it compiled once, whatever the environment says of that
 SUITE = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/triton
 PYTHON_3_11 = import sys; sys.exit(None if sys.version_info >= (3, 11) else "Shoal needs Python 3.11 or newer; got %d.%d" % sys.version_info[:2])
-APART = ray or alone or browser
-SUITE = $(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/triton
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL = help
