@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process in place of Ray's workers."""
     monkeypatch.setattr("shoal.on_ray.train.train", lambda plan, **how: fit(plan))
+    monkeypatch.setattr("shoal.on_ray.resources.local_ray", nullcontext)
 
 
 @pytest.fixture
@@ -93,8 +95,14 @@ def test_where_only_regret_moved_the_router_is_fitted_alone(
 
 
 def test_a_fine_tuning_starts_from_the_parent_and_is_rounded_as_what_serves(
-    release: Release, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    release: Release,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    limits: list[dict[str, float | None]] = []
+    monkeypatch.setattr("shoal.on_ray.train.train", lambda plan, **how: limits.append(plan.limits) or fit(plan))
     suites = tmp_path / "suites"
     suites.mkdir()
     rows = [json.dumps({"messages": chat(number), "task": "shop", "group": str(number)}) for number in range(400, 430)]
@@ -102,6 +110,9 @@ def test_a_fine_tuning_starts_from_the_parent_and_is_rounded_as_what_serves(
     freeze(suites)
     assert retrain(release, folder, "--kind", "finetune", "--minutes", "0.01", "--suites", str(suites)) == 0
     result = told(capsys)
+    tuned, rounded = limits
+    assert (tuned["minutes"], tuned["steps"], rounded["steps"]) == (0.01, None, 100)
+    assert rounded["minutes"] == pytest.approx(0.01 / 3)  # a slow machine's verdict does not wait for all of these
     assert result["kind"] == "finetune" and result["passed"] is False  # few questions, and nothing was learned in 1 s
     made, stable = release.version(2), release.version(1)
     served, parent = Model.load(made.served), Model.load(made.parent)

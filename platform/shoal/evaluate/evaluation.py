@@ -161,8 +161,8 @@ def _same_tokenizer(models: Mapping[str, Model], data: Path) -> None:
 
 def leave_a_core() -> None:
     """Compute with all cores but one in this process: two threads on two cores wait for each other, up to 8 ms an
-    operation, as soon as anything else runs."""
-    torch.set_num_threads(threads())
+    operation, as soon as anything else runs. What OMP_NUM_THREADS allows is never exceeded."""
+    torch.set_num_threads(min(torch.get_num_threads(), threads()))
 
 
 def _chats(data: Path) -> Path:

@@ -23,6 +23,7 @@ LORA_BYTES, LORA_RANK = 120_000_000, 8  # from fp32 weights of this size on thin
 RATE, ROWS = 7e-4, 8  # rows of the training length
 NEW_SHARE = 0.25  # ... of what chats are read, by characters, is new ...
 REPLAY_EVERY = 3  # ... and of so many updates the last reads packed rows of the old corpus
+ROUNDING = 1 / 3  # of --minutes, at most, for what is rounded again: 100 updates take as long as the machine makes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,9 @@ class Retrain(Stage):
     release: Annotated[Path, typer.Option(help="Folder of the release.")]
     cut: Annotated[Path, typer.Option(help="What to learn from: a folder of `shoal curate`.")]
     kind: Annotated[str, typer.Option(help="auto, router or finetune.")] = "auto"
-    minutes: Annotated[float, typer.Option(help="Minutes of the fine-tuning.")] = 3.0
+    minutes: Annotated[
+        float, typer.Option(help="Minutes of the fine-tuning; learning to be rounded takes a third more, at most.")
+    ] = 3.0
     budget: Annotated[float, typer.Option(help="Most minutes of all retrainings in 24 hours.")] = 60.0
     cooldown: Annotated[float, typer.Option(help="Least minutes between two candidates.")] = 360.0
     replay: Replay = None
@@ -61,10 +64,12 @@ class Retrain(Stage):
             self._make()
 
     def _make(self) -> None:
+        from shoal.evaluate.evaluation import leave_a_core
         from shoal.loop import suites
         from shoal.loop.release import Release
         from shoal.loop.versions import cut_lineage
 
+        leave_a_core()  # the service that this is for may run beside
         release = Release(self.release)
         stable = release.stable()
         told = cut_lineage(self.cut)
@@ -77,7 +82,10 @@ class Retrain(Stage):
         if kind == "router":
             model, fp32 = self._router(stable.served, work), stable.parent if stable.parent != stable.served else None
         else:
-            model, fp32 = self._finetune(stable.parent, stable.served, work)
+            from shoal.on_ray.resources import local_ray
+
+            with local_ray():  # one for both trainings: each start costs twenty seconds of a busy machine
+                model, fp32 = self._finetune(stable.parent, stable.served, work)
         minutes = (time.monotonic() - began) / 60
         lineage = {**told, "kind": kind, "minutes": round(minutes, 2), "parent": stable.number, "workers": self.workers}
         verdict = self._judged(model, stable.served)
@@ -154,6 +162,7 @@ class Retrain(Stage):
         from shoal.loop.cut import mixed
         from shoal.model.described import read_config
         from shoal.model.files import weight_bytes
+        from shoal.train.plan import QUANTIZE_STEPS
 
         config = read_config(served)[1]
         rounded = config.quantization != "none"
@@ -176,7 +185,8 @@ class Retrain(Stage):
         model = tuned
         if rounded:
             model, shared["settings"] = work / "int8", given[-1:] if self.replay else []
-            Quantize(model=str(tuned), data=str(mix), out=str(model), **shared).run()
+            length = {"steps": QUANTIZE_STEPS, "minutes": self.minutes * ROUNDING}  # what comes first
+            Quantize(model=str(tuned), data=str(mix), out=str(model), **length, **shared).run()
         if routing.finish(model, self._asked(work), say, whole=True, sure=True) is None:
             routing.take_over(model, served, say)
         return model, tuned if rounded else None

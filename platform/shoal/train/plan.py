@@ -21,6 +21,7 @@ ROW = 1024  # tokens of a row at most, where exits learn, and of an open model, 
 TUNES, TUNED_RANK = ("none", "lora", "all"), 16  # what of a backbone learns with its exits
 OPEN_ROWS, OPEN_RATE, OPEN_LORA_RATE = 4, 5e-5, 2e-4  # of an open model: `ROW`s in an update, and rates of learning
 REPLAY_EVERY = 4  # updates of a fine-tuning with replay, the last of which reads packed rows
+QUANTIZE_STEPS = 100  # updates in which a model learns to be rounded, unless another length is given
 CHAT_ROWS = 16  # training lengths in an update of stages 2 and 3: chats are short, and more updates beat larger ones
 
 
@@ -257,7 +258,7 @@ def quantize_plan(model: str, data: str, out: str, **more: Any) -> FitPlan:
         exit_weights=_exit_weights(config),
     )
     values = {"name": f"{name}-int8", "data": data, "run": run_beside(out), "out": out, "init": model, **more}
-    return planned(config, _batched(train, config), values | {"quantize": True}, steps=100)
+    return planned(config, _batched(train, config), values | {"quantize": True}, steps=QUANTIZE_STEPS)
 
 
 def adapt_plan(model: str, data: str, out: str, *, tune: str = "none", **more: Any) -> FitPlan:
