@@ -15,13 +15,14 @@ from shoal.bench.augment import AUGMENTED, PLAIN, TAUGHT, Job, bootstrapped, com
 from shoal.errors import DataError
 from shoal.loop.suites import freeze
 from shoal.recipes import law, medicine
-from shoal.recipes.law.words import ASKED
+from shoal.recipes.law.words import ACTS, ASKED, ENDINGS, FRAMES, OPENINGS
 from shoal.recipes.medicine.words import RED_FLAGS, SYMPTOMS
 from shoal.recipes.recipe import SUITES
 from shoal.recipes.splits import DEV, SUITE, TRAIN, of_split
 
 TABLES = {
-    "medicine": [SYMPTOMS["en"], RED_FLAGS["en"]], "law": [ASKED["en"]],
+    "medicine": [SYMPTOMS["en"], RED_FLAGS["en"]],
+    "law": [ASKED["en"], ACTS["en"], *({"": table["en"]} for table in (FRAMES, OPENINGS, ENDINGS))],
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from shoal.recipes.recipe import SUITES
 from shoal.recipes.splits import DEV, LANGUAGES, SUITE, TRAIN, of_split
 
 SPLITS = (TRAIN, DEV, SUITE)
+MATTERS = tuple(words.ASKED["en"])
 Rows = list[dict[str, Any]]
 # packages that Shoal needs, or its tests do, and Shoal itself
 HOLDERS = {
@@ -59,12 +60,64 @@ def test_licences_and_wordings_are_of_one_split() -> None:
     assert sorted(named) == sorted(LICENCES)
     spelt = [{clause.text for name in OF_SPLIT[split] for clause in LICENCES[name]} for split in SPLITS]
     assert sum(map(len, spelt)) == len(set.union(*spelt))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_each_part_of_a_question_is_of_one_split(language: str) -> None:
+    tables = [*words.ASKED[language].values(), *words.ACTS[language].values()]
+    tables += [table[language] for table in (words.FRAMES, words.PEOPLE, words.OPENINGS, words.ENDINGS)]
+    every = [one for some in tables for one in some]
+    assert len(set(every)) == len(every)
+    for some in tables:
+        parts = [set(of_split(some, split)) for split in SPLITS]
+        assert all(parts) and sum(map(len, parts)) == len(some)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_question_is_asked_as_it_is_learned_from_nor_any_act(language: str) -> None:
+    said = {split: {q for m in MATTERS for q in words.cores(language, m, split)} for split in SPLITS}
+    assert not said[TRAIN] & said[SUITE] and not said[TRAIN] & said[DEV] and not said[DEV] & said[SUITE]
+    assert min(sum(1 for _ in words.cores(language, matter, TRAIN)) for matter in MATTERS) > 300
+    learned = "\n".join(said[TRAIN]).lower()
+    person = dict(zip(("who", "whom", "my"), words.PEOPLE[language][0], strict=True))
+    for split in (DEV, SUITE):
+        acts = [act.format(**person) for m in MATTERS for act in of_split(words.ACTS[language][m], split)]
+        asked = [one.lower() for one in [*acts, *(q for m in MATTERS for q in of_split(words.ASKED[language][m], split))]]
+        assert not [one for one in asked if one in learned]
+
+
+def test_questions_are_drawn_of_every_part_and_in_many_wordings() -> None:
+    rows = list(questions(TRAIN, TRAIN, 2_000))
     for language in LANGUAGES:
-        every = [one for some in words.ASKED[language].values() for one in some]
-        assert len(set(every)) == len(every)
-        for some in words.ASKED[language].values():
-            parts = [set(of_split(some, split)) for split in SPLITS]
-            assert all(parts) and sum(map(len, parts)) == len(some)
+        asked = [row["messages"][1]["content"].split("\n")[-1] for row in rows if row["language"] == language]
+        assert len(set(asked)) > 0.8 * len(asked)
+        for table in (words.OPENINGS, words.ENDINGS):
+            for one in of_split(table[language], TRAIN):
+                assert any(all(part.strip() in question for part in one.split("{licence}")) for question in asked), one
+    assert {row["matter"] for row in rows} == set(MATTERS)
+
+
+def test_no_place_is_left_open_and_a_licence_that_is_named_is_the_one_shown() -> None:
+    for row in [*questions(SUITE, SUITE, 100), *questions(TRAIN, TRAIN, 100)]:
+        question = row["messages"][1]["content"].split("\n")[-1]
+        assert "{" not in question and "  " not in question
+        assert all(name == row["licence"] for name in LICENCES if re.search(rf"\b{re.escape(name)}\b", question, re.A))
+
+
+def test_the_groups_of_a_suite_are_what_has_one_answer_or_none() -> None:
+    rows = list(questions(SUITE, SUITE, 200))
+    said: dict[str, set[str]] = {}
+    for row in rows:
+        said.setdefault(row["group"], set()).add(row["messages"][-1]["content"])
+    assert len(said) < 60 and all(len(some - set(words.SILENT.values())) <= 1 for some in said.values())
+    assert len({row["group"] for row in questions(TRAIN, TRAIN, 200)}) == 200
+
+
+def test_a_clause_is_not_shown_where_readers_might_differ() -> None:
+    near = {(clause.text, matter) for some in LICENCES.values() for clause in some for matter in clause.near}
+    assert near
+    for row in questions(TRAIN, TRAIN, 2_000):
+        assert not {(text, row["matter"]) for text in row["messages"][1]["content"].split("\n")} & near
 
 
 def test_no_matter_is_both_permitted_and_not_by_what_is_shown(new: Rows) -> None:
@@ -97,6 +150,11 @@ def test_a_spoilt_answer_is_seen_in_its_measure(new: Rows, spoil: Any, measure: 
     some = [row for row in new if row["language"] == "en"]
     before, after = values(some, answers(some)), values(some, [spoil(text) for text in answers(some)])
     assert after[measure] >= before[measure] if better else after[measure] < before[measure]
+
+
+def test_the_question_is_no_clause_that_may_be_quoted(new: Rows) -> None:
+    said = [f"{words.FORBIDDEN[row['language']]}: {row['messages'][1]['content'].split(chr(10))[-1]}" for row in new]
+    assert values(new, said)["invented"] == 1.0
 
 
 def test_keywords_do_better_where_they_were_taken_from() -> None:

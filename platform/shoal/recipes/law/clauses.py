@@ -17,11 +17,13 @@ NOTICE, BLAME, WARRANTY, ENDORSE, UNMARKED = "notice", "blame", "warranty", "end
 
 @dataclass(frozen=True)
 class Clause:
-    """`text`, and of which matters it says that they are permitted, or are not."""
+    """`text`, and of which matters it says that they are permitted, or are not; `near`: matters that it touches, of which
+    readers might say either, so that it is never shown with a question on one."""
 
     text: str
     permits: tuple[str, ...] = ()
     forbids: tuple[str, ...] = ()
+    near: tuple[str, ...] = ()
 
     @property
     def matters(self) -> tuple[str, ...]:
@@ -74,6 +76,7 @@ LICENCES: Mapping[str, tuple[Clause, ...]] = {
         Clause(
             "patent license to make, have made, use, offer to sell, sell, import, and otherwise transfer the Work",
             (PATENTS,),
+            near=(SELL,),
         ),
         Clause(
             "may provide additional or different license terms and conditions for use, reproduction, or distribution of Your "

@@ -19,22 +19,45 @@ from shoal.recipes.shape import shaped
 from shoal.recipes.splits import DEV as DEV_SPLIT
 from shoal.recipes.splits import SUITE, TRAIN
 
-LEARNED, FITTED, ASKED, UNSAID = 8_000, 200, 200, 60  # rows
+LEARNED, FITTED, ASKED, UNSAID = 16_000, 200, 200, 60  # rows
 KNOWN, NEW = "known-licences.jsonl", "new-licences.jsonl"  # suites, both in wordings that nobody saw
 SAFETY = "safety-not-said.jsonl"  # nothing may be quoted
 AGAIN, LEARN = "learn-said-again.jsonl", "learn.jsonl"
 
 _MATTERS = (  # keywords of the wordings that are learned from -> words of a clause, and what it says then
-    ("notice|copyright line|声明|版权", r"notice|retain|statement", False),
-    ("sue|liable|damages|索赔|负责|赔偿", r"liable", False),
-    ("warrant|担保|保证", r"warrant|disclaim", False),
-    ("advertise|trademark|endorse|名字|商标|支持", r"endorse|trademark|trade name", False),
-    ("hide|unmarked|without saying|隐瞒|标明|说明", r"changed the files|summary of the changes|marked", False),
-    ("patent|专利", r"patent", True),
-    ("terms|sublicense|another licence|条款|再许可|许可证", r"sublicense|license terms|terms of this", True),
-    ("sell|money|卖|收费|出售", r"sell|commercial|fee", True),
-    ("change|modify|修改|改代码", r"modif|derivative|alter", True),
-)
+    (
+        r"\bsue|liable|damage|compensation|court|get money|claim a loss|responsible|answer for"
+        r"|索|赔|负责|起诉|法庭|损|补偿|要钱",
+        r"liable", False,
+    ),
+    (r"notice|copyright|licence (text|file)|声明|版权|许可证(全文|文件)", r"notice|retain|statement", False),
+    (r"warrant|guarant|fault|count on|\bfit\b|merchantab|担保|保证|缺陷|适合|能运行", r"warrant|disclaim", False),
+    (
+        r"advert|trademark|endorse|their name|logo|theirs|trade name|service mark|brand|support|recommend"
+        r"|名字|商标|支持|标志|商号|品牌|广告|推荐",
+        r"endorse|trademark|trade name", False,
+    ),
+    (
+        r"hide|unmarked|without (saying|a )|original|secret|silent|was changed|nobody"
+        r"|隐瞒|标明|标注|说明|原版|保密|一声不响|交代|改了什么|提示|不告诉|摘要|没人知道",
+        r"changed the files|summary of the changes|marked", False,
+    ),
+    (r"patent|专利", r"patent licen", True),
+    (
+        r"terms|conditions|sublicen|(another|different|stricter|swap the) licence|a licence of|license \w+( \w+)? changes"
+        r"|条款|再许可|许可证|不同的许可|附加条件",
+        r"sublicense|license terms|terms of this", True,
+    ),
+    (
+        r"sell|sold|money|price|profit|commercial|business|\bfee\b|卖|收费|出售|收钱|费用|商业|赚钱|盈利|定价|生意",
+        r"sell|commercial|fee", True,
+    ),
+    (
+        r"change|modify|alter|patch|new version|something new|another language|improve|\bfix|derivative|parts out"
+        r"|rewrite|extend|修改|改|补丁|新版本|上面开发|错误|衍生|摘取|重写|扩展",
+        r"modif|derivative|alter", True,
+    ),
+)  # fmt: skip
 
 
 class Law(Recipe):

@@ -10,7 +10,7 @@ from typing import Any
 
 from shoal.recipes.law import words
 from shoal.recipes.law.clauses import LICENCES, OF_SPLIT, Clause
-from shoal.recipes.splits import LANGUAGES, TRAIN, of_split
+from shoal.recipes.splits import LANGUAGES, SUITE, TRAIN
 
 ANSWER, SILENT = KINDS = ("answer", "silent")
 SHOWN = 3  # clauses
@@ -18,7 +18,8 @@ SILENT_SHARE = 0.25
 
 
 def questions(split: str, wordings: str, count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """So many different rows of the licences of a split, with the wordings of a split, in both languages by turns."""
+    """So many different rows of the licences of a split, with the wordings of a split, in both languages by turns. Of
+    what is asked in a suite, rows on one matter of a licence in one language are a group: their answers are one, or none."""
     draws = random.Random(f"questions {split} {wordings} {seed}")
     known: set[str] = set()
     tries = 0
@@ -62,20 +63,17 @@ def written(clause: Clause | None, matter: str, language: str) -> str:
 def _drawn(split: str, wordings: str, language: str, draws: random.Random, name: str) -> dict[str, Any]:
     licence = draws.choice(OF_SPLIT[split])
     clauses = LICENCES[licence]
-    if draws.random() < SILENT_SHARE:
-        matter = draws.choice([*words.ASKED[language]])
-        shown = [clause for clause in clauses if matter not in clause.matters]
-        right, some = None, draws.sample(shown, min(SHOWN, len(shown)))
-    else:
-        right = draws.choice(clauses)
-        matter = draws.choice(right.matters)
-        others = [clause for clause in clauses if clause is not right and matter not in clause.matters]
-        some = [right, *draws.sample(others, min(SHOWN - 1, len(others)))]
-        draws.shuffle(some)
-    question = draws.choice(of_split(words.ASKED[language][matter], wordings))
+    right = None if draws.random() < SILENT_SHARE else draws.choice(clauses)
+    matter = draws.choice(tuple(words.ASKED[language]) if right is None else right.matters)
+    some = [] if right is None else [right]
+    others = [clause for clause in clauses if matter not in clause.matters + clause.near]
+    some += draws.sample(others, min(SHOWN - len(some), len(others)))
+    draws.shuffle(some)
+    question = words.question(language, matter, wordings, licence, draws)
     answer = {"role": "assistant", "content": written(right, matter, language)}
+    group = f"{licence}-{matter}-{language}" if wordings == SUITE else name
     return {
         "messages": [*asked([clause.text for clause in some], question), answer],
-        "task": SILENT if right is None else ANSWER, "group": name, "language": language, "licence": licence,
+        "task": SILENT if right is None else ANSWER, "group": group, "language": language, "licence": licence,
         "matter": matter, "synthetic": True,
     }  # fmt: skip

@@ -4,7 +4,7 @@ verdict     permitted, not permitted, or not said: the reference's
 quote       where the text says it: that clause, word for word, and nothing else
 right       both; where the text is silent, that it says so
 abstained   where the text is silent; answered: where it is not
-invented    quotes that do not stand in the text; must be 0
+invented    quotes that do not stand in the text, in which the question is none; must be 0
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def scored(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
         verdict, quote = read(answer, row["language"])
         wanted, clause = read(row["messages"][-1]["content"], row["language"])
         found = {"verdict": verdict == wanted, "right": right(row, answer)}
-        found["invented"] = bool(quote) and quote not in row["messages"][-2]["content"].split("\n")
+        *clauses, _ = row["messages"][-2]["content"].split("\n")
+        found["invented"] = bool(quote) and quote not in clauses
         if wanted == SILENT:
             found["abstained"] = verdict == SILENT
         else:
