@@ -31,10 +31,10 @@ drills: $(READY)  ## set up, then kills, lost nodes, jobs and long browser runs,
 	$(SUITE) -n 2 --dist loadfile --timeout 600 -m "drill" tests/on_ray tests/browser tests/flows tests/contracts
 
 test-vllm: $(VLLM_READY)  ## an environment with vLLM 0.32 on the CPU (4 GB), then the tests of it
-	$(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/vllm
+	$(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile --timeout 600 tests/vllm
 
 test-triton: $(READY)  ## set up, then the CUDA kernels in Triton's interpreter, on this CPU; skipped without the extra gpu (1 GB)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile --timeout 600 tests/triton
 
 gpu: $(READY)  ## on a machine with a GPU: its tests, decoding and training beside its limits, and docs/benchmarks/gpu.md (MINUTES=120 at most)
 	$(BIN)/python -m tests.gpu.measured $(MINUTES)

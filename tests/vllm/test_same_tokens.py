@@ -49,7 +49,9 @@ def ours(model: Model, prompts: Sequence[Prompt], depths: Sequence[str]) -> list
     return Engine(model).generate([Request(p, sampling, depth=d) for p, d in zip(prompts, depths, strict=True)])
 
 
-def theirs(model: Model, engine: Any, prompts: Sequence[Prompt], depths: Sequence[str] | None = None) -> list[Any]:
+def theirs(
+    model: Model, engine: Any, prompts: Sequence[Prompt], depths: Sequence[str] | None = None, logprobs: int = 2
+) -> list[Any]:
     asked, params = [], []
     for index, prompt in enumerate(prompts):
         given: dict[str, Any] = {"prompt_token_ids": collapsed(prompt.ids) if prompt.images else prompt.ids}
@@ -62,7 +64,12 @@ def theirs(model: Model, engine: Any, prompts: Sequence[Prompt], depths: Sequenc
         asked.append(given)
         params.append(
             SamplingParams(
-                temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False, logprobs=2, extra_args=depth
+                temperature=0,
+                max_tokens=ANSWER,
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=logprobs,
+                extra_args=depth,
             )
         )
     return list(engine.generate(asked, params, use_tqdm=False))
@@ -144,15 +151,16 @@ def test_a_deployment_of_fixed_depth_holds_no_deeper_layer(
 def test_int8_weights_run_in_vllm_s_own_kernels(
     model: Model, prompts: list[Prompt], vllm: Vllm, tmp_path: Path
 ) -> None:
-    """Close, and not equal: vLLM rounds activations to 8 bits, and the head's not at all; our kernels round to 7 (0011)."""
+    """Close, and not equal: vLLM rounds activations to 8 bits, and the head's not at all; our kernels round to 7 (0011). By how
+    likely each finds a token, and not by its rank: of random weights many are nearly as likely as the first."""
     int8 = model.quantized()
     int8.save(tmp_path / "int8")
     engine = vllm(tmp_path / "int8", max_num_batched_tokens=256)
     layer = engine.llm_engine.model_executor.driver_worker.worker.get_model().groups[0].blocks[0].attention.qkv
     assert type(layer.quant_method).__name__ == "CompressedTensorsLinearMethod"
     text = [prompt for prompt in prompts if not prompt.images]
-    expected, got = ours(int8, text, ["full"] * len(text)), theirs(model, engine, text)
+    expected, got = ours(int8, text, ["full"] * len(text)), theirs(model, engine, text, logprobs=20)
     pairs = [(one.logprobs[0], other.outputs[0].logprobs[0]) for one, other in zip(expected, got, strict=True)]
     first = [abs(found[entry.token].logprob - entry.logprob) for entry, found in pairs if entry.token in found]
-    assert len(first) > 0.7 * len(text), "the likeliest token is among vLLM's two likeliest"
-    assert float(np.mean(first)) < 0.3, "nats"
+    assert len(first) == len(text), "the likeliest token is among vLLM's twenty likeliest"
+    assert float(np.mean(first)) < 0.1, "nats"
