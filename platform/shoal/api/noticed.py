@@ -115,8 +115,9 @@ def depth_by_policy(
 
 
 def said_by_user(messages: Sequence[Message]) -> list[str]:
-    """The texts of the user's messages."""
-    return [text for message in messages if message.role == "user" for text in _texts(message)]
+    """The texts of the user's messages, of each in one: a sentence may go on from part to part, but a "no" at the end of one
+    takes nothing back in the next."""
+    return [" / ".join(some) for message in messages if message.role == "user" and (some := _texts(message))]
 
 
 def without_notice(messages: Sequence[Message], policy: Policy) -> list[Message]:

@@ -24,7 +24,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field as made
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ LOOK_BACK = 40  # characters before a word that may take it back
 _CJK = re.compile(r"[\u3400-\u9fff]")
 _SENTENCE = re.compile(r"[!?;。]+|\.+(?=\s|$)|\n\s*\n")  # ends one, of text that is `plain`
 _SPACE = re.compile(r"[^\S\n]+")
+_LINE = re.compile(r"\s*\n\s*")
 _PATH = re.compile(r"[a-z0-9-]{0,64}")
 
 
@@ -89,7 +90,7 @@ class Urgency:
 
     def found(self, text: str) -> list[Raised]:
         """The flags in what somebody said, each once."""
-        sentences = [" ".join(one.split()) for one in _SENTENCE.split(plain(text)) if one.strip()]
+        sentences = [_LINE.sub("\n", one.strip()) for one in _SENTENCE.split(plain(text)) if one.strip()]
         found = [(flag, self._of(flag, sentences)) for flag in self.flags]
         return [Raised(flag, words.replace(" + ", " ")) for flag, words in found if words]
 
@@ -116,10 +117,12 @@ class Urgency:
 
     @cached_property
     def _denied(self) -> re.Pattern[str]:
-        """What ends in a word that takes back what is said next."""
+        """What ends in a word that takes back what is said next. At the end of a line it does so where other words lead up to
+        it; else it is an answer, as in a form ("fever: no"), and what the next line says is another matter."""
         words = [plain(word) for some in self.unless_after.values() for word in some]
         spelt = [re.escape(w) if _CJK.search(w) else rf"(?<!\w){re.escape(w)}(?!\w)" for w in words]
-        return re.compile(rf"(?:{'|'.join(spelt)})\s*$") if spelt else re.compile(r"(?!)")
+        one = f"(?:{'|'.join(spelt)})" if spelt else "(?!)"
+        return re.compile(rf"{one} ?\Z|(?:(?<=\w)|(?<=\w )){one}\n\Z")
 
 
 @dataclass(frozen=True)
@@ -196,9 +199,14 @@ def language_of(text: str) -> str:
 
 def _places(part: str, sentence: str) -> list[int]:
     """Where `part` begins in a sentence: at the beginning of a word, unless its script has no spaces."""
+    return [found.start() for found in _begins(part).finditer(sentence)]
+
+
+@lru_cache(4096)
+def _begins(part: str) -> re.Pattern[str]:
     wanted = plain(part.strip())
-    spelt = re.escape(wanted) if _CJK.search(wanted) else rf"(?<!\w){re.escape(wanted)}"
-    return [found.start() for found in re.finditer(spelt, sentence, re.ASCII)]
+    bare = re.escape(wanted).replace(r"\ ", r"\s")  # between two words a line may end
+    return re.compile(bare if _CJK.search(wanted) else rf"(?<!\w){bare}", re.ASCII)
 
 
 def _check_texts(where: str, texts: dict[str, str]) -> None:

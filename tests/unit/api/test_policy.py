@@ -218,6 +218,12 @@ def test_urgency_is_never_lowered(level: Any, said: list[str], named: Any) -> No
         ("My chest is fine\n\nPain in the knee", []),
         ("che\u00adst pain", ["chest pain"]),  # a hyphen that is not seen, as copied text has them
         ("I have no\nchest pain", []),
+        ("fever: no\nchest pain: yes", ["chest pain"]),  # a form that is filled in: "no" is of the line before
+        ("Fever? No\nChest pain since noon", ["chest pain"]),
+        ("- a cough - no\n- chest pain - yes", ["chest pain"]),
+        ("发烧：没有\n胸痛：有", ["chest pain"]),
+        ("我没有\n胸痛", []),
+        ("a high\nfever", ["high fever"]),
     ],
 )  # fmt: skip
 def test_a_flag_is_found_by_its_words(said: str, names: list[str]) -> None:
@@ -231,6 +237,19 @@ async def test_a_flag_of_an_earlier_turn_still_holds(noticed: httpx.AsyncClient)
         {"role": "user", "content": FLAGGED}, {"role": "assistant", "content": "Since when?"},
         {"role": "user", "content": "Yesterday."},
     ]  # fmt: skip
+    said = (await ask(noticed, messages=messages)).json()["choices"][0]["message"]["content"]
+    assert "Call for help now" in said
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [("There is a pain in my", "chest, since noon"), ("Fever: no", "Chest pain: yes"), ("I have no", "chest pain?")],
+)
+async def test_what_is_said_in_several_parts_is_looked_through_as_one(
+    noticed: httpx.AsyncClient, parts: tuple[str, ...]
+) -> None:
+    """A sentence may go on in the next part; a "no" at the end of one takes nothing back there."""
+    messages = [{"role": "user", "content": [{"type": "text", "text": text} for text in parts]}]
     said = (await ask(noticed, messages=messages)).json()["choices"][0]["message"]["content"]
     assert "Call for help now" in said
 

@@ -115,6 +115,11 @@ def test_the_server_finds_every_red_flag_and_raises_no_case_without_one(wordings
     [
         ("孩子不呼吸", "short of breath"), ("他没有呼吸了", "short of breath"), ("she is without breath", "short of breath"),
         ("He has no consciousness.", "fainting"), ("He is not conscious", "fainting"), ("他没有意识了", "fainting"),
+        ("我晕倒了", "fainting"), ("我暈倒了", "fainting"), ("嘔血", "vomiting blood"), ("我氣短", "short of breath"),
+        ("舌頭腫了", "swollen tongue"), ("胸悶", "chest pain"), ("右半邊無力", "one side weak"), ("頸部僵硬", "stiff neck"),
+        ("My chestpain is back", "chest pain"), ("I keep passing out", "fainting"), ("He is coughing blood", "vomiting blood"),
+        ("I spat out blood", "vomiting blood"), ("it may be a stroke", "one side weak"),
+        ("fever: no\nchest pain: yes", "chest pain"), ("发烧：无\n胸痛：有", "chest pain"),
         ("我胸好痛", "chest pain"), ("a strong pain in\nmy chest", "chest pain"),
         ("I have no trouble breathing", "short of breath"),  # what is not right before the word takes nothing back
     ],
@@ -125,7 +130,7 @@ def test_what_is_a_lack_is_not_taken_back_by_its_own_no(said: str, flag: str) ->
 
 
 @pytest.mark.parametrize(
-    "said", ["没有胸痛", "我没有呼吸困难", "no chest pain", "我没有意识到这个", "I have not fainted"]
+    "said", ["没有胸痛", "沒有胸痛", "我没有呼吸困难", "no chest pain", "我没有意识到这个", "I have not fainted"]
 )
 def test_what_is_denied_right_before_it_is_no_flag(said: str) -> None:
     urgency = rules.policy().urgency

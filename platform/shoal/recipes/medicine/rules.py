@@ -69,10 +69,11 @@ TOLD = {
     }
 }
 # words of a person's, not the wordings of the cases: stems, and pairs of them in one sentence; a flag that is a lack has its
-# "no" among its words, which would take it back otherwise
+# "no" among its words, which would take it back otherwise. Chinese in simplified letters: `policy` adds the traditional ones
 FLAG_WORDS: Mapping[str, tuple[str, ...]] = {
     "chest pain": (
-        "chest + pain", "chest + tight", "chest + press", "chest + crush", "chest + stab", "chest + hurt", "chest + ache",
+        "chest + pain", "chestpain", "heart attack", "chest + tight", "chest + press", "chest + crush", "chest + stab",
+        "chest + hurt", "chest + ache",
         "胸痛", "胸闷", "胸口", "胸 + 痛", "胸 + 疼",
     ),
     "short of breath": (
@@ -81,17 +82,18 @@ FLAG_WORDS: Mapping[str, tuple[str, ...]] = {
         "憋气",
     ),
     "fainting": (
-        "faint", "passed out", "unconscious", "consciousness", "no consciousness", "not conscious",
-        "without consciousness", "没有意识了", "没了意识", "无意识", "blacked out", "collaps", "晕倒", "晕过去", "昏",
-        "失去意识", "不省人事",
+        "faint", "passed out", "pass out", "passing out", "black out", "blacking out", "syncop", "unconscious",
+        "consciousness", "no consciousness", "not conscious", "without consciousness", "没有意识了", "没了意识", "无意识",
+        "blacked out", "collaps", "晕倒", "晕过去", "昏", "失去意识", "不省人事",
     ),
     "one side weak": (
-        "one side + weak", "one side + numb", "one arm + hang", "one arm + weak", "droop", "slur", "face + hang",
+        "stroke", "one side + weak", "one side + numb", "one arm + hang", "one arm + weak", "droop", "slur", "face + hang",
         "半边", "半身",
         "一只手 + 抬", "嘴歪", "口角", "说话含糊", "偏瘫",
     ),
     "vomiting blood": (
-        "blood + vomit", "blood + threw up", "blood + throw", "cough + up blood", "bloody", "吐血", "呕血", "咳血",
+        "blood + vomit", "blood + threw up", "blood + throw", "cough + up blood", "coughing blood", "coughed blood",
+        "cough blood", "blood + spit", "blood + spat", "bloody", "吐血", "呕血", "咳血",
         "血 + 吐", "血 + 呕",
     ),
     "stiff neck": (
@@ -105,6 +107,9 @@ FLAG_WORDS: Mapping[str, tuple[str, ...]] = {
     ),
     "confusion": ("confus", "disorient", "no idea where", "神志", "糊涂", "胡话", "意识模糊", "不知道自己"),
 }  # fmt: skip
+
+# of the letters in these words
+_TRADITIONAL = str.maketrans("气过晕识无没边说话瘫呕颈肿闷只咙涂", "氣過暈識無沒邊說話癱嘔頸腫悶隻嚨塗")
 
 
 @dataclass(frozen=True)
@@ -138,10 +143,15 @@ def assessed(case: Case, language: str) -> Assessment:
 
 def policy() -> Policy:
     """What is served with a model: the notice, the rule that may only raise, full depth, and the words of its page."""
-    flags = tuple(Flag(name, EMERGENCY, words) for name, words in FLAG_WORDS.items())
-    denied = {"en": ("no", "not", "without", "never"), "zh": ("没有", "无", "不")}
+    flags = tuple(Flag(name, EMERGENCY, _in_both(words)) for name, words in FLAG_WORDS.items())
+    denied = {"en": ("no", "not", "without", "never"), "zh": _in_both(("没有", "无", "不"))}
     urgency = Urgency("urgency", LEVELS, flags, TOLD, unless_after=denied)
     return Policy(NOTICE, FULL, urgency=urgency, page=ChatPage("medicine", words.SYSTEM, tuple(EXAMPLES)))
+
+
+def _in_both(some: Sequence[str]) -> tuple[str, ...]:
+    """Words, and behind them those in traditional letters that differ: Hong Kong and Taiwan write 嘔血 for 呕血."""
+    return tuple(dict.fromkeys([*some, *(one.translate(_TRADITIONAL) for one in some)]))
 
 
 def all_of(language: str, kind: str) -> Sequence[str]:
