@@ -192,6 +192,8 @@ def test_the_reference_is_right_in_everything(rows: Rows) -> None:
         (WRITE, lambda text, row: text.replace("(number", "((number").replace("return", "return ("), "runs"),
         (WRITE, lambda text, row: text.replace("```python", "```python\nwhile True:\n    pass"), "runs"),
         (WRITE, lambda text, row: text.replace("```python", "```python\nimport os\nprint('pass')\nos._exit(0)"), "pass@1"),
+        (WRITE, lambda text, row: f"# def {row['function']}(numbers):\nprint(1)", "runs"),
+        (WRITE, lambda text, row: fenced(f"class A:\n    def {row['function']}(numbers):\n        return 1"), "runs"),
         (WRITE, lambda text, row: "", "pass@1"),
         (WRITE, lambda text, row: text.rpartition("```")[0], "explained"),
         (EXPLAIN, lambda text, row: text.replace("returns", "gives"), "explained"),

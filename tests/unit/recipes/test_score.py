@@ -103,6 +103,29 @@ def test_a_spoilt_answer_is_seen_in_its_measure(
     assert after > 0.9 if measure == "invented" else after < before
 
 
+@pytest.mark.parametrize(("spelt", "exact"), [("true", 1.0), ("1", 0.0), ("1.0", 0.0)])
+def test_a_value_of_another_type_is_another_call(spelt: str, exact: float) -> None:
+    """The shop refuses 1 for true, and Python calls them equal."""
+    right_call = call("track_order", {"order": "A1234", "route": True})
+    row = {
+        "messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": right_call}],
+        "task": CALL, "group": "one", "language": "en",
+    }  # fmt: skip
+    found = score.scored([row], [right_call.replace("true", spelt)])
+    assert found["exact call"].value == exact and found["slots"].value == (1 + exact) / 2
+
+
+def test_half_of_a_surrogate_pair_in_a_call_is_refused_by_the_shop_and_the_conversation_goes_on(known: Rows) -> None:
+    row = next(row for row in whole(known) if row["matter"] == "find" and row["language"] == "en")
+    half = call("find_product", {"product": "x"}).replace('"x"', '"\\ud800"')
+    with serving() as url:
+        figures, talks = score.played([row], lambda asked: [half for _ in asked], url)
+    assert figures["unharmed"].value == 1.0
+    given = [message["content"] for message in talks[0] if message["role"] == "tool"]
+    assert given and set(given) == {'{"error": "no such product"}'}
+    assert json.dumps(talks[0], ensure_ascii=False).encode()
+
+
 def test_a_number_in_the_digits_of_another_is_no_invention() -> None:
     before = [{"role": "user", "content": "It is A1234."}]
     assert score.invented("A1234 or B1234, R12345", before) == ["B1234"]

@@ -45,9 +45,12 @@ def ran(rows: Sequence[Row], programs: Sequence[str]) -> list[Ran]:
         return program, f"{row['function']} {row['cases']}"
 
     def tried(row: Row, program: str) -> Ran:
-        if f"def {row['function']}(" not in program or len(program) > MOST_PROGRAM:
+        if f"def {row['function']}(" not in program:
             return _NONE  # nothing to call: not run at all
-        return run(program, [Call(row["function"], given) for given, _ in row["cases"]], LIMITS)
+        whole = f"{program}\n\n{row['function']}\n"  # fails where no such function is there, as in a comment or a class
+        if len(whole) > MOST_PROGRAM:
+            return _NONE
+        return run(whole, [Call(row["function"], given) for given, _ in row["cases"]], LIMITS)
 
     wanted = {key(row, program): (row, program) for row, program in zip(rows, programs, strict=True)}
     with ThreadPoolExecutor(AT_ONCE) as pool:

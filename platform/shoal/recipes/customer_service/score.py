@@ -124,8 +124,10 @@ def _one(row: Mapping[str, Any], answer: str) -> dict[str, float]:
     if kind == CALL:
         ((name, arguments),) = right.calls
         mine = next((given for tool, given in said.calls if tool == name), {})
-        found["exact call"] = said == right
-        found["slots"] = sum(mine.get(key) == value for key, value in arguments.items()) / len(arguments)
+        found["exact call"] = said.text == right.text and _spelt(said.calls) == _spelt(right.calls)
+        found["slots"] = sum(_spelt(mine.get(key)) == _spelt(value) for key, value in arguments.items()) / len(
+            arguments
+        )
         return found
     given = json.loads(before[-1]["content"]) if before[-1]["role"] == "tool" else {}
     if kind == ASK:
@@ -136,6 +138,11 @@ def _one(row: Mapping[str, Any], answer: str) -> dict[str, float]:
         found["plain"] = said == right
     found["tone"] = not said.calls and tone(said.text, row["language"], refused="error" in given)
     return found
+
+
+def _spelt(value: Any) -> str:
+    """A value as JSON, in which 1 is not true, as it is in Python."""
+    return json.dumps(value, sort_keys=True)
 
 
 def played(
@@ -155,6 +162,12 @@ def played(
         if some:
             found[name] = of_share(some, range(len(some)))
     return found, [talk.messages for talk in talks]
+
+
+def _sent(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that can be sent: half of a surrogate pair, which a model may write, is "?" from there on."""
+    sent: dict[str, Any] = json.loads(json.dumps(arguments, ensure_ascii=False).encode("utf-8", "replace"))
+    return sent
 
 
 class _Play:
@@ -177,7 +190,7 @@ class _Play:
             self._go_on()
             return
         self._calls += 1
-        for name, arguments in said.calls:
+        for name, arguments in ((name, _sent(arguments)) for name, arguments in said.calls):
             found = self._http.post(f"{self._shop}/{name}", json=arguments).json()
             self.messages += called(name, arguments, found, len(self.messages))
 
