@@ -132,8 +132,12 @@ def begun(source: Path, folder: Path) -> dict[str, int]:
         raise UsageError("--from", got=str(source), allowed="a .jsonl of chats, or a folder of .txt and .md")
     parts: dict[str, list[Row]] = {LEARN: [], DEV: [], ASKED: []}
     dropped = 0
+    # group of the last row that is nobody's copy: `shoal augment` writes a copy behind its row
+    before: int | None = None
     for row in _of_documents(source) if source.is_dir() else _of_rows(source):
-        group = group_of(row)
+        copied = is_augmented(row) and row.get("group") is None
+        group = before if copied and before is not None else group_of(row)
+        before = before if is_augmented(row) else group
         part = _part(group)
         if (part != LEARN and is_augmented(row)) or _size(row) > BYTES_A_TOKEN * LENGTHS[-1]:
             dropped += 1
@@ -164,12 +168,24 @@ def _apart(parts: dict[str, list[Row]]) -> int:
     different groups may ask the same. Returns how many went."""
     known, gone = set[int](), 0
     for part in (LEARN, DEV, ASKED):
-        asked = [group_of({"messages": row["messages"]}) for row in parts[part]]
+        asked = [_asks(row) for row in parts[part]]
         kept = [row for row, question in zip(parts[part], asked, strict=True) if question not in known]
         gone += len(parts[part]) - len(kept)
         known |= set(asked)
         parts[part] = kept
     return gone
+
+
+def _asks(row: Row) -> int:
+    """A number for what a row asks, in whatever case and spaces; of a document's for the whole paragraph, whatever its file is
+    called."""
+    messages: Messages = row["messages"]
+    if row.get("task") == "documents":
+        asked, answered = (str(message["content"]) for message in messages[-2:])
+        begins = asked.removeprefix(f"{Path(str(row['group'])).stem}: ")
+        messages = [{"role": "user", "content": f"{begins} {answered}"}]
+    plain = [{**one, "content": " ".join(str(one["content"]).casefold().split())} for one in messages]
+    return group_of({"messages": plain})
 
 
 def _part(group: int) -> str:

@@ -82,6 +82,33 @@ def test_augmented_rows_are_never_asked(tmp_path: Path) -> None:
     assert [row for row in parts[LEARN] if row.get("augmented")]
 
 
+def test_a_changed_copy_of_what_is_asked_is_not_learned_from(tmp_path: Path) -> None:
+    """As `shoal augment` writes it: behind its row, in other words, with the same answer."""
+    some = [
+        row
+        for n in range(200)
+        for row in (chat(f"What is {n}?", f"It is {n}."), chat(f"Waht is {n}?", f"It is {n}.", augmented="typos"))
+    ]
+    begun(file_of(tmp_path / "rows.jsonl", some), tmp_path / "own")
+    said = [{row["messages"][-1]["content"] for row in part} for part in read(tmp_path / "own").values()]
+    assert all(said) and sum(map(len, said)) == len(set.union(*said)) == 200
+
+
+def test_a_paragraph_of_two_documents_is_on_one_side_and_so_is_a_question_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    for n in range(200):
+        own = f"First {n}. Then it goes on {n}."
+        (tmp_path / "docs" / f"d{n}.md").write_text(f"{own}\n\nThis is {n % 7} of us. It may be copied.", "utf-8")
+    begun(tmp_path / "docs", tmp_path / "own")
+    asked = [{row["messages"][0]["content"].partition(": ")[2] for row in p} for p in read(tmp_path / "own").values()]
+    assert all(asked) and sum(map(len, asked)) == len(set.union(*asked)) == 207
+    some = [chat(text, "It is.") for n in range(200) for text in (f"What is {n}?", f"WHAT  is {n}?")]
+    begun(file_of(tmp_path / "rows.jsonl", some), tmp_path / "rows")
+    asked = [{row["messages"][0]["content"].lower() for row in p} for p in read(tmp_path / "rows").values()]
+    plain = [{" ".join(text.split()) for text in some} for some in asked]
+    assert sum(map(len, plain)) == len(set.union(*plain))
+
+
 def test_other_forms_are_read(tmp_path: Path) -> None:
     some = [{"instruction": f"What is {n}?", "output": "It is."} for n in range(200)]
     begun(file_of(tmp_path / "rows.jsonl", some), tmp_path / "own")
