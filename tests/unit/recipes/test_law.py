@@ -82,7 +82,9 @@ def test_no_question_is_asked_as_it_is_learned_from_nor_any_act(language: str) -
     person = dict(zip(("who", "whom", "my"), words.PEOPLE[language][0], strict=True))
     for split in (DEV, SUITE):
         acts = [act.format(**person) for m in MATTERS for act in of_split(words.ACTS[language][m], split)]
-        asked = [one.lower() for one in [*acts, *(q for m in MATTERS for q in of_split(words.ASKED[language][m], split))]]
+        asked = [
+            one.lower() for one in [*acts, *(q for m in MATTERS for q in of_split(words.ASKED[language][m], split))]
+        ]
         assert not [one for one in asked if one in learned]
 
 
