@@ -162,10 +162,10 @@ class Offer:
 def as_native(messages: Sequence[Message], system: str = "") -> list[dict[str, Any]]:
     """As `as_plain`, for a chat template that knows tools: calls and their results stay what they are."""
     native: list[dict[str, Any]] = []
-    known: dict[str, str] = {}
+    known = tools.Asked()
     for index, message in enumerate(messages):
         _check(message, f"messages[{index}]", known)
-        known |= {call.id: call.function.name for call in message.tool_calls}
+        known.add((call.id, call.function.name) for call in message.tool_calls)
         one = message.model_dump(include={"content", "tool_calls", "tool_call_id"})
         if message.role == "tool":
             one["content"] = _text(one["content"], f"messages[{index}]")
@@ -178,13 +178,13 @@ def as_plain(messages: Sequence[Message], system: str = "") -> list[dict[str, An
     """`messages` in the roles that a chat template knows, with `system` put after the first system text. Raises RequestError
     (param ``messages``) for a message that lacks what its role needs or has what it must not have."""
     plain: list[dict[str, Any]] = []
-    calls: dict[str, str] = {}  # id -> name of the function
+    calls = tools.Asked()
     for index, message in enumerate(messages):
         _check(message, f"messages[{index}]", calls)
-        calls |= {call.id: call.function.name for call in message.tool_calls}
+        calls.add((call.id, call.function.name) for call in message.tool_calls)
         content: Any = message.model_dump(include={"content"})["content"]
         if message.role == "tool":
-            content = tools.result(calls[message.tool_call_id or ""], _text(content, f"messages[{index}]"))
+            content = tools.result(calls.answered(message.tool_call_id or ""), _text(content, f"messages[{index}]"))
         elif message.tool_calls:
             said = "".join(tools.call(call.function.name, call.function.arguments) for call in message.tool_calls)
             content = [*tools.parts(content), {"type": "text", "text": said}]
@@ -196,7 +196,7 @@ def as_plain(messages: Sequence[Message], system: str = "") -> list[dict[str, An
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 
-def _check(message: Message, where: str, calls: Mapping[str, str]) -> None:
+def _check(message: Message, where: str, calls: tools.Asked) -> None:
     if message.tool_calls and message.role != "assistant":
         raise RequestError(
             f"{where}.tool_calls", param="messages", got=f"role {message.role}", allowed="role assistant"

@@ -55,7 +55,7 @@ class CallFormat:
     def read(self, text: str, names: Iterable[str]) -> tuple[list[Called], str] | None:
         """The calls that `text` begins with, a JSON object or several, in a list or not, and what stands behind them. None
         where there are none, or one is of no function of `names`."""
-        known, calls, rest = set(names), list[Called](), text.lstrip()
+        known, calls, rest = set(names), list[Called](), text.lstrip(SPACE)
         while rest[:1] in ("{", "["):
             try:
                 value, end = json.JSONDecoder().raw_decode(rest)
@@ -67,7 +67,7 @@ class CallFormat:
                 return None
             calls += [each for each in found if each is not None]
             rest = rest[end:]
-            after = rest.lstrip(" \t\r\n;,")
+            after = rest.lstrip(SPACE + ";,")
             if self.close or after[:1] != "{":
                 break
             rest = after
@@ -79,9 +79,13 @@ class CallFormat:
             return None
         return name, written(arguments)
 
+    def turns(self, messages: Messages) -> list[dict[str, Any]]:
+        """`messages` as the turns of the template: one with several calls is several where that takes one call a message."""
+        return _one_call_each(messages) if self.one else [dict(message) for message in messages]
+
     def for_template(self, messages: Messages) -> list[dict[str, Any]]:
         """`messages`, in OpenAI's roles with arguments as values, as the template wants them."""
-        shown = _one_call_each(messages) if self.one else [dict(message) for message in messages]
+        shown = self.turns(messages)
         for message in shown:
             calls = message.get("tool_calls")
             if calls and self.as_text:
@@ -99,6 +103,23 @@ class CallFormat:
         return self.begin(function["name"]) + written(function["arguments"]) + self.end
 
 
+SPACE = " \t\r\n"  # of JSON; what else Python strips, as U+001C, is in no grammar's white space
+_TEXT = re.compile(r'"(?:[^"\\]|\\.?)*("|\Z)', re.DOTALL)  # of JSON; the last may have no end
+
+
+def closed(text: str, close: str, start: int = 0) -> tuple[int, int]:
+    """Where in `text`, which stands behind what opens a call, the first `close` begins that is in no text of its JSON; -1 where
+    there is none yet. And from where on to look once more of `text` has come, as `start`."""
+    while (end := text.find(close, start)) >= 0 and _breaks_off_in_text(text[:end]):
+        start = end + len(close)
+    return end, start if end >= 0 else max(start, len(text) - len(close) + 1)
+
+
+def _breaks_off_in_text(begun: str) -> bool:
+    """Does what begins as JSON break off in a text?"""
+    return begun.lstrip(SPACE)[:1] in ("{", "[") and any(not found[1] for found in _TEXT.finditer(begun))
+
+
 OURS = CallFormat(OPEN, CLOSE)
 _HERMES = replace(OURS, gap="\n")
 FORMATS = {
@@ -113,16 +134,6 @@ FORMATS = {
 def offered(given: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The functions `given` as a chat template's ``tools``."""
     return [{"type": "function", "function": function} for function in functions(given)]
-
-
-def parsed(arguments: Any) -> Any:
-    """The arguments of a call, which may be JSON in a text, as a template wants them: values. Text that is no JSON stays it."""
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        return json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
 
 
 def format_of(template: str, names: Mapping[str, str]) -> str:
@@ -174,7 +185,8 @@ def _taught(template: str, names: Mapping[str, str], each: CallFormat) -> bool:
 
 
 def _one_call_each(messages: Messages) -> list[dict[str, Any]]:
-    """`messages` in which one with several calls is several, each with what its call gave behind it."""
+    """`messages` in which one with several calls is several, each with what its call gave behind it. Of calls with the same id
+    the first has the first result, and the last what is left."""
     shown: list[dict[str, Any]] = []
     place = 0
     while place < len(messages):
@@ -185,13 +197,16 @@ def _one_call_each(messages: Messages) -> list[dict[str, Any]]:
             shown.append(message)
             continue
         gave = []
-        while place < len(messages) and messages[place]["role"] == "tool":
+        while place < len(messages) and messages[place].get("role") == "tool":
             gave.append(dict(messages[place]))
             place += 1
         for at, call in enumerate(calls):
-            shown.append({**message, "content": "" if at else message["content"], "tool_calls": [call]})
-            shown += [each for each in gave if each.get("tool_call_id") == call.get("id")]
-        shown += [each for each in gave if each.get("tool_call_id") not in [call.get("id") for call in calls]]
+            own = [each for each in gave if each.get("tool_call_id") == call.get("id")]
+            if any(other.get("id") == call.get("id") for other in calls[at + 1 :]):
+                own = own[:1]
+            gave = [each for each in gave if all(each is not one for one in own)]
+            shown += [{**message, "content": "" if at else message.get("content"), "tool_calls": [call]}, *own]
+        shown += gave
     return shown
 
 

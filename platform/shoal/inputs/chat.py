@@ -19,9 +19,9 @@ import numpy as np
 from shoal.config import ModelConfig
 from shoal.errors import RequestError
 from shoal.inputs import media
-from shoal.inputs.call_formats import parsed
 from shoal.inputs.templates import EndlessTemplateError, rendered
 from shoal.inputs.tokenizer import END_ID, Tokenizer
+from shoal.inputs.tools import parsed
 
 ROLES = ("system", "user", "assistant")
 TOOL = "tool"  # a fourth, of what calls gave, where the chat template knows tools
@@ -95,7 +95,7 @@ def encode_chat(
     for index, piece in enumerate(pieces):
         if index % 2:  # the pieces alternate: template, content number, template, ...
             part = contents[int(piece)]
-            answered = _is_learned(messages[int(piece)])
+            answered = is_learned(messages[int(piece)])
             ids += part.ids
             images += part.images
             answer += [answered] * len(part.ids)
@@ -149,7 +149,7 @@ def _shown(message: Mapping[str, Any], index: int, tokenizer: Tokenizer) -> dict
     if calls:
         functions = [(call, call["function"]) for call in calls]
         shown["tool_calls"] = [
-            {**call, "function": {"name": its["name"], "arguments": parsed(its.get("arguments", {}))}}
+            {**call, "function": {"name": its["name"], "arguments": parsed(its.get("arguments"))}}
             for call, its in functions
         ]
     if message.get("role") == TOOL:
@@ -198,8 +198,9 @@ def _answers(
     before it with the assistant's turn opened. An answer that the template shows otherwise later on, as one whose thoughts it
     leaves out, is none: it was not written like that."""
     answer = [False] * len(ids)
+    messages = messages if tokenizer.calls is None else tokenizer.calls.turns(messages)
     for place, message in enumerate(messages):
-        if not _is_learned(message):
+        if not is_learned(message):
             continue
         try:
             before, after = (
@@ -217,7 +218,7 @@ def _answers(
     return answer
 
 
-def _is_learned(message: Mapping[str, Any]) -> bool:
+def is_learned(message: Mapping[str, Any]) -> bool:
     """Is a loss taken on a message? OpenAI's ``weight`` of 0 is for answers that are only read."""
     return message.get("role") == "assistant" and message.get("weight") != 0
 

@@ -40,11 +40,42 @@ def functions(given: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def call(name: str, arguments: Any) -> str:
-    """A call as the model writes one. Arguments that are text are JSON; where they are none, the text that they are."""
+    """A call as the model writes one."""
+    return OPEN + written({"name": name, "arguments": parsed(arguments)}) + CLOSE
+
+
+def parsed(arguments: Any) -> Any:
+    """The arguments of a call, which may be JSON in a text, as values: none where nothing is said, as some clients do for none.
+    Text that is no JSON stays it."""
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        return {}
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):
-            arguments = json.loads(arguments)
-    return OPEN + written({"name": name, "arguments": arguments}) + CLOSE
+            return json.loads(arguments)
+    return arguments
+
+
+class Asked:
+    """Which function a result is of, by the id of its call. Of calls of one message with the same id the first has the first
+    result, and the last what is left."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, calls: Iterable[tuple[str, str]]) -> None:
+        """The calls of one message: id, and name of the function."""
+        new: dict[str, list[str]] = {}
+        for its, name in calls:
+            new.setdefault(its, []).append(name)
+        self._names |= new
+
+    def __contains__(self, its: object) -> bool:
+        return its in self._names
+
+    def answered(self, its: str) -> str:
+        """The function that the next result with this id is of. Raises KeyError for an id of no call."""
+        names = self._names[its]
+        return names.pop(0) if len(names) > 1 else names[0]
 
 
 def written(value: Any) -> str:

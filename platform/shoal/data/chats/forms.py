@@ -116,24 +116,25 @@ def _of_messages(row: Mapping[str, Any], native: bool) -> dict[str, Any]:
 def _calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """OpenAI's messages with calls and results as they are now; ``name`` of a result is its function's."""
     found: list[dict[str, Any]] = []
-    names: dict[str, str] = {}  # id of a call -> function
+    asked, count = tools.Asked(), 0
     last: dict[str, str] = {}  # function -> id of its last call
     for message in messages:
         role, content = message.get("role"), message.get("content")
         calls = _list(message.get("tool_calls"), "tool_calls")
         if message.get("function_call"):
             calls = [{"function": message["function_call"]}]
-        made = [_call(call, role, len(names) + at) for at, call in enumerate(calls)]
-        names |= {call["id"]: call["function"]["name"] for call in made}
+        made = [_call(call, role, count + at) for at, call in enumerate(calls)]
+        asked.add((call["id"], call["function"]["name"]) for call in made)
+        count += len(made)
         last |= {call["function"]["name"]: call["id"] for call in made}
         more: dict[str, Any] = {"tool_calls": made} if made else {}
         if role in _RESULTS:
-            known = names.get(str(message.get("tool_call_id"))) or message.get("name")
+            its = str(message.get("tool_call_id"))
+            known = asked.answered(its) if its in asked else message.get("name")
             if not isinstance(known, str):
                 raise DataError("a result of no call")
             content = _said(content)
-            given = message.get("tool_call_id") if str(message.get("tool_call_id")) in names else None
-            role, more = "tool", {"tool_call_id": str(given or last.get(known, "")), "name": known}
+            role, more = "tool", {"tool_call_id": its if its in asked else last.get(known, ""), "name": known}
         kept = {"weight": message["weight"]} if "weight" in message else {}
         found.append({"role": "system" if role == "developer" else role, "content": content, **more, **kept})
     return found
@@ -153,7 +154,7 @@ def _call(call: object, role: object, number: int) -> dict[str, Any]:
     if role != "assistant" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError("tool_calls that are none")
     named = call.get("id") if isinstance(call, dict) else None
-    called = {"name": function["name"], "arguments": function.get("arguments", {})}
+    called = {"name": function["name"], "arguments": function.get("arguments")}
     return {"id": f"call{number:05}" if named is None else str(named), "type": "function", "function": called}
 
 
