@@ -11,7 +11,7 @@ from typing import Any
 from shoal.config import ModelConfig
 from shoal.data.chats.rows import chats, unusable
 from shoal.errors import RequestError
-from shoal.inputs.chat import Encoded, encode_chat
+from shoal.inputs.chat import Encoded, encode_chat, is_learned
 from shoal.inputs.tokenizer import Tokenizer
 
 
@@ -29,8 +29,9 @@ class Question:
 def questions(
     path: str | Path, tokenizer: Tokenizer, config: ModelConfig, template: str, *, limit: int | None = None
 ) -> dict[str, list[Question]]:
-    """The rows of a held-out JSONL by task, at most `limit` a task, in file order; each asks for its last answer. Raises
-    DataError with the line number of a row that has none or cannot be read."""
+    """The rows of a held-out JSONL by task, at most `limit` a task, in file order; each asks for its last answer, of those that
+    are learned: one of weight 0 is no answer to be measured by. Raises DataError with the line number of a row that has none or
+    cannot be read."""
 
     def refuse(line: int, reason: str) -> None:
         raise unusable(path, line, reason)
@@ -41,8 +42,7 @@ def questions(
             refuse(chat.line, "a text, which asks nothing")
         if limit is not None and len(found.get(chat.task, ())) >= limit:
             continue
-        last = max(place for place, message in enumerate(chat.messages) if message["role"] == "assistant")
-        asked, whole = chat.messages[:last], chat.messages[: last + 1]
+        asked, whole = _asked(chat.messages, tokenizer)
         try:
             prompt = encode_chat(asked, tokenizer, config, template=template, tools=chat.tools)
             row = encode_chat(
@@ -51,17 +51,26 @@ def questions(
         except RequestError as error:
             raise unusable(path, chat.line, error.message) from error
         if whole[-1].get("tool_calls"):  # as the template has the model write them
-            reference = tokenizer.decode(
-                [
-                    token
-                    for token, said in zip(row.ids[len(prompt.ids) :], row.answer[len(prompt.ids) :], strict=True)
-                    if said
-                ]
-            )
+            places = range(len(prompt.ids), len(row.ids))
+            reference = tokenizer.decode(row.ids[place] for place in places if row.answer[place])
+            if not reference:
+                refuse(chat.line, "a call that the chat template shows otherwise than it was asked for")
         else:
             reference = _text(whole[-1]["content"])
         found.setdefault(chat.task, []).append(Question(prompt, row, reference, chat.task, chat.group))
     return found
+
+
+def _asked(
+    messages: Sequence[dict[str, Any]], tokenizer: Tokenizer
+) -> tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]:
+    """What is asked of `messages`, and this with the answer to it. Of several calls that are messages of their own the first is
+    the answer: no more than that follows before its result."""
+    last = max(place for place, message in enumerate(messages) if is_learned(message))
+    asked, answer = messages[:last], messages[last]
+    if tokenizer.calls is not None:
+        answer = tokenizer.calls.turns([answer])[0]
+    return asked, [*asked, answer]
 
 
 def _text(content: str | Sequence[Mapping[str, Any]]) -> str:
