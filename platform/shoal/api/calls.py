@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from shoal.api.bodies import Function
-from shoal.inputs.call_formats import OURS, CallFormat
+from shoal.inputs.call_formats import OURS, SPACE, Called, CallFormat, closed
 from shoal.inputs.tools import call
 
 Delta = dict[str, Any]
@@ -105,14 +105,6 @@ class _Inside:
         return "" if self._ended else text
 
 
-_TEXT = re.compile(r'"(?:[^"\\]|\\.?)*("|\Z)', re.DOTALL)  # of JSON; the last may have no end
-
-
-def _is_in_text(json_text: str) -> bool:
-    """Does what begins as JSON break off in a text?"""
-    return json_text.lstrip()[:1] in ("{", "[") and any(not found[1] for found in _TEXT.finditer(json_text))
-
-
 class Tagged(Reader):
     """Text with calls as the model's format frames them, each sent whole: between ``<tool_call>`` and ``</tool_call>``, or
     behind one tag up to the end. White space before a call is left out."""
@@ -120,7 +112,7 @@ class Tagged(Reader):
     def __init__(self, tools: Mapping[str, Function], written: CallFormat = OURS, *, most: int | None = None) -> None:
         """`most`: calls that are read; the others that come with them are left out."""
         self._tools, self._written, self._most, self._held = tools, written, most, ""
-        self._seen = 0  # characters behind the tag that opens, up to which what closes is in a text of the arguments
+        self._seen = 0  # characters behind the tag that opens, up to which nothing closes the call
 
     def push(self, text: str) -> list[Delta]:
         self._held += text
@@ -134,10 +126,19 @@ class Tagged(Reader):
         return deltas
 
     def finish(self, *, whole: bool) -> list[Delta]:
-        deltas = self._closed(ended=True)
-        before, tag, inner = self._held.partition(self._written.open)
-        self._held = ""
-        return deltas + self._read(before, inner if tag else None, tag + inner)
+        deltas, said = self._closed(ended=True), ""
+        rest, self._held = self._held, ""
+        while self._written.open in rest:
+            before, tag, inner = rest.partition(self._written.open)
+            found = self._written.read(inner, self._tools)
+            if found is None or (self._written.close and found[1].strip()):
+                said, rest = said + before + tag, inner
+                continue
+            deltas += self._made(said + before, found[0])
+            said, rest = "", found[1]
+        rest = said + rest
+        # White space behind a call is no more said than that before one.
+        return deltas + ([{"content": rest}] if rest.strip() or (rest and not self.calls) else [])
 
     def _closed(self, *, ended: bool) -> list[Delta]:
         """What is in front of, and in, the calls in what is held that have come to their end."""
@@ -149,29 +150,35 @@ class Tagged(Reader):
             if end < 0:
                 break
             inner, self._held, self._seen = rest[:end], rest[end + len(close) :], 0
-            deltas += self._read(before, inner, opened + inner + close)
+            deltas += self._read(before, inner, close)
         return deltas
 
     def _end(self, rest: str, ended: bool) -> int:
         """Where in `rest`, behind what opens a call, it is closed: not in a text of its arguments, unless it is no call then
         either. -1 where that is not known yet."""
         close = self._written.close
-        while (end := rest.find(close, self._seen)) >= 0 and _is_in_text(rest[:end]):
-            self._seen = end + len(close)
-        if self._seen and (end >= 0 or ended):
+        end, self._seen = closed(rest, close, self._seen)
+        if (end >= 0 or ended) and (first := rest.find(close)) != end:
             found = self._written.read(rest[:end] if end >= 0 else rest, self._tools)
-            return end if found is not None and not found[1].strip() else rest.find(close)
+            return end if found is not None and not found[1].strip() else first
         return end
 
-    def _read(self, before: str, inner: str | None, spelt: str) -> list[Delta]:
-        found = None if inner is None else self._written.read(inner, self._tools)
-        if found is None or (self._written.close and found[1].strip()):
-            return [{"content": before + spelt}] if before + spelt else []
-        said, (calls, behind) = before.rstrip(), found
+    def _read(self, before: str, inner: str, behind: str) -> list[Delta]:
+        """What is closed, as a call; where it is none, one that is opened once more in it may be."""
+        opened, said = self._written.open, before
+        while (found := self._written.read(inner, self._tools)) is None or found[1].strip():
+            skipped, tag, more = inner.partition(opened)
+            said += opened + skipped
+            if not tag:
+                return [{"content": said + behind}]
+            inner = more
+        return self._made(said, found[0])
+
+    def _made(self, before: str, calls: Sequence[Called]) -> list[Delta]:
+        """`calls`, as many of them as are read, with what is said `before` them."""
+        said = before.rstrip()
         left = len(calls) if self._most is None else max(self._most - self.calls, 0)
-        deltas: list[Delta] = [{"content": said}] if said else []
-        deltas += [self._call(*call) for call in calls[:left]]
-        return [*deltas, *([{"content": behind}] if behind.strip() else [])]
+        return [*([{"content": said}] if said else []), *(self._call(*call) for call in calls[:left])]
 
 
 class Bare(Tagged):
@@ -192,7 +199,7 @@ class Bare(Tagged):
 
     def push(self, text: str) -> list[Delta]:
         self._begun += text
-        start = self._begun.lstrip()
+        start = self._begun.lstrip(SPACE)
         if self._bare is None and start:
             self._bare = start.startswith("{")
         if self._bare and self._formatted:
@@ -204,10 +211,8 @@ class Bare(Tagged):
 
     def finish(self, *, whole: bool) -> list[Delta]:
         text, self._begun = self._begun, ""
-        found = self._written.read(text, self._tools) if self._bare else None
-        if found is not None:
-            return self._read("", text, text)
-        return [*super().push(text), *super().finish(whole=whole)]
+        called = self._bare and self._written.read(text, self._tools) is not None
+        return [*super().push(self._written.open + text if called else text), *super().finish(whole=whole)]
 
     def _may_be_call(self, start: str) -> bool:
         tight = re.sub(r"\s", "", start)
