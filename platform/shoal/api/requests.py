@@ -127,8 +127,8 @@ def _chat_call(body: ChatRequest, served: ServedModel, limits: Limits) -> Engine
     top = (body.top_logprobs or 0) if body.logprobs else None
     sampling = replace(_sampling(body, served, limits, max_tokens, top), guided=guide)
     formatted = guided_by == "response_format"
-    if offer.stop and not formatted:
-        sampling = replace(sampling, stop=(*sampling.stop, *offer.stop))
+    if not formatted:
+        sampling = replace(sampling, frame=offer.frame)
     depth = EFFORT_DEPTH[body.reasoning_effort] if body.reasoning_effort else body.depth
     depth = depth_by_policy(depth, body, served, body.metadata.get(WORKLOAD))
     call = _call(body, [encoded], sampling, max_tokens, depth, served, limits)

@@ -131,9 +131,9 @@ class Offer:
         return self._taught is not None and self._tokenizer is not None and mark in self._tokenizer.specials
 
     @property
-    def stop(self) -> tuple[str, ...]:
-        """Texts that end a free answer which is to end with its first call."""
-        return (self.format.close,) if self.single and not self.forced and self.format.close else ()
+    def frame(self) -> tuple[str, str] | None:
+        """What opens and closes the call that is to end a free answer."""
+        return (self.format.open, self.format.close) if self.single and not self.forced and self.format.close else None
 
     def reader(self, *, formatted: bool = False) -> Reader:
         """What reads one answer; `formatted`: one that is JSON where it is no call."""
@@ -143,8 +143,7 @@ class Offer:
             return Whole(self.format)
         if not self.told:
             return Plain()
-        most = 1 if self.single and self._taught is not None else None
-        return reader(self.tools, self.format, formatted=formatted, most=most)
+        return reader(self.tools, self.format, formatted=formatted, most=1 if self.single else None)
 
     @property
     def shown(self) -> list[dict[str, Any]] | None:

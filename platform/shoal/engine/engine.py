@@ -161,7 +161,7 @@ class Engine:
             tokens=list(prompt.ids),
             prompt_len=len(prompt.ids),
             page=config.page,
-            text=TextStream(self.model.tokenizer, sampling.stop, sampling.include_stop),
+            text=TextStream(self.model.tokenizer, sampling.stop, sampling.include_stop, sampling.frame),
             seed=seed,
             grammar=None if sampling.guided is None else self._grammars.compile(sampling.guided),
             order=(request.priority, 0, 0),

@@ -82,6 +82,9 @@ class Sampling:
     min_tokens: int = 0  # no stop before this many tokens
     stop: Sequence[str] = ()  # not part of the returned text, but
     include_stop: bool = False  # with this
+    frame: tuple[str, str] | None = (
+        None  # what opens JSON and what closes it: the answer ends with the first, all of it
+    )
     banned: Sequence[Sequence[int]] = ()  # runs of tokens that the answer never completes
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
@@ -141,6 +144,8 @@ class Sampling:
             raise RequestError(
                 f"{name} with guided", param=name, do="leave it out: the grammar says where the answer ends"
             )
+        if self.frame is not None and (len(self.frame) != 2 or not all(self.frame)):
+            raise RequestError("frame", param="frame", got=self.frame, allowed="two non-empty strings")
         odd = next((text for text in self.stop if not isinstance(text, str) or not text), None)
         if odd is not None:
             raise RequestError("stop", param="stop", got=odd, allowed="non-empty strings")

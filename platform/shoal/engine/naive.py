@@ -25,7 +25,7 @@ def generate(model: Model, request: Request, adapter: Adapter | None = None) -> 
     depth = config.asked(request.depth) or config.layers
     running = Running(
         request=request, tokens=list(prompt.ids), prompt_len=len(prompt.ids), page=config.page, order=(0, 0, 0), arrival=0.0,
-        text=TextStream(model.tokenizer, sampling.stop, sampling.include_stop), seed=sampling.seed or 0,
+        text=TextStream(model.tokenizer, sampling.stop, sampling.include_stop, sampling.frame), seed=sampling.seed or 0,
         end_ids=model.tokenizer.ends,
         grammar=None if sampling.guided is None else Grammars(model.tokenizer, config.vocab).compile(sampling.guided),
     )  # fmt: skip

@@ -115,7 +115,9 @@ class VllmEngine:
             inputs["cache_salt"] = str(layers)
         writing = _Writing(
             request,
-            TextStream(self._served.tokenizer, request.sampling.stop, request.sampling.include_stop),
+            TextStream(
+                self._served.tokenizer, request.sampling.stop, request.sampling.include_stop, request.sampling.frame
+            ),
             layers,
             began,
         )

@@ -91,7 +91,7 @@ async def test_a_forced_call_and_one_call(http: httpx.AsyncClient, engine: Scrip
     form = served.tokenizer.calls
     assert form is not None
     await ask(http, messages=ASK, tools=TOOLS, parallel_tool_calls=False)
-    assert engine.requests[-1].sampling.stop == ((form.close,) if form.close else ())
+    assert engine.requests[-1].sampling.frame == ((form.open, form.close) if form.close else None)
 
 
 async def test_without_tools_nothing_is_shown_and_nothing_is_a_call(

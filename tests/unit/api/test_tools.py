@@ -158,11 +158,12 @@ class TestReading:
         assert answer["message"]["tool_calls"][0]["function"]["arguments"] == written[:-1]
 
     async def test_one_call_at_a_time_where_that_is_asked_for(self, http: httpx.AsyncClient, engine: Any) -> None:
-        # what the engine leaves of it: a stop string is not in the text
-        engine.reply = CALL.removesuffix("</tool_call>")
-        choice, _ = await ask(http, tools=[LOG], parallel_tool_calls=False)
-        assert engine.requests[0].sampling.stop == ("</tool_call>",)
-        assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"n": 7}'
+        # what the engine leaves of it, and all that one writes which does not end there
+        for engine.reply in (CALL, CALL + "\n" + CALL):
+            choice, _ = await ask(http, tools=[LOG], parallel_tool_calls=False)
+            assert engine.requests[-1].sampling.frame == ("<tool_call>", "</tool_call>")
+            (call,) = choice["message"]["tool_calls"]
+            assert (call["function"]["arguments"], choice["message"]["content"]) == ('{"n": 7}', None)
 
     @given(
         st.lists(

@@ -60,6 +60,7 @@ def samplings(draw: st.DrawFn) -> Sampling:
         max_tokens=tokens,
         min_tokens=0 if guided else draw(st.integers(0, tokens)),
         stop=draw(st.lists(st.text("abcdefgh 0123", min_size=1, max_size=2), max_size=3)),
+        frame=draw(st.sampled_from([None, None, ("a", "b"), ("0", "0"), ("c", "1 ")])),
         stop_token_ids=draw(st.lists(letters, max_size=2)),
         ignore_eos=not guided and draw(st.booleans()),
         presence_penalty=draw(st.sampled_from([0.0, 1.5, -1.0])),

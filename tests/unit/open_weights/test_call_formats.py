@@ -228,7 +228,7 @@ def test_one_call_at_a_time_where_that_is_asked_for(family: str) -> None:
         else text + second
     )
     assert read(one.reader(), [both])[1] == [("look", {})]
-    assert one.stop == ((form.close,) if form.close else ())
+    assert one.frame == ((form.open, form.close) if form.close else None)
     assert read(one.reader(), [text.removesuffix(form.close)])[1] == [("look", {})], "a stop string is not in the text"
 
 
