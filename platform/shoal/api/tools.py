@@ -11,12 +11,14 @@ grammar guides. Where the answer has a format, a grammar allows calls or JSON of
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llguidance import StructTag
 
-from shoal.api.bodies import ChatRequest, Function, Message, NamedTool
+from shoal.api.bodies import ChatRequest, Function, Message, NamedTool, ResponseFormat
 from shoal.api.calls import Named, Plain, Reader, Whole, reader
 from shoal.engine.events import Guide
 from shoal.engine.guided import JSON_OPTIONS
@@ -24,6 +26,19 @@ from shoal.errors import RequestError
 from shoal.inputs import tools
 from shoal.inputs.call_formats import OURS, offered
 from shoal.inputs.tokenizer import Tokenizer
+
+# Of a schema of objects, what does not let them have more properties than it names.
+_PLAIN = {
+    "type",
+    "properties",
+    "required",
+    "additionalProperties",
+    "$defs",
+    "definitions",
+    "title",
+    "description",
+    "$schema",
+}
 
 
 class Offer:
@@ -53,6 +68,9 @@ class Offer:
         self.told = bool(self.tools) and choice != "none"
         self.single = self.told and not body.parallel_tool_calls
         self.strict = self.told and any(tool.strict for tool in self.tools.values())
+        if self.strict and not self.forced and self._may_answer_as_called(body.response_format):
+            # What opens a call elsewhere tells one from an answer, which must be no way around a strict tool.
+            self.format = replace(self.format, bare=False)
 
     @property
     def guide(self) -> Guide | None:
@@ -91,13 +109,16 @@ class Offer:
         return self._lark(f"answer | {calls}", f"answer: %json {_inside(schema)}")
 
     def _calls_in_text(self) -> Guide:
-        if self.format.bare:
-            return self._lark("call | free", r"free: /\s*/ | /\s*[^\s{](.|\n)*/")
-        if self._is_control(self.format.open):  # no text has it
-            return self._lark("free call?", r"free: /(.|\n)*/")
+        """Text, and calls as their tools have them: no text spells what opens one, in whichever tokens."""
+        opened = self.format.open
+        if self.format.bare or self._is_control(opened):
+            begun = r"[ \t\r\n]*([^ \t\r\n{](?s:.*))?" if self.format.bare else "(?s:.*)"
+            spelt = re.escape(opened).replace("/", r"\/")
+            text = f"TEXT: /{begun}/ & ~/(?s:.*){spelt}(?s:.*)/"
+            return self._lark("call | TEXT" if self.format.bare else "TEXT call?", text)
         tags = [
             StructTag(
-                trigger=self.format.open,
+                trigger=opened,
                 begin=self.format.begin(name),
                 grammar={**_guided(tool), "x-guidance": JSON_OPTIONS},
                 end=self.format.end,
@@ -144,6 +165,17 @@ class Offer:
         if not self.told:
             return Plain()
         return reader(self.tools, self.format, formatted=formatted, most=1 if self.single else None)
+
+    def _may_answer_as_called(self, given: ResponseFormat | None) -> bool:
+        """May JSON of the format that is `given` be what is read as a call, where nothing stands in front of one?"""
+        if not self.format.bare or given is None or given.type == "text":
+            return False
+        schema = given.json_schema.schema_ if given.json_schema is not None else {}
+        kind, named = schema.get("type"), schema.get("properties")
+        if isinstance(kind, str) and kind != "object":
+            return False
+        bounded = schema.get("additionalProperties") is False and _PLAIN.issuperset(schema)
+        return not (bounded and isinstance(named, dict) and not {"name", self.format.arguments}.issubset(named))
 
     @property
     def shown(self) -> list[dict[str, Any]] | None:
