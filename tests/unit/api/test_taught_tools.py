@@ -11,7 +11,9 @@ import httpx
 import pytest
 
 from shoal.api.served import ServedModel
+from shoal.inputs.call_formats import FORMATS
 from tests.unit.api.conftest import Scripted
+from tests.unit.api.test_chat import events
 from tests.unit.api.test_tools import ask
 from tests.unit.open_weights import taught
 from tests.unit.open_weights.taught import TOOLS
@@ -130,3 +132,54 @@ async def test_what_is_no_history_of_calls_is_a_400(http: httpx.AsyncClient, eng
         assert await status(messages) == 400
     for depth in (99, 300, 900, 5000):  # lists in lists, which a template may not print, or Python not read
         assert await status(turns("[" * depth + "]" * depth)) in (200, 400)
+
+
+async def test_an_answer_with_text_behind_its_call_goes_back_as_one_turn(
+    http: httpx.AsyncClient, engine: Scripted, served: ServedModel
+) -> None:
+    """In every protocol, and to the same prompt."""
+    engine.reply = written(served, "look", {}) + (
+        " I look." if served.tokenizer.calls != FORMATS["llama"] else "; I look."
+    )
+    functions = [tool["function"] for tool in TOOLS]
+    plain = [{"type": "function", **function} for function in functions]
+    claude = [
+        {"name": f["name"], "description": f.get("description"), "input_schema": f["parameters"]} for f in functions
+    ]
+    more: dict[str, Any] = {"model": "fish", "tools": plain}
+    items = (await http.post("/v1/responses", json={**more, "input": ASK})).json()["output"]
+    assert [item["type"] for item in items] == ["function_call", "message"]
+    items.append({"type": "function_call_output", "call_id": items[0]["call_id"], "output": "two"})
+    reply = await http.post("/v1/responses", json={**more, "input": [*ASK, *items]})
+    assert reply.status_code == 200, reply.text
+    body = {"model": "fish", "tools": claude, "max_tokens": 99}
+    blocks = (await http.post("/v1/messages", json={**body, "messages": ASK})).json()["content"]
+    assert [block["type"] for block in blocks] == ["tool_use", "text"]
+    gave = {"type": "tool_result", "tool_use_id": blocks[0]["id"], "content": "two"}
+    turns = [*ASK, {"role": "assistant", "content": blocks}, {"role": "user", "content": [gave]}]
+    reply = await http.post("/v1/messages", json={**body, "messages": turns})
+    assert reply.status_code == 200, reply.text
+    shown = [served.tokenizer.decode(request.prompt.ids) for request in engine.requests]
+    if served.tokenizer.calls != FORMATS["mistral"]:  # whose template shows the ids of calls
+        assert shown[1] == shown[3]
+    assert shown[1].count("two") == 1
+
+
+async def test_several_choices_have_calls_of_their_own(
+    http: httpx.AsyncClient, engine: Scripted, served: ServedModel
+) -> None:
+    engine.reply = written(served, "add_fish", ARGUMENTS)
+    body = {"model": "fish", "messages": ASK, "tools": TOOLS, "n": 3}
+    choices = (await http.post("/v1/chat/completions", json=body)).json()["choices"]
+    made = [call for choice in choices for call in choice["message"]["tool_calls"]]
+    assert [json.loads(call["function"]["arguments"]) for call in made] == [ARGUMENTS] * 3
+    assert len({call["id"] for call in made}) == 3 and {choice["finish_reason"] for choice in choices} == {"tool_calls"}
+    *chunks, _ = events((await http.post("/v1/chat/completions", json={**body, "stream": True})).text)
+    sent = [
+        (choice["index"], call)
+        for chunk in chunks
+        for choice in chunk["choices"]
+        for call in choice["delta"].get("tool_calls", ())
+    ]
+    assert sorted(index for index, _ in sent) == [0, 1, 2] and {call["index"] for _, call in sent} == {0}
+    assert all(json.loads(call["function"]["arguments"]) == ARGUMENTS for _, call in sent)

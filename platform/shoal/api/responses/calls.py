@@ -22,6 +22,7 @@ from shoal.api.responses.bodies import (
 )
 from shoal.api.served import ServedModel
 from shoal.errors import RequestError
+from shoal.inputs.tools import parts
 
 NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}  # of a chat's fields
 
@@ -61,7 +62,8 @@ def responses_call(
 
 
 def _chat(body: ResponsesRequest, limits: Limits, before: Sequence[AnyItem]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The messages of a chat, and where each comes from. A call belongs to the assistant's message before it."""
+    """The messages of a chat, and where each comes from. A call belongs to the assistant's message before it, and so does what
+    is said behind one before there is a result: it is one turn, as in the other protocols."""
     chat: list[dict[str, Any]] = []
     sources: list[str] = []
     called: set[str] = set()
@@ -85,7 +87,11 @@ def _chat(body: ResponsesRequest, limits: Limits, before: Sequence[AnyItem]) -> 
         elif isinstance(item, OutputItem):
             chat.append(_result(item, where, called))
         else:
-            chat.append(_message(item, where))
+            message = _message(item, where)
+            if item.role == "assistant" and chat and "tool_calls" in chat[-1]:
+                chat[-1]["content"] = [*parts(chat[-1]["content"]), *parts(message["content"])]
+                continue
+            chat.append(message)
         sources.append(where)
     if isinstance(body.input, str):
         return [*chat, {"role": "user", "content": body.input}], [*sources, "input"]
