@@ -224,3 +224,16 @@ def test_closed_tokens_stay_closed_under_a_grammar() -> None:
     quiet = dataclasses.replace(ask(guide).sampling, max_tokens=30)
     (answer,) = answers([Request([60], quiet)])
     assert all(token >= 9 for token in answer.tokens)
+
+
+def test_an_answer_ends_with_its_frame_where_the_grammar_would_go_on() -> None:
+    """As the oracle does; the grammar would have more."""
+    said = '<c>{"a": "</c>"}</c>'
+    sampling = Sampling(max_tokens=60, guided=Guide("choice", [said + " and <c></c>"]), frame=("<c>", "</c>"))
+    request, engine = Request([60, 61, 62], sampling, depth="full"), Engine(MODEL)
+    (done,) = engine.generate([request])
+    assert (done.text, done.finish_reason) == (said, "stop") and naive.generate(MODEL, request).text == said
+    begun = dataclasses.replace(request, id="other", answer=tuple(done.tokens[:9]))
+    assert engine.generate([begun])[0].text == said[9:]
+    with pytest.raises(RequestError, match="nothing can follow"):
+        engine.submit(dataclasses.replace(begun, answer=(*done.tokens, *done.tokens)))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal import Engine, Model, Request, Sampling
-from shoal.engine import naive
-from shoal.engine.events import Guide
+from shoal import Sampling
 from shoal.engine.text import TextStream
 from shoal.errors import RequestError
 from shoal.inputs.tokenizer import Tokenizer
@@ -108,19 +105,6 @@ def test_too_early_a_frame_is_passed_and_the_next_one_ends_the_answer() -> None:
             if stopped:
                 break
         assert out == "<c></c>x</c><c>y</c>"
-
-
-def test_the_engine_ends_an_answer_with_its_frame_alone_or_gone_on_with() -> None:
-    """As the oracle does; the grammar would have more."""
-    said, model = '<c>{"a": "</c>"}</c>', Model.from_preset("test", seed=1)
-    sampling = Sampling(max_tokens=60, guided=Guide("choice", [said + " and <c></c>"]), frame=FRAME)
-    request, engine = Request([60, 61, 62], sampling, depth="full"), Engine(model)
-    (done,) = engine.generate([request])
-    assert (done.text, done.finish_reason) == (said, "stop") and naive.generate(model, request).text == said
-    begun = dataclasses.replace(request, id="other", answer=tuple(done.tokens[:9]))
-    assert engine.generate([begun])[0].text == said[9:]
-    with pytest.raises(RequestError, match="nothing can follow"):
-        engine.submit(dataclasses.replace(begun, answer=(*done.tokens, *done.tokens)))
 
 
 @pytest.mark.parametrize("frame", [("", "x"), ("x",), ("x", "")])
