@@ -22,6 +22,7 @@ from shoal.data.batches import spaced
 from shoal.data.chats.heldout import Question
 from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
+from shoal.errors import EngineDeadError
 from shoal.evaluate.intervals import Figure, Z, of_mean
 from shoal.evaluate.prompts import Heldout, measured
 from shoal.inputs.chat import Encoded
@@ -136,8 +137,8 @@ def _loss(mine: _Routed, its: _Routed, bar: int, limit: float, promised: float) 
         limit, used = MOST_MORE * before.value, of_ratio(loss.value / before.value, MOST_MORE)
         told += f"; the stable version loses {before.value:.3f}, at most {MOST_MORE:.2f} times that"
     return Check(
-        "router, loss", status, told, loss.value, _finite(loss.interval[0]), _finite(loss.interval[1]), limit, count,
-        loss.groups, count * 4 if status == INCONCLUSIVE else None, used,
+        "router, loss", status, told, _finite(loss.value), _finite(loss.interval[0]), _finite(loss.interval[1]),
+        _finite(limit), count, loss.groups, count * 4 if status == INCONCLUSIVE else None, used,
     )  # fmt: skip
 
 
@@ -147,7 +148,9 @@ def _gain(mine: _Routed, its: _Routed) -> Check:
     (low, high), count = less.interval, len(mine.lost)
     status = PASS if high < 0 else INCONCLUSIVE if less.value < 0 else FAIL
     told = f"loses {less.value:+.3f} nats a token more ({low:+.3f} to {high:+.3f}), must be below 0"
-    return Check("router, better", status, told, less.value, _finite(low), _finite(high), 0.0, count, less.groups)
+    return Check(
+        "router, better", status, told, _finite(less.value), _finite(low), _finite(high), 0.0, count, less.groups
+    )
 
 
 def _mean(values: Sequence[float], groups: Sequence[int]) -> Figure:
@@ -207,7 +210,8 @@ def _routed(model: Model, parts: Sequence[Mapping[str, Sequence[Heldout]]]) -> _
 def speed(model: Model, known: Model, asked: Questions, beside: Depth = AUTO) -> Check:
     """Whether a token takes no more of the processor at depth "auto" than of the stable version at the depth `beside`: the
     median of pairs of turns, with as many as it takes to be sure of it. A turn answers up to `MOST` of the questions that
-    layers are counted on, some of each task at once: of a few the depths would be others (decision 0068)."""
+    layers are counted on, some of each task at once: of a few the depths would be others (decision 0068). Raises
+    EngineDeadError for a model that gives no token."""
     counted = [question.prompt for some in _some(asked).values() for question in some]
     every = [counted[place] for place in spaced(len(counted), MOST)]
     batches = -(-len(every) // BATCH)
@@ -232,13 +236,20 @@ def speed(model: Model, known: Model, asked: Questions, beside: Depth = AUTO) ->
 
 
 def _seconds(engine: Engine, prompts: Sequence[Sequence[Encoded]], depth: Depth) -> float:
-    """Of the processor, for answers of so many tokens each, to each of `prompts` together."""
-    sampling = Sampling(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-    batches = [[Request(prompt, sampling, depth=depth) for prompt in some] for some in prompts]
-    began = time.process_time()
+    """Of the processor a token, in answers of `TOKENS` each, or of what the context leaves, to each of `prompts` together."""
+
+    def request(prompt: Encoded) -> Request:
+        most = min(TOKENS, engine.config.context - len(prompt.ids))
+        return Request(prompt, Sampling(temperature=0.0, max_tokens=most, ignore_eos=True), depth=depth)
+
+    batches = [[request(prompt) for prompt in some] for some in prompts]
+    began, tokens = time.process_time(), 0
     for batch in batches:
-        engine.generate(batch)
-    return time.process_time() - began
+        # one that broke off took no time for what it did not say
+        tokens += sum(len(answer.tokens) for answer in engine.generate(batch))
+    if not tokens:
+        raise EngineDeadError("no answer has a token", do="look at the model's weights")
+    return (time.process_time() - began) / tokens
 
 
 def _about_the_median(values: Sequence[float]) -> tuple[float, float]:

@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from sacrebleu.metrics.chrf import CHRF
 
+from shoal.config import AUTO
 from shoal.data.chats.heldout import Question, questions
 from shoal.data.shards import open_index, token_bytes
 from shoal.engine.engine import Engine
+from shoal.engine.events import Request, Sampling
 from shoal.errors import CheckpointError, DataError, ShoalError
 from shoal.evaluate import measures
-from shoal.evaluate.evaluation import MOST_TOKENS, TASKS, Progress, generate
+from shoal.evaluate.evaluation import MOST_TOKENS, TASKS, Progress
 from shoal.evaluate.measures import Answer, HeldoutRows
 from shoal.loop import costs, suites
 from shoal.loop.cut import RECENT as RECENT_FILE
@@ -203,9 +205,12 @@ def _asked(suite: Suite, folder: Path, model: Model, known: Model, margin: float
             found.append(Check(name, FAIL, f"no question of {len(rows)} fits the context"))
             continue
         try:
-            new, old = (generate(Engine(each), [row.prompt for row in asked], most, "auto") for each in (model, known))
+            (new, broken), (old, _) = (_answers(each, asked, most) for each in (model, known))
         except ShoalError as error:
             found.append(Check(name, FAIL, f"it does not answer: {error}"))
+            continue
+        if broken:  # nor would it where the stable version says something wrong, which no score tells apart
+            found.append(Check(name, FAIL, f"it does not answer {len(broken)} of {len(asked)}: {broken[0]}"))
             continue
         if suite.kind == FROZEN:
             seen.longer += [(one.tokens, other.tokens) for one, other in zip(new, old, strict=True)]
@@ -220,6 +225,17 @@ def _asked(suite: Suite, folder: Path, model: Model, known: Model, margin: float
             check = replace(check, used=of_difference(-(check.value or 0.0), margin))
         found.append(check)
     return found
+
+
+def _answers(model: Model, asked: Sequence[Question], most: int) -> tuple[list[Answer], list[str]]:
+    """Greedy answers of at most so many tokens, as far as they came, and why those broke off that did."""
+    sampling = Sampling(temperature=0.0, max_tokens=most)
+    done = Engine(model).generate([Request(row.prompt, sampling, depth=AUTO) for row in asked])
+    answers = [
+        Answer(one.text, len(one.tokens), one.depth, len(row.prompt.ids)) for one, row in zip(done, asked, strict=True)
+    ]
+    ends = [one.finished for one in done if one.finished is not None]
+    return answers, [end.error.message for end in ends if end.error is not None]
 
 
 def _fitted(suite: Suite, folder: Path, by_task: Mapping[str, Sequence[Question]]) -> set[int]:
@@ -245,7 +261,8 @@ def _equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 def _costs(model: Model, known: Model, seen: _Seen) -> list[Check]:
     """The checks of the router and of speed, on what both have answered."""
     if not seen.answered and not seen.new:
-        return []
+        told = "no question tells what an answer costs: add a frozen suite, or more people to what is new"
+        return [Check(name, INCONCLUSIVE, told, needed=costs.LEAST) for name in ("router", costs.TIME)]
     try:
         return costs.checks(model, known, seen.answered, seen.new, alone=seen.alone)
     except ShoalError as error:

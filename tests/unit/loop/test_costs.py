@@ -4,7 +4,10 @@ verdicts by hand and by drawing.
 A model of four layers with exits at 1, 2 and 4, whose router promises 0.05 nats a token.
 """
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from shoal import Model
 from shoal.config import ModelConfig
 from shoal.data.chats.heldout import Question
 from shoal.engine.engine import Engine
+from shoal.engine.events import Completion, Request
+from shoal.errors import EngineDeadError
 from shoal.evaluate.prompts import Heldout, Prompts
 from shoal.inputs.chat import Encoded
 from shoal.loop import costs
@@ -275,3 +280,44 @@ def test_time_is_held_to_the_depth_that_the_layers_are(
     one = Encoded([1], [], [True])
     check = costs.checks(models[0], models[1], {"chat": [Question(one, one, "", "chat", 0)] * 80})[-1]
     assert check.status == status and ("at 2 of 4 layers" in check.told) == (status == PASS)
+
+
+@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+def test_what_is_no_number_fails_and_can_be_written_down(lost: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [Model.from_preset("test") for _ in range(2)]
+    for model, depth in zip(models, (1, 2), strict=True):
+        model.router = Always(model.config, depth)
+    monkeypatch.setattr(costs, "measured", losing(lost, 0.02))
+    monkeypatch.setattr(costs, "_seconds", lambda *_: 1.0)
+    one = Encoded([1], [], [True])
+    found = costs.checks(*models, {"chat": [Question(one, one, "", "chat", 0)] * 80}, alone=True)
+    assert {check.name: check.status for check in found[:2]} == {"router, loss": FAIL, "router, better": FAIL}
+    json.dumps([asdict(check) for check in found], allow_nan=False)
+
+
+class Says:
+    """An engine of 64 tokens of context, whose answers are `share` as long as they may be, and take a second each."""
+
+    def __init__(self, share: float) -> None:
+        self.config, self._share = SimpleNamespace(context=64), share
+        self.asked, self.seconds = list[int](), 0
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        self.asked += [request.sampling.max_tokens for request in requests]
+        self.seconds += len(requests)
+        return [Completion([1] * int(most * self._share)) for most in self.asked[-len(requests) :]]
+
+
+def test_time_is_a_token_s_whatever_the_answers_come_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[Encoded([1] * 8, [], [False] * 8), Encoded([1] * 60, [], [False] * 60)]]
+    found = {}
+    for share in (1.0, 0.5):
+        engine = Says(share)
+        monkeypatch.setattr(costs.time, "process_time", lambda engine=engine: engine.seconds)
+        found[share] = costs._seconds(engine, prompts, "auto")  # type: ignore[arg-type]
+        assert engine.asked == [costs.TOKENS, 4], (
+            "of a prompt that nearly fills the context as many as there is room for"
+        )
+    assert found == {1.0: 2 / 36, 0.5: 2 / 18}, "one that breaks off is no quicker for it"
+    with pytest.raises(EngineDeadError):
+        costs._seconds(Says(0.0), prompts, "auto")  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ The models are random and say nonsense. The suites take what one of them answers
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from shoal import Model, presets
 from shoal.cli import main
 from shoal.data.chats.heldout import Question, questions
 from shoal.engine.engine import Engine
-from shoal.engine.events import Request, Sampling
-from shoal.errors import DataError
+from shoal.engine.events import Completion, Finished, Request, Sampling
+from shoal.errors import DataError, RequestError
 from shoal.evaluate.prompts import Heldout, measured
 from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ from shoal.model.router import NEVER, fit_router
 from tests.corpus import write_corpus
 
 MOST_TOKENS = 8  # of an answer; more of it says no more here
+BROKEN = Finished("broken", "error", error=RequestError("logits are not finite"))
 ASKED = [f"{word} {number}?" for number in range(70) for word in ("Where is", "Who has", "What costs", "How long")]
 
 
@@ -245,6 +247,36 @@ def test_broken_weights_are_stopped(place: Path, tmp_path: Path) -> None:
             next(norm.parameters()).fill_(float("nan"))
     found, _ = judged(place, saved(tmp_path / "nan", model), "kept", need_recent=False)
     assert found.verdict == "fail" and not found.passed
+
+
+def test_a_candidate_that_breaks_off_fails_also_where_the_stable_version_is_wrong(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No score tells the two apart, and who says nothing is short and quick."""
+    write(tmp_path / "suites" / "shop.jsonl", ASKED, ["Nobody says so."] * len(ASKED))
+    freeze(tmp_path / "suites")
+    models, load = list[Model](), Model.load
+    monkeypatch.setattr(Model, "load", lambda path: (models.append(load(path)), models[-1])[1])
+
+    class Breaks(Engine):
+        def generate(self, requests: Iterable[Request]) -> list[Completion]:
+            return [
+                Completion(finished=BROKEN) if self.model is models[1] else one for one in super().generate(requests)
+            ]
+
+    monkeypatch.setattr("shoal.loop.gate.Engine", Breaks)
+    monkeypatch.setattr(costs, "Engine", Breaks)
+    found = gate(place / "stable", place / "stable", tmp_path / "suites", need_recent=False)
+    (check,) = (check for check in found.checks if check.name == "shop, chat")
+    assert found.verdict == "fail" and check.told == "it does not answer 280 of 280: logits are not finite"
+
+
+def test_who_is_asked_nothing_that_shows_costs_is_not_let_pass_for_it(place: Path, tmp_path: Path) -> None:
+    write(tmp_path / "suites" / "safety-shop.jsonl", ASKED[:5], answers(Model.from_preset("test"), ASKED[:5]))
+    freeze(tmp_path / "suites")
+    found = gate(place / "stable", place / "stable", tmp_path / "suites", need_recent=False)
+    open_ = [check.name for check in found.checks if check.status == "inconclusive"]
+    assert found.verdict == "inconclusive" and open_ == ["router", "time a token"]
 
 
 def test_bits_per_byte_may_rise_by_one_percent(place: Path, tmp_path: Path) -> None:
