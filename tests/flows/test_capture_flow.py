@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from shoal.loop.capture import Capture
-from shoal.loop.writer import adopt
+from shoal.loop.parts import adopt
 from tests.unit.engine.lively import lively
 
 ROOT = Path(__file__).parents[2]

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from shoal.errors import DataError, first_line
 from shoal.loop.capture import FEEDBACK, FORGOTTEN, TEXTS, Capture, Forgotten, append, held, lines_of, now_ms
-from shoal.loop.writer import adopt, sweep, write_part
+from shoal.loop.parts import adopt, sweep, write_part
 from shoal.machine import write_aside
 
 # what was forgotten -> what was changed of it, or was made of it, in words: one line each
@@ -54,19 +54,30 @@ def forget(
         who = Forgotten({id_} if id_ else set(), {subject} if subject else set())
         ids = _ids(capture, who)
         whole = Forgotten(who.ids | ids, who.subjects)
-        adopt(capture)
+        late = _adopted(capture)
         before = capture.forgotten()  # answers that were deleted, and what somebody was interrupted at
         gone = Forgotten(before.ids | whole.ids, before.subjects | whole.subjects)
         report = Report(rows=_rows(capture, gone), texts=_texts(capture, gone), votes=_votes(capture, gone))
         report.journals = sum(any(map(who.hides, lines)) for _, lines in capture.journals())
         sweep(capture.folder, [*gone.ids, *gone.subjects])
         capture.sent()
+        if late is not None:
+            raise late
     except (OSError, ValueError, pa.ArrowException) as error:
         do = "make room, and do it again: no reader sees them from now on"
         raise DataError("forget", got=first_line(error), do=do) from error
     for each in elsewhere:
         report.elsewhere += each(gone)
     return report
+
+
+def _adopted(capture: Capture) -> OSError | None:
+    """Makes parts of what dead processes left; what is wrong with one that cannot be made, once all else is done."""
+    try:
+        adopt(capture)
+    except OSError as error:
+        return error
+    return None
 
 
 def _ids(capture: Capture, who: Forgotten) -> set[str]:

@@ -28,6 +28,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import shoal
+from shoal.data.remote import is_remote
+from shoal.loop.capture import now_ms
 from shoal.loop.facts import Facts, lighter, packed
 from shoal.loop.writer import Bounds
 
@@ -36,6 +38,7 @@ log = logging.getLogger("shoal.loop")
 PIPE_BYTES = 2**20  # as many as Linux lets anybody have
 WHOLE = select.PIPE_BUF  # bytes of a write that goes in whole or not at all
 KEPT = 4096  # rows that wait here while there is no scribe
+KEPT_BYTES = 2**24  # of these: past that one waits without its prompts
 CLOSE_SECONDS = 20.0  # for the last rows to be parts; the scribe goes on by itself after that
 LIVED_SECONDS, LATEST_SECONDS = 10.0, 30.0  # a scribe that ended sooner is begun again later and later, up to this
 WAIT_SECONDS = 0.01  # between two looks whether it is done
@@ -70,7 +73,12 @@ class Outbox:
 
     def __init__(self, folder: str, bounds: Bounds | None = None) -> None:
         """`folder`: of a capture, as `Capture` takes it."""
-        self._given = {"folder": folder, "bounds": asdict(bounds or Bounds()), "service": secrets.token_hex(4)}
+        self._given = {
+            "folder": folder if is_remote(folder) else os.path.abspath(folder),  # of now: a process may go elsewhere
+            "bounds": asdict(bounds or Bounds()),
+            "service": secrets.token_hex(4),
+            "clocks": (now_ms(), time.monotonic()),
+        }
         self.counts = Counter[str]()  # dropped here, by reason
         self.scribes = 0  # that were begun
         self._memory = os.memfd_create("capture")
@@ -78,6 +86,7 @@ class Outbox:
         self._shared = Shared(self._memory)
         self._pipe = -1
         self._kept = deque[tuple[float, bytes]]()  # frames that no journal has yet, and when they came
+        self._kept_bytes = 0
         self._taken = 0  # frames that were kept and are no more
         self._unsent = 0  # of those that are, the last so many are in no pipe
         self._lock = threading.RLock()
@@ -111,8 +120,9 @@ class Outbox:
                 self._put_later(now, frame)
                 self._lose()
             else:
-                self._kept.append((now, frame))
-                self._complained.discard("queue")
+                self._keep(now, frame)
+                if "queue" in self._complained and self._fits(self._room() // 2):
+                    self._complained.discard("queue")  # not for one row that found a place among others that do not
 
     def drop(self, reason: str, told: str = "") -> None:
         """Count a row that is not kept; with what is `told` the log says so, once until there is room again."""
@@ -125,13 +135,17 @@ class Outbox:
         if len(self._kept) >= KEPT:
             self.drop("queue", "there is no scribe for the rows that come")
             return
-        self._kept.append((now, frame))
+        self._keep(now, frame if self._kept_bytes + len(frame) <= KEPT_BYTES else lighter(frame, WHOLE))
         self._unsent += 1
+
+    def _keep(self, now: float, frame: bytes) -> None:
+        self._kept.append((now, frame))
+        self._kept_bytes += len(frame)
 
     def _forget_taken(self) -> None:
         taken = self._shared.taken
         while self._taken < taken and self._kept:
-            self._kept.popleft()
+            self._kept_bytes -= len(self._kept.popleft()[1])
             self._taken += 1
 
     def _send(self, frame: bytes) -> None:
@@ -161,9 +175,10 @@ class Outbox:
     def _sent_rest(self) -> bool:
         """Send what waits for a scribe, as far as it goes; whether all of it went."""
         while self._unsent:
-            came, frame = self._kept[-self._unsent]
+            came, whole = self._kept[-self._unsent]
             try:
-                self._kept[-self._unsent] = came, (frame := self._fitting(frame))
+                frame = self._fitting(whole)
+                self._kept[-self._unsent], self._kept_bytes = (came, frame), self._kept_bytes - len(whole) + len(frame)
                 self._send(frame)
             except OSError:
                 return False
@@ -224,8 +239,9 @@ class Outbox:
         """A pipe with all that is kept, as far as it goes, and a scribe that reads it."""
         if time.monotonic() < self._again:
             return
-        read, self._pipe = os.pipe()
+        read = -1
         try:
+            read, self._pipe = os.pipe()
             os.set_blocking(self._pipe, False)
             with suppress(OSError):  # where too many of this user's are large already: 64 KiB are some hundred rows
                 fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -237,10 +253,12 @@ class Outbox:
             self.scribes += 1
         except OSError as error:
             log.error("capture: no process to write it can be begun: %s; it is tried again", error.strerror)
-            os.close(self._pipe)
+            if self._pipe >= 0:
+                os.close(self._pipe)
             self._pipe, self._again = -1, time.monotonic() + 1.0
         finally:
-            os.close(read)
+            if read >= 0:
+                os.close(read)
 
     def _started(self, read: int) -> subprocess.Popen[bytes]:
         """What becomes a scribe and ends at once. Raises OSError."""
@@ -266,7 +284,7 @@ class Outbox:
         """Waits until all is in journals, and these are parts, `CLOSE_SECONDS` at most; the scribe then ends. A row that comes
         later is dropped and counted."""
         until = time.monotonic() + CLOSE_SECONDS
-        while self._kept and time.monotonic() < until:
+        while self._kept and not self._ended and time.monotonic() < until:
             self.look()
             time.sleep(WAIT_SECONDS)
         with self._lock:

@@ -18,9 +18,10 @@ from typing import Any
 
 from shoal.data.remote import is_remote
 from shoal.errors import ShoalError
-from shoal.loop.capture import JOURNAL, Capture, lines_of
+from shoal.loop.capture import JOURNAL, ROWS, Capture, lines_of
 from shoal.loop.facts import Frames, row, unpacked
 from shoal.loop.outbox import DROPPED, Shared
+from shoal.loop.parts import frames_of
 from shoal.loop.rows import Row
 from shoal.loop.surprisal import Learned
 from shoal.loop.writer import Bounds, Writer
@@ -30,6 +31,7 @@ log = logging.getLogger("shoal.loop")
 PAUSE_SECONDS = 0.05  # after a read: what comes meanwhile is one batch, made while the code is warm
 LOOK_SECONDS = 0.5  # between two looks where nothing comes
 READ = 2**18  # bytes at a time
+DAYS = 2  # of parts that may have the rows of a moment ago
 NICE = 5  # answers come first
 
 
@@ -91,15 +93,27 @@ class Scribe:
         self._shared["taken"] = self._before["taken"] + self._taken
 
 
-def run(*, folder: str, bounds: dict[str, Any], service: str, pipe: int, shared: int, gateway: int, again: int) -> None:
+def run(
+    *,
+    folder: str,
+    bounds: dict[str, Any],
+    service: str,
+    clocks: tuple[int, float],
+    pipe: int,
+    shared: int,
+    gateway: int,
+    again: int,
+) -> None:
     """Until `pipe` ends, or the process of the descriptor `gateway` has ended and the pipe is empty. `service`: whose journals
-    are, by name; `again`: of the frames that come first, so many were handed over to another before."""
+    are, by name, and `clocks` what they said when it began, as of `Writer`; `again`: of the frames that come first, so many
+    were handed over to another before."""
     told = Shared(shared)
     try:
         # one that was removed is not made anew: with another salt nobody would find whose the rows are, to forget them
         capture = Capture(folder, create=is_remote(folder))
         known = written(capture, service, told.taken) if again else set()
-        scribe = Scribe(capture, writer := Writer(capture, Bounds(**bounds), service=service), told, known)
+        writer = Writer(capture, Bounds(**bounds), service=service, clocks=clocks)
+        scribe = Scribe(capture, writer, told, known)
     except (ShoalError, OSError) as error:
         log.error("capture: %s", error)
         return
@@ -132,10 +146,14 @@ def _read(scribe: Scribe, pipe: int, gone: int) -> None:
 
 
 def written(capture: Capture, service: str, taken: int) -> set[int]:
-    """Frames after the first `taken` whose rows are in the journals of a service's scribes. By number and not by id: of a
-    request that was refused the id is the client's, who may have asked again with it."""
+    """Frames after the first `taken` whose rows are in what a service's scribes wrote: a journal, or the part that somebody
+    else made of it. By number and not by id: of a request that was refused the id is the client's, who may have asked again
+    with it."""
     found = set[int]()
     for path in (capture.folder / JOURNAL).glob(f"*-{service}*.jsonl"):
         with suppress(FileNotFoundError):  # it has become a part
-            found |= {number for line in lines_of(path) if (number := line.get("frame", 0)) > taken}
-    return found
+            found.update(line.get("frame", 0) for line in lines_of(path))
+    for day in capture.days()[-DAYS:]:
+        for path in (capture.folder / ROWS / f"day={day}").glob(f"part-*-{service}*.parquet"):
+            found |= frames_of(path)
+    return {number for number in found if number > taken}

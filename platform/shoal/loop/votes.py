@@ -8,7 +8,7 @@ one. Votes are given by those who want to: they may raise an alarm, and never pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -65,7 +65,8 @@ class Votes:
         for day in self._capture.days(FEEDBACK):
             folder = self._capture.folder / FEEDBACK / f"day={day}"
             paths = folder.glob("votes*.jsonl")  # of this machine, and of others
-            for line in sorted((line for path in paths for line in lines_of(path)), key=lambda line: line["at"]):
+            timed = (pair for path in paths for pair in _timed(lines_of(path)))
+            for _, line in sorted(timed, key=lambda pair: pair[0]):
                 said: dict[str, Any] = {name: line.get(name) for name in NAMES}
                 vote = Vote(**said)
                 if not forgotten.hides(line):
@@ -113,6 +114,14 @@ class Votes:
                 if pc.any(pc.equal(pq.read_table(path, columns=["id"], partitioning=None)["id"], id_)).as_py():
                     return True
         return False
+
+
+def _timed(lines: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a file with when they came: none came before the one above it, whatever the clock said."""
+    latest = 0
+    for line in lines:
+        latest = max(latest, line["at"])
+        yield latest, line
 
 
 NAMES: Any = tuple(field.name for field in fields(Vote))

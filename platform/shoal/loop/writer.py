@@ -4,8 +4,7 @@
                                                                     thread
 
 Notable: rows are in the journal, and so in the kernel's hands, when `put` returns: a process that is killed loses none of them.
-A journal is locked by the process that writes it; one that nobody holds was left by a dead one, and is adopted. A part is a
-function of its journal, under its name: made twice, it is the same.
+A journal is locked by the process that writes it; one that nobody holds was left by a dead one, and is adopted (`parts`).
 """
 
 from __future__ import annotations
@@ -21,26 +20,21 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from shoal.errors import first_line
 from shoal.loop.bucket import MARK
-from shoal.loop.capture import FEEDBACK, FORGOTTEN, JOURNAL, ROWS, TEXTS, Capture, day_of, lines_of, now_ms
-from shoal.loop.rows import Row, table_of
-from shoal.machine import aside
+from shoal.loop.capture import FEEDBACK, FORGOTTEN, JOURNAL, ROWS, TEXTS, Capture, day_of, now_ms
+from shoal.loop.parts import adopt, make_parts, sweep
+from shoal.loop.rows import Row
 
 log = logging.getLogger("shoal.loop")
 
 SEND_SECONDS, SEND_AT_END_SECONDS = 30.0, 10.0  # between two times that the bucket gets what is new; for the last one
 LOOK_SECONDS, RETRY_SECONDS, TIDY_SECONDS = 0.5, 30.0, 3600.0
-LEFT_SECONDS = 60.0  # after which a file that was to get another name is one that nobody writes any more
 JUMP_MS = 3_600_000  # between what two clocks say has passed: one of them was set
 
 
@@ -75,7 +69,9 @@ class Journal:
 
     def write(self, lines: Sequence[bytes]) -> int:
         """Lines, in one write; returns how many went in whole: where a part of one did, it is ended by the next. Raises OSError
-        where none did."""
+        where none did, as where somebody has removed the file: it would take all, and nobody could read it."""
+        if not os.fstat(self.descriptor).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "it was removed")
         data = b"\n" * self.torn + b"".join(lines)
         wrote = os.write(self.descriptor, data)
         whole = data[:wrote].count(b"\n") - (self.torn and wrote > 0)
@@ -98,9 +94,11 @@ class Writer:
         wall: Callable[[], int] = now_ms,
         start: bool = True,
         service: str = "",
+        clocks: tuple[int, float] | None = None,
     ) -> None:
         """`wall`: the time in ms since 1970; `start`: with a thread of its own; `service`: whose journals they are, by a name
-        of its own [none]. Raises OSError where no journal can be made."""
+        of its own [none]; `clocks`: what `wall` and the steady clock said when the service began [now]. Raises OSError where no
+        journal can be made."""
         self.capture, self.bounds, self._wall = capture, bounds or Bounds(), wall
         self.rows, self.dropped, self.bytes = 0, Counter[str](), 0
         self._folder = capture.folder / JOURNAL
@@ -111,7 +109,7 @@ class Writer:
         self._failed_at = self._tidied_at = -1e9
         self._over = False  # more is kept than may be, all of it of today
         self._ended = False  # the journal is a part, or about to be one
-        self._clocks = wall(), time.monotonic()
+        self._clocks = clocks or (wall(), time.monotonic())
         self._complained = set[str]()
         self._forgotten = capture.forgotten()
         self._journal = self._open()
@@ -128,6 +126,7 @@ class Writer:
     def put(self, *rows: Row, frames: Sequence[int] = ()) -> None:
         """Keep `rows`, in one write, or drop and count them; `frames`: as a line has it, of each [none]. Raises what a row does
         that cannot be a line."""
+        self._try(self._see_forgotten)
         forgotten, each = self._forgotten.subjects, zip(rows, frames or [0] * len(rows), strict=True)
         lines = [row.line(frame) for row, frame in each if not (forgotten and row.subject in forgotten)]
         if not lines:
@@ -140,6 +139,9 @@ class Writer:
                 self._drop("bound", told, len(lines))
             else:
                 self._write(lines)
+
+    def _see_forgotten(self) -> None:
+        self._forgotten = self.capture.forgotten()
 
     def close(self) -> None:
         """Ends the thread; makes parts of what is left, where it can. A row that comes later is dropped and counted."""
@@ -187,17 +189,25 @@ class Writer:
             self.look()
 
     def look(self) -> None:
-        """One round of the writer's thread: changes journals, makes parts, adopts, tidies."""
+        """One round of the writer's thread: changes journals, makes parts, adopts, tidies. What fails keeps none of the others
+        from being done."""
+        self._try(self._rotate)
+        if self._closed and time.monotonic() > self._failed_at + RETRY_SECONDS:
+            self._try(self._make_parts)
+        if time.monotonic() > self._tidied_at + TIDY_SECONDS:
+            self._tidied_at = time.monotonic()
+            self._try(self._adopt)
+            self._try(self.tidy)
+
+    def _try(self, work: Callable[[], object]) -> None:
         try:
-            self._rotate()
-            if self._closed and time.monotonic() > self._failed_at + RETRY_SECONDS:
-                self._make_parts()
-            if time.monotonic() > self._tidied_at + TIDY_SECONDS:
-                self._tidied_at = time.monotonic()
-                adopt(self.capture)
-                self.tidy()
+            work()
+            self._complained.discard(work.__name__)
         except Exception as error:  # the service goes on, and rows with it
-            self._complain("thread", f"capture: {first_line(error)}; it is tried again")
+            self._complain(work.__name__, f"capture: {first_line(error)}; it is tried again")
+
+    def _adopt(self) -> None:
+        adopt(self.capture)
 
     def _send(self) -> None:
         """The thread that keeps the bucket as the copy is. It may wait for the bucket as long as it likes."""
@@ -229,10 +239,11 @@ class Writer:
         return Journal(self._folder, f"{self._name}-{self._number:06}")
 
     def _rotate(self) -> None:
-        """Begin another journal where this one is large or old; an empty one stays."""
+        """Begin another journal where this one is large, old, or removed; an empty one stays."""
         journal = self._journal
+        gone = not journal.path.exists()
         old = time.monotonic() > journal.began + self.bounds.journal_seconds
-        if not journal.size or not (old or journal.size >= self.bounds.journal_bytes):
+        if not gone and not (journal.size and (old or journal.size >= self.bounds.journal_bytes)):
             return
         try:
             fresh = self._open()
@@ -244,20 +255,23 @@ class Writer:
         self._closed.append(journal)
 
     def _make_parts(self) -> None:
-        self._forgotten = self.capture.forgotten()
-        while self._closed:
-            journal = self._closed[0]
+        """Of all journals that are closed: one that cannot be a part keeps no other from it."""
+        left = []
+        for journal in self._closed:
             try:
                 make_parts(self.capture, journal.path)
-            except (OSError, pa.ArrowException) as error:
-                self._failed_at = time.monotonic()
-                self._complain(
-                    "parts", f"capture: no part of {journal.path.name}: {first_line(error)}; its rows stay in it"
-                )
-                return
-            self._complained.discard("parts")
-            self._closed.pop(0)
+            except Exception as error:
+                if journal.path.exists():  # else somebody removed it
+                    left.append(journal)
+                    told = f"capture: no part of {journal.path.name}: {first_line(error)}; its rows stay in it"
+                    self._complain("parts", told)
+                    continue
             journal.close()
+        self._closed = left
+        if left:
+            self._failed_at = time.monotonic()
+        else:
+            self._complained.discard("parts")
 
     def tidy(self) -> None:
         """Measures what is kept, and removes the oldest day, one at a time, where it is too old or all is too much."""
@@ -302,58 +316,6 @@ class Writer:
             return
         for path in folder.glob("[!.]*"):
             with suppress(OSError):
-                path.unlink()
-
-
-def adopt(capture: Capture) -> int:
-    """Make parts of the journals that dead processes left; returns how many there were. Raises OSError."""
-    found = 0
-    for path in sorted((capture.folder / JOURNAL).glob("*.jsonl")):
-        with suppress(FileNotFoundError):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                make_parts(capture, path)
-                found += 1
-            except BlockingIOError:
-                pass  # its process lives
-            finally:
-                os.close(descriptor)
-    return found
-
-
-def make_parts(capture: Capture, journal: Path) -> None:
-    """The rows of a journal, a part for each of their days, and then without the journal. Rows that are forgotten are left
-    out, those that are meanwhile too: who forgets them has looked for parts before. Raises OSError; the journal stays then."""
-    forgotten, made = None, set[Path]()
-    while forgotten != (now := capture.forgotten()):
-        forgotten, by_part = now, dict[Path, list[dict[str, Any]]]()
-        for line in lines_of(journal):
-            if not forgotten.hides(line):
-                part = capture.folder / ROWS / f"day={day_of(line['at'])}" / f"part-{journal.stem}.parquet"
-                by_part.setdefault(part, []).append(line)
-        for part in made - by_part.keys():
-            part.unlink(missing_ok=True)
-        for part, lines in by_part.items():
-            write_part(part, table_of(lines))
-        made = {*by_part}
-    journal.unlink()
-
-
-def write_part(path: Path, table: pa.Table) -> None:
-    """`table` as the part `path`, there in full or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path) as beside:
-        pq.write_table(table, beside, compression="zstd")
-
-
-def sweep(folder: Path, of: Collection[str] = ()) -> None:
-    """Removes what processes that were killed have left beside what they wrote: it may hold anybody's words. What is younger
-    than `LEFT_SECONDS` may be about to get its name, and goes only where one of these texts is in it. Raises OSError."""
-    for path in folder.rglob(".*.tmp"):
-        with suppress(FileNotFoundError):
-            old = time.time() - path.stat().st_mtime > LEFT_SECONDS
-            if old or any(text.encode() in path.read_bytes() for text in of):
                 path.unlink()
 
 

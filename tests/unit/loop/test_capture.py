@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from shoal.errors import DataError
 from shoal.loop.capture import ABOUT, FORGOTTEN, JOURNAL, Capture, day_of
+from shoal.loop.parts import adopt
 from shoal.loop.rows import SCHEMA, Row, table_of
-from shoal.loop.writer import Bounds, Writer, adopt
+from shoal.loop.writer import Bounds, Writer
 
 NOON = 1_795_780_800_000  # 2026-11-27 12:00, UTC
 DAY = 86_400_000

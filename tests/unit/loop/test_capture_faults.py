@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shoal.errors import DataError
-from shoal.loop import texts, writer
+from shoal.loop import parts, texts, writer
 from shoal.loop.capture import FORGOTTEN, Capture, append, lines_of, now_ms
 from shoal.loop.forget import forget
 from shoal.loop.rows import Row
@@ -98,7 +98,7 @@ def test_a_row_that_comes_while_the_last_part_is_made_is_kept_or_counted(
 
 
 def test_who_is_forgotten_while_a_part_is_made_is_not_in_it(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, real = Writer(capture, start=False), writer.write_part
+    made, real = Writer(capture, start=False), parts.write_part
     made.put(Row("one", NOON - DAY, subject=ANN))
     made.put(Row("two", NOON))
 
@@ -107,7 +107,7 @@ def test_who_is_forgotten_while_a_part_is_made_is_not_in_it(capture: Capture, mo
         if not capture.forgotten().subjects:
             append(capture.folder / FORGOTTEN, {"subject": ANN})
 
-    monkeypatch.setattr(writer, "write_part", meanwhile)
+    monkeypatch.setattr(parts, "write_part", meanwhile)
     made.close()
     assert [path.parent.name for path in capture.parts()] == ["day=2026-11-27"]
     assert capture.rows()["id"].to_pylist() == ["two"]
@@ -219,6 +219,15 @@ def test_what_a_killed_process_left_beside_a_text_goes(capture: Capture, how: st
         os.utime(left, (0, 0))
         Writer(capture, start=False).tidy()
     assert not left.exists()
+
+
+def test_the_newest_vote_counts_also_where_the_clock_was_set_back(capture: Capture) -> None:
+    times = iter([NOON + 3_600_000, NOON, NOON + 1])
+    votes = Votes(capture, wall=lambda: next(times))
+    votes.put(Vote(ID, ANN, "up"))
+    votes.put(Vote(ID, ANN, "down"))
+    votes.put(Vote(ID, "b" * 32, "up"))
+    assert [(vote.subject, vote.rating) for vote in votes.all()] == [(ANN, "down"), ("b" * 32, "up")]
 
 
 def test_votes_have_their_days_as_texts_do(capture: Capture) -> None:

@@ -11,13 +11,13 @@ import pytest
 from shoal.cli import main
 from shoal.errors import DataError
 from shoal.loop.capture import JOURNAL, Capture
+from shoal.loop.parts import make_parts
 from shoal.loop.rows import RERUN, Row
 from shoal.loop.tell import write_metrics
 from shoal.loop.texts import Texts
 from shoal.loop.unread import Read, unread
 from shoal.loop.votes import Vote, Votes
 from shoal.loop.watch import FOLDER, STATE, Watch, moved
-from shoal.loop.writer import make_parts
 
 START = 1_795_780_800.0  # epoch seconds
 
