@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from operator import attrgetter
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from shoal.api.access import Access
 from shoal.api.answers import Answer
@@ -29,6 +30,7 @@ from shoal.engine.events import Finished
 from shoal.engine.metrics import Samples, sample
 from shoal.errors import ConfigError
 from shoal.inputs.chat import Encoded
+from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop.capture import JOURNAL, Capture, now_ms, subject, talk
 from shoal.loop.facts import Choice, Facts, row, signals
 from shoal.loop.outbox import Outbox
@@ -42,6 +44,7 @@ BEGINS = 4096  # characters of a text, or ids of a prompt, that tell its convers
 SLICE = 64  # characters of a slice's name
 SLICES, OTHER = 8, "other"  # names of slices that are kept apart: each costs the detector power
 MOST_IDS = 100_000  # of prompts, five bytes each in a pipe of 1 MiB: of more no surprisal is known
+MOST_DAYS = 36_500  # that rows or texts are kept: a hundred years; what is before the year 1 is no day
 SUBJECTS = 4096  # whose hashes are in memory
 LOOK_SECONDS = 1.0  # between two looks whether what writes the rows lives
 
@@ -61,8 +64,8 @@ class CaptureArgs:
         if not 0 <= self.reruns <= 1:
             raise ConfigError("capture reruns", got=self.reruns, allowed="a share, 0 to 1")
         for name in ("keep_days", "texts_days"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"capture {name}", got=getattr(self, name), allowed="1 or more")
+            if not 1 <= getattr(self, name) <= MOST_DAYS:
+                raise ConfigError(f"capture {name}", got=getattr(self, name), allowed=f"1 to {MOST_DAYS}")
 
     def open(self) -> Capture:
         """The folder, made where it is not there. Raises DataError."""
@@ -89,22 +92,32 @@ class Recorder:
         self.subject = lru_cache(SUBJECTS)(partial(subject, salt))
         self._salt = salt
         self._slices: set[str] = set()
-        self._models: dict[str, _Model] = {}
+        self._vocabularies = WeakKeyDictionary[Any, _Vocabulary]()  # by tokenizer, which a model and its adapters share
         self.feedback = Counter[str]()  # votes, by rating
 
     async def run(self) -> None:
-        """Asks requests again when nobody waits, until it is cancelled; then what was captured is closed."""
-        looking = asyncio.create_task(self._look())
+        """Sees to it that rows are written, and asks requests again when nobody waits, until it is cancelled; then what was
+        captured is closed."""
+        asking = asyncio.create_task(self._ask_again())
         try:
-            await self.reruns.run()
+            await self._look()
         finally:
-            looking.cancel()
+            asking.cancel()
             await asyncio.to_thread(self.outbox.close)
 
     async def _look(self) -> None:
         while True:
-            self.outbox.look()
+            try:
+                self.outbox.look()
+            except Exception:  # who writes the rows is looked for again
+                log.exception("capture: nobody could see whether rows are written")
             await asyncio.sleep(LOOK_SECONDS)
+
+    async def _ask_again(self) -> None:
+        try:
+            await self.reruns.run()
+        except Exception:  # rows are captured for all that
+            log.exception("capture: no request is asked again until a restart")
 
     def samples(self) -> Samples:
         """What is said of the capture at a scrape."""
@@ -175,7 +188,7 @@ class Recorder:
             "layers": meter.depth or None,
         }
         told: list[Choice] = [(0, 0, 0.0, signals(end.signals))] if end is not None and end.signals else []
-        self.outbox.put((columns, _ids(call), self._model(answer.served).vocabulary, told))
+        self.outbox.put((columns, _ids(call), self._vocabulary(answer.served).named, told))
 
     def _guarded(self, keep: Callable[[Access], None]) -> Callable[[Access], None]:
         def ended(access: Access) -> None:
@@ -217,7 +230,7 @@ class Recorder:
         columns |= _of_answer(call, answer)
         columns["conversation"] = self._conversation(subject, fields)
         columns |= access.columns
-        facts: Facts = columns, _ids(call), self._model(answer.served).vocabulary, _choices(answer)
+        facts: Facts = columns, _ids(call), self._vocabulary(answer.served).named, _choices(answer)
         self.outbox.put(facts)
         end = answer.choices[0].finished
         if client is not None and end is not None and self.reruns.wants(call, end.signals, answer.id):
@@ -243,7 +256,7 @@ class Recorder:
 
     def _of_call(self, call: EngineCall, served: ServedModel) -> dict[str, Any]:
         """What was asked."""
-        first, model = call.requests[0], self._model(served)
+        first, vocabulary = call.requests[0], self._vocabulary(served)
         prompts = [cast(Encoded, request.prompt) for request in call.requests[:: call.n]]
         return {
             "weights": served.weights or None,
@@ -255,25 +268,23 @@ class Recorder:
             "tools": len(call.offered),
             "images": sum(len(prompt.images) for prompt in prompts),
             "prompt_tokens": call.prompt_tokens,
-            "prompt_bytes": sum(model.bytes_of(prompt.ids) for prompt in prompts),
+            "prompt_bytes": sum(vocabulary.bytes_of(prompt.ids) for prompt in prompts),
         }
 
-    def _model(self, served: ServedModel) -> _Model:
-        known = self._models.get(served.name)
-        if known is None or known.served is not served:
-            known = self._models[served.name] = _Model(served)
+    def _vocabulary(self, served: ServedModel) -> _Vocabulary:
+        known = self._vocabularies.get(served.tokenizer)
+        if known is None:
+            known = self._vocabularies[served.tokenizer] = _Vocabulary(served.tokenizer)
         return known
 
 
-class _Model:
-    """What is known of a model's tokens. Models of one tokenizer, such as the versions of a release, share a vocabulary."""
+class _Vocabulary:
+    """What is known of a tokenizer's tokens. Those of a release's versions have one name, though each is another object."""
 
-    def __init__(self, served: ServedModel) -> None:
-        self.served = served
-        tokens = [served.tokenizer.token_bytes(token) for token in range(len(served.tokenizer))]
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        tokens = [tokenizer.token_bytes(token) for token in range(len(tokenizer))]
         self._lengths = [len(token) for token in tokens]  # bytes that each stands for
-        name = hashlib.blake2b(b"\0".join(tokens), digest_size=8).hexdigest()
-        self.vocabulary = name, len(tokens)
+        self.named = hashlib.blake2b(b"\0".join(tokens), digest_size=8).hexdigest(), len(tokens)
 
     def bytes_of(self, ids: Sequence[int]) -> int:
         """Of the text that `ids` stand for; of one beyond the vocabulary none."""

@@ -88,11 +88,14 @@ class Storing:
         """Keep the texts of an answer that is complete, and whether that was done; one that cannot be kept is counted, and its
         row says so."""
         put = self._chat if isinstance(body, ChatRequest) else self._response
-        whole, late = answer.complete(), threading.Event()
+        whole, said, one = answer.complete(), list[bool](), threading.Lock()
 
         def work() -> bool:
             stored = put(access, body, whole)  # type: ignore[arg-type]
-            if stored and late.is_set():  # its answer has said that it is not stored
+            with one:  # who comes first says whether it is stored
+                in_time = not said
+                said.append(stored)
+            if stored and not in_time:  # its answer has said that it is not
                 (self.texts if put == self._chat else self.responses).drop(whole["id"])
             return stored
 
@@ -100,9 +103,12 @@ class Storing:
             async with asyncio.timeout(STORE_SECONDS):
                 stored = await asyncio.to_thread(work)
         except (OSError, TimeoutError):
-            late.set()
-            self._recorder.outbox.drop("texts")
-            return False
+            with one:
+                stored = bool(said and said[0])  # done when the time was over already
+                said.append(False)
+            if not stored:
+                self._recorder.outbox.drop("texts")
+                return False
         if stored:
             access.columns["stored"] = True
         return stored

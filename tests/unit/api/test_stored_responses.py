@@ -356,6 +356,26 @@ async def test_what_a_slow_disk_stores_after_its_answer_said_no_is_taken_back(
         await shop.responses.retrieve(answer.id)
 
 
+async def test_what_was_stored_as_the_time_ended_is_said_to_be(
+    shop: openai.AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread has done it, and the loop, which had other things to do, hears of that and of the end of the time at once."""
+
+    plain = asyncio.to_thread
+
+    async def late(work: Callable[..., Any], *given: Any) -> Any:
+        done = await plain(work, *given)
+        if getattr(work, "__name__", "") == "work":
+            raise TimeoutError
+        return done
+
+    with monkeypatch.context() as then:
+        then.setattr(asyncio, "to_thread", late)
+        answer = await shop.responses.create(**ASK)
+    assert to_dict(answer)["store"] is True
+    assert (await shop.responses.retrieve(answer.id)).id == answer.id
+
+
 async def test_what_failed_is_not_stored(shop: openai.AsyncOpenAI, engine: Any, folder: Path) -> None:
     engine.ends = Finished("x", "error", error=GenerationError("it failed"))
     events = [event async for event in await shop.responses.create(**ASK, stream=True)]
