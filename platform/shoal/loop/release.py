@@ -144,7 +144,7 @@ class Release:
             chosen = self._chosen(name, before)
             if chosen.number == before.stable:
                 raise UsageError("version", got=chosen.number, do="it is the stable one already")
-            self._need_passed(chosen, before, force)
+            forced = self._need_passed(chosen, before, force)
             self._need_unchanged(chosen)
             if before.stable is not None:
                 versions.need_same(chosen.served, self.version(before.stable).served)
@@ -156,7 +156,7 @@ class Release:
                 "canary": None,
                 "held": None,
             }
-            figures = {**(figures or {}), **_forced(chosen, force)}
+            figures = {**(figures or {}), **forced}
             self._change(before, "promote", why, who, chosen.number, figures, **roles)
         return chosen
 
@@ -205,13 +205,12 @@ class Release:
                 raise UsageError("a canary runs already", got=before.canary.version, do="roll it back, or promote it")
             if chosen.number == before.stable:
                 raise UsageError("version", got=chosen.number, do="it is the stable one already")
-            self._need_passed(chosen, before, force)
+            forced = self._need_passed(chosen, before, force)
             self._need_unchanged(chosen)
             assert before.stable is not None
             versions.need_same(chosen.served, self.version(before.stable).served)
-            figures = _forced(chosen, force)
             canary = Canary(chosen.number, 0, now())
-            self._change(before, "canary", why, who, chosen.number, figures, canary=canary, held=None)
+            self._change(before, "canary", why, who, chosen.number, forced, canary=canary, held=None)
         return chosen
 
     def step(self, canary: Canary, *, why: str, figures: dict[str, Any] | None = None, seen: int | None = None) -> None:
@@ -273,20 +272,28 @@ class Release:
         """The versions that were made of a cut whose rows to train on had one of these sha256."""
         return [each for each in self.versions() if (each.lineage.get("cut") or {}).get("rows") in rows]
 
-    def _need_passed(self, version: Version, state: State, force: bool) -> None:
-        if force or version.number == state.previous:
-            return
+    def _need_passed(self, version: Version, state: State, force: bool) -> dict[str, bool]:
+        """What the audit log says of a version that is to serve though the gate did not let it pass beside what serves: that
+        it was forced. Raises UsageError where it is not."""
+        objection = self._objection(version, state)
+        if objection is not None and not force:
+            raise objection
+        return {"forced": True} if force and (objection is not None or not version.passed) else {}
+
+    def _objection(self, version: Version, state: State) -> UsageError | None:
+        if version.number == state.previous:
+            return None
         beside = ((version.verdict or {}).get("stable") or {}).get("weights_sha256")
         if version.passed and beside and state.stable is not None and beside != self.version(state.stable).weights:
             what = f"the gate held version {version.number} against another than the stable one"
             do = "ask it again (shoal gate), and add it with that verdict; or give --force with the reason as --why"
-            raise UsageError(what, got=beside[:12], allowed=self.version(state.stable).weights[:12], do=do)
+            return UsageError(what, got=beside[:12], allowed=self.version(state.stable).weights[:12], do=do)
         if version.passed:
-            return
+            return None
         refused = f"refused: {', '.join(version.failed) or 'no reason given'}"
         got = "it was not asked" if version.passed is None else refused
         do = "ask it first (shoal gate), or give --force with the reason as --why"
-        raise UsageError(f"the gate did not let version {version.number} pass", got=got, do=do)
+        return UsageError(f"the gate did not let version {version.number} pass", got=got, do=do)
 
     @contextmanager
     def _changing(self, seen: int | None = None) -> Iterator[State]:
@@ -298,7 +305,11 @@ class Release:
             state = self._finished()
             if seen not in (None, state.number):
                 raise UsageError("the release was changed meanwhile", got=f"change {state.number}", allowed=seen)
-            yield state
+            try:
+                yield state
+            except OSError as error:
+                got, do = error.strerror or type(error).__name__, "make room, and see what serves: shoal release list"
+                raise ResourceError(f"{self.directory} cannot be written", got=got, do=do) from error
 
     def _finished(self) -> State:
         """The state, after what an interrupted change had still to write; by the audit log where its file is gone."""
@@ -347,10 +358,6 @@ class Release:
     def _write(self, state: State) -> None:
         told = {"format": FORMAT, "version": VERSION, **config.dump(state)}
         write_aside(self.directory / STATE, json.dumps(told, indent=1) + "\n")
-
-
-def _forced(version: Version, force: bool) -> dict[str, Any]:
-    return {"forced": True} if force and not version.passed else {}
 
 
 def _user() -> str:

@@ -100,7 +100,12 @@ class Retrain(Stage):
     def _need_room(self, versions: list[Any]) -> float:
         """Minutes that the retrainings of the last day took. Raises UsageError for one too soon, or too much."""
         now = datetime.now(UTC)
-        made = [(now - datetime.fromisoformat(each.made), each.lineage) for each in versions if "kind" in each.lineage]
+        made = [
+            # one from the future, by a clock that was wrong, is one of now: else no cooldown would ever be over
+            (max(timedelta(), now - datetime.fromisoformat(each.made)), each.lineage)
+            for each in versions
+            if "kind" in each.lineage
+        ]
         since = min((age for age, _ in made), default=timedelta.max)
         if since < timedelta(minutes=self.cooldown):
             got = f"one {since.total_seconds() / 60:.0f} minutes ago"

@@ -3,20 +3,24 @@ with its own sum, and verdicts on something else."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from shoal import Model
-from shoal.errors import CheckpointError, DataError, UsageError
+from shoal.errors import CheckpointError, DataError, ResourceError, UsageError
 from shoal.loop import versions
 from shoal.loop.canary import advanced
 from shoal.loop.release import STATE, Release
 from shoal.machine import write_json
 from shoal.model.files import weights_sha256
+from shoal.stages.retrain import Retrain
 
 PASSED: dict[str, Any] = {"passed": True, "checks": []}
 
@@ -113,6 +117,35 @@ def test_a_version_that_was_changed_with_its_sum_is_not_served(release: Release,
     assert release.state().stable == 2
 
 
+def test_a_version_that_a_wrong_clock_put_into_the_future_ends_no_retraining_for_good(tmp_path: Path) -> None:
+    made: list[Any] = [SimpleNamespace(made="2099-01-01T00:00:00+00:00", lineage={"kind": "router", "minutes": 2.0})]
+    with pytest.raises(UsageError, match=r"the cooldown.*one 0 minutes ago"):
+        Retrain(release=tmp_path, cut=tmp_path)._need_room(made)
+    assert Retrain(release=tmp_path, cut=tmp_path, cooldown=0.0)._need_room(made) == 2.0
+
+
+def test_a_disk_that_is_full_is_one_line_and_no_line_of_the_log(
+    release: Release, models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, lines = release.state(), release.audit.lines()
+
+    def full(*given: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as then:
+        then.setattr(Path, "write_text", full)
+        then.setattr(shutil, "copytree", full)
+        for work in (
+            lambda: release.hold(why="x"),
+            lambda: release.promote(3, why="x"),
+            lambda: release.add(models[2]),
+        ):
+            with pytest.raises(ResourceError, match="cannot be written: got 'No space left on device'"):
+                work()
+    assert release.state() == before and release.audit.lines() == lines and release.check() == len(lines)
+    assert [path.name for path in (release.directory / versions.FOLDER).iterdir() if path.name.startswith(".")] == []
+
+
 def verdict(candidate: Path, stable: Path) -> dict[str, Any]:
     of = {
         name: {"weights_sha256": weights_sha256(path)} for name, path in (("candidate", candidate), ("stable", stable))
@@ -136,8 +169,10 @@ def test_a_verdict_beside_another_version_than_the_stable_one_is_to_be_given_ane
         release.promote(old, why="x")
     with pytest.raises(UsageError, match="against another than the stable one"):
         release.begin(old, why="x")
+    release.begin(old, why="I know", force=True)
+    assert release.audit.entries()[-1]["figures"] == {"forced": True}
     release.promote(old, why="I know", force=True)
-    assert release.state().stable == old
+    assert release.audit.entries()[-1]["figures"] == {"forced": True} and release.state().stable == old
     release.rollback(why="worse")
     new = release.add(models[2], verdict=verdict(models[2], models[1])).number
     assert release.promote(new, why="better").number == new
