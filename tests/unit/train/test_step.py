@@ -158,3 +158,108 @@ def test_gradients_are_exchanged_with_the_last_micro_batch_alone(
     monkeypatch.setattr(step, "sync_gradients", lambda model, on: asked.append(on))
     one_update(fresh(), batches, alone)
     assert asked == [False, False, False, True]
+
+
+def made(rows: list[tuple[list[int], list[int], list[int], int, str]]) -> Batch:
+    """Of rows: tokens, targets, documents, bytes and modality."""
+    tokens, targets, docs, lengths, modalities = zip(*rows, strict=True)
+    return Batch(
+        *map(torch.tensor, (tokens, targets, docs)), torch.zeros((0, PRESET.model.patch_values), dtype=torch.uint8),
+        torch.zeros((0, 2), dtype=torch.long), torch.tensor(lengths), modalities,
+    )  # fmt: skip
+
+
+PLAIN = [
+    ([20, 21, 22], [21, 22, -1], [0, 0, 0], 7, "text"),
+    ([20, 21, 0], [21, -1, -1], [0, 0, -1], 3, "image"),  # a row of images is no text
+    ([0, 0, 0], [-1, -1, -1], [-1, -1, -1], 0, "code"),  # a blank one
+]
+
+
+def test_what_losses_are_divided_by_is_counted_over_all_micro_batches(alone: Ranks) -> None:
+    counts = count([made(PLAIN), made(PLAIN[:1])], alone)
+    assert (counts.targets, counts.patches, counts.tokens, counts.text_bytes, counts.rows) == (5, 0, 8, 14, 3)
+    assert step.filled(made(PLAIN)).tolist() == [True, True, False]
+    assert step.text_rows(made(PLAIN)).tolist() == [True, False, True]
+
+
+def test_two_ranks_that_run_the_same_are_let_on_and_two_that_do_not_are_told(alone: Ranks) -> None:
+    class Two(Ranks):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            return values + theirs
+
+    class Seen(Ranks):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            seen.append(values)
+            return values
+
+    seen: list[torch.Tensor] = []
+    for way in ([1, 2], [1, 4]):
+        count([made(PLAIN)], Seen(0, 1, torch.device("cpu")), way)
+    mine, theirs = seen
+    with pytest.raises(ShoalError, match=r"different layers or exits: got \[1, 2\]"):
+        count([made(PLAIN)], Two(0, 2, torch.device("cpu")), [1, 2])
+    theirs = mine
+    assert count([made(PLAIN)], Two(0, 2, torch.device("cpu")), [1, 2]).targets == 6
+
+
+def test_preferences_lose_what_the_definition_of_dpo_says() -> None:
+    """-log sigmoid(beta ((r_w - ce_w) - (r_l - ce_l))) of each counted pair, by exit."""
+    ce = torch.tensor([[1.0, 3.0, 5.0, 2.0], [2.0, 2.0, 9.0, 9.0]], dtype=torch.float64)
+    reference = torch.tensor([[2.0, 2.5, 4.0, 4.0], [2.0, 2.0, 0.0, 0.0]], dtype=torch.float64)
+    both = step.preference_losses(ce, reference, 0.5, torch.tensor([True, True]))
+    by_hand = [-math.log(1 / (1 + math.exp(-0.5 * gain))) for gain in ((2 - 1) - (2.5 - 3), (4 - 5) - (4 - 2))]
+    assert both.tolist() == pytest.approx([sum(by_hand), 2 * math.log(2)])
+    one = step.preference_losses(ce, reference, 0.5, torch.tensor([True, False]))
+    assert one.tolist() == pytest.approx([by_hand[0], math.log(2)])
+
+
+def test_an_update_on_preferences_divides_by_pairs_and_does_not_count_blank_ones(alone: Ranks) -> None:
+    model = LossModel(Net(PRESET.model).init_(0).double(), teacher=Net(PRESET.model).init_(1).double())
+    pairs = [([20, 21, 22], [21, 22, -1], [0] * 3, 2, "chat"), ([20, 23, 24], [-1, 24, -1], [0] * 3, 1, "chat")]
+    blank = [([0] * 3, [-1] * 3, [-1] * 3, 0, "chat")] * 2
+    batches = [made(pairs), made(pairs[::-1]), made(blank)]
+    found = [model(b.tokens, b.targets, b.docs, b.patches, b.grid, reference=True) for b in batches[:2]]
+    losses = sum(step.preference_losses(sums.ce, sums.reference, 0.25, torch.tensor([True])) for sums in found) / 2
+    config = replace(PRESET.train, dpo=0.25, clip=1e9)
+    report = one_update(model, batches, alone, config)
+    assert report.loss == pytest.approx(float(losses.detach() @ torch.tensor(WEIGHTS, dtype=torch.float64)), rel=1e-6)
+    assert report.targets == 6 and report.ce[-1] == pytest.approx(
+        sum(float(s.ce[-1].sum().detach()) for s in found) / 6
+    )
+
+
+def test_of_an_exit_that_is_left_out_nothing_is_told_and_its_moments_go_on(alone: Ranks) -> None:
+    model = fresh()
+    optimizer = make_optimizer(model, PRESET.train)
+    report = update(
+        model, optimizer, [made(PLAIN)], config=PRESET.train, weights=(0.0, 0.4, 0.6), rate=1e-3, ranks=alone
+    )
+    assert math.isnan(report.ce[0]) and not any(map(math.isnan, report.ce[1:]))
+    assert not model.net.exit_norms["1"].weight.grad.any() and not model.net.patch_head.weight.grad.any()
+    sums = model(*(getattr(made(PLAIN), name) for name in ("tokens", "targets", "docs", "patches", "grid")))
+    assert report.patch == 0 and report.patches == 0 and sums.patch == 0
+    assert all(group["lr"] == 1e-3 for group in optimizer.param_groups)
+
+
+def test_bits_a_byte_are_of_rows_of_text_at_full_depth(alone: Ranks) -> None:
+    model, batch = fresh(), made(PLAIN)
+    nats = model(batch.tokens, batch.targets, batch.docs, batch.patches, batch.grid).ce[-1][0]
+    assert one_update(model, [batch], alone).bpb == pytest.approx(float(nats.detach()) / math.log(2) / 7)
+    assert math.isnan(one_update(fresh(), [made(PLAIN[1:2])], alone).bpb)
+
+
+@pytest.mark.parametrize(("clip", "scale"), [(5.0, 1.0), (5.001, 1.0), (2.5, 0.5)])
+def test_a_gradient_is_clipped_beyond_its_bound_alone(clip: float, scale: float) -> None:
+    """A norm that is the bound is let be: clipping would divide by a little more."""
+    module = torch.nn.Linear(2, 1, bias=False)
+    module.weight.grad = torch.tensor([[3.0, 4.0]])
+    optimizer = torch.optim.SGD(module.parameters(), lr=9.0)
+    before = module.weight.detach().clone()
+    assert float(step.gradient_norm(module)) == 5.0  # type: ignore[arg-type]
+    step.write(optimizer, module, loss=1.0, norm=5.0, rate=0.5, clip=clip)  # type: ignore[arg-type]
+    torch.testing.assert_close(
+        before - module.weight.detach(), 0.5 * scale * torch.tensor([[3.0, 4.0]]), rtol=1e-5, atol=0
+    )
+    if scale == 1:
+        assert module.weight.grad.tolist() == [[3.0, 4.0]]
