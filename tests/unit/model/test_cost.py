@@ -96,3 +96,33 @@ def test_routing_a_prompt_costs_the_head_at_a_few_places_and_the_router():
     assert cost.routing_flops(c, 80) == 2 * (80 // stride * c.vocab * c.width + weights)
     base = presets.get("base").model
     assert cost.routing_flops(base, 2048) < 0.1 * 2048 * cost.flops_per_token(base, 2048), "routing stays cheap"
+
+
+def test_what_a_query_of_each_kind_of_layer_reads_is_scored_and_summed():
+    """2 d for each score and 2 d for each sum, a query head; a block's summary is scored alone."""
+    c = dataclasses.replace(TEST, window=12, block=4, top_k=2, dense_length=24)
+    d, heads = c.head_dim, 2 * c.heads
+    for length, kind, flops in (
+        (7, "D", 2 * 7 * d),
+        (100, "D", 2 * 100 * d),
+        (24, "S", 2 * 24 * d),  # dense up to there
+        (25, "S", 2 * (12 + 12) * d + 6 * d),
+        (100, "H", 2 * (12 + 12) * d + 25 * d),
+        (10, "H", 2 * (10 + 10) * d + 2 * d),
+        (11, "L", 2 * 11 * d),
+        (100, "L", 2 * 12 * d),
+    ):
+        assert cost._attention_flops(c, length, kind) == heads * flops, (length, kind)
+
+
+def test_scoring_is_of_the_layers_that_choose_and_of_sparse_ones_past_what_they_read_whole():
+    c = dataclasses.replace(TEST, attn_pattern="LHSD", window=12, block=4, dense_length=24)
+    one = 2 * c.heads * c.head_dim
+    assert c.layers == 4
+    assert [cost.scoring_flops(c, length) for length in (24, 25, 103)] == [6 * one, 2 * 6 * one, 2 * 25 * one]
+
+
+def test_an_exit_of_its_own_width_costs_its_three_products():
+    c = dataclasses.replace(TEST, exit_ffn=16)
+    for depth, more in ((1, 3 * c.width * 16), (2, 3 * c.width * 16), (4, 0), (None, 0)):
+        assert cost.flops_per_token(c, 40, depth) - cost.flops_per_token(TEST, 40, depth) == 2 * more
