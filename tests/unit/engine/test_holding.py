@@ -123,3 +123,11 @@ def test_what_wrong_drafts_were_written_to_is_given_back_and_no_longer_in_its_ta
     pages.check_integrity(one.units())
     one.release(pages)
     assert not one.tables.any() and pages.available == pages.total
+
+
+@pytest.mark.parametrize(("count", "full"), [(3, 0), (4, 1), (7, 1), (8, 2), (10, 2)])
+def test_a_page_has_a_key_once_it_is_full(count: int, full: int) -> None:
+    one, pages = held(TEN[:count]), Pages(41)
+    for _ in range(2):
+        one.extend_keys(pages)
+        assert [key.tokens for key in one.keys] == [tuple(TEN[PAGE * i : PAGE * (i + 1)]) for i in range(full)]

@@ -110,3 +110,41 @@ def test_a_run_is_counted_under_the_names_that_dashboards_read() -> None:
     }  # fmt: skip
     assert {name: stats[name] for name in wanted} == wanted
     assert stats["prefix_cache_hits_total"] > 0 and stats["e2e_request_latency_seconds_sum"] > 0
+
+
+def observed(histogram: Histogram) -> tuple[int, float]:
+    return histogram.count, histogram.sum
+
+
+def test_only_a_good_end_has_latencies_and_only_more_tokens_than_one_a_time_for_each() -> None:
+    metrics = Metrics()
+    metrics.ended("error", 2, 1.0, 2.0, 3.0, 4)
+    assert observed(metrics.request_kv_units) == (1, 2)
+    assert observed(metrics.e2e_request_latency_seconds) == observed(metrics.time_to_first_token_seconds) == (0, 0.0)
+    metrics.ended("stop", 0, 0.5, None, 3.0, 0)
+    assert observed(metrics.request_kv_units) == (1, 2), "it never ran"
+    assert observed(metrics.e2e_request_latency_seconds) == (1, 3.0) and observed(
+        metrics.request_queue_time_seconds
+    ) == (1, 0.5)
+    assert observed(metrics.time_to_first_token_seconds) == (0, 0.0)
+    metrics.ended("length", 1, 0.25, 1.0, 1.5, 1)
+    assert observed(metrics.request_time_per_output_token_seconds) == (0, 0.0)
+    metrics.ended("stop", 4, 0.25, 1.0, 3.0, 2)
+    metrics.ended("stop", 4, 0.25, 1.0, 3.0, 5)
+    assert observed(metrics.request_time_per_output_token_seconds) == (2, 2.5)
+    assert observed(metrics.time_to_first_token_seconds) == (3, 3.0) and observed(metrics.request_kv_units) == (4, 11)
+    assert metrics.finished == {"error": 1, "stop": 3, "length": 1}
+
+
+def test_a_depth_is_counted_with_its_prompt_and_what_was_cached_of_it() -> None:
+    metrics = Metrics()
+    for layers, prompt, cached in ((2, 10, 4), (4, 5, 0), (2, 1, 1)):
+        metrics.routed(layers, prompt, cached)
+    assert (metrics.prefix_queries, metrics.prefix_hits, metrics.depths) == (16, 5, {2: 2, 4: 1})
+
+
+def test_what_engines_say_of_themselves_is_how_many_say_so() -> None:
+    said = [{"quantization": "none", "weights": "ab"}, {"quantization": "none"}, {"quantization": "w8a8", "other": "x"}]
+    assert {str(key): value for key, value in infos(said).items()} == {
+        'model_info{quantization="none"}': 2.0, 'model_info{quantization="w8a8"}': 1.0, 'replica_weights{weights="ab"}': 1.0,
+    }  # fmt: skip

@@ -77,3 +77,10 @@ def test_its_end_tells_how_long_each_part_took_since_it_came(
     assert (end.request, end.reason, end.text, end.error, end.depth) == ("x", "error", "", error, depth)
     assert (end.prompt_tokens, end.cached_tokens, end.completion_tokens) == (3, 1, 2)
     assert (end.queue_seconds, end.first_token_seconds, end.total_seconds) == (queue, waited, 10.0)
+
+
+@pytest.mark.parametrize(("ran", "drawn", "mean"), [(0, 0, 0.0), (6, 4, 1.5)])
+def test_its_mean_depth_is_of_the_tokens_that_were_drawn_here(ran: int, drawn: int, mean: float) -> None:
+    one = made(answered=5)
+    one.ran, one.drawn = ran, drawn
+    assert one.finished("stop", 20.0, None).mean_depth == mean

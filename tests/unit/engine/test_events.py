@@ -1,0 +1,174 @@
+"""What a request may ask for: every bound with what lies on it and just beyond, and copies of all that is given."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from shoal.engine.events import Guide, Request, Sampling, TokenLogprob
+from shoal.errors import RequestError
+
+# field: its least and its greatest value, and what is too much; of whole numbers the next one
+BOUNDS: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "top_k": (0, 2**31),
+    "min_p": (0, 1),
+    "max_tokens": (1, 2**31),
+    "min_tokens": (0, 16),  # of 16 at most
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (1e-3, 100),
+    "logprobs": (0, 20),
+    "prompt_logprobs": (0, 20),
+    "speculative": (0, 16),
+}
+WHOLE = ("top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "speculative")
+
+
+def refused(says: str, **given: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        Sampling(**given)
+    assert caught.value.param == says.partition(":")[0].partition(" ")[0]
+    assert str(caught.value).startswith(says)
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_number_is_taken_from_its_least_to_its_greatest(name: str) -> None:
+    low, high = BOUNDS[name]
+    for value in (low, high):
+        assert getattr(Sampling(**{name: value}), name) == value  # type: ignore[arg-type]
+    below, above = (low - 1, high + 1) if name in WHOLE else (math.nextafter(low, -9), math.nextafter(high, 999))
+    for value in (below, above):
+        refused(f"{name}: got", **{name: value})
+    for odd in (True, "1", math.nan, math.inf, 10**400, *([1.0] if name in WHOLE else [None])):
+        refused(f"{name}: got" if odd is not None else f"{name}: allowed", **{name: odd})
+
+
+def test_what_is_allowed_is_told() -> None:
+    refused("temperature: got -1; allowed: 0 to 100", temperature=-1)
+    refused("top_k: got -1; allowed: 0 to 2147483648", top_k=-1)
+    refused("repetition_penalty: got 0; allowed: 0.001 to 100", repetition_penalty=0)
+    refused("min_tokens: got 5; allowed: 0 to 4", min_tokens=5, max_tokens=4)
+    refused("seed: got 1.5; allowed: a whole number", seed=1.5)
+    assert Sampling(seed=-(2**70)).seed == -(2**70) and Sampling(min_tokens=4, max_tokens=4).min_tokens == 4
+
+
+def test_nobody_changes_what_was_given_afterwards() -> None:
+    ids, runs, bias, stops = [5], [[6, 7]], {8: 1.0}, ["a"]
+    made = Sampling(stop_token_ids=ids, banned=runs, logit_bias=bias, stop=stops)
+    ids.append(1)
+    runs[0].append(1)
+    runs.append([1])
+    bias[1] = 1.0
+    stops.append("b")
+    assert (made.stop_token_ids, made.banned, made.logit_bias, made.stop) == ((5,), ((6, 7),), {8: 1.0}, ("a",))
+    answer = [60]
+    request = Request("x", answer=answer)
+    answer.append(1)
+    assert request.answer == (60,)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"stop": ["a", ""]}, "stop: got ''; allowed: non-empty strings"),
+        ({"stop": ["a", 3]}, "stop: got 3"),
+        ({"stop": ""}, "stop: got ''"),
+        ({"stop": 3}, "stop: got 3; allowed: strings"),
+        ({"stop": b"ab"}, "stop: got"),
+        ({"stop_token_ids": "12"}, "stop_token_ids: got"),
+        ({"stop_token_ids": {5}}, "stop_token_ids: got"),
+        ({"stop_token_ids": [5, True]}, "stop_token_ids: got True; allowed: a whole number"),
+        ({"banned": [[1], []]}, "banned: got []; allowed: lists of at least one token id"),
+        ({"banned": [1]}, "banned: got 1"),
+        ({"banned": [[1.5]]}, "banned: got 1.5; allowed: a whole number"),
+        ({"logit_bias": [1]}, "logit_bias: got [1]"),
+        ({"logit_bias": {"a": 1}}, "logit_bias: got 'a'; allowed: a whole number"),
+        ({"logit_bias": {1: math.nextafter(100, 101)}}, "logit_bias: got"),
+        ({"logit_bias": {1: -101}}, "logit_bias: got -101; allowed: numbers from -100 to 100"),
+        ({"logit_bias": {1: math.nan}}, "logit_bias: got"),
+        ({"guided": "json"}, "guided: got 'json'; allowed: a Guide"),
+        ({"guided": Guide("json_object"), "ignore_eos": True}, "ignore_eos with guided"),
+        ({"guided": Guide("json_object"), "min_tokens": 1}, "min_tokens with guided"),
+    ],
+)
+def test_what_cannot_be_used_is_named(given: dict[str, Any], says: str) -> None:
+    refused(says, **given)
+
+
+def test_what_lies_on_the_bounds_is_used() -> None:
+    made = Sampling(logit_bias={1: 100, 2: -100.0}, guided=Guide("json_object"), stop="###")
+    assert made.logit_bias == {1: 100, 2: -100.0} and made.stop == ("###",)
+    assert Sampling(ignore_eos=True, min_tokens=3).guided is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "fits"),
+    [
+        ("json_schema", "{}", True),
+        ("json_schema", "", False),
+        ("json_schema", ["{}"], False),
+        ("json_object", "", True),
+        ("json_object", "{}", False),
+        ("json_object", [], False),
+        ("regex", "a+", True),
+        ("regex", "", False),
+        ("lark", "start: 'a'", True),
+        ("choice", ["a", "b"], True),
+        ("choice", [], False),
+        ("choice", "ab", False),
+        ("choice", ["a", ""], False),
+        ("choice", ["a", 3], False),
+        ("xml", "a", False),
+    ],
+)
+def test_a_guide_has_what_its_kind_needs_and_nothing_else(kind: Any, spec: Any, fits: bool) -> None:
+    if fits:
+        assert Guide(kind, spec).spec == spec
+        return
+    with pytest.raises(RequestError, match=r"guided\.(kind|spec of)") as caught:
+        Guide(kind, spec)
+    assert caught.value.param == "guided"
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"sampling": {}}, "sampling"),
+        ({"id": ""}, "id"),
+        ({"id": 3}, "id"),
+        ({"depth": True}, "depth"),
+        ({"depth": 1.5}, "depth"),
+        ({"priority": 0.5}, "priority"),
+        ({"answer": "ab"}, "answer"),
+        ({"answer": [1.5]}, "answer"),
+        ({"deadline": -1e-9}, "deadline"),
+        ({"deadline": math.inf}, "deadline"),
+        ({"quality_tolerance": -1}, "quality_tolerance"),
+        ({"quality_tolerance": True}, "quality_tolerance"),
+        ({"spent": -1.0}, "spent"),
+        ({"spent": math.nan}, "spent"),
+    ],
+)
+def test_a_request_that_cannot_be_run_is_named(given: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        Request("x", **given)
+    assert caught.value.param == param
+
+
+def test_a_request_asks_for_nothing_beyond_its_prompt_unless_told() -> None:
+    one, other = Request("x"), Request("x", deadline=0, quality_tolerance=0, spent=0, depth=2, priority=-1)
+    assert one.id != other.id
+    assert (one.depth, one.priority, one.spent, one.deadline, one.quality_tolerance) == ("auto", 0, 0.0, None, None)
+    assert not (one.signals or one.gaps) and (one.answer, one.adapter, one.payer, one.client, one.beside) == (
+        (),
+        *[""] * 4,
+    )
+    plain = Sampling()
+    assert (plain.temperature, plain.top_p, plain.top_k, plain.min_p) == (1.0, 1.0, 0, 0.0)
+    assert (plain.max_tokens, plain.min_tokens, plain.include_stop, plain.ignore_eos) == (16, 0, False, False)
+    assert (plain.presence_penalty, plain.frequency_penalty, plain.repetition_penalty) == (0.0, 0.0, 1.0)
+    assert TokenLogprob(3, -1.0).top == ()
