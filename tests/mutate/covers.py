@@ -1,5 +1,6 @@
 """Which tests are run on which modules: the nearest ones, file by file. Of these, a change is tried on those that reach its
-lines. A group's tests say what its modules are for; a module is in one group."""
+lines. A group's tests say what its modules are for; a module is in one group. The kernels of model/gpu are in none: Triton,
+also its interpreter, reads them from the disk."""
 
 from __future__ import annotations
 
@@ -29,12 +30,25 @@ GROUPS = {
     "intervals": Group(_in("evaluate", "intervals halves"), _tests("evaluate", "intervals halves")),
     "optim": Group(["train/optim"], _tests("train", "optim")),
     "routes": Group(_in("on_ray", "routing scaling"), _tests("on_ray", "routing router scaling")),
-    "auth": Group(_in("api", "auth limits"), _tests("api", "gate usage limits")),
+    "auth": Group(_in("api", "auth limits"), _tests("api", "gate usage limits quotas")),
     "pace": Group(["engine/pace"], _tests("engine", "pace")),
     "text": Group(["engine/text"], _tests("engine", "text stop_strings")),
     "turns": Group(_in("engine", "shares turns"), _tests("engine", "shares turns")),
     "drafting": Group(_in("engine", "acceptance drafting price"), _tests("engine", "drafting")),
+    "drafts": Group(
+        _in("engine", "compared drafts signals tolerance"),
+        [*_tests("engine", "drafts signals speculative tolerance"), "unit/api/test_reruns"],
+        warm=True,
+    ),
+    "graphs": Group(
+        _in("engine", "device graphs layout sizes"),
+        [*_tests("engine", "graphs kv_int8 sampler_there adapters"), "flows/test_devices"],
+        warm=True,
+    ),
     "pages": Group(["engine/pages"], _tests("engine", "pages")),
+    "events": Group(["engine/events"], _tests("engine", "events")),
+    "running": Group(_in("engine", "holding plan running"), _tests("engine", "holding plan running")),
+    "cost": Group(_in("model", "cache cost reach"), _tests("model", "cache cost")),
     "sampler": Group(["engine/sampler", "engine/filters"], _tests("engine", "sampler penalties guided")),
     "frontier": Group(["evaluate/frontier"], _tests("evaluate", "frontier")),
     "near": Group(["data/operators/near"], _tests("data", "near")),
@@ -49,13 +63,15 @@ GROUPS = {
     "failover": Group(["on_ray/failover"], _tests("on_ray", "failover"), warm=True),
     "answers": Group(
         _in("api", "answers requests"),
-        _tests("api", "answers chat completions embeddings extensions tools usage wire"),
+        _tests("api", "answers chat completions embeddings extensions requests tolerance tools usage wire"),
     ),
     "losses": Group(_in("train", "loss lora"), _tests("train", "loss lora")),
     "step": Group(["train/step"], [*_tests("train", "step"), "flows/test_golden"]),
-    "parallel": Group(["train/parallel"], _tests("train", "parallel")),
+    "parallel": Group(
+        ["train/parallel"], _tests("train", "ranks")
+    ),  # those of test_parallel are processes of their own
     "scheduler": Group(
-        _in("engine", "door holding plan running scheduler"),
+        _in("engine", "door scheduler"),
         _tests("engine", "scheduler holding plan running shares pace resume"),
         warm=True,
     ),
@@ -65,8 +81,8 @@ GROUPS = {
         warm=True,
     ),
     "engine": Group(
-        _in("engine", "engine events front guided metrics"),
-        _tests("engine", "metrics guided naive oracle resume faults front"),
+        _in("engine", "engine front guided metrics"),
+        _tests("engine", "events refused metrics guided naive oracle resume faults front"),
         warm=True,
     ),
     "net": Group(
@@ -75,14 +91,22 @@ GROUPS = {
         warm=True,
     ),
     "model": Group(
-        _in("model", "cache cost model paged reach"),
+        _in("model", "model paged"),
         [
-            *_tests("model", "attention reference net properties whole cost router"),
+            *_tests("model", "attention cache reference net properties whole cost router"),
             *_tests("engine", "naive runner"),
         ],
         warm=True,
     ),
-    "files": Group(_in("model", "checkpoint described files"), _tests("model", "checkpoint")),
+    "adapters": Group(
+        _in("model", "adapter_files adapters"),
+        [*_tests("engine", "adapters"), "unit/open_weights/test_served_adapter"],
+        warm=True,
+    ),
+    "smooth": Group(["model/smooth"], _tests("model", "smooth"), warm=True),
+    "draw": Group(["model/cpu/draw"], _tests("engine", "sampler runner"), {"NUMBA_DISABLE_JIT": "1"}),
+    "launch": Group(_in("model/gpu", "launch sparse"), [*_tests("model", "sparse gpu_page"), "flows/test_devices"]),
+    "files": Group(_in("model", "checkpoint described files"), _tests("model", "checkpoint files")),
     "int8": Group(
         _in("model", "int8 linears quant slots"),
         [*_tests("model", "int8 quant slots whole"), *_tests("engine", "kv_int8")],

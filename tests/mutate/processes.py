@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -34,16 +34,39 @@ from tests.mutate.covers import Group
 
 ROOT = Path(__file__).parents[2]
 SOURCES, TESTS, KEPT = ROOT / "platform" / "shoal", ROOT / "tests", ROOT / ".mutate"
-QUIET = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-PATIENCE = 15.0  # seconds of a processor beyond three times what the tests took when they were watched
-WAITING = 10  # times as many of a clock, as other processes may leave us little
-STILL = 30.0  # seconds of a clock without any of a processor: a deadlock
+# no seconds of a clock: what hangs is found by seconds of a processor, as others may leave us few
+QUIET = ["-x", "-q", "--tb=no", "--timeout=0", "-p", "no:cacheprovider", "-p", "no:xdist"]
+PATIENCE = 5.0  # seconds of a processor beyond three times what the tests took when they were watched
+WAITING = 10  # times as many of a clock, of those in which we have a core
+STILL = 20.0  # the same, without any of a processor: a deadlock
+LOOK = 2.0  # seconds between looks at a process
+MEASURED = 0.02  # seconds of a processor
+UNFIT = "it cannot be put in place"  # a change of what a function is made of, as a closure; no result
+
+
+@cache
+def text(path: Path) -> str:
+    """Of a file as it was when it was first asked for: what is written while tests run was not run."""
+    return path.read_text("utf-8")
 
 
 @cache
 def digest(*paths: Path) -> str:
-    """Of files as they were when it was first asked for: what is written while tests run was not run."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+    return hashlib.sha256("".join(map(text, paths)).encode()).hexdigest()[:16]
+
+
+@cache
+def digest_of_test(test: str) -> str:
+    """Of a test, by pytest's name of it, and of what its file holds beside other tests."""
+    path, _, name = test.partition("::")
+    tree = ast.parse(text(ROOT / path))
+    own = name.partition("[")[0]
+    tree.body = [each for each in tree.body if _name(each) == own or not _name(each).startswith("test_")]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def _name(statement: ast.stmt) -> str:
+    return statement.name if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef) else ""
 
 
 def source(module: str) -> Path:
@@ -66,20 +89,21 @@ def apart(work: Callable[[], dict[str, Any]], patience: float) -> dict[str, Any]
                 _child(work, folder, write)
             os._exit(1)
         os.close(write)
-        given, now = b"", time.monotonic()
-        end, used, since = now + WAITING * patience, 0.0, now
+        given, waited, still, used, look = b"", 0.0, 0.0, 0.0, min(WAITING * patience, LOOK)
         try:
-            while not given.endswith(b"\n") and now < end and now < since + STILL:
-                if select.select([read], [], [], min(end - now, 2.0))[0]:
+            while not given.endswith(b"\n") and waited < WAITING * patience and still < STILL:
+                if select.select([read], [], [], look)[0]:
                     some = os.read(read, 1 << 20)
                     if not some:
                         break
                     given += some
-                now = time.monotonic()
+                    continue
+                passed = look * _share()
+                waited, still = waited + passed, still + passed
                 if (more := _used(pid)) > used:
-                    used, since = more, now
+                    used, still = more, 0.0
         finally:
-            late = now >= end or now >= since + STILL
+            late = waited >= WAITING * patience or still >= STILL
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
@@ -87,6 +111,15 @@ def apart(work: Callable[[], dict[str, Any]], patience: float) -> dict[str, Any]
         hung = late or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU)
     found: dict[str, Any] = json.loads(given) if given.endswith(b"\n") else {"by": "a hang" if hung else "a crash"}
     return found
+
+
+def _share() -> float:
+    """Of a core, what a process such as this one gets: whoever stops or starves us does so to what we wait for, too, which is
+    no hang of it."""
+    began, used = time.monotonic(), time.process_time()
+    while (mine := time.process_time() - used) < MEASURED:
+        pass
+    return min(1.0, mine / max(time.monotonic() - began, MEASURED))
 
 
 def _used(pid: int) -> float:
@@ -144,6 +177,18 @@ def begin(group: Group) -> None:
         in_python()
 
 
+class Seeded:
+    """Has hypothesis draw the same in each try, and look for no smaller example of what failed."""
+
+    def pytest_sessionstart(self) -> None:
+        from hypothesis import Phase, settings
+
+        now = settings.get_profile("shoal")  # of tests/conftest.py
+        phases = [Phase.explicit, Phase.generate]
+        settings.register_profile("mutants", parent=now, derandomize=True, database=None, phases=phases)
+        settings.load_profile("mutants")
+
+
 class First:
     """Which test failed first."""
 
@@ -171,7 +216,9 @@ class Collected:
     @classmethod
     def of(cls, files: Sequence[str], without: str, work: Callable[[dict[str, pytest.Item]], object]) -> None:
         chosen = ["-k", f"not ({without})"] if without else []
-        status = pytest.main([*(str(file_of(name)) for name in files), *QUIET, *chosen, "-s"], plugins=[cls(work)])
+        status = pytest.main(
+            [*(str(file_of(name)) for name in files), *QUIET, *chosen, "-s"], plugins=[cls(work), Seeded()]
+        )
         if status:
             raise SystemExit(f"cannot collect {', '.join(files)}")
 
@@ -194,18 +241,43 @@ def anew(group: Group, module: str, tree: ast.Module, change: Change, tests: Seq
     change.apply()
     sys.meta_path.insert(0, Changed(module, tree))
     first = First()
-    status = pytest.main([*tests, *QUIET], plugins=[first])
+    status = pytest.main([*tests, *QUIET], plugins=[first, Seeded()])
     return {"by": first.by or (None if status in (0, 5) else "its import")}
 
 
-def in_place(module: str, tree: ast.Module, change: Change, items: Sequence[pytest.Item]) -> dict[str, Any]:
-    """Put the change into the function that was imported, and run tests. In a forked process that has collected them."""
+def functions(modules: Iterable[str]) -> dict[str, list[FunctionType]]:
+    """Those of each of `modules`, which are imported. What is there stays as it is from here on: no process that is forked
+    copies it to count its references."""
+    paths = {str(source(module)): module for module in modules}
+    found: dict[str, list[FunctionType]] = {module: [] for module in paths.values()}
+    for module in found:
+        importlib.import_module("shoal." + module.replace("/", "."))
+    gc.collect()
+    for each in gc.get_objects():
+        if isinstance(each, FunctionType) and each.__code__.co_filename in paths:
+            found[paths[each.__code__.co_filename]].append(each)
+    gc.freeze()
+    return found
+
+
+def in_place(
+    module: str, tree: ast.Module, change: Change, items: Sequence[pytest.Item], imported: Sequence[FunctionType]
+) -> dict[str, Any]:
+    """Put the change into the function of `imported`, and run tests. In a forked process that has collected them. UNFIT where
+    it cannot be put there."""
     before = _functions(compile(tree, str(source(module)), "exec", dont_inherit=True))
     change.apply()
     after = _functions(compile(tree, str(source(module)), "exec", dont_inherit=True))
-    ((old, new),) = [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]]
-    for function in [each for each in gc.get_objects() if isinstance(each, FunctionType) and each.__code__ == old]:
-        function.__code__ = new
+    pairs = [pair for pair in zip(before, after, strict=False) if pair[0] != pair[1]]
+    mine = [each for each in imported if len(pairs) == 1 and each.__code__ == pairs[0][0]]
+    if (
+        len(before) != len(after)
+        or not mine
+        or any(each.__code__.co_freevars != pairs[0][1].co_freevars for each in mine)
+    ):
+        return {"by": UNFIT}
+    for function in mine:
+        function.__code__ = pairs[0][1]
     for kept in list(vars(sys.modules["shoal." + module.replace("/", ".")]).values()):
         if hasattr(kept, "cache_clear"):  # what the function gave before the change
             kept.cache_clear()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
+import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType, MappingProxyType
 from typing import Any
 
 import pytest
@@ -24,30 +27,49 @@ def seconds() -> float:
 
 
 class Watch:
-    """Lines of the `modules` that each test runs, and its seconds of a processor. What a fixture of several
-    tests runs counts for all of the file."""
+    """Lines of the `modules` that each test runs, and its seconds of a processor. What a fixture of several tests runs counts
+    for all of the file. A test that takes more than `slow` seconds is left out, as one that is skipped or fails."""
 
-    def __init__(self, modules: list[str]) -> None:
+    def __init__(self, modules: Iterable[str], slow: float = math.inf) -> None:
+        self.slow, self.late = slow, False
+        self.left: set[str] = set()
         self.modules = {str(source(module)): module for module in modules}
         self.lines: set[tuple[str, int]] = set()  # of what runs now
+        self.unseen: dict[int, set[int]] = {}  # by code: lines that were not run since `lines` was empty
+        self.thread = threading.get_ident()
         self.shared: set[tuple[str, int]] = set()
         self.together = 0.0  # seconds of these fixtures: whoever comes first pays them
         self.tests: dict[str, tuple[float, set[tuple[str, int]]]] = {}
 
     def trace(self, frame: FrameType, event: str, arg: Any) -> Any:
-        module = self.modules.get(frame.f_code.co_filename)
-        if module is None:
-            return None
+        mine = frame.f_code.co_filename in self.modules and self._unseen(frame.f_code)
+        return self.line(frame, event, arg) if mine else None
 
-        def line(frame: FrameType, event: str, arg: Any) -> Any:
-            self.lines.add((module, frame.f_lineno))
-            return line
+    def line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        code, at = frame.f_code, frame.f_lineno
+        self.lines.add((self.modules[code.co_filename], at))
+        unseen = self._unseen(code)
+        unseen.discard(at)
+        if not unseen and threading.get_ident() == self.thread:  # others outlast a test
+            frame.f_trace_lines = False  # a loop is not looked at for ever
+        return self.line
 
-        return line(frame, event, arg)
+    def _unseen(self, code: CodeType) -> set[int]:
+        found = self.unseen.get(id(code))
+        if found is None:
+            found = self.unseen[id(code)] = {line for _, _, line in code.co_lines() if line is not None}
+        return found
+
+    def _begin(self) -> None:
+        self.lines, self.unseen = set(), {}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self.lines, begun, together = set(), seconds(), self.together
+        self._begin()
+        begun, together, self.late = seconds(), self.together, False
+        if self.slow < math.inf:
+            signal.signal(signal.SIGPROF, self._ends)
+            signal.setitimer(signal.ITIMER_PROF, self.slow)
         threading.settrace(self.trace)
         sys.settrace(self.trace)
         try:
@@ -55,11 +77,31 @@ class Watch:
         finally:
             sys.settrace(None)
             threading.settrace(None)  # type: ignore[arg-type]
-            self.tests[item.nodeid] = (seconds() - begun - (self.together - together), self.lines)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            if self.late:
+                self.left.add(item.nodeid)
+            if item.nodeid not in self.left:
+                self.tests[item.nodeid] = (seconds() - begun - (self.together - together), self.lines)
+
+    def _ends(self, *_: object) -> None:
+        self.late = True
+        raise pytest.skip.Exception("too slow to be watched")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if report.failed:  # of itself, or since it was ended: what fails without a change notices none
+            report.outcome = "skipped"
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped:
+            self.left.add(report.nodeid)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
-        before, self.lines, begun = self.lines, set(), seconds()
+        before, begun = self.lines, seconds()
+        self._begin()
         try:
             return (yield)
         finally:
@@ -70,50 +112,76 @@ class Watch:
 
     def found(self) -> dict[str, Any]:
         return {
+            "left": sorted(self.left),
             "together": self.together,
             "seconds": {name: taken for name, (taken, _) in self.tests.items()},
             "lines": {name: sorted(lines | self.shared) for name, (_, lines) in self.tests.items()},
         }
 
 
-Watched = dict[str, Any]  # of a test file: `Watch.found`
+Watched = dict[str, Any]  # of a test file: `Watch.found`, and digests of the modules
+QUICK = 1.0  # seconds
 
 
 def kept(group: Group, name: str) -> Path:
-    """Where it is kept what the tests of the file `name` reach of a group."""
-    return KEPT / "watched" / f"{name.replace('/', '.')}-{digest(file_of(name), *map(source, group.modules))}.json"
+    """Where it is kept what the tests of the file `name` reach."""
+    way = hashlib.sha256(repr((group.environment, group.without, group.warm, group.compiled)).encode()).hexdigest()[:8]
+    return KEPT / "watched" / f"{name.replace('/', '.')}-{digest(file_of(name))}-{way}.json"
 
 
-def watched(group: Group, name: str, items: Mapping[str, pytest.Item]) -> Watched:
-    """Seconds and lines of each test of the file `name`, of those that are collected. Kept."""
+def known(group: Group, name: str, slow: float) -> Watched | None:
+    """What is kept of a test file, if it was of the `group`'s modules as they are, and tests of up to `slow` seconds."""
     path = kept(group, name)
-    if not path.exists():
-        mine = [item for node, item in items.items() if node.startswith(f"{file_of(name).relative_to(ROOT)}::")]
-        watch = Watch([] if group.compiled else group.modules)
-        found = apart(lambda: {"by": play(mine, watch), **watch.found()}, 600)
-        if found["by"]:
-            raise SystemExit(f"{name} fails without any change: {found['by']}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found))
-    return json.loads(path.read_text())
+    found: Watched = json.loads(path.read_text()) if path.exists() else {"modules": {}, "slow": 0, "left": []}
+    same = all(found["modules"].get(module) == digest(source(module)) for module in group.modules)
+    return found if same and (found["slow"] >= slow or not found["left"]) else None
 
 
-def reaching(group: Group, module: str, change: Change, files: list[dict[str, Any]], most: float) -> dict[str, float]:
-    """The tests that reach the change with the seconds of each, the quickest first, as many as take `most` together."""
+def watched(group: Group, name: str, items: Mapping[str, pytest.Item], modules: Sequence[str], slow: float) -> Watched:
+    """Seconds and lines of each test of the file `name`, of those that are collected and take at most `slow` seconds. Kept, of
+    all `modules` at once."""
+    if there := known(group, name, slow):
+        return there
+    mine = [item for node, item in items.items() if node.startswith(f"{file_of(name).relative_to(ROOT)}::")]
+    watch = Watch([] if group.compiled else modules, slow)
+    found = apart(lambda: {"by": play(mine, watch), **watch.found()}, 600)
+    if found["by"]:
+        print(f"{name} is left out: without any change it ends with {found['by']}", flush=True)
+        return {"together": 0.0, "seconds": {}, "lines": {}}
+    found["slow"] = slow
+    found["modules"] = {module: digest(source(module)) for module in modules}
+    path = kept(group, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found))
+    return found
+
+
+def reaching(
+    group: Group,
+    module: str,
+    change: Change,
+    files: Sequence[Watched],
+    most: float,
+    noticed: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, float]:
+    """The tests that reach the change with the seconds of each, as many as take `most` together: the quickest first, and what
+    has `noticed` other changes of the module sooner."""
     wanted = change.lines or change.body
     found = sorted(
-        (file["together"] + taken, index, name, taken)
+        ((file["together"] + taken) / (1 + noticed.get(name, 0)), index, name, taken)
         for index, file in enumerate(files)
         for name, taken in file["seconds"].items()
         if group.compiled or any(of == module and (wanted is None or at in wanted) for of, at in file["lines"][name])
     )
     chosen: dict[str, float] = {}
+    slow: dict[str, bool] = {}
     paid: set[int] = set()
     for _, index, name, taken in found:
         cost = taken + (0 if index in paid else files[index]["together"])
         if not chosen or sum(chosen.values()) + cost <= most:
             chosen[name] = cost
+            slow[name] = files[index]["together"] + taken > QUICK
             paid.add(index)
-    # a file's tests go together
+    # a file's tests go together, for what they share; but no slow one before another file's quick ones
     first = {name.partition("::")[0]: at for at, name in reversed(list(enumerate(chosen)))}
-    return dict(sorted(chosen.items(), key=lambda pair: first[pair[0].partition("::")[0]]))
+    return dict(sorted(chosen.items(), key=lambda pair: (slow[pair[0]], first[pair[0].partition("::")[0]])))

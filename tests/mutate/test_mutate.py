@@ -5,16 +5,19 @@ from __future__ import annotations
 import ast
 import itertools
 import os
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.mutate.__main__ import equivalent
+from tests.mutate import processes
+from tests.mutate.__main__ import equivalent, named
 from tests.mutate.changes import changes
 from tests.mutate.covers import GROUPS, Group
 from tests.mutate.processes import ROOT, apart, file_of, source
-from tests.mutate.reached import reaching
+from tests.mutate.reached import Watch, reaching
 
 MODULES = [module for group in GROUPS.values() for module in group.modules]
 
@@ -107,6 +110,74 @@ def test_the_quickest_tests_that_reach_the_lines_are_run_and_what_a_file_sets_up
     assert chosen(1) == ["quick"]
     assert chosen(60, "n") == []
     assert len(chosen(60, compiled=True)) == 6
+
+
+def test_what_noticed_other_changes_comes_sooner_and_a_slow_test_after_the_quick_ones_of_all_files() -> None:
+    one, other = (
+        {"together": 0.0, "seconds": taken, "lines": {name: [["m", 3]] for name in taken}}
+        for taken in ({"a::x": 0.1, "a::y": 0.2, "a::slow": 5.0}, {"b::x": 0.3})
+    )
+    (change, *_) = changes(ast.parse("def f(a):\n\n    return a"))
+    group = Group(["m"], [])
+    assert list(reaching(group, "m", change, [one, other], 60)) == ["a::x", "a::y", "b::x", "a::slow"]
+    assert list(reaching(group, "m", change, [one, other], 60, {"b::x": 9})) == ["b::x", "a::x", "a::y", "a::slow"]
+    assert list(reaching(group, "m", change, [one, other], 0.6, {"a::slow": 99})) == ["a::slow"], "whatever it takes"
+
+
+def test_a_result_stands_while_its_test_and_what_that_uses_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
+    texts = {
+        "old": "X = 1\ndef test_a(): f()\ndef test_b(): pass",
+        "more": "X = 1\n\n\ndef test_c(): pass\ndef test_a(): f()",
+        "used": "X = 2\ndef test_a(): f()\ndef test_b(): pass",
+        "own": "X = 1\ndef test_a(): g()\ndef test_b(): pass",
+    }
+    found = {}
+    for name, written in texts.items():
+        (tmp_path / f"{name}.py").write_text(written)
+        found[name] = processes.digest_of_test(f"{name}.py::test_a[1]")
+    assert found["old"] == found["more"] and len(set(found.values())) == 3
+
+
+def test_every_line_that_a_test_runs_is_seen_and_a_loop_that_was_seen_is_looked_at_no_longer() -> None:
+    looked: list[bool] = []
+
+    def loops() -> None:
+        for _ in range(3):
+            looked.append(bool(sys._getframe().f_trace_lines))
+
+    watch = Watch([])
+    watch.modules = {__file__: "m"}
+    first = loops.__code__.co_firstlineno
+    for _ in range(2):
+        watch._begin()
+        sys.settrace(watch.trace)
+        try:
+            loops()
+        finally:
+            sys.settrace(None)
+        assert {at - first for of, at in watch.lines if of == "m"} >= {0, 1, 2}
+    assert looked == 6 * [False], "of its last line the first event ends it"
+
+
+def test_a_test_that_is_too_slow_to_be_watched_is_ended_and_is_none(tmp_path: Path) -> None:
+    (tmp_path / "test_two.py").write_text("def test_quick(): pass\ndef test_slow():\n    while True: pass\n")
+    watch = Watch([], 0.1)
+    alone = apart(lambda: {"by": pytest.main([str(tmp_path), *processes.QUIET], plugins=[watch]), **watch.found()}, 60)
+    assert [name.rpartition("::")[2] for name in alone["seconds"]] == ["test_quick"]
+    assert [name.rpartition("::")[2] for name in alone["left"]] == ["test_slow"]
+
+
+def test_a_change_that_no_function_takes_is_no_result() -> None:
+    tree = ast.parse(source("engine/text").read_text("utf-8"))
+    change = next(each for each in changes(tree) if each.lines is not None)
+    assert processes.in_place("engine/text", tree, change, [], []) == {"by": processes.UNFIT}
+
+
+def test_a_module_is_asked_for_by_its_folders_too() -> None:
+    assert named("data/operators/near") == {"data/operators/near", "data/operators/", "data/"}
 
 
 def test_a_process_gives_what_it_found_and_what_hangs_or_dies_is_noticed() -> None:
