@@ -82,9 +82,8 @@ class Sampling:
     min_tokens: int = 0  # no stop before this many tokens
     stop: Sequence[str] = ()  # not part of the returned text, but
     include_stop: bool = False  # with this
-    frame: tuple[str, str] | None = (
-        None  # what opens JSON and what closes it: the answer ends with the first, all of it
-    )
+    # what opens JSON and what closes it: the answer ends with the first, all of it
+    frame: tuple[str, str] | None = None
     banned: Sequence[Sequence[int]] = ()  # runs of tokens that the answer never completes
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
