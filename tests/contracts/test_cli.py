@@ -156,6 +156,14 @@ def test_what_needs_training_is_refused_where_nothing_is_trained(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_is_not_rounded_in_its_own_place(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    for more in (["--no-train"], ["--data", "rows.jsonl"]):
+        code, line = fails(capsys, "quantize", "--model", model, "--out", f"{model}/../{model.name}", *more)
+        assert code == 2 and "--out: got 'the model that is to be rounded'" in line
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
 def test_an_option_by_name_and_by_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     words = "pretrain --data d --out r --preset test --steps 1 --accumulate 2 --set accumulate=4"
     code, line = fails(capsys, *words.split())

@@ -95,6 +95,11 @@ def known_weights(directory: str | Path) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16] if found else ""
 
 
+def trained_further(source: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a model says of its `source` once its weights have changed: no longer what its early exits were worth before."""
+    return None if source is None else {key: value for key, value in source.items() if key != ADAPTED}
+
+
 def adapted(directory: str | Path) -> dict[str, Any] | None:
     """What is known of the early exits that an imported model was given: ``minutes`` of training, and the ``agreement`` of each
     by name; None where nobody measured it. Raises CheckpointError for a file that cannot be read."""

@@ -190,7 +190,7 @@ class Retrain(Stage):
         model = tuned
         if rounded:
             model, shared["settings"] = work / "int8", given[-1:] if self.replay else []
-            length = {"steps": QUANTIZE_STEPS, "minutes": self.minutes * ROUNDING}  # what comes first
+            length: dict[str, Any] = {"steps": QUANTIZE_STEPS, "minutes": self.minutes * ROUNDING}  # what comes first
             Quantize(model=str(tuned), data=str(mix), out=str(model), **length, **shared).run()
         if routing.finish(model, self._asked(work), say, whole=True, sure=True) is None:
             routing.take_over(model, served, say)

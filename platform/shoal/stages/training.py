@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -328,6 +329,9 @@ class Quantize(Training):
         return quantize_plan(self.model, self.data, self.out, **more)
 
     def run(self) -> None:
+        if self.out == self.model or os.path.realpath(self.out) == os.path.realpath(self.model):
+            do = "give another folder: what was rounded does not become again what it was"
+            raise UsageError("--out", got="the model that is to be rounded", do=do)
         if self.train:
             super().run()
         else:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from shoal.data import models
+from shoal.data.chats.rows import need_forms
 from shoal.data.remote import is_remote
 from shoal.data.shards import open_index
 from shoal.errors import ConfigError, DataError, ResourceError
@@ -114,6 +115,7 @@ def _check_chats(plan: FitPlan, workers: int) -> None:
     with Path(plan.data).open("rb") as lines:
         rows = sum(1 for line in lines if line.strip())
     if rows < parts:
+        need_forms(plan.data, pairs=plan.train.dpo > 0)  # more rows of no known form would not help
         raise DataError(
             f"{plan.data} is too short for one update",
             got=f"{rows} rows",

@@ -19,7 +19,7 @@ from shoal.data.models import written
 from shoal.errors import CheckpointError, ConfigError, last_line
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.model import checkpoint, smooth
+from shoal.model import checkpoint, described, smooth
 from shoal.model.linears import export_int8
 from shoal.model.net import Net
 from shoal.train import exits, fresh, lora, sparse
@@ -151,7 +151,7 @@ class Start:
                     tokenizer=self.tokenizer,
                     name=plan.name,
                     chat_template=self.template,
-                    source=self.source,
+                    source=described.trained_further(self.source),
                 )
         except (OSError, SafetensorError) as error:
             do = "free some room; the same command goes on from its last checkpoint"

@@ -251,11 +251,15 @@ def test_pairs_are_two_rows_and_one_that_is_too_long_goes_with_its_other(tmp_pat
         {"prompt": "a", "chosen": "b" * 200, "rejected": "c"},
         {"prompt": "a", "chosen": "bb", "rejected": "c"},
         {"prompt": "a", "chosen": "", "rejected": "c"},
+        {"prompt": "a", "chosen": "c", "rejected": "c"},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in given))
     rows = read_pairs(path, TOKENIZER, config)
     assert [TOKENIZER.decode(rows.row(index)[0]) for index in range(len(rows))] == ["abb", "ac", "a", "ac"]
-    assert rows.refused_at == {"longer than 96 tokens": 1}
+    assert rows.refused_at == {
+        "longer than 96 tokens": 1,
+        "the preferred and the rejected answer are the same": 4,
+    }
     path.write_text('\n{"text": "a"}\n')
     with pytest.raises(DataError, match="holds no pair to learn from: got 'line 2: no preference pair'"):
         read_pairs(path, TOKENIZER, config)

@@ -22,6 +22,7 @@ from shoal.errors import CheckpointError, ConfigError, DataError, UsageError
 from shoal.evaluate import routing
 from shoal.inputs.chat import encode_chat
 from shoal.inputs.tokenizer import Tokenizer
+from shoal.model.described import ADAPTED, trained_further
 from shoal.model.net import Net
 from shoal.open_weights.convert import export_model, import_model
 from shoal.train import exits, log, lora
@@ -44,6 +45,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(DATA / "smollm2", folder / "from")
     shutil.copytree(DATA / "tokenizer", folder / "from", dirs_exist_ok=True)
     import_model(folder / "from", folder / "model", name="smol")
+    model = Model.load(folder / "model")
+    model.source = {**(model.source or {}), ADAPTED: {"minutes": 2, "agreement": {"middle": 0.33}}}
+    model.save(folder / "model")
     return folder / "model"
 
 
@@ -96,7 +100,9 @@ def test_full_depth_is_the_base_to_the_bit_and_exits_learned(base: Path, adapted
     assert (
         after.config.exit_names == {"shallow": 2, "middle": 4, "full": 6} and after.config.exit_ffn == before.config.ffn
     )
-    assert after.name == before.name and after.source == before.source and after.source is not None
+    assert after.name == before.name and after.source is not None
+    assert {**after.source, ADAPTED: (before.source or {})[ADAPTED]} == before.source
+    assert ADAPTED not in after.source, "what exits were worth before they learned further"
     was, now = load_file(str(base / "model.safetensors")), load_file(str(Path(adapted.out, "model.safetensors")))
     for name, tensor in was.items():
         assert now[name].dtype == tensor.dtype == torch.bfloat16 and torch.equal(now[name], tensor), name
@@ -124,7 +130,7 @@ def test_a_tuned_backbone_is_another_model_and_the_report_says_so(
     was = exits.digest(load_file(str(base / "model.safetensors")))
     now = exits.digest(exits.backbone(load_file(str(Path(result.out, "model.safetensors"))), after.config))
     assert result.backbone == (was, now) and was != now
-    assert after.config == wanted.model and after.source == before.source
+    assert after.config == wanted.model and after.source == trained_further(before.source)
     state, begun = after.net.state_dict(), exits.added(before.net.float(), after.config).state_dict()
     moved = {name for name in begun if not torch.equal(begun[name], state[name])}
     assert {name for name in begun if exits.is_exits(name, after.config)} <= moved, "the exits learned"

@@ -134,6 +134,12 @@ def test_chats_that_are_refused(tmp_path: Path) -> None:
     check(plan(few, accumulate=3), 1)
     with pytest.raises(DataError, match=r"got '3 rows'; allowed: 4 or more"):
         check(plan(few, accumulate=2), 2)
+    few.write_text('{"text": "a"}\n\n{"foo": 1}\n')
+    with pytest.raises(DataError, match=r"few.jsonl line 3: got 'no known form'; allowed: messages"):
+        check(plan(few, accumulate=4), 1)
+    with pytest.raises(DataError, match=r"few.jsonl line 1: got 'no preference pair'; allowed: chosen and rejected"):
+        made = plan(few, accumulate=4)
+        check(replace(made, train=replace(made.train, dpo=0.1)), 1)
 
 
 @pytest.mark.parametrize(

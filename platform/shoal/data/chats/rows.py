@@ -109,6 +109,8 @@ def read_pairs(
                 raise DataError("no answer")
             if max(len(side.ids) for side in sides) > longest:
                 raise DataError(f"longer than {longest} tokens")
+            if sides[0].ids == sides[1].ids:
+                raise DataError("the preferred and the rejected answer are the same")
             kept += sides
     return flat(kept, config, refused, f"{path} holds no pair to learn from", forms.PAIRS)
 
@@ -199,6 +201,17 @@ def chats(
             chat = Chat(line, messages, row, task_of(values), group_of(values), told)
         if chat is not None:
             yield chat
+
+
+def need_forms(path: str | Path, *, pairs: bool = False) -> None:
+    """Raises DataError, with its line, for the first row of a JSONL file that is of no known form, or no preference pair."""
+    refused = Refused()
+    for line, text in numbered(Path(path)):
+        with refusing(line, refused):
+            row = _parsed(text)
+            forms.pair(row) if pairs else forms.canonical(row)
+    for reason, line in refused.first.items():
+        raise DataError(f"{path} line {line}", got=reason, allowed=forms.PAIRS if pairs else forms.KNOWN)
 
 
 def unusable(path: str | Path, line: int, reason: str) -> DataError:
