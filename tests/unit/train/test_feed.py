@@ -139,7 +139,7 @@ def test_chats_that_are_refused(tmp_path: Path) -> None:
         check(plan(few, accumulate=4), 1)
     with pytest.raises(DataError, match=r"few.jsonl line 1: got 'no preference pair'; allowed: chosen and rejected"):
         made = plan(few, accumulate=4)
-        check(replace(made, train=replace(made.train, dpo=0.1)), 1)
+        check(replace(made, init="parent", train=replace(made.train, dpo=0.1)), 1)
 
 
 @pytest.mark.parametrize(
