@@ -53,10 +53,13 @@ Route = Callable[[Encoded, Request], int]
 class VllmEngine:
     """One vLLM engine behind the methods that a replica asks of an engine."""
 
-    def __init__(self, served: ServedModel, args: Any, *, max_queue: int, route: Route | None = None) -> None:
-        """`args`: from `options.engine_args`; `max_queue`: requests beyond those that run which may wait here; `route`: the
-        layers of a request of depth "auto" (None: all). Raises ConfigError for an engine that does not start."""
-        self._served, self._route = served, route
+    def __init__(
+        self, served: ServedModel, args: Any, *, layers: int, max_queue: int, route: Route | None = None
+    ) -> None:
+        """`args`: from `options.engine_args`; `layers`: that it runs; `max_queue`: requests beyond those that run, which may
+        wait here; `route`: the layers of a request of depth "auto" (None: all). Raises ConfigError for an engine that does
+        not start."""
+        self._served, self._route, self._all = served, route, layers
         self._most = args.max_num_seqs + max_queue
         self._live: set[str] = set()
         self._counts = Counts()
@@ -164,8 +167,8 @@ class VllmEngine:
         if layers is None:
             if self._per_request and self._route is not None:
                 return await asyncio.to_thread(self._route, prompt, request)
-            return shape.layers
-        if layers != shape.layers and not self._per_request:
+            return self._all
+        if layers != self._all and not self._per_request:
             raise RequestError(
                 "depth", param="depth", got=request.depth, allowed="the depth that this deployment fixes"
             )

@@ -157,7 +157,7 @@ def _need_ours(hf: ShoalConfig) -> None:
     shape, _ = hf.shape, hf.layers  # which raises for a depth that is none
     dense = not set(shape.attn_pattern) <= set("HL") or not shape.image_size
     if other := shape.of_open_models or (("attn_pattern",) if dense else ()):
-        do = "serve it with Shoal's own engine, or its source with vLLM alone"
+        do = "serve it with `engine: vllm` of a serve config, or give vLLM what `shoal export` writes"
         raise ConfigError("an imported model in vLLM", got=f"{other[0]} of an open model", do=do)
 
 
