@@ -110,7 +110,7 @@ def _worth(card: Card) -> str:
     if not card.adapted:
         return ""
     learned = f"The early exits learned for {card.adapted['minutes']:g} minutes"
-    return f"{learned}: they draft for full depth, and answer badly. shoal adapt teaches them for longer."
+    return f"{learned}: they draft for full depth, and answer badly. An hour of it: shoal assistant --adapt 60"
 
 
 def depths_of(card: Card, chosen: str, picked: str = "auto") -> Any:

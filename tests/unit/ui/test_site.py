@@ -19,7 +19,7 @@ def test_the_choices_of_depth_say_what_adapted_exits_are_worth() -> None:
     update = site.depths_of(card, "auto")
     labels = [label for label, _ in update["choices"]]
     assert "shallow, 1 of 4 layers, full depth's word at 36% of places" in labels and "full, 4 of 4 layers" in labels
-    assert "for 2 minutes" in update["info"] and "shoal adapt" in update["info"]
+    assert "for 2 minutes" in update["info"] and "shoal assistant --adapt 60" in update["info"]
     assert not site.depths_of(Card("fish", 384, {"shallow": 1, "full": 4}, "none"), "auto")["info"]
 
 
