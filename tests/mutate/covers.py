@@ -67,9 +67,8 @@ GROUPS = {
     ),
     "losses": Group(_in("train", "loss lora"), _tests("train", "loss lora")),
     "step": Group(["train/step"], [*_tests("train", "step"), "flows/test_golden"]),
-    "parallel": Group(
-        ["train/parallel"], _tests("train", "ranks")
-    ),  # those of test_parallel are processes of their own
+    # tests of test_parallel are processes of their own
+    "parallel": Group(["train/parallel"], _tests("train", "ranks")),
     "scheduler": Group(
         _in("engine", "door scheduler"),
         _tests("engine", "scheduler holding plan running shares pace resume"),
