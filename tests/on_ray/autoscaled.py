@@ -29,6 +29,7 @@ MEMORY = 80 * 2**20  # bytes of a node's object store
 ENVIRONMENT = {
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",  # Ray's 5 are most of what a small cluster waits for
     "RAY_FAKE_CLUSTER": "1",
+    "RAY_agent_register_timeout_ms": "120000",  # a raylet whose agent starts on a busy machine ends itself after less
     "RAY_enable_autoscaler_v2": "1",
     "RAY_health_check_failure_threshold": "2",
     "RAY_health_check_period_ms": "500",
