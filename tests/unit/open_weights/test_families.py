@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -30,8 +31,11 @@ def imported(source: Path, out: Path, **options: str) -> Model:
 def test_logits_and_greedy_tokens_are_those_of_transformers(family: str, checkpoint: Make, tmp_path: Path) -> None:
     model = imported(checkpoint(family), tmp_path / "model", dtype="float32")
     told = load_file(str(DATA / f"{family}.safetensors"))
-    logits = model.logits(told["tokens"])
-    assert (logits[:, ::8] - told["logits"]).abs().max() < 1e-5
+    logits = model.logits(told["tokens"])[:, ::8]
+    exact = Model(model.config, copy.deepcopy(model.net).double(), model.tokenizer).logits(told["tokens"])[:, ::8]
+    # in float64, since each CPU adds up float32 in another order; what that costs goes with the size of the numbers
+    assert (exact - told["logits"]).abs().max() < 1e-5
+    assert (exact - logits).abs().max() < 1e-5 * exact.abs().max()
     prompt, answer = told["tokens"][:PROMPT].tolist(), told["answer"].tolist()
     assert model.generate_naive(prompt, len(answer), ignore_eos=True) == answer
     sampling = Sampling(max_tokens=len(answer), temperature=0, ignore_eos=True)
