@@ -86,8 +86,9 @@ def adapters(kind: Kind, page: int) -> list[Adapter | None]:
 class Noisy:
     """A model whose logits are off by a little: `naive.generate` asks for nothing else of one."""
 
-    def __init__(self, model: Model, most: float) -> None:
-        self._model, self._most = model, most
+    def __init__(self, model: Model, most: float, *, close: bool) -> None:
+        """By up to `most` each, drawn at random; or, where `close`, the likeliest of each row alone, by as much below."""
+        self._model, self._most, self._close = model, most, close
         self._generator = torch.Generator().manual_seed(0)
 
     def __getattr__(self, name: str) -> Any:
@@ -95,6 +96,9 @@ class Noisy:
 
     def logits(self, *given: Any) -> torch.Tensor:
         logits = self._model.logits(*given)
+        if self._close:
+            best = logits.argmax(-1, keepdim=True)
+            return logits.scatter(-1, best, logits.gather(-1, best) - self._most)
         return logits + self._most * (2 * torch.rand(logits.shape, generator=self._generator) - 1)
 
 
@@ -102,7 +106,7 @@ class Noisy:
 def asked(kind: Kind, page: int, count: int = ASKED) -> list[list[tuple[Request, Completion]]]:
     """Requests to `count` prompts with what the oracle says to them; those of one list are choices of one prompt."""
     rng, found = random.Random(page), list[list[tuple[Request, Completion]]]()
-    for _ in range(count):
+    while len(found) < count:
         made, prompt = model(kind, page), _prompt(rng, model(kind, page))
         beside = rng.choice([None, *adapters(kind, page)])
         depth, base, answers = rng.choice(["shallow", "middle", "full", "auto"]), _sampling(rng), []
@@ -117,11 +121,17 @@ def asked(kind: Kind, page: int, count: int = ASKED) -> list[list[tuple[Request,
                 adapter=beside.identity if beside else "",
             )  # fmt: skip
             answer = naive.generate(made, request, beside)
-            shaken = naive.generate(Noisy(made, NOISE[kind]), request, beside)  # type: ignore[arg-type]
-            if (tolerance or shaken.tokens == answer.tokens) and answer.finish_reason != "error":
+            if (tolerance or _stands(made, request, beside, answer, NOISE[kind])) and answer.finish_reason != "error":
                 answers.append((request, answer))
         found += [answers] if answers else []
     return found
+
+
+def _stands(made: Model, request: Request, beside: Adapter | None, answer: Completion, most: float) -> bool:
+    """Whether an answer is the same where logits are off by `most`, whichever way: of two tokens that are nearly as likely an
+    engine may say either, as its CPU adds up."""
+    ways = (Noisy(made, most, close=close) for close in (False, True))
+    return all(naive.generate(way, request, beside).tokens == answer.tokens for way in ways)  # type: ignore[arg-type]
 
 
 def _prompt(rng: random.Random, made: Model) -> Encoded:
