@@ -301,10 +301,11 @@ def history(run: Path, kind: str, key: str) -> list:
     ],
 )
 def test_ranks_train_as_one(played: Path, run: str, alone: str) -> None:
-    rounds = 1e-3 if run == "int8" else 1e-5  # an activation near the middle of two integers may go to either
+    # an activation near the middle of two integers may go to either, from the second update on
+    rounds, alike = (1e-3, 1) if run == "int8" else (1e-5, 2)
     for key in ("loss", "grad_norm"):
         mine, theirs = (history(played / name, "step", key) for name in (run, alone))
-        assert mine[:2] == pytest.approx(theirs[:2], rel=1e-5)  # before the first rounded update
+        assert mine[:alike] == pytest.approx(theirs[:alike], rel=1e-5)
         assert mine == pytest.approx(theirs, rel=rounds)
     for mine, theirs in zip(history(played / run, "eval", "bpb"), history(played / alone, "eval", "bpb"), strict=True):
         for modality in theirs:
