@@ -301,12 +301,12 @@ def history(run: Path, kind: str, key: str) -> list:
     ],
 )
 def test_ranks_train_as_one(played: Path, run: str, alone: str) -> None:
-    # an activation near the middle of two integers may go to either, from the second update on
+    # an activation near the middle of two integers may go to either, from the second update on, and moves gradients more
     rounds, alike = (1e-3, 1) if run == "int8" else (1e-5, 2)
-    for key in ("loss", "grad_norm"):
+    for key, far in (("loss", rounds), ("grad_norm", 2e-2 if run == "int8" else rounds)):
         mine, theirs = (history(played / name, "step", key) for name in (run, alone))
         assert mine[:alike] == pytest.approx(theirs[:alike], rel=1e-5)
-        assert mine == pytest.approx(theirs, rel=rounds)
+        assert mine == pytest.approx(theirs, rel=far)
     for mine, theirs in zip(history(played / run, "eval", "bpb"), history(played / alone, "eval", "bpb"), strict=True):
         for modality in theirs:
             assert mine[modality] == pytest.approx(theirs[modality], rel=max(rounds, 1e-4))
