@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import warnings
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.context import ReplicaContext
 from ray.serve.schema import LoggingConfig
 
@@ -36,7 +34,7 @@ from shoal.on_ray.following import follow, stable
 from shoal.on_ray.known_adapters import KnownAdapters
 from shoal.on_ray.loaded import LastLoaded
 from shoal.on_ray.routing import router_config
-from shoal.on_ray.scaling import KV_USE
+from shoal.on_ray.scaling import KV_USE, replicas
 from shoal.on_ray.serve_config import Weights
 
 if TYPE_CHECKING:
@@ -79,23 +77,7 @@ def engine_options(args: ServeArgs, model: str, page: int) -> dict[str, Any]:
         "health_check_timeout_s": 30.0,
         **LIFE,
     }
-    if args.min_replicas == args.max_replicas:
-        return {**options, "num_replicas": args.max_replicas}
-    with warnings.catch_warnings():
-        # what is to replace `metrics_interval_s` are variables of a whole cluster's environment
-        warnings.simplefilter("ignore", DeprecationWarning)
-        scaling = AutoscalingConfig(
-            min_replicas=args.min_replicas,
-            max_replicas=args.max_replicas,
-            target_ongoing_requests=max(1.0, 0.75 * args.max_batch),
-            metrics_interval_s=2.0,
-            look_back_period_s=6.0,
-            upscale_delay_s=2.0,
-            downscale_delay_s=120.0,
-            downscale_to_zero_delay_s=300.0,  # the next request then waits for a model to load
-            policy=AutoscalingPolicy(policy_function="shoal.on_ray.scaling:by_load"),  # type: ignore[no-untyped-call]
-        )
-    return {**options, "autoscaling_config": scaling}
+    return options | replicas(args.min_replicas, args.max_replicas, max(1.0, 0.75 * args.max_batch))
 
 
 class EngineReplica:

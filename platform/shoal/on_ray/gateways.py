@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-import warnings
 from functools import cache
 from typing import Any
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
+from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from shoal.api.drain import STREAM_SECONDS
@@ -21,7 +20,7 @@ from shoal.api.serve_args import ServeArgs
 from shoal.engine.metrics import Samples
 from shoal.on_ray.clients import ANSWER_SECONDS
 from shoal.on_ray.engines import HELD, LIFE, LOGGING
-from shoal.on_ray.scaling import CPU_USE
+from shoal.on_ray.scaling import CPU_USE, replicas
 from shoal.on_ray.serve_config import GATEWAY
 
 REQUESTS = 400  # that one is to hold: at the slowest cadence of events half a core
@@ -41,22 +40,7 @@ def gateway_options(args: ServeArgs) -> dict[str, Any]:
     """Serve's options for the gateways that `args` ask for."""
     # one that goes has the time of the longest request: its streams cannot go on at another
     options = {**OPTIONS, "graceful_shutdown_timeout_s": max(args.seconds, STREAM_SECONDS)}
-    if args.min_gateways == args.max_gateways:
-        return {**options, "num_replicas": args.max_gateways}
-    with warnings.catch_warnings():
-        # what is to replace `metrics_interval_s` are variables of a whole cluster's environment
-        warnings.simplefilter("ignore", DeprecationWarning)
-        scaling = AutoscalingConfig(
-            min_replicas=args.min_gateways,
-            max_replicas=args.max_gateways,
-            target_ongoing_requests=REQUESTS,
-            metrics_interval_s=2.0,
-            look_back_period_s=6.0,
-            upscale_delay_s=2.0,
-            downscale_delay_s=120.0,
-            policy=AutoscalingPolicy(policy_function="shoal.on_ray.scaling:by_load"),  # type: ignore[no-untyped-call]
-        )
-    return {**options, "autoscaling_config": scaling}
+    return options | replicas(args.min_gateways, args.max_gateways, REQUESTS)
 
 
 class CpuUse:

@@ -6,14 +6,17 @@
             that wavers by less than a quarter of its peak moves nothing
 
 Serve adds the bounds, the start from zero, and the delays: seconds before it adds replicas, minutes before it takes one
-(`engines.engine_options`). Each change is a line in the controller's log.
+(`replicas`). Each change is a line in the controller's log.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import warnings
 from typing import Any
+
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 KV_USE, CPU_USE = "kv_use", "cpu_use"  # of an engine's K/V memory; of a core, by a gateway, which has but one thread
 KV_TARGET = 0.8  # the share in use at which another replica is wanted
@@ -22,6 +25,27 @@ LOW = 0.75  # of both targets
 ROUNDING = 1e-9  # of a replica: not worth another
 
 log = logging.getLogger("ray.serve")
+
+
+def replicas(least: int, most: int, requests: float) -> dict[str, Any]:
+    """Serve's options for a deployment of `least` to `most` replicas, each with a target of so many requests."""
+    if least == most:
+        return {"num_replicas": most}
+    with warnings.catch_warnings():
+        # what is to replace `metrics_interval_s` are variables of a whole cluster's environment
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scaling = AutoscalingConfig(
+            min_replicas=least,
+            max_replicas=most,
+            target_ongoing_requests=requests,
+            metrics_interval_s=2.0,
+            look_back_period_s=6.0,
+            upscale_delay_s=2.0,
+            downscale_delay_s=120.0,
+            downscale_to_zero_delay_s=300.0,  # the next request then waits for a model to load
+            policy=AutoscalingPolicy(policy_function=f"{__name__}:{by_load.__name__}"),  # type: ignore[no-untyped-call]
+        )
+    return {"autoscaling_config": scaling}
 
 
 def wanted(requests: float, target: float, uses: list[float], replicas: int, use: str = KV_USE) -> tuple[int, str]:
