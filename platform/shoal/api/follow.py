@@ -1,7 +1,8 @@
 """A service follows a release: it serves the stable version, gives a canary its share, and takes it back by its evidence.
 
 `Follower` looks at ``release.json`` once a second, and writes what the evidence of a canary decides: each step, its rollback,
-and its promotion where the release says so. Where engines run is for `Deploys` to know: another Serve application, or this
+and its promotion where the release says so. Each gateway of a service has one: they count together (`seen`), and what two
+decide at once is done once. Where engines run is for `Deploys` to know: another Serve application, or this
 process.
 """
 
@@ -15,11 +16,11 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Protocol
 
+from shoal.api.seen import Seen
 from shoal.api.split import Split, Trial, Weighed
-from shoal.config import load
-from shoal.errors import ConfigError, ShoalError, frames
-from shoal.loop.canary import Canary, Evidence, advanced, checks
-from shoal.loop.release import Release, State, now
+from shoal.errors import ShoalError, frames
+from shoal.loop.canary import Canary, advanced, checks
+from shoal.loop.release import ChangedError, Release, State, now
 from shoal.loop.versions import Version
 from shoal.machine import write_aside
 
@@ -43,7 +44,7 @@ class Deploys(Protocol):
         """A canary of `version` that is well, beside what serves. Raises ShoalError where it does not start."""
 
     async def end(self) -> None:
-        """No canary is there any more."""
+        """No canary is there any more but the one that the release has on trial now, which another gateway may have begun."""
 
     def weights(self, version: Version) -> str:
         """How what its engines call their weights begins."""
@@ -55,8 +56,8 @@ class Follower:
     def __init__(self, release: Release, split: Split, deploys: Deploys, *, serves: int) -> None:
         """`serves`: the version that serves already."""
         self.release, self._split, self._deploys = release, split, deploys
-        self._serves = serves
-        self._seen = -1  # number of the state that is followed
+        self._serves, self._seen = serves, Seen(release.directory)
+        self._state = -1  # number of the state that is followed
         self._unwell = 0
         self._written = ""
         self._left = True  # a canary may still be there that nobody wants, such as a gateway's before this one
@@ -68,6 +69,8 @@ class Follower:
             try:
                 await self.look()
                 said = ""
+            except ChangedError:  # a person, or another gateway, was first: the next look follows that
+                pass
             except Exception as error:
                 what = error.message if isinstance(error, ShoalError) else frames(error)
                 if what != said:
@@ -78,9 +81,9 @@ class Follower:
     async def look(self) -> None:
         """Does what the release says now, and tells it what was seen."""
         state = await asyncio.to_thread(self.release.state)
-        if state.number != self._seen:
+        if state.number != self._state:
             await self._take(state)
-            self._seen = state.number
+            self._state = state.number
         if self._split.trial is not None:
             await self._judge(self._split.trial, state)
         elif state.held is None and state.canary is None and state.auto in ("canary", "promote"):
@@ -102,10 +105,11 @@ class Follower:
                 what = error.message if isinstance(error, ShoalError) else frames(error)
                 log.error("version %s does not serve, what served goes on: %s", stable.label, what)
         trial, canary = self._split.trial, state.canary
-        if trial is not None and (canary is None or canary.version != trial.canary.version):
+        if trial is not None and not trial.canary.same(canary):
             await self._end(trial)
             trial = None
         if canary is None:
+            await asyncio.to_thread(self._seen.forget)
             if self._left:
                 await self._deploys.end()
                 self._left = False
@@ -123,16 +127,15 @@ class Follower:
             client = await self._deploys.begin(version)
         except Exception as error:
             what = error.message if isinstance(error, ShoalError) else type(error).__name__
-            await self._deploys.end()
             await self._back(canary, f"it did not start: {what}")
+            await self._deploys.end()
             return
-        wanted = (await asyncio.to_thread(self.release.state)).canary
-        if wanted is None or wanted.version != canary.version:  # it was taken back while it was loaded
+        if not canary.same((await asyncio.to_thread(self.release.state)).canary):  # taken back while it was loaded
             await self._deploys.end()
             self._left = False
             return
         self._unwell = 0
-        self._split.trial = Trial(client, version.label, canary, self._split.pace, self._kept(canary))
+        self._split.trial = Trial(client, version.label, canary, self._split.pace)
 
     async def _end(self, trial: Trial) -> None:
         """It gets nothing more, its streams end, and then it goes."""
@@ -146,6 +149,8 @@ class Follower:
         self._left = False
 
     async def _judge(self, trial: Trial, state: State) -> None:
+        trial.hear(await asyncio.to_thread(self._seen.others, trial.canary))
+        await asyncio.to_thread(self._seen.tell, trial.canary, trial.own)
         await asyncio.to_thread(self._write, trial)
         decision, why = trial.decided
         if decision == "back" or await self._is_dead(trial):
@@ -180,7 +185,7 @@ class Follower:
         """Writes that it is taken back, and ends it. What is condemned gets nothing more already, so that where the release is
         busy the next look may do it."""
         state = await asyncio.to_thread(self.release.state)
-        if state.canary is not None and state.canary.version == canary.version:
+        if canary.same(state.canary):
             figures = {} if trial is None else _figures(trial)
             work = partial(self.release.rollback, why=why, who="shoal", figures=figures, seen=state.number)
             await asyncio.to_thread(work)
@@ -200,7 +205,7 @@ class Follower:
             await asyncio.to_thread(work)
 
     def _write(self, trial: Trial) -> None:
-        """What was seen of the canary, for people and for a gateway that starts again."""
+        """What was seen of the canary, for people."""
         told = {
             "version": trial.canary.version,
             "step": trial.canary.step,
@@ -216,21 +221,6 @@ class Follower:
         if text != self._written:
             write_aside(self.release.directory / EVIDENCE, text + "\n")
             self._written = text
-
-    def _kept(self, canary: Canary) -> Evidence:
-        """What a gateway before this one saw of the same step of the same canary."""
-        path = self.release.directory / EVIDENCE
-        try:
-            told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            if (told.get("version"), told.get("step"), told.get("since")) == (
-                canary.version,
-                canary.step,
-                canary.since,
-            ):
-                return load(Evidence, told["evidence"], str(path))
-        except (OSError, ValueError, KeyError, AttributeError, ConfigError) as error:
-            log.error("the evidence of the canary is lost: %s", type(error).__name__)
-        return Evidence()
 
 
 def _figures(trial: Trial) -> dict[str, dict[str, int]]:

@@ -128,10 +128,9 @@ class ServeArgs:
         if self.max_gateways < self.min_gateways:
             allowed = f"min_gateways ({self.min_gateways}) up"
             raise ConfigError("args.max_gateways", got=self.max_gateways, allowed=allowed)
-        alone = {"release": "follows it", "adapters_from": "knows what requests load"}
-        if self.max_gateways > 1 and (name := next((name for name in alone if getattr(self, name)), None)):
-            do = f"serve it with one gateway, which {alone[name]}"
-            raise ConfigError(f"args.{name} and args.max_gateways", got=self.max_gateways, do=do)
+        if self.max_gateways > 1 and self.adapters_from:
+            do = "serve it with one gateway, which knows what requests load"
+            raise ConfigError("args.adapters_from and args.max_gateways", got=self.max_gateways, do=do)
 
     @property
     def captured(self) -> CaptureArgs | None:

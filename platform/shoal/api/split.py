@@ -30,7 +30,7 @@ from shoal.engine.events import LATER, Event, Finished, Request
 from shoal.engine.metrics import Samples, sample
 from shoal.errors import DeadlineError, EngineDeadError, QueueFullError, RequestError
 from shoal.inputs.chat import Encoded
-from shoal.loop.canary import Canary, Decision, Evidence, Pace, Tally, judged
+from shoal.loop.canary import Canary, Decision, Evidence, Pace, Tally, added, judged
 
 LATE_SECONDS = 2.0  # least patience with a canary
 LATE_TIMES = 10.0  # the patience, in times of the stable version's 95th percentile to a first token
@@ -39,6 +39,7 @@ REMEMBERED = 10_000  # answers that may be voted on
 FIRST_TOKENS = 64  # of a prompt: what tells conversations apart where nothing better does
 
 OnBegun = Callable[[str], None]
+OnVote = Callable[[str, str | None, str | None], None]  # answer, who, rating
 
 
 class Weighed(EngineClient, Protocol):
@@ -82,12 +83,11 @@ class Note:
 class Trial:
     """A canary as the gateway sees it: where it is, and what it has done so far."""
 
-    def __init__(
-        self, client: Weighed, label: str, canary: Canary, pace: Pace, evidence: Evidence | None = None
-    ) -> None:
-        """`pace`: of the stable version; `evidence`: what was seen of the canary before."""
+    def __init__(self, client: Weighed, label: str, canary: Canary, pace: Pace) -> None:
+        """`pace`: of the stable version."""
         self.client, self.label, self.canary, self.pace = client, label, canary, pace
-        self.evidence = evidence or Evidence()
+        self.evidence = Evidence()  # of all gateways, as far as this one has heard of it
+        self._elsewhere = Evidence()  # what of it others counted
         self.running = 0  # requests that are with it
         self.decided: tuple[Decision, str] = ("wait", "")
         self.shadowing: asyncio.Task[None] | None = None
@@ -103,8 +103,21 @@ class Trial:
     def go_on(self, canary: Canary) -> None:
         """Another step, or the same with other bounds."""
         if canary.step != self.canary.step:
-            self.evidence.step = 0
+            self.evidence.step = self._elsewhere.step = 0
         self.canary, self.decided = canary, ("wait", "")
+
+    @property
+    def own(self) -> Evidence:
+        """What this gateway counted."""
+        return added(self.evidence, self._elsewhere, -1)
+
+    def hear(self, elsewhere: Evidence) -> None:
+        """What the other gateways have counted so far, all in all. What condemned it before stands."""
+        if elsewhere == self._elsewhere:
+            return
+        self.evidence, self._elsewhere = added(self.own, elsewhere), elsewhere
+        if self.decided[0] != "back":
+            self.decided = judged(self.canary, self.evidence)
 
     def count(self, meter: Meter, *, stable: bool, failed: bool = False) -> None:
         """A request has ended at one of the two versions."""
@@ -162,8 +175,10 @@ class Trial:
 class Split:
     """The stable version and its canary, as one `EngineClient`."""
 
-    def __init__(self, stable: Weighed) -> None:
-        self.stable = stable
+    def __init__(self, stable: Weighed, vote_elsewhere: OnVote | None = None) -> None:
+        """`vote_elsewhere`: where there are other gateways, is told of votes on answers that this one did not give; each is
+        asked what it has `counted` then."""
+        self.stable, self._vote_elsewhere = stable, vote_elsewhere
         self.trial: Trial | None = None
         self.pace = Pace()
         self.rollbacks = 0  # of canaries, by themselves
@@ -176,10 +191,18 @@ class Split:
         return _Noted(self, note)
 
     def voted(self, answer: str, who: str | None, rating: str | None) -> None:
-        """`who` rates an answer: evidence, where one of the two versions gave it during the trial."""
+        """`who` rates an answer: evidence, where one of the two versions gave it during the trial, here or at another gateway,
+        which counts it then."""
+        if not self.counts_vote(answer, who, rating) and self.trial is not None and self._vote_elsewhere is not None:
+            self._vote_elsewhere(answer, who, rating)
+
+    def counts_vote(self, answer: str, who: str | None, rating: str | None) -> bool:
+        """As `voted`, of answers that were given here; whether this is one."""
         label = self._answered.get(answer)
-        if self.trial is not None and label is not None:
-            self.trial.vote(label, (answer, who), rating)
+        if self.trial is None or label is None:
+            return False
+        self.trial.vote(label, (answer, who), rating)
+        return True
 
     def _remember(self, note: Note) -> None:
         if note.id and note.version:
@@ -318,10 +341,15 @@ class Split:
     async def keep_adapters(self, known: Mapping[str, str]) -> None:
         await self.stable.keep_adapters(known)
 
-    async def stats(self) -> Samples:
+    def counted(self) -> Samples:
+        """What this gateway counts: rollbacks, and requests of each version."""
         told = {sample("release_rollbacks"): float(self.rollbacks)}
         for (version, outcome), count in self._counts.items():
             told[sample("version_requests", version=version, outcome=outcome)] = float(count)
+        return told
+
+    async def stats(self) -> Samples:
+        told = self.counted() if self._vote_elsewhere is None else {}
         if self.trial is not None:
             told[sample("release_share", version=self.trial.label)] = self.trial.canary.share
         return {**await self.stable.stats(), **told}

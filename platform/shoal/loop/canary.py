@@ -17,7 +17,7 @@ it before some of the stable version's were timed beside its own.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 SHARES = (0.0, 0.05, 0.25, 0.5)
@@ -40,6 +40,11 @@ class Canary:
     since: str  # time of the step, ISO 8601
     shadows: int = SHADOWS
     requests: int = REQUESTS
+    began: int = 0  # number of the change that it began with: what tells it from a trial of the same version before
+
+    def same(self, other: Canary | None) -> bool:
+        """Whether that is a step of the same trial."""
+        return other is not None and (self.version, self.began) == (other.version, other.began)
 
     @property
     def share(self) -> float:
@@ -75,6 +80,21 @@ class Evidence:
     canary: Tally = field(default_factory=Tally)
     stable: Tally = field(default_factory=Tally)
     step: int = 0  # requests of the canary in its present step
+
+
+def added(one: Evidence, other: Evidence, sign: int = 1) -> Evidence:
+    """The counts of both together; with `sign` -1 those of `one` without the other's.
+
+    Examples:
+        >>> from shoal.loop.canary import Evidence, Tally, added
+        >>> added(Evidence(canary=Tally(5, 2), step=5), Evidence(canary=Tally(3, 1), step=1), -1).canary.failures
+        1
+    """
+
+    def tallies(a: Tally, b: Tally) -> Tally:
+        return Tally(*(getattr(a, each.name) + sign * getattr(b, each.name) for each in fields(Tally)))
+
+    return Evidence(tallies(one.canary, other.canary), tallies(one.stable, other.stable), one.step + sign * other.step)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,10 @@ class State:
     audit: str = ""  # sha256 of the last line of the audit log
 
 
+class ChangedError(UsageError):
+    """What was decided by a state that is no more."""
+
+
 class Release:
     """The release in `directory`."""
 
@@ -210,16 +214,16 @@ class Release:
             assert before.stable is not None
             versions.need_same(chosen.served, self.version(before.stable).served)
             figures = _forced(chosen, force)
-            canary = Canary(chosen.number, 0, now())
+            canary = Canary(chosen.number, 0, now(), began=before.number + 1)
             self._change(before, "canary", why, who, chosen.number, figures, canary=canary, held=None)
         return chosen
 
     def step(self, canary: Canary, *, why: str, figures: dict[str, Any] | None = None, seen: int | None = None) -> None:
         """The canary's next step, by evidence. Raises UsageError where another or none runs. `seen`: number of the state that
-        it was decided by; where there is another UsageError says so, for what goes on by itself must not undo what a person,
+        it was decided by; where there is another ChangedError says so, for what goes on by itself must not undo what a person,
         or another gateway, did meanwhile: two who take back one canary would take back what served before it as well."""
         with self._changing(seen) as before:
-            if before.canary is None or before.canary.version != canary.version:
+            if not canary.same(before.canary):
                 raise UsageError("another canary runs", got=before.canary and before.canary.version)
             self._change(before, "step", why, "shoal", canary.version, figures, canary=canary)
 
@@ -291,13 +295,13 @@ class Release:
     @contextmanager
     def _changing(self, seen: int | None = None) -> Iterator[State]:
         """The state before a change, while nobody else may change it. A change takes milliseconds, but for the copy of a new
-        version: who comes meanwhile waits a little, and is refused then. Raises UsageError where it is not the state `seen`."""
+        version: who comes meanwhile waits a little, and is refused then. Raises ChangedError where it is not `seen`."""
         do = "wait for it, and look at shoal release list"
         busy = ResourceError(f"{self.directory} is being changed by another command", do=do)
         with alone(self.directory / LOCK, busy, wait=WAIT_SECONDS):
             state = self._finished()
             if seen not in (None, state.number):
-                raise UsageError("the release was changed meanwhile", got=f"change {state.number}", allowed=seen)
+                raise ChangedError("the release was changed meanwhile", got=f"change {state.number}", allowed=seen)
             yield state
 
     def _finished(self) -> State:

@@ -67,6 +67,12 @@ def _all_of(application: str) -> DeploymentHandle[Any]:
     return serve.get_deployment_handle(GATEWAY, application)
 
 
+async def vote(application: str, answer: str, who: str | None, rating: str | None) -> None:
+    """Tells its gateways that `who` rates an answer, which one of them gave. Raises what Ray does."""
+    async with asyncio.timeout(ANSWER_SECONDS):
+        await _all_of(application).broadcast("voted", answer, who, rating)._fetch_replica_results_async()
+
+
 async def counted(application: str) -> dict[str, Samples]:
     """What each gateway of an application that answers has counted (`Gateway.counted`), by its name. Raises what Ray does."""
     async with asyncio.timeout(ANSWER_SECONDS):

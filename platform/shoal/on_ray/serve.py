@@ -56,7 +56,7 @@ from shoal.on_ray.clients import ReplicaClient
 from shoal.on_ray.ending import end_by_signals, need_ray, running
 from shoal.on_ray.ending import stop as stop
 from shoal.on_ray.engines import EngineReplica, engine_options
-from shoal.on_ray.gateways import CpuUse, counted, gateway_options
+from shoal.on_ray.gateways import CpuUse, counted, gateway_options, vote
 from shoal.on_ray.known_adapters import KnownAdapters
 from shoal.on_ray.quotas import ActorLink
 from shoal.on_ray.serve_config import GATEWAY, IMPORT_PATH
@@ -280,6 +280,8 @@ class Gateway:
         self._args, self._drain, self._cpu = args, Drain(OPEN_PATHS), CpuUse()
         replica = serve.get_replica_context()
         self._name, self._application = replica.replica_id.unique_id, replica.app_name
+        self._split: Split | None = None
+        self._telling: set[asyncio.Task[None]] = set()
         names: list[str | None] = [*args.models] or [args.name]
         self._models = [
             _hosted(engines[deployment], directory, name, args)
@@ -304,8 +306,24 @@ class Gateway:
         """Its name, and what it has counted."""
         resumed: Samples = {}
         for served, client in self._models:
-            resumed |= {key.beside(model_name=served.name): value for key, value in client.resumed().items()}
+            told = client.resumed() | ({} if self._split is None else self._split.counted())
+            resumed |= {key.beside(model_name=served.name): value for key, value in told.items()}
         return self._name, {**self._app.state.service.counted(), **resumed}
+
+    def voted(self, answer: str, who: str | None, rating: str | None) -> None:
+        """`who` rates an answer, at any gateway: counted where it was given."""
+        if self._split is not None:
+            self._split.counts_vote(answer, who, rating)
+
+    def _vote_elsewhere(self, answer: str, who: str | None, rating: str | None) -> None:
+        async def tell() -> None:
+            try:
+                await vote(self._application, answer, who, rating)
+            except Exception as error:  # of Ray: it is evidence, and kept with the capture in any case
+                logging.getLogger("ray.serve").warning("a vote is not told of: %s", type(error).__name__)
+
+        self._telling.add(task := asyncio.ensure_future(tell()))
+        task.add_done_callback(self._telling.discard)
 
     async def _all_counted(self) -> dict[str, Samples]:
         """What each gateway has counted, and this one in any case."""
@@ -326,10 +344,11 @@ class Gateway:
         follower: Follower | None = None
         if args.release:
             release, (served, client) = Release(args.release), self._models[0]
-            split = Split(client)
+            split = Split(client, None if self._shared is None else self._vote_elsewhere)
             models = [Hosted(served, split)]
             deploys = OnServe(args, self._application)
             follower = Follower(release, split, deploys, serves=release.stable().number)
+            self._split = split
         page: UiMount | None = chat_page_elsewhere if args.ui else None
         if args.ui and self._shared is None:
             at = args.ui_api or "http://127.0.0.1:8000/v1"

@@ -6,15 +6,23 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal import Model
+from shoal.api import follow
 from shoal.api.follow import Follower
-from shoal.api.split import Split
-from shoal.errors import EngineDeadError
-from shoal.loop.release import Release
+from shoal.api.meter import Meter
+from shoal.api.seen import Seen
+from shoal.api.split import Split, Trial
+from shoal.engine.events import Token
+from shoal.errors import DataError, EngineDeadError
+from shoal.loop.canary import Canary, Evidence, Pace, Tally, added
+from shoal.loop.release import ChangedError, Release
 from shoal.loop.versions import Version
 from tests.unit.api.test_split import Engine
 
@@ -179,3 +187,156 @@ def test_a_version_that_is_tried_again_is_not_condemned_by_what_it_did_the_first
         assert replace(trial.canary) == again._split.trial.canary
 
     run(work)
+
+
+def saw(one: Follower, requests: int, failures: int = 0) -> None:
+    """A gateway's canary answers so many requests, of which some fail; as many answers of the stable version are timed."""
+    trial = one._split.trial
+    assert trial is not None
+    meter = Meter()
+    meter.take([Token("r", 1, "x"), Token("r", 2, "y")])
+    for number in range(requests):
+        trial.evidence.canary.timed += 1
+        trial.evidence.stable.timed += 1
+        trial.count(meter, stable=False, failed=number < failures)
+
+
+async def two(release: Release) -> tuple[Follower, Follower]:
+    """Gateways that follow a canary, which has just begun."""
+    release.begin(3, why="try")
+    gateways = follower(release), follower(release)
+    for one in gateways:
+        await one.look()
+    return gateways
+
+
+def test_gateways_condemn_a_canary_by_what_they_saw_together(release: Release) -> None:
+    """Three failures of three are enough, two are not."""
+
+    async def work() -> None:
+        first, second = await two(release)
+        saw(first, 2, failures=2)
+        await first.look()
+        assert release.state().canary is not None
+        saw(second, 1, failures=1)
+        await second.look()
+        assert release.state().canary is None
+        assert release.audit.entries()[-1]["figures"]["canary"]["failures"] == 3
+        await first.look()
+        assert first._split.trial is None and not list(release.directory.glob("canary-*"))
+        assert first._split.rollbacks + second._split.rollbacks == 1
+
+    run(work)
+
+
+def test_a_step_takes_as_many_requests_of_all_gateways_as_of_one_and_is_taken_once(release: Release) -> None:
+    async def work() -> None:
+        first, second = await two(release)
+        for requests, step in ((120, 0), (80, 1)):  # of 200
+            saw(first, requests - 40)
+            saw(second, 40)
+            for one in (first, second, first):
+                await one.look()
+            assert [one._split.trial and one._split.trial.canary.step for one in (first, second)] == [step] * 2
+        assert [entry["what"] for entry in release.audit.entries()].count("step") == 1
+        saw(first, 299)
+        for one in (second, first, second, first):
+            await one.look()
+        trial = second._split.trial
+        assert trial is not None and trial.evidence.step == 299 and trial.evidence.canary.requests == 499
+        assert trial.decided[0] == "wait"
+
+    run(work)
+
+
+def test_what_a_gateway_saw_before_it_ended_counts_and_what_it_saw_of_another_trial_does_not(release: Release) -> None:
+    async def work() -> None:
+        first, second = await two(release)
+        saw(first, 2, failures=2)
+        await first.look()
+        third = follower(release)  # in the place of the first
+        await third.look()
+        saw(third, 1, failures=1)
+        await third.look()
+        assert release.state().canary is None
+        release.begin(3, why="it was the machine")  # the same version, before the second looks again
+        await second.look()
+        trial = second._split.trial
+        assert trial is not None and trial.evidence == Evidence()
+
+    run(work)
+
+
+def test_who_decided_by_a_state_that_is_no_more_looks_again_and_says_nothing_of_it(
+    release: Release, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "LOOK_SECONDS", 0.0)
+
+    async def work() -> None:
+        one, again = follower(release), asyncio.Event()
+        raises = iter([ChangedError("the release was changed meanwhile"), DataError("that is told")])
+
+        async def look() -> None:
+            if (error := next(raises, None)) is not None:
+                raise error
+            again.set()
+
+        one.look = look  # type: ignore[method-assign]
+        running = asyncio.create_task(one.run())
+        await again.wait()
+        running.cancel()
+
+    run(work)
+    assert [record.getMessage() for record in caplog.records] == ["the release is not followed: that is told"]
+
+
+@given(
+    did=st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from(["ok", "failed", "stable", "down", "look", "again"])), max_size=60
+    )
+)
+def test_after_all_have_looked_each_gateway_knows_what_all_of_them_counted(did: list[tuple[int, str]]) -> None:
+    """Whatever the order, and though some end, each once it has told, and others start in their place."""
+    canary, counted = Canary(3, 1, "now", began=7), Evidence()
+    with TemporaryDirectory() as folder:
+
+        def started() -> tuple[Seen, Trial]:
+            return Seen(Path(folder)), Trial(None, "3.canary", canary, Pace())  # type: ignore[arg-type]
+
+        def look(number: int) -> None:
+            seen, trial = gateways[number]
+            trial.hear(seen.others(canary))
+            seen.tell(canary, trial.own)
+
+        gateways = [started() for _ in range(3)]
+        for place, (number, what) in enumerate(did):
+            trial = gateways[number][1]
+            if what in ("ok", "failed", "stable"):
+                trial.count(Meter(), stable=what == "stable", failed=what == "failed")
+                count = Tally(requests=1, failures=int(what == "failed"), invalid=int(what != "failed"))
+                more = Evidence(stable=count) if what == "stable" else Evidence(canary=count, step=1)
+                counted = added(counted, more)
+            elif what == "down":
+                trial.vote("3.canary", (str(place), None), "down")
+                counted = added(counted, Evidence(canary=Tally(votes=1, down=1)))
+            else:
+                look(number)
+            if what == "again":
+                gateways[number] = started()
+        for number in (0, 1, 2, 0, 1, 2):
+            look(number)
+        assert [trial.evidence for _, trial in gateways] == [counted] * 3
+
+
+def test_what_a_gateway_left_in_pieces_counts_nothing_and_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    canary = Canary(3, 1, "now", began=7)
+    (tmp_path / "canary-broken.json").write_text('{"version": 3, "began": 7, "since": "now", "evid')
+    other, one = Seen(tmp_path), Seen(tmp_path)
+    other.tell(canary, Evidence(canary=Tally(requests=4)))
+    assert [one.others(canary).canary.requests for _ in range(3)] == [4] * 3
+    assert len(caplog.records) == 1 and "lost" in caplog.text
+    assert one.others(Canary(3, 1, "now", began=9)) == Evidence()
+    one.forget()
+    assert not list(tmp_path.iterdir())

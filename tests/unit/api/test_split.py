@@ -275,3 +275,38 @@ def test_a_copy_is_told_with_the_version_that_it_went_to(fails: bool) -> None:
         assert (label, failed, len(meter.tokens), end is None) == ("2.canary", fails, 2 if fails else 4, fails)
 
     asyncio.run(work())
+
+
+def test_a_vote_on_an_answer_of_another_gateway_is_counted_there() -> None:
+    async def work() -> None:
+        told: list[tuple[str, str | None, str | None]] = []
+        here, there = split(Engine(0)), split(Engine(0))
+        for made in (here, there):
+            made._vote_elsewhere = lambda *vote: told.append(vote)
+        await read(there, Request([5], id="r"), Note(id="a"))
+        here.voted("a", "ann", "down")
+        assert told == [("a", "ann", "down")] and here.trial is not None and not here.trial.evidence.canary.votes
+        assert [made.counts_vote(*told[0]) for made in (here, there)] == [False, True]
+        assert there.trial is not None and there.trial.evidence.canary.down == 1
+        there.voted("a", "ann", "up")
+        here.trial = None
+        here.voted("a", "ann", "up")
+        assert len(told) == 1, "what is counted here goes nowhere, and without a trial nothing does"
+
+    asyncio.run(work())
+
+
+def test_of_several_gateways_each_is_asked_what_it_counted() -> None:
+    async def work() -> None:
+        alone = split(Engine(0))
+        several = Split(alone.stable, lambda *vote: None)
+        several.trial = alone.trial
+        for made in (alone, several):
+            await read(made, Request([5], id="r"), Note())
+        counts = sample("version_requests", version="2.canary", outcome="ok")
+        share = sample("release_share", version="2.canary")
+        assert alone.counted()[counts] == several.counted()[counts] == 1
+        assert {counts, share} <= (await alone.stats()).keys()
+        assert counts not in await several.stats() and share in await several.stats()
+
+    asyncio.run(work())

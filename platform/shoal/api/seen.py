@@ -1,0 +1,68 @@
+"""What the gateways of a service see of one canary: a file each in the release's folder, which the others read.
+
+    RELEASE/canary-NAME.json   what one gateway has counted of a trial, written aside and renamed, by nobody else
+
+Together the files are the evidence, whoever looks. What a gateway saw that has ended meanwhile counts on, and one that starts
+knows it: of a service with one gateway as well. A file of another trial, of the same version too, says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from shoal.config import load
+from shoal.errors import ConfigError
+from shoal.loop.canary import Canary, Evidence, added
+from shoal.machine import write_aside
+
+log = logging.getLogger("shoal.api")
+
+
+class Seen:
+    """Of one gateway, in the folder of its release."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = folder / f"canary-{uuid.uuid4().hex}.json"
+        self._written, self._said = "", ""
+
+    def tell(self, canary: Canary, own: Evidence) -> None:
+        """What this gateway has counted of `canary` so far. Raises OSError."""
+        text = json.dumps({**asdict(canary), "evidence": asdict(own)})
+        if text != self._written:
+            write_aside(self._file, text + "\n")
+            self._written = text
+
+    def others(self, canary: Canary) -> Evidence:
+        """What all others counted of `canary`, in its present step too. A file that cannot be read counts nothing, and the log
+        says so once."""
+        found = Evidence()
+        for path in self._files():
+            if path == self._file:
+                continue
+            try:
+                told = json.loads(path.read_text(encoding="utf-8"))
+                if (told["version"], told["began"]) == (canary.version, canary.began):
+                    seen = load(Evidence, told["evidence"], str(path))
+                    now = (told["step"], told["since"]) == (canary.step, canary.since)
+                    found = added(found, seen if now else replace(seen, step=0))
+            except FileNotFoundError:  # the trial ends
+                continue
+            except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+                if path.name != self._said:
+                    log.error("%s: what a gateway saw of the canary is lost: %s", path, type(error).__name__)
+                self._said = path.name
+        return found
+
+    def forget(self) -> None:
+        """There is no trial: takes the files away. Raises OSError."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
+        self._written = ""
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob("canary-*.json"))
