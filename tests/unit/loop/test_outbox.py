@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,6 @@ from shoal.loop.scribe import Scribe
 from shoal.loop.writer import Writer
 
 NOON = 1_795_780_800_000  # 2026-11-27 12:00, UTC
-
-
-@pytest.fixture
-def capture(tmp_path: Path) -> Capture:
-    return Capture(tmp_path / "capture", create=True)
-
-
-@pytest.fixture
-def box(capture: Capture) -> Iterator[Outbox]:
-    made = Outbox(str(capture.folder))
-    yield made
-    made.close()
 
 
 def facts(number: int, **known: Any) -> Facts:

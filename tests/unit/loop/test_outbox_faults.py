@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,18 +26,6 @@ from shoal.loop.writer import Writer
 
 NOON = 1_795_780_800_000  # 2026-11-27 12:00, UTC
 DAY = 86_400_000
-
-
-@pytest.fixture
-def capture(tmp_path: Path) -> Capture:
-    return Capture(tmp_path / "capture", create=True)
-
-
-@pytest.fixture
-def box(capture: Capture) -> Iterator[Outbox]:
-    made = Outbox(str(capture.folder))
-    yield made
-    made.close()
 
 
 def facts(number: int, prompt: int = 0) -> Facts:
