@@ -96,9 +96,10 @@ def train(
         actor = records() if is_remote(plan.run) else None
         trainer = _trainer(plan, (least, most), cpus_per_worker, use_gpu, max_failures, actor)
         ours = {**RAY_SETTINGS, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start}
-        reports = together(on_progress, Exported(plan.run))
+        exported = Exported(plan.run)
+        reports = together(on_progress, exported)
         following = following_file(plan.run, reports) if actor is None else following_actor(actor, reports)
-        with following, _sigint_restored(), _sigterm_stops(plan), _defaults(ours):
+        with exported, following, _sigint_restored(), _sigterm_stops(plan), _defaults(ours):
             try:
                 result: Any = trainer.fit()
             except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:  # the latter: its controller died
