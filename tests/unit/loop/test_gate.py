@@ -64,7 +64,7 @@ def write(path: Path, asked: list[str], right: list[str]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
+def short(untimed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.loop.gate.MOST_TOKENS", MOST_TOKENS)
 
 

@@ -102,7 +102,7 @@ def test_what_is_taken_is_read_from_the_verdict_of_the_version_and_of_no_other(t
 
 
 def test_the_gate_adds_what_the_stable_version_took(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+    untimed: None, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shoal.loop.gate.MOST_TOKENS", 8)
     write(tmp_path / "suites" / "shop.jsonl", ASKED[:200], answers(Model.load(model), ASKED[:200]))
