@@ -12,9 +12,11 @@ import pytest
 from shoal import cli
 from shoal.bench import augment
 from shoal.bench.augment import AUGMENTED, PLAIN, TAUGHT, Job, bootstrapped, compared, prepare, recipe_of, verdict
+from shoal.data.chats.augment import Augmenter
 from shoal.errors import DataError
 from shoal.loop.suites import freeze
 from shoal.recipes import law, medicine
+from shoal.recipes.law.questions import ANSWER, questions
 from shoal.recipes.law.words import ACTS, ASKED, ENDINGS, FRAMES, OPENINGS
 from shoal.recipes.medicine.words import RED_FLAGS, SYMPTOMS
 from shoal.recipes.recipe import SUITES
@@ -36,6 +38,16 @@ def test_synonyms_are_of_what_is_learned_from_and_of_nothing_that_is_asked(recip
         assert any(word in wording for wording in split[TRAIN]), f"{word} is in no row"
         for other in map(str.lower, others):
             assert not any(other in wording or wording in other for wording in split[SUITE] + split[DEV]), other
+
+
+def test_a_copy_of_a_law_row_quotes_what_stands_in_it() -> None:
+    made = Augmenter(1.0, 0, dict(law.RECIPE.synonyms))
+    copies = [copy for row in questions(TRAIN, TRAIN, 200) if (copy := made.copy(row)) is not None]
+    quotes = [copy for copy in copies if copy["task"] == ANSWER]
+    assert len(quotes) > 60
+    for copy in quotes:
+        asked, answer = (str(one["content"]) for one in copy["messages"][-2:])
+        assert answer.partition(": ")[2] in asked.split("\n")
 
 
 def jobs() -> list[Job]:

@@ -142,6 +142,19 @@ def test_a_copy_says_what_it_is_and_answers_are_left_alone() -> None:
         assert Augmenter(1.0).copy(copy) is None, "a copy of a copy drifts"
 
 
+def test_a_line_that_an_answer_quotes_is_left_alone_and_the_question_is_not() -> None:
+    """Else a copy teaches a quote of words that are not there."""
+    clauses = ["You may send copies of the work to anybody.", "Nobody shall be liable for any damage that it does."]
+    for number in range(60):
+        asks = [*clauses, f"How do I get the right to send copy {number}?"]
+        row = chat("\n".join(asks), f"Not permitted: {clauses[1]}")
+        copy = Augmenter(1.0, number).copy(row)
+        assert copy is not None and clauses[1] in (said := copy["messages"][0]["content"].split("\n"))
+        assert len(said) == 3 and said != asks
+    echo = "Say again what you were told."
+    assert Augmenter(1.0).copy(chat(echo, echo)) is None
+
+
 def test_pictures_stay_where_they_are(data_url: str) -> None:
     picture = {"type": "image_url", "image_url": {"url": data_url}}
     row = {"messages": turns([picture, {"type": "text", "text": "What is the colour of the shape?"}], "Red")}

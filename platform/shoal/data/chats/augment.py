@@ -6,7 +6,8 @@
 
 Notable: every row stays as it is, byte for byte; a changed copy follows it, and says so in its field ``augmented``. What is
 done to a row depends on its messages and the seed alone. Where nothing can be changed, nothing is added. Rows to evaluate on
-are never changed, and no copy asks what a held-out row asks.
+are never changed, and no copy asks what a held-out row asks. A line that an answer repeats word for word stays as it is: of a
+quote whose text was changed a model would learn to say what is not there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -29,6 +31,7 @@ from shoal.machine import aside
 
 EVALUATION = frozenset({"heldout", "test", "eval", "evaluation", "validation"})  # values of a row's field ``split``
 WAYS = ("paraphrase", "typos", "rename")
+QUOTED = 16  # characters of a line, at least, for it to be a quote where an answer has it too
 
 Row = dict[str, Any]
 
@@ -70,7 +73,8 @@ class Augmenter:
             if way == "paraphrase":
                 synonyms = {**SYNONYMS, **self.synonyms}
                 change = lambda text: paraphrased(text, draw, synonyms)  # noqa: E731
-            made = [change(text) if role == "user" else None for role, text in texts]
+            answers = [text for role, text in texts if role == "assistant"]
+            made = [_around(text, answers, change) if role == "user" else None for role, text in texts]
             new = [m or text for m, (_, text) in zip(made, texts, strict=True)] if any(made) else None
         return _with_texts(messages, iter(new)) if new is not None else None
 
@@ -132,6 +136,19 @@ def _row(line: bytes) -> Row | None:
 
 def _is_chat(messages: Any) -> TypeGuard[list[Row]]:
     return isinstance(messages, list) and bool(messages) and all(isinstance(m, dict) for m in messages)
+
+
+def _around(text: str, answers: list[str], change: Callable[[str], str | None]) -> str | None:
+    """`text` changed around its lines that an answer has word for word; None where nothing is."""
+
+    def quoted(line: str) -> bool:
+        return len(line.strip()) >= QUOTED and any(line.strip() in answer for answer in answers)
+
+    pieces = [(kept, "\n".join(some)) for kept, some in groupby(text.split("\n"), quoted)]
+    made = [None if kept else change(piece) for kept, piece in pieces]
+    if not any(one is not None for one in made):
+        return None
+    return "\n".join(piece if new is None else new for new, (_, piece) in zip(made, pieces, strict=True))
 
 
 def _texts(messages: list[Row]) -> Iterator[tuple[str, str]]:
