@@ -69,47 +69,53 @@ TOLD = {
     }
 }
 # words of a person's, not the wordings of the cases: stems, and pairs of them in one sentence; a flag that is a lack has its
-# "no" among its words, which would take it back otherwise. Chinese in simplified letters: `policy` adds the traditional ones
+# "no" among its words, which would take it back otherwise. Those of doctors' words are stems of names and synonyms in the Human
+# Phenotype Ontology (hp.obo of 2025-01-16). Chinese in simplified letters: `policy` adds the traditional ones
 FLAG_WORDS: Mapping[str, tuple[str, ...]] = {
     "chest pain": (
         "chest + pain", "chestpain", "heart attack", "chest + tight", "chest + press", "chest + crush", "chest + stab",
-        "chest + hurt", "chest + ache",
-        "胸痛", "胸闷", "胸口", "胸 + 痛", "胸 + 疼",
+        "chest + hurt", "chest + ache", "chest + discomfort", "chest + distress", "thoracic pain", "precordial", "angina",
+        "胸痛", "胸闷", "心绞痛", "胸口", "胸 + 痛", "胸 + 疼",
     ),
     "short of breath": (
         "breath", "no breath", "not breath", "without breath", "不呼吸", "没有呼吸了", "没了呼吸",
-        "suffocat", "chok", "呼吸", "喘不", "气喘", "喘气", "气短", "透不过气",
-        "憋气",
+        "suffocat", "chok", "panting", "dyspn", "orthopn", "apnea", "apnoea", "apneic", "respiratory distress",
+        "respiratory difficult", "respiratory failure", "spontaneous respiration",
+        "呼吸", "喘不", "气喘", "喘气", "气短", "透不过气", "憋气",
     ),
     "fainting": (
         "faint", "passed out", "pass out", "passing out", "black out", "blacking out", "syncop", "unconscious",
         "consciousness", "no consciousness", "not conscious", "without consciousness", "没有意识了", "没了意识", "无意识",
-        "blacked out", "collaps", "晕倒", "晕过去", "昏", "失去意识", "不省人事",
+        "blacked out", "collaps", "vasovagal", "coma", "stupor", "trance", "vegetative state",
+        "晕倒", "晕过去", "昏", "失去意识", "不省人事",
     ),
     "one side weak": (
         "stroke", "one side + weak", "one side + numb", "one arm + hang", "one arm + weak", "droop", "slur", "face + hang",
-        "半边", "半身",
-        "一只手 + 抬", "嘴歪", "口角", "说话含糊", "偏瘫",
+        "one side + paraly", "hemipar", "hemipleg", "cerebrovascular", "cerebral vascular", "facial + palsy", "facial + paraly",
+        "facial + paresis", "facial + weak", "nerve palsy", "bell's palsy", "dysarthri", "articulating speech",
+        "bleeding in + brain", "cerebral hemorrhage", "cerebral haemorrhage", "intracerebral", "中风",
+        "半边", "半身", "一只手 + 抬", "嘴歪", "口角", "说话含糊", "偏瘫",
     ),
     "vomiting blood": (
         "blood + vomit", "blood + threw up", "blood + throw", "cough + up blood", "coughing blood", "coughed blood",
-        "cough blood", "blood + spit", "blood + spat", "bloody", "吐血", "呕血", "咳血",
-        "血 + 吐", "血 + 呕",
+        "cough blood", "blood + spit", "blood + spat", "bloody", "hematemesis", "haematemesis", "hemoptysis", "haemoptysis",
+        "吐血", "呕血", "咳血", "血 + 吐", "血 + 呕",
     ),
     "stiff neck": (
-        "neck + stiff", "neck + rigid", "neck + not bend", "neck + bend", "neck + lock", "脖子 + 僵", "脖子 + 硬", "脖子不能",
-        "颈",
+        "neck + stiff", "neck + rigid", "neck + not bend", "neck + bend", "neck + lock", "nuchal", "meningism",
+        "脖子 + 僵", "脖子 + 硬", "脖子不能", "颈",
     ),
     "swollen tongue": (
         "tongue + swell", "tongue + swoll", "lips + swell", "lips + swoll", "throat + swell", "swell + throat",
-        "throat + swoll",
+        "throat + swoll", "lip + swell", "lip + swoll", "lip + edemat", "angioedema", "angiooedema", "angioneurotic", "quincke",
+        "tongue + edema", "tongue + oedema", "laryngeal edema", "laryngeal oedema",
         "舌 + 肿", "嘴唇 + 肿", "喉咙肿",
     ),
-    "confusion": ("confus", "disorient", "no idea where", "神志", "糊涂", "胡话", "意识模糊", "不知道自己"),
+    "confusion": ("confus", "disorient", "no idea where", "deliri", "神志", "糊涂", "胡话", "意识模糊", "不知道自己"),
 }  # fmt: skip
 
 # of the letters in these words
-_TRADITIONAL = str.maketrans("气过晕识无没边说话瘫呕颈肿闷只咙涂", "氣過暈識無沒邊說話癱嘔頸腫悶隻嚨塗")
+_TRADITIONAL = str.maketrans("气过晕识无没边说话瘫呕颈肿闷只咙涂风绞", "氣過暈識無沒邊說話癱嘔頸腫悶隻嚨塗風絞")
 
 
 @dataclass(frozen=True)
