@@ -11,7 +11,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,23 +99,25 @@ class ByEngine:
 def measured(
     recipe: Recipe, models: Mapping[str, Path], folder: Path, seed: int, tell: Progress, *, most_rows: int = 0
 ) -> dict[str, Any]:
-    """The report: ``suites`` (name -> who answers -> measure), ``depths`` (of each model and exit; of "auto" which it chose),
-    ``costs`` (bytes, tokens a second), ``samples``, ``weak``, sentences about what is weak, and ``notes``, about what was not
-    asked. The last of `models` is the one that is served. `most_rows`: of a suite, whole conversations; 0: all. Raises
-    DataError for suites that changed."""
+    """The report: ``suites`` (name -> who answers -> measure), ``languages`` (the same of each language, where there are
+    several), ``depths`` (of each model and exit; of "auto" which it chose), ``costs`` (bytes, tokens a second), ``samples``,
+    ``weak``, sentences about what is weak, and ``notes``, about what was not asked. The last of `models` is the one that is
+    served. `most_rows`: of a suite, whole conversations; 0: all. Raises DataError for suites that changed."""
     asked, notes = _asked(folder, most_rows)
     loaded = {label: Model.load(path) for label, path in models.items()}
     rivals, found = recipe.rivals(folder), dict[str, dict[str, dict[str, Figure]]]()
     served = [*loaded][-1]
     picks = Picks(recipe)
     depths: list[dict[str, Any]] = []
+    languages: list[dict[str, Any]] = []
     samples: list[dict[str, str]] = []
     total, steps = len(asked) * (len(rivals) + sum(1 + len(one.config.exits) for one in loaded.values())), 0
     for name, rows in asked.items():
         found[name] = {}
         for rival, answerer in rivals.items():
             tell(f"{rival} on {name}", steps, total)
-            found[name][rival] = _all(recipe, rows, answerer, seed)[0]
+            found[name][rival], answers = _all(recipe, rows, answerer, seed)
+            languages += by_language(recipe, name, rival, rows, answers)
             steps += 1
         for label, model in loaded.items():
             for depth in _depths(model):
@@ -126,6 +128,7 @@ def measured(
                 steps += 1
                 if depth in (AUTO, FULL):
                     found[name][_column(label, depth)] = figures
+                    languages += by_language(recipe, name, _column(label, depth), rows, answers)
                 row = {"suite": name, "model": label, "depth": depth, "layers": answerer.depth_share}
                 depths.append(row | ({"chosen": answerer.chosen} if depth == AUTO else {}) | _told(figures))
                 if answerer.too_long and depth == FULL:
@@ -143,12 +146,24 @@ def measured(
         "weak": weak(recipe, found, list(rivals), _column(served, _served_at(recipe, loaded[served]))),
         "notes": notes,
         "suites": {name: {who: _told(figures) for who, figures in by.items()} for name, by in found.items()},
+        "languages": languages,
         "depths": depths,
         "workloads": picks.all(),
         "costs": _costs(loaded, models),
         "samples": samples,
         "examples": _examples(recipe, loaded[served], next(iter(asked.values()))[0].get("tools", [])),
     }
+
+
+def by_language(
+    recipe: Recipe, suite: str, who: str, rows: Sequence[Row], answers: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """The measures of answers to the rows of each language; none where all rows are of one, or of none that is known."""
+    languages = list(dict.fromkeys(str(row["language"]) for row in rows if "language" in row))
+    for language in languages if len(languages) > 1 else ():
+        places = [place for place, row in enumerate(rows) if row.get("language") == language]
+        figures = recipe.score([rows[place] for place in places], [answers[place] for place in places])
+        yield {"suite": suite, "who": who, "language": language, "rows": len(places), **_told(figures)}
 
 
 def _asked(folder: Path, most_rows: int) -> tuple[dict[str, Sequence[Row]], list[str]]:

@@ -64,6 +64,16 @@ def _tables(recipe: Recipe, report: Mapping[str, Any]) -> Iterator[tuple[str, li
             ["measure", *by],
             [[name, *(_shown(figures.get(name)) for figures in by.values())] for name in kept],
         )
+    if spoken := report.get("languages"):
+        kept = [name for name in recipe.measures if any(name in row for row in spoken)]
+        yield (
+            "by language",
+            ["suite", "who", "language", "answers", *kept],
+            [
+                [row["suite"], row["who"], row["language"], str(row["rows"]), *(_shown(row.get(name)) for name in kept)]
+                for row in spoken
+            ],
+        )
     columns = [name for name in _measures(recipe) if any(name in row for row in report["depths"])]
     yield (
         "by depth",

@@ -13,7 +13,9 @@ import pytest
 from shoal.recipes.law import RECIPE, licences, score, words
 from shoal.recipes.law.clauses import LICENCES, OF_SPLIT
 from shoal.recipes.law.questions import ANSWER, SILENT, questions, said_again
+from shoal.recipes.measure import by_language
 from shoal.recipes.recipe import SUITES
+from shoal.recipes.report import markdown
 from shoal.recipes.splits import DEV, LANGUAGES, SUITE, TRAIN, of_split
 
 SPLITS = (TRAIN, DEV, SUITE)
@@ -157,6 +159,25 @@ def test_a_spoilt_answer_is_seen_in_its_measure(new: Rows, spoil: Any, measure: 
 def test_the_question_is_no_clause_that_may_be_quoted(new: Rows) -> None:
     said = [f"{words.FORBIDDEN[row['language']]}: {row['messages'][1]['content'].split(chr(10))[-1]}" for row in new]
     assert values(new, said)["invented"] == 1.0
+
+
+def test_what_is_known_in_one_language_alone_is_seen_by_language(new: Rows) -> None:
+    """And stands in the report; of rows in one language nothing is said twice."""
+    said = [text if row["language"] == "zh" else "" for row, text in zip(new, answers(new), strict=True)]
+    told = list(by_language(RECIPE, "new", "int8", new, said))
+    right = {row["language"]: (row["rows"], row["right"]["value"]) for row in told}
+    assert right == {"en": (60, 0.0), "zh": (60, 1.0)} and all(row["right"]["interval"] for row in told)
+    english = [row for row in new if row["language"] == "en"]
+    assert not list(by_language(RECIPE, "new", "int8", english, answers(english)))
+    found: dict[str, Any] = {
+        "weak": [], "notes": [], "suites": {}, "languages": told, "depths": [], "costs": {}, "examples": [], "samples": [],
+        "workloads": [],
+    }  # fmt: skip
+    lines = markdown(RECIPE, found).splitlines()
+    assert [line.split("|")[3:5] for line in lines if line.startswith("| new |")] == [
+        [" en ", " 60 "],
+        [" zh ", " 60 "],
+    ]
 
 
 def test_keywords_do_better_where_they_were_taken_from() -> None:
