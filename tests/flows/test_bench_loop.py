@@ -78,7 +78,9 @@ def test_each_of_ten_bad_candidates_is_refused_by_name(tmp_path: Path, monkeypat
     data = write_corpus(tmp_path / "data", preset)
     model = Model.from_preset("test")
     model.tokenizer = Tokenizer.load(data / "tokenizer.json")
-    model.router = fit_router(model.config, torch.randn(40, 2 * model.config.width + 3), torch.rand(40, 2))
+    draws = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 2 * model.config.width + 3, generator=draws)
+    model.router = fit_router(model.config, features, torch.rand(40, 2, generator=draws))
     model.save(tmp_path / "model")
     monkeypatch.setattr(loop_refuse, "shuffled", few)
     for name, value in (("NEW", 20), ("OLD", 20), ("FROZEN", 45), ("RECENT", 20)):

@@ -67,10 +67,11 @@ class Verdict:
 
 @dataclass
 class _Seen:
-    """Of the suites so far: tokens of both answers to what is frozen, and questions that both answered, by task; and whether
-    all that is new of the candidate is its router."""
+    """Of the suites so far: tokens of both answers to what is frozen, and questions that both answered, by task; whether all
+    that is new of the candidate is its router, and whether it broke off where it was asked."""
 
     alone: bool
+    broke_off: bool = False
 
     longer: list[tuple[int, int]] = field(default_factory=list)
     answered: dict[str, list[Question]] = field(default_factory=dict)
@@ -208,9 +209,11 @@ def _asked(suite: Suite, folder: Path, model: Model, known: Model, margin: float
             (new, broken), (old, _) = (_answers(each, asked, most) for each in (model, known))
         except ShoalError as error:
             found.append(Check(name, FAIL, f"it does not answer: {error}"))
+            seen.broke_off = True
             continue
         if broken:  # nor would it where the stable version says something wrong, which no score tells apart
             found.append(Check(name, FAIL, f"it does not answer {len(broken)} of {len(asked)}: {broken[0]}"))
+            seen.broke_off = True
             continue
         if suite.kind == FROZEN:
             seen.longer += [(one.tokens, other.tokens) for one, other in zip(new, old, strict=True)]
@@ -260,6 +263,9 @@ def _equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 def _costs(model: Model, known: Model, seen: _Seen) -> list[Check]:
     """The checks of the router and of speed, on what both have answered."""
+    if not seen.answered and not seen.new and seen.broke_off:
+        told = "it does not answer, so nothing says what its answers cost"
+        return [Check(name, SKIPPED, told) for name in ("router", costs.TIME)]
     if not seen.answered and not seen.new:
         told = "no question tells what an answer costs: add a frozen suite, or more people to what is new"
         return [Check(name, INCONCLUSIVE, told, needed=costs.LEAST) for name in ("router", costs.TIME)]

@@ -269,6 +269,8 @@ def test_a_candidate_that_breaks_off_fails_also_where_the_stable_version_is_wron
     found = gate(place / "stable", place / "stable", tmp_path / "suites", need_recent=False)
     (check,) = (check for check in found.checks if check.name == "shop, chat")
     assert found.verdict == "fail" and check.told == "it does not answer 280 of 280: logits are not finite"
+    costs_of = {check.name: check.status for check in found.checks if check.name in ("router", costs.TIME)}
+    assert costs_of == {"router": "skipped", costs.TIME: "skipped"}, "it is refused for what it is"
 
 
 def test_who_is_asked_nothing_that_shows_costs_is_not_let_pass_for_it(place: Path, tmp_path: Path) -> None:
