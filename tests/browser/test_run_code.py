@@ -35,12 +35,11 @@ def answered(page: Page, text: str, count: int) -> None:
     page.get_by_label("Submit").wait_for()
 
 
-@pytest.mark.parametrize("path", ["", "code"])
 def test_python_of_an_answer_is_run_by_its_button_and_what_it_may_not_do_is_said(
-    page: Page, strangers: list[str], path: str
+    page: Page, strangers: list[str]
 ) -> None:
     with site(run_code=True) as here:
-        visit(page, here, path)
+        visit(page, here)
         most_tokens(page, 16)
         with here.saying(SORT):
             answered(page, "Write quicksort in Python and explain.", 1)
