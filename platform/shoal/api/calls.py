@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from shoal.api.bodies import Function
-from shoal.inputs.call_formats import OURS, SPACE, Called, CallFormat, closed
+from shoal.inputs.call_formats import OURS, SPACE, Called, CallFormat, Closing
 from shoal.inputs.tools import call
 
 Delta = dict[str, Any]
@@ -112,7 +112,7 @@ class Tagged(Reader):
     def __init__(self, tools: Mapping[str, Function], written: CallFormat = OURS, *, most: int | None = None) -> None:
         """`most`: calls that are read; the others that come with them are left out."""
         self._tools, self._written, self._most, self._held = tools, written, most, ""
-        self._seen = 0  # characters behind the tag that opens, up to which nothing closes the call
+        self._closing = Closing(written.close)  # of what stands behind the tag that opens
 
     def push(self, text: str) -> list[Delta]:
         self._held += text
@@ -149,7 +149,8 @@ class Tagged(Reader):
             end = self._end(rest, ended)
             if end < 0:
                 break
-            inner, self._held, self._seen = rest[:end], rest[end + len(close) :], 0
+            inner, self._held = rest[:end], rest[end + len(close) :]
+            self._closing = Closing(close)
             deltas += self._read(before, inner, close)
         return deltas
 
@@ -157,7 +158,7 @@ class Tagged(Reader):
         """Where in `rest`, behind what opens a call, it is closed: not in a text of its arguments, unless it is no call then
         either. -1 where that is not known yet."""
         close = self._written.close
-        end, self._seen = closed(rest, close, self._seen)
+        end = self._closing.find(rest)
         if (end >= 0 or ended) and (first := rest.find(close)) != end:
             found = self._written.read(rest[:end] if end >= 0 else rest, self._tools)
             return end if found is not None and not found[1].strip() else first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoal.inputs.call_formats import closed
+from shoal.inputs.call_formats import Closing
 from shoal.inputs.tokenizer import Tokenizer
 
 
@@ -61,7 +61,8 @@ class _Frame:
 
     def __init__(self, opens: str, closes: str) -> None:
         self._opens, self._closes = opens, closes
-        self._text, self._opened, self._seen = "", False, 0  # what is looked at, and from where on
+        self._text, self._opened = "", False  # what is looked at
+        self._closing = Closing(closes)
 
     def take(self, text: str) -> int:
         """Where `text`, which comes next, has closed it; -1 where it has not."""
@@ -74,9 +75,9 @@ class _Frame:
             before, self._text = before - cut, self._text[cut:]
         if not self._opened:
             return -1
-        end, self._seen = closed(self._text, self._closes, self._seen)
+        end = self._closing.find(self._text)
         if end < 0:
             return -1
         end += len(self._closes)
-        self._text, self._opened, self._seen = self._text[end:], False, 0
+        self._text, self._opened, self._closing = self._text[end:], False, Closing(self._closes)
         return end - before

@@ -104,20 +104,44 @@ class CallFormat:
 
 
 SPACE = " \t\r\n"  # of JSON; what else Python strips, as U+001C, is in no grammar's white space
-_TEXT = re.compile(r'"(?:[^"\\]|\\.?)*("|\Z)', re.DOTALL)  # of JSON; the last may have no end
+_JSON = re.compile(rf"[{SPACE}]*[{{\[]")
+_IN_TEXT = re.compile(r'(?:[^"\\]|\\.)*', re.DOTALL)  # of JSON, up to where it ends or breaks off
 
 
-def closed(text: str, close: str, start: int = 0) -> tuple[int, int]:
-    """Where in `text`, which stands behind what opens a call, the first `close` begins that is in no text of its JSON; -1 where
-    there is none yet. And from where on to look once more of `text` has come, as `start`."""
-    while (end := text.find(close, start)) >= 0 and _breaks_off_in_text(text[:end]):
-        start = end + len(close)
-    return end, start if end >= 0 else max(start, len(text) - len(close) + 1)
+class Closing:
+    """Looks in text that grows, and stands behind what opens a call, for what closes it: not in a text of its JSON. It goes
+    over each letter once: a call that spells its own end thousands of times would hold up all other answers."""
 
+    def __init__(self, close: str) -> None:
+        self._close = close
+        self._from = 0  # nothing closes it before
+        self._at, self._inside = 0, False  # up to where it was read, and whether that is in a text of JSON
 
-def _breaks_off_in_text(begun: str) -> bool:
-    """Does what begins as JSON break off in a text?"""
-    return begun.lstrip(SPACE)[:1] in ("{", "[") and any(not found[1] for found in _TEXT.finditer(begun))
+    def find(self, text: str) -> int:
+        """Where in `text`, which begins as before, the first that closes it begins; -1 where there is none yet."""
+        while (end := text.find(self._close, self._from)) >= 0 and self._breaks_off_in_text(text, end):
+            self._from = end + len(self._close)
+        if end < 0:
+            self._from = max(self._from, len(text) - len(self._close) + 1)
+        return end
+
+    def _breaks_off_in_text(self, text: str, end: int) -> bool:
+        """Does what begins as JSON, up to `end`, break off in a text?"""
+        if not self._at and not _JSON.match(text, 0, end):
+            return False
+        while self._at < end:
+            if not self._inside:
+                quote = text.find('"', self._at, end)
+                self._at, self._inside = (end, False) if quote < 0 else (quote + 1, True)
+                continue
+            here = _IN_TEXT.match(text, self._at, end)
+            assert here is not None
+            self._at = here.end()
+            if self._at == end - 1 and text[self._at] == "\\":  # what it escapes comes next
+                break
+            if self._at < end:
+                self._at, self._inside = self._at + 1, False
+        return self._inside
 
 
 OURS = CallFormat(OPEN, CLOSE)
