@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,16 @@ OPTIONS: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "kv_cache_
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An imported model with early exits of weights of their own."""
+    """An imported model with early exits of weights of their own, of a shorter context; its name leads elsewhere."""
     folder = tmp_path_factory.mktemp("adapted")
-    import_model(write_llama(folder / "llama", layers=6), folder / "model")
+    import_model(write_llama(folder / "llama", layers=6), folder / "model", context=400)
     base = Model.load(folder / "model")
     net, draw = exits.added(base.net, exits.with_exits(base.config)), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in net.named_parameters():
             if exits.is_exits(name, net.config) and weight.dim() > 1:
                 weight += torch.empty(weight.shape).normal_(0, weight.std().item() / 4, generator=draw)
-    Model(net.config, net, base.tokenizer, name="fish", chat_template=base.chat_template, source=base.source).save(
+    Model(net.config, net, base.tokenizer, name="../fish", chat_template=base.chat_template, source=base.source).save(
         folder / "exits"
     )
     return folder / "exits"
@@ -61,8 +62,10 @@ def test_vllm_says_of_an_exported_depth_what_the_exit_says(
 
 @pytest.mark.parametrize(("depth", "layers"), [("middle", 4), (None, 6)])
 def test_the_gateway_s_vllm_serves_an_imported_model_at_one_depth(
-    depth: str | None, layers: int, adapted: Path
+    depth: str | None, layers: int, adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     model, prompt = Model.load(adapted), Encoded([17, 90, 200, 33, 90, 17, 5])
     named = {"hf_overrides": {"depth": depth}} if depth else {}
     args = ServeArgs(model=str(adapted), engine="vllm", max_batch=2, threads=1, vllm={**OPTIONS, **named})
@@ -70,6 +73,8 @@ def test_the_gateway_s_vllm_serves_an_imported_model_at_one_depth(
 
     async def asked() -> tuple[list[Event], list[Event], str]:
         engine = start(str(adapted), args.served(str(adapted)), args)
+        assert not [*tmp_path.rglob("*.safetensors")], "vLLM has read them"
+        assert engine._llm.model_config.max_model_len == model.config.context == 400
         try:
             sampling = Sampling(temperature=0, max_tokens=ANSWER, ignore_eos=True)
             said = [event async for events in engine.batches(Request(prompt, sampling)) for event in events]

@@ -8,6 +8,7 @@ are cut into files, and what is verified when they are read, is decided in `file
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import os
 import shutil
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from shoal.config import ModelConfig, dump
-from shoal.errors import CheckpointError, first_line
+from shoal.errors import CheckpointError, ResourceError, first_line
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.machine import write_json
@@ -136,7 +137,7 @@ def require_replaceable(directory: str | Path) -> None:
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
     """A directory to write in, which takes the place of `directory` once it is whole and is gone when that fails. The one that
-    was there before is put back where the new one cannot take its place."""
+    was there before is put back where the new one cannot take its place. Raises ResourceError where the disk is full."""
     directory = directory.resolve()
     name = f".{directory.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     aside, before = (directory.with_name(f"{name}.{end}") for end in ("tmp", "old"))
@@ -154,6 +155,10 @@ def replacing(directory: Path) -> Iterator[Path]:
                 before.rename(directory)
             raise
         shutil.rmtree(before, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceError(f"cannot write {directory}", got=error.strerror, do="free some disk") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

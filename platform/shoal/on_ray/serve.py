@@ -96,6 +96,8 @@ def app(args: dict[str, Any]) -> serve.Application:
         served = given.served(directory)  # refused now, in one line, and not by every replica again
         if given.engine == "shoal" and not is_remote(directory):
             check(Path(directory))  # as each replica does: while what serves is whole
+        if given.engine == "vllm":
+            options.check_depth(here(directory, weights=False), served.config, given.vllm)
         chosen = engine_options(given, directory, served.config.page) | _surge(given)
         engines[name] = serve.deployment(name=name, **chosen)(EngineReplica).bind(given, directory)
     ingress = serve.ingress()(Gateway)  # builds its app where it runs

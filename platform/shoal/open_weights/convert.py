@@ -220,15 +220,12 @@ def _generation(told: Mapping[str, Any], ends: Sequence[int], vocab: int) -> dic
     return found if known == set(ends) else {**found, "eos_token_id": list(ends)}
 
 
-def _exportable(directory: Path, to: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The configuration of an imported model, and what its source said. Raises CheckpointError where it cannot be exported, or
-    not to that place."""
+def need_exportable(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The configuration of an imported model, and what its source said. Raises CheckpointError where it cannot be exported."""
     _, config = described.read_config(directory)
     if not (directory / described.SOURCE).exists() or config.quantization != "none":
         got = "a quantised model" if config.quantization != "none" else f"no {described.SOURCE}"
         raise CheckpointError(f"{directory} cannot be exported", got=got, do="give a model that `shoal import` made")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise CheckpointError(f"{to}", got="something that is there", do="choose a place that is empty")
     told = described.read_json(directory / described.SOURCE)
     if (told["config"].get("rope_scaling") or {}).get("rope_type") == rope.RATES:
         got = "rates of a GGUF that no scheme of Hugging Face's is known to give"
@@ -238,15 +235,27 @@ def _exportable(directory: Path, to: Path) -> tuple[ModelConfig, dict[str, Any]]
     return config, told
 
 
+def _need_empty(to: Path) -> None:
+    """Raises CheckpointError for a place where something is."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise CheckpointError(f"{to}", got="something that is there", do="choose a place that is empty")
+
+
 def export_model(
-    directory: str | Path, to: str | Path, *, depth: str = FULL, check: bool = True, shard_bytes: int = files.SHARD
+    directory: str | Path,
+    to: str | Path,
+    *,
+    depth: str | int = FULL,
+    check: bool = True,
+    shard_bytes: int = files.SHARD,
 ) -> int:
     """Write an imported model as a checkpoint of its family again, its tensors equal to the bit where its dtype was kept; or an
     early `depth` of an adapted one, which has a layer more than it runs. With `check` it is read again and compared, in the
     memory of one model. Returns how many tensors. Raises CheckpointError for a model that was not imported, or is quantised,
     and where the comparison fails; ConfigError for a depth that it has not. Then nothing is written."""
     directory, to = Path(directory), Path(to)
-    config, told = _exportable(directory, to)
+    config, told = need_exportable(directory)
+    _need_empty(to)
     config_json = families.confirmed(told["family"], told["config"], tied=config.tied, biased=config.qkv_bias)
     files.check(directory)
     held = {path: opened_weights(path) for path in files.weight_files(directory)}

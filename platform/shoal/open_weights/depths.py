@@ -21,7 +21,7 @@ _OF_EXIT = {
 }
 
 
-def alone(config: ModelConfig, depth: str) -> ModelConfig:
+def alone(config: ModelConfig, depth: str | int) -> ModelConfig:
     """The shape of the model that an exit of `config` is by itself. Raises ConfigError for a `depth` that is none,
     CheckpointError for an exit that is no layer of this model."""
     layers = config.depth(depth)

@@ -33,7 +33,7 @@ def chats() -> list[list[dict[str, str]]]:
 class Told:
     """What a model says at a depth: kept, so that no two models need be in memory."""
 
-    def __init__(self, model: Model, depth: str) -> None:
+    def __init__(self, model: Model, depth: str | int) -> None:
         generator = torch.Generator().manual_seed(0)
         self.context = model.config.context
         count = min(TOKENS, self.context)

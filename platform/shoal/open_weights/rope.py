@@ -23,12 +23,10 @@ def rates(config: Mapping[str, Any], dims: int, theta: float, context: int = 0) 
     is multiplied by, by a ``config.json``, whose own theta is taken where it has one. `context`: a length in tokens that the
     model is to have; beyond the original one longrope has other rates, for all positions. Raises CheckpointError for another
     scheme than `KINDS`, and for numbers that it lacks."""
-    told = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    told, kind = _told(config)
     if any(isinstance(each, Mapping) for each in told.values()):
         got, allowed = "some for each kind of layer", "the same for all layers"
         raise CheckpointError("config.json: rope_parameters", got=got, allowed=allowed)
-    kind = told.get("rope_type", told.get("type", "default"))
-    kind = "longrope" if kind == "su" else kind  # as older checkpoints call it
     base = float(told.get("rope_theta") or config.get("rope_theta") or theta)
     plain = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.int64).float() / dims)
     made, most, scale = plain, 0, 1.0
@@ -59,6 +57,18 @@ def rates(config: Mapping[str, Any], dims: int, theta: float, context: int = 0) 
         got, allowed = f"{len(made)} rates", f"{len(plain)}, one for each turned pair of dims"
         raise CheckpointError(f"config.json: rope scaling of type {kind}", got=got, allowed=allowed)
     return tuple(made.tolist()), most, scale
+
+
+def by_length(config: Mapping[str, Any]) -> bool:
+    """Does a ``config.json`` give a model other rates by how long its texts may be?"""
+    return _told(config)[1] == "longrope"
+
+
+def _told(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """What it says of the scheme, and its kind."""
+    told = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = told.get("rope_type", told.get("type", "default"))
+    return told, "longrope" if kind == "su" else kind  # as older checkpoints call it
 
 
 def as_llama3(factors: Tensor, plain: Mapping[str, Any], dims: int, theta: float) -> dict[str, Any] | None:

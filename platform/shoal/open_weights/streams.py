@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shoal.errors import CheckpointError
-from shoal.machine import write_json
+from shoal.machine import need_disk, write_json
 from shoal.model import files
 from shoal.open_weights.sources import DTYPES
 
@@ -31,7 +31,9 @@ def write(
     directory: Path, planned: Planned, pieces: Iterable[tuple[str, Tensor]], shard_bytes: int = files.SHARD
 ) -> None:
     """Write the `planned` tensors to a directory, cut into files of about `shard_bytes`. `pieces` are theirs in the same order,
-    the first dim of each tensor in as many as it likes."""
+    the first dim of each tensor in as many as it likes. Raises ResourceError, before any is written, where the disk has no room
+    for all."""
+    need_disk(directory, sum(size(*each) for each in planned.values()))
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     room = shard_bytes
     for name, (dtype, shape) in planned.items():

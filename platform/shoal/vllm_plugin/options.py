@@ -7,8 +7,10 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from shoal.config import ModelConfig
 from shoal.errors import ConfigError, did_you_mean
 from shoal.vllm_plugin import PER_REQUEST, VERSION
 
@@ -39,18 +41,35 @@ def _version(package: str) -> str | None:
         return None
 
 
-def check(given: Mapping[str, Any]) -> None:
-    """Raises ConfigError for an option that vLLM does not have, and for one that the serve config decides elsewhere."""
+def known() -> set[str]:
+    """The options that a serve config may give vLLM. Raises as `need_vllm`."""
     need_vllm()
     from vllm import AsyncEngineArgs
 
-    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)} - OURS.keys()
+    return {field.name for field in dataclasses.fields(AsyncEngineArgs)} - OURS.keys()
+
+
+def check(given: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an option that vLLM does not have, and for one that the serve config decides elsewhere."""
+    options = known()
     for name in given:
         if name in OURS:
             raise ConfigError(f"args.vllm.{name}", do=f"leave it out: decided by {OURS[name]}")
-        if name not in known:
-            do = did_you_mean(name, known) or "see vLLM's engine arguments"
+        if name not in options:
+            do = did_you_mean(name, options) or "see vLLM's engine arguments"
             raise ConfigError(f"unknown key args.vllm.{name}", do=do)
+    if not isinstance(given.get("hf_overrides", {}), Mapping):
+        raise ConfigError(
+            "args.vllm.hf_overrides", got=given["hf_overrides"], allowed="keys and values: {depth: middle}"
+        )
+
+
+def check_depth(directory: str | Path, config: object, given: Mapping[str, Any]) -> None:
+    """Raises as `exported.depth_of` for a model directory of ours; a checkpoint of others has one depth."""
+    from shoal.vllm_plugin.exported import depth_of
+
+    if isinstance(config, ModelConfig):
+        depth_of(directory, config, given)
 
 
 def engine_args(model: str, given: Mapping[str, Any], *, max_batch: int, threads: int, shoal: bool) -> Any:

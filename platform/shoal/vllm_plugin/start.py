@@ -6,27 +6,24 @@ imported in vLLM's as well, as the checkpoint of its family that it came from, o
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from shoal import machine
 from shoal.api.served import ServedModel
 from shoal.api.stock import StockModel
 from shoal.config import FULL
-from shoal.errors import ConfigError
-from shoal.model.described import SOURCE
-from shoal.open_weights.convert import export_model
 from shoal.vllm_plugin import PER_REQUEST
-from shoal.vllm_plugin.options import engine_args
+from shoal.vllm_plugin.exported import depth_of, exported, is_imported, need_context
+from shoal.vllm_plugin.options import check, engine_args
 from shoal.vllm_plugin.serving import VllmEngine
 
 
 def start(directory: str, served: ServedModel, args: Any) -> VllmEngine:
     """The engine for `served`, whose checkpoint lies in `directory`; `args`: a serve config's. Raises ConfigError for options
-    that vLLM does not have, and for an engine that does not start; CheckpointError for an imported model that is rounded."""
+    that vLLM does not have, and for an engine that does not start; as `exported` for an imported model."""
     ours = not isinstance(served, StockModel)
-    if ours and (Path(directory) / SOURCE).exists():
+    check(args.vllm)
+    if ours and is_imported(directory):
         return _of_its_family(directory, served, args)
     options = _options(directory, args, args.vllm, ours=ours)
     route, layers = None, served.config.layers
@@ -41,20 +38,13 @@ def start(directory: str, served: ServedModel, args: Any) -> VllmEngine:
 
 
 def _of_its_family(directory: str, served: ServedModel, args: Any) -> VllmEngine:
-    """vLLM's own layers of an imported model, at the depth that its options say: it is written as `shoal export` does, in a
-    temporary folder, until vLLM has read it."""
-    given = dict(args.vllm)
-    named = dict(given.pop("hf_overrides", {}))
-    depth = named.pop("depth", FULL)
-    if depth == PER_REQUEST:
-        known = ", ".join(served.config.exit_names)
-        raise ConfigError("args.vllm.hf_overrides.depth", got=depth, allowed=f"{known}, of a model that was imported")
-    if named:
-        given["hf_overrides"] = named
+    """vLLM's own layers of an imported model, at the depth that its options say: written as `shoal export` does, until vLLM has
+    read it."""
+    depth = depth_of(directory, served.config, args.vllm)
+    given = {**args.vllm, "max_model_len": need_context(directory, served.config, args.vllm)}
+    given["hf_overrides"] = {key: value for key, value in given.get("hf_overrides", {}).items() if key != "depth"}
     layers = served.config.depth(depth)
-    with tempfile.TemporaryDirectory(prefix="shoal-vllm-") as folder:
-        place = Path(folder) / served.name
-        export_model(directory, place, depth=depth, check=False)
+    with exported(directory, depth) as place:
         options = _options(str(place), args, given, ours=False)
         return VllmEngine(served, options, layers=layers, max_queue=args.max_batch)
 
