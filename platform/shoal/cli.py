@@ -17,11 +17,12 @@ import typer
 from shoal import __version__, presets
 from shoal.bench.commands import bench
 from shoal.errors import ShoalError, UsageError, first_line
+from shoal.options import Commands
 from shoal.stages import STAGES
 from shoal.stages.release import release
 from shoal.stages.stage import Json, ModelPlace, command_of, out, print_result
 
-app = typer.Typer(
+app = Commands(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -146,6 +146,24 @@ def test_wrong_usage_exits_with_2(
     assert sorted(os.listdir(tmp_path)) == ["broken.yaml", "slip.yaml"], "something half-written was left"
 
 
+NUMBERS = [
+    (words, option.names[0]) for words, options in COMMANDS.items() for option in options if option.kind is float
+]
+
+
+@pytest.mark.parametrize(("words", "name"), NUMBERS)
+def test_nan_and_inf_are_no_numbers(words: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    needed = [option for option in COMMANDS[words] if option.required and option.names[0] != name]
+    given = [
+        word
+        for option in needed
+        for word in (*option.names[:1] * option.names[0].startswith("-"), "1" if option.kind is int else "no-such")
+    ]
+    for odd in ("nan", "inf", "-inf", "1e999"):
+        code, line = fails(capsys, *words.split(), *given, f"{name}={odd}")
+        assert code == 2 and line.startswith(f"shoal: {name}: got '") and "allowed: a finite number" in line
+
+
 def test_what_needs_training_is_refused_where_nothing_is_trained(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -72,6 +73,11 @@ class ServeArgs:
     ui_api: str | None = None  # where the page finds the API; None: this server
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(
+                value
+            ):  # of which no bound below holds, or none is reached
+                raise ConfigError(f"args.{name}", got=str(value), allowed="a finite number")
         if self.models and (self.model or self.name):
             raise ConfigError("args.model and args.models", do="name the model under args.models, or serve it alone")
         odd = next((name for name in self.models if not MODEL_NAME.fullmatch(name)), None)

@@ -14,8 +14,9 @@ import typer
 from rich.console import Console
 
 from shoal.errors import UsageError
+from shoal.options import Commands
 
-bench = typer.Typer(help="Benchmarks; the last line is JSON.", no_args_is_help=True)
+bench = Commands(help="Benchmarks; the last line is JSON.", no_args_is_help=True)
 out = Console()
 N = TypeVar("N", int, float)
 Rounds = Annotated[int, typer.Option(help="Counted runs of each variant, in turns; medians are printed.")]

@@ -16,11 +16,10 @@ from shoal.errors import UsageError
 from shoal.loop.release import Auto, Release, State
 from shoal.loop.versions import Version, cut_lineage
 from shoal.model.described import read_json
+from shoal.options import Commands
 from shoal.stages.stage import Json, ModelDir, out, print_result
 
-release = typer.Typer(
-    help="Versions of a served model: which serves, and what may take its place.", no_args_is_help=True
-)
+release = Commands(help="Versions of a served model: which serves, and what may take its place.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Option("--release", help="Folder of the release.")]
 Why = Annotated[str, typer.Option(help="The reason, for the audit log.")]

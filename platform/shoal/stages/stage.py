@@ -18,6 +18,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from shoal.options import Command
+
 # what is printed may be somebody's words, such as the name of a slice: "[/x]" is no markup, nor ":x:" a picture
 out = Console(width=None if sys.stdout.isatty() else 110, markup=False, emoji=False)
 
@@ -43,14 +45,14 @@ def command_of(stage: type[Stage]) -> type[TyperCommand]:
     that are `stage`'s own before those that it shares with others."""
     shared = {field.name for base in stage.__bases__ for field in dataclasses.fields(base)} | {"help"}
 
-    class Command(TyperCommand):  # contexts and parameters are of the click that this typer brings, or of click itself
+    class OfStage(Command):
         def get_params(self, ctx: Any) -> list[Any]:
             return sorted(super().get_params(ctx), key=lambda option: option.name in shared)
 
         def invoke(self, ctx: Any) -> None:
             super().invoke(ctx).run()
 
-    return Command
+    return OfStage
 
 
 def print_result(result: Any, as_json: bool, line: str) -> None:
