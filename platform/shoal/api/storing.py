@@ -54,8 +54,9 @@ class Storing:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self.texts, self.votes = Texts(recorder.capture), Votes(recorder.capture)
-        self.responses = Responses(recorder.capture)
+        added = recorder.outbox.add
+        self.texts, self.votes = Texts(recorder.capture, added=added), Votes(recorder.capture)
+        self.responses = Responses(recorder.capture, added=added)
         self.counts = recorder.feedback
         self.heard: Callable[[Vote], None] = lambda vote: None  # told of each vote that is kept
 
@@ -87,6 +88,9 @@ class Storing:
     async def store(self, access: Access, body: ChatRequest | ResponsesRequest, answer: Answer) -> bool:
         """Keep the texts of an answer that is complete, and whether that was done; one that cannot be kept is counted, and its
         row says so."""
+        if self._recorder.outbox.full:
+            self._recorder.outbox.drop("bound", "as much is kept as may be, and texts are not stored")
+            return False
         put = self._chat if isinstance(body, ChatRequest) else self._response
         whole, said, one = answer.complete(), list[bool](), threading.Lock()
 
@@ -130,7 +134,9 @@ class Storing:
         )
 
     async def vote(self, vote: Vote) -> None:
-        """Raises NotFoundError for an answer that nobody captured."""
+        """Raises NotFoundError for an answer that nobody captured, RequestError where no more may be kept."""
+        if self._recorder.outbox.full:
+            raise _no_room("as much is kept as may be", "wait until the oldest day goes")
         known = await asyncio.to_thread(self.votes.knows, vote.id)
         for _ in range(LOOKS):
             if known:
@@ -140,6 +146,7 @@ class Storing:
         if not known:
             raise _unknown(vote.id)
         await kept(partial(self.votes.put, vote))
+        self._recorder.outbox.add(sum(len(text or "") for text in (vote.id, vote.correction, vote.comment)))
         self.counts[vote.rating or ("none" if vote.empty else "text")] += 1
         self.heard(vote)
 
@@ -154,9 +161,13 @@ async def kept(work: Callable[[], T]) -> T:
     try:
         return await asyncio.to_thread(work)
     except OSError as error:
-        refusal = RequestError("the capture cannot be written", got=error.strerror, do="make room on the server's disk")
-        refusal.status, refusal.code = 507, "no_room"
-        raise refusal from error
+        raise _no_room(error.strerror, "make room on the server's disk") from error
+
+
+def _no_room(got: str | None, do: str) -> RequestError:
+    refusal = RequestError("the capture cannot be written", got=got, do=do)
+    refusal.status, refusal.code = 507, "no_room"
+    return refusal
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

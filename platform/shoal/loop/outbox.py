@@ -79,6 +79,9 @@ class Outbox:
             "service": secrets.token_hex(4),
             "clocks": (now_ms(), time.monotonic()),
         }
+        self._most = (bounds or Bounds()).max_bytes
+        self._counted = 0  # bytes as of the last count
+        self._added = Counter[int]()  # minute -> bytes that were put beside the rows, and may not be counted yet
         self.counts = Counter[str]()  # dropped here, by reason
         self.scribes = 0  # that were begun
         self._memory = os.memfd_create("capture")
@@ -332,6 +335,20 @@ class Outbox:
     def bytes(self) -> int:
         """That are kept in the folder, as of the last count."""
         return self._shared["bytes"]
+
+    def add(self, size: int) -> None:
+        """So many bytes were put beside the rows: texts, and votes."""
+        with self._lock:
+            self._added[int(time.monotonic() // 60)] += size
+
+    @property
+    def full(self) -> bool:
+        """Whether no more may be put there: all is counted once an hour, and what came since, or meanwhile, is added."""
+        with self._lock:
+            if self._counted != self.bytes:
+                self._counted, last = self.bytes, int(time.monotonic() // 60) - 1
+                self._added = Counter({minute: size for minute, size in self._added.items() if minute >= last})
+            return self._counted + self._added.total() > self._most
 
     @property
     def waiting(self) -> int:

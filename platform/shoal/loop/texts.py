@@ -41,8 +41,11 @@ class Texts:
 
     prefix = "chatcmpl-"  # of their ids
 
-    def __init__(self, capture: Capture, wall: Callable[[], int] = now_ms) -> None:
-        self._capture, self._wall, self._pull_again = capture, wall, 0.0
+    def __init__(
+        self, capture: Capture, wall: Callable[[], int] = now_ms, added: Callable[[int], None] = lambda size: None
+    ) -> None:
+        """`added`: told of the bytes that are put on the disk."""
+        self._capture, self._wall, self._added, self._pull_again = capture, wall, added, 0.0
         self._folder = capture.folder / TEXTS
 
     def put(
@@ -71,8 +74,9 @@ class Texts:
         folder = self._folder / f"day={day_of(at)}"
         self._folder.mkdir(exist_ok=True, mode=0o700)
         folder.mkdir(exist_ok=True, mode=0o700)
-        path = folder / f"{id_}.json"
-        write_aside(path, json.dumps(found) + "\n")
+        path, data = folder / f"{id_}.json", json.dumps(found) + "\n"
+        write_aside(path, data)
+        self._added(len(data))  # letters of ASCII
         if self._capture.forgotten().hides(found):  # by somebody who looked before it was there
             path.unlink(missing_ok=True)
             return False

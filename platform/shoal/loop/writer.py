@@ -44,7 +44,7 @@ class Bounds:
 
     keep_days: int = 90  # of numbers
     keep_texts: int = 30  # days, of texts, and of votes, which have some
-    max_bytes: int = 10 * 2**30  # of all: then the oldest day goes
+    max_bytes: int = 10 * 2**30  # of all: then the oldest day goes, its texts first
     journal_bytes: int = 16 * 2**20  # of one journal, which then becomes a part
     journal_seconds: float = 300.0
 
@@ -285,16 +285,24 @@ class Writer:
             oldest = next(iter(self.capture.days(kind)), today)
             if oldest < day_of(self._wall() - keep * 86_400_000):
                 self._remove(kind, oldest, f"older than {keep} days", everywhere=True)
-        oldest = next(iter(self.capture.days()), today)
-        while self.bytes > self.bounds.max_bytes and oldest < today:
+        while self.bytes > self.bounds.max_bytes and (first := self._oldest(today)) is not None:
+            day, _, kind = first
             if self.capture.bucket is not None and not self.capture.bucket.leave(
-                self.capture.folder / ROWS / f"day={oldest}"
+                self.capture.folder / kind / f"day={day}"
             ):
                 break  # what the bucket does not have yet stays
-            self._remove(ROWS, oldest, f"{self.bytes} bytes are kept, at most {self.bounds.max_bytes} may be")
+            self._remove(kind, day, f"{self.bytes} bytes are kept, at most {self.bounds.max_bytes} may be")
             self.bytes = _size(self.capture.folder)
-            oldest = next(iter(self.capture.days()), today)
+            if day in self.capture.days(kind):  # the disk does not let it go
+                break
         self._over = self.bytes > self.bounds.max_bytes
+
+    def _oldest(self, today: str) -> tuple[str, int, str] | None:
+        """The oldest day before `today` that has anything, and of what has one that day what goes first, with its place in that
+        order: texts, which are most of it; votes go last, since people made them."""
+        kinds = (TEXTS, ROWS, FEEDBACK)
+        found = [(day, place, kind) for place, kind in enumerate(kinds) for day in self.capture.days(kind)[:1]]
+        return min((each for each in found if each[0] < today), default=None)
 
     def _clock_was_set(self) -> bool:
         """Whether the clock was set since the start: then no day is removed for its age until the next start."""

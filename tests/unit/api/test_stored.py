@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from shoal.loop.capture import Capture, now_ms
 from shoal.loop.rows import Row
 from shoal.loop.texts import Texts
 from shoal.loop.votes import Vote, Votes
-from shoal.loop.writer import Writer
+from shoal.loop.writer import Bounds, Writer
 
 pytestmark = pytest.mark.anyio
 Connect = Callable[..., httpx.AsyncClient]
@@ -241,6 +242,20 @@ async def test_a_list_that_cannot_be_given_is_refused_by_name(connect: Connect, 
     async with connect(capture=CaptureArgs(str(folder))) as http:
         answer = await http.get(f"/v1/chat/completions?{query}")
     assert answer.status_code == 400 and answer.json()["error"]["param"] == query.partition("=")[0]
+
+
+async def test_texts_and_votes_end_where_as_much_is_kept_as_may_be(
+    connect: Connect, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.api.capture.Bounds", partial(Bounds, max_bytes=600))
+    async with connect(capture=CaptureArgs(str(folder), texts=True)) as http:
+        first, second = [(await http.post("/v1/chat/completions", json=CHAT)).raise_for_status() for _ in range(2)]
+        assert [path.stem for path in folder.glob("texts/*/*.json")] == [first.json()["id"]] and second.json()[
+            "choices"
+        ]
+        assert 'capture_dropped_total{reason="bound"} 1.0' in (await http.get("/metrics")).text
+        vote = await http.post("/v1/shoal/feedback", json={"id": first.json()["id"], "rating": "up"})
+    assert vote.status_code == 507 and vote.json()["error"]["code"] == "no_room" and not (folder / "feedback").exists()
 
 
 async def test_a_text_that_the_disk_does_not_take_costs_nobody_an_answer(connect: Connect, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import DataError
-from shoal.loop.capture import ABOUT, FORGOTTEN, JOURNAL, Capture, day_of
+from shoal.loop.capture import ABOUT, FORGOTTEN, JOURNAL, TEXTS, Capture, day_of
 from shoal.loop.parts import adopt
 from shoal.loop.rows import SCHEMA, Row, table_of
+from shoal.loop.texts import Texts
 from shoal.loop.writer import Bounds, Writer
 
 NOON = 1_795_780_800_000  # 2026-11-27 12:00, UTC
@@ -182,7 +184,8 @@ def test_a_process_that_is_killed_loses_no_row(capture: Capture) -> None:
         import sys
         from shoal.loop.capture import Capture
         from shoal.loop.rows import Row
-        from shoal.loop.writer import Bounds, Writer
+        from shoal.loop.texts import Texts
+from shoal.loop.writer import Bounds, Writer
         writer = Writer(Capture(sys.argv[1]), Bounds(journal_bytes=20_000))
         for number in range(10**9):
             writer.put(Row(str(number), 1_795_780_800_000 + number))
@@ -218,7 +221,8 @@ def test_a_full_disk_drops_and_counts_and_what_is_written_stays_whole(capture: C
         import resource, signal, sys
         from shoal.loop.capture import Capture
         from shoal.loop.rows import Row
-        from shoal.loop.writer import Bounds, Writer
+        from shoal.loop.texts import Texts
+from shoal.loop.writer import Bounds, Writer
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         writer = Writer(Capture(sys.argv[1]), start=False)
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -275,6 +279,42 @@ def test_old_days_go_one_at_a_time_and_not_because_a_clock_was_set(
         writer.tidy()
         assert len(capture.days()) == left
     writer.close()
+
+
+def test_texts_count_and_the_oldest_day_goes_with_its_texts_first(capture: Capture) -> None:
+    """Texts alone were too much: rows went for them, day after day, and they stayed."""
+    writer = Writer(capture, wall=lambda: NOON, start=False)
+    for number, at in enumerate([NOON - 2 * DAY, NOON - DAY, NOON]):
+        writer.put(row(number, at))
+        told = {"id": f"chatcmpl-{number:032x}", "choices": []}
+        Texts(capture, lambda at=at: at).put("shop", None, [{"content": "x" * 10_000}], told, {})
+    writer.close()
+    days = capture.days()
+    kept, seen = 2**30, []
+    for _ in range(6):
+        writer = Writer(capture, Bounds(max_bytes=kept), wall=lambda: NOON, start=False)
+        writer.tidy()
+        writer.close()
+        seen.append((len(capture.days(TEXTS)), len(capture.days())))
+        kept = writer.bytes - 1
+    assert seen == [(3, 3), (2, 3), (2, 2), (1, 2), (1, 1), (1, 1)] and capture.days() == days[-1:]
+
+
+def test_a_day_that_the_disk_keeps_is_tried_once_a_round(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = Writer(capture, wall=lambda: NOON, start=False)
+    writer.put(row(0, NOON - DAY))
+    writer.close()
+    tried = []
+
+    def kept(folder: Path, ignore_errors: bool) -> None:
+        tried.append(folder)
+        assert len(tried) < 9, "again and again"
+
+    monkeypatch.setattr(shutil, "rmtree", kept)
+    writer = Writer(capture, Bounds(max_bytes=1), wall=lambda: NOON, start=False)
+    writer.tidy()
+    writer.close()
+    assert len(tried) == 1 and len(capture.days()) == 1 and writer._over
 
 
 def test_the_oldest_day_goes_where_all_is_too_much_and_today_s_rows_are_dropped(capture: Capture) -> None:
