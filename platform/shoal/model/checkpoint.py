@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import itertools
 import os
+import re
 import shutil
+import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ from shoal.model.net import Net
 from shoal.model.router import Calibration, Router
 
 LICENCES = "licences"  # of a source in memory: name -> text of the files that travel with its weights
+ASIDE, OLD = ".tmp", ".old"  # ends of names: of what is written, and of what was there before
+LEFT_SECONDS = 3600.0
 ROUTER = "router."  # prefix of the router's tensors among the weights
 _HUGGING_FACE = {"model_type": "shoal", "architectures": ["ShoalForCausalLM"]}  # by which vLLM finds `vllm_plugin`
 
@@ -135,32 +140,60 @@ def require_replaceable(directory: str | Path) -> None:
 
 
 @contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """A directory to write in, which takes the place of `directory` once it is whole and is gone when that fails. The one that
-    was there before is put back where the new one cannot take its place. Raises ResourceError where the disk is full."""
+def replacing(directory: Path, need: Callable[[Path], None] = require_replaceable) -> Iterator[Path]:
+    """A directory to write in, which takes the place of `directory` once it is whole and is gone when that fails; and with it
+    what those have left that were killed. The one that was there before, which `need` lets be replaced, is put back where the
+    new one cannot take its place. Raises ResourceError where the disk is full."""
     directory = directory.resolve()
     name = f".{directory.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    aside, before = (directory.with_name(f"{name}.{end}") for end in ("tmp", "old"))
+    aside, before = (directory.with_name(f"{name}{end}") for end in (ASIDE, OLD))
     aside.mkdir(parents=True)
+    held = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        with suppress(OSError):  # of a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX)
+        _sweep(directory, ASIDE)
         yield aside
-        require_replaceable(directory)  # again: writing takes minutes
-        was_there = directory.exists()
-        if was_there:
+        need(directory)  # again: writing takes minutes
+        with suppress(FileNotFoundError):
             directory.rename(before)
         try:
             aside.rename(directory)
-        except OSError:
-            if was_there and not directory.exists():
+        except OSError as error:
+            if not directory.exists() and before.exists():
                 before.rename(directory)
-            raise
-        shutil.rmtree(before, ignore_errors=True)
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise CheckpointError(
+                f"{directory}", got="one that was written meanwhile", do="look which you want"
+            ) from error
+        _sweep(directory, OLD)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ResourceError(f"cannot write {directory}", got=error.strerror, do="free some disk") from error
     finally:
+        if directory.exists():
+            shutil.rmtree(before, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+        os.close(held)
+
+
+def _sweep(directory: Path, end: str) -> None:
+    """Removes what lies beside `directory` by a name of ours with this `end`, is held by nobody, and was not written to for
+    `LEFT_SECONDS`, which tells where a lock does not reach, as between some machines."""
+    known = re.compile(rf"{re.escape(f'.{directory.name}.')}\d+\.[0-9a-f]{{8}}{re.escape(end)}")
+    for path in directory.parent.iterdir():
+        if not known.fullmatch(path.name):
+            continue
+        with suppress(OSError):
+            held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - max(each.stat().st_mtime for each in (path, *path.rglob("*"))) > LEFT_SECONDS:
+                    shutil.rmtree(path)
+            finally:
+                os.close(held)
 
 
 @dataclasses.dataclass

@@ -6,7 +6,6 @@ Our layers join q, k, v and gate, up in one matrix; so their thin matrix A is on
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from shoal.errors import CheckpointError
 from shoal.machine import write_json
-from shoal.model import described
+from shoal.model import checkpoint, described
 from shoal.model.adapter_files import CONFIG, PREFIX, WEIGHTS
 from shoal.open_weights import families
 
@@ -51,17 +50,11 @@ def write(lora: Path, model: Path, to: Path, *, alpha: float) -> None:
             targets.add(module.rpartition(".")[2])
             rank = len(a)
     assert tensors and not thin, sorted(thin)
-    aside = to.with_name(f".{to.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file(tensors, str(aside / WEIGHTS), metadata={"format": "pt"})
-    write_json(
-        aside / CONFIG,
-        {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-            "lora_alpha": alpha, "target_modules": sorted(targets), "lora_dropout": 0.0, "bias": "none",
-            "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "modules_to_save": None,
-        },
-    )  # fmt: skip
-    shutil.rmtree(to, ignore_errors=True)
-    aside.rename(to)
+    told = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+        "lora_alpha": alpha, "target_modules": sorted(targets), "lora_dropout": 0.0, "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "modules_to_save": None,
+    }  # fmt: skip
+    with checkpoint.replacing(to, require_replaceable) as aside:
+        save_file(tensors, str(aside / WEIGHTS), metadata={"format": "pt"})
+        write_json(aside / CONFIG, told)

@@ -298,5 +298,5 @@ def export_model(
         for licence in files.licences(directory):
             shutil.copy(licence, aside / licence.name)
         if source is not None:
-            proof.hold(source, aside, to.resolve().parent)
+            proof.hold(source, aside, aside)
     return len(planned)

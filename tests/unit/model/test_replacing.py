@@ -1,0 +1,84 @@
+"""What is written aside takes a directory's place, whoever else writes there, and leaves nothing; what was killed leaves it to
+the next."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from shoal.errors import CheckpointError, ResourceError
+from shoal.model.checkpoint import LEFT_SECONDS, replacing
+
+ANY = {"need": lambda directory: None}
+
+
+def left(folder: Path, name: str, *, age: float = 2 * LEFT_SECONDS) -> Path:
+    path = folder / name
+    path.mkdir()
+    (path / "model.safetensors").write_bytes(b"weights")
+    for each in (path / "model.safetensors", path):
+        os.utime(each, (time.time() - age, time.time() - age))
+    return path
+
+
+def written(folder: Path, text: str) -> None:
+    with replacing(folder / "m", **ANY) as aside:
+        (aside / "text").write_text(text)
+
+
+def test_what_killed_writers_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    half, before = left(tmp_path, ".m.4711.0123abcd.tmp"), left(tmp_path, ".m.4711.0123abcd.old")
+    others = [".n.4711.0123abcd.tmp", ".m.notes.tmp", ".m.4711.0123abcd.tmp.mine"]
+    kept = [left(tmp_path, name) for name in others] + [left(tmp_path, ".m.4712.0123abcd.tmp", age=10)]
+    held = left(tmp_path, ".m.4713.0123abcd.tmp")
+    descriptor = os.open(held, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with replacing(tmp_path / "m", **ANY) as aside:
+        assert not half.exists() and before.exists(), "the one of before is all that there is"
+        (aside / "text").write_text("new")
+    os.close(descriptor)
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, held, tmp_path / "m"])
+
+
+def test_of_two_that_end_at_once_one_is_there_whole_and_the_other_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path, "before")
+    rename = Path.rename
+
+    def other_first(path: Path, to: Path) -> Path:
+        if path.suffix == ".tmp":
+            monkeypatch.setattr(Path, "rename", rename)
+            written(tmp_path, "the other's")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", other_first)
+    with pytest.raises(CheckpointError, match="one that was written meanwhile"):
+        written(tmp_path, "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"] and (tmp_path / "m/text").read_text() == "the other's"
+
+
+def test_one_that_goes_before_it_is_replaced_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, "before")
+    rename = Path.rename
+
+    def gone(path: Path, to: Path) -> Path:
+        if path.name == "m":
+            rename(path, tmp_path / "elsewhere")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", gone)
+    written(tmp_path, "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "m"]
+
+
+def test_a_full_disk_is_a_line_and_leaves_what_was_there(tmp_path: Path) -> None:
+    written(tmp_path, "before")
+    with pytest.raises(ResourceError, match="No space left on device'; free"), replacing(tmp_path / "m", **ANY):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert [path.name for path in tmp_path.iterdir()] == ["m"] and (tmp_path / "m/text").read_text() == "before"
