@@ -102,6 +102,7 @@ LICENCES: Mapping[str, tuple[Clause, ...]] = {
         Clause(
             "prepare derivative works, distribute, and otherwise use Python alone or in any derivative version",
             (CHANGE,),
+            near=(SELL,),
         ),
         _no(
             UNMARKED,
@@ -155,6 +156,7 @@ LICENCES: Mapping[str, tuple[Clause, ...]] = {
             "to use, reproduce, make available, modify, display, perform, distribute, and otherwise exploit its "
             "Contributions",
             (CHANGE,),
+            near=(SELL,),
         ),
         _no(
             TERMS,
