@@ -74,9 +74,8 @@ class ServeArgs:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(
-                value
-            ):  # of which no bound below holds, or none is reached
+            # of these no bound below holds, or none is reached
+            if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"args.{name}", got=str(value), allowed="a finite number")
         if self.models and (self.model or self.name):
             raise ConfigError("args.model and args.models", do="name the model under args.models, or serve it alone")
