@@ -33,13 +33,14 @@ class Weight(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self._packed: Tensor | None = None
-        self._packed_from = (-1, -1)  # which weight, in which version: one that has changed since is not served stale
+        # which weight, in which version: one that has changed since is not served stale
+        self._packed_from: tuple[int, int]
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
         if self.fake:
             return fake_linear(x, self.weight)
-        if fused.few(x.numel() // max(1, x.shape[-1])) and fused.usable(x):
+        if fused.few(x.numel() // x.shape[-1]) and fused.usable(x):
             return fused.product(x, self.weight)
         if self._packed is not None and not torch.is_grad_enabled() and self._packed_from == self._state():
             out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import event, given, settings
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine import naive
 from shoal.errors import AdapterGoneError
-from shoal.model.adapters import IN_LOOPS, Adapter, Bank, product
+from shoal.model.adapters import IN_LOOPS, Adapter, Bank, Stack, product
 from shoal.model.linears import Int8Linear
 from shoal.model.quant import int8_linear_reference
 from shoal.model.router import Calibration, Router
@@ -118,6 +119,24 @@ def test_rows_get_the_products_of_their_own_adapters(rows: int, loops: bool) -> 
                 torch.testing.assert_close(
                     product(linear, x[:first], beside.first(first)), got[:first], rtol=0, atol=1e-12
                 )
+
+
+@pytest.mark.parametrize(
+    ("held", "rows", "loops"),
+    [
+        (torch.float32, torch.float32, True),
+        (torch.float64, torch.float64, True),
+        (torch.bfloat16, torch.float32, True),
+        (torch.bfloat16, torch.float64, False),
+        (torch.float32, torch.float64, False),
+        (torch.float64, torch.float32, False),
+    ],
+)
+def test_loops_read_matrices_of_the_kind_of_the_rows_and_bfloat16_beside_fp32(
+    held: torch.dtype, rows: torch.dtype, loops: bool
+) -> None:
+    none = np.zeros(1, np.int64)
+    assert Stack(torch.zeros(1, 2, dtype=held), torch.zeros(1, 2, dtype=held), none, none).reads(rows) == loops
 
 
 def int8() -> Model:

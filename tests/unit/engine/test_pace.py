@@ -7,8 +7,11 @@ import random
 import numpy as np
 import pytest
 
+from shoal.engine.door import Door
 from shoal.engine.events import Event, Sampling
+from shoal.engine.metrics import Metrics
 from shoal.engine.pace import SHALLOW_SHARE, WARM_UP, Pace
+from shoal.engine.pages import Pages
 from shoal.errors import DeadlineError, QueueFullError
 from tests.unit.engine.test_scheduler import FakeRunner, Harness, answer, end, said
 
@@ -148,6 +151,18 @@ def test_a_refused_request_is_told_when_there_should_be_room() -> None:
     one = 5 * (4 + 4 * 0.01)  # a request's five steps
     assert told == pytest.approx([one, 2 * one, 3 * one], rel=0.3)  # the n-th for the n-th place
     assert h.scheduler.metrics.refused == 3
+
+
+def test_who_was_turned_away_comes_back_for_the_places_that_are_free_by_then() -> None:
+    pace, metrics = Pace(), Metrics()
+    pace.wait = float  # type: ignore[assignment, method-assign]  # a second a place
+    door = Door(Pages(2), pace, metrics, rows=40)
+    assert [door.full(5).retry_after for _ in range(3)] == [1, 2, 3]
+    door.passed(0.0, 1)
+    assert door.full(5).retry_after == 3
+    for _ in range(9):
+        door.passed(0.0, 0)
+    assert door.full(5).retry_after == 1 and metrics.refused == 5
 
 
 def test_a_deadline_that_the_queue_puts_out_of_reach_is_refused_at_once() -> None:

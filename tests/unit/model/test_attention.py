@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import presets
-from shoal.model.attention import Layout, block_scores, block_summaries, hybrid_attention, select
+from shoal.model import attention
+from shoal.model.attention import Layout, attend, block_scores, block_summaries, hybrid_attention, select
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.net import Net
+from shoal.model.reach import Reach
 
 F64 = torch.float64
 
@@ -218,3 +220,20 @@ def test_rollback_is_moving_a_length():
     want = run(tokens[20:], 20)
     run(tokens.flip(0)[:13], 20)
     assert (run(tokens[20:], 20) - want).abs().max() == 0
+
+
+def test_in_training_a_strip_of_queries_reads_no_key_after_it_and_in_pages_all_there_are(monkeypatch):
+    """Twelve tokens in strips of four, then the last three alone; with as many heads as keys, which is nobody's length."""
+    read, masked = [], attention._masked
+    monkeypatch.setattr(attention, "STRIP", 4)
+    monkeypatch.setattr(
+        attention, "_masked", lambda q, k, *rest: (read.append((q.shape[1], k.shape[1])), masked(q, k, *rest))[1]
+    )
+    q, k, v = qkv(2, 12, 12, 12, 4)
+    reach = Reach(8, 2, 0, torch.full((12,), 0.5, dtype=F64))
+    layout = Layout.packed(torch.zeros(1, 12, dtype=torch.long), window=8, block=2, sinks=0)
+    whole = attend(q, k, v, block_summaries(k, layout, "mean"), layout, reach)
+    assert read == [(12, 12), (4, 4), (4, 8), (4, 12)]
+    last = Layout.causal(torch.arange(9, 12)[None], 12, window=8, block=2, sinks=0)
+    assert (attend(q[:, 9:], k, v, block_summaries(k, last, "mean"), last, reach) - whole[:, 9:]).abs().max() < 1e-12
+    assert read[4:] == [(3, 12), (3, 12)]

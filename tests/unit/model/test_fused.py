@@ -18,6 +18,7 @@ from shoal.model import int8, linears
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.cpu import fused
 from shoal.model.net import Net
+from shoal.model.paged import paged_attention
 from shoal.model.quant import TOP, int8_linear_reference, quantize_rows, token_scale
 from shoal.model.reach import Reach
 
@@ -336,6 +337,19 @@ def test_weights_that_change_while_another_thread_looks_for_them_are_seen():
     group._in_one_call(*step)
     weights, _, _ = group._in_one_call(*step)[0]
     assert (weights[0] == norm.numpy()).all(), "else those of before are read for ever"
+
+
+@torch.inference_mode()
+def test_one_short_request_reads_its_window_over_all_its_pages():
+    """By the definition: of 24 tokens on three pages, the last 20."""
+    q, k, v = (normal(seed, 24, 2, 8) for seed in (1, 2, 3))
+    memory, summaries = normal(4, 5, 2, 8, 16), torch.zeros(5, 2, 2, 8, dtype=torch.float64)
+    at, pages = torch.arange(24), torch.tensor([[3, 1, 4]])
+    memory[pages[0, at // 8], :, at % 8] = torch.cat([k, v], dim=-1)
+    step = PagedStep(at[-1:], pages[0, 2:] * 8 + 7, pages, [0, 1], 8, 4)
+    got = paged_attention(q[-1:], memory, summaries, step, Reach(20, 0, 0, None))
+    want = torch.einsum("hd,thd->ht", q[-1], k[-20:]).div(math.sqrt(8)).softmax(-1)
+    same(got[0], torch.einsum("ht,thd->hd", want, v[-20:]), torch.float64)
 
 
 @settings(max_examples=60, deadline=None)

@@ -136,6 +136,15 @@ def test_choice_measures_and_prefers_what_needs_no_second_copy():
     assert int8._fastest({"first": lambda x: x, "second": slow}, x) == "first"
 
 
+def test_measuring_draws_nothing_from_the_generator_that_others_seed():
+    """A run's own numbers must not depend on which layers had been measured before."""
+    torch.manual_seed(7)
+    want = torch.rand(3)
+    torch.manual_seed(7)
+    int8.choice.__wrapped__(32, 16, CPU, 1)
+    assert torch.equal(torch.rand(3), want)
+
+
 WITHOUT = """
 import sys
 sys.modules["numba"] = None

@@ -107,6 +107,14 @@ def test_what_is_gathered_at_once_fills_a_block_and_no_more(monkeypatch: pytest.
     assert moved == [[64, 65, 64], [1], [400], [256], [1]]
 
 
+def test_what_lies_on_a_device_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr(memory, "_move", asked.extend)
+    here, elsewhere = torch.zeros(8), torch.zeros(8, device="meta")
+    memory.gather_([elsewhere, here])
+    assert len(asked) == 1 and asked[0] is here
+
+
 def test_a_move_takes_large_pages_from_a_whole_one_on(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(memory, "prefer_large", lambda address, size: asked.append((address, size)))

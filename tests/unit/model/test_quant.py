@@ -92,6 +92,25 @@ def test_a_packed_weight_gives_the_same_product_and_is_never_served_stale(monkey
     assert layer.weight.grad is not None
 
 
+@pytest.mark.parametrize(
+    ("threads", "shape", "kind", "packs"),
+    [
+        (3, (512, 256), torch.float32, True),
+        (3, (512, 255), torch.float32, False),
+        (3, (512, 256), torch.float64, False),
+        (1, (512, 256), torch.float32, False),
+    ],
+)
+def test_only_large_weights_in_fp32_that_several_threads_read_are_laid_out_twice(
+    threads, shape, kind, packs, monkeypatch
+):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    layer = linears.Linear(*shape).to(kind)
+    linears.prepack_(torch.nn.ModuleList([layer]))
+    assert (layer._packed is not None) == packs
+
+
 def test_a_weight_made_in_inference_mode_is_packed_as_well():
     """Such a tensor counts no versions, and torch raises where one is asked for."""
     with torch.inference_mode():

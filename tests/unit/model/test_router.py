@@ -14,6 +14,7 @@ from shoal.model.router import (
     Router,
     _calibrate,
     _dealt,
+    _upper,
     features,
     fit_router,
     page_sums,
@@ -116,6 +117,14 @@ def test_one_group_alone_makes_nobody_sure():
         router.calibration = Calibration()
         _calibrate(router, x, gaps, groups)
         assert (max(bound for _, bound in router.calibration.thresholds) > NEVER) == safe
+
+
+def test_the_bound_of_a_mean_counts_what_groups_share_by_its_formula():
+    """Groups are off the mean of 2.5 by -2 and 2: 8 in squares, times 2 of 1 degree of freedom; single rows by 5 times 4/3."""
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert _upper(values, torch.tensor([7, 7, 2, 2])) == pytest.approx(2.5 + 1.644854 * math.sqrt(16) / 4)
+    assert _upper(values, torch.arange(4)) == pytest.approx(2.5 + 1.644854 * math.sqrt(20 / 3) / 4)
+    assert _upper(values, torch.zeros(4, dtype=torch.long)) == math.inf
 
 
 def test_the_report_is_what_came_of_it_on_the_test_split():

@@ -46,6 +46,36 @@ def test_what_is_divided_is_what_is_large_in_the_activations_and_small_in_the_we
     assert unused[0] / unused[1] == pytest.approx(1000**0.7, rel=1e-4), "a channel that was not seen keeps some room"
 
 
+def test_each_channel_is_scaled_by_its_own_activations_and_by_the_weights_that_read_it() -> None:
+    """What is multiplied by s is divided by it where it comes from; query heads share the s of the head of v that they read."""
+    model = model_of(SHAPES["Llama"])
+    net, c = model.net, model.config
+    assert c.heads * c.head_dim == c.width, "so that a wrong axis would fit, too"
+    seen, name = smooth.largest(net, tensors()), "groups.1.blocks.0"
+    by, state = smooth.factors(net, seen), net.state_dict()
+
+    def of(product: str) -> torch.Tensor:
+        """[I], by the largest of each column of a weight."""
+        return smooth._scale(seen[f"{name}.{product}"], state[f"{name}.{product}.weight"].abs().max(0).values)
+
+    def shared(x: torch.Tensor) -> torch.Tensor:
+        """[Hk d] of [H d]: the largest over the query heads that read a K/V head."""
+        return torch.stack(x.split(c.heads // c.kv_heads * c.head_dim)).unflatten(1, (-1, c.head_dim)).amax(1).flatten()
+
+    heads, out = c.heads // c.kv_heads, state[f"{name}.attention.out.weight"].abs().max(0).values
+    v = smooth._scale(shared(seen[f"{name}.attention.out"]), shared(out))
+    want = {
+        "attention_norm": 1 / of("attention.qkv"),
+        "mlp_norm": 1 / of("mlp.up"),
+        "attention.qkv": torch.cat([v.new_ones(c.width + len(v)), 1 / v])[:, None] * of("attention.qkv"),
+        "attention.out": v.unflatten(0, (c.kv_heads, 1, -1)).expand(-1, heads, -1).flatten(),
+        "mlp.up": torch.cat([v.new_ones(c.ffn), 1 / of("mlp.down")])[:, None] * of("mlp.up"),
+        "mlp.down": of("mlp.down"),
+    }
+    for part, factor in want.items():
+        torch.testing.assert_close(by[f"{name}.{part}.weight"], factor, msg=part)
+
+
 def test_the_largest_are_those_of_all_rows_and_nothing_stays_at_the_network() -> None:
     model = model_of(SHAPES["Llama, adapted"])
     seen = smooth.largest(model.net, tensors())
