@@ -49,7 +49,11 @@ GROUPS = {
     "events": Group(["engine/events"], _tests("engine", "events")),
     "running": Group(_in("engine", "holding plan running"), _tests("engine", "holding plan running")),
     "cost": Group(_in("model", "cache cost reach"), _tests("model", "cache cost")),
-    "sampler": Group(["engine/sampler", "engine/filters"], _tests("engine", "sampler penalties guided")),
+    "sampler": Group(
+        ["engine/sampler", "engine/filters"],
+        _tests("engine", "sampler penalties guided sampler_there tolerance"),
+        warm=True,
+    ),
     "frontier": Group(["evaluate/frontier"], _tests("evaluate", "frontier")),
     "near": Group(["data/operators/near"], _tests("data", "near")),
     "parts": Group(_in("data", "parts batches"), _tests("data", "parts batches")),
@@ -86,14 +90,18 @@ GROUPS = {
     ),
     "net": Group(
         _in("model", "attention block net reference"),
-        [*_tests("model", "attention reference net whole other_shapes"), "flows/test_golden"],
+        [
+            *_tests("model", "attention reference net whole other_shapes fused"),
+            "unit/engine/test_drafts",
+            "flows/test_golden",
+        ],
         warm=True,
     ),
     "model": Group(
         _in("model", "model paged"),
         [
             *_tests("model", "attention cache reference net properties whole cost router"),
-            *_tests("engine", "naive runner"),
+            *_tests("engine", "naive runner adapters"),
         ],
         warm=True,
     ),
@@ -108,7 +116,7 @@ GROUPS = {
     "files": Group(_in("model", "checkpoint described files"), _tests("model", "checkpoint files")),
     "int8": Group(
         _in("model", "int8 linears quant slots"),
-        [*_tests("model", "int8 quant slots whole"), *_tests("engine", "kv_int8")],
+        [*_tests("model", "int8 quant slots whole fused"), *_tests("engine", "kv_int8")],
         warm=True,
     ),
     "loops": Group(
@@ -118,5 +126,9 @@ GROUPS = {
         without="batch_mates or code_is_kept or lie_now",  # of tiles, of numba's own files, of what is chosen in Python
     ),
     "tiles": Group(_in("model/cpu", "floats integers tiles"), _tests("model", "fused int8"), compiled=True),
-    "cpu": Group(_in("model/cpu", "fused memory"), _tests("model", "fused memory"), warm=True),
+    "cpu": Group(
+        _in("model/cpu", "fused memory"),
+        [*_tests("model", "fused memory"), *_tests("engine", "adapters sampler")],
+        warm=True,
+    ),
 }

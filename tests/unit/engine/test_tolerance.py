@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Iterator
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -284,6 +285,16 @@ def test_the_mean_divergence_of_what_is_told_is_at_most_what_is_spent(tolerance:
         assert max(spent for chance, spent, *_ in all_ if chance > 0) <= tolerance * (LONG - 1)
         let += sum(chance * free.mean() for chance, _, _, free in all_)
     assert let > 0, "nothing was ever let stand"
+
+
+def test_a_draft_costs_what_the_laws_are_apart_that_tokens_are_drawn_from() -> None:
+    """Of five tokens the filter leaves two, one of which is e^2 times as likely at half the heat: KL 2 tanh(1), TV tanh(1)."""
+    sampler = Sampler(torch.zeros(5, dtype=torch.bool), [])
+    full, exit_ = (torch.tensor([0.0, *pair, -1.0, 1.0]) for pair in ((3.0, 2.0), (2.0, 3.0)))
+    chain = Chain(0, [2], [exit_], 9.0, 0.0, 0)
+    for temperature, price in ((0.5, 2.0), (1.0, 1.0), (0.0, 1.0)):
+        draw = SimpleNamespace(sampling=Sampling(temperature=temperature, top_k=2))
+        assert sampler._price(full, draw, chain, 0) == pytest.approx(price)  # type: ignore[arg-type]
 
 
 def test_two_draws_share_as_much_as_the_closed_form_says() -> None:

@@ -99,6 +99,32 @@ def test_images_count_and_where_they_stand_counts(model):
     assert not torch.allclose(a[-1], b[-1])
 
 
+@pytest.mark.parametrize("depth", ["shallow", "full"])
+def test_a_vector_is_the_mean_of_what_the_head_would_read_and_of_length_one(model, depth):
+    ids, layers = list(range(40, 75)), model.config.depth(depth)
+    with torch.inference_mode():
+        read = model.net.exit_norms[str(layers)](model.net(torch.tensor([ids]), exits=(layers,))[layers][0])
+        mean = sum(row.float() for row in read) / len(ids)
+        torch.testing.assert_close(model.embed(ids, depth), mean / mean.square().sum().sqrt())
+
+
+@pytest.mark.parametrize(
+    ("int8", "asked", "got"),
+    [
+        (False, "auto", torch.bfloat16),
+        (False, "bfloat16", torch.bfloat16),
+        (False, "float32", torch.float32),
+        (True, "auto", torch.float32),
+        (True, "float32", torch.float32),
+    ],
+)
+def test_on_a_gpu_a_model_computes_in_what_it_is_told(int8, asked, got, monkeypatch):
+    monkeypatch.setattr(Model, "to", lambda self, device: self)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda kind: None)
+    one = Model.from_preset("test")
+    assert (one.quantized() if int8 else one).on_gpu(asked).net.dtype == got
+
+
 @pytest.mark.parametrize("int8", [False, True], ids=["fp", "int8"])
 def test_bad_input_is_named(model, int8):
     """One typed error that names the field and what is allowed, whatever the precision."""

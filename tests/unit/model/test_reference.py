@@ -17,6 +17,7 @@ from shoal.model.attention import Layout, attend, block_summaries, hybrid_attent
 from shoal.model.block import rope_tables
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.net import Net
+from shoal.model.paged import paged_attention, write_kv
 from shoal.model.reach import Reach
 from shoal.model.reference import reference_attention, reference_sparse
 
@@ -179,6 +180,26 @@ def reference_group(group, x):
         x = x + attention.out(y[0].flatten(-2))
         x = x + block.mlp(block.mlp_norm(x))
     return x
+
+
+def test_a_short_and_a_long_request_decode_in_one_step_of_a_sparse_layer():
+    """The one reads all, the other its window and what it chose among the blocks before that, though the block it wants most
+    lies in it; both tables are of one length, and NaN stands wherever nothing was written."""
+    lengths, how = (14, 61), {"window": 8, "block": 2, "sinks": 1}
+    bias, rows = torch.linspace(-1.0, 2.0, 6, dtype=F64), sum(lengths)
+    q, k, v = (drawn(kind, 2, rows, heads, 8) for kind, heads in enumerate((6, 3, 3)))
+    k[-5:-3] = 3 * q[-1].unflatten(0, (3, 2)).mean(1)
+    tables = torch.tensor([[3, 10, 0, 0, 0, 0, 0, 0], [9, 1, 2, 4, 8, 5, 7, 6]])
+    at = torch.cat([torch.arange(length) for length in lengths])
+    slots = tables.repeat_interleave(torch.tensor(lengths), 0)[torch.arange(rows), at // 8] * 8 + at % 8
+    memory, summaries = torch.full((11, 3, 8, 16), math.nan, dtype=F64), torch.full((11, 3, 4, 8), math.nan, dtype=F64)
+    write_kv(k, v, memory, summaries, PagedStep(at, slots, tables, [0, 14, rows], 8, 2))
+    last = torch.tensor([13, rows - 1])
+    step = PagedStep(at[last], slots[last], tables, [0, 1, 2], 8, 2)
+    got = paged_attention(q[last], memory, summaries, step, Reach(8, 6, 1, None, bias, 16))
+    for row, one in enumerate((slice(0, 14), slice(14, rows))):
+        want = reference_sparse(q[None, one], k[None, one], v[None, one], **how, top_k=6, bias=bias, dense_length=16)
+        assert (got[row] - want[0, -1]).abs().max() < 1e-12
 
 
 @settings(max_examples=25, deadline=None)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from shoal import Engine, Model, Request, Sampling
+from shoal.errors import ResourceError
 from shoal.evaluate.rounding import rounded, said
-from shoal.model import smooth
+from shoal.model import int8, smooth
 from shoal.model.net import Net
 from tests.unit.model.test_other_shapes import SHAPES, model_of
 
@@ -120,3 +121,23 @@ def test_only_an_imported_model_is_smoothed_and_by_the_same_words_each_time() ->
     assert said(foreign, 2, 12) == said(foreign, 2, 12)
     assert [len(row) for row in said(foreign, 2, 12)] == [12, 12]
     assert not rounded(foreign).config.tied
+
+
+@pytest.mark.parametrize("source", [None, {"family": "llama"}], ids=["own", "imported"])
+def test_a_loaded_model_says_whether_channels_were_moved_in_whatever_it_is_computed(
+    source: dict[str, str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter of the weights as they were fits one that was not smoothed alone."""
+    model = Model.from_preset("test")
+    model.source = source
+    model.quantized().save(tmp_path / "int8")
+    moved = source is not None
+    assert Model.load(tmp_path / "int8").smoothed == moved
+
+    def refused(device: torch.device) -> list[str]:
+        raise ResourceError("no INT8 here")
+
+    monkeypatch.setattr(int8, "trusted", refused)
+    why = list[str]()
+    again = Model.load(tmp_path / "int8", on_fallback=why.append)
+    assert (again.config.quantization, again.smoothed, why) == ("none", moved, ["no INT8 here"])
