@@ -108,6 +108,11 @@ class Progress:
             rest, answer=tuple(self.tokens), depth=self.depth, quality_tolerance=tolerance, spent=self.spent or 0.0
         )
 
+    def patience(self, now: float) -> float:
+        """Seconds that it may still wait for a replica, 0 or more: a full one may ask for any number."""
+        deadline, began = self.request.deadline, self.began
+        return max(0.0, self.last + PATIENCE_SECONDS - now if deadline is None else began + deadline - now)
+
     def take(self, event: Event, now: float) -> Event:
         """`event` as the first replica would have sent it."""
         self.tries, self.last = 0, now
@@ -175,7 +180,7 @@ async def unbroken(
             raise reason
         progress.tries += 1
         # when a client leaves, Serve may end the replica's call before ours: then we end here
-        await asyncio.sleep(pause)
+        await asyncio.sleep(min(pause, progress.patience(time.monotonic())))
         if lost:
             on_resume()
             log.warning("request %s goes on after %d tokens: %s", request.id, len(progress.tokens), reason)

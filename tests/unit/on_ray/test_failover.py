@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -187,6 +188,38 @@ def test_a_deadline_spans_all_replicas() -> None:
 
     with pytest.raises(DeadlineError):
         asyncio.run(read(unbroken(dead, dataclasses.replace(LONG, deadline=0.05))))
+
+
+@pytest.mark.parametrize(
+    ("deadline", "error", "after"),
+    [(5.0, DeadlineError, 5.0), (2000.0, DeadlineError, 2000.0), (None, QueueFullError, 60.0)],
+)
+def test_nobody_waits_for_a_full_replica_beyond_his_time(
+    monkeypatch: pytest.MonkeyPatch, deadline: float | None, error: type[Exception], after: float
+) -> None:
+    """One that a replica has lost is told by another to come back in a quarter of an hour."""
+    now = [100.0]
+
+    async def sleep(seconds: float) -> None:
+        now[0] += max(seconds, 0.001)
+
+    monkeypatch.setattr(failover, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(failover, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    asked = list[float]()
+
+    async def full(request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
+        asked.append(now[0])
+        if len(asked) == 1:
+            yield [Token(request.id, 65, "a", depth=2)]
+            raise EngineDeadError("lost")
+        refused = QueueFullError("full")
+        refused.retry_after = 900.0
+        raise refused
+
+    with pytest.raises(error):
+        asyncio.run(read(unbroken(full, dataclasses.replace(LONG, deadline=deadline))))
+    assert now[0] - 100.0 == pytest.approx(after, abs=0.01)
+    assert len(asked) <= 5
 
 
 def test_times_are_those_of_the_whole_request() -> None:
