@@ -32,14 +32,17 @@ def on_gpu(case: Stored) -> Stored:
     return dataclasses.replace(case, q=q, kv=kv, summaries=summaries, step=step)
 
 
+@pytest.mark.parametrize("busy", [1, 10**9])
 @pytest.mark.parametrize("kv", [None, torch.int8])
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 2**-6)])
 @pytest.mark.parametrize("kind", ["H", "S", "L", "D"])
 @torch.no_grad()
 def test_attention_is_that_of_torch_in_float64(
-    kind: str, dtype: torch.dtype, off: float, kv: torch.dtype | None
+    kind: str, dtype: torch.dtype, off: float, kv: torch.dtype | None, busy: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same memory read by both; most rows, as one block of many may be chosen otherwise where scores tie in fp32."""
+    """The same memory read by both, in one launch and with keys in pieces; most rows, as one block of many may be chosen
+    otherwise where scores tie in fp32."""
+    monkeypatch.setattr(launch, "BUSY", busy)
     case = store(0, [3000, 700, 65, 1], [3, 1, 2, 1], group=4, dim=64, page=32, block=16, dtype=dtype, kv_dtype=kv)
     gamma, bias = torch.rand(8).to(dtype), torch.randn(8).to(dtype)
     reach = Reach(128, 8 * (kind in "HS"), 1, gamma if kind == "H" else None, bias if kind == "S" else None)

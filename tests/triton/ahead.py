@@ -1,11 +1,13 @@
-"""Compiles every kernel that one layer of a preset launches, to machine code, on a machine without a GPU: a program of its
-own, as Triton must not be in its interpreter. Prints a line of JSON: what was launched, in order.
+"""Compiles every kernel that a layer of a preset launches, to machine code, on a machine without a GPU: a program of its own,
+as Triton must not be in its interpreter. Prints a line of JSON: what was launched, in order, by each kind of a layer (also
+such as imported models have), and each way that rows take through it.
 
     python -m tests.triton.ahead PRESET DTYPE ARCHITECTURE [int8]
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -18,6 +20,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from shoal import presets
+from shoal.config import ModelConfig
 from shoal.model.block import Block, rope_tables
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.gpu import launch, sparse
@@ -38,7 +41,9 @@ def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> No
     """In place of a launch."""
     del grid, warmup
     given = {**dict(zip(self.arg_names, args, strict=False)), **named}
-    constants = {p.name: given[p.name] for p in self.params if p.is_constexpr}
+    # what is 1 is a constant of a kernel of its own
+    one = {name: 1 for name in self.arg_names if type(given[name]) is int and given[name] == 1}
+    constants = one | {p.name: given[p.name] for p in self.params if p.is_constexpr}
     signature = {name: "constexpr" if name in constants else kind(given[name]) for name in self.arg_names}
     options = {"num_warps": named.get("num_warps", 4)}
     made = triton.compile(ASTSource(self, signature, constants), target=target, options=options)
@@ -47,19 +52,35 @@ def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> No
 
 
 @torch.no_grad()
-def layer(name: str, dtype: torch.dtype, eight: bool) -> None:
-    """One decoding step of two requests through one layer, of whose work only the launches are done."""
-    config = presets.get(name).model
+def layer(config: ModelConfig, dtype: torch.dtype, eight: bool, rows: int = 1) -> list[str]:
+    """What one step launches in one layer: two requests that decode, or one of so many `rows`; only the launches are done."""
+    launched.clear()
     block = Block(config, 0).to(dtype)
     cache = GroupCache.zeros(config, 3, dtype, kv_dtype=torch.int8 if eight else None)
-    positions = torch.tensor([config.page - 1, 0])
-    tables = torch.tensor(
-        [[1] + [0] * (config.context // config.page - 1), [2] + [0] * (config.context // config.page - 1)]
-    )
-    step = PagedStep(positions, tables[:, 0] * config.page + positions, tables, [0, 1, 2], config.page, config.block)
-    x = torch.zeros(2, config.width, dtype=dtype)
-    block.paged(x, step, rope_tables(positions, config, launch.fp(dtype)), cache.kv[0], cache.summaries[0])
-    launch.int8_product(torch.zeros(64, config.width, dtype=torch.int8), torch.ones(64, 1))(x.float())
+    positions = torch.tensor([config.page - 1, 0] if rows == 1 else [*range(rows)])
+    starts = [0, 1, 2] if rows == 1 else [0, rows]
+    tables = torch.zeros(len(starts) - 1, config.context // config.page, dtype=torch.long)
+    tables[:, 0] = torch.arange(1, len(starts))
+    step = PagedStep(positions, positions, tables, starts, config.page, config.block)
+    x = torch.zeros(len(positions), config.width, dtype=dtype)
+    block.opened(x, x, step, rope_tables(positions, config, launch.fp(dtype)), cache.kv[0], cache.summaries[0])
+    return [*launched]
+
+
+def layers(c: ModelConfig, dtype: torch.dtype, eight: bool) -> dict[str, list[str]]:
+    """Of each kind of a layer, cut or not; a window of 1, which is a constant, in the one that has nothing else."""
+    found = {"decoding": layer(c, dtype, eight), "a few rows": layer(c, dtype, eight, rows=3)}
+    launch.FEW_BLOCKS = 0
+    found["many blocks"] = layer(c, dtype, eight)
+    others = {"S": {"dense_length": c.page}, "L": {"window": 1}, "D": {}}
+    for kind, more in others.items():
+        found[kind] = layer(dataclasses.replace(c, attn_pattern=kind, **more), dtype, eight)  # type: ignore[arg-type]
+    launch.BUSY = 1
+    for kind, more in {"H": {}, **others}.items():
+        longer = launch.MOST_KEYS = launch.ALONE_BLOCKS = 2**20
+        assert longer > c.context
+        found[f"{kind} alone"] = layer(dataclasses.replace(c, attn_pattern=kind, **more), dtype, eight)  # type: ignore[arg-type]
+    return found
 
 
 def trained(name: str, dtype: torch.dtype) -> None:
@@ -78,6 +99,9 @@ if __name__ == "__main__":
     launch.ON.add("cpu")
     launch._precision, sparse._nearly_fp32 = (lambda x: "ieee"), (lambda x: "tf32x3")  # as of a tensor on a GPU
     sparse._runs = lambda numbers, first: numbers  # which nothing has chosen here
-    layer(sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[4:] == ["int8"])
-    trained(sys.argv[1], getattr(torch, sys.argv[2]))
-    print(json.dumps(launched))
+    asked, precision = presets.get(sys.argv[1]).model, getattr(torch, sys.argv[2])
+    told = layers(asked, precision, sys.argv[4:] == ["int8"])
+    launched.clear()
+    launch.int8_product(torch.zeros(64, asked.width, dtype=torch.int8), torch.ones(64, 1))(torch.zeros(2, asked.width))
+    trained(sys.argv[1], precision)
+    print(json.dumps(told | {"rest": launched}))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,6 +62,7 @@ def margin(case: Stored, request: int, reach: Reach, block: int) -> Tensor:
     dim=st.sampled_from([8, 16, 24]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     programs=st.sampled_from([1, 264]),
+    few=st.sampled_from([0, 512]),
     new=st.integers(1, 3),
 )
 def test_both_branches_are_the_definition(
@@ -72,9 +75,11 @@ def test_both_branches_are_the_definition(
     dim: int,
     dtype: torch.dtype,
     programs: int,
+    few: int,
     new: int,
 ) -> None:
-    """Ragged lengths, groups, pages and blocks, one piece or many; several rows a request, as in verification and prefill."""
+    """Ragged lengths, groups, pages and blocks, all in one launch or in pieces, which are scored apart or not; several rows a
+    request, as in verification and prefill."""
     (page, block), (kv_heads, group) = sizes, heads
     case = store(
         seed, lengths, [min(new, n) for n in lengths],
@@ -84,6 +89,7 @@ def test_both_branches_are_the_definition(
     reach = Reach(window, top_k, min(1, top_k), gamma)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "PROGRAMS", programs)
+        patch.setattr(launch, "FEW_BLOCKS", few)
         patch.setattr(launch, "TILE", 16)
         got = attended(case, dataclasses.replace(reach, gamma=gamma.to(launch.fp(dtype)))).double()
     for r in range(len(lengths)):
@@ -105,16 +111,18 @@ def test_both_branches_are_the_definition(
     sinks=st.integers(0, 1),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     equal=st.booleans(),
+    few=st.sampled_from([0, 512]),
 )
 def test_the_chosen_blocks_are_those_of_the_definition(
-    seed: int, length: int, heads: tuple[int, int], top_k: int, sinks: int, dtype: torch.dtype, equal: bool
+    seed: int, length: int, heads: tuple[int, int], top_k: int, sinks: int, dtype: torch.dtype, equal: bool, few: int
 ) -> None:
     """Wherever scores differ by more than rounding; and where all are equal, to the bit, the lower blocks."""
     case = store(seed, [length], [2], kv_heads=heads[0], group=heads[1], dtype=dtype)
     if equal:
         case.q.zero_()
     reach = Reach(5, top_k, sinks, torch.ones(heads[0] * heads[1]))
-    with torch.no_grad():
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(launch, "FEW_BLOCKS", few)
         found = launch.choose(case.q, case.summaries, case.step, reach, case.step.positions, case.requests)
     q, k, _, asked = whole(case, 0)
     scores = reference.block_scores(q[0].transpose(0, 1), k[0].transpose(0, 1), 4, "mean")
@@ -137,16 +145,26 @@ def test_both_zeros_are_one_score(heads: int) -> None:
 
     z = torch.tensor([[5.0, -0.0, 0.0, 0.0, -0.0, 0.0]]).repeat(1, heads, 1)
     chosen = torch.empty(1, 1, 3, dtype=torch.int32)
+    none, at = torch.zeros(1), torch.tensor([11])
     attention._choose[(1, 1)](
-        z, torch.tensor([11]), chosen, 4, 0, 6, G=heads, HEADS=heads, KV_HEADS=1, S=2, K=3, BEYOND=False, SINKS=1, TILE=16,
-        WIDE=4, EXACT=False,
+        none, none, at, at, at * 0, z, chosen, 1, 1, 1, 1, 4, 0, 6, G=heads, HEADS=heads, KV_HEADS=1, D=16, WIDE=16, PAGED=1,
+        S=2, K=3, SINKS=1, BEYOND=False, VARIANCE=False, SCORES=False, EACH=16, TILE=16, ROWS=heads, FULL=4, SCALE=1.0,
+        EXACT=False,
     )  # fmt: skip
     assert chosen.tolist() == [[[0, 1, 2]]]
 
 
+@pytest.fixture(params=[1, 2])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Into how many pieces the keys of a branch are cut: of one, all is one launch."""
+    pieces: int = request.param
+    monkeypatch.setattr(launch, "_pieces", lambda programs, near, far: (pieces, pieces * (far > 0)))
+    return pieces
+
+
 @pytest.mark.parametrize("dense", [0, 40])
 @pytest.mark.parametrize("kv_dtype", [torch.float64, torch.int8])
-def test_one_softmax_is_the_definition(dense: int, kv_dtype: torch.dtype) -> None:
+def test_one_softmax_is_the_definition(dense: int, kv_dtype: torch.dtype, cut: int) -> None:
     """Sparse layers, by the torch path that `test_sparse` holds against their equations: some rows before the dense length."""
     case = store(3, [70, 38, 41, 1], [3, 2, 1, 1], kv_dtype=kv_dtype)
     reach = Reach(10, 3, 1, None, torch.randn(4, dtype=torch.float64), dense)
@@ -157,7 +175,7 @@ def test_one_softmax_is_the_definition(dense: int, kv_dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize(("window", "dense"), [(7, 0), (ALL, ALL)])
-def test_the_window_alone_and_all_of_the_context(window: int, dense: int) -> None:
+def test_the_window_alone_and_all_of_the_context(window: int, dense: int, cut: int) -> None:
     case = store(4, [50, 9], [1, 4])
     got = attended(case, Reach(window, 0, 0, None, dense=dense))
     for r in range(2):
@@ -168,7 +186,7 @@ def test_the_window_alone_and_all_of_the_context(window: int, dense: int) -> Non
         torch.testing.assert_close(got[slice(*case.step.starts[r : r + 2])], want, atol=1e-12, rtol=0)
 
 
-def test_the_variance_is_scored() -> None:
+def test_the_variance_is_scored(cut: int) -> None:
     case = store(5, [90], [2], variance=True)
     gamma = torch.full((4,), 0.3, dtype=torch.float64)
     q, k, v, asked = whole(case, 0)
@@ -177,6 +195,36 @@ def test_the_variance_is_scored() -> None:
     torch.testing.assert_close(attended(case, Reach(6, 3, 1, gamma)), want, atol=1e-12, rtol=0)
     other = reference.reference_attention(q, k, v, **how)[0, asked]
     assert (other - want).abs().max() > 1e-3
+
+
+def test_where_rows_are_many_each_is_attended_in_one_launch() -> None:
+    """But not where one of them may read so much that the others would wait for it."""
+    assert launch._pieces(launch.BUSY, 1024, 1088) == (1, 1) and launch._pieces(launch.BUSY, 512, 0) == (1, 0)
+    assert min(launch._pieces(launch.BUSY, 2**17, 0)) == 0 and launch._pieces(launch.BUSY, 2**17, 0)[0] > 1
+    assert min(launch._pieces(2, 1024, 1088)) > 4
+
+
+def test_no_rows_are_no_launch() -> None:
+    """Of a layer with the window alone, too."""
+    case = store(1, [9], [0])
+    for reach in (Reach(4, 2, 1, torch.ones(4)), Reach(4, 0, 0, None)):
+        assert attended(case, reach).shape == (0, 4, 16)
+
+
+def test_a_pool_of_more_numbers_than_32_bits_count_is_reached(tmp_path: Path, cut: int) -> None:
+    """The last unit of it, in a file that is nearly all holes, where what 32 bits would make of its place is a hole, too."""
+    case, reach = store(8, [30], [1], dtype=torch.float32), Reach(6, 3, 1, torch.full((4,), 0.5))
+    want, each = attended(case, reach), case.kv[0].numel()
+    units = 2**31 // each + len(case.kv) + 1
+    memory = torch.from_numpy(np.memmap(tmp_path / "holes", np.float32, "w+", shape=units * each))
+    kv, used = memory.view(units, *case.kv.shape[1:]), case.step.tables != 0
+    means = torch.from_numpy(np.memmap(tmp_path / "means", np.float32, "w+", shape=units * case.summaries[0].numel()))
+    summaries = means.view(units, *case.summaries.shape[1:])
+    moved = torch.where(used, case.step.tables + units - len(case.kv), 0)
+    kv[moved[used]], summaries[moved[used]] = case.kv[case.step.tables[used]], case.summaries[case.step.tables[used]]
+    assert int(moved.max()) * each > 2**31
+    step = dataclasses.replace(case.step, tables=moved, shared=None)
+    assert torch.equal(launch.attend(case.q, kv, summaries, step, reach), want)
 
 
 def test_rows_are_attended_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,8 @@ from tests.recorded import Again, Tape, kernels_on_tape
 
 pytestmark = pytest.mark.timeout(600)  # the interpreter is slow, and so is a busy machine
 
-LAYER = ["_norm", "_store", "_summarise", "_score", "_choose", "_attend", "_join", "_norm", "_swiglu"]
+CUT = ["_norm", "_store", "_choose", "_attend", "_join", "_norm", "_swiglu"]
+ALONE = ["_norm", "_store", "_alone", "_norm", "_swiglu"]
 
 
 def model(pattern: str, quantized: bool = False) -> Model:
@@ -119,12 +120,14 @@ def kernels_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpretedFunction, "run", instead)
 
 
-@pytest.mark.parametrize("pattern", ["H", "L"])
+@pytest.mark.parametrize(("pattern", "pieces"), [("H", 2), ("L", 2), ("H", 1)])
 def test_a_decoding_step_on_a_gpu_waits_for_one_copy_and_its_launches_are_counted(
-    pattern: str, kernels_there: None
+    pattern: str, pieces: int, kernels_there: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of it, from the plan to the tokens. A layer is nine kernels of ours (seven with the window alone), four products, a
-    sum, and the gate's sigmoid; what else a step launches is no more for more layers."""
+    """All of it, from the plan to the tokens. A layer is seven kernels of ours (six with the window alone), or five where keys
+    are not cut into pieces, four products, and the gate's sigmoid; a group adds a sum; what else a step launches is no more
+    for more layers."""
+    monkeypatch.setattr(launch, "_pieces", lambda programs, near, far: (pieces, pieces * (far > 0)))
     layers: dict[int, list[str]] = {}
     with pretended() as gpu:
         made = model(pattern)
@@ -150,9 +153,9 @@ def test_a_decoding_step_on_a_gpu_waits_for_one_copy_and_its_launches_are_counte
         sampling = Sampling(temperature=0.7, top_p=0.9, seed=1, max_tokens=3, ignore_eos=True, logprobs=1)
         engine.generate([Request([40 + i, *range(50, 66)], sampling, depth="full") for i in range(2)])
     assert [waits for rows, waits, _ in steps if rows == 2] == [["tolist"]] * 2
-    kernels = [name for name in LAYER if pattern == "H" or name not in ("_score", "_choose")]
-    assert Counter(name for name in layers[1] if name in LAYER) == Counter(kernels), "a group is one layer"
-    others = [name for name in layers[1] if name not in LAYER]
+    kernels = ALONE if pieces == 1 else [name for name in CUT if pattern == "H" or name != "_choose"]
+    assert Counter(name for name in layers[1] if name in (*CUT, *ALONE)) == Counter(kernels), "a group is one layer"
+    others = [name for name in layers[1] if name not in (*CUT, *ALONE)]
     # products, sum and sigmoid; what the group leaves is copied by a way that the pretended device does not count
     assert len(others) == 4 + 1 + (pattern == "H"), others
     assert len(layers[0]) - len(layers[1]) <= 24, layers[0]

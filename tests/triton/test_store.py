@@ -15,6 +15,7 @@ from shoal import presets
 from shoal.config import ModelConfig
 from shoal.model import int8, slots
 from shoal.model.block import Attention, rope_tables
+from shoal.model.cache import Rows
 from shoal.model.gpu import launch
 from shoal.model.paged import write_kv
 from shoal.model.quant import int8_linear_reference, quantize_rows
@@ -91,6 +92,33 @@ def test_what_is_stored_is_what_torch_stores(dtype: torch.dtype, kv: str, norm: 
     untouched[written] = False
     flat, before = (each.transpose(1, 2).flatten(0, 1)[untouched] for each in (got, case.kv))
     assert torch.equal(flat.nan_to_num(7), before.nan_to_num(7)), "a row without a slot wrote somewhere"
+
+
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+@pytest.mark.parametrize(("block", "summary"), [(4, "mean"), (1, "mean_var"), (8, "mean_var")])
+def test_a_row_a_request_summarises_in_the_same_launch(kv: str, block: int, summary: str) -> None:
+    """To the bit what two launches leave; a block that is completed, one that is not, and a row without a slot, whose memory is
+    not touched. What lies there is NaN, and scales that are none."""
+    config, made = attention(qk_norm="head", summary=summary, block=block)
+    kind = slots.stored_as(kv, torch.bfloat16)
+    how = {"dim": 12, "dtype": torch.bfloat16, "kv_dtype": kind, "variance": summary == "mean_var", "block": block}
+    case = store(2, [15, 23, 6], [1, 1, 1], **how)  # type: ignore[arg-type]
+    step = step_of(case.step.tables, [(15, 16), (23, 24), (6, 7)], 8, block)
+    step.slots[1] = -1
+    memories = [(case.kv.clone(), case.summaries.clone()) for _ in range(2)]
+    several = Rows(step.positions, step.starts, 8, block)
+    several.longest = 2
+    with torch.no_grad():
+        heads = made.to(torch.bfloat16).qkv(normal(9, 3, config.width).bfloat16())
+        rope = rope_tables(step.positions, config, torch.float32)
+        for memory, shared in zip(memories, (None, several), strict=True):
+            given = dataclasses.replace(step, shared=shared)
+            launch.project_and_store(heads, *made.beside_qkv(torch.bfloat16), made.form, rope, *memory, given)
+    for one, two, before in zip(*memories, (case.kv, case.summaries), strict=True):
+        assert torch.equal(one.double().nan_to_num(7), two.double().nan_to_num(7))
+        assert not torch.equal(one.double().nan_to_num(7), before.double().nan_to_num(7))
+    unit = int(step.tables[0, 1])
+    assert memories[0][1][unit, :, 7 // block].isfinite().all(), "of the block that is complete"
 
 
 @settings(max_examples=8, deadline=None)

@@ -229,7 +229,27 @@ class Block(nn.Module):
         return self._around(x, lambda y: self.attention(y, layout, rope, beside), beside)
 
     def paged(self, x: Tensor, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor) -> Tensor:
-        return self._around(x, lambda y: self.attention.paged(y, step, rope, kv, summaries), step.beside)
+        x, more = self.opened(x, None, step, rope, kv, summaries)
+        return x if more is None else x + more
+
+    def opened(
+        self, x: Tensor, more: Tensor | None, step: PagedStep, rope: Rope, kv: Tensor, summaries: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `paged` of x + `more`; what comes back is to be added up as well. On a GPU the next layer's norm does that in its
+        own launch."""
+
+        def attention(y: Tensor) -> Tensor:
+            return self.attention.paged(y, step, rope, kv, summaries)
+
+        if not self.before or not launch.usable(x):
+            return self._around(x if more is None else x + more, attention, step.beside), None
+        norm = self.attention_norm
+        if more is None:
+            normed = norm(x)
+        else:
+            x, normed = launch.add_norm(x, more, norm.weight, norm.eps)
+        x, normed = launch.add_norm(x, attention(normed), self.mlp_norm.weight, self.mlp_norm.eps)
+        return x, self.mlp(normed, step.beside)
 
     def _around(self, x: Tensor, attention: Callable[[Tensor], Tensor], beside: Beside | None) -> Tensor:
         """x after `attention` and the MLP, each added to what went in, with its norm before or after it."""
@@ -304,9 +324,10 @@ class Group(nn.Module):
         if parts := self._in_one_call(x, step):
             added = [block.added(step.beside) for block in self.blocks]  # type: ignore[operator]
             return fused.layers(x, parts, rope, cache, step, added)
+        more: Tensor | None = None
         for j, block in enumerate(self.blocks):
-            x = block.paged(x, step, rope, cache.kv[j], cache.summaries[j])  # type: ignore[operator]
-        return x
+            x, more = block.opened(x, more, step, rope, cache.kv[j], cache.summaries[j])  # type: ignore[operator]
+        return x if more is None else x + more
 
     def _in_one_call(self, x: Tensor, step: PagedStep) -> list[Part]:
         """What `fused.layers` reads; empty where rows like those of `x` [N, D] take another way."""

@@ -1,10 +1,15 @@
-"""Attention over pages in Triton: score the blocks, choose, attend in pieces, join the pieces. Nothing is gathered, and no row
-pays for the length of another. `launch.attend` says what each is given.
+"""Attention over pages in Triton: score the blocks, choose, attend. Nothing is gathered, and no row pays for the length of
+another. `launch.attend` says what each is given, and which of two ways is taken.
 
-    _score     q x summaries of the complete blocks, a tile of blocks a program
+    _alone     all of it, a row and a KV head a program: one launch, where these are enough to fill a device
+
+    _score     q x summaries of the complete blocks, a tile of blocks a program; left out where blocks are few
     _choose    softmax over blocks, summed over the heads of a group; the K best by their bits, in the order of the text
     _attend    window and chosen blocks, each cut into pieces of equal length, a piece a program
     _join      the pieces of each branch, and the branches by gamma
+
+Programs of a launch know nothing of each other: where one reads what another wrote there are two launches. What a program
+wrote itself it reads after a barrier of its own threads.
 
 A number that is no constant would be handed over in fp32, so SCALE, 1 / sqrt d, is one.
 Sums, scores and softmax are fp32; under EXACT (fp64 models, which tests use) all is fp64 and no tensor core is asked.
@@ -40,6 +45,26 @@ def _complete(t, window, S: tl.constexpr, BEYOND: tl.constexpr):
 
 
 @triton.jit
+def _rated(
+    own, summaries, table, head, b, many, unit_step, head_step, block_step,
+    D: tl.constexpr, WIDE: tl.constexpr, PAGED: tl.constexpr, VARIANCE: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """[R, TILE]: what `own` [R, d] gives the blocks `b` of the `many` of a table: q.mean / sqrt d (+ q^2.var / 2d)."""
+    at = tl.arange(0, WIDE)
+    unit = tl.load(table + b // PAGED, mask=b < many, other=0).to(tl.int64)
+    place = unit * unit_step + head * head_step + (b % PAGED) * block_step
+    there = (b < many)[None, :] & (at < D)[:, None]
+    mean = tl.load(summaries + place[None, :] + at[:, None], mask=there, other=0)
+    mean = tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
+    found = _product(own, mean, "ieee", EXACT)
+    if VARIANCE:
+        spread = tl.load(summaries + place[None, :] + D + at[:, None], mask=there, other=0)
+        spread = tl.where(tl.abs(spread) < float("inf"), spread, 0.0)
+        found += _product(own * own * (SCALE / 2), spread, "ieee", EXACT)
+    return found * SCALE
+
+
+@triton.jit
 def _score(
     q, summaries, tables, positions, requests, z,
     table_step, unit_step, head_step, block_step, window, dense, count,
@@ -47,29 +72,35 @@ def _score(
     S: tl.constexpr, K: tl.constexpr, BEYOND: tl.constexpr, VARIANCE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     SCALE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """z [N, H, B]: q.mean / sqrt d (+ q^2.var / 2d) for each block that the row may choose, where it has more than K."""
+    """z [N, H, B]: `_rated` for each block that the row may choose, where it has more than K."""
     row, head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     kind: tl.constexpr = tl.float64 if EXACT else tl.float32
     t = tl.load(positions + row)
     many = _complete(t, window, S, BEYOND)
     if (t >= dense) & (many > K) & (tile * TILE < many):
         group, at, b = tl.arange(0, ROWS), tl.arange(0, WIDE), tile * TILE + tl.arange(0, TILE)
-        inside = at < D
         mine = group[:, None] * D + at[None, :] + (row * HEADS + head * G) * D
-        own = tl.load(q + mine, mask=(group < G)[:, None] & inside[None, :], other=0).to(kind)
+        own = tl.load(q + mine, mask=(group < G)[:, None] & (at < D)[None, :], other=0).to(kind)
         table = tables + tl.load(requests + row) * table_step
-        unit = tl.load(table + b // PAGED, mask=b < many, other=0).to(tl.int64)
-        place = unit * unit_step + head * head_step + (b % PAGED) * block_step
-        there = (b < many)[None, :] & inside[:, None]
-        mean = tl.load(summaries + place[None, :] + at[:, None], mask=there, other=0)
-        mean = tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
-        found = _product(own, mean, "ieee", EXACT)
-        if VARIANCE:
-            spread = tl.load(summaries + place[None, :] + D + at[:, None], mask=there, other=0)
-            spread = tl.where(tl.abs(spread) < float("inf"), spread, 0.0)
-            found += _product(own * own * (SCALE / 2), spread, "ieee", EXACT)
+        found = _rated(
+            own,
+            summaries,
+            table,
+            head,
+            b,
+            many,
+            unit_step,
+            head_step,
+            block_step,
+            D,
+            WIDE,
+            PAGED,
+            VARIANCE,
+            SCALE,
+            EXACT,
+        )
         to = (row * HEADS + head * G + group[:, None]) * count + b[None, :]
-        tl.store(z + to, found * SCALE, mask=(group < G)[:, None] & (b < many)[None, :])
+        tl.store(z + to, found, mask=(group < G)[:, None] & (b < many)[None, :])
 
 
 @triton.jit
@@ -100,35 +131,68 @@ def _best(score, b, many, K: tl.constexpr, SINKS: tl.constexpr, EXACT: tl.conste
 
 
 @triton.jit
-def _choose(
-    z, positions, chosen, window, dense, count,
-    G: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, S: tl.constexpr, K: tl.constexpr, SINKS: tl.constexpr,
-    BEYOND: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
+def _list(
+    own, summaries, table, head, t, many, z, chosen, unit_step, head_step, block_step, dense, count,
+    G: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr, K: tl.constexpr, SINKS: tl.constexpr, VARIANCE: tl.constexpr,
+    SCORES: tl.constexpr, EACH: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr,
+    SCALE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """chosen [N, Hk, K] int32: the sinks and the best of the rest in ascending order; the number of a block, or -1. Of equal
-    scores the lower block. TILE: blocks, at least B."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    t = tl.load(positions + row)
-    many = _complete(t, window, S, BEYOND)
-    to = chosen + (row * KV_HEADS + head) * K
+    """`chosen` [K] int32: the sinks and the best of the rest in ascending order; the number of a block, or -1. Of equal scores
+    the lower block. `z` [G, B] holds the scores; under SCORES it is filled first, EACH blocks at a time, for `own` [R, d].
+    TILE: blocks, at least B; FULL: at least K."""
     if (t >= dense) & (many > K):
+        if SCORES:
+            group = tl.arange(0, ROWS)
+            for begin in range(0, many, EACH):
+                some = begin + tl.arange(0, EACH)
+                found = _rated(
+                    own, summaries, table, head, some, many, unit_step, head_step, block_step, D, WIDE, PAGED, VARIANCE,
+                    SCALE, EXACT,
+                )  # fmt: skip
+                to = z + group.to(tl.int64)[:, None] * count + some[None, :]
+                tl.store(to, found, mask=(group < G)[:, None] & (some < many)[None, :])
+            tl.debug_barrier()
         b = tl.arange(0, TILE)
         there = b < many
-        ours = z + (row * HEADS + head * G) * count + b
         if G == 1:
-            score = tl.load(ours, mask=there, other=float("-inf"))
+            score = tl.load(z + b, mask=there, other=float("-inf"))
         else:
             score = tl.zeros([TILE], tl.float64 if EXACT else tl.float32)
             for g in range(G):
-                one = tl.load(ours + g * count, mask=there, other=float("-inf"))
+                one = tl.load(z + g * count + b, mask=there, other=float("-inf"))
                 one = tl.exp(one - tl.max(one, 0))
                 score += one / tl.sum(one, 0)
         taken = _best(score, b, many, K, SINKS, EXACT)
         place = tl.cumsum(taken.to(tl.int32), 0) - 1
-        tl.store(to + place, b, mask=taken)
+        tl.store(chosen + place, b, mask=taken)
     else:
-        every = tl.arange(0, WIDE)
-        tl.store(to + every, tl.where(every < many, every, -1), mask=every < K)
+        every = tl.arange(0, FULL)
+        tl.store(chosen + every, tl.where(every < many, every, -1), mask=every < K)
+
+
+@triton.jit
+def _choose(
+    q, summaries, tables, positions, requests, z, chosen,
+    table_step, unit_step, head_step, block_step, window, dense, count,
+    G: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, PAGED: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, SINKS: tl.constexpr, BEYOND: tl.constexpr, VARIANCE: tl.constexpr, SCORES: tl.constexpr,
+    EACH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """chosen [N, Hk, K] int32, as `_list`, of scores z [N, H, B], which are made here under SCORES."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    kind: tl.constexpr = tl.float64 if EXACT else tl.float32
+    t = tl.load(positions + row).to(tl.int32)
+    group, at = tl.arange(0, ROWS), tl.arange(0, WIDE)
+    own = tl.zeros([ROWS, WIDE], kind)
+    if SCORES:
+        mine = (row * HEADS + head * G + group[:, None]) * D + at[None, :]
+        own = tl.load(q + mine, mask=(group < G)[:, None] & (at < D)[None, :], other=0).to(kind)
+    table = tables + tl.load(requests + row) * table_step
+    _list(
+        own, summaries, table, head, t, _complete(t, window, S, BEYOND), z + (row * HEADS + head * G) * count,
+        chosen + (row * KV_HEADS + head) * K, unit_step, head_step, block_step, dense, count,
+        G, D, PAGED, K, SINKS, VARIANCE, SCORES, EACH, TILE, WIDE, ROWS, FULL, SCALE, EXACT,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -139,50 +203,32 @@ def _scales(at, mask):
     return ((low << 16) | (high << 24)).to(tl.float32, bitcast=True)
 
 
-# long: one loop over what either branch reads, with nothing that could be called beside it but at each step
 @triton.jit
-def _attend(
-    q, kv, tables, positions, requests, chosen, bias, part, stats,
-    table_step, unit_step, head_step, slot_step, window, dense,
-    G: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
-    S: tl.constexpr, K: tl.constexpr, BEYOND: tl.constexpr, INT8: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    NEAR: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """part [N, H, Y, d] and stats [N, H, Y, 2]: a sum of values that is not yet divided, its largest score and its divisor, for
-    each piece of what a row reads. The first NEAR are of the window, the others of the chosen blocks (and the tail,
-    where the branches are two). A piece without a key has the divisor 0."""
-    row, head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    kind: tl.constexpr = tl.float64 if EXACT else tl.float32
-    t = tl.load(positions + row).to(tl.int32)
-    group, at, step = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, TILE)
-    heads, inside = group < G, at < D
-    mine = (row * HEADS + head * G + group[:, None]) * D + at[None, :]
-    own = tl.load(q + mine, mask=heads[:, None] & inside[None, :], other=0)
-    table = tables + tl.load(requests + row) * table_step
+def _reads(t, many, window, dense, S: tl.constexpr, K: tl.constexpr, BEYOND: tl.constexpr):
+    """Of the query at t, which may choose of `many` blocks: its window's first key, and how many keys window and chosen blocks
+    (with the tail, where the branches are two) hold. Where both would be all, the second is 0: the window is enough."""
     early = t < dense
-    near = piece < NEAR
-    share = tl.where(near, NEAR, PIECES - NEAR)
-    index = tl.where(near, piece, piece - NEAR)
     first = tl.where(early, 0, tl.maximum(t - window + 1, 0))
-    more = tl.zeros([ROWS], kind)
-    many = 0
-    if K > 0:
-        many = tl.minimum(_complete(t, window, S, BEYOND), K)
-    if near:
-        length = t + 1 - first
-        if BEYOND:
-            more += tl.where(early, 0.0, tl.load(bias + head * G + group, mask=heads, other=0).to(kind))
+    taken = tl.minimum(many, K) * S
+    if BEYOND:
+        far = tl.where(early, 0, taken)
     else:
-        if BEYOND:
-            length = tl.where(early, 0, many * S)
-        else:  # the tail comes after the chosen blocks; where both branches read all, the window's pieces are enough
-            length = many * S + (t + 1) % S
-            length = tl.where(early | (t + 1 <= tl.minimum(window, K * S)), 0, length)
-    each = (length + share * TILE - 1) // (share * TILE) * TILE
-    start, end = index * each, tl.minimum((index + 1) * each, length)
-    top = tl.full([ROWS], float("-inf"), kind)
-    total = tl.zeros([ROWS], kind)
-    sums = tl.zeros([ROWS, WIDE], kind)
+        far = tl.where(early | (t + 1 <= tl.minimum(window, K * S)), 0, taken + (t + 1) % S)
+    return first, t + 1 - first, far
+
+
+@triton.jit
+def _over(
+    own, more, kv, table, chosen, head, t, many, first, near, start, end, top, total, sums,
+    unit_step, head_step, slot_step,
+    D: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, BEYOND: tl.constexpr,
+    INT8: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Largest score [R], divisor [R] and undivided sum of values [R, d] of `own` [R, d], after those that were given: over the
+    keys from number `start` to `end` of the window (`near`) or of the `chosen` blocks and the tail; `more` [R] is added to
+    each score."""
+    at, step = tl.arange(0, WIDE), tl.arange(0, TILE)
+    inside = at < D
     for begin in range(start, end, TILE):
         e = begin + step
         valid = e < end
@@ -190,8 +236,10 @@ def _attend(
             key = first + e
         else:
             place = e // S
-            block = tl.load(chosen + (row * KV_HEADS + head) * K + place, mask=valid & (place < many), other=0)
-            key = tl.where(place < many, block, (t + 1) // S) * S + e % S
+            taken = tl.minimum(many, K)
+            # of a layer that chooses nothing, `chosen` is memory of another type, which is never read
+            block = tl.load(chosen + place, mask=valid & (place < taken), other=0).to(tl.int32)
+            key = tl.where(place < taken, block, (t + 1) // S) * S + e % S
             if BEYOND:  # what the window holds already is not read twice
                 valid = valid & (key < first)
         unit = tl.load(table + key // P, mask=valid, other=0).to(tl.int64)
@@ -212,10 +260,107 @@ def _attend(
         total = total * shrink + tl.sum(p, 1)
         sums = sums * shrink[:, None] + _product(p.to(own.dtype), v, PRECISION, EXACT)
         top = higher
+    return top, total, sums
+
+
+@triton.jit
+def _attend(
+    q, kv, tables, positions, requests, chosen, bias, part, stats,
+    table_step, unit_step, head_step, slot_step, window, dense,
+    G: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, BEYOND: tl.constexpr, INT8: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    NEAR: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """part [N, H, Y, d] and stats [N, H, Y, 2]: a sum of values that is not yet divided, its largest score and its divisor, for
+    each piece of what a row reads. The first NEAR are of the window, the others of the chosen blocks (and the tail,
+    where the branches are two). A piece without a key has the divisor 0."""
+    row, head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    kind: tl.constexpr = tl.float64 if EXACT else tl.float32
+    t = tl.load(positions + row).to(tl.int32)
+    group, at = tl.arange(0, ROWS), tl.arange(0, WIDE)
+    heads, inside = group < G, at < D
+    mine = (row * HEADS + head * G + group[:, None]) * D + at[None, :]
+    own = tl.load(q + mine, mask=heads[:, None] & inside[None, :], other=0)
+    table = tables + tl.load(requests + row) * table_step
+    near = piece < NEAR
+    share = tl.where(near, NEAR, PIECES - NEAR)
+    index = tl.where(near, piece, piece - NEAR)
+    many = 0
+    if K > 0:
+        many = _complete(t, window, S, BEYOND)
+    first, length, far = _reads(t, many, window, dense, S, K, BEYOND)
+    more = tl.zeros([ROWS], kind)
+    if near:
+        if BEYOND:
+            more += tl.where(t < dense, 0.0, tl.load(bias + head * G + group, mask=heads, other=0).to(kind))
+    else:
+        length = far
+    each = (length + share * TILE - 1) // (share * TILE) * TILE
+    top, total, sums = _over(
+        own, more, kv, table, chosen + (row * KV_HEADS + head) * K, head, t, many, first, near, index * each,
+        tl.minimum((index + 1) * each, length), tl.full([ROWS], float("-inf"), kind), tl.zeros([ROWS], kind),
+        tl.zeros([ROWS, WIDE], kind), unit_step, head_step, slot_step,
+        D, WIDE, P, S, K, BEYOND, INT8, TILE, PRECISION, SCALE, EXACT,
+    )  # fmt: skip
     to = (row * HEADS + head * G + group) * PIECES + piece
     tl.store(part + to[:, None] * D + at[None, :], sums, mask=heads[:, None] & inside[None, :])
     tl.store(stats + to * 2, top, mask=heads)
     tl.store(stats + to * 2 + 1, total, mask=heads)
+
+
+@triton.jit
+def _alone(
+    q, kv, summaries, tables, positions, requests, z, chosen, bias, gamma, out,
+    table_step, unit_step, head_step, slot_step, to_unit, to_head, to_block, window, dense, count,
+    G: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
+    PAGED: tl.constexpr, S: tl.constexpr, K: tl.constexpr, SINKS: tl.constexpr, BEYOND: tl.constexpr, GATED: tl.constexpr,
+    VARIANCE: tl.constexpr, INT8: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
+    FULL: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """out [N, H, d]: a row and a KV head from scores to the sum of both branches. z [N, H, B] and chosen [N, Hk, K] are its
+    own memory; BLOCKS is at least B, FULL at least K."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    kind: tl.constexpr = tl.float64 if EXACT else tl.float32
+    t = tl.load(positions + row).to(tl.int32)
+    group, at = tl.arange(0, ROWS), tl.arange(0, WIDE)
+    mine = (row * HEADS + head * G + group[:, None]) * D + at[None, :]
+    real = (group < G)[:, None] & (at < D)[None, :]
+    own = tl.load(q + mine, mask=real, other=0)
+    table = tables + tl.load(requests + row) * table_step
+    listed = chosen + (row * KV_HEADS + head) * K
+    many = 0
+    if K > 0:
+        many = _complete(t, window, S, BEYOND)
+        _list(
+            own.to(kind), summaries, table, head, t, many, z + (row * HEADS + head * G) * count, listed,
+            to_unit, to_head, to_block, dense, count,
+            G, D, PAGED, K, SINKS, VARIANCE, True, TILE, BLOCKS, WIDE, ROWS, FULL, SCALE, EXACT,
+        )  # fmt: skip
+        tl.debug_barrier()
+    first, length, far = _reads(t, many, window, dense, S, K, BEYOND)
+    none, more = tl.zeros([ROWS], kind), tl.zeros([ROWS], kind)
+    if BEYOND:
+        more += tl.where(t < dense, 0.0, tl.load(bias + head * G + group, mask=group < G, other=0).to(kind))
+    lowest, empty = tl.full([ROWS], float("-inf"), kind), tl.zeros([ROWS, WIDE], kind)
+    top, total, sums = _over(
+        own, more, kv, table, listed, head, t, many, first, True, 0, length, lowest, none, empty,
+        unit_step, head_step, slot_step, D, WIDE, P, S, K, BEYOND, INT8, TILE, PRECISION, SCALE, EXACT,
+    )  # fmt: skip
+    if BEYOND:
+        top, total, sums = _over(
+            own, none, kv, table, listed, head, t, many, first, False, 0, far, top, total, sums,
+            unit_step, head_step, slot_step, D, WIDE, P, S, K, BEYOND, INT8, TILE, PRECISION, SCALE, EXACT,
+        )  # fmt: skip
+    found = sums / total[:, None]
+    if GATED:
+        top, total, sums = _over(
+            own, none, kv, table, listed, head, t, many, first, False, 0, far, lowest, none, empty,
+            unit_step, head_step, slot_step, D, WIDE, P, S, K, BEYOND, INT8, TILE, PRECISION, SCALE, EXACT,
+        )  # fmt: skip
+        other = sums / tl.where(total > 0, total, 1.0)[:, None]
+        share = tl.load(gamma + head * G + group, mask=group < G, other=0).to(kind)
+        found = tl.where((total > 0)[:, None], other + share[:, None] * (found - other), found)
+    tl.store(out + mine, found.to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit

@@ -30,6 +30,10 @@ ON = {"cuda"}  # devices; tests add the CPU, where Triton's interpreter runs
 LEAST_CAPABILITY = (8, 0)
 TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PROGRAMS = 264  # that fill a device: two for each of 132 multiprocessors; what a row reads is cut into as many pieces
+BUSY = 128  # that keep it busy: from so many rows and KV heads on one reads all by itself, in one launch,
+MOST_KEYS = 4096  # unless it may be more keys than these: beside short requests one program would read for long
+FEW_BLOCKS = 512  # that the program which chooses among them scores as well
+ALONE_BLOCKS = 4096  # among which the program that reads chooses as well: beyond it would lack registers
 TILE = 64  # keys of a step of the attention's loop, blocks that a program scores
 SCORED = 2**24  # scores that exist at once (fp32: 64 MB)
 MOST_BLOCKS = 2**14  # that one program chooses among
@@ -132,18 +136,23 @@ def project_and_store(
     if not len(qkv):
         return q
     kind = store.NONE if not len(q_weight) else store.HEAD if len(q_weight) == dim else store.ALL
-    wide, eight = _power(dim), kv.dtype == torch.int8
+    wide, single = _power(dim), step.rows.longest <= 1
+    strides = *kv.stride()[:3], *summaries.stride()[:3]
+    shape = {
+        "D": dim, "WIDE": wide, "P": page, "S": step.block, "TALL": _power(step.block),
+        "VARIANCE": summaries.shape[-1] > dim, "INT8": kv.dtype == torch.int8,
+    }  # fmt: skip
+    tall = 1 if step.block * wide <= 1024 else 4
     store._store[(len(qkv), heads + 2 * kv_heads)](
-        qkv.contiguous(), bias, q_weight, k_weight, rope[0].contiguous(), rope[1].contiguous(), step.slots, q, kv,
-        kv.stride(0), kv.stride(1), kv.stride(2), form.eps,
-        HEADS=heads, KV_HEADS=kv_heads, D=dim, WIDE=wide, HALF=form.half, P=page, BIASED=len(bias) > 0, NORM=kind,
-        TOTAL=_power(dim * heads) if kind == store.ALL else wide, INT8=eight, EXACT=_exact(qkv), num_warps=1,
+        qkv.contiguous(), bias, q_weight, k_weight, rope[0].contiguous(), rope[1].contiguous(), step.slots, step.positions,
+        q, kv, summaries, *strides, form.eps,
+        **shape, HEADS=heads, KV_HEADS=kv_heads, HALF=form.half, BIASED=len(bias) > 0, NORM=kind, SINGLE=single,
+        TOTAL=_power(dim * heads) if kind == store.ALL else wide, EXACT=_exact(qkv), num_warps=tall if single else 1,
     )  # fmt: skip
-    store._summarise[(len(qkv), kv_heads)](
-        kv, summaries, step.positions, step.slots, *kv.stride()[:3], *summaries.stride()[:3],
-        D=dim, WIDE=wide, P=page, S=step.block, TALL=_power(step.block), VARIANCE=summaries.shape[-1] > dim, INT8=eight,
-        num_warps=1 if step.block * wide <= 1024 else 4,
-    )  # fmt: skip
+    if not single:
+        store._summarise[(len(qkv), kv_heads)](
+            kv, summaries, step.positions, step.slots, *strides, **shape, num_warps=tall
+        )
     return q
 
 
@@ -162,7 +171,7 @@ def attend(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Rea
     q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
     requests = step.rows.once("requests", lambda: _requests(step.starts, q.device))
     blocks = step.tables.shape[1] * step.page // step.block
-    most = max(1, SCORED // (q.shape[1] * max(1, blocks))) if reach.chooses else len(q)
+    most = max(1, SCORED // (q.shape[1] * max(1, blocks))) if reach.chooses else max(1, len(q))
     for first in range(0, len(q), most):
         some = slice(first, first + most)
         _attend(q[some], kv, summaries, step, reach, step.positions[some], requests[some], out[some])
@@ -171,35 +180,37 @@ def attend(q: Tensor, kv: Tensor, summaries: Tensor, step: PagedStep, reach: Rea
 
 def choose(q: Tensor, summaries: Tensor, step: PagedStep, reach: Reach, positions: Tensor, requests: Tensor) -> Tensor:
     """int32 [N, Hk, K]: the blocks that the rows `q` [N, H, d] at `positions` of `requests` read, in ascending order; -1 where
-    there are fewer."""
+    there are fewer. One launch where blocks are few, else two."""
     from shoal.model.gpu import attention
 
-    rows, heads, dim = q.shape
-    kv_heads, per_page, exact = summaries.shape[1], summaries.shape[2], _exact(q)
-    group, blocks, top_k = heads // kv_heads, step.tables.shape[1] * per_page, reach.top_k
-    shape = {
-        "G": group,
-        "HEADS": heads,
-        "KV_HEADS": kv_heads,
-        "S": step.block,
-        "K": top_k,
-        "BEYOND": reach.bias is not None,
-    }
-    sizes = min(reach.window, MOST_LAST), min(reach.dense, MOST_LAST)
-    chosen = torch.empty(rows, kv_heads, top_k, dtype=torch.int32, device=q.device)
-    z = q.new_empty((rows, heads, blocks) if blocks > top_k else (1,), dtype=fp(q.dtype))
-    if blocks > top_k:
-        attention._score[(rows, kv_heads, -(-blocks // TILE))](
-            q, summaries, step.tables, positions, requests, z,
-            step.tables.stride(0), *summaries.stride()[:3], *sizes, blocks,
-            **shape, ROWS=_power(group, 1 if exact else 16), D=dim, WIDE=_power(dim), PAGED=per_page,
-            VARIANCE=summaries.shape[-1] > dim, TILE=TILE, SCALE=1 / math.sqrt(dim), EXACT=exact,
-        )  # fmt: skip
+    rows, kv_heads, blocks = len(q), summaries.shape[1], step.tables.shape[1] * summaries.shape[2]
+    shape, scores = _choosing(q, summaries, step, reach, FEW_BLOCKS)
+    sizes = min(reach.window, MOST_LAST), min(reach.dense, MOST_LAST), blocks
+    chosen = torch.empty(rows, kv_heads, reach.top_k, dtype=torch.int32, device=q.device)
+    z = q.new_empty((rows, q.shape[1], blocks) if blocks > reach.top_k else (1,), dtype=fp(q.dtype))
+    given = (q, summaries, step.tables, positions, requests, z)
+    strides = step.tables.stride(0), *summaries.stride()[:3]
+    if blocks > reach.top_k and not scores:
+        attention._score[(rows, kv_heads, -(-blocks // TILE))](*given, *strides, *sizes, **shape, TILE=TILE)
     attention._choose[(rows, kv_heads)](
-        z, positions, chosen, *sizes, blocks,
-        **shape, SINKS=reach.sinks, TILE=_power(blocks), WIDE=_power(top_k, 1), EXACT=exact, num_warps=_warps(blocks),
+        *given, chosen, *strides, *sizes,
+        **shape, SINKS=reach.sinks, SCORES=scores, EACH=TILE, TILE=_power(blocks), FULL=_power(reach.top_k, 1),
+        num_warps=max(4 if scores else 1, _warps(blocks)),
     )  # fmt: skip
     return chosen
+
+
+def _choosing(q: Tensor, summaries: Tensor, step: PagedStep, reach: Reach, most: int) -> tuple[dict[str, Any], bool]:
+    """The constants of kernels that score and choose for `q` [N, H, d], and whether one program does both: where there is
+    something to choose, among no more than `most` blocks."""
+    dim, exact, blocks = q.shape[2], _exact(q), step.tables.shape[1] * summaries.shape[2]
+    shape = {
+        "G": q.shape[1] // summaries.shape[1], "HEADS": q.shape[1], "KV_HEADS": summaries.shape[1], "D": dim,
+        "WIDE": _power(dim), "PAGED": summaries.shape[2], "S": step.block, "K": reach.top_k,
+        "BEYOND": reach.bias is not None, "VARIANCE": summaries.shape[-1] > dim,
+        "ROWS": _power(q.shape[1] // summaries.shape[1], 1 if exact else 16), "SCALE": 1 / math.sqrt(dim), "EXACT": exact,
+    }  # fmt: skip
+    return shape, reach.top_k < blocks <= most
 
 
 def _attend(
@@ -216,21 +227,37 @@ def _attend(
     from shoal.model.gpu import attention
 
     rows, heads, dim = q.shape
-    kv_heads, page, exact, most = kv.shape[1], kv.shape[2], _exact(q), step.tables.shape[1] * kv.shape[2]
-    group, beyond, top_k = heads // kv_heads, reach.bias is not None, reach.top_k if reach.chooses else 0
-    chosen = choose(q, summaries, step, reach, positions, requests) if top_k else positions
+    kv_heads, exact, most = kv.shape[1], _exact(q), step.tables.shape[1] * kv.shape[2]
+    beyond, top_k = reach.bias is not None, reach.top_k if reach.chooses else 0
     window, dense = min(reach.window, MOST_LAST), min(reach.dense, MOST_LAST)
+    shape = {
+        "G": heads // kv_heads, "HEADS": heads, "KV_HEADS": kv_heads, "D": dim, "WIDE": _power(dim), "P": kv.shape[2],
+        "S": step.block, "K": top_k, "BEYOND": beyond, "INT8": kv.dtype == torch.int8, "TILE": TILE,
+        "ROWS": _power(heads // kv_heads, 1 if exact else 16), "PRECISION": _precision(q), "SCALE": 1 / math.sqrt(dim),
+        "EXACT": exact,
+    }  # fmt: skip
     near, far = _pieces(rows * kv_heads, min(most, max(window, dense)), (top_k + 1) * step.block if top_k else 0)
+    gated, bias = reach.gamma is not None and far > 0, reach.bias if beyond else q
+    strides = step.tables.stride(0), *kv.stride()[:3]
+    blocks = most // step.block
+    if near == 1 and far <= 1 and blocks * bool(top_k) <= ALONE_BLOCKS:
+        z = q.new_empty((rows, heads, blocks) if top_k and blocks > top_k else (1,), dtype=fp(q.dtype))
+        chosen = torch.empty(rows, kv_heads, max(1, top_k), dtype=torch.int32, device=q.device)
+        attention._alone[(rows, kv_heads)](
+            q, kv, summaries, step.tables, positions, requests, z, chosen, bias, reach.gamma if gated else q, out,
+            *strides, *summaries.stride()[:3], window, dense, blocks,
+            **shape, PAGED=kv.shape[2] // step.block, SINKS=reach.sinks, GATED=gated, VARIANCE=summaries.shape[-1] > dim,
+            BLOCKS=_power(blocks) if top_k else 16, FULL=_power(max(1, top_k), 1),
+            num_warps=max(4, _warps(blocks) if top_k else 4),
+        )  # fmt: skip
+        return
+    chosen = choose(q, summaries, step, reach, positions, requests) if top_k else positions
     part = q.new_empty(rows, heads, near + far, dim, dtype=fp(q.dtype))
     stats = q.new_empty(rows, heads, near + far, 2, dtype=fp(q.dtype))
     attention._attend[(rows, kv_heads, near + far)](
-        q, kv, step.tables, positions, requests, chosen, reach.bias if beyond else q, part, stats,
-        step.tables.stride(0), *kv.stride()[:3], window, dense,
-        G=group, HEADS=heads, KV_HEADS=kv_heads, D=dim, WIDE=_power(dim), P=page, S=step.block, K=top_k, BEYOND=beyond,
-        INT8=kv.dtype == torch.int8, ROWS=_power(group, 1 if exact else 16), TILE=TILE, NEAR=near, PIECES=near + far,
-        PRECISION=_precision(q), SCALE=1 / math.sqrt(dim), EXACT=exact,
+        q, kv, step.tables, positions, requests, chosen, bias, part, stats, *strides, window, dense,
+        **shape, NEAR=near, PIECES=near + far,
     )  # fmt: skip
-    gated = reach.gamma is not None and far > 0
     attention._join[(rows, heads)](
         part, stats, reach.gamma if gated else q, out,
         HEADS=heads, D=dim, WIDE=_power(dim), NEAR=near, PIECES=near + far, PADDED=_power(near + far, 1), GATED=gated,
@@ -263,7 +290,9 @@ def int8_product(weight: Tensor, scale: Tensor) -> Any:
 
 def _pieces(programs: int, near: int, far: int) -> tuple[int, int]:
     """Into how many pieces the keys of window and chosen blocks are cut, for so many rows and KV heads: enough to fill a
-    device. Powers of two, as each other number is a kernel that must be compiled first."""
+    device, or none where these do. Powers of two, as each other number is a kernel that must be compiled first."""
+    if programs >= BUSY and near + far <= MOST_KEYS:
+        return 1, int(far > 0)
     each = max(TILE, -(-(near + far) * programs // PROGRAMS))
     return _power(max(1, -(-near // each)), 1), _power(-(-far // each), 1) if far else 0
 

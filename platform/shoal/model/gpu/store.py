@@ -44,14 +44,31 @@ def _levels(x, at, D: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _kept(to, x, part, at, D: tl.constexpr, INT8: tl.constexpr, EXACT: tl.constexpr):
+    """Store x [d], the key (`part` 0) or the value (1) of the slot `to`; and what of it will be read there."""
+    if INT8:
+        level, upper = _levels(x, at, D, EXACT)
+        tl.store(to + part * D + at, level.to(tl.int8), mask=at < D)
+        tl.store(to + 2 * D + 2 * part, (upper & 0xFF).to(tl.int8))
+        tl.store(to + 2 * D + 2 * part + 1, ((upper >> 8) & 0xFF).to(tl.int8))
+        found = level * (upper << 16).to(tl.float32, bitcast=True).to(x.dtype)
+    else:
+        tl.store(to + part * D + at, x.to(to.dtype.element_ty), mask=at < D)
+        found = x.to(to.dtype.element_ty).to(x.dtype)
+    return found
+
+
+@triton.jit
 def _store(
-    qkv, bias, q_weight, k_weight, keep, cross, slots, q, kv,
-    unit_step, head_step, slot_step, eps,
+    qkv, bias, q_weight, k_weight, keep, cross, slots, positions, q, kv, summaries,
+    unit_step, head_step, slot_step, to_unit, to_head, to_block, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr,
-    BIASED: tl.constexpr, NORM: tl.constexpr, TOTAL: tl.constexpr, INT8: tl.constexpr, EXACT: tl.constexpr,
+    BIASED: tl.constexpr, NORM: tl.constexpr, TOTAL: tl.constexpr, S: tl.constexpr, TALL: tl.constexpr, VARIANCE: tl.constexpr,
+    SINGLE: tl.constexpr, INT8: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """q [N, H, d], normed and turned, and k and v where `slots` [N] say; a head of a row a program. TOTAL: a power of two, at
-    least as many numbers as one norm is over."""
+    least as many numbers as one norm is over. SINGLE: of each request there is one row, so that the other keys of a block
+    that it completes are stored already, and the block's summary is written here."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     kind: tl.constexpr = tl.float64 if EXACT else tl.float32
     at = tl.arange(0, WIDE)
@@ -90,14 +107,12 @@ def _store(
         slot = tl.load(slots + row).to(tl.int64)
         to = kv + slot // P * unit_step + (head - HEADS - part * KV_HEADS) * head_step + slot % P * slot_step
         if slot >= 0:
-            if INT8:
-                x = x.to(q.dtype.element_ty).to(kind)  # as it would stand in memory
-                level, upper = _levels(x, at, D, EXACT)
-                tl.store(to + part * D + at, level.to(tl.int8), mask=at < D)
-                tl.store(to + 2 * D + 2 * part, (upper & 0xFF).to(tl.int8))
-                tl.store(to + 2 * D + 2 * part + 1, ((upper >> 8) & 0xFF).to(tl.int8))
-            else:
-                tl.store(to + part * D + at, x.to(kv.dtype.element_ty), mask=at < D)
+            x = _kept(to, x.to(q.dtype.element_ty).to(kind), part, at, D, INT8, EXACT)
+            if SINGLE:  # noqa: SIM102  # a constant, and a branch
+                if (head < HEADS + KV_HEADS) & ((tl.load(positions + row) + 1) % S == 0):
+                    offset = slot % P
+                    into = summaries + slot // P * to_unit + (head - HEADS) * to_head + offset // S * to_block
+                    _summary(to, x, into, slot_step, D, WIDE, S, TALL, VARIANCE, INT8, True)
 
 
 @triton.jit
@@ -106,6 +121,30 @@ def _scale(at):
     low = tl.load(at).to(tl.int32) & 0xFF
     high = tl.load(at + 1).to(tl.int32) & 0xFF
     return ((low << 16) | (high << 24)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _summary(
+    key, own, into, slot_step,
+    D: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr, TALL: tl.constexpr, VARIANCE: tl.constexpr, INT8: tl.constexpr,
+    OWN: tl.constexpr,
+):  # fmt: skip
+    """`into` [m]: mean (and variance) of the S stored keys of a block. The last stands at `key`; under OWN it is `own` [d],
+    which was just stored, and is not read back."""
+    kind = into.dtype.element_ty
+    at, back = tl.arange(0, WIDE), tl.arange(0, TALL)
+    place = key + tl.where(back < S, 0 - back, 0) * slot_step
+    there = (back < S)[:, None] & (at < D)[None, :]
+    k = tl.load(place[:, None] + at[None, :], mask=there, other=0).to(kind)
+    if INT8:  # a scale that is not of the block, and may be anything, is multiplied by nothing that counts
+        k = tl.where(there, k * _scale(place + 2 * D)[:, None].to(kind), 0.0)
+    if OWN:
+        k = tl.where((back == 0)[:, None], own[None, :].to(kind), k)
+    mean = tl.sum(k, 0) / S
+    tl.store(into + at, mean, mask=at < D)
+    if VARIANCE:
+        off = tl.where(there, k - mean[None, :], 0.0)
+        tl.store(into + D + at, tl.sum(off * off, 0) / S, mask=at < D)
 
 
 @triton.jit
@@ -118,19 +157,9 @@ def _summarise(
     """Mean (and variance) of the stored keys of each block that a row completes; after `_store`, as the keys of a block may be
     of several rows."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    kind = summaries.dtype.element_ty
     slot = tl.load(slots + row).to(tl.int64)
     if (slot >= 0) & ((tl.load(positions + row) + 1) % S == 0):
-        at, back = tl.arange(0, WIDE), tl.arange(0, TALL)
-        unit, offset = slot // P, slot % P
-        key = kv + unit * unit_step + head * head_step + (offset - tl.where(back < S, back, 0)) * slot_step
-        there = (back < S)[:, None] & (at < D)[None, :]
-        k = tl.load(key[:, None] + at[None, :], mask=there, other=0).to(kind)
-        if INT8:
-            k = k * _scale(key + 2 * D)[:, None].to(kind)
-        mean = tl.sum(k, 0) / S
-        to = summaries + unit * to_unit + head * to_head + offset // S * to_block + at
-        tl.store(to, mean, mask=at < D)
-        if VARIANCE:
-            off = tl.where(there, k - mean[None, :], 0.0)
-            tl.store(to + D, tl.sum(off * off, 0) / S, mask=at < D)
+        offset = slot % P
+        key = kv + slot // P * unit_step + head * head_step + offset * slot_step
+        into = summaries + slot // P * to_unit + head * to_head + offset // S * to_block
+        _summary(key, 0.0, into, slot_step, D, WIDE, S, TALL, VARIANCE, INT8, False)
