@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shoal.config import ModelConfig
 from shoal.errors import ConfigError, did_you_mean
 from shoal.vllm_plugin import PER_REQUEST, VERSION
@@ -90,7 +92,8 @@ def engine_args(model: str, given: Mapping[str, Any], *, max_batch: int, threads
     if shoal:
         options["hf_overrides"] = {**_SALTED, **options.get("hf_overrides", {})}
         options.setdefault("enforce_eager", True)  # the network is not compiled, and depths differ within a step
-        options.setdefault("dtype", "float32")  # what is stored; others are a choice of who deploys
+        # as our own engine does; `torch.cuda` asks the driver, and starts nothing in this process
+        options.setdefault("dtype", "bfloat16" if torch.cuda.is_available() else "float32")
     return AsyncEngineArgs(model=model, max_num_seqs=max_batch, **options)
 
 

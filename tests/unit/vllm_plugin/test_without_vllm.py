@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,6 +74,23 @@ def test_a_missing_vllm_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"args\.engine: got 'vllm'; allowed: shoal where .* pip install"):
         options.check({})
+
+
+@pytest.mark.parametrize(("gpu", "given", "dtype"), [
+    (True, {}, "bfloat16"), (False, {}, "float32"), (True, {"dtype": "float32"}, "float32"),
+])  # fmt: skip
+def test_a_shoal_model_is_served_in_bf16_where_there_is_a_gpu(
+    gpu: bool, given: dict[str, str], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the options that vLLM is given; somebody else's checkpoint says its precision itself."""
+    monkeypatch.setattr(options, "check", lambda given: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_NO_USAGE_STATS", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(AsyncEngineArgs=SimpleNamespace))
+    assert options.engine_args("m", given, max_batch=2, threads=1, shoal=True).dtype == dtype
+    other = options.engine_args("m", {}, max_batch=2, threads=1, shoal=False)
+    assert not hasattr(other, "dtype") and not hasattr(other, "hf_overrides")
 
 
 def test_options_of_one_engine_are_refused_with_the_other() -> None:
