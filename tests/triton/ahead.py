@@ -68,17 +68,18 @@ def layer(config: ModelConfig, dtype: torch.dtype, eight: bool, rows: int = 1) -
 
 
 def layers(c: ModelConfig, dtype: torch.dtype, eight: bool) -> dict[str, list[str]]:
-    """Of each kind of a layer, cut or not; a window of 1, which is a constant, in the one that has nothing else."""
+    """Of each kind of a layer, with what it reads cut into pieces or not, and few blocks to choose from or many; a window of 1,
+    which is a constant, in the one that has nothing else."""
+    launch.FEW_BLOCKS, launch.ALONE_BLOCKS = 2**20, 2**20
+    launch._pieces = lambda programs, near, far: (2, 2 * (far > 0))
     found = {"decoding": layer(c, dtype, eight), "a few rows": layer(c, dtype, eight, rows=3)}
     launch.FEW_BLOCKS = 0
     found["many blocks"] = layer(c, dtype, eight)
     others = {"S": {"dense_length": c.page}, "L": {"window": 1}, "D": {}}
     for kind, more in others.items():
         found[kind] = layer(dataclasses.replace(c, attn_pattern=kind, **more), dtype, eight)  # type: ignore[arg-type]
-    launch.BUSY = 1
+    launch._pieces = lambda programs, near, far: (1, int(far > 0))
     for kind, more in {"H": {}, **others}.items():
-        longer = launch.MOST_KEYS = launch.ALONE_BLOCKS = 2**20
-        assert longer > c.context
         found[f"{kind} alone"] = layer(dataclasses.replace(c, attn_pattern=kind, **more), dtype, eight)  # type: ignore[arg-type]
     return found
 

@@ -79,7 +79,7 @@ def augment_bench(
                 hits = list(pool.map(learned, jobs))
         told = compared(jobs, hits)
         tables.append(_table(recipe, told))
-        found[recipe.name] = {"rows": counts, "teacher": str(teacher.name), "suites": told}
+        found[recipe.name] = {"rows": counts, "teacher": str(teacher), "suites": told}
     show(console, tables, {"steps": steps, "seeds": seeds, "recipes": found})
 
 
