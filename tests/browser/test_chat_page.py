@@ -128,9 +128,8 @@ def test_a_stop_at_once_leaves_two_questions_apart_as_well(page: Page, open_site
     most_tokens(page, 4)
     with open_site.held(0):
         ask(page, "Are you there?")
-        page.locator(
-            ".message.user"
-        ).wait_for()  # the service has it: Gradio's own script cannot end what has no name yet
+        # the service has it: Gradio's own script cannot end what has no name yet
+        page.locator(".message.user").wait_for()
         page.get_by_label("Stop").click()
         page.get_by_text("Stopped before the first word.").wait_for()
     ask(page, "And now?")

@@ -184,8 +184,7 @@ def test_a_process_that_is_killed_loses_no_row(capture: Capture) -> None:
         import sys
         from shoal.loop.capture import Capture
         from shoal.loop.rows import Row
-        from shoal.loop.texts import Texts
-from shoal.loop.writer import Bounds, Writer
+        from shoal.loop.writer import Bounds, Writer
         writer = Writer(Capture(sys.argv[1]), Bounds(journal_bytes=20_000))
         for number in range(10**9):
             writer.put(Row(str(number), 1_795_780_800_000 + number))
@@ -221,8 +220,7 @@ def test_a_full_disk_drops_and_counts_and_what_is_written_stays_whole(capture: C
         import resource, signal, sys
         from shoal.loop.capture import Capture
         from shoal.loop.rows import Row
-        from shoal.loop.texts import Texts
-from shoal.loop.writer import Bounds, Writer
+        from shoal.loop.writer import Bounds, Writer
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         writer = Writer(Capture(sys.argv[1]), start=False)
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
