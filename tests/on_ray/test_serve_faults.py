@@ -86,6 +86,12 @@ def service(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
         serve.stop()
 
 
+@pytest.fixture(autouse=True)
+def whole(service: Service) -> None:
+    """Each test begins with two replicas that answer, whatever the one before it left."""
+    until(lambda: len(replicas(ENGINE)) == 2 and service.stats().get("num_replicas") == 2, 90)
+
+
 def ask(service: Service, number: int, begun: Callable[[], object] = lambda: None) -> dict[str, Any]:
     """The answer to one of `BODIES`, put together from its stream; `begun` is called at its third chunk, which all have."""
     body = {"model": "fish", "prompt": f"{number % 3}: abc", "max_tokens": LONG, "ignore_eos": True, "stream": True}

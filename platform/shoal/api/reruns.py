@@ -141,12 +141,14 @@ class Reruns:
             self.counts["waited"] += 1
 
     async def _idle(self, client: EngineClient) -> bool:
-        """Whether the engines run nothing for others, such as other gateways and batches, either."""
+        """Whether the engines run nothing for others, such as other gateways and batches, either. Where none answers, they are
+        busy, or would have to be started for this alone."""
         try:
             told = await client.stats()
         except ShoalError:
             told = {sample("num_requests_waiting"): 1.0}
-        if summed(told, "num_requests_running") + summed(told, "num_requests_waiting"):
+        silent = told.get(sample("num_replicas")) == 0
+        if silent or summed(told, "num_requests_running") + summed(told, "num_requests_waiting"):
             await asyncio.sleep(QUIET_SECONDS)
             return False
         return not self._busy

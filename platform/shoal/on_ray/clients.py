@@ -8,6 +8,7 @@ the request in the engine. A replica that is lost takes no request with it (`fai
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
@@ -29,6 +30,8 @@ from shoal.errors import CheckpointError, EngineDeadError, QueueFullError, Shoal
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
 from shoal.on_ray.failover import LOSSES, PAUSES, Pin, unbroken
 from shoal.on_ray.pulse import pulse_of
+
+log = logging.getLogger(__name__)
 
 # Events go by gRPC from process to process. Serve's other way makes each list an object of Ray, at three times the CPU.
 DIRECT: dict[str, Any] = {"_by_reference": False, "request_serialization": "pickle", "response_serialization": "pickle"}
@@ -187,11 +190,18 @@ class ReplicaClient:
         return [task.result() for task, error in zip(done, told, strict=True) if error is None]
 
     async def stats(self) -> Samples:
-        """Of the replicas that answer, together. With ``num_replicas``, those that answered, and ``num_replicas_starting``,
-        unless Serve's controller is busy with other things."""
-        replies, starting = await asyncio.gather(self._ask_all("stats"), self._starting())
+        """Of the replicas that answer, together. With ``num_replicas``, those that answered (0 is said too, and with it what
+        this process counts), and ``num_replicas_starting``, unless Serve's controller is busy with other things."""
+        replies, starting = await asyncio.gather(self._stats(), self._starting())
         resumed = {} if self._several else self.resumed()
         return {**together(replies), sample("num_replicas"): float(len(replies)), **starting, **resumed}
+
+    async def _stats(self) -> list[Samples]:
+        try:
+            return await self._ask_all("stats")
+        except EngineDeadError as error:
+            log.warning("no engine stats: %s", error)
+            return []
 
     def resumed(self) -> Samples:
         """What this process counts of them."""

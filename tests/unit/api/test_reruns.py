@@ -109,7 +109,7 @@ class Slow:
     """An engine client that begins and does not end, until it is let."""
 
     def __init__(self) -> None:
-        self.begun, self.closed, self.others = 0, 0, 0.0
+        self.begun, self.closed, self.others, self.replicas = 0, 0, 0.0, 1.0
         self.requests: list[Request] = []
         self.go = asyncio.Event()
         self.raises: Exception | None = None
@@ -126,7 +126,7 @@ class Slow:
             self.closed += 1
 
     async def stats(self) -> Samples:
-        return {sample("num_requests_running"): self.others}
+        return {sample("num_requests_running"): self.others, sample("num_replicas"): self.replicas}
 
 
 class Offered:
@@ -158,7 +158,10 @@ async def test_one_waits_until_nobody_is_answered_here_nor_by_the_engine_for_oth
     it.host.held = 0
     await asyncio.sleep(0.5)
     assert it.client.begun == 0, "another gateway's request runs"
-    it.client.others, _ = 0.0, it.client.go.set()
+    it.client.others, it.client.replicas = 0.0, 0.0
+    await asyncio.sleep(0.5)
+    assert it.client.begun == 0, "no replica answers: those there are work, and none is started for this"
+    it.client.replicas, _ = 1.0, it.client.go.set()
     await until(lambda: len(it.rows) == 1)
     (request,) = it.client.requests
     assert request.priority > LATER and request.depth == "full" and request.gaps and request.signals

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import grpc
 import pytest
@@ -22,6 +23,7 @@ from shoal import Model, Request, presets
 from shoal.api.serve_args import ServeArgs
 from shoal.data import models
 from shoal.engine.events import Event, Finished, Token
+from shoal.engine.metrics import Samples, sample
 from shoal.errors import EngineDeadError, QueueFullError, RequestError, ShoalError
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
 from shoal.on_ray.clients import ReplicaClient, as_shoal_error
@@ -305,6 +307,25 @@ def test_a_model_is_served_while_any_replica_is_well(
         return handle.cancelled
 
     assert asyncio.run(asyncio.wait_for(ask(), 60)) == 0
+
+
+def test_where_no_replica_answers_a_scrape_says_none_and_what_this_gateway_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An alert on no replicas could not fire on a number that is missing, and a counter that is away begins anew."""
+    monkeypatch.setattr(ReplicaClient, "_starting", AsyncMock(return_value={}))  # which asks Serve
+
+    async def stats(resumed: int, *answers: object) -> Samples:
+        handle: Any = Asked(*answers)
+        client = ReplicaClient(handle, may_be_none=False, reads="r")
+        client._resumed = resumed
+        return await client.stats()
+
+    none = asyncio.run(stats(3, ActorDiedError(), ActorDiedError()))
+    assert none == {sample("num_replicas"): 0.0, sample("requests_resumed"): 3.0}
+    running = sample("num_requests_running")
+    one = asyncio.run(stats(0, ActorDiedError(), {running: 2.0}))
+    assert one == {running: 2.0, sample("num_replicas"): 1.0, sample("requests_resumed"): 0.0}
 
 
 class Engine:
