@@ -5,12 +5,34 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests import budget
 from tests.neighbours import end_what_is_not_asked_for, scheduler
 
 torch.set_num_threads(1)  # two compute threads on two cores stall each other as soon as anything else runs
 # Nothing is timed: a busy machine must not fail a test.
 settings.register_profile("shoal", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shoal")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    budget.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    budget.start(config)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = budget.turned(items, config.getoption("turn"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    budget.skip_if_late(item.config)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    budget.say_what_was_not_begun(terminalreporter)
 
 
 @pytest.hookimpl(wrapper=True)

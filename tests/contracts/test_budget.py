@@ -1,0 +1,39 @@
+"""Runs that must end: what is not begun in time is skipped and named, and nothing is left out for ever."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tests.budget import turned
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_file_comes_first_for_some_commit_and_none_is_torn_or_left_out() -> None:
+    items: list[Any] = [SimpleNamespace(path=file, name=name) for file in "abcd" for name in (1, 2)]
+    orders = [[(item.path, item.name) for item in turned(items, f"commit {number}")] for number in range(64)]
+    assert {order[0][0] for order in orders} == set("abcd")
+    given = [(item.path, item.name) for item in items]
+    for order in orders:
+        at = order.index(given[0])
+        assert order[at:] + order[:at] == given, "neighbours stay neighbours"
+    assert turned(items, "") == items and turned([], "word") == []
+
+
+def run(minutes: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--begin-within", minutes, "--turn", "word"]
+    done = subprocess.run(
+        [*command, "tests/contracts/test_upload.py"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_what_is_not_begun_is_skipped_and_named() -> None:
+    late, early = run("0"), run("60")
+    assert "not begun: 2 of tests/contracts/test_upload.py" in late and "2 skipped" in late
+    assert "not begun" not in early and "2 passed" in early
