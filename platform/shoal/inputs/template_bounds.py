@@ -7,7 +7,8 @@ that is doubled again and again. Here all that takes longer for longer values is
     printing, comparing, ``~``    all that a value holds, lists within lists too          (`size`)
     operators, calls, filters     what they read, and what they make where that is more   (`BoundedEnvironment`, `paid_filter`)
 
-A step is some 100 ns. Memory follows, since nothing is made that was not paid for.
+A step is some 100 ns. Memory follows, since nothing is made that was not paid for. What a hash may be chosen for is no key of a
+mapping (`_need_key`), and names and branches are not so many that compiling takes their product (`_need_small`).
 """
 
 # long: what costs steps, and how many, is one table that must have no gap
@@ -19,10 +20,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from typing import Any
 
-from jinja2 import nodes
+from jinja2 import TemplateSyntaxError, nodes
+from jinja2.filters import ignore_case, make_attrgetter
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
-from jinja2.utils import Namespace, pass_context
+from jinja2.sandbox import (
+    ImmutableSandboxedEnvironment,
+    SandboxedEscapeFormatter,
+    SandboxedFormatter,
+    SecurityError,
+)
+from jinja2.utils import Namespace, pass_context, pass_environment
 from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
@@ -33,6 +40,9 @@ _BITS = 10_000  # of a whole number
 _CALL, _ITEM, _PART = 8, 4, 8  # steps of a call, of an item, of a character that may become a text of its own
 _WIDE = re.compile(r"\d{5}|%[-#0 +.\d]*\*")  # in a format: widths of 10,000 or more, and those that are given beside it
 _LEVELS = 16  # of what is written as JSON, each indented more
+_FAR = 32  # characters that a search from the end, or of what to strip, compares in a step
+_KEY_BITS = 60  # of a number that is a key: its hash is itself
+_COPIES = 100_000  # names that a template sets, for each of its branches, in whose code jinja writes all of them
 
 _TEXT_METHODS = frozenset((
     "capitalize", "casefold", "center", "count", "endswith", "find", "format", "index", "isalnum", "isalpha", "isascii",
@@ -42,6 +52,8 @@ _TEXT_METHODS = frozenset((
     "upper", "zfill",
 ))  # fmt: skip
 _PADS, _SPLITS = ("center", "ljust", "rjust", "zfill"), ("split", "rsplit", "splitlines")
+_SEARCHES = ("lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip")  # up to the product of both texts
+_WHOLE = ("copy", "count", "index")  # methods that go through a mapping or a range
 
 # Filters: those that take as long for any value, that look at a value's items alone, and, left out, those for pages, whose
 # time follows from no length. All others read all that a value holds.
@@ -54,9 +66,14 @@ _READING_TESTS = frozenset((
     "!=", "<", "<=", "==", ">", ">=", "divisibleby", "eq", "equalto", "even", "ge", "greaterthan", "gt", "in", "le",
     "lessthan", "lower", "lt", "ne", "odd", "upper",
 ))  # fmt: skip
-_SPENT, _READ, _LOOKED, _EACH = " spent", " read", " looked", " each"  # filters whose names no template can spell
-_LISTS: Any = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+# filters whose names no template can spell
+_SPENT, _READ, _LOOKED, _EACH, _KEY = " spent", " read", " looked", " each", " key"
+_VIEWS: Any = (type({}.keys()), type({}.values()), type({}.items()))
+_LISTS: Any = (list, tuple, *_VIEWS)
 _COUNTED: Any = (str, dict, range, *_LISTS)
+_BRANCHES = (
+    nodes.If, nodes.For, nodes.With, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock, nodes.Block,
+)  # fmt: skip
 
 
 class TooMuch(Exception):
@@ -122,12 +139,12 @@ def _ended(value: Any) -> Any:
     return list(value) if hasattr(value, "__next__") else value
 
 
-def _paid(value: Any) -> Any:
-    """`value`, an iterator as one whose items are paid for."""
+def _paid(value: Any, steps: int = _ITEM) -> Any:
+    """`value`, an iterator as one whose items are paid for, each with so many `steps`."""
 
     def items(iterator: Iterator[Any]) -> Iterator[Any]:
         for item in iterator:
-            spend(_ITEM)
+            spend(steps)
             yield item
 
     return items(value) if hasattr(value, "__next__") else value
@@ -157,6 +174,67 @@ def _each(_: Context, value: Any, steps: int) -> Any:
     return _paid(value)
 
 
+def _need_key(value: Any) -> Any:
+    """`value`. Raises TooMuch for one that is no key: of tuples and large numbers so many as one likes have one hash, and a
+    mapping of them takes the square of their number."""
+    if isinstance(value, tuple) or (isinstance(value, int) and value.bit_length() > _KEY_BITS):
+        raise TooMuch
+    return value
+
+
+@pass_context
+def _key(_: Context, value: Any) -> Any:
+    value = _ended(value)
+    size(value)
+    return _need_key(value)
+
+
+class _Dict:
+    """``dict`` as templates have it: no class, by whose methods what it is given could be changed."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        pairs = args[0] if args else ()
+        pairs = list(pairs.items() if isinstance(pairs, dict) else map(tuple, pairs))
+        for pair in pairs:
+            _need_key(pair[0] if pair else None)
+        return dict(pairs, *args[1:], **kwargs)
+
+    def fromkeys(self, keys: Iterable[Any], value: object = None) -> dict[Any, Any]:
+        return dict.fromkeys(map(_need_key, keys), value)
+
+
+class _Namespace(Namespace):
+    """One in which no name says what an object is to Python."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # as jinja's, so that `self` may be a name in it
+        made = _Dict()(*args[1:], **kwargs)
+        for name in made:
+            _need_plain(name)
+        Namespace.__init__(args[0], made)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _need_plain(name)
+        Namespace.__setitem__(self, name, value)
+
+
+def _need_plain(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"namespace: {name[:80]!r} begins with an underscore")
+
+
+@pass_environment
+def _unique(
+    environment: Any, value: Iterable[Any], case_sensitive: bool = False, attribute: Any = None
+) -> Iterator[Any]:
+    """Jinja's, with keys alone in its set."""
+    key_of, seen = make_attrgetter(environment, attribute, None if case_sensitive else ignore_case), set()
+    for item in value:
+        key = _need_key(key_of(item))
+        if key not in seen:
+            seen.add(key)
+            yield item
+
+
 def _formatted(text: str, values: object) -> int:
     """Steps of ``text % values``."""
     if _WIDE.search(text):
@@ -180,8 +258,9 @@ def paid_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         value, more = args[own], [*args[own + 1 :], *kwargs.values()]
         spend(_CALL)
         if name in _SHALLOW:
-            value = _paid(value)
-            spend(_items(value) * (_PART if isinstance(value, str) else 1) * (1 + sum(map(_items, more)) // 8))
+            steps = 1 + _letters(more)  # of a path, whose parts are looked up in each item
+            value = _paid(value, _ITEM * steps)
+            spend(_items(value) * (_PART if isinstance(value, str) else 1) * steps)
             spend(sum(abs(each) for each in more if isinstance(each, int)) if name in ("batch", "slice") else 0)
         elif name not in _OWN:
             value = _ended(value)
@@ -191,26 +270,35 @@ def paid_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return paying
 
 
+def _letters(more: Iterable[Any]) -> int:
+    """Characters of the texts among arguments."""
+    return sum(len(each) for each in more if isinstance(each, str))
+
+
 def _price(name: str, value: Any, more: Sequence[Any]) -> int:
     """Steps of a filter that reads all of its value, beside those for reading it."""
     read = size(value) + sum(map(size, more))
     numbers = sum(abs(each) for each in more if isinstance(each, int))
-    texts = sum(len(each) for each in more if isinstance(each, str))
+    texts = _letters(more)
     if name == "round" and numbers > _DEEPEST:
         raise TooMuch
     if name == "center":
         return numbers
-    if name in ("indent", "tojson"):
-        return read * (numbers + texts) * (_LEVELS if name == "tojson" else 1)
-    if name == "join":
-        return _items(value) * texts
+    if name == "indent":
+        return read * (numbers + texts)
+    if name == "tojson":  # separators are written once for each item, what indents it for each level too
+        glue = sum(_letters(each) for each in more if isinstance(each, (list, tuple)))
+        return read * ((numbers + texts) * _LEVELS + glue)
+    if name == "trim":
+        return read * texts // _FAR
     if name == "replace":
         return _replaced(str(value), more)
     if name == "format":
         return _formatted(str(value), more)
-    if name == "sum":  # of lists, which are copied for each
-        return _items(value) * read if any(isinstance(each, (list, tuple)) for each in more) else 0
-    return _LEVELS * read if name in ("dictsort", "groupby", "sort", "unique") else 0
+    path = 0 if isinstance(value, str) else _items(value) * texts  # looked up in each item; or the glue of a join
+    if name == "sum" and any(isinstance(each, (list, tuple)) for each in more):  # lists are copied for each
+        return _items(value) * read + path
+    return path + (_LEVELS * read if name in ("dictsort", "groupby", "sort", "unique") else 0)
 
 
 def _paid_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -277,6 +365,11 @@ class _Paying(NodeTransformer):
 
     visit_Output = visit_Concat = _all_read
 
+    def _of_others(self, node: Any) -> Any:
+        raise TemplateSyntaxError("no other templates are read", node.lineno)
+
+    visit_Include = visit_Import = visit_FromImport = visit_Extends = _of_others
+
     def visit_Compare(self, node: nodes.Compare) -> Any:
         self.generic_visit(node)
         node.expr = self._read(node.expr)
@@ -292,7 +385,8 @@ class _Paying(NodeTransformer):
 
     def visit_Pair(self, node: nodes.Pair) -> Any:  # its key has a hash, for which all of it is read
         self.generic_visit(node)
-        node.key = self._read(node.key)
+        plain = isinstance(node.key, nodes.Const) and isinstance(node.key.value, str)
+        node.key = node.key if plain else self._through(_KEY, node.key)
         return node
 
     def visit_Tuple(self, node: nodes.Tuple) -> Any:  # it may become a key
@@ -316,21 +410,33 @@ def _length(body: Sequence[nodes.Node]) -> int:
     return count
 
 
+def _need_small(source: nodes.Template) -> None:
+    """Raises TemplateSyntaxError for a template whose names, for each of its branches, are more than any has."""
+    stored = sum(node.ctx != "load" for node in source.find_all(nodes.Name))
+    stored += sum(1 for _ in source.find_all(nodes.Macro))
+    if stored * sum(1 for _ in source.find_all(_BRANCHES)) > _COPIES:
+        raise TemplateSyntaxError(f"{stored} names that are set, in too many branches", 1)
+
+
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, in which a template has so many steps between `begin` and `end`."""
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
+    intercepted_unops = frozenset(("+", "-"))
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         kept = {name: each for name, each in self.filters.items() if name not in _LEFT_OUT}
         self.filters = {name: paid_filter(name, each) for name, each in kept.items()}
-        self.filters |= {_SPENT: _spent, _READ: _read, _LOOKED: _looked, _EACH: _each}
+        self.filters |= {_SPENT: _spent, _READ: _read, _LOOKED: _looked, _EACH: _each, _KEY: _key}
+        self.filters["unique"] = paid_filter("unique", _unique)
         tests: dict[str, Any] = dict(self.tests)
         self.tests = {name: _paid_test(name, each) for name, each in tests.items()}
         self.globals.pop("lipsum")
+        self.globals |= {"dict": _Dict(), "namespace": _Namespace}
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        _need_small(source)
         tree = _Paying().visit(source)
         tree.set_environment(self)
         return super()._generate(tree, *args, **kwargs)
@@ -362,15 +468,21 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 raise TooMuch
         return super().call_binop(context, operator, left, right)
 
+    def call_unop(self, context: Context, operator: str, arg: Any) -> Any:
+        spend(_CALL)
+        if isinstance(arg, int) and arg.bit_length() > _BITS:
+            raise TooMuch
+        return super().call_unop(context, operator, arg)
+
     def getitem(self, obj: Any, argument: Any) -> Any:
-        if isinstance(argument, tuple):  # its hash reads all of it
+        if not isinstance(argument, (str, int)):  # all of it is read, for its hash or to say that it is not there
             size(argument)
         return super().getitem(obj, argument)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str):
             return attr in _TEXT_METHODS
-        return not isinstance(obj, (int, float, bytes)) and super().is_safe_attribute(obj, attr, value)
+        return not isinstance(obj, (int, float, bytes, type, *_VIEWS)) and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         text = getattr(value, "__self__", None)
@@ -402,7 +514,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 def _pay_for_method(owner: object, name: str, args: Sequence[Any]) -> None:
     if isinstance(owner, str):
         spend(len(owner) * (_PART if name in _SPLITS else 1))
-        if name in _PADS:
+        if name in _SEARCHES:
+            spend(len(owner) * _letters(args) // _FAR)
+        elif name in _PADS:
             spend(sum(abs(each) for each in args if isinstance(each, int)))
         elif name == "replace":
             spend(_replaced(owner, args))
@@ -410,3 +524,5 @@ def _pay_for_method(owner: object, name: str, args: Sequence[Any]) -> None:
             spend(_items(args[0]) * len(owner))
     elif isinstance(owner, (list, tuple)):
         size(owner)
+    elif name in _WHOLE:
+        spend(_items(owner))

@@ -19,6 +19,7 @@ from shoal.inputs.template_bounds import BoundedEnvironment, TooMuch, paid_filte
 
 GIVEN = ("messages", "add_generation_prompt")  # to a template, by whoever encodes a chat
 _HALF = re.compile("[\ud800-\udfff]")
+_LONGEST_DATE = 256  # characters of a date's form
 LONGEST = 2**17  # characters of a template; the longest that are known have a quarter of it
 
 
@@ -83,10 +84,22 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Half of a surrogate pair, which no UTF-8 can hold, stays the escape that JSON has for it.
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     return _HALF.sub(lambda half: f"\\u{ord(half.group()):04x}", text)
+
+
+def _now(form: str) -> str:
+    if len(form) > _LONGEST_DATE:  # 256 times as much is kept for what it makes
+        raise TemplateError(f"strftime_now: {len(form):,} characters, and at most {_LONGEST_DATE} are read")
+    return datetime.datetime.now().strftime(form)
 
 
 _environment = BoundedEnvironment(
@@ -95,5 +108,5 @@ _environment = BoundedEnvironment(
 _environment.filters["tojson"] = paid_filter("tojson", _to_json)  # jinja's own would escape HTML
 _environment.globals |= {
     "raise_exception": _raise,
-    "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+    "strftime_now": _now,
 }

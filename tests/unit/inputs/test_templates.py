@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "ad
 GROW = "{{% set n = namespace(s='ab', l=[1], m=[1], t=(1,), i=7) %}}{{% for i in range(70) %}}{}{{% endfor %}}"
 LAUGHS = GROW.format("{% set n.l = [n.l, n.l] %}{% set n.m = [n.m, n.m] %}")
 LONG = "('a' * 99999)"
+ONE_HASH = f"range(0, 40000 * {2**61 - 1}, {2**61 - 1})"  # Python has the same for all of them
 
 ENDLESS = {
     "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}"
@@ -77,6 +79,22 @@ ENDLESS = {
     "cut in pieces": "{{ ('a ' * 4999999).split() | length }}",
     "changes of lists": "{% for i in range(99999) %}{{ loop.changed(range(99999) | list) }}{% endfor %}",
     "a long text": "{% for a in range(99999) %}" + "x" * 1000 + "{% endfor %}",
+    "a path in each of what is mapped": "{{ range(20000) | map('string') | map(attribute='" + "0." * 30000 + "0') | list }}",
+    "a path to sort by": "{{ (['a'] * 3000) | sort(attribute='" + "0." * 30000 + "0') }}",
+    "a path to the least": "{{ (['a'] * 3000) | min(attribute='" + "0." * 30000 + "0') }}",
+    "a search from the end": "{% set s = 'a' * 400000 %}{{ s.rfind('ab' + 'a' * 200000) }}",
+    "much to strip": "{{ ('ā' * 300000).strip('ȁ' * 300000 ~ 'ā') }}",
+    "much to trim": "{{ ('ā' * 300000) | trim('ȁ' * 300000 ~ 'ā') }}",
+    "what is not there": LAUGHS + "{{ {}[n.l].foo }}",
+    "numbers of one hash": "{{ " + ONE_HASH + " | unique | list }}",
+    "a mapping of them": "{{ dict(" + ONE_HASH + " | batch(2)) }}",
+    "a mapping from them": "{{ dict.fromkeys(" + ONE_HASH + ") }}",
+    "a namespace of them": "{{ namespace(" + ONE_HASH + " | batch(2)) }}",
+    "a mapping that spells them": "{{ {" + f"{2**61 - 1}: 1, {2**62 - 2}: 1" + "} }}",
+    "a range that is gone through": "{% for i in range(99999) %}{% set x = range(99999).count('a') %}{% endfor %}",
+    "copies": "{% set d = dict.fromkeys(range(50000)) %}{% for i in range(99999) %}{% set x = d.copy() %}{% endfor %}",
+    "a long number's other sign": "{% set x = ('f' * 1000000) | int(0, 16) %}{% set y = - - - - x %}",
+    "glue of JSON": "{{ ([0] * 99999) | tojson(separators=(" + LONG + ", ':')) }}",
 }  # fmt: skip
 
 FAILING = {
@@ -97,6 +115,13 @@ FAILING = {
     "an encoding that is slow": "{{ 'x'.encode('punycode') }}",
     "bytes of a number": "{{ (1).to_bytes(10000000000, 'big') }}",
     "a page of nonsense": "{{ lipsum(n=1000000) }}",
+    "another template": "{% set a = 1 %}{% include 'x' %}",
+    "names in branches": "".join(f"{{% set a{n} = 1 %}}" for n in range(999)) + "{% if a %}{% endif %}" * 999,
+    "names in blocks": "".join(f"{{% set a{n} = 1 %}}{{% block b{n} scoped %}}{{% endblock %}}" for n in range(999)),
+    "a change of what it is given": "{{ dict.update(messages[0], {'content': 'x'}) }}",
+    "a mapping behind its keys": "{{ messages[0].keys().mapping.copy() }}",
+    "a namespace with what Python looks at": "{% set n = namespace() %}{% set n.__call__ = 1 %}",
+    "a long date": "{{ strftime_now('%9999d' * 9999) }}",
 }  # fmt: skip
 
 
@@ -119,7 +144,16 @@ def test_a_template_that_cannot_be_run_is_named_in_a_line(name: str) -> None:
 
 
 def test_what_compiling_cannot_take_is_known_before_a_chat() -> None:
-    for name in ("brackets", "a long sum", "blocks in blocks", "a long template"):
+    names = (
+        "brackets",
+        "a long sum",
+        "blocks in blocks",
+        "a long template",
+        "another template",
+        "names in branches",
+        "names in blocks",
+    )
+    for name in names:
         assert why_broken(FAILING[name]) and "\n" not in why_broken(FAILING[name]), name
         assert variables(FAILING[name]) == frozenset()
 
@@ -142,7 +176,8 @@ WORKING = """\
         {%- set ns.found = true %}{% set ns.last = index %}
     {%- endif %}
 {%- endfor %}
-{%- for tool in tools or [] %}{{ tool | tojson(indent=4) }}{{ shown(tool) }}{{ tool.get('name') }}{% endfor %}
+{%- for tool in tools or [] %}{{ tool | tojson(indent=4) }}{{ tool | tojson(separators=(',', ':'), sort_keys=true) }}
+    {{- shown(tool) }}{{ tool.get('name') }}{% endfor %}
 {%- for message in rest %}
     {%- if loop.index0 > 2000 %}{% break %}{% endif %}
     {%- set content = message.content | trim %}
@@ -159,7 +194,8 @@ WORKING = """\
 {{- messages | rejectattr('role', 'in', ['user']) | list | length }}
 {{- messages | map(attribute='role') | unique | sort | list }}
 {{- messages | groupby('role') | length }}{{ ns.last }}{{ ns.text | wordcount }}{{ ['b', 'a'] | sort | first }}
-{{- {'a': [1, (2, 3)]} }}{{ [1, 2, 3] | sum }}{{ 7 // 2 }}{{ 2 ** 10 }}{{ 'ab' * 3 }}{{ [1] + [2] }}{{ -3 | abs }}
+{{- {'a': [1, (2, 3)], 1: -2} }}{{ dict(a=1, **{'b': +3}) }}{{ dict([('c', 2)]) }}{{ [2, 1, 2] | unique | list }}
+{{- [1, 2, 3] | sum }}{{ 7 // 2 }}{{ 2 ** 10 }}{{ 'ab' * 3 }}{{ [1] + [2] }}{{ -3 | abs }}
 {{- (messages[0].content | default('none')) ~ (missing | default('d')) }}{{ range(1, 9, 3) | list }}{{ 3.7 | round | int }}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
 """
@@ -168,7 +204,7 @@ WORKING = """\
 def plain(template: str, values: dict[str, Any]) -> str:
     """As jinja's sandbox has it, which transformers uses."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     return environment.from_string(template).render(**values)
 
 
