@@ -21,6 +21,7 @@ from tokenizers import models
 from shoal.errors import CheckpointError, first_line
 
 MOST_CONTROLS = 4096  # control tokens; a template's text is searched for each of them
+MOST_NUMBER = 2**22  # of a token: sixteen times the largest vocabularies
 _LONGEST = 2**15  # characters of the longest text that is tried
 _SECONDS = 1.0  # of a processor that it may take, fifty times what usual patterns do
 _GROWTH = 64  # times as long as a text may become
@@ -38,6 +39,7 @@ def is_panic(error: BaseException) -> bool:
 
 def need_bounded(core: tokenizers.Tokenizer, what: object) -> None:
     """Raises CheckpointError for a tokenizer that may take forever, or write without end, for some text."""
+    need_close(core, what)
     values = json.loads(core.to_str())
     controls = sum(token["special"] for token in values["added_tokens"])
     if controls > MOST_CONTROLS:
@@ -47,6 +49,14 @@ def need_bounded(core: tokenizers.Tokenizer, what: object) -> None:
         raise CheckpointError(
             f"tokenizer {what}", got=reason, do="give one whose time and length follow from the text's"
         )
+
+
+def need_close(core: tokenizers.Tokenizer, what: object) -> None:
+    """Raises CheckpointError for a token of a number that no vocabulary reaches: the library lists all below it that are none,
+    and ends the process where that does not fit the memory."""
+    last = max(core.get_vocab(with_added_tokens=True).values(), default=0)
+    if last > MOST_NUMBER:
+        raise CheckpointError(f"tokenizer {what}", got=f"a token of number {last}", allowed=f"at most {MOST_NUMBER}")
 
 
 @lru_cache(maxsize=32)

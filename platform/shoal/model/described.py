@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,11 +79,16 @@ def sampling(directory: str | Path) -> dict[str, Any]:
     that cannot be read, and for what is no number."""
     path = Path(directory) / SOURCE
     told = (read_json(path).get("generation_config") or {}) if path.exists() else {}
+    return drawn(told, path) | ({"temperature": 0} if told.get("do_sample") is False else {})
+
+
+def drawn(told: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """What a generation_config says of `DRAWN`. Raises CheckpointError for what is no number."""
     numbers = {name: told[name] for name in DRAWN if told.get(name) is not None}
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise CheckpointError(f"{path}: generation_config.{name}", got=value, allowed="a number")
-    return numbers | ({"temperature": 0} if told.get("do_sample") is False else {})
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+            raise CheckpointError(f"{where}: generation_config.{name}", got=value, allowed="a number")
+    return numbers
 
 
 def known_weights(directory: str | Path) -> str:

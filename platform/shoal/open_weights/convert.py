@@ -25,8 +25,8 @@ from shoal.model.model import Model
 from shoal.model.net import Net
 from shoal.open_weights import depths, families, known, proof, rope, streams
 from shoal.open_weights.gguf import Gguf
-from shoal.open_weights.sources import DTYPES, Folder, Source, opened_weights
-from shoal.open_weights.vocabulary import calling, closing
+from shoal.open_weights.sources import DTYPES, Folder, Source, opened_weights, read_of
+from shoal.open_weights.vocabulary import calling, closing, need_whole
 
 FETCHED = "fetched"  # folder beside a model directory, with what pip fetched for it
 PRECISIONS = ("source", "float32", "bfloat16", "float16")
@@ -79,8 +79,12 @@ def import_model(
         there = {each: told for each, told in origin.tensors().items() if not families.is_derived(each)}
         tied = _tied(origin, there)
         config = families.shape_of(origin.config, there.keys(), tied=tied, context=context)
+        name = name or (str(source) if str(source) in known.names() else origin.name)
+        need_whole("the model's name", name)
         tokenizer, template = origin.vocabulary(chat_template)
         tokenizer = calling(closing(tokenizer, template, config), template)
+    generation = {**origin.generation, **known.names().get(str(source), {}).get("generation", {})}
+    described.drawn(generation, source)
     if tied:
         there.pop(families.HEAD, None)
     table = dict(families.names(family, config))
@@ -96,8 +100,6 @@ def import_model(
     if len(tokenizer) > config.vocab:
         got = f"{len(tokenizer)} tokens"
         raise CheckpointError(f"tokenizer of {source}", got=got, allowed=f"at most vocab_size ({config.vocab})")
-    generation = {**origin.generation, **known.names().get(str(source), {}).get("generation", {})}
-    name = name or (str(source) if str(source) in known.names() else origin.name)
     planned = {ours: (kept, tuple(state[ours].shape)) for ours in table}
     with checkpoint.replacing(Path(out)) as aside:
         streams.write(aside, planned, _pieces(origin, table, state, kept, exactly=exactly), shard_bytes)
@@ -110,6 +112,7 @@ def import_model(
         }
         for licence in origin.licences():
             shutil.copy(licence, aside / licence.name)
+        origin.need_same()
         checkpoint.describe(aside, config, name, tokenizer, template, told, _card(name, family, origin))
         files.write_manifest(aside)
     total = sum(streams.size(*each) for each in planned.values())
@@ -257,6 +260,7 @@ def export_model(
     config, told = need_exportable(directory)
     _need_empty(to)
     config_json = families.confirmed(told["family"], told["config"], tied=config.tied, biased=config.qkv_bias)
+    seen = read_of(directory)
     files.check(directory)
     held = {path: opened_weights(path) for path in files.weight_files(directory)}
     at = {name: opened for opened in held.values() for name in opened.keys()}  # noqa: SIM118, no mapping
@@ -284,7 +288,7 @@ def export_model(
 
     loaded = described.read(directory)
     source = proof.Told(Model.load(directory), depth) if check else None
-    with checkpoint.replacing(to) as aside:
+    with checkpoint.replacing(to, _need_empty) as aside:
         streams.write(aside, planned, ((name, part(*where)) for name, where in cuts.items()), shard_bytes)
         dtype = str(kept).removeprefix("torch.")
         config_json = depths.described(config_json, layers, cut)
@@ -297,6 +301,7 @@ def export_model(
         (aside / described.TEMPLATE).write_text(loaded.chat_template, encoding="utf-8")
         for licence in files.licences(directory):
             shutil.copy(licence, aside / licence.name)
+        seen.need_same()
         if source is not None:
             proof.hold(source, aside, aside)
     return len(planned)

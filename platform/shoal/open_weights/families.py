@@ -112,10 +112,12 @@ MAY_BE_BIASED = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Olmo2ForCausalLM", "Sm
 # What is known and cannot be had: a word in the name of the architecture, and the reason.
 REFUSED = (
     ("Moe", "a mixture of experts"), ("Mixtral", "a mixture of experts"), ("Deepseek", "a mixture of experts"),
-    ("GptOss", "a mixture of experts"), ("Llama4", "a mixture of experts"), ("Jamba", "linear attention"),
-    ("Mamba", "linear attention"), ("Rwkv", "linear attention"), ("Qwen3Next", "linear attention"),
-    ("Qwen3_5", "linear attention"), ("Lfm2", "linear attention"), ("RecurrentGemma", "linear attention"),
-    ("FalconH1", "linear attention"), ("Gemma2", "soft-capped scores"), ("Gemma", "norms around each part, and GeGLU"),
+    ("GptOss", "a mixture of experts"), ("Llama4", "a mixture of experts"), ("Dbrx", "a mixture of experts"),
+    ("Jamba", "linear attention"), ("Mamba", "linear attention"), ("Bamba", "linear attention"), ("Zamba", "linear attention"),
+    ("Rwkv", "linear attention"), ("Qwen3Next", "linear attention"), ("Qwen3_5", "linear attention"),
+    ("Lfm2", "linear attention"), ("RecurrentGemma", "linear attention"), ("FalconH1", "linear attention"),
+    ("NemotronH", "linear attention"), ("KimiLinear", "linear attention"), ("MiniMax", "a mixture of experts"),
+    ("Gemma2", "soft-capped scores"), ("Grok", "a mixture of experts"), ("Gemma", "norms around each part, and GeGLU"),
 )  # fmt: skip
 _KEYS = {  # of config.json, when they say something: the reason
     "quantization_config": "quantised: give the checkpoint that it was made from",
@@ -129,7 +131,7 @@ def family_of(config: Mapping[str, Any]) -> str:
     """The architecture that a ``config.json`` names. Raises CheckpointError with the reason for one that cannot be imported."""
     named = config.get("architectures") or [_MODEL_TYPES.get(str(config.get("model_type")), "")]
     name = str(named[0]) or str(config.get("model_type"))
-    reason = next((reason for word, reason in REFUSED if word in name), None)
+    reason = next((reason for word, reason in REFUSED if word.lower() in name.lower()), None)
     if name not in FAMILIES:
         got = f"{name}: {reason}" if reason else name
         raise CheckpointError("architecture", got=got, allowed=list(FAMILIES))
@@ -141,7 +143,8 @@ def family_of(config: Mapping[str, Any]) -> str:
 
 def confirmed(family: str, config: Mapping[str, Any], *, tied: bool, biased: bool) -> dict[str, Any]:
     """A ``config.json`` with the flags that its tensors say, where it says others: who reads them with transformers would get a
-    head that is the table, or no biases of q, k, v. Raises CheckpointError where transformers' class can have none."""
+    head that is the table, no biases of q, k, v, or fresh ones. Raises CheckpointError where transformers' class can have
+    none."""
     found = dict(config)
     if says_tied(config) != tied:
         found["tie_word_embeddings"] = tied
@@ -151,6 +154,9 @@ def confirmed(family: str, config: Mapping[str, Any], *, tied: bool, biased: boo
                 f"biases of q, k and v in a {family}", got="no flag for them", do="serve it here alone"
             )
         found["attention_bias"] = True
+    for key, has in (("attention_bias", biased), ("mlp_bias", False)):
+        if found.get(key) and not has:
+            found[key] = False
     return found
 
 

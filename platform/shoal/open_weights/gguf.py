@@ -24,12 +24,14 @@ from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import files
 from shoal.open_weights import gguf_tokens, rope
 from shoal.open_weights.families import EMBEDDING, HEAD, LAST_NORM
+from shoal.open_weights.sources import Seen
 from shoal.open_weights.vocabulary import made
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _LIMIT = 2**28  # things in one list: more is a damaged file
+_DIMS = 4  # of a tensor, as llama.cpp has it
 
 # what a file holds under its number: name, numbers in a block, bytes of a block
 _KINDS = {
@@ -58,7 +60,7 @@ class _Place:
 class Gguf:
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError for a file that is cut short, of another version, or of an architecture that is not known."""
-        self._path, self._at = path, 0
+        self._path, self._at, self._seen = path, 0, Seen([path])
         try:
             with path.open("rb") as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -69,7 +71,12 @@ class Gguf:
             raise CheckpointError(f"{path}: format", got=f"{magic!r} version {version}", allowed="GGUF version 2 or 3")
         self._at = 8
         count, pairs = self._number("<Q"), self._number("<Q")
-        self._meta = {self._text(): self._value(self._number("<I")) for _ in range(self._sane(pairs))}
+        self._meta: dict[str, Any] = {}
+        for _ in range(self._sane(pairs)):
+            key = self._text()
+            if key in self._meta:
+                raise self._damaged(f"{key} twice")
+            self._meta[key] = self._value(self._number("<I"))
         self._places = self._tensor_places(self._sane(count))
         self.name = path.stem
         self.generation: Mapping[str, Any] = {}
@@ -89,6 +96,9 @@ class Gguf:
     def _cut(self) -> CheckpointError:
         return CheckpointError(f"{self._path} was cut short", got=f"{len(self._bytes)} bytes", do="fetch it again")
 
+    def _damaged(self, got: str) -> CheckpointError:
+        return CheckpointError(f"{self._path} is damaged", got=got, do="fetch it again")
+
     def _number(self, form: str, at: int | None = None) -> Any:
         if at is not None:
             self._at = at
@@ -96,7 +106,7 @@ class Gguf:
 
     def _sane(self, count: int) -> int:
         if count > _LIMIT:
-            raise CheckpointError(f"{self._path} is damaged", got=f"a list of {count}", do="fetch it again")
+            raise self._damaged(f"a list of {count}")
         return count
 
     def _text(self) -> str:
@@ -109,16 +119,20 @@ class Gguf:
             inner, count = self._number("<I"), self._sane(self._number("<Q"))
             return [self._value(inner) for _ in range(count)]
         if kind not in _SCALARS:
-            raise CheckpointError(f"{self._path} is damaged", got=f"a value of kind {kind}", do="fetch it again")
+            raise self._damaged(f"a value of kind {kind}")
         return self._number(_SCALARS[kind])
 
     def _tensor_places(self, count: int) -> dict[str, _Place]:
         told = []
         for _ in range(count):
             name = self._text()
-            shape = tuple(self._number("<Q") for _ in range(self._sane(self._number("<I"))))[::-1]
+            if (dims := self._number("<I")) > _DIMS:
+                raise self._damaged(f"tensor {name} of {dims} dims")
+            shape = tuple(self._number("<Q") for _ in range(dims))[::-1]
             told.append((name, shape, self._number("<I"), self._number("<Q")))
-        align = int(self._meta.get("general.alignment", 32))
+        align = self._meta.get("general.alignment", 32)
+        if isinstance(align, bool) or not isinstance(align, int) or align < 1 or align & (align - 1):
+            raise CheckpointError(f"{self._path}: general.alignment", got=align, allowed="a power of two")
         begin = -(-self._at // align) * align
         found = {}
         for name, shape, kind, offset in told:
@@ -128,14 +142,12 @@ class Gguf:
                 allowed = [each for each, _, _ in _KINDS.values()]
                 raise CheckpointError(f"tensor {name}", got=got, allowed=allowed, do=do)
             if name in found or (shape[-1] if shape else 1) % _KINDS[kind][1]:  # a row is whole blocks
-                got = f"tensor {name} {'twice' if name in found else f'of {list(shape)}, in blocks'}"
-                raise CheckpointError(f"{self._path} is damaged", got=got, do="fetch it again")
+                raise self._damaged(f"tensor {name} {'twice' if name in found else f'of {list(shape)}, in blocks'}")
             found[name] = _Place(kind, shape, begin + offset)
             if begin + offset + self._size(found[name]) > len(self._bytes):
                 raise self._cut()
             if offset % align:
-                got = f"tensor {name} at byte {offset} of the tensors, which lie at multiples of {align}"
-                raise CheckpointError(f"{self._path} is damaged", got=got, do="fetch it again")
+                raise self._damaged(f"tensor {name} at byte {offset} of the tensors, which lie at multiples of {align}")
         self._need_apart(found)
         return found
 
@@ -144,8 +156,7 @@ class Gguf:
         end, before = 0, ""
         for name, place in sorted(places.items(), key=lambda each: each[1].start):
             if place.start < end:
-                got = f"tensors {before} and {name} at the same bytes"
-                raise CheckpointError(f"{self._path} is damaged", got=got, do="fetch it again")
+                raise self._damaged(f"tensors {before} and {name} at the same bytes")
             end, before = place.start + self._size(place), name
 
     @staticmethod
@@ -209,6 +220,8 @@ class Gguf:
         elif kind not in ("none", "", None):
             raise CheckpointError(f"{self._path}: rope.scaling.type", got=kind, allowed=["none", "linear"])
         if _FACTORS in self._places:
+            if (shape := self._places[_FACTORS].shape) != (head_dim // 2,):  # one number would be taken for all
+                raise self._damaged(f"tensor {_FACTORS} of {list(shape)}, and not of {head_dim // 2}")
             factors, given = self._numbers(_FACTORS).float(), (config["head_dim"], config["rope_theta"])
             known = rope.as_llama3(factors, config, *given) if kind != "linear" else None
             made = torch.tensor(rope.rates(config, *given)[0]) / factors
@@ -235,7 +248,11 @@ class Gguf:
             for made, name in self._theirs.items()
         }
 
+    def need_same(self) -> None:
+        self._seen.need_same()
+
     def read(self, name: str) -> Tensor:
+        self.need_same()
         found = self._numbers(self._theirs[name])
         permuted = self._meta["general.architecture"] == "llama" and name.split(".")[-2] in ("q_proj", "k_proj")
         return _unpermuted(found, self.config["head_dim"]) if permuted else found

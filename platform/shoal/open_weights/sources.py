@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,34 @@ from shoal.open_weights.vocabulary import of_folder, read_json
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
 
 
+class Seen:
+    """Files as they were when they were first looked at: of one that is written meanwhile, parts of two would be read."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._was = {path: _stamp(path) for path in paths}
+
+    def need_same(self) -> None:
+        """Raises CheckpointError for a file that was changed, replaced or taken away since."""
+        for path, was in self._was.items():
+            if _stamp(path) != was:
+                raise CheckpointError(
+                    f"{path} was changed while it was read", do="wait until it is whole, and run it again"
+                )
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def read_of(directory: Path) -> Seen:
+    """The files in a directory that a checkpoint is made of."""
+    return Seen(path for path in directory.iterdir() if path.suffix in files.READ)
+
+
 class Source(Protocol):
     """A checkpoint under Hugging Face's names."""
 
@@ -31,7 +59,11 @@ class Source(Protocol):
         ...
 
     def read(self, name: str) -> Tensor:
-        """One tensor."""
+        """One tensor. Raises as `need_same`."""
+        ...
+
+    def need_same(self) -> None:
+        """Raises CheckpointError where a file of it was changed since it was opened."""
         ...
 
     def vocabulary(self, template: str | None) -> tuple[Tokenizer, str]:
@@ -51,6 +83,7 @@ class Folder:
         self._directory, self.name = directory, directory.resolve().name
         if not (directory / "config.json").is_file():
             raise CheckpointError(f"{directory} is no checkpoint of Hugging Face's form", got="no config.json")
+        self._seen = read_of(directory)
         self.config: Mapping[str, Any] = read_json(directory / "config.json")
         if self.config.get("format"):
             raise CheckpointError(f"{directory}", got="a model directory of ours", do="it needs no import")
@@ -87,7 +120,11 @@ class Folder:
             found[name] = DTYPES[kind], tuple(piece.get_shape())
         return found
 
+    def need_same(self) -> None:
+        self._seen.need_same()
+
     def read(self, name: str) -> Tensor:
+        self.need_same()
         made: Tensor = self._at[name].get_tensor(name)
         return made
 

@@ -14,7 +14,7 @@ from shoal.errors import CheckpointError, RequestError
 from shoal.inputs.alphabets import BYTE_OF, is_spaced
 from shoal.inputs.call_formats import format_of
 from shoal.inputs.chat import encode_chat
-from shoal.inputs.patterns import need_bounded
+from shoal.inputs.patterns import need_bounded, need_close
 from shoal.inputs.templates import EndlessTemplateError, why_broken
 from shoal.inputs.tokenizer import Controls, Tokenizer
 
@@ -54,9 +54,12 @@ def of_folder(
 def made(core: tokenizers.Tokenizer, names: Mapping[str, str], ends: tuple[int, ...], what: object) -> Tokenizer:
     """Our tokenizer over `core`, whose control tokens a template knows by `names`. Raises CheckpointError where tokens do
     not stand for bytes, or when nothing ends an answer."""
+    need_close(core, what)
     _need_byte_level(core, what)
     _need_known_tokens(core, what)
     need_bounded(core, what)
+    for name, text in names.items():
+        need_whole(f"{name} of tokenizer {what}", text)
     size = 1 + max(core.get_vocab(with_added_tokens=True).values())
     named = core.token_to_id(names["eos_token"]) if "eos_token" in names else None
     # a config.json may have the id of its class's own vocabulary
@@ -76,6 +79,7 @@ def closing(tokenizer: Tokenizer, template: str, config: ModelConfig) -> Tokeniz
     """`tokenizer` with what `template` closes an answer with as an end: a base model knows the end of a text alone, and
     fine-tuned on chats it would learn to close its answer and then go on. Raises CheckpointError for a template that no chat
     can be written with."""
+    need_whole("the chat template", template)
     broken = why_broken(template)
     if broken:
         raise CheckpointError("the chat template", got=broken, do=_MEND)
@@ -124,6 +128,13 @@ def _need_known_tokens(core: tokenizers.Tokenizer, what: object) -> None:
                 raise CheckpointError(
                     f"tokenizer {what}", got=f"{name!r} around texts, and no id of it", do="save it again"
                 )
+
+
+def need_whole(what: str, text: str) -> None:
+    """Raises CheckpointError for a text with half a letter, which JSON can spell and no file in UTF-8 can hold."""
+    half = next((letter for letter in text if "\ud800" <= letter <= "\udfff"), None)
+    if half is not None:
+        raise CheckpointError(what, got=f"{half!r}, which is half a letter", do="write it anew")
 
 
 def _content(token: object) -> str | None:

@@ -22,7 +22,7 @@ from shoal.open_weights.gguf import Gguf
 from tests.unit.open_weights.conftest import edit
 
 Make = Callable[[str], Path]
-U32, F32, STRING, ARRAY, I32 = 4, 6, 8, 9, 5
+U32, F32, STRING, ARRAY, I32, BOOL = 4, 6, 8, 9, 5, 7
 NUMBERS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q4_K": 12}
 
 
@@ -39,7 +39,9 @@ def value(told: Any) -> bytes:
         kind = STRING if isinstance(told[0], str) else F32 if isinstance(told[0], float) else I32
         items = b"".join(text(e) if kind == STRING else struct.pack("<f" if kind == F32 else "<i", e) for e in told)
         return struct.pack("<IIQ", ARRAY, kind, len(told)) + items
-    return struct.pack("<II", U32, told)
+    if isinstance(told, bool):
+        return struct.pack("<I?", BOOL, told)
+    return struct.pack("<Ii", I32, told) if told < 0 else struct.pack("<II", U32, told)
 
 
 def written(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, tuple[str, list[int], bytes]]) -> Path:
@@ -182,6 +184,8 @@ def test_factors_of_llama_3_are_its_scaling_again_and_others_stay_rates(checkpoi
         if name == "odd":
             import_model(with_factors(source, tmp_path / "odd.gguf", factors, **more), tmp_path / "odd")
         assert Model.load(tmp_path / name).config.rope_rates == pytest.approx(plain / factors, rel=1e-6)
+    with pytest.raises(CheckpointError, match=r"damaged: got 'tensor rope_freqs\.weight of \[1\], and not of 2'"):
+        Gguf(with_factors(source, tmp_path / "one.gguf", np.array([2.0]), **more))
     with pytest.raises(CheckpointError, match="rates of a GGUF that no scheme"):
         export_model(tmp_path / "odd", tmp_path / "none")
     assert not (tmp_path / "none").exists()
@@ -242,7 +246,10 @@ def test_an_export_says_what_ends_an_answer(checkpoint: Make, tmp_path: Path) ->
         ({"tokenizer.chat_template": None}, "has no chat template"),
         ({"tokenizer.chat_template": 5}, "has no chat template"),
         ({"llama.attention.head_count": [4, 4]}, "cannot read .*tiny.gguf: got .TypeError"),
-        ({"general.alignment": 0}, "cannot read .*tiny.gguf: got 'ZeroDivisionError"),
+        ({"general.alignment": 0}, "tiny.gguf: general.alignment: got 0; allowed: a power of two"),
+        ({"general.alignment": -32}, "general.alignment: got -32"),  # began within the header
+        ({"general.alignment": 48}, "general.alignment: got 48"),
+        ({"general.alignment": True}, "general.alignment: got True"),
         ({"tokenizer.ggml.merges": ["no such"]}, "cannot read .*tiny.gguf: got .Exception: Error while"),
         ({"tokenizer.ggml.eos_token_id": 288}, "no token that ends an answer"),
         ({"llama.block_count": 5}, r"tensor model.layers.5.input_layernorm.weight is not used"),
@@ -268,6 +275,19 @@ def test_a_gguf_cut_anywhere_is_one_line(checkpoint: Make, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="is damaged"):
         import_model(path, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_header_that_says_too_much_is_damage(tmp_path: Path) -> None:
+    """A hundred thousand dims, whose product took minutes; and a key twice, of which the last was taken."""
+    path = tmp_path / "tiny.gguf"
+    dims = struct.pack("<I", 100_000) + struct.pack("<Q", 2**63) * 100_000
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + text("a") + dims + struct.pack("<IQ", 0, 0) + b"\0" * 64)
+    with pytest.raises(CheckpointError, match="is damaged: got 'tensor a of 100000 dims'"):
+        Gguf(path)
+    keys = b"".join(text("general.architecture") + value(name) for name in ("llama", "mamba"))
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + keys + b"\0" * 64)
+    with pytest.raises(CheckpointError, match=r"is damaged: got 'general\.architecture twice'"):
+        Gguf(path)
 
 
 def test_a_kind_that_is_not_read_is_named(checkpoint: Make, tmp_path: Path) -> None:

@@ -224,6 +224,34 @@ def test_a_token_around_texts_that_is_none_is_refused(checkpoint: Make, tmp_path
         import_model(source, tmp_path / "model")
 
 
+def test_half_a_letter_is_refused_wherever_it_would_be_written(checkpoint: Make, tmp_path: Path) -> None:
+    """JSON can spell it, and ended the import with a traceback."""
+    source = checkpoint("qwen2")
+    half = "\ud83d"
+    with pytest.raises(CheckpointError, match=r"the model's name: got .* half a letter"):
+        import_model(source, tmp_path / "model", name=half)
+    edit(source / "tokenizer_config.json", pad_token=half)
+    with pytest.raises(CheckpointError, match=r"pad_token of tokenizer .* half a letter"):
+        import_model(source, tmp_path / "model")
+    edit(source / "tokenizer_config.json", pad_token=None)
+    with pytest.raises(CheckpointError, match=r"the chat template: got .* half a letter"):
+        import_model(source, tmp_path / "model", chat_template=half + "{{ messages[0].content }}")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_token_of_a_number_beyond_any_vocabulary_is_refused(checkpoint: Make, tmp_path: Path) -> None:
+    """The library lists all numbers below it, and ended the process where they did not fit the memory."""
+    source = checkpoint("qwen2")
+    values = json.loads((source / "tokenizer.json").read_text())
+    last = max(values["model"]["vocab"], key=values["model"]["vocab"].get)
+    values["model"]["vocab"][last] = 4_000_000_000
+    (source / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"a token of number 4000000000'; allowed: at most 4194304"):
+        import_model(source, tmp_path / "model")
+    with pytest.raises(CheckpointError, match="a token of number 4000000000"):
+        Tokenizer.adopt(source / "tokenizer.json", 512)
+
+
 def test_images_are_refused_by_name(model: Model) -> None:
     parts = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
     with pytest.raises(RequestError, match="reads no images"):
