@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from shoal.config import ModelConfig
+from shoal.data.alone import alone
 from shoal.data.chats.whole import read_whole
-from shoal.errors import DataError, UsageError
-from shoal.machine import write_json
+from shoal.errors import DataError, ResourceError, UsageError
+from shoal.machine import aside, write_json
 from shoal.model import checkpoint, described
 from shoal.model.attention import Layout
 from shoal.model.block import rope_tables
 from shoal.model.net import Net
 from shoal.progress import Tell
 from shoal.train.plan import fingerprint
+from shoal.train.run import COMMAND
 from shoal.train.sparse import attentions, dense_, longest, made, with_sparse
 
 ROWS = 2  # that layers are chosen by
@@ -38,7 +40,8 @@ def chosen(
     """Which layers of the model directory `model` may be sparse, measured on rows of `data` that are longer than the dense
     length: its pattern, and KL(dense || sparse) in nats a token beyond that length, of each layer alone and of the chosen ones
     together. Kept in the folder `run`, and taken from there when asked for the same. Raises UsageError where no layer is within
-    `tolerance`, and for a model that has no layers to choose from; DataError where no row is long enough."""
+    `tolerance`, and for a model that has no layers to choose from; DataError where no row is long enough; ResourceError where
+    another command trains in `run` by what is kept there."""
     if not 0 < tolerance < math.inf:
         raise UsageError("--tolerance", got=tolerance, allowed="nats a token, above 0")
     _, config = described.read_config(model)
@@ -55,9 +58,11 @@ def chosen(
             return found
     loaded = checkpoint.read(model)
     rows = long_rows(data, loaded, wide)
-    found = choose(made(loaded.net.float(), wide).requires_grad_(False), rows, tolerance, tell)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(kept, {**found, "asked": asked})
+    busy = ResourceError(f"another command is training in {run}", do="wait for it, stop it, or give another --out")
+    with alone(kept.with_name(COMMAND), busy):
+        found = choose(made(loaded.net.float(), wide).requires_grad_(False), rows, tolerance, tell)
+        with aside(kept) as beside:
+            write_json(beside, {**found, "asked": asked})
     return found
 
 

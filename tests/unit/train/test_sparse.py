@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from shoal import Engine, Model, Request, Sampling
-from shoal.errors import CheckpointError, ConfigError, DataError, UsageError
+from shoal.data.alone import alone
+from shoal.errors import CheckpointError, ConfigError, DataError, ResourceError, UsageError
 from shoal.evaluate import sparsity
 from shoal.open_weights.convert import export_model, import_model
 from shoal.stages.training import Adapt
@@ -22,6 +23,7 @@ from shoal.train import sparse
 from shoal.train.loop import FitResult, fit
 from shoal.train.needs import memory_needed, trained_parameters
 from shoal.train.plan import adapt_plan
+from shoal.train.run import COMMAND
 from shoal.train.sparse import sparse_plan
 from tests.corpus import NOUNS, VERBS
 
@@ -99,6 +101,31 @@ def test_the_cheapest_layers_are_sparse_within_the_tolerance(base: Path, texts: 
     assert 0 < found["layers"] < 6 and found["kl"] == pytest.approx(kl(found["pattern"]), rel=1e-3)
     again = sparsity.chosen(str(base), str(texts), f"{base.parent}/out.run", tolerance=found["kl"] * 2)
     assert again["layers"] >= found["layers"], "another tolerance is measured anew"
+
+
+def test_what_was_chosen_stays_whole_and_is_not_changed_under_a_command_that_trains(
+    base: Path, texts: Path, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second command with other settings wrote its own choice into the folder, and the first one reported that; and one that
+    was killed while it wrote left half a file, at which every later one ended."""
+    run = base.parent / "once.run"
+    tolerance = 3 * found["kl"]
+    monkeypatch.setattr(sparsity, "choose", lambda *_: found)
+    assert sparsity.chosen(str(base), str(texts), str(run), tolerance=tolerance) == found
+    whole = (run / sparsity.FILE).read_bytes()
+    with alone(run / COMMAND, ResourceError("busy")):
+        assert sparsity.chosen(str(base), str(texts), str(run), tolerance=tolerance) == found, "the same is known"
+        with pytest.raises(ResourceError, match=r"another command is training in .*once.run"):
+            sparsity.chosen(str(base), str(texts), str(run), tolerance=2 * tolerance)
+
+    def killed(path: Path, value: object) -> None:
+        path.write_text("{", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sparsity, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sparsity.chosen(str(base), str(texts), str(run), tolerance=2 * tolerance)
+    assert (run / sparsity.FILE).read_bytes() == whole and len(list(run.iterdir())) == 2
 
 
 def test_biases_learn_and_nothing_else_changes(
