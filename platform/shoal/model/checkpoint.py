@@ -122,8 +122,10 @@ def describe(
 
 def require_replaceable(directory: str | Path) -> None:
     """Raises CheckpointError when `directory` holds anything but a model of ours, which alone may be replaced: its config.json
-    is of our format, and its manifest lists whatever lies there. One that is empty, or is not there, may be taken."""
+    is of our format, and its manifest lists whatever lies there. One that is empty, or is not there, may be taken; the one that
+    this process is in may not."""
     directory = Path(directory)
+    _need_elsewhere(directory)
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not directory.is_dir():
@@ -139,12 +141,21 @@ def require_replaceable(directory: str | Path) -> None:
         )  # fmt: skip
 
 
+def _need_elsewhere(directory: Path) -> None:
+    """Raises CheckpointError for a directory that this process is in: another takes its place, and paths would lead nowhere."""
+    with suppress(FileNotFoundError):  # of a process whose own is gone
+        if Path.cwd().is_relative_to(os.path.realpath(directory)):
+            got = "the folder that the command runs in, or one around it"
+            raise CheckpointError(f"{directory}", got=got, do="run it in another, or give another place")
+
+
 @contextmanager
 def replacing(directory: Path, need: Callable[[Path], None] = require_replaceable) -> Iterator[Path]:
     """A directory to write in, which takes the place of `directory` once it is whole and is gone when that fails; and with it
     what those have left that were killed. The one that was there before, which `need` lets be replaced, is put back where the
     new one cannot take its place. Raises ResourceError where the disk is full."""
     directory = directory.resolve()
+    _need_elsewhere(directory)
     name = f".{directory.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     aside, before = (directory.with_name(f"{name}{end}") for end in (ASIDE, OLD))
     aside.mkdir(parents=True)

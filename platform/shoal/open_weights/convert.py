@@ -79,11 +79,12 @@ def import_model(
         there = {each: told for each, told in origin.tensors().items() if not families.is_derived(each)}
         tied = _tied(origin, there)
         config = families.shape_of(origin.config, there.keys(), tied=tied, context=context)
-        name = name or (str(source) if str(source) in known.names() else origin.name)
+        fetched = {} if Path(source).exists() else known.names().get(str(source), {})
+        name = name or (str(source) if fetched else origin.name)
         need_whole("the model's name", name)
         tokenizer, template = origin.vocabulary(chat_template)
         tokenizer = calling(closing(tokenizer, template, config), template)
-    generation = {**origin.generation, **known.names().get(str(source), {}).get("generation", {})}
+    generation = {**origin.generation, **fetched.get("generation", {})}
     described.drawn(generation, source)
     if tied:
         there.pop(families.HEAD, None)

@@ -17,6 +17,9 @@ from shoal.errors import CheckpointError
 from shoal.inputs.alphabets import SPACE, is_spaced
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # kinds of tokens
+_MOST_MERGES = (
+    2**21
+)  # ways to make a token of two: of the 256,000 tokens of the largest vocabularies there are some 600,000
 _LONGEST = 512  # characters of a token that is made of two others, at each of its places
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -110,7 +113,7 @@ def _spaced(
     core = tokenizers.Tokenizer(
         models.BPE(
             vocab=dict(vocab),
-            merges=_merges(plain, vocab),
+            merges=_merges(plain, vocab, what),
             unk_token=names.get("unk_token"),
             fuse_unk=True,
             byte_fallback=True,
@@ -127,13 +130,18 @@ def _spaced(
     return core
 
 
-def _merges(scores: Mapping[str, float], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+def _merges(scores: Mapping[str, float], vocab: Mapping[str, int], what: object) -> list[tuple[str, str]]:
     """Every way to make a token of two, the best token's first. Tokens that are no text (control tokens, those of a byte) are
-    not in `scores`: a user who spells one must not have it made of its letters."""
+    not in `scores`: a user who spells one must not have it made of its letters. Raises CheckpointError for more than
+    `_MOST_MERGES`, as of tokens that are one letter again and again."""
     found = []
     for token, score in scores.items():
         pairs = [(token[:at], token[at:]) for at in range(1, len(token))]
         pairs = [pair for pair in pairs if pair[0] in scores and pair[1] in scores]
         found += [(score, *pair) for pair in sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))]
+        if len(found) > _MOST_MERGES:
+            raise CheckpointError(
+                f"tokenizer of {what}", got=f"{len(found)} ways to join tokens, or more", allowed=_MOST_MERGES
+            )
     found.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
     return [(left, right) for _, left, right in found]

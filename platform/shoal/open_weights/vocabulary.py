@@ -119,7 +119,15 @@ def _need_byte_level(core: tokenizers.Tokenizer, what: object) -> None:
 
 
 def _need_known_tokens(core: tokenizers.Tokenizer, what: object) -> None:
-    """Raises CheckpointError for a token around texts that the list beside it lacks: the library would panic, and not raise."""
+    """Raises CheckpointError for a token around texts that the list beside it lacks, at which the library would panic; and for
+    a control token that is one beside white space alone, since a template's are meant wherever they stand."""
+    alone = next(
+        (token.content for token in core.get_added_tokens_decoder().values() if token.special and token.single_word),
+        None,
+    )
+    if alone is not None:
+        got = f"control token {alone!r} with single_word"
+        raise CheckpointError(f"tokenizer {what}", got=got, do="save it without, as all known ones are")
     made = json.loads(core.to_str())["post_processor"] or {}
     for each in made.get("processors", [made]):
         pieces = [*each.get("single", []), *each.get("pair", [])] if each.get("type") == "TemplateProcessing" else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,8 +299,8 @@ def adapt_plan(model: str, data: str, out: str, *, tune: str = "none", **more: A
 
 
 def run_beside(out: str) -> str:
-    """Where the run is that writes the model `out`, of a stage that is asked for a model alone."""
-    return f"{out.rstrip('/')}.run"
+    """Where the run is that writes the model `out`, of a stage that is asked for a model alone: beside it."""
+    return f"{out.rstrip('/') if remote.is_remote(out) else os.path.normpath(out)}.run"
 
 
 def fingerprint(data: str) -> str:

@@ -20,6 +20,7 @@ from shoal.open_weights import convert
 from shoal.open_weights.convert import export_model, import_model
 from shoal.open_weights.gguf import Gguf
 from shoal.open_weights.sources import Folder
+from shoal.train.plan import run_beside
 from tests.unit.open_weights.conftest import edit
 from tests.unit.open_weights.test_gguf import gguf_of
 
@@ -285,6 +286,25 @@ def test_flags_of_biases_that_are_not_there_are_put_right_in_an_export(checkpoin
     export_model(tmp_path / "model", tmp_path / "back", check=False)
     told = json.loads((tmp_path / "back" / "config.json").read_text())
     assert told["attention_bias"] is False and told["mlp_bias"] is False
+
+
+def test_the_folder_that_a_command_runs_in_is_not_replaced(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--out .` had every later path of the command lead nowhere: what was learned got no router."""
+    source = checkpoint("qwen2")
+    import_model(source, tmp_path / "model")
+    (tmp_path / "empty" / "in").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty" / "in")
+    for out in (".", "..", tmp_path / "empty"):
+        with pytest.raises(CheckpointError, match="got 'the folder that the command runs in, or one around it'"):
+            import_model(source, out)
+    with pytest.raises(CheckpointError, match="the folder that the command runs in"):
+        export_model(tmp_path / "model", ".", check=False)
+    assert Path.cwd() == tmp_path / "empty" / "in" and not any(Path.cwd().iterdir())
+    import_model(source, "model")
+    assert (tmp_path / "empty" / "in" / "model" / "manifest.json").exists()
+    assert run_beside("model/.") == run_beside("model/") == "model.run"
 
 
 def test_a_json_without_an_end_is_one_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.open_weights import families
@@ -65,6 +65,19 @@ def test_there_and_back_is_equal_to_the_bit(family: str, checkpoint: Make, tmp_p
         now.pop("torch_dtype", None)
         assert now == was, name
     assert (tmp_path / "back" / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_source_in_any_of_the_three_dtypes_keeps_it(dtype: torch.dtype, checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("llama")
+    before = {name: tensor.to(dtype) for name, tensor in load_file(str(source / "model.safetensors")).items()}
+    save_file(before, str(source / "model.safetensors"))
+    assert f"torch.{import_model(source, tmp_path / 'model').dtype}" == str(dtype)
+    export_model(tmp_path / "model", tmp_path / "back")
+    after = load_file(str(tmp_path / "back" / "model.safetensors"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == dtype and torch.equal(after[name], tensor), name
 
 
 def test_what_a_config_json_leaves_out_is_its_familys(checkpoint: Make, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def gguf_of(source: Path, path: Path, kind: str = "F32", **changes: Any) -> Path
             made = f"blk.{layer}.{THEIRS['.'.join(rest[:-1])]}.weight"
         if "attn_q" in made or "attn_k" in made:
             x = x.reshape(-1, 2, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)  # heads, halves, d/2 = 2: its `permute`
-        own = kind if x.ndim > 1 and x.shape[-1] % 32 == 0 else "F32"
+        own = kind if x.ndim > 1 and (kind == "F16" or x.shape[-1] % 32 == 0) else "F32"
         raw = rounded(own, x) if own.startswith("Q") else x.astype(np.float16 if own == "F16" else np.float32).tobytes()
         tensors[made] = (own, list(x.shape), raw)
     names = [f"t{n}" for n in range(29)] + ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -137,7 +137,9 @@ def test_a_gguf_of_plain_numbers_is_the_checkpoint_that_it_was_made_from(checkpo
     for name, tensor in one.net.state_dict().items():
         assert torch.equal(two.net.state_dict()[name], tensor), name
     half = import_model(gguf_of(source, tmp_path / "half.gguf", "F16"), tmp_path / "half")
-    assert half.dtype in ("float16", "float32")
+    assert half.dtype == "float16", "as it lies there"
+    for name, tensor in Model.load(tmp_path / "half").net.state_dict().items():
+        assert torch.equal(tensor, one.net.state_dict()[name].half()), name
 
 
 def test_biases_of_q_and_k_lie_as_their_rows_do(checkpoint: Make, tmp_path: Path) -> None:

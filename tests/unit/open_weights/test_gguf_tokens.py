@@ -17,6 +17,7 @@ from shoal import Model
 from shoal.errors import CheckpointError
 from shoal.inputs.chat import encode_chat
 from shoal.inputs.tokenizer import Tokenizer
+from shoal.open_weights import gguf_tokens
 from shoal.open_weights.convert import import_model
 from shoal.open_weights.gguf import Gguf
 from tests.extra import package
@@ -105,6 +106,19 @@ def test_a_token_too_long_to_be_made_of_two_is_refused(checkpoint: Make, tmp_pat
     told["tokenizer.ggml.tokens"][-1] = "x" * 10**6
     with pytest.raises(CheckpointError, match="got 'a token of 1000000 characters'; allowed: 512"):
         read(gguf_of(checkpoint("smollm2"), tmp_path / "tiny.gguf", **told))
+
+
+def test_more_ways_to_join_tokens_than_any_vocabulary_has_are_refused(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A letter 1 to 512 times is 130,816 ways: a file of 26 MB took gigabytes."""
+    told = small()
+    path = gguf_of(checkpoint("smollm2"), tmp_path / "tiny.gguf", **told)
+    monkeypatch.setattr(gguf_tokens, "_MOST_MERGES", 2)
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer of .*tiny\.gguf: got '[34] ways to join tokens, or more'; allowed: 2"
+    ):
+        read(path)
 
 
 def test_transformers_reads_the_same_ids_of_the_same_file(checkpoint: Make, tmp_path: Path) -> None:

@@ -52,3 +52,16 @@ def test_a_name_is_imported_from_its_package_and_from_no_other(
     lock.write_text(json.dumps({name: entry}))
     assert import_model(name, tmp_path / "model").family == "LlamaForCausalLM"
     assert (tmp_path / "model" / "LICENSE").read_text() == "terms"
+
+
+def test_a_folder_of_a_known_name_keeps_what_it_says(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was given the temperature of the package of that name."""
+    (name, entry), *_ = known.names().items()
+    checkpoint("qwen2").rename(tmp_path / name)
+    told = json.loads((tmp_path / name / "generation_config.json").read_text())
+    assert entry["generation"]["temperature"] != told.get("temperature")
+    monkeypatch.chdir(tmp_path)
+    import_model(name, "model")
+    assert json.loads(Path("model", "source.json").read_text())["generation_config"] == told

@@ -239,6 +239,16 @@ def test_half_a_letter_is_refused_wherever_it_would_be_written(checkpoint: Make,
     assert not (tmp_path / "model").exists()
 
 
+def test_a_control_token_that_is_one_beside_white_space_alone_is_refused(checkpoint: Make, tmp_path: Path) -> None:
+    """Chats were other ids than transformers': there it is letters in front of a role's name."""
+    source = checkpoint("qwen2")
+    values = json.loads((source / "tokenizer.json").read_text())
+    next(token for token in values["added_tokens"] if token["content"] == "<|im_start|>")["single_word"] = True
+    (source / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"control token '<\|im_start\|>' with single_word"):
+        import_model(source, tmp_path / "model")
+
+
 def test_a_token_of_a_number_beyond_any_vocabulary_is_refused(checkpoint: Make, tmp_path: Path) -> None:
     """The library lists all numbers below it, and ended the process where they did not fit the memory."""
     source = checkpoint("qwen2")
