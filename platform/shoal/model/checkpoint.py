@@ -30,11 +30,12 @@ from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.machine import write_json
 from shoal.model import described, files
+from shoal.model.described import OLD
 from shoal.model.net import Net
 from shoal.model.router import Calibration, Router
 
 LICENCES = "licences"  # of a source in memory: name -> text of the files that travel with its weights
-ASIDE, OLD = ".tmp", ".old"  # ends of names: of what is written, and of what was there before
+ASIDE = ".tmp"  # end of the name of what is written
 LEFT_SECONDS = 3600.0
 ROUTER = "router."  # prefix of the router's tensors among the weights
 _HUGGING_FACE = {"model_type": "shoal", "architectures": ["ShoalForCausalLM"]}  # by which vLLM finds `vllm_plugin`
@@ -122,10 +123,11 @@ def describe(
 
 def require_replaceable(directory: str | Path) -> None:
     """Raises CheckpointError when `directory` holds anything but a model of ours, which alone may be replaced: its config.json
-    is of our format, and its manifest lists whatever lies there. One that is empty, or is not there, may be taken; the one that
-    this process is in may not."""
+    is of our format, and its manifest lists whatever lies there. One that is empty, or is not there, may be taken; what a
+    killed command has taken away is first put back (`put_back`). The one that this process is in may not."""
     directory = Path(directory)
     _need_elsewhere(directory)
+    put_back(directory)
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not directory.is_dir():
@@ -163,6 +165,7 @@ def replacing(directory: Path, need: Callable[[Path], None] = require_replaceabl
     try:
         with suppress(OSError):  # of a file system without locks
             fcntl.flock(held, fcntl.LOCK_EX)
+        put_back(directory)
         _sweep(directory, ASIDE)
         yield aside
         need(directory)  # again: writing takes minutes
@@ -190,13 +193,35 @@ def replacing(directory: Path, need: Callable[[Path], None] = require_replaceabl
         os.close(held)
 
 
+def put_back(directory: Path) -> bool:
+    """Gives `directory` back what was there, the newest of it, where there is nothing: one that replaced it was killed between
+    its two renames. One that is between them now, which holds what it writes, is left alone. Whether it did."""
+    if directory.exists() or not directory.parent.is_dir():
+        return False
+    for before in sorted(_left(directory, OLD), key=lambda path: path.stat().st_ctime, reverse=True):
+        aside = before.with_name(before.name.removesuffix(OLD) + ASIDE)
+        with suppress(OSError):  # whoever is quicker has it
+            held = os.open(aside if aside.exists() else before, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not directory.exists():
+                    before.rename(directory)
+                    return True
+            finally:
+                os.close(held)
+    return False
+
+
+def _left(directory: Path, end: str) -> list[Path]:
+    """What lies beside `directory` by a name of ours with this `end`."""
+    known = re.compile(rf"{re.escape(f'.{directory.name}.')}\d+\.[0-9a-f]{{8}}{re.escape(end)}")
+    return [path for path in directory.parent.iterdir() if known.fullmatch(path.name)]
+
+
 def _sweep(directory: Path, end: str) -> None:
     """Removes what lies beside `directory` by a name of ours with this `end`, is held by nobody, and was not written to for
     `LEFT_SECONDS`, which tells where a lock does not reach, as between some machines."""
-    known = re.compile(rf"{re.escape(f'.{directory.name}.')}\d+\.[0-9a-f]{{8}}{re.escape(end)}")
-    for path in directory.parent.iterdir():
-        if not known.fullmatch(path.name):
-            continue
+    for path in _left(directory, end):
         with suppress(OSError):
             held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             try:

@@ -3,6 +3,7 @@ loads the weights too (`checkpoint`) and for who does not (`api.served`), so tha
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import sys
@@ -23,6 +24,7 @@ ADAPTED = "adapted"  # there: see `adapted`
 # how an answer is drawn: what a source may have a say in where a request is silent
 DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 FORMAT, VERSION = "shoal-model", 1
+OLD = ".old"  # end of the name of what was there before, while another takes its place (`checkpoint`)
 INT8_SCHEME = 1  # version of `quant`: weights that another rounded are refused
 
 
@@ -54,9 +56,12 @@ def read_config(directory: str | Path) -> tuple[str, ModelConfig]:
     """Name and configuration of a model directory. Raises CheckpointError when it is not one of ours."""
     path = Path(directory) / CONFIG
     if not path.is_file():
-        raise CheckpointError(
-            f"{directory} is not a model directory", got=f"no {CONFIG}", do="give a directory made by shoal"
-        )
+        do = "give a directory made by shoal"
+        if not path.parent.exists():
+            left = path.parent.parent.glob(f".{glob.escape(path.parent.name)}.*{OLD}")
+            for name in sorted(((each.stat().st_ctime, each.name) for each in left), reverse=True)[:1]:
+                do = f"what was to replace it was killed: give that command again, or rename {name[1]}, which it was"
+        raise CheckpointError(f"{directory} is not a model directory", got=f"no {CONFIG}", do=do)
     meta = read_json(path)
     if meta.get("format") != FORMAT or meta.get("version") != VERSION:
         got = f"{meta.get('format')} version {meta.get('version')}"

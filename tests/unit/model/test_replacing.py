@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from shoal.errors import CheckpointError, ResourceError
-from shoal.model.checkpoint import LEFT_SECONDS, replacing
+from shoal.model.checkpoint import LEFT_SECONDS, put_back, replacing
+from shoal.model.described import read_config
 
 ANY = {"need": lambda directory: None}
 
@@ -39,7 +40,10 @@ def test_what_killed_writers_left_goes_and_nothing_else(tmp_path: Path) -> None:
     descriptor = os.open(held, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     with replacing(tmp_path / "m", **ANY) as aside:
-        assert not half.exists() and before.exists(), "the one of before is all that there is"
+        assert not half.exists() and not before.exists()
+        assert (tmp_path / "m/model.safetensors").exists(), (
+            "the one of before is all that there is, and has its name again"
+        )
         (aside / "text").write_text("new")
     os.close(descriptor)
     assert sorted(tmp_path.iterdir()) == sorted([*kept, held, tmp_path / "m"])
@@ -82,3 +86,24 @@ def test_a_full_disk_is_a_line_and_leaves_what_was_there(tmp_path: Path) -> None
     with pytest.raises(ResourceError, match="No space left on device'; free"), replacing(tmp_path / "m", **ANY):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert [path.name for path in tmp_path.iterdir()] == ["m"] and (tmp_path / "m/text").read_text() == "before"
+
+
+def test_what_a_command_that_was_killed_between_its_two_renames_took_away_is_back_with_the_next(tmp_path: Path) -> None:
+    older, newer = left(tmp_path, ".m.4711.0123abcd.old"), left(tmp_path, ".m.4712.0123abcd.old")
+    (newer / "text").write_text("the newer")
+    with pytest.raises(CheckpointError, match=r"that command again, or rename \.m\.4712\.0123abcd\.old"):
+        read_config(tmp_path / "m")
+    assert put_back(tmp_path / "m") and not newer.exists() and older.exists()
+    assert (tmp_path / "m/text").read_text() == "the newer" and not put_back(tmp_path / "m")
+
+
+def test_one_that_is_between_its_renames_now_is_left_alone(tmp_path: Path) -> None:
+    aside, before = left(tmp_path, ".m.4711.0123abcd.tmp"), left(tmp_path, ".m.4711.0123abcd.old")
+    descriptor = os.open(aside, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert not put_back(tmp_path / "m") and before.exists()
+    os.close(descriptor)
+    with pytest.raises(ResourceError), replacing(tmp_path / "m", **ANY):
+        assert (tmp_path / "m/model.safetensors").exists()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert (tmp_path / "m/model.safetensors").exists(), "and stays where the next fails as well"
