@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
+import time
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -28,6 +30,7 @@ EVIDENCE = "canary.json"  # of the release's folder: what the pages and people r
 LOOK_SECONDS = 1.0
 DEAD_LOOKS = 3  # in a row at a canary that is not well
 HELD_AFTER = timedelta(hours=24)  # a step without enough traffic
+AGAIN_SECONDS = 60.0  # after a version that could not be loaded: each try reads all of it
 LEAVE_SECONDS = 30.0  # for a canary's streams to end before its engine does
 READY = "all steps are clear: promote it, or roll it back"
 
@@ -60,6 +63,7 @@ class Follower:
         self._state = -1  # number of the state that is followed
         self._unwell = 0
         self._written = ""
+        self._again = math.inf  # when a version that could not be loaded is tried again, by the steady clock
         self._left = True  # a canary may still be there that nobody wants, such as a gateway's before this one
 
     async def run(self) -> None:
@@ -81,7 +85,7 @@ class Follower:
     async def look(self) -> None:
         """Does what the release says now, and tells it what was seen."""
         state = await asyncio.to_thread(self.release.state)
-        if state.number != self._state:
+        if state.number != self._state or time.monotonic() >= self._again:
             await self._take(state)
             self._state = state.number
         if self._split.trial is not None:
@@ -96,6 +100,7 @@ class Follower:
         labels = {self._deploys.weights(version): version.label for version in found}
         self._split.labels = {**self._split.labels, **labels}  # streams go on with versions of before
         stable = next(version for version in found if version.number == state.stable)
+        self._again = math.inf
         if stable.number != self._serves:
             try:
                 await self._deploys.serve(stable)
@@ -103,7 +108,8 @@ class Follower:
                 log.warning("version %s serves", stable.label)
             except Exception as error:  # a slip is no reason to end a service, nor to load for ever
                 what = error.message if isinstance(error, ShoalError) else frames(error)
-                log.error("version %s does not serve, what served goes on: %s", stable.label, what)
+                log.error("version %s does not serve, what served goes on: %s; it is tried again", stable.label, what)
+                self._again = time.monotonic() + AGAIN_SECONDS
         trial, canary = self._split.trial, state.canary
         if trial is not None and not trial.canary.same(canary):
             await self._end(trial)

@@ -101,10 +101,10 @@ class Trial:
         return drawn < self.canary.share * 2**64
 
     def go_on(self, canary: Canary) -> None:
-        """Another step, or the same with other bounds."""
+        """Another step, or the same with other bounds. What condemned it before stands."""
         if canary.step != self.canary.step:
             self.evidence.step = self._elsewhere.step = 0
-        self.canary, self.decided = canary, ("wait", "")
+        self.canary, self.decided = canary, self.decided if self.decided[0] == "back" else ("wait", "")
 
     @property
     def own(self) -> Evidence:

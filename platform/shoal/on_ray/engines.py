@@ -114,13 +114,14 @@ class EngineReplica:
         end a service. A replica that starts then takes what the deployment loaded last. Raises CheckpointError and ConfigError
         in one that starts where nothing was loaded before.
         """
-        self._asked = user_config
-        if self._args.release and self._following is None:
-            release = self._args.release
+        self._asked, release = user_config, self._args.release
+        if release and self._following is None:
             self._asked = {"model": await asyncio.to_thread(stable, release)}
-            self._following = asyncio.create_task(follow(release, self._asked["model"], self._take_stable))
         if self._engine is None:
             await self._change()
+            if release and self._following is None:
+                serves = "" if self._refused else self._asked["model"]  # else it is tried again
+                self._following = asyncio.create_task(follow(release, serves, self._take_stable))
             return
         task = asyncio.create_task(self._change())
         self._changes.add(task)
@@ -145,7 +146,11 @@ class EngineReplica:
                     await self._take(before)
 
     async def _take_stable(self, directory: str) -> None:
-        await self.reconfigure({"model": directory})
+        """Raises CheckpointError where the weights stay as they are: it is asked again then."""
+        self._asked = {"model": directory}
+        await self._change()
+        if self._refused:
+            raise CheckpointError(f"{directory} is not served", do="see above: it is tried again")
 
     async def _take(self, directory: str) -> None:
         """Loads the weights of `directory` and gives new requests to them. Nothing has changed when it raises."""

@@ -21,7 +21,7 @@ from shoal.api.seen import Seen
 from shoal.api.split import Split, Trial
 from shoal.engine.events import Token
 from shoal.errors import DataError, EngineDeadError
-from shoal.loop.canary import Canary, Evidence, Pace, Tally, added
+from shoal.loop.canary import Canary, Evidence, Pace, Tally, added, advanced
 from shoal.loop.release import ChangedError, Release
 from shoal.loop.versions import Version
 from tests.unit.api.test_split import Engine
@@ -107,6 +107,48 @@ def test_two_gateways_that_condemn_one_canary_leave_the_stable_version(release: 
             assert one._split.trial is None
         state = release.state()
         assert (state.stable, state.canary) == (2, None)
+
+    run(work)
+
+
+def test_a_version_that_could_not_be_loaded_is_tried_again(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(Deploys):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tried = list[int]()
+
+        async def serve(self, version: Version) -> None:
+            self.tried.append(version.number)
+            if len(self.tried) < 3:
+                raise DataError("no room")
+
+    async def work() -> None:
+        deploys = Full()
+        one = follower(release, deploys)
+        release.promote(3, why="better")
+        for _ in range(3):
+            await one.look()
+        assert deploys.tried == [3], "not at each look: it would load for ever"
+        monkeypatch.setattr(follow, "AGAIN_SECONDS", 0.0)
+        one._again = 0.0
+        for _ in range(4):
+            await one.look()
+        assert deploys.tried == [3, 3, 3] and one._serves == 3
+
+    run(work)
+
+
+def test_what_condemned_a_canary_stands_when_another_gateway_takes_its_next_step(release: Release) -> None:
+    async def work() -> None:
+        one = follower(release)
+        release.begin(why="try")
+        await one.look()
+        condemn(one)
+        canary = release.state().canary
+        assert canary is not None
+        release.step(advanced(canary, "now"), why="another gateway was first")
+        await one.look()
+        assert release.state().canary is None and one._split.trial is None
 
     run(work)
 
