@@ -37,7 +37,7 @@ Told = dict[str, Any]
 def build(at: Site) -> None:
     """The page, inside the Blocks that are open."""
     head = at.head(PLACE)
-    key = Key.ask()
+    key, taken = Key.ask(), gr.State()  # what a rollback takes back, as the page shows it
     body = gr.HTML(look.empty("Reading the release…", "One moment."), elem_id="release")
     with gr.Column(visible=False, elem_id="changes") as changes:
         with gr.Row(equal_height=True):
@@ -54,31 +54,35 @@ def build(at: Site) -> None:
         try:
             told = await _get(at, given)
         except openai.NotFoundError:
-            return at.header(PLACE), NO_ROUTE, gr.update(visible=False), gr.skip(), Key.shown(given)
+            return at.header(PLACE), NO_ROUTE, gr.update(visible=False), gr.skip(), Key.shown(given), gr.skip()
         except openai.OpenAIError as error:
             said = at.header(PLACE, talk.reason(error), fault=True)
-            return said, look.nothing(EVERY), gr.update(visible=False), gr.skip(), Key.shown(given, error)
+            shown = Key.shown(given, error)
+            return said, look.nothing(EVERY), gr.update(visible=False), gr.skip(), shown, gr.skip()
         labels = [each["label"] for each in reversed(told["versions"])]
         chosen = picked if picked in labels else labels[0] if labels else None
         choices = gr.update(choices=labels, value=chosen)
-        return at.header(PLACE, sentence(told)), show(told), gr.update(visible=told["may_change"]), choices, gr.skip()
+        may = gr.update(visible=told["may_change"])
+        return at.header(PLACE, sentence(told)), show(told), may, choices, gr.skip(), last(told)
 
-    outputs: list[Component] = [head, body, changes, version, key.box]
+    outputs: list[Component] = [head, body, changes, version, key.box, taken]
     key.then(at, refresh, [version], outputs)
     gr.Timer(EVERY).tick(refresh, [key.box, version], outputs, **QUIET)
     for button, (_, path, said) in zip(buttons, CHANGES, strict=True):
-        pressed = button.click(_changes(at, path, said), [key.box, version, why, force], [done, why], **QUIET)
+        pressed = button.click(_changes(at, path, said), [key.box, version, why, force, taken], [done, why], **QUIET)
         pressed.then(refresh, [key.box, version], outputs, **QUIET)
 
 
 def _changes(at: Site, path: str, said: str) -> Callable[..., Awaitable[tuple[Any, Any]]]:
-    async def change(given: str, version: str | None, why: str, force: bool) -> tuple[Any, Any]:
+    async def change(given: str, version: str | None, why: str, force: bool, taken: str) -> tuple[Any, Any]:
         """What is said below the buttons, and the reason: it stays where the change was refused."""
         if not why.strip():
             return bubbles.fault("Write the reason first."), gr.skip()
         body: dict[str, Any] = {"why": why.strip()}
         if path in ("promote", "canary"):
             body |= {"version": version, "force": bool(force)}
+        if path == "rollback":  # a canary that has ended since is not to become the version that serves
+            body["version"] = taken
         try:
             answer: httpx.Response = await at.client(given).post(
                 f"/shoal/release/{path}", body=body, cast_to=httpx.Response
@@ -95,6 +99,11 @@ async def _get(at: Site, key: str) -> Told:
     answer: httpx.Response = await at.client(key).get("/shoal/release", cast_to=httpx.Response)
     told: Told = answer.json()
     return told
+
+
+def last(told: Told) -> str:
+    """The version that a rollback takes back: the canary, else what serves."""
+    return str(told["stable"] if told["canary"] is None else told["canary"]["version"])
 
 
 def sentence(told: Told) -> str:

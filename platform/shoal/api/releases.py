@@ -68,8 +68,8 @@ def release_routes(service: Service, release: Release) -> APIRouter:
     change("canary", begin, "Give a version a growing share of the conversations; or let one that is held go on.")
     change(
         "rollback",
-        lambda body, who: release.rollback(why=body.why, who=who),
-        "Take back the canary, or the last promotion.",
+        lambda body, who: release.rollback(body.version, why=body.why, who=who),
+        "Take back the canary, or the last promotion; where `version` is given, that one and no other.",
     )
     change("hold", lambda body, who: release.hold(why=body.why, who=who), "Let nothing go on by itself.")
     return router

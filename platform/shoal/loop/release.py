@@ -165,11 +165,22 @@ class Release:
         return chosen
 
     def rollback(
-        self, *, why: str, who: str | None = None, figures: dict[str, Any] | None = None, seen: int | None = None
+        self,
+        name: int | str | None = None,
+        *,
+        why: str,
+        who: str | None = None,
+        figures: dict[str, Any] | None = None,
+        seen: int | None = None,
     ) -> Version:
         """Takes back what was done last: a canary that runs, else the last promotion. Returns the version that serves then.
-        Raises UsageError where there is neither. `seen`: as of `step`."""
+        Raises UsageError where there is neither, and where that would take back another version than `name` (None: whichever):
+        whoever takes back a canary that has just ended by itself would take back what serves. `seen`: as of `step`."""
         with self._changing(seen) as before:
+            last = before.stable if before.canary is None else before.canary.version
+            if name is not None and self.version(name).number != last:
+                do = "look at shoal release list, and say which"
+                raise UsageError("what would be taken back is another version", got=name, allowed=last, do=do)
             if before.canary is not None:
                 taken = before.canary.version
                 self._change(before, "rollback", why, who, taken, figures, canary=None, candidate=None)

@@ -26,6 +26,10 @@ Why = Annotated[str, typer.Option(help="The reason, for the audit log.")]
 Force = Annotated[bool, typer.Option("--force", help="Also what the gate did not let pass; the audit log says so.")]
 Which = Annotated[str | None, typer.Argument(metavar="VERSION", help="Number, or X-Shoal-Version. [the candidate]")]
 
+Taken = Annotated[
+    str | None, typer.Argument(metavar="VERSION", help="What is to be taken back, and nothing else. [whichever it is]")
+]
+
 
 @release.command("list")
 def list_(folder: Folder, as_json: Json = False) -> None:
@@ -125,9 +129,9 @@ def promote(folder: Folder, why: Why, version: Which = None, force: Force = Fals
 
 
 @release.command()
-def rollback(folder: Folder, why: Why, as_json: Json = False) -> None:
+def rollback(folder: Folder, why: Why, version: Taken = None, as_json: Json = False) -> None:
     """Take back what was done last: the canary that runs, else the last promotion."""
-    _say(folder, Release(folder).rollback(why=why), "serves", as_json)
+    _say(folder, Release(folder).rollback(version, why=why), "serves", as_json)
 
 
 @release.command()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from shoal import Model
+from shoal.cli import main
 from shoal.errors import CheckpointError, DataError, ResourceError, UsageError
 from shoal.loop import versions
 from shoal.loop.canary import advanced
@@ -51,6 +52,18 @@ def test_two_who_take_back_one_canary_at_once_leave_what_serves(release: Release
     with pytest.raises(UsageError, match="changed meanwhile"):
         release.rollback(why="bad, says another gateway", seen=seen)
     assert release.state().stable == 2
+
+
+def test_who_takes_back_a_canary_that_has_just_ended_does_not_take_back_what_serves(
+    release: Release, capsys: pytest.CaptureFixture[str]
+) -> None:
+    release.begin(why="try")
+    release.rollback(3, why="by its evidence")
+    command = ["release", "rollback", "--release", str(release.directory), "--why", "I saw it fail"]
+    assert main([*command, release.version(3).label]) == 2
+    assert "what would be taken back is another version" in " ".join(capsys.readouterr().err.split())
+    assert release.state().stable == 2
+    assert main([*command, "2"]) == 0 and release.state().stable == 1
 
 
 @pytest.mark.parametrize("done", ["rollback", "hold"])

@@ -42,6 +42,10 @@ def test_the_line_on_top_says_what_there_is_to_know_first() -> None:
     assert releases.sentence(told(canary=canary, share=0.05, held="lunch")) == "Held: lunch"
 
 
+def test_a_rollback_names_what_the_page_shows() -> None:
+    assert releases.last(told()) == "1" and releases.last(told(canary={"version": 2, "step": 1})) == "2"
+
+
 def test_what_people_wrote_is_text_and_what_was_forced_is_marked() -> None:
     page = releases.show(told())
     assert "&lt;b&gt;better" in page and "<b>" not in page
