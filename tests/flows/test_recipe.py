@@ -57,6 +57,7 @@ def test_one_command_leaves_two_models_frozen_suites_and_a_report(folder: Path) 
     for by in report["suites"].values():
         assert {"majority", "keyword rule", "nearest", "fp32", "int8"} <= set(by)
         assert all({"exact call", "invented", "tone", "unharmed"} <= set(figures) for figures in by.values())
+        assert "int8 unguided" in by and "fp32 unguided" not in by
     spoken = {(row["who"], row["language"]) for row in report["languages"]}
     assert {(who, language) for who in ("keyword rule", "fp32", "int8") for language in ("en", "zh")} <= spoken
     depths = {(row["model"], row["depth"]) for row in report["depths"]}

@@ -4,8 +4,8 @@ How they, their calls and their results are written is `inputs.tools`, or what a
 (`inputs.call_formats`), which then is given them as they are.
 
 With tool_choice "auto" calls are looked for in free text, and what is not a whole call of a known tool stays text; where a tool
-is strict, a grammar guides what follows ``<tool_call>``. With "required", or a name, the whole answer is one call that a
-grammar guides. Where the answer has a format, a grammar allows calls or JSON of that format.
+is strict, or has arguments that must have been said (`said`), a grammar guides what follows ``<tool_call>``. With "required" or
+a name the whole answer is one call that a grammar guides. Where it has a format, a grammar allows calls or JSON of that.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from llguidance import StructTag
 
 from shoal.api.bodies import ChatRequest, Function, Message, NamedTool, ResponseFormat
 from shoal.api.calls import Named, Plain, Reader, Whole, reader
+from shoal.api.said import may_be_called
 from shoal.engine.events import Guide
 from shoal.engine.guided import JSON_OPTIONS
 from shoal.errors import RequestError
@@ -66,11 +67,23 @@ class Offer:
             raise RequestError("tool_choice", param="tool_choice", got=self.named[:64], allowed=list(self.tools))
         self.forced = choice == "required" or self.named is not None
         self.told = bool(self.tools) and choice != "none"
+        self._callable = may_be_called(self.tools, body.messages)
+        self._check_forced()
         self.single = self.told and not body.parallel_tool_calls
-        self.strict = self.told and any(tool.strict for tool in self.tools.values())
+        guided = len(self._callable) < len(self.tools) or any(tool.strict for tool in self._callable.values())
+        self.strict = self.told and guided
         if self.strict and not self.forced and self._may_answer_as_called(body.response_format):
             # What opens a call elsewhere tells one from an answer, which must be no way around a strict tool.
             self.format = replace(self.format, bare=False)
+
+    def _check_forced(self) -> None:
+        """Raises RequestError where a call is forced and none can be made."""
+        wanted = [*self.tools] if self.named is None else [self.named]
+        if self.forced and not self._callable.keys() & set(wanted):
+            do = f"leave tool_choice out, so that the model can ask for what is marked {tools.SAID}"
+            raise RequestError(
+                "tool_choice: nothing was said that a call needs", param="tool_choice", got=wanted, do=do
+            )
 
     @property
     def guide(self) -> Guide | None:
@@ -79,9 +92,9 @@ class Offer:
         if not self.forced:
             return self._calls_in_text() if self.strict else None
         if self._taught is not None:
-            return self._lark("call", strictly=True, names=list(self.tools) if self.named is None else [self.named])
+            return self._lark("call", strictly=True, names=[] if self.named is None else [self.named])
         if self.named is not None:
-            return Guide("json_schema", json.dumps(_arguments(self.tools[self.named])))
+            return Guide("json_schema", json.dumps(_arguments(self._callable[self.named])))
         return Guide("json_schema", json.dumps({"anyOf": self._schemas(_arguments)}))
 
     def _schemas(self, arguments_of: Callable[[Function], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -95,11 +108,13 @@ class Offer:
                 "required": ["name", key],
                 "additionalProperties": False,
             }
-            for name, tool in self.tools.items()
+            for name, tool in self._callable.items()
         ]
 
     def or_answer(self, answer: Guide) -> Guide:
         """Of a free answer that has a format: calls, or JSON as `answer` guides it; one call where only one is wanted."""
+        if not self._callable:
+            return answer
         schema = json.loads(str(answer.spec)) if answer.spec else {"type": "object"}
         if self.format.bare:  # both are JSON, which one schema tells apart
             answers = [{"$id": "/.answer", **schema}, *self._schemas(_guided)]
@@ -111,10 +126,12 @@ class Offer:
     def _calls_in_text(self) -> Guide:
         """Text, and calls as their tools have them: no text spells what opens one, in whichever tokens."""
         opened = self.format.open
-        if self.format.bare or self._is_control(opened):
+        if self.format.bare or self._is_control(opened) or not self._callable:
             begun = r"[ \t\r\n]*([^ \t\r\n{](?s:.*))?" if self.format.bare else "(?s:.*)"
             spelt = re.escape(opened).replace("/", r"\/")
             text = f"TEXT: /{begun}/ & ~/(?s:.*){spelt}(?s:.*)/"
+            if not self._callable:
+                return Guide("lark", f"start: TEXT\n{text}")
             return self._lark("call | TEXT" if self.format.bare else "TEXT call?", text)
         tags = [
             StructTag(
@@ -123,16 +140,17 @@ class Offer:
                 grammar={**_guided(tool), "x-guidance": JSON_OPTIONS},
                 end=self.format.end,
             )
-            for name, tool in self.tools.items()
+            for name, tool in self._callable.items()
         ]
         return Guide("lark", StructTag.to_grammar(tags, assume_special=False))
 
     def _lark(self, start: str, *more: str, strictly: bool = False, names: Sequence[str] = ()) -> Guide:
-        """A grammar in which ``call`` is one of the tools `names` [all], `strictly`: with arguments as its parameters say."""
-        called = [*(names or self.tools)]
+        """A grammar in which ``call`` is one of the tools `names` [all that may be called], `strictly`: with arguments as its
+        parameters say."""
+        called = [*(names or self._callable)]
         rules = [f"start: {start}", *more, f"call: {' | '.join(f'call_{at}' for at in range(len(called)))}"]
         for at, name in enumerate(called):
-            tool = self.tools[name]
+            tool = self._callable[name]
             rules.append(
                 f"call_{at}: {self._literal(self.format.begin(name))} arguments_{at} {self._literal(self.format.end)}"
             )
@@ -188,6 +206,15 @@ class Offer:
 
     def _functions(self) -> list[dict[str, Any]]:
         return [tool.model_dump(exclude={"strict"}) for tool in self.tools.values()]
+
+
+def guide_of(
+    messages: Sequence[Mapping[str, Any]], given: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
+) -> Guide | None:
+    """What a service guides the next answer of a chat with tools by: `messages` and tools as OpenAI has them."""
+    asked = [{key: value for key, value in one.items() if key != "weight"} for one in messages]
+    body = ChatRequest.model_validate({"model": "", "messages": asked, "tools": [*given]})
+    return Offer(body, tokenizer).guide
 
 
 def as_native(messages: Sequence[Message], system: str = "") -> list[dict[str, Any]]:

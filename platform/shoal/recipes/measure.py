@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from shoal.api.calls import rewritten
+from shoal.api.tools import guide_of
 from shoal.config import AUTO, FULL
 from shoal.data.chats import forms
 from shoal.engine.engine import Engine
-from shoal.engine.events import Request, Sampling
+from shoal.engine.events import Guide, Request, Sampling
 from shoal.evaluate.evaluation import Progress, interleaved_speed, machine
 from shoal.evaluate.intervals import Figure
 from shoal.evaluate.measures import Answer, mean_depth
@@ -33,15 +34,18 @@ from shoal.recipes.recipe import CALIBRATION, SUITES, Answerer, Messages, Recipe
 from shoal.recipes.sure import calibration
 
 SPEED_TOKENS = 64  # of an answer whose speed is measured
+UNGUIDED = "unguided"  # column of the served model's answers where no grammar guides the calls of its tools
 SAMPLES = 6  # answers that the report shows of each suite
 
 
 class ByEngine:
-    """A model that answers at a depth; `depth_share`: the layers that its answers so far ran, of all; `too_long`: how many of
-    the questions so far do not fit the context, and are answered by nothing."""
+    """A model that answers at a depth, `guided` as a service guides it; `depth_share`: the layers that its answers so far ran,
+    of all; `too_long`: how many of the questions so far do not fit the context, and are answered by nothing."""
 
-    def __init__(self, model: Model, depth: str, recipe: Recipe, tools: Sequence[Mapping[str, Any]]) -> None:
-        self._model, self._depth, self._tools = model, depth, list(tools)
+    def __init__(
+        self, model: Model, depth: str, recipe: Recipe, tools: Sequence[Mapping[str, Any]], *, guided: bool = True
+    ) -> None:
+        self._model, self._depth, self._tools, self._guided = model, depth, list(tools), guided
         self._engine, self._guide = Engine(model), recipe.guide
         self._sampling = Sampling(temperature=0.0, max_tokens=recipe.most_tokens, logprobs=0 if recipe.sure else None)
         self._answers: list[Answer] = []
@@ -55,7 +59,7 @@ class ByEngine:
         for place, messages in enumerate(asked):
             prompt = self._prompt(messages)
             if len(prompt.ids) + self._sampling.max_tokens <= self._model.config.context:
-                sampling = dataclasses.replace(self._sampling, guided=self._guide(messages))
+                sampling = dataclasses.replace(self._sampling, guided=self._guide_of(messages))
                 requests[place], lengths[place] = Request(prompt, sampling, depth=self._depth), len(prompt.ids)
             else:
                 self.too_long += 1
@@ -65,6 +69,11 @@ class ByEngine:
                 self.sure[place] = math.exp(sum(known))
             self._answers.append(Answer(done.text, len(done.tokens), done.depth, lengths[place]))
         return texts
+
+    def _guide_of(self, messages: Messages) -> Guide | None:
+        if not self._guided:
+            return None
+        return self._guide(messages) or guide_of(messages, self._tools, self._model.tokenizer)
 
     def _prompt(self, messages: Messages) -> Encoded:
         """As a service shows it: by a chat template that knows tools, or with tools in our words."""
@@ -135,6 +144,7 @@ def measured(
                     notes.append(
                         f"{name}: {answerer.too_long} prompts do not fit {label}'s context, and have no answer."
                     )
+        found[name] |= _unguided(recipe, rows, served, loaded[served], seed)
         samples += _samples(name, rows, answers)
     suites.use(
         folder / SUITES, {"recipe": recipe.name, "models": [files.weights_sha256(path) for path in models.values()]}
@@ -234,6 +244,15 @@ def _all(
         figures[CALIBRATION] = calibration(recipe, rows, answers, answerer.sure)
     whole = list({row["group"]: row for row in rows}.values()) if play else []
     return figures | (recipe.play(whole, answerer, seed) if whole else {}), answers
+
+
+def _unguided(recipe: Recipe, rows: Sequence[Row], label: str, model: Model, seed: int) -> dict[str, dict[str, Figure]]:
+    """The measures of a model at full depth where nothing guides its calls of tools, by column; none where nothing does
+    anyway."""
+    tools = rows[0].get("tools", [])
+    if guide_of(rows[0]["messages"][:-1], tools, model.tokenizer) is None:
+        return {}
+    return {f"{label} {UNGUIDED}": _all(recipe, rows, ByEngine(model, FULL, recipe, tools, guided=False), seed)[0]}
 
 
 def _depths(model: Model) -> list[str]:

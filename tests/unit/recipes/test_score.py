@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from shoal.api.tools import guide_of
+from shoal.engine.guided import Grammars, StrayError
+from shoal.inputs.tokenizer import END_ID, Tokenizer
 from shoal.inputs.tools import call
+from shoal.recipes import customer_service, law, measure
 from shoal.recipes.baselines import majority, nearest, reference
 from shoal.recipes.customer_service import baselines, score
 from shoal.recipes.customer_service.conversations import CALL, PLAIN, TOLD, conversations
 from shoal.recipes.customer_service.service import serving
-from shoal.recipes.customer_service.shop import Shop
+from shoal.recipes.customer_service.shop import TOOLS, Shop
+from shoal.recipes.law.questions import questions
 from shoal.recipes.measure import some_of, weak
 from shoal.recipes.recipe import Answerer, Messages
 from shoal.recipes.splits import SUITE, TRAIN
@@ -144,8 +151,6 @@ def test_who_cancels_what_nobody_asked_for_harms_the_shop(known: Rows) -> None:
 
 
 def _packed() -> list[str]:
-    from shoal.recipes.customer_service.shop import Shop
-
     return [order for order, _ in Shop(SUITE, "en").orders("packed")]
 
 
@@ -206,3 +211,36 @@ def test_some_of_a_suite_are_whole_conversations_and_always_the_same(new: Rows) 
     assert 30 < len(some) <= 40 and some == [row for row in new if row["group"] in groups] == some_of(new, 40)
     assert {row["language"] for row in some} == {"en", "zh"} and some != new[: len(some)]
     assert some_of(new, 0) is new and some_of(new, len(new)) is new
+
+
+def test_beside_the_model_stands_what_it_does_where_nothing_guides_its_calls(
+    known: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a recipe with tools alone: elsewhere it would be the same column twice."""
+    asked: list[bool] = []
+
+    def answers_nothing(*given: Any, guided: bool = True) -> Answerer:
+        asked.append(guided)
+        return lambda some: ["?" for _ in some]
+
+    monkeypatch.setattr(measure, "ByEngine", answers_nothing)
+    model: Any = SimpleNamespace(tokenizer=Tokenizer.bytes_only())
+    found = measure._unguided(customer_service.RECIPE, known[:6], "int8", model, 0)
+    assert list(found) == ["int8 unguided"] and "invented" in found["int8 unguided"] and asked == [False]
+    assert measure._unguided(law.RECIPE, list(questions(SUITE, SUITE, 4)), "int8", model, 0) == {} and len(asked) == 1
+
+
+def test_no_call_that_a_service_would_guide_has_an_invented_number(new: Rows) -> None:
+    """Every reference of a suite may be called; none of them with another number, nor a product that is one."""
+    tokenizer = Tokenizer.bytes_only()
+    calls = [row for row in new if row["task"] == CALL][:24]
+    for row in calls:
+        *before, last = row["messages"]
+        guide = guide_of(before, TOOLS, tokenizer)
+        assert guide is not None
+        grammar, right = Grammars(tokenizer, 300).compile(guide), reference(last)
+        assert grammar.allowed(tokenizer.encode(right))[END_ID]
+        wrong = [call("find_product", {"product": "Q9876"}), call("track_order", {"order": "Q9876"})]
+        for one in {*wrong, re.sub(r'[A-Z]\d{4}"', 'Q9876"', right)} - {right}:
+            with pytest.raises(StrayError):
+                grammar.allowed(tokenizer.encode(one))

@@ -15,6 +15,7 @@ from datetime import date, timedelta
 from typing import Any
 
 from shoal.errors import RequestError, did_you_mean
+from shoal.inputs.tools import SAID
 from shoal.recipes.splits import DEV, SUITE, TRAIN
 
 REASONS = ("broken", "wrong", "unwanted")
@@ -63,7 +64,9 @@ CITIES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
 }  # fmt: skip
 
-_ORDER = {"order": {"type": "string"}}
+# An order's number must have been said; a product has no number, so that none stands there either.
+_ORDER = {"order": {"type": "string", SAID: "[A-Z][0-9]{4}"}}
+_PRODUCT = {"product": {"type": "string", "pattern": "^[^0-9]+$"}}
 _FUNCTIONS: tuple[tuple[str, str, dict[str, Any], list[str]], ...] = (
     ("track_order", "Where a parcel is", {**_ORDER, "route": {"type": "boolean"}}, ["order"]),
     (
@@ -73,7 +76,7 @@ _FUNCTIONS: tuple[tuple[str, str, dict[str, Any], list[str]], ...] = (
         ["order", "reason"],
     ),
     ("cancel_order", "Cancel an order", _ORDER, ["order"]),
-    ("find_product", "Price and stock", {"product": {"type": "string"}}, ["product"]),
+    ("find_product", "Price and stock", _PRODUCT, ["product"]),
 )
 TOOLS: list[dict[str, Any]] = [  # as a chat's ``tools``
     {
@@ -82,6 +85,7 @@ TOOLS: list[dict[str, Any]] = [  # as a chat's ``tools``
             "name": name,
             "description": told,
             "parameters": {"type": "object", "properties": properties, "required": required},
+            "strict": True,
         },
     }
     for name, told, properties, required in _FUNCTIONS

@@ -1,0 +1,184 @@
+"""An argument that must have been said is chosen among what was, and a tool that needs one of which none was is not called."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from shoal.api.bodies import ChatRequest
+from shoal.api.said import may_be_called
+from shoal.api.tools import Offer
+from shoal.engine.events import Guide
+from shoal.errors import RequestError
+from shoal.inputs.tools import functions
+from tests.unit.api.test_tools import follows, tool
+from tests.unit.open_weights.taught import tokenizer
+from tests.unit.open_weights.test_call_formats import FAMILIES, offer
+from tests.unit.open_weights.test_strict_calls import FORMATS, asked, reads, spellings
+
+ORDER = {"type": "string", "x-said": "[A-Z][0-9]{4}"}
+TRACK = tool("track", order=ORDER)
+FIND = tool("find", strict=True, product={"type": "string", "pattern": "^[^0-9]+$"})
+SAID = [{"role": "user", "content": "Where are A1234 and B2345?"}]
+SILENT = [{"role": "user", "content": "Where is my order?"}]
+CALL = '<tool_call>{"name": "track", "arguments": {"order": "A1234"}}</tool_call>'
+FOUND = '<tool_call>{"name": "find", "arguments": {"product": "lamp"}}</tool_call>'
+
+
+def guide(messages: list[dict[str, Any]], tools: list[dict[str, Any]], **fields: Any) -> Guide:
+    found = Offer(ChatRequest.model_validate({"model": "m", "messages": messages, "tools": tools, **fields})).guide
+    assert found is not None
+    return found
+
+
+def choosable(messages: list[dict[str, Any]], **schema: Any) -> list[Any]:
+    given = tool("track", order={**ORDER, **schema})
+    body = ChatRequest.model_validate({"model": "m", "messages": messages, "tools": [given]})
+    functions_ = {one.function.name: one.function for one in body.tools}
+    called = may_be_called(functions_, body.messages)
+    found: list[Any] = called["track"].parameters["properties"]["order"]["enum"] if called else []
+    return found
+
+
+def test_what_was_said_may_be_called_and_nothing_else() -> None:
+    free = guide(SAID, [TRACK, FIND])
+    for good in ("Which one?", CALL, CALL.replace("A1234", "B2345"), f"Let me see. {CALL}\n{CALL}", FOUND):
+        assert follows(free, good), good
+    for bad in (
+        CALL.replace("A1234", "C3456"),
+        CALL.replace("A1234", ""),
+        CALL.replace('"A1234"', '"A1234", "more": "C3456"'),
+        CALL.replace("1234", "\\u00312345"),
+        FOUND.replace("lamp", "C3456"),
+        FOUND.replace("lamp", "C\\u0033456"),
+        FOUND.replace('"lamp"', '"lamp", "order": "C3456"'),
+        f"Which? {CALL.replace('A1234', 'C3456')}",
+    ):
+        assert not follows(free, bad), bad
+
+
+def test_where_none_was_said_the_tool_is_not_called_and_words_are_free() -> None:
+    both, alone = guide(SILENT, [TRACK, FIND]), guide(SILENT, [TRACK])
+    for asks in (both, alone):
+        assert follows(asks, "What is your order's number?") and follows(asks, "A < b <tool_cal")
+        assert not follows(asks, CALL) and not follows(asks, f"I look: {CALL}")
+    assert follows(both, FOUND) and not follows(alone, FOUND)
+
+
+def test_who_says_it_is_not_the_model() -> None:
+    """Its own words, and its own calls, are no evidence; a customer's, an operator's and a tool's are."""
+    call = {"id": "c", "type": "function", "function": {"name": "track", "arguments": '{"order": "D4567"}'}}
+    chat = [
+        {"role": "system", "content": "Signed in: A1234."},
+        {"role": "user", "content": [{"type": "text", "text": "What of B2345"}, {"type": "text", "text": "?"}]},
+        {"role": "assistant", "content": "Is it C3456?", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": '{"orders": ["E5678"]}'},
+        {"role": "developer", "content": "or F6789"},
+    ]
+    assert choosable(chat) == ["A1234", "B2345", "E5678", "F6789"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("订单A1234的包裹", ["A1234"]),
+        ("a label R01234, xA1234, A12345, A1234_", []),
+        ("A1234, B2345;C3456 (A1234)", ["B2345", "C3456", "A1234"]),  # what was said last stands last
+        ("order\0A1234", ["A1234"]),
+        ("half of a pair \ud800 A1234", ["A1234"]),
+        ("", []),
+    ],
+)
+def test_a_value_stands_as_a_word(text: str, found: list[str]) -> None:
+    assert choosable([{"role": "user", "content": text}]) == found
+
+
+def test_of_a_thousand_values_and_more_the_last_are_kept() -> None:
+    many = " ".join(f"A{number:04d}" for number in range(1500))
+    assert choosable([{"role": "user", "content": many}]) == [f"A{number:04d}" for number in range(500, 1500)]
+
+
+def test_the_argument_s_own_schema_holds_too() -> None:
+    numbers = [{"role": "user", "content": "7, 008 and 12"}]
+    assert choosable(numbers, **{"type": "integer", "x-said": "[0-9]+"}) == [7, 8, 12]
+    assert choosable(SAID, enum=["B2345", "C3456"]) == ["B2345"]
+    assert choosable(SAID, enum=["C3456"]) == []
+
+
+def test_an_argument_that_is_not_needed_is_left_out_where_nothing_was_said() -> None:
+    optional = tool("track", order=ORDER, city={"type": "string"})
+    optional["function"]["parameters"]["required"] = ["city"]
+    silent, said = guide(SILENT, [optional]), guide(SAID, [optional])
+    city, both = CALL.replace('"order": "A1234"', '"city": "Ulm"'), CALL.replace('"A1234"', '"A1234", "city": "Ulm"')
+    assert follows(silent, city) and not follows(silent, both)
+    assert follows(said, city) and follows(said, both) and not follows(said, both.replace("A1", "B9"))
+
+
+def test_a_forced_call_is_guided_and_refused_where_none_can_be_made() -> None:
+    named = {"type": "function", "function": {"name": "track"}}
+    assert follows(guide(SAID, [TRACK], tool_choice=named), '{"order": "A1234"}')
+    assert not follows(guide(SAID, [TRACK], tool_choice=named), '{"order": "C3456"}')
+    either = guide(SILENT, [TRACK, FIND], tool_choice="required")
+    assert follows(either, FOUND[11:-12]) and not follows(either, CALL[11:-12])
+    for tools, choice in (([TRACK], "required"), ([TRACK, FIND], named)):
+        with pytest.raises(RequestError, match="nothing was said that a call needs") as refused:
+            guide(SILENT, tools, tool_choice=choice)
+        assert refused.value.param == "tool_choice"
+
+
+def test_beside_a_format_too() -> None:
+    body = {"model": "m", "tools": [TRACK], "response_format": {"type": "json_object"}}
+    for messages, called in ((SAID, True), (SILENT, False)):
+        offer = Offer(ChatRequest.model_validate({**body, "messages": messages}))
+        both = offer.or_answer(Guide("json_object"))
+        assert follows(both, '{"any": 1}') and follows(both, CALL) == called
+        assert not follows(both, CALL.replace("A1234", "C3456"))
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "boolean", "x-said": "a"}, "beside type string or integer"),
+        ({"x-said": "a"}, "beside type string or integer"),
+        ({"type": "string", "x-said": True}, "a regular expression beside"),
+        ({"type": "string", "x-said": "(?=a)"}, "a regular expression of RE2"),
+        ({"type": "string", "x-said": "(a"}, "a regular expression of RE2"),
+        ({"type": "array", "items": {"type": "string", "x-said": "a"}}, "at a property of parameters itself"),
+    ],
+)
+def test_a_mark_that_cannot_be_followed_is_refused(schema: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason) as refused:
+        Offer(ChatRequest.model_validate({"model": "m", "messages": SAID, "tools": [tool("track", order=schema)]}))
+    assert refused.value.param == "tools"
+
+
+def test_a_client_s_expression_takes_time_in_proportion_to_the_text() -> None:
+    """In Python's own this one takes 2 to the power of 5000 steps."""
+    text = [{"role": "user", "content": "a" * 5000 + "!"}]
+    assert choosable(text, **{"x-said": "(a+)+b"}) == []
+
+
+def test_the_model_does_not_read_the_mark() -> None:
+    (shown,) = functions([TRACK["function"]])
+    assert shown["parameters"]["properties"] == {"order": {"type": "string"}}
+    assert "x-said" in json.dumps(TRACK)
+
+
+@pytest.mark.parametrize("fields", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_spelling_of_an_open_model_has_a_call_with_what_was_not_said(family: str, fields: dict[str, Any]) -> None:
+    """By control tokens, by bare JSON and in lists; alone and beside a tool that may be called."""
+    form = offer(family).format
+    for messages, said in ((SAID, True), (SILENT, False)):
+        for tools in ([TRACK], [TRACK, FIND]):
+            answers = reads(family, asked(family, {**fields, "messages": messages, "tools": tools}))
+            for value in ("A1234", "C3456"):
+                text = form.begin("track") + json.dumps({"order": value}) + form.end
+                for one in (text, form.open + text):
+                    found = [answers(ids)[1] for ids in spellings(family, one, form.open)]
+                    assert (said and value == "A1234") or not any(found)
+            right = form.begin("track") + '{"order": "A1234"}' + form.end
+            called = [answers(tokenizer(family).template_ids(one))[1] for one in (right, form.open + right)]
+            assert ([("track", {"order": "A1234"})] in called) == said
