@@ -75,6 +75,13 @@ def test_each_part_of_a_question_is_of_one_split(language: str) -> None:
         assert all(parts) and sum(map(len, parts)) == len(some)
 
 
+def test_no_act_says_they_of_somebody_who_is_not_named() -> None:
+    """Of "May a student use their trademark?" nobody can say whose it is."""
+    acts = {language: [act for some in words.ACTS[language].values() for act in some] for language in LANGUAGES}
+    assert not [act for act in acts["en"] if re.search(r"\b(they|them|theirs?)\b", act)]
+    assert not [act for act in acts["zh"] if "他们" in act]
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_no_question_is_asked_as_it_is_learned_from_nor_any_act(language: str) -> None:
     said = {split: {q for m in MATTERS for q in words.cores(language, m, split)} for split in SPLITS}

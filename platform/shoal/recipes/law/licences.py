@@ -33,7 +33,7 @@ _MATTERS = (  # keywords of the wordings that are learned from -> words of a cla
     (r"notice|copyright|licence (text|file)|声明|版权|许可证(全文|文件)", r"notice|retain|statement", False),
     (r"warrant|guarant|fault|count on|\bfit\b|merchantab|担保|保证|缺陷|适合|能运行", r"warrant|disclaim", False),
     (
-        r"advert|trademark|endorse|their name|logo|theirs|trade name|service mark|brand|support|recommend"
+        r"advert|trademark|endorse|(their|authors') name|logo|after that of|trade name|service mark|brand|support|recommend"
         r"|名字|商标|支持|标志|商号|品牌|广告|推荐",
         r"endorse|trademark|trade name", False,
     ),

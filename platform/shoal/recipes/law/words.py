@@ -102,7 +102,8 @@ ASKED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
     },
 }  # fmt: skip
-ACTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {  # of a matter; what `who`, `whom` and `my` are says the person
+# Of a matter. `who`, `whom` and `my` are of the person; another "their" would leave open whose it is.
+ACTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "en": {
         "change": (
             "change it", "modify the code", "alter the source", "make changes to it", "patch a file of it",
@@ -129,10 +130,11 @@ ACTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {  # of a matter; what `who`
         "patents": (
             "use its patents", "get a patent licence", "make what the patents cover", "use a method that is patented",
             "sell what the patents cover", "use the patents of the contributors", "claim a licence to the patents",
-            "work under their patents", "use an invention that they patented", "build on a patented method of theirs",
+            "work under the authors' patents", "use an invention that the authors patented",
+            "build on a patented method of the authors",
             "have the patents for free", "import what the patents cover", "offer what a patent covers",
-            "run the patented parts", "make use of patents that the authors hold", "apply their patented technique",
-            "exploit patents of the contributors",
+            "run the patented parts", "make use of patents that the authors hold",
+            "apply the authors' patented technique", "exploit patents of the contributors",
         ),
         "notice": (
             "remove the notice", "leave out the copyright line", "delete the notices", "take the copyright notice away",
@@ -144,37 +146,40 @@ ACTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {  # of a matter; what `who`
         ),
         "blame": (
             "sue the authors for damages", "hold the authors liable", "claim damages", "make the authors pay for damage",
-            "demand compensation from the authors", "take them to court over a bug", "get money from the authors if it fails",
-            "claim a loss from the copyright holders", "blame the authors before a court",
-            "make the authors responsible for damage", "seek damages for lost data", "have the authors answer for a failure",
-            "sue whoever wrote it", "charge the damage to the authors", "bring a claim against the authors",
+            "demand compensation from the authors", "take the authors to court over a bug",
+            "get money from the authors if it fails", "claim a loss from the copyright holders",
+            "blame the authors before a court", "make the authors responsible for damage", "seek damages for lost data",
+            "have the authors answer for a failure", "sue whoever wrote it",
+            "charge the damage to the authors", "bring a claim against the authors",
             "recover a loss from the developers", "go after the writers for harm",
         ),
         "warranty": (
             "rely on a warranty", "expect a warranty", "count on it to work", "expect it to be free of faults",
             "demand that it be fit for a purpose", "ask for a guarantee", "take it as guaranteed to run",
             "get a warranty for it", "rely on it being fit for use", "assume a warranty of quality",
-            "demand repair under a warranty", "hold them to a warranty", "expect support by warranty",
+            "demand repair under a warranty", "hold the authors to a warranty", "expect support by warranty",
             "expect merchantable quality", "treat it as tested and guaranteed", "insist that it runs without faults",
             "presume that it is guaranteed fit",
         ),
         "endorse": (
-            "advertise with their name", "use their trademark", "say that they endorse {whom}",
-            "promote {my} product with their name", "put their logo on {my} site", "name {my} product after theirs",
-            "use their trade name", "print the authors' name in an advert", "claim that the authors support {my} product",
-            "call {my} fork by their name", "use their service mark", "show their brand to customers",
+            "advertise with the authors' name", "use the authors' trademark", "say that the authors endorse {my} work",
+            "promote {my} product with the authors' name", "put the authors' logo on {my} site",
+            "name {my} product after that of the authors", "use the authors' trade name",
+            "print the authors' name in an advert",
+            "claim that the authors support {my} product", "call {my} fork by the authors' name",
+            "use the authors' service mark", "show the authors' brand to customers",
             "let {my} advert mention the contributors", "tell customers that the authors recommend {my} product",
-            "decorate {my} site with their emblem", "market {my} product as approved by the authors",
-            "borrow their good name for {my} campaign",
+            "decorate {my} site with the authors' emblem", "market {my} product as approved by the authors",
+            "borrow the authors' good name for {my} campaign",
         ),
         "unmarked": (
-            "hide that {who} changed it", "leave {my} changes unmarked", "pass on changes without saying so",
+            "hide that it was changed", "leave {my} changes unmarked", "pass on changes without saying so",
             "pass {my} version off as the original", "keep changes secret in copies",
             "distribute modified files without a word", "be silent about {my} changes", "leave out what was changed",
             "give out a changed copy as if it were the original", "mix in {my} changes without a mark",
             "publish altered files without a hint", "tell nobody that it was modified",
             "ship a modified copy without a summary of changes", "pass on changes that nobody is told of",
-            "present altered code as untouched", "disguise {my} version as theirs",
+            "present altered code as untouched", "disguise {my} version as that of the authors",
             "spread a modified copy without labelling it",
         ),
     },
@@ -197,8 +202,8 @@ ACTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {  # of a matter; what `who`
         ),
         "patents": (
             "用它的专利", "得到专利许可", "制造专利涵盖的东西", "使用有专利的方法", "出售专利涵盖的东西", "用贡献者的专利",
-            "要求专利授权", "在他们的专利下工作", "用他们的专利发明", "依照专利方法开发", "免费用专利", "进口专利产品",
-            "提供专利涵盖的服务", "运行有专利的部分", "利用作者的专利", "应用他们的专利技术", "使用贡献者持有的专利",
+            "要求专利授权", "在作者的专利下工作", "用作者的专利发明", "依照专利方法开发", "免费用专利", "进口专利产品",
+            "提供专利涵盖的服务", "运行有专利的部分", "利用作者的专利", "应用作者的专利技术", "使用贡献者持有的专利",
         ),
         "notice": (
             "删掉声明", "去掉版权行", "删除版权声明", "拿走版权说明", "不带声明传播副本", "抹去版权人的名字",
@@ -207,26 +212,26 @@ ACTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {  # of a matter; what `who`
             "分发不含许可证全文的副本",
         ),
         "blame": (
-            "向作者索赔", "让作者负责", "要求赔偿", "让作者赔钱", "向作者要补偿", "为错误起诉他们", "出故障时向作者要钱",
+            "向作者索赔", "让作者负责", "要求赔偿", "让作者赔钱", "向作者要补偿", "为错误起诉作者", "出故障时向作者要钱",
             "向版权人索要损失", "在法庭上告作者", "让作者承担损害", "为丢失的数据索赔", "要作者对故障负责", "起诉写它的人",
             "把损失算到作者头上", "对作者提出诉求", "从开发者那里讨回损失", "为损害找编写者算账",
         ),
         "warranty": (
             "依靠担保", "期待有担保", "指望它能运行", "期待它没有缺陷", "要求它适合用途", "要求保证质量", "当它保证能运行",
-            "得到担保", "相信它适合使用", "认定质量有担保", "按担保要求修理", "要他们履行担保", "按担保得到支持",
+            "得到担保", "相信它适合使用", "认定质量有担保", "按担保要求修理", "要作者履行担保", "按担保得到支持",
             "要求没有缺陷的保证", "当作经过检验的产品", "坚持要它毫无毛病", "认为它肯定适用",
         ),
         "endorse": (
-            "用他们的名字做广告", "用他们的商标", "说他们支持自己", "用他们的名字推销产品", "把他们的标志放到网站",
-            "用他们的名字命名产品", "用他们的商号", "在广告上印作者的名字", "声称作者支持产品", "用他们的名字称呼分支",
-            "用他们的服务标志", "向顾客展示他们的品牌", "在广告里提到贡献者", "告诉顾客作者推荐产品", "用他们的徽章装饰网站",
-            "把产品说成作者认可的", "借他们的名声做宣传",
+            "用作者的名字做广告", "用作者的商标", "说作者支持自己", "用作者的名字推销产品", "把作者的标志放到网站",
+            "用作者的名字命名产品", "用作者的商号", "在广告上印作者的名字", "声称作者支持产品", "用作者的名字称呼分支",
+            "用作者的服务标志", "向顾客展示作者的品牌", "在广告里提到贡献者", "告诉顾客作者推荐产品", "用作者的徽章装饰网站",
+            "把产品说成作者认可的", "借作者的名声做宣传",
         ),
         "unmarked": (
             "隐瞒自己的修改", "修改后不标明", "不说明就传播修改", "把自己的版本说成原版", "在副本里对修改保密",
             "一声不响地发布改过的文件", "不交代改动", "略去改了什么", "把改过的副本当原版发", "混入修改而不标注",
             "发布改过的文件而不提示", "不告诉别人它被改过", "不附修改摘要就发副本", "传播没人知道的修改",
-            "让改过的代码看上去没动过", "把自己的版本伪装成他们的", "传播改过的副本而不加标记",
+            "让改过的代码看上去没动过", "把自己的版本伪装成原作者的", "传播改过的副本而不加标记",
         ),
     },
 }  # fmt: skip
