@@ -18,14 +18,18 @@ from shoal.loop.suites import freeze
 from shoal.recipes import law, medicine
 from shoal.recipes.law.questions import ANSWER, questions
 from shoal.recipes.law.words import ACTS, ASKED, ENDINGS, FRAMES, OPENINGS
+from shoal.recipes.medicine.cases import cases
 from shoal.recipes.medicine.words import RED_FLAGS, SYMPTOMS
 from shoal.recipes.recipe import SUITES
-from shoal.recipes.splits import DEV, SUITE, TRAIN, of_split
+from shoal.recipes.splits import DEV, LANGUAGES, SUITE, TRAIN, of_split
 
 TABLES = {
-    "medicine": [SYMPTOMS["en"], RED_FLAGS["en"]],
-    "law": [ASKED["en"], ACTS["en"], *({"": table["en"]} for table in (FRAMES, OPENINGS, ENDINGS))],
-}  # fmt: skip
+    "medicine": [table[language] for table in (SYMPTOMS, RED_FLAGS) for language in LANGUAGES],
+    "law": [
+        *(table[language] for table in (ASKED, ACTS) for language in LANGUAGES),
+        *({"": table[language]} for table in (FRAMES, OPENINGS, ENDINGS) for language in LANGUAGES),
+    ],
+}
 
 
 @pytest.mark.parametrize("recipe", [medicine.RECIPE, law.RECIPE], ids=["medicine", "law"])
@@ -48,6 +52,21 @@ def test_a_copy_of_a_law_row_quotes_what_stands_in_it() -> None:
     for copy in quotes:
         asked, answer = (str(one["content"]) for one in copy["messages"][-2:])
         assert answer.partition(": ")[2] in asked.split("\n")
+
+
+@pytest.mark.parametrize("recipe", [medicine.RECIPE, law.RECIPE], ids=["medicine", "law"])
+def test_a_quarter_of_the_copies_are_in_other_words_in_each_language(recipe: Any) -> None:
+    """And nearly every row gets one, in Chinese too, where a number stands within a sentence."""
+    rows = {medicine.RECIPE: cases, law.RECIPE: questions}[recipe](TRAIN, TRAIN, 200)
+    made, ways = Augmenter(1.0, 0, dict(recipe.synonyms)), {language: list[str]() for language in LANGUAGES}
+    for row in rows:
+        asked = str(row["messages"][-2]["content"]).rpartition("\n")[2]
+        copy = made.copy({**row, "messages": [{"role": "user", "content": asked}, row["messages"][-1]]})
+        language = "zh" if any("\u4e00" <= letter <= "\u9fff" for letter in asked) else "en"
+        ways[language].append(copy["augmented"] if copy else "none")
+    for language, some in ways.items():
+        assert len(some) == 100 and some.count("none") < 15, language
+        assert some.count("paraphrase") >= 25, language
 
 
 def jobs() -> list[Job]:

@@ -238,6 +238,27 @@ def test_a_domain_brings_its_own_words(tmp_path: Path) -> None:
         read_synonyms(tmp_path / "none")
 
 
+def test_in_a_script_without_spaces_a_word_begins_and_ends_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("发烧 = 体温升高，发起烧\n腹痛 = 肚子疼\n小腹痛 = 小腹疼\nGPL = 通用许可证\n", encoding="utf-8")
+    words = read_synonyms(path)
+    assert words["发烧"] == ("体温升高", "发起烧")
+    assert paraphrased("我发烧了", 1, words) in ("我体温升高了", "我发起烧了")
+    assert paraphrased("我小腹痛", 1, words) == "我小腹疼", "the longest"
+    assert paraphrased("它用GPL吗", 1, words) is None, "a word of spaced letters ends where they do"
+    assert paraphrased("它用 GPL 吗", 1, words) == "它用 通用许可证 吗"
+
+
+@pytest.mark.parametrize("draw", range(20))
+def test_a_number_keeps_itself_and_not_the_sentence_around_it(draw: int) -> None:
+    text = "我今年35岁，头痛，体温38.5度，订单A1234的“头痛药”没有到货呢。"
+    said = [paraphrased(text, draw, {"头痛": ("脑袋疼",)}), with_typos(text, draw)]
+    assert said[0] == text.replace("头痛，", "脑袋疼，")
+    for one in said:
+        assert one is not None and one != text
+        assert all(kept in one for kept in ("35", "38.5", "A1234", "“头痛药”"))
+
+
 HOSTILE: list[dict[str, object]] = [
     {"role": "user", "content": "def f(a, a):\n    return a\n"},  # parses, but is no program
     {"role": "user", "content": "def f():\n    x = 1\n    global x\n"},

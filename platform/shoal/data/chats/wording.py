@@ -36,16 +36,22 @@ SYNONYMS: Synonyms = {
     "illness": ("disease",), "money": ("payment",), "parcel": ("package",), "picture": ("image",), "quick": ("fast",),
     "right": ("correct",), "send": ("ship",), "shape": ("figure",), "show": ("display",), "sick": ("ill",),
     "start": ("begin",), "stop": ("end",), "task": ("job",), "wrong": ("incorrect",),
+    "包裹": ("快件",), "购买": ("选购",), "图片": ("图像",), "帮助": ("协助",), "错误": ("差错",), "疾病": ("病症",),
+    "修理": ("维修",), "马上": ("立刻",),
 }  # fmt: skip
 CODE_LINE = re.compile(
     r"^(?: {4}|\t|```|@\w|(?:async )?def |class |import |from \w+ import |.*[{};]\s*$)", re.MULTILINE
 )
 LETTERS_OF_A_SLIP = 4  # shortest word that one is made in
+# letters and signs of scripts that put no spaces between words: a word there begins and ends anywhere
+UNSPACED = r"\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uff9f"
 LETTERS = re.compile(r"[^\W\d_]+")
 WORDS_A_SLIP = 8  # one slip for so many words, at least one
 # a word with a sign of code in it is looked for from its first letter only: from each one a long line would take minutes
 KEPT = re.compile(
-    r"```.*?```|`[^`]*`|\"[^\"]*\"|https?://\S+|(?<![^\s`\"])[^\s\d_@/\\{}()=<>`\"]*+[\d_@/\\{}()=<>]\S*", re.DOTALL
+    r"```.*?```|`[^`]*`|\"[^\"]*\"|“[^”]*”|「[^」]*」|https?://\S+"
+    rf"|(?<![^\s`\"{UNSPACED}])[^\s\d_@/\\{{}}()=<>`\"{UNSPACED}]*+[\d_@/\\{{}}()=<>][^\s{UNSPACED}]*",
+    re.DOTALL,
 )
 
 
@@ -61,7 +67,7 @@ def read_synonyms(path: str | Path) -> Synonyms:
     found: dict[str, tuple[str, ...]] = {}
     for number, line in enumerate(lines, 1):
         word, equals, others = line.partition("#")[0].partition("=")
-        given = tuple(other.strip() for other in others.split(",") if other.strip())
+        given = tuple(other.strip() for other in re.split("[,\uff0c]", others) if other.strip())
         if equals and word.strip() and given:
             found[word.strip().lower()] = given
         elif line.partition("#")[0].strip():
@@ -148,7 +154,13 @@ def _exchanged(text: str, places: Sequence[re.Match[str]], new: Callable[[re.Mat
 
 def _synonym_pattern(synonyms: Synonyms) -> re.Pattern[str]:
     longest_first = sorted(synonyms, key=lambda word: (-len(word), word))
-    return re.compile(r"\b(?:" + "|".join(map(re.escape, longest_first)) + r")\b", re.IGNORECASE)
+    return re.compile("|".join(map(_whole, longest_first)), re.IGNORECASE)
+
+
+def _whole(word: str) -> str:
+    """An expression for `word` where it stands as one: of letters that spaces part from others, no more of such may follow."""
+    before, behind = (r"\b" if not re.match(f"[{UNSPACED}]", end) else "" for end in (word[0], word[-1]))
+    return before + re.escape(word) + behind
 
 
 def _capital(text: str) -> str:
