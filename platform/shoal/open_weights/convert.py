@@ -263,8 +263,8 @@ def export_model(
     config_json = families.confirmed(told["family"], told["config"], tied=config.tied, biased=config.qkv_bias)
     seen = read_of(directory)
     files.check(directory)
-    held = {path: opened_weights(path) for path in files.weight_files(directory)}
-    at = {name: opened for opened in held.values() for name in opened.keys()}  # noqa: SIM118, no mapping
+    held = map(opened_weights, files.weight_files(directory))
+    at = {name: opened for opened in held for name in opened.keys()}  # noqa: SIM118, no mapping
     cut, layers = depths.alone(config, depth), config.depth(depth)
     table = {ours: theirs for ours, theirs in families.names(told["family"], cut) if theirs}
     with torch.device("meta"):
@@ -291,9 +291,8 @@ def export_model(
     source = proof.Told(Model.load(directory), depth) if check else None
     with checkpoint.replacing(to, _need_empty) as aside:
         streams.write(aside, planned, ((name, part(*where)) for name, where in cuts.items()), shard_bytes)
-        dtype = str(kept).removeprefix("torch.")
-        config_json = depths.described(config_json, layers, cut)
-        write_json(aside / "config.json", {**config_json, "dtype": dtype, "torch_dtype": dtype})
+        stored = dict.fromkeys(("dtype", "torch_dtype"), str(kept).removeprefix("torch."))
+        write_json(aside / "config.json", {**depths.described(config_json, layers, cut), **stored})
         generation = _generation(told, loaded.tokenizer.ends, config.vocab)
         for key, values in (("generation_config", generation), ("tokenizer_config", told.get("tokenizer_config"))):
             if values:
