@@ -102,9 +102,10 @@ class Bucket:
                 self.waiting, count = self.waiting - 1, count + 1
             return count
 
-    def pull(self, begins: str = "") -> int:
-        """Fetch what others sent whose name `begins` so, and remove what they removed; returns how many files that were. Raises
-        DataError."""
+    def pull(self, begins: str = "", *, only: str = "", left: bool = False) -> int:
+        """Fetch what others sent whose name `begins` so, and ends as `only` does, and remove what they removed; returns how
+        many files that were. Days that went from here to make room (`leave`) come again where what they have `left` is asked
+        for, or one of their files is named. Raises DataError."""
         with self._alone() as state, told(self.uri):
             sent, count = state["sent"], 0
             there = {
@@ -112,9 +113,13 @@ class Bucket:
                 for name, tag in self._listed(begins)
                 if OURS.fullmatch(name) and not self._is_own(name, state)
             }
+            if left:
+                state["left"] = []
             hiding_first = sorted(there, key=lambda name: not name.startswith("forgotten"))
             for name in hiding_first:
                 path = self.folder / name
+                if not name.endswith(only) or (not only and name.rpartition("/")[0] in state["left"]):
+                    continue
                 # a text that is not there was deleted, which the bucket has not heard of
                 is_here = path.is_file() or (name.startswith("texts/") and (path.parent / MARK).is_file())
                 if name in sent and sent[name][2] == there[name] and is_here:
@@ -145,6 +150,7 @@ class Bucket:
                 return False
             for name in names:
                 del state["sent"][name]
+            state["left"] = sorted({*state["left"], folder.relative_to(self.folder).as_posix()})
             return True
 
     # --- names --------------------------------------------------------------------------------------------------------
@@ -176,6 +182,7 @@ class Bucket:
                 state = {"name": secrets.token_hex(6), "sent": {}}
             except ValueError as error:
                 raise DataError(f"{self.folder / STATE} cannot be read", do="remove it: all is sent again") from error
+            state.setdefault("left", [])  # days that went to make room
             self._take_stock(state)
             try:
                 yield state

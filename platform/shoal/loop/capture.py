@@ -138,7 +138,7 @@ class Capture:
     def fresh(self) -> None:
         """See what others have sent, where it is in S3. Raises DataError where the bucket does not answer."""
         if self.bucket is not None:
-            self.bucket.pull()
+            self.bucket.pull(left=True)
 
     def sent(self) -> None:
         """Send what was changed here, where it is in S3. Raises DataError where the bucket does not answer."""

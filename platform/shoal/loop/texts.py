@@ -140,7 +140,7 @@ class Texts:
         if found is None and self._capture.bucket is not None and time.monotonic() > self._pull_again:
             self._pull_again = time.monotonic() + PULL_SECONDS
             with suppress(DataError):
-                self._capture.bucket.pull("texts/")
+                self._capture.bucket.pull("texts/", only=f"/{id_}.json")
             found = next(iter(self._folder.glob(f"day=*/{id_}.json")), None)
         return found
 
@@ -220,12 +220,20 @@ def _scrubbed(value: Any, counts: Counter[str]) -> Any:
         return [_scrubbed(each, counts) for each in _joined(value)]
     if not isinstance(value, dict):
         return value
-    return {
-        clean(name, counts): _arguments(each, counts)
-        if name == "arguments" and isinstance(each, str)
-        else _scrubbed(each, counts)
-        for name, each in value.items()
-    }
+    return _named(value, counts, lambda name, each: _arguments(each, counts)
+                  if name == "arguments" and isinstance(each, str) else _scrubbed(each, counts))  # fmt: skip
+
+
+def _named(value: dict[str, Any], counts: Counter[str], kept: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """What is `kept` of each of the values, by clean names: two that are one then are told apart by a number."""
+    found = dict[str, Any]()
+    for name, each in value.items():
+        new = first = clean(name, counts)
+        number = 2
+        while new in found or (new != name and new in value):
+            new, number = f"{first} {number}", number + 1
+        found[new] = kept(name, each)
+    return found
 
 
 def _joined(parts: list[Any]) -> list[Any]:
@@ -254,7 +262,7 @@ def _clean_json(value: Any, counts: Counter[str]) -> Any:
     if isinstance(value, list):
         return [_clean_json(each, counts) for each in value]
     if isinstance(value, dict):
-        return {clean(name, counts): _clean_json(each, counts) for name, each in value.items()}
+        return _named(value, counts, lambda name, each: _clean_json(each, counts))
     if isinstance(value, bool) or value is None:
         return value
     kept = clean(str(value), counts)

@@ -3,11 +3,13 @@
 What was read is known by the files' names: a part that was read whole is done, and of a journal that still grows the ids are
 kept until it is a part; several rows may have one id, such as those of a client that tries a refused request again. So a row
 that comes late, or with the wrong time, is read like any other. A vote is a row of its own, with the version of the answer that
-it is on and the column ``down``, for it may come days after the answer.
+it is on and the column ``down``, for it may come days after the answer; those of the last two days are known one by one, since
+another machine's come after ours that were given later.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +22,10 @@ import pyarrow.parquet as pq
 from shoal.errors import DataError, first_line
 from shoal.loop.capture import Capture, journal_of, now_ms
 from shoal.loop.rows import COPIES, SCHEMA, table_of
-from shoal.loop.votes import Votes
+from shoal.loop.votes import Vote, Votes
 
 AHEAD_MS = 300_000  # by which a clock may be ahead of ours
+LATE_MS = 2 * 86_400_000  # by which a vote may come late
 OF = ("weights", "version", "role", "slice")  # columns of an answer that a vote on it has as well
 
 
@@ -32,7 +35,8 @@ class Read:
 
     done: list[str] = field(default_factory=list)  # parts, as DAY/NAME
     open: dict[str, list[str]] = field(default_factory=dict)  # journal -> ids of its rows
-    voted: int = 0  # votes up to then, in ms since 1970
+    voted: int = 0  # the newest vote, in ms since 1970
+    votes: list[str] | None = None  # those of `LATE_MS` before it; None: all
 
 
 def unread(capture: Capture, read: Read, now: float | None = None) -> tuple[pa.Table, Read]:
@@ -54,10 +58,9 @@ def unread(capture: Capture, read: Read, now: float | None = None) -> tuple[pa.T
             names = [*map(_one, table.select(["id", "role"]).to_pylist())]
             tables.append(table.filter(_beyond(names, read.open.get(stem, ()))))
     found = capture.forgotten().seen(pa.concat_tables(tables))
-    votes = _votes(capture, read.voted, (now_ms() if now is None else round(now * 1000)) + AHEAD_MS)
-    voted = max([read.voted, *votes["at"].to_pylist()])
+    votes, voted, names = _votes(capture, read, (now_ms() if now is None else round(now * 1000)) + AHEAD_MS)
     found = pa.concat_tables([found, votes], promote_options="default")
-    return found.take(pc.sort_indices(found, [("at", "ascending")])), Read(done, still_open, voted)
+    return found.take(pc.sort_indices(found, [("at", "ascending")])), Read(done, still_open, voted, names)
 
 
 def _one(line: Mapping[str, Any]) -> str:
@@ -75,17 +78,27 @@ def _beyond(names: Sequence[str], known: Iterable[str]) -> pa.Array:
     return pa.array(wanted, pa.bool_())
 
 
-def _votes(capture: Capture, since: int, until: int) -> pa.Table:
-    """Thumbs after `since` on answers that were captured, with nothing of the row of these but its version and slice. One that
-    says it comes from the future waits until then: those that come meanwhile are not behind it."""
-    votes = [vote for vote in Votes(capture).all() if vote.rating is not None and since < vote.at <= until]
+def _votes(capture: Capture, read: Read, until: int) -> tuple[pa.Table, int, list[str]]:
+    """Thumbs that are not in `read` on answers that were captured, with nothing of the row of these but its version and slice;
+    and what of `Read` they make: `voted` and `votes`. One that says it comes from the future waits until then."""
+    every = [vote for vote in Votes(capture).all() if vote.rating is not None and vote.at <= until]
+    known = None if read.votes is None else set(read.votes)
+    since = read.voted - (0 if known is None else LATE_MS)
+    votes = [vote for vote in every if vote.at > since and (known is None or _name(vote) not in known)]
+    voted = max([read.voted, *(vote.at for vote in votes)])
+    names = [_name(vote) for vote in every if vote.at > voted - LATE_MS]
     if not votes:
-        return SCHEMA.empty_table().append_column("down", pa.array([], pa.float64()))
+        return SCHEMA.empty_table().append_column("down", pa.array([], pa.float64())), voted, names
     of = {row["id"]: row for row in capture.rows(columns=["id", *OF]).to_pylist()}
-    known = [vote for vote in votes if vote.id in of]
-    lines = [{"id": f"vote-{vote.id}", "at": vote.at, **{name: of[vote.id][name] for name in OF}} for vote in known]
-    down = pa.array([float(vote.rating == "down") for vote in known], pa.float64())
-    return table_of(lines).append_column("down", down)
+    votes = [vote for vote in votes if vote.id in of]
+    lines = [{"id": f"vote-{vote.id}", "at": vote.at, **{name: of[vote.id][name] for name in OF}} for vote in votes]
+    down = pa.array([float(vote.rating == "down") for vote in votes], pa.float64())
+    return table_of(lines).append_column("down", down), voted, names
+
+
+def _name(vote: Vote) -> str:
+    """What tells a vote from others, in twelve digits."""
+    return hashlib.blake2b(f"{vote.id} {vote.subject} {vote.at}".encode(), digest_size=6).hexdigest()
 
 
 def _part(path: object) -> pa.Table:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import math
 import os
 import re
 import secrets
@@ -35,6 +36,7 @@ log = logging.getLogger("shoal.loop")
 
 SEND_SECONDS, SEND_AT_END_SECONDS = 30.0, 10.0  # between two times that the bucket gets what is new; for the last one
 LOOK_SECONDS, RETRY_SECONDS, TIDY_SECONDS = 0.5, 30.0, 3600.0
+COUNT_SECONDS, COUNT_SHARE = 30.0, 20.0  # least between two counts; and least times what a count took
 JUMP_MS = 3_600_000  # between what two clocks say has passed: one of them was set
 
 
@@ -107,6 +109,8 @@ class Writer:
         self._lock = threading.Lock()
         self._closed: list[Journal] = []  # that have no part yet
         self._failed_at = self._tidied_at = -1e9
+        self._counted_at: float | None = None
+        self._count_again = math.inf
         self._over = False  # more is kept than may be, all of it of today
         self._ended = False  # the journal is a part, or about to be one
         self._clocks = clocks or (wall(), time.monotonic())
@@ -198,6 +202,9 @@ class Writer:
             self._tidied_at = time.monotonic()
             self._try(self._adopt)
             self._try(self.tidy)
+        elif time.monotonic() > self._count_again:
+            self._count_again = time.monotonic() + TIDY_SECONDS  # where it fails
+            self._try(self.count)
 
     def _try(self, work: Callable[[], object]) -> None:
         try:
@@ -274,17 +281,31 @@ class Writer:
             self._complained.discard("parts")
 
     def tidy(self) -> None:
-        """Measures what is kept, and removes the oldest day, one at a time, where it is too old or all is too much."""
+        """Removes the oldest day, one at a time, where it is too old, and measures what is kept then."""
         sweep(self.capture.folder)
+        if not self._clock_was_set():  # else "today" may be any day
+            today, keep_texts = day_of(self._wall()), self.bounds.keep_texts
+            for kind, keep in ((ROWS, self.bounds.keep_days), (TEXTS, keep_texts), (FEEDBACK, keep_texts)):
+                oldest = next(iter(self.capture.days(kind)), today)
+                if oldest < day_of(self._wall() - keep * 86_400_000):
+                    self._remove(kind, oldest, f"older than {keep} days", everywhere=True)
+        self.count()
+
+    def count(self) -> None:
+        """Measures what is kept, by all gateways together, and removes the oldest days where it is too much. Says when to do it
+        again: before half of the room that is left is taken, as fast as it was taken since the last time."""
+        began, before = time.monotonic(), self.bytes
         self.bytes = _size(self.capture.folder)
-        today = day_of(self._wall())
-        if self._clock_was_set():
-            return  # "today" may be any day
-        keep_texts = self.bounds.keep_texts
-        for kind, keep in ((ROWS, self.bounds.keep_days), (TEXTS, keep_texts), (FEEDBACK, keep_texts)):
-            oldest = next(iter(self.capture.days(kind)), today)
-            if oldest < day_of(self._wall() - keep * 86_400_000):
-                self._remove(kind, oldest, f"older than {keep} days", everywhere=True)
+        if not self._clock_was_set():
+            self._make_room(day_of(self._wall()))
+        took, room, grown = time.monotonic() - began, self.bounds.max_bytes - self.bytes, self.bytes - before
+        wait = COUNT_SECONDS
+        if self._counted_at is not None:
+            wait = TIDY_SECONDS if grown <= 0 else 0.5 * room * (began - self._counted_at) / grown
+        self._counted_at, least = began, max(COUNT_SECONDS, COUNT_SHARE * took)
+        self._count_again = began + min(TIDY_SECONDS, max(least, wait))
+
+    def _make_room(self, today: str) -> None:
         while self.bytes > self.bounds.max_bytes and (first := self._oldest(today)) is not None:
             day, _, kind = first
             if self.capture.bucket is not None and not self.capture.bucket.leave(

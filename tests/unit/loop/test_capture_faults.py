@@ -18,7 +18,7 @@ import pytest
 
 from shoal.errors import DataError
 from shoal.loop import parts, texts, writer
-from shoal.loop.capture import FORGOTTEN, Capture, append, lines_of, now_ms
+from shoal.loop.capture import FORGOTTEN, Capture, append, day_of, lines_of, now_ms
 from shoal.loop.forget import forget
 from shoal.loop.rows import Row
 from shoal.loop.texts import Texts
@@ -282,3 +282,39 @@ def test_a_day_that_goes_while_it_is_read_is_no_fault(capture: Capture, monkeypa
     assert capture.rows()["id"].to_pylist() == unread(capture, Read())[0]["id"].to_pylist() == ["one"]
     assert Votes(capture).knows("one") and not Votes(capture).knows("two")
     assert forget(capture, subject=ANN).rows == 1
+
+
+def test_what_several_gateways_add_is_counted_before_it_is_much_more_than_may_be(
+    capture: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each knows what it adds itself; an hour of what others do was all too much."""
+    clock, most, rate = [0.0], 10_000_000, 20_000
+    monkeypatch.setattr("shoal.loop.writer.time.monotonic", lambda: clock[0])
+    writer = Writer(capture, Bounds(max_bytes=most), wall=lambda: NOON + round(1000 * clock[0]), start=False)
+    others = capture.folder / "texts" / f"day={day_of(NOON)}" / "others.json"
+    others.parent.mkdir(parents=True)
+    others.touch()
+    counts = list[float]()
+    count = writer.count
+    monkeypatch.setattr(writer, "count", lambda: (counts.append(clock[0]), count()))
+    while not writer._over:
+        writer.look()
+        clock[0] += 1.0
+        os.truncate(others, round(rate * clock[0]))
+    assert writer.bytes <= most + 35 * rate and len(counts) < 25
+    os.truncate(others, 0)
+    clock[0] += 31.0
+    writer.look()
+    assert not writer._over, "and rows are taken again as soon as there is room"
+    writer.close()
+
+
+def test_names_that_are_one_when_they_are_clean_keep_their_values(capture: Capture) -> None:
+    said = {"ann@example.com": 1, "bob@example.com": 2, "[email] 2": 3, "plain": 4}
+    call = {"id": "c", "type": "function", "function": {"name": "send", "arguments": json.dumps(said)}}
+    choices = [{"message": {"role": "assistant", "content": None, "tool_calls": [call]}}]
+    put(capture, choices=choices)
+    found = Texts(capture).get("shop", ID)
+    assert found is not None
+    kept = json.loads(found["completion"]["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"])
+    assert kept == {"[email]": 1, "[email] 3": 2, "[email] 2": 3, "plain": 4}

@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,29 @@ def test_a_vote_from_the_future_hides_none_that_comes_before_it(capture: Capture
     some, read = unread(capture, read, NOON / 1000 + 10**7)
     assert some["id"].to_pylist() == ["vote-chatcmpl-0"]
     made.close()
+
+
+def test_votes_that_another_machine_sends_late_are_read_once_as_well(capture: Capture) -> None:
+    """They come after ours that were given later."""
+    made = Writer(capture, start=False)
+    for number in range(4):
+        made.put(Row(f"chatcmpl-{number}", NOON + number))
+    made.close()
+
+    def seen(read: Read) -> tuple[list[str], Read]:
+        some, read = unread(capture, Read(**json.loads(json.dumps(asdict(read)))), NOON / 1000 + 90)
+        return [one for one in some["id"].to_pylist() if one.startswith("vote")], read
+
+    Votes(capture, wall=lambda: NOON + 60_000).put(Vote("chatcmpl-0", ANN, "down"))
+    first, read = seen(Read())
+    late = capture.folder / "feedback" / "day=2026-11-27" / "votes-other.jsonl"
+    late.write_text(json.dumps({"id": "chatcmpl-1", "subject": ANN, "rating": "down", "at": NOON + 31_000}) + "\n")
+    second, read = seen(read)
+    Votes(capture, wall=lambda: NOON + 70_000).put(Vote("chatcmpl-0", ANN, "up"))
+    third, read = seen(read)
+    assert [first, second, third, seen(read)[0]] == [["vote-chatcmpl-0"], ["vote-chatcmpl-1"], ["vote-chatcmpl-0"], []]
+    before, _ = seen(Read(read.done, read.open, NOON + 60_000))
+    assert before == ["vote-chatcmpl-0"], "what was kept by an older version says up to when it had read"
 
 
 def test_a_number_that_its_column_makes_infinite_is_not_known(tmp_path: Path) -> None:
