@@ -161,6 +161,15 @@ def read(out: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
+def asked(out: Path, never: Asked) -> int:
+    """How many rows that a cut trains on ask what is in `never`, as of one that was made without that. Raises DataError for
+    what is no chat."""
+    new, old = _new_and_old(out)
+    with _chats_of(out / TRAIN):
+        found = sum(never.holds(json.loads(line)["messages"][:-1]) for line in new)
+        return found + sum(_asks({"messages": (), **json.loads(line)}, [never]) for line in old)
+
+
 def mixed(out: Path, to: Path, share: float) -> int:
     """Write to the file `to` what a cut holds to train on, its new rows as often as it takes for `share` of all characters to
     be theirs; returns how often. Some hundred rows are soon learned, and as many old ones hold back nothing."""

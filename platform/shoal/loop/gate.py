@@ -106,6 +106,8 @@ def gate(
         return _verdict([Check(SHAPE, FAIL, str(error))], names, of, 0, began)
     except ShoalError as error:
         return _verdict([Check(SHAPE, FAIL, f"it cannot be loaded: {error}")], names, of, 0, began)
+    # before they are asked: one that is killed has asked them too, and a full disk costs no minutes
+    uses = suites.use(folder, {"candidate": names[0]["weights_sha256"], "stable": names[1]["weights_sha256"]})
     checks = [Check(SHAPE, PASS, "shape, tokenizer and chat template are the stable version's")]
     steps, total = 0, len(frozen) + 2
     tell("bits per byte", steps, total)
@@ -124,7 +126,6 @@ def gate(
     if not any(suite.kind == RECENT for suite in of):
         status = INCONCLUSIVE if need_recent else SKIPPED
         checks.append(Check("recent", status, "no recent suite: nothing says that the candidate is better at anything"))
-    uses = suites.use(folder, {"candidate": names[0]["weights_sha256"], "stable": names[1]["weights_sha256"]})
     checks = together(checks, taken(stable, names[1]["weights_sha256"], of))
     return _verdict(checks, names, of, uses, began)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -82,6 +83,16 @@ class Release:
         folder = self.directory / versions.FOLDER
         return [versions.read(each) for each in sorted(folder.glob("[0-9]*"))] if folder.is_dir() else []
 
+    def left(self) -> list[Path]:
+        """Folders of versions that no line of the audit log has added: of a command that was killed, or that adds one now; none
+        where the log does not hold, for nothing is to be taken for that."""
+        try:
+            self.audit.check(self.state().audit if (self.directory / STATE).exists() else None)
+        except DataError:
+            return []
+        known = {entry["version"] for entry in self.audit.entries() if entry["what"] == "add"}
+        return [each.directory for each in self.versions() if each.number not in known]
+
     def version(self, name: int | str) -> Version:
         """By number, or by what ``X-Shoal-Version`` says. Raises UsageError for one that is not there."""
         number, _, digest = str(name).partition(".")
@@ -118,6 +129,8 @@ class Release:
             if before.stable is not None:
                 versions.need_same(Path(model), self.version(before.stable).served)
             versions.need_asked(verdict, Path(model))
+            for left in self.left():  # of a command that was killed before the log had its line
+                shutil.rmtree(left)
             made = versions.write(
                 self.directory / versions.FOLDER,
                 max((each.number for each in self.versions()), default=0) + 1,

@@ -8,7 +8,6 @@ SUITES/  suites.json    {"format": "shoal.suites", "suites": [{"name", "file", "
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -18,7 +17,8 @@ from typing import Any
 import xxhash
 
 from shoal.data.chats.rows import labels
-from shoal.errors import DataError
+from shoal.errors import DataError, ResourceError
+from shoal.loop.capture import append
 from shoal.machine import sha256_of, write_aside
 
 FORMAT, VERSION = "shoal.suites", 1
@@ -87,14 +87,14 @@ def looked_at(recent: Path) -> frozenset[int]:
 
 
 def use(folder: Path, told: Mapping[str, Any]) -> int:
-    """Note that the suites were asked, and return how often they have been."""
+    """Note that the suites are asked, and return how often they have been. Raises ResourceError where it cannot be noted."""
     path = folder / USES
-    line = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **told}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return len(path.read_text(encoding="utf-8").splitlines())
+    try:
+        append(path, {"at": datetime.now(UTC).isoformat(timespec="seconds"), **told})
+        return len(path.read_text(encoding="utf-8").splitlines())
+    except OSError as error:
+        do = "make room: suites that are asked and not counted are soon known by heart"
+        raise ResourceError(f"{path} cannot be written", got=error.strerror, do=do) from error
 
 
 def _kind(name: str) -> str:

@@ -152,6 +152,7 @@ def write(
     try:
         for name, source in sources.items():
             shutil.copytree(source, beside / name)
+            check(beside / name, verify=name == SERVED)  # another may have taken its place between two files
         weights = {name: weights_sha256(beside / name) for name in sources}
         write_json(beside / LINEAGE, {**lineage, "weights": weights, "code": __version__})
         if verdict is not None:

@@ -15,13 +15,13 @@ from shoal.cli import main
 from shoal.data.chats.heldout import Question, questions
 from shoal.engine.engine import Engine
 from shoal.engine.events import Completion, Finished, Request, Sampling
-from shoal.errors import DataError, RequestError
+from shoal.errors import DataError, RequestError, ResourceError
 from shoal.evaluate.prompts import Heldout, measured
 from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded, encode_chat
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop import costs
 from shoal.loop.gate import Verdict, gate
-from shoal.loop.suites import USES, freeze, looked_at, read, tasks
+from shoal.loop.suites import USES, freeze, looked_at, read, tasks, use
 from shoal.model.router import NEVER, fit_router
 from tests.corpus import write_corpus
 
@@ -346,3 +346,12 @@ def test_the_command_says_it_and_exits_so(place: Path, tmp_path: Path, capsys: p
     for wrong, says in ((words, "--model and --against"), ([*words, "--model", "m", "--margin", "0"], "--margin")):
         assert main(wrong) == 2
         assert says in capsys.readouterr().err
+
+
+def test_suites_that_cannot_be_counted_are_not_asked(tmp_path: Path) -> None:
+    (tmp_path / USES).mkdir()
+    with pytest.raises(ResourceError, match="asked and not counted"):
+        use(tmp_path, {})
+    (tmp_path / USES).rmdir()
+    (tmp_path / USES).write_text('{"torn')
+    assert use(tmp_path, {}) == 2 and json.loads((tmp_path / USES).read_text().split("\n")[1])["at"]

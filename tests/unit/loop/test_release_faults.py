@@ -189,3 +189,34 @@ def test_a_verdict_beside_another_version_than_the_stable_one_is_to_be_given_ane
     release.rollback(why="worse")
     new = release.add(models[2], verdict=verdict(models[2], models[1])).number
     assert release.promote(new, why="better").number == new
+
+
+def test_a_version_that_was_written_and_not_added_goes_with_the_next_and_counts_for_nothing(
+    release: Release, models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command was killed before the audit log had its line."""
+    with monkeypatch.context() as then, pytest.raises(KeyboardInterrupt):
+        then.setattr(Release, "_change", lambda *given, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+        release.add(models[0], lineage={"kind": "router", "minutes": 2.0})
+    assert release.left() == [release.version(4).directory] and release.check() == 4
+    made = release.add(models[1])
+    assert made.number == 4 and "kind" not in made.lineage and release.left() == []
+    release.audit.path.write_text("".join(f"{line}\n" for line in release.audit.lines()[:-1]))
+    assert release.left() == [], "a log that was cut off takes no version with it"
+    release.add(models[2])
+    assert [each.number for each in release.versions()] == [1, 2, 3, 4, 5]
+
+
+def test_a_model_that_is_replaced_while_it_is_copied_is_no_version(
+    release: Release, models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torn(source: Path, to: Path) -> Path:
+        monkeypatch.undo()
+        shutil.copytree(source, to)
+        shutil.copyfile(models[0] / "model.safetensors", to / "model.safetensors")
+        return to
+
+    monkeypatch.setattr(shutil, "copytree", torn)
+    with pytest.raises(CheckpointError, match=r"model.safetensors was changed"):
+        release.add(models[2])
+    assert len(release.versions()) == 3 and release.check() == 4
