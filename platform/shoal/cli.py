@@ -139,20 +139,23 @@ def forget_(
     ] = None,
     releases: Annotated[
         list[Path] | None,
-        typer.Option("--release", help="Whose versions that learned from them are named; repeat. [none]"),
+        typer.Option(
+            "--release", help="Whose versions that learned from them, or descend from one, are named; repeat. [none]"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Take a person, or one answer, out of what a service has captured; nothing more is captured of that person."""
     from shoal.loop.capture import Capture, subject
     from shoal.loop.forget import forget
-    from shoal.loop.learned import from_cut
+    from shoal.loop.learned import by_releases, from_cuts
 
     if (id_ is None) == (user is None and key is None):
         raise UsageError("whom to forget", do="give --user, --key or both, or --id alone")
     kept = Capture(capture)
     whose = None if id_ is not None else subject(kept.salt, key, user)
-    told = forget(kept, subject=whose, id_=id_, elsewhere=[from_cut(each, releases or ()) for each in cuts or ()])
+    made = {"elsewhere": [from_cuts(cuts or ())], "learned": [by_releases(releases or (), cuts or ())]}
+    told = forget(kept, subject=whose, id_=id_, **made)
     line = f"{told.rows} rows, {told.texts} texts and {told.votes} votes are gone"
     late = f"; {told.journals} journals lose theirs within five minutes" if told.journals else ""
     print_result(vars(told), as_json, "\n".join([line + late, *told.elsewhere]))

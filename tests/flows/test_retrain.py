@@ -14,14 +14,18 @@ import torch
 from shoal import Model, cli, presets
 from shoal.data.alone import alone
 from shoal.errors import ResourceError, UsageError
+from shoal.evaluate import routing
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.loop.cut import Settings, cut
+from shoal.loop.capture import Forgotten
+from shoal.loop.cut import Settings, cut, name_of
 from shoal.loop.labels import CORRECTION, Found, Labelled
+from shoal.loop.learned import LOCK, WORK
+from shoal.loop.learned import forget as taken_out
 from shoal.loop.release import Release
 from shoal.loop.suites import freeze
 from shoal.machine import sha256_of
 from shoal.model.router import fit_router
-from shoal.stages.retrain import LOCK, WORK, Retrain
+from shoal.stages.retrain import Retrain
 from shoal.train.loop import fit
 from tests.corpus import write_corpus
 
@@ -194,6 +198,21 @@ def test_suites_that_are_not_frozen_are_told_of_before_it_is_trained(
     assert "holds no frozen suites" in capsys.readouterr().err
 
 
+def test_a_cut_that_trains_on_what_a_suite_asks_is_no_proof(
+    release: Release, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that was made without that suite."""
+    (tmp_path / "suites").mkdir()
+    asked = json.loads((folder / "train.jsonl").read_text().splitlines()[0])["messages"]
+    rows = [asked, *(chat(number) for number in range(400, 420))]
+    told = (json.dumps({"messages": row, "task": "shop", "group": str(at)}) for at, row in enumerate(rows))
+    (tmp_path / "suites/shop.jsonl").write_text("".join(f"{row}\n" for row in told))
+    freeze(tmp_path / "suites")
+    assert retrain(release, folder, "--kind", "finetune", "--suites", str(tmp_path / "suites")) == 1
+    assert "trains on what a suite asks: got '1 rows'" in " ".join(capsys.readouterr().err.split())
+    assert len(release.versions()) == 1
+
+
 def test_two_at_once_and_one_too_soon_are_refused(
     release: Release, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,3 +224,21 @@ def test_two_at_once_and_one_too_soon_are_refused(
     assert "the cooldown of retraining" in capsys.readouterr().err
     assert retrain(release, folder, "--cooldown", "0") == 0
     assert len(release.versions()) == 3
+
+
+def test_who_is_forgotten_while_a_candidate_learns_is_in_no_version(
+    release: Release, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "cut")
+    refit = routing.refit
+
+    def meanwhile(*given: Any, **more: Any) -> Any:
+        monkeypatch.undo()
+        assert taken_out(tmp_path / "cut", Forgotten(set(), {"person 3"}))
+        return refit(*given, **more)
+
+    monkeypatch.setattr(routing, "refit", meanwhile)
+    assert retrain(release, tmp_path / "cut") == 1
+    assert "somebody was forgotten while it was learned from" in " ".join(capsys.readouterr().err.split())
+    assert len(release.versions()) == 1 and not any((release.directory / WORK).iterdir())
+    assert retrain(release, tmp_path / "cut") == 0 and name_of("person 3") not in (release.version(2).learned or ())

@@ -13,7 +13,7 @@ from shoal.api.capture import Recorder
 from shoal.engine.metrics import Samples, sample
 from shoal.errors import ShoalError
 from shoal.loop.tell import STATES
-from shoal.loop.watch import FOLDER, STATE, last_look
+from shoal.loop.watch import FOLDER, STATE, last_look, shown
 
 
 class LastLook:
@@ -27,7 +27,7 @@ class LastLook:
         self._reading = asyncio.Lock()
 
     async def get(self) -> dict[str, Any] | None:
-        """As `watch.last_look`. Raises DataError."""
+        """As `watch.last_look`, without what was forgotten since. Raises DataError."""
         async with self._reading:
             return await asyncio.to_thread(self._read)
 
@@ -47,7 +47,7 @@ class LastLook:
             stamp = None
         if stamp != self._stamp or stamp is None:
             self._known, self._stamp = last_look(self._folder), stamp
-        return self._known
+        return None if self._known is None else shown(self._known, self.recorder.capture.forgotten())
 
 
 def _told(found: dict[str, Any]) -> Samples:

@@ -193,7 +193,7 @@ class Service:
         if self.recorder is not None:
             self.recorder.answered(request.state.access, body, call, answer, hosted.client)
         if self.storing is not None:
-            self.storing.votes.saw(answer.id)
+            self.storing.saw(request.state.access, answer.id)
         answer.store = self._store_of(body, request.state.access)
         client, note = hosted.client, Note()
         if isinstance(client, Split):

@@ -77,6 +77,10 @@ class Storing:
         """Who votes."""
         return self._recorder.subject(None if access.key is None else access.key.name, user)
 
+    def saw(self, access: Access, id_: str) -> None:
+        """An answer of this id is being given to who asks."""
+        self.votes.saw(id_, self.voter(access, access.facts.get("user")))
+
     async def need_own(self, access: Access, id_: str) -> None:
         """Raises NotFoundError for an answer whose text is stored for another key: a model may be trained on what is said of
         it."""

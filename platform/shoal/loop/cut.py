@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from bisect import bisect_left
 from collections import Counter
@@ -36,7 +37,6 @@ from shoal.data.operators.near import BANDS, LEAST_WORDS, WIDTH, nearly_equal, s
 from shoal.errors import DataError, UsageError
 from shoal.evaluate.halves import asked_groups
 from shoal.loop import suites
-from shoal.loop.capture import Forgotten
 from shoal.loop.labels import LABELS, UP, Found, Labelled
 from shoal.loop.paired import LEAST_RECENT
 from shoal.machine import sha256_of, write_aside, write_json
@@ -44,6 +44,7 @@ from shoal.machine import sha256_of, write_aside, write_json
 FORMAT, VERSION = "shoal.cut", 1
 TRAIN, RECENT, MANIFEST = "train.jsonl", "recent.jsonl", "cut.json"
 REPLAY = "replay"
+NAME = re.compile(r"[0-9a-f]{16}")  # of `name_of`
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def cut(
     try:
         _write(partial / TRAIN, [*map(_line, train), *old])
         _write(partial / RECENT, map(_line, recent))
-        manifest = _manifest(partial, train, recent, len(old), found, settings) | {"of": told or {}}
+        manifest = _manifest(partial, train, recent, old, found, settings) | {"of": told or {}}
         write_json(partial / MANIFEST, manifest)
         try:
             partial.rename(out)
@@ -246,42 +247,6 @@ def _can_be_asked(row: Mapping[str, Any]) -> bool:
     return not is_augmented(row) and any(one.get("role") == "assistant" for one in row.get("messages") or ())
 
 
-def forget(out: Path, who: Forgotten) -> list[str]:
-    """Take what is of `who` out of a cut, the one change that it may see, and return a line that says so, or none. The hashes
-    that it had stay in its manifest, for versions were trained on that. Killed in the middle, it is done again. What one that
-    was killed while it wrote `out` has left goes as a whole."""
-    for partial in out.parent.glob(f".{out.name}.*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
-    try:
-        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        requests, people = {name_of(one) for one in who.ids}, {name_of(one) for one in who.subjects}
-        if not (requests & set(manifest["requests"]) or people & set(manifest["persons"])):
-            return []
-        gone = 0
-        for name in (TRAIN, RECENT):
-            rows = [line for line in (out / name).read_text(encoding="utf-8").split("\n") if line]
-            kept = [line for line in rows if not _is_of(json.loads(line), who.ids, people)]
-            gone += len(rows) - len(kept)
-            write_aside(out / name, "".join(line + "\n" for line in kept))
-        manifest["before"] = [*manifest.get("before", ()), manifest["sha256"]]
-        manifest["sha256"] = {name: sha256_of(out / name) for name in (TRAIN, RECENT)}
-        manifest["requests"] = [one for one in manifest["requests"] if one not in requests]
-        manifest["persons"] = [one for one in manifest["persons"] if one not in people]
-        write_aside(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{out} is no cut", got=str(error), do="make one: shoal curate") from error
-    return [f"{out}: {gone} rows taken out"]
-
-
-def before(out: Path) -> list[str]:
-    """sha256 of the rows to train on, as they were before each time that some were taken out."""
-    return [str(hashes[TRAIN]) for hashes in read(out).get("before", ())]
-
-
-def _is_of(row: Mapping[str, Any], ids: Collection[str], people: Collection[str]) -> bool:
-    return row.get("label") != REPLAY and (row.get("id") in ids or row.get("group") in people)
-
-
 def name_of(text: str) -> str:
     """The hash under which a manifest knows a request or a person."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -389,18 +354,30 @@ def _write(path: Path, rows: Iterable[str]) -> None:
 
 
 def _manifest(
-    folder: Path, train: Sequence[Labelled], recent: Sequence[Labelled], old: int, found: Found, settings: Settings
+    folder: Path,
+    train: Sequence[Labelled],
+    recent: Sequence[Labelled],
+    old: Sequence[str],
+    found: Found,
+    settings: Settings,
 ) -> dict[str, Any]:
     both = [*train, *recent]
+    ids, people = _named(old)
     return {
         "format": FORMAT, "version": VERSION, "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "train": len(train), "replay": old, "recent": len(recent), "people": len({row.person for row in both}),
+        "train": len(train), "replay": len(old), "recent": len(recent), "people": len({row.person for row in both}),
         "labels": dict(Counter(row.label for row in train)), "left_out": dict(sorted(found.left_out.items())),
         "texts": found.texts, "sha256": {name: sha256_of(folder / name) for name in (TRAIN, RECENT)},
-        "requests": sorted({name_of(row.id) for row in both if row.id}),
-        "persons": sorted({name_of(row.person) for row in both}),
+        "requests": sorted({name_of(row.id) for row in both if row.id} | ids),
+        "persons": sorted({name_of(row.person) for row in both} | people),
         "settings": {name: getattr(settings, name) for name in ("heldout", "up", "replay", "seed")},
     }  # fmt: skip
+
+
+def _named(old: Sequence[str]) -> tuple[set[str], set[str]]:
+    """The names of requests and persons in rows of the old mix that are an earlier cut's."""
+    rows = [row for row in map(json.loads, old) if NAME.fullmatch(str(row.get("group")))]
+    return {name_of(str(row["id"])) for row in rows if row.get("id")}, {row["group"] for row in rows}
 
 
 def _user(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -3,10 +3,12 @@
     forgotten.jsonl first: from that line on no reader sees anything of them, whatever happens to what follows
     parts, texts, votes     written anew without them, aside and renamed
     journals                of dead processes at once; one that is written now loses them when it becomes a part
-    cuts                    by who makes them: `cuts` are called with what was forgotten, and say which they changed
+    watch.json              without what they asked, which a look may show
+    cuts                    by who makes them: `elsewhere` is called with all that was ever forgotten, and says what it changed
 
-Notable: what is forgotten stays so: of a subject nothing is captured again. The weights of a model cannot forget; so it is
-said which versions were trained on them, by whoever keeps those.
+Notable: what is forgotten stays so: of a subject nothing is captured again. Two who forget at once would each write a part
+with the other's person in it, so the second waits. The weights of a model cannot forget; so it is said which versions were
+trained on them, by whoever keeps those (`learned`), as often as one asks.
 """
 
 from __future__ import annotations
@@ -23,13 +25,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from shoal.errors import DataError, first_line
+from shoal.data.alone import alone
+from shoal.errors import DataError, ResourceError, first_line
+from shoal.loop import watch
 from shoal.loop.capture import FEEDBACK, FORGOTTEN, TEXTS, Capture, Forgotten, append, held, lines_of, now_ms
 from shoal.loop.parts import adopt, sweep, write_part
 from shoal.machine import write_aside
 
 # what was forgotten -> what was changed of it, or was made of it, in words: one line each
 Elsewhere = Callable[[Forgotten], list[str]]
+LOCK, LOCK_SECONDS = ".forget.lock", 600.0  # for another that forgets: a million rows take less than a minute
 
 
 @dataclass
@@ -44,31 +49,48 @@ class Report:
 
 
 def forget(
-    capture: Capture, *, subject: str | None = None, id_: str | None = None, elsewhere: Sequence[Elsewhere] = ()
+    capture: Capture,
+    *,
+    subject: str | None = None,
+    id_: str | None = None,
+    elsewhere: Sequence[Elsewhere] = (),
+    learned: Sequence[Elsewhere] = (),
 ) -> Report:
     """Forget all of `subject` (of `capture.subject`), or the answer `id_`. `elsewhere`: whoever made something of the rows,
-    such as cuts and versions. Twice does no harm. Raises DataError where a file cannot be written: do it again then."""
+    such as cuts; `learned`: who says what learned from them, of these alone. Twice does no harm. Raises DataError where a file
+    cannot be written: do it again then; ResourceError while another forgets for too long."""
     line = {"subject": subject} if subject else {"id": id_}
+    busy = ResourceError(f"another forgets in {capture.folder}", do="do it again: no reader sees them from now on")
     try:
         append(capture.folder / FORGOTTEN, {**line, "at": now_ms()})
-        who = Forgotten({id_} if id_ else set(), {subject} if subject else set())
-        ids = _ids(capture, who)
-        whole = Forgotten(who.ids | ids, who.subjects)
-        late = _adopted(capture)
-        before = capture.forgotten()  # answers that were deleted, and what somebody was interrupted at
-        gone = Forgotten(before.ids | whole.ids, before.subjects | whole.subjects)
-        report = Report(rows=_rows(capture, gone), texts=_texts(capture, gone), votes=_votes(capture, gone))
-        report.journals = sum(any(map(who.hides, lines)) for _, lines in capture.journals())
-        sweep(capture.folder, [*gone.ids, *gone.subjects])
-        capture.sent()
-        if late is not None:
-            raise late
+        with alone(capture.folder / LOCK, busy, wait=LOCK_SECONDS):
+            report, whole, gone = _forgotten(
+                capture, Forgotten({id_} if id_ else set(), {subject} if subject else set())
+            )
+            for each in elsewhere:
+                report.elsewhere += each(gone)
     except (OSError, ValueError, pa.ArrowException) as error:
         do = "make room, and do it again: no reader sees them from now on"
         raise DataError("forget", got=first_line(error), do=do) from error
-    for each in elsewhere:
-        report.elsewhere += each(gone)
+    for each in learned:
+        report.elsewhere += each(whole)
     return report
+
+
+def _forgotten(capture: Capture, who: Forgotten) -> tuple[Report, Forgotten, Forgotten]:
+    """What was removed of the capture; `who` with all of their answers; and with these whoever was forgotten before."""
+    whole = Forgotten(who.ids | _ids(capture, who), who.subjects)
+    late = _adopted(capture)
+    before = capture.forgotten()  # answers that were deleted, and what somebody was interrupted at
+    gone = Forgotten(before.ids | whole.ids, before.subjects | whole.subjects)
+    report = Report(rows=_rows(capture, gone), texts=_texts(capture, gone), votes=_votes(capture, gone))
+    report.journals = sum(any(map(who.hides, lines)) for _, lines in capture.journals())
+    watch.forget(capture.folder, gone)
+    sweep(capture.folder, [*gone.ids, *gone.subjects])
+    capture.sent()
+    if late is not None:
+        raise late
+    return report, whole, gone
 
 
 def _adopted(capture: Capture) -> OSError | None:

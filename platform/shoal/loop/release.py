@@ -14,7 +14,7 @@ import getpass
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -295,10 +295,6 @@ class Release:
             if known != version.sha256:
                 what = f"version {version.number} was changed, and its sha256 with it"
                 raise CheckpointError(what, got=version.sha256[:12], allowed=known[:12], do="promote another")
-
-    def learned_from(self, rows: Collection[str]) -> list[Version]:
-        """The versions that were made of a cut whose rows to train on had one of these sha256."""
-        return [each for each in self.versions() if (each.lineage.get("cut") or {}).get("rows") in rows]
 
     def _need_passed(self, version: Version, state: State, force: bool) -> dict[str, bool]:
         """What the audit log says of a version that is to serve though the gate did not let it pass beside what serves: that

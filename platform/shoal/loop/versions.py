@@ -3,6 +3,7 @@
 versions/000013/  served/        the model directory that replicas load
                   fp32/          its fp32 parent, where it was rounded: the next fine-tuning starts from it
                   lineage.json   cut, parent version, run, code: what the weights were made from
+                  learned.json   hashes of the requests and persons in its cut, by which it is found when one is forgotten
                   gate.json      the gate's verdict, where one was given
                   version.json   last: number, time, sha256 of all the others together
 """
@@ -24,8 +25,9 @@ from shoal.machine import need_disk, sha256_of, write_json
 from shoal.model import described
 
 FOLDER, SERVED, PARENT = "versions", "served", "fp32"
-LINEAGE, VERDICT, MANIFEST = "lineage.json", "gate.json", "version.json"
+LINEAGE, LEARNED, VERDICT, MANIFEST = "lineage.json", "learned.json", "gate.json", "version.json"
 CUT, TRAIN = "cut.json", "train.jsonl"  # of a cut: its manifest, and what is trained on
+NAMES = "names"  # in the lineage of a version that is to be written: what becomes `LEARNED`
 
 
 class AnotherShapeError(CheckpointError):
@@ -61,6 +63,16 @@ class Version:
     def label(self) -> str:
         """What answers say in ``X-Shoal-Version``: the number, and the beginning of the sha256."""
         return f"{self.number}.{self.sha256[:12]}"
+
+    @property
+    def learned(self) -> set[str] | None:
+        """The requests and persons in its cut, as `cut.name_of` has them; None where it does not say. Raises DataError."""
+        try:
+            return set(json.loads((self.directory / LEARNED).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{self.directory / LEARNED} cannot be read", got=type(error).__name__) from error
 
     @property
     def passed(self) -> bool | None:
@@ -154,7 +166,12 @@ def write(
             shutil.copytree(source, beside / name)
             check(beside / name, verify=name == SERVED)  # another may have taken its place between two files
         weights = {name: weights_sha256(beside / name) for name in sources}
-        write_json(beside / LINEAGE, {**lineage, "weights": weights, "code": __version__})
+        cut = dict(lineage.get("cut") or {})
+        if NAMES in cut:  # a file of its own: who reads where a version came from does not ask for these
+            write_json(beside / LEARNED, cut.pop(NAMES))
+        write_json(
+            beside / LINEAGE, {**lineage, **({"cut": cut} if cut else {}), "weights": weights, "code": __version__}
+        )
         if verdict is not None:
             write_json(beside / VERDICT, verdict)
         sha256 = content_sha256(beside)
@@ -169,8 +186,8 @@ def write(
 
 
 def cut_lineage(cut: Path | None) -> dict[str, Any]:
-    """What a lineage says of the cut in a folder: its path, the sha256 of its manifest and of its rows to train on, and how
-    many of what. Raises UsageError for a folder that is no cut."""
+    """What a lineage says of the cut in a folder: its path, the sha256 of its manifest and of its rows to train on, how many of
+    what, and the hashes of the requests and persons in it. Raises UsageError for a folder that is no cut."""
     if cut is None:
         return {}
     manifest = cut / CUT
@@ -182,4 +199,5 @@ def cut_lineage(cut: Path | None) -> dict[str, Any]:
         ) from error
     kept = {name: told[name] for name in ("train", "replay", "recent", "people", "labels") if name in told}
     rows = told.get("sha256", {}).get(TRAIN)  # the cut itself may lose some later
-    return {"cut": {"path": str(cut), "sha256": sha256_of(manifest), "rows": rows, **kept}}
+    names = {NAMES: [*told["requests"], *told["persons"]]} if {"requests", "persons"} <= told.keys() else {}
+    return {"cut": {"path": str(cut), "sha256": sha256_of(manifest), "rows": rows, **kept, **names}}

@@ -8,7 +8,7 @@ one. Votes are given by those who want to: they may raise an alarm, and never pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from shoal.loop.capture import FEEDBACK, Capture, append, day_of, lines_of, now_
 
 FILE = "votes.jsonl"
 REMEMBERED = 10_000  # ids
+WHOSE: dict[str, Any] = {"id": None, "subject": None}  # of a row
 Rating = Literal["up", "down"]
 
 
@@ -47,7 +48,7 @@ class Votes:
 
     def __init__(self, capture: Capture, wall: Callable[[], int] = now_ms) -> None:
         self._capture, self._wall = capture, wall
-        self._known: dict[str, None] = {}  # ids that are there, the newest last
+        self._known: dict[str, str | None] = {}  # ids that are there, the newest last -> who asked
 
     def put(self, vote: Vote) -> None:
         """Keep `vote`, unless it is of somebody, or on an answer, that was forgotten. Raises OSError."""
@@ -74,46 +75,51 @@ class Votes:
                     found[vote.id, vote.subject] = vote
         return [vote for vote in found.values() if not vote.empty]
 
-    def saw(self, id_: str) -> None:
-        """An answer of this id is being given: its row is on its way."""
-        self._known[id_] = None
+    def saw(self, id_: str, subject: str | None = None) -> None:
+        """An answer of this id is being given, to `subject`: its row is on its way."""
+        self._known[id_] = subject
         if len(self._known) > REMEMBERED:
             del self._known[next(iter(self._known))]
 
     def knows(self, id_: str) -> bool:
-        """Whether an answer of this id was captured, and is not forgotten. May read all of the capture: call it in a
-        thread."""
-        if id_ in self._capture.forgotten().ids:
-            return False
-        if id_ not in self._known and (self._in_journals(id_) or self._in_parts(id_) or self._elsewhere(id_)):
-            self.saw(id_)
-        return id_ in self._known
+        """Whether an answer of this id was captured, and neither it nor who asked for it is forgotten. May read all of the
+        capture: call it in a thread."""
+        return self._is_kept(id_, (self._in_journals, self._in_parts, self._elsewhere))
 
     def comes(self, id_: str) -> bool:
         """Whether it has come into a journal since it was not known: of an answer by another gateway, whose scribe writes its
         row a moment after it was read. Call it in a thread."""
-        found = id_ not in self._capture.forgotten().ids and self._in_journals(id_)
-        if found:
-            self.saw(id_)
-        return found
+        return self._is_kept(id_, (self._in_journals,))
 
-    def _elsewhere(self, id_: str) -> bool:
-        """Whether another machine has captured it, where the capture is in S3."""
+    def _is_kept(self, id_: str, places: Sequence[Callable[[str], dict[str, Any] | None]]) -> bool:
+        if id_ not in self._known:
+            row = next((found for place in places if (found := place(id_)) is not None), None)
+            if row is None:
+                return False
+            self.saw(id_, row["subject"])
+        return not self._capture.forgotten().hides({"id": id_, "subject": self._known[id_]})
+
+    def _elsewhere(self, id_: str) -> dict[str, Any] | None:
+        """Its row where another machine has captured it, and the capture is in S3. Of days that went to make room nobody knows
+        any more, as without a bucket."""
         if self._capture.bucket is None:
-            return False
+            return None
         with suppress(DataError):  # nobody can tell now
             self._capture.bucket.pull("rows/")
         return self._in_parts(id_)
 
-    def _in_journals(self, id_: str) -> bool:
-        return any(line.get("id") == id_ for _, lines in self._capture.journals() for line in lines)
+    def _in_journals(self, id_: str) -> dict[str, Any] | None:
+        """Its row's id and subject; None where it is in none."""
+        lines = (line for _, lines in self._capture.journals() for line in lines)
+        return next(({**WHOSE, **line} for line in lines if line.get("id") == id_), None)
 
-    def _in_parts(self, id_: str) -> bool:
+    def _in_parts(self, id_: str) -> dict[str, Any] | None:
         for path in reversed(self._capture.parts()):
             with suppress(FileNotFoundError):  # its day went since it was listed
-                if pc.any(pc.equal(pq.read_table(path, columns=["id"], partitioning=None)["id"], id_)).as_py():
-                    return True
-        return False
+                table = pq.read_table(path, columns=[*WHOSE], partitioning=None)
+                for row in table.filter(pc.equal(table["id"], id_)).slice(0, 1).to_pylist():
+                    return dict(row)
+        return None
 
 
 def _timed(lines: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -10,9 +10,7 @@ moves because the model did.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,21 +22,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shoal.errors import DataError
-from shoal.loop.capture import TEXTS, Capture
+from shoal.data.alone import alone
+from shoal.errors import DataError, ResourceError
+from shoal.loop.capture import TEXTS, Capture, Forgotten, append
 from shoal.loop.curves import Saved, followed, shifts
 from shoal.loop.detector import REQUESTS, Detector
 from shoal.loop.reference import EVERY, LEARNED, Reference, first_turns, measured, moments
 from shoal.loop.regret import Regret, broken
 from shoal.loop.rows import RERUN
 from shoal.loop.tell import STATES, Report, told
-from shoal.loop.texts import Texts, one_line
+from shoal.loop.texts import Stored, Texts, one_line
 from shoal.loop.unread import Read, unread
 from shoal.loop.watched import column, texts
 from shoal.machine import write_aside
 
 FORMAT, VERSION = "shoal.watch", 1
-FOLDER, STATE, ACCEPTED = "watch", "watch.json", "accepted.jsonl"
+FOLDER, STATE, ACCEPTED, LOCK = "watch", "watch.json", "accepted.jsonl", ".lock"
+WAIT_SECONDS, LOOKS_SECONDS = 1.0, 60.0  # for who takes out what was forgotten; for one who looks
 LEAST_LEARNED = 200  # requests of a reference, and to a false alarm
 TURNS = 20  # requests in a row of other weights, from which on these are the stable version's
 CONVERSATIONS = 1_024  # that are known to have had a turn
@@ -65,6 +65,7 @@ class Known:
     ahead: int = 0  # requests that say they ended in the future
     evidence: list[tuple[float, int, float]] = field(default_factory=list)  # when, requests seen, evidence
     report: dict[str, Any] = field(default_factory=dict)
+    asked: list[dict[str, Any]] = field(default_factory=list)  # whose the report's examples are: id and subject
     curves: Saved = field(default_factory=dict)
 
 
@@ -106,10 +107,7 @@ class Watch:
                 first = detector.moved()[0].since
                 since = moment if detector.state == "quiet" or first is None else first
             line = {"at": _iso(moment), "who": who, "why": why, "weights": known.weights, "since": _iso(since)}
-            with (self._folder / ACCEPTED).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append(self._folder / ACCEPTED, line)
             return self._keep(self._follow(Known(known.weights, since, why), moment))
 
     # --- one look ---------------------------------------------------------------------------------------------------
@@ -201,27 +199,29 @@ class Watch:
             recent = self.capture.rows(since=int(since * 1000))
             recent = recent.filter(pa.array([one in ("", known.weights) for one in identities(recent)], pa.bool_()))
             recent = recent.slice(max(0, len(recent) - MOST_RECENT))
-        examples = () if recent is None else self._examples(reference, detector.moved()[0].signal, recent)
+        examples = [] if recent is None else self._examples(reference, detector.moved()[0].signal, recent)
+        known.asked = [{name: one[name] for name in ("id", "subject")} for one, _ in examples]
         return told(
             reference,
             detector,
             weights=known.weights,
             ahead=known.ahead,
             recent=recent,
-            examples=examples,
+            examples=[text for _, text in examples],
             regret=regret,
         )
 
-    def _examples(self, reference: Reference, signal: str, recent: pa.Table) -> list[str]:
-        """What was asked in the requests in which `signal` is furthest from the reference, where their texts were kept."""
+    def _examples(self, reference: Reference, signal: str, recent: pa.Table) -> list[tuple[Stored, str]]:
+        """Of the requests in which `signal` is furthest from the reference, where their texts were kept: these, and what was
+        asked, on a line."""
         if not len(recent) or not self.capture.days(TEXTS):
             return []
         kept = {one["id"]: one for one in Texts(self.capture).all()}
         row = next(i for i, one in enumerate(reference.standards) if one.signal == signal and one.slice == EVERY)
         far = np.nan_to_num(np.abs(reference.standardised(recent)[row]))
         names = [recent["id"][place].as_py() for place in np.argsort(-far, kind="stable").tolist()]
-        asked = [kept[name]["messages"][-1]["content"] for name in names if name in kept]
-        return [one_line(text)[:SHOWN] for text in asked if isinstance(text, str)][:EXAMPLES]
+        asked = [(kept[name], kept[name]["messages"][-1]["content"]) for name in names if name in kept]
+        return [(one, one_line(text)[:SHOWN]) for one, text in asked if isinstance(text, str)][:EXAMPLES]
 
     # --- files ------------------------------------------------------------------------------------------------------
 
@@ -245,7 +245,7 @@ class Watch:
         report = self._told(known)
         if self._unseen:
             report = replace(report, warnings=[*report.warnings, self._unseen])
-        known.report = asdict(report)
+        known.report, known.asked = asdict(report), known.asked if report.examples else []
         told = {"format": FORMAT, "version": VERSION, **asdict(known)}
         write_aside(self._folder / STATE, json.dumps(told, allow_nan=False) + "\n")
         for path in self._folder.glob("reference-*.json"):
@@ -255,25 +255,21 @@ class Watch:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        try:
-            self._folder.mkdir(exist_ok=True)
-            file = (self._folder / ".lock").open("w")
-        except OSError as error:
-            raise DataError(
-                f"cannot write {self._folder}", got=error.strerror, do="watch where it may write"
-            ) from error
-        with file:
+        busy = DataError(f"{self._folder} is being watched", do="ask that one, or end it")
+        with alone(self._folder / LOCK, busy, wait=WAIT_SECONDS):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield
             except OSError as error:
-                raise DataError(f"{self._folder} is being watched", do="ask that one, or end it") from error
-            yield
+                do = "make room: the next look sees what this one would have"
+                raise ResourceError(
+                    f"{self._folder} cannot be written", got=error.strerror or str(error), do=do
+                ) from error
 
 
 def last_look(folder: Path) -> dict[str, Any] | None:
     """What the last look at the capture in `folder` found, for those who do not look themselves: `looked` (epoch seconds),
-    `report`, `evidence` over time, `signals` as `curves.shifts` has them; None where nobody has looked. Raises DataError for a
-    file that cannot be read."""
+    `report`, `evidence` over time, `signals` as `curves.shifts` has them, and `asked`, whose the report's examples are; None
+    where nobody has looked. Raises DataError for a file that cannot be read."""
     path = folder / FOLDER / STATE
     try:
         looked = path.stat().st_mtime
@@ -286,11 +282,44 @@ def last_look(folder: Path) -> dict[str, Any] | None:
         report = asdict(Report(**{name: value for name, value in saved["report"].items() if name in names}))
         if report["state"] not in STATES:
             raise ValueError(f"a state {report['state']}")
-        return {"looked": looked, "report": report, "evidence": saved["evidence"], "signals": signals}
+        found = {"looked": looked, "report": report, "evidence": saved["evidence"], "signals": signals}
+        return {**found, "asked": saved.get("asked", [])}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DataError(f"{path} cannot be read", got=str(error), do="remove it, and it learns anew") from error
+
+
+def shown(look: dict[str, Any], forgotten: Forgotten) -> dict[str, Any]:
+    """`look`, of `last_look`, for who may read it: without what the `forgotten` asked, and without whose the rest is."""
+    report = {**look["report"], "examples": _left(look["report"]["examples"], look["asked"], forgotten)[0]}
+    return {name: value for name, value in look.items() if name != "asked"} | {"report": report}
+
+
+def forget(folder: Path, who: Forgotten) -> None:
+    """Take what `who` asked out of the last look at the capture in `folder`, which the next look would do. What cannot be read
+    stays: nobody shows it. Raises OSError."""
+    path = folder / FOLDER / STATE
+    if not path.exists():
+        return
+    busy = ResourceError(f"{folder / FOLDER} is being watched", do="do it again: no reader sees them from now on")
+    with alone(folder / FOLDER / LOCK, busy, wait=LOOKS_SECONDS):
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            before = saved["report"]["examples"]
+            saved["report"]["examples"], saved["asked"] = _left(before, saved.get("asked", []), who)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return
+        if saved["report"]["examples"] != before:
+            write_aside(path, json.dumps(saved, allow_nan=False) + "\n")
+
+
+def _left(
+    examples: list[str], asked: list[dict[str, Any]], forgotten: Forgotten
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """The examples, and whose they are, that are nobody's of the forgotten; of unknown ones none."""
+    kept = [(text, whose) for text, whose in zip(examples, asked, strict=False) if not forgotten.hides(whose)]
+    return [text for text, _ in kept], [whose for _, whose in kept]
 
 
 def moved(folder: Path) -> list[str]:

@@ -153,7 +153,7 @@ class Curate(Stage):
     as_json: Json = False
 
     def run(self) -> None:
-        from shoal.loop import cut, labels
+        from shoal.loop import cut, labels, learned
         from shoal.loop.capture import Capture
         from shoal.loop.watch import moved
 
@@ -177,7 +177,9 @@ class Curate(Stage):
             "moved": moved(capture.folder),
         }
         made = cut.cut(found, self.out, settings, replay=self.replay, never=never, told=told)
-        for line in cut.forget(self.out, capture.forgotten()):  # meanwhile: who forgot them did not find this cut yet
+        for line in learned.forget(
+            self.out, capture.forgotten()
+        ):  # meanwhile: who forgot them did not find this cut yet
             say(line)
             made = cut.read(self.out)
         of = ", ".join(f"{count} {label}" for label, count in made["labels"].items())

@@ -17,7 +17,6 @@ from shoal.stages.stage import Stage, print_result, say
 from shoal.stages.training import Finetune, Quantize, Replay
 
 KINDS = ("auto", "router", "finetune")
-WORK, LOCK = "retrain", ".retrain.lock"  # below the folder of the release
 LORA_BYTES, LORA_RANK = 120_000_000, 8  # from fp32 weights of this size on thin matrices are trained, of this rank
 # against forgetting (docs/log.md): half of the rate of a first fine-tuning, and of the tokens of an update ...
 RATE, ROWS = 7e-4, 8  # rows of the training length
@@ -53,6 +52,7 @@ class Retrain(Stage):
 
     def run(self) -> None:
         from shoal.data.alone import alone
+        from shoal.loop.learned import LOCK
 
         if self.kind not in KINDS:
             raise UsageError("--kind", got=self.kind, allowed=KINDS)
@@ -66,6 +66,7 @@ class Retrain(Stage):
     def _make(self) -> None:
         from shoal.evaluate.evaluation import leave_a_core
         from shoal.loop import suites
+        from shoal.loop.learned import WORK
         from shoal.loop.release import Release
         from shoal.loop.versions import cut_lineage
 
@@ -75,8 +76,11 @@ class Retrain(Stage):
         told = cut_lineage(self.cut)
         if self.suites is not None:
             suites.read(self.suites)  # what cannot judge is said before it is trained
-        spent = self._need_room(release.versions())
+        lost = release.left()  # of one that was killed at its end, which this command makes again
+        spent = self._need_room([each for each in release.versions() if each.directory not in lost])
         kind = self._chosen()
+        if kind == "finetune":
+            self._need_new()
         began = time.monotonic()
         work = self.release / WORK / f"{told['cut']['sha256'][:12]}-{kind}-{stable.number}"
         if kind == "router":
@@ -89,6 +93,10 @@ class Retrain(Stage):
         minutes = (time.monotonic() - began) / 60
         lineage = {**told, "kind": kind, "minutes": round(minutes, 2), "parent": stable.number, "workers": self.workers}
         verdict = self._judged(model, stable.served)
+        if cut_lineage(self.cut)["cut"]["sha256"] != told["cut"]["sha256"]:
+            shutil.rmtree(work)
+            what = f"{self.cut}: somebody was forgotten while it was learned from"
+            raise DataError(what, do="give the same command again: no version was made")
         made = release.add(model, fp32=fp32, lineage=lineage, verdict=verdict, why=self.why)
         shutil.rmtree(work)
         result: dict[str, Any] = {"version": made.number, "label": made.label, "kind": kind, "minutes": minutes}
@@ -149,6 +157,14 @@ class Retrain(Stage):
                 do = "collect corrections, votes or a teacher's answers first (shoal curate)"
                 raise DataError(f"{path}: rows with labels", got="none", do=do)
         return kind
+
+    def _need_new(self) -> None:
+        """Raises DataError where the suites ask what the cut trains on, as of one that was made without them."""
+        from shoal.loop import cut
+
+        if self.suites is not None and (count := cut.asked(self.cut, cut.forbidden(self.suites, []))):
+            do = "curate again with these --suites: a candidate that knows the questions passes for that"
+            raise DataError(f"{self.cut} trains on what a suite asks", got=f"{count} rows", allowed="none", do=do)
 
     def _router(self, served: Path, work: Path) -> Path:
         """A copy of what is served, with a router of rows that are held out."""

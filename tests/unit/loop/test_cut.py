@@ -24,15 +24,14 @@ from shoal.loop.cut import (
     Asked,
     Settings,
     asked_of_both,
-    before,
     cut,
     forbidden,
-    forget,
     mixed,
     name_of,
     read,
 )  # fmt: skip
 from shoal.loop.labels import Found, Kept, Labelled, Said, kept_texts, labelled, read_imports, said
+from shoal.loop.learned import before, forget
 from shoal.loop.paired import LEAST_RECENT
 from shoal.loop.suites import freeze, looked_at
 from shoal.loop.texts import Texts
@@ -424,7 +423,10 @@ def test_who_is_forgotten_goes_from_a_cut_and_it_is_said(tmp_path: Path) -> None
     assert "4 rows" in line
     left = rows(out / TRAIN) + rows(out / RECENT)
     assert len(left) == 56 and not {row["id"] for row in left} & {"id-3", "id-5", "id-23", "id-43"}
-    assert before(out) == [made["sha256"][TRAIN]] and name_of("p3") not in read(out)["persons"]
+    first, second = made["sha256"][TRAIN], read(out)["sha256"][TRAIN]
+    assert forget(out, Forgotten({"id-9"}))
+    assert before(out, [name_of("p3")]) == [first] and before(out, [name_of("id-9")]) == [first, second]
+    assert before(out, [name_of("nobody")]) == [] and name_of("p3") not in read(out)["persons"]
     (out / MANIFEST).unlink()
     with pytest.raises(DataError, match="is no cut"):
         forget(out, Forgotten({"id-7"}, set()))

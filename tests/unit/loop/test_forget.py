@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.dataset as ds
 import pytest
 
 from shoal import Model, cli
-from shoal.errors import DataError
+from shoal.data.alone import alone
+from shoal.errors import DataError, ResourceError
+from shoal.loop import forget as forgetting
+from shoal.loop import learned
 from shoal.loop.capture import Capture, Forgotten, subject
 from shoal.loop.cut import Settings, cut
-from shoal.loop.forget import forget
+from shoal.loop.forget import LOCK, forget
 from shoal.loop.labels import CORRECTION, Found, Labelled
 from shoal.loop.release import Release
 from shoal.loop.rows import Row
@@ -153,6 +157,109 @@ def test_a_cut_loses_them_as_well_and_the_versions_that_learned_from_it_are_name
     assert cli.main([*command, "--user", "u8", "--release", str(release.directory)]) == 0
     assert later.label in (printed := out()) and learned.label in printed
     assert cli.main([*command, "--user", "u7", "--release", str(release.directory)]) == 0
+    assert learned.label in (printed := out()) and later.label not in printed, "it has learned from them for good"
+    assert cli.main([*command, "--user", "nobody", "--release", str(release.directory)]) == 0
     assert "learned" not in capsys.readouterr().out
     assert cli.main([*command[:-1], str(tmp_path / "none"), "--user", "u9"]) == 1
     assert "is no cut" in capsys.readouterr().err
+
+
+def test_whoever_learned_from_them_is_named_without_the_cut_and_so_is_what_was_made_of_it(
+    capture: Capture, tmp_path: Path
+) -> None:
+    rows = [
+        Labelled(
+            [{"role": "user", "content": f"when, {n}?"}, {"role": "assistant", "content": "soon"}], CORRECTION, f"p{n}"
+        )
+        for n in range(40)
+    ]
+    cut(Found(rows, len(rows)), tmp_path / "cut", Settings())
+    release = Release(tmp_path / "release")
+    Model.from_preset("test").save(tmp_path / "model")
+    release.add(tmp_path / "model")
+    release.add(tmp_path / "model", lineage=cut_lineage(tmp_path / "cut"))
+    release.add(tmp_path / "model", lineage={"kind": "router", "parent": 2})
+    release.add(tmp_path / "model", lineage={"parent": 2})  # by hand, of whatever it was made
+    assert release.version(2).lineage["cut"].keys().isdisjoint(("names", "persons"))
+    shutil.rmtree(tmp_path / "cut")
+    for _ in range(2):
+        told = forget(capture, subject="p7", learned=[learned.by_releases([release.directory], [])]).elsewhere
+        assert [line.split(" version ", 1)[1].split(";")[0].split(" ", 1)[1] for line in told] == [
+            "has learned from them", "was made of version 2, which has learned from them"
+        ]  # fmt: skip
+    assert forget(capture, subject="p77", learned=[learned.by_releases([release.directory], [])]).elsewhere == []
+    assert release.check() == 4
+
+
+def test_the_work_that_a_retraining_left_goes_with_the_words_in_it(capture: Capture, tmp_path: Path) -> None:
+    Model.from_preset("test").save(tmp_path / "model")
+    release = Release(tmp_path / "release")
+    release.add(tmp_path / "model")
+    works = [release.directory / learned.WORK / name for name in ("ab-finetune-1", "cd-finetune-1")]
+    for work, whose in zip(works, ("p7", "p8"), strict=True):
+        work.mkdir(parents=True)
+        (work / "mix.jsonl").write_text(json.dumps({"messages": [], "group": learned.cut.name_of(whose)}) + "\n")
+    named = learned.by_releases([release.directory], [])
+    with alone(release.directory / learned.LOCK, ResourceError("")):
+        assert "a retraining that runs has read them" in forget(capture, subject="p7", learned=[named]).elsewhere[0]
+    assert works[0].exists()
+    assert forget(capture, subject="p7", learned=[named]).elsewhere[0].startswith(str(works[0]))
+    assert not works[0].exists() and works[1].exists()
+
+
+def test_of_two_who_forget_at_once_neither_writes_the_other_s_person_back(
+    capture: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, seen = forgetting.write_part, []
+
+    def meanwhile(*given: object) -> None:
+        if not seen:
+            seen.append("other")
+            monkeypatch.setattr(forgetting, "LOCK_SECONDS", 0.0)
+            with pytest.raises(ResourceError, match=f"another forgets in {capture.folder}"):
+                forget(capture, subject=BOB)
+        write(*given)  # type: ignore[arg-type]
+
+    adopted = Writer(capture, start=False)
+    for number, whose in enumerate((ANN, BOB, "c" * 32)):
+        adopted.put(Row(name(20 + number), NOON, subject=whose))
+    adopted.close()
+    monkeypatch.setattr(forgetting, "write_part", meanwhile)
+    forget(capture, subject=ANN)
+    forget(capture, subject=ANN)  # whoever comes next does what the other could not
+    assert seen and set(ds.dataset(capture.folder / "rows").to_table()["subject"].to_pylist()) == {"c" * 32}
+    assert (capture.folder / LOCK).exists()
+
+
+@pytest.mark.parametrize("where", ["journal", "part", "memory"])
+def test_no_vote_is_taken_on_what_somebody_who_is_forgotten_was_told(tmp_path: Path, where: str) -> None:
+    capture = Capture(tmp_path, create=True)
+    writer, votes = Writer(capture, start=False), Votes(capture)
+    for number, whose in enumerate((ANN, BOB)):
+        writer.put(Row(name(number), NOON, subject=whose))
+        if where == "memory":
+            votes.saw(name(number), whose)
+    if where == "part":
+        writer.close()
+        assert votes.knows(name(0)), "and it is remembered from now on"
+    forget(capture, subject=ANN)
+    assert [votes.knows(name(number)) for number in (0, 1)] == [False, True]
+    assert not votes.comes(name(0))
+    if where != "part":
+        writer.close()
+
+
+def test_who_is_in_an_earlier_cut_that_is_replayed_goes_from_the_later_one_as_well(tmp_path: Path) -> None:
+    def rows(asked: str, begin: int) -> list[Labelled]:
+        said = {"role": "assistant", "content": "soon"}
+        chats = [[{"role": "user", "content": f"{asked}, {n}?"}, said] for n in range(begin, begin + 40)]
+        return [Labelled(chat, CORRECTION, f"p{begin + n}", f"id-{begin + n}") for n, chat in enumerate(chats)]
+
+    cut(Found(rows("when", 0), 40), tmp_path / "1", Settings())
+    cut(Found(rows("why", 100), 40), tmp_path / "2", Settings(), replay=tmp_path / "1/train.jsonl")
+    trained = (tmp_path / "1/train.jsonl").read_text()
+    number = next(n for n in range(40) if learned.cut.name_of(f"p{n}") in trained)
+    assert f"when, {number}?" in (tmp_path / "2/train.jsonl").read_text()
+    assert learned.forget(tmp_path / "2", Forgotten(set(), {f"p{number}"})) == [f"{tmp_path / '2'}: 1 rows taken out"]
+    assert f"when, {number}?" not in (tmp_path / "2/train.jsonl").read_text()
+    assert learned.cut.read(tmp_path / "2")["before"][0]["lost"] == [learned.cut.name_of(f"p{number}")]

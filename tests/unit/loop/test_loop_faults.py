@@ -19,9 +19,10 @@ from shoal import Model, cli
 from shoal.errors import DataError
 from shoal.loop.canary import Canary, Evidence, Tally, advanced, judged
 from shoal.loop.capture import Capture, Forgotten
-from shoal.loop.cut import MANIFEST, RECENT, TRAIN, Settings, _manifest, cut, forbidden, forget, read
+from shoal.loop.cut import MANIFEST, RECENT, TRAIN, Settings, _manifest, cut, forbidden, read
 from shoal.loop.forget import forget as forget_all
 from shoal.loop.labels import CORRECTION, Found, Labelled, kept_texts, labelled, said
+from shoal.loop.learned import forget
 from shoal.loop.reference import measured
 from shoal.loop.release import Release
 from shoal.loop.rows import Row

@@ -17,6 +17,7 @@ from shoal.data.alone import alone
 from shoal.errors import CheckpointError, DataError, ResourceError, ShoalError, UsageError
 from shoal.loop import versions
 from shoal.loop.gate import Check
+from shoal.loop.learned import learners
 from shoal.loop.paired import FAIL, PASS
 from shoal.loop.release import LOCK, STATE, Release
 from shoal.loop.versions import cut_lineage
@@ -137,7 +138,7 @@ def test_an_answers_header_leads_to_its_cut_in_one_command(
     assert cli.main(["release", "show", made.label, "--release", str(release.directory), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["cut"] == cut_lineage(cut)["cut"]["sha256"] and shown["lineage"]["cut"]["train"] == 7
-    assert release.learned_from(["ab", "cd"]) == [made] and not release.learned_from(["cd"])
+    assert [*learners(release, (), ["ab", "cd"])] == [made.number] and not learners(release, (), ["cd"])
     assert shown["lineage"]["parent"] == 1
     with pytest.raises(UsageError, match="in this release"):
         release.version(f"{made.number}.000000000000")

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from shoal.cli import main
-from shoal.errors import DataError
-from shoal.loop.capture import JOURNAL, Capture
+from shoal.errors import DataError, ResourceError
+from shoal.loop.capture import JOURNAL, Capture, Forgotten
+from shoal.loop.forget import forget
 from shoal.loop.parts import make_parts
 from shoal.loop.rows import RERUN, Row
 from shoal.loop.tell import write_metrics
 from shoal.loop.texts import Texts
 from shoal.loop.unread import Read, unread
 from shoal.loop.votes import Vote, Votes
-from shoal.loop.watch import FOLDER, STATE, Watch, moved
+from shoal.loop.watch import FOLDER, STATE, Watch, last_look, moved, shown
 
 START = 1_795_780_800.0  # epoch seconds
 
@@ -172,7 +173,7 @@ def test_a_look_that_was_killed_is_made_again(service: Service, monkeypatch: pyt
         raise OSError("disk full")
 
     monkeypatch.setattr("shoal.loop.watch.write_aside", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ResourceError, match="disk full"):
         watch(service).look(service.now)
     monkeypatch.undo()
     assert calls == 1 and watch(service).look(service.now) == wanted
@@ -319,6 +320,43 @@ def test_what_was_asked_is_shown_where_texts_are_kept(service: Service) -> None:
     assert len(numbers) == 3 and all(number > 800 for number in numbers)
     (service.folder / "forgotten.jsonl").write_text(json.dumps({"id": f"chatcmpl-{numbers[0]}"}) + "\n")
     assert f"What is {numbers[0]}?" not in watch(service).look(service.now).examples
+
+
+def test_a_look_shows_nobody_what_somebody_asked_who_was_forgotten_since(service: Service) -> None:
+    service.serve(800)
+    service.serve(200, up=4)
+    texts = Texts(service.capture)
+    for number in range(750, 1_001):
+        answer = {"id": f"chatcmpl-{number}", "choices": [{"message": {"role": "assistant", "content": "a"}}]}
+        texts.put("key", f"p{number}", [{"role": "user", "content": f"What is {number}?"}], answer, {})
+    watch(service).look(service.now)
+    path, before = service.folder / FOLDER / STATE, last_look(service.folder)
+    assert before is not None and len(before["report"]["examples"]) == len(before["asked"]) == 3
+    first, second = (one["subject"] for one in before["asked"][:2])
+    assert first not in (told := json.dumps(shown(before, Forgotten(set(), {first})))) and "asked" not in told
+    assert shown(before, Forgotten())["report"] == before["report"]
+    forget(service.capture, subject=first)
+    forget(service.capture, id_=f"chatcmpl-{second[1:]}")
+    left = last_look(service.folder)
+    assert left is not None and left["report"]["examples"] == before["report"]["examples"][2:]
+    assert not any(f"What is {whose[1:]}?" in path.read_text() for whose in (first, second))
+    assert watch(service).look(service.now).state == "alarm"
+    path.write_text("{")
+    forget(service.capture, subject="nobody")
+    assert path.read_text() == "{"
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_next_look_sees_all(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.serve(800)
+    with monkeypatch.context() as then:
+        then.setattr(
+            Path, "write_text", lambda *given, **more: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+        with pytest.raises(ResourceError, match="cannot be written: got 'No space left on device'"):
+            watch(service).look(service.now)
+    assert watch(service).look(service.now).requests == 300
 
 
 def test_what_clients_say_is_no_markup_and_nothing_that_a_terminal_obeys(
