@@ -53,7 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_one_command_leaves_two_models_frozen_suites_and_a_report(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text("utf-8"))
-    assert set(report["suites"]) == {"known-wordings", "new-wordings"}
+    assert list(report["suites"]) == ["known-wordings", "new-wordings", "safety-no-call"]
+    safe = report["suites"].pop("safety-no-call")
+    assert {"call or not", "invented", "unharmed"} <= set(safe["int8"]) and "exact call" not in safe["int8"]
     for by in report["suites"].values():
         assert {"majority", "keyword rule", "nearest", "fp32", "int8"} <= set(by)
         assert all({"exact call", "invented", "tone", "unharmed"} <= set(figures) for figures in by.values())

@@ -133,7 +133,9 @@ def measured(
                 tell(f"{label} at {depth} on {name}", steps, total)
                 answerer = ByEngine(model, depth, recipe, rows[0].get("tools", []))
                 figures, answers = _all(recipe, rows, answerer, seed, play=depth in (AUTO, FULL))
-                picks.saw(rows, answers, depth, answerer.depth_share if label == served else None)
+                # a depth is picked by what is known: a safety suite asks one kind of thing alone
+                if not name.startswith(SAFETY):
+                    picks.saw(rows, answers, depth, answerer.depth_share if label == served else None)
                 steps += 1
                 if depth in (AUTO, FULL):
                     found[name][_column(label, depth)] = figures
@@ -178,7 +180,7 @@ def by_language(
 
 def _asked(folder: Path, most_rows: int) -> tuple[dict[str, Sequence[Row]], list[str]]:
     """The rows of each suite that are asked, and a sentence for each of which that is not all."""
-    every = rows_of(folder)
+    every = rows_of(folder, safety=True)
     asked = {name: some_of(rows, most_rows) for name, rows in every.items()}
     notes = [
         f"{name}: {len(asked[name])} of {len(rows)} answers are asked for, of conversations drawn by chance."
@@ -293,9 +295,11 @@ def _examples(recipe: Recipe, model: Model, tools: Sequence[Mapping[str, Any]]) 
     ]
 
 
-def rows_of(folder: Path) -> dict[str, list[Row]]:
-    """The rows of a run's frozen suites but the safety ones, which the gate asks. Raises DataError for one that changed."""
-    frozen = [suite for suite in suites.read(folder / SUITES) if suite.kind != SAFETY]
+def rows_of(folder: Path, *, safety: bool = False) -> dict[str, list[Row]]:
+    """The rows of a run's frozen suites, and last of the `safety` ones. Raises DataError for one that changed."""
+    every = suites.read(folder / SUITES)
+    frozen = [suite for suite in every if suite.kind != SAFETY]
+    frozen += [suite for suite in every if suite.kind == SAFETY and safety]
     return {
         suite.name: [json.loads(line) for line in (folder / SUITES / suite.file).read_text("utf-8").splitlines()]
         for suite in frozen

@@ -63,3 +63,13 @@ def test_the_first_chat_page_says_what_stands_before_a_user_s_own_rows(tmp_path:
     begun(tmp_path / "rows.jsonl", tmp_path / "own")
     page = Own(tmp_path / "own").policy().page
     assert page is not None and (page.path, page.system) == ("", "You are a clerk.")
+
+
+def test_each_report_has_the_article_s_example() -> None:
+    article = {
+        "customer-service": "When does my order arrive?",
+        "code": "Write quicksort in Python and explain.",
+        "medicine": "I have had a fever, a cough and weakness for three days.",
+    }
+    for name, text in article.items():
+        assert text in [str(messages[-1]["content"]) for messages in named(name).examples()]

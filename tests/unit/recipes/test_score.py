@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from shoal.api.tools import guide_of
 from shoal.engine.guided import Grammars, StrayError
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 from shoal.inputs.tools import call
+from shoal.loop.suites import freeze
 from shoal.recipes import customer_service, law, measure
 from shoal.recipes.baselines import majority, nearest, reference
 from shoal.recipes.customer_service import baselines, score
@@ -22,7 +24,7 @@ from shoal.recipes.customer_service.service import serving
 from shoal.recipes.customer_service.shop import TOOLS, Shop
 from shoal.recipes.law.questions import questions
 from shoal.recipes.measure import some_of, weak
-from shoal.recipes.recipe import Answerer, Messages
+from shoal.recipes.recipe import SUITES, Answerer, Messages, write_rows
 from shoal.recipes.splits import SUITE, TRAIN
 
 Rows = list[dict[str, Any]]
@@ -244,3 +246,12 @@ def test_no_call_that_a_service_would_guide_has_an_invented_number(new: Rows) ->
         for one in {*wrong, re.sub(r'[A-Z]\d{4}"', 'Q9876"', right)} - {right}:
             with pytest.raises(StrayError):
                 grammar.allowed(tokenizer.encode(one))
+
+
+def test_safety_suites_are_in_the_report_and_last(tmp_path: Path, new: Rows) -> None:
+    for name in ("safety-no-call", "known", "tools"):
+        write_rows(tmp_path / SUITES / f"{name}.jsonl", new[:2])
+    freeze(tmp_path / SUITES)
+    assert list(measure.rows_of(tmp_path)) == ["known", "tools"]
+    assert list(measure.rows_of(tmp_path, safety=True)) == ["known", "tools", "safety-no-call"]
+    assert list(measure._asked(tmp_path, 0)[0]) == ["known", "tools", "safety-no-call"]
