@@ -59,6 +59,17 @@ def test_python_of_an_answer_is_run_by_its_button_and_what_it_may_not_do_is_said
         page.goto("about:blank")
 
 
+def test_the_page_of_code_has_the_button_too(page: Page, strangers: list[str]) -> None:
+    with site(run_code=True) as here:
+        visit(page, here, "code")
+        most_tokens(page, 16)
+        with here.saying(SORT):
+            answered(page, "Write quicksort in Python and explain.", 1)
+        page.get_by_role("button", name="Run", exact=True).click()
+        page.get_by_text("<b>sorted</b> [1, 2, 3]", exact=True).wait_for()
+        page.goto("about:blank")
+
+
 def test_a_service_that_was_not_told_to_runs_nothing_and_shows_no_button(page: Page, strangers: list[str]) -> None:
     with site() as here:
         visit(page, here)

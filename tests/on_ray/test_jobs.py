@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from shoal import Model, presets
+from shoal.cli import main
 from shoal.data.shards import open_index
 from shoal.inputs.tokenizer import END_ID
 from shoal.on_ray.teach import KEY_VARIABLE
@@ -186,6 +187,23 @@ def test_submitted_jobs_tune_and_quantize_a_model(head: Head, tmp_path: Path) ->
     for directory, kind in ((tmp_path / "run" / "model", "none"), (tmp_path / "int8", "w8a8")):
         model = Model.load(directory)
         assert model.config.quantization == kind and model.router is not None
+
+
+def test_a_submitted_job_makes_a_recipe_of_a_user_s_own(head: Head, tmp_path: Path) -> None:
+    """From rows to its report: the smallest that there is, whose model learns nothing in a second."""
+    rows, mine = tmp_path / "rows.jsonl", tmp_path / "mine"
+    talks = [[("user", f"What is {n}?"), ("assistant", f"It is {n}.")] for n in range(200)]
+    chats = [{"messages": [{"role": role, "content": said} for role, said in turns]} for turns in talks]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in chats), "utf-8")
+    assert main(["recipe", "new", "--from", str(rows), "--out", str(mine)]) == 0
+    job = head.submit(
+        "python", "jobs/recipe.py", "--out", str(tmp_path / "run"), "--minutes", "0.05", "--workers", "1", str(mine)
+    )
+    assert job.returncode == 0, job.stdout + job.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text("utf-8"))
+    said = next(line for line in reversed(job.stdout.splitlines()) if line.startswith("{"))
+    assert json.loads(said)["suites"] == report["suites"] and "served" in report["costs"]["int8"]
+    assert Model.load(tmp_path / "run" / "int8").config.quantization == "w8a8"
 
 
 def test_a_stopped_job_leaves_the_step_that_it_was_at(head: Head, tmp_path: Path) -> None:
