@@ -16,9 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-SAID = (
-    "x-said"  # in an argument's schema: it must have been said; a word to who serves, which no model reads (`api.said`)
-)
+SAID = "x-said"  # in the schema of an argument that must have been said (`api.said`); no model reads it
 NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function that says nothing of them
 _INTRO = f"""You can call functions. To call one, write
 {OPEN}{{"name": NAME, "arguments": {{...}}}}{CLOSE}
