@@ -64,21 +64,10 @@ class WholeMuon(Muon):
             for matrix in (one for one in group["params"] if one.grad is not None):
                 moments = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix.grad))
                 moments.lerp_(matrix.grad, 1 - momentum)
-                added = _added(whole(matrix.grad.lerp(moments, momentum)), rate)
+                added = _added(matrix.grad.lerp(moments, momentum).full_tensor(), rate)
                 matrix.mul_(1 - rate * group["weight_decay"])
-                matrix.add_(sharded_as(matrix, added))
-
-
-def whole(values: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, on every rank."""
-    return values.full_tensor() if isinstance(values, DTensor) else values
-
-
-def sharded_as(other: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """`values`, which every rank has whole, as `other` lies on the ranks; nothing is sent."""
-    if not isinstance(other, DTensor):
-        return values
-    return distribute_tensor(values, other.device_mesh, other.placements, src_data_rank=None)
+                # every rank has it whole, and nothing is sent
+                matrix.add_(distribute_tensor(added, matrix.device_mesh, matrix.placements, src_data_rank=None))
 
 
 def _added(update: torch.Tensor, rate: float) -> torch.Tensor:
