@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,52 @@ def test_parts_hold_every_file_in_order_and_do_not_depend_on_the_machine(tmp_pat
     assert [file for part in some for file in part] == files
     assert 12 <= len(some) <= 20
     assert split_files([]) == []
+    # each as many as there is room for: the next file would not fit
+    most = sum(file.size for file in files) // 12 + 1
+    sizes = [[file.size for file in part] for part in some]
+    assert all(sum(part) <= most for part in sizes)
+    assert all(sum(part) + following[0] > most for part, following in pairwise(sizes))
+
+
+def test_a_part_has_no_more_files_than_a_task_may_take_on_however_small_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parts, "PART_FILES", 4)
+    spec = SourceSpec("s", "raw")
+    files = [File(f"{n}.txt", f"{n}.txt", 0, "", spec, Local()) for n in range(10)]
+    assert [len(part) for part in split_files(files)] == [4, 4, 2]
+
+
+def test_what_was_found_holds_while_the_files_that_rows_name_are_the_same() -> None:
+    stamps = {"a.png": "1", "b.png": "2"}
+
+    class Stamped(Local):
+        def stamp(self, path: str) -> str:
+            return stamps[path]
+
+    spec = SourceSpec("s", "raw")
+    files = [File(f"{n}.jsonl", f"{n}.jsonl", 9, "", spec, Stamped()) for n in range(2)]
+    found = parts.Found(named={1: {"a.png": "1", "b.png": "2"}})
+    assert found.holds(files) and parts.Found().holds(files)
+    stamps["b.png"] = "3"
+    assert not found.holds(files)
+
+
+def test_counts_of_parts_add_up() -> None:
+    """Of drops and changes by operator and reason, of documents, packing and lengths each."""
+    whole = parts.Packed()
+    for times in (1, 2):
+        some = parts.Packed(
+            shards=[f"shard {times}"], drops={"a": Counter(x=times)}, documents=Counter({("train", "text", "s", "MIT"): times}),
+            packing=Counter(tokens=times), lengths=Counter({("text", 3): times}),
+        )  # fmt: skip
+        whole.add(some)
+    whole.dropped({"a": Counter(y=5), "b": Counter(x=1)})
+    whole.changed({"a": Counter(y=5)})
+    whole.changed({"a": Counter(y=1, x=1)})
+    assert whole.shards == ["shard 1", "shard 2"] and whole.packing == Counter(tokens=3)
+    assert whole.drops == {"a": Counter(x=3, y=5), "b": Counter(x=1)} and whole.changes == {"a": Counter(y=6, x=1)}
+    assert whole.documents == Counter({("train", "text", "s", "MIT"): 3}) and whole.lengths == Counter({("text", 3): 3})
 
 
 @pytest.fixture

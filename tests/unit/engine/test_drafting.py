@@ -12,6 +12,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,8 @@ from shoal import Request, Sampling
 from shoal.engine.acceptance import CREDIT, KINDS, SEEN, SHARED, START, TRIES, WINDOW, Kinds, Record
 from shoal.engine.drafting import ADVANCE, AGAIN, AHEAD, FEW, LOSS, TRY, Drafting, best
 from shoal.engine.plan import Outcome, Plan, Sampled, Work
-from shoal.engine.price import Price, Prices
+from shoal.engine.price import DRIFT, NOISE, PLAIN, RARE, ROW, SPIKE, UNKNOWN, Price, Prices
+from shoal.engine.price import SEEN as DRAFTED
 from shoal.engine.running import Running
 from shoal.engine.text import TextStream
 from shoal.inputs.tokenizer import Tokenizer
@@ -132,6 +134,63 @@ def test_what_a_step_with_drafts_costs_is_found_from_a_few() -> None:
             assert price.extra(most, rows) == pytest.approx(0.4 + 0.1 * most + 0.05 * rows, rel=0.1)
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_what_steps_cost_is_what_bayes_theorem_says(batch: int) -> None:
+    """By another way than the engine's. With each step the inverse of the covariance grows by x x' / noise^2, and the mean
+    moves by the covariance times x (seconds - expected) / noise^2. Then a little is forgotten, at most all that was learned."""
+    plain, draw = 2.0, random.Random(batch)
+    price, scale = Price(batch, 0.25), np.array([1.0, 1.0, 1 / batch])
+    for _ in range(PLAIN):
+        price.learn_plain(plain)
+    unknown = np.diag((plain * np.array(UNKNOWN) * scale) ** 2)
+    mean, doubt = np.array([0.0, 0.25 * plain, ROW * plain / batch]), unknown
+    for step in range(1, 41):
+        most = draw.choice([2, 2, 2, 3])
+        rows = draw.randint(most, most * batch)
+        seconds = plain * (1.3 + 0.1 * most + 0.05 * rows) * draw.uniform(0.95, 1.2) * (50 if step in (5, 30) else 1)
+        price.learn(most, rows, seconds)
+        x = np.array([1.0, most, rows])
+        expected = plain + mean @ x
+        off = min(seconds, (SPIKE if step <= DRAFTED else RARE) * expected) - expected
+        noise = plain * NOISE * (1 if off < 0 else 3)
+        doubt = np.linalg.inv(np.linalg.inv(doubt) + np.outer(x, x) / noise**2)
+        mean = mean + doubt @ x * off / noise**2
+        doubt = doubt + DRIFT * unknown
+        share = np.minimum(1, np.sqrt(np.diag(unknown) / np.diag(doubt)))
+        doubt = doubt * np.outer(share, share)
+        assert price.shares() == pytest.approx(tuple(mean / plain), rel=1e-9, abs=1e-12)
+        assert price.extra(most, rows) == pytest.approx(mean @ x / plain)
+        np.testing.assert_allclose(price._doubt, doubt, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_seen_too_seldom_is_doubted_no_more_than_at_first() -> None:
+    """With two drafts in every step nobody tells `fixed` from `each`: what is forgotten would grow for ever."""
+    price = Price(1, 0.25)
+    for _ in range(PLAIN):
+        price.learn_plain(1.0)
+    for _ in range(20_000):
+        price.learn(2, 2, 1.5)
+    for i, share in enumerate(UNKNOWN):
+        assert 0 < price._doubt[i][i] <= share**2 * (1 + 1e-9)
+
+
+def test_a_step_without_drafts_counts_for_what_it_says_of_the_machine() -> None:
+    """The fastest of the first two or little more; then it weighs three tenths if it was faster, and else one, of four times as
+    long at most."""
+    price, found = Price(1, 0.25), []
+    for seconds in (5.0, 2.0, 1.0, 2.7, 100.0):
+        price.learn_plain(seconds)
+        found.append(price.plain)
+    last = 1.7 + 0.1 * 1.0
+    assert found == pytest.approx([0.0, 2.0, 1.7, last, last + 0.1 * 3 * last])
+    slower = Price(1, 0.25)
+    for seconds in (2.0, 5.0):
+        slower.learn_plain(seconds)
+    assert slower.plain == pytest.approx(2.3)
+    slower.learn(2, 2, 1.3)
+    assert slower.plain == pytest.approx(2.0), "none takes more than one with drafts"
+
+
 def test_the_first_draft_is_thought_to_cost_what_others_do_not() -> None:
     """After four drafts that cost far more than four first groups, a fifth does not seem to cost a fourth of that."""
     price = Price(1, 0.2)
@@ -195,6 +254,14 @@ def test_another_batch_size_begins_with_what_the_nearest_costs() -> None:
         for _ in range(2):
             prices.at(batch).learn_plain(1.0)
         assert prices.at(batch).extra(2, 2) == pytest.approx(extra, rel=0.05)
+    prices = Prices(0.25)
+    for batch in (1, 5):
+        for _ in range(2):
+            prices.at(batch).learn_plain(1.0)
+    prices.at(1).learn(2, 2, 5.0)
+    for _ in range(2):
+        prices.at(6).learn_plain(1.0)
+    assert prices.at(6).shares() == prices.at(1).shares(), "where nobody drafted nothing is measured"
 
 
 # --- what stands -----------------------------------------------------------------------------------------------------------
@@ -409,6 +476,40 @@ def test_what_a_step_beside_a_prefill_took_is_no_price_but_what_stood_counts() -
         drafting.learn(Plan([work, beside]), Outcome([Sampled(5, after=good, drafted=drafts)]), 50.0)
     assert drafting.prices.at(1).shares() == before and running.acceptance is not None
     assert running.acceptance.own.good >= 3 * TRY and running.acceptance.credit
+
+
+def test_each_pays_its_part_of_a_step_by_its_drafts_and_gains_what_stood_of_them() -> None:
+    """Of three requests one drafts 3, of which 1 stands, one drafts 1, which stands, and one none: the step takes 1.6 of those
+    without. A task of its own each."""
+    drafting = Drafting(0)
+    some = [decoding(prompt=[50 + n] * 4, most=99, tolerance=0.0) for n in range(3)]
+    for _ in range(2):
+        drafting.start(some, 99)
+        plain = [Work(each, 4, 1, 0, 4, sample=True) for each in some]
+        drafting.learn(Plan(plain), Outcome([Sampled(5)] * 3), 1.0)
+    price = drafting.prices.at(3)
+    drafting.start(some, 99)
+    drafting._counted, drafting._left = {some[0]: 3, some[1]: 1}, 1.0
+    works = [Work(each, 4, 1, 0, 4, sample=True, drafts=drafts) for each, drafts in zip(some, (3, 1, 0), strict=True)]
+    told = [Sampled(5, after=(Sampled(5),) * good, drafted=drafts) for good, drafts in ((1, 3), (1, 1), (0, 0))]
+    drafting.learn(Plan(works), Outcome(told), 1.6)
+    cost = price.extra(3, 4)
+    assert cost == pytest.approx(0.6, abs=0.1) and price.plain == 1.0
+    records = [each.acceptance for each in some]
+    assert [(each.own.good, each.own.tried) for each in records if each] == [(1, 2), (1, 1), (0, 0)]
+    one, other = 1 / 3 - cost * 3 / 4, 1 / 3 - cost / 4
+    assert records[1] is not None and records[1].task.left == pytest.approx(other) and other > 0 > one
+    assert drafting._left == pytest.approx(1.0 + LOSS + one)
+    assert records[0] is not None and records[0].task.again == drafting._now + int(-one / TRIES)
+
+
+def test_what_drafting_may_lose_grows_with_time_up_to_what_is_advanced() -> None:
+    drafting, deep = Drafting(0), decoding(tolerance=0.0)
+    drafting._left = ADVANCE - 1.5 * LOSS
+    for left in (ADVANCE - 0.5 * LOSS, ADVANCE, ADVANCE):
+        drafting.start([deep], 99)
+        drafting.learn(Plan([Work(deep, 2, 1, 0, 4, sample=True)]), Outcome([Sampled(5)]), 1.0)
+        assert drafting._left == pytest.approx(left)
 
 
 def test_steps_of_shallow_answers_do_not_say_what_drafts_cost() -> None:
