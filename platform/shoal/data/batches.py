@@ -194,15 +194,14 @@ class ChatBatches:
             "tokens": int(self.chats.lengths.sum()),
             "refused": self.chats.refused,
             "refused_at": self.chats.refused_at,
-            "padding": order.padding(self._groups(0), self._lengths),
-            "naive_padding": order.padding(naive, self._lengths),
+            "padding": order.padding(list(map(self._rows_of, self._groups(0))), self.chats.lengths),
+            "naive_padding": order.padding(list(map(self._rows_of, naive)), self.chats.lengths),
         }
 
     def rows(self, step: int) -> list[list[int]]:
         """Row numbers of every group of a global batch; the same on every rank."""
         start = step * self.parts
-        groups = [self._group(index).tolist() for index in range(start, start + self.parts)]
-        return [[self._each * place + side for place in group for side in range(self._each)] for group in groups]
+        return [self._rows_of(self._group(index)).tolist() for index in range(start, start + self.parts)]
 
     def at(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, as many on every rank: blank ones fill up."""
@@ -220,6 +219,10 @@ class ChatBatches:
         if self._epoch[0] != epoch:
             self._epoch = (epoch, order.length_groups(self._lengths, self._budget, self.seed, epoch))
         return self._epoch[1]
+
+    def _rows_of(self, group: np.ndarray) -> np.ndarray:
+        """Row numbers of a group: of pairs both."""
+        return (self._each * group[:, None] + np.arange(self._each)).ravel()
 
     def _batch(self, group: Sequence[int]) -> Batch:
         width = int(self.chats.lengths[group].max())
@@ -292,8 +295,6 @@ def spaced(count: int, limit: int | None) -> list[int]:
 def _filled(batches: list[Batch], count: int) -> list[Batch]:
     """`batches` and as many blank ones as make `count`, since a rank that runs one less would hang the others: two rows, as a
     pair has, of a few places of padding, in which nothing is predicted."""
-    if len(batches) == count:
-        return batches
     first = batches[0]
     padding = torch.full((2, min(BLANK, first.tokens.shape[1])), PADDING)
     blank = Batch(

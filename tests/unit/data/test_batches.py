@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from shoal.config import ModelConfig
-from shoal.data import identities, parts
-from shoal.data.batches import ChatBatches, PretrainBatches, heldout_batches, spaced, text_of
+from shoal.data import identities, order, parts
+from shoal.data.batches import ChatBatches, PretrainBatches, heldout_batches, heldout_groups, spaced, text_of
 from shoal.data.documents import SourceSpec
 from shoal.data.operators.pipeline import Operators
 from shoal.data.order import permutation
@@ -72,6 +72,7 @@ def test_ranks_with_fewer_rows_are_filled_up_with_blanks(corpus: Path, world: in
             -(-len(range(r, 12, world)) // micro_rows) for r in range(world)
         )
         assert all((b.targets < 0).all() and not len(b.patches) and not b.n_bytes for b in blanks)
+        assert all(len(b.tokens) == len(b.modalities) == len(b.row_bytes) for each in ranks for b in each)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -93,6 +94,12 @@ def test_the_mix_is_kept_by_token_however_full_the_rows_are(corpus: Path) -> Non
         for name, docs in zip(batch.modalities, batch.docs, strict=True):
             tokens[name] += int((docs >= 0).sum())
     assert {name: tokens[name] / tokens.total() for name in MIX} == pytest.approx(MIX, abs=0.01)
+
+
+def test_an_epoch_is_as_many_rows_as_there_are(corpus: Path) -> None:
+    count = sum(shard.rows for shard in open_index(corpus).shards if shard.split == "train")
+    for rows in (1, 12, 4 * count):
+        assert PretrainBatches(corpus, batch_rows=rows).steps_in_epoch == max(1, round(count / rows))
 
 
 def test_every_row_is_seen_before_one_repeats(corpus: Path) -> None:
@@ -208,7 +215,29 @@ def test_text_of_some_rows_is_what_those_rows_predict(corpus: Path) -> None:
     rows = [b.tokens for b in heldout_batches(corpus, "code", batch_rows=1, limit=2)]
     text = b"".join(tokenizer.token_bytes(t) for row in rows for t in row.flatten().tolist())
     assert text_of(corpus, "code", "heldout", tokenizer, limit_rows=2) == text
-    assert 80 < len(text_of(corpus, "text", "train", tokenizer, limit_bytes=100)) <= 100  # whole rows, cut to the limit
+
+
+def test_of_a_text_that_is_too_long_rows_from_all_over_it_are_read_and_cut(corpus: Path) -> None:
+    """As many as hold so many bytes in the mean; of rows of some numbers, of these."""
+    tokenizer = Tokenizer.load(corpus / TOKENIZER)
+    rows = [b.tokens[0].tolist() for b in heldout_batches(corpus, "text", batch_rows=1, split="train")]
+    texts = [b"".join(map(tokenizer.token_bytes, row)) for row in rows]
+    assert len(texts) > 12
+    for only in (None, range(1, len(texts), 2)):
+        some = texts if only is None else texts[1::2]
+        limit = 4 * sum(map(len, texts)) // len(texts) + 1
+        wanted = b"".join(some[place * len(some) // 4] for place in range(4))[:limit]
+        assert text_of(corpus, "text", "train", tokenizer, limit_bytes=limit, only=only) == wanted
+        assert text_of(corpus, "text", "train", tokenizer, only=only) == b"".join(some)
+        assert text_of(corpus, "text", "train", tokenizer, limit_bytes=1, only=only) == some[0][:1] != b""
+
+
+def test_documents_of_held_out_rows_are_told_by_their_groups(corpus: Path) -> None:
+    """One for each document of a row; of fewer rows, those of the same rows."""
+    some = [list(heldout_groups(corpus, "text", split="train", limit=limit)) for limit in (None, 5)]
+    docs = [b.docs[0] for b in heldout_batches(corpus, "text", batch_rows=1, split="train")]
+    assert [len(groups) for groups in some[0]] == [int(row.max()) + 1 for row in docs]
+    assert some[1] == [some[0][place * len(docs) // 5] for place in range(5)]
 
 
 def chats(path: Path, count: int = 40) -> Path:
@@ -244,6 +273,64 @@ def test_only_answers_are_learned(tmp_path: Path, config: ModelConfig) -> None:
             assert learned[-1] == END_ID and tokens[1] != learned[0]
             assert chr(Tokenizer.bytes_only().token_bytes(learned[0])[0]) == "a"
     assert batches.report["padding"] <= batches.report["naive_padding"]
+
+
+def padding_of_an_epoch(batches: ChatBatches) -> None:
+    """What is reported is what the batches of the first epoch have."""
+    built = [b for step in range(batches.steps_in_epoch) for b in batches.at(step)]
+    first = built[: len(batches._groups(0))]
+    assert 0 <= len(built) - len(first) < batches.parts
+    assert all(len(b.tokens) == batches._each or b.tokens.numel() <= batches._budget * batches._each for b in first)
+    report, real = batches.report, sum(int((b.docs >= 0).sum()) for b in first)
+    assert (report["rows"], report["tokens"]) == (sum(len(b.tokens) for b in first), real)
+    assert report["padding"] == pytest.approx(1 - real / sum(b.tokens.numel() for b in first))
+    assert report["padding"] < report["naive_padding"] < 1
+
+
+def test_every_row_of_chats_is_read_once_an_epoch_in_groups_within_their_budget(
+    tmp_path: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step of an epoch goes on with the next one, which may have more groups, or fewer."""
+    monkeypatch.setattr(order, "WINDOW", 5)  # rows that are sorted together
+    path = chats(tmp_path / "c.jsonl")
+    batches = ChatBatches(path, Tokenizer.bytes_only(), config, batch_tokens=240, parts=4)
+    assert len({len(batches._groups(epoch)) for epoch in range(3)}) > 1
+    groups = [group for step in range(3 * batches.steps_in_epoch) for group in batches.rows(step)]
+    seen, epoch = list[int](), 0
+    for group in groups:
+        seen += group
+        if len(seen) == 40:
+            assert sorted(seen) == list(range(40))
+            seen, epoch = [], epoch + 1
+    assert epoch >= 2
+    padding_of_an_epoch(batches)
+
+
+def test_a_pair_stays_together_the_preferred_row_first(tmp_path: Path, config: ModelConfig) -> None:
+    """In one group, whose budget it counts for with its longer row, twice; a blank group is a pair."""
+    path, sizes = tmp_path / "p.jsonl", [(1 + 7 * n % 40, 1 + 11 * n % 37) for n in range(30)]
+    rows = [{"prompt": f"{n:02}", "chosen": "c" * good, "rejected": "r" * bad} for n, (good, bad) in enumerate(sizes)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer, ranks = Tokenizer.bytes_only(), list[ChatBatches]()
+    for rank in range(2):
+        ranks.append(ChatBatches(path, tokenizer, config, batch_tokens=600, parts=3, rank=rank, world=2, pairs=True))
+    batches = [b for step in range(ranks[0].steps_in_epoch) for r in ranks for b in r.at(step)]
+    assert len(batches) == 2 * 2 * ranks[0].steps_in_epoch, "three groups of a step, and a blank one"
+    said = list[str]()
+    for batch in batches:
+        assert len(batch.tokens) % 2 == 0 and (len(batch.tokens) == 2 or batch.tokens.numel() <= 200)
+        texts = [tokenizer.decode(row[row >= 9].tolist()) for row in batch.tokens]
+        assert len(texts) == 2 or not all(text == "" for text in texts)
+        learned = [tokenizer.decode(row[row >= 9].tolist()) for row in batch.targets]
+        for text, other, good, bad in zip(texts[::2], texts[1::2], learned[::2], learned[1::2], strict=True):
+            assert text[:2] == other[:2] and (text[2:], other[2:]) == (good, bad)
+            assert set(good) <= {"c"} and set(bad) <= {"r"}
+            said += [text[:2]] if text else []
+    assert set(said) == {f"{n:02}" for n in range(30)}
+    alone = ChatBatches(path, tokenizer, config, batch_tokens=600, parts=3, pairs=True)
+    padding_of_an_epoch(alone)
+    short = ChatBatches(path, tokenizer, config, batch_tokens=600, parts=1, pairs=True, max_length=20)
+    assert 0 < len(short.chats) < 60 and short.chats.lengths.max() <= 20
 
 
 def test_places_are_evenly_spaced_and_all_where_there_are_no_more() -> None:
