@@ -439,3 +439,93 @@ def test_patience_is_counted_from_the_last_event(monkeypatch: pytest.MonkeyPatch
     else:
         tokens, end = asyncio.run(read(unbroken(slow, LONG)))
         assert (len(tokens), end.reason) == (2, "length")
+
+
+@dataclasses.dataclass
+class Told:
+    """Calls in turn, each of which is told such lists, and then fails if the last of them is an error."""
+
+    calls: list[list[list[Event | Begun] | Exception]]
+    got: list[tuple[Request, Wanted]] = dataclasses.field(default_factory=list)
+
+    async def stream(self, request: Request, wanted: Wanted) -> AsyncGenerator[list[Event | Begun], None]:
+        self.got.append((request, wanted))
+        for told in self.calls[len(self.got) - 1]:
+            if isinstance(told, Exception):
+                raise told
+            yield told
+
+
+TOKEN, END = Token("x", 65, "a", depth=2), Finished("x", "length")
+DEAD, FULL = (Finished("x", "error", error=error) for error in (EngineDeadError("dead"), QueueFullError("full")))
+
+
+def test_the_pauses_of_tries_in_a_row_grow_and_begin_anew_after_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first after a loss is the shortest; a replica that refuses, or is full, is not asked again as soon."""
+    slept, resumed, lost = list[float](), list[int](), EngineDeadError("lost")
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(failover, "PAUSES", (0.1, 0.25, 0.5, 1.0, 2.0))
+    monkeypatch.setattr(failover, "asyncio", SimpleNamespace(sleep=sleep))
+    patient = QueueFullError("full")
+    patient.retry_after = 7.0
+    refusals = [[[DEAD]] for _ in range(5)]
+    replicas = Told(
+        [[[DEAD]], [[TOKEN], lost], *refusals, [patient], [QueueFullError("full")], [[TOKEN], lost], [[END]]]
+    )
+    tokens, end = asyncio.run(
+        read(unbroken(replicas.stream, LONG, on_resume=lambda: resumed.append(len(replicas.got))))
+    )
+    assert slept == [0.25, 0.1, 0.5, 1.0, 2.0, 2.0, 2.0, 7.0, 2.0, 0.1] and (len(tokens), end.reason) == (2, "length")
+    assert {event.request for event in (*tokens, end)} == {LONG.id}
+    assert resumed == [2, 10], "once a loss, and not for a replica that did nothing"
+    assert [request.id.removeprefix(LONG.id) for request, _ in replicas.got] == [
+        "", ".0.1.0", ".1.1.0", ".1.2.0", ".1.3.0", ".1.4.0", ".1.5.0", ".1.6.0", ".1.7.0", ".1.8.0", ".2.1.0",
+    ]  # fmt: skip
+
+
+def test_a_replica_that_gives_a_request_back_at_once_has_not_begun_it() -> None:
+    """What it says of its weights binds nobody: others may answer. Beside a token it does, in the same list or before."""
+    of = {name: Begun(name, name) for name in ("old", "new")}
+    lost = EngineDeadError("lost")
+    for first, after in (
+        ([[of["old"], DEAD]], "new"),
+        ([[of["old"], FULL]], "new"),
+        ([[of["old"], TOKEN, DEAD]], "old"),
+        ([[of["old"], TOKEN], [DEAD]], "old"),
+        ([[of["old"], TOKEN], lost], "old"),
+    ):
+        pin, replicas = Pin(), Told([[[TOKEN], lost], first, [[of["new"], TOKEN], [END]], [[of["old"], END]]])  # type: ignore[list-item]
+        tokens, _ = asyncio.run(read(unbroken(replicas.stream, LONG, pin=pin)))
+        assert pin.weights == after
+        assert [wanted.weights for _, wanted in replicas.got[:3]] == [None, None, "old" if after == "old" else None]
+        assert len(tokens) == 2 and len(replicas.got) == (4 if after == "old" else 3)
+
+
+def test_a_full_replica_that_says_so_in_an_event_is_as_one_that_raises_it() -> None:
+    """What no replica has lost is refused; what one has is waited for, and an answer that has begun is not given back."""
+    with pytest.raises(QueueFullError, match="full"):
+        asyncio.run(read(unbroken(Told([[[FULL]]]).stream, LONG)))
+    replicas = Told([[[TOKEN], EngineDeadError("lost")], [[FULL]], [[TOKEN], [END]]])
+    tokens, end = asyncio.run(read(unbroken(replicas.stream, LONG)))
+    assert (len(tokens), end.reason, len(replicas.got)) == (2, "length", 3)
+    _, end = asyncio.run(read(unbroken(Told([[[TOKEN, FULL]]]).stream, LONG)))
+    assert end.error is FULL.error
+
+
+def test_a_stream_that_ends_without_an_end_is_a_loss() -> None:
+    replicas = Told([[[TOKEN]], [[TOKEN]], [[TOKEN]]])
+    with pytest.raises(EngineDeadError, match="ended the stream without finishing"):
+        asyncio.run(read(unbroken(replicas.stream, LONG)))
+    assert [len(request.answer) for request, _ in replicas.got] == [0, 1, 2]
+
+
+def test_a_replica_that_refuses_a_request_again_ends_it_for_there_is_no_other() -> None:
+    progress = at_100()
+    for name in "ab":
+        progress.refuse(other_weights(name))
+    assert progress.wanted().avoid == {"a", "b"} and progress.call == "r.0.0.2"
+    with pytest.raises(OtherModelError, match="served no more"):
+        progress.refuse(other_weights("a"))

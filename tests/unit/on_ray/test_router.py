@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +95,36 @@ def test_replicas_are_asked_one_question_at_a_time_for_as_long_as_there_are_any(
     asyncio.run(run())
 
 
+def test_who_watches_cuts_off_the_calls_of_a_silent_replica_and_knows_how_long_an_answer_usually_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock that goes on by 15 seconds with each look at it."""
+    now = [0.0]
+
+    def later() -> float:
+        now[0] += 15.0
+        return now[0]
+
+    monkeypatch.setattr("shoal.on_ray.routing.TICK_SECONDS", 0.005)
+    monkeypatch.setattr("shoal.on_ray.routing.time", SimpleNamespace(monotonic=later))
+
+    async def run() -> None:
+        router, (_, silent) = made("a", "b")
+        cut: list[str] = []
+        await until(lambda: len(router._pulse._usual) == 2)
+        assert {router._pulse._limit(name) for name in "ab"} == {150.0}, "ten times the 15 s that each took"
+        for call, name in (("1", "a"), ("2", "b")):
+            router._pulse.opened(call, lambda call=call: cut.append(call))
+            router._pulse.sent(call, name)
+        silent.answers.clear()
+        router._pulse._usual.clear()
+        await until(lambda: cut)
+        assert cut == ["2"]
+        router._watching.cancel()
+
+    asyncio.run(run())
+
+
 def test_a_call_goes_where_its_beginning_is_and_its_replica_is_known_so_that_it_can_be_cut_off() -> None:
     async def run() -> None:
         router, replicas = made("a", "b", "c")
@@ -136,10 +167,11 @@ def test_who_would_wait_behind_a_full_queue_is_refused_and_who_was_let_in_is_not
 
 
 def test_a_replica_that_is_away_for_a_moment_makes_no_queue_full() -> None:
-    """One whose weights change is out of Serve's list, and what it would have taken waits for it."""
+    """One whose weights change is out of Serve's list, and what it would have taken waits for it, whatever else Serve says."""
 
     async def run() -> None:
         router, (replica,) = made("a", queue=2)
+        router.update_replicas([])
         router.update_replicas([])
         asked = [asyncio.ensure_future(router._choose_replica_for_request(pending())) for _ in range(2 + 3)]
         await until(lambda: len(router._pending_requests_to_fulfill) == 2 + 3)
