@@ -51,7 +51,7 @@ GROUPS = {
     "cost": Group(_in("model", "cache cost reach"), _tests("model", "cache cost")),
     "sampler": Group(
         ["engine/sampler", "engine/filters"],
-        _tests("engine", "sampler penalties guided sampler_there tolerance"),
+        _tests("engine", "filters sampler penalties guided sampler_there tolerance"),
         warm=True,
     ),
     "frontier": Group(["evaluate/frontier"], _tests("evaluate", "frontier")),
@@ -107,7 +107,7 @@ GROUPS = {
     ),
     "adapters": Group(
         _in("model", "adapter_files adapters"),
-        [*_tests("engine", "adapters"), "unit/open_weights/test_served_adapter"],
+        [*_tests("model", "adapter_files"), *_tests("engine", "adapters"), "unit/open_weights/test_served_adapter"],
         warm=True,
     ),
     "smooth": Group(["model/smooth"], _tests("model", "smooth"), warm=True),
