@@ -173,8 +173,11 @@ def test_a_replica_that_is_away_for_a_moment_makes_no_queue_full() -> None:
         router, (replica,) = made("a", queue=2)
         router.update_replicas([])
         router.update_replicas([])
-        asked = [asyncio.ensure_future(router._choose_replica_for_request(pending())) for _ in range(2 + 3)]
-        await until(lambda: len(router._pending_requests_to_fulfill) == 2 + 3)
+        asked = list[asyncio.Future[Any]]()
+        for count in range(1, 2 + 3 + 1):  # one after the other: those of one moment do not see each other wait
+            asked.append(asyncio.ensure_future(router._choose_replica_for_request(pending())))
+            await until(lambda n=count: len(router._pending_requests_to_fulfill) == n or asked[-1].done())
+            assert not asked[-1].done()
         with pytest.raises(BackPressureError):
             await router._choose_replica_for_request(pending())
         router.update_replicas([replica])  # type: ignore[list-item]
