@@ -17,9 +17,7 @@ from shoal.errors import CheckpointError
 from shoal.inputs.alphabets import SPACE, is_spaced
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # kinds of tokens
-_MOST_MERGES = (
-    2**21
-)  # ways to make a token of two: of the 256,000 tokens of the largest vocabularies there are some 600,000
+_MOST_MERGES = 2**21  # ways to make a token of two; the largest vocabularies have some 600,000
 _LONGEST = 512  # characters of a token that is made of two others, at each of its places
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
