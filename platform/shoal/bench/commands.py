@@ -67,7 +67,10 @@ def decode(
         typer.Option(help="Numbers of compute threads, one after the other: 1,2. [OMP_NUM_THREADS, or all cores]"),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="cuda: steps beside the bandwidth of a GPU, at contexts of 1k to 128k, and vLLM's.")
+        str,
+        typer.Option(
+            help="cuda: steps beside a GPU's bandwidth and a plain GPT, at contexts of 1k to 128k, and vLLM's."
+        ),
     ] = "cpu",
 ) -> None:
     """Tokens per second of answers and of prompts (beside other servers), a step's stages, contexts, a pool, drafts."""

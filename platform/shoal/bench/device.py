@@ -1,9 +1,12 @@
 """`shoal bench decode --device cuda`: decoding steps of an engine's runner beside the bandwidth of a copy, by batch and
-context; and vLLM in the same table, where a Python that has it is named.
+context; and in the same table a plain GPT with flash attention (`plain.PlainDecoder`), and vLLM where a Python that has it is
+named: our model in it, and a Llama of the shape.
 
 The least that a step can take is what it must read over the bandwidth: every weight of layers and head once, and of each
-request the keys, values and summaries that its attention reads (`bytes_of_step`). The memory holds random keys: prompts of
-128k tokens of 256 requests would take longer than all else.
+request the keys, values and summaries that its attention reads (`bytes_of_step`); of the others the same by what they are.
+The memory of ours and of the plain GPT is filled without a prompt: prompts of 128k tokens of 256 requests would take longer
+than all else. Models take their turns a batch at a time, and each leaves the device before the next one comes: vLLM takes
+most of its memory.
 
 Letters: S block, K blocks read, w window.
 """
@@ -11,9 +14,12 @@ Letters: S block, K blocks read, w window.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,22 +28,37 @@ from rich.table import Table
 
 from shoal import presets
 from shoal.bench import peers
+from shoal.bench.plain import PlainDecoder, PlainGPT
 from shoal.bench.turns import show
 from shoal.config import GROUPS, ModelConfig
 from shoal.engine.events import Request, Sampling
+from shoal.engine.graphs import Recorder
 from shoal.engine.plan import Plan, Work
 from shoal.engine.runner import Runner
 from shoal.engine.running import Running
 from shoal.engine.text import TextStream
-from shoal.errors import ResourceError, UsageError
+from shoal.errors import ResourceError, ShoalError, UsageError, first_line
 from shoal.inputs.tokenizer import Tokenizer
-from shoal.model.cost import kv_bytes_stored, parameters
+from shoal.model.cost import parameters
 from shoal.model.model import Model
 from shoal.model.net import Net
 
 BATCHES = (1, 8, 64, 256)
 CONTEXTS = (1024, 8192, 32768, 131072)
 TOKENS = 32  # of an answer of a peer, beyond the first
+PEERS = ("vllm", "vllm-shoal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Decoding steps of one model, of `batch` requests of `length` tokens: bytes that one must read, and its seconds; None
+    where they do not fit the memory."""
+
+    model: str
+    batch: int
+    length: int
+    bytes: int
+    seconds: float | None
 
 
 def bytes_of_step(config: ModelConfig, batch: int, length: int, each: int = 2) -> int:
@@ -129,50 +150,136 @@ def step_seconds(model: Model, batch: int, length: int, rounds: int = 20) -> flo
     return seconds(lambda: runner.run(Plan(works)), model.device, rounds)
 
 
+def plain_bytes(config: ModelConfig, batch: int, length: int, each: int = 2) -> int:
+    """As `bytes_of_step`, of the plain GPT: as many layers, of the same width, a key and a value of that width each."""
+    weights = config.layers * (12 * config.width**2 + 2 * config.width) + (config.vocab + 1) * config.width
+    return each * (weights + 2 * batch * length * config.layers * config.width)
+
+
+def plain_gpt(config: ModelConfig, device: torch.device, length: int) -> PlainGPT:
+    """Random weights, for contexts of up to `length`; on a GPU in bf16, each layer compiled but for its attention."""
+    sizes = {"vocab": config.vocab, "layers": config.layers, "width": config.width, "heads": config.heads}
+    model = PlainGPT(**sizes, length=length)
+    if device.type == "cuda":
+        model = model.to(device, torch.bfloat16)
+        for layer, name in itertools.product(model.layers, ("asked", "answered")):
+            setattr(layer, name, torch.compile(getattr(layer, name)))
+    return model
+
+
+def plain_seconds(model: PlainGPT, batch: int, length: int, rounds: int = 20) -> float:
+    """Of one greedy step of `batch` requests at the last of `length` places, to the tokens on the host; on a GPU it is one CUDA
+    graph."""
+    decoder, device = PlainDecoder(model, batch, length), model.tokens.weight.device
+    for memory in decoder.kv:
+        for each in memory:
+            each.normal_()
+    tokens = torch.arange(batch, device=device) % 200 + 20
+
+    def step() -> None:
+        tokens.copy_(decoder.step(tokens, length - 1).argmax(-1))
+
+    run = Recorder()(step) if device.type == "cuda" else step
+
+    def whole() -> list[int]:
+        run()
+        return tokens.tolist()
+
+    return seconds(whole, device, rounds)
+
+
+def peer_seconds(peer: peers.Peer, batch: int, length: int, rounds: int = 3) -> float | None:
+    """Of one step of a peer, at contexts of up to `length`: what `TOKENS` tokens of an answer take beyond the first, the prompt
+    being in its prefix cache; the median. None: its memory does not hold them."""
+    prompt = max(1, length - TOKENS - 1)
+    peer.seconds(batch, prompt, 1)
+    took = [peer.seconds(batch, prompt, 1 + TOKENS) - peer.seconds(batch, prompt, 1) for _ in range(rounds)]
+    found = statistics.median(took) / TOKENS
+    return None if math.isnan(found) else found
+
+
+def steps(
+    which: str, config: ModelConfig, batch: int, lengths: Sequence[int], device: torch.device, rounds: int = 20,
+    python: str = "",
+) -> Iterator[Steps]:  # fmt: skip
+    """Steps of `batch` requests at each of `lengths`, of "ours", the "plain" GPT, or a kind of peer, which `python` has. It is
+    on the device while this runs. Raises ShoalError for a peer that does not start, or ends."""
+    config = dataclasses.replace(config, max_length=max(*lengths, config.context))
+    if which in ("ours", "plain"):
+        must, timed = _own(which, config, device, max(lengths))
+        for length in lengths:
+            try:
+                took = timed(batch, length, rounds)
+            except torch.OutOfMemoryError:
+                took = None
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            yield Steps(which, batch, length, must(batch, length), took)
+        return
+    # a Llama has our shape, and reads all of the context
+    reads = config if which == "vllm-shoal" else dataclasses.replace(config, attn_pattern="D")
+    told = {"length": max(lengths), "dtype": "bfloat16", "steps": True}
+    with peers.running({which: python}, _of_peer(which, config), more=told) as (peer,):
+        for length in lengths:
+            took = peer_seconds(peer, batch, length)
+            yield Steps(which, batch, length, bytes_of_step(reads, batch, length), took)
+
+
+def _own(
+    which: str, config: ModelConfig, device: torch.device, longest: int
+) -> tuple[Callable[[int, int], int], Callable[[int, int, int], float]]:
+    """What counts the bytes of a step, and what times one."""
+    if which == "plain":
+        plain = plain_gpt(config, device, longest)
+        each = plain.tokens.weight.itemsize
+        return partial(plain_bytes, config, each=each), partial(plain_seconds, plain)
+    model = model_of(config, device)
+    return partial(bytes_of_step, config, each=model.net.dtype.itemsize), partial(step_seconds, model)
+
+
+def _of_peer(which: str, config: ModelConfig) -> Model:
+    """What a peer is told: a model in bf16, which it reads, or a shape without weights."""
+    with torch.device("cpu" if which == "vllm-shoal" else "meta"):
+        net = Net(config)
+    net = net.init_(0).to(torch.bfloat16) if which == "vllm-shoal" else net
+    return Model(config, net, Tokenizer.bytes_only(), name="bench")
+
+
 def on_device(
     console: Console, *, device: str, shape: str, batches: tuple[int, ...], rounds: int, peer: dict[str, str],
     contexts: tuple[int, ...] = CONTEXTS,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The table, and its rows as JSON. What does not fit the memory is left out, and so said."""
-    there = need_cuda(device)
-    config = presets.get(shape).model
-    config = dataclasses.replace(config, max_length=max(*contexts, config.context))
-    model, moved = model_of(config, there), bandwidth(there)
+    """The table, and its rows as JSON. What does not fit the memory, and a peer that fails, is so said."""
+    there, config = need_cuda(device), presets.get(shape).model
+    moved = bandwidth(there)
     title = f"decode, {shape} on {torch.cuda.get_device_name(there)}, bf16; a copy moves {moved / 1e9:,.0f} GB/s"
-    names = [name for name in peer if name.startswith("vllm")]
-    columns = (
-        "batch",
-        "context",
-        "ms a step",
-        "tokens/s",
-        "GB read",
-        "of bandwidth",
-        *(f"{name} ms" for name in names),
-    )
-    table, rows = Table(*columns, title=title), list[dict[str, Any]]()
-    told = {"length": max(contexts) + 2 * TOKENS, "dtype": "bfloat16"}
-    with peers.running({name: peer[name] for name in names}, model, more=told) as others:
-        for batch, length in ((batch, length) for batch in batches for length in contexts):
-            must = bytes_of_step(config, batch, length)
-            row: dict[str, Any] = {"batch": batch, "context": length, "bytes": must}
-            unit = kv_bytes_stored(config, 1, config.group_layers, torch.bfloat16)
-            if units_of(config, batch, length) * unit > 0.8 * torch.cuda.mem_get_info(there)[0]:
-                table.add_row(
-                    str(batch), f"{length:,}", "does not fit", "", f"{must / 1e9:.2f}", "", *("" for _ in names)
-                )
+    table = Table("batch", "context", "model", "ms a step", "tokens/s", "GB read", "of bandwidth", title=title)
+    rows, failed = list[dict[str, Any]](), dict[str, str]()
+    for batch, which in itertools.product(batches, ("ours", "plain", *(name for name in PEERS if name in peer))):
+        if which in failed:
+            continue
+        try:
+            for found in steps(which, config, batch, contexts, there, rounds, peer.get(which, "")):
+                row = {**dataclasses.asdict(found), "share": found.seconds and found.bytes / moved / found.seconds}
                 rows.append(row)
-                continue
-            took = step_seconds(model, batch, length, rounds)
-            torch.cuda.empty_cache()
-            each = [peer_seconds(other, batch, length) for other in others]
-            row |= {"seconds": took, "share": must / moved / took} | dict(zip(names, each, strict=True))
-            numbers = f"{1e3 * took:.2f}", f"{batch / took:,.0f}", f"{must / 1e9:.2f}", f"{row['share']:.0%}"
-            table.add_row(str(batch), f"{length:,}", *numbers, *(f"{1e3 * one:.2f}" for one in each))
-            rows.append(row)
-    show(console, [table], {"bench": "decode", "device": device, "shape": shape, "bandwidth": moved, "rows": rows})
+                table.add_row(str(batch), f"{found.length:,}", which, *_cells(found, moved))
+        except ShoalError as error:
+            failed[which] = first_line(error)
+            table.add_row(str(batch), "", which, "failed")
+    for which, why in failed.items():
+        console.print(f"{which}: {why}", markup=False)
+    result = {"bench": "decode", "device": device, "shape": shape, "bandwidth": moved, "rows": rows, "failed": failed}
+    show(console, [table], result)
     return rows
 
 
-def peer_seconds(peer: peers.Peer, batch: int, length: int) -> float:
-    """Of one step of a peer: what `TOKENS` tokens of an answer take beyond the first, for which it reads the prompt."""
-    return (peer.seconds(batch, length, 1 + TOKENS) - peer.seconds(batch, length, 1)) / TOKENS
+def _cells(found: Steps, moved: float) -> tuple[str, str, str, str]:
+    if found.seconds is None:
+        return "does not fit", "", f"{found.bytes / 1e9:.2f}", ""
+    share = found.bytes / moved / found.seconds
+    return (
+        f"{1e3 * found.seconds:.2f}",
+        f"{found.batch / found.seconds:,.0f}",
+        f"{found.bytes / 1e9:.2f}",
+        f"{share:.0%}",
+    )

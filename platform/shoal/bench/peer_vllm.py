@@ -1,6 +1,7 @@
 """vLLM on this machine as a peer of `shoal bench decode`; run by a Python that has vLLM 0.32 (see `peers.py`)."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ def main() -> None:
         "num_hidden_layers": told["layers"],
         "num_attention_heads": told["heads"],
         "num_key_value_heads": told["kv_heads"],
+        "head_dim": told["head_dim"],
         "intermediate_size": told["ffn"],
         "vocab_size": told["vocab"],
         "max_position_embeddings": length,
@@ -41,14 +43,21 @@ def main() -> None:
 
     from vllm import LLM, SamplingParams
 
+    steps = told.get("steps", False)
+    if steps:  # a part of the device's memory is left: summaries of a Shoal model's blocks lie beside vLLM's own
+        options["gpu_memory_utilization"] = 0.85
     llm = LLM(
-        **options, dtype=dtype, max_model_len=length, enforce_eager=told["eager"], enable_prefix_caching=False
+        **options, dtype=dtype, max_model_len=length, enforce_eager=told["eager"], enable_prefix_caching=steps
     )  # fmt: skip
+    room = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens if steps else math.inf
     print("ready", file=answers)
     for line in sys.stdin:
         batch, prompt, tokens = map(int, line.split())
+        if batch * (prompt + tokens) > room:
+            print("nan", file=answers)
+            continue
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        prompts = [{"prompt_token_ids": [20 + (7 * i + j) % 200 for j in range(prompt)]} for i in range(batch)]
+        prompts = [{"prompt_token_ids": [20 + (7 * i + j) % 257 for j in range(prompt)]} for i in range(batch)]
         start = time.perf_counter()
         done = llm.generate(prompts, sampling, use_tqdm=False)
         spent = time.perf_counter() - start

@@ -4,8 +4,9 @@ not its turn, with random weights of our block's shape, with the same weights, o
 A peer is a script that another Python runs (`peer_vllm.py`, `peer_llama_cpp.py`, `peer_transformers.py`). It gets the shape as
 JSON in its first argument, writes one line when it is ready, and then answers each line `BATCH PROMPT TOKENS` by the seconds
 that so many requests take, with prompts of so many tokens and answers of so many, prefill included, which is what
-`evaluate.evaluation.decode_speed` times. Those that `shoal bench quality` takes answer a line of ids, a list in JSON, by what
-they say of it.
+`evaluate.evaluation.decode_speed` times; or by `nan`, where its memory does not hold them. vLLM that is told `steps` finds in
+its prefix cache the prompts that it has read, so that steps can be timed apart. Those that `shoal bench quality` takes answer a
+line of ids, a list in JSON, by what they say of it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Peer:
 
     def seconds(self, batch: int, prompt: int, tokens: int) -> float:
         """What `batch` requests with prompts of `prompt` and answers of `tokens` tokens take. The peer sleeps before and after,
-        so that threads which wait by spinning take nothing from others' turns. Raises ShoalError as `answer`."""
+        so that threads which wait by spinning take nothing from others' turns. nan: its memory does not hold them. Raises
+        ShoalError as `answer`."""
         return float(self._asked(f"{batch} {prompt} {tokens}"))
 
     def said(self, ids: list[int]) -> tuple[list[float], list[int]]:

@@ -1,7 +1,7 @@
 """A plain GPT in PyTorch (learned positions, LayerNorm, GELU, full attention), as nanoGPT has it: what ours is measured beside.
 
 Written for this comparison from the GPT-2 paper's description; no options, no tricks, so that it is what a reader expects.
-Letters: B rows, T tokens, D width, V vocabulary.
+Letters: B rows, T tokens, D width, H heads of d numbers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class PlainLayer(nn.Module):
@@ -27,10 +28,18 @@ class PlainLayer(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.asked(x)
+        return self.answered(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def asked(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, H, T, d] of `x` [B, T, D]."""
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.before_attention(x)).chunk(3, -1)
         )
-        read = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return q, k, v
+
+    def answered(self, x: Tensor, read: Tensor) -> Tensor:
+        """The layer's output [B, T, D], from its input `x` and what attention `read` [B, H, T, d]."""
         x = x + self.attention_out(read.transpose(1, 2).flatten(-2))
         return x + self.down(F.gelu(self.up(self.before_mlp(x))))
 
@@ -40,6 +49,7 @@ class PlainGPT(nn.Module):
 
     def __init__(self, *, vocab: int, layers: int, width: int, heads: int, length: int, seed: int = 0) -> None:
         super().__init__()
+        self.heads = heads
         self.tokens, self.positions = nn.Embedding(vocab, width), nn.Embedding(length, width)
         self.layers = nn.ModuleList(PlainLayer(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width, bias=False)
@@ -66,3 +76,26 @@ class PlainGPT(nn.Module):
         rest = [p for p in self.parameters() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+
+
+class PlainDecoder:
+    """`model` token by token, on B rows side by side, with memory for keys and values of `length` tokens each. Flash attention
+    reads them, as torch has it for the device."""
+
+    def __init__(self, model: PlainGPT, batch: int, length: int) -> None:
+        table = model.tokens.weight
+        shape = batch, model.heads, length, table.shape[1] // model.heads
+        self.model, self.kv = model, [(table.new_zeros(shape), table.new_zeros(shape)) for _ in model.layers]
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, place: int) -> Tensor:
+        """Logits [B, V] after `tokens` [B], which stand at `place`, counted from 0; their keys and values are kept."""
+        model, up_to = self.model, place + 1
+        x = (model.tokens(tokens) + model.positions.weight[place])[:, None]
+        for layer, (keys, values) in zip(model.layers, self.kv, strict=True):
+            # one is written and all are read by kernels of torch, outside of what may be compiled: none copies the whole memory
+            q, keys[:, :, place:up_to], values[:, :, place:up_to] = layer.asked(x)  # type: ignore[operator]
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                read = F.scaled_dot_product_attention(q, keys[:, :, :up_to], values[:, :, :up_to])
+            x = layer.answered(x, read)  # type: ignore[operator]
+        return F.linear(model.norm(x[:, 0]), model.tokens.weight)
