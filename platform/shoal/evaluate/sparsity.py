@@ -58,11 +58,10 @@ def chosen(
             return found
     loaded = checkpoint.read(model)
     rows = long_rows(data, loaded, wide)
+    found = choose(made(loaded.net.float(), wide).requires_grad_(False), rows, tolerance, tell)
     busy = ResourceError(f"another command is training in {run}", do="wait for it, stop it, or give another --out")
-    with alone(kept.with_name(COMMAND), busy):
-        found = choose(made(loaded.net.float(), wide).requires_grad_(False), rows, tolerance, tell)
-        with aside(kept) as beside:
-            write_json(beside, {**found, "asked": asked})
+    with alone(kept.with_name(COMMAND), busy), aside(kept) as beside:
+        write_json(beside, {**found, "asked": asked})
     return found
 
 

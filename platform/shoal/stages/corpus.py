@@ -177,9 +177,8 @@ class Curate(Stage):
             "moved": moved(capture.folder),
         }
         made = cut.cut(found, self.out, settings, replay=self.replay, never=never, told=told)
-        for line in learned.forget(
-            self.out, capture.forgotten()
-        ):  # meanwhile: who forgot them did not find this cut yet
+        # of those who were forgotten meanwhile, by a command that did not find this cut yet
+        for line in learned.forget(self.out, capture.forgotten()):
             say(line)
             made = cut.read(self.out)
         of = ", ".join(f"{count} {label}" for label, count in made["labels"].items())

@@ -12,12 +12,12 @@ import pytest
 from shoal import Model, cli
 from shoal.data.alone import alone
 from shoal.errors import DataError, ResourceError
-from shoal.loop import forget as forgetting
 from shoal.loop import learned
 from shoal.loop.capture import Capture, Forgotten, subject
 from shoal.loop.cut import Settings, cut
 from shoal.loop.forget import LOCK, forget
 from shoal.loop.labels import CORRECTION, Found, Labelled
+from shoal.loop.parts import write_part
 from shoal.loop.release import Release
 from shoal.loop.rows import Row
 from shoal.loop.texts import Texts
@@ -210,21 +210,21 @@ def test_the_work_that_a_retraining_left_goes_with_the_words_in_it(capture: Capt
 def test_of_two_who_forget_at_once_neither_writes_the_other_s_person_back(
     capture: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, seen = forgetting.write_part, []
+    seen = list[str]()
 
     def meanwhile(*given: object) -> None:
         if not seen:
             seen.append("other")
-            monkeypatch.setattr(forgetting, "LOCK_SECONDS", 0.0)
+            monkeypatch.setattr("shoal.loop.forget.LOCK_SECONDS", 0.0)
             with pytest.raises(ResourceError, match=f"another forgets in {capture.folder}"):
                 forget(capture, subject=BOB)
-        write(*given)  # type: ignore[arg-type]
+        write_part(*given)  # type: ignore[arg-type]
 
     adopted = Writer(capture, start=False)
     for number, whose in enumerate((ANN, BOB, "c" * 32)):
         adopted.put(Row(name(20 + number), NOON, subject=whose))
     adopted.close()
-    monkeypatch.setattr(forgetting, "write_part", meanwhile)
+    monkeypatch.setattr("shoal.loop.forget.write_part", meanwhile)
     forget(capture, subject=ANN)
     forget(capture, subject=ANN)  # whoever comes next does what the other could not
     assert seen and set(ds.dataset(capture.folder / "rows").to_table()["subject"].to_pylist()) == {"c" * 32}
