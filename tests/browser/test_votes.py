@@ -146,9 +146,7 @@ def test_of_a_service_that_captures_nothing_there_are_no_buttons(page: Page, ope
     visit(page, open_site)
     most_tokens(page, 4)
     answered(page, "Hello?")
-    page.wait_for_timeout(
-        2000
-    )  # buttons would be there by now; the page's heartbeat may keep the network from being idle
+    page.wait_for_timeout(2000)  # buttons would be there by now
     assert page.locator(".votes").count() == 1 and page.locator(".votes button:visible").count() == 0
     assert httpx.get(f"{open_site.url}/v1/shoal/feedback").json()["captured"] is False
 
