@@ -45,6 +45,7 @@ from shoal.evaluate.intervals import of_mean
 from shoal.evaluate.prompts import gaps
 from shoal.evaluate.rounding import rounded
 from shoal.model import cost
+from shoal.model.digests import digest
 from shoal.model.model import Model
 from shoal.model.net import Net
 from shoal.model.router import fit_router
@@ -237,7 +238,7 @@ class Trial:
         norms = self._norms().net
         ids = self.texts.rows(most=1)[0, :-1].tolist()
         same = torch.equal(base.logits(ids), model.logits(ids))
-        kept = exits.digest(base.net.state_dict()) == exits.digest(exits.backbone(model.net.state_dict(), model.config))
+        kept = digest(base.net.state_dict()) == digest(exits.backbone(model.net.state_dict(), model.config))
         return {
             "bits": bits(model.net, self.texts), "bits of the copy": bits(begun, self.texts),
             "bits of norms alone": bits(norms, self.texts), "full depth the same": float(same), "sha256 the same": float(kept),

@@ -7,14 +7,16 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import CheckpointError
-from shoal.model.described import read_json
+from shoal.model.described import BASE, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+FORMAT = {"format": "pt"}  # metadata of the weights, for other tools
 PREFIX = "base_model.model."  # of every tensor's name
 MOST_RANK = 64
 # keys of the config that would change what is computed, or the base beside which it is: the values that mean "off"
@@ -45,10 +47,12 @@ class AdapterFiles:
     rank: int
     scale: float  # of B A
     data: bytes  # of the safetensors
+    # of its base's weights, as of `described.base`; empty where the tool that wrote it does not say
+    base_sha256: str = ""
 
     @property
     def identity(self) -> str:
-        """Equal for equal weights and scale, whatever they are called and wherever they lie."""
+        """Equal for equal weights, scale and base, whatever they are called and wherever they lie."""
         return hashlib.sha256(json.dumps(self.scale).encode() + b"\0" + self.data).hexdigest()[:32]
 
 
@@ -70,7 +74,16 @@ def read(directory: str | Path, most: int | None = None) -> AdapterFiles:
         raise CheckpointError(f"{path}: lora_alpha", got=alpha, allowed="a number")
     scale = alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
     base = told.get("base_model_name_or_path")
-    return AdapterFiles(None if base is None else str(base), rank, scale, _bytes(Path(directory) / WEIGHTS, most))
+    data = _bytes(Path(directory) / WEIGHTS, most)
+    return AdapterFiles(None if base is None else str(base), rank, scale, data, _base_sha256(data))
+
+
+def _base_sha256(data: bytes) -> str:
+    """What safetensors' metadata says; nothing where it cannot be read, which who reads the tensors finds."""
+    with suppress(ValueError, TypeError, AttributeError):
+        end = 8 + int.from_bytes(data[:8], "little")
+        return str(json.loads(data[8:end]).get("__metadata__", {}).get(BASE, ""))
+    return ""
 
 
 def _bytes(path: Path, most: int | None) -> bytes:

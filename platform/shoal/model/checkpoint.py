@@ -73,11 +73,13 @@ def save(
     chat_template: str = DEFAULT_TEMPLATE,
     router: Router | None = None,
     source: Mapping[str, Any] | None = None,
+    base: str = "",
     card: str = "",
     shard_bytes: int = files.SHARD,
 ) -> None:
     """Write a model directory. `state` is the state of `Net(config)` on the CPU, or its tensors by name as they come, of which
-    a file's are held at a time; `source`: what an open model was imported from. Replaces an existing model directory.
+    a file's are held at a time; `source`: what an open model was imported from; `base` as of `described.base` [these weights].
+    Replaces an existing model directory.
 
     Weights of more than `shard_bytes` are cut into several files. Raises CheckpointError when something else is there
     (`require_replaceable`).
@@ -90,7 +92,7 @@ def save(
     tensors = ((key, value.detach().contiguous()) for key, value in itertools.chain(named, also))
     with replacing(directory) as aside:
         files.save_weights(aside, tensors, shard_bytes)
-        describe(aside, config, name, tokenizer, chat_template, source, card)
+        describe(aside, config, name, tokenizer, chat_template, source, base or files.weights_sha256(aside), card)
         if router is not None:
             write_json(aside / "router.json", dataclasses.asdict(router.calibration))
         files.write_manifest(aside)
@@ -103,11 +105,12 @@ def describe(
     tokenizer: Tokenizer,
     chat_template: str,
     source: Mapping[str, Any] | None,
+    base: str,
     card: str,
 ) -> None:
     """Write what a model directory holds beside its weights and its router; the manifest comes last."""
     own = {"format": described.FORMAT, "version": described.VERSION}
-    meta: dict[str, Any] = {**own, "name": name, "model": dump(config), **_HUGGING_FACE}
+    meta: dict[str, Any] = {**own, "name": name, "model": dump(config), described.BASE: base, **_HUGGING_FACE}
     if config.quantization == "w8a8":
         meta |= {"quantization_config": _W8A8, "int8_scheme": described.INT8_SCHEME}
     write_json(directory / described.CONFIG, meta)
@@ -243,6 +246,7 @@ class Loaded:
     chat_template: str
     router: Router | None
     source: dict[str, Any] | None
+    base: str
 
 
 def read(directory: str | Path, *, verify: bool = False) -> Loaded:
@@ -276,7 +280,7 @@ def read(directory: str | Path, *, verify: bool = False) -> Loaded:
         source[LICENCES] = {
             path.name: path.read_text(encoding="utf-8", errors="surrogateescape") for path in files.licences(directory)
         }
-    return Loaded(it.name, config, net, it.tokenizer, it.chat_template, router, source)
+    return Loaded(it.name, config, net, it.tokenizer, it.chat_template, router, source, described.base(directory))
 
 
 def _router(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> Router | None:

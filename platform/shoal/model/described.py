@@ -19,6 +19,7 @@ from shoal.inputs.tokenizer import Tokenizer
 T = TypeVar("T")
 
 CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
+BASE = "base_sha256"  # in CONFIG: see `base`
 SOURCE = "source.json"  # what an open model was imported from: family, what describes it, sha256 of its weights
 ADAPTED = "adapted"  # there: see `adapted`
 # how an answer is drawn: what a source may have a say in where a request is silent
@@ -76,6 +77,13 @@ def read_config(directory: str | Path) -> tuple[str, ModelConfig]:
             do="quantise the fp32 model with this version of shoal",
         )  # fmt: skip
     return meta["name"], config
+
+
+def base(directory: str | Path) -> str:
+    """sha256 of the weights beside which adapters of this model are trained: of what it was imported from, or of what a run
+    wrote. Adding exits and rounding keep it, and other training does not. Empty where nobody wrote it down. Raises
+    CheckpointError for a file that cannot be read."""
+    return str(read_json(Path(directory) / CONFIG).get(BASE, ""))
 
 
 def sampling(directory: str | Path) -> dict[str, Any]:

@@ -51,9 +51,10 @@ class Model:
         chat_template: str = DEFAULT_TEMPLATE,
         router: Router | None = None,
         source: Mapping[str, Any] | None = None,
+        base: str = "",
     ) -> None:
-        """`source`: what an open model was imported from."""
-        self.source = source
+        """`source`: what an open model was imported from; `base` as of `described.base`."""
+        self.source, self.base = source, base
         # were channels moved between its weights before rounding (`smooth`)? Then an adapter of its source does not fit
         self.smoothed = source is not None and config.quantization == "w8a8"
         self.config, self.net, self.tokenizer = config, net.eval().requires_grad_(False), tokenizer
@@ -95,6 +96,7 @@ class Model:
             chat_template=parts.chat_template,
             router=parts.router,
             source=parts.source,
+            base=parts.base,
         )
         made.smoothed = smoothed  # in fp32 as well
         return made
@@ -110,6 +112,7 @@ class Model:
             chat_template=self.chat_template,
             router=self.router,
             source=self.source,
+            base=self.base,
             card=card,
         )
 
@@ -277,8 +280,15 @@ class Model:
             net = Net(config)
         state = {name: t.float() if t.is_floating_point() else t for name, t in export_int8(self.net, state).items()}
         net.load_state_dict(state, assign=True)
-        name = f"{self.name}-int8"
-        return Model(config, net, self.tokenizer, name=name, chat_template=self.chat_template, source=self.source)
+        return Model(
+            config,
+            net,
+            self.tokenizer,
+            name=f"{self.name}-int8",
+            chat_template=self.chat_template,
+            source=self.source,
+            base=self.base,
+        )
 
 
 def forbidden(tokenizer: Tokenizer, vocab: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from shoal.errors import CheckpointError
 from shoal.machine import write_json
 from shoal.model import checkpoint, described
-from shoal.model.adapter_files import CONFIG, PREFIX, WEIGHTS
+from shoal.model.adapter_files import CONFIG, FORMAT, PREFIX, WEIGHTS
 from shoal.open_weights import families
 
 
@@ -56,5 +56,5 @@ def write(lora: Path, model: Path, to: Path, *, alpha: float) -> None:
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "modules_to_save": None,
     }  # fmt: skip
     with checkpoint.replacing(to, require_replaceable) as aside:
-        save_file(tensors, str(aside / WEIGHTS), metadata={"format": "pt"})
+        save_file(tensors, str(aside / WEIGHTS), metadata={**FORMAT, described.BASE: described.base(model)})
         write_json(aside / CONFIG, told)

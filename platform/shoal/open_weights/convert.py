@@ -5,6 +5,7 @@ Every tensor of the source is used exactly once or named in an error, and what i
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from shoal.config import FULL, ModelConfig
 from shoal.errors import CheckpointError, ShoalError
 from shoal.inputs.patterns import is_panic
 from shoal.machine import write_json
-from shoal.model import checkpoint, described, files
+from shoal.model import checkpoint, described, digests, files
 from shoal.model.model import Model
 from shoal.model.net import Net
 from shoal.open_weights import depths, families, known, proof, rope, streams
@@ -103,18 +104,16 @@ def import_model(
         raise CheckpointError(f"tokenizer of {source}", got=got, allowed=f"at most vocab_size ({config.vocab})")
     planned = {ours: (kept, tuple(state[ours].shape)) for ours in table}
     with checkpoint.replacing(Path(out)) as aside:
-        streams.write(aside, planned, _pieces(origin, table, state, kept, exactly=exactly), shard_bytes)
-        digest = files.weights_sha256(aside)
-        told = {"family": family, "name": origin.name, "config": dict(origin.config), "weights_sha256": digest}
-        told |= {
-            "generation_config": generation,
-            "dtype": str(kept).removeprefix("torch."),
-            **origin.extra,
-        }
+        base = hashlib.sha256()
+        streams.write(aside, planned, _pieces(origin, table, state, kept, base, exactly=exactly), shard_bytes)
+        told = {"family": family, "name": origin.name, "config": dict(origin.config)}
+        told |= {"weights_sha256": files.weights_sha256(aside), "generation_config": generation}
+        told |= {"dtype": str(kept).removeprefix("torch."), **origin.extra}
         for licence in origin.licences():
             shutil.copy(licence, aside / licence.name)
         origin.need_same()
-        checkpoint.describe(aside, config, name, tokenizer, template, told, _card(name, family, origin))
+        card = _card(name, family, origin)
+        checkpoint.describe(aside, config, name, tokenizer, template, told, base.hexdigest(), card)
         files.write_manifest(aside)
     total = sum(streams.size(*each) for each in planned.values())
     return Imported(str(out), family, config, str(kept).removeprefix("torch."), len(there), total)
@@ -139,15 +138,19 @@ def _pieces(
     table: Mapping[str, tuple[str, ...]],
     state: Mapping[str, Tensor],
     kept: torch.dtype,
+    base: hashlib._Hash,
     *,
     exactly: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of ours, a piece for each of theirs. Raises CheckpointError as `_cast`."""
+    """Each tensor of ours, a piece for each of theirs; `base` is given what they are in the source, which is the same in
+    whatever dtype they are written. Raises CheckpointError as `_cast`."""
     for ours, theirs in table.items():
         if not theirs:
             yield ours, torch.zeros(state[ours].shape, dtype=kept)
         for name in theirs:
-            yield ours, _cast(name, origin.read(name), kept, exactly=exactly)
+            tensor = origin.read(name)
+            digests.add(base, name, tensor)
+            yield ours, _cast(name, tensor, kept, exactly=exactly)
 
 
 def _cast(name: str, tensor: Tensor, kept: torch.dtype, *, exactly: bool) -> Tensor:

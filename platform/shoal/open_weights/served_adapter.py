@@ -20,7 +20,7 @@ from torch import Tensor
 from shoal.errors import CheckpointError, first_line
 from shoal.machine import need_memory
 from shoal.model import adapter_files, described
-from shoal.model.adapter_files import CONFIG, MOST_RANK, PREFIX, WEIGHTS
+from shoal.model.adapter_files import CONFIG, MOST_RANK, PREFIX, WEIGHTS, AdapterFiles
 from shoal.model.adapters import Adapter, Pair, kept
 from shoal.model.linears import Int8Linear, Linear
 from shoal.model.model import Model
@@ -46,7 +46,7 @@ def read(directory: str | Path, model: Model) -> Adapter:
         if isinstance(module, (Linear, Int8Linear)) and name.startswith("groups.")
     }
     files = adapter_files.read(directory, most=sum(8 * MOST_RANK * sum(shape) for shape in linears.values()) + 2**20)
-    _need_base(directory / CONFIG, files.base, model)
+    _need_base(directory, files, model)
     thin = _thin(directory / WEIGHTS, files.data)
     need_memory(3 * len(files.data))
     pairs: dict[str, Pair] = {}
@@ -78,15 +78,21 @@ def check(directory: str | Path, model: str | Path) -> None:
     with torch.device("meta"):
         net = Net(it.config)
     told = described.read_json(source) if source.exists() else None
-    read(directory, Model(it.config, net, it.tokenizer, name=it.name, source=told))
+    read(directory, Model(it.config, net, it.tokenizer, name=it.name, source=told, base=described.base(model)))
 
 
-def _need_base(path: Path, given: str | None, model: Model) -> None:
-    """Raises CheckpointError for an adapter that names another base: another last part of a path or of a repository's name."""
+def _need_base(directory: Path, files: AdapterFiles, model: Model) -> None:
+    """Raises CheckpointError for an adapter of other weights, as one of ours knows, and for one that names another base, which
+    is all that others say: another last part of a path or of a repository's name."""
     own = [str(model.source["name"])] if model.source else []
     known = {_last(name) for name in (*own, model.name, model.name.removesuffix("-int8"))}
-    if given and _last(given) not in known:
-        raise CheckpointError(f"{path}: base_model_name_or_path", got=given, allowed=own[0] if own else model.name)
+    if files.base and _last(files.base) not in known:
+        where, allowed = f"{directory / CONFIG}: base_model_name_or_path", own[0] if own else model.name
+        raise CheckpointError(where, got=files.base, allowed=allowed)
+    if files.base_sha256 and model.base and files.base_sha256 != model.base:
+        what, allowed = f"{directory / WEIGHTS}: sha256 of its base", f"{model.base[:16]}, which is {model.name}'s"
+        do = "serve it beside the model that it was trained on, or train it again"
+        raise CheckpointError(what, got=files.base_sha256[:16], allowed=allowed, do=do)
 
 
 def _last(name: str) -> str:

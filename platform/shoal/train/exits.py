@@ -10,7 +10,6 @@ Letters: M tokens, F inner width of an exit, D width.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -21,6 +20,7 @@ from shoal.config import GROUPS, ModelConfig
 from shoal.data.batches import Batch
 from shoal.errors import CheckpointError
 from shoal.model.block import ExitMlp
+from shoal.model.digests import digest
 from shoal.model.net import Net
 from shoal.train.parallel import Ranks
 
@@ -153,15 +153,6 @@ def is_exits(name: str, config: ModelConfig) -> bool:
 def backbone(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The tensors of a net of `config` that full depth reads."""
     return {name: tensor for name, tensor in state.items() if not is_exits(name, config)}
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of names, types, shapes and values."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def need_unchanged(before: str, backbone: Mapping[str, Tensor]) -> str:

@@ -84,7 +84,7 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker, at_end: contextlib.ExitStack
         need_replaceable(plan)  # where its model goes is looked at before it is trained
         plan = located(plan)
         start = Start.of(plan, ranks)
-        identity = plan.identity(start.base)
+        identity = plan.identity(start.read)
         if plan.dtype == "bfloat16" and ranks.device.type == "cpu":
             raise ConfigError("dtype", got=plan.dtype, allowed="auto or float32 without a GPU")
         if ranks.device.type == "cuda":

@@ -20,6 +20,7 @@ from shoal.errors import CheckpointError, ConfigError, last_line
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import checkpoint, described, smooth
+from shoal.model.digests import digest
 from shoal.model.linears import export_int8
 from shoal.model.net import Net
 from shoal.train import exits, fresh, lora, sparse
@@ -38,8 +39,9 @@ class Start:
     net: Net
     tokenizer: Tokenizer
     template: str
-    base: dict[str, str]  # sha256 of what was read of the plan's model directory, by name; empty for fresh weights
+    read: dict[str, str]  # sha256 of what was read of the plan's model directory, by name; empty for fresh weights
     source: dict[str, Any] | None = None  # what an open model was imported from
+    base: str = ""  # of the plan's model directory, as of `described.base`
     backbone: str = ""  # sha256 of what stays as it is, where what is new alone is trained
     solves: bool = False  # are there new exits whose last matrix is to be solved for?
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the tensors then: training is in fp32
@@ -49,11 +51,11 @@ class Start:
         """From the plan's model directory, or fresh with the tokenizer of its shards. Equal on every rank."""
         if plan.init:
             parts = checkpoint.read(plan.init)
-            source = parts.source
-            digest, backbone, dtypes = exits.digest(parts.net.state_dict()), "", dict[str, torch.dtype]()
+            source, base = parts.source, parts.base
+            weights, backbone, dtypes = digest(parts.net.state_dict()), "", dict[str, torch.dtype]()
             solves = plan.adapts and not plan.biases_only and exits.begins_solved(parts.config, plan.model)
             if plan.adapts:
-                backbone = exits.digest(_backbone(plan, parts.net.state_dict(), parts.config))
+                backbone = digest(_backbone(plan, parts.net.state_dict(), parts.config))
                 grown = sparse.made if plan.biases_only else exits.added
                 parts.net, parts.config = grown(parts.net, plan.model), plan.model
                 dtypes = {name: tensor.dtype for name, tensor in parts.net.state_dict().items()}
@@ -65,8 +67,8 @@ class Start:
             if parts.config != plan.model:
                 raise CheckpointError(f"{plan.init} is of another configuration", do="plan with the model's own")
             net, tokenizer, template = parts.net.float(), parts.tokenizer, parts.chat_template
-            base = {
-                "weights_sha256": digest,
+            read = {
+                "weights_sha256": weights,
                 "tokenizer_sha256": tokenizer.sha256,
                 "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
             }
@@ -80,12 +82,12 @@ class Start:
             drawn_later = ranks.world > 1 and not plan.has_teacher
             net = fresh.meta(plan.model) if drawn_later else Net(plan.model).init_(plan.train.seed)
             tokenizer, template = shard_tokenizer(plan.data), DEFAULT_TEMPLATE
-            base, source, backbone, solves, dtypes = {}, None, "", False, {}
+            read, source, base, backbone, solves, dtypes = {}, None, "", "", False, {}
         if len(tokenizer) > plan.model.vocab:
             raise ConfigError(
                 "model.vocab", got=plan.model.vocab, allowed=f"at least {len(tokenizer)}, the tokenizer's"
             )
-        return cls(net, tokenizer, template, base, source, backbone, solves, dtypes)
+        return cls(net, tokenizer, template, read, source, base, backbone, solves, dtypes)
 
     def prepare(self, plan: FitPlan, feed: Feed, ranks: Ranks) -> None:
         """What is done to the weights, in place, once the data are known."""
@@ -134,7 +136,7 @@ class Start:
         if plan.train.lora_rank:
             lora.save(plan.run, state)
             state = lora.merged(state)
-        after = exits.digest(_backbone(plan, state, plan.model)) if plan.adapts else ""
+        after = digest(_backbone(plan, state, plan.model)) if plan.adapts else ""
         if not plan.quantize:
             return plan.model, state, after
         whole = Net(plan.model)
@@ -152,6 +154,7 @@ class Start:
                     name=plan.name,
                     chat_template=self.template,
                     source=described.trained_further(self.source),
+                    base=self.base if plan.frozen or plan.quantize else "",
                 )
         except (OSError, SafetensorError) as error:
             do = "free some room; the same command goes on from its last checkpoint"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.errors import CheckpointError, ResourceError
@@ -19,7 +21,7 @@ from shoal.open_weights import adapter, convert, families
 from shoal.open_weights.served_adapter import check, read
 from shoal.train import lora
 from shoal.train.loop import fit
-from shoal.train.plan import finetune_plan
+from shoal.train.plan import FitPlan, adapt_plan, finetune_plan, quantize_plan
 from tests.adapters import linears, merged, save, write
 from tests.unit.engine.lively import lively
 from tests.unit.open_weights.conftest import FAMILIES, edit
@@ -250,3 +252,81 @@ def test_what_lora_learned_of_a_model_of_our_own_is_served_beside_it(tmp_path: P
     asked = Request(list(range(30, 60)), Sampling(temperature=0, max_tokens=12, ignore_eos=True), depth="full")
     (plain,), (adapted,) = (engine.generate([dataclasses.replace(asked, adapter=name)]) for name in ("", identity))
     assert adapted.tokens == written.generate_naive(asked.prompt, 12, "full", ignore_eos=True) != plain.tokens  # type: ignore[arg-type]
+
+
+def learned(model: Path, folder: Path) -> Path:
+    """An adapter of ours, as a run that fine-tuned the `model` would leave it."""
+    net, draw, state = Model.load(model), torch.Generator().manual_seed(0), {}
+    for name, linear in linears(net).items():
+        outputs, inputs = linear.weight.shape  # type: ignore[union-attr,misc]
+        state[f"{name}.lora_a"] = torch.randn(2, inputs, generator=draw)
+        state[f"{name}.lora_b"] = torch.randn(outputs, 2, generator=draw)
+    folder.mkdir()
+    lora.save(folder, state)
+    adapter.write(folder / lora.FILE, model, folder / "adapter", alpha=lora.SCALE * 2)
+    return folder / "adapter"
+
+
+def trained(made: Callable[..., FitPlan], model: Path, out: Path, **more: Any) -> Path:
+    """Where a run of two updates has written what `made` plans for the `model`."""
+    rows = out.with_suffix(".jsonl")
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "A fish."}]}
+    rows.write_text((json.dumps(row) + "\n") * 16)
+    fit(plan := made(str(model), str(rows), str(out), steps=2, batch_tokens=192, eval_every=0, **more))
+    return Path(plan.model_dir)
+
+
+def test_an_adapter_of_ours_knows_its_base_among_models_of_one_name_and_shape(tmp_path: Path) -> None:
+    """Runs of one preset have one name: by it and by shapes alone a retrained model, whose weights have moved, took the
+    adapters of the one before, and answered with what neither had learned."""
+    for number in (3, 4):
+        Model.from_preset("test", seed=number).save(tmp_path / f"{number}")
+    folder = learned(tmp_path / "3", tmp_path / "run")
+    tuned = trained(finetune_plan, tmp_path / "3", tmp_path / "tuned")
+    merged_ = trained(finetune_plan, tmp_path / "3", tmp_path / "merged", lora_rank=2)
+    for other in (tmp_path / "4", tuned, merged_):
+        for refuses in (lambda: check(folder, other), lambda: read(folder, Model.load(other))):  # noqa: B023
+            with pytest.raises(
+                CheckpointError, match=r"sha256 of its base: got '[0-9a-f]{16}'; allowed: [0-9a-f]{16}, which is "
+            ) as told:
+                refuses()
+            assert "\n" not in told.value.message
+    # the same weights rounded, as trained for it, or copied
+    Model.load(tmp_path / "3").quantized().save(tmp_path / "int8")
+    aware = trained(quantize_plan, tmp_path / "3", tmp_path / "aware")
+    Model.load(tmp_path / "3").save(tmp_path / "copy")
+    for same in (tmp_path / "3", tmp_path / "int8", aware, tmp_path / "copy"):
+        check(folder, same)
+        read(folder, Model.load(same))
+
+
+def test_the_base_of_an_imported_model_stays_with_its_exits_and_in_any_dtype(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = checkpoint("llama")
+    convert.import_model(source, tmp_path / "base")
+    convert.import_model(source, tmp_path / "bf16", dtype="bfloat16", name="test")
+    folder = learned(tmp_path / "base", tmp_path / "run")
+    exits_ = trained(adapt_plan, tmp_path / "base", tmp_path / "exits")
+    for same in (tmp_path / "bf16", exits_):
+        check(folder, same)
+    other = trained(partial(adapt_plan, tune="lora"), tmp_path / "base", tmp_path / "other")
+    edit(source / "config.json", rms_norm_eps=1e-5)  # the same weights still
+    convert.import_model(source, tmp_path / "again")
+    check(folder, tmp_path / "again")
+    tensors = load_file(str(source / "model.safetensors"))
+    name = next(name for name in tensors if name.endswith("down_proj.weight"))
+    save_file({**tensors, name: tensors[name] + 1e-3}, str(source / "model.safetensors"), metadata={"format": "pt"})
+    convert.import_model(source, tmp_path / "changed")
+    for another in (other, tmp_path / "changed"):
+        with pytest.raises(CheckpointError, match="sha256 of its base"):
+            check(folder, another)
+
+
+def test_a_model_of_before_that_does_not_know_its_base_takes_an_adapter_by_name(tmp_path: Path) -> None:
+    Model.from_preset("test", seed=3).save(tmp_path / "model")
+    folder = learned(tmp_path / "model", tmp_path / "run")
+    edit(tmp_path / "model" / "config.json", base_sha256=None)
+    (tmp_path / "model" / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match=r"no manifest\.json"):
+        read(folder, Model.load(tmp_path / "model"))

@@ -23,6 +23,7 @@ from shoal.evaluate import routing
 from shoal.inputs.chat import encode_chat
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.described import ADAPTED, trained_further
+from shoal.model.digests import digest
 from shoal.model.net import Net
 from shoal.open_weights.convert import export_model, import_model
 from shoal.train import exits, log, lora
@@ -108,8 +109,8 @@ def test_full_depth_is_the_base_to_the_bit_and_exits_learned(base: Path, adapted
         assert now[name].dtype == tensor.dtype == torch.bfloat16 and torch.equal(now[name], tensor), name
     more = now.keys() - was.keys()
     assert more and all(exits.is_exits(name, after.config) for name in more)
-    digest = exits.digest(was)
-    assert adapted.backbone == (digest, digest) and digest == exits.digest(exits.backbone(now, after.config))
+    kept = digest(was)
+    assert adapted.backbone == (kept, kept) and kept == digest(exits.backbone(now, after.config))
     ids = chat_ids(before, heldout)
     assert torch.equal(before.logits(ids), after.logits(ids))
 
@@ -127,8 +128,8 @@ def test_a_tuned_backbone_is_another_model_and_the_report_says_so(
     wanted = plan(base, rows, tmp_path / "out", tune=tune, steps=6, heldout=str(heldout), learning_rate=5e-3)
     result = fit(wanted)
     before, after = Model.load(base), Model.load(result.out, verify=True)
-    was = exits.digest(load_file(str(base / "model.safetensors")))
-    now = exits.digest(exits.backbone(load_file(str(Path(result.out, "model.safetensors"))), after.config))
+    was = digest(load_file(str(base / "model.safetensors")))
+    now = digest(exits.backbone(load_file(str(Path(result.out, "model.safetensors"))), after.config))
     assert result.backbone == (was, now) and was != now
     assert after.config == wanted.model and after.source == trained_further(before.source)
     state, begun = after.net.state_dict(), exits.added(before.net.float(), after.config).state_dict()
