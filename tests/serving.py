@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import sys
 import threading
+import traceback
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +63,17 @@ def in_a_thread(app: FastAPI, engines: Sequence[AsyncEngine], port: int = 0) -> 
     finally:
         stop.set()
         thread.join(STOP_SECONDS)
-    assert not thread.is_alive()
+    assert not thread.is_alive(), f"the server does not end\n{_where(started[0].loop)}"
+
+
+def _where(loop: asyncio.AbstractEventLoop) -> str:
+    """What each task of `loop` waits for, and where each thread is."""
+    said = io.StringIO()
+    for task in asyncio.all_tasks(loop):
+        task.print_stack(file=said)
+    for number, frame in sys._current_frames().items():
+        print(f"thread {number}", *traceback.format_stack(frame), sep="\n", file=said)
+    return said.getvalue()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -71,6 +71,19 @@ def renamed(source: str) -> list[int]:
     return found
 
 
+def clocks_of_all(source: str) -> list[int]:
+    """Lines of a test that set what is in the module `time` itself."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+            first = node.args[0]
+            dotted = isinstance(first, ast.Constant)
+            named = str(first.value).rpartition(".")[0] if dotted else ast.unparse(first)  # type: ignore[attr-defined]
+            if named.rpartition(".")[2] == "time":
+                found.append(node.lineno)
+    return found
+
+
 def test_no_comment_is_torn_from_what_it_explains() -> None:
     """Such a comment goes above the statement, and what it stood beside on one line again, where that has room."""
     assert [f"{name_of(path)}:{line}" for path in SOURCES for line in torn(path.read_text("utf-8"))] == []
@@ -79,6 +92,11 @@ def test_no_comment_is_torn_from_what_it_explains() -> None:
 def test_a_module_goes_by_one_name() -> None:
     """Another name is another word of the glossary, or none: rename the module, or import what is used of it."""
     assert [f"{name_of(path)}:{line}" for path in SOURCES for line in renamed(path.read_text("utf-8"))] == []
+
+
+def test_no_test_sets_the_clock_of_all() -> None:
+    """A service beside it would wait for a time that does not come: `tests.clocks.tells` sets that of one module."""
+    assert [f"{name_of(path)}:{line}" for path in SOURCES for line in clocks_of_all(path.read_text("utf-8"))] == []
 
 
 @pytest.mark.parametrize("what", ONCE)
@@ -96,4 +114,10 @@ def test_the_checks_see_what_they_are_for() -> None:
     assert torn('x: str = (\n    ""  # why\n)\n') == [2] and torn('x = (\n    "long"\n)\n') == []
     assert renamed("from shoal.model import checkpoint as page\nimport shoal.page as drawing\n") == [1, 2]
     assert renamed("from shoal import presets as presets\nfrom shoal.config import load as load_config\n") == []
+    assert clocks_of_all('p.setattr(m.time, "sleep", f)\np.setattr("a.time.time", f)\np.setattr(time, "time", f)') == [
+        1,
+        2,
+        3,
+    ]
+    assert clocks_of_all('p.setattr("a.time", f)\np.setattr(a, "time", f)') == []
     assert all(Path(PACKAGE / home).is_file() for _, home in ONCE.values())

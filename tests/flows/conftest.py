@@ -23,6 +23,7 @@ from shoal.api.service import Hosted
 from shoal.engine.front import AsyncEngine
 from shoal.open_weights.served_adapter import read
 from tests.adapters import write
+from tests.neighbours import lend
 from tests.serving import Thread, in_a_thread, one_validator_of_a_kind  # noqa: F401
 
 KEY = "a-key-for-this-test"
@@ -76,12 +77,12 @@ def running(model: Model, *, backlog: int = 256, limits: Limits | None = None, *
             yield Service(thread, model, engine)
 
 
-@pytest.fixture(scope="package")
-def service() -> Iterator[Service]:
-    with running(Model.from_preset("test", seed=3), max_queue=4, max_batch=4, max_batch_tokens=64) as started:
-        yield started
+@pytest.fixture(scope="module")
+def service(request: pytest.FixtureRequest) -> Service:
+    model = Model.from_preset("test", seed=3)
+    return lend(request, running(model, max_queue=4, max_batch=4, max_batch_tokens=64))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def client(service: Service) -> openai.OpenAI:
     return service.openai()

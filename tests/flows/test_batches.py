@@ -29,6 +29,7 @@ from shoal.api.served import ServedModel
 from shoal.api.service import Hosted
 from shoal.engine.events import LATER
 from shoal.engine.front import AsyncEngine
+from tests.clocks import tells
 from tests.serving import Thread, in_a_thread
 
 CHAT = "/v1/chat/completions"
@@ -402,7 +403,7 @@ def test_what_is_late_expires_and_is_told(model: Model, tmp_path: Path, monkeypa
         client = client_of(thread)
         batch = started(client, jsonl(*(chat(str(i), 200, ignore_eos=True) for i in range(40))))
         until(lambda: counts(client.batches.retrieve(batch.id))[1] > 0)
-        monkeypatch.setattr(worker.time, "time", lambda: batch.expires_at + 1.0)
+        tells(monkeypatch, "shoal.api.batches.worker", time=lambda: batch.expires_at + 1.0)
         batch = ended(client, batch)
     assert batch.status == "expired" and batch.expired_at
     with serving(model, tmp_path) as thread:

@@ -11,6 +11,7 @@ import pytest
 from shoal.clients import teacher
 from shoal.clients.teacher import TEACHER, Ask
 from shoal.errors import DataError, ResourceError, UsageError
+from tests.clocks import tells
 
 QUESTION: list[dict[str, Any]] = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
 ASK = Ask("http://127.0.0.1:1/v1", "m", temperature=0.5, max_tokens=8, seed=3, depth="full")
@@ -49,7 +50,7 @@ def test_the_row_says_who_answered_and_how_it_was_asked() -> None:
 
 def test_a_full_server_is_waited_for_and_a_refusal_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(teacher.time, "sleep", slept.append)
+    tells(monkeypatch, "shoal.clients.teacher", sleep=slept.append)
     client, bodies = http(httpx.Response(429, headers={"Retry-After": "3"}), httpx.Response(503), good())
     teacher.answered(client, QUESTION, ASK)
     assert slept == [3.0, 2.0] and len(bodies) == 3

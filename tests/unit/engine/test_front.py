@@ -15,6 +15,7 @@ from shoal import Engine, Model, Request, Sampling
 from shoal.engine.events import LATER, Event, Finished, Token
 from shoal.engine.front import AsyncEngine, _Asked
 from shoal.errors import EngineDeadError, GenerationError, QueueFullError, RequestError
+from tests.clocks import tells
 
 SECONDS = 120.0  # for anything here; far above what it takes, the kernels' first compilation included
 
@@ -315,7 +316,7 @@ def test_embeddings_that_may_wait_have_a_tenth_of_the_time_beside_answers_that_m
     engine = AsyncEngine(Engine(model))
     run(engine.close())  # and what its thread did is called here
     now = iter([10.0, 12.0] * 2)
-    monkeypatch.setattr("shoal.engine.front.time.monotonic", lambda: next(now))
+    tells(monkeypatch, "shoal.engine.front", monotonic=lambda: next(now))
     monkeypatch.setattr(Engine, "urgent", urgent)
     engine._engine.ran = True
     engine._pooling_later.put(_Asked(lambda: [0.0]), "", "")

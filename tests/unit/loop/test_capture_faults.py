@@ -26,6 +26,7 @@ from shoal.loop.unread import Read, unread
 from shoal.loop.votes import FILE, Vote, Votes
 from shoal.loop.writer import Bounds, Writer
 from shoal.machine import write_aside
+from tests.clocks import tells
 
 NOON = 1_795_780_800_000  # 2026-11-27 12:00, UTC
 DAY = 86_400_000
@@ -289,7 +290,7 @@ def test_what_several_gateways_add_is_counted_before_it_is_much_more_than_may_be
 ) -> None:
     """Each knows what it adds itself; an hour of what others do was all too much."""
     clock, most, rate = [0.0], 10_000_000, 20_000
-    monkeypatch.setattr("shoal.loop.writer.time.monotonic", lambda: clock[0])
+    tells(monkeypatch, "shoal.loop.writer", monotonic=lambda: clock[0])
     writer = Writer(capture, Bounds(max_bytes=most), wall=lambda: NOON + round(1000 * clock[0]), start=False)
     others = capture.folder / "texts" / f"day={day_of(NOON)}" / "others.json"
     others.parent.mkdir(parents=True)

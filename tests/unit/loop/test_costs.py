@@ -24,6 +24,7 @@ from shoal.inputs.chat import Encoded
 from shoal.loop import costs
 from shoal.loop.paired import FAIL, INCONCLUSIVE, PASS, Check
 from shoal.model.router import Router
+from tests.clocks import tells
 
 EXITS, PROMISED, COUNT, DRAWS = (1, 2, 4), 0.05, 200, 400
 
@@ -313,7 +314,7 @@ def test_time_is_a_token_s_whatever_the_answers_come_to(monkeypatch: pytest.Monk
     found = {}
     for share in (1.0, 0.5):
         engine = Says(share)
-        monkeypatch.setattr(costs.time, "process_time", lambda engine=engine: engine.seconds)
+        tells(monkeypatch, "shoal.loop.costs", process_time=lambda engine=engine: engine.seconds)
         found[share] = costs._seconds(engine, prompts, "auto")  # type: ignore[arg-type]
         assert engine.asked == [costs.TOKENS, 4], (
             "of a prompt that nearly fills the context as many as there is room for"

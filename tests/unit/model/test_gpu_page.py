@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.clocks import tells
 from tests.gpu import measured
 
 CPU = torch.device("cpu")
@@ -86,7 +87,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
 
     monkeypatch.setattr(measured, "part", part)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(measured.time, "monotonic", lambda: clock[0])
+    tells(monkeypatch, "tests.gpu.measured", monotonic=lambda: clock[0])
     monkeypatch.setattr(measured, "PAGE", tmp_path / "gpu.md")
     measured.PAGE.write_text("old\n## Without a GPU\nkept\n")
     return parts

@@ -22,6 +22,7 @@ from shoal.on_ray.gateways import REQUESTS as REQUESTS_OF_ONE
 from shoal.on_ray.gateways import gateway_options
 from shoal.on_ray.scaling import CPU_USE, KV_TARGET, KV_USE, LOW, by_load, wanted
 from shoal.on_ray.serve_config import serve_config
+from tests.clocks import tells
 
 REQUESTS = st.one_of(st.just(0.0), st.floats(0.01, 500))
 TARGETS = st.sampled_from([1.0, 8.0, 24.0])
@@ -144,7 +145,7 @@ def test_serve_scales_up_in_seconds_and_down_in_minutes(monkeypatch: pytest.Monk
     """Serve's own wrapper around the policy, on a clock of ours, one decision a second."""
     policy = _apply_autoscaling_config(by_load)
     now, replicas, state, when = 1000.0, 1, {}, {}
-    monkeypatch.setattr("ray.serve.autoscaling_policy.time.time", lambda: now)
+    tells(monkeypatch, "ray.serve.autoscaling_policy", time=lambda: now)
     for second in range(1200):
         requests = 36.0 if second < 60 else 6.0 if second < 400 else 0.0
         now += 1
