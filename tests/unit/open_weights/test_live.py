@@ -93,7 +93,7 @@ def test_peft_reads_what_lora_has_learned(kind: str, tmp_path: Path) -> None:
     more = {"steps": 5, "lora_rank": 3, "learning_rate": 1e-2, "batch_tokens": 512}
     plan = finetune_plan(str(tmp_path / "model"), str(tmp_path / "chats.jsonl"), str(tmp_path / "run"), **more)
     fit(plan)
-    adapter.write(tmp_path / "run" / lora.FILE, plan.model_dir, tmp_path / "adapter", alpha=3 * lora.SCALE)
+    adapter.write(tmp_path / "run" / lora.FILE, tmp_path / "model", tmp_path / "adapter", alpha=3 * lora.SCALE)
     tokens = torch.arange(1, 61)[None] * 7 % 300
     with torch.no_grad():
         before = theirs(tokens).logits

@@ -109,7 +109,7 @@ def test_thin_matrices_are_an_adapter_of_peft(tmp_path: Path) -> None:
         found = learn(plan)
         assert found[-1] < found[0]
         for _ in range(2):  # the second takes the place of the first
-            adapter.write(Path(plan.run) / lora.FILE, plan.model_dir, folder / "adapter", alpha=3 * lora.SCALE)
+            adapter.write(Path(plan.run) / lora.FILE, base, folder / "adapter", alpha=3 * lora.SCALE)
         told = json.loads((folder / "adapter" / "adapter_config.json").read_text())
         assert (told["peft_type"], told["r"], told["lora_alpha"], told["target_modules"]) == ("LORA", 3, 6.0, targets)
         thin = load_file(str(folder / "adapter" / "adapter_model.safetensors"))
