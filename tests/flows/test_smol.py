@@ -13,10 +13,8 @@ from shoal.inputs.chat import encode_chat
 from shoal.open_weights.convert import export_model, import_model
 from tests.extra import package
 
-pytestmark = [
-    pytest.mark.drill,
-    pytest.mark.timeout(900),
-]  # 92.9 MB are fetched, and transformers runs them on one thread
+# 92.9 MB are fetched, and transformers runs them on one thread
+pytestmark = [pytest.mark.drill, pytest.mark.timeout(900)]
 
 TOKENS = 24
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
