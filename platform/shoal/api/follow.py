@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
-import time
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -21,6 +19,7 @@ from typing import Protocol
 from shoal.api.seen import Seen
 from shoal.api.split import Split, Trial, Weighed
 from shoal.errors import ShoalError, frames
+from shoal.loop.again import Again
 from shoal.loop.canary import Canary, advanced, checks
 from shoal.loop.release import ChangedError, Release, State, now
 from shoal.loop.versions import Version
@@ -30,7 +29,6 @@ EVIDENCE = "canary.json"  # of the release's folder: what the pages and people r
 LOOK_SECONDS = 1.0
 DEAD_LOOKS = 3  # in a row at a canary that is not well
 HELD_AFTER = timedelta(hours=24)  # a step without enough traffic
-AGAIN_SECONDS = 60.0  # after a version that could not be loaded: each try reads all of it
 LEAVE_SECONDS = 30.0  # for a canary's streams to end before its engine does
 READY = "all steps are clear: promote it, or roll it back"
 
@@ -59,11 +57,10 @@ class Follower:
     def __init__(self, release: Release, split: Split, deploys: Deploys, *, serves: int) -> None:
         """`serves`: the version that serves already."""
         self.release, self._split, self._deploys = release, split, deploys
-        self._serves, self._seen = serves, Seen(release.directory)
+        self._again, self._seen = Again(serves), Seen(release.directory)
         self._state = -1  # number of the state that is followed
         self._unwell = 0
         self._written = ""
-        self._again = math.inf  # when a version that could not be loaded is tried again, by the steady clock
         self._left = True  # a canary may still be there that nobody wants, such as a gateway's before this one
 
     async def run(self) -> None:
@@ -85,7 +82,7 @@ class Follower:
     async def look(self) -> None:
         """Does what the release says now, and tells it what was seen."""
         state = await asyncio.to_thread(self.release.state)
-        if state.number != self._state or time.monotonic() >= self._again:
+        if state.number != self._state or (state.stable is not None and self._again.due(state.stable)):
             await self._take(state)
             self._state = state.number
         if self._split.trial is not None:
@@ -100,16 +97,13 @@ class Follower:
         labels = {self._deploys.weights(version): version.label for version in found}
         self._split.labels = {**self._split.labels, **labels}  # streams go on with versions of before
         stable = next(version for version in found if version.number == state.stable)
-        self._again = math.inf
-        if stable.number != self._serves:
+        if self._again.due(stable.number):
             try:
-                await self._deploys.serve(stable)
-                self._serves = stable.number
+                await self._again.load(stable.number, lambda: self._deploys.serve(stable))
                 log.warning("version %s serves", stable.label)
             except Exception as error:  # a slip is no reason to end a service, nor to load for ever
                 what = error.message if isinstance(error, ShoalError) else frames(error)
                 log.error("version %s does not serve, what served goes on: %s; it is tried again", stable.label, what)
-                self._again = time.monotonic() + AGAIN_SECONDS
         trial, canary = self._split.trial, state.canary
         if trial is not None and not trial.canary.same(canary):
             await self._end(trial)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from shoal.errors import ShoalError, frames
+from shoal.loop.again import Again
 from shoal.loop.release import Release
 
 LOOK_SECONDS = 1.0
-AGAIN_SECONDS = 60.0  # after a version that could not be loaded: each try reads all of it
 
 log = logging.getLogger("ray.serve")
 
@@ -23,18 +23,15 @@ def stable(release: str) -> str:
 
 async def follow(release: str, serves: str, take: Callable[[str], Awaitable[None]]) -> None:
     """Calls `take` with the directory of the stable version whenever that is another; `serves`: the one that is served. What
-    `take` raises at is tried again after `AGAIN_SECONDS`, and what cannot be read is looked at again. Returns never."""
-    said = refused = ""
-    tried = 0.0  # when, by the steady clock
+    `take` raises at is tried again as `Again` says, and what cannot be read is looked at again. Returns never."""
+    said, again = "", Again(serves)
     while True:
         await asyncio.sleep(LOOK_SECONDS)
         try:
             found = await asyncio.to_thread(stable, release)
-            if found != serves and (found != refused or time.monotonic() - tried >= AGAIN_SECONDS):
-                refused, tried = found, time.monotonic()
-                await take(found)
-                serves, refused = found, ""
-            said = "" if found == serves else said
+            if again.due(found):
+                await again.load(found, partial(take, found))
+            said = "" if found == again.serves else said
         except Exception as error:
             what = str(error) if isinstance(error, ShoalError) else frames(error)
             if what != said:

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal import Model
-from shoal.api import follow
 from shoal.api.follow import Follower
 from shoal.api.meter import Meter
 from shoal.api.seen import Seen
 from shoal.api.split import Split, Trial
 from shoal.engine.events import Token
 from shoal.errors import DataError, EngineDeadError
+from shoal.loop import again
 from shoal.loop.canary import Canary, Evidence, Pace, Tally, added, advanced
 from shoal.loop.release import ChangedError, Release
 from shoal.loop.versions import Version
@@ -129,11 +129,13 @@ def test_a_version_that_could_not_be_loaded_is_tried_again(release: Release, mon
         for _ in range(3):
             await one.look()
         assert deploys.tried == [3], "not at each look: it would load for ever"
-        monkeypatch.setattr(follow, "AGAIN_SECONDS", 0.0)
-        one._again = 0.0
+        release.hold(why="whatever changes, each try reads all of it")
+        await one.look()
+        assert deploys.tried == [3]
+        monkeypatch.setattr(again, "SECONDS", 0.0)
         for _ in range(4):
             await one.look()
-        assert deploys.tried == [3, 3, 3] and one._serves == 3
+        assert deploys.tried == [3, 3, 3] and one._again.serves == 3
 
     run(work)
 
@@ -312,7 +314,7 @@ def test_what_a_gateway_saw_before_it_ended_counts_and_what_it_saw_of_another_tr
 def test_who_decided_by_a_state_that_is_no_more_looks_again_and_says_nothing_of_it(
     release: Release, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("shoal.api.follow.LOOK_SECONDS", 0.0)
 
     async def work() -> None:
         one, again = follower(release), asyncio.Event()

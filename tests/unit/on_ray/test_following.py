@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from shoal.errors import CheckpointError
+from shoal.loop import again
 from shoal.on_ray import following
 
 
@@ -19,7 +20,7 @@ def test_a_version_that_could_not_be_loaded_is_tried_again_and_not_at_each_look(
         looks.append(1)
         if len(looks) == 4:
             assert len(tried) == 1
-            monkeypatch.setattr(following, "AGAIN_SECONDS", 0.0)
+            monkeypatch.setattr(again, "SECONDS", 0.0)
         return "old" if len(looks) == 9 else "new"
 
     async def take(directory: str) -> None:
