@@ -5,7 +5,8 @@
 
 Notable: no request waits for the bucket. A part has the name of its gateway's journal, and of files that several append to,
 each machine has its own in the bucket (``forgotten-NAME.jsonl``, ``votes-NAME.jsonl``): so nobody writes over another's. What
-was sent is known by size and time of the file and by the bucket's tag, in ``.bucket.json``. A file that was sent, and is not
+was sent is known by size and time of the file and by the bucket's tag, in ``.bucket.json``. What others wrote is written anew
+only as it was fetched (If-Match): where they changed it since, theirs stands, and is fetched. A file that was sent, and is not
 there though its day has its ``.sent``, was deleted, and goes from the bucket; to remove days, kinds or all of the copy costs a
 download. Copies lie in SHOAL_CACHE, or ~/.cache/shoal.
 """
@@ -34,6 +35,8 @@ OURS = re.compile(
     r"(?:(?:rows|texts|feedback)/day=\d{4}-\d\d-\d\d/[A-Za-z0-9][\w.-]*|forgotten-[\w-]+\.jsonl|tokens-\w+\.npz)",
     re.ASCII,
 )
+SHARED = ("rows/", "texts/", "feedback/")  # what several machines may write anew: who forgets does
+REFUSED = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "412", "409", "404")
 APPENDED = re.compile(r"(.*/)?(forgotten|votes)\.jsonl")  # on the disk; in the bucket with the name of its machine
 SAVED = 50  # files after which it is noted what was sent
 
@@ -61,15 +64,16 @@ class Bucket:
         if all((self.folder / name).is_file() for name in names):
             return
         with told(self.uri):
-            found = self._get(names[0])
+            found, _ = self._get(names[0])
             if found is None and make is None:
                 return
             made = make() if make is not None else {}
             if found is None:
-                found = made[names[0]] if self._put_first(names[0], made[names[0]]) else self._get(names[0])
-            files = {name: found if name == names[0] else self._get(name) or made.get(name) for name in names}
+                first = self._put(names[0], made[names[0]], IfNoneMatch="*") is not None
+                found = made[names[0]] if first else self._get(names[0])[0]
+            files = {name: found if name == names[0] else self._get(name)[0] or made.get(name) for name in names}
             for name in names[1:] if make is not None else ():
-                self._put_first(name, files[name] or b"")
+                self._put(name, files[name] or b"", IfNoneMatch="*")
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name, data in files.items():
             if data is not None:
@@ -77,29 +81,37 @@ class Bucket:
                     beside.touch(0o600)
                     beside.write_bytes(data)
 
-    def push(self) -> int:
-        """Send what the bucket does not have, and remove there what was removed here; returns how many files that were. Raises
-        DataError at the first that the bucket does not take; what was sent stays sent."""
+    def push(self, begins: str = "") -> int:
+        """Send what the bucket does not have whose name begins so, what was forgotten first, and remove there what was removed
+        here; returns how many files that were. What another machine has changed there meanwhile is fetched instead: what was
+        to be done with it is to be done again. Raises DataError at the first that the bucket does not take; what was sent
+        stays sent."""
         with self._alone() as state, told(self.uri):
             sent, count = state["sent"], 0
             here = {self._named(path, state): path for path in self._files()}
             wait = [name for name, path in here.items() if sent.get(name, [])[:2] != _stamp(path)]
             gone = [name for name in sent if name not in here]
             self.waiting = len(wait) + len(gone)
-            for name in wait:
+            for name in sorted(wait, key=lambda name: not name.startswith("forgotten")):
+                if not name.startswith(begins):
+                    continue
                 if (path := here[name]).is_file():
                     stamp = _stamp(path)  # before it is read: what is appended meanwhile is sent the next time
-                    answer = self._client.put_object(
-                        Bucket=self._bucket, Key=self._prefix + name, Body=path.read_bytes()
-                    )
-                    sent[name] = [*stamp, answer["ETag"]]
+                    only = {} if self._is_own(name, state) else _as_known(name, sent)
+                    tag = self._put(name, path.read_bytes(), **only)
+                    if tag is not None:
+                        sent[name] = [*stamp, tag]
+                    elif not self._fetched(name, state):  # it was removed there
+                        path.unlink(missing_ok=True)
+                        sent.pop(name, None)
                 self.waiting, count = self.waiting - 1, count + 1
                 if count % SAVED == 0:
                     self._save(state)
             for name in gone:
-                self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
-                del sent[name]
-                self.waiting, count = self.waiting - 1, count + 1
+                if name.startswith(begins):
+                    self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+                    del sent[name]
+                    self.waiting, count = self.waiting - 1, count + 1
             return count
 
     def pull(self, begins: str = "", *, only: str = "", left: bool = False) -> int:
@@ -124,14 +136,7 @@ class Bucket:
                 is_here = path.is_file() or (name.startswith("texts/") and (path.parent / MARK).is_file())
                 if name in sent and sent[name][2] == there[name] and is_here:
                     continue
-                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                data = self._get(name)
-                if data is None:
-                    continue
-                with aside(path) as beside:
-                    beside.touch(0o600)
-                    beside.write_bytes(data)
-                sent[name], count = [*_stamp(path), there[name]], count + 1
+                count += self._fetched(name, state)
             for name in [name for name in sent if name.startswith(begins) and name not in there]:
                 path = self.folder / name
                 if not self._is_own(name, state) and (not path.is_file() or _stamp(path) == sent[name][:2]):
@@ -217,24 +222,44 @@ class Bucket:
             for item in page.get("Contents", ()):
                 yield item["Key"][len(self._prefix) :], item["ETag"]
 
-    def _get(self, name: str) -> bytes | None:
-        try:
-            data: bytes = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read()
-            return data
-        except self._client.exceptions.NoSuchKey:
-            return None
+    def _fetched(self, name: str, state: dict[str, Any]) -> bool:
+        """Whether the bucket has it; then the copy has it as it is there."""
+        path, (data, tag) = self.folder / name, self._get(name)
+        if data is None:
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with aside(path) as beside:
+            beside.touch(0o600)
+            beside.write_bytes(data)
+        state["sent"][name] = [*_stamp(path), tag]
+        return True
 
-    def _put_first(self, name: str, data: bytes) -> bool:
-        """Put it there unless something is; whether it was put."""
+    def _get(self, name: str) -> tuple[bytes | None, str]:
+        """What it holds, and its tag; None where there is none."""
+        try:
+            found = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)
+            return found["Body"].read(), str(found["ETag"])
+        except self._client.exceptions.NoSuchKey:
+            return None, ""
+
+    def _put(self, name: str, data: bytes, **only: str) -> str | None:
+        """Put it there, `only` where S3 finds this so (IfMatch, IfNoneMatch); its tag, or None where it did not."""
         from botocore.exceptions import ClientError
 
         try:
-            self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=data, IfNoneMatch="*")
+            answer = self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=data, **only)
         except ClientError as error:
-            if error.response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict"):
-                return False
+            if only and error.response.get("Error", {}).get("Code") in REFUSED:
+                return None
             raise
-        return True
+        return str(answer["ETag"])
+
+
+def _as_known(name: str, sent: dict[str, list[Any]]) -> dict[str, str]:
+    """On what condition a file of the copy takes the place of the bucket's."""
+    if not name.startswith(SHARED):
+        return {}
+    return {"IfMatch": sent[name][2]} if name in sent else {"IfNoneMatch": "*"}
 
 
 def _stamp(path: Path) -> list[int]:

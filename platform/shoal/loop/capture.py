@@ -140,10 +140,11 @@ class Capture:
         if self.bucket is not None:
             self.bucket.pull(left=True)
 
-    def sent(self) -> None:
-        """Send what was changed here, where it is in S3. Raises DataError where the bucket does not answer."""
+    def sent(self, begins: str = "") -> None:
+        """Send what was changed here whose name begins so, where it is in S3. Raises DataError where the bucket does not
+        answer."""
         if self.bucket is not None:
-            self.bucket.push()
+            self.bucket.push(begins)
 
     def _make(self, about: Path) -> None:
         """An empty capture; what is there already stays. `capture.json` comes last: where it is, all is."""
@@ -281,7 +282,7 @@ def held(path: Path) -> int:
         os.close(descriptor)  # another file took its name while it was waited for
 
 
-def append(path: Path, line: dict[str, Any], unless: Callable[[], bool] = lambda: False) -> None:
+def append(path: Path, line: dict[str, Any], unless: Callable[[], bool] = lambda: False, *, sync: bool = False) -> None:
     """One more line of JSON in `path`, whole, whoever else appends; none where `unless`, asked while nobody else writes there,
     says so. Raises OSError."""
     data = (json.dumps(line, separators=(",", ":")) + "\n").encode()

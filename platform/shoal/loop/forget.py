@@ -7,12 +7,15 @@
     cuts                    by who makes them: `elsewhere` is called with all that was ever forgotten, and says what it changed
 
 Notable: what is forgotten stays so: of a subject nothing is captured again. Two who forget at once would each write a part
-with the other's person in it, so the second waits. The weights of a model cannot forget; so it is said which versions were
-trained on them, by whoever keeps those (`learned`), as often as one asks.
+with the other's person in it, so the second waits. On two machines, with a bucket, neither waits: who comes second writes over
+nothing (`bucket`), and each looks again until nothing is left of whom anybody has forgotten; a gateway takes out what it had
+sent before it heard of that (`take_out`). The weights of a model cannot forget; so it is said which versions were trained on
+them, by whoever keeps those (`learned`), as often as one asks.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +38,8 @@ from shoal.machine import write_aside
 # what was forgotten -> what was changed of it, or was made of it, in words: one line each
 Elsewhere = Callable[[Forgotten], list[str]]
 LOCK, LOCK_SECONDS = ".forget.lock", 600.0  # for another that forgets: a million rows take less than a minute
+DONE = ".forgotten"  # of whom this machine's copy has nothing any more: a hash
+ROUNDS = 10  # in which other machines may change what is written here
 
 
 @dataclass
@@ -63,6 +68,7 @@ def forget(
     busy = ResourceError(f"another forgets in {capture.folder}", do="do it again: no reader sees them from now on")
     try:
         append(capture.folder / FORGOTTEN, {**line, "at": now_ms()})
+        capture.sent(FORGOTTEN.partition(".")[0])  # whoever sends anything from now on hears of it after that
         with alone(capture.folder / LOCK, busy, wait=LOCK_SECONDS):
             report, whole, gone = _forgotten(
                 capture, Forgotten({id_} if id_ else set(), {subject} if subject else set())
@@ -77,20 +83,68 @@ def forget(
     return report
 
 
+def take_out(capture: Capture) -> bool:
+    """Take out of this machine's copy of a bucket whom anybody has forgotten, and of the bucket what this machine had sent
+    before it heard of that; whether it looked, which it does once for what it has heard of. Raises ResourceError while
+    somebody forgets here, DataError, OSError."""
+    mark, hidden = capture.folder / DONE, capture.forgotten()
+    if not (hidden.ids or hidden.subjects):
+        return False
+    told = hashlib.sha256(json.dumps([sorted(hidden.ids), sorted(hidden.subjects)]).encode()).hexdigest()
+    if mark.exists() and mark.read_text(encoding="utf-8") == told:
+        return False
+    with alone(capture.folder / LOCK, ResourceError(f"another forgets in {capture.folder}")):
+        _taken_out(capture, Forgotten(hidden.ids | _ids(capture, hidden), hidden.subjects), _Gone())
+        capture.sent()
+        write_aside(mark, told)
+    return True
+
+
+@dataclass
+class _Gone:
+    """What was removed, by file: of one that is removed from again the last time counts."""
+
+    rows: dict[Path, int] = field(default_factory=dict)
+    texts: set[Path] = field(default_factory=set)
+    votes: dict[Path, int] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return sum(self.rows.values()) + len(self.texts) + sum(self.votes.values())
+
+
 def _forgotten(capture: Capture, who: Forgotten) -> tuple[Report, Forgotten, Forgotten]:
     """What was removed of the capture; `who` with all of their answers; and with these whoever was forgotten before."""
-    whole = Forgotten(who.ids | _ids(capture, who), who.subjects)
-    late = _adopted(capture)
-    before = capture.forgotten()  # answers that were deleted, and what somebody was interrupted at
-    gone = Forgotten(before.ids | whole.ids, before.subjects | whole.subjects)
-    report = Report(rows=_rows(capture, gone), texts=_texts(capture, gone), votes=_votes(capture, gone))
+    late, all_, whole = _adopted(capture), _Gone(), Forgotten(set(who.ids), set(who.subjects))
+    for _ in range(ROUNDS):
+        capture.fresh()
+        whole.ids |= _ids(capture, who)
+        before = capture.forgotten()  # answers that were deleted, and what somebody was interrupted at
+        gone = Forgotten(before.ids | whole.ids, before.subjects | whole.subjects)
+        now = _Gone()
+        _taken_out(capture, gone, now)
+        all_ = _Gone(all_.rows | now.rows, all_.texts | now.texts, all_.votes | now.votes)
+        if capture.bucket is None:
+            break
+        capture.sent()
+        if not now.count:
+            break
+    else:
+        raise DataError(f"{capture.folder} changes all the time", do="do it again: no reader sees them from now on")
+    report = Report(sum(all_.rows.values()), len(all_.texts), sum(all_.votes.values()))
     report.journals = sum(any(map(who.hides, lines)) for _, lines in capture.journals())
-    watch.forget(capture.folder, gone)
-    sweep(capture.folder, [*gone.ids, *gone.subjects])
-    capture.sent()
     if late is not None:
         raise late
     return report, whole, gone
+
+
+def _taken_out(capture: Capture, gone: Forgotten, found: _Gone) -> None:
+    """Removes what is of them from all that is written; what that was goes to `found`."""
+    _rows(capture, gone, found)
+    _texts(capture, gone, found)
+    _votes(capture, gone, found)
+    watch.forget(capture.folder, gone)
+    sweep(capture.folder, [*gone.ids, *gone.subjects])
 
 
 def _adopted(capture: Capture) -> OSError | None:
@@ -112,9 +166,8 @@ def _ids(capture: Capture, who: Forgotten) -> set[str]:
     return found | {path.stem for path in _stored(capture, who)}  # of some of these no row was kept, or not for so long
 
 
-def _rows(capture: Capture, who: Forgotten) -> int:
-    """Parts without the rows of `who`; how many there were."""
-    gone = 0
+def _rows(capture: Capture, who: Forgotten, found: _Gone) -> None:
+    """Parts without the rows of `who`."""
     for path in capture.parts():
         with suppress(FileNotFoundError):  # its day went since it was listed
             some = pq.read_table(path, columns=["id", "subject"], partitioning=None)
@@ -126,8 +179,7 @@ def _rows(capture: Capture, who: Forgotten) -> int:
                     write_part(path, kept)
                 else:
                     path.unlink()
-                gone += count
-    return gone
+                found.rows[path] = count
 
 
 def _hidden(table: pa.Table, who: Forgotten) -> pa.ChunkedArray:
@@ -135,11 +187,10 @@ def _hidden(table: pa.Table, who: Forgotten) -> pa.ChunkedArray:
     return pc.or_(by_id, pc.is_in(table["subject"], pa.array([*who.subjects], pa.string())))
 
 
-def _texts(capture: Capture, who: Forgotten) -> int:
-    gone = [*_stored(capture, who)]
-    for path in gone:
+def _texts(capture: Capture, who: Forgotten, found: _Gone) -> None:
+    for path in [*_stored(capture, who)]:
         path.unlink(missing_ok=True)
-    return len(gone)
+        found.texts.add(path)
 
 
 def _stored(capture: Capture, who: Forgotten) -> Iterator[Path]:
@@ -149,8 +200,7 @@ def _stored(capture: Capture, who: Forgotten) -> Iterator[Path]:
                 yield path
 
 
-def _votes(capture: Capture, who: Forgotten) -> int:
-    gone = 0
+def _votes(capture: Capture, who: Forgotten, found: _Gone) -> None:
     for path in (capture.folder / FEEDBACK).glob("day=*/*.jsonl"):
         descriptor = held(path)  # so that nobody votes meanwhile
         try:
@@ -158,10 +208,20 @@ def _votes(capture: Capture, who: Forgotten) -> int:
             kept = [line for line in lines if not who.hides(line)]
             if len(kept) < len(lines):
                 _replace(path, kept)
-                gone += len(lines) - len(kept)
+                found.votes[path] = len(lines) - len(kept)
         finally:
             os.close(descriptor)
-    return gone
+        if capture.bucket is not None and len(kept) < len(lines):
+            _name(
+                capture,
+                {str(line["id"]) for line in lines if who.hides(line) and line.get("subject") not in who.subjects},
+            )
+
+
+def _name(capture: Capture, ids: set[str]) -> None:
+    """Forget these answers by name: a machine that has others' votes on them may have no row that says whose they were."""
+    for id_ in sorted(ids - capture.forgotten().ids):
+        append(capture.folder / FORGOTTEN, {"id": id_, "at": now_ms()})
 
 
 def _replace(path: Path, lines: list[dict[str, Any]]) -> None:

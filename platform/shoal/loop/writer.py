@@ -108,7 +108,7 @@ class Writer:
         self._name, self._number = f"{host}-{os.getpid()}-{service}{secrets.token_hex(3)}", 0
         self._lock = threading.Lock()
         self._closed: list[Journal] = []  # that have no part yet
-        self._failed_at = self._tidied_at = -1e9
+        self._failed_at = self._tidied_at = self._taken_out_at = -1e9
         self._counted_at: float | None = None
         self._count_again = math.inf
         self._over = False  # more is kept than may be, all of it of today
@@ -225,9 +225,7 @@ class Writer:
             if over:
                 self._parted.wait()
             try:
-                self.capture.sent()
-                if self.capture.bucket is not None:
-                    self.capture.bucket.pull(FORGOTTEN.partition(".")[0])
+                self.send(over)
                 self._complained.discard("bucket")
             except Exception as error:  # tried again, for as long as it takes
                 self._complain(
@@ -235,6 +233,19 @@ class Writer:
                 )
             if over:
                 return
+
+    def send(self, over: bool = False) -> None:
+        """Send what is new, and then hear who was forgotten elsewhere: what of them lies here, or was sent before, goes at
+        once, but no more often than once an hour, and where it is `over`. Raises what the bucket, or the disk, says."""
+        self.capture.sent()
+        if self.capture.bucket is None:
+            return
+        self.capture.bucket.pull(FORGOTTEN.partition(".")[0])
+        if over or time.monotonic() > self._taken_out_at + TIDY_SECONDS:
+            from shoal.loop.forget import take_out  # what looks is nothing that a scribe needs
+
+            if take_out(self.capture):
+                self._taken_out_at = time.monotonic()
 
     @property
     def waiting(self) -> int:

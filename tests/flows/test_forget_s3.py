@@ -1,0 +1,127 @@
+"""Forgetting in a bucket that several machines write: whoever forgets, and whoever is a moment late, no row of them survives
+there, and none of anybody else is lost."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from shoal.data.sources.s3 import split
+from shoal.loop import forget as module
+from shoal.loop.capture import Capture, now_ms
+from shoal.loop.forget import forget
+from shoal.loop.parts import write_part
+from shoal.loop.rows import Row
+from shoal.loop.texts import Texts
+from shoal.loop.votes import Vote, Votes
+from shoal.loop.writer import Writer
+from tests.s3 import Service, service
+
+ID = "chatcmpl-" + "0" * 31
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Service]:
+    with service() as made:
+        yield made
+
+
+@pytest.fixture
+def uri(s3: Service, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"bucket-{abs(hash(request.node.name))}"
+    s3.client.create_bucket(Bucket=name)
+    monkeypatch.setattr("shoal.data.sources.s3.ATTEMPTS", 1)
+    return f"s3://{name}/captured"
+
+
+@pytest.fixture
+def at(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Capture]:
+    """The capture as the machine of this name sees it, which has a disk of its own."""
+
+    def capture(machine: str, **how: bool) -> Capture:
+        monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / machine))
+        return Capture(uri, **how)
+
+    return capture
+
+
+def wrote(capture: Capture, subjects: str) -> None:
+    """A part with a row of each of these persons, and a vote of each on it; sent."""
+    writer = Writer(capture, start=False)
+    for whose in subjects:
+        writer.put(Row(f"of-{whose}", now_ms(), subject=whose))
+        Votes(capture).put(Vote(f"of-{whose}", whose, correction=f"words of {whose}"))
+    writer.close()
+    capture.sent()
+
+
+def there(s3: Service, uri: str) -> tuple[list[str], list[str]]:
+    """Whose rows lie in the bucket, and whose votes."""
+    bucket, key = split(uri)
+    rows, votes = list[str](), list[str]()
+    for item in s3.client.list_objects_v2(Bucket=bucket, Prefix=key).get("Contents", ()):
+        body = s3.client.get_object(Bucket=bucket, Key=item["Key"])["Body"].read()
+        if "/rows/" in item["Key"]:
+            rows += pq.read_table(io.BytesIO(body))["subject"].to_pylist()
+        if "/feedback/" in item["Key"]:
+            votes += [whose for whose in "abcd" if f"words of {whose}".encode() in body]
+    return sorted(rows), sorted(votes)
+
+
+def test_two_machines_that_forget_at_once_put_back_nobody(
+    s3: Service, uri: str, at: Callable[..., Capture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrote(at("gateway", create=True), "abc")
+    one, two = at("one"), at("two")
+    done = list[str]()
+
+    def meanwhile(path: Path, table: object) -> None:
+        if not done:
+            done.append("two")
+            forget(two, subject="b")
+        write_part(path, table)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "write_part", meanwhile)
+    forget(one, subject="a")
+    assert there(s3, uri) == (["c"], ["c"])
+
+
+def test_what_becomes_a_part_before_its_machine_hears_of_it_goes_when_it_does(
+    s3: Service, uri: str, at: Callable[..., Capture]
+) -> None:
+    gateway = at("gateway", create=True)
+    writer = Writer(gateway, start=False)
+    for whose in "ac":
+        writer.put(Row(f"of-{whose}", now_ms(), subject=whose))
+        Votes(gateway).put(Vote(f"of-{whose}", whose, correction=f"words of {whose}"))
+    gateway.sent()
+    forget(at("one"), subject="a")
+    Texts(gateway).put("", "a", [{"role": "user", "content": "hi"}], {"id": ID + "1", "choices": []}, {})
+    writer.close()
+    writer.send()
+    writer.send()
+    assert there(s3, uri) == (["c"], ["c"])
+    assert not [*gateway.folder.glob("texts/day=*/*.json")]
+
+
+def test_a_vote_that_comes_while_another_machine_forgets_is_not_lost(
+    s3: Service, uri: str, at: Callable[..., Capture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = at("gateway", create=True)
+    wrote(gateway, "abc")
+    one = at("one")
+    replace = module._replace
+
+    def meanwhile(path: Path, lines: list[dict[str, object]]) -> None:
+        monkeypatch.setattr(module, "_replace", replace)
+        Votes(gateway).put(Vote("of-d", "d", correction="words of d"))
+        gateway.sent()
+        replace(path, lines)
+
+    monkeypatch.setattr(module, "_replace", meanwhile)
+    assert forget(one, subject="a").votes == 1
+    assert there(s3, uri) == (["b", "c"], ["b", "c", "d"])
