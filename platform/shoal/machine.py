@@ -3,6 +3,7 @@ with."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -25,22 +26,39 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def aside(path: Path) -> Iterator[Path]:
+def aside(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """Where to write what is to be `path`: a file beside it, which takes its name when the block ends, and is removed when the
     block raises. Whoever writes the same `path` at the same time has another: threads have one process, and processes of
-    several machines may have one number."""
+    several machines may have one number. With `sync` it outlives a power cut from then on; without, what was there before may
+    be gone, and nothing, or an empty file, be there instead."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{os.getpid()}.tmp")
     try:
         yield beside
+        if sync:
+            see_on_disk(beside)
         beside.replace(path)
+        if sync:
+            see_on_disk(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Write a text file so that it is there in full or not at all."""
-    with aside(path) as beside:
+def write_aside(path: Path, text: str, *, sync: bool = False) -> None:
+    """Write a text file so that it is there in full or not at all; `sync` as of `aside`."""
+    with aside(path, sync=sync) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def see_on_disk(path: Path) -> None:
+    """Return when the disk has a file's content, or of a folder the names in it; where its file system can tell."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what some say of folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -51,10 +51,11 @@ class Audit:
 
     def append(self, entry: dict[str, Any], before: str) -> str:
         """Adds a line after the one whose sha256 is `before`, and returns its own. Where the last line is another, somebody
-        changed the log, and `check` says so for good. Written aside, so a line is never half there; one writer at a time."""
+        changed the log, and `check` says so for good. Written aside, so a line is never half there,
+        and on the disk when this returns; one writer at a time."""
         lines = self.lines()
         line = json.dumps({**entry, "before": before}, sort_keys=True)
-        write_aside(self.path, "".join(f"{each}\n" for each in (*lines, line)))
+        write_aside(self.path, "".join(f"{each}\n" for each in (*lines, line)), sync=True)
         return digest(line)
 
     def check(self, head: str | None = None) -> int:

@@ -36,7 +36,7 @@ from shoal.data.remote import is_remote
 from shoal.errors import DataError, first_line
 from shoal.loop.bucket import Bucket
 from shoal.loop.rows import COPIES, SCHEMA, table_of
-from shoal.machine import write_aside
+from shoal.machine import see_on_disk, write_aside
 
 FORMAT, VERSION = "shoal.capture", 1
 ABOUT, SALT, ROWS, TEXTS, FEEDBACK, JOURNAL, FORGOTTEN = (
@@ -284,7 +284,7 @@ def held(path: Path) -> int:
 
 def append(path: Path, line: dict[str, Any], unless: Callable[[], bool] = lambda: False, *, sync: bool = False) -> None:
     """One more line of JSON in `path`, whole, whoever else appends; none where `unless`, asked while nobody else writes there,
-    says so. Raises OSError."""
+    says so. With `sync` a power cut does not take it back. Raises OSError."""
     data = (json.dumps(line, separators=(",", ":")) + "\n").encode()
     descriptor = held(path)
     try:
@@ -296,6 +296,9 @@ def append(path: Path, line: dict[str, Any], unless: Callable[[], bool] = lambda
         if os.write(descriptor, data) < len(data):
             os.ftruncate(descriptor, size)
             raise OSError(28, "No space left on device")
+        if sync:
+            os.fsync(descriptor)
+            see_on_disk(path.parent)
     finally:
         os.close(descriptor)
 

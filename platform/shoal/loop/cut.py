@@ -39,7 +39,7 @@ from shoal.evaluate.halves import asked_groups
 from shoal.loop import suites
 from shoal.loop.labels import LABELS, UP, Found, Labelled
 from shoal.loop.paired import LEAST_RECENT
-from shoal.machine import sha256_of, write_aside, write_json
+from shoal.machine import see_on_disk, sha256_of, write_aside, write_json
 
 FORMAT, VERSION = "shoal.cut", 1
 TRAIN, RECENT, MANIFEST = "train.jsonl", "recent.jsonl", "cut.json"
@@ -136,12 +136,14 @@ def cut(
         _write(partial / RECENT, map(_line, recent))
         manifest = _manifest(partial, train, recent, old, found, settings) | {"of": told or {}}
         write_json(partial / MANIFEST, manifest)
+        see_on_disk(partial)
         try:
             partial.rename(out)
         except OSError as error:
             raise DataError(
                 f"{out} exists", got=error.strerror, do="choose another --out: another was quicker"
             ) from error
+        see_on_disk(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest

@@ -67,7 +67,7 @@ def forget(
     line = {"subject": subject} if subject else {"id": id_}
     busy = ResourceError(f"another forgets in {capture.folder}", do="do it again: no reader sees them from now on")
     try:
-        append(capture.folder / FORGOTTEN, {**line, "at": now_ms()})
+        append(capture.folder / FORGOTTEN, {**line, "at": now_ms()}, sync=True)
         capture.sent(FORGOTTEN.partition(".")[0])  # whoever sends anything from now on hears of it after that
         with alone(capture.folder / LOCK, busy, wait=LOCK_SECONDS):
             report, whole, gone = _forgotten(
@@ -225,4 +225,4 @@ def _name(capture: Capture, ids: set[str]) -> None:
 
 
 def _replace(path: Path, lines: list[dict[str, Any]]) -> None:
-    write_aside(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+    write_aside(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines), sync=True)

@@ -64,12 +64,12 @@ def _taken_out(out: Path, who: Forgotten) -> int | None:
         rows = [line for line in (out / name).read_text(encoding="utf-8").split("\n") if line]
         kept = [line for line in rows if not _is_of(json.loads(line), who.ids, people)]
         gone += len(rows) - len(kept)
-        write_aside(out / name, "".join(line + "\n" for line in kept))
+        write_aside(out / name, "".join(line + "\n" for line in kept), sync=True)
     manifest["before"] = [*manifest.get("before", ()), {**manifest["sha256"], LOST: sorted(lost)}]
     manifest["sha256"] = {name: sha256_of(out / name) for name in (cut.TRAIN, cut.RECENT)}
     for kind in ("requests", "persons"):
         manifest[kind] = [one for one in manifest[kind] if one not in lost]
-    write_aside(out / cut.MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_aside(out / cut.MANIFEST, json.dumps(manifest, indent=1) + "\n", sync=True)
     return gone
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from shoal.errors import first_line
 from shoal.loop.capture import JOURNAL, ROWS, Capture, day_of, lines_of
 from shoal.loop.rows import table_of
-from shoal.machine import aside
+from shoal.machine import aside, see_on_disk
 
 FRAMES = b"frames"  # in what a part says of itself: spans of numbers, first and last
 LEFT_SECONDS = 60.0  # after which a file that was to get another name is one that nobody writes any more
@@ -93,9 +93,12 @@ def frames_of(part: Path) -> set[int]:
 
 def write_part(path: Path, table: pa.Table) -> None:
     """`table` as the part `path`, there in full or not at all. Raises OSError."""
+    new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path) as beside:
+    with aside(path, sync=True) as beside:  # its journal goes then
         pq.write_table(table, beside, compression="zstd")
+    if new:
+        see_on_disk(path.parent.parent)
 
 
 def sweep(folder: Path, of: Collection[str] = ()) -> None:

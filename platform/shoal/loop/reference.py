@@ -108,7 +108,7 @@ class Reference:
 
     def write(self, path: Path) -> None:
         told = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        write_aside(path, json.dumps(told, allow_nan=False) + "\n")
+        write_aside(path, json.dumps(told, allow_nan=False) + "\n", sync=True)
 
     @classmethod
     def read(cls, path: Path) -> Reference:

@@ -5,7 +5,8 @@
               versions/      what can serve, never changed (`versions`)
 
 A change writes its line of the audit log first, with all that ``release.json`` will say, and then that file: what was
-interrupted between the two is finished by the next change. One change at a time: a second one is refused.
+interrupted between the two is finished by the next change. Both, and before them the files of a version, are on the disk when
+a change is done: a power cut takes back none. One change at a time: a second one is refused.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Release:
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
             kind, version = told.pop("format"), told.pop("version")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"cannot read {path}", got=type(error).__name__, do="look at what is there") from error
         if (kind, version) != (FORMAT, VERSION):
             raise DataError(f"{path}: format", got=f"{kind} version {version}", allowed=f"{FORMAT} version {VERSION}")
@@ -381,7 +382,7 @@ class Release:
 
     def _write(self, state: State) -> None:
         told = {"format": FORMAT, "version": VERSION, **config.dump(state)}
-        write_aside(self.directory / STATE, json.dumps(told, indent=1) + "\n")
+        write_aside(self.directory / STATE, json.dumps(told, indent=1) + "\n", sync=True)
 
 
 def _user() -> str:

@@ -46,7 +46,7 @@ def freeze(folder: Path) -> list[Suite]:
         raise DataError(f"{folder} holds no suite", allowed="files of chats with answers, NAME.jsonl")
     suites = [Suite(path.stem, path.name, sha256_of(path), _kind(path.stem)) for path in files]
     told = {"format": FORMAT, "version": VERSION, "suites": [asdict(suite) for suite in suites]}
-    write_aside(manifest, json.dumps(told, indent=1) + "\n")
+    write_aside(manifest, json.dumps(told, indent=1) + "\n", sync=True)
     return suites
 
 

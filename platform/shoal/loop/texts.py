@@ -113,7 +113,7 @@ class Texts:
         path = self._path(id_)
         if path is None or self.get(owner, id_) is None:
             return False
-        append(self._capture.folder / FORGOTTEN, {"id": id_, "at": self._wall()})
+        append(self._capture.folder / FORGOTTEN, {"id": id_, "at": self._wall()}, sync=True)
         path.unlink(missing_ok=True)
         return True
 

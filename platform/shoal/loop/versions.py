@@ -21,7 +21,7 @@ from typing import Any
 from shoal import __version__
 from shoal.errors import CheckpointError, DataError, UsageError
 from shoal.loop.paired import PASS, SKIPPED
-from shoal.machine import need_disk, sha256_of, write_json
+from shoal.machine import need_disk, see_on_disk, sha256_of, write_json
 from shoal.model import described
 
 FOLDER, SERVED, PARENT = "versions", "served", "fp32"
@@ -150,8 +150,8 @@ def write(
     verdict: dict[str, Any] | None,
     made: str,
 ) -> Version:
-    """A new version in `folder`, copied from a model directory, which is verified. Written aside, and read-only from then on.
-    Raises CheckpointError for a broken model, ResourceError where the disk is too small."""
+    """A new version in `folder`, copied from a model directory, which is verified. Written aside, on the disk, and read-only
+    from then on. Raises CheckpointError for a broken model, ResourceError where the disk is too small."""
     from shoal.model.files import check, weights_sha256  # torch, which who reads a release does not need
 
     check(model, verify=True)
@@ -179,7 +179,10 @@ def write(
         for path in beside.rglob("*"):
             if path.is_file():
                 path.chmod(0o444)
+            see_on_disk(path)
+        see_on_disk(beside)
         beside.rename(directory)
+        see_on_disk(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return read(directory)

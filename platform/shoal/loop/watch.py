@@ -107,7 +107,7 @@ class Watch:
                 first = detector.moved()[0].since
                 since = moment if detector.state == "quiet" or first is None else first
             line = {"at": _iso(moment), "who": who, "why": why, "weights": known.weights, "since": _iso(since)}
-            append(self._folder / ACCEPTED, line)
+            append(self._folder / ACCEPTED, line, sync=True)
             return self._keep(self._follow(Known(known.weights, since, why), moment))
 
     # --- one look ---------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ class Watch:
             report = replace(report, warnings=[*report.warnings, self._unseen])
         known.report, known.asked = asdict(report), known.asked if report.examples else []
         told = {"format": FORMAT, "version": VERSION, **asdict(known)}
-        write_aside(self._folder / STATE, json.dumps(told, allow_nan=False) + "\n")
+        write_aside(self._folder / STATE, json.dumps(told, allow_nan=False) + "\n", sync=True)
         for path in self._folder.glob("reference-*.json"):
             if path.name != known.reference:
                 path.unlink(missing_ok=True)
@@ -311,7 +311,7 @@ def forget(folder: Path, who: Forgotten) -> None:
         except (ValueError, KeyError, TypeError, AttributeError):
             return
         if saved["report"]["examples"] != before:
-            write_aside(path, json.dumps(saved, allow_nan=False) + "\n")
+            write_aside(path, json.dumps(saved, allow_nan=False) + "\n", sync=True)
 
 
 def _left(
