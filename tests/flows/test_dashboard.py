@@ -11,7 +11,7 @@ import httpx
 import pytest
 import yaml
 
-from shoal.api.metrics import PREFIX
+from shoal.api.metrics import OF_FILES, PREFIX
 from shoal.engine.metrics import FAMILIES
 from shoal.on_ray import train_metrics
 from shoal.train.metrics import FAMILIES as TRAINING
@@ -37,8 +37,12 @@ def said(service: Service) -> set[str]:
         body = {"model": "fish", "prompt": prompt, "max_tokens": 3}
         httpx.post(f"{service.url}/v1/completions", json=body, headers=service.headers, timeout=30)
     lines = httpx.get(f"{service.url}/metrics", timeout=30).text.splitlines()
-    others = {name for name in FAMILIES if name.startswith(("drift_", "regret_", "release_", "version_"))}
-    found = {PREFIX + name + ("_total" if FAMILIES[name].kind == "counter" else "") for name in others}
+    others = OF_FILES.keys() | {
+        name for name in FAMILIES if name.startswith(("drift_", "regret_", "release_", "version_"))
+    }
+    found = {
+        PREFIX + name + ("_total" if name in FAMILIES and FAMILIES[name].kind == "counter" else "") for name in others
+    }
     return found | OF_TRAINING.keys() | {re.split("[{ ]", line)[0] for line in lines if not line.startswith("#")}
 
 
@@ -65,7 +69,7 @@ def test_every_alert_can_ring_and_says_what_to_do(rule: dict[str, Any], said: se
     )
     assert set(sections) == {each["alert"] for each in RULES}, "a section an alert, and none for none"
     for label in re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]):
-        labels = {PREFIX + name: family.labels for name, family in FAMILIES.items()}
+        labels = {PREFIX + name: family.labels for name, family in {**FAMILIES, **OF_FILES}.items()}
         labels |= {name: (*known, train_metrics.RUN) for name, known in OF_TRAINING.items()}
         assert any(label in known for name, known in labels.items() if name in names[0]), label
 

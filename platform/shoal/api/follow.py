@@ -16,9 +16,12 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Protocol
 
+from shoal.api.metrics import RETRAINED
 from shoal.api.seen import Seen
 from shoal.api.split import Split, Trial, Weighed
+from shoal.engine.metrics import Samples
 from shoal.errors import ShoalError, frames
+from shoal.loop import retrainings
 from shoal.loop.again import Again
 from shoal.loop.canary import Canary, advanced, checks
 from shoal.loop.release import ChangedError, Release, State, now
@@ -58,6 +61,7 @@ class Follower:
         """`serves`: the version that serves already."""
         self.release, self._split, self._deploys = release, split, deploys
         self._again, self._seen = Again(serves), Seen(release.directory)
+        split.beside = partial(_beside, release)
         self._state = -1  # number of the state that is followed
         self._unwell = 0
         self._written = ""
@@ -221,6 +225,14 @@ class Follower:
         if text != self._written:
             write_aside(self.release.directory / EVIDENCE, text + "\n")
             self._written = text
+
+
+def _beside(release: Release) -> Samples:
+    """What its files say; nothing where one cannot be read, which who retrains is told."""
+    try:
+        return {RETRAINED.sample(): float(retrainings.read(release.directory).failed)}
+    except ShoalError:
+        return {}
 
 
 def _figures(trial: Trial) -> dict[str, dict[str, int]]:

@@ -7,9 +7,11 @@ when there is another.
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime
 from typing import Any
 
 from shoal.api.capture import Recorder
+from shoal.api.metrics import REFERENCE
 from shoal.engine.metrics import Samples, sample
 from shoal.errors import ShoalError
 from shoal.loop.tell import STATES
@@ -59,6 +61,8 @@ def _told(found: dict[str, Any]) -> Samples:
         sample("drift_requests"): float(report["requests"]),
         sample("drift_looked_timestamp_seconds"): float(found["looked"]),
     }
+    if ended := report["reference"].get("ended"):
+        told[REFERENCE.sample()] = datetime.fromisoformat(ended).timestamp()
     if regret := report.get("regret"):
         told |= {sample("regret_nats", bound=name): float(regret[name]) for name in ("low", "mean", "high")}
         told[sample("regret_tolerance_nats")] = float(regret["tolerance"])

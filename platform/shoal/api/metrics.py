@@ -1,7 +1,7 @@
 """Prometheus metrics: the HTTP requests that ended in an error, as the routes saw them; and all that the engines say of
 themselves at the moment of the scrape (queue, KV memory, tokens, depths, latencies), each model under its ``model_name``.
 
-The table of `engine.metrics` says which metrics there are. Their names end as vLLM's do, and begin with a prefix of ours.
+The table of `engine.metrics` says which metrics there are, but for those of `OF_FILES`. Their names end as vLLM's do, and begin with a prefix of ours.
 """
 
 from __future__ import annotations
@@ -12,9 +12,18 @@ from collections.abc import Iterator, Mapping
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 
-from shoal.engine.metrics import Samples, sample
+from shoal.engine.metrics import Family, Samples, sample
 
 PREFIX = "shoal:"
+
+# of files that others write: of the watch's reference, and of a release's retrainings. No engine and no gateway counts them
+REFERENCE = Family(
+    "drift_reference_timestamp_seconds", "gauge", "When the last request of the watch's reference ended, in Unix time."
+)
+RETRAINED = Family(
+    "retrain_failures", "gauge", "Retrainings in a row, up to the last, that made no version which the gate let pass."
+)
+OF_FILES = {family.name: family for family in (REFERENCE, RETRAINED)}
 
 
 class Metrics:

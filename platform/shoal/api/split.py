@@ -184,6 +184,7 @@ class Split:
         self.rollbacks = 0  # of canaries, by themselves
         self._counts: Counter[tuple[str, str]] = Counter()  # (label of a version, outcome)
         self._answered: dict[str, str] = {}  # answers during the trial, the newest last -> label of the version
+        self.beside: Callable[[], Samples] = dict  # what a release's files say
         self.labels: Mapping[str, str] = {}  # beginning of what engines call their weights -> label of the version
 
     def asked(self, note: Note) -> EngineClient:
@@ -352,7 +353,7 @@ class Split:
         told = self.counted() if self._vote_elsewhere is None else {}
         if self.trial is not None:
             told[sample("release_share", version=self.trial.label)] = self.trial.canary.share
-        return {**await self.stable.stats(), **told}
+        return {**await self.stable.stats(), **told, **await asyncio.to_thread(self.beside)}
 
     async def info(self) -> list[dict[str, str]]:
         return await self.stable.info()

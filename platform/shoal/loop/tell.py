@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -184,6 +185,7 @@ def write_metrics(report: Report, path: Path) -> None:
         "drift_evidence_requests": ("Evidence of a drift, in requests.", {"": report.evidence}),
         "drift_needed_requests": ("Evidence that is an alarm.", {"": float(report.needed)}),
         "drift_requests": ("Requests that were compared with the reference.", {"": float(report.requests)}),
+        "drift_looked_timestamp_seconds": ("When it was looked last, in Unix time.", {"": time.time()}),
         "drift_shift_sd": (
             "How far a signal moved, in standard deviations of a request.",
             {f'{{signal="{one["signal"]}"}}': one["shift"] for one in report.signals},
@@ -194,14 +196,22 @@ def write_metrics(report: Report, path: Path) -> None:
         values["regret_nats"] = ("Nats a token that answers of depth auto lose, by re-runs at full depth.", bounds)
         values["regret_tolerance_nats"] = ("What they may lose.", {"": report.regret["tolerance"]})
         values["regret_reruns"] = ("Re-runs that this was measured on.", {"": report.regret["reruns"]})
+    if ended := report.reference.get("ended"):
+        told_ = "When the last request of the watch's reference ended, in Unix time."
+        values["drift_reference_timestamp_seconds"] = told_, {"": datetime.fromisoformat(ended).timestamp()}
     lines = []
     for name, (told, samples) in values.items():
         lines += [f"# HELP shoal:{name} {told}", f"# TYPE shoal:{name} gauge"]
-        lines += [f"shoal:{name}{labels} {value:g}" for labels, value in samples.items()]
+        lines += [f"shoal:{name}{labels} {_number(value)}" for labels, value in samples.items()]
     try:
         write_aside(path, "\n".join(lines) + "\n")
     except OSError as error:
         raise DataError(f"cannot write {path}", got=error.strerror, do="give --metrics a file in a folder") from error
+
+
+def _number(value: float) -> str:
+    """A figure with six digits; a time to the millisecond."""
+    return f"{value:g}" if abs(value) < 1e6 else f"{value:.3f}"
 
 
 def _of_reference(reference: Reference) -> list[str]:

@@ -8,13 +8,17 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shoal.errors import DataError, ResourceError, UsageError
 from shoal.stages.stage import Stage, print_result, say
 from shoal.stages.training import Finetune, Quantize, Replay
+
+if TYPE_CHECKING:
+    from shoal.loop.release import Release
+    from shoal.loop.versions import Version
 
 KINDS = ("auto", "router", "finetune")
 LORA_BYTES, LORA_RANK = 120_000_000, 8  # from fp32 weights of this size on thin matrices are trained, of this rank
@@ -65,8 +69,7 @@ class Retrain(Stage):
 
     def _make(self) -> None:
         from shoal.evaluate.evaluation import leave_a_core
-        from shoal.loop import suites
-        from shoal.loop.learned import WORK
+        from shoal.loop import retrainings, suites
         from shoal.loop.release import Release
         from shoal.loop.versions import cut_lineage
 
@@ -81,6 +84,20 @@ class Retrain(Stage):
         kind = self._chosen()
         if kind == "finetune":
             self._need_new()
+        with retrainings.one(self.release, self.minutes) as ended:
+            made, minutes = self._made(release, stable, told, kind)
+            ended(made.passed)
+        result: dict[str, Any] = {"version": made.number, "label": made.label, "kind": kind, "minutes": minutes}
+        result["passed"] = made.passed
+        next_ = "it was not judged: give --suites" if made.verdict is None else made.verdict["sentence"]
+        left = f"{minutes:.1f} min of it, {max(0.0, self.budget - spent - minutes):.0f} left today"
+        print_result(result, self.as_json, f"version {made.label} is the candidate ({kind}, {left}); {next_}")
+
+    def _made(self, release: Release, stable: Version, told: dict[str, Any], kind: str) -> tuple[Version, float]:
+        """The candidate, and the minutes that it took."""
+        from shoal.loop.learned import WORK
+        from shoal.loop.versions import cut_lineage
+
         began = time.monotonic()
         work = self.release / WORK / f"{told['cut']['sha256'][:12]}-{kind}-{stable.number}"
         if kind == "router":
@@ -99,14 +116,13 @@ class Retrain(Stage):
             raise DataError(what, do="give the same command again: no version was made")
         made = release.add(model, fp32=fp32, lineage=lineage, verdict=verdict, why=self.why)
         shutil.rmtree(work)
-        result: dict[str, Any] = {"version": made.number, "label": made.label, "kind": kind, "minutes": minutes}
-        result["passed"] = made.passed
-        next_ = "it was not judged: give --suites" if verdict is None else verdict["sentence"]
-        left = f"{minutes:.1f} min of it, {max(0.0, self.budget - spent - minutes):.0f} left today"
-        print_result(result, self.as_json, f"version {made.label} is the candidate ({kind}, {left}); {next_}")
+        return made, minutes
 
     def _need_room(self, versions: list[Any]) -> float:
-        """Minutes that the retrainings of the last day took. Raises UsageError for one too soon, or too much."""
+        """Minutes that the retrainings of the last day took, of those too that made no version. Raises UsageError for one too
+        soon, or too much."""
+        from shoal.loop import retrainings
+
         now = datetime.now(UTC)
         made = [
             # one from the future, by a clock that was wrong, is one of now: else no cooldown would ever be over
@@ -121,6 +137,7 @@ class Retrain(Stage):
                 "the cooldown of retraining", got=got, allowed=f"after {self.cooldown:g}", do="wait, or set --cooldown"
             )
         spent = sum(float(lineage["minutes"]) for age, lineage in made if age < timedelta(days=1))
+        spent += retrainings.read(self.release).spent(now)
         if spent + self.minutes > self.budget:
             got = f"{spent:.0f} spent, {self.minutes:g} asked for"
             raise UsageError(
