@@ -20,7 +20,7 @@ import hashlib
 import math
 import time
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -115,6 +115,9 @@ class AffinityRouter(FIFOMixin, RequestRouter):
         self._pulse = pulse_of(self._deployment_id.app_name, self._deployment_id.name)
         self._watching: asyncio.Task[None] | None = None
         self._free = 0  # places of the last replicas, while there is none
+        # the requests that a replica is being chosen for, by id(), and which each is about to be given
+        self._asked: dict[int, PendingRequest] = {}
+        self._first: dict[int, str] = {}
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve has decided on other replicas."""
@@ -149,11 +152,19 @@ class AffinityRouter(FIFOMixin, RequestRouter):
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
         """Raises BackPressureError for a new request that there is no room for, NoReplicaError where none is alive."""
-        waiting = sum(not pending.future.done() for pending in self._pending_requests_to_fulfill)
-        if not is_retry and waiting >= self._room():
+        waiting = sum(not asked.future.done() for asked in self._asked.values())
+        if is_retry:
+            pending_request.reset_future()  # Serve does so later, and until then it would count for who has just refused it
+        elif waiting >= self._room():
             raise BackPressureError(num_queued_requests=waiting, max_queued_requests=self._queue)
-        choosing = super()._choose_replica_for_request(pending_request, is_retry=is_retry)
-        replica = await self._absence.bounded(choosing, lambda: bool(self.curr_replicas))
+        key = id(pending_request)
+        self._asked[key] = pending_request
+        try:
+            choosing = super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+            replica = await self._absence.bounded(choosing, lambda: bool(self.curr_replicas))
+        finally:
+            del self._asked[key]
+            self._first.pop(key, None)
         if wanted := _wanted(pending_request):
             self._pulse.sent(wanted.call, replica.replica_id.unique_id)
         return replica
@@ -165,24 +176,42 @@ class AffinityRouter(FIFOMixin, RequestRouter):
         return self._queue + (self._places() if self.curr_replicas else self._free)
 
     def _places(self) -> int:
+        given = Counter(self._given().values())
         free = [
-            replica.max_ongoing_requests - (self.replica_queue_len_cache.get(replica.replica_id) or 0)
+            replica.max_ongoing_requests - self._sent(replica) - given[replica.replica_id.unique_id]
             for replica in self.curr_replicas.values()
         ]
         return sum(max(0, places) for places in free)
 
+    def _sent(self, replica: RunningReplica) -> int:
+        """Requests that Serve knows of there: it counts one when it is sent, and none that a replica was chosen for."""
+        return self.replica_queue_len_cache.get(replica.replica_id) or 0
+
+    def _given(self) -> dict[int, str]:
+        """By request: the replica that was chosen for it, where it has not been sent yet."""
+        futures = {key: asked.future for key, asked in self._asked.items()}
+        chosen = {key: future for key, future in futures.items() if future.done() and not future.cancelled()}
+        return {key: future.result().replica_id.unique_id for key, future in chosen.items()}
+
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """One replica a rank: Serve takes the first that accepts, and comes back when none does."""
+        """One replica a rank: Serve takes the first that accepts, and comes back when none does. What others of the same
+        moment are given, or are about to be, counts as load: Serve may ask a replica first, and chooses for them all meanwhile.
+        """
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # all replicas are in the ranks
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         wanted = _wanted(pending_request)
         may = eligible(replicas, wanted.avoid if wanted else (), self._pulse.silent())
         replicas = {name: replicas[name] for name in may}
-        loads = {name: self.replica_queue_len_cache.get(r.replica_id) or 0 for name, r in replicas.items()}
-        return [[replicas[name]] for name in self._affinity.ranked(self._keys(pending_request), loads)]
+        self._first.pop(id(pending_request), None)
+        coming = Counter((self._first | self._given()).values())
+        loads = {name: self._sent(replica) + coming[name] for name, replica in replicas.items()}
+        ranked = self._affinity.ranked(self._keys(pending_request), loads)
+        if id(pending_request) in self._asked:
+            self._first[id(pending_request)] = ranked[0]
+        return [[replicas[name]] for name in ranked]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         self._affinity.remember(self._keys(pending_request), replica_id.unique_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,7 +49,7 @@ class Replica:
 def made(*names: str, queue: int = 2, may_be_none: bool = False) -> tuple[AffinityRouter, list[Replica]]:
     """A router of a deployment of its own that has these replicas."""
     of = DeploymentID("engine", uuid.uuid4().hex)
-    router = AffinityRouter(of, DeploymentHandleSource.UNKNOWN)
+    router = AffinityRouter(of, DeploymentHandleSource.UNKNOWN, use_replica_queue_len_cache=True)
     router.initialize_state(page=8, queue=queue, may_be_none=may_be_none)
     replicas = [Replica(name, of) for name in names]
     router.update_replicas(replicas)  # type: ignore[arg-type]
@@ -173,15 +174,90 @@ def test_a_replica_that_is_away_for_a_moment_makes_no_queue_full() -> None:
         router, (replica,) = made("a", queue=2)
         router.update_replicas([])
         router.update_replicas([])
-        asked = list[asyncio.Future[Any]]()
-        for count in range(1, 2 + 3 + 1):  # one after the other: those of one moment do not see each other wait
-            asked.append(asyncio.ensure_future(router._choose_replica_for_request(pending())))
-            await until(lambda n=count: len(router._pending_requests_to_fulfill) == n or asked[-1].done())
-            assert not asked[-1].done()
+        asked = [asyncio.ensure_future(router._choose_replica_for_request(pending())) for _ in range(2 + 3)]
+        await asyncio.sleep(0)
         with pytest.raises(BackPressureError):
             await router._choose_replica_for_request(pending())
         router.update_replicas([replica])  # type: ignore[list-item]
         assert await asyncio.wait_for(asyncio.gather(*asked), MINUTES) == [replica] * 5
+        router._watching.cancel()
+
+    asyncio.run(run())
+
+
+BEGINNING = Request(list(range(20, 60)))
+
+
+async def sent(router: AffinityRouter, *args: Any) -> str:
+    """Whom Serve sends a request to, which it counts as it does so."""
+    replica = await router._choose_replica_for_request(pending(*args))
+    router.on_send_request(replica.replica_id)
+    return replica.replica_id.unique_id
+
+
+@pytest.mark.parametrize("args", [(), (BEGINNING,)], ids=["no beginning", "one beginning"])
+@pytest.mark.parametrize("known", [True, False], ids=["loads known", "after ten idle seconds"])
+def test_requests_of_one_moment_are_spread_as_those_that_come_one_after_the_other(
+    args: tuple[Request, ...], known: bool
+) -> None:
+    """As the choices of one call. Serve counts a request where it is sent, which is later than it chose for the next; of a
+    replica that it has not heard of for ten seconds it asks first, and all choose meanwhile."""
+
+    async def run(together: bool) -> Counter[str]:
+        router, replicas = made("a", "b", "c", "d")
+        for replica in replicas:
+            replica.max_ongoing_requests = 8
+        for replica in replicas if known else ():
+            router.on_new_queue_len_info(replica.replica_id, 0)
+        some = [sent(router, *args) for _ in range(12)]
+        found = await asyncio.wait_for(asyncio.gather(*some), MINUTES) if together else [await each for each in some]
+        assert not router._asked and not router._first
+        router._watching.cancel()
+        return Counter(found)
+
+    found = asyncio.run(run(together=True))
+    assert found == asyncio.run(run(together=False)) and max(found.values()) <= 4
+    assert args or set(found.values()) == {3}
+
+
+def test_of_requests_of_one_moment_only_those_are_let_in_that_there_is_room_for() -> None:
+    """Two replicas that take three each, and a queue of two; then those that a replica was chosen for, and that Serve has not
+    sent, have their places there."""
+
+    async def run() -> None:
+        router, replicas = made("a", "b", queue=2)
+        for replica in replicas:
+            router.on_new_queue_len_info(replica.replica_id, 0)
+        some = [pending() for _ in range(20)]
+        asked = [asyncio.ensure_future(router._choose_replica_for_request(each)) for each in some]
+        while not any(each.future.done() for each in some):
+            await asyncio.sleep(0)
+        given = sum(each.future.done() for each in some)
+        assert given and router._places() == max(0, 6 - given), "chosen, and nobody has come back yet"
+        found = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), MINUTES)
+        assert sum(isinstance(each, BackPressureError) for each in found) == 20 - 8
+        assert all(isinstance(each, BackPressureError) for each in found[8:]), "who came first is in"
+        router._watching.cancel()
+
+    asyncio.run(run())
+
+
+def test_who_is_refused_by_a_replica_or_goes_is_no_load_of_it() -> None:
+    async def run() -> None:
+        router, replicas = made("a", "b", queue=2)
+        for replica in replicas:
+            router.on_new_queue_len_info(replica.replica_id, 0)
+        refused, gone = pending(), pending()
+        assert await router._choose_replica_for_request(refused) is replicas[0]
+        retried = asyncio.ensure_future(router._choose_replica_for_request(refused, is_retry=True))
+        leaving = asyncio.ensure_future(router._choose_replica_for_request(gone))
+        await asyncio.sleep(0)
+        assert router._given() == {} and set(router._asked) == {id(refused), id(gone)}
+        leaving.cancel()
+        gone.future.cancel()
+        assert router._given() == {}
+        await asyncio.wait({leaving, retried})
+        assert leaving.cancelled() and not router._asked and not router._first
         router._watching.cancel()
 
     asyncio.run(run())

@@ -181,6 +181,7 @@ class Queued:
         self.router = AffinityRouter.__new__(AffinityRouter)  # Serve makes the rest of it
         self.router._page, self.router._queue, self.router._affinity = PAGE, queue, Affinity()
         self.router._pulse = Pulse()
+        self.router._asked, self.router._first = {}, {}
         ids = {name: SimpleNamespace(unique_id=name) for name in loads}
         self.replicas = [SimpleNamespace(replica_id=of, max_ongoing_requests=8) for of in ids.values()]
         self.router._replicas = {replica.replica_id.unique_id: replica for replica in self.replicas}
