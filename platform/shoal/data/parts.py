@@ -142,18 +142,20 @@ def read_part(
 
 
 def sample(paths: Iterable[Path], splits: Iterable[Sequence[str | None]]) -> list[str]:
-    """Texts to fit a tokenizer to: of the training documents only, the first SAMPLE_BYTES of each modality, spread over all
-    parts."""
+    """Texts to fit a tokenizer to: of the training documents only, the first SAMPLE_BYTES of each modality in UTF-8, spread
+    over all parts."""
     ways = [(path, of) for path, of in zip(paths, splits, strict=True) if "train" in of]
     texts: list[str] = []
-    left: Counter[str] = Counter()
+    held: Counter[str] = Counter()  # bytes
     for number, (path, of) in enumerate(ways, 1):
         share = SAMPLE_BYTES * number // len(ways)  # of each modality, up to this part
         for document, split in zip(documents(path), of, strict=True):
-            room = share - left[document.modality]
-            if split == "train" and document.text and room > 0:
-                texts.append(document.text[:room])
-                left[document.modality] += len(texts[-1].encode())
+            room = share - held[document.modality]
+            if split == "train" and room > 0:
+                # of a letter of several bytes that is cut nothing is taken
+                some = document.text[:room].encode()[:room].decode(errors="ignore")
+                texts += [some] if some else []
+                held[document.modality] += len(some.encode())
     return texts
 
 

@@ -141,6 +141,26 @@ def test_the_tokenizers_sample_is_bounded_and_spread_over_the_parts(
     assert [len(text) for text in texts] == [300, 300, 300]
 
 
+def test_the_tokenizers_sample_is_bounded_in_bytes_and_cuts_no_letter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chinese has three bytes a letter: cut by letters, the first part would have given what all may."""
+    monkeypatch.setattr(parts, "SAMPLE_BYTES", 400)
+    paths, written = [], []
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        written.append("".join(chr(0x4E00 + 97 * number + n * n % 5000) for n in range(300)))
+        (folder / "a.txt").write_text(written[-1])
+        paths.append(tmp_path / f"part{number}")
+        parts.read_part(list_files(SourceSpec("s", str(folder))), paths[-1])
+    texts = parts.sample(paths, [["train"]] * 3)
+    # up to each part 133, 266 and 400 bytes, of which three hold 44, 88 and 133 letters
+    assert texts == [text[:letters] for text, letters in zip(written, (44, 44, 45), strict=True)]
+    monkeypatch.setattr(parts, "SAMPLE_BYTES", 5)  # a part has room for no letter, then for one
+    assert parts.sample(paths, [["train"]] * 3) == [written[1][0]]
+
+
 def test_the_sample_of_a_large_corpus_is_drawn_by_document_wherever_it_lies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
