@@ -11,22 +11,34 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 from shoal.config import ModelConfig
 from shoal.data import identities, order, parts
-from shoal.data.batches import ChatBatches, PretrainBatches, heldout_batches, heldout_groups, spaced, text_of
+from shoal.data.batches import (
+    Batch,
+    ChatBatches,
+    PretrainBatches,
+    _batch,
+    _filled,
+    heldout_batches,
+    heldout_groups,
+    spaced,
+    text_of,
+)
 from shoal.data.documents import SourceSpec
 from shoal.data.operators.pipeline import Operators
 from shoal.data.order import permutation
-from shoal.data.shards import TOKENIZER, Index, open_index, write_index
+from shoal.data.shards import TOKENIZER, Index, Rows, open_index, write_index
 from shoal.data.sources.files import list_files
 from shoal.data.tables import Parts
 from shoal.errors import ConfigError, DataError
-from shoal.inputs.tokenizer import END_ID, PATCH_ID, Tokenizer
+from shoal.inputs.tokenizer import END_ID, PAD_ID, PATCH_ID, Tokenizer
 
 MIX = {"text": 0.6, "image": 0.2, "code": 0.2}
 
@@ -176,6 +188,21 @@ def test_a_start_at_any_cursor_opens_only_the_shards_that_it_reads(
     (batch,) = batches.at(10**9)
     assert len(batch.tokens) == 12 and 3 <= len(opened) <= 12
     assert permutation.cache_info().misses == len(MIX)
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_rows_that_stay_in_s3_are_asked_for_a_step_ahead_and_others_when_they_are_read(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
+    asked, real = list[tuple[str, int]](), PretrainBatches._row
+    monkeypatch.setattr(Rows, "remote", property(lambda self: remote))
+    monkeypatch.setattr(PretrainBatches, "_row", lambda self, row: asked.append(row) or real(self, row))
+    batches = make(corpus, rank=1, world=2)
+    (batch,) = batches.at(3)
+    if batches._askers is not None:
+        batches._askers.shutdown(wait=True)
+    assert Counter(asked) == Counter(batches.mine(3) + (batches.mine(4) if remote else []))
+    assert torch.equal(batch.tokens, make(corpus).at(3)[0].tokens[1::2])
 
 
 def test_a_target_is_the_next_token_of_the_same_document_and_never_a_patch(corpus: Path) -> None:
@@ -331,6 +358,81 @@ def test_a_pair_stays_together_the_preferred_row_first(tmp_path: Path, config: M
     padding_of_an_epoch(alone)
     short = ChatBatches(path, tokenizer, config, batch_tokens=600, parts=1, pairs=True, max_length=20)
     assert 0 < len(short.chats) < 60 and short.chats.lengths.max() <= 20
+
+
+IDS = np.array([[20, 21, PATCH_ID, 22, 23, PAD_ID], [30, 31, 32, 33, 34, 35]])
+DOCS = np.array([[0, 0, 0, 0, 1, -1], [0, 0, 0, 1, 1, 1]])
+BYTES = np.arange(40) ** 2  # of each token, another number for each
+
+
+def by_hand(patches: int, wanted: np.ndarray | None = None) -> Batch:
+    return _batch(IDS, DOCS, np.full((patches, 3), 7, dtype=np.uint8), ("code", "text"), BYTES, wanted)
+
+
+def test_targets_and_their_bytes_are_what_they_are_by_hand() -> None:
+    """The next token of the same document, no padding, of what is wanted; a patch only where it is a word, as it is in an open
+    model's vocabulary, whose batches have no pictures."""
+    wanted = np.ones((2, 6), dtype=bool)
+    wanted[0, 1] = wanted[1, 0] = wanted[1, 5] = False
+    rows = {
+        "words": ([21, PATCH_ID, 22, -1, -1, -1], [31, 32, -1, 34, 35, -1], by_hand(0)),
+        "picture": ([21, -1, 22, -1, -1, -1], [31, 32, -1, 34, 35, -1], by_hand(1)),
+        "wanted": ([-1, PATCH_ID, 22, -1, -1, -1], [31, 32, -1, 34, -1, -1], by_hand(0, wanted)),
+        "both": ([-1, -1, 22, -1, -1, -1], [31, 32, -1, 34, -1, -1], by_hand(1, wanted)),
+    }
+    for name, (first, second, batch) in rows.items():
+        assert batch.targets.tolist() == [first, second], name
+        assert batch.row_bytes.tolist() == [sum(t * t for t in row if t >= 0) for row in (first, second)], name
+        assert batch.n_bytes == int(batch.row_bytes.sum()) and batch.modalities == ("code", "text")
+        assert batch.tokens.tolist() == IDS.tolist() and batch.docs.tolist() == DOCS.tolist()
+        assert len(batch.patches) == len(batch.grid) == (name in ("picture", "both"))
+
+
+def test_a_blank_batch_has_nothing_to_learn_and_fits_beside_the_others() -> None:
+    """Two rows of at most eight places; of pictures none, but as wide."""
+    first = by_hand(1)
+    same, blank, again = _filled([first], 3)
+    assert same is first and blank is again
+    assert (
+        blank.tokens.tolist() == [[PAD_ID] * 6] * 2 and blank.docs.tolist() == blank.targets.tolist() == [[-1] * 6] * 2
+    )
+    assert blank.patches.shape == (0, 3) and blank.grid.shape == (0, 2) and blank.modalities == ("code", "code")
+    assert blank.row_bytes.tolist() == [0, 0] and blank.n_bytes == 0
+    long = dataclasses.replace(first, tokens=torch.zeros(1, 20, dtype=torch.int64))
+    assert _filled([long], 2)[1].tokens.shape == (2, 8) and _filled([long], 1) == [long]
+    for name in ("tokens", "docs", "targets", "patches", "grid", "row_bytes"):
+        assert getattr(blank, name).dtype == getattr(first, name).dtype, name
+
+
+def test_a_batch_is_moved_with_all_of_its_tensors() -> None:
+    batch = by_hand(1)
+    moved = batch.to("meta")
+    for field in dataclasses.fields(batch):
+        was, now = getattr(batch, field.name), getattr(moved, field.name)
+        if field.name == "modalities":
+            assert now == was
+        else:
+            assert (now.device.type, now.shape, was.device.type) == ("meta", was.shape, "cpu")
+
+
+def test_whole_rows_are_learned_from_their_first_token_on_and_cut_where_they_are_long(
+    tmp_path: Path, config: ModelConfig
+) -> None:
+    """Chats as the template writes them, and texts: every token but the first of a piece is a target."""
+    path, tokenizer = tmp_path / "w.jsonl", Tokenizer.bytes_only()
+    path.write_text(json.dumps({"text": "abcdefghijklmnop" * 3}) + "\n" + chats(tmp_path / "c.jsonl", 3).read_text())
+    options: dict[str, Any] = {"batch_tokens": 64, "parts": 2, "whole": True}
+    for longest in (None, 20):
+        batches = ChatBatches(path, tokenizer, config, max_length=longest, **options)
+        most = longest or config.train_length
+        assert batches.chats.lengths.max() == min(most, 49) and batches.report["tokens"] > 49
+        told = list[str]()
+        for batch in batches.at(0) + batches.at(1):
+            there = batch.docs >= 0
+            assert torch.equal(batch.targets[:, :-1] >= 0, there[:, 1:]) and not (batch.targets[:, -1] >= 0).any()
+            assert torch.equal(batch.targets[:, :-1][there[:, 1:]], batch.tokens[:, 1:][there[:, 1:]])
+            told += [tokenizer.decode(row[row >= 9].tolist()) for row in batch.tokens]
+        assert any("abcdefgh" in text for text in told) and any("qq" in text for text in told)
 
 
 def test_places_are_evenly_spaced_and_all_where_there_are_no_more() -> None:
