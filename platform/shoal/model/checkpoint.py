@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from shoal.config import ModelConfig, dump
@@ -128,8 +129,8 @@ def require_replaceable(directory: str | Path) -> None:
     """Raises CheckpointError when `directory` holds anything but a model of ours, which alone may be replaced: its config.json
     is of our format, and its manifest lists whatever lies there. One that is empty, or is not there, may be taken; what a
     killed command has taken away is first put back (`put_back`). The one that this process is in may not."""
-    directory = Path(directory)
-    _need_elsewhere(directory)
+    directory = Path(directory).resolve()  # where a link leads is replaced, and is what a killed command took away
+    need_movable(directory)
     put_back(directory)
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
@@ -146,8 +147,18 @@ def require_replaceable(directory: str | Path) -> None:
         )  # fmt: skip
 
 
-def _need_elsewhere(directory: Path) -> None:
-    """Raises CheckpointError for a directory that this process is in: another takes its place, and paths would lead nowhere."""
+def need_movable(directory: Path) -> None:
+    """Raises CheckpointError for a directory whose place another cannot take: one that this process is in, whose paths would
+    lead nowhere, and one that something is mounted on, as of a container; ResourceError for a name that no file can have."""
+    try:
+        directory.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise _unwritten(directory, error) from error
+    if os.path.ismount(os.path.realpath(directory)):
+        got = "a mount point, which cannot be renamed"
+        raise CheckpointError(f"{directory}", got=got, do="give a folder in it")
     with suppress(FileNotFoundError):  # of a process whose own is gone
         if Path.cwd().is_relative_to(os.path.realpath(directory)):
             got = "the folder that the command runs in, or one around it"
@@ -158,13 +169,16 @@ def _need_elsewhere(directory: Path) -> None:
 def replacing(directory: Path, need: Callable[[Path], None] = require_replaceable) -> Iterator[Path]:
     """A directory to write in, which takes the place of `directory` once it is whole and is gone when that fails; and with it
     what those have left that were killed. The one that was there before, which `need` lets be replaced, is put back where the
-    new one cannot take its place. Raises ResourceError where the disk is full."""
+    new one cannot take its place. Raises ResourceError where the disk is full, or takes nothing by this name."""
     directory = directory.resolve()
-    _need_elsewhere(directory)
+    need_movable(directory)
     name = f".{directory.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     aside, before = (directory.with_name(f"{name}{end}") for end in (ASIDE, OLD))
-    aside.mkdir(parents=True)
-    held = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        aside.mkdir(parents=True)
+        held = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise _unwritten(directory, error) from error
     try:
         with suppress(OSError):  # of a file system without locks
             fcntl.flock(held, fcntl.LOCK_EX)
@@ -185,15 +199,21 @@ def replacing(directory: Path, need: Callable[[Path], None] = require_replaceabl
                 f"{directory}", got="one that was written meanwhile", do="look which you want"
             ) from error
         _sweep(directory, OLD)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ResourceError(f"cannot write {directory}", got=error.strerror, do="free some disk") from error
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(directory, error) from error
     finally:
         if directory.exists():
             shutil.rmtree(before, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
         os.close(held)
+
+
+def _unwritten(directory: Path, error: OSError | SafetensorError) -> ResourceError:
+    """What the system said to writing a directory; safetensors says it in a text of its own."""
+    got = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+    full = isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    do = "free some disk" if full else "give another place"
+    return ResourceError(f"cannot write {directory}", got=got, do=do)
 
 
 def put_back(directory: Path) -> bool:

@@ -243,7 +243,8 @@ def need_exportable(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def _need_empty(to: Path) -> None:
-    """Raises CheckpointError for a place where something is."""
+    """Raises CheckpointError for a place where something is, or that nothing can take."""
+    checkpoint.need_movable(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise CheckpointError(f"{to}", got="something that is there", do="choose a place that is empty")
 

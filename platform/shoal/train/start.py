@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from shoal.config import ModelConfig
 from shoal.data.models import written
-from shoal.errors import CheckpointError, ConfigError, last_line
+from shoal.errors import CheckpointError, ConfigError, ResourceError, last_line
 from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import checkpoint, described, smooth
@@ -118,10 +119,12 @@ class Start:
                 if not ranks.first:
                     pass
                 elif plan.train.lora_rank or plan.quantize or plan.adapts:
-                    config, state, after = self._made_over(plan, dict(tensors))
-                    self._save(plan, config, state.items())
+                    with _unwritten(plan):
+                        config, state, after = self._made_over(plan, dict(tensors))
+                        self._save(plan, config, state.items())
                 else:  # as they come, so that no rank holds the whole
-                    self._save(plan, plan.model, tensors)
+                    with _unwritten(plan):
+                        self._save(plan, plan.model, tensors)
             finally:
                 for _ in tensors:  # what is left of the walk that all must go
                     pass
@@ -144,21 +147,30 @@ class Start:
         return dataclasses.replace(plan.model, quantization="w8a8"), export_int8(whole), after
 
     def _save(self, plan: FitPlan, config: ModelConfig, state: Iterable[tuple[str, Tensor]]) -> None:
-        try:
-            with written(plan.model_place) as folder:
-                checkpoint.save(
-                    folder,
-                    config=config,
-                    state=state,
-                    tokenizer=self.tokenizer,
-                    name=plan.name,
-                    chat_template=self.template,
-                    source=described.trained_further(self.source),
-                    base=self.base if plan.frozen or plan.quantize else "",
-                )
-        except (OSError, SafetensorError) as error:
-            do = "free some room; the same command goes on from its last checkpoint"
-            raise CheckpointError(f"cannot write {plan.model_place}", got=last_line(error), do=do) from error
+        with written(plan.model_place) as folder:
+            checkpoint.save(
+                folder,
+                config=config,
+                state=state,
+                tokenizer=self.tokenizer,
+                name=plan.name,
+                chat_template=self.template,
+                source=described.trained_further(self.source),
+                base=self.base if plan.frozen or plan.quantize else "",
+            )
+
+
+@contextmanager
+def _unwritten(plan: FitPlan) -> Iterator[None]:
+    """What the disk refuses in this block becomes a CheckpointError, for a run that has its checkpoints."""
+    again = "the same command goes on from its last checkpoint"
+    try:
+        yield
+    except ResourceError as error:
+        raise CheckpointError(f"{error.message}; {again}") from error
+    except (OSError, SafetensorError) as error:
+        do = f"free some room; {again}"
+        raise CheckpointError(f"cannot write {plan.model_place}", got=last_line(error), do=do) from error
 
 
 def whole_tensors(model: nn.Module, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:

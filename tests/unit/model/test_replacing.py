@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from shoal.errors import CheckpointError, ResourceError
-from shoal.model.checkpoint import LEFT_SECONDS, put_back, replacing
+from shoal.model.checkpoint import LEFT_SECONDS, put_back, replacing, require_replaceable
 from shoal.model.described import read_config
+from shoal.open_weights.convert import _need_empty as need_elsewhere_empty
 
 ANY = {"need": lambda directory: None}
 
@@ -86,6 +88,45 @@ def test_a_full_disk_is_a_line_and_leaves_what_was_there(tmp_path: Path) -> None
     with pytest.raises(ResourceError, match="No space left on device'; free"), replacing(tmp_path / "m", **ANY):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert [path.name for path in tmp_path.iterdir()] == ["m"] and (tmp_path / "m/text").read_text() == "before"
+
+
+def test_whatever_the_system_says_to_writing_is_a_line(tmp_path: Path) -> None:
+    """safetensors has an error of its own; a name that is too long, or in a file, ended the command as a bug would."""
+    written(tmp_path, "before")
+    for error in (
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.EFBIG, os.strerror(errno.EFBIG)),
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+    ):
+        says = r"cannot write .*m: got .*(No space|too large|put/output error).*; (free|gi)"
+        with pytest.raises(ResourceError, match=says), replacing(tmp_path / "m", **ANY):
+            raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["m"] and (tmp_path / "m/text").read_text() == "before"
+    says = r"got '(File name too long|Not a directory)'; give another place"
+    for place in (tmp_path / ("n" * 240), tmp_path / ("n" * 300), tmp_path / "m" / "text" / "in"):
+        with pytest.raises(ResourceError, match=says), replacing(place, **ANY):
+            pass
+    with pytest.raises(ResourceError, match=says):
+        require_replaceable(tmp_path / ("n" * 300))
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a container's volume: nothing can take its place, which was found out after all was written."""
+    (tmp_path / "m").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "m"))
+    for refuses in (require_replaceable, lambda place: replacing(place, **ANY).__enter__(), need_elsewhere_empty):
+        with pytest.raises(CheckpointError, match="got 'a mount point, which cannot be renamed'; give a folder in it"):
+            refuses(tmp_path / "m")
+    written(tmp_path / "m", "in it")
+
+
+def test_what_was_taken_away_from_where_a_link_leads_is_put_back(tmp_path: Path) -> None:
+    left(tmp_path, ".m.4711.0123abcd.old")
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="is not a model directory that may be replaced"):
+        require_replaceable(tmp_path / "link")
+    assert (tmp_path / "m/model.safetensors").exists()
 
 
 def test_what_a_command_that_was_killed_between_its_two_renames_took_away_is_back_with_the_next(tmp_path: Path) -> None:
