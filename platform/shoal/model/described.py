@@ -22,8 +22,10 @@ CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer.json", "chat_template.ji
 BASE = "base_sha256"  # in CONFIG: see `base`
 SOURCE = "source.json"  # what an open model was imported from: family, what describes it, sha256 of its weights
 ADAPTED = "adapted"  # there: see `adapted`
-# how an answer is drawn: what a source may have a say in where a request is silent
-DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# how an answer is drawn: what a source may have a say in where a request is silent, and from what to what it may be
+DRAWN: Mapping[str, tuple[float, float]] = {
+    "temperature": (0, 100), "top_p": (0, 1), "top_k": (-1, 2**31), "min_p": (0, 1), "repetition_penalty": (1e-3, 100),
+}  # fmt: skip
 FORMAT, VERSION = "shoal-model", 1
 OLD = ".old"  # end of the name of what was there before, while another takes its place (`checkpoint`)
 INT8_SCHEME = 1  # version of `quant`: weights that another rounded are refused
@@ -96,11 +98,15 @@ def sampling(directory: str | Path) -> dict[str, Any]:
 
 
 def drawn(told: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """What a generation_config says of `DRAWN`. Raises CheckpointError for what is no number."""
+    """What a generation_config says of `DRAWN`. Raises CheckpointError for what no request may have."""
     numbers = {name: told[name] for name in DRAWN if told.get(name) is not None}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             raise CheckpointError(f"{where}: generation_config.{name}", got=value, allowed="a number")
+        low, high = DRAWN[name]
+        if not low <= value <= high or (name == "top_k" and not isinstance(value, int)):
+            allowed = f"{'a whole number from ' if name == 'top_k' else ''}{low:.10g} to {high:.10g}"
+            raise CheckpointError(f"{where}: generation_config.{name}", got=value, allowed=allowed)
     return numbers
 
 

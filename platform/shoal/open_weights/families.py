@@ -13,10 +13,12 @@ from typing import Any
 from shoal.config import ModelConfig
 from shoal.errors import CheckpointError, ConfigError
 from shoal.open_weights import rope
+from shoal.open_weights.told import positive, texts, whole
 
 Names = Mapping[str, tuple[str, ...]]
 PAGE = 16  # tokens of a page and of a block, of which no dense layer makes use
-MOST, MOST_LAYERS = 2**31, 4096  # of any number in a config.json: more would only take time to refuse
+# of any number in a config.json, of layers, and of a head's dims: more would only take time and memory to refuse
+MOST, MOST_LAYERS, MOST_HEAD = 2**31, 4096, 2**14
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _LAYER: Names = {
@@ -129,8 +131,8 @@ _KEYS = {  # of config.json, when they say something: the reason
 
 def family_of(config: Mapping[str, Any]) -> str:
     """The architecture that a ``config.json`` names. Raises CheckpointError with the reason for one that cannot be imported."""
-    named = config.get("architectures") or [_MODEL_TYPES.get(str(config.get("model_type")), "")]
-    name = str(named[0]) or str(config.get("model_type"))
+    named = texts("config.json: architectures", config.get("architectures") or [])
+    name = next(iter(named), None) or _MODEL_TYPES.get(str(config.get("model_type"))) or str(config.get("model_type"))
     reason = next((reason for word, reason in REFUSED if word.lower() in name.lower()), None)
     if name not in FAMILIES:
         got = f"{name}: {reason}" if reason else name
@@ -177,43 +179,35 @@ def shape_of(config: Mapping[str, Any], tensors: Collection[str], *, tied: bool,
         if config.get(key, ...) is None:
             told.pop(key, None)
 
-    def whole(key: str, most: int = MOST) -> int:
-        value = told.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise CheckpointError(f"config.json: {key}", got=value, allowed=f"a whole number above 0, at most {most}")
-        return value
+    def size(key: str, most: int = MOST, least: int = 1) -> int:
+        return whole(f"config.json: {key}", told.get(key), most, least)
 
-    layers = whole("num_hidden_layers", MOST_LAYERS)
-    width, heads = whole("hidden_size"), whole("num_attention_heads")
+    layers = size("num_hidden_layers", MOST_LAYERS)
+    width, heads = size("hidden_size"), size("num_attention_heads")
     if told["hidden_act"] not in ("silu", "swish"):
         raise CheckpointError("config.json: hidden_act", got=told["hidden_act"], allowed="silu")
-    head_dim = whole("head_dim") if told.get("head_dim") else width // heads
-    share = float(
-        (told.get("rope_parameters") or {}).get("partial_rotary_factor") or told.get("partial_rotary_factor") or 1
-    )
-    if share != 1 and not family.partial:  # its class turns all, whatever this says
-        raise CheckpointError(f"config.json of {name}: partial_rotary_factor", got=share, allowed=1)
-    dims = int(head_dim * share)
-    if dims < 2:  # 0 would be a form of our own
-        raise CheckpointError(
-            "config.json: partial_rotary_factor", got=share, allowed=f"two dims of {head_dim}, or more"
-        )
-    if float(told.get("rope_theta") or 0) <= 0 or float((told.get("rope_parameters") or {}).get("rope_theta", 1)) <= 0:
-        raise CheckpointError("config.json: rope_theta", got=told.get("rope_theta"), allowed="a number above 0")
-    rates, most, scale = rope.rates(told, dims, float(told["rope_theta"]), context)
-    length = min(n for n in (whole("max_position_embeddings"), most, context) if n)
+    head_dim = size("head_dim", MOST_HEAD) if "head_dim" in told else width // heads
+    if not 2 <= head_dim <= MOST_HEAD:
+        got, allowed = f"{width} for {heads} heads", f"2 to {MOST_HEAD} dims a head"
+        raise CheckpointError("config.json: hidden_size", got=got, allowed=allowed)
+    dims, theta = _turns(told, name, head_dim)
+    rates, most, scale = rope.rates(told, dims, theta, context)
+    length = min(n for n in (size("max_position_embeddings"), most, context) if n)
+    for key in ("max_window_layers", "no_rope_layer_interval"):
+        if key in told:
+            size(key, least=0)
     kinds = _kinds(told, family, layers)
-    window = int(told["sliding_window"]) if "L" in kinds else length
+    window = size("sliding_window") if "L" in kinds else length
     if window >= length:
         kinds, window = "D" * layers, length
     values: dict[str, Any] = {
-        "vocab": whole("vocab_size"), "layers": layers, "width": width, "heads": heads,
-        "kv_heads": whole("num_key_value_heads") if told.get("num_key_value_heads") else heads, "head_dim": head_dim,
-        "ffn": whole("intermediate_size"), "train_length": length, "max_length": length, "window": window, "block": PAGE,
+        "vocab": size("vocab_size"), "layers": layers, "width": width, "heads": heads,
+        "kv_heads": size("num_key_value_heads") if "num_key_value_heads" in told else heads, "head_dim": head_dim,
+        "ffn": size("intermediate_size"), "train_length": length, "max_length": length, "window": window, "block": PAGE,
         "page": PAGE, "top_k": 1, "sinks": 0, "mix_mode": "fixed", "attn_pattern": _short(kinds),
-        "rope_theta": float((told.get("rope_parameters") or {}).get("rope_theta") or told["rope_theta"]), "rope_dims": dims,
+        "rope_theta": theta, "rope_dims": dims,
         "rope_rates": rates, "rope_scale": scale, "rope_pattern": _short(_turned(told, layers)),
-        "norm_eps": float(told["rms_norm_eps"]), "qk_norm": "none",
+        "norm_eps": positive("config.json: rms_norm_eps", told["rms_norm_eps"]), "qk_norm": "none",
         "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in tensors, "tied": tied, "embed_scale": 1.0, "early_exits": False,
         "image_size": 0,
     }  # fmt: skip
@@ -223,13 +217,33 @@ def shape_of(config: Mapping[str, Any], tensors: Collection[str], *, tied: bool,
         raise CheckpointError(f"config.json of {name}: {error.message}") from error
 
 
+def _turns(told: Mapping[str, Any], name: str, head_dim: int) -> tuple[int, float]:
+    """How many dims of a head are turned, and theta. Raises CheckpointError."""
+    inner, _ = rope.scheme(told)
+    given = next(
+        (each["partial_rotary_factor"] for each in (inner, told) if each.get("partial_rotary_factor") is not None), None
+    )
+    share = 1.0 if given is None else positive("config.json: partial_rotary_factor", given)
+    if share != 1 and not FAMILIES[name].partial:  # its class turns all, whatever this says
+        raise CheckpointError(f"config.json of {name}: partial_rotary_factor", got=share, allowed=1)
+    dims = int(head_dim * share)
+    if not 2 <= dims <= head_dim:  # 0 would be a form of our own
+        raise CheckpointError(
+            "config.json: partial_rotary_factor", got=share, allowed=f"two dims of {head_dim}, or more"
+        )
+    theta = positive("config.json: rope_theta", told["rope_theta"])
+    if inner.get("rope_theta") is not None:
+        theta = positive("config.json: rope_theta", inner["rope_theta"])
+    return dims, theta
+
+
 def _kinds(told: Mapping[str, Any], family: Family, layers: int) -> str:
     """D or L of each layer."""
     letters = {"full_attention": "D", "sliding_attention": "L"}
     types = told.get("layer_types")
     if types is None:
         return "".join("L" if family.windowed(told, layer) else "D" for layer in range(layers))
-    odd = next((kind for kind in types if kind not in letters), None)
+    odd = next((kind for kind in texts("config.json: layer_types", types) if kind not in letters), None)
     if odd is not None or len(types) != layers:
         got = odd if odd is not None else f"{len(types)} for {layers} layers"
         raise CheckpointError("config.json: layer_types", got=got, allowed=list(letters))

@@ -23,8 +23,9 @@ from shoal.errors import CheckpointError
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import files
 from shoal.open_weights import gguf_tokens, rope
-from shoal.open_weights.families import EMBEDDING, HEAD, LAST_NORM
+from shoal.open_weights.families import EMBEDDING, HEAD, LAST_NORM, MOST
 from shoal.open_weights.sources import Seen
+from shoal.open_weights.told import is_whole, positive, texts, whole
 from shoal.open_weights.vocabulary import made
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
@@ -110,7 +111,11 @@ class Gguf:
         return count
 
     def _text(self) -> str:
-        return self._take(self._sane(self._number("<Q"))).decode("utf-8", errors="replace")
+        raw = self._take(self._sane(self._number("<Q")))
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:  # a letter in its place would be another token, or another template
+            raise self._damaged(f"a text that is not UTF-8: {raw[:40]!r}") from error
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -187,7 +192,7 @@ class Gguf:
 
     def _config(self) -> dict[str, Any]:
         arch = self._meta.get("general.architecture")
-        if arch not in _ARCHITECTURES:
+        if arch not in list(_ARCHITECTURES):
             raise CheckpointError(f"{self._path}: architecture", got=arch, allowed=list(_ARCHITECTURES))
 
         def told(key: str, default: Any = None) -> Any:
@@ -196,27 +201,33 @@ class Gguf:
                 raise CheckpointError(f"{self._path}: {arch}.{key} is missing")
             return found
 
-        heads, width = told("attention.head_count"), told("embedding_length")
+        def above(key: str, default: Any = None) -> float:
+            return positive(f"{self._path}: {arch}.{key}", told(key, default))
+
+        def size(key: str, default: Any = None) -> int:
+            return whole(f"{self._path}: {arch}.{key}", told(key, default), MOST)
+
+        heads, width = size("attention.head_count"), size("embedding_length")
         if told("expert_count", 0):
             raise CheckpointError(f"{self._path}: expert_count", got="a mixture of experts", do="choose a dense model")
-        head_dim, context = told("attention.key_length", width // heads), told("context_length")
+        head_dim, context = size("attention.key_length", width // heads), size("context_length")
         for key, plain in _plain(head_dim, context).items():
             if (found := told(key, plain[0])) not in plain:
                 raise CheckpointError(f"{self._path}: {arch}.{key}", got=found, allowed=plain[0])
         config = {
             "architectures": [_ARCHITECTURES[arch]], "model_type": arch, "hidden_act": "silu", "hidden_size": width,
             "num_attention_heads": heads,
-            "num_hidden_layers": told("block_count"), "num_key_value_heads": told("attention.head_count_kv", heads),
-            "head_dim": head_dim, "intermediate_size": told("feed_forward_length"),
-            "rms_norm_eps": _short(told("attention.layer_norm_rms_epsilon")), "rope_theta": told("rope.freq_base", 10_000.0),
-            "max_position_embeddings": context, "vocab_size": len(self._meta.get("tokenizer.ggml.tokens", [])),
+            "num_hidden_layers": size("block_count"), "num_key_value_heads": size("attention.head_count_kv", heads),
+            "head_dim": head_dim, "intermediate_size": size("feed_forward_length"),
+            "rms_norm_eps": _short(above("attention.layer_norm_rms_epsilon")),
+            "rope_theta": above("rope.freq_base", 10_000.0),
+            "max_position_embeddings": context, "vocab_size": len(self._tokens),
             "tie_word_embeddings": "output.weight" not in self._places,
-            "eos_token_id": self._meta.get("tokenizer.ggml.eos_token_id"),
-            "bos_token_id": self._meta.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._special("eos"), "bos_token_id": self._special("bos"),
         }  # fmt: skip
         kind = told("rope.scaling.type", "none")
         if kind == "linear":
-            config["rope_scaling"] = {"rope_type": "linear", "factor": told("rope.scaling.factor")}
+            config["rope_scaling"] = {"rope_type": "linear", "factor": above("rope.scaling.factor")}
         elif kind not in ("none", "", None):
             raise CheckpointError(f"{self._path}: rope.scaling.type", got=kind, allowed=["none", "linear"])
         if _FACTORS in self._places:
@@ -261,12 +272,23 @@ class Gguf:
 
     def _token_names(self) -> dict[str, str]:
         """Control tokens as Hugging Face calls them."""
-        tokens, found = self._meta.get("tokenizer.ggml.tokens", []), {}
+        found = {}
         for short, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-            number = self._meta.get(f"tokenizer.ggml.{key}_token_id")
-            if number is not None and 0 <= number < len(tokens):
-                found[f"{short}_token"] = tokens[number]
+            token = self._special(key)
+            if token is not None and 0 <= token < len(self._tokens):
+                found[f"{short}_token"] = self._tokens[token]
         return found
+
+    def _special(self, key: str) -> int | None:
+        """The number of a control token, where the file has it. Raises CheckpointError for what is none."""
+        found = self._meta.get(f"tokenizer.ggml.{key}_token_id")
+        if found is not None and not is_whole(found):
+            raise CheckpointError(f"{self._path}: tokenizer.ggml.{key}_token_id", got=found, allowed="a token's number")
+        return found
+
+    @cached_property
+    def _tokens(self) -> list[str]:
+        return texts(f"{self._path}: tokenizer.ggml.tokens", self._meta.get("tokenizer.ggml.tokens", []))
 
     def vocabulary(self, template: str | None) -> tuple[Tokenizer, str]:
         names = self._token_names()
@@ -274,7 +296,7 @@ class Gguf:
         chat = template or self._meta.get("tokenizer.chat_template")
         if not isinstance(chat, str) or not chat:
             raise CheckpointError(f"{self._path} has no chat template", do="give one with --chat-template FILE")
-        told = (self._meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot"))
+        told = map(self._special, ("eos", "eot"))
         return made(core, names, tuple(dict.fromkeys(end for end in told if end is not None)), self._path), chat
 
     def licences(self) -> Sequence[Path]:

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from shoal.errors import CheckpointError
 from shoal.inputs.alphabets import SPACE, is_spaced
+from shoal.open_weights.told import texts
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # kinds of tokens
 _MOST_MERGES = 2**21  # ways to make a token of two; the largest vocabularies have some 600,000
@@ -50,7 +51,7 @@ def core_of(meta: Mapping[str, Any], names: Mapping[str, str], what: object) -> 
     tokens, kind, pre = (meta.get(f"tokenizer.ggml.{key}") for key in ("tokens", "model", "pre"))
     if not tokens:
         raise CheckpointError(f"{what} has no tokenizer", do="import the Hugging Face checkpoint")
-    if kind != "llama" and (kind != "gpt2" or pre not in _PIECES):
+    if kind != "llama" and (kind != "gpt2" or pre not in list(_PIECES)):
         got = f"{kind} {pre}" if kind == "gpt2" else kind
         raise CheckpointError(f"tokenizer of {what}", got=got, allowed=["llama", *(f"gpt2 {name}" for name in _PIECES)])
     vocab = {token: number for number, token in enumerate(tokens)}
@@ -58,7 +59,7 @@ def core_of(meta: Mapping[str, Any], names: Mapping[str, str], what: object) -> 
         twice = next(token for number, token in enumerate(tokens) if vocab[token] != number)
         raise CheckpointError(f"tokenizer of {what}", got=f"token {twice!r} twice", do="fetch the file again")
     kinds = _numbers(meta, "token_type", len(tokens), what) or [_NORMAL] * len(tokens)
-    core = _spaced(meta, vocab, kinds, names, what) if kind == "llama" else _of_bytes(meta, vocab)
+    core = _spaced(meta, vocab, kinds, names, what) if kind == "llama" else _of_bytes(meta, vocab, what)
     special = (_CONTROL, _UNKNOWN) if kind == "llama" else (_CONTROL,)
     core.add_special_tokens(
         [
@@ -78,17 +79,27 @@ def core_of(meta: Mapping[str, Any], names: Mapping[str, str], what: object) -> 
 
 
 def _numbers(meta: Mapping[str, Any], key: str, count: int, what: object) -> Sequence[Any] | None:
-    """A number for each token. Raises CheckpointError where they are not as many."""
+    """A number for each token. Raises CheckpointError where they are not as many, or none."""
     found = meta.get(f"tokenizer.ggml.{key}")
-    if found is not None and len(found) != count:
-        raise CheckpointError(f"{what}: tokenizer.ggml.{key}", got=f"{len(found)} numbers for {count} tokens")
-    numbers: Sequence[Any] | None = found
-    return numbers
+    if found is None:
+        return None
+    if not isinstance(found, list) or len(found) != count:
+        got = f"{len(found)} numbers for {count} tokens" if isinstance(found, list) else found
+        raise CheckpointError(f"{what}: tokenizer.ggml.{key}", got=got, allowed="a number for each token")
+    if (
+        odd := next((each for each in found if isinstance(each, bool) or not isinstance(each, (int, float))), None)
+    ) is not None:
+        raise CheckpointError(f"{what}: tokenizer.ggml.{key}", got=odd, allowed="a number for each token")
+    return found
 
 
-def _of_bytes(meta: Mapping[str, Any], vocab: Mapping[str, int]) -> tokenizers.Tokenizer:
-    pre = meta["tokenizer.ggml.pre"]
-    pairs = [tuple(merge.split(" ")) for merge in meta.get("tokenizer.ggml.merges") or []]
+def _of_bytes(meta: Mapping[str, Any], vocab: Mapping[str, int], what: object) -> tokenizers.Tokenizer:
+    pre, key = meta["tokenizer.ggml.pre"], f"{what}: tokenizer.ggml.merges"
+    merges = texts(key, meta.get("tokenizer.ggml.merges") or [])
+    pairs = [(merge.partition(" ")[0], merge.partition(" ")[2]) for merge in merges]
+    for left, right in pairs:
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise CheckpointError(key, got=f"{left} {right}", allowed="two tokens, which together are one too")
     core = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=pairs, ignore_merges=pre == "llama-bpe"))
     core.normalizer = normalizers.NFC() if pre == "qwen2" else None
     core.pre_tokenizer, core.decoder = _PIECES[pre](), decoders.ByteLevel()

@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, first_line
+from shoal.open_weights.told import is_number
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
+_NUMBERS = (
+    "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale",
+    "mscale_all_dim", "attention_factor", "original_max_position_embeddings",
+)  # fmt: skip
 RATES = "rates"  # of a GGUF, as they come out, where no scheme is known to give them
 
 
@@ -23,7 +28,7 @@ def rates(config: Mapping[str, Any], dims: int, theta: float, context: int = 0) 
     is multiplied by, by a ``config.json``, whose own theta is taken where it has one. `context`: a length in tokens that the
     model is to have; beyond the original one longrope has other rates, for all positions. Raises CheckpointError for another
     scheme than `KINDS`, and for numbers that it lacks."""
-    told, kind = _told(config)
+    told, kind = scheme(config)
     if any(isinstance(each, Mapping) for each in told.values()):
         got, allowed = "some for each kind of layer", "the same for all layers"
         raise CheckpointError("config.json: rope_parameters", got=got, allowed=allowed)
@@ -49,6 +54,9 @@ def rates(config: Mapping[str, Any], dims: int, theta: float, context: int = 0) 
             raise CheckpointError("config.json: rope_type", got=kind, allowed=KINDS)
     except KeyError as error:
         raise CheckpointError(f"config.json: rope scaling of type {kind}", got=f"no {error.args[0]}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:  # a length of 0, a table that is no list of numbers
+        got, allowed = first_line(error), "numbers that give a rate for each pair"
+        raise CheckpointError(f"config.json: rope scaling of type {kind}", got=got, allowed=allowed) from error
     if not (torch.isfinite(made) & (made > 0)).all():
         raise CheckpointError(
             f"config.json: rope scaling of type {kind}", got="rates that are not finite, or not above 0"
@@ -61,12 +69,20 @@ def rates(config: Mapping[str, Any], dims: int, theta: float, context: int = 0) 
 
 def by_length(config: Mapping[str, Any]) -> bool:
     """Does a ``config.json`` give a model other rates by how long its texts may be?"""
-    return _told(config)[1] == "longrope"
+    return scheme(config)[1] == "longrope"
 
 
-def _told(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """What it says of the scheme, and its kind."""
-    told = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+def scheme(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """What it says of the scheme, and its kind. Raises CheckpointError for what is no mapping, and for what should be numbers
+    and is none."""
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    given = config.get(key) or {}
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"config.json: {key}", got=given, allowed="a mapping")
+    told = dict(given)
+    for name in _NUMBERS:
+        if told.get(name) is not None and not is_number(told[name]):
+            raise CheckpointError(f"config.json: {key}.{name}", got=told[name], allowed="a number")
     kind = told.get("rope_type", told.get("type", "default"))
     return told, "longrope" if kind == "su" else kind  # as older checkpoints call it
 

@@ -137,6 +137,8 @@ class Folder:
 
 def opened_weights(path: Path) -> Any:
     """A file of safetensors. Raises CheckpointError when it cannot be read."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"cannot read {path}", got="no file", allowed="a file of safetensors")
     try:
         return safe_open(str(path), framework="pt")
     except (OSError, SafetensorError) as error:

@@ -17,6 +17,7 @@ from shoal.inputs.chat import encode_chat
 from shoal.inputs.patterns import need_bounded, need_close
 from shoal.inputs.templates import EndlessTemplateError, why_broken
 from shoal.inputs.tokenizer import Controls, Tokenizer
+from shoal.open_weights.told import is_whole
 
 LARGEST = 2**28  # bytes of a tokenizer.json; the largest that are known have an eighth of it
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
@@ -152,8 +153,10 @@ def _content(token: object) -> str | None:
 
 def _ends(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
     told = next((found for said in (generation, config) if (found := said.get("eos_token_id")) not in (None, [])), None)
-    ids = told if isinstance(told, list) else [told]
-    return tuple(int(number) for number in ids if number is not None)
+    ids = [number for number in (told if isinstance(told, list) else [told]) if number is not None]
+    if not all(map(is_whole, ids)):
+        raise CheckpointError("eos_token_id", got=told, allowed="the number of a token, or a list of them")
+    return tuple(ids)
 
 
 def _template(directory: Path, told: Mapping[str, Any], given: str | None) -> str:
@@ -161,9 +164,15 @@ def _template(directory: Path, told: Mapping[str, Any], given: str | None) -> st
         return given
     path, found = directory / TEMPLATE, told.get("chat_template")
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"cannot read {path}", got=str(error)[:160], do=_MEND) from error
     if isinstance(found, list):  # several with names
-        named = {each.get("name"): each["template"] for each in found}
+        if not all(isinstance(each, dict) and isinstance(each.get("template"), str) for each in found):
+            allowed = 'texts with names, {"name", "template"} each'
+            raise CheckpointError("tokenizer_config.json: chat_template", got=found, allowed=allowed)
+        named = {str(each.get("name")): each["template"] for each in found}
         found = named.get("default")
         with_tools = named.get("tool_use")
         if isinstance(found, str) and isinstance(with_tools, str) and not why_broken(with_tools):
@@ -184,7 +193,7 @@ def read_json(path: Path, *, missing: bool = False) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}", got=str(error)[:160]) from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}", got=type(values).__name__, allowed="a mapping")

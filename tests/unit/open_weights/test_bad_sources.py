@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shoal.api.served import ServedModel
 from shoal.cli import main
 from shoal.errors import CheckpointError, ShoalError
 from shoal.open_weights.convert import export_model, import_model
@@ -125,12 +127,68 @@ def test_a_tensor_that_is_wrong_is_named(
             {"layer_types": None, "num_hidden_layers": 10**8},
             "num_hidden_layers: got 100000000; allowed: a whole",
         ),
+        ("qwen2", {"rope_parameters": 5}, "config.json: rope_parameters: got 5; allowed: a mapping"),
+        ("qwen2", {"rms_norm_eps": "x"}, "config.json: rms_norm_eps: got 'x'; allowed: a number above 0"),
+        ("qwen2", {"rms_norm_eps": "1e-6"}, "config.json: rms_norm_eps: got '1e-6'; allowed: a number above 0"),
+        ("qwen2", {"rms_norm_eps": [1e-6]}, "config.json: rms_norm_eps: got .1e-06.; allowed: a number above 0"),
+        # rates of a billion dims were 16 GB of memory before a tensor's shape was looked at
+        ("qwen2", {"hidden_size": 2 * 10**9}, "hidden_size: got '2000000000 for 4 heads'; allowed: 2 to 16384 dims"),
         (
             "qwen2",
-            {"rope_parameters": 5},
-            "cannot read .*: got \"AttributeError: 'int' object has no attribute 'get'\"",
+            {"num_attention_heads": 2 * 10**9},
+            "hidden_size: got '16 for 2000000000 heads'; allowed: 2 to 16384",
         ),
-        ("qwen2", {"rms_norm_eps": "x"}, 'cannot read .*: got "ValueError: could not convert string'),
+        ("qwen2", {"head_dim": 2 * 10**9}, "head_dim: got 2000000000; allowed: a whole number above 0, at most 16384"),
+        ("qwen2", {"head_dim": 0}, "config.json: head_dim: got 0; allowed: a whole number above 0"),
+        ("qwen2", {"num_key_value_heads": 0}, "config.json: num_key_value_heads: got 0; allowed: a whole number"),
+        ("qwen2", {"architectures": "Qwen2ForCausalLM"}, "architectures: got 'Qwen2ForCausalLM'; allowed: a list of"),
+        ("qwen2", {"architectures": 5}, "config.json: architectures: got 5; allowed: a list of texts"),
+        ("qwen2", {"layer_types": "full_attention"}, "layer_types: got 'full_attention'; allowed: a list of texts"),
+        (
+            "qwen2",
+            {"layer_types": [["full_attention"], 1, 1, 1, 1]},
+            "layer_types: got .'full_attention'.; allowed: a li",
+        ),
+        ("mistral", {"sliding_window": "8"}, "config.json: sliding_window: got '8'; allowed: a whole number above 0"),
+        ("mistral", {"sliding_window": 7.5}, "config.json: sliding_window: got 7.5; allowed: a whole number above 0"),
+        ("qwen2", {"max_window_layers": "x"}, "config.json: max_window_layers: got 'x'; allowed: a whole number"),
+        ("smollm3", {"no_rope_layer_interval": -1}, "no_rope_layer_interval: got -1; allowed: a whole number above -1"),
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_theta": "500"}},
+            "rope_parameters.rope_theta: got '500'; allowed: a number",
+        ),
+        ("qwen2", {"rope_parameters": {"rope_theta": True}}, "rope_parameters.rope_theta: got True; allowed: a number"),
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_theta": -5}},
+            "config.json: rope_theta: got -5; allowed: a number above 0",
+        ),
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_type": "linear", "factor": "2"}},
+            "config.json: rope_parameters.factor: got '2'; allowed: a number",
+        ),
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0}},
+            "type yarn: got 'math domain error'; allowed: numbers that give a rate for each pair",
+        ),
+        (
+            "phi3-longrope",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": "x", "long_factor": [1.0, 1.0]}},
+            "type longrope: got .*; allowed: numbers that give a rate for each pair",
+        ),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0}},
+            "partial_rotary_factor: got 0; allowed: a number above 0",
+        ),
+        (
+            "phi3",
+            {"rope_parameters": {"partial_rotary_factor": 2.0}},
+            "partial_rotary_factor: got 2.0; allowed: two dims",
+        ),
         ("qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "got 'rates that are not finite"),
         (
             "qwen2",
@@ -213,6 +271,71 @@ def test_a_generation_config_that_could_not_be_served_is_refused(value: Any, che
         CheckpointError, match=r"qwen2-source: generation_config\.temperature: got .*; allowed: a number"
     ):
         import_model(source, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"temperature": -1}, "temperature: got -1; allowed: 0 to 100"),
+        ({"top_p": 1.5}, "top_p: got 1.5; allowed: 0 to 1"),
+        ({"top_k": -2}, "top_k: got -2; allowed: a whole number from -1 to 2147483648"),
+        ({"top_k": 50.5}, "top_k: got 50.5; allowed: a whole number from -1"),
+        ({"repetition_penalty": 0}, "repetition_penalty: got 0; allowed: 0.001 to 100"),
+    ],
+)
+def test_a_draw_that_no_request_may_have_is_refused(
+    values: dict[str, Any], says: str, checkpoint: Make, tmp_path: Path
+) -> None:
+    """It was imported, and adapted for an hour, and the service refused it then."""
+    source = checkpoint("qwen2")
+    edit(source / "generation_config.json", **values)
+    with pytest.raises(CheckpointError, match=rf"qwen2-source: generation_config\.{says}"):
+        import_model(source, tmp_path / "model")
+    edit(source / "generation_config.json", temperature=0, top_p=1, top_k=-1, repetition_penalty=1.0)
+    import_model(source, tmp_path / "model")
+    assert ServedModel.load(tmp_path / "model").sampling["top_k"] == -1
+
+
+def test_a_pipe_or_other_letters_are_told(checkpoint: Make, tmp_path: Path) -> None:
+    """A pipe in place of the weights was waited for, for ever."""
+    source = checkpoint("qwen2")
+    (source / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(
+        CheckpointError, match=r"cannot read .*chat_template\.jinja: got .*0xe9.*; mend it, or give one"
+    ):
+        import_model(source, tmp_path / "model")
+    (source / "model.safetensors").unlink()
+    os.mkfifo(source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors: got 'no file'"):
+        import_model(source, tmp_path / "model")
+
+
+@pytest.mark.parametrize("template", [[5], [{"name": "default"}], [{"name": "default", "template": 5}]])
+def test_templates_that_are_no_texts_are_told(template: Any, checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("qwen2")
+    (source / "chat_template.jinja").unlink()
+    edit(source / "tokenizer_config.json", chat_template=template)
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer_config\.json: chat_template: got .*; allowed: texts with names"
+    ):
+        import_model(source, tmp_path / "model")
+    (source / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"cannot read .*tokenizer_config\.json: got 'maximum recursion"):
+        import_model(source, tmp_path / "model")
+
+
+@pytest.mark.parametrize("value", ["278", [[278]], 278.5, True, {"id": 278}, [278, None, "x"], float("nan")])
+def test_ends_that_are_no_tokens_are_refused(value: Any, checkpoint: Make, tmp_path: Path) -> None:
+    """One in a text was taken at its word, and ended the export; 278.5 and true were other tokens."""
+    source = checkpoint("qwen2")
+    for name in ("generation_config.json", "config.json"):
+        edit(source / "generation_config.json", eos_token_id=None)
+        edit(source / name, eos_token_id=value)
+        with pytest.raises(
+            CheckpointError, match=r"eos_token_id: got .*; allowed: the number of a token, or a list of"
+        ):
+            import_model(source, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 

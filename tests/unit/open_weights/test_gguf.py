@@ -247,12 +247,47 @@ def test_an_export_says_what_ends_an_answer(checkpoint: Make, tmp_path: Path) ->
         ({"tokenizer.ggml.tokens": None}, "vocab_size"),
         ({"tokenizer.chat_template": None}, "has no chat template"),
         ({"tokenizer.chat_template": 5}, "has no chat template"),
-        ({"llama.attention.head_count": [4, 4]}, "cannot read .*tiny.gguf: got .TypeError"),
+        (
+            {"llama.attention.head_count": [4, 4]},
+            r"tiny.gguf: llama.attention.head_count: got \[4, 4\]; allowed: a whole",
+        ),
+        ({"llama.attention.head_count": 0}, "llama.attention.head_count: got 0; allowed: a whole number above 0"),
+        ({"llama.embedding_length": "16"}, "llama.embedding_length: got '16'; allowed: a whole number above 0"),
+        (
+            {"llama.attention.key_length": 2**31 - 1},
+            "head_dim: got 2147483647; allowed: a whole number above 0, at most",
+        ),
+        ({"llama.rope.freq_base": "x"}, "llama.rope.freq_base: got 'x'; allowed: a number above 0"),
+        ({"llama.rope.freq_base": True}, "llama.rope.freq_base: got True; allowed: a number above 0"),
+        (
+            {"llama.attention.layer_norm_rms_epsilon": math.nan},
+            "layer_norm_rms_epsilon: got nan; allowed: a number above",
+        ),
+        (
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.0},
+            "scaling.factor: got 0.0; allowed: a num",
+        ),
+        ({"general.architecture": ["llama"]}, r"architecture: got \['llama'\]; allowed: llama, qwen2, qwen3"),
+        ({"tokenizer.ggml.pre": ["smollm"]}, "tokenizer of .*; allowed: llama, gpt2 smollm"),
+        ({"tokenizer.ggml.tokens": "abc"}, "tokenizer.ggml.tokens: got 'abc'; allowed: a list of texts"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens: got 1; allowed: a list of texts"),
+        (
+            {"tokenizer.ggml.token_type": ["a"] * 288},
+            "tokenizer.ggml.token_type: got 'a'; allowed: a number for each token",
+        ),
+        ({"tokenizer.ggml.token_type": 5}, "tokenizer.ggml.token_type: got 5; allowed: a number for each token"),
+        ({"tokenizer.ggml.eos_token_id": 286.0}, "ggml.eos_token_id: got 286.0; allowed: a token's number"),
+        ({"tokenizer.ggml.bos_token_id": "286"}, "ggml.bos_token_id: got '286'; allowed: a token's number"),
+        ({"tokenizer.ggml.eot_token_id": True}, "ggml.eot_token_id: got True; allowed: a token's number"),
         ({"general.alignment": 0}, "tiny.gguf: general.alignment: got 0; allowed: a power of two"),
         ({"general.alignment": -32}, "general.alignment: got -32"),  # began within the header
         ({"general.alignment": 48}, "general.alignment: got 48"),
         ({"general.alignment": True}, "general.alignment: got True"),
-        ({"tokenizer.ggml.merges": ["no such"]}, "cannot read .*tiny.gguf: got .Exception: Error while"),
+        (
+            {"tokenizer.ggml.merges": ["no such"]},
+            "tokenizer.ggml.merges: got 'no such'; allowed: two tokens, which together",
+        ),
+        ({"tokenizer.ggml.merges": ["a b c"]}, "tokenizer.ggml.merges: got 'a b c'; allowed: two tokens"),
         ({"tokenizer.ggml.eos_token_id": 288}, "no token that ends an answer"),
         ({"llama.block_count": 5}, r"tensor model.layers.5.input_layernorm.weight is not used"),
     ],
@@ -277,6 +312,16 @@ def test_a_gguf_cut_anywhere_is_one_line(checkpoint: Make, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="is damaged"):
         import_model(path, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_text_that_is_not_utf_8_is_damage(checkpoint: Make, tmp_path: Path) -> None:
+    """A letter stood in its place, in a chat template too, and nobody was told."""
+    path = gguf_of(checkpoint("smollm2"), tmp_path / "tiny.gguf")
+    whole = path.read_bytes()
+    assert whole.count(b"messages[0].content") == 1
+    path.write_bytes(whole.replace(b"messages[0].content", b"messages[0].conten\xff"))
+    with pytest.raises(CheckpointError, match=r"tiny.gguf is damaged: got \"a text that is not UTF-8: b'"):
+        import_model(path, tmp_path / "model")
 
 
 def test_a_header_that_says_too_much_is_damage(tmp_path: Path) -> None:
