@@ -23,7 +23,8 @@ from shoal.api.access import no_lines
 from shoal.api.serve_args import ServeArgs
 from shoal.api.server import run_local
 from shoal.clients import samples
-from shoal.errors import UsageError
+from shoal.data.alone import alone
+from shoal.errors import ResourceError, UsageError
 from shoal.evaluate import own_words
 from shoal.evaluate.rounding import rounded
 from shoal.machine import need_disk, need_free_port
@@ -34,6 +35,7 @@ from shoal.progress import duration
 from shoal.train.loop import fit
 from shoal.train.plan import adapt_plan
 
+LOCK = ".assistant.lock"  # under the root: held by the one that makes the models
 NAME = "smollm2-135m-instruct"  # of `open_weights.known`
 QUESTIONS = (
     "What is the capital of France?",
@@ -53,13 +55,22 @@ HOUR = 60
 def run(root: Path, *, stay: bool, port: int, console: Console, source: str = NAME, adapt: float = ADAPT) -> None:
     """Do what is missing under `root`, serve the INT8 model and print its answers to `QUESTIONS`; with `stay`, serve until
     Ctrl-C. `source`: what is imported, as `shoal import --from` takes it; `adapt`: minutes that early exits learn, 0 for none.
-    Raises UsageError for another number, ResourceError before work begins where the disk is full or the port taken, and what
-    the import raises."""
+    Raises UsageError for another number, ResourceError before work begins where the disk is full, the port taken, or another
+    one at work under `root`, and what the import raises."""
     began = time.monotonic()
     if not 0 <= adapt <= 10_000:
         raise UsageError("--adapt", got=adapt, allowed="minutes, 0 for no early exits")
     need_disk(root, DISK)
     need_free_port(HOST, port)
+    busy = ResourceError(f"another shoal assistant is at work in {root}", do="wait for it, or give another --root")
+    with alone(root / LOCK, busy):
+        int8 = _made(root, console, source, adapt)
+    count = 4 if adapt else 3
+    _serve(int8, port, stay=stay, console=console, began=began, head=f"[{count}/{count}] serve    ")
+
+
+def _made(root: Path, console: Console, source: str, adapt: float) -> Path:
+    """Do what is missing under `root` before the service, and return where its model lies."""
     model, exits, int8 = root / "model", root / "exits", root / "int8"
     whole = exits if adapt else model
     steps: list[tuple[str, str, Path, Callable[[], bool], Callable[[], object]]] = [
@@ -82,7 +93,7 @@ def run(root: Path, *, stay: bool, port: int, console: Console, source: str = NA
             _say(console, f"{head} {duration(time.monotonic() - start)} -> {result}")
         if name == "adapt":
             _say(console, worth(exits, root))
-    _serve(int8, port, stay=stay, console=console, began=began, head=f"[{count}/{count}] serve    ")
+    return int8
 
 
 def worth(exits: Path, root: Path) -> str:

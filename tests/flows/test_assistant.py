@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from shoal import Model, assistant
+from shoal.data.alone import alone
 from shoal.errors import ResourceError, UsageError
 from shoal.evaluate import own_words
 from shoal.model import described
@@ -115,3 +116,14 @@ def test_a_port_in_use_is_told_before_anything_is_fetched(tmp_path: Path) -> Non
         with pytest.raises(ResourceError, match=f"port {port}"):
             assistant.run(tmp_path / "run", stay=False, port=port, console=out)
     assert not (tmp_path / "run").exists()
+
+
+def test_two_do_not_make_the_models_of_one_root_at_once(tmp_path: Path) -> None:
+    """Both wrote the chats that exits learn from, and one read half of the other's."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    says = r"another shoal assistant is at work in .*run: wait for it, or give"
+    held = alone(tmp_path / "run" / assistant.LOCK, ResourceError("busy"))
+    with held, pytest.raises(ResourceError, match=says):
+        assistant.run(tmp_path / "run", stay=False, port=port, console=out, source=str(tmp_path / "none"))

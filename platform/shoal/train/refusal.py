@@ -13,7 +13,7 @@ from shoal.data import models
 from shoal.data.chats.rows import need_forms
 from shoal.data.remote import is_remote
 from shoal.data.shards import open_index
-from shoal.errors import ConfigError, DataError, ResourceError
+from shoal.errors import CheckpointError, ConfigError, DataError, ResourceError
 from shoal.model.checkpoint import require_replaceable
 from shoal.train.bucket import need_possible
 from shoal.train.needs import memory_needed
@@ -49,12 +49,23 @@ def check(plan: FitPlan, workers: int) -> None:
 
 
 def need_replaceable(plan: FitPlan) -> None:
-    """Raises CheckpointError where something else than a model lies where the plan's is to go; DataError for a bucket that
-    does not answer."""
+    """Raises CheckpointError where something else than a model lies where the plan's is to go, or the one that it starts from:
+    replaced by what was made of it, it would be gone, and the same command could not go on; DataError for a bucket that does
+    not answer."""
+    if plan.init and _is_one(plan.init, plan.model_place):
+        raise CheckpointError(
+            f"{plan.model_place}", got="the model that the run starts from", do="give another --out: it would be gone"
+        )
     if is_remote(plan.model_place):
         models.need_replaceable(plan.model_place)
     else:
         require_replaceable(plan.model_place)
+
+
+def _is_one(place: str, other: str) -> bool:
+    if is_remote(place) or is_remote(other):
+        return place.rstrip("/") == other.rstrip("/")
+    return os.path.realpath(place) == os.path.realpath(other)
 
 
 def need_memory_of_gpu(plan: FitPlan, world: int, memory: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -16,14 +17,15 @@ from shoal import Engine, Model, Request, Sampling
 from shoal.cli import main
 from shoal.config import TrainConfig
 from shoal.data.batches import ChatBatches
-from shoal.errors import ConfigError
+from shoal.errors import CheckpointError, ConfigError
 from shoal.inputs.chat import encode_chat
 from shoal.open_weights import adapter
 from shoal.open_weights.convert import export_model, import_model
 from shoal.train import log, lora
 from shoal.train.loop import fit
 from shoal.train.needs import memory_needed
-from shoal.train.plan import FitPlan, finetune_plan, quantize_plan
+from shoal.train.plan import FitPlan, adapt_plan, finetune_plan, quantize_plan
+from shoal.train.refusal import check, need_replaceable
 from shoal.train.step import preference_losses
 
 DATA = Path(__file__).parents[2] / "data" / "open"
@@ -250,3 +252,28 @@ def test_the_command_leaves_the_adapter_beside_the_run(
     (run / "adapter" / "notes.txt").touch()
     assert main(["finetune", *map(str, options), "--batch-tokens", "512"]) == 1
     assert "something that is there" in capsys.readouterr().err
+
+
+def test_a_run_does_not_replace_the_model_that_it_starts_from(tmp_path: Path) -> None:
+    """An `adapt` that was killed between its model and its router found another base, and never went on; with --tune what was
+    there before was gone."""
+    model, data = imported("qwen2", tmp_path), str(chats(tmp_path))
+    (tmp_path / "link").symlink_to(model)
+    for name, out in (
+        (str(model), f"{model}/"),
+        (str(tmp_path / "link"), str(model)),
+        (str(model), "./model/../model"),
+    ):
+        plan = adapt_plan(name, data, out, steps=1)
+        if out.startswith("."):
+            plan = dataclasses.replace(plan, init="model")
+        with pytest.raises(CheckpointError, match="got 'the model that the run starts from'; give another --out"):
+            need_replaceable(plan)
+    assert not (tmp_path / "model.run").exists()
+    plan = dataclasses.replace(finetune_plan(str(model), data, str(tmp_path)), steps=1)
+    with pytest.raises(CheckpointError, match="the model that the run starts from"):
+        check(plan, 1)
+    need_replaceable(adapt_plan(str(model), data, str(tmp_path / "other"), steps=1))
+    remote = dataclasses.replace(plan, init="s3://b/m", run="s3://b", out="s3://b/m/")
+    with pytest.raises(CheckpointError, match="the model that the run starts from"):
+        need_replaceable(remote)
