@@ -123,6 +123,7 @@ def _check_shards(plan: FitPlan, data: str, workers: int) -> None:
 def _check_chats(plan: FitPlan, workers: int) -> None:
     parts = plan.parts_at(workers)
     fingerprint(plan.data)
+    need_forms(plan.data, pairs=plan.train.dpo > 0, some=True)
     with Path(plan.data).open("rb") as lines:
         rows = sum(1 for line in lines if line.strip())
     if rows < parts:

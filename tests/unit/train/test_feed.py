@@ -140,6 +140,11 @@ def test_chats_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"few.jsonl line 1: got 'no preference pair'; allowed: chosen and rejected"):
         made = plan(few, accumulate=4)
         check(replace(made, init="parent", train=replace(made.train, dpo=0.1)), 1)
+    few.write_text('{"foo": 1}\n' * 8)  # many enough, and none to learn from: before a run begins, and leaves a folder
+    with pytest.raises(DataError, match=r"few.jsonl line 1: got 'no known form'; allowed: messages"):
+        check(plan(few, accumulate=4), 1)
+    few.write_text('{"foo": 1}\n' * 8 + '{"text": "a"}\n')
+    check(plan(few, accumulate=4), 1)
 
 
 @pytest.mark.parametrize(

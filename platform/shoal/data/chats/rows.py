@@ -203,13 +203,16 @@ def chats(
             yield chat
 
 
-def need_forms(path: str | Path, *, pairs: bool = False) -> None:
-    """Raises DataError, with its line, for the first row of a JSONL file that is of no known form, or no preference pair."""
+def need_forms(path: str | Path, *, pairs: bool = False, some: bool = False) -> None:
+    """Raises DataError, with its line, for the first row of a JSONL file that is of no known form, or no preference pair; with
+    `some`, where no row is of one."""
     refused = Refused()
     for line, text in numbered(Path(path)):
         with refusing(line, refused):
             row = _parsed(text)
             forms.pair(row) if pairs else forms.canonical(row)
+            if some:
+                return
     for reason, line in refused.first.items():
         raise DataError(f"{path} line {line}", got=reason, allowed=forms.PAIRS if pairs else forms.KNOWN)
 
