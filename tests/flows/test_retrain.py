@@ -16,6 +16,7 @@ from shoal.data.alone import alone
 from shoal.errors import ResourceError, UsageError
 from shoal.evaluate import routing
 from shoal.inputs.tokenizer import Tokenizer
+from shoal.loop import retrainings
 from shoal.loop.capture import Forgotten
 from shoal.loop.cut import Settings, cut, name_of
 from shoal.loop.labels import CORRECTION, Found, Labelled
@@ -242,4 +243,7 @@ def test_who_is_forgotten_while_a_candidate_learns_is_in_no_version(
     assert retrain(release, tmp_path / "cut") == 1
     assert "somebody was forgotten while it was learned from" in " ".join(capsys.readouterr().err.split())
     assert len(release.versions()) == 1 and not any((release.directory / WORK).iterdir())
+    assert retrainings.read(release.directory).failed == 1
     assert retrain(release, tmp_path / "cut") == 0 and name_of(asked) not in (release.version(2).learned or ())
+    known = retrainings.read(release.directory)
+    assert known.failed == 0 and [run.outcome for run in known.runs] == ["failed", "unjudged"]

@@ -1,7 +1,8 @@
 """Prometheus metrics: the HTTP requests that ended in an error, as the routes saw them; and all that the engines say of
 themselves at the moment of the scrape (queue, KV memory, tokens, depths, latencies), each model under its ``model_name``.
 
-The table of `engine.metrics` says which metrics there are, but for those of `OF_FILES`. Their names end as vLLM's do, and begin with a prefix of ours.
+The table of `engine.metrics` says which metrics there are, but for those of `OF_FILES`. Their names end as vLLM's do, and begin
+with a prefix of ours.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How the retrainings of a release went, those too that made no version: a file, written by the one that runs, which is alone.
 
-    RELEASE/retrain.json   {"failed": how many in a row, "runs": of the last day, and the last: [{"began", "outcome", "minutes", "why"}]}
+    RELEASE/retrain.json   {"failed": how many in a row, "runs": [{"began", "outcome", "minutes", "why"}, ...]} of the last day
 
 Outcomes: passed (the gate's word), unjudged (no suites), refused (by the gate), failed, ended (by a person), killed: what says
 that it works when another begins, for that is alone.
@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from shoal import config
-from shoal.errors import ConfigError, DataError, first_line
+from shoal.errors import ConfigError, DataError, ResourceError, first_line
 from shoal.machine import write_aside
 
 FILE = "retrain.json"
@@ -79,7 +79,7 @@ def read(release: Path) -> Retrainings:
 @contextmanager
 def one(release: Path, minutes: float) -> Iterator[Callable[[bool | None], None]]:
     """In this block one works that was asked to take so many minutes, and is alone. What it is given is to be called with the
-    gate's word on the version that was made [None: not asked]. Raises DataError, OSError where that cannot be noted."""
+    gate's word on the version that was made [None: not asked]. Raises DataError, ResourceError where that cannot be noted."""
     known, began, steady = read(release), datetime.now(UTC), time.monotonic()
     if known.runs and known.runs[-1].outcome == WORKS:
         known = replace(known, runs=known.runs[:-1]).and_then(replace(known.runs[-1], outcome=KILLED))
@@ -101,7 +101,8 @@ def one(release: Path, minutes: float) -> Iterator[Callable[[bool | None], None]
         raise
     finally:
         took = round((time.monotonic() - steady) / 60, 2)
-        _write(release, known.and_then(replace(now, outcome=outcome, minutes=took, why=why)))
+        with suppress(ResourceError):  # what was made is made; the next one counts it as killed
+            _write(release, known.and_then(replace(now, outcome=outcome, minutes=took, why=why)))
 
 
 def _age(run: Run, now: datetime) -> timedelta:
@@ -110,4 +111,7 @@ def _age(run: Run, now: datetime) -> timedelta:
 
 
 def _write(release: Path, known: Retrainings) -> None:
-    write_aside(release / FILE, json.dumps(asdict(known), indent=1) + "\n", sync=True)
+    try:
+        write_aside(release / FILE, json.dumps(asdict(known), indent=1) + "\n", sync=True)
+    except OSError as error:
+        raise ResourceError(f"{release / FILE} cannot be written", got=error.strerror, do="make room") from error

@@ -52,7 +52,9 @@ def test_one_that_was_killed_is_counted_by_the_next(tmp_path: Path) -> None:
 def test_minutes_without_a_version_are_spent_for_a_day(tmp_path: Path) -> None:
     now = datetime.now(UTC)
     ago = [(now - timedelta(hours=hours)).isoformat() for hours in (30, 20, 2, -5)]
-    runs = tuple(Run(began, outcome, 10.0) for began, outcome in zip(ago, ("failed", "killed", "passed", "ended")))
+    runs = tuple(
+        Run(began, outcome, 10.0) for began, outcome in zip(ago, ("failed", "killed", "passed", "ended"), strict=True)
+    )
     known = Retrainings(1, runs)
     assert known.spent(now) == 20.0  # of a clock that was ahead, too
     retrainings._write(tmp_path, known)

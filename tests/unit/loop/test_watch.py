@@ -167,7 +167,7 @@ def test_a_look_that_was_killed_is_made_again(service: Service, monkeypatch: pyt
         path.unlink()
     calls = 0
 
-    def fail(path: Path, text: str) -> None:
+    def fail(path: Path, text: str, **how: object) -> None:
         nonlocal calls
         calls += 1
         raise OSError("disk full")
