@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -96,11 +97,14 @@ class Follower:
 
     async def _take(self, state: State) -> None:
         # of equal weights the stable version's name counts
-        known = [number for number in (state.candidate, state.previous, state.stable) if number is not None]
-        found = [await asyncio.to_thread(self.release.version, number) for number in known]
-        labels = {self._deploys.weights(version): version.label for version in found}
+        found = list[Version]()
+        for number in (state.candidate, state.previous):
+            if number is not None:
+                with suppress(ShoalError):  # somebody made room: what serves needs none of the others
+                    found.append(await asyncio.to_thread(self.release.version, number))
+        stable = await asyncio.to_thread(self.release.stable)
+        labels = {self._deploys.weights(version): version.label for version in (*found, stable)}
         self._split.labels = {**self._split.labels, **labels}  # streams go on with versions of before
-        stable = next(version for version in found if version.number == state.stable)
         if self._again.due(stable.number):
             try:
                 await self._again.load(stable.number, lambda: self._deploys.serve(stable))

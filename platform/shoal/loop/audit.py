@@ -44,6 +44,10 @@ class Audit:
             found.append(entry)
         return found
 
+    def added(self) -> set[int]:
+        """The numbers of all versions that were ever added. Raises DataError as `entries`."""
+        return {entry["version"] for entry in self.entries() if entry["what"] == "add"}
+
     def head(self) -> str:
         """The sha256 of the last line, in hexadecimal digits."""
         lines = self.lines()

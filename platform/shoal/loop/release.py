@@ -4,9 +4,8 @@
               audit.jsonl    who changed what, when, from what to what, and why (`audit`)
               versions/      what can serve, never changed (`versions`)
 
-A change writes its line of the audit log first, with all that ``release.json`` will say, and then that file: what was
-interrupted between the two is finished by the next change. Both, and before them the files of a version, are on the disk when
-a change is done: a power cut takes back none. One change at a time: a second one is refused.
+A change writes its line of the audit log first, with all that ``release.json`` will say, then that file, both onto the disk:
+what was interrupted between the two is finished by the next change. One change at a time: a second one is refused.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ class Release:
             self.audit.check(self.state().audit if (self.directory / STATE).exists() else None)
         except DataError:
             return []
-        known = {entry["version"] for entry in self.audit.entries() if entry["what"] == "add"}
+        known = self.audit.added()
         return [each.directory for each in self.versions() if each.number not in known]
 
     def version(self, name: int | str) -> Version:
@@ -126,7 +125,7 @@ class Release:
         """A model directory as a new version: the candidate, or the stable one where there is none. A release that is not there
         is made. Raises CheckpointError for a broken model, or one that could not take the place of the stable version."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        with self._changing() as before:
+        with self._changing(make=True) as before:
             if before.stable is not None:
                 versions.need_same(Path(model), self.version(before.stable).served)
             versions.need_asked(verdict, Path(model))
@@ -134,7 +133,8 @@ class Release:
                 shutil.rmtree(left)
             made = versions.write(
                 self.directory / versions.FOLDER,
-                max((each.number for each in self.versions()), default=0) + 1,
+                max({0, *self.audit.added(), *(each.number for each in self.versions())})
+                + 1,  # of one that is gone, too
                 Path(model),
                 fp32=None if fp32 is None else Path(fp32),
                 lineage={"parent": before.stable, **(lineage or {})},
@@ -321,9 +321,11 @@ class Release:
         return UsageError(f"the gate did not let version {version.number} pass", got=got, do=do)
 
     @contextmanager
-    def _changing(self, seen: int | None = None) -> Iterator[State]:
-        """The state before a change, while nobody else may change it. A change takes milliseconds, but for the copy of a new
-        version: who comes meanwhile waits a little, and is refused then. Raises ChangedError where it is not `seen`."""
+    def _changing(self, seen: int | None = None, *, make: bool = False) -> Iterator[State]:
+        """The state before a change, while nobody else may change it: milliseconds, but for a copy of a new version. Who comes
+        meanwhile waits a little, and is refused then. Raises ChangedError where it is not `seen`, UsageError for no release."""
+        if not (make or self.audit.path.exists()):
+            self.state()
         do = "wait for it, and look at shoal release list"
         busy = ResourceError(f"{self.directory} is being changed by another command", do=do)
         with alone(self.directory / LOCK, busy, wait=WAIT_SECONDS):

@@ -57,12 +57,14 @@ class Retrain(Stage):
     def run(self) -> None:
         from shoal.data.alone import alone
         from shoal.loop.learned import LOCK
+        from shoal.loop.release import Release
 
         if self.kind not in KINDS:
             raise UsageError("--kind", got=self.kind, allowed=KINDS)
         for name in ("minutes", "budget", "cooldown"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"--{name}", got=getattr(self, name), allowed="a number of minutes, 0 or more")
+        Release(self.release).state()  # else a folder is made that is none
         do = "wait for it: two at once would answer the same question twice"
         with alone(self.release / LOCK, ResourceError(f"another retraining of {self.release} runs", do=do)):
             self._make()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +137,25 @@ def test_a_version_that_could_not_be_loaded_is_tried_again(release: Release, mon
         for _ in range(4):
             await one.look()
         assert deploys.tried == [3, 3, 3] and one._again.serves == 3
+
+    run(work)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_version_that_somebody_removed_keeps_no_other_from_serving(release: Release, number: int) -> None:
+    class Serves(Deploys):
+        async def serve(self, version: Version) -> None:
+            self.running = version.number
+
+    async def work() -> None:
+        folder = release.version(number).directory
+        for path in folder.rglob("*"):
+            path.chmod(0o755)
+        shutil.rmtree(folder)
+        deploys = Serves()
+        one = Follower(release, Split(Engine(100)), deploys, serves=1)  # type: ignore[arg-type]
+        await one.look()
+        assert one._again.serves == 2 and list(one._split.labels.values())[-1] == release.version(2).label
 
     run(work)
 

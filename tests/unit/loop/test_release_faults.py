@@ -34,6 +34,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [root / str(seed) for seed in range(3)]
 
 
+def removed(release: Release, number: int) -> None:
+    """By somebody who made room."""
+    folder = release.version(number).directory
+    for path in folder.rglob("*"):
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
 @pytest.fixture
 def release(tmp_path: Path, models: list[Path]) -> Release:
     """Version 2 serves, 1 did before; 3 is a candidate."""
@@ -43,6 +51,27 @@ def release(tmp_path: Path, models: list[Path]) -> Release:
     made.promote(why="better")
     made.add(models[2], verdict=PASSED)
     return made
+
+
+@pytest.mark.parametrize("what", ["hold", "set_auto", "promote", "begin", "rollback"])
+def test_a_folder_that_is_no_release_is_not_made_one_by_a_change(tmp_path: Path, what: str) -> None:
+    typo = Release(tmp_path / "suport")
+    with pytest.raises(UsageError, match=r"is not a release.*make one"):
+        getattr(typo, what)(*["off"] * (what == "set_auto"), why="x")
+    assert not typo.directory.exists()
+
+
+def test_a_retraining_of_a_folder_that_is_no_release_makes_none(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not a release"):
+        Retrain(release=tmp_path / "suport", cut=tmp_path).run()
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("text", ["", "3", "[3]", '{"format": 1'])
+def test_a_state_that_nobody_wrote_here_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / STATE).write_text(text)
+    with pytest.raises(DataError, match=r"cannot read .*release\.json"):
+        Release(tmp_path).state()
 
 
 def test_two_who_take_back_one_canary_at_once_leave_what_serves(release: Release) -> None:
@@ -115,6 +144,12 @@ def test_a_state_that_is_gone_is_what_the_audit_log_says(release: Release, model
     after = release.state()
     assert (after.stable, after.previous, after.candidate, after.number) == (2, 1, made.number, before.number + 1)
     assert release.check() == after.number
+
+
+def test_the_number_of_a_version_that_somebody_removed_is_no_other_ones(release: Release, models: list[Path]) -> None:
+    removed(release, 3)
+    again = release.add(models[2], verdict=PASSED)
+    assert again.number == 4 and release.promote(4, why="better").number == 4
 
 
 def test_a_version_that_was_changed_with_its_sum_is_not_served(release: Release, models: list[Path]) -> None:
