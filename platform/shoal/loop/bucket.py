@@ -50,6 +50,7 @@ class Bucket:
         self._bucket, key = s3.split(self.uri)
         self._prefix = f"{key.strip('/')}/" if key.strip("/") else ""
         self.folder = cache() / "captures" / hashlib.sha256(self.uri.encode()).hexdigest()[:32]
+        self._saved = ""  # as `STATE` holds it
         self.waiting = 0  # files that the bucket does not have yet, as of the last `push`
         self._service, self._made = service or s3.S3(), None
 
@@ -182,8 +183,10 @@ class Bucket:
         with (self.folder / LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
-                state = json.loads((self.folder / STATE).read_text("utf-8"))
+                self._saved = (self.folder / STATE).read_text("utf-8")
+                state = json.loads(self._saved)
             except FileNotFoundError:
+                self._saved = ""
                 state = {"name": secrets.token_hex(6), "sent": {}}
             except ValueError as error:
                 raise DataError(f"{self.folder / STATE} cannot be read", do="remove it: all is sent again") from error
@@ -212,7 +215,9 @@ class Bucket:
         for folder in {(self.folder / name).parent for name in state["sent"]} - {self.folder}:
             if folder.is_dir():
                 (folder / MARK).touch(0o600)
-        write_aside(self.folder / STATE, json.dumps(state) + "\n")
+        if (text := json.dumps(state) + "\n") != self._saved:
+            write_aside(self.folder / STATE, text, sync=True)
+            self._saved = text
 
     # --- the bucket ---------------------------------------------------------------------------------------------------
 

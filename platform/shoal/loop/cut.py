@@ -34,7 +34,7 @@ from shoal.data.documents import Document
 from shoal.data.operators.decontaminate import GRAM, LEAST
 from shoal.data.operators.grams import grams, words
 from shoal.data.operators.near import BANDS, LEAST_WORDS, WIDTH, nearly_equal, signature
-from shoal.errors import DataError, UsageError
+from shoal.errors import DataError, ResourceError, UsageError
 from shoal.evaluate.halves import asked_groups
 from shoal.loop import suites
 from shoal.loop.labels import LABELS, UP, Found, Labelled
@@ -130,8 +130,8 @@ def cut(
     old = _replayed(replay, round(settings.replay * len(train)), settings.seed, apart) if replay else []
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         _write(partial / TRAIN, [*map(_line, train), *old])
         _write(partial / RECENT, map(_line, recent))
         manifest = _manifest(partial, train, recent, old, found, settings) | {"of": told or {}}
@@ -144,6 +144,13 @@ def cut(
                 f"{out} exists", got=error.strerror, do="choose another --out: another was quicker"
             ) from error
         see_on_disk(out.parent)
+    except FileNotFoundError as error:  # `learned.forget` leaves nothing that is half written
+        do = "give the same command again, or another --out"
+        raise DataError(f"{out}: somebody was forgotten there, or another cut was made, meanwhile", do=do) from error
+    except OSError as error:
+        raise ResourceError(
+            f"{out} cannot be written", got=error.strerror, do="make room, or give another --out"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest

@@ -35,8 +35,10 @@ def forget(out: Path, who: Forgotten) -> list[str]:
     try:
         with _held(out):  # of two at once each would put back what the other takes out
             gone = _taken_out(out, who)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out} is no cut", got=str(error), do="make one: shoal curate") from error
+    except OSError as error:
+        raise ResourceError(f"{out} cannot be written", got=error.strerror, do="make room, and do it again") from error
     return [] if gone is None else [f"{out}: {gone} rows taken out"]
 
 

@@ -178,6 +178,7 @@ class Curate(Stage):
         }
         made = cut.cut(found, self.out, settings, replay=self.replay, never=never, told=told)
         # of those who were forgotten meanwhile, by a command that did not find this cut yet
+        capture.fresh()
         for line in learned.forget(self.out, capture.forgotten()):
             say(line)
             made = cut.read(self.out)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from shoal import Model, cli
-from shoal.errors import DataError
+from shoal.errors import DataError, ResourceError
 from shoal.loop.canary import Canary, Evidence, Tally, advanced, judged
 from shoal.loop.capture import Capture, Forgotten
 from shoal.loop.cut import MANIFEST, RECENT, TRAIN, Settings, _manifest, cut, forbidden, read
@@ -193,6 +193,49 @@ def test_the_second_of_two_that_make_one_cut_is_told_so_and_the_first_stays(
     monkeypatch.setattr("shoal.loop.cut._manifest", meanwhile)
     monkeypatch.setattr("shoal.loop.cut.os.getpid", lambda: 1)  # of another process
     with pytest.raises(DataError, match="exists"):
+        cut(corrected(50), out, Settings())
+    assert read(out)["settings"]["seed"] == 1 and [path.name for path in tmp_path.iterdir()] == ["cut"]
+
+
+def test_a_disk_that_is_full_while_a_cut_is_made_or_loses_somebody_is_one_line_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any, **more: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "cut"
+    with monkeypatch.context() as then:
+        then.setattr("os.fsync", full)
+        with pytest.raises(ResourceError, match="cut cannot be written: got 'No space left on device'; make room"):
+            cut(corrected(50), out, Settings())
+        assert [*tmp_path.iterdir()] == []
+        then.undo()
+        cut(corrected(50), out, Settings())
+        before, id_ = (out / TRAIN).read_text(), json.loads((out / TRAIN).read_text().splitlines()[0])["id"]
+        then.setattr("os.fsync", full)
+        with pytest.raises(
+            ResourceError, match="cut cannot be written: got 'No space left on device'; make room, and do"
+        ):
+            forget(out, Forgotten({id_}, set()))
+    assert (out / TRAIN).read_text() == before and read(out)["train"]
+    assert forget(out, Forgotten({id_}, set())) == [f"{out}: 1 rows taken out"]
+
+
+def test_one_whose_half_is_taken_away_with_somebody_who_is_forgotten_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "cut"
+
+    def meanwhile(*given: Any) -> Any:
+        monkeypatch.undo()
+        with monkeypatch.context() as then:
+            then.setattr("shoal.loop.cut.os.getpid", lambda: 1)  # of another process
+            cut(corrected(50), out, Settings(seed=1))
+        forget(out, Forgotten({"x"}, set()))
+        return _manifest(*given)
+
+    monkeypatch.setattr("shoal.loop.cut._manifest", meanwhile)
+    with pytest.raises(DataError, match="somebody was forgotten there, or another cut was made, meanwhile: give"):
         cut(corrected(50), out, Settings())
     assert read(out)["settings"]["seed"] == 1 and [path.name for path in tmp_path.iterdir()] == ["cut"]
 
