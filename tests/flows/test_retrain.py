@@ -165,6 +165,24 @@ def test_what_is_replayed_says_how_far_to_go_and_too_few_rows_leave_the_router_t
         (["--kind", "finetune", "--minutes", "90"], "the budget of retraining"),
     ],
 )
+@pytest.mark.parametrize(("least", "trained"), [(0, "lora_rank=8"), (10**12, "all weights")])
+def test_of_large_weights_thin_matrices_are_trained(
+    release: Release,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    least: int,
+    trained: str,
+) -> None:
+    def finetune(**given: Any) -> Any:
+        raise UsageError("a test ends here", got=", ".join(given["settings"]) or "all weights")
+
+    monkeypatch.setattr("shoal.stages.retrain.LORA_BYTES", least)
+    monkeypatch.setattr("shoal.stages.retrain.Finetune", finetune)
+    assert retrain(release, folder, "--kind", "finetune") == 2
+    assert f"a test ends here: got '{trained}'" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_retraining_that_cannot_be_says_so_before_it_begins(
     release: Release, folder: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
