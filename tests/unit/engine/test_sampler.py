@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.engine.events import Sampling
-from shoal.engine.guided import Grammar
+from shoal.engine.guided import Grammar, GrammarError, StrayError
 from shoal.engine.sampler import Sampler, _keys, _mix64, exponential
 from shoal.errors import GenerationError
 from shoal.inputs.tokenizer import END_ID
 from shoal.model.cpu import fused
+from tests.pretend_gpu import pretended
 
 VOCAB = 300
 CLOSED = 5  # a token that may never be chosen
@@ -361,3 +363,143 @@ def test_equal_tokens_race_by_their_noise_and_a_tie_is_told() -> None:
         heat, lowest = torch.ones(1), torch.full([1], -math.inf, dtype=torch.double)
         found, ties = fused.race(rows, [0], torch.tensor([4]), heat, lowest, ids, keys)
     assert ties == [0] and 0 <= int(found) < VOCAB
+
+
+# chi-square that chance passes once in a thousand, by degrees of freedom
+CHANCE = (0.0, 10.83, 13.82, 16.27, 18.47, 20.52, 22.46, 24.32)
+EIGHT = torch.tensor([1.9, 1.2, 0.7, 0.1, -0.4, -1.1, -1.6, -2.4], dtype=torch.float64)
+TIMES = 10_000
+
+
+def raced(row: torch.Tensor, sampling: Sampling) -> np.ndarray:
+    """The token of each of `TIMES` seeds, drawn from `row` [V]."""
+    draws = [Draw(sampling, seed=seed) for seed in range(TIMES)]
+    found = Sampler(torch.zeros(len(row), dtype=torch.bool)).sample(row.repeat(TIMES, 1), draws)
+    return np.array([each.token for each in found])
+
+
+def law(row: torch.Tensor, s: Sampling) -> np.ndarray:
+    """What `s` draws from, as its filters are defined: top-k, of these top-p, and min-p beside the likeliest."""
+    p = np.exp(row.numpy() / s.temperature)
+    p /= p.sum()
+    order = np.argsort(-p)
+    p[order[s.top_k or len(p) :]] = 0
+    p /= p.sum()
+    before = np.cumsum(p[order]) - p[order]
+    p[order[before >= s.top_p]] = 0
+    p[p < s.min_p * p.max()] = 0
+    whole: np.ndarray = p / p.sum()
+    return whole
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(), Sampling(temperature=0.6), Sampling(temperature=1.7), Sampling(top_k=3), Sampling(top_p=0.8),
+        Sampling(min_p=0.2), Sampling(temperature=1.4, top_k=6, top_p=0.85, min_p=0.1),
+    ],
+    ids=["all", "cold", "hot", "top_k", "top_p", "min_p", "together"],
+)  # fmt: skip
+def test_tokens_come_as_often_as_their_definition_says_within_chance(sampling: Sampling) -> None:
+    """Of 10,000 seeds by a chi-square of one in a thousand; what the filters leave out never comes."""
+    share, found = law(EIGHT, sampling), np.bincount(raced(EIGHT, sampling), minlength=8)
+    kept = share > 0
+    assert not found[~kept].any()
+    wanted = TIMES * share[kept]
+    assert ((found[kept] - wanted) ** 2 / wanted).sum() < CHANCE[kept.sum() - 1]
+
+
+def test_two_distributions_draw_the_same_token_as_often_as_a_race_of_the_same_noise_does() -> None:
+    """Token v wins both with the probability 1 / sum over u of max(p_u / p_v, q_u / q_v), since the minimum of exponentials is
+    one: 0.77 to 0.95 here, where tokens that are drawn apart would agree in 0.25 to 0.35. Within four standard errors."""
+    full = raced(EIGHT, Sampling())
+    for change, temperature in ((0.1, 1.0), (0.5, 1.0), (0.0, 0.7)):
+        other = EIGHT + change * torch.tensor([-1.0, 1.0, 0.5, -0.5, 1.0, 0.0, -1.0, 2.0])
+        s = Sampling(temperature=temperature)
+        p, q = law(EIGHT, Sampling()), law(other, s)
+        ratios = np.maximum(p[None] / p[:, None], q[None] / q[:, None])
+        wanted, same = (1 / ratios.sum(1)).sum(), full == raced(other, s)
+        assert abs(same.mean() - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / TIMES)
+        assert wanted > 2 * (p * q).sum()
+
+
+def test_a_request_that_closes_all_there_is_is_told_where_and_how_though_ids_without_a_token_are_left() -> None:
+    """Two ids at the end have no token, and a control token stands in the middle: none of them was open to it."""
+    forbidden = torch.zeros(12, dtype=torch.bool)
+    forbidden[[3, 4, 10, 11]] = True
+    known = [token for token in range(12) if not forbidden[token]]
+    few = Sampling(temperature=0, min_tokens=3, stop_token_ids=known)
+    for answer in (0, 2):
+        draw = Draw(few, tokens=[7] * (2 + answer))
+        (found,) = Sampler(forbidden, [0]).sample(torch.zeros(1, 12), [draw])
+        assert found.error is not None and (found.error.status, found.error.param) == (400, "min_tokens")
+        assert f"none, after {answer} of the answer" in str(found.error) and "ask for fewer" in str(found.error)
+    (found,) = Sampler(forbidden, [0]).sample(torch.zeros(1, 12), [Draw(few, tokens=[7] * 5)])
+    assert found.error is None and found.token == 0, "long enough"
+    some = Sampling(temperature=0, min_tokens=3, stop_token_ids=known[:-1])
+    (found,) = Sampler(forbidden, [0]).sample(torch.zeros(1, 12), [Draw(some)])
+    assert found.error is None and found.token == known[-1]
+
+
+def test_scores_are_the_models_own_over_what_it_may_choose_with_as_many_alternatives_as_are_asked() -> None:
+    rows = logits(3, seed=5).double()
+    allowed = rows.index_fill(1, torch.tensor([CLOSED]), -math.inf)
+    whole = allowed - allowed.exp().sum(-1, keepdim=True).log()
+    for count in (0, 1, 4):
+        entries = sampler().score(rows.clone(), [70, CLOSED, 0], count)
+        assert [entry.token for entry in entries] == [70, CLOSED, 0]
+        assert [entry.logprob for entry in entries] == pytest.approx(
+            [float(whole[0, 70]), -math.inf, float(whole[2, 0])], abs=1e-12
+        )
+        best = whole.topk(4)
+        for row, entry in enumerate(entries):
+            assert [token for token, _ in entry.top] == best.indices[row, :count].tolist()
+            assert [value for _, value in entry.top] == pytest.approx(best.values[row, :count].tolist(), abs=1e-12)
+
+
+class Says:
+    """A grammar that allows what it was made with, or fails."""
+
+    def __init__(self, *allowed: int, error: Exception | None = None) -> None:
+        self.mask, self.error = np.zeros(VOCAB, dtype=bool), error
+        self.mask[list(allowed)] = True
+        self.asked: list[list[int]] = []
+
+    def allowed(self, answer: list[int]) -> np.ndarray:
+        self.asked.append(answer)
+        if self.error is not None:
+            raise self.error
+        return self.mask
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["CPU", "device"])
+def test_what_a_grammar_does_not_allow_is_closed_in_its_row_alone(there: bool) -> None:
+    """Of the answer, not of the prompt. One that fails, or that asks for a control token, is told of as what it is."""
+    grammars = [
+        Says(60, 61),
+        None,
+        Says(error=StrayError("x")),
+        Says(error=GrammarError("deep")),
+        Says(CLOSED),
+        Says(70),
+    ]
+    rows = logits(len(grammars), seed=4)
+    kept, best = rows.clone(), rows.index_fill(1, torch.tensor([CLOSED]), -math.inf).argmax(-1)
+    draws = [Draw(Sampling(temperature=0), [50, 51, 8, 9], grammar=each) for each in grammars]  # type: ignore[arg-type]
+    forbidden = torch.zeros(VOCAB, dtype=torch.bool)
+    forbidden[CLOSED] = True
+    with pretended() if there else nullcontext("cpu") as device:
+        adjusted = rows.to(device)
+        found = Sampler(forbidden.to(device)).sample(adjusted, draws)
+        adjusted = adjusted.cpu() if there else adjusted
+    guided, free, stray, deep, control, one = found
+    assert guided.token == (60 if kept[0, 60] >= kept[0, 61] else 61) and one.token == 70
+    assert free.token == best[1] and all((each.error, each.spent) == (None, 0.0) for each in (guided, free, one))
+    assert all(each.asked == [[8, 9]] for each in grammars if each is not None)
+    for each, status, param, said in (
+        (stray, 500, None, "left its grammar"), (deep, 400, "guided", "simpler"), (control, 400, "guided", "goes on with text"),
+    ):  # fmt: skip
+        assert each.error is not None and (each.error.status, each.error.param) == (status, param)
+        assert said in str(each.error)
+    assert adjusted[0].isfinite().nonzero().flatten().tolist() == [60, 61]
+    assert adjusted[1].isfinite().sum() == VOCAB - 1
