@@ -6,6 +6,8 @@
     otherwise    rendezvous hashing of the first page: every gateway sends a new beginning to the same replica, and a replica
                  that comes or goes moves only its own share
     bound        a replica with more than `SHARE` of its fair part of the requests is passed over, from `SPARE` requests on
+    one moment   a request counts as load of the replica that it is about to be given, before Serve has sent it there: so
+                 those that come together are spread as those that come one after the other
     silent       a replica that does not answer (`pulse`) gets nothing while others do; nor one that has refused the call
     refused      a request that would wait behind `queue` others. Who waits only until he is handed to a replica that has room
                  is none of these: Serve's own ``max_queued_requests`` counts him, and so refuses a burst that there is room for
