@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from shoal.config import ModelConfig
 from shoal.data import identities, parts
+from shoal.data.chats.recipes import chats_of
 from shoal.data.documents import SourceSpec
-from shoal.data.operators.pipeline import Operators
+from shoal.data.operators.pipeline import Operators, Pipeline
 from shoal.data.parts import BATCH, BATCH_SIZE, batched, split_files
 from shoal.data.shards import TOKENIZER
 from shoal.data.sources.files import File, Local, list_files
@@ -123,6 +125,43 @@ def test_a_part_is_cleaned_chosen_and_packed_with_counts_that_add_up(
     assert sum(packed.documents.values()) == read.documents - 1
     assert sum(shard.tokens for shard in packed.shards) == packed.packing["tokens"] - packed.packing["cut"]
     assert {shard.file[-16:] for shard in packed.shards} == {"-00007-000.arrow"}
+
+
+def test_lengths_and_what_is_left_out_are_counted_by_hand(tmp_path: Path, config: ModelConfig) -> None:
+    """A byte is a token here, and an end follows each document; of two functions the long one fills a row. What a
+    pipeline changed in a part that failed is none of this one's."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for number, times in enumerate((1, 2, 7, 20)):
+        tale = " ".join(f"Net {n} is heavy, and crew {number} of {7 * n + number} gulls sings." for n in range(times))
+        (folder / f"{number}.txt").write_text(f"{tale}\n")
+    for name, lines in (("short", 1), ("long", 40)):
+        body = "".join(f"    {name} += {n}\n" for n in range(lines))
+        (folder / f"{name}.py").write_text(f'def {name}({name}):\n    """Add up."""\n{body}    return {name}\n')
+    files, some = list_files(SourceSpec("s", str(folder), "MIT")), Parts(tmp_path, 1)
+    pipeline = Pipeline(Operators(near_dedup=False))
+    pipeline.changes = {"broken": Counter(part=1)}
+    read = parts.read_part(files, some[0], pipeline)
+    assert (read.documents, read.drops, read.named) == (6, {}, {}) and "broken" not in read.changes
+    Tokenizer.bytes_only().save(tmp_path / TOKENIZER)
+    packed = parts.pack_part(some[0], ["train"] * 6, tmp_path, dataclasses.replace(config, train_length=256), 0)
+    written = list(parts.documents(some[0]))
+    chats = Counter(d.origin for d in written for _ in chats_of(d, "train"))
+    assert set(chats) == {"long.py", "short.py"} and packed.drops == {"recipe": Counter({"too long": chats["long.py"]})}
+    bits = ((d.modality, (len(d.text.encode()) + 1).bit_length()) for d in written)
+    assert packed.lengths == Counter(bits)
+    assert packed.packing["tokens"] == sum(len(d.text.encode()) + 1 for d in written)
+    assert packed.documents == Counter({("train", "text", "s", "MIT"): 4, ("train", "code", "s", "MIT"): 2})
+
+
+def test_a_picture_that_fills_a_row_is_left_out_and_counted(tmp_path: Path, png, config: ModelConfig) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "picture.png").write_bytes(png())
+    some = Parts(tmp_path, 1)
+    parts.read_part(list_files(SourceSpec("s", str(tmp_path / "raw"))), some[0])
+    Tokenizer.bytes_only().save(tmp_path / TOKENIZER)
+    packed = parts.pack_part(some[0], ["train"], tmp_path, dataclasses.replace(config, train_length=14), 0)
+    assert packed == parts.Packed(drops={"image": Counter({"image does not fit a row": 1})})
 
 
 def test_the_tokenizers_sample_is_bounded_and_spread_over_the_parts(
