@@ -249,6 +249,13 @@ def _need_empty(to: Path) -> None:
         raise CheckpointError(f"{to}", got="something that is there", do="choose a place that is empty")
 
 
+def _need_beside(to: Path, directory: Path) -> None:
+    """Raises as `_need_empty`, and for a place in the model that is exported, which could be replaced no more."""
+    _need_empty(to)
+    if to.resolve().is_relative_to(directory.resolve()):
+        raise CheckpointError(f"{to}", got="a place in the model", do="choose one beside it")
+
+
 def export_model(
     directory: str | Path,
     to: str | Path,
@@ -263,7 +270,7 @@ def export_model(
     and where the comparison fails; ConfigError for a depth that it has not. Then nothing is written."""
     directory, to = Path(directory), Path(to)
     config, told = need_exportable(directory)
-    _need_empty(to)
+    _need_beside(to, directory)
     config_json = families.confirmed(told["family"], told["config"], tied=config.tied, biased=config.qkv_bias)
     seen = read_of(directory)
     files.check(directory)

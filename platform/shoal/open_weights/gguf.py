@@ -31,7 +31,7 @@ from shoal.open_weights.vocabulary import made
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
-_LIMIT = 2**28  # things in one list: more is a damaged file
+_LIMIT = 2**24  # things in one list, or bytes of a text, sixteen times the most that are known: more is a damaged file
 _DIMS = 4  # of a tensor, as llama.cpp has it
 
 # what a file holds under its number: name, numbers in a block, bytes of a block
@@ -122,6 +122,9 @@ class Gguf:
             return self._text()
         if kind == _ARRAY:
             inner, count = self._number("<I"), self._sane(self._number("<Q"))
+            if inner in _SCALARS:  # all at once: one by one a vocabulary's take a second
+                form = f"<{count}{_SCALARS[inner][1]}"
+                return list(struct.unpack(form, self._take(struct.calcsize(form))))
             return [self._value(inner) for _ in range(count)]
         if kind not in _SCALARS:
             raise self._damaged(f"a value of kind {kind}")

@@ -56,6 +56,9 @@ def read(directory: str | Path, model: Model) -> Adapter:
             shapes = [(count, linears[ours][1]) for count in rows]
             for name, piece, shape in zip(theirs, found, shapes, strict=True):
                 _need_shape(directory / WEIGHTS, name, piece, shape, files.rank)
+            if ours in pairs:  # of an imported model each linear has two names
+                got = "matrices of a linear by its other name as well"
+                raise CheckpointError(f"{directory / WEIGHTS}: {theirs[0]}", got=got, do="save the adapter again")
             a, b = _joined(found, rows)
             pairs[ours] = kept(model.net.get_submodule(ours), a, files.scale * b.T)
     if thin:

@@ -331,6 +331,11 @@ def test_a_header_that_says_too_much_is_damage(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + text("a") + dims + struct.pack("<IQ", 0, 0) + b"\0" * 64)
     with pytest.raises(CheckpointError, match="is damaged: got 'tensor a of 100000 dims'"):
         Gguf(path)
+    for count, says in ((2**24 + 1, "is damaged: got 'a list of 16777217'"), (2**24, "was cut short")):
+        told = text("a") + struct.pack("<IIQ", ARRAY, 0, count)  # one by one 60 MB took 20 s
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + told)
+        with pytest.raises(CheckpointError, match=says):
+            Gguf(path)
     keys = b"".join(text("general.architecture") + value(name) for name in ("llama", "mamba"))
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + keys + b"\0" * 64)
     with pytest.raises(CheckpointError, match=r"is damaged: got 'general\.architecture twice'"):

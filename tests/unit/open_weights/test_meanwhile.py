@@ -77,6 +77,19 @@ def test_an_export_takes_nobodys_place_and_no_two_models_for_one(
         shutil.rmtree(there, ignore_errors=True)
 
 
+def test_no_export_goes_into_its_model(checkpoint: Make, tmp_path: Path) -> None:
+    """The manifest lists no folder, so that the model could not be replaced any more."""
+    source = checkpoint("qwen2")
+    import_model(source, tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    for to in (tmp_path / "model" / "hf", tmp_path / "link" / "a b" / "hf\u00e9"):
+        with pytest.raises(CheckpointError, match="got 'a place in the model'; choose one beside it"):
+            export_model(tmp_path / "model", to, check=False)
+    import_model(source, tmp_path / "model")
+    export_model(tmp_path / "link", tmp_path / "a b" / "hf\u00e9", check=False)
+    assert sorted(path.name for path in (tmp_path / "a b").iterdir()) == ["hf\u00e9"]
+
+
 def test_the_folder_that_a_command_runs_in_is_not_replaced(
     checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -195,6 +195,21 @@ def test_floats_of_any_kind_are_read(dtype: torch.dtype, tmp_path: Path) -> None
     torch.testing.assert_close(b, 2 * tensors[B].float().T, rtol=0, atol=1e-6)  # alpha 6, rank 3
 
 
+def test_matrices_of_one_linear_by_both_of_its_names_are_refused(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One of them was left out without a word."""
+    model = imported(checkpoint, tmp_path, "qwen2")
+    folder = write(tmp_path / "adapter", model)
+    tensors = load_file(str(folder / "adapter_model.safetensors"))
+    place, rank = f"{PREFIX}model.layers.0.self_attn.o_proj", 3
+    inputs, outputs = tensors[A.replace("qkv", "out")].shape[1], len(tensors[B.replace("qkv", "out")])
+    tensors |= {f"{place}.lora_A.weight": torch.ones(rank, inputs), f"{place}.lora_B.weight": torch.ones(outputs, rank)}
+    save(folder, tensors, **json.loads((folder / "adapter_config.json").read_text()))
+    with pytest.raises(CheckpointError, match="o_proj: got 'matrices of a linear by its other name as well'; save"):
+        read(folder, model)
+
+
 def test_a_file_beyond_what_any_adapter_takes_is_not_read(tmp_path: Path) -> None:
     folder = write(tmp_path / "adapter", MODEL)
     with (folder / "adapter_model.safetensors").open("ab") as file:
