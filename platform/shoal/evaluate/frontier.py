@@ -2,10 +2,11 @@
 
 A policy is what it believes each prompt's gaps to be; it takes the exit of least believed gap plus price times cost, and the
 price, from 0 up, draws its curve. The router believes its predictions, `length` the mean gap of prompts as long, `domain` that
-of prompts of the same task, `oracle` the truth, which nobody has. `random` chooses blindly, and so lies between fixed exits.
-Two points of a curve can be mixed, so a curve is read along its lower hull. Each prompt counts once. Intervals are of a
-bootstrap over the documents and conversations that the prompts are of; of two policies that are compared, the interval is of
-their difference on the same resamples.
+of prompts of the same task, `random` that of all, so that it mixes fixed exits blindly, `oracle` the truth, which nobody has.
+At a budget a policy mixes the two prices on either side of it. So what it costs is looked at, and never what it loses: a policy
+of many points of which the luckiest counted would seem better than one of few that knows as much. Each prompt counts once.
+Intervals are of a bootstrap over the documents and conversations that the prompts are of; of two policies that are compared,
+the interval is of their difference on the same resamples.
 
 Letters: M prompts, A early exits, E = A + 1 exits, n points of a curve, R resamples.
 """
@@ -13,6 +14,7 @@ Letters: M prompts, A early exits, E = A + 1 exits, n points of a curve, R resam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,6 +62,7 @@ def frontier(
         "router": router(test.features)[0],
         "length": _means(fit, test, _bins(fit.lengths)),
         "domain": _means(fit, test, lambda p: torch.tensor([tasks.index(task) for task in p.tasks])),
+        "random": fit.gaps.mean(0).expand(len(test.gaps), -1),
         "oracle": test.gaps,
     }
     weights = _resampled(test.groups, torch.Generator().manual_seed(seed))
@@ -68,12 +71,9 @@ def frontier(
     at: dict[str, list[dict[str, float]]] = {}
     means: dict[str, Tensor] = {}  # of the budgets, [1 + R]
     for name in (*POLICIES, *((TWICE,) if looks else ())):
-        # what each prompt costs and loses at each point of the curve, [M, n]; a pick is shares of the exits, [E] or [M, E]
-        if name == TWICE:
-            picks = list(looks)
-        else:
-            picks = list(torch.eye(len(shares))) if name == "random" else _picks(beliefs[name], shares)
-        costs = torch.stack([(pick * shares).sum(-1).expand(len(truth)) for pick in picks], dim=1)
+        picks = list(looks) if name == TWICE else _picks(beliefs[name], shares)
+        # what each prompt costs and loses at each point of the curve, [M, n], dearest first
+        costs = torch.stack([(pick * shares).sum(-1) for pick in picks], dim=1)
         costs += routing[:, None] * {"router": 1.0, TWICE: 2.0}.get(name, 0.0)
         gaps = torch.stack([(pick * truth).sum(-1) for pick in picks], dim=1)
         points = zip((weights[0] @ costs).tolist(), (weights[0] @ gaps).tolist(), strict=True)
@@ -109,25 +109,31 @@ def _resampled(groups: Tensor, draws: torch.Generator) -> Tensor:
 
 
 def _picks(belief: Tensor, shares: Tensor) -> list[Tensor]:
-    """For each price the exit of each prompt, one-hot [M, E]; believed gaps [M, A]."""
+    """For each price, from the lowest, the exit of each prompt, one-hot [M, E]; believed gaps [M, A]."""
     gaps = torch.cat([belief, belief.new_zeros(len(belief), 1)], dim=1)
-    chosen = {tuple((gaps + price * shares).argmin(1).tolist()) for price in PRICES}
-    return [torch.nn.functional.one_hot(torch.tensor(exits), len(shares)).float() for exits in sorted(chosen)]
+    return _one_hot([(gaps + price * shares).argmin(1) for price in PRICES], len(shares))
+
+
+def _one_hot(chosen: Sequence[Tensor], exits: int) -> list[Tensor]:
+    """Places of exits [M] at rising prices as one-hot [M, E], without those that are as at the price before. No prompt goes
+    deeper at a higher price, so each costs less than the one before."""
+    different = [chosen[0], *(places for before, places in pairwise(chosen) if not before.equal(places))]
+    return [torch.nn.functional.one_hot(places, exits).float() for places in different]
 
 
 def looked_twice(config: ModelConfig, first: Tensor, second: Tensor) -> list[Tensor]:
-    """For each price what is picked of each prompt, one-hot [M, E], by a router that may stop at the first exit by the gaps
-    that it believes in there (`first` [M, A]), and chooses among the deeper ones by those it believes in after the second
-    group (`second` [M, A])."""
+    """For each price, from the lowest, what is picked of each prompt, one-hot [M, E], by a router that may stop at the first
+    exit by the gaps that it believes in there (`first` [M, A]), and chooses among the deeper ones by those it believes in after
+    the second group (`second` [M, A])."""
     full = cost.flops_per_token(config, config.train_length)
     shares = torch.tensor([cost.flops_per_token(config, config.train_length, e) / full for e in config.exits])
     both = [torch.cat([gaps, gaps.new_zeros(len(gaps), 1)], dim=1) for gaps in (first, second)]
-    chosen: set[tuple[int, ...]] = set()
+    chosen = []
     for price in PRICES:
         stop = (both[0] + price * shares).argmin(1) == 0
         deeper = 1 + (both[1] + price * shares)[:, 1:].argmin(1)
-        chosen.add(tuple(deeper.masked_fill(stop, 0).tolist()))
-    return [torch.nn.functional.one_hot(torch.tensor(exits), len(shares)).float() for exits in sorted(chosen)]
+        chosen.append(deeper.masked_fill(stop, 0))
+    return _one_hot(chosen, len(shares))
 
 
 def _bins(lengths: Tensor) -> Callable[[Prompts], Tensor]:
@@ -143,15 +149,13 @@ def _means(fit: Prompts, test: Prompts, kind: Callable[[Prompts], Tensor]) -> Te
 
 
 def _at(budget: float, costs: Tensor, gaps: Tensor) -> Tensor:
-    """The least gap [R] that mixing two points of a curve gives at a mean cost of at most `budget`; costs, gaps [R, n]. Below
-    the cheapest point, that point's gap."""
-    cheap, dear = costs <= budget, costs > budget
-    alone = gaps.masked_fill(~cheap, torch.inf).amin(1)
-    step = (budget - costs[:, :, None]) / (costs[:, None] - costs[:, :, None])
-    mixed = gaps[:, :, None] + (gaps[:, None] - gaps[:, :, None]) * step
-    mixed = mixed.masked_fill(~(cheap[:, :, None] & dear[:, None]), torch.inf).amin((1, 2))
-    cheapest = gaps.gather(1, costs.argmin(1, keepdim=True))[:, 0]
-    return torch.where(cheap.any(1), torch.minimum(alone, mixed), cheapest)
+    """The gap [R] at a mean cost of `budget`, by mixing the two points on either side of it; costs and gaps [R, n] of a curve,
+    dearest first. Beyond either end, that end's gap."""
+    dear = (costs > budget).sum(1, keepdim=True)  # how many points are too dear; they come first
+    above, below = (dear - 1).clamp(min=0), dear.clamp(max=costs.shape[1] - 1)
+    (more, deep), (less, shallow) = ((costs.gather(1, at), gaps.gather(1, at)) for at in (above, below))
+    part = ((budget - less) / (more - less).clamp(min=1e-12)).clamp(0, 1)
+    return (shallow + (deep - shallow) * part)[:, 0]
 
 
 def sentence(found: Mapping[str, Any]) -> list[str]:
