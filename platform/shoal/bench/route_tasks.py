@@ -1,13 +1,15 @@
 """Tasks of known, hidden difficulty for `shoal bench route`: five families of six levels, in a vocabulary of their own.
 
 A level is a number of steps of composition. Everything that levels 1 to 6 are made of stands in every instance, and what is
-asked about decides which one it is: so all prompts of a family have one length, and one distribution of words.
+asked about decides which one it is: so all prompts of a family have one length, and one distribution of words at each place.
+Words that stand alone tell nothing of the level. Two that are put together may: the bracket that is asked about stands at its
+level's place, the letter as often as its level says, and a line of a program reads further back, the lower its level is.
 
     family      an instance, and what is asked         the answer                     steps
     lookup      pairs of a table, shuffled; a key      the digit its chain ends in    look-ups on the way
     arithmetic  a nested sum; one of its brackets      the bracket's value modulo 3   operations inside it
-    variables   assignments, as code; the last one     the value that it sets         assignments behind it, and itself
-    parity      marks of two letters; a letter         are its ones odd?              its marks that are no blank
+    variables   assignments, as code; the last one     the value that it sets         assignments behind it
+    parity      marks of six letters; a letter         are its ones odd?              its marks
     order       who stands before whom, shuffled; two  which of the two is before     facts that lead from one to the other
 
 A pair, an assignment, a term and a mark are one token each ("a=b", "a:2+", "a.1"), a question one or two ("?a"): minutes of a
@@ -35,7 +37,7 @@ _WORDS = [
     *"<>",
     *(f"{name}={value}" for name in NAMES for value in NAMES + DIGITS),
     *(f"{name}:{digit}{sign}" for name in NAMES for digit in DIGITS for sign in "+-"),
-    *(f"{name}.{mark}" for name in NAMES for mark in "01_"),
+    *(f"{name}.{mark}" for name in NAMES for mark in "01"),
 ]
 WORDS = {word: len(SPECIAL) + place for place, word in enumerate(_WORDS)}
 VOCAB = len(SPECIAL) + len(WORDS)
@@ -82,14 +84,20 @@ def lookup(draws: np.random.Generator, n: int) -> Asked:
 
 
 def variables(draws: np.random.Generator, n: int) -> Asked:
-    """Two chains of assignments in turns, each name after the one that it is set to; the trace is the name's value."""
-    pairs, asked, answers, levels, ends = _chains(draws, n)
-    chain = _shuffled(draws, n, _CHAINS * _LINKS) % _CHAINS
+    """Programs that set two names to digits and then, in `LEVELS` lines, names to names of either chain. The last line is the
+    k-th of its chain behind the digit; the others are of the other chain. What it reads is asked, which is what the last line
+    sets. The trace is the value that each line sets."""
+    pairs, _, _, _, ends = _chains(draws, n)
+    levels, row = draws.integers(1, LEVELS + 1, size=(n, 1)), np.arange(n)[:, None]
+    which, first = draws.integers(_CHAINS, size=(n, 1)), draws.integers(_CHAINS, size=(n, 1))
+    mine = np.arange(LEVELS - 1) < levels - 1  # which of the lines between the digits and the last are of its chain
+    mine = mine[row, _shuffled(draws, n, LEVELS - 1)]
+    chain = np.concatenate([first, 1 - first, np.where(mine, which, 1 - which), which], axis=1)
     link = np.where(chain == 0, (chain == 0).cumsum(1), (chain == 1).cumsum(1))
-    lines = pairs[np.arange(n)[:, None], chain, _LINKS - link]
-    found = _asked("V", lines, asked[..., None], answers, levels)
-    trace = np.concatenate([np.full((n, 1), -1), ends[np.arange(n)[:, None], chain]], axis=1)
-    return replace(found, trace=trace)
+    lines = pairs[row, chain, _LINKS - link]
+    read = (lines[:, -1:] - _PAIR) % (_N + _D)  # the last line's right side, a name
+    found = _asked("V", lines, read[..., None], ends[row, which], levels)
+    return replace(found, trace=np.concatenate([np.full((n, 1), -1), ends[row, chain]], axis=1))
 
 
 def arithmetic(draws: np.random.Generator, n: int) -> Asked:
@@ -106,16 +114,14 @@ def arithmetic(draws: np.random.Generator, n: int) -> Asked:
 
 
 def parity(draws: np.random.Generator, n: int) -> Asked:
-    """Two letters with `LEVELS` marks each, of which k and LEVELS + 1 - k are no blank: all instances have as many blanks."""
-    names = _shuffled(draws, n, 2, _N)
-    counted = draws.integers(1, LEVELS + 1, size=(n, 1))
-    counted = np.concatenate([counted, LEVELS + 1 - counted], axis=1)  # [n, 2]
-    ones, there = draws.integers(2, size=(n, 2, LEVELS)), np.arange(LEVELS) < counted[..., None]
-    marks = (_MARK + 3 * names[..., None] + np.where(there, ones, 2)).reshape(n, -1)
-    row, which = np.arange(n)[:, None], _shuffled(draws, n, 2)
-    marks = marks[row, _shuffled(draws, n, marks.shape[1])]
-    answers = ((ones * there).sum(2) % 2)[row, which] + _DIGIT
-    return _asked("P", marks, names[row, which][..., None], answers, counted[row, which])
+    """Six letters, of which one has one mark, another two, up to `LEVELS`."""
+    names, row = _shuffled(draws, n, LEVELS, _N), np.arange(n)[:, None]
+    of = np.repeat(np.arange(LEVELS), np.arange(1, LEVELS + 1))  # [marks] whose each is: the k-th letter's k
+    ones = draws.integers(2, size=(n, len(of)))
+    marks = (_MARK + 2 * names[:, of] + ones)[row, _shuffled(draws, n, len(of))]
+    odd = np.stack([ones[:, of == letter].sum(1) % 2 for letter in range(LEVELS)], axis=1)
+    which = _shuffled(draws, n, LEVELS)
+    return _asked("P", marks, names[row, which][..., None], odd[row, which] + _DIGIT, which + 1)
 
 
 def order(draws: np.random.Generator, n: int) -> Asked:
@@ -158,21 +164,8 @@ def rows(asked: Asked) -> tuple[np.ndarray, np.ndarray]:
 
 def prompts(family: str, draws: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`n` instances with one question each: prompts [n, T], all of one length, answers and levels [n]."""
-    if family == "variables":
-        return _last_lines(draws, n)
     asked = FAMILIES[family](draws, n)
-    return np.concatenate([asked.instances, asked.questions[:, 0]], axis=1), asked.answers[:, 0], asked.levels[:, 0]
-
-
-def _last_lines(draws: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Programs as `variables` has them, cut after `LEVELS` + 1 lines: k of one chain, of which the last line is one, and the
-    others of the other chain, so that at every level as many names stand once, and as many twice."""
-    pairs, _, _, _, ends = _chains(draws, n)
-    levels, row = draws.integers(1, LEVELS + 1, size=n), np.arange(n)[:, None]
-    mine = np.arange(LEVELS) < levels[:, None] - 1  # which of the lines before the last are of its chain ...
-    mine = np.concatenate([mine[row, _shuffled(draws, n, LEVELS)], np.ones((n, 1), dtype=bool)], axis=1)
-    which = draws.integers(_CHAINS, size=(n, 1))
-    chain = np.where(mine, which, 1 - which)
-    link = np.where(mine, mine.cumsum(1), (~mine).cumsum(1))  # ... and the how manieth of their chain they are
-    lines = pairs[row, chain, _LINKS - link]
-    return np.concatenate([np.full((n, 1), WORDS["V"]), lines], axis=1), ends[np.arange(n), which[:, 0]], levels
+    ids = asked.instances  # of a program what is asked about is its last line
+    if asked.trace is None:
+        ids = np.concatenate([ids, asked.questions[:, 0]], axis=1)
+    return ids, asked.answers[:, 0], asked.levels[:, 0]

@@ -37,7 +37,7 @@ def steps(family: str, words: list[str]) -> tuple[str, int]:
             value = (int(word[2]) + (value if word[3] == "+" else -value)) % 3
         return str(value), len(body) - 1 - at
     if family == "parity":
-        marks = [word[2] for word in body if word[0] == asked[0] and word[2] != "_"]
+        marks = [word[2] for word in body if word[0] == asked[0]]
         return str(marks.count("1") % 2), len(marks)
     after = dict(word.split("=") for word in body)
 
@@ -69,29 +69,41 @@ def test_answers_and_levels_are_what_the_words_say(family: str) -> None:
 def test_prompts_have_the_answers_and_levels_that_their_words_say(family: str) -> None:
     for row, answer, level in zip(*prompts(family, np.random.default_rng(6), 60), strict=True):
         words = said(row)
-        if family == "variables":  # what is asked about is the last line
-            words = [*words, f"?{words[-1][0]}"]
+        if family == "variables":  # what is asked about is what the last line reads
+            words = [*words, f"?{words[-1][2]}"]
         assert steps(family, words) == (NAMED[int(answer)], int(level)), words
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_neither_length_nor_wording_tells_the_level(family: str) -> None:
-    """One length; and at every level as many different words, of as many kinds, and the name that is asked about as often."""
+    """One length; and at every level as many different words, of as many kinds, the name that is asked about as often, and as
+    many words of a kind at every place: the last line of a program once said at level 1 a digit, and a name at all others."""
     ids, _, levels = prompts(family, np.random.default_rng(4), 600)
     assert ids.shape == (600, ids.shape[1])
     shapes: dict[int, set[tuple[object, ...]]] = {}
     for row, level in zip(ids, levels.tolist(), strict=True):
         some = said(row)
-        names = Counter(letter for word in some[1:] for letter in word if letter.isalpha())
+        names = Counter(letter for word in some[1:] if word[0] != "?" for letter in word if letter.isalpha())
         asked = [names[word[1]] for word in some if word[0] == "?"] or [names[some[-1][0]]]
-        blanks = sum(word[-1] == "_" for word in some)
-        shapes.setdefault(level, set()).add((tuple(sorted(names.values())), tuple(asked), blanks))
+        told = asked if family != "parity" else []  # there the level is how often: it has to be counted
+        shapes.setdefault(level, set()).add((tuple(sorted(names.values())), tuple(told)))
     assert len({frozenset(shape) for shape in shapes.values()}) == 1 and all(len(one) == 1 for one in shapes.values())
-    # how the words are shared out over levels is what it is over levels that are dealt anew
-    bags = np.stack([np.bincount(row, minlength=VOCAB) for row in ids])
-    draws = np.random.default_rng(0)
-    by_chance = [_spread(bags, draws.permutation(levels)) for _ in range(200)]
-    assert _spread(bags, levels) < np.mean(by_chance) + 4 * np.std(by_chance)
+    # how the words are shared out over levels is what it is over levels that are dealt anew; so are kinds of words by place
+    kinds = np.array([_kind(NAMED.get(token, "")) for token in range(VOCAB)])[ids]
+    counted = (
+        [np.bincount(row, minlength=VOCAB) for row in ids],
+        (kinds[..., None] == np.arange(6)).reshape(len(ids), -1),
+    )
+    for bags in map(np.asarray, counted):
+        draws = np.random.default_rng(0)
+        by_chance = [_spread(bags, draws.permutation(levels)) for _ in range(200)]
+        assert _spread(bags, levels) <= np.mean(by_chance) + 4 * np.std(by_chance)
+
+
+def _kind(word: str) -> int:
+    """Of a word without its name: a digit in place of a name, a sign, a mark."""
+    last = word[-1:]
+    return 0 if len(word) < 2 else 1 + (last in "012") + 2 * (last in "+-") if word[1] in "=:" else 4 + (last == "1")
 
 
 def _spread(bags: np.ndarray, levels: np.ndarray) -> float:
