@@ -298,9 +298,13 @@ def learn(
 
 @bench.command("route")
 def route(
-    shape: Annotated[str, typer.Option(help="narrow (4 layers, 0.2M parameters), tiny or mini.")] = "narrow",
+    shape: Annotated[str, typer.Option(help="test, narrow (4 layers, 0.2M parameters), tiny or mini.")] = "narrow",
     seeds: Annotated[int, typer.Option(help="Seeds: of each a model is trained and measured.")] = 3,
+    seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
     steps: Annotated[int, typer.Option(help="Updates of each.")] = 900,
+    minutes: Annotated[
+        float | None, typer.Option(help="Minutes that each is trained, in place of --steps. [none]")
+    ] = None,
     families: Annotated[
         str, typer.Option(help="Which families of tasks.")
     ] = "lookup,arithmetic,variables,parity,order",
@@ -315,7 +319,13 @@ def route(
     chosen = tuple(families.split(","))
     if unknown := set(chosen) - set(FAMILIES):
         raise UsageError("--families", got=sorted(unknown), allowed=sorted(FAMILIES))
-    run(out, shape=shape, seeds=seeds, steps=steps, families=chosen, keep=keep)
+    for name, number in (("--seeds", seeds), ("--steps", steps)):
+        if number < 1:
+            raise UsageError(name, got=number, allowed="1 or more")
+    if seed < 0 or (minutes is not None and not 0 < minutes < math.inf):
+        name, got, allowed = ("--seed", seed, "0 or more") if seed < 0 else ("--minutes", minutes, "above 0")
+        raise UsageError(name, got=got, allowed=allowed)
+    run(out, shape=shape, seeds=seeds, seed=seed, steps=steps, minutes=minutes, families=chosen, keep=keep)
 
 
 @bench.command("open")

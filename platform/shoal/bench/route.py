@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from shoal.bench.route_tasks import FAMILIES, LEVELS, prompts
-from shoal.bench.route_train import trained
+from shoal.bench.route_train import Length, trained
 from shoal.bench.turns import show
 from shoal.evaluate.frontier import BUDGETS, POLICIES, TWICE, frontier, looked_twice
 from shoal.evaluate.intervals import of_share
@@ -52,28 +52,31 @@ def route(
     *,
     shape: str = "narrow",
     seeds: int = 3,
+    seed: int = 0,
     steps: int = 900,
+    minutes: float | None = None,
     families: Sequence[str] = tuple(FAMILIES),
     fit: int = 240,
     test: int = 400,
     keep: Path | None = None,
 ) -> None:
-    """Train and measure each seed, on `fit` prompts of a family for the router and `test` for the figures. `keep`: a folder for
-    the trained models, from which a run that was cut off goes on."""
+    """Train and measure `seeds` seeds from `seed` on, on `fit` prompts of a family for the router and `test` for the figures.
+    Each model is trained for `steps` updates, or for `minutes` if there are any. `keep`: a folder for the trained models, from
+    which a run that was cut off goes on."""
     torch.set_num_threads(1)
-    runs = []
-    for seed in range(seeds):
+    runs, length = [], Length(steps, minutes)
+    for number in range(seed, seed + seeds):
         start = time.process_time()
-        net = trained(shape, seed, steps, families, keep, lambda line: console.print(line, highlight=False))
-        run = measure(net, seed, families, fit, test)
+        net, updates = trained(shape, number, length, families, keep, lambda line: console.print(line, highlight=False))
+        run = {"seed": number, "updates": updates, **measure(net, number, families, fit, test)}
         run["cpu_seconds"] = time.process_time() - start  # of training, too, unless that was kept
         runs.append(run)
     config, count = net.config, sum(p.numel() for p in net.parameters())
-    title = f"{shape}: {config.layers} layers, {count:,} parameters, {steps} updates, {seeds} seed(s)"
+    title = f"{shape}: {config.layers} layers, {count:,} parameters, {length}, {seeds} seed(s)"
     show(
         console,
         [_matches(runs, title), _beside(runs), _calibration(runs)],
-        {"shape": shape, "parameters": count, "steps": steps, "seeds": seeds, "runs": runs},
+        {"shape": shape, "parameters": count, "steps": steps, "minutes": minutes, "seeds": seeds, "runs": runs},
     )
 
 
@@ -219,11 +222,11 @@ def _calibration(runs: Sequence[Mapping[str, Any]]) -> Table:
     """What the router promised at the default tolerance, and what came of it on new prompts."""
     title = f"tolerance {runs[0]['tolerance']:g}: what is promised is the mean loss"
     table = Table("seed", "prompts", "share of the layers", "loss (95 %)", "above (95 %)", title=title)
-    for seed, run in enumerate(runs):
+    for run in runs:
         row = run["calibration"]["all together"]
         (low, high), (least, most) = row["loss_interval"], row["above_interval"]
         table.add_row(
-            str(seed),
+            str(run["seed"]),
             str(row["prompts"]),
             f"{row['depth_share']:.2f}",
             f"{row['loss']:.3f} ({low:.3f} to {high:.3f})",

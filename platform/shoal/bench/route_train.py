@@ -1,17 +1,19 @@
 """The model of `shoal bench route`: trained on the mix of all families by the updates and the losses of `shoal.train`.
 
-Every update takes as many rows of each family. What is drawn follows from seed and number of the update. A trained model is
-kept where a folder is given, and read from there again.
+Every update takes as many rows of each family. What is drawn follows from seed and number of the update; how long it is trained
+is a number of updates or of minutes. A trained model is kept where a folder is given, and read from there again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shoal import presets
@@ -26,9 +28,10 @@ from shoal.train.parallel import Ranks
 from shoal.train.step import update
 
 ROWS = 24  # instances of a family in an update
-LENGTH = 64  # tokens that the model is made for: the longest row has 25
+LENGTH = 64  # tokens that the model is made for: the longest row has 28
 _NARROW = {"layers": 4, "width": 64, "heads": 4, "kv_heads": 4, "head_dim": 16, "ffn": 128}
 SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+    "test": ("test", {}),
     "narrow": ("tiny", _NARROW),
     "tiny": ("tiny", {}),
     "mini": ("mini", {}),
@@ -54,34 +57,52 @@ def config_of(shape: str) -> ModelConfig:
     return dataclasses.replace(presets.get(preset).model, attn_pattern="D", **mine, **other)  # type: ignore[arg-type]
 
 
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """How long a model is trained: so many updates, or so many minutes by the clock, and the update that they end in."""
+
+    updates: int
+    minutes: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.updates} updates" if self.minutes is None else f"{self.minutes:g} minutes"
+
+    def done(self, updates: int, seconds: float) -> float:
+        """The share of it with the update that comes after `updates` and `seconds`."""
+        return (updates + 1) / self.updates if self.minutes is None else min(1.0, seconds / (60 * self.minutes))
+
+
 def trained(
-    shape: str, seed: int, steps: int, families: Sequence[str], keep: Path | None, say: Callable[[str], None]
-) -> Net:
-    """The model after `steps` updates on `families`."""
+    shape: str, seed: int, length: Length, families: Sequence[str], keep: Path | None, say: Callable[[str], None]
+) -> tuple[Net, int]:
+    """The model after training on `families`, and how many updates that were."""
     config = config_of(shape)
     net, kept = Net(config).init_(seed), None
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
-        kept = keep / f"{shape}-{'-'.join(families)}-{steps}-{seed}.safetensors"
+        name = f"{shape}-{'-'.join(families)}-{str(length).replace(' ', '-')}-{seed}-{VOCAB}.safetensors"
+        kept = keep / name  # with the vocabulary: a model of other words is another
         if kept.exists():
             net.load_state_dict(load_file(kept))
-            return net.eval().requires_grad_(False)
+            with safe_open(kept, "pt") as file:
+                return net.eval().requires_grad_(False), int(file.metadata()["updates"])
     train = dataclasses.replace(TRAIN, seed=seed)
     model, ranks = LossModel(net, trained_exits(config.exits, train)), Ranks(0, 1, torch.device("cpu"))
-    optimizer = make_optimizer(model, train)
-    for step in range(steps):
-        draws, done = np.random.default_rng((seed, step)), (step + 1) / steps
+    optimizer, step, done, start = make_optimizer(model, train), 0, 0.0, time.monotonic()
+    while done < 1:
+        draws, done = np.random.default_rng((seed, step)), length.done(step, time.monotonic() - start)
         batches = [batch(config, [FAMILIES[family](draws, ROWS) for family in families])]
         rates = {"weights": exit_weights(done, train), "rate": learning_rate(done, train)}
         report = update(model, optimizer, batches, config=train, ranks=ranks, **rates)  # type: ignore[arg-type]
-        if (step + 1) % 100 == 0:
-            say(f"seed {seed}, update {step + 1}: " + ", ".join(f"{loss:.3f}" for loss in report.ce) + " nats by exit")
+        step += 1
+        if step % 100 == 0:
+            say(f"seed {seed}, update {step}: " + ", ".join(f"{loss:.3f}" for loss in report.ce) + " nats by exit")
     net.eval().requires_grad_(False)
     if kept is not None:
         aside = kept.with_suffix(".part")
-        save_file(net.state_dict(), aside)
+        save_file(net.state_dict(), aside, {"updates": str(step)})
         aside.rename(kept)
-    return net
+    return net, step
 
 
 def batch(config: ModelConfig, asked: Sequence[Asked]) -> Batch:

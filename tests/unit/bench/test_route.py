@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 from shoal.bench import route_train
+from shoal.bench.commands import bench
 from shoal.bench.route import measured, route
 from shoal.bench.route_tasks import FAMILIES, LEVELS, VOCAB, WORDS, prompts, rows
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, UsageError
 
 NAMED = {number: word for word, number in WORDS.items()}
 
@@ -169,8 +171,37 @@ def test_the_benchmark_from_training_to_its_line_of_json(tmp_path: Path, capsys:
     assert kept.stat().st_mtime_ns == stamp and again["runs"][0]["families"] == run["families"]
 
 
+def test_training_ends_with_its_updates_or_with_its_minutes(tmp_path: Path) -> None:
+    updates, minutes = route_train.Length(10), route_train.Length(10, 2.0)
+    assert [updates.done(n, 1e9) for n in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert [minutes.done(10**6, seconds) for seconds in (0, 30, 120, 500)] == [0, 0.25, 1, 1]
+    assert (str(updates), str(minutes)) == ("10 updates", "2 minutes")
+    how = ("test", 5, route_train.Length(1, 1e-4), ("variables",), tmp_path, print)
+    net, count = route_train.trained(*how)
+    again, read = route_train.trained(*how)
+    assert count == read >= 1
+    assert all(torch.equal(one, other) for one, other in zip(net.parameters(), again.parameters(), strict=True))
+
+
+def test_one_seed_for_minutes_says_which_and_how_many_updates(capsys: pytest.CaptureFixture[str]) -> None:
+    route(Console(), shape="test", seeds=1, seed=7, minutes=1e-4, families=("variables",), fit=30, test=30)
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (run,) = said["runs"]
+    assert run["seed"] == 7 and run["updates"] >= 1 and said["minutes"] == 1e-4
+    assert [row["exit"] for row in run["families"]["variables"]["nats"]["fixed"]] == ["shallow", "middle", "full"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--minutes", "0"), ("--seeds", "0"), ("--steps", "0"), ("--seed", "-1")]
+)
+def test_what_is_no_length_of_training_is_refused(option: str, value: str) -> None:
+    found = CliRunner().invoke(bench, ["route", option, value])
+    assert isinstance(found.exception, UsageError) and option in str(found.exception)
+
+
 def test_hits_and_gaps_are_those_of_the_exits(tmp_path: Path) -> None:
-    net = route_train.trained("narrow", 0, 1, ("lookup",), tmp_path, print)
+    net, updates = route_train.trained("narrow", 0, route_train.Length(1), ("lookup",), tmp_path, print)
+    assert updates == 1
     found = measured(net, np.random.default_rng(9), ("lookup",), 5)
     ids, answers, levels = (torch.from_numpy(some) for some in prompts("lookup", np.random.default_rng(9), 5))
     assert torch.equal(found.levels, levels)
