@@ -14,11 +14,10 @@ import pytest
 
 from shoal.cli import main
 from shoal.data.sources.s3 import split
-from shoal.loop import forget as module
+from shoal.loop import forget
 from shoal.loop.bucket import Bucket
 from shoal.loop.capture import Capture, now_ms
 from shoal.loop.cut import RECENT, TRAIN, cut
-from shoal.loop.forget import forget
 from shoal.loop.parts import write_part
 from shoal.loop.rows import Row
 from shoal.loop.texts import Texts
@@ -87,11 +86,11 @@ def test_two_machines_that_forget_at_once_put_back_nobody(
     def meanwhile(path: Path, table: object) -> None:
         if not done:
             done.append("two")
-            forget(two, subject="b")
+            forget.forget(two, subject="b")
         write_part(path, table)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "write_part", meanwhile)
-    forget(one, subject="a")
+    monkeypatch.setattr(forget, "write_part", meanwhile)
+    forget.forget(one, subject="a")
     assert there(s3, uri) == (["c"], ["c"])
 
 
@@ -104,7 +103,7 @@ def test_what_becomes_a_part_before_its_machine_hears_of_it_goes_when_it_does(
         writer.put(Row(f"of-{whose}", now_ms(), subject=whose))
         Votes(gateway).put(Vote(f"of-{whose}", whose, correction=f"words of {whose}"))
     gateway.sent()
-    forget(at("one"), subject="a")
+    forget.forget(at("one"), subject="a")
     Texts(gateway).put("", "a", [{"role": "user", "content": "hi"}], {"id": ID + "1", "choices": []}, {})
     writer.close()
     writer.send()
@@ -124,7 +123,7 @@ def test_who_is_forgotten_on_another_machine_while_a_cut_is_made_is_not_in_it(
     gateway.sent()
 
     def meanwhile(*given: Any, **more: Any) -> Any:
-        forget(at("one"), subject=f"{1:032x}")
+        forget.forget(at("one"), subject=f"{1:032x}")
         return cut(*given, **more)
 
     at("curator")
@@ -157,14 +156,14 @@ def test_a_vote_that_comes_while_another_machine_forgets_is_not_lost(
     gateway = at("gateway", create=True)
     wrote(gateway, "abc")
     one = at("one")
-    replace = module._replace
+    replace = forget._replace
 
     def meanwhile(path: Path, lines: list[dict[str, object]]) -> None:
-        monkeypatch.setattr(module, "_replace", replace)
+        monkeypatch.setattr(forget, "_replace", replace)
         Votes(gateway).put(Vote("of-d", "d", correction="words of d"))
         gateway.sent()
         replace(path, lines)
 
-    monkeypatch.setattr(module, "_replace", meanwhile)
-    assert forget(one, subject="a").votes == 1
+    monkeypatch.setattr(forget, "_replace", meanwhile)
+    assert forget.forget(one, subject="a").votes == 1
     assert there(s3, uri) == (["b", "c"], ["b", "c", "d"])

@@ -300,7 +300,7 @@ def learn(
 def route(
     shape: Annotated[str, typer.Option(help="test, narrow (4 layers, 0.2M parameters), tiny or mini.")] = "narrow",
     seeds: Annotated[int, typer.Option(help="Seeds: of each a model is trained and measured.")] = 3,
-    seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
+    seed: Annotated[int, typer.Option(help="The first of the seeds.")] = 0,
     steps: Annotated[int, typer.Option(help="Updates of each.")] = 900,
     minutes: Annotated[
         float | None, typer.Option(help="Minutes that each is trained, in place of --steps. [none]")
