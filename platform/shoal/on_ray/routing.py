@@ -156,7 +156,8 @@ class AffinityRouter(FIFOMixin, RequestRouter):
         """Raises BackPressureError for a new request that there is no room for, NoReplicaError where none is alive."""
         waiting = sum(not asked.future.done() for asked in self._asked.values())
         if is_retry:
-            pending_request.reset_future()  # type: ignore[no-untyped-call]  # Serve does so later, and until then it would count for who has just refused it
+            # Serve does so later, and until then it would count for who has just refused it
+            pending_request.future = asyncio.get_running_loop().create_future()
         elif waiting >= self._room():
             raise BackPressureError(num_queued_requests=waiting, max_queued_requests=self._queue)
         key = id(pending_request)

@@ -87,30 +87,38 @@ def test_logits_in_parts_give_the_same_gradient(
 
 
 @pytest.mark.parametrize(
-    ("logits", "rows", "parts"),
+    ("logits", "rows", "parts", "again"),
     [
-        (2**25, 1024, [7]),
-        (3 * CONFIG.vocab, 1024, [3, 3, 1]),
-        (2**25, 2, [2, 2, 2, 1]),
-        (CONFIG.vocab - 1, 1024, [1] * 7),
+        (2**25, 1024, [7], 0),
+        (7 * CONFIG.vocab, 1024, [7], 0),
+        (3 * CONFIG.vocab, 1024, [3, 3, 1], 3),
+        (2**25, 2, [2, 2, 2, 1], 0),
+        (CONFIG.vocab - 1, 1024, [1] * 7, 7),
     ],
 )
 def test_no_more_logits_are_held_than_may_be_and_one_row_s_in_any_case(
-    model: LossModel, monkeypatch: pytest.MonkeyPatch, logits: int, rows: int, parts: list[int]
+    model: LossModel, monkeypatch: pytest.MonkeyPatch, logits: int, rows: int, parts: list[int], again: int
 ) -> None:
+    """And those of more than that are made again in backward."""
     states = torch.randn(7, CONFIG.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    targets, held, at_once = torch.arange(40, 47), list[int](), model._losses_at_once
+    targets, held, made, at_once = torch.arange(40, 47), list[int](), list[int](), model._losses_at_once
     whole = at_once(states, targets, 4, None)
 
     def watch(hidden: torch.Tensor, *more: Any) -> torch.Tensor:
         held.append(len(hidden))
         return at_once(hidden, *more)
 
+    def remade(work: Any, *args: Any, use_reentrant: bool) -> Any:
+        made.append(1)
+        assert not use_reentrant
+        return work(*args)
+
     monkeypatch.setattr("shoal.train.loss.LOGITS_AT_ONCE", logits)
     monkeypatch.setattr("shoal.train.loss.ROWS_AT_ONCE", rows)
+    monkeypatch.setattr("shoal.train.loss.checkpoint", remade)
     monkeypatch.setattr(model, "_losses_at_once", watch)
     torch.testing.assert_close(model._losses(states, targets, 4, None), whole, rtol=1e-12, atol=1e-12)
-    assert held == parts
+    assert (held, len(made)) == (parts, again)
 
 
 def test_a_batch_without_images_still_gives_every_parameter_a_gradient(model: LossModel) -> None:
