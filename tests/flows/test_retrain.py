@@ -157,14 +157,6 @@ def test_what_is_replayed_says_how_far_to_go_and_too_few_rows_leave_the_router_t
     assert all(torch.equal(one, other) for one, other in zip(router.parameters(), before.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["--kind", "all"], "--kind"),
-        (["--minutes", "-1"], "--minutes"),
-        (["--kind", "finetune", "--minutes", "90"], "the budget of retraining"),
-    ],
-)
 @pytest.mark.parametrize(("least", "trained"), [(0, "lora_rank=8"), (10**12, "all weights")])
 def test_of_large_weights_thin_matrices_are_trained(
     release: Release,
@@ -183,6 +175,14 @@ def test_of_large_weights_thin_matrices_are_trained(
     assert f"a test ends here: got '{trained}'" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--kind", "all"], "--kind"),
+        (["--minutes", "-1"], "--minutes"),
+        (["--kind", "finetune", "--minutes", "90"], "the budget of retraining"),
+    ],
+)
 def test_a_retraining_that_cannot_be_says_so_before_it_begins(
     release: Release, folder: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
