@@ -85,8 +85,8 @@ def save(
     Weights of more than `shard_bytes` are cut into several files. Raises CheckpointError when something else is there
     (`require_replaceable`).
     """
-    directory = Path(directory).resolve()  # where a link leads, the directory is replaced and not the link
     require_replaceable(directory)
+    directory = Path(directory).resolve()  # where a link leads, the directory is replaced and not the link
     named = state.items() if isinstance(state, Mapping) else state
     routed = router.state_dict() if router is not None else {}
     also = ((ROUTER + key, value) for key, value in routed.items())
@@ -129,8 +129,8 @@ def require_replaceable(directory: str | Path) -> None:
     """Raises CheckpointError when `directory` holds anything but a model of ours, which alone may be replaced: its config.json
     is of our format, and its manifest lists whatever lies there. One that is empty, or is not there, may be taken; what a
     killed command has taken away is first put back (`put_back`). The one that this process is in may not."""
+    need_movable(Path(directory))
     directory = Path(directory).resolve()  # where a link leads is replaced, and is what a killed command took away
-    need_movable(directory)
     put_back(directory)
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
@@ -149,9 +149,10 @@ def require_replaceable(directory: str | Path) -> None:
 
 def need_movable(directory: Path) -> None:
     """Raises CheckpointError for a directory whose place another cannot take: one that this process is in, whose paths would
-    lead nowhere, and one that something is mounted on, as of a container; ResourceError for a name that no file can have."""
+    lead nowhere, and one that something is mounted on, as of a container; ResourceError for a name that no file can have, and
+    for links in a circle."""
     try:
-        directory.lstat()
+        directory.stat()
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
@@ -170,8 +171,8 @@ def replacing(directory: Path, need: Callable[[Path], None] = require_replaceabl
     """A directory to write in, which takes the place of `directory` once it is whole and is gone when that fails; and with it
     what those have left that were killed. The one that was there before, which `need` lets be replaced, is put back where the
     new one cannot take its place. Raises ResourceError where the disk is full, or takes nothing by this name."""
-    directory = directory.resolve()
     need_movable(directory)
+    directory = directory.resolve()
     name = f".{directory.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     aside, before = (directory.with_name(f"{name}{end}") for end in (ASIDE, OLD))
     try:

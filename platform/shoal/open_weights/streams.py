@@ -33,7 +33,7 @@ def write(
     """Write the `planned` tensors to a directory, cut into files of about `shard_bytes`. `pieces` are theirs in the same order,
     the first dim of each tensor in as many as it likes. Raises ResourceError, before any is written, where the disk has no room
     for all."""
-    need_disk(directory, sum(size(*each) for each in planned.values()))
+    need_disk(directory.parent, sum(size(*each) for each in planned.values()))
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     room = shard_bytes
     for name, (dtype, shape) in planned.items():

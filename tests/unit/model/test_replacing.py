@@ -108,6 +108,11 @@ def test_whatever_the_system_says_to_writing_is_a_line(tmp_path: Path) -> None:
             pass
     with pytest.raises(ResourceError, match=says):
         require_replaceable(tmp_path / ("n" * 300))
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for refuses in (require_replaceable, lambda place: replacing(place, **ANY).__enter__()):
+        with pytest.raises(ResourceError, match=r"circle: got 'Too many levels of symbolic links'; give another place"):
+            refuses(tmp_path / "circle")
+    (tmp_path / "circle").unlink()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
