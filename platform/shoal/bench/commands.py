@@ -322,9 +322,10 @@ def route(
     for name, number in (("--seeds", seeds), ("--steps", steps)):
         if number < 1:
             raise UsageError(name, got=number, allowed="1 or more")
-    if seed < 0 or (minutes is not None and not 0 < minutes < math.inf):
-        name, got, allowed = ("--seed", seed, "0 or more") if seed < 0 else ("--minutes", minutes, "above 0")
-        raise UsageError(name, got=got, allowed=allowed)
+    if seed < 0:
+        raise UsageError("--seed", got=seed, allowed="0 or more")
+    if minutes is not None and minutes <= 0:
+        raise UsageError("--minutes", got=minutes, allowed="above 0")
     run(out, shape=shape, seeds=seeds, seed=seed, steps=steps, minutes=minutes, families=chosen, keep=keep)
 
 
