@@ -76,7 +76,14 @@ def route(
     show(
         console,
         [_matches(runs, title), _beside(runs), _calibration(runs)],
-        {"shape": shape, "parameters": count, "steps": steps, "minutes": minutes, "seeds": seeds, "runs": runs},
+        {
+            "shape": shape,
+            "parameters": count,
+            "steps": steps if minutes is None else None,  # each run says how many updates its minutes were
+            "minutes": minutes,
+            "seeds": seeds,
+            "runs": runs,
+        },
     )
 
 
