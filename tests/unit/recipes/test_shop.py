@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -143,6 +144,22 @@ def test_what_it_cannot_read_it_refuses_and_goes_on(
     assert http.get("/tools").status_code == 200
 
 
+@pytest.mark.parametrize("method", ["GET /tools", "DELETE /shops/a", "POST /shops/a/track_order"])
+@pytest.mark.parametrize(
+    "head", ["Content-Length: {length}", "Transfer-Encoding: chunked", "Content-Length: 2\r\nContent-Length: {length}"]
+)
+def test_no_body_is_taken_for_the_next_request(http: httpx.Client, shop: Shop, method: str, head: str) -> None:
+    order = first(shop, "packed")
+    arguments = json.dumps({"order": order})
+    behind = f"POST /shops/b/cancel_order HTTP/1.1\r\nHost: x\r\nContent-Length: {len(arguments)}\r\n\r\n{arguments}"
+    with socket.create_connection((http.base_url.host, http.base_url.port or 0), timeout=10) as line:
+        line.sendall(f"{method} HTTP/1.1\r\nHost: x\r\n{head.format(length=len(behind))}\r\n\r\n{behind}".encode())
+        line.shutdown(socket.SHUT_WR)
+        said = b"".join(iter(lambda: line.recv(65536), b""))
+    assert said.count(b"HTTP/1.1 ") == 1
+    assert http.get("/shops/b").json() == shop.state()
+
+
 def test_callers_at_once_each_get_a_true_answer(http: httpx.Client, shop: Shop) -> None:
     """One of them cancels; all others are told that it is done."""
     order = first(shop, "packed")
@@ -159,4 +176,13 @@ def test_the_number_of_shops_is_bounded() -> None:
     for number in range(MOST_SHOPS):
         shops.get(f"shop {number}")
     assert shops.get("kept").state()["orders"][order] == "packed", "the oldest went"
-    shops.close()
+
+
+def test_who_asks_a_shop_that_is_forgotten_meanwhile_is_answered() -> None:
+    """It was closed under their call, which ended the connection without an answer."""
+    shops = Shops()
+    asked = shops.get("a")
+    order = first(asked, "packed")
+    assert shops.forget("a") and not shops.forget("a")
+    assert "refund" in asked.call("cancel_order", {"order": order})
+    assert shops.get("a").state()["orders"][order] == "packed", "a new one"

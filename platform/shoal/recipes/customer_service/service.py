@@ -32,7 +32,7 @@ SECONDS = 10.0  # that a client may be silent within a request
 
 
 class Shops:
-    """Shops by name."""
+    """Shops by name. One that is forgotten ends with the last who still asks it."""
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
@@ -47,22 +47,12 @@ class Shops:
                 self._open[name] = self._of(name).copy()
             self._open.move_to_end(name)
             while len(self._open) > MOST_SHOPS:
-                self._open.popitem(last=False)[1].close()
+                self._open.popitem(last=False)
             return self._open[name]
 
     def forget(self, name: str) -> bool:
         with self._lock:
-            gone = self._open.pop(name, None)
-        if gone is not None:
-            gone.close()
-        return gone is not None
-
-    def close(self) -> None:
-        with self._lock:
-            for shop in (*self._open.values(), *self._seeded.values()):
-                shop.close()
-            self._open.clear()
-            self._seeded.clear()
+            return self._open.pop(name, None) is not None
 
     def _of(self, name: str) -> Shop:
         words = name.split("-")
@@ -86,7 +76,6 @@ def serving(seed: int = 0, port: int = 0) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
-        shops.close()
 
 
 class _Server(ThreadingHTTPServer):
@@ -102,6 +91,13 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = SECONDS
     wbufsize = -1  # head and body in one packet: the second would wait for the first one's acknowledgement, 40 ms
     disable_nagle_algorithm = True
+
+    def parse_request(self) -> bool:
+        """A body that is not read would be taken for the next request: the connection ends with this one."""
+        parsed = super().parse_request()
+        if parsed and ("Transfer-Encoding" in self.headers or (self.command != "POST" and self._length() != "0")):
+            self.close_connection = True
+        return parsed
 
     def do_GET(self) -> None:
         match self._path():
@@ -148,9 +144,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _path(self) -> list[str]:
         return [part for part in self.path.partition("?")[0].split("/") if part]
 
+    def _length(self, missing: str = "0") -> str:
+        """Of the body; not one where there are two."""
+        return ", ".join(self.headers.get_all("Content-Length", [missing]))
+
     def _body(self) -> dict[str, Any]:
         """The arguments. Raises RequestError, after which the connection is closed where the body was not read."""
-        length = self.headers.get("Content-Length", "")
+        length = "chunked" if "Transfer-Encoding" in self.headers else self._length("")
         if not length.isdecimal() or int(length) > MOST_BYTES:
             self.close_connection = True
             raise RequestError("Content-Length", got=length or "none", allowed=f"0 to {MOST_BYTES}")

@@ -130,10 +130,6 @@ class Shop:
         """A shop in the same state, which changes for itself."""
         return Shop(self.split, self.language, self.seed, of=self)
 
-    def close(self) -> None:
-        with self._lock:
-            self._rows.close()
-
     def call(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """What a tool gives; ``error`` in it where the shop says no. Raises RequestError for no such tool, and for arguments
         that are not as its parameters want them."""
