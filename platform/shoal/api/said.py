@@ -5,16 +5,23 @@
 Its value is a regular expression (RE2's, which takes time in proportion to the text, whatever a client writes). What a call may
 have there is what it matches, as a word of its own, in the conversation's messages of system, user and tools: what the model
 itself has said is no evidence. Where nothing was said an argument cannot be given, and no tool called that needs it.
+
+    {"order": {"type": "string", "x-said": "[A-Z][0-9]{4}", "x-said-in-text": "[A-Z][0-9]+"}}
+
+The second holds for the words of an answer too: what it matches at the beginning of a word goes on as something that it matches
+in those messages, and there the word ends. A match that grows with each digit is stopped at the first that nobody said.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shoal.api.bodies import Function, Message
 from shoal.errors import RequestError
-from shoal.inputs.tools import SAID, marked, parts
+from shoal.inputs.tools import SAID, SAID_IN_TEXT, marked, parts, unmarked
 
 MOST = 1000  # different values of one argument; of more the last said
 _SPLIT = "\0"
@@ -29,10 +36,37 @@ def may_be_called(tools: Mapping[str, Function], messages: Sequence[Message]) ->
         _check(name, tool.parameters, every[name])
     if not any(every.values()):
         return dict(tools)
-    texts = [text for message in messages if message.role != "assistant" for text in _texts(message)]
-    said = {mark[SAID]: _found(str(mark[SAID]), texts) for marks in every.values() for mark in marks.values()}
+    texts = _said_by_others(messages)
+    said = {mark[SAID]: _found(SAID, str(mark[SAID]), texts) for marks in every.values() for mark in marks.values()}
     filled = {name: _filled(tool, every[name], said) for name, tool in tools.items()}
     return {name: tool for name, tool in filled.items() if tool is not None}
+
+
+def unsaid(tools: Mapping[str, Function], messages: Sequence[Message]) -> dict[str, str]:
+    """Terminals of a grammar that no text of an answer may be, by name, each with the lines that define it; none without such
+    marks, which `may_be_called` has checked. Raises RequestError (param ``tools``)."""
+    marks = [mark for tool in tools.values() for mark in marked(tool.parameters).values()]
+    patterns = dict.fromkeys(str(mark[SAID_IN_TEXT]) for mark in marks if SAID_IN_TEXT in mark)
+    texts, found = _said_by_others(messages) if patterns else [], dict[str, str]()
+    for at, pattern in enumerate(patterns):
+        values = " | ".join(json.dumps(one) for one in _found(SAID_IN_TEXT, pattern, texts))
+        lines = [
+            f"UNSAID_{at}: /((?s:.*)[^0-9A-Za-z_])?/ BEGUN_{at}",
+            f"BEGUN_{at}: /(?:{_on_a_line(pattern)})(?s:.*)/" + (f" & ~WHOLE_{at}" if values else ""),
+            *([f"WHOLE_{at}: ({values}) /([^0-9A-Za-z_](?s:.*))?/"] if values else []),
+        ]
+        found[f"UNSAID_{at}"] = "\n".join(lines)
+    return found
+
+
+def _on_a_line(pattern: str) -> str:
+    """A regular expression as it may stand between slashes, on one line."""
+    spelt = {"/": r"\x2F", r"\/": r"\x2F", "\n": r"\n", "\\\n": r"\n", "\r": r"\r", "\\\r": r"\r"}
+    return re.sub(r"\\.|[/\n\r]", lambda found: spelt.get(found[0], found[0]), pattern, flags=re.DOTALL)
+
+
+def _said_by_others(messages: Sequence[Message]) -> list[str]:
+    return [text for message in messages if message.role != "assistant" for text in _texts(message)]
 
 
 def _filled(
@@ -44,7 +78,7 @@ def _filled(
     schema = tool.parameters
     properties = dict(schema.get("properties", {}))
     for argument, mark in marks.items():
-        rest = {key: value for key, value in mark.items() if key != SAID}
+        rest = unmarked(mark)
         values = _values(rest, said[mark[SAID]])
         if values:
             properties[argument] = {**rest, "enum": values}
@@ -65,7 +99,18 @@ def _values(schema: Mapping[str, Any], said: Sequence[str]) -> list[Any]:
     return [one for one in dict.fromkeys(values) if one in schema.get("enum", (one,))]
 
 
-def _found(pattern: str, texts: Sequence[str]) -> list[str]:
+def _matches_nothing(pattern: str) -> bool:
+    """May it match no letter at all, of which each text has some? One that is none says no."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    try:
+        return bool(pc.match_substring_regex(pa.scalar(""), pattern).as_py())
+    except pa.ArrowInvalid:
+        return False
+
+
+def _found(keyword: str, pattern: str, texts: Sequence[str]) -> list[str]:
     """What `pattern` matches in `texts`, each once, the last said last. Raises RequestError."""
     import pyarrow as pa  # not by a service that is never asked
     import pyarrow.compute as pc
@@ -75,7 +120,9 @@ def _found(pattern: str, texts: Sequence[str]) -> list[str]:
         cut = pc.replace_substring_regex(pa.scalar(whole), rf"\b({pattern})\b", rf"{_SPLIT}\1{_SPLIT}").as_py()
     except pa.ArrowInvalid as error:
         got = f"{pattern[:80]}: {str(error).rpartition(': ')[2][:120]}"
-        raise RequestError(f"tools: {SAID}", param="tools", got=got, allowed="a regular expression of RE2") from error
+        raise RequestError(
+            f"tools: {keyword}", param="tools", got=got, allowed="a regular expression of RE2"
+        ) from error
     found = [one for one in cut.split(_SPLIT)[1::2] if one]
     return [*reversed(dict.fromkeys(reversed(found)))][-MOST:]
 
@@ -86,16 +133,23 @@ def _check(name: str, parameters: Mapping[str, Any], marks: Mapping[str, Mapping
         if mark.get("type") not in ("string", "integer") or not isinstance(mark[SAID], str) or not mark[SAID]:
             allowed = "a regular expression beside type string or integer"
             raise RequestError(where, param="tools", got=str(mark)[:120], allowed=allowed)
-    if _count(parameters) > len(marks):
+        in_text = mark.get(SAID_IN_TEXT, "-")
+        if not isinstance(in_text, str) or not in_text or _matches_nothing(in_text):
+            where = f"tools: {SAID_IN_TEXT} of {name}"
+            allowed = "a regular expression that matches one letter or more"
+            raise RequestError(where, param="tools", got=str(mark)[:120], allowed=allowed)
+    if _count(parameters, SAID) > len(marks):
         raise RequestError(where, param="tools", got="within an argument", allowed="at a property of parameters itself")
+    if _count(parameters, SAID_IN_TEXT) > sum(SAID_IN_TEXT in mark for mark in marks.values()):
+        raise RequestError(f"tools: {SAID_IN_TEXT} of {name}", param="tools", got="alone", allowed=f"beside {SAID}")
 
 
-def _count(value: Any) -> int:
-    """How often a schema has the mark, at any depth, which may be more than Python calls functions in."""
+def _count(value: Any, keyword: str) -> int:
+    """How often a schema has a mark, at any depth, which may be more than Python calls functions in."""
     found, left = 0, [value]
     while left:
         one = left.pop()
-        found += isinstance(one, Mapping) and SAID in one
+        found += isinstance(one, Mapping) and keyword in one
         left += one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else ()
     return found
 

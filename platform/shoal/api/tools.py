@@ -20,7 +20,8 @@ from llguidance import StructTag
 
 from shoal.api.bodies import ChatRequest, Function, Message, NamedTool, ResponseFormat
 from shoal.api.calls import Named, Plain, Reader, Whole, reader
-from shoal.api.said import may_be_called
+from shoal.api.said import may_be_called, unsaid
+from shoal.api.wire import parse
 from shoal.engine.events import Guide
 from shoal.engine.guided import JSON_OPTIONS
 from shoal.errors import RequestError
@@ -40,6 +41,8 @@ _PLAIN = {
     "description",
     "$schema",
 }
+
+_ANY_TEXT = r"TAG_TEXT: /(.|\n)*/"  # as llguidance writes what stands around calls
 
 
 class Offer:
@@ -68,6 +71,7 @@ class Offer:
         self.forced = choice == "required" or self.named is not None
         self.told = bool(self.tools) and choice != "none"
         self._callable = may_be_called(self.tools, body.messages)
+        self._unsaid = unsaid(self.tools, body.messages)
         self._check_forced()
         self.single = self.told and not body.parallel_tool_calls
         guided = len(self._callable) < len(self.tools) or any(tool.strict for tool in self._callable.values())
@@ -126,13 +130,14 @@ class Offer:
     def _calls_in_text(self) -> Guide:
         """Text, and calls as their tools have them: no text spells what opens one, in whichever tokens."""
         opened = self.format.open
+        but = "".join(f" & ~{name}" for name in self._unsaid)
         if self.format.bare or self._is_control(opened) or not self._callable:
             begun = r"[ \t\r\n]*([^ \t\r\n{](?s:.*))?" if self.format.bare else "(?s:.*)"
             spelt = re.escape(opened).replace("/", r"\/")
-            text = f"TEXT: /{begun}/ & ~/(?s:.*){spelt}(?s:.*)/"
+            text = [f"TEXT: /{begun}/ & ~/(?s:.*){spelt}(?s:.*)/{but}", *self._unsaid.values()]
             if not self._callable:
-                return Guide("lark", f"start: TEXT\n{text}")
-            return self._lark("call | TEXT" if self.format.bare else "TEXT call?", text)
+                return Guide("lark", "\n".join(["start: TEXT", *text]))
+            return self._lark("call | TEXT" if self.format.bare else "TEXT call?", *text)
         tags = [
             StructTag(
                 trigger=opened,
@@ -142,7 +147,10 @@ class Offer:
             )
             for name, tool in self._callable.items()
         ]
-        return Guide("lark", StructTag.to_grammar(tags, assume_special=False))
+        grammar = StructTag.to_grammar(tags, assume_special=False)
+        before, any_text, behind = grammar.partition(_ANY_TEXT)
+        assert any_text
+        return Guide("lark", "\n".join([before + any_text + but + behind, *self._unsaid.values()]))
 
     def _lark(self, start: str, *more: str, strictly: bool = False, names: Sequence[str] = ()) -> Guide:
         """A grammar in which ``call`` is one of the tools `names` [all that may be called], `strictly`: with arguments as its
@@ -211,9 +219,10 @@ class Offer:
 def guide_of(
     messages: Sequence[Mapping[str, Any]], given: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
 ) -> Guide | None:
-    """What a service guides the next answer of a chat with tools by: `messages` and tools as OpenAI has them."""
+    """What a service guides the next answer of a chat with tools by: `messages` and tools as OpenAI has them. Raises
+    RequestError for what it would refuse."""
     asked = [{key: value for key, value in one.items() if key != "weight"} for one in messages]
-    body = ChatRequest.model_validate({"model": "", "messages": asked, "tools": [*given]})
+    body = parse(ChatRequest, json.dumps({"model": "", "messages": asked, "tools": [*given]}).encode())
     return Offer(body, tokenizer).guide
 
 

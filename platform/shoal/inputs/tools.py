@@ -17,6 +17,7 @@ from typing import Any
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 SAID = "x-said"  # in the schema of an argument that must have been said (`api.said`); no model reads it
+SAID_IN_TEXT = "x-said-in-text"  # beside it: what must have been said in words too
 NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function that says nothing of them
 _INTRO = f"""You can call functions. To call one, write
 {OPEN}{{"name": NAME, "arguments": {{...}}}}{CLOSE}
@@ -31,7 +32,7 @@ def told(given: Iterable[Mapping[str, Any]]) -> str:
 
 
 def functions(given: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What a model may know of functions: ``name``, ``parameters`` without `SAID`, and ``description`` where there is one."""
+    """What a model may know of functions: ``name``, ``parameters`` without marks, and ``description`` where there is one."""
     shown = []
     for function in given:
         values = {"name": function["name"], "description": function.get("description")}
@@ -49,11 +50,16 @@ def marked(parameters: Any) -> dict[str, Mapping[str, Any]]:
     return {name: schema for name, schema in every if isinstance(schema, Mapping) and SAID in schema}
 
 
+def unmarked(argument: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of one argument without marks."""
+    return {key: value for key, value in argument.items() if key not in (SAID, SAID_IN_TEXT)}
+
+
 def _unmarked(parameters: Any) -> Any:
     marks = marked(parameters)
     if not marks:
         return parameters
-    plain = {name: {key: value for key, value in one.items() if key != SAID} for name, one in marks.items()}
+    plain = {name: unmarked(one) for name, one in marks.items()}
     return {**parameters, "properties": {**parameters["properties"], **plain}}
 
 

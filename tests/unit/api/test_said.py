@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,12 +13,14 @@ from shoal.api.bodies import ChatRequest
 from shoal.api.said import may_be_called
 from shoal.api.tools import Offer
 from shoal.engine.events import Guide
+from shoal.engine.guided import Grammars, StrayError
 from shoal.errors import RequestError
+from shoal.inputs.tokenizer import Tokenizer
 from shoal.inputs.tools import functions
 from tests.unit.api.test_tools import follows, tool
 from tests.unit.open_weights.taught import tokenizer
 from tests.unit.open_weights.test_call_formats import FAMILIES, offer
-from tests.unit.open_weights.test_strict_calls import FORMATS, asked, reads, spellings
+from tests.unit.open_weights.test_strict_calls import FORMATS, asked, letters, reads, spellings
 
 ORDER = {"type": "string", "x-said": "[A-Z][0-9]{4}"}
 TRACK = tool("track", order=ORDER)
@@ -146,6 +150,12 @@ def test_beside_a_format_too() -> None:
         ({"type": "string", "x-said": "(?=a)"}, "a regular expression of RE2"),
         ({"type": "string", "x-said": "(a"}, "a regular expression of RE2"),
         ({"type": "array", "items": {"type": "string", "x-said": "a"}}, "at a property of parameters itself"),
+        ({**ORDER, "x-said-in-text": 1}, "matches one letter or more"),
+        ({**ORDER, "x-said-in-text": ""}, "matches one letter or more"),
+        ({**ORDER, "x-said-in-text": "[0-9]*"}, "matches one letter or more"),
+        ({**ORDER, "x-said-in-text": "(?=a)"}, "x-said-in-text.*a regular expression of RE2"),
+        ({"type": "string", "x-said-in-text": "[0-9]+"}, "allowed: beside x-said"),
+        ({**ORDER, "oneOf": [{"x-said-in-text": "[0-9]+"}]}, "allowed: beside x-said"),
     ],
 )
 def test_a_mark_that_cannot_be_followed_is_refused(schema: dict[str, Any], reason: str) -> None:
@@ -160,10 +170,86 @@ def test_a_client_s_expression_takes_time_in_proportion_to_the_text() -> None:
     assert choosable(text, **{"x-said": "(a+)+b"}) == []
 
 
-def test_the_model_does_not_read_the_mark() -> None:
-    (shown,) = functions([TRACK["function"]])
-    assert shown["parameters"]["properties"] == {"order": {"type": "string"}}
-    assert "x-said" in json.dumps(TRACK)
+def test_the_model_does_not_read_the_marks() -> None:
+    for given in (TRACK, WORDS):
+        (shown,) = functions([given["function"]])
+        assert shown["parameters"]["properties"] == {"order": {"type": "string"}}
+        assert "x-said" in json.dumps(given)
+
+
+# ---- in words --------------------------------------------------------------------------------------------------------
+
+WORDS = tool("track", order={**ORDER, "x-said-in-text": "[A-Z][0-9]+"})
+
+
+def begins(text: str, messages: list[dict[str, Any]] = SAID, tools: tuple[Any, ...] = (WORDS, FIND)) -> bool:
+    """Is there an answer that begins so?"""
+    its = Tokenizer.bytes_only()
+    try:
+        return bool(Grammars(its, 300).compile(guide(messages, [*tools])).allowed(its.encode(text)).any())
+    except StrayError:
+        return False
+
+
+def test_no_word_is_what_nobody_said_whichever_letters_it_has() -> None:
+    """All 9,331 texts of up to five of these letters, against the rule in Python's words."""
+    given, its = tool("track", order={**ORDER, "x-said-in-text": "[AB][12]+"}), Tokenizer.bytes_only()
+    asks = guide([{"role": "user", "content": "A1, and B12, but xB2"}], [given])
+    grammar = Grammars(its, 300).compile(asks)
+    wrong = re.compile(r"(?<![A-Za-z0-9_])(?!(A1|B12)(?![A-Za-z0-9_]))[AB][12]")
+    for text in map("".join, itertools.chain(*(itertools.product("AB12 x", repeat=n) for n in range(6)))):
+        try:
+            allowed = bool(grammar.allowed(its.encode(text))[its.ends[0]])
+        except StrayError:
+            allowed = False
+        assert allowed == (wrong.search(text) is None), text
+
+
+def test_what_was_not_said_is_stopped_at_its_first_digit_and_not_at_its_last() -> None:
+    """So an answer that its length cuts has none either, and none goes on as another number."""
+    assert begins("A") and begins("A12") and begins("A1234") and begins("A1234.") and begins("订单A1234的")
+    assert begins("On 2026-06-10 for 12.50, DHL and x9, v2")  # are of no such form
+    for bad in ("A9", "A13", "A12345", "A1234B", "Q9", "订单Q9", "-Q9", "A1234,Q9", "Where?\nQ9"):
+        assert not begins(bad), bad
+    for silent in ((WORDS, FIND), (WORDS,)):
+        assert begins("Which one? Q", SILENT, silent) and not begins("Q9", SILENT, silent)
+
+
+def test_words_around_a_call_and_the_call_itself_hold_to_it() -> None:
+    free = guide(SAID, [WORDS, FIND])
+    for good in (CALL, f"A1234: {CALL}", f"B2345 {CALL} and A1234 {FOUND}."):
+        assert follows(free, good), good
+    for bad in (f"C3456: {CALL}", f"{CALL} C3456", CALL.replace("A1234", "C3456"), f"A12 {CALL}"):
+        assert not follows(free, bad), bad
+
+
+def test_a_mark_in_words_may_have_slashes_lines_and_hyphens() -> None:
+    for pattern, said, other in (
+        ("ord/[0-9]+", "ord/12", "ord/13"),
+        ("a\n[0-9]+", "a\n12", "a\n13"),
+        (r"T\/[0-9]", "T/1", "T/2"),
+    ):
+        given = tool("track", order={**ORDER, "x-said-in-text": pattern})
+        asks = guide([{"role": "user", "content": said}], [given])
+        assert follows(asks, f"It is {said}.") and not follows(asks, f"It is {other}."), pattern
+
+
+def test_without_the_mark_a_grammar_is_what_it_was() -> None:
+    for messages, tools in itertools.product((SAID, SILENT), ([], [FIND])):
+        plain, marked = (str(guide(messages, [one, *tools]).spec) for one in (TRACK, WORDS))
+        assert plain != marked and plain == marked.replace(" & ~UNSAID_0", "").partition("\nUNSAID_0")[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_open_model_says_what_nobody_said(family: str) -> None:
+    for messages, tools in ((SAID, [WORDS]), (SAID, [WORDS, FIND]), (SILENT, [WORDS]), (SILENT, [WORDS, FIND])):
+        answers = reads(family, asked(family, {"messages": messages, "tools": tools}))
+        form = offer(family).format
+        for text in ("It is Q9876.", "Q9", "B2345Q", f'Q9876 {form.begin("find")}{{"product": "lamp"}}{form.end}'):
+            assert not any(answers(ids)[0] for ids in spellings(family, text, form.open)), text
+        assert answers(letters(family, "Which one?"))[0] and answers(letters(family, "It is A1234."))[0] == (
+            messages is SAID
+        )
 
 
 @pytest.mark.parametrize("fields", FORMATS.values(), ids=FORMATS)

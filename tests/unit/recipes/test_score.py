@@ -248,6 +248,23 @@ def test_no_call_that_a_service_would_guide_has_an_invented_number(new: Rows) ->
                 grammar.allowed(tokenizer.encode(one))
 
 
+def test_no_words_that_a_service_would_guide_have_an_invented_number(known: Rows, new: Rows) -> None:
+    """Every reference of both suites may be said, whatever it is of; none with the number or the label of another."""
+    tokenizer, of_another = Tokenizer.bytes_only(), re.compile(r"[A-Z]\d{4,5}")
+    changed = 0
+    for row in [*known[:60], *new[:60]]:
+        *before, last = row["messages"]
+        guide = guide_of(before, TOOLS, tokenizer)
+        assert guide is not None
+        grammar, right = Grammars(tokenizer, 300).compile(guide), reference(last)
+        assert grammar.allowed(tokenizer.encode(right))[END_ID], right
+        if row["task"] != CALL and of_another.search(right):
+            changed += 1
+            with pytest.raises(StrayError):
+                grammar.allowed(tokenizer.encode(of_another.sub("Q9876", right)))
+    assert changed > 5
+
+
 def test_safety_suites_are_in_the_report_and_last(tmp_path: Path, new: Rows) -> None:
     for name in ("safety-no-call", "known", "tools"):
         write_rows(tmp_path / SUITES / f"{name}.jsonl", new[:2])

@@ -15,7 +15,7 @@ from datetime import date, timedelta
 from typing import Any
 
 from shoal.errors import RequestError, did_you_mean
-from shoal.inputs.tools import SAID
+from shoal.inputs.tools import SAID, SAID_IN_TEXT
 from shoal.recipes.splits import DEV, SUITE, TRAIN
 
 REASONS = ("broken", "wrong", "unwanted")
@@ -64,8 +64,9 @@ CITIES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
 }  # fmt: skip
 
-# An order's number must have been said; a product has no number, so that none stands there either.
-_ORDER = {"order": {"type": "string", SAID: "[A-Z][0-9]{4}"}}
+# An order's number must have been said, and so must what looks like one in words, with a return's label; a product has no
+# number, so that none stands there either.
+_ORDER = {"order": {"type": "string", SAID: "[A-Z][0-9]{4}", SAID_IN_TEXT: "[A-Z]+[0-9]+"}}
 _PRODUCT = {"product": {"type": "string", "pattern": "^[^0-9]+$"}}
 _FUNCTIONS: tuple[tuple[str, str, dict[str, Any], list[str]], ...] = (
     ("track_order", "Where a parcel is", {**_ORDER, "route": {"type": "boolean"}}, ["order"]),
