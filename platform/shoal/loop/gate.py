@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from shoal.config import AUTO
 from shoal.data.chats.heldout import Question, questions
 from shoal.data.shards import open_index, token_bytes
 from shoal.engine.engine import Engine
-from shoal.engine.events import Request, Sampling
-from shoal.errors import CheckpointError, DataError, ShoalError
+from shoal.engine.events import Guide, Request, Sampling
+from shoal.errors import CheckpointError, DataError, RequestError, ShoalError
 from shoal.evaluate import measures
 from shoal.evaluate.evaluation import MOST_TOKENS, TASKS, Progress
 from shoal.evaluate.measures import Answer, HeldoutRows
+from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop import costs, suites
 from shoal.loop.cut import RECENT as RECENT_FILE
 from shoal.loop.cut import read
@@ -45,6 +46,7 @@ MOST_RISE = 0.01  # of bits per byte
 BPB_ROWS = 96  # packed rows of a modality
 MOST_LONGER = 1.10  # tokens of the answers to frozen suites
 SHAPE = "shape"  # the check that refuses
+Guides = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], Tokenizer], Guide | None]
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,10 @@ def gate(
     margin: float = MARGIN,
     need_recent: bool = True,
     on_progress: Progress | None = None,
+    guides: Guides | None = None,
 ) -> Verdict:
     """The verdict on `candidate` beside `stable`, by the frozen suites in `folder`, what a `cut` holds out and what the corpus
-    `data` does. Raises
+    `data` does. `guides`: what a service guides the answer to messages with tools by [nothing]. Raises
     DataError for suites that changed or hold no question, CheckpointError for a stable version that cannot be loaded."""
     began, tell = time.monotonic(), on_progress or (lambda what, done, total: None)
     frozen = [(suite, folder) for suite in suites.read(folder)]
@@ -116,7 +119,7 @@ def gate(
     for suite, place in frozen:
         steps += 1
         tell(suite.name, steps, total)
-        checks += _asked(suite, place, model, known, margin, seen)
+        checks += _asked(suite, place, model, known, margin, seen, guides)
     tell("router and speed", total - 1, total)
     checks += _lengths(seen.longer) + _costs(model, known, seen)
     if not any(suite.kind == FROZEN for suite in of):
@@ -192,7 +195,9 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _asked(suite: Suite, folder: Path, model: Model, known: Model, margin: float, seen: _Seen) -> list[Check]:
+def _asked(
+    suite: Suite, folder: Path, model: Model, known: Model, margin: float, seen: _Seen, guides: Guides | None
+) -> list[Check]:
     """The checks of one suite, one a task; what later checks need of it goes to `seen`."""
     by_task = questions(folder / suite.file, known.tokenizer, known.config, known.chat_template)
     if not by_task:
@@ -207,7 +212,7 @@ def _asked(suite: Suite, folder: Path, model: Model, known: Model, margin: float
             found.append(Check(name, FAIL, f"no question of {len(rows)} fits the context"))
             continue
         try:
-            (new, broken), (old, _) = (_answers(each, asked, most) for each in (model, known))
+            (new, broken), (old, _) = (_answers(each, asked, most, guides) for each in (model, known))
         except ShoalError as error:
             found.append(Check(name, FAIL, f"it does not answer: {error}"))
             seen.broke_off = True
@@ -231,15 +236,30 @@ def _asked(suite: Suite, folder: Path, model: Model, known: Model, margin: float
     return found
 
 
-def _answers(model: Model, asked: Sequence[Question], most: int) -> tuple[list[Answer], list[str]]:
+def _answers(
+    model: Model, asked: Sequence[Question], most: int, guides: Guides | None
+) -> tuple[list[Answer], list[str]]:
     """Greedy answers of at most so many tokens, as far as they came, and why those broke off that did."""
     sampling = Sampling(temperature=0.0, max_tokens=most)
-    done = Engine(model).generate([Request(row.prompt, sampling, depth=AUTO) for row in asked])
+    guided = [replace(sampling, guided=_guide(row, model.tokenizer, guides)) for row in asked]
+    done = Engine(model).generate(
+        [Request(row.prompt, one, depth=AUTO) for row, one in zip(asked, guided, strict=True)]
+    )
     answers = [
         Answer(one.text, len(one.tokens), one.depth, len(row.prompt.ids)) for one, row in zip(done, asked, strict=True)
     ]
     ends = [one.finished for one in done if one.finished is not None]
     return answers, [end.error.message for end in ends if end.error is not None]
+
+
+def _guide(row: Question, tokenizer: Tokenizer, guides: Guides | None) -> Guide | None:
+    """What a service guides the answer by; nothing where it would not take the question."""
+    if guides is None or row.sent is None:
+        return None
+    try:
+        return guides(row.sent["messages"], row.sent["tools"], tokenizer)
+    except RequestError:
+        return None
 
 
 def _fitted(suite: Suite, folder: Path, by_task: Mapping[str, Sequence[Question]]) -> set[int]:

@@ -104,6 +104,7 @@ class Gate(Stage):
     def _judge(self, model: Path, against: Path) -> None:
         import json
 
+        from shoal.api.tools import guide_of
         from shoal.evaluate.evaluation import leave_a_core
         from shoal.loop.gate import gate, lines
         from shoal.machine import write_aside
@@ -114,6 +115,7 @@ class Gate(Stage):
             found = gate(
                 model, against, self.suites,
                 cut=self.cut, data=self.data, margin=self.margin, need_recent=self.recent, on_progress=tell,
+                guides=guide_of,
             )  # fmt: skip
         told = found.told()
         if self.out is not None:

@@ -154,11 +154,14 @@ class Retrain(Stage):
         """The gate's verdict on `model`; None where there are no suites to ask."""
         if self.suites is None:
             return None
+        from shoal.api.tools import guide_of
         from shoal.loop.gate import gate
         from shoal.progress import progress
 
         with progress("gate") as tell:
-            return gate(model, stable, self.suites, cut=self.cut, data=self.data, on_progress=tell).told()
+            return gate(
+                model, stable, self.suites, cut=self.cut, data=self.data, on_progress=tell, guides=guide_of
+            ).told()
 
     def _chosen(self) -> str:
         """The kind that is asked for; of "auto" by which signals the cut says to have moved. Raises DataError for a cut without

@@ -11,7 +11,7 @@ import pytest
 
 from shoal.config import ModelConfig
 from shoal.data.chats import forms
-from shoal.data.chats.forms import canonical, pair
+from shoal.data.chats.forms import canonical, pair, with_tools
 from shoal.data.chats.heldout import questions
 from shoal.data.chats.rows import labels, read_chats, read_pairs
 from shoal.data.chats.whole import read_whole
@@ -263,3 +263,51 @@ def test_pairs_are_two_rows_and_one_that_is_too_long_goes_with_its_other(tmp_pat
     path.write_text('\n{"text": "a"}\n')
     with pytest.raises(DataError, match="holds no pair to learn from: got 'line 2: no preference pair'"):
         read_pairs(path, TOKENIZER, config)
+
+
+MARKED = {
+    "name": "track",
+    "parameters": {"type": "object", "properties": {"order": {"type": "string", "x-said": "[A-Z][0-9]"}}},
+    "strict": True,
+}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "messages": [
+                {"role": "user", "content": "A1?"},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "function_call": {"name": "track", "arguments": '{"order": "A1"}'},
+                },
+                {"role": "function", "name": "track", "content": "sent"},
+                {"role": "assistant", "content": "Sent."},
+            ],
+            "functions": [MARKED],
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "A1?"},
+                {"from": "function_call", "value": '{"name": "track", "arguments": {"order": "A1"}}'},
+                {"from": "observation", "value": "sent"},
+                {"from": "gpt", "value": "Sent."},
+            ],
+            "tools": json.dumps([MARKED]),
+        },
+    ],
+    ids=["OpenAI", "ShareGPT"],
+)
+def test_a_chat_with_tools_is_what_a_client_would_send_with_all_that_guides(row: dict[str, Any]) -> None:
+    sent = with_tools(row)
+    assert sent is not None and sent["tools"] == [{"type": "function", "function": MARKED}]
+    assert [message["role"] for message in sent["messages"]] == ["user", "assistant", "tool", "assistant"]
+    (call,) = sent["messages"][1]["tool_calls"]
+    assert call["id"] == sent["messages"][2]["tool_call_id"]
+    assert call["function"] == {"name": "track", "arguments": '{"order": "A1"}'}
+
+
+def test_a_chat_without_tools_is_sent_without() -> None:
+    assert with_tools({"messages": [ASKED]}) is None and with_tools({"text": "a", "tools": []}) is None

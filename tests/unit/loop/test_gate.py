@@ -3,18 +3,21 @@
 The models are random and say nonsense. The suites take what one of them answers as right, so it is right in everything.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from shoal import Model, presets
+from shoal.api.tools import guide_of
 from shoal.cli import main
 from shoal.data.chats.heldout import Question, questions
 from shoal.engine.engine import Engine
-from shoal.engine.events import Completion, Finished, Request, Sampling
+from shoal.engine.events import Completion, Finished, Guide, Request, Sampling
 from shoal.errors import DataError, RequestError, ResourceError
 from shoal.evaluate.prompts import Heldout, measured
 from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded, encode_chat
@@ -22,6 +25,7 @@ from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop import costs
 from shoal.loop.gate import Verdict, gate
 from shoal.loop.suites import USES, freeze, looked_at, read, tasks, use
+from shoal.model.net import Net
 from shoal.model.router import NEVER, fit_router
 from tests.corpus import write_corpus
 
@@ -121,6 +125,39 @@ def test_tasks_are_those_of_what_is_known_and_not_of_what_is_new_or_must_be_safe
     assert tasks(place / "kept") == {"chat"} and tasks(place / "won") == set()
     with pytest.raises(DataError, match="no frozen suites"):
         tasks(place)
+
+
+def test_both_are_guided_in_calls_as_a_service_guides_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what was said before the answer, and not in it; a chat without tools, and one that no service takes, by nothing."""
+    order = {"type": "string", "x-said": "[A-Z][0-9]"}
+    tool = {"name": "t", "parameters": {"type": "object", "properties": {"o": order}, "required": ["o"]}}
+    answer = {"role": "assistant", "content": "Is it B2?"}
+    asked = [{"messages": [{"role": "user", "content": f"A1 {number}"}, answer]} for number in range(9)]
+    with_tools = [{**row, "tools": [{"type": "function", "function": tool}], "task": "tools"} for row in asked]
+    odd = [
+        {**row, "tools": [{"type": "function", "function": {**tool, "name": "no name"}}], "task": "odd"}
+        for row in asked
+    ]
+    rows = [*asked, *with_tools, *odd]
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "suites" / "shop.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    freeze(tmp_path / "suites")
+    config = dataclasses.replace(presets.get("test").model, max_length=1024)  # tools are told in letters
+    model = Model(config, Net(config).init_(0), Tokenizer.bytes_only(), name="test")
+    stable, seen = saved(tmp_path / "stable", model), list[Guide | None]()
+    monkeypatch.setattr(costs, "checks", lambda *_, **__: [])
+
+    class Seen(Engine):
+        def generate(self, requests: Any, **more: Any) -> list[Completion]:
+            seen.extend(one.sampling.guided for one in requests)
+            return super().generate(requests, **more)
+
+    monkeypatch.setattr("shoal.loop.gate.Engine", Seen)
+    found = gate(stable, stable, tmp_path / "suites", need_recent=False, guides=guide_of)
+    assert {check.name for check in found.checks} >= {"shop, chat", "shop, tools", "shop, odd"}
+    guided = [guide for guide in seen if guide is not None]
+    assert len(seen) == 2 * len(rows) and len(guided) == 2 * len(with_tools)
+    assert all('"enum": ["A1"]' in str(guide.spec) for guide in guided)
 
 
 def test_too_few_questions_are_said_with_how_many_it_takes(place: Path) -> None:

@@ -49,6 +49,28 @@ def offered(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return call_formats.offered(_functions(row.get("tools") or row.get("functions"))) or None
 
 
+def with_tools(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The ``messages`` and ``tools`` of a row of any form as a client sends them to a service, marks and ``strict`` with them;
+    None where it has no tools. Raises DataError."""
+    functions = _functions(row.get("tools") or row.get("functions"))
+    if not functions:
+        return None
+    messages = [
+        {**message, "tool_calls": [_sent(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in canonical(row, native=True).get("messages", ())
+    ]
+    return {"messages": messages, "tools": [{"type": "function", "function": function} for function in functions]}
+
+
+def _sent(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with its arguments in a text."""
+    function = call["function"]
+    given = function["arguments"]
+    return {**call, "function": {**function, "arguments": given if isinstance(given, str) else json.dumps(given or {})}}
+
+
 def pair(row: object, *, native: bool = False) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The messages of a preference pair: with the answer that is preferred, and with the other. ``chosen`` and ``rejected`` are
     an answer each, after a ``prompt`` or what asks in a known form, or whole chats. Raises DataError for a row that is no pair,

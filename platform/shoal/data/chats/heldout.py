@@ -24,6 +24,7 @@ class Question:
     reference: str
     task: str
     group: int  # rows of one document are of one group
+    sent: Mapping[str, Any] | None = None  # ``messages`` and ``tools`` as a client sends them, where there are tools
 
 
 def questions(
@@ -57,7 +58,8 @@ def questions(
                 refuse(chat.line, "a call that the chat template shows otherwise than it was asked for")
         else:
             reference = _text(whole[-1]["content"])
-        found.setdefault(chat.task, []).append(Question(prompt, row, reference, chat.task, chat.group))
+        sent = chat.sent and {**chat.sent, "messages": chat.sent["messages"][: _last(chat.sent["messages"])]}
+        found.setdefault(chat.task, []).append(Question(prompt, row, reference, chat.task, chat.group, sent))
     return found
 
 
@@ -66,11 +68,16 @@ def _asked(
 ) -> tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]:
     """What is asked of `messages`, and this with the answer to it. Of several calls that are messages of their own the first is
     the answer: no more than that follows before its result."""
-    last = max(place for place, message in enumerate(messages) if is_learned(message))
+    last = _last(messages)
     asked, answer = messages[:last], messages[last]
     if tokenizer.calls is not None:
         answer = tokenizer.calls.turns([answer])[0]
     return asked, [*asked, answer]
+
+
+def _last(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Where the answer stands that is asked for."""
+    return max(place for place, message in enumerate(messages) if is_learned(message))
 
 
 def _text(content: str | Sequence[Mapping[str, Any]]) -> str:

@@ -169,6 +169,7 @@ class Chat:
     task: str
     group: int  # see `group_of`
     tools: list[dict[str, Any]] | None = None  # that the chat template is given
+    sent: dict[str, Any] | None = None  # of one that is held out and has tools: `forms.with_tools`
 
 
 def chats(
@@ -186,7 +187,8 @@ def chats(
         chat = None
         with refusing(line, refuse):
             native = tokenizer.calls is not None
-            values = _values(text, heldout=heldout, native=native)
+            given = _row(text, heldout=heldout)
+            values = forms.canonical(given, native=native)
             messages = values.get("messages") or []
             told = forms.offered(values) if native and messages else None
             if messages:
@@ -198,7 +200,8 @@ def chats(
                 row = Encoded(ids, [], [True] * len(ids))
             if not any(row.answer):
                 raise DataError("no answer")
-            chat = Chat(line, messages, row, task_of(values), group_of(values), told)
+            sent = forms.with_tools(given) if heldout and messages else None
+            chat = Chat(line, messages, row, task_of(values), group_of(values), told, sent)
         if chat is not None:
             yield chat
 
@@ -244,7 +247,7 @@ def labels(path: str | Path) -> Iterator[tuple[str, int]]:
     for line, text in numbered(Path(path)):
         # who reads the rows themselves says what is wrong with them
         with refusing(line, Refused()):
-            values = _values(text, heldout=False)
+            values = forms.canonical(_row(text, heldout=False))
             yield task_of(values), group_of(values)
 
 
@@ -279,9 +282,9 @@ def _parsed(text: bytes) -> Any:
         raise DataError("broken JSON") from error
 
 
-def _values(text: bytes, *, heldout: bool, native: bool = False) -> dict[str, Any]:
-    """The row in a line, with its ``messages``, or its ``text``."""
+def _row(text: bytes, *, heldout: bool) -> Any:
+    """What stands in a line."""
     row = _parsed(text)
     if heldout and isinstance(row, dict) and is_augmented(row):
         raise DataError(MADE)
-    return forms.canonical(row, native=native)
+    return row
