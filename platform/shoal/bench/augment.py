@@ -7,7 +7,7 @@ A model that a recipe made goes on learning, for as many updates each and from a
     taught      and from questions in wordings that are in no row and no suite, answered by a teacher over HTTP
 
 Each arm with each seed is a job in a process of its own, two at once. What is compared are the same answers of the suites, in
-pairs; an interval is of a bootstrap over seeds and answers.
+pairs; an interval is of a bootstrap over seeds and groups of answers, as a recipe's report has it over groups.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,7 @@ def augment_bench(
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(AT_ONCE, mp_context=context) as pool:
                 hits = list(pool.map(learned, jobs))
-        told = compared(jobs, hits)
+        told = compared(jobs, hits, groups_of(run))
         tables.append(_table(recipe, told))
         found[recipe.name] = {"rows": counts, "teacher": str(teacher), "suites": told}
     show(console, tables, {"steps": steps, "seeds": seeds, "recipes": found})
@@ -167,7 +167,16 @@ def learned(job: Job) -> Hits:
     return found
 
 
-def compared(jobs: Sequence[Job], hits: Sequence[Hits]) -> dict[str, dict[str, Any]]:
+def groups_of(run: Path) -> dict[str, list[str]]:
+    """The group of each answer of the suites, by suite."""
+    from shoal.recipes.measure import rows_of
+
+    return {name: [str(row["group"]) for row in rows] for name, rows in rows_of(run).items()}
+
+
+def compared(
+    jobs: Sequence[Job], hits: Sequence[Hits], groups: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Any]]:
     """Of each suite and arm: the ``right`` share, and of those beside the plain one what they add: ``added``, its 95 %
     ``interval``, and of ``each`` seed."""
     seeds = sorted({job.seed for job in jobs})
@@ -175,23 +184,28 @@ def compared(jobs: Sequence[Job], hits: Sequence[Hits]) -> dict[str, dict[str, A
     found: dict[str, dict[str, Any]] = {}
     for suite in hits[0]:
         arms = {arm: np.array([by[arm, seed][suite] for seed in seeds], dtype=float) for arm in ARMS}
-        found[suite] = {"answers": arms[PLAIN].shape[1], PLAIN: {"right": float(arms[PLAIN].mean())}}
+        counts = {"answers": arms[PLAIN].shape[1], "groups": len(set(groups[suite]))}
+        found[suite] = {**counts, PLAIN: {"right": float(arms[PLAIN].mean())}}
         for arm in ARMS[1:]:
             added = arms[arm] - arms[PLAIN]
             found[suite][arm] = {
-                "right": float(arms[arm].mean()), "added": float(added.mean()), "interval": bootstrapped(added),
+                "right": float(arms[arm].mean()), "added": float(added.mean()), "interval": bootstrapped(added, groups[suite]),
                 "each": [float(value) for value in added.mean(1)],
             }  # fmt: skip
     return found
 
 
-def bootstrapped(added: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the mean of differences [seeds, answers], over both."""
-    draws = np.random.default_rng(0)
-    seeds, answers = added.shape
-    means = [
-        added[draws.integers(0, seeds, seeds)][:, draws.integers(0, answers, answers)].mean() for _ in range(RESAMPLES)
-    ]
+def bootstrapped(added: np.ndarray, groups: Sequence[str]) -> tuple[float, float]:
+    """The 95 % interval of the mean of differences [seeds, answers], over seeds and the groups that the answers are of."""
+    places = {group: at for at, group in enumerate(dict.fromkeys(groups))}
+    sums, sizes = np.zeros((len(places), len(added))), np.zeros(len(places))
+    for group, differences in zip(groups, added.T, strict=True):
+        sums[places[group]] += differences
+        sizes[places[group]] += 1
+    draws, means = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        seeds, some = draws.integers(0, len(added), len(added)), draws.integers(0, len(places), len(places))
+        means.append(sums[some][:, seeds].sum() / (sizes[some].sum() * len(seeds)))
     low, high = np.percentile(means, LEVELS)
     return float(low), float(high)
 

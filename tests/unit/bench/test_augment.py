@@ -75,7 +75,7 @@ def jobs() -> list[Job]:
 
 def told(plain: list[bool], augmented: list[bool], taught: list[bool]) -> dict[str, Any]:
     by = {PLAIN: plain, AUGMENTED: augmented, TAUGHT: taught}
-    return compared(jobs(), [{"new": by[job.arm]} for job in jobs()])["new"]
+    return compared(jobs(), [{"new": by[job.arm]} for job in jobs()], {"new": [*map(str, range(len(plain)))]})["new"]
 
 
 def test_what_an_arm_adds_is_a_difference_in_pairs_with_an_interval() -> None:
@@ -95,8 +95,18 @@ def test_seeds_that_disagree_widen_an_interval() -> None:
     """The same mean: once of the same answers in all seeds, once of seeds of which one gains all and two lose."""
     alike = np.tile(np.array([1.0] + [0.0] * 9), (3, 20))
     apart = np.stack([np.full(200, 0.5), np.full(200, -0.1), np.full(200, -0.1)])
-    (low, high), (lower, higher) = bootstrapped(alike), bootstrapped(apart)
+    each = [*map(str, range(200))]
+    (low, high), (lower, higher) = bootstrapped(alike, each), bootstrapped(apart, each)
     assert low > 0 and lower < 0 and higher - lower > 4 * (high - low)
+
+
+def test_answers_of_one_group_are_one_piece_of_evidence() -> None:
+    """200 answers on 20 matters, of which a matter is gained or lost whole: as wide as of 20 answers."""
+    few = np.tile(np.array([1.0, -1.0, 0.0, 1.0] * 5), (3, 1))
+    many, groups = np.repeat(few, 10, axis=1), [str(at // 10) for at in range(200)]
+    assert bootstrapped(many, groups) == pytest.approx(bootstrapped(few, [*map(str, range(20))]))
+    (low, high), (lower, higher) = bootstrapped(many, [*map(str, range(200))]), bootstrapped(many, groups)
+    assert higher - lower > 2.5 * (high - low) and lower < 0 < low
 
 
 @pytest.fixture
