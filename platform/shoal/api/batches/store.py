@@ -2,6 +2,7 @@
 
     FOLDER/lock                                  held by the process that runs the batches
     FOLDER/aside/...                             what is being written, or being removed
+    FOLDER/OWNER/lock                            held by who counts what a key holds, until what it adds is there
     FOLDER/OWNER/files/file-.../                 about.json, content
     FOLDER/OWNER/batches/batch_.../              batch.json; while it is open also input, answers.jsonl, errors.jsonl, cancel
 
@@ -94,11 +95,6 @@ class Store:
     def keep(self, place: Path, owner: str, filename: str, purpose: str, file_id: str | None = None) -> FileObject:
         """Puts what `new_file` gave in place as a file of `owner`. Raises RoomError, HeldError."""
         size = (place / "content").stat().st_size
-        if purpose == "batch":
-            held = [found["bytes"] for found in self._files(owner)]
-            if len(held) >= self._limits.held_files or sum(held) + size > self._limits.held_bytes:
-                allowed = f"{self._limits.held_files} files of {self._limits.held_bytes} bytes together"
-                raise HeldError("too many files are kept", got=f"{len(held)}", allowed=allowed, do="delete some")
         about: FileObject = {
             "id": file_id or new_id("file-"),
             "object": "file",
@@ -110,6 +106,9 @@ class Store:
         }
         with room():
             (place / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        with self._counting(owner):
+            if purpose == "batch":
+                self._need_room(owner, size)
             _into_place(place, self._at(owner, "files") / about["id"])
         return about
 
@@ -147,7 +146,6 @@ class Store:
         about = self.file(owner, asked.input_file_id)
         if about["purpose"] != "batch":
             raise RequestError("input_file_id", param="input_file_id", got=about["purpose"], allowed="purpose batch")
-        self._make_room(owner)
         now = int(time.time())
         batch: State = {
             "id": new_id("batch_"),
@@ -173,7 +171,9 @@ class Store:
             except FileNotFoundError:
                 raise _no_such("file", about["id"]) from None
             (place / "batch.json").write_text(json.dumps(batch), encoding="utf-8")
-            _into_place(place, self._at(owner, "batches") / batch["id"])
+            with self._counting(owner):
+                self._make_room(owner)
+                _into_place(place, self._at(owner, "batches") / batch["id"])
         return self._seen(owner, batch)
 
     def batch(self, owner: str, batch_id: str) -> Batch:
@@ -324,6 +324,24 @@ class Store:
         if state["status"] in OPEN:
             seen |= {"output_file_id": None, "error_file_id": None}  # until they are there
         return seen  # type: ignore[return-value]
+
+    @contextmanager
+    def _counting(self, owner: str) -> Iterator[None]:
+        """One request at a time, of all gateways, adds to what `owner` holds: two that counted at once would both find room.
+        Where the file system has no locks nothing is held. Raises RoomError."""
+        with room():
+            (self.folder / owner).mkdir(exist_ok=True)
+            with (self.folder / owner / "lock").open("ab") as file:
+                with suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+
+    def _need_room(self, owner: str, size: int) -> None:
+        """Raises HeldError where `owner` may not hold another file of `size` bytes."""
+        held = [found["bytes"] for found in self._files(owner)]
+        if len(held) >= self._limits.held_files or sum(held) + size > self._limits.held_bytes:
+            allowed = f"{self._limits.held_files} files of {self._limits.held_bytes} bytes together"
+            raise HeldError("too many files are kept", got=f"{len(held)}", allowed=allowed, do="delete some")
 
     def _make_room(self, owner: str) -> None:
         """Forgets the oldest batches that have ended, where there are many. Raises HeldError."""
