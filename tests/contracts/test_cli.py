@@ -146,6 +146,19 @@ def test_wrong_usage_exits_with_2(
     assert sorted(os.listdir(tmp_path)) == ["broken.yaml", "slip.yaml"], "something half-written was left"
 
 
+@pytest.mark.parametrize(
+    "words", ["release list --release", "serve --no-ray --release", "serve --model m --batches", "gate --suites"]
+)
+def test_an_address_in_s3_is_no_path(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one it would be a folder called `s3:` below the present one."""
+    monkeypatch.chdir(tmp_path)
+    code, line = fails(capsys, *words.split(), "s3://ocean/r")
+    assert code == 2 and f"{words.split()[-1]}: got 's3:/ocean/r'; allowed: a path" in line
+    assert not [*tmp_path.iterdir()]
+
+
 NUMBERS = [
     (words, option.names[0]) for words, options in COMMANDS.items() for option in options if option.kind is float
 ]
