@@ -1,4 +1,4 @@
-"""An S3 service on loopback (moto's), behind a door that can answer 503 SlowDown for a while."""
+"""An S3 service on loopback (moto's), behind a door that can answer 503 SlowDown for a while, and break answers off."""
 
 import http.client
 import threading
@@ -30,6 +30,7 @@ class Service:
     endpoint: str = ""
     slow: int = 0  # requests that are still answered 503
     refused: int = 0  # that were
+    cut: int = 0  # objects whose bytes still break off in the middle
     s3: S3 = field(default_factory=S3)  # through the door, as the environment says
     inside: S3 = field(default_factory=S3)  # past it: half the time, where thousands of requests are made
 
@@ -85,6 +86,11 @@ def _door(made: Service, behind: tuple[str, int]) -> type[BaseHTTPRequestHandler
             response = connection.getresponse()
             data = response.read()
             headers = {key: value for key, value in response.getheaders() if key.lower() not in HOP}
+            if made.cut > 0 and self.command == "GET" and response.getheader("etag") and data:
+                made.cut -= 1
+                self.send(response.status, headers, data[: len(data) // 2], str(len(data)))
+                self.close_connection = True
+                return
             self.send(response.status, headers, data, response.getheader("content-length"))
             connection.close()
 
@@ -93,7 +99,7 @@ def _door(made: Service, behind: tuple[str, int]) -> type[BaseHTTPRequestHandler
             for key, value in headers.items():
                 self.send_header(key, value)
             head = self.command == "HEAD"
-            self.send_header("Content-Length", length or "0" if head else str(len(data)))
+            self.send_header("Content-Length", length or ("0" if head else str(len(data))))
             self.end_headers()
             if not head:
                 self.wfile.write(data)

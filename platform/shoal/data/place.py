@@ -148,8 +148,8 @@ class Bucket:
         """What a small object holds, and its tag; None where there is none."""
 
         def read() -> tuple[bytes, str]:
-            found = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)
-            return found["Body"].read(), str(found["ETag"])
+            found, data = s3.got(self._client, Bucket=self._bucket, Key=self._prefix + name)
+            return data, str(found["ETag"])
 
         return self._unless_lost(read)
 
@@ -159,10 +159,8 @@ class Bucket:
 
         with told(self.uri):
             try:
-                found = self._client.get_object(
-                    Bucket=self._bucket, Key=self._prefix + name, Range=f"bytes={start}-{end - 1}", IfMatch=tag
-                )
-                data: bytes = found["Body"].read()
+                part = {"Range": f"bytes={start}-{end - 1}", "IfMatch": tag}
+                _, data = s3.got(self._client, Bucket=self._bucket, Key=self._prefix + name, **part)
             except ClientError as error:
                 if _code(error) in ("PreconditionFailed", "412", "InvalidRange", *_LOST):
                     raise DataError(f"{self.uri}/{name} is not what its manifest says", got=_code(error)) from error

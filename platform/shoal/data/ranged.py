@@ -171,10 +171,10 @@ class _Blocks:
 
     def get(self, origin: Origin, name: str, size: int, number: int) -> bytes:
         path = self._folder / name / str(number)
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            pass
+        with suppress(FileNotFoundError):
+            data = path.read_bytes()
+            if len(data) == min(size, (number + 1) * BLOCK) - number * BLOCK:
+                return data  # else the machine stopped before it was on the disk
         data = _fetch(origin, name, size, number)
         with room(self._folder):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,8 +224,7 @@ def _fetch(origin: Origin, name: str, size: int, number: int) -> bytes:
     key = "/".join(filter(None, (prefix.strip("/"), name)))
     start, end = number * BLOCK, min(size, (number + 1) * BLOCK)
     try:
-        reply = _client(origin).get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
-        data: bytes = reply["Body"].read()
+        reply, data = s3.got(_client(origin), Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
     except ShoalError:
         raise
     except Exception as error:

@@ -67,7 +67,7 @@ def local(place: str | Path, service: S3 | None = None) -> Path:
         raise DataError(f"{uri} holds no prepared corpus", do="run `shoal prepare --out` on it")
     with told(uri):
         client = service.client()
-        index = client.get_object(Bucket=bucket, Key=f"{key}{INDEX}")["Body"].read()
+        _, index = s3.got(client, Bucket=bucket, Key=f"{key}{INDEX}")
         folder = cache() / "corpora" / hashlib.sha256(index).hexdigest()[:32]
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):

@@ -242,8 +242,8 @@ class Bucket:
     def _get(self, name: str) -> tuple[bytes | None, str]:
         """What it holds, and its tag; None where there is none."""
         try:
-            found = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)
-            return found["Body"].read(), str(found["ETag"])
+            answer, data = s3.got(self._client, Bucket=self._bucket, Key=self._prefix + name)
+            return data, str(answer["ETag"])
         except self._client.exceptions.NoSuchKey:
             return None, ""
 

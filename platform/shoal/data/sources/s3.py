@@ -7,6 +7,7 @@ the machine. pyarrow does not read AWS_ENDPOINT_URL by itself and boto3 does, wh
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,6 +20,7 @@ from shoal.errors import ConfigError, DataError, ResourceError, first_line
 SCHEME = "s3://"
 ATTEMPTS = 7  # of one call, with growing pauses (half a minute in all), when S3 answers 503 SlowDown or not at all
 SECONDS = 20.0  # that one answer may take
+PAUSE = 0.1  # seconds before an object is asked for again that broke off; twice as long each time
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,23 @@ def split(uri: str) -> tuple[str, str]:
     if not uri.startswith(SCHEME) or not bucket or "?" in uri:
         raise ConfigError("URI", got=uri, allowed="s3://BUCKET or s3://BUCKET/PREFIX")
     return bucket, key
+
+
+def got(client: Any, **asked: Any) -> tuple[dict[str, Any], bytes]:
+    """What boto3's `client` answers for an object, or a range of it, and the bytes. It asks again by itself where S3 does not
+    answer, and not where an answer breaks off in the middle: then this does. Raises what boto3 does."""
+    from botocore.exceptions import BotoCoreError
+
+    tries = 0
+    while True:
+        reply = client.get_object(**asked)
+        try:
+            return reply, reply["Body"].read()
+        except BotoCoreError:
+            tries += 1
+            if tries >= ATTEMPTS:
+                raise
+            time.sleep(PAUSE * 2**tries)
 
 
 def no_boto() -> ResourceError:
