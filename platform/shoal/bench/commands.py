@@ -279,6 +279,23 @@ def train(
     )  # fmt: skip
 
 
+@bench.command("checkpoint")
+def checkpoint(
+    preset: Annotated[str, typer.Option(help="What is trained.")] = "small",
+    tokens: Annotated[int, typer.Option(help="Tokens of an update, at least a row of the preset.")] = 8192,
+    every: Annotated[float, typer.Option(help="Seconds from one checkpoint to the next.")] = 10.0,
+    rounds: Annotated[int, typer.Option(help="Pairs of turns, with a checkpoint and without.")] = 9,
+    threads: Annotated[int | None, typer.Option(help="That training computes with. [all cores]")] = None,
+) -> None:
+    """What checkpoints beside training slow it by; of `small` some four minutes, on two cores."""
+    from shoal.bench.checkpoint import checkpoint as run
+
+    for name, value in {"--every": every, "--rounds": rounds, "--threads": 1 if threads is None else threads}.items():
+        if not 0 < value < math.inf:
+            raise UsageError(name, got=value, allowed="a number above 0")
+    run(out, preset=preset, tokens=tokens, every=every, rounds=rounds, threads=threads)
+
+
 @bench.command("learn")
 def learn(
     text: Annotated[Path, typer.Option(help="UTF-8 text file whose characters are learned, such as tiny Shakespeare.")],
@@ -411,14 +428,22 @@ def augment(
 @bench.command("data")
 def data(
     preset: Annotated[str, typer.Option(help="Whose vocabulary, row length and patches are used.")] = "tiny",
-    sizes: Annotated[str, typer.Option(help="MB of input by which cost and memory are measured.")] = "10,100",
+    sizes: Annotated[
+        str, typer.Option(help="MB of input by which cost and memory are measured, the smallest first.")
+    ] = "10,100",
     rounds: Rounds = 3,
+    parts: Annotated[str, typer.Option(help="Which measurements.")] = "speed,size,documents,images",
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Of `size`: no larger size is begun that would take longer, by what the last one took. [any]"
+        ),
+    ] = None,
 ) -> None:
     """Tokenise-and-pack beside `tokenizers` alone; cost and memory by size; text beside images. 1 GB takes a quarter hour."""
     from shoal.bench.data import data as run
 
-    try:
-        megabytes = tuple(int(size) for size in sizes.split(","))
-    except ValueError as error:
-        raise UsageError("--sizes", got=sizes, allowed="numbers, such as 10,100,1000") from error
-    run(out, preset=preset, sizes=megabytes, rounds=rounds)
+    megabytes = tuple(sorted(_numbers("--sizes", sizes, int, "10,100,1000")))
+    if not megabytes[0]:
+        raise UsageError("--sizes", got=sizes, allowed="numbers from 1 on")
+    run(out, preset=preset, sizes=megabytes, rounds=rounds, parts=tuple(parts.split(",")), seconds=seconds or math.inf)

@@ -9,6 +9,7 @@ another.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import select
@@ -35,21 +36,48 @@ from shoal.data.operators.pipeline import Operators
 from shoal.data.shards import TOKENIZER
 from shoal.data.sources.files import list_files
 from shoal.data.tables import Parts, spans
+from shoal.errors import UsageError
 from shoal.inputs.tokenizer import Tokenizer
 
 MB = 10**6
 SPEED_TEXT = 4 * MB  # text of a speed run
 DOCUMENTS = (10**5, 10**6, 10**7)  # synthetic ones, of which only the identities exist ...
 PARTS = 16  # ... in so many parts
+PARTS_OF_IT = ("speed", "size", "documents", "images")  # of the benchmark
 IMAGES = 400  # beside it
 IMAGE_SIZE = 256  # pixels on a side
 SAMPLE = MB  # text that the tokenizer is fitted to
 SHORT = (120, 700, 250, 400, 180)  # characters of short documents, in turn
+Found = tuple[Table, Any]  # of one part, and what the line of JSON has of it
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-def data(console: Console, *, preset: str, sizes: tuple[int, ...], rounds: int) -> None:
-    """Speed against `tokenizers`, cost by input size (`sizes` in MB), and text beside images."""
+def data(
+    console: Console,
+    *,
+    preset: str,
+    sizes: tuple[int, ...],
+    rounds: int,
+    parts: tuple[str, ...] = PARTS_OF_IT,
+    seconds: float = math.inf,
+) -> None:
+    """The tables of `parts`: "speed" against `tokenizers`, cost by "size" of input (`sizes` in MB, those that fit into
+    `seconds` by what the one before took), the driver by "documents", text beside "images". Raises UsageError for others."""
+    if unknown := set(parts) - set(PARTS_OF_IT):
+        raise UsageError("--parts", got=sorted(unknown), allowed=PARTS_OF_IT)
+    result: dict[str, Any] = {"bench": "data", "preset": preset, "rounds": rounds}
+    tables = []
+    work: dict[str, Callable[[], Found]] = {
+        "speed": lambda: _speeds(preset, rounds), "size": lambda: _sizes(preset, sizes, seconds),
+        "documents": _documents, "images": lambda: _images_beside(preset, rounds),
+    }  # fmt: skip
+    for part in parts:
+        table, result[part] = work[part]()
+        tables.append(table)
+    show(console, tables, result)
+
+
+def _speeds(preset: str, rounds: int) -> Found:
     model = presets.get(preset).model
     speeds = {kind: _child("speed", preset, kind, str(rounds)) for kind in ("files", "short")}
     table = Table("documents", "tokenise and pack, MB/CPU s", "encode_batch", "encode_batch_fast", "share of encode_batch",
@@ -58,26 +86,49 @@ def data(console: Console, *, preset: str, sizes: tuple[int, ...], rounds: int) 
         speed["ratio"] = speed["pack"] / speed["encode_batch"]
         values = (speed["pack"], speed["encode_batch"], speed["encode_batch_fast"], speed["ratio"])
         table.add_row(kind, *(f"{value:.2f}" for value in values))
-    cost = Table(
+    return table, speeds
+
+
+def _sizes(preset: str, sizes: tuple[int, ...], seconds: float) -> Found:
+    """Cost and memory of each size, and how they grow from the smallest to the largest."""
+    table = Table(
         "input MB", "seconds", "CPU s/MB", "peak RSS MB", "before", title="read, clean, tokenise, pack, in one process"
     )
-    by_size = [_child("size", preset, str(size)) for size in sizes]
-    for row in by_size:
+    rows: list[dict[str, float]] = []
+    left = seconds
+    for size in sizes:
+        if rows and rows[-1]["seconds"] / rows[-1]["mb"] * size > left:
+            table.add_row(f"{size}", "not begun", "", "", "")
+            continue
+        row = _child("size", preset, str(size))
         row["s_per_mb"] = row["cpu_seconds"] / row["mb"]
+        left -= row["seconds"]
         memory = (f"{row[key]:.0f}" for key in ("peak_rss_mb", "rss_before_mb"))
-        cost.add_row(f"{row['mb']:.0f}", f"{row['seconds']:.1f}", f"{row['s_per_mb']:.3f}", *memory)
-    driver = Table(
+        table.add_row(f"{row['mb']:.0f}", f"{row['seconds']:.1f}", f"{row['s_per_mb']:.3f}", *memory)
+        rows.append(row)
+    first, last = rows[0], rows[-1]
+    table.caption = (
+        f"from {first['mb']:.0f} to {last['mb']:.0f} MB: CPU s/MB times {last['s_per_mb'] / first['s_per_mb']:.2f}, "
+        f"peak {last['peak_rss_mb'] - first['peak_rss_mb']:+.0f} MB"
+    )
+    return table, rows
+
+
+def _documents() -> Found:
+    table = Table(
         "documents", "peak RSS of the driver, MB", "of one task", title="deciding over synthetic documents, on Ray"
     )
-    by_documents = [_decide(count) for count in DOCUMENTS]
-    for row in by_documents:
-        driver.add_row(f"{row['documents']:,}", f"{row['driver_mb']:.0f}", f"{row['task_mb']:.0f}")
+    rows = [_decide(count) for count in DOCUMENTS]
+    for row in rows:
+        table.add_row(f"{row['documents']:,}", f"{row['driver_mb']:.0f}", f"{row['task_mb']:.0f}")
+    return table, rows
+
+
+def _images_beside(preset: str, rounds: int) -> Found:
     beside = _beside_images(preset, rounds)
-    images = Table("text MB/s alone", "beside images", "images/s", title="one process packs text, another images")
-    images.add_row(*(f"{beside[key]:.2f}" for key in ("alone", "beside", "images_per_s")))
-    result = {"bench": "data", "preset": preset, "rounds": rounds, "speed": speeds, "size": by_size, "documents": by_documents,
-              "images": beside}  # fmt: skip
-    show(console, [table, cost, driver, images], result)
+    table = Table("text MB/s alone", "beside images", "images/s", title="one process packs text, another images")
+    table.add_row(*(f"{beside[key]:.2f}" for key in ("alone", "beside", "images_per_s")))
+    return table, beside
 
 
 def _decide(documents: int) -> dict[str, float]:

@@ -80,7 +80,7 @@ def train(
         return show(console, tables, result)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
-        _corpus(data, presets.get(preset).model)
+        corpus(data, presets.get(preset).model)
         plan = pretrain_plan(preset, str(data), folder, steps=steps, batch_tokens=tokens, accumulate=2)
         if "rate" in parts:
             table, result["rate"] = _rate(plan, rounds)
@@ -97,7 +97,7 @@ def train(
 def _rate(plan: FitPlan, rounds: int) -> tuple[Table, dict[str, Any]]:
     """Tokens a second of one worker with one thread, ours and a plain GPT's, and matrix products in the same turns."""
     ranks = Ranks(0, 1, torch.device("cpu"))
-    feed, model, optimizer = _prepared(plan, ranks)
+    feed, model, optimizer = prepared(plan, ranks)
     c, rows = plan.model, plan.micro_rows(1)
     plain = PlainGPT(vocab=c.vocab, layers=c.layers, width=c.width, heads=c.heads, length=c.train_length)
     plain_optimizer = plain.optimizer(plan.train.learning_rate, plan.train.betas, plan.train.weight_decay)
@@ -106,7 +106,7 @@ def _rate(plan: FitPlan, rounds: int) -> tuple[Table, dict[str, Any]]:
 
     def ours() -> float:
         start = time.perf_counter()
-        _update(plan, feed, model, optimizer, ranks, next(step))
+        one_update(plan, feed, model, optimizer, ranks, next(step))
         return plan.train.batch_tokens / (time.perf_counter() - start)
 
     def theirs() -> float:
@@ -156,8 +156,8 @@ def _workers(plan: FitPlan, steps: int, rounds: int) -> tuple[Table, dict[str, A
 def _checkpoint(plan: FitPlan, run: Path, rounds: int) -> tuple[Table, dict[str, Any]]:
     """Seconds that writing a checkpoint stops training for."""
     ranks = Ranks(0, 1, torch.device("cpu"))
-    feed, model, optimizer = _prepared(plan, ranks)
-    _update(plan, feed, model, optimizer, ranks, 0)  # so that there are moments
+    feed, model, optimizer = prepared(plan, ranks)
+    one_update(plan, feed, model, optimizer, ranks, 0)  # so that there are moments
     store, took = CheckpointStore(run), []
     for step in range(rounds + 1):
         start = time.perf_counter()
@@ -170,14 +170,14 @@ def _checkpoint(plan: FitPlan, run: Path, rounds: int) -> tuple[Table, dict[str,
     return table, {"bytes": size, "seconds": seconds, "share": seconds / 60}
 
 
-def _prepared(plan: FitPlan, ranks: Ranks) -> tuple[Feed, LossModel, torch.optim.Optimizer]:
+def prepared(plan: FitPlan, ranks: Ranks) -> tuple[Feed, LossModel, torch.optim.Optimizer]:
     feed = open_feed(plan, shard_tokenizer(plan.data), "", ranks)
     model = LossModel(Net(plan.model).init_(0))
     shard_(model, ranks)
     return feed, model, make_optimizer(model, plan.train)
 
 
-def _update(
+def one_update(
     plan: FitPlan, feed: Feed, model: LossModel, optimizer: torch.optim.Optimizer, ranks: Ranks, step: int
 ) -> float:
     """Do update number `step`; seconds that its rows took."""
@@ -190,7 +190,7 @@ def _update(
     return took
 
 
-def _corpus(folder: Path, config: ModelConfig) -> None:
+def corpus(folder: Path, config: ModelConfig) -> None:
     """Shards of the standard library's sources, `ROWS` rows to train on."""
     folder.mkdir()
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
@@ -257,12 +257,12 @@ def main() -> None:
         accumulate=asked["parts"] // world,
     )
     ranks = Ranks(asked["rank"], world, torch.device("cpu"))
-    feed, model, optimizer = _prepared(plan, ranks)
-    _update(plan, feed, model, optimizer, ranks, 0)  # warm-up
+    feed, model, optimizer = prepared(plan, ranks)
+    one_update(plan, feed, model, optimizer, ranks, 0)  # warm-up
     ranks.wait()
     clocks: tuple[Callable[[], float], ...] = (time.perf_counter, time.thread_time)
     before = [clock() for clock in clocks]
-    data = sum(_update(plan, feed, model, optimizer, ranks, step) for step in range(1, steps + 1))
+    data = sum(one_update(plan, feed, model, optimizer, ranks, step) for step in range(1, steps + 1))
     wall, busy = (clock() - start for clock, start in zip(clocks, before, strict=True))
     shares = {"compute": (busy - data) / wall, "data": data / wall, "waiting": (wall - busy) / wall}
     print(json.dumps({"tokens_per_s": steps * plan.train.batch_tokens / wall, **shares}))

@@ -1,0 +1,130 @@
+"""`shoal bench checkpoint`: what checkpoints beside training slow it by.
+
+Turns of the same number of updates with a checkpoint and without, two of them a round, which of them is first changing from
+round to round. In a turn with one it is begun before the first update and published between two later ones, as the loop does
+it: copied, then written, hashed and synced by a thread; a turn ends when it has its name. So a turn is one period of `every`
+seconds, rounded up to whole updates, and a checkpoint costs what its turn took longer. It is told too how far apart the loop
+lets them lie, for at most `train.run.SHARE`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from shoal import presets
+from shoal.bench.train import corpus, one_update, prepared
+from shoal.bench.turns import show
+from shoal.evaluate.intervals import LEVELS, RESAMPLES
+from shoal.train.checkpoint import CheckpointStore, Saved
+from shoal.train.parallel import Ranks
+from shoal.train.plan import FitPlan, pretrain_plan
+from shoal.train.run import SHARE
+from shoal.train.state import TrainState
+
+
+def checkpoint(
+    console: Console, *, preset: str, tokens: int, every: float, rounds: int, threads: int | None = None
+) -> None:
+    """A checkpoint each `every` seconds of training with `tokens` an update, on `threads` (default: all cores, so that none is
+    left for the writer, as in a run)."""
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "data")
+        corpus(data, presets.get(preset).model)
+        plan = pretrain_plan(preset, str(data), folder, steps=10**6, batch_tokens=tokens, accumulate=1)
+        found = _Turns(plan, Path(folder, "run"), every).rounds(rounds)
+    table = Table(
+        "MiB", "updates a turn", "s without", "s with", "stalled s", "to its name s", "writer's CPU s", "slowed by", "95 %",
+        title=f"{preset}, {plan.train.batch_tokens} tokens an update, {torch.get_num_threads()} threads, a checkpoint every "
+        f"{every:g} s",
+    )  # fmt: skip
+    low, high = found["slowed_interval"]
+    table.add_row(
+        f"{found['bytes'] / 2**20:.1f}",
+        f"{found['updates']}",
+        *(f"{found[name]:.2f}" for name in ("without_s", "with_s", "stalled_s", "took_s", "busy_s")),
+        f"{found['slowed']:.2%}",
+        f"{low:.2%} to {high:.2%}",
+    )
+    table.caption = f"the loop lets them lie {found['apart_s']:.0f} s apart, for at most {SHARE:.0%}"
+    show(console, [table], {"bench": "checkpoint", "preset": preset, "batch_tokens": tokens, "rounds": rounds, **found})
+
+
+class _Turns:
+    """One worker that trains, and its checkpoints."""
+
+    def __init__(self, plan: FitPlan, run: Path, every: float) -> None:
+        self._plan, self._every, self._ranks = plan, every, Ranks(0, 1, torch.device("cpu"))
+        self._feed, self._model, self._optimizer = prepared(plan, self._ranks)
+        self._store, self._step = CheckpointStore(run), 0
+        self._train(1)  # so that there are moments
+        self._updates = max(2, math.ceil(every / self._train(1)))  # between two of them it is published
+
+    def rounds(self, rounds: int) -> dict[str, Any]:
+        """Medians over `rounds`, after one that is not counted."""
+        without, beside, saved = list[float](), list[float](), list[Saved]()
+        for number in range(rounds + 1):
+            for with_one in (False, True) if number % 2 else (True, False):
+                if with_one:
+                    seconds, one = self._beside()
+                    beside.append(seconds)
+                    saved.append(one)
+                else:
+                    without.append(self._train(self._updates))
+        without, beside, saved = without[1:], beside[1:], saved[1:]
+        slowed = [(b - a) / self._every for a, b in zip(without, beside, strict=True)]
+        cost = median(one.stalled + one.busy for one in saved)
+        return {
+            "every_s": self._every,
+            "updates": self._updates,
+            "bytes": sum(file.stat().st_size for file in saved[-1].path.iterdir()),
+            "without_s": median(without),
+            "with_s": median(beside),
+            "stalled_s": median(one.stalled for one in saved),
+            "took_s": median(one.took for one in saved),
+            "busy_s": median(one.busy for one in saved),
+            "slowed": median(slowed),
+            "slowed_interval": _interval(slowed),
+            "apart_s": max(self._every, cost / SHARE),
+        }
+
+    def _train(self, updates: int) -> float:
+        start = time.perf_counter()
+        for _ in range(updates):
+            self._update()
+        return time.perf_counter() - start
+
+    def _update(self) -> None:
+        one_update(self._plan, self._feed, self._model, self._optimizer, self._ranks, self._step)
+        self._step += 1
+
+    def _beside(self) -> tuple[float, Saved]:
+        """Seconds of a turn with a checkpoint, and what it says of itself."""
+        start, saved = time.perf_counter(), None
+        alone = not self._store.begin(self._model, self._optimizer, TrainState(step=self._step), self._ranks)
+        for _ in range(self._updates):
+            if saved is None and (alone or self._store.ready(self._ranks)):
+                saved = self._store.publish(self._ranks)
+            self._update()
+        if saved is None:
+            saved = self._store.publish(self._ranks)
+        return time.perf_counter() - start, saved
+
+
+def _interval(values: list[float]) -> list[float]:
+    """95 % of the median, by resampling."""
+    draw = torch.Generator().manual_seed(0)
+    picked = torch.tensor(values)[torch.randint(len(values), (RESAMPLES, len(values)), generator=draw)]
+    levels = torch.tensor([level / 100 for level in LEVELS])
+    ends: list[float] = torch.quantile(picked.quantile(0.5, dim=1), levels).tolist()
+    return ends
