@@ -23,10 +23,12 @@ from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.served import MOST_ADAPTERS, ServedModel
 from shoal.api.service import Hosted
+from shoal.data.place import Bucket
 from shoal.engine.front import AsyncEngine
 from shoal.errors import ConfigError
 from shoal.open_weights.served_adapter import read
 from tests.adapters import merged, write
+from tests.s3 import service
 from tests.serving import Thread, in_a_thread
 from tests.unit.engine.lively import lively
 
@@ -70,16 +72,22 @@ class Served:
 
 
 @contextmanager
-def served(root: Path, *names: str, loads: bool = True, keys: ApiKeys | None = None) -> Iterator[Served]:
-    """A lively model with the adapters `names` of seeds 1, 2 ..."""
+def served(
+    root: Path, *names: str, loads: bool = True, keys: ApiKeys | None = None, at: str = "", place: str = ""
+) -> Iterator[Served]:
+    """A lively model with the adapters `names` of seeds 1, 2 ..., which are `at` another address than they were written to, and
+    loads from `place`."""
     model, folder = lively(), root / "open"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     own = Engine(model, units=600)
     engine = AsyncEngine(own, read_adapter=read)
     fish = ServedModel("fish", model.config, model.tokenizer, model.chat_template, aliases=("carp",))
-    directories = {name: str(write(root / name, model, seed)) for seed, name in enumerate(names, 1)}
+    directories = {
+        name: f"{at}/{name}" if at else str(write(root / name, model, seed)) for seed, name in enumerate(names, 1)
+    }
     adapters = asyncio.run(loaded(engine, directories))
-    app = build_app([Hosted(fish, engine)], adapters=adapters, adapters_from=folder if loads else None, api_keys=keys)
+    source = (place or folder) if loads else None
+    app = build_app([Hosted(fish, engine)], adapters=adapters, adapters_from=source, api_keys=keys)
     with in_a_thread(app, [engine]) as thread, httpx.Client(base_url=thread.url, timeout=60) as http:
         yield Served(http, model, folder, thread, own)
 
@@ -302,3 +310,30 @@ def test_loading_is_off_unless_a_folder_is_named_and_behind_the_keys(tmp_path: P
 def test_a_service_does_not_start_with_a_name_that_is_taken_or_none(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="adapters: "), served(tmp_path, name):
         pass
+
+
+def test_adapters_in_s3_are_served_as_those_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a service starts with, and those that requests load; what is wrong says where it is and nothing of a cache."""
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
+    with service() as made:
+        made.client.create_bucket(Bucket="ocean")
+        model, root = lively(), "s3://ocean/adapters"
+        for seed, name in enumerate(("a", "b"), 1):
+            for path in write(tmp_path / name, model, seed).iterdir():
+                Bucket(f"{root}/{name}", made.inside).put(path, path.name)
+        with served(tmp_path / "one", "a", at=root, place=f"{root}/") as service_:
+            assert service_.tokens("a") == wanted(service_, tmp_path / "a")
+            assert service_.load("b", "b").status_code == 200
+            assert service_.tokens("b") == wanted(service_, tmp_path / "b")
+            missing = service_.load("c", "c")
+            assert missing.status_code == 400 and missing.json()["error"]["param"] == "lora_path"
+            assert "c lacks adapter_config.json" in missing.text and "s3://" not in missing.text
+            write(tmp_path / "other", model, 1, base_model_name_or_path="somebody/else")
+            for path in (tmp_path / "other").iterdir():
+                Bucket(f"{root}/other", made.inside).put(path, path.name)
+            refused = service_.load("other", f"{root}/other").json()["error"]["message"]
+            assert "other/adapter_config.json: base_model_name_or_path" in refused and str(tmp_path) not in refused
+            Bucket(f"{root}/b", made.inside).put(tmp_path / "a" / "adapter_config.json", "adapter_model.safetensors")
+            broken = service_.load("d", "b").json()["error"]["message"]
+            assert broken.startswith("cannot read b/adapter_model.safetensors"), broken
+            assert service_.tokens("b") == wanted(service_, tmp_path / "b")

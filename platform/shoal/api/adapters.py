@@ -3,23 +3,28 @@ and drop them, which are vLLM's.
 
 A name stands for an identity, which engines know the weights by; so requests that have begun end with what they began with,
 whatever the name comes to mean: engines keep an adapter as long as a request holds it. What a request may load lies below one
-folder that the operator names.
+folder, or prefix of S3, that the operator names.
+
+Of several gateways each has an `Adapters` over the same `Names`: what one changes the others are told of before it answers, and
+look for once a second in any case.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
+from shoal.api.adapter_names import Alone, Known, Names, State
 from shoal.api.bodies import LoadAdapterRequest, UnloadAdapterRequest
 from shoal.api.client import EngineClient
 from shoal.api.document import POSTED, body_of, refused
@@ -27,10 +32,12 @@ from shoal.api.served import MODEL_NAME, MOST_ADAPTERS
 from shoal.api.service import Hosted, Service
 from shoal.api.wire import ModelNotFoundError, NotFoundError
 from shoal.config import FULL
+from shoal.data.remote import is_remote
+from shoal.data.sources import s3
 from shoal.engine.events import Event
 from shoal.engine.events import Request as Asked
 from shoal.engine.metrics import Samples
-from shoal.errors import ConfigError, RequestError, ShoalError
+from shoal.errors import ConfigError, RequestError, ShoalError, frames
 from shoal.model.adapter_files import CONFIG, WEIGHTS
 
 SAID: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
@@ -40,16 +47,7 @@ LOOK_SECONDS = 1.0  # how often it is looked who still holds an adapter that is 
 _PATH = re.compile(r"/?[\w.-]+(/[\w.-]+)*/?", re.ASCII)
 
 
-@dataclass(frozen=True)
-class Known:
-    """An adapter that has been loaded."""
-
-    identity: str
-    directory: str
-    created: int  # Unix seconds
-
-
-OnChange = Callable[[Mapping[str, Known]], Awaitable[None]]
+log = logging.getLogger("shoal.api")
 
 
 class WithAdapter:
@@ -77,8 +75,8 @@ class WithAdapter:
     async def load_adapter(self, directory: str) -> str:
         return await self._client.load_adapter(directory)
 
-    async def keep_adapters(self, known: Mapping[str, str]) -> None:
-        await self._client.keep_adapters(known)
+    async def keep_adapters(self, known: Mapping[str, str], held: Mapping[str, str], at: int) -> None:
+        await self._client.keep_adapters(known, held, at)
 
     async def stats(self) -> Samples:
         return await self._client.stats()
@@ -96,70 +94,81 @@ class Adapters:
     def __init__(
         self,
         service: Service,
-        known: Mapping[str, Known],
-        folder: Path | None = None,
-        on_change: OnChange | None = None,
+        state: State | None = None,
+        place: str | Path | None = None,
+        names: Names | None = None,
     ) -> None:
-        """`known`: those that its engine has, by name. `folder`: what requests load lies below it; None: they may not.
-        `on_change` is told of all there are when that has changed. Raises ConfigError for a folder that is none, and for a name
-        that cannot be or is another model's."""
-        if folder is not None and not folder.is_dir():
-            raise ConfigError("adapters_from", got=str(folder), allowed="a folder that holds adapters")
+        """`state`: those that its engine has; `place`: what requests load lies below it; None: they may not; `names`: where the
+        state is kept (default: here). Raises ConfigError for a place that is none, and for a name that cannot be or is another
+        model's."""
         self._service, self._base = service, service.models[0]
-        self._folder = folder.resolve() if folder else None
-        self._on_change = on_change
+        self._place = None if place is None else _place(place)
+        self._names = names or Alone(state or State())
         self._known: dict[str, Known] = {}
+        self._number, self._at = -1, 0
         self._left: list[tuple[Known, Hosted]] = []  # shown no more, and held by requests when that was looked at last
+        self._unsure = False  # what requests of other gateways hold
         self._clearing: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
-        for name, adapter in known.items():
+        for name in (state or State()).known:
             if problem := self._wrong(name):
                 raise ConfigError(f"adapters: {problem}", got=name)
-            self._show(name, adapter)
+        self._take(state or State())
 
     async def load(self, name: str, path: str, *, in_place: bool = False) -> None:
-        """Take in the adapter in the directory `path` below the folder. Raises NotFoundError where that is switched off,
+        """Take in the adapter in the directory `path` below the place. Raises NotFoundError where that is switched off,
         RequestError for a name or a directory that will not do; then nothing has changed."""
         root = self._root()
         async with self._changing:
             if problem := self._wrong(name):
                 raise RequestError(f"lora_name: {problem}", param="lora_name", got=name[:100])
-            if name in self._known and not in_place:
-                do = "unload it first, or set load_inplace"
-                raise RequestError("lora_name is loaded already", param="lora_name", got=name, do=do)
-            if name not in self._known and len(self._known) >= MOST_ADAPTERS:
-                raise RequestError(
-                    "adapters", got=len(self._known), allowed=f"at most {MOST_ADAPTERS}", do="unload one"
-                )
+            _need_free(name, (await self._names.get()).known, in_place)
             directory = _below(root, path)
             try:
-                identity = await self._base.client.load_adapter(str(directory))
-            except RequestError:
-                raise
+                identity = await self._base.client.load_adapter(directory)
+                found = Known(identity, directory, int(time.time()))
+                state = await self._names.change(lambda known: _with(name, found, known, in_place))
             except ShoalError as error:
+                with suppress(ShoalError):  # no engine is to have it for nothing
+                    await self._keep()
+                if isinstance(error, RequestError):
+                    raise
                 message = error.message.replace(f"{root}/", "")  # where it lies is the operator's
                 raise RequestError(message, param="lora_path") from error
-            self._show(name, Known(identity, str(directory), int(time.time())))
-            await self._told()
+            await self._told(state)
 
     async def unload(self, name: str) -> None:
         """Raises ModelNotFoundError for one that is not loaded."""
         self._root()
         async with self._changing:
-            if name not in self._known:
-                raise ModelNotFoundError(
-                    "no such adapter", param="lora_name", got=name[:100], allowed=[*self._known] or "none is loaded"
-                )
-            self._hide(name)
-            await self._told()
+            await self._told(await self._names.change(lambda known: _without(name, known)))
 
-    def _root(self) -> Path:
-        if self._folder is None:
+    async def look(self) -> dict[str, str]:
+        """Takes what others have changed; what requests here still hold of what is shown no more, identity -> directory."""
+        self._take(await self._names.get())
+        return {known.identity: known.directory for known, hosted in self._left if hosted.held}
+
+    async def run(self) -> None:
+        """Looks until it is cancelled: a gateway that changed something may have been unable to tell of it."""
+        said = ""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                await self.look()
+                said = ""
+            except Exception as error:  # of who keeps the names: what is known goes on
+                what = error.message if isinstance(error, ShoalError) else frames(error)
+                if what != said:
+                    log.error("adapters that other gateways change are not seen: %s", what)
+                said = what
+
+    def _root(self) -> Path | str:
+        if self._place is None:
             raise NotFoundError(
                 "loading and unloading adapters is switched off",
                 do="start the service with --adapters-from DIR, or args.adapters_from",
             )
-        return self._folder
+        return self._place
 
     def _wrong(self, name: str) -> str | None:
         """Why an adapter cannot be called so."""
@@ -169,46 +178,105 @@ class Adapters:
             return "a model has that name"
         return None
 
-    def _show(self, name: str, known: Known) -> None:
-        if name in self._known:
-            self._hide(name)
-        base = self._base
-        served = replace(base.served, name=name, aliases=(), created=known.created, parent=base.served.name)
-        self._known[name] = known
-        self._service.names[name] = base.beside(served, WithAdapter(base.client, known.identity))
+    def _take(self, state: State) -> None:
+        """Show what `state` has, unless a newer one is shown."""
+        if state.number <= self._number:
+            return
+        self._number, self._at = state.number, state.at
+        before = {name: (known, self._service.names.pop(name)) for name, known in self._known.items()}
+        self._known = dict(state.known)
+        for name, known in self._known.items():
+            kept = before.get(name)
+            if kept is not None and kept[0] == known:
+                self._service.names[name] = before.pop(name)[1]
+            else:
+                base = self._base
+                served = replace(base.served, name=name, aliases=(), created=known.created, parent=base.served.name)
+                self._service.names[name] = base.beside(served, WithAdapter(base.client, known.identity))
+        self._left += [each for each in before.values() if each[1].held]
+        self._names.know({each.identity: each.directory for each in (*self._known.values(), *self._still())})
+        self._clear_later()
 
-    def _hide(self, name: str) -> None:
-        self._left.append((self._known.pop(name), self._service.names.pop(name)))
+    def _still(self) -> list[Known]:
+        return [known for known, _ in self._left]
 
-    async def _told(self) -> None:
-        """Tell the engine, and whoever else wants to know, of all there are now."""
+    async def _told(self, state: State) -> None:
+        """Show `state`, and tell the other gateways and the engine."""
+        self._take(state)
         await self._keep()
-        if self._left and (self._clearing is None or self._clearing.done()):
-            self._clearing = asyncio.create_task(self._clear())
-        if self._on_change is not None:
-            await self._on_change(dict(self._known))
+        self._clear_later()
 
     async def _keep(self) -> None:
-        """Have the engine drop what is neither shown nor held."""
-        self._left = [(known, hosted) for known, hosted in self._left if hosted.held]
-        kept = [*(known for known, _ in self._left), *self._known.values()]
-        await self._base.client.keep_adapters({each.identity: each.directory for each in kept})
+        """Have the engine drop what is neither shown nor held, at any gateway. Where one does not say what it holds nothing is
+        dropped now."""
+        others = await self._names.elsewhere()
+        self._unsure = others is None
+        if others is not None:
+            self._left = [(known, hosted) for known, hosted in self._left if hosted.held]
+            held = {**others, **{known.identity: known.directory for known in self._still()}}
+            known = {each.identity: each.directory for each in self._known.values()}
+            await self._base.client.keep_adapters(known, held, self._at)
+
+    def _clear_later(self) -> None:
+        if (self._left or self._unsure) and (self._clearing is None or self._clearing.done()):
+            self._clearing = asyncio.create_task(self._clear())
 
     async def _clear(self) -> None:
         """Have those dropped that are held no more, until there are none."""
-        while self._left:
+        while self._left or self._unsure:
             await asyncio.sleep(LOOK_SECONDS)
             async with self._changing:
-                if not all(hosted.held for _, hosted in self._left):
+                if self._unsure or not all(hosted.held for _, hosted in self._left):
                     with suppress(ShoalError):  # an engine that is dead keeps nothing
                         await self._keep()
 
 
-def _below(root: Path, path: str) -> Path:
-    """The directory `path`, absolute or from `root`, that with its files lies below `root`. Raises RequestError."""
+def _need_free(name: str, known: Mapping[str, Known], in_place: bool) -> None:
+    """Raises RequestError where `name` cannot be added to what is known."""
+    if name in known and not in_place:
+        do = "unload it first, or set load_inplace"
+        raise RequestError("lora_name is loaded already", param="lora_name", got=name, do=do)
+    if name not in known and len(known) >= MOST_ADAPTERS:
+        raise RequestError("adapters", got=len(known), allowed=f"at most {MOST_ADAPTERS}", do="unload one")
+
+
+def _with(name: str, found: Known, known: Mapping[str, Known], in_place: bool) -> dict[str, Known]:
+    _need_free(name, known, in_place)
+    return {**known, name: found}
+
+
+def _without(name: str, known: Mapping[str, Known]) -> dict[str, Known]:
+    if name not in known:
+        raise ModelNotFoundError(
+            "no such adapter", param="lora_name", got=name[:100], allowed=[*known] or "none is loaded"
+        )
+    return {each: known[each] for each in known if each != name}
+
+
+def _place(given: str | Path) -> Path | str:
+    """The folder, or the address in S3 without a slash at its end. Raises ConfigError."""
+    if is_remote(given):
+        s3.split(str(given))
+        return str(given).rstrip("/")
+    if not Path(given).is_dir():
+        raise ConfigError(
+            "adapters_from", got=str(given), allowed="a folder that holds adapters, or s3://BUCKET/PREFIX"
+        )
+    return Path(given).resolve()
+
+
+def _below(root: Path | str, path: str) -> str:
+    """The directory `path`, absolute or from `root`, that with its files lies below `root`; of S3 the address, which only who
+    reads it finds empty. Raises RequestError."""
     allowed = "a directory below the folder of --adapters-from"
-    if len(path) > 1000 or not _PATH.fullmatch(path) or ".." in path.split("/"):
+    inside = path.removeprefix(f"{root}/") if isinstance(root, str) else path
+    if len(path) > 1000 or not _PATH.fullmatch(inside) or ".." in path.split("/"):
         raise RequestError("lora_path", param="lora_path", got=path[:100], allowed=allowed)
+    if isinstance(root, str):
+        parts = [part for part in inside.split("/") if part not in ("", ".")]
+        if not parts or inside.startswith("/"):
+            raise RequestError("lora_path", param="lora_path", got=path[:100], allowed=allowed)
+        return "/".join([root, *parts])
     try:
         directory = (root / path).resolve()
         places = [directory, *((directory / name).resolve() for name in (CONFIG, WEIGHTS))]
@@ -217,7 +285,7 @@ def _below(root: Path, path: str) -> Path:
         lies = False
     if not lies:
         raise RequestError("lora_path", param="lora_path", got=path[:100], allowed=allowed)
-    return directory
+    return str(directory)
 
 
 def adapter_routes(service: Service, adapters: Adapters) -> APIRouter:
@@ -250,7 +318,8 @@ def adapter_routes(service: Service, adapters: Adapters) -> APIRouter:
     return router
 
 
-async def loaded(client: EngineClient, directories: Mapping[str, str]) -> dict[str, Known]:
+async def loaded(client: EngineClient, directories: Mapping[str, str]) -> State:
     """The adapters in `directories`, by name, once the engine of `client` has them. Raises CheckpointError."""
     now = int(time.time())
-    return {name: Known(await client.load_adapter(path), path, now) for name, path in directories.items()}
+    known = {name: Known(await client.load_adapter(path), path, now) for name, path in directories.items()}
+    return State(known=known)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from shoal import __version__
-from shoal.api.adapters import Adapters, Known, OnChange, adapter_routes
+from shoal.api.adapter_names import Names, State
+from shoal.api.adapters import Adapters, adapter_routes
 from shoal.api.auth import ApiKeys
 from shoal.api.batches.inside import Inside, Open
 from shoal.api.batches.routes import Kept, batch_routes
@@ -69,9 +70,9 @@ def build_app(
     batches: Path | None = None,
     at_once: int = AT_ONCE,
     capture: CaptureArgs | None = None,
-    adapters: Mapping[str, Known] | None = None,
-    adapters_from: Path | None = None,
-    on_adapters: OnChange | None = None,
+    adapters: State | None = None,
+    adapters_from: str | Path | None = None,
+    adapter_names: Names | None = None,
     follower: Follower | None = None,
     run_code: bool = False,
     tools: str | None = None,
@@ -84,10 +85,10 @@ def build_app(
 
     `metrics`: answer /metrics; `cors`: origins, or ``*`` for any, whose pages may call the API; `runs`: a folder of training
     runs to show; `batches`: a folder of files and batches, run while the app is, `at_once` of their lines at a time; `capture`:
-    what is kept of requests; `adapters`, `adapters_from`, `on_adapters`: as `Adapters` takes them; `follower` follows a release
-    as long as the app runs; `run_code`: clients may run programs in the sandbox; `tools`: address of what executes some for the
-    pages; `ui_mount` may add a page; `answer_request_id` is false behind a proxy that has its own; `drain`: how the caller ends
-    it; `gateways`: what each of several has counted. Raises ConfigError, DataError, ResourceError.
+    what is kept of requests; `adapters`, `adapters_from`, `adapter_names`: as `Adapters` takes them; `follower` follows a
+    release as long as the app runs; `run_code`: clients may run programs in the sandbox; `tools`: address of what executes
+    some for the pages; `ui_mount` may add a page; `answer_request_id` is false behind a proxy that has its own; `drain`: how
+    the caller ends it; `gateways`: what each of several has counted. Raises ConfigError, DataError, ResourceError.
     """
     limits, drain = limits or Limits(), drain or Drain(OPEN_PATHS)
     app = Documented(
@@ -104,7 +105,7 @@ def build_app(
     for routes in ROUTES:
         app.include_router(routes(service))
     app.include_router(batch_routes(service, _kept(app, service, batches, api_keys, at_once, drain)))
-    app.include_router(adapter_routes(service, Adapters(service, adapters or {}, adapters_from, on_adapters)))
+    _adapters(app, service, Adapters(service, adapters, adapters_from, adapter_names), adapter_names)
     _follow(app, service, follower)
     app.include_router(status_routes(service, metrics=metrics, gateways=gateways))
     app.state.service = service
@@ -144,6 +145,14 @@ def offline(models: Sequence[Hosted], limits: Limits) -> Inside:
     app.add_middleware(Open, take=inside.take)
     app.middleware_stack = app.build_middleware_stack()
     return inside
+
+
+def _adapters(app: FastAPI, service: Service, adapters: Adapters, names: Names | None) -> None:
+    """Their routes; where `names` are kept for several gateways, what others change is looked for while `app` runs."""
+    app.state.adapters = adapters
+    app.include_router(adapter_routes(service, adapters))
+    if names is not None:
+        beside(app, adapters.run, asyncio.Task.cancel)
 
 
 def _recorder(app: FastAPI, given: CaptureArgs | None) -> Recorder | None:

@@ -48,8 +48,9 @@ class EngineClient(Protocol):
         """Loads the adapter in `directory`, and returns its identity once each engine has it that serves now. Raises
         CheckpointError for one that cannot be used."""
 
-    async def keep_adapters(self, known: Mapping[str, str]) -> None:
-        """These are all adapters that are served, identity -> directory; any other is dropped."""
+    async def keep_adapters(self, known: Mapping[str, str], held: Mapping[str, str], at: int) -> None:
+        """Drops all adapters but these, identity -> directory: those that are served, and those that requests still hold. `at`:
+        microseconds since 1970 as of `known`; one of before is not heard."""
 
     async def stats(self) -> Samples:
         """What `Engine.stats` gives; of several engines together."""

@@ -79,8 +79,8 @@ class Changing:
     async def load_adapter(self, directory: str) -> str:
         return await self._engine.load_adapter(directory)
 
-    async def keep_adapters(self, known: Mapping[str, str]) -> None:
-        await self._engine.keep_adapters(known)
+    async def keep_adapters(self, known: Mapping[str, str], held: Mapping[str, str], at: int) -> None:
+        await self._engine.keep_adapters(known, held, at)
 
     async def stats(self) -> Samples:
         return await self._engine.stats()

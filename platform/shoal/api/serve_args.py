@@ -61,8 +61,10 @@ class ServeArgs:
     capture_days: int = 90  # for which numbers are kept
     capture_texts_days: int = 30  # and texts
     capture_reruns: float = 0.05  # share of "auto" requests that full depth answers again when idle; 0: none
-    adapters: dict[str, str] = field(default_factory=dict)  # LoRA adapters of the model, name -> directory
-    adapters_from: str | None = None  # folder whose adapters requests may load; None: they may not
+    # LoRA adapters of the model, name -> directory, or s3://BUCKET/PREFIX of one
+    adapters: dict[str, str] = field(default_factory=dict)
+    # folder, or s3://BUCKET/PREFIX, whose adapters requests may load; None: they may not
+    adapters_from: str | None = None
     # file of what the operator adds to answers (docs/api.md, "Policy"), the same path wherever a gateway runs; None: nothing
     policy: str | None = None
     run_code: bool = False  # run programs of clients, as the page's Run does, in the sandbox (shoal.sandbox)
@@ -133,9 +135,6 @@ class ServeArgs:
         if self.max_gateways < self.min_gateways:
             allowed = f"min_gateways ({self.min_gateways}) up"
             raise ConfigError("args.max_gateways", got=self.max_gateways, allowed=allowed)
-        if self.max_gateways > 1 and self.adapters_from:
-            do = "serve it with one gateway, which knows what requests load"
-            raise ConfigError("args.adapters_from and args.max_gateways", got=self.max_gateways, do=do)
 
     @property
     def captured(self) -> CaptureArgs | None:

@@ -95,7 +95,7 @@ def run_local(
             at_once=args.max_batch,
             capture=args.captured,
             adapters=adapters,
-            adapters_from=Path(args.adapters_from) if args.adapters_from else None,
+            adapters_from=args.adapters_from,
             run_code=args.run_code,
             tools=args.tools,
             ui_mount=page,

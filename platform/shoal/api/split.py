@@ -339,8 +339,8 @@ class Split:
     async def load_adapter(self, directory: str) -> str:
         return await self.stable.load_adapter(directory)
 
-    async def keep_adapters(self, known: Mapping[str, str]) -> None:
-        await self.stable.keep_adapters(known)
+    async def keep_adapters(self, known: Mapping[str, str], held: Mapping[str, str], at: int) -> None:
+        await self.stable.keep_adapters(known, held, at)
 
     def counted(self) -> Samples:
         """What this gateway counts: rollbacks, and requests of each version."""

@@ -23,7 +23,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ VERSION = re.compile(r"[0-9a-f]{16}/[^/]+")  # names of objects of ours beside t
 SPARED = 600.0  # seconds after it was used in which a copy stays, whatever the bound says
 NEW = ".new-"  # begins the names of folders to write in
 LEFT_BEHIND = 86400.0  # seconds after which one is a killed command's
+PIECE = 2**24  # bytes of one request for a file that is held against its tag
 TRIES = 3  # of a model that is replaced while it is fetched
 
 
@@ -81,6 +82,39 @@ def here(place: str | Path, *, weights: bool = True, service: S3 | None = None) 
         except CheckpointError:
             if not left or bucket.text(MANIFEST) == root:
                 raise
+
+
+def some(place: str | Path, most: Mapping[str, float], service: S3 | None = None) -> Path:
+    """A directory of which only the files `most` are read, each of at most so many bytes, and which has no manifest: a path as
+    it is; of ``s3://...`` its copy, whose key is a digest of the files' tags, so that others in their place are another.
+
+    Raises CheckpointError where a file is missing or larger, DataError where S3 does not answer or a file changes meanwhile,
+    ResourceError where the disk is full.
+    """
+    if not is_remote(place):
+        return Path(place)
+    bucket, service = Bucket(str(place), service or S3()), service or S3()
+    heads = {}
+    for name, bytes_ in most.items():
+        head = bucket.head(name)
+        if head is None:
+            raise CheckpointError(f"{bucket.uri} lacks {name}", do="give the address of a directory that has it")
+        if head["ContentLength"] > bytes_:
+            allowed = f"at most {bytes_:.0f} bytes"
+            raise CheckpointError(f"{bucket.uri}/{name}", got=head["ContentLength"], allowed=allowed)
+        heads[name] = (int(head["ContentLength"]), str(head["ETag"]))
+    folder = cache() / "some" / _key(bucket.uri, service, json.dumps(heads, sort_keys=True).encode())
+    busy = ResourceError(f"{folder} is being written", do="wait for it")
+    with room(folder), alone(folder.with_suffix(".lock"), busy, wait=math.inf):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.touch()  # it is used now
+        missing = {name: of for name, of in heads.items() if not _is_whole(folder / name, of[0])}
+        _make_room(bucket.uri, folder, sum(size for size, _ in missing.values()))
+        for name, (size, tag) in missing.items():
+            with aside(folder / name) as beside, beside.open("wb") as file:
+                for at in range(0, size, PIECE):
+                    file.write(bucket.part(name, at, min(at + PIECE, size), tag=tag))
+    return folder
 
 
 @contextmanager
@@ -191,7 +225,7 @@ def _fetch(bucket: Bucket, entries: Entries, folder: Path, *, weights: bool) -> 
     folder.mkdir(parents=True, exist_ok=True)
     folder.touch()  # it is used now
     wanted = {name: entry for name, entry in entries.items() if weights or not name.endswith(WEIGHTS)}
-    missing = {name: entry for name, entry in wanted.items() if not (folder / name).is_file()}
+    missing = {name: entry for name, entry in wanted.items() if not _is_whole(folder / name, entry.bytes)}
     if not missing and (folder / MANIFEST).is_file():
         return
     for left in folder.iterdir():  # by a process that was killed
@@ -218,6 +252,14 @@ def _fetch(bucket: Bucket, entries: Entries, folder: Path, *, weights: bool) -> 
         os.utime(folder / CONFIG, (made, made))
     write_aside(folder / MANIFEST, _text(_listed(entries)))
     folder.touch()
+
+
+def _is_whole(file: Path, size: int) -> bool:
+    """Whether it is there, as long as it is to be: of a machine that stopped before it was on the disk it may not be."""
+    try:
+        return file.stat().st_size == size
+    except FileNotFoundError:
+        return False
 
 
 def _listed(entries: Entries) -> dict[str, dict[str, int | str]]:

@@ -274,9 +274,9 @@ class AsyncEngine:
         loaded: str = await self._call(lambda: self._engine.load_adapter(adapter))
         return loaded
 
-    async def keep_adapters(self, known: Mapping[str, str]) -> None:
-        """Drop all adapters but those `known` (identity -> directory). Raises EngineDeadError."""
-        await self._call(lambda: self._engine.keep_adapters(known))
+    async def keep_adapters(self, known: Mapping[str, str], held: Mapping[str, str], at: int = 0) -> None:
+        """Drop all adapters but those `known` and those `held` (identity -> directory). Raises EngineDeadError."""
+        await self._call(lambda: self._engine.keep_adapters({*known, *held}))
 
     def knows_adapter(self, identity: str) -> bool:
         """Is it loaded? No adapter always is."""

@@ -139,7 +139,7 @@ class ReplicaClient:
         return adapter, self._adapters.get(adapter, "")
 
     def know(self, adapters: Mapping[str, str]) -> None:
-        """These are all adapters that are served, identity -> directory."""
+        """These are all adapters that requests may ask for, identity -> directory."""
         self._adapters = dict(adapters)
 
     async def load_adapter(self, directory: str) -> str:
@@ -152,20 +152,17 @@ class ReplicaClient:
             raise EngineDeadError("no engine replica loads the adapter", do="try again") from None
         except Exception as error:
             raise as_shoal_error(error) from error
-        try:
-            if any(told != identity for told in await self._tell_all("load_adapter", directory)):
-                raise CheckpointError(f"{directory} changed while it was loaded", do="write it beside, and rename it")
-        except ShoalError:
-            await self._tell_all("keep_adapters", self._adapters)
-            raise
+        if any(told != identity for told in await self._tell_all("load_adapter", directory)):
+            raise CheckpointError(f"{directory} changed while it was loaded", do="write it beside, and rename it")
         self._adapters = {**self._adapters, identity: directory}
         return identity
 
-    async def keep_adapters(self, known: Mapping[str, str]) -> None:
-        """Who is lost or silent keeps the others as long as nothing else is loaded: nobody asks for them."""
-        self.know(known)
+    async def keep_adapters(self, known: Mapping[str, str], held: Mapping[str, str], at: int) -> None:
+        """Who is lost or silent keeps the others as long as nothing else is loaded: nobody asks for them. One that lacks any of
+        `known` loads it."""
+        self.know({**held, **known})
         with suppress(ShoalError):
-            await self._tell_all("keep_adapters", self._adapters)
+            await self._tell_all("keep_adapters", dict(known), [*held], at)
 
     async def _tell_all(self, method: str, *given: Any) -> list[Any]:
         """What the replicas answer, but for those that are lost or silent. Raises what one of the others does."""

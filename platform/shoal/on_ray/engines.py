@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -31,8 +31,8 @@ from shoal.on_ray import calls
 from shoal.on_ray.calls import Begun, OtherModelError, Wanted
 from shoal.on_ray.failover import other_weights
 from shoal.on_ray.following import follow, stable
-from shoal.on_ray.known_adapters import KnownAdapters
 from shoal.on_ray.loaded import LastLoaded
+from shoal.on_ray.replica_adapters import ReplicaAdapters
 from shoal.on_ray.routing import router_config
 from shoal.on_ray.scaling import KV_USE, replicas
 from shoal.on_ray.serve_config import Weights
@@ -80,6 +80,14 @@ def engine_options(args: ServeArgs, model: str, page: int) -> dict[str, Any]:
     return options | replicas(args.min_replicas, args.max_replicas, max(1.0, 0.75 * args.max_batch))
 
 
+def surge(args: ServeArgs) -> dict[str, Any]:
+    """Serve's option that starts a new replica before an old one goes, so that a failing update takes none along. Not where the
+    cluster has no room for one more: it would wait for ever."""
+    free: dict[str, float] = ray.available_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
+    room = free.get("CPU", 0.0) >= args.cpus and free.get("GPU", 0.0) >= args.gpus
+    return {"max_surge_percent": 1} if room and free else {}  # 1 %, rounded up: one
+
+
 class EngineReplica:
     """One engine with the model in memory. Serve calls `reconfigure` before it sends the first request."""
 
@@ -98,10 +106,11 @@ class EngineReplica:
         self._following: asyncio.Task[None] | None = None
         self._refused = False
         self._streams = 0  # that have begun and not ended
-        self._changing, self._loading = asyncio.Lock(), asyncio.Lock()  # of weights, of adapters
+        self._changing = asyncio.Lock()
         self._last = LastLoaded(model)
         replica = _context()
         self._name = "" if replica is None else replica.replica_id.unique_id
+        self._adapters = ReplicaAdapters(args, self._name)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serves the weights of the model directory in `user_config`, loaded beside those that serve, so nothing stops: streams
@@ -163,7 +172,7 @@ class EngineReplica:
             raise CheckpointError(
                 f"{directory} changed while it was loaded", do="write a model beside it, and rename it"
             )
-        await self._load_known(engine)
+        await self._adapters.load_known(engine)
         how = [info["quantization"] for info in await engine.info()]  # in fp32, say, where INT8 cannot be trusted
         before, old = self._engine, self._weights
         self._engine, self._told, self._reads = engine, told, told[0]
@@ -178,15 +187,6 @@ class EngineReplica:
             await asyncio.to_thread(self._last.put, directory)
         except Exception as error:  # they serve: one that starts later may have to take others
             log.error("it is not kept which weights were loaded last: %s", type(error).__name__)
-
-    async def _load_known(self, engine: AsyncEngine | VllmEngine) -> None:
-        """Loads the adapters that the service has, by what it started with and by what requests changed since."""
-        known = await asyncio.to_thread(KnownAdapters(self._args).get) if self._name else {}
-        for name, adapter in known.items():
-            try:
-                await cast("AsyncEngine", engine).load_adapter(adapter.directory, adapter.identity)
-            except ShoalError as error:  # it was there once: the others are served all the same
-                log.error("adapter %s is not loaded: %s", name, error.message)
 
     async def _leave(self, weights: str) -> None:
         """Ends the engine of `weights` when no stream is with it, at the latest when the longest request's time is over. Until
@@ -256,7 +256,7 @@ class EngineReplica:
         try:
             engine, weights = self._chosen(wanted)
             self._running[weights] += 1
-            await self._with_adapter(engine, *wanted.adapter)
+            await self._adapters.need(engine, *wanted.adapter)
             async with aclosing(engine.batches(request, self._gap)) as lists:
                 async for events in lists:
                     if begun:
@@ -290,7 +290,7 @@ class EngineReplica:
         self._running[weights] += 1
         held = {"adapter": wanted.adapter[0]} if wanted.adapter[0] else {}  # vLLM's takes none
         try:
-            await self._with_adapter(engine, *wanted.adapter)
+            await self._adapters.need(engine, *wanted.adapter)
             vectors = await engine.embed(prompts, depth, payer=payer, client=client, priority=priority, **held)
             return weights, vectors
         except RequestError:
@@ -301,34 +301,12 @@ class EngineReplica:
             self._running[weights] -= 1
 
     async def load_adapter(self, directory: str) -> str:
-        """The identity of the adapter in `directory`, once it is loaded. Raises CheckpointError."""
-        async with self._loading:
-            return await self._takes_adapters().load_adapter(directory)
+        """As `ReplicaAdapters.load`."""
+        return await self._adapters.load(self._serving, directory)
 
-    async def keep_adapters(self, known: dict[str, str]) -> None:
-        """Drops all adapters but those `known`, identity -> directory."""
-        async with self._loading:
-            await self._takes_adapters().keep_adapters(known)
-
-    def _takes_adapters(self) -> AsyncEngine:
-        return cast("AsyncEngine", self._serving)  # `ServeArgs` has no adapters with vLLM's
-
-    async def _with_adapter(self, engine: AsyncEngine | VllmEngine, identity: str, directory: str) -> None:
-        """Loads an adapter that an `engine` lacks, which started after it was loaded. Raises OtherModelError where it is not
-        there any more: a replica that has it may go on."""
-        if not identity or not directory:
-            return  # the engine itself refuses what it does not know
-        async with self._loading:
-            own = cast("AsyncEngine", engine)
-            if own.knows_adapter(identity):
-                return
-            try:
-                await own.load_adapter(directory, identity)
-            except CheckpointError as error:
-                log.error("an adapter is not loaded: %s", error.message)
-                refused = OtherModelError("the adapter is not what it was when it was loaded", do="load it anew")
-                refused.replica = self._name
-                raise refused from None
+    async def keep_adapters(self, known: dict[str, str], held: list[str], at: int) -> None:
+        """As `ReplicaAdapters.keep`."""
+        await self._adapters.keep(self._serving, known, held, at)
 
     async def stats(self) -> Samples:
         """Each sample with this replica's name: one that goes takes its counters along, and no sum of others drops."""

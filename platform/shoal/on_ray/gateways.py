@@ -7,7 +7,9 @@ hold, and the processor time that they take, whichever asks for more (`scaling`)
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -15,13 +17,17 @@ from ray import serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
+from shoal.api.adapter_names import Change, State
 from shoal.api.drain import STREAM_SECONDS
 from shoal.api.serve_args import ServeArgs
 from shoal.engine.metrics import Samples
 from shoal.on_ray.clients import ANSWER_SECONDS
 from shoal.on_ray.engines import HELD, LIFE, LOGGING
+from shoal.on_ray.known_adapters import KnownAdapters
 from shoal.on_ray.scaling import CPU_USE, replicas
 from shoal.on_ray.serve_config import GATEWAY
+
+log = logging.getLogger("ray.serve")
 
 REQUESTS = 400  # that one is to hold: at the slowest cadence of events half a core
 OPTIONS: dict[str, Any] = {
@@ -71,6 +77,36 @@ async def vote(application: str, answer: str, who: str | None, rating: str | Non
     """Tells its gateways that `who` rates an answer, which one of them gave. Raises what Ray does."""
     async with asyncio.timeout(ANSWER_SECONDS):
         await _all_of(application).broadcast("voted", answer, who, rating)._fetch_replica_results_async()
+
+
+class GatewayNames:
+    """`Names` of a gateway."""
+
+    def __init__(self, kept: KnownAdapters, know: Callable[[Mapping[str, str]], None], application: str | None) -> None:
+        """`know`: as `Names.know`; `application`: whose gateways are asked what they hold; None: there is one."""
+        self._kept, self._know, self._application = kept, know, application
+
+    async def get(self) -> State:
+        return await asyncio.to_thread(self._kept.get)
+
+    async def change(self, change: Change) -> State:
+        return await asyncio.to_thread(self._kept.change, change)
+
+    async def elsewhere(self) -> Mapping[str, str] | None:
+        if self._application is None:
+            return {}
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                asked = _all_of(self._application).broadcast("look_at_adapters")
+                results = await asked._fetch_replica_results_async()
+                told = await asyncio.gather(*(result.get_async() for result in results))  # type: ignore[no-untyped-call]
+        except Exception as error:  # of Ray
+            log.warning("gateways do not say which adapters they hold: %s", type(error).__name__)
+            return None
+        return {identity: directory for each in told for identity, directory in each.items()}
+
+    def know(self, directories: Mapping[str, str]) -> None:
+        self._know(directories)
 
 
 async def counted(application: str) -> dict[str, Samples]:

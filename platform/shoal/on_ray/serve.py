@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import httpx
-import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
@@ -55,8 +54,8 @@ from shoal.on_ray.canary import OnServe
 from shoal.on_ray.clients import ReplicaClient
 from shoal.on_ray.ending import end_by_signals, need_ray, running
 from shoal.on_ray.ending import stop as stop
-from shoal.on_ray.engines import EngineReplica, engine_options
-from shoal.on_ray.gateways import CpuUse, counted, gateway_options, vote
+from shoal.on_ray.engines import EngineReplica, engine_options, surge
+from shoal.on_ray.gateways import CpuUse, GatewayNames, counted, gateway_options, vote
 from shoal.on_ray.known_adapters import KnownAdapters
 from shoal.on_ray.quotas import ActorLink
 from shoal.on_ray.serve_config import GATEWAY, IMPORT_PATH
@@ -98,18 +97,10 @@ def app(args: dict[str, Any]) -> serve.Application:
             check(Path(directory))  # as each replica does: while what serves is whole
         if given.engine == "vllm":
             options.check_depth(here(directory, weights=False), served.config, given.vllm)
-        chosen = engine_options(given, directory, served.config.page) | _surge(given)
+        chosen = engine_options(given, directory, served.config.page) | surge(given)
         engines[name] = serve.deployment(name=name, **chosen)(EngineReplica).bind(given, directory)
     ingress = serve.ingress()(Gateway)  # builds its app where it runs
     return serve.deployment(name=GATEWAY, **gateway_options(given))(ingress).bind(engines, given)
-
-
-def _surge(args: ServeArgs) -> dict[str, Any]:
-    """Serve's option that starts a new replica before an old one goes, so that a failing update takes none along. Not where the
-    cluster has no room for one more: it would wait for ever."""
-    free: dict[str, float] = ray.available_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
-    room = free.get("CPU", 0.0) >= args.cpus and free.get("GPU", 0.0) >= args.gpus
-    return {"max_surge_percent": 1} if room and free else {}  # 1 %, rounded up: one
 
 
 def run(
@@ -212,7 +203,7 @@ def _at_home(args: dict[str, Any], url: str) -> dict[str, Any]:
     if given.policy:
         absolute["policy"] = str(Path(given.policy).resolve())
     if given.adapters:
-        absolute["adapters"] = {name: str(Path(path).resolve()) for name, path in given.adapters.items()}
+        absolute["adapters"] = {name: _resolved(path) for name, path in given.adapters.items()}
     return {**args, **absolute, "ui_api": given.ui_api or f"{url}/v1"}
 
 
@@ -293,9 +284,9 @@ class Gateway:
         self._keys = keys.keys_of(args.api_keys, self._shared)
         if self._shared is not None and self._keys is not None and self._keys.limited:
             await self._shared.begin()
-        self._adapters = KnownAdapters(args)
-        self._known = await asyncio.to_thread(self._adapters.get)
-        self._models[0][1].know({each.identity: each.directory for each in self._known.values()})
+        several = self._application if args.max_gateways > 1 else None
+        self._names = GatewayNames(KnownAdapters(args), self._models[0][1].know, several)
+        self._known = await self._names.get()
         while await _is_served_by_another() and not all([await client.same_model() for _, client in self._models]):
             await asyncio.sleep(POLL_SECONDS)
 
@@ -311,6 +302,10 @@ class Gateway:
             told = client.resumed() | ({} if self._split is None else self._split.counted())
             resumed |= {key.beside(model_name=served.name): value for key, value in told.items()}
         return self._name, {**self._app.state.service.counted(), **resumed}
+
+    async def look_at_adapters(self) -> dict[str, str]:
+        """`Adapters.look`: one of the gateways has changed them."""
+        return dict(await self._app.state.adapters.look())
 
     def voted(self, answer: str, who: str | None, rating: str | None) -> None:
         """`who` rates an answer, at any gateway: counted where it was given."""
@@ -366,8 +361,8 @@ class Gateway:
             at_once=args.max_batch * args.max_replicas * len(models),  # so that idle replicas are used
             capture=args.captured,
             adapters=self._known,
-            adapters_from=Path(args.adapters_from) if args.adapters_from else None,
-            on_adapters=self._adapters.put,
+            adapters_from=args.adapters_from,
+            adapter_names=self._names,
             follower=follower,
             run_code=args.run_code,
             tools=args.tools,

@@ -19,22 +19,23 @@ from torch import Tensor
 
 from shoal.errors import CheckpointError, first_line
 from shoal.machine import need_memory
-from shoal.model import adapter_files, described
+from shoal.model import described
 from shoal.model.adapter_files import CONFIG, MOST_RANK, PREFIX, WEIGHTS, AdapterFiles
 from shoal.model.adapters import Adapter, Pair, kept
 from shoal.model.linears import Int8Linear, Linear
 from shoal.model.model import Model
 from shoal.model.net import Net
-from shoal.open_weights import families
+from shoal.open_weights import adapter_place, families
 
 Module = tuple[str, tuple[str, ...], tuple[int, ...]]
 Thin = dict[str, dict[str, Tensor]]  # module -> "A" [r, I] and "B" [O, r]
 
 
 def read(directory: str | Path, model: Model) -> Adapter:
-    """The adapter in a directory, for `model` where it is now. Raises CheckpointError naming the file, the key or the tensor
-    that is missing, not finite, or of another base; ResourceError where memory lacks."""
-    directory = Path(directory)
+    """The adapter in a directory, or at ``s3://...``, for `model` where it is now. Raises CheckpointError naming the file, the
+    key or the tensor that is missing, not finite, or of another base; ResourceError where memory or room on the disk lacks;
+    DataError where S3 does not answer."""
+    directory = str(directory).rstrip("/")
     if model.smoothed:
         raise CheckpointError(
             f"{directory}: the base was INT8 whose channels were moved, and does not say how",
@@ -45,9 +46,10 @@ def read(directory: str | Path, model: Model) -> Adapter:
         for name, module in model.net.named_modules()
         if isinstance(module, (Linear, Int8Linear)) and name.startswith("groups.")
     }
-    files = adapter_files.read(directory, most=sum(8 * MOST_RANK * sum(shape) for shape in linears.values()) + 2**20)
-    _need_base(directory, files, model)
-    thin = _thin(directory / WEIGHTS, files.data)
+    files = adapter_place.read(directory, most=sum(8 * MOST_RANK * sum(shape) for shape in linears.values()) + 2**20)
+    weights = f"{directory}/{WEIGHTS}"
+    _need_base(str(directory), files, model)
+    thin = _thin(weights, files.data)
     need_memory(3 * len(files.data))
     pairs: dict[str, Pair] = {}
     for ours, theirs, rows in _modules(model, linears):
@@ -55,21 +57,19 @@ def read(directory: str | Path, model: Model) -> Adapter:
         if any(found):
             shapes = [(count, linears[ours][1]) for count in rows]
             for name, piece, shape in zip(theirs, found, shapes, strict=True):
-                _need_shape(directory / WEIGHTS, name, piece, shape, files.rank)
+                _need_shape(weights, name, piece, shape, files.rank)
             if ours in pairs:  # of an imported model each linear has two names
                 got = "matrices of a linear by its other name as well"
-                raise CheckpointError(f"{directory / WEIGHTS}: {theirs[0]}", got=got, do="save the adapter again")
+                raise CheckpointError(f"{weights}: {theirs[0]}", got=got, do="save the adapter again")
             a, b = _joined(found, rows)
             pairs[ours] = kept(model.net.get_submodule(ours), a, files.scale * b.T)
     if thin:
         name = sorted(thin)[0]
-        raise CheckpointError(
-            f"{directory / WEIGHTS}: {name}", got="no linear of this model's layers", do="give its own base"
-        )
+        raise CheckpointError(f"{weights}: {name}", got="no linear of this model's layers", do="give its own base")
     if not pairs:
-        raise CheckpointError(f"{directory / WEIGHTS}", got="no thin matrices", do="give a LoRA adapter")
+        raise CheckpointError(f"{weights}", got="no thin matrices", do="give a LoRA adapter")
     if not all(tensor.isfinite().all() for pair in pairs.values() for tensor in pair):
-        raise CheckpointError(f"{directory / WEIGHTS}", got="NaN or infinity", do="train it again")
+        raise CheckpointError(f"{weights}", got="NaN or infinity", do="train it again")
     moved = {name: (a.to(model.device), b.to(model.device)) for name, (a, b) in pairs.items()}
     return Adapter(files.identity, moved)
 
@@ -84,16 +84,16 @@ def check(directory: str | Path, model: str | Path) -> None:
     read(directory, Model(it.config, net, it.tokenizer, name=it.name, source=told, base=described.base(model)))
 
 
-def _need_base(directory: Path, files: AdapterFiles, model: Model) -> None:
+def _need_base(directory: str, files: AdapterFiles, model: Model) -> None:
     """Raises CheckpointError for an adapter of other weights, as one of ours knows, and for one that names another base, which
     is all that others say: another last part of a path or of a repository's name."""
     own = [str(model.source["name"])] if model.source else []
     known = {_last(name) for name in (*own, model.name, model.name.removesuffix("-int8"))}
     if files.base and _last(files.base) not in known:
-        where, allowed = f"{directory / CONFIG}: base_model_name_or_path", own[0] if own else model.name
+        where, allowed = f"{directory}/{CONFIG}: base_model_name_or_path", own[0] if own else model.name
         raise CheckpointError(where, got=files.base, allowed=allowed)
     if files.base_sha256 and model.base and files.base_sha256 != model.base:
-        what, allowed = f"{directory / WEIGHTS}: sha256 of its base", f"{model.base[:16]}, which is {model.name}'s"
+        what, allowed = f"{directory}/{WEIGHTS}: sha256 of its base", f"{model.base[:16]}, which is {model.name}'s"
         do = "serve it beside the model that it was trained on, or train it again"
         raise CheckpointError(what, got=files.base_sha256[:16], allowed=allowed, do=do)
 
@@ -102,7 +102,7 @@ def _last(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()
 
 
-def _thin(path: Path, data: bytes) -> Thin:
+def _thin(path: str, data: bytes) -> Thin:
     """The matrices of each module. Raises CheckpointError for a tensor of any other name."""
     try:
         tensors = load(data)
@@ -135,7 +135,7 @@ def _modules(model: Model, linears: Mapping[str, tuple[int, int]]) -> list[Modul
     return made
 
 
-def _need_shape(path: Path, name: str, piece: Mapping[str, Tensor] | None, shape: tuple[int, int], rank: int) -> None:
+def _need_shape(path: str, name: str, piece: Mapping[str, Tensor] | None, shape: tuple[int, int], rank: int) -> None:
     if piece is None:
         return
     for side in ("A", "B"):

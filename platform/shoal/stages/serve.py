@@ -103,10 +103,16 @@ class Serve(Stage):
         ),
     ] = None
     adapters: Annotated[
-        list[str] | None, typer.Option(help="NAME=DIR of a LoRA adapter of the model, served as NAME; repeat. [none]")
+        list[str] | None,
+        typer.Option(
+            help="NAME=DIR, or NAME=s3://BUCKET/PREFIX, of a LoRA adapter of the model, served as NAME; repeat. [none]"
+        ),
     ] = None
     adapters_from: Annotated[
-        Path | None, typer.Option(help="Folder whose adapters requests may load (docs/api.md). [they may not]")
+        str | None,
+        typer.Option(
+            help="Folder, or s3://BUCKET/PREFIX, whose adapters requests may load (docs/api.md). [they may not]"
+        ),
     ] = None
     policy: Annotated[
         Path | None,
@@ -170,7 +176,7 @@ class Serve(Stage):
             "capture_texts_days": self.capture_texts_days,
             "capture_reruns": self.capture_reruns,
             "adapters": parse_adapters(self.adapters) if self.adapters else None,
-            "adapters_from": self.adapters_from and str(self.adapters_from.absolute()),
+            "adapters_from": self.adapters_from and absolute(self.adapters_from),
             "policy": self.policy and str(self.policy.absolute()),
             "run_code": self.run_code,
             "tools": self.tools,

@@ -91,7 +91,7 @@ class Scripted:
     async def load_adapter(self, directory: str) -> str:
         return f"of {directory}"
 
-    async def keep_adapters(self, known: Mapping[str, str]) -> None:
+    async def keep_adapters(self, known: Mapping[str, str], held: Mapping[str, str], at: int) -> None:
         pass
 
     async def stats(self) -> Samples:

@@ -37,10 +37,6 @@ def test_one_process_refuses_by_name_what_only_ray_can_follow(given: dict[str, A
     [
         ({"min_gateways": 0}, "args.min_gateways: got 0; allowed: 1 or more"),
         ({"min_gateways": 3, "max_gateways": 2}, r"args.max_gateways: got 2; allowed: min_gateways \(3\) up"),
-        (
-            {"max_gateways": 2, "adapters_from": "d"},
-            "args.adapters_from and args.max_gateways.*knows what requests load",
-        ),
     ],
 )
 def test_what_several_gateways_cannot_do_is_refused_by_name(given: dict[str, Any], says: str) -> None:

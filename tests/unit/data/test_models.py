@@ -324,3 +324,69 @@ def test_copies_have_a_bound_and_the_one_that_was_not_used_goes(
 def test_another_service_with_a_bucket_of_that_name_has_another_copy(s3: Service, tmp_path: Path) -> None:
     models.put(directory(tmp_path / "made", 1), URI)
     assert models.here(URI) != models.here(URI, service=S3(s3.inside.endpoint))
+
+
+THIN = "s3://ocean/adapters/a"
+MOST = {"config.json": 100, "weights.bin": 3 * MIB}
+
+
+def thin(s3: Service, tmp_path: Path, seed: int, size: int = 2 * MIB) -> dict[str, bytes]:
+    """A directory without a manifest, at `THIN`."""
+    held = {"config.json": b"{}", "weights.bin": random.Random(seed).randbytes(size)}
+    for name, data in held.items():
+        (tmp_path / name).write_bytes(data)
+        Bucket(THIN, s3.inside).put(tmp_path / name, name)
+    return held
+
+
+def test_a_directory_without_a_manifest_is_fetched_once_and_anew_where_it_is_another(
+    s3: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "PIECE", MIB + 1)
+    first = thin(s3, tmp_path, 1)
+    at = models.some(THIN, MOST)
+    fetched = Bucket.part
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "part", lambda *_, **__: pytest.fail("it is here"))
+        assert files(models.some(f"{THIN}/", MOST)) == files(at) == first
+    second = thin(s3, tmp_path, 2)
+    other = models.some(THIN, MOST)
+    assert other != at and files(other) == second and files(at) == first
+    (other / "weights.bin").unlink()
+
+    def replaced(bucket: Bucket, name: str, start: int, end: int, *, tag: str) -> bytes:
+        if start:
+            thin(s3, tmp_path, 3)
+        return fetched(bucket, name, start, end, tag=tag)
+
+    monkeypatch.setattr(Bucket, "part", replaced)
+    with pytest.raises(DataError, match=r"weights\.bin"):
+        models.some(THIN, MOST)
+    assert [*files(other)] == ["config.json"], "no part of two files is left"
+
+
+def test_of_a_directory_without_a_manifest_it_is_said_what_is_missing_or_too_large(s3: Service, tmp_path: Path) -> None:
+    assert models.some(tmp_path, MOST) == tmp_path
+    with pytest.raises(CheckpointError, match=rf"{THIN} lacks config\.json"):
+        models.some(THIN, MOST)
+    thin(s3, tmp_path, 1, 4 * MIB)
+    with pytest.raises(CheckpointError, match=r"weights\.bin: got 4194304; allowed: at most 3145728 bytes"):
+        models.some(THIN, MOST)
+    with pytest.raises(DataError, match="bucket does not exist"):
+        models.some("s3://nowhere/a", MOST)
+
+
+def test_where_the_disk_is_full_a_directory_without_a_manifest_is_a_line(
+    s3: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thin(s3, tmp_path, 1)
+
+    def full(*_: object, **__: object) -> bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "part", full)
+        with pytest.raises(ResourceError) as caught:
+            models.some(THIN, MOST)
+    assert "\n" not in str(caught.value)
+    assert files(models.some(THIN, MOST)).keys() == MOST.keys()

@@ -15,12 +15,12 @@ from ray.exceptions import ActorDiedError
 
 from shoal import Request
 from shoal.api.serve_args import ServeArgs
-from shoal.errors import CheckpointError, EngineDeadError
+from shoal.errors import CheckpointError, DataError, EngineDeadError
 from shoal.on_ray.calls import OtherModelError, Wanted
 from shoal.on_ray.clients import ReplicaClient
-from tests.unit.on_ray.test_engines import Replica
+from shoal.on_ray.replica_adapters import ReplicaAdapters
 
-Do = Callable[[str, Any], object]  # method and what it is given -> what it answers, or raises
+Do = Callable[..., object]  # method and what it is given -> what it answers, or raises
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Handle:
     """A deployment handle of `replicas`; `asked` are the calls of all."""
 
     replicas: list[Do]
-    asked: list[tuple[int, str, Any]] = field(default_factory=list)
+    asked: list[tuple[Any, ...]] = field(default_factory=list)
     wanted: list[Wanted] = field(default_factory=list)
 
     app_name, deployment_name = "app", "adapted"
@@ -70,7 +70,7 @@ class Result:
 
 
 def says(answer: object) -> Do:
-    return lambda method, given: answer if method == "load_adapter" else None
+    return lambda method, *given: answer if method == "load_adapter" or isinstance(answer, ActorDiedError) else None
 
 
 def loaded(*replicas: Do) -> tuple[str | Exception, Handle, ReplicaClient]:
@@ -102,13 +102,19 @@ def test_one_that_is_lost_does_not_keep_the_others_from_it() -> None:
 @pytest.mark.parametrize(
     ("second", "message"), [(CheckpointError("it is broken"), "it is broken"), ("other", "changed while it was loaded")]
 )
-def test_where_one_refuses_it_all_drop_it(second: object, message: str) -> None:
-    answer, handle, client = loaded(says("new"), says(second))
+def test_where_one_refuses_it_nobody_is_asked_for_it(second: object, message: str) -> None:
+    """That all drop it is `Adapters`' to say, which knows what other gateways hold (tests/unit/api/test_gateways_adapters)."""
+    answer, _, client = loaded(says("new"), says(second))
     assert isinstance(answer, CheckpointError) and message in answer.message
-    assert [call for call in handle.asked if call[1] == "keep_adapters"] == [
-        (number, "keep_adapters", {"old": "there"}) for number in (0, 1)
-    ]
     assert client._place("new") == ("new", "")
+
+
+def test_all_are_told_what_is_known_what_is_held_and_as_of_when() -> None:
+    handle = Handle([says("new"), says(ActorDiedError())])
+    client = ReplicaClient(handle, may_be_none=False, reads="r")  # type: ignore[arg-type]
+    asyncio.run(client.keep_adapters({"new": "there"}, {"old": "here"}, 7))
+    assert handle.asked == [(number, "keep_adapters", {"new": "there"}, ["old"], 7) for number in (0, 1)]
+    assert client._place("new") == ("new", "there") and client._place("old") == ("old", "here")
 
 
 def test_where_the_first_refuses_it_nobody_else_is_asked() -> None:
@@ -136,6 +142,10 @@ class Engine:
 
     def __init__(self, known: str, there: str) -> None:
         self.known, self.there, self.loads = {known}, there, 0
+        self.fails: Exception | None = None
+
+    async def keep_adapters(self, known: dict[str, str], held: dict[str, str]) -> None:
+        self.known &= {*known, *held}
 
     def knows_adapter(self, identity: str) -> bool:
         return identity in self.known
@@ -143,6 +153,8 @@ class Engine:
     async def load_adapter(self, directory: str, identity: str) -> str:
         self.loads += 1
         await asyncio.sleep(0)  # others come meanwhile
+        if self.fails is not None:
+            raise self.fails
         if identity != self.there:
             raise CheckpointError(f"{directory} is not what was loaded from there before")
         self.known.add(identity)
@@ -150,11 +162,10 @@ class Engine:
 
 
 def with_adapter(engine: Engine, identity: str, directory: str, times: int = 1) -> None:
-    replica = Replica(ServeArgs(model="m"), "m")
-    replica._name = "mine"
+    adapters = ReplicaAdapters(ServeArgs(model="m"), "mine")
 
     async def ask() -> None:
-        await asyncio.gather(*(replica._with_adapter(engine, identity, directory) for _ in range(times)))  # type: ignore[arg-type]
+        await asyncio.gather(*(adapters.need(engine, identity, directory) for _ in range(times)))  # type: ignore[arg-type]
 
     asyncio.run(ask())
 
@@ -173,3 +184,29 @@ def test_a_replica_that_finds_something_else_there_is_not_the_one_to_ask() -> No
     with pytest.raises(OtherModelError) as caught:
         with_adapter(Engine("a", "c"), "b", "dir")
     assert caught.value.replica == "mine"
+
+
+def test_where_its_place_does_not_answer_another_replica_is_asked() -> None:
+    engine = Engine("a", "b")
+    engine.fails = DataError("s3://ocean/b: S3 does not answer")
+    with pytest.raises(OtherModelError, match="cannot be read now") as caught:
+        with_adapter(engine, "b", "s3://ocean/b")
+    assert caught.value.replica == "mine"
+
+
+def test_a_replica_hears_the_newest_of_what_several_gateways_tell_it() -> None:
+    """One tells what it knew before the other made "b" known: had it come first, "b" would be there all the same."""
+    engine, adapters = Engine("a", "b"), ReplicaAdapters(ServeArgs(model="m"), "mine")
+
+    async def hear() -> None:
+        await adapters.keep(engine, {"b": "dir"}, ["a"], 2)  # type: ignore[arg-type]
+        assert engine.known == {"a", "b"}, "who is known is loaded, who is held stays"
+        await adapters.keep(engine, {"a": "old"}, [], 1)  # type: ignore[arg-type]
+        assert engine.known == {"a", "b"}, "it is older"
+        await adapters.keep(engine, {"b": "dir"}, [], 2)  # type: ignore[arg-type]
+        assert engine.known == {"b"}
+        engine.fails = DataError("s3://ocean/c: S3 does not answer")
+        await adapters.keep(engine, {"b": "dir", "c": "s3://ocean/c"}, [], 3)  # type: ignore[arg-type]
+        assert engine.known == {"b"}, "the others are served"
+
+    asyncio.run(hear())
