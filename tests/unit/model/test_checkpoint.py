@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shoal import Model
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, ResourceError
 from shoal.model import checkpoint, files
 from shoal.model.router import Router
 
@@ -98,9 +98,9 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_
         raise OSError("no space left on device")
 
     monkeypatch.setattr("shoal.model.files.save_file", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(ResourceError, match="no space"):
         Model.from_preset("test", seed=2).save(tmp_path / "m")
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(ResourceError, match="no space"):
         Model.from_preset("test", seed=2).save(tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
     assert torch.equal(Model.load(tmp_path / "m").net.embed.weight, model.net.embed.weight)
@@ -181,7 +181,7 @@ def test_where_the_new_model_cannot_take_the_place_the_old_one_is_put_back(model
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="went away"):
+    with pytest.raises(ResourceError, match="went away"):
         Model.from_preset("test", seed=2).save(tmp_path / "m")
     assert contents(tmp_path) == before
 
