@@ -129,8 +129,9 @@ def require_replaceable(directory: str | Path) -> None:
     """Raises CheckpointError when `directory` holds anything but a model of ours, which alone may be replaced: its config.json
     is of our format, and its manifest lists whatever lies there. One that is empty, or is not there, may be taken; what a
     killed command has taken away is first put back (`put_back`). The one that this process is in may not."""
-    need_movable(Path(directory))
-    directory = Path(directory).resolve()  # where a link leads is replaced, and is what a killed command took away
+    given = Path(directory)
+    need_movable(given)
+    directory = given.resolve()  # where a link leads is replaced, and is what a killed command took away
     put_back(directory)
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
@@ -142,7 +143,7 @@ def require_replaceable(directory: str | Path) -> None:
         got = files.unlisted(directory)
     if got:
         raise CheckpointError(
-            f"{directory} is not a model directory that may be replaced", got=got,
+            f"{given} is not a model directory that may be replaced", got=got,
             do="choose another place, or take out what is not the model's",
         )  # fmt: skip
 
