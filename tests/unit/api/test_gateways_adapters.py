@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from shoal.api import adapters as module
+from shoal.api import adapters
 from shoal.api.adapter_names import Change, Known, State
 from shoal.api.adapters import Adapters, loaded
 from shoal.api.limits import Limits
@@ -93,7 +93,7 @@ class Gateway:
 
 @pytest.fixture
 def two(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> tuple[Gateway, Gateway, Names, Engines]:
-    monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(adapters, "LOOK_SECONDS", 0.0)
     names, engines = Names(), Engines()
     made = []
     for _ in range(2):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.api.batches import store as module
+from shoal.api.batches import store
 from shoal.api.batches.shapes import BatchRequest
 from shoal.api.batches.store import ANYBODY, HeldError, Store
 from shoal.api.limits import Limits
@@ -21,13 +21,13 @@ AT_ONCE = 8
 @pytest.fixture
 def gateways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Store]:
     """Two over one folder, in which putting something in place takes as long as on a network."""
-    real = module._into_place
+    real = store._into_place
 
     def slow(place: Path, final: Path) -> None:
         time.sleep(0.02)
         real(place, final)
 
-    monkeypatch.setattr(module, "_into_place", slow)
+    monkeypatch.setattr(store, "_into_place", slow)
     limits = replace(Limits(), held_files=3, open_batches=1)
     return [Store(tmp_path, limits) for _ in range(2)]
 

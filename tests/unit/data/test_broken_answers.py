@@ -12,7 +12,7 @@ import pytest
 from shoal.data.place import Bucket
 from shoal.data.ranged import BLOCK, Origin, _fetch
 from shoal.data.sources import s3
-from shoal.loop import bucket as loop
+from shoal.loop import bucket
 from tests.s3 import Service, service
 
 URI = "s3://ocean/x"
@@ -32,11 +32,11 @@ def held() -> Iterator[tuple[Service, bytes, str]]:
 def gets(held: tuple[Service, bytes, str], tmp_path: Path) -> dict[str, tuple[Callable[[], bytes | None], bytes]]:
     """All that reads objects in one go, and what each is to give."""
     made, data, tag = held
-    bucket, origin = Bucket(URI, made.s3), Origin(URI, made.endpoint)
-    copy = loop.Bucket(URI, made.s3)
+    there, origin = Bucket(URI, made.s3), Origin(URI, made.endpoint)
+    copy = bucket.Bucket(URI, made.s3)
     return {
-        "text": (lambda: bucket.text("a"), data),
-        "part": (lambda: bucket.part("a", 10, 200_000, tag=tag), data[10:200_000]),
+        "text": (lambda: there.text("a"), data),
+        "part": (lambda: there.part("a", 10, 200_000, tag=tag), data[10:200_000]),
         "block": (lambda: _fetch(origin, "a", len(data), 0), data[:BLOCK]),
         "capture": (lambda: copy._get("a"), data),
     }
