@@ -47,12 +47,12 @@ def ask(url: str) -> Answer:
 
 
 class Load:
-    """`STREAMS` clients, each with one request after the other until the block ends."""
+    """So many clients, each with one request after the other until the block ends."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, streams: int = STREAMS) -> None:
         self._url, self._over = url, threading.Event()
         self.answers: list[Answer] = []
-        self._threads = [threading.Thread(target=self._client) for _ in range(STREAMS)]
+        self._threads = [threading.Thread(target=self._client) for _ in range(streams)]
 
     def _client(self) -> None:
         while not self._over.is_set():

@@ -41,9 +41,10 @@ def release(tmp_path: Path) -> Release:
     return made
 
 
-@pytest.fixture
-def url(shared_ray: None, release: Release) -> Iterator[str]:
-    args = ServeArgs(release=str(release.directory), name="fish", cpus=0.5, max_batch=4, max_queue=QUEUE)
+@pytest.fixture(params=[1, 2], ids=["one gateway", "two gateways"])
+def url(shared_ray: None, release: Release, request: pytest.FixtureRequest) -> Iterator[str]:
+    gateways = {"min_gateways": request.param, "max_gateways": request.param}
+    args = ServeArgs(release=str(release.directory), name="fish", cpus=0.5, max_batch=4, max_queue=QUEUE, **gateways)
     try:
         yield serve.run(serve_config(args, port=free_port()), blocking=False)
     finally:
