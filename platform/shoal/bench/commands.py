@@ -284,8 +284,8 @@ def checkpoint(
     preset: Annotated[str, typer.Option(help="What is trained.")] = "small",
     tokens: Annotated[int, typer.Option(help="Tokens of an update, at least a row of the preset.")] = 8192,
     every: Annotated[float, typer.Option(help="Seconds from one checkpoint to the next.")] = 10.0,
-    rounds: Annotated[int, typer.Option(help="Pairs of turns, with a checkpoint and without.")] = 9,
-    threads: Annotated[int | None, typer.Option(help="That training computes with. [all cores]")] = None,
+    rounds: Annotated[int, typer.Option(help="Pairs of updates in turns, with a checkpoint and without.")] = 9,
+    threads: Annotated[int | None, typer.Option(help="CPUs that training computes with. [all]")] = None,
 ) -> None:
     """What checkpoints beside training slow it by; of `small` some four minutes, on two cores."""
     from shoal.bench.checkpoint import checkpoint as run
@@ -436,7 +436,7 @@ def data(
     seconds: Annotated[
         float | None,
         typer.Option(
-            help="Of `size`: no larger size is begun that would take longer, by what the last one took. [any]"
+            help="Seconds of `size`: no larger one is begun that would take longer, by what the last one took. [any]"
         ),
     ] = None,
 ) -> None:
