@@ -110,7 +110,8 @@ def _worth(card: Card) -> str:
     if not card.adapted:
         return ""
     learned = f"The early exits learned for {card.adapted['minutes']:g} minutes"
-    return f"{learned}: they draft for full depth, and answer badly. An hour of it: shoal assistant --adapt 60"
+    worth = "they answer badly, and drafts of theirs save time only where most stand"
+    return f"{learned}: {worth}. An hour of it: shoal assistant --adapt 60"
 
 
 def depths_of(card: Card, chosen: str, picked: str = "auto") -> Any:

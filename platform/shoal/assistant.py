@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -50,6 +51,7 @@ CHATS = 12  # for each minute of learning; 24 are some 5,000 tokens, which the e
 ASIDE = 4  # of so many chats one is not learned from, and the exits are measured on it
 UPDATE = 512  # tokens: minutes are better spent on many small updates
 HOUR = 60
+BEFORE = "exits.before"  # under the root: exits that learn on
 
 
 def run(root: Path, *, stay: bool, port: int, console: Console, source: str = NAME, adapt: float = ADAPT) -> None:
@@ -79,9 +81,7 @@ def _made(root: Path, console: Console, source: str, adapt: float) -> Path:
     ]
     if adapt:
         told = f"early exits learn for {adapt:g} minutes, from what the model says to itself (ADAPT=0 leaves them out)"
-        steps.insert(
-            1, ("adapt", told, exits, lambda: _learned(exits) >= adapt, lambda: _adapt(model, root, exits, adapt))
-        )
+        steps.insert(1, ("adapt", told, exits, lambda: _learned(exits) >= adapt, lambda: _adapt(root, exits, adapt)))
     count = len(steps) + 1
     for number, (name, what, result, is_done, step) in enumerate(steps, 1):
         head, start = f"[{number}/{count}] {name:9s}", time.monotonic()
@@ -102,7 +102,8 @@ def worth(exits: Path, root: Path) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in told["agreement"].items())
     return (
         f"  after {told['minutes']:g} minutes an exit's likeliest word is full depth's at so many places of answers that it "
-        f"did not learn from: {shares}.\n  That is worth drafts, which full depth checks, and no answers. "
+        f"did not learn from: {shares}.\n  Answers of theirs are bad, and drafts, which full depth checks, save time only "
+        f"where most stand. "
         f"An hour of it: shoal assistant --root {root} --adapt {HOUR}"
     )
 
@@ -126,16 +127,24 @@ def _is_of(int8: Path, whole: Path) -> bool:
     return _complete(int8) and _known(int8) == _known(whole)
 
 
-def _adapt(model: Path, root: Path, out: Path, minutes: float) -> None:
-    """Let `model` talk to itself, teach its exits by three quarters of that, and write it to `out` with their `agreement` on
-    the rest. What `shoal adapt --data ROOT/own.jsonl` would do."""
-    base = Model.load(model)
-    said = own_words.chats(base, max(2 * CHATS, round(CHATS * minutes)))
+def _adapt(root: Path, out: Path, minutes: float) -> None:
+    """Let the model under `root` talk to itself, teach its exits by three quarters of that, and write it to `out` with their
+    `agreement` on the rest. What `shoal adapt --data ROOT/own.jsonl` would do. Exits that have learned for some of the
+    `minutes` go on, for what is left of them."""
+    before = root / BEFORE
+    if _learned(out):
+        shutil.rmtree(before, ignore_errors=True)
+        out.rename(before)
+    if _learned(before) >= minutes:  # one that went on from there was killed
+        before.rename(out)
+        return
+    begun = before if _learned(before) else root / "model"
+    said = own_words.chats(Model.load(root / "model"), max(2 * CHATS, round(CHATS * minutes)))
     learned = [chat for number, chat in enumerate(said) if number % ASIDE]
     _own(root).write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in learned), encoding="utf-8")
     plan = adapt_plan(
-        str(model), str(_own(root)), str(out), run=str(root / "exits.run"), minutes=minutes, batch_tokens=UPDATE,
-        eval_every=0, resume="never",
+        str(begun), str(_own(root)), str(out), run=str(root / "exits.run"), minutes=minutes - _learned(begun),
+        batch_tokens=UPDATE, eval_every=0, resume="never",
     )  # fmt: skip
     fit(plan)
     given = Model.load(out)
@@ -145,6 +154,7 @@ def _adapt(model: Path, root: Path, out: Path, minutes: float) -> None:
         ADAPTED: {"minutes": minutes, "agreement": own_words.agreement(given, aside)},
     }
     given.save(out)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _own(root: Path) -> Path:

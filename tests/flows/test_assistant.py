@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from shoal.errors import ResourceError, UsageError
 from shoal.evaluate import own_words
 from shoal.model import described
 from shoal.stages.stage import out
+from shoal.train.plan import FitPlan, adapt_plan
 
 DATA = Path(__file__).parents[1] / "data" / "open"
 SECONDS = 600  # after which a process that should have ended is ended
@@ -77,6 +79,13 @@ def test_exits_that_learn_for_longer_or_are_left_out_are_made_again(
         assistant.run(root, stay=False, port=0, console=Console(width=999), source=str(source), adapt=adapt)
         return capsys.readouterr().out
 
+    begun = list[tuple[str, float]]()
+
+    def planned(model: str, *given: Any, minutes: float, **more: Any) -> FitPlan:
+        begun.append((Path(model).name, round(minutes, 3)))
+        return adapt_plan(model, *given, minutes=minutes, **more)
+
+    monkeypatch.setattr(assistant, "adapt_plan", planned)
     for adapt, done in ((0.01, 0), (0.02, 1), (0.01, 3), (0, 1)):
         text = made(adapt)
         assert text.count("done before") == done, (adapt, text)
@@ -84,6 +93,8 @@ def test_exits_that_learn_for_longer_or_are_left_out_are_made_again(
         assert (worth in text) == (adapt > 0) and ("--adapt 60" in text) == (adapt > 0)
         exits = {"shallow": 2, "middle": 4, "full": 6} if adapt else {"full": 6}
         assert Model.load(root / "int8", verify=True).config.exit_names == exits
+    assert begun == [("model", 0.01), ("exits.before", 0.01)], "they go on from where they were"
+    assert not (root / "exits.before").exists()
     given, base = Model.load(root / "exits", verify=True), Model.load(root / "model")
     assert given.source is not None and given.source["adapted"]["minutes"] == 0.02
     assert set(given.source["adapted"]["agreement"]) == {"shallow", "middle"}
@@ -92,6 +103,34 @@ def test_exits_that_learn_for_longer_or_are_left_out_are_made_again(
     assert torch.equal(base.logits(ids), given.logits(ids)), "full depth is what was imported"
     learned = [json.loads(line)["messages"] for line in (root / "own.jsonl").read_text().splitlines()]
     assert 6 <= len(learned) <= 18 and all([m["role"] for m in chat] == ["user", "assistant"] for chat in learned)
+
+
+def test_exits_that_were_learning_on_when_they_were_killed_are_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, root = tmp_path / "from", tmp_path / "run"
+    shutil.copytree(DATA / "smollm2", source)
+    shutil.copytree(DATA / "tokenizer", source, dirs_exist_ok=True)
+    monkeypatch.setattr(assistant, "_serve", lambda *_, **__: None)
+
+    def run(adapt: float) -> None:
+        assistant.run(root, stay=False, port=0, console=Console(width=999), source=str(source), adapt=adapt)
+
+    def killed(_: FitPlan) -> None:
+        raise KeyboardInterrupt
+
+    run(0.01)
+    kept = Model.load(root / "exits").net.state_dict()
+    for adapt in (0.01, 0.02):
+        with monkeypatch.context() as patch:
+            patch.setattr(assistant, "fit", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run(0.02)
+        run(adapt)
+        given = Model.load(root / "exits")
+        assert given.source is not None and given.source["adapted"]["minutes"] == adapt
+        same = all(torch.equal(kept[name], tensor) for name, tensor in given.net.state_dict().items())
+        assert same == (adapt == 0.01)
 
 
 def test_agreement_is_the_share_of_places_where_an_exit_would_say_the_same(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def gets(held: tuple[Service, bytes, str], tmp_path: Path) -> dict[str, tuple[Ca
         "text": (lambda: there.text("a"), data),
         "part": (lambda: there.part("a", 10, 200_000, tag=tag), data[10:200_000]),
         "block": (lambda: _fetch(origin, "a", len(data), 0), data[:BLOCK]),
-        "capture": (lambda: copy._get("a"), data),
+        "capture": (lambda: copy._get("a")[0], data),
     }
 
 
@@ -54,7 +54,7 @@ def test_an_answer_that_breaks_off_in_the_middle_is_asked_for_again(
     get, wanted = gets[name]
     made = held[0]
     made.cut = s3.ATTEMPTS - 1
-    assert get() == wanted and made.cut == 0
+    assert (get() == wanted) is True and made.cut == 0  # no drawing of where so many bytes differ
     made.cut = s3.ATTEMPTS
     with pytest.raises(Exception, match=r"IncompleteRead|more expected"):
         get()
