@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from shoal.bench import open_forms
 from shoal.bench.open_parts import (
     BATCH_TOKENS,
     LONG,
@@ -163,19 +164,6 @@ class Trial:
 
         return self._model("adapted", make)
 
-    def _norms(self) -> Model:
-        """C, but for exits that are a norm alone."""
-
-        def make(where: Path) -> None:
-            net = lens(self.imported().net)
-            for name, parameter in net.named_parameters():
-                parameter.requires_grad_(exits.is_exits(name, net.config))
-            weights = (1.0,) * len(net.config.exits)
-            steps = self.steps // 2
-            self._save(trained(net.config, self.texts, seed=self.seed, steps=steps, weights=weights, start=net), where)
-
-        return self._model("norms", make)
-
     def joint(self) -> Model:
         """D: exits from the start, for as much computing as A and C took."""
         steps = self.joint_steps()
@@ -235,13 +223,14 @@ class Trial:
     def _adapted(self) -> dict[str, Any]:
         base, model = self.imported(), self.adapted()
         begun = exits.added(base.net, exits.with_exits(base.config))
-        norms = self._norms().net
+        forms = open_forms.learned(base.net, self.texts, seed=self.seed, steps=self.steps // 2)
         ids = self.texts.rows(most=1)[0, :-1].tolist()
         same = torch.equal(base.logits(ids), model.logits(ids))
         kept = digest(base.net.state_dict()) == digest(exits.backbone(model.net.state_dict(), model.config))
         return {
             "bits": bits(model.net, self.texts), "bits of the copy": bits(begun, self.texts),
-            "bits of norms alone": bits(norms, self.texts), "full depth the same": float(same), "sha256 the same": float(kept),
+            "bits by form": open_forms.bits_of(base.net, forms, self.texts), "full depth the same": float(same),
+            "sha256 the same": float(kept),
         }  # fmt: skip
 
     def _joint(self) -> dict[str, Any]:
