@@ -372,9 +372,8 @@ def test_of_a_directory_without_a_manifest_it_is_said_what_is_missing_or_too_lar
     thin(s3, tmp_path, 1, 4 * MIB)
     with pytest.raises(CheckpointError, match=r"weights\.bin: got 4194304; allowed: at most 3145728 bytes"):
         models.some(THIN, MOST)
-    with pytest.raises(
-        CheckpointError, match=r"s3://nowhere/a lacks config\.json"
-    ):  # S3 does not say that its bucket does
+    # S3 does not say, of an object, that it is its bucket which is not there
+    with pytest.raises(CheckpointError, match=r"s3://nowhere/a lacks config\.json"):
         models.some("s3://nowhere/a", MOST)
 
 
