@@ -28,7 +28,7 @@ from shoal.data.alone import alone
 from shoal.errors import ResourceError, UsageError
 from shoal.evaluate import own_words
 from shoal.evaluate.rounding import rounded
-from shoal.machine import need_disk, need_free_port
+from shoal.machine import need_disk, need_free_port, write_aside
 from shoal.model.described import ADAPTED, adapted
 from shoal.model.model import Model
 from shoal.open_weights.convert import import_model
@@ -51,6 +51,7 @@ CHATS = 12  # for each minute of learning; 24 are some 5,000 tokens, which the e
 ASIDE = 4  # of so many chats one is not learned from, and the exits are measured on it
 UPDATE = 512  # tokens: minutes are better spent on many small updates
 HOUR = 60
+REPORT = "report.txt"
 BEFORE = "exits.before"  # under the root: exits that learn on
 
 
@@ -59,7 +60,7 @@ def run(root: Path, *, stay: bool, port: int, console: Console, source: str = NA
     Ctrl-C. `source`: what is imported, as `shoal import --from` takes it; `adapt`: minutes that early exits learn, 0 for none.
     Raises UsageError for another number, ResourceError before work begins where the disk is full, the port taken, or another
     one at work under `root`, and what the import raises."""
-    began = time.monotonic()
+    began, console.record = time.monotonic(), True
     if not 0 <= adapt <= 10_000:
         raise UsageError("--adapt", got=adapt, allowed="minutes, 0 for no early exits")
     need_disk(root, DISK)
@@ -68,7 +69,9 @@ def run(root: Path, *, stay: bool, port: int, console: Console, source: str = NA
     with alone(root / LOCK, busy):
         int8 = _made(root, console, source, adapt)
     count = 4 if adapt else 3
-    _serve(int8, port, stay=stay, console=console, began=began, head=f"[{count}/{count}] serve    ")
+    _serve(
+        int8, port, stay=stay, console=console, began=began, head=f"[{count}/{count}] serve    ", report=root / REPORT
+    )
 
 
 def _made(root: Path, console: Console, source: str, adapt: float) -> Path:
@@ -162,9 +165,9 @@ def _own(root: Path) -> Path:
     return root / "own.jsonl"
 
 
-def _serve(model: Path, port: int, *, stay: bool, console: Console, began: float, head: str) -> None:
-    """Serve `model` from this process, print its answers, and stay or end. Raises what asking raised, once the service has
-    ended."""
+def _serve(model: Path, port: int, *, stay: bool, console: Console, began: float, head: str, report: Path) -> None:
+    """Serve `model` from this process, print its answers, write what was printed to `report`, and stay or end. Raises what
+    asking raised, once the service has ended."""
     failed: list[BaseException] = []
 
     def ask(url: str) -> None:
@@ -172,7 +175,8 @@ def _serve(model: Path, port: int, *, stay: bool, console: Console, began: float
             with no_lines():  # between the answers they could not be read
                 for answer in samples.questions(f"{url}/v1", QUESTIONS, MOST_TOKENS):
                     samples.show(answer, console, most=400)
-                _say(console, f"{head} ready {duration(time.monotonic() - began)} after the start")
+                _say(console, f"{head} ready {duration(time.monotonic() - began)} after the start; report: {report}")
+            write_aside(report, console.export_text(clear=False))
             if stay:
                 _say(console, f"{head} API {url}/v1   chat page {url}/ui   (Ctrl-C ends it)")
         except BaseException as error:  # this thread's end is nobody's: who waits for the service must hear of it

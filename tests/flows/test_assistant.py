@@ -44,6 +44,10 @@ assistant.run(root, stay=True, console=Impatient(width=999), adapt=0.01, **given
 """
 
 
+def worth_of(minutes: float) -> str:
+    return f"after {minutes} minutes an exit's likeliest word is full depth's"
+
+
 def test_open_weights_become_an_assistant_and_a_second_call_goes_on(tmp_path: Path) -> None:
     """The first ends after the answers, the second by Ctrl-C."""
     source, root = tmp_path / "from", tmp_path / "run"
@@ -59,10 +63,16 @@ def test_open_weights_become_an_assistant_and_a_second_call_goes_on(tmp_path: Pa
     for text in texts:
         assert text.count("tokens/s") == len(assistant.QUESTIONS) and text.endswith("The service has stopped.\n")
         assert all(question in text for question in assistant.QUESTIONS)
+    report = (root / "report.txt").read_text()
+    assert (
+        "done before" in report
+        and worth_of(0.01) in report
+        and all(question in report for question in assistant.QUESTIONS)
+    )
     assert '"path":' not in done.stderr, "lines of requests stood between the answers"
     assert "done before" not in first and second.count("done before") == 3
     assert "Ctrl-C" not in first and f"http://127.0.0.1:{port}/ui" in second
-    worth = "after 0.01 minutes an exit's likeliest word is full depth's"
+    worth = worth_of(0.01)
     assert worth in first and worth in second and f"shoal assistant --root {root} --adapt 60" in first
     assert Model.load(root / "int8", verify=True).config.exit_names == {"shallow": 2, "middle": 4, "full": 6}
 
