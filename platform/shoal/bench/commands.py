@@ -287,7 +287,7 @@ def checkpoint(
     rounds: Annotated[int, typer.Option(help="Pairs of updates in turns, with a checkpoint and without.")] = 9,
     threads: Annotated[int | None, typer.Option(help="CPUs that training computes with. [all]")] = None,
 ) -> None:
-    """What checkpoints beside training slow it by; of `small` some four minutes, on two cores."""
+    """What checkpoints beside training slow it by; of `small` more than eight minutes, on two cores."""
     from shoal.bench.checkpoint import checkpoint as run
 
     for name, value in {"--every": every, "--rounds": rounds, "--threads": 1 if threads is None else threads}.items():
