@@ -138,7 +138,8 @@ def _adapt(root: Path, out: Path, minutes: float) -> None:
     if _learned(out):
         shutil.rmtree(before, ignore_errors=True)
         out.rename(before)
-    if _learned(before) >= minutes:  # one that went on from there was killed
+    if _learned(before) >= minutes:  # one that went on from there was killed, before or after it had written
+        shutil.rmtree(out, ignore_errors=True)
         before.rename(out)
         return
     begun = before if _learned(before) else root / "model"

@@ -20,6 +20,7 @@ from shoal.errors import ResourceError, UsageError
 from shoal.evaluate import own_words
 from shoal.model import described
 from shoal.stages.stage import out
+from shoal.train.loop import fit
 from shoal.train.plan import FitPlan, adapt_plan
 
 DATA = Path(__file__).parents[1] / "data" / "open"
@@ -44,15 +45,21 @@ assistant.run(root, stay=True, console=Impatient(width=999), adapt=0.01, **given
 """
 
 
+def checkpoint(folder: Path) -> Path:
+    """A tiny one in `folder`, in place of the one that pip fetches."""
+    source = folder / "from"
+    shutil.copytree(DATA / "smollm2", source)
+    shutil.copytree(DATA / "tokenizer", source, dirs_exist_ok=True)
+    return source
+
+
 def worth_of(minutes: float) -> str:
     return f"after {minutes} minutes an exit's likeliest word is full depth's"
 
 
 def test_open_weights_become_an_assistant_and_a_second_call_goes_on(tmp_path: Path) -> None:
     """The first ends after the answers, the second by Ctrl-C."""
-    source, root = tmp_path / "from", tmp_path / "run"
-    shutil.copytree(DATA / "smollm2", source)
-    shutil.copytree(DATA / "tokenizer", source, dirs_exist_ok=True)
+    source, root = checkpoint(tmp_path), tmp_path / "run"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -80,9 +87,7 @@ def test_open_weights_become_an_assistant_and_a_second_call_goes_on(tmp_path: Pa
 def test_exits_that_learn_for_longer_or_are_left_out_are_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, root = tmp_path / "from", tmp_path / "run"
-    shutil.copytree(DATA / "smollm2", source)
-    shutil.copytree(DATA / "tokenizer", source, dirs_exist_ok=True)
+    source, root = checkpoint(tmp_path), tmp_path / "run"
     monkeypatch.setattr(assistant, "_serve", lambda *_, **__: None)
 
     def made(adapt: float) -> str:
@@ -115,18 +120,20 @@ def test_exits_that_learn_for_longer_or_are_left_out_are_made_again(
     assert 6 <= len(learned) <= 18 and all([m["role"] for m in chat] == ["user", "assistant"] for chat in learned)
 
 
+@pytest.mark.parametrize("written", [False, True])
 def test_exits_that_were_learning_on_when_they_were_killed_are_not_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, root = tmp_path / "from", tmp_path / "run"
-    shutil.copytree(DATA / "smollm2", source)
-    shutil.copytree(DATA / "tokenizer", source, dirs_exist_ok=True)
+    """`written`: after the run had left its model, and before it was known what that is worth."""
+    source, root = checkpoint(tmp_path), tmp_path / "run"
     monkeypatch.setattr(assistant, "_serve", lambda *_, **__: None)
 
     def run(adapt: float) -> None:
         assistant.run(root, stay=False, port=0, console=Console(width=999), source=str(source), adapt=adapt)
 
-    def killed(_: FitPlan) -> None:
+    def killed(plan: FitPlan) -> None:
+        if written:
+            fit(plan)
         raise KeyboardInterrupt
 
     run(0.01)
