@@ -2,18 +2,20 @@
 
 A level is a number of steps of composition. Everything that levels 1 to 6 are made of stands in every instance, and what is
 asked about decides which one it is: so all prompts of a family have one length, and one distribution of words at each place.
-Words that stand alone tell nothing of the level. Two that are put together may: the bracket that is asked about stands at its
-level's place, the letter as often as its level says, and a line of a program reads further back, the lower its level is.
+Words that stand alone tell nothing of the level. Two that are put together may: a name that is asked about was said at some
+place, the letter as often as its level says, and a line of a program reads further back, the lower its level is.
 
-    family      an instance, and what is asked         the answer                     steps
-    lookup      pairs of a table, shuffled; a key      the digit its chain ends in    look-ups on the way
-    arithmetic  a nested sum; one of its brackets      the bracket's value modulo 3   operations inside it
-    variables   assignments, as code; the last one     the value that it sets         assignments behind it
-    parity      marks of six letters; a letter         are its ones odd?              its marks
-    order       who stands before whom, shuffled; two  which of the two is before     facts that lead from one to the other
+    family      an instance, and what is asked               the answer                  steps
+    lookup      pairs of a table; a key                      the digit its chain ends in look-ups on the way
+    arithmetic  sums of a digit and an earlier sum; a sum    its value modulo 3          facts on the way to it
+    variables   assignments, as code; the last one           the value that it sets      assignments behind it
+    parity      marks of six letters; a letter               are its ones odd?           its marks
+    order       who stands beyond whom; one of either side   which of the two is before  facts from the middle to them
 
-A pair, an assignment, a term and a mark are one token each ("a=b", "a:2+", "a.1"), a question one or two ("?a"): minutes of a
-CPU core do not teach a model to put two tokens together first.
+What a fact stands on was said before it, and what it comes to is taught where it stands (the trace) and never shown: with
+tables in any order, and taught by questions alone, a quarter of an hour of `mini` on a core learns the first level and no other
+(docs/log.md, 2026-11-29). A pair, an assignment, a sum and a mark are one token each ("a=b", "a:b+1", "a.1"), a question one or
+two ("?a"): minutes of a CPU core do not teach a model to put two tokens together first.
 
 Letters: n instances, T tokens of an instance, Q questions about each, q tokens of a question.
 """
@@ -21,28 +23,29 @@ Letters: n instances, T tokens of an instance, Q questions about each, q tokens 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from shoal.inputs.tokenizer import SPECIAL
 
 LEVELS = 6
-NAMES, DIGITS = "abcdefghijklmn", "012"  # keys, variables, brackets, letters and people; values
-_CHAINS, _LINKS = 2, LEVELS + 1  # nobody asks for a chain's first link, which stands once where the others stand twice
+NAMES, DIGITS = "abcdefghijklmn", "012"  # keys, sums, variables, letters and people; values
+SIDES = "<>"
+_CHAINS, _LINKS = 2, LEVELS + 1  # nobody asks for a chain's last link, which stands once where the others stand twice
 _WORDS = [
     *"LAVPO",
     *(f"?{name}" for name in NAMES),
     *DIGITS,
-    *"<>",
-    *(f"{name}={value}" for name in NAMES for value in NAMES + DIGITS),
-    *(f"{name}:{digit}{sign}" for name in NAMES for digit in DIGITS for sign in "+-"),
+    *SIDES,
+    *(f"{name}={value}" for name in NAMES for value in NAMES + DIGITS + SIDES),
+    *(f"{name}:{other}+{digit}" for name in NAMES for other in NAMES for digit in DIGITS),
     *(f"{name}.{mark}" for name in NAMES for mark in "01"),
 ]
 WORDS = {word: len(SPECIAL) + place for place, word in enumerate(_WORDS)}
 VOCAB = len(SPECIAL) + len(WORDS)
-_ASK, _DIGIT, _PAIR, _TERM, _MARK = (WORDS[word] for word in ("?a", "0", "a=a", "a:0+", "a.0"))
-_N, _D = len(NAMES), len(DIGITS)
+_ASK, _DIGIT, _SIDE, _PAIR, _SUM, _MARK = (WORDS[word] for word in ("?a", "0", "<", "a=a", "a:a+0", "a.0"))
+_N, _D, _VALUES = len(NAMES), len(DIGITS), len(NAMES + DIGITS + SIDES)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Asked:
     answers: np.ndarray  # [n, Q], one token each
     levels: np.ndarray  # [n, Q] 1..LEVELS
     # [n, T] what an interpreter would say after each token, -1: nothing; it is taught and never shown
-    trace: np.ndarray | None = None
+    trace: np.ndarray
 
 
 def _shuffled(draws: np.random.Generator, n: int, count: int, of: int | None = None) -> np.ndarray:
@@ -62,83 +65,125 @@ def _shuffled(draws: np.random.Generator, n: int, count: int, of: int | None = N
     return draws.random((n, of or count)).argsort(1)[:, :count]
 
 
-def _chains(draws: np.random.Generator, n: int) -> tuple[np.ndarray, ...]:
-    """Chains of names that end in different digits: their pairs [n, chains, links], and every level asked once, of a random
-    chain, in random order: questions, answers and levels [n, Q]; and the digits [n, chains]."""
-    names = _shuffled(draws, n, _CHAINS * _LINKS, _N).reshape(n, _CHAINS, _LINKS)
-    ends = _shuffled(draws, n, _CHAINS, _D)
-    leads = np.concatenate([names[:, :, 1:], ends[..., None] + _N], axis=2)
-    row, levels, chain = (
-        np.arange(n)[:, None],
-        _shuffled(draws, n, LEVELS) + 1,
-        draws.integers(_CHAINS, size=(n, LEVELS)),
-    )
-    asked, answers = names[row, chain, _LINKS - levels], ends[row, chain] + _DIGIT
-    return _PAIR + names * (_N + _D) + leads, asked, answers, levels, ends + _DIGIT
+def _dealt(draws: np.random.Generator, chain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which chain each fact is of, [n, T], as it was given but in random order; and which of its chain it is, 0 first."""
+    chain = chain[np.arange(len(chain))[:, None], _shuffled(draws, *chain.shape)]
+    places = [(chain == some).cumsum(1) - 1 for some in range(int(chain.max()) + 1)]
+    return chain, np.choose(chain, places)
+
+
+@dataclass(frozen=True)
+class _Chains:
+    """Two chains of names, each link of which is said after the one before it, and a question about each level."""
+
+    names: np.ndarray  # [n, chains, links], the first link first
+    chain: np.ndarray  # [n, T] which chain and which of its links each fact is
+    link: np.ndarray
+    levels: np.ndarray  # [n, Q]; of which chain each is asked
+    of: np.ndarray
+
+    @classmethod
+    def draw(cls, draws: np.random.Generator, n: int) -> _Chains:
+        names = _shuffled(draws, n, _CHAINS * _LINKS, _N).reshape(n, _CHAINS, _LINKS)
+        chain, link = _dealt(draws, np.tile(np.arange(_CHAINS), (n, _LINKS)))
+        levels = _shuffled(draws, n, LEVELS) + 1
+        return cls(names, chain, link, levels, draws.integers(_CHAINS, size=(n, LEVELS)))
+
+    @property
+    def every(self) -> np.ndarray:
+        return np.arange(len(self.names))[:, None]
+
+    def said(self, of_links: np.ndarray) -> np.ndarray:
+        """What is given of each link [n, chains, links], for each fact [n, T]."""
+        return of_links[self.every, self.chain, self.link]
+
+    def asked(self, of_links: np.ndarray, other: bool = False) -> np.ndarray:
+        """What is given of each link, for each question [n, Q]; `other`: of the other chain."""
+        return of_links[self.every, 1 - self.of if other else self.of, self.levels - 1]
+
+    def pairs(self, first: np.ndarray) -> np.ndarray:
+        """Facts that say of each link the one before it, of the first its value: `first` [n, chains], counted from _N on."""
+        leads = np.concatenate([_N + first[..., None], self.names[..., :-1]], axis=2)
+        return _PAIR + self.names * _VALUES + leads
 
 
 def lookup(draws: np.random.Generator, n: int) -> Asked:
-    pairs, asked, answers, levels, _ = _chains(draws, n)
-    pairs = pairs.reshape(n, -1)[np.arange(n)[:, None], _shuffled(draws, n, _CHAINS * _LINKS)]
-    return _asked("L", pairs, asked[..., None], answers, levels)
-
-
-def variables(draws: np.random.Generator, n: int) -> Asked:
-    """Programs that set two names to digits and then, in `LEVELS` lines, names to names of either chain. The last line is the
-    k-th of its chain behind the digit; the others are of the other chain. What it reads is asked, which is what the last line
-    sets. The trace is the value that each line sets."""
-    pairs, _, _, _, ends = _chains(draws, n)
-    levels, row = draws.integers(1, LEVELS + 1, size=(n, 1)), np.arange(n)[:, None]
-    which, first = draws.integers(_CHAINS, size=(n, 1)), draws.integers(_CHAINS, size=(n, 1))
-    mine = np.arange(LEVELS - 1) < levels - 1  # which of the lines between the digits and the last are of its chain
-    mine = mine[row, _shuffled(draws, n, LEVELS - 1)]
-    chain = np.concatenate([first, 1 - first, np.where(mine, which, 1 - which), which], axis=1)
-    link = np.where(chain == 0, (chain == 0).cumsum(1), (chain == 1).cumsum(1))
-    lines = pairs[row, chain, _LINKS - link]
-    read = (lines[:, -1:] - _PAIR) % (_N + _D)  # the last line's right side, a name
-    found = _asked("V", lines, read[..., None], ends[row, which], levels)
-    return replace(found, trace=np.concatenate([np.full((n, 1), -1), ends[row, chain]], axis=1))
+    made, ends = _Chains.draw(draws, n), _shuffled(draws, n, _CHAINS, _D)
+    values = np.repeat(_DIGIT + ends[..., None], _LINKS, axis=2)
+    return _asked(
+        "L",
+        made.said(made.pairs(ends)),
+        made.asked(made.names)[..., None],
+        made.asked(values),
+        made.levels,
+        made.said(values),
+    )
 
 
 def arithmetic(draws: np.random.Generator, n: int) -> Asked:
-    """`a:1+ b:0- c:2+ ... 1` is 1 + (0 - (2 + ... 1)): a bracket begins at each name, and all of them end at the end."""
-    names = _shuffled(draws, n, LEVELS, _N)
-    digits, minus = draws.integers(_D, size=(n, LEVELS + 1)), draws.integers(2, size=(n, LEVELS))
-    values: list[np.ndarray] = [digits[:, -1]]
-    for place in reversed(range(LEVELS)):  # from the inside out
-        values.append((digits[:, place] + np.where(minus[:, place], -1, 1) * values[-1]) % _D)
-    terms = np.concatenate([_TERM + (names * _D + digits[:, :-1]) * 2 + minus, _DIGIT + digits[:, -1:]], axis=1)
-    levels, row = _shuffled(draws, n, LEVELS) + 1, np.arange(n)[:, None]
-    answers = np.stack(values, axis=1)[row, levels] + _DIGIT
-    return _asked("A", terms, names[row, LEVELS - levels][..., None], answers, levels)
-
-
-def parity(draws: np.random.Generator, n: int) -> Asked:
-    """Six letters, of which one has one mark, another two, up to `LEVELS`."""
-    names, row = _shuffled(draws, n, LEVELS, _N), np.arange(n)[:, None]
-    of = np.repeat(np.arange(LEVELS), np.arange(1, LEVELS + 1))  # [marks] whose each is: the k-th letter's k
-    ones = draws.integers(2, size=(n, len(of)))
-    marks = (_MARK + 2 * names[:, of] + ones)[row, _shuffled(draws, n, len(of))]
-    odd = np.stack([ones[:, of == letter].sum(1) % 2 for letter in range(LEVELS)], axis=1)
-    which = _shuffled(draws, n, LEVELS)
-    return _asked("P", marks, names[row, which][..., None], odd[row, which] + _DIGIT, which + 1)
+    """`b:a+2` is a + 2, modulo 3; of the first of a chain its value is said."""
+    made, digits = _Chains.draw(draws, n), draws.integers(_D, size=(n, _CHAINS, _LINKS))
+    sums = _SUM + (made.names[..., 1:] * _N + made.names[..., :-1]) * _D + digits[..., 1:]
+    facts = np.concatenate([made.pairs(digits[..., 0])[..., :1], sums], axis=2)
+    values = _DIGIT + digits.cumsum(2) % _D
+    return _asked(
+        "A", made.said(facts), made.asked(made.names)[..., None], made.asked(values), made.levels, made.said(values)
+    )
 
 
 def order(draws: np.random.Generator, n: int) -> Asked:
-    """Neighbours in a row of people; asked are two who have neighbours on both sides."""
-    people = 2 * LEVELS + 1
-    names, row = _shuffled(draws, n, people, _N), np.arange(n)[:, None]
-    facts = (_PAIR + names[:, :-1] * (_N + _D) + names[:, 1:])[row, _shuffled(draws, n, people - 1)]
-    levels, turned = _shuffled(draws, n, LEVELS) + 1, draws.integers(2, size=(n, LEVELS))
-    first = 1 + (draws.random((n, LEVELS)) * (people - 2 - levels)).astype(int)
-    pair = np.stack([names[row, first + levels * turned], names[row, first + levels * (1 - turned)]], axis=-1)
-    return _asked("O", facts, pair, np.where(turned, WORDS[">"], WORDS["<"]), levels)
+    """`a=<` stands before the middle, `b=a` further out than a, on its side. Asked are two of different sides, as far out."""
+    made, ends = _Chains.draw(draws, n), _shuffled(draws, n, _CHAINS)
+    sides = np.repeat(_SIDE + ends[..., None], _LINKS, axis=2)
+    pair = np.stack([made.asked(made.names), made.asked(made.names, other=True)], axis=-1)
+    return _asked("O", made.said(made.pairs(_D + ends)), pair, made.asked(sides), made.levels, made.said(sides))
 
 
-def _asked(family: str, instances: np.ndarray, names: np.ndarray, answers: np.ndarray, levels: np.ndarray) -> Asked:
-    """`instances` [n, T - 1] under the family's word, and questions about `names` [n, Q, q]."""
-    instances = np.concatenate([np.full((len(instances), 1), WORDS[family]), instances], axis=1)
-    return Asked(instances, _ASK + names, answers, levels)
+def variables(draws: np.random.Generator, n: int) -> Asked:
+    """Programs that set three names to digits and then names to names. The last line is the k-th of its chain behind the digit;
+    before it a second chain has as many lines as its own, and a third all others: how many lines a chain has tells which two it
+    may be, at every level, and no more. What the last line reads is asked, which is what it sets. The trace is the value that
+    each line sets."""
+    lines, levels = 2 * (LEVELS - 1), draws.integers(1, LEVELS + 1, size=(n, 1))
+    which = _shuffled(draws, n, 3)  # the chain that is asked, its like, and the third
+    kind = np.where(np.arange(lines) < levels - 1, 0, np.where(np.arange(lines) < 2 * (levels - 1), 1, 2))
+    row = np.arange(n)[:, None]
+    kind = kind[row, _shuffled(draws, n, lines)]
+    chain = np.concatenate([_shuffled(draws, n, 3), which[row, kind], which[:, :1]], axis=1)  # [n, T]
+    names, ends = _shuffled(draws, n, chain.shape[1], _N), _shuffled(draws, n, 3, _D)
+    values, leads, last = ends[row, chain], np.empty_like(chain), np.tile(_N + ends, 1)
+    for place in range(chain.shape[1]):  # what was last set of its chain, or its digit
+        of = row[:, 0], chain[:, place]
+        leads[:, place], last[of] = last[of], names[:, place]
+    facts = _PAIR + names * _VALUES + leads
+    return _asked("V", facts, leads[:, -1:, None], _DIGIT + values[:, -1:], levels, _DIGIT + values)
+
+
+def parity(draws: np.random.Generator, n: int) -> Asked:
+    """Six letters, of which one has one mark, another two, up to `LEVELS`. The trace: are the letter's ones odd so far?"""
+    names, row = _shuffled(draws, n, LEVELS, _N), np.arange(n)[:, None]
+    of = np.tile(np.repeat(np.arange(LEVELS), np.arange(1, LEVELS + 1)), (n, 1))  # the k-th letter has k marks
+    of = of[row, _shuffled(draws, n, of.shape[1])]
+    ones = draws.integers(2, size=of.shape)
+    so_far = ((of[:, :, None] == np.arange(LEVELS)) * ones[:, :, None]).cumsum(1) % 2  # [n, marks, letters]
+    which = _shuffled(draws, n, LEVELS)
+    trace = _DIGIT + np.take_along_axis(so_far, of[:, :, None], axis=2)[..., 0]
+    marks = _MARK + 2 * names[row, of] + ones
+    return _asked("P", marks, names[row, which][..., None], so_far[row, -1, which] + _DIGIT, which + 1, trace)
+
+
+def _asked(
+    family: str, facts: np.ndarray, names: np.ndarray, answers: np.ndarray, levels: np.ndarray, trace: np.ndarray
+) -> Asked:
+    """`facts` [n, T - 1] under the family's word, and questions about `names` [n, Q, q]."""
+    first = np.full((len(facts), 1), WORDS[family])
+    return Asked(
+        np.concatenate([first, facts], axis=1),
+        _ASK + names,
+        answers,
+        levels,
+        np.concatenate([np.full_like(first, -1), trace], axis=1),
+    )
 
 
 FAMILIES: dict[str, Callable[[np.random.Generator, int], Asked]] = {
@@ -158,14 +203,13 @@ def rows(asked: Asked) -> tuple[np.ndarray, np.ndarray]:
     goals = np.full(asked.questions.shape, -1)
     goals[..., -1] = asked.answers
     tokens = np.concatenate([asked.instances, asked.questions.reshape(n, -1)], axis=1)
-    trace = np.full(asked.instances.shape, -1) if asked.trace is None else asked.trace
-    return tokens, np.concatenate([trace, goals.reshape(n, -1)], axis=1)
+    return tokens, np.concatenate([asked.trace, goals.reshape(n, -1)], axis=1)
 
 
 def prompts(family: str, draws: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`n` instances with one question each: prompts [n, T], all of one length, answers and levels [n]."""
     asked = FAMILIES[family](draws, n)
     ids = asked.instances  # of a program what is asked about is its last line
-    if asked.trace is None:
+    if family != "variables":
         ids = np.concatenate([ids, asked.questions[:, 0]], axis=1)
     return ids, asked.answers[:, 0], asked.levels[:, 0]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from shoal.bench import route_train
 from shoal.bench.commands import bench
 from shoal.bench.route import measured, route
-from shoal.bench.route_tasks import FAMILIES, LEVELS, VOCAB, WORDS, prompts, rows
+from shoal.bench.route_tasks import FAMILIES, LEVELS, NAMES, VOCAB, WORDS, prompts, rows
 from shoal.errors import ConfigError, UsageError
 
 NAMED = {number: word for word, number in WORDS.items()}
@@ -23,36 +23,28 @@ def said(ids: np.ndarray) -> list[str]:
     return [NAMED[int(token)] for token in ids]
 
 
+def values(family: str, words: list[str]) -> dict[str, tuple[str, int]]:
+    """What every name comes to, and in how many steps, worked out from an instance's words alone; a step of a letter's parity
+    is one of its marks."""
+    found: dict[str, tuple[str, int]] = {}
+    for word in words:
+        if family == "parity":
+            value, count = found.get(word[0], ("0", 0))
+            found[word[0]] = str((int(value) + int(word[2])) % 2), count + 1
+            continue
+        value, count = found.get(word[2], (word[2], 0))  # a name that was said before, or a value
+        assert value not in NAMES
+        found[word[0]] = str((int(value) + int(word[4])) % 3) if word[1] == ":" else value, count + 1
+    return found
+
+
 def steps(family: str, words: list[str]) -> tuple[str, int]:
-    """The answer and the number of steps, worked out from the prompt's words alone."""
-    body, asked = [w for w in words[1:] if "?" not in w], [w[1] for w in words if "?" in w]
-    if family in ("lookup", "variables"):
-        table = dict(word.split("=") for word in body)
-        at, count = asked[0], 0
-        while at in table:
-            at, count = table[at], count + 1
-        return at, count
-    if family == "arithmetic":
-        at = next(place for place, word in enumerate(body) if word[0] == asked[0])
-        value = int(body[-1])
-        for word in reversed(body[at:-1]):
-            value = (int(word[2]) + (value if word[3] == "+" else -value)) % 3
-        return str(value), len(body) - 1 - at
-    if family == "parity":
-        marks = [word[2] for word in body if word[0] == asked[0]]
-        return str(marks.count("1") % 2), len(marks)
-    after = dict(word.split("=") for word in body)
-
-    def way(one: str, other: str) -> int:
-        count = 0
-        while one != other:
-            if one not in after:
-                return 0
-            one, count = after[one], count + 1
-        return count
-
-    there, back = way(asked[0], asked[1]), way(asked[1], asked[0])
-    return "<" if there else ">", there or back
+    """The answer and the number of steps of a prompt."""
+    found = values(family, [word for word in words[1:] if "?" not in word])
+    asked = [found[word[1]] for word in words if "?" in word]
+    if family == "order":  # two of different sides, as far out
+        assert len({value for value, _ in asked}) == 2 and len({count for _, count in asked}) == 1
+    return asked[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,9 +95,11 @@ def test_neither_length_nor_wording_tells_the_level(family: str) -> None:
 
 
 def _kind(word: str) -> int:
-    """Of a word without its name: a digit in place of a name, a sign, a mark."""
+    """Of a word without its name: a value in place of a name, a sum's digit, a mark."""
     last = word[-1:]
-    return 0 if len(word) < 2 else 1 + (last in "012") + 2 * (last in "+-") if word[1] in "=:" else 4 + (last == "1")
+    if len(word) < 2 or word[1] not in "=:.":
+        return 0
+    return {"=": 1 + (last in "012<>"), ":": 3, ".": 4 + (last == "1")}[word[1]]
 
 
 def _spread(bags: np.ndarray, levels: np.ndarray) -> float:
@@ -125,21 +119,18 @@ def test_training_rows_hold_questions_without_answers(family: str) -> None:
         inside = asked.instances.shape[1]
         at = np.flatnonzero(targets[number] >= 0)
         traced, at = at[at < inside], at[at >= inside]
-        if family == "variables":  # each line's value, from the lines before it
-            values: dict[str, str] = {}
-            for place, word in enumerate(said(tokens[number, 1:inside]), 1):
-                name, value = word.split("=")
-                values[name] = values.get(value, value)
-                assert NAMED[int(targets[number, place])] == values[name]
-        assert len(traced) == (inside - 1 if family == "variables" else 0)
+        words = said(tokens[number, 1:inside])
+        for place, word in enumerate(words, 1):  # what a fact comes to, from those before it
+            assert NAMED[int(targets[number, place])] == values(family, words[:place])[word[0]][0]
+        assert len(traced) == inside - 1
         assert targets[number, at].tolist() == asked.answers[number].tolist()
         assert tokens[number, at].tolist() == asked.questions[number, :, -1].tolist()
-        assert not set(tokens[number, asked.instances.shape[1] :]) & set(asked.answers[number].tolist())
+        assert not set(tokens[number, inside:]) & set(asked.answers[number].tolist())
 
 
 def test_a_padded_batch_has_no_targets_and_no_documents_in_its_padding() -> None:
     config = route_train.config_of("narrow")
-    made = [FAMILIES[family](np.random.default_rng(1), 3) for family in ("arithmetic", "order")]
+    made = [FAMILIES[family](np.random.default_rng(1), 3) for family in ("lookup", "parity")]
     batch = route_train.batch(config, made)
     longest = rows(made[1])[0].shape[1]
     assert batch.tokens.shape == (6, longest)
