@@ -197,6 +197,10 @@ class Engine:
         """Stop (or go on) running a request whose reader is behind."""
         self.scheduler.pause(request, paused)
 
+    def forget_prompts(self) -> None:
+        """Empty the prefix cache, but for pages that live requests hold."""
+        self.scheduler.pages.forget()
+
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     @property

@@ -6,7 +6,7 @@ out. Every other unit is in exactly one state:
     free ──allocate──> owned (refs >= 1) ──release──> free            never registered
      ^                   ^          └──────release──> cached (refs 0) registered: a full page that others may find
      │                   └───────────match─────────────┘ │
-     └──────────────── evicted, least recently used <────┘
+     └───── evicted, least recently used, or forgotten <─┘
 
 Sharing is by whole pages, and the scheduler runs a row whose K/V already stand without writing it again. So a shared unit
 is never written, and copy-on-write has nothing to copy.
@@ -145,6 +145,13 @@ class Pages:
             return None
         self.release([unit])
         return self.match(group, [key])[0]
+
+    def forget(self) -> None:
+        """Make every cached unit free: no page is found any more that nobody uses."""
+        while self._cached:
+            unit, _ = self._cached.popitem()
+            self._forget(unit)
+            self._free.append(unit)
 
     def note(self, unit: int, value: Any) -> None:
         """Keep `value` beside a unit for as long as its page is findable; private units keep nothing."""

@@ -1,7 +1,8 @@
 """What an answer costs of a candidate, beside the stable version: layers, what the router loses by leaving some out, and time.
 
 The router's loss is measured, not predicted: the nats a token by which the exit that it chooses is worse than full depth on a
-question's reference answer. Time is the processor's, of both in turns: what else the machine does disturbs that least.
+question's reference answer. Time is the processor's, of both in turns: what else the machine does disturbs that least. What the
+scheduler would spend of it on latency is no model's, and is left out (decision 0087).
 
 A stable version that is shown to lose more than it promises is cheap for that, and the router that mends it runs deeper. What
 mends it may cost what the stable version would if it kept its promise without a router: at the shallowest fixed depth that
@@ -210,13 +211,13 @@ def _routed(model: Model, parts: Sequence[Mapping[str, Sequence[Heldout]]]) -> _
 def speed(model: Model, known: Model, asked: Questions, beside: Depth = AUTO) -> Check:
     """Whether a token takes no more of the processor at depth "auto" than of the stable version at the depth `beside`: the
     median of pairs of turns, with as many as it takes to be sure of it. A turn answers up to `MOST` of the questions that
-    layers are counted on, some of each task at once: of a few the depths would be others (decision 0068). Raises
-    EngineDeadError for a model that gives no token."""
+    layers are counted on, some of each task at once: of a few the depths would be others (decision 0068). Prompts are read anew
+    in each turn, and no step runs the shallow alone (decision 0087). Raises EngineDeadError for a model that gives no token."""
     counted = [question.prompt for some in _some(asked).values() for question in some]
     every = [counted[place] for place in spaced(len(counted), MOST)]
     batches = -(-len(every) // BATCH)
     prompts = [every[first::batches] for first in range(batches)]
-    engines = [(Engine(model), AUTO), (Engine(known), beside)]
+    engines = [(Engine(model, clock=_still), AUTO), (Engine(known, clock=_still), beside)]
     for engine, depth in engines:  # what is made once
         _seconds(engine, prompts, depth)
     ratios: list[float] = []
@@ -243,6 +244,7 @@ def _seconds(engine: Engine, prompts: Sequence[Sequence[Encoded]], depth: Depth)
         return Request(prompt, Sampling(temperature=0.0, max_tokens=most, ignore_eos=True), depth=depth)
 
     batches = [[request(prompt) for prompt in some] for some in prompts]
+    engine.forget_prompts()
     began, tokens = time.process_time(), 0
     for batch in batches:
         # one that broke off took no time for what it did not say
@@ -250,6 +252,11 @@ def _seconds(engine: Engine, prompts: Sequence[Sequence[Encoded]], depth: Depth)
     if not tokens:
         raise EngineDeadError("no answer has a token", do="look at the model's weights")
     return (time.process_time() - began) / tokens
+
+
+def _still() -> float:
+    """A clock by which no step takes time, so that the scheduler sees none that it could save by another."""
+    return 0.0
 
 
 def _about_the_median(values: Sequence[float]) -> tuple[float, float]:

@@ -47,6 +47,16 @@ def test_a_released_page_is_found_again_until_it_is_evicted() -> None:
     pages.check_integrity([taken])
 
 
+def test_what_nobody_uses_can_be_forgotten() -> None:
+    pages = Pages(5)
+    old, new = chain(pages, (1,), (2,)), chain(pages, (3,), (4,))
+    pages.release(store(pages, 0, old))
+    held = store(pages, 0, new)
+    pages.forget()
+    assert pages.peek(0, old) == (0, 0) and pages.peek(0, new) == (2, 0) and pages.available == 2
+    pages.check_integrity([held])
+
+
 def test_eviction_takes_the_least_recently_used_chain_from_its_end() -> None:
     pages = Pages(5)
     old, new = chain(pages, (1,), (2,)), chain(pages, (3,), (4,))
@@ -184,6 +194,11 @@ class PoolMachine(RuleBasedStateMachine):
     def leave(self, request: dict) -> None:  # type: ignore[type-arg]
         self.live = [r for r in self.live if r is not request]
         self.pages.release(request["units"])
+
+    @rule()
+    def forget(self) -> None:
+        self.pages.forget()
+        assert self.pages.cached == 0
 
     @invariant()
     def balanced(self) -> None:

@@ -18,6 +18,7 @@ from shoal.config import ModelConfig
 from shoal.data.chats.heldout import Question
 from shoal.engine.engine import Engine
 from shoal.engine.events import Completion, Request
+from shoal.engine.plan import Outcome, Plan
 from shoal.errors import EngineDeadError
 from shoal.evaluate.prompts import Heldout, Prompts
 from shoal.inputs.chat import Encoded
@@ -296,12 +297,58 @@ def test_what_is_no_number_fails_and_can_be_written_down(lost: float, monkeypatc
     json.dumps([asdict(check) for check in found], allow_nan=False)
 
 
+class ByLength(Router):
+    """Gives long prompts full depth, and all others the first exit."""
+
+    def choose(self, x: torch.Tensor, *_: object) -> int:  # type: ignore[override]
+        return self.exits[-1] if x[-2] > np.log(20) else self.exits[0]
+
+
+def test_turns_of_mixed_depths_are_alike_and_buy_nothing_with_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of eight answers run deep. With the machine's clock the other six have steps of their own; and prompts that the
+    prefix cache has are neither read nor looked at by the router."""
+    models = [Model.from_preset("test") for _ in range(2)]
+    for model in models:
+        model.router = ByLength(model.config)
+    prompts = [Encoded([9 + number] * (40 if number < 2 else 16), [], [False]) for number in range(8)]
+    asked = {"chat": [Question(prompt, prompt, "", "chat", 0) for prompt in prompts]}
+    turns, seen = list[list[tuple[bool, int, int]]](), list[tuple[bool, int, int]]()
+
+    class Seen(Engine):
+        def forget_prompts(self) -> None:
+            seen.clear()
+            super().forget_prompts()
+
+        def generate(self, requests: Sequence[Request]) -> list[Completion]:  # type: ignore[override]
+            run = self.runner.run
+
+            def looked_at(plan: Plan) -> Outcome:
+                seen.append((plan.shallow, sum(work.count for work in plan.works), len(plan.decisions)))
+                return run(plan)
+
+            self.runner.run = looked_at  # type: ignore[method-assign]
+            done = super().generate(requests)
+            self.runner.run = run  # type: ignore[method-assign]
+            turns.append(seen.copy())
+            return done
+
+    monkeypatch.setattr(costs, "Engine", Seen)
+    assert costs.speed(*models, asked).items >= 7
+    assert len(turns) >= 16 and all(turn == turns[0] for turn in turns)
+    decided, rest, *decode = turns[0]
+    assert decided == (False, 2 * 40 + 6 * 16, 8) and not rest[0]
+    assert decode == [(False, 8, 0)] * (costs.TOKENS - 1)
+
+
 class Says:
     """An engine of 64 tokens of context, whose answers are `share` as long as they may be, and take a second each."""
 
     def __init__(self, share: float) -> None:
         self.config, self._share = SimpleNamespace(context=64), share
         self.asked, self.seconds = list[int](), 0
+
+    def forget_prompts(self) -> None:
+        pass
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         self.asked += [request.sampling.max_tokens for request in requests]
