@@ -67,7 +67,8 @@ class StepLayout:
         count = self.starts.index(rows)
         starts = self.starts[: count + 1]
         if rows not in self._rows:
-            self._rows[rows] = Rows(self._positions[:rows], starts, self._config.page, self._config.block)
+            whole = self._rows.get(self.starts[-1])
+            self._rows[rows] = Rows(self._positions[:rows], starts, self._config.page, self._config.block, whole)
         return PagedStep(
             positions=self._positions[:rows],
             slots=self._slots[group, :rows],

@@ -185,8 +185,9 @@ class Scheduler:
     def commit(self, plan: Plan, outcome: Outcome) -> list[Event]:
         """Take in what a step gave, and return the events since the last call."""
         now = self.clock()
-        self.pace.step(*plan.cost, now - self._began, shallow=plan.shallow)
-        self._seconds.took(plan.works, self.pace.seconds(*plan.cost) or 0.0)
+        cost, cheap = plan.cost, self.config.exits[0]
+        self.pace.step(*cost, now - self._began, shallow=plan.shallow)
+        self._seconds.took(plan.works, self.pace.seconds(*cost) or 0.0)
         self._drafting.learn(plan, outcome, now - self._began)
         rows = sum(work.count for work in plan.works)
         self.metrics.steps += 1
@@ -200,7 +201,7 @@ class Scheduler:
             work.running.prompt_logprobs += scores
         for work, sampled in zip(plan.samples, outcome.samples, strict=True):
             if work.running.told is None:
-                work.running.ran += work.running.layers + sampled.drafted * self.config.exits[0]
+                work.running.ran += work.running.layers + sampled.drafted * cheap
             self._append(work.running, sampled, now)
             if work.drafts:
                 self._take_drafts(work.running, sampled, now)

@@ -320,7 +320,7 @@ class Group(nn.Module):
     def paged(self, x: Tensor, step: PagedStep, cache: GroupCache) -> Tensor:
         """x [N, D] after these layers; the new K/V are written to `cache` at ``step.slots``."""
         kind = launch.fp(x.dtype) if launch.usable(x) else x.dtype
-        rope = step.rows.once("rope", lambda: known_rope(step.positions, self.config, kind))
+        rope = step.rows.by_row("rope", lambda: known_rope(step.positions, self.config, kind))
         if parts := self._in_one_call(x, step):
             added = [block.added(step.beside) for block in self.blocks]  # type: ignore[operator]
             return fused.layers(x, parts, rope, cache, step, added)

@@ -63,10 +63,11 @@ class Rows:
 
     positions [N]  absolute position of each new token, from 0
     starts [R+1]   request r owns rows starts[r] .. starts[r+1]-1, in order
+    whole          rows that these are the first of
     """
 
-    def __init__(self, positions: Tensor, starts: list[int], page: int, block: int) -> None:
-        self.positions, self.starts, self.page, self.block = positions, starts, page, block
+    def __init__(self, positions: Tensor, starts: list[int], page: int, block: int, whole: Rows | None = None) -> None:
+        self.positions, self.starts, self.page, self.block, self._whole = positions, starts, page, block, whole
         counts = [end - start for start, end in pairwise(starts)]
         self.singles = [r for r, count in enumerate(counts) if count == 1]  # they decode together
         self.chunks = [r for r, count in enumerate(counts) if count > 1]  # prefill, verification: each for itself
@@ -78,6 +79,11 @@ class Rows:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+    def by_row(self, key: Hashable, make: Callable[[], T]) -> T:
+        """`once`, of a tuple of arrays with a place for each row: the beginnings of those that `whole` has, if it has them."""
+        there: Any = None if self._whole is None else self._whole._made.get(key)
+        return self.once(key, make if there is None else lambda: tuple(part[: len(self.positions)] for part in there))  # type: ignore[return-value]
 
     @cached_property
     def offsets(self) -> Tensor:

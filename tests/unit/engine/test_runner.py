@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine.runner import SCORED_ROWS
+from shoal.model import block
 
 MODEL = Model.from_preset("test", seed=3)
 VIEWS = ("view", "_unsafe_view", "slice", "select", "unsqueeze", "expand", "transpose", "split", "detach", "alias", "t")
@@ -51,6 +52,18 @@ def test_a_decoding_steps_operators_do_not_grow_with_the_batch() -> None:
     assert together <= alone + 4  # one row is a view where several are gathered
     # 23 a layer, and what is computed once a step: places, rope, masks, embedding, head and sampler
     assert together <= 30 * MODEL.config.layers + 80
+
+
+def test_a_step_of_mixed_depths_makes_what_its_rows_share_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, made = Engine(MODEL, units=400), list[list[int]]()
+    for number, depth in enumerate(("full", "middle", "shallow", "full")):
+        sampling = Sampling(temperature=0, max_tokens=8, ignore_eos=True)
+        engine.submit(Request([20 + number] * (number + 1), sampling, depth=depth))
+    engine.step()
+    known = block.known_rope
+    monkeypatch.setattr(block, "known_rope", lambda at, *more: (made.append(at.tolist()), known(at, *more))[1])
+    engine.step()
+    assert made == [[1, 4, 2, 3]], "in the first group; the others run the first of these rows"
 
 
 def test_the_logits_of_a_long_prompt_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,16 @@ def test_a_chunk_alone_has_its_own_rows_and_is_made_once() -> None:
     assert [one.once("x", lambda v=value: v) for value in (1, 2)] == [1, 1] and one.once("y", lambda: 3) == 3
 
 
+def test_what_each_row_has_is_not_made_again_for_the_first_of_the_rows() -> None:
+    whole = rows()
+    first = Rows(POSITIONS[:4], STARTS[:3], 8, 4, whole)
+    assert [part.tolist() for part in first.by_row("early", lambda: (first.positions + 1,))] == [[5, 8, 9, 10]]
+    whole.by_row("doubled", lambda: (whole.positions * 2, whole.positions))
+    doubled = first.by_row("doubled", lambda: pytest.fail("it is there"))
+    assert [part.tolist() for part in doubled] == [[8, 14, 16, 18], [4, 7, 8, 9]]
+    assert first.by_row("doubled", lambda: pytest.fail("it is there")) is doubled
+
+
 def test_rows_are_parted_by_where_they_stand() -> None:
     single = Rows(torch.tensor([5, 2, 6, 4]), [0, 1, 2, 3, 4], 8, 4)
     (early, before), (late, after) = single.parted(5)

@@ -187,11 +187,13 @@ def layers(
     summaries are written to `cache`."""
     run = _kernels().layer  # type: ignore[union-attr]
 
-    def shared() -> list[Any]:
+    def shared() -> tuple[Any, ...]:
         rows, requests = step.rows.once("short", lambda: _short(step.starts))
-        return [_array(part) for part in (*(table.flatten(0, -2) for table in rope), step.positions, rows, requests)]
+        return tuple(
+            _array(part) for part in (*(table.flatten(0, -2) for table in rope), step.positions, rows, requests)
+        )
 
-    keep, cross, positions, rows, requests = step.rows.once("arrays", shared)
+    keep, cross, positions, rows, requests = step.rows.by_row("arrays", shared)
     kv, summaries, slots, tables = map(_array, (cache.kv, cache.summaries, step.slots, step.tables.contiguous()))
     state = _array(x.contiguous())
     those = tuple(Rows(keep, cross, positions, slots, tables, rows, requests, step.block))
