@@ -3,19 +3,20 @@
 A level is a number of steps of composition. Everything that levels 1 to 6 are made of stands in every instance, and what is
 asked about decides which one it is: so all prompts of a family have one length, and one distribution of words at each place.
 Words that stand alone tell nothing of the level. Two that are put together may: a name that is asked about was said at some
-place, the letter as often as its level says, and a line of a program reads further back, the lower its level is.
+place, and a line of a program reads further back, the lower its level is.
 
     family      an instance, and what is asked               the answer                  steps
     lookup      pairs of a table; a key                      the digit its chain ends in look-ups on the way
     arithmetic  sums of a digit and an earlier sum; a sum    its value modulo 3          facts on the way to it
     variables   assignments, as code; the last one           the value that it sets      assignments behind it
-    parity      marks of six letters; a letter               are its ones odd?           its marks
+    parity      items of linked lists; an item               are the ones to it odd?     facts on the way to it
     order       who stands beyond whom; one of either side   which of the two is before  facts from the middle to them
 
 What a fact stands on was said before it, and what it comes to is taught where it stands (the trace) and never shown: with
 tables in any order, and taught by questions alone, a quarter of an hour of `mini` on a core learns the first level and no other
-(docs/log.md, 2026-11-29). A pair, an assignment, a sum and a mark are one token each ("a=b", "a:b+1", "a.1"), a question one or
-two ("?a"): minutes of a CPU core do not teach a model to put two tokens together first.
+(docs/log.md, 2026-11-29). A pair, an assignment, a sum and an item are one token each ("a=b", "a:b+1"), a question one or two
+("?a"): minutes of a CPU core do not teach a model to put two tokens together first. Counting is no composition: how many marks
+of a letter are ones, one layer learned at every level.
 
 Letters: n instances, T tokens of an instance, Q questions about each, q tokens of a question.
 """
@@ -30,7 +31,7 @@ import numpy as np
 from shoal.inputs.tokenizer import SPECIAL
 
 LEVELS = 6
-NAMES, DIGITS = "abcdefghijklmn", "012"  # keys, sums, variables, letters and people; values
+NAMES, DIGITS = "abcdefghijklmn", "012"  # keys, sums, variables, items and people; values
 SIDES = "<>"
 _CHAINS, _LINKS = 2, LEVELS + 1  # nobody asks for a chain's last link, which stands once where the others stand twice
 _WORDS = [
@@ -40,11 +41,10 @@ _WORDS = [
     *SIDES,
     *(f"{name}={value}" for name in NAMES for value in NAMES + DIGITS + SIDES),
     *(f"{name}:{other}+{digit}" for name in NAMES for other in NAMES for digit in DIGITS),
-    *(f"{name}.{mark}" for name in NAMES for mark in "01"),
 ]
 WORDS = {word: len(SPECIAL) + place for place, word in enumerate(_WORDS)}
 VOCAB = len(SPECIAL) + len(WORDS)
-_ASK, _DIGIT, _SIDE, _PAIR, _SUM, _MARK = (WORDS[word] for word in ("?a", "0", "<", "a=a", "a:a+0", "a.0"))
+_ASK, _DIGIT, _SIDE, _PAIR, _SUM = (WORDS[word] for word in ("?a", "0", "<", "a=a", "a:a+0"))
 _N, _D, _VALUES = len(NAMES), len(DIGITS), len(NAMES + DIGITS + SIDES)
 
 
@@ -122,13 +122,21 @@ def lookup(draws: np.random.Generator, n: int) -> Asked:
 
 def arithmetic(draws: np.random.Generator, n: int) -> Asked:
     """`b:a+2` is a + 2, modulo 3; of the first of a chain its value is said."""
+    return _along(draws, n, "A", lambda digits: digits.cumsum(2) % _D)
+
+
+def parity(draws: np.random.Generator, n: int) -> Asked:
+    """`b:a+2` is a list's item 2, behind item a. Asked is whether the ones up to an item are odd; others are filtered out."""
+    return _along(draws, n, "P", lambda digits: (digits == 1).cumsum(2) % 2)
+
+
+def _along(draws: np.random.Generator, n: int, family: str, come_to: Callable[[np.ndarray], np.ndarray]) -> Asked:
+    """Chains with a digit at each link, and what these come to up to there, [n, chains, links] both."""
     made, digits = _Chains.draw(draws, n), draws.integers(_D, size=(n, _CHAINS, _LINKS))
     sums = _SUM + (made.names[..., 1:] * _N + made.names[..., :-1]) * _D + digits[..., 1:]
     facts = np.concatenate([made.pairs(digits[..., 0])[..., :1], sums], axis=2)
-    values = _DIGIT + digits.cumsum(2) % _D
-    return _asked(
-        "A", made.said(facts), made.asked(made.names)[..., None], made.asked(values), made.levels, made.said(values)
-    )
+    values, names = _DIGIT + come_to(digits), made.asked(made.names)[..., None]
+    return _asked(family, made.said(facts), names, made.asked(values), made.levels, made.said(values))
 
 
 def order(draws: np.random.Generator, n: int) -> Asked:
@@ -157,19 +165,6 @@ def variables(draws: np.random.Generator, n: int) -> Asked:
         leads[:, place], last[of] = last[of], names[:, place]
     facts = _PAIR + names * _VALUES + leads
     return _asked("V", facts, leads[:, -1:, None], _DIGIT + values[:, -1:], levels, _DIGIT + values)
-
-
-def parity(draws: np.random.Generator, n: int) -> Asked:
-    """Six letters, of which one has one mark, another two, up to `LEVELS`. The trace: are the letter's ones odd so far?"""
-    names, row = _shuffled(draws, n, LEVELS, _N), np.arange(n)[:, None]
-    of = np.tile(np.repeat(np.arange(LEVELS), np.arange(1, LEVELS + 1)), (n, 1))  # the k-th letter has k marks
-    of = of[row, _shuffled(draws, n, of.shape[1])]
-    ones = draws.integers(2, size=of.shape)
-    so_far = ((of[:, :, None] == np.arange(LEVELS)) * ones[:, :, None]).cumsum(1) % 2  # [n, marks, letters]
-    which = _shuffled(draws, n, LEVELS)
-    trace = _DIGIT + np.take_along_axis(so_far, of[:, :, None], axis=2)[..., 0]
-    marks = _MARK + 2 * names[row, of] + ones
-    return _asked("P", marks, names[row, which][..., None], so_far[row, -1, which] + _DIGIT, which + 1, trace)
 
 
 def _asked(

@@ -24,17 +24,16 @@ def said(ids: np.ndarray) -> list[str]:
 
 
 def values(family: str, words: list[str]) -> dict[str, tuple[str, int]]:
-    """What every name comes to, and in how many steps, worked out from an instance's words alone; a step of a letter's parity
-    is one of its marks."""
+    """What every name comes to, and in how many steps, worked out from an instance's words alone."""
     found: dict[str, tuple[str, int]] = {}
     for word in words:
-        if family == "parity":
-            value, count = found.get(word[0], ("0", 0))
-            found[word[0]] = str((int(value) + int(word[2])) % 2), count + 1
-            continue
         value, count = found.get(word[2], (word[2], 0))  # a name that was said before, or a value
         assert value not in NAMES
-        found[word[0]] = str((int(value) + int(word[4])) % 3) if word[1] == ":" else value, count + 1
+        if family == "arithmetic" and word[1] == ":":
+            value = str((int(value) + int(word[4])) % 3)
+        if family == "parity":  # of a list's first item its digit is said
+            value = str((int(value) + (word[4] == "1")) % 2) if word[1] == ":" else str(int(word[2] == "1"))
+        found[word[0]] = value, count + 1
     return found
 
 
@@ -79,8 +78,7 @@ def test_neither_length_nor_wording_tells_the_level(family: str) -> None:
         some = said(row)
         names = Counter(letter for word in some[1:] if word[0] != "?" for letter in word if letter.isalpha())
         asked = [names[word[1]] for word in some if word[0] == "?"] or [names[some[-1][0]]]
-        told = asked if family != "parity" else []  # there the level is how often: it has to be counted
-        shapes.setdefault(level, set()).add((tuple(sorted(names.values())), tuple(told)))
+        shapes.setdefault(level, set()).add((tuple(sorted(names.values())), tuple(asked)))
     assert len({frozenset(shape) for shape in shapes.values()}) == 1 and all(len(one) == 1 for one in shapes.values())
     # how the words are shared out over levels is what it is over levels that are dealt anew; so are kinds of words by place
     kinds = np.array([_kind(NAMED.get(token, "")) for token in range(VOCAB)])[ids]
@@ -95,11 +93,11 @@ def test_neither_length_nor_wording_tells_the_level(family: str) -> None:
 
 
 def _kind(word: str) -> int:
-    """Of a word without its name: a value in place of a name, a sum's digit, a mark."""
+    """Of a word without its name: a name, a value, or a name and a digit."""
     last = word[-1:]
-    if len(word) < 2 or word[1] not in "=:.":
+    if len(word) < 2 or word[1] not in "=:":
         return 0
-    return {"=": 1 + (last in "012<>"), ":": 3, ".": 4 + (last == "1")}[word[1]]
+    return 3 + int(last) if word[1] == ":" else 1 + (last in "012<>")
 
 
 def _spread(bags: np.ndarray, levels: np.ndarray) -> float:
@@ -130,7 +128,7 @@ def test_training_rows_hold_questions_without_answers(family: str) -> None:
 
 def test_a_padded_batch_has_no_targets_and_no_documents_in_its_padding() -> None:
     config = route_train.config_of("narrow")
-    made = [FAMILIES[family](np.random.default_rng(1), 3) for family in ("lookup", "parity")]
+    made = [FAMILIES[family](np.random.default_rng(1), 3) for family in ("variables", "order")]
     batch = route_train.batch(config, made)
     longest = rows(made[1])[0].shape[1]
     assert batch.tokens.shape == (6, longest)
