@@ -187,7 +187,7 @@ def layers(
     summaries are written to `cache`."""
     run = _kernels().layer  # type: ignore[union-attr]
 
-    def shared() -> tuple[Any, ...]:
+    def shared() -> tuple[Any, ...]:  # of every row, since no request has more than `SHORT`
         rows, requests = step.rows.once("short", lambda: _short(step.starts))
         return tuple(
             _array(part) for part in (*(table.flatten(0, -2) for table in rope), step.positions, rows, requests)
