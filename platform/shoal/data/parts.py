@@ -40,7 +40,7 @@ PART_FILES = 2048
 BATCH = 256  # documents encoded at once ...
 BATCH_SIZE = 2**20  # ... and characters and image bytes of them: encoding holds some 250 bytes a token (docs/log.md)
 SAMPLE_BYTES = 4 * 2**20  # of each modality, that the tokenizer is fitted to; of a corpus of more parts than ...
-SAMPLED_WHOLE = 64  # ... these, whose openings would say little, characters are drawn in the parts (decision 0056):
+SAMPLED_WHOLE = 64  # ... these, whose openings would say little, as many are drawn in the parts (decision 0056):
 SAMPLE_A_TOKEN = 2**14  # for each token of the vocabulary, at most ...
 SAMPLE_TEXT = 2**16  # ... and of one document
 
@@ -51,7 +51,7 @@ Item = TypeVar("Item")
 class Found:
     """What reading a part gave, beside the documents in its file and their identities."""
 
-    characters: Counter[str] = field(default_factory=Counter)  # of the texts, by modality
+    text_bytes: Counter[str] = field(default_factory=Counter)  # of the texts in UTF-8, by modality
     documents: int = 0
     drops: Drops = field(default_factory=dict)
     changes: Drops = field(default_factory=dict)  # operator -> what it changed -> times
@@ -127,7 +127,7 @@ def read_part(
                 if near_copies:
                     near.add(len(identities), document)
                 identities.add(Identity(fingerprint(document), document.group, document.modality, heldout))
-                found.characters[document.modality] += len(document.text)
+                found.text_bytes[document.modality] += len(document.text.encode())
                 yield document
 
         for some in batched(kept(), _size):
@@ -152,11 +152,17 @@ def sample(paths: Iterable[Path], splits: Iterable[Sequence[str | None]]) -> lis
         for document, split in zip(documents(path), of, strict=True):
             room = share - held[document.modality]
             if split == "train" and room > 0:
-                # of a letter of several bytes that is cut nothing is taken
-                some = document.text[:room].encode()[:room].decode(errors="ignore")
+                some = _begins(document.text, room)
                 texts += [some] if some else []
                 held[document.modality] += len(some.encode())
     return texts
+
+
+def shares(text_bytes: Mapping[str, int], vocab: int) -> dict[str, float]:
+    """Which share of the documents of each modality `draw_sample` is to draw, by the bytes of their texts, for a vocabulary of
+    so many tokens."""
+    most = max(SAMPLE_BYTES, vocab * SAMPLE_A_TOKEN)
+    return {modality: min(1.0, most / count) for modality, count in text_bytes.items() if count}
 
 
 def draw_sample(
@@ -164,7 +170,7 @@ def draw_sample(
 ) -> Counter[str]:
     """Write to `out` the texts of a part that a tokenizer is fitted to, where the corpus is too large to be read for it: of the
     training documents of each modality the share that is given, drawn by a hash of the document, so that it is the same
-    whoever draws. Characters by modality."""
+    whoever draws. Bytes by modality."""
     drawn: Counter[str] = Counter()
     with aside(out) as beside, pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, _TEXTS) as writer:
 
@@ -172,12 +178,18 @@ def draw_sample(
             for document, split in zip(documents(path), splits, strict=True):
                 draw = xxhash.xxh3_64_intdigest(document.id.encode(), seed=seed) / 2**64
                 if split == "train" and document.text and draw < shares.get(document.modality, 0):
-                    drawn[document.modality] += len(document.text[:SAMPLE_TEXT])
-                    yield document.text[:SAMPLE_TEXT]
+                    some = _begins(document.text, SAMPLE_TEXT)
+                    drawn[document.modality] += len(some.encode())
+                    yield some
 
         for some in batched(texts(), len):
             writer.write_batch(pa.record_batch([pa.array(some, pa.large_string())], _TEXTS))
     return drawn
+
+
+def _begins(text: str, size: int) -> str:
+    """The first of `text`, of at most `size` bytes in UTF-8; of a letter that is cut nothing is taken."""
+    return text[:size].encode()[:size].decode(errors="ignore")
 
 
 def sampled(paths: Iterable[Path]) -> Iterator[str]:

@@ -130,7 +130,7 @@ def fit_whole(decision: Decision, besides: Sequence[int], vocab: int) -> str:
 
 
 def draw(decision: Decision, number: int, besides: Sequence[int], shares: Mapping[str, float], seed: int) -> int:
-    """`parts.draw_sample`, unless it is done; characters."""
+    """`parts.draw_sample`, unless it is done; bytes."""
     path = decision.parts[number]
     out = path.with_suffix(".sample")
 

@@ -158,7 +158,7 @@ class _Job:
 def _make(job: _Job, start: float, on_progress: Progress, need: Callable[[], None]) -> dict[str, Any]:
     """The corpus itself, and its report; `start`: when it was asked for. `need`: raises where another command took over."""
     out, model = job.out, job.preset.model
-    packed, named, keys, characters = Packed(), defaultdict[str, dict[str, str]](dict), [], Counter[str]()
+    packed, named, keys, text_bytes = Packed(), defaultdict[str, dict[str, str]](dict), [], Counter[str]()
     places, documents = job.parts, 0
     if job.evaluation:
         decontaminate.collect(job.evaluation, places.folder / EVALUATION)
@@ -169,7 +169,7 @@ def _make(job: _Job, start: float, on_progress: Progress, need: Callable[[], Non
         job.keys, job.plan, each(reader, reads, job.sizes, "read and clean", on_progress), strict=True
     ):
         documents += found.documents
-        characters.update(found.characters)
+        text_bytes.update(found.text_bytes)
         packed.dropped(found.drops)
         packed.changed(found.changes)
         keys.append(digest(key, found.named))
@@ -177,7 +177,7 @@ def _make(job: _Job, start: float, on_progress: Progress, need: Callable[[], Non
             named[files[number].spec.name].update(of)
     decision = Decision(places, digest(keys), job.operators, documents)
     besides = decide(decision, job.sizes, packed, on_progress)
-    used = job.given or _tokenizer(decision, besides, characters, job, on_progress)
+    used = job.given or _tokenizer(decision, besides, text_bytes, job, on_progress)
     write_aside(out / TOKENIZER, used.json)
     put(out / TOKENIZER)
     packs = [(decision, number, besides, model, job.seed, digest(key, used.sha256)) for number, key in enumerate(keys)]
@@ -213,15 +213,14 @@ def decide(decision: Decision, sizes: list[int], packed: Packed, on_progress: Pr
 
 
 def _tokenizer(
-    decision: Decision, besides: list[int], characters: Counter[str], job: _Job, on_progress: Progress
+    decision: Decision, besides: list[int], text_bytes: Counter[str], job: _Job, on_progress: Progress
 ) -> Tokenizer:
-    """Fitted to a sample of the training documents, which the tasks draw. `characters`: of each modality."""
+    """Fitted to a sample of the training documents, which the tasks draw. `text_bytes`: of each modality."""
     vocab = job.preset.model.vocab
     if len(decision.parts) <= parts.SAMPLED_WHOLE:
         (text,) = each(fit_whole, [(decision, besides, vocab)], [1], "fit the tokenizer", on_progress)
         return Tokenizer.from_json(text)
-    most = max(parts.SAMPLE_BYTES, vocab * parts.SAMPLE_A_TOKEN)
-    shares = {modality: min(1.0, most / count) for modality, count in characters.items() if count}
+    shares = parts.shares(text_bytes, vocab)
     draws = [(decision, number, besides, shares, job.seed) for number in range(len(decision.parts))]
     drawn = sum(each(draw, draws, job.sizes, "draw a sample", on_progress))
     key = digest(decision.key, besides, shares, job.seed, drawn)

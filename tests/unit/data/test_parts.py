@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_a_part_is_cleaned_chosen_and_packed_with_counts_that_add_up(
 ) -> None:
     files, some = list_files(SourceSpec("s", str(raw), "MIT")), Parts(tmp_path, 1)
     read = parts.read_part(files, some[0])
-    assert read.documents == 8 and set(read.characters) == {"text", "image"}
+    assert read.documents == 8 and set(read.text_bytes) == {"text", "image"}
     assert read.drops == {"read": Counter({"not UTF-8": 1}), "image": Counter({"image cannot be decoded": 1})}
     assert [d.origin for d in parts.documents(some[0])][:2] == ["0.txt", "1.txt"]
     (splits,), drops = identities.choose(some, Operators(near_dedup=False))
@@ -224,6 +225,28 @@ def test_the_sample_of_a_large_corpus_is_drawn_by_document_wherever_it_lies(
     everything = parts.draw_sample(work[0], ["train"] * 80, {"text": 1.0}, 3, tmp_path / ".all")
     assert everything == Counter(text=80 * 90)
     assert not parts.draw_sample(work[0], ["train"] * 80, {"code": 1.0}, 3, tmp_path / ".none")
+
+
+def test_a_drawn_sample_has_as_many_bytes_in_any_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A letter of Chinese has three: counted as one it made the sample, and what fitting to it takes, three times as large."""
+    monkeypatch.setattr(parts, "SAMPLE_BYTES", 30_000)
+    draws = random.Random(3)
+    for script, first in (("latin", "a"), ("chinese", "\u4e00")):
+        raw, letters = tmp_path / script, [chr(ord(first) + place) for place in range(26)]
+        raw.mkdir()
+        for number in range(400):
+            words = ("".join(draws.choices(letters, k=5)) for _ in range(60 // len(first.encode())))
+            (raw / f"{number:03}.txt").write_text(" ".join(words) + "\n", "utf-8")
+        path = tmp_path / f".{script}"
+        found = parts.read_part(list_files(SourceSpec("s", str(raw))), path, near_copies=False)
+        train = ["train"] * found.documents
+        drawn = parts.draw_sample(path, train, parts.shares(found.text_bytes, 1), 3, tmp_path / ".drawn")
+        texts = list(parts.sampled([tmp_path / ".drawn"]))
+        assert drawn["text"] == sum(len(text.encode()) for text in texts)
+        assert found.documents > 300 and 24_000 < drawn["text"] < 36_000, (script, found.text_bytes)
+    monkeypatch.setattr(parts, "SAMPLE_TEXT", 100)
+    parts.draw_sample(path, train, {"text": 1.0}, 3, tmp_path / ".drawn")
+    assert max(len(text.encode()) for text in parts.sampled([tmp_path / ".drawn"])) in (98, 99, 100)
 
 
 def test_a_large_corpus_has_parts_of_more_bytes_and_not_more_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
