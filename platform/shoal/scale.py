@@ -136,6 +136,28 @@ def training(preset: str, world: int, of: Gpu, utilisation: float, disk: float) 
     )
 
 
+@dataclass(frozen=True)
+class Tensors:
+    """What it would cost to cut each matrix over some GPUs of a node (tensor parallelism), beside what FSDP2 exchanges."""
+
+    received: float  # bytes of activations that a GPU receives in an update
+    seconds: float  # of them: no product can be done meanwhile
+    spared: float  # seconds of FSDP2's exchange, which hides behind products
+    hidden_from: float  # tokens of a GPU's micro-batch, from which on all of FSDP2's exchange hides
+
+
+def in_tensors(preset: str, world: int, ways: int, of: Gpu, utilisation: float) -> Tensors:
+    """Each layer adds up its output over the `ways` GPUs after attention and after the FFN, forward, backward and where it is
+    computed again, in bf16: of each sum a GPU receives 2 (ways - 1) / ways. FSDP2 receives 8 bytes a parameter and micro-batch
+    (weights in bf16 twice, gradients in fp32), and computes 8 operations a parameter and token: so what hides does not
+    depend on the size of the model."""
+    plan = plan_at(preset, world)
+    tokens = plan.train.batch_tokens * ways / world
+    received = plan.model.layers * 6 * tokens * plan.model.width * 2 * 2 * (ways - 1) / ways
+    exchange = exchanged(plan, world) / (of.link if world <= A_NODE else of.network)
+    return Tensors(received, received / of.link, exchange * (ways - 1) / ways, of.flops * utilisation / of.network)
+
+
 # ---- preparing
 
 

@@ -123,6 +123,20 @@ def test_what_gpus_exchange_follows_the_definition() -> None:
     assert scale.exchanged(dataclasses.replace(plan, replicas=1), 1) == 0
 
 
+def test_tensor_parallelism_does_not_pay_up_to_7b(capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand, and against what FSDP2 exchanges (decision 0090): what would be added cannot hide, what would be spared does."""
+    of = scale.gpu_named("h100")
+    found = scale.in_tensors("7b", 512, 8, of, 0.4)
+    tokens = 8_388_608 * 8 / 512
+    assert found.received == pytest.approx(32 * 6 * tokens * 4096 * 2 * 1.75)
+    assert found.seconds == pytest.approx(found.received / 450e9)
+    for world in (8, 64, 512):
+        row, cut = scale.training("7b", world, of, 0.4, 2e9), scale.in_tensors("7b", world, 8, of, 0.4)
+        assert row.fits and row.exchange < row.compute, "all of it hides behind products"
+        assert cut.seconds > 0.2 * row.compute and cut.spared < row.exchange
+        assert cut.hidden_from < scale.plan_at("7b", world).model.train_length
+
+
 @pytest.mark.parametrize("world", [8, 64, 512])
 @pytest.mark.parametrize("preset", ["1b", "7b"])
 def test_more_gpus_need_less_memory_and_train_more_tokens(preset: str, world: int) -> None:
