@@ -2,13 +2,17 @@
 
 The replica has a token whenever it is asked for one, so that what limits the streams is what passes them on: the proxy, the
 gateways, and on few cores the clients, which are a process of their own. Beside streams and tokens a second it says what each
-kind of process took of the cores for 1,000 tokens: where these are too few for two gateways and a proxy, what a gateway would
-carry follows from that. With `limited` the same once more for a key whose limits are counted for all gateways together.
+kind of process took of the cores for 1,000 tokens. Where these are too few for two gateways, a proxy and the clients, the ratio
+of what was carried says how many cores there are, and no more; so it stands beside two others (`compared`): what these cores
+permit, and how often one gateway's tokens several carry where each has a core. With `limited` the same once more for a key
+whose limits are counted for all gateways together.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import statistics
 import subprocess
 import sys
@@ -63,8 +67,39 @@ def gateways_bench(
         cpu = (f"{row['cpu'].get(kind, 0.0):.3f}" for kind in (*KINDS, "clients"))
         table.add_row(name, f"{row['streams_per_s']:.1f}", f"{row['tokens_per_s']:,.0f}", *cpu)
     table.title = f"{clients} clients, answers of {tokens} tokens; CPU seconds of each for 1,000 tokens"
+    times = compared(rows, os.cpu_count() or 1)
+    table.caption = "\n".join(
+        f"{number} gateways carry {row['carried']:.2f} times what one does; {os.cpu_count()} cores permit "
+        f"{row['permitted']:.2f}; by processor time {row['by_cpu']:.2f}, which takes {row['cores']:.1f} cores"
+        for number, row in times.items()
+    )
     given = {"clients": clients, "tokens": tokens, "seconds": seconds, "rounds": rounds}
-    show(console, [table], {"bench": "gateways", **given, "gateways": rows})
+    show(console, [table], {"bench": "gateways", **given, "gateways": rows, "times_one": times})
+
+
+def compared(rows: Mapping[str, Mapping[str, Any]], cores: int) -> dict[str, dict[str, float]]:
+    """Of each number of gateways in `rows` above one how many times what one carries: ``carried``, as measured;
+    ``permitted``, on so many `cores` with nothing beside; ``by_cpu``, where each process has a core, for which ``cores`` are
+    needed. A gateway and the proxy are a thread each, so neither has more than a core."""
+    if "1" not in rows:
+        return {}
+
+    def most(number: int, cpu: Mapping[str, float], cores: float) -> float:
+        """Tokens a second, in thousands."""
+        return min(number / cpu["gateway"], 1 / cpu["proxy"], cores / sum(cpu.values()))
+
+    one, found = rows["1"], {}
+    alone = most(1, one["cpu"], math.inf)
+    for name, row in rows.items():
+        if name.isdecimal() and int(name) > 1:
+            cpu, free = row["cpu"], most(int(name), row["cpu"], math.inf)
+            found[name] = {
+                "carried": row["tokens_per_s"] / one["tokens_per_s"],
+                "permitted": most(int(name), cpu, cores) / most(1, one["cpu"], cores),
+                "by_cpu": free / alone,
+                "cores": free * sum(cpu.values()),
+            }
+    return found
 
 
 @contextmanager
