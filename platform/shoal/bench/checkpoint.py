@@ -5,6 +5,9 @@ round to round. In a turn with one it is begun before the first update and publi
 it: copied, then written, hashed and synced by a thread; a turn ends when it has its name. So a turn is one period of `every`
 seconds, rounded up to whole updates, and a checkpoint costs what its turn took longer. It is told too how far apart the loop
 lets them lie, for at most `train.run.SHARE`.
+
+How many rounds there are follows from the first `PILOT` of them: as many as their spread asks for, so that the interval of the
+median is no wider than that share to either side, and no more than the time and `rounds` allow. Each has a line as it ends.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import median, stdev
 from typing import Any
 
 import torch
@@ -31,18 +34,23 @@ from shoal.train.plan import FitPlan, pretrain_plan
 from shoal.train.run import SHARE
 from shoal.train.state import TrainState
 
+PILOT = 3  # rounds, by whose spread it is decided how many there are
+OF_MEDIAN = 1.2533 * 1.96  # half of the 95 % interval of a median, over spread / sqrt(rounds), where that is normal
+
 
 def checkpoint(
-    console: Console, *, preset: str, tokens: int, every: float, rounds: int, threads: int | None = None
+    console: Console, *, preset: str, tokens: int, every: float, rounds: int, seconds: float, threads: int | None = None
 ) -> None:
     """A checkpoint each `every` seconds of training with `tokens` an update, on `threads` (default: all cores, so that none is
-    left for the writer, as in a run)."""
+    left for the writer, as in a run). At most `rounds`, of which none but the first is begun that would not end within
+    `seconds`."""
+    until = time.monotonic() + seconds
     torch.set_num_threads(threads or os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
         corpus(data, presets.get(preset).model)
         plan = pretrain_plan(preset, str(data), folder, steps=10**6, batch_tokens=tokens, accumulate=1)
-        found = _Turns(plan, Path(folder, "run"), every).rounds(rounds)
+        found = _Turns(plan, Path(folder, "run"), every, console).rounds(rounds, until)
     table = Table(
         "MiB", "updates a turn", "s without", "s with", "stalled s", "to its name s", "writer's CPU s", "slowed by", "95 %",
         title=f"{preset}, {plan.train.batch_tokens} tokens an update, {torch.get_num_threads()} threads, a checkpoint every "
@@ -56,36 +64,54 @@ def checkpoint(
         f"{found['slowed']:.2%}",
         f"{low:.2%} to {high:.2%}",
     )
-    table.caption = f"the loop lets them lie {found['apart_s']:.0f} s apart, for at most {SHARE:.0%}"
-    show(console, [table], {"bench": "checkpoint", "preset": preset, "batch_tokens": tokens, "rounds": rounds, **found})
+    table.caption = (
+        f"{found['rounds']} pairs, of {found['wanted']} that the spread asks for; the loop lets checkpoints lie "
+        f"{found['apart_s']:.0f} s apart, for at most {SHARE:.0%}"
+    )
+    show(console, [table], {"bench": "checkpoint", "preset": preset, "batch_tokens": tokens, **found})
 
 
 class _Turns:
     """One worker that trains, and its checkpoints."""
 
-    def __init__(self, plan: FitPlan, run: Path, every: float) -> None:
+    def __init__(self, plan: FitPlan, run: Path, every: float, console: Console) -> None:
         self._plan, self._every, self._ranks = plan, every, Ranks(0, 1, torch.device("cpu"))
         self._feed, self._model, self._optimizer = prepared(plan, self._ranks)
-        self._store, self._step = CheckpointStore(run), 0
+        self._store, self._step, self._console = CheckpointStore(run), 0, console
         self._train(1)  # so that there are moments
-        self._updates = max(2, math.ceil(every / self._train(1)))  # between two of them it is published
+        one = self._train(1)
+        self._updates = max(2, math.ceil(every / one))  # between two of them it is published
+        self._say(
+            f"an update takes {one:.2f} s: a turn has {self._updates}, a pair takes some {2 * self._updates * one:.0f} s"
+        )
 
-    def rounds(self, rounds: int) -> dict[str, Any]:
-        """Medians over `rounds`, after one that is not counted."""
-        without, beside, saved = list[float](), list[float](), list[Saved]()
-        for number in range(rounds + 1):
-            for with_one in (False, True) if number % 2 else (True, False):
+    def rounds(self, most: int, until: float) -> dict[str, Any]:
+        """Medians over at most `most` rounds, after a turn that is not counted."""
+        without, beside, slowed, saved = list[float](), list[float](), list[float](), list[Saved]()
+        wanted, longest = most, 0.0
+        self._beside()
+        while len(slowed) < min(most, wanted):
+            began = time.monotonic()
+            if slowed and began + longest > until:
+                self._say("no more pairs: another would not end in time")
+                break
+            for with_one in (False, True) if len(slowed) % 2 else (True, False):
                 if with_one:
                     seconds, one = self._beside()
                     beside.append(seconds)
                     saved.append(one)
                 else:
                     without.append(self._train(self._updates))
-        without, beside, saved = without[1:], beside[1:], saved[1:]
-        slowed = [(b - a) / self._every for a, b in zip(without, beside, strict=True)]
+            slowed.append((beside[-1] - without[-1]) / self._every)
+            longest = max(longest, time.monotonic() - began)
+            if len(slowed) == PILOT:
+                wanted = max(PILOT, math.ceil((OF_MEDIAN * stdev(slowed) / SHARE) ** 2))
+            self._say(f"pair {len(slowed)}: {without[-1]:.2f} s without, {beside[-1]:.2f} with: {slowed[-1]:+.2%}")
         cost = median(one.stalled + one.busy for one in saved)
         return {
             "every_s": self._every,
+            "rounds": len(slowed),
+            "wanted": wanted,
             "updates": self._updates,
             "bytes": sum(file.stat().st_size for file in saved[-1].path.iterdir()),
             "without_s": median(without),
@@ -97,6 +123,9 @@ class _Turns:
             "slowed_interval": _interval(slowed),
             "apart_s": max(self._every, cost / SHARE),
         }
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False)
 
     def _train(self, updates: int) -> float:
         start = time.perf_counter()

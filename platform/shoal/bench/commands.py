@@ -284,16 +284,25 @@ def checkpoint(
     preset: Annotated[str, typer.Option(help="What is trained.")] = "small",
     tokens: Annotated[int, typer.Option(help="Tokens of an update, at least a row of the preset.")] = 8192,
     every: Annotated[float, typer.Option(help="Seconds from one checkpoint to the next.")] = 10.0,
-    rounds: Annotated[int, typer.Option(help="Pairs of updates in turns, with a checkpoint and without.")] = 9,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            help="Pairs of turns of updates, with a checkpoint and without, at most: as many as their spread asks for."
+        ),
+    ] = 9,
+    seconds: Annotated[
+        float, typer.Option(help="Seconds from the start on: no pair but the first is begun that would end later.")
+    ] = 300.0,
     threads: Annotated[int | None, typer.Option(help="CPUs that training computes with. [all]")] = None,
 ) -> None:
-    """What checkpoints beside training slow it by; of `small` more than eight minutes, on two cores."""
+    """What checkpoints beside training slow it by, a line a pair; it ends within --seconds, or with its first pair."""
     from shoal.bench.checkpoint import checkpoint as run
 
-    for name, value in {"--every": every, "--rounds": rounds, "--threads": 1 if threads is None else threads}.items():
+    given = {"--every": every, "--rounds": rounds, "--seconds": seconds, "--threads": 1 if threads is None else threads}
+    for name, value in given.items():
         if not 0 < value < math.inf:
             raise UsageError(name, got=value, allowed="a number above 0")
-    run(out, preset=preset, tokens=tokens, every=every, rounds=rounds, threads=threads)
+    run(out, preset=preset, tokens=tokens, every=every, rounds=rounds, seconds=seconds, threads=threads)
 
 
 @bench.command("learn")
@@ -434,16 +443,17 @@ def data(
     rounds: Rounds = 3,
     parts: Annotated[str, typer.Option(help="Which measurements.")] = "speed,size,documents,images",
     seconds: Annotated[
-        float | None,
-        typer.Option(
-            help="Seconds of `size`: no larger one is begun that would take longer, by what the last one took. [any]"
-        ),
-    ] = None,
+        float,
+        typer.Option(help="Seconds of `size`: no larger one is begun that would end later, by what the last one took."),
+    ] = 300.0,
 ) -> None:
-    """Tokenise-and-pack beside `tokenizers` alone; cost and memory by size; text beside images. 1 GB takes a quarter hour."""
+    """Tokenise-and-pack beside `tokenizers` alone; cost and memory by size, a line each; text beside images. 1 GB takes a
+    quarter hour: --seconds 1200."""
     from shoal.bench.data import data as run
 
     megabytes = tuple(sorted(_numbers("--sizes", sizes, int, "10,100,1000")))
     if not megabytes[0]:
         raise UsageError("--sizes", got=sizes, allowed="numbers from 1 on")
-    run(out, preset=preset, sizes=megabytes, rounds=rounds, parts=tuple(parts.split(",")), seconds=seconds or math.inf)
+    if not 0 < seconds < math.inf:
+        raise UsageError("--seconds", got=seconds, allowed="a number above 0")
+    run(out, preset=preset, sizes=megabytes, rounds=rounds, parts=tuple(parts.split(",")), seconds=seconds)

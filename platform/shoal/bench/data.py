@@ -68,7 +68,7 @@ def data(
     result: dict[str, Any] = {"bench": "data", "preset": preset, "rounds": rounds}
     tables = []
     work: dict[str, Callable[[], Found]] = {
-        "speed": lambda: _speeds(preset, rounds), "size": lambda: _sizes(preset, sizes, seconds),
+        "speed": lambda: _speeds(preset, rounds), "size": lambda: _sizes(console, preset, sizes, seconds),
         "documents": _documents, "images": lambda: _images_beside(preset, rounds),
     }  # fmt: skip
     for part in parts:
@@ -89,20 +89,22 @@ def _speeds(preset: str, rounds: int) -> Found:
     return table, speeds
 
 
-def _sizes(preset: str, sizes: tuple[int, ...], seconds: float) -> Found:
-    """Cost and memory of each size, and how they grow from the smallest to the largest."""
+def _sizes(console: Console, preset: str, sizes: tuple[int, ...], seconds: float) -> Found:
+    """Cost and memory of each size, a line as each ends, and how they grow from the smallest to the largest."""
     table = Table(
         "input MB", "seconds", "CPU s/MB", "peak RSS MB", "before", title="read, clean, tokenise, pack, in one process"
     )
     rows: list[dict[str, float]] = []
-    left = seconds
+    until, took = time.monotonic() + seconds, 0.0  # seconds of a MB, with what is made to be prepared
     for size in sizes:
-        if rows and rows[-1]["seconds"] / rows[-1]["mb"] * size > left:
+        began = time.monotonic()
+        if rows and began + took * size > until:
             table.add_row(f"{size}", "not begun", "", "", "")
+            console.print(f"{size} MB: not begun, since it would take some {took * size:.0f} s more", highlight=False)
             continue
         row = _child("size", preset, str(size))
-        row["s_per_mb"] = row["cpu_seconds"] / row["mb"]
-        left -= row["seconds"]
+        row["s_per_mb"], took = row["cpu_seconds"] / row["mb"], (time.monotonic() - began) / row["mb"]
+        console.print(f"{size} MB: {row['s_per_mb']:.3f} CPU s/MB, peak {row['peak_rss_mb']:.0f} MB", highlight=False)
         memory = (f"{row[key]:.0f}" for key in ("peak_rss_mb", "rss_before_mb"))
         table.add_row(f"{row['mb']:.0f}", f"{row['seconds']:.1f}", f"{row['s_per_mb']:.3f}", *memory)
         rows.append(row)

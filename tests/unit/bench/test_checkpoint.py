@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from itertools import cycle
 
 import pytest
 from rich.console import Console
 
+from shoal.bench import checkpoint as bench
 from shoal.bench.checkpoint import checkpoint
 from shoal.bench.data import data
 from shoal.cli import main
@@ -17,8 +20,15 @@ from shoal.train.run import SHARE
 
 def test_checkpoints_beside_training(capsys: pytest.CaptureFixture[str]) -> None:
     said = io.StringIO()
-    checkpoint(Console(file=said, width=200), preset="test", tokens=768, every=0.05, rounds=3, threads=1)
+    checkpoint(Console(file=said, width=200), preset="test", tokens=768, every=0.05, rounds=3, seconds=600, threads=1)
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["rounds"] == 3 <= told["wanted"], "no more than were allowed"
+    lines = said.getvalue().splitlines()
+    assert "an update takes" in lines[0] and [line.split(":")[0] for line in lines[1:4]] == [
+        "pair 1",
+        "pair 2",
+        "pair 3",
+    ]
     assert 1.2e6 < told["bytes"] < 1.6e6, "fp32 weights and two moments of 0.11 M parameters"
     assert told["updates"] >= 2 and told["every_s"] == 0.05
     assert 0 < told["stalled_s"] <= told["took_s"] <= told["with_s"]
@@ -28,6 +38,33 @@ def test_checkpoints_beside_training(capsys: pytest.CaptureFixture[str]) -> None
     assert "a checkpoint every 0.05 s" in said.getvalue() and f"for at most {SHARE:.0%}" in said.getvalue()
 
 
+def test_checkpoints_are_measured_no_longer_than_they_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    """It had printed nothing in eight minutes: nine pairs and one more, however long a pair took."""
+    said = io.StringIO()
+    checkpoint(Console(file=said, width=200), preset="test", tokens=768, every=0.05, rounds=9, seconds=1e-3, threads=1)
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["rounds"] == 1 and told["slowed_interval"] == pytest.approx([told["slowed"]] * 2)
+    assert "no more pairs: another would not end in time" in said.getvalue()
+
+
+def test_as_many_pairs_are_measured_as_their_spread_asks_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three where checkpoints cost the same each time; of others as many as bring the median's interval to a share of 2 %."""
+    whole = bench._Turns._beside
+    monkeypatch.setattr(bench._Turns, "_train", lambda turns, updates: 1.0)
+    for spread, pairs in ((0.0, 3), (0.01, 3), (0.02, 7)):
+        costs = cycle([0.0, spread, -spread])
+
+        def beside(turns: bench._Turns, costs: Iterator[float] = costs) -> tuple[float, object]:
+            return 1.0 + turns._every * next(costs), whole(turns)[1]
+
+        monkeypatch.setattr(bench._Turns, "_beside", beside)
+        checkpoint(Console(file=io.StringIO()), preset="test", tokens=768, every=0.5, rounds=9, seconds=600, threads=1)
+        told = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert told["rounds"] == told["wanted"] == pairs, spread
+
+
 def test_no_size_is_begun_that_does_not_fit_the_time(capsys: pytest.CaptureFixture[str]) -> None:
     said = io.StringIO()
     console = Console(file=said, width=200)
@@ -35,12 +72,24 @@ def test_no_size_is_begun_that_does_not_fit_the_time(capsys: pytest.CaptureFixtu
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [round(row["mb"]) for row in told["size"]] == [1, 2] and told.keys() >= {"bench", "size", "machine"}
     assert all(row["s_per_mb"] == row["cpu_seconds"] / row["mb"] > 0 for row in told["size"])
+    lines = said.getvalue().splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["1 MB", "2 MB", "10000 MB"] and "CPU s/MB, peak" in lines[0]
     assert "not begun" in said.getvalue() and "CPU s/MB times" in said.getvalue()
     with pytest.raises(UsageError, match="--parts"):
         data(console, preset="test", sizes=(1,), rounds=1, parts=("sizes",))
 
 
-@pytest.mark.parametrize("given", ["checkpoint --every 0", "checkpoint --rounds 0", "data --sizes 0", "data --sizes a"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "checkpoint --every 0",
+        "checkpoint --rounds 0",
+        "checkpoint --seconds 0",
+        "data --seconds 0",
+        "data --sizes 0",
+        "data --sizes a",
+    ],
+)
 def test_what_cannot_be_measured_is_refused(given: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *given.split()]) == 2
     assert "got" in capsys.readouterr().err
