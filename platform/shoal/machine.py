@@ -26,18 +26,19 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def aside(path: Path, *, sync: bool = False) -> Iterator[Path]:
+def aside(path: Path, *, sync: bool = False, name: bool = True) -> Iterator[Path]:
     """Where to write what is to be `path`: a file beside it, which takes its name when the block ends, and is removed when the
     block raises. Whoever writes the same `path` at the same time has another: threads have one process, and processes of
     several machines may have one number. With `sync` it outlives a power cut from then on; without, what was there before may
-    be gone, and nothing, or an empty file, be there instead."""
+    be gone, and nothing, or an empty file, be there instead. Without `name` what was there may be there again, whole: who
+    writes many files in one folder sees that onto the disk at the end."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{os.getpid()}.tmp")
     try:
         yield beside
         if sync:
             see_on_disk(beside)
         beside.replace(path)
-        if sync:
+        if sync and name:
             see_on_disk(path.parent)
     finally:
         beside.unlink(missing_ok=True)

@@ -83,11 +83,11 @@ def test_two_machines_that_forget_at_once_put_back_nobody(
     one, two = at("one"), at("two")
     done = list[str]()
 
-    def meanwhile(path: Path, table: object) -> None:
+    def meanwhile(path: Path, table: object, **more: object) -> None:
         if not done:
             done.append("two")
             forget.forget(two, subject="b")
-        write_part(path, table)  # type: ignore[arg-type]
+        write_part(path, table, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(forget, "write_part", meanwhile)
     forget.forget(one, subject="a")

@@ -19,8 +19,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,15 @@ import pyarrow.parquet as pq
 from shoal.data.alone import alone
 from shoal.errors import DataError, ResourceError, first_line
 from shoal.loop import watch
-from shoal.loop.capture import FEEDBACK, FORGOTTEN, TEXTS, Capture, Forgotten, append, held, lines_of, now_ms
+from shoal.loop.capture import FEEDBACK, FORGOTTEN, ROWS, TEXTS, Capture, Forgotten, append, held, lines_of, now_ms
 from shoal.loop.parts import adopt, sweep, write_part
-from shoal.machine import write_aside
+from shoal.machine import see_on_disk, write_aside
 
 # what was forgotten -> what was changed of it, or was made of it, in words: one line each
 Elsewhere = Callable[[Forgotten], list[str]]
 LOCK, LOCK_SECONDS = ".forget.lock", 600.0  # for another that forgets: a million rows take less than a minute
 DONE = ".forgotten"  # of whom this machine's copy has nothing any more: a hash
+WRITERS = 4  # parts at once
 ROUNDS = 10  # in which other machines may change what is written here
 
 
@@ -161,25 +164,49 @@ def _ids(capture: Capture, who: Forgotten) -> set[str]:
     found = {line["id"] for _, lines in capture.journals() for line in lines if who.hides(line)}
     for path in capture.parts():
         with suppress(FileNotFoundError):  # its day went since it was listed
-            table = pq.read_table(path, columns=["id", "subject"], partitioning=None)
+            table = _whose(path)
             found |= set(table.filter(_hidden(table, who))["id"].to_pylist())
     return found | {path.stem for path in _stored(capture, who)}  # of some of these no row was kept, or not for so long
 
 
 def _rows(capture: Capture, who: Forgotten, found: _Gone) -> None:
-    """Parts without the rows of `who`."""
-    for path in capture.parts():
-        with suppress(FileNotFoundError):  # its day went since it was listed
-            some = pq.read_table(path, columns=["id", "subject"], partitioning=None)
-            count = pc.sum(_hidden(some, who)).as_py() or 0
-            if count:
-                whole = pq.read_table(path, partitioning=None)
-                kept = whole.filter(pc.invert(_hidden(whole, who)))
-                if kept.num_rows:
-                    write_part(path, kept)
-                else:
-                    path.unlink()
-                found.rows[path] = count
+    """Parts without the rows of `who`; several at once, since each waits for the disk."""
+    parts = capture.parts()
+    with ThreadPoolExecutor(WRITERS) as pool:
+        counts = [*pool.map(partial(_without, who), parts)]
+    found.rows |= {path: count for path, count in zip(parts, counts, strict=True) if count}
+    _see_days(capture, ROWS)
+
+
+def _without(who: Forgotten, path: Path) -> int:
+    """How many rows of `who` a part had, and has no more; its name is not seen onto the disk."""
+    with suppress(FileNotFoundError):  # its day went since it was listed
+        count: int = pc.sum(_hidden(_whose(path), who)).as_py() or 0
+        if not count:
+            return 0
+        with pq.ParquetFile(path) as file:
+            whole = file.read(use_threads=False)
+        kept = whole.filter(pc.invert(_hidden(whole, who)))
+        if kept.num_rows:
+            write_part(path, kept, name=False)
+        else:
+            path.unlink()
+        return count
+    return 0
+
+
+def _whose(path: Path) -> pa.Table:
+    """Ids and subjects of a part; a tenth of the time that `read_table` takes, which looks for a data set."""
+    with pq.ParquetFile(path) as file:
+        return file.read(["id", "subject"], use_threads=False)
+
+
+def _see_days(capture: Capture, kind: str) -> None:
+    """Returns when the disk has what was removed from the days of a kind, or took a name there: by one that was interrupted,
+    too, which has nothing left to remove."""
+    for folder in (capture.folder / kind).glob("day=*"):
+        with suppress(FileNotFoundError):  # it went
+            see_on_disk(folder)
 
 
 def _hidden(table: pa.Table, who: Forgotten) -> pa.ChunkedArray:
@@ -191,6 +218,7 @@ def _texts(capture: Capture, who: Forgotten, found: _Gone) -> None:
     for path in [*_stored(capture, who)]:
         path.unlink(missing_ok=True)
         found.texts.add(path)
+    _see_days(capture, TEXTS)
 
 
 def _stored(capture: Capture, who: Forgotten) -> Iterator[Path]:

@@ -91,11 +91,11 @@ def frames_of(part: Path) -> set[int]:
     return {number for first, last in json.loads(told.get(FRAMES, b"[]")) for number in range(first, last + 1)}
 
 
-def write_part(path: Path, table: pa.Table) -> None:
-    """`table` as the part `path`, there in full or not at all. Raises OSError."""
+def write_part(path: Path, table: pa.Table, *, name: bool = True) -> None:
+    """`table` as the part `path`, there in full or not at all; `name` as of `aside`. Raises OSError."""
     new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path, sync=True) as beside:  # its journal goes then
+    with aside(path, sync=True, name=name) as beside:  # its journal goes then
         pq.write_table(table, beside, compression="zstd")
     if new:
         see_on_disk(path.parent.parent)

@@ -99,7 +99,7 @@ def test_whoever_made_something_of_the_rows_is_told_what_to_take_out(capture: Ca
 def test_a_folder_that_cannot_be_written_is_one_line_and_nothing_is_seen_any_more(
     capture: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, table: object) -> None:
+    def full(path: Path, table: object, **more: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("shoal.loop.forget.write_part", full)
@@ -212,13 +212,13 @@ def test_of_two_who_forget_at_once_neither_writes_the_other_s_person_back(
 ) -> None:
     seen = list[str]()
 
-    def meanwhile(*given: object) -> None:
+    def meanwhile(*given: object, **more: object) -> None:
         if not seen:
             seen.append("other")
             monkeypatch.setattr("shoal.loop.forget.LOCK_SECONDS", 0.0)
             with pytest.raises(ResourceError, match=f"another forgets in {capture.folder}"):
                 forget(capture, subject=BOB)
-        write_part(*given)  # type: ignore[arg-type]
+        write_part(*given, **more)  # type: ignore[arg-type]
 
     adopted = Writer(capture, start=False)
     for number, whose in enumerate((ANN, BOB, "c" * 32)):

@@ -7,7 +7,9 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import pyarrow.parquet as pq
 import pytest
 
 from shoal.loop.audit import Audit
@@ -16,6 +18,7 @@ from shoal.loop.forget import forget
 from shoal.loop.parts import make_parts
 from shoal.loop.release import Release, State
 from shoal.loop.rows import Row
+from shoal.loop.texts import Texts
 from shoal.loop.writer import Writer
 from shoal.machine import see_on_disk
 
@@ -123,6 +126,30 @@ def test_rows_that_were_on_the_disk_are_not_lost_when_their_journal_becomes_a_pa
     after = Capture(tmp_path / "after")
     assert after.rows()["id"].to_pylist() == ["r1", "r3"]
     assert json.loads((after.folder / FORGOTTEN).read_text())["subject"] == "a"
+
+
+def test_who_is_forgotten_does_not_come_again_with_the_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a command that is interrupted before the folders are on the disk, and done again: then nothing is left to remove."""
+    capture = Capture(tmp_path / "capture", create=True)
+    writer = Writer(capture, start=False)
+    for day in range(3):
+        writer.put(*(Row(f"r{day}{whose}", NOON + day * 86_400_000, subject=whose) for whose in "ab"))
+    make_parts(capture, writer._journal.path)
+    for whose in "ab":
+        completion = {"id": f"chatcmpl-{ord(whose):032x}", "choices": [{"text": "so"}]}
+        Texts(capture).put("shop", whose, [{"role": "user", "content": f"by {whose}"}], completion, {})
+    disk, synced = Disk(capture.folder, monkeypatch), list[Path]()
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr("shoal.loop.forget._see_days", Mock(side_effect=[None, KeyboardInterrupt]))
+        forget(capture, subject="a")
+    monkeypatch.setattr("shoal.loop.forget.see_on_disk", lambda path: synced.append(path) or see_on_disk(path))
+    assert forget(capture, subject="a").rows == 0
+    disk.cut(tmp_path / "after")
+    parts = Capture(tmp_path / "after").parts()
+    assert [pq.read_table(path, partitioning=None)["subject"].to_pylist() for path in parts] == [["b"]] * 3
+    (text,) = (tmp_path / "after").glob("texts/day=*/*.json")
+    assert json.loads(text.read_text())["subject"] == "b"
+    assert len(synced) == len({*synced}) == 4, "a folder once, however many parts are in it"
 
 
 def test_a_file_system_that_cannot_sync_a_folder_is_none_that_cannot_be_written(
