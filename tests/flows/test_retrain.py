@@ -232,6 +232,34 @@ def test_a_cut_that_trains_on_what_a_suite_asks_is_no_proof(
     assert len(release.versions()) == 1
 
 
+def test_what_an_earlier_cut_held_out_is_not_learned_and_what_nobody_goes_on_with_is_gone(
+    release: Release, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[dict[str, Any]]()
+
+    def trained(stage: Retrain, parent: Path, served: Path, work: Path) -> tuple[Path, Path]:
+        read.extend(map(json.loads, (work / "mix.jsonl").read_text().splitlines()))
+        return served, parent
+
+    monkeypatch.setattr(Retrain, "_finetune", trained)
+    rows = [Labelled(chat(number), CORRECTION, f"person {number}", f"chatcmpl-{number}") for number in range(300)]
+    cut(Found(rows, len(rows)), tmp_path / "second", Settings(heldout=0.6, seed=1))
+    left = release.directory / WORK / "0123456789ab-finetune-7"
+    left.mkdir(parents=True)
+    how = ("--kind", "finetune", "--cooldown", "0")
+    assert retrain(release, folder, *how) == 0
+    first = told(capsys)
+    assert (first["left_out"], first["removed"]) == (0, 1) and not left.exists()
+    read.clear()
+    assert retrain(release, tmp_path / "second", *how) == 0
+    second = told(capsys)
+    held = {json.loads(line)["messages"][0]["content"] for line in (folder / "recent.jsonl").read_text().splitlines()}
+    assert read and not held & {row["messages"][0]["content"] for row in read}
+    asked = [json.loads(line)["messages"][0]["content"] for line in (tmp_path / "second/train.jsonl").open()]
+    assert second["left_out"] == sum(one in held for one in asked) > 20
+    assert release.version(3).lineage["left_out"] == second["left_out"]
+
+
 def test_two_at_once_and_one_too_soon_are_refused(
     release: Release, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,9 +18,8 @@ import re
 import shutil
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,15 +27,14 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from shoal.data.chats.augment import asked_about
 from shoal.data.chats.rows import group_of, is_augmented, lines, task_of
 from shoal.data.documents import Document
-from shoal.data.operators.decontaminate import GRAM, LEAST
-from shoal.data.operators.grams import grams, words
+from shoal.data.operators.grams import words
 from shoal.data.operators.near import BANDS, LEAST_WORDS, WIDTH, nearly_equal, signature
 from shoal.errors import DataError, ResourceError, UsageError
 from shoal.evaluate.halves import asked_groups
 from shoal.loop import suites
+from shoal.loop.asked import Asked, asked_in, asks, chats_of, user
 from shoal.loop.labels import LABELS, UP, Found, Labelled
 from shoal.loop.paired import LEAST_RECENT
 from shoal.machine import see_on_disk, sha256_of, write_aside, write_json
@@ -65,40 +63,6 @@ class Settings:
                 raise UsageError(name, got=value, allowed=f"0 to {most:g}")
 
 
-@dataclass
-class Asked:
-    """Questions that nobody may be trained on: what a suite or a held-out file asks."""
-
-    whole: set[str] = field(default_factory=set)
-    runs: dict[int, set[int]] = field(default_factory=dict)  # words in a run -> hashes
-
-    def add(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        self.whole.add(asked_about(list(messages)))  # type: ignore[arg-type]
-        found = words(_user(messages))
-        if len(found) >= LEAST:
-            size = min(GRAM, len(found))
-            self.runs.setdefault(size, set()).update(grams(found, size).tolist())
-
-    def holds(self, messages: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these ask it, all together or in one of their turns."""
-        turns = [[message] for message in messages if message.get("role") == "user"]
-        if any(asked_about(list(some)) in self.whole for some in (messages, *turns)):  # type: ignore[arg-type]
-            return True
-        found = words(_user(messages))
-        return any(not known.isdisjoint(grams(found, size).tolist()) for size, known in self.runs.items())
-
-
-def forbidden(folder: Path | None, files: Iterable[Path]) -> Asked:
-    """What the frozen suites in `folder`, and these files of chats, ask. Raises DataError for what cannot be read."""
-    paths = [folder / suite.file for suite in suites.read(folder)] if folder is not None else []
-    found = Asked()
-    for path in [*paths, *files]:
-        for line in lines(path):
-            with _chats_of(path):
-                found.add(_asked_in(json.loads(line)))
-    return found
-
-
 def cut(
     found: Found,
     out: Path,
@@ -106,11 +70,12 @@ def cut(
     *,
     replay: Path | None = None,
     never: Asked | None = None,
+    before: Asked | None = None,
     told: Any = None,
 ) -> dict[str, Any]:
     """Write the cut of the labelled rows in `found` to the folder `out`, and return its manifest. `replay`: the chats of the
-    old mix; `never`: what may not be trained on; `told`: what is kept in the manifest beside. Raises DataError where `out`
-    exists, and where nothing is left to train on."""
+    old mix; `never`: what is not in it at all; `before`: what is not trained on, and may be held out again; `told`: what is
+    kept in the manifest beside. Raises DataError where `out` exists, and where nothing is left to train on."""
     if out.exists():
         raise DataError(f"{out} exists", do="choose another --out: a cut is never changed")
     if not found.rows:
@@ -118,7 +83,7 @@ def cut(
         do = "collect corrections, or give --teacher or --import"
         raise DataError("no row with a label", got=f"{found.texts} texts: {reasons}", do=do)
     rows = _distinct(found)
-    train, recent = _split(rows, settings, found, never or Asked())
+    train, recent = _split(rows, settings, found, never or Asked(), before or Asked())
     train = _few_liked(train, settings, found)
     for name, some in (("to train on", train), ("held out", recent)):
         if not some and (name == "to train on" or settings.heldout != 0):
@@ -126,7 +91,7 @@ def cut(
             raise DataError(
                 f"no row {name}", got=f"{len(rows)} rows of {people} people", do="collect more, of more people"
             )
-    apart = [never or Asked(), _asked_by(recent)]
+    apart = [never or Asked(), before or Asked(), _asked_by(recent)]
     old = _replayed(replay, round(settings.replay * len(train)), settings.seed, apart) if replay else []
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -175,19 +140,25 @@ def asked(out: Path, never: Asked) -> int:
     """How many rows that a cut trains on ask what is in `never`, as of one that was made without that. Raises DataError for
     what is no chat."""
     new, old = _new_and_old(out)
-    with _chats_of(out / TRAIN):
+    with chats_of(out / TRAIN):
         found = sum(never.holds(json.loads(line)["messages"][:-1]) for line in new)
-        return found + sum(_asks({"messages": (), **json.loads(line)}, [never]) for line in old)
+        return found + sum(asks({"messages": (), **json.loads(line)}, [never]) for line in old)
 
 
-def mixed(out: Path, to: Path, share: float) -> int:
+def mixed(out: Path, to: Path, share: float, never: Asked | None = None) -> tuple[int, int]:
     """Write to the file `to` what a cut holds to train on, its new rows as often as it takes for `share` of all characters to
-    be theirs; returns how often. Some hundred rows are soon learned, and as many old ones hold back nothing."""
-    new, old = _new_and_old(out)
+    be theirs; returns how often, and how many rows were left out for asking what is in `never`. Some hundred rows are soon
+    learned, and as many old ones hold back nothing. Raises DataError for what is no chat, and where no new row is left."""
+    both, apart = _new_and_old(out), [never or Asked()]
+    with chats_of(out / TRAIN):
+        new, old = ([one for one in rows if not asks({"messages": (), **json.loads(one)}, apart)] for rows in both)
+    if not new:
+        got = f"none of {len(both[0])}"
+        raise DataError(f"{out}: rows that no earlier cut held out", got=got, do="curate another with --release")
     long, longer = (max(1, sum(map(len, rows))) for rows in (new, old))
     times = max(1, round(share / (1 - share) * longer / long)) if old else 1
     write_aside(to, "".join(line + "\n" for line in [*new * times, *old]))
-    return times
+    return times, sum(map(len, both)) - len(new) - len(old)
 
 
 def asked_of_both(
@@ -202,7 +173,7 @@ def asked_of_both(
     apart = [never or Asked(), _gated(out / RECENT)]
     recent = _fitted_to(out / RECENT, suites.looked_at(out / RECENT), apart)
     old = _fitted_to(held, asked_groups(held), apart) if held is not None and held.is_file() else []
-    old = old or [row for row in map(json.loads, _new_and_old(out)[1]) if _can_be_asked(row) and not _asks(row, apart)]
+    old = old or [row for row in map(json.loads, _new_and_old(out)[1]) if _can_be_asked(row) and not asks(row, apart)]
     old = [row for row in old if task_of(row) in tasks] or old
     write_aside(to, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*recent, *old]))
 
@@ -212,32 +183,18 @@ def _gated(recent: Path) -> Asked:
     half, found = suites.looked_at(recent), Asked()
     for line in lines(recent):
         if group_of(row := json.loads(line)) in half:
-            found.add(_asked_in(row))
+            found.add(asked_in(row))
     return found
 
 
 def _fitted_to(held: Path, half: Collection[int], apart: Sequence[Asked]) -> list[dict[str, Any]]:
     found = []
     for line in lines(held):
-        with _chats_of(held):
-            row = json.loads(line)
-            json.dumps([row, task_of(row)], ensure_ascii=False).encode()
-            if _can_be_asked(row) and group_of(row) not in half and not _asks(row, apart):
+        with chats_of(held):
+            json.dumps([row := json.loads(line), task_of(row)], ensure_ascii=False).encode()
+            if _can_be_asked(row) and group_of(row) not in half and not asks(row, apart):
                 found.append(row)
     return found
-
-
-def _asks(row: Mapping[str, Any], apart: Sequence[Asked]) -> bool:
-    return any(some.holds(_asked_in(row)) for some in apart)
-
-
-@contextmanager
-def _chats_of(path: Path) -> Iterator[None]:
-    """Raises DataError for a row of `path`, read in this block, that is none."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} holds a row that is no chat", got=str(error), do="mend it") from error
 
 
 def _new_and_old(out: Path) -> tuple[list[str], list[str]]:
@@ -246,10 +203,6 @@ def _new_and_old(out: Path) -> tuple[list[str], list[str]]:
     is_old = [json.loads(line).get("label") == REPLAY for line in rows]
     both = list(zip(rows, is_old, strict=True))
     return [line for line, old in both if not old], [line for line, old in both if old]
-
-
-def _asked_in(row: Mapping[str, Any]) -> list[Any]:
-    return [one for one in row["messages"] if one.get("role") != "assistant"]
 
 
 def _can_be_asked(row: Mapping[str, Any]) -> bool:
@@ -271,7 +224,7 @@ def _distinct(found: Found) -> list[Labelled]:
             found.leave("a copy of another")
             continue
         seen.add(key)
-        text = f"{_user(row.messages)}\n{row.answer}"
+        text = f"{user(row.messages)}\n{row.answer}"
         mark = signature(Document(row.id, row.person, "", "", "text", "", text))
         of = words(text)
         bands = [] if mark is None else [(i, mark[1 + i * WIDTH : 1 + (i + 1) * WIDTH].tobytes()) for i in range(BANDS)]
@@ -285,26 +238,33 @@ def _distinct(found: Found) -> list[Labelled]:
 
 
 def _split(
-    rows: Sequence[Labelled], settings: Settings, found: Found, never: Asked
+    rows: Sequence[Labelled], settings: Settings, found: Found, never: Asked, before: Asked
 ) -> tuple[list[Labelled], list[Labelled]]:
     """Rows to train on and rows that are held out, of other people; neither asks what is forbidden, and what is held out is
-    nothing that is asked in training."""
+    nothing that is asked in training; to train on there is nothing of `before`."""
     allowed = [row for row in rows if not never.holds(row.messages[:-1])]
-    found.leave("asked by a suite, or held out before", len(rows) - len(allowed))
+    found.leave("asked by a suite", len(rows) - len(allowed))
     names = {row.person: row.person.encode("utf-8", "surrogatepass") for row in allowed}
     draws = {person: xxhash.xxh3_64_intdigest(name, settings.seed) / 2**64 for person, name in names.items()}
-    share = _share(allowed, draws) if settings.heldout is None else settings.heldout
-    train, recent = _apart(allowed, draws, share)
-    found.leave("held out, but asked in training by another person", len(allowed) - len(train) - len(recent))
+    barred = {id(row) for row in allowed if before.holds(row.messages[:-1])}
+    share = _share(allowed, draws, barred) if settings.heldout is None else settings.heldout
+    train, recent = _apart(allowed, draws, share, barred)
+    earlier = sum(draws[row.person] >= share and id(row) in barred for row in allowed)
+    found.leave("held out by an earlier cut", earlier)
+    others = len(allowed) - len(train) - len(recent) - earlier
+    found.leave("held out, but asked in training by another person", others)
     # what the model said itself measures nothing
     return train, [row for row in recent if row.label != UP]
 
 
-def _apart(rows: Sequence[Labelled], draws: dict[str, float], share: float) -> tuple[list[Labelled], list[Labelled]]:
-    """The rows of people whose draw is `share` or more, and those of the others that ask nothing of these."""
-    train, held = ([row for row in rows if (draws[row.person] < share) == out] for out in (False, True))
+def _apart(
+    rows: Sequence[Labelled], draws: dict[str, float], share: float, barred: Collection[int]
+) -> tuple[list[Labelled], list[Labelled]]:
+    """The rows of people whose draw is `share` or more, without those whose `id` is `barred`, and of the others those that ask
+    nothing of these."""
+    train = [row for row in rows if draws[row.person] >= share and id(row) not in barred]
     known = _asked_by(train)
-    return train, [row for row in held if not known.holds(row.messages[:-1])]
+    return train, [row for row in rows if draws[row.person] < share and not known.holds(row.messages[:-1])]
 
 
 def _asked_by(rows: Iterable[Labelled]) -> Asked:
@@ -314,12 +274,14 @@ def _asked_by(rows: Iterable[Labelled]) -> Asked:
     return found
 
 
-def _share(rows: Sequence[Labelled], draws: dict[str, float]) -> float:
+def _share(rows: Sequence[Labelled], draws: dict[str, float], barred: Collection[int]) -> float:
     """A fifth of the people, or as many more as leave a tenth more rows than the gate asks for: with fewer it can say nothing,
     however much was learned. Where half of the rows would not do, a fifth: the next cut will."""
     shares = [0.2, *sorted(above for draw in draws.values() if (above := math.nextafter(draw, 2)) > 0.2)]
     place = bisect_left(
-        shares, 1.1 * LEAST_RECENT, key=lambda each: sum(row.label != UP for row in _apart(rows, draws, each)[1])
+        shares,
+        1.1 * LEAST_RECENT,
+        key=lambda each: sum(row.label != UP for row in _apart(rows, draws, each, barred)[1]),
     )
     share = shares[min(place, len(shares) - 1)]
     return share if 2 * sum(draws[row.person] < share for row in rows) <= len(rows) else 0.2
@@ -339,9 +301,9 @@ def _replayed(path: Path, count: int, seed: int, apart: Sequence[Asked]) -> list
     """`count` rows of the old mix, or all of them, drawn by `seed`; none that asks what is kept `apart`."""
     every = []
     for line in lines(path):
-        with _chats_of(path):
+        with chats_of(path):
             row = json.loads(line)
-            if not _asks({"messages": (), **row}, apart):
+            if not asks({"messages": (), **row}, apart):
                 every.append(json.dumps({**row, "label": REPLAY}, ensure_ascii=False).encode().decode())
     order = np.random.default_rng(seed).permutation(len(every))[:count]
     return [every[place] for place in sorted(order.tolist())]
@@ -387,9 +349,3 @@ def _named(old: Sequence[str]) -> tuple[set[str], set[str]]:
     """The names of requests and persons in rows of the old mix that are an earlier cut's."""
     rows = [row for row in map(json.loads, old) if NAME.fullmatch(str(row.get("group")))]
     return {name_of(str(row["id"])) for row in rows if row.get("id")}, {row["group"] for row in rows}
-
-
-def _user(messages: Sequence[Mapping[str, Any]]) -> str:
-    """What the user said, in order."""
-    said = (message.get("content") for message in messages if message.get("role") == "user")
-    return "\n".join(text for text in said if isinstance(text, str))

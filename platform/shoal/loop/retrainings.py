@@ -1,6 +1,8 @@
 """How the retrainings of a release went, those too that made no version: a file, written by the one that runs, which is alone.
 
-    RELEASE/retrain.json   {"failed": how many in a row, "runs": [{"began", "outcome", "minutes", "why"}, ...]} of the last day
+    RELEASE/retrain.json   {"failed": how many in a row, "runs": [{"began", "outcome", "minutes", "why"}, ...]} of the last day,
+                           "behind": when one was first found to have begun after the present, by a clock that was set
+    RELEASE/retrain/CUT-KIND-STABLE/   where one works, with which the same command goes on
 
 Outcomes: passed (the gate's word), unjudged (no suites), refused (by the gate), failed, ended (by a person), killed: what says
 that it works when another begins, for that is alone.
@@ -9,8 +11,9 @@ that it works when another begins, for that is alone.
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -31,6 +34,7 @@ WORKS, PASSED, UNJUDGED, REFUSED, FAILED, ENDED, KILLED = (
     "killed",
 )
 DAY = timedelta(days=1)
+LEFT_DAYS = 7.0  # after which nobody goes on with the work of one that was interrupted
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,19 @@ class Retrainings:
 
     failed: int = 0  # in a row, up to the last, without a version that the gate let pass
     runs: tuple[Run, ...] = field(default=())
+    behind: str = ""  # since when the clock is behind what was noted by it
+
+    def age(self, then: str, now: datetime) -> timedelta:
+        """How long ago that was. What is ahead, by a clock that was wrong then or is now, is as old as that is known: else no
+        cooldown would be over before the clock is there again."""
+        at = datetime.fromisoformat(then)
+        if at > now:
+            at = min(now, datetime.fromisoformat(self.behind)) if self.behind else now
+        return now - at
 
     def spent(self, now: datetime) -> float:
         """Minutes of the last day that no version tells of."""
-        return sum(run.minutes for run in self.runs if run.made_none and _age(run, now) < DAY)
+        return sum(run.minutes for run in self.runs if run.made_none and self.age(run.began, now) < DAY)
 
     def and_then(self, run: Run) -> Retrainings:
         """With one that ended so."""
@@ -76,6 +89,30 @@ def read(release: Path) -> Retrainings:
         raise DataError(f"{path} cannot be read", got=first_line(error), do="remove it: it counts anew") from error
 
 
+def seen(release: Path, times: Sequence[str], now: datetime) -> Retrainings:
+    """As `read`, with a note where the clock is behind these times [ISO 8601], or behind those of its own. Raises DataError,
+    ResourceError where that cannot be noted."""
+    known, at = read(release), now.isoformat(timespec="seconds")
+    ahead = any(datetime.fromisoformat(each) > now for each in (*times, *(run.began for run in known.runs)))
+    behind = "" if not ahead else at if not known.behind else min(known.behind, at, key=datetime.fromisoformat)
+    if behind != known.behind:
+        known = replace(known, behind=behind)
+        _write(release, known)
+    return known
+
+
+def tidy(work: Path, stable: int) -> int:
+    """Removes from the folder `work` what retrainings of another version than `stable` have left, and what nobody has touched
+    for `LEFT_DAYS`; how many that were. For the one that runs, which is alone."""
+    gone = 0
+    for path in sorted(work.glob("*")):
+        written = max(each.stat().st_mtime for each in (path, *path.rglob("*")))
+        if path.name.rpartition("-")[2] != str(stable) or time.time() - written > LEFT_DAYS * 86_400:
+            shutil.rmtree(path)
+            gone += 1
+    return gone
+
+
 @contextmanager
 def one(release: Path, minutes: float) -> Iterator[Callable[[bool | None], None]]:
     """In this block one works that was asked to take so many minutes, and is alone. What it is given is to be called with the
@@ -83,7 +120,7 @@ def one(release: Path, minutes: float) -> Iterator[Callable[[bool | None], None]
     known, began, steady = read(release), datetime.now(UTC), time.monotonic()
     if known.runs and known.runs[-1].outcome == WORKS:
         known = replace(known, runs=known.runs[:-1]).and_then(replace(known.runs[-1], outcome=KILLED))
-    known = replace(known, runs=tuple(run for run in known.runs if _age(run, began) < DAY))
+    known = replace(known, runs=tuple(run for run in known.runs if known.age(run.began, began) < DAY))
     now, outcome, why = Run(began.isoformat(timespec="seconds"), minutes=minutes), FAILED, ""
     _write(release, replace(known, runs=(*known.runs, now)))
 
@@ -103,11 +140,6 @@ def one(release: Path, minutes: float) -> Iterator[Callable[[bool | None], None]
         took = round((time.monotonic() - steady) / 60, 2)
         with suppress(ResourceError):  # what was made is made; the next one counts it as killed
             _write(release, known.and_then(replace(now, outcome=outcome, minutes=took, why=why)))
-
-
-def _age(run: Run, now: datetime) -> timedelta:
-    """One from the future, by a clock that was wrong, is one of now."""
-    return max(timedelta(), now - datetime.fromisoformat(run.began))
 
 
 def _write(release: Path, known: Retrainings) -> None:

@@ -203,4 +203,4 @@ def cut_lineage(cut: Path | None) -> dict[str, Any]:
     kept = {name: told[name] for name in ("train", "replay", "recent", "people", "labels") if name in told}
     rows = told.get("sha256", {}).get(TRAIN)  # the cut itself may lose some later
     names = {NAMES: [*told["requests"], *told["persons"]]} if {"requests", "persons"} <= told.keys() else {}
-    return {"cut": {"path": str(cut), "sha256": sha256_of(manifest), "rows": rows, **kept, **names}}
+    return {"cut": {"path": str(cut.absolute()), "sha256": sha256_of(manifest), "rows": rows, **kept, **names}}

@@ -142,7 +142,13 @@ class Curate(Stage):
     replay: Annotated[Path | None, typer.Option(help="Chats of the old mix, so that it stays learned. [none]")] = None
     suites: Annotated[Path | None, typer.Option(help="Frozen suites, whose questions are left out. [none]")] = None
     never: Annotated[
-        list[Path] | None, typer.Option(help="Held-out chats (JSONL), such as an earlier cut's; repeat. [none]")
+        list[Path] | None,
+        typer.Option(
+            help="Chats (JSONL) that are not trained on, such as what an earlier cut held out; repeat. [none]"
+        ),
+    ] = None
+    release: Annotated[
+        Path | None, typer.Option(help="Release that it is for: what cuts of its versions held out is left out. [none]")
     ] = None
     heldout: Annotated[
         float | None, typer.Option(help="Share of the people that are held out. [a fifth, or as many as 200 rows take]")
@@ -154,6 +160,7 @@ class Curate(Stage):
 
     def run(self) -> None:
         from shoal.loop import cut, labels, learned
+        from shoal.loop.asked import forbidden
         from shoal.loop.capture import Capture
         from shoal.loop.watch import moved
 
@@ -161,7 +168,7 @@ class Curate(Stage):
         if self.out.exists():
             raise DataError(f"{self.out} exists", do="choose another --out: a cut is never changed")
         capture = Capture(self.capture)
-        never = cut.forbidden(self.suites, self.never or ())
+        asked, before = forbidden(self.suites), forbidden(None, [*(self.never or ()), *self._held_out()])
         by_id: dict[str, str] = {}
         more: list[labels.Labelled] = []
         for path in self.imports or ():
@@ -176,7 +183,7 @@ class Curate(Stage):
             "imports": len(by_id) + len(more),
             "moved": moved(capture.folder),
         }
-        made = cut.cut(found, self.out, settings, replay=self.replay, never=never, told=told)
+        made = cut.cut(found, self.out, settings, replay=self.replay, never=asked, before=before, told=told)
         # of those who were forgotten meanwhile, by a command that did not find this cut yet
         capture.fresh()
         for line in learned.forget(self.out, capture.forgotten()):
@@ -185,6 +192,20 @@ class Curate(Stage):
         of = ", ".join(f"{count} {label}" for label, count in made["labels"].items())
         line = f"{made['train']} rows ({of}), {made['replay']} replayed, {made['recent']} held out; in {self.out}"
         print_result({"out": str(self.out), **made}, self.as_json, line)
+
+    def _held_out(self) -> list[Path]:
+        """What earlier cuts of the release held out. Raises UsageError for a folder that is none."""
+        if self.release is None:
+            return []
+        from shoal.loop import heldout
+        from shoal.loop.release import Release
+
+        release = Release(self.release)
+        release.state()
+        known, lost = heldout.before(release)
+        for version in lost:
+            say(f"version {version.label}: its cut is gone; what it held out is not known: give it as --never")
+        return known
 
     def _ask(self) -> Ask | None:
         """Asks the teacher; None without one."""

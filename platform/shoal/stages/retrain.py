@@ -26,6 +26,7 @@ LORA_BYTES, LORA_RANK = 120_000_000, 8  # from fp32 weights of this size on thin
 RATE, ROWS = 7e-4, 8  # rows of the training length
 NEW_SHARE = 0.25  # ... of what chats are read, by characters, is new ...
 REPLAY_EVERY = 3  # ... and of so many updates the last reads packed rows of the old corpus
+MIX = "mix.jsonl"  # of its work: what it reads of chats
 ROUNDING = 1 / 3  # of --minutes, at most, for what is rounded again: 100 updates take as long as the machine makes them
 
 
@@ -72,6 +73,7 @@ class Retrain(Stage):
     def _make(self) -> None:
         from shoal.evaluate.evaluation import leave_a_core
         from shoal.loop import retrainings, suites
+        from shoal.loop.learned import WORK
         from shoal.loop.release import Release
         from shoal.loop.versions import cut_lineage
 
@@ -86,11 +88,13 @@ class Retrain(Stage):
         kind = self._chosen()
         if kind == "finetune":
             self._need_new()
+        if gone := retrainings.tidy(self.release / WORK, stable.number):
+            say(f"{self.release / WORK}: {gone} removed, with which nobody goes on")
         with retrainings.one(self.release, self.minutes) as ended:
             made, minutes = self._made(release, stable, told, kind)
             ended(made.passed)
         result: dict[str, Any] = {"version": made.number, "label": made.label, "kind": kind, "minutes": minutes}
-        result["passed"] = made.passed
+        result |= {"passed": made.passed, "removed": gone, "left_out": made.lineage.get("left_out", 0)}
         next_ = "it was not judged: give --suites" if made.verdict is None else made.verdict["sentence"]
         left = f"{minutes:.1f} min of it, {max(0.0, self.budget - spent - minutes):.0f} left today"
         print_result(result, self.as_json, f"version {made.label} is the candidate ({kind}, {left}); {next_}")
@@ -100,17 +104,19 @@ class Retrain(Stage):
         from shoal.loop.learned import WORK
         from shoal.loop.versions import cut_lineage
 
-        began = time.monotonic()
+        began, left_out = time.monotonic(), 0
         work = self.release / WORK / f"{told['cut']['sha256'][:12]}-{kind}-{stable.number}"
         if kind == "router":
             model, fp32 = self._router(stable.served, work), stable.parent if stable.parent != stable.served else None
         else:
             from shoal.on_ray.resources import local_ray
 
+            left_out = self._mix(release, work)
             with local_ray():  # one for both trainings: each start costs twenty seconds of a busy machine
                 model, fp32 = self._finetune(stable.parent, stable.served, work)
         minutes = (time.monotonic() - began) / 60
         lineage = {**told, "kind": kind, "minutes": round(minutes, 2), "parent": stable.number, "workers": self.workers}
+        lineage["left_out"] = left_out
         verdict = self._judged(model, stable.served)
         if cut_lineage(self.cut)["cut"]["sha256"] != told["cut"]["sha256"]:
             shutil.rmtree(work)
@@ -125,13 +131,9 @@ class Retrain(Stage):
         soon, or too much."""
         from shoal.loop import retrainings
 
-        now = datetime.now(UTC)
-        made = [
-            # one from the future, by a clock that was wrong, is one of now: else no cooldown would ever be over
-            (max(timedelta(), now - datetime.fromisoformat(each.made)), each.lineage)
-            for each in versions
-            if "kind" in each.lineage
-        ]
+        now, trained = datetime.now(UTC), [each for each in versions if "kind" in each.lineage]
+        known = retrainings.seen(self.release, [each.made for each in trained], now)
+        made = [(known.age(each.made, now), each.lineage) for each in trained]
         since = min((age for age, _ in made), default=timedelta.max)
         if since < timedelta(minutes=self.cooldown):
             got = f"one {since.total_seconds() / 60:.0f} minutes ago"
@@ -139,7 +141,7 @@ class Retrain(Stage):
                 "the cooldown of retraining", got=got, allowed=f"after {self.cooldown:g}", do="wait, or set --cooldown"
             )
         spent = sum(float(lineage["minutes"]) for age, lineage in made if age < timedelta(days=1))
-        spent += retrainings.read(self.release).spent(now)
+        spent += known.spent(now)
         if spent + self.minutes > self.budget:
             got = f"{spent:.0f} spent, {self.minutes:g} asked for"
             raise UsageError(
@@ -183,10 +185,28 @@ class Retrain(Stage):
     def _need_new(self) -> None:
         """Raises DataError where the suites ask what the cut trains on, as of one that was made without them."""
         from shoal.loop import cut
+        from shoal.loop.asked import forbidden
 
-        if self.suites is not None and (count := cut.asked(self.cut, cut.forbidden(self.suites, []))):
+        if self.suites is not None and (count := cut.asked(self.cut, forbidden(self.suites))):
             do = "curate again with these --suites: a candidate that knows the questions passes for that"
             raise DataError(f"{self.cut} trains on what a suite asks", got=f"{count} rows", allowed="none", do=do)
+
+    def _mix(self, release: Release, work: Path) -> int:
+        """Writes what is learned from; how many rows were left out of it. Raises DataError where none is left."""
+        from shoal.loop import heldout
+        from shoal.loop.asked import forbidden
+        from shoal.loop.cut import mixed
+
+        known, lost = heldout.before(release, self.cut)
+        for version in lost:
+            what = f"version {version.label}: its cut is not at {version.lineage['cut'].get('path')} any more"
+            say(f"{what}; what it held out is not known, and may be learned")
+        work.mkdir(parents=True, exist_ok=True)
+        times, left_out = mixed(self.cut, work / MIX, NEW_SHARE, forbidden(None, known))
+        say(f"mix: each new row {times} times among the old ones of the cut")
+        if left_out:
+            say(f"mix: {left_out} rows left out, which ask what an earlier cut of this release held out")
+        return left_out
 
     def _router(self, served: Path, work: Path) -> Path:
         """A copy of what is served, with a router of rows that are held out."""
@@ -202,7 +222,6 @@ class Retrain(Stage):
     def _finetune(self, parent: Path, served: Path, work: Path) -> tuple[Path, Path | None]:
         """The model to serve, and its fp32 parent where it was rounded."""
         from shoal.evaluate import routing
-        from shoal.loop.cut import mixed
         from shoal.model.described import read_config
         from shoal.model.files import weight_bytes
         from shoal.train.plan import QUANTIZE_STEPS
@@ -213,10 +232,7 @@ class Retrain(Stage):
             raise UsageError(
                 "the stable version has no fp32 parent", do="add it with its parent: shoal release add --fp32 DIR"
             )
-        work.mkdir(parents=True, exist_ok=True)
-        mix = work / "mix.jsonl"
-        times = mixed(self.cut, mix, NEW_SHARE)
-        say(f"mix: each new row {times} times among the old ones of the cut")
+        mix = work / MIX
         more: dict[str, Any] = (
             {} if config.of_open_models else {"learning_rate": RATE, "batch_tokens": ROWS * config.train_length}
         )
@@ -238,11 +254,12 @@ class Retrain(Stage):
         """What depth "auto" is fitted to, as a file in `work`."""
         from shoal.data.chats.rows import HELDOUT
         from shoal.data.remote import local
-        from shoal.loop.cut import asked_of_both, forbidden
+        from shoal.loop.asked import forbidden
+        from shoal.loop.cut import asked_of_both
         from shoal.loop.suites import tasks
 
         held, of = local(self.replay) / HELDOUT if self.replay else None, tasks(self.suites) if self.suites else ()
-        asked_of_both(self.cut, work / "asked.jsonl", held=held, never=forbidden(self.suites, []), tasks=of)
+        asked_of_both(self.cut, work / "asked.jsonl", held=held, never=forbidden(self.suites), tasks=of)
         return work / "asked.jsonl"
 
     def _blended(self, parent: Path, tuned: Path, out: Path) -> Path:

@@ -16,16 +16,15 @@ from shoal.cli import main
 from shoal.data.chats.rows import group_of, read_chats
 from shoal.errors import DataError
 from shoal.evaluate.halves import asked_groups
+from shoal.loop.asked import Asked, forbidden
 from shoal.loop.capture import Capture, Forgotten
 from shoal.loop.cut import (
     MANIFEST,
     RECENT,
     TRAIN,
-    Asked,
     Settings,
     asked_of_both,
     cut,
-    forbidden,
     mixed,
     name_of,
     read,
@@ -149,7 +148,7 @@ def test_nothing_that_a_suite_asks_is_trained_on(tmp_path: Path) -> None:
     made = cut(found, tmp_path / "cut", Settings(), never=forbidden(tmp_path / "suites", []))
     said = (tmp_path / "cut" / TRAIN).read_text() + (tmp_path / "cut" / RECENT).read_text()
     assert "number 3?" not in said and "kettle" not in said and "number 30?" in said
-    assert made["left_out"]["asked by a suite, or held out before"] == 2
+    assert made["left_out"]["asked by a suite"] == 2
     second = cut(
         corrected(60), tmp_path / "second", Settings(seed=5), never=forbidden(None, [tmp_path / "cut" / RECENT])
     )
@@ -249,7 +248,8 @@ def test_new_rows_come_as_often_as_their_share_asks_for_and_old_ones_are_asked_a
     folder = tmp_path / "cut"
     made = cut(corrected(60), folder, Settings(), replay=old)
     assert made["replay"] == 401
-    times = mixed(folder, tmp_path / "mix.jsonl", 0.25)
+    times, left_out = mixed(folder, tmp_path / "mix.jsonl", 0.25)
+    assert left_out == 0
     lines = (tmp_path / "mix.jsonl").read_text().splitlines()
     new = [line for line in lines if json.loads(line)["label"] != "replay"]
     assert len(new) == times * made["train"] and len(lines) - len(new) == 401 and len(set(new)) == made["train"]
@@ -282,7 +282,7 @@ def test_new_rows_come_as_often_as_their_share_asks_for_and_old_ones_are_asked_a
         assert {row["task"] for row in kept[len(new) :]} == asked_about and len(kept) > len(new)
     bare = tmp_path / "bare"
     cut(corrected(60), bare, Settings())
-    assert mixed(bare, tmp_path / "mix.jsonl", 0.25) == 1
+    assert mixed(bare, tmp_path / "mix.jsonl", 0.25) == (1, 0)
     assert (tmp_path / "mix.jsonl").read_text() == (bare / TRAIN).read_text()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from shoal.errors import DataError
 from shoal.loop import retrainings
-from shoal.loop.retrainings import FILE, Retrainings, Run, one, read
+from shoal.loop.retrainings import FILE, Retrainings, Run, one, read, seen, tidy
 
 
 def outcomes(release: Path) -> list[str]:
@@ -60,6 +62,44 @@ def test_minutes_without_a_version_are_spent_for_a_day(tmp_path: Path) -> None:
     retrainings._write(tmp_path, known)
     run(tmp_path, True)
     assert outcomes(tmp_path) == ["killed", "passed", "ended", "passed"], "older ones are forgotten"
+
+
+@pytest.mark.parametrize("days", [1, 400])
+def test_a_clock_that_was_ahead_delays_nothing_for_longer_than_what_it_noted(tmp_path: Path, days: int) -> None:
+    """By one that is set right meanwhile, and by one that jumps back and comes again."""
+    now, six = datetime.now(UTC).replace(microsecond=0), timedelta(hours=6)
+    made = (now + timedelta(days=days)).isoformat()
+    retrainings._write(tmp_path, Retrainings(1, (Run(made, "failed", 10.0),)))
+    known = seen(tmp_path, [made], now)
+    assert known.age(made, now) == timedelta() and known.spent(now) == 10.0
+    later = now + six + timedelta(seconds=1)
+    known = seen(tmp_path, [made], later)
+    assert known.age(made, later) >= six and known.spent(later) == 10.0
+    tomorrow = now + timedelta(hours=24, seconds=1)
+    known = seen(tmp_path, [made], tomorrow)
+    if days > 1:
+        assert known.spent(tomorrow) == 0.0 and known.age(made, tomorrow) >= 4 * six
+    before = now - timedelta(days=9000)  # a machine that begins in 2002 until it has asked for the time
+    known = seen(tmp_path, [made, now.isoformat()], before)
+    assert known.age(now.isoformat(), before) == timedelta()
+    there = now + timedelta(days=days, hours=1)
+    known = seen(tmp_path, [made], there)
+    assert known.behind == "" and known.age(made, there) == timedelta(hours=1)
+
+
+def test_what_nobody_goes_on_with_is_removed_and_what_may_be_gone_on_with_is_not(tmp_path: Path) -> None:
+    assert tidy(tmp_path / "none", 3) == 0
+    names = ("aa-finetune-3", "bb-router-3", "aa-finetune-2", "cc-finetune-13", "old-finetune-3")
+    for name in names:
+        (tmp_path / name / "run").mkdir(parents=True)
+        (tmp_path / name / "run" / "metrics.jsonl").write_text("{}")
+    ahead, week = time.time() + 4e5, time.time() - 8 * 86_400
+    for path in (tmp_path / "old-finetune-3").rglob("*"):
+        os.utime(path, (week, week))
+    os.utime(tmp_path / "old-finetune-3", (week, week))
+    os.utime(tmp_path / "bb-router-3", (ahead, ahead))
+    assert tidy(tmp_path, 3) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aa-finetune-3", "bb-router-3"]
 
 
 @pytest.mark.parametrize("text", ["", "[3]", "3", '{"failed": "two"}', '{"runs": [{"began": 3}]}'])
