@@ -322,7 +322,7 @@ def test_a_bad_canary_is_taken_back_and_no_client_sees_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """At half of the traffic, with clients that would not take anything but a whole answer."""
-    monkeypatch.setattr("shoal.api.split.LATE_SECONDS", 4.0)
+    monkeypatch.setattr("shoal.api.trial.LATE_SECONDS", 4.0)
     with serving(tmp_path, models, candidate, kind) as service:
         service.many(24)  # what the stable version takes is known by then
         service.try_out(3, requests=300)

@@ -19,7 +19,8 @@ from typing import Protocol
 
 from shoal.api.metrics import RETRAINED
 from shoal.api.seen import Seen
-from shoal.api.split import Split, Trial, Weighed
+from shoal.api.split import Split
+from shoal.api.trial import Trial, Weighed
 from shoal.engine.metrics import Samples
 from shoal.errors import ShoalError, frames
 from shoal.loop import retrainings

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from shoal.api.split import OnBegun, Weighed
+from shoal.api.trial import OnBegun, Weighed
 from shoal.config import FULL
 from shoal.engine.events import Event, Request
 from shoal.engine.metrics import Samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
-from shoal.engine.events import Event, Request, Token
+from shoal.engine.events import Event, Finished, Request, Token
 from shoal.errors import DeadlineError
 
 ENDLESS = 16  # times the same token at the end of an answer that is none
@@ -22,6 +22,8 @@ class Meter:
     depth: int = 0
     spent: float | None = None
     left: float = 0.0  # when it went on at another version
+    cut: bool = False  # it was ended by its length
+    nll: float | None = None  # nats of a sample of its tokens
 
     def take(self, events: list[Event]) -> None:
         self.last = time.monotonic()
@@ -30,6 +32,9 @@ class Meter:
                 self.first = self.first or self.last
                 self.tokens.append(event.token)
                 self.depth, self.spent = event.depth, event.spent
+            elif isinstance(event, Finished):
+                self.cut = event.reason == "length"
+                self.nll = None if event.signals is None else event.signals.answer_nll
 
     @property
     def times(self) -> tuple[float, float | None] | None:

@@ -13,7 +13,6 @@ The evidence is looked at after each request of the canary: one that is condemne
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 from array import array
 from collections import Counter
@@ -21,45 +20,21 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from shoal.api.client import EngineClient
 from shoal.api.meter import Meter
+from shoal.api.trial import REMEMBERED, Trial, Weighed
 from shoal.config import FULL
 from shoal.engine.events import LATER, Event, Finished, Request
 from shoal.engine.metrics import Samples, sample
 from shoal.errors import DeadlineError, EngineDeadError, QueueFullError, RequestError
 from shoal.inputs.chat import Encoded
-from shoal.loop.canary import Canary, Decision, Evidence, Pace, Tally, added, judged
+from shoal.loop.canary import Pace
 
-LATE_SECONDS = 2.0  # least patience with a canary
-LATE_TIMES = 10.0  # the patience, in times of the stable version's 95th percentile to a first token
-UNKNOWN_SECONDS = 30.0  # the patience while nothing is known of the stable version
-REMEMBERED = 10_000  # answers that may be voted on
 FIRST_TOKENS = 64  # of a prompt: what tells conversations apart where nothing better does
 
-OnBegun = Callable[[str], None]
 OnVote = Callable[[str, str | None, str | None], None]  # answer, who, rating
-
-
-class Weighed(EngineClient, Protocol):
-    """An engine that says with which weights it answers."""
-
-    def batches(self, request: Request, on_begun: OnBegun | None = None) -> AsyncIterator[list[Event]]:
-        """As `EngineClient`; `on_begun` is called before the first events, with what the engine's `info` calls its weights."""
-
-    async def embed(
-        self,
-        prompts: list[list[int]],
-        depth: str | int = FULL,
-        *,
-        payer: str = "",
-        client: str = "",
-        priority: int = 0,
-        adapter: str = "",
-        on_begun: OnBegun | None = None,
-    ) -> list[list[float]]:
-        """As `EngineClient`; `on_begun` as of `batches`, before it returns."""
 
 
 @dataclass
@@ -78,98 +53,6 @@ class Note:
         """What is known, for the log and the captured row."""
         told = {"version": self.version, "role": self.role, "resumed": self.resumed}
         return {name: value for name, value in told.items() if value}
-
-
-class Trial:
-    """A canary as the gateway sees it: where it is, and what it has done so far."""
-
-    def __init__(self, client: Weighed, label: str, canary: Canary, pace: Pace) -> None:
-        """`pace`: of the stable version."""
-        self.client, self.label, self.canary, self.pace = client, label, canary, pace
-        self.evidence = Evidence()  # of all gateways, as far as this one has heard of it
-        self._elsewhere = Evidence()  # what of it others counted
-        self.running = 0  # requests that are with it
-        self.decided: tuple[Decision, str] = ("wait", "")
-        self.shadowing: asyncio.Task[None] | None = None
-        self._votes: dict[tuple[str, str | None], str] = {}  # (answer, person) -> the newest rating
-
-    def takes(self, conversation: bytes) -> bool:
-        """Whether a conversation is the canary's."""
-        drawn = int.from_bytes(
-            hashlib.blake2b(conversation, digest_size=8, key=self.label.encode()[:64]).digest(), "big"
-        )
-        return drawn < self.canary.share * 2**64
-
-    def go_on(self, canary: Canary) -> None:
-        """Another step, or the same with other bounds. What condemned it before stands."""
-        if canary.step != self.canary.step:
-            self.evidence.step = self._elsewhere.step = 0
-        self.canary, self.decided = canary, self.decided if self.decided[0] == "back" else ("wait", "")
-
-    @property
-    def own(self) -> Evidence:
-        """What this gateway counted."""
-        return added(self.evidence, self._elsewhere, -1)
-
-    def hear(self, elsewhere: Evidence) -> None:
-        """What the other gateways have counted so far, all in all. What condemned it before stands."""
-        if elsewhere == self._elsewhere:
-            return
-        self.evidence, self._elsewhere = added(self.own, elsewhere), elsewhere
-        if self.decided[0] != "back":
-            self.decided = judged(self.canary, self.evidence)
-
-    def count(self, meter: Meter, *, stable: bool, failed: bool = False) -> None:
-        """A request has ended at one of the two versions."""
-        tally = self.evidence.stable if stable else self.evidence.canary
-        tally.requests += 1
-        tally.failures += failed
-        if not failed:
-            self._count_answer(tally, meter)
-        if not stable:
-            self.evidence.step += 1
-            self.decided = judged(self.canary, self.evidence)
-
-    def vote(self, label: str, by: tuple[str, str | None], rating: str | None) -> None:
-        """A person rates an answer that the version `label` gave during the trial, `by` (answer, person), or withdraws that:
-        the newest counts."""
-        tally = self.evidence.canary if label == self.label else self.evidence.stable
-        for one, sign in ((self._votes.pop(by, None), -1), (rating, 1)):
-            if one is not None:
-                tally.votes += sign
-                tally.down += sign * (one == "down")
-        if rating is not None:
-            self._votes[by] = rating
-        self.decided = judged(self.canary, self.evidence)
-
-    def _count_answer(self, tally: Tally, meter: Meter) -> None:
-        tally.invalid += meter.invalid
-        if meter.times is None:
-            return
-        slow = self.pace.is_slow(*meter.times)
-        if slow is not None:
-            tally.timed += 1
-            tally.slow += slow
-
-    async def patient(self, request: Request) -> AsyncGenerator[list[Event], None]:
-        """The canary's events. Raises EngineDeadError when one is late."""
-        self.running += 1
-        lists = self.client.batches(request)
-        try:
-            while True:
-                patience = min(self.pace.patience(LATE_SECONDS, LATE_TIMES), UNKNOWN_SECONDS)
-                try:
-                    async with asyncio.timeout(patience):
-                        events = await anext(lists, None)
-                except TimeoutError:
-                    raise EngineDeadError("the canary is late", got=f"silence for {patience:.1f} s") from None
-                if events is None:
-                    return
-                yield events
-        finally:
-            self.running -= 1
-            if isinstance(lists, AsyncGenerator):
-                await lists.aclose()
 
 
 class Split:
@@ -219,35 +102,39 @@ class Split:
     def batches(self, request: Request, note: Note | None = None) -> AsyncIterator[list[Event]]:
         note = note or Note()
         trial = None if self.condemned() else self.trial
-        if trial is not None and trial.takes(note.conversation or _beginning(request)):
-            return self._on_trial(trial, request, note)
-        return self._on_stable(trial, request, note)
+        if trial is None:
+            return self._on_stable(trial, request, note)
+        request, talk = replace(request, signals=True), note.conversation or _beginning(request)
+        answered = self._on_trial if trial.takes(talk) else self._on_stable
+        return answered(trial, request, note, first=trial.is_first(talk))
 
-    async def _on_stable(self, trial: Trial | None, request: Request, note: Note) -> AsyncGenerator[list[Event], None]:
+    async def _on_stable(
+        self, trial: Trial | None, request: Request, note: Note, *, first: bool = False
+    ) -> AsyncGenerator[list[Event], None]:
         note.role = "stable"
         meter = Meter()
         if trial is not None and not trial.canary.step:
-            self._shadow(trial, request, note)
+            self._shadow(trial, request, note, first)
         try:
             async with aclosing(self._of_stable(request, note)) as lists:
                 async for events in lists:
                     meter.take(events)
                     if isinstance(events[-1], Finished):
-                        self._ended(trial, meter, note, failed=_fault(events[-1]) is not None)
+                        self._ended(trial, meter, note, failed=_fault(events[-1]) is not None, first=first)
                     yield events
         except Exception as error:
             if not _clients_fault(error):
                 self._ended(trial, meter, note, failed=True)
             raise
 
-    def _ended(self, trial: Trial | None, meter: Meter, note: Note, *, failed: bool) -> None:
+    def _ended(self, trial: Trial | None, meter: Meter, note: Note, *, failed: bool, first: bool = False) -> None:
         """An answer of the stable version has ended."""
         self._counts[note.version, "failed" if failed else "ok"] += 1
         if trial is not None:
-            trial.count(meter, stable=True, failed=failed)
+            trial.count(meter, stable=True, failed=failed, first=first)
             self._remember(note)
         if not failed and meter.times is not None:
-            self.pace.observe(*meter.times)
+            self.pace.observe(*meter.times, meter.nll if first else None)
 
     async def _of_stable(self, request: Request, note: Note) -> AsyncGenerator[list[Event], None]:
         lists = self.stable.batches(request, partial(self._begun, note))
@@ -261,7 +148,9 @@ class Split:
     def _begun(self, note: Note, weights: str) -> None:
         note.version = note.version or self.labels.get(weights.partition("-")[0], "")
 
-    async def _on_trial(self, trial: Trial, request: Request, note: Note) -> AsyncGenerator[list[Event], None]:
+    async def _on_trial(
+        self, trial: Trial, request: Request, note: Note, *, first: bool
+    ) -> AsyncGenerator[list[Event], None]:
         if request.sampling.seed is None:  # with which another engine can go on
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
         note.role = "canary"
@@ -273,7 +162,7 @@ class Split:
                     good = events if error is None else events[:-1]
                     meter.take(good)
                     if error is None and isinstance(events[-1], Finished):
-                        trial.count(meter, stable=False)
+                        trial.count(meter, stable=False, first=first)
                         self._counts[trial.label, "ok"] += 1
                     if good:
                         note.version = trial.label
@@ -296,14 +185,14 @@ class Split:
             async for events in rest:
                 yield [meter.ours(event, request) for event in events]
 
-    def _shadow(self, trial: Trial, request: Request, note: Note) -> None:
+    def _shadow(self, trial: Trial, request: Request, note: Note, first: bool) -> None:
         """Sends a copy to the canary, where none is there; it waits for whatever else there is."""
         if trial.shadowing is not None and not trial.shadowing.done():
             return
         copy = replace(request, id=f"{request.id}.shadow", priority=LATER, payer="shadow", client="", beside="")
-        trial.shadowing = asyncio.create_task(self._copied(trial, copy, note))
+        trial.shadowing = asyncio.create_task(self._copied(trial, copy, note, first))
 
-    async def _copied(self, trial: Trial, request: Request, note: Note) -> None:
+    async def _copied(self, trial: Trial, request: Request, note: Note, first: bool) -> None:
         meter, failed, end = Meter(), False, None
         try:
             async with aclosing(trial.patient(request)) as lists:
@@ -315,7 +204,7 @@ class Split:
             if _clients_fault(error) or isinstance(error, QueueFullError):
                 return
             failed = True
-        trial.count(meter, stable=False, failed=failed)
+        trial.count(meter, stable=False, failed=failed, first=first)
         if note.shadowed is not None:
             note.shadowed(trial.label, meter, end, failed)
 

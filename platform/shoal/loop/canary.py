@@ -4,11 +4,18 @@
     0        shadow: copies of requests, whose answers nobody reads
     1, 2, 3  5, 25, 50 %
 
-Each check is Wald's sequential test of a share (failures, invalid answers, slow answers, thumbs down): it may be looked at
-after every request, and condemns a good version in `ALPHA` of the cases and clears a bad one in `BETA`. What is tolerated is
-the share of the stable version at the same time: where both fail, the machine is at fault. That is an estimate, so none is
-condemned before its share is larger for sure (`surely_more`). A step ends when enough requests
-were seen and all checks are clear, never by the clock. Votes are given by whom it pleases: they condemn, and clear nothing.
+Each check is Wald's sequential test of a share (of answers that failed, were invalid, slow, cut or unsure, of thumbs down): it
+may be looked at after every request, and condemns a good version in `ALPHA` of the cases and clears a bad one in `BETA`. What
+is tolerated is the share of the stable version at the same time: where both fail, the machine is at fault. That is an estimate,
+so none is condemned before its share is larger for sure (`surely_more`). A step ends when enough requests were seen and all
+checks are clear, never by the clock. Votes are given by whom it pleases: they condemn, and clear nothing.
+
+What answers are worth nobody knows who has no labels. Two things say that they are worth less: they do not come to an end (cut
+by their length), and the model is less sure of them. Unsure is an answer whose sampled NLL is above the 75th percentile of the
+stable version's latest ones, as a quarter of its own are. Twice as many of a canary's are too many: that is 0.67 standard
+deviations where these are normal. They ask for twice the evidence (`WORTH`), so that one that is less sure by 0.2, which is no
+drift either, nearly always stays (decision 0088). Of a talk the first answer alone counts, since those after it are no news, and
+neither clears a step.
 
 Slow is an answer beyond 1.25 times the 95th percentile of what the stable version's latest answers took; none is condemned for
 it before some of the stable version's were timed beside its own.
@@ -26,6 +33,7 @@ ALPHA, BETA = 0.01, 0.05
 SLOW = 1.25  # times the stable version's 95th percentile
 LEAST_TIMES = 20  # answers of the stable version before any is called slow
 
+UNSURE = 0.75  # quantile of the stable version's NLL
 FEW = 4  # of its answers at the same time, before a canary is too slow beside them
 
 Decision = Literal["wait", "next", "back", "done"]
@@ -67,6 +75,10 @@ class Tally:
     slow: int = 0  # of them: late first token, or slow tokens
     votes: int = 0
     down: int = 0  # thumbs
+    talks: int = 0  # whose first answer came to an end
+    cut: int = 0  # of them: by its length
+    heard: int = 0  # of them: whose NLL was compared
+    unsure: int = 0  # of these
 
     def share(self, what: str, of: str) -> float:
         """Of `of`, with one of each kind added, so that it is never certain."""
@@ -120,6 +132,7 @@ class Check:
 CONDEMNED = math.log((1 - BETA) / ALPHA)  # 4.55
 CLEARED = math.log(BETA / (1 - ALPHA))  # -2.99
 SUSPECTED = CONDEMNED - 0.01  # as far as a check goes beside a stable version that may be as bad
+MOST = 0.5  # share of the stable version's that is tolerated at most
 EVEN, RARE = (1.0, 1.0), (0.5, 9.5)  # of which shares are: a bad canary's, and those of what serves well
 
 # name, counted, of which, least share that is tolerated, how much more is too much, whether a step needs it cleared
@@ -128,7 +141,11 @@ KINDS = (
     ("invalid answers", "invalid", "requests", 0.005, 0.05, True),
     ("slow answers", "slow", "timed", 0.05, 0.2, True),
     ("thumbs down", "down", "votes", 0.05, 0.2, False),
+    ("cut answers", "cut", "talks", 0.05, 0.2, False),
+    ("unsure answers", "unsure", "heard", 1 - UNSURE, 0.25, False),
 )
+QUALITY = ("cut", "unsure")
+WORTH = 0.5  # of their evidence counts: another model is another model, and may be a little less sure
 
 
 def sprt(count: int, of: int, tolerated: float, more: float) -> float:
@@ -176,11 +193,15 @@ def checks(evidence: Evidence) -> list[Check]:
     found = []
     for name, count, of, least, more, needed in KINDS:
         told = evidence.stable
-        tolerated = least if getattr(told, of) < _least(count) else max(least, min(0.5, _rate(told, count, of)))
+        tolerated = least if getattr(told, of) < _least(count) else max(least, min(MOST, _rate(told, count, of)))
         here, total = getattr(evidence.canary, count), getattr(evidence.canary, of)
-        ratio = sprt(here, total, tolerated, more)
+        ratio = sprt(here, total, tolerated, more) * (WORTH if count in QUALITY else 1.0)
         if count == "slow" and getattr(told, of) < _least(count):
             ratio = min(ratio, 0.0)  # slow beside what? a canary that has just been loaded slows both
+        if count in QUALITY and (getattr(told, of) < LEAST_TIMES or tolerated >= MOST):
+            ratio = min(
+                ratio, 0.0
+            )  # worse beside what? and where half of the stable version's are so, it is what is asked
         if not surely_more((here, total), (getattr(told, count), getattr(told, of))):
             ratio = min(ratio, SUSPECTED)
         found.append(Check(name, here, total, tolerated, ratio, needed))
@@ -221,18 +242,19 @@ def advanced(canary: Canary, since: str) -> Canary:
 
 
 class Pace:
-    """How long the stable version's latest answers took, which says what is slow."""
+    """How long the stable version's latest answers took, and how sure it was of them: what is slow, and what is unsure."""
 
     def __init__(self, keep: int = 200) -> None:
         self._keep = keep
         self._first: list[float] = []
         self._token: list[float] = []
+        self._nll: list[float] = []
 
-    def observe(self, first: float, token: float | None) -> None:
-        """Seconds to the first token, and of each after it."""
-        for kept, seconds in ((self._first, first), (self._token, token)):
-            if seconds is not None:
-                kept.append(seconds)
+    def observe(self, first: float, token: float | None, nll: float | None = None) -> None:
+        """Seconds to the first token, and of each after it; nats of the sampled tokens, of the first answer of a talk."""
+        for kept, value in ((self._first, first), (self._token, token), (self._nll, nll)):
+            if value is not None:
+                kept.append(value)
                 del kept[: -self._keep]
 
     def is_slow(self, first: float, token: float | None) -> bool | None:
@@ -243,6 +265,12 @@ class Pace:
         return late or (
             token is not None and len(self._token) >= LEAST_TIMES and token > SLOW * percentile(self._token)
         )
+
+    def is_unsure(self, nll: float | None) -> bool | None:
+        """Of an answer; None where too little is known."""
+        if nll is None or len(self._nll) < LEAST_TIMES:
+            return None
+        return nll > percentile(self._nll, UNSURE)
 
     def patience(self, least: float, times: float) -> float:
         """Seconds to wait for a token of a canary before it counts as one that does not come."""

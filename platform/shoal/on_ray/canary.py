@@ -23,7 +23,7 @@ from ray.serve.schema import ApplicationStatus
 
 from shoal.api.serve_args import ENGINE, ServeArgs
 from shoal.api.served import ServedModel
-from shoal.api.split import Weighed
+from shoal.api.trial import Weighed
 from shoal.data.alone import alone
 from shoal.errors import EngineDeadError, ResourceError, ShoalError
 from shoal.loop.release import Release

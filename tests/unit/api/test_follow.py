@@ -18,7 +18,8 @@ from shoal import Model
 from shoal.api.follow import Follower
 from shoal.api.meter import Meter
 from shoal.api.seen import Seen
-from shoal.api.split import Split, Trial
+from shoal.api.split import Split
+from shoal.api.trial import Trial
 from shoal.engine.events import Token
 from shoal.errors import DataError, EngineDeadError
 from shoal.loop import again

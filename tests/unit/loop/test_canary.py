@@ -108,9 +108,35 @@ def test_slow_is_measured_against_the_stable_versions_latest_answers() -> None:
     assert pace.is_slow(1.1, 0.1) is False, "the machine is slow now"
 
 
+def goes_back(draws: random.Random, shift: float, requests: int = 200) -> int | None:
+    """After how many answers a canary is taken back that is less sure by so many standard deviations; as many answers of the
+    stable version beside, and all become harder meanwhile."""
+    pace, evidence = Pace(), Evidence()
+    for number in range(requests):
+        for tally, more in ((evidence.stable, 0.0), (evidence.canary, shift)):
+            nll = draws.gauss(number / requests + more, 1.0)
+            unsure = pace.is_unsure(nll)
+            if unsure is not None:
+                tally.heard += 1
+                tally.unsure += unsure
+            if tally is evidence.stable:
+                pace.observe(0.1, 0.01, nll)
+        if number % 4 == 3 and judged(START, evidence)[0] == "back":
+            return number + 1
+    return None
+
+
+def test_one_that_is_as_sure_stays_and_one_that_is_not_goes_within_the_copies() -> None:
+    """Of 100 trials the promise of 1 % lets chance make 4. One standard deviation is found by 50 answers in the median."""
+    draws = random.Random(2)
+    assert sum(goes_back(draws, 0.0) is not None for _ in range(100)) <= 4
+    found = sorted(goes_back(draws, 1.0) or 999 for _ in range(30))
+    assert found[15] <= 72 and found[28] <= 200
+
+
 def test_every_check_has_a_name_of_its_own() -> None:
     names = [check.name for check in checks(Evidence())]
-    assert len({*names}) == len(names) == 4
+    assert len({*names}) == len(names) == 6
 
 
 def test_what_slows_both_condemns_nobody() -> None:
