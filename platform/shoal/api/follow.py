@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Protocol
 
@@ -33,7 +33,7 @@ from shoal.machine import write_aside
 EVIDENCE = "canary.json"  # of the release's folder: what the pages and people read of a canary
 LOOK_SECONDS = 1.0
 DEAD_LOOKS = 3  # in a row at a canary that is not well
-HELD_AFTER = timedelta(hours=24)  # a step without enough traffic
+HELD_SECONDS = 24 * 3600.0  # of a step without enough traffic
 LEAVE_SECONDS = 30.0  # for a canary's streams to end before its engine does
 READY = "all steps are clear: promote it, or roll it back"
 
@@ -66,6 +66,8 @@ class Follower:
         split.beside = partial(_beside, release)
         self._state = -1  # number of the state that is followed
         self._unwell = 0
+        self._step: Canary | None = None  # that is waited for since `_since`, by a clock that nobody sets
+        self._since = 0.0
         self._written = ""
         self._left = True  # a canary may still be there that nobody wants, such as a gateway's before this one
 
@@ -159,7 +161,11 @@ class Follower:
 
     async def _judge(self, trial: Trial, state: State) -> None:
         trial.hear(await asyncio.to_thread(self._seen.others, trial.canary))
-        await asyncio.to_thread(self._seen.tell, trial.canary, trial.own)
+        if trial.canary != self._step:
+            self._step = trial.canary
+            self._since = time.monotonic() - await asyncio.to_thread(self._seen.waited, trial.canary)
+        waited = time.monotonic() - self._since
+        await asyncio.to_thread(self._seen.tell, trial.canary, trial.own, waited)
         await asyncio.to_thread(self._write, trial)
         decision, why = trial.decided
         if decision == "back" or await self._is_dead(trial):
@@ -178,8 +184,8 @@ class Follower:
             await asyncio.to_thread(work, figures=_figures(trial))
         elif decision == "done":
             await asyncio.to_thread(self.release.hold, why=READY, who="shoal", seen=state.number)
-        elif datetime.now(UTC) - datetime.fromisoformat(canary.since) > HELD_AFTER:
-            what = f"too little traffic in {HELD_AFTER.days} d: {why}"
+        elif waited > HELD_SECONDS:
+            what = f"too little traffic in {HELD_SECONDS / 3600:.0f} h: {why}"
             await asyncio.to_thread(self.release.hold, why=what, who="shoal", seen=state.number)
 
     async def _is_dead(self, trial: Trial) -> bool:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from shoal.config import load
 from shoal.errors import ConfigError
@@ -30,33 +32,50 @@ class Seen:
         self._file = folder / f"canary-{uuid.uuid4().hex}.json"
         self._written, self._said = "", ""
 
-    def tell(self, canary: Canary, own: Evidence) -> None:
-        """What this gateway has counted of `canary` so far. Raises OSError."""
-        text = json.dumps({**asdict(canary), "evidence": asdict(own)})
+    def tell(self, canary: Canary, own: Evidence, waited: float = 0.0) -> None:
+        """What this gateway has counted of `canary` so far, and how many seconds of its present step gateways have seen. Raises
+        OSError."""
+        minutes = int(waited / 60)  # so that it is written once a minute where nobody asks anything
+        text = json.dumps({**asdict(canary), "evidence": asdict(own), "minutes": minutes})
         if text != self._written:
             write_aside(self._file, text + "\n")
             self._written = text
 
     def others(self, canary: Canary) -> Evidence:
-        """What all others counted of `canary`, in its present step too. A file that cannot be read counts nothing, and the log
-        says so once."""
+        """What all others counted of `canary`, in its present step too."""
         found = Evidence()
+        for told, seen in self._told(canary):
+            found = added(found, seen if told.get("step") == canary.step else replace(seen, step=0))
+        return found
+
+    def waited(self, canary: Canary) -> float:
+        """Seconds of the present step of `canary` that others have seen, those too that have ended: by their steady clocks, and
+        not by what the time of day was, which somebody may have set."""
+        now = (
+            told
+            for told, _ in self._told(canary)
+            if (told.get("step"), told.get("since")) == (canary.step, canary.since)
+        )
+        return 60.0 * max((int(told.get("minutes", 0)) for told in now), default=0)
+
+    def _told(self, canary: Canary) -> Iterator[tuple[dict[str, Any], Evidence]]:
+        """What the others wrote of this trial. A file that cannot be read counts nothing, and the log says so once."""
         for path in self._files():
             if path == self._file:
                 continue
             try:
                 told = json.loads(path.read_text(encoding="utf-8"))
-                if (told["version"], told["began"]) == (canary.version, canary.began):
-                    seen = load(Evidence, told["evidence"], str(path))
-                    now = (told["step"], told["since"]) == (canary.step, canary.since)
-                    found = added(found, seen if now else replace(seen, step=0))
+                same = (told["version"], told["began"]) == (canary.version, canary.began)
+                seen = load(Evidence, told["evidence"], str(path)) if same else None
             except FileNotFoundError:  # the trial ends
                 continue
             except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
                 if path.name != self._said:
                     log.error("%s: what a gateway saw of the canary is lost: %s", path, type(error).__name__)
                 self._said = path.name
-        return found
+                continue
+            if seen is not None:
+                yield told, seen
 
     def forget(self) -> None:
         """There is no trial: takes the files away. Raises OSError."""

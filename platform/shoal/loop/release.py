@@ -228,7 +228,8 @@ class Release:
         with self._changing(seen) as before:
             chosen = self._chosen(name, before)
             if before.canary is not None and before.canary.version == chosen.number and before.held is not None:
-                self._change(before, "canary", why, who, chosen.number, held=None)
+                again = replace(before.canary, since=now())  # else a day without traffic holds it a second later
+                self._change(before, "canary", why, who, chosen.number, held=None, canary=again)
                 return chosen
             if before.canary is not None:
                 raise UsageError("a canary runs already", got=before.canary.version, do="roll it back, or promote it")
@@ -266,8 +267,7 @@ class Release:
 
     def served_hours(self, until: datetime | None = None) -> dict[int, list[tuple[str, str | None]]]:
         """For each version from when to when it was the stable one; None: it still is."""
-        found: dict[int, list[tuple[str, str | None]]] = {}
-        stable: int | None = None
+        found, stable = dict[int, list[tuple[str, str | None]]](), None
         for entry in self.audit.entries():
             after = entry["state"]["stable"]
             if after == stable:

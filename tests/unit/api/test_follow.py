@@ -6,6 +6,7 @@ import asyncio
 import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +27,7 @@ from shoal.loop import again
 from shoal.loop.canary import Canary, Evidence, Pace, Tally, added, advanced
 from shoal.loop.release import ChangedError, Release
 from shoal.loop.versions import Version
+from tests.clocks import tells
 from tests.unit.api.test_split import Engine
 
 PASSED: dict[str, Any] = {"passed": True, "checks": []}
@@ -328,6 +330,48 @@ def test_what_a_gateway_saw_before_it_ended_counts_and_what_it_saw_of_another_tr
         await second.look()
         trial = second._split.trial
         assert trial is not None and trial.evidence == Evidence()
+
+    run(work)
+
+
+@pytest.mark.parametrize("days", [-400, 400])
+def test_a_day_without_traffic_is_one_by_a_clock_that_nobody_sets(
+    release: Release, monkeypatch: pytest.MonkeyPatch, days: int
+) -> None:
+    """By what gateways have seen of it, those that have ended too, though the time of day was another when the step began; a
+    person who lets it go on gives it another day."""
+    steady, then = 1000.0, datetime.now(UTC) + timedelta(days=days)
+    monkeypatch.setattr("shoal.loop.release.now", then.isoformat)
+    tells(monkeypatch, "shoal.api.follow", monotonic=lambda: steady)
+
+    async def work() -> None:
+        nonlocal steady, then
+        first, second = await two(release)
+        for one in (first, second):
+            await one.look()
+        assert release.state().held is None
+        steady += 23 * 3600
+        await first.look()
+        third = follower(release)  # in its place
+        steady += 3599
+        await third.look()
+        await third.look()
+        assert release.state().held is None
+        steady += 3601
+        await third.look()
+        assert "too little traffic in 24 h" in (release.state().held or "")
+        saw(third, 7)
+        await third.look()
+        then += timedelta(seconds=5)
+        monkeypatch.setattr("shoal.loop.release.now", then.isoformat)
+        release.begin(3, why="it is the weekend")
+        for one in (second, third):
+            await one.look()
+        assert release.state().held is None
+        assert third._split.trial is not None and third._split.trial.evidence.step == 7
+        steady += 25 * 3600
+        await second.look()
+        assert release.state().held is not None
 
     run(work)
 
