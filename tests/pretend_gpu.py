@@ -21,6 +21,7 @@ _aten = torch.ops.aten
 COPIES = {_aten.copy_.default, _aten._to_copy.default}  # from one device to another
 PLACES = {_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default}  # CUDA takes them from the CPU
 WAITS = {_aten.nonzero.default, _aten.masked_select.default, _aten.equal.default}  # for how many there are, or whether
+DIVISIONS = {_aten.div.Tensor: _aten.mul.Tensor, _aten.div_.Tensor: _aten.mul_.Tensor}
 READS = {Tensor.tolist, Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__bool__, Tensor.__index__}
 
 
@@ -91,6 +92,10 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
     name = function.name().removeprefix("aten::")
     if (there or moved) and name.partition(".")[0] not in NO_LAUNCH:
         launched.append(name)
+    if function in DIVISIONS and isinstance(args[0], OnGpu) and not isinstance(args[1], OnGpu):
+        # by a number of the host: a GPU multiplies with its reciprocal (aten/src/ATen/native/cuda/BinaryDivTrueKernel.cu)
+        kind = torch.promote_types(args[0].dtype, torch.float32)
+        function, args = DIVISIONS[function], (args[0], 1 / torch.as_tensor(args[1], dtype=kind))
     args, kwargs = _held((args, kwargs))
     if function is _aten.mm.dtype:  # there is none on a CPU
         function, args = _aten.mm.default, tuple(x.to(args[2]) for x in args[:2])

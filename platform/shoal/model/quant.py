@@ -42,12 +42,18 @@ def quantize_rows(w: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
 
 def row_scale(w: Tensor) -> Tensor:
     """Weight scale an output row, [O, 1]; above 0 for a row of zeros as well."""
-    return (w.abs().amax(-1, keepdim=True) / WEIGHT_TOP).clamp(min=1e-12)
+    return (w.abs().amax(-1, keepdim=True) / _divisor(WEIGHT_TOP, w)).clamp(min=1e-12)
 
 
 def token_scale(x: Tensor) -> Tensor:
     """Activation scale a token, [..., 1]; above 0 for a row of zeros as well."""
-    return x.abs().amax(-1, keepdim=True).div_(TOP).clamp_(min=torch.finfo(x.dtype).tiny)
+    return x.abs().amax(-1, keepdim=True).div_(_divisor(TOP, x)).clamp_(min=torch.finfo(x.dtype).tiny)
+
+
+def _divisor(number: int, x: Tensor) -> Tensor | int:
+    """What to divide `x` by for the quotient that IEEE says, which every device must find. On a GPU that is a tensor there: by
+    a number of the host torch does not divide, but multiplies with its reciprocal, and most of a 63rd are then off by a bit."""
+    return torch.full((), number, dtype=x.dtype, device=x.device) if x.is_cuda else number
 
 
 def token_levels(x: Tensor, scale: Tensor) -> Tensor:
