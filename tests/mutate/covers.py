@@ -113,7 +113,7 @@ GROUPS = {
     "smooth": Group(["model/smooth"], _tests("model", "smooth"), warm=True),
     "draw": Group(["model/cpu/draw"], _tests("engine", "sampler runner"), {"NUMBA_DISABLE_JIT": "1"}),
     "launch": Group(_in("model/gpu", "launch sparse"), [*_tests("model", "sparse gpu_page"), "flows/test_devices"]),
-    "files": Group(_in("model", "checkpoint described files"), _tests("model", "checkpoint files")),
+    "files": Group(_in("model", "checkpoint described digests files"), _tests("model", "checkpoint digests files")),
     "int8": Group(
         _in("model", "int8 linears quant slots"),
         [*_tests("model", "int8 quant slots whole fused"), *_tests("engine", "kv_int8")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import contextlib
 import ctypes
 import gc
@@ -20,7 +21,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -39,8 +41,10 @@ QUIET = ["-x", "-q", "--tb=no", "--timeout=0", "-p", "no:cacheprovider", "-p", "
 PATIENCE = 5.0  # seconds of a processor beyond three times what the tests took when they were watched
 WAITING = 10  # times as many of a clock, of those in which we have a core
 STILL = 20.0  # the same, without any of a processor: a deadlock
+LATE = 20.0  # seconds that an event loop waits, at most, for what does not come; tests that fail would wait for minutes
 LOOK = 2.0  # seconds between looks at a process
 MEASURED = 0.02  # seconds of a processor
+LOST = "a hang", "a crash"  # of a process that gives nothing
 UNFIT = "it cannot be put in place"  # a change of what a function is made of, as a closure; no result
 
 
@@ -56,13 +60,23 @@ def digest(*paths: Path) -> str:
 
 
 @cache
+def _by_test(path: Path) -> tuple[str, dict[str, str]]:
+    """What a test file holds beside its tests, and its tests by name; without what is but form."""
+    beside, tests = "", defaultdict[str, str](str)
+    for statement in ast.parse(text(path)).body:
+        if (name := _name(statement)).startswith("test_"):
+            tests[name] += ast.dump(statement)
+        else:
+            beside += ast.dump(statement)
+    return beside, tests
+
+
+@cache
 def digest_of_test(test: str) -> str:
     """Of a test, by pytest's name of it, and of what its file holds beside other tests."""
     path, _, name = test.partition("::")
-    tree = ast.parse(text(ROOT / path))
-    own = name.partition("[")[0]
-    tree.body = [each for each in tree.body if _name(each) == own or not _name(each).startswith("test_")]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    beside, tests = _by_test(ROOT / path)
+    return hashlib.sha256((beside + tests.get(name.partition("[")[0], "")).encode()).hexdigest()[:16]
 
 
 def _name(statement: ast.stmt) -> str:
@@ -98,7 +112,7 @@ def apart(work: Callable[[], dict[str, Any]], patience: float) -> dict[str, Any]
                         break
                     given += some
                     continue
-                passed = look * _share()
+                passed = look * share()
                 waited, still = waited + passed, still + passed
                 if (more := _used(pid)) > used:
                     used, still = more, 0.0
@@ -113,7 +127,7 @@ def apart(work: Callable[[], dict[str, Any]], patience: float) -> dict[str, Any]
     return found
 
 
-def _share() -> float:
+def share() -> float:
     """Of a core, what a process such as this one gets: whoever stops or starves us does so to what we wait for, too, which is
     no hang of it."""
     began, used = time.monotonic(), time.process_time()
@@ -223,23 +237,73 @@ class Collected:
             raise SystemExit(f"cannot collect {', '.join(files)}")
 
 
-def play(items: Sequence[pytest.Item], *plugins: object) -> str | None:
-    """Run tests until one fails, which is returned."""
+def play(items: Sequence[pytest.Item], *plugins: object, enough: Callable[[], bool] = lambda: False) -> str | None:
+    """Run tests until one fails, which is returned, or it is `enough`: who says so leaves what they share as it is."""
     first = First()
+    manager = items[0].config.pluginmanager
     for plugin in (first, *plugins):
-        items[0].config.pluginmanager.register(plugin)
-    for item, following in zip(items, [*items[1:], None], strict=True):
-        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-        if first.by:
-            break
+        manager.register(plugin)
+    try:
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if first.by or enough():
+                break
+    finally:
+        for plugin in (first, *plugins):
+            manager.unregister(plugin)
     return first.by
 
 
-def anew(group: Group, module: str, tree: ast.Module, change: Change, tests: Sequence[str]) -> dict[str, Any]:
-    """Import the module with the change, and run tests. In a process that has imported nothing of ours."""
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Nothing is written to the terminal, by whomever."""
+    sys.stdout.flush()
+    kept, nothing = [os.dup(stream) for stream in (1, 2)], os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nothing, stream)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        for stream, there in zip((1, 2), kept, strict=True):
+            os.dup2(there, stream)
+            os.close(there)
+        os.close(nothing)
+
+
+def as_new(items: Sequence[pytest.Item]) -> None:
+    """Forget what tests that were played in the parent have left: what ours keeps of its calls, which the change may be in, and
+    pytest's folder, which would outlast this process."""
+    kind = type(cache(as_new))
+    for module in list(sys.modules.values()):
+        path = Path(getattr(module, "__file__", None) or "/")
+        if path.is_relative_to(SOURCES) or (path.is_relative_to(TESTS) and not path.is_relative_to(TESTS / "mutate")):
+            for value in list(vars(module).values()):
+                for each in list(vars(value).values()) if isinstance(value, type) else [value]:
+                    kept = each.__func__ if isinstance(each, classmethod | staticmethod) else each
+                    if isinstance(kept, kind):
+                        kept.cache_clear()
+    items[0].config._tmp_path_factory._basetemp = None  # type: ignore[attr-defined]
+
+
+def impatient() -> None:
+    """From here on an event loop of this process waits for LATE seconds at most, in `asyncio.timeout` and `wait_for`."""
+    timeout, wait_for = asyncio.timeout, asyncio.wait_for
+
+    def soon(delay: float | None) -> float | None:
+        return None if delay is None else min(delay, LATE)
+
+    asyncio.timeout = lambda delay: timeout(soon(delay))  # type: ignore[assignment]
+    asyncio.wait_for = lambda awaited, timeout: wait_for(awaited, soon(timeout))  # type: ignore[assignment]
+
+
+def anew(group: Group, module: str, tree: ast.Module, change: Change | None, tests: Sequence[str]) -> dict[str, Any]:
+    """Import the module with the change, or as it is, and run tests. In a process that has imported nothing of ours."""
     begin(group)
-    change.apply()
-    sys.meta_path.insert(0, Changed(module, tree))
+    impatient()
+    if change:
+        change.apply()
+        sys.meta_path.insert(0, Changed(module, tree))
     first = First()
     status = pytest.main([*tests, *QUIET], plugins=[first, Seeded()])
     return {"by": first.by or (None if status in (0, 5) else "its import")}
@@ -254,34 +318,38 @@ def functions(modules: Iterable[str]) -> dict[str, list[FunctionType]]:
         importlib.import_module("shoal." + module.replace("/", "."))
     gc.collect()
     for each in gc.get_objects():
-        if isinstance(each, FunctionType) and each.__code__.co_filename in paths:
+        if type(each) is FunctionType and each.__code__.co_filename in paths:
             found[paths[each.__code__.co_filename]].append(each)
     gc.freeze()
     return found
 
 
 def in_place(
-    module: str, tree: ast.Module, change: Change, items: Sequence[pytest.Item], imported: Sequence[FunctionType]
+    items: Sequence[pytest.Item],
+    changed: tuple[str, ast.Module, Change] | None = None,
+    imported: Sequence[FunctionType] = (),
 ) -> dict[str, Any]:
-    """Put the change into the function of `imported`, and run tests. In a forked process that has collected them. UNFIT where
-    it cannot be put there."""
+    """Put a change of a module into its function, of `imported`, or none, and run tests. In a forked process that has collected
+    them. UNFIT where it cannot be put there."""
+    if changed and not _put(*changed, imported):
+        return {"by": UNFIT}
+    as_new(items)
+    impatient()
+    return {"by": play(items)}
+
+
+def _put(module: str, tree: ast.Module, change: Change, imported: Sequence[FunctionType]) -> bool:
+    """Whether the change was put into one of `imported`."""
     before = _functions(compile(tree, str(source(module)), "exec", dont_inherit=True))
     change.apply()
     after = _functions(compile(tree, str(source(module)), "exec", dont_inherit=True))
     pairs = [pair for pair in zip(before, after, strict=False) if pair[0] != pair[1]]
     mine = [each for each in imported if len(pairs) == 1 and each.__code__ == pairs[0][0]]
-    if (
-        len(before) != len(after)
-        or not mine
-        or any(each.__code__.co_freevars != pairs[0][1].co_freevars for each in mine)
-    ):
-        return {"by": UNFIT}
+    if len(before) != len(after) or any(each.__code__.co_freevars != pairs[0][1].co_freevars for each in mine):
+        return False
     for function in mine:
         function.__code__ = pairs[0][1]
-    for kept in list(vars(sys.modules["shoal." + module.replace("/", ".")]).values()):
-        if hasattr(kept, "cache_clear"):  # what the function gave before the change
-            kept.cache_clear()
-    return {"by": play(items)}
+    return bool(mine)
 
 
 def _functions(code: CodeType) -> list[CodeType]:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import CodeType, FrameType, MappingProxyType
@@ -18,7 +19,7 @@ import pytest
 
 from tests.mutate.changes import Change
 from tests.mutate.covers import Group
-from tests.mutate.processes import KEPT, ROOT, apart, digest, file_of, play, source
+from tests.mutate.processes import KEPT, ROOT, apart, digest, digest_of_test, file_of, play, source
 
 
 def seconds() -> float:
@@ -119,41 +120,78 @@ class Watch:
         }
 
 
-Watched = dict[str, Any]  # of a test file: `Watch.found`, and digests of the modules
+Watched = dict[str, Any]  # of a test file: `Watch.found`, and digests of the modules and the tests
 QUICK = 1.0  # seconds
+CHUNK = 5.0  # seconds of a processor, after which it is kept what was seen
 
 
 def kept(group: Group, name: str) -> Path:
     """Where it is kept what the tests of the file `name` reach."""
     way = hashlib.sha256(repr((group.environment, group.without, group.warm, group.compiled)).encode()).hexdigest()[:8]
-    return KEPT / "watched" / f"{name.replace('/', '.')}-{digest(file_of(name))}-{way}.json"
+    return KEPT / "watched" / f"{name.replace('/', '.')}-{way}.json"
 
 
-def known(group: Group, name: str, slow: float) -> Watched | None:
-    """What is kept of a test file, if it was of the `group`'s modules as they are, and tests of up to `slow` seconds."""
+def known(group: Group, name: str, slow: float) -> Watched:
+    """What is kept of a test file and the `group`'s modules as they are, and of tests that are as they were."""
     path = kept(group, name)
-    found: Watched = json.loads(path.read_text()) if path.exists() else {"modules": {}, "slow": 0, "left": []}
-    same = all(found["modules"].get(module) == digest(source(module)) for module in group.modules)
-    return found if same and (found["slow"] >= slow or not found["left"]) else None
+    found: Watched = json.loads(path.read_text()) if path.exists() else {}
+    modules = {module: kept for module, kept in found.get("modules", {}).items() if kept == digest(source(module))}
+    if not found or not modules.keys() >= set(group.modules):
+        return {"modules": {}, "together": 0.0, "seconds": {}, "lines": {}, "digests": {}, "left": [], "unseen": []}
+    same = {node for node, kept in found["digests"].items() if kept == digest_of_test(node)}
+    for part in ("seconds", "lines", "digests"):
+        found[part] = {node: each for node, each in found[part].items() if node in same}
+    again = {node for node in found["left"] if node not in same or found["slow"] < slow}
+    found["left"] = [node for node in found["left"] if node not in again]
+    return {**found, "modules": modules}
 
 
-def watched(group: Group, name: str, items: Mapping[str, pytest.Item], modules: Sequence[str], slow: float) -> Watched:
+def watched(
+    group: Group, name: str, items: Mapping[str, pytest.Item], modules: Sequence[str], slow: float, until: float
+) -> Watched:
     """Seconds and lines of each test of the file `name`, of those that are collected and take at most `slow` seconds. Kept, of
-    all `modules` at once."""
-    if there := known(group, name, slow):
-        return there
-    mine = [item for node, item in items.items() if node.startswith(f"{file_of(name).relative_to(ROOT)}::")]
-    watch = Watch([] if group.compiled else modules, slow)
-    found = apart(lambda: {"by": play(mine, watch), **watch.found()}, 600)
-    if found["by"]:
-        print(f"{name} is left out: without any change it ends with {found['by']}", flush=True)
-        return {"together": 0.0, "seconds": {}, "lines": {}}
+    all `modules` at once, as far as it came `until` then, of a monotonic clock: what was not watched yet is "unseen"."""
+    found = known(group, name, slow)
+    found["modules"] = found["modules"] or {module: digest(source(module)) for module in modules}
     found["slow"] = slow
-    found["modules"] = {module: digest(source(module)) for module in modules}
-    path = kept(group, name)
+    mine = [node for node in items if node.startswith(f"{file_of(name).relative_to(ROOT)}::")]
+    path, most = kept(group, name), len(mine)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found))
-    return found
+    while True:
+        found["unseen"] = [node for node in mine if node not in found["seconds"] and node not in found["left"]]
+        path.write_text(json.dumps(found))
+        if not found["unseen"] or time.monotonic() >= until:
+            return found
+        some = found["unseen"][:most]
+        watch = Watch([] if group.compiled else found["modules"], slow)
+
+        def look(watch: Watch = watch, some: Sequence[str] = some) -> dict[str, Any]:
+            begun = seconds()
+            by = play(
+                [items[node] for node in some],
+                watch,
+                enough=lambda: seconds() - begun > CHUNK or time.monotonic() > until,
+            )
+            return {"by": by, **watch.found()}
+
+        new = apart(look, 600)
+        if new["by"] and len(some) == 1:
+            print(f"{some[0]} is left out: without any change it ends with {new['by']}", flush=True)
+            _take(found, {**Watch([]).found(), "left": some})
+        elif new["by"]:
+            most = len(some) // 2
+        else:
+            _take(found, new)
+            most = len(mine)
+
+
+def _take(found: Watched, new: Mapping[str, Any]) -> None:
+    """Add what more tests of a file have shown."""
+    found["left"] += new["left"]
+    found["together"] = max(found["together"], new["together"])
+    for part in ("seconds", "lines"):
+        found[part] |= new[part]
+    found["digests"] |= {node: digest_of_test(node) for node in (*new["seconds"], *new["left"])}
 
 
 def reaching(

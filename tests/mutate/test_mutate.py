@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import itertools
+import math
 import os
 import sys
 import time
+from functools import cache
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.mutate import processes
-from tests.mutate.__main__ import equivalent, named
+from tests.mutate import processes, reached
+from tests.mutate.__main__ import UNSURE, named, noticing
 from tests.mutate.changes import changes
 from tests.mutate.covers import GROUPS, Group
-from tests.mutate.processes import ROOT, apart, file_of, source
+from tests.mutate.processes import ROOT, SOURCES, apart, file_of, source
 from tests.mutate.reached import Watch, reaching
+from tests.mutate.results import equivalent, weighed
 
 MODULES = [module for group in GROUPS.values() for module in group.modules]
 
@@ -86,6 +91,14 @@ def test_every_module_is_in_one_group_and_everything_named_is_there() -> None:
     assert len(set(MODULES)) == len(MODULES)
     assert [path for path in map(source, MODULES) if not path.is_file()] == []
     assert [path for group in GROUPS.values() for path in map(file_of, group.tests) if not path.is_file()] == []
+
+
+def test_no_module_of_the_model_or_of_engines_is_forgotten() -> None:
+    there = [
+        path for plane in ("model", "engine") for path in (SOURCES / plane).rglob("*.py") if path.parent.name != "gpu"
+    ]
+    names = {path.relative_to(SOURCES).with_suffix("").as_posix() for path in there if path.stem != "__init__"}
+    assert names - set(MODULES) == set() and len(names) > 40
 
 
 def test_what_is_argued_is_a_change_and_has_a_reason() -> None:
@@ -170,10 +183,142 @@ def test_a_test_that_is_too_slow_to_be_watched_is_ended_and_is_none(tmp_path: Pa
     assert [name.rpartition("::")[2] for name in alone["left"]] == ["test_slow"]
 
 
+PASSES, FAILS, HANGS = {"by": None}, {"by": "t::b"}, {"by": "a hang"}
+
+
+def said(changed: list[dict[str, Any]], unchanged: list[dict[str, Any]]) -> tuple[str | None, list[list[str]]]:
+    """What comes of tries that give these, and on which tests they were made; all are."""
+    asked: list[list[str]] = []
+
+    def gives(answers: list[dict[str, Any]]) -> Any:
+        return lambda tests: asked.append(list(tests)) or answers.pop(0)
+
+    found = noticing({"t::a": 1.0, "t::b": 1.0}, gives(changed), gives(unchanged), {})
+    assert changed == unchanged == []
+    return found, asked
+
+
+def test_what_fails_or_hangs_is_noticed_only_if_it_is_no_accident() -> None:
+    both, one = ["t::a", "t::b"], ["t::b"]
+    assert said([PASSES], []) == (None, [both])
+    assert said([FAILS], [PASSES]) == ("t::b", [both, one])
+    assert said([FAILS, PASSES], [FAILS]) == (None, [both, one, ["t::a"]]), "it fails without the change, too"
+    assert said([HANGS, HANGS], [PASSES]) == ("a hang", [both] * 3)
+    assert said([HANGS, PASSES], []) == (None, [both] * 2), "once"
+    assert said([HANGS, FAILS], [PASSES]) == ("t::b", [both, both, one])
+    assert said([HANGS, HANGS], [HANGS]) == (UNSURE, [both] * 3)
+    assert said([{"by": processes.UNFIT}], []) == (processes.UNFIT, [both])
+    assert noticing({}, lambda _: FAILS, lambda _: PASSES, {}) is None
+
+
+def test_a_share_of_all_changes_is_weighed_by_modules_and_as_sure_as_its_least_sampled_large_one() -> None:
+    share, low, high = weighed([(900, 10, 9), (100, 10, 5)])
+    assert share == pytest.approx(0.86)
+    # Wilson, of 1 / (0.9 ** 2 / 10 + 0.1 ** 2 / 10) = 12.2 tries
+    n, z = 10 / 0.82, 1.959964
+    middle, half = 0.86 + z**2 / (2 * n), z * (0.86 * 0.14 / n + z**2 / (4 * n**2)) ** 0.5
+    assert (low, high) == pytest.approx(((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)))
+
+
+HELD = """
+from shoal.evaluate.intervals import wilson
+def test_of_none(tmp_path):
+    (tmp_path / "there").mkdir()
+    assert wilson(0, 0) == (0.0, 1.0)
+"""
+
+
+def test_a_change_is_put_in_place_after_its_tests_were_played_and_without_one_they_pass(tmp_path: Path) -> None:
+    """In a process that has played them, as those are that a sample of changes is tried in."""
+    (tmp_path / "test_held.py").write_text(HELD)
+    module = "evaluate/intervals"
+
+    def tries() -> dict[str, Any]:
+        found: dict[str, Any] = {}
+
+        def work(items: dict[str, pytest.Item]) -> None:
+            tree = ast.parse(source(module).read_text("utf-8"))
+            some, there = list(items.values()), processes.functions([module])[module]
+            found["here"] = processes.play(some)
+            for name, change in [("none", None), *((each.name, each) for each in changes(tree))]:
+                if change is None or name.startswith("wilson: return (0.0, 1.0)") or "count <= 0: -> if F" in name:
+                    changed = change and (module, tree, change)
+                    found[name] = apart(lambda c=changed: processes.in_place(some, c, there), 60)["by"]
+
+        assert not pytest.main([str(tmp_path), *processes.QUIET, "-s"], plugins=[processes.Collected(work)])
+        return found
+
+    found = apart(tries, 120)
+    assert (found.pop("here"), found.pop("none")) == (None, None)
+    assert found.pop("exact: if count <= 0: -> if False:") is None, "of another function"
+    assert len(found) == 4 and all(by.endswith("test_held.py::test_of_none") for by in found.values()), found
+
+
+def test_what_was_kept_of_calls_before_the_change_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Of:
+        other = staticmethod(cache(object))
+
+    there = ModuleType("made_up")
+    there.__file__ = str(processes.TESTS / "made_up.py")
+    there.one, there.Of = cache(object), Of  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, there.__name__, there)
+    folder = SimpleNamespace(_basetemp="a folder")
+    item: Any = SimpleNamespace(config=SimpleNamespace(_tmp_path_factory=folder))
+
+    def look() -> dict[str, Any]:
+        before = [there.one(), Of.other()]
+        processes.as_new([item])
+        return {"same": [there.one() in before, Of.other() in before], "folder": folder._basetemp}
+
+    assert apart(look, 60) == {"same": [False, False], "folder": None}
+
+
+def test_watching_goes_on_where_it_was_and_only_what_is_new_is_watched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three tests one by one; then one of them is another; the modules are what they were. One that dies is left out."""
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
+    monkeypatch.setattr(reached, "ROOT", tmp_path)
+    monkeypatch.setattr(reached, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(reached, "file_of", lambda name: tmp_path / f"{name}.py")
+    monkeypatch.setattr(reached, "digest_of_test", lambda test: digests[test])
+    monkeypatch.setattr(reached, "CHUNK", -1.0)
+    (tmp_path / "test_some.py").write_text("")
+    group, played = Group(["engine/text"], []), tmp_path / "played"
+    nodes = [f"test_some.py::test_{name}" for name in "abc"]
+    digests = dict.fromkeys(nodes, "first")
+
+    def play(items: list[str], watch: Watch, enough: Any) -> None:
+        for item in items:
+            if item.endswith("_c"):
+                os._exit(3)
+            with played.open("a") as file:
+                file.write(item[-1])
+            watch.tests[item] = (0.5, {("engine/text", 7)})
+            if enough():
+                return
+
+    monkeypatch.setattr(reached, "play", play)
+    items: Any = {node: node for node in nodes}
+
+    def look(until: float) -> Any:
+        return reached.watched(group, "test_some", items, ["engine/text", "engine/pace"], 1.0, until)
+
+    assert look(0.0)["unseen"] == nodes and not played.exists(), "there was no time"
+    found = look(math.inf)
+    assert (found["unseen"], found["left"], list(found["seconds"])) == ([], nodes[2:], nodes[:2])
+    assert played.read_text() == "ab" and look(math.inf) == found
+    digests[nodes[1]] = "other"
+    assert look(0.0)["unseen"] == nodes[1:2]
+    assert look(math.inf)["unseen"] == [] and played.read_text() == "abb"
+    monkeypatch.setattr(reached, "digest", lambda *_: "another module")
+    assert look(0.0)["unseen"] == nodes
+
+
 def test_a_change_that_no_function_takes_is_no_result() -> None:
     tree = ast.parse(source("engine/text").read_text("utf-8"))
     change = next(each for each in changes(tree) if each.lines is not None)
-    assert processes.in_place("engine/text", tree, change, [], []) == {"by": processes.UNFIT}
+    assert processes.in_place([], ("engine/text", tree, change)) == {"by": processes.UNFIT}
 
 
 def test_a_module_is_asked_for_by_its_folders_too() -> None:
@@ -187,6 +332,26 @@ def test_a_process_gives_what_it_found_and_what_hangs_or_dies_is_noticed() -> No
     assert apart(lambda: {"by": sum(itertools.count())}, 1) == {"by": "a hang"}
     assert apart(lambda: os._exit(3), 60) == {"by": "a crash"}
     assert apart(lambda: {"by": 1 / 0}, 60) == {"by": "a crash"}
+
+
+def test_what_does_not_come_is_not_waited_for_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "LATE", 0.01)
+
+    async def until() -> None:
+        async with asyncio.timeout(120):
+            await asyncio.Event().wait()
+
+    def waits() -> dict[str, Any]:
+        processes.impatient()
+        ended = 0
+        for wait in (until, lambda: asyncio.wait_for(asyncio.Event().wait(), 120)):
+            try:
+                asyncio.run(wait())
+            except TimeoutError:
+                ended += 1
+        return {"by": ended + asyncio.run(asyncio.wait_for(asyncio.sleep(0, 3), None))}
+
+    assert apart(waits, 60) == {"by": 5}
 
 
 def test_what_is_kept_is_not_tracked() -> None:
