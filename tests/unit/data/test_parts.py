@@ -16,6 +16,7 @@ from shoal.config import ModelConfig
 from shoal.data import identities, parts
 from shoal.data.chats.recipes import chats_of
 from shoal.data.documents import SourceSpec
+from shoal.data.operators import near
 from shoal.data.operators.pipeline import Operators, Pipeline
 from shoal.data.parts import BATCH, BATCH_SIZE, batched, split_files
 from shoal.data.shards import TOKENIZER
@@ -105,6 +106,22 @@ def raw(tmp_path: Path, png) -> Path:
     (folder / "picture.png").write_bytes(png())
     (folder / "picture.webp").write_bytes(b"not a picture")
     return folder
+
+
+def test_near_copies_are_looked_for_among_what_is_kept_and_only_where_they_are_asked_for(
+    raw: Path, tmp_path: Path
+) -> None:
+    """By the row of a document in its part: what could not be read, which lies between, has none."""
+    files, some = list_files(SourceSpec("s", str(raw))), Parts(tmp_path, 2)
+    for path, asked in zip(some, (True, False), strict=True):
+        parts.read_part(files, path, near_copies=asked)
+    by_hand = near.Signatures()
+    for row, document in enumerate(parts.documents(some[0])):
+        by_hand.add(row, document)
+    by_hand.write(tmp_path / "by hand")
+    there, not_there = (path.with_suffix(near.SIGNATURES) for path in some)
+    assert there.read_bytes() == (tmp_path / "by hand").read_bytes() and len(by_hand._rows) > 5
+    assert not not_there.exists()
 
 
 def test_a_part_is_cleaned_chosen_and_packed_with_counts_that_add_up(

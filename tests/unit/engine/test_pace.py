@@ -63,6 +63,8 @@ def test_shallow_only_steps_are_worth_it_for_enough_requests_that_are_shallow_en
     assert not pace.alone([1], [1, 4, 4, 4, 4])
     assert not pace.alone([2, 2], [2, 2, 4, 4])
     assert pace.alone([2] * 5, [2] * 5 + [4])
+    # a step is as deep as the deepest of it: (4 + 2) (3 - 2 / 2) is no less than 4 * 3, while (4 + 1) (3 - 2 / 2) would be
+    assert pace.alone([1, 1], [1, 1, 4]) and not pace.alone([1, 2], [1, 2, 4])
 
 
 def pace_of_each(allowed: bool) -> tuple[float, float, FakeRunner]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shoal import Sampling
@@ -86,7 +86,9 @@ def test_an_answer_ends_with_what_is_framed_first_but_for_texts_in_it(text: str)
     assert framed(FRAMED, text) == framed(BYTES, text) == expected
 
 
-@given(PIECES, st.sampled_from(['"', "<", "c>", "a", "</c> ", "</c>a", "c>a"]), st.booleans())
+@given(PIECES, st.sampled_from(['"', "<", "c>", "a", "/c>", "</c> ", "</c>a", "c>a"]), st.booleans())
+@example("a<c>a</c>a", "/c>", False)
+@example("a<c>a</c>a", "</c>", True)
 def test_a_stop_string_that_is_complete_earlier_or_with_it_comes_first(text: str, stop: str, keep: bool) -> None:
     whole, at = first_frame(text), text.find(stop)
     if at >= 0 and (whole is None or at + len(stop) <= len(whole)):
@@ -96,15 +98,17 @@ def test_a_stop_string_that_is_complete_earlier_or_with_it_comes_first(text: str
     assert framed(FRAMED, text, (stop,), keep) == framed(BYTES, text, (stop,), keep) == expected
 
 
-def test_too_early_a_frame_is_passed_and_the_next_one_ends_the_answer() -> None:
+@pytest.mark.parametrize("first", ["<c></c>", '<c>{"a": "<c>"}</c>'])
+def test_too_early_a_frame_is_passed_and_the_next_one_ends_the_answer(first: str) -> None:
+    """Nothing of the first is looked at again: what it spells opens nothing."""
     for tokenizer in (FRAMED, BYTES):
         stream, out = TextStream(tokenizer, frame=FRAME), ""
-        for token in tokenizer.encode("<c></c>x</c><c>y</c>z"):
-            piece, stopped = stream.push(token, may_stop=len(out) > 6)
+        for token in tokenizer.encode(first + "x</c>x</c><c>y</c>z"):
+            piece, stopped = stream.push(token, may_stop=len(out) >= len(first))
             out += piece
             if stopped:
                 break
-        assert out == "<c></c>x</c><c>y</c>"
+        assert out == first + "x</c>x</c><c>y</c>"
 
 
 @pytest.mark.parametrize("frame", [("", "x"), ("x",), ("x", "")])

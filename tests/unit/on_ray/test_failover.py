@@ -369,6 +369,13 @@ def test_before_its_first_token_a_request_is_sent_again_before_others_with_what_
     assert progress.to_send(104.0) == dataclasses.replace(AUTO, id="r.1.0.0", deadline=6.0, priority=2)
 
 
+def test_a_request_that_was_only_refused_is_another_call_too_with_what_is_left_of_its_time() -> None:
+    """No replica was lost and none was waited for: the one that has other weights may still hold the first."""
+    progress = at_100()
+    progress.refuse(other_weights("a"))
+    assert progress.to_send(104.0) == dataclasses.replace(AUTO, id="r.0.0.1", deadline=6.0, priority=2)
+
+
 def test_after_it_the_depth_is_the_one_that_the_first_replica_chose_and_the_answer_goes_on() -> None:
     progress = at_100()
     for token, now in ((65, 101.0), (66, 105.0)):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +22,7 @@ from shoal.on_ray import pages
 from shoal.on_ray.engines import engine_options
 from shoal.on_ray.gateways import REQUESTS as REQUESTS_OF_ONE
 from shoal.on_ray.gateways import gateway_options
-from shoal.on_ray.scaling import CPU_USE, KV_TARGET, KV_USE, LOW, by_load, wanted
+from shoal.on_ray.scaling import CPU_USE, KV_TARGET, KV_USE, LOW, by_load, replicas, wanted
 from shoal.on_ray.serve_config import serve_config
 from tests.clocks import tells
 
@@ -104,12 +106,16 @@ def options(args: ServeArgs) -> dict[str, Any]:
     return engine_options(args, "some/model", 8)
 
 
+@cache
+def to_eight() -> Any:
+    return options(ServeArgs(min_replicas=0, max_replicas=8, max_batch=16))["autoscaling_config"]
+
+
 def context(
     requests: float, replicas: int = 1, uses: tuple[float, ...] = (), state: dict[str, object] | None = None
 ) -> SimpleNamespace:
-    config = options(ServeArgs(min_replicas=0, max_replicas=8, max_batch=16))["autoscaling_config"]
     return SimpleNamespace(
-        total_num_requests=requests, current_num_replicas=replicas, target_num_replicas=replicas, config=config,
+        total_num_requests=requests, current_num_replicas=replicas, target_num_replicas=replicas, config=to_eight(),
         aggregated_metrics={KV_USE: dict(enumerate(uses))} if uses else {}, policy_state=state or {},
         deployment_name="EngineReplica",
     )  # fmt: skip
@@ -120,6 +126,10 @@ def test_replicas_follow_requests_and_memory() -> None:
     assert by_load(context(8, replicas=2, uses=(0.8, 0.8)))[0] == 2
     assert by_load(context(8, replicas=2, uses=(1.0, 1.0)))[0] == 3
     assert by_load(context(0, replicas=2, uses=(0.9, 0.9)))[0] == 0  # what is only cached asks for nothing
+    silent = context(8, replicas=2)
+    for silent.aggregated_metrics in (None, {}, {KV_USE: None}, {KV_USE: {}}):  # until a replica has told
+        silent.policy_state = None
+        assert by_load(silent) == (1, {"told": 1})
 
 
 def test_why_is_said_as_it_is() -> None:
@@ -168,3 +178,12 @@ def test_a_fixed_number_of_replicas_does_not_scale() -> None:
     assert options(ServeArgs(min_replicas=2, max_replicas=2))["num_replicas"] == 2
     scaling = options(ServeArgs(max_replicas=3, max_batch=16))["autoscaling_config"]
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 3, 12)
+
+
+def test_serve_asks_our_policy_and_tells_it_of_the_last_six_seconds() -> None:
+    """With Serve's own 10 and 30 seconds more replicas would come that much later. Nobody is warned of what we set."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scaling = replicas(1, 3, 12.0)["autoscaling_config"]
+    assert scaling.policy.policy_function == "shoal.on_ray.scaling:by_load"
+    assert (scaling.metrics_interval_s, scaling.look_back_period_s) == (2.0, 6.0)

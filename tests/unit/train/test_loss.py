@@ -1,5 +1,6 @@
 """The losses against sums written out by hand, place by place."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,19 @@ def test_patch_error_is_on_normalised_next_patches(model: LossModel, batch: Batc
         seen += 1
     assert seen == len(batch.patches) > 0
     torch.testing.assert_close(run(model, batch).patch, by_hand, rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_without_images_has_no_loss_of_patches() -> None:
+    """It has no parameters for them; to it the id of a patch is a word's."""
+    net = Net(replace(CONFIG, image_size=0)).init_(0).double()
+    tokens = torch.tensor([[20, PATCH_ID, 21, 22]])
+    targets = torch.tensor([[PATCH_ID, 21, -1, -1]])
+    docs, none = torch.zeros_like(tokens), torch.zeros(0, 3 * CONFIG.patch**2)
+    sums = LossModel(net)(tokens, targets, docs, none, torch.zeros(0, 2, dtype=torch.long))
+    hidden = net(tokens, docs=docs)[CONFIG.layers]
+    scores = net.head(hidden, CONFIG.layers)[0, :2].log_softmax(-1)
+    torch.testing.assert_close(sums.ce[-1], -(scores[0, PATCH_ID] + scores[1, 21])[None])
+    assert (float(sums.patch), float(sums.patch_apart)) == (0.0, 0.0)
 
 
 def test_a_patch_is_never_predicted_from_another_document() -> None:
@@ -274,7 +288,7 @@ def test_losses_are_taken_where_there_are_targets_and_before_patches_of_the_same
     assert [each.tolist() for each in places.to(torch.device("cpu"))] == [each.tolist() for each in places]
     pixels = torch.tensor([[1.0, 3.0], [0.0, 0.0], [9.0, 9.0], [9.0, 9.0], [2.0, 2.0]])
     where, target = patch_targets(tokens, docs, pixels)
-    assert where.nonzero().tolist() == [[0, 0], [0, 1], [1, 2]]
+    assert where.tolist() == [[True, True, False, False], [False, False, True, False]]
     side = 1 / (1 + PATCH_EPS) ** 0.5
     torch.testing.assert_close(target, torch.tensor([[-side, side], [0.0, 0.0], [0.0, 0.0]]))
 

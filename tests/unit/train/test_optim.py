@@ -191,9 +191,10 @@ def test_muons_updates_are_of_the_size_of_adamws_and_decay_as_they_do() -> None:
 
 
 def test_muon_of_sharded_matrices_is_muon() -> None:
-    """On one rank: the same update but for one rounding (it is scaled before it is added), and the same moments after it."""
+    """On one rank: the same update but for one rounding (it is scaled before it is added), and the same moments after it. One
+    that has no gradient takes no decay either, and has no moments."""
     draws = torch.Generator().manual_seed(0)
-    shapes = ((6, 4), (4, 6), (5, 5))
+    shapes = ((6, 4), (4, 6), (5, 5), (3, 3))
     # weights, and three gradients
     values = [[torch.randn(shape, generator=draws) for shape in shapes] for _ in range(4)]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -204,12 +205,15 @@ def test_muon_of_sharded_matrices_is_muon() -> None:
             weights = [torch.nn.Parameter(of(one)) for one in values[0]]
             muon = WholeMuon(weights, lr=0.1, weight_decay=0.1, adjust_lr_fn=MATCHED)
             for gradients in values[1:]:
-                for weight, gradient in zip(weights, gradients, strict=True):
+                for weight, gradient in zip(weights[:3], gradients[:3], strict=True):
                     weight.grad = of(gradient)
                 muon.step()
-            found.append([one.detach() for w in weights for one in (w, muon.state[w]["momentum_buffer"])])
+            assert not muon.state.get(weights[3])
+            moments = [muon.state[w]["momentum_buffer"] for w in weights[:3]]
+            found.append([one.detach() for one in (*weights, *moments)])
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other.full_tensor(), rtol=1e-6, atol=1e-7)
+        assert torch.equal(found[0][3], values[0][3])
         assert not torch.equal(found[0][0], values[0][0])
     finally:
         dist.destroy_process_group()
