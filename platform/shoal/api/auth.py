@@ -342,19 +342,20 @@ def parsed(line: str, number: int, clock: Clock, shared: Counts | None = None) -
         raise ConfigError(f"{where}: {wrong}", allowed="yes or no")
     wrong = next((n for n in COUNTS if n in given and not _is_count(given[n])), None)
     if wrong is not None:
-        raise ConfigError(f"{where}: {wrong}", allowed="a whole number above 0" + ", a minute" * (wrong in RATES))
+        allowed = "a whole number above 0, of 12 digits at most" + ", a minute" * (wrong in RATES)
+        raise ConfigError(f"{where}: {wrong}", allowed=allowed)
     known = _DIGEST.fullmatch(secret)
     if known is None and secret.startswith("sha256:"):  # a digest is no secret, so it must not become a key
         raise ConfigError(f"{where}: a digest", allowed="sha256: and 64 digits of 0-9a-f")
     digest = bytes.fromhex(known[1]) if known else _digest(secret)
-    requests, tokens = (Bucket(int(given[name][:12]), clock) if name in given else None for name in RATES)
-    places = Places(int(given["at_once"][:12])) if "at_once" in given else None
+    requests, tokens = (Bucket(int(given[name]), clock) if name in given else None for name in RATES)
+    places = Places(int(given["at_once"])) if "at_once" in given else None
     may = {what: given.get(what) == "yes" for what in MAY}
     return Key(given.get("name", f"key-{digest.hex()[:6]}"), digest, requests, tokens, places, **may, shared=shared)
 
 
 def _is_count(text: str) -> bool:
-    return text.isdecimal() and int(text[:12]) > 0
+    return text.isdecimal() and len(text) <= 12 and int(text) > 0  # Python refuses to read thousands of digits
 
 
 def _digest(key: str) -> bytes:

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import nullcontext
 from hmac import compare_digest
@@ -19,7 +20,7 @@ from fastapi import FastAPI, Request
 
 from shoal.api import service
 from shoal.api.app import build_app
-from shoal.api.auth import GRACE_SECONDS, ApiKeys
+from shoal.api.auth import GRACE_SECONDS, ApiKeys, parsed
 from shoal.api.limits import Limits
 from shoal.api.middleware import Identified
 from shoal.api.served import ServedModel
@@ -469,6 +470,16 @@ class TestKeys:
         for line in ("sha256:" + "AB" * 32, "sha256:" + "ab" * 31, "sha256:"):
             with pytest.raises(ConfigError, match="digits"):
                 ApiKeys([line])
+
+    @pytest.mark.parametrize("setting", ["requests", "tokens", "at_once"])
+    def test_a_number_is_taken_as_it_is_or_refused(self, setting: str) -> None:
+        """One of 13 digits was taken by its first 12."""
+        key = parsed(f"k {setting}=999999999999", 1, time.monotonic)
+        found = {"requests": key.requests, "tokens": key.tokens, "at_once": key.places}[setting]
+        assert (found.most if setting == "at_once" else found.per_minute) == 999_999_999_999
+        for wrong in ("1" + "0" * 12, "9" * 5000):
+            with pytest.raises(ConfigError, match="12 digits at most"):
+                parsed(f"k {setting}={wrong}", 1, time.monotonic)
 
     def test_keys_cannot_be_printed(self) -> None:
         keys = ApiKeys(["topsecret"])
