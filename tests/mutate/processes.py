@@ -6,6 +6,7 @@ import ast
 import asyncio
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import hashlib
 import importlib.abc
@@ -158,6 +159,7 @@ def _child(work: Callable[[], dict[str, Any]], folder: str, write: int) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(nothing, stream)
+    faulthandler.disable()  # pytest's writes to the terminal by a stream of its own
     os.environ |= {"HYPOTHESIS_STORAGE_DIRECTORY": folder, "TMPDIR": folder}
     tempfile.tempdir = folder
     given = json.dumps(work()).encode() + b"\n"

@@ -90,6 +90,7 @@ def test_nobody_changes_what_was_given_afterwards() -> None:
         ({"logit_bias": {1: math.nextafter(100, 101)}}, "logit_bias: got"),
         ({"logit_bias": {1: -101}}, "logit_bias: got -101; allowed: numbers from -100 to 100"),
         ({"logit_bias": {1: math.nan}}, "logit_bias: got"),
+        ({"logit_bias": {1: True}}, "logit_bias: got True"),
         ({"guided": "json"}, "guided: got 'json'; allowed: a Guide"),
         ({"guided": Guide("json_object"), "ignore_eos": True}, "ignore_eos with guided"),
         ({"guided": Guide("json_object"), "min_tokens": 1}, "min_tokens with guided"),

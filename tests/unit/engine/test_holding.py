@@ -108,6 +108,18 @@ def test_once_its_depth_is_known_it_goes_back_to_where_its_deeper_groups_are(gro
     assert one.at == 0
 
 
+def test_sums_of_a_prompt_s_later_pages_are_kept_behind_those_that_were_found() -> None:
+    pages = Pages(41)
+    first = stored(pages, TEN, 2)
+    pages.note(int(first.tables[0, 0]), "found")
+    one = entered(pages, TEN, None)
+    assert (one.notes, one.at) == (["found"], 4)
+    one.take(pages, 10, 1)
+    one.advance(pages, 10, 0, 1)
+    one.deepen(pages, 1, scoring=False, notes=["b", "c"])
+    assert [pages.noted(int(unit)) for unit in one.tables[0, :3]] == ["found", "b", None]
+
+
 def test_what_wrong_drafts_were_written_to_is_given_back_and_no_longer_in_its_table() -> None:
     pages = Pages(41)
     one = stored(pages, TEN, 2)

@@ -79,6 +79,14 @@ def test_its_end_tells_how_long_each_part_took_since_it_came(
     assert (end.queue_seconds, end.first_token_seconds, end.total_seconds) == (queue, waited, 10.0)
 
 
+def test_its_signals_are_told_where_they_are_asked_for() -> None:
+    one = made(answered=2)
+    one.heard.token(1.5)
+    assert one.finished("stop", 20.0, None).signals is None
+    one.watched = True
+    assert one.finished("stop", 20.0, None).signals == one.heard.all()
+
+
 @pytest.mark.parametrize(("ran", "drawn", "mean"), [(0, 0, 0.0), (6, 4, 1.5)])
 def test_its_mean_depth_is_of_the_tokens_that_were_drawn_here(ran: int, drawn: int, mean: float) -> None:
     one = made(answered=5)

@@ -338,7 +338,7 @@ def test_who_left_its_share_to_others_has_four_steps_before_them_and_no_more() -
     while seconds.behind({"much", "little"}) == {"little"}:
         seconds.took([decoding("little", 1)], 0.125)
         steps += 1
-    assert steps == (KEPT - TOLERATED) / 0.125, "to within half of a step of all"
+    assert steps == (4 - 0.5) / 0.125, "to within half of a step of all"
     for _ in range(20):  # it goes and comes again at once: after one step of the other's it has one of its own time
         seconds.behind({"much"})
         seconds.took([decoding("much", 16)], 1.0)
@@ -347,6 +347,20 @@ def test_who_left_its_share_to_others_has_four_steps_before_them_and_no_more() -
             seconds.took([decoding("little", 1)], 0.125)
             again += 1
         assert again == 8
+
+
+def test_who_comes_has_an_even_share_since_the_last_step_of_all_less_such_a_step() -> None:
+    """Of a and b, that had 1 s each, a had 4 s alone while b waited for a place: an even share is 3 s, whatever a had more."""
+    seconds = Seconds()
+    seconds.behind({"a", "b"})
+    seconds.took([decoding("a", 1), decoding("b", 1)], 2.0)
+    seconds.behind({"a", "b"})
+    seconds.took([decoding("a", 1)], 4.0)
+    steps = 0
+    while "c" in seconds.behind({"a", "b", "c"}):
+        seconds.took([decoding("c", 1)], 1.0)
+        steps += 1
+    assert steps == 3, "from 3 s less 2 s to half of a step of 2 s below the 5 s that a had"
 
 
 @pytest.mark.parametrize("away", [1, 2, 8])

@@ -51,6 +51,12 @@ def test_what_was_taken_counts_no_more() -> None:
     assert Turns[str]().give_place("A") is None
 
 
+def test_the_last_of_who_has_most_is_given_back_whoever_asks() -> None:
+    turns = filled("Bxa", "Axa", "Ayb", "Aya", "Bxb")
+    assert [turns.give_last() for _ in range(2)] == ["Aya", "Bxb"], "of the client that has most of it"
+    assert len(turns) == 3 and Turns[str]().give_last() is None
+
+
 def test_of_one_payer_the_client_that_has_most_gives_its_last_place() -> None:
     """Without keys all are of one payer, and one address could have all places for as long as it liked."""
     turns = filled("Axa", "Axb", "Axc", "Aya", "Bxa", "Bxb")
