@@ -312,10 +312,12 @@ def test_turns_of_mixed_depths_are_alike_and_buy_nothing_with_their_time(monkeyp
         model.router = ByLength(model.config)
     prompts = [Encoded([9 + number] * (40 if number < 2 else 16), [], [False]) for number in range(8)]
     asked = {"chat": [Question(prompt, prompt, "", "chat", 0) for prompt in prompts]}
+    threads = torch.get_num_threads()
     turns, seen = list[list[tuple[bool, int, int]]](), list[tuple[bool, int, int]]()
 
     class Seen(Engine):
         def forget_prompts(self) -> None:
+            assert torch.get_num_threads() == 1, "those that wait for others would spin"
             seen.clear()
             super().forget_prompts()
 
@@ -333,7 +335,12 @@ def test_turns_of_mixed_depths_are_alike_and_buy_nothing_with_their_time(monkeyp
             return done
 
     monkeypatch.setattr(costs, "Engine", Seen)
-    assert costs.speed(*models, asked).items >= 7
+    torch.set_num_threads(2)
+    try:
+        assert costs.speed(*models, asked).items >= 7
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
     assert len(turns) >= 16 and all(turn == turns[0] for turn in turns)
     decided, rest, *decode = turns[0]
     assert decided == (False, 2 * 40 + 6 * 16, 8) and not rest[0]
