@@ -198,10 +198,9 @@ def checks(evidence: Evidence) -> list[Check]:
         ratio = sprt(here, total, tolerated, more) * (WORTH if count in QUALITY else 1.0)
         if count == "slow" and getattr(told, of) < _least(count):
             ratio = min(ratio, 0.0)  # slow beside what? a canary that has just been loaded slows both
+        # worse beside what? and where half of the stable version's are so, it is what is asked
         if count in QUALITY and (getattr(told, of) < LEAST_TIMES or tolerated >= MOST):
-            ratio = min(
-                ratio, 0.0
-            )  # worse beside what? and where half of the stable version's are so, it is what is asked
+            ratio = min(ratio, 0.0)
         if not surely_more((here, total), (getattr(told, count), getattr(told, of))):
             ratio = min(ratio, SUSPECTED)
         found.append(Check(name, here, total, tolerated, ratio, needed))
