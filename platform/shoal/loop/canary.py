@@ -10,12 +10,12 @@ is tolerated is the share of the stable version at the same time: where both fai
 so none is condemned before its share is larger for sure (`surely_more`). A step ends when enough requests were seen and all
 checks are clear, never by the clock. Votes are given by whom it pleases: they condemn, and clear nothing.
 
-What answers are worth nobody knows who has no labels. Two things say that they are worth less: they do not come to an end (cut
-by their length), and the model is less sure of them. Unsure is an answer whose sampled NLL is above the 75th percentile of the
-stable version's latest ones, as a quarter of its own are. Twice as many of a canary's are too many: that is 0.67 standard
-deviations where these are normal. They ask for twice the evidence (`WORTH`), so that one that is less sure by 0.2, which is no
-drift either, nearly always stays (decision 0088). Of a talk the first answer alone counts, since those after it are no news, and
-neither clears a step.
+What answers are worth nobody knows who has no labels. Two things say that they are worth less: they do not come to an end
+(cut by their length), and the model is less sure of them. Unsure is an answer whose sampled NLL is above the 75th
+percentile of the stable version's latest ones, as a quarter of its own are. Twice as many of a canary's are too many: that
+is 0.67 standard deviations where these are normal. They ask for twice the evidence (`WORTH`), so that one that is less sure
+by 0.2, which is no drift either, nearly always stays (decision 0088). Of a talk the first answer alone counts, since those
+after it are no news, and neither clears a step.
 
 Slow is an answer beyond 1.25 times the 95th percentile of what the stable version's latest answers took; none is condemned for
 it before some of the stable version's were timed beside its own.
