@@ -10,8 +10,7 @@ from itertools import cycle
 import pytest
 from rich.console import Console
 
-from shoal.bench import checkpoint as bench
-from shoal.bench.checkpoint import checkpoint
+from shoal.bench.checkpoint import _Turns, checkpoint
 from shoal.bench.data import data
 from shoal.cli import main
 from shoal.errors import UsageError
@@ -51,15 +50,15 @@ def test_as_many_pairs_are_measured_as_their_spread_asks_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three where checkpoints cost the same each time; of others as many as bring the median's interval to a share of 2 %."""
-    whole = bench._Turns._beside
-    monkeypatch.setattr(bench._Turns, "_train", lambda turns, updates: 1.0)
+    whole = _Turns._beside
+    monkeypatch.setattr(_Turns, "_train", lambda turns, updates: 1.0)
     for spread, pairs in ((0.0, 3), (0.01, 3), (0.02, 7)):
         costs = cycle([0.0, spread, -spread])
 
-        def beside(turns: bench._Turns, costs: Iterator[float] = costs) -> tuple[float, object]:
+        def beside(turns: _Turns, costs: Iterator[float] = costs) -> tuple[float, object]:
             return 1.0 + turns._every * next(costs), whole(turns)[1]
 
-        monkeypatch.setattr(bench._Turns, "_beside", beside)
+        monkeypatch.setattr(_Turns, "_beside", beside)
         checkpoint(Console(file=io.StringIO()), preset="test", tokens=768, every=0.5, rounds=9, seconds=600, threads=1)
         told = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert told["rounds"] == told["wanted"] == pairs, spread
