@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from shoal import Engine, Model, Request, Sampling
 from shoal.api.answers import Choice
 from shoal.clients.teacher import TEACHER, Ask
 from shoal.data.chats.rows import read_chats
-from shoal.errors import DataError
+from shoal.errors import DataError, ResourceError
 from shoal.inputs.chat import encode_chat
 from shoal.on_ray.resources import local_ray
 from shoal.on_ray.teach import KEY_VARIABLE, teach
@@ -65,3 +66,16 @@ def test_a_teacher_answers_what_is_left_of_an_interrupted_run(tmp_path: Path, mo
         ("middle", "fish")
     }
     assert len(read_chats(out, model.tokenizer, model.config)) > 0
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_a_teacher_that_is_not_there_is_said_as_that(tmp_path: Path) -> None:
+    """By the worker that asked it, in a line: Ray Data had an error of its own in its place."""
+    source = tmp_path / "questions.jsonl"
+    source.write_text(json.dumps({"messages": [{"role": "user", "content": "how deep?"}]}) + "\n", encoding="utf-8")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and nobody listens
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        with pytest.raises(ResourceError, match=f"no answer from {url}/chat/completions") as caught:
+            teach(source, tmp_path / "taught.jsonl", Ask(url, "fish"), concurrency=1)
+    assert type(caught.value) is ResourceError and "\n" not in str(caught.value)

@@ -28,6 +28,7 @@ from shoal.data.models import here
 from shoal.data.remote import is_remote
 from shoal.errors import DataError, ResourceError
 from shoal.machine import sha256_of, threads
+from shoal.on_ray.each import as_raised
 from shoal.on_ray.teach import alone
 
 LOT = 64  # lines that one task asks
@@ -144,20 +145,21 @@ def _answers(
     size = max(1, min(LOT, len(todo) // (workers * LOTS_EACH)))
     lots = [todo[at : at + size] for at in range(0, len(todo), size)]
     items = [{"numbers": [n for n, _ in lot], "starts": [at for _, at in lot]} for lot in lots]
-    asked = ray.data.from_items(items, override_num_blocks=len(items))
-    done = asked.flat_map(
-        _Engine,
-        fn_constructor_args=(str(source), str(model), name, mark, gpu, max_batch, workers),
-        compute=ray.data.ActorPoolStrategy(
-            size=workers,
-            max_tasks_in_flight_per_actor=2 * LOTS,
-            max_concurrent_calls_per_actor=LOTS,
-            enable_true_multi_threading=True,
-        ),
-        num_cpus=1,
-        num_gpus=1 if gpu else 0,
-    )
-    yield from done.iter_rows()
+    with as_raised("answer the lines"):
+        asked = ray.data.from_items(items, override_num_blocks=len(items))
+        done = asked.flat_map(
+            _Engine,
+            fn_constructor_args=(str(source), str(model), name, mark, gpu, max_batch, workers),
+            compute=ray.data.ActorPoolStrategy(
+                size=workers,
+                max_tasks_in_flight_per_actor=2 * LOTS,
+                max_concurrent_calls_per_actor=LOTS,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=1,
+            num_gpus=1 if gpu else 0,
+        )
+        yield from done.iter_rows()
 
 
 class _Engine:

@@ -26,8 +26,10 @@ def each(
     sizes: list[int],
     what: str,
     on_progress: Progress,
+    **asked: Any,
 ) -> Iterator[Any]:
-    """What `task` gives for the arguments of each job, in order, from as many processes as there are CPUs for.
+    """What `task` gives for the arguments of each job, in order, from as many processes as there are CPUs for, or what of Ray's
+    resources each is `asked` to have.
 
     A task that holds state goes to a pool of actors, so that each process builds it once.
     """
@@ -48,22 +50,38 @@ def each(
     rows = [{"job": job} for job in jobs]
     done, total = 0, sum(sizes)
     on_progress(what, done, total)
-    try:
+    with as_raised(what):
         data = ray.data.from_items(rows, override_num_blocks=len(rows))
         # It grows as there is work and room: on a cluster that an autoscaler has yet to fill, a pool of one would stay one.
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, len(rows)))
         actors = getattr(task, "holds_state", False)
-        results = data.map(Worker, compute=pool) if actors else data.map(run)  # type: ignore[arg-type]
+        results = data.map(Worker, compute=pool, **asked) if actors else data.map(run, **asked)  # type: ignore[arg-type]
         for row, size in zip(results.iter_rows(), sizes, strict=True):
             done += size
             on_progress(what, done, total)
             yield row["result"]
-    except RayError as error:  # of a task, or of a process that was killed too often
+
+
+@contextmanager
+def as_raised(what: str) -> Iterator[None]:
+    """An error of ours that a task of Ray Data meets, of a dataset that is made and read in this block, is raised as it was;
+    another, as of a process that was killed too often, as a DataError that says `what` cannot be done. Ray Data's own error in
+    its place would have lost by what, and its own report of it would be many lines."""
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    before = context.raise_original_map_exception, logger.level
+    context.raise_original_map_exception = True
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, ShoalError):
             raise cause from error
         said = str(cause or error).strip() or type(cause or error).__name__
         raise DataError(f"cannot {what}", got=said.splitlines()[-1][:200]) from error
+    finally:
+        context.raise_original_map_exception, level = before
+        logger.setLevel(level)
 
 
 def everywhere(task: Callable[[], None]) -> None:

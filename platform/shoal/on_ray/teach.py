@@ -20,6 +20,7 @@ from shoal.clients import teacher
 from shoal.clients.teacher import TEACHER, Ask
 from shoal.data.chats.rows import lines
 from shoal.errors import DataError
+from shoal.on_ray.each import as_raised
 
 BATCH = 8  # questions that one task asks, one after the other
 KEY_VARIABLE = "SHOAL_TEACHER_KEY"  # the teacher's API key; it stands in no file
@@ -94,15 +95,16 @@ def _answers(asked: Collection[list[dict[str, Any]]], ask: Ask, concurrency: int
     if not asked:
         return
     key = os.environ.get(KEY_VARIABLE)  # of this process: workers elsewhere have another
-    todo = ray.data.from_items([{"messages": json.dumps(messages)} for messages in asked])
-    done = todo.map_batches(
-        _Teacher,
-        fn_constructor_args=(ask, key),
-        batch_size=BATCH,
-        compute=ray.data.ActorPoolStrategy(size=concurrency),
-        num_cpus=0.1,
-    )
-    yield from done.iter_rows()
+    with as_raised("ask the teacher"):
+        todo = ray.data.from_items([{"messages": json.dumps(messages)} for messages in asked])
+        done = todo.map_batches(
+            _Teacher,
+            fn_constructor_args=(ask, key),
+            batch_size=BATCH,
+            compute=ray.data.ActorPoolStrategy(size=concurrency),
+            num_cpus=0.1,
+        )
+        yield from done.iter_rows()
 
 
 @contextmanager
