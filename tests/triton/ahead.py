@@ -3,6 +3,9 @@ as Triton must not be in its interpreter. Prints a line of JSON: what was launch
 such as imported models have), and each way that rows take through it.
 
     python -m tests.triton.ahead PRESET DTYPE ARCHITECTURE [int8]
+
+PRESET is one of ours or of `SHAPES`. Memory is said to begin at multiples of 16 bytes, as torch's does, and numbers to be such
+multiples where they are: only then are loads of a loop made ahead of it, which takes shared memory.
 """
 
 from __future__ import annotations
@@ -27,6 +30,14 @@ from shoal.model.gpu import launch, sparse
 from shoal.model.gpu.sparse import Spans
 from shoal.model.reach import Reach
 
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # changes to a preset
+    # heads of 128 numbers, as in most open models from 3b on, and with the variance, as `shoal adapt --sparse` makes them
+    "wide": ("1b", {"heads": 16, "head_dim": 128, "width": 256, "ffn": 256, "block": 64, "summary": "mean_var"}),
+    # a key a block, a query head a KV head, nothing turned, q and k normed over all heads
+    "plain": ("article", {"qk_norm": "all", "qkv_bias": True, "rope_pattern": "N"}),
+    "bare": ("tiny", {"qk_norm": "none", "summary": "mean_var"}),
+}
+MOST_SHARED = 99 * 1024  # bytes, what any of these devices has
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int8: "i8", torch.int32: "i32"}
 launched: list[str] = []
 
@@ -45,10 +56,24 @@ def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> No
     one = {name: 1 for name in self.arg_names if type(given[name]) is int and given[name] == 1}
     constants = one | {p.name: given[p.name] for p in self.params if p.is_constexpr}
     signature = {name: "constexpr" if name in constants else kind(given[name]) for name in self.arg_names}
+    sixteens = [name for name in self.arg_names if name not in constants and sixteen(given[name])]
+    attributes = {(self.arg_names.index(name),): [["tt.divisibility", 16]] for name in sixteens}
     options = {"num_warps": named.get("num_warps", 4)}
-    made = triton.compile(ASTSource(self, signature, constants), target=target, options=options)
-    assert made.asm["cubin"] and made.metadata.shared <= 99 * 1024, "what any of these devices has"
+    made = triton.compile(ASTSource(self, signature, constants, attributes), target=target, options=options)
+    assert made.asm["cubin"]
+    assert made.metadata.shared <= MOST_SHARED, f"{self.__name__} takes {made.metadata.shared} bytes of shared memory"
     launched.append(self.__name__)
+
+
+def sixteen(value: Any) -> bool:
+    """Is it compiled for a multiple of 16?"""
+    return isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)
+
+
+def config_of(name: str) -> ModelConfig:
+    """Of a preset, or of `SHAPES`."""
+    preset, changes = SHAPES.get(name, (name, {}))
+    return dataclasses.replace(presets.get(preset).model, image_size=0, **changes)
 
 
 @torch.no_grad()
@@ -84,25 +109,39 @@ def layers(c: ModelConfig, dtype: torch.dtype, eight: bool) -> dict[str, list[st
     return found
 
 
-def trained(name: str, dtype: torch.dtype) -> None:
-    """Attention of a layer in training, forward and backward, over a row that is just long enough to choose."""
-    c = presets.get(name).model
-    length = (c.top_k + 1) * c.block
-    q, k, v = (torch.zeros(1, length, heads, c.head_dim, dtype=dtype) for heads in (c.heads, c.kv_heads, c.kv_heads))
-    spans = Spans.packed(torch.zeros(1, length, dtype=torch.long), c.block)
-    reach = Reach(c.window, c.top_k, c.sinks, torch.full((c.heads,), 0.5))
-    sparse.attend(q.requires_grad_(), k, v, spans, reach).sum().backward()
+def trained(c: ModelConfig, dtype: torch.dtype) -> dict[str, list[str]]:
+    """Attention of a layer in training, forward and backward: over a row that is just long enough to choose, the same of a
+    sparse layer with the smallest window, and a row of one token."""
+    length, found = (c.top_k + 1) * c.block, dict[str, list[str]]()
+    both = Reach(c.window, c.top_k, c.sinks, torch.full((c.heads,), 0.5))
+    one = Reach(c.block, c.top_k, c.sinks, None, torch.zeros(c.heads))
+    for name, tokens, reach in (
+        ("H trained", length, both),
+        ("S trained", length, one),
+        ("one token", 1, Reach(1, 0, 0, None)),
+    ):
+        launched.clear()
+        q, k, v = (
+            torch.zeros(1, tokens, heads, c.head_dim, dtype=dtype) for heads in (c.heads, c.kv_heads, c.kv_heads)
+        )
+        spans = Spans.packed(torch.zeros(1, tokens, dtype=torch.long), c.block, reach.window)
+        sparse.attend(q.requires_grad_(), k, v, spans, reach, c.summary == "mean_var").sum().backward()
+        found[name] = [*launched]
+    return found
 
 
 if __name__ == "__main__":
     target = GPUTarget("cuda", int(sys.argv[3]), 32)
     JITFunction.run = compiled
     launch.ON.add("cpu")
-    launch._precision, sparse._nearly_fp32 = (lambda x: "ieee"), (lambda x: "tf32x3")  # as of a tensor on a GPU
+    # as of a tensor on a GPU, where fp32 is multiplied in TF32 (`Model.on_gpu`)
+    launch._precision, sparse._nearly_fp32 = (lambda x: "tf32" if x.itemsize == 4 else "ieee"), (lambda x: "tf32x3")
     sparse._runs = lambda numbers, first: numbers  # which nothing has chosen here
-    asked, precision = presets.get(sys.argv[1]).model, getattr(torch, sys.argv[2])
+    asked, precision = config_of(sys.argv[1]), getattr(torch, sys.argv[2])
     told = layers(asked, precision, sys.argv[4:] == ["int8"])
+    told |= trained(asked, precision)
     launched.clear()
-    launch.int8_product(torch.zeros(64, asked.width, dtype=torch.int8), torch.ones(64, 1))(torch.zeros(2, asked.width))
-    trained(sys.argv[1], precision)
-    print(json.dumps(told | {"rest": launched}))
+    for few_or_many in (2, 100):
+        levels = torch.zeros(64, asked.width, dtype=torch.int8)
+        launch.int8_product(levels, torch.ones(64, 1))(torch.zeros(few_or_many, asked.width))
+    print(json.dumps(told | {"int8": launched}))

@@ -107,6 +107,21 @@ def test_a_window_across_tiles_is_that_of_the_definition(window: int) -> None:
         same([out, *pairs[0]], [want, *pairs[1]], 1e-12)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_tiles_of_other_heights_give_the_same(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of wide heads, of which a program holds more than its loop reads at a time: 32 queries or keys and 16, beside 64."""
+    given, docs = drawn(2, 2, 1, torch.float32, length=40), torch.tensor([[0] * 40, [0] * 11 + [1] * 29])
+    spans, share, found = Spans.packed(docs, 4, 6), torch.full((2,), 0.4), []
+    for held, read in ((sparse.HELD, sparse.READ), (2**11, 2**10)):
+        monkeypatch.setattr(sparse, "HELD", held)
+        monkeypatch.setattr(sparse, "READ", read)
+        fast = [x.clone().requires_grad_() for x in given]
+        out = sparse.attend(*fast, spans, Reach(6, 3, 1, None if bias else share, share if bias else None))
+        found.append([out, *torch.autograd.grad(out.square().sum(), fast)])
+    assert sparse._tiles(8, given[0]) == (32, 16)
+    same(found[1], [x.double() for x in found[0]], 1e-6)
+
+
 @pytest.mark.parametrize("summary", ["mean", "mean_var"])
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (4, 2)])
 def test_the_choice_is_that_of_the_definition(

@@ -34,7 +34,8 @@ BUSY = 128  # that keep it busy: from so many rows and KV heads on one reads all
 MOST_KEYS = 4096  # unless it may be more keys than these: beside short requests one program would read for long
 FEW_BLOCKS = 512  # that the program which chooses among them scores as well
 ALONE_BLOCKS = 4096  # among which the program that reads chooses as well: beyond it would lack registers
-TILE = 64  # keys of a step of the attention's loop, blocks that a program scores
+TILE = 64  # at most: keys of a step of the attention's loop, blocks that a program scores,
+NUMBERS = 2**12  # and numbers of these
 SCORED = 2**24  # scores that exist at once (fp32: 64 MB)
 MOST_BLOCKS = 2**14  # that one program chooses among
 MOST_LAST = 2**31 - 1
@@ -191,10 +192,11 @@ def choose(q: Tensor, summaries: Tensor, step: PagedStep, reach: Reach, position
     given = (q, summaries, step.tables, positions, requests, z)
     strides = step.tables.stride(0), *summaries.stride()[:3]
     if blocks > reach.top_k and not scores:
-        attention._score[(rows, kv_heads, -(-blocks // TILE))](*given, *strides, *sizes, **shape, TILE=TILE)
+        tile = _tile(q)
+        attention._score[(rows, kv_heads, -(-blocks // tile))](*given, *strides, *sizes, **shape, TILE=tile)
     attention._choose[(rows, kv_heads)](
         *given, chosen, *strides, *sizes,
-        **shape, SINKS=reach.sinks, SCORES=scores, EACH=TILE, TILE=_power(blocks), FULL=_power(reach.top_k, 1),
+        **shape, SINKS=reach.sinks, SCORES=scores, EACH=_tile(q), TILE=_power(blocks), FULL=_power(reach.top_k, 1),
         num_warps=max(4 if scores else 1, _warps(blocks)),
     )  # fmt: skip
     return chosen
@@ -232,7 +234,7 @@ def _attend(
     window, dense = min(reach.window, MOST_LAST), min(reach.dense, MOST_LAST)
     shape = {
         "G": heads // kv_heads, "HEADS": heads, "KV_HEADS": kv_heads, "D": dim, "WIDE": _power(dim), "P": kv.shape[2],
-        "S": step.block, "K": top_k, "BEYOND": beyond, "INT8": kv.dtype == torch.int8, "TILE": TILE,
+        "S": step.block, "K": top_k, "BEYOND": beyond, "INT8": kv.dtype == torch.int8, "TILE": _tile(q),
         "ROWS": _power(heads // kv_heads, 1 if exact else 16), "PRECISION": _precision(q), "SCALE": 1 / math.sqrt(dim),
         "EXACT": exact,
     }  # fmt: skip
@@ -303,6 +305,12 @@ def _requests(starts: list[int], device: torch.device) -> Tensor:
         return torch.arange(starts[-1], dtype=torch.int32, device=device)
     counts = torch.tensor(starts).diff()
     return torch.repeat_interleave(torch.arange(len(counts)), counts).to(torch.int32).to(device)
+
+
+def _tile(q: Tensor) -> int:
+    """Keys, or blocks, of a step for q [..., d]: of a wide head fewer, as several tiles of them lie in shared memory at once,
+    of which the smallest device has 99 KB."""
+    return max(16, min(TILE, NUMBERS // _power(q.shape[-1])))
 
 
 def _precision(x: Tensor) -> str:

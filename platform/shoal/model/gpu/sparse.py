@@ -21,7 +21,10 @@ from shoal.model.reach import Reach
 
 SCORED = 2**25  # scores that exist at once (fp32: 128 MB)
 PIECE = 512  # queries of a block whose gradients one program adds up
-STRIDED = 64  # queries and keys of a tile; of fp64, which no tensor core multiplies, 16
+MOST = 64  # queries or keys of a tile; of fp64, which no tensor core multiplies, 16
+# bytes of a tile that a program holds, and of one that its loop reads, some steps ahead: several of either lie in shared
+# memory, of which the smallest device has 99 KB
+HELD, READ = 2**14, 2**13
 
 
 @dataclass
@@ -168,6 +171,7 @@ def _near_back(
     to_q, to_k, to_v = (torch.empty_like(each) for each in (q, k, v))
     more = (q, k, v, starts, lse, delta, given)
     _near_to_q[(-(-length // shape["TALL"]), heads, rows)](*more, to_q, length, window, **shape)
+    shape = _shape(q, k, of_keys=True)
     _near_to_kv[(-(-length // shape["TILE"]), k.shape[2], rows)](*more, to_k, to_v, length, window, **shape)
     return to_q, to_k, to_v
 
@@ -187,7 +191,9 @@ def _choose(q: Tensor, summaries: Tensor, ends: Tensor, many: Tensor, top_k: int
     chosen = _like_choose(q, summaries, ends, many, top_k, sinks)
     group, exact = heads // kv_heads, launch._exact(q)
     padded = launch._power(group, 1)
-    each = max(1, (16 if exact else 64) // padded)
+    # summaries are fp32 where q is bf16
+    tall, tile = _tiles(summaries.shape[-1], summaries)
+    each = max(1, tall // padded)
     strip = min(length, max(each, SCORED // (rows * kv_heads * blocks) // each * each))
     scores = q.new_empty(rows, kv_heads, strip, blocks, dtype=summaries.dtype)
     for first in range(0, length, strip):
@@ -195,7 +201,7 @@ def _choose(q: Tensor, summaries: Tensor, ends: Tensor, many: Tensor, top_k: int
         choice._rate[(-(-count // each), kv_heads, rows)](
             q, summaries, ends, many, scores, length, blocks, first, count,
             HEADS=heads, KV_HEADS=kv_heads, G=group, D=dim, WIDE=launch._power(dim), VARIANCE=summaries.shape[-1] > dim,
-            EACH=each, GROUP=padded, TILE=_tile(q), SCALE=1 / math.sqrt(dim), PRECISION=_nearly_fp32(q), EXACT=exact,
+            EACH=each, GROUP=padded, TILE=tile, SCALE=1 / math.sqrt(dim), PRECISION=_nearly_fp32(q), EXACT=exact,
         )  # fmt: skip
         choice._pick[(count, kv_heads, rows)](
             scores, ends, many, chosen, length, blocks, first, count,
@@ -257,11 +263,11 @@ def _chosen_back(
     )
     order, offsets, of, begins = lists(numbers, blocks)
     pieces_k, pieces_v = (q.new_empty(len(of), block, dim, dtype=lse.dtype) for _ in range(2))
-    shape = _shape(q, k) | {"S": block}
-    group, tile = shape["G"], shape.pop("TILE")
+    shape = _shape(q, k, of_keys=True) | {"S": block}
+    group, tile, queries = shape["G"], shape.pop("TILE"), shape["TALL"]
     training._to_pieces[(len(of),)](
         q, k, v, lse, delta, given, first, order, offsets, of, begins, pieces_k, pieces_v, length, blocks, before,
-        **shape | {"TALL": launch._power(block)}, ROWS=max(tile, launch._power(group)), PIECE=PIECE,
+        **shape | {"TALL": launch._power(block)}, ROWS=max(queries, launch._power(group)), PIECE=PIECE,
     )  # fmt: skip
     training._to_kv[(-(-length // tile), kv_heads, rows)](
         q, k, v, tails, lse, delta, given, block_of, first, begins, pieces_k, pieces_v, to_k, to_v, length, blocks, before,
@@ -334,16 +340,22 @@ def _nearly_fp32(q: Tensor) -> str:
     return "tf32x3" if q.is_cuda else "wide"
 
 
-def _tile(q: Tensor) -> int:
-    return 16 if launch._exact(q) else STRIDED
+def _tiles(size: int, x: Tensor) -> tuple[int, int]:
+    """How many rows of `size` numbers of the type of `x` a program holds, and how many its loop reads at a time."""
+    each, most = launch._power(size) * x.element_size(), 16 if launch._exact(x) else MOST
+    held, read = (max(16, min(most, size // each)) for size in (HELD, READ))
+    return held, read
 
 
-def _shape(q: Tensor, k: Tensor) -> dict[str, Any]:
-    """The constants of all kernels of attention."""
+def _shape(q: Tensor, k: Tensor, *, of_keys: bool = False) -> dict[str, Any]:
+    """The constants of all kernels of attention: TALL queries and TILE keys, of which a program holds the queries, or the keys
+    (`of_keys`)."""
     heads, dim = q.shape[2:]
+    held, read = _tiles(dim, q)
+    tall, tile = (read, held) if of_keys else (held, read)
     return {
         "HEADS": heads, "KV_HEADS": k.shape[2], "G": heads // k.shape[2], "D": dim, "WIDE": launch._power(dim),
-        "TALL": _tile(q), "TILE": _tile(q), "SCALE": 1 / math.sqrt(dim), "PRECISION": launch._precision(q),
+        "TALL": tall, "TILE": tile, "SCALE": 1 / math.sqrt(dim), "PRECISION": launch._precision(q),
         "EXACT": launch._exact(q),
     }  # fmt: skip
 
