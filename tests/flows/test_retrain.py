@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -258,6 +260,17 @@ def test_what_an_earlier_cut_held_out_is_not_learned_and_what_nobody_goes_on_wit
     asked = [json.loads(line)["messages"][0]["content"] for line in (tmp_path / "second/train.jsonl").open()]
     assert second["left_out"] == sum(one in held for one in asked) > 20
     assert release.version(3).lineage["left_out"] == second["left_out"]
+
+
+def test_one_that_a_job_s_stop_ends_is_no_failure(
+    release: Release, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "refit", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert retrain(release, folder) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+    known = retrainings.read(release.directory)
+    assert [run.outcome for run in known.runs] == ["ended"] and known.failed == 0
 
 
 def test_two_at_once_and_one_too_soon_are_refused(

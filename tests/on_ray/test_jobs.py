@@ -20,6 +20,11 @@ from shoal import Model, presets
 from shoal.cli import main
 from shoal.data.shards import open_index
 from shoal.inputs.tokenizer import END_ID
+from shoal.loop import retrainings
+from shoal.loop.cut import Settings, cut
+from shoal.loop.labels import CORRECTION, Found, Labelled
+from shoal.loop.learned import WORK
+from shoal.loop.release import Release
 from shoal.on_ray.teach import KEY_VARIABLE
 from shoal.train import log
 from shoal.train.loop import fit
@@ -28,7 +33,7 @@ from shoal.train.plan import pretrain_plan
 from tests.corpus import write_chats, write_corpus
 from tests.flows.conftest import KEY, running
 
-pytestmark = [pytest.mark.ray, pytest.mark.drill]
+pytestmark = [pytest.mark.ray, pytest.mark.drill, pytest.mark.timeout(600)]  # also where a submission takes minutes
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -187,6 +192,75 @@ def test_submitted_jobs_tune_and_quantize_a_model(head: Head, tmp_path: Path) ->
     for directory, kind in ((tmp_path / "run" / "model", "none"), (tmp_path / "int8", "w8a8")):
         model = Model.load(directory)
         assert model.config.quantization == kind and model.router is not None
+
+
+def release_and_cut(folder: Path) -> tuple[Release, Path]:
+    """A release whose stable version is rounded, and a cut of two hundred rows."""
+    parent = Model.from_preset("test", seed=3)
+    parent.save(folder / "fp32")
+    parent.quantized().save(folder / "int8")
+    release = Release(folder / "release")
+    release.add(folder / "int8", fp32=folder / "fp32")
+    talks = [
+        [{"role": "user", "content": f"item {n}?"}, {"role": "assistant", "content": f"shelf {n * 7 % 10}"}]
+        for n in range(200)
+    ]
+    rows = [Labelled(talk, CORRECTION, f"person {n}", f"chatcmpl-{n}") for n, talk in enumerate(talks)]
+    cut(Found(rows, len(rows)), folder / "cut", Settings(heldout=0.5))
+    return release, folder / "cut"
+
+
+def test_a_submitted_retraining_makes_a_candidate_and_the_next_ones_wait(head: Head, tmp_path: Path) -> None:
+    """One that trains on this cluster, one within its cooldown, one beyond the budget of the day."""
+    release, folder = release_and_cut(tmp_path)
+    words = ["jobs/retrain.py", "--release", str(release.directory), "--cut", str(folder), "--minutes", "0.02"]
+    one, soon, much = (
+        shlex.join(["python", *words, *more])
+        for more in (["--kind", "finetune"], [], ["--cooldown", "0", "--budget", "0.02"])
+    )
+    job = head.submit("bash", "-c", f"{one} && ! {soon} && ! {much}")
+    assert job.returncode == 0, job.stdout + job.stderr
+    told = next(json.loads(line) for line in job.stdout.splitlines() if line.startswith('{"version"'))
+    assert (told["version"], told["kind"], told["passed"]) == (2, "finetune", None)
+    said = " ".join((job.stdout + job.stderr).split())
+    assert said.index("the cooldown of retraining") < said.index("the budget of retraining")
+    made, stable = release.version(2), release.version(1)
+    served, parent = Model.load(made.served), Model.load(made.parent)
+    assert (served.config.quantization, parent.config.quantization) == ("w8a8", "none")
+    assert made.weights != stable.weights and made.learned and made.lineage["kind"] == "finetune"
+    assert (release.state().stable, release.state().candidate, release.check()) == (1, 2, 2)
+    known = retrainings.read(release.directory)
+    assert [run.outcome for run in known.runs] == ["unjudged"] and known.failed == 0
+    assert not any((release.directory / WORK).iterdir())
+
+
+def test_a_stopped_retraining_is_known_as_ended_and_the_same_command_goes_on(head: Head, tmp_path: Path) -> None:
+    release, folder = release_and_cut(tmp_path)
+    words = ["jobs/retrain.py", "--release", str(release.directory), "--cut", str(folder), "--kind", "finetune"]
+    words += ["--minutes", "0.5", "--cooldown", "0"]
+    head.submit("python", *words, name="retraining")
+    end = time.monotonic() + SECONDS
+
+    def steps() -> list[int]:
+        for run in (release.directory / WORK).glob("*/run"):
+            if log.metrics_file(run).exists():
+                return [record["step"] for record in log.read(run) if record["kind"] == "step"]
+        return []
+
+    while not any(step >= 3 for step in steps()):
+        assert time.monotonic() < end, head.job("logs", "retraining").stdout
+        time.sleep(0.2)
+    head.job("stop", "retraining")
+    assert "STOPPED" in head.job("status", "retraining").stdout.upper()
+    (stopped,) = retrainings.read(release.directory).runs
+    assert stopped.outcome == "ended" and stopped.minutes > 0 and len(release.versions()) == 1
+    last = max(steps())
+    job = head.submit("python", *words)
+    assert job.returncode == 0, job.stdout + job.stderr
+    went_on = [int(line.split()[1]) for line in job.stdout.splitlines() if line.startswith("step ")]
+    assert not went_on or went_on[0] >= last, "it does not begin anew"
+    assert release.state().candidate == 2
+    assert [run.outcome for run in retrainings.read(release.directory).runs] == ["ended", "unjudged"]
 
 
 def test_a_submitted_job_makes_a_recipe_of_a_user_s_own(head: Head, tmp_path: Path) -> None:

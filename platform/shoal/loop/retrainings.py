@@ -20,7 +20,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from shoal import config
-from shoal.errors import ConfigError, DataError, ResourceError, first_line
+from shoal.errors import ConfigError, DataError, ResourceError, ShoalError, first_line
 from shoal.machine import write_aside
 
 FILE = "retrain.json"
@@ -34,6 +34,7 @@ WORKS, PASSED, UNJUDGED, REFUSED, FAILED, ENDED, KILLED = (
     "killed",
 )
 DAY = timedelta(days=1)
+INTERRUPTED = 130  # exit code of what somebody ended
 LEFT_DAYS = 7.0  # after which nobody goes on with the work of one that was interrupted
 
 
@@ -114,9 +115,12 @@ def tidy(work: Path, stable: int) -> int:
 
 
 @contextmanager
-def one(release: Path, minutes: float) -> Iterator[Callable[[bool | None], None]]:
+def one(
+    release: Path, minutes: float, stops: list[Callable[[], None]] | None = None
+) -> Iterator[Callable[[bool | None], None]]:
     """In this block one works that was asked to take so many minutes, and is alone. What it is given is to be called with the
-    gate's word on the version that was made [None: not asked]. Raises DataError, ResourceError where that cannot be noted."""
+    gate's word on the version that was made [None: not asked]. `stops`: what is called when somebody asks it to end, for what
+    is killed a moment later has no other. Raises DataError, ResourceError where that cannot be noted."""
     known, began, steady = read(release), datetime.now(UTC), time.monotonic()
     if known.runs and known.runs[-1].outcome == WORKS:
         known = replace(known, runs=known.runs[:-1]).and_then(replace(known.runs[-1], outcome=KILLED))
@@ -128,18 +132,31 @@ def one(release: Path, minutes: float) -> Iterator[Callable[[bool | None], None]
         nonlocal outcome
         outcome = UNJUDGED if passed is None else PASSED if passed else REFUSED
 
+    def note() -> None:
+        took = round((time.monotonic() - steady) / 60, 2)
+        with suppress(ResourceError):  # what was made is made; the next one counts it as killed
+            _write(release, known.and_then(replace(now, outcome=outcome, minutes=took, why=why)))
+
+    def stopped() -> None:
+        nonlocal outcome
+        outcome = ENDED
+        note()
+
+    stops = [] if stops is None else stops
+    stops.append(stopped)
     try:
         yield made
     except Exception as error:
         outcome, why = FAILED, first_line(error)
+        if isinstance(error, ShoalError) and error.exit_code == INTERRUPTED:
+            outcome, why = ENDED, ""
         raise
     except BaseException:
         outcome = ENDED
         raise
     finally:
-        took = round((time.monotonic() - steady) / 60, 2)
-        with suppress(ResourceError):  # what was made is made; the next one counts it as killed
-            _write(release, known.and_then(replace(now, outcome=outcome, minutes=took, why=why)))
+        stops.remove(stopped)
+        note()
 
 
 def _write(release: Path, known: Retrainings) -> None:

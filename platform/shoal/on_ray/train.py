@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ COLLECTIVE_TIMEOUT = 300  # seconds that one exchange between workers may take
 NODE_GROUP = "ray.io/node-group"  # label of nodes
 CHECKPOINTS = "checkpoints"  # folder of the run that CheckpointStore writes to
 OF_RAY = ".ray"  # what Ray notes of a run in S3, below its prefix
+STOPS = list[Callable[[], None]]()  # what else is told when a run of this process is asked to stop
 ROOM_SECONDS = 30.0  # between Ray's looks whether there is room for more workers; it knows of a new node within 20
 RAY_SETTINGS = {  # defaults of ours, which the environment may change
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray's own 2 are felt on short runs
@@ -290,6 +291,8 @@ def _sigterm_stops(plan: FitPlan) -> Iterator[None]:
 
     def stop(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, before)
+        for tell in STOPS:
+            tell()
         if is_remote(plan.run):  # by a thread, which may wait for the network
             threading.Thread(target=ask_to_stop, args=(plan.run,)).start()
         else:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -28,6 +32,32 @@ NEW_SHARE = 0.25  # ... of what chats are read, by characters, is new ...
 REPLAY_EVERY = 3  # ... and of so many updates the last reads packed rows of the old corpus
 MIX = "mix.jsonl"  # of its work: what it reads of chats
 ROUNDING = 1 / 3  # of --minutes, at most, for what is rounded again: 100 updates take as long as the machine makes them
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """What stops a job ends this block as Ctrl-C does, where nothing in it knows better."""
+
+    def end(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stops(kind: str) -> list[Callable[[], None]]:
+    """What is called where a training is asked to stop: it has three seconds then, and uses them."""
+    if kind == "router":
+        return []
+    from shoal.on_ray.train import STOPS
+
+    return STOPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +120,7 @@ class Retrain(Stage):
             self._need_new()
         if gone := retrainings.tidy(self.release / WORK, stable.number):
             say(f"{self.release / WORK}: {gone} removed, with which nobody goes on")
-        with retrainings.one(self.release, self.minutes) as ended:
+        with _ended_by_sigterm(), retrainings.one(self.release, self.minutes, _stops(kind)) as ended:
             made, minutes = self._made(release, stable, told, kind)
             ended(made.passed)
         result: dict[str, Any] = {"version": made.number, "label": made.label, "kind": kind, "minutes": minutes}

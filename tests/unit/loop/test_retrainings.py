@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from shoal.errors import DataError
 from shoal.loop import retrainings
 from shoal.loop.retrainings import FILE, Retrainings, Run, one, read, seen, tidy
+from shoal.train.run import StoppedError
 
 
 def outcomes(release: Path) -> list[str]:
@@ -38,6 +40,18 @@ def test_those_in_a_row_are_counted_until_one_may_serve(tmp_path: Path) -> None:
         run(tmp_path, passed)
         assert read(tmp_path).failed == 0
     assert outcomes(tmp_path) == ["refused", "failed", "ended", "passed", "unjudged"]
+
+
+def test_who_is_asked_to_stop_is_known_to_have_been_at_once(tmp_path: Path) -> None:
+    """What runs in a job is killed three seconds later."""
+    stops = list[Callable[[], None]]()
+    with pytest.raises(StoppedError), one(tmp_path, 3.0, stops):
+        assert outcomes(tmp_path) == ["works"]
+        for tell in stops:
+            tell()
+        assert outcomes(tmp_path) == ["ended"] and read(tmp_path).runs[0].minutes < 3
+        raise StoppedError("stopped at step 7")
+    assert (outcomes(tmp_path), read(tmp_path).failed, stops) == (["ended"], 0, [])
 
 
 def test_one_that_was_killed_is_counted_by_the_next(tmp_path: Path) -> None:
