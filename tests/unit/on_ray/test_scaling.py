@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,16 +105,19 @@ def options(args: ServeArgs) -> dict[str, Any]:
     return engine_options(args, "some/model", 8)
 
 
-@cache
 def to_eight() -> Any:
     return options(ServeArgs(min_replicas=0, max_replicas=8, max_batch=16))["autoscaling_config"]
 
 
 def context(
-    requests: float, replicas: int = 1, uses: tuple[float, ...] = (), state: dict[str, object] | None = None
+    requests: float,
+    replicas: int = 1,
+    uses: tuple[float, ...] = (),
+    state: dict[str, object] | None = None,
+    config: Any = None,
 ) -> SimpleNamespace:
     return SimpleNamespace(
-        total_num_requests=requests, current_num_replicas=replicas, target_num_replicas=replicas, config=to_eight(),
+        total_num_requests=requests, current_num_replicas=replicas, target_num_replicas=replicas, config=config or to_eight(),
         aggregated_metrics={KV_USE: dict(enumerate(uses))} if uses else {}, policy_state=state or {},
         deployment_name="EngineReplica",
     )  # fmt: skip
@@ -154,12 +156,12 @@ def test_changes_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_serve_scales_up_in_seconds_and_down_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve's own wrapper around the policy, on a clock of ours, one decision a second."""
     policy = _apply_autoscaling_config(by_load)
-    now, replicas, state, when = 1000.0, 1, {}, {}
+    now, replicas, state, when, config = 1000.0, 1, {}, {}, to_eight()
     tells(monkeypatch, "ray.serve.autoscaling_policy", time=lambda: now)
     for second in range(1200):
         requests = 36.0 if second < 60 else 6.0 if second < 400 else 0.0
         now += 1
-        found = context(requests, replicas, state=state)
+        found = context(requests, replicas, state=state, config=config)
         before, (replicas, state) = replicas, policy(found)
         if replicas != before:
             when[second] = replicas
@@ -186,4 +188,4 @@ def test_serve_asks_our_policy_and_tells_it_of_the_last_six_seconds() -> None:
         warnings.simplefilter("error")
         scaling = replicas(1, 3, 12.0)["autoscaling_config"]
     assert scaling.policy.policy_function == "shoal.on_ray.scaling:by_load"
-    assert (scaling.metrics_interval_s, scaling.look_back_period_s) == (2.0, 6.0)
+    assert (scaling.metrics_interval_s, scaling.look_back_period_s, scaling.upscale_delay_s) == (2.0, 6.0, 2.0)
