@@ -156,12 +156,13 @@ class Answer(ABC):
         allowed = self._call.requests[0].quality_tolerance
         if allowed is not None:
             found["quality"] = {"spent": self._spent(), "allowed": allowed}
-            done = [choice.finished for choice in self.choices if choice.finished is not None]
-            if len(done) == len(self.choices) and all(end.mean_depth for end in done):
-                # the end of an empty answer took its time, too
-                tokens = [max(1, end.completion_tokens) for end in done]
-                layers = sum(end.mean_depth * count for end, count in zip(done, tokens, strict=True))
-                found["mean_depth"] = layers / sum(tokens)
+        done = [choice.finished for choice in self.choices if choice.finished is not None]
+        deeper = any(end.first_depth < end.depth for end in done if end.first_depth)  # by a second look
+        if (deeper or allowed is not None) and len(done) == len(self.choices) and all(end.mean_depth for end in done):
+            # the end of an empty answer took its time, too
+            tokens = [max(1, end.completion_tokens) for end in done]
+            layers = sum(end.mean_depth * count for end, count in zip(done, tokens, strict=True))
+            found["mean_depth"] = layers / sum(tokens)
         return found
 
     def _spent(self) -> float | None:

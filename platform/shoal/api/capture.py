@@ -13,7 +13,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from operator import attrgetter
 from typing import Any, cast
@@ -234,7 +234,10 @@ class Recorder:
         self.outbox.put(facts)
         end = answer.choices[0].finished
         if client is not None and end is not None and self.reruns.wants(call, end.signals, answer.id):
-            self.reruns.offer(call, client, end.signals, row(facts, _unknown), answer.served.config.exits)
+            asked = row(facts, _unknown)
+            if end.first_depth < end.depth:  # of what its first tokens lost the deeper exit would tell too little
+                asked = replace(asked, layers=end.first_depth or asked.layers)
+            self.reruns.offer(call, client, end.signals, asked, answer.served.config.exits)
 
     def _put(self, row: Row) -> None:
         """A row that is made already."""

@@ -58,10 +58,7 @@ class Meter:
         self.left = time.monotonic()
         if not self.tokens:
             return again
-        tolerance = None if self.spent is None else request.quality_tolerance
-        return replace(
-            again, answer=tuple(self.tokens), depth=self.depth, quality_tolerance=tolerance, spent=self.spent or 0.0
-        )
+        return again.after(self.tokens, self.depth, self.spent)
 
     def ours(self, event: Event, request: Request) -> Event:
         """An event of `rest` as one of `request`."""

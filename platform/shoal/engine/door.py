@@ -25,7 +25,8 @@ class Door:
     def must_fit(self, running: Running) -> None:
         """Raises RequestError for a size that can never fit."""
         stored = running.prompt_len + running.sampling.max_tokens - 1  # the last token's K/V is never needed
-        need = running.holding.pages_for(stored) * (running.groups or GROUPS)
+        groups = GROUPS if running.groups is None or running.look is not None else running.groups
+        need = running.holding.pages_for(stored) * groups
         if need > self._pages.total:
             raise RequestError(
                 "the request can never fit the KV memory", param="max_tokens",

@@ -198,7 +198,8 @@ class Drafting:
             record = running.acceptance = self._record(running, running.groups, running.tolerance)
         if not record.most or running.holding.states_from is not None or running.told is not None:
             return 0  # after `told` drafts would follow what is drawn now, and the next token is another one
-        room = running.sampling.max_tokens - running.answered - 1
+        most = running.sampling.max_tokens if running.look is None else running.look  # which comes no later
+        room = most - running.answered - 1
         return room if room < record.most else record.most
 
     def _record(self, running: Running, groups: int, tolerance: float | None) -> Record:

@@ -153,6 +153,7 @@ class Engine:
             if wrong is not None:
                 raise RequestError(name, param=name, got=wrong, allowed=f"token ids 0 to {config.vocab - 1}")
         layers = self._layers(request)
+        chosen = layers is None or request.routed  # by a router
         _check_answer(request, self._said, self.model.tokenizer.ends)
         adapter = self.find_adapter(request.adapter)
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
@@ -170,7 +171,8 @@ class Engine:
             adapter=adapter,
             groups=None if layers is None else config.groups(layers),
             layers=layers or 0,
-            tolerance=request.quality_tolerance if layers else None,
+            look=self._look(request, layers) if chosen else None,
+            tolerance=None if chosen else request.quality_tolerance,
             spent=request.spent,
             watched=request.signals,
             end_ids=self.model.tokenizer.ends,
@@ -309,12 +311,22 @@ class Engine:
 
     def _layers(self, request: Request) -> int | None:
         """The depth in layers that a request runs to; None where the router decides."""
-        layers = self.config.asked(request.depth, tolerance=request.quality_tolerance)
+        tolerance = None if request.routed else request.quality_tolerance
+        layers = self.config.asked(request.depth, tolerance=tolerance)
         if layers is None and (self.model.router is None or request.adapter):
             return self.config.layers  # the router's bounds are those of the model alone
         if layers is None and request.answer:
             raise RequestError("depth", param="depth", got=AUTO, do="give the depth that the answer began with")
         return layers
+
+    def _look(self, request: Request, layers: int | None) -> int | None:
+        """After how many tokens of its answer the router looks again at a request that it gave `layers` [not decided yet]; None
+        where it will not."""
+        router = self.model.router
+        if router is None or router.later is None or request.adapter or layers == self.config.layers:
+            return None
+        after = router.later.after
+        return after if len(request.answer) <= after < request.sampling.max_tokens else None
 
     def _failed(self, error: Exception) -> None:
         log.error("a step failed\n%s", frames(error))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from shoal.config import AUTO
@@ -181,6 +181,8 @@ class Request:
     client: str = ""  # and so do the clients of one payer
     answer: Sequence[int] = ()  # the first tokens of its answer, given by another engine: this one goes on after them
     spent: float = 0.0  # nats of its tolerance, on those
+    # with `answer`: the depth is what a router chose and not the client's, which may look again, within `quality_tolerance`
+    routed: bool = False
     adapter: str = ""  # identity of a loaded adapter that it is answered with; "": none
     signals: bool = False  # its `Finished` tells them
     gaps: bool = False  # and the gap of each early exit along its answer, where full depth gives it without drafts
@@ -201,6 +203,20 @@ class Request:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value >= 0):
                 raise RequestError(name, param=name, got=value, allowed="a finite number, 0 or more")
+
+    def after(self, tokens: Sequence[int], depth: int, spent: float | None) -> Request:
+        """What another engine is to do once `tokens` of the answer were told, the last of which was made with `depth` layers;
+        `spent`: nats of its tolerance so far, None where none was measured."""
+        routed = (self.depth == AUTO or self.routed) and spent is None
+        tolerance = self.quality_tolerance if routed or spent is not None else None
+        return replace(
+            self,
+            answer=(*self.answer, *tokens),
+            depth=depth,
+            routed=routed,
+            quality_tolerance=tolerance,
+            spent=spent or 0.0,
+        )
 
 
 @dataclass(frozen=True)
@@ -251,7 +267,7 @@ class Finished:
     request: str
     reason: FinishReason
     text: str = ""
-    depth: int = 0  # layers it ran with; 0 when it never ran
+    depth: int = 0  # layers it ran with, at last; 0 when it never ran
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens served from the prefix cache
     completion_tokens: int = 0  # of the whole answer, also where another engine gave its first tokens
@@ -263,6 +279,7 @@ class Finished:
     spent: float | None = None  # nats that the whole answer lost, where it has a tolerance and was verified
     mean_depth: float = 0.0  # layers that ran one after the other for a token: with drafts fewer than `depth`
     signals: Signals | None = None  # where the engine has any
+    first_depth: int = 0  # layers that its answer began with: fewer where the router's second look went deeper
 
 
 Event = Token | Finished

@@ -99,26 +99,25 @@ class Holding:
         is `scoring`, whatever is cached. `groups`: None until the router has decided."""
         for j in range(groups or 1):
             self._match(pages, j)
-        last = len(self.tokens) - 1
         if groups is None:
-            # the router needs the sums of every page: rows of pages without them are run again, unwritten
-            for unit in self.tables[0, : self.owned[0]].tolist():
-                note = pages.noted(unit)
-                if note is None:
-                    break
-                self.notes.append(note)
-            known = 0 if scoring else len(self.notes) * self.page
-            self.at = self.states_from = min(known, last)
+            self._begin_at_notes(pages, scoring)
         elif not scoring:
-            self.at = min(last, *self.computed[:groups])
+            self.at = min(len(self.tokens) - 1, *self.computed[:groups])
+
+    def look(self, pages: Pages) -> None:
+        """Go back to where the router decides, now by all tokens: what is computed stays, and group 1 runs over what has no
+        sums of its pages."""
+        self.states, self.notes = [], []
+        self._begin_at_notes(pages, scoring=False)
 
     def deepen(self, pages: Pages, groups: int, scoring: bool, notes: Sequence[object]) -> None:
-        """Go on with `groups` groups, which the router chose: keep its sums of the prompt's pages (`notes`), and look for the
-        prompt in the prefix cache of the groups that came to the first."""
+        """Go on with `groups` groups, which the router chose: keep its sums of the pages (`notes`), and look for the tokens in
+        the prefix cache of the groups that came to those that it has."""
         for index, note in enumerate(notes, start=len(self.notes)):
             pages.note(int(self.tables[0, index]), note)  # nothing is kept of a page that is not full
         for j in range(1, groups):
-            self._match(pages, j)
+            if not self.owned[j]:
+                self._match(pages, j)
         self.at = 0 if scoring else min([len(self.tokens) - 1, *self.computed[1:groups]])
 
     def take(self, pages: Pages, tokens: int, groups: int) -> None:
@@ -174,6 +173,17 @@ class Holding:
         self.states, self.notes = [], []
 
     # --- the prefix cache ---------------------------------------------------------------------------------------------
+
+    def _begin_at_notes(self, pages: Pages, scoring: bool) -> None:
+        """Start where the router's sums end. It needs those of every page: rows of pages without them are run again,
+        unwritten."""
+        for unit in self.tables[0, : self.owned[0]].tolist():
+            note = pages.noted(unit)
+            if note is None:
+                break
+            self.notes.append(note)
+        known = 0 if scoring else len(self.notes) * self.page
+        self.at = self.states_from = min(known, len(self.tokens) - 1)
 
     def _match(self, pages: Pages, group: int) -> None:
         units = pages.match(group, self.keys)

@@ -90,7 +90,9 @@ _TABLE = (
     Family("requests_cancelled", "counter", "Requests whose client left."),
     Family("requests_deadline", "counter", "Requests that ran out of their time."),
     Family("requests_error", "counter", "Requests that failed."),
-    Family("requests_depth_{layers}", "counter", "Requests that ran through so many layers.", ("layers",)),
+    Family("requests_depth_{layers}", "counter", "Requests that began with so many layers.", ("layers",)),
+    Family("second_looks", "counter", "Answers that the router looked at again after some tokens."),
+    Family("second_looks_deeper", "counter", "Of those the ones that went on deeper."),
     Family("time_to_first_token_seconds", "histogram", "From submission to the first token."),
     Family("inter_token_latency_seconds", "histogram", "From one token of an answer to the next."),
     Family("request_time_per_output_token_seconds", "histogram", "Mean time of a token after the first, by request."),
@@ -216,7 +218,7 @@ def _counts() -> Histogram:
 
 @dataclass
 class Metrics:
-    """Totals since the start. `finished` counts requests by their end, `depths` by the layers they ran through."""
+    """Totals since the start. `finished` counts requests by their end, `depths` by the layers they began with."""
 
     preemptions: int = 0
     prefix_queries: int = 0  # tokens looked up in the prefix cache
@@ -229,6 +231,8 @@ class Metrics:
     drafts_accepted: int = 0
     measured: int = 0  # tokens of answers with a tolerance that is measured
     spent: float = 0.0  # nats of it, by those
+    looks: int = 0  # answers that the router looked at again
+    deeper: int = 0  # those of them that went on deeper
     refused: int = 0  # the queue was full, or the deadline out of reach
     finished: dict[str, int] = field(default_factory=dict)
     depths: dict[int, int] = field(default_factory=dict)
@@ -242,10 +246,15 @@ class Metrics:
     request_kv_units: Histogram = field(default_factory=_counts)  # units owned at the end
 
     def routed(self, layers: int, prompt: int, cached: int) -> None:
-        """Count a request that runs through `layers`, `cached` of whose `prompt` tokens were in the prefix cache."""
+        """Count a request that begins with `layers`, `cached` of whose `prompt` tokens were in the prefix cache."""
         self.prefix_queries += prompt
         self.prefix_hits += cached
         self.depths[layers] = self.depths.get(layers, 0) + 1
+
+    def looked(self, *, deeper: bool) -> None:
+        """Count an answer that the router looked at again."""
+        self.looks += 1
+        self.deeper += deeper
 
     def ended(self, reason: str, units: int, queue: float, first: float | None, total: float, tokens: int) -> None:
         """Count the end of a request that owned `units` and gave `tokens`; the times are from its submission, in seconds
@@ -275,6 +284,8 @@ class Metrics:
             sample("requests_refused"): self.refused,
             sample("spec_decode_num_draft_tokens"): self.drafts,
             sample("spec_decode_num_accepted_tokens"): self.drafts_accepted,
+            sample("second_looks"): self.looks,
+            sample("second_looks_deeper"): self.deeper,
             sample("quality_tokens"): self.measured,
             sample("quality_spent_nats"): self.spent,
         }

@@ -282,8 +282,11 @@ class Runner:
         return found
 
     def _decide(self, work: Work) -> Decision:
-        """The depth of a prompt whose last rows went through group 1 in this step."""
+        """The depth of a prompt, and of its answer so far where the router looks again, whose last rows went through group 1 in
+        this step."""
         running, holding, router = work.running, work.running.holding, self.model.router
+        if running.least and router is not None:
+            router = router.later
         assert router is not None and holding.states_from is not None
         states = holding.states[0] if len(holding.states) == 1 else torch.cat(holding.states)
         holding.states = [states]
@@ -296,10 +299,10 @@ class Runner:
             fresh = [sums.clone() for sums in page_sums(self.net, states[known - holding.states_from :], ids)]
         x = features(torch.stack(sums + fresh), states[-1], len(running.tokens))
         told = router.predicted(x)
-        layers = router.choose(x, running.request.quality_tolerance, self.compute_budget, told)
-        if not running.watched:
+        asked, again = running.request.quality_tolerance, running.look is not None
+        layers = router.choose(x, asked, self.compute_budget, told, again)
+        if not running.watched or running.least:
             return Decision(layers, fresh)
-        asked = running.request.quality_tolerance
         budgeted = asked is None and self.compute_budget is not None
         promised = None if budgeted else router.calibration.default_tolerance if asked is None else asked
         return Decision(layers, fresh, _seen(router, x, layers, *told, promised))

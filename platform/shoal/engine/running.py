@@ -10,6 +10,7 @@ from shoal.engine.events import Finished, FinishReason, Request, Sampling, Token
 from shoal.engine.guided import Grammar
 from shoal.engine.holding import Holding
 from shoal.engine.images import PromptImages
+from shoal.engine.pages import Pages
 from shoal.engine.signals import Heard
 from shoal.engine.text import TextStream
 from shoal.errors import RequestError
@@ -31,8 +32,11 @@ class Running:
     arrival: float  # seconds, of the scheduler's clock
     images: PromptImages | None = None
     adapter: Adapter | None = None  # stays, though it were dropped meanwhile
-    groups: int | None = None  # layer groups it runs through; None until the router has decided
-    layers: int = 0  # the same as a depth in layers; 0 while undecided
+    groups: int | None = None  # layer groups it runs through; None while the router has to decide
+    layers: int = 0  # the same as a depth in layers; 0 until it has decided
+    look: int | None = None  # tokens of its answer after which the router decides anew; None: never, or not again
+    least: int = 0  # layers that it had before the router decided anew; 0: it has decided once at most
+    looking: bool = False  # no token came since then
     end_ids: Sequence[int] = (END_ID,)  # the tokenizer's
     number: int = 0  # rises with every request that is submitted
     turn: int = 0  # its place among its client's requests (`shares`)
@@ -66,6 +70,12 @@ class Running:
             if stopped:
                 raise RequestError("answer", param="answer", do="nothing can follow a stop string")
         self.told = answer[-1]
+
+    def undecide(self, pages: Pages) -> None:
+        """Let the router decide anew, by prompt and answer so far; less deep than now it will not be."""
+        self.look, self.least, self.looking = None, self.layers, True
+        self.groups = self.acceptance = None  # what is known of drafts is of another depth
+        self.holding.look(pages)
 
     @property
     def id(self) -> str:
@@ -123,4 +133,5 @@ class Running:
             spent=None if self.tolerance is None else self.spent,
             mean_depth=self.ran / self.drawn if self.drawn else 0.0,
             signals=self.heard.all() if self.watched else None,
+            first_depth=0 if self.admitted_at is None else self.least or self.layers,
         )

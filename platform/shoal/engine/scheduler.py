@@ -5,9 +5,10 @@
 A request's life:
 
     submit ─> waiting ─admit─> running: [group 1 over the prompt ─> depth decided ─>] its groups over the prompt ─> decode
-                 ^                │
-                 └── preempted ───┘ units released; its tokens are computed again later (prefix cache permitting)
-    ... and from anywhere to exactly one `Finished`.
+                 ^                │             ^                                                                  │
+                 └── preempted ───┘             └── after so many tokens of the answer, where the router looks again ─┘
+    ... and from anywhere to exactly one `Finished`. A preempted one's units are released; its tokens are computed again later
+    (prefix cache permitting). One whose depth is decided anew keeps its units, and runs what a deeper depth lacks.
 
 Rules that hold in every step: requests go in the order (priority, rank, arrival), where the rank is whose turn it is
 (`shares`); with one client it is that of arrival. Every decoding request gets its row; what is left of the row budget goes to
@@ -195,16 +196,21 @@ class Scheduler:
         self.metrics.iteration_tokens_total.observe(rows)
         for work in plan.works:
             work.running.holding.advance(self.pages, work.end, work.first, work.last)
+            if work.running.looking:
+                ends = (0, *self.config.ends)
+                work.running.ran += ends[work.last] - ends[work.first]
         for work, decision in zip(plan.decisions, outcome.decisions, strict=True):
             self._decide(work.running, decision)
         for work, scores in zip(plan.scores, outcome.scores, strict=True):
             work.running.prompt_logprobs += scores
         for work, sampled in zip(plan.samples, outcome.samples, strict=True):
-            if work.running.told is None:
+            if work.running.told is None and not work.running.looking:
                 work.running.ran += work.running.layers + sampled.drafted * cheap
+            work.running.looking = False
             self._append(work.running, sampled, now)
             if work.drafts:
                 self._take_drafts(work.running, sampled, now)
+            self._look(work.running)
         return self.take_events()
 
     # --- planning -----------------------------------------------------------------------------------------------------
@@ -349,14 +355,25 @@ class Scheduler:
     # --- taking in a step ---------------------------------------------------------------------------------------------
 
     def _decide(self, running: Running, decision: Decision) -> None:
-        """Fix the depth, and look for the prompt in the deeper groups' prefix cache."""
-        running.layers, running.heard.decided = decision.layers, decision.signals
-        tolerance = running.request.quality_tolerance
-        if tolerance is not None and self._audits and self._drafting.audits(running, len(self.running), GROUPS):
-            running.layers, running.tolerance = self.config.layers, tolerance
+        """Fix the depth, and look for the tokens in the deeper groups' prefix cache."""
+        anew, tolerance = running.least > 0, running.request.quality_tolerance
+        running.layers = max(running.least, decision.layers)
+        if anew:
+            self.metrics.looked(deeper=running.layers > running.least)
+        else:
+            running.heard.decided = decision.signals
+            if tolerance is not None and self._audits and self._drafting.audits(running, len(self.running), GROUPS):
+                running.layers, running.tolerance = self.config.layers, tolerance
+            running.look = None if running.layers == self.config.layers else running.look
         running.groups = self.config.groups(running.layers)
         running.holding.deepen(self.pages, running.groups, running.scoring, decision.notes)
-        self._entered(running)
+        if not anew:
+            self._entered(running)
+
+    def _look(self, running: Running) -> None:
+        """Let the router decide anew, where `running` lives and its answer is as long as that needs."""
+        if running.look is not None and running.answered >= running.look and self._live.get(running.id) is running:
+            running.undecide(self.pages)
 
     def _append(self, running: Running, sampled: Sampled, now: float) -> None:
         running.holding.states, running.holding.states_from = [], None

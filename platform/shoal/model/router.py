@@ -86,6 +86,7 @@ class Calibration:
     """How predictions become decisions. Both tables rise along their first column and grow less cautious with it: a larger
     tolerance or a smaller budget never deepens a request."""
 
+    after: int = 0  # tokens of the answer that are there when it decides; 0 but for a second look
     default_tolerance: float = 0.05  # nats/token for depth "auto" when neither the request nor the server says
     thresholds: list[tuple[float, float]] = field(default_factory=list)  # tolerance -> bound on the 0.8-quantile
     prices: list[tuple[float, float]] = field(default_factory=list)  # compute budget -> price of a unit of cost
@@ -97,7 +98,11 @@ class Calibration:
 
 
 class Router(nn.Module):
-    """Predicted gaps of the early exits, and the decision. Weights are fp32 whatever the model's precision."""
+    """Predicted gaps of the early exits, and the decision. Weights are fp32 whatever the model's precision.
+
+    `later` is a router of its own for a second look, after `later.after` tokens of an answer, by features of prompt and answer
+    so far; it may only go deeper. None: there is one look. What it says of gaps is of the rest of the answer, and its tables
+    are of both looks together: a request that will be looked at again is decided by them from the first."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -111,6 +116,12 @@ class Router(nn.Module):
         self.mean = nn.Linear(HIDDEN, early)
         self.quantile = nn.Linear(HIDDEN, early)
         self.calibration = Calibration()
+        self.later: Router | None = None
+
+    @property
+    def after(self) -> int:
+        """Tokens of the answer that are there when it decides: 0 but for the second look."""
+        return self.calibration.after
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and 0.8-quantile of the gap, each [..., A] in nats a token, for features [..., 2D + 3]."""
@@ -136,25 +147,27 @@ class Router(nn.Module):
         tolerance: float | None = None,
         budget: float | None = None,
         predicted: tuple[list[float], list[float]] | None = None,
+        again: bool = False,
     ) -> int:
         """The depth in layers for one prompt's features [2D + 3].
 
         With `tolerance` (nats/token), the smallest exit whose calibrated bound is within it; else with `budget` in (0, 1],
         the exit of least predicted gap plus priced cost; else by the calibration's default tolerance. A tolerance of 0
         and a budget of 1 are full depth by definition, and features that are not finite are given it to be safe. `predicted`:
-        what it is to decide by, where that is known already.
+        what it is to decide by, where that is known already. `again`: the second look comes, so by its tables.
         """
+        tables = self.later.calibration if again and self.later is not None else self.calibration
         if not torch.isfinite(x).all():
             return self.exits[-1]
         mean, quantile = self.predicted(x) if predicted is None else predicted
         if tolerance is None and budget is not None:
             if budget >= 1:
                 return self.exits[-1]
-            price = _step_up(self.calibration.prices, budget)
+            price = _step_up(tables.prices, budget)
             costs = [gap + price * e / self.exits[-1] for gap, e in zip([*mean, 0.0], self.exits, strict=True)]
             return self.exits[costs.index(min(costs))]
-        tolerance = self.calibration.default_tolerance if tolerance is None else tolerance
-        bound = _step_down(self.calibration.thresholds, tolerance)
+        tolerance = tables.default_tolerance if tolerance is None else tolerance
+        bound = _step_down(tables.thresholds, tolerance)
         if tolerance > 0:
             for gap, e in zip(quantile, self.exits, strict=False):
                 if gap <= bound:

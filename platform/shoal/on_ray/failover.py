@@ -3,8 +3,9 @@
 When a replica is lost in the middle of an answer, another goes on from the tokens that were already sent. Nothing is told
 twice or left out: a token is a function of the weights, the tokens before it, the seed and the position, so another replica
 of the same weights gives the very tokens that the lost one would have given. For that a request has its seed before it is
-first sent, and keeps the depth that its first replica chose. Prompt and answer are computed again there, as after a preemption.
-An answer with a tolerance keeps what it has spent of it; its tokens also depend on what was drafted, and so on the replica.
+first sent, and keeps the depth that its first replica chose; a second look of the router that is still to come is the other's.
+Prompt and answer are computed again there, as after a preemption. An answer with a tolerance keeps what it has spent of it; its
+tokens also depend on what was drafted, and so on the replica.
 
 Weights never mix: once anything of an answer was told, only a replica of the weights that it began with may go on, with any of
 its choices. Where none is left, it ends with an error that says so.
@@ -103,10 +104,7 @@ class Progress:
         )
         if not self.tokens:
             return rest
-        tolerance = None if self.spent is None else self.request.quality_tolerance
-        return replace(
-            rest, answer=tuple(self.tokens), depth=self.depth, quality_tolerance=tolerance, spent=self.spent or 0.0
-        )
+        return rest.after(self.tokens, self.depth, self.spent)
 
     def patience(self, now: float) -> float:
         """Seconds that it may still wait for a replica, 0 or more: a full one may ask for any number."""

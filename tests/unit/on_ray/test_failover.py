@@ -383,7 +383,7 @@ def test_after_it_the_depth_is_the_one_that_the_first_replica_chose_and_the_answ
     for losses, now, left in ((1, 106.0, 4.0), (2, 107.5, 2.5)):  # of the whole time, whatever came meanwhile
         progress.losses = losses
         assert progress.to_send(now) == dataclasses.replace(
-            AUTO, id=f"r.{losses}.0.0", deadline=left, priority=2, answer=(65, 66), depth=2, quality_tolerance=None
+            AUTO, id=f"r.{losses}.0.0", deadline=left, priority=2, answer=(65, 66), depth=2, routed=True
         )
     with pytest.raises(DeadlineError):
         progress.to_send(110.0)
@@ -396,6 +396,15 @@ def test_an_answer_whose_tolerance_is_measured_takes_along_what_it_has_spent() -
     progress.losses = 1
     rest = progress.to_send(102.0)
     assert (rest.answer, rest.depth, rest.quality_tolerance, rest.spent) == ((65, 66), 4, 0.2, 0.35)
+
+
+def test_what_had_begun_at_another_version_keeps_its_beginning_when_its_replica_is_lost() -> None:
+    begun = dataclasses.replace(AUTO, answer=(63, 64), depth=2, routed=True)
+    progress = Progress(begun, Pin(), "", began=100.0, last=100.0)
+    progress.take(Token("r", 65, "x", depth=2), 101.0)
+    progress.losses = 1
+    rest = progress.to_send(102.0)
+    assert (rest.answer, rest.depth, rest.routed, rest.quality_tolerance) == ((63, 64, 65), 2, True, 0.2)
 
 
 def test_without_a_deadline_there_is_none_left() -> None:
