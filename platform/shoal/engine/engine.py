@@ -325,6 +325,10 @@ class Engine:
         router = self.model.router
         if router is None or router.later is None or request.adapter or layers == self.config.layers:
             return None
+        if self.runner.compute_budget is not None and request.quality_tolerance is None:
+            return None  # a budget is of one look: a second would take more
+        if not router.later.covers(request.quality_tolerance):
+            return None
         after = router.later.after
         return after if len(request.answer) <= after < request.sampling.max_tokens else None
 

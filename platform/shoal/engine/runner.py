@@ -299,7 +299,7 @@ class Runner:
             fresh = [sums.clone() for sums in page_sums(self.net, states[known - holding.states_from :], ids)]
         x = features(torch.stack(sums + fresh), states[-1], len(running.tokens))
         told = router.predicted(x)
-        asked, again = running.request.quality_tolerance, running.look is not None
+        asked, again = running.request.quality_tolerance, None if running.look is None else router.later
         layers = router.choose(x, asked, self.compute_budget, told, again)
         if not running.watched or running.least:
             return Decision(layers, fresh)

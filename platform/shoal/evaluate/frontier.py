@@ -65,7 +65,7 @@ def frontier(
         "random": fit.gaps.mean(0).expand(len(test.gaps), -1),
         "oracle": test.gaps,
     }
-    weights = _resampled(test.groups, torch.Generator().manual_seed(seed))
+    weights = resampled(test.groups, torch.Generator().manual_seed(seed))
     weights = torch.cat([torch.full((1, len(truth)), 1 / len(truth)), weights])  # the prompts as they are come first
     curves: dict[str, list[dict[str, float]]] = {}
     at: dict[str, list[dict[str, float]]] = {}
@@ -78,12 +78,12 @@ def frontier(
         gaps = torch.stack([(pick * truth).sum(-1) for pick in picks], dim=1)
         points = zip((weights[0] @ costs).tolist(), (weights[0] @ gaps).tolist(), strict=True)
         curves[name] = [{"flops_share": c, "gap": g} for c, g in sorted(set(points))]
-        found = [_at(budget, weights @ costs, weights @ gaps) for budget in BUDGETS]
-        at[name] = [{"flops_share": budget, **_figure(some)} for budget, some in zip(BUDGETS, found, strict=True)]
+        found = [at_cost(budget, weights @ costs, weights @ gaps) for budget in BUDGETS]
+        at[name] = [{"flops_share": budget, **figure(some)} for budget, some in zip(BUDGETS, found, strict=True)]
         means[name] = torch.stack(found).mean(0)
     rows = zip(config.exit_names, shares.tolist(), truth.mean(0).tolist(), strict=True)
     fixed = [{"exit": exit_name, "flops_share": share, "gap": gap} for exit_name, share, gap in rows]
-    behind = {name: _figure(some - means["router"]) for name, some in means.items() if name != "router"}
+    behind = {name: figure(some - means["router"]) for name, some in means.items() if name != "router"}
     return {
         "prompts": len(truth),
         "groups": len(test.groups.unique()),
@@ -94,13 +94,13 @@ def frontier(
     }
 
 
-def _figure(found: Tensor) -> dict[str, float]:
+def figure(found: Tensor) -> dict[str, float]:
     """Of the prompts as they are, and of their resamples, [1 + R]: the gap, and the interval of it."""
     low, high = torch.quantile(found[1:], torch.tensor(INTERVAL)).tolist()
     return {"gap": float(found[0]), "low": low, "high": high}
 
 
-def _resampled(groups: Tensor, draws: torch.Generator) -> Tensor:
+def resampled(groups: Tensor, draws: torch.Generator) -> Tensor:
     """Weights [R, M] of the prompts in resamples of their groups [M]; those of a resample sum to 1."""
     kinds, of = groups.unique(return_inverse=True)
     drawn = torch.randint(len(kinds), (RESAMPLES, len(kinds)), generator=draws)
@@ -148,9 +148,10 @@ def _means(fit: Prompts, test: Prompts, kind: Callable[[Prompts], Tensor]) -> Te
     return torch.stack([means.get(k, overall) for k in kind(test).tolist()])
 
 
-def _at(budget: float, costs: Tensor, gaps: Tensor) -> Tensor:
-    """The gap [R] at a mean cost of `budget`, by mixing the two points on either side of it; costs and gaps [R, n] of a curve,
-    dearest first. Beyond either end, that end's gap."""
+def at_cost(budget: float | Tensor, costs: Tensor, gaps: Tensor) -> Tensor:
+    """The gap [R] at a mean cost of `budget` [R], by mixing the two points on either side of it; costs and gaps [R, n] of a
+    curve, dearest first. Beyond either end, that end's gap."""
+    budget = torch.as_tensor(budget, dtype=costs.dtype).expand(len(costs))[:, None]
     dear = (costs > budget).sum(1, keepdim=True)  # how many points are too dear; they come first
     above, below = (dear - 1).clamp(min=0), dear.clamp(max=costs.shape[1] - 1)
     (more, deep), (less, shallow) = ((costs.gather(1, at), gaps.gather(1, at)) for at in (above, below))

@@ -53,6 +53,20 @@ ByTask = dict[str, list[Heldout]]  # task -> prompts
 
 
 @dataclass(frozen=True)
+class Rest:
+    """Of the answers to prompts what comes after the first n tokens, for a second look."""
+
+    after: int  # n
+    answers: Tensor  # [M] tokens of each answer, with what ends it
+    features: Tensor  # [M, 2D + 3], what the router sees after n of them; 0 of an answer that is no longer
+    head: Tensor  # [M, A] gaps on the first n
+    gaps: Tensor  # [M, A] on the others; 0 where there are none
+
+    def some(self, at: Tensor) -> Rest:
+        return Rest(self.after, self.answers[at], self.features[at], self.head[at], self.gaps[at])
+
+
+@dataclass(frozen=True)
 class Prompts:
     """Prompts with what their exits really lost."""
 
@@ -61,6 +75,14 @@ class Prompts:
     lengths: Tensor  # [M] tokens
     tasks: tuple[str, ...]  # of each
     groups: Tensor  # [M] the group of each
+    rest: Rest | None = None  # where it was asked for
+
+    def some(self, at: Tensor) -> Prompts:
+        """Those at the places `at`, or for which it is true."""
+        places = torch.arange(len(self.tasks))[at].tolist()
+        rest = None if self.rest is None else self.rest.some(at)
+        tasks = tuple(self.tasks[place] for place in places)
+        return Prompts(self.features[at], self.gaps[at], self.lengths[at], tasks, self.groups[at], rest)
 
 
 def heldout_rows(model: Model, heldout: str | Path, most: int, *, asked: bool | None) -> ByTask:
@@ -82,34 +104,56 @@ def heldout_rows(model: Model, heldout: str | Path, most: int, *, asked: bool | 
     return {task: [some[place] for place in spaced(len(some), most)] for task, some in rows.items() if some}
 
 
-def measured(net: Net, rows: Mapping[str, Sequence[Heldout]]) -> Prompts:
-    """What the router would see of the prompts of `rows`, and their gaps on the answers."""
+def measured(net: Net, rows: Mapping[str, Sequence[Heldout]], after: int | None = None) -> Prompts:
+    """What the router would see of the prompts of `rows`, and their gaps on the answers; with `after` also what a second look
+    would see after so many tokens of the answers, and the gaps before and behind it."""
     tasks = tuple(task for task, some in rows.items() for _ in some)
     every = [held for some in rows.values() for held in some]
     lengths = torch.tensor([held.row.answer.index(True) for held in every])
-    return Prompts(*gaps(net, [h.row for h in every]), lengths, tasks, torch.tensor([h.group for h in every]))
+    seen, lost, rest = _looked_at(net, [h.row for h in every], after)
+    return Prompts(seen, lost, lengths, tasks, torch.tensor([h.group for h in every]), rest)
 
 
-@torch.inference_mode()
 def gaps(net: Net, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
     """Router features [M, 2D + 3] and measured gaps [M, A], nats a token on the answer only.
 
     Each row's prompt ends where its first answer token begins; rows without an answer are an error of the caller.
     """
+    return _looked_at(net, rows, None)[:2]
+
+
+@torch.inference_mode()
+def _looked_at(net: Net, rows: Sequence[Encoded], after: int | None) -> tuple[Tensor, Tensor, Rest | None]:
     config = net.config
-    early, first, seen = config.exits[:-1], config.exits[0], []
-    lost = []
+    seen, again, parts, counts = [], [], [], []
     for row in rows:
         start = row.answer.index(True)
         tokens = torch.tensor(row.ids)
         patches, grid = _patch_tensors(row)
         hidden = net(tokens[None], patches, grid, exits=config.exits)
         answer = torch.tensor(row.answer)[1:].nonzero().flatten()  # places that predict an answer token
-        losses = [F.cross_entropy(net.head(hidden[e][0, answer], e).float(), tokens[answer + 1]) for e in config.exits]
-        state = hidden[first][0, :start]
-        seen.append(features(page_sums(net, state, tokens[:start]), state[-1], start))
-        lost.append(torch.stack([loss - losses[-1] for loss in losses[: len(early)]]))
-    return torch.stack(seen).float(), torch.stack(lost).float()
+        losses = torch.stack([_nll(net, hidden[e][0, answer], e, tokens[answer + 1]) for e in config.exits])
+        gap = losses[:-1] - losses[-1:]  # [A, answer tokens]
+        state = hidden[config.exits[0]][0]
+        seen.append(_seen(net, state, tokens, start))
+        look = len(answer) if after is None else min(after, len(answer))
+        longer = look < len(answer)
+        again.append(_seen(net, state, tokens, start + look) if longer else torch.zeros_like(seen[-1]))
+        behind = gap[:, look:].mean(1) if longer else torch.zeros_like(gap[:, 0])
+        parts.append(torch.stack([gap.mean(1), gap[:, :look].mean(1), behind]))
+        counts.append(len(answer))
+    whole, head, behind = torch.stack(parts, dim=1).float()
+    rest = None if after is None else Rest(after, torch.tensor(counts), torch.stack(again).float(), head, behind)
+    return torch.stack(seen).float(), whole, rest
+
+
+def _nll(net: Net, hidden: Tensor, layers: int, targets: Tensor) -> Tensor:
+    return F.cross_entropy(net.head(hidden, layers).float(), targets, reduction="none")
+
+
+def _seen(net: Net, state: Tensor, tokens: Tensor, length: int) -> Tensor:
+    """Features of the first `length` of `tokens`, whose states after group 1 are `state`."""
+    return features(page_sums(net, state[:length], tokens[:length]), state[length - 1], length)
 
 
 def _patch_tensors(row: Encoded) -> tuple[Tensor | None, Tensor | None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from shoal.errors import DataError
+from shoal.evaluate import second_look
 from shoal.evaluate.prompts import Prompts, heldout_rows, measured
 from shoal.machine import threads
 from shoal.model import checkpoint, described
@@ -47,6 +48,13 @@ def finish(
         f"{report['regret']:.3f}, means over {report['prompts']:.0f} prompts of {report['groups']:.0f} documents or "
         f"conversations in {heldout}, on which it was not fitted"
     )
+    if "later_regret" in report:
+        say(
+            f"it looks again after {second_look.AFTER} tokens of an answer: beside one look at the same cost it loses "
+            f"{report['later_paid_gap']:+.4f} nats a token (95 %: {report['later_paid_low']:+.4f} to "
+            f"{report['later_paid_high']:+.4f}); within {report['later_tolerance']:g} it runs "
+            f"{report['later_depth_share']:.0%} of the layers and loses {report['later_regret']:.3f}"
+        )
     return report
 
 
@@ -83,11 +91,14 @@ def refit(
             allowed=f"at least {LEAST_ROWS} of {LEAST_GROUPS}",
         )
     with _a_core_left():
-        prompts = measured(model.net, fit)
-        model.router = fit_router(model.config, prompts.features, prompts.gaps, prompts.groups, seed=seed, sure=sure)
+        prompts = measured(model.net, fit, second_look.AFTER)
+        router = fit_router(model.config, prompts.features, prompts.gaps, prompts.groups, seed=seed, sure=sure)
+        router.later = second_look.fit(model.config, router, prompts, seed=seed, sure=sure)[0]
+        model.router = router
     card = (Path(directory) / "README.md").read_text(encoding="utf-8")
     model.save(directory, card=card)
-    return model.router.calibration.report
+    later = {} if router.later is None else router.later.calibration.report
+    return {**router.calibration.report, **{f"later_{name}": value for name, value in later.items()}}
 
 
 def heldout_prompts(model: Model, heldout: str | Path, *, limit: int = 100) -> tuple[Prompts, Prompts] | None:
@@ -96,7 +107,8 @@ def heldout_prompts(model: Model, heldout: str | Path, *, limit: int = 100) -> t
     fit, test = (heldout_rows(model, heldout, limit, asked=asked) for asked in (False, True))
     if min(sum(map(len, part.values())) for part in (test, fit)) < LEAST_PROMPTS:
         return None
-    return measured(model.net, fit), measured(model.net, test)
+    after = model.router.later.after if model.router is not None and model.router.later is not None else None
+    return measured(model.net, fit), measured(model.net, test, after)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 from shoal.config import ModelConfig
 from shoal.evaluate.intervals import of_mean, of_share
 from shoal.evaluate.prompts import Prompts
+from shoal.evaluate.second_look import routed
 from shoal.model.router import TOLERANCES, Router
 
 EVERY = "all together"  # the row over all tasks
@@ -24,30 +25,20 @@ def lost(config: ModelConfig, router: Router, test: Prompts) -> dict[str, Any]:
     intervals."""
     default = router.calibration.default_tolerance
     tasks = [EVERY, *sorted(set(test.tasks))]
-    spent, losses = _routed(config, router, test, default)
+    spent, losses = routed(config, router, test, default)
     by_task = []
     for task in tasks:
         of = torch.tensor([task in (EVERY, one) for one in test.tasks])
         by_task.append({"task": task, **_row(spent[of], losses[of], test.groups[of], default)})
     by_tolerance = []
     for tolerance in TOLERANCES:
-        row = _row(*_routed(config, router, test, tolerance), test.groups, tolerance)
+        row = _row(*routed(config, router, test, tolerance), test.groups, tolerance)
         by_tolerance.append({"tolerance": tolerance, **row})
     by_budget = []
     for budget, _ in router.calibration.prices[::10]:
-        row = _row(*_routed(config, router, test, None, budget), test.groups, default)
+        row = _row(*routed(config, router, test, None, budget), test.groups, default)
         by_budget.append({"budget": budget, **row})
     return {"tolerance": default, "by_task": by_task, "by_tolerance": by_tolerance, "by_budget": by_budget}
-
-
-def _routed(
-    config: ModelConfig, router: Router, test: Prompts, tolerance: float | None, budget: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Share of the layers and gap [M] of what the router gives each prompt."""
-    gaps = torch.cat([test.gaps, test.gaps.new_zeros(len(test.gaps), 1)], dim=1)
-    depths = [router.choose(x, tolerance, budget) for x in test.features]
-    at = torch.tensor([config.exits.index(depth) for depth in depths])
-    return torch.tensor(depths) / config.layers, gaps[torch.arange(len(gaps)), at]
 
 
 def _row(spent: Tensor, losses: Tensor, groups: Tensor, tolerance: float) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from shoal.engine.events import Request, Sampling
 from shoal.errors import EngineDeadError
 from shoal.evaluate.intervals import Figure, Z, of_mean
 from shoal.evaluate.prompts import Heldout, measured
+from shoal.evaluate.second_look import routed
 from shoal.inputs.chat import Encoded
 from shoal.loop.margins import of_ratio
 from shoal.loop.paired import FAIL, INCONCLUSIVE, PASS, SKIPPED, Check, student
@@ -199,11 +200,15 @@ def _routed(model: Model, parts: Sequence[Mapping[str, Sequence[Heldout]]]) -> _
     for rows in parts:
         if not rows:
             continue
-        prompts = measured(model.net, rows)
+        router = model.router
+        prompts = measured(
+            model.net, rows, router.later.after if router is not None and router.later is not None else None
+        )
         gaps = torch.cat([prompts.gaps, prompts.gaps.new_zeros(len(prompts.gaps), 1)], dim=1)
-        depths = [model.router.choose(x) if model.router else model.config.layers for x in prompts.features]
-        found.share.extend(depth / model.config.layers for depth in depths)
-        found.lost.extend(float(row[model.config.exits.index(depth)]) for row, depth in zip(gaps, depths, strict=True))
+        whole = torch.ones(len(gaps)), torch.zeros(len(gaps))
+        share, lost = whole if router is None else routed(model.config, router, prompts, None)
+        found.share.extend(share.tolist())
+        found.lost.extend(lost.tolist())
         found.groups.extend(prompts.groups.tolist())
         found.gaps.extend(gaps.tolist())
     return found

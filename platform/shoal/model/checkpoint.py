@@ -39,6 +39,7 @@ LICENCES = "licences"  # of a source in memory: name -> text of the files that t
 ASIDE = ".tmp"  # end of the name of what is written
 LEFT_SECONDS = 3600.0
 ROUTER = "router."  # prefix of the router's tensors among the weights
+LATER = "later"  # of the second look's among them, and of its tables in router.json
 _HUGGING_FACE = {"model_type": "shoal", "architectures": ["ShoalForCausalLM"]}  # by which vLLM finds `vllm_plugin`
 
 # What other tools need to read the INT8 weights (compressed-tensors, W8A8 with dynamic activations). Ours are rounded to 7 of
@@ -95,7 +96,10 @@ def save(
         files.save_weights(aside, tensors, shard_bytes)
         describe(aside, config, name, tokenizer, chat_template, source, base or files.weights_sha256(aside), card)
         if router is not None:
-            write_json(aside / "router.json", dataclasses.asdict(router.calibration))
+            tables = dataclasses.asdict(router.calibration)
+            if router.later is not None:
+                tables[LATER] = dataclasses.asdict(router.later.calibration)
+            write_json(aside / "router.json", tables)
         files.write_manifest(aside)
 
 
@@ -309,10 +313,20 @@ def _router(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> R
     if not state:
         return None
     router = Router(config)
+    if any(key.startswith(f"{LATER}.") for key in state):
+        router.later = Router(config)
     try:
         router.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"router of {directory}", got=first_line(error)) from error
     path = directory / "router.json"
-    router.calibration = described.loaded(Calibration, described.read_json(path), path)
+    tables = described.read_json(path)
+    later = tables.pop(LATER, None)
+    router.calibration = described.loaded(Calibration, tables, path)
+    if router.later is not None:
+        router.later.calibration = described.loaded(Calibration, later or {}, path)
+        if router.later.after < 1:
+            raise CheckpointError(f"{path}: {LATER}.after", got=router.later.after, allowed="1 or more")
+    elif later is not None:
+        raise CheckpointError(f"router of {directory} lacks the weights of {LATER}", do="export the model again")
     return router.requires_grad_(False)

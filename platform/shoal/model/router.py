@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -89,6 +90,7 @@ class Calibration:
     after: int = 0  # tokens of the answer that are there when it decides; 0 but for a second look
     default_tolerance: float = 0.05  # nats/token for depth "auto" when neither the request nor the server says
     thresholds: list[tuple[float, float]] = field(default_factory=list)  # tolerance -> bound on the 0.8-quantile
+    offset: float = 0.0  # of a second look: the first one's bound is as much above its own
     prices: list[tuple[float, float]] = field(default_factory=list)  # compute budget -> price of a unit of cost
     # What came of it on the test split, which neither the weights nor the tables have seen:
     report: dict[str, float] = field(default_factory=dict)  # at the default tolerance, see `realised`
@@ -102,7 +104,8 @@ class Router(nn.Module):
 
     `later` is a router of its own for a second look, after `later.after` tokens of an answer, by features of prompt and answer
     so far; it may only go deeper. None: there is one look. What it says of gaps is of the rest of the answer, and its tables
-    are of both looks together: a request that will be looked at again is decided by them from the first."""
+    are of both looks together: a request that will be looked at again is decided by them from the first. They
+    hold tolerances alone, and of these the ones at which it pays."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -147,30 +150,43 @@ class Router(nn.Module):
         tolerance: float | None = None,
         budget: float | None = None,
         predicted: tuple[list[float], list[float]] | None = None,
-        again: bool = False,
+        again: Router | None = None,
     ) -> int:
         """The depth in layers for one prompt's features [2D + 3].
 
         With `tolerance` (nats/token), the smallest exit whose calibrated bound is within it; else with `budget` in (0, 1],
         the exit of least predicted gap plus priced cost; else by the calibration's default tolerance. A tolerance of 0
         and a budget of 1 are full depth by definition, and features that are not finite are given it to be safe. `predicted`:
-        what it is to decide by, where that is known already. `again`: the second look comes, so by its tables.
+        what it is to decide by, where that is known already. `again`: the second look that comes, whose tables are of both.
         """
-        tables = self.later.calibration if again and self.later is not None else self.calibration
         if not torch.isfinite(x).all():
             return self.exits[-1]
         mean, quantile = self.predicted(x) if predicted is None else predicted
+        if again is not None:
+            return self._first_within(quantile, again.bound(tolerance), again.calibration.offset)
         if tolerance is None and budget is not None:
             if budget >= 1:
                 return self.exits[-1]
-            price = _step_up(tables.prices, budget)
+            price = _step_up(self.calibration.prices, budget)
             costs = [gap + price * e / self.exits[-1] for gap, e in zip([*mean, 0.0], self.exits, strict=True)]
             return self.exits[costs.index(min(costs))]
-        tolerance = tables.default_tolerance if tolerance is None else tolerance
-        bound = _step_down(tables.thresholds, tolerance)
-        if tolerance > 0:
+        return self._first_within(quantile, self.bound(tolerance))
+
+    def bound(self, tolerance: float | None = None) -> float:
+        """What the predicted quantile of an exit must be within at `tolerance` [the default]: `NEVER` where none will do."""
+        tolerance = self.calibration.default_tolerance if tolerance is None else tolerance
+        return _step_down(self.calibration.thresholds, tolerance) if tolerance > 0 else NEVER
+
+    def covers(self, tolerance: float | None = None) -> bool:
+        """Has it a bound of its own for `tolerance` [the default]? A second look is not taken where it was not seen to pay."""
+        tolerance = self.calibration.default_tolerance if tolerance is None else tolerance
+        nearest = max((each for each in TOLERANCES if each <= tolerance), default=None)
+        return any(each == nearest for each, _ in self.calibration.thresholds)
+
+    def _first_within(self, quantile: list[float], bound: float, offset: float = 0.0) -> int:
+        if bound > NEVER:
             for gap, e in zip(quantile, self.exits, strict=False):
-                if gap <= bound:
+                if gap <= bound + offset:
                     return e
         return self.exits[-1]
 
@@ -196,29 +212,9 @@ def fit_router(
         raise DataError("prompts to fit the router", got=len(x), allowed=f"at least {LEAST_PROMPTS}")
     if not (torch.isfinite(x).all() and torch.isfinite(gaps).all()):
         raise DataError("features or gaps of the router's prompts are not finite", do="retrain the model")
-    order, half, three = _dealt(torch.arange(len(x)) if groups is None else groups, seed)
+    order, half, three = dealt(torch.arange(len(x)) if groups is None else groups, seed)
     x, gaps = x[order].float(), gaps[order].float()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        router = Router(config)
-    router.center.copy_(x[:half].mean(0))
-    router.spread.copy_(x[:half].std(0).clamp(min=1e-3))
-    with torch.no_grad():  # what is not learned from a prompt is what the prompts have in common
-        router.mean.bias.copy_(gaps[:half].mean(0))
-        router.quantile.bias.copy_(gaps[:half].quantile(QUANTILE, dim=0))
-    optimizer, draws = (
-        torch.optim.AdamW(router.parameters(), lr=3e-3, weight_decay=0.1),
-        torch.Generator().manual_seed(seed),
-    )
-    for _ in range(steps):
-        mean, quantile = router(x[:half] + NOISE * router.spread * torch.randn(x[:half].shape, generator=draws))
-        miss = gaps[:half] - quantile
-        pinball = torch.maximum(QUANTILE * miss, (QUANTILE - 1) * miss).mean()
-        loss = F.huber_loss(mean, gaps[:half], delta=0.5) + pinball
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    router.requires_grad_(False)
+    router = fit_weights(config, x[:half], gaps[:half], seed=seed, steps=steps)
     of = order if groups is None else groups[order]
     _calibrate(router, x[half:three], gaps[half:three], of[half:three] if sure else None)
     table, held = router.calibration, (x[three:], gaps[three:])
@@ -233,8 +229,34 @@ def fit_router(
     return router
 
 
-def _dealt(groups: Tensor, seed: int) -> tuple[Tensor, int, int]:
-    """An order of the prompts by group, and two places in it, near a half and three quarters, where a new group begins."""
+def fit_weights(config: ModelConfig, x: Tensor, gaps: Tensor, *, seed: int = 0, steps: int = 400) -> Router:
+    """A router that predicts the gaps [M, A] of features `x` [M, 2D + 3], both fp32, and is not calibrated."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        router = Router(config)
+    router.center.copy_(x.mean(0))
+    router.spread.copy_(x.std(0).clamp(min=1e-3))
+    with torch.no_grad():  # what is not learned from a prompt is what the prompts have in common
+        router.mean.bias.copy_(gaps.mean(0))
+        router.quantile.bias.copy_(gaps.quantile(QUANTILE, dim=0))
+    optimizer, draws = (
+        torch.optim.AdamW(router.parameters(), lr=3e-3, weight_decay=0.1),
+        torch.Generator().manual_seed(seed),
+    )
+    for _ in range(steps):
+        mean, quantile = router(x + NOISE * router.spread * torch.randn(x.shape, generator=draws))
+        miss = gaps - quantile
+        pinball = torch.maximum(QUANTILE * miss, (QUANTILE - 1) * miss).mean()
+        loss = F.huber_loss(mean, gaps, delta=0.5) + pinball
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return router.requires_grad_(False)
+
+
+def dealt(groups: Tensor, seed: int) -> tuple[Tensor, int, int]:
+    """An order of the prompts by group, and two places in it, near a half and three quarters, where a new group begins: up to
+    the first they fit weights, up to the second they calibrate, and the others test."""
     kinds, of, sizes = groups.unique(return_inverse=True, return_counts=True)
     if len(kinds) < 3:
         raise DataError("documents or conversations to fit the router", got=len(kinds), allowed="at least 3")
@@ -276,9 +298,7 @@ def _spent(
 
 @torch.no_grad()
 def _calibrate(router: Router, x: Tensor, gaps: Tensor, groups: Tensor | None = None) -> None:
-    """Fill the tables: for each tolerance the largest bound up to which the mean realised gap stays within it (conformal risk
-    control, arXiv 2208.02814, with its 1/(n+1) correction), and with `groups` also the upper bound of that mean, in 95 % of
-    draws of groups (risk-controlling prediction sets, arXiv 2101.02703, section 3.2); for each budget, in steps of 0.01, the
+    """Fill the tables: `thresholds` of the mean realised gap, as `expected` has it; for each budget, in steps of 0.01, the
     price by bisection."""
     mean, quantile = router(x)
     full = torch.cat([gaps, gaps.new_zeros(len(gaps), 1)], dim=1)
@@ -287,18 +307,9 @@ def _calibrate(router: Router, x: Tensor, gaps: Tensor, groups: Tensor | None = 
 
     def regret(bound: float) -> float:
         within = torch.cat([quantile <= bound, torch.ones(len(x), 1, dtype=torch.bool)], dim=1)
-        picked = full[rows, within.float().argmax(1)].clamp(min=0)
-        expected = (float(picked.sum()) + worst) / (len(x) + 1)
-        return expected if groups is None else max(expected, _upper(picked, groups))
+        return expected(full[rows, within.float().argmax(1)].clamp(min=0), worst, groups)
 
-    bounds = sorted(quantile.flatten().tolist())
-    regrets = [regret(bound) for bound in bounds]
-    for tolerance in TOLERANCES:
-        # up to the first that is too much: a larger one that happens to fit again promises nothing
-        safe = itertools.takewhile(lambda pair, t=tolerance: pair[1] <= t, zip(bounds, regrets, strict=True))  # type: ignore[misc]
-        bound = max((bound for bound, _ in safe), default=NEVER)
-        router.calibration.thresholds.append((tolerance, bound))
-
+    router.calibration.thresholds = thresholds(quantile.flatten().tolist(), regret)
     gap = torch.cat([mean, mean.new_zeros(len(mean), 1)], dim=1).double()
     budgets = torch.arange(round(100 * float(cost[0])), 100) / 100
     low, high = torch.zeros(len(budgets), dtype=torch.float64), torch.full((len(budgets),), HIGHEST_PRICE).double()
@@ -307,6 +318,25 @@ def _calibrate(router: Router, x: Tensor, gaps: Tensor, groups: Tensor | None = 
         fits = cost[(gap + middle[:, None, None] * cost).argmin(2)].mean(1) <= budgets
         low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
     router.calibration.prices = [(round(b, 2), p) for b, p in zip(budgets.tolist(), high.tolist(), strict=True)]
+
+
+def thresholds(bounds: Iterable[float], regret: Callable[[float], float]) -> list[tuple[float, float]]:
+    """For each of `TOLERANCES` the largest of `bounds` up to which what is lost stays within it; `NEVER` where none does."""
+    tried = [(bound, regret(bound)) for bound in sorted(bounds)]
+    found = []
+    for tolerance in TOLERANCES:
+        # up to the first that is too much: a larger one that happens to fit again promises nothing
+        safe = itertools.takewhile(lambda pair, t=tolerance: pair[1] <= t, tried)  # type: ignore[misc]
+        found.append((tolerance, max((bound for bound, _ in safe), default=NEVER)))
+    return found
+
+
+def expected(lost: Tensor, worst: float, groups: Tensor | None = None) -> float:
+    """The mean of what prompts lose [M], at most `worst` each, as one that is drawn like them does at most in expectation
+    (conformal risk control, arXiv 2208.02814, with its 1/(n+1) correction); with `groups` no less than the upper bound of that
+    mean, in 95 % of draws of groups (risk-controlling prediction sets, arXiv 2101.02703, section 3.2)."""
+    found = (float(lost.sum()) + worst) / (len(lost) + 1)
+    return found if groups is None else max(found, _upper(lost, groups))
 
 
 def _upper(values: Tensor, groups: Tensor) -> float:

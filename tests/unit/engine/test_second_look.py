@@ -34,6 +34,9 @@ class ByLength(Router):
         super().__init__(MODEL.config)
         self.rule, self.seen = rule, dict[int, Tensor]()
 
+    def covers(self, tolerance: float | None = None) -> bool:
+        return True
+
     def choose(self, x: Tensor, *given: object) -> int:
         length = round(float(x[-2].exp()))
         self.seen[length] = x

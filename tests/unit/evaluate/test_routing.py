@@ -23,7 +23,7 @@ from shoal.inputs.chat import DEFAULT_TEMPLATE, Encoded
 from shoal.inputs.tokenizer import IMG_END_ID, PATCH_ID, Tokenizer
 from shoal.model.model import IMAGE_IDS
 from shoal.model.net import Net
-from shoal.model.router import Router, _dealt, fit_router
+from shoal.model.router import Router, dealt, fit_router
 from shoal.train.feed import shard_tokenizer
 from shoal.train.loop import fit
 from shoal.train.plan import finetune_plan, pretrain_plan
@@ -129,7 +129,7 @@ def test_no_document_is_on_both_sides_however_many_pieces_it_came_in(tmp_path: P
     for side in sides:
         assert all((held.group in half) == (side is sides[1]) for held in side)
     found = prompts.measured(model.net, {"text": sides[0]})
-    order, half, three = _dealt(found.groups, seed=0)
+    order, half, three = dealt(found.groups, seed=0)
     of = found.groups[order]
     parts = [set(part.tolist()) for part in (of[:half], of[half:three], of[three:])]
     assert all(parts) and sum(map(len, parts)) == len(which[0]) == len(set.union(*parts))

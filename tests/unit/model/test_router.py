@@ -13,8 +13,8 @@ from shoal.model.router import (
     Calibration,
     Router,
     _calibrate,
-    _dealt,
     _upper,
+    dealt,
     features,
     fit_router,
     page_sums,
@@ -242,7 +242,7 @@ def test_groups_are_never_cut_and_too_few_are_refused():
     with pytest.raises(DataError, match="documents or conversations to fit the router: got 2"):
         fit_router(config, x, gaps, torch.arange(60) % 2)
     for groups in (torch.arange(60) // 7, torch.arange(60) % 3, torch.tensor([0] * 54 + [1, 2, 3, 4, 5, 6])):
-        order, half, three = _dealt(groups, seed=1)
+        order, half, three = dealt(groups, seed=1)
         assert sorted(order.tolist()) == list(range(60)) and 0 < half < three < 60
         parts = [set(groups[order[a:b]].tolist()) for a, b in ((0, half), (half, three), (three, 60))]
         assert sum(map(len, parts)) == len(groups.unique())
