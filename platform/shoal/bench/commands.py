@@ -337,8 +337,12 @@ def route(
     keep: Annotated[
         Path | None, typer.Option(help="Folder for the trained models; a run that was cut off goes on there. [none]")
     ] = None,
+    series: Annotated[
+        bool, typer.Option(help="Answers of many tokens in place of --families: is a second look worth its price?")
+    ] = False,
 ) -> None:
     """Tasks of known, hidden difficulty: exact match by level and exit, and whether the router sees it. Minutes a seed."""
+    from shoal.bench import route_series
     from shoal.bench.route import route as run
     from shoal.bench.route_tasks import FAMILIES
 
@@ -352,7 +356,10 @@ def route(
         raise UsageError("--seed", got=seed, allowed="0 or more")
     if minutes is not None and minutes <= 0:
         raise UsageError("--minutes", got=minutes, allowed="above 0")
-    run(out, shape=shape, seeds=seeds, seed=seed, steps=steps, minutes=minutes, families=chosen, keep=keep)
+    if series:
+        route_series.run(out, shape=shape, seeds=seeds, seed=seed, steps=steps, minutes=minutes, keep=keep)
+    else:
+        run(out, shape=shape, seeds=seeds, seed=seed, steps=steps, minutes=minutes, families=chosen, keep=keep)
 
 
 @bench.command("open")

@@ -67,7 +67,8 @@ def route(
     runs, length = [], Length(steps, minutes)
     for number in range(seed, seed + seeds):
         start = time.process_time()
-        net, updates = trained(shape, number, length, families, keep, lambda line: console.print(line, highlight=False))
+        tasks = {family: FAMILIES[family] for family in families}
+        net, updates = trained(shape, number, length, tasks, keep, lambda line: console.print(line, highlight=False))
         run = {"seed": number, "updates": updates, **measure(net, number, families, fit, test)}
         run["cpu_seconds"] = time.process_time() - start  # of training, too, unless that was kept
         runs.append(run)

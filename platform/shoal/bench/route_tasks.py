@@ -104,7 +104,12 @@ class _Chains:
     def pairs(self, first: np.ndarray) -> np.ndarray:
         """Facts that say of each link the one before it, of the first its value: `first` [n, chains], counted from _N on."""
         leads = np.concatenate([_N + first[..., None], self.names[..., :-1]], axis=2)
-        return _PAIR + self.names * _VALUES + leads
+        return assigned(self.names, leads)
+
+
+def assigned(names: np.ndarray, leads: np.ndarray) -> np.ndarray:
+    """The tokens that give names others or, from `len(NAMES)` on, digits and then sides."""
+    return _PAIR + names * _VALUES + leads
 
 
 def lookup(draws: np.random.Generator, n: int) -> Asked:
@@ -163,8 +168,7 @@ def variables(draws: np.random.Generator, n: int) -> Asked:
     for place in range(chain.shape[1]):  # what was last set of its chain, or its digit
         of = row[:, 0], chain[:, place]
         leads[:, place], last[of] = last[of], names[:, place]
-    facts = _PAIR + names * _VALUES + leads
-    return _asked("V", facts, leads[:, -1:, None], _DIGIT + values[:, -1:], levels, _DIGIT + values)
+    return _asked("V", assigned(names, leads), leads[:, -1:, None], _DIGIT + values[:, -1:], levels, _DIGIT + values)
 
 
 def _asked(

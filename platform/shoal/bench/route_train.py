@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shoal import presets
-from shoal.bench.route_tasks import FAMILIES, VOCAB, Asked, rows
+from shoal.bench.route_tasks import VOCAB, Asked, rows
 from shoal.config import ModelConfig, TrainConfig
 from shoal.data.batches import Batch
 from shoal.errors import ConfigError
@@ -57,6 +57,9 @@ def config_of(shape: str) -> ModelConfig:
     return dataclasses.replace(presets.get(preset).model, attn_pattern="D", **mine, **other)  # type: ignore[arg-type]
 
 
+Families = Mapping[str, Callable[[np.random.Generator, int], Asked]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Length:
     """How long a model is trained: so many updates, or so many minutes by the clock, and the update that they end in."""
@@ -73,9 +76,9 @@ class Length:
 
 
 def trained(
-    shape: str, seed: int, length: Length, families: Sequence[str], keep: Path | None, say: Callable[[str], None]
+    shape: str, seed: int, length: Length, families: Families, keep: Path | None, say: Callable[[str], None]
 ) -> tuple[Net, int]:
-    """The model after training on `families`, and how many updates that were."""
+    """The model after training on `families`, by name, and how many updates that were."""
     config = config_of(shape)
     net, kept = Net(config).init_(seed), None
     if keep is not None:
@@ -91,7 +94,7 @@ def trained(
     optimizer, step, done, start = make_optimizer(model, train), 0, 0.0, time.monotonic()
     while done < 1:
         draws, done = np.random.default_rng((seed, step)), length.done(step, time.monotonic() - start)
-        batches = [batch(config, [FAMILIES[family](draws, ROWS) for family in families])]
+        batches = [batch(config, [family(draws, ROWS) for family in families.values()])]
         rates = {"weights": exit_weights(done, train), "rate": learning_rate(done, train)}
         report = update(model, optimizer, batches, config=train, ranks=ranks, **rates)  # type: ignore[arg-type]
         step += 1

@@ -165,7 +165,7 @@ def test_training_ends_with_its_updates_or_with_its_minutes(tmp_path: Path) -> N
     assert [updates.done(n, 1e9) for n in (0, 4, 9)] == [0.1, 0.5, 1.0]
     assert [minutes.done(10**6, seconds) for seconds in (0, 30, 120, 500)] == [0, 0.25, 1, 1]
     assert (str(updates), str(minutes)) == ("10 updates", "2 minutes")
-    how = ("test", 5, route_train.Length(1, 1e-4), ("variables",), tmp_path, print)
+    how = ("test", 5, route_train.Length(1, 1e-4), {"variables": FAMILIES["variables"]}, tmp_path, print)
     net, count = route_train.trained(*how)
     again, read = route_train.trained(*how)
     assert count == read >= 1
@@ -189,7 +189,9 @@ def test_what_is_no_length_of_training_is_refused(option: str, value: str) -> No
 
 
 def test_hits_and_gaps_are_those_of_the_exits(tmp_path: Path) -> None:
-    net, updates = route_train.trained("narrow", 0, route_train.Length(1), ("lookup",), tmp_path, print)
+    net, updates = route_train.trained(
+        "narrow", 0, route_train.Length(1), {"lookup": FAMILIES["lookup"]}, tmp_path, print
+    )
     assert updates == 1
     found = measured(net, np.random.default_rng(9), ("lookup",), 5)
     ids, answers, levels = (torch.from_numpy(some) for some in prompts("lookup", np.random.default_rng(9), 5))
