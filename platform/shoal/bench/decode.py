@@ -32,7 +32,7 @@ from shoal.engine.runner import Runner
 from shoal.engine.running import Running
 from shoal.engine.text import TextStream
 from shoal.errors import UsageError
-from shoal.evaluate.evaluation import decode_speed
+from shoal.evaluate.answering import decode_speed
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import slots
 from shoal.model.adapters import Adapter, kept

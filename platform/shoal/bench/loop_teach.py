@@ -24,7 +24,7 @@ from shoal.bench.loop_shop import Asked, known
 from shoal.data.chats.heldout import questions
 from shoal.engine.engine import Engine
 from shoal.errors import ShoalError, UsageError
-from shoal.evaluate.evaluation import generate
+from shoal.evaluate.answering import generate
 from shoal.evaluate.intervals import of_share
 from shoal.loop import suites
 from shoal.loop.gate import scores

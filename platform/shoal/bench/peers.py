@@ -4,7 +4,7 @@ not its turn, with random weights of our block's shape, with the same weights, o
 A peer is a script that another Python runs (`peer_vllm.py`, `peer_llama_cpp.py`, `peer_transformers.py`). It gets the shape as
 JSON in its first argument, writes one line when it is ready, and then answers each line `BATCH PROMPT TOKENS` by the seconds
 that so many requests take, with prompts of so many tokens and answers of so many, prefill included, which is what
-`evaluate.evaluation.decode_speed` times; or by `nan`, where its memory does not hold them. vLLM that is told `steps` finds in
+`evaluate.answering.decode_speed` times; or by `nan`, where its memory does not hold them. vLLM that is told `steps` finds in
 its prefix cache the prompts that it has read, so that steps can be timed apart. Those that `shoal bench quality` takes answer a
 line of ids, a list in JSON, by what they say of it.
 """

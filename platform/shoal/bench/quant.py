@@ -18,7 +18,8 @@ from shoal import presets
 from shoal.bench.turns import in_turns, show
 from shoal.engine.engine import Engine
 from shoal.errors import ShoalError, UsageError
-from shoal.evaluate.evaluation import TASKS, Sizes, decode_speed, generate, heldout_questions, leave_a_core
+from shoal.evaluate.answering import decode_speed, generate
+from shoal.evaluate.evaluation import TASKS, Sizes, heldout_questions, leave_a_core
 from shoal.evaluate.int8_cost import AGREEMENT, int8_cost
 from shoal.evaluate.measures import bleu
 from shoal.inputs.tokenizer import Tokenizer

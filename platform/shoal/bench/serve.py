@@ -35,7 +35,7 @@ from shoal.bench.turns import in_turns, show
 from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.errors import ResourceError, UsageError
-from shoal.evaluate.evaluation import machine
+from shoal.evaluate.answering import machine
 from shoal.machine import threads
 from shoal.model.model import Model
 from shoal.on_ray import serve

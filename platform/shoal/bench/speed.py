@@ -18,7 +18,7 @@ from shoal.config import FULL, ModelConfig
 from shoal.engine.engine import Engine
 from shoal.engine.events import Request, Sampling
 from shoal.engine.front import settle
-from shoal.evaluate.evaluation import decode_speed
+from shoal.evaluate.answering import decode_speed
 from shoal.model.model import Model
 
 Rows = list[dict[str, Any]]

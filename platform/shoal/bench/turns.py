@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from shoal.evaluate.evaluation import machine
+from shoal.evaluate.answering import machine
 
 K = TypeVar("K")
 

@@ -239,23 +239,30 @@ class ChatBatches:
 
 
 def heldout_batches(
-    directory: str | Path, modality: str, batch_rows: int, *, split: str = "heldout", limit: int | None = None
+    directory: str | Path,
+    modality: str,
+    batch_rows: int,
+    *,
+    split: str = "heldout",
+    limit: int | None = None,
+    part: slice = slice(None),
 ) -> Iterator[Batch]:
-    """Held-out rows of one modality in the order of the shards; of more than `limit` rows, as many, evenly spaced."""
+    """Held-out rows of one modality in the order of the shards; of more than `limit` rows, as many, evenly spaced; `part` of
+    them."""
     index = open_index(directory)
     rows, lengths = Rows(directory, index, split, modality), token_bytes(Tokenizer.load(Path(directory) / TOKENIZER))
-    chosen = spaced(len(rows), limit)
+    chosen = spaced(len(rows), limit)[part]
     for start in range(0, len(chosen), batch_rows):
-        part = [rows[row] for row in chosen[start : start + batch_rows]]
-        yield _packed_batch(part, (modality,) * len(part), lengths)
+        some = [rows[row] for row in chosen[start : start + batch_rows]]
+        yield _packed_batch(some, (modality,) * len(some), lengths)
 
 
 def heldout_groups(
-    directory: str | Path, modality: str, *, split: str = "heldout", limit: int | None = None
+    directory: str | Path, modality: str, *, split: str = "heldout", limit: int | None = None, part: slice = slice(None)
 ) -> Iterator[list[int]]:
     """Of each row that `heldout_batches` reads, the group of each of its documents."""
     rows = Rows(directory, open_index(directory), split, modality)
-    return (rows.groups(row) for row in spaced(len(rows), limit))
+    return (rows.groups(row) for row in spaced(len(rows), limit)[part])
 
 
 def text_of(

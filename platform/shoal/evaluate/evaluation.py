@@ -7,9 +7,6 @@ sentence. docs/figures.md says of each figure its formula, data, number of rows 
 
 from __future__ import annotations
 
-import os
-import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,28 +14,32 @@ from typing import Any
 
 import torch
 
+from shoal.config import FULL, ModelConfig
 from shoal.data import batches
 from shoal.data.chats.heldout import Question, questions
 from shoal.data.chats.rows import HELDOUT
-from shoal.data.shards import open_index, token_bytes
-from shoal.engine.engine import Engine
-from shoal.engine.events import Request, Sampling
+from shoal.data.models import here
+from shoal.data.remote import local
+from shoal.data.shards import open_index
 from shoal.errors import DataError
-from shoal.evaluate import baselines, measures, tolerance
+from shoal.evaluate import baselines, compared, measures, pieces, tolerance
+from shoal.evaluate.compared import Todo
 from shoal.evaluate.frontier import frontier, sentence
 from shoal.evaluate.halves import asked_groups
-from shoal.evaluate.int8_cost import int8_cost, too_far
+from shoal.evaluate.int8_cost import too_far
 from shoal.evaluate.intervals import Figure
-from shoal.evaluate.measures import Answer, HeldoutRows, row_of
-from shoal.evaluate.routing import heldout_prompts
+from shoal.evaluate.measures import Answer, row_of
+from shoal.evaluate.pieces import Models, Run, wherever
+from shoal.evaluate.prompts import Prompts
 from shoal.evaluate.seen import rows_read
-from shoal.evaluate.texts import modalities, rows_of
+from shoal.evaluate.texts import modalities
 from shoal.evaluate.weak import weaknesses
-from shoal.inputs.chat import Encoded
-from shoal.inputs.tokenizer import Tokenizer
 from shoal.machine import threads
-from shoal.model import cost, files
+from shoal.model import cost, described
+from shoal.model.checkpoint import routers
+from shoal.model.described import Described
 from shoal.model.model import Model
+from shoal.model.router import Router
 
 TASKS = {"image question": 4, "summarisation": 40, "code": 110, "customer service": 48}  # task -> most answer tokens
 MOST_TOKENS = 64  # of an answer of any other
@@ -71,74 +72,103 @@ class Quality:
 
 
 def compare(
-    models: dict[str, Path],
-    data: Path,
+    models: Mapping[str, str | Path],
+    data: str | Path,
     *,
     runs: Sequence[str | Path] = (),
     sizes: Sizes | None = None,
     on_progress: Progress | None = None,
+    run: Run = pieces.here,
 ) -> dict[str, Any]:
     """The report's ``quality``, ``depth``, ``tolerance`` and ``frontier`` (both empty without a router), ``gates``, ``int8``
-    (empty unless an fp32 model comes first and an INT8 one last) and ``weak`` for the models (label -> directory), measured on
-    held-out shards and chat rows of `data`, or on a JSONL of texts and chats. All but ``quality`` are the last model's.
+    (empty unless an fp32 model comes first and an INT8 one last) and ``weak`` for the models (label -> directory, or s3://),
+    measured on held-out shards and chat rows of `data`, or on a JSONL of texts and chats. All but ``quality`` are the last's.
 
     `runs`: folders of the runs that made the last model: baselines are fitted to the rows that these read [to all rows that
-    are not held out]. Raises DataError when `data` was made with another tokenizer than a model's.
+    are not held out]. `run` does the measuring; neither models nor rows of shards are held here. Raises DataError when `data`
+    was made with another tokenizer than a model's.
     """
     sizes, tell = sizes or Sizes(), on_progress or (lambda what, done, total: None)
-    loaded = {label: Model.load(directory) for label, directory in models.items()}
-    _same_tokenizer(loaded, data)
-    served, last = list(loaded.items())[-1]
-    read = rows_read(runs, data)
-    steps, total = 0, 2 * len(loaded) + len(last.config.exits) + 2
-    results: dict[str, Quality] = {}
-    by_exit: dict[str, dict[int, Figure]] = {}
-    for label, model in loaded.items():
-        tell(f"quality of {label}", steps, total)
-        by_exit = bits(model, data, sizes)
-        results[label] = _answered(model, data, "full", sizes)
-        results[label].figures |= {f"bpb {m}": found[model.config.layers] for m, found in by_exit.items()}
-        steps += 2
-    by_depth = []
-    auto = ["auto"] if results[served].answers else []  # a document alone has no router to ask
-    for depth in [*last.config.exit_names, *auto]:
-        tell(f"depth {depth} of {served}", steps, total)
-        known = results[served] if depth == "full" else _answered(last, data, depth, sizes)
-        by_depth.append(_depth_row(last, depth, known, by_exit, sizes))
-        steps += 1
-    tell("tokens per second", steps, total)
-    speeds = interleaved_speed(loaded, tokens=sizes.decode_tokens)
-    tell("what is beside it", total - 1, total)
-    beside, fitted = text_baselines(data, last.tokenizer, sizes, read)
-    patches = {label: _patches(model, data, sizes) for label, model in loaded.items()}
-    weights = {label: float(files.weight_bytes(path)) for label, path in models.items()}
-    rows = _quality_rows(results, speeds, beside, fitted, patches, weights)
-    first = next(iter(loaded.values()))
-    pair = (first.config.quantization, last.config.quantization) == ("none", "w8a8")
-    tell("what routing is worth", total, total)
-    policies, kept = _routing(last, data)
-    lost = int8_cost(first, last, data, rows=sizes.int8_rows) if pair else []
-    weak = weaknesses(rows, by_depth) + too_far(lost) + _not_asked(results[served], last.config.context)
+    places, at, corpus = {label: wherever(place) for label, place in models.items()}, wherever(data), local(data)
+    known = {label: described.read(here(place, weights=False)) for label, place in places.items()}
+    _same_tokenizer(known, corpus)
+    todo, read, (served, last) = Todo(), rows_read(runs, corpus), list(known.items())[-1]
+    of = {label: _Asked(todo, label, places[label], it, corpus, at, sizes) for label, it in known.items()}
+    others = [name for name in last.config.exit_names if name != FULL] + ["auto"] * bool(of[served].questions)
+    depths = {depth: of[served].answers(f"depth {depth} of {served}", depth) for depth in others}
+    beside = todo.one("what is beside it", text_baselines, places[served], at, sizes, read)
+    routed, after = routers(here(places[served], weights=False))
+    heldout = _chats(corpus) if _chats(corpus).exists() else corpus
+    prompts = todo.routing("what routing is worth", places[served], last, heldout, after) if routed else tuple
+    first, it = next(iter(known.items()))
+    pair = (it.config.quantization, last.config.quantization) == ("none", "w8a8")
+    cost_of = (places[first], places[served], at, sizes.int8_rows)
+    lost = todo.one("what INT8 costs", compared.int8, *cost_of) if pair else list
+    todo.do(run, tell)
+    alone = Todo()  # what others beside it would slow
+    speeds = alone.one("tokens per second", compared.speeds, places, served, sizes.decode_tokens)
+    alone.do(run, tell)
+    results = {label: found.quality() for label, found in of.items()}
+    at_depth = {name: of[served].scored(found()) for name, found in depths.items()} | {FULL: results[served]}
+    by_exit, facts, names = of[served].bits(), of[served].facts(), dict.fromkeys([*last.config.exit_names, *others])
+    by_depth = [_depth_row(last.config, name, at_depth[name], by_exit, speeds()) for name in names]
+    rivals, fitted = beside()
+    rows = _quality_rows(results, speeds()["by_label"], rivals, fitted, of)
+    policies, kept = _routing(last.config, facts["router"], prompts())
+    weak = weaknesses(rows, by_depth) + too_far(lost()) + _not_asked(results[served], last.config.context)
     weak += (tolerance.too_much(kept) if kept else []) + (sentence(policies) if policies else [])
     return {
-        "machine": machine(),
-        "quality": {"columns": list(loaded), "rows": rows},
-        "depth": {"rows": by_depth, "router": last.router.calibration.report if last.router is not None else {}},
+        "machine": speeds()["machine"],
+        "quality": {"columns": list(known), "rows": rows},
+        "depth": {"rows": by_depth, "router": facts["router"].calibration.report if facts["router"] else {}},
         "tolerance": kept,
         "frontier": policies,
-        "gates": gates(last),
-        "int8": lost,
+        "gates": facts["gates"],
+        "int8": lost(),
         "weak": weak,
     }
 
 
-def _routing(model: Model, data: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The report's ``frontier`` and ``tolerance``, on held-out prompts of `data`; empty without a router or without prompts."""
-    router = model.router
-    prompts = heldout_prompts(model, _chats(data) if _chats(data).exists() else data) if router else None
-    if router is None or not prompts:
+class _Asked:
+    """What is to be measured of one model, and its figures once that is done."""
+
+    def __init__(
+        self, todo: Todo, label: str, place: str, model: Described, corpus: Path, at: str, sizes: Sizes
+    ) -> None:
+        self._todo, self._place, self._model, name = todo, place, model, f"quality of {label}"
+        self.questions, self._too_long = heldout_questions(model, corpus, sizes)
+        self.bits = todo.bits(name, place, model.config.exits, corpus, at, sizes.heldout_rows)
+        self._answers = self.answers(name, FULL)
+        self.patches = todo.patches(name, place, corpus, at, sizes.heldout_rows)
+        self.facts = todo.one(name, compared.facts, place)
+
+    def answers(self, name: str, depth: str) -> Callable[[], dict[str, list[Answer]]]:
+        tokens = {task: TASKS.get(task, MOST_TOKENS) for task in self.questions}
+        return self._todo.answers(name, self._place, self.questions, tokens, depth)
+
+    def scored(self, answers: Mapping[str, list[Answer]]) -> Quality:
+        """What the answers at one depth are worth; a task that is not held out is left out."""
+        out = Quality(too_long=self._too_long)
+        for task, some in answers.items():
+            score(out, task, some, self.questions[task])
+            out.answers += some
+        return out
+
+    def quality(self) -> Quality:
+        """At full depth."""
+        out = self.scored(self._answers())
+        out.figures |= {f"bpb {m}": found[self._model.config.layers] for m, found in self.bits().items()}
+        return out
+
+
+def _routing(
+    config: ModelConfig, router: Router | None, sides: tuple[Prompts, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The report's ``frontier`` and ``tolerance``, on held-out prompts; empty without a router or without prompts."""
+    if router is None or not sides:
         return {}, {}
-    return frontier(model.config, router, *prompts), tolerance.lost(model.config, router, prompts[1])
+    fit, test = sides
+    return frontier(config, router, fit, test), tolerance.lost(config, router, test)
 
 
 def _not_asked(quality: Quality, context: int) -> list[str]:
@@ -149,7 +179,7 @@ def _not_asked(quality: Quality, context: int) -> list[str]:
     ]
 
 
-def _same_tokenizer(models: Mapping[str, Model], data: Path) -> None:
+def _same_tokenizer(models: Mapping[str, Described], data: Path) -> None:
     """Bits a byte of ids that mean something else to a model would be a figure of nothing."""
     if data.is_file():  # which each model reads by its own
         return
@@ -170,35 +200,9 @@ def _chats(data: Path) -> Path:
     return data / HELDOUT
 
 
-def bits(model: Model, data: Path, sizes: Sizes) -> dict[str, dict[int, Figure]]:
-    """Bits per byte of what `data` holds out, by modality and exit."""
-    lengths, exits = token_bytes(model.tokenizer), model.config.exits
-    found = {
-        modality: measures.bits_per_byte(model.net, rows_of(data, modality, model, sizes.heldout_rows), exits, lengths)
-        for modality in modalities(data)
-    }
-    return {modality: by_exit for modality, by_exit in found.items() if by_exit}
-
-
-def _patches(model: Model, data: Path, sizes: Sizes) -> dict[str, Figure]:
-    """The next-patch error of a model and of always saying zero; nothing without images of more than a patch."""
-    if "image" not in modalities(data):
-        return {}
-    return measures.patch_error(model.net, HeldoutRows(data, "image", sizes.heldout_rows))
-
-
-def _answered(model: Model, data: Path, depth: str, sizes: Sizes) -> Quality:
-    """What a model's answers at a depth, or under its router, are worth; a task that `data` does not hold out is left out."""
-    asked_of, too_long = heldout_questions(model, data, sizes)
-    out, engine = Quality(too_long=too_long), Engine(model)
-    for task, asked in asked_of.items():
-        answers = generate(engine, [q.prompt for q in asked], TASKS.get(task, MOST_TOKENS), depth)
-        score(out, task, answers, asked)
-        out.answers += answers
-    return out
-
-
-def heldout_questions(model: Model, data: Path, sizes: Sizes) -> tuple[dict[str, list[Question]], dict[str, int]]:
+def heldout_questions(
+    model: Model | Described, data: Path, sizes: Sizes
+) -> tuple[dict[str, list[Question]], dict[str, int]]:
     """Held-out chat rows by task; none where there are no chats. The router was fitted to others, of other documents and
     conversations (`train.halves`). Beside them, by task, how many the model's context has no room for with an answer."""
     limits = {
@@ -225,51 +229,12 @@ def heldout_questions(model: Model, data: Path, sizes: Sizes) -> tuple[dict[str,
     return fitting, too_long
 
 
-def generate(engine: Engine, prompts: Sequence[Encoded], max_tokens: int, depth: str) -> list[Answer]:
-    """Greedy answers by the engine, in the prompts' order."""
-    sampling = Sampling(temperature=0.0, max_tokens=max_tokens)
-    done = engine.generate([Request(prompt, sampling, depth=depth) for prompt in prompts])
-    return [Answer(c.text, len(c.tokens), c.depth, len(p.ids)) for c, p in zip(done, prompts, strict=True)]
-
-
-def interleaved_speed(models: dict[str, Model], *, tokens: int, rounds: int = 3) -> dict[str, dict[int, list[float]]]:
-    """Decoded tokens per second at batch 1 and 8 in each of `rounds`, rising (the models in turns so that drift hits all)."""
-    engines = {label: Engine(model) for label, model in models.items()}
-    found: dict[str, dict[int, list[float]]] = {label: {1: [], 8: []} for label in models}
-    for _ in range(rounds):
-        for label, engine in engines.items():
-            for batch in (1, 8):
-                found[label][batch].append(decode_speed(engine, batch, tokens))
-    return {label: {b: sorted(v) for b, v in by.items()} for label, by in found.items()}
-
-
-def decode_speed(
-    engine: Engine,
-    batch: int,
-    tokens: int,
-    depth: str | int = "full",
-    sampling: Sampling | None = None,
-    adapters: Sequence[str] = ("",),
-) -> float:
-    """Tokens per second over a run of `tokens` tokens for each of `batch` requests, prefill of 16 tokens included; greedy
-    unless `sampling` is given, with `adapters` by turns."""
-    sampling = sampling or Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    prompts = [[20 + (7 * i + j) % 200 for j in range(16)] for i in range(batch)]
-    start = time.perf_counter()
-    done = engine.generate(
-        [
-            Request(prompt, sampling, depth=depth, adapter=adapters[i % len(adapters)])
-            for i, prompt in enumerate(prompts)
-        ]
-    )
-    return sum(len(c.tokens) for c in done) / (time.perf_counter() - start)
-
-
 def text_baselines(
-    data: Path, tokenizer: Tokenizer, sizes: Sizes, read: Mapping[str, Sequence[int]]
+    models: Models, place: str, at: str, sizes: Sizes, read: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """`baselines` on the held-out text and code that the models are measured on, fitted to the training rows in `read` [all];
-    and a sentence about what they were fitted to."""
+    and a sentence about what they were fitted to. The tokenizer is that of the model at `place`."""
+    data, tokenizer = local(at), described.read(here(place, weights=False)).tokenizer
     if data.is_file():
         return {"text": {}}, {"text": f"texts, and answers of chats, in {data.name}; beside it nothing was fitted"}
     found, fitted = {}, {}
@@ -281,28 +246,6 @@ def text_baselines(
         what = "that the model read" if read else "of the training split: which of it the model read is not known here"
         fitted[modality] = f"baselines fitted to {len(train) / 1e6:.2f} MB {what}"
     return found, fitted
-
-
-def gates(model: Model) -> list[dict[str, Any]]:
-    """The local branch's share gamma a head, by layer."""
-    rows = []
-    for layer in range(model.config.layers):
-        group = next(group for group, end in enumerate(model.config.ends) if layer < end)
-        inside = layer - model.config.ends[group]  # from the group's end
-        gamma = model.net.groups[group].blocks[inside].attention.gamma()  # type: ignore[index, union-attr]
-        rows.append({"layer": layer, "gamma": [1.0] if gamma is None else [round(g, 4) for g in gamma.tolist()]})
-    return rows
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def score(out: Quality, task: str, answers: list[Answer], asked: list[Question]) -> None:
@@ -318,17 +261,20 @@ def score(out: Quality, task: str, answers: list[Answer], asked: list[Question])
 
 
 def _depth_row(
-    model: Model, depth: str, found: Quality, by_exit: Mapping[str, Mapping[int, Figure]], sizes: Sizes
+    config: ModelConfig,
+    depth: str,
+    found: Quality,
+    by_exit: Mapping[str, Mapping[int, Figure]],
+    speeds: Mapping[str, Any],
 ) -> dict[str, Any]:
     """One row of the depth table: quality, FLOPs share and speed at one exit, or under the router. The router's share of the
     layers and of the FLOPs is by the tokens that ran: a long answer counts as much as it costs."""
-    config = model.config
     layers = config.asked(depth)
     row: dict[str, Any] = {
         "exit": depth,
         "layers": layers or round(measures.mean_depth(found.answers), 2),
-        "flops_share": flops_share(found.answers, model) if layers is None else _flops_share(model, layers),
-        "tokens_per_s": decode_speed(Engine(model), 8, sizes.decode_tokens, layers) if layers else None,
+        "flops_share": flops_share(found.answers, config) if layers is None else _flops_share(config, layers),
+        "tokens_per_s": speeds["by_exit"][layers] if layers else None,
         "answers": len(found.answers),
     }
     columns = {"vqa": found.figures.get("image question"), "bleu": found.figures.get("summarisation")}
@@ -339,16 +285,15 @@ def _depth_row(
     return row
 
 
-def _flops_share(model: Model, layers: int) -> float:
+def _flops_share(config: ModelConfig, layers: int) -> float:
     """FLOPs of a token at an exit over those at full depth, at the context of the training length."""
-    length = model.config.train_length
-    return cost.flops_per_token(model.config, length, layers) / cost.flops_per_token(model.config, length)
+    length = config.train_length
+    return cost.flops_per_token(config, length, layers) / cost.flops_per_token(config, length)
 
 
-def flops_share(answers: Sequence[Answer], model: Model) -> float:
+def flops_share(answers: Sequence[Answer], config: ModelConfig) -> float:
     """FLOPs of all tokens that ran, each at its answer's depth, over those at full depth; with what routing took."""
-    config = model.config
-    ran = sum(answer.run * _flops_share(model, answer.depth) for answer in answers)
+    ran = sum(answer.run * _flops_share(config, answer.depth) for answer in answers)
     routing = sum(cost.routing_flops(config, answer.prompt) for answer in answers)
     ran += routing / cost.flops_per_token(config, config.train_length)
     return ran / max(1, sum(answer.run for answer in answers))
@@ -359,23 +304,22 @@ def _quality_rows(
     speeds: Mapping[str, Mapping[int, Sequence[float]]],
     beside: Mapping[str, dict[str, float]],
     fitted: Mapping[str, str],
-    patches: Mapping[str, Mapping[str, Figure]],
-    weights: Mapping[str, float],
+    of: Mapping[str, _Asked],
 ) -> list[dict[str, Any]]:
-    first = next(iter(results.values()))
+    first, patches = next(iter(results.values())), {label: found.patches() for label, found in of.items()}
     rows = []
 
-    def add(metric: str, unit: str, key: str, of: str, *, rival: str = "", **more: Any) -> None:
+    def add(metric: str, unit: str, key: str, each: str, *, rival: str = "", **more: Any) -> None:
         """A row of the figure `key` of each model; none when it was not measured."""
         if key in first.figures:
             if rival:
                 more["beside"] = {rival: first.rivals[key]}
             figures = {label: found.figures[key] for label, found in results.items()}
-            rows.append(row_of(metric, unit, figures, of=of, note=more.pop("note", first.notes.get(key, "")), **more))
+            rows.append(row_of(metric, unit, figures, of=each, note=more.pop("note", first.notes.get(key, "")), **more))
 
     for modality, by_name in beside.items():
-        of, note = "predicted tokens", fitted[modality]
-        add(f"bpb {modality}", "bits/byte", f"bpb {modality}", of, beside=by_name, note=note)
+        each, note = "predicted tokens", fitted[modality]
+        add(f"bpb {modality}", "bits/byte", f"bpb {modality}", each, beside=by_name, note=note)
     add("bpb image text", "bits/byte", "bpb image", "predicted tokens")
     if all(patches.values()):
         errors = {label: found["model"] for label, found in patches.items()}
@@ -391,5 +335,5 @@ def _quality_rows(
         row = row_of(f"decode, batch {batch}", "tokens/s", {n: v[len(v) // 2] for n, v in rounds.items()})
         row |= {"intervals": {n: [v[0], v[-1]] for n, v in rounds.items()}}
         rows.append(row | {"note": f"median, least and most of {len(next(iter(rounds.values())))} rounds"})
-    rows.append(row_of("weight file", "bytes", weights))
+    rows.append(row_of("weight file", "bytes", {label: found.facts()["bytes"] for label, found in of.items()}))
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +16,32 @@ TEXTS = ("text", "code")
 AGREEMENT = 0.95  # share of places in which INT8 should say the token that fp32 does: it stands in for it
 
 
-def int8_cost(fp32: Model, int8: Model, data: Path, *, rows: int) -> list[dict[str, Any]]:
+def int8_cost(
+    fp32: Model, int8: Model, data: Path, *, rows: int, placed: Callable[[Model], Model] = lambda model: model
+) -> list[dict[str, Any]]:
     """For text and code, on at most `rows` held-out rows of the shards in `data`, or on those of a file, at full depth: bits
     per byte of `fp32`, of it rounded without training (``rounded``) and of `int8`, and how often both say the token that
-    `fp32` finds likeliest; with 95 % intervals over documents, and how many places and documents there were."""
-    nets = [fp32.net, rounded(fp32).net, int8.net]
+    `fp32` finds likeliest; with 95 % intervals over documents, and how many places and documents there were. `placed` moves a
+    model to where it is to compute."""
+    alone = rounded(fp32)
+    nets = [placed(model).net for model in (fp32, alone, int8)]
     found, lengths = [], token_bytes(fp32.tokenizer)
     for modality in (each for each in modalities(data) if each in TEXTS):
-        exact, alone, trained = beside(nets, rows_of(data, modality, fp32, rows), lengths)
+        exact, without, trained = beside(nets, rows_of(data, modality, fp32, rows), lengths)
         found.append(
             {
                 "modality": modality,
                 "places": exact.bpb.rows,
                 "groups": exact.bpb.groups,
                 "fp32": exact.bpb.value,
-                "rounded": alone.bpb.value,
+                "rounded": without.bpb.value,
                 "int8": trained.bpb.value,
-                "rounded_rise": alone.rise.value,
-                "rounded_rise_interval": alone.rise.ends,
+                "rounded_rise": without.rise.value,
+                "rounded_rise_interval": without.rise.ends,
                 "int8_rise": trained.rise.value,
                 "int8_rise_interval": trained.rise.ends,
-                "rounded_agreement": alone.agreement.value,
-                "rounded_agreement_interval": alone.agreement.ends,
+                "rounded_agreement": without.agreement.value,
+                "rounded_agreement_interval": without.agreement.ends,
                 "int8_agreement": trained.agreement.value,
                 "int8_agreement_interval": trained.agreement.ends,
             }

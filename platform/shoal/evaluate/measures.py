@@ -13,7 +13,7 @@ import ast
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,23 +51,26 @@ class HeldoutRows:
     limit: int | None = None  # of more rows, as many, evenly spaced
     batch_rows: int = 8
     split: str = "heldout"  # or train
+    # which of those rows; whole batches, but for the last
+    part: slice = field(default_factory=lambda: slice(None), hash=False)
 
     def __iter__(self) -> Iterator[tuple[Batch, np.ndarray]]:
         """Batches, and the group of each place, int64 [B, T] (of padding: any)."""
-        groups = heldout_groups(self.directory, self.modality, split=self.split, limit=self.limit)
-        for batch in heldout_batches(
-            self.directory, self.modality, self.batch_rows, split=self.split, limit=self.limit
-        ):
+        how: dict[str, Any] = {"split": self.split, "limit": self.limit, "part": self.part}
+        groups = heldout_groups(self.directory, self.modality, **how)
+        for batch in heldout_batches(self.directory, self.modality, self.batch_rows, **how):
             rows = [np.asarray([*next(groups), 0])[docs] for docs in batch.docs.numpy()]
             yield batch, np.stack(rows)
 
 
-class _Sums:
-    """Sums of k numbers over the places of each group."""
+class Sums:
+    """Sums of k numbers over the places of each group, a batch after the other: to be pickled, and put together in order, so
+    that they are the same to the last bit however many processes added them up."""
 
-    def __init__(self) -> None:
-        self._of: dict[int, np.ndarray] = {}
-        self.places = 0
+    def __init__(self, parts: Iterable[Sums] = ()) -> None:
+        some = list(parts)
+        self._added: list[tuple[np.ndarray, np.ndarray]] = [added for part in some for added in part._added]
+        self.places: int = sum(part.places for part in some)
 
     def add(self, groups: np.ndarray, numbers: np.ndarray) -> None:
         """`groups` [n], `numbers` [n, k]."""
@@ -75,29 +78,43 @@ class _Sums:
         kinds, inverse = np.unique(groups, return_inverse=True)
         sums = np.zeros((len(kinds), numbers.shape[1]))
         np.add.at(sums, inverse, numbers)
-        for kind, some in zip(kinds.tolist(), sums, strict=True):
-            self._of[kind] = self._of.get(kind, 0) + some
+        self._added.append((kinds, sums))
 
     @property
     def columns(self) -> list[np.ndarray]:
         """k times [G], groups in the order of their numbers."""
-        return list(np.stack([self._of[kind] for kind in sorted(self._of)], axis=1)) if self._of else []
+        of: dict[int, np.ndarray] = {}
+        for kinds, sums in self._added:
+            for kind, some in zip(kinds.tolist(), sums, strict=True):
+                of[kind] = of.get(kind, 0) + some
+        return list(np.stack([of[kind] for kind in sorted(of)], axis=1)) if of else []
 
 
-@torch.inference_mode()
 def bits_per_byte(
     net: Net, rows: Iterable[tuple[Batch, np.ndarray]], exits: Sequence[int], lengths: np.ndarray
 ) -> dict[int, Figure]:
     """Bits per byte of the predicted text at each of `exits`: cross-entropy over every valid target, over its bytes; nothing
     where no text is predicted, as by images without any. `lengths` [vocab]: bytes of each token."""
-    sums = _Sums()
-    for batch, groups in rows:
+    return bits_of([bit_sums(net, rows, exits, lengths)], exits)
+
+
+@torch.inference_mode()
+def bit_sums(net: Net, rows: Iterable[tuple[Batch, np.ndarray]], exits: Sequence[int], lengths: np.ndarray) -> Sums:
+    """What `bits_of` needs of some rows: bits at each of `exits`, and bytes."""
+    sums = Sums()
+    for batch, groups in ((batch.to(net.device), groups) for batch, groups in rows):
         hidden = net(batch.tokens, batch.patches, batch.grid, docs=batch.docs, exits=exits)
         valid = batch.targets >= 0
         targets = batch.targets[valid]
         nats = [F.cross_entropy(net.head(hidden[e][valid], e).float(), targets, reduction="none") for e in exits]
-        bits = [some.numpy().astype(float) / math.log(2) for some in nats]
-        sums.add(groups[valid.numpy()], np.stack([*bits, lengths[targets.numpy()]], axis=1))
+        bits = [some.cpu().numpy().astype(float) / math.log(2) for some in nats]
+        sums.add(groups[valid.cpu().numpy()], np.stack([*bits, lengths[targets.cpu().numpy()]], axis=1))
+    return sums
+
+
+def bits_of(parts: Iterable[Sums], exits: Sequence[int]) -> dict[int, Figure]:
+    """`bits_per_byte` of the rows of all `parts`, in their order."""
+    sums = Sums(parts)
     *bits, n_bytes = sums.columns or [np.zeros(0)]
     if not n_bytes.sum():
         return {}
@@ -116,20 +133,20 @@ class Beside:
 @torch.inference_mode()
 def beside(nets: Sequence[Net], rows: Iterable[tuple[Batch, np.ndarray]], lengths: np.ndarray) -> list[Beside]:
     """Each of `nets` at full depth beside the first. `lengths` [vocab]: bytes of each token."""
-    sums = _Sums()
-    for batch, groups in rows:
+    sums = Sums()
+    for batch, groups in ((batch.to(nets[0].device), groups) for batch, groups in rows):
         valid = batch.targets >= 0
         targets = batch.targets[valid]
-        numbers, first = [lengths[targets.numpy()], np.ones(len(targets))], None
+        numbers, first = [lengths[targets.cpu().numpy()], np.ones(len(targets))], None
         for net in nets:
             last = net.config.layers
             hidden = net(batch.tokens, batch.patches, batch.grid, docs=batch.docs)[last]
             logits = net.head(hidden[valid], last).float()
             likeliest = logits.argmax(-1)
             first = likeliest if first is None else first
-            nats = F.cross_entropy(logits, targets, reduction="none").numpy().astype(float)
-            numbers += [nats / math.log(2), (likeliest == first).numpy()]
-        sums.add(groups[valid.numpy()], np.stack(numbers, axis=1))
+            nats = F.cross_entropy(logits, targets, reduction="none").cpu().numpy().astype(float)
+            numbers += [nats / math.log(2), (likeliest == first).cpu().numpy()]
+        sums.add(groups[valid.cpu().numpy()], np.stack(numbers, axis=1))
     n_bytes, places, *each = sums.columns
     found = []
     for bits, agreed in zip(each[::2], each[1::2], strict=True):
@@ -140,12 +157,17 @@ def beside(nets: Sequence[Net], rows: Iterable[tuple[Batch, np.ndarray]], length
     return found
 
 
-@torch.inference_mode()
 def patch_error(net: Net, rows: HeldoutRows) -> dict[str, Figure]:
     """Mean squared error of the next patch on normalised targets: the model's, and that of always saying zero;
     nothing where no image has a second patch."""
-    sums = _Sums()
-    for batch, groups in rows:
+    return patch_error_of([patch_sums(net, rows)])
+
+
+@torch.inference_mode()
+def patch_sums(net: Net, rows: HeldoutRows) -> Sums:
+    """What `patch_error_of` needs of some rows."""
+    sums = Sums()
+    for batch, groups in ((batch.to(net.device), groups) for batch, groups in rows):
         if not len(batch.patches):
             continue
         where, target = patch_targets(batch.tokens, batch.docs, unit_pixels(batch.patches, net.dtype))
@@ -153,7 +175,14 @@ def patch_error(net: Net, rows: HeldoutRows) -> dict[str, Figure]:
         hidden = net(batch.tokens, batch.patches, batch.grid, docs=batch.docs)[last]
         guess = net.patch_head(net.exit_norms[str(last)](hidden[where]))
         errors = [(guess - target).square().sum(1), target.square().sum(1), torch.full((len(target),), target.shape[1])]
-        sums.add(groups[where.numpy()], torch.stack([e.double() for e in errors], dim=1).numpy())
+        numbers = torch.stack([e.double().cpu() for e in errors], dim=1).numpy()
+        sums.add(groups[where.cpu().numpy()], numbers)
+    return sums
+
+
+def patch_error_of(parts: Iterable[Sums]) -> dict[str, Figure]:
+    """`patch_error` of the rows of all `parts`, in their order."""
+    sums = Sums(parts)
     if not sums.columns:
         return {}
     model, zero, count = sums.columns

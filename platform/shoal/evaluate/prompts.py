@@ -31,6 +31,7 @@ from shoal.evaluate.halves import asked_groups
 from shoal.inputs import media
 from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import PATCH_ID
+from shoal.model.described import Described
 from shoal.model.model import IMAGE_IDS, Model
 from shoal.model.net import Net
 from shoal.model.router import features, page_sums
@@ -62,6 +63,15 @@ class Rest:
     head: Tensor  # [M, A] gaps on the first n
     gaps: Tensor  # [M, A] on the others; 0 where there are none
 
+    @classmethod
+    def of(cls, parts: Sequence[Rest | None]) -> Rest | None:
+        """Parts, one after the other; None where they are none."""
+        there = [part for part in parts if part is not None]
+        if not there:
+            return None
+        every = [[part.answers, part.features, part.head, part.gaps] for part in there]
+        return cls(there[0].after, *(torch.cat(some) for some in zip(*every, strict=True)))
+
     def some(self, at: Tensor) -> Rest:
         return Rest(self.after, self.answers[at], self.features[at], self.head[at], self.gaps[at])
 
@@ -85,7 +95,7 @@ class Prompts:
         return Prompts(self.features[at], self.gaps[at], self.lengths[at], tasks, self.groups[at], rest)
 
 
-def heldout_rows(model: Model, heldout: str | Path, most: int, *, asked: bool | None) -> ByTask:
+def heldout_rows(model: Model | Described, heldout: str | Path, most: int, *, asked: bool | None) -> ByTask:
     """The rows of `heldout` that `model` can read, of those groups that are `asked` (`halves`), or of the others; None: of all.
     At most `most` a task, evenly spaced. Raises DataError when `heldout` cannot be read."""
     heldout = remote.local(heldout)
@@ -107,31 +117,42 @@ def heldout_rows(model: Model, heldout: str | Path, most: int, *, asked: bool | 
 def measured(net: Net, rows: Mapping[str, Sequence[Heldout]], after: int | None = None) -> Prompts:
     """What the router would see of the prompts of `rows`, and their gaps on the answers; with `after` also what a second look
     would see after so many tokens of the answers, and the gaps before and behind it."""
+    return together(rows, [looked_at(net, encoded(rows), after)])
+
+
+def encoded(rows: Mapping[str, Sequence[Heldout]]) -> list[Encoded]:
+    """The rows alone, task after task."""
+    return [held.row for some in rows.values() for held in some]
+
+
+def together(rows: Mapping[str, Sequence[Heldout]], found: Sequence[tuple[Tensor, Tensor, Rest | None]]) -> Prompts:
+    """`rows` with what `looked_at` gave of them, a part after the other."""
     tasks = tuple(task for task, some in rows.items() for _ in some)
-    every = [held for some in rows.values() for held in some]
-    lengths = torch.tensor([held.row.answer.index(True) for held in every])
-    seen, lost, rest = _looked_at(net, [h.row for h in every], after)
-    return Prompts(seen, lost, lengths, tasks, torch.tensor([h.group for h in every]), rest)
+    lengths = torch.tensor([row.answer.index(True) for row in encoded(rows)])
+    groups = torch.tensor([held.group for some in rows.values() for held in some])
+    features, lost = (torch.cat(parts) for parts in zip(*(part[:2] for part in found), strict=True))
+    return Prompts(features, lost, lengths, tasks, groups, Rest.of([part[2] for part in found]))
 
 
 def gaps(net: Net, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-    """Router features [M, 2D + 3] and measured gaps [M, A], nats a token on the answer only.
+    """Router features [M, 2D + 3] and measured gaps [M, A], nats a token on the answer only; both on the CPU.
 
     Each row's prompt ends where its first answer token begins; rows without an answer are an error of the caller.
     """
-    return _looked_at(net, rows, None)[:2]
+    return looked_at(net, rows)[:2]
 
 
 @torch.inference_mode()
-def _looked_at(net: Net, rows: Sequence[Encoded], after: int | None) -> tuple[Tensor, Tensor, Rest | None]:
+def looked_at(net: Net, rows: Sequence[Encoded], after: int | None = None) -> tuple[Tensor, Tensor, Rest | None]:
+    """As `gaps`, and with `after` the rest of the answers; on the CPU."""
     config = net.config
     seen, again, parts, counts = [], [], [], []
     for row in rows:
         start = row.answer.index(True)
-        tokens = torch.tensor(row.ids)
-        patches, grid = _patch_tensors(row)
+        tokens = torch.tensor(row.ids, device=net.device)
+        patches, grid = _patch_tensors(row, net.device)
         hidden = net(tokens[None], patches, grid, exits=config.exits)
-        answer = torch.tensor(row.answer)[1:].nonzero().flatten()  # places that predict an answer token
+        answer = torch.tensor(row.answer)[1:].nonzero().flatten().to(net.device)  # places that predict an answer token
         losses = torch.stack([_nll(net, hidden[e][0, answer], e, tokens[answer + 1]) for e in config.exits])
         gap = losses[:-1] - losses[-1:]  # [A, answer tokens]
         state = hidden[config.exits[0]][0]
@@ -142,9 +163,9 @@ def _looked_at(net: Net, rows: Sequence[Encoded], after: int | None) -> tuple[Te
         behind = gap[:, look:].mean(1) if longer else torch.zeros_like(gap[:, 0])
         parts.append(torch.stack([gap.mean(1), gap[:, :look].mean(1), behind]))
         counts.append(len(answer))
-    whole, head, behind = torch.stack(parts, dim=1).float()
-    rest = None if after is None else Rest(after, torch.tensor(counts), torch.stack(again).float(), head, behind)
-    return torch.stack(seen).float(), whole, rest
+    whole, head, behind = torch.stack(parts, dim=1).float().cpu()
+    rest = None if after is None else Rest(after, torch.tensor(counts), torch.stack(again).float().cpu(), head, behind)
+    return torch.stack(seen).float().cpu(), whole, rest
 
 
 def _nll(net: Net, hidden: Tensor, layers: int, targets: Tensor) -> Tensor:
@@ -156,15 +177,15 @@ def _seen(net: Net, state: Tensor, tokens: Tensor, length: int) -> Tensor:
     return features(page_sums(net, state[:length], tokens[:length]), state[length - 1], length)
 
 
-def _patch_tensors(row: Encoded) -> tuple[Tensor | None, Tensor | None]:
+def _patch_tensors(row: Encoded, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """A row's patches [n, 3p^2] and their grid [n, 2] as tensors, or two Nones."""
     values = row.patches
     if values is None:
         return None, None
-    return torch.from_numpy(values), torch.from_numpy(media.grid(row.ids))
+    return torch.from_numpy(values).to(device), torch.from_numpy(media.grid(row.ids)).to(device)
 
 
-def _documents(model: Model, directory: Path, most: int, asked: bool | None) -> ByTask:
+def _documents(model: Model | Described, directory: Path, most: int, asked: bool | None) -> ByTask:
     index = open_index(directory)
     if index.tokenizer_sha256 != model.tokenizer.sha256:
         raise DataError(

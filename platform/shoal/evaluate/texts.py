@@ -33,9 +33,9 @@ def modalities(data: Path) -> list[str]:
     return [modality for modality in ("text", "code", "image") if index.total("rows", "heldout", modality)]
 
 
-def rows_of(data: Path, modality: str, model: Model, most: int) -> Rows:
-    """The held-out rows of a corpus, `most` of them, or those of a file as `model` reads them."""
-    return TextRows(data, model) if data.is_file() else HeldoutRows(data, modality, most)
+def rows_of(data: Path, modality: str, model: Model, most: int, part: slice = slice(None)) -> Rows:
+    """The held-out rows of a corpus, of `most` of them a `part`, or those of a file as `model` reads them."""
+    return TextRows(data, model) if data.is_file() else HeldoutRows(data, modality, most, part=part)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from shoal.model.router import Calibration, Router
 LICENCES = "licences"  # of a source in memory: name -> text of the files that travel with its weights
 ASIDE = ".tmp"  # end of the name of what is written
 LEFT_SECONDS = 3600.0
+ROUTER_FILE = "router.json"  # of a model that has a router
 ROUTER = "router."  # prefix of the router's tensors among the weights
 LATER = "later"  # of the second look's among them, and of its tables in router.json
 _HUGGING_FACE = {"model_type": "shoal", "architectures": ["ShoalForCausalLM"]}  # by which vLLM finds `vllm_plugin`
@@ -99,7 +100,7 @@ def save(
             tables = dataclasses.asdict(router.calibration)
             if router.later is not None:
                 tables[LATER] = dataclasses.asdict(router.later.calibration)
-            write_json(aside / "router.json", tables)
+            write_json(aside / ROUTER_FILE, tables)
         files.write_manifest(aside)
 
 
@@ -300,13 +301,46 @@ def read(directory: str | Path, *, verify: bool = False) -> Loaded:
     net.load_state_dict(tensors, assign=True)
     it = described.read(directory)
     router = _router(directory, config, router_state)
-    source = None
-    if (directory / described.SOURCE).exists():
-        source = described.read_json(directory / described.SOURCE)
-        source[LICENCES] = {
-            path.name: path.read_text(encoding="utf-8", errors="surrogateescape") for path in files.licences(directory)
-        }
-    return Loaded(it.name, config, net, it.tokenizer, it.chat_template, router, source, described.base(directory))
+    base = described.base(directory)
+    return Loaded(it.name, config, net, it.tokenizer, it.chat_template, router, _source(directory), base)
+
+
+def give_router(directory: str | Path, router: Router) -> None:
+    """Write a model directory again, with `router` and not the one that it has. Its weights are read as they are written, and
+    those of one file are held at a time. Raises CheckpointError as `read` does, and where it may not be replaced."""
+    directory = Path(directory).resolve()
+    files.check(directory)
+    it = described.read(directory)
+    save(
+        directory,
+        config=it.config,
+        state=((key, tensor) for key, tensor in files.stream_weights(directory) if not key.startswith(ROUTER)),
+        tokenizer=it.tokenizer,
+        name=it.name,
+        chat_template=it.chat_template,
+        router=router,
+        source=_source(directory),
+        base=described.base(directory),
+        card=(directory / files.CARD).read_text(encoding="utf-8"),
+    )
+
+
+def routers(directory: Path) -> tuple[bool, int | None]:
+    """Whether the model in `directory` has a router, and after how many tokens of an answer it looks again; None: never."""
+    path = directory / ROUTER_FILE
+    later = described.read_json(path).get(LATER) if path.exists() else None
+    return path.exists(), None if later is None else described.loaded(Calibration, later, path).after
+
+
+def _source(directory: Path) -> dict[str, Any] | None:
+    """What is said of the open model that a directory was imported from, with its licences."""
+    if not (directory / described.SOURCE).exists():
+        return None
+    source = described.read_json(directory / described.SOURCE)
+    source[LICENCES] = {
+        path.name: path.read_text(encoding="utf-8", errors="surrogateescape") for path in files.licences(directory)
+    }
+    return source
 
 
 def _router(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> Router | None:
@@ -319,7 +353,7 @@ def _router(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> R
         router.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"router of {directory}", got=first_line(error)) from error
-    path = directory / "router.json"
+    path = directory / ROUTER_FILE
     tables = described.read_json(path)
     later = tables.pop(LATER, None)
     router.calibration = described.loaded(Calibration, tables, path)

@@ -13,11 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -114,6 +114,20 @@ def load_weights(directory: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} {what} tensor {key}", do="export the model again")
         tensors |= found
     return tensors
+
+
+def stream_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a directory by name, read as they are asked for and in the order that they were written in. Raises
+    CheckpointError for a file that cannot be read."""
+    several = weight_files(directory).keys() != {directory / WEIGHTS}
+    places = read_json(directory / INDEX)["weight_map"] if several else {}
+    for name in dict.fromkeys(places.values()) or [WEIGHTS]:
+        try:
+            with safe_open(str(directory / name), "pt") as file:
+                for key in [key for key, of in places.items() if of == name] or file.keys():
+                    yield key, file.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {directory / name}", got=str(error)) from error
 
 
 def write_manifest(directory: Path) -> None:

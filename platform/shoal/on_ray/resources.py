@@ -26,6 +26,7 @@ LEAST_CPUS = 4  # logical: training holds its CPUs for its whole run, and Ray Da
 OBJECT_STORE = 512 * 2**20  # bytes: shards pass between processes in files, so little is shared through it
 LEAVE_SECONDS = 15.0  # that processes of a Ray that has ended may take to end as well
 ANSWER_SECONDS = 10.0  # that a cluster has to accept a connection
+NODE_GROUP = "ray.io/node-group"  # label of nodes: an autoscaler gives each one, the head too
 SOCKET_PATH = 107  # characters that a Unix socket's path may have
 SESSION_PATH = 70  # of them that Ray adds to its folder's
 

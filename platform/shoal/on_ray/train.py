@@ -32,7 +32,7 @@ from shoal.data.sources import s3
 from shoal.data.sources.s3 import S3
 from shoal.errors import DataError, ResourceError, ShoalError, UsageError, first_line, last_line
 from shoal.machine import need_disk
-from shoal.on_ray.resources import local_ray, worker_env
+from shoal.on_ray.resources import NODE_GROUP, local_ray, worker_env
 from shoal.on_ray.train_metrics import Exported
 from shoal.on_ray.train_records import following_actor, following_file, records, sent_to
 from shoal.train.bucket import ask_to_stop, bucket_of, commanding
@@ -46,7 +46,6 @@ from shoal.train.trackers import together
 
 STARTS = 3  # times that Ray may try to start the workers: its default retries an infeasible plan for ever
 COLLECTIVE_TIMEOUT = 300  # seconds that one exchange between workers may take
-NODE_GROUP = "ray.io/node-group"  # label of nodes
 CHECKPOINTS = "checkpoints"  # folder of the run that CheckpointStore writes to
 OF_RAY = ".ray"  # what Ray notes of a run in S3, below its prefix
 STOPS = list[Callable[[], None]]()  # what else is told when a run of this process is asked to stop

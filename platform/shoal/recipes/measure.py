@@ -21,7 +21,8 @@ from shoal.config import AUTO, FULL
 from shoal.data.chats import forms
 from shoal.engine.engine import Engine
 from shoal.engine.events import Guide, Request, Sampling
-from shoal.evaluate.evaluation import Progress, interleaved_speed, machine
+from shoal.evaluate.answering import interleaved_speed, machine
+from shoal.evaluate.evaluation import Progress
 from shoal.evaluate.intervals import Figure
 from shoal.evaluate.measures import Answer, mean_depth
 from shoal.inputs.chat import Encoded, encode_chat

@@ -33,25 +33,28 @@ class Evaluate(Stage):
             " read. [all of DATA]",
         ),
     ] = None
+    gpu: Annotated[
+        bool | None, typer.Option("--gpu/--no-gpu", help="Measure on GPUs, a worker each [where the cluster has them].")
+    ] = None
     report: Annotated[
         Path | None, typer.Option("--json", help="Write the report to this file, and a page beside it.")
     ] = None
 
     def run(self) -> None:
-        from shoal.data.models import here
-        from shoal.data.remote import local
         from shoal.evaluate.evaluation import compare, leave_a_core
         from shoal.evaluate.report import write_report
         from shoal.evaluate.tables import print_tables
+        from shoal.on_ray.measure import measuring, need_gpus
         from shoal.progress import progress
 
+        need_gpus(self.gpu)
         leave_a_core()
-        models = {Path(self.model).name: here(self.model)}
+        models = {Path(self.model).name: self.model}
         if self.against is not None:
             name = Path(self.against).name
-            models[self.against if name in models else name] = here(self.against)
-        with progress("evaluate") as tell:
-            found = compare(models, local(self.data), runs=self.runs or (), on_progress=tell)
+            models[self.against if name in models else name] = self.against
+        with measuring(*models.values(), gpus=self.gpu) as run, progress("evaluate") as tell:
+            found = compare(models, self.data, runs=self.runs or (), on_progress=tell, run=run)
         print_tables(found, out)
         if self.report is not None:
             write_report(self.report, {"title": " and ".join(models), "corpus": {}, "stages": [], **found})

@@ -241,11 +241,13 @@ class Retrain(Stage):
     def _router(self, served: Path, work: Path) -> Path:
         """A copy of what is served, with a router of rows that are held out."""
         from shoal.evaluate import routing
+        from shoal.on_ray.measure import measuring
 
         shutil.rmtree(work, ignore_errors=True)
         model = work / "model"
         shutil.copytree(served, model, copy_function=shutil.copyfile)  # versions are read-only, copies are not
-        report = routing.refit(model, self._asked(work), whole=True, sure=True)
+        with measuring(model) as run:
+            report = routing.refit(model, self._asked(work), whole=True, sure=True, run=run)
         say(f"router: it runs {report['depth_share']:.0%} of the layers and loses {report['regret']:.3f} nats a token")
         return model
 
@@ -254,6 +256,7 @@ class Retrain(Stage):
         from shoal.evaluate import routing
         from shoal.model.described import read_config
         from shoal.model.files import weight_bytes
+        from shoal.on_ray.measure import measuring
         from shoal.train.plan import QUANTIZE_STEPS
 
         config = read_config(served)[1]
@@ -276,7 +279,9 @@ class Retrain(Stage):
             model, shared["settings"] = work / "int8", given[-1:] if self.replay else []
             length: dict[str, Any] = {"steps": QUANTIZE_STEPS, "minutes": self.minutes * ROUNDING}  # what comes first
             Quantize(model=str(tuned), data=str(mix), out=str(model), **length, **shared).run()
-        if routing.finish(model, self._asked(work), say, whole=True, sure=True) is None:
+        with measuring(model) as run:
+            fitted = routing.finish(model, self._asked(work), say, whole=True, sure=True, run=run)
+        if fitted is None:
             routing.take_over(model, served, say)
         return model, tuned if rounded else None
 

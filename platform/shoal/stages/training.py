@@ -122,8 +122,9 @@ class Training(Stage):
 
     def run(self) -> None:
         """Train on Ray, show the run's lines, and fit the router."""
-        from shoal.data.models import changed
+        from shoal.data.remote import is_remote
         from shoal.evaluate import routing
+        from shoal.on_ray.measure import measuring
         from shoal.on_ray.train import parse_workers, train
         from shoal.train import log
         from shoal.train.bucket import folder_of
@@ -156,8 +157,9 @@ class Training(Stage):
             say(same if before == after else other)
             if not self.as_json and result.bpb:
                 out.print(_exits_table(begun, result.bpb))
-        with changed(plan.model_place) as folder:
-            report["router"] = routing.finish(folder, plan.router_data, say)
+        place = plan.model_place if is_remote(plan.model_place) else plan.model_dir
+        with measuring(place, gpus=self.gpu) as run:
+            report["router"] = routing.finish(place, plan.router_data, say, run=run)
         print_result(report, self.as_json, f"model in {result.out}")
 
 
@@ -339,11 +341,12 @@ class Quantize(Training):
 
     def _round(self) -> None:
         """Write the model in INT8 as rounding alone makes it, with a router where there are rows to fit it on."""
-        from shoal.data.models import here, written
+        from shoal.data.models import here
         from shoal.evaluate import routing
-        from shoal.evaluate.rounding import rounded
-        from shoal.model import checkpoint, described
-        from shoal.model.model import Model
+        from shoal.evaluate.pieces import Piece, wherever
+        from shoal.evaluate.rounding import round_to
+        from shoal.model import described
+        from shoal.on_ray.measure import measuring
 
         _, config = described.read_config(here(self.model, weights=False))
         if config.quantization != "none":
@@ -352,10 +355,10 @@ class Quantize(Training):
             )
         if useless := self._of_training():
             raise UsageError(f"--no-train with {useless[0]}", do="leave one of them out: nothing is trained")
-        with written(self.out) as folder:
-            checkpoint.require_replaceable(folder)
-            rounded(Model.load(here(self.model))).save(folder)
-            report = {"out": self.out, "router": routing.finish(folder, self.heldout or "", say)}
+        with measuring(self.model, self.model, gpus=False) as run:  # both precisions at once, on CPUs
+            list(run([Piece(round_to, (wherever(self.out), wherever(self.model)))]))
+        with measuring(self.out) as run:
+            report = {"out": self.out, "router": routing.finish(self.out, self.heldout or "", say, run=run)}
         print_result(report, self.as_json, f"model in {self.out}")
 
     def _of_training(self) -> list[str]:

@@ -45,16 +45,16 @@ def test_19_a_loss_that_rises_with_depth_is_said() -> None:
     assert any("hardly matters" in said for said in weaknesses([], exits(2.51, 2.505, 2.5)))
 
 
-def test_depth_is_priced_by_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_depth_is_priced_by_what_ran() -> None:
     """A fixed exit by its own FLOPs; the router by those of the exits that it chose, for each token that ran, and by what
     choosing cost each prompt. Two short answers at the first exit beside a long one at full depth are not two thirds."""
     model = Model.from_preset("test")
     answers = [Answer("", 2, 1, prompt=9), Answer("", 2, 1, prompt=9), Answer("", 41, 4, prompt=40)]
     found = evaluation.Quality(answers=answers)
-    monkeypatch.setattr(evaluation, "decode_speed", lambda *_, **__: 1.0)
     c = model.config
+    speeds = {"by_exit": dict.fromkeys(c.exits, 1.0)}
     price = {e: cost.flops_per_token(c, c.train_length, e) for e in c.exits}
-    rows = {depth: evaluation._depth_row(model, depth, found, {}, Sizes()) for depth in ("shallow", "full", "auto")}
+    rows = {depth: evaluation._depth_row(c, depth, found, {}, speeds) for depth in ("shallow", "full", "auto")}
     assert rows["shallow"]["flops_share"] == price[1] / price[4] and rows["full"]["flops_share"] == 1.0
     routing = 2 * cost.routing_flops(c, 9) + cost.routing_flops(c, 40)
     ran = 10 * price[1] + 10 * price[1] + 80 * price[4] + routing

@@ -34,7 +34,7 @@ class Trained:
             raise self.fails
         return FitResult(str(plan.model_dir), 3, 96, 1.5, {"text": {"full": 2.5}})
 
-    def finish(self, directory: Path, heldout: str, say: object) -> None:
+    def finish(self, directory: Path, heldout: str, say: object, *, run: object) -> None:
         self.fitted = directory, heldout
 
 
