@@ -185,10 +185,10 @@ class Always(Router):
         return self.depth
 
 
-def losing(*lost: float) -> Callable[[object, dict[str, list[Heldout]]], Prompts]:
+def losing(*lost: float) -> Callable[[object, dict[str, list[Heldout]], int | None], Prompts]:
     """Measures that `lost` is lost at the two early exits, give or take 0.01 a question."""
 
-    def measured(net: object, rows: dict[str, list[Heldout]]) -> Prompts:
+    def measured(net: object, rows: dict[str, list[Heldout]], after: int | None) -> Prompts:
         (some,) = rows.values()
         gaps = torch.tensor(lost) + 0.01 * torch.linspace(-1, 1, len(some))[:, None]
         return Prompts(
