@@ -327,7 +327,7 @@ def route(
     shape: Annotated[str, typer.Option(help="test, narrow (4 layers, 0.2M parameters), tiny or mini.")] = "narrow",
     seeds: Annotated[int, typer.Option(help="Seeds: of each a model is trained and measured.")] = 3,
     seed: Annotated[int, typer.Option(help="The first of the seeds.")] = 0,
-    steps: Annotated[int, typer.Option(help="Updates of each.")] = 900,
+    steps: Annotated[int, typer.Option(help="Updates of each.")] = 3_000,
     minutes: Annotated[
         float | None, typer.Option(help="Minutes that each is trained, in place of --steps. [none]")
     ] = None,

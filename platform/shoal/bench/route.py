@@ -53,7 +53,7 @@ def route(
     shape: str = "narrow",
     seeds: int = 3,
     seed: int = 0,
-    steps: int = 900,
+    steps: int = 3_000,
     minutes: float | None = None,
     families: Sequence[str] = tuple(FAMILIES),
     fit: int = 240,

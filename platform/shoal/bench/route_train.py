@@ -27,8 +27,8 @@ from shoal.train.optim import exit_weights, learning_rate, make_optimizer, train
 from shoal.train.parallel import Ranks
 from shoal.train.step import update
 
-ROWS = 24  # instances of a family in an update
-LENGTH = 64  # tokens that the model is made for: the longest row has 28
+ROWS = 48  # instances of a family in an update
+LENGTH = 64  # tokens that the model is made for: the longest row has 27
 _NARROW = {"layers": 4, "width": 64, "heads": 4, "kv_heads": 4, "head_dim": 16, "ffn": 128}
 SHAPES: dict[str, tuple[str, dict[str, int]]] = {
     "test": ("test", {}),
