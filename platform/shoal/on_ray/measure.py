@@ -7,9 +7,9 @@ process that asks holds neither rows of a corpus nor weights.
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,9 @@ def workers(parameters: Sequence[int], gpus: bool | None = None) -> Run:
             need_machine(asked["memory"], [node["Resources"].get("memory", 0.0) for node in nodes])
 
     def run(some: Sequence[Piece]) -> Iterator[Any]:
-        jobs = [(pickle.dumps(piece),) for piece in some]
+        jobs = [(_Whole(piece),) for piece in some]
         found = each(_Worker(on_gpu), jobs, [1] * len(jobs), "measure", lambda *_: None, **asked, **RETRIED)
-        yield from map(pickle.loads, found)
+        yield from (result.value for result in found)
 
     return run
 
@@ -86,6 +86,13 @@ def need_machine(need: float, machines: Sequence[float]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """What Ray Data carries as it is: of arrays and of tuples it would make columns."""
+
+    value: Any
+
+
 class _Worker:
     """Does pieces; its models are loaded where it runs, and stay there."""
 
@@ -95,10 +102,10 @@ class _Worker:
         self._gpu = gpu
         self._models: Models | None = None
 
-    def __call__(self, piece: bytes) -> bytes:
+    def __call__(self, whole: _Whole) -> _Whole:
         self._models = self._models or Models(self._gpu)
-        asked: Piece = pickle.loads(piece)
-        return pickle.dumps(asked.do(self._models, *asked.args))
+        piece: Piece = whole.value
+        return _Whole(piece.do(self._models, *piece.args))
 
 
 def _parameters(place: str | Path) -> int:

@@ -17,9 +17,10 @@ import pytest
 
 from shoal import Model, cli
 from shoal.errors import DataError, ResourceError
+from shoal.loop.asked import forbidden
 from shoal.loop.canary import Canary, Evidence, Tally, advanced, judged
 from shoal.loop.capture import Capture, Forgotten
-from shoal.loop.cut import MANIFEST, RECENT, TRAIN, Settings, _manifest, cut, forbidden, read
+from shoal.loop.cut import MANIFEST, RECENT, TRAIN, Settings, _manifest, cut, read
 from shoal.loop.forget import forget as forget_all
 from shoal.loop.labels import CORRECTION, Found, Labelled, kept_texts, labelled, said
 from shoal.loop.learned import forget
