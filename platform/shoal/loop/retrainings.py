@@ -104,14 +104,35 @@ def seen(release: Path, times: Sequence[str], now: datetime) -> Retrainings:
 
 def tidy(work: Path, stable: int) -> int:
     """Removes from the folder `work` what retrainings of another version than `stable` have left, and what nobody has touched
-    for `LEFT_DAYS`; how many that were. For the one that runs, which is alone."""
+    for `LEFT_DAYS`; how many that were. For the one that runs, which is alone. Raises ResourceError."""
     gone = 0
     for path in sorted(work.glob("*")):
-        written = max(each.stat().st_mtime for each in (path, *path.rglob("*")))
-        if path.name.rpartition("-")[2] != str(stable) or time.time() - written > LEFT_DAYS * 86_400:
-            shutil.rmtree(path)
+        if not path.is_dir() or path.is_symlink():  # what a file system or a person put there is no work of ours
+            continue
+        if path.name.rpartition("-")[2] != str(stable) or time.time() - _written(path) > LEFT_DAYS * 86_400:
+            _remove(path)
             gone += 1
     return gone
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first: killed in the middle, nobody goes on with the half of it, and the next one removes that."""
+    aside = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.gone")
+    try:
+        folder.rename(aside)
+        shutil.rmtree(aside)
+    except OSError as error:
+        do = "end what still writes there, or remove it"
+        raise ResourceError(f"{folder} cannot be removed", got=error.strerror, do=do) from error
+
+
+def _written(folder: Path) -> float:
+    """When anything in it was last written; of what goes meanwhile, as workers end that outlived their command, nothing."""
+    found = 0.0
+    for each in (folder, *folder.rglob("*")):
+        with suppress(FileNotFoundError):
+            found = max(found, each.lstat().st_mtime)
+    return found
 
 
 @contextmanager

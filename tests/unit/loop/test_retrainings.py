@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.errors import DataError
+from shoal.errors import DataError, ResourceError
 from shoal.loop import retrainings
 from shoal.loop.retrainings import FILE, Retrainings, Run, one, read, seen, tidy
 from shoal.train.run import StoppedError
@@ -114,6 +114,51 @@ def test_what_nobody_goes_on_with_is_removed_and_what_may_be_gone_on_with_is_not
     os.utime(tmp_path / "bb-router-3", (ahead, ahead))
     assert tidy(tmp_path, 3) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["aa-finetune-3", "bb-router-3"]
+
+
+def test_what_is_no_work_stays_and_a_link_to_nothing_ends_no_retraining(tmp_path: Path) -> None:
+    """A file of the file system's own, a folder elsewhere, and what a worker that outlived its command takes away."""
+    (tmp_path / "retrain" / "aa-finetune-2").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "retrain" / ".nfs0001").write_text("open")
+    (tmp_path / "retrain" / "bb-finetune-2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "retrain" / "aa-finetune-2" / "latest").symlink_to("nowhere")
+    assert tidy(tmp_path / "retrain", 3) == 1
+    assert sorted(path.name for path in (tmp_path / "retrain").iterdir()) == [".nfs0001", "bb-finetune-2"]
+    assert (tmp_path / "elsewhere").is_dir()
+
+
+def test_with_the_half_of_what_was_being_removed_nobody_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is killed in the middle; of the same stable version, whose folder would be as new as that."""
+    folder, week = tmp_path / "aa-finetune-3", time.time() - 8 * 86_400
+    folder.mkdir()
+    for name in ("manifest.json", "weights"):
+        (folder / name).write_text("{}")
+        os.utime(folder / name, (week, week))
+    os.utime(folder, (week, week))
+
+    def killed(path: Path) -> None:
+        (path / "weights").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killing, pytest.raises(KeyboardInterrupt):
+        killing.setattr("shutil.rmtree", killed)
+        tidy(tmp_path, 3)
+    assert not folder.exists()
+    assert tidy(tmp_path, 3) == 1 and not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be_removed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "aa-finetune-2").mkdir()
+
+    def busy(path: Path) -> None:
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr("shutil.rmtree", busy)
+    with pytest.raises(ResourceError, match="aa-finetune-2 cannot be removed: got 'Directory not empty'"):
+        tidy(tmp_path, 3)
 
 
 @pytest.mark.parametrize("text", ["", "[3]", "3", '{"failed": "two"}', '{"runs": [{"began": 3}]}'])
