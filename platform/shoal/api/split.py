@@ -134,7 +134,7 @@ class Split:
             trial.count(meter, stable=True, failed=failed, first=first)
             self._remember(note)
         if not failed and meter.times is not None:
-            self.pace.observe(*meter.times, meter.nll if first else None)
+            self.pace.observe(*meter.times, meter.nll if first else None, len(meter.tokens))
 
     async def _of_stable(self, request: Request, note: Note) -> AsyncGenerator[list[Event], None]:
         lists = self.stable.batches(request, partial(self._begun, note))

@@ -128,7 +128,7 @@ class Trial:
     def _count_worth(self, tally: Tally, meter: Meter) -> None:
         tally.talks += 1
         tally.cut += meter.cut
-        unsure = self.pace.is_unsure(meter.nll)
+        unsure = self.pace.is_unsure(meter.nll, len(meter.tokens))
         if unsure is not None:
             tally.heard += 1
             tally.unsure += unsure

@@ -12,10 +12,11 @@ checks are clear, never by the clock. Votes are given by whom it pleases: they c
 
 What answers are worth nobody knows who has no labels. Two things say that they are worth less: they do not come to an end
 (cut by their length), and the model is less sure of them. Unsure is an answer whose sampled NLL is above the 75th
-percentile of the stable version's latest ones, as a quarter of its own are. Twice as many of a canary's are too many: that
-is 0.67 standard deviations where these are normal. They ask for twice the evidence (`WORTH`), so that one that is less sure
-by 0.2, which is no drift either, nearly always stays (decision 0088). Of a talk the first answer alone counts, since those
-after it are no news, and neither clears a step.
+percentile of the stable version's latest ones of some such length, by more than `NATS`, as at most a quarter of its own are:
+a mean of one token is spread wider than one of six, and where all is nearly certain, twice nothing is nothing. Twice as many
+of a canary's are too many: that is 0.67 standard deviations where these are normal. They ask for twice the evidence (`WORTH`),
+so that one that is less sure by 0.2, which is no drift either, nearly always stays (decisions 0088, 0092). Of a talk the
+first answer alone counts, since those after it are no news, and neither clears a step.
 
 Slow is an answer beyond 1.25 times the 95th percentile of what the stable version's latest answers took; none is condemned for
 it before some of the stable version's were timed beside its own.
@@ -32,8 +33,10 @@ SHADOWS, REQUESTS = 200, 300  # that a step takes at least
 ALPHA, BETA = 0.01, 0.05
 SLOW = 1.25  # times the stable version's 95th percentile
 LEAST_TIMES = 20  # answers of the stable version before any is called slow
+LOOKED_AT = 16  # of so many tokens of an answer the NLL of one is known (`engine.signals.EVERY`)
 
-UNSURE = 0.75  # quantile of the stable version's NLL
+UNSURE = 0.75  # quantile of the stable version's NLL ...
+NATS = 0.05  # ... a token, and what is above it by no more than depth "auto" may lose anyway
 FEW = 4  # of its answers at the same time, before a canary is too slow beside them
 
 Decision = Literal["wait", "next", "back", "done"]
@@ -247,11 +250,13 @@ class Pace:
         self._keep = keep
         self._first: list[float] = []
         self._token: list[float] = []
-        self._nll: list[float] = []
+        self._nll: dict[int, list[float]] = {}  # by `_like`
 
-    def observe(self, first: float, token: float | None, nll: float | None = None) -> None:
-        """Seconds to the first token, and of each after it; nats of the sampled tokens, of the first answer of a talk."""
-        for kept, value in ((self._first, first), (self._token, token), (self._nll, nll)):
+    def observe(self, first: float, token: float | None, nll: float | None = None, tokens: int = 0) -> None:
+        """Seconds to the first token, and of each after it; of the first answer of a talk nats of the sampled tokens, and how
+        many `tokens` it has."""
+        known = self._nll.setdefault(_like(tokens), [])
+        for kept, value in ((self._first, first), (self._token, token), (known, nll)):
             if value is not None:
                 kept.append(value)
                 del kept[: -self._keep]
@@ -265,16 +270,22 @@ class Pace:
             token is not None and len(self._token) >= LEAST_TIMES and token > SLOW * percentile(self._token)
         )
 
-    def is_unsure(self, nll: float | None) -> bool | None:
-        """Of an answer; None where too little is known."""
-        if nll is None or len(self._nll) < LEAST_TIMES:
+    def is_unsure(self, nll: float | None, tokens: int = 0) -> bool | None:
+        """Of an answer of so many `tokens`; None where too little is known of such."""
+        known = self._nll.get(_like(tokens), [])
+        if nll is None or len(known) < LEAST_TIMES:
             return None
-        return nll > percentile(self._nll, UNSURE)
+        return nll > percentile(known, UNSURE) + NATS
 
     def patience(self, least: float, times: float) -> float:
         """Seconds to wait for a token of a canary before it counts as one that does not come."""
         known = [*self._first[-self._keep :]]
         return max(least, times * percentile(known)) if len(known) >= LEAST_TIMES else math.inf
+
+
+def _like(tokens: int) -> int:
+    """The same for answers of which as many tokens were looked at, or less than twice as many."""
+    return (-(-tokens // LOOKED_AT)).bit_length()
 
 
 def percentile(values: list[float], share: float = 0.95) -> float:

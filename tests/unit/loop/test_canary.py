@@ -7,11 +7,13 @@ import random
 
 import pytest
 
+from shoal.engine.signals import EVERY
 from shoal.loop.canary import (
     ALPHA,
     CLEARED,
     CONDEMNED,
     LEAST_TIMES,
+    LOOKED_AT,
     SHARES,
     Canary,
     Evidence,
@@ -132,6 +134,56 @@ def test_one_that_is_as_sure_stays_and_one_that_is_not_goes_within_the_copies() 
     assert sum(goes_back(draws, 0.0) is not None for _ in range(100)) <= 4
     found = sorted(goes_back(draws, 1.0) or 999 for _ in range(30))
     assert found[15] <= 72 and found[28] <= 200
+
+
+def goes_back_of(draws: random.Random, stable: tuple[int, float], canary: tuple[int, float]) -> bool:
+    """Whether one is taken back within 300 answers, of (tokens that are looked at, nats of one in seven; of all others a
+    fiftieth of that)."""
+    pace, evidence = Pace(), Evidence()
+    for _ in range(300):
+        for tally, (looked, nats) in ((evidence.stable, stable), (evidence.canary, canary)):
+            some = [draws.expovariate(1 / (nats if draws.random() < 0.15 else nats / 50)) for _ in range(looked)]
+            nll, tokens = sum(some) / looked, looked * LOOKED_AT
+            unsure = pace.is_unsure(nll, tokens)
+            if unsure is not None:
+                tally.heard += 1
+                tally.unsure += unsure
+            if tally is evidence.stable:
+                pace.observe(0.1, 0.01, nll, tokens)
+        if judged(START, evidence)[0] == "back":
+            return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("stable", "canary", "back"),
+    [
+        (
+            (1, 1.5),
+            (3, 1.5),
+            False,
+        ),  # longer answers, each token as sure: of these more than twice as many had been unsure
+        ((3, 1.5), (1, 1.5), False),
+        ((3, 0.005), (3, 0.02), False),  # four times nothing
+        ((3, 1.0), (3, 20.0), True),
+    ],
+)
+def test_neither_other_lengths_nor_thousandths_of_a_nat_are_less_sure(
+    stable: tuple[int, float], canary: tuple[int, float], back: bool
+) -> None:
+    draws = random.Random(3)
+    found = sum(goes_back_of(draws, stable, canary) for _ in range(15))
+    assert found >= 14 if back else found <= 1
+
+
+def test_lengths_are_alike_as_engines_look_at_tokens() -> None:
+    assert LOOKED_AT == EVERY
+    pace = Pace()
+    for _ in range(LEAST_TIMES):
+        pace.observe(0.1, 0.01, 1.0, 17)
+    found = [pace.is_unsure(2.0, tokens) for tokens in (1, 16, 17, 48, 49)]
+    assert found == [None, None, True, True, None], "one token, two or three, four and more"
+    assert [pace.is_unsure(nll, 17) for nll in (1.04, 1.06, None)] == [False, True, None]
 
 
 def test_every_check_has_a_name_of_its_own() -> None:
