@@ -213,6 +213,19 @@ def test_every_command_of_a_page_exists(page: Path) -> None:
             check(words)
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "log.md"], ids=name_of)
+def test_every_option_of_a_command_in_a_sentence_exists(page: Path) -> None:
+    """Of those in backquotes, which may leave out what the page has said. The log names what there was."""
+    for text in re.findall(r"`(shoal [a-z][^`]*)`", page.read_text()):
+        words = shlex.split(text)
+        name = next((n for n in (" ".join(words[1:3]), words[1]) if n in COMMANDS), None)
+        if name is None:  # a group, such as `shoal release`
+            assert any(known.startswith(f"{words[1]} ") for known in COMMANDS), text
+            continue
+        known = {each for option in COMMANDS[name] for each in option.names} | {"--help"}
+        assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known, text
+
+
 def test_a_command_that_does_not_exist_is_found() -> None:
     for line in ("make brew", "shoal pretrian", "shoal chat --modell x", "shoal pretrain --steps 1", "python jobs/x.py",
                  "python examples/x.py",
