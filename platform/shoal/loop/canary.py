@@ -36,7 +36,7 @@ LEAST_TIMES = 20  # answers of the stable version before any is called slow
 LOOKED_AT = 16  # of so many tokens of an answer the NLL of one is known (`engine.signals.EVERY`)
 
 UNSURE = 0.75  # quantile of the stable version's NLL ...
-NATS = 0.05  # ... a token, and what is above it by no more than depth "auto" may lose anyway
+NATS = 0.02  # ... a token: what chance makes of it where all is nearly certain
 FEW = 4  # of its answers at the same time, before a canary is too slow beside them
 
 Decision = Literal["wait", "next", "back", "done"]

@@ -183,7 +183,7 @@ def test_lengths_are_alike_as_engines_look_at_tokens() -> None:
         pace.observe(0.1, 0.01, 1.0, 17)
     found = [pace.is_unsure(2.0, tokens) for tokens in (1, 16, 17, 48, 49)]
     assert found == [None, None, True, True, None], "one token, two or three, four and more"
-    assert [pace.is_unsure(nll, 17) for nll in (1.04, 1.06, None)] == [False, True, None]
+    assert [pace.is_unsure(nll, 17) for nll in (1.01, 1.03, None)] == [False, True, None]
 
 
 def test_every_check_has_a_name_of_its_own() -> None:
