@@ -158,11 +158,8 @@ def goes_back_of(draws: random.Random, stable: tuple[int, float], canary: tuple[
 @pytest.mark.parametrize(
     ("stable", "canary", "back"),
     [
-        (
-            (1, 1.5),
-            (3, 1.5),
-            False,
-        ),  # longer answers, each token as sure: of these more than twice as many had been unsure
+        # longer answers, each token as sure: of these more than twice as many had been unsure
+        ((1, 1.5), (3, 1.5), False),
         ((3, 1.5), (1, 1.5), False),
         ((3, 0.005), (3, 0.02), False),  # four times nothing
         ((3, 1.0), (3, 20.0), True),
