@@ -186,7 +186,7 @@ class Scheduler:
     def commit(self, plan: Plan, outcome: Outcome) -> list[Event]:
         """Take in what a step gave, and return the events since the last call."""
         now = self.clock()
-        cost, cheap = plan.cost, self.config.exits[0]
+        cost, shallowest = plan.cost, self.config.exits[0]
         self.pace.step(*cost, now - self._began, shallow=plan.shallow)
         self._seconds.took(plan.works, self.pace.seconds(*cost) or 0.0)
         self._drafting.learn(plan, outcome, now - self._began)
@@ -205,7 +205,7 @@ class Scheduler:
             work.running.prompt_logprobs += scores
         for work, sampled in zip(plan.samples, outcome.samples, strict=True):
             if work.running.told is None and not work.running.looking:
-                work.running.ran += work.running.layers + sampled.drafted * cheap
+                work.running.ran += work.running.layers + sampled.drafted * shallowest
             work.running.looking = False
             self._append(work.running, sampled, now)
             if work.drafts:

@@ -26,7 +26,6 @@ from shoal.on_ray.resources import NODE_GROUP, local_ray
 
 RETRIED = {"max_restarts": 3, "max_task_retries": 3}  # of a worker that is lost, and of the piece that it was at
 BYTES = 4  # of a parameter on a CPU, which computes in fp32
-BESIDE = 1.25  # memory of a worker, over that of the weights
 OWN = 2**30  # bytes that a worker takes without any
 
 
@@ -64,7 +63,7 @@ def workers(parameters: Sequence[int], gpus: bool | None = None) -> Run:
         if have.get("GPU", 0) < 1 and not may_grow:
             raise ResourceError("1 GPU to measure on", got="none in the cluster", do="give --no-gpu, or add one")
     else:
-        asked = {"num_cpus": 1.0, "memory": float(OWN + int(BYTES * BESIDE * sum(parameters)))}
+        asked = {"num_cpus": 1.0, "memory": float(OWN + int(BYTES * pieces.BESIDE * sum(parameters)))}
         if not may_grow:
             need_machine(asked["memory"], [node["Resources"].get("memory", 0.0) for node in nodes])
 
