@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from shoal.inputs.tokenizer import Tokenizer
 from shoal.loop import retrainings
 from shoal.loop.capture import Forgotten
 from shoal.loop.cut import Settings, cut, name_of
+from shoal.loop.earlier import Earlier
 from shoal.loop.labels import CORRECTION, Found, Labelled
 from shoal.loop.learned import LOCK, WORK
 from shoal.loop.learned import forget as taken_out
@@ -245,7 +247,8 @@ def test_what_an_earlier_cut_held_out_is_not_learned_and_what_nobody_goes_on_wit
 
     monkeypatch.setattr(Retrain, "_finetune", trained)
     rows = [Labelled(chat(number), CORRECTION, f"person {number}", f"chatcmpl-{number}") for number in range(300)]
-    cut(Found(rows, len(rows)), tmp_path / "second", Settings(heldout=0.6, seed=1))
+    learned = Earlier((folder,), (folder,), ()).trained_on()
+    cut(Found(rows, len(rows)), tmp_path / "second", Settings(heldout=0.6, seed=1), learned=learned)
     left = release.directory / WORK / "0123456789ab-finetune-7"
     left.mkdir(parents=True)
     how = ("--kind", "finetune", "--cooldown", "0")
@@ -271,6 +274,31 @@ def test_one_that_a_job_s_stop_ends_is_no_failure(
     assert signal.getsignal(signal.SIGTERM) == before
     known = retrainings.read(release.directory)
     assert [run.outcome for run in known.runs] == ["ended"] and known.failed == 0
+
+
+def test_one_that_ends_while_it_tidies_up_counts_its_minutes_once(
+    release: Release, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job's stop after the version was added; a folder that cannot be removed is told of, and the version is made."""
+    remove = retrainings.remove
+
+    def stopped(work: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        remove(work)
+
+    monkeypatch.setattr(retrainings, "remove", stopped)
+    assert retrain(release, folder) == 130
+    known = retrainings.read(release.directory)
+    assert [run.outcome for run in known.runs] == ["unjudged"] and known.spent(datetime.now(UTC)) == 0.0
+    assert len(release.versions()) == 2
+
+    def busy(work: Path) -> None:
+        raise ResourceError(f"{work} cannot be removed")
+
+    monkeypatch.setattr(retrainings, "remove", busy)
+    assert retrain(release, folder, "--cooldown", "0") == 0
+    assert "cannot be removed" in capsys.readouterr().err
+    assert len(release.versions()) == 3
 
 
 def test_two_at_once_and_one_too_soon_are_refused(

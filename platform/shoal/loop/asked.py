@@ -22,10 +22,12 @@ class Asked:
     """Questions that nobody may be trained on: what a suite or a held-out file asks."""
 
     whole: set[str] = field(default_factory=set)
+    turns: set[str] = field(default_factory=set)  # of talks of several: nobody else asks one of them alone
     runs: dict[int, set[int]] = field(default_factory=dict)  # words in a run -> hashes
 
     def add(self, messages: Sequence[Mapping[str, Any]]) -> None:
         self.whole.add(asked_about(list(messages)))  # type: ignore[arg-type]
+        self.turns.update(asked_about([one]) for one in messages if one.get("role") == "user")  # type: ignore[list-item]
         found = words(user(messages))
         if len(found) >= LEAST:
             size = min(GRAM, len(found))
@@ -34,6 +36,8 @@ class Asked:
     def holds(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether these ask it, all together or in one of their turns."""
         turns = [[message] for message in messages if message.get("role") == "user"]
+        if len(turns) == 1 and asked_about(turns[0]) in self.turns:  # type: ignore[arg-type]
+            return True
         if any(asked_about(list(some)) in self.whole for some in (messages, *turns)):  # type: ignore[arg-type]
             return True
         found = words(user(messages))

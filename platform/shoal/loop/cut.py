@@ -5,7 +5,7 @@
           cut.json         last: counts, hashes of both files, of the requests and of the people in them, settings
 
 People are split, never rows: two wordings of one person's question are on one side. What a suite asks, or an earlier cut held
-out, is not trained on.
+out, is not trained on; and who was trained on by an earlier cut is not held out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import shutil
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ FORMAT, VERSION = "shoal.cut", 1
 TRAIN, RECENT, MANIFEST = "train.jsonl", "recent.jsonl", "cut.json"
 REPLAY = "replay"
 NAME = re.compile(r"[0-9a-f]{16}")  # of `name_of`
+LEARNED = 2.0  # the draw of who was trained on: above any share
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,18 @@ class Settings:
                 raise UsageError(name, got=value, allowed=f"0 to {most:g}")
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What earlier cuts trained on."""
+
+    people: Collection[str] = ()  # their names (`name_of`)
+    asked: Asked = field(default_factory=Asked)
+
+    def holds(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row that is held out was trained on: of such a person, or asked by one."""
+        return person_of(row) in self.people or self.asked.holds(asked_in(row))
+
+
 def cut(
     found: Found,
     out: Path,
@@ -71,11 +84,13 @@ def cut(
     replay: Path | None = None,
     never: Asked | None = None,
     before: Asked | None = None,
+    learned: Learned | None = None,
     told: Any = None,
 ) -> dict[str, Any]:
     """Write the cut of the labelled rows in `found` to the folder `out`, and return its manifest. `replay`: the chats of the
-    old mix; `never`: what is not in it at all; `before`: what is not trained on, and may be held out again; `told`: what is
-    kept in the manifest beside. Raises DataError where `out` exists, and where nothing is left to train on."""
+    old mix; `never`: what is not in it at all; `before`: what is not trained on, and may be held out again; `learned`: what is
+    not held out; `told`: what is kept in the manifest beside. Raises DataError where `out` exists, and where nothing is left to
+    train on."""
     if out.exists():
         raise DataError(f"{out} exists", do="choose another --out: a cut is never changed")
     if not found.rows:
@@ -83,7 +98,7 @@ def cut(
         do = "collect corrections, or give --teacher or --import"
         raise DataError("no row with a label", got=f"{found.texts} texts: {reasons}", do=do)
     rows = _distinct(found)
-    train, recent = _split(rows, settings, found, never or Asked(), before or Asked())
+    train, recent = _split(rows, settings, found, never or Asked(), before or Asked(), learned or Learned())
     train = _few_liked(train, settings, found)
     for name, some in (("to train on", train), ("held out", recent)):
         if not some and (name == "to train on" or settings.heldout != 0):
@@ -134,6 +149,13 @@ def read(out: Path) -> dict[str, Any]:
         if not (out / name).is_file() or sha256_of(out / name) != wanted:
             raise DataError(f"{out / name} is not what it was when the cut was made", do="make another: shoal curate")
     return dict(manifest)
+
+
+def known_of(out: Path, learned: Learned) -> int:
+    """How many rows that a cut holds out were trained on by earlier ones, as of one that was made without these. Raises
+    DataError for what is no chat."""
+    with chats_of(out / RECENT):
+        return sum(learned.holds(json.loads(line)) for line in lines(out / RECENT))
 
 
 def asked(out: Path, never: Asked) -> int:
@@ -214,6 +236,12 @@ def name_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def person_of(row: Mapping[str, Any]) -> str | None:
+    """The name of the person whose chat this row of a cut is; None for an old one that no cut had from anybody."""
+    group = row.get("group")
+    return group if isinstance(group, str) and NAME.fullmatch(group) else None
+
+
 def _distinct(found: Found) -> list[Labelled]:
     """The rows without copies: the same question with the same answer, and near copies of longer ones; the newest of each."""
     kept, seen = [], set[tuple[str, str]]()
@@ -238,17 +266,19 @@ def _distinct(found: Found) -> list[Labelled]:
 
 
 def _split(
-    rows: Sequence[Labelled], settings: Settings, found: Found, never: Asked, before: Asked
+    rows: Sequence[Labelled], settings: Settings, found: Found, never: Asked, before: Asked, learned: Learned
 ) -> tuple[list[Labelled], list[Labelled]]:
     """Rows to train on and rows that are held out, of other people; neither asks what is forbidden, and what is held out is
-    nothing that is asked in training; to train on there is nothing of `before`."""
+    nothing that is asked in training; to train on there is nothing of `before`, and nothing of `learned` is held out."""
     allowed = [row for row in rows if not never.holds(row.messages[:-1])]
     found.leave("asked by a suite", len(rows) - len(allowed))
     names = {row.person: row.person.encode("utf-8", "surrogatepass") for row in allowed}
     draws = {person: xxhash.xxh3_64_intdigest(name, settings.seed) / 2**64 for person, name in names.items()}
+    draws |= {person: LEARNED for person in draws if name_of(person) in learned.people}
     barred = {id(row) for row in allowed if before.holds(row.messages[:-1])}
-    share = _share(allowed, draws, barred) if settings.heldout is None else settings.heldout
-    train, recent = _apart(allowed, draws, share, barred)
+    known = {id(row) for row in allowed if learned.asked.holds(row.messages[:-1])}
+    share = _share(allowed, draws, barred, known) if settings.heldout is None else settings.heldout
+    train, recent = _apart(allowed, draws, share, barred, known)
     earlier = sum(draws[row.person] >= share and id(row) in barred for row in allowed)
     found.leave("held out by an earlier cut", earlier)
     others = len(allowed) - len(train) - len(recent) - earlier
@@ -258,13 +288,14 @@ def _split(
 
 
 def _apart(
-    rows: Sequence[Labelled], draws: dict[str, float], share: float, barred: Collection[int]
+    rows: Sequence[Labelled], draws: dict[str, float], share: float, barred: Collection[int], known: Collection[int]
 ) -> tuple[list[Labelled], list[Labelled]]:
     """The rows of people whose draw is `share` or more, without those whose `id` is `barred`, and of the others those that ask
-    nothing of these."""
+    nothing of these, without those whose `id` is `known`."""
     train = [row for row in rows if draws[row.person] >= share and id(row) not in barred]
-    known = _asked_by(train)
-    return train, [row for row in rows if draws[row.person] < share and not known.holds(row.messages[:-1])]
+    asked = _asked_by(train)
+    held = [row for row in rows if draws[row.person] < share and id(row) not in known]
+    return train, [row for row in held if not asked.holds(row.messages[:-1])]
 
 
 def _asked_by(rows: Iterable[Labelled]) -> Asked:
@@ -274,14 +305,15 @@ def _asked_by(rows: Iterable[Labelled]) -> Asked:
     return found
 
 
-def _share(rows: Sequence[Labelled], draws: dict[str, float], barred: Collection[int]) -> float:
+def _share(rows: Sequence[Labelled], draws: dict[str, float], barred: Collection[int], known: Collection[int]) -> float:
     """A fifth of the people, or as many more as leave a tenth more rows than the gate asks for: with fewer it can say nothing,
     however much was learned. Where half of the rows would not do, a fifth: the next cut will."""
-    shares = [0.2, *sorted(above for draw in draws.values() if (above := math.nextafter(draw, 2)) > 0.2)]
+    possible = (math.nextafter(draw, 2) for draw in draws.values() if draw < LEARNED)
+    shares = [0.2, *sorted(share for share in possible if share > 0.2)]
     place = bisect_left(
         shares,
         1.1 * LEAST_RECENT,
-        key=lambda each: sum(row.label != UP for row in _apart(rows, draws, each, barred)[1]),
+        key=lambda each: sum(row.label != UP for row in _apart(rows, draws, each, barred, known)[1]),
     )
     share = shares[min(place, len(shares) - 1)]
     return share if 2 * sum(draws[row.person] < share for row in rows) <= len(rows) else 0.2
@@ -347,5 +379,5 @@ def _manifest(
 
 def _named(old: Sequence[str]) -> tuple[set[str], set[str]]:
     """The names of requests and persons in rows of the old mix that are an earlier cut's."""
-    rows = [row for row in map(json.loads, old) if NAME.fullmatch(str(row.get("group")))]
+    rows = [row for row in map(json.loads, old) if person_of(row)]
     return {name_of(str(row["id"])) for row in rows if row.get("id")}, {row["group"] for row in rows}

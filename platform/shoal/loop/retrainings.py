@@ -110,13 +110,14 @@ def tidy(work: Path, stable: int) -> int:
         if not path.is_dir() or path.is_symlink():  # what a file system or a person put there is no work of ours
             continue
         if path.name.rpartition("-")[2] != str(stable) or time.time() - _written(path) > LEFT_DAYS * 86_400:
-            _remove(path)
+            remove(path)
             gone += 1
     return gone
 
 
-def _remove(folder: Path) -> None:
-    """Under another name first: killed in the middle, nobody goes on with the half of it, and the next one removes that."""
+def remove(folder: Path) -> None:
+    """Removes what one worked in; under another name first: killed in the middle, nobody goes on with the half of it, and the
+    next one removes that. Raises ResourceError."""
     aside = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.gone")
     try:
         folder.rename(aside)
@@ -146,17 +147,18 @@ def one(
     if known.runs and known.runs[-1].outcome == WORKS:
         known = replace(known, runs=known.runs[:-1]).and_then(replace(known.runs[-1], outcome=KILLED))
     known = replace(known, runs=tuple(run for run in known.runs if known.age(run.began, began) < DAY))
+    verdict: str | None = None  # of a version that is made: it says how long it took, whatever ends the command then
     now, outcome, why = Run(began.isoformat(timespec="seconds"), minutes=minutes), FAILED, ""
     _write(release, replace(known, runs=(*known.runs, now)))
 
     def made(passed: bool | None) -> None:
-        nonlocal outcome
-        outcome = UNJUDGED if passed is None else PASSED if passed else REFUSED
+        nonlocal verdict
+        verdict = UNJUDGED if passed is None else PASSED if passed else REFUSED
 
     def note() -> None:
         took = round((time.monotonic() - steady) / 60, 2)
         with suppress(ResourceError):  # what was made is made; the next one counts it as killed
-            _write(release, known.and_then(replace(now, outcome=outcome, minutes=took, why=why)))
+            _write(release, known.and_then(replace(now, outcome=verdict or outcome, minutes=took, why=why)))
 
     def stopped() -> None:
         nonlocal outcome

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from shoal.errors import DataError, UsageError
 from shoal.stages.stage import Json, Stage, print_result, say
 
 if TYPE_CHECKING:
+    from shoal.loop.earlier import Earlier
     from shoal.loop.labels import Ask
 
 Chats = Annotated[Path, typer.Option(help='JSONL of {"messages": [{"role", "content"}, ...]}.')]
@@ -148,7 +149,10 @@ class Curate(Stage):
         ),
     ] = None
     release: Annotated[
-        Path | None, typer.Option(help="Release that it is for: what cuts of its versions held out is left out. [none]")
+        Path | None,
+        typer.Option(
+            help="Release that it is for: what cuts of its versions held out is not trained on, and the reverse. [none]"
+        ),
     ] = None
     heldout: Annotated[
         float | None, typer.Option(help="Share of the people that are held out. [a fifth, or as many as 200 rows take]")
@@ -168,7 +172,8 @@ class Curate(Stage):
         if self.out.exists():
             raise DataError(f"{self.out} exists", do="choose another --out: a cut is never changed")
         capture = Capture(self.capture)
-        asked, before = forbidden(self.suites), forbidden(None, [*(self.never or ()), *self._held_out()])
+        asked, cuts = forbidden(self.suites), self._earlier()
+        before, learned_before = cuts.held_out(self.never or ()), cuts.trained_on()
         by_id: dict[str, str] = {}
         more: list[labels.Labelled] = []
         for path in self.imports or ():
@@ -183,7 +188,8 @@ class Curate(Stage):
             "imports": len(by_id) + len(more),
             "moved": moved(capture.folder),
         }
-        made = cut.cut(found, self.out, settings, replay=self.replay, never=asked, before=before, told=told)
+        apart: dict[str, Any] = {"never": asked, "before": before, "learned": learned_before}
+        made = cut.cut(found, self.out, settings, replay=self.replay, told=told, **apart)
         # of those who were forgotten meanwhile, by a command that did not find this cut yet
         capture.fresh()
         for line in learned.forget(self.out, capture.forgotten()):
@@ -193,19 +199,19 @@ class Curate(Stage):
         line = f"{made['train']} rows ({of}), {made['replay']} replayed, {made['recent']} held out; in {self.out}"
         print_result({"out": str(self.out), **made}, self.as_json, line)
 
-    def _held_out(self) -> list[Path]:
-        """What earlier cuts of the release held out. Raises UsageError for a folder that is none."""
-        if self.release is None:
-            return []
-        from shoal.loop import heldout
+    def _earlier(self) -> Earlier:
+        """The earlier cuts of the release. Raises UsageError for a folder that is none."""
+        from shoal.loop import earlier
         from shoal.loop.release import Release
 
+        if self.release is None:
+            return earlier.NONE
         release = Release(self.release)
         release.state()
-        known, lost = heldout.before(release)
-        for version in lost:
+        found = earlier.before(release)
+        for version in found.lost:
             say(f"version {version.label}: its cut is gone; what it held out is not known: give it as --never")
-        return known
+        return found
 
     def _ask(self) -> Ask | None:
         """Asks the teacher; None without one."""

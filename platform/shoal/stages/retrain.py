@@ -116,21 +116,29 @@ class Retrain(Stage):
         lost = release.left()  # of one that was killed at its end, which this command makes again
         spent = self._need_room([each for each in release.versions() if each.directory not in lost])
         kind = self._chosen()
+        self._need_unknown(release)
         if kind == "finetune":
             self._need_new()
         if gone := retrainings.tidy(self.release / WORK, stable.number):
             say(f"{self.release / WORK}: {gone} removed, with which nobody goes on")
         with _ended_by_sigterm(), retrainings.one(self.release, self.minutes, _stops(kind)) as ended:
-            made, minutes = self._made(release, stable, told, kind)
-            ended(made.passed)
+            made, minutes = self._made(release, stable, told, kind, ended)
         result: dict[str, Any] = {"version": made.number, "label": made.label, "kind": kind, "minutes": minutes}
         result |= {"passed": made.passed, "removed": gone, "left_out": made.lineage.get("left_out", 0)}
         next_ = "it was not judged: give --suites" if made.verdict is None else made.verdict["sentence"]
         left = f"{minutes:.1f} min of it, {max(0.0, self.budget - spent - minutes):.0f} left today"
         print_result(result, self.as_json, f"version {made.label} is the candidate ({kind}, {left}); {next_}")
 
-    def _made(self, release: Release, stable: Version, told: dict[str, Any], kind: str) -> tuple[Version, float]:
-        """The candidate, and the minutes that it took."""
+    def _made(
+        self,
+        release: Release,
+        stable: Version,
+        told: dict[str, Any],
+        kind: str,
+        ended: Callable[[bool | None], None],
+    ) -> tuple[Version, float]:
+        """The candidate, and the minutes that it took. `ended` is called with the gate's word once it is one."""
+        from shoal.loop import retrainings
         from shoal.loop.learned import WORK
         from shoal.loop.versions import cut_lineage
 
@@ -149,11 +157,15 @@ class Retrain(Stage):
         lineage["left_out"] = left_out
         verdict = self._judged(model, stable.served)
         if cut_lineage(self.cut)["cut"]["sha256"] != told["cut"]["sha256"]:
-            shutil.rmtree(work)
+            retrainings.remove(work)
             what = f"{self.cut}: somebody was forgotten while it was learned from"
             raise DataError(what, do="give the same command again: no version was made")
         made = release.add(model, fp32=fp32, lineage=lineage, verdict=verdict, why=self.why)
-        shutil.rmtree(work)
+        ended(made.passed)
+        try:
+            retrainings.remove(work)
+        except ResourceError as error:  # the version is made; the next retraining removes it
+            say(str(error))
         return made, minutes
 
     def _need_room(self, versions: list[Any]) -> float:
@@ -212,6 +224,16 @@ class Retrain(Stage):
                 raise DataError(f"{path}: rows with labels", got="none", do=do)
         return kind
 
+    def _need_unknown(self, release: Release) -> None:
+        """Raises DataError where earlier cuts trained on what this one holds out, as of one that was made without them."""
+        from shoal.loop import cut, earlier
+
+        if count := cut.known_of(self.cut, earlier.before(release, self.cut).trained_on()):
+            do = f"curate again with --release {self.release}: what a model has learned measures nothing"
+            raise DataError(
+                f"{self.cut} holds out what earlier cuts trained on", got=f"{count} rows", allowed="none", do=do
+            )
+
     def _need_new(self) -> None:
         """Raises DataError where the suites ask what the cut trains on, as of one that was made without them."""
         from shoal.loop import cut
@@ -223,16 +245,15 @@ class Retrain(Stage):
 
     def _mix(self, release: Release, work: Path) -> int:
         """Writes what is learned from; how many rows were left out of it. Raises DataError where none is left."""
-        from shoal.loop import heldout
-        from shoal.loop.asked import forbidden
+        from shoal.loop import earlier
         from shoal.loop.cut import mixed
 
-        known, lost = heldout.before(release, self.cut)
-        for version in lost:
+        cuts = earlier.before(release, self.cut)
+        for version in cuts.lost:
             what = f"version {version.label}: its cut is not at {version.lineage['cut'].get('path')} any more"
             say(f"{what}; what it held out is not known, and may be learned")
         work.mkdir(parents=True, exist_ok=True)
-        times, left_out = mixed(self.cut, work / MIX, NEW_SHARE, forbidden(None, known))
+        times, left_out = mixed(self.cut, work / MIX, NEW_SHARE, cuts.held_out())
         say(f"mix: each new row {times} times among the old ones of the cut")
         if left_out:
             say(f"mix: {left_out} rows left out, which ask what an earlier cut of this release held out")
