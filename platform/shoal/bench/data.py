@@ -2,8 +2,8 @@
 
 Everything runs in processes of its own with one thread each, as a task of `shoal prepare` does. Speed and cost are by CPU time,
 so that a busy machine does not blur them; text beside images is by the clock, since that is what is asked. The text is the
-Python standard library's sources; of more than it holds, the same again under other headings, so that no document equals
-another.
+Python standard library's sources; of more than it holds, other texts of their lines, so that hardly any document is nearly
+another, which would be dropped and not packed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import count, cycle
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -91,22 +91,22 @@ def _speeds(preset: str, rounds: int) -> Found:
 
 def _sizes(console: Console, preset: str, sizes: tuple[int, ...], seconds: float) -> Found:
     """Cost and memory of each size, a line as each ends, and how they grow from the smallest to the largest."""
-    table = Table(
-        "input MB", "seconds", "CPU s/MB", "peak RSS MB", "before", title="read, clean, tokenise, pack, in one process"
-    )
+    table = Table("input MB", "seconds", "CPU s/MB", "documents dropped", "peak RSS MB", "before",
+                  title="read, clean, tokenise, pack, in one process")  # fmt: skip
     rows: list[dict[str, float]] = []
     until, took = time.monotonic() + seconds, 0.0  # seconds of a MB, with what is made to be prepared
     for size in sizes:
         began = time.monotonic()
         if rows and began + took * size > until:
-            table.add_row(f"{size}", "not begun", "", "", "")
+            table.add_row(f"{size}", "not begun", "", "", "", "")
             console.print(f"{size} MB: not begun, since it would take some {took * size:.0f} s more", highlight=False)
             continue
         row = _child("size", preset, str(size))
         row["s_per_mb"], took = row["cpu_seconds"] / row["mb"], (time.monotonic() - began) / row["mb"]
         console.print(f"{size} MB: {row['s_per_mb']:.3f} CPU s/MB, peak {row['peak_rss_mb']:.0f} MB", highlight=False)
+        cost, dropped = f"{row['s_per_mb']:.3f}", f"{row['dropped']:.1%}"
         memory = (f"{row[key]:.0f}" for key in ("peak_rss_mb", "rss_before_mb"))
-        table.add_row(f"{row['mb']:.0f}", f"{row['seconds']:.1f}", f"{row['s_per_mb']:.3f}", *memory)
+        table.add_row(f"{row['mb']:.0f}", f"{row['seconds']:.1f}", cost, dropped, *memory)
         rows.append(row)
     first, last = rows[0], rows[-1]
     table.caption = (
@@ -191,20 +191,22 @@ def _size(preset: str, size: str) -> dict[str, float]:
         raw, out = Path(folder, "raw"), Path(folder, "out")
         raw.mkdir()
         out.mkdir()
-        before, written = _peak_rss(), 0
-        for number, text in enumerate(_some(_texts(), int(size) * MB)):
+        written = number = 0
+        for number, text in enumerate(_some(_texts(), int(size) * MB), start=1):
             written += (raw / f"{number:06}.txt").write_bytes(text.encode())
+        before = _peak_rss()
         start, cpu = time.perf_counter(), time.process_time()
         plan = parts.split_files(list_files(SourceSpec("bench", str(raw))))
         paths = Parts(out, len(plan))
         for files, path in zip(plan, paths, strict=True):
             parts.read_part(files, path)
-        splits, _ = identities.choose(paths)
+        splits, drops = identities.choose(paths)
         Tokenizer.train(parts.sample(paths, splits), model.vocab).save(out / TOKENIZER)
         for number, (path, of) in enumerate(zip(paths, splits, strict=True)):
             parts.pack_part(path, of, out, model, number)
         spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    return {"mb": written / MB, **spent, "rss_before_mb": before, "peak_rss_mb": _peak_rss()}
+    dropped = sum(reasons.total() for reasons in drops.values()) / number
+    return {"mb": written / MB, **spent, "dropped": dropped, "rss_before_mb": before, "peak_rss_mb": _peak_rss()}
 
 
 def _identities(folder: str, documents: str) -> dict[str, float]:
@@ -300,15 +302,25 @@ def _packing(folder: Path, preset: str) -> tuple[Callable[[], object], list[str]
     return lambda: parts.pack_part(part, ["train"] * found.documents, folder, model, 0), texts
 
 
+def _files() -> Iterator[str]:
+    """The standard library's files, as texts."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in (*sorted(library.glob("*.py")), *sorted(library.glob("[a-z]*/*.py"))):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if len(text) > max(SHORT):
+            yield text
+
+
 def _texts() -> Iterator[str]:
-    """The standard library's files, again and again, each with a heading of its own."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    files += sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*/*.py"))
-    for turn in count():
-        for path in files:
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if len(text) > max(SHORT):
-                yield f"Copy {turn} of {path.name}\n{text}"
+    """These files; then for each, again and again, a text of as many lines, drawn from those of all."""
+    lines, lengths, draw = list[str](), list[int](), np.random.default_rng(0)
+    for text in _files():
+        some = text.splitlines(keepends=True)
+        lines += some
+        lengths.append(len(some))
+        yield text
+    for length in cycle(lengths):
+        yield "".join(lines[at] for at in draw.integers(len(lines), size=length).tolist())
 
 
 def _short() -> Iterator[str]:

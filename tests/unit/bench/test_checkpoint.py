@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import combinations, cycle, islice
 
 import pytest
 from rich.console import Console
 
 from shoal.bench.checkpoint import _Turns, checkpoint
-from shoal.bench.data import data
+from shoal.bench.data import _files, _texts, data
 from shoal.cli import main
+from shoal.data.operators.grams import words
+from shoal.data.operators.near import nearly_equal
 from shoal.errors import UsageError
 from shoal.train.run import SHARE
 
@@ -71,11 +73,18 @@ def test_no_size_is_begun_that_does_not_fit_the_time(capsys: pytest.CaptureFixtu
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [round(row["mb"]) for row in told["size"]] == [1, 2] and told.keys() >= {"bench", "size", "machine"}
     assert all(row["s_per_mb"] == row["cpu_seconds"] / row["mb"] > 0 for row in told["size"])
+    assert all(row["dropped"] < 0.02 for row in told["size"]), "what is dropped is not packed, and costs less"
     lines = said.getvalue().splitlines()
     assert [line.split(":")[0] for line in lines[:3]] == ["1 MB", "2 MB", "10000 MB"] and "CPU s/MB, peak" in lines[0]
     assert "not begun" in said.getvalue() and "CPU s/MB times" in said.getvalue()
     with pytest.raises(UsageError, match="--parts"):
         data(console, preset="test", sizes=(1,), rounds=1, parts=("sizes",))
+
+
+def test_of_what_is_written_beyond_the_standard_library_no_text_is_nearly_another() -> None:
+    count = sum(1 for _ in _files())
+    some = [words(text) for text in islice(_texts(), count, count + 40)]
+    assert len(some) == 40 and not any(nearly_equal(one, other) for one, other in combinations(some, 2))
 
 
 @pytest.mark.parametrize(

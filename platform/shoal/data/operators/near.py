@@ -84,15 +84,12 @@ class Signatures:
 def candidates(parts: Parts, bands: Iterable[int], span: Span, out: Path) -> int:
     """Write the pairs of documents, as part and row of the later and of the earlier one, that agree in one of `bands` in a key
     of `span` and could be near copies by their lengths; how many."""
-    pairs = [_agreeing(parts, band, span) for band in bands]
-    later, earlier = np.concatenate(pairs, axis=1) if pairs else np.empty((2, 0), dtype=np.uint64)
-    order = np.lexsort((earlier, later))
-    later, earlier = later[order], earlier[order]
-    first = np.ones(len(later), dtype=bool)
-    first[1:] = (later[1:] != later[:-1]) | (earlier[1:] != earlier[:-1])
-    columns = zip(("part", "row", "other_part", "other_row"), (*_place(later), *_place(earlier)), strict=True)
-    tables.write(out, {name: column[first] for name, column in columns})
-    return int(first.sum())
+    pairs = np.empty((2, 0), dtype=np.uint64)
+    for band in bands:  # one at a time: copies agree in many, and so often nobody is to hold them
+        pairs = _once(np.concatenate([pairs, _agreeing(parts, band, span)], axis=1))
+    columns = zip(("part", "row", "other_part", "other_row"), (*_place(pairs[0]), *_place(pairs[1])), strict=True)
+    tables.write(out, dict(columns))
+    return pairs.shape[1]
 
 
 def confirmed(parts: Parts, number: int, candidates: Iterable[Path], dropped: np.ndarray) -> np.ndarray:
@@ -167,6 +164,14 @@ def _agreeing(parts: Parts, band: int, span: Span) -> np.ndarray:
 
     found = tables.gathered((of(*each) for each in enumerate(parts)), ("key", "place", "words"))
     return found["place"][_pairs(found["key"], found["words"])]
+
+
+def _once(pairs: np.ndarray) -> np.ndarray:
+    """`pairs`, [2, pairs] of later and earlier ones, sorted and each once."""
+    pairs = pairs[:, np.lexsort((pairs[1], pairs[0]))]
+    first = np.ones(pairs.shape[1], dtype=bool)
+    first[1:] = (pairs[:, 1:] != pairs[:, :-1]).any(axis=0)
+    return pairs[:, first]
 
 
 def _pairs(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
