@@ -8,7 +8,8 @@ number of requests to a false alarm, whatever the number of signals and slices a
 2203.03532). Detectors are averaged and never e-values: averaging these in each step loses most of the power.
 
 Two kinds of streams. A mean's e-value is exp(l z - l^2 / 2) of its standardised block mean z (Gaussian, three bets l). A
-share's, of values 0 and 1, is the likelihood ratio against three shares further away, which holds for the rarest as well.
+share's, of values 0 and 1, is the likelihood ratio against three shares further away, which holds for the rarest as well; where
+the reference has another share in each part of the day, each value is held against that of its own.
 
 Letters: F streams, n requests, B blocks, b values in a block.
 """
@@ -43,32 +44,41 @@ class Stream:
     scatter: float = 1.0  # of a mean: standard deviation of a block's mean of standardised values
     share: float | None = None  # of values 0 and 1: how often the reference has 1; None for a mean
     tail: str = ""  # above or below: its values say whether the signal is so far out as 1 % of the reference
+    # whether each value is (x - share) / spread, of x 0 or 1, by the share of its part of the day: `share` is the whole day's
+    by_part: bool = False
 
     def e_values(self, blocks: np.ndarray) -> np.ndarray:
         """[B, 2 signs, 3 bets] of `blocks` [B, b]."""
         if self.share is None:
             z = (blocks.mean(axis=1)[:, None] * _SIGNS - BAND) / self.scatter
             return np.exp(np.minimum(z[:, :, None] * BETS - BETS**2 / 2, _MOST_LOG))
-        ones = blocks.sum(axis=1)[:, None]
+        ones = blocks[:, :, None] > 0
+        share = (_share_of(blocks) if self.by_part else np.full(blocks.shape, self.share))[:, :, None]
         found = []
         for sign in _SIGNS:
-            limit = self.share + sign * BAND * self._spread
-            if not _LEAST_SHARE < limit < 1 - _LEAST_SHARE:  # nothing is further away than it
-                found.append(np.zeros((len(blocks), len(AWAY))))
-                continue
+            limit = share + sign * BAND * _spread(share)
+            known = (limit > _LEAST_SHARE) & (limit < 1 - _LEAST_SHARE)  # of others nothing is further away than it
+            limit = np.where(known, limit, 0.5)
             other = limit + AWAY * (1 - limit) if sign > 0 else limit * (1 - AWAY)
-            logs = ones * np.log(other / limit) + (self.block - ones) * np.log((1 - other) / (1 - limit))
-            found.append(np.exp(np.minimum(logs, _MOST_LOG)))
+            logs = np.where(ones, np.log(other / limit), np.log((1 - other) / (1 - limit))) * known
+            found.append(np.exp(np.minimum(logs.sum(axis=1), _MOST_LOG)) * known.any(axis=1))
         return np.stack(found, axis=1)
 
     def shift(self, mean: float) -> float:
         """How far a mean of values is from the reference, in standard deviations of a request."""
-        return mean if self.share is None else (mean - self.share) / self._spread
+        if self.share is None or self.by_part:
+            return mean
+        return float((mean - self.share) / _spread(np.array(self.share)))
 
-    @property
-    def _spread(self) -> float:
-        share = self.share or 0.0
-        return max(float(np.sqrt(share * (1 - share))), 1e-6)
+
+def _spread(share: np.ndarray) -> np.ndarray:
+    return np.maximum(np.sqrt(share * (1 - share)), 1e-6)
+
+
+def _share_of(values: np.ndarray) -> np.ndarray:
+    """Of (x - share) / spread, with x 0 or 1, the share: what is above 0 is sqrt((1 - share) / share)."""
+    squares = values**2
+    return np.where(values > 0, 1.0, squares) / (1 + squares)
 
 
 @dataclass(frozen=True)

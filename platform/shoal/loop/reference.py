@@ -33,11 +33,13 @@ LEAST_SLICE = 300  # requests of a slice that is watched for itself
 MOST_SLICES = 8
 CLIP = (1.0, 99.0)  # percentiles
 ABOVE, BELOW = "above", "below"  # beyond them
+FAILED = "failed"  # has no rhythm that is right: what fails at noon each day is to be looked at
 BLOCKS = (10, 25, 50)  # values; the first whose means follow each other by less than LAG
 LAG = 0.2
 WIDER = 1.1  # of the scatter of block means, for it is an estimate
 HOURS, LEAST_HOUR = (24, 12, 8, 6, 4), 100  # parts of a day, and values in each
 QUANTILES = 201
+USUAL, RHYTHM = 2.3263479, 3.719016  # normal quantiles of what chance stays below in 99 %, and in 99.99 %
 MOST_LOG, HALVINGS = 300.0, 12  # of an exponential that is still a number; of a search
 
 
@@ -63,16 +65,18 @@ class Standard:
         """`values` [n] as `detector` takes them, NaN where they are, of requests that came `at` [n], epoch seconds."""
         known = ~np.isnan(values)
         if self.tail:
-            return np.where(known, values > self.high if self.tail == ABOVE else values < self.low, np.nan)
-        if self.share is not None:
-            return np.where(known, values if self.usual is None else values != self.usual, np.nan)
+            found = values > self.high if self.tail == ABOVE else values < self.low
+        elif self.share is not None:
+            found = values if self.usual is None else values != self.usual
+        else:
+            found = np.clip(values, self.low, self.high)
         part = parts_of_day(at, len(self.mean))
-        mean, spread = np.array(self.mean)[part], np.array(self.spread)[part]
-        return np.where(known, (np.clip(values, self.low, self.high) - mean) / spread, np.nan)
+        return np.where(known, (found - np.array(self.mean)[part]) / np.array(self.spread)[part], np.nan)
 
     @property
     def stream(self) -> Stream:
-        return Stream(self.signal, self.slice, self.block, self.scatter, self.share, self.tail)
+        by_part = self.share is not None and len(self.mean) > 1
+        return Stream(self.signal, self.slice, self.block, self.scatter, self.share, self.tail, by_part)
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,8 @@ def measured(table: pa.Table, weights: str, *, why: str = "") -> Reference:
             values = signal.of(table)[here]
             known = ~np.isnan(values)
             if known.sum() >= LEAST_VALUES:
-                standards += _with_tails(_standard(signal.name, name, values[known], at[here][known]), values[known])
+                when = at[here][known]
+                standards += _with_tails(_standard(signal.name, name, values[known], when), values[known], when)
     if not standards:
         wanted = f"{LEAST_VALUES} requests with one signal, such as prompt_tokens"
         raise DataError("a reference without a signal", got=f"{len(table)} requests", allowed=wanted)
@@ -170,33 +175,46 @@ def _standard(signal: str, name: str, values: np.ndarray, at: np.ndarray) -> Sta
     if is_share or low == high:
         usual = None if is_share else low
         ones = values if usual is None else values != usual
-        share = float((ones.sum() + 1) / (len(values) + 2))
-        return Standard(signal, name, len(values), low, high, [0.0], [1.0], BLOCKS[0], 1.0, share, usual, quantiles)
+        share, mean, spread = _shares(ones, at, rhythm=signal != FAILED)
+        return Standard(signal, name, len(values), low, high, mean, spread, BLOCKS[0], 1.0, share, usual, quantiles)
     clipped = np.clip(values, low, high)
     parts = next((count for count in HOURS if _enough(at, count)), 1)
     part = parts_of_day(at, parts)
-    mean = np.array([clipped[part == each].mean() for each in range(parts)])
-    spread = np.array([clipped[part == each].std() for each in range(parts)])
+    means = np.array([clipped[part == each].mean() for each in range(parts)])
+    spreads = np.array([clipped[part == each].std() for each in range(parts)])
     # the few values of a part may have missed what is rare: beside a spread that is too small it would be far out
-    spread = np.maximum(spread, float((clipped - mean[part]).std()))
-    block, scatter = _scatter((clipped - mean[part]) / spread[part])
+    spreads = np.maximum(spreads, float((clipped - means[part]).std()))
+    block, scatter = _scatter((clipped - means[part]) / spreads[part])
     return Standard(
-        signal, name, len(values), low, high, mean.tolist(), spread.tolist(), block, scatter, quantiles=quantiles
+        signal, name, len(values), low, high, means.tolist(), spreads.tolist(), block, scatter, quantiles=quantiles
     )
 
 
-def _with_tails(whole: Standard, values: np.ndarray) -> list[Standard]:
+def _shares(ones: np.ndarray, at: np.ndarray, *, rhythm: bool = True) -> tuple[float, list[float], list[float]]:
+    """How often `ones` [n], of 0 and 1, is 1; and by which mean and spread of each part of the day values are standardised [H]:
+    none, where parts differ by no more than chance makes of them, or there is to be no `rhythm`."""
+    share = float((ones.sum() + 1) / (len(ones) + 2))
+    parts = next((count for count in HOURS if _enough(at, count)), 1) if rhythm else 1
+    part = parts_of_day(at, parts)
+    counts, sums = np.bincount(part, minlength=parts), np.bincount(part, weights=ones, minlength=parts)
+    apart = float((counts * (sums / counts - share) ** 2).sum() / (share * (1 - share)))
+    if parts == 1 or apart <= _chi2(parts - 1, RHYTHM):
+        return share, [0.0], [1.0]
+    sure = 1 - (parts - 1) / apart  # of what parts differ by, the rest is chance (James and Stein)
+    shares = share + sure * ((sums + 2 * share) / (counts + 2) - share)
+    return share, shares.tolist(), np.sqrt(shares * (1 - shares)).tolist()
+
+
+def _with_tails(whole: Standard, values: np.ndarray, at: np.ndarray) -> list[Standard]:
     """It, and of a mean how often values are far out: of the few requests that are new among many old ones this tells more."""
     if whole.share is not None or whole.block != BLOCKS[0]:  # what follows each other is far out in rows, too
         return [whole]
     found = [whole]
     for tail, ones in ((ABOVE, values > whole.high), (BELOW, values < whole.low)):
-        share = float((ones.sum() + 1) / (len(values) + 2))
+        share, mean, spread = _shares(ones, at)
         found.append(
-            replace(
-                whole, mean=[0.0], spread=[1.0], block=BLOCKS[0], scatter=1.0, share=share, quantiles=[], tail=tail
-            )
-        )  # fmt: skip
+            replace(whole, mean=mean, spread=spread, block=BLOCKS[0], scatter=1.0, share=share, quantiles=[], tail=tail)
+        )
     return found
 
 
@@ -273,12 +291,13 @@ def explained(standard: Mapping[str, Any] | Standard, values: np.ndarray) -> dic
     apart = [np.searchsorted(np.sort(some), grid, side="right") / len(some) for some in (one.quantiles, values)]
     chance = 1 / count + 1 / before
     return {
-        "n": float(count), "psi": psi, "psi_chance": chance * _chi2_99(len(edges)),
+        "n": float(count), "psi": psi, "psi_chance": chance * _chi2(len(edges), USUAL),
         "ks": float(np.abs(apart[0] - apart[1]).max()), "ks_chance": 1.628 * float(np.sqrt(chance)) + 0.5 / QUANTILES,
     }  # fmt: skip
 
 
-def _chi2_99(degrees: int) -> float:
-    """99 % quantile of chi-squared (Wilson and Hilferty 1931), right to 0.5 % from 3 degrees on."""
+def _chi2(degrees: int, normal: float) -> float:
+    """The quantile of chi-squared that `normal` is of a normal distribution (Wilson and Hilferty 1931): that of 99 % is right
+    to 0.5 % from 3 degrees on."""
     part = 2 / (9 * max(1, degrees))
-    return max(1, degrees) * (1 - part + 2.3263479 * float(np.sqrt(part))) ** 3
+    return max(1, degrees) * (1 - part + normal * float(np.sqrt(part))) ** 3

@@ -75,6 +75,23 @@ def test_a_share_has_e_values_of_one_in_the_mean_at_the_edge_of_the_band(share: 
             assert (np.asarray(chance) @ each[:, side] <= most).all()
 
 
+def test_values_of_parts_of_the_day_are_held_against_the_share_of_their_own() -> None:
+    """Of (x - share) / spread, as of x itself where the share is one; and of a block of several parts by hand."""
+    ones = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    for share in (0.001, 0.1, 0.5, 0.97):
+        by_part = Stream("a", "all", 3, share=share, by_part=True)
+        values = (ones - share) / math.sqrt(share * (1 - share))
+        assert by_part.e_values(values) == pytest.approx(Stream("a", "all", 3, share=share).e_values(ones), rel=1e-9)
+        assert by_part.shift(0.7) == 0.7
+    shares = np.array([0.1, 0.4])
+    found = Stream("a", "all", 2, share=0.25, by_part=True).e_values(
+        ((np.array([1.0, 0.0]) - shares) / np.sqrt(shares * (1 - shares)))[None]
+    )[0]
+    limit = shares + BAND * np.sqrt(shares * (1 - shares))
+    other = limit + 0.2 * (1 - limit)
+    assert found[0, 1] == pytest.approx(other[0] / limit[0] * (1 - other[1]) / (1 - limit[1]), rel=1e-9)
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), blocks=st.integers(1, 12))
 def test_the_sums_are_those_over_all_beginnings(seed: int, blocks: int) -> None:

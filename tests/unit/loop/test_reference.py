@@ -112,6 +112,47 @@ def test_a_rhythm_of_the_day_is_no_drift_where_the_reference_has_a_day() -> None
     assert detected(morning, tomorrow).state == "alarm"
 
 
+def cut_by_hour(rng: np.random.Generator, start: float, *, more: float = 0.0) -> pa.Table:
+    """5,000 requests of one day; the share that is cut swings between 2 and 48 %, as one slice takes another's place."""
+    at = start + np.sort(rng.random(5_000)) * DAY
+    share = 0.25 + 0.23 * np.sin(2 * np.pi * at / DAY) + more
+    ends = np.where(rng.random(5_000) < share, "length", "stop").tolist()
+    return pa.table(
+        {
+            "at": (at * 1000).astype(np.int64),
+            "slice": [""] * 5_000,
+            "finish": ends,
+            "prompt_tokens": rng.integers(5, 40, 5_000),
+        }
+    )
+
+
+def test_a_share_that_has_a_rhythm_is_no_drift_either_and_rings_where_it_moves_in_it() -> None:
+    """20 x 5,000 requests at one false alarm in 50,000: 2 at most. By one share of the whole day all 20 rang."""
+    ends = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        reference = measured(cut_by_hour(rng, 1e9 // DAY * DAY), "w")
+        assert next(len(one.mean) for one in reference.standards if one.signal == "cut") > 1
+        ends.append(detected(reference, cut_by_hour(rng, 1e9 // DAY * DAY + DAY)).alarm is not None)
+        if seed < 3:
+            found = detected(reference, cut_by_hour(rng, 1e9 // DAY * DAY + DAY, more=0.2))
+            first = found.moved()[0]
+            assert found.state == "alarm" and first.signal == "cut" and 0.3 < first.shift < 0.7
+    assert sum(ends) <= 2
+
+
+def test_a_share_without_a_rhythm_and_that_of_failures_have_none() -> None:
+    """4,800 requests in a day: of chance alone one in 10,000 would have one."""
+    reference = measured(rows(4_800, hours=24), "w")
+    shares = [one for one in reference.standards if one.share is not None]
+    assert len(shares) > 5 and all(one.mean == [0.0] and not one.stream.by_part for one in shares)
+    table = rows(4_800, hours=24)
+    noon = np.where(np.arange(4_800) // 200 == 12, 500, 200)  # an outage of an hour
+    failed = table.set_column(table.column_names.index("status"), "status", pa.array(noon))
+    assert next(one for one in measured(failed, "w").standards if one.signal == "failed").mean == [0.0]
+
+
 def test_requests_that_follow_each_other_come_in_larger_blocks() -> None:
     assert measured(rows(4_000), "w").standards[0].block == 10
     close = measured(rows(4_000, follow=0.9), "w")
