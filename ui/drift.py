@@ -42,6 +42,7 @@ STEPS = {
     "the router out of its calibration": (CURATE, RETRAIN.replace("--cut", "--kind router --cut")),
     "a world that changed": (CURATE, RETRAIN, CANARY),
     "answers that the model is less sure of": (CURATE, RETRAIN, CANARY),
+    "calls of tools that are not valid": (CURATE, RETRAIN, CANARY),
     "another use": (ACCEPT,),
     "operations": (ERRORS,),
 }

@@ -102,15 +102,17 @@ class Regret:
                 self._batch()
 
     def told(self) -> dict[str, float] | None:
-        """`mean`, `low` and `high` of the regret and the `tolerance`, in nats a token, and the number of `reruns`: of the
-        window that shows most surely that the tolerance is broken, else of the longest. None while too little is known."""
+        """`mean`, `low` and `high` of the regret and the `tolerance`, in nats a token, and how many `reruns` they are of: those
+        of the window that shows most surely that the tolerance is broken, else of the longest. None while little is known."""
         known = [window for window in self.windows if window.batches >= LEAST]
         if not known:
             return None
         shown = max(known, key=lambda window: (max(window.mean - window.margin, self.tolerance), window.batches))
         low, high = max(0.0, shown.mean - shown.margin), shown.mean + shown.margin
         found = {"mean": shown.mean, "low": low, "high": high, "tolerance": self.tolerance}
-        return {name: round(float(value), 6) for name, value in found.items()} | {"reruns": float(self.reruns)}
+        return {name: round(float(value), 6) for name, value in found.items()} | {
+            "reruns": float(BATCH * shown.batches)
+        }
 
     def saved(self) -> dict[str, Any]:
         """As JSON can hold it."""

@@ -9,11 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from shoal.errors import DataError
 from shoal.loop.detector import BAND, Detector, Moved
-from shoal.loop.reference import BELOW, EVERY, Reference, explained
+from shoal.loop.reference import BELOW, EVERY, Reference, Standard, explained
 from shoal.loop.regret import broken
 from shoal.loop.watched import BY_NAME, meaning, texts
 from shoal.machine import write_aside
@@ -115,7 +116,7 @@ def _of_detector(
     }  # fmt: skip
     if state == "quiet":
         return Report("quiet", f"Quiet: {detector.seen:,} requests are like the reference.", **facts)
-    kind, do = meaning([(one.signal, -one.shift if one.tail == BELOW else one.shift) for one in named])
+    kind, do = meaning([(one.signal, _moved(one, reference, recent)) for one in named])
     since = _iso(first.since) if first.since is not None else None
     how = ", ".join(f"{signal['words']} ({signal['shift']:+.1f} SD{signal['where']})" for signal in signals)
     what: dict[str, Any] = {"since": since, "meaning": kind, "do": do, "signals": signals, "examples": list(examples)}
@@ -144,20 +145,45 @@ def _named(detector: Detector) -> list[Moved]:
     return list(found.values())[:NAMED]
 
 
+def _moved(one: Moved, reference: Reference, recent: pa.Table | None) -> float:
+    """How far the signal itself moved, + for more: it did less where it is further out below, and where it was nearly always
+    the same it moved to the side of what is `recent`."""
+    if one.tail:
+        return -one.shift if one.tail == BELOW else one.shift
+    usual, values = _standard(one, reference).usual, _values(one, recent)
+    if usual is None or not len(values):
+        return one.shift
+    return float(np.copysign(one.shift, values.mean() - usual))
+
+
+def _standard(one: Moved, reference: Reference) -> Standard:
+    """What the reference has of its signal and slice."""
+    return next(s for s in reference.standards if (s.signal, s.slice, s.tail) == (one.signal, one.slice, ""))
+
+
+def _values(one: Moved, recent: pa.Table | None) -> np.ndarray:
+    """Its values in the rows of its slice; none where no row is known."""
+    if recent is None:
+        return np.array([])
+    if one.slice != EVERY:
+        recent = recent.filter(pa.array([name == one.slice for name in texts(recent, "slice")], pa.bool_()))
+    values = BY_NAME[one.signal].of(recent)
+    return values[~np.isnan(values)]
+
+
 def _signal(one: Moved, reference: Reference, recent: pa.Table | None) -> dict[str, Any]:
     signal = BY_NAME[one.signal]
     told = {
         "signal": one.signal, "slice": one.slice, "shift": round(one.shift, 3), "evidence": one.evidence,
         "since": None if one.since is None else _iso(one.since), "requests": one.values,
-        "words": (signal.more if (one.shift >= 0) != (one.tail == BELOW) else signal.less) + (FAR if one.tail else ""),
+        "words": (signal.more if _moved(one, reference, recent) >= 0 else signal.less) + (FAR if one.tail else ""),
         "tail": one.tail,
         "where": "" if one.slice == EVERY else f" in {one.slice}",
     }  # fmt: skip
     if recent is not None and len(recent):
-        if one.slice != EVERY:
-            recent = recent.filter(pa.array([name == one.slice for name in texts(recent, "slice")], pa.bool_()))
-        standard = next(s for s in reference.standards if (s.signal, s.slice, s.tail) == (one.signal, one.slice, ""))
-        told |= {name: round(value, 4) for name, value in explained(standard, signal.of(recent)).items()}
+        told |= {
+            name: round(value, 4) for name, value in explained(_standard(one, reference), _values(one, recent)).items()
+        }
     return told
 
 

@@ -83,7 +83,6 @@ WATCHED = (
 BY_NAME = {signal.name: signal for signal in WATCHED}
 INPUTS = {"prompt_surprisal", "prompt_nll", "router_distance"}
 ROUTERS = {"router_bound", "regret"}
-USE = {"layers", "prompt_tokens", "answer_tokens", "cut"}
 
 
 def for_router(moved: Collection[str]) -> bool:
@@ -92,18 +91,22 @@ def for_router(moved: Collection[str]) -> bool:
 
 
 def meaning(moved: Collection[tuple[str, float]]) -> tuple[str, str]:
-    """What it is, and what to do, of the signals that moved, each with its shift in standard deviations."""
+    """What it is, and what to do, of the signals that moved, each with its shift in standard deviations. What became better
+    is another use: no fewer failures, thumbs down or doubts ask for a cure."""
     names, fewer = {name for name, _ in moved}, {name for name, shift in moved if shift < 0}
-    if names & {"failed", "refused"} and not names & INPUTS:
+    more = {name for name, shift in moved if shift >= 0}
+    if more & {"failed", "refused"} and not names & INPUTS:
         return "operations", "look at the errors: nothing to train"
     if "bytes_a_token" in fewer and any(name == "bytes_a_token" and shift <= -1 for name, shift in moved):
         return "a script or language that the tokenizer does not fit", "prepare and pretrain: another service"
     if names & INPUTS:
         return "a new domain", "curate, then retrain"
-    if names & ROUTERS:
+    if more & ROUTERS:
         return "the router out of its calibration", "fit the router again"
-    if "down" in names:
+    if "down" in more:
         return "a world that changed", "get new labels first"
-    if "answer_nll" in names:
+    if "tool_valid" in fewer:
+        return "calls of tools that are not valid", "look at them, and at the tools that are offered; then curate"
+    if "answer_nll" in more:
         return "answers that the model is less sure of", "look at examples, then curate"
     return "another use", "accept it as the reference, if it is meant"

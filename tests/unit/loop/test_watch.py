@@ -346,6 +346,25 @@ def test_a_look_shows_nobody_what_somebody_asked_who_was_forgotten_since(service
     assert path.read_text() == "{"
 
 
+def test_what_was_always_the_same_is_said_to_have_moved_where_it_went(service: Service) -> None:
+    service.serve(600)
+    watch(service).look(service.now)
+    service.serve(300, layers=2)
+    report = watch(service).look(service.now)
+    assert report.state == "alarm" and report.signals[0]["signal"] == "layers"
+    assert report.signals[0]["words"] == "shallower answers" and report.meaning == "another use"
+
+
+def test_tools_that_are_called_wrongly_are_no_other_use(service: Service) -> None:
+    service.serve(600, tool_valid=True)
+    watch(service).look(service.now)
+    for valid in (True, False) * 150:
+        service.serve(1, tool_valid=valid)
+    report = watch(service).look(service.now)
+    assert report.state == "alarm" and report.meaning == "calls of tools that are not valid"
+    assert report.signals[0]["words"] == "more calls of tools that are not"
+
+
 def test_a_disk_that_is_full_is_one_line_and_the_next_look_sees_all(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
