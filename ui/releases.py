@@ -27,7 +27,11 @@ CHANGES = (
     ("Promote", "promote", "New requests get version {stable} within some seconds."),
     ("Start canary", "canary", "Version {version} is on trial."),
     ("Roll back", "rollback", "Version {stable} serves."),
-    ("Hold", "hold", "Nothing goes on by itself."),
+    (
+        "Hold",
+        "hold",
+        "No step and no promotion by itself. A canary that its checks condemn is taken back all the same.",
+    ),
 )
 GATE = {True: "passed", False: "refused", None: "not asked"}
 

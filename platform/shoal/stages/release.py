@@ -134,12 +134,18 @@ def rollback(folder: Folder, why: Why, version: Taken = None, as_json: Json = Fa
     _say(folder, Release(folder).rollback(version, why=why), "serves", as_json)
 
 
+HELD = (
+    "held: nothing is promoted, and no canary takes another step, by itself; one that its checks condemn is taken back all "
+    "the same"
+)
+
+
 @release.command()
 def hold(folder: Folder, why: Why, as_json: Json = False) -> None:
-    """Let nothing go on by itself, until `canary` or `promote`."""
+    """Let nothing go on by itself, until `canary` or `promote`. A canary that its checks condemn is taken back all the same."""
     held = Release(folder)
     held.hold(why=why)
-    print_result(told(held), as_json, "held: a canary keeps its share, and nothing is promoted by itself")
+    print_result(told(held), as_json, HELD)
 
 
 @release.command()

@@ -21,6 +21,7 @@ from shoal.api.meter import Meter
 from shoal.api.seen import Seen
 from shoal.api.split import Split
 from shoal.api.trial import Trial
+from shoal.cli import main
 from shoal.engine.events import Token
 from shoal.errors import DataError, EngineDeadError
 from shoal.loop import again
@@ -111,6 +112,24 @@ def test_two_gateways_that_condemn_one_canary_leave_the_stable_version(release: 
             assert one._split.trial is None
         state = release.state()
         assert (state.stable, state.canary) == (2, None)
+
+    run(work)
+
+
+def test_a_canary_that_is_held_is_taken_back_all_the_same_and_who_holds_it_is_told(
+    release: Release, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def work() -> None:
+        one = follower(release)
+        release.begin(why="try")
+        await one.look()
+        assert main(["release", "hold", "--release", str(release.directory), "--why", "until Monday"]) == 0
+        assert "condemn is taken back all the same" in " ".join(capsys.readouterr().out.split())
+        await one.look()
+        assert one._split.trial is not None and release.state().canary is not None
+        condemn(one)
+        await one.look()
+        assert one._split.trial is None and release.state().canary is None
 
     run(work)
 
