@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +120,16 @@ class Answer(ABC):
         """SSE events, joined as they are to be sent: those of events that were ready together go together, since a send costs
         every process on the way to the client as much as a long one. The first comes with the engine's first event."""
 
+    def calls_valid(self) -> bool | None:
+        """Whether each call in it names a tool that was offered, with an object of arguments, and none was begun that is no
+        call, which is text then; None without one."""
+        offered = self._call.offered
+        calls = [each for choice in self.choices for each in choice.calls] if offered else []
+        is_text = any(choice.reader.opens and choice.reader.opens in choice.content for choice in self.choices)
+        if not calls and not (offered and is_text):
+            return None
+        return not is_text and all(_is_valid(each, offered) for each in calls)
+
     def complete(self) -> dict[str, Any]:
         """The complete answer, once all of it has come, streamed or not."""
         return self._whole()
@@ -174,6 +185,14 @@ class Answer(ABC):
 
     @abstractmethod
     def _whole(self) -> dict[str, Any]: ...
+
+
+def _is_valid(call: Mapping[str, Any], offered: Sequence[str]) -> bool:
+    function = call["function"]
+    try:
+        return function["name"] in offered and isinstance(json.loads(function["arguments"]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def measured(usage: Usage) -> dict[str, Any]:

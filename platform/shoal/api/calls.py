@@ -22,6 +22,7 @@ class Reader(ABC):
     """Turns the text of one answer, as it comes, into OpenAI's deltas: ``content`` or ``tool_calls``."""
 
     calls = 0  # so far
+    opens = ""  # what opens a call that nothing guides: where it stays text, a call was meant and is none
 
     @abstractmethod
     def push(self, text: str) -> list[Delta]: ...
@@ -112,6 +113,7 @@ class Tagged(Reader):
     def __init__(self, tools: Mapping[str, Function], written: CallFormat = OURS, *, most: int | None = None) -> None:
         """`most`: calls that are read; the others that come with them are left out."""
         self._tools, self._written, self._most, self._held = tools, written, most, ""
+        self.opens = written.open
         self._closing = Closing(written.close)  # of what stands behind the tag that opens
 
     def push(self, text: str) -> list[Delta]:

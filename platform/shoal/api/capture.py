@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import tempfile
 from collections import Counter
@@ -352,14 +351,5 @@ def _of_answer(call: EngineCall, answer: Answer) -> dict[str, Any]:
     }
     if call.offered:
         calls = [each for choice in answer.choices for each in choice.calls]
-        found["tool_calls"] = len(calls)
-        found["tool_valid"] = all(_is_valid(each, call.offered) for each in calls) if calls else None
+        found["tool_calls"], found["tool_valid"] = len(calls), answer.calls_valid()
     return found
-
-
-def _is_valid(call: Mapping[str, Any], offered: Sequence[str]) -> bool:
-    function = call["function"]
-    try:
-        return function["name"] in offered and isinstance(json.loads(function["arguments"]), dict)
-    except ValueError:
-        return False

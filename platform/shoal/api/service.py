@@ -235,12 +235,13 @@ class Service:
         events = _counted(gather(client, requests), call, access, note)
         if not stream:
             whole = await while_connected(request.receive, answer.whole(events))
+            _tell_calls(answer, note)
             access.facts["depth"] = answer.depth()
             return Response(dumps(whole), media_type="application/json", headers=_told_of(answer.depth(), note))
         chunks = answer.chunks(events)
         first = await while_connected(request.receive, anext(chunks))  # until here an error has its own status
         headers = _told_of(answer.early_depth(), note)
-        return _EventStream(self._guarded(first, chunks, answer, access), headers, access)
+        return _EventStream(self._guarded(first, chunks, answer, access, note), headers, access)
 
     async def embed(
         self, request: Request, client: EngineClient, ids: list[list[int]], depth: str | int
@@ -275,13 +276,14 @@ class Service:
         return Response(dumps(body), status, headers, "application/json")
 
     async def _guarded(
-        self, first: bytes, chunks: AsyncGenerator[bytes, None], answer: Answer, access: Access
+        self, first: bytes, chunks: AsyncGenerator[bytes, None], answer: Answer, access: Access, note: Note
     ) -> AsyncGenerator[bytes, None]:
         async with aclosing(chunks):
             try:
                 yield first
                 async for chunk in chunks:
                     yield chunk
+                _tell_calls(answer, note)
                 access.facts["depth"] = answer.depth()
             except Exception as error:
                 yield answer.failed(self._describe(error, access)[1])
@@ -309,6 +311,12 @@ def _shares(request: Request, access: Access) -> tuple[str, str]:
     if access.key is None:
         return later, request.client.host if request.client else ""
     return later + access.key.digest.hex()[:16], access.facts.get("user") or ""
+
+
+def _tell_calls(answer: Answer, note: Note) -> None:
+    """Tells a trial what became of the calls of tools in an answer that has ended, where it has one author."""
+    if note.on_calls is not None and not note.resumed and (valid := answer.calls_valid()) is not None:
+        note.on_calls(valid)
 
 
 def _conversation(request: Request, body: object) -> bytes:

@@ -46,6 +46,8 @@ class Note:
     resumed: str = ""  # "canary->stable" where it went on with other weights
     conversation: bytes = b""  # what tells it from others; empty: by its first tokens
     id: str = ""  # of the answer, by which votes name it
+    # of an answer during a trial that ended well: is to be told whether the calls of tools in it are valid
+    on_calls: Callable[[bool], None] | None = None
     # told of a copy at a canary: the version's label, how it went, its end where it came to one, and whether it failed
     shadowed: Callable[[str, Meter, Finished | None, bool], None] | None = None
 
@@ -133,6 +135,7 @@ class Split:
         if trial is not None:
             trial.count(meter, stable=True, failed=failed, first=first)
             self._remember(note)
+            note.on_calls = None if failed else partial(trial.called, stable=True)
         if not failed and meter.times is not None:
             self.pace.observe(*meter.times, meter.nll if first else None, len(meter.tokens))
 
@@ -163,6 +166,7 @@ class Split:
                     meter.take(good)
                     if error is None and isinstance(events[-1], Finished):
                         trial.count(meter, stable=False, first=first)
+                        note.on_calls = partial(trial.called, stable=False)
                         self._counts[trial.label, "ok"] += 1
                     if good:
                         note.version = trial.label

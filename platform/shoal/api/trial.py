@@ -116,6 +116,14 @@ class Trial:
             self._votes[by] = rating
         self.decided = judged(self.canary, self.evidence)
 
+    def called(self, valid: bool, *, stable: bool) -> None:
+        """An answer that was counted has calls of tools, all of them `valid` or not."""
+        tally = self.evidence.stable if stable else self.evidence.canary
+        tally.called += 1
+        tally.wrong += not valid
+        if self.decided[0] != "back":
+            self.decided = judged(self.canary, self.evidence)
+
     def _count_answer(self, tally: Tally, meter: Meter) -> None:
         tally.invalid += meter.invalid
         if meter.times is None:

@@ -4,11 +4,12 @@
     0        shadow: copies of requests, whose answers nobody reads
     1, 2, 3  5, 25, 50 %
 
-Each check is Wald's sequential test of a share (of answers that failed, were invalid, slow, cut or unsure, of thumbs down): it
-may be looked at after every request, and condemns a good version in `ALPHA` of the cases and clears a bad one in `BETA`. What
-is tolerated is the share of the stable version at the same time: where both fail, the machine is at fault. That is an estimate,
-so none is condemned before its share is larger for sure (`surely_more`). A step ends when enough requests were seen and all
-checks are clear, never by the clock. Votes are given by whom it pleases: they condemn, and clear nothing.
+Each check is Wald's sequential test of a share (of answers that failed, were invalid, slow, cut or unsure, of calls that are
+invalid, of thumbs down): it may be looked at after every request, and condemns a good version in `ALPHA` of the cases and
+clears a bad one in `BETA`. What is tolerated is the share of the stable version at the same time: where both fail, the machine
+is at fault. That is an estimate, so none is condemned before its share is larger for sure (`surely_more`). A step ends when
+enough requests were seen and all checks are clear, never by the clock. Votes are given by whom it pleases: they condemn, and
+clear nothing.
 
 What answers are worth nobody knows who has no labels. Two things say that they are worth less: they do not come to an end
 (cut by their length), and the model is less sure of them. Unsure is an answer whose sampled NLL is above the 75th
@@ -17,6 +18,9 @@ a mean of one token is spread wider than one of six, and where all is nearly cer
 of a canary's are too many: that is 0.67 standard deviations where these are normal. They ask for twice the evidence (`WORTH`),
 so that one that is less sure by 0.2, which is no drift either, nearly always stays (decisions 0088, 0092). Of a talk the
 first answer alone counts, since those after it are no news, and neither clears a step.
+
+Calls of tools that nobody could follow are counted once an answer has been read (decision 0097): not of shadows, whose answers
+nobody reads.
 
 Slow is an answer beyond 1.25 times the 95th percentile of what the stable version's latest answers took; none is condemned for
 it before some of the stable version's were timed beside its own.
@@ -82,6 +86,8 @@ class Tally:
     cut: int = 0  # of them: by its length
     heard: int = 0  # of them: whose NLL was compared
     unsure: int = 0  # of these
+    called: int = 0  # answers with calls of tools
+    wrong: int = 0  # of them: with one of a tool that was not offered, or without an object of arguments
 
     def share(self, what: str, of: str) -> float:
         """Of `of`, with one of each kind added, so that it is never certain."""
@@ -146,6 +152,7 @@ KINDS = (
     ("thumbs down", "down", "votes", 0.05, 0.2, False),
     ("cut answers", "cut", "talks", 0.05, 0.2, False),
     ("unsure answers", "unsure", "heard", 1 - UNSURE, 0.25, False),
+    ("invalid calls", "wrong", "called", 0.05, 0.2, False),
 )
 QUALITY = ("cut", "unsure")
 WORTH = 0.5  # of their evidence counts: another model is another model, and may be a little less sure

@@ -81,7 +81,8 @@ class Row:
 
     # outcome
     tool_calls: int | None = _column(SMALL)
-    tool_valid: bool | None = _column(FLAG)  # each call names a tool that was offered, with an object of arguments
+    # each call names a tool that was offered, with an object of arguments; false too of one that is not even read as a call
+    tool_valid: bool | None = _column(FLAG)
     stored: bool | None = _column(FLAG)  # its text is kept as well
 
     # of a re-run at full depth (role rerun), beside `tolerance`, which the router was to keep

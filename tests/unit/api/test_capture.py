@@ -14,13 +14,18 @@ import httpx
 import pytest
 
 from shoal import presets
+from shoal.api.app import build_app
 from shoal.api.auth import ApiKeys
 from shoal.api.capture import CaptureArgs, Recorder
 from shoal.api.reruns import Reruns
 from shoal.api.served import ServedModel
+from shoal.api.service import Hosted
+from shoal.api.split import Split
+from shoal.api.trial import Trial
 from shoal.engine.events import Finished, Signals
 from shoal.errors import ConfigError, GenerationError
 from shoal.inputs.tokenizer import Tokenizer
+from shoal.loop.canary import Canary
 from shoal.loop.capture import Capture, subject
 from shoal.loop.outbox import Outbox
 from shoal.model.files import weights_sha256
@@ -99,8 +104,31 @@ async def test_a_call_of_a_tool_is_valid_or_not(connect: Connect, folder: Path, 
     async with connect(capture=CaptureArgs(str(folder))) as http:
         engine.reply = '<tool_call>{"name": "track", "arguments": {"order": "7"}}</tool_call>'
         (await http.post("/v1/chat/completions", json=body)).raise_for_status()
-    found = rows(folder)[0]
+        for inner in ('{"name": "trick", "arguments": {}}', '{"name": "track", "arguments": {"order"'):
+            engine.reply = f"<tool_call>{inner}</tool_call>"
+            (await http.post("/v1/chat/completions", json=body)).raise_for_status()
+        (await http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 200})).raise_for_status()
+    found, *texts, untaught = rows(folder)
     assert (found["tool_calls"], found["tool_valid"], found["finish"]) == (1, True, "tool_calls")
+    assert [(one["tool_calls"], one["tool_valid"], one["finish"]) for one in texts] == [(0, False, "stop")] * 2
+    assert untaught["tool_valid"] is None, "nothing was offered"
+
+
+async def test_calls_of_tools_in_answers_of_a_canary_are_told_to_its_trial(engine: Any, served: ServedModel) -> None:
+    """Whole and streamed ones, with a capture or without; an answer without a call says nothing."""
+    tools = [{"type": "function", "function": {"name": "track", "parameters": {"type": "object"}}}]
+    split = Split(engine)
+    split.trial = Trial(engine, "2.canary", Canary(2, 3, "now"), split.pace)
+    split.trial.takes = lambda conversation: True  # type: ignore[method-assign]
+    replies = ('{"name": "track", "arguments": {"order": "7"}}', '{"name": "trick", "arguments": {"order": "7"}}')
+    app = build_app([Hosted(served, split)])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        for engine.reply in (*(f"<tool_call>{reply}</tool_call>" for reply in replies), "no call"):
+            for stream in (False, True):
+                body = {**CHAT, "max_tokens": 200, "tools": tools, "stream": stream}
+                (await http.post("/v1/chat/completions", json=body)).raise_for_status()
+    tally = split.trial.evidence.canary
+    assert (tally.requests, tally.called, tally.wrong) == (6, 4, 2)
 
 
 async def test_what_the_engine_says_of_itself_is_kept(connect: Connect, folder: Path, engine: Any) -> None:

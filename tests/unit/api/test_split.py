@@ -109,6 +109,28 @@ def test_what_fails_at_the_canary_goes_on_at_the_stable_version(error: Exception
     asyncio.run(work())
 
 
+def test_what_became_of_the_calls_of_tools_is_told_to_the_trial_that_gave_the_answer() -> None:
+    async def work() -> None:
+        for share, side in ((3, "canary"), (0, "stable")):
+            made, note = split(Engine(0), share), Note()
+            await read(made, Request([5], id="r"), note)
+            trial = made.trial
+            assert trial is not None and note.on_calls is not None
+            for valid in (True, False):
+                note.on_calls(valid)
+            tally = getattr(trial.evidence, side)
+            assert (tally.called, tally.wrong) == (2, 1)
+            for _ in range(9):
+                note.on_calls(False)
+            assert trial.decided[0] == ("back" if side == "canary" else "wait")
+        made, note = split(Engine(0)), Note()
+        made.trial = None
+        await read(made, Request([5], id="r"), note)
+        assert note.on_calls is None
+
+    asyncio.run(work())
+
+
 def test_an_end_that_is_an_error_goes_on_as_well() -> None:
     async def work() -> None:
         made, note = split(Engine(0, end=Finished("r", "error", error=GenerationError("NaN")))), Note()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -62,6 +63,17 @@ def test_one_that_always_fails_is_taken_back_within_twenty_requests(what: str) -
             assert str(requests) in why
             return
     raise AssertionError("twenty bad answers")
+
+
+def test_calls_that_nobody_can_follow_condemn_within_twenty_and_beside_as_many_they_do_not() -> None:
+    def after(wrong: int, stable: Tally) -> str:
+        tally = replace(good(20), called=20, wrong=wrong)
+        return judged(START, Evidence(tally, stable, 20))[0]
+
+    known = replace(good(100), called=40, wrong=2)
+    assert after(20, known) == after(10, known) == "back" and after(1, known) == "wait"
+    assert after(10, replace(good(100), called=40, wrong=20)) == "wait", "the tools are at fault"
+    assert judged(START, Evidence(good(300), good(300), 300))[0] == "next", "a service without tools"
 
 
 def test_what_fails_at_the_stable_version_too_is_not_the_canarys_fault() -> None:
@@ -185,7 +197,7 @@ def test_lengths_are_alike_as_engines_look_at_tokens() -> None:
 
 def test_every_check_has_a_name_of_its_own() -> None:
     names = [check.name for check in checks(Evidence())]
-    assert len({*names}) == len(names) == 6
+    assert len({*names}) == len(names) == 7
 
 
 def test_what_slows_both_condemns_nobody() -> None:
