@@ -2,7 +2,7 @@
 
     python jobs/watch.py --capture runs/capture --once
     ray job submit --working-dir . --runtime-env-json '{"env_vars": {"PYTHONPATH": "platform"}}' -- \\
-        python jobs/watch.py --capture /shared/capture --hours 24
+        python jobs/watch.py --capture /shared/capture
 
 --capture: folder of a service that was started with it. Without --once it looks again and again, and prints what has changed.
 """

@@ -191,9 +191,9 @@ def _size(preset: str, size: str) -> dict[str, float]:
         raw, out = Path(folder, "raw"), Path(folder, "out")
         raw.mkdir()
         out.mkdir()
-        written = number = 0
-        for number, text in enumerate(_some(_texts(), int(size) * MB), start=1):
-            written += (raw / f"{number:06}.txt").write_bytes(text.encode())
+        written = documents = 0
+        for documents, text in enumerate(_some(_texts(), int(size) * MB), start=1):
+            written += (raw / f"{documents:06}.txt").write_bytes(text.encode())
         before = _peak_rss()
         start, cpu = time.perf_counter(), time.process_time()
         plan = parts.split_files(list_files(SourceSpec("bench", str(raw))))
@@ -205,7 +205,7 @@ def _size(preset: str, size: str) -> dict[str, float]:
         for number, (path, of) in enumerate(zip(paths, splits, strict=True)):
             parts.pack_part(path, of, out, model, number)
         spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    dropped = sum(reasons.total() for reasons in drops.values()) / number
+    dropped = sum(reasons.total() for reasons in drops.values()) / documents
     return {"mb": written / MB, **spent, "dropped": dropped, "rss_before_mb": before, "peak_rss_mb": _peak_rss()}
 
 

@@ -146,7 +146,7 @@ async def teach(release: Release, data: Path, work: Path, minutes: float, say: S
 
 async def _noticed(service: Service, old: list[Asked], new: list[Asked], say: Say) -> dict[str, Any]:
     """The old shop's questions, then the catalogue's, whose wrong answers are corrected, beyond the alarm; how soon it came."""
-    watch = Watch(service.capture, learn=LEARNED)
+    watch = Watch(service.capture, learn=LEARNED)  # its day is minutes
     await service.ask_all(old[: LEARNED + QUIET])
     quiet = await asyncio.to_thread(watch.look)
     say(f"after {LEARNED + QUIET:,} requests: {quiet.sentence}")

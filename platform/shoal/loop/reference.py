@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from shoal.errors import DataError
 from shoal.loop.detector import BETS, Stream
-from shoal.loop.watched import BY_NAME, WATCHED, texts
+from shoal.loop.watched import BY_NAME, WATCHED, are_requests, texts
 from shoal.machine import write_aside
 
 FORMAT, VERSION = "shoal.reference", 1
@@ -158,7 +158,7 @@ def measured(table: pa.Table, weights: str, *, why: str = "") -> Reference:
     if not standards:
         wanted = f"{LEAST_VALUES} requests with one signal, such as prompt_tokens"
         raise DataError("a reference without a signal", got=f"{len(table)} requests", allowed=wanted)
-    return Reference(weights, float(at.min()), float(at.max()), len(table), tuple(standards), why)
+    return Reference(weights, float(at.min()), float(at.max()), int(are_requests(table).sum()), tuple(standards), why)
 
 
 def _large(slices: np.ndarray) -> list[str]:

@@ -210,8 +210,7 @@ class Release:
         return back
 
     def hold(self, *, why: str, who: str | None = None, seen: int | None = None) -> None:
-        """Nothing goes on by itself from now on: a canary keeps its share, and no version is promoted but by a person. `seen`:
-        as of `step`."""
+        """Nothing goes on by itself from now on, but that a canary which its checks condemn ends. `seen`: as of `step`."""
         with self._changing(seen) as before:
             self._change(before, "hold", why, who, before.candidate, held=why)
 

@@ -33,7 +33,7 @@ from shoal.loop.rows import RERUN
 from shoal.loop.tell import STATES, Report, told
 from shoal.loop.texts import Stored, Texts, one_line
 from shoal.loop.unread import Read, unread
-from shoal.loop.watched import column, texts
+from shoal.loop.watched import are_requests, column, texts
 from shoal.machine import write_aside
 
 FORMAT, VERSION = "shoal.watch", 1
@@ -147,7 +147,8 @@ class Watch:
         known.regret = None
         _regret(known, here)
         first, _ = first_turns(here, (), CONVERSATIONS)
-        known.learned, count = len(first), self._enough(moments(first))
+        requests = are_requests(first)
+        known.learned, count = int(requests.sum()), self._enough(moments(first), requests)
         if count is None:
             return known
         reference = measured(first.slice(0, count), known.weights, why=known.why)
@@ -171,12 +172,12 @@ class Watch:
         if len(known.evidence) > POINTS:
             known.evidence = known.evidence[::2]
 
-    def _enough(self, at: np.ndarray) -> int | None:
-        """How many of the requests make the reference; None as long as there are too few, or they span too little."""
-        if len(at) < self.learn:
+    def _enough(self, at: np.ndarray, requests: np.ndarray) -> int | None:
+        """How many of the rows make the reference; None as long as too few of them are `requests`, or they span too little."""
+        if not len(at):
             return None
-        spans = np.flatnonzero(at - at[0] >= self.hours * 3600)
-        return max(self.learn, int(spans[0]) + 1) if len(spans) else None
+        enough = np.flatnonzero((np.cumsum(requests) >= self.learn) & (at - at[0] >= self.hours * 3600))
+        return int(enough[0]) + 1 if len(enough) else None
 
     def _reference(self, known: Known) -> Reference:
         return Reference.read(self._folder / known.reference)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from shoal.loop.rows import RERUN
+
 Column = Callable[[pa.Table], np.ndarray]
 
 
@@ -35,6 +37,11 @@ def column(table: pa.Table, name: str) -> np.ndarray:
 def texts(table: pa.Table, name: str) -> list[str]:
     """A column of texts; "" where it is null, or not there."""
     return [text or "" for text in table[name].to_pylist()] if name in table.column_names else [""] * len(table)
+
+
+def are_requests(table: pa.Table) -> np.ndarray:
+    """bool [n]: which rows are of requests, and neither thumbs, which have a row of their own, nor re-runs."""
+    return np.isnan(column(table, "down")) & (np.array(texts(table, "role"), dtype=object) != RERUN)
 
 
 def _log(name: str) -> Column:

@@ -32,8 +32,8 @@ class Watch(Stage):
     every: Annotated[float, typer.Option(help="Seconds between two looks.")] = 30.0
     learn: Annotated[int, typer.Option(help="Requests of the reference, the first of a version.")] = 2_000
     hours: Annotated[
-        float, typer.Option(help="Hours that the reference spans at least; 24 where a day has a rhythm.")
-    ] = 0.0
+        float, typer.Option(help="Hours that the reference spans at least; 0 where a day has no rhythm.")
+    ] = 24.0
     false_alarm: Annotated[int, typer.Option(help="Requests to a false alarm, in the mean, over all signals.")] = 50_000
     why: Annotated[str, typer.Option(help="With accept: the reason, which is kept. [none]")] = ""
     metrics: Annotated[
