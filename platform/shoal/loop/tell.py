@@ -96,8 +96,9 @@ def _of_detector(
     """`told` without a regret."""
     warnings = [f"{ahead:,} requests say that they ended in the future: a gateway's clock is wrong"] if ahead else []
     if reference is None or detector is None:
-        more = "" if learned < wanted else ", which do not span the hours that were asked for"
-        sentence = f"Learning: {learned:,} of the {wanted:,} requests of a reference have come{more}."
+        sentence = f"Learning: {learned:,} of the {wanted:,} requests of a reference have come."
+        if learned >= wanted:
+            sentence = f"Learning: {learned:,} requests have come, which do not span the hours of a reference yet."
         if not learned:
             sentence = "Learning: no request has come yet."
         return Report("learning", sentence, weights, learned, 0.0, wanted, warnings=warnings)

@@ -59,7 +59,8 @@ class Known:
     read: Read = field(default_factory=Read)
     conversations: list[str] = field(default_factory=list)
     detector: dict[str, Any] | None = None  # None while it learns
-    learned: int = 0  # requests, while it learns
+    learned: int = 0  # requests, while it learns ...
+    began: float = 0.0  # ... the first of them, in epoch seconds; 0: all is to be read
     other: dict[str, Any] = field(default_factory=dict)  # other weights: `weights`, `count` in a row, `at` of the first
     regret: dict[str, Any] | None = None  # `Regret.saved`
     ahead: int = 0  # requests that say they ended in the future
@@ -114,17 +115,20 @@ class Watch:
 
     def _follow(self, known: Known, now: float) -> Known:
         """`known` after what came since; anew where other weights have taken the place of those that it was about."""
-        table, read = self._stable(Read() if known.detector is None else known.read, now)
-        known.ahead = (known.ahead if known.detector else 0) + int((moments(table) > now + AHEAD_S).sum())
+        table, read = self._stable(known.read, now)
+        if known.detector is None and not self._learns_on(known, table):
+            table, read = self._stable(Read(), now)
+            known = self._learned(known, table)
+            known.ahead, known.read = _ahead(table, now), read
+            return known
+        known.ahead, known.read = known.ahead + _ahead(table, now), read
         if known.detector is None:
-            known.other = {}
-            return self._learned(known, table, read)
+            return known
         here, switched = _of_weights(known, table)
         if switched:
             return self._follow(Known(known.other["weights"], known.other["at"]), now)
         _regret(known, here)
         self._detect(known, here)
-        known.read = read
         return known
 
     def _stable(self, read: Read, now: float) -> tuple[pa.Table, Read]:
@@ -134,28 +138,43 @@ class Watch:
             pa.array([role in ("", "stable", RERUN) for role in texts(table, "role")], pa.bool_())
         ), read
 
-    def _learned(self, known: Known, table: pa.Table, read: Read) -> Known:
+    def _learns_on(self, known: Known, table: pa.Table) -> bool:
+        """Takes in what came since the last look, where that makes no reference yet: most looks of a day. False where all is to
+        be read, as at the first look, and for other weights."""
+        table = table.filter(pa.array(moments(table) >= known.learn_from, pa.bool_()))
+        if not known.began or not set(identities(table)) <= {"", known.weights}:
+            return False
+        first, conversations = first_turns(table, known.conversations, CONVERSATIONS)
+        learned, at = known.learned + int(are_requests(first).sum()), moments(first)
+        if learned >= self.learn and len(at) and at.max() - known.began >= self.hours * 3600:
+            return False
+        known.learned, known.conversations = learned, conversations
+        known.began = min([known.began, *at.tolist()])
+        _regret(known, table)
+        return True
+
+    def _learned(self, known: Known, table: pa.Table) -> Known:
         """With a reference, where there are enough rows from `learn_from` on, and with what came after it compared with it."""
+        known.other = {}
         rest = table.filter(pa.array(moments(table) >= known.learn_from, pa.bool_()))
         if not known.weights and len(rest):
             known.weights = next((one for one in identities(rest) if one), "")
         here, switched = _of_weights(known, rest)
         while switched:
-            known = Known(known.other["weights"], known.other["at"], ahead=known.ahead)
+            known = Known(known.other["weights"], known.other["at"])
             rest = table.filter(pa.array(moments(table) >= known.learn_from, pa.bool_()))
             here, switched = _of_weights(known, rest)
         known.regret = None
         _regret(known, here)
-        first, _ = first_turns(here, (), CONVERSATIONS)
-        requests = are_requests(first)
-        known.learned, count = int(requests.sum()), self._enough(moments(first), requests)
-        if count is None:
+        first, known.conversations = first_turns(here, (), CONVERSATIONS)
+        requests, at = are_requests(first), moments(first)
+        known.learned, known.began = int(requests.sum()), float(at[0]) if len(at) else 0.0
+        if (count := self._enough(at, requests)) is None:
             return known
         reference = measured(first.slice(0, count), known.weights, why=known.why)
         known.reference = f"reference-{int(reference.began * 1000)}.json"
         reference.write(self._folder / known.reference)
         known.detector = Detector(reference.streams, requests=self.requests).saved()
-        known.read = read
         _, known.conversations = first_turns(first.slice(0, count), (), CONVERSATIONS)
         self._detect(known, first.slice(count))
         return known
@@ -342,6 +361,11 @@ def identities(table: pa.Table) -> list[str]:
     refused = np.nan_to_num(column(table, "status")) >= 400
     told = zip(texts(table, "version"), texts(table, "weights"), refused, strict=True)
     return [version or ("" if none else weights) for version, weights, none in told]
+
+
+def _ahead(table: pa.Table, now: float) -> int:
+    """Requests that say they ended after `now`."""
+    return int((moments(table) > now + AHEAD_S).sum())
 
 
 def _regret(known: Known, table: pa.Table) -> None:

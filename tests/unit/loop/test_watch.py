@@ -3,9 +3,11 @@
 import fcntl
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from shoal.cli import main
@@ -110,11 +112,51 @@ def test_the_command_learns_a_day_unless_it_is_told_that_a_day_has_no_rhythm(
     service.serve(600)
     words = ["watch", "--capture", str(service.folder), "--once", "--learn", "500"]
     assert main(words) == 0
-    assert "which do not span the hours that were asked for" in " ".join(capsys.readouterr().out.split())
+    assert "600 requests have come, which do not span the hours of a reference yet" in " ".join(
+        capsys.readouterr().out.split()
+    )
     service.now += 86_400
     service.serve(1)
     assert main(words) == 0
     assert capsys.readouterr().out.startswith("Quiet: ")
+
+
+def test_a_day_of_looks_reads_each_row_once_and_the_reference_is_that_of_one_look(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Conversations, thumbs, re-runs, parts and a row that comes late: as if nobody had looked before the day was over."""
+    seen = list[int]()
+
+    def counted(capture: Capture, read: Read, now: float) -> tuple[pa.Table, Read]:
+        found = unread(capture, read, now)
+        seen.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr("shoal.loop.watch.unread", counted)
+    for hour in range(26):
+        service.now = START + hour * 3600
+        journal = "a" if hour < 8 else "b"
+        service.serve(20, conversation=f"c{hour}", journal=journal)
+        service.serve(20, router_bound=0.02, journal=journal)
+        reran(service, 0.01, 3 if hour < 8 else 0)
+        Votes(service.capture).put(Vote(f"chatcmpl-{service._count - 5}", "b", "up", at=round(service.now * 1000)))
+        if hour == 7:
+            service.part()
+        report = watch(service, hours=24).look(service.now)
+        assert report.state == ("learning" if hour < 24 else "quiet"), report
+    rows = 26 * (20 + 20 + 1) + 8 * 6
+    assert sum(seen) <= 2 * rows, "those of the day twice, at its end"
+    state = json.loads((service.folder / FOLDER / STATE).read_text())
+    one = Capture(tmp_path / "one", create=True)
+    for kind in ("rows", "journal", "feedback"):
+        shutil.copytree(service.folder / kind, one.folder / kind, dirs_exist_ok=True)
+    Watch(one.folder, learn=500, hours=24).look(service.now)
+    again = json.loads((one.folder / FOLDER / STATE).read_text())
+    assert (one.folder / FOLDER / again["reference"]).read_text() == (
+        service.folder / FOLDER / state["reference"]
+    ).read_text()
+    assert again["detector"]["seen"] == state["detector"]["seen"] > 0
+    assert again["detector"]["sums"] == state["detector"]["sums"] and again["regret"] == state["regret"]
 
 
 def test_a_re_run_that_comes_after_its_request_was_looked_at_is_read(service: Service) -> None:
