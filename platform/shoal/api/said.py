@@ -6,6 +6,9 @@ Its value is a regular expression (RE2's, which takes time in proportion to the 
 have there is what it matches, as a word of its own, in the conversation's messages of system, user and tools: what the model
 itself has said is no evidence. Where nothing was said an argument cannot be given, and no tool called that needs it.
 
+A word of its own is one that goes on at neither end: a letter of the English alphabet, a digit or "_" at an end of it has none
+beside it. At an end that is another letter, as of "#1234", "12%" or "单1234", anything may stand.
+
     {"order": {"type": "string", "x-said": "[A-Z][0-9]{4}", "x-said-in-text": "[A-Z][0-9]+"}}
 
 The second holds for the words of an answer too: what it matches at the beginning of a word goes on as something that it matches
@@ -14,6 +17,7 @@ in those messages, and there the word ends. A match that grows with each digit i
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -25,6 +29,7 @@ from shoal.inputs.tools import SAID, SAID_IN_TEXT, marked, parts, unmarked
 
 MOST = 1000  # different values of one argument; of more the last said
 _SPLIT = "\0"
+_EDGE, _NO_EDGE = r"\b", r"\B"  # between a letter of words (RE2's: English, digits, "_") and any other; elsewhere
 
 
 def may_be_called(tools: Mapping[str, Function], messages: Sequence[Message]) -> dict[str, Function]:
@@ -49,14 +54,25 @@ def unsaid(tools: Mapping[str, Function], messages: Sequence[Message]) -> dict[s
     patterns = dict.fromkeys(str(mark[SAID_IN_TEXT]) for mark in marks if SAID_IN_TEXT in mark)
     texts, found = _said_by_others(messages) if patterns else [], dict[str, str]()
     for at, pattern in enumerate(patterns):
-        values = " | ".join(json.dumps(one) for one in _found(SAID_IN_TEXT, pattern, texts))
+        values = " | ".join(map(_whole, _found(SAID_IN_TEXT, pattern, texts)))
         lines = [
-            f"UNSAID_{at}: /((?s:.*)[^0-9A-Za-z_])?/ BEGUN_{at}",
+            f"UNSAID_{at}: /((?s:.*)[^0-9A-Za-z_])?/ BEGUN_{at} | /(?s:.*)/ INNER_{at}",
+            f"INNER_{at}: BEGUN_{at} & /[^0-9A-Za-z_](?s:.*)/",
             f"BEGUN_{at}: /(?:{_on_a_line(pattern)})(?s:.*)/" + (f" & ~WHOLE_{at}" if values else ""),
-            *([f"WHOLE_{at}: ({values}) /([^0-9A-Za-z_](?s:.*))?/"] if values else []),
+            *([f"WHOLE_{at}: {values}"] if values else []),
         ]
         found[f"UNSAID_{at}"] = "\n".join(lines)
     return found
+
+
+def _whole(value: str) -> str:
+    """A terminal of what was said and of what may stand behind it."""
+    behind = "/([^0-9A-Za-z_](?s:.*))?/" if _in_words(value[-1]) else "/(?s:.*)/"
+    return f"{json.dumps(value, ensure_ascii=False)} {behind}"
+
+
+def _in_words(letter: str) -> bool:
+    return letter.isascii() and (letter.isalnum() or letter == "_")
 
 
 def _on_a_line(pattern: str) -> str:
@@ -115,16 +131,25 @@ def _found(keyword: str, pattern: str, texts: Sequence[str]) -> list[str]:
     import pyarrow as pa  # not by a service that is never asked
     import pyarrow.compute as pc
 
-    whole = "\n".join(texts).replace(_SPLIT, " ").encode("utf-8", "replace").decode()
-    try:
-        cut = pc.replace_substring_regex(pa.scalar(whole), rf"\b({pattern})\b", rf"{_SPLIT}\1{_SPLIT}").as_py()
-    except pa.ArrowInvalid as error:
-        got = f"{pattern[:80]}: {str(error).rpartition(': ')[2][:120]}"
-        raise RequestError(
-            f"tools: {keyword}", param="tools", got=got, allowed="a regular expression of RE2"
-        ) from error
-    found = [one for one in cut.split(_SPLIT)[1::2] if one]
-    return [*reversed(dict.fromkeys(reversed(found)))][-MOST:]
+    whole, found = "\n".join(texts).replace(_SPLIT, " ").encode("utf-8", "replace").decode(), list[tuple[int, str]]()
+    for left, right in itertools.product((_EDGE, _NO_EDGE), repeat=2):
+        marks = rf"{left}({pattern}){right}", rf"{_SPLIT}\1{_SPLIT}"
+        try:
+            cut = pc.replace_substring_regex(pa.scalar(whole), *marks).as_py().split(_SPLIT)
+        except pa.ArrowInvalid as error:
+            got = f"{pattern[:80]}: {str(error).rpartition(': ')[2][:120]}"
+            raise RequestError(
+                f"tools: {keyword}", param="tools", got=got, allowed="a regular expression of RE2"
+            ) from error
+        starts = itertools.accumulate(map(len, cut), initial=0)
+        found += [each for each in [*zip(starts, cut, strict=False)][1::2] if each[1] and _apart(each[1], left, right)]
+    return [*reversed(dict.fromkeys(one for _, one in sorted(found, reverse=True)))][-MOST:]
+
+
+def _apart(value: str, left: str, right: str) -> bool:
+    """Whether a match is a word of its own: where it ends in a letter of words, that is an edge of one."""
+    ends = (left, value[0]), (right, value[-1])
+    return all(side == _EDGE or not _in_words(letter) for side, letter in ends)
 
 
 def _check(name: str, parameters: Mapping[str, Any], marks: Mapping[str, Mapping[str, Any]]) -> None:

@@ -99,6 +99,27 @@ def test_a_value_stands_as_a_word(text: str, found: list[str]) -> None:
     assert choosable([{"role": "user", "content": text}]) == found
 
 
+@pytest.mark.parametrize(
+    ("pattern", "text", "found"),
+    [
+        ("#[0-9]+", "Where is order #1234, and #12?", ["#1234", "#12"]),
+        ("#[0-9]+", "order#1234", ["#1234"]),
+        ("#[0-9]+", "#1234_", []),
+        (r"Nr\. ?[0-9]+", "Nr. 12, Nr.13, aNr.14", ["Nr. 12", "Nr.13"]),
+        ("№ ?[0-9]+", "№ 12 и №13", ["№ 12", "№13"]),
+        ("单[0-9]{4}", "我的订单1234到了吗", ["单1234"]),
+        ("[0-9]{4}号", "订单1234号在哪。a1234号", ["1234号"]),
+        ("[0-9]+%", "20% off, or 5%off", ["20%", "5%"]),
+        ("ÄB[0-9]+", "die ÄB12", ["ÄB12"]),
+        ("-?[0-9]+", "between -3 and 4", ["-3", "3", "4"]),  # either was said
+        ("[0-9.]+", "1.5, or 2.", ["1.5", "2", "2."]),
+    ],
+)
+def test_a_value_that_begins_or_ends_in_no_letter_of_words_is_found(pattern: str, text: str, found: list[str]) -> None:
+    """At such an end there is no edge of a word, which is no reason for the number not to have been said."""
+    assert choosable([{"role": "user", "content": text}], **{"x-said": pattern}) == found
+
+
 def test_of_a_thousand_values_and_more_the_last_are_kept() -> None:
     many = " ".join(f"A{number:04d}" for number in range(1500))
     assert choosable([{"role": "user", "content": many}]) == [f"A{number:04d}" for number in range(500, 1500)]
@@ -203,6 +224,17 @@ def test_no_word_is_what_nobody_said_whichever_letters_it_has() -> None:
         except StrayError:
             allowed = False
         assert allowed == (wrong.search(text) is None), text
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said", "goes_on"), [("#[0-9]+", "#12", " "), ("单[0-9]+", "单12", "的"), ("[0-9]+号", "12号", "在")]
+)
+def test_in_words_too_it_is_held_to_what_was_said_wherever_it_begins(pattern: str, said: str, goes_on: str) -> None:
+    given = tool("track", order={**ORDER, "x-said": pattern, "x-said-in-text": pattern})
+    messages, other = [{"role": "user", "content": f"到{said}吗"}], said.replace("2", "3")
+    for before in ("", "It is ", "订", "order" if said[0] == "#" else "("):
+        assert begins(f"{before}{said}{goes_on}", messages, (given,)), before
+        assert not begins(f"{before}{other}{goes_on}", messages, (given,)), before
 
 
 def test_what_was_not_said_is_stopped_at_its_first_digit_and_not_at_its_last() -> None:
