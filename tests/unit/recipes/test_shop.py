@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +12,12 @@ import httpx
 import pytest
 
 from shoal.errors import RequestError
+from shoal.inputs.tokenizer import Tokenizer
+from shoal.recipes.customer_service.conversations import conversations
+from shoal.recipes.customer_service.names import Table, named
 from shoal.recipes.customer_service.service import MOST_SHOPS, Shops, serving
-from shoal.recipes.customer_service.shop import ITEMS, STATES, TOOLS, Shop, split_of
-from shoal.recipes.splits import LANGUAGES, SPLITS, SUITE, TRAIN
+from shoal.recipes.customer_service.shop import CITIES, ITEMS, STATES, TOOLS, Shop, split_of
+from shoal.recipes.splits import DEV, LANGUAGES, SPLITS, SUITE, TRAIN
 
 
 @pytest.fixture
@@ -92,6 +96,44 @@ def test_splits_share_no_order_no_product_and_no_city() -> None:
             assert {split_of(order) for order in shop.state()["orders"]} == {split}
         items = [set(ITEMS[language][split]) for split in SPLITS]
         assert sum(map(len, items)) == len(set.union(*items))
+
+
+@pytest.mark.parametrize("table", [ITEMS, CITIES], ids=["products", "cities"])
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_name_that_is_learned_from_is_mostly_one_of_its_own_and_never_one_that_is_asked(
+    table: Table, language: str
+) -> None:
+    draws = random.Random(0)
+    found = [named(table, language, TRAIN, draws) for _ in range(2000)]
+    known = table[language]
+    made_up = [name for name in found if name not in known[TRAIN]]
+    assert 0.6 < len(made_up) / len(found) < 0.8 and len(set(made_up)) > 0.95 * len(made_up)
+    asked = [name for split in (DEV, SUITE) for name in known[split]]
+    assert not [name for name in found if any(one in name for one in asked)]
+    assert {name[0].isupper() for name in found} == {name[0].isupper() for name in asked}
+    for split in (DEV, SUITE):
+        assert {named(table, language, split, draws) for _ in range(300)} == set(known[split])
+
+
+def test_shops_that_are_learned_from_sell_other_things_and_those_that_are_asked_do_not() -> None:
+    for language in LANGUAGES:
+        one, other = (set(Shop(TRAIN, language, seed).items) for seed in (1, 2))
+        assert len(one) == len(other) == 10 and len(one & other) < 5
+        assert all(Shop(SUITE, language, seed).items == ITEMS[language][SUITE] for seed in (1, 2))
+        assert Shop(TRAIN, language, 1).copy().items == Shop(TRAIN, language, 1).items
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_products_that_are_looked_up_are_spelt_in_several_tokens(language: str) -> None:
+    """Of thirty that were met over and over each had become a token, so that a call copied none: it chose among them. The
+    tokenizer is fitted to a quarter of what is learned, as the recipe does it."""
+    learned = [one for one in conversations(TRAIN, TRAIN, 1200, each=25) if one.language == language]
+    fitted = learned[: len(learned) // 4]
+    tokenizer = Tokenizer.train([str(message["content"]) for one in fitted for message in one.messages], 1536)
+    calls = [call["function"] for one in learned for message in one.messages for call in message.get("tool_calls", ())]
+    found = [json.loads(one["arguments"])["product"] for one in calls if one["name"] == "find_product"]
+    spelt = [len(tokenizer.encode(f" {name}" if language == "en" else name)) for name in found]
+    assert len(spelt) > 40 and sum(count > 1 for count in spelt) > 0.4 * len(spelt)
 
 
 # --- over HTTP --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shoal.recipes.customer_service.names import named
 from shoal.recipes.customer_service.shop import CITIES, ITEMS, REASONS, STATES, TOOLS, Shop, number
 from shoal.recipes.customer_service.words import ASKED, JOINED, ORDERS, SAID, SYSTEM
 from shoal.recipes.splits import LANGUAGES, of_split
@@ -83,8 +84,8 @@ def said_again(split: str, count: int, seed: int = 0) -> Iterator[dict[str, Any]
         kinds: tuple[Callable[[], str], ...] = (
             lambda: number(split, draws),
             lambda: number(split, draws),
-            lambda language=language: draws.choice(ITEMS[language][split]),  # type: ignore[misc]
-            lambda language=language: draws.choice(CITIES[language][split]),  # type: ignore[misc]
+            lambda language=language: named(ITEMS, language, split, draws),  # type: ignore[misc]
+            lambda language=language: named(CITIES, language, split, draws),  # type: ignore[misc]
             lambda: f"2026-{draws.randrange(1, 13):02d}-{draws.randrange(1, 29):02d}",
             lambda: f"{draws.randrange(5, 100)}.{draws.choice(('00', '50', '90'))}",
             lambda: f"R{draws.randrange(100_000):05d}",
@@ -159,7 +160,7 @@ class _Talk:
 
     def _find(self) -> None:
         self._sign_in(self._draws.choice((0, 0, 1)), *self._draws.choice(self._shop.orders("packed")))
-        item = self._draws.choice(ITEMS[self._language][self._shop.split])
+        item = self._draws.choice(self._shop.items)
         self._ask("find", item=item)
         found = self._call("find_product", {"product": item})
         situation = found.get("error") or ("found" if found["stock"] else "sold out")

@@ -1,7 +1,8 @@
 """A seeded shop of orders, parcels, returns and stock in SQLite, and the four tools that look things up in it and change it.
 
 Made up, all of it. What no model may have seen before it is asked is kept apart by construction: an order's number says which
-split it is of (`split_of`), and each split has products and cities of its own.
+split it is of (`split_of`), and each split has products and cities of its own; of those that are learned from each shop has
+other ones (`names`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import json
 import random
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
 from typing import Any
 
 from shoal.errors import RequestError, did_you_mean
 from shoal.inputs.tools import SAID, SAID_IN_TEXT
+from shoal.recipes.customer_service.names import some_named
 from shoal.recipes.splits import DEV, SUITE, TRAIN
 
 REASONS = ("broken", "wrong", "unwanted")
@@ -23,6 +25,7 @@ STATES = ("packed", "on the way", "delivered", "long delivered", "cancelled")  #
 TODAY = date(2026, 6, 10)
 DAYS = 30  # after its delivery in which an order may go back
 ORDERS = 40  # of a state, in a shop
+SOLD, PLACES = 10, 6  # products and cities of a shop that is learned from
 NOT_SOLD = 0.2  # chance that a product is asked for in vain
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 CARRIERS = ("DHL", "UPS", "GLS", "DPD")
@@ -121,11 +124,15 @@ class Shop:
         self._rows = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
         self._rows.row_factory = sqlite3.Row
         if of is not None:
+            self.items: tuple[str, ...] = of.items
             with of._lock:
                 of._rows.backup(self._rows)
         else:
+            draws = random.Random(f"{split} {language} {seed}")
+            # products, of which it need not have any left
+            self.items = tuple(some_named(ITEMS, language, split, SOLD, draws))
             self._rows.executescript(_SCHEMA)
-            self._fill(random.Random(f"{split} {language} {seed}"))
+            self._fill(some_named(CITIES, language, split, PLACES, draws), draws)
 
     def copy(self) -> Shop:
         """A shop in the same state, which changes for itself."""
@@ -157,8 +164,7 @@ class Shop:
             found = self._rows.execute("SELECT id, item FROM orders WHERE state = ? ORDER BY id", (state,))
             return [(row["id"], row["item"]) for row in found]
 
-    def _fill(self, draws: random.Random) -> None:
-        items, cities = ITEMS[self.language][self.split], CITIES[self.language][self.split]
+    def _fill(self, cities: Sequence[str], draws: random.Random) -> None:
         known: set[str] = set()
         for state in STATES:
             for _ in range(ORDERS):
@@ -168,9 +174,10 @@ class Shop:
                 ahead = {"delivered": -draws.randrange(1, DAYS), "long delivered": -draws.randrange(DAYS + 1, 90)}
                 day = TODAY + timedelta(days=ahead.get(state, draws.randrange(1, 20)))
                 route = draws.sample(cities, 3)
-                row = (drawn, draws.choice(items), _price(draws), state, draws.choice(CARRIERS), route[1], str(day))
+                item = draws.choice(self.items)
+                row = (drawn, item, _price(draws), state, draws.choice(CARRIERS), route[1], str(day))
                 self._rows.execute("INSERT INTO orders VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*row, json.dumps(route)))
-        for item in items:
+        for item in self.items:
             if draws.random() < NOT_SOLD:
                 continue
             stock = draws.choice((0, 0, *range(1, 10)))
