@@ -441,6 +441,16 @@ def augment(
     augment_bench(out, runs=run, teachers=teacher, seeds=seeds, steps=steps)
 
 
+@bench.command("recipes")
+def recipes(
+    run: Annotated[list[Path], typer.Option(help="Folder of a recipe's run that has its report; repeat.")],
+) -> None:
+    """The table that compares recipes with a rule and with imported weights, in Markdown, out of their reports."""
+    from shoal.bench.recipes import recipes_bench
+
+    recipes_bench(run)
+
+
 @bench.command("data")
 def data(
     preset: Annotated[str, typer.Option(help="Whose vocabulary, row length and patches are used.")] = "tiny",

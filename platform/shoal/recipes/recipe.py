@@ -45,6 +45,8 @@ class Recipe(ABC):
     measures: tuple[str, ...]
     least_is_best: tuple[str, ...] = ()
     served: str  # the measure by which depths are compared
+    # suites in wordings that nobody learned from, each with the measures that say most
+    headline: tuple[tuple[str, tuple[str, ...]], ...] = ()
     always_full: tuple[str, ...] = ()  # workloads whose depth is full, whatever is measured
     synonyms: Mapping[str, Sequence[str]] = {}  # of the wordings that are learned from, for `shoal augment`
     sure = False  # is the model's own probability of its answers held against how often they are `right`?

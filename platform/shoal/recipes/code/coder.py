@@ -43,6 +43,7 @@ class Code(Recipe):
     measures = score.MEASURES
     least_is_best = score.LEAST_IS_BEST
     served = "pass@1"
+    headline = ((Path(NEW).stem, ("pass@1", "repair rate")),)
 
     def write(self, folder: Path, seed: int) -> None:
         """Raises ResourceError where programs could not be run later on."""

@@ -70,6 +70,7 @@ class Law(Recipe):
     measures = score.MEASURES
     least_is_best = score.LEAST_IS_BEST
     served = "right"
+    headline = ((Path(KNOWN).stem, ("right",)), (Path(NEW).stem, ("right",)))
     sure = True
     synonyms = SYNONYMS
 

@@ -38,6 +38,7 @@ class Medicine(Recipe):
     measures = score.MEASURES
     least_is_best = score.LEAST_IS_BEST
     served = "causes"  # urgency is raised by the server's rule as well
+    headline = ((Path(NEW).stem, ("urgency", "abstained")),)
     always_full = (DIAGNOSIS,)  # a wrong answer costs more than time
     sure = True
     synonyms = SYNONYMS
