@@ -30,11 +30,12 @@ from shoal.api.policy import WORKLOAD
 from shoal.api.prompts import check_ids, encode_messages, fit, prompt_ids, prompts_of, template_settings, truncated
 from shoal.api.served import ServedModel
 from shoal.api.tools import Offer
-from shoal.api.wire import Wire
+from shoal.api.wire import Wire, parse
 from shoal.config import AUTO, FULL
 from shoal.engine.events import Guide, Request, Sampling
 from shoal.errors import ContextLengthError, RequestError
 from shoal.inputs.chat import Encoded
+from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.described import DRAWN
 
 EFFORT_DEPTH = {
@@ -309,6 +310,20 @@ def _logit_bias(given: dict[str, float], served: ServedModel) -> dict[int, float
         bias[int(key)] = value
     check_ids(list(bias), served, "logit_bias")
     return bias
+
+
+def guide_of(
+    messages: Sequence[Mapping[str, Any]],
+    given: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    response_format: Mapping[str, Any] | None = None,
+) -> Guide | None:
+    """What a service guides the next answer of a chat by: `messages`, tools and format as OpenAI has them. Raises RequestError
+    for what it would refuse."""
+    asked = [{key: value for key, value in one.items() if key != "weight"} for one in messages]
+    told = {"model": "", "messages": asked, "tools": [*given], "response_format": response_format}
+    body = parse(ChatRequest, json.dumps(told).encode())
+    return _chat_guide(body, Offer(body, tokenizer))[0]
 
 
 def _chat_guide(body: ChatRequest, offer: Offer) -> tuple[Guide | None, str]:

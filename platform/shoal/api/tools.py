@@ -21,7 +21,6 @@ from llguidance import StructTag
 from shoal.api.bodies import ChatRequest, Function, Message, NamedTool, ResponseFormat
 from shoal.api.calls import Named, Plain, Reader, Whole, reader
 from shoal.api.said import may_be_called, unsaid
-from shoal.api.wire import parse
 from shoal.engine.events import Guide
 from shoal.engine.guided import JSON_OPTIONS
 from shoal.errors import RequestError
@@ -214,16 +213,6 @@ class Offer:
 
     def _functions(self) -> list[dict[str, Any]]:
         return [tool.model_dump(exclude={"strict"}) for tool in self.tools.values()]
-
-
-def guide_of(
-    messages: Sequence[Mapping[str, Any]], given: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
-) -> Guide | None:
-    """What a service guides the next answer of a chat with tools by: `messages` and tools as OpenAI has them. Raises
-    RequestError for what it would refuse."""
-    asked = [{key: value for key, value in one.items() if key != "weight"} for one in messages]
-    body = parse(ChatRequest, json.dumps({"model": "", "messages": asked, "tools": [*given]}).encode())
-    return Offer(body, tokenizer).guide
 
 
 def as_native(messages: Sequence[Message], system: str = "") -> list[dict[str, Any]]:

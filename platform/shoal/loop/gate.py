@@ -46,7 +46,10 @@ MOST_RISE = 0.01  # of bits per byte
 BPB_ROWS = 96  # packed rows of a modality
 MOST_LONGER = 1.10  # tokens of the answers to frozen suites
 SHAPE = "shape"  # the check that refuses
-Guides = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], Tokenizer], Guide | None]
+# messages, tools, tokenizer and format -> guide
+Guides = Callable[
+    [Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], Tokenizer, Mapping[str, Any] | None], Guide | None
+]
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def gate(
     guides: Guides | None = None,
 ) -> Verdict:
     """The verdict on `candidate` beside `stable`, by the frozen suites in `folder`, what a `cut` holds out and what the corpus
-    `data` does. `guides`: what a service guides the answer to messages with tools by [nothing]. Raises
+    `data` does. `guides`: what a service guides the answer to messages with tools or a format by [nothing]. Raises
     DataError for suites that changed or hold no question, CheckpointError for a stable version that cannot be loaded."""
     began, tell = time.monotonic(), on_progress or (lambda what, done, total: None)
     frozen = [(suite, folder) for suite in suites.read(folder)]
@@ -257,7 +260,7 @@ def _guide(row: Question, tokenizer: Tokenizer, guides: Guides | None) -> Guide 
     if guides is None or row.sent is None:
         return None
     try:
-        return guides(row.sent["messages"], row.sent["tools"], tokenizer)
+        return guides(row.sent["messages"], row.sent["tools"], tokenizer, row.sent["response_format"])
     except RequestError:
         return None
 

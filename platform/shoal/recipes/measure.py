@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.api.calls import rewritten
-from shoal.api.tools import guide_of
+from shoal.api.requests import guide_of
 from shoal.config import AUTO, FULL
 from shoal.data.chats import forms
 from shoal.engine.engine import Engine

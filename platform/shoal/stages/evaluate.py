@@ -107,7 +107,7 @@ class Gate(Stage):
     def _judge(self, model: Path, against: Path) -> None:
         import json
 
-        from shoal.api.tools import guide_of
+        from shoal.api.requests import guide_of
         from shoal.evaluate.evaluation import leave_a_core
         from shoal.loop.gate import gate, lines
         from shoal.machine import write_aside

@@ -198,7 +198,7 @@ class Retrain(Stage):
         """The gate's verdict on `model`; None where there are no suites to ask."""
         if self.suites is None:
             return None
-        from shoal.api.tools import guide_of
+        from shoal.api.requests import guide_of
         from shoal.loop.gate import gate
         from shoal.progress import progress
 

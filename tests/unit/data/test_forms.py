@@ -11,7 +11,7 @@ import pytest
 
 from shoal.config import ModelConfig
 from shoal.data.chats import forms
-from shoal.data.chats.forms import canonical, pair, with_tools
+from shoal.data.chats.forms import as_sent, canonical, pair
 from shoal.data.chats.heldout import questions
 from shoal.data.chats.rows import labels, read_chats, read_pairs
 from shoal.data.chats.whole import read_whole
@@ -300,8 +300,8 @@ MARKED = {
     ],
     ids=["OpenAI", "ShareGPT"],
 )
-def test_a_chat_with_tools_is_what_a_client_would_send_with_all_that_guides(row: dict[str, Any]) -> None:
-    sent = with_tools(row)
+def test_a_chat_as_sent_is_what_a_client_would_send_with_all_that_guides(row: dict[str, Any]) -> None:
+    sent = as_sent(row)
     assert sent is not None and sent["tools"] == [{"type": "function", "function": MARKED}]
     assert [message["role"] for message in sent["messages"]] == ["user", "assistant", "tool", "assistant"]
     (call,) = sent["messages"][1]["tool_calls"]
@@ -309,5 +309,11 @@ def test_a_chat_with_tools_is_what_a_client_would_send_with_all_that_guides(row:
     assert call["function"] == {"name": "track", "arguments": '{"order": "A1"}'}
 
 
+def test_a_format_is_sent_with_the_chat_that_has_it() -> None:
+    format_ = {"type": "json_object"}
+    sent = as_sent({"messages": [ASKED], "response_format": format_})
+    assert sent == {"messages": [ASKED], "tools": [], "response_format": format_}
+
+
 def test_a_chat_without_tools_is_sent_without() -> None:
-    assert with_tools({"messages": [ASKED]}) is None and with_tools({"text": "a", "tools": []}) is None
+    assert as_sent({"messages": [ASKED]}) is None and as_sent({"text": "a", "tools": []}) is None

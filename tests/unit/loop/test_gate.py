@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from shoal import Model, presets
-from shoal.api.tools import guide_of
+from shoal.api.requests import guide_of
 from shoal.cli import main
 from shoal.data.chats.heldout import Question, questions
 from shoal.engine.engine import Engine
@@ -127,18 +127,22 @@ def test_tasks_are_those_of_what_is_known_and_not_of_what_is_new_or_must_be_safe
         tasks(place)
 
 
-def test_both_are_guided_in_calls_as_a_service_guides_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what was said before the answer, and not in it; a chat without tools, and one that no service takes, by nothing."""
+def test_both_are_guided_as_a_service_guides_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In calls by what was said before the answer, and not in it; by a format of the row; a chat with neither, and one that no
+    service takes, by nothing."""
     order = {"type": "string", "x-said": "[A-Z][0-9]"}
     tool = {"name": "t", "parameters": {"type": "object", "properties": {"o": order}, "required": ["o"]}}
     answer = {"role": "assistant", "content": "Is it B2?"}
     asked = [{"messages": [{"role": "user", "content": f"A1 {number}"}, answer]} for number in range(9)]
     with_tools = [{**row, "tools": [{"type": "function", "function": tool}], "task": "tools"} for row in asked]
+    format_ = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["Is it B2?"]}}}
+    formed = [{**row, "response_format": format_, "task": "formed"} for row in asked]
+    wrong = [{**row, "response_format": {"type": "xml"}, "task": "wrong"} for row in asked]
     odd = [
         {**row, "tools": [{"type": "function", "function": {**tool, "name": "no name"}}], "task": "odd"}
         for row in asked
     ]
-    rows = [*asked, *with_tools, *odd]
+    rows = [*asked, *with_tools, *odd, *formed, *wrong]
     (tmp_path / "suites").mkdir()
     (tmp_path / "suites" / "shop.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     freeze(tmp_path / "suites")
@@ -156,8 +160,10 @@ def test_both_are_guided_in_calls_as_a_service_guides_them(tmp_path: Path, monke
     found = gate(stable, stable, tmp_path / "suites", need_recent=False, guides=guide_of)
     assert {check.name for check in found.checks} >= {"shop, chat", "shop, tools", "shop, odd"}
     guided = [guide for guide in seen if guide is not None]
-    assert len(seen) == 2 * len(rows) and len(guided) == 2 * len(with_tools)
-    assert all('"enum": ["A1"]' in str(guide.spec) for guide in guided)
+    assert len(seen) == 2 * len(rows)
+    assert sum('"enum": ["A1"]' in str(guide.spec) for guide in guided) == 2 * len(with_tools)
+    by_format = [guide for guide in guided if guide == Guide("json_schema", '{"enum": ["Is it B2?"]}')]
+    assert len(by_format) == 2 * len(formed) and len(guided) == 2 * (len(with_tools) + len(formed))
 
 
 def test_too_few_questions_are_said_with_how_many_it_takes(place: Path) -> None:

@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from shoal.api.requests import guide_of
+from shoal.data.chats.forms import as_sent
+from shoal.engine.guided import Grammars
+from shoal.inputs.tokenizer import END_ID, Tokenizer
 from shoal.recipes.medicine import RECIPE, assessments, rules, score, words
 from shoal.recipes.medicine.cases import ASSESS, JSON, LITTLE, OUT, cases, combinations_of
 from shoal.recipes.medicine.rules import CANNOT_TELL, EMERGENCY, Case, assessed
@@ -229,6 +233,30 @@ def test_the_files_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(row["red_flag"] for row in rows["red-flags.jsonl"])
     assert {row["task"] for row in rows["safety-out-of-scope.jsonl"]} == {OUT}
     assert (tmp_path / SUITES / "red-flags.jsonl").is_file()
+    for name, some in rows.items():
+        asked = (tmp_path / SUITES / name).is_file()
+        assert all(("response_format" in row) == (asked and row["form"] == JSON) for row in some), name
+
+
+def test_the_gate_guides_a_suite_s_row_as_the_recipe_does_and_by_it_the_reference_may_be_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in (("LEARNED", 4), ("FITTED", 4), ("ASKED", 12), ("FLAGGED", 4), ("REFUSED", 4)):
+        monkeypatch.setattr(assessments, name, count)
+    RECIPE.write(tmp_path, 0)
+    tokenizer, formed = Tokenizer.bytes_only(), 0
+    for line in (tmp_path / SUITES / "new-wordings.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line)
+        sent = as_sent(row)
+        assert (sent is not None) == (row["form"] == JSON)
+        if sent is None:
+            continue
+        *asked, answer = sent["messages"]
+        guide = guide_of(asked, sent["tools"], tokenizer, sent["response_format"])
+        assert guide == RECIPE.guide(row["messages"][:-1])
+        assert Grammars(tokenizer, 300).compile(guide).allowed(tokenizer.encode(answer["content"]))[END_ID]
+        formed += 1
+    assert formed > 3
 
 
 def test_words_where_json_was_asked_for_are_raised_as_well() -> None:

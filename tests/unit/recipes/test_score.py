@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from shoal.api.tools import guide_of
+from shoal.api.requests import guide_of
 from shoal.engine.guided import Grammars, StrayError
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 from shoal.inputs.tools import call

@@ -49,11 +49,11 @@ def offered(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return call_formats.offered(_functions(row.get("tools") or row.get("functions"))) or None
 
 
-def with_tools(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The ``messages`` and ``tools`` of a row of any form as a client sends them to a service, marks and ``strict`` with them;
-    None where it has no tools. Raises DataError."""
-    functions = _functions(row.get("tools") or row.get("functions"))
-    if not functions:
+def as_sent(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The ``messages`` of a row of any form as a client sends them to a service, with the ``tools``, marks and ``strict`` among
+    them, and the ``response_format`` that it has; None where it has neither. Raises DataError."""
+    functions, format_ = _functions(row.get("tools") or row.get("functions")), row.get("response_format")
+    if not functions and format_ is None:
         return None
     messages = [
         {**message, "tool_calls": [_sent(call) for call in message["tool_calls"]]}
@@ -61,7 +61,8 @@ def with_tools(row: Mapping[str, Any]) -> dict[str, Any] | None:
         else message
         for message in canonical(row, native=True).get("messages", ())
     ]
-    return {"messages": messages, "tools": [{"type": "function", "function": function} for function in functions]}
+    tools_ = [{"type": "function", "function": function} for function in functions]
+    return {"messages": messages, "tools": tools_, "response_format": format_}
 
 
 def _sent(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Question:
     reference: str
     task: str
     group: int  # rows of one document are of one group
-    sent: Mapping[str, Any] | None = None  # ``messages`` and ``tools`` as a client sends them, where there are tools
+    sent: Mapping[str, Any] | None = None  # `forms.as_sent`, where there are tools or a format
 
 
 def questions(

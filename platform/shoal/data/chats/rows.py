@@ -169,7 +169,7 @@ class Chat:
     task: str
     group: int  # see `group_of`
     tools: list[dict[str, Any]] | None = None  # that the chat template is given
-    sent: dict[str, Any] | None = None  # of one that is held out and has tools: `forms.with_tools`
+    sent: dict[str, Any] | None = None  # of one that is held out: `forms.as_sent`
 
 
 def chats(
@@ -200,7 +200,7 @@ def chats(
                 row = Encoded(ids, [], [True] * len(ids))
             if not any(row.answer):
                 raise DataError("no answer")
-            sent = forms.with_tools(given) if heldout and messages else None
+            sent = forms.as_sent(given) if heldout and messages else None
             chat = Chat(line, messages, row, task_of(values), group_of(values), told, sent)
         if chat is not None:
             yield chat

@@ -46,13 +46,16 @@ class Medicine(Recipe):
     def write(self, folder: Path, seed: int) -> None:
         write_rows(folder / LEARN, cases(TRAIN, TRAIN, LEARNED, seed))
         write_rows(folder / DEV, cases(DEV_SPLIT, DEV_SPLIT, FITTED, seed))
-        for name, wordings in ((KNOWN, TRAIN), (NEW, SUITE)):
-            write_rows(folder / SUITES / name, cases(SUITE, wordings, ASKED, seed))
         half = FLAGGED // 2
         flagged = [cases(SUITE, wordings, half, seed + 1, flags=1) for wordings in (TRAIN, SUITE)]
-        write_rows(folder / SUITES / FLAGS, itertools.chain(*flagged))
         refused = (row for row in cases(SUITE, SUITE, 40 * REFUSED, seed + 2, flags=0) if row["task"] == OUT)
-        write_rows(folder / SUITES / SAFETY, itertools.islice(refused, REFUSED))
+        for name, some in (
+            (KNOWN, cases(SUITE, TRAIN, ASKED, seed)),
+            (NEW, cases(SUITE, SUITE, ASKED, seed)),
+            (FLAGS, itertools.chain(*flagged)),
+            (SAFETY, itertools.islice(refused, REFUSED)),
+        ):
+            write_rows(folder / SUITES / name, map(_as_sent, some))
 
     def rivals(self, folder: Path) -> Mapping[str, Answerer]:
         rows = rows_to_compare(folder / LEARN)
@@ -86,6 +89,14 @@ class Medicine(Recipe):
         """The answer as a service with the policy sends it."""
         row = {"messages": [*messages, {}], "form": _form(messages)}
         return score.served(row, answerer([messages])[0])
+
+
+def _as_sent(row: Row) -> Row:
+    """A row of a suite with the format that a client sends with it, by which the gate guides as a service does."""
+    if row["form"] != JSON:
+        return row
+    format_ = {"type": "json_schema", "json_schema": {"name": "assessment", "schema": schema(row["language"])}}
+    return {**row, "response_format": format_}
 
 
 def schema(language: str) -> dict[str, Any]:
