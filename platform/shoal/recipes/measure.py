@@ -243,8 +243,9 @@ def _all(
     answers = answerer([row["messages"][:-1] for row in rows])
     # the last row of a conversation holds all of it
     figures = recipe.score(rows, answers)
-    if recipe.sure and isinstance(answerer, ByEngine):
-        figures[CALIBRATION] = calibration(recipe, rows, answers, answerer.sure)
+    sure = getattr(answerer, "sure", None)  # of a model; a rule does not say
+    if recipe.sure and sure is not None:
+        figures[CALIBRATION] = calibration(recipe, rows, answers, sure)
     whole = list({row["group"]: row for row in rows}.values()) if play else []
     return figures | (recipe.play(whole, answerer, seed) if whole else {}), answers
 

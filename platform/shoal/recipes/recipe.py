@@ -67,9 +67,13 @@ class Recipe(ABC):
         """What the answer to a conversation must be, as a service would guide it; None: words."""
         return None
 
-    def right(self, row: Row, answer: str) -> bool | None:
-        """Whether an answer is right, for the calibration of how sure the model was of it; None: that is not measured."""
-        return None
+    def right(self, row: Row, answer: str) -> bool:
+        """Whether an answer is right, for the calibration of how sure the model was of it. Of recipes that are `sure`."""
+        raise NotImplementedError(f"{self.name} is not `sure`")
+
+    def rights(self, rows: Sequence[Row], answers: Sequence[str]) -> list[bool]:
+        """`right` of each answer."""
+        return [self.right(row, answer) for row, answer in zip(rows, answers, strict=True)]
 
     def workload(self, row: Row) -> str:
         """What a row is of, for depth by workload."""

@@ -17,9 +17,9 @@ def calibration(recipe: Recipe, rows: Sequence[Row], answers: Sequence[str], sur
     the bin's answers (Naeini et al. 2015); a share, the less the better. Its interval is a bootstrap over groups."""
     places = {group: at for at, group in enumerate(dict.fromkeys(row["group"] for row in rows))}
     sums = np.zeros((len(places), BINS + 1))
-    for row, answer, probability in zip(rows, answers, sure, strict=True):
+    for row, right, probability in zip(rows, recipe.rights(rows, answers), sure, strict=True):
         at = places[row["group"]]
-        sums[at, min(BINS - 1, int(probability * BINS))] += probability - bool(recipe.right(row, answer))
+        sums[at, min(BINS - 1, int(probability * BINS))] += probability - right
         sums[at, BINS] += 1
     totals = sums.sum(0)
     value = float(np.abs(totals[:BINS]).sum() / max(1.0, totals[BINS]))

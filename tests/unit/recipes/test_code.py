@@ -210,6 +210,17 @@ def test_a_spoilt_answer_is_seen_in_its_measure(
     assert values(some, [spoil(text, row) for text, row in zip(answers(some), some, strict=True)])[measure] < 0.8
 
 
+def test_how_sure_a_model_is_is_held_against_programs_that_pass(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no program is run again for it, nor for the figures of a workload."""
+    sound = answers(rows)
+    score.scored(rows, sound)
+    monkeypatch.setattr(score, "run", lambda *given: pytest.fail("a program was run twice"))
+    assert RECIPE.sure and RECIPE.rights(rows, sound) == [True] * len(rows)
+    some = [row for row in rows if row["task"] == WRITE]
+    assert values(some, answers(some))["pass@1"] == 1.0
+    assert RECIPE.rights(rows, ["?"] * len(rows)) == [False] * len(rows)
+
+
 def test_what_is_to_be_said_counts_only_outside_of_code(rows: Rows) -> None:
     one = next(row for row in rows if row["task"] == WRITE)
     assert score.explained(one, fenced("\n".join(f"# {slot}" for slot in one["slots"]))) == 0
@@ -224,9 +235,9 @@ def test_a_round_trip_is_made_by_words_alone(rows: Rows) -> None:
     """Who gives the function back in place of an explanation has explained nothing."""
     some = [row for row in rows if row["task"] == EXPLAIN]
     sources = {row["messages"][0]["content"]: code_of(row["messages"][0]["content"]) for row in some}
-    for written_so in (fenced, str):
+    for someso in (fenced, str):
 
-        def echo(asked: Sequence[Messages], spelt: Callable[[str], str] = written_so) -> list[str]:
+        def echo(asked: Sequence[Messages], spelt: Callable[[str], str] = someso) -> list[str]:
             """Says the code again, of whatever it is asked."""
             texts = [str(one[-1]["content"]) for one in asked]
             return [spelt(sources[text]) if text in sources else text[text.find("def ") :] for text in texts]

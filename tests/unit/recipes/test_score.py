@@ -181,6 +181,23 @@ def test_the_nearest_answer_is_one_of_training_and_the_majority_the_commonest(ne
     assert len(set(answers(new, majority(learned)))) == 1
 
 
+def test_how_sure_a_model_is_is_held_against_what_is_right_in_its_kind(known: Rows) -> None:
+    """Of a model that is surely right 0, of one that is surely wrong 1; of a reference without its last sign, by kind."""
+    from shoal.recipes.customer_service import RECIPE
+    from shoal.recipes.sure import calibration
+
+    sound = answers(known, right(known))
+    none = [{**row, "task": "no call"} for row in known if row["task"] == PLAIN]
+    assert RECIPE.sure and all(RECIPE.rights(known, sound)) and all(RECIPE.rights(none, answers(none, right(known))))
+    assert not any(RECIPE.rights(none, [call("cancel_order", {"order": "A1234"})] * len(none)))
+    wrong = [text + " 7" for text in sound]
+    assert not any(RECIPE.rights(known, wrong))
+    sure = [1.0] * len(known)
+    assert calibration(RECIPE, known, sound, sure).value == 0.0 and calibration(RECIPE, known, wrong, sure).value == 1.0
+    half = [one if at % 2 else other for at, (one, other) in enumerate(zip(sound, wrong, strict=True))]
+    assert calibration(RECIPE, known, half, [0.5] * len(known)).value < 0.01
+
+
 def test_where_a_rule_is_better_the_first_lines_say_so(known: Rows) -> None:
     from shoal.recipes.customer_service import RECIPE
 

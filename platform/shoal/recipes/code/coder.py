@@ -43,6 +43,7 @@ class Code(Recipe):
     measures = score.MEASURES
     least_is_best = score.LEAST_IS_BEST
     served = "pass@1"
+    sure = True
     headline = ((Path(NEW).stem, ("pass@1", "repair rate")),)
 
     def write(self, folder: Path, seed: int) -> None:
@@ -63,6 +64,9 @@ class Code(Recipe):
 
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
         return score.scored(rows, answers)
+
+    def rights(self, rows: Sequence[Row], answers: Sequence[str]) -> list[bool]:
+        return score.rights(rows, answers)
 
     def play(self, rows: Sequence[Row], answerer: Answerer, seed: int) -> dict[str, Figure]:
         return score.round_trip(rows, answerer, seed)

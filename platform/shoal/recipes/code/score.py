@@ -11,10 +11,12 @@ round trip    explain: written anew from the answer's words alone, without code 
 from __future__ import annotations
 
 import difflib
+import json
 import random
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 from shoal.evaluate.intervals import Figure, of_share
@@ -26,6 +28,7 @@ from shoal.sandbox.limits import MOST_PROGRAM
 
 MEASURES = ("pass@1", "runs", "repair rate", "unchanged", "explained", "round trip")
 LEAST_IS_BEST = ("unchanged",)
+_OF_KIND = {WRITE: "pass@1", REPAIR: "repair rate", EXPLAIN: "explained"}
 MOST_LINES = 2  # that mending may change
 AT_ONCE = 2  # programs
 LIMITS = Limits(seconds=1, wall=20, memory=128 * 2**20, output=16 * 2**10)
@@ -38,24 +41,25 @@ _NONE = Ran("failed", 1, "", "", (), 0.0)
 
 
 def ran(rows: Sequence[Row], programs: Sequence[str]) -> list[Ran]:
-    """What became of programs, each with its row's cases; those that are the same are run once. Raises ResourceError where
-    there is no sandbox."""
-
-    def key(row: Row, program: str) -> tuple[str, str]:
-        return program, f"{row['function']} {row['cases']}"
-
-    def tried(row: Row, program: str) -> Ran:
-        if f"def {row['function']}(" not in program:
-            return _NONE  # nothing to call: not run at all
-        whole = f"{program}\n\n{row['function']}\n"  # fails where no such function is there, as in a comment or a class
-        if len(whole) > MOST_PROGRAM:
-            return _NONE
-        return run(whole, [Call(row["function"], given) for given, _ in row["cases"]], LIMITS)
-
-    wanted = {key(row, program): (row, program) for row, program in zip(rows, programs, strict=True)}
+    """What became of programs, each with its row's cases; those that are the same are run once, also of answers that are
+    asked about again: by workload, and at other depths. Raises ResourceError where there is no sandbox."""
+    asked = [(row["function"], json.dumps([given for given, _ in row["cases"]])) for row in rows]
+    wanted = [(program, *each) for each, program in zip(asked, programs, strict=True)]
+    different = [*dict.fromkeys(wanted)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = dict(zip(wanted, pool.map(lambda both: tried(*both), wanted.values()), strict=True))
-    return [found[key(row, program)] for row, program in zip(rows, programs, strict=True)]
+        found = dict(zip(different, pool.map(lambda each: _tried(*each), different), strict=True))
+    return [found[each] for each in wanted]
+
+
+@lru_cache(maxsize=4096)
+def _tried(program: str, function: str, cases: str) -> Ran:
+    """What became of a program whose function is called with each of the `cases`, a JSON list of arguments."""
+    if f"def {function}(" not in program:
+        return _NONE  # nothing to call: not run at all
+    whole = f"{program}\n\n{function}\n"  # fails where no such function is there, as in a comment or a class
+    if len(whole) > MOST_PROGRAM:
+        return _NONE
+    return run(whole, [Call(function, given) for given in json.loads(cases)], LIMITS)
 
 
 def passed(row: Row, became: Ran) -> bool:
@@ -82,9 +86,23 @@ def explained(row: Row, answer: str) -> float:
 
 def scored(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
     """The measures of answers to rows of a suite, by name; of those that no row is for there is none."""
+    hits: dict[str, list[tuple[float, str]]] = {}
+    for row, found in zip(rows, _judged(rows, answers), strict=True):
+        for name, value in found.items():
+            hits.setdefault(name, []).append((value, row["group"]))
+    return {name: _figure(some) for name, some in hits.items()}
+
+
+def rights(rows: Sequence[Row], answers: Sequence[str]) -> list[bool]:
+    """Of each answer whether it is right: the program passes, or all is said that an explanation has to say."""
+    return [found[_OF_KIND[row["task"]]] == 1 for row, found in zip(rows, _judged(rows, answers), strict=True)]
+
+
+def _judged(rows: Sequence[Row], answers: Sequence[str]) -> list[dict[str, float]]:
+    """The measures of each answer, by name."""
     written = [(row, answer) for row, answer in zip(rows, answers, strict=True) if row["task"] != EXPLAIN]
     became = iter(ran([row for row, _ in written], [code_of(answer) for _, answer in written]))
-    hits: dict[str, list[tuple[float, str]]] = {}
+    judged = []
     for row, answer in zip(rows, answers, strict=True):
         found: dict[str, float] = {}
         if row["task"] == WRITE:
@@ -95,9 +113,8 @@ def scored(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, Figure]:
             found = {"repair rate": passed(row, one) and lines <= MOST_LINES, "unchanged": not lines}
         elif row["task"] == EXPLAIN:
             found = {"explained": explained(row, answer)}
-        for name, value in found.items():
-            hits.setdefault(name, []).append((value, row["group"]))
-    return {name: _figure(some) for name, some in hits.items()}
+        judged.append(found)
+    return judged
 
 
 def _figure(some: Sequence[tuple[float, str]]) -> Figure:

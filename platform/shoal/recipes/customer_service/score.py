@@ -45,6 +45,7 @@ MEASURES = (
     "unharmed",
 )
 LEAST_IS_BEST = ("invented",)
+_OF_KIND = {CALL: "exact call", ASK: "asked", TOLD: "told", PLAIN: "plain"}
 MOST_CALLS = 3  # in a row
 MOST_CHARACTERS = 240  # of an answer
 ID = re.compile(r"[A-Z]\d{4}(?!\d)")
@@ -138,6 +139,11 @@ def _one(row: Mapping[str, Any], answer: str) -> dict[str, float]:
         found["plain"] = said == right
     found["tone"] = not said.calls and tone(said.text, row["language"], refused="error" in given)
     return found
+
+
+def right(row: Mapping[str, Any], answer: str) -> bool:
+    """Whether an answer is right in the measure of its kind; where nothing may be called, whether nothing is."""
+    return bool(_one(row, answer)[_OF_KIND.get(row["task"], "call or not")])
 
 
 def _spelt(value: Any) -> str:
