@@ -50,26 +50,29 @@ class ByEngine:
         self._engine, self._guide = Engine(model), recipe.guide
         self._sampling = Sampling(temperature=0.0, max_tokens=recipe.most_tokens, logprobs=0 if recipe.sure else None)
         self._answers: list[Answer] = []
+        # what was answered to a prompt, and how surely: whole conversations begin as turns that were asked
+        self._known: dict[tuple[tuple[int, ...], bytes], tuple[str, float, Answer]] = {}
         self.too_long = 0
         self.sure: list[float] = []  # probability that the model gave each answer that was last asked for
 
     def __call__(self, asked: Sequence[Messages]) -> list[str]:
-        texts = [""] * len(asked)
-        requests, lengths = {}, {}
-        self.sure = [0.0] * len(asked)
-        for place, messages in enumerate(asked):
-            prompt = self._prompt(messages)
-            if len(prompt.ids) + self._sampling.max_tokens <= self._model.config.context:
+        prompts = [self._prompt(messages) for messages in asked]
+        keys = [(tuple(one.ids), b"" if one.patches is None else one.patches.tobytes()) for one in prompts]
+        requests = {}
+        for key, prompt, messages in zip(keys, prompts, asked, strict=True):
+            fits = len(prompt.ids) + self._sampling.max_tokens <= self._model.config.context
+            if fits and key not in self._known:
                 sampling = dataclasses.replace(self._sampling, guided=self._guide_of(messages))
-                requests[place], lengths[place] = Request(prompt, sampling, depth=self._depth), len(prompt.ids)
-            else:
-                self.too_long += 1
-        for place, done in zip(requests, self._engine.generate(list(requests.values())), strict=True):
-            texts[place] = self._in_our_words(done.text)
-            if known := [one.logprob for one in done.logprobs]:
-                self.sure[place] = math.exp(sum(known))
-            self._answers.append(Answer(done.text, len(done.tokens), done.depth, lengths[place]))
-        return texts
+                requests[key] = Request(prompt, sampling, depth=self._depth)
+        for key, done in zip(requests, self._engine.generate(requests.values()), strict=True):
+            logprobs = [one.logprob for one in done.logprobs]
+            answer = Answer(done.text, len(done.tokens), done.depth, len(key[0]))
+            self._known[key] = self._in_our_words(done.text), math.exp(sum(logprobs)) if logprobs else 0.0, answer
+        found = [self._known.get(key) for key in keys]
+        self.too_long += found.count(None)
+        self._answers += [one[2] for one in found if one is not None]
+        self.sure = [0.0 if one is None else one[1] for one in found]
+        return ["" if one is None else one[0] for one in found]
 
     def _guide_of(self, messages: Messages) -> Guide | None:
         if not self._guided:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from shoal.api.requests import guide_of
 from shoal.engine.guided import Grammars, StrayError
+from shoal.inputs.chat import DEFAULT_TEMPLATE
 from shoal.inputs.tokenizer import END_ID, Tokenizer
 from shoal.inputs.tools import call
 from shoal.loop.suites import freeze
@@ -247,6 +249,33 @@ def test_beside_the_model_stands_what_it_does_where_nothing_guides_its_calls(
     found = measure._unguided(customer_service.RECIPE, known[:6], "int8", model, 0)
     assert list(found) == ["int8 unguided"] and "invented" in found["int8 unguided"] and asked == [False]
     assert measure._unguided(law.RECIPE, list(questions(SUITE, SUITE, 4)), "int8", model, 0) == {} and len(asked) == 1
+
+
+def test_a_prompt_is_answered_once_and_counted_as_often_as_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy answers to the same prompt are the same: whole conversations begin with turns that were asked already."""
+    asked: list[Any] = []
+
+    def generate(requests: Any) -> list[Any]:
+        new = list(requests)
+        asked.extend(new)
+        return [
+            SimpleNamespace(
+                text=f"said {len(one.prompt.ids)}", tokens=[1], depth=1, logprobs=[SimpleNamespace(logprob=-1.0)]
+            )
+            for one in new
+        ]
+
+    monkeypatch.setattr(measure, "Engine", lambda _: SimpleNamespace(generate=generate))
+    recipe: Any = SimpleNamespace(guide=lambda _: None, most_tokens=4, sure=True)
+    config = SimpleNamespace(context=100, exits=(1,), exit_names=("full",), layers=1, image_size=0)
+    model: Any = SimpleNamespace(tokenizer=Tokenizer.bytes_only(), config=config, chat_template=DEFAULT_TEMPLATE)
+    one, two, long = ([{"role": "user", "content": "?" * size}] for size in (1, 2, 200))
+    by = measure.ByEngine(model, "full", recipe, [])
+    first = by([one, two, one, long])
+    assert len(asked) == 2 and first[0] == first[2] != first[1] and first[3] == "" and by.too_long == 1
+    assert by.sure == pytest.approx([1 / math.e, 1 / math.e, 1 / math.e, 0.0])
+    assert by([two]) == [first[1]] and len(asked) == 2 and by.sure == pytest.approx([1 / math.e])
+    assert by.chosen == {"full": 1.0} and len(by._answers) == 4
 
 
 def test_no_call_that_a_service_would_guide_has_an_invented_number(new: Rows) -> None:
