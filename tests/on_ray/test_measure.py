@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from shoal import Model, presets
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, ResourceError
 from shoal.evaluate import routing
 from shoal.evaluate.pieces import Models, Piece
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import cost
 from shoal.model.net import Net
-from shoal.on_ray.each import quiet_data
+from shoal.on_ray.each import TRIES, quiet_data
 from shoal.on_ray.measure import workers
 from tests.corpus import write_corpus
 
@@ -32,6 +32,20 @@ def die_once(models: Models, mark: str) -> int:
         Path(mark).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return os.getpid()
+
+
+def die(models: Models, mark: str) -> None:
+    """Kills each worker that does it."""
+    del models
+    with Path(mark).open("a") as file:
+        file.write("x")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def presets_of(models: Models) -> int:
+    """What any worker can do."""
+    del models
+    return len(presets.NAMES)
 
 
 def refuse(models: Models, mark: str) -> None:
@@ -74,3 +88,14 @@ def test_what_a_worker_refuses_is_said_as_it_was(tmp_path: Path) -> None:
     with quiet_data(), pytest.raises(CheckpointError, match=r"no model here: give one"):
         list(workers([10], gpus=False)([Piece(refuse, (str(tmp_path / "tried"),))]))
     assert (tmp_path / "tried").read_text() == "x"
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_a_piece_whose_workers_die_ends_the_command_in_one_line(tmp_path: Path) -> None:
+    mark = tmp_path / "tried"
+    with (
+        quiet_data(),
+        pytest.raises(ResourceError, match="cannot measure: got 'job 1, whose process died 4 times'") as caught,
+    ):
+        list(workers([10], gpus=False)([Piece(presets_of), Piece(die, (str(mark),)), Piece(presets_of)]))
+    assert mark.read_text() == "x" * TRIES and "\n" not in str(caught.value)

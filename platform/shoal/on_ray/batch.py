@@ -28,7 +28,7 @@ from shoal.data.models import here
 from shoal.data.remote import is_remote
 from shoal.errors import DataError, ResourceError
 from shoal.machine import sha256_of, threads
-from shoal.on_ray.each import as_raised
+from shoal.on_ray.each import Tries, as_raised
 from shoal.on_ray.teach import alone
 
 LOT = 64  # lines that one task asks
@@ -144,12 +144,21 @@ def _answers(
         return
     size = max(1, min(LOT, len(todo) // (workers * LOTS_EACH)))
     lots = [todo[at : at + size] for at in range(0, len(todo), size)]
-    items = [{"numbers": [n for n, _ in lot], "starts": [at for _, at in lot]} for lot in lots]
+    items = [{"numbers": [n for n, _ in lot], "starts": [at for _, at in lot], "lot": n} for n, lot in enumerate(lots)]
     with as_raised("answer the lines"):
         asked = ray.data.from_items(items, override_num_blocks=len(items))
         done = asked.flat_map(
             _Engine,
-            fn_constructor_args=(str(source), str(model), name, mark, gpu, max_batch, workers),
+            fn_constructor_args=(
+                str(source),
+                str(model),
+                name,
+                mark,
+                gpu,
+                max_batch,
+                workers,
+                Tries("answer the lines"),
+            ),
             compute=ray.data.ActorPoolStrategy(
                 size=workers,
                 max_tasks_in_flight_per_actor=2 * LOTS,
@@ -166,7 +175,15 @@ class _Engine:
     """An engine, and the routes over it. Its calls come in several threads."""
 
     def __init__(
-        self, source: str, model: str, name: str | None, mark: str, gpu: bool, max_batch: int, workers: int
+        self,
+        source: str,
+        model: str,
+        name: str | None,
+        mark: str,
+        gpu: bool,
+        max_batch: int,
+        workers: int,
+        tries: Tries,
     ) -> None:
         import torch
 
@@ -187,12 +204,14 @@ class _Engine:
         limits = Limits(seconds=SECONDS)
         self._source, self._mark, self._most = source, mark, limits.body_bytes
         self._inside = offline([Hosted(ServedModel.load(place, name), engine)], limits)
-        self._loop = asyncio.new_event_loop()
+        self._tries, self._loop = tries, asyncio.new_event_loop()
         settle()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def __call__(self, lot: dict[str, Any]) -> list[dict[str, Any]]:
-        """`number` of each line, `line`: what is said of it, `good`: whether it was answered."""
+        """`number` of each line, `line`: what is said of it, `good`: whether it was answered. Raises ResourceError
+        for a lot whose process died too often."""
+        self._tries.begin(int(lot["lot"]))
         return asyncio.run_coroutine_threadsafe(self._all(lot), self._loop).result()
 
     async def _all(self, lot: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Where what is measured of a model runs: on workers of the cluster, with a GPU each where it has some, or in this process.
 
-A worker loads the models that its pieces ask for, once; one that is lost is started again, and its pieces are done again. The
-process that asks holds neither rows of a corpus nor weights.
+A worker loads the models that its pieces ask for, once; one that is lost is started again, and its pieces are done again
+(`each.TRIES`). The process that asks holds neither rows of a corpus nor weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from shoal.model import cost, described
 from shoal.on_ray.each import each, quiet_data
 from shoal.on_ray.resources import NODE_GROUP, local_ray
 
-RETRIED = {"max_restarts": 3, "max_task_retries": 3}  # of a worker that is lost, and of the piece that it was at
 BYTES = 4  # of a parameter on a CPU, which computes in fp32
 OWN = 2**30  # bytes that a worker takes without any
 
@@ -69,7 +68,7 @@ def workers(parameters: Sequence[int], gpus: bool | None = None) -> Run:
 
     def run(some: Sequence[Piece]) -> Iterator[Any]:
         jobs = [(_Whole(piece),) for piece in some]
-        found = each(_Worker(on_gpu), jobs, [1] * len(jobs), "measure", lambda *_: None, **asked, **RETRIED)
+        found = each(_Worker(on_gpu), jobs, [1] * len(jobs), "measure", lambda *_: None, **asked)
         yield from (result.value for result in found)
 
     return run
