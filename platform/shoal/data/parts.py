@@ -92,11 +92,12 @@ class Packed:
         self.lengths.update(part.lengths)
 
 
-def split_files(files: Sequence[File]) -> list[list[File]]:
-    """The files in parts of about equal size, in order; the largest ones cut."""
+def split_files(files: Sequence[File], *, least: int | None = None) -> list[list[File]]:
+    """The files in parts of about equal size, in order; the largest ones cut. `least`: parts, where there is so much
+    [LEAST_PARTS]."""
     files = [piece for file in files for piece in cut(file)]
     sizes = [file.size for file in files]
-    most = max(min(PART_BYTES, sum(sizes) // LEAST_PARTS + 1), sum(sizes) // MOST_PARTS)
+    most = max(min(PART_BYTES, sum(sizes) // (least or LEAST_PARTS) + 1), sum(sizes) // MOST_PARTS)
     parts: list[list[File]] = []
     room = 0
     for file, size in zip(files, sizes, strict=True):

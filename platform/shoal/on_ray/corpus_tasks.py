@@ -16,7 +16,8 @@ from shoal.data import identities, parts
 from shoal.data.chats.recipes import ASKED, CHATS, FILES, write_chats
 from shoal.data.identities import DROPPED, Drops, Side
 from shoal.data.kept import digest, kept
-from shoal.data.operators import near
+from shoal.data.operators import decontaminate, near
+from shoal.data.operators.decontaminate import Known, Runs
 from shoal.data.operators.near import SIGNATURES
 from shoal.data.operators.pipeline import Operators, Pipeline
 from shoal.data.parts import Found, Packed
@@ -26,19 +27,72 @@ from shoal.data.tables import Parts, Span, spans
 from shoal.inputs.tokenizer import Tokenizer
 
 TASKS_OF_BANDS = 8  # that find candidates for near copies, of each span of keys
-EVALUATION = "evaluation.npz"  # file in the work folder: what evaluation sets hold
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What evaluation sets hold, found by tasks: `collect` for each part of their files, then `merge` for each span."""
+
+    places: Parts
+    key: str  # of the files, and of the code
+
+    def collect(self, number: int, files: Sequence[File]) -> Runs:
+        """`decontaminate.collect`, unless it is done."""
+        path = self._part(number)
+
+        def find() -> Runs:
+            return decontaminate.collect(files, path)
+
+        def made(found: Runs) -> list[Path]:
+            return [decontaminate.table_of(path, table) for table in range(found.tables)]
+
+        return kept(path.with_suffix(".json"), digest(self.key, number), Runs, find, made)
+
+    def merge(self, span: Span, tables: Sequence[int]) -> int:
+        """`decontaminate.merge`, unless it is done. `tables`: how many each part has."""
+        out = self.span(span.number)
+
+        def find() -> int:
+            some = ((part, table) for part, count in enumerate(tables) for table in range(count))
+            return decontaminate.merge(
+                (decontaminate.table_of(self._part(part), table) for part, table in some), span, out
+            )
+
+        key = digest(self.key, list(tables), span.number, span.count)
+        return kept(out.with_suffix(".json"), key, int, find, lambda _: [out])
+
+    def _part(self, number: int) -> Path:
+        return self.places.folder / f"sets-{number:05}.part"
+
+    def span(self, number: int) -> Path:
+        """The table of a span."""
+        return self.places.folder / f"known-{number:05}.runs"
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What a reader takes of evaluation sets: where, in how many spans, and how many words runs have."""
+
+    evaluation: Evaluation
+    spans: int
+    lengths: tuple[int, ...]
+
+    @property
+    def known(self) -> Known:
+        """Where it lies on this machine."""
+        return Known(tuple(map(self.evaluation.span, range(self.spans))), self.lengths)
 
 
 class Reader:
-    """`parts.read_part`, unless it is done. What its operators hold, a model or a set, each process loads once."""
+    """`parts.read_part`, unless it is done. What its operators hold, a model or `sets`, each process loads once."""
 
-    def __init__(self, operators: Operators, places: Parts, seed: int) -> None:
-        self._operators, self._places, self._seed = operators, places, seed
+    def __init__(self, operators: Operators, places: Parts, seed: int, sets: Sets | None = None) -> None:
+        self._operators, self._places, self._seed, self._sets = operators, places, seed, sets
         self.holds_state = bool(operators.languages or operators.evaluation)
 
     @cached_property
     def _pipeline(self) -> Pipeline:
-        return Pipeline(self._operators, self._places.folder / EVALUATION if self._operators.evaluation else None)
+        return Pipeline(self._operators, self._sets.known if self._sets is not None else None)
 
     def __call__(self, files: Sequence[File], number: int, key: str) -> Found:
         path, near_copies = self._places[number], self._operators.near_dedup

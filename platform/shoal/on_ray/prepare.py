@@ -1,5 +1,6 @@
 """Raw documents to shards on Ray Data: the plain functions of `shoal.data.parts` and `shoal.data.identities` in tasks.
 
+    a part   evaluation sets, where some are named -> runs of words     a span   these -> each run once
     a part   files -> read, operators -> documents, identities, signatures
     a span   identities               -> documents that equal earlier ones    signatures -> candidates for near copies
     a part   both                     -> what is dropped
@@ -44,11 +45,11 @@ from shoal.data.shards import INDEX, SPLITS, TOKENIZER, Index, clear, open_index
 from shoal.data.sources import demo
 from shoal.data.sources.files import File, list_files, local_path, store_of
 from shoal.data.sources.s3 import S3, SCHEME
-from shoal.data.tables import Parts
+from shoal.data.tables import Parts, spans
 from shoal.errors import ConfigError, DataError
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.machine import need_disk, write_aside
-from shoal.on_ray.corpus_tasks import EVALUATION, Decision, Reader, chat_files, draw, fit_drawn, fit_whole, pack
+from shoal.on_ray.corpus_tasks import Decision, Evaluation, Reader, Sets, chat_files, draw, fit_drawn, fit_whole, pack
 from shoal.on_ray.each import Progress, each, everywhere, quiet_data
 
 __all__ = ["SourceSpec", "prepare"]
@@ -160,11 +161,9 @@ def _make(job: _Job, start: float, on_progress: Progress, need: Callable[[], Non
     out, model = job.out, job.preset.model
     packed, named, keys, text_bytes = Packed(), defaultdict[str, dict[str, str]](dict), [], Counter[str]()
     places, documents = job.parts, 0
-    if job.evaluation:
-        decontaminate.collect(job.evaluation, places.folder / EVALUATION)
-        put(places.folder / EVALUATION)
+    sets = _sets(job, places, on_progress) if job.evaluation else None
     reads = zip(job.plan, range(len(places)), job.keys, strict=True)
-    reader = Reader(job.operators, places, job.seed)
+    reader = Reader(job.operators, places, job.seed, sets)
     for key, files, found in zip(
         job.keys, job.plan, each(reader, reads, job.sizes, "read and clean", on_progress), strict=True
     ):
@@ -198,6 +197,23 @@ def _make(job: _Job, start: float, on_progress: Progress, need: Callable[[], Non
         clear(out, keep={shard.file for shard in index.shards})  # of other requests, and what was half written
         write_index(out, index)
     return report
+
+
+def _sets(job: _Job, places: Parts, on_progress: Progress) -> Sets:
+    """What evaluation sets hold. Raises DataError where that is nothing, and for a file that cannot be read."""
+    plan = parts.split_files(job.evaluation, least=1)
+    evaluation = Evaluation(places, digest(code_digest(), _stamps(job.evaluation)))
+    counts, tables, collects = Counter[int](), list[int](), list(enumerate(plan))
+    sizes = [sum(file.size for file in files) for files in plan]
+    for found in each(evaluation.collect, collects, sizes, "read evaluation sets", on_progress):
+        counts.update(found.counts)
+        tables.append(found.tables)
+    decontaminate.need_texts(job.evaluation, counts.total())
+    some = spans(counts.total())
+    merges = [(span, tables) for span in some]
+    for _ in each(evaluation.merge, merges, [1] * len(some), "merge evaluation sets", on_progress):
+        pass
+    return Sets(evaluation, len(some), tuple(sorted(counts)))
 
 
 def decide(decision: Decision, sizes: list[int], packed: Packed, on_progress: Progress) -> list[int]:

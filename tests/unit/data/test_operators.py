@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from shoal.data import tables
 from shoal.data.documents import Document, Skipped, SourceSpec
+from shoal.data.operators import decontaminate
 from shoal.data.operators.clean import GENERATED
-from shoal.data.operators.decontaminate import Decontaminate, collect
+from shoal.data.operators.decontaminate import Decontaminate, Known, collect, merge, need_texts, table_of
 from shoal.data.operators.language import Language
 from shoal.data.operators.pii import ALL, scrub, scrubbed
 from shoal.data.operators.pipeline import Operators, Pipeline
 from shoal.data.settings import PrepareConfig, prepare_config
+from shoal.data.sources import files
 from shoal.data.sources.files import list_files
 from shoal.data.sources.images import image_fault
 from shoal.errors import ConfigError, DataError, UsageError
@@ -175,9 +181,20 @@ def test_images_are_judged_by_their_headers(kind: str, size: tuple[int, int], fa
 # ---- decontamination
 
 
-def collected(folder: Path, out: Path) -> Decontaminate:
-    collect(list_files(SourceSpec("evaluation", str(folder))), out)
-    return Decontaminate(out)
+def collected(folder: Path, out: Path, count: int = 1) -> Decontaminate:
+    """Of evaluation files that one task each reads, and `count` tasks merge."""
+    out.mkdir()
+    some, lengths = [], set()
+    whole = list_files(SourceSpec("evaluation", str(folder)))
+    for number, file in enumerate(piece for one in whole for piece in files.cut(one)):
+        found = collect([file], path := out / f"{number}.part")
+        some += [table_of(path, table) for table in range(found.tables)]
+        lengths |= set(found.counts)
+    need_texts(whole, len(some))
+    paths = tuple(out / f"known-{number}" for number in range(count))
+    for number, path in enumerate(paths):
+        merge(some, tables.Span(number, count), path)
+    return Decontaminate(Known(paths, tuple(lengths)))
 
 
 def test_documents_that_hold_evaluation_items_are_dropped(document, tmp_path: Path) -> None:
@@ -187,7 +204,7 @@ def test_documents_that_hold_evaluation_items_are_dropped(document, tmp_path: Pa
         {"prompt": "too short"},
     ]
     (tmp_path / "sets" / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    check = collected(tmp_path / "sets", tmp_path / "grams.npz")
+    check = collected(tmp_path / "sets", tmp_path / "runs")
     dropped = [
         check(document(f"A page. {ITEM.upper()}! And more.")),
         check(document("Asked again: what the capital city of the small island is?")),
@@ -200,13 +217,38 @@ def test_documents_that_hold_evaluation_items_are_dropped(document, tmp_path: Pa
     assert all(isinstance(check(document(text)), Document) for text in kept)
 
 
+@pytest.mark.parametrize("count", [1, 7])
+def test_runs_are_the_same_in_however_many_tables_files_and_spans_they_lie(
+    document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    some = random.Random(5)
+    items = [" ".join(f"w{some.randrange(40)}" for _ in range(some.randrange(6, 40))) for _ in range(60)]
+    (folder := tmp_path / "sets").mkdir()
+    (folder / "large.jsonl").write_text("".join(json.dumps({"a": item}) + "\n" for item in items[:40]))
+    (folder / "small.txt").write_text("\n".join(items[40:]))
+    pq.write_table(pa.table({"other": items[20:50]}), folder / "rows.parquet", row_group_size=7)
+    plain = collected(folder, tmp_path / "plain")
+    monkeypatch.setattr(decontaminate, "HELD", 30)
+    monkeypatch.setattr(files, "CUT_BYTES", 500)
+    cut = collected(folder, tmp_path / "cut", count)
+    assert len(list((tmp_path / "cut").glob("*.runs"))) > 20, "no table is large"
+    texts = [f"so {item.upper()}, he said" for item in items] + [
+        " ".join(f"w{some.randrange(40)}" for _ in range(30)) for _ in range(60)
+    ]
+    found = [isinstance(plain(document(text)), Skipped) for text in texts]
+    assert [isinstance(cut(document(text)), Skipped) for text in texts] == found
+    least = [decontaminate.LEAST] * 50 + [decontaminate.GRAM] * 10  # the lines of one text are no items
+    assert found[:60] == [len(item.split()) >= n for item, n in zip(items, least, strict=True)]
+    assert not any(found[60:]), "what is drawn by chance is kept"
+
+
 @pytest.mark.parametrize(
     ("data", "said"), [(b'{"a": "too short"}\n', "got 'no text'"), (b"{broken\n", "bench.jsonl: got 'broken JSON'")]
 )
 def test_an_evaluation_set_that_cannot_be_looked_for_is_an_error(tmp_path: Path, data: bytes, said: str) -> None:
     (tmp_path / "bench.jsonl").write_bytes(data)
     with pytest.raises(DataError, match=said):
-        collected(tmp_path, tmp_path / "grams.npz")
+        collected(tmp_path, tmp_path / "runs")
 
 
 # ---- the pipeline and its config

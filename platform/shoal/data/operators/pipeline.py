@@ -19,13 +19,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shoal.data.documents import Document, Skipped
 from shoal.data.operators import clean
 from shoal.data.operators.pii import Kind, scrub
 from shoal.data.sources import images
 from shoal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from shoal.data.operators.decontaminate import Known
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ class Operators:
 
 
 class Pipeline:
-    """The operators that look at one document alone. `evaluation`: what `decontaminate.collect` wrote, where sets are named."""
+    """The operators that look at one document alone. `evaluation`: what is in the sets, where some are named."""
 
-    def __init__(self, operators: Operators, evaluation: Path | None = None) -> None:
+    def __init__(self, operators: Operators, evaluation: Known | None = None) -> None:
         self.changes: dict[str, Counter[str]] = {}  # operator -> what -> times
         self._operators = operators
         self._steps: list[Callable[[Document], Document | Skipped]] = []
