@@ -266,13 +266,10 @@ def _code(error: Any) -> str:
     return str(error.response.get("Error", {}).get("Code"))
 
 
-_size = {"added": 0}  # bytes since this process looked
-
-
 def _added(place: Place, path: Path) -> None:
     """Count a file in, and now and then keep the bound."""
     most = ranged.cache_bytes()
-    _size["added"] += path.stat().st_size
-    if _size["added"] * ranged.LOOKS > most:
-        _size["added"] = 0
+    with ranged.room(place.folder):
+        due = ranged.is_look_due(place.folder, path.stat().st_size, most)
+    if due:
         ranged.trim(place.folder.rglob("*.*"), most, before=time.time() - SPARED)

@@ -4,7 +4,8 @@
     CACHE/blocks/CORPUS/SHARD/NUMBER   a block each, renamed when it is complete; the oldest go when there are too many bytes
 
 Notable: of a shard itself only the metadata of its batches is read, which says where in the file each column lies; a row is
-then a few ranges. Processes of one machine share the blocks and need no lock: who finds one missing fetches it.
+then a few ranges. Processes of one machine share the blocks and need no lock: who finds one missing fetches it. They count
+together what they add, so the bound is the machine's, however many they are and however short they live.
 What a whole copy is checked by, the sha256 of a file, cannot be asked of a range: the length of the object is, at each, and
 what its metadata says.
 """
@@ -36,7 +37,11 @@ ORIGIN = "origin.json"
 BLOCK = 2**18  # bytes of one request
 METADATA = 2**12  # bytes in which the metadata of a batch is, at most
 CACHE_BYTES = 2**36  # of all blocks on this machine, unless SHOAL_CACHE_BYTES says otherwise
-LOOKS = 16  # the cache is looked through when a process has added this share of its bound
+LOOKS = 16  # the cache is looked through when this share of its bound has been added
+ADDED, UNIT = (
+    ".added",
+    2**12,
+)  # a file with a byte for each so many that all processes added since it was looked through
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ class _Blocks:
     """The blocks of one corpus on this machine."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._added, self._most = folder, 0, cache_bytes()
+        self._folder, self._most = folder, cache_bytes()
 
     @staticmethod
     @lru_cache(maxsize=4)
@@ -175,14 +180,14 @@ class _Blocks:
             data = path.read_bytes()
             if len(data) == min(size, (number + 1) * BLOCK) - number * BLOCK:
                 return data  # else the machine stopped before it was on the disk
-        data = _fetch(origin, name, size, number)
-        with room(self._folder):
+        data, due = _fetch(origin, name, size, number), False
+        # who looks the cache through, or empties it, may take away what is half written: it is only not kept then
+        with room(self._folder), suppress(FileNotFoundError):
             path.parent.mkdir(parents=True, exist_ok=True)
             with aside(path) as beside:
                 beside.write_bytes(data)
-        self._added += len(data)
-        if self._added * LOOKS > self._most:
-            self._added = 0
+            due = is_look_due(self._folder.parent, len(data), self._most)
+        if due:
             trim(self._folder.parent.glob("*/*/*"), self._most)  # of all corpora
         return data
 
@@ -200,6 +205,20 @@ def room(folder: Path) -> Iterator[None]:
             got=f"full, of {cache_bytes()} bytes that it may take",
             do="free some, or set SHOAL_CACHE_BYTES lower, or SHOAL_CACHE to another disk",
         ) from error
+
+
+def is_look_due(folder: Path, added: int, most: int) -> bool:
+    """Count `added` bytes into `folder`, and say whether all processes of this machine have added so many that it is to be
+    looked through, by who is told so: from then on it is counted anew."""
+    counted = os.open(folder / ADDED, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        os.write(counted, bytes(-(-added // UNIT)))  # appended as a whole, whoever else does
+        if os.fstat(counted).st_size * UNIT * LOOKS <= most:
+            return False
+        os.ftruncate(counted, 0)
+        return True
+    finally:
+        os.close(counted)
 
 
 def trim(paths: Iterable[Path], most: int, before: float = math.inf) -> None:

@@ -1,0 +1,66 @@
+"""The cache of blocks has its bound on a machine, whoever adds to it; with S3 it is `tests/flows/test_s3_ranged.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shoal.data import place, ranged
+from shoal.data.place import Place
+from shoal.data.ranged import BLOCK, Origin, _Blocks
+from shoal.data.sources.s3 import S3
+
+MOST = 64 * BLOCK
+HERE = Origin("s3://ocean/corpus")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    monkeypatch.setenv("SHOAL_CACHE_BYTES", str(MOST))
+    monkeypatch.setattr(ranged, "_fetch", lambda origin, name, size, number: bytes(BLOCK))
+    return tmp_path
+
+
+def held(cache: Path) -> int:
+    return sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(("at_once", "blocks"), [(32, 6), (1, 2)])
+def test_the_bound_is_of_the_machine_however_many_processes_read_and_however_short_they_live(
+    cache: Path, at_once: int, blocks: int
+) -> None:
+    most = 0
+    for turn in range(192 // (at_once * blocks)):
+        processes = [_Blocks(cache / "blocks" / f"corpus{turn % 2}") for _ in range(at_once)]
+        for number in range(blocks):
+            for process, some in enumerate(processes):
+                assert len(some.get(HERE, f"{turn}-{process}", 2**30, number)) == BLOCK
+                most = max(most, held(cache))
+    assert MOST // 2 < most <= MOST + BLOCK
+
+
+def test_so_it_is_where_a_corpus_is_made(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, "SPARED", -60.0)  # not even what was used just now
+    here, most = Place("s3://ocean/made", S3("http://127.0.0.1:9"), "run"), 0
+    for number in range(160):
+        path = here.work / f"{number:05}.arrow"
+        path.write_bytes(bytes(BLOCK))
+        place._added(here, path)
+        most = max(most, held(cache))
+    assert MOST // 2 < most <= MOST + BLOCK
+
+
+def test_a_block_that_is_taken_away_while_it_is_written_is_read_nevertheless(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+
+    def emptied(path: Path, data: bytes) -> int:
+        count = write(path, data)
+        path.unlink()
+        return count
+
+    monkeypatch.setattr(Path, "write_bytes", emptied)
+    assert _Blocks(cache / "blocks" / "corpus").get(HERE, "shard", 2**30, 3) == bytes(BLOCK)
