@@ -38,10 +38,8 @@ BLOCK = 2**18  # bytes of one request
 METADATA = 2**12  # bytes in which the metadata of a batch is, at most
 CACHE_BYTES = 2**36  # of all blocks on this machine, unless SHOAL_CACHE_BYTES says otherwise
 LOOKS = 16  # the cache is looked through when this share of its bound has been added
-ADDED, UNIT = (
-    ".added",
-    2**12,
-)  # a file with a byte for each so many that all processes added since it was looked through
+# file in a folder of the cache: a byte for each so many that all processes added since it was looked through
+ADDED, UNIT = ".added", 2**12
 
 
 @dataclass(frozen=True)
