@@ -14,6 +14,7 @@ from shoal.api.policy import Policy
 from shoal.api.served import MODEL_NAME, MOST_ADAPTERS, ServedModel
 from shoal.config import Dtype, KvCacheDtype
 from shoal.data import models
+from shoal.data.remote import is_remote
 from shoal.errors import ConfigError
 from shoal.loop.release import Release
 
@@ -79,6 +80,10 @@ class ServeArgs:
             # of these no bound below holds, or none is reached
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"args.{name}", got=str(value), allowed="a finite number")
+        for name in ("release", "runs", "batches"):
+            if is_remote(value := getattr(self, name) or ""):  # else it would be a folder called ``s3:``
+                allowed, do = "a path", "give a path that all gateways see: this is not kept in S3"
+                raise ConfigError(f"args.{name}", got=value, allowed=allowed, do=do)
         if self.models and (self.model or self.name):
             raise ConfigError("args.model and args.models", do="name the model under args.models, or serve it alone")
         odd = next((name for name in self.models if not MODEL_NAME.fullmatch(name)), None)

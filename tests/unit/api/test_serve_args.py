@@ -51,3 +51,12 @@ def test_one_process_needs_a_model() -> None:
 
 def test_a_request_has_as_long_with_ray_and_without() -> None:
     assert ServeArgs().seconds == Limits().seconds
+
+
+@pytest.mark.parametrize("name", ["release", "runs", "batches"])
+def test_what_is_not_kept_in_s3_is_refused_there(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"args\.{name}: got 's3://sea/x'; allowed: a path.*not kept in S3"
+    ) as caught:
+        ServeArgs(**{name: "s3://sea/x"})  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
