@@ -231,8 +231,10 @@ def trim(paths: Iterable[Path], most: int, before: float = math.inf) -> None:
     for used, size, path in sorted(found):
         if over <= 0 or used >= before * 1e9:
             return
-        path.unlink(missing_ok=True)
-        over -= size
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime_ns == used:  # else another process has used it meanwhile
+                path.unlink()
+                over -= size
 
 
 def _fetch(origin: Origin, name: str, size: int, number: int) -> bytes:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,3 +67,19 @@ def test_a_block_that_is_taken_away_while_it_is_written_is_read_nevertheless(
 
     monkeypatch.setattr(Path, "write_bytes", emptied)
     assert _Blocks(cache / "blocks" / "corpus").get(HERE, "shard", 2**30, 3) == bytes(BLOCK)
+
+
+def test_what_is_used_while_the_cache_is_looked_through_stays(cache: Path) -> None:
+    """A reader finds its file and opens it a moment later: gone between the two, it ended the command that made a corpus."""
+    used, old = cache / "used", cache / "old"
+    for path in (used, old):
+        path.write_bytes(bytes(BLOCK))
+        os.utime(path, (1.0, 1.0))
+
+    def looked() -> Iterator[Path]:
+        yield used
+        os.utime(used)  # by another process
+        yield old
+
+    ranged.trim(looked(), 0, before=time.time() - 600)
+    assert used.exists() and not old.exists()
