@@ -15,8 +15,6 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-import numpy as np
-
 from shoal.config import AUTO, KvCacheDtype
 from shoal.engine.events import MAX_DRAFTS, Completion, Event, Finished, Request, Token
 from shoal.engine.guided import Grammars
@@ -39,8 +37,6 @@ from shoal.errors import (
     frames,
     of_request,
 )
-from shoal.inputs.chat import Encoded
-from shoal.inputs.tokenizer import IMG_ID
 from shoal.model.adapters import Adapter
 from shoal.model.cost import kv_bytes_stored
 from shoal.model.model import Model
@@ -134,7 +130,6 @@ class Engine:
         """`request` checked and encoded; may run in any thread. Raises RequestError naming the field at fault, and
         ContextLengthError when prompt and max_tokens together exceed the context."""
         prompt = self.model.encode(request.prompt)
-        _check_images(prompt)
         sampling, config = request.sampling, self.config
         if len(prompt.ids) + sampling.max_tokens > config.context:
             raise ContextLengthError(
@@ -352,25 +347,6 @@ def _check_limits(model: Model, batch_tokens: int, batch: int, queue: int, budge
             raise ConfigError("compute_budget", got=budget, allowed="above 0, at most 1")
         if model.router is None:
             raise ConfigError("compute_budget", got=budget, do="fit a router first: this model has none")
-
-
-def _check_images(prompt: Encoded) -> None:
-    """Raises RequestError when the ids do not spell the images they come with: a patch out of place would take another
-    patch's row and column."""
-    ids, at = prompt.ids, 0
-    for image in prompt.images:
-        span = image.tokens()
-        try:
-            at = ids.index(IMG_ID, at)
-        except ValueError:
-            at = len(ids)
-        if ids[at : at + len(span)] != span:
-            got = f"other ids than the {image.rows}x{image.cols} patches of an image need"
-            raise RequestError("prompt images", param="prompt", got=got, allowed="the ids of Patches.tokens()")
-        at += len(span)
-    wrong = next((n for n in prompt.images if n.values.dtype != np.uint8 or len(n.values) != n.rows * n.cols), None)
-    if wrong is not None:
-        raise RequestError("image", param="images", got=f"{wrong.values.dtype} {wrong.values.shape}", allowed="uint8")
 
 
 def _check_answer(request: Request, said: list[bool], end_ids: Sequence[int]) -> None:

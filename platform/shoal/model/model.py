@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +165,9 @@ class Model:
             raise RequestError(
                 "prompt images", param="prompt", got=f"{patches} patches", allowed=f"{places} as in the ids"
             )
-        spans = [token for image in prompt.images for token in image.tokens()]
-        if prompt.images and [token for token in prompt.ids if token in IMAGE_IDS] != spans:
+        if prompt.images and not _spells(prompt.ids, prompt.images):
             raise RequestError("prompt images", param="prompt", got="patch tokens of another shape than the images'",
-                               do="put Patches.tokens() of each image into the ids, in order")  # fmt: skip
+                               do="put Patches.tokens() of each image into the ids, in order and in one piece")  # fmt: skip
         return prompt
 
     def _id(self, token: object) -> int:
@@ -296,3 +296,11 @@ def forbidden(tokenizer: Tokenizer, vocab: int) -> Tensor:
     mask = torch.ones(vocab, dtype=torch.bool)
     mask[torch.as_tensor(tokenizer.sayable)] = False
     return mask
+
+
+def _spells(ids: Sequence[int], images: Sequence[media.Patches]) -> bool:
+    """Are the image tokens among `ids` those of `images`, in order, and each image's side by side? A patch that others do not
+    stand beside would take another one's column."""
+    spans = [token for image in images for token in image.tokens()]
+    torn = any(token in IMAGE_IDS - {IMG_ID} and before not in IMAGE_IDS for before, token in pairwise(ids))
+    return not torn and [token for token in ids if token in IMAGE_IDS] == spans
