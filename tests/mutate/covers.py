@@ -37,12 +37,12 @@ GROUPS = {
     "drafting": Group(_in("engine", "acceptance drafting price"), _tests("engine", "drafting")),
     "drafts": Group(
         _in("engine", "compared drafts signals tolerance"),
-        [*_tests("engine", "drafts signals speculative tolerance"), "unit/api/test_reruns"],
+        [*_tests("engine", "layout drafts signals speculative tolerance"), "unit/api/test_reruns"],
         warm=True,
     ),
     "graphs": Group(
         _in("engine", "device graphs layout sizes"),
-        [*_tests("engine", "graphs kv_int8 sampler_there adapters"), "flows/test_devices"],
+        [*_tests("engine", "layout graphs kv_int8 sampler_there adapters"), "flows/test_devices"],
         warm=True,
     ),
     "pages": Group(["engine/pages"], _tests("engine", "pages")),
@@ -85,7 +85,7 @@ GROUPS = {
     ),
     "engine": Group(
         _in("engine", "engine front guided metrics"),
-        _tests("engine", "events refused metrics guided naive oracle resume faults front"),
+        _tests("engine", "events refused prepared metrics guided naive oracle resume second_look faults front"),
         warm=True,
     ),
     "net": Group(
@@ -111,8 +111,14 @@ GROUPS = {
         warm=True,
     ),
     "smooth": Group(["model/smooth"], _tests("model", "smooth"), warm=True),
-    "draw": Group(["model/cpu/draw"], _tests("engine", "sampler runner"), {"NUMBA_DISABLE_JIT": "1"}),
-    "launch": Group(_in("model/gpu", "launch sparse"), [*_tests("model", "sparse gpu_page"), "flows/test_devices"]),
+    "draw": Group(
+        ["model/cpu/draw"],
+        [*_tests("model", "loops"), *_tests("engine", "sampler runner")],
+        {"NUMBA_DISABLE_JIT": "1"},
+    ),
+    "launch": Group(
+        _in("model/gpu", "launch sparse"), [*_tests("model", "launch sparse gpu_page"), "flows/test_devices"]
+    ),
     "files": Group(_in("model", "checkpoint described digests files"), _tests("model", "checkpoint digests files")),
     "int8": Group(
         _in("model", "int8 linears quant slots"),
@@ -121,7 +127,7 @@ GROUPS = {
     ),
     "loops": Group(
         _in("model/cpu", "attention compiled decode parts"),
-        [*_tests("model", "fused whole slots"), *_tests("engine", "kv_int8")],
+        [*_tests("model", "loops fused whole slots"), *_tests("engine", "kv_int8")],
         {"NUMBA_DISABLE_JIT": "1"},
         without="batch_mates or code_is_kept or lie_now",  # of tiles, of numba's own files, of what is chosen in Python
     ),

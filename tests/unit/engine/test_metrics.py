@@ -112,6 +112,31 @@ def test_a_run_is_counted_under_the_names_that_dashboards_read() -> None:
     assert stats["prefix_cache_hits_total"] > 0 and stats["e2e_request_latency_seconds_sum"] > 0
 
 
+def test_buckets_are_those_that_dashboards_ask_for() -> None:
+    bounds = {
+        name: [
+            float(key.labels["le"]) for key in Metrics().samples((1,)) if key.name == name and key.ending == "_bucket"
+        ]
+        for name in FAMILIES
+    }
+    seconds = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, float("inf")]
+    of_a_token = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, float("inf")]
+    counts = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, float("inf")]
+    assert {name: each for name, each in bounds.items() if each} == {
+        "time_to_first_token_seconds": seconds, "e2e_request_latency_seconds": seconds,
+        "request_queue_time_seconds": seconds, "inter_token_latency_seconds": of_a_token,
+        "request_time_per_output_token_seconds": of_a_token, "iteration_tokens_total": counts, "request_kv_units": counts,
+    }  # fmt: skip
+
+
+def test_what_the_router_looked_at_again_is_counted_and_what_went_deeper() -> None:
+    metrics = Metrics()
+    for deeper in (True, False, False):
+        metrics.looked(deeper=deeper)
+    told = metrics.samples(())
+    assert told[sample("second_looks")] == 3 and told[sample("second_looks_deeper")] == 1
+
+
 def observed(histogram: Histogram) -> tuple[int, float]:
     return histogram.count, histogram.sum
 

@@ -1,0 +1,176 @@
+"""Where the rows of a step stand, what a device is sent and asked, and which rows tell what early exits would have lost: by
+counting, row by row."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shoal import presets
+from shoal.config import GROUPS
+from shoal.engine.compared import Compared, divergences
+from shoal.engine.device import fetched, picked, sent, viewed
+from shoal.engine.holding import Holding
+from shoal.engine.layout import StepLayout
+from shoal.engine.plan import Work
+from shoal.engine.signals import Heard
+
+CONFIG = presets.get("test").model
+CPU, PAGE = torch.device("cpu"), CONFIG.page
+
+
+def work(start: int, count: int, last: int = GROUPS, seed: int = 0, **more: Any) -> Work:
+    """Rows of a request that holds pages of its own, of which group j has computed some tokens fewer than group j - 1."""
+    holding = Holding.nothing([0] * (start + count), None, PAGE, start + count + 5 * seed)
+    rng = np.random.default_rng(seed)
+    holding.tables[:] = rng.permutation(holding.tables.size).reshape(holding.tables.shape) + 1000 * (seed + 1)
+    holding.computed = [start + 2 - j for j in range(GROUPS)]
+    running = SimpleNamespace(holding=holding, request=SimpleNamespace(gaps=more.pop("gaps", False)))
+    return Work(running, start, count, 0, last, **more)  # type: ignore[arg-type]
+
+
+class Adapted:
+    """What stands beside the rows of some works."""
+
+    def __init__(self, works: Any) -> None:
+        self.works, self.rows = works, None
+
+    def first(self, rows: int) -> tuple[Any, int]:
+        return [*self.works], rows
+
+
+def test_each_row_stands_in_its_request_s_pages() -> None:
+    works = [work(2 * PAGE - 2, 5, seed=0), work(3, 1, seed=1), work(0, 2 * PAGE, seed=2), work(PAGE, 1, seed=3)]
+    layout = StepLayout(works, CONFIG, CPU, Adapted)  # type: ignore[arg-type]
+    assert layout.starts == [0, 5, 6, 6 + 2 * PAGE, 7 + 2 * PAGE]
+    longest = max(-(-each.end // PAGE) for each in works)
+    for group in range(GROUPS):
+        for count in range(1, len(works) + 1):
+            rows = layout.starts[count]
+            step = layout.step(group, rows)
+            positions, slots = list[int](), list[int]()
+            for each in works[:count]:
+                holding = each.running.holding
+                for at in range(each.start, each.end):
+                    positions.append(at)
+                    unit = int(holding.tables[group, at // PAGE])
+                    slots.append(unit * PAGE + at % PAGE if at >= holding.computed[group] else -1)
+            assert step.positions.tolist() == positions and step.slots.tolist() == slots
+            assert step.starts == layout.starts[: count + 1] and (step.page, step.block) == (PAGE, CONFIG.block)
+            assert step.tables.shape == (count, longest)
+            assert step.tables.dtype == step.slots.dtype == step.positions.dtype == torch.int64
+            for r, each in enumerate(works[:count]):
+                own = each.running.holding.tables[group, :longest].tolist()
+                assert step.tables[r].tolist() == own + [0] * (longest - len(own))
+            heads = range(CONFIG.kv_heads)
+            assert step.written(CONFIG.kv_heads).tolist() == [
+                max(slot, 0) // PAGE * PAGE * CONFIG.kv_heads + head * PAGE + max(slot, 0) % PAGE
+                for slot in slots
+                for head in heads
+            ]
+            assert step.read(CONFIG.kv_heads).tolist() == [
+                [[unit * CONFIG.kv_heads + head for unit in table] for head in heads] for table in step.tables.tolist()
+            ]
+            assert step.beside == (works, rows) and step.rows.starts == step.starts
+            assert layout.step(group, rows).rows is step.rows, "made once for all groups"
+    some = layout.of(works[1:3])
+    assert some.starts == [0, 1, 1 + 2 * PAGE] and some.step(0, 1).beside == (works[1:3], 1)
+    assert some.step(0, 1).positions.tolist() == [3]
+    assert StepLayout(works, CONFIG, CPU, lambda _: None).step(0, 5).beside is None
+
+
+def test_numbers_come_in_one_copy_as_they_are() -> None:
+    given = [
+        torch.tensor([[0.1, 2.0], [3.0, -4.0]]), torch.tensor([], dtype=torch.int64), torch.tensor([2**53, -7]),
+        torch.tensor([True, False]),
+    ]  # fmt: skip
+    wanted = [each.flatten().tolist() for each in given]
+    assert fetched(*given) == wanted and fetched(given[1]) == [[]]
+
+
+def test_what_is_sent_has_the_type_that_it_was_given() -> None:
+    array = np.array([[1, 2], [3, 4]], dtype=np.int64)
+    assert sent(array, CPU).data_ptr() == torch.from_numpy(array).data_ptr(), "on a CPU nothing is copied"
+    found = sent([1, 2], CPU, torch.int32)
+    assert found.tolist() == [1, 2] and found.dtype == torch.int32 and sent([0.5], CPU).dtype == torch.float32
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_to_a_gpu_that_is_there_it_is_sent_from_pinned_memory_and_nothing_waits(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned, moved = list[int](), list[tuple[str, dict[str, bool]]]()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(len(self)) or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **how: moved.append((device.type, how)) or self)
+    sent([1, 2], torch.device("cuda"))
+    sent([1, 2, 3], CPU)
+    assert pinned == [2] * there
+    assert moved == [(device, {"non_blocking": True}) for device in ("cuda", "cpu")]
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_number_in_a_row_s_column_is_picked(kind: torch.dtype) -> None:
+    x = torch.arange(12.0).view(3, 4).to(kind)
+    assert picked(x, torch.tensor([3, 0, 2])) == [3.0, 4.0, 10.0]
+    seen = viewed(x.requires_grad_())
+    assert (seen is None) == (kind == torch.bfloat16)
+    if seen is not None:
+        seen[0, 0] = 7.0
+        assert x[0, 0] == 7.0, "the same memory"
+    assert viewed(torch.zeros(1, device="meta")) is None
+
+
+# ---- what early exits would have lost
+
+
+def test_rows_that_are_compared_are_those_of_full_depth_that_want_it_and_give_a_token() -> None:
+    """A verification gives a row of logits for each of its rows, and a sample for itself; what gives no token gives neither."""
+    works = [
+        work(9, 3, sample=True, verify=True, gaps=True), work(9, 4, sample=True, gaps=True),
+        work(0, 2, gaps=True), work(9, 1, sample=True), work(9, 1, sample=True, gaps=True),
+        work(9, 1, GROUPS - 1, sample=True, gaps=True),
+    ]  # fmt: skip
+    starts = [0, 3, 7, 9, 10, 11, 12]
+    found = Compared.of(works, starts, CONFIG)
+    assert found is not None
+    assert (found.rows, found.samples, found.at) == ([6, 10], [1, 3], [3, 5])
+    assert Compared.of([works[0], works[2], works[3], works[5]], [0, 3, 5, 6, 7], CONFIG) is None
+    logits = torch.zeros(7, 2, dtype=torch.float64)
+    logits[3, 0], logits[5, 0] = math.log(3.0), math.log(9.0)  # p: three quarters and nine tenths
+    net = SimpleNamespace(logits=lambda states: states)
+    found.exits = [logits[[3, 3]], torch.zeros(2, 2, dtype=torch.float64)]
+    kl = 0.9 * math.log(0.9 / 0.75) + 0.1 * math.log(0.1 / 0.25)
+    even = [math.log(2) + p * math.log(p) + (1 - p) * math.log(1 - p) for p in (0.75, 0.9)]
+    assert found.gaps(logits, net) == {  # type: ignore[arg-type]
+        1: pytest.approx((0.0, even[0]), abs=1e-12), 3: pytest.approx((kl, even[1]), abs=1e-12),
+    }  # fmt: skip
+
+
+def test_an_exit_loses_nothing_less_than_nothing_and_a_row_without_a_number_tells_nothing() -> None:
+    full = torch.tensor([[0.1, 0.2, 0.3], [0.0, math.nan, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, -math.inf]])
+    exit_ = full.clone()
+    exit_[2, 0] = -math.inf  # full depth gives what it never does
+    first, *others = divergences(full, [exit_, full])
+    assert first == (0.0, 0.0) and others == [(), (), ()]
+    assert divergences(full, []) == []
+
+
+def test_what_was_heard_of_an_answer_is_means_and_the_largest() -> None:
+    heard = Heard(drafts_accepted=3)
+    assert (heard.all().answer_nll, heard.all().answer_nll_max, heard.all().gaps) == (None, None, ())
+    for nats in (0.5, None, 2.0, 0.25):
+        heard.token(nats)
+    for gaps in ((0.1, 0.2), (), (0.3, 0.6)):
+        heard.compared(gaps)
+    told = heard.all()
+    assert told.answer_nll == pytest.approx(2.75 / 3) and told.answer_nll_max == 2.0
+    assert told.gaps == pytest.approx((0.2, 0.4)) and told.drafts_accepted == 3
+    sure = Heard()
+    sure.token(0.0)
+    assert (sure.all().answer_nll, sure.all().answer_nll_max) == (0.0, 0.0), "known, and nothing"
