@@ -147,6 +147,8 @@ def test_who_is_looked_at_again(budget: float | None, more: dict[str, Any], look
     assert engine.prepare(request).look is None, "its router has no second look"
     router.later = Twice()
     assert engine.prepare(request).look == look
+    alone = Engine(MODEL, units=40)
+    assert alone.prepare(request).look is None, "what another engine's router sent goes on without one, too"
 
 
 def test_what_it_holds_is_told_as_a_share_and_what_may_wait_is_not_urgent() -> None:
@@ -160,6 +162,13 @@ def test_what_it_holds_is_told_as_a_share_and_what_may_wait_is_not_urgent() -> N
     assert not engine.urgent and not engine.idle
     engine.submit(Request([50], Sampling(max_tokens=1), depth="full"))
     assert engine.urgent
+
+
+def test_an_idle_engine_whose_books_are_wrong_is_dead() -> None:
+    engine = Engine(MODEL, units=41)
+    assert engine.step() == [] and engine.dead is None
+    engine.scheduler.pages.allocate(1)  # and nobody has it
+    assert engine.step() == [] and engine.dead is not None
 
 
 def test_on_a_cpu_units_are_for_the_batch_or_a_quarter_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
