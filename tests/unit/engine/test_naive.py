@@ -99,3 +99,14 @@ def test_every_token_of_a_prompt_is_scored_in_chunks_and_out_of_the_cache(cached
     assert got.finished is not None
     first, *others = got.finished.prompt_logprobs
     assert first is None and [entry.token for entry in others if entry is not None] == prompt[1:]
+
+
+def test_the_oracle_says_why_an_answer_ended_as_the_engine_does() -> None:
+    request = Request([60], Sampling(max_tokens=9, guided=Guide("lark", 'start: "a" <[5]> "b"')), depth="full")
+    (answer,) = Engine(MODEL, units=60).generate([request])
+    found = naive.generate(MODEL, request)
+    assert answer.finished is not None and answer.finished.error is not None
+    assert found.finished is not None and found.finished.error is not None
+    assert (found.finish_reason, found.text) == (answer.finish_reason, answer.text) == ("error", "a")
+    assert str(found.finished.error) == str(answer.finished.error)
+    assert (found.finished.error.param, found.finished.error.status) == ("guided", 400)

@@ -15,6 +15,7 @@ from shoal.model.cache import PagedStep
 from shoal.model.gpu import launch, sparse
 from shoal.model.gpu.sparse import Spans
 from shoal.model.reach import ALL, Reach
+from shoal.model.reference import reference_attention, reference_sparse
 
 CPU = torch.device("cpu")
 DOCS = torch.tensor([[0] * 7 + [1] * 23, [0] + [1] * 14 + [2] * 15])
@@ -266,3 +267,123 @@ def test_rows_of_more_blocks_than_a_program_chooses_among_are_left_to_torch(monk
     assert not sparse.usable(x.to(torch.int8), 2)
     monkeypatch.setattr(launch, "able", lambda _: False)
     assert not sparse.usable(x, 2)
+
+
+# ---- attention of whole rows, by programs that do in torch what the kernels say
+
+
+def near(
+    grid: Any, q: Any, k: Any, v: Any, starts: Any, out: Any, lse: Any, length: int, window: int, **shape: Any
+) -> None:
+    assert all(each.is_contiguous() for each in (q, k, v, starts, out, lse))
+    for tile, head, row in itertools.product(*map(range, grid)):
+        for t in range(tile * shape["TALL"], min(length, (tile + 1) * shape["TALL"])):
+            keys = range(max(int(starts[row, t]), t - window + 1), t + 1)
+            read(q, k, v, (row, t, head), [*keys], out, lse, shape)
+
+
+def read(q: Any, k: Any, v: Any, at: tuple[int, int, int], keys: list[int], out: Any, lse: Any, shape: Any) -> None:
+    row, _, head = at
+    own = head // shape["G"]
+    z = (k[row, keys, own] @ q[at]) * shape["SCALE"]
+    lse[at] = z.logsumexp(0) if keys else -1e30
+    out[at] = z.softmax(0) @ v[row, keys, own] if keys else 0.0
+
+
+def rate(
+    grid: Any, q: Any, summaries: Any, ends: Any, many: Any, scores: Any, length: int, blocks: int, first: int, count: int,
+    **shape: Any,
+) -> None:  # fmt: skip
+    """Scores of a strip of queries, EACH a program."""
+    group, dim = shape["G"], shape["D"]
+    assert shape["GROUP"] >= group and q.shape[1] == length and summaries.shape[1] == blocks
+    for tile, kv_head, row in itertools.product(*map(range, grid)):
+        for i in range(tile * shape["EACH"], min(count, (tile + 1) * shape["EACH"])):
+            t, of = first + i, range(int(ends[row, first + i] - many[row, first + i]), int(ends[row, first + i]))
+            mine = q[row, t, kv_head * group : (kv_head + 1) * group]
+            found = summaries[row, of, kv_head]
+            z = mine @ found[:, :dim].T * shape["SCALE"]
+            if shape["VARIANCE"]:
+                z += mine.square() @ found[:, dim:].T * shape["SCALE"] ** 2 / 2
+            scores[row, kv_head, i, of] = z[0] if group == 1 else z.softmax(-1).sum(0)
+
+
+def pick(
+    grid: Any,
+    scores: Any,
+    ends: Any,
+    many: Any,
+    chosen: Any,
+    length: int,
+    blocks: int,
+    first: int,
+    count: int,
+    **shape: Any,
+) -> None:
+    assert shape["TILE"] >= blocks and shape["WIDE"] >= shape["K"] and grid[0] == count and chosen.shape[2] == length
+    for i, kv_head, row in itertools.product(*map(range, grid)):
+        end, own = int(ends[row, first + i]), int(many[row, first + i])
+        of = [*range(end - own, end)]
+        rated = sorted(of[shape["SINKS"] :], key=lambda n: -float(scores[row, kv_head, i, n]))
+        best = sorted((of[: shape["SINKS"]] + rated)[: shape["K"]])
+        chosen[row, kv_head, first + i] = torch.tensor(best + [-1] * (shape["K"] - len(best)))
+
+
+def forward(
+    grid: Any, q: Any, k: Any, v: Any, runs: Any, tails: Any, out: Any, lse: Any, length: int, before: int, **shape: Any
+) -> None:
+    """Of what each query chose, and its tail; or of what of that lies before a window."""
+    for at, kv_head in itertools.product(*map(range, grid)):
+        row, t = divmod(at, length)
+        keys = [place + i for place in runs[row, kv_head, t].tolist() if place >= 0 for i in range(shape["S"])]
+        keys = [key for key in keys if key <= t - before] if before else [*keys, *range(int(tails[row, t]), t + 1)]
+        for head in range(kv_head * shape["G"], (kv_head + 1) * shape["G"]):
+            read(q, k, v, (row, t, head), keys, out, lse, shape)
+
+
+@pytest.fixture
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, kernels in (
+        ("window", SimpleNamespace(_near=Kernel(near))),
+        ("choice", SimpleNamespace(_rate=Kernel(rate), _pick=Kernel(pick))),
+        ("training", SimpleNamespace(_forward=Kernel(forward))),
+    ):
+        monkeypatch.setitem(sys.modules, f"shoal.model.gpu.{name}", kernels)
+        monkeypatch.setattr(f"shoal.model.gpu.{name}", kernels, raising=False)
+
+
+def drawn(heads: int, kv_heads: int) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(heads)
+    return [torch.randn(2, 30, h, 8, generator=g, dtype=torch.float64) for h in (heads, kv_heads, kv_heads)]
+
+
+@pytest.mark.parametrize("variance", [False, True])
+@pytest.mark.parametrize(("block", "heads", "window"), [(4, (2, 1), 5), (3, (4, 2), 3), (1, (2, 2), 4)])
+def test_a_row_reads_its_window_and_what_it_chose(
+    block: int, heads: tuple[int, int], window: int, variance: bool, in_torch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both branches under their shares; scores in strips, and wherever all blocks are read without any."""
+    monkeypatch.setattr(sparse, "SCORED", 2 * heads[1] * (30 // block) * 16)
+    given, share = drawn(*heads), torch.linspace(0.2, 0.8, heads[0], dtype=torch.float64)
+    for top_k in (2, 40):
+        how = {"window": window, "block": block, "top_k": top_k, "sinks": 1, "docs": DOCS}
+        want = reference_attention(*given, **how, local_weight=share, summary="mean_var" if variance else "mean")  # type: ignore[arg-type]
+        spans = Spans.packed(DOCS, block)
+        got = sparse.attend(*given, spans, Reach(window, top_k, 1, share), variance)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    whole = sparse.attend(*given, spans, Reach(30, 40, 1, share), variance)
+    torch.testing.assert_close(whole, sparse.attend(*given, spans, Reach(30, 0, 0, None)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("variance", [False, True])
+@pytest.mark.parametrize(
+    ("block", "window", "dense", "heads"), [(4, 5, 0, (2, 1)), (3, 4, 9, (3, 1)), (2, 2, 14, (2, 2)), (1, 1, 6, (1, 1))]
+)
+def test_a_row_of_a_sparse_layer_has_one_softmax_over_both(
+    block: int, window: int, dense: int, heads: tuple[int, int], variance: bool, in_torch: None
+) -> None:
+    given, bias = drawn(*heads), torch.linspace(-1, 2, heads[0], dtype=torch.float64)
+    how = {"window": window, "block": block, "top_k": 2, "sinks": 1, "dense_length": dense, "docs": DOCS}
+    want = reference_sparse(*given, **how, bias=bias, summary="mean_var" if variance else "mean")  # type: ignore[arg-type]
+    spans, reach = Spans.packed(DOCS, block, window, dense), Reach(window, 2, 1, None, bias, dense)
+    torch.testing.assert_close(sparse.attend(*given, spans, reach, variance), want, rtol=0, atol=1e-12)
