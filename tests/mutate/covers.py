@@ -117,7 +117,8 @@ GROUPS = {
         {"NUMBA_DISABLE_JIT": "1"},
     ),
     "launch": Group(
-        _in("model/gpu", "launch sparse"), [*_tests("model", "launch sparse gpu_page"), "flows/test_devices"]
+        _in("model/gpu", "launch sparse"),
+        [*_tests("model", "launch paged_launches sparse gpu_page"), "flows/test_devices"],
     ),
     "files": Group(_in("model", "checkpoint described digests files"), _tests("model", "checkpoint digests files")),
     "int8": Group(

@@ -216,6 +216,19 @@ def test_the_state_goes_forward_and_back_with_the_tokens_it_is_given() -> None:
         assert (moved.allowed(tokenizer.encode("ac")) == grammars.compile(guide).allowed(tokenizer.encode("ac"))).all()
 
 
+def test_each_token_that_ends_an_answer_may_come_where_the_grammar_may_end_and_nowhere_else() -> None:
+    """llguidance knows one of them. At the beginning a control token is none that an answer may hold."""
+    tokenizer = Tokenizer.bytes_only()
+    assert tokenizer.ends == (END_ID,)
+    tokenizer.ends = (END_ID, 5)
+    grammar = Grammars(tokenizer, MODEL.config.vocab).compile(Guide("regex", "(ab)*"))
+    for text, may in (("", True), ("a", False), ("ab", True), ("aba", False)):
+        allowed = grammar.allowed(tokenizer.encode(text))
+        assert allowed[END_ID] == allowed[5] == may
+        others = [token for token in range(9) if token not in tokenizer.ends]
+        assert not allowed[others].any() and allowed[tokenizer.encode("b" if len(text) % 2 else "a")].all()
+
+
 def test_closed_tokens_stay_closed_under_a_grammar() -> None:
     guide = Guide("regex", "(.|\n)*")
     mask = Grammars(MODEL.tokenizer, MODEL.config.vocab).compile(guide).allowed([])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from shoal.engine.door import Door
 from shoal.engine.events import Event, Sampling
+from shoal.engine.holding import Holding
 from shoal.engine.metrics import Metrics
 from shoal.engine.pace import SHALLOW_SHARE, WARM_UP, Pace
 from shoal.engine.pages import Pages
@@ -194,6 +197,36 @@ def test_an_idle_engine_refuses_no_deadline_that_a_prompt_can_meet() -> None:
         h.submit(prompt, deadline=4.0)
     request = h.submit(prompt, deadline=20.0, sampling=long(1))
     assert end(h.run(), request).reason == "length"
+
+
+@pytest.mark.parametrize(("groups", "cached", "soonest"), [(2, 0, 13.7), (None, 0, 9.85), (2, 1, 11.54), (2, 10, 8.1)])
+def test_an_answer_can_begin_after_those_before_it_and_the_steps_of_its_prompt(
+    groups: int | None, cached: int, soonest: float
+) -> None:
+    """Three wait before it, two seconds each. 85 tokens are three steps of 40 rows, 85 less `cached` pages of 8 in as many as
+    they fill; while its depth is not known they run one group. A second costs a group, a hundredth a row."""
+    pace, metrics, pages = Pace(), Metrics(), Pages(50)
+    door = Door(pages, pace, metrics, rows=40)
+    holding = Holding.nothing([*range(50, 135)], None, 8, 100)
+    holding.extend_keys(pages)
+    for key in holding.keys[:cached]:
+        (unit,) = pages.allocate(1)
+        pages.register(0, key, unit)
+
+    def asked(deadline: float | None) -> Any:
+        request = SimpleNamespace(deadline=deadline)
+        return SimpleNamespace(request=request, holding=holding, tokens=holding.tokens, groups=groups)
+
+    door.must_be_in_time(asked(1e-9), 3)  # nothing was measured yet
+    pace.wait = lambda ahead: 2.0 * ahead  # type: ignore[method-assign]
+    pace.seconds = lambda groups, rows: groups + 0.01 * rows  # type: ignore[method-assign]
+    door.must_be_in_time(asked(None), 3)
+    door.must_be_in_time(asked(soonest + 1e-9), 3)
+    assert metrics.refused == 0
+    for refused in (1, 2):
+        with pytest.raises(DeadlineError, match=f"{soonest:.2f} s or more"):
+            door.must_be_in_time(asked(soonest - 1e-9), 3)
+        assert metrics.refused == refused
 
 
 def test_costs_are_least_squares_in_which_a_step_weighs_two_hundredths_less_than_the_next() -> None:
