@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.model import paged
+from shoal.model import paged, quant
 from shoal.model.cpu import fused
 from shoal.model.gpu import launch
 from shoal.model.reach import ALL, Reach
@@ -224,3 +224,46 @@ def test_the_window_alone_and_all_of_the_context(window: int, dense: int, cut: N
     same(case, Reach(window, 0, 0, None, dense=dense))
     chosen = launch.choose(case.q, case.summaries, case.step, Reach(7, 3, 1, GAMMA), case.step.positions, case.requests)
     assert chosen.shape == (5, 2, 3) and chosen[1:, :, 2].unique().tolist() == [-1], "9 tokens have two blocks"
+
+
+# ---- a linear in int8
+
+
+def levels(grid: Any, x: Any, levels: Any, scales: Any, **shape: Any) -> None:
+    assert shape["I"] == x.shape[1] <= shape["WIDE"] and (shape["TOP"], shape["ZERO"]) == (63, 64) and x.is_contiguous()
+    for row in range(*grid):
+        scales[row] = quant.token_scale(x[row])
+        levels[row] = quant.token_levels(x[row], scales[row])
+
+
+def product(
+    grid: Any,
+    levels: Any,
+    weight: Any,
+    scales: Any,
+    weight_scales: Any,
+    out: Any,
+    rows: int,
+    outputs: int,
+    **shape: Any,
+) -> None:
+    assert levels.shape == (rows, shape["I"]) and weight.shape == (outputs, shape["I"]) and weight.is_contiguous()
+    assert all(size & size - 1 == 0 for size in (shape["ROWS"], shape["COLUMNS"], shape["DEEP"])), (
+        "tiles are powers of two"
+    )
+    for column, row in itertools.product(*map(range, grid)):
+        m, o = (slice(at * size, (at + 1) * size) for at, size in ((row, shape["ROWS"]), (column, shape["COLUMNS"])))
+        total = levels[m].long() @ weight[o].long().T
+        out[m, o] = total.float() * weight_scales[o] * scales[m, None]
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 70])
+def test_a_linear_in_int8_covers_all_rows_and_outputs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SimpleNamespace(_levels=Kernel(levels), _product=Kernel(product))
+    monkeypatch.setitem(sys.modules, "shoal.model.gpu.integers", made)
+    monkeypatch.setattr("shoal.model.gpu.integers", made, raising=False)
+    g = torch.Generator().manual_seed(rows)
+    weight, scale = quant.quantize_rows(torch.randn(70, 40, generator=g))
+    x = torch.randn(rows, 80, generator=g)[:, ::2]
+    got = launch.int8_product(weight, scale)(x)
+    torch.testing.assert_close(got, quant.int8_linear_reference(x, weight, scale), rtol=1e-6, atol=1e-6)
