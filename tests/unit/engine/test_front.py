@@ -14,7 +14,8 @@ import pytest
 from shoal import Engine, Model, Request, Sampling
 from shoal.engine.events import LATER, Event, Finished, Token
 from shoal.engine.front import AsyncEngine, _Asked
-from shoal.errors import EngineDeadError, GenerationError, QueueFullError, RequestError
+from shoal.errors import CheckpointError, EngineDeadError, GenerationError, QueueFullError, RequestError
+from shoal.model.adapters import Adapter, nothing
 from tests.clocks import tells
 
 SECONDS = 120.0  # for anything here; far above what it takes, the kernels' first compilation included
@@ -366,5 +367,31 @@ def test_a_gap_hides_no_refusal_and_no_death(model: Model, monkeypatch: pytest.M
             monkeypatch.setattr(engine._engine.scheduler, "plan", lambda: 1 / 0)
             (*_, end) = await anext(lists)
             assert isinstance(end, Finished) and isinstance(end.error, EngineDeadError)
+
+    run(work())
+
+
+def test_an_adapter_is_read_from_its_directory_and_is_the_one_that_was_there_before(model: Model) -> None:
+    async def work() -> None:
+        found = {name: Adapter(name, nothing(model.net).pairs) for name in "ab"}
+
+        def reads(directory: str, of: Model) -> Adapter:
+            assert of is model
+            return found[directory]
+
+        async with front(model) as plain:
+            with pytest.raises(RequestError, match="takes no adapters"):
+                await plain.load_adapter("a")
+        async with front(model, read_adapter=reads) as engine:
+            assert engine.knows_adapter("") and not engine.knows_adapter("a")
+            assert [await engine.load_adapter(*given) for given in (("a",), ("b", "b"))] == ["a", "b"]
+            with pytest.raises(CheckpointError, match="not what was loaded"):
+                await engine.load_adapter("a", "b")
+            assert engine.knows_adapter("a") and engine.knows_adapter("b")
+            await engine.keep_adapters({"b": "there"}, {})
+            assert not engine.knows_adapter("a") and engine.knows_adapter("b")
+            await engine.load_adapter("a")
+            await engine.keep_adapters({}, {"a": "here"})
+            assert engine.knows_adapter("a") and not engine.knows_adapter("b")
 
     run(work())
