@@ -37,28 +37,46 @@ def quantize_rows(w: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
             do="retrain, or quantise an earlier checkpoint",
         )  # fmt: skip
     scale = row_scale(w)
-    return torch.round(w / scale).clamp(-WEIGHT_TOP, WEIGHT_TOP).to(torch.int8), scale
+    return torch.round(_quotient(w, scale)).clamp(-WEIGHT_TOP, WEIGHT_TOP).to(torch.int8), scale
 
 
 def row_scale(w: Tensor) -> Tensor:
     """Weight scale an output row, [O, 1]; above 0 for a row of zeros as well."""
-    return (w.abs().amax(-1, keepdim=True) / _divisor(WEIGHT_TOP, w)).clamp(min=1e-12)
+    return _quotient(w.abs().amax(-1, keepdim=True), WEIGHT_TOP).clamp(min=1e-12)
 
 
 def token_scale(x: Tensor) -> Tensor:
     """Activation scale a token, [..., 1]; above 0 for a row of zeros as well."""
-    return x.abs().amax(-1, keepdim=True).div_(_divisor(TOP, x)).clamp_(min=torch.finfo(x.dtype).tiny)
+    return _quotient(x.abs().amax(-1, keepdim=True), TOP).clamp_(min=torch.finfo(x.dtype).tiny)
 
 
-def _divisor(number: int, x: Tensor) -> Tensor | int:
-    """What to divide `x` by for the quotient that IEEE says, which every device must find. On a GPU that is a tensor there: by
-    a number of the host torch does not divide, but multiplies with its reciprocal, and most of a 63rd are then off by a bit."""
-    return torch.full((), number, dtype=x.dtype, device=x.device) if x.is_cuda else number
+def _quotient(x: Tensor, by: Tensor | int) -> Tensor:
+    """x / by as IEEE says, which every device must find. On a GPU a number is a tensor there: by one of the host torch does not
+    divide, but multiplies with its reciprocal, and most of a 63rd are then off by a bit."""
+    compiled = torch.compiler.is_compiling()
+    if isinstance(by, int) and (x.is_cuda or compiled):
+        by = torch.full((), by, dtype=x.dtype, device=x.device)
+    if compiled:
+        found: Tensor = torch.ops.shoal.quotient(x, by)
+        return found
+    return x / by
+
+
+@torch.library.custom_op("shoal::quotient", mutates_args=())
+def _alone(x: Tensor, by: Tensor) -> Tensor:
+    """x / by, an operator that torch.compile leaves as it is. What it compiles for a GPU multiplies with the reciprocals of
+    constants, and Triton's `/` is two bits off."""
+    return x / by
+
+
+@_alone.register_fake
+def _like_x(x: Tensor, by: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def token_levels(x: Tensor, scale: Tensor) -> Tensor:
     """Activation levels -64..63 as floats, rounded exactly as the kernel rounds."""
-    return (torch.round(x / scale + ZERO) - ZERO).clamp(-ZERO, TOP)
+    return (torch.round(_quotient(x, scale) + ZERO) - ZERO).clamp(-ZERO, TOP)
 
 
 def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -71,7 +89,7 @@ def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def fake_weight(w: Tensor) -> Tensor:
     """`w` [O, I] as the INT8 model will hold it, with a straight-through gradient: nothing lies beyond the largest level, so
     nothing is clamped."""
-    return _Straight.apply(w, _dequantized(w))  # type: ignore[no-untyped-call]
+    return _Straight.apply(w, _dequantized(w.detach()))  # type: ignore[no-untyped-call]
 
 
 def fake_linear(x: Tensor, w: Tensor) -> Tensor:
@@ -101,7 +119,7 @@ class _Int8Product(torch.autograd.Function):
             x_scale, w_scale = token_scale(exact), row_scale(w)
             levels = token_levels(exact, x_scale)
             ctx.save_for_backward(levels.to(torch.int8), x_scale, w)
-            return (F.linear(levels, torch.round(w / w_scale)) * w_scale.view(-1) * x_scale).to(x.dtype)
+            return (F.linear(levels, torch.round(_quotient(w, w_scale))) * w_scale.view(-1) * x_scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,4 +131,4 @@ class _Int8Product(torch.autograd.Function):
 
 def _dequantized(w: Tensor) -> Tensor:
     scale = row_scale(w)
-    return torch.round(w / scale) * scale
+    return torch.round(_quotient(w, scale)) * scale
