@@ -5,22 +5,28 @@ from __future__ import annotations
 import logging
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from shoal import Engine, Model, Request, Sampling
+from shoal.engine import engine
 from shoal.engine.events import Guide
 from shoal.errors import ConfigError
 from shoal.inputs.chat import Encoded
 from shoal.inputs.media import to_patches
 from shoal.model import int8
-from shoal.model.gpu import launch
+from shoal.model.block import Attention
+from shoal.model.cpu import fused
+from shoal.model.gpu import launch, sparse, trial
+from shoal.model.paged import paged_attention, write_kv
 from shoal.model.router import Router
 from tests.pretend_gpu import OnGpu, pretended
 
@@ -162,3 +168,122 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses() -> None:
         for mixed in (lambda: there + torch.ones(4), lambda: torch.cat([there, torch.ones(1)])):
             with pytest.raises(RuntimeError, match="same device"):
                 mixed()
+
+
+def refusal(said: str = "out of resource: shared memory, Required: 131072, Hardware limit: 101376") -> Exception:
+    """As of Triton where a kernel asks for more than a device has."""
+    return type("OutOfResources", (Exception,), {"__module__": "triton.runtime.errors"})(said)
+
+
+@pytest.fixture
+def some_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Exception]]:
+    """Norms and activations of a pretended GPU are kernels, which raise the last of what is in the list, if anything is."""
+    faults = list[Exception]()
+
+    def paged(self: Attention, x: Tensor, step: Any, rope: Any, kv: Tensor, summaries: Tensor) -> Tensor:
+        q, k, v = self.project(x, rope, step.beside)
+        write_kv(k, v, kv, summaries, step)
+        return self.out(paged_attention(q, kv, summaries, step, self.reach()).flatten(-2))
+
+    def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if faults and x.shape != (1, 16):  # that is what `able` tries
+            raise faults[-1]
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    monkeypatch.setattr(fused, "usable", lambda x: False)  # what a CPU compiles is no part of it
+    monkeypatch.setattr(fused, "few", lambda rows: False)
+    monkeypatch.setattr(Attention, "paged", paged)
+    monkeypatch.setattr(launch, "attends", lambda *_: False)
+    monkeypatch.setattr(launch, "installed", lambda: True)
+    monkeypatch.setattr(launch, "is_in_torch_dispatch_mode", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "rms_norm", norm)
+    monkeypatch.setattr(launch, "add_norm", lambda x, more, weight, eps: (x + more, norm(x + more, weight, eps)))
+    monkeypatch.setattr(launch, "swiglu", lambda both: F.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1])
+    launch.able.cache_clear()
+    yield faults
+    launch.GIVEN_UP.clear()
+    launch.able.cache_clear()
+
+
+@pytest.mark.parametrize("when", ["loading", "serving", "never"])
+def test_a_kernel_that_does_not_fit_the_device_ends_nothing(
+    when: str, some_kernels: list[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While a model is loaded, before sizes follow from the kernels, or in a step: all is answered by torch's operators, and
+    told in one line."""
+    asked = [Request([40 + i] * 20, Sampling(temperature=0, max_tokens=3), depth="full") for i in range(2)]
+    want = [done.tokens for done in Engine(model_of("fp32"), units=200).generate(asked)]
+    caplog.set_level(logging.WARNING)
+    sized = list[bool]()
+    monkeypatch.setattr(engine, "default_rows", lambda _, device, *__: (sized.append(launch.able(device)), 48)[1])
+    with pretended() as gpu:
+        some_kernels += [refusal()] * (when == "loading")
+        made = Engine(model_of("fp32").to(gpu), units=200)
+        some_kernels += [refusal()] * (when == "serving")
+        assert [done.tokens for done in made.generate(asked)] == want
+        assert sized == [when != "loading"] and launch.able(gpu) == (when == "never")
+    said = "decoding and training on cuda:0 go on without Triton's kernels: out of resource: shared memory"
+    assert [record.getMessage().startswith(said) for record in caplog.records] == [True] * (when != "never")
+
+
+def test_whole_rows_go_on_without_a_kernel_that_does_not_fit(
+    some_kernels: list[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In evaluation; and training tries them before it begins. What is no refusal is raised."""
+    ids = torch.randint(9, 265, (40,), generator=torch.Generator().manual_seed(0))
+    want = model_of("fp32").logits(ids)
+
+    def attend(*_: Any) -> Tensor:
+        raise refusal() if some_kernels else RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(sparse, "attend", attend)
+    config = model_of("fp32").config
+    with pretended() as gpu:
+        model = model_of("fp32").to(gpu)
+        with pytest.raises(RuntimeError, match="illegal"):
+            model.logits(ids)
+        with pytest.raises(RuntimeError, match="illegal"):
+            trial.of_training(config, 64, gpu, low=True, alone=False)
+        some_kernels.append(refusal())
+        trial.of_training(config, 64, gpu, low=True, alone=False)
+        assert gpu in launch.GIVEN_UP and not sparse.usable(torch.zeros(1, 64, device=gpu), config.block)
+        launch.GIVEN_UP.clear()
+        launch.able.cache_clear()
+        got = model.logits(ids)
+        assert gpu in launch.GIVEN_UP
+    assert torch.allclose(got.held if isinstance(got, OnGpu) else got, want, atol=1e-5)
+
+
+def test_an_int8_kernel_that_does_not_fit_a_shape_leaves_it_to_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It passes its self-test, which has small weights, and is refused where the model's are measured."""
+
+    def picky(weight: Tensor, scale: Tensor) -> int8.Run:
+        exact = int8.KERNELS["float"](weight, scale)
+
+        def run(x: Tensor) -> Tensor:
+            if len(weight) > 100:
+                raise refusal()
+            return exact(x)
+
+        return run
+
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setitem(int8.KERNELS, "triton", picky)
+    monkeypatch.setitem(int8.KERNELS, "int_mm", lambda weight, scale: 1 / 0)
+    caches = (int8.trusted, int8.choice)
+    try:
+        with pretended() as gpu:
+            for each in caches:
+                each.cache_clear()
+            assert int8.trusted(gpu) == ["triton", "float"]
+            monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+            assert int8.choice(64, 128, gpu, 1) == ("float",) * 3
+    finally:
+        for each in caches:
+            each.cache_clear()
+    assert [record.getMessage().partition(": ")[0] for record in caplog.records] == [
+        "INT8 products go on without the kernel triton"
+    ]

@@ -115,6 +115,7 @@ def kernels_there(monkeypatch: pytest.MonkeyPatch) -> None:
             run(self, *there, **named)
 
     monkeypatch.setattr(launch, "ON", {"cuda"})
+    monkeypatch.setattr(launch, "BUSY", 2)  # rows by which an engine tries the kernels: 128 take the interpreter a minute
     monkeypatch.setattr(launch, "able", lambda device: True)
     monkeypatch.setattr(launch, "is_in_torch_dispatch_mode", lambda: False)
     monkeypatch.setattr(InterpretedFunction, "run", instead)

@@ -29,6 +29,7 @@ from shoal.config import ModelConfig, TrainConfig
 from shoal.data.batches import Batch
 from shoal.errors import UsageError
 from shoal.inputs.tokenizer import END_ID
+from shoal.model.gpu import trial
 from shoal.model.net import Net
 from shoal.train.loss import LossModel
 from shoal.train.meter import matmul_rate, training_flops
@@ -129,6 +130,7 @@ def ours(name: str, length: int, device: torch.device, again: bool) -> tuple[Cal
     """An update of preset `name` on rows of `length` tokens, one document each, as `shoal pretrain` does it."""
     config, train = at(name, length)
     ranks, model = Ranks(0, 1, device), LossModel(Net(config).init_(0), trained_exits(config.exits, train))
+    trial.of_training(config, length, device, low=model.low, alone=True)
     shard_(model, ranks, recompute=again, compiled=device.type == "cuda")
     optimizer = make_optimizer(model, train)
     batches = [batch(config, length, seed) for seed in range(ROWS)]

@@ -39,6 +39,7 @@ from shoal.errors import (
 )
 from shoal.model.adapters import Adapter
 from shoal.model.cost import kv_bytes_stored
+from shoal.model.gpu import trial
 from shoal.model.model import Model
 from shoal.model.slots import stored_as
 
@@ -96,11 +97,12 @@ class Engine:
         ConfigError for values that cannot work together.
         """
         config, device = model.config, model.device
+        kv_dtype = stored_as(kv_cache_dtype, model.net.dtype)
+        trial.of_steps(model.net, kv_dtype)
         max_batch_tokens = max_batch_tokens or default_rows(config, device, model.net.dtype, gpu_share)
         _check_limits(model, max_batch_tokens, max_batch, max_queue, compute_budget)
         if not 0 <= speculative <= MAX_DRAFTS:
             raise ConfigError("speculative", got=speculative, allowed=f"0 to {MAX_DRAFTS}")
-        kv_dtype = stored_as(kv_cache_dtype, model.net.dtype)
         self._unit_bytes = kv_bytes_stored(config, 1, config.group_layers, model.net.dtype, kv_dtype)
         units = default_units(config, max_batch, self._unit_bytes, device, gpu_share) if units is None else units
         if units < 2:

@@ -15,8 +15,9 @@ Letters: N rows of a step, b rows of a bucket, B of the largest, G layer groups,
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
@@ -27,17 +28,23 @@ from torch import Tensor
 from shoal.config import GROUPS
 from shoal.engine.device import sent
 from shoal.engine.plan import Work
+from shoal.errors import first_line
 from shoal.model.block import rope_rates, rope_tables
 from shoal.model.cache import GroupCache, PagedStep, Rows
 from shoal.model.gpu import launch
 from shoal.model.linears import Held
 from shoal.model.net import Net
 
+log = logging.getLogger(__name__)
 Run = Callable[[], None]
 Record = Callable[[Run], Run]  # what is given runs once or more, and what comes back does the same again
 
 MOST_ROWS = 512  # of a step: more rows are so much work that their launches do not count
 LEAST_TOKENS = 1024  # of the narrowest table
+_FULL = (
+    "the GPU's memory is not enough for graphs of %d requests, so steps of more than %d are launched one by one, slower;"
+    " lower gpu_share or max_batch: %s"
+)
 
 
 def buckets(most: int) -> list[int]:
@@ -58,7 +65,7 @@ class Graphs:
         rows = self._buckets[-1]
         self._weights = Held(net)
         self._seen: list[object] = []
-        self._made: dict[Hashable, Run] = {}
+        self._made: dict[tuple[Any, ...], Run] = {}  # of what, rows, and what else it is of
         # of each group how many rows go through it; ids, positions, and slots of each group; made in one memory, to be one copy
         pinned = device.type == "cuda" and torch.cuda.is_available()
         self._host = torch.zeros(GROUPS + (2 + GROUPS) * rows, dtype=torch.long, pin_memory=pinned)
@@ -83,15 +90,22 @@ class Graphs:
 
     def takes(self, works: Sequence[Work]) -> bool:
         """Is a step of `works` one that graphs are for: one row a request, which gives a token, and nothing else?"""
-        return 0 < len(works) <= self._buckets[-1] and all(
+        return 0 < len(works) <= max(self._buckets, default=0) and all(
             work.count == 1 and work.sample and work.first == 0 and work.running.adapter is None
             and not (work.hold or work.decide or work.score or work.drafts or work.verify or work.running.request.gaps)
             for work in works
         )  # fmt: skip
 
-    def run(self, works: Sequence[Work]) -> Tensor:
-        """Logits [N, V] of `works`, which `takes` allows; their K/V are written. They stay until the next call. Raises what
-        recording raises."""
+    def run(self, works: Sequence[Work]) -> Tensor | None:
+        """Logits [N, V] of `works`, which `takes` allows; their K/V are written. They stay until the next call. None where the
+        memory lacks for a graph: nor are there any for as many rows from then on. Raises what recording raises."""
+        try:
+            return self._run(works)
+        except RuntimeError as error:
+            self._fewer(self._bucket(len(works)), error)
+            return None
+
+    def _run(self, works: Sequence[Work]) -> Tensor:
         state = self._state()
         if state != self._seen:
             self._seen = state
@@ -100,30 +114,48 @@ class Graphs:
         for j in range(works[0].last):
             going = int(self._host_going[j])
             rows = self._bucket(going)
-            self._play(("group", j, rows, width), lambda j=j, b=rows: self._group(j, b, width))  # type: ignore[misc]
+            self._play(("group", rows, j, width), lambda j=j, b=rows: self._group(j, b, width))  # type: ignore[misc]
             if j + 1 == GROUPS or going > self._host_going[j + 1]:
-                self._play(("exit", j, rows), lambda j=j, b=rows: self._exit(j, b, ends[j]))  # type: ignore[misc]
+                self._play(("exit", rows, j), lambda j=j, b=rows: self._exit(j, b, ends[j]))  # type: ignore[misc]
         rows = self._bucket(len(works))
         self._play(("head", rows), lambda: self._head(rows))
         return self._logits[: len(works)]
 
     def prepare(self) -> None:
-        """Record what a step over short contexts replays, of each bucket, so that no request waits. No slot is written."""
+        """Record what a step over short contexts replays, of each bucket, so that no request waits; of the smaller ones alone
+        where the memory is not enough for more. No slot is written."""
         self._seen = self._state()
-        width, ends = self._width(1), self._net.config.ends
         for rows in self._buckets:
-            for j in range(GROUPS):
-                self._play(("group", j, rows, width), lambda j=j, b=rows: self._group(j, b, width))  # type: ignore[misc]
-                if ends[j] in self._net.config.exits:
-                    self._play(("exit", j, rows), lambda j=j, b=rows: self._exit(j, b, ends[j]))  # type: ignore[misc]
-            self._play(("head", rows), lambda b=rows: self._head(b))  # type: ignore[misc]
+            try:
+                self._prepare(rows)
+            except RuntimeError as error:
+                self._fewer(rows, error)
+                return
+
+    def _prepare(self, b: int) -> None:
+        width, ends = self._width(1), self._net.config.ends
+        for j in range(GROUPS):
+            self._play(("group", b, j, width), lambda j=j: self._group(j, b, width))  # type: ignore[misc]
+            if ends[j] in self._net.config.exits:
+                self._play(("exit", b, j), lambda j=j: self._exit(j, b, ends[j]))  # type: ignore[misc]
+        self._play(("head", b), lambda: self._head(b))
+
+    def _fewer(self, rows: int, error: RuntimeError) -> None:
+        """Let go of the graphs for `rows` and more, for which the memory was not enough; raises any other `error`."""
+        if not _of_memory(error):
+            raise error
+        self._buckets = [size for size in self._buckets if size < rows]
+        self._made = {key: run for key, run in self._made.items() if key[1] < rows}
+        if self._net.device.type == "cuda" and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.warning(_FULL, rows, max(self._buckets, default=0), first_line(error))
 
     def _state(self) -> list[object]:
         """What a graph was made of, beside memory that stays: weights, and what else may be set at a layer."""
         layers = [block.attention for group in self._net.groups for block in group.blocks]  # type: ignore[union-attr]
         return [*self._weights.state(), *(layer.mix_local for layer in layers)]
 
-    def _play(self, key: Hashable, run: Run) -> None:
+    def _play(self, key: tuple[Any, ...], run: Run) -> None:
         if key not in self._made:
             self._made[key] = self._record(run)
         self._made[key]()
@@ -168,7 +200,7 @@ class Graphs:
         shared = Rows(positions, list(range(b + 1)), c.page, c.block)
         shared.once("requests", lambda: self._requests[:b])
         rope = self._rope[:, :b].unbind()
-        shared.once("rope", lambda: rope)
+        shared.once(("rope", rope[0].dtype), lambda: rope)
         if j:
             x = self._states[j - 1, :b]
         else:
@@ -177,7 +209,7 @@ class Graphs:
                 kept.copy_(made)
         tables = self._tables[j, :b, :width]
         step = PagedStep(positions, self._rows[2 + j, :b], tables, shared.starts, c.page, c.block, shared=shared)
-        out: Tensor = net.groups[j].paged(x, step, self._cache)  # type: ignore[operator]
+        out: Tensor = net.groups[j].stepped(x, step, self._cache)  # type: ignore[operator]
         self._states[j, :b].copy_(out)
 
     def _exit(self, j: int, b: int, layers: int) -> None:
@@ -187,6 +219,13 @@ class Graphs:
 
     def _head(self, b: int) -> None:
         self._logits[:b].copy_(self._net.logits(self._normed[:b]))
+
+
+def _of_memory(error: BaseException | None) -> bool:
+    """Does it say that memory was not enough? A recording that ends for it may fail to end, and says that instead."""
+    if error is None:
+        return False
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or _of_memory(error.__context__)
 
 
 _RECORDING = Lock()  # of the process: a recording begins with a wait for all of a device, which would end another one
@@ -221,4 +260,10 @@ def of_device(net: Net, cache: GroupCache, most: int) -> Graphs | None:
     c = net.config
     if net.device.type != "cuda" or not torch.cuda.is_available() or not launch.able(net.device):
         return None
-    return None if c.context // c.block > launch.MOST_BLOCKS else Graphs(net, cache, most, Recorder())
+    if c.context // c.block > launch.MOST_BLOCKS:
+        return None
+    try:
+        return Graphs(net, cache, most, Recorder())
+    except torch.OutOfMemoryError as error:
+        log.warning(_FULL, most, 0, first_line(error))
+        return None

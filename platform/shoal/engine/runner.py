@@ -35,6 +35,7 @@ from shoal.errors import first_line
 from shoal.model.adapters import Adapter, Bank, Beside, nothing
 from shoal.model.cache import GroupCache, PagedStep
 from shoal.model.cpu import fused
+from shoal.model.gpu import launch
 from shoal.model.linears import prepack_
 from shoal.model.model import Model
 from shoal.model.router import NLL, Router, features, page_sums
@@ -70,16 +71,20 @@ class Runner:
 
     @torch.inference_mode()
     def _replay(self, call: Callable[[Graphs], T]) -> T | None:
-        """What `call` of the graphs gives; None where there are none, or none any more: a device that refuses to record takes
-        the other way from then on."""
+        """What `call` of the graphs gives; None where there are none, or none any more: a device that refuses to record, or a
+        kernel, takes the other way from then on."""
+        if self.device in launch.GIVEN_UP:
+            self.graphs = None
         if self.graphs is None:
             return None
         try:
             return call(self.graphs)
         except RuntimeError as error:
             log.warning("decoding goes on without graphs: %s", first_line(error))
-            self.graphs = None
-            return None
+        except Exception as error:
+            launch.give_up(self.device, error)
+        self.graphs = None
+        return None
 
     @torch.inference_mode()
     def _compile(self) -> None:

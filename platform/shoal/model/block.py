@@ -319,8 +319,16 @@ class Group(nn.Module):
 
     def paged(self, x: Tensor, step: PagedStep, cache: GroupCache) -> Tensor:
         """x [N, D] after these layers; the new K/V are written to `cache` at ``step.slots``."""
+        try:
+            return self.stepped(x, step, cache)
+        except Exception as error:
+            launch.give_up(x.device, error)
+            return self.stepped(x, step, cache)
+
+    def stepped(self, x: Tensor, step: PagedStep, cache: GroupCache) -> Tensor:
+        """As `paged`; raises Triton's error where a GPU refuses a kernel."""
         kind = launch.fp(x.dtype) if launch.usable(x) else x.dtype
-        rope = step.rows.by_row("rope", lambda: known_rope(step.positions, self.config, kind))
+        rope = step.rows.by_row(("rope", kind), lambda: known_rope(step.positions, self.config, kind))
         if parts := self._in_one_call(x, step):
             added = [block.added(step.beside) for block in self.blocks]  # type: ignore[operator]
             return fused.layers(x, parts, rope, cache, step, added)

@@ -22,6 +22,7 @@ from shoal.model.adapters import Adapter, alone
 from shoal.model.attention import Layout
 from shoal.model.block import ExitMlp, Group, Norm, linear, rope_tables
 from shoal.model.cpu import fused
+from shoal.model.gpu import launch
 from shoal.model.gpu.sparse import Spans, usable
 from shoal.model.linears import Embedding, Int8Embedding, Weight
 
@@ -121,6 +122,23 @@ class Net(nn.Module):
         `docs` [B, T]: document ids; documents of one row never see each other. Runs no deeper than the deepest exit.
         `skip`: layers to leave out, in training; `adapter`: of all rows, without gradients.
         """
+        given = (tokens, patches, grid, docs, exits if exits is None else set(exits), skip, adapter)
+        try:
+            return self._forward(*given)
+        except Exception as error:
+            launch.give_up(tokens.device, error)
+            return self._forward(*given)
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        patches: Tensor | None,
+        grid: Tensor | None,
+        docs: Tensor | None,
+        exits: Collection[int] | None,
+        skip: Collection[int],
+        adapter: Adapter | None,
+    ) -> dict[int, Tensor]:
         wanted = set(exits) if exits is not None else {self.config.layers}
         c = self.config
         if docs is None:

@@ -21,6 +21,7 @@ import torch
 
 from shoal.errors import ConfigError, DataError
 from shoal.model.cost import parameters
+from shoal.model.gpu import trial
 from shoal.model.linears import fake_quantize_
 from shoal.train import fresh
 from shoal.train.bucket import need_possible, placed
@@ -103,6 +104,7 @@ def _fit(plan: FitPlan, ranks: Ranks, say: Speaker, at_end: contextlib.ExitStack
     exits_, teacher = trained_exits(plan.model.exits, plan.train), start.teacher(plan)
     model = LossModel(start.net, exits_, teacher, trained_only=plan.frozen)
     model.low = plan.dtype != "float32"
+    trial.of_training(plan.model, plan.row_length, ranks.device, low=model.low, alone=ranks.world == 1)
     shard_(model, ranks, replicas=plan.replicas, recompute=plan.recompute, compiled=plan.compile)
     if any(parameter.is_meta for parameter in model.parameters()):
         fresh.fill_(model, start.net, plan.train.seed, ranks.device)

@@ -30,6 +30,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from shoal.model.cache import PagedStep
+from shoal.model.gpu import launch
 from shoal.model.paged import paged_attention, write_kv
 from shoal.model.reach import Reach
 
@@ -143,7 +144,11 @@ class HybridImpl(AttentionImpl):  # type: ignore[misc]
         rows, step = attn_metadata.rows, attn_metadata.paged
         summaries = self._beside(kv_cache)
         write_kv(key[:rows], value[:rows], kv_cache, summaries, step)
-        output[:rows] = paged_attention(query[:rows], kv_cache, summaries, step, self.reach())
+        try:
+            output[:rows] = paged_attention(query[:rows], kv_cache, summaries, step, self.reach())
+        except Exception as error:
+            launch.give_up(query.device, error)
+            output[:rows] = paged_attention(query[:rows], kv_cache, summaries, step, self.reach())
         return output
 
     def _beside(self, kv: Tensor) -> Tensor:

@@ -211,6 +211,50 @@ def test_a_device_that_refuses_to_record_goes_on_without(caplog: pytest.LogCaptu
     ]
 
 
+def full(chained: bool) -> Exception:
+    """As torch says it; or what ends the recording says that it failed."""
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
+    if chained:
+        ended = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        ended.__context__ = error
+        return ended
+    return error
+
+
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("when", ["loading", "serving"])
+def test_where_memory_lacks_for_graphs_those_of_fewer_requests_stay(
+    when: str, chained: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No request notices, and the log says what to change, once."""
+    record, fails = (
+        Again(),
+        [2 * 8 + 3 if when == "loading" else 3 * 8],
+    )  # in the bucket of 4 rows, or at what comes first
+
+    def short(run: graphs.Run) -> graphs.Run:
+        if [record.made] == fails:
+            fails.clear()
+            raise full(chained)
+        return record(run)
+
+    engine = replaying(short, most=4)
+    want = Engine(MODEL, units=200, max_batch=4, max_batch_tokens=32).generate(asked(1, 5))
+    kept = engine.runner.graphs
+    assert kept is not None
+    with caplog.at_level(logging.WARNING), torch.inference_mode():
+        kept.prepare()
+        assert said(engine.generate(asked(1, 5))) == said(want)
+    assert not fails and engine.runner.graphs is kept
+    left = kept._buckets
+    assert left == [1, 2] if when == "loading" else left in ([], [1], [1, 2])
+    assert all(key[1] in left for key in kept._made)
+    lines = [line.getMessage() for line in caplog.records]
+    assert (
+        len(lines) == 1 and f"so steps of more than {max(left, default=0)} are" in lines[0] and "gpu_share" in lines[0]
+    )
+
+
 def test_engines_of_a_process_record_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """A canary's engine is made while another one serves. A recording begins with a wait for all of the device, which ends one
     that is going on, and the engine would decode without graphs from then on."""

@@ -27,6 +27,7 @@ from shoal.model.reach import Reach
 
 log = logging.getLogger(__name__)
 ON = {"cuda"}  # devices; tests add the CPU, where Triton's interpreter runs
+GIVEN_UP = set[torch.device]()  # in this process, by `give_up`
 LEAST_CAPABILITY = (8, 0)
 TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PROGRAMS = 264  # that fill a device: two for each of 132 multiprocessors; what a row reads is cut into as many pieces
@@ -58,7 +59,10 @@ def installed() -> bool:
 @cache
 def able(device: torch.device) -> bool:
     """Can the kernels run on `device`? Tried once with a small one, as Triton may be there and its C compiler not, or a device
-    older than those that they are compiled for in tests: the log says what is lacking, and torch's operators are used."""
+    older than those that they are compiled for in tests: the log says what is lacking, and torch's operators are used. So it
+    is from then on where one that a model needs is refused (`give_up`)."""
+    if device in GIVEN_UP:
+        return False
     if device.type != "cuda" or not installed():
         return installed()
     try:
@@ -67,9 +71,30 @@ def able(device: torch.device) -> bool:
         with torch.no_grad():
             rms_norm(torch.ones(1, 16, device=device), torch.ones(16, device=device), 0.0)
     except Exception as error:  # Triton's errors have no class in common with torch's
-        log.warning("decoding and training on %s go on without Triton's kernels: %s", device, first_line(error))
+        _told(device, error)
         return False
     return True
+
+
+def refused(error: BaseException) -> bool:
+    """Does it say that a kernel cannot be compiled, or asks for more than a device has (shared memory, registers)? Of what ends
+    a device itself, or of its memory, it is not."""
+    return type(error).__module__.partition(".")[0] == "triton" or "PassManager::run failed" in str(error)
+
+
+def give_up(device: torch.device, error: Exception) -> None:
+    """Go on without the kernels on `device` from now on, and say so once, where one was `refused`; raises any other `error`.
+    Whoever calls it does again what it was at: nothing is stored but what is stored again."""
+    if not refused(error):
+        raise error
+    if device not in GIVEN_UP:
+        GIVEN_UP.add(device)
+        able.cache_clear()
+        _told(device, error)
+
+
+def _told(device: torch.device, error: Exception) -> None:
+    log.warning("decoding and training on %s go on without Triton's kernels: %s", device, first_line(error))
 
 
 def fp(dtype: torch.dtype) -> torch.dtype:
