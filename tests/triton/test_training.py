@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from shoal import presets
 from shoal.model import reference
 from shoal.model.attention import hybrid_attention
 from shoal.model.block import Block, rope_tables
-from shoal.model.gpu import sparse
+from shoal.model.gpu import launch, sparse, trial
 from shoal.model.gpu.sparse import Spans
 from shoal.model.net import Net
 from shoal.model.reach import ALL, Reach
@@ -123,25 +125,38 @@ def test_tiles_of_other_heights_give_the_same(bias: bool, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("summary", ["mean", "mean_var"])
-@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (4, 2)])
+@pytest.mark.parametrize(("heads", "dtype"), [
+    ((1, 1), torch.float64), ((3, 1), torch.float64), ((4, 2), torch.float64), ((4, 2), torch.float32),
+    ((1, 1), torch.bfloat16), ((4, 2), torch.bfloat16),
+])  # fmt: skip
 def test_the_choice_is_that_of_the_definition(
-    heads: tuple[int, int], summary: str, monkeypatch: pytest.MonkeyPatch
+    heads: tuple[int, int], dtype: torch.dtype, summary: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In strips of a few queries; block by block in fp64, where no two scores are equal."""
+    """In strips of a few queries; block by block, in fp32 and bf16 wherever scores differ by more than the rounding of fp32, in
+    which they are made."""
     monkeypatch.setattr(sparse, "SCORED", 2 * heads[1] * 15 * 16)
-    q, k, _ = drawn(1, *heads, torch.float64, length=45)
+    q, k, _ = drawn(1, *heads, dtype, length=45)
+    compared = 0
     docs = torch.tensor([[0] * 9 + [1] * 36, [0] * 22 + [1] * 23])
     spans, reach = Spans.packed(docs, 3), Reach(4, 4, 1, None)
     numbers = sparse.choose(q, k, spans, reach, summary == "mean_var")
     for row in range(2):
         for start, end in reference.documents(docs[row].tolist()):
-            one = (x[row, start:end].transpose(0, 1) for x in (q, k))
-            chosen = reference.chosen_blocks(reference.block_scores(*one, 3, summary), 3, 4, 1)  # type: ignore[arg-type]
+            one = (x[row, start:end].transpose(0, 1).double() for x in (q, k))
+            scores = reference.block_scores(*one, 3, summary)  # type: ignore[arg-type]
+            chosen = reference.chosen_blocks(scores, 3, 4, 1)
+            rest = torch.nn.functional.pad(scores[..., 1:], (0, 4), value=-math.inf).sort(-1, descending=True).values
+            # between the last that is chosen and the next; where there are fewer, it is endless or none
+            apart, least = (rest[..., 2] - rest[..., 3]).abs(), 1e-5 if dtype != torch.float64 else 0.0
+            sure = ~(apart < least)
             for head in range(heads[1]):
                 for t in range(start, end):
                     got = numbers[row, head, t]
                     places = [int(spans.first[row, n]) - start for n in got if n >= 0]
-                    assert places == (3 * chosen[head, t - start].nonzero().flatten()).tolist()
+                    if sure[head, t - start]:
+                        assert places == (3 * chosen[head, t - start].nonzero().flatten()).tolist()
+                        compared += 1
+    assert compared >= 0.9 * 2 * 45 * heads[1]
 
 
 def test_equal_scores_go_to_the_lower_block() -> None:
@@ -224,6 +239,41 @@ def test_a_compiled_layer_is_one_graph(kind: str) -> None:
     for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_what_training_launches_is_tried_before_it_begins(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All nine kernels of attention; where one is refused, in backward too, that is told once, and rows go under masks."""
+    from triton.runtime.errors import OutOfResources
+    from triton.runtime.interpreter import InterpretedFunction
+
+    config = dataclasses.replace(presets.get("test").model, attn_pattern="HSLD", top_k=2)
+    run, launched, refuses = InterpretedFunction.run, set[str](), set[str]()
+
+    def counted(self: Any, *args: Any, **named: Any) -> None:
+        launched.add(self.fn.__name__)
+        if self.fn.__name__ in refuses:
+            raise OutOfResources(131072, 101376, "shared memory")
+        run(self, *args, **named)
+
+    monkeypatch.setattr(InterpretedFunction, "run", counted)
+    there = torch.device("cpu")
+    trial.of_training(config, 13, there, low=False, alone=True)
+    every = {"_near", "_near_to_q", "_near_to_kv", "_rate", "_pick", "_forward", "_to_q", "_to_pieces", "_to_kv"}
+    assert launched == every and launch.able(there)
+    refuses.add("_to_pieces")
+    try:
+        with caplog.at_level(logging.WARNING):
+            trial.of_training(config, 13, there, low=True, alone=False)
+        assert not sparse.usable(torch.zeros(1, 13, 8), config.block)
+        assert [line.getMessage().partition(" Reducing")[0] for line in caplog.records] == [
+            "decoding and training on cpu go on without Triton's kernels: out of resource: shared memory, Required: 131072, "
+            "Hardware limit: 101376."
+        ]
+    finally:
+        launch.GIVEN_UP.clear()
+        launch.able.cache_clear()
 
 
 def test_endless_rows_stay_under_masks() -> None:
