@@ -177,12 +177,8 @@ def self_test(build: Build, device: torch.device | str = "cpu") -> str | None:
     """None when the kernel gives the integers of the reference and its fp32 results to the bit, and training's rounding does as
     well; else what differs."""
     generator = torch.Generator().manual_seed(0)
-    for rows, inputs, outputs in (
-        (1, 96, 64),
-        (5, 256, 33),
-        (3, 512, 48),
-        (70, 160, 72),
-    ):  # of many rows tiles are others
+    # of many rows tiles are others
+    for rows, inputs, outputs in ((1, 96, 64), (5, 256, 33), (3, 512, 48), (70, 160, 72)):
         exact = torch.randn(outputs, inputs, generator=generator)
         exact[0], exact[1] = 1.0, -1.0  # with the all-ones input below: the largest sums there are
         x = torch.randn(rows, inputs, generator=generator)

@@ -227,10 +227,8 @@ def test_where_memory_lacks_for_graphs_those_of_fewer_requests_stay(
     when: str, chained: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No request notices, and the log says what to change, once."""
-    record, fails = (
-        Again(),
-        [2 * 8 + 3 if when == "loading" else 3 * 8],
-    )  # in the bucket of 4 rows, or at what comes first
+    record = Again()
+    fails = [2 * 8 + 3 if when == "loading" else 3 * 8]  # in the bucket of 4 rows, or at what comes first
 
     def short(run: graphs.Run) -> graphs.Run:
         if [record.made] == fails:
