@@ -17,8 +17,12 @@ from torch import Tensor
 from shoal.config import ModelConfig
 from shoal.data.alone import alone
 from shoal.data.chats.whole import read_whole
+from shoal.data.models import here
+from shoal.data.remote import local
 from shoal.errors import DataError, ResourceError, UsageError
-from shoal.machine import aside, write_json
+from shoal.evaluate import pieces
+from shoal.evaluate.pieces import Models, Piece, Run, wherever
+from shoal.machine import aside, threads, write_json
 from shoal.model import checkpoint, described
 from shoal.model.attention import Layout
 from shoal.model.block import rope_tables
@@ -35,34 +39,61 @@ _HEADS_AT_ONCE = 512  # tokens whose logits are compared at a time
 
 
 def chosen(
-    model: str, data: str, run: str, *, tolerance: float = TOLERANCE, dense_length: int = 0, tell: Tell | None = None
+    model: str,
+    data: str,
+    run: str,
+    *,
+    tolerance: float = TOLERANCE,
+    dense_length: int = 0,
+    tell: Tell | None = None,
+    by: Run = pieces.here,
 ) -> dict[str, Any]:
-    """Which layers of the model directory `model` may be sparse, measured on rows of `data` that are longer than the dense
-    length: its pattern, and KL(dense || sparse) in nats a token beyond that length, of each layer alone and of the chosen ones
-    together. Kept in the folder `run`, and taken from there when asked for the same. Raises UsageError where no layer is within
-    `tolerance`, and for a model that has no layers to choose from; DataError where no row is long enough; ResourceError where
-    another command trains in `run` by what is kept there."""
+    """Which layers of the model at `model` may be sparse, measured on rows of `data` that are longer than the dense length, as
+    one piece that `by` does: its pattern, and KL(dense || sparse) in nats a token beyond that length, of each layer alone and
+    of the chosen ones together. Kept in the folder `run`, and taken from there when asked for the same. Raises UsageError where
+    no layer is within `tolerance`, and for a model that has no layers to choose from; DataError where no row is long enough;
+    ResourceError where another command trains in `run` by what is kept there."""
     if not 0 < tolerance < math.inf:
         raise UsageError("--tolerance", got=tolerance, allowed="nats a token, above 0")
-    _, config = described.read_config(model)
+    directory = here(model, weights=False)
+    _, config = described.read_config(directory)
     if config.quantization != "none":
         got, do = config.quantization, "give the fp32 model that it was made from"
         raise UsageError(f"{model} is quantised", got=got, do=do)
     wide = with_sparse(config, dense_length)
-    weights, texts = described.known_weights(model), fingerprint(data)
+    weights, texts = described.known_weights(directory), fingerprint(str(local(data)))
     asked = {"weights": weights, "data": texts, "tolerance": tolerance, "dense_length": wide.dense_length}
     kept = Path(run) / FILE
     if kept.is_file():
         found = described.read_json(kept)
         if found.pop("asked", None) == asked:
             return found
-    loaded = checkpoint.read(model)
-    rows = long_rows(data, loaded, wide)
-    found = choose(made(loaded.net.float(), wide).requires_grad_(False), rows, tolerance, tell)
+    own = by is pieces.here  # from another process nothing is heard before the end
+    args = (wherever(model), wherever(data), wide.dense_length, tolerance, tell if own else None, not own)
+    (found,) = by([Piece(of_model, args)])
     busy = ResourceError(f"another command is training in {run}", do="wait for it, stop it, or give another --out")
     with alone(kept.with_name(COMMAND), busy), aside(kept) as beside:
         write_json(beside, {**found, "asked": asked})
     return found
+
+
+def of_model(
+    models: Models, place: str, data: str, dense_length: int, tolerance: float, tell: Tell | None, whole: bool
+) -> dict[str, Any]:
+    """A piece: `choose` of the model at `place`, in fp32 on CPUs; where it has a `whole` machine, on those of all of it."""
+    if whole:
+        torch.set_num_threads(threads())
+    loaded = checkpoint.read(here(place))
+    wide = with_sparse(loaded.config, dense_length)
+    rows = long_rows(str(local(data)), loaded, wide)
+    return choose(made(loaded.net.float(), wide).requires_grad_(False), rows, tolerance, tell)
+
+
+def learned(models: Models, place: str, data: str, whole: bool) -> float:
+    """A piece: `beyond` of the model at `place`."""
+    if whole:
+        torch.set_num_threads(threads())
+    return beyond(here(place), str(local(data)))
 
 
 def long_rows(data: str, loaded: checkpoint.Loaded, config: ModelConfig) -> list[Tensor]:

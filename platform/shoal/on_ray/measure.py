@@ -7,7 +7,8 @@ A worker loads the models that its pieces ask for, once; one that is lost is sta
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +29,21 @@ BYTES = 4  # of a parameter on a CPU, which computes in fp32
 OWN = 2**30  # bytes that a worker takes without any
 
 
+def said(line: str) -> None:
+    """Says it to who runs the command, beside its result."""
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
-def measuring(*places: str | Path, gpus: bool | None = None) -> Iterator[Run]:
+def measuring(*places: str | Path, gpus: bool | None = None, whole: bool = False) -> Iterator[Run]:
     """What does pieces of the models at `places`: workers of the cluster that RAY_ADDRESS names, or of this machine where it
     has a GPU; else this process, as more of them would only hold the weights more often. `gpus`: a GPU each [where the cluster
-    has some]. Raises ResourceError."""
+    has some]; `whole`: else all CPUs of a machine each, for a piece that is large. Raises ResourceError."""
     if _here_alone() and (gpus is False or not torch.cuda.is_available()):
         yield pieces.here
         return
     with local_ray(), quiet_data():
-        yield workers([_parameters(place) for place in places], gpus)
+        yield workers([_parameters(place) for place in places], gpus, whole=whole)
 
 
 def need_gpus(gpus: bool | None) -> None:
@@ -50,9 +56,12 @@ def _here_alone() -> bool:
     return "RAY_ADDRESS" not in os.environ
 
 
-def workers(parameters: Sequence[int], gpus: bool | None = None) -> Run:
-    """What does pieces on Ray, which must be running, where models of so many `parameters` are held together. Raises
-    ResourceError, with the arithmetic, where no machine can hold them."""
+def workers(
+    parameters: Sequence[int], gpus: bool | None = None, *, whole: bool = False, say: Callable[[str], None] = said
+) -> Run:
+    """What does pieces on Ray, which must be running, where models of so many `parameters` are held together. `say` is told
+    where they go to CPUs though an autoscaler may start GPUs, which end when they are idle. Raises ResourceError, with the
+    arithmetic, where no machine can hold them."""
     have = ray.cluster_resources()  # type: ignore[no-untyped-call]
     on_gpu = have.get("GPU", 0) >= 1 if gpus is None else gpus
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
@@ -62,7 +71,10 @@ def workers(parameters: Sequence[int], gpus: bool | None = None) -> Run:
         if have.get("GPU", 0) < 1 and not may_grow:
             raise ResourceError("1 GPU to measure on", got="none in the cluster", do="give --no-gpu, or add one")
     else:
-        asked = {"num_cpus": 1.0, "memory": float(OWN + int(BYTES * pieces.BESIDE * sum(parameters)))}
+        if gpus is None and may_grow:
+            say("no GPU is in the cluster now: measured on CPUs, in fp32; --gpu waits for the autoscaler to start one")
+        cpus = max((node["Resources"].get("CPU", 1.0) for node in nodes), default=1.0) if whole else 1.0
+        asked = {"num_cpus": cpus, "memory": float(OWN + int(BYTES * pieces.BESIDE * sum(parameters)))}
         if not may_grow:
             need_machine(asked["memory"], [node["Resources"].get("memory", 0.0) for node in nodes])
 

@@ -263,9 +263,8 @@ class Adapt(Training):
         return adapt_plan(self.model, self.data, self.out, tune=self.tune, **more)
 
     def _sparse_plan(self) -> FitPlan:
-        from shoal.data.models import here
-        from shoal.data.remote import local
         from shoal.evaluate import sparsity
+        from shoal.on_ray.measure import measuring
         from shoal.progress import progress
         from shoal.train.bucket import folder_of
         from shoal.train.plan import run_beside
@@ -274,10 +273,10 @@ class Adapt(Training):
         if self.tune != "none":
             raise UsageError("--tune with --sparse", got=self.tune, do="leave one of them out")
         tolerance = sparsity.TOLERANCE if self.tolerance is None else self.tolerance
-        model, run, length = str(here(self.model)), str(folder_of(run_beside(self.out))), self.dense_length or 0
-        with progress("sparse layers") as tell:
+        run, length = str(folder_of(run_beside(self.out))), self.dense_length or 0
+        with measuring(self.model, gpus=False, whole=True) as do, progress("sparse layers") as tell:
             found = sparsity.chosen(
-                model, str(local(self.data)), run, tolerance=tolerance, dense_length=length, tell=tell
+                self.model, self.data, run, tolerance=tolerance, dense_length=length, tell=tell, by=do
             )
         say(
             f"{found['layers']} of {len(found['pattern'])} layers sparse beyond {found['dense_length']:,} tokens, for "
@@ -286,15 +285,18 @@ class Adapt(Training):
         return sparse_plan(self.model, self.data, self.out, found, **self.given(heldout=self.heldout))
 
     def of_sparse(self) -> dict[str, Any]:
-        from shoal.data.models import here
-        from shoal.data.remote import local
-        from shoal.evaluate import sparsity
+        from shoal.evaluate import pieces, sparsity
+        from shoal.evaluate.pieces import Piece, wherever
         from shoal.model.described import read_json
+        from shoal.on_ray.measure import measuring
         from shoal.train.bucket import folder_of
         from shoal.train.plan import run_beside
 
         found = read_json(folder_of(run_beside(self.out)) / sparsity.FILE)
-        found |= {"learned": sparsity.beyond(here(self.out), str(local(self.data))), "asked": None}
+        with measuring(self.out, gpus=False, whole=True) as do:
+            args = (wherever(self.out), wherever(self.data), do is not pieces.here)
+            (learned,) = do([Piece(sparsity.learned, args)])
+        found |= {"learned": learned, "asked": None}
         say(
             f"KL beyond {found['dense_length']:,} tokens: {found['kl']:.4f} nats a token, {found['learned']:.4f} learned"
         )

@@ -1,0 +1,50 @@
+"""On what is measured: GPUs where the cluster has some now, else CPUs, and who may expect otherwise is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shoal.errors import ResourceError
+from shoal.on_ray.measure import workers
+from shoal.on_ray.resources import NODE_GROUP
+
+
+@pytest.mark.parametrize(
+    ("have", "group", "gpus", "told"),
+    [
+        (1, "head", None, False),
+        (0, "head", None, True),  # of an autoscaler, which ends nodes that are idle
+        (0, "", None, False),  # there never were any
+        (0, "head", False, False),
+        (0, "head", True, False),  # it waits for one
+    ],
+)
+def test_who_may_expect_gpus_is_told_that_cpus_measure(
+    monkeypatch: pytest.MonkeyPatch, have: int, group: str, gpus: bool | None, told: bool
+) -> None:
+    node: dict[str, Any] = {"Alive": True, "Labels": {NODE_GROUP: group}, "Resources": {"memory": 2.0**40}}
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": have})
+    monkeypatch.setattr("ray.nodes", lambda: [node])
+    lines = list[str]()
+    workers([10], gpus, say=lines.append)
+    assert len(lines) == told and all("no GPU is in the cluster now" in line and "--gpu" in line for line in lines)
+
+
+def test_a_gpu_that_no_node_has_and_none_can_get_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {})
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Labels": {}, "Resources": {}}])
+    with pytest.raises(ResourceError, match="1 GPU to measure on: got 'none in the cluster'"):
+        workers([10], True)
+
+
+@pytest.mark.parametrize(("whole", "cpus"), [(False, 1.0), (True, 8.0)])
+def test_a_large_piece_has_the_cpus_of_a_machine(monkeypatch: pytest.MonkeyPatch, whole: bool, cpus: float) -> None:
+    asked: list[dict[str, float]] = []
+    sizes = [{"memory": 2.0**40}, {"memory": 2.0**40, "CPU": 8.0}, {"memory": 2.0**40, "CPU": 2.0}]
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 10})
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Labels": {}, "Resources": some} for some in sizes])
+    monkeypatch.setattr("shoal.on_ray.measure.each", lambda *args, **given: asked.append(given) or [])
+    list(workers([10], whole=whole)([]))
+    assert [given["num_cpus"] for given in asked] == [cpus]
