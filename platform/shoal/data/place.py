@@ -75,7 +75,11 @@ class Place:
         _known.pop(folder / self.run, None)
         _folder.cache_clear()
         shutil.rmtree(folder / self.run, ignore_errors=True)
-        shutil.rmtree(ranged.cache() / "blocks" / self.run, ignore_errors=True)
+        blocks = ranged.cache() / "blocks"
+        shutil.rmtree(blocks / self.run, ignore_errors=True)
+        with contextlib.suppress(OSError):  # there are none
+            if [path.name for path in blocks.iterdir()] == [ranged.ADDED]:
+                (blocks / ranged.ADDED).unlink()
         with contextlib.suppress(OSError):  # another command's is there
             folder.rmdir()
 
