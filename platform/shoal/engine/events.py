@@ -250,7 +250,7 @@ class Signals:
     prompt_nll: float | None = None  # of the prompt's tokens at the first exit
     predicted_gaps: tuple[float, ...] = ()  # [A], of each early exit, by the router
     router_bound: float | None = None  # its predicted 0.8-quantile of the gap at the exit that it chose; 0: full depth
-    router_distance: float | None = None  # mean of ((x - center) / spread)^2 over its features x
+    router_distance: float | None = None  # mean of ((x - center) / spread)^2 over the features x that it reads
     answer_nll: float | None = None  # of a sample of the answer's tokens at its depth: mean
     answer_nll_max: float | None = None  # and most
     drafts_accepted: int = 0

@@ -290,6 +290,7 @@ class Runner:
         """The depth of a prompt, and of its answer so far where the router looks again, whose last rows went through group 1 in
         this step."""
         running, holding, router = work.running, work.running.holding, self.model.router
+        nll = running.watched or (router is not None and router.reads_nll)
         if running.least and router is not None:
             router = router.later
         assert router is not None and holding.states_from is not None
@@ -301,7 +302,7 @@ class Runner:
         if known < len(running.tokens):
             ids = torch.tensor(running.tokens[known:], dtype=torch.long, device=self.device)
             # each by itself: the prefix cache may keep one for long, and a view would keep those of the whole prompt
-            fresh = [sums.clone() for sums in page_sums(self.net, states[known - holding.states_from :], ids)]
+            fresh = [sums.clone() for sums in page_sums(self.net, states[known - holding.states_from :], ids, nll)]
         x = features(torch.stack(sums + fresh), states[-1], len(running.tokens))
         told = router.predicted(x)
         asked, again = running.request.quality_tolerance, None if running.look is None else router.later

@@ -111,7 +111,7 @@ def compare(
     results = {label: found.quality() for label, found in of.items()}
     at_depth = {name: of[served].scored(found()) for name, found in depths.items()} | {FULL: results[served]}
     by_exit, facts, names = of[served].bits(), of[served].facts(), dict.fromkeys([*last.config.exit_names, *others])
-    by_depth = [_depth_row(last.config, name, at_depth[name], by_exit, speeds()) for name in names]
+    by_depth = [_depth_row(last.config, name, at_depth[name], by_exit, speeds(), facts["router"]) for name in names]
     rivals, fitted = beside()
     rows = _quality_rows(results, speeds()["by_label"], rivals, fitted, of)
     policies, kept = _routing(last.config, facts["router"], prompts())
@@ -266,6 +266,7 @@ def _depth_row(
     found: Quality,
     by_exit: Mapping[str, Mapping[int, Figure]],
     speeds: Mapping[str, Any],
+    router: Router | None,
 ) -> dict[str, Any]:
     """One row of the depth table: quality, FLOPs share and speed at one exit, or under the router. The router's share of the
     layers and of the FLOPs is by the tokens that ran: a long answer counts as much as it costs."""
@@ -273,7 +274,7 @@ def _depth_row(
     row: dict[str, Any] = {
         "exit": depth,
         "layers": layers or round(measures.mean_depth(found.answers), 2),
-        "flops_share": flops_share(found.answers, config) if layers is None else _flops_share(config, layers),
+        "flops_share": flops_share(found.answers, config, router) if layers is None else _flops_share(config, layers),
         "tokens_per_s": speeds["by_exit"][layers] if layers else None,
         "answers": len(found.answers),
     }
@@ -291,10 +292,10 @@ def _flops_share(config: ModelConfig, layers: int) -> float:
     return cost.flops_per_token(config, length, layers) / cost.flops_per_token(config, length)
 
 
-def flops_share(answers: Sequence[Answer], config: ModelConfig) -> float:
-    """FLOPs of all tokens that ran, each at its answer's depth, over those at full depth; with what routing took."""
+def flops_share(answers: Sequence[Answer], config: ModelConfig, router: Router | None) -> float:
+    """FLOPs of all tokens that ran, each at its answer's depth, over those at full depth; with what `router` took."""
     ran = sum(answer.run * _flops_share(config, answer.depth) for answer in answers)
-    routing = sum(cost.routing_flops(config, answer.prompt) for answer in answers)
+    routing = sum(cost.routing_flops(config, answer.prompt, router.reads_nll) for answer in answers) if router else 0
     ran += routing / cost.flops_per_token(config, config.train_length)
     return ran / max(1, sum(answer.run for answer in answers))
 

@@ -56,7 +56,8 @@ def frontier(
     shares = torch.tensor([cost.flops_per_token(config, config.train_length, e) / full for e in config.exits])
     lost = test.gaps if lost is None else lost
     truth = torch.cat([lost, lost.new_zeros(len(lost), 1)], dim=1)  # [M, E]
-    routing = torch.tensor([cost.routing_flops(config, n) / n / full for n in test.lengths.tolist()])  # [M], by token
+    looking = [cost.routing_flops(config, n, router.reads_nll) / n / full for n in test.lengths.tolist()]
+    routing = torch.tensor(looking)  # [M], by token
     tasks = sorted({*fit.tasks, *test.tasks})  # one of few documents may be on one side alone
     beliefs: dict[str, Tensor] = {
         "router": router(test.features)[0],

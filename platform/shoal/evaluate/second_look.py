@@ -149,16 +149,17 @@ def paid(config: ModelConfig, router: Router, later: Router, test: Prompts, *, s
     return {**figure(less), "at": [{"tolerance": tolerance, **row} for (tolerance, _), row in told]}
 
 
-def prices(config: ModelConfig, prompts: Prompts) -> tuple[Tensor, Tensor]:
+def prices(config: ModelConfig, prompts: Prompts, reads: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
     """What an answer costs with its prompt, as a share of full depth: [M, E] with one look that sends it to an exit, and
-    [M, E, E] with two, the second of which does not take less. See `rows`."""
+    [M, E, E] with two, the second of which does not take less. `reads`: whether the first look and the second read the loss at
+    exit 1 (`Router.reads_nll`). See `rows`."""
     rest, c = prompts.rest, config
     assert rest is not None
     head = 2 * c.vocab * c.width
     layers = torch.tensor([cost.flops_per_token(c, c.train_length, e) - head for e in c.exits], dtype=torch.float64)
-    route = torch.tensor([cost.routing_flops(c, n) for n in prompts.lengths.tolist()]).double()
+    route = torch.tensor([cost.routing_flops(c, n, reads[0]) for n in prompts.lengths.tolist()]).double()
     seen = prompts.lengths % c.page + rest.after  # tokens that have no sums of their pages
-    again = torch.tensor([cost.routing_flops(c, n) for n in seen.tolist()]).double()
+    again = torch.tensor([cost.routing_flops(c, n, reads[1]) for n in seen.tolist()]).double()
     said = rest.answers.double() * head
     full = (prompts.lengths + rest.answers - 1) * layers[-1] + said
     once = (prompts.lengths + rest.answers - 1)[:, None] * layers + (said + route)[:, None]
@@ -208,7 +209,7 @@ class _Looks:
     def of(cls, config: ModelConfig, router: Router, later: Router, prompts: Prompts) -> _Looks:
         assert prompts.rest is not None
         seen = router(prompts.features)[1], later(prompts.rest.features)[1]
-        return cls(*seen, *prices(config, prompts), losses(prompts))
+        return cls(*seen, *prices(config, prompts, (router.reads_nll, later.reads_nll)), losses(prompts))
 
     def twice(self, bound: float, offset: float) -> tuple[Tensor, Tensor]:
         """Places of the exits [M] that the two looks take."""

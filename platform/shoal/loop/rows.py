@@ -76,7 +76,7 @@ class Row:
     predicted_gaps: list[float] | None = dataclasses.field(default=None, metadata={"type": NUMBERS})
     # predicted 0.8-quantile of the gap at the exit that was chosen; 0: full
     router_bound: float | None = _column(NUMBER)
-    router_distance: float | None = _column(NUMBER)  # mean of ((x - center) / spread)^2 over the router's features x
+    router_distance: float | None = _column(NUMBER)  # mean of ((x - center) / spread)^2 over the features x it reads
     drafts_accepted: int | None = _column(WHOLE)
 
     # outcome

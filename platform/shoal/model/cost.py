@@ -86,12 +86,13 @@ def scoring_flops(config: ModelConfig, length: int) -> int:
     return layers * 2 * c.heads * (length // c.block) * c.summary_values
 
 
-def routing_flops(config: ModelConfig, length: int) -> int:
-    """Multiply-adds times two to route one prompt of `length` tokens: the head at the places that the router's loss is sampled
-    at, and its two layers. Group 1 runs anyway."""
+def routing_flops(config: ModelConfig, length: int, nll: bool) -> int:
+    """Multiply-adds times two to route one prompt of `length` tokens: the router's two layers and, where it reads the prompt's
+    loss (`nll`), the head at the places that this is sampled at. Group 1 runs anyway."""
     early = len(config.exits) - 1
     router = (2 * config.width + EXTRA) * HIDDEN + 2 * HIDDEN * early
-    return 2 * (length // sample_stride(config.page) * config.vocab * config.width + router)
+    places = length // sample_stride(config.page) if nll else 0
+    return 2 * (places * config.vocab * config.width + router)
 
 
 def kv_bytes_stored(

@@ -43,11 +43,11 @@ SURE = 1.644854  # standard deviations above a mean, that 95 % of a normal distr
 EXTRA = 3  # columns of a page's sums beside the hidden state: NLL sum, NLL count, patch count
 
 
-def page_sums(net: Net, hidden: Tensor, tokens: Tensor) -> Tensor:
+def page_sums(net: Net, hidden: Tensor, tokens: Tensor, nll: bool = True) -> Tensor:
     """Feature sums of each page, [ceil(n/P), D + 3]: hidden states, exit-1 NLL and how many tokens it covers, patches.
 
-    `hidden` [n, D] after group 1 and `tokens` [n], both from a page's start. The NLL is taken at four places a page, each
-    predicting the next token of the same page: cheap for the head, and a page's sums depend on that page alone.
+    `hidden` [n, D] after group 1 and `tokens` [n], both from a page's start. The NLL, where it is wanted, is taken at four
+    places a page, each predicting the next token of the same page: so a page's sums depend on that page alone.
     """
     page = net.config.page
     at = torch.arange(len(tokens), device=tokens.device)
@@ -57,11 +57,11 @@ def page_sums(net: Net, hidden: Tensor, tokens: Tensor) -> Tensor:
     kind = torch.promote_types(hidden.dtype, torch.float32)  # a sum of a page in bf16 would lose what is small
     sums = hidden.new_zeros(-(-len(tokens) // page), hidden.shape[1] + EXTRA, dtype=kind)
     sums[:, :-EXTRA].index_add_(0, at // page, hidden.to(kind))
-    if len(sampled):
+    if nll and len(sampled):
         logits = net.head(hidden[sampled], net.config.exits[0])
-        nll = F.cross_entropy(logits.to(kind), tokens[sampled + 1], reduction="none")
-        sums[:, -3].index_add_(0, sampled // page, nll)
-        sums[:, -2].index_add_(0, sampled // page, torch.ones_like(nll))
+        losses = F.cross_entropy(logits.to(kind), tokens[sampled + 1], reduction="none")
+        sums[:, -3].index_add_(0, sampled // page, losses)
+        sums[:, -2].index_add_(0, sampled // page, torch.ones_like(losses))
     sums[:, -1].index_add_(0, at // page, (tokens == PATCH_ID).to(sums.dtype))
     return sums
 
@@ -126,6 +126,12 @@ class Router(nn.Module):
         """Tokens of the answer that are there when it decides: 0 but for the second look."""
         return self.calibration.after
 
+    @property
+    def reads_nll(self) -> bool:
+        """Does the prompt's loss at exit 1 count, here or in the second look? Both share the sums of a page. For a router that
+        does not read it its spread is infinite, and nobody runs the head to route."""
+        return bool(torch.isfinite(self.spread[NLL])) or (self.later is not None and self.later.reads_nll)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and 0.8-quantile of the gap, each [..., A] in nats a token, for features [..., 2D + 3]."""
         z = torch.tanh(self.hidden((x.float() - self.center) / self.spread))
@@ -133,9 +139,10 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def distance(self, x: Tensor) -> float:
-        """How far the features `x` [2D + 3] are from those it was fitted to: the mean over them of ((x - center) / spread)^2,
-        which is 1 in the mean over those."""
-        return float(((x.float() - self.center) / self.spread).square().mean())
+        """How far the features `x` [2D + 3] are from those it was fitted to: the mean of ((x - center) / spread)^2 over those
+        that it reads, which is 1 in the mean over what it was fitted to."""
+        read = torch.isfinite(self.spread)
+        return float(((x.float() - self.center) / self.spread)[read].square().mean())
 
     @torch.no_grad()
     def predicted(self, x: Tensor) -> tuple[list[float], list[float]]:
@@ -200,13 +207,14 @@ def fit_router(
     seed: int = 0,
     steps: int = 400,
     sure: bool = False,
+    nll: bool = False,
 ) -> Router:
     """A calibrated router from features `x` [M, 2D + 3] and measured gaps [M, A] of held-out prompts.
 
     Half of the prompts fit the weights, a quarter calibrates, a quarter tests (the calibration's report); those of one of
     `groups` [M], whole numbers, do the same [each prompt is a group of its own]. `sure`: the promise is to hold in 95 % of
-    calibrations, and not in expectation alone, as for who is judged by it. Raises DataError for fewer than
-    `LEAST_PROMPTS` or three groups, and for features or gaps that are not finite.
+    calibrations, and not in expectation alone, as for who is judged by it. `nll` as of `fit_weights`. Raises DataError for
+    fewer than `LEAST_PROMPTS` or three groups, and for features or gaps that are not finite.
     """
     if len(x) < LEAST_PROMPTS:
         raise DataError("prompts to fit the router", got=len(x), allowed=f"at least {LEAST_PROMPTS}")
@@ -214,7 +222,7 @@ def fit_router(
         raise DataError("features or gaps of the router's prompts are not finite", do="retrain the model")
     order, half, three = dealt(torch.arange(len(x)) if groups is None else groups, seed)
     x, gaps = x[order].float(), gaps[order].float()
-    router = fit_weights(config, x[:half], gaps[:half], seed=seed, steps=steps)
+    router = fit_weights(config, x[:half], gaps[:half], seed=seed, steps=steps, nll=nll)
     of = order if groups is None else groups[order]
     _calibrate(router, x[half:three], gaps[half:three], of[half:three] if sure else None)
     table, held = router.calibration, (x[three:], gaps[three:])
@@ -229,13 +237,19 @@ def fit_router(
     return router
 
 
-def fit_weights(config: ModelConfig, x: Tensor, gaps: Tensor, *, seed: int = 0, steps: int = 400) -> Router:
-    """A router that predicts the gaps [M, A] of features `x` [M, 2D + 3], both fp32, and is not calibrated."""
+def fit_weights(
+    config: ModelConfig, x: Tensor, gaps: Tensor, *, seed: int = 0, steps: int = 400, nll: bool = False
+) -> Router:
+    """A router that predicts the gaps [M, A] of features `x` [M, 2D + 3], both fp32, and is not calibrated. `nll`: it reads the
+    prompt's loss at exit 1, which has a price (`cost.routing_flops`) and told it nothing in what was measured."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         router = Router(config)
     router.center.copy_(x.mean(0))
     router.spread.copy_(x.std(0).clamp(min=1e-3))
+    noise = NOISE * router.spread
+    if not nll:
+        router.spread[NLL], noise[NLL] = math.inf, 0.0
     with torch.no_grad():  # what is not learned from a prompt is what the prompts have in common
         router.mean.bias.copy_(gaps.mean(0))
         router.quantile.bias.copy_(gaps.quantile(QUANTILE, dim=0))
@@ -244,7 +258,7 @@ def fit_weights(config: ModelConfig, x: Tensor, gaps: Tensor, *, seed: int = 0, 
         torch.Generator().manual_seed(seed),
     )
     for _ in range(steps):
-        mean, quantile = router(x + NOISE * router.spread * torch.randn(x.shape, generator=draws))
+        mean, quantile = router(x + noise * torch.randn(x.shape, generator=draws))
         miss = gaps - quantile
         pinball = torch.maximum(QUANTILE * miss, (QUANTILE - 1) * miss).mean()
         loss = F.huber_loss(mean, gaps, delta=0.5) + pinball

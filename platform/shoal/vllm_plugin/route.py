@@ -46,7 +46,7 @@ class Forerunner:
         tokens = torch.tensor(prompt.ids, device=device)
         patches, grid = (None if part is None else part.to(device) for part in _patches(prompt))
         hidden = self.net(tokens[None], patches, grid, exits=(first,))[first][0]
-        seen = features(page_sums(self.net, hidden, tokens), hidden[-1], len(tokens))
+        seen = features(page_sums(self.net, hidden, tokens, self.router.reads_nll), hidden[-1], len(tokens))
         return self.router.choose(seen, request.quality_tolerance)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from shoal import Engine, Model
+from shoal.engine import runner
 from shoal.engine.events import Completion, Guide, Request, Sampling, Signals
 from shoal.engine.signals import Logits
 from shoal.inputs.tokenizer import Tokenizer
@@ -124,11 +125,38 @@ def test_what_the_router_saw_and_predicted_is_told(routed: Model) -> None:
         told = signals(answer)
         assert told.prompt_nll == pytest.approx(float(x[-3]), rel=1e-4)
         assert told.predicted_gaps == pytest.approx(mean.tolist(), rel=1e-3)
-        z = (x - router.center) / router.spread
+        z = ((x - router.center) / router.spread)[torch.arange(len(x)) != len(x) - 3]  # it does not read the loss
         assert told.router_distance == pytest.approx(float((z * z).mean()), rel=1e-4)
         early = answer.depth < MODEL.config.layers
         bound = float(quantile[MODEL.config.exits.index(answer.depth)]) if early else 0.0
         assert told.router_bound == pytest.approx(bound, rel=1e-3)
+
+
+@pytest.mark.parametrize("signals_asked", [False, True])
+@pytest.mark.parametrize("nll", [False, True])
+def test_the_head_runs_over_a_prompt_only_for_who_reads_its_loss(
+    routed: Model, nll: bool, signals_asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router that reads it, or a request whose signals are asked for. Depths and answers are the same, out of the prefix
+    cache too, where pages of who did not want it have no loss."""
+    draws = torch.Generator().manual_seed(1)
+    x = torch.randn(32, 2 * MODEL.config.width + 3, generator=draws)
+    router = fit_router(MODEL.config, x, torch.rand(32, 2, generator=draws), steps=20, nll=nll)
+    model = Model(MODEL.config, MODEL.net, Tokenizer.bytes_only(), router=router)
+    ran: list[bool] = []
+
+    def counted(*args: object) -> torch.Tensor:
+        sums = page_sums(*args)  # type: ignore[arg-type]
+        ran.append(bool(sums[:, -2].any()))
+        return sums
+
+    monkeypatch.setattr(runner, "page_sums", counted)
+    engine = Engine(model, units=200)
+    first, again = (
+        engine.generate([replace(asked(PROMPTS[1], "auto"), signals=wanted)])[0] for wanted in (signals_asked, True)
+    )
+    assert ran[0] == (nll or signals_asked) and router.reads_nll == nll
+    assert (first.depth, first.tokens) == (again.depth, again.tokens)
 
 
 def test_the_distance_of_what_the_router_was_fitted_to_is_1(routed: Model) -> None:

@@ -25,7 +25,7 @@ from shoal.evaluate.weak import weaknesses
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model import cost
 from shoal.model.net import Net
-from shoal.model.router import fit_router
+from shoal.model.router import Router, fit_router
 from tests import corpus
 from tests.corpus import write_corpus
 
@@ -54,9 +54,10 @@ def test_depth_is_priced_by_what_ran() -> None:
     c = model.config
     speeds = {"by_exit": dict.fromkeys(c.exits, 1.0)}
     price = {e: cost.flops_per_token(c, c.train_length, e) for e in c.exits}
-    rows = {depth: evaluation._depth_row(c, depth, found, {}, speeds) for depth in ("shallow", "full", "auto")}
+    router = Router(c)
+    rows = {depth: evaluation._depth_row(c, depth, found, {}, speeds, router) for depth in ("shallow", "full", "auto")}
     assert rows["shallow"]["flops_share"] == price[1] / price[4] and rows["full"]["flops_share"] == 1.0
-    routing = 2 * cost.routing_flops(c, 9) + cost.routing_flops(c, 40)
+    routing = 2 * cost.routing_flops(c, 9, nll=True) + cost.routing_flops(c, 40, nll=True)
     ran = 10 * price[1] + 10 * price[1] + 80 * price[4] + routing
     assert rows["auto"]["flops_share"] == pytest.approx(ran / (100 * price[4]))
     assert (rows["shallow"]["layers"], rows["auto"]["layers"]) == (1, 3.4)

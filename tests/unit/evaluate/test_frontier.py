@@ -110,13 +110,18 @@ def test_fixed_exits_and_the_line_between_them_are_what_arithmetic_says(found: d
         assert row["gap"] == pytest.approx(x + (y - x) * (row["flops_share"] - a) / (b - a), abs=1e-3)
 
 
-def test_the_router_pays_for_reading_each_prompt(found: dict) -> None:
+@pytest.mark.parametrize("nll", [False, True])
+def test_the_router_pays_for_reading_each_prompt(found: dict, nll: bool) -> None:
     """Its cheapest point is the first exit's share and, over the prompts, what routing one of that length adds to a token."""
     full = cost.flops_per_token(CONFIG, CONFIG.train_length)
     test = prompts(2, by=found["by"])
-    look = sum(cost.routing_flops(CONFIG, n) / n for n in test.lengths.tolist()) / len(test.lengths) / full
+    if nll:
+        fit = prompts(1, by=found["by"])
+        router = fit_router(CONFIG, fit.features, fit.gaps, steps=20, nll=True)
+        found = {**found, **frontier(CONFIG, router, fit, test)}
+    look = sum(cost.routing_flops(CONFIG, n, nll) / n for n in test.lengths.tolist()) / len(test.lengths) / full
     least = {name: min(point["flops_share"] for point in points) for name, points in found["curves"].items()}
-    assert look > 0.01 and least["router"] == pytest.approx(found["fixed"][0]["flops_share"] + look)
+    assert (look > 0.01) == nll and least["router"] == pytest.approx(found["fixed"][0]["flops_share"] + look)
     assert least["length"] == least["oracle"] == pytest.approx(found["fixed"][0]["flops_share"])
 
 
@@ -205,6 +210,15 @@ def test_intervals_are_those_of_a_mean_over_the_prompts() -> None:
         assert (row["low"], row["high"]) == pytest.approx(ends, abs=0.25 * error)
 
 
+class Known:
+    """Its features are what it predicts."""
+
+    reads_nll = True
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x
+
+
 def known(knows: bool, seed: int) -> tuple[dict, float]:
     """What is found with a router whose loss is known, and by how much domain really lies behind it. Of each prompt that is
     hard, half of them where the router `knows` which, an exit loses as much as it saves of the FLOPs, and noise about it; so
@@ -219,9 +233,8 @@ def known(knows: bool, seed: int) -> tuple[dict, float]:
         seen = clean if knows else clean + 0.2 * torch.randn(count, 2, generator=draws)
         return Prompts(seen, clean + 0.6 * noise, torch.full((count,), length), ("one",) * count, torch.arange(count))
 
-    router = cast("Router", lambda x: (x, x))
-    found = frontier(CONFIG, router, some(240), some(400), seed=seed)
-    look = cost.routing_flops(CONFIG, length) / length / full
+    found = frontier(CONFIG, cast("Router", Known()), some(240), some(400), seed=seed)
+    look = cost.routing_flops(CONFIG, length, nll=True) / length / full
     behind = 0.0
     for budget in BUDGETS:
         left = max(budget - look, float(shares[0]))

@@ -108,7 +108,7 @@ def test_rows_are_those_that_the_engine_runs(length: int, first: int, second: in
 
 
 def test_one_look_costs_what_it_did_and_two_never_less() -> None:
-    once, twice = prices(CONFIG, prompts(3, tells=True))
+    once, twice = prices(CONFIG, prompts(3, tells=True), (True, True))
     assert torch.allclose(once[:, -1], twice[:, -1, -1])  # full depth from the first is not looked at again
     for place in range(len(EXITS) - 1):
         assert (twice[:, place, place] > once[:, place]).all()

@@ -9,6 +9,7 @@ from shoal.config import dump, load
 from shoal.errors import DataError
 from shoal.model.router import (
     NEVER,
+    NLL,
     TOLERANCES,
     Calibration,
     Router,
@@ -169,6 +170,35 @@ def test_page_sums_of_a_prefix_do_not_change_with_what_follows():
     assert (pieces - whole).abs().max() < 1e-12
     assert (features(pieces, hidden[-1], 45) - features(whole, hidden[-1], 45)).abs().max() < 1e-12
     assert whole[:, -2].sum() > 0  # the exit-1 loss was sampled
+
+
+def test_a_router_that_does_not_read_the_prompts_loss_decides_the_same_without_it(tmp_path):
+    """Where nobody ran the head for it the loss stands as 0: no prediction, no decision and no distance may hang on it."""
+    config, x, gaps = synthetic(120)
+    x[:, NLL] = 3 * gaps[:, 0] + 2  # it would tell all
+    model = Model.from_preset("test")
+    model.router = fit_router(config, x, gaps)
+    model.save(tmp_path / "m")
+    for router in (model.router, Model.load(tmp_path / "m").router):
+        without = x.clone()
+        without[:, NLL] = 0
+        assert not router.reads_nll
+        for one, other in zip(x[:20], without[:20], strict=True):
+            assert router.predicted(one) == router.predicted(other) and router.distance(one) == router.distance(other)
+    read = fit_router(config, x, gaps, nll=True)
+    assert read.reads_nll and read.predicted(x[0]) != read.predicted(without[0])
+    model.router.later = read
+    assert model.router.reads_nll, "both looks share the sums of a page"
+
+
+def test_page_sums_without_the_loss_are_those_with_it_elsewhere():
+    model = Model.from_preset("test", dtype="float64")
+    tokens = torch.randint(9, 265, (45,))
+    hidden = model.net(tokens[None], exits=(1,))[1][0]
+    whole, without = (page_sums(model.net, hidden, tokens, nll) for nll in (True, False))
+    assert whole[:, -3:-1].all() and not without[:, -3:-1].any()
+    whole[:, -3:-1] = 0
+    assert torch.equal(whole, without)
 
 
 def test_calibration_survives_its_file():
