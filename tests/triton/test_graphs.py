@@ -115,19 +115,32 @@ def kernels_there(monkeypatch: pytest.MonkeyPatch) -> None:
             run(self, *there, **named)
 
     monkeypatch.setattr(launch, "ON", {"cuda"})
-    monkeypatch.setattr(launch, "BUSY", 2)  # rows by which an engine tries the kernels: 128 take the interpreter a minute
+    # rows by which an engine tries the kernels: 128 take the interpreter a minute
+    monkeypatch.setattr(launch, "BUSY", 2)
     monkeypatch.setattr(launch, "able", lambda device: True)
     monkeypatch.setattr(launch, "is_in_torch_dispatch_mode", lambda: False)
     monkeypatch.setattr(InterpretedFunction, "run", instead)
 
 
-@pytest.mark.parametrize(("pattern", "pieces"), [("H", 2), ("L", 2), ("H", 1)])
+GREEDY = Sampling(temperature=0.0, max_tokens=3, ignore_eos=True)
+ALL_ASKED = Sampling(temperature=0.7, top_p=0.9, seed=1, max_tokens=3, ignore_eos=True, logprobs=1)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "pieces", "sampling", "beside"),
+    [("H", 2, ALL_ASKED, 86), ("L", 2, ALL_ASKED, 86), ("H", 1, ALL_ASKED, 86), ("H", 1, GREEDY, 16)],
+)
 def test_a_decoding_step_on_a_gpu_waits_for_one_copy_and_its_launches_are_counted(
-    pattern: str, pieces: int, kernels_there: None, monkeypatch: pytest.MonkeyPatch
+    pattern: str,
+    pieces: int,
+    sampling: Sampling,
+    beside: int,
+    kernels_there: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All of it, from the plan to the tokens. A layer is seven kernels of ours (six with the window alone), or five where keys
-    are not cut into pieces, four products, and the gate's sigmoid; a group adds a sum; what else a step launches is no more
-    for more layers."""
+    are not cut into pieces, four products, and the gate's sigmoid; a group adds a sum, and the first one what embeds and
+    rotates; `beside` all layers are exit, head and sampler."""
     monkeypatch.setattr(launch, "_pieces", lambda programs, near, far: (pieces, pieces * (far > 0)))
     layers: dict[int, list[str]] = {}
     with pretended() as gpu:
@@ -151,7 +164,6 @@ def test_a_decoding_step_on_a_gpu_waits_for_one_copy_and_its_launches_are_counte
             layers[j] = pretend_gpu.launched[before:]
 
         engine.runner.run, kept._group = counted, layers_of  # type: ignore[method-assign]
-        sampling = Sampling(temperature=0.7, top_p=0.9, seed=1, max_tokens=3, ignore_eos=True, logprobs=1)
         engine.generate([Request([40 + i, *range(50, 66)], sampling, depth="full") for i in range(2)])
     assert [waits for rows, waits, _ in steps if rows == 2] == [["tolist"]] * 2
     kernels = ALONE if pieces == 1 else [name for name in CUT if pattern == "H" or name != "_choose"]
@@ -159,4 +171,5 @@ def test_a_decoding_step_on_a_gpu_waits_for_one_copy_and_its_launches_are_counte
     others = [name for name in layers[1] if name not in (*CUT, *ALONE)]
     # products, sum and sigmoid; what the group leaves is copied by a way that the pretended device does not count
     assert len(others) == 4 + 1 + (pattern == "H"), others
-    assert len(layers[0]) - len(layers[1]) <= 24, layers[0]
+    assert len(layers[0]) - len(layers[1]) == 15, layers[0]
+    assert max(total for rows, _, total in steps if rows == 2) == beside + sum(map(len, layers.values()))
