@@ -1,12 +1,12 @@
 """What a version's requests are compared with: a window of its own, measured once, written aside and renamed.
 
-    rows of one version  ─>  first of each conversation  ─>  of each slice and signal: mean and spread, by hour of the day where
+    rows of one version  ─>  first of each conversation  ─>  of each slice and signal: mean and spread, by part of the day where
                              there are enough; block and scatter of its means; quantiles, to explain with
 
 It never grows with the stream, for what drifts slowly would grow into it. Live requests never look like a held-out set, so it
 is of live requests: the first of a version, or those that somebody accepted.
 
-Letters: n requests, F streams, H parts of the day.
+Letters: n requests, F streams, H hours of the day, or 1 where it has no rhythm.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ FAILED = "failed"  # has no rhythm that is right: what fails at noon each day is
 BLOCKS = (10, 25, 50)  # values; the first whose means follow each other by less than LAG
 LAG = 0.2
 WIDER = 1.1  # of the scatter of block means, for it is an estimate
-HOURS, LEAST_HOUR = (24, 12, 8, 6, 4), 100  # parts of a day, and values in each
+HOURS, LEAST_PART, LEAST_NIGHT = 24, 100, 40  # of a day; values in each part of it, and in one beside busy hours
+A_DAY, QUARTERS = 0.9 * 86_400, 4  # seconds, or parts that all have enough values, where a rhythm may be known
 QUANTILES = 201
 USUAL, RHYTHM = 2.3263479, 3.719016  # normal quantiles of what chance stays below in 99 %, and in 99.99 %
 MOST_LOG, HALVINGS = 300.0, 12  # of an exponential that is still a number; of a search
@@ -178,30 +179,31 @@ def _standard(signal: str, name: str, values: np.ndarray, at: np.ndarray) -> Sta
         share, mean, spread = _shares(ones, at, rhythm=signal != FAILED)
         return Standard(signal, name, len(values), low, high, mean, spread, BLOCKS[0], 1.0, share, usual, quantiles)
     clipped = np.clip(values, low, high)
-    parts = next((count for count in HOURS if _enough(at, count)), 1)
-    part = parts_of_day(at, parts)
-    means = np.array([clipped[part == each].mean() for each in range(parts)])
-    spreads = np.array([clipped[part == each].std() for each in range(parts)])
+    of_hour, part = _parts(at)
+    parts = range(int(of_hour.max()) + 1)
+    means = np.array([clipped[part == each].mean() for each in parts])
+    spreads = np.array([clipped[part == each].std() for each in parts])
     # the few values of a part may have missed what is rare: beside a spread that is too small it would be far out
     spreads = np.maximum(spreads, float((clipped - means[part]).std()))
     block, scatter = _scatter((clipped - means[part]) / spreads[part])
-    return Standard(
-        signal, name, len(values), low, high, means.tolist(), spreads.tolist(), block, scatter, quantiles=quantiles
-    )
+    mean, spread = means[of_hour].tolist(), spreads[of_hour].tolist()
+    return Standard(signal, name, len(values), low, high, mean, spread, block, scatter, quantiles=quantiles)
 
 
 def _shares(ones: np.ndarray, at: np.ndarray, *, rhythm: bool = True) -> tuple[float, list[float], list[float]]:
     """How often `ones` [n], of 0 and 1, is 1; and by which mean and spread of each part of the day values are standardised [H]:
     none, where parts differ by no more than chance makes of them, or there is to be no `rhythm`."""
     share = float((ones.sum() + 1) / (len(ones) + 2))
-    parts = next((count for count in HOURS if _enough(at, count)), 1) if rhythm else 1
-    part = parts_of_day(at, parts)
+    of_hour, part = _parts(at)
+    parts = int(of_hour.max()) + 1
+    if parts == 1 or not rhythm:
+        return share, [0.0], [1.0]
     counts, sums = np.bincount(part, minlength=parts), np.bincount(part, weights=ones, minlength=parts)
     apart = float((counts * (sums / counts - share) ** 2).sum() / (share * (1 - share)))
-    if parts == 1 or apart <= _chi2(parts - 1, RHYTHM):
+    if apart <= _chi2(parts - 1, RHYTHM):
         return share, [0.0], [1.0]
     sure = 1 - (parts - 1) / apart  # of what parts differ by, the rest is chance (James and Stein)
-    shares = share + sure * ((sums + 2 * share) / (counts + 2) - share)
+    shares = (share + sure * ((sums + 2 * share) / (counts + 2) - share))[of_hour]
     return share, shares.tolist(), np.sqrt(shares * (1 - shares)).tolist()
 
 
@@ -218,8 +220,21 @@ def _with_tails(whole: Standard, values: np.ndarray, at: np.ndarray) -> list[Sta
     return found
 
 
-def _enough(at: np.ndarray, parts: int) -> bool:
-    return bool((np.bincount(parts_of_day(at, parts), minlength=parts) >= LEAST_HOUR).all())
+def _parts(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which part of the day each hour is in [24], and which each of `at` [n]: parts of neighbouring hours with enough values,
+    so that a quiet night hides no rhythm of the day. One of all [1] where these span no day."""
+    quarters = np.bincount(parts_of_day(at, QUARTERS), minlength=QUARTERS)
+    if np.ptp(at) < A_DAY and (quarters < LEAST_PART).any():
+        return np.zeros(1, int), np.zeros(len(at), int)
+    hour = parts_of_day(at, HOURS)
+    found, part, full = np.zeros(HOURS, int), 0, 0
+    for each, count in enumerate(np.bincount(hour, minlength=HOURS).tolist()):
+        whole = full >= (LEAST_NIGHT if count >= LEAST_PART else LEAST_PART)
+        part, full = (part + 1, count) if whole else (part, full + count)
+        found[each] = part
+    if full < LEAST_PART:  # the evening goes on in the night
+        found[found == part] = 0
+    return (found, found[hour]) if found.any() else (np.zeros(1, int), np.zeros(len(at), int))
 
 
 def _scatter(values: np.ndarray) -> tuple[int, float]:

@@ -142,6 +142,35 @@ def test_a_share_that_has_a_rhythm_is_no_drift_either_and_rings_where_it_moves_i
     assert sum(ends) <= 2
 
 
+def by_day(rng: np.random.Generator, start: float, *, more: float = 0.0) -> pa.Table:
+    """5,000 requests of one day, of which 3 % at night: the share that is cut, and how hard prompts are, swing by day."""
+    night = rng.choice([0, 1, 2, 3, 4, 5, 6, 20, 21, 22, 23], 5_000) + rng.random(5_000)
+    at = start + np.sort(np.where(rng.random(5_000) < 0.03, night, 7 + 12 * rng.random(5_000))) * 3600
+    swing = np.sin(4 * np.pi * at / DAY)
+    return pa.table(
+        {
+            "at": (at * 1000).astype(np.int64),
+            "slice": [""] * 5_000,
+            "finish": np.where(rng.random(5_000) < 0.25 + 0.2 * swing + more, "length", "stop").tolist(),
+            "prompt_nll": rng.normal(3 + 0.5 * swing),
+        }
+    )
+
+
+def test_a_quiet_night_hides_no_rhythm_of_the_day() -> None:
+    """20 x 5,000 requests: where each quarter of the day had to have 100, one mean was of all, and all of them rang."""
+    ends = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        reference = measured(by_day(rng, 1e9 // DAY * DAY), "w")
+        assert {len(one.mean) for one in reference.standards if not one.tail} == {24}
+        ends.append(detected(reference, by_day(rng, 1e9 // DAY * DAY + DAY)).alarm is not None)
+        if seed < 3:
+            found = detected(reference, by_day(rng, 1e9 // DAY * DAY + DAY, more=0.2))
+            assert found.state == "alarm" and found.moved()[0].signal == "cut"
+    assert sum(ends) <= 2
+
+
 def test_a_share_without_a_rhythm_and_that_of_failures_have_none() -> None:
     """4,800 requests in a day: of chance alone one in 10,000 would have one."""
     reference = measured(rows(4_800, hours=24), "w")
