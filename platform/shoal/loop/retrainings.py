@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -102,6 +102,22 @@ def seen(release: Path, times: Sequence[str], now: datetime) -> Retrainings:
     return known
 
 
+def settled(release: Path, made: Mapping[str, bool | None]) -> None:
+    """Notes how the last one ended that was killed: as one that made a version, where `made` has one since it began (its time
+    [ISO 8601] -> the gate's word), which says how long it took. For the one that runs, which is alone. Raises DataError,
+    ResourceError where that cannot be noted."""
+    known = read(release)
+    if not known.runs or known.runs[-1].outcome != WORKS:
+        return
+    last, began = known.runs[-1], datetime.fromisoformat(known.runs[-1].began)
+    ended = [_word(passed) for at, passed in made.items() if datetime.fromisoformat(at) >= began]
+    _write(release, replace(known, runs=known.runs[:-1]).and_then(replace(last, outcome=(ended or [KILLED])[-1])))
+
+
+def _word(passed: bool | None) -> str:
+    return UNJUDGED if passed is None else PASSED if passed else REFUSED
+
+
 def tidy(work: Path, stable: int) -> int:
     """Removes from the folder `work` what retrainings of another version than `stable` have left, and what nobody has touched
     for `LEFT_DAYS`; how many that were. For the one that runs, which is alone. Raises ResourceError."""
@@ -153,7 +169,7 @@ def one(
 
     def made(passed: bool | None) -> None:
         nonlocal verdict
-        verdict = UNJUDGED if passed is None else PASSED if passed else REFUSED
+        verdict = _word(passed)
 
     def note() -> None:
         took = round((time.monotonic() - steady) / 60, 2)

@@ -174,6 +174,7 @@ class Retrain(Stage):
         from shoal.loop import retrainings
 
         now, trained = datetime.now(UTC), [each for each in versions if "kind" in each.lineage]
+        retrainings.settled(self.release, {each.made: each.passed for each in trained})
         known = retrainings.seen(self.release, [each.made for each in trained], now)
         made = [(known.age(each.made, now), each.lineage) for each in trained]
         since = min((age for age, _ in made), default=timedelta.max)

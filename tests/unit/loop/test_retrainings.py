@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from shoal import Model
+from shoal.cli import main
 from shoal.errors import DataError, ResourceError
 from shoal.loop import retrainings
-from shoal.loop.retrainings import FILE, Retrainings, Run, one, read, seen, tidy
+from shoal.loop.cut import Settings, cut
+from shoal.loop.labels import Found, Labelled
+from shoal.loop.release import Release
+from shoal.loop.retrainings import FILE, Retrainings, Run, one, read, seen, settled, tidy
 from shoal.train.run import StoppedError
 
 
@@ -63,6 +68,41 @@ def test_one_that_was_killed_is_counted_by_the_next(tmp_path: Path) -> None:
     run(tmp_path, False)
     assert read(tmp_path).failed == 2 and outcomes(tmp_path) == ["killed", "refused"]
     assert read(tmp_path).runs[0].minutes == 3.0, "as long as it was asked to take"
+
+
+def test_one_that_was_killed_once_its_version_was_made_is_no_failure_and_its_minutes_are_the_version_s(
+    tmp_path: Path,
+) -> None:
+    with one(tmp_path, 3.0) as ended:
+        during = (tmp_path / FILE).read_text()
+        ended(True)
+    (tmp_path / FILE).write_text(during)  # as a kill leaves it
+    now = datetime.now(UTC)
+    settled(tmp_path, {(now - timedelta(days=2)).isoformat(): False, now.isoformat(timespec="milliseconds"): True})
+    assert outcomes(tmp_path) == ["passed"] and (read(tmp_path).failed, read(tmp_path).spent(now)) == (0, 0.0)
+    (tmp_path / FILE).write_text(during)
+    settled(tmp_path, {(now - timedelta(days=2)).isoformat(): False})
+    assert outcomes(tmp_path) == ["killed"] and (read(tmp_path).failed, read(tmp_path).spent(now)) == (1, 3.0)
+
+
+def test_the_minutes_of_one_that_was_killed_are_spent_when_the_next_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Model.from_preset("test", seed=3).save(tmp_path / "model")
+    release = Release(tmp_path / "release")
+    release.add(tmp_path / "model")
+    talks = [
+        [{"role": "user", "content": f"item {n}?"}, {"role": "assistant", "content": f"shelf {n}"}] for n in range(20)
+    ]
+    rows = [Labelled(talk, "correction", f"person {n}", str(n)) for n, talk in enumerate(talks)]
+    cut(Found(rows, 20), tmp_path / "cut", Settings(heldout=0.4))
+    with one(release.directory, 40.0) as ended:
+        during = (release.directory / FILE).read_text()
+        ended(True)
+    (release.directory / FILE).write_text(during)
+    words = ["retrain", "--release", str(release.directory), "--cut", str(tmp_path / "cut"), "--minutes", "40"]
+    assert main(words) == 2
+    assert "40 spent, 40 asked for" in " ".join(capsys.readouterr().err.split())
 
 
 def test_minutes_without_a_version_are_spent_for_a_day(tmp_path: Path) -> None:
