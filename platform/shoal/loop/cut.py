@@ -107,7 +107,8 @@ def cut(
                 f"no row {name}", got=f"{len(rows)} rows of {people} people", do="collect more, of more people"
             )
     apart = [never or Asked(), before or Asked(), _asked_by(recent)]
-    old = _replayed(replay, round(settings.replay * len(train)), settings.seed, apart) if replay else []
+    held = {name_of(row.person) for row in recent}
+    old = _replayed(replay, round(settings.replay * len(train)), settings.seed, apart, held) if replay else []
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -329,13 +330,14 @@ def _few_liked(train: list[Labelled], settings: Settings, found: Found) -> list[
     return [row for row in train if id(row) not in dropped]
 
 
-def _replayed(path: Path, count: int, seed: int, apart: Sequence[Asked]) -> list[str]:
-    """`count` rows of the old mix, or all of them, drawn by `seed`; none that asks what is kept `apart`."""
+def _replayed(path: Path, count: int, seed: int, apart: Sequence[Asked], held: Collection[str]) -> list[str]:
+    """`count` rows of the old mix, or all of them, drawn by `seed`; none that asks what is kept `apart`, or that an earlier cut
+    had from one of the people who are `held` out, by their names."""
     every = []
     for line in lines(path):
         with chats_of(path):
             row = json.loads(line)
-            if not asks({"messages": (), **row}, apart):
+            if person_of(row) not in held and not asks({"messages": (), **row}, apart):
                 every.append(json.dumps({**row, "label": REPLAY}, ensure_ascii=False).encode().decode())
     order = np.random.default_rng(seed).permutation(len(every))[:count]
     return [every[place] for place in sorted(order.tolist())]

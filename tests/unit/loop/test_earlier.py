@@ -150,6 +150,15 @@ def test_old_chats_of_an_earlier_cut_are_known_by_their_person_and_others_are_no
     assert learned.asked.holds(said[:1])
 
 
+def test_who_is_held_out_is_not_replayed_from_an_earlier_cut_of_no_release(tmp_path: Path) -> None:
+    """Of 23 people who were held out 21 were trained on as old chats: with other questions of theirs."""
+    cut(Found(corrected(range(300), 0), 1), tmp_path / "first", Settings())
+    later, old = Found(corrected(range(300, 900), 0), 1), tmp_path / "first" / TRAIN
+    made = cut(later, tmp_path / "second", Settings(seed=1), replay=old)
+    trained, held = ({person_of(row) for row in lines_of(tmp_path / "second" / name)} for name in (TRAIN, RECENT))
+    assert made["replay"] > 100 and len(held) > 10 and not trained & held
+
+
 def test_a_turn_of_a_talk_that_is_held_out_is_asked_by_nobody_alone() -> None:
     held = Asked()
     held.add([{"role": "user", "content": "Hello"}, {"role": "user", "content": "Where is order 77?"}])
