@@ -23,10 +23,12 @@ from shoal.errors import DataError, first_line
 from shoal.loop.capture import Capture, journal_of, now_ms
 from shoal.loop.rows import COPIES, SCHEMA, table_of
 from shoal.loop.votes import Vote, Votes
+from shoal.loop.watched import COLUMNS
 
 AHEAD_MS = 300_000  # by which a clock may be ahead of ours
 LATE_MS = 2 * 86_400_000  # by which a vote may come late
 OF = ("weights", "version", "role", "slice")  # columns of an answer that a vote on it has as well
+LOOKED_AT = pa.schema([SCHEMA.field(name) for name in COLUMNS])  # what is read: a day of rows may be a million
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,13 @@ class Read:
 
 
 def unread(capture: Capture, read: Read, now: float | None = None) -> tuple[pa.Table, Read]:
-    """The rows that are not in `read`, in the order of their times, and what was read then. `now`: epoch seconds. Raises
-    DataError for a part that cannot be read."""
+    """The rows that are not in `read`, of `LOOKED_AT` and `down`, in the order of their times, and what was read then. `now`:
+    epoch seconds. Raises DataError for a part that cannot be read."""
     journals = dict(capture.journals())  # before the parts: what becomes a part meanwhile is known by its name
-    done, tables = [], [SCHEMA.empty_table()]
+    done, tables = [], [LOOKED_AT.empty_table()]
     still_open = {name: [*map(_one, lines)] for name, lines in journals.items()}
     for name, lines in journals.items():
-        tables.append(table_of(lines).filter(_beyond(still_open[name], read.open.get(name, ()))))
+        tables.append(_looked_at(lines).filter(_beyond(still_open[name], read.open.get(name, ()))))
     before = set(read.done)
     for path in capture.parts():
         name, stem = f"{path.parent.name}/{path.stem}", journal_of(path)
@@ -55,8 +57,9 @@ def unread(capture: Capture, read: Read, now: float | None = None) -> tuple[pa.T
         done.append(name)
         if name not in before:
             table = _part(path)
-            names = [*map(_one, table.select(["id", "role"]).to_pylist())]
-            tables.append(table.filter(_beyond(names, read.open.get(stem, ()))))
+            if known := read.open.get(stem):
+                table = table.filter(_beyond([*map(_one, table.select(["id", "role"]).to_pylist())], known))
+            tables.append(table)
     found = capture.forgotten().seen(pa.concat_tables(tables))
     votes, voted, names = _votes(capture, read, (now_ms() if now is None else round(now * 1000)) + AHEAD_MS)
     found = pa.concat_tables([found, votes], promote_options="default")
@@ -88,12 +91,12 @@ def _votes(capture: Capture, read: Read, until: int) -> tuple[pa.Table, int, lis
     voted = max([read.voted, *(vote.at for vote in votes)])
     names = [_name(vote) for vote in every if vote.at > voted - LATE_MS]
     if not votes:
-        return SCHEMA.empty_table().append_column("down", pa.array([], pa.float64())), voted, names
+        return LOOKED_AT.empty_table().append_column("down", pa.array([], pa.float64())), voted, names
     of = {row["id"]: row for row in capture.rows(columns=["id", *OF]).to_pylist()}
     votes = [vote for vote in votes if vote.id in of]
     lines = [{"id": f"vote-{vote.id}", "at": vote.at, **{name: of[vote.id][name] for name in OF}} for vote in votes]
     down = pa.array([float(vote.rating == "down") for vote in votes], pa.float64())
-    return table_of(lines).append_column("down", down), voted, names
+    return _looked_at(lines).append_column("down", down), voted, names
 
 
 def _name(vote: Vote) -> str:
@@ -101,16 +104,21 @@ def _name(vote: Vote) -> str:
     return hashlib.blake2b(f"{vote.id} {vote.subject} {vote.at}".encode(), digest_size=6).hexdigest()
 
 
+def _looked_at(lines: list[dict[str, Any]]) -> pa.Table:
+    return table_of(lines).select(COLUMNS)
+
+
 def _part(path: object) -> pa.Table:
     """A part in today's columns; those that it does not have are null."""
     try:
-        found = pq.ParquetFile(path).read()
+        file = pq.ParquetFile(path)
+        found = file.read([name for name in COLUMNS if name in file.schema_arrow.names])
     except FileNotFoundError:  # its day went since it was listed, or all that it had was forgotten
-        return SCHEMA.empty_table()
+        return LOOKED_AT.empty_table()
     except (OSError, pa.ArrowException) as error:
         raise DataError("capture", got=f"{path}: {first_line(error)}", do="move that part away") from error
     columns = [
         found[column.name].cast(column.type) if column.name in found.column_names else pa.nulls(len(found), column.type)
-        for column in SCHEMA
+        for column in LOOKED_AT
     ]
-    return pa.table(columns, schema=SCHEMA)
+    return pa.table(columns, schema=LOOKED_AT)

@@ -88,6 +88,12 @@ WATCHED = (
     Signal("down", _plain("down"), "more thumbs down", "fewer thumbs down"),
 )  # fmt: skip
 BY_NAME = {signal.name: signal for signal in WATCHED}
+# of captured rows, what signals are made of and whose they are
+COLUMNS = [
+    *("id", "at", "version", "role", "weights", "slice", "subject", "conversation", "tolerance", "regret_bound"),
+    *("prompt_surprisal", "prompt_nll", "router_distance", "router_bound", "answer_nll", "layers", "prompt_tokens"),
+    *("answer_tokens", "prompt_bytes", "finish", "tool_valid", "status", "regret"),
+]
 INPUTS = {"prompt_surprisal", "prompt_nll", "router_distance"}
 ROUTERS = {"router_bound", "regret"}
 

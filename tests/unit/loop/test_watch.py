@@ -21,6 +21,7 @@ from shoal.loop.texts import Texts
 from shoal.loop.unread import Read, unread
 from shoal.loop.votes import Vote, Votes
 from shoal.loop.watch import FOLDER, STATE, Watch, last_look, moved, shown
+from shoal.loop.watched import COLUMNS, WATCHED
 
 START = 1_795_780_800.0  # epoch seconds
 
@@ -157,6 +158,15 @@ def test_a_day_of_looks_reads_each_row_once_and_the_reference_is_that_of_one_loo
     ).read_text()
     assert again["detector"]["seen"] == state["detector"]["seen"] > 0
     assert again["detector"]["sums"] == state["detector"]["sums"] and again["regret"] == state["regret"]
+
+
+def test_a_look_reads_what_is_watched_and_nothing_else(service: Service) -> None:
+    """Of 300,000 rows it held 608 MB, most of it of no use."""
+    service.serve(5, tool_valid=True, finish="length", regret=0.1, regret_bound=0.2, answer_nll=1.0, router_bound=0.1)
+    whole, (looked, _) = service.capture.rows(copies=True), unread(service.capture, Read())
+    assert set(looked.column_names) == {*COLUMNS, "down"} and looked.nbytes < whole.nbytes
+    for signal in WATCHED:
+        assert np.array_equal(signal.of(looked), signal.of(whole), equal_nan=True), signal.name
 
 
 def test_a_re_run_that_comes_after_its_request_was_looked_at_is_read(service: Service) -> None:
