@@ -44,6 +44,7 @@ TURNS = 20  # requests in a row of other weights, from which on these are the st
 CONVERSATIONS = 1_024  # that are known to have had a turn
 POINTS = 500  # of the evidence over time
 AHEAD_S = 300.0  # seconds by which a clock may be ahead of ours
+SILENCE_S = 7 * 86_400.0  # without a request: what was before is of another time, or by a clock that did not know it
 EXAMPLES, SHOWN = 3, 100  # of what was asked, and characters of each
 MOST_RECENT = 2_000  # requests that an explanation looks at
 
@@ -116,9 +117,9 @@ class Watch:
     def _follow(self, known: Known, now: float) -> Known:
         """`known` after what came since; anew where other weights have taken the place of those that it was about."""
         table, read = self._stable(known.read, now)
-        if known.detector is None and not self._learns_on(known, table):
+        if known.detector is None and not self._learns_on(known, table, now):
             table, read = self._stable(Read(), now)
-            known = self._learned(known, table)
+            known = self._learned(known, table, now)
             known.ahead, known.read = _ahead(table, now), read
             return known
         known.ahead, known.read = known.ahead + _ahead(table, now), read
@@ -138,22 +139,21 @@ class Watch:
             pa.array([role in ("", "stable", RERUN) for role in texts(table, "role")], pa.bool_())
         ), read
 
-    def _learns_on(self, known: Known, table: pa.Table) -> bool:
+    def _learns_on(self, known: Known, table: pa.Table, now: float) -> bool:
         """Takes in what came since the last look, where that makes no reference yet: most looks of a day. False where all is to
         be read, as at the first look, and for other weights."""
         table = table.filter(pa.array(moments(table) >= known.learn_from, pa.bool_()))
         if not known.began or not set(identities(table)) <= {"", known.weights}:
             return False
         first, conversations = first_turns(table, known.conversations, CONVERSATIONS)
-        learned, at = known.learned + int(are_requests(first).sum()), moments(first)
-        if learned >= self.learn and len(at) and at.max() - known.began >= self.hours * 3600:
+        learned, last = known.learned + int(are_requests(first).sum()), _past(moments(first), now)[-1:]
+        if learned >= self.learn and len(last) and last[0] - known.began >= self.hours * 3600:
             return False
         known.learned, known.conversations = learned, conversations
-        known.began = min([known.began, *at.tolist()])
         _regret(known, table)
         return True
 
-    def _learned(self, known: Known, table: pa.Table) -> Known:
+    def _learned(self, known: Known, table: pa.Table, now: float) -> Known:
         """With a reference, where there are enough rows from `learn_from` on, and with what came after it compared with it."""
         known.other = {}
         rest = table.filter(pa.array(moments(table) >= known.learn_from, pa.bool_()))
@@ -167,9 +167,9 @@ class Watch:
         known.regret = None
         _regret(known, here)
         first, known.conversations = first_turns(here, (), CONVERSATIONS)
-        requests, at = are_requests(first), moments(first)
-        known.learned, known.began = int(requests.sum()), float(at[0]) if len(at) else 0.0
-        if (count := self._enough(at, requests)) is None:
+        requests, at = are_requests(first), _past(moments(first), now)
+        known.learned, known.began = int(requests.sum()), _began(at)
+        if (count := self._enough(at, known.began, requests)) is None:
             return known
         reference = measured(first.slice(0, count), known.weights, why=known.why)
         known.reference = f"reference-{int(reference.began * 1000)}.json"
@@ -191,11 +191,10 @@ class Watch:
         if len(known.evidence) > POINTS:
             known.evidence = known.evidence[::2]
 
-    def _enough(self, at: np.ndarray, requests: np.ndarray) -> int | None:
-        """How many of the rows make the reference; None as long as too few of them are `requests`, or they span too little."""
-        if not len(at):
-            return None
-        enough = np.flatnonzero((np.cumsum(requests) >= self.learn) & (at - at[0] >= self.hours * 3600))
+    def _enough(self, at: np.ndarray, began: float, requests: np.ndarray) -> int | None:
+        """How many of the rows make the reference; None as long as too few of them are `requests`, or they span too little from
+        when it `began`."""
+        enough = np.flatnonzero((np.cumsum(requests[: len(at)]) >= self.learn) & (at - began >= self.hours * 3600))
         return int(enough[0]) + 1 if len(enough) else None
 
     def _reference(self, known: Known) -> Reference:
@@ -361,6 +360,16 @@ def identities(table: pa.Table) -> list[str]:
     refused = np.nan_to_num(column(table, "status")) >= 400
     told = zip(texts(table, "version"), texts(table, "weights"), refused, strict=True)
     return [version or ("" if none else weights) for version, weights, none in told]
+
+
+def _past(at: np.ndarray, now: float) -> np.ndarray:
+    """Of sorted times those that are not in the future."""
+    return at[: np.searchsorted(at, now + AHEAD_S, side="right")]
+
+
+def _began(at: np.ndarray) -> float:
+    """The first of sorted times since the last silence; 0 where there is none."""
+    return float(at[[0, *(np.flatnonzero(np.diff(at) > SILENCE_S) + 1)][-1]]) if len(at) else 0.0
 
 
 def _ahead(table: pa.Table, now: float) -> int:

@@ -160,6 +160,20 @@ def test_a_day_of_looks_reads_each_row_once_and_the_reference_is_that_of_one_loo
     assert again["detector"]["sums"] == state["detector"]["sums"] and again["regret"] == state["regret"]
 
 
+@pytest.mark.parametrize("off", [2 * 86_400, -9_000 * 86_400])
+def test_one_wrong_clock_makes_no_day_of_an_hour(service: Service, off: int) -> None:
+    """One row of another day, ahead or from before a machine knew the time, and 600 requests of ten minutes were a day."""
+    service.serve(300)
+    service.now += off
+    service.serve(1, journal="b")
+    service.now -= off
+    service.serve(300)
+    assert watch(service, hours=24).look(service.now).state == "learning"
+    service.now += 86_400
+    service.serve(2)
+    assert watch(service, hours=24).look(service.now).state == "quiet"
+
+
 def test_a_look_reads_what_is_watched_and_nothing_else(service: Service) -> None:
     """Of 300,000 rows it held 608 MB, most of it of no use."""
     service.serve(5, tool_valid=True, finish="length", regret=0.1, regret_bound=0.2, answer_nll=1.0, router_bound=0.1)
