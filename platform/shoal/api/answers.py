@@ -125,7 +125,7 @@ class Answer(ABC):
         call, which is text then; None without one."""
         offered = self._call.offered
         calls = [each for choice in self.choices for each in choice.calls] if offered else []
-        is_text = any(choice.reader.opens and choice.reader.opens in choice.content for choice in self.choices)
+        is_text = any(choice.reader.meant(choice.content) for choice in self.choices)
         if not calls and not (offered and is_text):
             return None
         return not is_text and all(_is_valid(each, offered) for each in calls)

@@ -22,10 +22,14 @@ class Reader(ABC):
     """Turns the text of one answer, as it comes, into OpenAI's deltas: ``content`` or ``tool_calls``."""
 
     calls = 0  # so far
-    opens = ""  # what opens a call that nothing guides: where it stays text, a call was meant and is none
+    opens = ""  # what opens a call that nothing guides
 
     @abstractmethod
     def push(self, text: str) -> list[Delta]: ...
+
+    def meant(self, said: str) -> bool:
+        """Whether a call was meant and is none, since what begins one is in what the answer `said` as text."""
+        return bool(self.opens) and self.opens in said
 
     def finish(self, *, whole: bool) -> list[Delta]:
         """The rest, once the text has ended; `whole`: not cut off by its length."""
@@ -199,6 +203,11 @@ class Bare(Tagged):
         super().__init__(tools, written, most=most)
         self._begun, self._formatted = "", formatted
         self._bare: bool | None = None  # not known yet
+        head = re.compile(rf'\s*\{{\s*"name"\s*:\s*"[^"]*"\s*,\s*"{written.arguments}"\s*:')
+        self._head = None if formatted else head  # JSON that was asked for may begin likewise
+
+    def meant(self, said: str) -> bool:
+        return super().meant(said) or (self._head is not None and self._head.match(said) is not None)
 
     def push(self, text: str) -> list[Delta]:
         self._begun += text

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.api.bodies import ChatRequest
-from shoal.api.calls import Reader
+from shoal.api.bodies import ChatRequest, Function
+from shoal.api.calls import Reader, reader
 from shoal.api.limits import Limits
 from shoal.api.requests import chat_call
 from shoal.api.tools import Offer
@@ -469,3 +469,23 @@ def test_of_two_named_templates_tools_take_the_one_for_them(checkpoint: Any, tmp
             assert text.startswith("tools: ") and "add_fish" in text and text.endswith("assistant\n")
         shutil.rmtree(source)
         shutil.rmtree(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("tool, inner", [("trick", "{}"), ("track", '{"order"')])
+def test_a_call_that_cannot_be_read_is_known_to_have_been_meant(name: str, tool: str, inner: str) -> None:
+    """In Llama 3's format with nothing in front of it too, as its models write them."""
+    written, offered = FORMATS[name], {"track": Function(name="track")}
+
+    def meant(text: str, *, formatted: bool = False) -> tuple[bool, int]:
+        its = reader(offered, written, formatted=formatted, most=None)
+        deltas = [*its.push(text), *its.finish(whole=True)]
+        return its.meant("".join(delta.get("content", "") for delta in deltas)), its.calls
+
+    said = f'{{"name": "{tool}", "{written.arguments}": {inner}}}'
+    assert meant(written.open + said + written.close) == (True, 0)
+    assert meant(said) == (written.bare, 0)
+    assert meant(said, formatted=True) == (False, 0), "JSON that was asked for"
+    assert meant('{"name": "Ada"}') == meant("no call") == (False, 0)
+    if written.bare:
+        assert meant(f'{{"name": "track", "{written.arguments}": {{}}}}') == (False, 1)
