@@ -401,7 +401,7 @@ def loop(
     keep: Annotated[
         Path | None, typer.Option(help="Folder for the captured rows; the same command goes on there. [none]")
     ] = None,
-    parts: Annotated[str, typer.Option(help="Of detect, teach, refuse and serve, with commas.")] = "detect",
+    parts: Annotated[str, typer.Option(help="Of detect, teach, refuse, serve and ray, with commas.")] = "detect",
     fp32: Annotated[
         Path | None, typer.Option(help="The model's fp32 parent, for teach and refuse: the quickstart's model. [none]")
     ] = None,

@@ -4,6 +4,7 @@ detect   how soon a drift is noticed, and how often wrongly (`loop_detect`)
 teach    from the first new request to a verdict, learned from corrections (`loop_teach`)
 refuse   ten bad candidates, and which of the gate's checks refuses each (`loop_refuse`)
 serve    shadow, canary, promotion, rollback and bad canaries, under traffic (`loop_serve`)
+ray      the same through Ray Serve with one replica, of bad canaries the one whose weights are bad
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal.bench import loop_detect, loop_refuse, loop_serve, loop_teach
+from shoal.bench.loop_service import on_ray
 from shoal.bench.turns import show
 from shoal.errors import UsageError
 from shoal.loop.reference import LEARNED
@@ -27,7 +29,7 @@ from shoal.loop.release import Release
 from shoal.machine import threads
 from shoal.model.model import Model
 
-PARTS = ("detect", "teach", "refuse", "serve")
+PARTS = ("detect", "teach", "refuse", "serve", "ray")
 
 
 def loop(
@@ -67,7 +69,7 @@ def loop(
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         release = Release(work / "release")
-        if {"teach", "serve"} & set(parts):
+        if {"teach", "serve", "ray"} & set(parts):
             release.add(model, fp32=fp32, why="the benchmark")
         if "teach" in parts and data is not None:
             result["teach"] = asyncio.run(loop_teach.teach(release, data, work / "teach", minutes, say, seed=seed))
@@ -78,4 +80,8 @@ def loop(
         if "serve" in parts:
             result["serve"] = asyncio.run(loop_serve.serve(release, work / "serve", say))
             tables.append(loop_serve.shown(result["serve"]))
+        if "ray" in parts:
+            way = loop_serve.serve(release, work / "ray", say, bad=loop_serve.BAD_WEIGHTS, by=on_ray)
+            result["ray"] = asyncio.run(way)
+            tables.append(loop_serve.shown(result["ray"], "one replica on Ray Serve"))
         show(console, tables, result | {"seconds": round(time.monotonic() - began)})

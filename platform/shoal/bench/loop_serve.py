@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,20 +30,27 @@ MOST_BAD = 2_000  # until a bad canary is given up
 BACK = 64  # answers of the version of before, after a rollback
 TIMED = 64  # requests by which it is known what the stable version takes
 BAD: Mapping[str, type[AsyncEngine]] = {"NaN": AsyncEngine, "slow": Slow, "crash": Crashing}
+BAD_WEIGHTS: Mapping[str, type[AsyncEngine]] = {"NaN": AsyncEngine}  # what another process serves as well
 PASSED = {"passed": True, "checks": []}
 
 
 async def serve(
-    release: Release, work: Path, say: Say, *, enough: int = REQUESTS, bad: Mapping[str, type[AsyncEngine]] = BAD
+    release: Release,
+    work: Path,
+    say: Say,
+    *,
+    enough: int = REQUESTS,
+    bad: Mapping[str, type[AsyncEngine]] = BAD,
+    by: Callable[[Release, Path], AbstractAsyncContextManager[Service]] = running,
 ) -> dict[str, Any]:
     """Of the candidate of `release`, or of a copy of the stable version where it has none that passed: through to promotion and
-    back, with `enough` requests of its own a step. Then the `bad` ones, by name, of such engines."""
+    back, with `enough` requests of its own a step. Then the `bad` ones, by name, of such engines. `by`: what serves."""
     if release.state().candidate is None or not release.version(release.state().candidate or 0).passed:
         release.add(release.stable().served, verdict=PASSED, why="of equal weights, for the way that a candidate goes")
     asked = [one for pair in zip(shuffled("old"), shuffled("catalogue"), strict=False) for one in pair]
     began = time.monotonic()
     first, second = release.stable(), release.version(release.state().candidate or 0)
-    async with running(release, work / "capture") as service:
+    async with by(release, work / "capture") as service:
         await service.ask_all(asked[:TIMED])
         release.begin(second.number, why="the benchmark")
         canary = release.state().canary
@@ -103,10 +111,8 @@ async def _taken_back(service: Service, name: str, kind: type[AsyncEngine], work
     }  # fmt: skip
 
 
-def shown(found: dict[str, Any]) -> Table:
-    table = Table(
-        "what", "found", "wanted", title="shadow, canary, promotion, rollback, under traffic, with one engine"
-    )
+def shown(found: dict[str, Any], what: str = "one engine") -> Table:
+    table = Table("what", "found", "wanted", title=f"shadow, canary, promotion, rollback, under traffic, with {what}")
     table.add_row("requests", f"{found['requests']:,}", f"{LEAST:,} or more")
     table.add_row("not whole", str(sum(found["faults"].values())), "0")
     table.add_row("promoted, rolled back", f"{found['promoted']}, {found['rolled_back']}", "True, True")

@@ -1,5 +1,5 @@
-"""The service of the loop's benchmark: one engine that follows a release, in this process, and clients that ask it without a
-pause. What each client saw is counted: answers, and whatever is not a whole one.
+"""The service of the loop's benchmark: one engine that follows a release, in this process, or Ray Serve's with one replica; and
+clients that ask it without a pause. What each client saw is counted: answers, and whatever is not a whole one.
 """
 
 from __future__ import annotations
@@ -7,6 +7,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import socket
+import sys
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -29,12 +32,14 @@ from shoal.bench.loop_shop import Asked
 from shoal.engine.engine import Engine
 from shoal.engine.events import Event, Request
 from shoal.engine.front import AsyncEngine
+from shoal.errors import ResourceError
 from shoal.loop.release import Release
 from shoal.model.model import Model
 
 CLIENTS, TOKENS = 8, 32
 KEY = "shop"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
+STARTS = 180.0  # seconds that Ray Serve has to answer
 PEOPLE = 8  # questions of one customer, one after the other
 NAME = "shop"
 
@@ -72,7 +77,6 @@ class Service:
 
     url: str
     release: Release
-    split: Split
     capture: Path
     client: httpx.AsyncClient
     kinds: dict[str, type[AsyncEngine]]
@@ -153,6 +157,46 @@ async def running(release: Release, capture: Path) -> AsyncIterator[Service]:
     )
     try:
         async with serving(app) as at, httpx.AsyncClient(timeout=120) as client:
-            yield Service(at.url, release, split, capture, client, kinds)
+            yield Service(at.url, release, capture, client, kinds)
     finally:
         await here.close()
+
+
+@asynccontextmanager
+async def on_ray(release: Release, capture: Path) -> AsyncIterator[Service]:
+    """The same by `shoal serve`: Ray Serve with one replica, and for a canary a second application. Raises ResourceError where
+    it does not come up."""
+    keys, log = capture.with_name("keys.txt"), capture.with_name("serve.log")
+    keys.parent.mkdir(parents=True, exist_ok=True)
+    keys.write_text(f"{KEY} name=shop admin=yes texts=yes\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["serve", "--release", str(release.directory), "--name", NAME, "--port", str(port), "--replicas", "1"]
+    words += ["--api-keys", str(keys), "--capture", str(capture), "--capture-texts"]
+    with log.open("wb") as file:
+        served = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "shoal.cli", *words, stdout=file, stderr=file, stdin=asyncio.subprocess.DEVNULL
+        )
+    try:
+        async with httpx.AsyncClient(timeout=120) as client:
+            url = f"http://127.0.0.1:{port}"
+            await _answers(client, url, served, log)
+            yield Service(url, release, capture, client, {})
+    finally:
+        if served.returncode is None:
+            served.terminate()
+        await served.wait()
+
+
+async def _answers(client: httpx.AsyncClient, url: str, served: asyncio.subprocess.Process, log: Path) -> None:
+    until = time.monotonic() + STARTS
+    while served.returncode is None and time.monotonic() < until:
+        try:
+            if (await client.get(f"{url}/ready", headers=HEADERS)).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        await asyncio.sleep(0.5)
+    last = log.read_text(errors="replace").strip().splitlines()[-1:]
+    raise ResourceError("Ray Serve did not come up", got=" ".join(last)[:200], do="look whether shoal serve does")
