@@ -166,7 +166,8 @@ def test_a_version_that_was_changed_with_its_sum_is_not_served(release: Release,
 
 
 def test_a_version_that_a_wrong_clock_put_into_the_future_ends_no_retraining_for_good(tmp_path: Path) -> None:
-    made: list[Any] = [SimpleNamespace(made="2099-01-01T00:00:00+00:00", lineage={"kind": "router", "minutes": 2.0})]
+    version = SimpleNamespace(made="2099-01-01T00:00:00+00:00", lineage={"kind": "router", "minutes": 2.0}, passed=None)
+    made: list[Any] = [version]
     with pytest.raises(UsageError, match=r"the cooldown.*one 0 minutes ago"):
         Retrain(release=tmp_path, cut=tmp_path)._need_room(made)
     assert Retrain(release=tmp_path, cut=tmp_path, cooldown=0.0)._need_room(made) == 2.0
