@@ -248,7 +248,8 @@ def easily(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_canary_goes_up_by_evidence_and_is_promoted_where_the_release_says_so(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    with serving(tmp_path, models) as service:
+    """Of equal weights: another model is less sure of what it says, and is taken back for that where it is asked 20 times."""
+    with serving(tmp_path, models, "one") as service:
         service.many(20)
         service.release.set_auto("promote", why="a test")
         until(lambda: service.split.trial is not None)
@@ -281,7 +282,7 @@ def test_a_canary_goes_up_by_evidence_and_is_promoted_where_the_release_says_so(
 
 @pytest.mark.usefixtures("easily")
 def test_a_person_decides_where_nothing_else_was_said(models: dict[str, Path], tmp_path: Path) -> None:
-    with serving(tmp_path, models) as service:
+    with serving(tmp_path, models, "one") as service:
         service.try_out(3, requests=4)
         until(lambda: bool(service.many(8)) and service.release.state().held is not None)
         assert "promote it" in str(service.release.state().held) and service.release.state().stable == 1
