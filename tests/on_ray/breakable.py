@@ -13,9 +13,11 @@ from shoal.on_ray import serve
 from shoal.on_ray.engines import EngineReplica
 
 STEP_SECONDS = 0.01  # else the test model's streams may have ended at the engine before the last of them has begun
+SLOW_SECONDS = 0.2  # of a step while there is a file `SLOW`: no stream ends before the weights beside its own are there
 
 
 BREAKS = "breaks.txt"  # a file of a model directory that no replica can load
+SLOW = "slow.txt"  # one whose engines take their time
 
 
 class Breakable(EngineReplica):
@@ -26,7 +28,7 @@ class Breakable(EngineReplica):
         step = front._engine.step
 
         def slowly() -> Any:
-            time.sleep(STEP_SECONDS)
+            time.sleep(SLOW_SECONDS if Path(directory, SLOW).exists() else STEP_SECONDS)
             return step()
 
         front._engine.step = slowly

@@ -19,7 +19,7 @@ from ray._private import worker
 
 from shoal import Model
 from shoal.api.serve_args import ENGINE
-from tests.on_ray.breakable import BREAKS
+from tests.on_ray.breakable import BREAKS, SLOW
 from tests.on_ray.test_serve import replicas, until
 from tests.on_ray.test_serve_faults import LONG, MANY, Service, ask, same, service, under_load, undisturbed
 
@@ -64,15 +64,22 @@ def two_of_it(service: Service) -> None:
 def test_a_stream_whose_replica_is_lost_goes_on_with_its_own_weights(
     service: Service, undisturbed: list[dict[str, Any]]
 ) -> None:
-    """The other replica has new weights by then, and beside them the old ones, for as long as streams need them."""
-    before = kinds(service)
+    """The other replica has new weights by then, and beside them the old ones, for as long as a stream of its own needs them:
+    for the old ones every step is slow until then."""
+    before, slow = kinds(service), service.models["first"] / SLOW
 
     def change_and_kill() -> None:
         service.again(deployments=weights(service.models["second"]))
-        until(lambda: len(kinds(service) - before) == 1 == len(kinds(service)), 60)
+        until(lambda: len(kinds(service) - before) == 1 == len(kinds(service)), 50)
         replicas(ENGINE)[0].kill()
+        slow.unlink()
 
-    for answer, wanted in zip(under_load(service, change_and_kill), undisturbed, strict=True):
+    slow.touch()
+    try:
+        answers = under_load(service, change_and_kill)
+    finally:
+        slow.unlink(missing_ok=True)
+    for answer, wanted in zip(answers, undisturbed, strict=True):
         same(answer, wanted)
 
 
