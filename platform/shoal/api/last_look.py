@@ -14,8 +14,8 @@ from shoal.api.capture import Recorder
 from shoal.api.metrics import REFERENCE
 from shoal.engine.metrics import Samples, sample
 from shoal.errors import ShoalError
+from shoal.loop.looked import FOLDER, STATE, last_look, shown
 from shoal.loop.tell import STATES
-from shoal.loop.watch import FOLDER, STATE, last_look, shown
 
 
 class LastLook:
@@ -29,7 +29,7 @@ class LastLook:
         self._reading = asyncio.Lock()
 
     async def get(self) -> dict[str, Any] | None:
-        """As `watch.last_look`, without what was forgotten since. Raises DataError."""
+        """As `looked.last_look`, without what was forgotten since. Raises DataError."""
         async with self._reading:
             return await asyncio.to_thread(self._read)
 

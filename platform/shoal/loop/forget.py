@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from shoal.data.alone import alone
 from shoal.errors import DataError, ResourceError, first_line
-from shoal.loop import watch
+from shoal.loop import looked
 from shoal.loop.capture import FEEDBACK, FORGOTTEN, ROWS, TEXTS, Capture, Forgotten, append, held, lines_of, now_ms
 from shoal.loop.parts import adopt, sweep, write_part
 from shoal.machine import see_on_disk, write_aside
@@ -146,7 +146,7 @@ def _taken_out(capture: Capture, gone: Forgotten, found: _Gone) -> None:
     _rows(capture, gone, found)
     _texts(capture, gone, found)
     _votes(capture, gone, found)
-    watch.forget(capture.folder, gone)
+    looked.forget(capture.folder, gone)
     sweep(capture.folder, [*gone.ids, *gone.subjects])
 
 

@@ -166,7 +166,7 @@ class Curate(Stage):
         from shoal.loop import cut, labels, learned
         from shoal.loop.asked import forbidden
         from shoal.loop.capture import Capture
-        from shoal.loop.watch import moved
+        from shoal.loop.looked import moved
 
         settings = cut.Settings(self.heldout, self.liked, self.replay_share, self.seed)
         if self.out.exists():

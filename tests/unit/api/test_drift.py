@@ -15,8 +15,8 @@ import pytest
 from shoal.api import last_look
 from shoal.api.auth import ApiKeys
 from shoal.api.capture import CaptureArgs
+from shoal.loop.looked import FOLDER, STATE
 from shoal.loop.tell import write_metrics
-from shoal.loop.watch import FOLDER, STATE
 from tests.unit.loop.test_watch import Service, reran, watch
 
 pytestmark = pytest.mark.anyio

@@ -14,13 +14,14 @@ from shoal.cli import main
 from shoal.errors import DataError, ResourceError
 from shoal.loop.capture import JOURNAL, Capture, Forgotten
 from shoal.loop.forget import forget
+from shoal.loop.looked import FOLDER, STATE, last_look, moved, shown
 from shoal.loop.parts import make_parts
 from shoal.loop.rows import RERUN, Row
 from shoal.loop.tell import write_metrics
 from shoal.loop.texts import Texts
 from shoal.loop.unread import Read, unread
 from shoal.loop.votes import Vote, Votes
-from shoal.loop.watch import FOLDER, STATE, Watch, last_look, moved, shown
+from shoal.loop.watch import Watch
 from shoal.loop.watched import COLUMNS, WATCHED
 
 START = 1_795_780_800.0  # epoch seconds
