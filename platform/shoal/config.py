@@ -414,7 +414,7 @@ def typed(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, Mapping):
             return load(hint, value, where)
     elif origin is Literal:
-        if value in args:
+        if (type(value), value) in [(type(arg), arg) for arg in args]:  # 1 is not true
             return value
         raise ConfigError(where, got=value, allowed=args)
     elif origin in (typing.Union, types.UnionType):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,16 @@ from shoal.data.parts import PART_BYTES
 from shoal.errors import ConfigError, did_you_mean
 from shoal.model.cost import kv_bytes_stored, parameters
 from shoal.train.meter import training_flops
-from shoal.train.needs import checkpoint_bytes, memory_parts, saved_at_once, trained_parameters
+from shoal.train.needs import checkpoint_bytes, memory_needed, memory_parts, saved_at_once, trained_parameters
 from shoal.train.optim import rotates
 from shoal.train.parallel import STAYS_GATHERED
 from shoal.train.plan import FitPlan, pretrain_plan
+from shoal.train.recompute import Recompute, flops_again
 
 A_NODE = 8  # GPUs that are linked within a node
 GROUP = 64  # GPUs that share one model at most; more are groups that each hold it (HSDP)
-RECOMPUTES = 4 / 3  # operations of an update whose layers run again in backward
+ROOM = 0.8  # of a GPU's memory that an estimate may fill before more is computed again
+WAYS: tuple[Recompute, ...] = (False, "selective", True)  # the fastest first
 HOST_LINK = 25e9  # bytes a second from a GPU to its host's memory (PCIe 4 x16)
 # Measured on two cores and logged: preparing 1 GB, and one-token events through one gateway process.
 PREPARE_SECONDS = 0.70  # of a processor, a MB of text
@@ -64,14 +67,18 @@ def gpu_named(name: str) -> Gpu:
 # ---- training
 
 
-def plan_at(preset: str, world: int) -> FitPlan:
+def plan_at(preset: str, world: int, recompute: Recompute = True) -> FitPlan:
     """A plan of `preset` for W GPUs: a row of the batch each at least, as many micro-batches as the preset's where the rows
-    suffice, and layers recomputed, which a run asks for with --set recompute=true."""
+    suffice, and layers computed again as a run asks for with --set recompute."""
     base = presets.get(preset)
     rows = max(base.train.batch_tokens // base.model.train_length, world)
     accumulate = max(n for n in range(1, base.train.accumulate + 1) if n * world <= rows)
     rows = -(-rows // (accumulate * world)) * accumulate * world
-    more: dict[str, Any] = {"batch_tokens": rows * base.model.train_length, "accumulate": accumulate, "recompute": True}
+    more: dict[str, Any] = {
+        "batch_tokens": rows * base.model.train_length,
+        "accumulate": accumulate,
+        "recompute": recompute,
+    }
     more["replicas"] = world // GROUP if world % GROUP == 0 else 1
     return pretrain_plan(preset, "data", "run", steps=1, **more)
 
@@ -95,6 +102,7 @@ class Training:
     batch_tokens: int
     memory: dict[str, int]  # bytes of a GPU by part, see `memory_parts`
     fits: bool
+    recompute: Recompute  # what backward computes again
     exchanged: float  # bytes that a GPU receives in an update
     compute: float  # seconds of an update, if nothing else were
     exchange: float  # seconds of its exchange, most of which hides behind computing
@@ -105,13 +113,16 @@ class Training:
     tokens_a_day: float
 
 
-def training(preset: str, world: int, of: Gpu, utilisation: float, disk: float) -> Training:
+def training(
+    preset: str, world: int, of: Gpu, utilisation: float, disk: float, ways: Sequence[Recompute] = WAYS
+) -> Training:
     """`utilisation`: share of the GPU's operations that training reaches, an assumption; `disk`: bytes a second that a node
-    writes. Update and exchange overlap: the longer of both counts."""
-    plan = plan_at(preset, world)
+    writes. Update and exchange overlap: the longer of both counts. Layers compute again as the first of `ways` that fits."""
+    plans = [plan_at(preset, world, way) for way in ways]
+    plan = next((each for each in plans if memory_needed(each, world, low=2) <= ROOM * of.memory), plans[-1])
     memory = memory_parts(plan, world, low=2)
     heads = min(2, len(plan.model.exits)) if rotates(plan.model, plan.train) else len(plan.model.exits)
-    work = training_flops(plan.model, heads) * plan.train.batch_tokens * RECOMPUTES
+    work = (training_flops(plan.model, heads) + flops_again(plan.model, plan.recompute)) * plan.train.batch_tokens
     compute = work / (world * of.flops * utilisation)
     bytes_ = exchanged(plan, world)
     exchange = bytes_ / (of.link if world <= A_NODE else of.network)
@@ -125,6 +136,7 @@ def training(preset: str, world: int, of: Gpu, utilisation: float, disk: float) 
         plan.train.batch_tokens,
         memory,
         sum(memory.values()) <= of.memory,
+        plan.recompute,
         bytes_,
         compute,
         exchange,
@@ -246,15 +258,17 @@ def tables(found: dict[str, Any]) -> str:
     """`report` as tables in Markdown."""
     parts = ("weights", "gradients", "moments", "gathered", "activations", "logits")
     lines = [
-        f"| preset, {found['gpu']['name']} | tokens an update | {' | '.join(parts)} | GB a GPU | copy on the host |",
-        "|" + "---|" * (len(parts) + 4),
+        f"| preset, {found['gpu']['name']} | recompute | tokens an update | {' | '.join(parts)} | GB a GPU | "
+        "copy on the host |",
+        "|" + "---|" * (len(parts) + 5),
     ]
     for row in found["training"]:
         memory = row["memory"]
         total = f"{sum(memory.values()) / 1e9:.1f}{'' if row['fits'] else ', too much'}"
         cells = " | ".join(f"{memory[part] / 1e9:.1f}" for part in parts)
         name = f"{row['preset']} on {row['gpus']}"
-        lines.append(f"| {name} | {row['batch_tokens']:,} | {cells} | {total} | {row['host'] / 1e9:.2f} |")
+        how = str(row["recompute"]).lower()
+        lines.append(f"| {name} | {how} | {row['batch_tokens']:,} | {cells} | {total} | {row['host'] / 1e9:.2f} |")
     lines += [
         "",
         "| preset | GB received an update | compute s | exchange s | checkpoint GB | s to write | s it halts | tokens a day |",

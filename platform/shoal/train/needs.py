@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from shoal.config import ModelConfig
+from shoal.model.attention import STRIP
 from shoal.model.cost import parameters
 from shoal.train import lora
 from shoal.train.loss import logits_at_once
 from shoal.train.parallel import STAYS_GATHERED
 from shoal.train.plan import FitPlan
+from shoal.train.recompute import numbers_kept
 
 
 def disk_needed(plan: FitPlan) -> int:
@@ -53,13 +56,15 @@ def memory_parts(plan: FitPlan, world: int, *, low: int = 4) -> dict[str, int]:
     tokens = max(1, plan.train.batch_tokens // length // plan.parts_at(world)) * length
     at_once = logits_at_once("cuda" if low < 4 else "cpu")
     kept = min(tokens, max(1, at_once // c.vocab))  # places whose logits are there at once
+    # a copy an exit, and two more of the one whose turn it is; where exits are compared, or compute again, three at most
+    copies = len(c.exits) + 2 if kept == tokens and not plan.train.distill else 3 * len(c.exits)
     return {
         "weights": int(4 * sets * weights * mine),
         "gradients": int(4 * trained * mine),
         "moments": int(8 * trained * mine),
         "gathered": _gathered(plan, world, low, weights, trained),
-        "activations": low * tokens * _activations(plan, on_gpu=low < 4),
-        "logits": 4 * 3 * c.vocab * len(c.exits) * kept,
+        "activations": low * tokens * _activations(plan, low),
+        "logits": 4 * copies * c.vocab * kept,
     }
 
 
@@ -73,17 +78,32 @@ def _gathered(plan: FitPlan, world: int, low: int, weights: int, trained: int) -
     return low * sets * at_once + 4 * whole
 
 
-def _activations(plan: FitPlan, *, on_gpu: bool) -> int:
-    """Numbers that backward keeps of one token: what each layer multiplies, and its masks; on a GPU which blocks it chose."""
-    c, length = plan.model, plan.row_length
+def _activations(plan: FitPlan, low: int) -> int:
+    """Numbers that backward keeps of one token: what each layer multiplies, and what its attention reads."""
+    c, on_gpu = plan.model, low < 4
     kinds = [c.attention_kind(layer) for layer in range(c.layers)]
-    # Masks become biases, one a KV head: of bands of the window, and of what comes before a query, half of a row on average.
-    band, before = 3 * min(c.window, length) // 2, length // 2
+    layer = 12 * c.width + 4 * c.heads * c.head_dim + 4 * c.ffn
     if on_gpu and "S" not in kinds:
-        masks = 2 * c.kv_heads * c.top_k  # whole numbers of 4 bytes
+        layer += 2 * c.kv_heads * c.top_k  # which blocks it chose, in whole numbers of 4 bytes
     else:
-        masks = max(c.kv_heads * (before * (kind in "HSD") + band * (kind in "HSL")) for kind in kinds)
-    layer = 12 * c.width + 4 * c.heads * c.head_dim + 4 * c.ffn + masks
+        layer += max(_read(c, kind, plan.row_length, on_gpu=on_gpu) for kind in kinds)
     if plan.exits_only:
         return len(c.exits) * (c.width + 4 * c.exit_ffn) + layer
-    return c.layers * c.width + layer if plan.recompute else c.layers * layer
+    if not plan.recompute:
+        return c.layers * layer
+    kept = sum(numbers_kept(c, kind, plan.recompute, low=low) for kind in kinds)
+    # who may see whom, a byte a query and key each in three forms, is held until layers have been computed again
+    seen = 0 if on_gpu else (3 * plan.row_length + 2 * plan.row_length // c.block) // 4
+    return kept + layer + seen + 2 * (c.width + c.head_dim)  # what goes in and comes out, and rope
+
+
+def _read(c: ModelConfig, kind: str, length: int, *, on_gpu: bool) -> int:
+    """Numbers a token that attention of this `kind` makes for torch's operator: masks become biases, one a KV head, and where
+    queries are attended in strips or bands, each of these has keys and values of its own."""
+    strip, band = min(STRIP, length), 3 * min(c.window, length) // 2
+    before = length // 2 if on_gpu else (length + strip) // 2  # half of a row on average
+    numbers = c.kv_heads * (before * (kind in "HSD") + band * (kind in "HSL"))
+    if not on_gpu:
+        copies = (length + strip) // (2 * strip) * (kind in "HS") + 3 * (kind in "HL" and length > 2 * c.window)
+        numbers += 2 * c.kv_heads * c.head_dim * copies
+    return numbers

@@ -10,7 +10,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 
 from shoal.errors import ShoalError
 from shoal.model.cost import parameters
 from shoal.train.loss import LossModel
+from shoal.train.recompute import Recompute, again
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -102,7 +101,7 @@ class Ranks:
 
 
 def shard_(
-    model: LossModel, ranks: Ranks, *, replicas: int = 1, recompute: bool = False, compiled: bool = False
+    model: LossModel, ranks: Ranks, *, replicas: int = 1, recompute: Recompute = False, compiled: bool = False
 ) -> None:
     """Shard parameters, gradients and optimizer state over the ranks, one layer group at a time (ZeRO-3), in place.
 
@@ -112,17 +111,16 @@ def shard_(
     counts of the whole batch.
 
     `replicas`: that many groups of ranks each hold the whole model (HSDP), so that only gradients cross between them;
-    `recompute`: layers keep their inputs alone and run again in backward; `compiled`: each layer by torch.compile.
+    `recompute`: layers keep their inputs alone and run again in backward, or what is cheap of them (`recompute`); `compiled`:
+    each layer by torch.compile.
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
         model.to(ranks.device)
     groups = [group for net in (model.net, model.teacher) if net is not None for group in net.groups]
     for group in groups:
         for block in group.blocks:  # type: ignore[union-attr]
-            if compiled:
-                block.forward = torch.compile(block.forward)
-            if recompute:  # around what is compiled: inside, nothing would be
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            if recompute or compiled:
+                block.forward = again(block.forward, recompute, model.net.config.width, compiled=compiled)
     if ranks.world == 1:
         return
     shape, names = ((ranks.world,), ("shard",))

@@ -17,6 +17,7 @@ from shoal.errors import ConfigError, DataError, UsageError
 from shoal.machine import sha256_of
 from shoal.model import described
 from shoal.train import exits, log
+from shoal.train.recompute import Recompute
 
 ROW = 1024  # tokens of a row at most, where exits learn, and of an open model, whose training length is all of its context
 TUNES, TUNED_RANK = ("none", "lora", "all"), 16  # what of a backbone learns with its exits
@@ -54,7 +55,8 @@ class FitPlan:
     keep_best: bool = False  # keep the one of the best evaluation too, and write the model from it
     mirror: str = ""  # folder or s3://BUCKET/PREFIX that checkpoints are copied to as well, and fetched from
     replicas: int = 1  # groups of workers that each hold a whole sharded model (HSDP)
-    recompute: bool = False  # activation checkpointing: less memory, a third more work
+    # activation checkpointing: true, of layers: least memory, a third more work; selective, of what is cheap in them
+    recompute: Recompute = False
     compile: bool = False  # torch.compile each layer; pays on a GPU only
     # what a GPU computes in; auto: bf16, with norms, softmax, scores of blocks and logits in fp32. float32: as TF32
     dtype: Dtype = "auto"
@@ -69,6 +71,8 @@ class FitPlan:
     def __post_init__(self) -> None:
         if self.resume not in ("auto", "never"):
             raise UsageError("resume", got=self.resume, allowed="auto, never")
+        if self.recompute not in get_args(Recompute):
+            raise ConfigError("recompute", got=self.recompute, allowed=get_args(Recompute))
         if self.dtype not in get_args(Dtype):
             raise ConfigError("dtype", got=self.dtype, allowed=get_args(Dtype))
         limits = (self.steps, self.tokens, self.epochs, self.minutes)

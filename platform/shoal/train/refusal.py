@@ -74,8 +74,10 @@ def need_memory_of_gpu(plan: FitPlan, world: int, memory: int) -> None:
     need = memory_needed(plan, world, low=2)
     if need <= memory / DOUBT:
         return
-    less = dataclasses.replace(plan, recompute=True)
-    if memory_needed(less, world, low=2) <= memory / DOUBT:
+    selective, less = (dataclasses.replace(plan, recompute=way) for way in ("selective", True))
+    if not plan.recompute and memory_needed(selective, world, low=2) <= memory / DOUBT:
+        do = "use --set recompute=selective"
+    elif memory_needed(less, world, low=2) <= memory / DOUBT:
         do = "use --set recompute=true"
     else:
         more = (world * 2**n for n in range(1, 11) if less.batch_rows >= world * 2**n)

@@ -34,7 +34,9 @@ from shoal.train.state import TrainState, code_version, require_same
 COMMAND, WRITER = ".command.lock", ".writer.lock"
 SHARE = 0.02  # of a run's time that checkpoints may cost: where they cost more, they are further apart
 LEFT_BEHIND = 60.0  # seconds that the workers of a command that was killed may take to end
-LESS_MEMORY = "use more --accumulate, --set recompute=true, fewer workers on a machine, or a smaller preset"
+LESS_MEMORY = (
+    "use more --accumulate, --set recompute=selective or true, fewer workers on a machine, or a smaller preset"
+)
 
 
 @dataclass

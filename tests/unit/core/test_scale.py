@@ -137,10 +137,24 @@ def test_tensor_parallelism_does_not_pay_up_to_7b(capsys: pytest.CaptureFixture[
         assert cut.hidden_from < scale.plan_at("7b", world).model.train_length
 
 
+def test_no_more_is_computed_again_than_memory_asks_for() -> None:
+    of = scale.gpu_named("h100")
+    for preset, world in (("1b", 8), ("7b", 8), ("7b", 512)):
+        found = scale.training(preset, world, of, 0.1, 2e9)
+        rows = [scale.training(preset, world, of, 0.1, 2e9, [way]) for way in scale.WAYS]
+        memory, compute = [sum(row.memory.values()) for row in rows], [row.compute for row in rows]
+        assert memory == sorted(memory, reverse=True) and compute == sorted(compute)
+        assert compute[1] < 1.06 * compute[0] < compute[2] < 1.34 * compute[0]
+        fit = [row for row, need in zip(rows, memory, strict=True) if need <= scale.ROOM * of.memory]
+        assert found == (fit or rows[-1:])[0]
+
+
 @pytest.mark.parametrize("world", [8, 64, 512])
 @pytest.mark.parametrize("preset", ["1b", "7b"])
 def test_more_gpus_need_less_memory_and_train_more_tokens(preset: str, world: int) -> None:
-    one, more = (scale.training(preset, size, scale.gpu_named("h100"), 0.1, 2e9) for size in (world, 2 * world))
+    of = scale.gpu_named("h100")
+    assert all(scale.training(preset, size, of, 0.1, 2e9).fits for size in (world, 2 * world))
+    one, more = (scale.training(preset, size, of, 0.1, 2e9, [True]) for size in (world, 2 * world))
     assert one.fits and more.fits
     assert sum(more.memory.values()) <= sum(one.memory.values()) and one.tokens_a_day < more.tokens_a_day
     assert one.checkpoint_bytes == more.checkpoint_bytes > 12 * 1e9
