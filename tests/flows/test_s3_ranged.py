@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from shoal import presets
-from shoal.data import ranged, remote
+from shoal.data import copies, ranged, remote
 from shoal.data.batches import PretrainBatches
 from shoal.data.documents import MODALITIES
-from shoal.data.shards import SPLITS, Rows, open_index
+from shoal.data.shards import SPLITS, Rows, open_index, write_index
 from shoal.errors import DataError, ResourceError
 from shoal.train.loop import fit
 from shoal.train.plan import located, pretrain_plan
@@ -147,3 +149,46 @@ def test_a_block_that_is_cut_short_on_this_disk_is_fetched_anew(corpus: Path, ca
         block.write_bytes(block.read_bytes()[:100])
     there = Rows(folder, index, "train", "text")
     assert [there[number][0].tolist() for number in range(3)] == wanted
+
+
+def test_copies_are_within_the_bound_together_and_one_that_is_in_use_stays(
+    s3: Service, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for two and a half: of the third the shards stay in S3, and the fourth takes the place of one that no
+    process uses any more."""
+    size = sum(file.stat().st_size for file in corpus.iterdir())
+    monkeypatch.setenv("SHOAL_CACHE_BYTES", str(5 * size // 2))
+    held: dict[Path, int] = {}
+    monkeypatch.setattr(copies, "_held", held)
+
+    def copy(seed: int) -> Path:
+        made = Path(shutil.copytree(corpus, tmp_path / str(seed)))
+        write_index(made, dataclasses.replace(open_index(made), seed=seed))
+        upload(made, f"s3://corpora/{seed}", s3.s3)
+        return remote.local(f"s3://corpora/{seed}")
+
+    def is_whole(folder: Path) -> bool:
+        return len(list(folder.glob("*.arrow"))) == len(open_index(folder).shards)
+
+    try:
+        first, second, third = copy(11), copy(12), copy(13)
+        assert is_whole(first) and is_whole(second) and not list(third.glob("*.arrow"))
+        here, there = (Rows(folder, open_index(folder), "train", "text")[0] for folder in (first, third))
+        assert all((one == other).all() for one, other in zip(here, there, strict=True))
+        os.close(held.pop(first))  # as the end of its process does
+        fourth = copy(14)
+        assert is_whole(second) and is_whole(fourth) and not first.exists()
+        assert sum(copies.size(folder) for folder in (second, third, fourth)) <= 5 * size // 2
+        assert remote.local("s3://corpora/14") == fourth and is_whole(fourth)
+    finally:
+        for lock in held.values():
+            os.close(lock)
+
+
+def test_a_file_for_which_there_is_no_room_is_one_line(
+    s3: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.client.put_object(Bucket="corpora", Key="chats/a.jsonl", Body=bytes(64 * BLOCK + 1))
+    with pytest.raises(ResourceError, match=r"a\.jsonl does not fit the cache: got '65537 bytes'") as caught:
+        remote.local("s3://corpora/chats/a.jsonl")
+    assert "\n" not in str(caught.value)

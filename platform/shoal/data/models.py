@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoal.data import copies
 from shoal.data.alone import alone
 from shoal.data.place import Bucket
 from shoal.data.ranged import cache, cache_bytes, room
@@ -274,14 +275,7 @@ def _text(files: object) -> str:
 def _make_room(uri: str, folder: Path, need: int) -> None:
     """Remove copies that were not used for a while, the oldest first, until `need` more bytes are within the bound of the
     cache. Raises ResourceError for a model that alone is beyond it."""
-    most = cache_bytes()
-    found = []
-    for path in folder.parent.iterdir():
-        with suppress(OSError):  # another process removes it
-            if path.is_dir() and not path.name.startswith("."):
-                files = [file.stat() for file in path.iterdir() if file.is_file()]
-                found.append((path.stat().st_mtime, sum(file.st_size for file in files), path))
-    mine = sum(size for _, size, path in found if path == folder)
+    most, mine = cache_bytes(), copies.size(folder)
     if mine + need > most:
         raise ResourceError(
             f"{uri} does not fit the cache",
@@ -289,12 +283,4 @@ def _make_room(uri: str, folder: Path, need: int) -> None:
             allowed=f"{most}",
             do="set SHOAL_CACHE_BYTES higher",
         )
-    over = sum(size for _, size, _ in found) + need - most
-    for used, size, path in sorted(found):
-        if over <= 0 or used > time.time() - SPARED:
-            return
-        busy = ResourceError(f"{path} is being written")
-        with suppress(ResourceError, FileNotFoundError), alone(path.with_suffix(".lock"), busy):
-            if path != folder and path.stat().st_mtime == used:  # else another process has used it meanwhile
-                shutil.rmtree(path, ignore_errors=True)
-                over -= size
+    copies.make_room(folder, need, spared=SPARED)

@@ -1,27 +1,29 @@
-"""Finished corpora in S3: copied in before they are read, as shards are mapped. Of one that is larger than the cache may be
-(SHOAL_CACHE_BYTES, 64 GiB), the shards stay there and are read by range (`ranged`). How one is made there says `place`.
+"""Finished corpora in S3: copied in before they are read, as shards are mapped. Of one for which the cache (SHOAL_CACHE_BYTES,
+64 GiB) has no room, the shards stay there and are read by range (`ranged`). How one is made there says `place`.
 
     pretrain --data s3://... local(uri):  index.json first, then what it lists, checked by sha256; index.json is written last
 
 Notable: the local copy is named by the index's hash. So a corpus is fetched once by a machine, however many workers ask for
-it, and one that was made anew under the same URI is another. Copies lie in SHOAL_CACHE, or ~/.cache/shoal; removing them costs
-a download.
+it, and one that was made anew under the same URI is another. Copies lie in SHOAL_CACHE, or ~/.cache/shoal, within its bound
+(`copies`); removing one that no process uses costs a download.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from shoal.data import copies
+from shoal.data.alone import alone
 from shoal.data.ranged import ORIGIN, cache, cache_bytes, room, write_origin
 from shoal.data.shards import INDEX, TOKENIZER, Index, read_index
 from shoal.data.sources import s3
 from shoal.data.sources.s3 import S3
-from shoal.errors import DataError
+from shoal.errors import DataError, ResourceError
 from shoal.machine import aside, sha256_of
 
 FILES = (".jsonl",)  # what the names of files end in that are no corpora
@@ -69,21 +71,21 @@ def local(place: str | Path, service: S3 | None = None) -> Path:
         client = service.client()
         _, index = s3.got(client, Bucket=bucket, Key=f"{key}{INDEX}")
         folder = cache() / "corpora" / hashlib.sha256(index).hexdigest()[:32]
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with _fetching(folder):
             if not (folder / INDEX).is_file():
                 with aside(folder / INDEX) as beside:
                     beside.write_bytes(index)
                     listed = index_of(uri, beside)
-                    here = {shard.file: shard.sha256 for shard in listed.shards}
-                    if sum(shard.size for shard in listed.shards) > cache_bytes():
-                        write_origin(folder, uri, service)
-                        left, here = set(here), {}
-                    else:
-                        left = {ORIGIN}
-                        (folder / ORIGIN).unlink(missing_ok=True)
-                    _fetch(client, bucket, key, folder, left)
-                    _check(folder, here | {TOKENIZER: listed.tokenizer_sha256}, uri)
+                    here, files = {shard.file: shard.sha256 for shard in listed.shards}, _files(client, bucket, key)
+                    with copies.reserved(folder, _missing(folder, files)) as fits:
+                        if fits:
+                            (folder / ORIGIN).unlink(missing_ok=True)
+                        else:
+                            write_origin(folder, uri, service)
+                            files = {name: size for name, size in files.items() if name not in here}
+                            here = {}
+                        _fetch(client, bucket, key, folder, files)
+                        _check(folder, here | {TOKENIZER: listed.tokenizer_sha256}, uri)
     return folder
 
 
@@ -98,10 +100,18 @@ def _file(uri: str, service: S3) -> Path:
         digest = hashlib.sha256("\0".join((service.resolved().endpoint, uri, found[0]["ETag"])).encode())
         folder = cache() / "files" / digest.hexdigest()[:32]
         copy = folder / PurePosixPath(key).name
-        with room(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with _alone(folder):
-                if not copy.is_file():
+        with _fetching(folder):
+            if not copy.is_file():
+                size = found[0]["Size"]
+                with copies.reserved(folder, size) as fits:
+                    if not fits:
+                        allowed = f"{cache_bytes()}, with what is in use"
+                        raise ResourceError(
+                            f"{uri} does not fit the cache",
+                            got=f"{size} bytes",
+                            allowed=allowed,
+                            do="set SHOAL_CACHE_BYTES higher",
+                        )
                     client.download_file(bucket, key, str(copy))  # renamed when it is complete
     return copy
 
@@ -114,16 +124,31 @@ def index_of(uri: str, path: Path) -> Index:
         raise DataError(str(error).replace(str(path), f"{uri.rstrip('/')}/{INDEX}")) from error
 
 
-def _fetch(client: Any, bucket: str, key: str, folder: Path, left: Collection[str]) -> None:
-    """All files of a corpus but its index and those `left` there; it has no folders."""
+def _files(client: Any, bucket: str, key: str) -> dict[str, int]:
+    """Bytes of the files of a corpus in S3, by name, but of its index; it has no folders."""
+    found = {}
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
         for item in page.get("Contents", ()):
             name = item["Key"][len(key) :]
-            target = folder / name
-            if name in ("", INDEX) or name in left or name != PurePosixPath(name).name or name.startswith("."):
-                continue
-            if not target.is_file() or target.stat().st_size != item["Size"]:
-                client.download_file(bucket, item["Key"], str(target))  # renamed when it is complete
+            if name not in ("", INDEX, ORIGIN) and name == PurePosixPath(name).name and not name.startswith("."):
+                found[name] = int(item["Size"])
+    return found
+
+
+def _fetch(client: Any, bucket: str, key: str, folder: Path, files: Mapping[str, int]) -> None:
+    """Those of `files` that are not there in full size."""
+    for name, size in files.items():
+        if not _is_whole(folder / name, size):
+            client.download_file(bucket, f"{key}{name}", str(folder / name))  # renamed when it is complete
+
+
+def _missing(folder: Path, files: Mapping[str, int]) -> int:
+    """Bytes that `_fetch` would fetch."""
+    return sum(size for name, size in files.items() if not _is_whole(folder / name, size))
+
+
+def _is_whole(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _check(folder: Path, made: Mapping[str, str], uri: str) -> None:
@@ -145,10 +170,13 @@ def _split(uri: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time fetches; the others wait for it, and find it done."""
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def _fetching(folder: Path) -> Iterator[None]:
+    """One process at a time fetches the copy `folder`, which this one uses; the others wait for it, and find it done. Raises
+    ResourceError where the disk is full."""
+    busy = ResourceError(f"{folder} is being written", do="wait for it")
+    with room(folder), alone(folder.with_suffix(".lock"), busy, wait=math.inf):
+        folder.mkdir(exist_ok=True)
+        copies.use(folder)
         yield
 
 
