@@ -108,14 +108,16 @@ def ask_to_stop(run: str) -> None:
 
 @contextmanager
 def writing(plan: FitPlan, stop: Path) -> Iterator[FitPlan]:
-    """On rank 0: the lease is this run's in this block, and the file `stop` is there once an end is asked for. Raises DataError
-    where another command trains there."""
-    bucket, over = bucket_of(plan.uri), threading.Event()
+    """On rank 0: the lease is this run's in this block, and the file `stop` is there once an end is asked for, or another
+    command took over: nothing that this run does would ever be kept. Raises DataError where another command trains there."""
+    bucket, over, lost = bucket_of(plan.uri), threading.Event(), threading.Event()
 
     def look() -> None:
         while not over.wait(LOOK):
             with contextlib.suppress(DataError):  # asked again
-                if bucket.tag(STOP) is not None:
+                if said(bucket, LEASE).get("run") != plan.lease:
+                    lost.set()
+                if lost.is_set() or bucket.tag(STOP) is not None:
                     stop.touch()
 
     with contextlib.ExitStack() as held:
@@ -134,7 +136,7 @@ def writing(plan: FitPlan, stop: Path) -> Iterator[FitPlan]:
             if stop.exists():  # whoever asked has been heard
                 stop.unlink()
                 with contextlib.suppress(DataError):
-                    bucket.remove([STOP])
+                    bucket.remove([] if lost.is_set() else [STOP])
 
 
 class BucketStore(CheckpointStore):
@@ -203,6 +205,7 @@ class BucketStore(CheckpointStore):
     # ---- what a folder does by files
 
     def _newest(self, warn: Callable[[str], None]) -> Path | None:
+        self._need_lease()  # what is half put may be another's
         self._bring_metrics()
         there = self._there()
         self._remove({self.directory / name for name, files in there.items() if MANIFEST not in files})
@@ -272,6 +275,7 @@ class BucketStore(CheckpointStore):
                 self._bucket.remove(some)
 
     def _remove_all(self) -> None:
+        self._need_lease()
         self._remove({self.directory / name for name in self._there()})
 
     def _reader(self, path: Path, ranks: Ranks) -> RangedReader:

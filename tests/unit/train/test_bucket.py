@@ -26,6 +26,7 @@ from shoal.evaluate.seen import rows_read
 from shoal.train import bucket, log, ranges
 from shoal.train.bucket import LEASE, folder_of, need_possible, store_of
 from shoal.train.loop import fit
+from shoal.train.parallel import Ranks
 from shoal.train.plan import FitPlan, finetune_plan, pretrain_plan
 from shoal.train.ranges import RangedReader, cut, together
 from shoal.train.run import StoppedError
@@ -146,9 +147,46 @@ def test_one_command_trains_there_and_one_that_was_taken_over_publishes_nothing(
         if record["kind"] == "step" and record["step"] == 2:
             Bucket(uri, s3.inside).put_text(LEASE, json.dumps({"run": "another", "who": "x"}).encode())
 
+    Bucket(uri, s3.inside).put_text(LEASE, json.dumps({"run": "mine", "who": "x"}).encode())
     with pytest.raises(CheckpointError, match=f"another run took over {uri}"):
         fit(short(shards, uri, lease="mine"), taken_over)
-    assert [path.name for path in store_of(uri).steps()] == []
+    assert [path.name for path in store_of(uri).steps()] == ["step-00000001"], "from before it was taken over"
+
+
+def test_workers_of_a_command_that_was_taken_over_remove_nothing_when_they_begin_again(
+    s3: Service, uri: str, tmp_path: Path, alone: Ranks
+) -> None:
+    """They would have taken what another puts for what a killed run left."""
+    place, half = Bucket(uri, s3.inside), "checkpoints/step-00000004/shard-00000.safetensors"
+    place.put_text(LEASE, json.dumps({"run": "another"}).encode())
+    place.put_text(half, b"half of it")
+    mine, another = (bucket.BucketStore(uri, tmp_path / name, lease=name) for name in ("mine", "another"))
+    for begin in (lambda: mine.newest(alone, print), lambda: mine.clear(alone)):
+        with pytest.raises(CheckpointError, match=f"another run took over {uri}"):
+            begin()
+        assert half in objects(s3, uri)
+    assert another.newest(alone, print) is None and half not in objects(s3, uri)
+
+
+@pytest.mark.parametrize("other_stops", [False, True])
+def test_a_run_that_was_taken_over_does_not_train_on_for_nothing(
+    s3: Service, uri: str, shards: Path, monkeypatch: pytest.MonkeyPatch, other_stops: bool
+) -> None:
+    monkeypatch.setattr(bucket, "LOOK", 0.01)
+    place, taken = Bucket(uri, s3.inside), {"run": "another", "who": "x"}
+    place.put_text(LEASE, json.dumps({"run": "mine"}).encode())
+
+    def take_over(record: log.Record) -> None:
+        if record["kind"] == "step":
+            if record["step"] == 2:
+                place.put_text(LEASE, json.dumps(taken).encode())
+                if other_stops:
+                    place.put_text("stop", b"")
+            assert record["step"] < 300, "it goes on"
+
+    with pytest.raises(CheckpointError, match=f"another run took over {uri}"):
+        fit(short(shards, uri, lease="mine", steps=100_000, checkpoint_minutes=60.0), take_over)
+    assert ("stop" in objects(s3, uri)) == other_stops and not store_of(uri).steps()
 
 
 def test_an_object_called_stop_ends_a_run_with_a_checkpoint(
