@@ -32,7 +32,7 @@ from shoal.stages.training import Quantize
 from shoal.train import log
 from shoal.train.bucket import LEASE
 from shoal.train.loop import fit
-from shoal.train.plan import FitPlan, pretrain_plan
+from shoal.train.plan import FitPlan, pretrain_plan, quantize_plan
 from shoal.train.run import StoppedError, stop_file
 from shoal.train.trackers import together
 from tests.corpus import write_corpus
@@ -131,6 +131,26 @@ def test_a_lost_node_costs_no_step_and_no_bit_of_a_run_in_s3(
     calm = tmp_path / "calm" / "model"
     assert (models.here(result.out) / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
     assert not [name for name, _ in Bucket(run, s3.inside).sizes() if name.startswith((LEASE, ".ray"))]
+
+
+def test_a_node_is_lost_while_a_model_in_s3_learns_to_be_rounded(
+    s3: Service, cluster: Cluster, data: Path, tmp_path: Path
+) -> None:
+    """As the run above, from a model in the bucket to an INT8 one there; the calm run has folders."""
+    while (number := len(cluster.worker_nodes)) < NODES:
+        cluster.add_node(num_cpus=1, env_vars={"SHOAL_CACHE": str(tmp_path / f"node-{number}")})
+    base = train(plan(data, tmp_path / "base", steps=2, checkpoint_minutes=1.0), workers=1).out
+    upload(data, "s3://ocean/data", s3.inside)
+    models.put(Path(base), "s3://ocean/cod", s3.inside)
+    values: dict[str, Any] = {"steps": STEPS, "eval_every": 0, "accumulate": 2}
+    calm = train(quantize_plan(base, str(data), str(tmp_path / "calm"), checkpoint_minutes=1.0, **values), workers=2)
+    lose, out = Lose(cluster), "s3://ocean/cod-int8"
+    hit = quantize_plan("s3://ocean/cod", "s3://ocean/data", out, checkpoint_minutes=0.0, **values)
+    result = train(hit, workers=2, max_failures=3, on_progress=lose)
+    assert result.out == out and lose.at and len(cluster.worker_nodes) == NODES - 1
+    assert weights_sha256(models.here(out)) == weights_sha256(Path(calm.out))
+    Bucket(hit.run, s3.inside).get("metrics.jsonl", log.metrics_file(tmp_path))
+    assert history(tmp_path, "start", "step")[1] >= lose.at - 1
 
 
 def test_nodes_serve_a_model_that_was_rounded_in_s3_and_one_is_lost(
