@@ -6,6 +6,7 @@ import ast
 import io
 import re
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,15 @@ from tests.contracts.test_repository import ROOT, name_of, tracked
 
 SOURCES = [path for path in tracked() if path.suffix == ".py"]
 PACKAGE = ROOT / "platform" / "shoal"
-FOR_TOOLS = re.compile(r"#\s*(fmt|type|noqa|ruff|mypy)\b")
+TOOLS = r"\s*(fmt|type|noqa|ruff|mypy)\b"
+FOR_TOOLS = re.compile("#" + TOOLS)
+# a line that may close a bracket of an earlier one and end in a comment: begun by it, or by the end of a long string
+MAY_BE_TORN = re.compile(rf"^(\s*[)\]}}]|.*(\"\"\"|''')\s*[)\]}}]).*#(?!{TOOLS})", re.MULTILINE)
+
+# without such a line a module, as ruff formats it, need not be taken apart, which takes seconds for all of them
+BELOW = re.compile(rf"=\s*[(\\].*\n(\s*#.*\n)*[\s(]*[\w.\"'-].*#(?!{TOOLS})")  # a value below its name, and a comment
+UNDER_ANOTHER = re.compile(r"\bshoal\b[^\n]*\bas\b|\bshoal[\w.]* import \([^)]*\bas\b")
+SETS_TIME = re.compile(r"setattr\(\s*[^\n]*\btime\b")
 
 # what stands once: a pattern of it, and where
 ONCE = {
@@ -25,9 +34,16 @@ ONCE = {
 }
 
 
+def nodes(source: str, only: re.Pattern[str]) -> Iterator[ast.AST]:
+    """All of a module that has what `only` finds, else none."""
+    return ast.walk(ast.parse(source)) if only.search(source) else iter(())
+
+
 def torn(source: str) -> list[int]:
     """Lines that close a bracket of an earlier line and end in a comment: it was beside the code that it explains, until the
     formatter put that code on lines of its own."""
+    if not MAY_BE_TORN.search(source):
+        return bracketed(source)
     found, open_at = [], []
     first: dict[int, tokenize.TokenInfo] = {}
     closes: set[int] = set()
@@ -47,19 +63,22 @@ def torn(source: str) -> list[int]:
 
 def bracketed(source: str) -> list[int]:
     """Lines of values that stand in brackets below their name to make room for the comment behind them."""
+    given = [node for node in nodes(source, BELOW) if isinstance(node, (ast.Assign, ast.AnnAssign))]
+    values = [(node.lineno, node.value) for node in given if isinstance(node.value, ast.Constant)]
+    below = [value.lineno for line, value in values if line < value.lineno == value.end_lineno]
+    if not below:
+        return []
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {
         token.start[0] for token in tokens if token.type == tokenize.COMMENT and not FOR_TOOLS.match(token.string)
     }
-    given = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Assign, ast.AnnAssign))]
-    values = [(node.lineno, node.value) for node in given if isinstance(node.value, ast.Constant)]
-    return [value.lineno for line, value in values if line < value.lineno == value.end_lineno in comments]
+    return [line for line in below if line in comments]
 
 
 def renamed(source: str) -> list[int]:
     """Lines that import a module of ours under another name than its own."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source, UNDER_ANOTHER):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "shoal":
             place = ROOT.joinpath("platform", *str(node.module).split("."))
             modules = [a for a in node.names if (place / f"{a.name}.py").is_file() or (place / a.name).is_dir()]
@@ -74,7 +93,7 @@ def renamed(source: str) -> list[int]:
 def clocks_of_all(source: str) -> list[int]:
     """Lines of a test that set what is in the module `time` itself."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source, SETS_TIME):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
             first = node.args[0]
             dotted = isinstance(first, ast.Constant)
