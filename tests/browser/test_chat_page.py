@@ -49,6 +49,7 @@ def test_an_answer_streams_in_with_its_depth_below_it(page: Page, open_site: Sit
     assert "How deep is the sea?" in said and "And now?" in said and "tokens/s" not in said
 
 
+@pytest.mark.drill
 def test_a_picture_is_uploaded_and_seen_by_the_model(page: Page, open_site: Site, tmp_path: Path) -> None:
     Image.new("RGB", (40, 40), "teal").save(tmp_path / "teal.png")
     visit(page, open_site)
@@ -163,6 +164,7 @@ def test_a_page_that_was_left_in_the_middle_of_an_answer_says_so(page: Page, ope
     assert re.search(r" tokens? · .*, cut off after [\d.]+ s, when the page was left$", facts), facts
 
 
+@pytest.mark.drill
 def test_retry_and_undo_do_what_they_say_and_nothing_while_an_answer_comes(page: Page, open_site: Site) -> None:
     visit(page, open_site)
     most_tokens(page, 4)
@@ -226,6 +228,7 @@ def test_a_tab_that_is_closed_frees_the_engine(page: Page, open_site: Site) -> N
     assert open_site.stat("num_requests_running") == 0
 
 
+@pytest.mark.drill
 def test_what_is_set_reaches_the_engine_and_the_curl_command(page: Page, open_site: Site) -> None:
     visit(page, open_site)
     most_tokens(page, 5)

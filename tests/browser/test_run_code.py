@@ -35,6 +35,7 @@ def answered(page: Page, text: str, count: int) -> None:
     page.get_by_label("Submit").wait_for()
 
 
+@pytest.mark.drill
 def test_python_of_an_answer_is_run_by_its_button_and_what_it_may_not_do_is_said(
     page: Page, strangers: list[str]
 ) -> None:
@@ -59,6 +60,7 @@ def test_python_of_an_answer_is_run_by_its_button_and_what_it_may_not_do_is_said
         page.goto("about:blank")
 
 
+@pytest.mark.drill
 def test_the_page_of_code_has_the_button_too(page: Page, strangers: list[str]) -> None:
     with site(run_code=True) as here:
         visit(page, here, "code")
@@ -70,6 +72,7 @@ def test_the_page_of_code_has_the_button_too(page: Page, strangers: list[str]) -
         page.goto("about:blank")
 
 
+@pytest.mark.drill
 def test_a_service_that_was_not_told_to_runs_nothing_and_shows_no_button(page: Page, strangers: list[str]) -> None:
     with site() as here:
         visit(page, here)

@@ -34,6 +34,7 @@ def answered(page: Page, text: str, count: int = 1) -> None:
     page.get_by_label("Submit").wait_for()
 
 
+@pytest.mark.drill
 def test_a_better_answer_is_written_without_a_mouse_and_becomes_a_row_to_learn_from(
     page: Page, strangers: list[str], tmp_path: Path
 ) -> None:

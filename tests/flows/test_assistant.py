@@ -120,6 +120,7 @@ def test_exits_that_learn_for_longer_or_are_left_out_are_made_again(
     assert 6 <= len(learned) <= 18 and all([m["role"] for m in chat] == ["user", "assistant"] for chat in learned)
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("written", [False, True])
 def test_exits_that_were_learning_on_when_they_were_killed_are_not_lost(
     written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -47,6 +47,7 @@ def service(model: Path, *options: object) -> Iterator[tuple[subprocess.Popen[st
             process.kill()
 
 
+@pytest.mark.drill
 def test_a_service_that_is_killed_loses_no_row_of_a_request_that_had_ended(model: Path, tmp_path: Path) -> None:
     """Nor of one whose answer somebody has read to its end. Some run when the kill comes; their clients are cut off. The log
     ends when the scribe has ended too, which has made a part by then."""
@@ -83,7 +84,7 @@ def test_a_service_that_is_killed_loses_no_row_of_a_request_that_had_ended(model
 
 def test_a_capture_of_another_version_is_refused_in_one_line(model: Path, tmp_path: Path) -> None:
     (tmp_path / "capture.json").write_text('{"format": "shoal.capture", "version": 9}')
-    command = [sys.executable, "-m", "shoal.cli", "serve", "--no-ray", "--model", str(model)]
+    command = [sys.executable, "-m", "shoal.cli", "serve", "--no-ray", "--no-ui", "--model", str(model)]
     done = subprocess.run(
         [*command, "--port", "0", "--capture", str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=False
     )

@@ -42,6 +42,7 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in log.read(run) if record["kind"] == "step"]
 
 
+@pytest.mark.drill
 def test_two_workers_teach_exits_as_one_process_does(
     shared_ray: None, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -122,6 +122,7 @@ def test_a_run_tells_ray_its_numbers(calm: Path) -> None:
     assert found[f"ray_{PREFIX}starts_total"] == 1 <= found[f"ray_{PREFIX}checkpoints_total"]
 
 
+@pytest.mark.drill
 def test_what_was_said_once_is_there_while_the_run_lasts(calm: Path) -> None:
     """All of the table but warnings and evaluations between updates, for longer than Ray keeps what nobody says again."""
     wanted = {
@@ -234,6 +235,7 @@ def test_plans_that_cannot_run_are_refused(
     assert "1 worker(s) x 1 GPU = 1 GPUs: got '0 in the cluster'; add nodes that have some" in line
 
 
+@pytest.mark.drill
 def test_a_workers_own_error_arrives_as_it_was(shared_ray: None, data: Path, tmp_path: Path) -> None:
     """In one line and without another try: it would be the same."""
     fit(plan(data, tmp_path / "run", steps=1))

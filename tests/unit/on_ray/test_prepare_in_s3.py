@@ -206,6 +206,7 @@ def test_a_command_that_is_killed_at_any_write_is_gone_on_with_to_the_same_bytes
     assert contents(bucket) == undisturbed
 
 
+@pytest.mark.drill
 def test_a_command_that_is_killed_while_it_completes_the_corpus_is_gone_on_with(
     bucket: Bucket, s3: Service, machines: Machines, ask: dict[str, Any], undisturbed: dict[str, bytes]
 ) -> None:
