@@ -7,9 +7,11 @@ the machine. pyarrow does not read AWS_ENDPOINT_URL by itself and boto3 does, wh
 from __future__ import annotations
 
 import os
+import threading
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,6 +23,7 @@ SCHEME = "s3://"
 ATTEMPTS = 7  # of one call, with growing pauses (half a minute in all), when S3 answers 503 SlowDown or not at all
 SECONDS = 20.0  # that one answer may take
 PAUSE = 0.1  # seconds before an object is asked for again that broke off; twice as long each time
+_MAKING = threading.Lock()  # one session makes no two clients at once
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,11 @@ class S3:
         here = self.resolved()
         retries = {"mode": "standard", "max_attempts": ATTEMPTS}
         config = Config(retries=retries, connect_timeout=SECONDS, read_timeout=SECONDS)
-        session = boto3.session.Session()  # of its own: the default one is not made for threads
-        return session.client("s3", endpoint_url=here.endpoint or None, region_name=here.region or None, config=config)
+        with _MAKING:
+            session = _session(boto3, _credentials())
+            return session.client(
+                "s3", endpoint_url=here.endpoint or None, region_name=here.region or None, config=config
+            )
 
 
 def split(uri: str) -> tuple[str, str]:
@@ -87,6 +93,20 @@ def got(client: Any, **asked: Any) -> tuple[dict[str, Any], bytes]:
             if tries >= ATTEMPTS:
                 raise
             time.sleep(PAUSE * 2**tries)
+
+
+def _credentials() -> tuple[object, ...]:
+    """What changes where AWS tools would find other credentials: their variables, and the times of their files."""
+    told = sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
+    names = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
+    files = [Path(os.environ.get(name) or usual).expanduser() for name, usual in names.items()]
+    return (*told, *(file.stat().st_mtime_ns if file.is_file() else 0 for file in files))
+
+
+@lru_cache(maxsize=4)
+def _session(boto3: Any, credentials: tuple[object, ...]) -> Any:
+    """One for all clients, as it keeps what it has read of its package: the first client of another takes 15 times as long."""
+    return boto3.session.Session()
 
 
 def no_boto() -> ResourceError:
