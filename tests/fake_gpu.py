@@ -6,16 +6,22 @@ A torch for CPUs ends at the first backward of such a tensor, as it knows no str
 nothing, and must be loaded before torch: so this is a program of its own. It prints a line of JSON.
 
     python -m tests.fake_gpu LIBRARY PRESET TOKENS [float32 | sparse | leak | sync]
+
+Without a preset it reads `FILE PRESET TOKENS [...]` from lines of its input. Each is done by a copy of this process, which has
+imported torch, and writes what it says to FILE; its exit status is answered by a line.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -51,6 +57,7 @@ FREE = (
     "aten.detach", "aten.alias", "aten.lift_fresh", "aten.empty", "aten.new_empty", "aten.empty_like",
     "aten.empty_strided", "aten.record_stream",
 )  # fmt: skip  # operators that launch nothing, beside views
+NEEDED = ("parallel", "checkpoint", "loss", "optim", "snapshot", "start", "step")  # modules of shoal.train
 # what one of our operators launches itself; its operators of torch are counted apart, from its fake
 OURS = {"near": 1, "near_back": 4, "choose": 2, "chosen": 5, "chosen_back": 21}
 
@@ -63,11 +70,39 @@ def build(folder: Path) -> Path:
     return folder / "streams.so"
 
 
-def main(library: str, preset: str, tokens: int, fault: str) -> dict[str, Any]:
+def main(library: str, *asked: str) -> None:
     for name in ("libc10", "libtorch_cpu"):
         ctypes.CDLL(f"{TORCH}/lib/{name}.so", mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(library)
-    return _update(preset, tokens, fault)
+    if asked:
+        _say(*asked)
+        return
+    for name in NEEDED:
+        importlib.import_module(f"shoal.train.{name}")
+    for line in sys.stdin:
+        file, *asked = line.split()
+        print(_in_a_copy(file, *asked), flush=True)
+
+
+def _say(preset: str, tokens: str, fault: str = "") -> None:
+    print(json.dumps(_update(preset, int(tokens), fault)), flush=True)
+
+
+def _in_a_copy(file: str, *asked: str) -> int:
+    """The exit status of a copy of this process that does what is asked and writes what it says to `file`."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 1
+    try:
+        said = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        _say(*asked)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 # long: everything that is imported here must come after the library
@@ -201,4 +236,4 @@ def _update(preset: str, length: int, fault: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), (sys.argv[4:] or [""])[0])))
+    main(*sys.argv[1:])

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,28 +24,41 @@ pytestmark = [
 LENGTH = 16_384
 
 
+Run = Callable[..., tuple[int, str]]
+
+
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_gpu.build(tmp_path_factory.mktemp("streams"))
-
-
-def run(library: Path, *asked: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.fake_gpu", str(library), *map(str, asked)]
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Exit status and words of the program, asked so. One process imports torch for all."""
+    folder = tmp_path_factory.mktemp("streams")
+    command = [sys.executable, "-m", "tests.fake_gpu", str(fake_gpu.build(folder))]
     told = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=told, capture_output=True, text=True, timeout=500, check=False)
+    with subprocess.Popen(command, env=told, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        given, answered = process.stdin, process.stdout
+        assert given is not None and answered is not None
+
+        def ask(*asked: object) -> tuple[int, str]:
+            said = folder / "said"
+            print(said, *asked, file=given, flush=True)
+            return int(answered.readline()), said.read_text()
+
+        try:
+            yield ask
+        finally:
+            given.close()
 
 
-def found(library: Path, *asked: object) -> dict[str, Any]:
-    done = run(library, *asked)
-    assert done.returncode == 0, done.stderr
-    values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def found(run: Run, *asked: object) -> dict[str, Any]:
+    status, said = run(*asked)
+    assert status == 0, said
+    values: dict[str, Any] = json.loads(said.splitlines()[-1])
     return values
 
 
 @pytest.fixture(scope="module")
-def long_row(library: Path) -> dict[str, Any]:
+def long_row(run: Run) -> dict[str, Any]:
     """An update of 350m on two rows of 16,384 tokens."""
-    return found(library, "350m", LENGTH)
+    return found(run, "350m", LENGTH)
 
 
 def test_an_update_stays_on_the_device_and_waits_for_it_once(long_row: dict[str, Any]) -> None:
@@ -72,25 +85,25 @@ def test_products_are_bf16_and_what_decides_is_fp32(long_row: dict[str, Any]) ->
     assert kinds["shoal.choose"] == ["float32 -> int32"] and long_row["states"] == ["torch.float32"]
 
 
-def test_a_layer_launches_as_many_kernels_at_any_length(library: Path, long_row: dict[str, Any]) -> None:
+def test_a_layer_launches_as_many_kernels_at_any_length(run: Run, long_row: dict[str, Any]) -> None:
     """Before torch.compile, which joins most of them; docs/benchmarks/gpu.md says so."""
-    assert long_row["forward"] == found(library, "350m", 4096)["forward"] == 64
+    assert long_row["forward"] == found(run, "350m", 4096)["forward"] == 64
 
 
-def test_fp32_is_fp32_throughout(library: Path) -> None:
-    kinds = found(library, "test", 96, "float32")["kinds"]
+def test_fp32_is_fp32_throughout(run: Run) -> None:
+    kinds = found(run, "test", 96, "float32")["kinds"]
     assert kinds["aten.mm"] == kinds["shoal.near"] == ["float32 -> float32"]
 
 
-def test_sparse_layers_make_no_t_times_t_either(library: Path) -> None:
+def test_sparse_layers_make_no_t_times_t_either(run: Run) -> None:
     """With the gradient of their biases; shares of both sums of exp in fp32."""
-    row = found(library, "350m", LENGTH, "sparse")
+    row = found(run, "350m", LENGTH, "sparse")
     assert row["reads"] == 1 and row["devices"] == ["cuda:0"] and row["largest"] < LENGTH**2
     assert "mm" in row["largest_of"] and row["kinds"]["aten.sigmoid_backward"] == ["float32 -> float32"]
     assert row["kinds"]["shoal.chosen_back"] == ["bfloat16 -> bfloat16"]
 
 
 @pytest.mark.parametrize(("fault", "said"), [("leak", "FakeTensorDeviceMismatchError"), ("sync", "DataDependent")])
-def test_what_leaks_or_waits_is_found(library: Path, fault: str, said: str) -> None:
-    done = run(library, "test", 96, fault)
-    assert done.returncode != 0 and said in done.stderr
+def test_what_leaks_or_waits_is_found(run: Run, fault: str, said: str) -> None:
+    status, words = run("test", 96, fault)
+    assert status != 0 and said in words
