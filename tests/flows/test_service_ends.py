@@ -102,6 +102,7 @@ def ends_well(model: Path, number: signal.Signals) -> None:
         assert ended(process, 0) == []
 
 
+@pytest.mark.drill
 def test_answers_whose_time_is_over_end_with_an_error_of_ours(model: Path) -> None:
     with service(model, 1.0) as (process, url), ThreadPoolExecutor(2) as pool:
         stream, whole = begin(pool, url)
@@ -112,6 +113,7 @@ def test_answers_whose_time_is_over_end_with_an_error_of_ours(model: Path) -> No
         assert ended(process, 0) == []
 
 
+@pytest.mark.drill
 def test_a_second_signal_ends_it_at_once_in_one_line(model: Path) -> None:
     with service(model, 60.0) as (process, url), ThreadPoolExecutor(2) as pool:
         answers = begin(pool, url)
