@@ -11,6 +11,7 @@ from shoal.loop.rows import RERUN, SCHEMA, Row, table_of
 from shoal.loop.watched import for_router, meaning
 
 TOLERANCE = 0.05
+READ = pa.schema([SCHEMA.field(name) for name in ("role", "regret", "regret_bound", "router_bound", "tolerance")])
 
 
 def stream(
@@ -18,17 +19,15 @@ def stream(
 ) -> pa.Table:
     """Requests with what the router predicted of them, of each `of` one asked again, whose regret has this `mean`; `quiet`: the
     share of it that those have which are asked again."""
-    lines = []
+    lines: list[dict[str, object]] = []
     for _ in range(reruns):
         for place in range(of):
             regret = rng.gamma(shape, mean / shape) * (quiet if place == 0 else 1 + (1 - quiet) / (of - 1))
             bound = float(np.float32(max(0.0, 1.3 * regret + rng.normal(0, 0.01))))
-            lines.append(Row("x", 1, router_bound=bound))
+            lines.append({"router_bound": bound})
             if place == 0:
-                lines.append(Row("x", 1, role=RERUN, regret=regret, regret_bound=bound, tolerance=TOLERANCE))
-    return pa.concat_tables(
-        [table_of([{name: getattr(row, name) for name in SCHEMA.names} for row in lines])], promote_options="default"
-    )
+                lines.append({"role": RERUN, "regret": regret, "regret_bound": bound, "tolerance": TOLERANCE})
+    return pa.Table.from_pylist(lines, schema=READ)
 
 
 @pytest.mark.parametrize("shape", [0.3, 2.0])
