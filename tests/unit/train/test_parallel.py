@@ -280,7 +280,7 @@ def played(shards: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) 
         fit(plan(shards, root / f"alone-{name}", **more))
     for name, more in {"chats": {}, "lora": LORA}.items():
         fit(tune(chats, model, root / f"alone-{name}", 1, **more))
-    mp.set_forkserver_preload(["shoal.train.loop"])  # torch is imported once, not by each
+    mp.set_forkserver_preload(["shoal.train.loop", "torch._dynamo"])  # torch is imported once, not by each
     mp.start_processes(play, (root, shards, chats, model), nprocs=PROCESSES, start_method="forkserver")
     return root
 
