@@ -25,6 +25,7 @@ from shoal.model.net import Net, dequantized
 from shoal.model.router import Router
 
 IMAGE_IDS = frozenset((IMG_ID, PATCH_ID, ROW_ID, IMG_END_ID))
+_INSIDE = IMAGE_IDS - {IMG_ID}  # of an image that began before
 
 
 class Model:
@@ -209,8 +210,8 @@ class Model:
     ) -> Tensor:
         """Logits [B, T, V] (or [T, V] for one row) at `depth`, an exit's name or its layers.
 
-        `images` fill the patch tokens in order, row after row. Raises RequestError for tokens or images that are not this
-        model's (see `encode`), ContextLengthError beyond the context, ConfigError for a depth that is no exit.
+        `images` fill the patch tokens in order, row after row, each within a row. Raises RequestError for tokens or images that
+        are not this model's (see `encode`), ContextLengthError beyond the context, ConfigError for a depth that is no exit.
         """
         ids = self._tokens(tokens)
         rows = ids if ids.dim() == 2 else ids[None]
@@ -219,26 +220,33 @@ class Model:
             raise ContextLengthError(
                 "tokens", param="tokens", got=rows.shape[1], allowed=f"at most {self.config.context}"
             )
-        self.encode(Encoded(rows.flatten().tolist(), list(images or ())))
-        patches = grid = None
-        if images:
-            patches = torch.from_numpy(np.concatenate([image.values for image in images])).to(self.device)
-            grid = torch.from_numpy(np.concatenate([media.grid(row) for row in rows.cpu().numpy()])).to(self.device)
-        hidden = self.net(rows, patches, grid, exits=(layers,), adapter=adapter)[layers]
+        given = self.encode(Encoded(rows.flatten().tolist(), list(images or ())))
+        if images and not _INSIDE.isdisjoint(rows[:, 0].tolist()):
+            raise RequestError("prompt images", param="prompt", got="an image that goes on in the next row",
+                               do="put Patches.tokens() of each image into one row")  # fmt: skip
+        hidden = self.net(rows, *self._placed(given.images, rows), exits=(layers,), adapter=adapter)[layers]
         out = self.net.head(hidden, layers)
         return out if ids.dim() == 2 else out[0]
+
+    def _placed(self, images: Sequence[media.Patches], rows: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The patches of `images` and their row and column, as `Net` takes them, for ids `rows` [B, T]."""
+        if not images:
+            return None, None
+        patches = np.concatenate([image.values for image in images])
+        grid = np.concatenate([media.grid(row) for row in rows.cpu().numpy()])
+        return torch.from_numpy(patches).to(self.device), torch.from_numpy(grid).to(self.device)
 
     @torch.inference_mode()
     def embed(self, prompt: str | Sequence[int], depth: str | int = FULL, adapter: Adapter | None = None) -> Tensor:
         """`prompt` as one vector [D] of length 1: the mean over its tokens of the normed hidden states at `depth`. Raises as
         `logits`."""
-        ids = self.encode(prompt).ids
-        if len(ids) > self.config.context:
+        given = self.encode(prompt)
+        if len(given.ids) > self.config.context:
             raise ContextLengthError(
-                "input", param="input", got=len(ids), allowed=f"at most {self.config.context} tokens"
+                "input", param="input", got=len(given.ids), allowed=f"at most {self.config.context} tokens"
             )
-        layers = self.config.depth(depth)
-        hidden = self.net(self._tokens(ids)[None], exits=(layers,), adapter=adapter)[layers][0]
+        layers, rows = self.config.depth(depth), self._tokens(given.ids)[None]
+        hidden = self.net(rows, *self._placed(given.images, rows), exits=(layers,), adapter=adapter)[layers][0]
         pooled: Tensor = self.net.exit(hidden, layers).float().mean(0)
         return torch.nn.functional.normalize(pooled, dim=0)
 
@@ -302,5 +310,5 @@ def _spells(ids: Sequence[int], images: Sequence[media.Patches]) -> bool:
     """Are the image tokens among `ids` those of `images`, in order, and each image's side by side? A patch that others do not
     stand beside would take another one's column."""
     spans = [token for image in images for token in image.tokens()]
-    torn = any(token in IMAGE_IDS - {IMG_ID} and before not in IMAGE_IDS for before, token in pairwise(ids))
+    torn = any(token in _INSIDE and before not in IMAGE_IDS for before, token in pairwise(ids))
     return not torn and [token for token in ids if token in IMAGE_IDS] == spans

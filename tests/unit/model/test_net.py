@@ -9,6 +9,7 @@ from shoal import Model, presets
 from shoal.config import ModelConfig
 from shoal.errors import ConfigError, ContextLengthError, RequestError
 from shoal.inputs import media
+from shoal.inputs.chat import Encoded
 from shoal.inputs.tokenizer import PATCH_ID
 from shoal.model.net import Net
 
@@ -97,6 +98,32 @@ def test_images_count_and_where_they_stand_counts(model):
     at = ids.index(PATCH_ID)
     assert torch.equal(a[:at], b[:at])  # causal: nothing before the image changes
     assert not torch.allclose(a[-1], b[-1])
+
+
+def test_rows_of_a_batch_have_their_own_images(model):
+    """As each of them alone has; one that begins in a row and goes on in the next is refused, wherever it is cut."""
+    image, other = picture(model), picture(model, (30, 200, 30))
+    span = image.tokens()
+    rows = [[50, *span, 60], [40, 41, *span], [*span, 44, 45], [70] * (len(span) + 2)]
+    together = model.logits(torch.tensor(rows), images=[image, other, image])
+    for logits, row, own in zip(together, rows, ([image], [other], [image], None), strict=True):
+        torch.testing.assert_close(logits, model.logits(row, images=own))
+    for cut in range(1, len(span)):
+        width = max(cut, len(span) - cut)
+        torn = [[40] * (width - cut) + span[:cut], span[cut:] + [40] * (width - len(span) + cut)]
+        with pytest.raises(RequestError, match="got 'an image that goes on in the next row'; put Patches"):
+            model.logits(torch.tensor(torn), images=[image])
+
+
+def test_a_vector_of_a_text_with_an_image_is_of_both(model):
+    image, other = picture(model), picture(model, (30, 200, 30))
+    ids = [50, *image.tokens(), 60]
+    vectors = [model.embed(Encoded(ids, [each])) for each in (image, other)]
+    assert (vectors[0] - vectors[1]).abs().max() > 1e-4
+    with torch.inference_mode():
+        seen = torch.from_numpy(image.values.copy()), torch.from_numpy(media.grid(ids))
+        read = model.net.exit_norms["4"](model.net(torch.tensor([ids]), *seen, exits=(4,))[4][0]).float().mean(0)
+    torch.testing.assert_close(vectors[0], read / read.norm())
 
 
 @pytest.mark.parametrize("depth", ["shallow", "full"])
