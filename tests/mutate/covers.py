@@ -40,8 +40,9 @@ GROUPS = {
         [*_tests("engine", "layout drafts signals speculative tolerance"), "unit/api/test_reruns"],
         warm=True,
     ),
+    "sizes": Group(_in("engine", "images sizes"), _tests("engine", "images sizes")),
     "graphs": Group(
-        _in("engine", "device graphs layout sizes"),
+        _in("engine", "device graphs layout"),
         [*_tests("engine", "layout graphs kv_int8 sampler_there adapters"), "flows/test_devices"],
         warm=True,
     ),
@@ -79,7 +80,7 @@ GROUPS = {
         warm=True,
     ),
     "runner": Group(
-        _in("engine", "images naive runner speculative"),
+        _in("engine", "naive runner speculative"),
         [*_tests("engine", "runner naive speculative properties guided"), "unit/model/test_whole"],
         warm=True,
     ),

@@ -91,4 +91,4 @@ def sampled_price(full: Tensor, exit_: Tensor) -> float:
     distance = 0.5 * float((p - log_q.exp()).abs().sum())
     if distance == 0:
         return 0.0
-    return max(0.0, divergence) / min(1.0, distance) if math.isfinite(divergence) else math.inf
+    return max(0.0, divergence) / distance if math.isfinite(divergence) else math.inf

@@ -26,7 +26,7 @@ from shoal.engine.events import Finished, Guide, Token
 from shoal.engine.running import Running
 from shoal.engine.sampler import Sampler
 from shoal.engine.text import TextStream
-from shoal.engine.tolerance import Allowance, Chain, sampled_price, settle
+from shoal.engine.tolerance import Allowance, Chain, greedy_price, sampled_price, settle
 from shoal.errors import RequestError
 from shoal.inputs.tokenizer import Tokenizer
 from shoal.model.router import fit_router
@@ -160,6 +160,23 @@ def test_a_price_that_is_no_number_or_of_no_token_is_not_paid() -> None:
         assert settle(chain, drawn, lambda row, place, price=price: price) == {} and drawn == [3]  # type: ignore[misc]
     drawn = [-1]
     assert settle(chain, drawn, lambda row, place: 0.0) == {} and drawn == [-1]
+
+
+def test_a_chain_is_settled_draft_by_draft_until_one_falls() -> None:
+    """In its own rows; one that full depth drew costs nothing, and none is asked after one that cannot be paid. Token 0 is a
+    token as any."""
+    chain = Chain(2, [11, 12, 13, 14, 15, 16], [torch.zeros(20)] * 6, tolerance=0.5, spent=0.25, answered=3)
+    drawn, prices = [9, 9, 11, 0, 8, 14, 7, 6], {(3, 1): 0.5, (4, 2): 1.25, (6, 4): 1.75}
+    assert settle(chain, drawn, lambda row, place: prices[row, place]) == {3: 0.5, 4: 1.25}
+    assert drawn == [9, 9, 11, 12, 13, 14, 7, 6], "2.0 nats were spent, and 1.75 more than 7 tokens may"
+
+
+def test_a_sampled_price_is_the_divergence_by_the_distance_of_two_laws() -> None:
+    """Of what is not normalised; equal laws cost nothing, and what the exit never says is beyond price."""
+    p, q = torch.tensor([0.5, 0.25, 0.25, 0.0]).log(), torch.tensor([0.25, 0.5, 0.125, 0.125]).log()
+    assert sampled_price(p + 3, q - 1) == pytest.approx(0.5 * math.log(2) / 0.375, rel=1e-6)
+    assert sampled_price(p, p.clone()) == 0.0 and sampled_price(q, p) == math.inf
+    assert greedy_price(torch.tensor([0.5, 2.0, -1.0]), 1, 2) == 3.0
 
 
 def test_what_ends_an_answer_is_no_token_that_could_pay_for_it() -> None:

@@ -1,0 +1,69 @@
+"""How much an engine takes where nobody says, by hand: of a model whose sizes all differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from shoal import presets
+from shoal.engine.sizes import default_rows, default_units, row_bytes
+from shoal.errors import ResourceError
+from shoal.model.gpu import launch
+
+TINY = presets.get(
+    "tiny"
+).model  # 4 heads over 2 for keys, of 24 dims; width 96, inside the MLP 256; window 32, context 1024
+GPU = torch.device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "change", "keys"),
+    [
+        (True, {}, 32),
+        (False, {}, 1024),
+        (True, {"attn_pattern": "HD"}, 1024),
+        (True, {"attn_pattern": "HS", "dense_length": 64}, 64),
+        (True, {"attn_pattern": "HS", "dense_length": 16}, 32),
+        (True, {"attn_pattern": "HS", "dense_length": 4096}, 1024),
+        (True, {"attn_pattern": "HL", "dense_length": 64}, 32),
+    ],
+)
+def test_a_row_of_a_prompt_takes_what_a_layer_makes_of_it_and_a_mask_over_its_keys(
+    kernels: bool, change: dict[str, Any], keys: int
+) -> None:
+    for each in (2, 4):
+        numbers = 4 * 96 + 2 * (4 + 2 + 2) * 24 + 3 * 256
+        sums = 2 * 4 * (24 + 2) * 4  # of two branches, four heads, in fp32
+        mask = 2 * keys * (1 + each)  # two heads share a KV head; a bool, and the number that it becomes
+        assert row_bytes(dataclasses.replace(TINY, **change), each, kernels) == each * numbers + sums + mask
+
+
+def test_a_step_on_a_gpu_has_the_rows_that_half_of_the_rest_of_its_memory_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At least as many as on a CPU, and 8,192 at most."""
+    total = [0]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, total[0]))
+    for kernels in (True, False):
+        monkeypatch.setattr(launch, "able", lambda device, kernels=kernels: kernels)
+        for rows, wanted in ((3000, 3000), (512, 512), (511, 512), (8192, 8192), (8193, 8192)):
+            total[0] = 8 * rows * row_bytes(TINY, 2, kernels)
+            assert default_rows(TINY, GPU, torch.bfloat16, 0.75) == wanted
+            assert default_rows(TINY, torch.device("cpu"), torch.bfloat16, 0.75) == 512
+    total[0] = 20 * 3000 * row_bytes(TINY, 4, False)
+    assert default_rows(TINY, GPU, torch.float32) == default_rows(TINY, GPU, torch.float32, 0.9) in (2999, 3000)
+
+
+def test_a_page_that_a_context_does_not_fill_counts_as_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = dataclasses.replace(TINY, max_length=1000)
+    one = 4 * 63  # of four groups, 62.5 pages of 16
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**12))
+    assert default_units(odd, 5, 1000, torch.device("cpu")) == 1 + 5 * one
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * one - 1))
+    with pytest.raises(ResourceError, match="one text of 1000 tokens in 8 layers"):
+        default_units(odd, 5, 1000, torch.device("cpu"))
